@@ -25,8 +25,8 @@ from logo.cli.sweep_sessions import CellSessions, CellsInWorkers
 from logo.cli.workers import WorkerOptions, layout_of
 from logo.evaluation import tables
 from logo.evaluation.tables import Cell as TableCell
-from logo.evaluation.tables import Column, Table, as_csv, as_parquet, has_parquet, number, numbers, p_value, row, words
-from logo.extras import install, need
+from logo.evaluation.tables import Column, Table, as_csv, as_parquet, number, numbers, p_value, row, words
+from logo.extras import install, installed, need
 from logo.folders import check_writable, replace_file
 from logo.models import DEMO
 
@@ -141,7 +141,7 @@ def _written(axes: Sequence[Axis], swept: Swept, output: Path, seed: int) -> lis
 
     found = table(axes, swept.outcomes)
     contents = {output / "sweep.csv": as_csv(found)}
-    if has_parquet():
+    if installed("pyarrow"):
         contents[output / "sweep.parquet"] = as_parquet(found)
     else:
         line = f"logo: warning: no sweep.parquet, since pyarrow is not installed: {install('eval')}"

@@ -7,20 +7,20 @@ pool.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from logo.baselines.lorauter import LoRAuter
-from logo.baselines.method import Learned, Method, Prepared
+from logo.baselines.method import Learned, Prepared
 from logo.baselines.method import Task as MethodTask
 from logo.errors import DataError, UsageError
 from logo.evaluation.contest import LEFT_OUT, OWN, Contest, Lesson, Lessons
-from logo.evaluation.identity import digests, environment, plugins_used, pool_digests
+from logo.evaluation.identity import digests, environment, order_dependence, plugins_used, pool_digests
 from logo.evaluation.metrics import first_line, measure, measures
 from logo.evaluation.study import Facts, Task
-from logo.evaluation.summary import Measured, Section
+from logo.evaluation.summary import KINDS, Measured
 from logo.mixing import EXACT, Merge
 from logo.rows import Row
 from logo.selection.signals import SIGNALS
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from logo.selection.selector import Selection
 
 Mixture = Mapping[str, float]
+_V = TypeVar("_V")
 
 
 @dataclass
@@ -64,7 +65,6 @@ class Arms:
         self._engines, self._contest, self._batch_size = engines, contest or Contest(), batch_size
         self._logo = next(iter(engines.values()))
         self._prepared: dict[Lesson, Prepared] = {}
-        self._known: dict[str, Method] = {}
 
     @cached_property
     def facts(self) -> Facts:
@@ -75,7 +75,7 @@ class Arms:
             settings=_engine_settings(self._engines),
             digests=digests(self._logo),
             environment=environment(self._logo),
-            in_order=any(_depends_on_order(logo) for logo in self._engines.values()),
+            in_order=any(order_dependence(logo, {}) is not None for logo in self._engines.values()),
         )
 
     def learn(self, lessons: Iterable[Lesson]) -> Iterator[tuple[Lesson, Mapping[str, Any]]]:
@@ -124,7 +124,7 @@ class Arms:
         arms = list(self._arms(picked, task, own))
         for label in self._contest.methods:
             started = time.perf_counter()
-            arms += self._of_method(label, task, own, row.context, lessons)
+            arms += self._of_method(label, task, row.context, lessons)
             seconds["select"][label] = time.perf_counter() - started
         self._judge(arms, task, where, row, seconds)
         for arm in arms:
@@ -132,15 +132,15 @@ class Arms:
                 arm.metrics["confidence"] = arm.confidence
             if own is not None and (arm.part, arm.kind) == ("answers", "signals"):
                 arm.metrics = rank_metrics(picked[arm.name].scores, own) | arm.metrics
-        left_out = _section(arms, "left_out")
+        scores = _by_part(sorted(arms, key=lambda arm: KINDS.index(arm.kind)), lambda arm: arm.metrics)
         return Measured(
             task=task,
             index=index,
-            answers=_section(arms, "answers"),
-            left_out=left_out or None,
+            answers=scores["answers"],
+            left_out=scores.get("left_out"),
             weights={signal: selection.mixture for signal, selection in picked.items()},
             seconds=seconds,
-            predictions=_predictions(arms) if self._contest.new_tokens is not None else {},
+            predictions={} if self._contest.new_tokens is None else _by_part(arms, lambda arm: arm.prediction),
         )
 
     # -- what answers -----------------------------------------------------------------------------------------------
@@ -169,12 +169,9 @@ class Arms:
         """Whether adapters remain without a row's own one."""
         return len(self._logo.names) > 1 and not any(set(chosen.scores) <= {own} for chosen in picked.values())
 
-    def _of_method(self, label: str, task: str, own: str | None, prompt: str, lessons: Lessons) -> Iterator[Arm]:
-        method, asked = self._contest.methods[label], self._contest.protocols
-        abouts = [OWN] if own is None or OWN in asked else []
-        if own is not None and LEFT_OUT in asked and len(self._logo.names) > 1:
-            abouts.append(LEFT_OUT)
-        for about in abouts:
+    def _of_method(self, label: str, task: str, prompt: str, lessons: Lessons) -> Iterator[Arm]:
+        method = self._contest.methods[label]
+        for about in self._contest.abouts(task, self._logo.names):
             select = self._knowing(Lesson(label, task, about), lessons).select
             [selection] = self._logo.select([prompt]) if select is None else select([prompt], 1)
             part = "answers" if about == OWN else "left_out"
@@ -183,11 +180,9 @@ class Arms:
     def _knowing(self, which: Lesson, lessons: Lessons) -> Prepared:
         """A method prepared for a task; cached, because every row of the task needs it."""
         if which not in self._prepared:
-            method = self._known.get(which.method) or self._contest.methods[which.method]
-            if isinstance(method, LoRAuter) and which.method not in self._known:
-                method = self._known[which.method] = method.knowing(
-                    {one.of: found for one, found in lessons.items() if one.method == which.method}
-                )
+            method = self._contest.methods[which.method]
+            if isinstance(method, LoRAuter):
+                method = method.knowing({one.of: found for one, found in lessons.items() if one.method == which.method})
             self._logo.merge = method.merging
             if isinstance(method, Learned):
                 self._prepared[which] = method.recall(lessons[which])
@@ -261,19 +256,11 @@ def _fixed(part: str, names: Sequence[str]) -> Iterator[Arm]:
     yield Arm(part, "mixtures", "base", {})
 
 
-def _section(arms: Sequence[Arm], part: str) -> Section:
-    found: Section = {}
-    for kind in ("signals", "methods", "mixtures"):
-        for arm in arms:
-            if (arm.part, arm.kind) == (part, kind):
-                found.setdefault(kind, {})[arm.name] = arm.metrics
-    return found
-
-
-def _predictions(arms: Sequence[Arm]) -> dict[str, dict[str, dict[str, str]]]:
-    found: dict[str, dict[str, dict[str, str]]] = {}
+def _by_part(arms: Sequence[Arm], value: Callable[[Arm], _V]) -> dict[str, dict[str, dict[str, _V]]]:
+    """A value of each arm, by part, kind and name."""
+    found: dict[str, dict[str, dict[str, _V]]] = {}
     for arm in arms:
-        found.setdefault(arm.part, {}).setdefault(arm.kind, {})[arm.name] = arm.prediction
+        found.setdefault(arm.part, {}).setdefault(arm.kind, {})[arm.name] = value(arm)
     return found
 
 
@@ -291,8 +278,3 @@ def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
         for name, logo in engines.items()
     }
     return {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "signals": signals}
-
-
-def _depends_on_order(logo: LoGo) -> bool:
-    """Whether a selection depends on earlier prompts."""
-    return logo.settings.probe_context == "carry" or logo.settings.baseline == "running"

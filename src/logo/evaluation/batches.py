@@ -2,7 +2,7 @@
 
 A batch that does not fit into memory is halved, and so are later ones. If the engine refuses a batch, its prompts are
 asked one by one, so that only the prompt at fault gets no answer. Errors of the run (an option that cannot be used, a
-failed disk) end it. This module knows engines by the protocols below only, and nothing about datasets.
+failed disk) end it. This module knows engines by the protocol below only, and nothing about datasets.
 """
 
 from __future__ import annotations
@@ -10,45 +10,22 @@ from __future__ import annotations
 import gc
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from logo.errors import HubError, LoGoError, StorageError
 
+if TYPE_CHECKING:
+    from logo.decoder import Generation
+
 OUT_OF_MEMORY = "out of memory with this prompt alone; ask for fewer new tokens, or use a smaller dtype"
-
-
-class SelectionLike(Protocol):
-    """The attributes that are read of a `Selection`."""
-
-    @property
-    def adapters(self) -> tuple[str, ...]: ...
-    @property
-    def weights(self) -> tuple[float, ...]: ...
-    @property
-    def scores(self) -> Mapping[str, float]: ...
-    @property
-    def confidence(self) -> float | None: ...
-
-
-class GenerationLike(Protocol):
-    """The attributes that are read of a `Generation`."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def selection(self) -> SelectionLike: ...
-    @property
-    def seconds(self) -> Mapping[str, float]: ...
-    @property
-    def form(self) -> str: ...
 
 
 class Engine(Protocol):
     """Anything that answers prompts: one generation per prompt, in order."""
 
-    def generate(self, prompts: list[str], *, max_new_tokens: int, batch_size: int) -> Sequence[GenerationLike]: ...
+    def generate(self, prompts: list[str], *, max_new_tokens: int, batch_size: int) -> Sequence[Generation]: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +43,7 @@ class Failure:
 class Batch:
     """The answers and failures of a few prompts, in order; `size`: the batch size to use from here on."""
 
-    answers: tuple[GenerationLike | Failure, ...]
+    answers: tuple[Generation | Failure, ...]
     size: int
 
 
@@ -133,7 +110,7 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _answers(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[GenerationLike | Failure, ...] | None:
+def _answers(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[Generation | Failure, ...] | None:
     """One answer per prompt; None if several prompts do not fit into memory."""
     answers = _attempt(engine, prompts, max_new_tokens)
     if not isinstance(answers, Failure):
@@ -146,7 +123,7 @@ def _answers(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[G
     return tuple(answer if isinstance(answer, Failure) else answer[0] for answer in single)
 
 
-def _attempt(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[GenerationLike, ...] | Failure:
+def _attempt(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[Generation, ...] | Failure:
     try:
         generations = engine.generate(prompts, max_new_tokens=max_new_tokens, batch_size=len(prompts))
     except (StorageError, HubError):

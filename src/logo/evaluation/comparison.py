@@ -14,9 +14,9 @@ from logo.errors import DataError, UsageError, closest
 from logo.evaluation.corpus import Corpus, corpora, mean_of
 from logo.evaluation.groups import grouped
 from logo.evaluation.paired import Pair, Paired, paired
-from logo.evaluation.prompts import Prompt
 from logo.evaluation.runs import Run
 from logo.evaluation.stored import Result
+from logo.rows import Row
 
 EXTRA = "extra."  # before the names of measures beside the official ones, some of which have the same names
 
@@ -123,15 +123,15 @@ def _pairs(a: Result, b: Result, *, extra: bool) -> dict[str, Pair]:
             f"in {b.folder}; evaluate both with the same --metric"
         )
     prompts = a.prompts or b.prompts
-    sides = [_official(side) | (_extra(side, prompts) if extra and prompts else {}) for side in (a, b)]
+    sides = [
+        {name: mean_of(values) for name, values in side.measures.items()}
+        | (_extra(side, prompts) if extra and prompts else {})
+        for side in (a, b)
+    ]
     return {metric: Pair(sides[0][metric], sides[1][metric]) for metric in sides[0] if metric in sides[1]}
 
 
-def _official(side: Result) -> dict[str, Corpus]:
-    return {name: mean_of(values) for name, values in side.measures.items()}
-
-
-def _extra(side: Result, prompts: Sequence[Prompt]) -> dict[str, Corpus]:
+def _extra(side: Result, prompts: Sequence[Row]) -> dict[str, Corpus]:
     """The measures beside the official ones, which need the gold texts."""
     golds = [prompt.golds for prompt in prompts]
     found = corpora(side.dataset, side.predictions, golds, metric=side.metric)

@@ -78,13 +78,15 @@ class Contest:
         for label, method in self.methods.items():
             if isinstance(method, LoRAuter):
                 found += [Lesson(label, task, POOL) for task in method.validation]
-            if not isinstance(method, Learned):
-                continue
-            for task in tasks:
-                if task not in names or OWN in self.protocols:
-                    found.append(Lesson(label, task, OWN))
-                if task in names and LEFT_OUT in self.protocols and len(names) > 1:
-                    found.append(Lesson(label, task, LEFT_OUT))
+            if isinstance(method, Learned):
+                found += [Lesson(label, task, about) for task in tasks for about in self.abouts(task, names)]
+        return found
+
+    def abouts(self, task: str, names: Collection[str]) -> list[str]:
+        """With which pools methods are measured on a task, as in `Lesson.about`."""
+        found = [OWN] if task not in names or OWN in self.protocols else []
+        if task in names and LEFT_OUT in self.protocols and len(names) > 1:
+            found.append(LEFT_OUT)
         return found
 
     def as_dict(self) -> dict[str, Any]:

@@ -141,7 +141,13 @@ def corpora(
             stacklevel=2,
         )
         return found
-    return {**found, "bleu": _bleu(predictions, golds), "chrf": _chrf(predictions, golds)}
+    from sacrebleu import BLEU, CHRF
+
+    # `force` turns off the warning about texts that look tokenized.
+    bleu, chrf = BLEU(tokenize=tokenizer_for(golds), force=True), CHRF(char_order=CHRF_ORDER, beta=CHRF_BETA)
+    found["bleu"] = _by_sacrebleu(bleu, bleu_worth, predictions, golds)
+    found["chrf"] = _by_sacrebleu(chrf, chrf_worth, predictions, golds)
+    return found
 
 
 def mean_of(values: Sequence[float] | Values) -> Corpus:
@@ -209,19 +215,6 @@ def tokenizer_for(golds: Sequence[Sequence[str]]) -> str:
         return "13a"
     # Japanese mixes Chinese characters and kana, so kana decide.
     return "char" if 10 * scripts["char"] > scripts["zh"] else "zh"
-
-
-def _bleu(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Corpus:
-    from sacrebleu import BLEU
-
-    # `force` turns off the warning about texts that look tokenized.
-    return _by_sacrebleu(BLEU(tokenize=tokenizer_for(golds), force=True), bleu_worth, predictions, golds)
-
-
-def _chrf(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Corpus:
-    from sacrebleu import CHRF
-
-    return _by_sacrebleu(CHRF(char_order=CHRF_ORDER, beta=CHRF_BETA), chrf_worth, predictions, golds)
 
 
 def _by_sacrebleu(

@@ -12,16 +12,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
 import torch
-from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 from tqdm import tqdm
 
 from logo import __version__
@@ -30,7 +28,7 @@ from logo.decoding import MAX_NEW_TOKENS, batches_by_length
 from logo.engine import LoGo
 from logo.errors import UsageError, closest
 from logo.evaluation.documents import document_texts
-from logo.evaluation.identity import check_baseline
+from logo.evaluation.identity import check_baseline, pool_digests
 from logo.evaluation.ranks import Ranks
 from logo.models import check_access
 from logo.pools import open_pool
@@ -44,7 +42,7 @@ Mixture = Mapping[str, float]
 
 
 @register_model("logo")  # type: ignore[misc, untyped-decorator, unused-ignore]
-class LoGoLM(TemplateLM):  # type: ignore[misc]
+class LoGoLM(Ranks):
     """A base model and a pool of adapters, mixed per document.
 
     Args:
@@ -83,8 +81,6 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__()
-        self._ranks = Ranks()
-        self._rank, self._world_size = self._ranks.rank, self._ranks.world_size
         _check_options(options)
         if not base_model:
             raise UsageError("--model_args: expected base_model=..., a Hub id, a folder or demo; found none")
@@ -106,7 +102,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         self.logo = LoGo.from_pretrained(
             base_model,
             pool,
-            device=self._ranks.device or _device(device),
+            device=_device(device) if self.accelerator is None else str(self.accelerator.device),
             model_dir=model_dir,
             on_bad_adapter=on_bad_adapter,
             **options,
@@ -117,20 +113,6 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         self._max_gen_toks = max_gen_toks
         self._mixtures: dict[tuple[str, int | None], Mixture] = {}  # by `_keys`
         self._documents: list[str] = []  # parallel to the requests that are being scored
-
-    # -- several processes --------------------------------------------------------------------------------------------
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """See `logo.evaluation.ranks.Ranks`."""
-        return self._ranks.all_gather(tensor)
-
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """Likewise."""
-        return self._ranks.gather_object(obj, dst)
-
-    def barrier(self) -> None:
-        """Likewise."""
-        self._ranks.barrier()
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
@@ -250,7 +232,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
                 mixtures = dict(
                     zip(numbers, self._select(wanted, disable_tqdm, options["max_new_tokens"]), strict=True)
                 )
-                for part in self._parts(list(map(len, wanted))):
+                for part in batches_by_length(list(map(len, wanted)), self.batch_size * _BATCHES):
                     chosen = [numbers[i] for i in part]
                     found = self.logo.generate(
                         [contexts[i] for i in chosen],
@@ -266,8 +248,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """The facts for the harness's record: the base model, the pool, and the settings of the mixture."""
-        digests = self.logo.pool.sha256()
-        pool = {name: digests[name] for name in self.logo.names}
+        pool = pool_digests(self.logo)
         used = list(self._mixtures.values())
         weights = {name: sum(mixture.get(name, 0.0) for mixture in used) / max(1, len(used)) for name in pool}
         points = list(self.logo.points)
@@ -341,9 +322,6 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
             options["do_sample"] = False  # and the options of sampling are dropped
             options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
         return options
-
-    def _parts(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        return batches_by_length(lengths, self.batch_size * _BATCHES)
 
     def _cut(self, context: list[int], following: int) -> list[int]:
         """The end of a context, which leaves room for `following` more tokens, the last of which is not read."""

@@ -144,9 +144,11 @@ class Journal:
         self.appended += 1
 
     def _write(self, content: Mapping[str, object]) -> None:
-        line, check = _line(self._check, content)
+        text = json.dumps(content).encode()
+        # The checksum covers this content and the checksum before, and so all lines above it.
+        check = hashlib.sha256(self._check.encode() + text).hexdigest()
         try:
-            rest = memoryview(line)
+            rest = memoryview(b'{"check": "%s", "content": %s}\n' % (check.encode(), text))
             while rest:
                 rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
@@ -203,13 +205,6 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX)
         except OSError:
             return  # some network drives have no locks
-
-
-def _line(before: str, content: Mapping[str, object]) -> tuple[bytes, str]:
-    """A line with its checksum, which covers its content and the checksum before, and so all lines above it."""
-    text = json.dumps(content).encode()
-    check = hashlib.sha256(before.encode() + text).hexdigest()
-    return b'{"check": "%s", "content": %s}\n' % (check.encode(), text), check
 
 
 def _written(path: Path, content: bytes) -> Written:

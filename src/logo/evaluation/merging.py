@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from logo.evaluation.differences import described, differences
 from logo.evaluation.metrics import recorded_kind
 from logo.evaluation.results import read_results, result_files, write_results
 from logo.evaluation.resume import ResumePolicy
-from logo.evaluation.runner import DatasetResult, common_columns, known_confidences
+from logo.evaluation.runner import Instance, collect, summed
 from logo.evaluation.runs import Place, find_results
 from logo.evaluation.shards import Shard, positions
 from logo.evaluation.standing import standing
-from logo.rows import Row
+from logo.rows import row_of
 
 _BOUND = ("learnt_sha256", "environments")  # what distinguishes whole results, besides their identity
 _NEEDED = ("identity", "fingerprint", "pool", "forms", "score_columns", *_BOUND)  # keys of run.json that merging needs
@@ -62,13 +62,27 @@ class ShardResult:
         return positions(cut["rows"], cut["block"], self.shard)
 
     @property
-    def whole(self) -> Path:
-        """The folder of the merged result."""
-        return self.run_folder / self.dataset
-
-    @property
-    def run_folder(self) -> Path:
-        return self.place.run_folder
+    def instances(self) -> list[Instance]:
+        """Its answered rows, without the times and the form of each, of which a result has the sums."""
+        files, metrics = self.files, self.files["metrics.json"]
+        [scores] = files["metric_dict.json"].values()
+        errors = {error["index"]: error["message"] for error in metrics["errors"]}
+        confidences = metrics.get("confidence") or [None] * len(scores)
+        found = []
+        for index, row in enumerate(scores):
+            known = zip(self.run["score_columns"], row, strict=True) if row else ()
+            instance = Instance(
+                value=files["eval_results.json"][index],
+                prediction=files["predictions.json"][index],
+                selected=tuple(files["selected_loras.json"][index]),
+                weights=tuple(files["weights.json"][index]),
+                scores={name: score for name, score in known if score is not None},
+                seconds={},
+                error=errors.get(index),
+                confidence=confidences[index],
+            )
+            found.append(instance)
+        return found
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,7 @@ def merge(parts: Sequence[ShardResult], policy: ResumePolicy | None = None) -> l
     policy = policy or ResumePolicy()
     groups: dict[tuple[str, str], list[ShardResult]] = {}
     for part in parts:
-        groups.setdefault((part.run_folder.resolve().name, part.dataset), []).append(part)
+        groups.setdefault((part.place.run_folder.resolve().name, part.dataset), []).append(part)
     done = [_merged(_checked(group, policy.mix)) for group in groups.values()]
     for whole in done:
         if not policy.overwrite:
@@ -195,7 +209,7 @@ def _checked(parts: Sequence[ShardResult], mix: bool) -> list[ShardResult]:
     missing = [index for index in range(1, count + 1) if index not in held]
     if missing:
         names = ", ".join(str(Shard(index, count)) for index in missing)
-        where = str(first.run_folder)
+        where = str(first.place.run_folder)
         raise DataError(f"{named}: missing of {count} shards in {where!r}: {names}; run them with --shard, then merge")
     ordered = [held[index] for index in range(1, count + 1)]
     if not mix:
@@ -236,72 +250,27 @@ def _environments(parts: Sequence[ShardResult]) -> list[dict[str, Any]]:
 
 
 def _merged(parts: Sequence[ShardResult]) -> Merged:
-    rows = sum(len(part.places) for part in parts)
-    # A shard without any answer has no score columns.
-    columns = common_columns([c for part in parts if (c := part.run["score_columns"])])
-    strategy = next(iter(parts[0].files["metric_dict.json"]))
-    errors = {
-        part.places[error["index"]]: error["message"]
+    placed = {
+        place: (instance, row_of(row, f"{part.folder / 'rows.json'}: row {place}"))
         for part in parts
-        for error in part.files["metrics.json"]["errors"]
+        for place, instance, row in zip(part.places, part.instances, part.files["rows.json"], strict=True)
     }
-
-    def woven(name: str) -> list[Any]:
-        values: list[Any] = [None] * rows
-        for part in parts:
-            for place, value in zip(part.places, part.files[name], strict=True):
-                values[place] = value
-        return values
-
-    def confidences() -> tuple[float | None, ...]:
-        values: list[float | None] = [None] * rows
-        for part in parts:
-            found = part.files["metrics.json"].get("confidence") or [None] * len(part.places)
-            for place, value in zip(part.places, found, strict=True):
-                values[place] = value
-        return known_confidences(values)
-
-    def scores() -> list[tuple[float | None, ...]]:
-        values: list[tuple[float | None, ...]] = [()] * rows
-        for part in parts:
-            for place, row in zip(part.places, part.files["metric_dict.json"][strategy], strict=True):
-                known = dict(zip(part.run["score_columns"], row, strict=True)) if row else {}
-                values[place] = tuple(known.get(name) for name in columns)
-        return values
-
-    times = [part.files["time_dict.json"] for part in parts]
-    seconds = {key: sum(time.get(key, 0.0) for time in times) for key in dict.fromkeys(k for t in times for k in t)}
+    instances, rows = zip(*(placed[place] for place in range(len(placed))), strict=True)
+    seconds = summed(part.files["time_dict.json"] for part in parts)
     loading = seconds.pop("loading")
-    result = DatasetResult(
-        dataset=parts[0].dataset,
-        metric=recorded_kind(parts[0].run, parts[0].dataset),
-        eval_results=tuple(woven("eval_results.json")),
-        predictions=tuple(woven("predictions.json")),
-        selected=tuple(woven("selected_loras.json")),
-        weights=tuple(woven("weights.json")),
-        scored=columns,
-        scores=tuple(scores()),
+    first = parts[0]
+    kind = recorded_kind(first.run, first.dataset)
+    result = replace(
+        collect(first.dataset, instances, inference=seconds["inference"], metric=kind),
         seconds=seconds,
-        errors=errors,
-        confidences=confidences(),
         forms=dict(sorted(sum((Counter(part.run["forms"]) for part in parts), Counter[str]()).items())),
     )
-    all_rows = [_row(row) for row in woven("rows.json")]
-    run = _run(parts, rows)
+    run = _run(parts, len(rows))
+    strategy = next(iter(first.files["metric_dict.json"]))
     files = result_files(
-        result, all_rows, strategy=strategy, loading_seconds=loading, run=run, seed=run["identity"]["seed"]
+        result, rows, strategy=strategy, loading_seconds=loading, run=run, seed=run["identity"]["seed"]
     )
-    return Merged(parts[0].whole, files, tuple(part.folder for part in parts))
-
-
-def _row(row: Mapping[str, Any]) -> Row:
-    completion = row["completion"]
-    return Row(
-        row["context"],
-        completion if isinstance(completion, str) else tuple(completion),
-        tuple(row.get("references", ())),
-        row.get("adapter"),
-    )
+    return Merged(first.place.run_folder / first.dataset, files, tuple(part.folder for part in parts))
 
 
 def _run(parts: Sequence[ShardResult], rows: int) -> dict[str, Any]:

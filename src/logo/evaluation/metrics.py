@@ -207,17 +207,19 @@ def measures(kind: Kind) -> tuple[str, ...]:
     return ("em" if kind == "em_multi" else kind,)
 
 
+def by_measure(kind: Kind, values: Sequence[Value]) -> dict[str, list[float]]:
+    """The numbers of each measure, the primary one last, one number for each value of this metric."""
+    own = [value for value in values if isinstance(value, dict) == (kind == "rouge")]
+    return {name: [float(one[name] if isinstance(one, dict) else one) for one in own] for name in measures(kind)}
+
+
 def mean(kind: Kind, values: Sequence[Value]) -> dict[str, float]:
     """Means over instances, by measure.
 
     Raises:
         ValueError: no values of this metric.
     """
-    names = measures(kind)
-    if kind == "rouge":
-        scores = [value for value in values if isinstance(value, dict)]
-        return {key: fmean(score[key] for score in scores) for key in names}
-    return {names[0]: fmean(value for value in values if not isinstance(value, dict))}
+    return {name: fmean(column) for name, column in by_measure(kind, values).items()}
 
 
 def summary_line(kind: Kind, values: Sequence[Value]) -> str:

@@ -7,48 +7,45 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from lm_eval.api.model import TemplateLM
 from torch import Tensor
 
 # Timeout of collective operations: all ranks wait until the slowest has answered its documents.
 _PATIENCE = timedelta(weeks=52)
 
 
-class Ranks:
-    """This process among those that were started together, or alone.
+class Ranks(TemplateLM):  # type: ignore[misc]
+    """A model of the harness in this process, which is one of those that were started together, or alone.
 
     Attributes:
-        rank: its number, from 0.
-        world_size: number of processes.
-        device: this process's own device; None: it is alone and may use any.
+        accelerator: of several processes; None: this one is alone.
     """
 
     def __init__(self) -> None:
-        self.rank, self.world_size = 0, 1
-        self.device: str | None = None
-        self._accelerator: Any = None
+        super().__init__()  # alone
+        self.accelerator: Any = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import Accelerator, InitProcessGroupKwargs
 
-            self._accelerator = Accelerator(
+            self.accelerator = Accelerator(
                 cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)]
             )
-            self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes
-            self.device = str(self._accelerator.device)
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, one after the other."""
-        gathered: Tensor = tensor if self._accelerator is None else self._accelerator.gather(tensor)
+        gathered: Tensor = tensor if self.accelerator is None else self.accelerator.gather(tensor)
         return gathered
 
-    def gather_object(self, value: Any, dst: int = 0) -> list[Any] | None:
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """The values of all ranks, in one of them; None in all others."""
-        if self._accelerator is None:
-            return [value]
-        found: list[Any] | None = [None] * self.world_size if self.rank == dst else None
-        torch.distributed.gather_object(value, found, dst=dst)
+        if self.accelerator is None:
+            return [obj]
+        found: list[Any] | None = [None] * self._world_size if self._rank == dst else None
+        torch.distributed.gather_object(obj, found, dst=dst)
         return found
 
     def barrier(self) -> None:
         """Returns when all ranks are here."""
-        if self._accelerator is not None:
-            self._accelerator.wait_for_everyone()
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()

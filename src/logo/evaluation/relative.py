@@ -20,10 +20,9 @@ import numpy as np
 
 from logo.evaluation.corpus import mean_worth
 from logo.evaluation.intervals import Interval, Values, bootstrap
-from logo.evaluation.summary import Measured, Section
+from logo.evaluation.summary import KINDS, Measured, Section, values_of
 
 GENERATED, FORCED = "generated", "exact_match"
-_KINDS = ("signals", "methods", "mixtures")
 
 Arm = tuple[str, str]  # kind and name
 Tasks = dict[str, dict[Arm, float]]  # task -> arm -> mean score
@@ -97,20 +96,20 @@ def _of_uniform(rows: Sequence[tuple[str, Section]], metric: str, seed: int) -> 
 
 def _tasks(rows: Iterable[tuple[str, Section]], metric: str) -> Tasks:
     """Means over the rows of each task."""
-    found: dict[str, dict[Arm, list[float]]] = {}
+    sections: dict[str, list[Section]] = {}
     for task, section in rows:
-        arms = found.setdefault(task, {})
-        for kind, named in section.items():
-            for name, metrics in named.items():
-                arms.setdefault((kind, name), []).append(metrics[metric])
-    return {task: {arm: fmean(values) for arm, values in arms.items()} for task, arms in sorted(found.items())}
+        sections.setdefault(task, []).append(section)
+    return {
+        task: {(kind, name): fmean(values) for (kind, name, one), values in values_of(found).items() if one == metric}
+        for task, found in sorted(sections.items())
+    }
 
 
 def _arms(tasks: Tasks) -> list[Arm]:
     """The arms that every task has, signals first."""
     first, *others = tasks.values()
     shared = [arm for arm in first if all(arm in one for one in others)]
-    return sorted(shared, key=lambda arm: _KINDS.index(arm[0]))
+    return sorted(shared, key=lambda arm: KINDS.index(arm[0]))
 
 
 def _mean_interval(values: Values, seed: int) -> Interval | None:

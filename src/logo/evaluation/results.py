@@ -21,23 +21,10 @@ from logo.digests import fingerprint
 from logo.errors import StorageError, UsageError
 from logo.evaluation.corpus import Extra, extra_metrics, mean_of
 from logo.evaluation.intervals import Interval
-from logo.evaluation.metrics import Kind, mean, metric_kind
+from logo.evaluation.metrics import Kind, by_measure, mean, metric_kind
 from logo.evaluation.runner import DatasetResult
-from logo.folders import check_writable, replace_folder
+from logo.folders import replace_folder
 from logo.rows import Row
-
-__all__ = [
-    "LOGO",
-    "RESULT_FILES",
-    "check_writable",
-    "metrics_record",
-    "read_results",
-    "result_files",
-    "run_folder",
-    "run_record",
-    "versions",
-    "write_results",
-]
 
 _RUN_NAME = re.compile(r"[^\W_]([\w.+=-]{0,62}[^\W_])?")
 LOGO = "logo"  # the method that is not a baseline
@@ -130,18 +117,16 @@ def metrics_record(result: DatasetResult, golds: Sequence[Sequence[str]], *, see
         seed: of the intervals that are drawn.
     """
     official: dict[str, float] = {}
-    intervals: dict[str, Interval] = {}
+    intervals: dict[str, Interval | None] = {}
     extra = Extra()
     if result.predictions:
         official = mean(result.metric, result.eval_results)
-        for key in official:
-            values = mean_of([float(v[key] if isinstance(v, dict) else v) for v in result.eval_results])
-            interval = values.interval(seed=[seed])
-            intervals |= {} if interval is None else {key: interval}
+        columns = by_measure(result.metric, result.eval_results)
+        intervals = {key: mean_of(column).interval(seed=[seed]) for key, column in columns.items()}
         extra = extra_metrics(result.dataset, result.predictions, golds, metric=result.metric, seed=seed)
     return {
         "official": official,
-        "official_intervals": intervals,
+        "official_intervals": {key: interval for key, interval in intervals.items() if interval is not None},
         "extra": extra.values,
         "extra_intervals": extra.intervals,
         "signatures": extra.signatures,

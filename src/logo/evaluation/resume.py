@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +42,6 @@ class ResumePolicy:
 
 
 @dataclass(frozen=True)
-class Learning:
-    """Where the learnt state of a method for a dataset is stored: one record in a journal that all shards share.
-
-    Attributes:
-        file: the journal; `run`: its first line if this process learns.
-        fresh: learn again, even if it was learnt before.
-        policy: what is allowed with a state that another run has learnt, or the same run in another environment.
-    """
-
-    file: Path
-    run: Mapping[str, Any]
-    fresh: bool = False
-    policy: ResumePolicy = field(default_factory=ResumePolicy)
-
-
-@dataclass(frozen=True)
 class Plan:
     """What has to be done for one job.
 
@@ -66,22 +50,23 @@ class Plan:
         run: the first line of its journal: the identity (`logo.evaluation.identity`) with pool and shard, the
             environment in which it was begun, and a digest of the result that it may replace.
         environment: the environment of this process.
+        policy: what the user allows.
         done: the result is there.
         fresh: an interrupted run is not continued.
-        learning: None if the method does not learn.
+        learning: the first line of the journal of what the method learns, which all shards share, if this process
+            learns; None if the method does not learn.
         note: what the user should know about an existing result of this run, in words.
-        keep_both: as in the policy.
         judge: the metric of the first line of the journal, if the run was begun.
     """
 
     job: Job
     run: Mapping[str, Any]
     environment: Mapping[str, Any]
+    policy: ResumePolicy
     done: bool = False
     fresh: bool = True
-    learning: Learning | None = None
+    learning: Mapping[str, Any] | None = None
     note: str = ""
-    keep_both: str = ""
     judge: Mapping[str, Any] | None = None
 
 
@@ -111,8 +96,7 @@ def plan(
     run = {**identity, "shard": part_of(job), "environment": dict(environment), "replaces": None}
     if policy.overwrite:
         learning = _learning(job, run, policy, begun=False) if learns else None
-        run = {**run, "replaces": there and there.digest}
-        return Plan(job, run, environment, learning=learning, keep_both=policy.keep_both)
+        return Plan(job, {**run, "replaces": there and there.digest}, environment, policy, learning=learning)
     file = journal_of(job.folder)
     begun = _begun(file)
     found = [] if begun is None else differences(_unjudged(_asked(run)), _unjudged(_asked(begun)))
@@ -122,7 +106,7 @@ def plan(
         if finished:  # its run was killed before it could remove the journal
             _remove(job, learns)
         if begun is None or found or finished or judge != _judge(run):
-            return Plan(job, run, environment, done=True, note=_under_others(there, environment))
+            return Plan(job, run, environment, policy, done=True, note=_under_others(there, environment))
     if begun is not None and found:
         raise UsageError(
             f"dataset {job.dataset!r}: {file} was left by an unfinished run with other settings, pool or rows, or "
@@ -135,26 +119,24 @@ def plan(
         run = {**run, "replaces": begun["replaces"]}
         if resumed:
             run = {**run, "environment": _accepted(job, file, begun, environment, policy, "begun")}
-    check_place(job, run, policy.keep_both)
     note = "" if there is None or not there.missing else f"{job.folder} lacks {', '.join(there.missing)}"
     how: dict[str, Any] = {"fresh": not resumed, "judge": judge if resumed else None}
-    return Plan(job, run, environment, learning=learning, note=note, keep_both=policy.keep_both, **how)
+    made = Plan(job, run, environment, policy, learning=learning, note=note, **how)
+    check_place(made)
+    return made
 
 
-def check_place(job: Job, run: Mapping[str, Any], keep_both: str) -> None:
+def check_place(plan: Plan) -> None:
     """Checks that a result may be written: nothing is there, or only what may be replaced.
-
-    Args:
-        run: as `Plan.run`; `keep_both`: as `ResumePolicy.keep_both`.
 
     Raises:
         UsageError: something else is there; names the differences.
         StorageError: it cannot be read.
     """
-    there = standing(job.folder)
-    other = None if there is None else there.other(_asked(run))
-    if there is not None and other is not None and there.digest != run["replaces"]:
-        raise UsageError(f"dataset {job.dataset!r}: {other}; --overwrite replaces it, {keep_both}")
+    there = standing(plan.job.folder)
+    other = None if there is None else there.other(_asked(plan.run))
+    if there is not None and other is not None and there.digest != plan.run["replaces"]:
+        raise UsageError(f"dataset {plan.job.dataset!r}: {other}; --overwrite replaces it, {plan.policy.keep_both}")
 
 
 def open_journal(plan: Plan, learnt: Learnt | None = None) -> Journal:
@@ -197,16 +179,17 @@ def learn_once(plan: Plan, learn: Callable[[], Mapping[str, Any]]) -> Learnt:
         UsageError: another run has learnt it, or another environment that may not be mixed with this one.
         StorageError: it cannot be stored.
     """
-    learning = plan.learning
-    if learning is None:
+    job, own, policy = plan.job, plan.learning, plan.policy
+    if own is None:
         raise RuntimeError("this plan's method learns nothing")
-    wait = f"dataset {plan.job.dataset!r}: another shard is learning; this one waits for what it finds"
+    wait = f"dataset {job.dataset!r}: another shard is learning; this one waits for what it finds"
     with Journal(
-        _placed(learning.file),
-        learning.run,
-        fresh=learning.fresh,
-        other=lambda run: _taken(plan.job, learning, run),
-        wait=None if plan.job.shard is None else wait,
+        _placed(learnt_of(job)),
+        own,
+        # With --overwrite, a shard still uses what this run has learnt, because other shards may have used it.
+        fresh=policy.overwrite and job.shard is None,
+        other=lambda kept: _taken(job, own, policy, kept),
+        wait=None if job.shard is None else wait,
     ) as journal:
         if journal.records:
             return Learnt(journal.records[0], journal.run["environment"])
@@ -298,50 +281,44 @@ def _accepted(
     return dict(begun["environment"])
 
 
-def _learning(job: Job, run: Mapping[str, Any], policy: ResumePolicy, *, begun: bool) -> Learning:
-    """Where the learnt state is kept; it is checked before anything is answered.
+def _learning(job: Job, run: Mapping[str, Any], policy: ResumePolicy, *, begun: bool) -> dict[str, Any]:
+    """`Plan.learning`; what was learnt before is checked before anything is answered.
 
     Args:
         run: this process's, as `Plan.run`.
         begun: rows have been answered with it already.
     """
-    file = learnt_of(job)
     own = {**_asked(run), "shard": None, "environment": run["environment"]}
-    # With --overwrite, a shard still uses what this run has learnt, because other shards may have used it.
-    learning = Learning(file, own, fresh=policy.overwrite and job.shard is None, policy=policy)
-    if policy.overwrite:
-        return learning
-    kept = _begun(file)
-    if kept is None:
-        if begun:
+    if not policy.overwrite:
+        kept = _begun(learnt_of(job))
+        if kept is not None:
+            _taken(job, own, policy, kept)
+        elif begun:
             raise UsageError(
-                f"dataset {job.dataset!r}: the rows so far depend on what the method learnt, but its file {file} is "
-                "missing; put it back, or begin again with --overwrite"
+                f"dataset {job.dataset!r}: the rows so far depend on what the method learnt, but its file "
+                f"{learnt_of(job)} is missing; put it back, or begin again with --overwrite"
             )
-    else:
-        _taken(job, learning, kept)
-    return learning
+    return own
 
 
-def _taken(job: Job, learning: Learning, kept: Mapping[str, Any]) -> bool:
+def _taken(job: Job, own: Mapping[str, Any], policy: ResumePolicy, kept: Mapping[str, Any]) -> bool:
     """Whether the learnt state of another process is used; if not, it is dropped.
 
     Args:
-        kept: the first line of its journal.
+        own: the first line that this process would write; `kept`: the one that is there.
 
     Raises:
         UsageError: neither is allowed.
     """
-    policy, own = learning.policy, learning.run
     found = differences(_unjudged(_asked(own)), _unjudged(_asked(kept)))
     if policy.overwrite:
         return not found and (policy.mix or not differences(own["environment"], kept["environment"]))
     if found:
         raise UsageError(
-            f"dataset {job.dataset!r}: {learning.file} holds what another run learnt ({described(found)}); begin again "
-            f"with --overwrite; {policy.keep_both}"
+            f"dataset {job.dataset!r}: {learnt_of(job)} holds what another run learnt ({described(found)}); begin "
+            f"again with --overwrite; {policy.keep_both}"
         )
-    _accepted(job, learning.file, kept, own["environment"], policy, "learnt")
+    _accepted(job, learnt_of(job), kept, own["environment"], policy, "learnt")
     return True
 
 

@@ -11,29 +11,18 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from logo.errors import UsageError
-from logo.evaluation.batches import Engine, Failure, GenerationLike, SelectionLike, in_batches
+from logo.evaluation.batches import Engine, Failure, in_batches
 from logo.evaluation.journal import Journal
-from logo.evaluation.metrics import Kind, Value, first_line, judge, measure, metric_kind
+from logo.evaluation.metrics import Kind, Value, first_line, judge, measure, measures, metric_kind
 from logo.rows import Row
 
-__all__ = [
-    "Answered",
-    "AnsweredBatch",
-    "DatasetResult",
-    "Engine",
-    "GenerationLike",
-    "Instance",
-    "SelectionLike",
-    "answered_batches",
-    "answers",
-    "collect",
-    "evaluate",
-]
+if TYPE_CHECKING:
+    from logo.decoder import Generation
 
 
 @dataclass(frozen=True)
@@ -193,6 +182,24 @@ class Answered:
             self._journal.append({**kept, **more, "judge": self._judge})
         self._take(batch)
 
+    def complete(self, engine: Engine, max_new_tokens: int, on_progress: Callable[[int], None]) -> None:
+        """Answers the missing rows; arguments and errors as of `evaluate`."""
+        if len(self):
+            on_progress(len(self))
+        for stretch in self.missing:
+            batches = answers(
+                engine,
+                self._rows[stretch.start : stretch.stop],
+                metric=self._metric,
+                batch_size=self._batch_size,
+                max_new_tokens=max_new_tokens,
+                size=self.size,
+                proven=self.proven,
+            )
+            for batch in placed(stretch.start, batches):
+                self.add(batch)
+                on_progress(len(self))
+
     def result(self) -> DatasetResult:
         """The result, when all rows are answered."""
         instances = [self._instances[row] for row in range(len(self._rows))]
@@ -230,50 +237,8 @@ def evaluate(
     if not rows:
         raise UsageError(f"dataset {dataset!r}: expected at least one row, found none")
     answered = Answered(dataset, rows, batch_size, metric, journal)
-    report = on_progress or (lambda done: None)
-    if len(answered):
-        report(len(answered))
-    for stretch in answered.missing:
-        for batch in answered_batches(
-            engine,
-            rows,
-            stretch,
-            metric=metric or metric_kind(dataset),
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            size=answered.size,
-            proven=answered.proven,
-        ):
-            answered.add(batch)
-            report(len(answered))
+    answered.complete(engine, max_new_tokens, on_progress or (lambda done: None))
     return answered.result()
-
-
-def answered_batches(
-    engine: Engine,
-    rows: Sequence[Row],
-    stretch: range,
-    *,
-    metric: Kind,
-    batch_size: int,
-    max_new_tokens: int,
-    size: int | None = None,
-    proven: bool = False,
-) -> Iterator[AnsweredBatch]:
-    """Answers a stretch of a dataset's rows, a batch at a time; arguments and errors as `answers`."""
-    first, began = stretch.start, time.perf_counter()
-    for instances, fits in answers(
-        engine,
-        rows[stretch.start : stretch.stop],
-        metric=metric,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        size=size,
-        proven=proven,
-    ):
-        took, began = time.perf_counter() - began, time.perf_counter()
-        yield AnsweredBatch(first, tuple(instances), took, fits)
-        first += len(instances)
 
 
 def answers(
@@ -306,6 +271,15 @@ def answers(
         yield [_judged(metric, row, answer) for row, answer in zip(some, batch.answers, strict=True)], batch.size
 
 
+def placed(first: int, batches: Iterable[tuple[Sequence[Instance], int]]) -> Iterator[AnsweredBatch]:
+    """Batches as `answers` makes them, from the row `first` of a dataset on, with the time that each takes."""
+    began = time.perf_counter()
+    for instances, size in batches:
+        took, began = time.perf_counter() - began, time.perf_counter()
+        yield AnsweredBatch(first, tuple(instances), took, size)
+        first += len(instances)
+
+
 def collect(
     dataset: str, instances: Sequence[Instance], *, inference: float, metric: Kind | None = None
 ) -> DatasetResult:
@@ -316,11 +290,8 @@ def collect(
         metric: by which they were judged; None: by the dataset's name.
     """
     answered = [instance for instance in instances if instance.error is None]
-    scored = common_columns([tuple(instance.scores) for instance in answered])
-    seconds = {"inference": inference}
-    for instance in instances:
-        for stage, share in instance.seconds.items():
-            seconds[stage] = seconds.get(stage, 0.0) + share
+    scored = _common_columns([tuple(instance.scores) for instance in answered])
+    confidences = tuple(instance.confidence for instance in instances)
     return DatasetResult(
         dataset=dataset,
         metric=metric or metric_kind(dataset),
@@ -330,25 +301,29 @@ def collect(
         weights=tuple(instance.weights for instance in instances),
         scored=scored,
         scores=tuple(tuple(instance.scores.get(name) for name in scored) for instance in instances),
-        seconds=seconds,
+        seconds=summed([{"inference": inference}, *(instance.seconds for instance in instances)]),
         errors={index: instance.error for index, instance in enumerate(instances) if instance.error is not None},
         forms=dict(sorted(Counter(instance.form for instance in answered).items())),
-        confidences=known_confidences([instance.confidence for instance in instances]),
+        confidences=() if all(one is None for one in confidences) else confidences,
     )
 
 
-def known_confidences(values: Sequence[float | None]) -> tuple[float | None, ...]:
-    """The confidences, or nothing if none is known."""
-    return () if all(value is None for value in values) else tuple(values)
+def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The sums of numbers by name."""
+    found: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            found[name] = found.get(name, 0.0) + value
+    return found
 
 
-def common_columns(scored: Sequence[Sequence[str]]) -> tuple[str, ...]:
+def _common_columns(scored: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """The adapters that any instance scored, in pool order; instances of a two-stage index score different ones."""
     different = list(dict.fromkeys(map(tuple, scored)))
     return different[0] if len(different) == 1 else tuple(sorted({name for names in different for name in names}))
 
 
-def _judged(kind: Kind, row: Row, answer: GenerationLike | Failure) -> Instance:
+def _judged(kind: Kind, row: Row, answer: Generation | Failure) -> Instance:
     if isinstance(answer, Failure):
         return Instance(_nothing(kind), "", (), (), {}, {}, answer.message)
     prediction = first_line(answer.text)
@@ -372,7 +347,7 @@ def _judged_again(kind: Kind, row: Row, instance: Instance) -> Instance:
 
 def _nothing(kind: Kind) -> Value:
     """The value of a row without an answer. It is always zero, although an empty answer can be right."""
-    return {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-L": 0.0} if kind == "rouge" else 0
+    return dict.fromkeys(measures(kind), 0.0) if kind == "rouge" else 0
 
 
 def _recorded(values: Mapping[str, Any]) -> Instance:

@@ -33,7 +33,7 @@ from logo.evaluation.resume import (
     part_of,
     plan,
 )
-from logo.evaluation.runner import Answered, answered_batches
+from logo.evaluation.runner import Answered
 from logo.rows import Row
 
 if TYPE_CHECKING:
@@ -151,10 +151,6 @@ class Evaluation(ABC):
         """Whether the method uses labelled training rows."""
         return isinstance(self.method, Learned)
 
-    def overlap(self, job: Job) -> dict[str, int]:
-        """For `run.json`: the number of training rows of the method that are also answered."""
-        return {"train_rows_also_tested": trained_and_tested(job)} if self.learns else {}
-
     def _warn_of_overlap(self, job: Job) -> None:
         shared = trained_and_tested(job)
         if shared and self.method is not None:
@@ -234,7 +230,9 @@ class Underway:
             StorageError: it cannot be written.
         """
         job, facts, result = self.plan.job, self._evaluation.facts, self.answered.result()
-        found_out = {} if self.found_out is None else {**self.found_out, **self._evaluation.overlap(job)}
+        found_out = dict(self.found_out or {})
+        if self.found_out is not None and self._evaluation.learns:
+            found_out["train_rows_also_tested"] = trained_and_tested(job)
         record = run_record(
             options=facts.options,
             pool=facts.pool,
@@ -261,7 +259,7 @@ class Underway:
             run=record,
             seed=self._evaluation.seed,
         )
-        check_place(job, self.plan.run, self.plan.keep_both)
+        check_place(self.plan)
         write_results(job.folder, files)
         finish(self.plan)  # while this process still has the journal
         return files
@@ -316,23 +314,9 @@ class Session(Evaluation):
         report = on_progress or (lambda one, done: None)
         for one in plans:
             with Underway(self, one) as dataset:
-                if len(dataset.answered):
-                    report(one, len(dataset.answered))
                 engine = self.answering(one.job, None if dataset.learnt is None else dataset.learnt.content)
                 dataset.found_out = engine.record if isinstance(engine, Answering) else None
-                for stretch in dataset.answered.missing:
-                    for batch in answered_batches(
-                        engine,
-                        dataset.rows,
-                        stretch,
-                        metric=one.job.metric,
-                        batch_size=self.batch_size,
-                        max_new_tokens=self.max_new_tokens,
-                        size=dataset.answered.size,
-                        proven=dataset.answered.proven,
-                    ):
-                        dataset.answered.add(batch)
-                        report(one, len(dataset.answered))
+                dataset.answered.complete(engine, self.max_new_tokens, functools.partial(report, one))
                 files = dataset.write()
             yield one, files
 

@@ -1,4 +1,4 @@
-"""The result of one dataset as a value, with all its columns checked.
+"""The result of one dataset as a value, with all its columns checked, and its prompts.
 
 Reads what `logo eval run` and the official script write. Only the six official files must be there; without `run.json`
 score columns are known by the adapters that were selected from them. Which folders there are: see `runs`.
@@ -6,9 +6,10 @@ score columns are known by the adapters that were selected from them. Which fold
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from logo.errors import DataError, StorageError
+from logo.evaluation.datasets import dataset_file
 from logo.evaluation.intervals import Interval, Values
-from logo.evaluation.metrics import Kind, Value, measures, recorded_kind
-from logo.evaluation.prompts import Prompt, prompts_of
+from logo.evaluation.metrics import Kind, Value, by_measure, measures, recorded_kind
+from logo.rows import Row, file_sha256, read_rows
 
 MARK = "eval_results.json"  # a folder with this file is the result of one dataset
 RUN = "run.json"
-_ROUGE = ("rouge-1", "rouge-2", "rouge-L")
+_ROUGE = measures("rouge")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Result:
         columns: the adapters that were scored, in pool order.
         scores: (instances, columns); nan where an instance has none.
         seconds: by stage.
-        prompts: the prompts; None if they are unknown, and then `no_prompts` says why.
+        prompts: the rows with the prompts; None if they are unknown, and then `no_prompts` says why.
         errors: error messages by instance.
         official: the means of the official measures, with `official_intervals`, as far as the run wrote them.
         extra: the measures beside them, with `extra_intervals` and sacrebleu's `signatures`.
@@ -54,7 +56,7 @@ class Result:
     columns: tuple[str, ...]
     scores: Values
     seconds: Mapping[str, float]
-    prompts: tuple[Prompt, ...] | None
+    prompts: tuple[Row, ...] | None
     no_prompts: str = ""
     errors: Mapping[int, str] = field(default_factory=dict)
     official: Mapping[str, float] = field(default_factory=dict)
@@ -82,15 +84,12 @@ class Result:
     def measures(self) -> dict[str, Values]:
         """The score of each answer (instances,) by official measure: one, or the three of ROUGE; the primary one comes
         last."""
-        names = measures(self.metric)
-        if self.metric == "rouge":
-            return {name: np.array([v[name] for v in self.values if isinstance(v, dict)]) for name in names}
-        return {names[0]: np.array(self.values, dtype=np.float64)}
+        return {name: np.array(column) for name, column in by_measure(self.metric, self.values).items()}
 
     @property
     def primary(self) -> str:
         """The name of the measure that is shown where there is room for one: ROUGE-L where there are three."""
-        return list(self.measures)[-1]
+        return measures(self.metric)[-1]
 
     @property
     def data_sha256(self) -> str | None:
@@ -114,7 +113,7 @@ def read_result(folder: Path, dataset: str, data_dir: Path | None = None) -> Res
     values = tuple(_value(folder / MARK, index, value) for index, value in enumerate(_list(folder / MARK)))
     if not values:
         raise DataError(f"{folder / MARK}: expected one value per instance, found an empty list")
-    if len({_shape(value) for value in values}) > 1:
+    if len({isinstance(value, dict) for value in values}) > 1:
         raise DataError(f"{folder / MARK}: expected either numbers or ROUGE objects, found both")
     rows = len(values)
     predictions = tuple(str(text) for text in _list(folder / "predictions.json", rows))
@@ -128,12 +127,12 @@ def read_result(folder: Path, dataset: str, data_dir: Path | None = None) -> Res
             )
     run = read_object(folder / RUN, missing={})
     metric = recorded_kind(run, dataset)
-    if (metric == "rouge") != _shape(values[0]):
+    if (metric == "rouge") != isinstance(values[0], dict):
         expected = "ROUGE objects" if metric == "rouge" else "numbers"
         raise DataError(f"{folder / MARK}: expected {expected}, since the metric is {metric}, found {values[0]!r:.60}")
     scores = _scores(folder / "metric_dict.json", rows)
     metrics = read_object(folder / "metrics.json", missing={})
-    prompts, reason = prompts_of(folder, dataset, run, rows, data_dir)
+    prompts, reason = _prompts(folder, dataset, run, rows, data_dir)
     return Result(
         dataset=dataset,
         folder=folder,
@@ -167,6 +166,53 @@ def read_object(file: Path, missing: dict[str, Any] | None = None) -> dict[str, 
     if not isinstance(content, dict):
         raise DataError(f"{file}: expected an object, found {type(content).__name__}")
     return content
+
+
+def _prompts(
+    folder: Path, dataset: str, run: Mapping[str, Any], rows: int, data_dir: Path | None
+) -> tuple[tuple[Row, ...] | None, str]:
+    """The prompts of a result folder; or None, and why.
+
+    A data file is used only if its SHA-256 is the one in `run.json`.
+    """
+    file = folder / "rows.json"
+    if file.exists():
+        return tuple(_written(file, rows)), ""
+    data = run.get("dataset")
+    if not isinstance(data, dict) or not data.get("sha256"):
+        return None, "the result holds no prompts and does not say which file they came from"
+    changed = False
+    for candidate in _candidates(str(data.get("file", "")), dataset, data_dir):
+        try:
+            if file_sha256(candidate) == data["sha256"]:
+                return tuple(read_rows(candidate, rows)), ""
+            changed = True
+        except (DataError, StorageError):
+            continue
+    state = "has changed since" if changed else "is not there any more"
+    return None, f"the result holds no prompts, and its data file {data.get('file')} {state}"
+
+
+def _candidates(file: str, dataset: str, data_dir: Path | None) -> Iterator[Path]:
+    if file:
+        yield Path(file)
+    if data_dir is not None:
+        yield data_dir / f"{dataset}.jsonl"
+        with contextlib.suppress(DataError):  # not a name that a data folder could hold
+            yield dataset_file(data_dir, dataset)
+
+
+def _written(file: Path, rows: int) -> Iterator[Row]:
+    content = _json(file)
+    if not isinstance(content, list) or len(content) != rows:
+        found = len(content) if isinstance(content, list) else type(content).__name__
+        raise DataError(f"{file}: expected a list of {rows} rows, one per instance, found {found}")
+    for index, row in enumerate(content):
+        if not isinstance(row, dict) or "context" not in row or "completion" not in row:
+            raise DataError(f"{file}: row {index}: expected an object with 'context' and 'completion'")
+        completion = row["completion"]
+        golds = completion if isinstance(completion, str) else tuple(map(str, completion))
+        yield Row(str(row["context"]), golds, tuple(map(str, row.get("references") or ())), row.get("adapter"))
 
 
 def _columns(run: Mapping[str, Any], scores: Values, selected: Sequence[Sequence[str]]) -> tuple[str, ...]:
@@ -210,10 +256,6 @@ def _value(file: Path, index: int, value: object) -> Value:
     if isinstance(value, dict) and all(isinstance(value.get(key), (int, float)) for key in _ROUGE):
         return {key: float(value[key]) for key in _ROUGE}
     raise DataError(f"{file}: instance {index}: expected a number or {{{', '.join(_ROUGE)}}}, found {value!r:.60}")
-
-
-def _shape(value: Value) -> bool:
-    return isinstance(value, dict)
 
 
 def _finite(value: object) -> float:

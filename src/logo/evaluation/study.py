@@ -28,6 +28,7 @@ from logo.evaluation.metrics import Kind
 from logo.evaluation.relative import relative
 from logo.evaluation.reliability import reliability
 from logo.evaluation.results import versions
+from logo.evaluation.runner import summed
 from logo.evaluation.summary import Measured, summary
 from logo.rows import Row, read_rows
 
@@ -284,13 +285,6 @@ def _identity(
     }
 
 
-def _seconds(rows: Iterable[Measured], loading: float) -> dict[str, Any]:
-    select: dict[str, float] = {}
-    others: dict[str, float] = {}
-    for row in rows:
-        for what, spent in row.seconds.items():
-            if what != "select":
-                others[what] = others.get(what, 0.0) + spent
-        for name, seconds in row.seconds["select"].items():
-            select[name] = select.get(name, 0.0) + seconds
-    return {"loading": loading, "select": select, **others}
+def _seconds(rows: Sequence[Measured], loading: float) -> dict[str, Any]:
+    others = ({what: spent for what, spent in row.seconds.items() if what != "select"} for row in rows)
+    return {"loading": loading, "select": summed(row.seconds["select"] for row in rows), **summed(others)}

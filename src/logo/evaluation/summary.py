@@ -10,7 +10,8 @@ from typing import Any
 from logo.evaluation.corpus import mean_of
 from logo.evaluation.intervals import of_mean
 
-# "signals", "methods" or "mixtures" -> name -> metric -> value. Of one row, of a task, or of all tasks.
+KINDS = ("signals", "methods", "mixtures")
+# Kind -> name -> metric -> value. Of one row, of a task, or of all tasks.
 Section = dict[str, dict[str, dict[str, float]]]
 
 
@@ -66,28 +67,31 @@ def summary(rows: Iterable[Measured], pool: Sequence[str], *, seed: int = 0) -> 
 def section(tasks: Sequence[Sequence[Section]], seed: int = 0) -> dict[str, dict[str, dict[str, Any]]] | None:
     """Means over tasks of rows that all have the same metrics, with their 95 % `intervals`, None where there is none;
     None without rows."""
-    tasks = [rows for rows in tasks if rows]
-    if not tasks:
+    columns = [values_of(rows) for rows in tasks if rows]
+    if not columns:
         return None
-    keys = [
-        (kind, name, metric)
-        for kind, named in tasks[0][0].items()
-        for name, metrics in named.items()
-        for metric in metrics
-    ]
     report: dict[str, dict[str, dict[str, Any]]] = {}
-    for kind, name, metric in keys:
-        found = [mean_of([row[kind][name][metric] for row in rows]) for rows in tasks]
+    intervals: dict[tuple[str, str], dict[str, list[float] | None]] = {}
+    for kind, name, metric in columns[0]:
+        found = [mean_of(task[kind, name, metric]) for task in columns]
         values = [task.value for task in found]
         interval = of_mean(values, [task.interval(seed=[seed]) for task in found])
-        entry = report.setdefault(kind, {}).setdefault(name, {"intervals": {}})
-        entry[metric] = fmean(values)
-        entry["intervals"][metric] = None if interval is None else list(interval)
-    # The numbers first, their intervals last.
-    for named in report.values():
-        for entry in named.values():
-            entry["intervals"] = entry.pop("intervals")
+        report.setdefault(kind, {}).setdefault(name, {})[metric] = fmean(values)
+        intervals.setdefault((kind, name), {})[metric] = None if interval is None else list(interval)
+    for (kind, name), ends in intervals.items():
+        report[kind][name]["intervals"] = ends
     return report
+
+
+def values_of(rows: Iterable[Section]) -> dict[tuple[str, str, str], list[float]]:
+    """The values of some rows by kind, name and metric."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for row in rows:
+        for kind, named in row.items():
+            for name, metrics in named.items():
+                for metric, value in metrics.items():
+                    found.setdefault((kind, name, metric), []).append(value)
+    return found
 
 
 def mean_weights(rows: Iterable[Measured], signal: str) -> dict[str, dict[str, float]]:
@@ -108,10 +112,7 @@ def _of_task(rows: Sequence[Measured]) -> dict[str, Any]:
 
 
 def _plain_means(rows: Sequence[Section]) -> Section:
-    return {
-        kind: {
-            name: {metric: fmean(row[kind][name][metric] for row in rows) for metric in metrics}
-            for name, metrics in named.items()
-        }
-        for kind, named in rows[0].items()
-    }
+    report: Section = {}
+    for (kind, name, metric), values in values_of(rows).items():
+        report.setdefault(kind, {}).setdefault(name, {})[metric] = fmean(values)
+    return report

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from logo.extras import installed, need
+from logo.extras import need
 
 if TYPE_CHECKING:
     from logo.evaluation.intervals import Interval  # imports numpy
@@ -238,11 +238,6 @@ def as_parquet(table: Table) -> bytes:
     sink = io.BytesIO()
     parquet.write_table(arrow.table(columns, schema=arrow.schema(kinds)), sink)
     return sink.getvalue()
-
-
-def has_parquet() -> bool:
-    """Whether Parquet can be written."""
-    return installed("pyarrow")
 
 
 def _names(table: Table) -> list[str]:

@@ -25,7 +25,7 @@ from logo.evaluation.batches import OUT_OF_MEMORY
 from logo.evaluation.contest import Lesson, Lessons
 from logo.evaluation.jobs import Job
 from logo.evaluation.resume import Plan, ResumePolicy
-from logo.evaluation.runner import AnsweredBatch, answered_batches
+from logo.evaluation.runner import AnsweredBatch, answers, placed
 from logo.evaluation.session import Evaluation, Facts, Session, Underway
 from logo.evaluation.study import Facts as StudyFacts
 from logo.evaluation.study import Task
@@ -94,18 +94,16 @@ class Answerer:
         if self._engine is None or which != self._of:
             self._engine, self._rows = session.answering(job, learnt), [job.rows[place] for place in job.places]
             self._of, self._size, self._proven = which, session.batch_size, False
-        found = list(
-            answered_batches(
-                self._engine,
-                self._rows,
-                stretch,
-                metric=job.metric,
-                batch_size=session.batch_size,
-                max_new_tokens=session.max_new_tokens,
-                size=self._size,
-                proven=proven or self._proven,
-            )
+        batches = answers(
+            self._engine,
+            self._rows[stretch.start : stretch.stop],
+            metric=job.metric,
+            batch_size=session.batch_size,
+            max_new_tokens=session.max_new_tokens,
+            size=self._size,
+            proven=proven or self._proven,
         )
+        found = list(placed(stretch.start, batches))
         if found:
             self._size = found[-1].size
         self._proven = self._proven or any(one.error is None for batch in found for one in batch.instances)
@@ -335,7 +333,7 @@ class MeasuredInWorkers:
             DataError: rows that are missing or cannot be scored.
             Incomplete: some are not learnt, because every process that got them has died.
         """
-        for item, learnt in self._done((Item((lesson,), 1) for lesson in lessons), _learnt, "not learnt"):
+        for item, learnt in self._done((Item((lesson,), 1) for lesson in lessons), Arms.learnt, "not learnt"):
             yield item.args[0], learnt
 
     def __call__(self, rows: Iterable[tuple[Task, int]], lessons: Lessons) -> Iterator[Measured]:
@@ -349,7 +347,9 @@ class MeasuredInWorkers:
         if self.facts.in_order:
             raise UsageError("workers: a signal's selection depends on the prompts before; measure in one process")
         shared = self.workers.shared(lessons)
-        items = (_measured_item(task, index, shared) for task, index in rows)
+        items = (
+            Item((task.name, f"{task.file}:{index + 1}", index, task.rows[index], shared), 1) for task, index in rows
+        )
         for _, measured in self._done(items, _measured, "not measured"):
             yield measured
 
@@ -368,14 +368,6 @@ class MeasuredInWorkers:
 def study_facts_of(arms: Arms) -> StudyFacts:
     """The facts of the engines that a process compares."""
     return arms.facts
-
-
-def _learnt(arms: Arms, lesson: Lesson) -> Mapping[str, Any]:
-    return arms.learnt(lesson)
-
-
-def _measured_item(task: Task, index: int, lessons: Shared) -> Item:
-    return Item((task.name, f"{task.file}:{index + 1}", index, task.rows[index], lessons), 1)
 
 
 def _measured(arms: Arms, task: str, where: str, index: int, row: Row, lessons: Shared) -> Measured:

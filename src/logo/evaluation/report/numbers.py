@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from logo.evaluation.corpus import mean_of, mean_over
 from logo.evaluation.groups import group_of, grouped
 from logo.evaluation.intervals import Interval, Values
@@ -31,8 +28,6 @@ NAMES: Mapping[str, str] = {
     "f1": "F1 (SQuAD)",
 }
 """Usual names of measures; other measures keep their own."""
-
-_RIGHT = 0.5
 
 
 @dataclass(frozen=True)
@@ -72,11 +67,6 @@ class Line:
 def primary(result: Result) -> Values:
     """The score of each answer as one number (instances,): ROUGE-L if there are three."""
     return result.measures[result.primary]
-
-
-def right(result: Result) -> NDArray[np.bool_]:
-    """Which answers count as right (instances,): a score of at least one half."""
-    return np.asarray(primary(result) >= _RIGHT)
 
 
 def dataset_lines(pairing: Pairing, numbers: Sequence[Published] = ()) -> list[Line]:
@@ -155,20 +145,11 @@ def _cells(pairing: Pairing, names: Sequence[str], metric: str | None) -> tuple[
     cells = []
     for run in pairing.runs:
         results = [run.results[name] for name in names if name in run.results]
-        cells.append(_mean([_column(result, metric) for result in results], pairing.seed))
+        scores = [result.measures.get(metric or result.primary) for result in results]
+        means = [mean_of(values) for values in scores if values is not None]
+        rows = sum(len(mean.rows) for mean in means)
+        cells.append(Cell(*mean_over(means, seed=pairing.seed), rows, len(means)) if means else None)
     return marked(cells, lambda values: pairing.marks(values, names, metric))
-
-
-def _column(result: Result, metric: str | None) -> Values:
-    """The scores (instances,) under a measure (None: the primary one); empty if the result lacks it."""
-    return result.measures.get(metric or result.primary, np.empty(0))
-
-
-def _mean(columns: Sequence[Values], seed: int) -> Cell | None:
-    found = [mean_of(column) for column in columns if len(column)]
-    if not found:
-        return None
-    return Cell(*mean_over(found, seed=seed), sum(len(corpus.rows) for corpus in found), len(found))
 
 
 def _extra_cell(result: Result | None, metric: str) -> Cell | None:

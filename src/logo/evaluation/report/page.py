@@ -12,6 +12,7 @@ import re
 from importlib import resources
 from typing import TYPE_CHECKING
 
+from logo import __version__
 from logo.evaluation.report import tables
 from logo.evaluation.report.analysis import Analysis
 from logo.evaluation.report.payload import blocks
@@ -51,7 +52,7 @@ def page(analysis: Analysis, title: str | None = None) -> str:
     return templates.get_template("page.html").render(
         analysis=analysis,
         title=title or title_of(analysis),
-        version=_version(),
+        version=__version__,
         policy=policy,
         style=Markup(style),
         script=Markup(script),
@@ -115,9 +116,3 @@ def _asset(name: str) -> str:
 
 def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _version() -> str:
-    from logo import __version__
-
-    return __version__

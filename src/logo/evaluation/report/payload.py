@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from logo.evaluation.intervals import Values
-from logo.evaluation.prompts import Prompt
 from logo.evaluation.report.adapters import right_adapter, right_ranks
 from logo.evaluation.report.analysis import Analysis
 from logo.evaluation.report.numbers import NAMES, primary
 from logo.evaluation.report.versus import keys, shared_rows
 from logo.evaluation.stored import Result
+from logo.rows import Row
 
 WEIGHT_DIGITS = 4  # of weights and scores as the page shows them; the result files have all
 
@@ -30,7 +30,7 @@ WEIGHT_DIGITS = 4  # of weights and scores as the page shows them; the result fi
 class _Rows:
     """The instances of one dataset that any run has answered, and each run's places among them."""
 
-    prompts: list[Prompt | None] = field(default_factory=list)
+    prompts: list[Row | None] = field(default_factory=list)
     known: dict[tuple[object, ...], int] = field(default_factory=dict)
     places: dict[int, list[int]] = field(default_factory=dict)
 

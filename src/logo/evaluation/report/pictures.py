@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from logo.evaluation.intervals import Values
+from logo.evaluation.intervals import Interval, Values
 from logo.evaluation.report.adapters import Similarity, Spread, Weights, own_adapter
 from logo.evaluation.report.analysis import Analysis
 from logo.evaluation.report.numbers import NAMES, Cell, Line
@@ -47,12 +47,12 @@ def of_run(analysis: Analysis, number: int) -> list[Scene]:
 
 def scores(analysis: Analysis) -> Scene:
     """Every dataset's primary measure with its interval, a point per run."""
-    lines = primary_lines(analysis.lines)
+    lines = {line.dataset: line for line in analysis.lines}.values()  # the last one of each is its primary measure
     step = max(22.0, 8.0 * len(analysis.runs) + 8.0)
     marks: list[SceneMark] = []
     left = _margin([line.dataset or "" for line in lines]) + 8
     values = [bound for line in lines for cell in line.cells if cell for bound in (cell.value, *(cell.interval or ()))]
-    x = _scale(0.0, max(values, default=1.0), left, PLOT)
+    x = _Axis(0.0, max(values, default=1.0), left)
     top = _legend(analysis, marks, 0.0) if len(analysis.runs) > 1 else 0.0
     y, axis = top + 26.0, top + 18.0
     group = None
@@ -65,19 +65,18 @@ def scores(analysis: Analysis) -> Scene:
             y += 18
         rows.append((y, line))
         y += step
-    for tick in x.ticks:
-        marks.append(Stroke(x(tick), axis + 4, x(tick), y, "grid"))
-        marks.append(Label(x(tick), axis, _percent(tick), "muted", "middle"))
+    marks += x.grid(axis, axis + 4, y, lambda tick: f"{100 * tick:.3g}")
     for start, line in rows:
         name = line.dataset or ""
         marks.append(Stroke(left, start, left + PLOT, start, "grid", 0.6))
-        marks.append(Label(left - 10, start + step / 2 + 4, short(name), anchor="end", title=name))
+        marks.append(_name(left, start + step / 2 + 4, name))
         first = start + step / 2 - 4.0 * (len(line.cells) - 1)
         for number, cell in enumerate(line.cells):
             if cell is not None:
                 hint = f"{name}, {analysis.labels[number]}: {cell_text(cell, line)}"
-                marks += _interval(x, first + 8.0 * number, cell, number, hint)
-    best = [line for line in lines if any(cell for cell in line.cells)]
+                height = first + 8.0 * number
+                marks += _measured(x, height, cell.value, cell.interval, number, hint, width=1.6, r=3.4)
+    best = [line for line in lines if any(line.cells)]
     return Scene(
         "scores",
         "Scores by dataset",
@@ -96,25 +95,19 @@ def differences(analysis: Analysis) -> Scene | None:
     names = [f"{analysis.labels[v.b]} − {analysis.labels[v.a]}" for v in analysis.versus]
     left = _margin(names, 48) + 8
     bounds = [b for v in analysis.versus for b in (v.difference.value, *(v.difference.interval or ()))]
-    x = _scale(min(0.0, *bounds), max(0.0, *bounds), left, PLOT)
+    x = _Axis(min(0.0, *bounds), max(0.0, *bounds), left)
     step, y = 26.0, 28.0
     bottom = y + step * len(names)
-    marks: list[SceneMark] = []
-    for tick in x.ticks:
-        marks.append(Stroke(x(tick), 22, x(tick), bottom, "grid"))
-        marks.append(Label(x(tick), 16, _signed(100 * tick), "muted", "middle"))
+    marks = [*x.grid(16, 22, bottom, lambda tick: _signed(100 * tick))]
     marks.append(Stroke(x(0.0), 22, x(0.0), bottom, "muted", 1.5))
     for number, (name, pair) in enumerate(zip(names, analysis.versus, strict=True)):
         middle = y + step * number + step / 2
         found = pair.difference
-        role, shape = series(pair.b)
         hint = f"{name}: {_signed(100 * found.value)}"
         if found.interval:
             hint += f" [{', '.join(_signed(100 * end) for end in found.interval)}]"
-        marks.append(Label(left - 10, middle + 4, short(name, 48), anchor="end", title=name))
-        if found.interval:
-            marks.append(Stroke(x(found.interval.low), middle, x(found.interval.high), middle, role, 2.0, hint))
-        marks.append(Dot(x(found.value), middle, 4.5, role, shape, hint))
+        marks.append(_name(left, middle + 4, name, 48))
+        marks += _measured(x, middle, found.value, found.interval, pair.b, hint, width=2.0, r=4.5)
     return Scene(
         "differences",
         "One run against another",
@@ -136,14 +129,12 @@ def time(analysis: Analysis) -> Scene:
     for number, stage in enumerate(stages):
         marks += [Rect(at, 2, 11, 11, _stage(stage, number)), Label(at + 16, 12, stage)]
         at += 16 + text_width(stage) + 18
-    x = _scale(0.0, longest, left, PLOT)
+    x = _Axis(0.0, longest, left)
     bottom = 46.0 + 30.0 * len(analysis.runs)
-    for tick in x.ticks:
-        marks.append(Stroke(x(tick), 40, x(tick), bottom, "grid"))
-        marks.append(Label(x(tick), 34, f"{tick:g} s", "muted", "middle"))
+    marks += x.grid(34, 40, bottom, lambda tick: f"{tick:g} s")
     for row, (label, spent) in enumerate(zip(analysis.labels, analysis.seconds, strict=True)):
         top, done = 46.0 + 30.0 * row, 0.0
-        marks.append(Label(left - 10, top + 14, short(label), anchor="end", title=label))
+        marks.append(_name(left, top + 14, label))
         for number, stage in enumerate(stages):
             part = spent.loading if stage == "loading" else spent.stages.get(stage, 0.0)
             if part > 0:
@@ -198,17 +189,14 @@ def spread(analysis: Analysis, number: int) -> Scene | None:
     left = _margin(found.adapters) + 8 if step > NAMED else 12.0
     low, high = float(found.values[:, 0].min()), float(found.values[:, -1].max())
     logarithmic = low > 0 and high / low > 200
-    x = _scale(low, high, left, PLOT, logarithmic)
+    x = _Axis(low, high, left, logarithmic)
     bottom = 28.0 + step * len(found.adapters)
-    marks: list[SceneMark] = []
-    for tick in x.ticks:
-        marks.append(Stroke(x(tick), 22, x(tick), bottom, "grid"))
-        marks.append(Label(x(tick), 16, _power(tick) if logarithmic else f"{tick:.4g}", "muted", "middle"))
+    marks = [*x.grid(16, 22, bottom, _power if logarithmic else lambda tick: f"{tick:.4g}")]
     for row, (name, at) in enumerate(zip(found.adapters, found.values, strict=True)):
         y = 28.0 + step * (row + 0.5)
         hint = f"{name}: median {at[2]:.4g}, half in {at[1]:.4g} to {at[3]:.4g}, 90 % in {at[0]:.4g} to {at[4]:.4g}"
         if step > NAMED:
-            marks.append(Label(left - 10, y + 4, short(name), anchor="end", title=name))
+            marks.append(_name(left, y + 4, name))
         marks.append(Stroke(x(at[0]), y, x(at[4]), y, "s0", 1.2, hint))
         marks.append(Stroke(x(at[1]), y, x(at[3]), y, "s0", min(6.0, step - 1), hint))
         marks.append(Dot(x(at[2]), y, min(3.4, step / 2), "ink", 0, hint))
@@ -223,11 +211,6 @@ def spread(analysis: Analysis, number: int) -> Scene | None:
     )
 
 
-def primary_lines(lines: Sequence[Line]) -> list[Line]:
-    """The last line of every dataset: its primary measure."""
-    return list({line.dataset: line for line in lines}.values())
-
-
 def cell_text(cell: Cell, line: Line) -> str:
     """A cell in words: `accuracy 71.3 [65.0, 77.1], 150 instances`."""
     ends = f" [{', '.join(f'{line.scale * end:.1f}' for end in cell.interval)}]" if cell.interval else ""
@@ -235,31 +218,42 @@ def cell_text(cell: Cell, line: Line) -> str:
 
 
 class _Axis:
-    """From values to pixels, with the ticks to draw."""
+    """From values to pixels, from `left` on, with ticks at round numbers."""
 
-    def __init__(self, marks: Sequence[float], left: float, width: float, logarithmic: bool) -> None:
-        self.ticks = list(marks)
+    def __init__(self, low: float, high: float, left: float, logarithmic: bool = False) -> None:
         self._place: Callable[[float], float] = math.log10 if logarithmic else float
-        self._low, self._high = self._place(marks[0]), self._place(marks[-1])
-        self._left, self._width = left, width
+        if logarithmic:
+            first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+            step = max(1, round((last - first) / 6))
+            self._ticks = [10.0**power for power in range(first, last + step, step)]
+        else:
+            self._ticks = ticks(low, high, 6)
+        self._low, self._high = self._place(self._ticks[0]), self._place(self._ticks[-1])
+        self._left = left
 
     def __call__(self, value: float) -> float:
-        return self._left + self._width * (self._place(value) - self._low) / (self._high - self._low)
+        return self._left + PLOT * (self._place(value) - self._low) / (self._high - self._low)
+
+    def grid(self, label: float, top: float, bottom: float, text: Callable[[float], str]) -> Iterator[SceneMark]:
+        """A line at each tick, from `top` to `bottom`, and its value at the height of `label`."""
+        for tick in self._ticks:
+            yield Stroke(self(tick), top, self(tick), bottom, "grid")
+            yield Label(self(tick), label, text(tick), "muted", "middle")
 
 
-def _scale(low: float, high: float, left: float, width: float, logarithmic: bool = False) -> _Axis:
-    if logarithmic:
-        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        step = max(1, round((last - first) / 6))
-        return _Axis([10.0**power for power in range(first, last + step, step)], left, width, True)
-    return _Axis(ticks(low, high, 6), left, width, False)
+def _name(left: float, y: float, name: str, longest: int = 40) -> Label:
+    """The name of a row, beside what is plotted."""
+    return Label(left - 10, y, short(name, longest), anchor="end", title=name)
 
 
-def _interval(x: _Axis, y: float, cell: Cell, number: int, hint: str) -> Iterator[SceneMark]:
-    role, shape = series(number)
-    if cell.interval:
-        yield Stroke(x(cell.interval.low), y, x(cell.interval.high), y, role, 1.6, hint)
-    yield Dot(x(cell.value), y, 3.4, role, shape, hint)
+def _measured(
+    x: _Axis, y: float, value: float, interval: Interval | None, run: int, hint: str, *, width: float, r: float
+) -> Iterator[SceneMark]:
+    """A value as the point of a run, with its interval."""
+    role, shape = series(run)
+    if interval:
+        yield Stroke(x(interval.low), y, x(interval.high), y, role, width, hint)
+    yield Dot(x(value), y, r, role, shape, hint)
 
 
 def _legend(analysis: Analysis, marks: list[SceneMark], left: float) -> float:
@@ -339,10 +333,6 @@ def _power(value: float) -> str:
     """A power of ten, in full if it is short."""
     power = round(math.log10(value))
     return f"{value:g}" if -3 <= power <= 3 else "10" + str(power).translate(_RAISED)
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.3g}"
 
 
 def _words_of_weights(found: Weights) -> str:

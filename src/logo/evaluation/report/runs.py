@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from logo.evaluation.runner import summed
 from logo.evaluation.runs import Run
 
 # Options that are not listed as differences: they change no answer, or are shown elsewhere.
@@ -88,13 +89,11 @@ def differing(runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
 def seconds(run: Run) -> Seconds:
     """The times of a run."""
     results = run.results.values()
-    stages: dict[str, float] = {}
-    inference = 0.0
-    for result in results:
-        inference += result.seconds.get("inference", 0.0)
-        for name, value in result.seconds.items():
-            if name not in ("loading", "inference"):
-                stages[name] = stages.get(name, 0.0) + value
+    inference = sum(result.seconds.get("inference", 0.0) for result in results)
+    stages = summed(
+        {name: value for name, value in result.seconds.items() if name not in ("loading", "inference")}
+        for result in results
+    )
     rest = inference - sum(stages.values())
     # Stages and the whole are measured separately; a rest that rounding explains is not shown as a stage.
     if rest > 0.001 * inference or not stages:

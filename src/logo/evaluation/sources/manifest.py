@@ -29,7 +29,7 @@ def read_manifest(data_dir: Path) -> dict[str, Entry]:
     try:
         content = json.loads(file.read_bytes())
         entries = content["datasets"]
-        sound = all(
+        sound = content["version"] == VERSION and all(
             isinstance(name, str)
             and isinstance(entry["files"], dict)
             and all(
@@ -37,14 +37,13 @@ def read_manifest(data_dir: Path) -> dict[str, Entry]:
             )
             for name, entry in entries.items()
         )
-        found = content["version"]
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         raise StorageError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        sound, found, entries = False, None, {}
-    if not sound or found != VERSION:
+        sound, entries = False, {}
+    if not sound:
         raise DataError(
             f"{file}: expected a manifest of version {VERSION} as `logo data prepare` writes it, found something "
             "else; move it away and prepare again with --force"

@@ -36,12 +36,8 @@ class Request:
     raw: Path | None = None
 
 
-def _quiet(_: str) -> None:
-    pass
-
-
 def prepare(
-    declaration: Declaration, data_dir: Path, request: Request, on_stage: Callable[[str], None] = _quiet
+    declaration: Declaration, data_dir: Path, request: Request, on_stage: Callable[[str], None] = lambda stage: None
 ) -> Entry:
     """Write `{data_dir}/{main}/{sub}/{test,train}.jsonl` and return the entry that the manifest now has.
 
@@ -64,7 +60,10 @@ def prepare(
         if place.commit is None:
             raise
         raise DataError(f"{error} (in {declaration.source} at commit {place.commit})") from error
-    texts = {f"{split}.jsonl": "".join(map(_line, items)) for split, items in drawn.items()}
+    texts = {
+        f"{split}.jsonl": "".join(json.dumps(item.row(), ensure_ascii=False) + "\n" for item in items)
+        for split, items in drawn.items()
+    }
     folder = dataset_file(data_dir, declaration.name).parent
     if declaration.metric != metric_kind(declaration.name):
         texts["test.yaml"] = f"metric: {declaration.metric}\n"
@@ -104,10 +103,6 @@ def _drawn(
             drawn["train"] = train
     unusable = {id(instances): instances.unusable for instances in found.values()}
     return drawn, sum(unusable.values())
-
-
-def _line(instance: Instance) -> str:
-    return json.dumps(instance.row(), ensure_ascii=False) + "\n"
 
 
 def _entry(

@@ -109,7 +109,7 @@ def sweep(
         policy: what is allowed with existing results; None: those of other runs are not touched.
         on_progress: called with `cell · dataset`, and the number of finished rows of all runs.
     """
-    done: set[tuple[str, str]] = set()
+    results: dict[tuple[str, str], Result] = {}  # by cell and dataset
     failures: list[Failure] = []
     rows = 0
     tell = on_progress or (lambda what, count: None)
@@ -120,11 +120,11 @@ def sweep(
             failures.append(_failure(cell, None, error))
             rows += sum(len(job.rows) for job in jobs)
             continue
-        for job in (_placed(job, out, cell) for job in jobs):
+        for job in jobs:
             what, before = f"{cell.name} · {job.dataset}", rows
             tell(what, rows)
             try:
-                [plan] = session.plans([job], policy)
+                [plan] = session.plans([replace(job, folder=out / _folder(cell, job))], policy)
                 if plan.done and plan.note:
                     warnings.warn(
                         f"{what} was answered under other versions or on another kind of device: {plan.note}",
@@ -133,13 +133,18 @@ def sweep(
                     )
                 if not plan.done:
                     session.run(plan, functools.partial(_tell_from, tell, what, before))
-                done.add((cell.name, job.dataset))
+                results[cell.name, job.dataset] = _read(plan.job)
             except (LoGoError, RuntimeError) as error:
                 failures.append(_failure(cell, job.dataset, error))
             rows = before + len(job.rows)
             tell(what, rows)
-    outcomes, unreadable = _outcomes(cells, jobs, out, done)
-    return Swept(outcomes, (*failures, *unreadable, *_unanswered(outcomes)))
+    outcomes = tuple(
+        Outcome(cell, results[cell.name, job.dataset], _folder(cell, job))
+        for cell in cells
+        for job in jobs
+        if (cell.name, job.dataset) in results
+    )
+    return Swept(outcomes, (*failures, *_unanswered(outcomes)))
 
 
 def runs(cells: Sequence[Cell]) -> list[Cell]:
@@ -157,44 +162,24 @@ def _runs(cells: Sequence[Cell]) -> list[Cell]:
     return sorted(chosen, key=lambda cell: settings.index(cell.settings))
 
 
-def _placed(job: Job, out: Path, cell: Cell) -> Job:
-    return replace(job, folder=out / RUNS / cell.name / job.dataset)
-
-
 def _tell_from(tell: Callable[[str, int], None], what: str, before: int, count: int) -> None:
     tell(what, before + count)
 
 
+def _folder(cell: Cell, job: Job) -> str:
+    """The folder of a result, relative to the sweep's."""
+    return f"{RUNS}/{cell.name}/{job.dataset}"
+
+
+def _read(job: Job) -> Result:
+    try:
+        return read_result(job.folder, job.dataset)
+    except LoGoError as error:
+        raise LoGoError(f"{error}; answer it again with --overwrite") from error
+
+
 def _failure(cell: Cell, dataset: str | None, error: Exception) -> Failure:
     return Failure(cell.name, dataset, " ".join(str(error).split()))
-
-
-def _outcomes(
-    cells: Sequence[Cell], jobs: Sequence[Job], out: Path, done: set[tuple[str, str]]
-) -> tuple[tuple[Outcome, ...], tuple[Failure, ...]]:
-    """The outcomes of what is done, read from the folders, whichever process wrote them; and failures for the folders
-    that cannot be read."""
-    known: dict[str, Outcome | Failure] = {}
-    found: list[Outcome] = []
-    for cell in cells:
-        for job in jobs:
-            folder = f"{RUNS}/{cell.name}/{job.dataset}"
-            if (cell.name, job.dataset) not in done:
-                continue
-            if folder not in known:
-                try:
-                    known[folder] = _read(cell, job.dataset, out, folder)
-                except LoGoError as error:
-                    advice = LoGoError(f"{error}; answer it again with --overwrite")
-                    known[folder] = _failure(cell, job.dataset, advice)
-            outcome = known[folder]
-            if isinstance(outcome, Outcome):
-                found.append(replace(outcome, cell=cell))
-    return tuple(found), tuple(one for one in known.values() if isinstance(one, Failure))
-
-
-def _read(cell: Cell, dataset: str, out: Path, folder: str) -> Outcome:
-    return Outcome(cell, read_result(out / folder, dataset), folder)
 
 
 def _unanswered(outcomes: Sequence[Outcome]) -> Iterable[Failure]:
