@@ -7,8 +7,8 @@ The best score alone is weak evidence, since some prompts make every adapter res
 enough, since a near relative of the right adapter may come second; several adapters close behind are a reason for
 doubt. But a lead is worth more if the best score is high, because on prompts that are like neutral text all scores are
 near zero, and the lead of one is an accident.
-`steepness` and `even` belong to a kind of score. They were fitted on half of the tasks of two pools of one base model,
-to tell prompts whose own adapter is in the pool from prompts without one; a pool at hand needs no labels.
+`steepness` and `even` belong to a kind of score. They were chosen on four pools of two base models, to tell prompts
+whose own adapter is in the pool from prompts without one; a pool at hand needs no labels.
 docs/how-selection-works.md shows how well that holds for other pools.
 """
 
@@ -22,9 +22,9 @@ from torch import Tensor
 # How many adapters behind the best one the mean is taken over.
 FIELD = 5
 # What the best score counts beside its lead, which counts 1.
-BEST = 0.3
+BEST = 0.1
 # Temperatures, times the steepness: at the first one adapter has nearly all the weight, at the second many share it.
-_SHARPEST, _BROADEST = 1.35, 6.0
+_SHARPEST, _BROADEST = 1.57, 7.0
 # A mixture is as broad as it gets up to the first confidence, and as sharp as it gets from the second on.
 _DOUBT, _TRUST = 0.25, 0.4
 
@@ -60,8 +60,8 @@ class Evidence:
 
 
 # For scores in standard deviations of neutral text, and for scores to which example prompts contribute.
-RESPONSES = Evidence(3.0, 1.8)
-EXAMPLES = Evidence(1.0, 6.5)
+RESPONSES = Evidence(3.5, 1.1)
+EXAMPLES = Evidence(1.1, 4.6)
 
 
 def lead(ranked: Tensor) -> float:
