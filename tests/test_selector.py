@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logo.errors import ModelError, Unsure
-from logo.selection.confidence import EXAMPLES, RESPONSES, Evidence
+from logo.selection.confidence import BEST, EXAMPLES, RESPONSES, Evidence
 from logo.selection.selector import LEAST, UNSURE, Selection, Selector
 from tolerances import same_weights
 
@@ -69,8 +69,11 @@ def confidence(*ranked: float, evidence: Evidence = RESPONSES) -> float:
 
 
 @pytest.mark.parametrize("evidence", [RESPONSES, EXAMPLES])
-def test_confidence_follows_the_lead(evidence: Evidence) -> None:
-    assert confidence(0.76 + evidence.even, *REST, evidence=evidence) == pytest.approx(0.5, abs=1e-4)
+def test_confidence_follows_the_lead_and_the_best_score(evidence: Evidence) -> None:
+    best = (0.76 + evidence.even) / (1 + BEST)
+    assert confidence(best, *REST, evidence=evidence) == pytest.approx(0.5, abs=1e-4)
+    raised = [score + 1 for score in (best, *REST)]  # the same lead
+    assert confidence(*raised, evidence=evidence) > 0.5
     assert confidence(60.0, *REST, evidence=evidence) > 0.999
     assert confidence(1.2, *REST, evidence=evidence) < 0.5
 
@@ -85,10 +88,10 @@ def test_confidence_is_a_probability_that_grows_with_the_best_score(scores: list
 
 def test_sharp_when_sure_and_broad_when_not() -> None:
     temperature = Evidence(2.0, 1.0).temperature
-    assert temperature(0.9) == temperature(0.4) == pytest.approx(0.85)
-    assert temperature(0.25) == temperature(0.0) == pytest.approx(3.8)
-    assert temperature(0.325) == pytest.approx((0.85 * 3.8) ** 0.5, rel=1e-4)  # half-way on a scale of logarithms
-    assert Evidence(4.0, 1.0).temperature(0.9) == pytest.approx(0.425)  # steeper evidence: smaller differences count
+    assert temperature(0.9) == temperature(0.4) == pytest.approx(0.785)
+    assert temperature(0.25) == temperature(0.0) == pytest.approx(3.5)
+    assert temperature(0.325) == pytest.approx((0.785 * 3.5) ** 0.5, rel=1e-4)  # half-way on a scale of logarithms
+    assert Evidence(4.0, 1.0).temperature(0.9) == pytest.approx(0.3925)  # steeper evidence: smaller differences count
 
 
 @pytest.mark.parametrize(("when", "adapters"), [("base", ()), ("best", ("a00",)), ("mix", ("a00", "a01"))])

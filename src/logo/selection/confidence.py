@@ -1,12 +1,14 @@
 """How sure a selection is: the probability that the pool holds an adapter that was made for the prompt.
 
     lead        = best score - mean of the next five
-    confidence  = 1 / (1 + exp(-steepness · (lead - even)))
+    confidence  = 1 / (1 + exp(-steepness · (lead + BEST · best score - even)))
 
-The best score alone is no evidence, since some prompts make every adapter respond. Nor is its distance to the second,
-since a near relative of the right adapter may come second; several adapters close behind are a reason for doubt.
-`steepness` and `even` belong to a kind of score. They were fitted once, on half of the tasks of one pool, to tell
-prompts whose own adapter is in the pool from prompts without one; a pool at hand needs no labels.
+The best score alone is weak evidence, since some prompts make every adapter respond. Nor is its distance to the second
+enough, since a near relative of the right adapter may come second; several adapters close behind are a reason for
+doubt. But a lead is worth more if the best score is high, because on prompts that are like neutral text all scores are
+near zero, and the lead of one is an accident.
+`steepness` and `even` belong to a kind of score. They were chosen on four pools of two base models, to tell prompts
+whose own adapter is in the pool from prompts without one; a pool at hand needs no labels.
 docs/how-selection-works.md shows how well that holds for other pools.
 """
 
@@ -19,8 +21,10 @@ from torch import Tensor
 
 # How many adapters behind the best one the mean is taken over.
 FIELD = 5
+# What the best score counts beside its lead, which counts 1.
+BEST = 0.1
 # Temperatures, times the steepness: at the first one adapter has nearly all the weight, at the second many share it.
-_SHARPEST, _BROADEST = 1.7, 7.6
+_SHARPEST, _BROADEST = 1.57, 7.0
 # A mixture is as broad as it gets up to the first confidence, and as sharp as it gets from the second on.
 _DOUBT, _TRUST = 0.25, 0.4
 
@@ -30,8 +34,8 @@ class Evidence:
     """What a lead of one kind of score is worth.
 
     Attributes:
-        steepness: how fast confidence grows with the lead.
-        even: the lead at which it is one half.
+        steepness: how fast confidence grows with the evidence, the lead and `BEST` times the best score.
+        even: the evidence at which it is one half.
     """
 
     steepness: float
@@ -43,7 +47,8 @@ class Evidence:
             return 0.5
         if ranked[0] <= 0:  # nothing responds more than it does to neutral text
             return 0.0
-        return 1 / (1 + math.exp(-max(-60.0, min(60.0, self.steepness * (lead(ranked) - self.even)))))
+        evidence = lead(ranked) + BEST * float(ranked[0])
+        return 1 / (1 + math.exp(-max(-60.0, min(60.0, self.steepness * (evidence - self.even)))))
 
     def temperature(self, confidence: float) -> float:
         """The softmax temperature for a confidence, in units of the score: the surer the selection, the sharper.
@@ -55,8 +60,8 @@ class Evidence:
 
 
 # For scores in standard deviations of neutral text, and for scores to which example prompts contribute.
-RESPONSES = Evidence(3.8, 0.8)
-EXAMPLES = Evidence(1.2, 3.5)
+RESPONSES = Evidence(3.5, 1.1)
+EXAMPLES = Evidence(1.1, 4.6)
 
 
 def lead(ranked: Tensor) -> float:
