@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.layout import BaseLayout, LinearShape
 from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.errors import UsageError, closest
 from logo.models import cached_heads, context_length
-from logo.selection.plan import MOST_POINTS, later
+from logo.selection.plan import later, most_points
 from logo.selection.plan import plan as reading_plan
 from logo.selection.points import decoder_layers, points_of, text_config
 from logo.selection.settings import DEPTH, SelectionSettings
@@ -167,13 +168,14 @@ class PoolShape:
         layers, depth = decoder_layers(model)[1], DEPTH
         reach = max(1, math.floor(depth * len(layers)))
         points = [p.module for p in later(points_of(model, modules, reach), reach // 2, [set(modules)])]
+        width = fmean(linears[path].in_features for path in points or modules)
         each = sum(rank * (linears[path].in_features + linears[path].out_features) for path in modules)
         return cls(
             ranks=(rank,) * count,
             targets=_leaves(modules),
             numbers=count * each,
             k=min(k, count),
-            points=min(MOST_POINTS, len(points)),
+            points=min(most_points(4 * count * rank * width), len(points)),
             width=_widest(linears, points or modules),
         )
 

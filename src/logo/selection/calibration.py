@@ -32,7 +32,7 @@ from logo.selection.texts import Texts
 from logo.selection.whitening import Whitening
 
 # Fewer points than allowed are read if they agree with all that are allowed at least this well.
-ENOUGH = 0.97
+ENOUGH = 0.985
 # Bytes of hidden vectors that are held at once; the rest is read in further passes, each up to its own last layer.
 _HELD_BYTES = 2**30
 _BATCH = 16

@@ -17,8 +17,11 @@ from logo.selection.points import Point, decoder_layers, find_points, named_poin
 from logo.selection.reference import LEAST_POINTS
 from logo.selection.settings import SelectionSettings
 
-# The most points that a signal chooses if the user gives no number.
-MOST_POINTS = 12
+# How many points a signal chooses at most if the user gives no number: as many as an index of this size has room for,
+# within these bounds. Small pools can afford more, and where adapters touch many modules of a deep model, twelve points
+# miss what tells near relatives apart (docs/how-selection-works.md).
+_INDEX_BYTES = 256e6
+_FEWEST_POINTS, _MOST_POINTS = 12, 48
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
                 "--probe-depth"
             )
         # If the whole model runs anyway, every point is read (docs/read-once.md says what choosing would cost there).
-        usual = 0 if settings.activations else MOST_POINTS
+        usual = 0 if settings.activations else most_points(_bytes_of(pool, points) / len(points))
         all_points, most = False, (wanted or usual) if signal.chosen else 0
         if most:
             points = later(points, depth // 2, [set(adapter.modules) for adapter in pool])
@@ -83,6 +86,18 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
     if signal.input == "residual":
         _check_widths(model, points)
     return Plan(points, most, adapters)
+
+
+def most_points(each: float) -> int:
+    """How many points are chosen at most if a point takes so many bytes of the index on average."""
+    return max(_FEWEST_POINTS, min(_MOST_POINTS, int(_INDEX_BYTES / max(1.0, each))))
+
+
+def _bytes_of(pool: AdapterPool, points: Sequence[Point]) -> int:
+    """The size of an index of all these points, in float32."""
+    modules = [point.module for point in points]
+    touched = (adapter.modules[module] for adapter in pool for module in modules if module in adapter.modules)
+    return sum(4 * one.rank * one.in_features for one in touched)
 
 
 def later(points: tuple[Point, ...], first: int, pool: Iterable[Set[str]]) -> tuple[Point, ...]:
