@@ -182,7 +182,7 @@ class EngineOptions:
     probe_points: str | None = _probe(
         None,
         "How many points `calibrated` may choose, or the points: `4.v_proj,6.mlp.down_proj`.",
-        "12",
+        "12 to 48, by the size of the pool",
         metavar="N|POINTS",
     )
     activation: str | None = _probe(
