@@ -88,10 +88,10 @@ def test_confidence_is_a_probability_that_grows_with_the_best_score(scores: list
 
 def test_sharp_when_sure_and_broad_when_not() -> None:
     temperature = Evidence(2.0, 1.0).temperature
-    assert temperature(0.9) == temperature(0.4) == pytest.approx(0.6)
+    assert temperature(0.9) == temperature(0.4) == pytest.approx(0.785)
     assert temperature(0.25) == temperature(0.0) == pytest.approx(3.5)
-    assert temperature(0.325) == pytest.approx((0.6 * 3.5) ** 0.5, rel=1e-4)  # half-way on a scale of logarithms
-    assert Evidence(4.0, 1.0).temperature(0.9) == pytest.approx(0.3)  # steeper evidence: smaller differences count
+    assert temperature(0.325) == pytest.approx((0.785 * 3.5) ** 0.5, rel=1e-4)  # half-way on a scale of logarithms
+    assert Evidence(4.0, 1.0).temperature(0.9) == pytest.approx(0.3925)  # steeper evidence: smaller differences count
 
 
 @pytest.mark.parametrize(("when", "adapters"), [("base", ()), ("best", ("a00",)), ("mix", ("a00", "a01"))])

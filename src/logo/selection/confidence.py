@@ -24,7 +24,7 @@ FIELD = 5
 # What the best score counts beside its lead, which counts 1.
 BEST = 0.1
 # Temperatures, times the steepness: at the first one adapter has nearly all the weight, at the second many share it.
-_SHARPEST, _BROADEST = 1.2, 7.0
+_SHARPEST, _BROADEST = 1.57, 7.0
 # A mixture is as broad as it gets up to the first confidence, and as sharp as it gets from the second on.
 _DOUBT, _TRUST = 0.25, 0.4
 
