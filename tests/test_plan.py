@@ -289,3 +289,23 @@ def test_points_of_the_first_layers_are_left_to_those_who_have_no_others() -> No
     for pool in ([usual, low], [low, usual], [low, usual, low | {"layers.2.q"}, usual]):
         wanted = points(range(4, 8), "q", "v").union(*(one for one in pool if one is not usual))
         assert {p.module for p in later(every, 4, pool)} == wanted  # in whatever order adapters come
+
+
+@pytest.mark.parametrize(("count", "points"), [(2, 48), (20, 35), (260, 12)])
+def test_small_pools_read_more_points(count: int, points: int, big: Any) -> None:
+    """256 MB divided by 4 bytes x 20 adapters x rank 16 x 5,559 features on average: 35 of the 56 candidates."""
+    assert PoolShape.even(big, count, 16, ALL_LINEAR).points == points
+
+
+@pytest.mark.parametrize(("room", "most"), [(256e6, 48), (1.0, 12)])
+def test_a_pool_of_files_reads_as_many_points_as_one_of_its_shape(
+    room: float, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logo.selection.plan._INDEX_BYTES", room)
+    model = tiny.model("llama", num_hidden_layers=12)
+    for i in range(3):
+        write_adapter(tmp_path / f"a{i}", model, (*QV, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 4, i)
+    pool = AdapterPool.from_directory(tmp_path).fit(BaseLayout.of(model))
+    found = reading_plan(model, pool, SelectionSettings(signal="calibrated"))
+    assert len(found.points) == 3 * 7 and found.most == most
+    assert PoolShape.even(model, 3, 4, ALL_LINEAR).points == min(most, len(found.points))

@@ -36,7 +36,7 @@ def given() -> frozenset[str]:
 
 
 def declared(command: _F) -> _F:
-    """Tells Typer of a command's options, in the signature of the command."""
+    """Gives a command without groups of options the signature that Typer reads its options from."""
     hints = inspect.get_annotations(command, eval_str=True)
     own = inspect.signature(command).parameters.values()
     return _signed(command, [_parameter(p.name, hints[p.name], p.default) for p in own])
@@ -103,8 +103,8 @@ def _parameter(
         of: a field, or the default of a parameter, which is a field if the option is not in the annotation.
         official, defaults: as `expanded`.
     """
-    default, told = (of.default, of.metadata) if isinstance(of, Field) else (of, {})
-    option = told.get("option")
+    default, metadata = (of.default, of.metadata) if isinstance(of, Field) else (of, {})
+    option = metadata.get("option")
     if option is None and get_origin(hint) is Annotated:
         hint, option = hint.__origin__, hint.__metadata__[0]
     if option is not None:
@@ -115,7 +115,7 @@ def _parameter(
         if official and name in OFFICIAL:
             option.param_decls, metavar, text = OFFICIAL[name]
             option.metavar, option.help = metavar or option.metavar, text or option.help
-        hint = Annotated[list[str] | None if told.get("repeated") else hint, option]
+        hint = Annotated[list[str] | None if metadata.get("repeated") else hint, option]
     default = inspect.Parameter.empty if default is ... else default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 

@@ -134,7 +134,6 @@ class Opened:
 
 def open_base(options: EngineOptions, base_model: str, preset: Preset | None = None) -> Opened:
     """Opens the pool and loads the base model."""
-
     quiet_transformers()
     check_access(base_model, model_dir=options.model_dir)
     pool = open_pool(options, base_model, preset)

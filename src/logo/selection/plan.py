@@ -72,11 +72,11 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
                 f"no adapter touches a module in the first {depth} of {layers} layers, where the probe stops; raise "
                 "--probe-depth"
             )
+        all_points = False
         # If the whole model runs anyway, every point is read (docs/read-once.md says what choosing would cost there).
-        usual = 0 if settings.activations else most_points(_bytes_of(pool, points) / len(points))
-        all_points, most = False, (wanted or usual) if signal.chosen else 0
-        if most:
+        if signal.chosen and (wanted or not settings.activations):
             points = later(points, depth // 2, [set(adapter.modules) for adapter in pool])
+            most = wanted or most_points(_bytes_of(pool, points) / len(points))
     adapters = _scorable(pool, points, settings, all_points=all_points)
     if settings.signal == "signature" and not any(examples_of(adapter.folder) for adapter in adapters):
         raise PoolError(
@@ -88,9 +88,9 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
     return Plan(points, most, adapters)
 
 
-def most_points(each: float) -> int:
+def most_points(bytes_each: float) -> int:
     """How many points are chosen at most if a point takes so many bytes of the index on average."""
-    return max(_FEWEST_POINTS, min(_MOST_POINTS, int(_INDEX_BYTES / max(1.0, each))))
+    return max(_FEWEST_POINTS, min(_MOST_POINTS, int(_INDEX_BYTES / bytes_each)))
 
 
 def _bytes_of(pool: AdapterPool, points: Sequence[Point]) -> int:
