@@ -52,8 +52,8 @@ def usual(default: Any, help: str, shown: str | bool = True, *names: str, repeat
     """An option that `--help` shows, as the default of a command's parameter or of a dataclass's field.
 
     Args:
-        default: `...` for an option that has to be given. An option whose default is False has no `--no-` form, unless `names`
-            say so.
+        default: `...` for an option that has to be given. An option whose default is False has no `--no-` form, unless
+            `names` say so.
         repeated: whether it may be given several times; its values are joined with commas.
         shown, names, more: as `option`.
     """
