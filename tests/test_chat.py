@@ -14,12 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from demo_world.evaluate import NEUTRAL
-from logo import LoGo, Selection, UsageError
+from logo import AdapterPool, LoGo, Selection, SelectionSettings, UsageError
 from logo.cli.run import run
+from logo.decoding import Prompts, Truncation
 from logo.demo import adapters_dir, heldout, model_dir
 from logo.models import load_base
 from logo.prompts import ROLES, Prompt, chat, read, several, text_ids
+from logo.selection.texts import NEUTRAL as NEUTRAL_TEXTS
+from make_adapters import edit_config
 from serving import served
+from test_prefixes import read_tokens
 from tolerances import same_scores, same_selection
 
 MARKED = (
@@ -264,3 +268,48 @@ def test_chat_options_of_the_command_line(capsys: pytest.CaptureFixture[str]) ->
     assert ask(QUESTION, "--system", "Be brief.") == ask(QUESTION)
     everything = ask(QUESTION, "--system", "Be brief.", "--probe-text", "all")["scores"]
     assert everything == same_scores(ask(f"Be brief.\n{QUESTION}")["scores"]) != ask(QUESTION)["scores"]
+
+
+# -- adapters that act from where the assistant's turn begins ----------------------------------------------------------
+
+
+def opening(tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer("[assistant]", add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def test_texts_that_end_with_an_invocation_are_chats_if_the_template_writes_it(tokenizer: Any, templated: Any) -> None:
+    ending = opening(tokenizer)
+    plain, asked = text_ids(tokenizer, QUESTION), list(chat(templated, TALK[:1]).ids)
+    assert asked[-len(ending) :] == ending
+    assert Prompts(templated, None, Truncation()).texts([QUESTION, ""], ending) == [asked]
+    assert Prompts(templated, None, Truncation()).texts([QUESTION], [5, 6]) == [[*plain, 5, 6]]
+    assert Prompts(tokenizer, None, Truncation()).texts([QUESTION], ending) == [[*plain, *ending]]
+    for made in (tokenizer, templated):
+        [row] = Prompts(made, len(ending) + 3, Truncation(side="right")).texts([QUESTION], ending)
+        assert len(row) == len(ending) + 3 and row[-len(ending) :] == ending
+
+
+def test_a_chat_is_read_whole_if_no_adapter_acts_everywhere(templated: Any, tmp_path: Path) -> None:
+    shutil.copytree(adapters_dir(), tmp_path / "pool")
+    ending = opening(templated)
+    for config in (tmp_path / "pool").glob("*/adapter_config.json"):
+        edit_config(config.parent, alora_invocation_tokens=ending)
+    model, _ = load_base("demo")
+    for chosen, same in ((None, True), ("all", True), ("last_user", False)):
+        settings = SelectionSettings.of(signal="calibrated", probe_text=chosen)
+        logo = LoGo(model, templated, AdapterPool.open(tmp_path / "pool"), settings=settings)
+        turns = [SYSTEM, *TALK, {"role": "user", "content": "What is the plural of mouse?"}]
+        whole = logo.select(list(chat(templated, turns).ids))
+        assert (logo.select(turns) == whole) is same
+        assert logo.scorer.cache is not None
+        assert all(row[-len(ending) :] == ending for row in logo.scorer.cache.texts.rows)
+        assert list(chat(templated, [{"role": "user", "content": NEUTRAL_TEXTS[0]}]).ids) in [
+            list(row) for row in logo.scorer.cache.texts.rows
+        ]
+    with read_tokens(model) as seen:
+        logo = LoGo(model, templated, AdapterPool.open(tmp_path / "pool"), settings=SelectionSettings())
+        logo.calibrate()
+        seen.clear()
+        logo.generate(turns, max_new_tokens=1)
+    assert seen == [len(chat(templated, turns)), len(ending)]

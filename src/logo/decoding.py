@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 
 from logo.errors import NotFinite, UsageError, check_type, closest
-from logo.prompts import ProbeText, Prompt, cut_left, read, text_ids
+from logo.prompts import ProbeText, Prompt, chat, cut_left, read, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -122,10 +122,20 @@ class Prompts:
         probe = None if prompt.probe is None else self._cut(prompt.probe, limit)
         return Prompt(self._cut(prompt.ids, limit), probe, prompt.text)
 
-    def texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts for calibration: long ones are cut, and empty ones left out."""
+    def texts(self, texts: Sequence[str], ending: Sequence[int] = ()) -> list[list[int]]:
+        """Token ids of texts for calibration: long ones are cut, and empty ones left out.
+
+        Args:
+            ending: tokens with which every text has to end. If the chat template ends prompts with them, each text is
+                a conversation of one message, as the prompts will be; else they are appended.
+        """
+        if ending and self.tokenizer.chat_template:
+            chats = [list(chat(self.tokenizer, [{"role": "user", "content": text}]).ids) for text in texts if text]
+            if all(row[-len(ending) :] == list(ending) for row in chats):
+                return [list(cut_left(self.tokenizer, row, self.context or len(row))) for row in chats]
+        room = None if self.context is None else self.context - len(ending)
         rows = [text_ids(self.tokenizer, text) for text in texts]
-        return [row[: self.context] for row in rows if row]
+        return [[*row[:room], *ending] for row in rows if row]
 
     def room(self, max_new_tokens: int | None) -> int:
         """Tokens of the context that belong to the answer.

@@ -16,7 +16,7 @@ from logo.adapters.pool import AdapterPool
 from logo.decoding import Prompts, batches_by_length, input_device
 from logo.errors import PoolError, UsageError, check_type, closest
 from logo.mixing import EXACT, Mixer
-from logo.prompts import Prompt
+from logo.prompts import ProbeText, Prompt
 from logo.scoring import MAX_TOKENS
 from logo.selection.beginnings import Beginnings
 from logo.selection.confidence import EXAMPLES, RESPONSES, Evidence
@@ -101,6 +101,15 @@ class Choosing:
             check_k(given["k"], len(self.pool if among is None else among))
         return CallSettings(settings, among)
 
+    @property
+    def probe_text(self) -> ProbeText | None:
+        """Which part of a conversation is probed, see `logo.prompts.chat`.
+
+        If no adapter acts everywhere and the settings leave it open, it is everything: adapters act where the
+        assistant's turn begins, and the answer reuses what the probe has read.
+        """
+        return "all" if self.pool.read_once and self._settings.probe_text is None else self._settings.probe_text
+
     def wanted(self, call: CallSettings) -> Best:
         """Which scores of one prompt the selection needs."""
         k = self.pool.default_k if call.settings.k is None else call.settings.k
@@ -162,6 +171,10 @@ class Selecting(Choosing, ABC):
     @abstractmethod
     def restart(self) -> None:
         """Forgets earlier prompts on which the next selection would depend."""
+
+    def read(self, rows: Sequence[Prompt]) -> list[Sequence[int]]:
+        """The token ids of each prompt that are probed."""
+        return [row.ids if self.probe_text == "all" else row.probed for row in rows]
 
     def mixtures(
         self,
@@ -253,9 +266,7 @@ class Probing(Selecting):
             batch_size: prompts per probe; fewer if they are long (`MAX_TOKENS`), and one with the context `carry`.
             answering: start to load the adapters that are selected.
         """
-        # If the probe is the prefill, the whole prompt is read.
-        once = self.scorers.read_once and self._settings.probe_text is None
-        probed = [row.ids if once else row.probed for row in rows]
+        probed = self.read(rows)
         if self._settings.probe_context == "carry":
             return [self._select_carried(row, one) for row, one in zip(probed, calls, strict=True)]
         selections: dict[int, Selection] = {}

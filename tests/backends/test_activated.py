@@ -31,6 +31,12 @@ BLOCK = 32
 # Prompts of more tokens than fit into a step are read in chunks, which end anywhere.
 VLLM = {"enforce_eager": True, "max_model_len": 512, "block_size": BLOCK, "max_num_batched_tokens": 72}
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CHAT = [
+    {"role": "system", "content": "Be brief. " * 20},
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "Paris"},
+    {"role": "user", "content": "And of Italy?"},
+]
 MIXTURES: list[dict[str, float]] = [{"a": 0.7, "b": 0.5}, {"b": 0.4, "c": 0.9}, {"c": 1.0}, {}]
 KINDS = {"last": "gate", "last, merged": "merge", "invocation": "gate", "mixed": "gate", "invocation or last": "gate"}
 SETTINGS: dict[str, dict[str, Any]] = {"invocation or last": {"when_not_invoked": "last:2"}}
@@ -115,9 +121,10 @@ def test_mixtures_are_those_of_the_local_engine(inside: Any, local: LoGo, prompt
 def test_selections_are_those_of_the_local_engine(
     inside: Any, local: LoGo, prompts: list[list[int]], signal: str
 ) -> None:
+    asked = [*prompts, CHAT, CHAT[1:]]
     for _ in range(2):  # the second time from the cache
         for found, expected in zip(
-            inside.select(prompts, signal=signal), local.select(prompts, signal=signal), strict=True
+            inside.select(asked, signal=signal), local.select(asked, signal=signal), strict=True
         ):
             same_selection(found, expected)
     assert inside.points == local.points
@@ -213,14 +220,20 @@ def test_runner_v2_does_the_same(engines: Engines, tmp_path: Path, prompts: list
 def test_the_server_answers_what_the_local_engine_does(
     serve: Callable[..., Server], tmp_path: Path, invoking: list[int], prompts: list[list[int]]
 ) -> None:
+    """Its chat template ends prompts with the invocation."""
+    shutil.copytree(ASSETS / "model", tmp_path / "base")
+    template = "{% for m in messages %}{{ m.content }}\n{% endfor %}This is"
+    (tmp_path / "base" / "chat_template.jinja").write_text(template)
     shutil.copytree(ASSETS / "adapters", tmp_path / "pool")
     for config in (tmp_path / "pool").glob("*/adapter_config.json"):
         edit_config(config.parent, alora_invocation_tokens=invoking)
-    local = LoGo.from_pretrained("demo", tmp_path / "pool", device="cpu", k=4, when_not_invoked="error")
+    base, chosen = str(tmp_path / "base"), {"k": 4, "when_not_invoked": "error"}
+    local = LoGo.from_pretrained(base, tmp_path / "pool", device="cpu", **chosen)
     server = serve(
+        *("--model", base),
         *("--max-loras", "16", "--max-lora-rank", "8", "--max-model-len", "512", "--block-size", str(BLOCK)),
         *("--middleware", "logo.backends.vllm.Router", "--enable-prompt-tokens-details"),
-        env=environment(tmp_path / "pool", k=4, when_not_invoked="error"),
+        env=environment(tmp_path / "pool", **chosen),
     )
     invoked = [prompt for prompt in prompts if local.pool[local.names[0]].activation.begin(prompt) is not None]
     expected = local.generate(invoked, max_new_tokens=6)
@@ -239,6 +252,15 @@ def test_the_server_answers_what_the_local_engine_does(
             found["choices"][0]["text"].rstrip()
             == local.generate(prompt, adapters={name: 1.0}, max_new_tokens=6).text.rstrip()
         )
+    for chat in (CHAT, CHAT[1:]):
+        [want], [ids] = local.generate([chat], max_new_tokens=6), local.prompts.encode([chat])
+        asked = {"model": "logo", "messages": chat, "max_tokens": 6, "temperature": 0}
+        status, found = server.ask("/v1/chat/completions", asked)
+        assert status == 200 and found["logo"]["adapters"] == list(want.selection.adapters)
+        assert found["logo"]["weights"] == pytest.approx(want.selection.weights, abs=WEIGHTS)
+        assert found["choices"][0]["message"]["content"].rstrip() == want.text.rstrip()
+        cached = (found["usage"]["prompt_tokens_details"] or {"cached_tokens": 0})["cached_tokens"]
+        assert cached == (len(ids) - len(invoking)) // BLOCK * BLOCK
     lacking = {"model": "logo", "prompt": invoked[0][: -len(invoking) - 2], "max_tokens": 2}
     for more in ({}, {"logo": {"adapters": {local.names[0]: 1.0}}}):
         status, found = server.ask("/v1/completions", {**lacking, **more})

@@ -39,7 +39,8 @@ from logo.selection.texts import NEUTRAL, REQUESTS, Texts
 from logo.selection.two_stage import FirstStages, TwoStageScorer
 from logo.selection.whitening import Whitening
 
-Encode = Callable[[Sequence[str]], list[list[int]]]
+# Texts, and the tokens with which each has to end -> token ids; see `logo.decoding.Prompts.texts`.
+Encode = Callable[[Sequence[str], Sequence[int]], list[list[int]]]
 
 
 class Scorers:
@@ -234,9 +235,8 @@ class Scorers:
         return self._caches[settings.signal]
 
     def _texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts, each followed by the invocation tokens of the adapters if they have any."""
-        invoking = next((one.tokens for one in self._activations if one.tokens), ())
-        return [[*row, *invoking] for row in self._encode(texts)]
+        """Token ids of texts, each of which ends with the invocation tokens of the adapters if they have any."""
+        return self._encode(texts, next((one.tokens for one in self._activations if one.tokens), ()))
 
     def _wanted(
         self,

@@ -212,7 +212,7 @@ class Router:
             key, settings = new_key(), self.core.options.settings
             # If the responses to a cached prefix are unknown, the second probe reads the whole prompt.
             whole = tries > 1 or not settings.prefix_cache_gb
-            where, asked = bodies.probe(path, body, self._base, settings.probe_text)
+            where, asked = bodies.probe(path, body, self._base, self.core.choosing.probe_text)
             with marking(key, signal, whole=whole):
                 probed = await ask(self.app, scope, where, body=json.dumps(asked).encode(), receive=receive)
             if probed.status != 200:
