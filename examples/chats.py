@@ -4,7 +4,8 @@ tasks.
     python examples/chats.py BASE_MODEL ADAPTERS ROWS [ROWS_PER_TASK]
 
 ROWS holds `{task}.jsonl` with `{"context", "completion"}` rows, one file per adapter of that name. A row counts as
-right if its own adapter is selected first.
+right if its own adapter is selected first. Activated adapters act where the assistant's turn begins, so their chats are
+always probed whole.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ def main(base_model: str, adapters: str, folder: str, count: int) -> None:
         lines = (Path(folder) / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         rows[name] = [json.loads(line) for line in drawn.sample(lines, 2 * count)]
 
-    def tell(label: str, chats: Sequence[tuple[str, Any]], *heard: str) -> None:
-        right = []
-        for probe_text in heard:
+    def tell(label: str, chats: Sequence[tuple[str, Any]], *probed: str) -> None:
+        probed, right = ("all",) if logo.fitted.read_once else probed, []
+        for probe_text in probed:
             logo.prompts.probe_text = probe_text  # type: ignore[assignment]
             selections = logo.select([chat for _, chat in chats])
             right.append(sum(s.adapters[0] == name for s, (name, _) in zip(selections, chats, strict=True)))
-        shares = "   ".join(f"{probe} {hits / len(chats):.3f}" for probe, hits in zip(heard, right, strict=True))
+        shares = "   ".join(f"{probe} {hits / len(chats):.3f}" for probe, hits in zip(probed, right, strict=True))
         print(f"{label:28} {shares}   of {len(chats)}", flush=True)
 
     flat = [(name, row) for name in rows for row in rows[name][:count]]
-    tell("prompt", [(name, row["context"]) for name, row in flat], "all")
+    tell("one message", [(name, [user(row["context"])]) for name, row in flat], "last_user", "all")
     tell("after a system prompt", [(name, [system, user(row["context"])]) for name, row in flat], "last_user", "all")
     same, brief, other = [], [], []
     for name in rows:

@@ -20,7 +20,6 @@ from logo.decoding import Prompts, Truncation
 from logo.demo import adapters_dir, heldout, model_dir
 from logo.models import load_base
 from logo.prompts import ROLES, Prompt, chat, read, several, text_ids
-from logo.selection.texts import NEUTRAL as NEUTRAL_TEXTS
 from make_adapters import edit_config
 from serving import served
 from test_prefixes import read_tokens
@@ -285,6 +284,13 @@ def test_texts_that_end_with_an_invocation_are_chats_if_the_template_writes_it(t
     assert Prompts(templated, None, Truncation()).texts([QUESTION, ""], ending) == [asked]
     assert Prompts(templated, None, Truncation()).texts([QUESTION], [5, 6]) == [[*plain, 5, 6]]
     assert Prompts(tokenizer, None, Truncation()).texts([QUESTION], ending) == [[*plain, *ending]]
+    alone, system, later = Prompts(templated, None, Truncation()).texts(["one", "two", "three"], ending, True)
+    one, two, three = ({"role": "user", "content": text} for text in ("one", "two", "three"))
+    assert alone == list(chat(templated, [one]).ids)
+    assert system == list(chat(templated, [{"role": "system", "content": "three"}, two]).ids)
+    assert later == list(chat(templated, [one, {"role": "assistant", "content": "one"}, three]).ids)
+    strict = with_template(tokenizer, MARKED.replace("'tool'", "'system'"))
+    assert Prompts(strict, None, Truncation()).texts(["one", "two"], ending, True)[1] == list(chat(strict, [two]).ids)
     for made in (tokenizer, templated):
         [row] = Prompts(made, len(ending) + 3, Truncation(side="right")).texts([QUESTION], ending)
         assert len(row) == len(ending) + 3 and row[-len(ending) :] == ending
@@ -304,9 +310,6 @@ def test_a_chat_is_read_whole_if_no_adapter_acts_everywhere(templated: Any, tmp_
         assert (logo.select(turns) == whole) is same
         assert logo.scorer.cache is not None
         assert all(row[-len(ending) :] == ending for row in logo.scorer.cache.texts.rows)
-        assert list(chat(templated, [{"role": "user", "content": NEUTRAL_TEXTS[0]}]).ids) in [
-            list(row) for row in logo.scorer.cache.texts.rows
-        ]
     with read_tokens(model) as seen:
         logo = LoGo(model, templated, AdapterPool.open(tmp_path / "pool"), settings=SelectionSettings())
         logo.calibrate()

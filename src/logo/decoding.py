@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS = 256
+
+# How far a calibration's texts are apart that make up one conversation; neighbours in the list are alike.
+_BEFORE, _ANSWER = 7, 13
+
 OVERFLOW = (
     "the model's output is not finite with this mixture of adapters, so nothing can be generated from it: an adapter "
     "is damaged, or too large for the model's dtype; leave that adapter out, or use float32"
@@ -122,20 +126,36 @@ class Prompts:
         probe = None if prompt.probe is None else self._cut(prompt.probe, limit)
         return Prompt(self._cut(prompt.ids, limit), probe, prompt.text)
 
-    def texts(self, texts: Sequence[str], ending: Sequence[int] = ()) -> list[list[int]]:
+    def texts(self, texts: Sequence[str], ending: Sequence[int] = (), varied: bool = False) -> list[list[int]]:
         """Token ids of texts for calibration: long ones are cut, and empty ones left out.
 
         Args:
             ending: tokens with which every text has to end. If the chat template ends prompts with them, each text is
-                a conversation of one message, as the prompts will be; else they are appended.
+                the last message of a conversation, as the prompts will be; else they are appended.
+            varied: a third of the conversations have a system message before it, and a third an earlier turn, so that
+                neither stands out later. Otherwise all have one message.
         """
         if ending and self.tokenizer.chat_template:
-            chats = [list(chat(self.tokenizer, [{"role": "user", "content": text}]).ids) for text in texts if text]
+            chats = [list(self._conversation(texts, i, i % 3 if varied else 0)) for i, text in enumerate(texts) if text]
             if all(row[-len(ending) :] == list(ending) for row in chats):
                 return [list(cut_left(self.tokenizer, row, self.context or len(row))) for row in chats]
         room = None if self.context is None else self.context - len(ending)
         rows = [text_ids(self.tokenizer, text) for text in texts]
         return [[*row[:room], *ending] for row in rows if row]
+
+    def _conversation(self, texts: Sequence[str], number: int, form: int) -> Sequence[int]:
+        """Token ids of a conversation that ends with a text: alone (0), after a system message (1), or after an earlier
+        turn (2). What stands before it are other texts."""
+        before, answer = texts[(number + _BEFORE) % len(texts)], texts[(number + _ANSWER) % len(texts)]
+        asked = {"role": "user", "content": texts[number]}
+        turn = [{"role": "user", "content": before}, {"role": "assistant", "content": answer}]
+        turns = ([], [{"role": "system", "content": before}], turn)[form]
+        try:
+            return chat(self.tokenizer, [*turns, asked]).ids
+        except UsageError:
+            if form != 1:
+                raise
+            return chat(self.tokenizer, [asked]).ids  # a template without system messages
 
     def room(self, max_new_tokens: int | None) -> int:
         """Tokens of the context that belong to the answer.

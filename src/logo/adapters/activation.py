@@ -100,8 +100,9 @@ class NotInvoked(Counter[str]):
         for name in names:
             if name not in self:
                 found.append(
-                    f"adapter {name!r}: a prompt lacks its invocation tokens, so the adapter is not applied to it; "
-                    "--when-not-invoked changes this"
+                    f"adapter {name!r}: a prompt lacks its invocation tokens, so the adapter is not applied to it; if "
+                    "they open the assistant's turn, give prompts as chats (--chat); --when-not-invoked changes what "
+                    "the adapter does in other prompts"
                 )
             self[name] += 1
         return found

@@ -39,8 +39,9 @@ from logo.selection.texts import NEUTRAL, REQUESTS, Texts
 from logo.selection.two_stage import FirstStages, TwoStageScorer
 from logo.selection.whitening import Whitening
 
-# Texts, and the tokens with which each has to end -> token ids; see `logo.decoding.Prompts.texts`.
-Encode = Callable[[Sequence[str], Sequence[int]], list[list[int]]]
+# Texts, the tokens with which each has to end, and whether the forms of conversations vary -> token ids; see
+# `logo.decoding.Prompts.texts`.
+Encode = Callable[[Sequence[str], Sequence[int], bool], list[list[int]]]
 
 
 class Scorers:
@@ -205,7 +206,7 @@ class Scorers:
             if found is not None:
                 return found
         signal, points = settings.reading, [index.point for index in indices]
-        texts = Texts(self._texts(NEUTRAL), [], self._bos) if cache is None else cache.texts
+        texts = Texts(self._texts(NEUTRAL, varied=True), [], self._bos) if cache is None else cache.texts
         read = [vectors.responding for vectors in read_texts(self._model, points, texts, signal)]
         known = [None if cache is None else cache.whitening(point.module) for point in points]
         means = [None if index.offset is None or w is None else w.mean for index, w in zip(indices, known, strict=True)]
@@ -229,14 +230,14 @@ class Scorers:
             return self._earlier[settings.signal].cache
         if settings.signal not in self._caches:
             requests = self._texts(settings.calibration_prompts or REQUESTS) if signal.chosen else []
-            texts = Texts(self._texts(NEUTRAL), requests, self._bos)
+            texts = Texts(self._texts(NEUTRAL, varied=True), requests, self._bos)
             folder = cache_folder(settings.cache)
             self._caches[settings.signal] = CalibrationCache.of(self._model, texts, signal, folder)
         return self._caches[settings.signal]
 
-    def _texts(self, texts: Sequence[str]) -> list[list[int]]:
+    def _texts(self, texts: Sequence[str], varied: bool = False) -> list[list[int]]:
         """Token ids of texts, each of which ends with the invocation tokens of the adapters if they have any."""
-        return self._encode(texts, next((one.tokens for one in self._activations if one.tokens), ()))
+        return self._encode(texts, next((one.tokens for one in self._activations if one.tokens), ()), varied)
 
     def _wanted(
         self,
