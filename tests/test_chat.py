@@ -289,8 +289,12 @@ def test_texts_that_end_with_an_invocation_are_chats_if_the_template_writes_it(t
     assert alone == list(chat(templated, [one]).ids)
     assert system == list(chat(templated, [{"role": "system", "content": "three"}, two]).ids)
     assert later == list(chat(templated, [one, {"role": "assistant", "content": "one"}, three]).ids)
-    strict = with_template(tokenizer, MARKED.replace("'tool'", "'system'"))
-    assert Prompts(strict, None, Truncation()).texts(["one", "two"], ending, True)[1] == list(chat(strict, [two]).ids)
+    for role, place, lone in (("system", 1, two), ("assistant", 2, three)):
+        strict = with_template(tokenizer, MARKED.replace("'tool'", f"'{role}'"))
+        found = Prompts(strict, None, Truncation()).texts(["one", "two", "three"], ending, True)
+        assert found[place] == list(chat(strict, [lone]).ids)
+    refusing = with_template(tokenizer, MARKED.replace("'tool'", "'user'"))
+    assert Prompts(refusing, None, Truncation()).texts([QUESTION], ending) == [[*plain, *ending]]
     for made in (tokenizer, templated):
         [row] = Prompts(made, len(ending) + 3, Truncation(side="right")).texts([QUESTION], ending)
         assert len(row) == len(ending) + 3 and row[-len(ending) :] == ending
@@ -309,10 +313,44 @@ def test_a_chat_is_read_whole_if_no_adapter_acts_everywhere(templated: Any, tmp_
         whole = logo.select(list(chat(templated, turns).ids))
         assert (logo.select(turns) == whole) is same
         assert logo.scorer.cache is not None
-        assert all(row[-len(ending) :] == ending for row in logo.scorer.cache.texts.rows)
+        first, second, third, *_ = logo.scorer.cache.texts.neutral
+        assert [bool(row[-len(ending) :] == ending) for row in (first, second, third)] == [True] * 3
+        assert templated.decode(first).count("[user]") == templated.decode(second).count("[system]") == 1
+        assert templated.decode(third).count("[assistant]") == 2
     with read_tokens(model) as seen:
         logo = LoGo(model, templated, AdapterPool.open(tmp_path / "pool"), settings=SelectionSettings())
         logo.calibrate()
         seen.clear()
         logo.generate(turns, max_new_tokens=1)
     assert seen == [len(chat(templated, turns)), len(ending)]
+
+
+def test_a_chat_is_probed_by_its_last_message_if_adapters_act_on_the_last_tokens(
+    templated: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(adapters_dir(), tmp_path / "pool")
+    (tmp_path / "pool" / "pool.json").write_text(json.dumps({"activation": "last:4"}))
+    logo = LoGo(load_base("demo")[0], templated, AdapterPool.open(tmp_path / "pool"))
+    turns = [SYSTEM, *TALK, {"role": "user", "content": "What is the plural of mouse?"}]
+    assert logo.fitted.read_once and logo.select(turns) == logo.select("What is the plural of mouse?")
+
+
+@pytest.mark.filterwarnings("ignore:1 of 3 adapters act on every token", "ignore:adapter .* lacks its invocation")
+@pytest.mark.parametrize("plain", ["added", "removed"])
+def test_a_pool_may_change_from_adapters_that_act_everywhere_to_others(plain: str, tmp_path: Path) -> None:
+    names = sorted(path.parent.name for path in adapters_dir().glob("*/adapter_config.json"))[:3]
+    model, tokenizer = load_base("demo")
+    for name in names:
+        shutil.copytree(adapters_dir() / name, tmp_path / name)
+        if name != names[0]:
+            edit_config(tmp_path / name, alora_invocation_tokens=opening(tokenizer))
+    opened = AdapterPool.open(tmp_path)
+    every, activated = (AdapterPool([opened[name] for name in some]) for some in (names, names[1:]))
+    before, after = (activated, every) if plain == "added" else (every, activated)
+    text = f"{QUESTION} [assistant]"
+    settings = SelectionSettings.of(signal="calibrated", cache="")
+    logo = LoGo(model, tokenizer, before, settings=settings)
+    logo.select(text)
+    logo.take(logo.prepared(after))
+    fresh = LoGo(model, tokenizer, after, settings=settings).select(text)
+    same_selection(logo.select(text), fresh)

@@ -133,11 +133,14 @@ class Prompts:
             ending: tokens with which every text has to end. If the chat template ends prompts with them, each text is
                 the last message of a conversation, as the prompts will be; else they are appended.
             varied: a third of the conversations have a system message before it, and a third an earlier turn, so that
-                neither stands out later. Otherwise all have one message.
+                neither stands out later, unless the template refuses them. Otherwise all have one message.
         """
         if ending and self.tokenizer.chat_template:
-            chats = [list(self._conversation(texts, i, i % 3 if varied else 0)) for i, text in enumerate(texts) if text]
-            if all(row[-len(ending) :] == list(ending) for row in chats):
+            try:
+                chats = [self._conversation(texts, i, i % 3 if varied else 0) for i, text in enumerate(texts) if text]
+            except UsageError:  # the template refuses a single message
+                chats = [()]
+            if all(list(row[-len(ending) :]) == list(ending) for row in chats):
                 return [list(cut_left(self.tokenizer, row, self.context or len(row))) for row in chats]
         room = None if self.context is None else self.context - len(ending)
         rows = [text_ids(self.tokenizer, text) for text in texts]
@@ -153,9 +156,9 @@ class Prompts:
         try:
             return chat(self.tokenizer, [*turns, asked]).ids
         except UsageError:
-            if form != 1:
+            if not turns:
                 raise
-            return chat(self.tokenizer, [asked]).ids  # a template without system messages
+            return chat(self.tokenizer, [asked]).ids  # some templates refuse system messages
 
     def room(self, max_new_tokens: int | None) -> int:
         """Tokens of the context that belong to the answer.

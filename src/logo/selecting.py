@@ -105,10 +105,11 @@ class Choosing:
     def probe_text(self) -> ProbeText | None:
         """Which part of a conversation is probed, see `logo.prompts.chat`.
 
-        If no adapter acts everywhere and the settings leave it open, it is everything: adapters act where the
-        assistant's turn begins, and the answer reuses what the probe has read.
+        If no adapter acts everywhere, some have an invocation, and the settings leave it open, it is everything: the
+        invocation usually opens the assistant's turn, and the answer reuses what the probe has read.
         """
-        return "all" if self.pool.read_once and self._settings.probe_text is None else self._settings.probe_text
+        invoked = self.pool.read_once and any(one.tokens for one in self.pool.activations)
+        return "all" if invoked and self._settings.probe_text is None else self._settings.probe_text
 
     def wanted(self, call: CallSettings) -> Best:
         """Which scores of one prompt the selection needs."""

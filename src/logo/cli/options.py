@@ -168,7 +168,7 @@ class EngineOptions:
     probe_text: ProbeText | None = _probe(
         None,
         "Which part of a conversation is read: the user's last message, all of the user's, or everything.",
-        "last_user; activated adapters: all",
+        "last_user; adapters with an invocation: all",
     )
     probe_layer: str | None = _probe(
         None, "Which layer is read: `last`, an index, or several: `0,5,-1`.", "the signal's; official: last"

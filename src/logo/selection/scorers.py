@@ -90,7 +90,10 @@ class Scorers:
         self._model, self._settings, self._encode, self._bos = model, settings, encode, bos
         self._known: dict[str, Scorer] = {}  # scorers by signal
         self._caches: dict[str, CalibrationCache] = {}  # by signal; they stay if opening a scorer fails
-        self._earlier: dict[str, Scorer] = {} if before is None else before._earlier | before._known
+        # Calibrations of a pool whose adapters act elsewhere were read at other tokens.
+        alike = before is not None and before._activations == self._activations
+        self._earlier: dict[str, Scorer] = before._earlier | before._known if before is not None and alike else {}
+        self._encoded: dict[tuple[tuple[str, ...], bool], list[list[int]]] = {}
         self._keep = before is None
         self._prefixes, budget = None, int(settings.prefix_cache_gb * 1e9)
         self.read_once = self._beginnings is not None and settings.probe_context == "base" and settings.index == "exact"
@@ -237,7 +240,11 @@ class Scorers:
 
     def _texts(self, texts: Sequence[str], varied: bool = False) -> list[list[int]]:
         """Token ids of texts, each of which ends with the invocation tokens of the adapters if they have any."""
-        return self._encode(texts, next((one.tokens for one in self._activations if one.tokens), ()), varied)
+        key = (tuple(texts), varied)
+        if key not in self._encoded:  # a template may write the time, and texts are compared later
+            ending = next((one.tokens for one in self._activations if one.tokens), ())
+            self._encoded[key] = self._encode(texts, ending, varied)
+        return self._encoded[key]
 
     def _wanted(
         self,

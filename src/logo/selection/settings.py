@@ -46,7 +46,7 @@ class SelectionSettings:
             each token on which adapters act, which replaces `"each"` for a pool of activated adapters.
         probe_text: the part of a conversation that is probed: the `"last_user"` message, all messages of the user
             (`"conversation"`), or `"all"`; see `logo.prompts.chat`. None: `"all"` if no adapter of the pool acts
-            everywhere, else `"last_user"`.
+            everywhere and some have an invocation, else `"last_user"`.
         probe_layer: `"last"`, an index, or several, over which scores are averaged.
         probe_module: the module to read, by name; default: the query projection.
         probe_depth: the share of the layers that the probe may run, if the signal reads several points; None: all

@@ -222,7 +222,8 @@ class Router:
         spent = time.perf_counter() - started
         self._counts.selected(selection, spent)
         usage = (probed.json() or {}).get("usage") or {}
-        # If only a text of a conversation was probed, the probe does not give the number of the conversation's tokens.
+        # If a text of a conversation was probed, or a chat in place of a request to `/v1/responses`, the probe does not
+        # give the number of the prompt's tokens.
         return RoutedMixture(selection, 1000 * spent, usage.get("prompt_tokens") if where == path else None)
 
     # -- the pool ------------------------------------------------------------------------------------------------
