@@ -348,6 +348,9 @@ def test_without_its_invocation(tmp_path: Path) -> None:
         answers = [logo.generate(prompt, adapters={"t0": 1.0}, max_new_tokens=4) for _ in range(3)]
     assert len(told) == 1 and logo.not_invoked == {"t0": 3}
     assert answers[0].token_ids == logo.generate(prompt, adapters={}, max_new_tokens=4).token_ids
+    with pytest.warns(UserWarning, match="^adapters 't1', 't2': a prompt lacks their invocation tokens") as told:
+        logo.generate(prompt, adapters=dict.fromkeys(NAMES, 0.5), max_new_tokens=1)
+    assert len(told) == 1 and logo.not_invoked == {"t0": 4, "t1": 1, "t2": 1}
     instead = engine(model, folder, when_not_invoked="last:2").generate(prompt, adapters={"t0": 1.0}, max_new_tokens=4)
     forced = logo.generate(prompt, adapters={"t0": 1.0}, max_new_tokens=4, activation="last:2")
     assert instead.token_ids == forced.token_ids

@@ -335,7 +335,7 @@ def test_a_chat_is_probed_by_its_last_message_if_adapters_act_on_the_last_tokens
     assert logo.fitted.read_once and logo.select(turns) == logo.select("What is the plural of mouse?")
 
 
-@pytest.mark.filterwarnings("ignore:1 of 3 adapters act on every token", "ignore:adapter .* lacks its invocation")
+@pytest.mark.filterwarnings("ignore:1 of 3 adapters act on every token", "ignore:adapters? .* a prompt lacks")
 @pytest.mark.parametrize("plain", ["added", "removed"])
 def test_a_pool_may_change_from_adapters_that_act_everywhere_to_others(plain: str, tmp_path: Path) -> None:
     names = sorted(path.parent.name for path in adapters_dir().glob("*/adapter_config.json"))[:3]

@@ -102,7 +102,7 @@ def tokens(answers: Any) -> list[tuple[int, ...]]:
     return [answer.token_ids for answer in answers]
 
 
-@pytest.mark.filterwarnings("ignore:adapter .* lacks its invocation tokens")
+@pytest.mark.filterwarnings("ignore:adapters? .* a prompt lacks")
 def test_mixtures_are_those_of_the_local_engine(inside: Any, local: LoGo, prompts: list[list[int]]) -> None:
     mixtures = [MIXTURES[i % len(MIXTURES)] for i in range(len(prompts))]
     options: dict[str, Any] = {"adapters": mixtures, "max_new_tokens": 8}
@@ -116,7 +116,7 @@ def test_mixtures_are_those_of_the_local_engine(inside: Any, local: LoGo, prompt
     assert tokens(inside.generate(prompts, **options, activation="last:9")) == late
 
 
-@pytest.mark.filterwarnings("ignore:adapter .* lacks its invocation tokens")
+@pytest.mark.filterwarnings("ignore:adapters? .* a prompt lacks")
 @pytest.mark.parametrize("signal", ["calibrated", "norm", "entropy"])
 def test_selections_are_those_of_the_local_engine(
     inside: Any, local: LoGo, prompts: list[list[int]], signal: str
@@ -135,7 +135,7 @@ def test_selections_are_those_of_the_local_engine(
         assert one.token_ids == other.token_ids
 
 
-@pytest.mark.filterwarnings("ignore:adapter .* lacks its invocation tokens")
+@pytest.mark.filterwarnings("ignore:adapters? .* a prompt lacks")
 def test_adapters_that_do_nothing_are_counted(inside: Any, local: LoGo, kind: str, prompts: list[list[int]]) -> None:
     counts = []
     for engine in (inside, local):
@@ -145,7 +145,7 @@ def test_adapters_that_do_nothing_are_counted(inside: Any, local: LoGo, kind: st
     assert counts[0] == counts[1] and bool(counts[0]) == (kind in ("invocation", "mixed"))
 
 
-@pytest.mark.filterwarnings("ignore:adapter .* lacks its invocation tokens")
+@pytest.mark.filterwarnings("ignore:adapters? .* a prompt lacks")
 def test_likelihoods_are_those_of_the_local_engine(inside: Any, local: LoGo, prompts: list[list[int]]) -> None:
     pairs = [(prompt, [7, 8, 9]) for prompt in prompts]
     for mixture in MIXTURES:

@@ -21,6 +21,8 @@ from logo.errors import UsageError
 # What an adapter may do in a prompt that lacks its invocation tokens.
 OFF, ERROR = "off", "error"
 
+_SHOWN = 5  # names of adapters in a message
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -90,22 +92,24 @@ class NotInvoked(Counter[str]):
     """Adapter -> how many prompts lacked its invocation tokens, so that it did nothing there."""
 
     def note(self, names: Iterable[str]) -> None:
-        """Counts a prompt for these adapters, and warns once for each adapter."""
-        for text in self.new(names):
+        """Counts a prompt for these adapters, and warns of each adapter once."""
+        text = self.new(names)
+        if text is not None:
             warnings.warn(text, UserWarning, stacklevel=2)
 
-    def new(self, names: Iterable[str]) -> list[str]:
-        """Counts a prompt for these adapters, and returns a message for each that is counted for the first time."""
-        found = []
-        for name in names:
-            if name not in self:
-                found.append(
-                    f"adapter {name!r}: a prompt lacks its invocation tokens, so the adapter is not applied to it; if "
-                    "they open the assistant's turn, give prompts as chats (--chat); --when-not-invoked changes what "
-                    "the adapter does in other prompts"
-                )
-            self[name] += 1
-        return found
+    def new(self, names: Iterable[str]) -> str | None:
+        """Counts a prompt for these adapters, and returns a message about those that are counted for the first time."""
+        given = tuple(names)
+        found = [name for name in given if name not in self]
+        self.update(given)
+        if not found:
+            return None
+        listed = ", ".join(map(repr, found[:_SHOWN])) + (f" and {len(found) - _SHOWN} more" if found[_SHOWN:] else "")
+        who, whose = (f"adapter {listed}", "its") if len(found) == 1 else (f"adapters {listed}", "their")
+        return (
+            f"{who}: a prompt lacks {whose} invocation tokens, so nothing is added there, as in PEFT; if they open the "
+            "assistant's turn, give prompts as chats (--chat); --when-not-invoked changes what happens in other prompts"
+        )
 
 
 def last_occurrence(prompt: Sequence[int], tokens: Sequence[int]) -> int | None:

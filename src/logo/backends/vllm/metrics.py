@@ -68,9 +68,9 @@ class Counts:
         self._again.inc()
 
     def not_invoked(self, names: Sequence[str]) -> None:
-        """Counts adapters that do nothing, since a prompt lacks their invocation tokens; warns once for each."""
+        """Counts adapters that do nothing, since a prompt lacks their invocation tokens; warns of each once."""
         self._silent.inc(len(names))
-        for text in self._known.new(names):
+        if (text := self._known.new(names)) is not None:
             log.warning("LoGo: %s", text)
 
     def read(self, found: int, missed: int) -> None:
