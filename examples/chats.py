@@ -4,8 +4,7 @@ tasks.
     python examples/chats.py BASE_MODEL ADAPTERS ROWS [ROWS_PER_TASK]
 
 ROWS holds `{task}.jsonl` with `{"context", "completion"}` rows, one file per adapter of that name. A row counts as
-right if its own adapter is selected first. Activated adapters act where the assistant's turn begins, so their chats are
-always probed whole.
+right if its own adapter is selected first. The chats of adapters with invocation tokens are always probed whole.
 """
 
 from __future__ import annotations
@@ -39,7 +38,8 @@ def main(base_model: str, adapters: str, folder: str, count: int) -> None:
         rows[name] = [json.loads(line) for line in drawn.sample(lines, 2 * count)]
 
     def tell(label: str, chats: Sequence[tuple[str, Any]], *probed: str) -> None:
-        probed, right = ("all",) if logo.fitted.read_once else probed, []
+        invoked = logo.fitted.read_once and any(one.tokens for one in logo.fitted.activations)
+        probed, right = ("all",) if invoked else probed, []
         for probe_text in probed:
             logo.prompts.probe_text = probe_text  # type: ignore[assignment]
             selections = logo.select([chat for _, chat in chats])

@@ -10,6 +10,7 @@ import itertools
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
@@ -136,11 +137,10 @@ class Prompts:
                 neither stands out later, unless the template refuses them. Otherwise all have one message.
         """
         if ending and self.tokenizer.chat_template:
-            try:
+            chats: list[Sequence[int]] = []
+            with suppress(UsageError):  # the template refuses a single message
                 chats = [self._conversation(texts, i, i % 3 if varied else 0) for i, text in enumerate(texts) if text]
-            except UsageError:  # the template refuses a single message
-                chats = [()]
-            if all(list(row[-len(ending) :]) == list(ending) for row in chats):
+            if chats and all(list(row[-len(ending) :]) == list(ending) for row in chats):
                 return [list(cut_left(self.tokenizer, row, self.context or len(row))) for row in chats]
         room = None if self.context is None else self.context - len(ending)
         rows = [text_ids(self.tokenizer, text) for text in texts]

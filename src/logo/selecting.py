@@ -173,7 +173,7 @@ class Selecting(Choosing, ABC):
     def restart(self) -> None:
         """Forgets earlier prompts on which the next selection would depend."""
 
-    def read(self, rows: Sequence[Prompt]) -> list[Sequence[int]]:
+    def probed_ids(self, rows: Sequence[Prompt]) -> list[Sequence[int]]:
         """The token ids of each prompt that are probed."""
         return [row.ids if self.probe_text == "all" else row.probed for row in rows]
 
@@ -267,7 +267,7 @@ class Probing(Selecting):
             batch_size: prompts per probe; fewer if they are long (`MAX_TOKENS`), and one with the context `carry`.
             answering: start to load the adapters that are selected.
         """
-        probed = self.read(rows)
+        probed = self.probed_ids(rows)
         if self._settings.probe_context == "carry":
             return [self._select_carried(row, one) for row, one in zip(probed, calls, strict=True)]
         selections: dict[int, Selection] = {}

@@ -68,7 +68,8 @@ class InWorkers(Selecting):
         self, rows: Sequence[Prompt], calls: Sequence[CallSettings], batch_size: int, *, answering: bool = False
     ) -> list[Selection]:
         names = [self.open(one.settings)["names"] for one in calls]
-        found = self._scores([(ids, one.settings.signal) for ids, one in zip(self.read(rows), calls, strict=True)])
+        signals = [one.settings.signal for one in calls]
+        found = self._scores([*zip(self.probed_ids(rows), signals, strict=True)])
         return [self.choose(torch.tensor(row), who, one) for row, who, one in zip(found, names, calls, strict=True)]
 
     def evidence(self, settings: SelectionSettings) -> Evidence | None:
