@@ -235,7 +235,7 @@ def test_the_server_counts_what_is_not_invoked_and_what_is_gone(
     assert count(server, "not_invoked_total") == silent > 0
     assert count(server, 'prefix_tokens_total{state="found"}') == promised > 0
     assert count(server, 'prefix_tokens_total{state="missed"}') == 0
-    warned = [line for line in server.log.read_text().splitlines() if "invocation tokens, so its answer is not adapted" in line]
+    warned = [line for line in server.log.read_text().splitlines() if "so its answer is not adapted" in line]
     for name in set(library.not_invoked):
         assert sum(repr(name) in line for line in warned) == 1
     # At the same time there is no room for all of them.

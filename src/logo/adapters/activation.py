@@ -107,8 +107,8 @@ class NotInvoked(Counter[str]):
         listed = ", ".join(map(repr, found[:_SHOWN])) + (f" and {len(found) - _SHOWN} more" if found[_SHOWN:] else "")
         who, whose = (f"adapter {listed}", "its") if len(found) == 1 else (f"adapters {listed}", "their")
         return (
-            f"{who}: a prompt lacks {whose} invocation tokens, so its answer is not adapted, as in PEFT; if they open the "
-            "assistant's turn, give prompts as chats (--chat); else see --when-not-invoked"
+            f"{who}: a prompt lacks {whose} invocation tokens, so its answer is not adapted, as in PEFT; if they open "
+            "the assistant's turn, give prompts as chats (--chat); else see --when-not-invoked"
         )
 
 
