@@ -213,7 +213,7 @@ def test_what_a_method_finds_out_once_counts_once(
 ) -> None:
     session: Any = Clocked(learns)
     monkeypatch.setattr("logo.evaluation.forecast.time", session)
-    row = SimpleNamespace(context="x")
+    row = SimpleNamespace(prompt="x")
     jobs: Any = [SimpleNamespace(dataset=str(i), rows=[row] * 5, places=range(5)) for i in range(datasets)]
     found = timed(session, jobs)
     assert (session.prepared, found.once, found.learning, found.row) == (prepared, once, each, 2.0)

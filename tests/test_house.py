@@ -19,8 +19,8 @@ SRC = Path(__file__).parent.parent / "src" / "logo"
 LAYERS = [
     {"errors", "cache"},
     {"folders", "hub", "plugins", "extras"},
-    {"adapters", "prompts", "rows"},
-    {"models"},
+    {"adapters", "prompts"},
+    {"models", "rows"},
     {"mixing", "selection", "pools", "decoding", "endings", "scoring", "digests"},
     {"decoder", "completions", "opening", "selecting", "facts"},
     {"calls"},

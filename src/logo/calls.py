@@ -17,12 +17,13 @@ import torch
 from logo.adapters.activation import check_forced
 from logo.adapters.export import write_mixture
 from logo.adapters.layout import BaseLayout
+from logo.completions import encoded
 from logo.decoder import Decoding, Generation
 from logo.decoding import check_batch_size, check_streamable
 from logo.errors import UsageError, check_type
 from logo.facts import Facts
 from logo.prompts import Prompt, several
-from logo.scoring import Scored, completion_ids
+from logo.scoring import Scored
 from logo.selecting import CallOptions, CallSettings, Selecting, for_each, take_call_options
 from logo.selection.selector import Forced, Selection, forced
 from logo.stops import cut_pieces
@@ -282,10 +283,7 @@ class Calls(Facts):
         call = self.call_settings(**options)
         with self._lock:
             self._sync()
-            [whole] = self.prompts.read([prompt], room=None)
-            text = self.tokenizer.decode(whole.ids) if whole.text is None else whole.text
-            gold = completion_ids(self.tokenizer, text, completion, self.prompts.context)
-            [row] = self.prompts.read([whole], room=len(gold))
+            row, gold = encoded(self.prompts, prompt, completion)
             with self._holding():
                 chosen = self._selecting.mixtures([row] * len(mixtures), mixtures, call, 1)
                 return self._score(row.ids, gold, [one.mixture for one in chosen])

@@ -11,12 +11,35 @@ from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
 from logo.decoding import Prompts, batches_by_length, input_device
 from logo.mixing import Mixer, begins
-from logo.scoring import Continued, Read, Scored, continued_rows, score_continued, score_mixtures
+from logo.prompts import Prompt, is_conversation, written_answer
+from logo.scoring import Continued, Read, Scored, completion_ids, continued_rows, score_continued, score_mixtures
 from logo.selection.beginnings import Beginnings
 from logo.selection.probe import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from logo.prompts import OnePrompt
+
+
+def encoded(prompts: Prompts, prompt: OnePrompt, completion: str) -> tuple[Prompt, list[int]]:
+    """A prompt and a completion as they are scored. If they exceed the context, the prompt is cut.
+
+    The completion of a conversation has in front of it what the chat template writes between prompt and answer.
+
+    Raises:
+        UsageError: an empty prompt, or a completion without tokens or too long.
+    """
+    tokenizer = prompts.tokenizer
+    [whole] = prompts.read([prompt], room=None)
+    text = tokenizer.decode(whole.ids) if whole.text is None else whole.text
+    said = completion.strip() if isinstance(completion, str) else ""
+    written = written_answer(tokenizer, prompt, text, said) if said and is_conversation(prompt) else None  # type: ignore[arg-type]
+    if written is not None and said in written:
+        text, completion = "", written[: written.index(said) + len(said)]
+    gold = completion_ids(tokenizer, text, completion, prompts.context)
+    [row] = prompts.read([whole], room=len(gold))
+    return row, gold
 
 
 class CompletionScorer:

@@ -147,7 +147,7 @@ def chat(tokenizer: PreTrainedTokenizerBase, messages: Conversation, probe_text:
     Raises:
         UsageError: a message without content or with an unknown role, or the template refuses the conversation.
     """
-    turns = [_turn(number, message) for number, message in enumerate(messages)]
+    turns = checked_turns(messages)
     text = _rendered(tokenizer, turns) if tokenizer.chat_template else plain(turns)
     # A template adds the special tokens itself.
     ids = (
@@ -164,8 +164,30 @@ def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Conversation
     Raises:
         UsageError: as `chat`.
     """
-    turns = [_turn(number, message) for number, message in enumerate(messages)]
-    return _rendered(tokenizer, turns, answer=False)
+    return _rendered(tokenizer, checked_turns(messages), answer=False)
+
+
+def written_answer(tokenizer: PreTrainedTokenizerBase, messages: Conversation, prompt: str, answer: str) -> str | None:
+    """What the chat template writes behind a prompt if the assistant gives this answer, end marks included.
+
+    Args:
+        prompt: the text of `chat` for the messages.
+
+    Returns:
+        None if there is no template, or if it writes the prompt differently once there is an answer.
+
+    Raises:
+        UsageError: as `chat`.
+    """
+    if not tokenizer.chat_template:
+        return None
+    whole = conversation_text(tokenizer, [*messages, {"role": "assistant", "content": answer}])
+    return whole[len(prompt) :] if whole.startswith(prompt) else None
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages."""
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and _is_message(prompt[0])
 
 
 def asked_text(messages: Conversation, probe_text: ProbeText | None = None) -> str | None:
@@ -174,7 +196,7 @@ def asked_text(messages: Conversation, probe_text: ProbeText | None = None) -> s
     Raises:
         UsageError: a message without content or with an unknown role.
     """
-    return _asked([_turn(number, message) for number, message in enumerate(messages)], probe_text)
+    return _asked(checked_turns(messages), probe_text)
 
 
 def _asked(turns: Conversation, probe_text: ProbeText | None) -> str | None:
@@ -194,6 +216,20 @@ def check_probe_text(probe_text: ProbeText | None) -> ProbeText | None:
     if probe_text is not None and probe_text not in get_args(ProbeText):
         raise UsageError(f"probe_text: expected one of {', '.join(get_args(ProbeText))}, found {probe_text!r}")
     return probe_text
+
+
+def text_of(prompt: str | Conversation) -> str:
+    """A text as it is, and of a conversation the contents of its messages, for what compares texts."""
+    return prompt if isinstance(prompt, str) else plain(checked_turns(prompt))
+
+
+def checked_turns(messages: Conversation) -> list[dict[str, Any]]:
+    """Messages, each with its content as one text.
+
+    Raises:
+        UsageError: a message without content or with an unknown role.
+    """
+    return [_turn(number, message) for number, message in enumerate(messages)]
 
 
 def _turn(number: int, message: Any) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """`Row`: a prompt and its gold completion; reads files of rows.
 
 Every line of a JSONL file is an object with a `context` (the prompt) and a `completion` (the gold text, or a list of
-texts that all count as right). It may have `references` (all gold texts, if the official metric reads only one) and an
-`adapter` (the one made for such rows). A file is checked whole before its first row is used, so that an error on the
-last line is not found after hours of work.
+texts that all count as right). Instead of a `context` it may have the `messages` of a conversation, which then end with
+the assistant's gold answer unless there is a `completion`. It may have `references` (all gold texts, if the official
+metric reads only one) and an `adapter` (the one made for such rows). A file is checked whole before its first row is
+used, so that an error on the last line is not found after hours of work.
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from logo.errors import DataError, StorageError, UsageError
+from logo.prompts import checked_turns, plain
+
+if TYPE_CHECKING:
+    from logo.prompts import Conversation
 
 _SHOWN = 60  # characters of a wrong value that a message shows
 _EXPECTED = '{"context": text, "completion": text or list of texts}'
+_CHAT = '"messages" to end with {"role": "assistant", "content": text} after at least one other'
 _OPTIONAL = '"references", if there are any, to be a list of texts and "adapter" a name'
 
 
@@ -28,16 +34,23 @@ class Row:
     """One labelled example.
 
     Attributes:
-        context: the prompt.
+        context: the prompt as a text; of a conversation the contents of its messages, one per line.
         completion: its gold text, or all gold texts that count as right.
         references: all gold texts, if the data has more than the official metric reads.
         adapter: the adapter made for such rows, if the data names it.
+        messages: the conversation before the answer; empty: the prompt is a text.
     """
 
     context: str
     completion: str | tuple[str, ...]
     references: tuple[str, ...] = ()
     adapter: str | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def prompt(self) -> str | Conversation:
+        """What a model is given: the messages, or the context."""
+        return self.messages or self.context
 
     @property
     def golds(self) -> tuple[str, ...]:
@@ -48,7 +61,7 @@ class Row:
     def as_dict(self) -> dict[str, object]:
         """The row as an object of a data file, without empty fields."""
         row: dict[str, object] = {"context": self.context, "completion": self.completion}
-        return row | {key: value for key in ("references", "adapter") if (value := getattr(self, key))}
+        return row | {key: value for key in ("references", "adapter", "messages") if (value := getattr(self, key))}
 
 
 def read_rows(file: Path, limit: int | None = None) -> list[Row]:
@@ -128,11 +141,12 @@ def row_of(value: Mapping[str, Any], where: str) -> Row:
     Raises:
         DataError: a field is missing, empty or of another kind.
     """
-    for key in ("context", "completion"):
-        if key not in value:
-            raise malformed(where, f"no {key!r}, only {_shown(', '.join(map(str, value)))}")
     try:
-        return _checked(value)
+        value, messages = _conversation(value) if value.get("messages") is not None else (value, ())
+        for key in ("context", "completion"):
+            if key not in value:
+                raise _Wrong(f"no {key!r}, only {_shown(', '.join(map(str, value)))}")
+        return _checked(value, messages)
     except _Wrong as wrong:
         raise malformed(where, wrong.found, wrong.expected) from None
 
@@ -150,7 +164,27 @@ class _Wrong(Exception):
         self.found, self.expected = found, expected
 
 
-def _checked(row: Mapping[str, object]) -> Row:
+def _conversation(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
+    """A row of messages as one with a context and a completion, and the messages before the answer."""
+    given = row["messages"]
+    if not isinstance(given, (list, tuple)) or not given:
+        raise _Wrong("no messages" if given in ([], ()) else _shown(given), _CHAT)
+    try:
+        turns = checked_turns(given)
+    except UsageError as error:
+        raise _Wrong(str(error), _CHAT) from None
+    completion = row.get("completion")
+    if completion is None:
+        *turns, last = turns
+        completion = last["content"] if last["role"] == "assistant" else None
+        if not turns or completion is None or not completion.strip():
+            raise _Wrong(f"{_shown(last['role'])} as the last of {len(given)}, and no 'completion'", _CHAT)
+    elif turns[-1]["role"] == "assistant":
+        raise _Wrong("an answer of the assistant at their end and a 'completion' beside them", "one of the two")
+    return {**row, "context": plain(turns), "completion": completion}, tuple(turns)
+
+
+def _checked(row: Mapping[str, object], messages: tuple[Mapping[str, Any], ...]) -> Row:
     context = _text("'context'", row["context"])
     found = row["completion"]
     completion = _texts("'completion'", found) if isinstance(found, list) else _text("'completion'", found)
@@ -159,7 +193,7 @@ def _checked(row: Mapping[str, object]) -> Row:
         adapter = None if row.get("adapter") is None else _text("'adapter'", row["adapter"])
     except _Wrong as wrong:
         raise _Wrong(wrong.found, _OPTIONAL) from None
-    return Row(context, completion, references, adapter)
+    return Row(context, completion, references, adapter, messages)
 
 
 def _references(value: object) -> tuple[str, ...]:

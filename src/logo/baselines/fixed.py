@@ -10,6 +10,7 @@ from typing import ClassVar
 from logo.baselines.method import Method, Need, Prepared, Task, check_count, ranked, same_for_all
 from logo.calls import Calls
 from logo.errors import DataError, UsageError, closest
+from logo.prompts import Conversation, text_of
 from logo.selection import Selection
 
 
@@ -77,7 +78,7 @@ class Random(Method):
             chosen = random.Random(f"{self.seed} {prompt}").sample(names, k)
             return ranked(dict.fromkeys(chosen, 1 / k))
 
-        return Prepared(lambda prompts, batch_size: [draw(prompt) for prompt in prompts])
+        return Prepared(lambda prompts, batch_size: [draw(text_of(prompt)) for prompt in prompts])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +104,8 @@ class Oracle(Method):
                 f"{task.name!r} or {sub!r}{closest(sub, names)}; put an 'adapter' field into the rows"
             )
 
-        def select(prompts: Sequence[str], batch_size: int) -> list[Selection]:
-            return [ranked({_found(named.get(prompt, whole), task): 1.0}) for prompt in prompts]
+        def select(prompts: Sequence[str | Conversation], batch_size: int) -> list[Selection]:
+            return [ranked({_found(named.get(text_of(prompt), whole), task): 1.0}) for prompt in prompts]
 
         return Prepared(select, {"adapter": whole} if whole else {})
 

@@ -12,11 +12,12 @@ from unittest.mock import patch
 
 import numpy
 
-from logo.baselines.method import Example, Learned, Prepared, Task, check_count, same_for_all
+from logo.baselines.method import Example, Learned, Prepared, Task, check_count, prompt_of, same_for_all
 from logo.calls import Calls
+from logo.completions import encoded
 from logo.errors import DataError, UsageError
 from logo.extras import need
-from logo.scoring import Scored, completion_ids
+from logo.scoring import Scored
 
 # Number of adapters that one call scores, each alone: the tensors of so many are in memory at once.
 _TOGETHER = 32
@@ -194,14 +195,14 @@ def _as_float(value: Any) -> float:
 
 def _score(logo: Calls, task: Task, row: Example, mixtures: Sequence[dict[str, float]]) -> list[Scored]:
     with _named(task):
-        return logo.score(row.context, _gold(row), mixtures)
+        return logo.score(prompt_of(row), _gold(row), mixtures)
 
 
 def _tokens(logo: Calls, task: Task, row: Example) -> tuple[list[int], list[int]]:
     """The token ids of a row's prompt and of its gold text, as they are scored."""
     with _named(task):
-        gold = completion_ids(logo.tokenizer, row.context, _gold(row), logo.prompts.context)
-        return logo.prompts.encode([row.context], room=len(gold))[0], gold
+        prompt, gold = encoded(logo.prompts, prompt_of(row), _gold(row))
+        return list(prompt.ids), gold
 
 
 def _gold(row: Example) -> str:

@@ -24,6 +24,7 @@ from logo.baselines.method import Example, Method, Need, Prepared, Task, check_c
 from logo.baselines.retrieval import Embedding
 from logo.calls import Calls
 from logo.errors import DataError, UsageError
+from logo.prompts import Conversation
 from logo.selection import Selection
 
 # Adapter -> its share of `exact_match` and its mean `nll` on the validation rows of one task.
@@ -102,7 +103,7 @@ class LoRAuter(Embedding):
         tasks = torch.nn.functional.normalize(self.means(logo, groups), dim=-1)
         adapters = [found["adapter"] for found in best.values()]
 
-        def select(prompts: Sequence[str], batch_size: int) -> list[Selection]:
+        def select(prompts: Sequence[str | Conversation], batch_size: int) -> list[Selection]:
             return [self._mixed(adapters, similarities) for similarities in self.embedded(logo, prompts) @ tasks.T]
 
         return Prepared(select, {"embedding_model": self.embedding_model, "tasks": best})

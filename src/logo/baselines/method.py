@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from logo.calls import Calls
 from logo.decoder import Generation
@@ -19,19 +19,32 @@ from logo.errors import UsageError
 from logo.mixing import Merge
 from logo.mixing.merges import MERGES, MajoritySign
 from logo.plugins import Registry
+from logo.prompts import Conversation
 from logo.selection import Selection
 
+if TYPE_CHECKING:
+    from logo.prompts import OnePrompt
+
 Need = Literal["train", "prompts", "samples", "validation"]
-Select = Callable[[Sequence[str], int], list[Selection]]  # (prompts, batch size) -> one selection each
+# (prompts, batch size) -> one selection each. A prompt is a text, or a conversation if the row is one
+# (`logo.prompts.text_of` makes a text of both).
+Select = Callable[[Sequence[Any], int], list[Selection]]
 
 
 class Example(Protocol):
-    """A labelled row; of several gold texts the first is used."""
+    """A labelled row; of several gold texts the first is used. A row of a conversation has a `prompt`, too: its
+    messages."""
 
     @property
     def context(self) -> str: ...
     @property
     def completion(self) -> str | tuple[str, ...]: ...
+
+
+def prompt_of(row: Example) -> str | Conversation:
+    """What a model is given of a row: its text, or the messages of a conversation."""
+    found: str | Conversation = getattr(row, "prompt", row.context)
+    return found
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class Task:
 
     Attributes:
         name: `main.sub`.
-        prompts: the contexts of all test rows, in dataset order; for methods that need `"prompts"`.
+        prompts: the texts of all test rows' prompts, in dataset order; for methods that need `"prompts"`.
         train: labelled rows that are not among them; for methods that need `"train"`.
         adapters: the adapter that each test row names as its own, parallel to `prompts`; empty: none does.
         among: a method chooses among these adapters only; empty: among the whole pool.
@@ -192,13 +205,13 @@ class Answering:
         self._options = options
         self.record = self._prepared.record
 
-    def select(self, prompts: Sequence[str], batch_size: int = 8) -> list[Selection]:
+    def select(self, prompts: Sequence[OnePrompt], batch_size: int = 8) -> list[Selection]:
         """One selection for each prompt."""
         if self._prepared.select is None:
             return self._logo.select(list(prompts), batch_size=batch_size)
         return self._prepared.select(prompts, batch_size)
 
-    def generate(self, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[Generation]:
+    def generate(self, prompts: Sequence[OnePrompt], *, max_new_tokens: int, batch_size: int) -> list[Generation]:
         """One answer for each prompt; its seconds of `"probe"` are its share of the time that selecting took."""
         started = time.perf_counter()
         select = self._prepared.select

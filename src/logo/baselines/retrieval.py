@@ -16,6 +16,7 @@ from logo.baselines.embedding import DEFAULT_MODEL, embed, fetch
 from logo.baselines.method import Method, Need, Prepared, Task, check_count, ranked, same_for_all
 from logo.calls import Calls
 from logo.errors import DataError, UsageError
+from logo.prompts import Conversation, text_of
 from logo.selection import Selection
 
 Variant = Literal["mixture", "fusion", "selection"]
@@ -45,8 +46,9 @@ class Embedding(Method):
     def check(self) -> None:
         fetch(self.embedding_model)
 
-    def embedded(self, logo: Calls, texts: Sequence[str]) -> Tensor:
-        """Embeddings (texts, d)."""
+    def embedded(self, logo: Calls, prompts: Sequence[str | Conversation]) -> Tensor:
+        """Embeddings (prompts, d) of the prompts' texts."""
+        texts = [text_of(prompt) for prompt in prompts]
         return embed(texts, self.embedding_model, self.instruction, str(logo.devices[0]))
 
     def means(self, logo: Calls, groups: Sequence[tuple[str, ...]]) -> Tensor:
@@ -129,7 +131,7 @@ class LoraRetriever(Retrieval):
         names = task.candidates(logo)
         vectors = self.vectors(logo, names)
 
-        def select(prompts: Sequence[str], batch_size: int) -> list[Selection]:
+        def select(prompts: Sequence[str | Conversation], batch_size: int) -> list[Selection]:
             # The inner product with the unnormalised mean, which is short for an adapter of many kinds of input.
             return [self.closest(names, similarities) for similarities in self.embedded(logo, prompts) @ vectors.T]
 

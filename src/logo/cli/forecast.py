@@ -15,6 +15,7 @@ from logo.cli.output import out, print_json, size
 from logo.errors import HubError, LoGoError
 from logo.models import load_config, load_tokenizer, model_sizes, resolve_base
 from logo.pools import pool_place
+from logo.prompts import Conversation, read, text_of
 
 LABEL = 12  # columns
 
@@ -81,7 +82,7 @@ def _memory(asked: Asked, jobs: Sequence[Job], adapters: Sequence[int], here: bo
     if dtype == "auto":
         own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
         dtype = "float32" if device_of(engine.device) == "cpu" else own
-    prompts = [job.rows[place].context for job in jobs for place in job.places]
+    prompts = [job.rows[place].prompt for job in jobs for place in job.places]
     tokens, exact = _longest(prompts, base_model, engine.model_dir, here)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or tokens + run.max_new_tokens
     found = memory_of(
@@ -97,14 +98,14 @@ def _memory(asked: Asked, jobs: Sequence[Job], adapters: Sequence[int], here: bo
     return found, ""
 
 
-def _longest(prompts: Sequence[str], base_model: str, model_dir: str, here: bool) -> tuple[int, bool]:
+def _longest(prompts: Sequence[str | Conversation], base_model: str, model_dir: str, here: bool) -> tuple[int, bool]:
     """Tokens of the longest prompt, and whether they were counted: a tokenizer that is not here is not fetched, and no
     text has more tokens than bytes."""
     if not here:
-        return max((len(text.encode()) for text in prompts), default=0), False
+        return max((len(text_of(prompt).encode()) for prompt in prompts), default=0), False
 
     tokenizer = load_tokenizer(base_model, model_dir=model_dir)
-    return max((len(tokenizer(text)["input_ids"]) for text in prompts), default=0), True
+    return max((len(read(tokenizer, prompt)) for prompt in prompts), default=0), True
 
 
 def show(found: Forecast, *, json: bool) -> None:

@@ -27,6 +27,7 @@ from logo.selection.signals import SIGNALS
 
 if TYPE_CHECKING:
     from logo.engine import LoGo
+    from logo.prompts import OnePrompt
     from logo.selection.selector import Selection
 
 Mixture = Mapping[str, float]
@@ -118,13 +119,13 @@ class Arms:
         seconds: dict[str, Any] = {"select": {}}
         for signal, logo in self._engines.items():
             started = time.perf_counter()
-            picked[signal] = logo.select(row.context)
+            picked[signal] = logo.select(row.prompt)
             seconds["select"][signal] = time.perf_counter() - started
         own = task if task in self._logo.names else None
         arms = list(self._arms(picked, task, own))
         for label in self._contest.methods:
             started = time.perf_counter()
-            arms += self._of_method(label, task, row.context, lessons)
+            arms += self._of_method(label, task, row.prompt, lessons)
             seconds["select"][label] = time.perf_counter() - started
         self._judge(arms, task, where, row, seconds)
         for arm in arms:
@@ -169,7 +170,7 @@ class Arms:
         """Whether adapters remain without a row's own one."""
         return len(self._logo.names) > 1 and not any(set(chosen.scores) <= {own} for chosen in picked.values())
 
-    def _of_method(self, label: str, task: str, prompt: str, lessons: Lessons) -> Iterator[Arm]:
+    def _of_method(self, label: str, task: str, prompt: OnePrompt, lessons: Lessons) -> Iterator[Arm]:
         method = self._contest.methods[label]
         for about in self._contest.abouts(task, self._logo.names):
             select = self._knowing(Lesson(label, task, about), lessons).select
@@ -210,9 +211,9 @@ class Arms:
             logo.merge = merge
             try:
                 started = time.perf_counter()
-                scored = logo.score(row.context, gold, [arm.mixture for arm in some])
+                scored = logo.score(row.prompt, gold, [arm.mixture for arm in some])
                 scored_at = time.perf_counter()
-                answers = [""] * len(some) if new_tokens is None else self._answers(row.context, some, new_tokens)
+                answers = [""] * len(some) if new_tokens is None else self._answers(row.prompt, some, new_tokens)
             except UsageError as error:
                 raise DataError(f"{where}: {error}") from error
             finally:
@@ -228,7 +229,7 @@ class Arms:
         if new_tokens is not None:
             seconds["generate"] = generating
 
-    def _answers(self, prompt: str, arms: Sequence[Arm], new_tokens: int) -> list[str]:
+    def _answers(self, prompt: OnePrompt, arms: Sequence[Arm], new_tokens: int) -> list[str]:
         """One answer for each arm; equal mixtures share one."""
         keys = [tuple(sorted(arm.mixture.items())) for arm in arms]
         distinct = list(dict.fromkeys(keys))

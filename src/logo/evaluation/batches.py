@@ -12,20 +12,21 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from logo.errors import HubError, LoGoError, StorageError
 
 if TYPE_CHECKING:
     from logo.decoder import Generation
+    from logo.prompts import Conversation
 
 OUT_OF_MEMORY = "out of memory with this prompt alone; ask for fewer new tokens, or use a smaller dtype"
 
 
 class Engine(Protocol):
-    """Anything that answers prompts: one generation per prompt, in order."""
+    """Anything that answers prompts, texts or conversations: one generation per prompt, in order."""
 
-    def generate(self, prompts: list[str], *, max_new_tokens: int, batch_size: int) -> Sequence[Generation]: ...
+    def generate(self, prompts: list[Any], *, max_new_tokens: int, batch_size: int) -> Sequence[Generation]: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Batch:
 
 def in_batches(
     engine: Engine,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Conversation],
     *,
     batch_size: int,
     max_new_tokens: int,
@@ -110,7 +111,7 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _answers(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[Generation | Failure, ...] | None:
+def _answers(engine: Engine, prompts: list[Any], max_new_tokens: int) -> tuple[Generation | Failure, ...] | None:
     """One answer per prompt; None if several prompts do not fit into memory."""
     answers = _attempt(engine, prompts, max_new_tokens)
     if not isinstance(answers, Failure):
@@ -123,7 +124,7 @@ def _answers(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[G
     return tuple(answer if isinstance(answer, Failure) else answer[0] for answer in single)
 
 
-def _attempt(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[Generation, ...] | Failure:
+def _attempt(engine: Engine, prompts: list[Any], max_new_tokens: int) -> tuple[Generation, ...] | Failure:
     try:
         generations = engine.generate(prompts, max_new_tokens=max_new_tokens, batch_size=len(prompts))
     except (StorageError, HubError):

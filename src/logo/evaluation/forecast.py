@@ -147,9 +147,9 @@ def timed(session: Session, jobs: Sequence[Job]) -> Hours:
     if not asked:
         return Hours(session.loading, 0.0, 0.0, 0, session.loading)
     some = asked if session.method is None else asked[:1]
-    texts = [job.rows[place].context for job in some for place in job.places]
-    count = min(len(texts), max(TIMED, 3 * session.batch_size))
-    chosen = [texts[i * len(texts) // count] for i in range(count)]
+    prompts = [job.rows[place].prompt for job in some for place in job.places]
+    count = min(len(prompts), max(TIMED, 3 * session.batch_size))
+    chosen = [prompts[i * len(prompts) // count] for i in range(count)]
     engine, first = _prepared(session, some[0])
     # A method that learns from the rows of each dataset learns nothing that others use.
     shares = session.method is not None and not session.learns and len(asked) > 1

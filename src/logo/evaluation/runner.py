@@ -261,7 +261,7 @@ def answers(
     for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if number < 1:
             raise UsageError(f"{name} {number}: expected at least 1")
-    prompts = [row.context for row in rows]
+    prompts = [row.prompt for row in rows]
     done = 0
     for batch in in_batches(
         engine, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, size=size, proven=proven

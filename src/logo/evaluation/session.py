@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from logo.baselines import Method
     from logo.calls import Calls
     from logo.decoder import Generation
+    from logo.prompts import Conversation
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,9 @@ class Session(Evaluation):
     loading: float = 0.0
     method: Method | None = None
 
-    def generate(self, prompts: list[str], *, max_new_tokens: int, batch_size: int) -> Sequence[Generation]:
+    def generate(
+        self, prompts: list[str | Conversation], *, max_new_tokens: int, batch_size: int
+    ) -> Sequence[Generation]:
         """Answers prompts with this session's options; what `logo.evaluation.runner` asks of an engine."""
         return self.logo.generate(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, **self.generation)
 

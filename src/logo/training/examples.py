@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from logo.errors import DataError, LoGoError
-from logo.prompts import chat, conversation_text, cut_left, text_ids
+from logo.prompts import chat, cut_left, text_ids, written_answer
 from logo.scoring import joined
 from logo.training.tasks import Pair, Task
 
@@ -81,11 +81,11 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[list[int], 
     if isinstance(pair.prompt, str):
         return text_ids(tokenizer, pair.prompt), _ids(tokenizer, joined(pair.prompt, pair.completion)) + end
     prompt = chat(tokenizer, pair.prompt)
-    if tokenizer.chat_template and prompt.text is not None:
-        whole = conversation_text(tokenizer, [*pair.prompt, {"role": "assistant", "content": pair.completion}])
-        if whole.startswith(prompt.text):  # nearly all templates append the answer to the prompt
-            return list(prompt.ids), _ended(_ids(tokenizer, whole[len(prompt.text) :].rstrip()), end)
-    return list(prompt.ids), _ids(tokenizer, joined(prompt.text or "", pair.completion)) + end
+    text = prompt.text or ""
+    written = written_answer(tokenizer, pair.prompt, text, pair.completion)
+    if written is not None:
+        return list(prompt.ids), _ended(_ids(tokenizer, written.rstrip()), end)
+    return list(prompt.ids), _ids(tokenizer, joined(text, pair.completion)) + end
 
 
 def _ended(ids: list[int], end: list[int]) -> list[int]:

@@ -225,9 +225,10 @@ def _datasets() -> Any:
 
 
 def _pair(row: Mapping[str, Any], where: str, columns: Sequence[str]) -> Pair:
-    if "messages" in row and tuple(columns) == USUAL_COLUMNS:
-        return _from_messages(row["messages"], where)
     context, completion = columns
+    if tuple(columns) == USUAL_COLUMNS and row.get("messages") is not None:
+        found = row_of({name: row.get(name) for name in ("messages", completion)}, where)
+        return Pair(found.messages, found.golds[0])
     missing = [name for name in columns if name not in row]
     if missing:
         expected = '{"context": text, "completion": text} or {"messages": [...]}'
@@ -235,15 +236,4 @@ def _pair(row: Mapping[str, Any], where: str, columns: Sequence[str]) -> Pair:
             expected = f"columns {context!r} and {completion!r}"
         raise malformed(where, f"no {missing[0]!r}, only {', '.join(map(str, row))}", expected)
     found = row_of({"context": row[context], "completion": row[completion]}, where)
-    return Pair(found.context, found.completion if isinstance(found.completion, str) else found.completion[0])
-
-
-def _from_messages(messages: Any, where: str) -> Pair:
-    expected = '"messages" to end with {"role": "assistant", "content": text} after at least one other'
-    if not isinstance(messages, list) or len(messages) < 2 or not isinstance(messages[-1], Mapping):
-        raise malformed(where, f"{messages!r:.60}", expected)
-    *before, last = messages
-    content = last.get("content")
-    if last.get("role") != "assistant" or not isinstance(content, str) or not content.strip():
-        raise malformed(where, f"{last!r:.60}", expected)
-    return Pair(tuple(before), content)
+    return Pair(found.context, found.golds[0])

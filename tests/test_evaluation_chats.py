@@ -1,0 +1,216 @@
+"""Rows of conversations: read, answered, scored and stored as what they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from logo import LoGo
+from logo.baselines.fixed import Oracle, OwnSelector, Random
+from logo.baselines.learned import LoraHub, each_alone
+from logo.baselines.method import Answering, Task
+from logo.cli.run import run
+from logo.completions import encoded
+from logo.demo import adapters_dir, heldout, model_dir
+from logo.errors import DataError
+from logo.models import load_base
+from logo.prompts import text_of
+from logo.rows import Row, read_rows, row_of
+from logo.training.examples import encode
+from logo.training.tasks import Pair
+from logo.training.tasks import Task as TrainingTask
+from test_chat import MARKED, with_template
+
+TEXT = st.text(min_size=1, max_size=8).filter(str.strip).filter(lambda text: text.isascii())
+TURN = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXT})
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def chats(task: str, count: int = 2) -> list[dict[str, Any]]:
+    """Rows of a task of the demo as conversations that end with their answer."""
+    return [
+        {
+            "messages": [
+                SYSTEM,
+                {"role": "user", "content": row["context"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+        }
+        for row in heldout()[task][:count]
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's base model with a chat template."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    shutil.copytree(model_dir(), folder)
+    with_template(load_base("demo")[1], MARKED).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def logo(folder: Path) -> Iterator[LoGo]:
+    yield LoGo.from_pretrained(str(folder), str(adapters_dir()), device="cpu", signal="calibrated", k=3)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for task in ("antonym", "plural"):
+        (folder / f"{task}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in chats(task)))
+    return folder
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+@given(turns=st.lists(TURN, min_size=1, max_size=4), answer=TEXT, more=st.lists(TEXT, max_size=2))
+def test_a_conversation_is_read_and_written_again(turns: list[dict[str, Any]], answer: str, more: list[str]) -> None:
+    ended = row_of({"messages": [*turns, {"role": "assistant", "content": answer}], "references": more or None}, "here")
+    assert (list(ended.messages), ended.completion) == (turns, answer)
+    assert ended.context == "\n".join(turn["content"] for turn in turns) == text_of(turns)
+    assert ended.prompt == ended.messages and list(ended.golds) == list(dict.fromkeys([answer, *more]))
+    if turns[-1]["role"] != "assistant":
+        assert row_of(json.loads(json.dumps(ended.as_dict())), "there") == ended
+        assert row_of({"messages": turns, "completion": [answer, "x"]}, "here").completion == (answer, "x")
+
+
+def test_a_row_of_a_text_is_not_changed() -> None:
+    row = row_of({"context": "a", "completion": "b", "messages": None}, "here")
+    assert row == Row("a", "b") and row.prompt == "a" and row.as_dict() == {"context": "a", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"messages": []}, "found no messages"),
+        ({"messages": "hello"}, 'found "hello"'),
+        ({"messages": [{"role": "assistant", "content": "w"}]}, 'found "assistant" as the last of 1'),
+        (
+            {"messages": [SYSTEM, {"role": "user", "content": "w"}]},
+            "found \"user\" as the last of 2, and no 'completion'",
+        ),
+        ({"messages": [SYSTEM, {"role": "assistant", "content": " "}]}, 'found "assistant" as the last of 2'),
+        ({"messages": [SYSTEM, {"role": "boss", "content": "w"}]}, "messages[1]: expected one of the roles"),
+        ({"messages": [SYSTEM, "w"]}, "messages[1]: expected {'role', 'content'}, found str"),
+        (
+            {"messages": [SYSTEM, {"role": "assistant", "content": "w"}], "completion": "x"},
+            "expected one of the two, found an answer of the assistant at their end and a 'completion' beside them",
+        ),
+        ({"messages": [{"role": "user", "content": " "}], "completion": "x"}, "found 'context' is empty"),
+    ],
+)
+def test_a_conversation_that_is_no_row_is_named(row: dict[str, Any], found: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"context": "a", "completion": "b"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(DataError) as error:
+        read_rows(file)
+    assert str(error.value).startswith(f"{file}:2: expected ") and found in str(error.value)
+
+
+# -- scoring -----------------------------------------------------------------------------------------------------------
+
+TEMPLATES = {
+    "joined": MARKED,
+    "new line": MARKED.replace("[assistant]{% endif %}", "[assistant]\n{% endif %}").replace("}}] {{", "}}]\n{{"),
+    "none": "",
+    "rewritten": "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}?{% endif %}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_completion_is_scored_as_it_was_trained(logo: LoGo, template: str) -> None:
+    """The scored tokens are those that `logo train` learns from, without what ends the answer."""
+    row = row_of(chats("antonym")[0], "here")
+    known = logo.tokenizer.chat_template
+    logo.tokenizer.chat_template = template or None
+    try:
+        prompt, gold = encoded(logo.prompts, row.prompt, str(row.completion))
+        task = TrainingTask("t", "t.jsonl", (Pair(row.messages, str(row.completion)),))
+        [trained] = encode(logo.tokenizer, task, 512).rows
+    finally:
+        logo.tokenizer.chat_template = known
+    assert list(trained.ids[: trained.prompt]) == list(prompt.ids)
+    assert list(trained.ids[trained.prompt :])[: len(gold)] == gold
+    assert len(gold) < len(trained.ids) - trained.prompt
+    assert logo.tokenizer.decode(gold).strip().endswith(str(row.completion))
+
+
+def test_methods_answer_conversations(logo: LoGo) -> None:
+    """Those that score, and those that look at the text of a prompt."""
+    found = [row_of(row, "here") for row in chats("antonym", 3)]
+    prompts, texts = [row.prompt for row in found], [row.context for row in found]
+    names = ["antonym", "plural", "antonym"]
+    task = Task("mine", texts, found, names)
+    assert Answering(logo, OwnSelector(), task).select(prompts) == logo.select(prompts)
+    assert [one.adapters for one in Answering(logo, Oracle(), task).select(prompts)] == [(name,) for name in names]
+    assert Answering(logo, Random(k=2), task).select(prompts) == Answering(logo, Random(k=2), task).select(texts)
+    table = each_alone(logo, task, found, ["antonym"])
+    alone = [
+        logo.score(prompt, str(row.completion), [{"antonym": 1.0}])[0]
+        for prompt, row in zip(prompts, found, strict=True)
+    ]
+    assert table["antonym"]["nll"] == sum(one.nll for one in alone) / 3
+    learnt = LoraHub(k=2, rows=2, budget=2).learn(logo, task)
+    assert learnt["rows"] == 2 and set(learnt["drawn"]) == set(learnt["weights"])
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_answers_conversations(folder: Path, logo: LoGo, rows: Path, tmp_path: Path) -> None:
+    place = ["--base-model", str(folder), "--device", "cpu", "--adapters", str(adapters_dir()), "-k", "3"]
+    asked = [*place, "--rows", str(rows), "--dataset", "antonym", "--max-new-tokens", "8", "--signal", "calibrated"]
+    assert run(["eval", "run", *asked, "--result-dir", str(tmp_path / "whole")]) == 0
+    [said] = (tmp_path / "whole").rglob("predictions.json")
+    prompts = [row.prompt for row in read_rows(rows / "antonym.jsonl")]
+    answers = logo.generate(prompts, max_new_tokens=8)
+    assert json.loads(said.read_text()) == [answer.text.strip().split("\n")[0] for answer in answers]
+    # The template leaves the probe alone, but not the answer: texts are other prompts.
+    assert [one.text for one in answers] != [
+        one.text for one in logo.generate([text_of(p) for p in prompts], max_new_tokens=8)
+    ]
+    for number in (1, 2):
+        shard = ["--shard", f"{number}/2", "--result-dir", str(tmp_path / "parts")]
+        assert run(["eval", "run", *asked, *shard, "--batch-size", "1"]) == 0
+    assert run(["eval", "merge", str(tmp_path / "parts")]) == 0
+    merged = next((tmp_path / "parts").glob("*/antonym")) / "predictions.json"
+    assert json.loads(merged.read_text()) == json.loads(said.read_text())
+    assert json.loads(merged.with_name("rows.json").read_text())[0]["messages"][0] == SYSTEM
+    page = tmp_path / "page.html"
+    assert run(["eval", "report", str(tmp_path / "whole"), "--output", str(page)]) == 0
+    assert page.stat().st_size > 10_000
+
+
+def test_a_study_measures_conversations(
+    folder: Path, logo: LoGo, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ["--base-model", str(folder), "--device", "cpu", "--adapters", str(adapters_dir()), "-k", "3"]
+    saved = tmp_path / "study.json"
+    assert run(["eval", "study", *place, "--rows", str(rows), "--signals", "calibrated", "--save", str(saved)]) == 0
+    found = json.loads(saved.read_text())["tasks"]["plural"]["signals"]["calibrated"]["nll"]
+    own = read_rows(rows / "plural.jsonl")
+    nll = [logo.score(row.prompt, str(row.completion), [None])[0].nll for row in own]
+    assert found == pytest.approx(sum(nll) / len(nll), rel=1e-4)
+
+
+def test_an_estimate_counts_the_template(folder: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--base-model", str(folder), "--device", "cpu", "--adapters", str(adapters_dir())]
+    asked = ["--rows", str(rows), "--dataset", "antonym", "--estimate", "--json"]
+    assert run(["eval", "run", *place, *asked]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    tokenizer = load_base(str(folder))[1]
+    longest = max(
+        len(tokenizer.apply_chat_template(list(row.messages), add_generation_prompt=True)["input_ids"])
+        for row in read_rows(rows / "antonym.jsonl")
+    )
+    assert memory["tokens"] - longest in range(1, 1024) and memory["exact"]
