@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logo.errors import ModelError, Unsure
-from logo.selection.confidence import BEST, EXAMPLES, RESPONSES, Evidence
+from logo.selection.confidence import BEST, EXAMPLES, RESPONSES, Evidence, strength
 from logo.selection.selector import LEAST, UNSURE, Selection, Selector
 from tolerances import same_weights
 
@@ -26,7 +26,8 @@ def select(scores: list[float], k: int = 20, **how: object) -> Selection:
 @settings(max_examples=150, deadline=None)
 def test_any_scores_make_a_mixture(scores: list[float], k: int, weighting: str, mass: float) -> None:
     whole = select(scores, k, weighting=weighting)
-    assert sum(whole.weights) == pytest.approx(1, abs=1e-4)
+    total = 1.0 if weighting != "adaptive" or whole.confidence is None else strength(whole.confidence)
+    assert sum(whole.weights) == pytest.approx(total, abs=1e-4) and 0.7 <= total <= 1
     assert all(0 <= weight <= 1 for weight in whole.weights)
     assert list(whole.weights) == sorted(whole.weights, reverse=True)
     if weighting == "adaptive":
@@ -35,10 +36,10 @@ def test_any_scores_make_a_mixture(scores: list[float], k: int, weighting: str, 
         assert len(whole.adapters) == min(k, len(scores))
     kept = select(scores, k, weighting=weighting, keep_mass=mass)
     assert kept.adapters == whole.adapters[: len(kept.adapters)]
-    assert sum(kept.weights) == pytest.approx(1, abs=1e-4)
-    held = sum(whole.weights[: len(kept.adapters)])
+    assert sum(kept.weights) == pytest.approx(total, abs=1e-4)
+    held = sum(whole.weights[: len(kept.adapters)]) / total
     assert held >= mass - 1e-4
-    assert len(kept.adapters) == 1 or held - whole.weights[len(kept.adapters) - 1] < mass
+    assert len(kept.adapters) == 1 or held - whole.weights[len(kept.adapters) - 1] / total < mass
 
 
 @given(SCORES, st.floats(-9, 9))
@@ -91,6 +92,8 @@ def test_sharp_when_sure_and_broad_when_not() -> None:
     assert temperature(0.9) == temperature(0.4) == pytest.approx(0.785)
     assert temperature(0.25) == temperature(0.0) == pytest.approx(3.5)
     assert temperature(0.325) == pytest.approx((0.785 * 3.5) ** 0.5, rel=1e-4)  # half-way on a scale of logarithms
+    assert strength(0.9) == strength(0.4) == 1 and strength(0.25) == strength(0.0) == pytest.approx(0.7)
+    assert strength(0.325) == pytest.approx(0.7**0.5)
     assert Evidence(4.0, 1.0).temperature(0.9) == pytest.approx(0.3925)  # steeper evidence: smaller differences count
 
 
@@ -99,7 +102,7 @@ def test_what_answers_where_nothing_stands_out(when: str, adapters: tuple[str, .
     found = select([1.25, *REST], 2, weighting="adaptive", when_unsure=when)
     assert found.adapters == adapters
     assert found.confidence is not None and found.confidence < UNSURE
-    assert sum(found.weights) == pytest.approx(1.0 if adapters else 0.0)
+    assert sum(found.weights) == pytest.approx({"base": 0.0, "best": 1.0, "mix": 0.7}[when])
     sure = select([9.0, *REST], 2, weighting="adaptive", when_unsure=when)
     assert sure.adapters == ("a00",)  # the other one's weight is negligible
 

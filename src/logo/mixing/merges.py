@@ -177,7 +177,8 @@ class MergeFunction(Protocol):
             merge: its options; a merge looks at those it knows.
             parts: factors `A` (r_i, d_in), `B` (d_out, r_i) and the factor `scaling` of each adapter, in pool order, in
                 the dtype of their files; `part.scaled_b()` is `scaling · B` in float32.
-            weights: of the adapters, parallel to `parts`. They sum to 1 unless a user forced others.
+            weights: of the adapters, parallel to `parts`. They sum to 1 unless a selection is
+                unsure or a user forced others.
             generator: the only source of randomness; the same mixture is always given the same one.
 
         Returns:

@@ -25,7 +25,10 @@ FIELD = 5
 BEST = 0.1
 # Temperatures, times the steepness: at the first one adapter has nearly all the weight, at the second many share it.
 _SHARPEST, _BROADEST = 1.57, 7.0
-# A mixture is as broad as it gets up to the first confidence, and as sharp as it gets from the second on.
+# The sum of the weights of the broadest mixture. Adapters that were not made for a prompt also disturb the base model,
+# so a part is left to it (docs/how-selection-works.md has the comparison).
+_WEAKEST = 0.7
+# A mixture is as broad and weak as it gets up to the first confidence, and as sharp as it gets from the second on.
 _DOUBT, _TRUST = 0.25, 0.4
 
 
@@ -55,8 +58,19 @@ class Evidence:
 
         Between the two ends, log T is linear in the confidence.
         """
-        sureness = min(max((confidence - _DOUBT) / (_TRUST - _DOUBT), 0.0), 1.0)
-        return float(_BROADEST * (_SHARPEST / _BROADEST) ** sureness) / self.steepness
+        return float(_BROADEST * (_SHARPEST / _BROADEST) ** _sureness(confidence)) / self.steepness
+
+
+def strength(confidence: float) -> float:
+    """The sum of a mixture's weights for a confidence: 1 for a sure selection, less for an unsure one.
+
+    Between the two ends, its logarithm is linear in the confidence.
+    """
+    return float(_WEAKEST ** (1 - _sureness(confidence)))
+
+
+def _sureness(confidence: float) -> float:
+    return min(max((confidence - _DOUBT) / (_TRUST - _DOUBT), 0.0), 1.0)
 
 
 # For scores in standard deviations of neutral text, and for scores to which example prompts contribute.

@@ -2,8 +2,9 @@
 
 linear     w_i = score_i / Σ score                                    the paper (equation 4) and the authors' code
 softmax    w_i ∝ exp(score_i / T)
-adaptive   softmax whose temperature follows the confidence of the selection (`logo.selection.confidence`);
-           adapters with less than `LEAST` of the best one's weight are left out
+adaptive   softmax whose temperature, and whose sum, follow the confidence of the selection
+           (`logo.selection.confidence`): the less sure, the broader and the weaker. Adapters with less than `LEAST` of
+           the best one's weight are left out
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from logo.adapters.pool import AdapterPool
 from logo.errors import NotFinite, PoolError, Unsure, UsageError, check_type, closest
-from logo.selection.confidence import RESPONSES, Evidence
+from logo.selection.confidence import RESPONSES, Evidence, strength
 from logo.selection.signals import Weighting, WhenUnsure
 
 # Below this confidence a selection counts as unsure.
@@ -32,7 +33,8 @@ class Selection:
 
     Attributes:
         adapters: names, best first. Empty: the base model alone.
-        weights: parallel to `adapters`. They sum to 1 unless the user forced others.
+        weights: parallel to `adapters`. They sum to 1; to less if an adaptive weighting is unsure, and to anything if
+            the user forced them.
         scores: the score of every scored adapter, in pool order. Empty for a forced selection.
         confidence: the probability that the pool holds an adapter that was made for this prompt; None for a forced
             selection, and for signals whose scores have no scale of their own.
@@ -111,7 +113,8 @@ class Selector:
         k: adapters at most.
         weighting: see the module's docstring.
         temperature: of `"softmax"`.
-        keep_mass: keep the best adapters that together hold this share of the weight; None: all k.
+        keep_mass: keep the best adapters that together hold this share of the weight, which get that of the others,
+            too; None: keep all k.
         evidence: turns a lead of these scores into a confidence; None: they have no scale of their own.
         when_unsure: what answers if the confidence is below `UNSURE`: the mixture (`"mix"`), the `"base"` model
             alone, the `"best"` adapter alone, or nothing (`"refuse"`).
@@ -148,8 +151,9 @@ class Selector:
         weights = self._weights(top, confidence)
         if self.keep_mass is not None:
             # The first adapter always stays; another one is dropped if those before it hold the mass already.
-            kept = int((weights.cumsum(0) - weights < self.keep_mass * (1 - 1e-6)).sum())
-            weights = weights[:kept] / weights[:kept].sum()
+            whole = weights.sum()
+            kept = int((weights.cumsum(0) - weights < self.keep_mass * (1 - 1e-6) * whole).sum())
+            weights = weights[:kept] * (whole / weights[:kept].sum())
         order = order[: len(weights)]
         return Selection(
             tuple(names[i] for i in order.tolist()),
@@ -169,7 +173,7 @@ class Selector:
             return (top / self.temperature).softmax(dim=0)
         weights = (top / self.evidence.temperature(confidence)).softmax(dim=0)
         weights = weights[weights >= LEAST * weights[0]]
-        return weights / weights.sum()
+        return strength(confidence) * weights / weights.sum()
 
 
 def linear(top: Tensor) -> Tensor:
