@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from make_adapters import edit_weights
 
 from logo.adapters.layout import BaseLayout
 from logo.backends.vllm.options import OPTIONS, POOL, Options
@@ -17,6 +16,7 @@ from logo.backends.vllm.processes import Processes
 from logo.errors import AdapterError, PoolError, UsageError
 from logo.models import demo_folder, load_skeleton
 from logo.selection import Selection
+from make_adapters import edit_weights
 
 
 def test_one_process_changes_the_pool_at_a_time() -> None:
