@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from logo.backends.vllm.processes import Processes
 from logo.errors import AdapterError, PoolError, UsageError
 from logo.models import demo_folder, load_skeleton
 from logo.selection import Selection
+from make_adapters import edit_weights
 
 
 def test_one_process_changes_the_pool_at_a_time() -> None:
@@ -88,6 +90,17 @@ def test_a_process_takes_over_what_another_has_changed(tmp_path: Path) -> None:
     shutil.rmtree(copied_again)
     with pytest.raises(AdapterError):
         here.following(there.places, layout)
+
+
+def test_an_adapter_that_is_not_finite_cannot_be_added(tmp_path: Path) -> None:
+    model = load_skeleton("demo")
+    options = Options.of(None, {POOL: str(demo_folder() / "adapters")})
+    assert options is not None
+    pool, damaged = KeyedPool.open(options, model), copied(tmp_path / "new", "capital")
+    edit_weights(damaged, lambda weights: next(iter(weights.values())).view(-1).__setitem__(5, math.nan))
+    for change in (("add", "new", str(damaged)), ("replace", "capital", str(damaged))):
+        with pytest.raises(AdapterError, match="holds NaN"):
+            pool.changed(change, BaseLayout.of(model))
 
 
 def test_where_adapters_act_is_part_of_a_pool(tmp_path: Path) -> None:

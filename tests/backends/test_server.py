@@ -289,8 +289,9 @@ def test_an_answer_with_a_mixture_is_not_left_to_itself(server: Server, rows: li
 
 def test_a_recipe_is_no_name(server: Server, rows: list[str]) -> None:
     for name in ("logo://0123456789abcdef:1", "nobody"):
-        status, _ = server.ask("/v1/completions", {"model": name, "prompt": rows[0], "max_tokens": 2})
+        status, said = server.ask("/v1/completions", {"model": name, "prompt": rows[0], "max_tokens": 2})
         assert status == 404, name
+        assert said["error"]["code"] == "model_not_found", said
 
 
 def test_what_is_counted(server: Server) -> None:

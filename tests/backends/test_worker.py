@@ -15,6 +15,7 @@ from logo.backends.vllm import core, hooks, worker
 from logo.backends.vllm.recipe import Recipe
 from logo.backends.vllm.worker import Worker
 from logo.backends.vllm.wrapper import Tapped
+from logo.errors import AdapterError
 
 KEYS = [f"{i:016x}" for i in range(4)]
 
@@ -141,6 +142,26 @@ def test_slices_are_multiplied_for_as_long_as_an_adapter_is_there(made: Any) -> 
     assert len(manager.removed) == 1
     assert list(made._by_key) == [KEYS[0]] and not made._mixtures
     assert not made.recipe(recipe(0.0, 1.0)).parts and "no adapter" in made._failures[recipe(0.0, 1.0)]
+
+
+def test_a_new_adapter_that_cannot_be_loaded_leaves_the_pool_as_it_was(made: Any) -> None:
+    before, new = dict(made._by_key), "f" * 16
+    made.pool, made.scoring = SimpleNamespace(keys=dict(zip("abcd", KEYS, strict=True))), None
+    added = {**before, new: SimpleNamespace(modules=())}
+    made._staged = SimpleNamespace(keys=dict(zip("abcde", added, strict=True)), by_key=added), SimpleNamespace()
+
+    def unreadable() -> None:
+        if new in made._by_key:
+            raise AdapterError("e", "it is damaged")
+
+    made.make_resident = unreadable
+    with pytest.raises(AdapterError):
+        made.commit()
+    made.abandon()
+    made.begin_step({Request(7, recipe(0.5))})  # the other adapters still answer
+    assert gates(made, [7])[0, 0] == 0.5
+    assert made._by_key == before and set(made._ids) == set(before)
+    assert len(made._worker_manager._adapter_manager.removed) == 1  # its slot is free again
 
 
 def test_of_recipes_that_have_failed_the_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

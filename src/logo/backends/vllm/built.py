@@ -31,6 +31,28 @@ def lora_model(number: int, parts: Sequence[tuple[Adapter, float]], dtype: torch
     return _made(number, factors, dtype)
 
 
+def hold(manager: Any, adapters: Mapping[int, Adapter], dtype: torch.dtype) -> None:
+    """Loads adapters into vLLM's slots, where they stay; leaves alone those that are there.
+
+    Args:
+        manager: vLLM's manager of adapters.
+        adapters: by their ids in vLLM.
+        dtype: of vLLM's slots.
+
+    Raises:
+        AdapterError: one cannot be read; those before it are loaded.
+    """
+    held = set(manager.lora_index_to_id)
+    for number, adapter in adapters.items():
+        if number not in held:
+            manager.remove_adapter(number)
+            made = lora_model(number, [(adapter, 1.0)], dtype)
+            manager.add_adapter(made)
+            manager.activate_adapter(number)
+            manager.pin_adapter(number)
+            made.loras.clear()  # the slots hold it now
+
+
 def nothing(number: int, like: Adapter, dtype: torch.dtype) -> Any:
     """A `LoRAModel` of zeros. vLLM takes no adapter without layers, so it has the first one that `like` adapts."""
     path, shape = next(iter(like.modules.items()))

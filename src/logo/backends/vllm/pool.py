@@ -91,6 +91,7 @@ class KeyedPool:
             if kind == "add" and name in adapters:
                 raise PoolError(f"the pool has an adapter {name!r} already")
             adapters[name] = open_adapter(folder, name).fit(layout)
+            adapters[name].verify()  # finds what is not finite, also in layers that no signal reads
             keys[name] = key_of(adapters[name])
         return self._of(adapters.values(), keys)
 

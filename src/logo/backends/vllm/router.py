@@ -191,8 +191,15 @@ class Router:
             await self._answering.several(path, parts, model, chosen, scope, receive, send)
 
     def _ours(self, model: str, body: Body) -> bool:
-        """Whether a request is for a mixture, and not for one of vLLM's own models."""
-        return "logo" in body or model == AUTO or model in self.core.pool.keys
+        """Whether a request is for a mixture, and not for one of vLLM's own models. A name that nobody has is ours,
+        too: vLLM's refusal would list the base model alone, without LoGo's names."""
+        if "logo" in body or model == AUTO or model in self.core.pool.keys:
+            return True
+        native = self._models
+        resolved = bool(getattr(native, "lora_resolvers", ()))
+        if not model or resolved:  # for vLLM, no name means the base model
+            return False
+        return model not in native.lora_requests and model not in [path.name for path in native.base_model_paths]
 
     async def _chosen(
         self, path: str, body: Body, wanted: MixtureRequest, scope: Scope, receive: Receive

@@ -18,7 +18,7 @@ from torch import nn
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
 from logo.backends.vllm import graphs
-from logo.backends.vllm.built import lora_model, nothing
+from logo.backends.vllm.built import hold, lora_model, nothing
 from logo.backends.vllm.gates import StepGates, turned
 from logo.backends.vllm.onsets import Onset, Rows, mapped, others
 from logo.backends.vllm.options import Options
@@ -283,17 +283,7 @@ class Worker:
 
     def make_resident(self) -> None:
         """Loads the pool into vLLM's slots, where it stays; does nothing if it is there."""
-        manager = self._adapters
-        held = set(manager.lora_index_to_id)
-        for key, adapter in self._by_key.items():
-            number = self._ids[key]
-            if number not in held:
-                manager.remove_adapter(number)
-                made = lora_model(number, [(adapter, 1.0)], self._dtype)
-                manager.add_adapter(made)
-                manager.activate_adapter(number)
-                manager.pin_adapter(number)
-                made.loras.clear()  # the slots hold it now
+        hold(self._adapters, {self._ids[key]: adapter for key, adapter in self._by_key.items()}, self._dtype)
 
     def merged(self, request: Any) -> Any:
         """The merged adapter of a recipe, for merge mode; one of zeros, and a noted failure, if it cannot be made."""
@@ -353,14 +343,23 @@ class Worker:
 
         Raises:
             ModelError: nothing was staged.
+            AdapterError: a new adapter cannot be read any more; the current pool stays.
         """
         if self._staged is None:
             raise ModelError("no change of the pool has begun")
         pool, scoring = self._staged
+        before = self._by_key, self._ids
         self._by_key = {**self._by_key, **pool.by_key}
         self._ids = {key: _own_id(key) for key in self._by_key}
         if self.mode == "gate":
-            self.make_resident()
+            try:
+                self.make_resident()
+            except BaseException:
+                # Otherwise every later step would try to load it again, and fail.
+                for key in self._ids.keys() - before[1].keys():
+                    self._adapters.remove_adapter(self._ids[key])
+                self._by_key, self._ids = before
+                raise
         self.pool, self.scoring, self._staged = pool, scoring, None
         self._note_used()
         scoring.install()
