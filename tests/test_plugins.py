@@ -249,6 +249,26 @@ def test_a_signal_that_returns_something_else_is_named(site: Path, returns: str)
         LoGo.from_pretrained("demo", signal="wrong", k=2).select(PROMPT)
 
 
+@pytest.mark.parametrize(
+    ("scale", "returns", "found"),
+    [
+        ("zscore", "index.norms(hidden) * float('nan')", "nan for adapter 1 of 16"),
+        ("zscore", "index.norms(hidden).index_fill(1, torch.tensor([2]), float('nan'))", "nan for adapter 3 of 16"),
+        ("raw", "index.norms(hidden) / 0", "inf for adapter 1 of 16"),
+        ("whitened", "-1 - 0 * index.norms(hidden)", r"none below 0 \(the scale 'whitened'\), found -1.0 for adapter 1"),
+    ],
+)
+def test_a_score_that_is_no_number_is_named(site: Path, scale: str, returns: str, found: str) -> None:
+    """A calibration took NaN for an adapter without a response, and the selection looked like any other."""
+    (site / "plug_nan.py").write_text(
+        f"import torch\nfrom logo import register_signal\n@register_signal('numb', layers='early', scale={scale!r})\n"
+        f"def numb(index, hidden): return {returns}\n"
+    )
+    plugins.load("plug_nan:numb")
+    with pytest.raises(PluginError, match=f"signal plug_nan:numb: expected finite scores.*{found}"):
+        LoGo.from_pretrained("demo", signal="numb", k=2).select(PROMPT)
+
+
 def test_a_signal_that_fails_is_named(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (site / "plug_broken.py").write_text(SIGNAL.replace("index.norms(hidden).sqrt()", "index.norms(hidden)[:, 99]"))
     plugins.load("plug_broken:quiet")
