@@ -130,10 +130,10 @@ class Signal:
         bad &= hidden.isfinite().all(dim=1, keepdim=True).to(bad.device)
         if bad.any():
             row, column = bad.nonzero()[0].tolist()
-            expected = "finite scores, none below 0 (the scale 'whitened')" if self.scale == "whitened" else "finite scores"
+            signed = ", none below 0 (the scale 'whitened')" if self.scale == "whitened" else ""
             raise PluginError(
-                f"signal {place}: expected {expected}, found {float(scores[row, column])} for adapter {column + 1} of "
-                f"{len(index)}"
+                f"signal {place}: expected finite scores{signed}, found {float(scores[row, column])} for adapter "
+                f"{column + 1} of {len(index)}"
             )
 
 
