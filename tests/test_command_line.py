@@ -276,6 +276,19 @@ def test_a_run_is_repeated_from_its_own_file(
     assert not (ROOT / "results").exists() or file.exists()
 
 
+def test_the_file_of_a_run_gives_no_leave_to_replace_its_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = [*DEMO, *ROWS, "--dataset", "antonym", "--max-new-tokens", "2", "--result-dir", str(tmp_path)]
+    said(capsys, "eval", "run", *how, "--limit", "2", "--overwrite")
+    [file] = tmp_path.rglob("run.json")
+    before = file.read_bytes()
+    _, err = said(capsys, "eval", "run", "--config", str(file), "--limit", "1", code=2)
+    assert "rows is 2, not 1; --overwrite replaces it" in err and file.read_bytes() == before
+    said(capsys, "eval", "run", "--config", str(file), "--limit", "1", "--overwrite")
+    assert json.loads(file.read_text())["dataset"]["rows"] == 1
+
+
 def test_a_sweep_is_repeated_from_its_own_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     how = [*DEMO, *ROWS, "--limit", "1", "--max-new-tokens", "2", "--grid", "k=1,2", "--grid", "signal=norm"]
     said(capsys, "eval", "sweep", *how, "-o", str(tmp_path / "one"))

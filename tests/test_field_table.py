@@ -448,6 +448,8 @@ def test_a_row_of_the_table_says_which_encoder_it_was() -> None:
         "prompt, up to 4 labelled rows of each of 1 tasks"
     )
     assert looks_at("signals", "norm", {}) == "prompt, weights"
+    assert looks_at("methods", "arrow", get_method("arrow").as_dict()) == "weights, token by token"
+    assert looks_at("methods", "mine", {"method": "mine"}) == "not known (a plugin)"
 
 
 def test_a_line_a_minute_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from logo import LoGo, PluginError, SelectionSettings, UsageError, plugins
 from logo.adapters.format import LoraWeights
-from logo.baselines import get_method
+from logo.baselines import Answering, Task, get_method
 from logo.baselines.registry import METHODS, register_method
 from logo.cli.run import plugins_first, run
 from logo.evaluation.identity import engine_identity
@@ -249,6 +249,30 @@ def test_a_signal_that_returns_something_else_is_named(site: Path, returns: str)
         LoGo.from_pretrained("demo", signal="wrong", k=2).select(PROMPT)
 
 
+@pytest.mark.parametrize(
+    ("scale", "returns", "found"),
+    [
+        ("zscore", "index.norms(hidden) * float('nan')", "nan for adapter 1 of 16"),
+        ("zscore", "index.norms(hidden).index_fill(1, torch.tensor([2]), float('nan'))", "nan for adapter 3 of 16"),
+        ("raw", "index.norms(hidden) / 0", "inf for adapter 1 of 16"),
+        (
+            "whitened",
+            "-1 - 0 * index.norms(hidden)",
+            r"none below 0 \(.*\), found -1.0 for adapter 1",
+        ),
+    ],
+)
+def test_a_score_that_is_no_number_is_named(site: Path, scale: str, returns: str, found: str) -> None:
+    """A calibration took NaN for an adapter without a response, and the selection looked like any other."""
+    (site / "plug_nan.py").write_text(
+        f"import torch\nfrom logo import register_signal\n@register_signal('numb', layers='early', scale={scale!r})\n"
+        f"def numb(index, hidden): return {returns}\n"
+    )
+    plugins.load("plug_nan:numb")
+    with pytest.raises(PluginError, match=f"signal plug_nan:numb: expected finite scores.*{found}"):
+        LoGo.from_pretrained("demo", signal="numb", k=2).select(PROMPT)
+
+
 def test_a_signal_that_fails_is_named(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (site / "plug_broken.py").write_text(SIGNAL.replace("index.norms(hidden).sqrt()", "index.norms(hidden)[:, 99]"))
     plugins.load("plug_broken:quiet")
@@ -256,6 +280,80 @@ def test_a_signal_that_fails_is_named(site: Path, capsys: pytest.CaptureFixture[
     told = capsys.readouterr().err
     assert "unexpected RuntimeError: signal plug_broken:quiet failed: IndexError: index 99 is out of bounds" in told
     assert "--debug" in told
+
+
+PICK = """
+from dataclasses import dataclass
+from logo import Method, Prepared, register_method
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class Pick(Method):
+    name = "pick"
+
+    def prepare(self, logo, task):
+        return Prepared(lambda prompts, size: logo.select(list(prompts), {options}))
+"""
+
+
+@pytest.mark.parametrize(("options", "code"), [("k=2", 2), ("k=2, candidates=task.candidates(logo)", 0)])
+def test_a_study_removes_the_own_adapter_from_methods_of_others_too(
+    site: Path, tmp_path: Path, options: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The column "left out" held answers of the adapter that had been left out."""
+    (site / "plug_pick.py").write_text(PICK.format(options=options))
+    asked = ["--rows", ROWS, "--tasks", "antonym", "--limit", "1", "--signals", "norm", "--method", "pick"]
+    plugins.load("plug_pick:Pick")
+    save = ["--save", str(tmp_path / "study.json")]
+    assert run(["eval", "study", "--base-model", "demo", "-k", "2", *asked, *save]) == code
+    if code:
+        assert "method 'pick' chose 'antonym', which is not among the 15 adapters" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("returns", "error", "message"),
+    [
+        ("None", PluginError, r"expected LoraWeights\(A, B, scaling\), found NoneType"),
+        (
+            "LoraWeights(parts[0].A.T, parts[0].B.T, 1.0)",
+            PluginError,
+            r"found A \(\d+, 8\) and B ",
+        ),
+        ("LoraWeights(parts[0].A / 0, parts[0].B, 1.0)", PluginError, "finite numbers, found NaN or infinity"),
+        ("parts[99]", RuntimeError, "failed: IndexError: "),
+    ],
+)
+def test_a_merge_that_fails_is_named(site: Path, returns: str, error: type[Exception], message: str) -> None:
+    (site / "plug_merge.py").write_text(
+        "from logo import LoraWeights, register_merge\n@register_merge('wrong')\n"
+        f"def wrong(merge, parts, weights, generator): return {returns}\n"
+    )
+    plugins.load("plug_merge:wrong")
+    engine = LoGo.from_pretrained("demo", signal="norm", k=2)
+    engine.merge = "wrong"
+    with pytest.raises(error, match=f"merge 'wrong'.*{message}"):
+        engine.generate(PROMPT, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("returns", "error", "message"),
+    [
+        ("None", PluginError, "`prepare` has to return Prepared, found None"),
+        ("1 / 0", RuntimeError, "failed: ZeroDivisionError"),
+        ("Prepared(lambda prompts, size: prompts[99])", RuntimeError, "failed: IndexError"),
+        ("Prepared(lambda prompts, size: [])", PluginError, "expected one selection for each of 1 prompts, found 0"),
+    ],
+)
+def test_a_method_that_fails_is_named(site: Path, returns: str, error: type[Exception], message: str) -> None:
+    (site / "plug_method.py").write_text(
+        "from dataclasses import dataclass\nfrom logo import Method, Prepared, register_method\n"
+        "@register_method\n@dataclass(frozen=True, kw_only=True)\nclass Odd(Method):\n    name = 'odd'\n"
+        f"    def prepare(self, logo, task): return {returns}\n"
+    )
+    plugins.load("plug_method:Odd")
+    engine = LoGo.from_pretrained("demo", signal="norm", k=2)
+    with pytest.raises(error, match=f"method 'odd'.*{message}"):
+        Answering(engine, get_method("odd"), Task("x")).generate([PROMPT], max_new_tokens=1, batch_size=1)
 
 
 def test_a_metric_says_a_number_from_0_to_1(site: Path) -> None:

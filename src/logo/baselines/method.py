@@ -9,13 +9,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+import torch
+
 from logo.calls import Calls
 from logo.decoder import Generation
-from logo.errors import UsageError
+from logo.errors import LoGoError, PluginError, UsageError
 from logo.mixing import Merge
 from logo.mixing.merges import MERGES, MajoritySign
 from logo.plugins import Registry
@@ -183,6 +186,45 @@ class Learned(Method):
         return self.recall(self.learn(logo, task))
 
 
+def prepared_by(method: Method, logo: Calls, task: Task) -> Prepared:
+    """`method.prepare(logo, task)`. What a method of a plugin does wrong, now or later, is told with its name.
+
+    Raises:
+        PluginError: a plugin has returned something else than `Prepared`, or another number of selections than prompts.
+        RuntimeError: a plugin has failed.
+    """
+    if METHODS.source(method.name) is None:
+        return method.prepare(logo, task)
+    with _named(method):
+        prepared: object = method.prepare(logo, task)
+    if not isinstance(prepared, Prepared):
+        raise PluginError(f"method {method.name!r}: `prepare` has to return Prepared, found {prepared!r:.60}")
+    own = prepared.select
+    if own is None:
+        return prepared
+
+    def select(prompts: Sequence[str], batch_size: int) -> list[Selection]:
+        with _named(method):
+            found = list(own(prompts, batch_size))
+        if len(found) != len(prompts):
+            raise PluginError(
+                f"method {method.name!r}: expected one selection for each of {len(prompts)} prompts, found {len(found)}"
+            )
+        return found
+
+    return dataclasses.replace(prepared, select=select)
+
+
+@contextmanager
+def _named(method: Method) -> Iterator[None]:
+    try:
+        yield
+    except (LoGoError, MemoryError, torch.cuda.OutOfMemoryError):  # are dealt with elsewhere
+        raise
+    except Exception as error:
+        raise RuntimeError(f"method {method.name!r} failed: {type(error).__name__}: {error}") from error
+
+
 class Answering:
     """An engine for one dataset: selects by a method and answers with what it selects.
 
@@ -201,7 +243,7 @@ class Answering:
     ) -> None:
         logo.merge = method.merging
         self._logo = logo
-        self._prepared = method.prepare(logo, task) if prepared is None else prepared
+        self._prepared = prepared_by(method, logo, task) if prepared is None else prepared
         self._options = options
         self.record = self._prepared.record
 

@@ -64,7 +64,8 @@ def _read(context: typer.Context, file: Path) -> Mapping[str, Any]:
     found = command.get("options")
     if not isinstance(found, dict):
         raise DataError(f"--config {file}: expected the command's options by name, found {type(found).__name__}")
-    return found
+    # The permission to replace results was for that one command, perhaps with other options.
+    return {key: value for key, value in found.items() if key != "overwrite"}
 
 
 def _values(context: typer.Context, options: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from logo.evaluation.tables import Cell, Column, Table, number, numbers, row, words
+from logo.mixing.merges import ROUTED
 
 WIDTH = 118
 # Heading, part of the table, key, digits.
@@ -52,16 +53,19 @@ def looks_at(kind: str, name: str, method: Mapping[str, Any]) -> str:
     by = "" if encoder is None else f"; encoder {PurePath(encoder).name}"
     if method["method"] == "loraretriever" and encoder != _ENCODER:
         by += ", not its own"
-    texts = {
+    texts: dict[str, str] = {
         "lorahub": f"up to {method.get('rows')} labelled rows a task",
         "best-single": f"up to {method.get('rows')} labelled rows a task",
         "loraretriever": "prompt, samples per adapter",
         "adaptersoup": "all prompts, samples per adapter",
         "lorauter": f"prompt, up to {method.get('rows')} labelled rows of each of "
         f"{len(method.get('validation', {}).get('tasks', ()))} tasks",
-        "random": "nothing",
+        **dict.fromkeys(("base", "uniform", "random"), "nothing"),
+        "oracle": "the answer key",
+        "logo": "prompt, weights",
+        **dict.fromkeys(ROUTED, "weights, token by token"),
     }
-    return texts.get(method["method"], "weights, token by token") + by
+    return texts.get(method["method"], "not known (a plugin)") + by
 
 
 def _rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from logo.baselines.lorauter import LoRAuter
-from logo.baselines.method import Learned, Prepared
+from logo.baselines.method import Learned, Prepared, prepared_by
 from logo.baselines.method import Task as MethodTask
 from logo.errors import DataError, UsageError
 from logo.evaluation.contest import LEFT_OUT, OWN, Contest, Lesson, Lessons
@@ -174,7 +174,16 @@ class Arms:
         method = self._contest.methods[label]
         for about in self._contest.abouts(task, self._logo.names):
             select = self._knowing(Lesson(label, task, about), lessons).select
-            [selection] = self._logo.select([prompt]) if select is None else select([prompt], 1)
+            candidates = self._task(task, about).candidates(self._logo)
+            if select is None:
+                [selection] = self._logo.select([prompt], candidates=candidates)
+            else:
+                [selection] = select([prompt], 1)
+            if others := [name for name in selection.adapters if name not in candidates]:
+                raise UsageError(
+                    f"method {label!r} chose {others[0]!r}, which is not among the {len(candidates)} adapters that it "
+                    f"may choose: use task.candidates(logo) in its `prepare`"
+                )
             part = "answers" if about == OWN else "left_out"
             yield Arm(part, "methods", label, selection.mixture, method.merging)
 
@@ -188,7 +197,7 @@ class Arms:
             if isinstance(method, Learned):
                 self._prepared[which] = method.recall(lessons[which])
             else:
-                self._prepared[which] = method.prepare(self._logo, self._task(which.of, which.about))
+                self._prepared[which] = prepared_by(method, self._logo, self._task(which.of, which.about))
             self._logo.merge = EXACT
         return self._prepared[which]
 

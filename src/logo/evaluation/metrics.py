@@ -96,7 +96,9 @@ def checked_kind(text: object, where: str) -> Kind:
     except UsageError:
         known = METRICS.known
         found = f"{text!r}{closest(kind, known)}"
-        raise UsageError(f"{where}: expected a metric ({', '.join(known)}), found {found}") from None
+        raise UsageError(
+            f"{where}: expected a metric ({', '.join(known)}), found {found}; a metric of your own needs --plugin"
+        ) from None
     return kind
 
 

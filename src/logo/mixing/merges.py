@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from logo.adapters.format import LoraWeights
-from logo.errors import UsageError
+from logo.errors import LoGoError, PluginError, UsageError
 from logo.mixing.routing import Kind as RoutingKind
 from logo.mixing.routing import Routing
 from logo.plugins import Registry
@@ -88,7 +88,16 @@ class Merge:
 
     def __call__(self, parts: Parts, weights: Sequence[float], generator: torch.Generator) -> LoraWeights:
         """The merged factors; only the random kinds draw from the generator."""
-        return MERGES[self.kind](self, parts, weights, generator)
+        function = MERGES[self.kind]
+        if self.kind not in MERGES.sources:
+            return function(self, parts, weights, generator)
+        try:
+            found = function(self, parts, weights, generator)
+        except (LoGoError, MemoryError, torch.cuda.OutOfMemoryError):  # are dealt with elsewhere
+            raise
+        except Exception as error:
+            raise RuntimeError(f"merge {self.kind!r} failed: {type(error).__name__}: {error}") from error
+        return _checked(self.kind, found, parts)
 
 
 # -- kinds ------------------------------------------------------------------------------------------------------
@@ -259,6 +268,23 @@ def merged(
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
         whole[path] = merge(parts, [mixture[name] for name in names], generator)
     return whole
+
+
+def _checked(kind: str, found: object, parts: Parts) -> LoraWeights:
+    """What a plugin's merge has returned.
+
+    Raises:
+        PluginError: no factors of an adapter for this module, or such that are not finite.
+    """
+    wanted = f"merge {kind!r}: expected LoraWeights(A, B, scaling)"
+    if not isinstance(found, LoraWeights):
+        raise PluginError(f"{wanted}, found {type(found).__name__}")
+    (d_in, d_out), shapes = (parts[0].A.shape[1], parts[0].B.shape[0]), (tuple(found.A.shape), tuple(found.B.shape))
+    if shapes != ((len(found.A), d_in), (d_out, len(found.A))):
+        raise PluginError(f"{wanted} with A (r, {d_in}) and B ({d_out}, r), found A {shapes[0]} and B {shapes[1]}")
+    if not (found.A.isfinite().all() and found.B.isfinite().all()):
+        raise PluginError(f"{wanted} of finite numbers, found NaN or infinity")
+    return found
 
 
 def _check_ranks(merge: Merge, path: str, names: Sequence[str], parts: Parts) -> None:

@@ -99,7 +99,7 @@ class Signal:
         """(n, adapters) for hidden (n, d).
 
         Raises:
-            PluginError: a signal of others has returned something else.
+            PluginError: a signal of others has returned something else, or a number that cannot be used.
             RuntimeError: a signal of others has failed.
         """
         if self.plugin is None:
@@ -115,7 +115,26 @@ class Signal:
         if shape != wanted:
             found = type(scores).__name__ if shape is None else shape
             raise PluginError(f"signal {place}: expected scores (vectors, adapters) {wanted}, found {found}")
+        self._check_values(place, scores, hidden, index)
         return scores.float()
+
+    def _check_values(self, place: str, scores: Tensor, hidden: Tensor, index: ScoringIndex) -> None:
+        """Raises PluginError for scores that no mean can be taken of. A calibration would take NaN for an adapter that
+        does not respond, and select as if nothing were wrong."""
+        bad = ~scores.isfinite()
+        if self.scale == "whitened":
+            bad |= scores < 0
+        if not bad.any():
+            return
+        # A hidden vector that overflows is not the signal's fault, and the selector says what to do about it.
+        bad &= hidden.isfinite().all(dim=1, keepdim=True).to(bad.device)
+        if bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            signed = ", none below 0 (the scale 'whitened')" if self.scale == "whitened" else ""
+            raise PluginError(
+                f"signal {place}: expected finite scores{signed}, found {float(scores[row, column])} for adapter "
+                f"{column + 1} of {len(index)}"
+            )
 
 
 SIGNALS: Registry[Signal] = Registry("signal")
