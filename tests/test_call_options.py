@@ -367,6 +367,8 @@ def test_a_selection_is_chosen_again_from_its_own_signals_scores(logo: LoGo) -> 
         assert logo.reselect(made.scores, signal=signal) == made  # scores alone do not say whose they are
         with pytest.raises(UsageError, match=f"signal 'entropy': the selection has the scores of '{signal}'"):
             logo.reselect(made, signal="entropy")
+    with pytest.raises(UsageError, match="expected a number as the weight of each, found"):
+        Selection.forced(["t1"])  # type: ignore[arg-type]
     for nothing in (Selection.forced({"t1": 1.0}), {}):
         with pytest.raises(UsageError, match="expected the scores of a selection, found none; a forced selection has"):
             logo.reselect(nothing)

@@ -52,6 +52,11 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     return said.err.splitlines()[-1]
 
 
+def test_replicas_run_such_engines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "each replica runs such an engine" in dry(capsys, "--replicas", "2")[2]
+    assert "replica" not in dry(capsys)[2]
+
+
 def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     variables, command, said = dry(capsys)
     assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]

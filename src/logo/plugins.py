@@ -108,7 +108,10 @@ class Registry(dict[str, T]):
             self._load_installed(name)
         if name not in self:
             known = self.known
-            raise UsageError(f"unknown {self.kind} {name!r}{closest(str(name), known)}; known: {', '.join(known)}")
+            raise UsageError(
+                f"unknown {self.kind} {name!r}{closest(str(name), known)}; known: {', '.join(known)}; one of a plugin "
+                f"needs --plugin (or {VARIABLE})"
+            )
         return self[name]
 
     @property

@@ -88,6 +88,8 @@ def serve(
         out.print(launch.shown(more), markup=False)
         if launch.api_key is not None:
             note(f"{API_KEY} is set too; it is not shown.")
+        if several is not None:
+            note("With --replicas, each replica runs such an engine, and one address serves them all.")
         return None
     if several is not None:
         from logo.serving.vllm_replica import UPDATING, VllmPlan

@@ -52,11 +52,11 @@ class Selection:
         """The selection that a user forces.
 
         Raises:
-            UsageError: a weight that is no number.
+            UsageError: a weight that is no number, or no mapping.
         """
         try:
             return cls(tuple(weights), tuple(float(w) for w in weights.values()), {})
-        except (TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError):
             raise UsageError(f"adapters: expected a number as the weight of each, found {weights!r:.60}") from None
 
     @property
