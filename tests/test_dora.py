@@ -17,6 +17,8 @@ from logo.errors import UsageError
 from logo.mixing.merges import Merge
 from logo.mixing.mixer import Mixer
 from logo.mixing.store import adapter_store
+from logo.selecting import Choosing
+from logo.selection.confidence import WEAKEST
 from make_adapters import edit_config, edit_weights, load_peft, write_peft
 from test_engine import PROMPTS, tokenizer
 from tolerances import same_tensor
@@ -98,6 +100,20 @@ def test_an_engine_answers_with_one_adapter_a_prompt(tmp_path: Path) -> None:
         logo.generate(PROMPTS[0], adapters={"a": 0.5, "b": 0.5}, max_new_tokens=2)
     with pytest.warns(UserWarning, match="1 of 2 adapters are DoRA adapters"):
         LoGo(base, tokenizer(), AdapterPool.from_directory(tmp_path), settings=SelectionSettings.of(k=2, cache=""))
+
+
+def test_an_unsure_selection_gives_it_weight_1(tmp_path: Path) -> None:
+    """A mixture of others would be weaker."""
+    write_dora(tmp_path / "a")
+    write_peft(tmp_path / "b")
+    base = tiny.model("llama")
+    pool = AdapterPool.from_directory(tmp_path).fit(BaseLayout.of(base), model=base)
+    choosing = Choosing(pool, SelectionSettings.of(signal="calibrated", k=1, cache=""))
+    weights = {}
+    for scores in ([0.2, 0.1], [0.1, 0.2]):
+        found = choosing.choose(torch.tensor(scores), ["a", "b"], choosing.call_settings({}))
+        weights[found.adapters] = found.weights
+    assert weights == {("a",): (1.0,), ("b",): pytest.approx((WEAKEST,))}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from logo import LoGo
 from logo.baselines.fixed import Oracle, OwnSelector, Random
 from logo.baselines.learned import LoraHub, each_alone
+from logo.baselines.lorauter import LoRAuter
 from logo.baselines.method import Answering, Task
 from logo.cli.run import run
 from logo.completions import encoded
@@ -75,13 +76,15 @@ def rows(tmp_path: Path) -> Path:
 
 @given(turns=st.lists(TURN, min_size=1, max_size=4), answer=TEXT, more=st.lists(TEXT, max_size=2))
 def test_a_conversation_is_read_and_written_again(turns: list[dict[str, Any]], answer: str, more: list[str]) -> None:
-    ended = row_of({"messages": [*turns, {"role": "assistant", "content": answer}], "references": more or None}, "here")
+    turns = [*turns, {"role": "user", "content": "And now?"}]
+    whole = {"messages": [*turns, {"role": "assistant", "content": answer}], "references": more or None}
+    ended = row_of(whole, "here")
     assert (list(ended.messages), ended.completion) == (turns, answer)
+    assert row_of({**whole, "completion": answer}, "here") == ended
     assert ended.context == "\n".join(turn["content"] for turn in turns) == text_of(turns)
     assert ended.prompt == ended.messages and list(ended.golds) == list(dict.fromkeys([answer, *more]))
-    if turns[-1]["role"] != "assistant":
-        assert row_of(json.loads(json.dumps(ended.as_dict())), "there") == ended
-        assert row_of({"messages": turns, "completion": [answer, "x"]}, "here").completion == (answer, "x")
+    assert row_of(json.loads(json.dumps(ended.as_dict())), "there") == ended
+    assert row_of({"messages": turns, "completion": [answer, "x"]}, "here").completion == (answer, "x")
 
 
 def test_a_row_of_a_text_is_not_changed() -> None:
@@ -104,7 +107,11 @@ def test_a_row_of_a_text_is_not_changed() -> None:
         ({"messages": [SYSTEM, "w"]}, "messages[1]: expected {'role', 'content'}, found str"),
         (
             {"messages": [SYSTEM, {"role": "assistant", "content": "w"}], "completion": "x"},
-            "expected one of the two, found an answer of the assistant at their end and a 'completion' beside them",
+            'found two answers: "w" and "x"',
+        ),
+        (
+            {"messages": [SYSTEM, *[{"role": "assistant", "content": word} for word in "wx"]]},
+            'found two answers: "w" and "x"',
         ),
         ({"messages": [{"role": "user", "content": " "}], "completion": "x"}, "found 'context' is empty"),
     ],
@@ -123,6 +130,7 @@ TEMPLATES = {
     "joined": MARKED,
     "new line": MARKED.replace("[assistant]{% endif %}", "[assistant]\n{% endif %}").replace("}}] {{", "}}]\n{{"),
     "none": "",
+    "thinking": MARKED.replace("}}] {{", "}}] {% if m.role == 'assistant' %}thinking. {% endif %}{{"),
     "rewritten": "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}?{% endif %}",
 }
 
@@ -130,7 +138,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_a_completion_is_scored_as_it_was_trained(logo: LoGo, template: str) -> None:
     """The scored tokens are those that `logo train` learns from, without what ends the answer."""
-    row = row_of(chats("antonym")[0], "here")
+    row = row_of({"messages": chats("antonym")[0]["messages"][:2], "completion": "in"}, "here")
     known = logo.tokenizer.chat_template
     logo.tokenizer.chat_template = template or None
     try:
@@ -205,7 +213,7 @@ def test_a_study_measures_conversations(
 
 def test_an_estimate_counts_the_template(folder: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = ["--base-model", str(folder), "--device", "cpu", "--adapters", str(adapters_dir())]
-    asked = ["--rows", str(rows), "--dataset", "antonym", "--estimate", "--json"]
+    asked = ["--rows", str(rows), "--dataset", "antonym", "--max-new-tokens", "7", "--estimate", "--json"]
     assert run(["eval", "run", *place, *asked]) == 0
     memory = json.loads(capsys.readouterr().out)["memory"]
     tokenizer = load_base(str(folder))[1]
@@ -213,4 +221,30 @@ def test_an_estimate_counts_the_template(folder: Path, rows: Path, capsys: pytes
         len(tokenizer.apply_chat_template(list(row.messages), add_generation_prompt=True)["input_ids"])
         for row in read_rows(rows / "antonym.jsonl")
     )
-    assert memory["tokens"] - longest in range(1, 1024) and memory["exact"]
+    assert memory["tokens"] == longest + 7 and memory["exact"]
+
+
+def test_conversations_with_other_roles_are_other_rows(logo: LoGo, tmp_path: Path) -> None:
+    """Results and lessons are kept under digests of the rows, and compared by their prompts."""
+    first, second = ([{"role": role, "content": "Say no."}] for role in ("user", "system"))
+    rows = [row_of({"messages": messages, "completion": "no"}, "here") for messages in (first, second)]
+    assert rows[0].context == rows[1].context == "Say no."
+    assert len({row.key for row in (*rows, Row("Say no.", "no"))}) == 3
+    routers = [LoRAuter(validation={"task": [row]}) for row in (*rows, Row("Say no.", "no"))]
+    assert len({router.as_dict()["validation"]["sha256"] for router in routers}) == 3
+
+
+def test_a_template_that_takes_no_answer_is_no_error(logo: LoGo) -> None:
+    """A prompt may end with an answer of the assistant, although the template wants the user's next."""
+    known = logo.tokenizer.chat_template
+    logo.tokenizer.chat_template = MARKED.replace(
+        "{% for m in messages %}",
+        "{% for m in messages %}{% if loop.index > 2 and m.role == messages[loop.index0 - 1].role %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}",
+    )
+    try:
+        turns = [SYSTEM, {"role": "user", "content": "w"}, {"role": "assistant", "content": "x"}]
+        [scored] = logo.score(turns, "more", [{}])
+    finally:
+        logo.tokenizer.chat_template = known
+    assert scored.tokens > 0

@@ -11,7 +11,7 @@ from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
 from logo.decoding import Prompts, batches_by_length, input_device
 from logo.mixing import Mixer, begins
-from logo.prompts import Prompt, is_conversation, written_answer
+from logo.prompts import Prompt, answer_lead, is_conversation
 from logo.scoring import Continued, Read, Scored, completion_ids, continued_rows, score_continued, score_mixtures
 from logo.selection.beginnings import Beginnings
 from logo.selection.probe import cache_argument
@@ -33,10 +33,10 @@ def encoded(prompts: Prompts, prompt: OnePrompt, completion: str) -> tuple[Promp
     tokenizer = prompts.tokenizer
     [whole] = prompts.read([prompt], room=None)
     text = tokenizer.decode(whole.ids) if whole.text is None else whole.text
+    lead = answer_lead(tokenizer, prompt, text) if is_conversation(prompt) else None  # type: ignore[arg-type]
     said = completion.strip() if isinstance(completion, str) else ""
-    written = written_answer(tokenizer, prompt, text, said) if said and is_conversation(prompt) else None  # type: ignore[arg-type]
-    if written is not None and said in written:
-        text, completion = "", written[: written.index(said) + len(said)]
+    if lead is not None and said:
+        text, completion = "", lead + said
     gold = completion_ids(tokenizer, text, completion, prompts.context)
     [row] = prompts.read([whole], room=len(gold))
     return row, gold

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ProbeText = Literal["all", "last_user", "conversation"]
 Conversation = Sequence[Mapping[str, Any]]
 
+_SOME_ANSWER = "An answer."
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _EXPECTED = "a string, a list of messages, token ids or a BatchEncoding"
 
@@ -183,6 +184,22 @@ def written_answer(tokenizer: PreTrainedTokenizerBase, messages: Conversation, p
         return None
     whole = conversation_text(tokenizer, [*messages, {"role": "assistant", "content": answer}])
     return whole[len(prompt) :] if whole.startswith(prompt) else None
+
+
+def answer_lead(tokenizer: PreTrainedTokenizerBase, messages: Conversation, prompt: str) -> str | None:
+    """What the chat template writes between a prompt and the assistant's answer, often nothing or a space.
+
+    Args:
+        prompt: the text of `chat` for the messages.
+
+    Returns:
+        None if that is not known, since there is no template, or it takes no answer here or writes it differently.
+    """
+    try:
+        written = written_answer(tokenizer, messages, prompt, _SOME_ANSWER)
+    except UsageError:  # such as one that expects the user to have spoken last
+        return None
+    return written.partition(_SOME_ANSWER)[0] if written is not None and _SOME_ANSWER in written else None
 
 
 def is_conversation(prompt: Any) -> bool:

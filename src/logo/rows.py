@@ -1,8 +1,8 @@
 """`Row`: a prompt and its gold completion; reads files of rows.
 
 Every line of a JSONL file is an object with a `context` (the prompt) and a `completion` (the gold text, or a list of
-texts that all count as right). Instead of a `context` it may have the `messages` of a conversation, which then end with
-the assistant's gold answer unless there is a `completion`. It may have `references` (all gold texts, if the official
+texts that all count as right). Instead of a `context` it may have the `messages` of a conversation, which end with the
+assistant's gold answer, unless there is another `completion`. It may have `references` (all gold texts, if the official
 metric reads only one) and an `adapter` (the one made for such rows). A file is checked whole before its first row is
 used, so that an error on the last line is not found after hours of work.
 """
@@ -51,6 +51,11 @@ class Row:
     def prompt(self) -> str | Conversation:
         """What a model is given: the messages, or the context."""
         return self.messages or self.context
+
+    @property
+    def key(self) -> str:
+        """The prompt as one text, in which conversations with other roles differ."""
+        return json.dumps(self.messages, sort_keys=True) if self.messages else self.context
 
     @property
     def golds(self) -> tuple[str, ...]:
@@ -173,14 +178,14 @@ def _conversation(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[Mapp
         turns = checked_turns(given)
     except UsageError as error:
         raise _Wrong(str(error), _CHAT) from None
-    completion = row.get("completion")
-    if completion is None:
-        *turns, last = turns
-        completion = last["content"] if last["role"] == "assistant" else None
-        if not turns or completion is None or not completion.strip():
+    completion, last = row.get("completion"), turns[-1]
+    answer = last["content"] if last["role"] == "assistant" else None
+    if completion in (None, answer):
+        turns, completion = turns[:-1], answer
+        if not turns or answer is None or not answer.strip():
             raise _Wrong(f"{_shown(last['role'])} as the last of {len(given)}, and no 'completion'", _CHAT)
-    elif turns[-1]["role"] == "assistant":
-        raise _Wrong("an answer of the assistant at their end and a 'completion' beside them", "one of the two")
+    if turns[-1]["role"] == "assistant":  # the row would be asked to answer an answer
+        raise _Wrong(f"two answers: {_shown(turns[-1]['content'])} and {_shown(completion)}", _CHAT)
     return {**row, "context": plain(turns), "completion": completion}, tuple(turns)
 
 

@@ -139,7 +139,10 @@ class Choosing:
         weighting, evidence = settings.reading.weighting, self.evidence(settings)
         temperature, mass = settings.weight_temperature, settings.keep_mass
         selector = Selector(k, weighting, temperature, mass, evidence, settings.when_unsure)
-        return replace(selector(scores, names), signal=settings.signal)
+        found = selector(scores, names)
+        if len(found.adapters) == 1 and self.pool[found.adapters[0]].alone:
+            found = replace(found, weights=(1.0,))  # it has no weaker form
+        return replace(found, signal=settings.signal)
 
     def evidence(self, settings: SelectionSettings) -> Evidence | None:
         """Turns a lead of these settings' scores into a confidence; None if scores have no scale of their own."""

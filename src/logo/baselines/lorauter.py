@@ -20,7 +20,7 @@ import torch
 
 from logo.baselines.embedding import DEFAULT_MODEL
 from logo.baselines.learned import best_of, each_alone
-from logo.baselines.method import Example, Method, Need, Prepared, Task, check_count, ranked
+from logo.baselines.method import Example, Method, Need, Prepared, Task, check_count, key_of, ranked
 from logo.baselines.retrieval import Embedding
 from logo.calls import Calls
 from logo.errors import DataError, UsageError
@@ -123,5 +123,5 @@ class LoRAuter(Embedding):
 
     def _digest(self, tasks: Sequence[str]) -> str:
         """The SHA-256, in hex, of the rows of these tasks that are used."""
-        rows = {task: [[row.context, row.completion] for row in self.validation[task][: self.rows]] for task in tasks}
+        rows = {task: [[key_of(row), row.completion] for row in self.validation[task][: self.rows]] for task in tasks}
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()

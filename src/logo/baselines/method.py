@@ -50,6 +50,12 @@ def prompt_of(row: Example) -> str | Conversation:
     return found
 
 
+def key_of(row: Example) -> str:
+    """The prompt of a row as one text that tells it from others; see `logo.rows.Row.key`."""
+    found: str = getattr(row, "key", row.context)
+    return found
+
+
 @dataclass(frozen=True)
 class Task:
     """One dataset, as far as a method may look at it.

@@ -17,7 +17,7 @@ from logo.baselines.method import Learned, Prepared, prepared_by
 from logo.baselines.method import Task as MethodTask
 from logo.errors import DataError, UsageError
 from logo.evaluation.contest import LEFT_OUT, OWN, Contest, Lesson, Lessons
-from logo.evaluation.identity import digests, environment, order_dependence, plugins_used, pool_digests
+from logo.evaluation.identity import digests, environment, order_dependence, plugins_used, pool_digests, rule_of_weights
 from logo.evaluation.metrics import first_line, measure, measures
 from logo.evaluation.study import Facts, Task
 from logo.evaluation.summary import KINDS, Measured
@@ -280,6 +280,7 @@ def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
         name: {
             **asdict(logo.settings),
             **plugins_used(SIGNALS.source(name)),
+            **rule_of_weights(logo),
             "k": logo.k,
             "points": [point.module for point in logo.scorer.points],
             "activations": [str(one) for one in logo.fitted.activations if logo.fitted.read_once],

@@ -172,7 +172,7 @@ def _same_rows(a: Result, b: Result) -> bool:
         differing = [
             number
             for number, (x, y) in enumerate(zip(a.prompts, b.prompts, strict=True), start=1)
-            if (x.context, x.golds) != (y.context, y.golds)
+            if (x.key, x.golds) != (y.key, y.golds)
         ]
         if not differing:
             return True

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from logo.baselines.lorauter import LoRAuter
-from logo.baselines.method import Learned, Method, Task
+from logo.baselines.method import Learned, Method, Task, key_of
 from logo.digests import fingerprint
 from logo.errors import UsageError, closest
 from logo.evaluation.metrics import METRICS, Kind
@@ -97,7 +97,7 @@ class Contest:
         if self.methods:
             said["methods"] = {label: method.as_dict() for label, method in self.methods.items()}
         if any(isinstance(method, Learned) for method in self.methods.values()):
-            rows = {name: [[row.context, row.completion] for row in task.train] for name, task in self.tasks.items()}
+            rows = {name: [[key_of(row), row.completion] for row in task.train] for name, task in self.tasks.items()}
             said["train_sha256"] = fingerprint(rows)
         if self.new_tokens is not None:
             said["generate"] = self.new_tokens

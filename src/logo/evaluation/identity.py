@@ -19,6 +19,7 @@ from logo.digests import config_digest, fingerprint, library_versions, tokenizer
 from logo.errors import UsageError
 from logo.mixing.merges import MERGES
 from logo.rows import Row
+from logo.selection.confidence import WEAKEST
 from logo.selection.signals import SIGNALS
 
 if TYPE_CHECKING:
@@ -51,13 +52,18 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
         "dtype": str(logo.model.dtype).removeprefix("torch."),
         "fold": logo.folding["asked"],
         "merge": asdict(logo.merge),
-        "settings": {**settings, "k": logo.k, "points": list(logo.points)},
+        "settings": {**settings, "k": logo.k, "points": list(logo.points), **rule_of_weights(logo)},
         "truncation": asdict(logo.prompts.truncation),
         "generation": options,
         **plugins_used(SIGNALS.source(logo.settings.signal), MERGES.source(logo.merge.kind)),
     }
     plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     return plain
+
+
+def rule_of_weights(logo: Calls) -> dict[str, float]:
+    """What results of an adaptive weighting depend on beside its settings."""
+    return {"unsure_weight": WEAKEST} if logo.settings.reading.weighting == "adaptive" else {}
 
 
 def plugins_used(*sources: str | None) -> dict[str, list[str]]:

@@ -212,7 +212,13 @@ def _written(file: Path, rows: int) -> Iterator[Row]:
             raise DataError(f"{file}: row {index}: expected an object with 'context' and 'completion'")
         completion = row["completion"]
         golds = completion if isinstance(completion, str) else tuple(map(str, completion))
-        yield Row(str(row["context"]), golds, tuple(map(str, row.get("references") or ())), row.get("adapter"))
+        yield Row(
+            str(row["context"]),
+            golds,
+            tuple(map(str, row.get("references") or ())),
+            row.get("adapter"),
+            tuple(row.get("messages") or ()),
+        )
 
 
 def _columns(run: Mapping[str, Any], scores: Values, selected: Sequence[Sequence[str]]) -> tuple[str, ...]:

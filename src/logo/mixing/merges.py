@@ -277,12 +277,12 @@ def _checked(kind: str, found: object, parts: Parts) -> LoraWeights:
         PluginError: no factors of an adapter for this module, or such that are not finite.
     """
     wanted = f"merge {kind!r}: expected LoraWeights(A, B, scaling)"
-    if not isinstance(found, LoraWeights):
+    if not isinstance(found, LoraWeights) or not (isinstance(found.A, Tensor) and isinstance(found.B, Tensor)):
         raise PluginError(f"{wanted}, found {type(found).__name__}")
     (d_in, d_out), shapes = (parts[0].A.shape[1], parts[0].B.shape[0]), (tuple(found.A.shape), tuple(found.B.shape))
     if shapes != ((len(found.A), d_in), (d_out, len(found.A))):
         raise PluginError(f"{wanted} with A (r, {d_in}) and B ({d_out}, r), found A {shapes[0]} and B {shapes[1]}")
-    if not (found.A.isfinite().all() and found.B.isfinite().all()):
+    if not (found.A.isfinite().all() and found.B.isfinite().all() and math.isfinite(found.scaling)):
         raise PluginError(f"{wanted} of finite numbers, found NaN or infinity")
     return found
 

@@ -26,8 +26,8 @@ BEST = 0.1
 # Temperatures, times the steepness: at the first one adapter has nearly all the weight, at the second many share it.
 _SHARPEST, _BROADEST = 1.57, 7.0
 # The sum of the weights of the broadest mixture. Adapters that were not made for a prompt also disturb the base model,
-# so a part is left to it (docs/how-selection-works.md has the comparison).
-_WEAKEST = 0.7
+# so a part is left to it. Results depend on it, so it is a part of their identity.
+WEAKEST = 0.7
 # A mixture is as broad and weak as it gets up to the first confidence, and as sharp as it gets from the second on.
 _DOUBT, _TRUST = 0.25, 0.4
 
@@ -66,7 +66,7 @@ def strength(confidence: float) -> float:
 
     Between the two ends, its logarithm is linear in the confidence.
     """
-    return float(_WEAKEST ** (1 - _sureness(confidence)))
+    return float(WEAKEST ** (1 - _sureness(confidence)))
 
 
 def _sureness(confidence: float) -> float:

@@ -32,7 +32,7 @@ class SelectionSettings:
         signal: `"calibrated"`, the official `"norm"` or `"entropy"`, or any other registered signal.
         k: adapters per prompt; None: `AdapterPool.default_k`, or all of a smaller pool.
         weighting: how scores become weights: `"linear"` (official), `"softmax"`, or `"adaptive"`, a softmax that is
-            sharper the surer the selection is. See `logo.selection.selector`.
+            sharper and stronger the surer the selection is. See `logo.selection.selector`.
         weight_temperature: of `"softmax"`, in units of the score.
         keep_mass: of the k adapters, keep the best ones that together hold this share of the weight.
         when_unsure: what answers a prompt for which no adapter seems to be made (`logo.selection.confidence`): `"mix"`,

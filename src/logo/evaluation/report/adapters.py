@@ -54,7 +54,7 @@ class Selected:
 
     Attributes:
         heaviest: mean weight of the first adapter.
-        effective: mean of 1 / sum of squared weights, the effective number of adapters.
+        effective: mean of (sum of weights)² / sum of squared weights, the effective number of adapters.
         known: instances whose right adapter is known and scored; `first`, `in_three`: the share of them in which it has
             the highest score, or one of the three highest; `reciprocal`: the mean of 1 / its rank.
     """
@@ -130,11 +130,11 @@ def selected(run: Run) -> Selected | None:
     shares = [np.array(row) for result in results for row in result.weights if row]
     if not shares:
         return None
-    squares = [float((row**2).sum()) for row in shares]
+    numbers = [float(row.sum()) ** 2 / float((row**2).sum()) for row in shares if row.any()]
     ranks = np.array([rank for result in results for rank in right_ranks(result) if rank is not None])
     return Selected(
         heaviest=float(np.mean([row.max() for row in shares])),
-        effective=float(np.mean([1.0 / square for square in squares if square > 0] or [0.0])),
+        effective=float(np.mean(numbers or [0.0])),
         known=len(ranks),
         first=float((ranks <= 1).mean()) if len(ranks) else 0.0,
         in_three=float((ranks <= 3).mean()) if len(ranks) else 0.0,

@@ -131,7 +131,7 @@ def keys(result: Result) -> list[tuple[object, ...]]:
     seen: Counter[tuple[object, ...]] = Counter()
     found: list[tuple[object, ...]] = []
     for prompt in result.prompts or ():
-        key = (prompt.context, prompt.golds)
+        key = (prompt.key, prompt.golds)
         found.append((*key, seen[key]))
         seen[key] += 1
     return found
