@@ -7,7 +7,6 @@ from pathlib import PurePath
 from typing import Any
 
 from logo.evaluation.tables import Cell, Column, Table, number, numbers, row, words
-from logo.mixing.merges import ROUTED
 
 WIDTH = 118
 # Heading, part of the table, key, digits.
@@ -53,6 +52,8 @@ def looks_at(kind: str, name: str, method: Mapping[str, Any]) -> str:
     by = "" if encoder is None else f"; encoder {PurePath(encoder).name}"
     if method["method"] == "loraretriever" and encoder != _ENCODER:
         by += ", not its own"
+    from logo.mixing.merges import ROUTED
+
     texts: dict[str, str] = {
         "lorahub": f"up to {method.get('rows')} labelled rows a task",
         "best-single": f"up to {method.get('rows')} labelled rows a task",
