@@ -310,7 +310,10 @@ FORCED = r"expected \{name: weight\}"
         (lambda logo: logo.generate("w3", adapters="t1"), f"adapters: {FORCED}, a Selection, or a list .*, found 't1'"),
         (lambda logo: logo.stream("w3", adapters="t1"), f"adapters: {FORCED}, a Selection, or a list .*, found 't1'"),
         (lambda logo: logo.generate(["w3"], adapters=["t1"]), f"adapters: {FORCED} or a Selection, found 't1'"),
-        (lambda logo: logo.generate("w3", adapters={"t1": None}), "adapters: expected a number as the weight of each"),
+        (
+            lambda logo: logo.generate("w3", adapters={"t1": None}),
+            "adapters: expected names with a number as the weight of each",
+        ),
         (lambda logo: logo.generate("w3", adapters={5: 1.0}), "no adapter 5 in the pool"),
         (lambda logo: logo.generate("w3", stop=5), "stop: expected a text or a list of texts, found 5"),
         (
@@ -367,7 +370,7 @@ def test_a_selection_is_chosen_again_from_its_own_signals_scores(logo: LoGo) -> 
         assert logo.reselect(made.scores, signal=signal) == made  # scores alone do not say whose they are
         with pytest.raises(UsageError, match=f"signal 'entropy': the selection has the scores of '{signal}'"):
             logo.reselect(made, signal="entropy")
-    with pytest.raises(UsageError, match="expected a number as the weight of each, found"):
+    with pytest.raises(UsageError, match="adapters: expected names with a number as the weight of each, found"):
         Selection.forced(["t1"])  # type: ignore[arg-type]
     for nothing in (Selection.forced({"t1": 1.0}), {}):
         with pytest.raises(UsageError, match="expected the scores of a selection, found none; a forced selection has"):

@@ -97,14 +97,20 @@ def test_a_row_of_a_text_is_not_changed() -> None:
     [
         ({"messages": []}, "found no messages"),
         ({"messages": "hello"}, 'found "hello"'),
-        ({"messages": [{"role": "assistant", "content": "w"}]}, 'found "assistant" as the last of 1'),
+        (
+            {"messages": [{"role": "assistant", "content": "w"}]},
+            "found 1 message(s), the last one of the assistant, and no completion",
+        ),
         (
             {"messages": [SYSTEM, {"role": "user", "content": "w"}]},
-            "found \"user\" as the last of 2, and no 'completion'",
+            "found 2 message(s), the last one of the user, and no completion",
         ),
-        ({"messages": [SYSTEM, {"role": "assistant", "content": " "}]}, 'found "assistant" as the last of 2'),
-        ({"messages": [SYSTEM, {"role": "boss", "content": "w"}]}, "messages[1]: expected one of the roles"),
-        ({"messages": [SYSTEM, "w"]}, "messages[1]: expected {'role', 'content'}, found str"),
+        (
+            {"messages": [SYSTEM, {"role": "assistant", "content": " "}]},
+            "found 2 message(s), the last one of the assistant, and no completion",
+        ),
+        ({"messages": [SYSTEM, {"role": "boss", "content": "w"}]}, ":2: messages[1]: expected one of the roles"),
+        ({"messages": [SYSTEM, "w"]}, ":2: messages[1]: expected {'role', 'content'}, found str; fix"),
         (
             {"messages": [SYSTEM, {"role": "assistant", "content": "w"}], "completion": "x"},
             'found two answers: "w" and "x"',
@@ -121,7 +127,8 @@ def test_a_conversation_that_is_no_row_is_named(row: dict[str, Any], found: str,
     file.write_text(json.dumps({"context": "a", "completion": "b"}) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(DataError) as error:
         read_rows(file)
-    assert str(error.value).startswith(f"{file}:2: expected ") and found in str(error.value)
+    said = str(error.value)
+    assert said.startswith((f"{file}:2: expected ", f"{file}:2: messages[1]: expected ")) and found in said
 
 
 # -- scoring -----------------------------------------------------------------------------------------------------------

@@ -20,18 +20,40 @@ import re
 import shlex
 import sys
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from logo.errors import PluginError, UsageError, closest
+from logo.errors import LoGoError, PluginError, UsageError, closest
 
 T = TypeVar("T")
 
 VARIABLE = "LOGO_PLUGINS"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _PLACE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+@contextmanager
+def running(plugin: str) -> Iterator[None]:
+    """Runs code of a plugin in the block, and names the plugin if it fails.
+
+    Args:
+        plugin: its kind and name, for the message.
+
+    Raises:
+        RuntimeError: the plugin has failed. Errors of LoGo and missing memory, which others deal with, stay as they
+            are.
+    """
+    try:
+        yield
+    except (LoGoError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, and torch is not imported here
+            raise
+        raise RuntimeError(f"{plugin} failed: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)

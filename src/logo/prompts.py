@@ -187,13 +187,13 @@ def written_answer(tokenizer: PreTrainedTokenizerBase, messages: Conversation, p
 
 
 def answer_lead(tokenizer: PreTrainedTokenizerBase, messages: Conversation, prompt: str) -> str | None:
-    """What the chat template writes between a prompt and the assistant's answer, often nothing or a space.
+    """The text that the chat template writes between a prompt and the assistant's answer, often none or a space.
 
     Args:
         prompt: the text of `chat` for the messages.
 
     Returns:
-        None if that is not known, since there is no template, or it takes no answer here or writes it differently.
+        None if there is no template, if it accepts no answer here, or if it changes the prompt or the answer.
     """
     try:
         written = written_answer(tokenizer, messages, prompt, _SOME_ANSWER)
@@ -236,7 +236,7 @@ def check_probe_text(probe_text: ProbeText | None) -> ProbeText | None:
 
 
 def text_of(prompt: str | Conversation) -> str:
-    """A text as it is, and of a conversation the contents of its messages, for what compares texts."""
+    """The prompt as a text, for methods that compare texts: of a conversation, the contents of its messages."""
     return prompt if isinstance(prompt, str) else plain(checked_turns(prompt))
 
 

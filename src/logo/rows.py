@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 60  # characters of a wrong value that a message shows
 _EXPECTED = '{"context": text, "completion": text or list of texts}'
-_CHAT = '"messages" to end with {"role": "assistant", "content": text} after at least one other'
+_CHAT = 'a prompt in "messages", and its gold answer as the last message, of the assistant, or as "completion"'
 _OPTIONAL = '"references", if there are any, to be a list of texts and "adapter" a name'
 
 
@@ -154,6 +154,8 @@ def row_of(value: Mapping[str, Any], where: str) -> Row:
         return _checked(value, messages)
     except _Wrong as wrong:
         raise malformed(where, wrong.found, wrong.expected) from None
+    except UsageError as error:  # a message that is none; it says what was expected
+        raise DataError(f"{where}: {error}; fix or delete the line") from None
 
 
 def malformed(where: str, found: str, expected: str = _EXPECTED) -> DataError:
@@ -170,21 +172,21 @@ class _Wrong(Exception):
 
 
 def _conversation(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
-    """A row of messages as one with a context and a completion, and the messages before the answer."""
+    """A row with messages as one with a context and a completion; and the messages before the answer.
+
+    If the last message is the assistant's and there is no other completion, it is the completion.
+    """
     given = row["messages"]
     if not isinstance(given, (list, tuple)) or not given:
         raise _Wrong("no messages" if given in ([], ()) else _shown(given), _CHAT)
-    try:
-        turns = checked_turns(given)
-    except UsageError as error:
-        raise _Wrong(str(error), _CHAT) from None
+    turns = checked_turns(given)
     completion, last = row.get("completion"), turns[-1]
     answer = last["content"] if last["role"] == "assistant" else None
     if completion in (None, answer):
         turns, completion = turns[:-1], answer
         if not turns or answer is None or not answer.strip():
-            raise _Wrong(f"{_shown(last['role'])} as the last of {len(given)}, and no 'completion'", _CHAT)
-    if turns[-1]["role"] == "assistant":  # the row would be asked to answer an answer
+            raise _Wrong(f"{len(given)} message(s), the last one of the {last['role']}, and no completion", _CHAT)
+    if turns[-1]["role"] == "assistant":  # the model would be asked to answer an answer
         raise _Wrong(f"two answers: {_shown(turns[-1]['content'])} and {_shown(completion)}", _CHAT)
     return {**row, "context": plain(turns), "completion": completion}, tuple(turns)
 

@@ -9,19 +9,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-import torch
-
 from logo.calls import Calls
 from logo.decoder import Generation
-from logo.errors import LoGoError, PluginError, UsageError
+from logo.errors import PluginError, UsageError
 from logo.mixing import Merge
 from logo.mixing.merges import MERGES, MajoritySign
-from logo.plugins import Registry
+from logo.plugins import Registry, running
 from logo.prompts import Conversation
 from logo.selection import Selection
 
@@ -201,7 +198,7 @@ def prepared_by(method: Method, logo: Calls, task: Task) -> Prepared:
     """
     if METHODS.source(method.name) is None:
         return method.prepare(logo, task)
-    with _named(method):
+    with running(f"method {method.name!r}"):
         prepared: object = method.prepare(logo, task)
     if not isinstance(prepared, Prepared):
         raise PluginError(f"method {method.name!r}: `prepare` has to return Prepared, found {prepared!r:.60}")
@@ -210,7 +207,7 @@ def prepared_by(method: Method, logo: Calls, task: Task) -> Prepared:
         return prepared
 
     def select(prompts: Sequence[str], batch_size: int) -> list[Selection]:
-        with _named(method):
+        with running(f"method {method.name!r}"):
             found = list(own(prompts, batch_size))
         if len(found) != len(prompts):
             raise PluginError(
@@ -219,16 +216,6 @@ def prepared_by(method: Method, logo: Calls, task: Task) -> Prepared:
         return found
 
     return dataclasses.replace(prepared, select=select)
-
-
-@contextmanager
-def _named(method: Method) -> Iterator[None]:
-    try:
-        yield
-    except (LoGoError, MemoryError, torch.cuda.OutOfMemoryError):  # are dealt with elsewhere
-        raise
-    except Exception as error:
-        raise RuntimeError(f"method {method.name!r} failed: {type(error).__name__}: {error}") from error
 
 
 class Answering:

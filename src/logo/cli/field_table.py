@@ -52,7 +52,7 @@ def looks_at(kind: str, name: str, method: Mapping[str, Any]) -> str:
     by = "" if encoder is None else f"; encoder {PurePath(encoder).name}"
     if method["method"] == "loraretriever" and encoder != _ENCODER:
         by += ", not its own"
-    from logo.mixing.merges import ROUTED
+    from logo.mixing.merges import ROUTED  # imports torch, without which --help answers at once
 
     texts: dict[str, str] = {
         "lorahub": f"up to {method.get('rows')} labelled rows a task",

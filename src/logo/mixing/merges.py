@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from logo.adapters.format import LoraWeights
-from logo.errors import LoGoError, PluginError, UsageError
+from logo.errors import PluginError, UsageError
 from logo.mixing.routing import Kind as RoutingKind
 from logo.mixing.routing import Routing
-from logo.plugins import Registry
+from logo.plugins import Registry, running
 
 Parts = Sequence[LoraWeights]
 MajoritySign = Literal["total", "frequency"]
@@ -91,12 +91,8 @@ class Merge:
         function = MERGES[self.kind]
         if self.kind not in MERGES.sources:
             return function(self, parts, weights, generator)
-        try:
+        with running(f"merge {self.kind!r}"):
             found = function(self, parts, weights, generator)
-        except (LoGoError, MemoryError, torch.cuda.OutOfMemoryError):  # are dealt with elsewhere
-            raise
-        except Exception as error:
-            raise RuntimeError(f"merge {self.kind!r} failed: {type(error).__name__}: {error}") from error
         return _checked(self.kind, found, parts)
 
 

@@ -52,12 +52,14 @@ class Selection:
         """The selection that a user forces.
 
         Raises:
-            UsageError: a weight that is no number, or no mapping.
+            UsageError: `weights` is no mapping, or a weight is no number.
         """
         try:
             return cls(tuple(weights), tuple(float(w) for w in weights.values()), {})
         except (AttributeError, TypeError, ValueError):
-            raise UsageError(f"adapters: expected a number as the weight of each, found {weights!r:.60}") from None
+            raise UsageError(
+                f"adapters: expected names with a number as the weight of each, found {weights!r:.60}"
+            ) from None
 
     @property
     def mixture(self) -> dict[str, float]:
@@ -113,8 +115,8 @@ class Selector:
         k: adapters at most.
         weighting: see the module's docstring.
         temperature: of `"softmax"`.
-        keep_mass: keep the best adapters that together hold this share of the weight, which get that of the others,
-            too; None: keep all k.
+        keep_mass: keep the best adapters that together hold this share of the weight, and divide the rest of the weight
+            among them; None: keep all k.
         evidence: turns a lead of these scores into a confidence; None: they have no scale of their own.
         when_unsure: what answers if the confidence is below `UNSURE`: the mixture (`"mix"`), the `"base"` model
             alone, the `"best"` adapter alone, or nothing (`"refuse"`).

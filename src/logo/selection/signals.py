@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from logo.adapters.activation import Activation
-from logo.errors import LoGoError, PluginError, UsageError
-from logo.plugins import Registry
+from logo.errors import PluginError, UsageError
+from logo.plugins import Registry, running
 from logo.selection.index import ScoringIndex
 
 ProbeInput = Literal["residual", "projection"]
@@ -105,12 +105,8 @@ class Signal:
         if self.plugin is None:
             return self.score(index, hidden)
         place = self.plugin.partition(" ")[0]
-        try:
+        with running(f"signal {place}"):
             scores = self.score(index, hidden)
-        except (LoGoError, MemoryError, torch.cuda.OutOfMemoryError):  # are dealt with elsewhere
-            raise
-        except Exception as error:
-            raise RuntimeError(f"signal {place} failed: {type(error).__name__}: {error}") from error
         shape, wanted = tuple(scores.shape) if isinstance(scores, Tensor) else None, (len(hidden), len(index))
         if shape != wanted:
             found = type(scores).__name__ if shape is None else shape

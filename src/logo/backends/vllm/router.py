@@ -191,13 +191,15 @@ class Router:
             await self._answering.several(path, parts, model, chosen, scope, receive, send)
 
     def _ours(self, model: str, body: Body) -> bool:
-        """Whether a request is for a mixture, and not for one of vLLM's own models. A name that nobody has is ours,
-        too: vLLM's refusal would list the base model alone, without LoGo's names."""
+        """Whether LoGo answers a request, and not vLLM with one of its own models.
+
+        LoGo also refuses names that no model has, because vLLM's own refusal names the base model alone as an
+        alternative. If vLLM has resolvers, which may find an adapter for any name, it gets these requests.
+        """
         if "logo" in body or model == AUTO or model in self.core.pool.keys:
             return True
         native = self._models
-        resolved = bool(getattr(native, "lora_resolvers", ()))
-        if not model or resolved:  # for vLLM, no name means the base model
+        if not model or bool(getattr(native, "lora_resolvers", ())):  # no name means the base model
             return False
         return model not in native.lora_requests and model not in [path.name for path in native.base_model_paths]
 
