@@ -18,7 +18,7 @@ import tiny
 from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, UsageError
 from logo.adapters.format import Adapter
 from logo.errors import LoGoError, NotFinite
-from logo.selection.confidence import RESPONSES, strength
+from logo.selection.confidence import RESPONSES, total
 from logo.selection.selector import LEAST
 from test_calibrated import PROMPTS, tokenizer
 from test_engine import write_adapter
@@ -135,7 +135,9 @@ def test_calibrated_candidates_keep_their_scores(logo: LoGo, names: set[str], pr
     assert list(found.adapters) == [
         name for name, weight in zip(best, weights, strict=True) if weight >= LEAST * weights[0]
     ]
-    assert sum(found.weights) == same_weights(strength(found.confidence))
+    sizes = logo._selecting.scorer("calibrated").sizes  # type: ignore[attr-defined]
+    size = sum(w * sizes[name] for name, w in found.mixture.items()) / sum(found.weights)
+    assert sum(found.weights) == same_weights(total(found.confidence, size))
 
 
 def test_default_k_is_of_the_candidates(model: nn.Module, folder: Path) -> None:

@@ -18,7 +18,8 @@ from logo.mixing.merges import Merge
 from logo.mixing.mixer import Mixer
 from logo.mixing.store import adapter_store
 from logo.selecting import Choosing
-from logo.selection.confidence import WEAKEST
+from logo.selection.confidence import total
+from logo.selection.size import USUAL
 from make_adapters import edit_config, edit_weights, load_peft, write_peft
 from test_engine import PROMPTS, tokenizer
 from tolerances import same_tensor
@@ -113,7 +114,7 @@ def test_an_unsure_selection_gives_it_weight_1(tmp_path: Path) -> None:
     for scores in ([0.2, 0.1], [0.1, 0.2]):
         found = choosing.choose(torch.tensor(scores), ["a", "b"], choosing.call_settings({}))
         weights[found.adapters] = found.weights
-    assert weights == {("a",): (1.0,), ("b",): pytest.approx((WEAKEST,))}
+    assert weights == {("a",): (1.0,), ("b",): pytest.approx((total(0.0, USUAL),))}
 
 
 @pytest.mark.parametrize(

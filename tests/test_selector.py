@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logo.errors import ModelError, Unsure
-from logo.selection.confidence import BEST, EXAMPLES, RESPONSES, Evidence, strength
+from logo.selection.confidence import BEST, EXAMPLES, HALVED, RESPONSES, Evidence, total
 from logo.selection.selector import LEAST, UNSURE, Selection, Selector
+from logo.selection.size import USUAL
 from tolerances import same_weights
 
 SCORES = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40)
@@ -26,8 +27,8 @@ def select(scores: list[float], k: int = 20, **how: object) -> Selection:
 @settings(max_examples=150, deadline=None)
 def test_any_scores_make_a_mixture(scores: list[float], k: int, weighting: str, mass: float) -> None:
     whole = select(scores, k, weighting=weighting)
-    total = 1.0 if weighting != "adaptive" or whole.confidence is None else strength(whole.confidence)
-    assert sum(whole.weights) == pytest.approx(total, abs=1e-4) and 0.7 <= total <= 1
+    sum_ = 1.0 if weighting != "adaptive" or whole.confidence is None else total(whole.confidence, USUAL)
+    assert sum(whole.weights) == pytest.approx(sum_, abs=1e-4) and 0.7 <= sum_ <= 1
     assert all(0 <= weight <= 1 for weight in whole.weights)
     assert list(whole.weights) == sorted(whole.weights, reverse=True)
     if weighting == "adaptive":
@@ -36,10 +37,10 @@ def test_any_scores_make_a_mixture(scores: list[float], k: int, weighting: str, 
         assert len(whole.adapters) == min(k, len(scores))
     kept = select(scores, k, weighting=weighting, keep_mass=mass)
     assert kept.adapters == whole.adapters[: len(kept.adapters)]
-    assert sum(kept.weights) == pytest.approx(total, abs=1e-4)
-    held = sum(whole.weights[: len(kept.adapters)]) / total
+    assert sum(kept.weights) == pytest.approx(sum_, abs=1e-4)
+    held = sum(whole.weights[: len(kept.adapters)]) / sum_
     assert held >= mass - 1e-4
-    assert len(kept.adapters) == 1 or held - whole.weights[len(kept.adapters) - 1] / total < mass
+    assert len(kept.adapters) == 1 or held - whole.weights[len(kept.adapters) - 1] / sum_ < mass
 
 
 @given(SCORES, st.floats(-9, 9))
@@ -92,9 +93,22 @@ def test_sharp_when_sure_and_broad_when_not() -> None:
     assert temperature(0.9) == temperature(0.4) == pytest.approx(0.785)
     assert temperature(0.25) == temperature(0.0) == pytest.approx(3.5)
     assert temperature(0.325) == pytest.approx((0.785 * 3.5) ** 0.5, rel=1e-4)  # half-way on a scale of logarithms
-    assert strength(0.9) == strength(0.4) == 1 and strength(0.25) == strength(0.0) == pytest.approx(0.7)
-    assert strength(0.325) == pytest.approx(0.7**0.5)
     assert Evidence(4.0, 1.0).temperature(0.9) == pytest.approx(0.3925)  # steeper evidence: smaller differences count
+
+
+def test_unsure_mixtures_are_weaker_the_larger_their_adapters_are() -> None:
+    assert total(0.9, 5.0) == total(0.4, 5.0) == total(0.0, 0.0) == 1
+    assert total(0.25, HALVED) == total(0.0, HALVED) == pytest.approx(0.5)
+    assert total(0.325, HALVED) == pytest.approx(0.5**0.5)
+    assert total(0.0, 3 * HALVED) == pytest.approx(0.25)
+    scores, names = torch.tensor([1.25, *REST]), ["a", "b", "c", "d", "e", "f", "g", "h"]
+    selector = Selector(2, weighting="adaptive")
+    alike = selector(scores, names, dict.fromkeys(names, HALVED))
+    assert sum(alike.weights) == pytest.approx(0.5, rel=1e-5)
+    first, second = (weight / sum(alike.weights) for weight in alike.weights)
+    found = selector(scores, names, {"a": 0.0, "b": HALVED, "c": 9.0})  # one that is not selected does not count
+    assert found.weights == pytest.approx([w / (1 + second) for w in (first, second)], rel=1e-5)
+    assert selector(scores, names, {"a": USUAL}).weights == selector(scores, names).weights
 
 
 @pytest.mark.parametrize(("when", "adapters"), [("base", ()), ("best", ("a00",)), ("mix", ("a00", "a01"))])
@@ -102,7 +116,7 @@ def test_what_answers_where_nothing_stands_out(when: str, adapters: tuple[str, .
     found = select([1.25, *REST], 2, weighting="adaptive", when_unsure=when)
     assert found.adapters == adapters
     assert found.confidence is not None and found.confidence < UNSURE
-    assert sum(found.weights) == pytest.approx({"base": 0.0, "best": 1.0, "mix": 0.7}[when])
+    assert sum(found.weights) == pytest.approx({"base": 0.0, "best": 1.0, "mix": total(0.0, USUAL)}[when])
     sure = select([9.0, *REST], 2, weighting="adaptive", when_unsure=when)
     assert sure.adapters == ("a00",)  # the other one's weight is negligible
 

@@ -79,27 +79,34 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every parameter by name, shared ones under each of their names.
+    """Yields every parameter by name, shared ones under each of their names."""
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        yield name, values(model, name)
 
-    Parameters that accelerate has offloaded are read from the host or the disk, and those of another process from the
-    checkpoint.
+
+def values(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """A parameter of a model by its name.
+
+    If accelerate has offloaded it, it is read from the host or the disk, and if it belongs to another process, from the
+    checkpoint; it is empty if that has no such name.
+
+    Raises:
+        ModelError: it is neither in memory nor where accelerate keeps what is offloaded.
     """
-    modules = dict(model.named_modules())
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.device.type != "meta":
-            yield name, parameter
-        else:
-            yield name, parameter.read() if hasattr(parameter, "read") else _offloaded(modules, name)
-
-
-def _offloaded(modules: Mapping[str, torch.nn.Module], name: str) -> torch.Tensor:
+    parameter: Any = model.get_parameter(name)
+    found: torch.Tensor = parameter
+    if parameter.device.type != "meta":
+        return found
+    if hasattr(parameter, "read"):
+        found = parameter.read()
+        return found
     parts = name.split(".")
     for cut in range(len(parts) - 1, -1, -1):  # the hook of the module or of one that contains it
-        for hook in hooks(modules[".".join(parts[:cut])]):
+        for hook in hooks(model.get_submodule(".".join(parts[:cut]))):
             kept = getattr(hook, "weights_map", None)
             if kept is not None:
                 with contextlib.suppress(KeyError):
-                    found: torch.Tensor = kept[".".join(parts[cut:])]
+                    found = kept[".".join(parts[cut:])]
                     return found
     raise ModelError(
         f"base model: weight {name} is not in memory, and accelerate does not keep it either; expected a model with "

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
@@ -70,12 +71,19 @@ class Choosing:
         pool: fitted to the model.
         settings: the engine's.
         described: signals to whose scores example prompts contribute.
+        sizes: signal -> adapter name -> relative size (`logo.selection.size`).
     """
 
     _described: frozenset[str] = frozenset()
 
-    def __init__(self, pool: AdapterPool, settings: SelectionSettings, described: Collection[str] = ()) -> None:
-        self.pool, self._settings, self._described = pool, settings, frozenset(described)
+    def __init__(
+        self,
+        pool: AdapterPool,
+        settings: SelectionSettings,
+        described: Collection[str] = (),
+        sizes: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+    ) -> None:
+        self.pool, self._settings, self._described, self._sizes = pool, settings, frozenset(described), sizes
 
     def call_settings(self, options: CallOptions) -> CallSettings:
         """Checks the options of one call against the pool.
@@ -139,7 +147,7 @@ class Choosing:
         weighting, evidence = settings.reading.weighting, self.evidence(settings)
         temperature, mass = settings.weight_temperature, settings.keep_mass
         selector = Selector(k, weighting, temperature, mass, evidence, settings.when_unsure)
-        found = selector(scores, names)
+        found = selector(scores, names, self.sizes(settings))
         if len(found.adapters) == 1 and self.pool[found.adapters[0]].alone:
             found = replace(found, weights=(1.0,))  # it has no weaker form
         return replace(found, signal=settings.signal)
@@ -149,6 +157,10 @@ class Choosing:
         if settings.reading.scale == "raw":
             return None
         return EXAMPLES if settings.signal in self._described else RESPONSES
+
+    def sizes(self, settings: SelectionSettings) -> Mapping[str, float]:
+        """Adapter name -> relative size, as the scorer of these settings knows it."""
+        return self._sizes.get(settings.signal, {})
 
 
 class Selecting(Choosing, ABC):
@@ -288,6 +300,10 @@ class Probing(Selecting):
     def evidence(self, settings: SelectionSettings) -> Evidence | None:
         """See `Choosing`; the scorers say whether there are example prompts."""
         return super().evidence(settings) if self.scorers.get(settings).signatures is None else EXAMPLES
+
+    def sizes(self, settings: SelectionSettings) -> Mapping[str, float]:
+        """See `Choosing`."""
+        return self.scorers.get(settings).sizes
 
     def restart(self) -> None:
         """Forgets earlier prompts, on which `probe_context="carry"` and a running reference depend."""

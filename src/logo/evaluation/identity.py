@@ -19,7 +19,7 @@ from logo.digests import config_digest, fingerprint, library_versions, tokenizer
 from logo.errors import UsageError
 from logo.mixing.merges import MERGES
 from logo.rows import Row
-from logo.selection.confidence import WEAKEST
+from logo.selection.confidence import HALVED
 from logo.selection.signals import SIGNALS
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
 
 def rule_of_weights(logo: Calls) -> dict[str, float]:
     """What results of an adaptive weighting depend on beside its settings."""
-    return {"unsure_weight": WEAKEST} if logo.settings.reading.weighting == "adaptive" else {}
+    return {"unsure_halved": HALVED} if logo.settings.reading.weighting == "adaptive" else {}
 
 
 def plugins_used(*sources: str | None) -> dict[str, list[str]]:

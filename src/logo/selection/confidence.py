@@ -25,9 +25,9 @@ FIELD = 5
 BEST = 0.1
 # Temperatures, times the steepness: at the first one adapter has nearly all the weight, at the second many share it.
 _SHARPEST, _BROADEST = 1.57, 7.0
-# The sum of the weights of the broadest mixture. Adapters that were not made for a prompt also disturb the base model,
-# so a part is left to it. Results depend on it, so it is a part of their identity.
-WEAKEST = 0.7
+# The relative size (`logo.selection.size`) of adapters of which a broadest mixture has a sum of weights of one half.
+# Results depend on it, so it is a part of their identity.
+HALVED = 0.08
 # A mixture is as broad and weak as it gets up to the first confidence, and as sharp as it gets from the second on.
 _DOUBT, _TRUST = 0.25, 0.4
 
@@ -61,12 +61,17 @@ class Evidence:
         return float(_BROADEST * (_SHARPEST / _BROADEST) ** _sureness(confidence)) / self.steepness
 
 
-def strength(confidence: float) -> float:
-    """The sum of a mixture's weights for a confidence: 1 for a sure selection, less for an unsure one.
+def total(confidence: float, size: float) -> float:
+    """The sum of a mixture's weights: 1 for a sure selection, and less for an unsure one, the larger its adapters are.
 
-    Between the two ends, its logarithm is linear in the confidence.
+    Adapters that were not made for a prompt also disturb the base model, so an unsure mixture leaves a part to it. At
+    the lowest confidence, the sum is `1 / (1 + size / HALVED)`; in between, its logarithm is linear in the confidence.
+
+    Args:
+        confidence: of the selection.
+        size: the mean relative size of the mixture's adapters (`logo.selection.size`), weighted as the mixture is.
     """
-    return float(WEAKEST ** (1 - _sureness(confidence)))
+    return float((1 + size / HALVED) ** (_sureness(confidence) - 1))
 
 
 def _sureness(confidence: float) -> float:

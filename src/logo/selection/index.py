@@ -7,6 +7,7 @@ responses `ΔW_i h`, which need `B_i`, are computed in bounded chunks for the si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +43,8 @@ class ScoringIndex:
         sketch: of a whitening, its `Whitening.sketch` (m, d) and the sketch of the mean (m,).
         adapters: in pool order; they all touch the point.
         point: where.
+        sizes: (adapters,), `‖ΔW_i‖ / ‖W‖` (`logo.selection.size`), NaN where it is not known; None: nowhere.
+        weight: `‖W‖`; NaN if it is not known.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class ScoringIndex:
         adapters: Sequence[Adapter],
         point: Point,
         sketch: tuple[Tensor, Tensor] | None = None,
+        sizes: Tensor | None = None,
+        weight: float = math.nan,
     ) -> None:
         self.stacked = stacked
         self.ranks = tuple(ranks)
@@ -59,6 +64,8 @@ class ScoringIndex:
         self.adapters = tuple(adapters)
         self.point = point
         self.sketch = sketch
+        self.sizes = torch.full((len(ranks),), math.nan) if sizes is None else sizes
+        self.weight = weight
 
     @classmethod
     def read(
@@ -188,6 +195,7 @@ class Wanted:
         device: where scores are computed.
         whitening: on the CPU; applied to hidden vectors before they are scored by their norm.
         before: an index of the same point and whitening, whose rows are reused for the adapters that it has.
+        weight: `‖W‖` of the base model at the point; NaN if it is not known.
         room: a tensor on the CPU for the stacked factors; None: a new one.
     """
 
@@ -196,6 +204,7 @@ class Wanted:
     device: torch.device
     whitening: Whitening | None = None
     before: ScoringIndex | None = None
+    weight: float = math.nan
     room: Tensor | None = None
 
     @cached_property
@@ -237,7 +246,7 @@ class _Building:
 
     def __init__(self, wanted: Wanted) -> None:
         self.point, self._wanted, before = wanted.point, wanted, wanted.before
-        self.missing: dict[str, slice] = {}  # the rows of adapters that have to be read
+        self.missing: dict[str, int] = {}  # the places of adapters that have to be read
         files = list(map(_file, wanted.adapters))
         same = before is not None and files == list(map(_file, before.adapters))
         self._same = same and wanted.room is None
@@ -247,18 +256,21 @@ class _Building:
         self._ranks = wanted.ranks
         self._stacked = torch.empty(wanted.shape, device=device) if wanted.room is None else wanted.room
         self._whitening = None if wanted.whitening is None else wanted.whitening.to(device)
-        known = {} if before is None else dict(zip(map(_file, before.adapters), before.rows, strict=True))
-        for adapter, file, rows in zip(wanted.adapters, files, _rows(self._ranks), strict=True):
+        self._rows, self._sizes = _rows(self._ranks), torch.empty(len(files), device=device)
+        known = {} if before is None else {file: place for place, file in enumerate(map(_file, before.adapters))}
+        for place, (adapter, file) in enumerate(zip(wanted.adapters, files, strict=True)):
             if before is not None and file in known:
-                self._stacked[rows] = before.stacked[known[file]].to(device)
+                self._stacked[self._rows[place]] = before.stacked[before.rows[known[file]]].to(device)
+                self._sizes[place] = before.sizes[known[file]]
             else:
-                self.missing[adapter.name] = rows
+                self.missing[adapter.name] = place
 
     def add(self, name: str, weights: LoraWeights) -> None:
         a, b = _factors(weights, self.point, self._stacked.device)
-        product = torch.linalg.qr(b, mode="r").R @ a
+        product, place = torch.linalg.qr(b, mode="r").R @ a, self.missing[name]
         # A product of several adapters would make the last digits of one depend on the others.
-        self._stacked[self.missing[name]] = product if self._whitening is None else self._whitening.fold(product)
+        self._stacked[self._rows[place]] = product if self._whitening is None else self._whitening.fold(product)
+        self._sizes[place] = product.norm() / self._wanted.weight
 
     def index(self) -> ScoringIndex:
         wanted = self._wanted
@@ -266,7 +278,8 @@ class _Building:
             return wanted.before
         offset = None if self._whitening is None else (self._stacked @ self._whitening.mean).to(wanted.device)
         sketch = None if wanted.whitening is None else sketched(wanted.whitening, wanted.device)
-        return ScoringIndex(self._stacked.to(wanted.device), self._ranks, offset, wanted.adapters, wanted.point, sketch)
+        stacked, sizes = self._stacked.to(wanted.device), (self._sizes.to(wanted.device), wanted.weight)
+        return ScoringIndex(stacked, self._ranks, offset, wanted.adapters, wanted.point, sketch, *sizes)
 
 
 def sketched(whitening: Whitening, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from logo.selection.mapped import ALIGNMENT, mapped, read_mapped
 from logo.selection.points import Point
 
 # To be raised when the content of the files changes its meaning.
-_FORMAT = 6
+_FORMAT = 7
 # Pools change, and the indices of those that are gone are of no use to anyone.
 _MOST_FILES = 16
 # Larger indices (in bytes) are built within their files, adapter by adapter, since they may not fit into memory.
@@ -77,9 +77,10 @@ def keep_index(
     tensors = {f"{i}.stacked": index.stacked for i, index in enumerate(indices)}
     # Tensors are written in the order of their names, so the large ones come first and stay aligned.
     tensors |= {f"offset.{i}": index.offset for i, index in enumerate(indices) if index.offset is not None}
+    tensors |= {f"sizes.{i}": index.sizes for i, index in enumerate(indices)}
     for i, index in enumerate(indices):
         tensors |= dict(zip(_sketch_names(i), index.sketch or (), strict=False))
-    kept, about = _about([(i.point, i.ranks) for i in indices], adapters, calibration, cache)
+    kept, about = _about([(i.point, i.ranks, i.weight) for i in indices], adapters, calibration, cache)
     tensors |= kept
 
     def write(part: str) -> None:
@@ -120,9 +121,10 @@ def build_index(
     Returns:
         Whether the file was written; if not, a warning has said why.
     """
-    kept, about = _about([(one.point, one.ranks) for one in wanted], adapters, calibration, cache)
+    kept, about = _about([(one.point, one.ranks, one.weight) for one in wanted], adapters, calibration, cache)
     shapes: dict[str, tuple[int, ...]] = {f"{i}.stacked": one.shape for i, one in enumerate(wanted)}
     shapes |= {f"offset.{i}": (one.shape[0],) for i, one in enumerate(wanted) if one.whitening is not None}
+    shapes |= {f"sizes.{i}": (len(one.adapters),) for i, one in enumerate(wanted)}
     for i, one in enumerate(wanted):
         if one.whitening is not None:
             made = sketched(one.whitening, one.device)
@@ -133,6 +135,7 @@ def build_index(
         tensors = mapped(part, shapes, {"about": json.dumps(about)})
         roomy = [replace(one, room=tensors[f"{i}.stacked"]) for i, one in enumerate(wanted)]
         for i, index in enumerate(read_indices(roomy, tell)):
+            tensors[f"sizes.{i}"].copy_(index.sizes)
             if index.offset is not None:
                 tensors[f"offset.{i}"].copy_(index.offset)
         for key, tensor in kept.items():
@@ -142,14 +145,18 @@ def build_index(
 
 
 def _about(
-    points: Sequence[tuple[Point, Sequence[int]]],
+    points: Sequence[tuple[Point, Sequence[int], float]],
     adapters: Sequence[Adapter],
     calibration: Calibration | None,
     cache: CalibrationCache | None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What a file holds beside the factors: the responses of a calibration, and metadata."""
     tensors: dict[str, Tensor] = {}
-    about: dict[str, Any] = {"points": [p.module for p, _ in points], "ranks": [list(ranks) for _, ranks in points]}
+    about: dict[str, Any] = {
+        "points": [point.module for point, _, _ in points],
+        "ranks": [list(ranks) for _, ranks, _ in points],
+        "weights": [weight for _, _, weight in points],
+    }
     if cache is not None:
         about["keys"] = cache.keys(adapters)
     if calibration is not None:
@@ -179,14 +186,17 @@ def load_index(
         tensors, metadata = read_mapped(file) if file.stat().st_size > MAPPED else _read_small(file)
         about = json.loads(metadata["about"])
         indices = []
-        for i, (module, ranks) in enumerate(zip(about["points"], about["ranks"], strict=True)):
+        for i, (module, ranks, weight) in enumerate(
+            zip(about["points"], about["ranks"], about["weights"], strict=True)
+        ):
             point = points[module]
             touching = [adapter for adapter in adapters if module in adapter.modules]
             device = device_of(model, point)
             offset = tensors[f"offset.{i}"].to(device) if f"offset.{i}" in tensors else None
             parts = [tensors[name].to(device) for name in _sketch_names(i) if name in tensors]
             sketch = (parts[0], parts[1]) if len(parts) == 2 else None
-            indices.append(ScoringIndex(tensors[f"{i}.stacked"].to(device), ranks, offset, touching, point, sketch))
+            stacked, sizes = tensors[f"{i}.stacked"].to(device), (tensors[f"sizes.{i}"].to(device), weight)
+            indices.append(ScoringIndex(stacked, ranks, offset, touching, point, sketch, *sizes))
         if cache is not None:
             cache.know(adapters, about["keys"])
         calibration = None

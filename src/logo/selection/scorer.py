@@ -18,6 +18,7 @@ from logo.selection.once import OnceReader
 from logo.selection.reference import Reference
 from logo.selection.responses import ResponseReader
 from logo.selection.signature import GAIN, Signatures
+from logo.selection.size import relative_sizes
 
 # Stands for a score that was not computed; it is below every score that a signal gives.
 NOT_SCORED = -torch.inf
@@ -52,6 +53,7 @@ class Scorer:
     Attributes:
         points: where prompts are read.
         names: of the adapters.
+        sizes: adapter name -> relative size (`logo.selection.size`).
         drift, signatures: the same.
     """
 
@@ -77,6 +79,8 @@ class Scorer:
         self._reference = None if calibration is None else self._reference_of(calibration.neutral, calibration.requests)
         # (adapters, points)
         self._touched = torch.tensor([[point.module in a.modules for point in self.points] for a in adapters])
+        sizes = relative_sizes([index.sizes for index in indices], self._touched)
+        self.sizes = dict(zip(self.names, sizes.tolist(), strict=True))
 
     def _reference_of(self, neutral: Tensor, requests: Tensor) -> Reference:
         return Reference.of(neutral, requests, column_weights(neutral.shape[1], len(self.points)))

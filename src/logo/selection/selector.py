@@ -4,7 +4,7 @@ linear     w_i = score_i / Σ score                                    the paper
 softmax    w_i ∝ exp(score_i / T)
 adaptive   softmax whose temperature, and whose sum, follow the confidence of the selection
            (`logo.selection.confidence`): the less sure, the broader and the weaker. Adapters with less than `LEAST` of
-           the best one's weight are left out
+           the best one's weight are left out. The sum also follows the size of the adapters (`logo.selection.size`)
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from logo.adapters.pool import AdapterPool
 from logo.errors import NotFinite, PoolError, Unsure, UsageError, check_type, closest
-from logo.selection.confidence import RESPONSES, Evidence, strength
+from logo.selection.confidence import RESPONSES, Evidence, total
 from logo.selection.signals import Weighting, WhenUnsure
+from logo.selection.size import USUAL
 
 # Below this confidence a selection counts as unsure.
 UNSURE = 0.25
@@ -129,8 +130,12 @@ class Selector:
     evidence: Evidence | None = RESPONSES
     when_unsure: WhenUnsure = "mix"
 
-    def __call__(self, scores: Tensor, names: Sequence[str]) -> Selection:
+    def __call__(self, scores: Tensor, names: Sequence[str], sizes: Mapping[str, float] | None = None) -> Selection:
         """The selection of the highest of these scores (adapters,); of equal ones, the earlier name comes first.
+
+        Args:
+            sizes: relative sizes of adapters (`logo.selection.size`), for the weighting `"adaptive"`; those that are
+                not known count as `USUAL`.
 
         Raises:
             NotFinite: a score is NaN or infinite.
@@ -150,7 +155,8 @@ class Selector:
                 named,
                 confidence,
             )
-        weights = self._weights(top, confidence)
+        sized = [(sizes or {}).get(names[i], USUAL) for i in order[: self.k].tolist()]
+        weights = self._weights(top, confidence, torch.tensor(sized))
         if self.keep_mass is not None:
             # The first adapter always stays; another one is dropped if those before it hold the mass already.
             whole = weights.sum()
@@ -164,8 +170,8 @@ class Selector:
             confidence,
         )
 
-    def _weights(self, ranked: Tensor, confidence: float | None) -> Tensor:
-        """Weights (k,) from all scores (adapters,), best first; fewer where the selection is unsure."""
+    def _weights(self, ranked: Tensor, confidence: float | None, sizes: Tensor) -> Tensor:
+        """Weights (k,) from all scores (adapters,), best first, and sizes (k,); fewer where the selection is unsure."""
         top = ranked[: self.k]
         if confidence is not None and confidence < UNSURE and self.when_unsure != "mix":
             return torch.ones(1 if self.when_unsure == "best" else 0)
@@ -175,7 +181,8 @@ class Selector:
             return (top / self.temperature).softmax(dim=0)
         weights = (top / self.evidence.temperature(confidence)).softmax(dim=0)
         weights = weights[weights >= LEAST * weights[0]]
-        return strength(confidence) * weights / weights.sum()
+        weights = weights / weights.sum()
+        return total(confidence, float(weights @ sizes[: len(weights)])) * weights
 
 
 def linear(top: Tensor) -> Tensor:

@@ -107,7 +107,8 @@ class Core:
         left = set(self.pool.keys.values()) - set(pool.keys.values())
         self.pool, self._scored = pool, {signal: tuple(facts["names"]) for signal, facts in scored.items()}
         described = [signal for signal, facts in scored.items() if facts["described"]]
-        self.choosing = Choosing(pool.adapters, self.options.settings, described)
+        sizes = {signal: facts["sizes"] for signal, facts in scored.items()}
+        self.choosing = Choosing(pool.adapters, self.options.settings, described, sizes)
         return tuple(left)
 
     def answering(self, keys: Iterable[str]) -> bool:

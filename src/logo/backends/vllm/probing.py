@@ -3,7 +3,7 @@ score the adapters while it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,11 @@ class InWorkers(Selecting):
     def evidence(self, settings: SelectionSettings) -> Evidence | None:
         """See `Choosing`; the workers know example prompts."""
         return EXAMPLES if self.open(settings)["described"] else super().evidence(settings)
+
+    def sizes(self, settings: SelectionSettings) -> Mapping[str, float]:
+        """See `Choosing`; the workers have read the adapters."""
+        sizes: Mapping[str, float] = self.open(settings)["sizes"]
+        return sizes
 
     def restart(self) -> None:
         """Does nothing, since no selection depends on earlier prompts."""

@@ -88,7 +88,8 @@ class Scoring:
 
         Returns:
             `texts`: texts to run and then pass to `calibrate`, as token ids, often none; `names`: the adapters that are
-            scored; `points`: where prompts are read; `described`: whether example prompts contribute to scores.
+            scored; `points`: where prompts are read; `described`: whether example prompts contribute to scores;
+            `sizes`: the relative size of each adapter by name.
         """
         settings = self._settings(signal)
         try:
@@ -144,9 +145,9 @@ class Scoring:
 def _told(scorer: Scorer | None) -> dict[str, Any]:
     """The facts about a scorer that other processes need, without values if it is not ready (None)."""
     if scorer is None:
-        return {"names": [], "points": [], "described": False}
-    points = [point.name for point in scorer.points]
-    return {"names": list(scorer.names), "points": points, "described": scorer.signatures is not None}
+        return {"names": [], "points": [], "described": False, "sizes": {}}
+    points, described = [point.name for point in scorer.points], scorer.signatures is not None
+    return {"names": list(scorer.names), "points": points, "described": described, "sizes": dict(scorer.sizes)}
 
 
 def _acted(texts: Texts, signal: Signal) -> Tensor:
