@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
+from logo.backends.vllm.skeleton import skeleton as skeleton_of
 from logo.models import skeleton
 from logo.selection import index_file
+from logo.selection.mapped import ALIGNMENT
 from logo.selection.points import find_points, named_points
 from logo.selection.size import USUAL, relative_sizes, weight_norm
 from test_engine import write_adapter
 from test_index import opened
+
+
+class Quantised(torch.Tensor):
+    """As torchao and Quanto have them: the values are somewhere else."""
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +41,12 @@ def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def expected(logo: Any) -> dict[str, float]:
+def expected(logo: Any, scorer: Any = None) -> dict[str, float]:
     """By the definition, with whole matrices."""
     found = {}
     for adapter in logo.fitted:
         ratios = []
-        for point in logo.scorer.points:
+        for point in (scorer or logo.scorer).points:
             if point.module in adapter.modules:
                 lora = adapter.read([point.module])[point.module]
                 change = lora.scaling * lora.B.float() @ lora.A.float()
@@ -64,10 +72,39 @@ def test_sizes_are_in_the_file_of_an_index(
     first, again = (opened(model, folder, signal="calibrated", cache=str(tmp_path)) for _ in range(2))
     before = first.scorer
     assert list((tmp_path / "index").iterdir())
-    monkeypatch.setattr("logo.selection.scorers.weight_norm", lambda *_: pytest.fail("the file was not used"))
-    after = again.scorer
-    assert after.sizes == before.sizes
-    assert [index.weight for index in after.indices] == [index.weight for index in before.indices]
+    monkeypatch.setattr("logo.selection.cache.weight_norm", lambda *_: pytest.fail("the file was not used"))
+    assert again.scorer.sizes == before.sizes == pytest.approx(expected(first), rel=1e-5)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_an_index_from_its_file_scores_alike_to_the_last_digit(
+    model: Any, tmp_path: Path, mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a pool whose tensors have odd lengths: what is multiplied lies where it would lie in memory."""
+    if mapped:
+        monkeypatch.setattr(index_file, "MAPPED", 0)
+    for i in range(9):
+        write_adapter(tmp_path / "pool" / f"t{i}", model, ("q_proj", "v_proj"), rank=2, seed=i)
+    cold, warm = (opened(model, tmp_path / "pool", signal="calibrated", cache=str(tmp_path)) for _ in range(2))
+    for word in range(40):
+        assert cold.select(f"w{word}").scores == warm.select(f"w{word}").scores
+    for index in warm.scorer.indices:
+        assert index.sketch is not None
+        assert not any(tensor.data_ptr() % ALIGNMENT for tensor in (index.stacked, *index.sketch))
+
+
+def test_a_base_model_has_its_own_sizes(model: Any, folder: Path, tmp_path: Path) -> None:
+    """Indices of signals without a calibration may be shared by base models of the same shape."""
+    larger = tiny.model("llama", num_hidden_layers=4)
+    with torch.no_grad():
+        for name, weight in larger.named_parameters():
+            if name.endswith("q_proj.weight"):
+                weight.mul_(10)
+    for base in (model, larger):
+        logo = opened(base, folder, signal="norm", cache=str(tmp_path), probe_layer=[1])
+        assert not logo.scorer.sizes
+        scorer = logo._selecting.scorer("norm_z")  # type: ignore[attr-defined]
+        assert scorer.sizes == pytest.approx(expected(logo, scorer), rel=1e-5)
 
 
 def test_sizes_stay_when_a_pool_changes(model: Any, folder: Path, tmp_path: Path) -> None:
@@ -87,6 +124,14 @@ def test_fused_projections_count_by_the_rows_of_the_query() -> None:
     assert weight_norm(model, point) == pytest.approx(float(weight[:, list(point.rows)].norm()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_weights_may_be_of_any_plain_type(dtype: torch.dtype) -> None:
+    model = tiny.model("llama").to(dtype)
+    [point] = named_points(model, "1.v_proj")
+    weight = model.get_submodule(point.module).weight
+    assert weight_norm(model, point) == pytest.approx(float(weight.double().norm()), rel=1e-5)
+
+
 def test_weights_that_are_kept_elsewhere_count_too(tmp_path: Path) -> None:
     [point] = named_points(tiny.model("llama"), "1.v_proj")
     norm = weight_norm(tiny.model("llama"), point)
@@ -95,16 +140,43 @@ def test_weights_that_are_kept_elsewhere_count_too(tmp_path: Path) -> None:
     assert model.get_submodule(point.module).weight.is_meta and weight_norm(model, point) == norm
     bare = skeleton(tiny.model("llama").config)
     assert math.isnan(weight_norm(bare, point))
-    bare.get_submodule(point.module).weight.read = lambda: tiny.model("llama").get_submodule(point.module).weight
-    assert weight_norm(bare, point) == norm
+
+
+def test_a_skeleton_reads_what_is_stored_as_plain_numbers(tmp_path: Path) -> None:
+    model = tiny.model("llama")
+    [point] = named_points(model, "1.v_proj")
+    model.save_pretrained(tmp_path / "plain")
+    assert weight_norm(skeleton_of(str(tmp_path / "plain"), torch.float32), point) == weight_norm(model, point)
+    shutil.copytree(tmp_path / "plain", tmp_path / "eight")
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    tensors[f"{point.module}.weight"] = (tensors[f"{point.module}.weight"] * 100).to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "eight" / "model.safetensors", {"format": "pt"})
+    stored = skeleton_of(str(tmp_path / "eight"), torch.float32)
+    assert math.isnan(weight_norm(stored, point))
+    [other] = named_points(model, "0.v_proj")
+    (tmp_path / "eight" / "model.safetensors").unlink()
+    assert math.isnan(weight_norm(stored, other))
 
 
 def test_an_unknown_size_is_the_usual_one() -> None:
     model = tiny.model("llama")
     [point] = named_points(model, "1.v_proj")
     linear = model.get_submodule(point.module)
-    linear.weight = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)  # as bitsandbytes
+    plain = linear.weight
+    for other in (
+        torch.ones(plain.shape, dtype=torch.uint8),
+        torch.ones(plain.shape).to(torch.float8_e4m3fn),
+        torch.ones(plain.numel() // 4, 1),  # bits of four weights in each number
+        torch.ones(plain.shape).as_subclass(Quantised),
+        torch.zeros(plain.shape),
+    ):
+        linear.weight = torch.nn.Parameter(other, requires_grad=False)
+        assert math.isnan(weight_norm(model, point))
+    del linear.weight
+    assert math.isnan(weight_norm(model, point))
+    linear.register_buffer("weight", torch.ones(plain.shape, dtype=torch.int8))
     assert math.isnan(weight_norm(model, point))
     touched = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
-    found = relative_sizes([torch.tensor([0.2, 0.4]), torch.tensor([0.1, math.nan])], touched)
-    assert found.tolist() == pytest.approx([0.15, 0.4, USUAL, USUAL])
+    updates = [torch.tensor([0.2, 0.4]), torch.tensor([0.1, 0.3])]
+    assert relative_sizes(updates, [2.0, 1.0], touched).tolist() == pytest.approx([0.1, 0.2, 0.3, USUAL])
+    assert relative_sizes(updates, [2.0, math.nan], touched).tolist() == pytest.approx([0.1, 0.2, USUAL, USUAL])

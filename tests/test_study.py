@@ -83,7 +83,7 @@ def entries(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def test_what_the_report_holds(report: dict[str, Any]) -> None:
     assert list(report) == [
-        *("signals", "mixtures", "left_out", "unseen", "tasks", "pool", "settings", "seconds", "versions")
+        *("signals", "mixtures", "left_out", "unseen", "tasks", "pool", "settings", "seconds", "versions", "run")
     ]
     assert report["pool"] == [f"t{i}" for i in range(5)]
     assert list(report["mixtures"]) == ["oracle", "uniform", "base"]
@@ -404,7 +404,16 @@ def test_the_command(some_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"{report['signals']['norm']['nll']:.2f}" in captured.out
     Image.open(out.with_suffix(".png")).load()
     assert sorted(path.name for path in out.parent.iterdir()) == ["study.json", "study.png"]
-    assert run([*command, "--tasks", "ad0[35]", "--png", str(tmp_path / "map.png"), "--seed", "3"]) == 0
+    assert run([*command, "--limit", "1"]) == 0
+    captured = capsys.readouterr()
+    assert "study.json is done already (--overwrite measures it again)" in " ".join(captured.err.split())
+    assert f"{report['signals']['norm']['nll']:.2f}" in captured.out and json.loads(out.read_text()) == report
+    other = [*command, "--tasks", "ad0[35]", "--png", str(tmp_path / "map.png"), "--seed", "3"]
+    assert run(other) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "study.json: it is the report of another study (" in said and "seed is 0, not 3" in said
+    assert json.loads(out.read_text()) == report and not journal_of(out).exists()
+    assert run([*other, "--overwrite"]) == 0
     again = json.loads(out.read_text())
     assert again["unseen"] is None and list(again["tasks"]) == ["ad03", "ad05"] and again["settings"]["seed"] == 3
     Image.open(tmp_path / "map.png").load()

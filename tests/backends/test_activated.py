@@ -204,7 +204,7 @@ def test_runner_v2_does_the_same(engines: Engines, tmp_path: Path, prompts: list
     for one in scores:  # the second time from the cache
         for own, expected in zip(one["scores"], local.select(texts), strict=True):
             assert own == pytest.approx(list(expected.scores.values()), rel=1e-3, abs=1e-3)
-    choosing = Choosing(local.fitted, local.settings)
+    choosing = Choosing(local.fitted, local.settings, sizes={"calibrated": local.scorer.sizes})
     for rows in zip(*(one["scores"] for one in scores), strict=True):
         first, cached = (choosing.choose(torch.tensor(row), local.names, choosing.call_settings({})) for row in rows)
         assert cached.adapters == first.adapters

@@ -179,7 +179,8 @@ def test_runner_v2_does_the_same(engines: Engines, tmp_path: Path, local: LoGo) 
         assert one["tokens"] == [list(answer.token_ids)] and not one["failed"]
     expected = local.generate(short, adapters=wanted, max_new_tokens=12, min_new_tokens=12)
     assert others["tokens"] == [list(one.token_ids) for one in expected] and not others["failed"]
-    choosing = Choosing(local.fitted, local.settings, described=["calibrated"])  # the demo's adapters have examples
+    # The demo's adapters have examples.
+    choosing = Choosing(local.fitted, local.settings, ["calibrated"], {"calibrated": local.scorer.sizes})
     both = [
         choosing.choose(torch.tensor(one["scores"][0]), local.names, choosing.call_settings({}))
         for one in (first, again)

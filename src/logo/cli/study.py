@@ -102,6 +102,7 @@ def study(
     own_adapters_only: bool = rare(False, "Leave adapters without rows of their own out of the pool."),
     prompt_end: str = rare("", "Text after every prompt of a Hub dataset; `\\n` is a new line.", "nothing"),
     batch_size: int = usual(8, "Answers that are generated at once.", min=1),
+    overwrite: bool = usual(False, "Measure again, and replace a report that --save names."),
     so_far: bool = usual(False, "Show the results so far of an unfinished study."),
     seed: int = usual(0, "Random seed of the intervals and of methods.", min=0),
     png: Path | None = rare(
@@ -161,7 +162,12 @@ def study(
         for name, of_signal in measuring.facts.settings["signals"].items():
             if of_signal["activations"]:  # for plain adapters, the documentation says it
                 note(f"{name} reads {of_signal['reads']}")
-        result = _measure(measuring, found, save, settings, contest, seed, time.perf_counter() - started)
+        loading = time.perf_counter() - started
+        result = _measure(measuring, found, save, settings, contest, seed, loading, overwrite=overwrite)
+    if not result.rows:
+        note(f"{save} is done already (--overwrite measures it again)")
+        _show(result.report, json=json)
+        return
     write_json(save, {**result.report, "command": command_line()})
     first = next(iter(arms))
     title = f"{first}: mean weight of each adapter, by task"
@@ -285,6 +291,8 @@ def _measure(
     contest: Contest,
     seed: int,
     loading: float,
+    *,
+    overwrite: bool,
 ) -> Study:
     from logo.evaluation.study import asked_of, journal_of
     from logo.evaluation.study import study as run_study
@@ -305,6 +313,7 @@ def _measure(
                 contest=contest,
                 seed=seed,
                 loading=loading,
+                finished=None if overwrite else save,
                 on_progress=bars.row,
                 on_lesson=bars.lesson,
             )

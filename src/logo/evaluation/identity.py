@@ -21,6 +21,7 @@ from logo.mixing.merges import MERGES
 from logo.rows import Row
 from logo.selection.confidence import HALVED
 from logo.selection.signals import SIGNALS
+from logo.selection.size import USUAL
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,8 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
 
 def rule_of_weights(logo: Calls) -> dict[str, float]:
     """What results of an adaptive weighting depend on beside its settings."""
-    return {"unsure_halved": HALVED} if logo.settings.reading.weighting == "adaptive" else {}
+    adaptive = logo.settings.reading.weighting == "adaptive"
+    return {"unsure_halved": HALVED, "usual_size": USUAL} if adaptive else {}
 
 
 def plugins_used(*sources: str | None) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ continue after an interruption.
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 
 from logo.errors import DataError, UsageError, closest
 from logo.evaluation.contest import Contest, Lesson, Lessons
+from logo.evaluation.differences import described, differences
 from logo.evaluation.identity import rows_digest
 from logo.evaluation.journal import Journal, written
 from logo.evaluation.metrics import Kind
@@ -51,7 +53,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Study:
-    """A finished study: the `report` as JSON, and its rows."""
+    """A finished study: the `report` as JSON, and its rows; no rows if the report was written before."""
 
     report: dict[str, Any]
     rows: tuple[Measured, ...]
@@ -163,6 +165,7 @@ def study(
     contest: Contest | None = None,
     seed: int = 0,
     loading: float = 0.0,
+    finished: Path | None = None,
     on_progress: Callable[[str], None] | None = None,
     on_lesson: Callable[[Lesson], None] | None = None,
 ) -> Study:
@@ -177,10 +180,11 @@ def study(
         contest: what `measuring` asks of every row.
         seed: of the bootstrap.
         loading: seconds it took to make the engines.
+        finished: where the report will be. If there is one of this study, it is returned, unless there is a journal.
         on_progress: gets the task's name after each row, those of the journal included; `on_lesson` likewise.
 
     Raises:
-        UsageError: the journal is another study's, or the contest asks for no row.
+        UsageError: the journal or the report is another study's, or the contest asks for no row.
         DataError: a row cannot be scored (names the file and the line).
     """
     facts, contest = measuring.facts, contest or Contest()
@@ -188,6 +192,8 @@ def study(
     settings = {**settings, **facts.settings, **contest.as_dict(), "seed": seed}
     tasks = asked_of(tasks, contest, facts.names)
     run = _identity(facts, tasks, settings, tuple(contest.as_dict()))
+    if finished is not None and finished.exists() and not journal_file.exists():
+        return Study(_written_before(finished, {**run, "seed": seed}), ())
     if facts.in_order:
         Journal(journal_file, run).close()  # refused if it is another study's
     with Journal(journal_file, run, fresh=facts.in_order) as journal:  # such a study cannot continue in the middle
@@ -211,7 +217,8 @@ def study(
             journal.append(asdict(measured))
             rows[measured.task, measured.index] = measured
             tell(measured.task)
-    return _reported([rows[task.name, index] for task, index in every], lessons, facts.names, settings, seed, loading)
+    done = _reported([rows[task.name, index] for task, index in every], lessons, facts.names, settings, seed, loading)
+    return replace(done, report={**done.report, "run": {**run, "seed": seed}})
 
 
 def study_so_far(journal_file: Path, seed: int = 0) -> Study:
@@ -247,6 +254,25 @@ def _reported(
         report["learnt"] = [{**lesson._asdict(), "found": lessons[lesson]} for lesson in sorted(lessons)]
     report |= {"settings": dict(settings), "seconds": _seconds(rows, loading), "versions": versions()}
     return Study(report, tuple(rows))
+
+
+def _written_before(file: Path, run: Mapping[str, object]) -> dict[str, Any]:
+    """The report in a file, if it is that of this run.
+
+    Raises:
+        UsageError: it is not.
+    """
+    try:
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        before: dict[str, Any] = report["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        what = "another file, or a report of an earlier version"
+    else:
+        found = differences(json.loads(json.dumps(run, default=str)), before)
+        if not found:
+            return report
+        what = f"the report of another study ({described(found)})"
+    raise UsageError(f"{file}: it is {what}; --overwrite replaces it, another --save keeps both")
 
 
 def asked_of(tasks: Sequence[Task], contest: Contest, names: Collection[str]) -> list[Task]:

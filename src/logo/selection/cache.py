@@ -3,6 +3,7 @@
     <cache>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a` per module, neutral texts first
     <cache>/calibration/<base model, texts and reading>/whitening/<module>.safetensors
     <cache>/calibration/<base model, texts and reading>/points-<pool>.json        what was chosen, for people to read
+    <cache>/calibration/<base model, texts and reading>/weights.json     `‖W‖_F` of the base model per module
     <cache>/calibration/<base model, texts and reading>/described/<texts>.safetensors     descriptions, or their mean
     <adapter's folder>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a`, if published with it
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,13 +33,16 @@ from logo.adapters.weights import WeightFile
 from logo.cache import read_cached, write_cached
 from logo.folders import replace_file
 from logo.selection.emphasis import FADING
+from logo.selection.points import Point
 from logo.selection.signals import Signal
+from logo.selection.size import weight_norm
 from logo.selection.texts import Texts
 from logo.selection.whitening import SHRINKAGE, SKETCHED, Whitening
 
 # To be raised when the content of the files changes its meaning.
 _FORMAT = 2
 _SAMPLED = 64
+_WEIGHTS = "weights.json"
 
 
 class CalibrationCache:
@@ -60,6 +65,7 @@ class CalibrationCache:
         self._responses: WeakKeyDictionary[WeightFile, dict[str, Tensor]] = WeakKeyDictionary()
         self._whitenings: dict[str, Whitening] = {}  # only those that could not be written, since they are large
         self._described: dict[str, dict[int, Tensor]] = {}
+        self._weights: dict[str, float] = {}
 
     @classmethod
     def of(cls, model: nn.Module, texts: Texts, signal: Signal, folder: Path | None) -> CalibrationCache:
@@ -119,6 +125,18 @@ class CalibrationCache:
         if self._save(f"whitening/{module}.safetensors", save(tensors)) is None:
             self._whitenings[module] = whitening
 
+    def weights(self, model: nn.Module, points: Sequence[Point]) -> tuple[float, ...]:
+        """`‖W‖_F` of the base model at each point, cached or measured now; NaN where it is not known."""
+        missing = [point for point in points if point.module not in self._weights]
+        if missing and self._folder is not None:
+            self._weights |= read_cached(self._folder / self._name / _WEIGHTS, _numbers) or {}
+            missing = [point for point in missing if point.module not in self._weights]
+        if missing:
+            self._weights |= {point.module: weight_norm(model, point) for point in missing}
+            known = {module: norm for module, norm in self._weights.items() if math.isfinite(norm)}
+            self._save(_WEIGHTS, json.dumps(known).encode())
+        return tuple(self._weights[point.module] for point in points)
+
     def described(self, name: str) -> Mapping[int, Tensor] | None:
         """Descriptions of texts by the first point of each place, as stored under this name; None if there are none."""
         if name not in self._described:
@@ -155,6 +173,10 @@ class CalibrationCache:
         if self._folder is None:
             return None
         return write_cached(self._folder, f"{self._name}/{name}", lambda part: Path(part).write_bytes(data))
+
+
+def _numbers(file: Path) -> dict[str, float]:
+    return {str(name): float(value) for name, value in json.loads(file.read_text(encoding="utf-8")).items()}
 
 
 def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:

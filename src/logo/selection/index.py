@@ -43,8 +43,7 @@ class ScoringIndex:
         sketch: of a whitening, its `Whitening.sketch` (m, d) and the sketch of the mean (m,).
         adapters: in pool order; they all touch the point.
         point: where.
-        sizes: (adapters,), `‖ΔW_i‖ / ‖W‖` (`logo.selection.size`), NaN where it is not known; None: nowhere.
-        weight: `‖W‖`; NaN if it is not known.
+        updates: (adapters,), `‖ΔW_i‖_F`; None: not known.
     """
 
     def __init__(
@@ -55,8 +54,7 @@ class ScoringIndex:
         adapters: Sequence[Adapter],
         point: Point,
         sketch: tuple[Tensor, Tensor] | None = None,
-        sizes: Tensor | None = None,
-        weight: float = math.nan,
+        updates: Tensor | None = None,
     ) -> None:
         self.stacked = stacked
         self.ranks = tuple(ranks)
@@ -64,8 +62,7 @@ class ScoringIndex:
         self.adapters = tuple(adapters)
         self.point = point
         self.sketch = sketch
-        self.sizes = torch.full((len(ranks),), math.nan) if sizes is None else sizes
-        self.weight = weight
+        self.updates = torch.full((len(ranks),), math.nan) if updates is None else updates
 
     @classmethod
     def read(
@@ -89,7 +86,8 @@ class ScoringIndex:
         if self.offset is not None:
             offset = torch.cat([self.offset[rows] for rows in some]) if some else self.offset[:0]
         adapters = [self.adapters[place] for place in places] if self.adapters else []
-        return ScoringIndex(stacked, [self.ranks[place] for place in places], offset, adapters, self.point, self.sketch)
+        ranks, updates = [self.ranks[place] for place in places], self.updates[list(places)]
+        return ScoringIndex(stacked, ranks, offset, adapters, self.point, self.sketch, updates)
 
     @property
     def device(self) -> torch.device:
@@ -195,7 +193,6 @@ class Wanted:
         device: where scores are computed.
         whitening: on the CPU; applied to hidden vectors before they are scored by their norm.
         before: an index of the same point and whitening, whose rows are reused for the adapters that it has.
-        weight: `‖W‖` of the base model at the point; NaN if it is not known.
         room: a tensor on the CPU for the stacked factors; None: a new one.
     """
 
@@ -204,7 +201,6 @@ class Wanted:
     device: torch.device
     whitening: Whitening | None = None
     before: ScoringIndex | None = None
-    weight: float = math.nan
     room: Tensor | None = None
 
     @cached_property
@@ -256,12 +252,12 @@ class _Building:
         self._ranks = wanted.ranks
         self._stacked = torch.empty(wanted.shape, device=device) if wanted.room is None else wanted.room
         self._whitening = None if wanted.whitening is None else wanted.whitening.to(device)
-        self._rows, self._sizes = _rows(self._ranks), torch.empty(len(files), device=device)
+        self._rows, self._updates = _rows(self._ranks), torch.empty(len(files), device=device)
         known = {} if before is None else {file: place for place, file in enumerate(map(_file, before.adapters))}
         for place, (adapter, file) in enumerate(zip(wanted.adapters, files, strict=True)):
             if before is not None and file in known:
                 self._stacked[self._rows[place]] = before.stacked[before.rows[known[file]]].to(device)
-                self._sizes[place] = before.sizes[known[file]]
+                self._updates[place] = before.updates[known[file]]
             else:
                 self.missing[adapter.name] = place
 
@@ -270,7 +266,7 @@ class _Building:
         product, place = torch.linalg.qr(b, mode="r").R @ a, self.missing[name]
         # A product of several adapters would make the last digits of one depend on the others.
         self._stacked[self._rows[place]] = product if self._whitening is None else self._whitening.fold(product)
-        self._sizes[place] = product.norm() / self._wanted.weight
+        self._updates[place] = product.norm()
 
     def index(self) -> ScoringIndex:
         wanted = self._wanted
@@ -278,8 +274,8 @@ class _Building:
             return wanted.before
         offset = None if self._whitening is None else (self._stacked @ self._whitening.mean).to(wanted.device)
         sketch = None if wanted.whitening is None else sketched(wanted.whitening, wanted.device)
-        stacked, sizes = self._stacked.to(wanted.device), (self._sizes.to(wanted.device), wanted.weight)
-        return ScoringIndex(stacked, self._ranks, offset, wanted.adapters, wanted.point, sketch, *sizes)
+        stacked, updates = self._stacked.to(wanted.device), self._updates.to(wanted.device)
+        return ScoringIndex(stacked, self._ranks, offset, wanted.adapters, wanted.point, sketch, updates)
 
 
 def sketched(whitening: Whitening, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -75,12 +75,13 @@ def keep_index(
 ) -> None:
     """Writes the index of these adapters to the cache folder."""
     tensors = {f"{i}.stacked": index.stacked for i, index in enumerate(indices)}
-    # Tensors are written in the order of their names, so the large ones come first and stay aligned.
+    # Tensors are written in the order of their names. So the large ones come first, and those of odd lengths last, and
+    # what is multiplied stays aligned.
     tensors |= {f"offset.{i}": index.offset for i, index in enumerate(indices) if index.offset is not None}
-    tensors |= {f"sizes.{i}": index.sizes for i, index in enumerate(indices)}
     for i, index in enumerate(indices):
         tensors |= dict(zip(_sketch_names(i), index.sketch or (), strict=False))
-    kept, about = _about([(i.point, i.ranks, i.weight) for i in indices], adapters, calibration, cache)
+        tensors[f"updates.{i}"] = index.updates
+    kept, about = _about([(i.point, i.ranks) for i in indices], adapters, calibration, cache)
     tensors |= kept
 
     def write(part: str) -> None:
@@ -121,21 +122,21 @@ def build_index(
     Returns:
         Whether the file was written; if not, a warning has said why.
     """
-    kept, about = _about([(one.point, one.ranks, one.weight) for one in wanted], adapters, calibration, cache)
+    kept, about = _about([(one.point, one.ranks) for one in wanted], adapters, calibration, cache)
     shapes: dict[str, tuple[int, ...]] = {f"{i}.stacked": one.shape for i, one in enumerate(wanted)}
     shapes |= {f"offset.{i}": (one.shape[0],) for i, one in enumerate(wanted) if one.whitening is not None}
-    shapes |= {f"sizes.{i}": (len(one.adapters),) for i, one in enumerate(wanted)}
     for i, one in enumerate(wanted):
         if one.whitening is not None:
             made = sketched(one.whitening, one.device)
             kept |= dict(zip(_sketch_names(i), made, strict=True))
     shapes |= {key: tuple(tensor.shape) for key, tensor in kept.items()}
+    shapes |= {f"updates.{i}": (len(one.adapters),) for i, one in enumerate(wanted)}
 
     def write(part: str) -> None:
         tensors = mapped(part, shapes, {"about": json.dumps(about)})
         roomy = [replace(one, room=tensors[f"{i}.stacked"]) for i, one in enumerate(wanted)]
         for i, index in enumerate(read_indices(roomy, tell)):
-            tensors[f"sizes.{i}"].copy_(index.sizes)
+            tensors[f"updates.{i}"].copy_(index.updates)
             if index.offset is not None:
                 tensors[f"offset.{i}"].copy_(index.offset)
         for key, tensor in kept.items():
@@ -145,23 +146,20 @@ def build_index(
 
 
 def _about(
-    points: Sequence[tuple[Point, Sequence[int], float]],
+    points: Sequence[tuple[Point, Sequence[int]]],
     adapters: Sequence[Adapter],
     calibration: Calibration | None,
     cache: CalibrationCache | None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What a file holds beside the factors: the responses of a calibration, and metadata."""
     tensors: dict[str, Tensor] = {}
-    about: dict[str, Any] = {
-        "points": [point.module for point, _, _ in points],
-        "ranks": [list(ranks) for _, ranks, _ in points],
-        "weights": [weight for _, _, weight in points],
-    }
+    about: dict[str, Any] = {"points": [p.module for p, _ in points], "ranks": [list(ranks) for _, ranks in points]}
     if cache is not None:
         about["keys"] = cache.keys(adapters)
     if calibration is not None:
         tensors["neutral"] = calibration.neutral.contiguous()
         tensors["requests"] = calibration.requests.contiguous()
+        about["weights"] = calibration.weights
         about["ranking"] = [(point.module, value) for point, value in calibration.ranking]
         about["file"] = None if calibration.file is None else str(calibration.file)
     return tensors, about
@@ -186,17 +184,15 @@ def load_index(
         tensors, metadata = read_mapped(file) if file.stat().st_size > MAPPED else _read_small(file)
         about = json.loads(metadata["about"])
         indices = []
-        for i, (module, ranks, weight) in enumerate(
-            zip(about["points"], about["ranks"], about["weights"], strict=True)
-        ):
+        for i, (module, ranks) in enumerate(zip(about["points"], about["ranks"], strict=True)):
             point = points[module]
             touching = [adapter for adapter in adapters if module in adapter.modules]
             device = device_of(model, point)
             offset = tensors[f"offset.{i}"].to(device) if f"offset.{i}" in tensors else None
             parts = [tensors[name].to(device) for name in _sketch_names(i) if name in tensors]
             sketch = (parts[0], parts[1]) if len(parts) == 2 else None
-            stacked, sizes = tensors[f"{i}.stacked"].to(device), (tensors[f"sizes.{i}"].to(device), weight)
-            indices.append(ScoringIndex(stacked, ranks, offset, touching, point, sketch, *sizes))
+            stacked, updates = (tensors[name].to(device) for name in (f"{i}.stacked", f"updates.{i}"))
+            indices.append(ScoringIndex(stacked, ranks, offset, touching, point, sketch, updates))
         if cache is not None:
             cache.know(adapters, about["keys"])
         calibration = None
@@ -205,7 +201,7 @@ def load_index(
             written_down = None if about["file"] is None else Path(about["file"])
             read_at = tuple(index.point for index in indices)
             spent = time.perf_counter() - started
-            kept = tensors["neutral"], tensors["requests"]
+            kept = tensors["neutral"], tensors["requests"], tuple(about["weights"])
             calibration = Calibration(read_at, ranking, *kept, written_down, 0, spent)
         return tuple(indices), calibration
 

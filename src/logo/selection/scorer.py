@@ -53,7 +53,7 @@ class Scorer:
     Attributes:
         points: where prompts are read.
         names: of the adapters.
-        sizes: adapter name -> relative size (`logo.selection.size`).
+        sizes: adapter name -> relative size (`logo.selection.size`); empty for signals without a calibration.
         drift, signatures: the same.
     """
 
@@ -79,8 +79,11 @@ class Scorer:
         self._reference = None if calibration is None else self._reference_of(calibration.neutral, calibration.requests)
         # (adapters, points)
         self._touched = torch.tensor([[point.module in a.modules for point in self.points] for a in adapters])
-        sizes = relative_sizes([index.sizes for index in indices], self._touched)
-        self.sizes = dict(zip(self.names, sizes.tolist(), strict=True))
+        self.sizes: dict[str, float] = {}
+        if calibration is not None:
+            updates = [index.updates for index in indices]
+            sizes = relative_sizes(updates, calibration.weights, self._touched).tolist()
+            self.sizes = dict(zip(self.names, sizes, strict=True))
 
     def _reference_of(self, neutral: Tensor, requests: Tensor) -> Reference:
         return Reference.of(neutral, requests, column_weights(neutral.shape[1], len(self.points)))

@@ -35,7 +35,6 @@ from logo.selection.selector import check_k
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
 from logo.selection.signature import Signatures
-from logo.selection.size import weight_norm
 from logo.selection.texts import NEUTRAL, REQUESTS, Texts
 from logo.selection.two_stage import FirstStages, TwoStageScorer
 from logo.selection.whitening import Whitening
@@ -262,8 +261,7 @@ class Scorers:
             touching = [adapter for adapter in adapters if point.module in adapter.modules]
             whitening = whitened.get(point.module)
             before = held.get((point, whitening is None))
-            weight = weight_norm(self._model, point) if before is None else before.weight
-            wanted.append(Wanted(touching, point, self._device_at(point), whitening, before, weight))
+            wanted.append(Wanted(touching, point, self._device_at(point), whitening, before))
         return wanted
 
     def _device_at(self, point: Point) -> torch.device:

@@ -155,34 +155,35 @@ class Selector:
                 named,
                 confidence,
             )
-        sized = [(sizes or {}).get(names[i], USUAL) for i in order[: self.k].tolist()]
-        weights = self._weights(top, confidence, torch.tensor(sized))
-        if self.keep_mass is not None:
-            # The first adapter always stays; another one is dropped if those before it hold the mass already.
-            whole = weights.sum()
-            kept = int((weights.cumsum(0) - weights < self.keep_mass * (1 - 1e-6) * whole).sum())
-            weights = weights[:kept] * (whole / weights[:kept].sum())
-        order = order[: len(weights)]
-        return Selection(
-            tuple(names[i] for i in order.tolist()),
-            tuple(weights.tolist()),
-            named,
-            confidence,
-        )
-
-    def _weights(self, ranked: Tensor, confidence: float | None, sizes: Tensor) -> Tensor:
-        """Weights (k,) from all scores (adapters,), best first, and sizes (k,); fewer where the selection is unsure."""
-        top = ranked[: self.k]
         if confidence is not None and confidence < UNSURE and self.when_unsure != "mix":
-            return torch.ones(1 if self.when_unsure == "best" else 0)
+            weights = torch.ones(1 if self.when_unsure == "best" else 0)
+        else:
+            weights = self._weights(top, confidence)
+            if self.weighting == "adaptive" and confidence is not None:
+                sized = [(sizes or {}).get(names[i], USUAL) for i in order[: len(weights)].tolist()]
+                weights = weights * total(confidence, float(weights @ torch.tensor(sized)))
+        chosen = tuple(names[i] for i in order[: len(weights)].tolist())
+        return Selection(chosen, tuple(weights.tolist()), named, confidence)
+
+    def _weights(self, ranked: Tensor, confidence: float | None) -> Tensor:
+        """Weights (k,), which sum to 1, from all scores (adapters,), best first; fewer where some are left out."""
+        weights = self._of_scores(ranked, confidence)
+        if self.keep_mass is None:
+            return weights
+        # The first adapter always stays; another one is dropped if those before it hold the mass already.
+        whole = weights.sum()
+        kept = int((weights.cumsum(0) - weights < self.keep_mass * (1 - 1e-6) * whole).sum())
+        return weights[:kept] * (whole / weights[:kept].sum())
+
+    def _of_scores(self, ranked: Tensor, confidence: float | None) -> Tensor:
+        top = ranked[: self.k]
         if self.weighting == "linear":
             return linear(top)
         if self.weighting == "softmax" or confidence is None or self.evidence is None:
             return (top / self.temperature).softmax(dim=0)
         weights = (top / self.evidence.temperature(confidence)).softmax(dim=0)
         weights = weights[weights >= LEAST * weights[0]]
-        weights = weights / weights.sum()
-        return total(confidence, float(weights @ sizes[: len(weights)])) * weights
+        return weights / weights.sum()
 
 
 def linear(top: Tensor) -> Tensor:

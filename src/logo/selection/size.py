@@ -13,14 +13,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from logo.adapters.layout import linear_shape
 from logo.digests import values
 from logo.errors import ModelError
 from logo.selection.points import Point
 
-# Stands for a size that is not known, as that of adapters of a quantised model. With it, the sum of a broadest
-# mixture's weights is 0.73.
+# Stands for a size that is not known, as of adapters of a quantised model. The sum of a broadest mixture's weights is
+# 0.73 then.
 USUAL = 0.03
-# Kinds of numbers whose values are the weights themselves; quantised weights have scales somewhere else.
+# Types whose values are the weights themselves; quantised weights have scales somewhere else.
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -28,31 +29,38 @@ def weight_norm(model: nn.Module, point: Point) -> float:
     """`‖W‖_F` of the base model at a point; NaN if its weights are quantised or not at hand.
 
     Args:
-        model: loaded, or a skeleton whose parameters have a function `read`; accelerate may keep its weights elsewhere.
+        model: loaded, where accelerate may keep its weights elsewhere; or a skeleton, see
+            `logo.backends.vllm.skeleton`.
     """
     module = model.get_submodule(point.module)
-    if not isinstance(getattr(module, "weight", None), Tensor):
+    weight, shape = getattr(module, "weight", None), linear_shape(module)
+    if weight is None or shape is None or type(weight) not in (nn.Parameter, Tensor):  # the types of quantised ones
         return math.nan
-    try:
-        weight = values(model, f"{point.module}.weight")
-    except ModelError:  # kept by another library than accelerate
-        return math.nan
-    if weight.dtype not in _PLAIN or not weight.numel():
+    stored = getattr(weight, "stored", weight.dtype)
+    if weight.is_meta:
+        try:
+            weight = values(model, f"{point.module}.weight")
+        except ModelError:  # kept by another library than accelerate
+            return math.nan
+    transposed = type(module).__name__ == "Conv1D"
+    expected = (shape.out_features, shape.in_features)
+    if stored not in _PLAIN or weight.shape != (expected[::-1] if transposed else expected):
         return math.nan
     if point.rows is not None:
-        rows = torch.tensor(point.rows, device=weight.device)
-        weight = weight.index_select(int(type(module).__name__ == "Conv1D"), rows)  # which stores W transposed
-    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32))
+        weight = weight.index_select(int(transposed), torch.tensor(point.rows, device=weight.device))
+    norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32)))
+    return norm if 0 < norm < math.inf else math.nan
 
 
-def relative_sizes(sizes: Sequence[Tensor], touched: Tensor) -> Tensor:
+def relative_sizes(updates: Sequence[Tensor], weights: Sequence[float], touched: Tensor) -> Tensor:
     """The relative size of each adapter, (adapters,); `USUAL` where it is not known.
 
     Args:
-        sizes: `‖ΔW_i‖ / ‖W‖` per point, each (adapters that touch it,), NaN where it is not known.
+        updates: `‖ΔW_i‖_F` per point, each (adapters that touch it,).
+        weights: `‖W‖_F` per point, NaN where it is not known.
         touched: (adapters, points), bool.
     """
     ratios = torch.full(touched.shape, torch.nan)
-    for at, part in enumerate(sizes):
-        ratios[touched[:, at], at] = part.cpu()
+    for at, (update, weight) in enumerate(zip(updates, weights, strict=True)):
+        ratios[touched[:, at], at] = update.cpu() / weight
     return ratios.nanmean(dim=1).nan_to_num(nan=USUAL)

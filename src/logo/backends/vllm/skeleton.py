@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from logo import models
+from logo.errors import ModelError
 from logo.models import fetch, loading
 from logo.selection.cache import sampled
 
@@ -27,8 +28,9 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
-    """A causal LM on the meta device. Each parameter has a function `read`, which reads it from the checkpoint, and a
-    `sample` of its values; if the checkpoint lacks its name, there is no sample, and `read` returns an empty tensor.
+    """A causal LM on the meta device. Each parameter has a function `read`, which reads it from the checkpoint, a
+    `sample` of its values, and the type `stored` there; if the checkpoint lacks its name, there is no sample and no
+    type, and `read` returns an empty tensor.
 
     Args:
         source: a folder, or a Hub repository whose files were fetched before.
@@ -46,26 +48,30 @@ def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> Pr
     for name, parameter in model.named_parameters():
         parameter.read = functools.partial(torch.empty, 0)
         if name in samples:
-            file, sample = samples[name]
+            file, sample, parameter.stored = samples[name]
             parameter.sample = sample.to(dtype).float()
             parameter.read = functools.partial(_tensor, file, name, dtype)
     return model
 
 
-def _samples(folder: Path) -> Mapping[str, tuple[Path, Tensor]]:
-    """Tensor name -> its file and a sample. Files are mapped into memory, so that little of them is read."""
+def _samples(folder: Path) -> Mapping[str, tuple[Path, Tensor, torch.dtype]]:
+    """Tensor name -> its file, a sample and its type. Files are mapped into memory, so that little of them is read."""
     index = folder / _INDEX
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {_WEIGHTS}
-    samples: dict[str, tuple[Path, Tensor]] = {}
+    samples: dict[str, tuple[Path, Tensor, torch.dtype]] = {}
     for name in sorted(names):
         if (folder / name).is_file():
             with safe_open(folder / name, framework="pt") as file:
-                names_there = file.keys()
-                samples |= {key: (folder / name, sampled(file.get_tensor(key))) for key in names_there}
+                for key in file.keys():  # noqa: SIM118
+                    tensor = file.get_tensor(key)
+                    samples[key] = folder / name, sampled(tensor), tensor.dtype
     return samples
 
 
 def _tensor(file: Path, name: str, dtype: torch.dtype) -> Tensor:
-    with safe_open(file, framework="pt") as opened:
-        found: Tensor = opened.get_tensor(name)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            found: Tensor = opened.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file}: {name} cannot be read: {error}") from error
     return found.to(dtype)
