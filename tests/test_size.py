@@ -84,7 +84,7 @@ def test_an_index_from_its_file_scores_alike_to_the_last_digit(
     if mapped:
         monkeypatch.setattr(index_file, "MAPPED", 0)
     for i in range(9):
-        write_adapter(tmp_path / "pool" / f"t{i}", model, ("q_proj", "v_proj"), rank=2, seed=i)
+        write_adapter(tmp_path / "pool" / f"t{i}", model, ("q_proj", "v_proj"), rank=16, seed=i)
     cold, warm = (opened(model, tmp_path / "pool", signal="calibrated", cache=str(tmp_path)) for _ in range(2))
     for word in range(40):
         assert cold.select(f"w{word}").scores == warm.select(f"w{word}").scores
