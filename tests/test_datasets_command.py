@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from answering import load_rows
 from hub_server import GOOD_TOKEN, Commit, HubServer, Repo
 from logo.cli.run import run
-from logo.evaluation.datasets import OFFICIAL, dataset_file, load_rows
+from logo.evaluation.datasets import OFFICIAL, dataset_file
 from logo.evaluation.sources.loading import packaged
 from logo.evaluation.sources.manifest import NAME, read_manifest
 from raw_sources import write_hub, write_raw

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from answering import load_rows
 from logo.errors import DataError, StorageError, UsageError
-from logo.evaluation.datasets import OFFICIAL, dataset_file, find_datasets, load_rows
+from logo.evaluation.datasets import OFFICIAL, dataset_file, find_datasets
 from logo.rows import Row, file_sha256, read_rows
 
 BBH = Path(__file__).parent / "data"

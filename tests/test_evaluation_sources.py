@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from answering import load_rows
 from logo.errors import DataError, MissingLibrary, StorageError
-from logo.evaluation.datasets import OFFICIAL, dataset_file, load_rows
+from logo.evaluation.datasets import OFFICIAL, dataset_file
 from logo.evaluation.jobs import declared_metric
 from logo.evaluation.metrics import metric_kind
 from logo.evaluation.sources.instances import Instance, draw

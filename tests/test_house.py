@@ -18,7 +18,7 @@ SRC = Path(__file__).parent.parent / "src" / "logo"
 # A part may import itself and the parts of lower layers, which come first. Parts of one layer do not import each other.
 LAYERS = [
     {"errors", "cache"},
-    {"folders", "hub", "plugins", "extras"},
+    {"folders", "hub", "plugins", "extras", "drawing"},
     {"adapters", "prompts"},
     {"models", "rows"},
     {"mixing", "selection", "pools", "decoding", "endings", "scoring", "digests"},

@@ -7,7 +7,8 @@ built-in error, so that `except ValueError` and `except OSError` work.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import fnmatch
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 
 class LoGoError(Exception):
@@ -103,6 +104,26 @@ def check_type(name: str, value: object, kinds: type | tuple[type, ...], expecte
     """
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise UsageError(f"{name}: expected {expected}, found {' '.join(f'{value!r:.60}'.split())}")
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Names in a line, the first few of many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def requested(request: str, names: Collection[str], unknown: Callable[[str], LoGoError]) -> set[str]:
+    """The names that a request means: names or patterns, separated by commas; empty: all.
+
+    Raises:
+        LoGoError: `unknown` of a part that means none of them.
+    """
+    found: set[str] = set()
+    for item in [item.strip() for item in request.split(",") if item.strip()] or ["*"]:
+        matching = {name for name in names if name == item or fnmatch.fnmatchcase(name, item)}
+        if not matching:
+            raise unknown(item)
+        found |= matching
+    return found
 
 
 def closest(name: object, known: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ import torch
 from logo.bench.parts import Bench, mixtures_of
 from logo.bench.rounds import side_by_side
 from logo.bench.synthetic import random_mixtures
+from logo.drawing import new_figure
 from logo.selection.index import ScoringIndex
 from logo.selection.points import Point
 
@@ -82,11 +83,7 @@ def _over_lengths(bench: Bench) -> Curve:
 
 def draw(shown: list[Curve], path: Path) -> None:
     """One PNG with a panel per curve."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 7.5, layout="constrained")
     for axes, curve in zip(figure.subplots(2, 2).flat, shown, strict=True):
         for name, line in curve.lines.items():
             axes.plot(list(line), list(line.values()), marker="o", markersize=4, label=name)

@@ -154,7 +154,6 @@ def probe(
 
     Example: `logo bench probe --base-model M --adapters DIR --prompts prompts.txt`
     """
-
     from logo.bench.probe import probe_bench
     from logo.engine import LoGo
 

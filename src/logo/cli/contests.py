@@ -122,7 +122,6 @@ def _train(tasks: Sequence[Task], folder: Path | None, methods: Sequence[str]) -
         UsageError: no folder of them is named.
         DataError: a task has none.
     """
-
     if folder is None:
         raise UsageError(
             f"method {methods[0]!r} learns from labelled rows: name a folder that has TASK.jsonl for every task with "

@@ -58,18 +58,17 @@ def list_datasets(
 
     Example: `logo data list gem --data-dir ./data`
     """
-    from logo.evaluation.sources.loading import chosen
+    from logo.evaluation.sources.loading import chosen, packaged
     from logo.evaluation.sources.manifest import read_manifest
 
-    known, manifest = _known(source), read_manifest(data_dir)
+    known, manifest = {**packaged(), **_declared(source)}, read_manifest(data_dir)
     there = _present(data_dir)
     found = chosen(names or [], [*known, *(name for name in there if name not in known)])
     rows = [_row(name, known.get(name), manifest.get(name), data_dir) for name in found]
     if json:
         print_json(rows)
         return
-    shown = screen(WIDTH)
-    shown.print(_table(rows))
+    screen(WIDTH).print(_table(rows))
     prepared = sum(row["rows"] is not None for row in rows)
     note(f"{len(rows)} datasets, {prepared} with rows in {data_dir}; `logo data prepare NAME` prepares more")
 
@@ -91,11 +90,12 @@ def prepare(
 
     Example: `logo data prepare "bbh.*" anli --data-dir ./data --limit 150`
     """
-    from logo.evaluation.sources.loading import chosen
+    from logo.evaluation.sources.loading import chosen, packaged
     from logo.evaluation.sources.manifest import read_manifest
     from logo.evaluation.sources.prepare import Request
 
-    known, own = _known(source), _declared(source)
+    own = _declared(source)
+    known = {**packaged(), **own}  # the user's own take the place of ours
     found = chosen(names or list(own), list(known))
     if raw is not None and not raw.is_dir():
         raise UsageError(f"--from {raw}: expected a folder, found {'a file' if raw.exists() else 'nothing'}")
@@ -158,13 +158,6 @@ def _declared(files: Sequence[Path] | None) -> dict[str, Declaration]:
             raise UsageError(f"--source {file}: declares {made.name!r}, as another --source does; leave one out")
         own[made.name] = made
     return own
-
-
-def _known(files: Sequence[Path] | None) -> dict[str, Declaration]:
-    """All declarations by name; the user's own take the place of ours."""
-    from logo.evaluation.sources.loading import packaged
-
-    return {**packaged(), **_declared(files)}
 
 
 def _present(data_dir: Path) -> tuple[str, ...]:

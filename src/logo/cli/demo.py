@@ -76,7 +76,6 @@ def _side_by_side(answers: list[Answer]) -> Table:
 
 
 def _judged(text: str, gold: str) -> Text:
-
     right = em(text, gold) == 1
     return Text(("✓ " if right else "✗ ") + text, style="green" if right else "red")
 

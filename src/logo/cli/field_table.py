@@ -24,7 +24,6 @@ _ENCODER = "Styxxxx/lora_retriever"  # LoraRetriever's own
 def field_table(report: Mapping[str, Any]) -> Table:
     """Signals, methods and fixed mixtures as rows, the best with the own adapter in the pool first: method / oracle, as
     the mean of the tasks' ratios and as the ratio of their means."""
-
     found = report["relative"]
     methods = report["settings"].get("methods", {})
     rows = []
@@ -86,7 +85,6 @@ def _rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _cell(entry: Mapping[str, Any], key: str, digits: int) -> Cell | None:
-
     if entry.get(key) is None:
         return None
     return number(entry[key], f".{digits}f", entry["intervals"].get(key), scale=1 if key == "nll" else 100)

@@ -37,7 +37,8 @@ def forecast(asked: Asked, jobs: Sequence[Job], opened: Callable[[], Session]) -
     source = resolve_base(base_model, engine.model_dir)
     named = base_model if Path(source).is_dir() else source
     try:
-        base = Download.of(named, model_sizes(source))
+        found = model_sizes(source)
+        base = Download(named, found.total, found.missing)
     except HubError as error:
         base = Download(named, reason=str(error))
     pool, sizes = _pool(engine, base_model)
@@ -67,7 +68,7 @@ def _pool(engine: EngineOptions, base_model: str) -> tuple[Download, Sequence[in
         sizes = pool_sizes(place.places, allow_pickle=engine.allow_pickle)
     except HubError as error:
         return Download(named, reason=str(error)), ()
-    return Download.of(named, sizes), weight_sizes(sizes)
+    return Download(named, sizes.total, sizes.missing), weight_sizes(sizes)
 
 
 def _memory(asked: Asked, jobs: Sequence[Job], adapters: Sequence[int], here: bool) -> tuple[Memory | None, str]:

@@ -112,7 +112,6 @@ def write_json(file: Path, value: Any) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-
     replace_file(file, (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
 
 

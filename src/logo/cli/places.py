@@ -79,7 +79,6 @@ def processes(
 
 def starting(layout: Layout, what: str) -> str:
     """A line that says what is being started, and where."""
-
     count = f"{layout.count} {what}" if layout.count else f"as many {what} as there is room for"
     where = "on this machine" if layout.address == LOCAL else f"on the Ray cluster {layout.address}"
     return f"starting {count} {where}"
@@ -88,7 +87,6 @@ def starting(layout: Layout, what: str) -> str:
 def everywhere(options: EngineOptions) -> EngineOptions:
     """The options with absolute paths, for a process with another working directory. A text that may also be a name on
     the Hub is a path if it exists; folders that are searched or created need not exist."""
-
     found: dict[str, Any] = {}
     for name in ("base_model", "adapters", "calibration_prompts", "model_dir", "cache"):
         value = getattr(options, name)

@@ -51,7 +51,6 @@ class Score:
     @property
     def line(self) -> str:
         """As the official script prints it: `Accuracy: 71.33`."""
-
         if not self.rows:
             return "no rows in this shard"
         return summary_line(recorded_kind(self.files["run.json"], self.dataset), self.files["eval_results.json"])
@@ -103,14 +102,13 @@ def say_intervals(score: Score) -> None:
     """Prints the intervals of the official measures to stderr, in one line."""
     intervals = score.files["metrics.json"]["official_intervals"]
     if intervals:
-        ends = {_label(key): f"{100 * low:.2f} to {100 * high:.2f}" for key, (low, high) in intervals.items()}
+        ends = {LABELS.get(key, key): f"{100 * low:.2f} to {100 * high:.2f}" for key, (low, high) in intervals.items()}
         shown = ", ".join(f"{label} {text}" if len(ends) > 1 else text for label, text in ends.items())
         note(f"95 % interval: {shown} · {score.rows} row{'' if score.rows == 1 else 's'}")
 
 
 def table(scores: Sequence[Score]) -> Table:
     """A line for each dataset and official metric, in percent."""
-
     failed = any(score.errors for score in scores)
     columns = (
         Column("dataset", numeric=False, wraps=True),
@@ -125,7 +123,7 @@ def table(scores: Sequence[Score]) -> Table:
         intervals = score.files["metrics.json"]["official_intervals"]
         begin: list[object] = [score.dataset, score.rows]
         end: list[object] = [f"{score.seconds:.1f}", *([len(score.errors) or ""] if failed else [])]
-        shown = [(_label(key), number(value, interval=intervals.get(key))) for key, value in official.items()]
+        shown = [(LABELS.get(key, key), number(value, interval=intervals.get(key))) for key, value in official.items()]
         for label, cell in shown or [("", Cell(""))]:
             rows.append(row(*begin, label, cell, *end))
             begin, end = ["", ""], [""] * len(end)
@@ -140,8 +138,3 @@ def say_errors(scores: Sequence[Score]) -> bool:
     if len(found) > SHOWN:
         err.print(f"logo: error: and {len(found) - SHOWN} more rows; metrics.json in each folder names all")
     return bool(found)
-
-
-def _label(key: str) -> str:
-
-    return LABELS.get(key, key)

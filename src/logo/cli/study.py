@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -230,7 +231,6 @@ def _signals(text: str) -> dict[str, dict[str, Any]]:
 
 def _checked(save: Path, png: Path | None) -> Path:
     """The path of the picture, after a check that both files can be written, before the long part of the work."""
-
     picture = save.with_suffix(".png") if png is None else png
     if picture.resolve() == save.resolve():
         raise UsageError(f"--save and --png are both {save}: expected two files")
@@ -244,12 +244,12 @@ def _checked(save: Path, png: Path | None) -> Path:
 def _in_workers(
     layout: Layout, options: EngineOptions, base_model: str, contest: Contest, arms: Callable[..., Arms], names: Names
 ) -> MeasuredInWorkers:
-    from logo.evaluation.workers import MeasuredInWorkers, study_facts_of
+    from logo.evaluation.workers import MeasuredInWorkers
 
     methods = {label: one for label, method in contest.methods.items() if (one := anywhere(method)) is not None}
     there = replace(contest, methods=methods)
     open_ = functools.partial(arms, everywhere(options), absolute(base_model), there)
-    return MeasuredInWorkers(opened(layout, options, base_model, open_, study_facts_of, among=names))
+    return MeasuredInWorkers(opened(layout, options, base_model, open_, operator.attrgetter("facts"), among=names))
 
 
 def _arms(
@@ -324,7 +324,6 @@ def _measure(
 
 def _table(report: Mapping[str, Any], *, intervals: bool) -> Table:
     """Signals, methods and fixed mixtures as rows, with the intervals of their numbers."""
-
     parts: dict[str | None, Mapping[str, Any]] = {None: report}
     parts |= {name: report[name] or {} for name in ("left_out", "unseen")}
     rows = []
@@ -339,5 +338,4 @@ def _table(report: Mapping[str, Any], *, intervals: bool) -> Table:
 
 
 def _cell(entry: Mapping[str, Any] | None, metric: str) -> Cell | None:
-
     return number(entry[metric], interval=entry["intervals"][metric], scale=1) if entry and metric in entry else None

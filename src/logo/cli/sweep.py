@@ -25,7 +25,7 @@ from logo.cli.sweep_sessions import CellSessions, CellsInWorkers
 from logo.cli.workers import WorkerOptions, layout_of
 from logo.evaluation import tables
 from logo.evaluation.tables import Cell as TableCell
-from logo.evaluation.tables import Column, Table, as_csv, as_parquet, number, numbers, p_value, row, words
+from logo.evaluation.tables import Column, Table, as_csv, as_parquet, counted, number, numbers, p_value, row, words
 from logo.extras import install, installed, need
 from logo.folders import check_writable, replace_file
 from logo.models import DEMO
@@ -169,7 +169,7 @@ def _list(axes: Sequence[Axis], cells: Sequence[Cell], skipped: Sequence[Skipped
     rows = [row(*_values(axes, cell), TableCell(cell.name, emphasis="faint")) for cell in chosen]
     _print(rich_table(Table(columns, tuple(rows))))
     shared = f", {len(cells)} cells" if len(cells) > len(chosen) else ""
-    note(f"{_counted(len(chosen), 'run')} of every dataset{shared}")
+    note(f"{counted(len(chosen), 'run')} of every dataset{shared}")
     if len(cells) > len(chosen):
         note(f"{MOOT} makes no difference: these cells share a run")
 
@@ -222,7 +222,6 @@ def _print(shown: RichTable) -> None:
 
 def _table(axes: Sequence[Axis], best: Sequence[Standing], datasets: int, *, groups: bool = True) -> tables.Table:
     """A line for each run, best first, in percent; a column for each group of datasets where they are few."""
-
     names = list(dict.fromkeys(group for standing in best for group in standing.groups))
     names = names if groups and 1 < len(names) <= MOST_GROUPS else []
     lacking = not all(standing.complete for standing in best)
@@ -278,7 +277,6 @@ def _axis_columns(axes: Sequence[Axis]) -> list[tables.Column]:
 
 
 def _values(axes: Sequence[Axis], cell: Cell) -> list[tables.Cell]:
-
     moot = tables.Cell(MOOT, emphasis="faint")
     return [moot if axis.name in cell.moot else tables.Cell(str(cell.values[axis.name])) for axis in axes]
 
@@ -304,14 +302,10 @@ def _say_skipped(skipped: Sequence[Skipped]) -> None:
     for reason in dict.fromkeys(one.reason for one in skipped):
         some = [one.values for one in skipped if one.reason == reason]
         common: dict[str, Value] = {axis: v for axis, v in some[0].items() if all(v == other[axis] for other in some)}
-        note(escape(f"left out {_counted(len(some), 'cell')} ({label(common)}): {reason}"))
+        note(escape(f"left out {counted(len(some), 'cell')} ({label(common)}): {reason}"))
 
 
 def _short(what: str) -> str:
     """The end of a text, cut so that the progress bar has room."""
     room = max(16, err.width // 3)
     return escape(what if len(what) <= room else f"…{what[1 - room :]}")
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

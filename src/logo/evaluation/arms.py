@@ -122,7 +122,7 @@ class Arms:
             picked[signal] = logo.select(row.prompt)
             seconds["select"][signal] = time.perf_counter() - started
         own = task if task in self._logo.names else None
-        arms = list(self._arms(picked, task, own))
+        arms = list(self._arms(picked, own))
         for label in self._contest.methods:
             started = time.perf_counter()
             arms += self._of_method(label, task, row.prompt, lessons)
@@ -146,7 +146,7 @@ class Arms:
 
     # -- what answers -----------------------------------------------------------------------------------------------
 
-    def _arms(self, picked: Mapping[str, Selection], task: str, own: str | None) -> Iterator[Arm]:
+    def _arms(self, picked: Mapping[str, Selection], own: str | None) -> Iterator[Arm]:
         """The arms of signals and fixed mixtures. If own adapters are in the pool but only rows without them are
         measured, the oracle is still included for comparison.
         """

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from logo.errors import DataError, UsageError, closest
+from logo.errors import DataError, UsageError, closest, listed
 from logo.evaluation.corpus import Corpus, corpora, mean_of
 from logo.evaluation.groups import grouped
 from logo.evaluation.paired import Pair, Paired, paired
@@ -81,8 +81,8 @@ def compare(a: Run, b: Run, metrics: str = "", *, seed: int = 0) -> Comparison:
     names = [name for name in ours if name in theirs]
     if not names:
         raise DataError(
-            f"no dataset in common: the first run has {_listed(ours)}, the second {_listed(theirs)}; evaluate the same "
-            "datasets in both"
+            f"no dataset in common: the first run has {listed(list(ours))}, the second {listed(list(theirs))}; "
+            "evaluate the same datasets in both"
         )
     unchecked = [name for name in names if not _same_rows(ours[name], theirs[name])]
     extra = EXTRA in metrics or "*" in metrics
@@ -187,8 +187,3 @@ def _same_rows(a: Result, b: Result) -> bool:
             f"data with the same --limit ({a.folder}, {b.folder})"
         )
     return False
-
-
-def _listed(results: Mapping[str, Result], most: int = 3) -> str:
-    names = list(results)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

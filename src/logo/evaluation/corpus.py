@@ -11,6 +11,7 @@ the first use.
 
 from __future__ import annotations
 
+import itertools
 import re
 import string
 import unicodedata
@@ -222,7 +223,8 @@ def _by_sacrebleu(
 ) -> Corpus:
     """A measure of sacrebleu, with the statistics of each instance that its own significance tests use. They are
     private there; our tests check that `worth` of their sums is the library's value."""
-    texts, streams = list(predictions), _streams(golds)
+    # All first gold texts, all second ones, ...; None where an instance has no more.
+    texts, streams = list(predictions), [list(column) for column in itertools.zip_longest(*golds)]
     value = metric.corpus_score(texts, streams).score
     rows = np.array(metric._extract_corpus_statistics(texts, streams), dtype=np.float64)
     return Corpus(rows, worth, float(value), str(metric.get_signature()))
@@ -252,9 +254,3 @@ def chrf_worth(sums: Values) -> Values:
     weight = CHRF_BETA**2
     apart = weight * precision + recall
     return np.asarray(100 * ((1 + weight) * precision * recall / np.where(apart > 0, apart, 1.0)))
-
-
-def _streams(golds: Sequence[Sequence[str]]) -> list[list[Any]]:
-    """The gold texts by position: all first ones, all second ones, ...; None where an instance has no more."""
-    longest = max(map(len, golds))
-    return [[texts[i] if i < len(texts) else None for texts in golds] for i in range(longest)]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from logo.errors import DataError, UsageError, closest
-from logo.rows import Row, read_rows
 
 OFFICIAL: tuple[str, ...] = (
     "bbh.boolean_expressions",
@@ -69,7 +68,7 @@ def dataset_file(data_dir: str | os.PathLike[str], dataset: str, split: str = "t
     return Path(data_dir) / main / sub / f"{split}.jsonl"
 
 
-def find_datasets(data_dir: str | os.PathLike[str], request: str = "", split: str = "test") -> Found:
+def find_datasets(data_dir: str | os.PathLike[str], request: str = "") -> Found:
     """Resolve what a user typed: '' (everything), a name, a pattern (`bbh.*`), or a comma-separated list of both.
 
     Order: official names in the official order, then the others sorted; a list keeps the order it was typed in.
@@ -82,10 +81,10 @@ def find_datasets(data_dir: str | os.PathLike[str], request: str = "", split: st
     root = Path(data_dir)
     if not root.is_dir():
         raise DataError(
-            f"data folder {str(root)!r}: expected a folder with {{main}}/{{sub}}/{split}.jsonl files, found "
+            f"data folder {str(root)!r}: expected a folder with {{main}}/{{sub}}/test.jsonl files, found "
             f"{'a file' if root.exists() else 'nothing'}; name it with --data_dir"
         )
-    present = _present(root, split)
+    present = _present(root)
     items = [item.strip() for item in request.split(",") if item.strip()]
     if not items:
         if request.strip():
@@ -94,28 +93,15 @@ def find_datasets(data_dir: str | os.PathLike[str], request: str = "", split: st
     names: dict[str, None] = {}  # an ordered set
     missing: dict[str, None] = {}
     for item in items:
-        found = _matching(root, item, present, split) if _is_pattern(item) else _named(root, item, present, split)
+        found = _matching(root, item, present) if _is_pattern(item) else _named(root, item, present)
         names |= dict.fromkeys(found.names)
         missing |= dict.fromkeys(found.missing)
     return Found(tuple(names), tuple(missing))
 
 
-def load_rows(
-    data_dir: str | os.PathLike[str], dataset: str, limit: int | None = None, split: str = "test"
-) -> list[Row]:
-    """All rows of a dataset, or the first `limit` of them, after every line of the file was checked.
-
-    Raises:
-        DataError: no such file, an empty one, or a malformed line (the message starts with `file:line`).
-        StorageError: the file cannot be read.
-        UsageError: a limit below 1.
-    """
-    return read_rows(dataset_file(data_dir, dataset, split), limit)
-
-
-def _present(root: Path, split: str) -> list[str]:
+def _present(root: Path) -> list[str]:
     """Names of the datasets in a folder, official ones first. Folders that no name can reach are passed over."""
-    files = root.glob(f"*/*/{split}.jsonl")
+    files = root.glob("*/*/test.jsonl")
     parts = {(file.parent.parent.name, file.parent.name) for file in files if file.is_file()}
     names = {f"{main}.{sub}" for main, sub in parts if "." not in main and not sub.startswith(".")}
     return [name for name in OFFICIAL if name in names] + sorted(names.difference(OFFICIAL))
@@ -125,28 +111,28 @@ def _is_pattern(item: str) -> bool:
     return any(sign in item for sign in "*?[")
 
 
-def _matching(root: Path, pattern: str, present: Sequence[str], split: str) -> Found:
+def _matching(root: Path, pattern: str, present: Sequence[str]) -> Found:
     names = tuple(name for name in present if fnmatch.fnmatchcase(name, pattern))
     missing = tuple(name for name in OFFICIAL if fnmatch.fnmatchcase(name, pattern) and name not in present)
     if names:
         return Found(names, missing)
     if missing:
-        raise _absent(root, missing[0], split)
+        raise _absent(root, missing[0])
     raise DataError(f"datasets {pattern!r}: no dataset in {str(root)!r} matches; `logo data` lists what is there")
 
 
-def _named(root: Path, name: str, present: Sequence[str], split: str) -> Found:
+def _named(root: Path, name: str, present: Sequence[str]) -> Found:
     if name in present:
         return Found((name,))
     if name in OFFICIAL:
-        raise _absent(root, name, split)
+        raise _absent(root, name)
     hint = _did_you_mean(name, [*OFFICIAL, *(other for other in present if other not in OFFICIAL)])
-    file = dataset_file(root, name, split) if "." in name else root / "{main}" / "{sub}" / f"{split}.jsonl"
+    file = dataset_file(root, name) if "." in name else root / "{main}" / "{sub}" / "test.jsonl"
     raise DataError(f"dataset {name!r}: unknown, expected a file {file}, found none{hint}")
 
 
-def _absent(root: Path, name: str, split: str) -> DataError:
-    file = dataset_file(root, name, split)
+def _absent(root: Path, name: str) -> DataError:
+    file = dataset_file(root, name)
     return DataError(f"dataset {name!r}: expected the file {file}, found none; put it there or change --data_dir")
 
 

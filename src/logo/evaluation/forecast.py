@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from logo.evaluation.jobs import Job
-from logo.hub.sizes import FileSizes
 
 if TYPE_CHECKING:
     from logo.baselines.method import Answering
@@ -32,11 +31,6 @@ class Download:
     total: int | None = None
     missing: int | None = None
     reason: str = ""
-
-    @classmethod
-    def of(cls, source: str, sizes: FileSizes) -> Download:
-        """A download whose size is known."""
-        return cls(source, sizes.total, sizes.missing)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from logo.evaluation.drawing import as_png, new_figure
+from logo.drawing import as_png, new_figure
 
 CELL = 0.19  # inches: names in small print still fit beside every row at 50 x 50
 SIDE = 8.0  # inches: few names get larger cells, until the map has this size or cells the largest one

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from logo.errors import DataError, StorageError, UsageError
-from logo.evaluation.datasets import Found, dataset_file, find_datasets, load_rows
+from logo.evaluation.datasets import Found, dataset_file, find_datasets
 from logo.evaluation.metrics import Kind, checked_kind, metric_kind, official_kind
 from logo.evaluation.shards import Shard, positions, shard_folder, whole_folder
 from logo.rows import Row, file_sha256, read_rows
@@ -89,7 +89,8 @@ def find_jobs(
     """
     if rows is None:
         found = find_datasets(data_dir, request)
-        named = [(name, dataset_file(data_dir, name), load_rows(data_dir, name, limit)) for name in found.names]
+        files = {name: dataset_file(data_dir, name) for name in found.names}
+        named = [(name, file, read_rows(file, limit)) for name, file in files.items()]
     else:
         if os.fspath(data_dir) != DATA_DIR:
             raise UsageError(f"--data_dir {data_dir} and --rows {rows}: expected one of them, found both")

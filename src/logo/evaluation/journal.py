@@ -20,11 +20,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from logo.errors import StorageError, UsageError
 from logo.evaluation.differences import described, differences
+from logo.evaluation.tables import counted
 from logo.folders import sync_folder
 
 _LINE = re.compile(rb'\{"check": "([0-9a-f]{64})", "content": (.*)\}\n', re.DOTALL)
@@ -125,9 +125,7 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -171,7 +169,7 @@ class Journal:
         if found.dropped:
             warnings.warn(
                 f"journal {self.path}: line {len(found.records) + 2} is damaged: it and all lines after it are dropped "
-                f"({_counted(found.dropped)}); the run goes on from there",
+                f"({counted(found.dropped, 'record')}); the run goes on from there",
                 UserWarning,
                 stacklevel=4,
             )
@@ -223,10 +221,6 @@ def _written(path: Path, content: bytes) -> Written:
             "delete it to start again"
         )
     return Written(found[0] if found else None, found[1:], size, check, len(lines) - len(found))
-
-
-def _counted(number: int) -> str:
-    return "1 record" if number == 1 else f"{number} records"
 
 
 def _unusable(path: Path, error: OSError) -> StorageError:

@@ -87,11 +87,10 @@ class ShardResult:
 
 @dataclass(frozen=True)
 class Merged:
-    """The merged result: its `folder`, its `files` by name, and the folders of its shards."""
+    """The merged result: its `folder`, and its `files` by name."""
 
     folder: Path
     files: Mapping[str, Any]
-    shards: tuple[Path, ...]
 
 
 def find_shards(paths: Iterable[Path]) -> list[ShardResult]:
@@ -270,7 +269,7 @@ def _merged(parts: Sequence[ShardResult]) -> Merged:
     files = result_files(
         result, rows, strategy=strategy, loading_seconds=loading, run=run, seed=run["identity"]["seed"]
     )
-    return Merged(first.place.run_folder / first.dataset, files, tuple(part.folder for part in parts))
+    return Merged(first.place.run_folder / first.dataset, files)
 
 
 def _run(parts: Sequence[ShardResult], rows: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from logo.evaluation.drawing import as_png, new_figure
+from logo.drawing import as_png, new_figure
 from logo.evaluation.summary import Measured
 
 BINS = 10

@@ -183,7 +183,13 @@ class Answered:
         self._take(batch)
 
     def complete(self, engine: Engine, max_new_tokens: int, on_progress: Callable[[int], None]) -> None:
-        """Answers the missing rows; arguments and errors as of `evaluate`."""
+        """Answers the missing rows; errors as of `logo.evaluation.batches.in_batches`.
+
+        Args:
+            max_new_tokens: of each answer.
+            on_progress: gets the number of rows done so far, after each batch and at the start of a run that is
+                continued.
+        """
         if len(self):
             on_progress(len(self))
         for stretch in self.missing:
@@ -208,37 +214,6 @@ class Answered:
     def _take(self, batch: AnsweredBatch) -> None:
         self._instances.update(enumerate(batch.instances, start=batch.first))
         self.size, self.seconds = batch.size, self.seconds + batch.seconds
-
-
-def evaluate(
-    engine: Engine,
-    rows: Sequence[Row],
-    *,
-    dataset: str,
-    metric: Kind | None = None,
-    batch_size: int = 1,
-    max_new_tokens: int = 256,
-    journal: Journal | None = None,
-    on_progress: Callable[[int], None] | None = None,
-) -> DatasetResult:
-    """Answer and judge every row.
-
-    Args:
-        metric: None: by the dataset's name.
-        batch_size: how many rows the engine gets at once, as long as they fit into memory.
-        max_new_tokens: of each answer.
-        journal: see `Answered`.
-        on_progress: gets the number of rows done so far, after each batch and at the start of a run that is continued.
-
-    Raises:
-        UsageError: no rows, or a batch size or token limit below 1.
-        LoGoError: as `logo.evaluation.batches.in_batches`.
-    """
-    if not rows:
-        raise UsageError(f"dataset {dataset!r}: expected at least one row, found none")
-    answered = Answered(dataset, rows, batch_size, metric, journal)
-    answered.complete(engine, max_new_tokens, on_progress or (lambda done: None))
-    return answered.result()
 
 
 def answers(

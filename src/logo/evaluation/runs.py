@@ -17,13 +17,12 @@ from typing import Any
 
 from logo.errors import DataError, StorageError, UsageError
 from logo.evaluation.datasets import OFFICIAL
-from logo.evaluation.shards import is_shard_folder
 from logo.evaluation.stored import MARK, RUN, Result, read_object, read_result
 
 _NAME = re.compile(
     r"(?P<base>.+?)_(?:selection|method)_(?P<method>.+?)_n_(?P<k>\d+)_seed_(?P<seed>\d+)(?:_(?P<name>.+))?"
 )
-_SHARD = re.compile(r"\.shard-\d+-of-\d+$")
+_SHARD = re.compile(r"(?<=.)\.shard-\d+-of-\d+\Z")  # the ending of a shard's folder
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class Place:
     @property
     def is_shard(self) -> bool:
         """Whether the folder holds a shard of a dataset, and is not a dataset with the name of a shard."""
-        folder = self.folder.absolute()
-        return is_shard_folder(folder) and not (self.run and self.dataset.split("/")[-1] == folder.name)
+        name = self.folder.absolute().name
+        return _SHARD.search(name) is not None and not (self.run and self.dataset.split("/")[-1] == name)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import functools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
@@ -100,7 +101,7 @@ class Evaluation(ABC):
 
         Raises:
             UsageError: another process works on a job, or the result of another run has appeared in its place.
-            LoGoError: as in `logo.evaluation.runner.evaluate`; the journal stays, and an earlier result.
+            LoGoError: as in `logo.evaluation.batches.in_batches`; the journal stays, and an earlier result.
             StorageError: journal or result cannot be written.
         """
 
@@ -180,7 +181,7 @@ class Evaluation(ABC):
 
 
 class Underway:
-    """A dataset that is being answered; to be closed, as a `with` block does.
+    """A dataset that is being answered; to be closed.
 
     Args:
         evaluation: the evaluation that it belongs to.
@@ -212,12 +213,6 @@ class Underway:
         except BaseException:  # a plugin's metric has failed
             self.close()
             raise
-
-    def __enter__(self) -> Underway:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Releases the journal for other processes."""
@@ -316,7 +311,7 @@ class Session(Evaluation):
     ) -> Iterator[tuple[Plan, dict[str, object]]]:
         report = on_progress or (lambda one, done: None)
         for one in plans:
-            with Underway(self, one) as dataset:
+            with closing(Underway(self, one)) as dataset:
                 engine = self.answering(one.job, None if dataset.learnt is None else dataset.learnt.content)
                 dataset.found_out = engine.record if isinstance(engine, Answering) else None
                 dataset.answered.complete(engine, self.max_new_tokens, functools.partial(report, one))

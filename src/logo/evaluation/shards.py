@@ -56,10 +56,5 @@ def whole_folder(folder: Path, shard: Shard) -> Path:
     return folder.with_name(folder.name.removesuffix(_ending(shard)))
 
 
-def is_shard_folder(folder: Path) -> bool:
-    """Whether a folder has the name of a shard's."""
-    return re.fullmatch(r".+\.shard-\d+-of-\d+", folder.name) is not None
-
-
 def _ending(shard: Shard) -> str:
     return f".shard-{shard.index}-of-{shard.count}"

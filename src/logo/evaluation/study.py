@@ -13,7 +13,6 @@ continue after an interruption.
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from logo.errors import DataError, UsageError, closest
+from logo.errors import DataError, UsageError, closest, requested
 from logo.evaluation.contest import Contest, Lesson, Lessons
 from logo.evaluation.differences import described, differences
 from logo.evaluation.identity import rows_digest
@@ -81,13 +80,9 @@ def find_tasks(folder: str | os.PathLike[str], request: str = "", limit: int | N
     names = sorted(name for name in files if not any(part.startswith(".") for part in name.split("/")))
     if not names:
         raise DataError(f"rows folder {str(root)!r}: expected files NAME.jsonl, found none{_instead(root)}")
-    wanted = [item.strip() for item in request.split(",") if item.strip()] or ["*"]
-    chosen: set[str] = set()
-    for item in wanted:
-        matching = [name for name in names if name == item or fnmatch.fnmatchcase(name, item)]
-        if not matching:
-            raise DataError(f"task {item!r}: no such file in {str(root)!r}{closest(item, names)}")
-        chosen.update(matching)
+    chosen = requested(
+        request, names, lambda item: DataError(f"task {item!r}: no such file in {str(root)!r}{closest(item, names)}")
+    )
     return [Task(name, files[name], tuple(read_rows(files[name], limit))) for name in sorted(chosen)]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import importlib
-import importlib.util
 import io
 import re
 from collections.abc import Sequence

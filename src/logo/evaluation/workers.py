@@ -10,7 +10,7 @@ Finished pieces are recorded at once, in any order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -304,7 +304,7 @@ class InWorkers(Evaluation):
     def _blocks(self, plans: Sequence[Plan], stack: ExitStack, report: Report) -> Iterator[_Block]:
         """The missing blocks of all datasets; a dataset is begun when its first block is asked for."""
         for one in plans:
-            dataset = stack.enter_context(Underway(self, one))
+            dataset = stack.enter_context(closing(Underway(self, one)))
             if len(dataset.answered):
                 report(one, len(dataset.answered))
             job = self.workers.shared(one.job)
@@ -363,11 +363,6 @@ class MeasuredInWorkers:
                 yield item, outcome
         if lost:
             raise Incomplete(f"{failed}: {'; '.join(lost)}. Repeat the command to try again")
-
-
-def study_facts_of(arms: Arms) -> StudyFacts:
-    """The facts of the engines that a process compares."""
-    return arms.facts
 
 
 def _measured(arms: Arms, task: str, where: str, index: int, row: Row, lessons: Shared) -> Measured:

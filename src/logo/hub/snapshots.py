@@ -69,7 +69,7 @@ def download_files(
         known = _known_listing(repo_id, revision, cache_dir)
         if known is not None:
             check(known)
-        with _quiet_when_nothing_matches():
+        with quiet_when_nothing_matches():
             folder = snapshot(
                 repo_id,
                 revision=revision,
@@ -109,7 +109,7 @@ def silent_bars() -> Any:
 
 
 @contextmanager
-def _quiet_when_nothing_matches() -> Iterator[None]:
+def quiet_when_nothing_matches() -> Iterator[None]:
     """Drops huggingface_hub's warning that no file matches, because `check` raises a clearer error."""
     logger = logging.getLogger("huggingface_hub._snapshot_download")
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import logging
-import warnings
-
+from logo.drawing import as_png, new_figure
 from logo.serving.traffic import Traffic
 
 # The most adapters that are drawn, by wins.
@@ -14,13 +11,8 @@ DRAWN = 30
 
 def picture(found: Traffic) -> bytes:
     """A PNG: the shares of the first and the second half that adapters won, and a histogram of confidence."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no messages about its font cache
     drawn = found.adapters[:DRAWN]
-    figure = Figure(figsize=(9.0, 1.6 + 0.24 * max(8, len(drawn))), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(9.0, 1.6 + 0.24 * max(8, len(drawn)), layout="constrained")
     wins, sure = figure.subplots(1, 2, width_ratios=(3, 2))
     for half, label in enumerate(("first half", "second half")):
         places = [row + 0.2 * (2 * half - 1) for row in range(len(drawn))]
@@ -35,8 +27,4 @@ def picture(found: Traffic) -> bytes:
     sure.bar(range(len(found.confidence)), found.confidence, width=0.9, align="edge")
     sure.set_xticks(range(0, 11, 2), [f"{tenth / 10:.1f}" for tenth in range(0, 11, 2)])
     sure.set(xlabel="confidence", ylabel="prompts")
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # characters that the font lacks are drawn as boxes
-        canvas.print_figure(file, format="png", dpi=120, metadata={"Software": None})
-    return file.getvalue()
+    return as_png(figure, dpi=120, metadata={"Software": None})

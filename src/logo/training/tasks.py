@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logo.errors import DataError, StorageError, UsageError
+from logo.errors import DataError, StorageError, UsageError, closest, listed, requested
 from logo.extras import need
 from logo.hub.failures import hub_error
 from logo.hub.names import is_hub_id
@@ -106,10 +106,10 @@ def find_tasks(source: str, *, only: str = "", columns: Sequence[str] = USUAL_CO
     others = [str(part) for part in files if part.suffix not in SUFFIXES]
     kinds = ", ".join(f"TASK{suffix}" for suffix in SUFFIXES)
     if not named:
-        raise DataError(f"tasks folder {source!r}: expected files {kinds}, found {_several(others) or 'none'}")
+        raise DataError(f"tasks folder {source!r}: expected files {kinds}, found {listed(others) or 'none'}")
     unread = [name for name in others if name.endswith(OTHER_SUFFIXES)]
     if unread and not only:
-        warnings.warn(f"{source}: {_several(unread)} not read: rows are in files {kinds}", UserWarning, stacklevel=2)
+        warnings.warn(f"{source}: {listed(unread)} not read: rows are in files {kinds}", UserWarning, stacklevel=2)
     count = Counter(name for name, _ in named)
     tasks, refused = [], {}
     chosen = _chosen(count, only)
@@ -127,26 +127,8 @@ def find_tasks(source: str, *, only: str = "", columns: Sequence[str] = USUAL_CO
     return Found(tuple(tasks), refused, tuple(count))
 
 
-def _several(names: Sequence[str], most: int = 3) -> str:
-    """Names in a line, the first few of many."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def _chosen(names: Mapping[str, int], only: str) -> set[str]:
-    import fnmatch
-
-    from logo.errors import closest
-
-    wanted = [item.strip() for item in only.split(",") if item.strip()]
-    if not wanted:
-        return set(names)
-    chosen: set[str] = set()
-    for item in wanted:
-        matching = {name for name in names if name == item or fnmatch.fnmatchcase(name, item)}
-        if not matching:
-            raise UsageError(f"task {item!r}: not found{closest(item, names)}")
-        chosen |= matching
-    return chosen
+    return requested(only, names, lambda item: UsageError(f"task {item!r}: not found{closest(item, names)}"))
 
 
 def _pairs(path: Path, columns: Sequence[str]) -> Iterator[Pair]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,8 +23,6 @@ from logo.cli.options import option
 from logo.cli.output import err, note, progress
 from logo.errors import AdapterError
 from logo.models import load_skeleton
-
-NAMED = 8  # names that a line lists
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of adapters, at any depth.")]
 Out = Annotated[
@@ -51,7 +49,6 @@ def opened(
     Args:
         check: raises AdapterError for an adapter that the command cannot work on, which is then a bad one.
     """
-
     # To leave damaged adapters out, they have to be found first. Otherwise files are checked as they are read.
     verify = on_bad == "skip"
     pool = AdapterPool.from_directory(folder, on_bad_adapter=on_bad, allow_pickle=allow_pickle, verify=verify, cache="")
@@ -67,7 +64,6 @@ def checked(pool: AdapterPool, place: str, on_bad: OnBad, check: Callable[[Adapt
     Raises:
         PoolError: there is a bad one and `on_bad` is `"error"`, or nothing is left.
     """
-
     good, bad = divided(pool, check)
     return AdapterPool.from_survey(place, good, [*pool.refused, *bad], on_bad_adapter=on_bad)
 
@@ -76,7 +72,6 @@ def divided(
     adapters: Iterable[Adapter], check: Callable[[Adapter], object]
 ) -> tuple[list[Adapter], list[AdapterError]]:
     """The adapters that pass a check, and the errors of the others."""
-
     good, bad = list[Any](), list[AdapterError]()
     for adapter in adapters:
         try:
@@ -97,7 +92,6 @@ def fitting(base_model: str, model_dir: str) -> Callable[[Adapter], object]:
 
 def surveyed(place: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter], list[AdapterError]]:
     """The adapters of a place, and why others there cannot be used. For a plain folder the cache is not used."""
-
     [only, *more] = places = parse_places(place)
     if not more and only.kind == "folder" and only.plain:
         return survey(Path(only.source), allow_pickle=allow_pickle, verify=verify)
@@ -146,12 +140,6 @@ def steps(what: str, total: int) -> Iterator[Callable[[], None]]:
     with progress(disable=not err.is_terminal) as shown:
         bar = shown.add_task(what, total=total)
         yield lambda: shown.advance(bar)
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names in a line, the first few of many."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def targets(adapter: Adapter) -> list[str]:

@@ -52,7 +52,6 @@ def diff(
 
 
 def _opened(place: str, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
-
     how: dict[str, Any] = {} if is_hub_spec(place) else {"verify": on_bad == "skip", "cache": ""}
     pool = open_pool(place, base_model="", on_bad_adapter=on_bad, allow_pickle=allow_pickle, **how)
     return checked(pool, place, on_bad, lambda adapter: adapter.check_compared())
@@ -60,7 +59,6 @@ def _opened(place: str, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
 
 def _named_alike(one: AdapterPool, other: AdapterPool) -> tuple[AdapterPool, AdapterPool]:
     """The two pools. If each has one adapter, the second is renamed, so that they are compared whatever their names."""
-
     if len(one) != 1 or len(other) != 1 or one.names == other.names:
         return one, other
     [renamed] = (replace(adapter, name=one.names[0]) for adapter in other)

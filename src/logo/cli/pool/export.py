@@ -25,7 +25,6 @@ def export(
 
     Example: `logo pool export "What is 7 plus 5?" --output sums`
     """
-
     mixture = forced(adapter)
     if (prompt is None) == (mixture is None):
         raise UsageError("expected either a prompt, which selects, or --adapter NAME=WEIGHT")

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from logo.cli.options import argument, usual
 from logo.cli.output import natural_width, note, out, plain_table, print_json, screen
-from logo.cli.pool.common import listed
+from logo.errors import listed
 from logo.extras import need
 from logo.folders import check_writable, replace_file
 
@@ -93,7 +93,8 @@ def _table(found: Traffic) -> Table:
 def _remarks(found: Traffic, alike: Sequence[Group]) -> Iterator[tuple[str, str]]:
     """Findings: a word for each, and a line."""
     if never := _never(found):
-        yield "never won", f"{len(never)} of {len(found.adapters)} adapters: {listed([_line(name) for name in never])}"
+        names = listed([_line(name) for name in never], 8)
+        yield "never won", f"{len(never)} of {len(found.adapters)} adapters: {names}"
     if not found.pool_known:
         yield (
             "unknown pool",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from rich.table import Table
@@ -17,9 +17,6 @@ from logo.cli.pool import spectra as spectra_part
 from logo.cli.pool.common import AllowPickle, Threshold, divided, fitting, refusal, refusals, surveyed, targets
 from logo.errors import AdapterError, LeftOut, UsageError
 from logo.extras import need
-
-if TYPE_CHECKING:
-    pass
 
 
 def inspect(
@@ -46,7 +43,6 @@ def inspect(
 
     Example: `logo pool inspect adapters/ --base-model Qwen/Qwen2.5-7B --spectra`
     """
-
     if png is not None and not spectra:
         raise UsageError("--png draws the results of --spectra: give both options")
     if png is not None:

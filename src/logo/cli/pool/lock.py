@@ -41,7 +41,6 @@ def lock(
 
     Example: `logo pool lock 'org/my-loras-*' --out pool.yaml --on-bad-adapter skip`
     """
-
     if output.suffix not in SUFFIXES:
         raise UsageError(f"--out {output}: expected a name that ends with {' or '.join(SUFFIXES)}")
     if output.exists() and not replaces:
@@ -67,7 +66,6 @@ def lock(
 
 
 def _found(places: list[str], allow_pickle: bool, on_bad: OnBad, base_model: str | None, model_dir: str) -> Gathered:
-
     skip = on_bad == "skip"
     asked = [place for text in places for place in parse_places(text)]
     how = Fetching(allow_pickle=allow_pickle)

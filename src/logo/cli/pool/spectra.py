@@ -13,7 +13,8 @@ from rich.text import Text
 from logo.adapters.format import Adapter
 from logo.adapters.upkeep.card import short_ranks
 from logo.cli.output import note, out, plain_table
-from logo.cli.pool.common import listed, steps, targets
+from logo.cli.pool.common import steps, targets
+from logo.errors import listed
 from logo.folders import replace_file
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def show(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> None:
             )
         )
     for outlier in outliers(adapters, found):
-        out.print(Text.assemble(("stands out ", "yellow"), f"{listed(outlier.adapters)}: {outlier.text}"))
+        out.print(Text.assemble(("stands out ", "yellow"), f"{listed(outlier.adapters, 8)}: {outlier.text}"))
 
 
 def report(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> dict[str, Any]:

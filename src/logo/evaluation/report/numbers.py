@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from logo.evaluation.corpus import mean_of, mean_over
 from logo.evaluation.groups import group_of, grouped
-from logo.evaluation.intervals import Interval, Values
+from logo.evaluation.intervals import Interval
 from logo.evaluation.report.published import Published, published
 from logo.evaluation.report.versus import Mark, Pairing
 from logo.evaluation.stored import Result
@@ -62,11 +62,6 @@ class Line:
     metric: str
     cells: tuple[Cell | None, ...]
     scale: float = 100.0
-
-
-def primary(result: Result) -> Values:
-    """The score of each answer as one number (instances,): ROUGE-L if there are three."""
-    return result.measures[result.primary]
 
 
 def dataset_lines(pairing: Pairing, numbers: Sequence[Published] = ()) -> list[Line]:

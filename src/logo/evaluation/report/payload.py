@@ -18,7 +18,7 @@ import numpy as np
 from logo.evaluation.intervals import Values
 from logo.evaluation.report.adapters import right_adapter, right_ranks
 from logo.evaluation.report.analysis import Analysis
-from logo.evaluation.report.numbers import NAMES, primary
+from logo.evaluation.report.numbers import NAMES
 from logo.evaluation.report.versus import keys, shared_rows
 from logo.evaluation.stored import Result
 from logo.rows import Row
@@ -107,7 +107,7 @@ def _rows(results: Sequence[Result | None]) -> _Rows:
 
 def _values(result: Result, rows: _Rows, run: int) -> list[float | None]:
     values: list[float | None] = [None] * len(rows.prompts)
-    for place, value in zip(rows.places[run], primary(result).tolist(), strict=True):
+    for place, value in zip(rows.places[run], result.measures[result.primary].tolist(), strict=True):
         values[place] = _rounded(value)
     return values
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from logo.evaluation.drawing import as_png, new_figure
-from logo.evaluation.report.scene import Dot, Label, Raster, Rect, Scene, SceneMark, Stroke, coloured
+from logo.drawing import SERIES, as_png, new_figure
+from logo.evaluation.report.scene import SMALL, Dot, Label, Raster, Rect, Scene, SceneMark, Stroke, coloured
 
 DPI = 72.0  # one figure unit per CSS pixel
 LARGEST = 20_000  # pixels of a side
@@ -14,14 +14,7 @@ COLOURS = {  # as in the page's style
     "muted": "#646c75",
     "grid": "#dfe2e6",
     "paper": "#ffffff",
-    "s0": "#2563a8",
-    "s1": "#c9591f",
-    "s2": "#1f8a63",
-    "s3": "#8a4fb5",
-    "s4": "#9a7400",
-    "s5": "#c2386b",
-    "s6": "#1f8799",
-    "s7": "#5f666e",
+    **{f"s{number}": colour for number, colour in enumerate(SERIES)},
     "own": "#c2386b",
     "t0": "#9aa3ad",
     "t1": "#d99a2b",
@@ -74,7 +67,7 @@ def _draw(axes: Any, mark: SceneMark, order: int) -> None:
             mark.y,
             mark.text,
             color=COLOURS[mark.role],
-            fontsize=mark.size * 0.94,  # the font at hand is wider than most screens' are
+            fontsize=SMALL * 0.94,  # the font at hand is wider than most screens' are
             fontweight="bold" if mark.bold else "normal",
             ha={"start": "left", "middle": "center", "end": "right"}[mark.anchor] if not mark.up else "right",
             va="baseline" if not mark.up else {"start": "bottom", "middle": "center", "end": "top"}[mark.anchor],

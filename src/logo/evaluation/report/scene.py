@@ -87,7 +87,6 @@ class Label:
     text: str
     role: str = "ink"
     anchor: Anchor = "start"
-    size: float = SMALL
     bold: bool = False
     up: bool = False
     title: str = ""
@@ -126,10 +125,10 @@ def series(number: int) -> tuple[str, int]:
     return f"s{number % SERIES}", (number + number // SERIES) % SHAPES
 
 
-def text_width(text: str, size: float = SMALL) -> float:
+def text_width(text: str) -> float:
     """The approximate width of a text in pixels."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return size * (_WIDTH * (len(text) - wide) + wide)
+    return SMALL * (_WIDTH * (len(text) - wide) + wide)
 
 
 def short(text: str, longest: int = 40) -> str:

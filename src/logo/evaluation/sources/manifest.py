@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from logo.errors import DataError, LoGoError, StorageError
-from logo.evaluation.datasets import dataset_file, load_rows
+from logo.evaluation.datasets import dataset_file
 from logo.folders import locked, replace_file
-from logo.rows import file_sha256
+from logo.rows import file_sha256, read_rows
 
 NAME = "manifest.json"
 VERSION = 1
@@ -82,7 +82,7 @@ def verify(data_dir: Path, name: str, entry: Mapping[str, Any]) -> list[str]:
             found = file_sha256(file)
             if found != made["sha256"]:
                 problems.append(f"{file}: expected sha256 {made['sha256'][:12]}..., found {found[:12]}...")
-            rows = load_rows(data_dir, name, split=split)
+            rows = read_rows(file)
         except LoGoError as error:
             problems.append(str(error))
             continue

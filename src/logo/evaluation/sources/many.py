@@ -8,14 +8,13 @@ with the number of templates (`anli_r1_10templates`); that ending is removed, si
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from logo.errors import DataError, closest
+from logo.errors import DataError, closest, requested
 from logo.evaluation.metrics import checked_kind
 from logo.evaluation.sources.declarations import Hub, Layout, usual_places
 from logo.evaluation.sources.places import fetch
@@ -52,7 +51,10 @@ def hub_tasks(spec: str, request: str = "", *, prompt_end: str = "") -> list[Tas
         rows.setdefault(task, []).append(row)
         metrics.setdefault(task, raw.get("metric"))
     found = [_task(name, repo, rows[name], metrics[name]) for name in sorted(rows)]
-    return _chosen(found, request, repo)
+    chosen = requested(
+        request, rows, lambda item: DataError(f"task {item!r}: no such task in {repo!r}{closest(item, sorted(rows))}")
+    )
+    return [task for task in found if task.name in chosen]
 
 
 def named_like(tasks: Sequence[Task], adapters: Sequence[str]) -> list[Task]:
@@ -80,12 +82,3 @@ def _read(where: str, raw: Mapping[str, Any], prompt_end: str) -> tuple[str, Row
 def _task(name: str, repo: str, rows: Sequence[Row], metric: object) -> Task:
     kind = None if metric is None else checked_kind(metric, f"{repo}: task {name!r}")
     return Task(name, Path(repo), tuple(rows), kind)
-
-
-def _chosen(tasks: Sequence[Task], request: str, repo: str) -> list[Task]:
-    wanted = [item.strip() for item in request.split(",") if item.strip()] or ["*"]
-    for item in wanted:
-        if not any(fnmatch.fnmatchcase(task.name, item) for task in tasks):
-            names = [task.name for task in tasks]
-            raise DataError(f"task {item!r}: no such task in {repo!r}{closest(item, names)}")
-    return [task for task in tasks if any(fnmatch.fnmatchcase(task.name, item) for item in wanted)]

@@ -7,16 +7,15 @@ data is looked at. Downloads, cache, offline use, tokens and the `HF_*` variable
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from logo.errors import DataError, HubError
+from logo.errors import DataError, HubError, listed
 from logo.evaluation.sources.declarations import Declaration, Files, Hub, Layout
 from logo.evaluation.sources.readers import matching
 from logo.hub.failures import hub_error
+from logo.hub.snapshots import quiet_when_nothing_matches, snapshot
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,11 @@ def fetch(hub: Hub, layout: Layout, splits: Sequence[str]) -> Place:
     wanted = {split: layout.files[split] for split in splits if split in layout.files}
     patterns = [pattern for files in wanted.values() for pattern in _patterns(files)]
     try:
-        root = _snapshot(hub, [*patterns, *(pattern.replace("**/", "") for pattern in patterns)])
+        wider = [*patterns, *(pattern.replace("**/", "") for pattern in patterns)]
+        with quiet_when_nothing_matches():  # the error below is clearer; the folder has the commit's name
+            root = snapshot(hub.repo, progress=False, repo_type="dataset", revision=hub.revision, allow_patterns=wider)
         names = {split: matching(files, root) for split, files in wanted.items()}
-        listed = [] if all(names.values()) else _listing(hub, root.name)
+        there = [] if all(names.values()) else _listing(hub, root.name)
     except DataError:
         raise
     except Exception as error:  # the boundary: httpx and the file system each raise their own kinds
@@ -52,10 +53,9 @@ def fetch(hub: Hub, layout: Layout, splits: Sequence[str]) -> Place:
         ) from error
     for split, found in names.items():
         if not found:
-            has = ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
             raise HubError(
                 f"Hub repo {repo}: revision {hub.revision!r} has no file {_shown(wanted[split])} for {split} rows; "
-                f"it has {has or 'no files'}; fix the declaration"
+                f"it has {listed(there, 5) or 'no files'}; fix the declaration"
             )
     return Place(layout, root, names, root.name)
 
@@ -107,30 +107,3 @@ def _listing(hub: Hub, commit: str) -> list[str]:
 
     listed = HfApi(library_name="logo").list_repo_files(hub.repo, revision=commit, repo_type="dataset")
     return sorted(name for name in listed if "." in name.rpartition("/")[2] and not name.startswith("."))
-
-
-def _snapshot(hub: Hub, patterns: list[str]) -> Path:
-    """Downloads the files; the folder that is returned has the commit's name."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils.tqdm import tqdm
-
-    class Silent(tqdm):
-        """Hides only these bars: the command has one of its own."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
-
-    logger = logging.getLogger(snapshot_download.__module__)
-    logger.disabled = True  # it warns if no file matches, for which `fetch` has a clearer error
-    try:
-        folder = snapshot_download(
-            hub.repo,
-            repo_type="dataset",
-            revision=hub.revision,
-            allow_patterns=patterns,
-            library_name="logo",
-            tqdm_class=Silent,
-        )
-    finally:
-        logger.disabled = False
-    return Path(folder)

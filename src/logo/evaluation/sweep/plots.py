@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from logo.evaluation.drawing import as_png, new_figure
+from logo.drawing import SERIES, as_png, new_figure
 from logo.evaluation.groups import grouped
 from logo.evaluation.metrics import LABELS
 from logo.evaluation.sweep.grid import Axis, Value, label, numbers, product
 from logo.evaluation.sweep.means import Mean, datasets_of, means
 from logo.evaluation.sweep.running import Cell, Outcome
 
-SERIES = ("#2563a8", "#c9591f", "#1f8a63", "#8a4fb5", "#9a7400", "#c2386b", "#1f8799", "#5f666e")
 MARKS = "osD^vPX*"
 SHADES = ("#a9c9e8", "#2563a8", "#0c2444")  # of values that have an order
 GRID, INK = "#dfe2e6", "#1c2024"

@@ -7,6 +7,8 @@ import logging
 import warnings
 from typing import Any
 
+SERIES = ("#2563a8", "#c9591f", "#1f8a63", "#8a4fb5", "#9a7400", "#c2386b", "#1f8799", "#5f666e")  # as the page's
+
 
 def new_figure(width: float, height: float, **options: Any) -> Any:
     """A `matplotlib.figure.Figure` of this size in inches.
