@@ -5,15 +5,13 @@ The digest of a base model is that of a sample of its weights, which is enough t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from logo import __version__
-from logo.errors import ModelError
-from logo.models import hooks
+from logo.models import parameter_of
 
 if TYPE_CHECKING:
     import torch
@@ -81,34 +79,4 @@ def weights_digest(model: PreTrainedModel) -> str:
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields every parameter by name, shared ones under each of their names."""
     for name, _ in model.named_parameters(remove_duplicate=False):
-        yield name, values(model, name)
-
-
-def values(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """A parameter of a model by its name.
-
-    If accelerate has offloaded it, it is read from the host or the disk, and if it belongs to another process, from the
-    checkpoint; it is empty if that has no such name.
-
-    Raises:
-        ModelError: it is neither in memory nor where accelerate keeps what is offloaded.
-    """
-    parameter: Any = model.get_parameter(name)
-    found: torch.Tensor = parameter
-    if parameter.device.type != "meta":
-        return found
-    if hasattr(parameter, "read"):
-        found = parameter.read()
-        return found
-    parts = name.split(".")
-    for cut in range(len(parts) - 1, -1, -1):  # the hook of the module or of one that contains it
-        for hook in hooks(model.get_submodule(".".join(parts[:cut]))):
-            kept = getattr(hook, "weights_map", None)
-            if kept is not None:
-                with contextlib.suppress(KeyError):
-                    found = kept[".".join(parts[cut:])]
-                    return found
-    raise ModelError(
-        f"base model: weight {name} is not in memory, and accelerate does not keep it either; expected a model with "
-        "all its weights"
-    )
+        yield name, parameter_of(model, name)

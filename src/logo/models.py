@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -241,6 +241,32 @@ def hooks(module: Any) -> Sequence[object]:
     """The hooks of accelerate on a module."""
     hook = getattr(module, "_hf_hook", None)
     return getattr(hook, "hooks", (hook,))
+
+
+def parameter_of(model: Any, name: str) -> torch.Tensor:
+    """A parameter of a model by its name.
+
+    If accelerate has offloaded it, it is read from the host or the disk, and if it belongs to another process, from the
+    checkpoint; it is empty if that has no such name.
+
+    Raises:
+        ModelError: it is neither in memory nor where accelerate keeps what is offloaded.
+    """
+    found: torch.Tensor = model.get_parameter(name)
+    if found.device.type != "meta" or hasattr(found, "read"):
+        return getattr(found, "read", lambda: found)()  # type: ignore[no-any-return]
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, -1, -1):  # the hook of the module or of one that contains it
+        for hook in hooks(model.get_submodule(".".join(parts[:cut]))):
+            kept = getattr(hook, "weights_map", None)
+            if kept is not None:
+                with suppress(KeyError):
+                    found = kept[".".join(parts[cut:])]
+                    return found
+    raise ModelError(
+        f"base model: weight {name} is not in memory, and accelerate does not keep it either; expected a model with "
+        "all its weights"
+    )
 
 
 def load_config(base_model: str, *, model_dir: str | Path | None = None) -> Any:

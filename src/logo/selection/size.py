@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from logo.adapters.layout import linear_shape
-from logo.digests import values
 from logo.errors import ModelError
+from logo.models import parameter_of
 from logo.selection.points import Point
 
 # Stands for a size that is not known, as of adapters of a quantised model. The sum of a broadest mixture's weights is
@@ -39,7 +39,7 @@ def weight_norm(model: nn.Module, point: Point) -> float:
     stored = getattr(weight, "stored", weight.dtype)
     if weight.is_meta:
         try:
-            weight = values(model, f"{point.module}.weight")
+            weight = parameter_of(model, f"{point.module}.weight")
         except ModelError:  # kept by another library than accelerate
             return math.nan
     transposed = type(module).__name__ == "Conv1D"
