@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from logo import __version__
 from logo.models import parameter_of
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _ELSEWHERE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})  # of a configuration
@@ -69,14 +68,9 @@ def weights_digest(model: PreTrainedModel) -> str:
     import torch
 
     digest = hashlib.sha256()
-    for name, parameter in _weights(model):
+    for name, _ in model.named_parameters(remove_duplicate=False):  # shared ones under each of their names
+        parameter = parameter_of(model, name)
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].to("cpu", torch.float32)
         digest.update(f"{name} {tuple(parameter.shape)} ".encode() + sample.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every parameter by name, shared ones under each of their names."""
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        yield name, parameter_of(model, name)

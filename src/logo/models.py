@@ -253,8 +253,9 @@ def parameter_of(model: Any, name: str) -> torch.Tensor:
         ModelError: it is neither in memory nor where accelerate keeps what is offloaded.
     """
     found: torch.Tensor = model.get_parameter(name)
-    if found.device.type != "meta" or hasattr(found, "read"):
-        return getattr(found, "read", lambda: found)()  # type: ignore[no-any-return]
+    read = getattr(found, "read", None)
+    if found.device.type != "meta" or read is not None:
+        return found if read is None else read()
     parts = name.split(".")
     for cut in range(len(parts) - 1, -1, -1):  # the hook of the module or of one that contains it
         for hook in hooks(model.get_submodule(".".join(parts[:cut]))):
