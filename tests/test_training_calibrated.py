@@ -29,13 +29,13 @@ def trained(root: Path) -> list[str]:
     return ["train", "--rows", str(root / "tasks"), "--out", str(root / "pool"), "--steps", "2", "--device", "cpu"]
 
 
-def listened(pool: Path, cache: Path, capsys: pytest.CaptureFixture[str], *more: str) -> int:
+def measured(pool: Path, cache: Path, capsys: pytest.CaptureFixture[str], *more: str) -> int:
     capsys.readouterr()
     assert (
         run(["pool", "calibrate", "--adapters", str(pool), "--cache", str(cache), "--device", "cpu", "--json", *more])
         == 0
     )
-    found: int = json.loads(capsys.readouterr().out)["listened"]
+    found: int = json.loads(capsys.readouterr().out)["measured"]
     return found
 
 
@@ -43,10 +43,10 @@ def test_a_new_pool_is_known_where_nothing_else_is(
     pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     moved = shutil.copytree(pool, tmp_path / "moved")
-    assert listened(moved, tmp_path / "cache", capsys) == 0
+    assert measured(moved, tmp_path / "cache", capsys) == 0
     for folder in moved.glob(f"*/{RESPONSES}"):
         shutil.rmtree(folder)
-    assert listened(moved, tmp_path / "another cache", capsys) == 2
+    assert measured(moved, tmp_path / "another cache", capsys) == 2
 
 
 def test_an_adapter_does_not_answer_for_the_one_it_replaced(
@@ -55,7 +55,7 @@ def test_an_adapter_does_not_answer_for_the_one_it_replaced(
     moved = shutil.copytree(pool, tmp_path / "moved")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copy(pool / "antonym" / name, moved / "plural" / name)
-    assert listened(moved, tmp_path / "cache", capsys) == 1
+    assert measured(moved, tmp_path / "cache", capsys) == 1
 
 
 def test_a_task_that_is_added_touches_nothing_of_the_others_and_a_run_that_was_cut_is_made_up_for(

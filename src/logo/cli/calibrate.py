@@ -25,7 +25,7 @@ def calibrate(engine: EngineOptions, json: Json = False) -> None:
     """Run the calibration of a pool on neutral text, and choose the points where prompts are read.
 
     Other commands do this when they open a pool for the first time. This command does it in advance and prints the
-    points; `--probe-points` overrides them.
+    points (`--probe-points` overrides them) and how large the adapters are beside the base model's weights.
 
     Example: `logo pool calibrate --base-model Qwen/Qwen2.5-7B --adapters my/adapters --probe-depth 0.5`
     """
@@ -46,6 +46,8 @@ def calibrate(engine: EngineOptions, json: Json = False) -> None:
         f"{len(logo.names)} adapters at {len(calibration.points)} points in {calibration.seconds:.1f} s "
         f"({calibration.measured} calibrated now, {known} known already)"
     )
+    sizes = list(logo.scorer.sizes.values())
+    note(f"size of the adapters: {sum(sizes) / len(sizes):.3f} on average, {min(sizes):.3f} to {max(sizes):.3f}")
     if calibration.file is not None:
         note(f"written to {calibration.file}; read other points with --probe-points")
 
@@ -65,7 +67,8 @@ def _report(logo: LoGo, calibration: Calibration) -> dict[str, Any]:
         "adapters": list(logo.names),
         "points": [point.name for point in calibration.points],
         "ranking": [{"point": point.name, "contrast": value} for point, value in calibration.ranking],
-        "listened": calibration.measured,
+        "measured": calibration.measured,
+        "sizes": logo.scorer.sizes,
         "seconds": calibration.seconds,
         "file": None if calibration.file is None else str(calibration.file),
     }
