@@ -20,9 +20,10 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 def test_calibrating_shows_what_selecting_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = ["--cache", str(tmp_path)]
     report = answer(capsys, "pool", "calibrate", *cache)
-    assert report["listened"] == 16
+    assert report["measured"] == 16
+    assert list(report["sizes"]) == report["adapters"] and all(0.05 < size < 0.2 for size in report["sizes"].values())
     assert json.loads(Path(report["file"]).read_text())["points"] == report["points"]
-    assert answer(capsys, "pool", "calibrate", *cache)["listened"] == 0
+    assert answer(capsys, "pool", "calibrate", *cache)["measured"] == 0
     chosen = answer(capsys, "select", "What is 7 plus 5?", *cache)
     named = answer(capsys, "select", "What is 7 plus 5?", *cache, "--probe-points", ",".join(report["points"]))
     assert chosen["adapters"][0] == named["adapters"][0] == "add_numbers"
@@ -30,6 +31,7 @@ def test_calibrating_shows_what_selecting_reads(tmp_path: Path, capsys: pytest.C
     assert run(["pool", "calibrate", *cache]) == 0
     shown = capsys.readouterr()
     assert "contrast" in shown.out and "0 calibrated now, 16 known already" in shown.err
+    assert f"{min(report['sizes'].values()):.3f} to {max(report['sizes'].values()):.3f}" in shown.err
 
 
 def test_generate_and_select_are_calibrated_and_evaluate_is_official(capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,7 +177,8 @@ def test_strange_pools_and_prompts(make: Any, signal: str, llama: nn.Module, tmp
         selections = logo.select(prompts)
     for selection in selections:
         assert all(abs(score) < 1e9 for score in selection.scores.values())  # NaN compares false
-        assert 0.7 - 1e-5 < sum(selection.weights) < 1 + 1e-5
+        least = 0.0 if signal == "calibrated" else 1 - 1e-5  # an unsure mixture of large adapters is weak
+        assert least < sum(selection.weights) < 1 + 1e-5
     if signal == "calibrated" and make in (zeros, twins, giant, dwarf, other_modules, zero_layer):
         winners = [selection.adapters[0] for selection in selections]
         assert max(winners.count(name) for name in set(winners)) < 0.8 * len(prompts), "one adapter wins everything"
