@@ -296,7 +296,7 @@ def test_nothing_runs_and_no_weight_is_read_until_it_is_needed(
     assert other.select(PROMPTS[0]) == logo.select(PROMPTS[0])
 
 
-def test_changed_weights_are_listened_to_again(llama: nn.Module, tmp_path: Path) -> None:
+def test_changed_weights_are_calibrated_again(llama: nn.Module, tmp_path: Path) -> None:
     settings = {"cache": str(tmp_path / "cache")}
     engine(llama, pool(llama, tmp_path / "pool"), **settings)
     write_adapter(tmp_path / "other", llama, ("q_proj", "v_proj"), rank=2, seed=77)

@@ -31,7 +31,7 @@ from logo.training.recipe import Recipe
 from logo.training.tasks import Pair, Task
 from make_adapters import edit_config, load_peft, write
 from test_engine import tokenizer
-from test_training_calibrated import listened
+from test_training_calibrated import measured
 from test_training_equal import KINDS, REST, STEPS, by_trainer, collated, peft_names, told, watched
 from test_training_passes import RECIPES, bank_of
 from test_training_resume import IMPORTS
@@ -222,7 +222,7 @@ def test_a_new_pool_is_known_where_nothing_else_is(
     made: tuple[str, Path], world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     where = ["--base-model", str(world / "base")]
-    assert listened(made[1], tmp_path / "cache", capsys, *where) == 0
+    assert measured(made[1], tmp_path / "cache", capsys, *where) == 0
 
 
 def test_logo_and_peft_answer_alike(made: tuple[str, Path], world: Path) -> None:

@@ -103,7 +103,7 @@ def study(
     own_adapters_only: bool = rare(False, "Leave adapters without rows of their own out of the pool."),
     prompt_end: str = rare("", "Text after every prompt of a Hub dataset; `\\n` is a new line.", "nothing"),
     batch_size: int = usual(8, "Answers that are generated at once.", min=1),
-    overwrite: bool = usual(False, "Measure again, and replace a report that --save names."),
+    overwrite: bool = rare(False, "Measure again, and replace a report that --save names."),
     so_far: bool = usual(False, "Show the results so far of an unfinished study."),
     seed: int = usual(0, "Random seed of the intervals and of methods.", min=0),
     png: Path | None = rare(
