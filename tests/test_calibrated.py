@@ -23,6 +23,7 @@ from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
 from logo.adapters.format import Adapter
 from logo.errors import ModelError
 from logo.selection import calibration
+from logo.selection.confidence import total
 from logo.selection.drift import MOST, RATE
 from logo.selection.texts import NEUTRAL, REQUESTS
 from logo.selection.whitening import Whitening
@@ -177,8 +178,12 @@ def test_strange_pools_and_prompts(make: Any, signal: str, llama: nn.Module, tmp
         selections = logo.select(prompts)
     for selection in selections:
         assert all(abs(score) < 1e9 for score in selection.scores.values())  # NaN compares false
-        least = 0.0 if signal == "calibrated" else 1 - 1e-5  # an unsure mixture of large adapters is weak
-        assert least < sum(selection.weights) < 1 + 1e-5
+        whole = 1.0
+        if signal == "calibrated":
+            assert selection.confidence is not None
+            sizes = [weight * logo.scorer.sizes[name] for name, weight in selection.mixture.items()]
+            whole = total(selection.confidence, sum(sizes) / sum(selection.weights))
+        assert sum(selection.weights) == pytest.approx(whole, rel=1e-3, abs=1e-5)
     if signal == "calibrated" and make in (zeros, twins, giant, dwarf, other_modules, zero_layer):
         winners = [selection.adapters[0] for selection in selections]
         assert max(winners.count(name) for name in set(winners)) < 0.8 * len(prompts), "one adapter wins everything"

@@ -72,7 +72,9 @@ def test_sizes_are_in_the_file_of_an_index(
     first, again = (opened(model, folder, signal="calibrated", cache=str(tmp_path)) for _ in range(2))
     before = first.scorer
     assert list((tmp_path / "index").iterdir())
+    monkeypatch.setattr("logo.selection.scorers.read_indices", lambda *_: pytest.fail("the file was not used"))
     monkeypatch.setattr("logo.selection.cache.weight_norm", lambda *_: pytest.fail("the file was not used"))
+    (next((tmp_path / "calibration").iterdir()) / "weights.json").unlink()
     assert again.scorer.sizes == before.sizes == pytest.approx(expected(first), rel=1e-5)
 
 
@@ -122,6 +124,32 @@ def test_fused_projections_count_by_the_rows_of_the_query() -> None:
     assert point.rows is not None
     weight = model.get_submodule(point.module).weight  # Conv1D stores it transposed
     assert weight_norm(model, point) == pytest.approx(float(weight[:, list(point.rows)].norm()))
+
+
+def test_all_rows_of_a_fused_projection_have_responses_and_a_size_of_their_own(tmp_path: Path) -> None:
+    model = tiny.model("gpt2")
+    for i in range(3):
+        write_adapter(tmp_path / "pool" / f"t{i}", model, ("c_attn",), rank=2, seed=i)
+    scores = []
+    for cache in ("shared", "shared", "alone"):
+        read = {} if not scores else {"probe_points": ["1.attn.c_attn"]}
+        logo = opened(model, tmp_path / "pool", signal="norm_z", cache=str(tmp_path / cache), **read)
+        scores.append(logo.select("w3 w4 w5").scores)
+        if read:
+            assert logo.scorer.points[0].rows is None
+            assert logo.scorer.sizes == pytest.approx(expected(logo), rel=1e-5)
+    assert scores[1] == scores[2]
+
+
+def test_a_norm_that_could_not_be_read_is_tried_again(
+    model: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("logo.selection.cache.weight_norm", lambda *_: math.nan)
+        unknown = opened(model, folder, signal="calibrated", cache=str(tmp_path))
+        assert list(unknown.scorer.sizes.values()) == pytest.approx([USUAL] * 4)
+    again = opened(model, folder, signal="calibrated", cache=str(tmp_path))
+    assert again.scorer.sizes == pytest.approx(expected(again), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -174,8 +202,9 @@ def test_an_unknown_size_is_the_usual_one() -> None:
         assert math.isnan(weight_norm(model, point))
     del linear.weight
     assert math.isnan(weight_norm(model, point))
-    linear.register_buffer("weight", torch.ones(plain.shape, dtype=torch.int8))
-    assert math.isnan(weight_norm(model, point))
+    for device in ("cpu", "meta"):
+        linear.weight = torch.ones(plain.shape, device=device)  # no parameter
+        assert math.isnan(weight_norm(model, point)) == (device == "meta")
     touched = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
     updates = [torch.tensor([0.2, 0.4]), torch.tensor([0.1, 0.3])]
     assert relative_sizes(updates, [2.0, 1.0], touched).tolist() == pytest.approx([0.1, 0.2, 0.3, USUAL])

@@ -23,7 +23,7 @@ from logo.cli.run import run
 from logo.evaluation.arms import Arms, rank_metrics
 from logo.evaluation.heatmap import heatmap, ordered
 from logo.evaluation.intervals import FEWEST
-from logo.evaluation.study import find_tasks, journal_of, study
+from logo.evaluation.study import Study, find_tasks, journal_of, study
 from logo.evaluation.summary import mean_weights, section
 from logo.folders import replace_file
 from test_engine import tokenizer, write_adapter
@@ -255,6 +255,40 @@ def test_where_order_matters_nothing_is_resumed(engines: Engines, rows: Path, tm
     interrupted(carry(), rows, journal, after=5)
     again = study(Arms(carry()), find_tasks(rows), journal, settings={"base_model": "tiny"}).report
     assert again["signals"] == whole["signals"] and again["unseen"] == whole["unseen"]
+
+
+def test_a_finished_report_is_neither_measured_again_nor_replaced(
+    engines: Engines, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, journal = tmp_path / "study.json", tmp_path / "journal"
+
+    def run_study(limit: int | None = None, **how: Any) -> Study:
+        tasks = find_tasks(rows, "t1,other", limit)
+        return study(Arms(engines), tasks, journal, settings={"base_model": "tiny"}, finished=file, **how)
+
+    whole = run_study()
+    write_json(file, whole.report)
+    journal.unlink()
+    assert len(whole.rows) == 10 and not whole.note
+    assert run_study() == Study(json.loads(file.read_text()), ())
+    with pytest.raises(UsageError, match=r"study\.json: it is the report of another study \(.*seed is 0, not 1"):
+        run_study(seed=1)
+    journal.touch()  # of a study that was killed before its first row
+    with pytest.raises(UsageError, match="it is the report of another study"):
+        run_study(limit=1)
+    other = run_study(limit=1, overwrite=True)
+    assert len(other.rows) == 2 and json.loads(file.read_text()) == whole.report
+    again = run_study(limit=1)  # goes on where --overwrite was interrupted
+    assert again.report | {"seconds": 0} == other.report | {"seconds": 0}
+    assert len(run_study(overwrite=True).rows) == 10  # whatever study the journal is of
+    journal.unlink()
+    monkeypatch.setattr("logo.evaluation.arms.environment", lambda logo: {"torch": "99"})
+    elsewhere = run_study()
+    assert not elsewhere.rows and "torch is" in elsewhere.note
+    for content in ("[]", "{", '{"run": 3}', '{"signals": {}}'):
+        file.write_text(content)
+        with pytest.raises(UsageError, match="it is another file, or a report of an earlier version; --overwrite"):
+            run_study()
 
 
 def test_a_report_is_written_whole(tmp_path: Path) -> None:

@@ -331,10 +331,10 @@ class Workers(Generic[H]):
 
     def _over(self, worker: Process, how: str) -> None:
         """Replaces a process that has died or is late; its item goes back into the queue, or becomes `Lost`."""
-        warnings.warn(f"{worker.name} {how}: another one takes its place", UserWarning, stacklevel=4)
         self._end(worker)
         self._start()
         self._again_elsewhere(worker, how)
+        warnings.warn(f"{worker.name} {how}: another one takes its place", UserWarning, stacklevel=4)
 
     def _again_elsewhere(self, worker: Process, how: str) -> None:
         item, worker.item, worker.running = worker.item, None, None

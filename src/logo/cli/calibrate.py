@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -46,10 +47,22 @@ def calibrate(engine: EngineOptions, json: Json = False) -> None:
         f"{len(logo.names)} adapters at {len(calibration.points)} points in {calibration.seconds:.1f} s "
         f"({calibration.measured} calibrated now, {known} known already)"
     )
-    sizes = list(logo.scorer.sizes.values())
-    note(f"size of the adapters: {sum(sizes) / len(sizes):.3f} on average, {min(sizes):.3f} to {max(sizes):.3f}")
+    note(f"size of the adapters: {_sizes(logo, calibration)}")
     if calibration.file is not None:
         note(f"written to {calibration.file}; read other points with --probe-points")
+
+
+def _sizes(logo: LoGo, calibration: Calibration) -> str:
+    from logo.selection.size import USUAL
+
+    if _unknown(calibration):
+        return f"unknown, since the base model's weights are quantised; counted as {USUAL}"
+    sizes = list(logo.scorer.sizes.values())
+    return f"{sum(sizes) / len(sizes):.3f} on average, {min(sizes):.3f} to {max(sizes):.3f}"
+
+
+def _unknown(calibration: Calibration) -> bool:
+    return all(map(math.isnan, calibration.weights))
 
 
 def _table(calibration: Calibration) -> Table:
@@ -68,7 +81,8 @@ def _report(logo: LoGo, calibration: Calibration) -> dict[str, Any]:
         "points": [point.name for point in calibration.points],
         "ranking": [{"point": point.name, "contrast": value} for point, value in calibration.ranking],
         "measured": calibration.measured,
-        "sizes": logo.scorer.sizes,
+        "listened": calibration.measured,  # its name in 0.2, until 0.4
+        "sizes": None if _unknown(calibration) else logo.scorer.sizes,
         "seconds": calibration.seconds,
         "file": None if calibration.file is None else str(calibration.file),
     }

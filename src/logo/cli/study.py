@@ -103,7 +103,7 @@ def study(
     own_adapters_only: bool = rare(False, "Leave adapters without rows of their own out of the pool."),
     prompt_end: str = rare("", "Text after every prompt of a Hub dataset; `\\n` is a new line.", "nothing"),
     batch_size: int = usual(8, "Answers that are generated at once.", min=1),
-    overwrite: bool = rare(False, "Measure again, and replace a report that --save names."),
+    overwrite: bool = rare(False, "Begin again, and replace a report that --save names."),
     so_far: bool = usual(False, "Show the results so far of an unfinished study."),
     seed: int = usual(0, "Random seed of the intervals and of methods.", min=0),
     png: Path | None = rare(
@@ -121,7 +121,7 @@ def study(
     from logo.evaluation.heatmap import heatmap
     from logo.evaluation.identity import check_baseline
     from logo.evaluation.reliability import picture as reliability_picture
-    from logo.evaluation.study import cut, journal_of, study_so_far
+    from logo.evaluation.study import cut, is_begun, journal_of, report_in, study_so_far
     from logo.evaluation.summary import mean_weights
     from logo.evaluation.workers import MeasuredInWorkers
 
@@ -138,6 +138,8 @@ def study(
     if engine.index == "two-stage":
         raise UsageError("--index two-stage: a study ranks all adapters of the pool; leave it out")
     picture = _checked(save, png)
+    if save.exists() and not overwrite and not is_begun(journal_of(save)):
+        report_in(save)  # another file is refused before anything is loaded
     layout = layout_of(cluster, engine)
     base_model = or_demo(engine)
     every = tasks_of(rows, tasks, prompt_end, lambda: open_pool(engine, base_model).names)
@@ -166,8 +168,10 @@ def study(
         loading = time.perf_counter() - started
         result = _measure(measuring, found, save, settings, contest, seed, loading, overwrite=overwrite)
     if not result.rows:
-        note(f"{save} is done already (--overwrite measures it again)")
-        _show(result.report, json=json)
+        under = "; it was measured under other versions or on another kind of device: " if result.note else ""
+        drawn = "" if picture.exists() else f", and draws {picture}"
+        note(f"{save} is done already (--overwrite measures it again{drawn}){under}{result.note}")
+        _show({name: part for name, part in result.report.items() if name != "command"}, json=json)
         return
     write_json(save, {**result.report, "command": command_line()})
     first = next(iter(arms))
@@ -313,12 +317,14 @@ def _measure(
                 contest=contest,
                 seed=seed,
                 loading=loading,
-                finished=None if overwrite else save,
+                finished=save,
+                overwrite=overwrite,
                 on_progress=bars.row,
                 on_lesson=bars.lesson,
             )
         except KeyboardInterrupt:
-            note(f"Finished rows are kept in {journal}: repeat the command to continue.")
+            without = " without --overwrite" if overwrite else ""
+            note(f"Finished rows are kept in {journal}: repeat the command{without} to continue.")
             raise
 
 

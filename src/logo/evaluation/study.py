@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from logo.errors import DataError, UsageError, closest, requested
+from logo.errors import DataError, StorageError, UsageError, closest, requested
 from logo.evaluation.contest import Contest, Lesson, Lessons
 from logo.evaluation.differences import described, differences
 from logo.evaluation.identity import rows_digest
@@ -32,6 +32,8 @@ from logo.evaluation.results import versions
 from logo.evaluation.runner import summed
 from logo.evaluation.summary import Measured, summary
 from logo.rows import Row, read_rows
+
+_REPLACED = "; --overwrite replaces it, another --save keeps both"
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Study:
-    """A finished study: the `report` as JSON, and its rows; no rows if the report was written before."""
+    """A finished study.
+
+    Attributes:
+        report: as JSON.
+        rows: what was measured; none if the report was read from its file.
+        note: the differences of the environment in which that one was measured, in words.
+    """
 
     report: dict[str, Any]
     rows: tuple[Measured, ...]
+    note: str = ""
 
 
 def find_tasks(folder: str | os.PathLike[str], request: str = "", limit: int | None = None) -> list[Task]:
@@ -161,6 +170,7 @@ def study(
     seed: int = 0,
     loading: float = 0.0,
     finished: Path | None = None,
+    overwrite: bool = False,
     on_progress: Callable[[str], None] | None = None,
     on_lesson: Callable[[Lesson], None] | None = None,
 ) -> Study:
@@ -175,7 +185,9 @@ def study(
         contest: what `measuring` asks of every row.
         seed: of the bootstrap.
         loading: seconds it took to make the engines.
-        finished: where the report will be. If there is one of this study, it is returned, unless there is a journal.
+        finished: where the report will be written. If this study's is there already, and no row was measured since, it
+            is returned.
+        overwrite: drop the journal and ignore that report.
         on_progress: gets the task's name after each row, those of the journal included; `on_lesson` likewise.
 
     Raises:
@@ -187,11 +199,12 @@ def study(
     settings = {**settings, **facts.settings, **contest.as_dict(), "seed": seed}
     tasks = asked_of(tasks, contest, facts.names)
     run = _identity(facts, tasks, settings, tuple(contest.as_dict()))
-    if finished is not None and finished.exists() and not journal_file.exists():
-        return Study(_written_before(finished, {**run, "seed": seed}), ())
-    if facts.in_order:
+    if finished is not None and not overwrite and not is_begun(journal_file) and finished.exists():
+        return _written_before(finished, {**run, "seed": seed})
+    if facts.in_order and not overwrite:
         Journal(journal_file, run).close()  # refused if it is another study's
-    with Journal(journal_file, run, fresh=facts.in_order) as journal:  # such a study cannot continue in the middle
+    # A study whose rows depend on each other cannot continue in the middle.
+    with Journal(journal_file, run, fresh=facts.in_order or overwrite) as journal:
         lessons = {Lesson(*one["lesson"]): one["learnt"] for one in journal.records if "lesson" in one}
         records = (Measured(**record) for record in journal.records if "lesson" not in record)
         rows = {(row.task, row.index): row for row in records}
@@ -251,23 +264,42 @@ def _reported(
     return Study(report, tuple(rows))
 
 
-def _written_before(file: Path, run: Mapping[str, object]) -> dict[str, Any]:
-    """The report in a file, if it is that of this run.
+def is_begun(journal_file: Path) -> bool:
+    """Whether a study has measured or learnt something that no report has yet."""
+    found = written(journal_file)
+    return found is not None and not found.empty
+
+
+def report_in(file: Path) -> dict[str, Any]:
+    """The report of a study in a file.
+
+    Raises:
+        UsageError: the file holds something else.
+        StorageError: it cannot be read.
+    """
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"{file}: it cannot be read: {error}") from error
+    except ValueError:
+        report = None
+    if not isinstance(report, dict) or not isinstance(report.get("run"), dict):
+        raise UsageError(f"{file}: it is another file, or a report of an earlier version{_REPLACED}")
+    return report
+
+
+def _written_before(file: Path, run: Mapping[str, Any]) -> Study:
+    """The study whose report is in a file, if it is that of this run, whatever it ran on.
 
     Raises:
         UsageError: it is not.
     """
-    try:
-        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        before: dict[str, Any] = report["run"]
-    except (OSError, ValueError, KeyError, TypeError):
-        what = "another file, or a report of an earlier version"
-    else:
-        found = differences(json.loads(json.dumps(run, default=str)), before)
-        if not found:
-            return report
-        what = f"the report of another study ({described(found)})"
-    raise UsageError(f"{file}: it is {what}; --overwrite replaces it, another --save keeps both")
+    report, asked = report_in(file), json.loads(json.dumps(run, default=str))
+    before = {**report["run"]}
+    then, now = before.pop("environment", {}), asked.pop("environment")
+    if found := differences(asked, before):
+        raise UsageError(f"{file}: it is the report of another study ({described(found)}){_REPLACED}")
+    return Study(report, (), described(differences(now, then)))
 
 
 def asked_of(tasks: Sequence[Task], contest: Contest, names: Collection[str]) -> list[Task]:

@@ -110,7 +110,7 @@ def silent_bars() -> Any:
 
 @contextmanager
 def quiet_when_nothing_matches() -> Iterator[None]:
-    """Drops huggingface_hub's warning that no file matches, because `check` raises a clearer error."""
+    """Drops huggingface_hub's warning that no file matches, because the caller raises a clearer error."""
     logger = logging.getLogger("huggingface_hub._snapshot_download")
 
     def keep(record: logging.LogRecord) -> bool:

@@ -1,9 +1,9 @@
 """The calibration cache: responses, whitenings and chosen points on disk, each under a digest of what it depends on.
 
-    <cache>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a` per module, neutral texts first
+    <cache>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a` per point, neutral texts first
     <cache>/calibration/<base model, texts and reading>/whitening/<module>.safetensors
     <cache>/calibration/<base model, texts and reading>/points-<pool>.json        what was chosen, for people to read
-    <cache>/calibration/<base model, texts and reading>/weights.json     `‖W‖_F` of the base model per module
+    <cache>/calibration/<base model, texts and reading>/weights.json     `‖W‖_F` of the base model per point
     <cache>/calibration/<base model, texts and reading>/described/<texts>.safetensors     descriptions, or their mean
     <adapter's folder>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a`, if published with it
 
@@ -82,7 +82,7 @@ class CalibrationCache:
             self._adapter_keys[adapter.file] = key
 
     def responses(self, adapter: Adapter) -> dict[str, Tensor]:
-        """Module path -> `a` (readings, texts) of this adapter, for the modules that have been measured.
+        """Key of a point -> `a` (readings, texts) of this adapter, for the points that have been measured.
 
         Raises:
             AdapterError: nothing is known yet, and its file is gone.
@@ -127,15 +127,15 @@ class CalibrationCache:
 
     def weights(self, model: nn.Module, points: Sequence[Point]) -> tuple[float, ...]:
         """`‖W‖_F` of the base model at each point, cached or measured now; NaN where it is not known."""
-        missing = [point for point in points if point.module not in self._weights]
+        missing = [point for point in points if point.key not in self._weights]
         if missing and self._folder is not None:
             self._weights |= read_cached(self._folder / self._name / _WEIGHTS, _numbers) or {}
-            missing = [point for point in missing if point.module not in self._weights]
+            missing = [point for point in missing if point.key not in self._weights]
         if missing:
-            self._weights |= {point.module: weight_norm(model, point) for point in missing}
-            known = {module: norm for module, norm in self._weights.items() if math.isfinite(norm)}
+            self._weights |= {point.key: weight_norm(model, point) for point in missing}
+            known = {key: norm for key, norm in self._weights.items() if math.isfinite(norm)}
             self._save(_WEIGHTS, json.dumps(known).encode())
-        return tuple(self._weights[point.module] for point in points)
+        return tuple(self._weights[point.key] for point in points)
 
     def described(self, name: str) -> Mapping[int, Tensor] | None:
         """Descriptions of texts by the first point of each place, as stored under this name; None if there are none."""

@@ -113,7 +113,7 @@ def calibrate(
     started, texts = time.perf_counter(), cache.texts
     known = {adapter.name: cache.responses(adapter) for adapter in adapters}
     missing = {
-        point: [a for a in adapters if point.module in a.modules and point.module not in known[a.name]]
+        point: [a for a in adapters if point.module in a.modules and point.key not in known[a.name]]
         for point in candidates
     }
     measured = measure(
@@ -125,7 +125,7 @@ def calibrate(
             cache.keep_responses(adapter, known[adapter.name])
     nothing = torch.full((settings.reading.readings, len(texts.rows)), torch.nan)
     responses = torch.stack(
-        [torch.stack([known[a.name].get(p.module, nothing) for p in candidates], dim=1) for a in adapters]
+        [torch.stack([known[a.name].get(p.key, nothing) for p in candidates], dim=1) for a in adapters]
     )  # (adapters, readings of a point, candidates, texts)
 
     def of(some: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ def measure(
         run_texts: as in `calibrate`.
 
     Returns:
-        adapter name -> module path -> `a` (readings, texts), neutral ones first.
+        adapter name -> key of the point -> `a` (readings, texts), neutral ones first.
     """
     measured: dict[str, dict[str, Tensor]] = {}
     if run_texts is None:
@@ -197,7 +197,7 @@ def measure(
         part = {point: wanted[point] for point in points}
         for index, responses in _measured(run_texts, part, settings.reading, cache):
             for adapter, response in zip(index.adapters, responses.permute(2, 0, 1), strict=True):
-                measured.setdefault(adapter.name, {})[index.point.module] = response.clone()
+                measured.setdefault(adapter.name, {})[index.point.key] = response.clone()
     return measured
 
 

@@ -75,8 +75,8 @@ def keep_index(
 ) -> None:
     """Writes the index of these adapters to the cache folder."""
     tensors = {f"{i}.stacked": index.stacked for i, index in enumerate(indices)}
-    # Tensors are written in the order of their names. So the large ones come first, and those of odd lengths last, and
-    # what is multiplied stays aligned.
+    # Tensors are written in the order of their names. So the large ones come first and stay aligned, and lengths of
+    # updates, of which there may be any number, come last.
     tensors |= {f"offset.{i}": index.offset for i, index in enumerate(indices) if index.offset is not None}
     for i, index in enumerate(indices):
         tensors |= dict(zip(_sketch_names(i), index.sketch or (), strict=False))
@@ -201,7 +201,10 @@ def load_index(
             written_down = None if about["file"] is None else Path(about["file"])
             read_at = tuple(index.point for index in indices)
             spent = time.perf_counter() - started
-            kept = tensors["neutral"], tensors["requests"], tuple(about["weights"])
+            weights = tuple(about["weights"])
+            if cache is not None and any(map(math.isnan, weights)):  # they may be at hand now
+                weights = cache.weights(model, read_at)
+            kept = tensors["neutral"], tensors["requests"], weights
             calibration = Calibration(read_at, ranking, *kept, written_down, 0, spent)
         return tuple(indices), calibration
 

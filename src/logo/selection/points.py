@@ -5,6 +5,7 @@ Modules are found by their names and their number; if that goes wrong, the user 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,13 @@ class Point:
     layer_path: str
     module: str
     rows: tuple[int, ...] | None = None
+
+    @property
+    def key(self) -> str:
+        """The module, and a digest of the rows if not all are read: what responses at this point are stored under."""
+        if self.rows is None:
+            return self.module
+        return f"{self.module}[{hashlib.sha256(repr(self.rows).encode()).hexdigest()[:16]}]"
 
     @property
     def name(self) -> str:

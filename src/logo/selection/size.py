@@ -36,15 +36,16 @@ def weight_norm(model: nn.Module, point: Point) -> float:
     weight, shape = getattr(module, "weight", None), linear_shape(module)
     if weight is None or shape is None or type(weight) not in (nn.Parameter, Tensor):  # the types of quantised ones
         return math.nan
-    stored = getattr(weight, "stored", weight.dtype)
+    if getattr(weight, "stored", weight.dtype) not in _PLAIN:
+        return math.nan
     if weight.is_meta:
         try:
             weight = parameter_of(model, f"{point.module}.weight")
-        except ModelError:  # kept by another library than accelerate
+        except (ModelError, AttributeError):  # kept by another library than accelerate, or no parameter
             return math.nan
     transposed = type(module).__name__ == "Conv1D"
     expected = (shape.out_features, shape.in_features)
-    if stored not in _PLAIN or weight.shape != (expected[::-1] if transposed else expected):
+    if weight.shape != (expected[::-1] if transposed else expected):
         return math.nan
     if point.rows is not None:
         weight = weight.index_select(int(transposed), torch.tensor(point.rows, device=weight.device))
