@@ -28,13 +28,17 @@ def model() -> Any:
     return tiny.model("llama", num_hidden_layers=4)
 
 
-@pytest.fixture(scope="module")
-def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("pool")
+def write_pool(root: Path, model: Any) -> Path:
+    """Four adapters of several ranks and modules, the later ones larger."""
     for i in range(4):
         names = ("q_proj", "v_proj", "o_proj") if i else ("q_proj",)
-        write_adapter(root / f"t{i}", model, names, rank=2 + i % 2, seed=i)
+        write_adapter(root / f"t{i}", model, names, rank=2 + i % 2, seed=i, scale=0.1 * (i + 1))
     return root
+
+
+@pytest.fixture(scope="module")
+def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pool(tmp_path_factory.mktemp("pool"), model)
 
 
 def opened(model: Any, folder: Path, **chosen: Any) -> LoGo:

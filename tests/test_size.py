@@ -20,7 +20,7 @@ from logo.selection.mapped import ALIGNMENT
 from logo.selection.points import find_points, named_points
 from logo.selection.size import USUAL, relative_sizes, weight_norm
 from test_engine import write_adapter
-from test_index import opened
+from test_index import opened, write_pool
 
 
 class Quantised(torch.Tensor):
@@ -34,11 +34,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("pool")
-    for i in range(4):
-        names = ("q_proj", "v_proj", "o_proj") if i else ("q_proj",)
-        write_adapter(root / f"t{i}", model, names, rank=2 + i % 2, seed=i, scale=0.1 * (i + 1))
-    return root
+    return write_pool(tmp_path_factory.mktemp("pool"), model)
 
 
 def expected(logo: Any, scorer: Any = None) -> dict[str, float]:

@@ -246,8 +246,8 @@ def hooks(module: Any) -> Sequence[object]:
 def parameter_of(model: Any, name: str) -> torch.Tensor:
     """A parameter of a model by its name.
 
-    If accelerate has offloaded it, it is read from the host or the disk, and if it belongs to another process, from the
-    checkpoint; it is empty if that has no such name.
+    If accelerate has offloaded it, it is read from the host or the disk. If another process holds it, it is read from
+    the checkpoint, and empty if the checkpoint does not have it.
 
     Raises:
         ModelError: it is neither in memory nor where accelerate keeps what is offloaded.

@@ -56,13 +56,13 @@ def _sizes(logo: LoGo, calibration: Calibration) -> str:
     from logo.selection.size import USUAL
 
     if _unknown(calibration):
-        return f"unknown, since the base model's weights are quantised; counted as {USUAL}"
+        return f"unknown (the base model's weights are quantised or not at hand); each adapter counts as {USUAL}"
     sizes = list(logo.scorer.sizes.values())
     return f"{sum(sizes) / len(sizes):.3f} on average, {min(sizes):.3f} to {max(sizes):.3f}"
 
 
 def _unknown(calibration: Calibration) -> bool:
-    return all(map(math.isnan, calibration.weights))
+    return all(map(math.isnan, calibration.weight_norms))
 
 
 def _table(calibration: Calibration) -> Table:

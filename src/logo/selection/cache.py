@@ -65,7 +65,7 @@ class CalibrationCache:
         self._responses: WeakKeyDictionary[WeightFile, dict[str, Tensor]] = WeakKeyDictionary()
         self._whitenings: dict[str, Whitening] = {}  # only those that could not be written, since they are large
         self._described: dict[str, dict[int, Tensor]] = {}
-        self._weights: dict[str, float] = {}
+        self._weight_norms: dict[str, float] = {}
 
     @classmethod
     def of(cls, model: nn.Module, texts: Texts, signal: Signal, folder: Path | None) -> CalibrationCache:
@@ -125,17 +125,17 @@ class CalibrationCache:
         if self._save(f"whitening/{module}.safetensors", save(tensors)) is None:
             self._whitenings[module] = whitening
 
-    def weights(self, model: nn.Module, points: Sequence[Point]) -> tuple[float, ...]:
+    def weight_norms(self, model: nn.Module, points: Sequence[Point]) -> tuple[float, ...]:
         """`‖W‖_F` of the base model at each point, cached or measured now; NaN where it is not known."""
-        missing = [point for point in points if point.key not in self._weights]
+        missing = [point for point in points if point.key not in self._weight_norms]
         if missing and self._folder is not None:
-            self._weights |= read_cached(self._folder / self._name / _WEIGHTS, _numbers) or {}
-            missing = [point for point in missing if point.key not in self._weights]
+            self._weight_norms |= read_cached(self._folder / self._name / _WEIGHTS, _numbers) or {}
+            missing = [point for point in missing if point.key not in self._weight_norms]
         if missing:
-            self._weights |= {point.key: weight_norm(model, point) for point in missing}
-            known = {key: norm for key, norm in self._weights.items() if math.isfinite(norm)}
+            self._weight_norms |= {point.key: weight_norm(model, point) for point in missing}
+            known = {key: norm for key, norm in self._weight_norms.items() if math.isfinite(norm)}
             self._save(_WEIGHTS, json.dumps(known).encode())
-        return tuple(self._weights[point.key] for point in points)
+        return tuple(self._weight_norms[point.key] for point in points)
 
     def described(self, name: str) -> Mapping[int, Tensor] | None:
         """Descriptions of texts by the first point of each place, as stored under this name; None if there are none."""

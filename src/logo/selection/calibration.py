@@ -74,7 +74,7 @@ class Calibration:
         neutral: `a` (adapters, readings, neutral texts): the even readings of all points, then the late ones if the
             signal has them; NaN if an adapter does not touch a point.
         requests: `a` of the requests likewise; of no requests if the signal uses neutral texts only.
-        weights: `‖W‖_F` of the base model at each point; NaN where it is not known.
+        weight_norms: `‖W‖_F` of the base model at each point; NaN where it is not known.
         file: the file that says which points were chosen.
         measured: the number of adapters whose responses were not cached.
         seconds: duration of the calibration.
@@ -84,7 +84,7 @@ class Calibration:
     ranking: tuple[tuple[Point, float], ...]
     neutral: Tensor
     requests: Tensor
-    weights: tuple[float, ...]
+    weight_norms: tuple[float, ...]
     file: Path | None
     measured: int
     seconds: float
@@ -133,8 +133,8 @@ def calibrate(
         return part[:, :, : len(texts.neutral)], part[:, :, len(texts.neutral) :]
 
     if not most:
-        every, weights = of(range(len(candidates))), cache.weights(model, candidates)
-        return Calibration(tuple(candidates), (), *every, weights, None, len(measured), time.perf_counter() - started)
+        every, norms = of(range(len(candidates))), cache.weight_norms(model, candidates)
+        return Calibration(tuple(candidates), (), *every, norms, None, len(measured), time.perf_counter() - started)
     even = responses[:, 0]
     neutral, requests = even[:, :, : len(texts.neutral)], even[:, :, len(texts.neutral) :]
     chosen = choose(neutral, requests, most, ENOUGH)
@@ -150,9 +150,9 @@ def calibrate(
         "ranking": [{"point": point.name, "contrast": round(value, 4)} for point, value in ranking],
     }
     file = cache.keep_choice(adapters, written_down)
-    weights = cache.weights(model, points)
+    norms = cache.weight_norms(model, points)
     seconds = time.perf_counter() - started
-    return Calibration(points, ranking, *of(chosen), weights, file, len(measured), seconds)
+    return Calibration(points, ranking, *of(chosen), norms, file, len(measured), seconds)
 
 
 def whitenings(

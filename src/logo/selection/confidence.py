@@ -25,7 +25,7 @@ FIELD = 5
 BEST = 0.1
 # Temperatures, times the steepness: at the first one adapter has nearly all the weight, at the second many share it.
 _SHARPEST, _BROADEST = 1.57, 7.0
-# The relative size (`logo.selection.size`) of adapters of which a broadest mixture has a sum of weights of one half.
+# If the adapters of the broadest mixture have this relative size (`logo.selection.size`), its weights sum to one half.
 # Results depend on it, so it is a part of their identity.
 HALVED = 0.08
 # A mixture is as broad and weak as it gets up to the first confidence, and as sharp as it gets from the second on.

@@ -31,7 +31,7 @@ from logo.selection.mapped import ALIGNMENT, mapped, read_mapped
 from logo.selection.points import Point
 
 # To be raised when the content of the files changes its meaning.
-_FORMAT = 7
+_FORMAT = 8
 # Pools change, and the indices of those that are gone are of no use to anyone.
 _MOST_FILES = 16
 # Larger indices (in bytes) are built within their files, adapter by adapter, since they may not fit into memory.
@@ -159,7 +159,7 @@ def _about(
     if calibration is not None:
         tensors["neutral"] = calibration.neutral.contiguous()
         tensors["requests"] = calibration.requests.contiguous()
-        about["weights"] = calibration.weights
+        about["weight_norms"] = calibration.weight_norms
         about["ranking"] = [(point.module, value) for point, value in calibration.ranking]
         about["file"] = None if calibration.file is None else str(calibration.file)
     return tensors, about
@@ -201,10 +201,10 @@ def load_index(
             written_down = None if about["file"] is None else Path(about["file"])
             read_at = tuple(index.point for index in indices)
             spent = time.perf_counter() - started
-            weights = tuple(about["weights"])
-            if cache is not None and any(map(math.isnan, weights)):  # they may be at hand now
-                weights = cache.weights(model, read_at)
-            kept = tensors["neutral"], tensors["requests"], weights
+            norms = tuple(about["weight_norms"])
+            if cache is not None and any(map(math.isnan, norms)):  # they may be at hand now
+                norms = cache.weight_norms(model, read_at)
+            kept = tensors["neutral"], tensors["requests"], norms
             calibration = Calibration(read_at, ranking, *kept, written_down, 0, spent)
         return tuple(indices), calibration
 

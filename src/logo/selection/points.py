@@ -38,7 +38,8 @@ class Point:
 
     @property
     def key(self) -> str:
-        """The module, and a digest of the rows if not all are read: what responses at this point are stored under."""
+        """The name under which the cache keeps values of this point: the module, and a digest of the rows if there are
+        some."""
         if self.rows is None:
             return self.module
         return f"{self.module}[{hashlib.sha256(repr(self.rows).encode()).hexdigest()[:16]}]"

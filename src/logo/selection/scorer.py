@@ -82,7 +82,7 @@ class Scorer:
         self.sizes: dict[str, float] = {}
         if calibration is not None:
             updates = [index.updates for index in indices]
-            sizes = relative_sizes(updates, calibration.weights, self._touched).tolist()
+            sizes = relative_sizes(updates, calibration.weight_norms, self._touched).tolist()
             self.sizes = dict(zip(self.names, sizes, strict=True))
 
     def _reference_of(self, neutral: Tensor, requests: Tensor) -> Reference:

@@ -18,8 +18,8 @@ from logo.errors import ModelError
 from logo.models import parameter_of
 from logo.selection.points import Point
 
-# Stands for a size that is not known, as of adapters of a quantised model. The sum of a broadest mixture's weights is
-# 0.73 then.
+# An adapter whose size is not known, such as one of a quantised base model, counts as one of this size. The weights of
+# the broadest mixture of such adapters sum to 0.73.
 USUAL = 0.03
 # Types whose values are the weights themselves; quantised weights have scales somewhere else.
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -53,15 +53,15 @@ def weight_norm(model: nn.Module, point: Point) -> float:
     return norm if 0 < norm < math.inf else math.nan
 
 
-def relative_sizes(updates: Sequence[Tensor], weights: Sequence[float], touched: Tensor) -> Tensor:
+def relative_sizes(updates: Sequence[Tensor], weight_norms: Sequence[float], touched: Tensor) -> Tensor:
     """The relative size of each adapter, (adapters,); `USUAL` where it is not known.
 
     Args:
         updates: `‖ΔW_i‖_F` per point, each (adapters that touch it,).
-        weights: `‖W‖_F` per point, NaN where it is not known.
+        weight_norms: `‖W‖_F` per point, NaN where it is not known.
         touched: (adapters, points), bool.
     """
     ratios = torch.full(touched.shape, torch.nan)
-    for at, (update, weight) in enumerate(zip(updates, weights, strict=True)):
-        ratios[touched[:, at], at] = update.cpu() / weight
+    for at, (update, norm) in enumerate(zip(updates, weight_norms, strict=True)):
+        ratios[touched[:, at], at] = update.cpu() / norm
     return ratios.nanmean(dim=1).nan_to_num(nan=USUAL)
