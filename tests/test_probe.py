@@ -154,6 +154,16 @@ def test_mean_is_over_all_prompt_tokens() -> None:
     same_tensor(hidden[1], expected[1, :2].mean(0))
 
 
+def test_each_token_but_the_first() -> None:
+    """Models attend to the first token of a text whatever it is. A prompt of one token is read nevertheless."""
+    ids, mask = tiny.padded(tiny.prompts([4, 1]))
+    probe = Probe(LLAMA, find_points(LLAMA, 1), token="each")
+    [hidden] = probe(ids, mask)
+    expected = LLAMA(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
+    same_tensor(hidden, torch.cat([expected[0, 1:], expected[1, :1]]))
+    assert [found.tolist() for found in probe.places(ids, mask)] == [[0, 0, 0, 1], [1, 2, 3, 0]]
+
+
 @pytest.mark.parametrize(
     ("layers", "module", "expected"),
     [

@@ -72,13 +72,10 @@ def taps(monkeypatch: pytest.MonkeyPatch, late: bool = False) -> Taps:
 @given(
     st.lists(st.integers(1, 60), min_size=1, max_size=6),
     st.lists(st.integers(1, 59), max_size=5),
-    st.booleans(),
     st.integers(0, 3),
 )
 @settings(deadline=None)
-def test_sums_with_emphasis_on_the_end_are_those_of_the_whole(
-    lengths: list[int], cuts: list[int], bos: bool, cached: int
-) -> None:
+def test_sums_with_emphasis_on_the_end_are_those_of_the_whole(lengths: list[int], cuts: list[int], cached: int) -> None:
     """Prompts in chunks of any size, of which some begin with blocks that are in the cache."""
     with pytest.MonkeyPatch.context() as patch:
         made = taps.__wrapped__(patch, late=True)  # type: ignore[attr-defined]
@@ -91,41 +88,41 @@ def test_sums_with_emphasis_on_the_end_are_those_of_the_whole(
             ids = [*range(len(shared)), *range(1000 * (number + 1), 1000 * (number + 1) + length)]
             begin = len(shared) if number else 0  # the first prompt has left its blocks in the cache
             for start, end in itertools.pairwise(sorted({begin, *(c for c in cuts if begin < c < total), total})):
-                made.begin([Span(f"{number}", "calibrated", 0, start, end - start, total, bos, ids)])
+                made.begin([Span(f"{number}", "calibrated", 0, start, end - start, total, ids)])
                 for place in ("a", "b"):
                     made.tap(place, prompt[start:end])
-            read = prompt[int(bos and total > 1) :, :2]
+            read = prompt[int(total > 1) :, :2]
             owners = torch.zeros(len(read), dtype=torch.int64)
             want = [emphasised(read, owners, 1, late)[0] for late in (0, 0, 1, 1)]
             assert made.take([f"{number}"])[f"{number}"] == pytest.approx(torch.cat(want).tolist(), rel=1e-4)
 
 
-@given(cuts=st.lists(st.integers(1, 9), max_size=4), bos=st.booleans())
-def test_chunks_are_summed_to_the_whole(cuts: list[int], bos: bool) -> None:
+@given(cuts=st.lists(st.integers(1, 9), max_size=4))
+def test_chunks_are_summed_to_the_whole(cuts: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         made = taps.__wrapped__(patch)  # type: ignore[attr-defined]
         prompt, other = torch.rand(10, 4), torch.rand(6, 4)
         edges = sorted({0, *cuts, 10})
         for start, end in itertools.pairwise(edges):
-            spans = [Span("p", "calibrated", 6, start, end - start, 10, bos)]
+            spans = [Span("p", "calibrated", 6, start, end - start, 10)]
             if start == 0:
-                spans.append(Span("q", "calibrated", 0, 0, 6, 6, False))
+                spans.append(Span("q", "calibrated", 0, 0, 6, 6))
             made.begin(spans)
             step = torch.cat([other, prompt[start:end]])
             for place in ("a", "b"):
                 assert made.active(place)
                 made.tap(place, step)
         found = made.take(["p", "q"])
-        assert found["p"] == pytest.approx(prompt[int(bos) :].mean(dim=0)[:2].tolist(), rel=1e-5)
-        assert found["q"] == pytest.approx(other.mean(dim=0)[:2].tolist(), rel=1e-5)
+        assert found["p"] == pytest.approx(prompt[1:].mean(dim=0)[:2].tolist(), rel=1e-5)
+        assert found["q"] == pytest.approx(other[1:].mean(dim=0)[:2].tolist(), rel=1e-5)
         assert made.take(["p"])["p"] == "the prompt was not run as a probe"  # what is taken is forgotten
 
 
 def test_what_cannot_be_scored_says_why(taps: Taps) -> None:
-    taps.begin([Span("cached", "calibrated", 0, 4, 2, 6, False), Span("half", "calibrated", 2, 0, 3, 6, False)])
+    taps.begin([Span("cached", "calibrated", 0, 4, 2, 6), Span("half", "calibrated", 2, 0, 3, 6)])
     taps.tap("a", torch.rand(5, 4))
     taps.tap("b", torch.rand(5, 4))
-    taps.begin([Span("unknown", "nosignal", 0, 0, 1, 1, False), Span("wide", "calibrated", 1, 0, 2, 2, False)])
+    taps.begin([Span("unknown", "nosignal", 0, 0, 1, 1), Span("wide", "calibrated", 1, 0, 2, 2)])
     taps.tap("a", torch.rand(2, 4))  # one row too few: an index error, which must not leave the tap
     found = taps.take(["cached", "half", "unknown", "wide"])
     assert found["cached"] == UNKNOWN_PREFIX
@@ -138,10 +135,10 @@ def test_what_cannot_be_scored_says_why(taps: Taps) -> None:
 def test_a_prompt_that_was_put_back_is_read_again(taps: Taps) -> None:
     first, again = torch.rand(3, 4), torch.rand(3, 4)
     for step in (first, again):
-        taps.begin([Span("p", "calibrated", 0, 0, 3, 3, False)])
+        taps.begin([Span("p", "calibrated", 0, 0, 3, 3)])
         taps.tap("a", step)
         taps.tap("b", step)
-    assert taps.take(["p"])["p"] == pytest.approx(again.mean(dim=0)[:2].tolist(), rel=1e-5)
+    assert taps.take(["p"])["p"] == pytest.approx(again[1:].mean(dim=0)[:2].tolist(), rel=1e-5)
 
 
 def test_the_rows_of_a_request() -> None:
@@ -149,11 +146,11 @@ def test_the_rows_of_a_request() -> None:
         extra_args = marked("k", "norm")
 
     prompt = [1, 5, 6, 7]
-    assert span(Parameters(), prompt, 3, 0, 2, 1) == Span("k", "norm", 3, 0, 2, 4, True, prompt)
-    assert span(Parameters(), prompt, 0, 2, 5, 1) == Span("k", "norm", 0, 2, 2, 4, True, prompt)  # the rest is answer
-    assert span(Parameters(), prompt, 3, 0, 2, 1, pictures=True) == Span("k", "norm", 3, 0, 2, 4, True, prompt, True)
-    assert span(Parameters(), prompt, 0, 4, 1, 1) is None
-    assert span(object(), prompt, 0, 0, 4, 1) is None
+    assert span(Parameters(), prompt, 3, 0, 2) == Span("k", "norm", 3, 0, 2, 4, prompt)
+    assert span(Parameters(), prompt, 0, 2, 5) == Span("k", "norm", 0, 2, 2, 4, prompt)  # the rest is answer
+    assert span(Parameters(), prompt, 3, 0, 2, pictures=True) == Span("k", "norm", 3, 0, 2, 4, prompt, True)
+    assert span(Parameters(), prompt, 0, 4, 1) is None
+    assert span(object(), prompt, 0, 0, 4) is None
 
 
 # -- prompts whose beginning is in vLLM's cache -----------------------------------------------------------------------
@@ -186,7 +183,7 @@ class Cache:
         """Runs tokens `start` to `end` of some prompts, one after the other."""
         spans, rows = [], 0
         for key, prompt, start, end in chunks:
-            spans.append(Span(key, signal, rows, start, end - start, len(prompt), prompt[0] == 0, prompt))
+            spans.append(Span(key, signal, rows, start, end - start, len(prompt), prompt))
             rows += end - start
         self.taps.begin(spans)
         entering = torch.cat([hidden(prompt)[start:end] for _, prompt, start, end in chunks])
@@ -206,7 +203,7 @@ class Cache:
 
 
 def expected(prompt: Sequence[int], described: bool = False) -> Any:
-    read = hidden(prompt)[int(prompt[0] == 0 and len(prompt) > 1) :]
+    read = hidden(prompt)[int(len(prompt) > 1) :]
     mean = read.mean(dim=0).tolist()
     return pytest.approx([*mean[:2], *mean, *read[-1].tolist()] if described else mean[:2], rel=1e-5)
 
@@ -284,7 +281,7 @@ def test_what_is_read_alone_is_described_alone(taps: Taps, monkeypatch: pytest.M
 
 def test_a_tap_that_was_left_out_is_noticed(taps: Taps) -> None:
     for start in (0, 3):
-        taps.begin([Span("p", "calibrated", 0, start, 3, 6, False)])
+        taps.begin([Span("p", "calibrated", 0, start, 3, 6)])
         taps.tap("a", torch.rand(3, 4))
         if start == 0:  # in the second chunk, the model runs as a graph that was captured without it
             taps.tap("b", torch.rand(3, 4))
@@ -303,7 +300,7 @@ def test_a_step_that_could_not_be_begun_is_missed(taps: Taps, monkeypatch: pytes
                 if start == failing:
                     patch.setattr(Step, "of", fails)
                 with pytest.raises(RuntimeError) if start == failing else nullcontext():
-                    taps.begin([Span(key, "calibrated", 0, start, 3, 9, False)])
+                    taps.begin([Span(key, "calibrated", 0, start, 3, 9)])
             for place in ("a", "b"):
                 taps.tap(place, torch.rand(3, 4))
     assert taps.take(["middle", "last"]) == {"middle": UNKNOWN_PREFIX, "last": "only 6 of 9 tokens were run"}
@@ -323,10 +320,10 @@ def test_another_pool_knows_no_prefix(taps: Taps) -> None:
 def test_pictures_are_never_taken_for_text(taps: Taps) -> None:
     prompt, seen = [1] * 9, torch.rand(9, 4)
     for rows in (seen, torch.rand(9, 4)):
-        taps.begin([Span("p", "calibrated", 0, 0, 9, 9, False, prompt, True)])
+        taps.begin([Span("p", "calibrated", 0, 0, 9, 9, prompt, True)])
         taps.tap("a", rows)
         taps.tap("b", rows)
-    taps.begin([Span("q", "calibrated", 0, 8, 1, 9, False), Span("r", "calibrated", 1, 8, 1, 9, False, prompt, True)])
+    taps.begin([Span("q", "calibrated", 0, 8, 1, 9), Span("r", "calibrated", 1, 8, 1, 9, prompt, True)])
     assert taps.take(["q", "r"]) == {"q": UNKNOWN_PREFIX, "r": UNKNOWN_PREFIX}
 
 

@@ -108,7 +108,7 @@ class LoGo(Calls, FromPretrained):
         self._on_bad_adapter = on_bad_adapter
         self._layout = BaseLayout.of(model)
         self.store = adapter_store(model, adapter_memory_gb, adapter_cache_gb)
-        self._mixer = Mixer(model, self.store, fold, neutral=partial(_neutral, self.prompts))
+        self._mixer = Mixer(model, self.store, fold, neutral=partial(self.prompts.texts, NEUTRAL))
         budget = int(self.settings.prefix_cache_gb * 1e9)
         self.beginnings = Beginnings(model, budget) if reusable(model) else None
         self._decoder = Decoder(model, self.prompts, self._mixer, self.beginnings)
@@ -276,10 +276,6 @@ class LoGo(Calls, FromPretrained):
             if self.pool.version != self._seen:
                 # A pool that cannot be used changes nothing, and is refused again at the next call.
                 self.take(self.prepared(self.pool))
-
-
-def _neutral(prompts: Prompts) -> tuple[list[list[int]], int | None]:
-    return prompts.texts(NEUTRAL), prompts.tokenizer.bos_token_id
 
 
 def _tell_of_kinds(pool: AdapterPool, k: int | None) -> None:

@@ -252,10 +252,8 @@ class Probing(Selecting):
         Raises:
             LoGoError: the pool cannot be scored.
         """
-        before, bos = getattr(self, "scorers", None), self._prompts.tokenizer.bos_token_id
-        scorers = Scorers(
-            self._model, pool, self._settings, self._prompts.texts, bos, before, beginnings=self._beginnings
-        )
+        before = getattr(self, "scorers", None)
+        scorers = Scorers(self._model, pool, self._settings, self._prompts.texts, before, beginnings=self._beginnings)
         if before is not None:
             scorers.get(self._settings)
         return scorers

@@ -209,7 +209,7 @@ class Runner:
 
     def __init__(self) -> None:
         self.lora_manager = SimpleNamespace(
-            logo=SimpleNamespace(probed={}, onsets={}, late=(), reading=False, bos=1, spans=())
+            logo=SimpleNamespace(probed={}, onsets={}, late=(), reading=False, spans=())
         )
         self.cudagraph_manager = SimpleNamespace()
 
@@ -246,7 +246,7 @@ def test_probes_of_runner_v2_are_known_until_they_end() -> None:
     worker = runner.step(scheduled({"a": 3, "b": 4}, request("a", prompt, "key"), request("b", [1, 2, 3, 4], None)))
     assert worker.reading and set(worker.probed) == {"a"}
     [first] = runner.rows(["b", "a"], [4, 3], [0, 0])
-    assert (first.key, first.row, first.start, first.count, first.total, first.bos) == ("key", 4, 0, 3, 5, True)
+    assert (first.key, first.row, first.start, first.count, first.total) == ("key", 4, 0, 3, 5)
     worker = runner.step(scheduled({"b": 1}))  # only the other one is in this step
     assert not worker.reading
     worker = runner.step(scheduled({"a": 2, "b": 1}))
@@ -271,5 +271,5 @@ def test_rows_of_speculated_tokens_are_counted() -> None:
     prompt = request("p", [1, 2, 3], "key")
     runner_v2.remember(probed, {}, scheduled({"p": 3}, prompt))
     batch = SimpleNamespace(req_ids=["d", "p"], num_scheduled_tokens=[4, 3], num_computed_tokens_np=[9, 0])
-    [span] = runner_v2.spans(probed, None, batch)  # a decoded request with three drafts comes first
+    [span] = runner_v2.spans(probed, batch)  # a decoded request with three drafts comes first
     assert (span.row, span.count) == (4, 3)

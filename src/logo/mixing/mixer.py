@@ -52,8 +52,7 @@ class Mixer:
         fold: whether one mixture for all rows is folded into the weights if that is possible; None: if it pays and
             the weights are not of half precision (`logo.mixing.costs`).
         merge: how the adapters of a row are combined unless `active` says otherwise; may be changed.
-        neutral: makes token ids of neutral texts and the token that begins each of them, if there is one; for routing
-            by `seqr`.
+        neutral: makes token ids of neutral texts, for routing by `seqr`.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Mixer:
         store: AdapterStore,
         fold: bool | None = None,
         merge: Merge = EXACT,
-        neutral: Callable[[], tuple[Sequence[Sequence[int]], int | None]] | None = None,
+        neutral: Callable[[], Sequence[Sequence[int]]] | None = None,
     ) -> None:
         modules = adaptable_modules(model)
         self.store = store
@@ -302,17 +301,16 @@ def _columns(names: Sequence[str], rows: Sequence[Mapping[str, float]], begins: 
 @torch.no_grad()
 def _read(
     model: nn.Module,
-    neutral: Callable[[], tuple[Sequence[Sequence[int]], int | None]],
+    neutral: Callable[[], Sequence[Sequence[int]]],
     counts: Callable[[torch.Tensor], None],
 ) -> None:
     """Runs the base model over neutral texts, one at a time.
 
-    The token that begins every text does not count: it is always the same, and its hidden vectors are very long.
+    The first token of a text does not count (`logo.selection.probe`).
     """
-    texts, bos = neutral()
     body = getattr(model, "base_model", model)  # logits are not needed
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    for text in texts:
+    for text in neutral():
         ids = torch.tensor([list(text)], device=device)
-        counts(ids[0] != bos if bos is not None else torch.ones_like(ids[0], dtype=torch.bool))
+        counts(torch.arange(len(text), device=device) > 0)
         body(input_ids=ids, use_cache=False)

@@ -40,7 +40,7 @@ from logo.selection.texts import Texts
 from logo.selection.whitening import SHRINKAGE, SKETCHED, Whitening
 
 # To be raised when the content of the files changes its meaning.
-_FORMAT = 2
+_FORMAT = 3
 _SAMPLED = 64
 _WEIGHTS = "weights.json"
 
@@ -195,7 +195,7 @@ def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
     if signal.token == "tail":
         reading.append([[list(one.tokens), one.last] for one in signal.activations])
     rows = [[list(row) for row in part] for part in (texts.neutral, texts.requests)]
-    parts = [_FORMAT, SHRINKAGE, SKETCHED, FADING, reading, rows, texts.bos, settings]
+    parts = [_FORMAT, SHRINKAGE, SKETCHED, FADING, reading, rows, settings]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, tensor in model.named_parameters():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

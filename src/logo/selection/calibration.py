@@ -270,8 +270,8 @@ def _groups(model: nn.Module, points: Sequence[Point], tokens: int) -> Iterator[
 def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
     """The `TextRunner` of a model in this process."""
     tail = signal.token == "tail"
-    probe = Probe(model, points, signal.input, "each" if tail else signal.token, texts.bos)
-    acting = Probe(model, (), signal.input, "tail", texts.bos, signal.activations) if tail else None
+    probe = Probe(model, points, signal.input, "each" if tail else signal.token)
+    acting = Probe(model, (), signal.input, "tail", signal.activations) if tail else None
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     rows = texts.rows
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

@@ -63,7 +63,7 @@ def signatures_of(
     for part in _portions(every, _HELD_BYTES // (4 * width)):
         missing = {key: rows for key, rows in part.items() if cache.described(key) is None}
         if missing:
-            together = Texts([row for rows in missing.values() for row in rows], [], cache.texts.bos)
+            together = Texts([row for rows in missing.values() for row in rows], [])
             found = read(points, signal, together, run_texts)
             first = 0
             for key, rows in missing.items():

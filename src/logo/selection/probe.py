@@ -2,6 +2,10 @@
 
 A probe knows where to read and which tokens, and nothing about adapters. To probe with adapters active, call it inside
 `GatedLoRA.active`.
+
+The first token of a text is not read where all tokens count. It sees no other token, and language models use it as a
+sink of attention, whether it is a token that begins every text or a word: its hidden vectors are very long, and in the
+middle layers hardly depend on the token (arXiv 2309.17453).
 """
 
 from __future__ import annotations
@@ -38,9 +42,8 @@ class Probe:
         read: `"residual"`, the residual stream that enters the layer, before its input norm (the official choice:
             `hidden_states[layer]`), or `"projection"`, what the point's own module receives.
         token: `"last"`, the vector of the last prompt token; `"mean"`, the mean over all prompt tokens; `"each"`, the
-            vectors of all prompt tokens but the one that begins every text; or `"tail"`, the vectors of the tokens on
-            which adapters act.
-        bos: the token that begins every text; None if there is none.
+            vectors of all prompt tokens but the first (see below); or `"tail"`, the vectors of the tokens on which
+            adapters act.
         activations: of the adapters; for `"tail"`.
         whole: run all layers instead of stopping at the last point, so that the cache holds their keys and values.
     """
@@ -51,14 +54,12 @@ class Probe:
         points: Sequence[Point],
         read: ProbeInput = "residual",
         token: ProbeToken = "last",
-        bos: int | None = None,
         activations: Sequence[Activation] = (),
         whole: bool = False,
     ) -> None:
         self.model = model
         self.points = tuple(points)
         self.token = token
-        self.bos = bos
         self.activations = tuple(activations)
         self._head = model.get_output_embeddings() if whole else None  # type: ignore[operator]
         self._whole = whole
@@ -141,11 +142,11 @@ class Probe:
         """A mask like `attention_mask` with 1 on the tokens that are read."""
         width = input_ids.shape[1]
         mask = self._tail(input_ids, attention_mask) if self.token == "tail" else attention_mask
-        if self.token not in ("each", "tail") or self.bos is None:
+        if self.token not in ("each", "tail"):
             return mask
-        # Behind a cached beginning no text begins, and a prompt of that token alone keeps it.
+        # Behind a cached beginning no text begins, and a prompt of one token keeps it.
         begins = attention_mask[:, :-width].sum(dim=1) == 0
-        left_out = (input_ids[:, 0] == self.bos) & (attention_mask.sum(dim=1) > 1) & begins
+        left_out = (attention_mask.sum(dim=1) > 1) & begins
         mask = mask.clone()
         mask[left_out, -width] = 0
         return mask

@@ -52,7 +52,6 @@ class Scorers:
         pool: adapters fitted to it.
         settings: what to read and how to score; other signals may be asked for besides.
         encode: texts to token ids, as prompts are encoded; for the texts of a calibration.
-        bos: the token that begins every text, if there is one.
         before: the scorers of an earlier state of the pool, whose indices and levels are reused. Indices of a pool that
             has changed are not written to disk, since it will change again.
         device: where scores are computed; None: on the device of the hidden vectors.
@@ -74,7 +73,6 @@ class Scorers:
         pool: AdapterPool,
         settings: SelectionSettings,
         encode: Encode,
-        bos: int | None,
         before: Scorers | None = None,
         device: torch.device | None = None,
         run_texts: TextRunner | None = None,
@@ -87,7 +85,7 @@ class Scorers:
         self._plan = plan(model, pool, settings)
         count = len(self._plan.adapters)
         self.k = min(pool.default_k, count) if settings.k is None else check_k(settings.k, count)
-        self._model, self._settings, self._encode, self._bos = model, settings, encode, bos
+        self._model, self._settings, self._encode = model, settings, encode
         self._known: dict[str, Scorer] = {}  # scorers by signal
         self._caches: dict[str, CalibrationCache] = {}  # by signal; they stay if opening a scorer fails
         # Calibrations of a pool whose adapters act elsewhere were read at other tokens.
@@ -145,7 +143,7 @@ class Scorers:
             if folder is not None and name is not None and built is None:
                 keep_index(folder, name, adapters, indices, calibration, cache)
         signal, alone = settings.reading, settings.signal == "signature"
-        probe = Probe(model, points, signal.input, signal.token, self._bos, signal.activations, whole=self.read_once)
+        probe = Probe(model, points, signal.input, signal.token, signal.activations, whole=self.read_once)
         describing = () if signatures is None else signatures.points
         if settings.index == "two-stage":
             first = self._first_stages(settings, adapters, indices, cache, folder, name)
@@ -209,7 +207,7 @@ class Scorers:
             if found is not None:
                 return found
         signal, points = settings.reading, [index.point for index in indices]
-        texts = Texts(self._texts(NEUTRAL, varied=True), [], self._bos) if cache is None else cache.texts
+        texts = Texts(self._texts(NEUTRAL, varied=True), []) if cache is None else cache.texts
         read = [vectors.responding for vectors in read_texts(self._model, points, texts, signal)]
         known = [None if cache is None else cache.whitening(point.module) for point in points]
         means = [None if index.offset is None or w is None else w.mean for index, w in zip(indices, known, strict=True)]
@@ -233,7 +231,7 @@ class Scorers:
             return self._earlier[settings.signal].cache
         if settings.signal not in self._caches:
             requests = self._texts(settings.calibration_prompts or REQUESTS) if signal.chosen else []
-            texts = Texts(self._texts(NEUTRAL, varied=True), requests, self._bos)
+            texts = Texts(self._texts(NEUTRAL, varied=True), requests)
             folder = cache_folder(settings.cache)
             self._caches[settings.signal] = CalibrationCache.of(self._model, texts, signal, folder)
         return self._caches[settings.signal]

@@ -22,12 +22,10 @@ class Texts:
     Attributes:
         neutral: texts that give the reference and the whitening.
         requests: unlabelled prompts by which points are ranked; none if all points are read.
-        bos: the token that begins every text; None if there is none.
     """
 
     neutral: Sequence[Sequence[int]]
     requests: Sequence[Sequence[int]]
-    bos: int | None
 
     @property
     def rows(self) -> list[Sequence[int]]:

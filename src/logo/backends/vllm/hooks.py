@@ -278,7 +278,7 @@ def _noting(hook: Callable[[Worker], None], runner: Any) -> None:
 def _spans_v1(original: Any, self: Any, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
     def note(worker: Worker) -> None:
         self.cudagraph_dispatcher.logo = worker
-        worker.spans = tuple(runner_v1.spans(self, worker.bos, input_batch, num_scheduled_tokens))
+        worker.spans = tuple(runner_v1.spans(self, input_batch, num_scheduled_tokens))
         drawn = args[0] if args else kwargs.get("num_sampled_tokens")
         worker.late = tuple(runner_v1.onsets(self, input_batch, num_scheduled_tokens, drawn))
 
@@ -303,7 +303,7 @@ def _spans_v2(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwa
     input_batch = original(self, scheduler_output, *args, **kwargs)
 
     def note(worker: Worker) -> None:
-        worker.spans = tuple(runner_v2.spans(worker.probed, worker.bos, input_batch))
+        worker.spans = tuple(runner_v2.spans(worker.probed, input_batch))
         if not isinstance(worker.late, Exception):
             worker.late = tuple(runner_v2.late(worker.onsets, input_batch))
 

@@ -90,7 +90,6 @@ def span(
     row: int,
     computed: int,
     count: int,
-    bos: int | None,
     *,
     pictures: bool = False,
 ) -> Span | None:
@@ -101,7 +100,6 @@ def span(
         row: its first row in the step.
         computed: how many of its tokens were run before.
         count: how many rows it has in the step.
-        bos: the token that begins every text.
         pictures: whether the prompt has pictures, which its token ids do not identify.
     """
     found = mark(parameters)
@@ -110,5 +108,4 @@ def span(
     count = min(count, len(prompt) - computed)
     if count <= 0:
         return None
-    begun = bos is not None and prompt[0] == bos
-    return Span(*found, row, computed, count, len(prompt), begun, prompt, pictures)
+    return Span(*found, row, computed, count, len(prompt), prompt, pictures)

@@ -17,7 +17,7 @@ from logo.backends.vllm.onsets import Onset, Rows, known
 from logo.backends.vllm.sums import Span
 
 
-def spans(runner: Any, bos: int | None, input_batch: Any, scheduled: Sequence[int]) -> Iterator[Span]:
+def spans(runner: Any, input_batch: Any, scheduled: Sequence[int]) -> Iterator[Span]:
     """The rows of probed prompts in the next step."""
     row = 0
     for i, (request_id, count) in enumerate(zip(input_batch.req_ids, scheduled, strict=False)):
@@ -28,7 +28,6 @@ def spans(runner: Any, bos: int | None, input_batch: Any, scheduled: Sequence[in
             row,
             int(input_batch.num_computed_tokens_cpu[i]),
             int(count),
-            bos,
             pictures=bool(state.mm_features),
         )
         if found is not None:

@@ -39,7 +39,7 @@ def forget(probed: Probed, onsets: Onsets, request_id: str) -> None:
     onsets.pop(request_id, None)
 
 
-def spans(probed: Probed, bos: int | None, input_batch: Any) -> Iterator[Span]:
+def spans(probed: Probed, input_batch: Any) -> Iterator[Span]:
     """The rows of probed prompts in the next step."""
     row = 0
     for i, request_id in enumerate(input_batch.req_ids):
@@ -47,7 +47,7 @@ def spans(probed: Probed, bos: int | None, input_batch: Any) -> Iterator[Span]:
         if request_id in probed:
             parameters, prompt, pictures = probed[request_id]
             computed = int(input_batch.num_computed_tokens_np[i])
-            found = span(parameters, prompt, row, computed, count, bos, pictures=pictures)
+            found = span(parameters, prompt, row, computed, count, pictures=pictures)
             if found is not None:
                 yield found
         row += count

@@ -77,7 +77,6 @@ class Scoring:
             pool,
             options.settings,
             prompts.texts,
-            prompts.tokenizer.bos_token_id,
             None if before is None else before._scorers,
             device=device,
             run_texts=self._kept_vectors,
@@ -154,6 +153,6 @@ def _acted(texts: Texts, signal: Signal) -> Tensor:
     """(vectors,) bool: whether adapters act on each token of the texts that is read."""
     found = []
     for row in texts.rows:
-        read = torch.arange(int(row[0] == texts.bos and len(row) > 1), len(row))
+        read = torch.arange(int(len(row) > 1), len(row))
         found.append(read >= earliest(signal.activations, row))
     return torch.cat(found)

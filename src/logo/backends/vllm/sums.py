@@ -29,7 +29,6 @@ class Span:
         start: the position of that token in the prompt.
         count: the number of rows.
         total: the number of tokens of the prompt.
-        bos: whether the prompt begins with the token that begins every text; signals that read all tokens skip it.
         prompt: its token ids.
         pictures: whether the prompt has pictures, which its token ids do not identify.
     """
@@ -40,7 +39,6 @@ class Span:
     start: int
     count: int
     total: int
-    bos: bool
     prompt: Sequence[int] = ()
     pictures: bool = False
 
@@ -62,7 +60,7 @@ class Span:
     def unread(self, signal: Signal) -> int:
         """The number of tokens at the beginning of the prompt that a signal does not read. In texts of a calibration,
         tokens before adapters act are read, too."""
-        begun = int(signal.token in ("each", "tail") and self.bos and self.total > 1)
+        begun = int(signal.token in ("each", "tail") and self.total > 1)
         if signal.token == "tail" and self.signal:
             return max(begun, earliest(signal.activations, self.prompt))
         return begun

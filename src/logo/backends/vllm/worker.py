@@ -384,12 +384,6 @@ class Worker:
         context = min(context_length(self.skeleton) or self._max_tokens, self._max_tokens)
         return Prompts(tokenizer, context, Truncation())
 
-    @cached_property
-    def bos(self) -> int | None:
-        """The token that begins every text."""
-        bos: int | None = self._prompts.tokenizer.bos_token_id
-        return bos
-
 
 def _own_id(key: str) -> int:
     """The id in vLLM of a single adapter, by which gate mode finds its slot."""
