@@ -72,7 +72,7 @@ def test_scores_are_the_formula(llama: nn.Module, tmp_path: Path) -> None:
     for adapter in logo.pool.fit(logo._layout):
         even, late = [], []
         for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"):
-            hidden = [inputs(llama, path, row)[1:] for row in texts]  # without the first token, bos
+            hidden = [inputs(llama, path, row)[1:] for row in texts]  # without the first token
             whitening = Whitening.of(torch.cat(hidden[neutral]))
             matrix = whitening.fold(torch.eye(32))
             weights = adapter.read([path])[path]
@@ -93,7 +93,9 @@ def test_scores_are_the_formula(llama: nn.Module, tmp_path: Path) -> None:
     scores = two.select(PROMPTS[2]).scores
     mean_z = torch.stack(expected)  # (adapters, texts)
     swing = mean_z[:, :-1].std(dim=1)
-    wanted = mean_z[:, -1] * (swing.median() / swing).clamp(max=1)
+    typical = mean_z[:, len(NEUTRAL) : -1].median(dim=1).values
+    level = (typical - typical.median()).clamp(-1, 1)
+    wanted = (mean_z[:, -1] - level) * (swing.median() / swing).clamp(max=1)
     assert torch.tensor(list(scores.values())).tolist() == pytest.approx(wanted.tolist(), abs=2e-3)
 
 

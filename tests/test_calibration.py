@@ -63,6 +63,23 @@ def test_an_adapter_that_every_request_excites_must_stand_out_further() -> None:
     assert wins[0] < 0.7 * without[0]
 
 
+def test_what_most_requests_excite_has_to_stand_out_further() -> None:
+    """An adapter whose z is higher for every request loses that lead, but no more than one standard deviation of it."""
+    neutral, requests, prompts = responses((5, 4, 60)), responses((5, 4, 81), 1), responses((5, 4, 6), 2)
+    plain = Reference.of(neutral, requests)
+    for more in (0.5, 30.0):
+        shift = torch.zeros(5, 1, 1)
+        shift[0] = more
+        found = Reference.of(neutral, requests + shift)
+        assert (found.level.abs() <= 1).all()
+        assert float(found.level[0] - plain.level[0]) == pytest.approx(min(more, 1 - float(plain.level[0])), abs=0.2)
+        torch.testing.assert_close(found.level[1:], plain.level[1:], atol=0.1, rtol=0)
+        want = (found.z(prompts).mean(dim=1) - found.level[:, None]) * found.trust[:, None]
+        same_tensor(found.scores(prompts), want.T)
+    same_tensor(Reference.of(neutral).level, torch.zeros(5))
+    same_tensor(Reference.of(neutral, requests[..., :0]).level, torch.zeros(5))
+
+
 def test_a_request_that_overflowed_silences_its_adapter_and_no_other() -> None:
     neutral, requests, prompts = responses((4, 2, 30)), responses((4, 2, 20), 1), responses((4, 2, 5), 2)
     requests[3, :, 7] = torch.nan

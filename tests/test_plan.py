@@ -307,5 +307,5 @@ def test_a_pool_of_files_reads_as_many_points_as_one_of_its_shape(
         write_adapter(tmp_path / f"a{i}", model, (*QV, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 4, i)
     pool = AdapterPool.from_directory(tmp_path).fit(BaseLayout.of(model))
     found = reading_plan(model, pool, SelectionSettings(signal="calibrated"))
-    assert len(found.points) == 3 * 7 and found.most == most
+    assert len(found.points) == 4 * 7 and found.most == most
     assert PoolShape.even(model, 3, 4, ALL_LINEAR).points == min(most, len(found.points))

@@ -15,7 +15,7 @@ from logo.adapters.layout import BaseLayout, LinearShape
 from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.errors import UsageError, closest
 from logo.models import cached_heads, context_length
-from logo.selection.plan import later, most_points
+from logo.selection.plan import first_layer, later, most_points
 from logo.selection.plan import plan as reading_plan
 from logo.selection.points import decoder_layers, points_of, text_config
 from logo.selection.settings import DEPTH, SelectionSettings
@@ -167,7 +167,7 @@ class PoolShape:
         modules = _matching(linears, targets)
         layers, depth = decoder_layers(model)[1], DEPTH
         reach = max(1, math.floor(depth * len(layers)))
-        points = [p.module for p in later(points_of(model, modules, reach), reach // 2, [set(modules)])]
+        points = [p.module for p in later(points_of(model, modules, reach), first_layer(reach), [set(modules)])]
         width = fmean(linears[path].in_features for path in points or modules)
         each = sum(rank * (linears[path].in_features + linears[path].out_features) for path in modules)
         return cls(

@@ -75,7 +75,7 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
         all_points = False
         # If the whole model runs anyway, every point is read (docs/read-once.md says what choosing would cost there).
         if signal.chosen and (wanted or not settings.activations):
-            points = later(points, depth // 2, [set(adapter.modules) for adapter in pool])
+            points = later(points, first_layer(depth), [set(adapter.modules) for adapter in pool])
             most = wanted or most_points(_bytes_of(pool, points) / len(points))
     adapters = _scorable(pool, points, settings, all_points=all_points)
     if settings.signal == "signature" and not any(examples_of(adapter.folder) for adapter in adapters):
@@ -98,6 +98,11 @@ def _bytes_of(pool: AdapterPool, points: Sequence[Point]) -> int:
     modules = [point.module for point in points]
     touched = (adapter.modules[module] for adapter in pool for module in modules if module in adapter.modules)
     return sum(4 * one.rank * one.in_features for one in touched)
+
+
+def first_layer(depth: int) -> int:
+    """The first layer whose points are candidates, if the probe runs through the first `depth` layers."""
+    return math.ceil(depth / 4)
 
 
 def later(points: tuple[Point, ...], first: int, pool: Iterable[Set[str]]) -> tuple[Point, ...]:
