@@ -47,6 +47,7 @@ def test_what_says_the_same(shown: str, said: str) -> None:
         ('{"k": 3}', '{"k": 4}'),
         ("mixture  9.5e-08", "mixture  9.5e-03"),
         ("0.02", "0.04"),
+        ("[0.9421727657318115]", "[0.5421727657318115]"),  # as many digits as a digest
     ],
 )
 def test_what_does_not(shown: str, said: str) -> None:

@@ -30,7 +30,7 @@ from tolerances import SCORES
 TIME = re.compile(r"\d[\d.,]*(?= ?(?:ms|s|min|h)\b)")
 TIMES = re.compile(r"\bseconds\b")  # in the head of a column
 STAMP = re.compile(r'("(?:id|created|[a-z]+_ms)": )(?:"[^"]*"|[\d.]+)')
-DIGEST = re.compile(r"\b[0-9a-f]{16,}\b")
+DIGEST = re.compile(r"(?<![\w.])[0-9a-f]{16,}\b")
 BAR = re.compile(r"[█▏▎▍▌▋▊▉]+")
 NUMBER = re.compile(r"(?<![\w.])[-+−]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
 MODEL = re.compile(r"\bbase[-_]model[ =]([^\s,]+)")
