@@ -94,8 +94,8 @@ def test_scores_are_the_formula(llama: nn.Module, tmp_path: Path) -> None:
     mean_z = torch.stack(expected)  # (adapters, texts)
     swing = mean_z[:, :-1].std(dim=1)
     typical = mean_z[:, len(NEUTRAL) : -1].median(dim=1).values
-    level = (typical - typical.median()).clamp(-1, 1)
-    wanted = (mean_z[:, -1] - level) * (swing.median() / swing).clamp(max=1)
+    excess = (typical - typical.median()).clamp(-1, 1)
+    wanted = (mean_z[:, -1] - excess) * (swing.median() / swing).clamp(max=1)
     assert torch.tensor(list(scores.values())).tolist() == pytest.approx(wanted.tolist(), abs=2e-3)
 
 

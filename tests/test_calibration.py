@@ -71,13 +71,13 @@ def test_what_most_requests_excite_has_to_stand_out_further() -> None:
         shift = torch.zeros(5, 1, 1)
         shift[0] = more
         found = Reference.of(neutral, requests + shift)
-        assert (found.level.abs() <= 1).all()
-        assert float(found.level[0] - plain.level[0]) == pytest.approx(min(more, 1 - float(plain.level[0])), abs=0.2)
-        torch.testing.assert_close(found.level[1:], plain.level[1:], atol=0.1, rtol=0)
-        want = (found.z(prompts).mean(dim=1) - found.level[:, None]) * found.trust[:, None]
+        assert (found.excess.abs() <= 1).all()
+        assert float(found.excess[0] - plain.excess[0]) == pytest.approx(min(more, 1 - float(plain.excess[0])), abs=0.2)
+        torch.testing.assert_close(found.excess[1:], plain.excess[1:], atol=0.1, rtol=0)
+        want = (found.z(prompts).mean(dim=1) - found.excess[:, None]) * found.trust[:, None]
         same_tensor(found.scores(prompts), want.T)
-    same_tensor(Reference.of(neutral).level, torch.zeros(5))
-    same_tensor(Reference.of(neutral, requests[..., :0]).level, torch.zeros(5))
+    same_tensor(Reference.of(neutral).excess, torch.zeros(5))
+    same_tensor(Reference.of(neutral, requests[..., :0]).excess, torch.zeros(5))
 
 
 def test_a_request_that_overflowed_silences_its_adapter_and_no_other() -> None:
@@ -97,7 +97,7 @@ def test_an_adapter_scores_over_the_points_it_has(nothing: float) -> None:
     scores = baseline.scores(prompts)
     assert scores.isfinite().all()
     others = [0, 2, 3]
-    trusted = whole.trust[others] / baseline.trust[others]  # what is usual depends on who is heard everywhere
+    trusted = whole.trust[others] / baseline.trust[others]  # what is usual depends on all adapters
     same_tensor(scores[:, others] * trusted, whole.scores(prompts)[:, others])
     z = (prompts[1, 1:] - neutral[1, 1:].mean(1, keepdim=True)) / neutral[1, 1:].std(1, keepdim=True)
     same_tensor(scores[:, 1], z.mean(dim=0) * baseline.trust[1])

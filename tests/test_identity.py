@@ -29,6 +29,7 @@ from logo.evaluation.merging import find_shards, merge
 from logo.evaluation.resume import Plan, ResumePolicy, finish, journal_of, open_journal
 from logo.evaluation.session import Session
 from logo.evaluation.shards import Shard
+from logo.selection.reference import SCORES
 from test_engine import engine
 
 # -- sampling ---------------------------------------------------------------------------------------------------
@@ -141,6 +142,13 @@ def test_the_adapters_scales_are_part_of_the_identity(tiny_logo: LoGo, adapters:
     assert pool_digests(other) == pool_digests(tiny_logo)
     found = differences(engine_identity(tiny_logo, "M", {}), engine_identity(other, "M", {}))
     assert [name for name, _, _ in found] == ["scales"]
+
+
+def test_the_version_of_the_scores_is_part_of_the_identity(tiny_logo: LoGo, llama: nn.Module, adapters: Path) -> None:
+    """Where all tokens are read; what the paper's signals read has not changed since."""
+    calibrated = engine(llama, adapters, signal="calibrated")
+    assert engine_identity(calibrated, "base", {})["scores"] == SCORES
+    assert "scores" not in engine_identity(tiny_logo, "base", {})
 
 
 def test_the_configuration_and_the_end_are_part_of_the_identity(

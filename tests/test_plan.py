@@ -293,7 +293,7 @@ def test_points_of_the_first_layers_are_left_to_those_who_have_no_others() -> No
 
 @pytest.mark.parametrize(("count", "points"), [(2, 48), (20, 35), (260, 12)])
 def test_small_pools_read_more_points(count: int, points: int, big: Any) -> None:
-    """256 MB divided by 4 bytes x 20 adapters x rank 16 x 5,559 features on average: 35 of the 56 candidates."""
+    """256 MB divided by 4 bytes x 20 adapters x rank 16 x 5,559 features on average: 35 of the 84 candidates."""
     assert PoolShape.even(big, count, 16, ALL_LINEAR).points == points
 
 

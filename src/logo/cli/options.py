@@ -162,7 +162,7 @@ class EngineOptions:
     )
     probe_token: Token | None = _probe(
         None,
-        "Which tokens are read: the last one, the mean of all, or each, whose scores are averaged.",
+        "Which tokens are read: the last one, the mean of all, or each but the first, whose scores are averaged.",
         "the signal's; official: last",
     )
     probe_text: ProbeText | None = _probe(

@@ -20,6 +20,7 @@ from logo.errors import UsageError
 from logo.mixing.merges import MERGES
 from logo.rows import Row
 from logo.selection.confidence import HALVED
+from logo.selection.reference import SCORES
 from logo.selection.signals import SIGNALS
 from logo.selection.size import USUAL
 
@@ -77,7 +78,7 @@ def plugins_used(*sources: str | None) -> dict[str, list[str]]:
 def digests(logo: Calls) -> dict[str, Any]:
     """Digests of what was loaded, except the adapters' weights (`pool_digests`): the base model's weights and
     configuration, the tokens at which an answer ends, the tokenizer, the adapters' scales, and the example prompts that
-    selections look at, if there are some."""
+    selections look at, if there are some; and the version of the scores, if signals read all tokens."""
     looked_at = logo.settings.examples == "use" and logo.settings.reading.scale == "whitened"
     examples = {name: examples_of(logo.pool[name].folder) for name in logo.names} if looked_at else {}
     configured = getattr(logo.model, "generation_config", None)
@@ -88,6 +89,7 @@ def digests(logo: Calls) -> dict[str, Any]:
         "tokenizer": tokenizer_digest(logo.tokenizer),
         "scales": fingerprint({name: logo.pool[name].scales for name in logo.names}),
         **({"examples": fingerprint(examples)} if any(examples.values()) else {}),
+        **({"scores": SCORES} if logo.settings.reading.token in ("each", "tail") else {}),
     }
 
 

@@ -48,7 +48,7 @@ class Evidence:
         """The confidence that scores (adapters,), sorted with the best first, give; 1/2 for a single adapter."""
         if len(ranked) == 1:
             return 0.5
-        if ranked[0] <= 0:  # nothing responds more than it does to neutral text
+        if ranked[0] <= 0:  # nothing responds more than is usual
             return 0.0
         evidence = lead(ranked) + BEST * float(ranked[0])
         return 1 / (1 + math.exp(-max(-60.0, min(60.0, self.steepness * (evidence - self.even)))))

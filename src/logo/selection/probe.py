@@ -42,7 +42,7 @@ class Probe:
         read: `"residual"`, the residual stream that enters the layer, before its input norm (the official choice:
             `hidden_states[layer]`), or `"projection"`, what the point's own module receives.
         token: `"last"`, the vector of the last prompt token; `"mean"`, the mean over all prompt tokens; `"each"`, the
-            vectors of all prompt tokens but the first (see below); or `"tail"`, the vectors of the tokens on which
+            vectors of all prompt tokens but the first (see above); or `"tail"`, the vectors of the tokens on which
             adapters act.
         activations: of the adapters; for `"tail"`.
         whole: run all layers instead of stopping at the last point, so that the cache holds their keys and values.

@@ -4,13 +4,13 @@ For adapter i, point p and text x with tokens t:
 
     a_ip(x) = log mean_t ‖ΔW_ip W_p (h_pt(x) - μ_p)‖ / √‖W_p (h_pt(x) - μ_p)‖        W, μ: `logo.selection.whitening`
     z_ip(x) = (a_ip(x) - mean over neutral texts) / spread over neutral texts
-    score_i(x) = trust_i · (mean over points of z_ip(x) - level_i)
+    score_i(x) = trust_i · (mean over points of z_ip(x) - excess_i)
 
 A signal may read the end of a prompt with more emphasis, too (`logo.selection.emphasis`). Each point then has two
 *readings*: the even ones of all points come first, and the late ones after them have a smaller weight in the mean.
 
 A raw norm says how large an adapter is, and z how much more than usual it responds. Some adapters respond more to any
-request than to neutral text: the level subtracts how much more than others they do, and trust lowers what varies more
+request than to neutral text: the excess subtracts how much more than others they do, and trust lowers what varies more
 than usual. The cache holds the `a_ip` of each adapter for the neutral texts and some unlabelled requests, from which
 everything else follows, for any pool.
 """
@@ -29,10 +29,12 @@ from logo.selection.signals import Scale
 _LEAST_SPREAD = 0.25
 # Points that are read of every adapter, if it touches so many.
 LEAST_POINTS = 4
+# To be raised when the same settings give other scores: results depend on it, so it is a part of their identity.
+SCORES = 2
 # Larger z are clipped, so that no point decides alone.
 _LARGEST_Z = 20.0
-# Levels are clipped, since the requests may be those that an adapter was made for.
-_LARGEST_LEVEL = 1.0
+# The excess is clipped, since the requests may be those that an adapter was made for.
+_LARGEST_EXCESS = 1.0
 
 
 def prompt_means(values: Tensor, owners: Tensor, rows: int, weights: Tensor | None = None) -> Tensor:
@@ -62,7 +64,7 @@ class Reference:
         mean: (adapters, points).
         spread: (adapters, points), positive.
         responds: (adapters, points), bool: the adapter touches the point, and its response there is not zero.
-        level: (adapters,): how much higher the mean z of a typical request is than for other adapters; see `scores`.
+        excess: (adapters,): how much higher the mean z of a typical request is than for other adapters; see `scores`.
         trust: (adapters,): below 1 if the mean z varies more from text to text than that of others; see `scores`.
         weights: (points,) of the mean.
     """
@@ -70,7 +72,7 @@ class Reference:
     mean: Tensor
     spread: Tensor
     responds: Tensor
-    level: Tensor
+    excess: Tensor
     trust: Tensor
     weights: Tensor
 
@@ -80,7 +82,7 @@ class Reference:
 
         Args:
             neutral: `a` of neutral texts, which gives mean and spread.
-            requests: `a` of other texts, which give the level and count for trust, too.
+            requests: `a` of other texts, which give the excess and count for trust, too.
             weights: (points,) of the mean; None: equal weights.
         """
         every = neutral if requests is None else torch.cat([neutral, requests], dim=2)
@@ -95,12 +97,12 @@ class Reference:
         mean_z, somewhere = reference._mean_z(every), responds.any(dim=1)
         if not somewhere.any():
             return reference
-        level = _level(mean_z[:, neutral.shape[2] :], somewhere)
-        return replace(reference, level=level, trust=_trust(mean_z, somewhere))
+        excess = _excess(mean_z[:, neutral.shape[2] :], somewhere)
+        return replace(reference, excess=excess, trust=_trust(mean_z, somewhere))
 
     def part(self, which: Tensor) -> Reference:
         """The reference of the adapters at some positions (n,)."""
-        fields = (self.mean, self.spread, self.responds, self.level, self.trust)
+        fields = (self.mean, self.spread, self.responds, self.excess, self.trust)
         return Reference(*(field[which] for field in fields), self.weights)
 
     def z(self, responses: Tensor) -> Tensor:
@@ -109,13 +111,13 @@ class Reference:
         return torch.where(self.responds[:, :, None], z, torch.zeros(()))
 
     def scores(self, responses: Tensor) -> Tensor:
-        """Scores (rows, adapters) of `a` (adapters, points, rows): trust times the mean z, less the adapter's level.
+        """Scores (rows, adapters) of `a` (adapters, points, rows): trust times the mean z, less the adapter's excess.
 
         The mean runs over the points where the adapter responds. A mean over fewer points varies more, and some
         adapters respond to many kinds of requests: the score of an adapter whose mean z varies more than usual is
         scaled down accordingly. An adapter that responds nowhere gets the lowest score of the others.
         """
-        scores = ((self._mean_z(responses) - self.level[:, None]) * self.trust[:, None]).T  # (rows, adapters)
+        scores = ((self._mean_z(responses) - self.excess[:, None]) * self.trust[:, None]).T  # (rows, adapters)
         silent = ~self.responds.any(dim=1)
         if silent.any() and not silent.all():
             scores[:, silent] = scores[:, ~silent].min(dim=1, keepdim=True).values
@@ -127,12 +129,12 @@ class Reference:
         return (self.z(responses) * self.weights[:, None]).sum(dim=1) / counted.clamp_min(1e-6)[:, None]
 
 
-def _level(mean_z: Tensor, responds: Tensor) -> Tensor:
+def _excess(mean_z: Tensor, responds: Tensor) -> Tensor:
     """The median over requests of each adapter's mean z, less that of the adapters that respond: (adapters,)."""
     if not mean_z.shape[1]:
         return torch.zeros(len(mean_z))
     typical = mean_z.median(dim=1).values
-    return (typical - typical[responds].median()).clamp(-_LARGEST_LEVEL, _LARGEST_LEVEL)
+    return (typical - typical[responds].median()).clamp(-_LARGEST_EXCESS, _LARGEST_EXCESS)
 
 
 def _trust(mean_z: Tensor, responds: Tensor) -> Tensor:
