@@ -124,7 +124,7 @@ def test_candidates_are_a_pool_of_their_own(
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names=st.sets(st.sampled_from(NAMES), min_size=1), prompt=st.sampled_from(PROMPTS))
 def test_calibrated_candidates_keep_their_scores(logo: LoGo, names: set[str], prompt: str) -> None:
-    """Points, least spread, excess and trust are those of the whole pool; the choice and its sharpness are theirs alone."""
+    """Points, least spread, excess and trust are those of the whole pool; choice and sharpness are theirs alone."""
     every = logo.select(prompt, signal="calibrated").scores
     found = logo.select(prompt, signal="calibrated", candidates=names)
     assert found.scores == {name: every[name] for name in every if name in names}

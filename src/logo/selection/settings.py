@@ -42,8 +42,8 @@ class SelectionSettings:
         probe_context: the adapters that are active while probing: `"base"`, none; `"pool"`, all, unscaled; `"carry"`,
             as the official code runs: all for the first prompt, then those that the last prompt selected.
         probe_input: `"residual"` (entering the layer, before its norm) or `"projection"` (what the module receives).
-        probe_token: the `"last"` prompt token; the `"mean"` over all; `"each"` but the first, whose scores are averaged;
-            or `"tail"`: each token on which adapters act, which replaces `"each"` for a pool of activated adapters.
+        probe_token: the `"last"` prompt token; the `"mean"` over all; `"each"` but the first, with averaged scores; or
+            `"tail"`: each token on which adapters act, which replaces `"each"` for a pool of activated adapters.
         probe_text: the part of a conversation that is probed: the `"last_user"` message, all messages of the user
             (`"conversation"`), or `"all"`; see `logo.prompts.chat`. None: `"all"` if no adapter of the pool acts
             everywhere and some have an invocation, else `"last_user"`.
