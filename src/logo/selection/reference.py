@@ -102,8 +102,8 @@ class Reference:
 
     def part(self, which: Tensor) -> Reference:
         """The reference of the adapters at some positions (n,)."""
-        fields = (self.mean, self.spread, self.responds, self.excess, self.trust)
-        return Reference(*(field[which] for field in fields), self.weights)
+        mean, spread, responds = self.mean[which], self.spread[which], self.responds[which]
+        return Reference(mean, spread, responds, self.excess[which], self.trust[which], self.weights)
 
     def z(self, responses: Tensor) -> Tensor:
         """`z` of `a` (adapters, points, rows); 0 where the adapter does not respond."""
