@@ -9,9 +9,9 @@ For adapter i, point p and text x with tokens t:
 A signal may read the end of a prompt with more emphasis, too (`logo.selection.emphasis`). Each point then has two
 *readings*: the even ones of all points come first, and the late ones after them have a smaller weight in the mean.
 
-A raw norm says how large an adapter is, and z how much more than usual it responds. Some adapters respond more to any
-request than to neutral text: the excess subtracts how much more than others they do, and trust lowers what varies more
-than usual. The cache holds the `a_ip` of each adapter for the neutral texts and some unlabelled requests, from which
+A raw norm says how large an adapter is, and z how much more than usual it responds. Some adapters respond to almost any
+request. Their excess, by how much their typical z is above that of the other adapters, is subtracted; and if their mean z
+varies more than that of others, their trust is below 1. The cache holds the `a_ip` of each adapter for the neutral texts and some unlabelled requests, from which
 everything else follows, for any pool.
 """
 
@@ -92,8 +92,8 @@ class Reference:
         usual = torch.where(responds, spread, torch.nan).nanmedian(dim=0).values.nan_to_num(1.0)
         spread = spread.maximum((_LEAST_SPREAD * usual).clamp_min(1e-6))
         weights = torch.ones(responds.shape[1]) if weights is None else weights
-        one = torch.ones(len(known))
-        reference = cls(known.mean(dim=2), spread, responds, 0 * one, one, weights)
+        zeros, ones = torch.zeros(len(known)), torch.ones(len(known))
+        reference = cls(known.mean(dim=2), spread, responds, zeros, ones, weights)
         mean_z, somewhere = reference._mean_z(every), responds.any(dim=1)
         if not somewhere.any():
             return reference
@@ -111,7 +111,7 @@ class Reference:
         return torch.where(self.responds[:, :, None], z, torch.zeros(()))
 
     def scores(self, responses: Tensor) -> Tensor:
-        """Scores (rows, adapters) of `a` (adapters, points, rows): trust times the mean z, less the adapter's excess.
+        """Scores (rows, adapters) of `a` (adapters, points, rows): trust times the difference of mean z and excess.
 
         The mean runs over the points where the adapter responds. A mean over fewer points varies more, and some
         adapters respond to many kinds of requests: the score of an adapter whose mean z varies more than usual is
