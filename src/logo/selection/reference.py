@@ -10,9 +10,9 @@ A signal may read the end of a prompt with more emphasis, too (`logo.selection.e
 *readings*: the even ones of all points come first, and the late ones after them have a smaller weight in the mean.
 
 A raw norm says how large an adapter is, and z how much more than usual it responds. Some adapters respond to almost any
-request. Their excess, by how much their typical z is above that of the other adapters, is subtracted; and if their mean z
-varies more than that of others, their trust is below 1. The cache holds the `a_ip` of each adapter for the neutral texts and some unlabelled requests, from which
-everything else follows, for any pool.
+request. Their excess, by how much their typical z is above that of the other adapters, is subtracted; and the trust in
+an adapter is below 1 if its mean z varies more than that of others. The cache holds the `a_ip` of each adapter for the
+neutral texts and some unlabelled requests, from which everything else follows, for any pool.
 """
 
 from __future__ import annotations
