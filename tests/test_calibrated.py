@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -95,7 +96,12 @@ def test_scores_are_the_formula(llama: nn.Module, tmp_path: Path) -> None:
     swing = mean_z[:, :-1].std(dim=1)
     typical = mean_z[:, len(NEUTRAL) : -1].median(dim=1).values
     excess = (typical - typical.median()).clamp(-1, 1)
-    wanted = (mean_z[:, -1] - excess) * (swing.median() / swing).clamp(max=1)
+    every = (mean_z - excess[:, None]) * (swing.median() / swing).clamp(max=1)[:, None]
+    tokens = torch.tensor([len(row) - 1 for row in texts], dtype=torch.float32)
+    slope, level = np.polyfit(1 / tokens[:-1], every[:, :-1].var(dim=0, correction=0), 1)
+    wanted = every[:, -1] * ((level + slope / tokens[:-1].median()) / (level + slope / tokens[-1])).sqrt()
+    assert tokens[-1] < tokens.median()
+    assert slope > 0
     assert torch.tensor(list(scores.values())).tolist() == pytest.approx(wanted.tolist(), abs=2e-3)
 
 

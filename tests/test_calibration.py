@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from logo.selection.noise import Noise
 from logo.selection.reference import Reference, agreement, choose, contrast, prompt_means
 from tolerances import same_tensor
 
@@ -177,3 +178,32 @@ def test_a_pool_of_one_has_nothing_to_contrast() -> None:
 def test_prompt_means_are_over_the_tokens_of_each_prompt() -> None:
     values = torch.tensor([[1.0], [3.0], [10.0]])
     assert prompt_means(values, torch.tensor([1, 1, 0]), 2).tolist() == [[10.0], [2.0]]
+
+
+@given(st.floats(0.1, 2), st.floats(0, 3), st.integers(0, 20))
+@settings(max_examples=40, deadline=None)
+def test_noise_is_what_chance_makes_of_few_tokens(level: float, slope: float, seed: int) -> None:
+    tokens = torch.arange(1, 401) % 40 + 1
+    deviation = (level + slope / tokens).sqrt()[:, None]
+    found = Noise.of(responses((400, 60), seed) * deviation, tokens)
+    factors = found.factors(torch.tensor([1, 5, 40]))
+    expected = ((level + slope / found.usual) / (level + slope / torch.tensor([1, 5, 40]))).sqrt().clamp(max=1.0)
+    torch.testing.assert_close(factors, expected, rtol=0.15, atol=0)
+
+
+@given(SIZES.filter(lambda size: size[2] > 2), st.integers(0, 99), st.integers(1, 30))
+@settings(max_examples=60, deadline=None)
+def test_few_tokens_weaken_scores_and_change_no_ranking(size: tuple[int, int, int], seed: int, tokens: int) -> None:
+    neutral, prompts = responses(size, seed), responses((*size[:2], 4), seed + 100)
+    known = torch.randint(1, 30, (size[2],), generator=torch.Generator().manual_seed(seed))
+    reference, read = Reference.of(neutral, tokens=known), torch.tensor([tokens, tokens + 1, 1, 10_000])
+    plain, weaker = reference.scores(prompts), reference.scores(prompts, read)
+    same_tensor(plain, Reference.of(neutral).scores(prompts))
+    factors = reference.noise.factors(read)
+    assert factors[2] <= factors[0] <= factors[1] <= factors[3] == 1.0
+    torch.testing.assert_close(weaker, plain * factors[:, None])
+    same_tensor(reference.part(torch.tensor([0])).scores(prompts[:1], read), weaker[:, :1])
+
+
+def test_texts_of_one_length_say_nothing_about_few_tokens() -> None:
+    assert Noise.of(responses((30, 5)), torch.full((30,), 7)).factors(torch.tensor([1, 7, 90])).tolist() == [1, 1, 1]

@@ -36,14 +36,17 @@ class Index:
 
 
 class Scorer:
+    """The mean response of each adapter, followed by the number of tokens that were read."""
+
     def __init__(self, *modules: str) -> None:
         self.points = tuple(Point(0, "layers.0", module) for module in modules)
         self.indices = tuple(map(Index, self.points))
         self.names = ("one", "two")
         self.signatures: Any = None
 
-    def scores(self, per_point: Any, descriptions: Any) -> Tensor:
-        return torch.stack(list(per_point)).mean(dim=0)
+    def scores(self, per_point: Any, descriptions: Any, tokens: Tensor | None) -> Tensor:
+        means = torch.stack(list(per_point)).mean(dim=0)
+        return means if tokens is None else torch.cat([means, tokens[:, None]], dim=1)
 
 
 class Describing(Scorer):
@@ -53,9 +56,9 @@ class Describing(Scorer):
         super().__init__(*modules)
         self.signatures = SimpleNamespace(points=(1,))
 
-    def scores(self, per_point: Any, descriptions: Any) -> Tensor:
+    def scores(self, per_point: Any, descriptions: Any, tokens: Any) -> Tensor:
         [description] = descriptions
-        return torch.cat([super().scores(per_point, []), description.flatten(1)], dim=1)
+        return torch.cat([super().scores(per_point, [], tokens), description.flatten(1)], dim=1)
 
 
 @pytest.fixture
@@ -80,7 +83,7 @@ def test_sums_with_emphasis_on_the_end_are_those_of_the_whole(lengths: list[int]
     with pytest.MonkeyPatch.context() as patch:
         made = taps.__wrapped__(patch, late=True)  # type: ignore[attr-defined]
         scorer = Scorer("a", "b")
-        scorer.scores = lambda per_point, descriptions: torch.cat(list(per_point), dim=1)  # type: ignore[method-assign]
+        scorer.scores = lambda per_point, *_: torch.cat(list(per_point), dim=1)  # type: ignore[method-assign]
         made.score("calibrated", scorer, SelectionSettings())  # type: ignore[arg-type]
         shared = torch.rand(cached * BLOCK, 4)
         for number, length in enumerate(lengths):
@@ -113,8 +116,8 @@ def test_chunks_are_summed_to_the_whole(cuts: list[int]) -> None:
                 assert made.active(place)
                 made.tap(place, step)
         found = made.take(["p", "q"])
-        assert found["p"] == pytest.approx(prompt[1:].mean(dim=0)[:2].tolist(), rel=1e-5)
-        assert found["q"] == pytest.approx(other[1:].mean(dim=0)[:2].tolist(), rel=1e-5)
+        assert found["p"] == pytest.approx([*prompt[1:].mean(dim=0)[:2].tolist(), 9], rel=1e-5)
+        assert found["q"] == pytest.approx([*other[1:].mean(dim=0)[:2].tolist(), 5], rel=1e-5)
         assert made.take(["p"])["p"] == "the prompt was not run as a probe"  # what is taken is forgotten
 
 
@@ -138,7 +141,7 @@ def test_a_prompt_that_was_put_back_is_read_again(taps: Taps) -> None:
         taps.begin([Span("p", "calibrated", 0, 0, 3, 3)])
         taps.tap("a", step)
         taps.tap("b", step)
-    assert taps.take(["p"])["p"] == pytest.approx(again[1:].mean(dim=0)[:2].tolist(), rel=1e-5)
+    assert taps.take(["p"])["p"] == pytest.approx([*again[1:].mean(dim=0)[:2].tolist(), 2], rel=1e-5)
 
 
 def test_the_rows_of_a_request() -> None:
@@ -205,7 +208,8 @@ class Cache:
 def expected(prompt: Sequence[int], described: bool = False) -> Any:
     read = hidden(prompt)[int(len(prompt) > 1) :]
     mean = read.mean(dim=0).tolist()
-    return pytest.approx([*mean[:2], *mean, *read[-1].tolist()] if described else mean[:2], rel=1e-5)
+    scores = [*mean[:2], len(read)]
+    return pytest.approx([*scores, *mean, *read[-1].tolist()] if described else scores, rel=1e-5)
 
 
 PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=14)

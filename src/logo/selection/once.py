@@ -80,7 +80,8 @@ class OnceReader:
                     for total, part in zip(sums, parts, strict=True):
                         total[i] += part.to(total.device)
         means = [total / counts.clamp_min(1)[:, None].to(total.device) for total in sums]
-        return Responses([finished(mean, self._signal.scale) for mean in means], descriptions)
+        tokens = counts if self._probe.token == "each" else None
+        return Responses([finished(mean, self._signal.scale) for mean in means], descriptions, tokens)
 
     def _read(
         self, rows: Sequence[Sequence[int]], ends: Sequence[int], known: Sequence[Sequence[Page]]

@@ -26,10 +26,12 @@ class Responses:
         responses: `a` (rows, adapters that touch the point) of each point (`logo.selection.reference`); first the even
             readings of all points, then the late ones if the signal has them.
         descriptions: (rows, 2, d) of each place (`logo.selection.signature`); empty if none are needed.
+        tokens: (rows,) int64 on the CPU, how many were read of each prompt; None unless the signal reads all of them.
     """
 
     responses: list[Tensor]
     descriptions: list[Tensor]
+    tokens: Tensor | None = None
 
 
 class ResponseReader:
@@ -86,9 +88,11 @@ class ResponseReader:
         described = [hidden[point] for point in self._describing]
         sums: list[Tensor] = []
         counts = torch.zeros(len(input_ids), 0, dtype=torch.int64)
+        tokens = None
         if self._probe.token == "each":
             # Descriptions need means over blocks, too.
             sums, counts = self._block_sums(values, described, input_ids[:, start:], attention_mask)
+            tokens = counts.sum(dim=1) + sum(block.tokens for block in known)
             values = self._means(sums, counts, known)
         else:
             values += described
@@ -102,6 +106,7 @@ class ResponseReader:
                 torch.stack([mean, vectors[ends.to(vectors.device)]], dim=1)
                 for mean, vectors in zip(values[count:], described, strict=True)
             ],
+            tokens,
         )
 
     def _late(self, i: int) -> bool:

@@ -86,7 +86,10 @@ class Scorer:
             self.sizes = dict(zip(self.names, sizes, strict=True))
 
     def _reference_of(self, neutral: Tensor, requests: Tensor) -> Reference:
-        return Reference.of(neutral, requests, column_weights(neutral.shape[1], len(self.points)))
+        tokens = None
+        if self.cache is not None:  # the first token is not read
+            tokens = torch.tensor([max(1, len(text) - 1) for text in self.cache.texts.rows])
+        return Reference.of(neutral, requests, column_weights(neutral.shape[1], len(self.points)), tokens)
 
     def restart(self) -> None:
         """Forgets what a running reference has learnt."""
@@ -96,21 +99,24 @@ class Scorer:
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores (rows, adapters), float32 on the CPU, of right-padded prompts (rows, length)."""
         probed = self._reader(input_ids, attention_mask)
-        return self.scores(probed.responses, probed.descriptions)
+        return self.scores(probed.responses, probed.descriptions, probed.tokens)
 
     def best(self, input_ids: Tensor, attention_mask: Tensor, asked: Sequence[Best]) -> Tensor:
         """Scores (rows, adapters) that are right for the adapters `asked` of each row; others may be `NOT_SCORED`."""
         return self(input_ids, attention_mask)
 
-    def scores(self, per_point: Sequence[Tensor], descriptions: Sequence[Tensor] = ()) -> Tensor:
+    def scores(
+        self, per_point: Sequence[Tensor], descriptions: Sequence[Tensor] = (), tokens: Tensor | None = None
+    ) -> Tensor:
         """Scores (rows, adapters), float32 on the CPU, from responses `a` per point: (rows, adapters that touch it).
 
         Args:
             per_point: the even readings of all points, then the late ones if the signal has them.
             descriptions: of the prompts, for a pool with signatures (`logo.selection.signature`); without them, the
                 scores are those of the responses.
+            tokens: (rows,), how many were read of each prompt; None unless the signal reads all of them.
         """
-        return self.with_examples(self._of_responses(per_point), descriptions)
+        return self.with_examples(self._of_responses(per_point, tokens), descriptions)
 
     def with_examples(self, scores: Tensor, descriptions: Sequence[Tensor]) -> Tensor:
         """The scores of responses (rows, adapters), with the similarity to example prompts; see `scores`."""
@@ -119,14 +125,14 @@ class Scorer:
         similar = GAIN * self.signatures.similarities(descriptions, scores)
         return similar if self._alone else scores + similar
 
-    def _of_responses(self, per_point: Sequence[Tensor]) -> Tensor:
+    def _of_responses(self, per_point: Sequence[Tensor], tokens: Tensor | None) -> Tensor:
         # (adapters, readings, rows)
         responses = torch.full((len(self.names), len(per_point), len(per_point[0])), torch.nan)
         for at, response in enumerate(per_point):
             responses[self._touched[:, at % len(self.points)], at] = response.T.cpu()
         if self._reference is None:
             return self._mean_over_points(responses, self._touched)
-        scores = self._reference.scores(responses)
+        scores = self._reference.scores(responses, tokens)
         return scores if self.drift is None else self._drifted(scores, self.drift, self._reference)
 
     def _drifted(self, scores: Tensor, drift: Drift, reference: Reference) -> Tensor:

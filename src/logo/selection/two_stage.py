@@ -174,7 +174,7 @@ class TwoStageScorer(Scorer):
                 responses[touched, at + late * len(self.points)] = finished(means, self._signal.scale).T.cpu()
         if self._reference is None:
             return self._mean_over_points(responses, self._touched[which])[0]
-        return self._reference.part(which).scores(responses)[0]
+        return self._reference.part(which).scores(responses, self._tokens(hidden))[0]
 
     def _estimate(self, hidden: Sequence[Tensor]) -> Tensor:
         """(adapters,): estimated scores, without examples."""
@@ -186,7 +186,11 @@ class TwoStageScorer(Scorer):
                 units = _units(index, self._signal, some)
                 means = first.estimates(some, torch.zeros(len(some), dtype=torch.int64), 1, units, late)
                 responses[self._touched[:, at], at + late * len(self.points)] = finished(means, self._signal.scale).T
-        return self._estimated.scores(responses)[0]
+        return self._estimated.scores(responses, self._tokens(hidden))[0]
+
+    def _tokens(self, hidden: Sequence[Tensor]) -> Tensor | None:
+        """How many tokens were read, (1,); None unless the signal reads all of them."""
+        return torch.tensor([len(hidden[0])]) if self._signal.token == "each" else None
 
     def _descriptions(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         """The prompt's description at each place; empty if the pool has no signatures."""

@@ -235,7 +235,8 @@ class Taps:
             mean = sums.by_point[count * signal.readings + number] / sums.read
             end = mean if signal.token == "mean" else sums.last[number]
             descriptions.append(torch.stack([mean, end])[None])
-        scores: list[float] = scorer.scores(per_point, descriptions)[0].tolist()
+        tokens = torch.tensor([sums.read]) if signal.token == "each" else None
+        scores: list[float] = scorer.scores(per_point, descriptions, tokens)[0].tolist()
         return scores
 
     def _add(
