@@ -436,6 +436,17 @@ def test_adapters_are_compared_on_the_tokens_on_which_they_act(tmp_path: Path, m
         assert list(selection.scores.values()) == pytest.approx(row.tolist(), rel=1e-4, abs=1e-4)
 
 
+def test_cached_pages_count_as_read(tmp_path: Path) -> None:
+    model = tiny.model("llama", max_position_embeddings=512)
+    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"), signal="calibrated", probe_token="each")
+    beginning, *ends = tiny.prompts([100, 9, 6])
+    for end in ends:
+        row = torch.tensor([[*beginning, *end]])
+        with read_tokens(model) as seen:
+            assert logo.scorer._reader(row, torch.ones_like(row)).tokens.tolist() == [row.numel() - 1]
+    assert 0 < seen[0] < 30
+
+
 def test_texts_of_a_calibration_invoke_the_adapters(tmp_path: Path) -> None:
     model = tiny.model("llama")
     logo = engine(model, pool_of(tmp_path, model, alora_invocation_tokens=INVOKE), signal="calibrated")

@@ -24,6 +24,7 @@ from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
 from logo.adapters.format import Adapter
 from logo.errors import ModelError
 from logo.selection import calibration
+from logo.selection.certainty import certainty, usual_length
 from logo.selection.confidence import total
 from logo.selection.drift import MOST, RATE
 from logo.selection.texts import NEUTRAL, REQUESTS
@@ -96,12 +97,10 @@ def test_scores_are_the_formula(llama: nn.Module, tmp_path: Path) -> None:
     swing = mean_z[:, :-1].std(dim=1)
     typical = mean_z[:, len(NEUTRAL) : -1].median(dim=1).values
     excess = (typical - typical.median()).clamp(-1, 1)
-    every = (mean_z - excess[:, None]) * (swing.median() / swing).clamp(max=1)[:, None]
-    tokens = torch.tensor([len(row) - 1 for row in texts], dtype=torch.float32)
-    slope, level = np.polyfit(1 / tokens[:-1], every[:, :-1].var(dim=0, correction=0), 1)
-    wanted = every[:, -1] * ((level + slope / tokens[:-1].median()) / (level + slope / tokens[-1])).sqrt()
-    assert tokens[-1] < tokens.median()
-    assert slope > 0
+    usual, read = np.median([len(row) - 1 for row in texts[neutral]]), len(texts[-1]) - 1
+    assert read < usual
+    certain = ((1 + 5 / usual) / (1 + 5 / read)) ** 0.5
+    wanted = certain * (mean_z[:, -1] - excess) * (swing.median() / swing).clamp(max=1)
     assert torch.tensor(list(scores.values())).tolist() == pytest.approx(wanted.tolist(), abs=2e-3)
 
 
@@ -424,6 +423,20 @@ def test_a_running_reference_follows_the_traffic(llama: nn.Module, tmp_path: Pat
     assert apart[1] < max(0.25 * apart[0], apart[0] - 0.9 * MOST)
     running.restart()
     assert running.select(prompts[0]) == neutral.select(prompts[0])
+
+
+def test_a_running_reference_moves_the_scores_of_long_and_short_prompts_alike(llama: nn.Module, tmp_path: Path) -> None:
+    neutral = engine(llama, pool(llama, tmp_path))
+    running = engine(llama, tmp_path, baseline="running")
+    running.select([f"the same begin{i}" for i in range(3, 50)])
+    for prompt in ("ab", "a long prompt of many more characters than most of the texts"):
+        drift = running.scorer.drift
+        assert drift is not None
+        levels = torch.tensor([drift.corrections[name] for name in neutral.names])
+        tokens = torch.tensor([len(neutral.prompts.texts([prompt])[0]) - 1])
+        factor = certainty(tokens, usual_length(neutral.prompts.texts(list(NEUTRAL))))
+        moved = scores(neutral, [prompt]) - scores(running, [prompt])
+        torch.testing.assert_close(moved[0], factor * levels, atol=1e-4, rtol=1e-3)
 
 
 def scores(logo: LoGo, prompts: list[str]) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logo.selection.noise import Noise
+from logo.selection.certainty import FEW, certainty, usual_length
 from logo.selection.reference import Reference, agreement, choose, contrast, prompt_means
 from tolerances import same_tensor
 
@@ -180,30 +180,23 @@ def test_prompt_means_are_over_the_tokens_of_each_prompt() -> None:
     assert prompt_means(values, torch.tensor([1, 1, 0]), 2).tolist() == [[10.0], [2.0]]
 
 
-@given(st.floats(0.1, 2), st.floats(0, 3), st.integers(0, 20))
-@settings(max_examples=40, deadline=None)
-def test_noise_is_what_chance_makes_of_few_tokens(level: float, slope: float, seed: int) -> None:
-    tokens = torch.arange(1, 401) % 40 + 1
-    deviation = (level + slope / tokens).sqrt()[:, None]
-    found = Noise.of(responses((400, 60), seed) * deviation, tokens)
-    factors = found.factors(torch.tensor([1, 5, 40]))
-    expected = ((level + slope / found.usual) / (level + slope / torch.tensor([1, 5, 40]))).sqrt().clamp(max=1.0)
-    torch.testing.assert_close(factors, expected, rtol=0.15, atol=0)
+@given(st.lists(st.integers(1, 4000), min_size=1, max_size=9), st.integers(1, 500))
+def test_few_tokens_are_less_certain_than_many(tokens: list[int], usual: int) -> None:
+    read = torch.tensor(sorted(tokens))
+    factors = certainty(read, usual)
+    assert (factors[1:] >= factors[:-1]).all()
+    assert ((factors < 1) == (read < usual)).all()
+    assert (factors >= 6**-0.5).all()  # of one token, where many are usual
 
 
-@given(SIZES.filter(lambda size: size[2] > 2), st.integers(0, 99), st.integers(1, 30))
-@settings(max_examples=60, deadline=None)
-def test_few_tokens_weaken_scores_and_change_no_ranking(size: tuple[int, int, int], seed: int, tokens: int) -> None:
-    neutral, prompts = responses(size, seed), responses((*size[:2], 4), seed + 100)
-    known = torch.randint(1, 30, (size[2],), generator=torch.Generator().manual_seed(seed))
-    reference, read = Reference.of(neutral, tokens=known), torch.tensor([tokens, tokens + 1, 1, 10_000])
-    plain, weaker = reference.scores(prompts), reference.scores(prompts, read)
-    same_tensor(plain, Reference.of(neutral).scores(prompts))
-    factors = reference.noise.factors(read)
-    assert factors[2] <= factors[0] <= factors[1] <= factors[3] == 1.0
-    torch.testing.assert_close(weaker, plain * factors[:, None])
-    same_tensor(reference.part(torch.tensor([0])).scores(prompts[:1], read), weaker[:, :1])
+def test_means_over_few_tokens_are_made_as_certain_as_usual() -> None:
+    """A part of each token's response belongs to the token alone, and the rest to the whole prompt."""
+    rows, usual = 4000, 12
+    for tokens in (1, 3, 12):
+        own = responses((rows, tokens), tokens).mean(dim=1) * FEW**0.5
+        scores = certainty(torch.tensor([tokens]), usual) * (responses((rows,), 99) + own)
+        assert float(scores.std()) == pytest.approx((1 + FEW / usual) ** 0.5, rel=0.05)
 
 
-def test_texts_of_one_length_say_nothing_about_few_tokens() -> None:
-    assert Noise.of(responses((30, 5)), torch.full((30,), 7)).factors(torch.tensor([1, 7, 90])).tolist() == [1, 1, 1]
+def test_the_usual_length_is_that_of_what_is_read() -> None:
+    assert usual_length([[1], [1, 2, 3, 4], [1, 2, 3]]) == 2

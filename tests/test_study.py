@@ -75,6 +75,16 @@ def report(engines: Engines, rows: Path, tmp_path_factory: pytest.TempPathFactor
     return study(Arms(engines), find_tasks(rows), journal, settings={"base_model": "tiny"}).report
 
 
+def test_what_any_signal_depends_on_is_recorded(engines: Engines) -> None:
+    """Whichever comes first: only one of them reads all tokens."""
+    pool, model = engines["norm"].pool, engines["norm"].model
+    reads_all = LoGo(model, tokenizer(), pool, settings=SelectionSettings(signal="spectr", k=2))
+    both = {"norm": engines["norm"], "spectr": reads_all}
+    first, second = (Arms(given).facts.digests for given in (both, dict(reversed(both.items()))))
+    assert first == second and "scores" in first
+    assert "scores" not in Arms(engines).facts.digests
+
+
 def entries(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for part in (report, report["left_out"], report["unseen"]):
         for kind in ("signals", "mixtures"):

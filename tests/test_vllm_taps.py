@@ -44,9 +44,8 @@ class Scorer:
         self.names = ("one", "two")
         self.signatures: Any = None
 
-    def scores(self, per_point: Any, descriptions: Any, tokens: Tensor | None) -> Tensor:
-        means = torch.stack(list(per_point)).mean(dim=0)
-        return means if tokens is None else torch.cat([means, tokens[:, None]], dim=1)
+    def scores(self, per_point: Any, descriptions: Any, tokens: Tensor) -> Tensor:
+        return torch.cat([torch.stack(list(per_point)).mean(dim=0), tokens[:, None]], dim=1)
 
 
 class Describing(Scorer):
@@ -279,8 +278,9 @@ def test_what_is_read_alone_is_described_alone(taps: Taps, monkeypatch: pytest.M
     cache, prompt = Cache(taps), [1, 2, 0, 2, 1]
     cache.step(("p", prompt, 0, 3), signal="norm")
     cache.step(("p", prompt, 3, 5), signal="norm")
+    count = 1 if token == "last" else 5
     read = (hidden(prompt)[-1] if token == "last" else hidden(prompt).mean(dim=0)).tolist()
-    assert taps.take(["p"])["p"] == pytest.approx([*read[:2], *read, *read], rel=1e-5)
+    assert taps.take(["p"])["p"] == pytest.approx([*read[:2], count, *read, *read], rel=1e-5)
 
 
 def test_a_tap_that_was_left_out_is_noticed(taps: Taps) -> None:
@@ -338,7 +338,7 @@ def test_a_signal_of_the_last_token_needs_no_beginning(taps: Taps, monkeypatch: 
     cache = Cache(taps)
     prompt = [1, 2] * 5
     cache.step(("p", prompt, 8, 10), signal="norm")
-    assert taps.take(["p"])["p"] == pytest.approx(hidden(prompt)[-1, :2].tolist())
+    assert taps.take(["p"])["p"] == pytest.approx([*hidden(prompt)[-1, :2].tolist(), 1])
 
 
 def test_which_probes_read_everything() -> None:

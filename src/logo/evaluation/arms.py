@@ -74,7 +74,7 @@ class Arms:
             names=self._logo.names,
             pool=pool_digests(self._logo),
             settings=_engine_settings(self._engines),
-            digests=digests(self._logo),
+            digests={key: value for logo in self._engines.values() for key, value in digests(logo).items()},
             environment=environment(self._logo),
             in_order=any(order_dependence(logo, {}) is not None for logo in self._engines.values()),
         )

@@ -80,8 +80,7 @@ class OnceReader:
                     for total, part in zip(sums, parts, strict=True):
                         total[i] += part.to(total.device)
         means = [total / counts.clamp_min(1)[:, None].to(total.device) for total in sums]
-        tokens = counts if self._probe.token == "each" else None
-        return Responses([finished(mean, self._signal.scale) for mean in means], descriptions, tokens)
+        return Responses([finished(mean, self._signal.scale) for mean in means], descriptions, counts)
 
     def _read(
         self, rows: Sequence[Sequence[int]], ends: Sequence[int], known: Sequence[Sequence[Page]]

@@ -4,7 +4,7 @@ For adapter i, point p and text x with tokens t:
 
     a_ip(x) = log mean_t ‖ΔW_ip W_p (h_pt(x) - μ_p)‖ / √‖W_p (h_pt(x) - μ_p)‖        W, μ: `logo.selection.whitening`
     z_ip(x) = (a_ip(x) - mean over neutral texts) / spread over neutral texts
-    score_i(x) = trust_i · (mean over points of z_ip(x) - excess_i) · factor(tokens of x)
+    score_i(x) = trust_i · (mean over points of z_ip(x) - excess_i)
 
 A signal may read the end of a prompt with more emphasis, too (`logo.selection.emphasis`). Each point then has two
 *readings*: the even ones of all points come first, and the late ones after them have a smaller weight in the mean.
@@ -12,8 +12,7 @@ A signal may read the end of a prompt with more emphasis, too (`logo.selection.e
 A raw norm says how large an adapter is, and z how much more than usual it responds. Some adapters respond to almost any
 request. Their excess, by how much their typical z is above that of the other adapters, is subtracted; and the trust in
 an adapter is below 1 if its mean z varies more than that of others. The cache holds the `a_ip` of each adapter for the
-neutral texts and some unlabelled requests, from which everything else follows, for any pool. The factor is below 1
-where few tokens are read (`logo.selection.noise`).
+neutral texts and some unlabelled requests, from which everything else follows, for any pool.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from logo.selection.noise import NONE, Noise
 from logo.selection.signals import Scale
 
 # The least spread, as a share of the usual one: a small spread on a few neutral texts may be an accident.
@@ -69,7 +67,6 @@ class Reference:
         excess: (adapters,): how much higher the mean z of a typical request is than for other adapters; see `scores`.
         trust: (adapters,): below 1 if the mean z varies more from text to text than that of others; see `scores`.
         weights: (points,) of the mean.
-        noise: how much scores vary by chance, from the number of tokens.
     """
 
     mean: Tensor
@@ -78,23 +75,15 @@ class Reference:
     excess: Tensor
     trust: Tensor
     weights: Tensor
-    noise: Noise = NONE
 
     @classmethod
-    def of(
-        cls,
-        neutral: Tensor,
-        requests: Tensor | None = None,
-        weights: Tensor | None = None,
-        tokens: Tensor | None = None,
-    ) -> Reference:
+    def of(cls, neutral: Tensor, requests: Tensor | None = None, weights: Tensor | None = None) -> Reference:
         """The reference that `a` (adapters, points, texts) gives; -inf or NaN means that there is no response.
 
         Args:
             neutral: `a` of neutral texts, which gives mean and spread.
             requests: `a` of other texts, which give the excess and count for trust, too.
             weights: (points,) of the mean; None: equal weights.
-            tokens: (texts,) that were read of each text, neutral ones first; None: scores do not depend on them.
         """
         every = neutral if requests is None else torch.cat([neutral, requests], dim=2)
         responds = every.isfinite().all(dim=2)
@@ -109,42 +98,30 @@ class Reference:
         if not somewhere.any():
             return reference
         excess = _excess(mean_z[:, neutral.shape[2] :], somewhere)
-        reference = replace(reference, excess=excess, trust=_trust(mean_z, somewhere))
-        if tokens is None:
-            return reference
-        return replace(reference, noise=Noise.of(reference._compared(mean_z)[:, somewhere], tokens))
+        return replace(reference, excess=excess, trust=_trust(mean_z, somewhere))
 
     def part(self, which: Tensor) -> Reference:
         """The reference of the adapters at some positions (n,)."""
         mean, spread, responds = self.mean[which], self.spread[which], self.responds[which]
-        return replace(
-            self, mean=mean, spread=spread, responds=responds, excess=self.excess[which], trust=self.trust[which]
-        )
+        return Reference(mean, spread, responds, self.excess[which], self.trust[which], self.weights)
 
     def z(self, responses: Tensor) -> Tensor:
         """`z` of `a` (adapters, points, rows); 0 where the adapter does not respond."""
         z = ((responses - self.mean[:, :, None]) / self.spread[:, :, None]).clamp(-_LARGEST_Z, _LARGEST_Z)
         return torch.where(self.responds[:, :, None], z, torch.zeros(()))
 
-    def scores(self, responses: Tensor, tokens: Tensor | None = None) -> Tensor:
+    def scores(self, responses: Tensor) -> Tensor:
         """Scores (rows, adapters) of `a` (adapters, points, rows): trust times the difference of mean z and excess.
 
         The mean runs over the points where the adapter responds. A mean over fewer points varies more, and some
         adapters respond to many kinds of requests: the score of an adapter whose mean z varies more than usual is
         scaled down accordingly. An adapter that responds nowhere gets the lowest score of the others.
-
-        Args:
-            tokens: (rows,) that were read of each prompt: the fewer, the smaller are its scores; None: no matter.
         """
-        scores = self._compared(self._mean_z(responses))
+        scores = ((self._mean_z(responses) - self.excess[:, None]) * self.trust[:, None]).T  # (rows, adapters)
         silent = ~self.responds.any(dim=1)
         if silent.any() and not silent.all():
             scores[:, silent] = scores[:, ~silent].min(dim=1, keepdim=True).values
-        return scores if tokens is None else scores * self.noise.factors(tokens)[:, None]
-
-    def _compared(self, mean_z: Tensor) -> Tensor:
-        """Scores (rows, adapters) of mean z (adapters, rows), of however many tokens."""
-        return ((mean_z - self.excess[:, None]) * self.trust[:, None]).T
+        return scores
 
     def _mean_z(self, responses: Tensor) -> Tensor:
         """The mean z, (adapters, rows)."""

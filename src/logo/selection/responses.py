@@ -26,12 +26,12 @@ class Responses:
         responses: `a` (rows, adapters that touch the point) of each point (`logo.selection.reference`); first the even
             readings of all points, then the late ones if the signal has them.
         descriptions: (rows, 2, d) of each place (`logo.selection.signature`); empty if none are needed.
-        tokens: (rows,) int64 on the CPU, how many were read of each prompt; None unless the signal reads all of them.
+        tokens: (rows,) int64 on the CPU, how many were read of each prompt.
     """
 
     responses: list[Tensor]
     descriptions: list[Tensor]
-    tokens: Tensor | None = None
+    tokens: Tensor
 
 
 class ResponseReader:
@@ -88,25 +88,24 @@ class ResponseReader:
         described = [hidden[point] for point in self._describing]
         sums: list[Tensor] = []
         counts = torch.zeros(len(input_ids), 0, dtype=torch.int64)
-        tokens = None
+        read = torch.bincount(self._probe.owners(input_ids[:, start:], attention_mask), minlength=len(input_ids))
         if self._probe.token == "each":
             # Descriptions need means over blocks, too.
             sums, counts = self._block_sums(values, described, input_ids[:, start:], attention_mask)
-            tokens = counts.sum(dim=1) + sum(block.tokens for block in known)
             values = self._means(sums, counts, known)
         else:
             values += described
         if rows is not None and cache is not None and cache.layers:  # a probe before the first layer caches nothing
             self._keep(cache, rows, len(known), sums, counts)
         count = len(self._indices) * self._signal.readings
-        ends = last(torch.bincount(self._probe.owners(input_ids[:, start:], attention_mask)))
+        ends = last(read)
         return Responses(
             [finished(value, self._signal.scale) for value in values[:count]],
             [
                 torch.stack([mean, vectors[ends.to(vectors.device)]], dim=1)
                 for mean, vectors in zip(values[count:], described, strict=True)
             ],
-            tokens,
+            read + sum(block.tokens for block in known),
         )
 
     def _late(self, i: int) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from logo.adapters.format import Adapter
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration
+from logo.selection.certainty import certainty
 from logo.selection.drift import Drift
 from logo.selection.emphasis import column_weights
 from logo.selection.index import ScoringIndex
@@ -49,6 +50,7 @@ class Scorer:
         drift: the levels that a running reference has learnt and continues to learn; None: prompts change nothing.
         signatures: of the adapters that have example prompts; None: no adapter has, or they are not used.
         alone: the scores are those of the signatures, without the responses.
+        usual: the usual number of tokens that are read (`logo.selection.certainty`); None: scores do not depend on it.
 
     Attributes:
         points: where prompts are read.
@@ -67,8 +69,9 @@ class Scorer:
         drift: Drift | None = None,
         signatures: Signatures | None = None,
         alone: bool = False,
+        usual: float | None = None,
     ) -> None:
-        self.signatures, self._alone = signatures, alone
+        self.signatures, self._alone, self._usual = signatures, alone, usual
         self.indices = tuple(indices)
         self.points = tuple(index.point for index in indices)
         self.names = tuple(adapter.name for adapter in adapters)
@@ -86,10 +89,7 @@ class Scorer:
             self.sizes = dict(zip(self.names, sizes, strict=True))
 
     def _reference_of(self, neutral: Tensor, requests: Tensor) -> Reference:
-        tokens = None
-        if self.cache is not None:  # the first token is not read
-            tokens = torch.tensor([max(1, len(text) - 1) for text in self.cache.texts.rows])
-        return Reference.of(neutral, requests, column_weights(neutral.shape[1], len(self.points)), tokens)
+        return Reference.of(neutral, requests, column_weights(neutral.shape[1], len(self.points)))
 
     def restart(self) -> None:
         """Forgets what a running reference has learnt."""
@@ -105,18 +105,20 @@ class Scorer:
         """Scores (rows, adapters) that are right for the adapters `asked` of each row; others may be `NOT_SCORED`."""
         return self(input_ids, attention_mask)
 
-    def scores(
-        self, per_point: Sequence[Tensor], descriptions: Sequence[Tensor] = (), tokens: Tensor | None = None
-    ) -> Tensor:
+    def scores(self, per_point: Sequence[Tensor], descriptions: Sequence[Tensor], tokens: Tensor) -> Tensor:
         """Scores (rows, adapters), float32 on the CPU, from responses `a` per point: (rows, adapters that touch it).
 
         Args:
             per_point: the even readings of all points, then the late ones if the signal has them.
             descriptions: of the prompts, for a pool with signatures (`logo.selection.signature`); without them, the
                 scores are those of the responses.
-            tokens: (rows,), how many were read of each prompt; None unless the signal reads all of them.
+            tokens: (rows,), how many were read of each prompt.
         """
-        return self.with_examples(self._of_responses(per_point, tokens), descriptions)
+        return self.with_examples(self.as_certain(self._of_responses(per_point), tokens), descriptions)
+
+    def as_certain(self, scores: Tensor, tokens: Tensor) -> Tensor:
+        """The scores of responses (rows, adapters), scaled down where few tokens (rows,) were read."""
+        return scores if self._usual is None else scores * certainty(tokens, self._usual)[:, None]
 
     def with_examples(self, scores: Tensor, descriptions: Sequence[Tensor]) -> Tensor:
         """The scores of responses (rows, adapters), with the similarity to example prompts; see `scores`."""
@@ -125,14 +127,14 @@ class Scorer:
         similar = GAIN * self.signatures.similarities(descriptions, scores)
         return similar if self._alone else scores + similar
 
-    def _of_responses(self, per_point: Sequence[Tensor], tokens: Tensor | None) -> Tensor:
+    def _of_responses(self, per_point: Sequence[Tensor]) -> Tensor:
         # (adapters, readings, rows)
         responses = torch.full((len(self.names), len(per_point), len(per_point[0])), torch.nan)
         for at, response in enumerate(per_point):
             responses[self._touched[:, at % len(self.points)], at] = response.T.cpu()
         if self._reference is None:
             return self._mean_over_points(responses, self._touched)
-        scores = self._reference.scores(responses, tokens)
+        scores = self._reference.scores(responses)
         return scores if self.drift is None else self._drifted(scores, self.drift, self._reference)
 
     def _drifted(self, scores: Tensor, drift: Drift, reference: Reference) -> Tensor:

@@ -19,6 +19,7 @@ from logo.selection import index_file
 from logo.selection.beginnings import Beginnings
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import HiddenVectors, TextRunner, calibrate, read_texts, whitenings
+from logo.selection.certainty import usual_length
 from logo.selection.drift import Drift
 from logo.selection.examples import signatures_of
 from logo.selection.first_stage_file import first_stage_name, keep_first_stages, load_first_stages
@@ -143,13 +144,14 @@ class Scorers:
             if folder is not None and name is not None and built is None:
                 keep_index(folder, name, adapters, indices, calibration, cache)
         signal, alone = settings.reading, settings.signal == "signature"
+        usual = usual_length(cache.texts.neutral) if cache is not None and signal.token == "each" else None
         probe = Probe(model, points, signal.input, signal.token, signal.activations, whole=self.read_once)
         describing = () if signatures is None else signatures.points
         if settings.index == "two-stage":
             first = self._first_stages(settings, adapters, indices, cache, folder, name)
             exact = ResponseReader(probe, indices, signal, settings.signal, None, describing)
-            left, examples = settings.index_left, (signatures, alone)
-            return TwoStageScorer(adapters, indices, exact, probe, signal, first, calibration, cache, left, *examples)
+            left, more = settings.index_left, (signatures, alone, usual)
+            return TwoStageScorer(adapters, indices, exact, probe, signal, first, calibration, cache, left, *more)
         reader: ResponseReader | OnceReader
         if self.read_once and self._beginnings is not None:
             reader = OnceReader(probe, indices, signal, self._beginnings, describing)
@@ -161,7 +163,7 @@ class Scorers:
             if earlier is not None and earlier.drift is not None:  # a pool that has changed
                 drift = Drift(earlier.drift.levels)
                 drift.keep([adapter.name for adapter in adapters])
-        return Scorer(adapters, indices, reader, calibration, cache, drift, signatures, alone)
+        return Scorer(adapters, indices, reader, calibration, cache, drift, signatures, alone, usual)
 
     def _signatures(
         self,

@@ -95,8 +95,8 @@ class TwoStageScorer(Scorer):
         signal: of norms.
         first: parallel to `indices`.
         left: adapters that estimates leave for the second stage; None: as many as suit k.
-        signatures, alone: as those of `Scorer`. They are added to estimates as they are to scores, so that no adapter
-            is left out whose examples resemble the prompt.
+        signatures, alone, usual: as those of `Scorer`. Similarities to examples are added to estimates as they are to
+            scores, so that no adapter is left out whose examples resemble the prompt.
     """
 
     def __init__(
@@ -112,8 +112,9 @@ class TwoStageScorer(Scorer):
         left: int | None = None,
         signatures: Signatures | None = None,
         alone: bool = False,
+        usual: float | None = None,
     ) -> None:
-        super().__init__(adapters, indices, reader, calibration, cache, signatures=signatures, alone=alone)
+        super().__init__(adapters, indices, reader, calibration, cache, None, signatures, alone, usual)
         self.first = first
         self._probe, self._signal, self._left = probe, signal, left
         self._estimated: Reference | None = None
@@ -174,7 +175,8 @@ class TwoStageScorer(Scorer):
                 responses[touched, at + late * len(self.points)] = finished(means, self._signal.scale).T.cpu()
         if self._reference is None:
             return self._mean_over_points(responses, self._touched[which])[0]
-        return self._reference.part(which).scores(responses, self._tokens(hidden))[0]
+        scores = self._reference.part(which).scores(responses)
+        return self.as_certain(scores, torch.tensor([len(hidden[0])]))[0]
 
     def _estimate(self, hidden: Sequence[Tensor]) -> Tensor:
         """(adapters,): estimated scores, without examples."""
@@ -186,11 +188,7 @@ class TwoStageScorer(Scorer):
                 units = _units(index, self._signal, some)
                 means = first.estimates(some, torch.zeros(len(some), dtype=torch.int64), 1, units, late)
                 responses[self._touched[:, at], at + late * len(self.points)] = finished(means, self._signal.scale).T
-        return self._estimated.scores(responses, self._tokens(hidden))[0]
-
-    def _tokens(self, hidden: Sequence[Tensor]) -> Tensor | None:
-        """How many tokens were read, (1,); None unless the signal reads all of them."""
-        return torch.tensor([len(hidden[0])]) if self._signal.token == "each" else None
+        return self.as_certain(self._estimated.scores(responses), torch.tensor([len(hidden[0])]))[0]
 
     def _descriptions(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         """The prompt's description at each place; empty if the pool has no signatures."""

@@ -235,8 +235,7 @@ class Taps:
             mean = sums.by_point[count * signal.readings + number] / sums.read
             end = mean if signal.token == "mean" else sums.last[number]
             descriptions.append(torch.stack([mean, end])[None])
-        tokens = torch.tensor([sums.read]) if signal.token == "each" else None
-        scores: list[float] = scorer.scores(per_point, descriptions, tokens)[0].tolist()
+        scores: list[float] = scorer.scores(per_point, descriptions, torch.tensor([sums.read]))[0].tolist()
         return scores
 
     def _add(
