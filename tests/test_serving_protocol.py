@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from http_server import serving
-from logo.api.requests import LoadAdapter, SelectRequest, UnloadAdapter
+from logo.api.requests import LoadAdapter, LogoOptions, SelectRequest, UnloadAdapter
 from logo.api.validation import validation_message
 from logo.serving.bodies import UNSUPPORTED, ChatRequest, CompletionRequest
 from logo.serving.error_handlers import install
@@ -188,6 +188,14 @@ def test_fields_that_ask_for_nothing_are_taken_though_unsupported() -> None:
     }
     assert not harmless.keys() - UNSUPPORTED.keys()
     assert completion(**harmless).model_extra == harmless
+
+
+@pytest.mark.parametrize("field", LogoOptions.model_fields)
+def test_options_beside_the_field_logo_are_told_where_they_belong(field: str) -> None:
+    """Rather than ignored, as the fields of other servers are."""
+    expected = (f"{field}: expected inside the field 'logo', as in {{'logo': {{'{field}': ...}}}}", field)
+    for model, valid in REQUESTS[:3]:
+        assert refusal(model, valid | {field: 1}) == expected
 
 
 def test_unknown_fields_are_kept() -> None:

@@ -64,13 +64,26 @@ class LogoOptions(Body):
         return [name for name, value in self if name != "adapters" and value is not None]
 
 
-class ModelRequest(Body):
+class _WithOptions(Body):
+    """A body with the field `logo`."""
+
+    logo: LogoOptions | None = None
+
+    @model_validator(mode="after")
+    def _options_in_their_place(self) -> _WithOptions:
+        """Other unknown fields may be another server's, but these would be ignored against the client's will."""
+        for name in self.model_extra or {}:
+            if name in LogoOptions.model_fields:
+                raise refused(f"expected inside the field 'logo', as in {{'logo': {{'{name}': ...}}}}", name)
+        return self
+
+
+class ModelRequest(_WithOptions):
     """What LoGo reads of any request for text."""
 
     model: Text = Field(
         description="'logo' selects adapters by itself; an adapter's name; or the base model's.", examples=["logo"]
     )
-    logo: LogoOptions | None = None
 
 
 class TextPart(Body):
@@ -119,12 +132,11 @@ class Message(Body):
 Messages = Annotated[list[Message], Field(min_length=1)]
 
 
-class SelectRequest(Body):
+class SelectRequest(_WithOptions):
     """Body of `POST /v1/logo/select`: one prompt, or one conversation."""
 
     prompt: OnePrompt | None = None
     messages: Messages | None = None
-    logo: LogoOptions | None = None
 
     @model_validator(mode="after")
     def _one_input(self) -> SelectRequest:

@@ -21,7 +21,7 @@ from logo.api.asgi import App, BodyLimit, Receive, Scope, Send, answer, answer_e
 from logo.api.errors import ApiError, bad_request, shown_line, unavailable
 from logo.api.names import AUTO, Models
 from logo.api.replies import SelectionReply
-from logo.api.requests import LoadAdapter, ModelRequest, SelectRequest, UnloadAdapter, checked
+from logo.api.requests import LoadAdapter, LogoOptions, ModelRequest, SelectRequest, UnloadAdapter, checked
 from logo.api.visits import choosing, indifferent
 from logo.backends.vllm import bodies
 from logo.backends.vllm.admission import Admission
@@ -169,7 +169,8 @@ class Router:
             indifferent()
             await self.app(scope, sending(raw, receive), send)
             return
-        asked = checked(ModelRequest, {"model": model, "logo": body.pop("logo", None)})
+        misplaced = {name: body[name] for name in LogoOptions.model_fields if name in body}
+        asked = checked(ModelRequest, {"model": model, "logo": body.pop("logo", None), **misplaced})
         if body.get("background"):
             raise bad_request(
                 "background: only the base model answers in the background; leave it out, or name the base model",
