@@ -78,7 +78,7 @@ def _sureness(confidence: float) -> float:
     return min(max((confidence - _DOUBT) / (_TRUST - _DOUBT), 0.0), 1.0)
 
 
-# For scores in standard deviations of neutral text, and for scores to which example prompts contribute.
+# For scores of responses, and for scores to which example prompts contribute.
 RESPONSES = Evidence(3.5, 1.1)
 EXAMPLES = Evidence(1.1, 4.6)
 

@@ -4,7 +4,8 @@
     shift_i   = level_i - median over adapters of level      how much more than others i responds to any prompt
     score_i' = score_i - clip(shift_i, -MOST, MOST)          `baseline="running"`
 
-Scores are in standard deviations of neutral text. No prompt moves a level by more than `RATE`, however large its score
+A running reference sees scores in standard deviations of neutral text, before they are scaled
+(`logo.selection.chance`); the metrics of a server see them as they are returned. No prompt moves a level by more than `RATE`, however large its score
 is, so the prompts that an adapter was made for lower its score only if most prompts are such, and by `MOST` at most.
 The median is subtracted because a shift that all adapters share does not change their order.
 """

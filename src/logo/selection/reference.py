@@ -4,7 +4,7 @@ For adapter i, point p and text x with tokens t:
 
     a_ip(x) = log mean_t ‖ΔW_ip W_p (h_pt(x) - μ_p)‖ / √‖W_p (h_pt(x) - μ_p)‖        W, μ: `logo.selection.whitening`
     z_ip(x) = (a_ip(x) - mean over neutral texts) / spread over neutral texts
-    score_i(x) = trust_i · (mean over points of z_ip(x) - excess_i)
+    score_i(x) = trust_i · (mean over points of z_ip(x) - excess_i)        scaled in `logo.selection.chance`
 
 A signal may read the end of a prompt with more emphasis, too (`logo.selection.emphasis`). Each point then has two
 *readings*: the even ones of all points come first, and the late ones after them have a smaller weight in the mean.
@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from logo.selection.chance import UNIT, deviation
 from logo.selection.signals import Scale
 
 # The least spread, as a share of the usual one: a small spread on a few neutral texts may be an accident.
@@ -67,6 +68,7 @@ class Reference:
         excess: (adapters,): how much higher the mean z of a typical request is than for other adapters; see `scores`.
         trust: (adapters,): below 1 if the mean z varies more from text to text than that of others; see `scores`.
         weights: (points,) of the mean.
+        apart: how far apart scores lie by chance (`logo.selection.chance`).
     """
 
     mean: Tensor
@@ -75,6 +77,7 @@ class Reference:
     excess: Tensor
     trust: Tensor
     weights: Tensor
+    apart: float = UNIT
 
     @classmethod
     def of(cls, neutral: Tensor, requests: Tensor | None = None, weights: Tensor | None = None) -> Reference:
@@ -82,7 +85,7 @@ class Reference:
 
         Args:
             neutral: `a` of neutral texts, which gives mean and spread.
-            requests: `a` of other texts, which give the excess and count for trust, too.
+            requests: `a` of other texts, which give the excess, and count for trust and `apart`, too.
             weights: (points,) of the mean; None: equal weights.
         """
         every = neutral if requests is None else torch.cat([neutral, requests], dim=2)
@@ -98,12 +101,15 @@ class Reference:
         if not somewhere.any():
             return reference
         excess = _excess(mean_z[:, neutral.shape[2] :], somewhere)
-        return replace(reference, excess=excess, trust=_trust(mean_z, somewhere))
+        reference = replace(reference, excess=excess, trust=_trust(mean_z, somewhere))
+        return replace(reference, apart=deviation(reference._compared(mean_z)[:, somewhere]))
 
     def part(self, which: Tensor) -> Reference:
         """The reference of the adapters at some positions (n,)."""
         mean, spread, responds = self.mean[which], self.spread[which], self.responds[which]
-        return Reference(mean, spread, responds, self.excess[which], self.trust[which], self.weights)
+        return replace(
+            self, mean=mean, spread=spread, responds=responds, excess=self.excess[which], trust=self.trust[which]
+        )
 
     def z(self, responses: Tensor) -> Tensor:
         """`z` of `a` (adapters, points, rows); 0 where the adapter does not respond."""
@@ -117,11 +123,15 @@ class Reference:
         adapters respond to many kinds of requests: the score of an adapter whose mean z varies more than usual is
         scaled down accordingly. An adapter that responds nowhere gets the lowest score of the others.
         """
-        scores = ((self._mean_z(responses) - self.excess[:, None]) * self.trust[:, None]).T  # (rows, adapters)
+        scores = self._compared(self._mean_z(responses))
         silent = ~self.responds.any(dim=1)
         if silent.any() and not silent.all():
             scores[:, silent] = scores[:, ~silent].min(dim=1, keepdim=True).values
         return scores
+
+    def _compared(self, mean_z: Tensor) -> Tensor:
+        """Scores (rows, adapters) of mean z (adapters, rows)."""
+        return ((mean_z - self.excess[:, None]) * self.trust[:, None]).T
 
     def _mean_z(self, responses: Tensor) -> Tensor:
         """The mean z, (adapters, rows)."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from logo.adapters.format import Adapter
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration
-from logo.selection.certainty import certainty
+from logo.selection.chance import factors
 from logo.selection.drift import Drift
 from logo.selection.emphasis import column_weights
 from logo.selection.index import ScoringIndex
@@ -50,7 +50,7 @@ class Scorer:
         drift: the levels that a running reference has learnt and continues to learn; None: prompts change nothing.
         signatures: of the adapters that have example prompts; None: no adapter has, or they are not used.
         alone: the scores are those of the signatures, without the responses.
-        usual: the usual number of tokens that are read (`logo.selection.certainty`); None: scores do not depend on it.
+        usual: the usual number of tokens that are read (`logo.selection.chance`); None: scores are not scaled.
 
     Attributes:
         points: where prompts are read.
@@ -114,11 +114,14 @@ class Scorer:
                 scores are those of the responses.
             tokens: (rows,), how many were read of each prompt.
         """
-        return self.with_examples(self.as_certain(self._of_responses(per_point), tokens), descriptions)
+        return self.with_examples(self.scaled(self._of_responses(per_point), tokens), descriptions)
 
-    def as_certain(self, scores: Tensor, tokens: Tensor) -> Tensor:
-        """The scores of responses (rows, adapters), scaled down where few tokens (rows,) were read."""
-        return scores if self._usual is None else scores * certainty(tokens, self._usual)[:, None]
+    def scaled(self, scores: Tensor, tokens: Tensor) -> Tensor:
+        """The scores of responses (rows, adapters) to prompts of so many tokens (rows,), in the unit of
+        `logo.selection.chance`."""
+        if self._usual is None or self._reference is None:
+            return scores
+        return scores * factors(tokens, self._usual, self._reference.apart)[:, None]
 
     def with_examples(self, scores: Tensor, descriptions: Sequence[Tensor]) -> Tensor:
         """The scores of responses (rows, adapters), with the similarity to example prompts; see `scores`."""

@@ -19,7 +19,7 @@ from logo.selection import index_file
 from logo.selection.beginnings import Beginnings
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import HiddenVectors, TextRunner, calibrate, read_texts, whitenings
-from logo.selection.certainty import usual_length
+from logo.selection.chance import usual_length
 from logo.selection.drift import Drift
 from logo.selection.examples import signatures_of
 from logo.selection.first_stage_file import first_stage_name, keep_first_stages, load_first_stages

@@ -176,7 +176,7 @@ class TwoStageScorer(Scorer):
         if self._reference is None:
             return self._mean_over_points(responses, self._touched[which])[0]
         scores = self._reference.part(which).scores(responses)
-        return self.as_certain(scores, torch.tensor([len(hidden[0])]))[0]
+        return self.scaled(scores, torch.tensor([len(hidden[0])]))[0]
 
     def _estimate(self, hidden: Sequence[Tensor]) -> Tensor:
         """(adapters,): estimated scores, without examples."""
@@ -188,7 +188,7 @@ class TwoStageScorer(Scorer):
                 units = _units(index, self._signal, some)
                 means = first.estimates(some, torch.zeros(len(some), dtype=torch.int64), 1, units, late)
                 responses[self._touched[:, at], at + late * len(self.points)] = finished(means, self._signal.scale).T
-        return self.as_certain(self._estimated.scores(responses), torch.tensor([len(hidden[0])]))[0]
+        return self.scaled(self._estimated.scores(responses), torch.tensor([len(hidden[0])]))[0]
 
     def _descriptions(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         """The prompt's description at each place; empty if the pool has no signatures."""

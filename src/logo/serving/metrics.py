@@ -137,7 +137,7 @@ class _State(Collector):
     def _drifted(self) -> Iterator[Metric]:
         """The shifts of scores (`logo.selection.drift`), without adapters that have left the pool."""
         self._drift.keep(set(self._service.adapters))
-        middle = "The usual score of the usual adapter in recent prompts, in standard deviations of neutral text."
+        middle = "The usual score of the usual adapter in recent prompts."
         yield GaugeMetricFamily("logo:pool_baseline_shift", middle, value=self._drift.middle)
         own = "How far an adapter's usual score in recent prompts is above that of the usual adapter."
         shifts = GaugeMetricFamily("logo:adapter_baseline_shift", own, labels=["adapter"])
