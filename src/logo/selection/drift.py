@@ -5,9 +5,10 @@
     score_i' = score_i - clip(shift_i, -MOST, MOST)          `baseline="running"`
 
 A running reference sees scores in standard deviations of neutral text, before they are scaled
-(`logo.selection.chance`); the metrics of a server see them as they are returned. No prompt moves a level by more than `RATE`, however large its score
-is, so the prompts that an adapter was made for lower its score only if most prompts are such, and by `MOST` at most.
-The median is subtracted because a shift that all adapters share does not change their order.
+(`logo.selection.chance`); the metrics of a server see them as they are returned. No prompt moves a level by more than
+`RATE`, however large its score is, so the prompts that an adapter was made for lower its score only if most prompts are
+such, and by `MOST` at most. The median is subtracted because a shift that all adapters share does not change their
+order.
 """
 
 from __future__ import annotations
