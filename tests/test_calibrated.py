@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -24,7 +23,7 @@ from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
 from logo.adapters.format import Adapter
 from logo.errors import ModelError
 from logo.selection import calibration
-from logo.selection.chance import UNIT, factors, usual_length
+from logo.selection.chance import UNIT, USUAL, factors
 from logo.selection.confidence import total
 from logo.selection.drift import MOST, RATE
 from logo.selection.texts import NEUTRAL, REQUESTS
@@ -97,10 +96,9 @@ def test_scores_are_the_formula(llama: nn.Module, tmp_path: Path) -> None:
     swing = mean_z[:, :-1].std(dim=1)
     typical = mean_z[:, len(NEUTRAL) : -1].median(dim=1).values
     excess = (typical - typical.median()).clamp(-1, 1)
-    usual, read = np.median([len(row) - 1 for row in texts[neutral]]), len(texts[-1]) - 1
-    assert read < usual
+    assert len(texts[-1]) > USUAL
     every = (mean_z - excess[:, None]) * (swing.median() / swing).clamp(max=1)[:, None]
-    apart = every[:, :-1].var(dim=0).mean().sqrt() * ((1 + 5 / read) / (1 + 5 / usual)) ** 0.5
+    apart = every[:, :-1].var(dim=0).mean().sqrt()
     wanted = UNIT * every[:, -1] / apart
     assert torch.tensor(list(scores.values())).tolist() == pytest.approx(wanted.tolist(), abs=2e-3)
 
@@ -436,7 +434,7 @@ def test_a_running_reference_moves_the_scores_of_long_and_short_prompts_alike(ll
         levels = torch.tensor([drift.corrections[name] for name in neutral.names])
         tokens = torch.tensor([len(neutral.prompts.texts([prompt])[0]) - 1])
         apart = neutral.scorer._reference.apart
-        factor = factors(tokens, usual_length(neutral.prompts.texts(list(NEUTRAL))), apart)
+        factor = factors(tokens, apart)
         moved = scores(neutral, [prompt]) - scores(running, [prompt])
         torch.testing.assert_close(moved[0], factor * levels, atol=1e-4, rtol=1e-3)
 

@@ -25,6 +25,7 @@ from logo.adapters.upkeep.publishing import Upload
 from logo.adapters.writing import copy_adapter, write_pool
 from logo.cli.run import run
 from logo.evaluation.identity import digests
+from logo.selection.chance import factors
 from logo.selection.confidence import EXAMPLES as WITH_EXAMPLES
 from logo.selection.signature import GAIN, Signatures, Space, described
 from test_calibrated import PROMPTS, engine, pool
@@ -103,7 +104,12 @@ def test_an_example_is_recognised_whatever_the_weights_say(llama: nn.Module, fol
 def test_examples_add_to_the_responses_scores(llama: nn.Module, folder: Path) -> None:
     told(folder, t0=PROMPTS[0], t1=PROMPTS[1], t2=PROMPTS[2], t3=PROMPTS[3])
     both, without = engine(llama, folder), engine(llama, folder, examples="ignore")
-    difference = scores(both, *PROMPTS) - scores(without, *PROMPTS)
+    responses = scores(without, *PROMPTS)
+    tokens = torch.tensor([len(row) - 1 for row in without.prompts.texts(PROMPTS)])
+    reference = without.scorer._reference
+    assert reference is not None
+    responses /= factors(tokens, reference.apart)[:, None]  # they have a unit of their own without examples
+    difference = scores(both, *PROMPTS) - responses
     torch.testing.assert_close(difference, scores(both, *PROMPTS, signal="signature"), atol=1e-4, rtol=0)
     assert without._selecting.evidence(without.settings) != WITH_EXAMPLES
 

@@ -5,32 +5,27 @@ averages out. And it depends on the prompt: a response is a mean over tokens, an
 that "Hi!" or "import os" would give some adapter a lead. Both can be measured without labels. The standard deviation
 over the adapters, of a text of which n tokens are read, is roughly
 
-    apart · √((1 + FEW / n) / (1 + FEW / m))      apart: of the calibration texts; m: their usual n
+    apart · √((1 + FEW / n) / (1 + FEW / USUAL))        apart: of the calibration texts
 
-and a prompt's scores are divided by it (for n > m, by `apart`), times `UNIT`. So a lead means the same in every pool
-(`logo.selection.confidence`). The ranking of adapters by their responses does not change.
+and a prompt's scores are divided by it (if n is above `USUAL`, by `apart`), times `UNIT`. So a lead means the same in
+every pool (`logo.selection.confidence`). The ranking of adapters does not change. Scores to which example prompts
+contribute are not scaled: the similarities to examples have one unit in every pool.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import median
-
 import torch
 from torch import Tensor
 
-# Fitted to the calibration texts of three pools of different base models, FEW was 4 to 11. Scores depend on these two,
-# so `logo.selection.reference.SCORES` has to be raised when one changes.
-FEW = 5.0
-# The standard deviation by chance of the scores that are given.
-UNIT = 0.35
+# Fitted to the calibration texts of three pools of different base models, FEW was 4 to 11. These texts have 13 to 15
+# tokens in the median. Scores depend on these three numbers, so `logo.selection.reference.SCORES` has to be raised when
+# one changes.
+FEW, USUAL = 5.0, 13
+# The standard deviation by chance of the scores that are given: that of a pool whose scores are not scaled (43 adapters
+# of one recipe for Gemma 3 270M).
+UNIT = 0.37
 # Adapters that are nearly copies of each other do not make a small lead a large one.
 _LEAST = 0.1
-
-
-def usual_length(texts: Sequence[Sequence[int]]) -> float:
-    """The median number of tokens that are read of texts: all but the first one (`logo.selection.probe`)."""
-    return median(max(1, len(text) - 1) for text in texts)
 
 
 def deviation(scores: Tensor) -> float:
@@ -40,7 +35,7 @@ def deviation(scores: Tensor) -> float:
     return max(float(scores.var(dim=1).mean().sqrt()), _LEAST)
 
 
-def factors(tokens: Tensor, usual: float, apart: float) -> Tensor:
+def factors(tokens: Tensor, apart: float) -> Tensor:
     """What the scores of prompts with so many tokens (rows,) are multiplied by: float32 (rows,)."""
-    few = ((1 + FEW / usual) / (1 + FEW / tokens)).sqrt().clamp(max=1.0)
+    few = ((1 + FEW / USUAL) / (1 + FEW / tokens)).sqrt().clamp(max=1.0)
     return few * torch.tensor(UNIT / apart)

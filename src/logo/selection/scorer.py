@@ -50,7 +50,7 @@ class Scorer:
         drift: the levels that a running reference has learnt and continues to learn; None: prompts change nothing.
         signatures: of the adapters that have example prompts; None: no adapter has, or they are not used.
         alone: the scores are those of the signatures, without the responses.
-        usual: the usual number of tokens that are read (`logo.selection.chance`); None: scores are not scaled.
+        scaled: the scores of responses are given in the unit of `logo.selection.chance`.
 
     Attributes:
         points: where prompts are read.
@@ -69,9 +69,9 @@ class Scorer:
         drift: Drift | None = None,
         signatures: Signatures | None = None,
         alone: bool = False,
-        usual: float | None = None,
+        scaled: bool = False,
     ) -> None:
-        self.signatures, self._alone, self._usual = signatures, alone, usual
+        self.signatures, self._alone, self._scaled = signatures, alone, scaled
         self.indices = tuple(indices)
         self.points = tuple(index.point for index in indices)
         self.names = tuple(adapter.name for adapter in adapters)
@@ -114,14 +114,14 @@ class Scorer:
                 scores are those of the responses.
             tokens: (rows,), how many were read of each prompt.
         """
-        return self.with_examples(self.scaled(self._of_responses(per_point), tokens), descriptions)
+        return self.with_examples(self.in_unit(self._of_responses(per_point), tokens), descriptions)
 
-    def scaled(self, scores: Tensor, tokens: Tensor) -> Tensor:
-        """The scores of responses (rows, adapters) to prompts of so many tokens (rows,), in the unit of
-        `logo.selection.chance`."""
-        if self._usual is None or self._reference is None:
+    def in_unit(self, scores: Tensor, tokens: Tensor) -> Tensor:
+        """The scores of responses (rows, adapters) to prompts of so many tokens (rows,), in the unit in which they are
+        given."""
+        if not self._scaled or self._reference is None:
             return scores
-        return scores * factors(tokens, self._usual, self._reference.apart)[:, None]
+        return scores * factors(tokens, self._reference.apart)[:, None]
 
     def with_examples(self, scores: Tensor, descriptions: Sequence[Tensor]) -> Tensor:
         """The scores of responses (rows, adapters), with the similarity to example prompts; see `scores`."""

@@ -19,7 +19,6 @@ from logo.selection import index_file
 from logo.selection.beginnings import Beginnings
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import HiddenVectors, TextRunner, calibrate, read_texts, whitenings
-from logo.selection.chance import usual_length
 from logo.selection.drift import Drift
 from logo.selection.examples import signatures_of
 from logo.selection.first_stage_file import first_stage_name, keep_first_stages, load_first_stages
@@ -144,13 +143,13 @@ class Scorers:
             if folder is not None and name is not None and built is None:
                 keep_index(folder, name, adapters, indices, calibration, cache)
         signal, alone = settings.reading, settings.signal == "signature"
-        usual = usual_length(cache.texts.neutral) if cache is not None and signal.token == "each" else None
+        scaled = signal.token == "each" and signatures is None
         probe = Probe(model, points, signal.input, signal.token, signal.activations, whole=self.read_once)
         describing = () if signatures is None else signatures.points
         if settings.index == "two-stage":
             first = self._first_stages(settings, adapters, indices, cache, folder, name)
             exact = ResponseReader(probe, indices, signal, settings.signal, None, describing)
-            left, more = settings.index_left, (signatures, alone, usual)
+            left, more = settings.index_left, (signatures, alone, scaled)
             return TwoStageScorer(adapters, indices, exact, probe, signal, first, calibration, cache, left, *more)
         reader: ResponseReader | OnceReader
         if self.read_once and self._beginnings is not None:
@@ -163,7 +162,7 @@ class Scorers:
             if earlier is not None and earlier.drift is not None:  # a pool that has changed
                 drift = Drift(earlier.drift.levels)
                 drift.keep([adapter.name for adapter in adapters])
-        return Scorer(adapters, indices, reader, calibration, cache, drift, signatures, alone, usual)
+        return Scorer(adapters, indices, reader, calibration, cache, drift, signatures, alone, scaled)
 
     def _signatures(
         self,

@@ -95,7 +95,7 @@ class TwoStageScorer(Scorer):
         signal: of norms.
         first: parallel to `indices`.
         left: adapters that estimates leave for the second stage; None: as many as suit k.
-        signatures, alone, usual: as those of `Scorer`. Similarities to examples are added to estimates as they are to
+        signatures, alone, scaled: as those of `Scorer`. Similarities to examples are added to estimates as they are to
             scores, so that no adapter is left out whose examples resemble the prompt.
     """
 
@@ -112,9 +112,9 @@ class TwoStageScorer(Scorer):
         left: int | None = None,
         signatures: Signatures | None = None,
         alone: bool = False,
-        usual: float | None = None,
+        scaled: bool = False,
     ) -> None:
-        super().__init__(adapters, indices, reader, calibration, cache, None, signatures, alone, usual)
+        super().__init__(adapters, indices, reader, calibration, cache, None, signatures, alone, scaled)
         self.first = first
         self._probe, self._signal, self._left = probe, signal, left
         self._estimated: Reference | None = None
@@ -176,7 +176,7 @@ class TwoStageScorer(Scorer):
         if self._reference is None:
             return self._mean_over_points(responses, self._touched[which])[0]
         scores = self._reference.part(which).scores(responses)
-        return self.scaled(scores, torch.tensor([len(hidden[0])]))[0]
+        return self.in_unit(scores, torch.tensor([len(hidden[0])]))[0]
 
     def _estimate(self, hidden: Sequence[Tensor]) -> Tensor:
         """(adapters,): estimated scores, without examples."""
@@ -188,7 +188,7 @@ class TwoStageScorer(Scorer):
                 units = _units(index, self._signal, some)
                 means = first.estimates(some, torch.zeros(len(some), dtype=torch.int64), 1, units, late)
                 responses[self._touched[:, at], at + late * len(self.points)] = finished(means, self._signal.scale).T
-        return self.scaled(self._estimated.scores(responses), torch.tensor([len(hidden[0])]))[0]
+        return self.in_unit(self._estimated.scores(responses), torch.tensor([len(hidden[0])]))[0]
 
     def _descriptions(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         """The prompt's description at each place; empty if the pool has no signatures."""
