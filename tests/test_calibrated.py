@@ -98,7 +98,7 @@ def test_scores_are_the_formula(llama: nn.Module, tmp_path: Path) -> None:
     excess = (typical - typical.median()).clamp(-1, 1)
     assert len(texts[-1]) > USUAL
     every = (mean_z - excess[:, None]) * (swing.median() / swing).clamp(max=1)[:, None]
-    apart = every[:, :-1].var(dim=0).mean().sqrt()
+    apart = every[:, neutral].var(dim=0).mean().sqrt()
     wanted = UNIT * every[:, -1] / apart
     assert torch.tensor(list(scores.values())).tolist() == pytest.approx(wanted.tolist(), abs=2e-3)
 

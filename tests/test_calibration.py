@@ -204,5 +204,13 @@ def test_scores_by_chance_lie_as_far_apart_in_every_pool_and_prompt() -> None:
 
 def test_a_pool_of_one_or_of_copies_has_no_deviation_to_divide_by() -> None:
     assert deviation(responses((50, 1))) == UNIT
-    assert deviation(responses((50, 1)).expand(50, 4)) == pytest.approx(0.1)
+    assert deviation(responses((50, 1)).expand(50, 4)) == UNIT / 2
     assert Reference.of(responses((1, 3, 20))).apart == UNIT
+
+
+def test_requests_that_adapters_were_made_for_are_no_chance() -> None:
+    neutral, requests = responses((4, 6, 60)), responses((4, 6, 40), 1)
+    own = requests.clone()
+    for text in range(40):
+        own[text % 4, :, text] += 5
+    assert Reference.of(neutral, own).apart == pytest.approx(Reference.of(neutral, requests).apart, rel=0.3)

@@ -20,7 +20,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     await answer(send, 200, b'{"from": "vllm"}')
 
 
-def asked(model: str, resolvers: tuple[Any, ...] = ()) -> tuple[int, Any]:
+def asked(model: str, resolvers: tuple[Any, ...] = (), **more: Any) -> tuple[int, Any]:
     """Status and body of the answer to a request for a model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(router_module, "Counts", lambda: None)  # its metrics can be registered once per process
@@ -32,7 +32,7 @@ def asked(model: str, resolvers: tuple[Any, ...] = ()) -> tuple[int, Any]:
     )
     paths = [SimpleNamespace(name=name) for name in ("base", "other-name")]
     router._models = SimpleNamespace(base_model_paths=paths, lora_requests={"native": 1}, lora_resolvers=resolvers)
-    body, sent = json.dumps({"model": model, "prompt": "hello"}).encode(), []
+    body, sent = json.dumps({"model": model, "prompt": "hello", **more}).encode(), []
 
     async def receive() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -59,3 +59,9 @@ def test_models_of_vllm_are_left_to_vllm(model: str) -> None:
 
 def test_a_name_that_vllm_may_find_elsewhere_is_left_to_vllm() -> None:
     assert asked("antonyms", resolvers=("one",)) == (200, {"from": "vllm"})
+
+
+def test_options_beside_the_field_logo_are_refused() -> None:
+    status, said = asked("antonym", k=1)
+    assert (status, said["error"]["param"]) == (400, "k")
+    assert asked("base", k=1) == (200, {"from": "vllm"})

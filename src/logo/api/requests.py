@@ -72,8 +72,8 @@ class _WithOptions(Body):
     @model_validator(mode="after")
     def _options_in_their_place(self) -> _WithOptions:
         """Other unknown fields may be another server's, but these would be ignored against the client's will."""
-        for name in self.model_extra or {}:
-            if name in LogoOptions.model_fields:
+        for name, value in (self.model_extra or {}).items():
+            if value is not None and name in LogoOptions.model_fields:
                 raise refused(f"expected inside the field 'logo', as in {{'logo': {{'{name}': ...}}}}", name)
         return self
 

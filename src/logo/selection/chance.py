@@ -5,11 +5,11 @@ averages out. And it depends on the prompt: a response is a mean over tokens, an
 that "Hi!" or "import os" would give some adapter a lead. Both can be measured without labels. The standard deviation
 over the adapters, of a text of which n tokens are read, is roughly
 
-    apart · √((1 + FEW / n) / (1 + FEW / USUAL))        apart: of the calibration texts
+    apart · √((1 + FEW / n) / (1 + FEW / USUAL))        apart: of the neutral texts
 
 and a prompt's scores are divided by it (if n is above `USUAL`, by `apart`), times `UNIT`. So a lead means the same in
-every pool (`logo.selection.confidence`). The ranking of adapters does not change. Scores to which example prompts
-contribute are not scaled: the similarities to examples have one unit in every pool.
+every pool (`logo.selection.confidence`). The ranking of a pool's adapters does not change. Scores to which example
+prompts contribute are not scaled: the similarities to examples have one unit in every pool.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Fitted to the calibration texts of three pools of different base models, FEW was 4 to 11. These texts have 13 to 15
-# tokens in the median. Scores depend on these three numbers, so `logo.selection.reference.SCORES` has to be raised when
-# one changes.
+# Fitted to the calibration texts of three pools of different base models, FEW was 4 to 11. With these tokenizers, the
+# texts have 13 to 15 tokens in the median. Scores depend on these numbers, so `logo.selection.reference.SCORES` has to
+# be raised when one changes.
 FEW, USUAL = 5.0, 13
 # The standard deviation by chance of the scores that are given: that of a pool whose scores are not scaled (43 adapters
 # of one recipe for Gemma 3 270M).
-UNIT = 0.37
-# Adapters that are nearly copies of each other do not make a small lead a large one.
-_LEAST = 0.1
+UNIT = 0.33
+# Leads are at most doubled, however similar the adapters are.
+_LEAST = UNIT / 2
 
 
 def deviation(scores: Tensor) -> float:

@@ -85,7 +85,7 @@ class Reference:
 
         Args:
             neutral: `a` of neutral texts, which gives mean and spread.
-            requests: `a` of other texts, which give the excess, and count for trust and `apart`, too.
+            requests: `a` of other texts, which give the excess, and count for trust, too.
             weights: (points,) of the mean; None: equal weights.
         """
         every = neutral if requests is None else torch.cat([neutral, requests], dim=2)
@@ -102,7 +102,9 @@ class Reference:
             return reference
         excess = _excess(mean_z[:, neutral.shape[2] :], somewhere)
         reference = replace(reference, excess=excess, trust=_trust(mean_z, somewhere))
-        return replace(reference, apart=deviation(reference._compared(mean_z)[:, somewhere]))
+        # Not of the requests: adapters may have been made for them, so that their leads are no chance.
+        strangers = reference._compared(mean_z[:, : neutral.shape[2]])
+        return replace(reference, apart=deviation(strangers[:, somewhere]))
 
     def part(self, which: Tensor) -> Reference:
         """The reference of the adapters at some positions (n,)."""

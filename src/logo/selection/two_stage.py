@@ -179,7 +179,7 @@ class TwoStageScorer(Scorer):
         return self.in_unit(scores, torch.tensor([len(hidden[0])]))[0]
 
     def _estimate(self, hidden: Sequence[Tensor]) -> Tensor:
-        """(adapters,): estimated scores, without examples."""
+        """(adapters,): estimated scores, without examples; not in the unit of scores, which changes no order."""
         assert self._estimated is not None
         responses = torch.full((len(self.names), len(self.points) * self._signal.readings, 1), torch.nan)
         for at, (index, first, vectors) in enumerate(zip(self.indices, self.first.parts, hidden, strict=True)):
@@ -188,7 +188,7 @@ class TwoStageScorer(Scorer):
                 units = _units(index, self._signal, some)
                 means = first.estimates(some, torch.zeros(len(some), dtype=torch.int64), 1, units, late)
                 responses[self._touched[:, at], at + late * len(self.points)] = finished(means, self._signal.scale).T
-        return self.in_unit(self._estimated.scores(responses), torch.tensor([len(hidden[0])]))[0]
+        return self._estimated.scores(responses)[0]
 
     def _descriptions(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         """The prompt's description at each place; empty if the pool has no signatures."""
