@@ -193,7 +193,7 @@ def test_fields_that_ask_for_nothing_are_taken_though_unsupported() -> None:
 @pytest.mark.parametrize("field", LogoOptions.model_fields)
 def test_options_beside_the_field_logo_are_told_where_they_belong(field: str) -> None:
     """Rather than ignored, as the fields of other servers are."""
-    expected = (f"{field}: expected inside the field 'logo', as in {{'logo': {{'{field}': ...}}}}", field)
+    expected = (f'{field}: expected inside the field \'logo\': write "logo": {{"{field}": ...}}', field)
     for model, valid in REQUESTS[:3]:
         assert refusal(model, valid | {field: 1}) == expected
 

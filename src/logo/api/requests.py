@@ -71,10 +71,11 @@ class _WithOptions(Body):
 
     @model_validator(mode="after")
     def _options_in_their_place(self) -> _WithOptions:
-        """Other unknown fields may be another server's, but these would be ignored against the client's will."""
+        """Refuses options of `logo` beside it. Other unknown fields are accepted, since clients of other servers send
+        them, but a client that sends these wants them to have an effect."""
         for name, value in (self.model_extra or {}).items():
             if value is not None and name in LogoOptions.model_fields:
-                raise refused(f"expected inside the field 'logo', as in {{'logo': {{'{name}': ...}}}}", name)
+                raise refused(f'expected inside the field \'logo\': write "logo": {{"{name}": ...}}', name)
         return self
 
 

@@ -1,9 +1,9 @@
-"""How far apart the scores of a pool's adapters lie by chance, for prompts that none of them was made for.
+"""The unit of scores: how far apart the scores of a pool's adapters lie by chance, on texts that none was made for.
 
-That depends on the pool: the more points its adapters touch, and the stronger they are, the more of the chance
-averages out. And it depends on the prompt: a response is a mean over tokens, and a mean over few tokens varies more, so
-that "Hi!" or "import os" would give some adapter a lead. Both can be measured without labels. The standard deviation
-over the adapters, of a text of which n tokens are read, is roughly
+It depends on the pool, since a score is a mean over points, and a mean over many points varies less. And it depends on
+the prompt, since a response is a mean over tokens, and a mean over few tokens varies more: on "Hi!" or "import os",
+some adapter would always have a lead. Neither needs labels. If n tokens of a text are read, the standard deviation of
+its scores over the adapters is roughly
 
     apart · √((1 + FEW / n) / (1 + FEW / USUAL))        apart: of the neutral texts
 
@@ -21,15 +21,15 @@ from torch import Tensor
 # texts have 13 to 15 tokens in the median. Scores depend on these numbers, so `logo.selection.reference.SCORES` has to
 # be raised when one changes.
 FEW, USUAL = 5.0, 13
-# The standard deviation by chance of the scores that are given: that of a pool whose scores are not scaled (43 adapters
-# of one recipe for Gemma 3 270M).
+# What `apart` becomes by scaling. It is the `apart` of 43 adapters of one recipe for Gemma 3 270M, whose scores stay as
+# they are.
 UNIT = 0.33
 # Leads are at most doubled, however similar the adapters are.
 _LEAST = UNIT / 2
 
 
 def deviation(scores: Tensor) -> float:
-    """`apart`: the standard deviation over adapters, of scores (texts, adapters); `UNIT` for fewer than two."""
+    """`apart`: the usual standard deviation over adapters, of scores (texts, adapters); `UNIT` for one adapter."""
     if scores.shape[1] < 2:
         return UNIT
     return max(float(scores.var(dim=1).mean().sqrt()), _LEAST)

@@ -50,7 +50,7 @@ class Scorer:
         drift: the levels that a running reference has learnt and continues to learn; None: prompts change nothing.
         signatures: of the adapters that have example prompts; None: no adapter has, or they are not used.
         alone: the scores are those of the signatures, without the responses.
-        scaled: the scores of responses are given in the unit of `logo.selection.chance`.
+        scaled: whether the scores of responses are brought to the unit of `logo.selection.chance`.
 
     Attributes:
         points: where prompts are read.
@@ -117,8 +117,8 @@ class Scorer:
         return self.with_examples(self.in_unit(self._of_responses(per_point), tokens), descriptions)
 
     def in_unit(self, scores: Tensor, tokens: Tensor) -> Tensor:
-        """The scores of responses (rows, adapters) to prompts of so many tokens (rows,), in the unit in which they are
-        given."""
+        """Scores of responses (rows, adapters), divided by what chance makes of them for prompts of so many tokens
+        (rows,); see `logo.selection.chance`. Unchanged unless the scorer is `scaled`."""
         if not self._scaled or self._reference is None:
             return scores
         return scores * factors(tokens, self._reference.apart)[:, None]

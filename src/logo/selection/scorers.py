@@ -149,8 +149,8 @@ class Scorers:
         if settings.index == "two-stage":
             first = self._first_stages(settings, adapters, indices, cache, folder, name)
             exact = ResponseReader(probe, indices, signal, settings.signal, None, describing)
-            left, more = settings.index_left, (signatures, alone, scaled)
-            return TwoStageScorer(adapters, indices, exact, probe, signal, first, calibration, cache, left, *more)
+            left, scoring = settings.index_left, (signatures, alone, scaled)
+            return TwoStageScorer(adapters, indices, exact, probe, signal, first, calibration, cache, left, *scoring)
         reader: ResponseReader | OnceReader
         if self.read_once and self._beginnings is not None:
             reader = OnceReader(probe, indices, signal, self._beginnings, describing)
