@@ -26,7 +26,7 @@ LAYERS = [
     {"calls"},
     {"engine", "protocol"},
     {"api"},
-    {"backends", "baselines"},
+    {"backends", "baselines", "learning"},
     {"evaluation", "training", "serving"},
     {"bench", "demo"},
     {"cli"},

@@ -1,6 +1,6 @@
 """Example prompts of an adapter: a few prompts of its task, without answers.
 
-    <adapter>/examples.jsonl        one JSON object per line: `{"prompt": "..."}`
+    <adapter>/examples.jsonl        one JSON object per line: `{"prompt": "..."}`, and `"confidence"` if it was learned
     <adapter>/README.md             else the texts of the model card's widget
 
 The base model describes an adapter's prompts by them (`logo.selection.signature`). Examples are read from the folder of
@@ -47,13 +47,27 @@ def read_examples(file: Path) -> list[str]:
         FileNotFoundError: there is no such file.
         DataError: it cannot be read, or a line is no such object.
     """
+    return [row["prompt"] for row in _rows(file)]
+
+
+def is_learned(folder: Path) -> bool:
+    """Whether the example prompts in a folder were learned (`logo.learning`), which states a confidence with each."""
+    try:
+        rows = _rows(folder / EXAMPLES)
+    except (FileNotFoundError, DataError):
+        return False
+    return bool(rows) and all("confidence" in row for row in rows)
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The objects in a file, each with a `prompt`; errors as `read_examples`."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from error
-    prompts = []
+    rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -64,17 +78,23 @@ def read_examples(file: Path) -> list[str]:
         prompt = row.get("prompt", row.get("context")) if isinstance(row, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
             raise DataError(f'{file}, line {number}: expected an object with the text of a "prompt"')
-        prompts.append(prompt)
-    return prompts
+        rows.append({**row, "prompt": prompt})
+    return rows
 
 
-def write_examples(folder: Path, prompts: Sequence[str]) -> Path:
+def write_examples(folder: Path, prompts: Sequence[str], confidences: Sequence[float] | None = None) -> Path:
     """Replaces the examples of the adapter in a folder, and returns the file.
+
+    Args:
+        confidences: of the selections from which they were learned, parallel to `prompts`; None: a user gave them.
 
     Raises:
         StorageError: it cannot be written.
     """
-    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
+    if confidences is not None:
+        rows = [{**row, "confidence": round(sure, 4)} for row, sure in zip(rows, confidences, strict=True)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     replace_file(folder / EXAMPLES, ("\n".join(lines) + "\n").encode())
     return folder / EXAMPLES
 

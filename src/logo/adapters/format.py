@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from logo.adapters.activation import EVERYWHERE, Activation
 from logo.adapters.config import LoraConfig, Refusal, changed_base, parse_config, read_config, read_raw
+from logo.adapters.examples import examples_of
 from logo.adapters.files import PICKLE, SAFETENSORS
 from logo.adapters.header import LoraModule, read_header
 from logo.adapters.initial import initial_folder, with_initial
@@ -56,6 +57,7 @@ class Adapter:
         activation: on which tokens it acts.
         copies: key in the file -> parameter of the base model that it copies. `fit` compares copies with the base
             model; before that no tensor is read.
+        learned: example prompts in place of those in its folder; None: those in its folder.
     """
 
     name: str
@@ -65,6 +67,12 @@ class Adapter:
     file: WeightFile
     activation: Activation = EVERYWHERE
     copies: Mapping[str, str] = field(default_factory=dict)
+    learned: tuple[str, ...] | None = None
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """Its example prompts; see `logo.adapters.examples`."""
+        return examples_of(self.folder) if self.learned is None else self.learned
 
     @property
     def parameters(self) -> int:

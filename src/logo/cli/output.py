@@ -47,6 +47,12 @@ def natural_width(table: Table) -> int:
     return Measurement.get(out, out.options.update(width=10_000), table).maximum
 
 
+def one_line(text: str, length: int = 80) -> str:
+    """Foreign text as one line of at most `length` characters, without control characters."""
+    shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return shown if len(shown) <= length else f"{shown[: length - 1]}…"
+
+
 def rich_table(found: tables.Table, *, intervals: bool = True) -> Table:
     """A table of results for a terminal, with intervals in columns of their own, or else below their numbers.
 

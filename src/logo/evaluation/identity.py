@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.examples import examples_of
 from logo.digests import config_digest, fingerprint, library_versions, tokenizer_digest, weights_digest
 from logo.errors import UsageError
 from logo.mixing.merges import MERGES
@@ -80,7 +79,7 @@ def digests(logo: Calls) -> dict[str, Any]:
     configuration, the tokens at which an answer ends, the tokenizer, the adapters' scales, and the example prompts that
     selections look at, if there are some; and the version of the scores, if signals read all tokens."""
     looked_at = logo.settings.examples == "use" and logo.settings.reading.scale == "whitened"
-    examples = {name: examples_of(logo.pool[name].folder) for name in logo.names} if looked_at else {}
+    examples = {name: logo.pool[name].examples for name in logo.names} if looked_at else {}
     configured = getattr(logo.model, "generation_config", None)
     return {
         "weights": weights_digest(logo.model),

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from logo.adapters.examples import examples_of
 from logo.adapters.format import Adapter
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import TextRunner
@@ -44,7 +43,7 @@ def signatures_of(
         encode: texts to token ids, as prompts are encoded.
         device_of: the device on which descriptions at a point are compared.
     """
-    examples = [encode(prompts) if (prompts := examples_of(adapter.folder)) else [] for adapter in adapters]
+    examples = [encode(prompts) if (prompts := adapter.examples) else [] for adapter in adapters]
     known = torch.tensor([bool(rows) for rows in examples])
     if not known.any():
         return None

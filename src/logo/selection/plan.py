@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from logo.adapters.examples import examples_of
 from logo.adapters.format import Adapter
 from logo.adapters.layout import linear_shape
 from logo.adapters.pool import AdapterPool
@@ -78,7 +77,7 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
             points = later(points, first_layer(depth), [set(adapter.modules) for adapter in pool])
             most = wanted or most_points(_bytes_of(pool, points) / len(points))
     adapters = _scorable(pool, points, settings, all_points=all_points)
-    if settings.signal == "signature" and not any(examples_of(adapter.folder) for adapter in adapters):
+    if settings.signal == "signature" and not any(adapter.examples for adapter in adapters):
         raise PoolError(
             f"the signal 'signature' needs example prompts, and none of the {len(adapters)} adapters has any: give "
             "them some (logo pool examples NAME FILE), or use the signal 'calibrated'"

@@ -184,10 +184,10 @@ class Answers:
         for prompt, one in zip(prompts, found, strict=True):
             if isinstance(one, Unsure):
                 self.metrics.refused(one, own)
-                entries.append(logged.entry(Selection((), (), dict(one.scores), one.confidence), self._said(prompt)))
+                entries.append(self._entry(Selection((), (), dict(one.scores), one.confidence), prompt))
             elif not isinstance(one, BaseException):
                 self.metrics.chosen(one, own)
-                entries.append(logged.entry(one.selection, self._said(prompt)))
+                entries.append(self._entry(one.selection, prompt))
                 chosen.append(one)
         state.selections = entries or None
         for error in found:
@@ -197,12 +197,12 @@ class Answers:
                 raise error
         return tuple(chosen)
 
-    def _said(self, prompt: Prompt) -> str | None:
-        """The beginning of the probed tokens of a prompt, if they may be logged."""
+    def _entry(self, selection: Selection, prompt: Prompt) -> dict[str, Any]:
+        """The entry of the log, with the beginning of the probed tokens if prompts may be logged."""
         if not self._log_prompts:
-            return None
+            return logged.entry(selection)
         text: str = self.tokenizer.decode(prompt.probed[: logged.TOKENS], skip_special_tokens=True)
-        return text
+        return logged.entry(selection, text, cut=len(prompt.probed) > logged.TOKENS)
 
     async def chunks(self, request: PreparedRequest) -> AsyncGenerator[AnswerChunk, None]:
         """Yields the answers of a request in chunks as they come. Leaving the loop ends them.

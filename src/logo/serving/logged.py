@@ -21,11 +21,12 @@ TOKENS = 200
 _log = logging.getLogger("logo.serving")
 
 
-def entry(selection: Selection, prompt: str | None = None) -> dict[str, Any]:
+def entry(selection: Selection, prompt: str | None = None, cut: bool = False) -> dict[str, Any]:
     """One selection as JSON.
 
     Args:
         prompt: the probed text, if it may be logged.
+        cut: whether that is only the beginning of it.
     """
     found: dict[str, Any] = {
         "adapters": list(selection.adapters[:LEADING]),
@@ -34,7 +35,28 @@ def entry(selection: Selection, prompt: str | None = None) -> dict[str, Any]:
     }
     if selection.confidence is not None:
         found |= {"confidence": round(selection.confidence, 4), "unsure": selection.confidence < UNSURE}
-    return found if prompt is None else {**found, "prompt": prompt}
+    if prompt is not None:
+        found |= {"prompt": prompt, **({"cut": True} if cut else {})}
+    return found
+
+
+def prompts_of(line: object) -> list[str]:
+    """The prompts of a line: an object with a `prompt` (or `context`), or a line of the log; cut ones are left out.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(line, dict):
+        raise ValueError("no object")
+    prompt = line.get("prompt", line.get("context"))
+    if isinstance(prompt, str):
+        return [prompt]
+    if str(line.get("logger")).split(".")[0] != "logo":
+        raise ValueError("neither a prompt nor a line of the log")
+    selections = line.get("selections")
+    entries = [one for one in selections if isinstance(one, dict)] if isinstance(selections, list) else []
+    texts = [one.get("prompt") for one in entries if not one.get("cut")]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _score(item: tuple[str, float]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from logo.cli import calibrate
 from logo.cli.commands import Commands
-from logo.cli.pool import card, convert, dedupe, diff, examples, export, health, inspect, lock, prune, push
+from logo.cli.pool import card, convert, dedupe, diff, examples, export, health, inspect, learn, lock, prune, push
 
 app = Commands(help="Inspect, compare, shrink, convert and publish pools of adapters.", no_args_is_help=True)
 
@@ -17,6 +17,7 @@ app.command("dedupe")(dedupe.dedupe)
 app.command("prune")(prune.prune)
 app.command("convert")(convert.convert)
 app.command("examples")(examples.examples)
+app.command("learn")(learn.learn)
 app.command("card")(card.card)
 app.command("push")(push.push)
 app.command("export")(export.export)

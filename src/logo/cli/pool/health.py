@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logo.cli.options import argument, usual
-from logo.cli.output import natural_width, note, out, plain_table, print_json, screen
+from logo.cli.output import natural_width, note, one_line, out, plain_table, print_json, screen
 from logo.errors import listed
 from logo.extras import need
 from logo.folders import check_writable, replace_file
@@ -78,7 +78,7 @@ def _table(found: Traffic) -> Table:
     winners = [adapter for adapter in found.adapters if adapter.wins]
     for adapter in winners[:SHOWN]:
         table.add_row(
-            Text(_line(adapter.name)),
+            Text(one_line(adapter.name)),
             str(adapter.wins),
             f"{adapter.wins / found.prompts:.1%}",
             *(f"{share:.1%}" for share in adapter.halves),
@@ -93,7 +93,7 @@ def _table(found: Traffic) -> Table:
 def _remarks(found: Traffic, alike: Sequence[Group]) -> Iterator[tuple[str, str]]:
     """Findings: a word for each, and a line."""
     if never := _never(found):
-        names = listed([_line(name) for name in never], 8)
+        names = listed([one_line(name) for name in never], 8)
         yield "never won", f"{len(never)} of {len(found.adapters)} adapters: {names}"
     if not found.pool_known:
         yield (
@@ -101,18 +101,18 @@ def _remarks(found: Traffic, alike: Sequence[Group]) -> Iterator[tuple[str, str]
             "no line lists the pool's adapters (the server's first line does); only those named in the log are listed",
         )
     for tie in found.ties:
-        one, other = map(_line, tie.adapters)
+        one, other = map(one_line, tie.adapters)
         yield "always tie", f"{one}, {other}: side by side in {tie.tied} of the {tie.won} prompts that either won"
     for adapter in _moved(found):
         first, second = adapter.halves
-        yield "moved", f"{_line(adapter.name)}: won {first:.1%} of the first half, {second:.1%} of the second"
+        yield "moved", f"{one_line(adapter.name)}: won {first:.1%} of the first half, {second:.1%} of the second"
     if found.unsure_moved:
         first, second = found.unsure_halves
         yield "moved", f"unsure: {first:.1%} of the first half, {second:.1%} of the second"
     if found.unsure and not found.logged:
         yield "no adapter", f"for {found.unsure} prompts, which were not logged (logo serve --log-prompts)"
     for group in alike[:GROUPS]:
-        examples = " · ".join(_line(text, LENGTH) for text in group.examples)
+        examples = " · ".join(one_line(text, LENGTH) for text in group.examples)
         yield "no adapter", f"for {group.size} prompts such as: {examples}"
     if alone := len(found.unserved) - sum(group.size for group in alike[:GROUPS]):
         of = (
@@ -134,9 +134,3 @@ def _moved(found: Traffic) -> list[Adapter]:
 def _report(found: Traffic, alike: Sequence[Group]) -> dict[str, Any]:
     """The whole report, for JSON."""
     return {**asdict(found), "never_won": _never(found), "unserved": [asdict(group) for group in alike]}
-
-
-def _line(text: str, length: int = 80) -> str:
-    """Foreign text as one line of at most `length` characters, without control characters."""
-    shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return shown if len(shown) <= length else f"{shown[: length - 1]}…"

@@ -1,0 +1,209 @@
+"""`logo pool learn`: examples learned from prompts without labels, on the pool of the demo without its own examples."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from logo import LoGo, UsageError
+from logo.adapters.examples import MOST, examples_of, is_learned, write_examples
+from logo.adapters.files import EXAMPLES
+from logo.cli.run import run
+from logo.demo import assets_dir, heldout
+from logo.learning import READ, Example, _sample, _surest, learn_examples
+from logo.selection import Selection
+from logo.serving.logged import TOKENS, entry, prompts_of
+
+# A day of traffic: eight prompts of each task, and some that no adapter was made for; later prompts of each task.
+TRAFFIC = {task: [row["context"] for row in rows[:8]] for task, rows in heldout().items()}
+STRANGE = [f"Book a table for {n} at seven tonight." for n in ("two", "four", "six")]
+LATER = {task: [row["context"] for row in rows[8:20]] for task, rows in heldout().items()}
+PROMPTS = [prompt for prompts in TRAFFIC.values() for prompt in prompts] + STRANGE
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(assets_dir() / "adapters", tmp_path / "pool")
+    for file in (tmp_path / "pool").rglob(EXAMPLES):
+        file.unlink()
+    return tmp_path / "pool"
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return written(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+
+
+def written(file: Path, lines: list[Any]) -> Path:
+    file.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    return file
+
+
+def learned(folder: Path) -> Iterator[tuple[str, str]]:
+    for adapter in sorted(folder.iterdir()):
+        yield from ((adapter.name, prompt) for prompt in examples_of(adapter) if adapter.is_dir())
+
+
+def right(logo: LoGo) -> tuple[float, float]:
+    """The share of later prompts whose own adapter comes first, and the mean confidence of all."""
+    asked = [(task, prompt) for task, prompts in LATER.items() for prompt in prompts]
+    found = logo.select([prompt for _, prompt in asked])
+    first = [one.adapters[0] == task for one, (task, _) in zip(found, asked, strict=True)]
+    return sum(first) / len(asked), sum(one.confidence or 0.0 for one in found) / len(asked)
+
+
+def test_sure_prompts_become_examples_and_selections_surer(folder: Path, prompts: Path) -> None:
+    before = right(LoGo.from_pretrained("demo", folder))
+    assert run(["pool", "learn", str(prompts), "--adapters", str(folder)]) == 0
+    found = list(learned(folder))
+    own = [prompt in TRAFFIC[name] for name, prompt in found]
+    assert len(found) >= 90 and sum(own) >= 0.95 * len(own)
+    assert not any(prompt in STRANGE for _, prompt in found)
+    first, sure = right(LoGo.from_pretrained("demo", folder))
+    assert first >= before[0] - 0.02 and sure > before[1] + 0.02
+
+
+def test_own_examples_stay(folder: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_examples(folder / "capital", ["Mine?"])
+    assert run(["pool", "learn", str(prompts), "--adapters", str(folder)]) == 0
+    assert examples_of(folder / "capital") == ("Mine?",) and not is_learned(folder / "capital")
+    assert is_learned(folder / "french")
+    assert "unchanged 1 of 16 adapters, which have examples of their own" in capsys.readouterr().out
+
+
+def test_a_second_day_keeps_what_the_first_one_taught(folder: Path, tmp_path: Path, prompts: Path) -> None:
+    assert run(["pool", "learn", str(prompts), "--adapters", str(folder)]) == 0
+    once = examples_of(folder / "french")
+    other = written(tmp_path / "other.jsonl", [{"context": "Which word is French for moon?"}, *STRANGES])
+    assert run(["pool", "learn", str(other), "--adapters", str(folder)]) == 0
+    assert set(examples_of(folder / "french")) == {*once, "Which word is French for moon?"}
+
+
+STRANGES = [{"prompt": prompt} for prompt in STRANGE]
+
+
+def test_a_dry_run_writes_nothing(folder: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["pool", "learn", str(prompts), "--adapters", str(folder)]
+    capsys.readouterr()
+    assert run([*options, "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert not list(learned(folder)) and len(planned) == 16
+    assert run([*options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == planned
+    assert {name: [e["prompt"] for e in found] for name, found in planned.items() if found} == {
+        adapter.name: list(examples_of(adapter)) for adapter in folder.iterdir() if examples_of(adapter)
+    }
+
+
+def test_higher_confidence_teaches_less_and_the_engine_stays_as_it_was(folder: Path) -> None:
+    logo = LoGo.from_pretrained("demo", folder)
+    pool, before, told = logo.pool, logo.select(LATER["french"]), []
+    many = learn_examples(logo, PROMPTS, sure=0.5, tell=lambda *count: told.append(count))
+    few = learn_examples(logo, PROMPTS, sure=0.99)
+    assert logo.pool is pool and logo.select(LATER["french"]) == before
+    assert 0 < sum(map(len, few.values())) < sum(map(len, many.values()))
+    assert all(one.confidence >= 0.99 for examples in few.values() for one in examples)
+    assert told[-1] == (2 * len(PROMPTS), 2 * len(PROMPTS)) and told == sorted(told)
+    assert learn_examples(logo, STRANGE, sure=0.9) == {}
+
+
+def test_refusing_engines_learn_too(folder: Path) -> None:
+    mixing = LoGo.from_pretrained("demo", folder)
+    refusing = LoGo.from_pretrained("demo", folder, when_unsure="refuse")
+    assert learn_examples(refusing, PROMPTS) == learn_examples(mixing, PROMPTS)
+
+
+# -- logs --------------------------------------------------------------------------------------------------------------
+
+
+def test_logs_are_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    selection = Selection(("french",), (1.0,), {"french": 3.0}, 0.9)
+    lines = [
+        {"logger": "logo.serving", "message": "16 adapters in the pool", "pool": ["french"]},
+        *({"logger": "logo.access", "selections": [entry(selection, prompt)]} for prompt in TRAFFIC["french"]),
+        {"logger": "logo.access", "selections": [entry(selection, LATER["french"][0], cut=True), entry(selection)]},
+    ]
+    log = written(tmp_path / "day.log", lines)
+    log.write_text(log.read_text("utf-8") + '\nINFO: a line of another program\n{"logger": "logo.acc', encoding="utf-8")
+    assert run(["pool", "learn", str(log), "--adapters", str(folder)]) == 0
+    shown = capsys.readouterr()
+    assert f"learned from {len(TRAFFIC['french'])} prompts" in shown.out
+    assert f"skipped lines that are no JSON objects with prompts: 2, the first at {log}:11" in shown.err
+    assert {prompt for _, prompt in learned(folder)} <= set(TRAFFIC["french"])
+
+
+def test_cut_prompts_are_no_examples() -> None:
+    selection = Selection(("a",), (1.0,), {"a": 3.0}, 0.9)
+    line = {"logger": "logo.access", "selections": [entry(selection, "whole"), entry(selection, "beginning", cut=True)]}
+    assert prompts_of(line) == ["whole"]
+    assert TOKENS == 200  # docs/adapter-pools.md says so
+
+
+@pytest.mark.parametrize("line", [[], "text", 3, {}, {"prompt": 3}, {"logger": "uvicorn", "message": "x"}])
+def test_what_is_neither_prompt_nor_log(line: Any) -> None:
+    with pytest.raises(ValueError):
+        prompts_of(line)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input(folder: Path, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*arguments: object) -> str:
+        capsys.readouterr()
+        assert run(["pool", "learn", *map(str, arguments)]) in (1, 2)
+        return capsys.readouterr().err
+
+    assert "no such file" in said(tmp_path / "none.jsonl", "--adapters", folder).lower()
+    silent = written(tmp_path / "silent.log", [{"logger": "logo.access", "selections": []}])
+    assert f'{silent}: expected JSON objects with a "prompt"' in said(silent, "--adapters", folder)
+    assert "--adapters org/repo: expected a folder" in said(prompts, "--adapters", "org/repo")
+    assert "nothing to learn: each of the 16 adapters" in said(prompts)
+    assert "expected 'calibrated'" in said(prompts, "--adapters", folder, "--signal", "norm")
+    assert "expected 'calibrated'" in said(prompts, "--adapters", folder, "--examples", "ignore")
+    assert "expected a number between 0 and 1" in said(prompts, "--adapters", folder, "--confidence", "80")
+    assert not list(learned(folder))
+
+
+def test_pools_whose_signal_uses_no_examples_are_refused(folder: Path) -> None:
+    logo = LoGo.from_pretrained("demo", folder, activation="last:4", probe_token="each")
+    with pytest.raises(UsageError, match="does not use example prompts"):
+        learn_examples(logo, PROMPTS)
+
+
+# -- properties --------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 1)), max_size=80), st.floats(0.01, 0.99))
+def test_examples_are_the_surest_prompts_of_each(rows: list[tuple[str, float]], sure: float) -> None:
+    asked = [f"prompt {i}" for i in range(len(rows))]
+    selections = [
+        Selection((best,), (1.0,), {name: float(name == best) for name in "abc"}, confidence)
+        for best, confidence in rows
+    ]
+    found = _surest(asked, selections, {"a", "b"}, sure)
+    assert set(found) == {best for best, confidence in rows if confidence >= sure and best != "c"}
+    for name, examples in found.items():
+        own = {prompt: one for prompt, (best, one) in zip(asked, rows, strict=True) if best == name and one >= sure}
+        assert len(examples) == min(MOST, len(own)) and all(own[e.prompt] == e.confidence for e in examples)
+        left = [one for prompt, one in own.items() if Example(prompt, one) not in examples]
+        assert [e.confidence for e in examples] == sorted((e.confidence for e in examples), reverse=True)
+        assert not left or max(left) <= examples[-1].confidence
+
+
+@given(st.lists(st.text(max_size=3), max_size=30))
+def test_a_sample_of_few_is_all_of_them(texts: list[str]) -> None:
+    assert set(_sample(texts)) == {text for text in texts if text.strip()}
+    assert len(_sample(texts)) == len(set(_sample(texts)))
+
+
+def test_a_sample_of_many_is_always_the_same() -> None:
+    many = [f"prompt {i}" for i in range(3 * READ)]
+    assert len(_sample(many)) == READ and _sample(many) == _sample(many) != many[:READ]
