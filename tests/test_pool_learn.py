@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logo import LoGo, UsageError
-from logo.adapters.examples import MOST, examples_of, is_learned, write_examples
+from logo.adapters.examples import examples_of, is_learned, write_examples
 from logo.adapters.files import EXAMPLES
 from logo.cli.run import run
 from logo.demo import assets_dir, heldout
-from logo.learning import READ, Example, _sample, _surest, learn_examples
+from logo.learning import MOST, READ, Example, _sample, _surest, learn_examples
 from logo.selection import Selection
 from logo.serving.logged import TOKENS, entry, prompts_of
 
@@ -81,12 +81,10 @@ def test_own_examples_stay(folder: Path, prompts: Path, capsys: pytest.CaptureFi
 def test_a_second_day_keeps_what_the_first_one_taught(folder: Path, tmp_path: Path, prompts: Path) -> None:
     assert run(["pool", "learn", str(prompts), "--adapters", str(folder)]) == 0
     once = examples_of(folder / "french")
-    other = written(tmp_path / "other.jsonl", [{"context": "Which word is French for moon?"}, *STRANGES])
+    new = "Which word is French for moon?"
+    other = written(tmp_path / "other.jsonl", [{"context": new}, *({"prompt": prompt} for prompt in STRANGE)])
     assert run(["pool", "learn", str(other), "--adapters", str(folder)]) == 0
-    assert set(examples_of(folder / "french")) == {*once, "Which word is French for moon?"}
-
-
-STRANGES = [{"prompt": prompt} for prompt in STRANGE]
+    assert len(examples_of(folder / "french")) == MOST and set(examples_of(folder / "french")) <= {*once, new}
 
 
 def test_a_dry_run_writes_nothing(folder: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:

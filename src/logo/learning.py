@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING
 
-from logo.adapters.examples import MOST, is_learned
+from logo.adapters.examples import is_learned
 from logo.adapters.pool import AdapterPool
 from logo.errors import UsageError
 from logo.selecting import CallSettings
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 READ = 2000
 # A prompt becomes an example if it selects the adapter with this confidence.
 SURE = 0.8
+# The most examples of an adapter. Its surest prompts are its own; further ones may be those of a relative.
+MOST = 8
 # In the second round, the examples of the first one count, so that more prompts are sure.
 _ROUNDS = 2
 _TOGETHER = 64

@@ -41,7 +41,7 @@ def learn(
 ) -> None:
     """Learn example prompts for adapters that have none, from prompts without labels.
 
-    The prompts that select an adapter with high confidence become its examples (at most 16, in examples.jsonl beside
+    The prompts that select an adapter with high confidence become its examples (at most 8, in examples.jsonl beside
     it), so that prompts like them select it more surely. Adapters with examples of their own keep them; examples that
     were learned before are replaced. Look at the list: a sure selection may be wrong.
 
