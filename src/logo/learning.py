@@ -1,10 +1,13 @@
 """`learn_examples`: example prompts for adapters that have none, from prompts without labels, such as those of a log.
 
-    prompts -> selections -> the surest prompts of each adapter are its examples -> selections with these -> ...
+    prompts -> selections -> the surest prompts of each adapter -> selections with these as examples -> ... -> examples
 
 An adapter's own prompts resemble each other (`logo.selection.signature`), while the responses of adapters to single
-prompts vary. So the prompts that select an adapter with high confidence say what its other prompts look like. This is
-self-training, as in Yarowsky (ACL 1995): no label is used, and a selection that is sure and wrong is not corrected.
+prompts vary. So the prompts that select an adapter with high confidence show what its other prompts look like. This is
+self-training (Yarowsky, ACL 1995): it uses no label, so it does not correct a selection that is sure and wrong.
+
+No prompt is compared with itself: in the second round, each half of the prompts is compared with the examples that the
+other half gave.
 """
 
 from __future__ import annotations
@@ -15,23 +18,25 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING
 
-from logo.adapters.examples import is_learned
+from logo.adapters.examples import is_learned, read_examples
+from logo.adapters.files import EXAMPLES
 from logo.adapters.pool import AdapterPool
 from logo.errors import UsageError
 from logo.selecting import CallSettings
 
 if TYPE_CHECKING:
     from logo.engine import LoGo
+    from logo.prompts import Prompt
     from logo.selection import Selection
+    from logo.selection.settings import SelectionSettings
 
-# The most prompts that are read; of more, a random sample.
+# The most prompts that are read, so that a month of logs takes as long as a day; of more, a random sample.
 READ = 2000
 # A prompt becomes an example if it selects the adapter with this confidence.
 SURE = 0.8
 # The most examples of an adapter. Its surest prompts are its own; further ones may be those of a relative.
 MOST = 8
-# In the second round, the examples of the first one count, so that more prompts are sure.
-_ROUNDS = 2
+# Prompts between two reports of progress.
 _TOGETHER = 64
 
 
@@ -43,85 +48,146 @@ class Example:
     confidence: float
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What prompts taught.
+
+    Attributes:
+        examples: adapter name -> its examples, the surest first, `MOST` at most; for each adapter that may learn.
+        read: how many prompts were read, without those that had been learned before.
+        left_out: how many more do not fit into the base model's context.
+    """
+
+    examples: Mapping[str, tuple[Example, ...]]
+    read: int
+    left_out: int
+
+
+def check_learning(settings: SelectionSettings, sure: float) -> None:
+    """Checks that selections with these settings use examples, and that `sure` is a confidence.
+
+    Raises:
+        UsageError: they do not, or it is none.
+    """
+    if settings.reading.scale != "whitened" or settings.signal == "signature":
+        raise UsageError(
+            f"signal {settings.signal!r}: expected 'calibrated', which finds examples by responses and then uses them"
+        )
+    if settings.examples == "ignore":
+        raise UsageError("examples 'ignore': expected 'use', since what is learned has to count in the second round")
+    if not 0 < sure < 1:
+        raise UsageError(f"confidence {sure:g}: expected a number between 0 and 1")
+
+
 def learnable(pool: AdapterPool) -> list[str]:
-    """The adapters that have no example prompts, or only learned ones."""
-    return [adapter.name for adapter in pool if not adapter.examples or is_learned(adapter.folder)]
+    """The adapters that may learn: those that have no example prompts, or only learned ones.
 
-
-def _sample(prompts: Sequence[str]) -> list[str]:
-    different = list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))
-    if len(different) <= READ:
-        return different
-    chosen = sorted(Random(0).sample(range(len(different)), READ))
-    return [different[i] for i in chosen]
+    Raises:
+        DataError: a file of examples cannot be read, so that it is not known whose they are.
+        UsageError: no adapter may learn.
+    """
+    names = [adapter.name for adapter in pool if not adapter.examples or is_learned(adapter.folder)]
+    for name in names:
+        if (file := pool[name].folder / EXAMPLES).exists():
+            read_examples(file)
+    if not names:
+        raise UsageError(f"nothing to learn: each of the {len(pool)} adapters has example prompts of its own")
+    if len(pool) == 1:
+        raise UsageError(
+            f"adapter {names[0]!r} is alone in its pool, so no selection is sure: give it examples yourself "
+            "(logo pool examples)"
+        )
+    return names
 
 
 def learn_examples(
     engine: LoGo, prompts: Sequence[str], *, sure: float = SURE, tell: Callable[[int, int], None] | None = None
-) -> dict[str, list[Example]]:
+) -> Learned:
     """Finds example prompts for the adapters of a pool that have none, or only learned ones.
 
-    Files do not change (`logo.adapters.examples.write_examples` stores examples). The engine has the pool that it had.
+    Nothing is written (`logo.adapters.examples.write_examples` does that), and the engine does not change.
 
     Args:
-        engine: its signal is a calibrated one to which examples contribute, and it uses examples.
-        prompts: unlabelled. Empty ones and copies are left out, and of more than `READ` a random sample is read, always
-            the same. What was learned before is read again.
+        engine: with a calibrated signal that uses examples.
+        prompts: without labels. Empty ones, copies and those that do not fit into the base model's context are left
+            out, and of more than `READ`, a random sample is read, always the same. What was learned before is read
+            again.
         sure: the least confidence of an example, in (0, 1).
         tell: called with how many prompts were read so far, and how many will be.
 
-    Returns:
-        Adapter name -> the examples found, the surest first, `MOST` at most. Adapters without any are left out, so are
-        those with examples of their own.
-
     Raises:
-        UsageError: the engine does not use examples, all adapters have examples of their own, or `sure` is out of
-            range.
+        UsageError, DataError: as `check_learning` and `learnable`; or the adapters act on the last tokens only, and are
+            read at every token, where examples do not count.
     """
-    settings = engine.settings
-    if settings.examples == "ignore" or settings.reading.scale != "whitened":
-        raise UsageError("examples are learned for a signal that uses them: expected 'calibrated', with examples 'use'")
-    if not 0 < sure < 1:
-        raise UsageError(f"confidence {sure:g}: expected a number between 0 and 1")
-    before, names = engine.pool, set(learnable(engine.fitted))
-    if not names:
-        raise UsageError(f"nothing to learn: each of the {len(before)} adapters has example prompts of its own")
-    earlier = [prompt for adapter in engine.fitted if adapter.name in names for prompt in adapter.examples]
-    read = _sample([*prompts, *earlier])
-    rows = engine.prompts.read(read, room=engine.prompts.room(None))
-    call = CallSettings(replace(settings, when_unsure="mix"))
-    found: dict[str, list[Example]] = {}
-    try:
-        for number in range(_ROUNDS):
-            _teach(engine, before, {name: tuple(one.prompt for one in found.get(name, ())) for name in names})
-            if found and engine.scorer.signatures is None:
-                raise UsageError("the signal does not use example prompts of adapters that act on the last tokens only")
-            scored: list[Selection] = []
-            for first in range(0, len(rows), _TOGETHER):
-                scored += engine.select_ids(rows[first : first + _TOGETHER], call)
-                if tell is not None:
-                    tell(number * len(rows) + len(scored), _ROUNDS * len(rows))
-            found = _surest(read, scored, names, sure)
-            if not found:
-                break
-    finally:
-        engine.take(engine.prepared(before))
-    return found
+    from logo.engine import LoGo
+
+    check_learning(engine.settings, sure)
+    pool = engine.fitted
+    names = learnable(pool)
+    new, left_out = _fitting(engine, _sample(prompts))
+    earlier, _ = _fitting(engine, list(dict.fromkeys(text for name in names for text in pool[name].examples)))
+    rows = list({**new, **earlier}.items())
+    Random(0).shuffle(rows)  # prompts of one task may stand at every second place
+    settings = replace(engine.settings, when_unsure="mix", baseline="neutral")
+    student = LoGo(
+        engine.model, engine.tokenizer, _taught(engine.pool, names, {}), settings=settings, on_bad_adapter="skip"
+    )
+
+    def surest(part: Sequence[tuple[str, Prompt]], before: int) -> dict[str, tuple[Example, ...]]:
+        selections: list[Selection] = []
+        for first in range(0, len(part), _TOGETHER):
+            ids = [row for _, row in part[first : first + _TOGETHER]]
+            selections += student.select_ids(ids, CallSettings(settings))
+            if tell is not None:
+                tell(before + len(selections), 2 * len(rows))
+        return _surest([prompt for prompt, _ in part], selections, names, sure)
+
+    halves = rows[::2], rows[1::2]
+    seeds = [surest(half, i * len(halves[0])) for i, half in enumerate(halves)]
+    found = dict.fromkeys(names, tuple[Example, ...]())
+    for i, half in enumerate(halves):
+        student.take(student.prepared(_taught(engine.pool, names, seeds[1 - i])))
+        if any(seeds[1 - i].values()) and student.scorer.signatures is None:
+            raise UsageError(
+                "probe_token 'each': example prompts of adapters that act on the last tokens do not count there; leave "
+                "it out"
+            )
+        more = surest(half, len(rows) + i * len(halves[0]))
+        found = {name: (*found[name], *more[name]) for name in names}
+    return Learned({name: _best(examples) for name, examples in found.items()}, len(new), left_out)
 
 
-def _teach(engine: LoGo, pool: AdapterPool, examples: Mapping[str, tuple[str, ...]]) -> None:
-    """Gives the engine the adapters of a pool with these examples; others keep theirs."""
-    taught = [replace(adapter, learned=examples.get(adapter.name, adapter.learned)) for adapter in pool]
-    engine.take(engine.prepared(AdapterPool(taught, pool.refused, default_k=pool.default_k)))
+def _sample(prompts: Sequence[str]) -> list[str]:
+    different = list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))
+    return different if len(different) <= READ else Random(0).sample(different, READ)
+
+
+def _fitting(engine: LoGo, prompts: Sequence[str]) -> tuple[dict[str, Prompt], int]:
+    """The prompts that fit into the base model's context, as they are read; and how many more do not."""
+    rows = dict(zip(prompts, engine.prompts.read(prompts, room=None), strict=True))
+    room = engine.prompts.context
+    fitting = {prompt: row for prompt, row in rows.items() if room is None or len(row) < room}
+    return fitting, len(rows) - len(fitting)
+
+
+def _taught(pool: AdapterPool, names: Collection[str], examples: Mapping[str, Sequence[Example]]) -> AdapterPool:
+    """The pool in which these adapters have these examples and no others."""
+    told = {name: tuple(one.prompt for one in examples.get(name, ())) for name in names}
+    adapters = [replace(adapter, told=told.get(adapter.name, adapter.told)) for adapter in pool]
+    return AdapterPool(adapters, pool.refused, default_k=pool.default_k)
 
 
 def _surest(
     prompts: Sequence[str], selections: Sequence[Selection], names: Collection[str], sure: float
-) -> dict[str, list[Example]]:
+) -> dict[str, tuple[Example, ...]]:
     """The surest prompts of each of these adapters, `MOST` at most."""
     found = defaultdict[str, list[Example]](list)
     for prompt, one in zip(prompts, selections, strict=True):
         best = max(one.scores, key=one.scores.__getitem__)
-        if best in names and (one.confidence or 0.0) >= sure:
-            found[best].append(Example(prompt, one.confidence or 0.0))
-    return {name: sorted(found[name], key=lambda one: -one.confidence)[:MOST] for name in sorted(found)}
+        if one.confidence is not None and one.confidence >= sure:
+            found[best].append(Example(prompt, one.confidence))
+    return {name: _best(found[name]) for name in names}
+
+
+def _best(examples: Sequence[Example]) -> tuple[Example, ...]:
+    return tuple(sorted(examples, key=lambda one: -one.confidence)[:MOST])

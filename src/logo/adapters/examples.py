@@ -1,6 +1,6 @@
 """Example prompts of an adapter: a few prompts of its task, without answers.
 
-    <adapter>/examples.jsonl        one JSON object per line: `{"prompt": "..."}`, and `"confidence"` if it was learned
+    <adapter>/examples.jsonl        one JSON object per line: `{"prompt": "..."}`, and `"learned"` if it was learned
     <adapter>/README.md             else the texts of the model card's widget
 
 The base model describes an adapter's prompts by them (`logo.selection.signature`). Examples are read from the folder of
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from logo.adapters.files import CONFIG, EXAMPLES, MODEL_CARD
-from logo.errors import DataError
+from logo.errors import DataError, StorageError
 from logo.folders import replace_file
 
 # The most examples that are read; more hardly help (docs/how-selection-works.md), and the base model reads each once.
@@ -51,18 +51,19 @@ def read_examples(file: Path) -> list[str]:
 
 
 def is_learned(folder: Path) -> bool:
-    """Whether the example prompts in a folder were learned (`logo.learning`), which states a confidence with each."""
+    """Whether the example prompts in a folder were learned (`logo.learning`), which notes a confidence with each."""
     try:
         rows = _rows(folder / EXAMPLES)
     except (FileNotFoundError, DataError):
         return False
-    return bool(rows) and all("confidence" in row for row in rows)
+    return bool(rows) and all(isinstance(row.get("learned"), float) for row in rows)
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     """The objects in a file, each with a `prompt`; errors as `read_examples`."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`, since a JSON text may hold other separators of lines.
+        lines = file.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
@@ -93,10 +94,25 @@ def write_examples(folder: Path, prompts: Sequence[str], confidences: Sequence[f
     """
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
     if confidences is not None:
-        rows = [{**row, "confidence": round(sure, 4)} for row, sure in zip(rows, confidences, strict=True)]
+        rows = [{**row, "learned": round(sure, 4)} for row, sure in zip(rows, confidences, strict=True)]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     replace_file(folder / EXAMPLES, ("\n".join(lines) + "\n").encode())
     return folder / EXAMPLES
+
+
+def remove_examples(folder: Path) -> bool:
+    """Removes the learned examples of the adapter in a folder, and returns whether there were any.
+
+    Raises:
+        StorageError: they cannot be removed.
+    """
+    if not is_learned(folder):
+        return False
+    try:
+        (folder / EXAMPLES).unlink()
+    except OSError as error:
+        raise StorageError(f"{folder / EXAMPLES}: cannot be removed ({error.strerror})") from error
+    return True
 
 
 def _of_card(card: Path) -> list[str]:

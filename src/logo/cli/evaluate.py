@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.markup import escape
 
 from logo.backends.cluster import Layout
 from logo.cli.belonging import check_method_options
@@ -109,7 +108,7 @@ def _answered(session: Evaluation, plans: Sequence[Plan], *, json: bool) -> tupl
 
     for plan in plans:
         if plan.note and not plan.done:
-            note(escape(f"{plan.job.dataset} is answered again: {plan.note}"))
+            note(f"{plan.job.dataset} is answered again: {plan.note}")
     scores: list[Score] = []
     lost = None
     with progress(disable=not err.is_terminal) as bar:
@@ -249,7 +248,7 @@ def _stored(plan: Plan) -> Score:
     from logo.evaluation.results import read_results
 
     under = f"; it was answered under other versions or on another kind of device: {plan.note}" if plan.note else ""
-    note(escape(f"{plan.job.dataset} is done already (--overwrite answers it again){under}"))
+    note(f"{plan.job.dataset} is done already (--overwrite answers it again){under}")
     return Score(plan.job.dataset, plan.job.folder, read_results(plan.job.folder), skipped=True)
 
 

@@ -302,7 +302,7 @@ def _say_skipped(skipped: Sequence[Skipped]) -> None:
     for reason in dict.fromkeys(one.reason for one in skipped):
         some = [one.values for one in skipped if one.reason == reason]
         common: dict[str, Value] = {axis: v for axis, v in some[0].items() if all(v == other[axis] for other in some)}
-        note(escape(f"left out {counted(len(some), 'cell')} ({label(common)}): {reason}"))
+        note(f"left out {counted(len(some), 'cell')} ({label(common)}): {reason}")
 
 
 def _short(what: str) -> str:

@@ -13,17 +13,19 @@ from rich.text import Text
 
 from logo.cli.belonging import check_selection_options
 from logo.cli.expanded import expanded
-from logo.cli.opening import open_engine, selection_settings
+from logo.cli.opening import open_base, selection_settings
 from logo.cli.options import EngineOptions, Json, argument, usual
 from logo.cli.output import err, natural_width, note, one_line, out, plain_table, print_json, progress, screen
 from logo.cli.prompts import or_demo
 from logo.errors import DataError, StorageError, UsageError, listed
+from logo.evaluation.tables import counted
 
 if TYPE_CHECKING:
-    from logo.learning import Example
+    from logo.adapters.pool import AdapterPool
+    from logo.learning import Example, Learned
 
 SHOWN = 60  # characters of an example
-SURE = 0.8
+SURE = 0.8  # as `logo.learning.SURE`, which is not imported for the help
 
 
 @expanded
@@ -33,7 +35,7 @@ def learn(
         ...,
         metavar="FILE...",
         help="Prompts without labels: a JSON object per line with a `prompt` (or `context`), or logs of servers (`logo "
-        "serve --log-json --log-prompts 2> FILE`).",
+        "serve --log-json --log-prompts 2> FILE`). Of more than 2000 prompts, a random sample is read.",
     ),
     confidence: float = usual(SURE, "The least confidence of a selection from which an example is learned."),
     dry_run: bool = usual(False, "Show what would be learned; write nothing."),
@@ -42,39 +44,74 @@ def learn(
     """Learn example prompts for adapters that have none, from prompts without labels.
 
     The prompts that select an adapter with high confidence become its examples (at most 8, in examples.jsonl beside
-    it), so that prompts like them select it more surely. Adapters with examples of their own keep them; examples that
-    were learned before are replaced. Look at the list: a sure selection may be wrong.
+    it), so that prompts like them select it more surely. Adapters with examples of their own keep them. What was
+    learned before is read again, and stays if it is still among the surest. Look at the examples: a sure selection may
+    be wrong.
 
     Example: `logo pool learn day.log --base-model Qwen/Qwen2.5-7B --adapters my/adapters`
     """
-    from logo.adapters.examples import write_examples
-    from logo.learning import learn_examples, learnable
+    from logo.folders import check_writable
+    from logo.learning import check_learning, learn_examples, learnable
+    from logo.pools import pool_place
 
-    if engine.adapters is not None and not Path(engine.adapters).is_dir():
-        raise UsageError(
-            f"--adapters {engine.adapters}: expected a folder, since examples are stored beside the adapters"
-        )
-    check_selection_options([selection_settings(engine)])
-    prompts = read_prompts(files)
+    settings = selection_settings(engine)
+    check_selection_options([settings])
+    check_learning(settings, confidence)
     base_model = or_demo(engine)
+    place = pool_place(engine.adapters, base_model, engine.model_dir)
+    if any(one.kind != "folder" for one in place.places):
+        raise UsageError(
+            f"--adapters {place.spec}: expected a folder, or several, since examples are stored beside the adapters; "
+            "copy the pool into one"
+        )
+    prompts = read_prompts(files)
     with err.status("Loading and calibrating ..."):
-        logo = open_engine(engine, base_model)
-    names = learnable(logo.fitted)
+        opened = open_base(engine, base_model)
+        names = learnable(opened.pool)
+        for name in names if not dry_run else ():
+            check_writable(opened.pool[name].folder, "--adapters")
+        logo = opened.engine(engine, settings)
     with progress(disable=not err.is_terminal) as shown:
         bar = shown.add_task("prompts read", total=None)
         found = learn_examples(
             logo, prompts, sure=confidence, tell=lambda done, of: shown.update(bar, total=of, completed=done)
         )
-    if not dry_run:
-        for name, examples in found.items():
-            write_examples(logo.fitted[name].folder, [e.prompt for e in examples], [e.confidence for e in examples])
+    forgotten = [] if dry_run else store(logo.fitted, found.examples)
     if json:
-        print_json({name: [asdict(example) for example in found.get(name, [])] for name in names})
+        print_json({name: [asdict(example) for example in examples] for name, examples in found.examples.items()})
         return
-    table = _table(found)
-    screen(natural_width(table)).print(table)
-    for head, text in _remarks(found, names, len(logo.fitted), len(prompts), dry_run):
+    if any(found.examples.values()):
+        table = _table(found.examples)
+        screen(natural_width(table)).print(table)
+    for head, text in _remarks(found, len(logo.fitted), forgotten, dry_run):
         out.print(Text.assemble((f"{head} ", "yellow"), text))
+    note("`logo pool examples DIR NAME` prints all examples of an adapter.")
+
+
+def store(pool: AdapterPool, examples: Mapping[str, Sequence[Example]]) -> list[str]:
+    """Writes the examples beside the adapters, and removes earlier ones of those that have none now.
+
+    Returns:
+        The adapters whose earlier ones were removed.
+
+    Raises:
+        StorageError: a file cannot be written; the message says which adapters have theirs already.
+    """
+    from logo.adapters.examples import remove_examples, write_examples
+
+    done: list[str] = []
+    forgotten = []
+    for name, found in examples.items():
+        folder = pool[name].folder
+        try:
+            if found:
+                write_examples(folder, [e.prompt for e in found], [e.confidence for e in found])
+                done.append(name)
+            elif remove_examples(folder):
+                forgotten.append(name)
+        except StorageError as error:
+            raise StorageError(f"{error}; stored before that: {listed(done, 8) or 'nothing'}") from error
+    return forgotten
 
 
 def read_prompts(files: Sequence[Path]) -> list[str]:
@@ -91,42 +128,44 @@ def read_prompts(files: Sequence[Path]) -> list[str]:
     for file in files:
         before = len(prompts)
         try:
-            with file.open(encoding="utf-8", errors="replace") as lines:
+            with file.open(encoding="utf-8-sig", errors="replace") as lines:
                 for number, line in enumerate(lines, start=1):
                     try:
                         prompts += prompts_of(loads(line)) if line.strip() else []
-                    except ValueError:
+                    except (ValueError, RecursionError):
                         bad.append(f"{file}:{number}")
         except OSError as error:
-            raise StorageError(
-                f"{file}: expected a file with prompts, found none that can be read: {error.strerror}"
-            ) from error
+            raise StorageError(f"{file}: cannot be read ({error.strerror}); name a file with prompts") from error
         if len(prompts) == before:
             raise DataError(
                 f'{file}: expected JSON objects with a "prompt", one per line, or the log of `logo serve --log-json '
                 "--log-prompts`, found no prompt"
             )
     if bad:
-        note(f"skipped lines that are no JSON objects with prompts: {len(bad)}, the first at {bad[0]}")
+        note(f"{counted(len(bad), 'line')} skipped: no JSON object with a prompt; the first is {bad[0]}")
     return prompts
 
 
 def _table(found: Mapping[str, Sequence[Example]]) -> Table:
     table = plain_table("adapter", ">examples", ">confidence", "such as")
     for name, examples in found.items():
-        mean = sum(one.confidence for one in examples) / len(examples)
-        table.add_row(
-            Text(one_line(name)), str(len(examples)), f"{mean:.2f}", Text(one_line(examples[0].prompt, SHOWN))
-        )
+        if examples:
+            mean = sum(one.confidence for one in examples) / len(examples)
+            such = one_line(examples[0].prompt, SHOWN)
+            table.add_row(Text(one_line(name)), str(len(examples)), f"{mean:.2f}", Text(such))
     return table
 
 
-def _remarks(
-    found: Mapping[str, Sequence[Example]], names: Sequence[str], every: int, prompts: int, dry_run: bool
-) -> Iterator[tuple[str, str]]:
-    done = "would be stored" if dry_run else "stored"
-    yield done, f"examples for {len(found)} of {len(names)} adapters, learned from {prompts} prompts"
-    if every > len(names):
-        yield "unchanged", f"{every - len(names)} of {every} adapters, which have examples of their own"
-    if missing := [name for name in names if name not in found]:
-        yield "no sure prompt", f"for {listed([one_line(name) for name in missing], 8)}"
+def _remarks(found: Learned, every: int, forgotten: Sequence[str], dry_run: bool) -> Iterator[tuple[str, str]]:
+    names = len(found.examples)
+    taught = sum(map(bool, found.examples.values()))
+    learned = f"examples for {taught} of {counted(names, 'adapter')}, learned from {counted(found.read, 'prompt')}"
+    yield "not stored" if dry_run else "stored", learned
+    if found.left_out:
+        yield "left out", f"{counted(found.left_out, 'prompt')} longer than the base model's context"
+    if every > names:
+        yield "unchanged", f"{every - names} of {every} adapters, which have examples of their own"
+    if missing := [one_line(name) for name, examples in found.examples.items() if not examples]:
+        yield "no sure prompt", f"for {listed(missing, 8)}"
+    if forgotten:
+        yield "removed", f"earlier examples of {listed([one_line(name) for name in forgotten], 8)}"
