@@ -18,7 +18,7 @@ from logo.adapters.files import EXAMPLES
 from logo.cli.pool import learn as command
 from logo.cli.run import run
 from logo.demo import assets_dir, heldout
-from logo.learning import MOST, READ, SURE, Example, Learned, _sample, _surest, learn_examples
+from logo.learning import LEAST, MOST, READ, SURE, Example, Learned, _sample, _surest, learn_examples
 from logo.selection import Selection
 from logo.serving.logged import TOKENS, entry, prompts_of
 
@@ -119,14 +119,21 @@ def count(learned: Learned) -> int:
     return sum(map(len, learned.examples.values()))
 
 
-def test_a_prompt_is_no_evidence_for_itself(folder: Path) -> None:
+def test_a_prompt_is_no_evidence_for_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A single prompt is its only example, and no other prompt can be like it."""
+    monkeypatch.setattr("logo.learning.LEAST", 1)
     logo = LoGo.from_pretrained("demo", folder)
     strange = "Is 17 a prime number?"
     first = logo.select(strange).confidence or 0.0
     found = learn_examples(logo, [strange], sure=first - 0.01)
     assert [one.confidence for examples in found.examples.values() for one in examples] == pytest.approx([first])
     assert count(learn_examples(logo, [strange] * 5, sure=first + 0.01)) == 0
+
+
+def test_one_or_two_prompts_teach_nothing(folder: Path) -> None:
+    logo = LoGo.from_pretrained("demo", folder)
+    assert count(learn_examples(logo, TRAFFIC["capital"][:2], sure=0.1)) == 0
+    assert len(learn_examples(logo, TRAFFIC["capital"][:5], sure=0.1).examples["capital"]) >= LEAST
 
 
 def test_refusing_engines_learn_too(folder: Path) -> None:

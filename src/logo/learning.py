@@ -36,6 +36,8 @@ READ = 2000
 SURE = 0.8
 # The most examples of an adapter. Its surest prompts are its own; further ones may be those of a relative.
 MOST = 8
+# The least. One or two sure prompts of a whole day may be accidents.
+LEAST = 3
 # Prompts between two reports of progress.
 _TOGETHER = 64
 
@@ -53,7 +55,8 @@ class Learned:
     """What prompts taught.
 
     Attributes:
-        examples: adapter name -> its examples, the surest first, `MOST` at most; for each adapter that may learn.
+        examples: adapter name -> its examples, the surest first, `MOST` at most, and not fewer than `LEAST` unless it
+            has none; for each adapter that may learn.
         read: how many prompts were read, without those that had been learned before.
         left_out: how many more do not fit into the base model's context.
     """
@@ -154,7 +157,8 @@ def learn_examples(
             )
         more = surest(half, len(rows) + i * len(halves[0]))
         found = {name: (*found[name], *more[name]) for name in names}
-    return Learned({name: _best(examples) for name, examples in found.items()}, len(new), left_out)
+    enough = {name: examples if len(examples) >= LEAST else () for name, examples in found.items()}
+    return Learned({name: _best(examples) for name, examples in enough.items()}, len(new), left_out)
 
 
 def _sample(prompts: Sequence[str]) -> list[str]:

@@ -43,8 +43,8 @@ def learn(
 ) -> None:
     """Learn example prompts for adapters that have none, from prompts without labels.
 
-    The prompts that select an adapter with high confidence become its examples (at most 8, in examples.jsonl beside
-    it), so that prompts like them select it more surely. Adapters with examples of their own keep them. What was
+    The prompts that select an adapter with high confidence become its examples (3 to 8, in examples.jsonl beside it),
+    so that prompts like them select it more surely. Adapters with examples of their own keep them. What was
     learned before is read again, and stays if it is still among the surest. Look at the examples: a sure selection may
     be wrong.
 
@@ -166,6 +166,6 @@ def _remarks(found: Learned, every: int, forgotten: Sequence[str], dry_run: bool
     if every > names:
         yield "unchanged", f"{every - names} of {every} adapters, which have examples of their own"
     if missing := [one_line(name) for name, examples in found.examples.items() if not examples]:
-        yield "no sure prompt", f"for {listed(missing, 8)}"
+        yield "too few sure prompts", f"for {listed(missing, 8)}"
     if forgotten:
         yield "removed", f"earlier examples of {listed([one_line(name) for name in forgotten], 8)}"
