@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from logo import LoGo, UsageError
 from logo.adapters.examples import examples_of, is_learned, write_examples
@@ -18,7 +19,7 @@ from logo.adapters.files import EXAMPLES
 from logo.cli.pool import learn as command
 from logo.cli.run import run
 from logo.demo import assets_dir, heldout
-from logo.learning import LEAST, MOST, READ, SURE, Example, Learned, _sample, _surest, learn_examples
+from logo.learning import LEAST, MOST, READ, SURE, Example, Learned, _different, _sample, _surest, learn_examples
 from logo.selection import Selection
 from logo.serving.logged import TOKENS, entry, prompts_of
 
@@ -94,10 +95,11 @@ def test_a_dry_run_writes_nothing(folder: Path, prompts: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert run([*options, "--dry-run", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
-    assert not list(learned(folder)) and len(planned) == 16
+    assert not list(learned(folder)) and len(planned["examples"]) == 16
+    assert (planned["read"], planned["left_out"], planned["removed"]) == (len(PROMPTS), 0, [])
     assert run([*options, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == planned
-    assert {name: [e["prompt"] for e in found] for name, found in planned.items() if found} == {
+    assert {name: [e["prompt"] for e in found] for name, found in planned["examples"].items() if found} == {
         adapter.name: list(examples_of(adapter)) for adapter in folder.iterdir() if examples_of(adapter)
     }
 
@@ -171,6 +173,33 @@ def test_days_of_other_traffic_do_not_push_out_what_was_learned(folder: Path, mo
     assert {one.prompt for one in again.examples["french"]} == set(before)
 
 
+def test_what_was_learned_outlasts_days_of_other_traffic(folder: Path, tmp_path: Path, prompts: Path) -> None:
+    assert run(["pool", "learn", str(prompts), "--adapters", str(folder)]) == 0
+    first, counts = len(list(learned(folder))), []
+    for day in range(3):
+        other = [{"prompt": f"Book a table for {number} at {day} o'clock."} for number in range(40)]
+        file = written(tmp_path / f"{day}.jsonl", other)
+        assert run(["pool", "learn", str(file), "--adapters", str(folder)]) == 0
+        counts.append(len(list(learned(folder))))
+    assert counts[0] >= 0.8 * first and counts[2] >= 0.95 * counts[0]
+
+
+def test_adapters_that_are_not_scored_keep_what_they_learned(folder: Path, prompts: Path) -> None:
+    weights = load_file(folder / "plural" / "adapter_model.safetensors")
+    last = {key: value for key, value in weights.items() if ".layers.3." in key}
+    assert last
+    save_file(last, folder / "plural" / "adapter_model.safetensors")
+    write_examples(folder / "plural", ["Plural of park?"], [0.9])
+    options = ["--adapters", str(folder), "--unscorable", "skip"]
+    assert run(["pool", "learn", str(prompts), *options]) == 0
+    assert examples_of(folder / "plural") == ("Plural of park?",) and examples_of(folder / "french")
+
+
+def test_copies_of_a_prompt_count_once() -> None:
+    copies = ["Is it?", "Is it? ", " is  it?", "Is\nit?", "is not"]
+    assert _different([*copies, *copies]) == ["Is it?", "is not"]
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x1c", "\r"])
 def test_examples_with_odd_separators_are_kept(separator: str, folder: Path) -> None:
     write_examples(folder / "french", [f"one{separator}two", "three"], [0.9, 0.8])
@@ -180,9 +209,11 @@ def test_examples_with_odd_separators_are_kept(separator: str, folder: Path) -> 
 @pytest.mark.parametrize(
     "own", ['{"prompt": "Mine"}\n{"prompt": "broken', '{"prompt": "Mine", "learned": "high"}\n', '{"prompt": "Mine"}']
 )
-def test_own_files_are_never_replaced(own: str, folder: Path, prompts: Path) -> None:
+def test_own_files_are_never_replaced(own: str, folder: Path, prompts: Path, capsys: Any) -> None:
     (folder / "capital" / EXAMPLES).write_text(own, encoding="utf-8")
-    run(["pool", "learn", str(prompts), "--adapters", str(folder)])
+    broken = "broken" in own
+    assert run(["pool", "learn", str(prompts), "--adapters", str(folder)]) == int(broken)
+    assert ("repair the file or remove it" in capsys.readouterr().err) == broken
     assert (folder / "capital" / EXAMPLES).read_text(encoding="utf-8") == own
 
 
@@ -242,6 +273,10 @@ def test_bad_input(folder: Path, tmp_path: Path, prompts: Path, capsys: pytest.C
         error = said(prompts, "--adapters", folder, "--confidence", number)
         assert f"confidence {number}: expected a number between 0 and 1" in error and "Loading" not in error
     assert not list(learned(folder))
+    (folder / "french").rename(tmp_path / "french")
+    shutil.move(tmp_path / "french", folder / "deep" / "french")
+    twice = said(prompts, "--adapters", f"{folder},{folder / 'deep'}")
+    assert "adapters 'deep/french' and 'french' are in one folder; leave out one of them" in twice
 
 
 def test_a_disk_that_fails_is_told_with_what_was_stored(folder: Path, prompts: Path, capsys: Any) -> None:
@@ -279,8 +314,9 @@ def test_examples_are_the_surest_prompts_of_each(rows: list[tuple[str, float]], 
 
 @given(st.lists(st.text(max_size=3), max_size=30))
 def test_a_sample_of_few_is_all_of_them(texts: list[str]) -> None:
-    assert set(_sample(texts)) == {text for text in texts if text.strip()}
-    assert len(_sample(texts)) == len(set(_sample(texts))) and command.SURE == SURE
+    found = _sample(texts)
+    assert found == [text for text in dict.fromkeys(texts) if text in found] and command.SURE == SURE
+    assert {"".join(text.split()).casefold() for text in texts} - {""} <= {"".join(t.split()).casefold() for t in found}
 
 
 def test_a_sample_of_many_is_always_the_same() -> None:

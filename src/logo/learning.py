@@ -13,15 +13,17 @@ other half gave.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
 from logo.adapters.examples import is_learned, read_examples
 from logo.adapters.files import EXAMPLES
 from logo.adapters.pool import AdapterPool
-from logo.errors import UsageError
+from logo.errors import DataError, UsageError
 from logo.selecting import CallSettings
 
 if TYPE_CHECKING:
@@ -55,8 +57,8 @@ class Learned:
     """What prompts taught.
 
     Attributes:
-        examples: adapter name -> its examples, the surest first, `MOST` at most, and not fewer than `LEAST` unless it
-            has none; for each adapter that may learn.
+        examples: adapter name -> its examples, the surest first: none, or `LEAST` to `MOST`; for each adapter that may
+            learn.
         read: how many prompts were read, without those that had been learned before.
         left_out: how many more do not fit into the base model's context.
     """
@@ -87,12 +89,22 @@ def learnable(pool: AdapterPool) -> list[str]:
 
     Raises:
         DataError: a file of examples cannot be read, so that it is not known whose they are.
-        UsageError: no adapter may learn.
+        UsageError: no adapter may learn, the pool has only one, or two are in one folder.
     """
+    places: dict[Path, str] = {}
+    for adapter in pool:
+        if (folder := adapter.folder.resolve()) in places:
+            raise UsageError(
+                f"adapters {places[folder]!r} and {adapter.name!r} are in one folder; leave out one of them"
+            )
+        places[folder] = adapter.name
+        try:
+            read_examples(adapter.folder / EXAMPLES)
+        except FileNotFoundError:
+            continue
+        except DataError as error:
+            raise DataError(f"{error}; repair the file or remove it") from error
     names = [adapter.name for adapter in pool if not adapter.examples or is_learned(adapter.folder)]
-    for name in names:
-        if (file := pool[name].folder / EXAMPLES).exists():
-            read_examples(file)
     if not names:
         raise UsageError(f"nothing to learn: each of the {len(pool)} adapters has example prompts of its own")
     if len(pool) == 1:
@@ -111,7 +123,7 @@ def learn_examples(
     Nothing is written (`logo.adapters.examples.write_examples` does that), and the engine does not change.
 
     Args:
-        engine: with a calibrated signal that uses examples.
+        engine: with a calibrated signal that uses examples. It need not be calibrated yet.
         prompts: without labels. Empty ones, copies and those that do not fit into the base model's context are left
             out, and of more than `READ`, a random sample is read, always the same. What was learned before is read
             again.
@@ -125,16 +137,15 @@ def learn_examples(
     from logo.engine import LoGo
 
     check_learning(engine.settings, sure)
-    pool = engine.fitted
-    names = learnable(pool)
-    new, left_out = _fitting(engine, _sample(prompts))
-    earlier, _ = _fitting(engine, list(dict.fromkeys(text for name in names for text in pool[name].examples)))
-    rows = list({**new, **earlier}.items())
-    Random(0).shuffle(rows)  # prompts of one task may stand at every second place
-    settings = replace(engine.settings, when_unsure="mix", baseline="neutral")
+    names = learnable(engine.fitted)
+    settings = replace(engine.settings, k=1, when_unsure="mix", baseline="neutral")
     student = LoGo(
         engine.model, engine.tokenizer, _taught(engine.pool, names, {}), settings=settings, on_bad_adapter="skip"
     )
+    names = [name for name in names if name in student.scorer.names]
+    new, left_out = _fitting(engine, _sample(prompts))
+    earlier, _ = _fitting(engine, _different(text for name in names for text in engine.fitted[name].examples))
+    rows = list({**new, **earlier}.items())
 
     def surest(part: Sequence[tuple[str, Prompt]], before: int) -> dict[str, tuple[Example, ...]]:
         selections: list[Selection] = []
@@ -145,7 +156,8 @@ def learn_examples(
                 tell(before + len(selections), 2 * len(rows))
         return _surest([prompt for prompt, _ in part], selections, names, sure)
 
-    halves = rows[::2], rows[1::2]
+    # By their digests, so that what was learned is in the same half as before, whatever is read beside it.
+    halves = [[row for row in rows if sha256(row[0].encode()).digest()[0] % 2 == half] for half in (0, 1)]
     seeds = [surest(half, i * len(halves[0])) for i, half in enumerate(halves)]
     found = dict.fromkeys(names, tuple[Example, ...]())
     for i, half in enumerate(halves):
@@ -161,8 +173,16 @@ def learn_examples(
     return Learned({name: _best(examples) for name, examples in enough.items()}, len(new), left_out)
 
 
+def _different(prompts: Iterable[str]) -> list[str]:
+    """The first of all prompts that differ in more than case and blanks; without empty ones."""
+    found: dict[str, str] = {}
+    for prompt in prompts:
+        found.setdefault(" ".join(prompt.split()).casefold(), prompt)
+    return [prompt for key, prompt in found.items() if key]
+
+
 def _sample(prompts: Sequence[str]) -> list[str]:
-    different = list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))
+    different = _different(prompts)
     return different if len(different) <= READ else Random(0).sample(different, READ)
 
 

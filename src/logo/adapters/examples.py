@@ -63,7 +63,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     """The objects in a file, each with a `prompt`; errors as `read_examples`."""
     try:
         # Not `splitlines`, since a JSON text may hold other separators of lines.
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from logo.cli.belonging import check_selection_options
 from logo.cli.expanded import expanded
-from logo.cli.opening import open_engine, selection_settings
+from logo.cli.opening import open_base, selection_settings
 from logo.cli.options import EngineOptions, Json
 from logo.cli.output import bar, err, note, out, plain_table, print_json
 from logo.cli.prompts import or_demo
@@ -30,10 +30,12 @@ def calibrate(engine: EngineOptions, json: Json = False) -> None:
 
     Example: `logo pool calibrate --base-model Qwen/Qwen2.5-7B --adapters my/adapters --probe-depth 0.5`
     """
-    check_selection_options([selection_settings(engine)])
+    settings = selection_settings(engine)
+    check_selection_options([settings])
     base_model = or_demo(engine)
-    with err.status("Loading and calibrating ..."):
-        logo = open_engine(engine, base_model)
+    with err.status("Loading ..."):
+        opened = open_base(engine, base_model)
+    logo = opened.engine(engine, settings)
     calibration = logo.calibrate()
     if calibration is None:
         raise UsageError(f"the signal {logo.settings.signal!r} needs no calibration; `calibrated` and `norm_z` do")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,11 +133,22 @@ class Opened:
         return logo
 
 
-def open_base(options: EngineOptions, base_model: str, preset: Preset | None = None) -> Opened:
-    """Opens the pool and loads the base model."""
+def open_base(
+    options: EngineOptions,
+    base_model: str,
+    preset: Preset | None = None,
+    check: Callable[[AdapterPool], object] | None = None,
+) -> Opened:
+    """Opens the pool and loads the base model.
+
+    Args:
+        check: raises for a pool that cannot be used, before the base model is loaded.
+    """
     quiet_transformers()
     check_access(base_model, model_dir=options.model_dir)
     pool = open_pool(options, base_model, preset)
+    if check is not None:
+        check(pool)
     model, tokenizer = load_base(
         base_model,
         device=device_of(options.device),

@@ -103,7 +103,7 @@ def plain_table(*headings: str) -> Table:
 
 def note(message: str) -> None:
     """Prints a note to stderr, so that stdout holds results only."""
-    err.print(message, style="dim", markup=False)
+    err.print(message, style="dim", markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:

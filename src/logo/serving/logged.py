@@ -43,28 +43,32 @@ def entry(selection: Selection, prompt: str | None = None, cut: bool = False) ->
 def prompts_of(line: object) -> list[str]:
     """The prompts of a line: an object with a `prompt` (or `context`), or a line of the log.
 
-    Logged ones that were cut are left out, and so are empty ones.
+    Empty prompts are left out, and so are logged ones that were cut or are no Unicode text.
 
     Raises:
-        ValueError: it is neither, or a prompt is no Unicode text.
+        ValueError: it is neither, or the prompt is no Unicode text.
     """
     if not isinstance(line, dict):
         raise ValueError("no object")
     prompt = line.get("prompt", line.get("context"))
     if isinstance(prompt, str):
-        return _texts([prompt])
+        prompt.encode()
+        return [prompt] if prompt.strip() else []
     if str(line.get("logger")).split(".")[0] != "logo":
         raise ValueError("neither a prompt nor a line of the log")
     selections = line.get("selections")
     entries = [one for one in selections if isinstance(one, dict)] if isinstance(selections, list) else []
-    return _texts([one.get("prompt") for one in entries if not one.get("cut")])
+    texts = [one.get("prompt") for one in entries if not one.get("cut")]
+    return [text for text in texts if isinstance(text, str) and text.strip() and _encodable(text)]
 
 
-def _texts(values: Iterable[Any]) -> list[str]:
-    texts = [value for value in values if isinstance(value, str) and value.strip()]
-    for text in texts:
-        text.encode()  # not half of a surrogate pair, which no tokenizer takes
-    return texts
+def _encodable(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _score(item: tuple[str, float]) -> float:

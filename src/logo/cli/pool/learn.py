@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,9 +44,9 @@ def learn(
     """Learn example prompts for adapters that have none, from prompts without labels.
 
     The prompts that select an adapter with high confidence become its examples (3 to 8, in examples.jsonl beside it),
-    so that prompts like them select it more surely. Adapters with examples of their own keep them. What was
-    learned before is read again, and stays if it is still among the surest. Look at the examples: a sure selection may
-    be wrong.
+    so that similar prompts select it with higher confidence. Adapters with examples of their own keep them. What was
+    learned before is read again, and is removed if it is no longer sure enough. Look at the examples: a sure selection
+    may be wrong.
 
     Example: `logo pool learn day.log --base-model Qwen/Qwen2.5-7B --adapters my/adapters`
     """
@@ -54,7 +54,7 @@ def learn(
     from logo.learning import check_learning, learn_examples, learnable
     from logo.pools import pool_place
 
-    settings = selection_settings(engine)
+    settings = replace(selection_settings(engine), k=1)
     check_selection_options([settings])
     check_learning(settings, confidence)
     base_model = or_demo(engine)
@@ -65,27 +65,30 @@ def learn(
             "copy the pool into one"
         )
     prompts = read_prompts(files)
-    with err.status("Loading and calibrating ..."):
-        opened = open_base(engine, base_model)
-        names = learnable(opened.pool)
-        for name in names if not dry_run else ():
-            check_writable(opened.pool[name].folder, "--adapters")
-        logo = opened.engine(engine, settings)
+
+    def check(pool: AdapterPool) -> None:
+        for name in learnable(pool):
+            if not dry_run:
+                check_writable(pool[name].folder, "--adapters")
+
+    with err.status("Loading ..."):
+        logo = open_base(engine, base_model, check=check).uncalibrated(engine, settings)
     with progress(disable=not err.is_terminal) as shown:
-        bar = shown.add_task("prompts read", total=None)
+        bar = shown.add_task("reading, in two rounds", total=None)
         found = learn_examples(
             logo, prompts, sure=confidence, tell=lambda done, of: shown.update(bar, total=of, completed=done)
         )
-    forgotten = [] if dry_run else store(logo.fitted, found.examples)
+    removed = [] if dry_run else store(logo.fitted, found.examples)
     if json:
-        print_json({name: [asdict(example) for example in examples] for name, examples in found.examples.items()})
+        print_json({**asdict(found), "removed": removed})
         return
     if any(found.examples.values()):
         table = _table(found.examples)
         screen(natural_width(table)).print(table)
-    for head, text in _remarks(found, len(logo.fitted), forgotten, dry_run):
+    for head, text in _remarks(found, len(logo.fitted), removed, dry_run):
         out.print(Text.assemble((f"{head} ", "yellow"), text))
-    note("`logo pool examples DIR NAME` prints all examples of an adapter.")
+    if any(found.examples.values()) and not dry_run:
+        note("`logo pool examples DIR NAME` prints all examples of an adapter.")
 
 
 def store(pool: AdapterPool, examples: Mapping[str, Sequence[Example]]) -> list[str]:
@@ -100,7 +103,7 @@ def store(pool: AdapterPool, examples: Mapping[str, Sequence[Example]]) -> list[
     from logo.adapters.examples import remove_examples, write_examples
 
     done: list[str] = []
-    forgotten = []
+    removed = []
     for name, found in examples.items():
         folder = pool[name].folder
         try:
@@ -108,10 +111,10 @@ def store(pool: AdapterPool, examples: Mapping[str, Sequence[Example]]) -> list[
                 write_examples(folder, [e.prompt for e in found], [e.confidence for e in found])
                 done.append(name)
             elif remove_examples(folder):
-                forgotten.append(name)
+                removed.append(name)
         except StorageError as error:
             raise StorageError(f"{error}; stored before that: {listed(done, 8) or 'nothing'}") from error
-    return forgotten
+    return removed
 
 
 def read_prompts(files: Sequence[Path]) -> list[str]:
@@ -128,7 +131,7 @@ def read_prompts(files: Sequence[Path]) -> list[str]:
     for file in files:
         before = len(prompts)
         try:
-            with file.open(encoding="utf-8-sig", errors="replace") as lines:
+            with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
                 for number, line in enumerate(lines, start=1):
                     try:
                         prompts += prompts_of(loads(line)) if line.strip() else []
@@ -156,7 +159,7 @@ def _table(found: Mapping[str, Sequence[Example]]) -> Table:
     return table
 
 
-def _remarks(found: Learned, every: int, forgotten: Sequence[str], dry_run: bool) -> Iterator[tuple[str, str]]:
+def _remarks(found: Learned, every: int, removed: Sequence[str], dry_run: bool) -> Iterator[tuple[str, str]]:
     names = len(found.examples)
     taught = sum(map(bool, found.examples.values()))
     learned = f"examples for {taught} of {counted(names, 'adapter')}, learned from {counted(found.read, 'prompt')}"
@@ -167,5 +170,5 @@ def _remarks(found: Learned, every: int, forgotten: Sequence[str], dry_run: bool
         yield "unchanged", f"{every - names} of {every} adapters, which have examples of their own"
     if missing := [one_line(name) for name, examples in found.examples.items() if not examples]:
         yield "too few sure prompts", f"for {listed(missing, 8)}"
-    if forgotten:
-        yield "removed", f"earlier examples of {listed([one_line(name) for name in forgotten], 8)}"
+    if removed:
+        yield "removed", f"earlier examples of {listed([one_line(name) for name in removed], 8)}"
