@@ -24,7 +24,7 @@ from logo.protocol import MixtureRequest
 from logo.selection import Selection
 from logo.selection.selector import Selector
 from logo.serving.app import AppSettings, create_app
-from logo.serving.logged import LEADING, entry
+from logo.serving.logged import LEADING, entry, prompts_of
 from logo.serving.logs import AccessLog, JsonLines
 from logo.serving.traffic import KEPT, OFTEN, Reading, Traffic
 from logo.serving.traffic_picture import picture
@@ -248,6 +248,26 @@ def test_prompts_are_logged_only_where_that_is_asked_for(
     assert [one.get("prompt") for one in found] == (["a secret", "b", "a secret"] if log_prompts else [None] * 3)
     assert [json.loads(text)["pool"] for text in written if "pool" in json.loads(text)] == [["a", "b"], ["a"]]
     assert not any("secret" in record.getMessage() or "selections" in record.getMessage() for record in caplog.records)
+
+
+def test_long_prompts_are_cut_and_marked(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logo.serving.logged.TOKENS", 20)
+    app = create_app(Scripted(), AppSettings("base", log_prompts=True))
+
+    async def talk() -> None:
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(AccessLog(app))
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                asked = {"model": "logo", "prompt": ["short", "one " * 40], "max_tokens": 1}
+                answer = await client.post("/v1/completions", json=asked)
+                assert answer.status_code == 200, answer.text
+
+    with caplog.at_level(logging.INFO, "logo"):
+        asyncio.run(talk())
+    written = [json.loads(JsonLines().format(record)) for record in caplog.records]
+    short, long = (one for line in written for one in line.get("selections", []))
+    assert "cut" not in short and long["cut"] is True and len(long["prompt"]) < len("one " * 40)
+    assert [prompt for line in written for prompt in prompts_of({"logger": "logo.access", **line})] == ["short"]
 
 
 def test_refused_prompts_are_in_the_log_and_in_the_metrics(
