@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -54,7 +55,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Learned:
-    """What prompts taught.
+    """The example prompts that were found, and how many prompts were read for that.
 
     Attributes:
         examples: adapter name -> its examples, the surest first: none, or `LEAST` to `MOST`; for each adapter that may
@@ -76,12 +77,15 @@ def check_learning(settings: SelectionSettings, sure: float) -> None:
     """
     if settings.reading.scale != "whitened" or settings.signal == "signature":
         raise UsageError(
-            f"signal {settings.signal!r}: expected 'calibrated', which finds examples by responses and then uses them"
+            f"signal {settings.signal!r}: expected 'calibrated', since examples are learned from its selections, and "
+            "then count in its scores"
         )
     if settings.examples == "ignore":
-        raise UsageError("examples 'ignore': expected 'use', since what is learned has to count in the second round")
+        raise UsageError(
+            "examples 'ignore': expected 'use', since the second round compares prompts with what the first one learned"
+        )
     if not 0 < sure < 1:
-        raise UsageError(f"confidence {sure:g}: expected a number between 0 and 1")
+        raise UsageError(f"confidence {sure:g}: expected a number between 0 and 1, such as {SURE}")
 
 
 def learnable(pool: AdapterPool) -> list[str]:
@@ -99,9 +103,8 @@ def learnable(pool: AdapterPool) -> list[str]:
             )
         places[folder] = adapter.name
         try:
-            read_examples(adapter.folder / EXAMPLES)
-        except FileNotFoundError:
-            continue
+            with suppress(FileNotFoundError):
+                read_examples(adapter.folder / EXAMPLES)
         except DataError as error:
             raise DataError(f"{error}; repair the file or remove it") from error
     names = [adapter.name for adapter in pool if not adapter.examples or is_learned(adapter.folder)]
@@ -134,47 +137,83 @@ def learn_examples(
         UsageError, DataError: as `check_learning` and `learnable`; or the adapters act on the last tokens only, and are
             read at every token, where examples do not count.
     """
-    from logo.engine import LoGo
-
     check_learning(engine.settings, sure)
-    names = learnable(engine.fitted)
-    settings = replace(engine.settings, k=1, when_unsure="mix", baseline="neutral")
-    student = LoGo(
-        engine.model, engine.tokenizer, _taught(engine.pool, names, {}), settings=settings, on_bad_adapter="skip"
-    )
-    names = [name for name in names if name in student.scorer.names]
+    student = _Student(engine, learnable(engine.fitted))
     new, left_out = _fitting(engine, _sample(prompts))
-    earlier, _ = _fitting(engine, _different(text for name in names for text in engine.fitted[name].examples))
-    rows = list({**new, **earlier}.items())
-
-    def surest(part: Sequence[tuple[str, Prompt]], before: int) -> dict[str, tuple[Example, ...]]:
-        selections: list[Selection] = []
-        for first in range(0, len(part), _TOGETHER):
-            ids = [row for _, row in part[first : first + _TOGETHER]]
-            selections += student.select_ids(ids, CallSettings(settings))
-            if tell is not None:
-                tell(before + len(selections), 2 * len(rows))
-        return _surest([prompt for prompt, _ in part], selections, names, sure)
-
+    learned = [text for name in student.names for text in engine.fitted[name].examples]
+    rows = list({**new, **_fitting(engine, _different(learned))[0]}.items())
     # By their digests, so that what was learned is in the same half as before, whatever is read beside it.
     halves = [[row for row in rows if sha256(row[0].encode()).digest()[0] % 2 == half] for half in (0, 1)]
-    seeds = [surest(half, i * len(halves[0])) for i, half in enumerate(halves)]
-    found = dict.fromkeys(names, tuple[Example, ...]())
-    for i, half in enumerate(halves):
-        student.take(student.prepared(_taught(engine.pool, names, seeds[1 - i])))
-        if any(seeds[1 - i].values()) and student.scorer.signatures is None:
+    done = 0
+
+    def surest(half: Sequence[tuple[str, Prompt]]) -> dict[str, tuple[Example, ...]]:
+        nonlocal done
+        selections: list[Selection] = []
+        for first in range(0, len(half), _TOGETHER):
+            part = [row for _, row in half[first : first + _TOGETHER]]
+            selections += student.select(part)
+            done += len(part)
+            if tell is not None:
+                tell(done, 2 * len(rows))
+        return _surest([prompt for prompt, _ in half], selections, student.names, sure)
+
+    first_round = [surest(half) for half in halves]
+    found = dict.fromkeys(student.names, tuple[Example, ...]())
+    for half, taught in zip(halves, reversed(first_round), strict=True):
+        student.learn(taught)
+        found = {name: (*found[name], *examples) for name, examples in surest(half).items()}
+    enough = {name: _best(examples) if len(examples) >= LEAST else () for name, examples in found.items()}
+    return Learned(enough, len(new), left_out)
+
+
+class _Student:
+    """An engine beside another one, on the same pool, in which some adapters have no examples but those it learns.
+
+    Args:
+        engine: stays as it is.
+        names: adapters that may learn.
+
+    Attributes:
+        names: those of them that are scored.
+    """
+
+    def __init__(self, engine: LoGo, names: Collection[str]) -> None:
+        from logo.engine import LoGo
+
+        # Nothing is mixed here, so that adapters which can only answer alone are no reason for a warning.
+        self._settings = replace(engine.settings, k=1, when_unsure="mix", baseline="neutral")
+        self._pool, given = engine.pool, (engine.model, engine.tokenizer)
+        self.names = list(names)
+        self._engine = LoGo(*given, self._with({}), settings=self._settings, on_bad_adapter="skip")
+        self.names = [name for name in names if name in self._engine.scorer.names]
+
+    def _with(self, examples: Mapping[str, Sequence[Example]]) -> AdapterPool:
+        """The pool in which the adapters that may learn have these examples and no others."""
+        texts = {name: tuple(one.prompt for one in examples.get(name, ())) for name in self.names}
+        adapters = [replace(one, given_examples=texts.get(one.name, one.given_examples)) for one in self._pool]
+        return AdapterPool(adapters, self._pool.refused, default_k=self._pool.default_k)
+
+    def learn(self, examples: Mapping[str, Sequence[Example]]) -> None:
+        """Replaces what was learned before.
+
+        Raises:
+            UsageError: examples do not count in the scores.
+        """
+        self._engine.take(self._engine.prepared(self._with(examples)))
+        if any(examples.values()) and self._engine.scorer.signatures is None:
             raise UsageError(
                 "probe_token 'each': example prompts of adapters that act on the last tokens do not count there; leave "
                 "it out"
             )
-        more = surest(half, len(rows) + i * len(halves[0]))
-        found = {name: (*found[name], *more[name]) for name in names}
-    enough = {name: examples if len(examples) >= LEAST else () for name, examples in found.items()}
-    return Learned({name: _best(examples) for name, examples in enough.items()}, len(new), left_out)
+
+    def select(self, rows: Sequence[Prompt]) -> list[Selection]:
+        """The selections of prompts that were read."""
+        return self._engine.select_ids(rows, CallSettings(self._settings))
 
 
 def _different(prompts: Iterable[str]) -> list[str]:
-    """The first of all prompts that differ in more than case and blanks; without empty ones."""
+    """The prompts in their order, without empty ones, and without those that differ from an earlier one in case or
+    blanks only."""
     found: dict[str, str] = {}
     for prompt in prompts:
         found.setdefault(" ".join(prompt.split()).casefold(), prompt)
@@ -192,13 +231,6 @@ def _fitting(engine: LoGo, prompts: Sequence[str]) -> tuple[dict[str, Prompt], i
     room = engine.prompts.context
     fitting = {prompt: row for prompt, row in rows.items() if room is None or len(row) < room}
     return fitting, len(rows) - len(fitting)
-
-
-def _taught(pool: AdapterPool, names: Collection[str], examples: Mapping[str, Sequence[Example]]) -> AdapterPool:
-    """The pool in which these adapters have these examples and no others."""
-    told = {name: tuple(one.prompt for one in examples.get(name, ())) for name in names}
-    adapters = [replace(adapter, told=told.get(adapter.name, adapter.told)) for adapter in pool]
-    return AdapterPool(adapters, pool.refused, default_k=pool.default_k)
 
 
 def _surest(

@@ -57,7 +57,7 @@ class Adapter:
         activation: on which tokens it acts.
         copies: key in the file -> parameter of the base model that it copies. `fit` compares copies with the base
             model; before that no tensor is read.
-        told: example prompts in place of those in its folder; None: those in its folder.
+        given_examples: example prompts in place of those in its folder; None: those in its folder.
     """
 
     name: str
@@ -67,12 +67,12 @@ class Adapter:
     file: WeightFile
     activation: Activation = EVERYWHERE
     copies: Mapping[str, str] = field(default_factory=dict)
-    told: tuple[str, ...] | None = None
+    given_examples: tuple[str, ...] | None = None
 
     @property
     def examples(self) -> tuple[str, ...]:
         """Its example prompts; see `logo.adapters.examples`."""
-        return examples_of(self.folder) if self.told is None else self.told
+        return examples_of(self.folder) if self.given_examples is None else self.given_examples
 
     @property
     def parameters(self) -> int:

@@ -33,10 +33,9 @@ def calibrate(engine: EngineOptions, json: Json = False) -> None:
     settings = selection_settings(engine)
     check_selection_options([settings])
     base_model = or_demo(engine)
-    with err.status("Loading ..."):
-        opened = open_base(engine, base_model)
-    logo = opened.engine(engine, settings)
-    calibration = logo.calibrate()
+    with err.status("Loading and calibrating ...") as status:
+        logo = open_base(engine, base_model).uncalibrated(engine, settings)
+        calibration = logo.calibrate(tell=lambda done, of: status.update(f"Indexing adapters: {done} of {of} ..."))
     if calibration is None:
         raise UsageError(f"the signal {logo.settings.signal!r} needs no calibration; `calibrated` and `norm_z` do")
     if json:

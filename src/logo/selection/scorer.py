@@ -117,8 +117,8 @@ class Scorer:
         return self.with_examples(self.in_unit(self._of_responses(per_point), tokens), descriptions)
 
     def in_unit(self, scores: Tensor, tokens: Tensor) -> Tensor:
-        """Scores of responses (rows, adapters), divided by what chance makes of them for prompts of so many tokens
-        (rows,); see `logo.selection.chance`. Unchanged unless the scorer is `scaled`."""
+        """Scores of responses (rows, adapters), multiplied by `logo.selection.chance.factors` for prompts of which so
+        many tokens (rows,) were read. Unchanged unless the scorer is `scaled`."""
         if not self._scaled or self._reference is None:
             return scores
         return scores * factors(tokens, self._reference.apart)[:, None]

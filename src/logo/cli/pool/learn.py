@@ -54,7 +54,7 @@ def learn(
     from logo.learning import check_learning, learn_examples, learnable
     from logo.pools import pool_place
 
-    settings = replace(selection_settings(engine), k=1)
+    settings = replace(selection_settings(engine), k=1)  # nothing is mixed; see `logo.learning`
     check_selection_options([settings])
     check_learning(settings, confidence)
     base_model = or_demo(engine)
