@@ -94,8 +94,9 @@ def test_the_whole_bench(small: None, tmp_path: Path, capsys: pytest.CaptureFixt
         "open_vs_peft", "select_vs_prefill", "select_calibrated_vs_prefill", "prefill_vs_base", "decode1_vs_base",
         "decode16_vs_base", "decode16_random_vs_base", "decode16_random_8b_layer_vs_base", "e2e1_vs_peft",
         "e2e1_vs_peft_all_active", "e2e16_vs_peft", "e2e16_vs_peft_one_batch", "prefix_second_vs_first",
-        "read_once_vs_prefill", "read_once_long_vs_prefill", "read_once_cached_vs_prefill", "e2e1_read_once_vs_base",
-        "e2e16_read_once_vs_base", "e2e16_related_read_once_vs_base",
+        "read_once_vs_prefill", "read_once_long_vs_prefill", "read_once_cached_vs_prefill",
+        "read_once_cached_vs_cached_prefill", "e2e1_read_once_vs_base", "e2e16_read_once_vs_base",
+        "e2e16_related_read_once_vs_base",
         "prefix_calibrated_second_vs_first", "e2e1_vs_base", "e2e16_vs_base", "e2e16_related_vs_base",
     }  # fmt: skip
     assert set(report["ratios"]) == asked

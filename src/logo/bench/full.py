@@ -98,6 +98,7 @@ class Results:
             "read_once_vs_prefill": ("read once", "once", "prefill"),
             "read_once_long_vs_prefill": ("read once", "long, once", "long prefill"),
             "read_once_cached_vs_prefill": ("read once", "cached, once", "long prefill"),
+            "read_once_cached_vs_cached_prefill": ("read once", "cached, once", "cached prefill"),
             "e2e1_read_once_vs_base": ("read once, batch 1", "once", "base"),
             "e2e16_read_once_vs_base": (f"read once, batch {_BATCH}", "once", "base"),
             "e2e16_related_read_once_vs_base": (f"read once, batch {_BATCH}", "once, related", "base"),

@@ -9,10 +9,15 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from transformers import DynamicCache
+
 from logo.bench.parts import Bench, MeasuredPart, answering
+from logo.bench.probe import prefill
 from logo.bench.rounds import side_by_side
 from logo.bench.synthetic import related_mixtures
 from logo.engine import LoGo
+from logo.selection.prefixes import reusable
+from logo.selection.probe import cache_argument
 
 # The adapters act on the last tokens of the prompt, which open the answer, as in many public pools.
 ACTIVATION = "last:4"
@@ -28,8 +33,8 @@ def reading_once(bench: Bench) -> LoGo:
 
 
 def once_prefill(bench: Bench, once: LoGo, tokens: int, prefix: int, own: int) -> MeasuredPart:
-    """From a prompt to its first token: by the base model alone, with selection and mixture, and for a prompt whose
-    first `prefix` tokens are cached.
+    """From a prompt to its first token: by the base model alone, with selection and mixture, and both for a prompt
+    whose first `prefix` tokens are cached.
     """
     bench.say("read once")
     [shared] = bench.prompts(1, prefix)
@@ -40,8 +45,25 @@ def once_prefill(bench: Bench, once: LoGo, tokens: int, prefix: int, own: int) -
         "long, once": lambda: answering(once, bench.prompts(1, prefix + own), 1),
         "cached, once": lambda: answering(once, [f"{shared} {bench.prompts(1, own)[0]}"], 1),
     }
+    if reusable(bench.logo.model):
+        arms["cached prefill"] = _after(bench, shared, prefix, own)
     counts = {"tokens": tokens, "prefix": prefix}
     return MeasuredPart("read once", side_by_side(arms, bench.rounds, device=bench.device), counts)
+
+
+def _after(bench: Bench, shared: str, prefix: int, own: int) -> Callable[[], object]:
+    """The base model alone reads `own` new tokens behind `prefix` tokens whose keys and values it keeps."""
+    model, encode = bench.logo.model, bench.logo.prompts.encode
+    cache = DynamicCache()
+    options = {cache_argument(model) or "": cache}
+
+    def arm() -> None:
+        new = encode(bench.prompts(1, own))[0][:own]
+        prefill(model, [new], **options)
+        cache.crop(-len(new))
+
+    prefill(model, [encode([shared])[0][:prefix]], **options)
+    return arm
 
 
 def once_end_to_end(bench: Bench, once: LoGo, batch: int, tokens: int, new: int) -> MeasuredPart:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -96,9 +96,13 @@ def _selecting(logo: LoGo, prompts: Sequence[str]) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def prefill(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
-    """Runs each prompt as `generate` begins: all tokens at once, with a cache, and logits of the last token only."""
+def prefill(model: PreTrainedModel, rows: Sequence[Sequence[int]], **options: Any) -> None:
+    """Runs each prompt as `generate` begins: all tokens at once, with a cache, and logits of the last token only.
+
+    Args:
+        options: further arguments of the model's forward pass.
+    """
     device = model.get_input_embeddings().weight.device
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     for row in rows:
-        model(input_ids=torch.tensor([row], device=device), use_cache=True, **last)
+        model(input_ids=torch.tensor([row], device=device), use_cache=True, **last, **options)

@@ -246,11 +246,11 @@ def laid_out(pages: Sequence[Sequence[Page]], counts: Sequence[int]) -> DynamicC
     for layer, pair in enumerate(some.keys_values):
         whole = []
         for part, like in enumerate(pair):
-            made = like.new_zeros(len(pages), like.shape[0], length, like.shape[2])
-            for i, (row, count) in enumerate(zip(pages, counts, strict=True)):
-                if count:
-                    read = torch.cat([page.keys_values[layer][part] for page in row], dim=1)
-                    made[i, :, length - count :] = read[:, :count]
-            whole.append(made)
+            made = []
+            for row, count in zip(pages, counts, strict=True):
+                pad = like.new_zeros(like.shape[0], length - count, like.shape[2])
+                read = torch.cat([pad, *(page.keys_values[layer][part] for page in row)], dim=1)
+                made.append(read[:, :length])
+            whole.append(made[0][None] if len(made) == 1 else torch.stack(made))
         cache.update(whole[0], whole[1], layer)
     return cache
