@@ -267,7 +267,7 @@ def test_long_prompts_are_cut_and_marked(caplog: pytest.LogCaptureFixture, monke
     written = [json.loads(JsonLines().format(record)) for record in caplog.records]
     short, long = (one for line in written for one in line.get("selections", []))
     assert "cut" not in short and long["cut"] is True and len(long["prompt"]) < len("one " * 40)
-    assert [prompt for line in written for prompt in prompts_of({"logger": "logo.access", **line})] == ["short"]
+    assert [text for line in written for text, _ in prompts_of({"logger": "logo.access", **line})] == ["short"]
 
 
 def test_refused_prompts_are_in_the_log_and_in_the_metrics(

@@ -8,11 +8,14 @@ self-training (Yarowsky, ACL 1995): it uses no label, so it does not correct a s
 
 No prompt is compared with itself: in the second round, each half of the prompts is compared with the examples that the
 other half gave.
+
+Prompts whose requests named an adapter are labels: they become its examples as they are, and the adapter learns from no
+others.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +24,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from logo.adapters.examples import is_learned, read_examples
+from logo.adapters.examples import is_learned, named_examples, read_examples
 from logo.adapters.files import EXAMPLES
 from logo.adapters.pool import AdapterPool
 from logo.errors import DataError, UsageError
@@ -39,7 +42,7 @@ READ = 2000
 SURE = 0.8
 # The most examples of an adapter. Its surest prompts are its own; further ones may be those of a relative.
 MOST = 8
-# The least. One or two sure prompts of a whole day may be accidents.
+# The least. One or two sure prompts of a whole day may be accidents, and one or two named adapters may be trials.
 LEAST = 3
 # Prompts between two reports of progress.
 _TOGETHER = 64
@@ -47,10 +50,10 @@ _TOGETHER = 64
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, and the confidence of the selection from which it was learned."""
+    """A prompt, and the confidence of the selection from which it was learned; None: its request named the adapter."""
 
     prompt: str
-    confidence: float
+    confidence: float | None
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,15 @@ class Learned:
     Attributes:
         examples: adapter name -> its examples, the surest first: none, or `LEAST` to `MOST`; for each adapter that may
             learn.
-        read: how many prompts were read, without those that had been learned before.
+        read: how many prompts were read, without those that had been learned before and those that name adapters.
         left_out: how many more do not fit into the base model's context.
+        named: how many prompts named an adapter that has them, or a sample of them, as its examples.
     """
 
     examples: Mapping[str, tuple[Example, ...]]
     read: int
     left_out: int
+    named: int = 0
 
 
 def check_learning(settings: SelectionSettings, sure: float) -> None:
@@ -119,7 +124,12 @@ def learnable(pool: AdapterPool) -> list[str]:
 
 
 def learn_examples(
-    engine: LoGo, prompts: Sequence[str], *, sure: float = SURE, tell: Callable[[int, int], None] | None = None
+    engine: LoGo,
+    prompts: Sequence[str],
+    named: Mapping[str, Sequence[str]] | None = None,
+    *,
+    sure: float = SURE,
+    tell: Callable[[int, int], None] | None = None,
 ) -> Learned:
     """Finds example prompts for the adapters of a pool that have none, or only learned ones.
 
@@ -130,6 +140,9 @@ def learn_examples(
         prompts: without labels. Empty ones, copies and those that do not fit into the base model's context are left
             out, and of more than `READ`, a random sample is read, always the same. What was learned before is read
             again.
+        named: adapter name -> prompts whose requests named this adapter alone. If it may learn, and there are `LEAST`
+            or more with those of earlier runs, a random sample of `MOST` at most becomes its examples. Otherwise they
+            are read like prompts without labels, and so are prompts under several names or unknown ones.
         sure: the least confidence of an example, in (0, 1).
         tell: called with how many prompts were read so far, and how many will be.
 
@@ -138,8 +151,10 @@ def learn_examples(
             read at every token, where examples do not count.
     """
     check_learning(engine.settings, sure)
-    student = _Student(engine, learnable(engine.fitted))
-    new, left_out = _fitting(engine, _sample(prompts))
+    names = learnable(engine.fitted)
+    labels = _Labels.of(engine, names, named or {})
+    student = _Student(engine, [name for name in names if name not in labels.examples], labels.examples)
+    new, left_out = _fitting(engine, _sample([*prompts, *labels.others], READ) if student.names else [])
     learned = [text for name in student.names for text in engine.fitted[name].examples]
     rows = list({**new, **_fitting(engine, _different(learned))[0]}.items())
     # By their digests, so that what was learned is in the same half as before, whatever is read beside it.
@@ -163,7 +178,47 @@ def learn_examples(
         student.learn(taught)
         found = {name: (*found[name], *examples) for name, examples in surest(half).items()}
     enough = {name: _best(examples) if len(examples) >= LEAST else () for name, examples in found.items()}
-    return Learned(enough, len(new), left_out)
+    enough |= {name: tuple(Example(text, None) for text in texts) for name, texts in labels.examples.items()}
+    return Learned({name: enough[name] for name in names if name in enough}, len(new), left_out, labels.count)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Prompts whose requests named adapters.
+
+    Attributes:
+        examples: adapter name -> those of them that are its examples.
+        others: prompts that are read like those without labels.
+        count: how many are examples or could have been.
+    """
+
+    examples: Mapping[str, tuple[str, ...]]
+    others: tuple[str, ...]
+    count: int
+
+    @classmethod
+    def of(cls, engine: LoGo, names: Collection[str], named: Mapping[str, Sequence[str]]) -> _Labels:
+        """Those among the named prompts; see `learn_examples`.
+
+        Args:
+            names: the adapters that may learn. The prompts of those with examples of their own are not needed.
+        """
+        whose = Counter(_key(prompt) for prompts in named.values() for prompt in _different(prompts))
+        found: dict[str, list[str]] = {}
+        for name in names:
+            alone = [prompt for prompt in named.get(name, ()) if whose[_key(prompt)] == 1]
+            texts = _different([*named_examples(engine.fitted[name].folder), *alone])
+            found[name] = list(_fitting(engine, texts)[0])
+        enough = {name: texts for name, texts in found.items() if len(texts) >= LEAST}
+        examples = {name: tuple(_sample(texts, MOST)) for name, texts in enough.items()}
+        known = {*examples, *(name for name in engine.fitted.names if name not in names)}
+        others = [
+            prompt
+            for name, prompts in named.items()
+            for prompt in prompts
+            if name not in known or whose[_key(prompt)] > 1
+        ]
+        return cls(examples, tuple(others), sum(map(len, enough.values())))
 
 
 class _Student:
@@ -172,24 +227,25 @@ class _Student:
     Args:
         engine: stays as it is.
         names: adapters that may learn.
+        labelled: adapter name -> example prompts that stay, of others.
 
     Attributes:
         names: those of them that are scored.
     """
 
-    def __init__(self, engine: LoGo, names: Collection[str]) -> None:
+    def __init__(self, engine: LoGo, names: Collection[str], labelled: Mapping[str, tuple[str, ...]]) -> None:
         from logo.engine import LoGo
 
         # Nothing is mixed here, so that adapters which can only answer alone are no reason for a warning.
         self._settings = replace(engine.settings, k=1, when_unsure="mix", baseline="neutral")
         self._pool, given = engine.pool, (engine.model, engine.tokenizer)
-        self.names = list(names)
+        self.names, self._labelled = list(names), dict(labelled)
         self._engine = LoGo(*given, self._with({}), settings=self._settings, on_bad_adapter="skip")
         self.names = [name for name in names if name in self._engine.scorer.names]
 
     def _with(self, examples: Mapping[str, Sequence[Example]]) -> AdapterPool:
         """The pool in which the adapters that may learn have these examples and no others."""
-        texts = {name: tuple(one.prompt for one in examples.get(name, ())) for name in self.names}
+        texts = self._labelled | {name: tuple(one.prompt for one in examples.get(name, ())) for name in self.names}
         adapters = [replace(one, given_examples=texts.get(one.name, one.given_examples)) for one in self._pool]
         return AdapterPool(adapters, self._pool.refused, default_k=self._pool.default_k)
 
@@ -216,13 +272,18 @@ def _different(prompts: Iterable[str]) -> list[str]:
     blanks only."""
     found: dict[str, str] = {}
     for prompt in prompts:
-        found.setdefault(" ".join(prompt.split()).casefold(), prompt)
+        found.setdefault(_key(prompt), prompt)
     return [prompt for key, prompt in found.items() if key]
 
 
-def _sample(prompts: Sequence[str]) -> list[str]:
+def _key(prompt: str) -> str:
+    """The same for prompts that differ in case or blanks only."""
+    return " ".join(prompt.split()).casefold()
+
+
+def _sample(prompts: Iterable[str], most: int) -> list[str]:
     different = _different(prompts)
-    return different if len(different) <= READ else Random(0).sample(different, READ)
+    return different if len(different) <= most else Random(0).sample(different, most)
 
 
 def _fitting(engine: LoGo, prompts: Sequence[str]) -> tuple[dict[str, Prompt], int]:
@@ -246,4 +307,4 @@ def _surest(
 
 
 def _best(examples: Sequence[Example]) -> tuple[Example, ...]:
-    return tuple(sorted(examples, key=lambda one: -one.confidence)[:MOST])
+    return tuple(sorted(examples, key=lambda one: -(one.confidence or 0.0))[:MOST])

@@ -1,6 +1,7 @@
 """Example prompts of an adapter: a few prompts of its task, without answers.
 
-    <adapter>/examples.jsonl        one JSON object per line: `{"prompt": "..."}`, and `"learned"` if it was learned
+    <adapter>/examples.jsonl        one JSON object per line: `{"prompt": "..."}`, and `"learned"` if it was learned:
+                                    the confidence of the selection, or true if its request named the adapter
     <adapter>/README.md             else the texts of the model card's widget
 
 The base model describes an adapter's prompts by them (`logo.selection.signature`). Examples are read from the folder of
@@ -51,12 +52,22 @@ def read_examples(file: Path) -> list[str]:
 
 
 def is_learned(folder: Path) -> bool:
-    """Whether the example prompts in a folder were learned (`logo.learning`), which notes a confidence with each."""
+    """Whether the example prompts in a folder were learned (`logo.learning`), which is noted with each."""
+    marks = [row.get("learned") for row in _readable_rows(folder)]
+    return bool(marks) and all(mark is True or isinstance(mark, float) for mark in marks)
+
+
+def named_examples(folder: Path) -> list[str]:
+    """The learned example prompts in a folder whose requests named the adapter."""
+    return [row["prompt"] for row in _readable_rows(folder) if row.get("learned") is True]
+
+
+def _readable_rows(folder: Path) -> list[dict[str, Any]]:
+    """The objects in a folder's file of examples; none if there is no file, or it cannot be read."""
     try:
-        rows = _rows(folder / EXAMPLES)
+        return _rows(folder / EXAMPLES)
     except (FileNotFoundError, DataError):
-        return False
-    return bool(rows) and all(isinstance(row.get("learned"), float) for row in rows)
+        return []
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -83,18 +94,20 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_examples(folder: Path, prompts: Sequence[str], confidences: Sequence[float] | None = None) -> Path:
+def write_examples(folder: Path, prompts: Sequence[str], confidences: Sequence[float | None] | None = None) -> Path:
     """Replaces the examples of the adapter in a folder, and returns the file.
 
     Args:
-        confidences: of the selections from which they were learned, parallel to `prompts`; None: a user gave them.
+        confidences: of the selections from which they were learned, parallel to `prompts`, each None if the request
+            named the adapter; None: a user gave them.
 
     Raises:
         StorageError: it cannot be written.
     """
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
     if confidences is not None:
-        rows = [{**row, "learned": round(sure, 4)} for row, sure in zip(rows, confidences, strict=True)]
+        learned = [True if sure is None else round(float(sure), 4) for sure in confidences]
+        rows = [{**row, "learned": one} for row, one in zip(rows, learned, strict=True)]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     replace_file(folder / EXAMPLES, ("\n".join(lines) + "\n").encode())
     return folder / EXAMPLES

@@ -40,10 +40,13 @@ def entry(selection: Selection, prompt: str | None = None, cut: bool = False) ->
     return found
 
 
-def prompts_of(line: object) -> list[str]:
+def prompts_of(line: object) -> list[tuple[str, str | None]]:
     """The prompts of a line: an object with a `prompt` (or `context`), or a line of the log.
 
     Empty prompts are left out, and so are logged ones that were cut or are no Unicode text.
+
+    Returns:
+        Each with the one adapter that its request named, None if it named none or several.
 
     Raises:
         ValueError: it is neither, or the prompt is no Unicode text.
@@ -53,13 +56,22 @@ def prompts_of(line: object) -> list[str]:
     prompt = line.get("prompt", line.get("context"))
     if isinstance(prompt, str):
         prompt.encode()
-        return [prompt] if prompt.strip() else []
+        adapter = line.get("adapter")
+        return [(prompt, adapter if isinstance(adapter, str) else None)] if prompt.strip() else []
     if str(line.get("logger")).split(".")[0] != "logo":
         raise ValueError("neither a prompt nor a line of the log")
     selections = line.get("selections")
     entries = [one for one in selections if isinstance(one, dict)] if isinstance(selections, list) else []
-    texts = [one.get("prompt") for one in entries if not one.get("cut")]
-    return [text for text in texts if isinstance(text, str) and text.strip() and _encodable(text)]
+    texts = [(one.get("prompt"), _named(one)) for one in entries if not one.get("cut")]
+    return [(text, name) for text, name in texts if isinstance(text, str) and text.strip() and _encodable(text)]
+
+
+def _named(entry: dict[str, Any]) -> str | None:
+    """The adapter of an entry that has one and was not scored."""
+    match entry:
+        case {"adapters": [str(name)], "scores": {**scores}} if not scores:
+            return name
+    return None
 
 
 def _encodable(text: str) -> bool:

@@ -1,9 +1,11 @@
-"""`logo pool learn`: example prompts for the adapters of a pool, learned from prompts without labels."""
+"""`logo pool learn`: example prompts for the adapters of a pool, learned from logged prompts."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,19 +36,20 @@ def learn(
     files: list[Path] = argument(
         ...,
         metavar="FILE...",
-        help="Prompts without labels: a JSON object per line with a `prompt` (or `context`), or logs of servers (`logo "
-        "serve --log-json --log-prompts 2> FILE`). Of more than 2000 prompts, a random sample is read.",
+        help="A JSON object per line with a `prompt` (or `context`) and, if known, its `adapter`; or logs of servers "
+        "(`logo serve --log-json --log-prompts 2> FILE`). Of more than 2000 prompts, a random sample is read.",
     ),
+    ignore_names: bool = usual(False, "Read prompts whose requests named an adapter as if they had not."),
     confidence: float = usual(SURE, "The least confidence of a selection from which an example is learned."),
     dry_run: bool = usual(False, "Show what would be learned; write nothing."),
     json: Json = False,
 ) -> None:
-    """Learn example prompts for adapters that have none, from prompts without labels.
+    """Learn example prompts for adapters that have none, from logged prompts.
 
-    The prompts that select an adapter with high confidence become its examples (3 to 8, in examples.jsonl beside it),
-    so that similar prompts select it with higher confidence. Adapters with examples of their own keep them. What was
-    learned before is read again, and is removed if it is no longer sure enough. Look at the examples: a sure selection
-    may be wrong.
+    Prompts whose requests named an adapter become its examples (3 to 8, in examples.jsonl beside it); so do, for other
+    adapters, the prompts that select them with high confidence. Similar prompts then select the adapter with higher
+    confidence. Adapters with examples of their own keep them. What was learned without names is read again, and is
+    removed if it is no longer sure enough. Look at the examples: a sure selection may be wrong.
 
     Example: `logo pool learn day.log --base-model Qwen/Qwen2.5-7B --adapters my/adapters`
     """
@@ -64,7 +67,9 @@ def learn(
             f"--adapters {place.spec}: expected a folder, or several, since examples are stored beside the adapters; "
             "copy the pool into one"
         )
-    prompts = read_prompts(files)
+    prompts, named = read_prompts(files)
+    if ignore_names:
+        prompts, named = [*prompts, *chain.from_iterable(named.values())], {}
 
     def check(pool: AdapterPool) -> None:
         for name in learnable(pool):
@@ -75,19 +80,19 @@ def learn(
         logo = open_base(engine, base_model, check=check).uncalibrated(engine, settings)
     with progress(disable=not err.is_terminal) as shown:
         bar = shown.add_task("reading, in two rounds", total=None)
-        found = learn_examples(
-            logo, prompts, sure=confidence, tell=lambda done, of: shown.update(bar, total=of, completed=done)
+        learned = learn_examples(
+            logo, prompts, named, sure=confidence, tell=lambda done, of: shown.update(bar, total=of, completed=done)
         )
-    removed = [] if dry_run else store(logo.fitted, found.examples)
+    removed = [] if dry_run else store(logo.fitted, learned.examples)
     if json:
-        print_json({**asdict(found), "removed": removed})
+        print_json({**asdict(learned), "removed": removed})
         return
-    if any(found.examples.values()):
-        table = _table(found.examples)
+    if any(learned.examples.values()):
+        table = _table(learned.examples)
         screen(natural_width(table)).print(table)
-    for head, text in _remarks(found, len(logo.fitted), removed, dry_run):
+    for head, text in _remarks(learned, len(logo.fitted), removed, dry_run):
         out.print(Text.assemble((f"{head} ", "yellow"), text))
-    if any(found.examples.values()) and not dry_run:
+    if any(learned.examples.values()) and not dry_run:
         note("`logo pool examples DIR NAME` prints all examples of an adapter.")
 
 
@@ -117,8 +122,8 @@ def store(pool: AdapterPool, examples: Mapping[str, Sequence[Example]]) -> list[
     return removed
 
 
-def read_prompts(files: Sequence[Path]) -> list[str]:
-    """The prompts in these files, in their order.
+def read_prompts(files: Sequence[Path]) -> tuple[list[str], dict[str, list[str]]]:
+    """The prompts in these files, in their order: those without an adapter, and by the adapter that they name.
 
     Raises:
         StorageError: a file cannot be read.
@@ -126,43 +131,50 @@ def read_prompts(files: Sequence[Path]) -> list[str]:
     """
     from logo.serving.logged import prompts_of
 
-    prompts: list[str] = []
+    found: list[tuple[str, str | None]] = []
     bad: list[str] = []
     for file in files:
-        before = len(prompts)
+        before = len(found)
         try:
             with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
                 for number, line in enumerate(lines, start=1):
                     try:
-                        prompts += prompts_of(loads(line)) if line.strip() else []
+                        found += prompts_of(loads(line)) if line.strip() else []
                     except (ValueError, RecursionError):
                         bad.append(f"{file}:{number}")
         except OSError as error:
             raise StorageError(f"{file}: cannot be read ({error.strerror}); name a file with prompts") from error
-        if len(prompts) == before:
+        if len(found) == before:
             raise DataError(
                 f'{file}: expected JSON objects with a "prompt", one per line, or the log of `logo serve --log-json '
                 "--log-prompts`, found no prompt"
             )
     if bad:
         note(f"{counted(len(bad), 'line')} skipped: no JSON object with a prompt; the first is {bad[0]}")
-    return prompts
+    named = defaultdict[str, list[str]](list)
+    for prompt, adapter in found:
+        if adapter is not None:
+            named[adapter].append(prompt)
+    return [prompt for prompt, adapter in found if adapter is None], dict(named)
 
 
 def _table(found: Mapping[str, Sequence[Example]]) -> Table:
     table = plain_table("adapter", ">examples", ">confidence", "such as")
     for name, examples in found.items():
         if examples:
-            mean = sum(one.confidence for one in examples) / len(examples)
+            known = [one.confidence for one in examples if one.confidence is not None]
+            mean = f"{sum(known) / len(known):.2f}" if known else "named"
             such = one_line(examples[0].prompt, SHOWN)
-            table.add_row(Text(one_line(name)), str(len(examples)), f"{mean:.2f}", Text(such))
+            table.add_row(Text(one_line(name)), str(len(examples)), mean, Text(such))
     return table
 
 
 def _remarks(found: Learned, every: int, removed: Sequence[str], dry_run: bool) -> Iterator[tuple[str, str]]:
     names = len(found.examples)
     taught = sum(map(bool, found.examples.values()))
-    learned = f"examples for {taught} of {counted(names, 'adapter')}, learned from {counted(found.read, 'prompt')}"
+    read = [f"{counted(found.read, 'prompt')}"] if found.read or not found.named else []
+    read += [f"{counted(found.named, 'prompt')} that named adapters"] if found.named else []
+    learned = f"examples for {taught} of {counted(names, 'adapter')}, learned from {' and '.join(read)}"
     yield "not stored" if dry_run else "stored", learned
     if found.left_out:
         yield "left out", f"{counted(found.left_out, 'prompt')} longer than the base model's context"
