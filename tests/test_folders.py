@@ -97,7 +97,7 @@ def test_nothing_changes_when_a_call_fails(
     try:
         replace_folder(folder, NEW, owned=OLD)
     except StorageError as error:
-        assert f"result folder {str(folder)!r}: cannot be written (No space left on device)" in str(error)
+        assert f"folder {str(folder)!r}: cannot be written (No space left on device)" in str(error)
         expected = OLD if earlier else {}
         if (broken, nth) == ("fsync", 3):  # the last one, of the parent: the new files are in place by then
             expected = NEW
@@ -144,7 +144,7 @@ def test_a_real_limit_on_the_size_of_files(tmp_path: Path) -> None:
     folder = tmp_path / "r"
     replace_folder(folder, OLD)
     done = python(LIMITED, folder, "write")
-    assert done.stdout.startswith(f"result folder {str(folder)!r}: cannot be written (File too large)")
+    assert done.stdout.startswith(f"folder {str(folder)!r}: cannot be written (File too large)")
     assert len(done.stdout.splitlines()) == 1
     assert content(folder) == OLD
     assert list(tmp_path.iterdir()) == [folder]

@@ -13,39 +13,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from demo_traffic import LATER, PROMPTS, STRANGE, TRAFFIC, bare_pool, written
 from logo import LoGo, UsageError
-from logo.adapters.examples import examples_of, is_learned, named_examples, write_examples
+from logo.adapters.examples import examples_of, is_learned, write_examples
 from logo.adapters.files import EXAMPLES
 from logo.cli.pool import learn as command
 from logo.cli.run import run
-from logo.demo import assets_dir, heldout
 from logo.learning import LEAST, MOST, READ, SURE, Example, Learned, _different, _sample, _surest, learn_examples
 from logo.selection import Selection
 from logo.serving.logged import TOKENS, entry, prompts_of
 
-# A day of traffic: eight prompts of each task, and some that no adapter was made for; later prompts of each task.
-TRAFFIC = {task: [row["context"] for row in rows[:8]] for task, rows in heldout().items()}
-STRANGE = [f"Book a table for {n} at seven tonight." for n in ("two", "four", "six")]
-LATER = {task: [row["context"] for row in rows[8:20]] for task, rows in heldout().items()}
-PROMPTS = [prompt for prompts in TRAFFIC.values() for prompt in prompts] + STRANGE
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    shutil.copytree(assets_dir() / "adapters", tmp_path / "pool")
-    for file in (tmp_path / "pool").rglob(EXAMPLES):
-        file.unlink()
-    return tmp_path / "pool"
+    return bare_pool(tmp_path / "pool")
 
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     return written(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
-
-
-def written(file: Path, lines: list[Any]) -> Path:
-    file.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
-    return file
 
 
 def learned(folder: Path) -> Iterator[tuple[str, str]]:
@@ -232,7 +218,7 @@ def test_logs_are_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     log.write_text("\n".join([log.read_text("utf-8"), *other]), encoding="utf-8")
     assert run(["pool", "learn", str(log), "--adapters", str(folder)]) == 0
     shown = capsys.readouterr()
-    assert f"learned from {len(TRAFFIC['french'])} prompts" in shown.out
+    assert f"; read {len(TRAFFIC['french'])} prompts" in shown.out
     assert f"4 lines skipped: no JSON object with a prompt; the first is {log}:11" in " ".join(shown.err.split())
     assert {prompt for _, prompt in learned(folder)} <= set(TRAFFIC["french"])
 
@@ -248,81 +234,6 @@ def test_cut_prompts_are_no_examples() -> None:
 def test_what_is_neither_prompt_nor_log(line: Any) -> None:
     with pytest.raises(ValueError):
         prompts_of(line)
-
-
-# -- requests that named an adapter -----------------------------------------------------------------------------------
-
-
-def named(adapter: str, prompt: str) -> dict[str, Any]:
-    """A line of the log, for a request that named an adapter."""
-    return {"logger": "logo.access", "selections": [entry(Selection.forced({adapter: 1.0}), prompt)]}
-
-
-def test_prompts_that_name_an_adapter_are_its_examples(folder: Path, tmp_path: Path, capsys: Any) -> None:
-    """Whatever the base model makes of them, and whatever else is sure."""
-    strange = [named("capital", prompt) for prompt in STRANGE]
-    lines = [*strange, *({"prompt": prompt} for prompt in PROMPTS if prompt not in STRANGE)]
-    assert run(["pool", "learn", str(written(tmp_path / "day.log", lines)), "--adapters", str(folder)]) == 0
-    shown = capsys.readouterr().out
-    assert set(examples_of(folder / "capital")) == set(STRANGE) and is_learned(folder / "capital")
-    assert len(examples_of(folder / "french")) >= LEAST
-    assert f"learned from {len(PROMPTS) - 3} prompts and 3 prompts that named adapters" in " ".join(shown.split())
-    assert "capital 3 named Book a table" in " ".join(shown.split())
-
-
-def test_names_outlast_days_without_names(folder: Path, tmp_path: Path, prompts: Path) -> None:
-    day = written(tmp_path / "day.jsonl", [{"prompt": prompt, "adapter": "capital"} for prompt in STRANGE])
-    assert run(["pool", "learn", str(day), "--adapters", str(folder)]) == 0
-    assert run(["pool", "learn", str(prompts), "--adapters", str(folder)]) == 0
-    assert set(examples_of(folder / "capital")) == set(STRANGE) == set(named_examples(folder / "capital"))
-    more = [{"prompt": prompt, "adapter": "capital"} for prompt in TRAFFIC["capital"]]
-    assert run(["pool", "learn", str(written(day, more)), "--adapters", str(folder)]) == 0
-    assert len(examples_of(folder / "capital")) == MOST
-    assert {*examples_of(folder / "capital")} <= {*STRANGE, *TRAFFIC["capital"]}
-
-
-def test_names_can_be_ignored(folder: Path, tmp_path: Path, prompts: Path, capsys: Any) -> None:
-    lines = written(tmp_path / "day.jsonl", [{"prompt": prompt, "adapter": "french"} for prompt in PROMPTS])
-    found = []
-    for options in ([str(lines), "--ignore-names"], [str(prompts)]):
-        capsys.readouterr()
-        assert run(["pool", "learn", *options, "--adapters", str(folder), "--dry-run", "--json"]) == 0
-        found.append(json.loads(capsys.readouterr().out))
-    assert found[0] == found[1] and found[0]["named"] == 0 and found[0]["read"] == len(PROMPTS)
-
-
-def test_which_names_count(folder: Path) -> None:
-    """Three prompts at least, that name no other adapter, and an adapter without examples of its own."""
-    write_examples(folder / "french", ["Mine?"])
-    logo = LoGo.from_pretrained("demo", folder)
-    asked = {
-        "capital": TRAFFIC["capital"][:3],
-        "antonym": TRAFFIC["antonym"][:2],  # too few
-        "plural": [*TRAFFIC["plural"][:2], STRANGE[0]],  # one of them names another adapter, too
-        "is_past": [STRANGE[0].upper(), *STRANGE[1:], "\n"],
-        "french": TRAFFIC["french"],  # has its own
-        "gone": TRAFFIC["add_numbers"][:4],  # is not in the pool
-    }
-    found = learn_examples(logo, [], asked)
-    by_name = {name for name, examples in found.examples.items() if examples and examples[0].confidence is None}
-    assert by_name == {"capital"} and "french" not in found.examples
-    assert {one.prompt for one in found.examples["capital"]} == set(TRAFFIC["capital"][:3]) and found.named == 3
-    assert found.read == 2 + 3 + 2 + 4  # antonym, plural, two of is_past, gone
-
-
-def test_a_pool_in_which_all_are_named_reads_nothing(folder: Path) -> None:
-    found = learn_examples(LoGo.from_pretrained("demo", folder), STRANGE, TRAFFIC, tell=lambda *count: pytest.fail())
-    assert found.read == 0 and count(found) == 16 * MOST and found.named == sum(map(len, TRAFFIC.values()))
-
-
-@pytest.mark.parametrize(
-    "fields", [{"adapters": ["a", "b"]}, {"adapters": []}, {"adapters": [3]}, {"adapters": "a"}, {"scores": {"a": 1}}]
-)
-def test_what_names_no_single_adapter(fields: dict[str, Any]) -> None:
-    one = {"adapters": ["a"], "scores": {}, "prompt": "x"}
-    assert prompts_of({"logger": "logo.access", "selections": [one]}) == [("x", "a")]
-    assert prompts_of({"logger": "logo.access", "selections": [{**one, **fields}]}) == [("x", None)]
-    assert prompts_of({"prompt": "x", "adapter": 3}) == [("x", None)]
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -389,11 +300,11 @@ def test_examples_are_the_surest_prompts_of_each(rows: list[tuple[str, float]], 
 
 @given(st.lists(st.text(max_size=3), max_size=30))
 def test_a_sample_of_few_is_all_of_them(texts: list[str]) -> None:
-    found = _sample(texts, READ)
+    found = _sample(texts)
     assert found == [text for text in dict.fromkeys(texts) if text in found] and command.SURE == SURE
     assert {"".join(text.split()).casefold() for text in texts} - {""} <= {"".join(t.split()).casefold() for t in found}
 
 
 def test_a_sample_of_many_is_always_the_same() -> None:
     many = [f"prompt {i}" for i in range(3 * READ)]
-    assert len(_sample(many, READ)) == READ and _sample(many, READ) == _sample(many, READ) != many[:READ]
+    assert len(_sample(many)) == READ and _sample(many) == _sample(many) != many[:READ]

@@ -111,7 +111,7 @@ def _unwritable(folder: Path, error: OSError, option: str = "--result_dir") -> S
     in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
     reason = "a file is where a folder should be" if in_the_way else error.strerror or str(error)
     return StorageError(
-        f"result folder {str(folder)!r}: cannot be written ({reason}); "
+        f"folder {str(folder)!r}: cannot be written ({reason}); "
         f"make room or change permissions there, or name another with {option}"
     )
 

@@ -1,4 +1,4 @@
-"""`learn_examples`: example prompts for adapters that have none, from prompts without labels, such as those of a log.
+"""`learn_examples`: example prompts for adapters that have none, from logged prompts.
 
     prompts -> selections -> the surest prompts of each adapter -> selections with these as examples -> ... -> examples
 
@@ -9,8 +9,7 @@ self-training (Yarowsky, ACL 1995): it uses no label, so it does not correct a s
 No prompt is compared with itself: in the second round, each half of the prompts is compared with the examples that the
 other half gave.
 
-Prompts whose requests named an adapter are labels: they become its examples as they are, and the adapter learns from no
-others.
+Prompts whose requests named an adapter are labels: they become its examples as they are, and examples of no other one.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -50,10 +50,11 @@ _TOGETHER = 64
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, and the confidence of the selection from which it was learned; None: its request named the adapter."""
+    """A prompt, and the confidence of the selection from which it was learned; 1 if its request named the adapter."""
 
     prompt: str
-    confidence: float | None
+    confidence: float
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,17 @@ class Learned:
     Attributes:
         examples: adapter name -> its examples, the surest first: none, or `LEAST` to `MOST`; for each adapter that may
             learn.
-        read: how many prompts were read, without those that had been learned before and those that name adapters.
+        read: how many prompts were read, without those that had been learned before and those that are labels.
         left_out: how many more do not fit into the base model's context.
-        named: how many prompts named an adapter that has them, or a sample of them, as its examples.
+        named: how many prompts are labels: they name an adapter that has them, or a sample of them, as its examples.
+        unknown: name -> how many prompts name it, of names that no adapter of the pool has.
     """
 
     examples: Mapping[str, tuple[Example, ...]]
     read: int
     left_out: int
     named: int = 0
+    unknown: Mapping[str, int] = field(default_factory=dict)
 
 
 def check_learning(settings: SelectionSettings, sure: float) -> None:
@@ -128,6 +131,7 @@ def learn_examples(
     prompts: Sequence[str],
     named: Mapping[str, Sequence[str]] | None = None,
     *,
+    ignore_names: bool = False,
     sure: float = SURE,
     tell: Callable[[int, int], None] | None = None,
 ) -> Learned:
@@ -140,9 +144,11 @@ def learn_examples(
         prompts: without labels. Empty ones, copies and those that do not fit into the base model's context are left
             out, and of more than `READ`, a random sample is read, always the same. What was learned before is read
             again.
-        named: adapter name -> prompts whose requests named this adapter alone. If it may learn, and there are `LEAST`
-            or more with those of earlier runs, a random sample of `MOST` at most becomes its examples. Otherwise they
-            are read like prompts without labels, and so are prompts under several names or unknown ones.
+        named: adapter name -> prompts whose requests named this adapter alone. If it may learn, and they are `LEAST` or
+            more, or it has examples of this kind from earlier runs, up to `MOST` of both become its examples. Which
+            ones depends on the prompts only. Otherwise they are read like prompts without labels, and so are prompts
+            under several names or unknown ones.
+        ignore_names: read all prompts, also those of earlier runs, as if they named no adapter.
         sure: the least confidence of an example, in (0, 1).
         tell: called with how many prompts were read so far, and how many will be.
 
@@ -152,13 +158,18 @@ def learn_examples(
     """
     check_learning(engine.settings, sure)
     names = learnable(engine.fitted)
-    labels = _Labels.of(engine, names, named or {})
+    if ignore_names:
+        prompts, labels = [*prompts, *chain.from_iterable((named or {}).values())], _Labels()
+    else:
+        labels = _Labels.of(engine, names, named or {})
     student = _Student(engine, [name for name in names if name not in labels.examples], labels.examples)
-    new, left_out = _fitting(engine, _sample([*prompts, *labels.others], READ) if student.names else [])
+    open_prompts = [prompt for prompt in (*prompts, *labels.others) if _key(prompt) not in labels.claimed]
+    new, left_out = _fitting(engine, _sample(open_prompts) if student.names else [])
     learned = [text for name in student.names for text in engine.fitted[name].examples]
-    rows = list({**new, **_fitting(engine, _different(learned))[0]}.items())
+    again = [text for text in _different(learned) if _key(text) not in labels.claimed]
+    rows = list({**new, **_fitting(engine, again)[0]}.items())
     # By their digests, so that what was learned is in the same half as before, whatever is read beside it.
-    halves = [[row for row in rows if sha256(row[0].encode()).digest()[0] % 2 == half] for half in (0, 1)]
+    halves = [[row for row in rows if _digest(row[0])[0] % 2 == half] for half in (0, 1)]
     done = 0
 
     def surest(half: Sequence[tuple[str, Prompt]]) -> dict[str, tuple[Example, ...]]:
@@ -178,47 +189,55 @@ def learn_examples(
         student.learn(taught)
         found = {name: (*found[name], *examples) for name, examples in surest(half).items()}
     enough = {name: _best(examples) if len(examples) >= LEAST else () for name, examples in found.items()}
-    enough |= {name: tuple(Example(text, None) for text in texts) for name, texts in labels.examples.items()}
-    return Learned({name: enough[name] for name in names if name in enough}, len(new), left_out, labels.count)
+    enough |= {name: tuple(Example(text, 1.0, True) for text in texts) for name, texts in labels.examples.items()}
+    examples = {name: enough[name] for name in names if name in enough}
+    return Learned(examples, len(new), left_out + labels.left_out, labels.count, labels.unknown)
 
 
 @dataclass(frozen=True)
 class _Labels:
-    """Prompts whose requests named adapters.
+    """Prompts whose requests named adapters; see `learn_examples`.
 
     Attributes:
         examples: adapter name -> those of them that are its examples.
+        claimed: keys of the prompts of these adapters, and of those with examples of their own; no others learn them.
         others: prompts that are read like those without labels.
-        count: how many are examples or could have been.
+        count: how many new ones are examples or could have been.
+        left_out: how many do not fit into the base model's context.
+        unknown: as in `Learned`.
     """
 
-    examples: Mapping[str, tuple[str, ...]]
-    others: tuple[str, ...]
-    count: int
+    examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    claimed: frozenset[str] = frozenset()
+    others: tuple[str, ...] = ()
+    count: int = 0
+    left_out: int = 0
+    unknown: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, engine: LoGo, names: Collection[str], named: Mapping[str, Sequence[str]]) -> _Labels:
-        """Those among the named prompts; see `learn_examples`.
+        """Those of this run and of earlier ones.
 
         Args:
-            names: the adapters that may learn. The prompts of those with examples of their own are not needed.
+            names: the adapters that may learn.
         """
-        whose = Counter(_key(prompt) for prompts in named.values() for prompt in _different(prompts))
-        found: dict[str, list[str]] = {}
+        asked = {name: _different(prompts) for name, prompts in named.items()}
+        before = {name: named_examples(engine.fitted[name].folder) for name in names}
+        both = {name: _different([*before.get(name, ()), *asked.get(name, ())]) for name in {*before, *asked}}
+        whose = Counter(_key(prompt) for prompts in both.values() for prompt in prompts)
+        alone = {name: [p for p in prompts if whose[_key(p)] == 1] for name, prompts in both.items()}
+        examples, left_out = dict[str, tuple[str, ...]](), 0
         for name in names:
-            alone = [prompt for prompt in named.get(name, ()) if whose[_key(prompt)] == 1]
-            texts = _different([*named_examples(engine.fitted[name].folder), *alone])
-            found[name] = list(_fitting(engine, texts)[0])
-        enough = {name: texts for name, texts in found.items() if len(texts) >= LEAST}
-        examples = {name: tuple(_sample(texts, MOST)) for name, texts in enough.items()}
+            fitting, too_long = _first_fitting(engine, sorted(alone[name], key=lambda prompt: _digest(_key(prompt))))
+            left_out += too_long
+            if fitting and (before[name] or len(fitting) >= LEAST):
+                examples[name] = tuple(fitting)
         known = {*examples, *(name for name in engine.fitted.names if name not in names)}
-        others = [
-            prompt
-            for name, prompts in named.items()
-            for prompt in prompts
-            if name not in known or whose[_key(prompt)] > 1
-        ]
-        return cls(examples, tuple(others), sum(map(len, enough.values())))
+        claimed = frozenset(_key(prompt) for name in known for prompt in alone.get(name, ()))
+        others = tuple(p for prompts in asked.values() for p in prompts if _key(p) not in claimed)
+        used = sum(whose[_key(p)] == 1 for name in examples for p in asked.get(name, ()))
+        unknown = {name: len(prompts) for name, prompts in asked.items() if name not in engine.fitted and prompts}
+        return cls(examples, claimed, others, used, left_out, unknown)
 
 
 class _Student:
@@ -256,7 +275,7 @@ class _Student:
             UsageError: examples do not count in the scores.
         """
         self._engine.take(self._engine.prepared(self._with(examples)))
-        if any(examples.values()) and self._engine.scorer.signatures is None:
+        if (self._labelled or any(examples.values())) and self._engine.scorer.signatures is None:
             raise UsageError(
                 "probe_token 'each': example prompts of adapters that act on the last tokens do not count there; leave "
                 "it out"
@@ -281,9 +300,13 @@ def _key(prompt: str) -> str:
     return " ".join(prompt.split()).casefold()
 
 
-def _sample(prompts: Iterable[str], most: int) -> list[str]:
+def _digest(text: str) -> bytes:
+    return sha256(text.encode()).digest()
+
+
+def _sample(prompts: Sequence[str]) -> list[str]:
     different = _different(prompts)
-    return different if len(different) <= most else Random(0).sample(different, most)
+    return different if len(different) <= READ else Random(0).sample(different, READ)
 
 
 def _fitting(engine: LoGo, prompts: Sequence[str]) -> tuple[dict[str, Prompt], int]:
@@ -292,6 +315,18 @@ def _fitting(engine: LoGo, prompts: Sequence[str]) -> tuple[dict[str, Prompt], i
     room = engine.prompts.context
     fitting = {prompt: row for prompt, row in rows.items() if room is None or len(row) < room}
     return fitting, len(rows) - len(fitting)
+
+
+def _first_fitting(engine: LoGo, prompts: Sequence[str]) -> tuple[list[str], int]:
+    """The first `MOST` prompts that fit into the base model's context; and how many before them do not."""
+    found: list[str] = []
+    too_long = 0
+    for prompt in prompts:
+        if len(found) == MOST:
+            break
+        found += (fitting := _fitting(engine, [prompt])[0])
+        too_long += not fitting
+    return found, too_long
 
 
 def _surest(
@@ -307,4 +342,4 @@ def _surest(
 
 
 def _best(examples: Sequence[Example]) -> tuple[Example, ...]:
-    return tuple(sorted(examples, key=lambda one: -(one.confidence or 0.0))[:MOST])
+    return tuple(sorted(examples, key=lambda one: -one.confidence)[:MOST])

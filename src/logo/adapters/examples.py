@@ -94,20 +94,20 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_examples(folder: Path, prompts: Sequence[str], confidences: Sequence[float | None] | None = None) -> Path:
+def write_examples(folder: Path, prompts: Sequence[str], learned: Sequence[float] | None = None) -> Path:
     """Replaces the examples of the adapter in a folder, and returns the file.
 
     Args:
-        confidences: of the selections from which they were learned, parallel to `prompts`, each None if the request
-            named the adapter; None: a user gave them.
+        learned: parallel to `prompts`, the confidence of the selection from which each was learned, or True if its
+            request named the adapter; None: a user gave them.
 
     Raises:
         StorageError: it cannot be written.
     """
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
-    if confidences is not None:
-        learned = [True if sure is None else round(float(sure), 4) for sure in confidences]
-        rows = [{**row, "learned": one} for row, one in zip(rows, learned, strict=True)]
+    if learned is not None:
+        marks = [mark if mark is True else round(float(mark), 4) for mark in learned]
+        rows = [{**row, "learned": mark} for row, mark in zip(rows, marks, strict=True)]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     replace_file(folder / EXAMPLES, ("\n".join(lines) + "\n").encode())
     return folder / EXAMPLES

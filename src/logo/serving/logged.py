@@ -57,7 +57,7 @@ def prompts_of(line: object) -> list[tuple[str, str | None]]:
     if isinstance(prompt, str):
         prompt.encode()
         adapter = line.get("adapter")
-        return [(prompt, adapter if isinstance(adapter, str) else None)] if prompt.strip() else []
+        return [(prompt, adapter if isinstance(adapter, str) and adapter else None)] if prompt.strip() else []
     if str(line.get("logger")).split(".")[0] != "logo":
         raise ValueError("neither a prompt nor a line of the log")
     selections = line.get("selections")
@@ -67,9 +67,9 @@ def prompts_of(line: object) -> list[tuple[str, str | None]]:
 
 
 def _named(entry: dict[str, Any]) -> str | None:
-    """The adapter of an entry that has one and was not scored."""
+    """The adapter of an entry that has one, as it is, and was not scored."""
     match entry:
-        case {"adapters": [str(name)], "scores": {**scores}} if not scores:
+        case {"adapters": [str(name)], "weights": [1], "scores": {**scores}} if not scores:
             return name
     return None
 

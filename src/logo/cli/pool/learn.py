@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import chain
 from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +38,7 @@ def learn(
         help="A JSON object per line with a `prompt` (or `context`) and, if known, its `adapter`; or logs of servers "
         "(`logo serve --log-json --log-prompts 2> FILE`). Of more than 2000 prompts, a random sample is read.",
     ),
-    ignore_names: bool = usual(False, "Read prompts whose requests named an adapter as if they had not."),
+    ignore_names: bool = usual(False, "Read all prompts, also those of earlier runs, as if they named no adapter."),
     confidence: float = usual(SURE, "The least confidence of a selection from which an example is learned."),
     dry_run: bool = usual(False, "Show what would be learned; write nothing."),
     json: Json = False,
@@ -68,8 +67,6 @@ def learn(
             "copy the pool into one"
         )
     prompts, named = read_prompts(files)
-    if ignore_names:
-        prompts, named = [*prompts, *chain.from_iterable(named.values())], {}
 
     def check(pool: AdapterPool) -> None:
         for name in learnable(pool):
@@ -81,9 +78,14 @@ def learn(
     with progress(disable=not err.is_terminal) as shown:
         bar = shown.add_task("reading, in two rounds", total=None)
         learned = learn_examples(
-            logo, prompts, named, sure=confidence, tell=lambda done, of: shown.update(bar, total=of, completed=done)
+            logo,
+            prompts,
+            named,
+            ignore_names=ignore_names,
+            sure=confidence,
+            tell=lambda done, of: shown.update(bar, total=of, completed=done),
         )
-    removed = [] if dry_run else store(logo.fitted, learned.examples)
+    removed = outdated(logo.fitted, learned.examples) if dry_run else store(logo.fitted, learned.examples)
     if json:
         print_json({**asdict(learned), "removed": removed})
         return
@@ -113,13 +115,20 @@ def store(pool: AdapterPool, examples: Mapping[str, Sequence[Example]]) -> list[
         folder = pool[name].folder
         try:
             if found:
-                write_examples(folder, [e.prompt for e in found], [e.confidence for e in found])
+                write_examples(folder, [e.prompt for e in found], [e.named or e.confidence for e in found])
                 done.append(name)
             elif remove_examples(folder):
                 removed.append(name)
         except StorageError as error:
             raise StorageError(f"{error}; stored before that: {listed(done, 8) or 'nothing'}") from error
     return removed
+
+
+def outdated(pool: AdapterPool, examples: Mapping[str, Sequence[Example]]) -> list[str]:
+    """The adapters whose earlier examples `store` would remove."""
+    from logo.adapters.examples import is_learned
+
+    return [name for name, found in examples.items() if not found and is_learned(pool[name].folder)]
 
 
 def read_prompts(files: Sequence[Path]) -> tuple[list[str], dict[str, list[str]]]:
@@ -146,8 +155,8 @@ def read_prompts(files: Sequence[Path]) -> tuple[list[str], dict[str, list[str]]
             raise StorageError(f"{file}: cannot be read ({error.strerror}); name a file with prompts") from error
         if len(found) == before:
             raise DataError(
-                f'{file}: expected JSON objects with a "prompt", one per line, or the log of `logo serve --log-json '
-                "--log-prompts`, found no prompt"
+                f'{file}: expected JSON objects with a "prompt" (and an "adapter", if known), one per line, or the log '
+                "of `logo serve --log-json --log-prompts`, found no prompt"
             )
     if bad:
         note(f"{counted(len(bad), 'line')} skipped: no JSON object with a prompt; the first is {bad[0]}")
@@ -162,8 +171,7 @@ def _table(found: Mapping[str, Sequence[Example]]) -> Table:
     table = plain_table("adapter", ">examples", ">confidence", "such as")
     for name, examples in found.items():
         if examples:
-            known = [one.confidence for one in examples if one.confidence is not None]
-            mean = f"{sum(known) / len(known):.2f}" if known else "named"
+            mean = "named" if examples[0].named else f"{sum(one.confidence for one in examples) / len(examples):.2f}"
             such = one_line(examples[0].prompt, SHOWN)
             table.add_row(Text(one_line(name)), str(len(examples)), mean, Text(such))
     return table
@@ -174,13 +182,17 @@ def _remarks(found: Learned, every: int, removed: Sequence[str], dry_run: bool) 
     taught = sum(map(bool, found.examples.values()))
     read = [f"{counted(found.read, 'prompt')}"] if found.read or not found.named else []
     read += [f"{counted(found.named, 'prompt')} that named adapters"] if found.named else []
-    learned = f"examples for {taught} of {counted(names, 'adapter')}, learned from {' and '.join(read)}"
+    learned = f"examples for {taught} of {counted(names, 'adapter')}; read {' and '.join(read)}"
     yield "not stored" if dry_run else "stored", learned
     if found.left_out:
         yield "left out", f"{counted(found.left_out, 'prompt')} longer than the base model's context"
+    if found.unknown:
+        shown = [f"{one_line(name)!r} ({counted(count, 'prompt')})" for name, count in found.unknown.items()]
+        yield "no adapter of the pool", f"has the name {listed(shown, 8)}; these were read as if they had no name"
     if every > names:
         yield "unchanged", f"{every - names} of {every} adapters, which have examples of their own"
     if missing := [one_line(name) for name, examples in found.examples.items() if not examples]:
         yield "too few sure prompts", f"for {listed(missing, 8)}"
     if removed:
-        yield "removed", f"earlier examples of {listed([one_line(name) for name in removed], 8)}"
+        gone = listed([one_line(name) for name in removed], 8)
+        yield "would be removed" if dry_run else "removed", f"earlier examples of {gone}"
