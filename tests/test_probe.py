@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import tiny
+from logo.adapters.layout import linear_modules
 from logo.errors import ModelError, UsageError
-from logo.selection.points import Point, decoder_layers, find_points
+from logo.selection.points import Point, decoder_layers, find_points, named_points
 from logo.selection.probe import Probe
 from tolerances import same_tensor
 
@@ -219,3 +221,25 @@ def test_a_point_that_is_never_reached_is_an_error() -> None:
     model.spare = nn.Linear(4, 4)
     with pytest.raises(ModelError, match="never reached spare"):
         Probe(model, [Point(0, "spare", "spare")])(*tiny.padded(tiny.prompts([3])))
+
+
+@pytest.mark.parametrize("name", list(tiny.CONFIGS))
+def test_a_whole_pass_ends_with_the_keys_and_values_of_the_last_layer(name: str) -> None:
+    """Also behind a cached beginning, and if a point comes behind them."""
+    model = tiny.model(name)
+    path, layers = decoder_layers(model)
+    ended: list[nn.Module] = []
+    for layer in layers[-2:]:
+        layer.register_forward_hook(lambda module, *given: ended.append(module))
+    *_, (behind, _) = linear_modules(layers[-1])
+    ids, expected = torch.tensor(tiny.prompts([12, 12])), DynamicCache()
+    model(ids, past_key_values=expected)
+    for points in ((), named_points(model, f"{path}.2.{behind}")):
+        probe, cache = Probe(model, points, "projection", "each", whole=True), DynamicCache()
+        for columns in (slice(0, 7), slice(7, 12)):
+            ended.clear()
+            hidden = probe(ids[:, columns], torch.ones(2, columns.stop, dtype=torch.int64), cache)
+            assert ended == [layers[-2]] and all(len(vectors) for vectors in hidden)
+        for mine, theirs in zip(cache.layers, expected.layers, strict=True):
+            torch.testing.assert_close(mine.keys, theirs.keys)
+            torch.testing.assert_close(mine.values, theirs.values)

@@ -21,16 +21,12 @@ from transformers import DynamicCache
 
 from logo.adapters.activation import Activation, earliest
 from logo.errors import ModelError
-from logo.selection.points import Point
+from logo.selection.points import Point, decoder_layers
 from logo.selection.signals import ProbeInput, ProbeToken
 
 
 class _Stop(Exception):
     """Ends the forward pass once everything has been read."""
-
-
-def _stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-    raise _Stop
 
 
 class Probe:
@@ -45,7 +41,7 @@ class Probe:
             vectors of all prompt tokens but the first (see above); or `"tail"`, the vectors of the tokens on which
             adapters act.
         activations: of the adapters; for `"tail"`.
-        whole: run all layers instead of stopping at the last point, so that the cache holds their keys and values.
+        whole: do not stop at the last point before the cache holds the keys and values of all layers.
     """
 
     def __init__(
@@ -61,8 +57,9 @@ class Probe:
         self.points = tuple(points)
         self.token = token
         self.activations = tuple(activations)
-        self._head = model.get_output_embeddings() if whole else None  # type: ignore[operator]
         self._whole = whole
+        self._layers: Sequence[nn.Module] = list(decoder_layers(model)[1]) if whole else []
+        self._head = model.get_output_embeddings() if whole else None  # type: ignore[operator]
         # Several modules of one layer may read the same vectors: there is one hook for each distinct place.
         self._places = {
             point: point.layer_path if read == "residual" else point.module for point in self.points
@@ -103,8 +100,15 @@ class Probe:
         handles = [
             module.register_forward_pre_hook(reader(place), with_kwargs=True) for place, module in self._modules.items()
         ]
-        if self._head is not None:  # its logits are not needed
-            handles.append(self._head.register_forward_pre_hook(_stop))
+
+        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+            everything = len(hidden) == len(self._modules) and self._cached(cache, attention_mask.shape[1])
+            if module is self._head or everything:
+                raise _Stop
+
+        # Once the keys and values of the last layer are cached, its other modules and the head have nothing to add.
+        ends = [*self._layers[-1].modules(), self._head] if self._whole else []
+        handles += [module.register_forward_pre_hook(stop) for module in ends if module is not None]
         try:
             kept: dict[str, Any] = {"use_cache": cache is not None, **options}
             if cache is not None:
@@ -118,6 +122,12 @@ class Probe:
         if missing:
             raise ModelError(f"the forward pass of {type(self.model).__name__} never reached {missing}")
         return [hidden[self._places[point]] for point in self.points]
+
+    def _cached(self, cache: DynamicCache | None, columns: int) -> bool:
+        """Whether the cache holds so many columns of all layers; False if some layers share those of others."""
+        if cache is None or len(cache.layers) != len(self._layers):
+            return False
+        return int(cache.layers[-1].get_seq_length()) == columns
 
     def owners(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The row that each hidden vector belongs to: (vectors,) int64 on the CPU."""
