@@ -58,6 +58,9 @@ def test_prompts_that_name_an_adapter_are_its_examples(folder: Path, day: Path, 
     assert len(examples_of(folder / "french")) >= LEAST
     assert f"; read {len(PROMPTS) - 3} prompts and 3 prompts that named adapters" in shown
     assert "capital 3 named Book a table" in shown
+    write_examples(folder / "french", ["Mine?"])
+    assert run(["pool", "examples", str(folder)]) == 0
+    assert {"   3 capital (learned)", "   1 french"} <= set(capsys.readouterr().out.splitlines())
 
 
 def test_names_outlast_days_without_names(folder: Path, day: Path) -> None:

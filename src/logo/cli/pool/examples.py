@@ -28,7 +28,7 @@ def examples(
 
     Example: `logo pool examples adapters/ antonyms prompts.jsonl`
     """
-    from logo.adapters.examples import MOST, examples_of, read_examples, write_examples
+    from logo.adapters.examples import MOST, examples_of, is_learned, read_examples, write_examples
 
     pool = opened(folder, allow_pickle, on_bad_adapter)
     if name is None:
@@ -36,8 +36,9 @@ def examples(
         if json:
             print_json(counts)
             return
-        for each, count in counts.items():
-            out.print(f"{count:4} {each}", markup=False, highlight=False)
+        for adapter in pool:
+            how = " (learned)" if is_learned(adapter.folder) else ""
+            out.print(f"{counts[adapter.name]:4} {adapter.name}{how}", markup=False, highlight=False)
         return
     adapter = pool[name]
     if file is not None:
