@@ -4,9 +4,9 @@
 
 It has twenty tasks and four recipes (mixed_drawer.yaml) with different ranks, targets, learning rates and numbers of
 steps, one of them with rsLoRA; other_drawer.yaml has sixteen other tasks and five other recipes, and in
-random_drawer.yaml and other_random_drawer.yaml each of eighteen adapters has a recipe of its own. Closely related tasks
-have different recipes, so that a strongly trained neighbour stands beside a weakly trained right adapter. This is
-`logo train` with that file, so the same command continues an interrupted run.
+random_drawer.yaml, other_random_drawer.yaml and wide_random_drawer.yaml each of eighteen adapters has a recipe of its
+own. Closely related tasks have different recipes, so that a strongly trained neighbour stands beside a weakly trained
+right adapter. This is `logo train` with that file, so the same command continues an interrupted run.
 """
 
 from __future__ import annotations
