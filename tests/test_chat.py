@@ -311,7 +311,8 @@ def test_a_chat_is_read_whole_if_no_adapter_acts_everywhere(templated: Any, tmp_
         logo = LoGo(model, templated, AdapterPool.open(tmp_path / "pool"), settings=settings)
         turns = [SYSTEM, *TALK, {"role": "user", "content": "What is the plural of mouse?"}]
         whole = logo.select(list(chat(templated, turns).ids))
-        assert (logo.select(turns) == whole) is same
+        # Up to rounding, since the second one finds the first one's keys and values.
+        assert (logo.select(turns).scores == same_scores(whole.scores)) is same
         assert logo.scorer.cache is not None
         first, second, third, *_ = logo.scorer.cache.texts.neutral
         assert [bool(row[-len(ending) :] == ending) for row in (first, second, third)] == [True] * 3
@@ -332,7 +333,8 @@ def test_a_chat_is_probed_by_its_last_message_if_adapters_act_on_the_last_tokens
     (tmp_path / "pool" / "pool.json").write_text(json.dumps({"activation": "last:4"}))
     logo = LoGo(load_base("demo")[0], templated, AdapterPool.open(tmp_path / "pool"))
     turns = [SYSTEM, *TALK, {"role": "user", "content": "What is the plural of mouse?"}]
-    assert logo.fitted.read_once and logo.select(turns) == logo.select("What is the plural of mouse?")
+    found, alone = logo.select(turns), logo.select("What is the plural of mouse?")
+    assert logo.fitted.read_once and found.scores == same_scores(alone.scores)
 
 
 @pytest.mark.filterwarnings("ignore:1 of 3 adapters act on every token", "ignore:adapters? .* a prompt lacks")
