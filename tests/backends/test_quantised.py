@@ -22,7 +22,9 @@ from logo import LoGo
 from logo.models import load_base
 from logo.pools import default_pool
 
-DTYPE, TOLERANCE = "bfloat16", 0.01  # of the largest score
+# The tolerance is a share of the largest score: four units in bfloat16's last place, because processors with matrix
+# instructions for bfloat16 round more often than others (0.0108 on one of them).
+DTYPE, TOLERANCE = "bfloat16", 2**-6
 GROUP = 32  # columns of a weight that share a scale
 
 
