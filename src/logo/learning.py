@@ -66,7 +66,7 @@ class Learned:
             learn.
         read: how many prompts were read, without those that had been learned before and those that are labels.
         left_out: how many more do not fit into the base model's context.
-        named: how many prompts are labels: they name an adapter that has them, or a sample of them, as its examples.
+        named: how many new prompts were used as labels, including those that were not stored because `MOST` were.
         unknown: name -> how many prompts name it, of names that no adapter of the pool has.
     """
 
@@ -199,12 +199,11 @@ class _Labels:
     """Prompts whose requests named adapters; see `learn_examples`.
 
     Attributes:
-        examples: adapter name -> those of them that are its examples.
-        claimed: keys of the prompts of these adapters, and of those with examples of their own; no others learn them.
-        others: prompts that are read like those without labels.
-        count: how many new ones are examples or could have been.
+        examples: adapter name -> the prompts that become its examples.
+        claimed: the `_key` of each prompt that is known to belong to one adapter, so that no other one learns from it.
+        others: the prompts whose names do not count; they are read like prompts without a name.
+        count, unknown: `named` and `unknown` of `Learned`.
         left_out: how many do not fit into the base model's context.
-        unknown: as in `Learned`.
     """
 
     examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -296,7 +295,7 @@ def _different(prompts: Iterable[str]) -> list[str]:
 
 
 def _key(prompt: str) -> str:
-    """The same for prompts that differ in case or blanks only."""
+    """The prompt in lower case with single blanks; two prompts with the same key count as one."""
     return " ".join(prompt.split()).casefold()
 
 

@@ -46,12 +46,12 @@ def once_prefill(bench: Bench, once: LoGo, tokens: int, prefix: int, own: int) -
         "cached, once": lambda: answering(once, [f"{shared} {bench.prompts(1, own)[0]}"], 1),
     }
     if reusable(bench.logo.model):
-        arms["cached prefill"] = _after(bench, shared, prefix, own)
+        arms["cached prefill"] = _cached_prefill(bench, shared, prefix, own)
     counts = {"tokens": tokens, "prefix": prefix}
     return MeasuredPart("read once", side_by_side(arms, bench.rounds, device=bench.device), counts)
 
 
-def _after(bench: Bench, shared: str, prefix: int, own: int) -> Callable[[], object]:
+def _cached_prefill(bench: Bench, shared: str, prefix: int, own: int) -> Callable[[], object]:
     """The base model alone reads `own` new tokens behind `prefix` tokens whose keys and values it keeps."""
     model, encode = bench.logo.model, bench.logo.prompts.encode
     cache = DynamicCache()

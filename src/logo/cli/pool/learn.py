@@ -38,7 +38,9 @@ def learn(
         help="A JSON object per line with a `prompt` (or `context`) and, if known, its `adapter`; or logs of servers "
         "(`logo serve --log-json --log-prompts 2> FILE`). Of more than 2000 prompts, a random sample is read.",
     ),
-    ignore_names: bool = usual(False, "Read all prompts, also those of earlier runs, as if they named no adapter."),
+    ignore_names: bool = usual(
+        False, "Treat every prompt, also those kept from earlier runs, as if its request had named no adapter."
+    ),
     confidence: float = usual(SURE, "The least confidence of a selection from which an example is learned."),
     dry_run: bool = usual(False, "Show what would be learned; write nothing."),
     json: Json = False,
@@ -188,7 +190,10 @@ def _remarks(found: Learned, every: int, removed: Sequence[str], dry_run: bool) 
         yield "left out", f"{counted(found.left_out, 'prompt')} longer than the base model's context"
     if found.unknown:
         shown = [f"{one_line(name)!r} ({counted(count, 'prompt')})" for name, count in found.unknown.items()]
-        yield "no adapter of the pool", f"has the name {listed(shown, 8)}; these were read as if they had no name"
+        yield (
+            "no adapter of the pool",
+            f"has the name {listed(shown, 8)}; these were read without names, so write the pool's names",
+        )
     if every > names:
         yield "unchanged", f"{every - names} of {every} adapters, which have examples of their own"
     if missing := [one_line(name) for name, examples in found.examples.items() if not examples]:
