@@ -329,6 +329,7 @@ def test_one_by_one_repeats_its_requests_for_a_duration(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A server of its own; a third of the clients leave; an adapter like one of the pool's comes and goes."""
     shutil.copytree(adapters_dir() / "antonym", tmp_path / "changes" / "extra")
@@ -362,7 +363,7 @@ def test_the_whole_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("at_once", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_server_that_dies(at_once: bool) -> None:
     """Before it is asked anything, the error says why. Later its requests are errors; another arm has its own."""
     started: list[LocalServer] = []

@@ -171,8 +171,8 @@ def said_by_the_demo(command: str) -> str:
     return said_by(command)
 
 
-# Its transcripts train adapters for a minute or two.
-LONG = ("make-a-pool.md",)
+# Their transcripts train adapters, or run the harness, for a minute or two.
+LONG = ("make-a-pool.md", "lm-eval.md")
 
 
 def _page(page: Path) -> Any:

@@ -415,9 +415,11 @@ def command(*arguments: str, cwd: Path, processes: int = 1) -> subprocess.Comple
     return done
 
 
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_the_harness_and_logo_evaluate_agree(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Of two processes each has a half of the documents, and of three one has two; the harness puts them together."""
     rows = [
         line
         for name in ("add_numbers", "antonym", "french", "reverse_word")
@@ -438,7 +440,7 @@ def test_the_harness_and_logo_evaluate_agree(
     [summary] = json.loads(capsys.readouterr().out)
     asked = ("eval", "lm-eval", "--model_args", "base_model=demo,signal=calibrated", "--include_path", "tasks")
     asked += ("--tasks", "demo_generated,demo_chosen,demo_blank", "--batch_size", "8", "--log_samples")
-    theirs = command(*asked, "--output_path", "out", cwd=tmp_path)
+    theirs = command(*asked, "--output_path", "out", cwd=tmp_path, processes=processes)
     [results] = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("results_*.json")]
     assert results["results"]["demo_generated"]["exact_match,answer"] == summary["em"]
     assert 0.5 < summary["em"] < 1  # so that agreeing means something
@@ -451,11 +453,6 @@ def test_the_harness_and_logo_evaluate_agree(
     samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
     assert [sample["filtered_resps"][0].strip() for sample in samples] == predictions
     assert "demo_generated" in theirs.stdout
-
-    # Two processes have a half of the documents each, and of three one has two; the harness puts them together.
-    command(*asked, "--output_path", "two", cwd=tmp_path, processes=2)
-    [both] = [json.loads(path.read_text()) for path in (tmp_path / "two").rglob("results_*.json")]
-    assert both["results"] == results["results"] and both["n-samples"] == results["n-samples"]
 
 
 def test_errors_are_one_line(

@@ -198,8 +198,8 @@ def test_private_means_private(hub: WritableHub, pool: Path, tmp_path: Path) -> 
     ("token", "outage", "said"),
     [
         (None, None, "does not accept this token, or there is none; set HF_TOKEN"),
-        (STRANGER_TOKEN, None, "this token may not write there"),
-        (GOOD_TOKEN, 429, "too many requests"),
+        pytest.param(STRANGER_TOKEN, None, "this token may not write there", marks=pytest.mark.long),
+        pytest.param(GOOD_TOKEN, 429, "too many requests", marks=pytest.mark.long),
         (GOOD_TOKEN, 500, "answered with HTTP status 500"),
     ],
 )

@@ -150,7 +150,7 @@ def test_a_map_that_ends_early_leaves_all_processes_to_the_next(marks: Path) -> 
         assert len({result[1] for _, result in found}) == 2
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_process_may_die_over_what_is_asked_for_an_item(count: int, marks: Path) -> None:
     """As one that learns a dataset before its rows are answered."""
     with opened(Layout(count, cpus=1, deadline=90.0)) as workers:
@@ -180,6 +180,7 @@ def outlives(held: Held, marks: Path) -> bool:
     return False
 
 
+@pytest.mark.long
 def test_deadlines_are_kept_while_one_process_does_something_for_all(marks: Path) -> None:
     with opened(Layout(2, cpus=1, deadline=2.0)) as workers:
 
@@ -195,6 +196,7 @@ def unlike_once(held: Held, marks: Path, number: int) -> Any:
     return Unlike("its base differs") if first_time(marks, "unlike") else work(held, marks, number)
 
 
+@pytest.mark.long
 def test_a_process_that_turns_out_to_be_another_gets_no_more_work(marks: Path) -> None:
     with (
         opened() as workers,
@@ -285,6 +287,7 @@ def test_processes_that_do_not_open_in_time_are_waited_for_no_longer() -> None:
         opened(Layout(1, cpus=1, start=0.5), open_=never)
 
 
+@pytest.mark.long
 def test_a_process_that_fails_to_open_is_told_apart_from_one_that_has_gone(marks: Path) -> None:
     with pytest.raises(OSError, match=r"^the disk is full$"):
         opened(open_=functools.partial(opens_once, marks))

@@ -125,6 +125,7 @@ def test_kill_9_in_the_middle(
     assert times["inference"] >= times["probe"] + times["generate"]  # what the killed process took counts
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("default:.*judged again")
 def test_beginning_again_with_another_metric_leaves_the_result_alone(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

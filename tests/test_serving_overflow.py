@@ -71,6 +71,7 @@ def test_a_mixture_that_overflows_is_an_error_of_its_own_request(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_out_of_memory_at_every_allocation_of_the_store_fails_one_request_and_no_other(tmp_path: Path) -> None:
     """One after the other, until an adapter becomes resident without meeting the one that fails."""
     logo = pool(tmp_path, *FAULTS["B (A x)"])
