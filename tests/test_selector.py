@@ -90,10 +90,13 @@ def test_confidence_is_a_probability_that_grows_with_the_best_score(scores: list
 
 def test_sharp_when_sure_and_broad_when_not() -> None:
     temperature = Evidence(2.0, 1.0).temperature
-    assert temperature(0.9) == temperature(0.4) == pytest.approx(0.785)
     assert temperature(0.25) == temperature(0.0) == pytest.approx(3.5)
+    assert temperature(0.4) == temperature(0.75) == pytest.approx(0.785)
+    assert temperature(0.8) == temperature(1.0) == pytest.approx(0.155)
     assert temperature(0.325) == pytest.approx((0.785 * 3.5) ** 0.5, rel=1e-4)  # half-way on a scale of logarithms
-    assert Evidence(4.0, 1.0).temperature(0.9) == pytest.approx(0.3925)  # steeper evidence: smaller differences count
+    assert Evidence(4.0, 1.0).temperature(0.5) == pytest.approx(0.3925)  # steeper evidence: smaller differences count
+    found = [temperature(confidence / 100) for confidence in range(101)]
+    assert found == sorted(found, reverse=True)
 
 
 def test_unsure_mixtures_are_weaker_the_larger_their_adapters_are() -> None:
@@ -113,7 +116,7 @@ def test_unsure_mixtures_are_weaker_the_larger_their_adapters_are() -> None:
 
 @pytest.mark.parametrize(("when", "adapters"), [("base", ()), ("best", ("a00",)), ("mix", ("a00", "a01"))])
 def test_what_answers_where_nothing_stands_out(when: str, adapters: tuple[str, ...]) -> None:
-    found = select([1.25, *REST], 2, weighting="adaptive", when_unsure=when)
+    found = select([1.21, *REST], 2, weighting="adaptive", when_unsure=when)
     assert found.adapters == adapters
     assert found.confidence is not None and found.confidence < UNSURE
     assert sum(found.weights) == pytest.approx({"base": 0.0, "best": 1.0, "mix": total(0.0, USUAL)}[when])
@@ -122,11 +125,11 @@ def test_what_answers_where_nothing_stands_out(when: str, adapters: tuple[str, .
 
 
 def test_an_unsure_selection_may_be_refused() -> None:
-    with pytest.raises(Unsure, match=r"confidence 0\.\d\d, expected 0\.25 or more") as caught:
-        select([1.25, *REST], when_unsure="refuse")
+    with pytest.raises(Unsure, match=r"confidence 0\.\d\d, expected 0\.15 or more") as caught:
+        select([1.21, *REST], when_unsure="refuse")
     same = pickle.loads(pickle.dumps(caught.value))
     assert (str(same), same.confidence) == (str(caught.value), caught.value.confidence) and same.confidence < UNSURE
-    assert same.scores == caught.value.scores == select([1.25, *REST]).scores
+    assert same.scores == caught.value.scores == select([1.21, *REST]).scores
     assert select([9.0, *REST], when_unsure="refuse").adapters
 
 

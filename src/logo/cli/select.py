@@ -30,6 +30,8 @@ def select(
 ) -> None:
     """Show which adapters a prompt selects, with their weights and scores.
 
+    If fewer than k adapters are selected, those with the next highest scores follow without a weight.
+
     Example: `logo select "What is 7 plus 5?" -k 5`
     """
     check_batch_size(runner)
@@ -42,6 +44,7 @@ def select(
             batch_size=batch_size,
             candidates=candidate or None,
         )
+        k = logo.k
     if json:
         records = [{"prompt": p, **selection.as_dict()} for p, selection in zip(texts, selections, strict=True)]
         print_json(records[0] if len(records) == 1 else records)
@@ -49,4 +52,4 @@ def select(
     for text, selection in zip(texts, selections, strict=True):
         if len(texts) > 1:
             out.print(f"\n{text}", style="bold", markup=False)
-        out.print(selection_table(selection))
+        out.print(selection_table(selection, others=k - len(selection.adapters)))

@@ -18,7 +18,7 @@ from logo.digests import config_digest, fingerprint, library_versions, tokenizer
 from logo.errors import UsageError
 from logo.mixing.merges import MERGES
 from logo.rows import Row
-from logo.selection.confidence import HALVED
+from logo.selection.confidence import HALVED, TEMPERATURES
 from logo.selection.reference import SCORES
 from logo.selection.signals import SIGNALS
 from logo.selection.size import USUAL
@@ -62,10 +62,11 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
     return plain
 
 
-def rule_of_weights(logo: Calls) -> dict[str, float]:
+def rule_of_weights(logo: Calls) -> dict[str, Any]:
     """What results of an adaptive weighting depend on beside its settings."""
-    adaptive = logo.settings.reading.weighting == "adaptive"
-    return {"unsure_halved": HALVED, "usual_size": USUAL} if adaptive else {}
+    if logo.settings.reading.weighting != "adaptive":
+        return {}
+    return {"temperatures": [[*pair] for pair in TEMPERATURES.items()], "unsure_halved": HALVED, "usual_size": USUAL}
 
 
 def plugins_used(*sources: str | None) -> dict[str, list[str]]:

@@ -17,18 +17,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 # How many adapters behind the best one the mean is taken over.
 FIELD = 5
 # What the best score counts beside its lead, which counts 1.
 BEST = 0.1
-# Temperatures, times the steepness: at the first one adapter has nearly all the weight, at the second many share it.
-_SHARPEST, _BROADEST = 1.57, 7.0
+# Softmax temperatures, times the steepness, by confidence. A broad mixture is the better guess below the first
+# confidence, related adapters still help each other at the middle ones, and from the last one on the best adapter
+# answers nearly alone.
+TEMPERATURES = {0.25: 7.0, 0.4: 1.57, 0.75: 1.57, 0.8: 0.31}
 # If the adapters of the broadest mixture have this relative size (`logo.selection.size`), its weights sum to one half.
 # Results depend on it, so it is a part of their identity.
 HALVED = 0.08
-# A mixture is as broad and weak as it gets up to the first confidence, and as sharp as it gets from the second on.
+# The sum of the weights is smallest up to the first confidence, and 1 from the second on.
 _DOUBT, _TRUST = 0.25, 0.4
 
 
@@ -56,9 +59,9 @@ class Evidence:
     def temperature(self, confidence: float) -> float:
         """The softmax temperature for a confidence, in units of the score: the surer the selection, the sharper.
 
-        Between the two ends, log T is linear in the confidence.
+        Between those of `TEMPERATURES`, log T is linear in the confidence.
         """
-        return float(_BROADEST * (_SHARPEST / _BROADEST) ** _sureness(confidence)) / self.steepness
+        return math.exp(np.interp(confidence, list(TEMPERATURES), np.log(list(TEMPERATURES.values())))) / self.steepness
 
 
 def total(confidence: float, size: float) -> float:
@@ -71,11 +74,7 @@ def total(confidence: float, size: float) -> float:
         confidence: of the selection.
         size: the mean relative size of the mixture's adapters (`logo.selection.size`), weighted as the mixture is.
     """
-    return float((1 + size / HALVED) ** (_sureness(confidence) - 1))
-
-
-def _sureness(confidence: float) -> float:
-    return min(max((confidence - _DOUBT) / (_TRUST - _DOUBT), 0.0), 1.0)
+    return float((1 + size / HALVED) ** (np.interp(confidence, (_DOUBT, _TRUST), (0, 1)) - 1))
 
 
 # For scores of responses, and for scores to which example prompts contribute.

@@ -22,8 +22,9 @@ from logo.selection.confidence import RESPONSES, Evidence, total
 from logo.selection.signals import Weighting, WhenUnsure
 from logo.selection.size import USUAL
 
-# Below this confidence a selection counts as unsure.
-UNSURE = 0.25
+# Below this confidence a selection counts as unsure. Prompts outside every task have less, nearly always; some prompts
+# whose own adapter is hardly trained have little more.
+UNSURE = 0.15
 # Adapters with less than this share of the best one's weight are left out, since each costs as much as one with more.
 LEAST = 0.01
 
