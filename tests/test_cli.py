@@ -147,6 +147,28 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("logo 0.")
 
 
+def test_select_lists_k_adapters_also_if_one_answers_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(prompt: str, *options: str) -> tuple[list[list[str]], dict[str, Any]]:
+        asked = ["select", prompt, "-k", "4", *options]
+        assert run(asked) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+        assert run([*asked, "--json"]) == 0
+        return rows, json.loads(capsys.readouterr().out)
+
+    alone, found = shown("What is 7 plus 5?")
+    assert found["adapters"] == ["add_numbers"] and [row[0] for row in alone] == best(found["scores"], 4)
+    assert alone[0][1] == "1.000" and [row[1] for row in alone[1:]] == ["-"] * 3
+    together, _ = shown("What is 7 plus 5?", "--weighting", "linear")
+    assert [row[0] for row in together] == best(found["scores"], 4) and all(float(row[1]) for row in together)
+    base, found = shown("Bake a cake", "--when-unsure", "base", "--candidate", "plural", "--candidate", "french")
+    assert not found["adapters"] and base[0] == ["base", "model", "alone"]
+    assert [row[:2] for row in base[1:]] == [[name, "-"] for name in best(found["scores"], 4)]
+
+
+def best(scores: dict[str, float], count: int) -> list[str]:
+    return sorted(scores, key=scores.__getitem__, reverse=True)[:count]
+
+
 def test_select_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["select", "Hello there", *ENGINE, "-k", "3"]) == 0
     table = capsys.readouterr().out

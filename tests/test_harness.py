@@ -445,12 +445,16 @@ def test_the_harness_and_logo_evaluate_agree(
     assert results["results"]["demo_generated"]["exact_match,answer"] == summary["em"]
     assert 0.5 < summary["em"] < 1  # so that agreeing means something
     assert results["results"]["demo_chosen"]["acc,none"] > 0.8
-    assert results["config"]["logo"]["settings"]["k"] == 3 and results["config"]["logo"]["texts"] == len(rows) + len(
-        blanks
-    )
+    logo = results["config"]["logo"]
+    assert logo["settings"]["k"] == 3
+    assert logo["texts"] == sum(-(-len(of) // processes) for of in (rows, blanks))  # those of the process that writes
     predictions = json.loads((Path(tmp_path / summary["folder"]) / "predictions.json").read_text())
-    [file] = (tmp_path / "out").rglob("samples_demo_generated_*.jsonl")
-    samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    for task, metric, count in (("chosen", "acc", 32), ("blank", "acc", 3), ("generated", "exact_match", 32)):
+        [file] = (tmp_path / "out").rglob(f"samples_demo_{task}_*.jsonl")
+        samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+        assert [sample["doc_id"] for sample in samples] == list(range(count))
+        [found] = [v for name, v in results["results"][f"demo_{task}"].items() if name.startswith(f"{metric},")]
+        assert found == pytest.approx(sum(sample[metric] for sample in samples) / count)
     assert [sample["filtered_resps"][0].strip() for sample in samples] == predictions
     assert "demo_generated" in theirs.stdout
 

@@ -151,6 +151,19 @@ def test_the_version_of_the_scores_is_part_of_the_identity(tiny_logo: LoGo, llam
     assert "scores" not in engine_identity(tiny_logo, "base", {})
 
 
+def test_what_answers_unsure_prompts_is_part_of_the_identity(
+    tiny_logo: LoGo, llama: nn.Module, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With any weighting, also the confidence below which they are unsure."""
+    settings = {"signal": "calibrated", "weighting": "softmax"}
+    mixed, alone = (engine(llama, adapters, **settings, when_unsure=when) for when in ("mix", "base"))
+    assert "unsure_below" not in engine_identity(mixed, "base", {})["settings"]
+    before = engine_identity(alone, "base", {})
+    monkeypatch.setattr("logo.evaluation.identity.UNSURE", 0.5)
+    found = differences(before, engine_identity(alone, "base", {}))
+    assert [name for name, _, _ in found] == ["settings.unsure_below"]
+
+
 def test_the_configuration_and_the_end_are_part_of_the_identity(
     tiny_logo: LoGo, monkeypatch: pytest.MonkeyPatch
 ) -> None:

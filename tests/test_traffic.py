@@ -41,7 +41,8 @@ def selected(
     first: str, second: str | None = None, weights: Sequence[float] = (0.6, 0.4), **more: Any
 ) -> dict[str, Any]:
     names = [first] if second is None else [first, second]
-    found = {"adapters": names, "weights": list(weights)[: len(names)], "scores": dict.fromkeys(names, 1.0)}
+    scores = dict(zip(names, (5.0, 3.0), strict=False))
+    found = {"adapters": names, "weights": list(weights)[: len(names)], "scores": scores}
     return {**found, "confidence": 0.75, "unsure": False, **more}
 
 
@@ -161,14 +162,17 @@ def test_who_is_in_the_pool() -> None:
 
 
 def test_adapters_that_always_tie() -> None:
-    def tied(count: int, alone: int, weight: float = 0.45) -> list[tuple[tuple[str, str], int, int]]:
-        lines = [line(i, selected(*(("b", "a") if i % 2 else ("a", "b")), (0.5, weight))) for i in range(count)]
+    def tied(count: int, alone: int, second: float = 4.8) -> list[tuple[tuple[str, str], int, int]]:
+        """The second adapter may be left out of the mixture; its score is in the log."""
+        pairs = [("b", "a") if i % 2 else ("a", "b") for i in range(count)]
+        scores = [{"c": 0.1, other: second, one: 5.0} for one, other in pairs]
+        lines = [line(i, selected(one, scores=scores[i])) for i, (one, _) in enumerate(pairs)]
         lines += [line(100 + i, selected("a", "c", (0.9, 0.1))) for i in range(alone)]
         return [(tie.adapters, tie.tied, tie.won) for tie in read(*lines).ties]
 
     assert tied(OFTEN, 0) == [(("a", "b"), OFTEN, OFTEN)]
     assert tied(OFTEN, OFTEN - 1) == [(("a", "b"), OFTEN, 2 * OFTEN - 1)]
-    assert tied(OFTEN - 1, 0) == tied(OFTEN, OFTEN) == tied(OFTEN, 0, weight=0.3) == []
+    assert tied(OFTEN - 1, 0) == tied(OFTEN, OFTEN) == tied(OFTEN, 0, second=4.7) == tied(OFTEN, 0, second=-5.0) == []
 
 
 def test_what_has_moved() -> None:
@@ -313,7 +317,7 @@ def test_refused_prompts_are_in_the_log_and_in_the_metrics(
 
 def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unsure = {"unsure": True, "confidence": 0.1}
-    lines = ["Serving on ...", POOL, *(line(i, selected("a", "b", (0.5, 0.5))) for i in range(40))]
+    lines = ["Serving on ...", POOL, *(line(i, selected("a", "b", scores={"a": 5.0, "b": 5.0})) for i in range(40))]
     lines += [line(50 + i, selected("c", prompt=f"\x1b[2Jplease do [red]thing {i}", **unsure)) for i in range(40)]
     log, png = tmp_path / "day.log", tmp_path / "day.png"
     log.write_text("\n".join(lines), "utf-8")

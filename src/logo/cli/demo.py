@@ -37,7 +37,7 @@ def demo(
     if not json:
         out.print(
             f"The embedded base model knows {len(logo.names)} skills but not which one you ask for; each adapter "
-            f"unlocks one.\nFor every prompt LoGo mixes the {n_selected_modules} adapters that respond most "
+            f"unlocks one.\nFor every prompt LoGo mixes up to {n_selected_modules} adapters that respond most "
             f"(signal: {signal}).\n"
         )
     answers = show.answers(logo)

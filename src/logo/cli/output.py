@@ -34,6 +34,8 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 BAR = 12
+# What is shown of a selection without adapters.
+ALONE = "base model alone"
 
 
 def screen(width: int, *, stderr: bool = False) -> Console:
@@ -137,7 +139,7 @@ def bar(share: float, width: int = BAR) -> str:
 
 
 def selection_table(selection: Selection, top: int | None = None, others: int = 0) -> Table:
-    """Selected adapters, best first, with bars for their weights.
+    """Selected adapters, best first, with bars for their weights; or a line that says that there are none.
 
     Args:
         top: the most selected adapters that are shown; None: all.
@@ -150,6 +152,8 @@ def selection_table(selection: Selection, top: int | None = None, others: int = 
     table.add_column("score", justify="right")
     heaviest = max(selection.weights, default=1.0)
     rows = list(zip(selection.adapters, selection.weights, strict=True))
+    if not rows:
+        table.add_row(ALONE, "", "", "")
     for name, weight in rows[:top]:
         score = selection.scores.get(name)
         shown = "forced" if score is None else f"{score:.4g}"
@@ -166,7 +170,7 @@ def selection_line(selection: Selection, top: int = 3) -> str:
     """`plural 0.31 · reverse 0.22 · 6 more`."""
     rows = list(zip(selection.adapters, selection.weights, strict=True))
     shown = [f"{name} {weight:.2f}" for name, weight in rows[:top] if _counts(weight)]
-    return " · ".join(shown + ([f"{len(rows) - len(shown)} more"] if len(rows) > top else [])) or "base model alone"
+    return " · ".join(shown + ([f"{len(rows) - len(shown)} more"] if len(rows) > top else [])) or ALONE
 
 
 def weighty(selection: Selection) -> dict[str, float]:

@@ -20,6 +20,7 @@ from logo.mixing.merges import MERGES
 from logo.rows import Row
 from logo.selection.confidence import HALVED, TEMPERATURES
 from logo.selection.reference import SCORES
+from logo.selection.selector import UNSURE
 from logo.selection.signals import SIGNALS
 from logo.selection.size import USUAL
 
@@ -63,10 +64,14 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
 
 
 def rule_of_weights(logo: Calls) -> dict[str, Any]:
-    """What results of an adaptive weighting depend on beside its settings."""
-    if logo.settings.reading.weighting != "adaptive":
-        return {}
-    return {"temperatures": [[*pair] for pair in TEMPERATURES.items()], "unsure_halved": HALVED, "usual_size": USUAL}
+    """What results depend on beside the settings, if the weighting is adaptive or unsure selections are not mixed."""
+    found: dict[str, Any] = {}
+    if logo.settings.reading.weighting == "adaptive":
+        found |= {"temperatures": [[*pair] for pair in TEMPERATURES.items()], "unsure_halved": HALVED}
+        found |= {"usual_size": USUAL}
+    if logo.settings.when_unsure != "mix":
+        found |= {"unsure_below": UNSURE}
+    return found
 
 
 def plugins_used(*sources: str | None) -> dict[str, list[str]]:

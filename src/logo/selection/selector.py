@@ -22,8 +22,8 @@ from logo.selection.confidence import RESPONSES, Evidence, total
 from logo.selection.signals import Weighting, WhenUnsure
 from logo.selection.size import USUAL
 
-# Below this confidence a selection counts as unsure. Prompts outside every task have less, nearly always; some prompts
-# whose own adapter is hardly trained have little more.
+# Below this confidence a selection counts as unsure. Most prompts outside every task are below it, and some prompts
+# whose own adapter is hardly trained are only a little above it.
 UNSURE = 0.15
 # Adapters with less than this share of the best one's weight are left out, since each costs as much as one with more.
 LEAST = 0.01
@@ -35,8 +35,8 @@ class Selection:
 
     Attributes:
         adapters: names, best first. Empty: the base model alone.
-        weights: parallel to `adapters`. They sum to 1; to less if an adaptive weighting is unsure, and to anything if
-            the user forced them.
+        weights: parallel to `adapters`. They sum to 1; to less if an adaptive weighting has a confidence below 0.4, and
+            to anything if the user forced them.
         scores: the score of every scored adapter, in pool order. Empty for a forced selection.
         confidence: the probability that the pool holds an adapter that was made for this prompt; None for a forced
             selection, and for signals whose scores have no scale of their own.

@@ -14,6 +14,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from heapq import nlargest
+from operator import itemgetter
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,8 +25,8 @@ from numpy.typing import NDArray
 
 from logo.errors import DataError, StorageError
 
-# The two first adapters tie if the second has at least this share of the first one's weight.
-NEARLY = 2 / 3
+# The two best adapters tie if the second has at least this share of the first one's score.
+NEARLY = 0.95
 # A pair always ties if it does in more than this share of the prompts that either wins, and in at least so many.
 MOST, OFTEN = 0.5, 5
 # Wins have changed between the halves if their shares differ by so many standard errors.
@@ -63,7 +65,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Tie:
-    """Two adapters that lead together, with nearly equal weights, in `tied` of the `won` prompts that either won."""
+    """Two adapters that lead together, with nearly equal scores, in `tied` of the `won` prompts that either won."""
 
     adapters: tuple[str, str]
     tied: int
@@ -137,11 +139,15 @@ def read_traffic(files: Sequence[Path]) -> Traffic:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One selection of a line; see `logo.serving.logged.entry`."""
+    """One selection of a line; see `logo.serving.logged.entry`.
+
+    Attributes:
+        best: the names and scores of the two best adapters, fewer if fewer were scored; none if adapters were forced.
+    """
 
     adapters: tuple[str, ...]
     weights: tuple[float, ...]
-    scored: bool
+    best: tuple[tuple[str, float], ...]
     confidence: float
     unsure: bool
     prompt: str | None
@@ -161,10 +167,13 @@ class _Entry:
         sure = math.nan if confidence is None else float(confidence)
         if len(numbers) != len(adapters) or not all(map(math.isfinite, numbers)) or sure < 0 or sure > 1:
             raise ValueError("weights and confidence")
+        scores = [(_whole(name), float(score)) for name, score in value["scores"].items()]
+        if not all(math.isfinite(score) for _, score in scores):
+            raise ValueError("scores")
         text = _whole(prompt[:_LONGEST]) if isinstance(prompt, str) else None
         names = tuple(map(_whole, adapters))
         unsure = value.get("unsure") is True and confidence is not None
-        return cls(names, tuple(numbers), bool(value["scores"]), sure, unsure, text)
+        return cls(names, tuple(numbers), tuple(nlargest(2, scores, key=itemgetter(1))), sure, unsure, text)
 
 
 def _whole(text: str) -> str:
@@ -223,7 +232,7 @@ class Reading:
 
     def _add(self, entry: _Entry, time: float) -> None:
         self.entries += 1
-        if not entry.scored:
+        if not entry.best:
             self._forced += 1
             return
         winner = _NOBODY
@@ -236,8 +245,10 @@ class Reading:
         for name, weight in zip(entry.adapters, entry.weights, strict=True):
             self._parts[name] += 1
             self._weights[name] += weight
-        if len(entry.adapters) > 1 and entry.weights[1] >= NEARLY * entry.weights[0] > 0:
-            self._tied[entry.adapters[0], entry.adapters[1]] += 1
+        if entry.adapters and len(entry.best) > 1:
+            (one, first), (other, second) = entry.best
+            if second >= NEARLY * first > 0:
+                self._tied[one, other] += 1
         if entry.unsure and entry.prompt:
             self._keep(entry.prompt)
 
