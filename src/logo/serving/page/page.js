@@ -59,7 +59,7 @@ function describe(models, { base_model: name, default_k: k, signal, data }) {
 function fill(adapters) {
   pool.update(adapters);
   const picks = Math.min(server.k, adapters.length);
-  const those = picks === 1 ? "the one that fits best" : `up to ${picks} that fit best, and is answered with their mixture`;
+  const those = picks === 1 ? "the one that fits best" : `those that fit best, ${picks} at most, and is answered with their mixture`;
   at("about").textContent = `${plural(adapters.length, "adapter")} in the pool. Every prompt picks ${those}.`;
 }
 
