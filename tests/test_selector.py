@@ -89,7 +89,7 @@ def test_confidence_is_a_probability_that_grows_with_the_best_score(scores: list
 
 
 def test_sharp_when_sure_and_broad_when_not() -> None:
-    temperature = Evidence(2.0, 1.0).temperature
+    temperature = Evidence(2.0, 1.0, sharpest=0.31).temperature
     assert temperature(0.25) == temperature(0.0) == pytest.approx(3.5)
     assert temperature(0.4) == temperature(0.75) == pytest.approx(0.785)
     assert temperature(0.8) == temperature(1.0) == pytest.approx(0.155)
@@ -97,6 +97,8 @@ def test_sharp_when_sure_and_broad_when_not() -> None:
     assert Evidence(4.0, 1.0).temperature(0.5) == pytest.approx(0.3925)  # steeper evidence: smaller differences count
     found = [temperature(confidence / 100) for confidence in range(101)]
     assert found == sorted(found, reverse=True)
+    assert RESPONSES.temperature(0.4) == RESPONSES.temperature(1.0)  # they are sometimes sure of a related task
+    assert EXAMPLES.temperature(0.4) > 4 * EXAMPLES.temperature(1.0)
 
 
 def test_unsure_mixtures_are_weaker_the_larger_their_adapters_are() -> None:

@@ -18,7 +18,7 @@ from logo.digests import config_digest, fingerprint, library_versions, tokenizer
 from logo.errors import UsageError
 from logo.mixing.merges import MERGES
 from logo.rows import Row
-from logo.selection.confidence import HALVED, TEMPERATURES
+from logo.selection.confidence import EXAMPLES, HALVED
 from logo.selection.reference import SCORES
 from logo.selection.selector import UNSURE
 from logo.selection.signals import SIGNALS
@@ -67,8 +67,7 @@ def rule_of_weights(logo: Calls) -> dict[str, Any]:
     """What results depend on beside the settings, if the weighting is adaptive or unsure selections are not mixed."""
     found: dict[str, Any] = {}
     if logo.settings.reading.weighting == "adaptive":
-        found |= {"temperatures": [[*pair] for pair in TEMPERATURES.items()], "unsure_halved": HALVED}
-        found |= {"usual_size": USUAL}
+        found |= {"sharpest": EXAMPLES.sharpest, "unsure_halved": HALVED, "usual_size": USUAL}
     if logo.settings.when_unsure != "mix":
         found |= {"unsure_below": UNSURE}
     return found

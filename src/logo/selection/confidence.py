@@ -25,9 +25,9 @@ FIELD = 5
 # What the best score counts beside its lead, which counts 1.
 BEST = 0.1
 # Softmax temperatures, times the steepness, by confidence. A broad mixture is the better guess below the first
-# confidence, related adapters still help each other at the middle ones, and from the last one on the best adapter
-# answers nearly alone.
-TEMPERATURES = {0.25: 7.0, 0.4: 1.57, 0.75: 1.57, 0.8: 0.31}
+# confidence, and related adapters still help each other at the others. From `SURE` on, `Evidence.sharpest` holds.
+TEMPERATURES = {0.25: 7.0, 0.4: 1.57, 0.75: 1.57}
+SURE = 0.8
 # If the adapters of the broadest mixture have this relative size (`logo.selection.size`), its weights sum to one half.
 # Results depend on it, so it is a part of their identity.
 HALVED = 0.08
@@ -42,10 +42,12 @@ class Evidence:
     Attributes:
         steepness: how fast confidence grows with the evidence, the lead and `BEST` times the best score.
         even: the evidence at which it is one half.
+        sharpest: the temperature, times the steepness, from a confidence of `SURE` on.
     """
 
     steepness: float
     even: float
+    sharpest: float = 1.57
 
     def confidence(self, ranked: Tensor) -> float:
         """The confidence that scores (adapters,), sorted with the best first, give; 1/2 for a single adapter."""
@@ -59,9 +61,10 @@ class Evidence:
     def temperature(self, confidence: float) -> float:
         """The softmax temperature for a confidence, in units of the score: the surer the selection, the sharper.
 
-        Between those of `TEMPERATURES`, log T is linear in the confidence.
+        Between those of `TEMPERATURES` and the sharpest, log T is linear in the confidence.
         """
-        return math.exp(np.interp(confidence, list(TEMPERATURES), np.log(list(TEMPERATURES.values())))) / self.steepness
+        known = {**TEMPERATURES, SURE: self.sharpest}
+        return math.exp(np.interp(confidence, list(known), np.log(list(known.values())))) / self.steepness
 
 
 def total(confidence: float, size: float) -> float:
@@ -77,9 +80,10 @@ def total(confidence: float, size: float) -> float:
     return float((1 + size / HALVED) ** (np.interp(confidence, (_DOUBT, _TRUST), (0, 1)) - 1))
 
 
-# For scores of responses, and for scores to which example prompts contribute.
+# For scores of responses, and for scores to which example prompts contribute. Only with these is a high confidence a
+# reason to let one adapter answer nearly alone: without, it is sometimes high for a prompt of a related task.
 RESPONSES = Evidence(3.5, 1.1)
-EXAMPLES = Evidence(1.1, 4.6)
+EXAMPLES = Evidence(1.1, 4.6, sharpest=0.31)
 
 
 def lead(ranked: Tensor) -> float:
