@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from logo.cli.run import run
+from logo.selection.selector import UNSURE
 from tolerances import PATIENCE
 
 ROOT = Path(__file__).parent.parent
@@ -163,6 +164,11 @@ def test_select_lists_k_adapters_also_if_one_answers_alone(capsys: pytest.Captur
     base, found = shown("Bake a cake", "--when-unsure", "base", "--candidate", "plural", "--candidate", "french")
     assert not found["adapters"] and base[0] == ["base", "model", "alone"]
     assert [row[:2] for row in base[1:]] == [[name, "-"] for name in best(found["scores"], 4)]
+
+
+def test_help_says_when_a_selection_is_unsure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["select", "--help-all"]) == 0
+    assert f"below {UNSURE}:" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def best(scores: dict[str, float], count: int) -> list[str]:

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 import logo
 import tiny
 from logo import LoGo
+from logo.adapters.examples import write_examples
 from logo.cli.run import run
 from logo.digests import tokenizer_digest, weights_digest
 from logo.errors import DataError, ModelError, UsageError
@@ -149,6 +150,17 @@ def test_the_version_of_the_scores_is_part_of_the_identity(tiny_logo: LoGo, llam
     calibrated = engine(llama, adapters, signal="calibrated")
     assert engine_identity(calibrated, "base", {})["scores"] == SCORES
     assert "scores" not in engine_identity(tiny_logo, "base", {})
+
+
+def test_how_sharp_weights_are_is_part_of_the_identity_if_examples_count(
+    llama: nn.Module, adapters: Path, tmp_path: Path
+) -> None:
+    plain = engine_identity(engine(llama, adapters, signal="calibrated"), "base", {})
+    shutil.copytree(adapters, tmp_path / "pool")
+    write_examples(next(tmp_path.rglob("adapter_config.json")).parent, ["w1 w2 w3"])
+    taught = engine_identity(engine(llama, tmp_path / "pool", signal="calibrated"), "base", {})
+    assert {name for name, _, _ in differences(plain, taught)} == {"examples", "settings.temperatures"}
+    json.dumps(taught)
 
 
 def test_what_answers_unsure_prompts_is_part_of_the_identity(

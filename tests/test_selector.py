@@ -89,7 +89,7 @@ def test_confidence_is_a_probability_that_grows_with_the_best_score(scores: list
 
 
 def test_sharp_when_sure_and_broad_when_not() -> None:
-    temperature = Evidence(2.0, 1.0, sharpest=0.31).temperature
+    temperature = Evidence(2.0, 1.0, ((0.25, 7.0), (0.4, 1.57), (0.75, 1.57), (0.8, 0.31))).temperature
     assert temperature(0.25) == temperature(0.0) == pytest.approx(3.5)
     assert temperature(0.4) == temperature(0.75) == pytest.approx(0.785)
     assert temperature(0.8) == temperature(1.0) == pytest.approx(0.155)

@@ -223,7 +223,7 @@ class EngineOptions:
     )
     when_unsure: WhenUnsure = _probe(
         "mix",
-        "What answers if the confidence of the selection is low: a broad mixture, the base "
+        "What answers if the confidence of the selection is below 0.15: a broad mixture, the base "
         "model alone, the best adapter alone, or nothing.",
     )
     examples: Examples = _probe(

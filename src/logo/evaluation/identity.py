@@ -67,7 +67,9 @@ def rule_of_weights(logo: Calls) -> dict[str, Any]:
     """What results depend on beside the settings, if the weighting is adaptive or unsure selections are not mixed."""
     found: dict[str, Any] = {}
     if logo.settings.reading.weighting == "adaptive":
-        found |= {"sharpest": EXAMPLES.sharpest, "unsure_halved": HALVED, "usual_size": USUAL}
+        found |= {"unsure_halved": HALVED, "usual_size": USUAL}
+        if _examples(logo):
+            found |= {"temperatures": [list(pair) for pair in EXAMPLES.temperatures]}
     if logo.settings.when_unsure != "mix":
         found |= {"unsure_below": UNSURE}
     return found
@@ -83,8 +85,7 @@ def digests(logo: Calls) -> dict[str, Any]:
     """Digests of what was loaded, except the adapters' weights (`pool_digests`): the base model's weights and
     configuration, the tokens at which an answer ends, the tokenizer, the adapters' scales, and the example prompts that
     selections look at, if there are some; and the version of the scores, if signals read all tokens."""
-    looked_at = logo.settings.examples == "use" and logo.settings.reading.scale == "whitened"
-    examples = {name: logo.pool[name].examples for name in logo.names} if looked_at else {}
+    examples = _examples(logo)
     configured = getattr(logo.model, "generation_config", None)
     return {
         "weights": weights_digest(logo.model),
@@ -92,9 +93,17 @@ def digests(logo: Calls) -> dict[str, Any]:
         "eos_token_id": None if configured is None else configured.eos_token_id,
         "tokenizer": tokenizer_digest(logo.tokenizer),
         "scales": fingerprint({name: logo.pool[name].scales for name in logo.names}),
-        **({"examples": fingerprint(examples)} if any(examples.values()) else {}),
+        **({"examples": fingerprint(examples)} if examples else {}),
         **({"scores": SCORES} if logo.settings.reading.token in ("each", "tail") else {}),
     }
+
+
+def _examples(logo: Calls) -> dict[str, tuple[str, ...]]:
+    """The example prompts of every adapter, if selections look at them and some adapter has any; otherwise empty."""
+    if logo.settings.examples != "use" or logo.settings.reading.scale != "whitened":
+        return {}
+    found = {name: logo.pool[name].examples for name in logo.names}
+    return found if any(found.values()) else {}
 
 
 def environment(logo: Calls) -> dict[str, str]:

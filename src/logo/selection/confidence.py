@@ -24,15 +24,13 @@ from torch import Tensor
 FIELD = 5
 # What the best score counts beside its lead, which counts 1.
 BEST = 0.1
-# Softmax temperatures, times the steepness, by confidence. A broad mixture is the better guess below the first
-# confidence, and related adapters still help each other at the others. From `SURE` on, `Evidence.sharpest` holds.
-TEMPERATURES = {0.25: 7.0, 0.4: 1.57, 0.75: 1.57}
-SURE = 0.8
+# Pairs of a confidence and a softmax temperature, the latter times the steepness. A broad mixture is the better guess
+# up to the first confidence; from the second on, one adapter has most of the weight, but related ones still help it.
+_DOUBT, _TRUST = 0.25, 0.4
+_TEMPERATURES = ((_DOUBT, 7.0), (_TRUST, 1.57))
 # If the adapters of the broadest mixture have this relative size (`logo.selection.size`), its weights sum to one half.
 # Results depend on it, so it is a part of their identity.
 HALVED = 0.08
-# The sum of the weights is smallest up to the first confidence, and 1 from the second on.
-_DOUBT, _TRUST = 0.25, 0.4
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,12 @@ class Evidence:
     Attributes:
         steepness: how fast confidence grows with the evidence, the lead and `BEST` times the best score.
         even: the evidence at which it is one half.
-        sharpest: the temperature, times the steepness, from a confidence of `SURE` on.
+        temperatures: pairs of a confidence and the softmax temperature there, times the steepness.
     """
 
     steepness: float
     even: float
-    sharpest: float = 1.57
+    temperatures: tuple[tuple[float, float], ...] = _TEMPERATURES
 
     def confidence(self, ranked: Tensor) -> float:
         """The confidence that scores (adapters,), sorted with the best first, give; 1/2 for a single adapter."""
@@ -61,10 +59,10 @@ class Evidence:
     def temperature(self, confidence: float) -> float:
         """The softmax temperature for a confidence, in units of the score: the surer the selection, the sharper.
 
-        Between those of `TEMPERATURES` and the sharpest, log T is linear in the confidence.
+        Between two of `temperatures`, log T is linear in the confidence.
         """
-        known = {**TEMPERATURES, SURE: self.sharpest}
-        return math.exp(np.interp(confidence, list(known), np.log(list(known.values())))) / self.steepness
+        confidences, known = zip(*self.temperatures, strict=True)
+        return math.exp(np.interp(confidence, confidences, np.log(known))) / self.steepness
 
 
 def total(confidence: float, size: float) -> float:
@@ -80,10 +78,10 @@ def total(confidence: float, size: float) -> float:
     return float((1 + size / HALVED) ** (np.interp(confidence, (_DOUBT, _TRUST), (0, 1)) - 1))
 
 
-# For scores of responses, and for scores to which example prompts contribute. Only with these is a high confidence a
-# reason to let one adapter answer nearly alone: without, it is sometimes high for a prompt of a related task.
+# For scores of responses, and for scores to which example prompts contribute. Only the latter let the best adapter
+# answer nearly alone if the confidence is high. The former are sometimes sure of the adapter of a related task.
 RESPONSES = Evidence(3.5, 1.1)
-EXAMPLES = Evidence(1.1, 4.6, sharpest=0.31)
+EXAMPLES = Evidence(1.1, 4.6, (*_TEMPERATURES, (0.75, 1.57), (0.8, 0.31)))
 
 
 def lead(ranked: Tensor) -> float:
