@@ -1,4 +1,4 @@
-"""Cases of a test that takes seconds in each of them."""
+"""Parameters of slow tests, of which CI runs only some."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def test_the_version_of_the_scores_is_part_of_the_identity(tiny_logo: LoGo, llam
     assert "scores" not in engine_identity(tiny_logo, "base", {})
 
 
-def test_how_sharp_weights_are_is_part_of_the_identity_if_examples_count(
+def test_temperatures_are_part_of_the_identity_if_examples_count(
     llama: nn.Module, adapters: Path, tmp_path: Path
 ) -> None:
     plain = engine_identity(engine(llama, adapters, signal="calibrated"), "base", {})

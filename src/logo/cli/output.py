@@ -34,8 +34,8 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 BAR = 12
-# What is shown of a selection without adapters.
-ALONE = "base model alone"
+# Shown instead of adapters if a selection has none.
+BASE_ALONE = "base model alone"
 
 
 def screen(width: int, *, stderr: bool = False) -> Console:
@@ -139,11 +139,11 @@ def bar(share: float, width: int = BAR) -> str:
 
 
 def selection_table(selection: Selection, top: int | None = None, others: int = 0) -> Table:
-    """Selected adapters, best first, with bars for their weights; or a line that says that there are none.
+    """Selected adapters, best first, with bars for their weights, or a row that says that the base model answers alone.
 
     Args:
         top: the most selected adapters that are shown; None: all.
-        others: so many adapters that are not selected follow, those of the highest scores.
+        others: how many adapters are listed after the selected ones: those with the next highest scores.
     """
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("adapter", overflow="fold")
@@ -153,7 +153,7 @@ def selection_table(selection: Selection, top: int | None = None, others: int = 
     heaviest = max(selection.weights, default=1.0)
     rows = list(zip(selection.adapters, selection.weights, strict=True))
     if not rows:
-        table.add_row(ALONE, "", "", "")
+        table.add_row(BASE_ALONE, "", "", "")
     for name, weight in rows[:top]:
         score = selection.scores.get(name)
         shown = "forced" if score is None else f"{score:.4g}"
@@ -170,7 +170,7 @@ def selection_line(selection: Selection, top: int = 3) -> str:
     """`plural 0.31 · reverse 0.22 · 6 more`."""
     rows = list(zip(selection.adapters, selection.weights, strict=True))
     shown = [f"{name} {weight:.2f}" for name, weight in rows[:top] if _counts(weight)]
-    return " · ".join(shown + ([f"{len(rows) - len(shown)} more"] if len(rows) > top else [])) or ALONE
+    return " · ".join(shown + ([f"{len(rows) - len(shown)} more"] if len(rows) > top else [])) or BASE_ALONE
 
 
 def weighty(selection: Selection) -> dict[str, float]:

@@ -64,7 +64,7 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
 
 
 def rule_of_weights(logo: Calls) -> dict[str, Any]:
-    """What results depend on beside the settings, if the weighting is adaptive or unsure selections are not mixed."""
+    """The constants by which an engine with these settings turns scores into weights; its results depend on them."""
     found: dict[str, Any] = {}
     if logo.settings.reading.weighting == "adaptive":
         found |= {"unsure_halved": HALVED, "usual_size": USUAL}
