@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from warm import python
 
 # Ends the command given before the step given (-1: never), and writes to the file given how many steps it made.
 Dying = Callable[[int, Sequence[str], Path], int]
@@ -74,9 +75,7 @@ def dying(option: str, imports: str, steps: str) -> Iterator[Dying]:
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     code = _PARENT.replace("{imports}", imports).replace("{steps}", steps)
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as parent:
+    with subprocess.Popen([*python(), "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
 
         def run_until(step: int, command: Sequence[str], file: Path) -> int:
             assert parent.stdin is not None and parent.stdout is not None

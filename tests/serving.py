@@ -14,6 +14,7 @@ from typing import Any
 from logo.bench.local_server import LocalServer
 from logo.demo import model_dir
 from tolerances import PATIENCE
+from warm import logo
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Served:
 @contextlib.contextmanager
 def served(*options: str, key: str = "") -> Iterator[Served]:
     """A server with these options of `logo serve`, until the block ends."""
-    with LocalServer(options, {"LOGO_API_KEY": key}, start=PATIENCE, stop=PATIENCE) as server:
+    with LocalServer(options, {"LOGO_API_KEY": key}, start=PATIENCE, stop=PATIENCE, program=logo()) as server:
         yield Served(server.url, key)
 
 

@@ -19,7 +19,6 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logo.bench import local_server
 from logo.bench.figures import Percentiles, Summary, metric, second_half, slope
 from logo.bench.in_process import differences
 from logo.bench.local_server import LocalServer
@@ -34,6 +33,7 @@ from logo.cli.run import run
 from logo.demo import adapters_dir
 from logo.errors import DataError, LoGoError, StorageError
 from tolerances import PATIENCE
+from warm import logo
 
 SECONDS = st.floats(1e-4, 1e3)
 
@@ -274,23 +274,27 @@ server.serve_forever()
 @pytest.mark.parametrize(
     ("handler", "code"), [("lambda *_: sys.exit(0)", 0), ("lambda *_: sys.exit(7)", 7), ("signal.SIG_IGN", -9)]
 )
-def test_how_a_server_ends(handler: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_server, "_LOGO", (sys.executable, "-c", READY.format(handler=handler)))
-    with LocalServer(["--base-model", "demo"], start=PATIENCE, stop=1 if code == -9 else PATIENCE) as server:
+def test_how_a_server_ends(handler: str, code: int) -> None:
+    program = (sys.executable, "-c", READY.format(handler=handler))
+    stop = 1 if code == -9 else PATIENCE
+    with LocalServer(["--base-model", "demo"], start=PATIENCE, stop=stop, program=program) as server:
         assert server.url.startswith("http://127.0.0.1:") and server.exit_code is None
     assert server.exit_code == code
     assert "['serve', '--port', '0', '--base-model', 'demo']" in server.said
 
 
-def test_a_server_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_server, "_LOGO", (sys.executable, "-c", "import sys; sys.exit('no room\\n')"))
+@pytest.mark.parametrize(
+    ("code", "start", "message"),
+    [
+        ("import sys; sys.exit('no room\\n')", PATIENCE, "logo serve ended with code 1 .* its last output: no room"),
+        ("import time; time.sleep(600)", 0.5, r"said no address \(waited up to 0.5 s\)"),
+    ],
+)
+def test_a_server_that_does_not_start(code: str, start: float, message: str) -> None:
     with (
-        pytest.raises(LoGoError, match=r"logo serve ended with code 1 .* its last output: no room"),
-        LocalServer([]),
+        pytest.raises(LoGoError, match=message),
+        LocalServer([], start=start, program=(sys.executable, "-c", code)),
     ):
-        pass
-    monkeypatch.setattr(local_server, "_LOGO", (sys.executable, "-c", "import time; time.sleep(600)"))
-    with pytest.raises(LoGoError, match=r"said no address \(waited up to 0.5 s\)"), LocalServer([], start=0.5):
         pass
 
 
@@ -380,7 +384,7 @@ def test_a_server_that_dies(at_once: bool) -> None:
         return kill  # at the first answer
 
     def place() -> LocalServer:
-        started.append(LocalServer(["--base-model=demo"]))
+        started.append(LocalServer(["--base-model=demo"], program=logo()))
         return started[-1]
 
     asks = tuple(Ask("What is 7 plus 5?", 8, stream) for stream in (True, False) * 8)
@@ -399,7 +403,7 @@ def test_a_server_that_dies(at_once: bool) -> None:
 def norm_server() -> Iterator[LocalServer]:
     """Selects one adapter by its norm, and wants a key."""
     options = ["--base-model=demo", "--signal=norm", "-k", "1"]
-    with LocalServer(options, {"LOGO_API_KEY": "k"}) as server:
+    with LocalServer(options, {"LOGO_API_KEY": "k"}, program=logo()) as server:
         yield server
     assert server.exit_code == 0
 

@@ -14,6 +14,7 @@ import pytest
 from logo.cli.run import run
 from logo.selection.selector import UNSURE
 from tolerances import PATIENCE
+from warm import python
 
 ROOT = Path(__file__).parent.parent
 F1 = Path(__file__).parent / "data" / "golden" / "F1"
@@ -33,7 +34,7 @@ FILES = {
 
 
 def logo(*arguments: str, cwd: Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from logo.cli import main; main()", *arguments]
+    command = [*python(), "-c", "from logo.cli import main; main()", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, **kwargs)
 
 
@@ -246,7 +247,7 @@ def test_evaluate_and_the_official_script_write_the_same_files(
     name = "model_selection_norm_n_3_seed_0/bbh.boolean_expressions"
     assert capsys.readouterr().out.splitlines() == ["Accuracy: 0.00", str(tmp_path / "ours" / name)]
     official = subprocess.run(
-        [sys.executable, "main.py", *evaluate_arguments(tmp_path / "official")],
+        [*python(), "main.py", *evaluate_arguments(tmp_path / "official")],
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -409,7 +410,7 @@ def test_results_reach_a_pipe_while_the_bar_is_on_the_terminal(tmp_path: Path) -
 
     terminal, screen = pty.openpty()
     command = [
-        sys.executable,
+        *python(),
         "-c",
         "from logo.cli import main; main()",
         "evaluate",

@@ -21,6 +21,7 @@ from logo.evaluation.sources.loading import packaged
 from logo.evaluation.sources.manifest import NAME, read_manifest
 from raw_sources import write_hub, write_raw
 from tolerances import PATIENCE
+from warm import python
 
 ROOT = Path(__file__).parent.parent
 BBH = [name for name in OFFICIAL if name.startswith("bbh.")]
@@ -175,7 +176,7 @@ def serve(hub: HubServer, name: str, folder: Path) -> str:
 def client(hub: HubServer, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "http"))}
     return subprocess.run(
-        [sys.executable, "-c", "from logo.cli import main; main()", "data", *arguments],
+        [*python(), "-c", "from logo.cli import main; main()", "data", *arguments],
         env=inherited | hub.env(home) | environment,
         capture_output=True,
         text=True,

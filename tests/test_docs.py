@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from logo.cli.run import plugins_first, run
 from make_adapters import write_drawer
 from tolerances import PATIENCE
 from transcripts import Transcript, difference, files, transcripts
+from warm import logo, python
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -135,8 +135,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugins_forgotten: No
         (tmp_path / name).symlink_to(ROOT / name)
     programs = tmp_path / ".programs"
     programs.mkdir()
-    for name, what in {"logo": "-c 'from logo.cli import main; main()'", "python": "", "python3": ""}.items():
-        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {what} "$@"\n')
+    for name, words in {"logo": logo(), "python": python(), "python3": python()}.items():
+        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("COLUMNS", "118")  # as wide as the pages
@@ -195,7 +195,9 @@ def test_transcripts_are_what_the_commands_print(page: Path, world: Path) -> Non
             if transcript.command.startswith("logo serve "):
                 options, _, log = transcript.command.partition(" 2> ")
                 server = servers.enter_context(
-                    LocalServer(shlex.split(options)[2:], start=PATIENCE, log=Path(log) if log else None)
+                    LocalServer(
+                        shlex.split(options)[2:], start=PATIENCE, log=Path(log) if log else None, program=logo()
+                    )
                 )
                 address, said = server.url.removeprefix("http://127.0.0.1"), "" if log else server.said
             elif transcript.command == "logo demo":

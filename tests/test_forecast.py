@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +23,7 @@ from logo.evaluation.forecast import memory_of, timed
 from logo.models import load_base, model_sizes
 from test_engine import tokenizer
 from tolerances import PATIENCE
+from warm import python
 
 BASE, POOL = "meta-llama/Llama-3.1-8B", "archon159/LoGo-loras-collection"
 
@@ -60,7 +60,7 @@ def logo(home: Path, *arguments: str, env: dict[str, str]) -> Any:
     ]
     code = "from logo.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, *command], cwd=home, env=env, capture_output=True, text=True, timeout=PATIENCE
+        [*python(), "-c", code, *command], cwd=home, env=env, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from logo.evaluation.documents import common_text  # noqa: E402
 from logo.evaluation.harness import LoGoLM  # noqa: E402
 from tolerances import PATIENCE, same_scores  # noqa: E402
+from warm import python  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -404,7 +404,7 @@ def command(*arguments: str, cwd: Path, processes: int = 1) -> subprocess.Comple
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf")}
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
-        [sys.executable, *(together if processes > 1 else []), "-m", "logo.cli", *arguments],
+        [*python(), *(together if processes > 1 else []), "-m", "logo.cli", *arguments],
         cwd=cwd,
         env=environment,
         capture_output=True,

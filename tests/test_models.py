@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from logo.adapters.layout import BaseLayout
 from logo.models import load_base, load_skeleton, pick_device, resolve_base
 from logo.pools import default_pool
 from tolerances import PATIENCE
+from warm import python
 
 pytestmark = pytest.mark.slow
 
@@ -100,7 +100,7 @@ def test_the_official_command_downloads_model_and_adapters(tmp_path: Path) -> No
         shutil.copytree(adapter, collection / "Llama-3.1-8B-loras-flanv2" / f"flanv2.{adapter.name}")
     repos = {"meta-llama/Llama-3.1-8B": F1 / "model", "archon159/LoGo-loras-collection": collection}
     command = [
-        *(sys.executable, str(ROOT / "main.py"), "--dataset", "bbh.word_sorting", "--base_model", "Llama-3.1-8B"),
+        *(*python(), str(ROOT / "main.py"), "--dataset", "bbh.word_sorting", "--base_model", "Llama-3.1-8B"),
         *("--gpu", "0" if not torch.cuda.is_available() else "-1", "--data_dir", str(DATA), "--limit", "1"),
     ]
     with HubServer(repos, gated=["meta-llama/Llama-3.1-8B"]) as hub:

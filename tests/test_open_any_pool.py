@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from logo.cli.options import EngineOptions
 from logo.errors import UsageError
 from test_hub import SOURCE, write_adapter
 from tolerances import PATIENCE
+from warm import python
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +64,7 @@ def environment(env: dict[str, str], home: Path) -> dict[str, str]:
 
 def opened(env: dict[str, str], home: Path, *calls: dict[str, Any]) -> list[Answer]:
     done = subprocess.run(
-        [sys.executable, "-c", CLIENT],
+        [*python(), "-c", CLIENT],
         input=json.dumps(calls),
         env=environment(env, home),
         capture_output=True,
@@ -80,7 +80,7 @@ def opened(env: dict[str, str], home: Path, *calls: dict[str, Any]) -> list[Answ
 
 def command(env: dict[str, str], home: Path, *arguments: str, at: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "logo.cli", *arguments],
+        [*python(), "-m", "logo.cli", *arguments],
         env=environment(env, home) | {"COLUMNS": "200"},
         cwd=at,
         capture_output=True,
@@ -174,7 +174,7 @@ def test_a_pool_is_never_smaller_because_a_connection_broke(hub: HubServer, tmp_
     hub.outage = 503
     warned = CLIENT.replace('"error", module', '"ignore", module')
     done = subprocess.run(
-        [sys.executable, "-c", warned],
+        [*python(), "-c", warned],
         input=json.dumps([call]),
         env=environment(env, tmp_path),
         capture_output=True,
@@ -314,7 +314,7 @@ def test_a_download_that_was_killed_goes_on(tmp_path: Path) -> None:
         env = environment(hub.env(tmp_path / "home"), tmp_path)
         call = json.dumps([{"places": "org/many-*"}])
         process = subprocess.Popen(
-            [sys.executable, "-c", CLIENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True
+            [*python(), "-c", CLIENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True
         )
         assert process.stdin is not None
         process.stdin.write(call)

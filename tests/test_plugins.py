@@ -28,6 +28,7 @@ from logo.plugins import Registry, Source
 from logo.selection.signals import SIGNALS, get_signal, register_signal
 from serving import served
 from tolerances import PATIENCE, same_scores, same_weights
+from warm import python
 
 pytestmark = pytest.mark.usefixtures("plugins_forgotten")
 
@@ -415,7 +416,7 @@ def test_a_changed_signal_reads_no_old_calibration(tmp_path: Path, monkeypatch: 
     for text in (SIGNAL, SIGNAL.replace(".sqrt()", ".square()"), SIGNAL):
         file.write_text(text)
         done = subprocess.run(
-            [sys.executable, "-B", "-c", code],
+            [*python(), "-B", "-c", code],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -499,7 +500,7 @@ def test_a_run_with_an_installed_plugin_can_be_repeated_from_its_file(site: Path
     assert run([*asked, "--save", str(first)]) == 0
     assert "plugins" not in json.loads(first.read_text())["command"]
     # In a process that has not looked the signal up.
-    repeated = [sys.executable, "-m", "logo.cli", "generate", PROMPT, "--config", str(first), "--save", str(again)]
+    repeated = [*python(), "-m", "logo.cli", "generate", PROMPT, "--config", str(first), "--save", str(again)]
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(repeated, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
@@ -537,14 +538,14 @@ def test_evaluate_and_report_what_others_judge_choose_and_merge(here: Path, caps
         "import sys; from logo.cli.run import run; from logo.evaluation.metrics import METRICS;"
         "code = run(['eval', 'report', 'results', '-o', 'report.html']); sys.exit(code or 'length' in METRICS)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run([*python(), "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "length" in Path("report.html").read_text()
     assert recorded_kind({"metric": "length"}, "bbh.x") == "length" and recorded_kind({}, "wmt14.x") == "bleu"
     Path("plug_more.py").write_text(OTHERS.replace("/ 100", "/ 50"))
     done = subprocess.run(
         [
-            sys.executable,
+            *python(),
             "-B",
             "-c",
             "from logo.cli import main; main()",
@@ -587,7 +588,7 @@ def test_answers_outlive_a_metric_that_fails(here: Path) -> None:
 
     def evaluated(value: str, results: str) -> subprocess.CompletedProcess[str]:
         Path("plug_own.py").write_text(METRIC.format(value=value))
-        code = [sys.executable, "-B", "-c", "from logo.cli import main; main()", *asked, "--result-dir", results]
+        code = [*python(), "-B", "-c", "from logo.cli import main; main()", *asked, "--result-dir", results]
         return subprocess.run(code, capture_output=True, text=True, timeout=PATIENCE)
 
     wrong, right = f"1 / (golds[0] != {last!r})", "1 / (1 + len(prediction))"
@@ -611,7 +612,7 @@ def test_a_process_that_is_started_knows_the_same(here: Path, site: Path, tmp_pa
     assert set(told) == {"LOGO_PLUGINS"} and f"plug_here:quiet@{here}" in told["LOGO_PLUGINS"]
     code = 'from logo import SelectionSettings as S, plugins; S(signal="quiet"); print(plugins.environment())'
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **told}
+        [*python(), "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **told}
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(told)

@@ -21,6 +21,7 @@ from logo.learning import LEAST, MOST, learn_examples
 from logo.selection import Selection
 from logo.serving.logged import entry, prompts_of
 from tolerances import PATIENCE
+from warm import logo
 
 Said = pytest.CaptureFixture[str]
 
@@ -186,7 +187,7 @@ def test_a_servers_log_has_the_names(folder: Path, tmp_path: Path) -> None:
     """As the model of a request, or alone in its field `logo`; a mixture names none."""
     log, asked = tmp_path / "day.log", TRAFFIC["capital"][:6]
     options = ["--base-model", "demo", "--adapters", str(folder), "--log-json", "--log-prompts"]
-    with LocalServer(options, start=PATIENCE, log=log) as server:
+    with LocalServer(options, start=PATIENCE, log=log, program=logo()) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="-")
         fields: list[dict[str, Any]] = [{"adapters": {"capital": 1.0}}] * 2
         fields += [{"adapters": {"capital": 0.5, "french": 0.5}}, {"adapters": {"capital": 0.5}}]

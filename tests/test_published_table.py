@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from logo.evaluation.study import Task, cut
 from logo.rows import Row
 from test_baselines import sentences  # noqa: F401 - a fixture
 from tolerances import PATIENCE
+from warm import python
 
 F1 = Path(__file__).parent / "data" / "golden" / "F1"
 PAGE = Path(__file__).parent.parent / "docs" / "reproduce-the-paper.md"
@@ -141,7 +141,7 @@ def test_the_command_of_the_page(tmp_path: Path, sentences: str) -> None:  # noq
             name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "http"))
         }
         done = subprocess.run(
-            [sys.executable, "-c", "from logo.cli import main; main()", *command],
+            [*python(), "-c", "from logo.cli import main; main()", *command],
             env=inherited | hub.env(tmp_path / "home"),
             cwd=tmp_path,
             capture_output=True,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from logo.cli.run import run
 from logo.errors import UsageError
 from make_adapters import CONFIG, REFUSED, SAFETENSORS, damage, tensors, write
 from tolerances import PATIENCE
+from warm import python
 
 SOURCE = Path(__file__).parent.parent / "src"
 
@@ -58,7 +58,7 @@ def push(
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "http"))}
     extra = {} if token is None else {"HF_TOKEN": token}
     return subprocess.run(
-        [sys.executable, "-c", "from logo.cli import main; main()", "pool", "push", str(pool), *arguments],
+        [*python(), "-c", "from logo.cli import main; main()", "pool", "push", str(pool), *arguments],
         env=inherited | hub.env(pool.parent / "hf", PYTHONPATH=str(SOURCE), **extra),
         capture_output=True,
         text=True,
@@ -165,7 +165,7 @@ def test_a_pool_goes_to_the_hub_and_comes_back(hub: WritableHub, pool: Path, tmp
         "print(*(file.read_text() for file in pool['a[1]'].folder.rglob('calibration/key/*')))"
     )
     back = subprocess.run(
-        [sys.executable, "-c", code],
+        [*python(), "-c", code],
         env=os.environ | hub.env(tmp_path / "hf2", PYTHONPATH=str(SOURCE)),
         capture_output=True,
         text=True,

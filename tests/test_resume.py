@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from logo.cli.run import run
 from logo.errors import UsageError
 from logo.evaluation.results import RESULT_FILES
 from logo.evaluation.resume import journal_of
+from warm import python
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +72,7 @@ main()
 
 def kill_in_the_middle(arguments: list[str], journal: Path, after: int) -> int:
     """Starts the command and kills it once the journal has so many records; returns how many it had then."""
-    done = subprocess.run([sys.executable, "-c", DOOMED, str(journal), str(after), *arguments], capture_output=True)
+    done = subprocess.run([*python(), "-c", DOOMED, str(journal), str(after), *arguments], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     return journal.read_bytes().count(b"\n") - 1
 

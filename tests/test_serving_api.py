@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import urllib.error
 from collections.abc import Iterable, Iterator
@@ -27,6 +26,7 @@ from logo.demo import adapters_dir
 from logo.selection.drift import Drift
 from serving import Served, endless, served
 from tolerances import PATIENCE, same_scores, same_weights
+from warm import logo, python
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +79,7 @@ def test_an_adapter_that_nobody_could_ask_for_is_refused(tmp_path: Path) -> None
     """It has the name of the base model, or that of the model that selects; each would answer in its place."""
     shutil.copytree(adapters_dir() / "antonym", tmp_path / "logo")
     for options in (["--served-model-name", "antonym"], ["--adapters", str(tmp_path)]):
-        command = [sys.executable, "-m", "logo.cli", "serve", "--base-model", "demo", "--port", "0", *options]
+        command = [*python(), "-m", "logo.cli", "serve", "--base-model", "demo", "--port", "0", *options]
         found = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert found.returncode == 2 and "nobody could ask for" in found.stderr, found.stderr
 
@@ -433,7 +433,8 @@ def test_a_request_that_takes_too_long_is_ended(tmp_path: Path) -> None:
 
 
 def test_a_signal_lets_what_was_accepted_end() -> None:
-    with LocalServer(["--base-model", "demo"], {"LOGO_API_KEY": ""}, start=PATIENCE, stop=PATIENCE) as running:
+    no_key, program = {"LOGO_API_KEY": ""}, logo()
+    with LocalServer(["--base-model", "demo"], no_key, start=PATIENCE, stop=PATIENCE, program=program) as running:
 
         async def ask(client: openai.AsyncOpenAI, n: int) -> int:
             stream = await client.completions.create(
@@ -471,7 +472,7 @@ def test_a_port_that_is_taken_is_one_line_before_anything_is_loaded() -> None:
         port = str(taken.getsockname()[1])
         found = subprocess.run(
             [
-                sys.executable,
+                *python(),
                 "-c",
                 "from logo.cli import main; main()",
                 "serve",

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import site_pages
 from tolerances import PATIENCE
 from transcripts import difference
+from warm import logo
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
@@ -76,7 +78,7 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
 def test_notebooks_print_what_they_show(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`jupyter execute --inplace` in a folder of its own makes the outputs anew, where they have to change."""
     program = tmp_path / "logo"
-    program.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from logo.cli import main; main()' \"$@\"\n")
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(logo())} "$@"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("COLUMNS", "118")

@@ -32,6 +32,7 @@ from logo.serving.unserved import EXAMPLES, groups
 from serving import Served
 from test_serving_any_engine import Scripted
 from tolerances import PATIENCE
+from warm import logo
 
 BEGAN = datetime(2026, 11, 25, tzinfo=timezone.utc)
 NAMES = ("a", "b", "c", "d")
@@ -368,7 +369,7 @@ def test_a_real_server_writes_what_is_read(tmp_path: Path, capsys: pytest.Captur
     strange = [f"Book a table for {n} at seven tonight." for n in ("two", "six")]
     options = ["--base-model", "demo", "--log-json", "--log-prompts"]
     log = tmp_path / "day.log"
-    with LocalServer(options, start=PATIENCE, stop=PATIENCE, log=log) as process:
+    with LocalServer(options, start=PATIENCE, stop=PATIENCE, log=log, program=logo()) as process:
         server = Served(process.url)
         body = {"model": "logo", "max_tokens": 2, "temperature": 0}
         answers = [server.post("/v1/completions", {**body, "prompt": prompts}) for prompts in asked.values()]

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from logo.training.factors import Bank
 from logo.training.group import Group
 from logo.training.learner import Learner
 from tolerances import PATIENCE, same_tensor
+from warm import python
 
 RECIPES: dict[str, list[str]] = {
     "llama": ["--targets", "q_proj,v_proj"],
@@ -164,7 +164,7 @@ def test_configurations_of_a_data_set_on_the_hub_are_tasks(tmp_path: Path) -> No
         asked = command(tmp_path / "base", Path(tasks), tmp_path / pool, *more)
         env = {**os.environ, **hub.env(tmp_path / "home")}
         return subprocess.run(
-            [sys.executable, "-m", "logo.cli", *asked], env=env, capture_output=True, text=True, timeout=PATIENCE
+            [*python(), "-m", "logo.cli", *asked], env=env, capture_output=True, text=True, timeout=PATIENCE
         )
 
     with HubServer({"datasets/org/tasks": tmp_path / "hub"}) as hub:

@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from logo.training.checkpoint import STATE, TENSORS, Checkpoint
 from logo.training.plan import GroupPlan, Prepared, plan
 from logo.training.recipe import Recipe
 from tolerances import PATIENCE
+from warm import python
 
 TASKS = ("a", "b", "c", "d/e", "f")
 
@@ -377,7 +377,7 @@ def test_the_command_is_a_process_that_can_be_killed(base_model: Path, tasks: Pa
     """`logo train` itself, without what counts steps: killed once it has begun."""
     pool = tmp_path / "pool"
     process = subprocess.Popen(
-        [sys.executable, "-m", "logo.cli", *asked(base_model, tasks, pool)], stderr=subprocess.DEVNULL
+        [*python(), "-m", "logo.cli", *asked(base_model, tasks, pool)], stderr=subprocess.DEVNULL
     )
     for _ in range(PATIENCE * 50):
         if list((pool / ".training").glob("*/state.json")):

@@ -22,7 +22,7 @@ from logo.errors import LoGoError
 
 SERVING = re.compile(r"Serving on (http://[^\s\"]+)")
 
-_LOGO = (sys.executable, "-c", "from logo.cli import main; main()")
+LOGO = (sys.executable, "-c", "from logo.cli import main; main()")
 _SAID = 40  # number of its last printed lines that are kept
 
 
@@ -38,6 +38,7 @@ class LocalServer:
         environment: additional environment variables (a key belongs here, not on the command line).
         start, stop: seconds that starting and ending may take.
         log: a file for its output, complete after the block.
+        program: the words that start `logo`.
 
     Raises:
         LoGoError: it ended, or took too long, before it was ready; with the last line that it printed.
@@ -51,10 +52,11 @@ class LocalServer:
         start: float = 900.0,
         stop: float = 300.0,
         log: Path | None = None,
+        program: Sequence[str] = LOGO,
     ) -> None:
         self.url = ""
         self.exit_code: int | None = None
-        self._command = [*_LOGO, "serve", "--port", "0", *options]
+        self._command = [*program, "serve", "--port", "0", *options]
         self._environment = {**os.environ, **(environment or {})}
         self._start = start
         self._stop = stop

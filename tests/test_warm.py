@@ -1,0 +1,78 @@
+"""A process of `warm.py` does what an interpreter of its own does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tolerances import PATIENCE
+from warm import python
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="Linux forks warm processes")]
+
+READS = "import sys; print(sys.argv[1:], sys.stdin.read()); print('é', file=sys.stderr)"
+LOOKS = "import os, sys; print(os.getcwd(), os.environ['MINE'], 'HOME' in os.environ, sys.path[:2], __name__)"
+
+
+def both(*words: str, **options: object) -> list[tuple[int, str, str]]:
+    found = []
+    for program in (python(), (sys.executable,)):
+        done = subprocess.run([*program, *words], capture_output=True, text=True, timeout=PATIENCE, **options)  # type: ignore[call-overload]
+        found.append((done.returncode, done.stdout, done.stderr))
+    return found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(("-c", READS, "a b", "-c"), id="streams and arguments"),
+        pytest.param(("-c", "import atexit, sys; atexit.register(print, 'end'); sys.exit(3)"), id="exit code"),
+        pytest.param(("-c", "import sys; sys.exit('no')"), id="exit with a text"),
+        pytest.param(("-c", "import os; os.kill(os.getpid(), 9)"), id="killed"),
+        pytest.param(("-B", "-c", "import sys; print(sys.dont_write_bytecode)"), id="an option that forks know"),
+        pytest.param(("-W", "error", "-c", "import sys; print(sys.warnoptions)"), id="one that they do not"),
+        pytest.param(("-m", "json.tool", "--compact"), id="a module"),
+    ],
+)
+def test_the_same_words(words: tuple[str, ...]) -> None:
+    one, other = both(*words, input="[1,\n2]")
+    assert one == other
+
+
+def test_the_same_surroundings(tmp_path: Path) -> None:
+    environment = {"MINE": "x", "PYTHONPATH": str(tmp_path / "more"), "PATH": os.environ["PATH"]}
+    (tmp_path / "main.py").write_text(LOOKS)
+    for words in (("-c", LOOKS), ("main.py",)):
+        one, other = both(*words, cwd=tmp_path, env=environment)
+        assert one == other and str(tmp_path) in one[1]
+
+
+def test_what_was_read_at_the_start_is_not_kept(tmp_path: Path) -> None:
+    """The Hub's client reads its folder when it is imported, and PyTorch its number of threads."""
+    code = "from huggingface_hub import constants; import torch; print(constants.HF_HOME, torch.get_num_threads())"
+    for changed in ({"HF_HOME": str(tmp_path)}, {"OMP_NUM_THREADS": "2"}):
+        one, other = both("-c", code, env={**os.environ, **changed})
+        assert one == other and one[0] == 0
+
+
+def test_signals_reach_it_and_it_dies_with_who_stands_for_it() -> None:
+    code = (
+        "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7));"
+        "print(os.getpid(), 'torch' in sys.modules, flush=True); time.sleep(600)"
+    )
+    for ended, expected in ((signal.SIGTERM, 7), (signal.SIGKILL, -signal.SIGKILL)):
+        with subprocess.Popen([*python(), "-c", code], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            pid, warm = process.stdout.readline().split()
+            process.send_signal(ended)
+            assert process.wait(PATIENCE) == expected and warm == "True"
+        end = time.monotonic() + PATIENCE
+        while Path(f"/proc/{pid}").exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)

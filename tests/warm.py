@@ -1,0 +1,58 @@
+"""Python processes that find PyTorch imported: importing it takes most of a short command's time.
+
+Such a process is a fork of one parent (`warm_parent.py`), which has imported PyTorch, and of which every process of
+pytest has one. Who starts it gets a small process (`warm_client.py`) that passes on streams, folder, environment,
+signals and exit code. Where a fork would do something else than an interpreter that starts, it becomes one: for other
+options of Python than `-c` and `-m`, or other values of variables that Python and PyTorch read when they start.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+_ENVIRONMENT = dict(os.environ)  # before tests change it
+
+
+@functools.cache
+def python() -> tuple[str, ...]:
+    """The words that begin such a command line, in place of `sys.executable`."""
+    if not hasattr(os, "pidfd_open"):
+        return (sys.executable,)
+    folder = tempfile.mkdtemp(prefix="warm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    addresses = [os.path.join(folder, name) for name in ("torch", "transformers")]
+    with contextlib.ExitStack() as sockets:
+        listening = [sockets.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) for _ in addresses]
+        for one, address in zip(listening, addresses, strict=True):  # clients wait while the parents import
+            one.bind(address)
+            one.listen()
+        parents = subprocess.Popen(
+            [sys.executable, str(_HERE / "warm_parent.py"), *(str(one.fileno()) for one in listening)],
+            stdin=subprocess.PIPE,
+            pass_fds=[one.fileno() for one in listening],
+            env=_ENVIRONMENT,
+            start_new_session=True,  # Ctrl-C is for pytest
+        )
+    atexit.register(_end, parents)
+    return sys.executable, "-IS", str(_HERE / "warm_client.py"), *reversed(addresses)
+
+
+def logo() -> tuple[str, ...]:
+    """The words that begin a command line of `logo`."""
+    return (*python(), "-c", "from logo.cli import main; main()")
+
+
+def _end(parents: subprocess.Popen[bytes]) -> None:
+    assert parents.stdin is not None
+    parents.stdin.close()
+    parents.wait()

@@ -1,0 +1,189 @@
+"""usage: warm_parent.py LISTENING-FD LISTENING-FD
+
+Two parents of processes, one with PyTorch and transformers imported, and one, for commands whose environment has
+something to say about transformers, with PyTorch alone. Both fork a process for each connection of a `warm_client.py`
+to their socket, until their standard input ends. See `warm.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+ENVIRONMENT = dict(os.environ)  # PyTorch adds to it
+
+
+@dataclass(frozen=True)
+class Imports:
+    """Modules to import, and how the names of variables begin that they, or Python, read only once."""
+
+    modules: tuple[str, ...]
+    read: tuple[str, ...]
+
+
+TORCH = Imports(
+    (
+        *("torch._dynamo.convert_frame", "torch.distributed.tensor", "torch.fx.experimental.symbolic_shapes"),
+        *("torch.utils.checkpoint", "scipy.optimize", "numpy", "yaml", "jinja2", "PIL.Image", "regex", "psutil"),
+        *("pydantic", "asyncio", "typer", "http.client", "email.message"),
+    ),
+    ("PYTHON", "LANG", "LC_", "OMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH", "CUDA"),
+)
+TRANSFORMERS = Imports(
+    (
+        *("transformers.modeling_utils", "transformers.models.auto", "transformers.models.llama.modeling_llama"),
+        *("transformers.masking_utils", "transformers.tokenization_utils_tokenizers", "transformers.generation"),
+        *("transformers.loss.loss_utils", "huggingface_hub"),
+    ),
+    (*TORCH.read, "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "HOME", "XDG_", "HTTP", "http", "no_proxy", "NO_PROXY"),
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an interpreter is asked for: its arguments and what else a process inherits."""
+
+    arguments: list[str]
+    folder: str
+    environment: dict[str, str]
+    streams: list[int]
+
+    @property
+    def _words(self) -> list[str]:
+        return self.arguments[self.arguments[0] == "-B" :]
+
+    def forks(self, imported: Imports) -> bool:
+        """Whether a fork of a process that has imported these does the same as an interpreter that starts now."""
+        first, *_ = self._words
+        here, there = (
+            {name: of[name] for name in of if name.startswith(imported.read) and name != "PYTHONPATH"}
+            for of in (ENVIRONMENT, self.environment)
+        )
+        return here == there and (first in ("-c", "-m") or not first.startswith("-"))
+
+    def run(self) -> None:
+        """Becomes that interpreter."""
+        os.chdir(self.folder)
+        os.environ.clear()
+        os.environ.update(self.environment)
+        for number, stream in enumerate(self.streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            old = getattr(sys, name)
+            file = os.fdopen(old.fileno(), mode, encoding=old.encoding, errors=old.errors, closefd=False)
+            setattr(sys, name, file)
+        sys.stderr.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        sys.dont_write_bytecode = len(self._words) < len(self.arguments)
+        first, *rest = self._words
+        path = [found for found in self.environment.get("PYTHONPATH", "").split(os.pathsep) if found]
+        if first == "-c":
+            sys.path[:1] = ["", *path]
+            sys.argv = ["-c", *rest[1:]]
+            main = sys.modules["__main__"] = ModuleType("__main__")
+            exec(compile(rest[0], "<string>", "exec"), main.__dict__)
+        elif first == "-m":
+            sys.path[:1] = [self.folder, *path]
+            sys.argv = rest
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[:1] = [os.path.dirname(os.path.abspath(first)), *path]
+            sys.argv = self._words
+            runpy.run_path(first, run_name="__main__")
+
+
+@dataclass(frozen=True)
+class Child:
+    """A fork, and the client that behaves as if it were that."""
+
+    pid: int
+    ended: int  # a file descriptor that can be read from then on
+    client: socket.socket
+
+    def end(self) -> None:
+        """Kills it, if it has not ended, and tells the client how it has."""
+        os.kill(self.pid, signal.SIGKILL)  # changes nothing where it has
+        say(self.client, os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]))
+        self.close()
+
+    def close(self) -> None:
+        os.close(self.ended)
+        self.client.close()
+
+
+def say(client: socket.socket, number: int) -> None:
+    with contextlib.suppress(OSError):  # the client was killed
+        client.sendall(b"%d\n" % number)
+
+
+def asked_by(client: socket.socket) -> Asked:
+    size, streams, _, _ = socket.recv_fds(client, 4, 3)
+    with client.makefile("rb") as file:
+        return Asked(**json.loads(file.read(int.from_bytes(size, "big"))), streams=streams)
+
+
+def serve(imported: Imports, listening: socket.socket, until: int) -> Asked | None:
+    """Forks for clients until a file can be read; in a fork, what that is asked for."""
+    children: list[Child] = []
+    while True:
+        with selectors.DefaultSelector() as selector:
+            for one in (listening, until, *(file for child in children for file in (child.ended, child.client))):
+                selector.register(one, selectors.EVENT_READ)
+            ready = {key.fileobj for key, _ in selector.select()}
+        for child in [one for one in children if ready & {until, one.ended, one.client}]:
+            child.end()
+            children.remove(child)
+        if until in ready:
+            return None
+        if listening in ready:
+            client, _ = listening.accept()
+            asked = asked_by(client)
+            forks = asked.forks(imported)
+            pid = os.fork() if forks else 0
+            if forks and not pid:
+                for child in children:
+                    child.close()
+                for file in (listening, client):
+                    file.close()
+                os.close(until)
+                return asked
+            for stream in asked.streams:
+                os.close(stream)
+            say(client, pid)
+            if pid:
+                children.append(Child(pid, os.pidfd_open(pid), client))
+            else:
+                client.close()
+
+
+def imports(modules: Imports) -> None:
+    for name in modules.modules:
+        with contextlib.suppress(ImportError):  # then no command imports it either
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # so that a fork's collections do not copy these pages
+
+
+if __name__ == "__main__":
+    with_torch, with_transformers = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+    until = os.dup(0)
+    imports(TORCH)
+    if os.fork():
+        with_transformers.close()
+        asked = serve(TORCH, with_torch, until)
+    else:
+        with_torch.close()
+        imports(TRANSFORMERS)
+        asked = serve(TRANSFORMERS, with_transformers, until)
+    if asked is not None:
+        asked.run()
