@@ -76,3 +76,12 @@ def test_signals_reach_it_and_it_dies_with_who_stands_for_it() -> None:
         while Path(f"/proc/{pid}").exists():
             assert time.monotonic() < end
             time.sleep(0.01)
+
+
+def test_what_pytorch_has_set_in_this_process_makes_no_difference() -> None:
+    import torch._inductor.runtime.cache_dir_utils
+
+    torch._inductor.runtime.cache_dir_utils.cache_dir()
+    assert "TORCHINDUCTOR_CACHE_DIR" in os.environ
+    found, _ = both("-c", "import sys; print('transformers' in sys.modules)")
+    assert found == (0, "True\n", "")
