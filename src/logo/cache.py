@@ -67,24 +67,28 @@ def write_cached(cache: Path, name: str, write: Callable[[str], object], most: i
     Returns:
         The file; None if it cannot be written, of which a warning tells once per folder.
     """
+    from safetensors import SafetensorError
+
     file = cache / name
     part = file.with_name(f".{file.name}-{os.getpid()}-{threading.get_ident()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write(str(part))
         os.replace(part, file)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         if cache not in _refusing:
             _refusing.add(cache)
+            why = getattr(error, "strerror", None) or error
             warnings.warn(
-                f"nothing can be kept in {cache}: {error.strerror or error}; it is computed anew each time "
+                f"nothing can be kept in {cache}: {why}; it is computed anew each time "
                 "(LOGO_CACHE names another folder)",
                 UserWarning,
                 stacklevel=3,
             )
         return None
+    finally:
+        with suppress(OSError):  # it is there only if it was not renamed
+            part.unlink(missing_ok=True)
     if most is not None:
         with suppress(OSError):  # files that other processes removed or own are left alone
             known = sorted(file.parent.glob(f"*{file.suffix}"), key=lambda path: path.stat().st_mtime_ns)

@@ -135,7 +135,9 @@ class Calls(Facts):
             options["signal"], scores = made_by or asked, scores.scores
         if not scores:
             raise UsageError("reselect: expected the scores of a selection, found none; a forced selection has none")
-        return self._selecting.choose(torch.tensor(list(scores.values())), list(scores), self.call_settings(**options))
+        with self._lock:  # a signal that has not been used yet is calibrated first
+            values = torch.tensor(list(scores.values()))
+            return self._selecting.choose(values, list(scores), self.call_settings(**options))
 
     def restart(self) -> None:
         """Forgets earlier prompts, on which `probe_context="carry"` and a running reference depend."""
@@ -249,6 +251,7 @@ class Calls(Facts):
         """
         call = self.call_settings(**take_call_options(options, adapters))
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
+        check_streamable(1, config)
         decoding = self._asked(config, stop_at_newline, stop, activation)
         with self._lock:
             self._sync()

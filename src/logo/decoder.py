@@ -27,7 +27,7 @@ from logo.endings import (
     end_tokens,
     only_grows,
 )
-from logo.errors import NotFinite, StoreFull
+from logo.errors import NotFinite, StoreFull, listed
 from logo.mixing import NEVER, Form, Mixer, Work, begins
 from logo.mixing.costs import EXPECTED
 from logo.mixing.mixer import Begins
@@ -342,6 +342,5 @@ def _without_stop_strings(checkpoint: GenerationConfig) -> Iterator[None]:
 def overflow(mixture: Mapping[str, float]) -> NotFinite:
     """The error for a mixture that overflows; it names the adapters with the largest weights."""
     names = sorted(mixture, key=lambda name: -abs(mixture[name]))
-    listed = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    under = f"with the adapters {listed}" if names else "with no adapter"
+    under = f"with the adapters {listed(list(map(repr, names)))}" if names else "with no adapter"
     return NotFinite(f"{OVERFLOW} ({under})")

@@ -294,11 +294,11 @@ def check_batch_size(batch_size: int) -> None:
 
 
 def check_streamable(rows: int, config: GenerationConfig) -> None:
-    """Raises UsageError unless transformers' streamers support the call: one row, without beams."""
+    """Raises UsageError unless an answer can be streamed: there is one, and it is made without beams."""
     if rows != 1:
-        raise UsageError(f"streamer: expected a single prompt, found {rows}; ask for them one by one")
+        raise UsageError(f"streaming: expected a single prompt, found {rows}; ask for them one by one")
     if (config.num_beams or 1) != 1:
-        raise UsageError(f"streamer: beam search changes tokens that were sent; leave out num_beams={config.num_beams}")
+        raise UsageError(f"streaming: beam search changes sent tokens; leave out num_beams={config.num_beams}")
 
 
 def greedy_config(**options: Any) -> GenerationConfig:

@@ -24,7 +24,7 @@ from logo.calls import Calls
 from logo.completions import CompletionScorer
 from logo.decoder import Decoder, Decoding, Generation
 from logo.decoding import Prompts, Truncation, batches_by_length, reads_prompts
-from logo.errors import check_type
+from logo.errors import check_type, listed
 from logo.mixing import EXACT, Merge, Mixer
 from logo.mixing.store import adapter_store
 from logo.models import check_mode, check_usable, context_length, devices, lock_of
@@ -282,17 +282,16 @@ def _tell_of_kinds(pool: AdapterPool, k: int | None) -> None:
     alone = [adapter.name for adapter in pool if adapter.alone]
     if alone and k != 1:
         warnings.warn(
-            f"{len(alone)} of {len(pool)} adapters are DoRA adapters ({', '.join(alone[:3])}"
-            f"{', ...' if len(alone) > 3 else ''}), which cannot be mixed: use k 1, or force one of them",
+            f"{len(alone)} of {len(pool)} adapters are DoRA adapters ({listed(alone)}), which cannot be mixed: use "
+            "k 1, or force one of them",
             UserWarning,
             stacklevel=4,
         )
     plain = [adapter.name for adapter in pool if adapter.activation.everywhere]
     if plain and len(plain) < len(pool):
         warnings.warn(
-            f"{len(plain)} of {len(pool)} adapters act on every token ({', '.join(plain[:3])}"
-            f"{', ...' if len(plain) > 3 else ''}), so every prompt is read twice: reading it once needs activation in "
-            "all adapters of a pool",
+            f"{len(plain)} of {len(pool)} adapters act on every token ({listed(plain)}), so every prompt is read "
+            "twice: reading it once needs activation in all adapters of a pool",
             UserWarning,
             stacklevel=4,
         )

@@ -95,6 +95,14 @@ class HubError(LoGoError, OSError):
     """The Hugging Face Hub refused a request, could not be reached, or lacks a repository or file."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python or PyTorch says that memory, the host's or a GPU's, is exhausted."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
     """Raises UsageError unless a value is of one of these types. True and False are never accepted as numbers.
 

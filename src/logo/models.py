@@ -218,9 +218,15 @@ def _drops(module: Any) -> bool:
     return any(isinstance(value, float) and value > 0 for value in found)
 
 
+def text_config(model: Any) -> Any:
+    """The configuration of the text model, also where it is part of a larger one."""
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def context_length(model: Any) -> int | None:
     """The longest sequence that the model can read, in tokens; None if its configuration does not say."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = text_config(model)
     for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(config, key, None)
         if isinstance(value, int) and value > 0:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from logo.errors import LoGoError, PluginError, UsageError, closest
+from logo.errors import LoGoError, PluginError, UsageError, closest, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -48,10 +48,10 @@ def running(plugin: str) -> Iterator[None]:
     """
     try:
         yield
-    except (LoGoError, MemoryError):
+    except LoGoError:
         raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, and torch is not imported here
+        if is_out_of_memory(error):
             raise
         raise RuntimeError(f"{plugin} failed: {type(error).__name__}: {error}") from error
 

@@ -27,11 +27,10 @@ def default_pool(base_model: str, model_dir: str | Path | None = None, **options
         UsageError: the base model has no pool, so the user has to name one.
         PoolError, HubError: the pool cannot be opened.
     """
+    pool = AdapterPool.open(_own_place(base_model, model_dir).spec, **options)
     if base_model == DEMO:
-        pool = AdapterPool.from_directory(demo_folder() / "adapters", **options)
         pool.default_k = DEMO_K
-        return pool
-    return AdapterPool.open(_own_place(base_model, model_dir).spec, **options)
+    return pool
 
 
 def official_folder(base_model: str) -> str | None:

@@ -29,6 +29,18 @@ _CHAT = 'a prompt in "messages", and its gold answer as the last message, of the
 _OPTIONAL = '"references", if there are any, to be a list of texts and "adapter" a name'
 
 
+def text_lines(file: Path) -> list[str]:
+    """The lines of a text file in UTF-8, with or without a byte order mark.
+
+    Only line ends separate them, so a line may hold form feeds and Unicode's own separators of lines.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read.
+    """
+    lines = file.read_text(encoding="utf-8-sig").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 @dataclass(frozen=True)
 class Row:
     """One labelled example.

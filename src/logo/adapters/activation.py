@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from logo.errors import UsageError
+from logo.errors import UsageError, listed
 
 # What an adapter may do in a prompt that lacks its invocation tokens.
 OFF, ERROR = "off", "error"
@@ -104,8 +104,8 @@ class NotInvoked(Counter[str]):
         self.update(given)
         if not found:
             return None
-        listed = ", ".join(map(repr, found[:_SHOWN])) + (f" and {len(found) - _SHOWN} more" if found[_SHOWN:] else "")
-        who, whose = (f"adapter {listed}", "its") if len(found) == 1 else (f"adapters {listed}", "their")
+        shown = listed(list(map(repr, found)), _SHOWN)
+        who, whose = (f"adapter {shown}", "its") if len(found) == 1 else (f"adapters {shown}", "their")
         return (
             f"{who}: a prompt lacks {whose} invocation tokens, so its answer is not adapted, as in PEFT; if they open "
             "the assistant's turn, give prompts as chats (--chat); else see --when-not-invoked"

@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from logo.api.validation import shown
-from logo.errors import AdapterError, NotFinite, PoolError, StorageError, StoreFull, Unsure, UsageError
+from logo.errors import (
+    AdapterError,
+    NotFinite,
+    PoolError,
+    StorageError,
+    StoreFull,
+    Unsure,
+    UsageError,
+    is_out_of_memory,
+)
 from logo.protocol import NotReady
 
 INVALID = "invalid_request_error"
@@ -68,7 +77,7 @@ class ApiError(Exception):
             return unavailable(shown_line(str(error)), retry_after=1)
         if isinstance(error, StoreFull):  # there may be room once other requests are done
             return unavailable(shown_line(str(error)), retry_after=1)
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             return unavailable("out of memory for this request; send a shorter prompt or ask for fewer tokens")
         return internal(request_id)
 
@@ -150,13 +159,6 @@ def internal(request_id: str | None = None) -> ApiError:
     """500: an internal error. The message names only the request id, under which the log holds the cause."""
     where = f" (request id {request_id})" if request_id else ""
     return ApiError(500, f"the server failed to answer{where}", SERVER, code="internal_error")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python or torch means that memory is exhausted; torch is not imported."""
-    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def shown_line(text: str, limit: int = 500) -> str:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from logo.adapters.layout import BaseLayout, LinearShape
 from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.errors import UsageError, closest
-from logo.models import cached_heads, context_length
+from logo.models import cached_heads, context_length, text_config
 from logo.selection.plan import first_layer, later, most_points
 from logo.selection.plan import plan as reading_plan
-from logo.selection.points import decoder_layers, points_of, text_config
+from logo.selection.points import decoder_layers, points_of
 from logo.selection.settings import DEPTH, SelectionSettings
 
 if TYPE_CHECKING:

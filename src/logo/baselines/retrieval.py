@@ -15,7 +15,7 @@ from torch import Tensor
 from logo.baselines.embedding import DEFAULT_MODEL, embed, fetch
 from logo.baselines.method import Method, Need, Prepared, Task, check_count, ranked, same_for_all
 from logo.calls import Calls
-from logo.errors import DataError, UsageError
+from logo.errors import DataError, UsageError, listed
 from logo.prompts import Conversation, text_of
 from logo.selection import Selection
 
@@ -82,10 +82,9 @@ class Retrieval(Embedding):
     def check_pool(self, names: Sequence[str]) -> None:
         lacking = [name for name in names if not self.samples.get(name)]
         if lacking:
-            more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
             raise DataError(
                 f"method {self.name!r} needs samples of every adapter's inputs, found none for "
-                f"{', '.join(lacking[:5])}{more}: expected a folder (--adapter-samples DIR) with NAME.jsonl for each"
+                f"{listed(lacking, 5)}: expected a folder (--adapter-samples DIR) with NAME.jsonl for each"
             )
 
     def vectors(self, logo: Calls, names: Sequence[str]) -> Tensor:

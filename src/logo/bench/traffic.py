@@ -12,6 +12,7 @@ from pathlib import Path
 
 from logo.bench.wire import Ask
 from logo.errors import DataError, StorageError
+from logo.rows import text_lines
 
 _FIELDS = ("prompt", "context")
 
@@ -24,7 +25,7 @@ def read_asked(file: Path) -> list[str]:
         StorageError: the file cannot be read.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = text_lines(file)
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"--prompts {file}: cannot be read: {error}") from error
     prompts = [_prompt(line, f"{file}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]

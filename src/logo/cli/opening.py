@@ -16,6 +16,7 @@ from logo.cli.options import DEFAULT_PREFIX_CACHE_GB, DEFAULT_SIGNAL, EngineOpti
 from logo.cli.output import err, progress
 from logo.errors import StorageError, UsageError
 from logo.models import check_access, load_base, pick_device
+from logo.rows import text_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -249,7 +250,7 @@ def _lines(file: Path | None) -> list[str] | None:
     if file is None:
         return None
     try:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in text_lines(file) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"--calibration-prompts {file}: cannot be read: {error}") from error
 

@@ -77,7 +77,7 @@ def device_name(text: str) -> str:
         typer.BadParameter: the text is not a device.
     """
     if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?|\d+", text):
-        return "auto" if text in ("0", "cuda:auto") else text
+        return "auto" if text == "0" else text
     if text == "-1":
         return "cpu"
     raise typer.BadParameter(f"expected auto, cpu, cuda, cuda:N or mps, found {text!r}")

@@ -30,8 +30,8 @@ from logo.folders import replace_file
 if TYPE_CHECKING:
     from logo.selection.selector import Selection
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 BAR = 12
 # Shown instead of adapters if a selection has none.
@@ -41,7 +41,7 @@ BASE_ALONE = "base model alone"
 def screen(width: int, *, stderr: bool = False) -> Console:
     """The console for a table: the terminal, or one of the table's own width if output is not a terminal."""
     console = err if stderr else out
-    return console if console.is_terminal else Console(width=width, stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(width=width, stderr=stderr, highlight=False, emoji=False)
 
 
 def natural_width(table: Table) -> int:
@@ -74,7 +74,7 @@ def rich_table(found: tables.Table, *, intervals: bool = True) -> Table:
         for row in rows:
             cells = zip(found.columns, row.cells, strict=True)
             shown.add_row(*(text for column, cell in cells for text in _fields(column, cell, intervals)))
-    shown.caption = found.note or None
+    shown.caption = Text(found.note) if found.note else None
     shown.caption_justify = "left"
     return shown
 
@@ -105,7 +105,7 @@ def plain_table(*headings: str) -> Table:
 
 def note(message: str) -> None:
     """Prints a note to stderr, so that stdout holds results only."""
-    err.print(message, style="dim", markup=False, emoji=False)
+    err.print(message, style="dim", markup=False)
 
 
 def print_json(value: Any) -> None:
@@ -170,6 +170,8 @@ def selection_line(selection: Selection, top: int = 3) -> str:
     """`plural 0.31 · reverse 0.22 · 6 more`."""
     rows = list(zip(selection.adapters, selection.weights, strict=True))
     shown = [f"{name} {weight:.2f}" for name, weight in rows[:top] if _counts(weight)]
+    if rows and not shown:
+        return f"{len(rows)} with a weight below 0.005"
     return " · ".join(shown + ([f"{len(rows) - len(shown)} more"] if len(rows) > top else [])) or BASE_ALONE
 
 
@@ -194,7 +196,7 @@ def progress(disable: bool = False) -> Progress:
     """A progress bar on stderr with count, rate, elapsed time and time left."""
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # names of datasets may hold brackets
         BarColumn(),
         MofNCompleteColumn(),
         RateColumn(),

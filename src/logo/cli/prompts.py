@@ -10,6 +10,7 @@ from logo.cli.options import EngineOptions, option
 from logo.cli.output import note
 from logo.errors import StorageError, UsageError
 from logo.models import DEMO
+from logo.rows import text_lines
 
 PromptsFile = Annotated[Path | None, option("A file with one prompt per line.", metavar="FILE")]
 Chat = Annotated[bool, option("Each prompt is a user's message.")]
@@ -26,7 +27,7 @@ def read_prompts(arguments: list[str] | None, file: Path | None) -> list[str]:
     prompts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in arguments or []]
     if file is not None:
         try:
-            prompts += file.read_text(encoding="utf-8").splitlines()
+            prompts += text_lines(file)
         except (OSError, UnicodeDecodeError) as error:
             raise StorageError(f"prompt file {file}: cannot be read: {error}") from error
     if not prompts:
@@ -57,9 +58,14 @@ def forced(adapter: list[str] | None, base_only: bool = False) -> dict[str, floa
     for entry in adapter:
         name, _, weight = entry.rpartition("=")
         try:
-            weights[name or entry] = float(weight) if name else 1.0
+            value = float(weight) if name else 1.0
         except ValueError:
             raise UsageError(f"--adapter {entry!r}: expected NAME or NAME=WEIGHT with a number") from None
+        if (name := name or entry) in weights:
+            raise UsageError(
+                f"--adapter {name!r}: given with the weights {weights[name]:g} and {value:g}; give it once"
+            )
+        weights[name] = value
     return weights
 
 

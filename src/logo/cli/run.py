@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from logo.cli.app import app
-from logo.errors import LoGoError, UsageError
+from logo.errors import LoGoError, UsageError, is_out_of_memory
 from logo.extras import EXTRAS, missing
 
 DEBUG = "--debug"
@@ -78,7 +78,7 @@ def _explain(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, ModuleNotFoundError) and error.name is not None and error.name in EXTRAS:
         return _fail(missing("this command", error.name), 1)
-    kind = "out of memory" if type(error).__name__ == "OutOfMemoryError" else f"unexpected {type(error).__name__}"
+    kind = "out of memory" if is_out_of_memory(error) else f"unexpected {type(error).__name__}"
     return _fail(f"{kind}: {error} (run again with {DEBUG} for the traceback)", 1)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import closing
 
+from rich.text import Text
+
 from logo.cli.expanded import expanded
 from logo.cli.opening import check_batch_size, open_any
 from logo.cli.options import Candidates, EngineOptions, Json, RunnerOptions, argument, rare
@@ -51,5 +53,5 @@ def select(
         return
     for text, selection in zip(texts, selections, strict=True):
         if len(texts) > 1:
-            out.print(f"\n{text}", style="bold", markup=False)
+            out.print(Text(f"\n{text}", "bold"))
         out.print(selection_table(selection, others=k - len(selection.adapters)))

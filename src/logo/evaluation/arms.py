@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -91,14 +92,11 @@ class Arms:
     def learnt(self, lesson: Lesson) -> Mapping[str, Any]:
         """The result of one lesson, as JSON; errors as in `learn`."""
         method = self._contest.methods[lesson.method]
-        self._logo.merge = method.merging
-        try:
+        with self._merging(method.merging):
             if isinstance(method, LoRAuter):
                 return method.tried(self._logo, lesson.of)
             if isinstance(method, Learned):
                 return method.learn(self._logo, self._task(lesson.of, lesson.about))
-        finally:
-            self._logo.merge = EXACT
         raise RuntimeError(f"method {lesson.method!r} learns nothing")
 
     def __call__(self, rows: Iterable[tuple[Task, int]], lessons: Lessons) -> Iterator[Measured]:
@@ -193,12 +191,11 @@ class Arms:
             method = self._contest.methods[which.method]
             if isinstance(method, LoRAuter):
                 method = method.knowing({one.of: found for one, found in lessons.items() if one.method == which.method})
-            self._logo.merge = method.merging
-            if isinstance(method, Learned):
-                self._prepared[which] = method.recall(lessons[which])
-            else:
-                self._prepared[which] = prepared_by(method, self._logo, self._task(which.of, which.about))
-            self._logo.merge = EXACT
+            with self._merging(method.merging):
+                if isinstance(method, Learned):
+                    self._prepared[which] = method.recall(lessons[which])
+                else:
+                    self._prepared[which] = prepared_by(method, self._logo, self._task(which.of, which.about))
         return self._prepared[which]
 
     def _task(self, name: str, about: str) -> MethodTask:
@@ -206,6 +203,15 @@ class Arms:
         if about != LEFT_OUT:
             return task
         return replace(task, among=tuple(one for one in self._logo.names if one != name))
+
+    @contextmanager
+    def _merging(self, merge: Merge) -> Iterator[None]:
+        """Combines adapters by another rule inside the block."""
+        self._logo.merge = merge
+        try:
+            yield
+        finally:
+            self._logo.merge = EXACT
 
     # -- what it is worth -------------------------------------------------------------------------------------------
 
@@ -217,16 +223,14 @@ class Arms:
         seconds["score"], generating = 0.0, 0.0
         for merge in dict.fromkeys(arm.merge for arm in arms):
             some = [arm for arm in arms if arm.merge == merge]
-            logo.merge = merge
             try:
-                started = time.perf_counter()
-                scored = logo.score(row.prompt, gold, [arm.mixture for arm in some])
-                scored_at = time.perf_counter()
-                answers = [""] * len(some) if new_tokens is None else self._answers(row.prompt, some, new_tokens)
+                with self._merging(merge):
+                    started = time.perf_counter()
+                    scored = logo.score(row.prompt, gold, [arm.mixture for arm in some])
+                    scored_at = time.perf_counter()
+                    answers = [""] * len(some) if new_tokens is None else self._answers(row.prompt, some, new_tokens)
             except UsageError as error:
                 raise DataError(f"{where}: {error}") from error
-            finally:
-                logo.merge = EXACT
             seconds["score"] += scored_at - started
             generating += time.perf_counter() - scored_at
             for arm, value, answer in zip(some, scored, answers, strict=True):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from logo.errors import HubError, LoGoError, StorageError
+from logo.errors import HubError, LoGoError, StorageError, is_out_of_memory
 
 if TYPE_CHECKING:
     from logo.decoder import Generation
@@ -103,14 +103,6 @@ def in_batches(
     yield from held
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the error says that a GPU or the host had no memory for a tensor."""
-    text = str(error)
-    return type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    )
-
-
 def _answers(engine: Engine, prompts: list[Any], max_new_tokens: int) -> tuple[Generation | Failure, ...] | None:
     """One answer per prompt; None if several prompts do not fit into memory."""
     answers = _attempt(engine, prompts, max_new_tokens)
@@ -129,7 +121,7 @@ def _attempt(engine: Engine, prompts: list[Any], max_new_tokens: int) -> tuple[G
         generations = engine.generate(prompts, max_new_tokens=max_new_tokens, batch_size=len(prompts))
     except (StorageError, HubError):
         raise
-    except (LoGoError, RuntimeError) as error:
+    except (LoGoError, RuntimeError, MemoryError) as error:
         if not isinstance(error, LoGoError) and not is_out_of_memory(error):
             raise
         # The traceback's frames hold tensors, which would leave no room for the next attempt.

@@ -134,7 +134,8 @@ def check_baseline(baseline: str) -> None:
     """
     if baseline == "running":
         raise UsageError(
-            "reference 'running' is for servers, since results would depend on the order of rows: use 'neutral' here"
+            "baseline 'running' (--reference) is for servers, since results would depend on the order of rows: use "
+            "'neutral' here"
         )
 
 

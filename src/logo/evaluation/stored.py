@@ -211,6 +211,12 @@ def _written(file: Path, rows: int) -> Iterator[Row]:
         if not isinstance(row, dict) or "context" not in row or "completion" not in row:
             raise DataError(f"{file}: row {index}: expected an object with 'context' and 'completion'")
         completion = row["completion"]
+        if not isinstance(completion, (str, list)):
+            found = type(completion).__name__
+            raise DataError(f"{file}: row {index}: completion: expected a text or a list of texts, found {found}")
+        for name in ("references", "messages"):
+            if not isinstance(row.get(name) or [], list):
+                raise DataError(f"{file}: row {index}: {name}: expected a list, found {type(row[name]).__name__}")
         golds = completion if isinstance(completion, str) else tuple(map(str, completion))
         yield Row(
             str(row["context"]),

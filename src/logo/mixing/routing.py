@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from logo.errors import UsageError
+from logo.mixing.gated import adding, hooked
 from logo.mixing.stacks import Stack
 
-Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 Kind = Literal["arrow", "spectr", "seqr"]
 
 
@@ -154,16 +154,10 @@ class Router:
             UsageError: the routing compares with neutral text, and there is none.
         """
         experts = self.experts(keys, stacks, routing.kind)
-        free = len(allowed) == 1 and bool(allowed.all())
-        handles = [
-            self.modules[path].register_forward_hook(_hook(stack, experts[path], None if free else allowed, routing))
-            for path, stack in stacks.items()
-        ]
-        try:
+        some = None if len(allowed) == 1 and bool(allowed.all()) else allowed
+        hooks = {path: adding(routed, stack, experts[path], routing, some) for path, stack in stacks.items()}
+        with hooked(self.modules, hooks):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def forget(self) -> None:
         """Drops everything about adapters, after the pool has changed."""
@@ -246,8 +240,10 @@ def routed(x: Tensor, stack: Stack, experts: Experts, routing: Routing, allowed:
     if allowed is not None:
         allowed = _spread(allowed, experts.members, x)
     coefficients = routing(experts.similarity(x), allowed).to(x.dtype)  # (..., n)
-    shrunk = torch.nn.functional.linear(x, stack.A)  # (..., R)
-    return (shrunk * coefficients[..., experts.owner]) @ stack.B
+    coefficients = coefficients[..., experts.owner]  # (..., R)
+    mixed = torch.nn.functional.linear(x, stack.A) * coefficients
+    # An adapter that overflows is no affair of a token that does not use it: infinity times 0 is NaN.
+    return mixed.masked_fill(coefficients == 0, 0) @ stack.B
 
 
 def _moments(count: Tensor, total: Tensor, squares: Tensor) -> Moments:
@@ -267,10 +263,3 @@ def _spread(allowed: Tensor, members: Tensor, x: Tensor) -> Tensor:
     if len(allowed) > 1:
         allowed = allowed.repeat_interleave(len(x) // len(allowed), dim=0)
     return allowed.reshape(len(allowed), *[1] * (x.dim() - 2), -1)
-
-
-def _hook(stack: Stack, experts: Experts, allowed: Tensor | None, routing: Routing) -> Hook:
-    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + routed(inputs[0], stack, experts, routing, allowed).to(output.dtype)
-
-    return add

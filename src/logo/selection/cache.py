@@ -176,7 +176,7 @@ class CalibrationCache:
 
 
 def _numbers(file: Path) -> dict[str, float]:
-    return {str(name): float(value) for name, value in json.loads(file.read_text(encoding="utf-8")).items()}
+    return {str(name): float(value) for name, value in dict(json.loads(file.read_text(encoding="utf-8"))).items()}
 
 
 def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path, PurePosixPath
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from logo.cache import read_cached, write_cached
@@ -34,10 +33,7 @@ def keep_first_stages(folder: Path, name: str, stages: FirstStages) -> None:
         tensors["estimated"] = stages.estimated
 
     def write(part: str) -> None:
-        try:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, part)
-        except SafetensorError as error:  # also a full disk
-            raise OSError(str(error)) from error
+        save_file({key: value.contiguous() for key, value in tensors.items()}, part)
 
     write_cached(folder, name, write, _MOST_FILES)
 

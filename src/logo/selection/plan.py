@@ -11,7 +11,7 @@ from torch import nn
 from logo.adapters.format import Adapter
 from logo.adapters.layout import linear_shape
 from logo.adapters.pool import AdapterPool
-from logo.errors import PoolError, UsageError
+from logo.errors import PoolError, UsageError, listed
 from logo.selection.points import Point, decoder_layers, find_points, named_points, points_of
 from logo.selection.reference import LEAST_POINTS
 from logo.selection.settings import SelectionSettings
@@ -126,12 +126,11 @@ def _scorable(
     modules = {point.module for point in points}
     lacking = [a.name for a in pool if not (modules <= set(a.modules) if all_points else modules & set(a.modules))]
     if lacking and (settings.unscorable == "error" or len(lacking) == len(pool)):
-        shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
-        listed = sorted(modules)
-        where = f"the probed module {', '.join(listed)}" if len(listed) <= 4 else f"any of {len(listed)} probed modules"
+        names = ", ".join(sorted(modules))
+        where = f"the probed module {names}" if len(modules) <= 4 else f"any of {len(modules)} probed modules"
         raise PoolError(
-            f"{len(lacking)} of {len(pool)} adapters do not touch {where} and "
-            f"cannot be scored: {shown}; probe another module (--probe_module) or leave them out (--unscorable skip)"
+            f"{len(lacking)} of {len(pool)} adapters do not touch {where} and cannot be scored: {listed(lacking, 5)}; "
+            "probe another module (--probe_module) or leave them out (--unscorable skip)"
         )
     left_out = set(lacking)
     return tuple(adapter for adapter in pool if adapter.name not in left_out)

@@ -15,6 +15,7 @@ from torch import nn
 
 from logo.adapters.layout import linear_modules, linear_shape
 from logo.errors import ModelError, UsageError, closest
+from logo.models import text_config
 
 # Last parts of the paths of query projections; fused projections come last.
 QUERY_NAMES = ("q_proj", "query_proj", "wq", "query", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
@@ -125,12 +126,6 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not found:
         raise ModelError(f"no stack of {depth} decoder layers found in {type(model).__name__}")
     return min(found, key=lambda f: f[0].count("."))
-
-
-def text_config(model: nn.Module) -> Any:
-    """The configuration of the text model, also where it is part of a larger one."""
-    config: Any = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _is_stack(blocks: nn.ModuleList) -> bool:

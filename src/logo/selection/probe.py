@@ -1,7 +1,7 @@
 """`Probe`: one short forward pass, which runs the base model on prompts up to the last point and stops there.
 
 A probe knows where to read and which tokens, and nothing about adapters. To probe with adapters active, call it inside
-`GatedLoRA.active`.
+`Mixer.active`.
 
 The first token of a text is not read where all tokens count. It sees no other token, and language models use it as a
 sink of attention, whether it is a token that begins every text or a word: its hidden vectors are very long, and in the

@@ -87,14 +87,14 @@ def forced(entry: Forced, pool: AdapterPool, candidates: Collection[str] | None 
 
     Raises:
         PoolError: an adapter is not in the pool, or not among the candidates.
-        UsageError: neither weights by name nor a selection, or a weight that is not a finite number.
+        UsageError: neither weights by name nor a selection, or a weight that is not a number between -1e6 and 1e6.
     """
     check_type("adapters", entry, (Mapping, Selection), "{name: weight} or a Selection")
     selection = entry if isinstance(entry, Selection) else Selection.forced(entry)
     for name, weight in zip(selection.adapters, selection.weights, strict=True):
         known(name, pool, candidates)
         if not -1e6 < weight < 1e6:
-            raise UsageError(f"weight of adapter {name!r}: expected a finite number, found {weight}")
+            raise UsageError(f"weight of adapter {name!r}: expected a number between -1e6 and 1e6, found {weight:g}")
     return selection
 
 

@@ -152,8 +152,10 @@ class SelectionSettings:
                 "base model read alone; use 'base'"
             )
         if self.baseline == "running" and self.reading.scale == "raw":
-            raise UsageError(f"reference 'running': the signal {self.signal!r} is not compared with a reference")
-
+            raise UsageError(
+                f"baseline 'running' (--reference): the signal {self.signal!r} is not compared with neutral text; use "
+                "'neutral', or a calibrated signal"
+            )
         self._check_index()
 
     def _check_types(self) -> None:
@@ -177,7 +179,9 @@ class SelectionSettings:
                 f"index 'two-stage': the signal {self.signal!r} is no norm; use one of {known}, or 'exact'"
             )
         if self.baseline == "running":
-            raise UsageError("index 'two-stage': a running reference needs every adapter's score; use 'neutral'")
+            raise UsageError(
+                "index 'two-stage': baseline 'running' (--reference) needs every adapter's score; use 'neutral'"
+            )
 
     @property
     def depth(self) -> float:

@@ -26,7 +26,7 @@ from logo.mixing.packed import Mixture, Packed
 from logo.mixing.store import AdapterStore
 from logo.models import cached_heads
 from logo.protocol import Delta, GenerationFailed, GenerationTimeout, Sampling
-from logo.selection.beginnings import Beginnings, joined
+from logo.selection.beginnings import Beginnings, Page
 from logo.serving.memory import Memory, Plan
 from logo.serving.sampling import Drawing, Drawn, next_tokens
 from logo.serving.steps import Steps, attach
@@ -57,6 +57,7 @@ class _Job:
     drawing: Drawing
     outputs: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     error: Exception | None = None
+    begun: bool = False  # its first tokens have been computed
 
 
 class Batching(Steps):
@@ -157,12 +158,8 @@ class Batching(Steps):
     @property
     def waiting(self) -> int:
         """The number of sequences that wait."""
-        return len(self._jobs) - self.running
-
-    @property
-    def adapters(self) -> int:
-        """The number of loaded adapters."""
-        return len(self._store.keys)
+        active = self._manager.batch_processor.scheduler.active_requests  # also those cancelled in this step
+        return sum(name not in active for name in tuple(self._jobs))
 
     @property
     def kv_blocks(self) -> tuple[int, int]:
@@ -198,7 +195,8 @@ class Batching(Steps):
                 raise GenerationFailed("generation has stopped; restart the server")
             while not ended:
                 output = await job.outputs.get()
-                while output is not None and not job.outputs.empty():  # the last output holds all earlier ones
+                # The last output holds all earlier ones. None is the deadline, which an answer that has ended has met.
+                while not (output is None or output.is_finished() or job.outputs.empty()):
                     output = job.outputs.get_nowait()
                 if output is None:
                     raise GenerationTimeout("the answer exceeded the time limit of a request")
@@ -223,21 +221,19 @@ class Batching(Steps):
 
     # -- called by the thread that generates ------------------------------------------------------------------------
 
-    def beginning(self, sequence: str) -> list[tuple[Tensor, Tensor]]:
-        """The cached keys and values of a prompt, up to where adapters begin to act."""
+    def beginning(self, sequence: str) -> Sequence[Page]:
+        """The cached pages of a prompt, up to where adapters begin to act."""
         job = self._jobs.get(sequence)
         if job is None or not job.mixture.end or self._beginnings is None:
             return []
-        pages = self._beginnings.find(job.prompt, job.mixture.end)
-        found = sum(page.tokens for page in pages)
-        self.found, self.missed = self.found + found, self.missed + job.mixture.end - found
-        return joined(pages)
+        return self._beginnings.find(job.prompt, job.mixture.end)
 
     def before(self, step: Sequence[tuple[str, int, bool, int]]) -> None:
         """Sets the gates of the next forward pass."""
         unheard = self._manager.output_router.output_queue  # outputs for callers that have left
         while not unheard.empty():
             unheard.get_nowait()
+        self._count(step)
         sequences = [(self._mixture(name), tokens, drawn, first) for name, tokens, drawn, first in step]
         # Gates that are all open do not depend on the position any more.
         standing = tuple(
@@ -251,6 +247,16 @@ class Batching(Steps):
             if self._model.device.type == "cuda":  # the forward pass runs in its own stream
                 torch.cuda.current_stream(self._model.device).synchronize()
         self.steps["gate" if self._mixed else "base"] += 1
+
+    def _count(self, step: Sequence[tuple[str, int, bool, int]]) -> None:
+        """Counts which tokens of the prompts that begin with this step were in the cache of beginnings."""
+        for name, _, _, first in step:
+            job = self._jobs.get(name)
+            if job is None or job.begun or self._beginnings is None:
+                continue
+            job.begun = True
+            found = min(first, job.mixture.end)
+            self.found, self.missed = self.found + found, self.missed + job.mixture.end - found
 
     def sample(self, scores: Tensor, ids: Sequence[str]) -> Tensor:
         """Draws the next token of each sequence by its own sampling."""

@@ -10,9 +10,10 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logo.api.visits import Visit, visit
+from logo.serving.guards import OPEN_PATHS, PAGE
 
 # Paths that do not depend on the pool, or wait for the gate themselves.
-FREE = ("/health", "/ready", "/version", "/metrics", "/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+FREE = (*OPEN_PATHS, "/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 class Gate:
@@ -81,7 +82,7 @@ class Gated:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = scope["path"]
-        if path in FREE or path.startswith("/page/") or not (self._only is None or path in self._only):
+        if path in FREE or path.startswith(PAGE) or not (self._only is None or path in self._only):
             return await self.app(scope, receive, self._telling(send) if path == "/health" else send)
         inside: Visit | None = None
 

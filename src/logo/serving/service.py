@@ -288,8 +288,8 @@ class Service:
                 if not names:
                     raise PoolError("none of the adapters that this API key may use is in the pool")
                 options["candidates"] = [known(name, pool, names) for name in options.get("candidates") or names]
-            if options.get("k"):  # a larger k means all adapters; a client's k gives no warning in the server
-                options["k"] = min(options["k"] or 0, len(options.get("candidates") or pool))
+            if k := options.get("k"):  # a larger k means all adapters; a client's k gives no warning in the server
+                options["k"] = min(k, len(options.get("candidates") or pool))
             return self.logo.call_settings(**options)
         except Exception as error:  # raised for the request that waits
             return error

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from logo.decoding import OVERFLOW
 from logo.errors import ModelError, NotFinite
+from logo.selection.beginnings import Page, joined
 
 VERSIONS = ">=5.24,<5.25"
 
@@ -68,10 +69,10 @@ class Steps(ABC):
         """
 
     @abstractmethod
-    def beginning(self, sequence: str) -> list[tuple[Tensor, Tensor]]:
-        """Cached keys and values (heads, tokens, size) of a new sequence's beginning, per layer; empty without any.
+    def beginning(self, sequence: str) -> Sequence[Page]:
+        """Cached pages of a new sequence's beginning, which do not cover all of its tokens; empty without any.
 
-        They do not cover all of the sequence's tokens.
+        A sequence that waits is asked for in every step.
         """
 
     @abstractmethod
@@ -174,12 +175,12 @@ def attach(manager: Any, steps: Steps) -> None:
     runner._sample = sample
 
 
-def _write(scheduler: Any, cache: Any, state: Any, removed: set[str], known: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _write(scheduler: Any, cache: Any, state: Any, removed: set[str], pages: Sequence[Page]) -> None:
     """Writes keys and values of a beginning into the blocks of a request, which then counts as partly read."""
-    count = known[0][0].shape[1] if known else 0
+    count = sum(page.tokens for page in pages)
     if not count or not cache.can_store_request_tokens(state, count):
         return
-    for layer, (keys, values) in enumerate(known):
+    for layer, (keys, values) in enumerate(joined(pages)):
         allocator = cache.layer_to_allocator[layer]
         places = allocator.get_write_indices(state.request_id, 0, count)
         written = torch.tensor(places, device=cache.cache_tensor.device)

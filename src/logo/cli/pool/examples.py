@@ -58,4 +58,4 @@ def examples(
         out.print(f"{adapter.name}: {len(kept)} examples{more}", markup=False, highlight=False)
         return
     for prompt in kept:
-        out.print(prompt, markup=False, highlight=False)
+        print(prompt)

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from logo.errors import DataError
+from logo.errors import DataError, listed
 from logo.evaluation.sources.declarations import Declaration, Layout
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -152,5 +152,4 @@ def _called(key: str, made: _Made, values: Mapping[str, Any]) -> Any:
         RecursionError,
     ) as error:
         names = [repr(name) for name in values if name != "row"]
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        raise RowError(f"{key!r}: {error}; the row has {', '.join(names[:_SHOWN]) or 'nothing'}{more}") from None
+        raise RowError(f"{key!r}: {error}; the row has {listed(names, _SHOWN) or 'nothing'}") from None
