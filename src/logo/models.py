@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from logo.adapters.layout import text_config
 from logo.errors import LoGoError, ModelError, UsageError, closest
 from logo.hub.failures import hub_error
 from logo.hub.names import check_revision, is_hub_id
@@ -216,12 +217,6 @@ def _drops(module: Any) -> bool:
     found = [value for name, value in vars(module).items() if "drop" in name]
     found += [module.p] if "Dropout" in type(module).__name__ else []
     return any(isinstance(value, float) and value > 0 for value in found)
-
-
-def text_config(model: Any) -> Any:
-    """The configuration of the text model, also where it is part of a larger one."""
-    config: Any = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def context_length(model: Any) -> int | None:

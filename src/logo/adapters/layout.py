@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -132,3 +132,9 @@ def _common_suffix(left: Iterable[str], right: Iterable[str]) -> int:
             break
         count += 1
     return count
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the text model, also where it is part of a larger one."""
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

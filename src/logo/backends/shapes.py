@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.layout import BaseLayout, LinearShape
+from logo.adapters.layout import BaseLayout, LinearShape, text_config
 from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.errors import UsageError, closest
-from logo.models import cached_heads, context_length, text_config
+from logo.models import cached_heads, context_length
 from logo.selection.plan import first_layer, later, most_points
 from logo.selection.plan import plan as reading_plan
 from logo.selection.points import decoder_layers, points_of
