@@ -57,7 +57,10 @@ def test_results_must_not_depend_on_the_order_of_rows(
     asked = [*command, *DEMO, "--rows", str(rows), "--signal", "calibrated", "--reference", "running"]
     assert run(asked) == 2
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("logo: error: reference 'running' is for servers, since") and "use 'neutral'" in line
+    assert (
+        line.startswith("logo: error: baseline 'running' (--reference) is for servers, since")
+        and "use 'neutral'" in line
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["rows"]
 
 

@@ -174,7 +174,9 @@ def test_a_streamer_is_ended_by_an_error_too(llama: nn.Module, adapters: Path) -
 def test_a_streamer_is_of_one_prompt(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
     streamer = TextStreamer(logo.tokenizer)
-    with pytest.raises(UsageError, match="streamer: expected a single prompt, found 2; ask for them one by one"):
+    with pytest.raises(UsageError, match="streaming: expected a single prompt, found 2; ask for them one by one"):
         logo.generate(PROMPTS[:2], streamer=streamer)
-    with pytest.raises(UsageError, match="streamer: beam search changes tokens that were sent; leave out num_beams=2"):
+    with pytest.raises(UsageError, match="streaming: beam search changes sent tokens; leave out num_beams=2"):
         logo.generate(PROMPTS[0], num_beams=2, streamer=streamer)
+    with pytest.raises(UsageError, match="streaming: beam search changes sent tokens; leave out num_beams=2"):
+        logo.stream(PROMPTS[0], num_beams=2)

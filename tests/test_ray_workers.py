@@ -514,7 +514,7 @@ def test_studies_and_sweeps_have_workers_too(rows: Path, tmp_path: Path) -> None
     ("more", "expected"),
     [
         (["--probe-context", "carry"], "with --probe-context carry each row depends on the one before"),
-        (["--reference", "running", "--signal", "calibrated"], "reference 'running' is for servers"),
+        (["--reference", "running", "--signal", "calibrated"], "(--reference) is for servers"),
         (["--device", "cuda:1"], "--device: workers get their devices from Ray"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,6 +111,21 @@ def test_prompts_come_from_rows_json_or_from_a_data_file_that_is_still_the_same(
     assert "has changed since" in read_result(folder, "d.x", tmp_path / "data").no_prompts
     (folder / "rows.json").write_text(f"[{line}]")
     assert read_result(folder, "d.x", tmp_path / "data").prompts == found.prompts
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"completion": None}, "completion: expected a text or a list of texts, found NoneType"),
+        ({"completion": "x", "references": 5}, "references: expected a list, found int"),
+        ({"completion": "x", "messages": "y"}, "messages: expected a list, found str"),
+    ],
+)
+def test_a_damaged_row_is_one_line(row: dict[str, Any], found: str, tmp_path: Path) -> None:
+    folder = write_result(tmp_path / NAME / "d.x", [1])
+    (folder / "rows.json").write_text(json.dumps([{"context": "c", **row}]))
+    with pytest.raises(DataError, match=f"rows.json: row 0: {found}"):
+        read_result(folder, "d.x")
 
 
 def test_failed_rows_and_runs_without_adapters(tmp_path: Path) -> None:

@@ -118,6 +118,20 @@ def test_rows_that_do_not_fit_the_batch_are_refused() -> None:
         routed(torch.randn(5, 1, 4), stack, Experts.made(stack), Routing(), allowed)
 
 
+@pytest.mark.parametrize("kind", ["arrow", "spectr"])
+def test_an_adapter_that_overflows_is_no_affair_of_tokens_that_do_not_use_it(kind: Any) -> None:
+    random = torch.Generator().manual_seed(1)
+    owner = torch.tensor([0, 0, 1])
+    stack = Stack(torch.randn(3, 4, generator=random), torch.randn(3, 5, generator=random), owner)
+    experts, x = Experts.made(stack, kind), torch.randn(2, 3, 4, generator=random)
+    allowed = torch.tensor([[True, False], [True, False]])
+    huge = replace(stack, A=torch.where(owner[:, None] == 1, torch.inf, stack.A))
+    same_tensor(
+        routed(x, huge, experts, Routing(2, 1.0, kind), allowed),
+        routed(x, stack, experts, Routing(2, 1.0, kind), allowed),
+    )
+
+
 # -- against PEFT -----------------------------------------------------------------------------------------------
 
 
