@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
+import warm
 from order import longest_first
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ atexit.register(shutil.rmtree, os.environ["LOGO_CACHE"], ignore_errors=True)
 @pytest.hookimpl(trylast=True)  # pytest-randomly has shuffled them
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     longest_first(items)
+    warm.ENVIRONMENT.update(os.environ)  # libraries have set variables for themselves
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ import tempfile
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-_ENVIRONMENT = dict(os.environ)  # before tests change it
+# What the parents start with: as it is once all tests are imported, and before they change it.
+ENVIRONMENT = dict(os.environ)
 
 
 @functools.cache
@@ -40,7 +41,7 @@ def python() -> tuple[str, ...]:
             [sys.executable, str(_HERE / "warm_parent.py"), *(str(one.fileno()) for one in listening)],
             stdin=subprocess.PIPE,
             pass_fds=[one.fileno() for one in listening],
-            env=_ENVIRONMENT,
+            env=ENVIRONMENT,
             start_new_session=True,  # Ctrl-C is for pytest
         )
     atexit.register(_end, parents)
