@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,6 @@ from logo.errors import HubError, UsageError
 from logo.hub.failures import hub_error
 from logo.hub.names import is_hub_id, split_hub_spec
 from tolerances import PATIENCE
-from warm import python
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +81,7 @@ class Run:
 def run_client(env: dict[str, str], *calls: dict[str, Any], script: str = CLIENT) -> Run:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "http"))}
     process = subprocess.run(
-        [*python(), "-c", script],
+        [sys.executable, "-c", script],
         input=json.dumps(calls),
         env=inherited | {"PYTHONPATH": str(SOURCE)} | env,
         capture_output=True,
