@@ -37,7 +37,7 @@ atexit.register(shutil.rmtree, os.environ["LOGO_CACHE"], ignore_errors=True)
 @pytest.hookimpl(trylast=True)  # pytest-randomly has shuffled them
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     longest_first(items)
-    warm.ENVIRONMENT.update(os.environ)  # libraries have set variables for themselves
+    warm.environment = dict(os.environ)
 
 
 @pytest.fixture

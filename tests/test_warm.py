@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -85,3 +86,12 @@ def test_what_pytorch_has_set_in_this_process_makes_no_difference() -> None:
     assert "TORCHINDUCTOR_CACHE_DIR" in os.environ
     found, _ = both("-c", "import sys; print('transformers' in sys.modules)")
     assert found == (0, "True\n", "")
+
+
+def test_who_is_killed_before_it_has_asked_does_not_matter() -> None:
+    for said in (b"", b"\0", b"\0\0\0\x09{"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.connect(python()[-1])
+            client.sendall(said)
+    one, other = both("-c", "print(1)", env={**os.environ, "HF_HOME": "/nowhere"})  # as the parent there forks
+    assert one == other == (0, "1\n", "")

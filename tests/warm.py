@@ -13,6 +13,7 @@ import contextlib
 import functools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,8 +21,8 @@ import tempfile
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-# What the parents start with: as it is once all tests are imported, and before they change it.
-ENVIRONMENT = dict(os.environ)
+# What the parents start with. `conftest.py` sets it: libraries set variables when the tests are imported.
+environment = dict(os.environ)
 
 
 @functools.cache
@@ -41,7 +42,7 @@ def python() -> tuple[str, ...]:
             [sys.executable, str(_HERE / "warm_parent.py"), *(str(one.fileno()) for one in listening)],
             stdin=subprocess.PIPE,
             pass_fds=[one.fileno() for one in listening],
-            env=ENVIRONMENT,
+            env=environment,
             start_new_session=True,  # Ctrl-C is for pytest
         )
     atexit.register(_end, parents)
@@ -54,6 +55,6 @@ def logo() -> tuple[str, ...]:
 
 
 def _end(parents: subprocess.Popen[bytes]) -> None:
-    assert parents.stdin is not None
-    parents.stdin.close()
+    """Ends the parents and what they have forked. Where pytest dies before it comes here, their input ends."""
+    os.killpg(parents.pid, signal.SIGKILL)
     parents.wait()

@@ -125,10 +125,17 @@ def say(client: socket.socket, number: int) -> None:
         client.sendall(b"%d\n" % number)
 
 
-def asked_by(client: socket.socket) -> Asked:
+def asked_by(client: socket.socket) -> Asked | None:
+    """What a client asks for; None if it was killed before it had said so."""
     size, streams, _, _ = socket.recv_fds(client, 4, 3)
     with client.makefile("rb") as file:
-        return Asked(**json.loads(file.read(int.from_bytes(size, "big"))), streams=streams)
+        asked = file.read(int.from_bytes(size, "big"))
+    if len(size) == 4 and len(asked) == int.from_bytes(size, "big"):
+        return Asked(**json.loads(asked), streams=streams)
+    for stream in streams:
+        os.close(stream)
+    client.close()
+    return None
 
 
 def serve(imported: Imports, listening: socket.socket, until: int) -> Asked | None:
@@ -147,6 +154,8 @@ def serve(imported: Imports, listening: socket.socket, until: int) -> Asked | No
         if listening in ready:
             client, _ = listening.accept()
             asked = asked_by(client)
+            if asked is None:
+                continue
             forks = asked.forks(imported)
             pid = os.fork() if forks else 0
             if forks and not pid:
