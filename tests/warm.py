@@ -3,7 +3,8 @@
 Such a process is a fork of one parent (`warm_parent.py`), which has imported PyTorch, and of which every process of
 pytest has one. Who starts it gets a small process (`warm_client.py`) that passes on streams, folder, environment,
 signals and exit code. Where a fork would do something else than an interpreter that starts, it becomes one: for other
-options of Python than `-c` and `-m`, or other values of variables that Python and PyTorch read when they start.
+options of Python than `-c` and `-m`, or other values of variables that Python and PyTorch read when they start. All
+forks have one seed of hashes, so a test that is about the order of sets starts an interpreter.
 """
 
 from __future__ import annotations

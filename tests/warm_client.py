@@ -5,6 +5,7 @@ that process would. Where both say that a fork would not do the same, it becomes
 """
 
 import array
+import contextlib
 import json
 import os
 import signal
@@ -19,37 +20,56 @@ pid, early = 0, []
 
 def forward(number, _):
     if pid:
-        os.kill(pid, number)
+        send(number)
     else:
         early.append(number)
 
 
+def send(number):
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(pid, number)
+
+
+def handle(how):
+    for number in FORWARDED:
+        signal.signal(number, how)
+
+
 def ask(address, asked):
-    """The parent's answers, the first of which is the id of the process, or 0."""
+    """The parent's answers, the first of which is the id of the process, or 0; None if there is no parent any more."""
     parent = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    parent.connect(address)
     streams = array.array("i", [0, 1, 2])
-    parent.sendmsg([len(asked).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
-    parent.sendall(asked)
-    return parent.makefile("rb")
+    try:
+        parent.connect(address)
+        parent.sendmsg([len(asked).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+        parent.sendall(asked)
+        return parent.makefile("rb")
+    except OSError:
+        return None
 
 
-for number in FORWARDED:
-    signal.signal(number, forward)
+handle(forward)
 arguments = sys.argv[3:]
 asked = json.dumps({"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}).encode()
 for address in sys.argv[1:3]:
     answers = ask(address, asked)
-    pid = int(answers.readline())
+    pid = int((answers and answers.readline()) or 0)
     if pid:
         break
-for number in early if pid else ():
-    os.kill(pid, number)
-code = int(answers.readline()) if pid else 0
-for number in FORWARDED:
-    signal.signal(number, signal.SIG_DFL)
 if not pid:
+    handle(signal.SIG_DFL)
+    for number in early:
+        os.kill(os.getpid(), number)
     os.execv(sys.executable, [sys.executable, *arguments])
+for number in early:
+    send(number)
+nowhere = os.open(os.devnull, os.O_RDWR)
+for stream in range(3):  # whoever reads and writes them is to meet the process alone
+    os.dup2(nowhere, stream)
+code = int(answers.readline() or 1)
+handle(signal.SIG_IGN)  # the process has ended, so they change nothing
 if code < 0:
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 os._exit(code)

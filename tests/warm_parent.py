@@ -60,11 +60,11 @@ class Asked:
 
     @property
     def _words(self) -> list[str]:
-        return self.arguments[self.arguments[0] == "-B" :]
+        return self.arguments[self.arguments[:1] == ["-B"] :]
 
     def forks(self, imported: Imports) -> bool:
         """Whether a fork of a process that has imported these does the same as an interpreter that starts now."""
-        first, *_ = self._words
+        first = next(iter(self._words), "-")
         names = {name for name in {*ENVIRONMENT, *self.environment} if name.startswith(imported.read)} - {"PYTHONPATH"}
         # What PyTorch has set in this process it has set in those of tests, too.
         same = all(self.environment.get(name) in (ENVIRONMENT.get(name), os.environ.get(name)) for name in names)
@@ -90,15 +90,15 @@ class Asked:
             sys.path[:1] = ["", *path]
             sys.argv = ["-c", *rest[1:]]
             main = sys.modules["__main__"] = ModuleType("__main__")
-            exec(compile(rest[0], "<string>", "exec"), main.__dict__)
+            exec(compile(rest[0], "<string>", "exec", dont_inherit=True), main.__dict__)
         elif first == "-m":
             sys.path[:1] = [self.folder, *path]
             sys.argv = rest
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         else:
-            sys.path[:1] = [os.path.dirname(os.path.abspath(first)), *path]
+            sys.path[:1] = [os.path.dirname(os.path.realpath(first)), *path]
             sys.argv = self._words
-            runpy.run_path(first, run_name="__main__")
+            runpy.run_path(os.path.abspath(first), run_name="__main__")
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def serve(imported: Imports, listening: socket.socket, until: int) -> Asked | No
 
 def imports(modules: Imports) -> None:
     for name in modules.modules:
-        with contextlib.suppress(ImportError):  # then no command imports it either
+        with contextlib.suppress(Exception):  # not installed, or not whole: then a command meets that itself
             importlib.import_module(name)
     gc.collect()
     gc.freeze()  # so that a fork's collections do not copy these pages

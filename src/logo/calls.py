@@ -125,7 +125,9 @@ class Calls(Facts):
         Raises:
             UsageError: a selection of another signal than the call's, or one without scores, which was forced.
         """
+        lock: AbstractContextManager[Any] = self._lock  # a signal that was not used before is calibrated first
         if isinstance(scores, Selection):
+            lock = nullcontext()
             made_by, asked = scores.signal, options.get("signal")
             if made_by is not None and asked not in (None, made_by):
                 raise UsageError(
@@ -135,7 +137,7 @@ class Calls(Facts):
             options["signal"], scores = made_by or asked, scores.scores
         if not scores:
             raise UsageError("reselect: expected the scores of a selection, found none; a forced selection has none")
-        with self._lock:  # a signal that has not been used yet is calibrated first
+        with lock:
             values = torch.tensor(list(scores.values()))
             return self._selecting.choose(values, list(scores), self.call_settings(**options))
 

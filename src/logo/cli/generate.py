@@ -11,7 +11,7 @@ from logo.cli.belonging import check_forced_options
 from logo.cli.expanded import command_line, expanded, given
 from logo.cli.opening import check_batch_size, open_any
 from logo.cli.options import Candidates, EngineOptions, Json, RunnerOptions, argument, rare, usual
-from logo.cli.output import err, note, print_json, selection_line, selection_table, write_json
+from logo.cli.output import err, note, print_json, selection_line, selection_table, verbatim, write_json
 from logo.cli.prompts import Chat, PromptsFile, System, as_asked, forced, or_demo, read_prompts
 from logo.errors import UsageError
 
@@ -86,7 +86,7 @@ def generate(
     if json:
         print_json(records[0] if len(records) == 1 else records)
     for answer in [] if json else answers:
-        print(answer.text.strip())  # as it is: rich would expand tabs
+        verbatim(answer.text.strip())
         note(f"  {selection_line(answer.selection)}")
     if save is not None:
         write_json(save, {"command": command_line(), "answers": records})

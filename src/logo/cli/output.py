@@ -74,7 +74,7 @@ def rich_table(found: tables.Table, *, intervals: bool = True) -> Table:
         for row in rows:
             cells = zip(found.columns, row.cells, strict=True)
             shown.add_row(*(text for column, cell in cells for text in _fields(column, cell, intervals)))
-    shown.caption = Text(found.note) if found.note else None
+    shown.caption = Text(found.note, "table.caption") if found.note else None
     shown.caption_justify = "left"
     return shown
 
@@ -106,6 +106,14 @@ def plain_table(*headings: str) -> Table:
 def note(message: str) -> None:
     """Prints a note to stderr, so that stdout holds results only."""
     err.print(message, style="dim", markup=False)
+
+
+def verbatim(text: str) -> None:
+    """Prints a text to stdout as it is: rich would expand tabs, and drop control characters."""
+    try:
+        print(text, flush=True)  # in order with the notes on stderr
+    except BrokenPipeError:
+        out.on_broken_pipe()
 
 
 def print_json(value: Any) -> None:
@@ -170,7 +178,7 @@ def selection_line(selection: Selection, top: int = 3) -> str:
     """`plural 0.31 · reverse 0.22 · 6 more`."""
     rows = list(zip(selection.adapters, selection.weights, strict=True))
     shown = [f"{name} {weight:.2f}" for name, weight in rows[:top] if _counts(weight)]
-    if rows and not shown:
+    if rows and not any(_counts(weight) for _, weight in rows):
         return f"{len(rows)} with a weight below 0.005"
     return " · ".join(shown + ([f"{len(rows) - len(shown)} more"] if len(rows) > top else [])) or BASE_ALONE
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from logo.cli.options import Json, argument
-from logo.cli.output import out, print_json
+from logo.cli.output import out, print_json, verbatim
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, opened
 from logo.errors import DataError, UsageError
 
@@ -58,4 +58,4 @@ def examples(
         out.print(f"{adapter.name}: {len(kept)} examples{more}", markup=False, highlight=False)
         return
     for prompt in kept:
-        print(prompt)
+        verbatim(prompt)
