@@ -99,3 +99,10 @@ def test_who_is_killed_before_it_has_asked_does_not_matter() -> None:
             client.sendall(said)
     one, other = both("-c", "print(1)", env={**os.environ, "HF_HOME": "/nowhere"})  # as the parent there forks
     assert one == other == (0, "1\n", "")
+
+
+def test_a_process_that_has_imported_ray_forks_too() -> None:
+    found, _ = both(
+        "-c", "import sys; print('transformers' in sys.modules)", env=os.environ | {"PYTHONBREAKPOINT": "x"}
+    )
+    assert found == (0, "True\n", "")

@@ -20,6 +20,7 @@ import sys
 from dataclasses import dataclass
 from types import ModuleType
 
+READ_LATER = ("PYTHONPATH", "PYTHONBREAKPOINT")  # by what is forked; Ray sets the second in every process
 ENVIRONMENT = dict(os.environ)  # as it is before PyTorch sets variables
 
 
@@ -65,7 +66,7 @@ class Asked:
     def forks(self, imported: Imports) -> bool:
         """Whether a fork of a process that has imported these does the same as an interpreter that starts now."""
         first = next(iter(self._words), "-")
-        names = {name for name in {*ENVIRONMENT, *self.environment} if name.startswith(imported.read)} - {"PYTHONPATH"}
+        names = {name for name in {*ENVIRONMENT, *self.environment} if name.startswith(imported.read)} - {*READ_LATER}
         # What PyTorch has set in this process it has set in those of tests, too.
         same = all(self.environment.get(name) in (ENVIRONMENT.get(name), os.environ.get(name)) for name in names)
         return same and (first in ("-c", "-m") or not first.startswith("-"))
