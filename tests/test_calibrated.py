@@ -503,7 +503,7 @@ def test_texts_are_many_and_short() -> None:
         ({"probe_points": ["0.v_prj"]}, ModelError, "did you mean 'v_proj'"),
         ({"probe_points": ["7.v_proj"]}, UsageError, "the model has 3 layers"),
         ({"probe_points": ["0.v_proj"], "probe_layer": 1}, UsageError, "leave out probe_layer"),
-        ({"baseline": "running", "signal": "norm"}, UsageError, "not compared with a reference"),
+        ({"baseline": "running", "signal": "norm"}, UsageError, "not compared with neutral text"),
         ({"baseline": "runing"}, UsageError, "baseline: expected one of neutral, running"),
         ({"weighting": "sharp"}, UsageError, "weighting: expected one of linear, softmax, adaptive"),
         ({"probe_context": "carry"}, UsageError, "the base model read alone; use 'base'"),

@@ -121,7 +121,7 @@ def _attempt(engine: Engine, prompts: list[Any], max_new_tokens: int) -> tuple[G
         generations = engine.generate(prompts, max_new_tokens=max_new_tokens, batch_size=len(prompts))
     except (StorageError, HubError):
         raise
-    except (LoGoError, RuntimeError, MemoryError) as error:
+    except (LoGoError, RuntimeError) as error:
         if not isinstance(error, LoGoError) and not is_out_of_memory(error):
             raise
         # The traceback's frames hold tensors, which would leave no room for the next attempt.
