@@ -253,8 +253,8 @@ class Calls(Facts):
         """
         call = self.call_settings(**take_call_options(options, adapters))
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
-        check_streamable(1, config)
         decoding = self._asked(config, stop_at_newline, stop, activation)
+        check_streamable(1, config)
         with self._lock:
             self._sync()
             [row] = self.prompts.read([prompt], room=config.max_new_tokens)
