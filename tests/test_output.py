@@ -62,7 +62,7 @@ def test_an_adapter_has_one_weight() -> None:
     ("mixture", "line"),
     [
         ({}, BASE_ALONE),
-        ({"a": 0.004}, "1 with a weight below 0.005"),
+        ({"a": 0.004}, "1 adapter with weights below 0.005"),
         ({"a": 0.0, "b": 0.0, "c": 0.0, "d": 1.0}, "4 more"),
         ({"a": 0.5, "b": 0.004}, "a 0.50"),
         ({"a": 0.5, "b": 0.2, "c": 0.1, "d": 0.1}, "a 0.50 · b 0.20 · c 0.10 · 1 more"),

@@ -1,10 +1,11 @@
 """Python processes that find PyTorch imported: importing it takes most of a short command's time.
 
-Such a process is a fork of one parent (`warm_parent.py`), which has imported PyTorch, and of which every process of
-pytest has one. Who starts it gets a small process (`warm_client.py`) that passes on streams, folder, environment,
-signals and exit code. Where a fork would do something else than an interpreter that starts, it becomes one: for other
-options of Python than `-c` and `-m`, or other values of variables that Python and PyTorch read when they start. All
-forks have one seed of hashes, so a test that is about the order of sets starts an interpreter.
+Such a process is a fork of a parent that has imported PyTorch (`warm_parent.py`; every process of pytest has its own).
+A test starts and waits for a small process in its place (`warm_client.py`), which passes on streams, folder,
+environment, signals and exit code. If a fork could behave differently from a new interpreter, that small process
+becomes an interpreter itself: for options of Python other than `-c`, `-m` and `-B`, and for other values of variables
+that Python and PyTorch read when they start. All forks have the same hash seed, so a test of the order of sets has to
+start an interpreter.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """usage: warm_parent.py LISTENING-FD LISTENING-FD
 
-Two parents of processes, one with PyTorch and transformers imported, and one, for commands whose environment has
-something to say about transformers, with PyTorch alone. Both fork a process for each connection of a `warm_client.py`
-to their socket, until their standard input ends. See `warm.py`.
+Becomes two parents of processes: one has imported PyTorch and transformers; the other, for commands with variables that
+transformers and the Hub's client read when they are imported, has imported PyTorch alone. Both fork a process for each
+connection of a `warm_client.py` to their socket, until their standard input ends. See `warm.py`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Child:
-    """A fork, and the client that behaves as if it were that."""
+    """A forked process, and the client that stands for it."""
 
     pid: int
     ended: int  # a file descriptor that can be read from then on
@@ -127,7 +127,7 @@ def say(client: socket.socket, number: int) -> None:
 
 
 def asked_by(client: socket.socket) -> Asked | None:
-    """What a client asks for; None if it was killed before it had said so."""
+    """What a client asks for; None if the client was killed before it had sent all of it."""
     size, streams, _, _ = socket.recv_fds(client, 4, 3)
     with client.makefile("rb") as file:
         asked = file.read(int.from_bytes(size, "big"))

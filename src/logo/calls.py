@@ -125,7 +125,9 @@ class Calls(Facts):
         Raises:
             UsageError: a selection of another signal than the call's, or one without scores, which was forced.
         """
-        lock: AbstractContextManager[Any] = self._lock  # a signal that was not used before is calibrated first
+        # A signal that was not used before is calibrated now, while no mixture may be active. The signal of a selection
+        # was used, so a loop over an open stream, which holds the lock, need not wait.
+        lock: AbstractContextManager[Any] = self._lock
         if isinstance(scores, Selection):
             lock = nullcontext()
             made_by, asked = scores.signal, options.get("signal")

@@ -1,6 +1,7 @@
 """`BaseLayout`: the linear modules of a base model, and which of them a path in an adapter file means.
 
-Paths and shapes are enough to check a pool against a model, so no model has to be run.
+Paths and shapes are enough to check a pool against a model, so no model has to be run. `text_config` finds the
+configuration of the text model, whose layers adapters change.
 """
 
 from __future__ import annotations

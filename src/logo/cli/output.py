@@ -179,7 +179,7 @@ def selection_line(selection: Selection, top: int = 3) -> str:
     rows = list(zip(selection.adapters, selection.weights, strict=True))
     shown = [f"{name} {weight:.2f}" for name, weight in rows[:top] if _counts(weight)]
     if rows and not any(_counts(weight) for _, weight in rows):
-        return f"{len(rows)} with a weight below 0.005"
+        return f"{len(rows)} adapter{'s' * (len(rows) > 1)} with weights below 0.005"
     return " · ".join(shown + ([f"{len(rows) - len(shown)} more"] if len(rows) > top else [])) or BASE_ALONE
 
 

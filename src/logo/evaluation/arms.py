@@ -206,7 +206,7 @@ class Arms:
 
     @contextmanager
     def _merging(self, merge: Merge) -> Iterator[None]:
-        """Combines adapters by another rule inside the block."""
+        """Sets the rule by which the engine combines adapters, and the exact rule again after the block."""
         self._logo.merge = merge
         try:
             yield

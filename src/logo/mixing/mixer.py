@@ -187,7 +187,7 @@ class Mixer:
         return "gated", self._gated.grouped(self._grouped(hold, groups), GroupedMixture(groups, weights))
 
     def prefetch(self, pool: AdapterPool, names: Sequence[str]) -> None:
-        """Begins to load these adapters into the store, unless they are merged before they are used."""
+        """Begins to load these adapters into the store, unless the engine's rule merges them before they are stored."""
         if not (self.merge.exact or self.merge.routes):
             return
         self.store.prefetch([self.store.source(pool[name]) for name in names])

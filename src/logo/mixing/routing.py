@@ -242,7 +242,7 @@ def routed(x: Tensor, stack: Stack, experts: Experts, routing: Routing, allowed:
     coefficients = routing(experts.similarity(x), allowed).to(x.dtype)  # (..., n)
     coefficients = coefficients[..., experts.owner]  # (..., R)
     mixed = torch.nn.functional.linear(x, stack.A) * coefficients
-    # An adapter that overflows is no affair of a token that does not use it: infinity times 0 is NaN.
+    # Infinity times 0 is NaN, so without this an adapter that overflows would spoil tokens that do not use it.
     return mixed.masked_fill(coefficients == 0, 0) @ stack.B
 
 

@@ -195,7 +195,8 @@ class Batching(Steps):
                 raise GenerationFailed("generation has stopped; restart the server")
             while not ended:
                 output = await job.outputs.get()
-                # The last output holds all earlier ones. None is the deadline, which an answer that has ended has met.
+                # The last output holds all earlier ones. None says that the deadline has passed, which does not matter
+                # to an answer that is finished.
                 while not (output is None or output.is_finished() or job.outputs.empty()):
                     output = job.outputs.get_nowait()
                 if output is None:
@@ -249,7 +250,7 @@ class Batching(Steps):
         self.steps["gate" if self._mixed else "base"] += 1
 
     def _count(self, step: Sequence[tuple[str, int, bool, int]]) -> None:
-        """Counts which tokens of the prompts that begin with this step were in the cache of beginnings."""
+        """Counts the cached and the missing tokens of each prompt whose first tokens are computed in this step."""
         for name, _, _, first in step:
             job = self._jobs.get(name)
             if job is None or job.begun or self._beginnings is None:

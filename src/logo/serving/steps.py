@@ -70,9 +70,9 @@ class Steps(ABC):
 
     @abstractmethod
     def beginning(self, sequence: str) -> Sequence[Page]:
-        """Cached pages of a new sequence's beginning, which do not cover all of its tokens; empty without any.
+        """The cached pages of keys and values with which a new sequence begins; empty if there are none.
 
-        A sequence that waits is asked for in every step.
+        They never cover all tokens of the sequence. For a sequence that waits, this is called in every step.
         """
 
     @abstractmethod
