@@ -169,7 +169,8 @@ def test_select_lists_k_adapters_also_if_one_answers_alone(capsys: pytest.Captur
 
 def test_help_says_when_a_selection_is_unsure(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["select", "--help-all"]) == 0
-    assert f"below {UNSURE}:" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"confidence below which a selection is unsure. [{UNSURE}]" in text
 
 
 def best(scores: dict[str, float], count: int) -> list[str]:

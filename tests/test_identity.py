@@ -163,16 +163,13 @@ def test_temperatures_are_part_of_the_identity_if_examples_count(
     json.dumps(taught)
 
 
-def test_what_answers_unsure_prompts_is_part_of_the_identity(
-    tiny_logo: LoGo, llama: nn.Module, adapters: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With any weighting, also the confidence below which they are unsure."""
+def test_what_answers_unsure_prompts_is_part_of_the_identity(tiny_logo: LoGo, llama: nn.Module, adapters: Path) -> None:
+    """With any weighting, also the confidence below which they are unsure, which matters to no other engine."""
     settings = {"signal": "calibrated", "weighting": "softmax"}
     mixed, alone = (engine(llama, adapters, **settings, when_unsure=when) for when in ("mix", "base"))
     assert "unsure_below" not in engine_identity(mixed, "base", {})["settings"]
-    before = engine_identity(alone, "base", {})
-    monkeypatch.setattr("logo.evaluation.identity.UNSURE", 0.5)
-    found = differences(before, engine_identity(alone, "base", {}))
+    other = engine(llama, adapters, **settings, when_unsure="base", unsure_below=0.5)
+    found = differences(engine_identity(alone, "base", {}), engine_identity(other, "base", {}))
     assert [name for name, _, _ in found] == ["settings.unsure_below"]
 
 

@@ -135,6 +135,16 @@ def test_an_unsure_selection_may_be_refused() -> None:
     assert select([9.0, *REST], when_unsure="refuse").adapters
 
 
+def test_what_is_unsure_can_be_said() -> None:
+    between = select([1.8, *REST]).confidence
+    assert between is not None and UNSURE < between < 0.9
+    for below, adapters in ((between - 0.01, ("a00", "a01")), (between + 0.01, ())):
+        found = select([1.8, *REST], 2, weighting="adaptive", when_unsure="base", unsure_below=below)
+        assert found.adapters == adapters
+    with pytest.raises(Unsure, match=r"expected 0\.9 or more"):
+        select([1.8, *REST], when_unsure="refuse", unsure_below=0.9)
+
+
 def test_scores_without_a_scale_have_no_confidence() -> None:
     assert select([1.3, *REST], evidence=None).confidence is None
     assert select([1.3, *REST], evidence=None, when_unsure="base").adapters  # nothing is known, so nothing is refused

@@ -35,7 +35,7 @@ class Choice:
 class Scripted:
     """Answers every prompt with its own ids turned round, under the first adapter."""
 
-    vocabulary, context, k, signal, probe_text = 64, 100, 1, "norm", None
+    vocabulary, context, k, signal, probe_text, unsure_below = 64, 100, 1, "norm", None, 0.15
     alive = ready = True
 
     def __init__(self) -> None:

@@ -202,6 +202,7 @@ class Engine(Protocol):
         vocabulary: token ids below this are known.
         context: the most tokens of a prompt and its answer.
         k, signal, probe_text: defaults of the selection.
+        unsure_below: the confidence below which a selection counts as unsure.
         signals: the signals that requests may use, the engine's own first.
         adapters: the adapters that requests may use now, by name.
         cards: the card of each adapter.
@@ -229,6 +230,8 @@ class Engine(Protocol):
     def signal(self) -> str: ...
     @property
     def probe_text(self) -> ProbeText | None: ...
+    @property
+    def unsure_below(self) -> float: ...
 
     @property
     def alive(self) -> bool:

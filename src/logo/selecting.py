@@ -146,7 +146,8 @@ class Choosing:
         k = min(self.pool.default_k if settings.k is None else settings.k, len(names))
         weighting, evidence = settings.reading.weighting, self.evidence(settings)
         temperature, mass = settings.weight_temperature, settings.keep_mass
-        selector = Selector(k, weighting, temperature, mass, evidence, settings.when_unsure)
+        unsure = settings.when_unsure, settings.unsure_below
+        selector = Selector(k, weighting, temperature, mass, evidence, *unsure)
         found = selector(scores, names, self.sizes(settings))
         if len(found.adapters) == 1 and self.pool[found.adapters[0]].alone:
             found = replace(found, weights=(1.0,))  # it has no weaker form

@@ -35,9 +35,9 @@ def _fields(names: str) -> dict[str, str]:
 SELECTION = {
     "k": "n_selected_modules",
     **_fields(
-        "signal weighting weight_temperature keep_mass when_unsure examples probe_context probe_input probe_token"
+        "signal weighting weight_temperature keep_mass when_unsure unsure_below examples probe_context probe_input"
     ),
-    **_fields("probe_layer probe_module probe_depth probe_points"),
+    **_fields("probe_token probe_layer probe_module probe_depth probe_points"),
 }
 METHODS = _fields(
     "method merge merge_density merge_sign arrow_top_k arrow_temperature shots lorahub_budget retriever_variant "

@@ -29,7 +29,7 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
 OF_SELECTION = {
     *("signal", "reference", "calibration_prompts", "examples", "index", "index_rank", "index_left"),
     *("probe_context", "probe_input", "probe_token", "probe_text", "probe_layer", "probe_module", "probe_depth"),
-    *("probe_points", "weighting", "weight_temperature", "keep_mass", "when_unsure"),
+    *("probe_points", "weighting", "weight_temperature", "keep_mass", "when_unsure", "unsure_below"),
 }
 K = "n_selected_modules"  # which some of the other methods read too
 # Option: the merges that read it.

@@ -74,6 +74,7 @@ def selection_settings(options: EngineOptions, preset: Preset | None = None) -> 
         weight_temperature=options.weight_temperature,
         keep_mass=options.keep_mass,
         when_unsure=options.when_unsure,
+        unsure_below=options.unsure_below,
         examples=options.examples,
         probe_context=options.probe_context or ("carry" if official else "base"),
         probe_input=options.probe_input,

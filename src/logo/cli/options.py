@@ -223,9 +223,10 @@ class EngineOptions:
     )
     when_unsure: WhenUnsure = _probe(
         "mix",
-        "What answers if the confidence of the selection is below 0.15: a broad mixture, the base "
-        "model alone, the best adapter alone, or nothing.",
+        "What answers if the selection is unsure: a broad mixture, the base model alone, the best adapter alone, or "
+        "nothing.",
     )
+    unsure_below: float = _probe(0.15, "The confidence below which a selection is unsure.")
     examples: Examples = _probe(
         "use", "Compare prompts with the example prompts of adapters that have some (`logo pool examples`)."
     )

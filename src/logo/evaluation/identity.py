@@ -20,7 +20,6 @@ from logo.mixing.merges import MERGES
 from logo.rows import Row
 from logo.selection.confidence import EXAMPLES, HALVED
 from logo.selection.reference import SCORES
-from logo.selection.selector import UNSURE
 from logo.selection.signals import SIGNALS
 from logo.selection.size import USUAL
 
@@ -29,8 +28,9 @@ if TYPE_CHECKING:
 
     from logo.calls import Calls
 
-# Settings that change how fast a prompt is read, not what is read.
-_NO_MATTER = frozenset({"cache", "prefix_cache_gb"})
+# Settings that change how fast a prompt is read, not what is read; and one that matters beside another
+# (`rule_of_weights`).
+_NO_MATTER = frozenset({"cache", "prefix_cache_gb", "unsure_below"})
 
 
 def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,14 +64,15 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
 
 
 def rule_of_weights(logo: Calls) -> dict[str, Any]:
-    """The constants by which an engine with these settings turns scores into weights; its results depend on them."""
+    """The constants and the threshold by which an engine with these settings turns scores into weights; its results
+    depend on them."""
     found: dict[str, Any] = {}
     if logo.settings.reading.weighting == "adaptive":
         found |= {"unsure_halved": HALVED, "usual_size": USUAL}
         if _examples(logo):
             found |= {"temperatures": [list(pair) for pair in EXAMPLES.temperatures]}
     if logo.settings.when_unsure != "mix":
-        found |= {"unsure_below": UNSURE}
+        found |= {"unsure_below": logo.settings.unsure_below}
     return found
 
 

@@ -4,12 +4,13 @@ Prompts of tasks with an adapter count as having one; the same prompts with that
 tasks, count as having none. *AUROC* is the share of pairs in which the prompt with an adapter has the higher
 confidence. The *error* is the mean distance between confidence and the share of prompts with an adapter, over ten bins
 of confidence weighted by their rows, in which both kinds of prompts count half (expected calibration error, Naeini et
-al. 2015).
+al. 2015). The shares *below* a confidence say what each value of `unsure_below` would do to prompts of each kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,15 @@ from logo.drawing import as_png, new_figure
 from logo.evaluation.summary import Measured
 
 BINS = 10
+# Confidences for which the shares of prompts below them are reported.
+BELOW = tuple(round(0.05 * step, 2) for step in range(1, 20))
+_KINDS = {"own": "with their own adapter", "left_out": "their adapter left out", "unseen": "of unseen tasks"}
 
 
 def reliability(rows: Iterable[Measured]) -> dict[str, dict[str, Any]]:
-    """By signal: AUROC against `unseen` and `left_out` prompts (None if there are none), the `error`, and the bins
-    (`confidence`, `own`, `weight`). Signals without a confidence are left out.
+    """By signal: AUROC against `unseen` and `left_out` prompts (None if there are none), the `error`, the bins
+    (`confidence`, `own`, `weight`), and the shares of prompts `below` each of some confidences (`confidence`, and a
+    list for each kind of prompt). Signals without a confidence are left out.
     """
     groups: dict[str, dict[str, list[float]]] = {}
     for row in rows:
@@ -38,8 +43,10 @@ def reliability(rows: Iterable[Measured]) -> dict[str, dict[str, Any]]:
 def _of(found: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     own, others = found["own"], [*found.get("unseen", ()), *found.get("left_out", ())]
     against = {name: auroc(own, found[name]) if name in found else None for name in ("unseen", "left_out")}
+    below: dict[str, Sequence[float]] = {"confidence": BELOW}
+    below |= {kind: [float(np.mean(np.array(found[kind]) < at)) for at in BELOW] for kind in _KINDS if kind in found}
     if not others:
-        return {"auroc": against, "error": None, "bins": []}
+        return {"auroc": against, "error": None, "bins": [], "below": below}
     values = np.array([*own, *others])
     truth = np.array([1.0] * len(own) + [0.0] * len(others))
     weights = np.array([0.5 / len(own)] * len(own) + [0.5 / len(others)] * len(others))
@@ -57,7 +64,7 @@ def _of(found: Mapping[str, Sequence[float]]) -> dict[str, Any]:
                 }
             )
     error = sum(one["weight"] * abs(one["confidence"] - one["own"]) for one in bins)
-    return {"auroc": against, "error": error, "bins": bins}
+    return {"auroc": against, "error": error, "bins": bins, "below": below}
 
 
 def auroc(own: Sequence[float], others: Sequence[float]) -> float:
@@ -68,9 +75,10 @@ def auroc(own: Sequence[float], others: Sequence[float]) -> float:
 
 
 def picture(found: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """A PNG: for each signal, the share of prompts with an adapter of their own by confidence."""
-    figure = new_figure(4.2, 4.2, layout="constrained")
-    axes = figure.add_subplot()
+    """A PNG: for each signal, the share of prompts with an adapter of their own by confidence, and beside it the shares
+    of prompts below a confidence."""
+    figure = new_figure(8.4, 4.2, layout="constrained")
+    axes, beside = figure.subplots(1, 2)
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     for signal, one in found.items():
         points = [(bin_["confidence"], bin_["own"], bin_["weight"]) for bin_ in one["bins"]]
@@ -78,7 +86,15 @@ def picture(found: Mapping[str, Mapping[str, Any]]) -> bytes:
             x, y, weight = zip(*points, strict=True)
             [line] = axes.plot(x, y, linewidth=1, label=f"{signal}, error {one['error']:.2f}")
             axes.scatter(x, y, s=[20 + 300 * w for w in weight], color=line.get_color(), alpha=0.6)
+    for (signal, one), style in zip(found.items(), cycle(("-", "--", ":"))):
+        below = one.get("below", {})  # reports of earlier versions have none
+        for color, (kind, label) in enumerate(_KINDS.items()):
+            if kind in below:
+                named = label if len(found) == 1 else f"{signal}, {label}"
+                beside.plot([0.0, *below["confidence"]], [0.0, *below[kind]], style, color=f"C{color}", label=named)
     axes.set(xlabel="confidence", ylabel="share with an adapter of their own", xlim=(0, 1), ylim=(-0.03, 1.03))
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+    beside.set(xlabel="confidence", ylabel="share of prompts below it", xlim=(0, 1), ylim=(-0.03, 1.03))
+    for part in (axes, beside):
+        if part.get_legend_handles_labels()[0]:
+            part.legend(frameon=False)
     return as_png(figure, dpi=120)

@@ -22,8 +22,8 @@ from logo.selection.confidence import RESPONSES, Evidence, total
 from logo.selection.signals import Weighting, WhenUnsure
 from logo.selection.size import USUAL
 
-# Below this confidence a selection counts as unsure. Most prompts outside every task are below it, and some prompts
-# whose own adapter is hardly trained are only a little above it.
+# Below this confidence a selection counts as unsure, unless the user says otherwise. Most prompts outside every task
+# are below it, and some prompts whose own adapter is hardly trained are only a little above it.
 UNSURE = 0.15
 # Adapters with less than this share of the best one's weight are left out, since each costs as much as one with more.
 LEAST = 0.01
@@ -120,7 +120,7 @@ class Selector:
         keep_mass: keep the best adapters that together hold this share of the weight, and divide the rest of the weight
             among them; None: keep all k.
         evidence: turns a lead of these scores into a confidence; None: they have no scale of their own.
-        when_unsure: what answers if the confidence is below `UNSURE`: the mixture (`"mix"`), the `"base"` model
+        when_unsure: what answers if the confidence is below `unsure_below`: the mixture (`"mix"`), the `"base"` model
             alone, the `"best"` adapter alone, or nothing (`"refuse"`).
     """
 
@@ -130,6 +130,7 @@ class Selector:
     keep_mass: float | None = None
     evidence: Evidence | None = RESPONSES
     when_unsure: WhenUnsure = "mix"
+    unsure_below: float = UNSURE
 
     def __call__(self, scores: Tensor, names: Sequence[str], sizes: Mapping[str, float] | None = None) -> Selection:
         """The selection of the highest of these scores (adapters,); of equal ones, the earlier name comes first.
@@ -149,14 +150,14 @@ class Selector:
         top, order = torch.sort(scores, descending=True, stable=True)
         confidence = None if self.evidence is None else self.evidence.confidence(top)
         named = dict(zip(names, scores.tolist(), strict=True))
-        if self.when_unsure == "refuse" and confidence is not None and confidence < UNSURE:
+        if self.when_unsure == "refuse" and confidence is not None and confidence < self.unsure_below:
             raise Unsure(
                 f"no adapter of the pool seems to be made for this prompt (confidence {confidence:.2f}, expected "
-                f"{UNSURE} or more)",
+                f"{self.unsure_below:g} or more)",
                 named,
                 confidence,
             )
-        if confidence is not None and confidence < UNSURE and self.when_unsure != "mix":
+        if confidence is not None and confidence < self.unsure_below and self.when_unsure != "mix":
             weights = torch.ones(1 if self.when_unsure == "best" else 0)
         else:
             weights = self._weights(top, confidence)

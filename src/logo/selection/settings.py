@@ -10,12 +10,13 @@ from typing import Any, Literal, get_args
 from logo.adapters.activation import OFF, Activation, check_forced, check_without
 from logo.errors import UsageError, check_type, closest
 from logo.prompts import ProbeText, check_probe_text
+from logo.selection.selector import UNSURE
 from logo.selection.signals import SIGNALS, ProbeInput, ProbeToken, Signal, Weighting, WhenUnsure, get_signal
 
 # The depth of a probe, as a share of the layers, if the prompt is read again under its mixture.
 DEPTH = 0.5
 _WHOLE = ("k", "index_rank", "index_left")
-_NUMBERS = ("weight_temperature", "keep_mass", "probe_depth", "prefix_cache_gb")
+_NUMBERS = ("weight_temperature", "keep_mass", "unsure_below", "probe_depth", "prefix_cache_gb")
 
 ProbeContext = Literal["base", "pool", "carry"]
 Unscorable = Literal["error", "skip"]
@@ -38,6 +39,7 @@ class SelectionSettings:
         when_unsure: what answers a prompt for which no adapter seems to be made (`logo.selection.confidence`): `"mix"`,
             the mixture of the weighting; `"base"`, the base model alone; `"best"`, the best adapter alone; `"refuse"`,
             an error.
+        unsure_below: the confidence below which a selection counts as unsure, for `when_unsure` and in a server's log.
         examples: whether example prompts of adapters are used (`logo.selection.signature`): `"use"` or `"ignore"`.
         probe_context: the adapters that are active while probing: `"base"`, none; `"pool"`, all, unscaled; `"carry"`,
             as the official code runs: all for the first prompt, then those that the last prompt selected.
@@ -78,6 +80,7 @@ class SelectionSettings:
     weight_temperature: float = 0.5
     keep_mass: float | None = None
     when_unsure: WhenUnsure = "mix"
+    unsure_below: float = UNSURE
     examples: ExamplesUse = "use"
     probe_context: ProbeContext = "base"
     probe_input: ProbeInput | None = None
@@ -126,6 +129,8 @@ class SelectionSettings:
             raise UsageError(f"weight_temperature: expected a number above 0, found {self.weight_temperature}")
         if self.keep_mass is not None and not 0 < self.keep_mass <= 1:
             raise UsageError(f"keep_mass: expected a share above 0 and up to 1, found {self.keep_mass}")
+        if not 0 <= self.unsure_below <= 1:
+            raise UsageError(f"unsure_below: expected a confidence from 0 to 1, found {self.unsure_below}")
         if self.probe_depth is not None and not 0 < self.probe_depth <= 1:
             raise UsageError(
                 f"probe_depth: expected a share of the layers above 0 and up to 1, found {self.probe_depth}"

@@ -21,12 +21,15 @@ TOKENS = 200
 _log = logging.getLogger("logo.serving")
 
 
-def entry(selection: Selection, prompt: str | None = None, cut: bool = False) -> dict[str, Any]:
+def entry(
+    selection: Selection, prompt: str | None = None, cut: bool = False, unsure_below: float = UNSURE
+) -> dict[str, Any]:
     """One selection as JSON.
 
     Args:
         prompt: the probed text, if it may be logged.
         cut: whether that is only the beginning of it.
+        unsure_below: the confidence below which the selection counts as unsure.
     """
     found: dict[str, Any] = {
         "adapters": list(selection.adapters[:LEADING]),
@@ -34,7 +37,7 @@ def entry(selection: Selection, prompt: str | None = None, cut: bool = False) ->
         "scores": {name: round(score, 3) for name, score in nlargest(LEADING, selection.scores.items(), _score)},
     }
     if selection.confidence is not None:
-        found |= {"confidence": round(selection.confidence, 4), "unsure": selection.confidence < UNSURE}
+        found |= {"confidence": round(selection.confidence, 4), "unsure": selection.confidence < unsure_below}
     if prompt is not None:
         found |= {"prompt": prompt, **({"cut": True} if cut else {})}
     return found

@@ -187,6 +187,11 @@ class Service:
         return self.logo.settings.signal
 
     @property
+    def unsure_below(self) -> float:
+        """The confidence below which a selection counts as unsure."""
+        return self.logo.settings.unsure_below
+
+    @property
     def probe_text(self) -> ProbeText | None:
         """What is probed of a conversation."""
         return self.logo.settings.probe_text
