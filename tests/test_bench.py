@@ -216,6 +216,7 @@ def test_related_rows_overlap_as_measured() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_training_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same rows by transformers' Trainer and by our loop: as many tokens, and nearly the same loss."""
     for task, rows in list(heldout().items())[:2]:

@@ -171,8 +171,8 @@ def said_by_the_demo(command: str) -> str:
     return said_by(command)
 
 
-# Their transcripts train adapters, or run the harness, for a minute or two.
-LONG = ("make-a-pool.md", "lm-eval.md")
+# Their transcripts take half a minute to two minutes: they train adapters, run the harness or a study.
+LONG = ("make-a-pool.md", "lm-eval.md", "demo-world.md", "reporting.md", "baselines.md", "extend.md")
 
 
 def _page(page: Path) -> Any:

@@ -71,6 +71,7 @@ def size(folder: Path, *names: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_downloads_are_told_before_and_are_nothing_afterwards(official: Path, tmp_path: Path) -> None:
     """What is said to be missing is what is fetched; an estimate fetches a configuration at most and writes nothing."""
     arguments = ("--data-dir", str(official / "data"), "--limit", "3", "--n_selected_modules", "2")

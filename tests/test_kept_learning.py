@@ -278,6 +278,7 @@ class _Row:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_shards_that_begin_together_agree(rows: Path, tmp_path: Path) -> None:
     """Two processes: the one that finds the other learning says so, waits, and takes what that one has found."""
     go, learns = tmp_path / "go", tmp_path / "learns"

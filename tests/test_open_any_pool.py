@@ -161,6 +161,7 @@ def test_a_second_time_one_listing_is_asked_for_and_offline_nothing(hub: HubServ
     assert unknown.error == "HubError" and "offline, and no earlier list of them is in the cache" in unknown.message
 
 
+@pytest.mark.long
 def test_a_pool_is_never_smaller_because_a_connection_broke(hub: HubServer, tmp_path: Path) -> None:
     env, call = hub.env(tmp_path / "home"), {"places": "org/base_lora-*", "on_bad_adapter": "skip"}
     hub.cut("default/adapter_model.safetensors", times=FOREVER)

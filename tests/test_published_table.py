@@ -121,6 +121,7 @@ def command_of_the_page() -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_command_of_the_page(tmp_path: Path, sentences: str) -> None:  # noqa: F811
     """From a Hub: a tiny model, an adapter for each task, rows of many tasks; with fewer rows, tokens and trials."""
     made = {"anli_r1": "ad01", "common_gen": "ad02", "wmt16_translate_deen": "ad03", "piqa": "ad05"}

@@ -137,6 +137,7 @@ def test_every_item_is_done_whatever_happens_to_its_process(marks: Path) -> None
             workers.ask(work, marks, 13)
 
 
+@pytest.mark.long
 def test_a_map_that_ends_early_leaves_all_processes_to_the_next(marks: Path) -> None:
     with opened() as workers:
         for _ in range(2):
@@ -282,6 +283,7 @@ def never(seconds: float = 1000.0) -> Held:
     return Held()
 
 
+@pytest.mark.long
 def test_processes_that_do_not_open_in_time_are_waited_for_no_longer() -> None:
     with pytest.raises(WorkersError, match=r"^no worker could start within 0\.5 s: .* or opening takes longer; give"):
         opened(Layout(1, cpus=1, start=0.5), open_=never)

@@ -32,7 +32,7 @@ from tolerances import PATIENCE
 
 pytest.importorskip("ray")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 PROMPTS = [row["context"] for row in showcase()][:6]
 COUNT, RUNNING = "logo:generation_tokens_total", "logo:num_requests_running"
@@ -120,7 +120,6 @@ def test_keys_and_sizes_are_looked_at(two: Cluster) -> None:
         assert len(page.headers.get_all("X-Request-Id")) == 1
 
 
-@pytest.mark.long
 def test_a_replica_that_is_killed_takes_its_answers_with_it_and_no_others(two: Cluster) -> None:
     before = two.answered()
     outcomes: list[str] = []
@@ -173,7 +172,6 @@ def test_an_adapter_that_cannot_be_used_changes_nothing_anywhere(two: Cluster) -
     assert refused(lambda: two.change("unload", lora_name="bad"))[0] == 404
 
 
-@pytest.mark.long
 def test_what_has_changed_is_known_to_a_replica_that_comes_later_and_another_pool_gets_nothing(two: Cluster) -> None:
     _, digest = two.health()
     two.change("load", lora_name="later", lora_path="new")
@@ -199,7 +197,6 @@ def test_what_has_changed_is_known_to_a_replica_that_comes_later_and_another_poo
     assert two.health()[1] == digest
 
 
-@pytest.mark.long
 def test_a_cluster_keeps_its_address_and_loses_the_application_with_its_command() -> None:
     from ray.cluster_utils import Cluster as Machines
 
@@ -231,7 +228,6 @@ def test_a_cluster_keeps_its_address_and_loses_the_application_with_its_command(
     assert urls[0] == urls[1]
 
 
-@pytest.mark.long
 def test_there_are_as_many_as_requests_ask_for() -> None:
     options = ["--autoscale", "1", "2", "--autoscale-after", "1", "1", "--base-model", "demo", "--max-concurrent", "2"]
     with LocalServer(options, start=PATIENCE, stop=PATIENCE) as server, asking(server.url, "none") as client:
@@ -245,7 +241,6 @@ def test_there_are_as_many_as_requests_ask_for() -> None:
     assert "2 replicas take requests, 1 did" in server.said and "1 replica takes requests, 2 did" in server.said
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])  # as with one process
 def test_a_signal_ends_the_server_and_leaves_nothing_behind(number: signal.Signals, code: int, tmp_path: Path) -> None:
     """A terminal sends Ctrl-C to all of its processes at once, Ray's included."""

@@ -110,6 +110,7 @@ def test_a_wrong_grid_is_one_line(grid: str, expected: str, tmp_path: Path, caps
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_kill_9_in_the_middle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Killed in the third of four cells: the second command ends with the table of a whole sweep."""
     some = ["--rows", str(HELDOUT), "--dataset", "antonym,capital", "--limit", "8", "--batch-size", "1"]

@@ -139,7 +139,7 @@ class Listening(Taps):
         self.heard.append(entering.clone())
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.long])])
 @torch.no_grad()
 def test_a_compiled_layer_follows_its_buffers_and_keeps_its_tap(backend: str) -> None:
     torch._dynamo.reset()

@@ -163,7 +163,13 @@ def test_the_operator_says_what_it_does() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, pytest.param(90, marks=pytest.mark.long)])
-@pytest.mark.parametrize("dtype", list(NAMES), ids=NAMES.get)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(dtype, marks=() if dtype == torch.bfloat16 else pytest.mark.long, id=NAMES[dtype])
+        for dtype in NAMES
+    ],
+)
 def test_kernels_compile_for_gpus(
     architecture: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +205,7 @@ def test_kernels_compile_for_gpus(
             assert dtype == torch.float32 or "mma" in made.asm["ptx"]  # tensor cores
 
 
+@pytest.mark.long
 def test_the_check_for_gpus_runs_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
     import gpu_check

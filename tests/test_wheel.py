@@ -175,6 +175,7 @@ follow_imports = skip
 """
 
 
+@pytest.mark.long
 def test_a_users_file_passes_the_type_checker(bare: Bare, tmp_path: Path) -> None:
     """Strictly, and against the installed package; what its types do not need is left out for its size."""
     (tmp_path / "mypy.ini").write_text(CONFIG)

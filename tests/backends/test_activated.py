@@ -185,6 +185,7 @@ def test_mixtures_that_begin_at_different_tokens_are_not_merged(inside: Any, kin
 # -- the other runner, and the server ----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_runner_v2_does_the_same(engines: Engines, tmp_path: Path, prompts: list[list[int]]) -> None:
     local = LoGo.from_pretrained("demo", device="cpu", k=4, activation="last:4")
     mixtures = [{local.names[i]: 0.7, local.names[-1 - i]: 0.4} if i % 4 else {} for i in range(len(prompts))]

@@ -25,7 +25,7 @@ def mixtures(names: Sequence[str], count: int, k: int = 4, seed: int = 0) -> lis
     return [{name: drawn.uniform(0.1, 1.0) for name in drawn.sample(list(names), k)} for _ in range(count)]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["gate", pytest.param("merge", marks=pytest.mark.long)])
 def test_128_prompts_with_128_mixtures_among_base_rows(
     engines: Engines, tmp_path: Path, logo: LoGo, rows: list[str], mode: str
 ) -> None:

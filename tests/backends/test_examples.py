@@ -64,7 +64,7 @@ def opened(settings_of_vllm: None, half: Path) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("chunk", [pytest.param(None, marks=pytest.mark.long), 48])
-@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.long)])
 def test_scores_are_the_local_engines(
     engines: Engines, tmp_path: Path, half: Path, local: LoGo, rows: list[str], runner: str, chunk: int | None
 ) -> None:

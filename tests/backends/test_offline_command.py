@@ -101,7 +101,7 @@ def test_vllms_engine_may_be_a_process_of_its_own(rows: Path, tmp_path: Path) ->
     same_results(found, expected)
 
 
-@pytest.mark.parametrize("method", ["best-single", "uniform"])
+@pytest.mark.parametrize("method", ["uniform", pytest.param("best-single", marks=pytest.mark.long)])
 def test_methods_answer_through_vllm_too(rows: Path, tmp_path: Path, method: str) -> None:
     others = tmp_path / "train"
     others.mkdir()
@@ -139,8 +139,10 @@ def test_what_cannot_run_there_is_refused_in_a_line(
 
 @pytest.mark.parametrize(
     ("command", "of_its_own"),
-    [(("generate", "--max-new-tokens", "8"), True), (("select",), False)],
-    ids=["generate", "select"],
+    [
+        pytest.param(("generate", "--max-new-tokens", "8"), True, marks=pytest.mark.long, id="generate"),
+        pytest.param(("select",), False, id="select"),
+    ],
 )
 def test_generating_and_selecting_say_the_same(
     command: Sequence[str], of_its_own: bool, capfd: pytest.CaptureFixture[str]

@@ -22,9 +22,9 @@ from logo.backends.vllm.sums import Span
 
 KINDS = {
     "v2": ({"PRETEND_V2": "1"}, {}),
-    "compiled": ({"PRETEND_COMPILE": "1"}, {"backend": "eager"}),
 }
 LONG = {
+    "compiled": ({"PRETEND_COMPILE": "1"}, {"backend": "eager"}),
     "compiled by inductor": ({"PRETEND_COMPILE": "1"}, {"backend": "inductor"}),
     "kernels, compiled": ({"PRETEND_COMPILE": "1", "TRITON_INTERPRET": "1"}, {"backend": "eager"}),
     "kernels, v2": ({"PRETEND_V2": "1"}, {}),

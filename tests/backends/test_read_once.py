@@ -198,6 +198,7 @@ def count(server: Server, metric: str) -> float:
     return sum(map(float, re.findall(rf"^logo:{re.escape(metric)} (\S+)", text, re.M)))
 
 
+@pytest.mark.long
 def test_the_server_counts_what_is_not_invoked_and_what_is_gone(
     serve: Callable[..., Server], tmp_path: Path, local: LoGo
 ) -> None:

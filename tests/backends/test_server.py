@@ -32,7 +32,7 @@ def rows() -> list[str]:
     return [json.loads(line)["context"] for file in files for line in file.read_text().splitlines()[:4]]
 
 
-@pytest.fixture(scope="module", params=["gate", "merge"])
+@pytest.fixture(scope="module", params=["gate", pytest.param("merge", marks=pytest.mark.long)])
 def server(request: pytest.FixtureRequest, serve: Callable[..., Server], tmp_path_factory: Any) -> Server:
     template = tmp_path_factory.mktemp("template") / "chat.jinja"
     template.write_text(TEMPLATE)
