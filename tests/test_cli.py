@@ -153,9 +153,12 @@ def test_select_lists_k_adapters_also_if_one_answers_alone(capsys: pytest.Captur
     def shown(prompt: str, *options: str) -> tuple[list[list[str]], dict[str, Any]]:
         asked = ["select", prompt, "-k", "4", *options]
         assert run(asked) == 0
-        rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+        *rows, sure = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
         assert run([*asked, "--json"]) == 0
-        return rows, json.loads(capsys.readouterr().out)
+        found = json.loads(capsys.readouterr().out)
+        unsure = ["(unsure)"] if found["confidence"] < UNSURE else []
+        assert sure == ["confidence", f"{found['confidence']:.2f}", *unsure]
+        return rows, found
 
     alone, found = shown("What is 7 plus 5?")
     assert found["adapters"] == ["add_numbers"] and [row[0] for row in alone] == best(found["scores"], 4)

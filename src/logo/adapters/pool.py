@@ -315,7 +315,16 @@ class AdapterPool:
             )
         if not fitted:
             raise PoolError(f"none of the {len(adapters)} adapters fits the base model; the first: {refused[0]}")
-        return AdapterPool(fitted, self.refused + tuple(refused), default_k=self.default_k)
+        fit_pool = AdapterPool(fitted, self.refused + tuple(refused), default_k=self.default_k)
+        if bad := [error for error in fit_pool.refused if not isinstance(error, LeftOut)]:
+            more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+            warnings.warn(
+                f"{len(bad)} bad adapter{'s are' if len(bad) > 1 else ' is'} left out of the pool: "
+                f"{'; '.join(map(str, bad[:3]))}{more}",
+                UserWarning,
+                stacklevel=2,
+            )
+        return fit_pool
 
     def acting(self, forced: str | None, without: str | None = None) -> AdapterPool:
         """A new pool with the activation that a user wants; see `logo.adapters.activation.acting`."""

@@ -11,7 +11,7 @@ from logo.cli.belonging import check_forced_options
 from logo.cli.expanded import command_line, expanded, given
 from logo.cli.opening import check_batch_size, open_any
 from logo.cli.options import Candidates, EngineOptions, Json, RunnerOptions, argument, rare, usual
-from logo.cli.output import err, note, print_json, selection_line, selection_table, verbatim, write_json
+from logo.cli.output import note, print_json, selection_line, verbatim, write_json
 from logo.cli.prompts import Chat, PromptsFile, System, as_asked, forced, or_demo, read_prompts
 from logo.errors import UsageError
 
@@ -94,16 +94,18 @@ def generate(
 
 
 def _stream(logo: Calls, prompt: Any, mixture: Any, *, max_new_tokens: int | None, **options: Any) -> None:
-    """Prints an answer as it is generated, and then the selected adapters."""
-    selection = None
+    """Prints an answer as it is generated, and then the adapters that gave it."""
+    from logo.selection import Selection
+
     if mixture is None:
-        selection = logo.select(prompt, max_new_tokens=max_new_tokens, candidates=options["candidates"])
-    pieces = logo.stream(prompt, adapters=selection or mixture, max_new_tokens=max_new_tokens, **options)
+        selection = mixture = logo.select(prompt, max_new_tokens=max_new_tokens, candidates=options["candidates"])
+    else:
+        selection = Selection.forced(mixture)
+    pieces = logo.stream(prompt, adapters=mixture, max_new_tokens=max_new_tokens, **options)
     for number, piece in enumerate(pieces):
         print(piece if number else piece.lstrip(), end="", flush=True)
     print()
-    if selection is not None:
-        err.print(selection_table(selection, top=5))
+    note(f"  {selection_line(selection)}")
 
 
 def _sampling(sample: bool, temperature: float | None, top_p: float | None) -> dict[str, Any]:

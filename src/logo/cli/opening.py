@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from logo.cli.belonging import check_selection_options
 from logo.cli.choices import Preset
 from logo.cli.expanded import given
 from logo.cli.options import DEFAULT_PREFIX_CACHE_GB, DEFAULT_SIGNAL, EngineOptions, RunnerOptions, changed
-from logo.cli.output import err, progress
+from logo.cli.output import err, note, progress
 from logo.errors import StorageError, UsageError
 from logo.models import check_access, load_base, pick_device
 from logo.rows import text_lines
@@ -97,6 +98,10 @@ def selection_settings(options: EngineOptions, preset: Preset | None = None) -> 
     )
 
 
+# Seconds after which a command without a terminal says what it waits for.
+QUIET = 20.0
+
+
 @dataclass(frozen=True)
 class Opened:
     """A loaded base model and a pool, for any number of engines."""
@@ -129,9 +134,16 @@ class Opened:
         if options.n_selected_modules is None and settings.k is not None:
             settings = replace(settings, k=min(settings.k, len(self.pool)))
         logo = self.uncalibrated(options, settings, truncation)
+        late = threading.Timer(QUIET, note, ["calibrating the pool (once, if there is a cache folder) ..."])
+        late.daemon = True
         with progress(disable=not err.is_terminal) as shown:
-            bar = shown.add_task("index", total=None, visible=False)
-            logo.calibrate(tell=lambda done, of: shown.update(bar, total=of, completed=done, visible=True))
+            bar = shown.add_task("calibrating", total=None, visible=False)
+            if not err.is_terminal:
+                late.start()
+            try:
+                logo.calibrate(tell=lambda done, of: shown.update(bar, total=of, completed=done, visible=True))
+            finally:
+                late.cancel()
         return logo
 
 

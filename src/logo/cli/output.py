@@ -146,11 +146,10 @@ def bar(share: float, width: int = BAR) -> str:
     return "█" * (eighths // 8) + (blocks[eighths % 8] if eighths % 8 else "")
 
 
-def selection_table(selection: Selection, top: int | None = None, others: int = 0) -> Table:
+def selection_table(selection: Selection, others: int = 0) -> Table:
     """Selected adapters, best first, with bars for their weights, or a row that says that the base model answers alone.
 
     Args:
-        top: the most selected adapters that are shown; None: all.
         others: how many adapters are listed after the selected ones: those with the next highest scores.
     """
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -162,15 +161,13 @@ def selection_table(selection: Selection, top: int | None = None, others: int = 
     rows = list(zip(selection.adapters, selection.weights, strict=True))
     if not rows:
         table.add_row(BASE_ALONE, "", "", "")
-    for name, weight in rows[:top]:
+    for name, weight in rows:
         score = selection.scores.get(name)
         shown = "forced" if score is None else f"{score:.4g}"
         table.add_row(Text(name), f"{weight:.3f}", Text(bar(weight / heaviest), style="cyan"), shown)
     left = [name for name in selection.scores if name not in selection.adapters]
     for name in sorted(left, key=selection.scores.__getitem__, reverse=True)[:others]:
         table.add_row(Text(name), "-", "", f"{selection.scores[name]:.4g}", style="dim")
-    if top is not None and len(rows) > top:
-        table.add_row(Text(f"and {len(rows) - top} more", style="dim"), "", "", "")
     return table
 
 

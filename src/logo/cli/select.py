@@ -46,7 +46,7 @@ def select(
             batch_size=batch_size,
             candidates=candidate or None,
         )
-        k = logo.k
+        k, unsure_below = logo.k, logo.settings.unsure_below
     if json:
         records = [{"prompt": p, **selection.as_dict()} for p, selection in zip(texts, selections, strict=True)]
         print_json(records[0] if len(records) == 1 else records)
@@ -55,3 +55,6 @@ def select(
         if len(texts) > 1:
             out.print(Text(f"\n{text}", "bold"))
         out.print(selection_table(selection, others=k - len(selection.adapters)))
+        if selection.confidence is not None:
+            unsure = " (unsure)" if selection.confidence < unsure_below else ""
+            out.print(Text(f"confidence {selection.confidence:.2f}{unsure}", "dim"))

@@ -102,7 +102,8 @@ class Scorers:
         """The scorer of a signal. If it has to be calibrated, the base model runs, and no adapter may be active.
 
         Args:
-            tell: see `logo.selection.index.read_indices`.
+            tell: called with 0 and the number of adapters before the pool is calibrated or indexed, if it is not in the
+                cache, and then as `logo.selection.index.read_indices` calls it.
         """
         settings = with_activations(settings, self._pool)
         if settings.signal not in self._known:
@@ -124,6 +125,8 @@ class Scorers:
         name = None if folder is None else index_name(adapters, points, planned.most, cache, model)
         found = None if folder is None or name is None else load_index(folder / name, adapters, points, model, cache)
         calibration, whitened = None, dict[str, Whitening]()
+        if found is None and tell is not None:
+            tell(0, len(adapters))
         if found is not None:
             calibration, points = found[1], tuple(index.point for index in found[0])
         elif cache is not None:
