@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from logo.backends.vllm import core, hooks, worker
+from logo.backends.vllm.pool import KeyedPool
 from logo.backends.vllm.recipe import Recipe
 from logo.backends.vllm.worker import Worker
 from logo.backends.vllm.wrapper import Tapped
-from logo.errors import AdapterError
+from logo.errors import AdapterError, UsageError
+from logo.pools import default_pool
+from logo.selection import Selection
 
 KEYS = [f"{i:016x}" for i in range(4)]
 
@@ -162,6 +165,36 @@ def test_a_new_adapter_that_cannot_be_loaded_leaves_the_pool_as_it_was(made: Any
     assert gates(made, [7])[0, 0] == 0.5
     assert made._by_key == before and set(made._ids) == set(before)
     assert len(made._worker_manager._adapter_manager.removed) == 1  # its slot is free again
+
+
+@pytest.fixture(scope="module")
+def demo() -> KeyedPool:
+    """The demo's adapters, which have rank 8."""
+    return KeyedPool.of(default_pool("demo"))
+
+
+def test_a_mixture_that_no_slot_can_hold_is_refused(demo: KeyedPool) -> None:
+    made: Any = object.__new__(core.Core)
+    made.pool, made.mode, made._max_rank = demo, "merge", 32
+    made._salts, made._live, made._answering, made._texts = Counter(), Counter(), Counter(), {}
+    names = list(demo.keys)
+    with made.request(Selection.forced(dict.fromkeys(names[:4], 0.25))) as request:
+        assert len(Recipe.parse(request.lora_path).keys) == 4
+    five = Selection.forced(dict.fromkeys(names[:5], 0.2))
+    with pytest.raises(UsageError, match=r"the 5 adapters of this mixture have rank 40 together.*is 32.*-rank 64"):
+        made.request(five).__enter__()
+    made.mode = "gate"
+    with made.request(five) as request:
+        assert len(Recipe.parse(request.lora_path).keys) == 5
+
+
+def test_a_mixture_that_no_slot_can_hold_does_not_reach_vllm(made: Any, demo: KeyedPool) -> None:
+    made.mode, made.pool, made._by_key = "merge", demo, demo.by_key
+    made._lora, made._dtype = SimpleNamespace(max_lora_rank=32), torch.float32
+    fits, large = (demo.recipe(Selection.forced(dict.fromkeys(list(demo.keys)[:n], 0.2))) for n in (4, 5))
+    assert made.merged(Request(7, str(fits))).rank == 32 and not made._failures
+    assert made.merged(Request(8, str(large))).rank == 1
+    assert made._failures == {str(large): "its rank is 40, and a slot has 32"}
 
 
 def test_of_recipes_that_have_failed_the_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -174,6 +175,14 @@ def mode_of(options: Options, base_model: str, lora: Any, pool: AdapterPool | No
 def rank_of(adapter: Adapter) -> int:
     """The largest rank of an adapter."""
     return max(adapter.ranks)
+
+
+def merged_rank(adapters: Iterable[Adapter]) -> int:
+    """The rank of these adapters merged into one: that of the module where theirs have the largest sum."""
+    ranks: Counter[str] = Counter()
+    for adapter in adapters:
+        ranks.update({path: module.rank for path, module in adapter.modules.items()})
+    return max(ranks.values(), default=0)
 
 
 def choose_mode(asked: Mode, pool: AdapterPool, k: int, max_loras: int, max_rank: int) -> tuple[Mode, str]:

@@ -22,7 +22,7 @@ from logo.backends.vllm.built import hold, lora_model, nothing
 from logo.backends.vllm.gates import StepGates, turned
 from logo.backends.vllm.onsets import Onset, Rows, mapped, others
 from logo.backends.vllm.options import Options
-from logo.backends.vllm.pool import Change, KeyedPool, described, mode_of, scoring_signals
+from logo.backends.vllm.pool import Change, KeyedPool, described, merged_rank, mode_of, scoring_signals
 from logo.backends.vllm.prefixes import block_of
 from logo.backends.vllm.processes import Processes
 from logo.backends.vllm.recipe import Recipe, is_recipe
@@ -289,7 +289,10 @@ class Worker:
         """The merged adapter of a recipe, for merge mode; one of zeros, and a noted failure, if it cannot be made."""
         try:
             parts = [(self._by_key[key], weight) for key, weight in self.recipe(request.lora_path).parts]
-            if parts:
+            rank = merged_rank(adapter for adapter, _ in parts)
+            if rank > self._lora.max_lora_rank:
+                self.fail(request.lora_path, f"its rank is {rank}, and a slot has {self._lora.max_lora_rank}")
+            elif parts:
                 return lora_model(request.lora_int_id, parts, self._dtype)
         except Exception as error:  # raising here would end the engine
             self.fail(request.lora_path, f"{type(error).__name__}: {error}")
