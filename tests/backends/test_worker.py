@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from logo.backends.vllm import core, hooks, worker
 from logo.backends.vllm.pool import KeyedPool
@@ -17,8 +20,10 @@ from logo.backends.vllm.recipe import Recipe
 from logo.backends.vllm.worker import Worker
 from logo.backends.vllm.wrapper import Tapped
 from logo.errors import AdapterError, UsageError
+from logo.models import demo_folder
 from logo.pools import default_pool
 from logo.selection import Selection
+from test_engine import write_adapter
 
 KEYS = [f"{i:016x}" for i in range(4)]
 
@@ -205,6 +210,25 @@ def test_of_recipes_that_have_failed_the_last_are_remembered(monkeypatch: pytest
         made.failed(recipe(weight))
     made.failed(f"{recipe(0.3)}#1")  # it fails under its next text, too
     assert made._salts == {recipe(0.2): 1, recipe(0.3): 2, recipe(0.4): 2}
+
+
+@pytest.mark.parametrize("mode", ["gate", "auto"])
+def test_the_scheduler_counts_the_adapters_that_fit(tmp_path: Path, mode: str) -> None:
+    """As the workers do, whose gates need a slot for each of these."""
+    for task in ("antonym", "capital"):
+        shutil.copytree(demo_folder() / "adapters" / task, tmp_path / "pool" / task)
+    write_adapter(tmp_path / "pool" / "of-another-model", nn.ModuleDict({"q_proj": nn.Linear(3, 3)}), ("q_proj",), 1, 0)
+    own = {"pool": str(tmp_path / "pool"), "mode": mode, "on_bad_adapter": "skip"}
+    lora = SimpleNamespace(max_loras=2, max_lora_rank=64)
+    config = SimpleNamespace(
+        additional_config={"logo": own},
+        lora_config=lora,
+        device_config=SimpleNamespace(device_type="cuda"),
+        model_config=SimpleNamespace(model=str(demo_folder() / "model"), dtype=torch.float32, revision=None),
+    )
+    scheduler: Any = SimpleNamespace(lora_config=lora, scheduler_config=SimpleNamespace(max_num_seqs=8))
+    hooks._schedule(lambda *_, **__: None, scheduler, config)
+    assert (scheduler.lora_config.max_loras, lora.max_loras) == (8, 2)
 
 
 def test_vllms_metrics_have_no_series_per_recipe() -> None:

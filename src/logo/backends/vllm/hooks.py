@@ -40,8 +40,9 @@ from logo.backends.vllm.marks import reads_whole, seal
 from logo.backends.vllm.needs import HOOKS, HOOKS_V2, KNOWN, Function
 from logo.backends.vllm.onsets import check_invoked, hash_as
 from logo.backends.vllm.options import Options
-from logo.backends.vllm.pool import mode_of
+from logo.backends.vllm.pool import fitted_pool, mode_of
 from logo.backends.vllm.recipe import is_recipe
+from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.worker import Worker
 from logo.errors import LoGoError, ModelError, UsageError
 
@@ -172,7 +173,10 @@ def _schedule(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: 
         # answer with an overflow leaves there. Runner V1 zeroes new blocks on request.
         kwargs["kv_cache_config"] = _emptied(kwargs["kv_cache_config"])
     original(self, vllm_config, *args, **kwargs)
-    if mode_of(options, vllm_config.model_config.model, self.lora_config)[0] == "gate":
+    model = vllm_config.model_config
+    # The workers choose their mode for the adapters that fit, too.
+    fitted = fitted_pool(options, skeleton(model.model, model.dtype, model.revision))
+    if mode_of(options, self.lora_config, fitted)[0] == "gate":
         # The scheduler allows as many different adapters per batch as there are slots, but in gate mode a recipe needs
         # no slot. The workers keep their number of slots, because their `lora_config` is another object.
         self.lora_config = copy.copy(self.lora_config)

@@ -62,7 +62,7 @@ class Worker:
         self.pool = KeyedPool.open(options, self.skeleton)
         self._by_key = self.pool.by_key
         self._ids = {key: _own_id(key) for key in self._by_key}
-        self.mode, self.reason = mode_of(options, model_config.model, lora, self.pool.adapters)
+        self.mode, self.reason = mode_of(options, lora, self.pool.adapters)
         log.info("LoGo: %s mode: %s", self.mode, self.reason)
         tokens, requests = manager.max_num_batched_tokens, manager.max_num_seqs
         listed = with_kernels(options.products, self._device)
@@ -320,7 +320,7 @@ class Worker:
                 f"pass --max-loras {self._slots + 1} or more"
             )
         if self.mode != "gate" or lacking:
-            mode_of(self.options, "", self._lora, pool.adapters)  # raises an error if slots cannot hold the ranks
+            mode_of(self.options, self._lora, pool.adapters)  # raises an error if slots cannot hold the ranks
         unread = self._read_at(pool.adapters) - self._places
         if unread and (self._compiled or any(how == "residual" for how, _ in unread)):
             where = ", ".join(sorted(path for _, path in unread))
