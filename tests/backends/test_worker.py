@@ -19,7 +19,7 @@ from logo.backends.vllm.pool import KeyedPool
 from logo.backends.vllm.recipe import Recipe
 from logo.backends.vllm.worker import Worker
 from logo.backends.vllm.wrapper import Tapped
-from logo.errors import AdapterError, UsageError
+from logo.errors import AdapterError, ModelError, UsageError
 from logo.models import demo_folder
 from logo.pools import default_pool
 from logo.selection import Selection
@@ -229,6 +229,24 @@ def test_the_scheduler_counts_the_adapters_that_fit(tmp_path: Path, mode: str) -
     scheduler: Any = SimpleNamespace(lora_config=lora, scheduler_config=SimpleNamespace(max_num_seqs=8))
     hooks._schedule(lambda *_, **__: None, scheduler, config)
     assert (scheduler.lora_config.max_loras, lora.max_loras) == (8, 2)
+
+
+def config(lora: dict[str, Any], **parallel: Any) -> Any:
+    """vLLM's configuration, as far as LoGo refuses it."""
+    sizes = {"pipeline_parallel_size": 1, "data_parallel_size": 1, **parallel}
+    given = SimpleNamespace(**{"fully_sharded_loras": False, **lora})
+    return SimpleNamespace(parallel_config=SimpleNamespace(**sizes), lora_config=given)
+
+
+def test_what_would_be_wrong_is_refused() -> None:
+    hooks._check(config({}))
+    for refused, said in (
+        (config({"enable_tower_connector_lora": True}), "--enable-tower-connector-lora"),
+        (config({"fully_sharded_loras": True}), "--fully-sharded-loras"),
+        (config({}, pipeline_parallel_size=2), "pipeline"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            hooks._check(refused)
 
 
 def test_vllms_metrics_have_no_series_per_recipe() -> None:

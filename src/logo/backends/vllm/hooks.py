@@ -151,6 +151,8 @@ def _check(vllm_config: Any) -> None:
         raise ModelError("LoGo writes the gates of whole batches: leave out --enable-dbo and --ubatch-size")
     if vllm_config.lora_config.fully_sharded_loras:
         raise ModelError("LoGo multiplies adapters whole on every rank: leave out --fully-sharded-loras")
+    if getattr(vllm_config.lora_config, "enable_tower_connector_lora", False):
+        raise ModelError("LoGo mixes adapters of the language model alone: leave out --enable-tower-connector-lora")
 
 
 def _wrapper(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -243,8 +245,7 @@ def _activate(original: Any, self: Any, requests: set[Any], mapping: Any) -> Any
     recipes = {request for request in requests if is_recipe(request.lora_path)}
     try:
         worker.begin_step(requests)
-        if getattr(getattr(mapping, "type", None), "name", "LANGUAGE") == "LANGUAGE":  # else: what reads pictures
-            mapping = worker.mapped(mapping)
+        mapping = worker.mapped(mapping)
     except Exception as error:
         _failed(worker, recipes, error)
     if worker.mode == "gate":
