@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from logo.errors import UsageError
@@ -76,12 +76,40 @@ def messages(path: str, body: Mapping[str, Any]) -> list[Any]:
     turns = [{"role": "user", "content": said}] if isinstance(said, str) else said if isinstance(said, list) else []
     instructions = body.get("instructions")
     first = [{"role": "system", "content": instructions}] if isinstance(instructions, str) else []
-    return [*first, *(_message(turn) for turn in turns)]
+    return [*first, *_translated(turns)]
+
+
+def _translated(items: Iterable[Any]) -> list[Any]:
+    """The items of a `/v1/responses` request as chat messages, as vLLM translates them; others, such as reasoning, are
+    left out."""
+    turns: list[Any] = []
+    for item in items:
+        if not isinstance(item, Mapping) or "role" in item:
+            turns.append(_message(item))
+        elif item.get("type") == "function_call":
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            call = {"id": item.get("call_id"), "type": "function", "function": function}
+            before = turns[-1] if turns and isinstance(turns[-1], Mapping) else {}
+            if before.get("role") == "assistant":  # templates expect all calls of a turn in one message
+                calls = before.get("tool_calls")
+                turns[-1] = {**before, "tool_calls": [*(calls if isinstance(calls, list) else ()), call]}
+            else:
+                turns.append({"role": "assistant", "tool_calls": [call]})
+        elif item.get("type") == "function_call_output":
+            turns.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": _text(item.get("output"))})
+    return turns
 
 
 def _message(item: Any) -> Any:
-    """An item of a `/v1/responses` request as a chat message; items without a list of parts are returned unchanged."""
+    """A message of a `/v1/responses` request as a chat message; one without a list of parts is returned unchanged."""
     if not isinstance(item, Mapping) or not isinstance(item.get("content"), list):
         return item
-    parts = [part.get("text") for part in item["content"] if isinstance(part, Mapping)]
-    return {"role": item.get("role"), "content": "".join(part for part in parts if isinstance(part, str))}
+    return {"role": item.get("role"), "content": _text(item["content"])}
+
+
+def _text(content: Any) -> Any:
+    """The texts of a list of parts, joined; anything else is returned unchanged."""
+    if not isinstance(content, list):
+        return content
+    parts = [part.get("text") for part in content if isinstance(part, Mapping)]
+    return "".join(part for part in parts if isinstance(part, str))
