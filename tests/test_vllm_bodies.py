@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from logo.backends.vllm.bodies import CHAT, COMPLETIONS, RESPONSES, messages, probe
 
 CALL = {"type": "function_call", "call_id": "1", "name": "look", "arguments": "{}"}
@@ -40,3 +42,25 @@ def test_a_conversation_with_tools_is_probed() -> None:
         ]
     )
     assert HISTORY[3] == CALL and "tool_calls" not in HISTORY[2]  # the answer gets the request as it came
+
+
+SENT = {"cache_salt": "tenant", "priority": 3, "user": "me"}
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, RESPONSES])
+@pytest.mark.parametrize("probe_text", [None, "all"])
+def test_a_probe_is_salted_and_scheduled_as_its_answer(path: str, probe_text: Any) -> None:
+    said = {COMPLETIONS: "prompt", CHAT: "messages", RESPONSES: "input"}[path]
+    what = [{"role": "user", "content": "hello"}] if path == CHAT else "hello"
+    _, asked = probe(path, {said: what, "seed": 4, **SENT}, "base", probe_text)
+    assert {name: asked.get(name) for name in SENT} == SENT and "seed" not in asked
+    assert not probe(path, {said: what}, "base", probe_text)[1].keys() & SENT.keys()
+
+
+def test_a_probe_is_cut_and_reads_pictures_as_its_answer() -> None:
+    cut = {"truncate_prompt_tokens": 9, "truncation_side": "left"}
+    assert cut.items() <= probe(COMPLETIONS, {"prompt": "hello", **cut}, "base", None)[1].items()
+    cut |= {"mm_processor_kwargs": {"size": 1}, "media_io_kwargs": {"image": {}}}
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    path, asked = probe(CHAT, {"messages": messages, **cut}, "base", None)
+    assert path == CHAT and cut.items() <= asked.items()

@@ -16,9 +16,12 @@ POOLED = (*PATHS, "/v1/models", "/v1/logo/select", "/v1/logo/adapters")
 
 Body = dict[str, Any]
 
+# The fields of every probe: whose cached blocks it may use, and when it runs.
+_SENT = ("cache_salt", "priority", "user")
+
 # The fields that decide how a prompt is read; other fields of the body could only make a probe fail or take longer.
 _READ = {
-    COMPLETIONS: ("prompt", "add_special_tokens", "truncate_prompt_tokens", "priority", "user"),
+    COMPLETIONS: ("prompt", "add_special_tokens", "truncate_prompt_tokens", "truncation_side"),
     CHAT: (
         "messages",
         "tools",
@@ -29,10 +32,11 @@ _READ = {
         "add_special_tokens",
         "continue_final_message",
         "documents",
+        "media_io_kwargs",
+        "mm_processor_kwargs",
         "reasoning_effort",
         "truncate_prompt_tokens",
-        "priority",
-        "user",
+        "truncation_side",
     ),
 }
 
@@ -53,7 +57,8 @@ def probe(path: str, body: Body, base: str, probe_text: ProbeText | None) -> tup
         base: the base model's name.
         probe_text: what of a conversation is probed.
     """
-    one = {"model": base, "max_tokens": 1, "temperature": 0.0}
+    one: Body = {"model": base, "max_tokens": 1, "temperature": 0.0}
+    one |= {name: body[name] for name in _SENT if name in body}
     text = None
     if path != COMPLETIONS:
         try:
