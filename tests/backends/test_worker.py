@@ -249,6 +249,18 @@ def test_what_would_be_wrong_is_refused() -> None:
             hooks._check(refused)
 
 
+def test_speculation_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(hooks.log, "warning", said.append)
+    plain = config({})
+    plain.speculative_config = None
+    hooks._check(plain)
+    assert not said
+    plain.speculative_config = SimpleNamespace(num_speculative_tokens=3)
+    hooks._check(plain)
+    assert len(said) == 1 and "speculative decoding" in said[0]
+
+
 def test_vllms_metrics_have_no_series_per_recipe() -> None:
     counted = []
     for name in ("logo://0123456789abcdef:1", "an-adapter", None):

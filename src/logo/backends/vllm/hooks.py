@@ -139,7 +139,7 @@ def _create(original: Any, self: Any, model: Any, vllm_config: Any) -> Any:
 
 
 def _check(vllm_config: Any) -> None:
-    """Raises an error if this vLLM configuration is one that LoGo does not support."""
+    """Raises an error if this vLLM configuration is one that LoGo does not support; warns of what works in part."""
     check_environment(os.environ)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ModelError("LoGo reads layers in one process: use --tensor-parallel-size instead of pipeline parallelism")
@@ -153,6 +153,11 @@ def _check(vllm_config: Any) -> None:
         raise ModelError("LoGo multiplies adapters whole on every rank: leave out --fully-sharded-loras")
     if getattr(vllm_config.lora_config, "enable_tower_connector_lora", False):
         raise ModelError("LoGo mixes adapters of the language model alone: leave out --enable-tower-connector-lora")
+    if getattr(vllm_config, "speculative_config", None) is not None:
+        log.warning(
+            "LoGo: with speculative decoding, vLLM does not report which answer of a batch overflows, so the error may "
+            "end another answer with a mixture"
+        )
 
 
 def _wrapper(original: Any, *args: Any, **kwargs: Any) -> Any:
