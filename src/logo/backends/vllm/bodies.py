@@ -72,6 +72,14 @@ def probe(path: str, body: Body, base: str, probe_text: ProbeText | None) -> tup
     return path, {**{name: body[name] for name in _READ[path] if name in body}, **one}
 
 
+def scores_prompt(path: str, body: Body) -> bool:
+    """Whether a request asks for log probabilities of the tokens of its prompt."""
+    given = [body.get("prompt_logprobs")]
+    if body.get("echo"):
+        given.append(body.get("logprobs" if path == COMPLETIONS else "top_logprobs"))
+    return any(number is not None for number in given)
+
+
 def messages(path: str, body: Mapping[str, Any]) -> list[Any]:
     """The conversation of a chat, or of a request to `/v1/responses`."""
     if path == CHAT:

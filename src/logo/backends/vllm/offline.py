@@ -24,6 +24,7 @@ from logo.backends.vllm.core import Core, values
 from logo.backends.vllm.hooks import version
 from logo.backends.vllm.likelihood import scored, scoring
 from logo.backends.vllm.marks import reading
+from logo.backends.vllm.pool import head_adapter
 from logo.backends.vllm.probing import InWorkers
 from logo.backends.vllm.requests import Group, Requests, Running
 from logo.backends.vllm.sampling import check_config, parameters
@@ -260,8 +261,7 @@ class VllmLoGo(Calls):
     ) -> list[Scored]:
         # Checks the pairs. vLLM needs room for one more token behind a prompt, even if none is requested.
         continued_rows(pairs, mixtures, (self.prompts.context or 0) - 1)
-        head = next((a.name for a in self.pool if any(path.endswith("lm_head") for path in a.modules)), None)
-        if head is not None:
+        if (head := head_adapter(self.pool)) is not None:
             raise UsageError(
                 f"score: adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last "
                 "token's alone; use the engine 'local'"

@@ -180,6 +180,11 @@ def rank_of(adapter: Adapter) -> int:
     return max(adapter.ranks)
 
 
+def head_adapter(pool: Iterable[Adapter]) -> str | None:
+    """The name of an adapter that acts on the output head; None if there is none."""
+    return next((adapter.name for adapter in pool if any(path.endswith("lm_head") for path in adapter.modules)), None)
+
+
 def merged_rank(adapters: Iterable[Adapter]) -> int:
     """The rank of these adapters merged into one: that of the module where theirs have the largest sum."""
     ranks: Counter[str] = Counter()
