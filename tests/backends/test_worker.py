@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from logo.backends.vllm import core, hooks, worker
+from logo.backends.vllm.offline import VllmLoGo
 from logo.backends.vllm.pool import KeyedPool
 from logo.backends.vllm.recipe import Recipe
 from logo.backends.vllm.worker import Worker
@@ -247,6 +248,14 @@ def test_what_would_be_wrong_is_refused() -> None:
     ):
         with pytest.raises(ModelError, match=said):
             hooks._check(refused)
+
+
+def test_a_mixture_that_any_rank_could_not_make_is_an_error() -> None:
+    made: Any = object.__new__(VllmLoGo)
+    made._call = lambda name, keys: [dict.fromkeys(keys), {**dict.fromkeys(keys), recipe(0.5): "out of memory"}]
+    made._check_mixed([recipe(0.25)])
+    with pytest.raises(ModelError, match="the mixture could not be made: out of memory"):
+        made._check_mixed([recipe(0.25), recipe(0.5)])
 
 
 def test_speculation_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:

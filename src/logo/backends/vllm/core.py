@@ -230,6 +230,14 @@ def values(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [answer["value"] for answer in answers]
 
 
+def outcomes(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The outcome of each probe and each mixture (see `Worker.take`): the first failure that any worker reports, else
+    that of the first worker."""
+    first, *others = answers
+    failed = {key: found for one in reversed(others) for key, found in one.items() if isinstance(found, str)}
+    return {key: found if isinstance(found, str) else failed.get(key, found) for key, found in first.items()}
+
+
 def texts_of(opened: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     """The texts (token ids) that vLLM has to run next for a signal, from the replies of the workers; empty if none."""
     return next((one["texts"] for one in opened if one["texts"]), [])

@@ -20,7 +20,7 @@ from transformers import TextStreamer
 from logo.adapters.activation import NotInvoked
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
-from logo.backends.vllm.core import Core, values
+from logo.backends.vllm.core import Core, outcomes, values
 from logo.backends.vllm.hooks import version
 from logo.backends.vllm.likelihood import scored, scoring
 from logo.backends.vllm.marks import reading
@@ -246,7 +246,7 @@ class VllmLoGo(Calls):
     def _check_mixed(self, recipes: Sequence[str]) -> None:
         """Raises ModelError if a worker could not mix one of these recipes."""
         asked = list(dict.fromkeys(recipes))
-        failed = [reason for reason in self._call("logo_take", asked)[0].values() if reason] if asked else []
+        failed = [reason for reason in outcomes(self._call("logo_take", asked)).values() if reason] if asked else []
         if failed:
             raise ModelError(f"the mixture could not be made: {failed[0]}")
 
