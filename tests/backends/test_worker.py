@@ -258,6 +258,28 @@ def test_a_mixture_that_any_rank_could_not_make_is_an_error() -> None:
         made._check_mixed([recipe(0.25), recipe(0.5)])
 
 
+def test_no_error_of_a_call_reaches_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would leave the replies of other ranks in their queues, where later calls would find them."""
+    logged: list[Any] = []
+    monkeypatch.setattr(hooks.log, "error", lambda *_, exc_info: logged.append(exc_info))
+    raised: dict[str, Exception] = {
+        "no such adapter": UsageError("no such adapter"),
+        "OutOfMemoryError: no room for 2 GB": torch.OutOfMemoryError("no room\n for 2 GB"),
+        "KeyError: 'a'": KeyError("a"),
+    }
+
+    def call(worker: Any, error: Exception | None) -> str:
+        if error is not None:
+            raise error
+        return "done"
+
+    answer = hooks._answering(call)
+    assert answer(None, None) == {"value": "done"}
+    for said, error in raised.items():
+        assert answer(None, error) == {"error": said}
+    assert logged == list(raised.values())[1:]
+
+
 def test_speculation_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(hooks.log, "warning", said.append)
