@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
 
 from logo.api.asgi import Message, Receive, Scope, Send
-from logo.api.errors import ApiError, failed
+from logo.api.errors import ApiError, failed, unavailable
 from logo.backends.vllm.overflows import notice, watched
 from logo.backends.vllm.rewriting import Rewriting, run
+from logo.backends.vllm.several import Run, merged_stream
+from logo.errors import UsageError
 
 SCOPE: Scope = {"type": "http"}
 ERROR = failed("not finite", "not_finite")
@@ -169,6 +173,38 @@ def test_what_an_app_raises_is_raised() -> None:
     client = Client()
     with pytest.raises(ValueError, match="broken"):
         asyncio.run(run(broken, SCOPE, client.receive, Rewriting(client.send, lambda *_: None), asyncio.Event()))
+
+
+def test_a_stream_of_several_prompts_tells_of_those_that_are_refused() -> None:
+    """Some are refused before they answer: the pool has changed, or the mixture cannot be made."""
+    gone, large = unavailable("the pool changed", retry_after=1), UsageError("mix fewer adapters")
+
+    async def refused(send: Send, error: Exception) -> None:
+        raise error
+
+    async def answered(send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        event = b'data: {"id": "x", "choices": [{"index": 0, "text": "a"}]}\n\n'
+        await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    def streamed(*run: Run) -> Client:
+        client = Client()
+        asyncio.run(merged_stream(client.send, run, [{}] * len(run), 1))
+        return client
+
+    some = streamed(partial(refused, error=large), answered, partial(refused, error=gone))
+    assert some.status == 200
+    *events, end = [json.loads(line[6:]) if b"{" in line else line for line in some.body.split(b"\n") if line]
+    assert end == b"data: [DONE]" and len(events) == 3
+    assert [found["choices"][0]["index"] for found in events if "choices" in found] == [1]
+    told = [found["error"]["message"] for found in events if "error" in found]
+    assert told == ["mix fewer adapters", "the pool changed"]
+    none = streamed(partial(refused, error=large), partial(refused, error=gone))
+    assert none.status == 400 and json.loads(none.body)["error"]["message"] == "mix fewer adapters"
+    assert streamed(partial(refused, error=gone), partial(refused, error=large)).status == 503
+    with pytest.raises(ValueError, match="a fault"):
+        streamed(partial(refused, error=ValueError("a fault")))
 
 
 @dataclass

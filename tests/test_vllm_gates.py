@@ -203,6 +203,11 @@ def test_options_come_from_both_places() -> None:
         ({}, {OPTIONS: "{", POOL: "p"}, "LOGO_OPTIONS: expected a JSON object"),
         ({"logo": {"mode": "fast"}}, {POOL: "p"}, "mode: expected one of auto, gate, merge, found 'fast'"),
         ({"logo": {"products": "fast"}}, {POOL: "p"}, "products: expected one of auto, kernels, plain, found 'fast'"),
+        (
+            {"logo": {"on_bad_adapter": "Error"}},
+            {POOL: "p"},
+            "on_bad_adapter: expected one of error, skip, found 'Error'",
+        ),
         ({"logo": {"signals": ["nosuch"]}}, {POOL: "p"}, "unknown signal 'nosuch'"),
         ({"logo": {"probe_context": "pool", "signal": "norm"}}, {POOL: "p"}, "leave out probe_context"),
     ],

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from logo.adapters.layout import BaseLayout
 from logo.backends.vllm.options import OPTIONS, POOL, Options
 from logo.backends.vllm.pool import KeyedPool, check_alike, described
+from logo.backends.vllm.probing import InWorkers
 from logo.backends.vllm.processes import Processes
-from logo.errors import AdapterError, PoolError, UsageError
+from logo.backends.vllm.workers import Workers
+from logo.errors import AdapterError, ModelError, PoolError, UsageError
 from logo.models import demo_folder, load_skeleton
 from logo.selection import Selection
 from make_adapters import edit_weights
@@ -56,6 +61,33 @@ def test_an_adapter_is_forgotten_when_every_process_has_released_it() -> None:
     assert found.held("b") == [] and found.release("b", ["three"]) == []
     found.changed(["one", "three"], ["one"])
     assert found.held("late") == ["three"]  # a change that it has not followed yet may still give it
+
+
+class Ranks:
+    """vLLM's client of an engine with several ranks, each of which has these outcomes."""
+
+    def __init__(self, *outcomes: dict[str, Any]) -> None:
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace())
+        self.outcomes = outcomes
+
+    async def collective_rpc(self, name: str, args: Any) -> list[dict[str, Any]]:
+        return [{"value": {key: outcomes[key] for key in args[0]}} for outcomes in self.outcomes]
+
+
+def test_what_any_rank_could_not_do_is_an_error() -> None:
+    recipe, other, scores = "logo://a:1", "logo://b:1", ["digest", [1.0, 2.0]]
+    first = {recipe: None, other: None, "probe": scores, "again": scores}
+    second = {recipe: "out of memory", other: None, "probe": "the prompt was not run", "again": scores}
+    workers = Workers(Ranks(first, first, second))
+
+    async def taken() -> list[Any]:
+        return await asyncio.gather(*map(workers.take, first))
+
+    assert asyncio.run(taken()) == ["out of memory", None, "the prompt was not run", scores]
+    probing: Any = object.__new__(InWorkers)
+    probing._run, probing._call = (lambda rows, whole: ["probe", "again"]), lambda name, keys: [first, second]
+    with pytest.raises(ModelError, match="the prompt was not run"):
+        probing._probed([([1], "norm"), ([2], "norm")], whole=True)
 
 
 def copied(folder: Path, task: str, scale: float = 1.0) -> Path:

@@ -20,15 +20,20 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     await answer(send, 200, b'{"from": "vllm"}')
 
 
-def asked(model: str, resolvers: tuple[Any, ...] = (), **more: Any) -> tuple[int, Any]:
-    """Status and body of the answer to a request for a model."""
+def asked(
+    model: str, resolvers: tuple[Any, ...] = (), path: str = "/v1/completions", module: str = "q_proj", **more: Any
+) -> tuple[int, Any]:
+    """Status and body of the answer to a request for a model; `module`: what the adapters act on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(router_module, "Counts", lambda: None)  # its metrics can be registered once per process
         router: Any = Router(app)
+    names = ("antonym", "team/french")
+    adapters = [SimpleNamespace(name=name, modules=(f"model.layers.0.{module}",)) for name in names]
     router._core = SimpleNamespace(
         options=SimpleNamespace(max_body_mb=1.0),
-        pool=SimpleNamespace(keys={"antonym": "0", "team/french": "1"}),
-        models=lambda base: Models(base, ("antonym", "team/french"), ("calibrated",)),
+        pool=SimpleNamespace(keys=dict.fromkeys(names, "0"), adapters=adapters),
+        signal=lambda wanted: pytest.fail("probed"),
+        models=lambda base: Models(base, names, ("calibrated",)),
     )
     paths = [SimpleNamespace(name=name) for name in ("base", "other-name")]
     router._models = SimpleNamespace(base_model_paths=paths, lora_requests={"native": 1}, lora_resolvers=resolvers)
@@ -40,7 +45,7 @@ def asked(model: str, resolvers: tuple[Any, ...] = (), **more: Any) -> tuple[int
     async def send(message: Message) -> None:
         sent.append(message)
 
-    scope: Scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": []}
     asyncio.run(router(scope, receive, send))
     return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent))
 
@@ -65,3 +70,25 @@ def test_options_beside_the_field_logo_are_refused() -> None:
     status, said = asked("antonym", k=1)
     assert (status, said["error"]["param"]) == (400, "k")
     assert asked("base", k=1) == (200, {"from": "vllm"})
+
+
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        ("/v1/completions", {"prompt_logprobs": 0}),
+        ("/v1/completions", {"echo": True, "logprobs": 0}),
+        ("/v1/chat/completions", {"prompt_logprobs": 1}),
+        ("/v1/chat/completions", {"echo": True, "logprobs": True, "top_logprobs": 2}),
+    ],
+)
+def test_probabilities_of_a_prompt_are_refused_with_adapters_of_the_output_head(
+    path: str, options: dict[str, Any]
+) -> None:
+    for model in ("antonym", "logo"):
+        status, said = asked(model, path=path, module="lm_head", **options)
+        assert (status, said["error"]["param"]) == (400, "prompt_logprobs")
+        assert "adapter 'antonym' acts on the output head" in said["error"]["message"]
+    assert asked("base", path=path, module="lm_head", **options)[0] == 200
+    for module, others in (("q_proj", options), ("lm_head", {"logprobs": 1, "echo": False, "prompt_logprobs": None})):
+        with pytest.raises(pytest.fail.Exception, match="probed"):
+            asked("logo", path=path, module=module, **others)

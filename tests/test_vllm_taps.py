@@ -17,10 +17,10 @@ from torch import Tensor
 
 from logo.backends.vllm.marks import WHOLE, marked, reads_whole, span
 from logo.backends.vllm.prefixes import Prefixes, digests
-from logo.backends.vllm.sums import Span, Step
+from logo.backends.vllm.sums import PromptSums, Span, Step
 from logo.backends.vllm.taps import CHANGED, UNKNOWN_PREFIX, Taps
 from logo.selection import signals
-from logo.selection.emphasis import emphasised
+from logo.selection.emphasis import emphasised, late_along
 from logo.selection.points import Point
 from logo.selection.settings import SelectionSettings
 
@@ -359,6 +359,16 @@ def test_a_prefix_is_known_by_its_tokens(prompt: list[int], block: int) -> None:
     assert not set(found) & set(digests(prompt, block, "norm"))
     changed = [(prompt[0] + 1) % 6, *prompt[1:]] if prompt else []
     assert not set(found) & set(digests(changed, block, "calibrated"))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_sum_of_a_prompt_keeps_no_blocks(late: bool) -> None:
+    sums = PromptSums("calibrated", 400)
+    for _ in range(2):
+        parts = torch.rand(50, 4)
+        sums.add(0, parts, 50, late_along(torch.ones(50)) if late else None)
+        sums.ended.clear()  # as the taps do at the end of the step
+        assert sums.by_point[0].untyped_storage().nbytes() == 4 * 4
 
 
 def test_prefixes_that_were_not_used_for_longest_leave() -> None:

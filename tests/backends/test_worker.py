@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from logo.backends.vllm import core, hooks, worker
+from logo.backends.vllm.offline import VllmLoGo
+from logo.backends.vllm.pool import KeyedPool
 from logo.backends.vllm.recipe import Recipe
 from logo.backends.vllm.worker import Worker
 from logo.backends.vllm.wrapper import Tapped
-from logo.errors import AdapterError
+from logo.errors import AdapterError, ModelError, UsageError
+from logo.models import demo_folder
+from logo.pools import default_pool
+from logo.selection import Selection
+from test_engine import write_adapter
 
 KEYS = [f"{i:016x}" for i in range(4)]
 
@@ -164,6 +173,36 @@ def test_a_new_adapter_that_cannot_be_loaded_leaves_the_pool_as_it_was(made: Any
     assert len(made._worker_manager._adapter_manager.removed) == 1  # its slot is free again
 
 
+@pytest.fixture(scope="module")
+def demo() -> KeyedPool:
+    """The demo's adapters, which have rank 8."""
+    return KeyedPool.of(default_pool("demo"))
+
+
+def test_a_mixture_that_no_slot_can_hold_is_refused(demo: KeyedPool) -> None:
+    made: Any = object.__new__(core.Core)
+    made.pool, made.mode, made._max_rank = demo, "merge", 32
+    made._salts, made._live, made._answering, made._texts = Counter(), Counter(), Counter(), {}
+    names = list(demo.keys)
+    with made.request(Selection.forced(dict.fromkeys(names[:4], 0.25))) as request:
+        assert len(Recipe.parse(request.lora_path).keys) == 4
+    five = Selection.forced(dict.fromkeys(names[:5], 0.2))
+    with pytest.raises(UsageError, match=r"the 5 adapters of this mixture have rank 40 together.*is 32.*-rank 64"):
+        made.request(five).__enter__()
+    made.mode = "gate"
+    with made.request(five) as request:
+        assert len(Recipe.parse(request.lora_path).keys) == 5
+
+
+def test_a_mixture_that_no_slot_can_hold_does_not_reach_vllm(made: Any, demo: KeyedPool) -> None:
+    made.mode, made.pool, made._by_key = "merge", demo, demo.by_key
+    made._lora, made._dtype = SimpleNamespace(max_lora_rank=32), torch.float32
+    fits, large = (demo.recipe(Selection.forced(dict.fromkeys(list(demo.keys)[:n], 0.2))) for n in (4, 5))
+    assert made.merged(Request(7, str(fits))).rank == 32 and not made._failures
+    assert made.merged(Request(8, str(large))).rank == 1
+    assert made._failures == {str(large): "its rank is 40, and a slot has 32"}
+
+
 def test_of_recipes_that_have_failed_the_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core, "_FAILED", 3)
     made: Any = object.__new__(core.Core)
@@ -172,6 +211,85 @@ def test_of_recipes_that_have_failed_the_last_are_remembered(monkeypatch: pytest
         made.failed(recipe(weight))
     made.failed(f"{recipe(0.3)}#1")  # it fails under its next text, too
     assert made._salts == {recipe(0.2): 1, recipe(0.3): 2, recipe(0.4): 2}
+
+
+@pytest.mark.parametrize("mode", ["gate", "auto"])
+def test_the_scheduler_counts_the_adapters_that_fit(tmp_path: Path, mode: str) -> None:
+    """As the workers do, whose gates need a slot for each of these."""
+    for task in ("antonym", "capital"):
+        shutil.copytree(demo_folder() / "adapters" / task, tmp_path / "pool" / task)
+    write_adapter(tmp_path / "pool" / "of-another-model", nn.ModuleDict({"q_proj": nn.Linear(3, 3)}), ("q_proj",), 1, 0)
+    own = {"pool": str(tmp_path / "pool"), "mode": mode, "on_bad_adapter": "skip"}
+    lora = SimpleNamespace(max_loras=2, max_lora_rank=64)
+    config = SimpleNamespace(
+        additional_config={"logo": own},
+        lora_config=lora,
+        device_config=SimpleNamespace(device_type="cuda"),
+        model_config=SimpleNamespace(model=str(demo_folder() / "model"), dtype=torch.float32, revision=None),
+    )
+    scheduler: Any = SimpleNamespace(lora_config=lora, scheduler_config=SimpleNamespace(max_num_seqs=8))
+    hooks._schedule(lambda *_, **__: None, scheduler, config)
+    assert (scheduler.lora_config.max_loras, lora.max_loras) == (8, 2)
+
+
+def config(lora: dict[str, Any], **parallel: Any) -> Any:
+    """vLLM's configuration, as far as LoGo refuses it."""
+    sizes = {"pipeline_parallel_size": 1, "data_parallel_size": 1, **parallel}
+    given = SimpleNamespace(**{"fully_sharded_loras": False, **lora})
+    return SimpleNamespace(parallel_config=SimpleNamespace(**sizes), lora_config=given)
+
+
+def test_what_would_be_wrong_is_refused() -> None:
+    hooks._check(config({}))
+    for refused, said in (
+        (config({"enable_tower_connector_lora": True}), "--enable-tower-connector-lora"),
+        (config({"fully_sharded_loras": True}), "--fully-sharded-loras"),
+        (config({}, pipeline_parallel_size=2), "pipeline"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            hooks._check(refused)
+
+
+def test_a_mixture_that_any_rank_could_not_make_is_an_error() -> None:
+    made: Any = object.__new__(VllmLoGo)
+    made._call = lambda name, keys: [dict.fromkeys(keys), {**dict.fromkeys(keys), recipe(0.5): "out of memory"}]
+    made._check_mixed([recipe(0.25)])
+    with pytest.raises(ModelError, match="the mixture could not be made: out of memory"):
+        made._check_mixed([recipe(0.25), recipe(0.5)])
+
+
+def test_no_error_of_a_call_reaches_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would leave the replies of other ranks in their queues, where later calls would find them."""
+    logged: list[Any] = []
+    monkeypatch.setattr(hooks.log, "error", lambda *_, exc_info: logged.append(exc_info))
+    raised: dict[str, Exception] = {
+        "no such adapter": UsageError("no such adapter"),
+        "OutOfMemoryError: no room for 2 GB": torch.OutOfMemoryError("no room\n for 2 GB"),
+        "KeyError: 'a'": KeyError("a"),
+    }
+
+    def call(worker: Any, error: Exception | None) -> str:
+        if error is not None:
+            raise error
+        return "done"
+
+    answer = hooks._answering(call)
+    assert answer(None, None) == {"value": "done"}
+    for said, error in raised.items():
+        assert answer(None, error) == {"error": said}
+    assert logged == list(raised.values())[1:]
+
+
+def test_speculation_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(hooks.log, "warning", said.append)
+    plain = config({})
+    plain.speculative_config = None
+    hooks._check(plain)
+    assert not said
+    plain.speculative_config = SimpleNamespace(num_speculative_tokens=3)
+    hooks._check(plain)
+    assert len(said) == 1 and "speculative decoding" in said[0]
 
 
 def test_vllms_metrics_have_no_series_per_recipe() -> None:

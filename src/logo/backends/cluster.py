@@ -140,7 +140,7 @@ def process_resources(ray: Any, layout: Layout) -> ProcessResources:
     gpus_there, cpus_there = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("GPU", "CPU"))
     gpus = float(gpus_there > 0) if layout.gpus is None else layout.gpus
     local = layout.address == LOCAL
-    alone = max(1, int(gpus_there // gpus)) if gpus else 1
+    alone = max(1, _shares(gpus_there, gpus)) if gpus else 1
     cpus = layout.cpus or (max(1, (os.cpu_count() or 1) // (layout.count or alone)) if local else 1)
     room = sum(_fit(node, cpus, gpus) for node in nodes)
     count = layout.count or (min(alone, room) if local else room)
@@ -152,5 +152,10 @@ def process_resources(ray: Any, layout: Layout) -> ProcessResources:
 
 
 def _fit(node: dict[str, float], cpus: int, gpus: float) -> int:
-    fit = node.get("CPU", 0.0) // cpus
-    return int(min(fit, node.get("GPU", 0.0) // gpus) if gpus else fit)
+    fit = int(node.get("CPU", 0.0) // cpus)
+    return min(fit, _shares(node.get("GPU", 0.0), gpus)) if gpus else fit
+
+
+def _shares(there: float, each: float) -> int:
+    """The number of processes that the GPUs suffice for."""
+    return int(there / each + 1e-6)  # 1.0 // 0.2 is 4.0

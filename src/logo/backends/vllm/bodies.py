@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from logo.errors import UsageError
@@ -16,9 +16,12 @@ POOLED = (*PATHS, "/v1/models", "/v1/logo/select", "/v1/logo/adapters")
 
 Body = dict[str, Any]
 
+# The fields of every probe: whose cached blocks it may use, and when it runs.
+_SENT = ("cache_salt", "priority", "user")
+
 # The fields that decide how a prompt is read; other fields of the body could only make a probe fail or take longer.
 _READ = {
-    COMPLETIONS: ("prompt", "add_special_tokens", "truncate_prompt_tokens", "priority", "user"),
+    COMPLETIONS: ("prompt", "add_special_tokens", "truncate_prompt_tokens", "truncation_side"),
     CHAT: (
         "messages",
         "tools",
@@ -29,10 +32,11 @@ _READ = {
         "add_special_tokens",
         "continue_final_message",
         "documents",
+        "media_io_kwargs",
+        "mm_processor_kwargs",
         "reasoning_effort",
         "truncate_prompt_tokens",
-        "priority",
-        "user",
+        "truncation_side",
     ),
 }
 
@@ -53,7 +57,8 @@ def probe(path: str, body: Body, base: str, probe_text: ProbeText | None) -> tup
         base: the base model's name.
         probe_text: what of a conversation is probed.
     """
-    one = {"model": base, "max_tokens": 1, "temperature": 0.0}
+    one: Body = {"model": base, "max_tokens": 1, "temperature": 0.0}
+    one |= {name: body[name] for name in _SENT if name in body}
     text = None
     if path != COMPLETIONS:
         try:
@@ -67,6 +72,14 @@ def probe(path: str, body: Body, base: str, probe_text: ProbeText | None) -> tup
     return path, {**{name: body[name] for name in _READ[path] if name in body}, **one}
 
 
+def scores_prompt(path: str, body: Body) -> bool:
+    """Whether a request asks for log probabilities of the tokens of its prompt."""
+    given = [body.get("prompt_logprobs")]
+    if body.get("echo"):
+        given.append(body.get("logprobs" if path == COMPLETIONS else "top_logprobs"))
+    return any(number is not None for number in given)
+
+
 def messages(path: str, body: Mapping[str, Any]) -> list[Any]:
     """The conversation of a chat, or of a request to `/v1/responses`."""
     if path == CHAT:
@@ -76,12 +89,40 @@ def messages(path: str, body: Mapping[str, Any]) -> list[Any]:
     turns = [{"role": "user", "content": said}] if isinstance(said, str) else said if isinstance(said, list) else []
     instructions = body.get("instructions")
     first = [{"role": "system", "content": instructions}] if isinstance(instructions, str) else []
-    return [*first, *(_message(turn) for turn in turns)]
+    return [*first, *_translated(turns)]
+
+
+def _translated(items: Iterable[Any]) -> list[Any]:
+    """The items of a `/v1/responses` request as chat messages, as vLLM translates them; others, such as reasoning, are
+    left out."""
+    turns: list[Any] = []
+    for item in items:
+        if not isinstance(item, Mapping) or "role" in item:
+            turns.append(_message(item))
+        elif item.get("type") == "function_call":
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            call = {"id": item.get("call_id"), "type": "function", "function": function}
+            before = turns[-1] if turns and isinstance(turns[-1], Mapping) else {}
+            if before.get("role") == "assistant":  # templates expect all calls of a turn in one message
+                calls = before.get("tool_calls")
+                turns[-1] = {**before, "tool_calls": [*(calls if isinstance(calls, list) else ()), call]}
+            else:
+                turns.append({"role": "assistant", "tool_calls": [call]})
+        elif item.get("type") == "function_call_output":
+            turns.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": _text(item.get("output"))})
+    return turns
 
 
 def _message(item: Any) -> Any:
-    """An item of a `/v1/responses` request as a chat message; items without a list of parts are returned unchanged."""
+    """A message of a `/v1/responses` request as a chat message; one without a list of parts is returned unchanged."""
     if not isinstance(item, Mapping) or not isinstance(item.get("content"), list):
         return item
-    parts = [part.get("text") for part in item["content"] if isinstance(part, Mapping)]
-    return {"role": item.get("role"), "content": "".join(part for part in parts if isinstance(part, str))}
+    return {"role": item.get("role"), "content": _text(item["content"])}
+
+
+def _text(content: Any) -> Any:
+    """The texts of a list of parts, joined; anything else is returned unchanged."""
+    if not isinstance(content, list):
+        return content
+    parts = [part.get("text") for part in content if isinstance(part, Mapping)]
+    return "".join(part for part in parts if isinstance(part, str))

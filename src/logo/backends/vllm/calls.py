@@ -1,6 +1,6 @@
 """The functions that the router and the offline engine call on every worker of vLLM through `collective_rpc`.
 
-`logo.backends.vllm.hooks` makes them methods of vLLM's worker class, and returns errors that a user can fix as text.
+`logo.backends.vllm.hooks` makes them methods of vLLM's worker class, and returns their errors as text.
 """
 
 from __future__ import annotations

@@ -17,9 +17,10 @@ import torch
 
 from logo.adapters.layout import BaseLayout
 from logo.api.names import Models
+from logo.backends.plan import slot_rank
 from logo.backends.vllm import plugin
 from logo.backends.vllm.options import Options
-from logo.backends.vllm.pool import Change, KeyedPool, check_alike, scoring_signals
+from logo.backends.vllm.pool import Change, KeyedPool, check_alike, merged_rank, scoring_signals
 from logo.backends.vllm.prefixes import block_of
 from logo.backends.vllm.recipe import Recipe
 from logo.backends.vllm.skeleton import skeleton
@@ -58,6 +59,7 @@ class Core:
             raise ModelError(plugin.refused)
         self.options = options
         self._cache = vllm_config.cache_config
+        self._max_rank: int = vllm_config.lora_config.max_lora_rank
         model = vllm_config.model_config
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
         self._layout = BaseLayout.of(self.skeleton)
@@ -159,16 +161,14 @@ class Core:
             forced: see `KeyedPool.recipe`.
 
         Raises:
-            UsageError: as `KeyedPool.recipe`; or, except in gate mode, adapters that begin to act at different tokens.
+            UsageError: as `KeyedPool.recipe`; or, except in gate mode, adapters that begin to act at different tokens,
+                or whose rank together is larger than a slot's.
         """
         from vllm.lora.request import LoRARequest
 
         recipe = self.pool.recipe(selection, forced)
-        if self.mode != "gate" and len({recipe.activation(key) for key in recipe.keys}) > 1:
-            raise UsageError(
-                f"the adapters of this mixture begin to act at different tokens, which {self.mode} mode cannot do: "
-                "start vLLM in gate mode, or force an activation"
-            )
+        if self.mode != "gate":
+            self._check_merged(recipe)
         if not recipe.parts:
             yield None
             return
@@ -184,6 +184,23 @@ class Core:
             self._answering.subtract(recipe.keys)
             if not self._live[number]:
                 del self._live[number], self._texts[number]
+
+    def _check_merged(self, recipe: Recipe) -> None:
+        """Raises UsageError if a mixture cannot be one adapter of vLLM's."""
+        if len({recipe.activation(key) for key in recipe.keys}) > 1:
+            raise UsageError(
+                f"the adapters of this mixture begin to act at different tokens, which {self.mode} mode cannot do: "
+                "start vLLM in gate mode, or force an activation"
+            )
+        by_key = self.pool.by_key
+        rank = merged_rank(by_key[key] for key in recipe.keys)
+        if rank > self._max_rank:
+            larger = slot_rank(rank)
+            raise UsageError(
+                f"the {len(recipe.keys)} adapters of this mixture have rank {rank} together, but --max-lora-rank is "
+                f"{self._max_rank}: mix fewer adapters"
+                + (f", or start vLLM with --max-lora-rank {larger} or more" if larger else "")
+            )
 
     def failed(self, text: str) -> None:
         """Notes that a recipe has failed. The next request for it gets another text, and so reuses no cached block."""
@@ -211,6 +228,14 @@ def values(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
         if "error" in answer:
             raise WorkerError(str(answer["error"]))
     return [answer["value"] for answer in answers]
+
+
+def outcomes(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The outcome of each probe and each mixture (see `Worker.take`): the first failure that any worker reports, else
+    that of the first worker."""
+    first, *others = answers
+    failed = {key: found for one in reversed(others) for key, found in one.items() if isinstance(found, str)}
+    return {key: found if isinstance(found, str) else failed.get(key, found) for key, found in first.items()}
 
 
 def texts_of(opened: Sequence[Mapping[str, Any]]) -> list[list[int]]:

@@ -40,8 +40,9 @@ from logo.backends.vllm.marks import reads_whole, seal
 from logo.backends.vllm.needs import HOOKS, HOOKS_V2, KNOWN, Function
 from logo.backends.vllm.onsets import check_invoked, hash_as
 from logo.backends.vllm.options import Options
-from logo.backends.vllm.pool import mode_of
+from logo.backends.vllm.pool import fitted_pool, mode_of
 from logo.backends.vllm.recipe import is_recipe
+from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.worker import Worker
 from logo.errors import LoGoError, ModelError, UsageError
 
@@ -138,7 +139,7 @@ def _create(original: Any, self: Any, model: Any, vllm_config: Any) -> Any:
 
 
 def _check(vllm_config: Any) -> None:
-    """Raises an error if this vLLM configuration is one that LoGo does not support."""
+    """Raises an error if this vLLM configuration is one that LoGo does not support; warns of what works in part."""
     check_environment(os.environ)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ModelError("LoGo reads layers in one process: use --tensor-parallel-size instead of pipeline parallelism")
@@ -150,6 +151,13 @@ def _check(vllm_config: Any) -> None:
         raise ModelError("LoGo writes the gates of whole batches: leave out --enable-dbo and --ubatch-size")
     if vllm_config.lora_config.fully_sharded_loras:
         raise ModelError("LoGo multiplies adapters whole on every rank: leave out --fully-sharded-loras")
+    if getattr(vllm_config.lora_config, "enable_tower_connector_lora", False):
+        raise ModelError("LoGo mixes adapters of the language model alone: leave out --enable-tower-connector-lora")
+    if getattr(vllm_config, "speculative_config", None) is not None:
+        log.warning(
+            "LoGo: with speculative decoding, vLLM does not report which answer of a batch overflows, so the error may "
+            "end another answer with a mixture"
+        )
 
 
 def _wrapper(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -172,7 +180,10 @@ def _schedule(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: 
         # answer with an overflow leaves there. Runner V1 zeroes new blocks on request.
         kwargs["kv_cache_config"] = _emptied(kwargs["kv_cache_config"])
     original(self, vllm_config, *args, **kwargs)
-    if mode_of(options, vllm_config.model_config.model, self.lora_config)[0] == "gate":
+    model = vllm_config.model_config
+    # The workers choose their mode for the adapters that fit, too.
+    fitted = fitted_pool(options, skeleton(model.model, model.dtype, model.revision))
+    if mode_of(options, self.lora_config, fitted)[0] == "gate":
         # The scheduler allows as many different adapters per batch as there are slots, but in gate mode a recipe needs
         # no slot. The workers keep their number of slots, because their `lora_config` is another object.
         self.lora_config = copy.copy(self.lora_config)
@@ -239,8 +250,7 @@ def _activate(original: Any, self: Any, requests: set[Any], mapping: Any) -> Any
     recipes = {request for request in requests if is_recipe(request.lora_path)}
     try:
         worker.begin_step(requests)
-        if getattr(getattr(mapping, "type", None), "name", "LANGUAGE") == "LANGUAGE":  # else: what reads pictures
-            mapping = worker.mapped(mapping)
+        mapping = worker.mapped(mapping)
     except Exception as error:
         _failed(worker, recipes, error)
     if worker.mode == "gate":
@@ -335,7 +345,8 @@ def _graphs_v2(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _answering(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function of `CALLS`: returns its value, or the text of an error that a user can fix."""
+    """Wraps a function of `CALLS`: returns its value, or the text of an error. An exception would leave the replies of
+    other ranks in vLLM's queues, where the next calls would find them."""
 
     @functools.wraps(call)
     def answer(worker: Any, *args: Any) -> dict[str, Any]:
@@ -343,6 +354,9 @@ def _answering(call: Callable[..., Any]) -> Callable[..., Any]:
             return {"value": call(worker, *args)}
         except LoGoError as error:
             return {"error": str(error)}
+        except Exception as error:
+            log.error("LoGo: %s failed", call.__name__, exc_info=error)
+            return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
 
     return answer
 

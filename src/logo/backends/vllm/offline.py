@@ -20,10 +20,11 @@ from transformers import TextStreamer
 from logo.adapters.activation import NotInvoked
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
-from logo.backends.vllm.core import Core, values
+from logo.backends.vllm.core import Core, outcomes, values
 from logo.backends.vllm.hooks import version
 from logo.backends.vllm.likelihood import scored, scoring
 from logo.backends.vllm.marks import reading
+from logo.backends.vllm.pool import head_adapter
 from logo.backends.vllm.probing import InWorkers
 from logo.backends.vllm.requests import Group, Requests, Running
 from logo.backends.vllm.sampling import check_config, parameters
@@ -245,7 +246,7 @@ class VllmLoGo(Calls):
     def _check_mixed(self, recipes: Sequence[str]) -> None:
         """Raises ModelError if a worker could not mix one of these recipes."""
         asked = list(dict.fromkeys(recipes))
-        failed = [reason for reason in self._call("logo_take", asked)[0].values() if reason] if asked else []
+        failed = [reason for reason in outcomes(self._call("logo_take", asked)).values() if reason] if asked else []
         if failed:
             raise ModelError(f"the mixture could not be made: {failed[0]}")
 
@@ -260,8 +261,7 @@ class VllmLoGo(Calls):
     ) -> list[Scored]:
         # Checks the pairs. vLLM needs room for one more token behind a prompt, even if none is requested.
         continued_rows(pairs, mixtures, (self.prompts.context or 0) - 1)
-        head = next((a.name for a in self.pool if any(path.endswith("lm_head") for path in a.modules)), None)
-        if head is not None:
+        if (head := head_adapter(self.pool)) is not None:
             raise UsageError(
                 f"score: adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last "
                 "token's alone; use the engine 'local'"

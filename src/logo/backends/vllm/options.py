@@ -73,8 +73,8 @@ class Options:
             raise UsageError(f"LoGo needs a pool: set {POOL} to a folder of adapters or a Hub repository")
         settings = SelectionSettings.of(**{name: value for name, value in given.items() if name not in own})
         options = {name: value for name, value in given.items() if name in own}
-        for name, choices in (("mode", Mode), ("products", Products)):
-            if options.get(name, "auto") not in get_args(choices):
+        for name, choices in (("mode", Mode), ("products", Products), ("on_bad_adapter", OnBadAdapter)):
+            if name in options and options[name] not in get_args(choices):
                 raise UsageError(f"{name}: expected one of {', '.join(get_args(choices))}, found {options[name]!r}")
         size = options.get("max_body_mb", 1.0)
         if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0.001 <= size <= 1e6:

@@ -1,6 +1,8 @@
 """Detects answers that overflow, in the process that sends them to clients.
 
-vLLM counts the non-finite logits of every sampled token, and sends the count with the token.
+vLLM counts the logits of every sampled token that are NaN, and sends the count with the token. Infinite logits do not
+count. With speculative decoding a request has several rows of logits, and vLLM gives the counts of the first rows to
+the requests in their order, so that a count may be another request's.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -59,9 +60,7 @@ class KeyedPool:
         Raises:
             LoGoError: it cannot be opened, or does not fit.
         """
-        opened = opened_pool(options, str(model.config.name_or_path))
-        fitted = opened.fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)
-        return cls.of(fitted, options.settings.activation, options.settings.when_not_invoked)
+        return cls.of(fitted_pool(options, model), options.settings.activation, options.settings.when_not_invoked)
 
     @property
     def digest(self) -> str:
@@ -134,9 +133,15 @@ class KeyedPool:
         return Recipe.of(((self.keys[name], weight) for name, weight in selection.mixture.items() if weight), where)
 
 
-def opened_pool(options: Options, base_model: str) -> AdapterPool:
-    """The pool that the options name, not fitted to a model yet."""
-    return open_pool(options.pool, base_model, on_bad_adapter=options.on_bad_adapter, cache=options.settings.cache)
+def fitted_pool(options: Options, model: PreTrainedModel) -> AdapterPool:
+    """The pool that the options name, fitted to a model (a skeleton will do).
+
+    Raises:
+        LoGoError: it cannot be opened, or does not fit.
+    """
+    how = options.on_bad_adapter
+    opened = open_pool(options.pool, str(model.config.name_or_path), on_bad_adapter=how, cache=options.settings.cache)
+    return opened.fit(BaseLayout.of(model), on_bad_adapter=how)
 
 
 def scoring_signals(options: Options, model: PreTrainedModel, pool: AdapterPool) -> tuple[str, ...]:
@@ -159,14 +164,13 @@ def scoring_signals(options: Options, model: PreTrainedModel, pool: AdapterPool)
     return tuple(usable)
 
 
-def mode_of(options: Options, base_model: str, lora: Any, pool: AdapterPool | None = None) -> tuple[Mode, str]:
+def mode_of(options: Options, lora: Any, pool: AdapterPool) -> tuple[Mode, str]:
     """`choose_mode` for an engine.
 
     Args:
         lora: vLLM's `LoRAConfig`.
-        pool: None: the one that the options name.
+        pool: fitted to the base model.
     """
-    pool = opened_pool(options, base_model) if pool is None else pool
     k = min(options.settings.k or pool.default_k, len(pool))
     return choose_mode(options.mode, pool, k, lora.max_loras, lora.max_lora_rank)
 
@@ -174,6 +178,19 @@ def mode_of(options: Options, base_model: str, lora: Any, pool: AdapterPool | No
 def rank_of(adapter: Adapter) -> int:
     """The largest rank of an adapter."""
     return max(adapter.ranks)
+
+
+def head_adapter(pool: Iterable[Adapter]) -> str | None:
+    """The name of an adapter that acts on the output head; None if there is none."""
+    return next((adapter.name for adapter in pool if any(path.endswith("lm_head") for path in adapter.modules)), None)
+
+
+def merged_rank(adapters: Iterable[Adapter]) -> int:
+    """The rank of these adapters merged into one: that of the module where theirs have the largest sum."""
+    ranks: Counter[str] = Counter()
+    for adapter in adapters:
+        ranks.update({path: module.rank for path, module in adapter.modules.items()})
+    return max(ranks.values(), default=0)
 
 
 def choose_mode(asked: Mode, pool: AdapterPool, k: int, max_loras: int, max_rank: int) -> tuple[Mode, str]:

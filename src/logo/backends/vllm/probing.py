@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from logo.adapters.pool import AdapterPool
-from logo.backends.vllm.core import new_key, scores_of, texts_of
+from logo.backends.vllm.core import new_key, outcomes, scores_of, texts_of
 from logo.backends.vllm.marks import marking
 from logo.backends.vllm.requests import Requests
 from logo.errors import ModelError
@@ -109,7 +109,7 @@ class InWorkers(Selecting):
     def _probed(self, rows: Sequence[tuple[Sequence[int], str]], *, whole: bool) -> list[list[float] | None]:
         """The scores of each prompt; None for a prompt that has to be probed again and read whole."""
         keys = self._run(rows, whole=whole)
-        taken = self._call("logo_take", keys)[0] if keys else {}
+        taken = outcomes(self._call("logo_take", keys)) if keys else {}
         return [scores_of(taken[key]) for key in keys]
 
     def _run(self, rows: Sequence[tuple[Sequence[int], str]], *, whole: bool = False) -> list[str]:

@@ -33,7 +33,7 @@ from logo.backends.vllm.listing import adapter_list, model_cards
 from logo.backends.vllm.marks import marking
 from logo.backends.vllm.metrics import Counts
 from logo.backends.vllm.names import Names
-from logo.backends.vllm.pool import Change
+from logo.backends.vllm.pool import Change, head_adapter
 from logo.backends.vllm.rewriting import Rewriting
 from logo.backends.vllm.workers import Workers
 from logo.errors import AdapterError, LoGoError, UsageError
@@ -175,6 +175,12 @@ class Router:
             raise bad_request(
                 "background: only the base model answers in the background; leave it out, or name the base model",
                 "background",
+            )
+        if bodies.scores_prompt(path, body) and (head := head_adapter(self.core.pool.adapters)) is not None:
+            raise bad_request(
+                f"prompt_logprobs: adapter {head!r} acts on the output head, which vLLM applies to the last token of a "
+                "prompt alone; leave out prompt_logprobs, or echo with logprobs",
+                "prompt_logprobs",
             )
         wanted = self._names.mixture_request(model, asked.logo)
         parts = bodies.split(path, body)

@@ -9,8 +9,10 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from logo.api.asgi import Message, Send, answer
+from logo.api.asgi import Message, Send, answer, answer_error
+from logo.api.errors import ApiError
 from logo.backends.vllm.asgi import Answer
+from logo.errors import LoGoError
 
 # Runs one of the requests, and sends its response to the given `send`.
 Run = Callable[[Send], Awaitable[None]]
@@ -52,6 +54,8 @@ async def merged_stream(send: Send, run: Sequence[Run], fields: Sequence[Any], n
 
         try:
             await request(sink)
+        except (ApiError, LoGoError) as error:
+            await answer_error(sink, ApiError.of(error))
         finally:
             await events.put((number, None))
 
@@ -106,8 +110,9 @@ async def _forwarded(send: Send, events: asyncio.Queue[Any], count: int, fields:
                 for choice in found.get("choices", ()):
                     choice["index"] = number * n + choice.get("index", 0)
                 await _event(send, found)
-    if not began and refused:
-        await answer(send, refused[0].status, refused[0].body, refused[0].headers)
+    if not began:
+        if refused:  # else the caller raises what a request has raised
+            await answer(send, refused[0].status, refused[0].body, refused[0].headers)
         return
     if usages:
         await _event(send, {**last, "usage": _sum(usages)})

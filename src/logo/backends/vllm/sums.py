@@ -113,7 +113,8 @@ class PromptSums:
             along = late[0] @ parts
             if before is not None:
                 along = along + late[1][:, None] * before
-        self.by_point[number], self.ended[number] = along[-1], along[:blocks]
+        # A view would keep the sums of all blocks for as long as the prompt is known.
+        self.by_point[number], self.ended[number] = along[-1].clone(), along[:blocks]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from logo.backends.vllm.built import hold, lora_model, nothing
 from logo.backends.vllm.gates import StepGates, turned
 from logo.backends.vllm.onsets import Onset, Rows, mapped, others
 from logo.backends.vllm.options import Options
-from logo.backends.vllm.pool import Change, KeyedPool, described, mode_of, scoring_signals
+from logo.backends.vllm.pool import Change, KeyedPool, described, merged_rank, mode_of, scoring_signals
 from logo.backends.vllm.prefixes import block_of
 from logo.backends.vllm.processes import Processes
 from logo.backends.vllm.recipe import Recipe, is_recipe
@@ -62,7 +62,7 @@ class Worker:
         self.pool = KeyedPool.open(options, self.skeleton)
         self._by_key = self.pool.by_key
         self._ids = {key: _own_id(key) for key in self._by_key}
-        self.mode, self.reason = mode_of(options, model_config.model, lora, self.pool.adapters)
+        self.mode, self.reason = mode_of(options, lora, self.pool.adapters)
         log.info("LoGo: %s mode: %s", self.mode, self.reason)
         tokens, requests = manager.max_num_batched_tokens, manager.max_num_seqs
         listed = with_kernels(options.products, self._device)
@@ -289,7 +289,10 @@ class Worker:
         """The merged adapter of a recipe, for merge mode; one of zeros, and a noted failure, if it cannot be made."""
         try:
             parts = [(self._by_key[key], weight) for key, weight in self.recipe(request.lora_path).parts]
-            if parts:
+            rank = merged_rank(adapter for adapter, _ in parts)
+            if rank > self._lora.max_lora_rank:
+                self.fail(request.lora_path, f"its rank is {rank}, and a slot has {self._lora.max_lora_rank}")
+            elif parts:
                 return lora_model(request.lora_int_id, parts, self._dtype)
         except Exception as error:  # raising here would end the engine
             self.fail(request.lora_path, f"{type(error).__name__}: {error}")
@@ -317,7 +320,7 @@ class Worker:
                 f"pass --max-loras {self._slots + 1} or more"
             )
         if self.mode != "gate" or lacking:
-            mode_of(self.options, "", self._lora, pool.adapters)  # raises an error if slots cannot hold the ranks
+            mode_of(self.options, self._lora, pool.adapters)  # raises an error if slots cannot hold the ranks
         unread = self._read_at(pool.adapters) - self._places
         if unread and (self._compiled or any(how == "residual" for how, _ in unread)):
             where = ", ".join(sorted(path for _, path in unread))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from typing import Any
 
-from logo.backends.vllm.core import Core, new_key, texts_of, values
+from logo.backends.vllm.core import Core, new_key, outcomes, texts_of, values
 from logo.backends.vllm.marks import marking
 from logo.backends.vllm.pool import Change, KeyedPool
 from logo.errors import LoGoError
@@ -212,7 +212,7 @@ class Workers:
         while self._waiting:
             waiting, self._waiting = self._waiting, {}
             try:
-                found = (await self.call("logo_take", list(waiting)))[0]
+                found = outcomes(await self.call("logo_take", list(waiting)))
             except Exception as error:  # all of these waiters get it; new ones may have come
                 for future in _open(waiting.values()):
                     future.set_exception(error)
