@@ -6,6 +6,7 @@ Nothing here is about LoRA.
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
     import torch
 
 _LFS_POINTER = b"version https://git-lfs"
+
+Stamp = tuple[int, int, int]
+
+
+def stamp(path: str | Path) -> Stamp | None:
+    """Size, modification time and inode of a file, by which a change is noticed; None if it cannot be found."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 class WeightFile(Protocol):
@@ -41,10 +53,15 @@ class WeightFile(Protocol):
 
 
 class SafetensorsFile:
-    """A memory-mapped `.safetensors` file, of which only the tensors that are used are read."""
+    """A memory-mapped `.safetensors` file, of which only the tensors that are used are read.
+
+    Attributes:
+        path: where it is.
+        stamp: its stamp when it was opened.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.stamp = path, stamp(path)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         from safetensors import safe_open
@@ -65,10 +82,11 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """A pickled `.bin` file; opened only if the user allows it, with `weights_only=True`."""
+    """A pickled `.bin` file; opened only if the user allows it, with `weights_only=True`. Attributes as
+    `SafetensorsFile`."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.stamp = path, stamp(path)
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
