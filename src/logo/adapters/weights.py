@@ -75,10 +75,18 @@ class SafetensorsFile:
 
         self.path.open("rb").close()
         with safe_open(self.path, framework="pt") as file:
+            self._check_unchanged()
             return {key: file.get_tensor(key) for key in keys}
 
     def sha256(self) -> str:
         return file_sha256(self.path)
+
+    def _check_unchanged(self) -> None:
+        """Raises ValueError if the file was replaced, since the scales that were read with it may not be its own."""
+        now = stamp(self.path)
+        # Without the inode, which some network drives change on their own.
+        if now is None or self.stamp is None or now[:2] != self.stamp[:2]:
+            raise ValueError("it has changed since it was opened; open the pool again")
 
 
 class PickleFile:
