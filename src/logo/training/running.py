@@ -20,7 +20,7 @@ from logo.adapters.examples import write_examples
 from logo.adapters.files import EXAMPLES, RESPONSES
 from logo.adapters.notes import read_notes
 from logo.errors import DataError, LoGoError, StorageError, UsageError
-from logo.models import load_tokenizer
+from logo.models import context_length, load_config, load_tokenizer, skeleton
 from logo.prompts import asked_text
 from logo.training.activation import Settling, common
 from logo.training.examples import encode
@@ -156,12 +156,14 @@ def _leave_examples(wanted: Wanted, trained: Sequence[str], done: Sequence[str])
 
 def _prepared(wanted: Wanted, base: Mapping[str, Any], failed: dict[str, str]) -> tuple[list[Prepared], dict[str, int]]:
     """The trainable tasks, and the number of truncated prompts by task. Errors of the other tasks go into `failed`."""
-    tokenizer = load_tokenizer(wanted.opening.base_model, model_dir=wanted.opening.model_dir)
+    base_model, place = wanted.opening.base_model, wanted.opening.model_dir
+    tokenizer = load_tokenizer(base_model, model_dir=place)
+    context = context_length(skeleton(load_config(base_model, model_dir=place)))
     prepared, cut, settling = [], {}, Settling(tokenizer)
     for task in wanted.found.tasks:
         recipe = wanted.recipes.of(task.name)
         try:
-            examples = encode(tokenizer, task, recipe.max_length)
+            examples = encode(tokenizer, task, recipe.max_length, context)
             settled = settling.settle(task, recipe, examples.rows)
         except DataError as error:
             failed[task.name] = str(error)
