@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,62 @@ def test_no_row_is_longer_than_the_models_context(
     assert "a: 1 prompts were longer than --max-length or the model's context and lost their beginning" in lines
     assert "row 12: the completion has 41 tokens, and a row may have 32 with its prompt; shorten it, since" in lines
     assert lines.endswith("1 adapters trained, 1 failed")
+
+
+@pytest.fixture
+def stopped(base_model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A run of one group that was stopped after its first member had ended; returns the command."""
+    asked = command(base_model, tasks, tmp_path / "pool", "--checkpoint-every", "0")
+    asked += with_recipe(tmp_path, tasks={"a": {"steps": 2}})
+    step = Learner.step
+
+    def stopping(self: Learner, *what: Any) -> None:
+        if self.course.step == 3:
+            raise KeyboardInterrupt
+        step(self, *what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", stopping)
+        assert run(asked) == 130
+    assert [path.parent.name for path in (tmp_path / "pool").glob("*/training.json")] == ["a"]
+    return asked
+
+
+def test_an_adapter_that_was_removed_after_it_had_ended_is_trained_again(
+    stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = adapters(tmp_path / "pool")
+    shutil.rmtree(tmp_path / "pool" / "a")
+    capsys.readouterr()
+    assert run([*stopped, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trained"] == ["a", "b", "c"]
+    assert before and before.items() <= adapters(tmp_path / "pool").items()
+
+
+def test_an_adapter_of_an_earlier_run_is_not_trained_now_and_keeps_the_examples_that_a_user_gave(
+    stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "pool" / "a" / "examples.jsonl"
+    own.write_text('{"prompt": "w3 w4"}\n')
+    capsys.readouterr()
+    assert run([*stopped, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["trained"], found["done"]) == (["b", "c"], ["a"])
+    assert own.read_text() == '{"prompt": "w3 w4"}\n'
+    assert (tmp_path / "pool" / "b" / "examples.jsonl").exists()
+
+
+def test_training_again_replaces_its_own_examples_and_no_others(base_model: Path, tasks: Path, tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    assert run(command(base_model, tasks, pool)) == 0
+    own = '{"prompt": "w3 w4"}\n'
+    (pool / "a" / "examples.jsonl").write_text(own)
+    for name in "abc":
+        write_rows(tasks / f"{name}.jsonl", rows(12, 77))
+    assert run([*command(base_model, tasks, pool), "--retrain"]) == 0
+    assert (pool / "a" / "examples.jsonl").read_text() == own
+    written = (pool / "b" / "examples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in written] == [row["context"] for row in rows(12, 77)[:4]]
 
 
 @pytest.fixture(scope="module")
