@@ -181,6 +181,8 @@ class Recipes:
         found: dict[str, Any] = {}
         for pattern, values in self.other.items():
             if pattern == task or fnmatch.fnmatchcase(task, pattern):
+                if values.get("steps") is not None:
+                    found.pop("epochs", None)
                 found = _over(found, values)
         return replace(self.usual, **_over({}, found))
 
