@@ -122,7 +122,8 @@ def train(
             reason = diverged(record_of(root / name) or {})
             if reason is not None:
                 failed[name] = reason
-        trained, done = [], list(todo.done)
+        trained: list[str] = []
+        done = list(todo.done)
         facts = {"base_model": wanted.opening.base_model, "base": trainers.facts, "versions": trainers.versions}
         facts |= _acting(root, prepared, activation, recipes.usual)
         write_pool(root, facts, failed)  # first, because it says where the new adapters act
