@@ -167,6 +167,13 @@ def test_initialisations_that_change_the_base_are_refused_with_the_way_out(init:
         parse_config(settings(init_lora_weights=init))
 
 
+@pytest.mark.parametrize("unconverted", [False, True])
+def test_loftq_is_refused_also_for_a_conversion(unconverted: bool) -> None:
+    with pytest.raises(Refusal, match=r'init_lora_weights is "loftq".*quantised') as refusal:
+        parse_config(settings(init_lora_weights="loftq"), unconverted=unconverted)
+    assert "--initial" not in one_line(refusal.value)
+
+
 # ---- odd values -----------------------------------------------------------------------------------------------------
 
 

@@ -494,6 +494,15 @@ def test_a_damaged_pickle_is_refused_in_one_line(tmp_path: Path, content: bytes)
     assert "weights_only" not in reason
 
 
+def test_a_file_that_was_replaced_is_not_read_with_the_old_scale(tmp_path: Path) -> None:
+    adapter = open_adapter(write(tmp_path, lora_alpha=8))
+    adapter.read()
+    write(tmp_path, tensors(seed=3), lora_alpha=16)
+    with pytest.raises(AdapterError, match="has changed since it was opened; open the pool again"):
+        adapter.read()
+    assert open_adapter(tmp_path).read()[PATH].scaling == 4
+
+
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,28 @@ def test_copies_of_the_base_are_left_out_and_answers_are_pefts(kind: str, tmp_pa
     assert logo.names == ("a", "b")
 
 
+def with_bias() -> Any:
+    """A model whose head has a bias."""
+    base = tiny.model("llama")
+    base.lm_head = nn.Linear(32, 96)
+    base.lm_head.weight.data = tiny.model("llama").lm_head.weight.data.clone()  # type: ignore[union-attr]
+    base.lm_head.bias.data = torch.linspace(-1, 1, 96)
+    return base
+
+
+@pytest.mark.parametrize("kind", [{"target_modules": ["lm_head", "q_proj"]}, {"modules_to_save": ["lm_head"]}])
+def test_the_bias_of_a_copied_module_is_a_copy_too(kind: dict[str, Any], tmp_path: Path) -> None:
+    write_peft(tmp_path / "a", with_bias(), **kind)
+    pool = AdapterPool.from_directory(tmp_path)
+    assert sorted(pool["a"].copies.values()) == ["lm_head.bias", "lm_head.weight"]
+    with pytest.warns(UserWarning, match="'a': copies of base weights .* are left out"):
+        pool.fit(BaseLayout.of(with_bias()), model=with_bias())
+    bias = next(key for key in pool["a"].copies if key.endswith("bias"))
+    edit_weights(tmp_path / "a", lambda w: w[bias].view(-1).__setitem__(3, 9.0))
+    with pytest.raises(PoolError, match=r"a weight of the base model, lm_head\.bias with other values"):
+        AdapterPool.from_directory(tmp_path).fit(BaseLayout.of(with_bias()), model=with_bias())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -73,6 +73,17 @@ def test_pools_that_are_made_of_it_stay_right(tmp_path: Path) -> None:
         AdapterPool.open(manifest)
 
 
+def test_copies_of_the_base_beside_it_are_left_out(tmp_path: Path) -> None:
+    copy = {"base_model.model.lm_head.base_layer.weight": tiny.model("llama").get_submodule("lm_head").weight.clone()}
+    write(tmp_path / "task", tensors(seed=1) | copy, init_lora_weights="pissa")
+    write(tmp_path / "task" / "pissa_init", tensors(seed=2))
+    base = tiny.model("llama")
+    with pytest.warns(UserWarning, match="copies of base weights .* are left out"):
+        [adapter] = AdapterPool.from_directory(tmp_path).fit(BaseLayout.of(base), model=base)
+    assert adapter.ranks == (8,) and adapter.read().keys() == adapter.modules.keys()
+    assert adapter.file.shapes()[next(iter(copy))] == next(iter(copy.values())).shape
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import threading
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from torch import nn
 from transformers import TextIteratorStreamer, TextStreamer
 
 import tiny
-from logo import LoGo, SelectionSettings, UsageError
+from logo import AdapterPool, LoGo, SelectionSettings, UsageError, opening
+from logo.backends.vllm import opening as vllm_opening
 from logo.cli.run import run
 from logo.decoding import greedy_config
 from logo.demo import heldout
@@ -58,6 +60,31 @@ def test_options_of_transformers_reach_it(base: Path, adapters: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             open_(**options)
+
+
+def test_the_token_is_also_that_of_the_pool(base: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def open_pool(named: Any, *_: Any, token: Any = None, **options: Any) -> AdapterPool:
+        asked.append((named, token))
+        return AdapterPool.open(adapters, **options)
+
+    monkeypatch.setattr(opening, "open_pool", open_pool)
+    monkeypatch.setattr(vllm_opening, "open_pool", open_pool)
+    LoGo.from_pretrained(base, "org/pool", device="cpu", k=3, unscorable="skip", signal="norm", token="secret")
+    settings = SelectionSettings.of(cache="")
+    where, pool = vllm_opening._opened("org/pool", str(base), None, "error", settings, "secret")
+    assert asked == [("org/pool", "secret")] * 2
+    assert Path(where) == adapters and len(pool) > 3  # what was downloaded, since vLLM's processes have no token
+    assert vllm_opening._opened("org/pool", str(base), None, "error", settings, None)[0] == "org/pool"
+
+
+def test_several_places_may_have_commas(base: Path, adapters: Path, tmp_path: Path) -> None:
+    for name in ("a,b", "other"):
+        shutil.copytree(adapters, tmp_path / name / name[-1])
+    places = [tmp_path / "a,b", str(tmp_path / "other")]
+    logo = LoGo.from_pretrained(base, places, device="cpu", k=3, unscorable="skip", signal="norm")
+    assert {name[0] for name in logo.names} == {"b", "r"}
 
 
 def quanto() -> Any:

@@ -29,6 +29,8 @@ from logo.errors import UsageError
         ("here, org/a,org/b-*", [Place("folder", "here"), Place("repo", "org/a"), Place("repos", "org/b-*")]),
         ("org/a,org/a", [Place("repo", "org/a")]),
         ("a,b", [Place("folder", "a,b")]),  # a folder is called so
+        ("gone,a,b, here", [Place("folder", "gone"), Place("folder", "a,b"), Place("folder", "here")]),
+        ("here/*/x,a,b/*", [Place("folder", "here", "*/x"), Place("folder", "a,b", "*")]),
         ("preset:lots-of-loras", [Place("repos", "Lots-of-LoRAs/Mistral-7B-Instruct-v0.2-4b-r16-task*")]),
         ("preset:granite-rag,here", [Place("repo", "ibm-granite/granitelib-rag-r1.0"), Place("folder", "here")]),
     ],

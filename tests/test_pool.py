@@ -24,7 +24,7 @@ from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.layout import BaseLayout, LinearShape
 from logo.adapters.survey import survey
 from logo.adapters.weights import SafetensorsFile
-from logo.errors import AdapterError, LoGoError, PoolError, StorageError
+from logo.errors import AdapterError, LeftOut, LoGoError, PoolError, StorageError
 from make_adapters import (
     CONFIG,
     PICKLE,
@@ -320,13 +320,29 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     (tmp_path / "b" / "itself").symlink_to(tmp_path / "b")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert AdapterPool.from_directory(tmp_path).names == ("a", "b/c")
+    pool = AdapterPool.from_directory(tmp_path)
+    assert pool.names == ("a", "b/c") and not pool.refused
 
 
 def test_a_folder_that_two_paths_lead_to_is_one_adapter(tmp_path: Path) -> None:
     put(tmp_path, "run7")
     (tmp_path / "best").symlink_to("run7")
-    assert AdapterPool.from_directory(tmp_path).names == ("best",)
+    pool = AdapterPool.from_directory(tmp_path)
+    assert pool.names == ("run7",)
+    [left] = pool.refused
+    assert isinstance(left, LeftOut) and left.name == "best" and "the same folder as 'run7'" in left.reason
+
+
+def test_a_real_folder_comes_before_every_link_to_it(tmp_path: Path) -> None:
+    put(tmp_path, "pool/zulu/deep", "pool/b", "elsewhere/one")
+    (tmp_path / "pool" / "alias").symlink_to("zulu/deep")
+    for name in ("x", "y"):
+        (tmp_path / "pool" / name).symlink_to(tmp_path / "elsewhere")
+    pool = AdapterPool.from_directory(tmp_path / "pool")
+    assert pool.names == ("b", "x/one", "zulu/deep")
+    assert [(left.name, type(left)) for left in pool.refused] == [("alias", LeftOut), ("y", LeftOut)]
+    both = AdapterPool.open([tmp_path / "pool", tmp_path / "elsewhere"])
+    assert both.names == ("b", "one", "x/one", "zulu/deep")
 
 
 @pytest.mark.parametrize("name", ["with space", "ünï-çødé 模型", "a'b", "two\nlines", "%s {x}"])

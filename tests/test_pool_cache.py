@@ -17,6 +17,7 @@ from logo import AdapterPool, LoGo, PoolError, SelectionSettings
 from logo.adapters import format as adapter_format
 from logo.adapters import survey as survey_module
 from logo.adapters.format import Adapter
+from logo.adapters.pool_cache import PoolCache
 from logo.selection import index, index_file, scorers
 from test_engine import PROMPTS, tokenizer, write_adapter
 from tolerances import same_scores
@@ -104,6 +105,36 @@ def test_what_changed_is_opened_again(change: Any, made: Path, cache: str, opene
     assert opened == ["t1"]
     assert after.scores["t1"] != before.scores["t1"]
     assert after == engine("").select(PROMPTS[0])
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_what_changes_while_it_is_opened_is_opened_again(
+    known: bool, made: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if known:
+        AdapterPool.from_directory(made, cache=cache)
+        shutil.rmtree(made / "t3")  # something new to be kept
+    with monkeypatch.context() as patch:
+        keep = PoolCache.keep
+
+        def late(self: PoolCache, adapters: Any, verified: Any) -> None:
+            change_scale(made / "t1")
+            keep(self, adapters, verified)
+
+        patch.setattr(PoolCache, "keep", late)
+        AdapterPool.from_directory(made, cache=cache)
+    assert AdapterPool.from_directory(made, cache=cache)["t1"].config.alpha == 9
+
+
+def test_an_index_belongs_to_the_adapters_that_were_opened(made: Path, cache: str, llama: nn.Module) -> None:
+    def engine(kept: str) -> LoGo:
+        chosen = SelectionSettings("norm", k=2, cache=kept)
+        return LoGo(llama, tokenizer(), AdapterPool.from_directory(made, cache=kept), settings=chosen)
+
+    before = engine(cache)
+    change_scale(made / "t1")
+    before.select(PROMPTS[0])
+    assert engine(cache).select(PROMPTS[0]) == engine("").select(PROMPTS[0])
 
 
 def test_adapters_come_and_go(made: Path, cache: str, opened: list[str], llama: nn.Module) -> None:

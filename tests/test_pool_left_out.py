@@ -55,6 +55,17 @@ def test_an_adapter_without_its_initial_state_is_left_out_of_a_conversion(pool: 
     assert AdapterPool.from_directory(out).names == ("plain",)
 
 
+def test_a_manifest_names_the_place_of_the_adapter_that_was_opened(tmp_path: Path) -> None:
+    """Where two places have an adapter of one name, and the first is left out."""
+    for place in ("pa", "pb"):
+        write_peft(tmp_path / place / "x", seed=ord(place[1]))
+    (tmp_path / "pa" / "x" / "adapter_config.json").write_text("{")
+    places = [str(tmp_path / "pa"), str(tmp_path / "pb")]
+    assert run(["pool", "lock", *places, "-o", str(tmp_path / "pool.yaml"), *SKIP]) == 0
+    [adapter] = AdapterPool.open(tmp_path / "pool.yaml")
+    assert (adapter.name, adapter.folder) == ("x", tmp_path / "pb" / "x")
+
+
 def test_nothing_is_left(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["pool", "prune", str(pool / "dora"), "--rank", "1", "--out", str(pool.parent / "out"), *SKIP]
     assert run(line) == 1

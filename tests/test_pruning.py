@@ -24,7 +24,19 @@ from logo.cli.run import run
 from logo.errors import AdapterError, UsageError
 from logo.training.pool import record_of
 from logo.training.pool import write_pool as write_trained_pool
-from make_adapters import CONFIG, LLAMA, calm, damage, edit_config, edit_weights, load_peft, tensors, write, write_peft
+from make_adapters import (
+    CONFIG,
+    LLAMA,
+    calm,
+    damage,
+    edit_config,
+    edit_weights,
+    load_peft,
+    lora_layers,
+    tensors,
+    write,
+    write_peft,
+)
 from tolerances import same_tensor
 
 IDS = torch.tensor([tiny.prompts([9])[0]])
@@ -94,6 +106,14 @@ def test_peft_answers_as_before_where_nothing_is_lost(tmp_path: Path, settings: 
     changed = {key for key in before | after if before.get(key) != after.get(key)}
     assert changed <= {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
     assert after["lora_alpha"] == after["r"] and after["rank_pattern"] == after["alpha_pattern"]
+
+
+def test_peft_opens_it_whatever_it_was_initialised_with(tmp_path: Path) -> None:
+    write_peft(tmp_path / "pool" / "one", init_lora_weights="orthogonal")
+    assert run(["pool", "prune", str(tmp_path / "pool"), "-o", str(tmp_path / "out"), "--rank", "3"]) == 0
+    [adapter] = AdapterPool.from_directory(tmp_path / "out")
+    layer = lora_layers(load_peft(tmp_path / "out" / "one"))[next(iter(LLAMA))]
+    assert torch.equal(layer.lora_A["default"].weight, adapter.read()[next(iter(LLAMA))].A)
 
 
 def test_energy_decides_the_rank_of_every_module_and_peft_reads_it(tmp_path: Path) -> None:

@@ -115,6 +115,11 @@ def test_later_entries_count_more_and_names_may_be_patterns() -> None:
         made.check(["word_b"])
 
 
+def test_a_later_entry_may_give_steps_instead_of_epochs_and_epochs_instead_of_steps(file: Path) -> None:
+    made = read(file, '{steps: 9, tasks: {"*": {epochs: 5}, a: {steps: 50}, "b*": {steps: 7}, bb: {epochs: 2}}}')
+    assert [made.of(name).length(8) for name in ("a", "b", "bb", "c")] == [50, 7, 2, 5]
+
+
 def test_an_invocation_and_another_activation_take_each_other_back(file: Path) -> None:
     text = "invocation: 'A:'\ntasks: {a: {activation: 'last:2'}, b: {activation: everywhere}, c: {invocation: 'B:'}}\n"
     made = read(file, text)

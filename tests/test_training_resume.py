@@ -258,7 +258,7 @@ def test_another_recipe_other_rows_and_foreign_adapters_are_refused_by_name(
     assert "adapters to train: 1, in groups: 1, 4 trained already" in capsys.readouterr().err
     after = contents(copied)
     changed = {name for name in before if after[name] != before[name]}
-    assert changed == {"c/adapter_model.safetensors", "c/examples.jsonl", "pool.json"}
+    assert changed == {"c/adapter_model.safetensors", "pool.json"}  # its examples may be a user's own
     assert run(asked(base_model, other, copied)) == 0
 
 

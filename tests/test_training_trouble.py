@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import yaml
 from torch import nn
 
+import tiny
 from learning import UNUSED, command, contents, examples, gap, learn, learner, rows, write_base, write_rows
 from logo.cli.run import run
 from logo.training.learner import Learner
@@ -185,7 +187,7 @@ def test_a_list_at_the_end_says_what_is_wrong(
         "without a held-out loss; give it 10 or more"
     ) in told.err.splitlines()
     lines = " ".join(told.out.split())
-    assert "long: 1 prompts were longer than --max-length and lost their beginning" in lines
+    assert "long: 1 prompts were longer than --max-length or the model's context and lost their beginning" in lines
     assert "failed a: several files have this name (a.csv, a.jsonl); rename all but one" in lines
     assert "failed b: after step 2 its factors are not finite; the adapter of step 1 is kept " in lines
     assert "failed c: after step 1 its factors are not finite; no adapter is kept" in lines
@@ -225,6 +227,83 @@ def test_a_recipe_may_name_tasks_that_are_not_asked_for_and_none_that_are_not_th
     more = with_recipe(tmp_path, tasks={"d": {"r": 4}})
     assert run(command(base_model, tasks, tmp_path / "pool", *more)) == 2
     assert "recipe: no task is called 'd'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_no_row_is_longer_than_the_models_context(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Positions behind it are an error with learned ones, and were never trained with rotary ones."""
+    base_model = write_base(tmp_path / "base", kind)
+    size = "n_positions" if kind == "gpt2" else "max_position_embeddings"
+    config = json.loads((base_model / "config.json").read_text())
+    (base_model / "config.json").write_text(json.dumps(config | {size: 32}))
+    if kind == "gpt2":
+        tiny.model(kind, n_positions=32).save_pretrained(base_model)
+    write_rows(tmp_path / "tasks" / "a.jsonl", [*rows(11, 8), {"context": "w3 " * 50, "completion": "w4"}])
+    write_rows(tmp_path / "tasks" / "b.jsonl", [*rows(11, 8), {"context": "w3", "completion": "w4 " * 40}])
+    asked = command(base_model, tmp_path / "tasks", tmp_path / "pool")
+    assert run([*asked, "--targets", "c_attn" if kind == "gpt2" else "q_proj"]) == 1
+    lines = " ".join(capsys.readouterr().out.split())
+    assert "a: 1 prompts were longer than --max-length or the model's context and lost their beginning" in lines
+    assert "row 12: the completion has 41 tokens, and a row may have 32 with its prompt; shorten it, since" in lines
+    assert lines.endswith("1 adapters trained, 1 failed")
+
+
+@pytest.fixture
+def stopped(base_model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A run of one group that was stopped after its first member had ended; returns the command."""
+    asked = command(base_model, tasks, tmp_path / "pool", "--checkpoint-every", "0")
+    asked += with_recipe(tmp_path, tasks={"a": {"steps": 2}})
+    step = Learner.step
+
+    def stopping(self: Learner, *what: Any) -> None:
+        if self.course.step == 3:
+            raise KeyboardInterrupt
+        step(self, *what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", stopping)
+        assert run(asked) == 130
+    assert [path.parent.name for path in (tmp_path / "pool").glob("*/training.json")] == ["a"]
+    return asked
+
+
+def test_an_adapter_that_was_removed_after_it_had_ended_is_trained_again(
+    stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = adapters(tmp_path / "pool")
+    shutil.rmtree(tmp_path / "pool" / "a")
+    capsys.readouterr()
+    assert run([*stopped, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trained"] == ["a", "b", "c"]
+    assert before and before.items() <= adapters(tmp_path / "pool").items()
+
+
+def test_an_adapter_of_an_earlier_run_is_not_trained_now_and_keeps_the_examples_that_a_user_gave(
+    stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "pool" / "a" / "examples.jsonl"
+    own.write_text('{"prompt": "w3 w4"}\n')
+    capsys.readouterr()
+    assert run([*stopped, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["trained"], found["done"]) == (["b", "c"], ["a"])
+    assert own.read_text() == '{"prompt": "w3 w4"}\n'
+    assert (tmp_path / "pool" / "b" / "examples.jsonl").exists()
+
+
+def test_training_again_replaces_its_own_examples_and_no_others(base_model: Path, tasks: Path, tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    assert run(command(base_model, tasks, pool)) == 0
+    own = '{"prompt": "w3 w4"}\n'
+    (pool / "a" / "examples.jsonl").write_text(own)
+    for name in "abc":
+        write_rows(tasks / f"{name}.jsonl", rows(12, 77))
+    assert run([*command(base_model, tasks, pool), "--retrain"]) == 0
+    assert (pool / "a" / "examples.jsonl").read_text() == own
+    written = (pool / "b" / "examples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in written] == [row["context"] for row in rows(12, 77)[:4]]
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,8 @@ class FromPretrained:
         named = None
         if not isinstance(pool, AdapterPool):
             named = None if pool is None else pool_place(pool, base_model).spec
-            pool = open_pool(named, base_model, model_dir, on_bad_adapter=on_bad_adapter, cache=chosen.cache)
+            how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "cache": chosen.cache, "token": token}
+            pool = open_pool(named, base_model, model_dir, **how)
         if official:
             pool = officially_named(pool, base_model, named)
             if chosen.k is None:

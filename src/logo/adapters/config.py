@@ -135,6 +135,12 @@ def parse_config(raw: dict[str, Any], *, unconverted: bool = False) -> LoraConfi
             raise Refusal(message.format(value=_short(raw[key])))
     if raw.get("bias", "none") != "none":
         raise Refusal(f'bias is {_short(raw["bias"])}: it changes biases of the base model; only "none" can be mixed')
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() == "loftq":
+        raise Refusal(
+            f"init_lora_weights is {_short(init)}, which also replaced the base weights by quantised ones, so that "
+            "the adapter alone is not the trained update; train it again with another initialisation"
+        )
     init = changed_base(raw)
     if init is not None and not unconverted:
         raise Refusal(

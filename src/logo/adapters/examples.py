@@ -104,13 +104,18 @@ def write_examples(folder: Path, prompts: Sequence[str], learned: Sequence[float
     Raises:
         StorageError: it cannot be written.
     """
+    replace_file(folder / EXAMPLES, examples_text(prompts, learned))
+    return folder / EXAMPLES
+
+
+def examples_text(prompts: Sequence[str], learned: Sequence[float] | None = None) -> bytes:
+    """The content of the file that `write_examples` writes."""
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
     if learned is not None:
         marks = [mark if mark is True else round(float(mark), 4) for mark in learned]
         rows = [{**row, "learned": mark} for row, mark in zip(rows, marks, strict=True)]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    replace_file(folder / EXAMPLES, ("\n".join(lines) + "\n").encode())
-    return folder / EXAMPLES
+    return ("\n".join(lines) + "\n").encode()
 
 
 def remove_examples(folder: Path) -> bool:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from logo.adapters.activation import EVERYWHERE, Activation
 from logo.adapters.config import LoraConfig, Refusal, changed_base, parse_config, read_config, read_raw
 from logo.adapters.examples import examples_of
-from logo.adapters.files import PICKLE, SAFETENSORS
+from logo.adapters.files import CONFIG, PICKLE, SAFETENSORS
 from logo.adapters.header import LoraModule, read_header
 from logo.adapters.initial import initial_folder, with_initial
 from logo.adapters.layout import BaseLayout
 from logo.adapters.notes import noted_alone
-from logo.adapters.weights import PickleFile, SafetensorsFile, WeightFile, unreadable
+from logo.adapters.weights import PickleFile, SafetensorsFile, Stamp, WeightFile, stamp, unreadable
 from logo.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class Adapter:
         copies: key in the file -> parameter of the base model that it copies. `fit` compares copies with the base
             model; before that no tensor is read.
         given_examples: example prompts in place of those in its folder; None: those in its folder.
+        stamps: of its configuration and its weight file, and of those of its initial state, when they were opened;
+            empty if it has no files.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Adapter:
     activation: Activation = EVERYWHERE
     copies: Mapping[str, str] = field(default_factory=dict)
     given_examples: tuple[str, ...] | None = None
+    stamps: tuple[Stamp | None, ...] = field(default=(), compare=False)
 
     @property
     def examples(self) -> tuple[str, ...]:
@@ -252,16 +255,21 @@ def open_adapter(
     folder = Path(folder)
     name = name if name is not None else own_name(folder)
     try:
+        stamps = [stamp(folder / CONFIG)]  # before it is read, so that a later change is noticed
         raw = read_raw(folder)
         start = None if unconverted or changed_base(raw) is None else initial_folder(folder)
         config = parse_config(raw, unconverted=unconverted or start is not None)
-        adapter = adapter_of(name, folder, config, _weight_file(folder, allow_pickle))
+        file = _weight_file(folder, allow_pickle)
+        stamps.append(file.stamp)
+        adapter = adapter_of(name, folder, config, file)
         if start is not None:
-            first = read_config(start, unconverted=True)
-            adapter = with_initial(adapter, adapter_of(name, start, first, _weight_file(start, allow_pickle)))
+            stamps.append(stamp(start / CONFIG))
+            first, file = read_config(start, unconverted=True), _weight_file(start, allow_pickle)
+            stamps.append(file.stamp)
+            adapter = with_initial(adapter, adapter_of(name, start, first, file))
     except Refusal as refusal:
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__
-    return replace(adapter, activation=noted_alone(folder, adapter.activation))
+    return replace(adapter, activation=noted_alone(folder, adapter.activation), stamps=tuple(stamps))
 
 
 def adapter_of(name: str, folder: Path, config: LoraConfig, file: WeightFile) -> Adapter:
@@ -285,7 +293,7 @@ def own_name(folder: Path) -> str:
     return os.path.basename(os.path.abspath(folder))
 
 
-def _weight_file(folder: Path, allow_pickle: bool) -> WeightFile:
+def _weight_file(folder: Path, allow_pickle: bool) -> SafetensorsFile | PickleFile:
     if (folder / SAFETENSORS).is_file():
         return SafetensorsFile(folder / SAFETENSORS)
     if not (folder / PICKLE).is_file():

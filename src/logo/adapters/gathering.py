@@ -138,8 +138,7 @@ def gather(
     sources = _fetched(asked, how, refused, full, skip=skip, cache=cache)
     if refused and not skip:
         return Gathered((), refused)
-    found: dict[str, _Found] = {}
-    spots = []
+    found: list[_Found] = []
     for source in sources:
         here = list(_adapters_in(source, full, refused))
         asks = source.asked
@@ -148,20 +147,21 @@ def gather(
             refused.append(AdapterError(name, _empty(source)))
         elif not here and (asks.entry is None or asks.entry.name is None):
             raise PoolError(_empty(source))
-        for one in here:
-            found.setdefault(one.spot.name, one)
-            spots.append(one.spot)
+        found += here
     identity = f"{places_text(places)} {full}"
     known = PoolCache.of(identity, cache)
-    adapters = opened(spots, refused, known, allow_pickle=how.allow_pickle, verify=verify)
-    entries = {name: one.entry for name, one in found.items() if one.entry is not None}
+    adapters = opened((one.spot for one in found), refused, known, allow_pickle=how.allow_pickle, verify=verify)
+    # Of several folders with one name, the others may have been refused.
+    folders = {adapter.name: adapter.folder for adapter in adapters}
+    used = {one.spot.name: one for one in reversed(found) if folders.get(one.spot.name) == Path(one.spot.folder)}
+    entries = {name: one.entry for name, one in used.items() if one.entry is not None}
     if entries:
         adapters = as_locked(adapters, entries, refused, DigestCache.of(identity, cache))
     names = {adapter.name for adapter in adapters}
     return Gathered(
         adapters,
         refused,
-        {name: one.origin for name, one in found.items() if name in names},
+        {name: one.origin for name, one in used.items() if name in names},
         {name: entry for name, entry in entries.items() if name in names},
     )
 
@@ -251,7 +251,7 @@ def _adapters_in(source: _Source, full: bool, refused: list[AdapterError]) -> It
         paths = [(folder, "/".join(filter(None, (asked.place.fixed, path)))) for folder, path in found]
     for error in bad:
         path = "/".join(filter(None, (asked.place.fixed, error.name)))
-        refused.append(AdapterError(_name(asked, repo, path, full) or path, error.reason))
+        refused.append(type(error)(_name(asked, repo, path, full) or path, error.reason))
     if entry is not None and entry.name is not None:
         whole = [(folder, path) for folder, path in paths if path == asked.place.below] or paths
         if len(whole) != 1:  # an adapter may have others below its folder

@@ -62,7 +62,12 @@ def read_header(
     Raises:
         Refusal: the tensors are no LoRA that can be mixed, or not of the ranks that the configuration gives.
     """
-    copies = {key: f"{module_path(key.removesuffix('.weight'))}.weight" for key, _ in shapes if _is_whole(key)}
+    whole = {key: module_path(key.removesuffix(".weight")) for key, _ in shapes if _is_whole(key)}
+    copies = {key: f"{path}.weight" for key, path in whole.items()}
+    for key in (key for key, _ in shapes if key.endswith(".bias")):  # saved beside such a weight
+        path = module_path(key.removesuffix(".bias"))
+        if path in whole.values():
+            copies[key] = f"{path}.bias"
     magnitudes = {module_path(m["module"]): m.string for key, _ in shapes if (m := _MAGNITUDE_KEY.match(key))}
     left_out = {*copies, *(magnitudes.values() if config.dora else ())}
     modules = _modules({key: shape for key, shape in shapes if key not in left_out}, config)

@@ -84,18 +84,19 @@ class WithInitial:
         self._trained, self._initial, self._keys, self._columns = trained, initial, dict(keys), columns
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            key: (a, 2 * b) if key in self._columns else (2 * a, b) for key, (a, b) in self._trained.shapes().items()
-        }
+        shapes = self._trained.shapes()
+        for key in self._keys:
+            a, b = shapes[key]
+            shapes[key] = (a, 2 * b) if key in self._columns else (2 * a, b)
+        return shapes
 
     def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
         import torch
 
-        now = self._trained.read(keys)
-        start = self._initial.read([self._keys[key] for key in now])
-        made = {}
-        for key, tensor in now.items():
-            other = start[self._keys[key]]
+        made = self._trained.read(keys)
+        start = self._initial.read([self._keys[key] for key in made if key in self._keys])
+        for key in self._keys.keys() & made.keys():  # others are copies of base weights
+            tensor, other = made[key], start[self._keys[key]]
             # Different dtypes are promoted to the wider one.
             made[key] = torch.cat([tensor, -other], dim=1) if key in self._columns else torch.cat([tensor, other])
         return made

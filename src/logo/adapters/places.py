@@ -102,8 +102,7 @@ def parse_places(texts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     check_type("pool", texts, (str, os.PathLike, Iterable), expected)
     if isinstance(texts, (str, os.PathLike)):
         text = os.fspath(texts)
-        whole = os.path.exists(text) or not isinstance(texts, str)  # a folder may have a comma in its name
-        parts = [text] if whole else [part.strip() for part in text.split(",")]
+        parts = _split(text) if isinstance(texts, str) else [text]
     else:
         parts = []
         for one in texts:
@@ -113,6 +112,22 @@ def parse_places(texts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
         raise UsageError("no place with adapters: expected a folder, a manifest or a Hub repository; see --adapters")
     found = (place for part in parts for place in _places(part))
     return tuple(dict.fromkeys(found))
+
+
+def _split(text: str) -> list[str]:
+    """The places in a text, separated by commas, which names of folders and files may have, too."""
+    pieces, parts = text.split(","), []
+    while pieces:
+        count = next((n for n in range(len(pieces), 1, -1) if _is_here(",".join(pieces[:n]))), 1)
+        parts.append(",".join(pieces[:count]).strip())
+        pieces = pieces[count:]
+    return parts
+
+
+def _is_here(text: str) -> bool:
+    """Whether a text is a path, or one followed by folders with a `*`, that exists."""
+    front, star, rest = text.strip().partition("*")
+    return os.path.exists(os.path.dirname(front) if star and "," not in rest else text.strip())
 
 
 def places_text(places: Sequence[Place]) -> str:

@@ -22,19 +22,11 @@ from logo.adapters.config import LoraConfig
 from logo.adapters.files import CONFIG, SAFETENSORS
 from logo.adapters.format import Adapter
 from logo.adapters.header import LoraModule
-from logo.adapters.weights import SafetensorsFile, file_sha256
+from logo.adapters.weights import SafetensorsFile, Stamp, file_sha256, stamp
 from logo.cache import write_cached
 
 # To be raised when the content of the files changes its meaning.
 _FORMAT = 3
-
-Stamp = tuple[int, int, int]
-
-
-def stamp(path: str | Path) -> Stamp:
-    """Size, modification time and inode of a file, by which a change is noticed."""
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 @dataclass
@@ -83,15 +75,12 @@ class PoolCache:
         entry = self.entries.get(name)
         if entry is None:
             return None
-        weights = os.path.join(folder, SAFETENSORS)
-        try:
-            if stamp(os.path.join(folder, CONFIG)) != entry[0] or stamp(weights) != entry[1]:
-                return None
-        except OSError:
+        file = SafetensorsFile(Path(folder) / SAFETENSORS)
+        stamps = stamp(os.path.join(folder, CONFIG)), file.stamp
+        if stamps != entry[:2]:
             return None
         config, modules = self.recipes[entry[2]]
-        file = SafetensorsFile(Path(weights))
-        return Adapter(name, Path(folder), config, modules, file, Activation(config.invocation))
+        return Adapter(name, Path(folder), config, modules, file, Activation(config.invocation), stamps=stamps)
 
     def verified(self, name: str) -> bool:
         """Whether all tensors of this adapter were read and checked before."""
@@ -111,15 +100,14 @@ class PoolCache:
         for adapter in adapters:
             if adapter.copies or not isinstance(adapter.file, SafetensorsFile):
                 continue
-            try:
-                stamps = stamp(adapter.folder / CONFIG), stamp(adapter.file.path)
-            except OSError:  # removed meanwhile
+            config, weights = adapter.stamps
+            if config is None or weights is None:  # removed meanwhile
                 continue
             key = id(adapter.config), id(adapter.modules)
             if key not in recipes:
                 recipes[key] = len(held)
                 held.append((adapter.config, dict(adapter.modules)))
-            entries[adapter.name] = *stamps, recipes[key], adapter.name in verified
+            entries[adapter.name] = config, weights, recipes[key], adapter.name in verified
         if entries == self.entries:
             return
         self.entries, self.recipes = entries, held
@@ -163,8 +151,10 @@ class DigestCache:
         known = self._digests.get(key)
         if known is not None and known[0] == now:
             return known[1]
-        self._digests[key], self._new = (now, file_sha256(file)), True
-        return self._digests[key][1]
+        digest = file_sha256(file)
+        if now is not None:
+            self._digests[key], self._new = (now, digest), True
+        return digest
 
     def keep(self) -> None:
         """Writes the digests, if there are new ones."""

@@ -136,29 +136,49 @@ def check_folder(root: Path) -> None:
 def adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[str, str]]:
     """Yields folders below `root` that hold an adapter, and their relative paths; hidden folders are skipped.
 
-    A folder that cannot be listed may hold adapters, so it is added to `refused`.
+    Links are followed. A folder to which several paths lead is found under the one without links, or under the first
+    one; the others are added to `refused` as left out, except links back to a folder above them. A folder that cannot
+    be listed may hold adapters, so it is added to `refused`, too.
     """
+    top = str(root)
+
+    def name(path: str) -> str:
+        return path[len(top) :].strip(os.sep).replace(os.sep, "/")
 
     def unreadable(error: OSError) -> None:
-        name = Path(error.filename).relative_to(root).as_posix()
-        refused.append(AdapterError(name, f"the folder cannot be listed: {error.strerror}"))
+        refused.append(AdapterError(name(str(error.filename)) or ".", f"the folder cannot be listed: {error.strerror}"))
 
     marks = {CONFIG, SAFETENSORS, PICKLE}
-    seen = set()
-    top = str(root)
-    for current, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
-        try:
-            stat = os.stat(current)
-        except OSError as error:  # removed meanwhile
-            unreadable(error)
-            continue
-        if (stat.st_dev, stat.st_ino) in seen:  # a link back into the tree
-            folders.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        if not marks.isdisjoint(files):
-            yield current, current[len(top) :].strip(os.sep).replace(os.sep, "/")
+    seen: dict[tuple[int, int], str] = {}
+    found, again, starts = [], [], [top]
+    while starts:
+        links = []
+        for start in starts:
+            for current, folders, files in os.walk(start, onerror=unreadable, followlinks=True):
+                try:
+                    stat = os.stat(current)
+                except OSError as error:  # removed meanwhile
+                    unreadable(error)
+                    continue
+                first = seen.setdefault((stat.st_dev, stat.st_ino), current)
+                if first is not current:
+                    again.append((current, first))
+                    folders.clear()
+                    continue
+                shown = {f: os.path.islink(os.path.join(current, f)) for f in folders if not f.startswith(".")}
+                folders[:] = [f for f, link in shown.items() if not link]
+                links += [os.path.join(current, f) for f, link in shown.items() if link]
+                if not marks.isdisjoint(files):
+                    found.append(current)
+        starts = sorted(links)  # visited after all real folders
+    for path, first in again:  # a link back to a folder above it is within that one
+        if any(_within(one, first) for one in found) and not _within(path, first):
+            refused.append(LeftOut(name(path), f"it is the same folder as {name(first)!r}, which is used"))
+    yield from ((path, name(path)) for path in sorted(found, key=lambda path: path.split(os.sep)))
+
+
+def _within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def _damaged(adapters: Iterable[Adapter]) -> dict[str, AdapterError]:

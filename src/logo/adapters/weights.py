@@ -6,6 +6,7 @@ Nothing here is about LoRA.
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
     import torch
 
 _LFS_POINTER = b"version https://git-lfs"
+
+Stamp = tuple[int, int, int]
+
+
+def stamp(path: str | Path) -> Stamp | None:
+    """Size, modification time and inode of a file, by which a change is noticed; None if it cannot be found."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 class WeightFile(Protocol):
@@ -41,10 +53,15 @@ class WeightFile(Protocol):
 
 
 class SafetensorsFile:
-    """A memory-mapped `.safetensors` file, of which only the tensors that are used are read."""
+    """A memory-mapped `.safetensors` file, of which only the tensors that are used are read.
+
+    Attributes:
+        path: where it is.
+        stamp: its stamp when it was opened.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.stamp = path, stamp(path)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         from safetensors import safe_open
@@ -58,17 +75,26 @@ class SafetensorsFile:
 
         self.path.open("rb").close()
         with safe_open(self.path, framework="pt") as file:
+            self._check_unchanged()
             return {key: file.get_tensor(key) for key in keys}
 
     def sha256(self) -> str:
         return file_sha256(self.path)
 
+    def _check_unchanged(self) -> None:
+        """Raises ValueError if the file was replaced, since the scales that were read with it may not be its own."""
+        now = stamp(self.path)
+        # Without the inode, which some network drives change on their own.
+        if now is None or self.stamp is None or now[:2] != self.stamp[:2]:
+            raise ValueError("it has changed since it was opened; open the pool again")
+
 
 class PickleFile:
-    """A pickled `.bin` file; opened only if the user allows it, with `weights_only=True`."""
+    """A pickled `.bin` file; opened only if the user allows it, with `weights_only=True`. Attributes as
+    `SafetensorsFile`."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.stamp = path, stamp(path)
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:

@@ -195,7 +195,10 @@ def _print(output: Path, trained: Trained) -> None:
     if trained.trained:
         out.print(table)
     for name, count in trained.cut.items():
-        out.print(f"{name}: {count} prompts were longer than --max-length and lost their beginning", markup=False)
+        out.print(
+            f"{name}: {count} prompts were longer than --max-length or the model's context and lost their beginning",
+            markup=False,
+        )
     for name, reason in trained.failed.items():
         out.print(Text.assemble(("failed ", "red"), (name, "bold"), f": {reason}"))
     stood = f", {len(trained.done)} stood already" if trained.done else ""

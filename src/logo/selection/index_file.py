@@ -20,9 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from logo.adapters.files import CONFIG
 from logo.adapters.format import Adapter
-from logo.adapters.pool_cache import stamp
 from logo.cache import read_cached, write_cached
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration
@@ -45,7 +43,7 @@ def index_name(
     cache: CalibrationCache | None,
     model: nn.Module,
 ) -> str | None:
-    """The name of the file of a pool's index; None if a file of an adapter cannot be found.
+    """The name of the file of a pool's index; None if an adapter has no files.
 
     Args:
         adapters: those that are scored.
@@ -54,9 +52,9 @@ def index_name(
         cache: of the calibration; None for signals without one.
         model: the base model; its device counts, since another kind of device gives other last digits.
     """
-    try:
-        files = [(a.name, stamp(a.file.path), stamp(a.folder / CONFIG)) for a in adapters]
-    except OSError:  # changed meanwhile: reading it will raise the error
+    # The stamps of when they were opened: an index belongs to what was read.
+    files = [(a.name, *reversed(a.stamps)) for a in adapters]
+    if any(None in a.stamps or not a.stamps for a in adapters):
         return None
     base = "" if cache is None else cache.key
     read_at = [(p.name, p.rows, built_on(device_of(model, p)).type) for p in candidates]

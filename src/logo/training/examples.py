@@ -45,27 +45,34 @@ class Examples:
     cut: int
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int) -> Examples:
+def encode(tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int, context: int | None = None) -> Examples:
     """The rows of a task as tokens.
 
     A text ends with the tokenizer's end token, so that the adapter learns where to stop. An answer in a conversation
     ends as the chat template ends it, and then with that token. Completions are encoded on their own, as
     `logo.scoring` does, because a prompt keeps the tokens that it has when it is asked.
 
+    Args:
+        max_length: tokens of a row at most.
+        context: tokens that the base model reads at most; None: any number.
+
     Raises:
-        DataError: a row cannot be encoded, or its completion is longer than `max_length` (names the row).
+        DataError: a row cannot be encoded, or its completion is longer than `max_length` or the context (names the
+            row).
     """
     rows, cut = [], 0
+    most = max_length if context is None else min(max_length, context)
     for number, pair in enumerate(task.pairs, start=1):
         try:
             prompt, completion = _tokens(tokenizer, pair)
         except LoGoError as error:
             raise DataError(f"{task.source}, row {number}: {error}") from error
-        room = max_length - len(completion)
+        room = most - len(completion)
         if room < 1 or not completion:
+            more = ", or raise --max-length" if most == max_length else ", since the base model reads no more"
             raise DataError(
                 f"{task.source}, row {number}: the completion has {len(completion)} tokens, and a row may have "
-                f"{max_length} with its prompt; shorten it, or raise --max-length"
+                f"{most} with its prompt; shorten it{more}"
             )
         if not prompt:
             raise DataError(f"{task.source}, row {number}: the prompt has no tokens; fix or delete the row")

@@ -20,7 +20,7 @@ from torch import Tensor
 from logo.training.checkpoint import Checkpoint, read_checkpoint
 from logo.training.examples import Example
 from logo.training.factors import Bank
-from logo.training.learner import Learner
+from logo.training.learner import RUNNING, Learner
 from logo.training.passes import Limits, Owned, checkpointing, cut, laid_out, losses
 
 # A mean loss has exploded above both _EXPLODED times that of a uniform guess over the vocabulary and _WORSE times the
@@ -65,6 +65,7 @@ class Group:
         folder: the folder of the group's checkpoint. Training continues from an existing checkpoint.
         save: called with each learner when it has ended.
         every: seconds between two checkpoints.
+        stands: whether the adapter of a task is still where `save` put it; else an ended task begins anew.
 
     Raises:
         StorageError: there is a checkpoint that cannot be read.
@@ -78,12 +79,13 @@ class Group:
         folder: Path,
         save: Callable[[Learner], None],
         every: float = 60.0,
+        stands: Callable[[str], bool] = lambda _: True,
     ) -> None:
         self._base, self.learners, self._members = base, list(learners), members
         self._folder, self._save, self._every = folder, save, every
         self._others: Checkpoint | None = None
         if folder.is_dir():
-            self._go_on(read_checkpoint(folder))
+            self._go_on(read_checkpoint(folder), stands)
 
     def run(self, on_round: Callable[[], None] | None = None) -> None:
         """Trains until every learner has ended, and saves each.
@@ -130,10 +132,12 @@ class Group:
         """Whether the checkpoint has members that are not trained now; these stay in it."""
         return self._others is not None
 
-    def _go_on(self, checkpoint: Checkpoint) -> None:
+    def _go_on(self, checkpoint: Checkpoint, stands: Callable[[str], bool]) -> None:
         for learner in self.learners:
-            if checkpoint.courses[learner.name]["step"]:
-                learner.load(checkpoint.courses[learner.name], checkpoint.tensors[learner.name])
+            course = checkpoint.courses[learner.name]
+            gone = course["status"] != RUNNING and course["best"] is not None and not stands(learner.name)
+            if course["step"] and not gone:
+                learner.load(course, checkpoint.tensors[learner.name])
         self._others = checkpoint.without(self._members)
 
     # -- one round --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ accident.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from logo.adapters.examples import examples_text
 from logo.adapters.files import CONFIG
 from logo.digests import fingerprint
 from logo.errors import DataError, StorageError, UsageError
 from logo.folders import recovered
 from logo.training.checkpoint import STATE, forget
 from logo.training.examples import Example
-from logo.training.pool import TOKENS, UNFINISHED, record_of
+from logo.training.pool import TOKENS, UNFINISHED, WRITTEN, record_of
 from logo.training.recipe import Recipe
 from logo.training.tasks import Task
 
@@ -100,6 +102,7 @@ def prepare(
     cut: int,
     base: Mapping[str, Any],
     invocation: Sequence[int] = (),
+    examples: Sequence[str] = (),
 ) -> Prepared:
     """A task with its digest.
 
@@ -107,6 +110,7 @@ def prepare(
         rows, cut: of `logo.training.examples.encode`.
         base: digests of the base model and of its tokenizer, and its dtype.
         invocation: tokens from which its adapter acts.
+        examples: the prompts that are going to be written beside its adapter.
     """
     record = {
         "source": task.source,
@@ -116,6 +120,7 @@ def prepare(
         "cut_prompts": cut,
         "recipe": recipe.as_dict(),
         "base": dict(base),
+        WRITTEN: hashlib.sha256(examples_text(examples)).hexdigest(),
     }
     invoked = {TOKENS: list(invocation)} if invocation else {}
     # The tokens, too: they also depend on the chat template and on this version of LoGo.

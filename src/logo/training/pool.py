@@ -21,9 +21,10 @@ from torch import Tensor
 
 from logo.adapters.activation import Activation
 from logo.adapters.config import Refusal, read_config
-from logo.adapters.files import CONFIG, NOTES, RECORD, RESPONSES, SAFETENSORS
+from logo.adapters.files import CONFIG, EXAMPLES, NOTES, RECORD, RESPONSES, SAFETENSORS
 from logo.adapters.format import LoraWeights
 from logo.adapters.notes import ADAPTERS, BEFORE, CHANGES, noted, read_notes
+from logo.adapters.weights import file_sha256
 from logo.adapters.writing import plain_tensors
 from logo.errors import StorageError, UsageError
 from logo.folders import replace_file, replace_folder
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 UNFINISHED = ".training"
+WRITTEN = "examples_sha256"  # in an adapter's record: the digest of the example prompts that training wrote beside it
 TOKENS = "invocation_tokens"  # in an adapter's record: the tokens from which on it acts
 
 
 def write_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfig, record: Mapping[str, Any]) -> None:
-    """Writes an adapter, completely or not at all.
+    """Writes an adapter, completely or not at all. Example prompts that an earlier training wrote are removed.
 
     Args:
         factors: `A.path` (r, d_in) and `B.path` (r, d_out).
@@ -58,8 +60,16 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfi
             SAFETENSORS: save(tensors, {"format": "pt"}),
             RECORD: json.dumps(record, indent=2) + "\n",
         },
-        owned=(RESPONSES,),
+        owned=(RESPONSES, EXAMPLES) if _wrote_examples(folder) else (RESPONSES,),
         option="--out",
+    )
+
+
+def _wrote_examples(folder: Path) -> bool:
+    """Whether the example prompts in the folder of an adapter are those that its training wrote, not a user's own."""
+    record = record_of(folder)
+    return (
+        record is not None and (folder / EXAMPLES).is_file() and file_sha256(folder / EXAMPLES) == record.get(WRITTEN)
     )
 
 

@@ -38,7 +38,7 @@ class Recipe:
         lr: the highest learning rate.
         epochs: how often every row is learned from; `steps`: optimiser steps instead, where they are given.
         batch_size: rows of one step.
-        max_length: tokens of a row; longer prompts lose their beginning.
+        max_length: tokens of a row, at most those that the base model reads; longer prompts lose their beginning.
         seed: of the initial factors, of the order of the rows and of which of them are held out.
         warmup: share of the steps in which the learning rate rises; `schedule`: how it falls afterwards.
         weight_decay, clip: of AdamW, and the largest norm of a step's gradient.
@@ -181,6 +181,8 @@ class Recipes:
         found: dict[str, Any] = {}
         for pattern, values in self.other.items():
             if pattern == task or fnmatch.fnmatchcase(task, pattern):
+                if values.get("steps") is not None:
+                    found.pop("epochs", None)
                 found = _over(found, values)
         return replace(self.usual, **_over({}, found))
 

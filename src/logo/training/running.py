@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from logo.adapters.examples import write_examples
 from logo.adapters.files import EXAMPLES, RESPONSES
 from logo.adapters.notes import read_notes
 from logo.errors import DataError, LoGoError, StorageError, UsageError
-from logo.models import load_tokenizer
+from logo.models import context_length, load_config, load_tokenizer, skeleton
 from logo.prompts import asked_text
 from logo.training.activation import Settling, common
 from logo.training.examples import encode
@@ -28,7 +28,7 @@ from logo.training.plan import USUAL_AT_ONCE, GroupPlan, Plan, Prepared, check_n
 from logo.training.pool import UNFINISHED, check_activation, check_base, diverged, record_of, write_pool
 from logo.training.progress import Status, Telling, states
 from logo.training.recipe import Recipe, Recipes
-from logo.training.tasks import Found
+from logo.training.tasks import Found, Task
 from logo.training.trainer import Opening, Outcome, Trainer, same_base
 
 if TYPE_CHECKING:
@@ -122,7 +122,8 @@ def train(
             reason = diverged(record_of(root / name) or {})
             if reason is not None:
                 failed[name] = reason
-        trained = []
+        trained: list[str] = []
+        done = list(todo.done)
         facts = {"base_model": wanted.opening.base_model, "base": trainers.facts, "versions": trainers.versions}
         facts |= _acting(root, prepared, activation, recipes.usual)
         write_pool(root, facts, failed)  # first, because it says where the new adapters act
@@ -131,37 +132,43 @@ def train(
                 if outcome.reason is not None:
                     failed[outcome.task] = outcome.reason
                 if outcome.written:
-                    trained.append(outcome.task)
+                    (done if outcome.before else trained).append(outcome.task)
             write_pool(root, facts, failed)
-        _leave_examples(wanted, trained, todo.done)
-        known = (any((root / name / RESPONSES).rglob("*.safetensors")) for name in (*trained, *todo.done))
+        _leave_examples(wanted, [*trained, *done])
+        known = (any((root / name / RESPONSES).rglob("*.safetensors")) for name in (*trained, *done))
         if wanted.calibrate and not all(known):
             try:
                 trainers.calibrate(root)
             except LoGoError as error:
                 warnings.warn(f"the pool is not calibrated yet: {error}", UserWarning, stacklevel=2)
-    return Trained(tuple(sorted(trained)), todo.done, failed, cut)
+    return Trained(tuple(sorted(trained)), tuple(sorted(done)), failed, cut)
 
 
-def _leave_examples(wanted: Wanted, trained: Sequence[str], done: Sequence[str]) -> None:
-    """Writes the first prompts of each task beside its adapter, as example prompts."""
+def _leave_examples(wanted: Wanted, names: Collection[str]) -> None:
+    """Writes example prompts beside the adapters of these tasks that have none."""
     for task in wanted.found.tasks:
-        folder = wanted.root / task.name
-        if task.name in trained or (task.name in done and not (folder / EXAMPLES).exists()):
-            asked = [pair.prompt for pair in task.pairs[: wanted.examples]]
-            texts = [one if isinstance(one, str) else asked_text(one) for one in asked]
-            if any(texts):
-                write_examples(folder, [text for text in texts if text])
+        texts = _examples(wanted, task)
+        if texts and task.name in names and not (wanted.root / task.name / EXAMPLES).exists():
+            write_examples(wanted.root / task.name, texts)
+
+
+def _examples(wanted: Wanted, task: Task) -> list[str]:
+    """The first prompts of a task, which become the example prompts of its adapter."""
+    asked = [pair.prompt for pair in task.pairs[: wanted.examples]]
+    texts = (one if isinstance(one, str) else asked_text(one) for one in asked)
+    return [text for text in texts if text]
 
 
 def _prepared(wanted: Wanted, base: Mapping[str, Any], failed: dict[str, str]) -> tuple[list[Prepared], dict[str, int]]:
     """The trainable tasks, and the number of truncated prompts by task. Errors of the other tasks go into `failed`."""
-    tokenizer = load_tokenizer(wanted.opening.base_model, model_dir=wanted.opening.model_dir)
+    base_model, place = wanted.opening.base_model, wanted.opening.model_dir
+    tokenizer = load_tokenizer(base_model, model_dir=place)
+    context = context_length(skeleton(load_config(base_model, model_dir=place)))
     prepared, cut, settling = [], {}, Settling(tokenizer)
     for task in wanted.found.tasks:
         recipe = wanted.recipes.of(task.name)
         try:
-            examples = encode(tokenizer, task, recipe.max_length)
+            examples = encode(tokenizer, task, recipe.max_length, context)
             settled = settling.settle(task, recipe, examples.rows)
         except DataError as error:
             failed[task.name] = str(error)
@@ -175,7 +182,7 @@ def _prepared(wanted: Wanted, base: Mapping[str, Any], failed: dict[str, str]) -
                 UserWarning,
                 stacklevel=2,
             )
-        found = (settled.recipe, settled.rows, examples.cut, base, settled.invocation)
+        found = (settled.recipe, settled.rows, examples.cut, base, settled.invocation, _examples(wanted, task))
         prepared.append(prepare(task, *found))
     if not prepared and not wanted.found.tasks and not failed:
         raise DataError("no task to train")

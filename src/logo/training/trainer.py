@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,13 @@ class Outcome:
         task: name of the task.
         reason: why it failed or diverged; None if it did not.
         written: whether its adapter was written.
+        before: whether an earlier run had written it, so that it was not trained now.
     """
 
     task: str
     reason: str | None
     written: bool
+    before: bool = False
 
 
 class Trainer:
@@ -128,7 +130,11 @@ class Trainer:
                 self._write(root, by_name[learner.name], learner)
             learner.release()
 
-        group = Group(self.base, learners, plan.members, plan.folder, save, every)
+        def stands(name: str) -> bool:
+            return (record_of(root / name) or {}).get("digest") == by_name[name].digest
+
+        group = Group(self.base, learners, plan.members, plan.folder, save, every, stands)
+        ended = {learner.name for learner in learners if not learner.running}
 
         def say() -> None:
             if tell is not None:
@@ -140,7 +146,7 @@ class Trainer:
             group.keep()
         else:
             forget(plan.folder)
-        return [_outcome(learner) for learner in learners]
+        return [replace(_outcome(learner), before=learner.name in ended) for learner in learners]
 
     def calibrate(self, root: Path) -> None:
         """Runs the calibration of the pool and writes it beside each adapter.

@@ -101,5 +101,6 @@ def write_pruned(result: Pruned, folder: Path) -> None:
     if isinstance(result.adapter.file, WithInitial):
         config |= doubled(config)
     if not result.kept:
-        config |= unscaled(result.ranks)
+        # PEFT initialises an adapter before it reads its factors, and some initialisations allow only some ranks.
+        config |= {**unscaled(result.ranks), "init_lora_weights": True}
     save_adapter(folder, plain_tensors(result.weights), config)

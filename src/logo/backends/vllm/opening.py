@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def open_engine(
 
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
     computed = checked_dtype(dtype, _own_dtype(source))
-    place, opened = _opened(pool, base_model, model_dir, on_bad_adapter, settings)
+    place, opened = _opened(pool, base_model, model_dir, on_bad_adapter, settings, token)
     model = skeleton(source, computed)
     fitted = opened.fit(BaseLayout.of(model), on_bad_adapter=on_bad_adapter)
     fitted = fitted.acting(settings.activation, settings.when_not_invoked)
@@ -164,13 +165,18 @@ def _opened(
     model_dir: str | Path | None,
     on_bad_adapter: OnBadAdapter,
     settings: SelectionSettings,
+    token: str | bool | None,
 ) -> tuple[str, AdapterPool]:
     """The place from which vLLM's processes open the pool, and the opened pool."""
     if isinstance(pool, AdapterPool):
         return _folder_of(pool, on_bad_adapter, settings.cache), pool
     named = None if pool is None else str(pool)
-    opened = open_pool(named, base_model, model_dir, on_bad_adapter=on_bad_adapter, cache=settings.cache)
-    return pool_place(named, base_model, model_dir).spec, opened
+    opened = open_pool(named, base_model, model_dir, on_bad_adapter=on_bad_adapter, cache=settings.cache, token=token)
+    place = pool_place(named, base_model, model_dir)
+    if isinstance(token, str) and place.on_hub:  # vLLM's processes lack the token, so they open what was downloaded
+        with suppress(PoolError):
+            return _folder_of(opened, on_bad_adapter, settings.cache), opened
+    return place.spec, opened
 
 
 def _folder_of(pool: AdapterPool, on_bad_adapter: OnBadAdapter, cache: str | None) -> str:
