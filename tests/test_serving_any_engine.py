@@ -14,7 +14,7 @@ import httpx
 
 from http_server import serving
 from logo.models import load_base
-from logo.prompts import Prompt
+from logo.prompts import Prompt, chat
 from logo.protocol import Delta, Engine, Figures, MixtureRequest, Overloaded, Sampling
 from logo.selection import Selection
 from logo.selection.drift import Drift
@@ -202,3 +202,20 @@ def test_the_pool_and_the_figures_are_told(tmp_path: Path) -> None:
         assert (await client.get("/health")).status_code == (await client.get("/ready")).status_code == 200
 
     asked(use, adapter_changes=tmp_path)
+
+
+def test_a_turn_without_content_is_read_as_the_library_reads_it() -> None:
+    """Templates tell an answer of tool calls alone from an empty text."""
+
+    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
+        engine.tokenizer.chat_template = (
+            "{% for m in messages %}{% if m.content is string %}({{ m.content }}){% else %}-{% endif %}{% endfor %}"
+        )
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]
+        found = await client.post("/v1/logo/select", json={"messages": messages})
+        assert found.json()["tokens"] == len(chat(engine.tokenizer, messages))
+        assert len(chat(engine.tokenizer, messages)) < len(
+            chat(engine.tokenizer, [messages[0], {**messages[1], "content": ""}])
+        )
+
+    asked(use)

@@ -134,7 +134,7 @@ class Answers:
             ApiError: it has no tokens.
             UsageError: the model's template refuses it.
         """
-        turns = [{**m.further, "role": m.role, "content": m.text} for m in messages]
+        turns = [{**m.further, "role": m.role, "content": None if m.content is None else m.text} for m in messages]
         probe_text = self.service.probe_text
         prompt = await _beside(sum(len(m.text) for m in messages), lambda: read(self.tokenizer, turns, probe_text))
         if not prompt.ids:
