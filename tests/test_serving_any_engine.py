@@ -219,3 +219,19 @@ def test_a_turn_without_content_is_read_as_the_library_reads_it() -> None:
         )
 
     asked(use)
+
+
+def test_a_selection_may_name_its_model() -> None:
+    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
+        for body, adapters in (
+            ({}, ["a"]),
+            ({"model": "logo"}, ["a"]),
+            ({"model": "b"}, ["b"]),
+            ({"model": "base"}, []),
+        ):
+            found = await client.post("/v1/logo/select", json={"prompt": "x", **body})
+            assert found.json()["adapters"] == adapters
+        found = await client.post("/v1/logo/select", json={"prompt": "x", "model": "c"})
+        assert found.status_code == 404 and found.json()["error"]["code"] == "model_not_found"
+
+    asked(use)

@@ -136,6 +136,7 @@ Messages = Annotated[list[Message], Field(min_length=1)]
 class SelectRequest(_WithOptions):
     """Body of `POST /v1/logo/select`: one prompt, or one conversation."""
 
+    model: Text = Field("logo", description="As in requests for text.")
     prompt: OnePrompt | None = None
     messages: Messages | None = None
 

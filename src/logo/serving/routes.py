@@ -143,7 +143,7 @@ def _admitted(answers: Answers, count: int = 1) -> Iterator[None]:
 async def select(body: SelectRequest, request: Request) -> SelectionReply:
     """Selects the adapters that would answer a prompt, with their weights and the scores of all."""
     answers, began = _answers(request), time.perf_counter()
-    wanted = answers.models(_patterns(request)).mixture_request(AUTO, body.logo)
+    wanted = answers.models(_patterns(request)).mixture_request(body.model, body.logo)
     with _admitted(answers):
         if body.prompt is not None:
             [prompt] = await answers.encoded([body.prompt])
