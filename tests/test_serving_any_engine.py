@@ -235,3 +235,23 @@ def test_a_selection_may_name_its_model() -> None:
         assert found.status_code == 404 and found.json()["error"]["code"] == "model_not_found"
 
     asked(use)
+
+
+def test_without_a_limit_an_answer_has_as_many_tokens_as_are_left() -> None:
+    """At most the usual number; a prompt that leaves no room is refused under its own name."""
+
+    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
+        async def ask(length: int, **fields: Any) -> Any:
+            body = {"model": "base", "prompt": [5] * length, **fields}
+            return (await client.post("/v1/completions", json=body)).json()
+
+        for length, left in ((50, 16), (84, 16), (93, 7), (99, 1)):
+            assert (await ask(length))["usage"]["completion_tokens"] == left
+        assert (await ask(100))["error"]["param"] == "prompt"
+        assert (await ask(93, max_tokens=8))["error"]["param"] == "max_tokens"
+        messages = [{"role": "user", "content": "word " * 200}]
+        for fields, param in (({}, "messages"), ({"max_completion_tokens": 1}, "max_completion_tokens")):
+            found = await client.post("/v1/chat/completions", json={"model": "base", "messages": messages, **fields})
+            assert found.json()["error"]["param"] == param
+
+    asked(use)

@@ -141,15 +141,19 @@ class Answers:
             raise bad_request("messages: expected a text, found an empty one", "messages")
         return prompt
 
-    def room(self, prompts: Sequence[Prompt], max_tokens: int | None, param: str) -> int:
-        """The most new tokens of the answers; None: the usual number, or as many as there is room for.
+    def room(self, prompts: Sequence[Prompt], max_tokens: int | None, param: str, usual: int = MAX_NEW_TOKENS) -> int:
+        """The most new tokens of the answers.
+
+        Args:
+            max_tokens: as many; None: the usual number, or as many as there is room for.
+            param: the field that an error names.
 
         Raises:
             ApiError: they do not fit behind the longest prompt.
         """
         context, longest = self.service.context, max(map(len, prompts))
         left = context - longest
-        asked = min(MAX_NEW_TOKENS, left) if max_tokens is None else max_tokens
+        asked = min(usual, left) if max_tokens is None else max_tokens
         if longest >= context or asked > left:
             raise bad_request(
                 f"this model's context holds {context} tokens: found {longest} in the prompt and {max(asked, 1)} for "

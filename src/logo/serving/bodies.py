@@ -106,7 +106,7 @@ class CompletionRequest(_Generation):
     prompt: Prompt = Field(
         description="A text, several, the token ids of one, or of several.", examples=["What is 7 plus 5?"]
     )
-    max_tokens: Count = 16
+    max_tokens: Count | None = Field(None, description="Default: 16, or as many as the context has room for.")
     logprobs: Logprobs | None = Field(
         None, description="Log-probabilities of the tokens and of so many others at every place."
     )

@@ -16,6 +16,7 @@ from logo.api.errors import model_not_found, too_many, unavailable
 from logo.api.names import AUTO
 from logo.api.replies import AdapterCard, AdapterList, ErrorReply, ModelRole, SelectionReply
 from logo.api.requests import SelectRequest
+from logo.decoding import MAX_NEW_TOKENS
 from logo.errors import closest
 from logo.prompts import Prompt
 from logo.protocol import NotReady, Overloaded, Patterns, Sampling
@@ -29,6 +30,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply} for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
 }
 _RETRY_AFTER = 1.0
+_COMPLETION = 16  # tokens of a completion without 'max_tokens', as in OpenAI's API
 
 TEXT: dict[str, Any] = {"response_class": Response, "responses": {200: {"content": {"text/plain": {}}}}}
 """For routes that answer in plain text: what fails there is JSON all the same."""
@@ -63,7 +65,7 @@ async def completions(body: bodies.CompletionRequest, request: Request) -> Respo
         body,
         request,
         CompletionRendering(options, answers.tokenizer.decode),
-        (body.max_tokens, "max_tokens"),
+        (body.max_tokens, "max_tokens" if body.max_tokens else "prompt", _COMPLETION),
         body.logprobs,
         lambda: answers.encoded(body.prompts),
         len(body.prompts),
@@ -75,6 +77,7 @@ async def chat_completions(body: bodies.ChatRequest, request: Request) -> Respon
     """Answers a conversation with the mixture of adapters it selects."""
     answers = _answers(request)
     options = Options(body.model, body.return_token_ids, body.logprobs, body.include_usage)
+    blamed = next((name for name in ("max_tokens", "max_completion_tokens") if getattr(body, name)), "messages")
 
     async def encoded() -> list[Prompt]:
         return [await answers.conversation(body.messages)]
@@ -83,7 +86,7 @@ async def chat_completions(body: bodies.ChatRequest, request: Request) -> Respon
         body,
         request,
         ChatRendering(options, answers.tokenizer.decode),
-        (body.max_new_tokens, "max_tokens" if body.max_tokens else "max_completion_tokens"),
+        (body.max_new_tokens, blamed, MAX_NEW_TOKENS),
         (body.top_logprobs or 0) if body.logprobs else None,
         encoded,
         1,
@@ -94,7 +97,7 @@ async def _generate(
     body: bodies.CompletionRequest | bodies.ChatRequest,
     request: Request,
     rendering: Rendering,
-    limit: tuple[int | None, str],
+    limit: tuple[int | None, str, int],
     logprobs: int | None,
     encoded: Callable[[], Awaitable[list[Prompt]]],
     count: int,
@@ -102,7 +105,7 @@ async def _generate(
     """Answers a body of either endpoint.
 
     Args:
-        limit: the most new tokens, and the field that says so.
+        limit: the most new tokens, the field to blame if they do not fit, and their usual number; see `Answers.room`.
         encoded: tokenizes the prompts.
         count: the number of prompts.
     """
