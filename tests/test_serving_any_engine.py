@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -253,5 +254,35 @@ def test_without_a_limit_an_answer_has_as_many_tokens_as_are_left() -> None:
         for fields, param in (({}, "messages"), ({"max_completion_tokens": 1}, "max_completion_tokens")):
             found = await client.post("/v1/chat/completions", json={"model": "base", "messages": messages, **fields})
             assert found.json()["error"]["param"] == param
+
+    asked(use)
+
+
+def test_variables_of_the_chat_template_reach_it() -> None:
+    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
+        engine.tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.content }}{% endfor %}{% if more is defined %}{{ more.text }}{% endif %}"
+            "{% if add_generation_prompt %}:{% endif %}"
+        )
+        messages = [{"role": "user", "content": "x"}]
+        text = {"more": {"text": " and many more words"}}
+
+        async def ask(path: str, **fields: Any) -> Any:
+            body = json.dumps({"model": "logo", "messages": messages, **fields})
+            headers = {"Content-Type": "application/json"}
+            return (await client.post(f"/v1/{path}", content=body, headers=headers)).json()
+
+        read = partial(engine.tokenizer, add_special_tokens=False)
+        short, long = read("x:")["input_ids"], read("x and many more words:")["input_ids"]
+        for asked, ids in (({}, short), ({"chat_template_kwargs": {}}, short), ({"chat_template_kwargs": text}, long)):
+            assert (await ask("chat/completions", **asked))["usage"]["prompt_tokens"] == len(ids)
+            assert (await ask("logo/select", **asked))["tokens"] == len(ids)
+        for name in ("tokenize", "add_generation_prompt", "chat_template", "conversation", "return_dict", "tools"):
+            error = (await ask("chat/completions", chat_template_kwargs={name: None}))["error"]
+            assert error["param"] == "chat_template_kwargs" and name in error["message"]
+        for odd in ({"messages": []}, {"conversations": []}, {"more": {"text": "\ud800"}}):
+            error = (await ask("chat/completions", chat_template_kwargs=odd))["error"]
+            assert error["message"].startswith("messages: the model's chat template refuses them"), odd
+        assert (await ask("chat/completions", chat_template_kwargs=[]))["error"]["param"] == "chat_template_kwargs"
 
     asked(use)

@@ -6,8 +6,9 @@ model, options -> MixtureRequest -> SelectedMixture per prompt -> AnswerChunk, A
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from logo.api.requests import Message
 from logo.decoding import MAX_NEW_TOKENS
 from logo.endings import FinishReason
 from logo.errors import Unsure
-from logo.prompts import Prompt, read
+from logo.prompts import Prompt, chat, read
 from logo.protocol import (
     Engine,
     GenerationFailed,
@@ -127,16 +128,23 @@ class Answers:
                 raise bad_request(f"prompt: expected token ids below {known}, found {max(row.ids)}", "prompt")
         return rows
 
-    async def conversation(self, messages: Sequence[Message]) -> Prompt:
-        """Reads a conversation.
+    async def conversation(self, messages: Sequence[Message], variables: Mapping[str, Any] | None) -> Prompt:
+        """Reads a conversation; `variables` are for the model's template.
 
         Raises:
-            ApiError: it has no tokens.
+            ApiError: it has no tokens, or a variable has the name of an argument of `apply_chat_template`.
             UsageError: the model's template refuses it.
         """
         turns = [{**m.further, "role": m.role, "content": None if m.content is None else m.text} for m in messages]
-        probe_text = self.service.probe_text
-        prompt = await _beside(sum(len(m.text) for m in messages), lambda: read(self.tokenizer, turns, probe_text))
+        variables = variables or {}
+        for name in inspect.signature(self.tokenizer.apply_chat_template).parameters:
+            if name in variables:
+                raise bad_request(
+                    f"chat_template_kwargs: expected variables of the chat template, found {name!r}; leave it out",
+                    "chat_template_kwargs",
+                )
+        size, probe_text = sum(len(m.text) for m in messages), self.service.probe_text
+        prompt = await _beside(size, lambda: chat(self.tokenizer, turns, probe_text, variables))
         if not prompt.ids:
             raise bad_request("messages: expected a text, found an empty one", "messages")
         return prompt

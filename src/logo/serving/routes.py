@@ -80,7 +80,7 @@ async def chat_completions(body: bodies.ChatRequest, request: Request) -> Respon
     blamed = next((name for name in ("max_tokens", "max_completion_tokens") if getattr(body, name)), "messages")
 
     async def encoded() -> list[Prompt]:
-        return [await answers.conversation(body.messages)]
+        return [await answers.conversation(body.messages, body.chat_template_kwargs)]
 
     return await _generate(
         body,
@@ -151,7 +151,7 @@ async def select(body: SelectRequest, request: Request) -> SelectionReply:
         if body.prompt is not None:
             [prompt] = await answers.encoded([body.prompt])
         else:
-            prompt = await answers.conversation(body.messages or [])
+            prompt = await answers.conversation(body.messages or [], body.chat_template_kwargs)
         answers.room([prompt], None, "prompt" if body.messages is None else "messages")
         [chosen] = await unless_left(request, answers.choose([prompt], wanted, began, request.state))
         chosen.release()

@@ -256,7 +256,9 @@ class Router:
         """The number of tokens of a prompt; vLLM counts them if no probe did. An `Answer` is vLLM's refusal."""
         if chosen.tokens is not None:
             return chosen.tokens
-        what = {name: body[name] for name in ("prompt", "messages") if body.get(name) is not None}
+        what = {
+            name: body[name] for name in ("prompt", "messages", "chat_template_kwargs") if body.get(name) is not None
+        }
         if isinstance(what.get("prompt"), list):
             return len(what["prompt"])
         asked = json.dumps({"model": self._base, **what}).encode()
