@@ -16,7 +16,7 @@ import httpx
 from http_server import serving
 from logo.models import load_base
 from logo.prompts import Prompt, chat
-from logo.protocol import Delta, Engine, Figures, MixtureRequest, Overloaded, Sampling
+from logo.protocol import Delta, Engine, Figures, MixtureRequest, Overloaded, Sampling, TokenLogprob
 from logo.selection import Selection
 from logo.selection.drift import Drift
 from logo.serving.app import AppSettings, create_app
@@ -284,5 +284,29 @@ def test_variables_of_the_chat_template_reach_it() -> None:
             error = (await ask("chat/completions", chat_template_kwargs=odd))["error"]
             assert error["message"].startswith("messages: the model's chat template refuses them"), odd
         assert (await ask("chat/completions", chat_template_kwargs=[]))["error"]["param"] == "chat_template_kwargs"
+
+    asked(use)
+
+
+def test_tokens_behind_a_stop_text_are_not_part_of_the_answer() -> None:
+    """Also if an engine hands over several at once, as it does when the server is busy."""
+
+    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
+        prompt = [engine.tokenizer.convert_tokens_to_ids(letter) for letter in "dcba"]
+
+        async def at_once(ids: Any, chosen: Any, sampling: Any, deadline: Any = None) -> AsyncGenerator[Delta, None]:
+            tokens = tuple(reversed(ids))
+            yield Delta(tokens, tuple(TokenLogprob(token, -1.0, ()) for token in tokens), "length")
+
+        for generate in (engine.generate, at_once):
+            engine.generate = generate  # type: ignore[method-assign]
+            body = {"model": "logo", "prompt": prompt, "stop": "b", "return_token_ids": True}
+            if generate is at_once:
+                body["logprobs"] = 0
+            found = (await client.post("/v1/completions", json=body)).json()
+            [choice] = found["choices"]
+            assert choice["token_ids"] == prompt[-2:][::-1] and choice["finish_reason"] == "stop"
+            assert found["usage"]["completion_tokens"] == 2
+        assert len(choice["logprobs"]["tokens"]) == 2
 
     asked(use)

@@ -247,16 +247,17 @@ class Answers:
         try:
             async with aclosing(self.service.generate(ids, request.chosen[prompt], sampling, deadline)) as deltas:
                 async for delta in deltas:
-                    before = self._count(len(delta.tokens), count, before)
-                    count += len(delta.tokens)
                     shown, reason = text.push(delta.tokens), delta.finish_reason
+                    new = text.taken - count
+                    before = self._count(new, count, before)
+                    count = text.taken
                     if reason is not None:
                         shown += text.finish()
                     if text.stopped:
                         reason = "stop"
                     if reason is not None:
                         self._ended(reason, count, request.began)
-                    yield AnswerChunk(index, shown, delta.tokens, delta.logprobs, reason)
+                    yield AnswerChunk(index, shown, delta.tokens[:new], delta.logprobs[:new], reason)
                     if reason is not None:
                         return
         except GenerationTimeout:
