@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 from logo.api.errors import bad_request, timed_out
@@ -33,6 +34,7 @@ from logo.protocol import (
 from logo.selection import Selection
 from logo.serving import logged
 from logo.serving.metrics import Metrics
+from logo.serving.spelling import Spelling
 from logo.serving.text import Text
 
 _T = TypeVar("_T")
@@ -105,6 +107,11 @@ class Answers:
     def tokenizer(self) -> Any:
         """The base model's."""
         return self.service.tokenizer
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """Of the base model's tokens."""
+        return Spelling(self.tokenizer)
 
     # -- reading requests -----------------------------------------------------------------------------------------
 

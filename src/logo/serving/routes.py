@@ -64,7 +64,7 @@ async def completions(body: bodies.CompletionRequest, request: Request) -> Respo
     return await _generate(
         body,
         request,
-        CompletionRendering(options, answers.tokenizer.decode),
+        CompletionRendering(options, answers.spelling),
         (body.max_tokens, "max_tokens" if body.max_tokens else "prompt", _COMPLETION),
         body.logprobs,
         lambda: answers.encoded(body.prompts),
@@ -85,7 +85,7 @@ async def chat_completions(body: bodies.ChatRequest, request: Request) -> Respon
     return await _generate(
         body,
         request,
-        ChatRendering(options, answers.tokenizer.decode),
+        ChatRendering(options, answers.spelling),
         (body.max_new_tokens, blamed, MAX_NEW_TOKENS),
         (body.top_logprobs or 0) if body.logprobs else None,
         encoded,
