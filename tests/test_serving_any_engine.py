@@ -16,7 +16,15 @@ import httpx
 from http_server import serving
 from logo.models import load_base
 from logo.prompts import Prompt, chat
-from logo.protocol import Delta, Engine, Figures, MixtureRequest, Overloaded, Sampling, TokenLogprob
+from logo.protocol import (
+    Delta,
+    Engine,
+    Figures,
+    MixtureRequest,
+    Overloaded,
+    Sampling,
+    TokenLogprob,
+)
 from logo.selection import Selection
 from logo.selection.drift import Drift
 from logo.serving.app import AppSettings, create_app

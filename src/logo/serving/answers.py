@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
-from logo.api.errors import bad_request, timed_out
+from logo.api.errors import ApiError, bad_request, timed_out
 from logo.api.names import Models
 from logo.api.requests import Message
 from logo.decoding import MAX_NEW_TOKENS
@@ -181,23 +181,32 @@ class Answers:
     # -- answering -------------------------------------------------------------------------------------------------
 
     async def choose(
-        self, prompts: Sequence[Prompt], wanted: MixtureRequest, began: float, state: Any
+        self, prompts: Sequence[Prompt], wanted: MixtureRequest, began: float, state: Any, n: int = 1
     ) -> tuple[SelectedMixture, ...]:
         """Selects the mixture of each prompt; they are probed together.
 
         Args:
             state: of the request; gets the entries of the log, also those of prompts that are refused.
+            n: answers per prompt, which are counted if there is no mixture.
 
         Raises:
             ApiError: the request has timed out.
             LoGoError: as `Engine.choose`.
         """
-        choosing = asyncio.gather(*(self.service.choose(prompt, wanted) for prompt in prompts), return_exceptions=True)
+
+        async def choosing() -> list[SelectedMixture | BaseException]:
+            # A coroutine, since nobody retrieves the exception of a future of `gather` that is cancelled in `wait_for`.
+            asked = (self.service.choose(prompt, wanted) for prompt in prompts)
+            return await asyncio.gather(*asked, return_exceptions=True)
+
         try:
-            found = await asyncio.wait_for(choosing, self._left(began))
+            found = await asyncio.wait_for(choosing(), self._left(began))
         except asyncio.TimeoutError:
-            self.metrics.failures.labels("timeout").inc()
+            self.metrics.failed("timeout", n * len(prompts))
             raise timed_out(self.timeout or 0) from None
+        except asyncio.CancelledError:
+            self.metrics.failed("left", n * len(prompts))
+            raise
         own = wanted.options.get("signal") in (None, self.service.signal)
         entries, chosen = [], []
         for prompt, one in zip(prompts, found, strict=True):
@@ -213,6 +222,8 @@ class Answers:
             if isinstance(error, BaseException):
                 for one in chosen:
                     one.release()
+                if isinstance(error, Unsure) or ApiError.of(error).status >= 500:
+                    self.metrics.failed("unsure" if isinstance(error, Unsure) else "error", n * len(prompts))
                 raise error
         return tuple(chosen)
 
@@ -230,18 +241,26 @@ class Answers:
         Raises:
             ApiError, or the error of an answer that failed.
         """
-        answers = [
-            self._answer(prompt * request.n + choice, prompt, choice, request)
-            for prompt in range(len(request.prompts))
-            for choice in range(request.n)
-        ]
-        async with aclosing(answers[0] if len(answers) == 1 else _merged(answers)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        unended = set(range(len(request.prompts) * request.n))
+        answers = [self._answer(index, request, unended) for index in sorted(unended)]
+        try:
+            async with aclosing(answers[0] if len(answers) == 1 else _merged(answers)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except GenerationTimeout:
+            self.metrics.failed("timeout", len(unended))
+            raise timed_out(self.timeout or 0) from None
+        except GenerationFailed as error:
+            self.metrics.failed("error", len(unended))
+            raise error.__cause__ or error from None
+        except (asyncio.CancelledError, GeneratorExit):
+            self.metrics.failed("left", len(unended))
+            raise
 
     async def _answer(
-        self, index: int, prompt: int, choice: int, request: PreparedRequest
+        self, index: int, request: PreparedRequest, unended: set[int]
     ) -> AsyncGenerator[AnswerChunk, None]:
+        prompt, choice = divmod(index, request.n)
         sampling, ids = request.sampling, request.prompts[prompt].ids
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + choice)
@@ -251,31 +270,22 @@ class Answers:
         deadline = None if left is None else asyncio.get_running_loop().time() + left
         self.metrics.prompt_tokens.inc(len(ids))
         self.metrics.prompt_length.observe(len(ids))
-        try:
-            async with aclosing(self.service.generate(ids, request.chosen[prompt], sampling, deadline)) as deltas:
-                async for delta in deltas:
-                    shown, reason = text.push(delta.tokens), delta.finish_reason
-                    new = text.taken - count
-                    before = self._count(new, count, before)
-                    count = text.taken
-                    if reason is not None:
-                        shown += text.finish()
-                    if text.stopped:
-                        reason = "stop"
-                    if reason is not None:
-                        self._ended(reason, count, request.began)
-                    yield AnswerChunk(index, shown, delta.tokens[:new], delta.logprobs[:new], reason)
-                    if reason is not None:
-                        return
-        except GenerationTimeout:
-            self.metrics.failures.labels("timeout").inc()
-            raise timed_out(self.timeout or 0) from None
-        except GenerationFailed as error:
-            self.metrics.failures.labels("error").inc()
-            raise error.__cause__ or error from None
-        except (asyncio.CancelledError, GeneratorExit):
-            self.metrics.failures.labels("left").inc()
-            raise
+        async with aclosing(self.service.generate(ids, request.chosen[prompt], sampling, deadline)) as deltas:
+            async for delta in deltas:
+                shown, reason = text.push(delta.tokens), delta.finish_reason
+                new = text.taken - count
+                before = self._count(new, count, before)
+                count = text.taken
+                if reason is not None:
+                    shown += text.finish()
+                if text.stopped:
+                    reason = "stop"
+                if reason is not None:
+                    unended.discard(index)
+                    self._ended(reason, count, request.began)
+                yield AnswerChunk(index, shown, delta.tokens[:new], delta.logprobs[:new], reason)
+                if reason is not None:
+                    return
 
     def _left(self, began: float) -> float | None:
         return None if self.timeout is None else max(0.0, began + self.timeout - time.perf_counter())

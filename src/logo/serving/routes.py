@@ -117,7 +117,7 @@ async def _generate(
         prompts = await encoded()
         request.state.prompt_tokens = sum(map(len, prompts))
         sampling = Sampling(answers.room(prompts, *limit), body.temperature, body.top_p, body.seed, logprobs)
-        chosen = await unless_left(request, answers.choose(prompts, wanted, began, request.state))
+        chosen = await unless_left(request, answers.choose(prompts, wanted, began, request.state, body.n))
         for one in chosen:
             stack.callback(one.release)
         prepared = PreparedRequest(tuple(prompts), chosen, body.n, sampling, body.stops, began)
@@ -133,7 +133,7 @@ def _admitted(answers: Answers, count: int = 1) -> Iterator[None]:
         with answers.service.admitted(count):
             yield
     except Overloaded:
-        answers.metrics.failures.labels("queue_full").inc(count)
+        answers.metrics.failed("queue_full", count)
         raise too_many(_RETRY_AFTER) from None
     except NotReady as error:
         raise unavailable(str(error), _RETRY_AFTER, closing=True) from None
