@@ -17,7 +17,9 @@ import pytest
 from http_server import eventually, serving
 from logo.errors import StoreFull, UsageError
 from logo.protocol import Delta, GenerationFailed, GenerationTimeout, MixtureRequest
+from logo.serving import running, sending
 from logo.serving.app import AppSettings, create_app
+from logo.serving.guards import GuardSettings
 from test_serving_any_engine import Scripted, asked
 from tolerances import PATIENCE
 
@@ -100,3 +102,44 @@ def test_answers_whose_mixture_fails_are_counted(error: Exception | None, status
         assert failures((await client.get("/metrics")).text) == counted
 
     asked(use, request_timeout=PATIENCE if error else 0.05)
+
+
+def test_a_client_that_does_not_read_holds_nothing_beyond_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its socket is full, so that no more can be sent, and it does not disconnect."""
+    monkeypatch.setattr(sending, "GRACE", 0.05)
+    sent: list[Any] = []
+
+    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
+        app: Any = client._transport.app  # type: ignore[attr-defined]
+        body = json.dumps({"model": "logo", "prompt": [5] * 50, "max_tokens": 40, "stream": True}).encode()
+        received = iter([{"type": "http.request", "body": body}])
+
+        async def receive() -> Any:
+            return next(received, None) or await asyncio.sleep(PATIENCE)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if len(sent) > 4:
+                await asyncio.sleep(PATIENCE)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+        await app(scope, receive, send)
+        assert len(sent) == 5 and sent[-1]["more_body"]
+        assert engine.released == ["a"]
+        assert failures((await client.get("/metrics")).text) == {"timeout": 1}
+
+    asked(use, request_timeout=0.5)
+
+
+@pytest.mark.parametrize(("limit", "wait"), [(20.5, 26), (None, None)])
+def test_nor_does_it_keep_the_server_from_ending(
+    limit: float | None, wait: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written to a full socket is never sent, and uvicorn waits for it."""
+    seen: list[Any] = []
+    monkeypatch.setattr(running.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(running.Server, "run", lambda self, sockets: seen.append(self.config))
+    with socket.socket() as taken:
+        running.serve(Scripted(), AppSettings("base", request_timeout=limit), GuardSettings(), taken)
+    assert [config.timeout_graceful_shutdown for config in seen] == [wait]

@@ -200,7 +200,7 @@ class Answers:
             return await asyncio.gather(*asked, return_exceptions=True)
 
         try:
-            found = await asyncio.wait_for(choosing(), self._left(began))
+            found = await asyncio.wait_for(choosing(), self.left(began))
         except asyncio.TimeoutError:
             self.metrics.failed("timeout", n * len(prompts))
             raise timed_out(self.timeout or 0) from None
@@ -254,7 +254,8 @@ class Answers:
             self.metrics.failed("error", len(unended))
             raise error.__cause__ or error from None
         except (asyncio.CancelledError, GeneratorExit):
-            self.metrics.failed("left", len(unended))
+            late = self.left(request.began) == 0  # the client is there, but does not read
+            self.metrics.failed("timeout" if late else "left", len(unended))
             raise
 
     async def _answer(
@@ -266,7 +267,7 @@ class Answers:
             sampling = replace(sampling, seed=sampling.seed + choice)
         text = Text(self.tokenizer, request.stops)
         count, before = 0, request.began
-        left = self._left(request.began)
+        left = self.left(request.began)
         deadline = None if left is None else asyncio.get_running_loop().time() + left
         self.metrics.prompt_tokens.inc(len(ids))
         self.metrics.prompt_length.observe(len(ids))
@@ -287,7 +288,8 @@ class Answers:
                 if reason is not None:
                     return
 
-    def _left(self, began: float) -> float | None:
+    def left(self, began: float) -> float | None:
+        """The seconds that are left to a request; None: no limit."""
         return None if self.timeout is None else max(0.0, began + self.timeout - time.perf_counter())
 
     def _count(self, new: int, count: int, before: float) -> float:
