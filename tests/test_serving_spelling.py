@@ -38,10 +38,10 @@ def ids_of(words: str) -> list[int]:
 @given(WORDS)
 def test_tokens_have_the_bytes_of_the_text(words: str) -> None:
     ids = by_bytes()(words)["input_ids"]
-    assert b"".join(map(Spelling(by_bytes()).bytes, ids)) == words.encode()
-    assert b"".join(map(Spelling(sentences()).bytes, ids_of(words))) == words.encode()
+    assert b"".join(map(Spelling(by_bytes()).encoded, ids)) == words.encode()
+    assert b"".join(map(Spelling(sentences()).encoded, ids_of(words))) == words.encode()
     ids = demo()(words, add_special_tokens=False)["input_ids"]
-    assert b"".join(map(Spelling(demo()).bytes, ids)) == demo().decode(ids).encode()
+    assert b"".join(map(Spelling(demo()).encoded, ids)) == demo().decode(ids).encode()
 
 
 @calm
@@ -65,7 +65,7 @@ def test_blanks_in_front_of_words_belong_to_tokens() -> None:
         " ",
         "</s>",
     ]
-    assert spelling.bytes(100_000) == b"" and spelling.name(100_000) == ""
+    assert spelling.encoded(100_000) == b"" and spelling.name(100_000) == ""
 
 
 @pytest.mark.parametrize("tokenizer", [by_bytes, sentences])

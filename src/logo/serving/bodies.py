@@ -89,11 +89,14 @@ class _Generation(ModelRequest):
 
     @model_validator(mode="after")
     def _nothing_unsupported(self) -> _Generation:
-        known = {**UNSUPPORTED, "add_special_tokens": lambda v: v is self.adds_special_tokens}
+        known = {**UNSUPPORTED, "add_special_tokens": self._adds_as_usual}
         for name, value in (self.model_extra or {}).items():
             if value is not None and name in known and not known[name](value):
                 raise refused("not supported by this server; leave it out", name)
         return self
+
+    def _adds_as_usual(self, value: Any) -> bool:
+        return value is self.adds_special_tokens
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -200,7 +200,7 @@ class ChatRendering(Rendering):
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         spelling = self._spelling
-        return {"token": spelling.name(token), "logprob": logprob, "bytes": list(spelling.bytes(token))}
+        return {"token": spelling.name(token), "logprob": logprob, "bytes": list(spelling.encoded(token))}
 
 
 def mixtures(request: PreparedRequest) -> Mixture | list[Mixture]:

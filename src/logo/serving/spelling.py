@@ -31,9 +31,9 @@ class Spelling:
         self._steps = [] if decoder is None else list(_steps(json.loads(decoder.__getstate__())))
         self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
 
-    def bytes(self, token: int) -> bytes:
+    def encoded(self, token: int) -> bytes:
         """The bytes of a token; a special one has those of its name."""
-        piece = self._tokenizer.convert_ids_to_tokens(token)
+        piece: str | None = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:  # models may have more rows than there are tokens
             return b""
         for step in self._steps:
@@ -53,7 +53,7 @@ class Spelling:
 
     def name(self, token: int) -> str:
         """The text of a token; of one that is only a part of a character, its bytes as OpenAI writes them."""
-        spelled = self.bytes(token)
+        spelled = self.encoded(token)
         try:
             return spelled.decode("utf-8")
         except UnicodeDecodeError:
@@ -63,11 +63,12 @@ class Spelling:
         """What a token adds to a text: nothing if it is special, and as the first one often no leading blank."""
         if token in self._special:
             return b""
-        spelled = self.bytes(token)
+        spelled = self.encoded(token)
         return spelled[1:] if first and spelled[:1] == b" " != self._alone(token)[:1] else spelled
 
     def _alone(self, token: int) -> bytes:
-        return self._tokenizer.decode([token]).encode("utf-8")
+        text: str = self._tokenizer.decode([token])
+        return text.encode("utf-8")
 
 
 class Places:
