@@ -22,14 +22,18 @@ _BETWEEN = ("Fuse", "Strip")
 
 
 class Spelling:
-    """Spells the tokens of one tokenizer."""
+    """Spells the tokens of one tokenizer.
+
+    Attributes:
+        special: tokens that are no part of a text.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = None if backend is None else backend.decoder
         self._steps = [] if decoder is None else list(_steps(json.loads(decoder.__getstate__())))
-        self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        self.special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
 
     def encoded(self, token: int) -> bytes:
         """The bytes of a token; a special one has those of its name."""
@@ -61,7 +65,7 @@ class Spelling:
 
     def shown(self, token: int, *, first: bool) -> bytes:
         """What a token adds to a text: nothing if it is special, and as the first one often no leading blank."""
-        if token in self._special:
+        if token in self.special:
             return b""
         spelled = self.encoded(token)
         return spelled[1:] if first and spelled[:1] == b" " != self._alone(token)[:1] else spelled
@@ -83,7 +87,7 @@ class Places:
         """The place of the next token; one that continues a character has the place of the character."""
         at, shown = self._at, self._spelling.shown(token, first=self._first)
         self._at += len(self._decoder.decode(shown))
-        self._first = self._first and not shown
+        self._first = self._first and token in self._spelling.special
         return at
 
 
