@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,16 @@ import httpx
 
 from http_server import serving
 from logo.models import load_base
-from logo.prompts import Prompt
-from logo.protocol import Delta, Engine, Figures, MixtureRequest, Overloaded, Sampling
+from logo.prompts import Prompt, chat
+from logo.protocol import (
+    Delta,
+    Engine,
+    Figures,
+    MixtureRequest,
+    Overloaded,
+    Sampling,
+    TokenLogprob,
+)
 from logo.selection import Selection
 from logo.selection.drift import Drift
 from logo.serving.app import AppSettings, create_app
@@ -202,3 +211,110 @@ def test_the_pool_and_the_figures_are_told(tmp_path: Path) -> None:
         assert (await client.get("/health")).status_code == (await client.get("/ready")).status_code == 200
 
     asked(use, adapter_changes=tmp_path)
+
+
+def test_a_turn_without_content_is_read_as_the_library_reads_it() -> None:
+    """Templates tell an answer of tool calls alone from an empty text."""
+
+    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
+        engine.tokenizer.chat_template = (
+            "{% for m in messages %}{% if m.content is string %}({{ m.content }}){% else %}-{% endif %}{% endfor %}"
+        )
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]
+        found = await client.post("/v1/logo/select", json={"messages": messages})
+        assert found.json()["tokens"] == len(chat(engine.tokenizer, messages))
+        assert len(chat(engine.tokenizer, messages)) < len(
+            chat(engine.tokenizer, [messages[0], {**messages[1], "content": ""}])
+        )
+
+    asked(use)
+
+
+def test_a_selection_may_name_its_model() -> None:
+    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
+        for body, adapters in (
+            ({}, ["a"]),
+            ({"model": "logo"}, ["a"]),
+            ({"model": "b"}, ["b"]),
+            ({"model": "base"}, []),
+        ):
+            found = await client.post("/v1/logo/select", json={"prompt": "x", **body})
+            assert found.json()["adapters"] == adapters
+        found = await client.post("/v1/logo/select", json={"prompt": "x", "model": "c"})
+        assert found.status_code == 404 and found.json()["error"]["code"] == "model_not_found"
+
+    asked(use)
+
+
+def test_without_a_limit_an_answer_has_as_many_tokens_as_are_left() -> None:
+    """At most the usual number; a prompt that leaves no room is refused under its own name."""
+
+    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
+        async def ask(length: int, **fields: Any) -> Any:
+            body = {"model": "base", "prompt": [5] * length, **fields}
+            return (await client.post("/v1/completions", json=body)).json()
+
+        for length, left in ((50, 16), (84, 16), (93, 7), (99, 1)):
+            assert (await ask(length))["usage"]["completion_tokens"] == left
+        assert (await ask(100))["error"]["param"] == "prompt"
+        assert (await ask(93, max_tokens=8))["error"]["param"] == "max_tokens"
+        messages = [{"role": "user", "content": "word " * 200}]
+        for fields, param in (({}, "messages"), ({"max_completion_tokens": 1}, "max_completion_tokens")):
+            found = await client.post("/v1/chat/completions", json={"model": "base", "messages": messages, **fields})
+            assert found.json()["error"]["param"] == param
+
+    asked(use)
+
+
+def test_variables_of_the_chat_template_reach_it() -> None:
+    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
+        engine.tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.content }}{% endfor %}{% if more is defined %}{{ more.text }}{% endif %}"
+            "{% if add_generation_prompt %}:{% endif %}"
+        )
+        messages = [{"role": "user", "content": "x"}]
+        text = {"more": {"text": " and many more words"}}
+
+        async def ask(path: str, **fields: Any) -> Any:
+            body = json.dumps({"model": "logo", "messages": messages, **fields})
+            headers = {"Content-Type": "application/json"}
+            return (await client.post(f"/v1/{path}", content=body, headers=headers)).json()
+
+        read = partial(engine.tokenizer, add_special_tokens=False)
+        short, long = read("x:")["input_ids"], read("x and many more words:")["input_ids"]
+        for asked, ids in (({}, short), ({"chat_template_kwargs": {}}, short), ({"chat_template_kwargs": text}, long)):
+            assert (await ask("chat/completions", **asked))["usage"]["prompt_tokens"] == len(ids)
+            assert (await ask("logo/select", **asked))["tokens"] == len(ids)
+        for name in ("tokenize", "add_generation_prompt", "chat_template", "conversation", "return_dict", "tools"):
+            error = (await ask("chat/completions", chat_template_kwargs={name: None}))["error"]
+            assert error["param"] == "chat_template_kwargs" and name in error["message"]
+        for odd in ({"messages": []}, {"conversations": []}, {"more": {"text": "\ud800"}}):
+            error = (await ask("chat/completions", chat_template_kwargs=odd))["error"]
+            assert error["message"].startswith("messages: the model's chat template refuses them"), odd
+        assert (await ask("chat/completions", chat_template_kwargs=[]))["error"]["param"] == "chat_template_kwargs"
+
+    asked(use)
+
+
+def test_tokens_behind_a_stop_text_are_not_part_of_the_answer() -> None:
+    """Also if an engine hands over several at once, as it does when the server is busy."""
+
+    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
+        prompt = [engine.tokenizer.convert_tokens_to_ids(letter) for letter in "dcba"]
+
+        async def at_once(ids: Any, chosen: Any, sampling: Any, deadline: Any = None) -> AsyncGenerator[Delta, None]:
+            tokens = tuple(reversed(ids))
+            yield Delta(tokens, tuple(TokenLogprob(token, -1.0, ()) for token in tokens), "length")
+
+        for generate in (engine.generate, at_once):
+            engine.generate = generate  # type: ignore[method-assign]
+            body = {"model": "logo", "prompt": prompt, "stop": "b", "return_token_ids": True}
+            if generate is at_once:
+                body["logprobs"] = 0
+            found = (await client.post("/v1/completions", json=body)).json()
+            [choice] = found["choices"]
+            assert choice["token_ids"] == prompt[-2:][::-1] and choice["finish_reason"] == "stop"
+            assert found["usage"]["completion_tokens"] == 2
+        assert len(choice["logprobs"]["tokens"]) == 2
+
+    asked(use)

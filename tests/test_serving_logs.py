@@ -19,7 +19,7 @@ from test_serving_guards import KEYS, make
 
 def lines(run: Any, log_json: bool, level: logs.Level = "info") -> list[str]:
     """What is written to stderr while `run(url)` talks to a server."""
-    changed = [logging.getLogger(name) for name in ("logo", "uvicorn", "uvicorn.error", "uvicorn.access")]
+    changed = [logging.getLogger(name) for name in ("logo", "uvicorn", "uvicorn.error", "uvicorn.access", "asyncio")]
     kept = [(logger, logger.handlers[:], logger.level) for logger in changed]
     written = io.StringIO()
     try:
@@ -83,3 +83,8 @@ def test_crashes_are_one_entry_with_their_traceback_and_request() -> None:
 
 def test_levels_silence_the_lines_of_requests() -> None:
     assert lines(talk, log_json=False, level="warning") == []
+
+
+def test_what_asyncio_reports_is_json_too() -> None:
+    written = lines(lambda url: logging.getLogger("asyncio").error("Task was destroyed"), log_json=True)
+    assert [json.loads(line)["message"] for line in written] == ["Task was destroyed"]

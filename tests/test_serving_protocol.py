@@ -160,6 +160,11 @@ def test_a_chat_that_is_refused_is_told_why_in_one_line(fields: dict[str, Any], 
         ("top_k", 40),
         ("ignore_eos", True),
         ("guided_json", {}),
+        ("skip_special_tokens", False),
+        ("include_stop_str_in_output", True),
+        ("return_tokens_as_token_ids", True),
+        ("reasoning_effort", "high"),
+        ("verbosity", "low"),
         ("frequency_penalty", "x"),
         ("echo", 0),
         ("presence_penalty", False),
@@ -170,6 +175,13 @@ def test_what_would_change_the_answer_is_never_ignored(field: str, value: Any) -
     expected = (f"{field}: not supported by this server; leave it out", field)
     assert refusal(CompletionRequest, COMPLETION | {field: value}) == expected
     assert refusal(ChatRequest, CHAT | {field: value}) == expected
+
+
+def test_special_tokens_are_added_to_texts_and_not_to_what_a_template_writes() -> None:
+    assert completion(add_special_tokens=True) and chat(add_special_tokens=False)
+    expected = ("add_special_tokens: not supported by this server; leave it out", "add_special_tokens")
+    assert refusal(CompletionRequest, COMPLETION | {"add_special_tokens": False}) == expected
+    assert refusal(ChatRequest, CHAT | {"add_special_tokens": True}) == expected
 
 
 def test_fields_that_ask_for_nothing_are_taken_though_unsupported() -> None:
@@ -185,6 +197,10 @@ def test_fields_that_ask_for_nothing_are_taken_though_unsupported() -> None:
         "tool_choice": "none",
         "top_k": -1,
         "repetition_penalty": 1.0,
+        "skip_special_tokens": True,
+        "include_stop_str_in_output": False,
+        "return_tokens_as_token_ids": False,
+        "verbosity": "medium",
     }
     assert not harmless.keys() - UNSUPPORTED.keys()
     assert completion(**harmless).model_extra == harmless
@@ -214,7 +230,7 @@ def test_null_means_left_out() -> None:
     request = completion(**dict.fromkeys(fields))
     assert request == completion()
     assert (request.max_tokens, request.temperature, request.top_p, request.n, request.stream) == (
-        16,
+        None,
         1.0,
         1.0,
         1,

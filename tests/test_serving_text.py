@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from logo.endings import cut_at
+from logo.endings import at_texts, cut_at
 from logo.models import load_base
 from logo.serving.text import Text
 from make_adapters import calm
@@ -90,3 +90,30 @@ def test_half_a_character_at_the_end_is_shown_as_what_it_decodes_to() -> None:
     text = Text(tokenizer)
     assert text.push(half) == ""
     assert text.finish() == tokenizer.decode(half)
+
+
+def test_a_stop_text_may_hold_special_tokens_which_are_not_shown() -> None:
+    """The answer ends where `LoGo.generate` ends it."""
+    tokenizer = by_bytes()
+    for words, stops in (("an</s>END", ["</s>"]), ("an</s>END", ["</s>E"]), ("an</s>END", ["never", "n</s>"])):
+        ids = tokenizer(words)["input_ids"]
+        ends = at_texts(tokenizer, stops)
+        length = next(count for count in range(1, len(ids)) if ends(ids[:count]))
+        for steps in ([ids], [[one] for one in ids]):
+            pieces, text = shown(tokenizer, steps, stops)
+            assert text.stopped and text.taken == length
+            assert "".join(pieces) == tokenizer.decode(ids[:length], skip_special_tokens=True)
+    pieces, text = shown(tokenizer, [tokenizer("an</s>END")["input_ids"]], ["n", "</s>"])
+    assert "".join(pieces) == "a" and text.taken == 2
+
+
+@calm
+@given(WORDS, STOPS, CUTS)
+def test_tokens_behind_the_one_that_completes_a_stop_text_are_not_taken(
+    words: str, stops: list[str], cuts: list[int]
+) -> None:
+    tokenizer = by_bytes()
+    ids = tokenizer(words)["input_ids"]
+    _, text = shown(tokenizer, split(ids, cuts), stops)
+    ends = at_texts(tokenizer, stops) if stops else lambda ids: False
+    assert text.taken == next((count for count in range(1, len(ids)) if ends(ids[:count])), len(ids))

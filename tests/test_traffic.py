@@ -300,7 +300,7 @@ def test_refused_prompts_are_in_the_log_and_in_the_metrics(
                     assert (answer.status_code, error["code"]) == (400, "no_adapter_fits")
                     assert "--" not in error["message"] and "as 'model'" in error["message"]
                 told = (await client.get("/metrics")).text
-                assert 'logo:request_failure_total{reason="unsure"} 2.0' in told
+                assert 'logo:request_failure_total{reason="unsure"} 3.0' in told  # the answer to "known" is not given
                 assert "logo:selection_confidence_count 2.0" in told
 
     with caplog.at_level(logging.INFO, "logo"):

@@ -130,7 +130,12 @@ def cut_left(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], limit: int)
 # -- conversations -----------------------------------------------------------------------------------------------------
 
 
-def chat(tokenizer: PreTrainedTokenizerBase, messages: Conversation, probe_text: ProbeText | None = None) -> Prompt:
+def chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Conversation,
+    probe_text: ProbeText | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> Prompt:
     """Reads a conversation up to where the assistant's next answer begins, by the tokenizer's chat template.
 
     Base models have no template. For them the contents are joined, one per line, so that a single message is the same
@@ -144,12 +149,13 @@ def chat(tokenizer: PreTrainedTokenizerBase, messages: Conversation, probe_text:
             of text parts, or None in an assistant's turn.
         probe_text: what is probed: `"last_user"`, the last message of the user (the default); `"conversation"`, all
             messages of the user; `"all"`, everything. Without a message of the user, everything is probed.
+        variables: of the template, besides the messages.
 
     Raises:
         UsageError: a message without content or with an unknown role, or the template refuses the conversation.
     """
     turns = checked_turns(messages)
-    text = _rendered(tokenizer, turns) if tokenizer.chat_template else plain(turns)
+    text = _rendered(tokenizer, turns, variables=variables) if tokenizer.chat_template else plain(turns)
     # A template adds the special tokens itself.
     ids = (
         tokenizer(text, add_special_tokens=False)["input_ids"] if tokenizer.chat_template else text_ids(tokenizer, text)
@@ -267,10 +273,21 @@ def _turn(number: int, message: Any) -> dict[str, Any]:
     return {**message, "content": content}
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Conversation, answer: bool = True) -> str:
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Conversation,
+    answer: bool = True,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
     """The text of a conversation; with `answer`, up to where the assistant's next turn begins."""
     try:
-        return str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=answer, tokenize=False))
+        text = str(
+            tokenizer.apply_chat_template(
+                list(turns), add_generation_prompt=answer, tokenize=False, **(variables or {})
+            )
+        )
+        text.encode("utf-8")  # half a surrogate pair can come from any field, and no tokenizer accepts it
+        return text
     except Exception as error:  # a template is a program and may raise anything
         reason = " ".join(str(error).split())
         raise UsageError(f"messages: the model's chat template refuses them: {reason}") from error

@@ -131,13 +131,16 @@ class Message(Body):
 
 
 Messages = Annotated[list[Message], Field(min_length=1)]
+TemplateVariables = Annotated[dict[str, Any], Field(description="Variables of the chat template.")]
 
 
 class SelectRequest(_WithOptions):
     """Body of `POST /v1/logo/select`: one prompt, or one conversation."""
 
+    model: Text = Field("logo", description="As in requests for text.")
     prompt: OnePrompt | None = None
     messages: Messages | None = None
+    chat_template_kwargs: TemplateVariables | None = None
 
     @model_validator(mode="after")
     def _one_input(self) -> SelectRequest:

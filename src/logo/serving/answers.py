@@ -6,19 +6,21 @@ model, options -> MixtureRequest -> SelectedMixture per prompt -> AnswerChunk, A
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
-from logo.api.errors import bad_request, timed_out
+from logo.api.errors import ApiError, bad_request, timed_out
 from logo.api.names import Models
 from logo.api.requests import Message
 from logo.decoding import MAX_NEW_TOKENS
 from logo.endings import FinishReason
 from logo.errors import Unsure
-from logo.prompts import Prompt, read
+from logo.prompts import Prompt, chat, read
 from logo.protocol import (
     Engine,
     GenerationFailed,
@@ -32,6 +34,7 @@ from logo.protocol import (
 from logo.selection import Selection
 from logo.serving import logged
 from logo.serving.metrics import Metrics
+from logo.serving.spelling import Spelling
 from logo.serving.text import Text
 
 _T = TypeVar("_T")
@@ -105,6 +108,11 @@ class Answers:
         """The base model's."""
         return self.service.tokenizer
 
+    @cached_property
+    def spelling(self) -> Spelling:
+        """Of the base model's tokens."""
+        return Spelling(self.tokenizer)
+
     # -- reading requests -----------------------------------------------------------------------------------------
 
     def models(self, patterns: Patterns | None = None) -> Models:
@@ -127,29 +135,40 @@ class Answers:
                 raise bad_request(f"prompt: expected token ids below {known}, found {max(row.ids)}", "prompt")
         return rows
 
-    async def conversation(self, messages: Sequence[Message]) -> Prompt:
-        """Reads a conversation.
+    async def conversation(self, messages: Sequence[Message], variables: Mapping[str, Any] | None) -> Prompt:
+        """Reads a conversation; `variables` are for the model's template.
 
         Raises:
-            ApiError: it has no tokens.
+            ApiError: it has no tokens, or a variable has the name of an argument of `apply_chat_template`.
             UsageError: the model's template refuses it.
         """
-        turns = [{**m.further, "role": m.role, "content": m.text} for m in messages]
-        probe_text = self.service.probe_text
-        prompt = await _beside(sum(len(m.text) for m in messages), lambda: read(self.tokenizer, turns, probe_text))
+        turns = [{**m.further, "role": m.role, "content": None if m.content is None else m.text} for m in messages]
+        variables = variables or {}
+        for name in inspect.signature(self.tokenizer.apply_chat_template).parameters:
+            if name in variables:
+                raise bad_request(
+                    f"chat_template_kwargs: expected variables of the chat template, found {name!r}; leave it out",
+                    "chat_template_kwargs",
+                )
+        size, probe_text = sum(len(m.text) for m in messages), self.service.probe_text
+        prompt = await _beside(size, lambda: chat(self.tokenizer, turns, probe_text, variables))
         if not prompt.ids:
             raise bad_request("messages: expected a text, found an empty one", "messages")
         return prompt
 
-    def room(self, prompts: Sequence[Prompt], max_tokens: int | None, param: str) -> int:
-        """The most new tokens of the answers; None: the usual number, or as many as there is room for.
+    def room(self, prompts: Sequence[Prompt], max_tokens: int | None, param: str, usual: int = MAX_NEW_TOKENS) -> int:
+        """The most new tokens of the answers.
+
+        Args:
+            max_tokens: as many; None: the usual number, or as many as there is room for.
+            param: the field that an error names.
 
         Raises:
             ApiError: they do not fit behind the longest prompt.
         """
         context, longest = self.service.context, max(map(len, prompts))
         left = context - longest
-        asked = min(MAX_NEW_TOKENS, left) if max_tokens is None else max_tokens
+        asked = min(usual, left) if max_tokens is None else max_tokens
         if longest >= context or asked > left:
             raise bad_request(
                 f"this model's context holds {context} tokens: found {longest} in the prompt and {max(asked, 1)} for "
@@ -162,23 +181,32 @@ class Answers:
     # -- answering -------------------------------------------------------------------------------------------------
 
     async def choose(
-        self, prompts: Sequence[Prompt], wanted: MixtureRequest, began: float, state: Any
+        self, prompts: Sequence[Prompt], wanted: MixtureRequest, began: float, state: Any, n: int = 1
     ) -> tuple[SelectedMixture, ...]:
         """Selects the mixture of each prompt; they are probed together.
 
         Args:
             state: of the request; gets the entries of the log, also those of prompts that are refused.
+            n: answers per prompt, which are counted if there is no mixture.
 
         Raises:
             ApiError: the request has timed out.
             LoGoError: as `Engine.choose`.
         """
-        choosing = asyncio.gather(*(self.service.choose(prompt, wanted) for prompt in prompts), return_exceptions=True)
+
+        async def choosing() -> list[SelectedMixture | BaseException]:
+            # A coroutine, since nobody retrieves the exception of a future of `gather` that is cancelled in `wait_for`.
+            asked = (self.service.choose(prompt, wanted) for prompt in prompts)
+            return await asyncio.gather(*asked, return_exceptions=True)
+
         try:
-            found = await asyncio.wait_for(choosing, self._left(began))
+            found = await asyncio.wait_for(choosing(), self.left(began))
         except asyncio.TimeoutError:
-            self.metrics.failures.labels("timeout").inc()
+            self.metrics.failed("timeout", n * len(prompts))
             raise timed_out(self.timeout or 0) from None
+        except asyncio.CancelledError:
+            self.metrics.failed("left", n * len(prompts))
+            raise
         own = wanted.options.get("signal") in (None, self.service.signal)
         entries, chosen = [], []
         for prompt, one in zip(prompts, found, strict=True):
@@ -194,6 +222,8 @@ class Answers:
             if isinstance(error, BaseException):
                 for one in chosen:
                     one.release()
+                if isinstance(error, Unsure) or ApiError.of(error).status >= 500:
+                    self.metrics.failed("unsure" if isinstance(error, Unsure) else "error", n * len(prompts))
                 raise error
         return tuple(chosen)
 
@@ -211,53 +241,55 @@ class Answers:
         Raises:
             ApiError, or the error of an answer that failed.
         """
-        answers = [
-            self._answer(prompt * request.n + choice, prompt, choice, request)
-            for prompt in range(len(request.prompts))
-            for choice in range(request.n)
-        ]
-        async with aclosing(answers[0] if len(answers) == 1 else _merged(answers)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        unended = set(range(len(request.prompts) * request.n))
+        answers = [self._answer(index, request, unended) for index in sorted(unended)]
+        try:
+            async with aclosing(answers[0] if len(answers) == 1 else _merged(answers)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except GenerationTimeout:
+            self.metrics.failed("timeout", len(unended))
+            raise timed_out(self.timeout or 0) from None
+        except GenerationFailed as error:
+            self.metrics.failed("error", len(unended))
+            raise error.__cause__ or error from None
+        except (asyncio.CancelledError, GeneratorExit):
+            late = self.left(request.began) == 0  # the client is there, but does not read
+            self.metrics.failed("timeout" if late else "left", len(unended))
+            raise
 
     async def _answer(
-        self, index: int, prompt: int, choice: int, request: PreparedRequest
+        self, index: int, request: PreparedRequest, unended: set[int]
     ) -> AsyncGenerator[AnswerChunk, None]:
+        prompt, choice = divmod(index, request.n)
         sampling, ids = request.sampling, request.prompts[prompt].ids
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + choice)
         text = Text(self.tokenizer, request.stops)
         count, before = 0, request.began
-        left = self._left(request.began)
+        left = self.left(request.began)
         deadline = None if left is None else asyncio.get_running_loop().time() + left
         self.metrics.prompt_tokens.inc(len(ids))
         self.metrics.prompt_length.observe(len(ids))
-        try:
-            async with aclosing(self.service.generate(ids, request.chosen[prompt], sampling, deadline)) as deltas:
-                async for delta in deltas:
-                    before = self._count(len(delta.tokens), count, before)
-                    count += len(delta.tokens)
-                    shown, reason = text.push(delta.tokens), delta.finish_reason
-                    if reason is not None:
-                        shown += text.finish()
-                    if text.stopped:
-                        reason = "stop"
-                    if reason is not None:
-                        self._ended(reason, count, request.began)
-                    yield AnswerChunk(index, shown, delta.tokens, delta.logprobs, reason)
-                    if reason is not None:
-                        return
-        except GenerationTimeout:
-            self.metrics.failures.labels("timeout").inc()
-            raise timed_out(self.timeout or 0) from None
-        except GenerationFailed as error:
-            self.metrics.failures.labels("error").inc()
-            raise error.__cause__ or error from None
-        except (asyncio.CancelledError, GeneratorExit):
-            self.metrics.failures.labels("left").inc()
-            raise
+        async with aclosing(self.service.generate(ids, request.chosen[prompt], sampling, deadline)) as deltas:
+            async for delta in deltas:
+                shown, reason = text.push(delta.tokens), delta.finish_reason
+                new = text.taken - count
+                before = self._count(new, count, before)
+                count = text.taken
+                if reason is not None:
+                    shown += text.finish()
+                if text.stopped:
+                    reason = "stop"
+                if reason is not None:
+                    unended.discard(index)
+                    self._ended(reason, count, request.began)
+                yield AnswerChunk(index, shown, delta.tokens[:new], delta.logprobs[:new], reason)
+                if reason is not None:
+                    return
 
-    def _left(self, began: float) -> float | None:
+    def left(self, began: float) -> float | None:
+        """The seconds that are left to a request; None: no limit."""
         return None if self.timeout is None else max(0.0, began + self.timeout - time.perf_counter())
 
     def _count(self, new: int, count: int, before: float) -> float:

@@ -7,12 +7,12 @@ the answer but is not supported is refused by name (`UNSUPPORTED`); any other un
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from logo.api.fields import Body, Choices, Count, Flag, Logprobs, Number, Prompt, Seed, Stop, Text, refused
-from logo.api.requests import Messages, ModelRequest
+from logo.api.requests import Messages, ModelRequest, TemplateVariables
 
 # Field -> whether its value has no effect, so that it is accepted.
 UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
@@ -31,6 +31,8 @@ UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "modalities": lambda v: v == ["text"],
     "audio": lambda v: False,
     "web_search_options": lambda v: False,
+    "reasoning_effort": lambda v: False,
+    "verbosity": lambda v: v == "medium",
     # vLLM's
     "top_k": lambda v: _is(v, 0) or _is(v, -1),
     "min_p": lambda v: _is(v, 0),
@@ -49,6 +51,9 @@ UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "guided_regex": lambda v: False,
     "guided_choice": lambda v: False,
     "guided_grammar": lambda v: False,
+    "skip_special_tokens": lambda v: v is True,
+    "include_stop_str_in_output": lambda v: v is False,
+    "return_tokens_as_token_ids": lambda v: v is False,
     "chat_template": lambda v: False,
     "add_generation_prompt": lambda v: v is True,
     "continue_final_message": lambda v: v is False,
@@ -80,12 +85,18 @@ class _Generation(ModelRequest):
     return_token_ids: Flag = Field(False, description="Every choice carries its 'token_ids' too.")
     user: Text | None = Field(None, description="Has no effect.")
 
+    adds_special_tokens: ClassVar[bool]  # the only value that vLLM's 'add_special_tokens' may have
+
     @model_validator(mode="after")
     def _nothing_unsupported(self) -> _Generation:
+        known = {**UNSUPPORTED, "add_special_tokens": self._adds_as_usual}
         for name, value in (self.model_extra or {}).items():
-            if value is not None and name in UNSUPPORTED and not UNSUPPORTED[name](value):
+            if value is not None and name in known and not known[name](value):
                 raise refused("not supported by this server; leave it out", name)
         return self
+
+    def _adds_as_usual(self, value: Any) -> bool:
+        return value is self.adds_special_tokens
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -103,10 +114,12 @@ class _Generation(ModelRequest):
 class CompletionRequest(_Generation):
     """Body of `POST /v1/completions`."""
 
+    adds_special_tokens = True
+
     prompt: Prompt = Field(
         description="A text, several, the token ids of one, or of several.", examples=["What is 7 plus 5?"]
     )
-    max_tokens: Count = 16
+    max_tokens: Count | None = Field(None, description="Default: 16, or as many as the context has room for.")
     logprobs: Logprobs | None = Field(
         None, description="Log-probabilities of the tokens and of so many others at every place."
     )
@@ -125,7 +138,10 @@ class CompletionRequest(_Generation):
 class ChatRequest(_Generation):
     """Body of `POST /v1/chat/completions`."""
 
+    adds_special_tokens = False  # a template writes them itself
+
     messages: Messages
+    chat_template_kwargs: TemplateVariables | None = None
     max_tokens: Count | None = Field(None, description="The old name of 'max_completion_tokens'.")
     max_completion_tokens: Count | None = Field(
         None, description="Default: 256, or as many as the context has room for."

@@ -112,11 +112,13 @@ class JsonLines(logging.Formatter):
 
 
 def configure(log_json: bool = False, level: Level = "info") -> None:
-    """Sets up the loggers of this package and of uvicorn, to stderr; give uvicorn `log_config=None, access_log=False`.
+    """Sets up the loggers of this package, uvicorn and asyncio, to stderr.
+
+    Give uvicorn `log_config=None, access_log=False`.
 
     Args:
         log_json: one JSON object per line.
-        level: of this package. uvicorn logs warnings only, unless it is `debug`.
+        level: of this package. The others log warnings only, unless it is `debug`.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(RequestIds())
@@ -129,6 +131,7 @@ def configure(log_json: bool = False, level: Level = "info") -> None:
         ("uvicorn", [handler], server),
         ("uvicorn.error", [], server),
         ("uvicorn.access", [], "critical"),
+        ("asyncio", [handler], server),
     ):
         logger = logging.getLogger(name)
         logger.handlers[:] = own

@@ -6,7 +6,7 @@ Labels are reasons, forms, and adapters of the pool. Texts of clients never beco
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,6 +18,8 @@ from logo.selection.drift import Drift
 
 if TYPE_CHECKING:
     from logo.protocol import Engine, SelectedMixture
+
+FailureReason = Literal["queue_full", "unsure", "timeout", "error", "left"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -47,7 +49,7 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens that were read.")
         self.generation_tokens = counter("generation_tokens", "Tokens that were generated.")
         self.success = counter("request_success", "Answers that ended, by reason.", "finished_reason")
-        self.failures = counter("request_failure", "Answers that did not end, by reason.", "reason")
+        self._failures = counter("request_failure", "Answers that did not end, by reason.", "reason")
         self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SHORT)
         self.inter_token = histogram("inter_token_latency_seconds", "Between the tokens of an answer.", _SHORT)
         self.end_to_end = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _LONG)
@@ -76,9 +78,12 @@ class Metrics:
         if chosen.selection.confidence is not None:
             self._scored(chosen.selection.scores, chosen.selection.confidence, own)
 
+    def failed(self, reason: FailureReason, answers: int) -> None:
+        """Counts answers that did not end."""
+        self._failures.labels(reason).inc(answers)
+
     def refused(self, refused: Unsure, own: bool = True) -> None:
-        """Counts a prompt that nothing answers, whose confidence tells what the pool lacks; `own`: as in `chosen`."""
-        self.failures.labels("unsure").inc()
+        """Records a prompt that nothing answers, whose confidence tells what the pool lacks; `own`: as in `chosen`."""
         self._scored(refused.scores, refused.confidence, own)
 
     def _scored(self, scores: Mapping[str, float], confidence: float, own: bool) -> None:

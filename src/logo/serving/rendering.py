@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,8 +12,7 @@ from logo.endings import FinishReason
 from logo.protocol import TokenLogprob
 from logo.serving import openai
 from logo.serving.answers import AnswerChunk, PreparedRequest
-
-Spelled = Callable[[int], str]  # a token as text
+from logo.serving.spelling import Places, Spelling
 
 
 @dataclass
@@ -55,13 +54,13 @@ class Rendering(ABC):
 
     Args:
         options: what the request wants.
-        spelled: a token as text.
+        spelling: of tokens.
         prefix: of the answer's id.
     """
 
-    def __init__(self, options: Options, spelled: Spelled, prefix: Literal["cmpl", "chatcmpl"]) -> None:
+    def __init__(self, options: Options, spelling: Spelling, prefix: Literal["cmpl", "chatcmpl"]) -> None:
         self.options = options
-        self._spelled = spelled
+        self._spelling = spelling
         self._head: dict[str, Any] = {"id": openai.new_id(prefix), "created": openai.now(), "model": options.model}
 
     @abstractmethod
@@ -87,9 +86,9 @@ class Rendering(ABC):
 class CompletionRendering(Rendering):
     """`/v1/completions`."""
 
-    def __init__(self, options: Options, spelled: Spelled) -> None:
-        super().__init__(options, spelled, "cmpl")
-        self._offsets: dict[int, int] = {}  # characters of each answer so far
+    def __init__(self, options: Options, spelling: Spelling) -> None:
+        super().__init__(options, spelling, "cmpl")
+        self._places: dict[int, Places] = {}  # of each answer
 
     def whole(self, answers: Sequence[Collected], request: PreparedRequest) -> Reply:
         """See `Rendering`."""
@@ -127,25 +126,27 @@ class CompletionRendering(Rendering):
         )
 
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> openai.CompletionLogprobs:
-        texts = [self._spelled(entry.token) for entry in logprobs]
-        at, offsets = self._offsets.get(index, 0), []
-        for text in texts:
-            offsets.append(at)
-            at += len(text)
-        self._offsets[index] = at
+        places = self._places.setdefault(index, Places(self._spelling))
         return openai.CompletionLogprobs(
-            tokens=texts,
+            tokens=[self._spelling.name(entry.token) for entry in logprobs],
             token_logprobs=[entry.logprob for entry in logprobs],
-            top_logprobs=[{self._spelled(token): value for token, value in entry.top} for entry in logprobs],
-            text_offset=offsets,
+            top_logprobs=[self._top(entry) for entry in logprobs],
+            text_offset=[places.next(entry.token) for entry in logprobs],
         )
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        """The most likely tokens by their names; of two with one name, the likelier."""
+        found: dict[str, float] = {}
+        for token, logprob in entry.top:
+            found.setdefault(self._spelling.name(token), logprob)
+        return found
 
 
 class ChatRendering(Rendering):
     """`/v1/chat/completions`."""
 
-    def __init__(self, options: Options, spelled: Spelled) -> None:
-        super().__init__(options, spelled, "chatcmpl")
+    def __init__(self, options: Options, spelling: Spelling) -> None:
+        super().__init__(options, spelling, "chatcmpl")
 
     def whole(self, answers: Sequence[Collected], request: PreparedRequest) -> Reply:
         """See `Rendering`."""
@@ -198,8 +199,8 @@ class ChatRendering(Rendering):
         )
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._spelled(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8"))}
+        spelling = self._spelling
+        return {"token": spelling.name(token), "logprob": logprob, "bytes": list(spelling.encoded(token))}
 
 
 def mixtures(request: PreparedRequest) -> Mixture | list[Mixture]:

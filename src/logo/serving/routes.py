@@ -16,6 +16,7 @@ from logo.api.errors import model_not_found, too_many, unavailable
 from logo.api.names import AUTO
 from logo.api.replies import AdapterCard, AdapterList, ErrorReply, ModelRole, SelectionReply
 from logo.api.requests import SelectRequest
+from logo.decoding import MAX_NEW_TOKENS
 from logo.errors import closest
 from logo.prompts import Prompt
 from logo.protocol import NotReady, Overloaded, Patterns, Sampling
@@ -29,6 +30,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply} for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
 }
 _RETRY_AFTER = 1.0
+_COMPLETION = 16  # tokens of a completion without 'max_tokens', as in OpenAI's API
 
 TEXT: dict[str, Any] = {"response_class": Response, "responses": {200: {"content": {"text/plain": {}}}}}
 """For routes that answer in plain text: what fails there is JSON all the same."""
@@ -62,8 +64,8 @@ async def completions(body: bodies.CompletionRequest, request: Request) -> Respo
     return await _generate(
         body,
         request,
-        CompletionRendering(options, answers.tokenizer.decode),
-        (body.max_tokens, "max_tokens"),
+        CompletionRendering(options, answers.spelling),
+        (body.max_tokens, "max_tokens" if body.max_tokens else "prompt", _COMPLETION),
         body.logprobs,
         lambda: answers.encoded(body.prompts),
         len(body.prompts),
@@ -75,15 +77,16 @@ async def chat_completions(body: bodies.ChatRequest, request: Request) -> Respon
     """Answers a conversation with the mixture of adapters it selects."""
     answers = _answers(request)
     options = Options(body.model, body.return_token_ids, body.logprobs, body.include_usage)
+    blamed = next((name for name in ("max_tokens", "max_completion_tokens") if getattr(body, name)), "messages")
 
     async def encoded() -> list[Prompt]:
-        return [await answers.conversation(body.messages)]
+        return [await answers.conversation(body.messages, body.chat_template_kwargs)]
 
     return await _generate(
         body,
         request,
-        ChatRendering(options, answers.tokenizer.decode),
-        (body.max_new_tokens, "max_tokens" if body.max_tokens else "max_completion_tokens"),
+        ChatRendering(options, answers.spelling),
+        (body.max_new_tokens, blamed, MAX_NEW_TOKENS),
         (body.top_logprobs or 0) if body.logprobs else None,
         encoded,
         1,
@@ -94,7 +97,7 @@ async def _generate(
     body: bodies.CompletionRequest | bodies.ChatRequest,
     request: Request,
     rendering: Rendering,
-    limit: tuple[int | None, str],
+    limit: tuple[int | None, str, int],
     logprobs: int | None,
     encoded: Callable[[], Awaitable[list[Prompt]]],
     count: int,
@@ -102,7 +105,7 @@ async def _generate(
     """Answers a body of either endpoint.
 
     Args:
-        limit: the most new tokens, and the field that says so.
+        limit: the most new tokens, the field to blame if they do not fit, and their usual number; see `Answers.room`.
         encoded: tokenizes the prompts.
         count: the number of prompts.
     """
@@ -114,7 +117,7 @@ async def _generate(
         prompts = await encoded()
         request.state.prompt_tokens = sum(map(len, prompts))
         sampling = Sampling(answers.room(prompts, *limit), body.temperature, body.top_p, body.seed, logprobs)
-        chosen = await unless_left(request, answers.choose(prompts, wanted, began, request.state))
+        chosen = await unless_left(request, answers.choose(prompts, wanted, began, request.state, body.n))
         for one in chosen:
             stack.callback(one.release)
         prepared = PreparedRequest(tuple(prompts), chosen, body.n, sampling, body.stops, began)
@@ -130,7 +133,7 @@ def _admitted(answers: Answers, count: int = 1) -> Iterator[None]:
         with answers.service.admitted(count):
             yield
     except Overloaded:
-        answers.metrics.failures.labels("queue_full").inc(count)
+        answers.metrics.failed("queue_full", count)
         raise too_many(_RETRY_AFTER) from None
     except NotReady as error:
         raise unavailable(str(error), _RETRY_AFTER, closing=True) from None
@@ -143,12 +146,12 @@ def _admitted(answers: Answers, count: int = 1) -> Iterator[None]:
 async def select(body: SelectRequest, request: Request) -> SelectionReply:
     """Selects the adapters that would answer a prompt, with their weights and the scores of all."""
     answers, began = _answers(request), time.perf_counter()
-    wanted = answers.models(_patterns(request)).mixture_request(AUTO, body.logo)
+    wanted = answers.models(_patterns(request)).mixture_request(body.model, body.logo)
     with _admitted(answers):
         if body.prompt is not None:
             [prompt] = await answers.encoded([body.prompt])
         else:
-            prompt = await answers.conversation(body.messages or [])
+            prompt = await answers.conversation(body.messages or [], body.chat_template_kwargs)
         answers.room([prompt], None, "prompt" if body.messages is None else "messages")
         [chosen] = await unless_left(request, answers.choose([prompt], wanted, began, request.state))
         chosen.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import socket
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from logo.errors import UsageError
 from logo.protocol import Engine
 from logo.serving.app import AppSettings, create_app
 from logo.serving.guards import GuardSettings, guard
+from logo.serving.sending import GRACE
 
 # Seconds between the signal and the end of listening.
 _FAREWELL = 1.0
@@ -98,6 +100,7 @@ def serve(
     Raises:
         ModelError: the model cannot be served.
     """
+    limit = settings.request_timeout
     config = uvicorn.Config(
         guard(create_app(service, settings), guards),
         log_config=None,
@@ -105,6 +108,8 @@ def serve(
         server_header=False,
         lifespan="on",
         timeout_keep_alive=30,
+        # Accepted requests have ended by then, and what remains are clients that do not read.
+        timeout_graceful_shutdown=None if limit is None else math.ceil(limit + GRACE),
         **uvicorn_options,
     )
     # uvicorn raises the signal again at the end, although ending on a signal is no failure.

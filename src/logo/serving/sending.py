@@ -23,6 +23,9 @@ from logo.serving.rendering import Collected, Rendering
 _T = TypeVar("_T")
 _log = logging.getLogger("logo.serving")
 
+GRACE = 5.0
+"""Seconds that a client has, after the time limit of its request, to read what was generated."""
+
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
     """Runs `work`, and cancels it if the client disconnects meanwhile.
@@ -60,20 +63,28 @@ async def whole(answers: Answers, request: PreparedRequest, rendering: Rendering
 
 
 class Streamed(StreamingResponse):
-    """Sends the answer as events; everything that the request holds is released when it ends in any way."""
+    """Sends the answer as events; everything that the request holds is released when it ends in any way.
+
+    It also ends if the client does not read it, `GRACE` seconds after the time limit.
+    """
 
     def __init__(
         self, answers: Answers, request: PreparedRequest, rendering: Rendering, state: State, held: ExitStack
     ) -> None:
         self._events = _events(answers, request, rendering, state)
         self._held = held
+        left = answers.left(request.began)
+        self._limit = None if left is None else left + GRACE
         super().__init__(self._events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events."""
         with self._held:
             async with aclosing(self._events):
-                await super().__call__(scope, receive, send)
+                try:
+                    await asyncio.wait_for(super().__call__(scope, receive, send), self._limit)
+                except asyncio.TimeoutError:
+                    _log.warning("a stream was ended, since its client does not read it")
 
 
 async def _events(

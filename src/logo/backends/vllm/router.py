@@ -251,7 +251,7 @@ class Router:
         asked = checked(SelectRequest, raw.decode("utf-8", "replace") if body is None else body)
         assert body is not None  # `checked` has refused anything else
         where = COMPLETIONS if asked.prompt is not None else CHAT
-        found = await self._chosen(where, body, self._names.mixture_request(AUTO, asked.logo), scope, receive)
+        found = await self._chosen(where, body, self._names.mixture_request(asked.model, asked.logo), scope, receive)
         tokens = found if isinstance(found, Answer) else await self._counted(body, found, scope)
         if isinstance(found, Answer) or isinstance(tokens, Answer):
             await _relay(send, found if isinstance(found, Answer) else tokens)  # type: ignore[arg-type]
@@ -262,7 +262,9 @@ class Router:
         """The number of tokens of a prompt; vLLM counts them if no probe did. An `Answer` is vLLM's refusal."""
         if chosen.tokens is not None:
             return chosen.tokens
-        what = {name: body[name] for name in ("prompt", "messages") if body.get(name) is not None}
+        what = {
+            name: body[name] for name in ("prompt", "messages", "chat_template_kwargs") if body.get(name) is not None
+        }
         if isinstance(what.get("prompt"), list):
             return len(what["prompt"])
         asked = json.dumps({"model": self._base, **what}).encode()
