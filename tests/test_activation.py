@@ -505,3 +505,14 @@ def test_a_checkpoint_that_names_its_cache(kind: str, tmp_path: Path) -> None:
         found = logo.generate(prompt, max_new_tokens=3, cache_implementation=kind)
     assert found.token_ids == want.token_ids
     assert seen == ([4, 4, 1, 1] if kind == "hybrid" else [4, 40, 1, 1])
+
+
+def test_prompt_lookup_changes_no_answer(tmp_path: Path) -> None:
+    """Assisted decoding of transformers feeds the whole prompt to any cache, also one that holds its beginning."""
+    model = tiny.model("llama", eos_token_id=None)
+    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"))
+    prompt = tiny.prompts([20])[0] * 2
+    for mixture in MIXTURES:
+        want = logo.generate(prompt, adapters=mixture, max_new_tokens=12)
+        found = logo.generate(prompt, adapters=mixture, max_new_tokens=12, prompt_lookup_num_tokens=3)
+        assert found.token_ids == want.token_ids

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import GenerationMode
 
 from logo.adapters.activation import NotInvoked, earliest
 from logo.adapters.pool import AdapterPool
@@ -261,6 +262,8 @@ class Decoder:
     def _reads_ahead(self, pool: AdapterPool, config: GenerationConfig) -> bool:
         """Whether the base model alone reads the tokens before adapters act, from the cache of beginnings."""
         cached = config.use_cache is not False and config.cache_implementation in _PLAIN_CACHES
+        # Assisted decoding, such as prompt lookup, feeds the whole prompt to whatever cache it is given.
+        cached = cached and config.get_generation_mode() != GenerationMode.ASSISTED_GENERATION
         return self._beginnings is not None and pool.read_once and cached
 
     def _onset(
