@@ -367,6 +367,33 @@ def test_a_model_that_keeps_a_state_reads_all_under_the_mixture(tmp_path: Path) 
     assert list(answer.token_ids) == masked(model, logo.fitted, prompt, MIXTURES[0], 5)
 
 
+@pytest.mark.parametrize("signal", ["calibrated", "spectr", "arrow"])
+@pytest.mark.parametrize("name", list(tiny.STATEFUL))
+def test_such_a_model_selects_and_answers(name: str, signal: str, tmp_path: Path) -> None:
+    model = tiny.model(name, eos_token_id=None)
+    modules = ("q_proj",) if name == "minimax" else ("in_proj",)
+    logo = engine(model, notes(pool_of(tmp_path, model, modules), "last:4"), signal=signal)
+    assert logo.beginnings is None
+    prompts = tiny.prompts([60, 9])
+    found = logo.select(prompts)
+    for one, prompt in zip(found, prompts, strict=True):
+        assert list(logo.select(prompt).scores.values()) == pytest.approx(list(one.scores.values()), rel=1e-3, abs=1e-4)
+    answer = logo.generate(prompts[0], adapters=found[0], max_new_tokens=5)
+    assert list(answer.token_ids) == masked(model, logo.fitted, prompts[0], found[0].mixture, 5)
+
+
+@pytest.mark.parametrize("context", ["pool", "carry"])
+@pytest.mark.parametrize("signal", ["spectr", "arrow"])
+def test_adapters_that_are_active_while_probing_are_read_apart(signal: str, context: str, tmp_path: Path) -> None:
+    model = tiny.model("llama", eos_token_id=None)
+    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"), signal=signal, probe_context=context)
+    prompts = tiny.prompts([60, 60, 9])
+    together = logo.select(prompts, batch_size=3)
+    logo.restart()
+    for one, prompt in zip(together, prompts, strict=True):
+        assert list(logo.select(prompt).scores.values()) == pytest.approx(list(one.scores.values()), rel=1e-3, abs=1e-4)
+
+
 @pytest.mark.parametrize("merge", ["ties", "arrow"])
 def test_merges_act_where_their_adapters_do(merge: str, tmp_path: Path) -> None:
     model = tiny.model("llama", eos_token_id=None)
