@@ -481,6 +481,25 @@ def test_texts_of_a_calibration_invoke_the_adapters(tmp_path: Path) -> None:
     assert cache is not None and all(row[-2:] == INVOKE for row in cache.texts.rows)
 
 
+def test_calibrations_of_other_tokens_are_other_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts end with the invocation of one kind of adapters; which of their tokens count depends on the other kind."""
+    some = [words(8 + seed, seed) for seed in range(30)]
+    monkeypatch.setattr(scorers, "NEUTRAL", some[:20])
+    model = tiny.model("llama")
+    folder = pool_of(tmp_path / "pool", model, alora_invocation_tokens=INVOKE)
+    edit_config(folder / "t1", alora_invocation_tokens=[9])
+
+    def opened(without: str, cache: str) -> LoGo:
+        chosen = {"when_not_invoked": without, "cache": cache, "calibration_prompts": some[20:]}
+        return engine(model, folder, signal="calibrated", **chosen)
+
+    cache = str(tmp_path / "cache")
+    off, error, last = (opened(without, cache) for without in ("off", "error", "last:9"))
+    [prompt] = invoked((20,), tail=(9, 11, 12))
+    assert off.select(prompt) == error.select(prompt)
+    assert last.select(prompt) == opened("last:9", "").select(prompt)
+
+
 @pytest.mark.parametrize("count", [3, 40])
 def test_few_vectors_borrow_the_directions_of_all(count: int) -> None:
     from logo.selection.whitening import Whitening
