@@ -18,8 +18,8 @@ from transformers import TextIteratorStreamer, TextStreamer
 import tiny
 from logo import LoGo, SelectionSettings, UsageError
 from logo.cli.run import run
-from logo.decoding import greedy_config
 from logo.demo import heldout
+from logo.generation import greedy_config
 from logo.mixing.folding import foldable
 from test_engine import PROMPTS, engine, tokenizer
 from tolerances import same_selection

@@ -85,7 +85,19 @@ def test_the_commands_cut_long_prompts_alike(tmp_path: Path, capsys: pytest.Capt
         ({"_from_model_config": True}, "unknown generation option '_from_model_config'"),
         ({"do_sample": True, "temperature": 0.0}, "temperature: expected a number above 0, found 0.0"),
         ({"do_sample": True, "top_p": 2.0}, "top_p: expected a number above 0 and at most 1, found 2.0"),
-        ({"num_beams": 0}, "num_beams: expected a number above 0, found 0"),
+        ({"do_sample": True, "top_k": -1}, "top_k: expected a whole number above 0, or 0 for all tokens, found -1"),
+        ({"do_sample": True, "min_p": 2.0}, "min_p: expected a number from 0 to 1, found 2.0"),
+        ({"num_beams": 0}, "num_beams: expected a whole number above 0, found 0"),
+        ({"num_beams": 2.5}, "num_beams: expected a whole number above 0, found 2.5"),
+        ({"num_return_sequences": 2}, "num_return_sequences: expected 1 (repeat the prompt to get several answers)"),
+        ({"eos_token_id": "x"}, "eos_token_id: expected a token id or a list of token ids, found 'x'"),
+        ({"cache_implementation": "foo"}, "generation options: transformers refuses them: Invalid `cache_implementat"),
+        ({"suppress_tokens": 5}, "generation options: transformers refuses them: 'int' object is not iterable"),
+        ({"token_healing": True}, "token_healing: expected False, since prompts are read as they are, found True"),
+        ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens: expected a whole number above 0, found 0"),
+        ({"stop_strings": [5]}, "stop_strings: expected a text or a list of texts, found [5]"),
+        ({"stop": [5]}, "stop: expected a text or a list of texts, found [5]"),
+        ({"stop_at_newline": "Official"}, "stop_at_newline: expected True, False or 'official', found 'Official'"),
         ({"repetition_penalty": "1"}, "repetition_penalty: expected a number above 0, found '1'"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, dict) else "",
@@ -103,6 +115,12 @@ def test_options_that_cannot_be_used_are_refused(
 def test_a_stream_refuses_what_generate_refuses(llama: nn.Module, adapters: Path) -> None:
     with pytest.raises(UsageError, match="stop: expected a text or a list of texts"):
         engine(llama, adapters).stream(PROMPTS[0], stop=3)  # type: ignore[arg-type]
+
+
+def test_prompt_lookup_answers_one_prompt_after_the_other(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters)
+    found = logo.generate(PROMPTS, max_new_tokens=5, prompt_lookup_num_tokens=2)
+    assert [one.token_ids for one in found] == [one.token_ids for one in logo.generate(PROMPTS, max_new_tokens=5)]
 
 
 def test_every_option_of_transformers_passes(llama: nn.Module, adapters: Path) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation import GenerationMode
 
 from logo.adapters.activation import NotInvoked, earliest
 from logo.adapters.pool import AdapterPool
@@ -29,6 +28,7 @@ from logo.endings import (
     only_grows,
 )
 from logo.errors import NotFinite, StoreFull, listed
+from logo.generation import is_assisted
 from logo.mixing import NEVER, Form, Mixer, Work, begins
 from logo.mixing.costs import EXPECTED
 from logo.mixing.mixer import Begins
@@ -262,9 +262,7 @@ class Decoder:
     def _reads_ahead(self, pool: AdapterPool, config: GenerationConfig) -> bool:
         """Whether the base model alone reads the tokens before adapters act, from the cache of beginnings."""
         cached = config.use_cache is not False and config.cache_implementation in _PLAIN_CACHES
-        # Assisted decoding, such as prompt lookup, feeds the whole prompt to whatever cache it is given.
-        cached = cached and config.get_generation_mode() != GenerationMode.ASSISTED_GENERATION
-        return self._beginnings is not None and pool.read_once and cached
+        return self._beginnings is not None and pool.read_once and cached and not is_assisted(config)
 
     def _onset(
         self, pool: AdapterPool, rows: Sequence[Sequence[int]], mixtures: Sequence[Mapping[str, float]], width: int
