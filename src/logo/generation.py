@@ -21,14 +21,15 @@ _KNOWN = frozenset(name for name in vars(GenerationConfig()) if not name.startsw
 
 
 def greedy_config(**options: Any) -> GenerationConfig:
-    """Plain greedy decoding, without the sampling of the checkpoint's own generation config.
+    """Plain greedy decoding, or plain sampling (`do_sample=True`), without what the checkpoint's own config says.
 
-    Any `GenerationConfig` option may be overridden; asking for sampling (`do_sample=True`) drops the greedy defaults.
+    Any `GenerationConfig` option may be overridden. What is left open would be filled from the checkpoint.
     """
+    plain: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    plain |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
     if options.get("do_sample"):
-        return GenerationConfig(**options)
-    plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0}
-    return GenerationConfig(**{**plain, "top_k": 50, "no_repeat_ngram_size": 0, **options})
+        plain |= {"min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+    return GenerationConfig(**plain | options)
 
 
 def call_config(config: GenerationConfig | None, options: Mapping[str, Any]) -> GenerationConfig:
