@@ -421,6 +421,12 @@ def test_in_little_memory_a_batch_is_answered_in_parts(llama: nn.Module, adapter
     logo = tight(least)
     answers = logo.generate(PROMPTS, max_new_tokens=6)
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+    mixtures = [answer.selection for answer in answers]
+    for score in (
+        lambda logo: logo.score(PROMPTS[0], "w5 w6", mixtures),
+        lambda logo: logo.score_pairs([([3, 4, 5], [5, 6])] * len(mixtures), mixtures),
+    ):
+        assert [one.nll for one in score(logo)] == same_scores([one.nll for one in score(roomy)])
     assert logo.store.bytes <= logo.store.budget
     together = {name for answer in answers for name in answer.selection.adapters}
     with pytest.raises(StoreFull):
