@@ -330,6 +330,22 @@ def test_pages_stay_within_the_budget(lengths: list[int], budget: int) -> None:
         assert kept.bytes <= budget and kept.bytes == sum(page.bytes for page in kept._pages.values())
 
 
+def test_what_stays_of_a_prompt_is_found(tmp_path: Path) -> None:
+    """The last pages are dropped first, since pages are found from the first one on."""
+    from logo.selection.beginnings import PAGE, Beginnings
+
+    model = tiny.model("llama")
+    row, other = tiny.prompts([6 * PAGE, 2 * PAGE])
+    kept = Beginnings(model, 10**9)
+    kept.cache([row[:PAGE]], [PAGE], [PAGE])
+    kept.budget = 4 * kept.bytes
+    for end, found in ((6, 4), (5, 4)):  # the second time, some are known
+        kept.cache([row], [end * PAGE], [end * PAGE])
+        assert len(kept.find(row, 6 * PAGE)) == found == len(kept._pages)
+    kept.cache([other], [2 * PAGE], [2 * PAGE])
+    assert len(kept.find(row, 6 * PAGE)) == 2 == len(kept.find(other, 2 * PAGE))
+
+
 def test_a_shared_beginning_is_read_once(tmp_path: Path) -> None:
     model = tiny.model("llama", max_position_embeddings=512)
     logo = engine(model, notes(pool_of(tmp_path, model), "last:4"))
