@@ -295,6 +295,21 @@ def test_a_prompt_is_read_once(name: str, signal: str, tmp_path: Path) -> None:
     assert other.beginnings is not None and other.beginnings.bytes == 0
 
 
+def test_a_stream_reads_its_prompt_once(tmp_path: Path) -> None:
+    model = tiny.model("llama", eos_token_id=None)
+    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"), prefix_cache_gb=0)
+    prompt, other = tiny.prompts([100, 90])
+    want = logo.generate(prompt, max_new_tokens=3)
+    assert logo.beginnings is not None
+    with read_tokens(model) as seen:
+        stream = logo.stream(prompt, max_new_tokens=3)
+        logo.stream(other, max_new_tokens=3)  # nobody reads it
+        logo.select(other, max_new_tokens=3)
+        assert logo.beginnings.bytes == 0
+        assert "".join(stream) == want.text
+    assert seen == [100, 90, 90, 4, 1, 1] and logo.beginnings.bytes == 0
+
+
 @pytest.mark.parametrize("signal", ["norm", "calibrated", "arrow"])
 def test_what_is_known_changes_no_score(signal: str, tmp_path: Path) -> None:
     model = tiny.model("llama", max_position_embeddings=512)

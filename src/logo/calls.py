@@ -261,8 +261,10 @@ class Calls(Facts):
         with self._lock:
             self._sync()
             [row] = self.prompts.read([prompt], room=config.max_new_tokens)
-            [selection] = self._selecting.mixtures([row], adapters, call, 1)
-        return cut_pieces(self._pieces(row.ids, selection, decoding), decoding.stop)
+            with self._holding():
+                [selection] = self._selecting.mixtures([row], adapters, call, 1)
+                pieces = self._pieces(row.ids, selection, decoding)
+        return cut_pieces(pieces, decoding.stop)
 
     def _asked(
         self, config: GenerationConfig, stop_at_newline: bool | str, stop: Sequence[str], activation: str | None

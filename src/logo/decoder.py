@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -191,11 +191,19 @@ class Decoder:
     def stream(
         self, pool: AdapterPool, row: Sequence[int], mixture: Mapping[str, float], decoding: Decoding, lock: Any
     ) -> Generator[str]:
-        """Yields the text of one continuation in pieces; `lock` is held while it is generated."""
+        """Yields the text of one continuation in pieces; `lock` is held while it is generated.
+
+        What is cached of the prompt when this is called is there when the stream begins, however much later.
+        """
         rules, acting = decoding.rules(self.prompts.tokenizer), pool.acting(decoding.activation)
+        kept = self._beginnings if self._reads_ahead(acting, decoding.config) else None
+        end = earliest(acting.activations, row)
+        pages = [] if kept is None else kept.find(row, end)
 
         def generate(streamer: Any, cancelled: Cancelled) -> None:
-            with lock:
+            with lock, nullcontext() if kept is None else kept.held():
+                if kept is not None:
+                    kept.put_back(row, end, pages)
                 self._continue(acting, [row], [mixture], decoding.config, rules, cancelled, streamer=streamer)
 
         return streamed(self.prompts.tokenizer, generate)

@@ -117,6 +117,12 @@ class Beginnings:
         self._use(keys[: len(found)])
         return found
 
+    def put_back(self, row: Sequence[int], end: int, pages: Sequence[Page]) -> None:
+        """Keeps pages of `find` that were dropped since; inside `held`, or they may be dropped at once."""
+        for (key, _, _), page in zip(_keys(row, end), pages, strict=False):
+            if key not in self._pages:
+                self._keep(key, page)
+
     def shared(self, rows: Sequence[Sequence[int]], ends: Sequence[int]) -> int:
         """The number of tokens in whole pages that all rows begin with."""
         shortest, count = min(ends), 0
