@@ -17,7 +17,7 @@ from logo import AdapterPool, LoGo, SelectionSettings, Truncation, UsageError
 from logo.baselines.fixed import OwnSelector
 from logo.baselines.method import Answering, Task
 from logo.cli.run import run
-from logo.prompts import chat
+from logo.prompts import chat, cut_left
 from test_engine import PROMPTS, engine, tokenizer, write_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:prompt 1 has .* tokens, more than the:UserWarning")
@@ -152,6 +152,20 @@ def test_a_text_that_begins_already_does_not_begin_twice(llama: nn.Module, adapt
     assert chat(logo.tokenizer, [{"role": "user", "content": begun}]).ids == tuple(plain[0])
     bare = engine(llama, adapters, bos=False)
     assert bare.prompts.encode([begun]) == plain  # nobody adds anything
+
+
+def test_only_what_begins_every_text_stays_in_front_of_a_cut_prompt() -> None:
+    made = tokenizer()
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    turn = made.convert_tokens_to_ids("<|im_start|>")
+    chatted = [turn, 5, 6, turn, 7, 8, 9]
+    assert cut_left(made, [0, 5, 6, 7, 8], 3) == [0, 7, 8]
+    assert cut_left(made, chatted, 4) == [turn, 7, 8, 9] and cut_left(made, chatted, 3) == [7, 8, 9]
+    bare = tokenizer(bos=False)  # adds nothing, but a chat template may
+    assert cut_left(bare, [0, 5, 6, 7, 8], 3) == [0, 7, 8]
+    bare.bos_token = "w5"  # as in models whose turns begin with it
+    five = bare.bos_token_id
+    assert cut_left(bare, [five, 6, five, 7, 8, 9], 3) == [7, 8, 9]
 
 
 def test_calibration_begins_once_too(llama: nn.Module, adapters: Path) -> None:
