@@ -295,6 +295,21 @@ def test_a_prompt_is_read_once(name: str, signal: str, tmp_path: Path) -> None:
     assert other.beginnings is not None and other.beginnings.bytes == 0
 
 
+def test_a_stream_reads_its_prompt_once(tmp_path: Path) -> None:
+    model = tiny.model("llama", eos_token_id=None)
+    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"), prefix_cache_gb=0)
+    prompt, other = tiny.prompts([100, 90])
+    want = logo.generate(prompt, max_new_tokens=3)
+    assert logo.beginnings is not None
+    with read_tokens(model) as seen:
+        stream = logo.stream(prompt, max_new_tokens=3)
+        logo.stream(other, max_new_tokens=3)  # nobody reads it
+        logo.select(other, max_new_tokens=3)
+        assert logo.beginnings.bytes == 0
+        assert "".join(stream) == want.text
+    assert seen == [100, 90, 90, 4, 1, 1] and logo.beginnings.bytes == 0
+
+
 @pytest.mark.parametrize("signal", ["norm", "calibrated", "arrow"])
 def test_what_is_known_changes_no_score(signal: str, tmp_path: Path) -> None:
     model = tiny.model("llama", max_position_embeddings=512)
@@ -328,6 +343,22 @@ def test_pages_stay_within_the_budget(lengths: list[int], budget: int) -> None:
             assert cache.get_seq_length() == length
             assert sum(page.tokens for page in kept.find(row, length)) == length
         assert kept.bytes <= budget and kept.bytes == sum(page.bytes for page in kept._pages.values())
+
+
+def test_what_stays_of_a_prompt_is_found(tmp_path: Path) -> None:
+    """The last pages are dropped first, since pages are found from the first one on."""
+    from logo.selection.beginnings import PAGE, Beginnings
+
+    model = tiny.model("llama")
+    row, other = tiny.prompts([6 * PAGE, 2 * PAGE])
+    kept = Beginnings(model, 10**9)
+    kept.cache([row[:PAGE]], [PAGE], [PAGE])
+    kept.budget = 4 * kept.bytes
+    for end, found in ((6, 4), (5, 4)):  # the second time, some are known
+        kept.cache([row], [end * PAGE], [end * PAGE])
+        assert len(kept.find(row, 6 * PAGE)) == found == len(kept._pages)
+    kept.cache([other], [2 * PAGE], [2 * PAGE])
+    assert len(kept.find(row, 6 * PAGE)) == 2 == len(kept.find(other, 2 * PAGE))
 
 
 def test_a_shared_beginning_is_read_once(tmp_path: Path) -> None:
@@ -365,6 +396,33 @@ def test_a_model_that_keeps_a_state_reads_all_under_the_mixture(tmp_path: Path) 
     prompt = tiny.prompts([40])[0]
     [answer] = logo.generate([prompt], adapters=MIXTURES[:1], max_new_tokens=5)
     assert list(answer.token_ids) == masked(model, logo.fitted, prompt, MIXTURES[0], 5)
+
+
+@pytest.mark.parametrize("signal", ["calibrated", "spectr", "arrow"])
+@pytest.mark.parametrize("name", list(tiny.STATEFUL))
+def test_such_a_model_selects_and_answers(name: str, signal: str, tmp_path: Path) -> None:
+    model = tiny.model(name, eos_token_id=None)
+    modules = ("q_proj",) if name == "minimax" else ("in_proj",)
+    logo = engine(model, notes(pool_of(tmp_path, model, modules), "last:4"), signal=signal)
+    assert logo.beginnings is None
+    prompts = tiny.prompts([60, 9])
+    found = logo.select(prompts)
+    for one, prompt in zip(found, prompts, strict=True):
+        assert list(logo.select(prompt).scores.values()) == pytest.approx(list(one.scores.values()), rel=1e-3, abs=1e-4)
+    answer = logo.generate(prompts[0], adapters=found[0], max_new_tokens=5)
+    assert list(answer.token_ids) == masked(model, logo.fitted, prompts[0], found[0].mixture, 5)
+
+
+@pytest.mark.parametrize("context", ["pool", "carry"])
+@pytest.mark.parametrize("signal", ["spectr", "arrow"])
+def test_adapters_that_are_active_while_probing_are_read_apart(signal: str, context: str, tmp_path: Path) -> None:
+    model = tiny.model("llama", eos_token_id=None)
+    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"), signal=signal, probe_context=context)
+    prompts = tiny.prompts([60, 60, 9])
+    together = logo.select(prompts, batch_size=3)
+    logo.restart()
+    for one, prompt in zip(together, prompts, strict=True):
+        assert list(logo.select(prompt).scores.values()) == pytest.approx(list(one.scores.values()), rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("merge", ["ties", "arrow"])
@@ -454,6 +512,25 @@ def test_texts_of_a_calibration_invoke_the_adapters(tmp_path: Path) -> None:
     assert cache is not None and all(row[-2:] == INVOKE for row in cache.texts.rows)
 
 
+def test_calibrations_of_other_tokens_are_other_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts end with the invocation of one kind of adapters; which of their tokens count depends on the other kind."""
+    some = [words(8 + seed, seed) for seed in range(30)]
+    monkeypatch.setattr(scorers, "NEUTRAL", some[:20])
+    model = tiny.model("llama")
+    folder = pool_of(tmp_path / "pool", model, alora_invocation_tokens=INVOKE)
+    edit_config(folder / "t1", alora_invocation_tokens=[9])
+
+    def opened(without: str, cache: str) -> LoGo:
+        chosen = {"when_not_invoked": without, "cache": cache, "calibration_prompts": some[20:]}
+        return engine(model, folder, signal="calibrated", **chosen)
+
+    cache = str(tmp_path / "cache")
+    off, error, last = (opened(without, cache) for without in ("off", "error", "last:9"))
+    [prompt] = invoked((20,), tail=(9, 11, 12))
+    assert off.select(prompt) == error.select(prompt)
+    assert last.select(prompt) == opened("last:9", "").select(prompt)
+
+
 @pytest.mark.parametrize("count", [3, 40])
 def test_few_vectors_borrow_the_directions_of_all(count: int) -> None:
     from logo.selection.whitening import Whitening
@@ -505,3 +582,14 @@ def test_a_checkpoint_that_names_its_cache(kind: str, tmp_path: Path) -> None:
         found = logo.generate(prompt, max_new_tokens=3, cache_implementation=kind)
     assert found.token_ids == want.token_ids
     assert seen == ([4, 4, 1, 1] if kind == "hybrid" else [4, 40, 1, 1])
+
+
+def test_prompt_lookup_changes_no_answer(tmp_path: Path) -> None:
+    """Assisted decoding of transformers feeds the whole prompt to any cache, also one that holds its beginning."""
+    model = tiny.model("llama", eos_token_id=None)
+    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"))
+    prompt = tiny.prompts([20])[0] * 2
+    for mixture in MIXTURES:
+        want = logo.generate(prompt, adapters=mixture, max_new_tokens=12)
+        found = logo.generate(prompt, adapters=mixture, max_new_tokens=12, prompt_lookup_num_tokens=3)
+        assert found.token_ids == want.token_ids

@@ -27,8 +27,8 @@ from logo.bench.synthetic import (
     write_adapters,
 )
 from logo.cli.run import run
-from logo.decoding import greedy_config
 from logo.demo import heldout
+from logo.generation import greedy_config
 from test_engine import PROMPTS, tokenizer, write_adapter
 from tolerances import same_weights
 

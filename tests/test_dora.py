@@ -97,6 +97,9 @@ def test_an_engine_answers_with_one_adapter_a_prompt(tmp_path: Path) -> None:
     assert theirs[0, ids.shape[1] :].tolist() == list(forced[0].token_ids)
     assert forced[0].token_ids != logo.generate(PROMPTS[0], adapters={}, max_new_tokens=5).token_ids
     assert "".join(logo.stream(PROMPTS[0], adapters={"a": 1.0}, max_new_tokens=5)) == forced[0].text
+    mixtures: list[dict[str, float]] = [{"a": 1.0}, {}, {"b": 0.5}]
+    scored = logo.score(PROMPTS[0], "w5", mixtures)
+    assert scored == [logo.score(PROMPTS[0], "w5", [mixture])[0] for mixture in mixtures]
     with pytest.raises(UsageError, match="answers alone"):
         logo.generate(PROMPTS[0], adapters={"a": 0.5, "b": 0.5}, max_new_tokens=2)
     with pytest.warns(UserWarning, match="1 of 2 adapters are DoRA adapters"):

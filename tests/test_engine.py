@@ -211,6 +211,24 @@ def test_greedy_whatever_the_checkpoint_says(llama: nn.Module, adapters: Path) -
         llama.generation_config = before
 
 
+def test_sampling_whatever_the_checkpoint_says(llama: nn.Module, adapters: Path) -> None:
+    expected: list[tuple[int, ...]] = []
+    before = llama.generation_config
+    own = {"temperature": 0.01, "top_k": 1, "top_p": 0.01, "min_p": 0.9, "typical_p": 0.1, "repetition_penalty": 3.0}
+    for checkpoint in ({}, own | {"no_repeat_ngram_size": 1, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5}):
+        llama.generation_config = GenerationConfig(do_sample=True, eos_token_id=1, **checkpoint)
+        try:
+            logo = engine(llama, adapters)
+            torch.manual_seed(0)
+            expected.append(logo.generate(PROMPTS[0], max_new_tokens=12, do_sample=True).token_ids)
+            config = logo.prompts.generation_config(None, None, {"do_sample": True})
+            drawn = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+            assert {name: getattr(config, name) for name in drawn} == drawn
+        finally:
+            llama.generation_config = before
+    assert expected[0] == expected[1]
+
+
 def test_sampling_is_seeded_by_torch(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
 
@@ -403,6 +421,12 @@ def test_in_little_memory_a_batch_is_answered_in_parts(llama: nn.Module, adapter
     logo = tight(least)
     answers = logo.generate(PROMPTS, max_new_tokens=6)
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+    mixtures = [answer.selection for answer in answers]
+    for score in (
+        lambda logo: logo.score(PROMPTS[0], "w5 w6", mixtures),
+        lambda logo: logo.score_pairs([([3, 4, 5], [5, 6])] * len(mixtures), mixtures),
+    ):
+        assert [one.nll for one in score(logo)] == same_scores([one.nll for one in score(roomy)])
     assert logo.store.bytes <= logo.store.budget
     together = {name for answer in answers for name in answer.selection.adapters}
     with pytest.raises(StoreFull):

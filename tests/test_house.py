@@ -19,7 +19,7 @@ SRC = Path(__file__).parent.parent / "src" / "logo"
 LAYERS = [
     {"errors", "cache"},
     {"folders", "hub", "plugins", "extras", "drawing"},
-    {"adapters", "prompts"},
+    {"adapters", "prompts", "generation"},
     {"models", "rows"},
     {"mixing", "selection", "pools", "decoding", "endings", "scoring", "digests"},
     {"decoder", "completions", "opening", "selecting", "facts"},

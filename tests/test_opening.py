@@ -20,8 +20,8 @@ import tiny
 from logo import AdapterPool, LoGo, SelectionSettings, UsageError, opening
 from logo.backends.vllm import opening as vllm_opening
 from logo.cli.run import run
-from logo.decoding import greedy_config
 from logo.demo import heldout
+from logo.generation import greedy_config
 from logo.mixing.folding import foldable
 from test_engine import PROMPTS, engine, tokenizer
 from tolerances import same_selection

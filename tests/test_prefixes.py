@@ -126,6 +126,19 @@ def test_off_with_no_budget_or_with_adapters_active(pools: Any) -> None:
         assert seen == [151, 2 * 152], chosen
 
 
+@pytest.mark.parametrize("name", list(tiny.STATEFUL))
+def test_a_model_with_a_state_reads_every_prompt_whole(name: str, tmp_path: Path) -> None:
+    """Also those that transformers does not mark as stateful, which keep it in layers or a cache class of their own."""
+    model = tiny.model(name, **LONG)
+    for i in range(3):
+        write_adapter(tmp_path / f"t{i}", model, ("q_proj", "in_proj"), rank=2, seed=i)
+    reusing, plain = engines(model, tmp_path, signal="spectr", probe_depth=1.0)
+    prompt = words(150, 0)
+    for _ in range(2):
+        assert reusing.select(prompt) == plain.select(prompt)
+    assert reusing.beginnings is None
+
+
 def block(size: int) -> Block:
     return Block([(torch.zeros(1, 1, BLOCK, size), torch.zeros(1, 1, BLOCK, size))], [], 0)
 

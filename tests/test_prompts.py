@@ -17,7 +17,7 @@ from logo import AdapterPool, LoGo, SelectionSettings, Truncation, UsageError
 from logo.baselines.fixed import OwnSelector
 from logo.baselines.method import Answering, Task
 from logo.cli.run import run
-from logo.prompts import chat
+from logo.prompts import chat, cut_left
 from test_engine import PROMPTS, engine, tokenizer, write_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:prompt 1 has .* tokens, more than the:UserWarning")
@@ -85,7 +85,19 @@ def test_the_commands_cut_long_prompts_alike(tmp_path: Path, capsys: pytest.Capt
         ({"_from_model_config": True}, "unknown generation option '_from_model_config'"),
         ({"do_sample": True, "temperature": 0.0}, "temperature: expected a number above 0, found 0.0"),
         ({"do_sample": True, "top_p": 2.0}, "top_p: expected a number above 0 and at most 1, found 2.0"),
-        ({"num_beams": 0}, "num_beams: expected a number above 0, found 0"),
+        ({"do_sample": True, "top_k": -1}, "top_k: expected a whole number above 0, or 0 for all tokens, found -1"),
+        ({"do_sample": True, "min_p": 2.0}, "min_p: expected a number from 0 to 1, found 2.0"),
+        ({"num_beams": 0}, "num_beams: expected a whole number above 0, found 0"),
+        ({"num_beams": 2.5}, "num_beams: expected a whole number above 0, found 2.5"),
+        ({"num_return_sequences": 2}, "num_return_sequences: expected 1 (repeat the prompt to get several answers)"),
+        ({"eos_token_id": "x"}, "eos_token_id: expected a token id or a list of token ids, found 'x'"),
+        ({"cache_implementation": "foo"}, "generation options: transformers refuses them: Invalid `cache_implementat"),
+        ({"suppress_tokens": 5}, "generation options: transformers refuses them: 'int' object is not iterable"),
+        ({"token_healing": True}, "token_healing: expected False, since prompts are read as they are, found True"),
+        ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens: expected a whole number above 0, found 0"),
+        ({"stop_strings": [5]}, "stop_strings: expected a text or a list of texts, found [5]"),
+        ({"stop": [5]}, "stop: expected a text or a list of texts, found [5]"),
+        ({"stop_at_newline": "Official"}, "stop_at_newline: expected True, False or 'official', found 'Official'"),
         ({"repetition_penalty": "1"}, "repetition_penalty: expected a number above 0, found '1'"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, dict) else "",
@@ -103,6 +115,12 @@ def test_options_that_cannot_be_used_are_refused(
 def test_a_stream_refuses_what_generate_refuses(llama: nn.Module, adapters: Path) -> None:
     with pytest.raises(UsageError, match="stop: expected a text or a list of texts"):
         engine(llama, adapters).stream(PROMPTS[0], stop=3)  # type: ignore[arg-type]
+
+
+def test_prompt_lookup_answers_one_prompt_after_the_other(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters)
+    found = logo.generate(PROMPTS, max_new_tokens=5, prompt_lookup_num_tokens=2)
+    assert [one.token_ids for one in found] == [one.token_ids for one in logo.generate(PROMPTS, max_new_tokens=5)]
 
 
 def test_every_option_of_transformers_passes(llama: nn.Module, adapters: Path) -> None:
@@ -134,6 +152,20 @@ def test_a_text_that_begins_already_does_not_begin_twice(llama: nn.Module, adapt
     assert chat(logo.tokenizer, [{"role": "user", "content": begun}]).ids == tuple(plain[0])
     bare = engine(llama, adapters, bos=False)
     assert bare.prompts.encode([begun]) == plain  # nobody adds anything
+
+
+def test_only_what_begins_every_text_stays_in_front_of_a_cut_prompt() -> None:
+    made = tokenizer()
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    turn = made.convert_tokens_to_ids("<|im_start|>")
+    chatted = [turn, 5, 6, turn, 7, 8, 9]
+    assert cut_left(made, [0, 5, 6, 7, 8], 3) == [0, 7, 8]
+    assert cut_left(made, chatted, 4) == [turn, 7, 8, 9] and cut_left(made, chatted, 3) == [7, 8, 9]
+    bare = tokenizer(bos=False)  # adds nothing, but a chat template may
+    assert cut_left(bare, [0, 5, 6, 7, 8], 3) == [0, 7, 8]
+    bare.bos_token = "w5"  # as in models whose turns begin with it
+    five = bare.bos_token_id
+    assert cut_left(bare, [five, 6, five, 7, 8, 9], 3) == [7, 8, 9]
 
 
 def test_calibration_begins_once_too(llama: nn.Module, adapters: Path) -> None:

@@ -19,8 +19,8 @@ from torch import nn
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.decoder import Decoding
-from logo.decoding import greedy_config
 from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
+from logo.generation import greedy_config
 from logo.protocol import GenerationFailed, GenerationTimeout, MixtureRequest, NotReady, Overloaded, Sampling
 from logo.serving import batching, steps
 from logo.serving.memory import Memory

@@ -56,11 +56,23 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
 }
 
+# They keep a state besides keys and values, or instead of them.
+STATEFUL: dict[str, Callable[[], Any]] = {
+    "mamba": lambda: tf.MambaConfig(**COMMON, hidden_size=32, num_hidden_layers=3, state_size=8),
+    "lfm2": lambda: tf.Lfm2Config(**LLAMA_LIKE, layer_types=["conv", "full_attention", "conv"]),
+    "minimax": lambda: tf.MiniMaxConfig(
+        **LLAMA_LIKE,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        num_local_experts=2,
+        block_size=16,
+    ),
+}
+
 
 def model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     """A random causal LM in float32, weights large enough for outputs to differ; `changes` to its configuration."""
     torch.manual_seed(seed)
-    config = CONFIGS[name]()
+    config = (CONFIGS | STATEFUL)[name]()
     for key, value in changes.items():
         setattr(config, key, value)
     made = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

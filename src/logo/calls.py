@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -22,6 +22,7 @@ from logo.decoder import Decoding, Generation
 from logo.decoding import check_batch_size, check_streamable
 from logo.errors import UsageError, check_type
 from logo.facts import Facts
+from logo.generation import check_stops
 from logo.prompts import Prompt, several
 from logo.scoring import Scored
 from logo.selecting import CallOptions, CallSettings, Selecting, for_each, take_call_options
@@ -260,15 +261,16 @@ class Calls(Facts):
         with self._lock:
             self._sync()
             [row] = self.prompts.read([prompt], room=config.max_new_tokens)
-            [selection] = self._selecting.mixtures([row], adapters, call, 1)
-        return cut_pieces(self._pieces(row.ids, selection, decoding), decoding.stop)
+            with self._holding():
+                [selection] = self._selecting.mixtures([row], adapters, call, 1)
+                pieces = self._pieces(row.ids, selection, decoding)
+        return cut_pieces(pieces, decoding.stop)
 
     def _asked(
         self, config: GenerationConfig, stop_at_newline: bool | str, stop: Sequence[str], activation: str | None
     ) -> Decoding:
         """How to continue prompts, from the arguments of a call."""
-        check_type("stop", stop, (str, Collection), "a text or a list of texts")
-        stop = tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text)
+        stop = check_stops(stop, stop_at_newline)
         check_forced(activation)
         return self._decoding(Decoding(config, self.model.generation_config, stop_at_newline, stop, activation))
 

@@ -73,7 +73,8 @@ class CompletionScorer:
         def active(some: Sequence[Mapping[str, float]]) -> AbstractContextManager[Any]:
             return self._mixer.active(pool, some, begins=[places] * len(some) if late else None)
 
-        return score_mixtures(self._model, row, gold, mixtures, active, vocabulary, device, read)
+        together = 1 if any(adapter.alone for adapter in pool) else None
+        return score_mixtures(self._model, row, gold, mixtures, active, vocabulary, device, read, together)
 
     def pairs(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,12 @@ from logo.endings import (
     end_tokens,
     only_grows,
 )
-from logo.errors import NotFinite, StoreFull, listed
+from logo.errors import NotFinite, listed
+from logo.generation import is_assisted
 from logo.mixing import NEVER, Form, Mixer, Work, begins
 from logo.mixing.costs import EXPECTED
 from logo.mixing.mixer import Begins
+from logo.scoring import in_halves
 from logo.selection import Selection
 from logo.selection.beginnings import Beginnings
 from logo.selection.probe import cache_argument
@@ -170,10 +172,15 @@ class Decoder:
         started = time.perf_counter()
         rules = decoding.rules(self.prompts.tokenizer)
         mixtures = [selection.mixture for selection in selections]
+
+        def work(part: Sequence[tuple[Sequence[int], Mapping[str, float]]]) -> list[tuple[list[int], Form]]:
+            some, mixed = zip(*part, strict=True)
+            acting = pool.acting(decoding.activation)
+            tokens, form = self._continue(acting, some, mixed, decoding.config, rules, streamer=streamer)
+            return [(row, form) for row in tokens]
+
         try:
-            continued = self._in_parts(
-                pool.acting(decoding.activation), rows, mixtures, decoding.config, rules, streamer
-            )
+            continued = [one for part in in_halves(list(zip(rows, mixtures, strict=True)), work) for one in part]
         except BaseException:
             if streamer is not None:
                 streamer.end()
@@ -184,37 +191,22 @@ class Decoder:
     def stream(
         self, pool: AdapterPool, row: Sequence[int], mixture: Mapping[str, float], decoding: Decoding, lock: Any
     ) -> Generator[str]:
-        """Yields the text of one continuation in pieces; `lock` is held while it is generated."""
+        """Yields the text of one continuation in pieces; `lock` is held while it is generated.
+
+        What is cached of the prompt when this is called is there when the stream begins, however much later.
+        """
         rules, acting = decoding.rules(self.prompts.tokenizer), pool.acting(decoding.activation)
+        kept = self._beginnings if self._reads_ahead(acting, decoding.config) else None
+        end = earliest(acting.activations, row)
+        pages = [] if kept is None else kept.find(row, end)
 
         def generate(streamer: Any, cancelled: Cancelled) -> None:
-            with lock:
+            with lock, nullcontext() if kept is None else kept.held():
+                if kept is not None:
+                    kept.put_back(row, end, pages)
                 self._continue(acting, [row], [mixture], decoding.config, rules, cancelled, streamer=streamer)
 
         return streamed(self.prompts.tokenizer, generate)
-
-    def _in_parts(
-        self,
-        pool: AdapterPool,
-        rows: Sequence[Sequence[int]],
-        mixtures: Sequence[Mapping[str, float]],
-        config: GenerationConfig,
-        rules: Sequence[EndRule],
-        streamer: BaseStreamer | None,
-    ) -> list[tuple[list[int], Form]]:
-        """The new tokens and the form of each row; in halves if the adapters of all rows do not fit together."""
-        try:
-            tokens, form = self._continue(pool, rows, mixtures, config, rules, streamer=streamer)
-        except StoreFull:
-            if len(rows) == 1:
-                raise
-        else:
-            return [(row, form) for row in tokens]
-        middle = len(rows) // 2
-        halves = (slice(middle), slice(middle, None))
-        return [
-            one for half in halves for one in self._in_parts(pool, rows[half], mixtures[half], config, rules, streamer)
-        ]
 
     def _continue(
         self,
@@ -261,7 +253,7 @@ class Decoder:
     def _reads_ahead(self, pool: AdapterPool, config: GenerationConfig) -> bool:
         """Whether the base model alone reads the tokens before adapters act, from the cache of beginnings."""
         cached = config.use_cache is not False and config.cache_implementation in _PLAIN_CACHES
-        return self._beginnings is not None and pool.read_once and cached
+        return self._beginnings is not None and pool.read_once and cached and not is_assisted(config)
 
     def _onset(
         self, pool: AdapterPool, rows: Sequence[Sequence[int]], mixtures: Sequence[Mapping[str, float]], width: int

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 
-from logo.errors import NotFinite, UsageError, check_type, closest
+from logo.errors import NotFinite, UsageError, check_type
+from logo.generation import call_config, check_config
 from logo.prompts import ProbeText, Prompt, chat, cut_left, read, text_ids
 
 if TYPE_CHECKING:
@@ -34,13 +35,6 @@ OVERFLOW = (
     "the model's output is not finite with this mixture of adapters, so nothing can be generated from it: an adapter "
     "is damaged, or too large for the model's dtype; leave that adapter out, or use float32"
 )
-
-# Refused options -> those to use: names of other libraries, and lengths that would include the padding of a prompt.
-_INSTEAD = {
-    **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_length"), "max_new_tokens"),
-    **dict.fromkeys(("min_tokens", "min_length"), "min_new_tokens"),
-}
-_KNOWN = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_")) - _INSTEAD.keys()
 
 
 @dataclass(frozen=True)
@@ -183,23 +177,9 @@ class Prompts:
 
         Raises:
             UsageError: no new tokens, several answers per prompt, or an option that transformers does not know or
-                whose value it cannot use.
+                whose value it cannot use; see `logo.generation`.
         """
-        for name in options:
-            if name in _INSTEAD:
-                raise UsageError(f"generation option {name!r} cannot be used here: give {_INSTEAD[name]!r} instead")
-            if name not in _KNOWN:
-                raise UsageError(
-                    f"unknown generation option {name!r}{closest(name, _KNOWN)}: expected an option "
-                    "of transformers.GenerationConfig"
-                )
-        config = config or self._default
-        if config is None:
-            config = greedy_config(**options)
-        else:
-            check_type("generation_config", config, GenerationConfig, "a transformers.GenerationConfig")
-            config = copy.deepcopy(config)
-            config.update(**options)
+        config = call_config(config or self._default, options)
         limit = self.room(config.max_new_tokens if max_new_tokens is None else max_new_tokens)
         if config.pad_token_id is None:
             config.pad_token_id = self.pad_id
@@ -207,9 +187,7 @@ class Prompts:
             for name, value in self._checkpoint.to_dict().items():
                 if value is not None and hasattr(config, name) and getattr(config, name) is None:
                     setattr(config, name, copy.deepcopy(value))
-        if (config.num_return_sequences or 1) != 1:
-            raise UsageError("num_return_sequences: expected 1; repeat the prompt to get several answers")
-        _check_ranges(config)
+        check_config(config)
         config.max_new_tokens = limit
         return config
 
@@ -239,16 +217,6 @@ class Prompts:
             ids[i, place] = torch.tensor(row)
             mask[i, place] = 1
         return ids.to(device), mask.to(device)
-
-
-def _check_ranges(config: GenerationConfig) -> None:
-    """Raises UsageError for a number that transformers would refuse in the middle of generating."""
-    for name in ("num_beams", "repetition_penalty", *(("temperature", "top_p") if config.do_sample else ())):
-        value = getattr(config, name)
-        most = 1 if name == "top_p" else float("inf")
-        if value is not None and not (isinstance(value, (int, float)) and 0 < value <= most):
-            end = " and at most 1" if name == "top_p" else ""
-            raise UsageError(f"{name}: expected a number above 0{end}, found {value!r}")
 
 
 def batches_by_length(
@@ -299,17 +267,6 @@ def check_streamable(rows: int, config: GenerationConfig) -> None:
         raise UsageError(f"streaming: expected a single prompt, found {rows}; ask for them one by one")
     if (config.num_beams or 1) != 1:
         raise UsageError(f"streaming: beam search changes sent tokens; leave out num_beams={config.num_beams}")
-
-
-def greedy_config(**options: Any) -> GenerationConfig:
-    """Plain greedy decoding, without the sampling of the checkpoint's own generation config.
-
-    Any `GenerationConfig` option may be overridden; asking for sampling (`do_sample=True`) drops the greedy defaults.
-    """
-    if options.get("do_sample"):
-        return GenerationConfig(**options)
-    plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0}
-    return GenerationConfig(**{**plain, "top_k": 50, "no_repeat_ngram_size": 0, **options})
 
 
 class Finite(LogitsProcessor):  # type: ignore[misc]

@@ -25,6 +25,7 @@ from logo.completions import CompletionScorer
 from logo.decoder import Decoder, Decoding, Generation
 from logo.decoding import Prompts, Truncation, batches_by_length, reads_prompts
 from logo.errors import check_type, listed
+from logo.generation import is_assisted
 from logo.mixing import EXACT, Merge, Mixer
 from logo.mixing.store import adapter_store
 from logo.models import check_mode, check_usable, context_length, devices, lock_of
@@ -221,7 +222,7 @@ class LoGo(Calls, FromPretrained):
     ) -> list[Generation]:
         answers: dict[int, Generation] = {}
         padded = not reads_prompts(decoding.config)
-        batch_size = self._together(batch_size)
+        batch_size = 1 if is_assisted(decoding.config) else self._together(batch_size)
         for batch in batches_by_length([len(row) for row in rows], batch_size, padded=padded):
             ids, chosen = [rows[i] for i in batch], [selections[i] for i in batch]
             made = self._decoder(self._fitted, decoding, probed, ids, chosen, streamer)

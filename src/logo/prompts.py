@@ -120,11 +120,18 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def cut_left(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], limit: int) -> Sequence[int]:
-    """The last `limit` tokens; a token that the tokenizer puts in front of every text stays there."""
+    """The last `limit` tokens; a token that stands in front of every text stays there."""
     if len(ids) <= limit:
         return ids
-    kept = 1 if ids[0] in set(tokenizer.all_special_ids) and limit > 1 else 0
+    kept = 1 if limit > 1 and _begins_texts(tokenizer, ids) else 0
     return [*ids[:kept], *ids[len(ids) - (limit - kept) :]]
+
+
+def _begins_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
+    """Whether the first token stands in front of every text, and not in front of every turn of a conversation."""
+    if ids[0] in tokenizer("")["input_ids"][:1]:
+        return True
+    return bool(ids[0] == tokenizer.bos_token_id) and ids[0] not in ids[1:]
 
 
 # -- conversations -----------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from logo.bench.peft_arm import PeftArm
 from logo.bench.probe import prefill
 from logo.bench.rounds import Timed, resident, side_by_side, timed
 from logo.bench.synthetic import Sizes, prompts, random_mixtures, related_mixtures
-from logo.decoding import greedy_config
 from logo.engine import LoGo
+from logo.generation import greedy_config
 from logo.selection.settings import SelectionSettings
 from logo.selection.texts import NEUTRAL
 

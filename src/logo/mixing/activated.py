@@ -42,6 +42,7 @@ class OpeningGates:
         self._open = Gates(self._weights)
         self._last = int(self._begins.max())
         self._batch, self._width = len(weights), 0
+        self._count = 0  # columns that were read up to now
         self._columns: tuple[int, int] | None = None  # of the current forward pass; None: all gates are open
         self._kept: Tensor | None = None  # those of them that the output head gets, if they are not the last ones
         self._made: dict[tuple[int, int, int], Gates] = {}
@@ -60,12 +61,23 @@ class OpeningGates:
         if read is None:
             read = kwargs["inputs_embeds"]
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
-        seen = 0 if cache is None else int(cache.get_seq_length())
+        seen = self._seen(cache)
         self._batch, self._width = read.shape[:2]
+        self._count = seen + self._width
         self._columns = None if seen >= self._last else (seen, seen + self._width)
         kept = kwargs.get("logits_to_keep")
         self._kept = seen + kept.cpu() if isinstance(kept, Tensor) else None
         self._made.clear()
+
+    def _seen(self, cache: Any) -> int:
+        """The columns that earlier passes have read into a cache."""
+        if cache is None:
+            return 0
+        try:
+            said = int(cache.get_seq_length())
+        except (AttributeError, ValueError):  # linear attention keeps no columns
+            said = 0
+        return said or self._count  # MiniMax's cache says 0 if the first layer is of linear attention
 
     def applied(self, stack: Stack, response: Tensor) -> Tensor:
         """As `Gates.applied`."""

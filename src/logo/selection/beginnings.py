@@ -108,13 +108,20 @@ class Beginnings:
             reading: pages without sums of this reading do not count; None: sums are not needed.
         """
         found = []
-        for key, _, _ in _keys(row, end):
+        keys = [key for key, _, _ in _keys(row, end)]
+        for key in keys:
             page = self._pages.get(key)
             if page is None or (reading is not None and reading not in page.sums):
                 break
-            self._pages.move_to_end(key)
             found.append(page)
+        self._use(keys[: len(found)])
         return found
+
+    def put_back(self, row: Sequence[int], end: int, pages: Sequence[Page]) -> None:
+        """Keeps pages of `find` that were dropped since; inside `held`, or they may be dropped at once."""
+        for (key, _, _), page in zip(_keys(row, end), pages, strict=False):
+            if key not in self._pages:
+                self._keep(key, page)
 
     def shared(self, rows: Sequence[Sequence[int]], ends: Sequence[int]) -> int:
         """The number of tokens in whole pages that all rows begin with."""
@@ -154,10 +161,12 @@ class Beginnings:
         self.found += sum(counts)
         self.read += sum(map(len, rows)) - sum(counts)
         for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-            for key, start, stop in _keys(row, ends[i]):
+            keys = _keys(row, ends[i])
+            for key, start, stop in keys:
                 if start >= count:
                     shift = length - count
                     self._keep(key, Page(_part(cache, i, start + shift, stop + shift)))
+            self._use([key for key, _, _ in keys])
         self._drop()
         positions = columns + torch.tensor(counts)[owners.long()] if len(owners) else columns
         return Reading(hidden, owners, positions)
@@ -211,6 +220,12 @@ class Beginnings:
             page.sums |= before.sums
         self._pages[key] = page
         self.bytes += page.bytes
+
+    def _use(self, keys: Sequence[bytes]) -> None:
+        """Marks pages of a row as used; the first of them was used last, since without it no other is found."""
+        for key in reversed(keys):
+            if key in self._pages:
+                self._pages.move_to_end(key)
 
     def _drop(self) -> None:
         while not self._holding and self.bytes > self.budget:

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from logo.adapters.activation import ERROR, OFF, Activation
 from logo.adapters.digests import adapter_key
 from logo.adapters.files import RESPONSES
 from logo.adapters.format import Adapter
@@ -193,7 +194,7 @@ def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
     if signal.plugin is not None:
         reading.append(signal.plugin)
     if signal.token == "tail":
-        reading.append([[list(one.tokens), one.last] for one in signal.activations])
+        reading.append([_place_of(one) for one in signal.activations])
     rows = [[list(row) for row in part] for part in (texts.neutral, texts.requests)]
     parts = [_FORMAT, SHRINKAGE, SKETCHED, FADING, reading, rows, settings]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
@@ -204,6 +205,12 @@ def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
         if sample is not None:
             digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:24]
+
+
+def _place_of(activation: Activation) -> list[Any]:
+    """What decides where an adapter acts in the texts of a calibration; see `logo.adapters.activation.earliest`."""
+    instead = [] if activation.without in (OFF, ERROR) else [activation.without]
+    return [list(activation.tokens), activation.last, *instead]
 
 
 def sampled(tensor: Tensor) -> Tensor:

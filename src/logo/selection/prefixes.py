@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from logo.selection.probe import cache_argument
 
@@ -21,6 +22,9 @@ from logo.selection.probe import cache_argument
 BLOCK = 64
 
 KeyValues = list[tuple[Tensor, Tensor]]
+
+# The layers of a cache that hold nothing but keys and values, or nothing: those of an earlier layer are used again.
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,15 @@ class Prefixes:
 
 
 def reusable(model: nn.Module) -> bool:
-    """Whether a model keeps nothing but keys and values of earlier tokens; recurrent models also carry a state."""
-    return cache_argument(model) is not None and not getattr(model, "_is_stateful", False)
+    """Whether a model keeps nothing but keys and values of earlier tokens, in a plain cache.
+
+    Recurrent models also carry a state, and not all of them say so.
+    """
+    if cache_argument(model) is None or getattr(model, "_is_stateful", False):
+        return False
+    if not model._supports_default_dynamic_cache():  # type: ignore[operator]  # it has a cache class of its own
+        return False
+    return all(type(layer) in _PLAIN for layer in DynamicCache(config=model.config).layers)
 
 
 def cache_of(blocks: Sequence[Block], rows: int) -> DynamicCache:

@@ -60,8 +60,9 @@ class ResponseReader:
         self._signal = signal
         self._describing = describing
         self._name = f"{name}, described" if describing else name
-        # The response to a mean of hidden vectors does not follow from responses to blocks.
-        self._prefixes = None if probe.token == "mean" else prefixes
+        # The response to a mean of hidden vectors does not follow from responses to blocks, and known blocks may hold
+        # tokens on which adapters act.
+        self._prefixes = None if probe.token in ("mean", "tail") else prefixes
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Responses:
         """The responses to right-padded prompts (rows, length)."""
@@ -89,7 +90,7 @@ class ResponseReader:
         sums: list[Tensor] = []
         counts = torch.zeros(len(input_ids), 0, dtype=torch.int64)
         read = torch.bincount(self._probe.owners(input_ids[:, start:], attention_mask), minlength=len(input_ids))
-        if self._probe.token == "each":
+        if self._probe.token in ("each", "tail"):
             # Descriptions need means over blocks, too.
             sums, counts = self._block_sums(values, described, input_ids[:, start:], attention_mask)
             values = self._means(sums, counts, known)

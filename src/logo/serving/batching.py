@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from logo.adapters.layout import adaptable_modules
-from logo.decoding import greedy_config
 from logo.endings import FinishReason, end_tokens
 from logo.errors import ModelError, UsageError
+from logo.generation import greedy_config
 from logo.mixing.packed import Mixture, Packed
 from logo.mixing.store import AdapterStore
 from logo.models import cached_heads
