@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from logo.errors import AdapterError, LeftOut, StorageError
 # Pools up to this size are checked for NaN when they are opened, which takes well under a second. The tensors of larger
 # pools are checked when they are first read.
 VERIFY_UP_TO_BYTES = 256 * 2**20
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def survey(
@@ -39,9 +41,24 @@ def survey(
     """
     check_folder(root)
     refused: list[AdapterError] = []
-    spots = (Spot(folder, path or own_name(root), root) for folder, path in adapter_folders(root, refused))
+    spots = []
+    for folder, path in adapter_folders(root, refused):
+        if is_checkpoint(path):
+            refused.append(checkpoint(path))
+        else:
+            spots.append(Spot(folder, path or own_name(root), root))
     known = PoolCache.of(os.path.realpath(root), cache)
     return opened(spots, refused, known, allow_pickle=allow_pickle, verify=verify, unconverted=unconverted), refused
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether a folder below a place has a name that training gives to its checkpoints."""
+    return _CHECKPOINT.fullmatch(os.path.basename(path)) is not None
+
+
+def checkpoint(name: str) -> LeftOut:
+    """Why a training checkpoint is left out, unless its place is the checkpoint itself."""
+    return LeftOut(name, "it is a training checkpoint; to open it, name only its folder")
 
 
 @dataclass(frozen=True)
