@@ -323,6 +323,18 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
     assert AdapterPool.from_directory(tmp_path).names == ("a", "b/c")
 
 
+def test_links_to_nothing_are_named(tmp_path: Path) -> None:
+    put(tmp_path, "a")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "gone").symlink_to(tmp_path / "no such folder")
+    (tmp_path / ".hidden").symlink_to(tmp_path / "no such folder")
+    for place in (str(tmp_path), f"{tmp_path}/*"):
+        pool = AdapterPool.open(place)
+        assert pool.names == ("a",)
+        [left] = pool.refused
+        assert left.name == "below/gone" and f"to {tmp_path / 'no such folder'}, where there is none" in left.reason
+
+
 def test_a_folder_that_two_paths_lead_to_is_one_adapter(tmp_path: Path) -> None:
     put(tmp_path, "run7")
     (tmp_path / "best").symlink_to("run7")

@@ -55,6 +55,14 @@ def test_an_adapter_without_its_initial_state_is_left_out_of_a_conversion(pool: 
     assert AdapterPool.from_directory(out).names == ("plain",)
 
 
+def test_a_check_of_nothing_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pool", "inspect", str(tmp_path)]) == 0
+    assert run(["pool", "inspect", str(tmp_path), "--check"]) == 1
+    assert "0 usable" in capsys.readouterr().out
+    write_peft(tmp_path / "plain")
+    assert run(["pool", "inspect", str(tmp_path), "--check"]) == 0
+
+
 def test_nothing_is_left(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["pool", "prune", str(pool / "dora"), "--rank", "1", "--out", str(pool.parent / "out"), *SKIP]
     assert run(line) == 1

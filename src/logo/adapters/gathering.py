@@ -249,7 +249,7 @@ def _adapters_in(source: _Source, full: bool, refused: list[AdapterError]) -> It
         paths = [(folder, "/".join(filter(None, (asked.place.fixed, path)))) for folder, path in found]
     for error in bad:
         path = "/".join(filter(None, (asked.place.fixed, error.name)))
-        refused.append(AdapterError(_name(asked, repo, path, full) or path, error.reason))
+        refused.append(type(error)(_name(asked, repo, path, full) or path, error.reason))
     if entry is not None and entry.name is not None:
         whole = [(folder, path) for folder, path in paths if path == asked.place.below] or paths
         if len(whole) != 1:  # an adapter may have others below its folder

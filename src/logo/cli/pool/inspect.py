@@ -29,7 +29,7 @@ def inspect(
     model_dir: str = usual("./hf_models", "Folder that is searched first for the base model."),
     allow_pickle: AllowPickle = False,
     verify: bool = usual(True, "Read all tensors and check them for NaN and Inf."),
-    check: bool = usual(False, "Exit with 1 if anything would be refused."),
+    check: bool = usual(False, "Exit with 1 if anything would be refused, or nothing is usable."),
     spectra: bool = usual(
         False,
         "Also analyse the updates: norms, effective ranks, near-duplicates, unusual adapters. Decomposes "
@@ -73,7 +73,7 @@ def inspect(
             out.print(refusal(bad))
         total = size(sum(adapter.size for adapter in good))
         out.print(f"{folder}: {len(good)} usable ({total}), {len(refused)} refused", markup=False)
-    if check and not all(isinstance(bad, LeftOut) for bad in refused):
+    if check and not (good and all(isinstance(bad, LeftOut) for bad in refused)):
         raise typer.Exit(1)
 
 
