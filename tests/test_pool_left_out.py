@@ -63,6 +63,18 @@ def test_a_check_of_nothing_fails(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run(["pool", "inspect", str(tmp_path), "--check"]) == 0
 
 
+def test_names_that_a_manifest_cannot_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("plain", "two\nlines"):
+        write_peft(tmp_path / "pool" / name)
+    manifest = tmp_path / "pool.yaml"
+    line = ["pool", "lock", str(tmp_path / "pool"), "--out", str(manifest)]
+    assert run(line) == 1 and not manifest.exists()
+    assert r"adapter 'two\nlines': a manifest cannot hold its name 'two\nlines'" in capsys.readouterr().err
+    assert run([*line, *SKIP]) == 0
+    pool = AdapterPool.open(manifest)
+    assert pool.names == ("plain",)
+
+
 def test_nothing_is_left(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["pool", "prune", str(pool / "dora"), "--rank", "1", "--out", str(pool.parent / "out"), *SKIP]
     assert run(line) == 1
