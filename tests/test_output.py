@@ -47,8 +47,10 @@ def test_a_line_of_a_file_of_prompts_ends_where_a_line_ends(tmp_path: Path) -> N
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffone\u2028still one\x0c\x85\r\ntwo\n".encode())
     assert read_prompts(None, file) == read_asked(file) == ["one\u2028still one\x0c\x85", "two"]
-    file.write_text("one\n\n")
-    with pytest.raises(UsageError, match="prompt 2 is empty"):
+    file.write_text("one\n \ntwo\n\n")
+    assert read_prompts(None, file) == read_asked(file) == ["one", "two"]
+    file.write_text("\n\n")
+    with pytest.raises(UsageError, match="no prompt"):
         read_prompts(None, file)
 
 

@@ -18,16 +18,16 @@ System = Annotated[str | None, option("A system message before it; implies --cha
 
 
 def read_prompts(arguments: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts to answer; `-` reads one from stdin.
+    """The prompts to answer; `-` reads one from stdin. Blank lines of the file are skipped.
 
     Raises:
-        UsageError: there is none, or one is empty.
+        UsageError: there is none, or an argument is empty.
         StorageError: the file cannot be read.
     """
     prompts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in arguments or []]
     if file is not None:
         try:
-            prompts += text_lines(file)
+            prompts += [line for line in text_lines(file) if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise StorageError(f"prompt file {file}: cannot be read: {error}") from error
     if not prompts:
