@@ -60,6 +60,13 @@ def test_an_adapter_has_one_weight() -> None:
         forced(["a=1", "a=0.5"])
 
 
+def test_the_name_of_an_adapter_may_look_like_a_weight() -> None:
+    assert forced(["eq=1", "a=0.5"], names=("eq=1", "a")) == {"eq=1": 1.0, "a": 0.5}
+    assert forced(["eq=1=0.5"], names=("eq=1",)) == forced(["eq=1=0.5"]) == {"eq=1": 0.5}
+    with pytest.raises(UsageError, match="an adapter of this name is 'eq=x=1'"):
+        forced(["eq=x"])
+
+
 @pytest.mark.parametrize(
     ("mixture", "line"),
     [

@@ -63,6 +63,8 @@ def generate(
     options: dict[str, Any] = {**_sampling(sample, temperature, top_p), "candidates": candidate or None}
     base_model = or_demo(engine)
     with closing(open_any(engine, runner, base_model)) as logo:
+        if adapter:
+            mixture = forced(adapter, names=logo.pool)
         if sample:
             import torch
 
