@@ -332,7 +332,7 @@ def test_links_to_nothing_are_named(tmp_path: Path) -> None:
         pool = AdapterPool.open(place)
         assert pool.names == ("a",)
         [left] = pool.refused
-        assert left.name == "below/gone" and f"to {tmp_path / 'no such folder'}, where there is none" in left.reason
+        assert left.name == "below/gone" and f"to {tmp_path / 'no such folder'}, which cannot be reached" in left.reason
 
 
 def test_a_folder_that_two_paths_lead_to_is_one_adapter(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def check_folder(root: Path) -> None:
 def adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[str, str]]:
     """Yields folders below `root` that hold an adapter, and their relative paths; hidden folders are skipped.
 
-    A folder that cannot be listed may hold adapters, so it is added to `refused`. So are links to nothing, as left out.
+    A folder that cannot be listed may hold adapters, so it is added to `refused`. So are dead links, as left out.
     """
 
     def unreadable(error: OSError) -> None:
@@ -181,10 +181,10 @@ def adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[s
 
 
 def _dead_links(folder: str, files: Iterable[str], root: Path) -> Iterator[LeftOut]:
-    """The links among these files of a folder that lead to nothing; hidden ones are skipped."""
+    """The links among these files of a folder whose targets cannot be reached; hidden ones are skipped."""
     for path in (Path(folder, file) for file in sorted(files) if not file.startswith(".")):
         if path.is_symlink() and not os.path.exists(path):
-            reason = f"it is a link to {os.readlink(path)}, where there is none; mend or remove the link"
+            reason = f"it is a link to {os.readlink(path)}, which cannot be reached; mend or remove the link"
             yield LeftOut(path.relative_to(root).as_posix(), reason)
 
 
