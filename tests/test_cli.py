@@ -221,6 +221,8 @@ def test_one_prompt_under_several_mixtures(capsys: pytest.CaptureFixture[str]) -
     answers = json.loads(capsys.readouterr().out)
     chosen = answers[0]["adapters"]
     assert [answer["adapters"] for answer in answers] == [chosen, chosen[:1], chosen[1:2], []]
+    selecting, *others = [answer["seconds"]["probe"] for answer in answers]
+    assert selecting > 0 and others == [0.0, 0.0, 0.0]
     assert run([*arguments, "--base-only"]) == 2
     assert "--compare: expected one prompt, without --adapter" in capsys.readouterr().err
 

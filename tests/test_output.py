@@ -47,8 +47,10 @@ def test_a_line_of_a_file_of_prompts_ends_where_a_line_ends(tmp_path: Path) -> N
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffone\u2028still one\x0c\x85\r\ntwo\n".encode())
     assert read_prompts(None, file) == read_asked(file) == ["one\u2028still one\x0c\x85", "two"]
-    file.write_text("one\n\n")
-    with pytest.raises(UsageError, match="prompt 2 is empty"):
+    file.write_text("one\n \ntwo\n\n")
+    assert read_prompts(None, file) == read_asked(file) == ["one", "two"]
+    file.write_text("\n\n")
+    with pytest.raises(UsageError, match="no prompt"):
         read_prompts(None, file)
 
 
@@ -56,6 +58,13 @@ def test_an_adapter_has_one_weight() -> None:
     assert forced(["a=1", "b", "c=d=0.5"]) == {"a": 1.0, "b": 1.0, "c=d": 0.5}
     with pytest.raises(UsageError, match=r"--adapter 'a': given with the weights 1 and 0\.5; give it once"):
         forced(["a=1", "a=0.5"])
+
+
+def test_the_name_of_an_adapter_may_look_like_a_weight() -> None:
+    assert forced(["eq=1", "a=0.5"], names=("eq=1", "a")) == {"eq=1": 1.0, "a": 0.5}
+    assert forced(["eq=1=0.5"], names=("eq=1",)) == forced(["eq=1=0.5"]) == {"eq=1": 0.5}
+    with pytest.raises(UsageError, match="an adapter of this name is 'eq=x=1'"):
+        forced(["eq=x"])
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,18 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
     assert pool.names == ("a", "b/c") and not pool.refused
 
 
+def test_links_to_nothing_are_named(tmp_path: Path) -> None:
+    put(tmp_path, "a")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "gone").symlink_to(tmp_path / "no such folder")
+    (tmp_path / ".hidden").symlink_to(tmp_path / "no such folder")
+    for place in (str(tmp_path), f"{tmp_path}/*"):
+        pool = AdapterPool.open(place)
+        assert pool.names == ("a",)
+        [left] = pool.refused
+        assert left.name == "below/gone" and f"to {tmp_path / 'no such folder'}, which cannot be reached" in left.reason
+
+
 def test_a_folder_that_two_paths_lead_to_is_one_adapter(tmp_path: Path) -> None:
     put(tmp_path, "run7")
     (tmp_path / "best").symlink_to("run7")
@@ -469,10 +481,20 @@ def test_a_survey_tells_the_same_without_raising(drawer: Path) -> None:
 
 
 def test_an_adapter_inside_a_bad_one_is_still_found(tmp_path: Path) -> None:
-    put(tmp_path, "bad", "bad/checkpoint-100")
+    put(tmp_path, "bad", "bad/inner")
     (tmp_path / "bad" / CONFIG).write_text("{")
     pool = AdapterPool.from_directory(tmp_path, on_bad_adapter="skip")
-    assert (pool.names, [e.name for e in pool.refused]) == (("bad/checkpoint-100",), ["bad"])
+    assert (pool.names, [e.name for e in pool.refused]) == (("bad/inner",), ["bad"])
+
+
+def test_training_checkpoints_are_left_out_unless_they_are_named(tmp_path: Path) -> None:
+    put(tmp_path, "a", "a/checkpoint-50", "a/checkpoint-50x")
+    for place in (str(tmp_path), f"{tmp_path}/*", [str(tmp_path)]):
+        pool = AdapterPool.open(place)
+        assert pool.names == ("a", "a/checkpoint-50x")
+        [left] = pool.refused
+        assert left.name == "a/checkpoint-50" and "it is a training checkpoint" in left.reason
+    assert AdapterPool.open(str(tmp_path / "a" / "checkpoint-50")).names == ("checkpoint-50",)
 
 
 # ---- lazy -----------------------------------------------------------------------------------------------------------

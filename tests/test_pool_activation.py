@@ -107,6 +107,20 @@ def test_it_does_so_also_when_it_is_known_and_from_its_own_folder(
         assert adapter.activation == open_adapter(place).activation == Activation(last=4)
 
 
+@pytest.mark.filterwarnings("ignore:.*pool.json is ignored:UserWarning")
+def test_inspect_shows_it(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pool", "inspect", str(pool), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["adapters"]
+    assert {one["name"]: one["activation"] for one in told} == {name: str(one) for name, one in EXPECTED.items()}
+    assert run(["pool", "inspect", str(pool)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("activation")] == [
+        "activation last:4: a, deep/b",
+        "activation last:2: two/c, two/deep/d",
+        "activation invocation: two/g",
+    ]
+
+
 def test_adapters_that_act_elsewhere_are_no_duplicates(tmp_path: Path) -> None:
     same = tensors(seed=0)
     for name in ("a", "b", "two/c"):

@@ -66,6 +66,26 @@ def test_a_manifest_names_the_place_of_the_adapter_that_was_opened(tmp_path: Pat
     assert (adapter.name, adapter.folder) == ("x", tmp_path / "pb" / "x")
 
 
+def test_a_check_of_nothing_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pool", "inspect", str(tmp_path)]) == 0
+    assert run(["pool", "inspect", str(tmp_path), "--check"]) == 1
+    assert "0 usable" in capsys.readouterr().out
+    write_peft(tmp_path / "plain")
+    assert run(["pool", "inspect", str(tmp_path), "--check"]) == 0
+
+
+def test_names_that_a_manifest_cannot_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("plain", "two\nlines"):
+        write_peft(tmp_path / "pool" / name)
+    manifest = tmp_path / "pool.yaml"
+    line = ["pool", "lock", str(tmp_path / "pool"), "--out", str(manifest)]
+    assert run(line) == 1 and not manifest.exists()
+    assert r"adapter 'two\nlines': a manifest cannot hold its name 'two\nlines'" in capsys.readouterr().err
+    assert run([*line, *SKIP]) == 0
+    pool = AdapterPool.open(manifest)
+    assert pool.names == ("plain",)
+
+
 def test_nothing_is_left(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["pool", "prune", str(pool / "dora"), "--rank", "1", "--out", str(pool.parent / "out"), *SKIP]
     assert run(line) == 1

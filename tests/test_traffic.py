@@ -102,7 +102,13 @@ def test_what_is_counted(requests: list[list[dict[str, Any]]], random: Any) -> N
         assert adapter.weight == pytest.approx(sum(weights) / max(1, len(weights)))
         first, second = len(scored) // 2, len(scored) - len(scored) // 2
         assert adapter.halves[0] * first + adapter.halves[1] * second == pytest.approx(adapter.wins)
-    assert not found.bad and found.logged == sum(one["unsure"] and bool(one["prompt"]) for one in scored)
+    assert not found.bad and found.logged == sum(one["unsure"] for one in scored)
+
+
+def test_an_empty_prompt_was_logged() -> None:
+    found = read(POOL, line(0, selected("a", confidence=0.1, unsure=True, prompt="")))
+    assert (found.unsure, found.logged, found.unserved) == (1, 1, ("",)) and groups(found.unserved) == []
+    assert not read(POOL, line(0, selected("a", confidence=0.1, unsure=True))).logged
 
 
 JSON = st.recursive(

@@ -334,7 +334,8 @@ class Calls(Facts):
     # -- what an engine does ------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Ends processes and threads of the engine, which cannot be used afterwards."""
+        """Ends processes that the engine has started, without which it cannot answer. The local engine has none, so it
+        releases nothing and still answers."""
 
     def _sync(self) -> None:
         """Follows changes of the pool."""

@@ -9,7 +9,6 @@ named after it, even if it is in a subfolder `default`.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,12 +23,11 @@ from logo.adapters.options import Fetching
 from logo.adapters.places import Place, places_text
 from logo.adapters.pool_cache import DigestCache, PoolCache
 from logo.adapters.repos import Listing, fetch_each, keep_listing, list_repos
-from logo.adapters.survey import Spot, adapter_folders, check_folder, opened
-from logo.errors import AdapterError, HubError, LeftOut, PoolError
+from logo.adapters.survey import Spot, adapter_folders, check_folder, checkpoint, is_checkpoint, opened
+from logo.errors import AdapterError, HubError, PoolError
 from logo.hub.snapshots import download_files
 
 _DEFAULT = "default"
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 @dataclass(frozen=True)
@@ -263,8 +261,8 @@ def _adapters_in(source: _Source, full: bool, refused: list[AdapterError]) -> It
         return
     names = {name: (folder, path) for folder, path in paths if (name := _name(asked, repo, path, full)) is not None}
     for name, (folder, path) in names.items():
-        if asked.place.on_hub and path != asked.place.below and _CHECKPOINT.fullmatch(os.path.basename(path)):
-            refused.append(LeftOut(name, "it is a training checkpoint; to open it, name only its folder"))
+        if path != asked.place.below and is_checkpoint(path):
+            refused.append(checkpoint(name))
             continue
         short = name
         if os.path.basename(path) == _DEFAULT and (full or not asked.place.plain):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from logo.adapters.activation import Activation, acting
 from logo.adapters.files import CONFIG
 from logo.adapters.format import Adapter
-from logo.adapters.manifest import Entry, Manifest
+from logo.adapters.manifest import Entry, Manifest, is_line
 from logo.adapters.pool_cache import DigestCache
 from logo.adapters.weights import PickleFile, SafetensorsFile, file_sha256
 from logo.errors import AdapterError, StorageError, UsageError
@@ -64,6 +64,16 @@ def _as_entry(adapter: Adapter, entry: Entry, digests: DigestCache) -> Adapter:
         return replace(adapter, activation=acting(own, entry.activation))
     except UsageError as error:
         raise AdapterError(adapter.name, f"{error} (in its manifest)") from None
+
+
+def check_recorded(adapter: Adapter, origin: Origin, file: Path) -> None:
+    """Raises AdapterError unless a manifest that is written there can hold the adapter's name and place."""
+    for what, text in (("name", adapter.name), ("place", _source(origin, file))):
+        if not is_line(text):
+            raise AdapterError(
+                adapter.name,
+                f"a manifest cannot hold its {what} {text!r}: expected one line of printable text; rename the folder",
+            )
 
 
 def locked(found: Gathered, places: Sequence[str], base_model: str | None, file: Path) -> Manifest:

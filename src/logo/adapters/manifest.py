@@ -175,10 +175,10 @@ def _entry(said: Any, problem: _Problem) -> Entry:
         problem = problem.at(repr(said["name"]))
     problem.keys(said, list(Entry.__dataclass_fields__))
     checks: dict[str, tuple[Callable[[Any], bool], str]] = {
-        **dict.fromkeys(("source", "name", "revision", "activation"), (_is_line, "a text of one line")),
+        **dict.fromkeys(("source", "name", "revision", "activation"), (is_line, "a text of one line")),
         **dict.fromkeys(("sha256", "config_sha256"), (_is_digest, "64 hexadecimal digits")),
         "notes": (lambda value: isinstance(value, str), "a text"),
-        "tags": (lambda value: isinstance(value, list) and all(map(_is_line, value)), "a list of texts"),
+        "tags": (lambda value: isinstance(value, list) and all(map(is_line, value)), "a list of texts"),
     }
     for key, (right, expected) in checks.items():
         if (key in said or key == "source") and not right(said.get(key)):
@@ -186,7 +186,8 @@ def _entry(said: Any, problem: _Problem) -> Entry:
     return Entry(**{**said, "tags": tuple(said.get("tags", ()))})
 
 
-def _is_line(value: Any) -> bool:
+def is_line(value: Any) -> bool:
+    """Whether a manifest can hold this as a name or a place: a text of one line."""
     return isinstance(value, str) and bool(value.strip()) and value.isprintable()
 
 

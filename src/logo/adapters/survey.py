@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from logo.errors import AdapterError, LeftOut, StorageError
 # Pools up to this size are checked for NaN when they are opened, which takes well under a second. The tensors of larger
 # pools are checked when they are first read.
 VERIFY_UP_TO_BYTES = 256 * 2**20
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def survey(
@@ -39,9 +41,24 @@ def survey(
     """
     check_folder(root)
     refused: list[AdapterError] = []
-    spots = (Spot(folder, path or own_name(root), root) for folder, path in adapter_folders(root, refused))
+    spots = []
+    for folder, path in adapter_folders(root, refused):
+        if is_checkpoint(path):
+            refused.append(checkpoint(path))
+        else:
+            spots.append(Spot(folder, path or own_name(root), root))
     known = PoolCache.of(os.path.realpath(root), cache)
     return opened(spots, refused, known, allow_pickle=allow_pickle, verify=verify, unconverted=unconverted), refused
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether a folder below a place has a name that training gives to its checkpoints."""
+    return _CHECKPOINT.fullmatch(os.path.basename(path)) is not None
+
+
+def checkpoint(name: str) -> LeftOut:
+    """Why a training checkpoint is left out, unless its place is the checkpoint itself."""
+    return LeftOut(name, "it is a training checkpoint; to open it, name only its folder")
 
 
 @dataclass(frozen=True)
@@ -137,8 +154,8 @@ def adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[s
     """Yields folders below `root` that hold an adapter, and their relative paths; hidden folders are skipped.
 
     Links are followed. A folder to which several paths lead is found under the one without links, or under the first
-    one; the others are added to `refused` as left out, except links back to a folder above them. A folder that cannot
-    be listed may hold adapters, so it is added to `refused`, too.
+    one; the others are added to `refused` as left out, except links back to a folder above them. Dead links are left
+    out, too. A folder that cannot be listed may hold adapters, so it is added to `refused`.
     """
     top = str(root)
 
@@ -170,6 +187,8 @@ def adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[s
                 links += [os.path.join(current, f) for f, link in shown.items() if link]
                 if not marks.isdisjoint(files):
                     found.append(current)
+                else:
+                    refused += (LeftOut(name(path), reason) for path, reason in _dead_links(current, files))
         starts = sorted(links)  # visited after all real folders
     for path, first in again:  # a link back to a folder above it is within that one
         if any(_within(one, first) for one in found) and not _within(path, first):
@@ -179,6 +198,14 @@ def adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[s
 
 def _within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def _dead_links(folder: str, files: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The links among these files of a folder whose targets cannot be reached, and what to do; hidden ones are
+    skipped."""
+    for path in (os.path.join(folder, file) for file in sorted(files) if not file.startswith(".")):
+        if os.path.islink(path) and not os.path.exists(path):
+            yield path, f"it is a link to {os.readlink(path)}, which cannot be reached; mend or remove the link"
 
 
 def _damaged(adapters: Iterable[Adapter]) -> dict[str, AdapterError]:

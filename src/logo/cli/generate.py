@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +65,19 @@ def generate(
     options: dict[str, Any] = {**_sampling(sample, temperature, top_p), "candidates": candidate or None}
     base_model = or_demo(engine)
     with closing(open_any(engine, runner, base_model)) as logo:
+        if adapter:
+            mixture = forced(adapter, names=logo.pool)
         if sample:
             import torch
 
             torch.manual_seed(seed)
+        probes: list[float] = []  # seconds that selecting took, where it is not a part of answering
         if compare is not None:
+            started = time.perf_counter()
             selection = logo.select(asked[0], max_new_tokens=max_new_tokens, candidates=options.pop("candidates"))
+            probed = time.perf_counter() - started
             mixture = [selection, *({name: 1.0} for name in selection.adapters[:compare]), {}]
+            probes = [probed, *[0.0] * (len(mixture) - 1)]
             texts, asked = texts * len(mixture), asked * len(mixture)
         elif len(texts) == 1 and not json and save is None and not generation_early_stop and sys.stdout.isatty():
             _stream(logo, asked[0], mixture, max_new_tokens=max_new_tokens, **options)
@@ -82,6 +90,11 @@ def generate(
             stop_at_newline=generation_early_stop,
             **options,
         )
+    if probes:
+        answers = [
+            replace(answer, seconds={**answer.seconds, "probe": probe})
+            for answer, probe in zip(answers, probes, strict=True)
+        ]
     records = [_record(p, answer) for p, answer in zip(texts, answers, strict=True)]
     if json:
         print_json(records[0] if len(records) == 1 else records)

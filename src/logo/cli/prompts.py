@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Container
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,16 +19,16 @@ System = Annotated[str | None, option("A system message before it; implies --cha
 
 
 def read_prompts(arguments: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts to answer; `-` reads one from stdin.
+    """The prompts to answer; `-` reads one from stdin. Blank lines of the file are skipped.
 
     Raises:
-        UsageError: there is none, or one is empty.
+        UsageError: there is none, or an argument is empty.
         StorageError: the file cannot be read.
     """
     prompts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in arguments or []]
     if file is not None:
         try:
-            prompts += text_lines(file)
+            prompts += [line for line in text_lines(file) if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise StorageError(f"prompt file {file}: cannot be read: {error}") from error
     if not prompts:
@@ -46,8 +47,12 @@ def as_asked(prompts: list[str], chat: bool, system: str | None) -> list[Any]:
     return [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
 
 
-def forced(adapter: list[str] | None, base_only: bool = False) -> dict[str, float] | None:
-    """The mixture that `--adapter NAME=WEIGHT` and `--base-only` name; None: it is selected."""
+def forced(adapter: list[str] | None, base_only: bool = False, names: Container[str] = ()) -> dict[str, float] | None:
+    """The mixture that `--adapter NAME=WEIGHT` and `--base-only` name; None: it is selected.
+
+    Args:
+        names: of the pool, if it is known: such a name is not split at its `=`.
+    """
     if base_only:
         if adapter:
             raise UsageError("--base-only and --adapter exclude each other: give one of them")
@@ -56,11 +61,14 @@ def forced(adapter: list[str] | None, base_only: bool = False) -> dict[str, floa
         return None
     weights: dict[str, float] = {}
     for entry in adapter:
-        name, _, weight = entry.rpartition("=")
+        name, _, weight = (entry, "", "1") if entry in names else entry.rpartition("=")
         try:
             value = float(weight) if name else 1.0
         except ValueError:
-            raise UsageError(f"--adapter {entry!r}: expected NAME or NAME=WEIGHT with a number") from None
+            raise UsageError(
+                f"--adapter {entry!r}: expected NAME or NAME=WEIGHT with a number; "
+                f"an adapter of this name is {f'{entry}=1'!r}"
+            ) from None
         if (name := name or entry) in weights:
             raise UsageError(
                 f"--adapter {name!r}: given with the weights {weights[name]:g} and {value:g}; give it once"

@@ -249,7 +249,7 @@ class Reading:
             (one, first), (other, second) = entry.best
             if second >= NEARLY * first > 0:
                 self._tied[one, other] += 1
-        if entry.unsure and entry.prompt:
+        if entry.unsure and entry.prompt is not None:
             self._keep(entry.prompt)
 
     def _keep(self, prompt: str) -> None:

@@ -35,5 +35,5 @@ def export(
         note(f"  {selection_line(selection)}")
         logo.save_mixture(selection, folder)
     else:
-        logo.save_mixture(mixture or {}, folder)
+        logo.save_mixture(forced(adapter, names=logo.pool) or {}, folder)
     out.print(f"{folder}: written", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from rich.text import Text
 
 from logo.adapters.format import Adapter
 from logo.cli.options import argument, usual
-from logo.cli.output import note, out, plain_table, print_json, size
+from logo.cli.output import note, one_line, out, plain_table, print_json, size
 from logo.cli.pool import spectra as spectra_part
 from logo.cli.pool.common import AllowPickle, Threshold, divided, fitting, refusal, refusals, surveyed, targets
-from logo.errors import AdapterError, LeftOut, UsageError
+from logo.errors import AdapterError, LeftOut, UsageError, listed
 from logo.extras import need
 
 
@@ -29,7 +30,7 @@ def inspect(
     model_dir: str = usual("./hf_models", "Folder that is searched first for the base model."),
     allow_pickle: AllowPickle = False,
     verify: bool = usual(True, "Read all tensors and check them for NaN and Inf."),
-    check: bool = usual(False, "Exit with 1 if anything would be refused."),
+    check: bool = usual(False, "Exit with 1 if anything would be refused, or nothing is usable."),
     spectra: bool = usual(
         False,
         "Also analyse the updates: norms, effective ranks, near-duplicates, unusual adapters. Decomposes "
@@ -69,11 +70,13 @@ def inspect(
             out.print(_table(good) if taken is None else spectra_part.table(good, taken))
         if taken is not None:
             spectra_part.show(good, taken, threshold)
+        for activation, names in _acting(good).items():
+            out.print(Text.assemble(("activation ", "yellow"), f"{activation}: {listed(names, 8)}"))
         for bad in refused:
             out.print(refusal(bad))
         total = size(sum(adapter.size for adapter in good))
         out.print(f"{folder}: {len(good)} usable ({total}), {len(refused)} refused", markup=False)
-    if check and not all(isinstance(bad, LeftOut) for bad in refused):
+    if check and not (good and all(isinstance(bad, LeftOut) for bad in refused)):
         raise typer.Exit(1)
 
 
@@ -90,6 +93,7 @@ def _report(
                 "targets": targets(adapter),
                 "parameters": adapter.parameters,
                 "bytes": adapter.size,
+                "activation": str(adapter.activation),
                 "base_model": adapter.config.base_model,
                 "sha256": adapter.sha256,
             }
@@ -98,6 +102,15 @@ def _report(
         "refused": refusals(refused),
         **more,
     }
+
+
+def _acting(adapters: Sequence[Adapter]) -> dict[str, list[str]]:
+    """The names of the adapters that do not act everywhere, by their activation."""
+    found = defaultdict[str, list[str]](list)
+    for adapter in adapters:
+        if not adapter.activation.everywhere:
+            found[str(adapter.activation)].append(one_line(adapter.name))
+    return found
 
 
 def _table(adapters: Sequence[Adapter]) -> Table:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from logo.adapters.gathering import Gathered, gather
-from logo.adapters.locking import changes, locked
+from logo.adapters.locking import changes, check_recorded, locked
 from logo.adapters.manifest import Manifest, manifest_text, read_manifest
 from logo.adapters.options import Fetching
 from logo.adapters.places import SUFFIXES, parse_places
@@ -46,7 +46,7 @@ def lock(
     if output.exists() and not replaces:
         raise UsageError(f"--out {output}: exists already; choose another name, or add --replace")
     before = read_manifest(output) if output.exists() else None
-    found = _found(places, allow_pickle, on_bad_adapter, base_model, model_dir)
+    found = _found(places, allow_pickle, on_bad_adapter, base_model, model_dir, output)
     AdapterPool.from_survey(
         ",".join(places), found.adapters, found.refused, on_bad_adapter=on_bad_adapter
     )  # refuses what an opened pool would
@@ -65,15 +65,18 @@ def lock(
     out.print(f"{output}: {_told(manifest, changed if before is not None else None)}", markup=False)
 
 
-def _found(places: list[str], allow_pickle: bool, on_bad: OnBad, base_model: str | None, model_dir: str) -> Gathered:
+def _found(
+    places: list[str], allow_pickle: bool, on_bad: OnBad, base_model: str | None, model_dir: str, output: Path
+) -> Gathered:
     skip = on_bad == "skip"
     asked = [place for text in places for place in parse_places(text)]
     how = Fetching(allow_pickle=allow_pickle)
     found = gather(asked, how, skip=skip, verify=True if skip else None, cache=default_cache())
-    if base_model is None:
-        return found
-    fit, misfits = divided(found.adapters, fitting(base_model, model_dir))
-    return replace(found, adapters=fit, refused=[*found.refused, *misfits])
+    good, bad = divided(found.adapters, lambda one: check_recorded(one, found.origins[one.name], output))
+    if base_model is not None:
+        good, misfits = divided(good, fitting(base_model, model_dir))
+        bad += misfits
+    return replace(found, adapters=good, refused=[*found.refused, *bad])
 
 
 def _told(manifest: Manifest, changed: list[Any] | None) -> str:
