@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -143,6 +144,27 @@ def test_the_adapters_scales_are_part_of_the_identity(tiny_logo: LoGo, adapters:
     assert pool_digests(other) == pool_digests(tiny_logo)
     found = differences(engine_identity(tiny_logo, "M", {}), engine_identity(other, "M", {}))
     assert [name for name, _, _ in found] == ["scales"]
+
+
+@pytest.mark.filterwarnings("ignore:.*adapters act on every token")
+def test_where_adapters_act_is_part_of_the_identity(tiny_logo: LoGo, adapters: Path, tmp_path: Path) -> None:
+    """Unless all of them act everywhere; `pool.json` says it beside the same weights, or an adapter's configuration."""
+    plain = engine_identity(tiny_logo, "M", {})
+    assert "activations" not in plain
+    shutil.copytree(adapters, tmp_path / "pool")
+    file = next((tmp_path / "pool").rglob("adapter_config.json"))
+    config = json.loads(file.read_text())
+    found = [plain]
+    for tokens in ([5, 6], [5, 7]):
+        file.write_text(json.dumps(config | {"alora_invocation_tokens": tokens}))
+        found.append(engine_identity(engine(tiny_logo.model, tmp_path / "pool", k=2), "M", {}))
+    file.write_text(json.dumps(config))
+    (tmp_path / "pool" / "pool.json").write_text(json.dumps({"activation": "last:1"}))
+    late = engine(tiny_logo.model, tmp_path / "pool", k=2)
+    found.append(engine_identity(late, "M", {}))
+    assert pool_digests(late) == pool_digests(tiny_logo)
+    for before, now in itertools.combinations(found, 2):
+        assert [name for name, _, _ in differences(before, now)] == ["activations"]
 
 
 def test_the_version_of_the_scores_is_part_of_the_identity(tiny_logo: LoGo, llama: nn.Module, adapters: Path) -> None:
