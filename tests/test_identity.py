@@ -21,6 +21,7 @@ import logo
 import tiny
 from logo import LoGo
 from logo.adapters.examples import write_examples
+from logo.backends.vllm.options import counting
 from logo.cli.run import run
 from logo.digests import tokenizer_digest, weights_digest
 from logo.errors import DataError, ModelError, UsageError
@@ -165,6 +166,20 @@ def test_where_adapters_act_is_part_of_the_identity(tiny_logo: LoGo, adapters: P
     assert pool_digests(late) == pool_digests(tiny_logo)
     for before, now in itertools.combinations(found, 2):
         assert [name for name, _, _ in differences(before, now)] == ["activations"]
+
+
+def test_given_options_of_vllm_are_part_of_the_identity(tiny_logo: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If results depend on them; without any, the identity is that of the engine in this process."""
+    plain = engine_identity(tiny_logo, "M", {})
+    given = {"quantization": "fp8", "max_model_len": 512, "max_loras": 8, "tensor_parallel_size": 2}
+    for options, expected in (
+        (given, ["engine_options"]),
+        ({"gpu_memory_utilization": 0.5, "enforce_eager": True}, []),
+    ):
+        monkeypatch.setattr(LoGo, "engine_options", counting(options))
+        now = engine_identity(tiny_logo, "M", {})
+        assert [name for name, _, _ in differences(plain, now)] == expected
+        assert now.get("engine_options", {}) == {name: options[name] for name in options if name in list(given)[:2]}
 
 
 def test_the_version_of_the_scores_is_part_of_the_identity(tiny_logo: LoGo, llama: nn.Module, adapters: Path) -> None:

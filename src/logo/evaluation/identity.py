@@ -56,6 +56,7 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
         "merge": asdict(logo.merge),
         "settings": {**settings, "k": logo.k, "points": list(logo.points), **rule_of_weights(logo)},
         "truncation": asdict(logo.prompts.truncation),
+        **({"engine_options": dict(logo.engine_options)} if logo.engine_options else {}),
         "generation": options,
         **plugins_used(SIGNALS.source(logo.settings.signal), MERGES.source(logo.merge.kind)),
     }
