@@ -142,6 +142,11 @@ class Method(ABC):
         """Adapters per prompt at most; None where the pool, the data or the engine decides."""
         return None
 
+    @property
+    def labelled(self) -> Sequence[Example]:
+        """The labelled rows, beside training rows of the dataset, by which adapters are chosen."""
+        return ()
+
     @abstractmethod
     def prepare(self, logo: Calls, task: Task) -> Prepared:
         """Finds out what has to be known about a dataset before its first prompt.

@@ -102,6 +102,7 @@ def contest_of(
     train: Mapping[str, Sequence[Row]] = held if train_rows is None else {}
     if learning and not train:
         train = _train(tasks, train_rows, learning)
+    _warn_of_overlap(tasks, methods, train, learning)
     known = {
         task.name: MethodTask(task.name, [row.context for row in task.rows], train.get(task.name, ())) for task in tasks
     }
@@ -136,12 +137,17 @@ def _train(tasks: Sequence[Task], folder: Path | None, methods: Sequence[str]) -
                 "none; put it there, name another folder with --train-rows, or leave the task out with --tasks"
             )
         found[task.name] = tuple(read_rows(file))
-        contexts = {row.context for row in task.rows}
-        shared = sum(row.context in contexts for row in found[task.name])
-        if shared:
-            err.print(
-                f"logo: warning: task {task.name!r}: {shared} of its {len(found[task.name])} training rows are test "
-                f"rows too: the results of {', '.join(methods)} may be too good",
-                markup=False,
-            )
     return found
+
+
+def _warn_of_overlap(
+    tasks: Sequence[Task], methods: Mapping[str, Method], train: Mapping[str, Sequence[Row]], learning: Sequence[str]
+) -> None:
+    """Warns of rows by which methods choose adapters, and which are test rows too."""
+    from logo.evaluation.jobs import overlap
+
+    for task in tasks:
+        trained = [(train.get(task.name, ()), "training", learning)] if learning else []
+        for rows, kind, who in (*trained, *((one.labelled, "validation", [name]) for name, one in methods.items())):
+            if said := overlap(f"task {task.name!r}", rows, kind, task.rows, who):
+                err.print(f"logo: warning: {said}", markup=False)
