@@ -176,6 +176,8 @@ def test_any_merge_goes_with_any_method(name: str, tiny_logo: LoGo, sentences: s
         ("random", {"k": 0}, "k: expected 1 or more"),
         ("adaptersoup", {"k": -1}, "k: expected 1 or more, found -1"),
         ("loraretriever", {"variant": "best"}, "variant: expected 'mixture', 'fusion' or 'selection', found 'best'"),
+        ("loraretriever", {"variant": "fusion", "merge": "linear"}, "by the merge 'fusion', found merge 'linear'"),
+        ("loraretriever", {"variant": "selection", "merge": "ties"}, "by the merge 'mixture', found merge 'ties'"),
         ("uniform", {"merge": "mean"}, "unknown merge 'mean'"),
     ],
 )

@@ -49,8 +49,15 @@ def tasks_of(rows: str, request: str, prompt_end: str, names: Callable[[], Seque
 def methods_of(
     options: MethodOptions, k: int | None, seed: int, held: Mapping[str, Sequence[Row]]
 ) -> dict[str, Method]:
-    """Entry of `--method`, such as `loraretriever/fusion` -> its method; methods that every study includes are
-    skipped. `k`: adapters per prompt; None: each method's own number."""
+    """Label -> method, for each entry of `--method`, such as `loraretriever/fusion`; methods that every study includes
+    are skipped. The label is the entry, followed by the merge if that is not the method's own.
+
+    Args:
+        k: adapters per prompt; None: each method's own number.
+
+    Raises:
+        UsageError: a method, variant or merge that does not exist, or a variant with another merge than its own.
+    """
     made: dict[str, Method] = {}
     for entry in (part.strip() for part in options.method.split(",") if part.strip()):
         name, slash, variant = entry.partition("/")
@@ -64,8 +71,12 @@ def methods_of(
                     f"{', '.join(get_args(Variant))}"
                 )
             own = replace(own, retriever_variant=cast(Variant, variant))
-        made[entry] = make_method(own, k=k, seed=seed, held=held)
-        made[entry].check()  # before hours are spent
+        method = make_method(own, k=k, seed=seed, held=held)
+        merge, usual = method.merging.kind, replace(method, merge=None).merging.kind
+        if slash and merge != usual:
+            raise UsageError(f"method {entry!r} merges by {usual!r}, found --merge {merge}: leave out one of the two")
+        method.check()  # before hours are spent
+        made[entry if merge == usual else f"{entry}-{merge}"] = method
     return made
 
 
