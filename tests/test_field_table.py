@@ -230,6 +230,17 @@ def test_intervals_are_of_tasks_and_paired() -> None:
     assert found["mixtures"]["oracle"]["intervals"] == {"of_oracle": None, "of_oracle_pooled": None}
 
 
+def test_draws_without_a_ratio_do_not_count() -> None:
+    """The oracle answers one task of twelve: a third of the draws do not have this task."""
+    worth = [[(0.25, 1.0)], *[[(0.0, 0.0)]] * 11]
+    names = [f"t{i:02d}" for i in range(12)]
+    own = relative(of_tasks(worth), names, generated=True)["own"]["signals"]["norm"]
+    assert own["of_oracle_pooled"] == 0.25 and own["intervals"]["of_oracle_pooled"] is None  # the same in every draw
+    worth[1] = [(0.5, 1.0)]
+    own = relative(of_tasks(worth), names, generated=True)["own"]["signals"]["norm"]
+    assert own["intervals"]["of_oracle_pooled"] == [0.25, 0.5]
+
+
 def test_unseen_is_held_against_uniform() -> None:
     def row(task: int, nll: float, uniform: float) -> Measured:
         mixtures = {"uniform": {"exact_match": 0.0, "nll": uniform}}
