@@ -109,6 +109,8 @@ class Method(ABC):
     """What `prepare` looks at: labelled train rows, all test prompts, samples of what each adapter was made for,
     labelled rows of other tasks."""
     own_merge: ClassVar[str] = "mixture"
+    whole_pool: ClassVar[bool] = False
+    """Whether every prompt gets all adapters among which the method chooses."""
 
     merge: str | None = None
     density: float = 0.5
