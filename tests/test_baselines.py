@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,8 @@ def test_any_merge_goes_with_any_method(name: str, tiny_logo: LoGo, sentences: s
         ("random", {"k": 0}, "k: expected 1 or more"),
         ("adaptersoup", {"k": -1}, "k: expected 1 or more, found -1"),
         ("loraretriever", {"variant": "best"}, "variant: expected 'mixture', 'fusion' or 'selection', found 'best'"),
+        ("loraretriever", {"variant": "fusion", "merge": "linear"}, "by the merge 'fusion', found merge 'linear'"),
+        ("loraretriever", {"variant": "selection", "merge": "ties"}, "by the merge 'mixture', found merge 'ties'"),
         ("uniform", {"merge": "mean"}, "unknown merge 'mean'"),
     ],
 )
@@ -562,6 +564,9 @@ def test_options_become_a_method(tmp_path: Path) -> None:
     )
     retriever: Any = make_method(options, k=4)
     assert retriever.samples == {name: texts[:2] for name, texts in SAMPLES.items()}
+    held: Any = {"t0": [Row("w3", "w4"), Row("w4", "w5"), Row("w5", "w6")]}
+    held_out: Any = make_method(replace(options, adapter_samples=None), held=held)
+    assert held_out.samples == {"t0": ("w3", "w4")}
     assert (retriever.k, retriever.merging.kind, retriever.embedding_model) == (4, "fusion", DEFAULT_EMBEDDING)
     (tmp_path / "t3.jsonl").write_text('{"context": "another", "completion": "x"}')
     told = retriever.as_dict()["samples"]

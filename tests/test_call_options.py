@@ -392,3 +392,25 @@ def test_a_context_that_is_not_the_bases_goes_with_raw_signals_only(model: nn.Mo
         logo.select(PROMPTS[0], signal="calibrated")
     found = logo.select(PROMPTS, candidates=["t0", "t1", "t2"])
     assert all(set(one.adapters) <= {"t0", "t1", "t2"} for one in found)
+
+
+def test_a_batch_that_fails_leaves_nothing_for_the_next_probe(
+    model: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row is probed with the adapters of the one before, whether its batch is tried again in halves or in ones."""
+    logo = engine(model, folder, k=1, probe_context="carry")
+    prompts = [f"w{i} w{i + 3} w{2 * i}" for i in range(3, 9)]
+    expected = [one.selection for one in logo.generate(prompts, max_new_tokens=2)]
+    logo.restart()
+    assert logo.generate(prompts[:3], max_new_tokens=2)[-1].selection == expected[2]
+    answers = logo._answers
+
+    def failing(rows: Any, *others: Any) -> Any:
+        if len(rows) > 1:
+            raise UsageError("not so many")
+        return answers(rows, *others)
+
+    monkeypatch.setattr(logo, "_answers", failing)
+    with pytest.raises(UsageError, match="not so many"):
+        logo.generate(prompts[3:], max_new_tokens=2)
+    assert [logo.generate(one, max_new_tokens=2).selection for one in prompts[3:]] == expected[3:]

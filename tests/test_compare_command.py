@@ -188,6 +188,10 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "expected the results of one run, found 2: a, b; name one" in refused(a, tmp_path, capsys=capsys, code=2)
     assert "the first run has bbh.one, the second bbh.two" in refused(a, other, capsys=capsys)
     assert "(did you mean 'em'?)" in refused(a, a, "--metric", "emm", capsys=capsys, code=2)
+    for metrics in ("em,nonsense", "nonsense,*"):
+        assert "metric 'nonsense': expected names or patterns of em, " in refused(
+            a, a, "--metric", metrics, capsys=capsys, code=2
+        )
 
 
 @pytest.mark.parametrize(

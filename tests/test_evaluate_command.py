@@ -78,7 +78,7 @@ def test_training_rows_that_are_test_rows_are_said(
     train = write_rows(tmp_path / "train", antonym=held[4 - shared : 9])
     command = ["evaluate", *DEMO, "--rows", str(rows), "--train-rows", str(train), "--result-dir", str(tmp_path / "r")]
     learns = method == "best-single"
-    expected = f"dataset 'antonym': {shared} of its {5 + shared} training rows are test rows too"
+    expected = f"dataset 'antonym': {shared} of {5 + shared} training rows are test rows too"
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         shots = ["--shots", "2"] if learns else []

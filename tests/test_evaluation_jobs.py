@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+from logo.baselines import get_method
+from logo.cli.contests import contest_of
 from logo.errors import DataError, UsageError
 from logo.evaluation.jobs import find_jobs, train_rows
+from logo.evaluation.session import Session
 from logo.evaluation.shards import Shard
+from logo.evaluation.study import Task
 from logo.rows import Row, file_sha256
+from test_engine import engine
 
 DATA = Path(__file__).parent / "data"
 
@@ -69,3 +76,25 @@ def test_a_shard_of_a_job(tmp_path: Path) -> None:
     part = job.cut(Shard(2, 2), 2)
     assert part.places == (2, 3, 6) and part.rows == job.rows
     assert part.folder == tmp_path / "run" / "x.shard-2-of-2"
+
+
+@pytest.mark.parametrize("router", [True, False])
+def test_rows_that_choose_adapters_and_are_test_rows_too_are_said(
+    router: bool, tmp_path: Path, llama: nn.Module, adapters: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Validation rows of LoRAuter by a run, and held-out rows of a study too."""
+    file = put(tmp_path / "rows" / "x.jsonl", "1", "2", "3")
+    [job], _ = find_jobs(tmp_path / "run", rows=tmp_path / "rows", train_rows=tmp_path / "rows")
+    name = "lorauter" if router else "best-single"
+    validation = {"validation": {"y": [Row("q1", "2"), Row("q7", "2")], "z": [Row("q2", "3")]}} if router else {}
+    method = get_method(name, **validation)
+    session = Session(engine(llama, adapters, k=2), "M", {}, seed=0, batch_size=1, max_new_tokens=2, method=method)
+    count, kind = ("2 of 3", "validation") if router else ("3 of 3", "training")
+    said = f"{count} {kind} rows are test rows too (they have the same context), and method '{name}' chose by them"
+    with pytest.warns(UserWarning, match=re.escape(f"dataset 'x': {said}")):
+        session.plans([job])
+    task, held = Task("x", file, job.rows), {"x": job.rows}
+    contest_of([task], "own", None, {name: method}, None, None, held)
+    assert f"logo: warning: task 'x': {said}: the result may be too good" in " ".join(capsys.readouterr().err.split())
+    contest_of([task], "own", None, {name: method}, None, None, {"x": [Row("q9", "1")]})
+    assert capsys.readouterr().err.count("warning") == router

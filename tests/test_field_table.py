@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -24,7 +25,9 @@ from logo.baselines.lorauter import LoRAuter
 from logo.baselines.method import Answering
 from logo.baselines.method import Task as MethodTask
 from logo.cli import pace
+from logo.cli.contests import methods_of
 from logo.cli.field_table import looks_at
+from logo.cli.methods import MethodOptions
 from logo.cli.run import run
 from logo.demo import heldout
 from logo.evaluation.arms import Arms
@@ -33,6 +36,7 @@ from logo.evaluation.metrics import first_line, measure
 from logo.evaluation.relative import relative
 from logo.evaluation.study import Task, find_tasks, journal_of, study
 from logo.evaluation.summary import Measured
+from logo.rows import Row
 from test_baselines import SAMPLES, sentences  # noqa: F401 - a fixture
 from test_study import Engines, engines, rows, write_rows  # noqa: F401 - fixtures
 from tolerances import same_scores
@@ -226,6 +230,17 @@ def test_intervals_are_of_tasks_and_paired() -> None:
     assert found["mixtures"]["oracle"]["intervals"] == {"of_oracle": None, "of_oracle_pooled": None}
 
 
+def test_draws_without_a_ratio_do_not_count() -> None:
+    """The oracle answers one task of twelve: a third of the draws do not have this task."""
+    worth = [[(0.25, 1.0)], *[[(0.0, 0.0)]] * 11]
+    names = [f"t{i:02d}" for i in range(12)]
+    own = relative(of_tasks(worth), names, generated=True)["own"]["signals"]["norm"]
+    assert own["of_oracle_pooled"] == 0.25 and own["intervals"]["of_oracle_pooled"] is None  # the same in every draw
+    worth[1] = [(0.5, 1.0)]
+    own = relative(of_tasks(worth), names, generated=True)["own"]["signals"]["norm"]
+    assert own["intervals"]["of_oracle_pooled"] == [0.25, 0.5]
+
+
 def test_unseen_is_held_against_uniform() -> None:
     def row(task: int, nll: float, uniform: float) -> Measured:
         mixtures = {"uniform": {"exact_match": 0.0, "nll": uniform}}
@@ -405,6 +420,11 @@ def test_what_there_is_so_far(
     [
         (["--method", "lorahup"], 2, "unknown method 'lorahup' (did you mean 'lorahub'?)"),
         (["--method", "loraretriever/all"], 2, "loraretriever/VARIANT with one of mixture, fusion, selection"),
+        (
+            ["--method", "loraretriever/mixture", "--merge", "linear", "--hold-out", "1"],
+            2,
+            "method 'loraretriever/mixture' merges by 'mixture', found --merge linear: leave out one of the two",
+        ),
         (["--method", "arrow/3"], 2, "method 'arrow/3': expected a name"),
         (["--method", "lorahub"], 2, "'lorahub' learns from labelled rows: name a folder"),
         (["--method", "lorahub", "--train-rows", "nowhere"], 1, "expected the file nowhere/antonym.jsonl, found none"),
@@ -433,6 +453,18 @@ def test_what_goes_wrong_is_one_line(
     assert run([*command, "--save", str(tmp_path / "study.json"), *change]) == code
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("logo: error:")]
     assert len(errors) == 1 and message in errors[0]
+
+
+def test_a_label_names_a_merge_that_is_not_the_methods_own() -> None:
+    made = methods_of(MethodOptions(method="random,lorahub", merge="fusion"), None, 0, {})
+    assert [(name, one.merging.kind) for name, one in made.items()] == [
+        ("random-fusion", "fusion"),
+        ("lorahub", "fusion"),
+    ]
+    held = {"t0": [Row("w3", "w4")]}
+    options = MethodOptions(method="loraretriever/fusion", merge="fusion")
+    with patch("logo.baselines.retrieval.fetch"):
+        assert list(methods_of(options, None, 0, held)) == ["loraretriever/fusion"]
 
 
 def test_a_row_of_the_table_says_which_encoder_it_was() -> None:

@@ -127,6 +127,8 @@ def test_memory_is_what_a_loaded_model_takes(dtype: str) -> None:
     assert found.keys_and_values == sum(tensor.nelement() * tensor.element_size() for tensor in held)
     assert (found.adapters, found.mixed) == (25, 30)  # three rows may want both of the two
     assert found.total == found.weights + found.keys_and_values + 55
+    found = memory_of(model.config, dtype, rows=2, tokens=17, exact=True, adapters=[10, 1, 30, 2], budget=None, k=1)
+    assert found.mixed == 40  # the two largest
 
 
 def test_a_shard_without_rows_is_no_trouble(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +137,7 @@ def test_a_shard_without_rows_is_no_trouble(tmp_path: Path, capsys: pytest.Captu
     assert run([*command, "--shard", "2/2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == {"antonym": 0} and found["hours"]["timed"] == 0
-    for method, mixed in ((["base"], 0), (["random", "-k", "3"], 3)):
+    for method, mixed in ((["base"], 0), (["random", "-k", "3"], 3), (["uniform"], 16), (["seqr"], 16)):
         assert run([*command, "--method", *method, "--json"]) == 0
         memory = json.loads(capsys.readouterr().out)["memory"]
         assert memory["mixed"] == mixed * (memory["adapters"] // 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import logo
 import tiny
 from logo import LoGo
 from logo.adapters.examples import write_examples
+from logo.backends.vllm.options import counting
 from logo.cli.run import run
 from logo.digests import tokenizer_digest, weights_digest
 from logo.errors import DataError, ModelError, UsageError
@@ -143,6 +145,41 @@ def test_the_adapters_scales_are_part_of_the_identity(tiny_logo: LoGo, adapters:
     assert pool_digests(other) == pool_digests(tiny_logo)
     found = differences(engine_identity(tiny_logo, "M", {}), engine_identity(other, "M", {}))
     assert [name for name, _, _ in found] == ["scales"]
+
+
+@pytest.mark.filterwarnings("ignore:.*adapters act on every token")
+def test_where_adapters_act_is_part_of_the_identity(tiny_logo: LoGo, adapters: Path, tmp_path: Path) -> None:
+    """Unless all of them act everywhere; `pool.json` says it beside the same weights, or an adapter's configuration."""
+    plain = engine_identity(tiny_logo, "M", {})
+    assert "activations" not in plain
+    shutil.copytree(adapters, tmp_path / "pool")
+    file = next((tmp_path / "pool").rglob("adapter_config.json"))
+    config = json.loads(file.read_text())
+    found = [plain]
+    for tokens in ([5, 6], [5, 7]):
+        file.write_text(json.dumps(config | {"alora_invocation_tokens": tokens}))
+        found.append(engine_identity(engine(tiny_logo.model, tmp_path / "pool", k=2), "M", {}))
+    file.write_text(json.dumps(config))
+    (tmp_path / "pool" / "pool.json").write_text(json.dumps({"activation": "last:1"}))
+    late = engine(tiny_logo.model, tmp_path / "pool", k=2)
+    found.append(engine_identity(late, "M", {}))
+    assert pool_digests(late) == pool_digests(tiny_logo)
+    for before, now in itertools.combinations(found, 2):
+        assert [name for name, _, _ in differences(before, now)] == ["activations"]
+
+
+def test_given_options_of_vllm_are_part_of_the_identity(tiny_logo: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If results depend on them; without any, the identity is that of the engine in this process."""
+    plain = engine_identity(tiny_logo, "M", {})
+    given = {"quantization": "fp8", "max_model_len": 512, "max_loras": 8, "tensor_parallel_size": 2}
+    for options, expected in (
+        (given, ["engine_options"]),
+        ({"gpu_memory_utilization": 0.5, "enforce_eager": True}, []),
+    ):
+        monkeypatch.setattr(LoGo, "engine_options", counting(options))
+        now = engine_identity(tiny_logo, "M", {})
+        assert [name for name, _, _ in differences(plain, now)] == expected
+        assert now.get("engine_options", {}) == {name: options[name] for name in options if name in list(given)[:2]}
 
 
 def test_the_version_of_the_scores_is_part_of_the_identity(tiny_logo: LoGo, llama: nn.Module, adapters: Path) -> None:

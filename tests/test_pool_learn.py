@@ -124,6 +124,18 @@ def test_one_or_two_prompts_teach_nothing(folder: Path) -> None:
     assert len(learn_examples(logo, TRAFFIC["capital"][:5], sure=0.1).examples["capital"]) >= LEAST
 
 
+def test_a_learned_prompt_with_other_blanks_is_the_same_prompt(folder: Path) -> None:
+    """Neither read twice nor compared with itself."""
+    asked = TRAFFIC["capital"][:2]
+    write_examples(folder / "capital", asked, [0.9, 0.9])
+    logo = LoGo.from_pretrained("demo", folder)
+    for blank in ("  ", "\n", "\t"):  # each puts some texts into another half
+        told: list[tuple[int, int]] = []
+        again = [prompt.replace(" ", blank) for prompt in asked]
+        assert count(learn_examples(logo, again, sure=0.1, tell=lambda *read, told=told: told.append(read))) == 0
+        assert told[-1] == (4, 4)  # two rounds
+
+
 def test_refusing_engines_learn_too(folder: Path) -> None:
     mixing = LoGo.from_pretrained("demo", folder)
     refusing = LoGo.from_pretrained("demo", folder, when_unsure="refuse")

@@ -172,6 +172,12 @@ OFFICIAL_RUN = {"preset": "official", "limit": None, "adapters": None, "weightin
         ({"weighting": "softmax"}, 2, False),
         ({"keep_mass": 0.9}, 2, False),
         ({"max_new_tokens": 8}, 2, False),
+        ({"probe_context": "base"}, 2, False),
+        ({"dtype": "bfloat16"}, 2, False),
+        ({"probe_points": 4}, 2, False),
+        ({"unscorable": "skip"}, 2, False),
+        ({"on_bad_adapter": "skip"}, 2, False),
+        ({"probe_context": "carry", "dtype": "float32", "unscorable": "error", "on_bad_adapter": "error"}, 2, True),
         ({"max_new_tokens": 256}, 2, True),
         ({}, 1, False),  # fewer than the other run of the report
     ],

@@ -108,6 +108,11 @@ def test_values_are_read_as_their_options_read_them() -> None:
     assert cells[0].settings.weighting is cells[0].settings.keep_mass is None
     assert cells[0].settings.probe_layer == ["0", "5"]
     assert cells[-1].values == {"k": 3, "weighting": "softmax", "probe-layer": "last", "keep-mass": 0.9}
+    cells, _ = grid("k=default,3", "signal=default,calibrated")
+    assert [(cell.settings.k, cell.settings.signal) for cell in cells] == [
+        (k, signal) for k in (None, 3) for signal in ("norm", "calibrated")
+    ]
+    assert [cell.values["k"] for cell in cells] == ["default", "default", 3, 3]
     [[cell], _] = grid("selection-strategy=calibrated")
     assert cell.settings.signal == "calibrated"
     [[cell], _] = grid("probe-points=4.v_proj+6.up_proj")

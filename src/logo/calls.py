@@ -221,7 +221,7 @@ class Calls(Facts):
         call = self.call_settings(**take_call_options(options, adapters))
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
         decoding = self._asked(config, stop_at_newline, stop, activation)
-        with self._lock:
+        with self._lock, self._selecting.attempt():
             self._sync()
             rows = self.prompts.read(given, room=config.max_new_tokens)
             if streamer is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +68,11 @@ class Facts(ABC):
     @abstractmethod
     def versions(self) -> dict[str, str]:
         """Versions of libraries that run the model, beside PyTorch and transformers."""
+
+    @property
+    def engine_options(self) -> Mapping[str, Any]:
+        """Options of what runs the model, as the user gave them, on which results depend; none in this process."""
+        return {}
 
     @property
     @abstractmethod

@@ -166,7 +166,8 @@ def learn_examples(
     open_prompts = [prompt for prompt in (*prompts, *labels.others) if _key(prompt) not in labels.claimed]
     new, left_out = _fitting(engine, _sample(open_prompts) if student.names else [])
     learned = [text for name in student.names for text in engine.fitted[name].examples]
-    again = [text for text in _different(learned) if _key(text) not in labels.claimed]
+    known = {*labels.claimed, *map(_key, new)}
+    again = [text for text in _different(learned) if _key(text) not in known]
     rows = list({**new, **_fitting(engine, again)[0]}.items())
     # By their digests, so that what was learned is in the same half as before, whatever is read beside it.
     halves = [[row for row in rows if _digest(row[0])[0] % 2 == half] for half in (0, 1)]

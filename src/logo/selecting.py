@@ -6,7 +6,8 @@ options -> CallSettings          prompts -> (probed in batches) -> scores -> Sel
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -189,6 +190,10 @@ class Selecting(Choosing, ABC):
     def restart(self) -> None:
         """Forgets earlier prompts on which the next selection would depend."""
 
+    def attempt(self) -> AbstractContextManager[None]:
+        """If the block fails, the next selection does not depend on the prompts in it, which may be tried again."""
+        return nullcontext()
+
     def probed_ids(self, rows: Sequence[Prompt]) -> list[Sequence[int]]:
         """The token ids of each prompt that are probed."""
         return [row.ids if self.probe_text == "all" else row.probed for row in rows]
@@ -308,6 +313,16 @@ class Probing(Selecting):
         """Forgets earlier prompts, on which `probe_context="carry"` and a running reference depend."""
         self._carried = None
         self.scorers.restart()
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """See `Selecting`."""
+        before = self._carried
+        try:
+            yield
+        except BaseException:
+            self._carried = before
+            raise
 
     def _select_carried(self, row: Sequence[int], call: CallSettings) -> Selection:
         """Selects as the official code: adapters of the last selection are active at full scale while probing."""

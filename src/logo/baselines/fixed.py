@@ -45,6 +45,7 @@ class Uniform(Method):
     """The whole pool with equal weights."""
 
     name: ClassVar[str] = "uniform"
+    whole_pool: ClassVar[bool] = True
 
     def prepare(self, logo: Calls, task: Task) -> Prepared:
         names = task.candidates(logo)
@@ -113,6 +114,8 @@ class Oracle(Method):
 @dataclass(frozen=True, kw_only=True)
 class Routed(Method):
     """Base of the methods that route every token on every module among the whole pool; see `logo.mixing.routing`."""
+
+    whole_pool: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -64,6 +64,10 @@ class LoRAuter(Embedding):
         if not 0 < self.temperature < float("inf"):
             raise UsageError(f"lorauter temperature: expected a number above 0, found {self.temperature}")
 
+    @property
+    def labelled(self) -> Sequence[Example]:
+        return [row for rows in self.validation.values() for row in rows[: self.rows]]
+
     def as_dict(self) -> dict[str, Any]:
         plain = Method.as_dict(replace(self, validation={}, tables={}))
         del plain["tables"]

@@ -109,6 +109,8 @@ class Method(ABC):
     """What `prepare` looks at: labelled train rows, all test prompts, samples of what each adapter was made for,
     labelled rows of other tasks."""
     own_merge: ClassVar[str] = "mixture"
+    whole_pool: ClassVar[bool] = False
+    """Whether every prompt gets all adapters among which the method chooses."""
 
     merge: str | None = None
     density: float = 0.5
@@ -141,6 +143,11 @@ class Method(ABC):
     def picks(self) -> int | None:
         """Adapters per prompt at most; None where the pool, the data or the engine decides."""
         return None
+
+    @property
+    def labelled(self) -> Sequence[Example]:
+        """The labelled rows, beside training rows of the dataset, by which adapters are chosen."""
+        return ()
 
     @abstractmethod
     def prepare(self, logo: Calls, task: Task) -> Prepared:

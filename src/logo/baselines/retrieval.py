@@ -118,6 +118,13 @@ class LoraRetriever(Retrieval):
     def __post_init__(self) -> None:
         if self.variant not in ("mixture", "fusion", "selection"):
             raise UsageError(f"variant: expected 'mixture', 'fusion' or 'selection', found {self.variant!r}")
+        own = "fusion" if self.variant == "fusion" else "mixture"
+        # With the usual variant, another merge is another way to combine the k closest.
+        if self.variant != "mixture" and self.merge not in (None, own):
+            raise UsageError(
+                f"variant {self.variant!r} combines adapters by the merge {own!r}, found merge {self.merge!r}: leave "
+                "out one of the two"
+            )
         if self.merge is None and self.variant == "fusion":
             object.__setattr__(self, "merge", "fusion")
         super().__post_init__()

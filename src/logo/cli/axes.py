@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from logo.cli.belonging import OF_MERGES, OF_METHODS, check_method_options, check_selection_options
 from logo.cli.methods import MethodOptions, make_method
 from logo.cli.opening import selection_settings
-from logo.cli.options import EngineOptions
+from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions
 from logo.errors import LoGoError, UsageError, closest
 
 if TYPE_CHECKING:
@@ -216,8 +216,9 @@ def _value(axis: str, text: str) -> Value:
             raise UsageError(f"grid {axis}: expected 0 or more, found {seed}")
         return seed
     kind, default = _kind(axis)
-    if text == DEFAULT and axis not in ("k", "signal"):
-        return DEFAULT if default is None else default
+    if text == DEFAULT:
+        usual = OFFICIAL_SIGNAL if axis == "signal" else default
+        return DEFAULT if usual is None else usual
     if known := get_args(kind):
         if text not in known:
             raise UsageError(

@@ -49,8 +49,15 @@ def tasks_of(rows: str, request: str, prompt_end: str, names: Callable[[], Seque
 def methods_of(
     options: MethodOptions, k: int | None, seed: int, held: Mapping[str, Sequence[Row]]
 ) -> dict[str, Method]:
-    """Entry of `--method`, such as `loraretriever/fusion` -> its method; methods that every study includes are
-    skipped. `k`: adapters per prompt; None: each method's own number."""
+    """Label -> method, for each entry of `--method`, such as `loraretriever/fusion`; methods that every study includes
+    are skipped. The label is the entry, followed by the merge if that is not the method's own.
+
+    Args:
+        k: adapters per prompt; None: each method's own number.
+
+    Raises:
+        UsageError: a method, variant or merge that does not exist, or a variant with another merge than its own.
+    """
     made: dict[str, Method] = {}
     for entry in (part.strip() for part in options.method.split(",") if part.strip()):
         name, slash, variant = entry.partition("/")
@@ -64,8 +71,12 @@ def methods_of(
                     f"{', '.join(get_args(Variant))}"
                 )
             own = replace(own, retriever_variant=cast(Variant, variant))
-        made[entry] = make_method(own, k=k, seed=seed, held=held)
-        made[entry].check()  # before hours are spent
+        method = make_method(own, k=k, seed=seed, held=held)
+        merge, usual = method.merging.kind, replace(method, merge=None).merging.kind
+        if slash and merge != usual:
+            raise UsageError(f"method {entry!r} merges by {usual!r}, found --merge {merge}: leave out one of the two")
+        method.check()  # before hours are spent
+        made[entry if merge == usual else f"{entry}-{merge}"] = method
     return made
 
 
@@ -102,6 +113,7 @@ def contest_of(
     train: Mapping[str, Sequence[Row]] = held if train_rows is None else {}
     if learning and not train:
         train = _train(tasks, train_rows, learning)
+    _warn_of_overlap(tasks, methods, train, learning)
     known = {
         task.name: MethodTask(task.name, [row.context for row in task.rows], train.get(task.name, ())) for task in tasks
     }
@@ -136,12 +148,17 @@ def _train(tasks: Sequence[Task], folder: Path | None, methods: Sequence[str]) -
                 "none; put it there, name another folder with --train-rows, or leave the task out with --tasks"
             )
         found[task.name] = tuple(read_rows(file))
-        contexts = {row.context for row in task.rows}
-        shared = sum(row.context in contexts for row in found[task.name])
-        if shared:
-            err.print(
-                f"logo: warning: task {task.name!r}: {shared} of its {len(found[task.name])} training rows are test "
-                f"rows too: the results of {', '.join(methods)} may be too good",
-                markup=False,
-            )
     return found
+
+
+def _warn_of_overlap(
+    tasks: Sequence[Task], methods: Mapping[str, Method], train: Mapping[str, Sequence[Row]], learning: Sequence[str]
+) -> None:
+    """Warns of rows by which methods choose adapters, and which are test rows too."""
+    from logo.evaluation.jobs import overlap
+
+    for task in tasks:
+        trained = [(train.get(task.name, ()), "training", learning)] if learning else []
+        for rows, kind, who in (*trained, *((one.labelled, "validation", [name]) for name, one in methods.items())):
+            if said := overlap(f"task {task.name!r}", rows, kind, task.rows, who):
+                err.print(f"logo: warning: {said}", markup=False)

@@ -94,7 +94,7 @@ def _memory(asked: Asked, jobs: Sequence[Job], adapters: Sequence[int], here: bo
         exact=exact,
         adapters=adapters,
         budget=None if engine.adapter_memory_gb is None else int(engine.adapter_memory_gb * 1e9),
-        k=asked.k,
+        k=len(adapters) if asked.method is not None and asked.method.whole_pool else asked.k,
     )
     return found, ""
 

@@ -61,7 +61,9 @@ class MethodOptions:
         "as --adapter-samples",
         metavar="DIR",
     )
-    samples_per_adapter: int = _method(20, "Number of rows to read from each of these files.")
+    samples_per_adapter: int = _method(
+        20, "Number of rows to read from each of these files, or of the held-out ones, as samples."
+    )
     embedding_model: str = _method(DEFAULT_EMBEDDING, "Any sentence-transformers model: a folder or a Hub id.")
     embedding_instruction: str = _method("", "Instruction before every text that is embedded.")
 
@@ -99,7 +101,8 @@ def make_method(
     given |= {name: value for name, value in (("k", k), ("rows", options.shots)) if value is not None}
     known = {field.name for field in fields(kind)}
     if "samples" in known:
-        samples = {name: tuple(row.context for row in rows) for name, rows in (held or {}).items()}
+        count = options.samples_per_adapter
+        samples = {name: tuple(row.context for row in rows[:count]) for name, rows in (held or {}).items()}
         given["samples"] = samples if samples and options.adapter_samples is None else _samples(options)
     if "validation" in known:
         named = options.validation_rows or options.adapter_samples

@@ -279,7 +279,8 @@ def _by_part(arms: Sequence[Arm], value: Callable[[Arm], _V]) -> dict[str, dict[
 
 
 def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
-    model = next(iter(engines.values())).model
+    first = next(iter(engines.values()))
+    model, fold = first.model, first.folding["asked"]
     signals = {
         name: {
             **asdict(logo.settings),
@@ -292,4 +293,9 @@ def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
         }
         for name, logo in engines.items()
     }
-    return {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "signals": signals}
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        **({} if fold is None else {"fold": fold}),
+        "signals": signals,
+    }

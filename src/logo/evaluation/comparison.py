@@ -75,7 +75,7 @@ def compare(a: Run, b: Run, metrics: str = "", *, seed: int = 0) -> Comparison:
 
     Raises:
         DataError: no dataset in common, or different rows in the two runs.
-        UsageError: a metric that none of the datasets has.
+        UsageError: a name or pattern that fits no metric of the datasets.
     """
     ours, theirs = a.results, b.results
     names = [name for name in ours if name in theirs]
@@ -87,12 +87,15 @@ def compare(a: Run, b: Run, metrics: str = "", *, seed: int = 0) -> Comparison:
     unchecked = [name for name in names if not _same_rows(ours[name], theirs[name])]
     extra = EXTRA in metrics or "*" in metrics
     measures = {name: _wanted(_pairs(ours[name], theirs[name], extra=extra), metrics) for name in names}
-    if not any(measures.values()):
+    shown = {metric for pairs in measures.values() for metric in pairs}
+    unknown = [one for one in _patterns(metrics) if not any(fnmatch.fnmatchcase(metric, one) for metric in shown)]
+    if unknown or not shown:
         known = dict.fromkeys(metric for name in names for metric in _pairs(ours[name], theirs[name], extra=True))
+        asked = unknown[0] if unknown else metrics
         rows = all(ours[name].prompts or theirs[name].prompts for name in names)
         raise UsageError(
-            f"metric {metrics!r}: expected names or patterns of {', '.join(known)}, found none of them"
-            f"{closest(metrics, known)}{'' if rows else f'; {EXTRA}* need rows.json in a run'}"
+            f"metric {asked!r}: expected names or patterns of {', '.join(known)}, found none of them"
+            f"{closest(asked, known)}{'' if rows else f'; {EXTRA}* need rows.json in a run'}"
         )
     datasets = [(name, metric, [name]) for name in names for metric in measures[name]]
     groups = _groups(measures)
@@ -138,8 +141,12 @@ def _extra(side: Result, prompts: Sequence[Row]) -> dict[str, Corpus]:
     return {EXTRA + name: corpus for name, corpus in found.items()}
 
 
+def _patterns(metrics: str) -> list[str]:
+    return [item.strip() for item in metrics.split(",") if item.strip()]
+
+
 def _wanted(pairs: Mapping[str, Pair], metrics: str) -> dict[str, Pair]:
-    patterns = [item.strip() for item in metrics.split(",") if item.strip()]
+    patterns = _patterns(metrics)
     if not patterns:
         return {metric: pair for metric, pair in pairs.items() if not metric.startswith(EXTRA)}
     return {

@@ -116,7 +116,6 @@ def memory_of(
     parameters = sum(parameter.numel() for parameter in skeleton(config).parameters())
     heads, size = cached_heads(config)
     width = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-    mean = sum(adapters) // len(adapters) if adapters else 0
     return Memory(
         parameters=parameters,
         dtype=dtype,
@@ -126,7 +125,7 @@ def memory_of(
         tokens=tokens,
         exact=exact,
         adapters=min(sum(adapters), sum(adapters) if budget is None else budget) if adapters else None,
-        mixed=min(k * rows, len(adapters)) * mean if adapters else None,
+        mixed=sum(sorted(adapters, reverse=True)[: k * rows]) if adapters else None,
     )
 
 

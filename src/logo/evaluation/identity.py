@@ -56,6 +56,7 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
         "merge": asdict(logo.merge),
         "settings": {**settings, "k": logo.k, "points": list(logo.points), **rule_of_weights(logo)},
         "truncation": asdict(logo.prompts.truncation),
+        **({"engine_options": dict(logo.engine_options)} if logo.engine_options else {}),
         "generation": options,
         **plugins_used(SIGNALS.source(logo.settings.signal), MERGES.source(logo.merge.kind)),
     }
@@ -84,8 +85,11 @@ def plugins_used(*sources: str | None) -> dict[str, list[str]]:
 
 def digests(logo: Calls) -> dict[str, Any]:
     """Digests of what was loaded, except the adapters' weights (`pool_digests`): the base model's weights and
-    configuration, the tokens at which an answer ends, the tokenizer, the adapters' scales, and the example prompts that
-    selections look at, if there are some; and the version of the scores, if signals read all tokens."""
+    configuration, the tokens at which an answer ends, the tokenizer, the adapters' scales, where they act, unless all
+    act everywhere, and the example prompts that selections look at, if there are some; and the version of the scores,
+    if signals read all tokens."""
+    activations = {name: asdict(logo.fitted[name].activation) for name in logo.names}
+    everywhere = all(one.everywhere for one in logo.fitted.activations)
     examples = _examples(logo)
     configured = getattr(logo.model, "generation_config", None)
     return {
@@ -94,6 +98,7 @@ def digests(logo: Calls) -> dict[str, Any]:
         "eos_token_id": None if configured is None else configured.eos_token_id,
         "tokenizer": tokenizer_digest(logo.tokenizer),
         "scales": fingerprint({name: logo.pool[name].scales for name in logo.names}),
+        **({} if everywhere else {"activations": fingerprint(activations)}),
         **({"examples": fingerprint(examples)} if examples else {}),
         **({"scores": SCORES} if logo.settings.reading.token in ("each", "tail") else {}),
     }

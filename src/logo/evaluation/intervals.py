@@ -9,6 +9,7 @@ rows of the same datasets. scipy is imported at the first use.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -48,27 +49,33 @@ def bootstrap(rows: Values, worth: Callable[[Values], Values], *, seed: Sequence
 
     Args:
         rows: (rows, parts), the statistics of each row.
-        worth: sums (..., parts) -> values (...).
+        worth: sums (..., parts) -> values (...); draws for which it is NaN do not count.
         seed: of the draws, any number of integers; the draws are equal for equal numbers of rows.
 
     Returns:
         None if there are fewer than `FEWEST` rows, or if every draw has the same value.
     """
+    from scipy.stats import DegenerateDataWarning
     from scipy.stats import bootstrap as draw
 
     count, parts = rows.shape
     if count < FEWEST:
         return None
-    low, high = draw(
-        (np.arange(count),),
-        lambda places, axis: worth(rows[places].sum(axis=-2)),
-        n_resamples=DRAWS,
-        batch=max(1, BATCH // (count * parts)),
-        vectorized=True,
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # scipy's intervals count NaN, too
+        drawn = draw(
+            (np.arange(count),),
+            lambda places, axis: worth(rows[places].sum(axis=-2)),
+            n_resamples=DRAWS,
+            batch=max(1, BATCH // (count * parts)),
+            vectorized=True,
+            confidence_level=LEVEL,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+    low, high = drawn.confidence_interval
+    if np.isnan(drawn.bootstrap_distribution).any():
+        low, high = np.nanpercentile(drawn.bootstrap_distribution, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
     if not high - low > EQUAL * max(abs(low), abs(high)):
         return None
     value = float(worth(rows.sum(axis=0)))

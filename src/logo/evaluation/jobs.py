@@ -10,12 +10,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from logo.errors import DataError, StorageError, UsageError
 from logo.evaluation.datasets import Found, dataset_file, find_datasets
 from logo.evaluation.metrics import Kind, checked_kind, metric_kind, official_kind
 from logo.evaluation.shards import Shard, positions, shard_folder, whole_folder
 from logo.rows import Row, file_sha256, read_rows
+
+if TYPE_CHECKING:
+    from logo.baselines.method import Example
 
 DATA_DIR = "./data"
 
@@ -161,5 +165,26 @@ def train_rows(job: Job) -> Sequence[Row]:
 
 def trained_and_tested(job: Job) -> int:
     """The number of training rows whose context is that of a test row."""
-    tested = {row.context for row in job.rows}
-    return sum(row.context in tested for row in train_rows(job))
+    return _shared(train_rows(job), job.rows)
+
+
+def overlap(where: str, rows: Sequence[Example], kind: str, tested: Sequence[Row], methods: Sequence[str]) -> str:
+    """The warning that labelled rows are test rows, too; "" if none is.
+
+    Args:
+        where: what is tested, such as `dataset 'x'`.
+        rows: labelled rows of this kind, such as `training`.
+        methods: those that choose adapters by them.
+    """
+    if not (shared := _shared(rows, tested)):
+        return ""
+    return (
+        f"{where}: {shared} of {len(rows)} {kind} rows are test rows too (they have the same context), and "
+        f"{'methods' if methods[1:] else 'method'} {', '.join(map(repr, methods))} chose by them: the result may be "
+        "too good"
+    )
+
+
+def _shared(rows: Sequence[Example], tested: Sequence[Row]) -> int:
+    contexts = {row.context for row in tested}
+    return sum(row.context in contexts for row in rows)

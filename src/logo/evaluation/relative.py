@@ -117,8 +117,9 @@ def _mean_interval(values: Values, seed: int) -> Interval | None:
 
 
 def _ratio(sums: Values) -> Values:
-    """The ratio of sums (..., 2); draws in which the oracle scores 0 are ignored."""
-    return np.asarray(np.divide(sums[..., 0], sums[..., 1], out=np.zeros_like(sums[..., 0]), where=sums[..., 1] > 0))
+    """The ratio of sums (..., 2); NaN for draws in which the oracle scores 0, which have none."""
+    unknown = np.full_like(sums[..., 0], np.nan)
+    return np.asarray(np.divide(sums[..., 0], sums[..., 1], out=unknown, where=sums[..., 1] > 0))
 
 
 def _ends(interval: Interval | None) -> list[float] | None:

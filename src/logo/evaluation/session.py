@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from logo.baselines.method import Answering, Learned, Task
 from logo.errors import UsageError
 from logo.evaluation.identity import engine_identity, environment, order_dependence, rows_digest
-from logo.evaluation.jobs import Job, train_rows, trained_and_tested
+from logo.evaluation.jobs import Job, overlap, train_rows, trained_and_tested
 from logo.evaluation.metrics import METRICS
 from logo.evaluation.results import LOGO, result_files, run_record, write_results
 from logo.evaluation.resume import (
@@ -121,7 +121,7 @@ class Evaluation(ABC):
                 was named.
             DataError: training rows are missing or malformed.
         """
-        for job in jobs if self.learns else ():
+        for job in jobs:
             self._warn_of_overlap(job)
         facts = self.facts
         if facts.order is not None and any(job.shard is not None for job in jobs):
@@ -154,15 +154,13 @@ class Evaluation(ABC):
         return isinstance(self.method, Learned)
 
     def _warn_of_overlap(self, job: Job) -> None:
-        shared = trained_and_tested(job)
-        if shared and self.method is not None:
-            warnings.warn(
-                f"dataset {job.dataset!r}: {shared} of its {len(train_rows(job))} training rows are test rows too "
-                f"(they have the same context), and method {self.method.name!r} learns from training rows: its result "
-                "may be too good",
-                UserWarning,
-                stacklevel=2,
-            )
+        if self.method is None:
+            return
+        train = train_rows(job) if self.learns else ()
+        for rows, kind in ((train, "training"), (self.method.labelled, "validation")):
+            said = overlap(f"dataset {job.dataset!r}", rows, kind, job.rows, [self.method.name])
+            if said:
+                warnings.warn(said, UserWarning, stacklevel=2)
 
     def identity(self, job: Job) -> dict[str, Any]:
         """The identity of a job's rows, without the pool."""

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +56,7 @@ class VllmLoGo(Calls):
         prompts: reads prompts with this tokenizer.
         settings: how prompts are read, scored and selected.
         default_k: adapters per prompt if neither a call nor the settings give k; None: the pool's own number.
+        engine_options: arguments of `vllm.LLM` that the user gave, and on which results depend.
 
     Raises:
         LoGoError: the pool does not fit, or cannot be scored.
@@ -68,9 +70,10 @@ class VllmLoGo(Calls):
         prompts: Prompts,
         settings: SelectionSettings,
         default_k: int | None = None,
+        engine_options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.llm, self.model, self.tokenizer = llm, model, tokenizer
-        self.prompts, self.settings = prompts, settings
+        self.prompts, self.settings, self._engine_options = prompts, settings, engine_options
         self.core = Core(llm.llm_engine.vllm_config)
         self.pool = self.core.pool.adapters
         self.pool.default_k = default_k or self.pool.default_k
@@ -121,6 +124,10 @@ class VllmLoGo(Calls):
     @property
     def versions(self) -> dict[str, str]:
         return {"vllm": version()}
+
+    @property
+    def engine_options(self) -> Mapping[str, Any]:
+        return self._engine_options
 
     @property
     def merge(self) -> Merge:

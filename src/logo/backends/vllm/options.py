@@ -18,6 +18,17 @@ Products = Literal["auto", "kernels", "plain"]
 POOL, OPTIONS = "LOGO_POOL", "LOGO_OPTIONS"
 NO_USAGE = "VLLM_NO_USAGE_STATS"  # vLLM reports its usage unless this variable is 1
 
+# Arguments of `vllm.LLM` for slots, parallelism, memory and speed.
+_NO_MATTER = frozenset(
+    {
+        *("max_loras", "max_lora_rank", "max_cpu_loras", "max_num_seqs", "max_num_batched_tokens"),
+        *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"),
+        *("gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "block_size", "swap_space"),
+        *("cpu_offload_gb", "enforce_eager", "enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats"),
+        "disable_custom_all_reduce",
+    }
+)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -99,6 +110,11 @@ class Options:
     def all_signals(self) -> tuple[str, ...]:
         """All signals that requests may ask for, the settings' own first."""
         return tuple(dict.fromkeys((self.settings.signal, *self.signals)))
+
+
+def counting(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of `vllm.LLM` on which results depend by more than rounding: all but `_NO_MATTER`."""
+    return {name: value for name, value in given.items() if name not in _NO_MATTER}
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:
