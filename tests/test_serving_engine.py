@@ -569,7 +569,8 @@ def test_another_signal_leaves_out_what_the_server_leaves_out(llama: nn.Module, 
         write_adapter(tmp_path / f"t{i}", llama, ("q_proj",), rank=2, seed=i)
     write_adapter(tmp_path / "wide", tiny.model("llama", hidden_size=64), ("q_proj",), rank=2, seed=7)
     pool = AdapterPool.from_directory(tmp_path)
-    logo = LoGo(llama, tokenizer(), pool, settings=SelectionSettings("norm", k=2), on_bad_adapter="skip")
+    with pytest.warns(UserWarning, match="1 bad adapter is left out of the pool: adapter 'wide': does not fit"):
+        logo = LoGo(llama, tokenizer(), pool, settings=SelectionSettings("norm", k=2), on_bad_adapter="skip")
 
     async def use(service: Service) -> Any:
         return (await service.choose([5, 6, 7], MixtureRequest(options={"signal": "entropy"}))).selection.scores

@@ -272,7 +272,7 @@ def test_an_index_made_within_its_file_is_the_same(
     told: list[tuple[int, int]] = []
     mapped = opened(model, folder, signal=signal, cache=str(tmp_path / "two"), index="two-stage")
     mapped.calibrate(tell=lambda done, of: told.append((done, of)))
-    assert told == [(5, 12), (10, 12), (12, 12)] and not kept
+    assert told == [(0, 12), (5, 12), (10, 12), (12, 12)] and not kept
     names = {path.name: path for path in (tmp_path / "two" / "index").iterdir()}
     assert list(names) == [path.name for path in (tmp_path / "one" / "index").iterdir()]
     again = opened(model, folder, signal=signal, cache=str(tmp_path / "two"), index="two-stage")

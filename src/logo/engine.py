@@ -19,7 +19,7 @@ import torch
 
 from logo.adapters.layout import BaseLayout
 from logo.adapters.options import OnBadAdapter
-from logo.adapters.pool import AdapterPool
+from logo.adapters.pool import AdapterPool, warn_of_bad
 from logo.calls import Calls
 from logo.completions import CompletionScorer
 from logo.decoder import Decoder, Decoding, Generation
@@ -118,6 +118,7 @@ class LoGo(Calls, FromPretrained):
         self.merge = merge
         self._selecting: Probing = Probing(model, self.prompts, self._mixer, self.settings, self.beginnings)
         self.take(self.prepared(pool))
+        warn_of_bad(self._fitted)
 
     @property
     def fitted(self) -> AdapterPool:

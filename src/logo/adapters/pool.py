@@ -315,16 +315,7 @@ class AdapterPool:
             )
         if not fitted:
             raise PoolError(f"none of the {len(adapters)} adapters fits the base model; the first: {refused[0]}")
-        fit_pool = AdapterPool(fitted, self.refused + tuple(refused), default_k=self.default_k)
-        if bad := [error for error in fit_pool.refused if not isinstance(error, LeftOut)]:
-            more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
-            warnings.warn(
-                f"{len(bad)} bad adapter{'s are' if len(bad) > 1 else ' is'} left out of the pool: "
-                f"{'; '.join(map(str, bad[:3]))}{more}",
-                UserWarning,
-                stacklevel=2,
-            )
-        return fit_pool
+        return AdapterPool(fitted, self.refused + tuple(refused), default_k=self.default_k)
 
     def acting(self, forced: str | None, without: str | None = None) -> AdapterPool:
         """A new pool with the activation that a user wants; see `logo.adapters.activation.acting`."""
@@ -355,6 +346,18 @@ class AdapterPool:
 
 def _taken(name: str) -> PoolError:
     return PoolError(f"the pool already has an adapter {name!r}; remove it first or choose another name")
+
+
+def warn_of_bad(pool: AdapterPool) -> None:
+    """Warns of the bad adapters that were left out of a pool; of those that nothing is wrong with, nobody is warned."""
+    if bad := [error for error in pool.refused if not isinstance(error, LeftOut)]:
+        more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+        warnings.warn(
+            f"{len(bad)} bad adapter{'s are' if len(bad) > 1 else ' is'} left out of the pool: "
+            f"{'; '.join(map(str, bad[:3]))}{more}",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _refuse(refused: list[AdapterError], on_bad_adapter: OnBadAdapter, where: str) -> None:

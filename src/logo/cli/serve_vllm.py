@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.layout import BaseLayout
+from logo.adapters.pool import warn_of_bad
 from logo.cli.opening import open_pool, quiet_transformers, selection_settings
 from logo.cli.options import EngineOptions, changed
 from logo.cli.output import note, out, size
@@ -182,6 +183,7 @@ def _planned(options: EngineOptions, base_model: str, server: ServerOptions, dty
     shape = ModelShape.of(model)
     settings = selection_settings(options)
     fitted = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)
+    warn_of_bad(fitted)
     check_pool(server.model_name(base_model), fitted.names)
     fitted = fitted.acting(settings.activation, settings.when_not_invoked)
     pool = PoolShape.of(model, fitted, settings)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from logo import plugins
 from logo.adapters.layout import BaseLayout
 from logo.adapters.options import OnBadAdapter
-from logo.adapters.pool import AdapterPool
+from logo.adapters.pool import AdapterPool, warn_of_bad
 from logo.backends.plan import plan
 from logo.backends.shapes import ModelShape, PoolShape
 from logo.decoding import Prompts, Truncation
@@ -76,6 +76,7 @@ def open_engine(
     place, opened = _opened(pool, base_model, model_dir, on_bad_adapter, settings, token)
     model = skeleton(source, computed)
     fitted = opened.fit(BaseLayout.of(model), on_bad_adapter=on_bad_adapter)
+    warn_of_bad(fitted)
     fitted = fitted.acting(settings.activation, settings.when_not_invoked)
     shape = PoolShape.of(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
     given = dict(model_kwargs)
