@@ -192,8 +192,8 @@ class Core:
                 f"the adapters of this mixture begin to act at different tokens, which {self.mode} mode cannot do: "
                 "start vLLM in gate mode, or force an activation"
             )
-        by_key = self.pool.by_key
-        rank = merged_rank(by_key[key] for key in recipe.keys)
+        names = {key: name for name, key in self.pool.keys.items()}
+        rank = merged_rank(self.pool.adapters[names[key]] for key in recipe.keys)
         if rank > self._max_rank:
             larger = slot_rank(rank)
             raise UsageError(

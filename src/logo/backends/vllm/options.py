@@ -113,8 +113,13 @@ class Options:
 
 
 def counting(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments of `vllm.LLM` on which results depend by more than rounding: all but `_NO_MATTER`."""
-    return {name: value for name, value in given.items() if name not in _NO_MATTER}
+    """Those arguments of `vllm.LLM` on which results depend by more than rounding: all but `_NO_MATTER`, and LoGo's own
+    options for its processes."""
+    counted = {name: value for name, value in given.items() if name not in _NO_MATTER}
+    additional = {
+        name: value for name, value in (counted.pop("additional_config", None) or {}).items() if name != "logo"
+    }
+    return counted | ({"additional_config": additional} if additional else {})
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:
