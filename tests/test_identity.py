@@ -171,7 +171,7 @@ def test_where_adapters_act_is_part_of_the_identity(tiny_logo: LoGo, adapters: P
 def test_given_options_of_vllm_are_part_of_the_identity(tiny_logo: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
     """If results depend on them; without any, the identity is that of the engine in this process."""
     plain = engine_identity(tiny_logo, "M", {})
-    given = {"quantization": "fp8", "max_model_len": 512, "max_loras": 8, "tensor_parallel_size": 2}
+    given = {"quantization": "fp8", "max_model_len": 512, "max_loras": 8, "hf_token": "secret"}
     for options, expected in (
         (given, ["engine_options"]),
         ({"gpu_memory_utilization": 0.5, "enforce_eager": True}, []),

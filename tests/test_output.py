@@ -56,8 +56,10 @@ def test_a_line_of_a_file_of_prompts_ends_where_a_line_ends(tmp_path: Path) -> N
 
 def test_an_adapter_has_one_weight() -> None:
     assert forced(["a=1", "b", "c=d=0.5"]) == {"a": 1.0, "b": 1.0, "c=d": 0.5}
+    assert forced(["lr=0.1", "lr=0.2"], names=["lr=0.1", "lr=0.2"]) == {"lr=0.1": 1.0, "lr=0.2": 1.0}
+    assert forced(["lr=0.1", "lr=0.2"])  # the names of the pool may be these
     with pytest.raises(UsageError, match=r"--adapter 'a': given with the weights 1 and 0\.5; give it once"):
-        forced(["a=1", "a=0.5"])
+        forced(["a=1", "a=0.5"], names=["a"])
 
 
 def test_the_name_of_an_adapter_may_look_like_a_weight() -> None:

@@ -243,6 +243,7 @@ def test_another_study_is_not_mixed_in(
         with pytest.raises(UsageError, match="left by a run with other settings, pool or rows"):
             study(Arms(other), tasks, journal, settings=settings)
         assert journal.read_bytes() == before
+    assert "unsure_below" not in before.decode()  # which decides nothing unless `when_unsure` does
     logo = engines["norm"]
     carry = SelectionSettings("norm", k=2, probe_context="carry")
     with pytest.raises(UsageError, match=r"signals\.norm\.probe_context"):

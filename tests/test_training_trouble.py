@@ -295,15 +295,21 @@ def test_an_adapter_of_an_earlier_run_is_not_trained_now_and_keeps_the_examples_
 
 def test_training_again_replaces_its_own_examples_and_no_others(base_model: Path, tasks: Path, tmp_path: Path) -> None:
     pool = tmp_path / "pool"
-    assert run(command(base_model, tasks, pool)) == 0
+    assert run(command(base_model, tasks, pool, "--examples", "0")) == 0
+    assert not (pool / "b" / "examples.jsonl").exists()
+    assert run(command(base_model, tasks, pool)) == 0  # writes them beside adapters that stand
     own = '{"prompt": "w3 w4"}\n'
     (pool / "a" / "examples.jsonl").write_text(own)
+    record = json.loads((pool / "c" / "training.json").read_text())
+    del record["examples_sha256"]  # as in a pool of an earlier version
+    (pool / "c" / "training.json").write_text(json.dumps(record))
     for name in "abc":
         write_rows(tasks / f"{name}.jsonl", rows(12, 77))
     assert run([*command(base_model, tasks, pool), "--retrain"]) == 0
     assert (pool / "a" / "examples.jsonl").read_text() == own
-    written = (pool / "b" / "examples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["prompt"] for line in written] == [row["context"] for row in rows(12, 77)[:4]]
+    for name in "bc":
+        written = (pool / name / "examples.jsonl").read_text().splitlines()
+        assert [json.loads(line)["prompt"] for line in written] == [row["context"] for row in rows(12, 77)[:4]]
 
 
 @pytest.fixture(scope="module")

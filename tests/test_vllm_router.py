@@ -79,6 +79,7 @@ def test_options_beside_the_field_logo_are_refused() -> None:
         ("/v1/completions", {"echo": True, "logprobs": 0}),
         ("/v1/chat/completions", {"prompt_logprobs": 1}),
         ("/v1/chat/completions", {"echo": True, "logprobs": True, "top_logprobs": 2}),
+        ("/v1/chat/completions", {"echo": True}),
     ],
 )
 def test_probabilities_of_a_prompt_are_refused_with_adapters_of_the_output_head(

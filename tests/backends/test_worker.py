@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from logo.backends.vllm import core, hooks, worker
+from logo.backends.vllm.core import WorkerError, WorkerFailure, values
 from logo.backends.vllm.offline import VllmLoGo
 from logo.backends.vllm.pool import KeyedPool
 from logo.backends.vllm.recipe import Recipe
@@ -276,8 +277,11 @@ def test_no_error_of_a_call_reaches_vllm(monkeypatch: pytest.MonkeyPatch) -> Non
     answer = hooks._answering(call)
     assert answer(None, None) == {"value": "done"}
     for said, error in raised.items():
-        assert answer(None, error) == {"error": said}
-    assert logged == list(raised.values())[1:]
+        unexpected = {} if isinstance(error, UsageError) else {"unexpected": True}
+        assert answer(None, error) == {"error": said, **unexpected}
+        with pytest.raises(WorkerFailure if unexpected else WorkerError, match=said):
+            values([{"value": 1}, answer(None, error)])
+    assert logged == list(raised.values())[1:] * 2
 
 
 def test_speculation_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:

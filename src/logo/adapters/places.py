@@ -118,10 +118,20 @@ def _split(text: str) -> list[str]:
     """The places in a text, separated by commas, which names of folders and files may have, too."""
     pieces, parts = text.split(","), []
     while pieces:
-        count = next((n for n in range(len(pieces), 1, -1) if _is_here(",".join(pieces[:n]))), 1)
+        most = len(pieces) if _has_comma(pieces[0]) else 1
+        count = next((n for n in range(most, 1, -1) if _is_here(",".join(pieces[:n]))), 1)
         parts.append(",".join(pieces[:count]).strip())
         pieces = pieces[count:]
     return parts
+
+
+def _has_comma(beginning: str) -> bool:
+    """Whether the name of a folder or file goes on with a comma after this beginning of a place."""
+    folder, name = os.path.split(beginning.lstrip())
+    try:
+        return any(found.startswith(f"{name},") for found in os.listdir(folder or os.curdir))
+    except OSError:
+        return False
 
 
 def _is_here(text: str) -> bool:

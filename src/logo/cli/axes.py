@@ -172,6 +172,8 @@ def _is_moot(axis: str, here: Common, method: Method) -> bool:
         return True
     if axis == "weight-temperature":
         return selection_settings(here.engine).reading.weighting != "softmax"
+    if axis == "unsure-below":
+        return here.engine.when_unsure == "mix"
     return False
 
 

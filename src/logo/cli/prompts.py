@@ -47,11 +47,14 @@ def as_asked(prompts: list[str], chat: bool, system: str | None) -> list[Any]:
     return [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
 
 
-def forced(adapter: list[str] | None, base_only: bool = False, names: Container[str] = ()) -> dict[str, float] | None:
+def forced(
+    adapter: list[str] | None, base_only: bool = False, names: Container[str] | None = None
+) -> dict[str, float] | None:
     """The mixture that `--adapter NAME=WEIGHT` and `--base-only` name; None: it is selected.
 
     Args:
-        names: of the pool, if it is known: such a name is not split at its `=`.
+        names: of the pool: such a name is not split at its `=`. None: they are not known yet, so that the mixture only
+            says whether there is one.
     """
     if base_only:
         if adapter:
@@ -61,7 +64,7 @@ def forced(adapter: list[str] | None, base_only: bool = False, names: Container[
         return None
     weights: dict[str, float] = {}
     for entry in adapter:
-        name, _, weight = (entry, "", "1") if entry in names else entry.rpartition("=")
+        name, _, weight = (entry, "", "1") if entry in (names or ()) else entry.rpartition("=")
         try:
             value = float(weight) if name else 1.0
         except ValueError:
@@ -69,7 +72,7 @@ def forced(adapter: list[str] | None, base_only: bool = False, names: Container[
                 f"--adapter {entry!r}: expected NAME or NAME=WEIGHT with a number; "
                 f"an adapter of this name is {f'{entry}=1'!r}"
             ) from None
-        if (name := name or entry) in weights:
+        if (name := name or entry) in weights and names is not None:
             raise UsageError(
                 f"--adapter {name!r}: given with the weights {weights[name]:g} and {value:g}; give it once"
             )

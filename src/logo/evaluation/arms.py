@@ -283,7 +283,8 @@ def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
     model, fold = first.model, first.folding["asked"]
     signals = {
         name: {
-            **asdict(logo.settings),
+            # `rule_of_weights` has the threshold where it matters.
+            **{setting: value for setting, value in asdict(logo.settings).items() if setting != "unsure_below"},
             **plugins_used(SIGNALS.source(name)),
             **rule_of_weights(logo),
             "k": logo.k,

@@ -27,7 +27,7 @@ class Text:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._stops = tokenizer, bool(stops)
         self._text = StopTexts(stops)
         special = [stop for stop in stops if _holds_special(tokenizer, stop)]
         self._ends: EndRule | None = at_texts(tokenizer, special) if special else None
@@ -42,6 +42,9 @@ class Text:
 
     def push(self, ids: Sequence[int]) -> str:
         """The new text that these tokens give."""
+        if not self._stops:
+            self._ids.extend(ids)
+            return self._read_on()
         new = ""
         for token in ids:
             if self.stopped:

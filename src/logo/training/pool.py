@@ -8,10 +8,11 @@ POOL/.training/<group>/       checkpoints of unfinished groups
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from logo.adapters.activation import Activation
 from logo.adapters.config import Refusal, read_config
+from logo.adapters.examples import examples_text, write_examples
 from logo.adapters.files import CONFIG, EXAMPLES, NOTES, RECORD, RESPONSES, SAFETENSORS
 from logo.adapters.format import LoraWeights
 from logo.adapters.notes import ADAPTERS, BEFORE, CHANGES, noted, read_notes
@@ -68,9 +70,21 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfi
 def _wrote_examples(folder: Path) -> bool:
     """Whether the example prompts in the folder of an adapter are those that its training wrote, not a user's own."""
     record = record_of(folder)
-    return (
-        record is not None and (folder / EXAMPLES).is_file() and file_sha256(folder / EXAMPLES) == record.get(WRITTEN)
-    )
+    if record is None or not (folder / EXAMPLES).is_file():
+        return False
+    return file_sha256(folder / EXAMPLES) == record[WRITTEN] if WRITTEN in record else True  # of an earlier version
+
+
+def leave_examples(folder: Path, prompts: Sequence[str]) -> None:
+    """Writes example prompts beside an adapter, and notes in its record that training wrote them.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    write_examples(folder, prompts)
+    record, digest = record_of(folder), hashlib.sha256(examples_text(prompts)).hexdigest()
+    if record is not None and record.get(WRITTEN) != digest:
+        replace_file(folder / RECORD, (json.dumps({**record, WRITTEN: digest}, indent=2) + "\n").encode())
 
 
 def record_of(folder: Path) -> dict[str, Any] | None:

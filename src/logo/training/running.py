@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from logo.adapters.activation import Activation
-from logo.adapters.examples import write_examples
 from logo.adapters.files import EXAMPLES, RESPONSES
 from logo.adapters.notes import read_notes
 from logo.errors import DataError, LoGoError, StorageError, UsageError
@@ -25,7 +24,15 @@ from logo.prompts import asked_text
 from logo.training.activation import Settling, common
 from logo.training.examples import encode
 from logo.training.plan import USUAL_AT_ONCE, GroupPlan, Plan, Prepared, check_names, plan, prepare
-from logo.training.pool import UNFINISHED, check_activation, check_base, diverged, record_of, write_pool
+from logo.training.pool import (
+    UNFINISHED,
+    check_activation,
+    check_base,
+    diverged,
+    leave_examples,
+    record_of,
+    write_pool,
+)
 from logo.training.progress import Status, Telling, states
 from logo.training.recipe import Recipe, Recipes
 from logo.training.tasks import Found, Task
@@ -149,7 +156,7 @@ def _leave_examples(wanted: Wanted, names: Collection[str]) -> None:
     for task in wanted.found.tasks:
         texts = _examples(wanted, task)
         if texts and task.name in names and not (wanted.root / task.name / EXAMPLES).exists():
-            write_examples(wanted.root / task.name, texts)
+            leave_examples(wanted.root / task.name, texts)
 
 
 def _examples(wanted: Wanted, task: Task) -> list[str]:

@@ -75,8 +75,8 @@ def probe(path: str, body: Body, base: str, probe_text: ProbeText | None) -> tup
 def scores_prompt(path: str, body: Body) -> bool:
     """Whether a request asks for log probabilities of the tokens of its prompt."""
     given = [body.get("prompt_logprobs")]
-    if body.get("echo"):
-        given.append(body.get("logprobs" if path == COMPLETIONS else "top_logprobs"))
+    if body.get("echo"):  # vLLM's default for `top_logprobs` is 0, which counts
+        given.append(body.get("logprobs") if path == COMPLETIONS else body.get("top_logprobs", 0))
     return any(number is not None for number in given)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from logo.adapters.format import Adapter
 from logo.adapters.layout import BaseLayout
 from logo.api.names import Models
 from logo.backends.plan import slot_rank
@@ -35,7 +36,11 @@ _FAILED = 4096
 
 
 class WorkerError(LoGoError, RuntimeError):
-    """An error reply of one of vLLM's workers."""
+    """An error of one of vLLM's workers that a user can fix."""
+
+
+class WorkerFailure(LoGoError, RuntimeError):
+    """An unexpected error of one of vLLM's workers, such as exhausted memory."""
 
 
 class Core:
@@ -168,7 +173,7 @@ class Core:
 
         recipe = self.pool.recipe(selection, forced)
         if self.mode != "gate":
-            self._check_merged(recipe)
+            self._check_merged(recipe, [self.pool.adapters[name] for name, at in selection.mixture.items() if at])
         if not recipe.parts:
             yield None
             return
@@ -185,19 +190,18 @@ class Core:
             if not self._live[number]:
                 del self._live[number], self._texts[number]
 
-    def _check_merged(self, recipe: Recipe) -> None:
-        """Raises UsageError if a mixture cannot be one adapter of vLLM's."""
+    def _check_merged(self, recipe: Recipe, adapters: Sequence[Adapter]) -> None:
+        """Raises UsageError if the mixture of these adapters cannot be one adapter of vLLM's."""
         if len({recipe.activation(key) for key in recipe.keys}) > 1:
             raise UsageError(
                 f"the adapters of this mixture begin to act at different tokens, which {self.mode} mode cannot do: "
                 "start vLLM in gate mode, or force an activation"
             )
-        names = {key: name for name, key in self.pool.keys.items()}
-        rank = merged_rank(self.pool.adapters[names[key]] for key in recipe.keys)
+        rank = merged_rank(adapters)
         if rank > self._max_rank:
             larger = slot_rank(rank)
             raise UsageError(
-                f"the {len(recipe.keys)} adapters of this mixture have rank {rank} together, but --max-lora-rank is "
+                f"the {len(adapters)} adapters of this mixture have rank {rank} together, but --max-lora-rank is "
                 f"{self._max_rank}: mix fewer adapters"
                 + (f", or start vLLM with --max-lora-rank {larger} or more" if larger else "")
             )
@@ -222,11 +226,11 @@ def values(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
     """The values that the workers returned.
 
     Raises:
-        WorkerError: one of them returned an error.
+        WorkerError, WorkerFailure: one of them returned an error.
     """
     for answer in answers:
         if "error" in answer:
-            raise WorkerError(str(answer["error"]))
+            raise (WorkerFailure if answer.get("unexpected") else WorkerError)(str(answer["error"]))
     return [answer["value"] for answer in answers]
 
 

@@ -345,8 +345,8 @@ def _graphs_v2(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _answering(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function of `CALLS`: returns its value, or the text of an error. An exception would leave the replies of
-    other ranks in vLLM's queues, where the next calls would find them."""
+    """Wraps a function of `CALLS`: returns its value, or the text of an error, and whether it was unexpected. An
+    exception would leave the replies of other ranks in vLLM's queues, where the next calls would find them."""
 
     @functools.wraps(call)
     def answer(worker: Any, *args: Any) -> dict[str, Any]:
@@ -356,7 +356,7 @@ def _answering(call: Callable[..., Any]) -> Callable[..., Any]:
             return {"error": str(error)}
         except Exception as error:
             log.error("LoGo: %s failed", call.__name__, exc_info=error)
-            return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+            return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}", "unexpected": True}
 
     return answer
 

@@ -18,14 +18,15 @@ Products = Literal["auto", "kernels", "plain"]
 POOL, OPTIONS = "LOGO_POOL", "LOGO_OPTIONS"
 NO_USAGE = "VLLM_NO_USAGE_STATS"  # vLLM reports its usage unless this variable is 1
 
-# Arguments of `vllm.LLM` for slots, parallelism, memory and speed.
+# Arguments of `vllm.LLM` for slots, parallelism, memory, speed and loading.
 _NO_MATTER = frozenset(
     {
         *("max_loras", "max_lora_rank", "max_cpu_loras", "max_num_seqs", "max_num_batched_tokens"),
         *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"),
         *("gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "block_size", "swap_space"),
         *("cpu_offload_gb", "enforce_eager", "enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats"),
-        "disable_custom_all_reduce",
+        *("disable_custom_all_reduce", "async_scheduling", "compilation_config", "use_tqdm_on_load"),
+        *("hf_token", "download_dir", "load_format", "model_loader_extra_config"),
     }
 )
 
