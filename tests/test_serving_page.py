@@ -225,8 +225,9 @@ def test_keys_alone_are_enough(window: Browser, demo: Served) -> None:
     assert window.run("return document.activeElement.id") == "prompt"
 
     # From here to the end of the page: every control once, in order, each with an outline.
-    window.run("window.controls = [...document.querySelectorAll('a, button, input, select, textarea')]")
-    inside = "window.controls.filter(node => node.checkVisibility())"
+    # They are looked up each time, because the page renders its pool anew once the answer is counted.
+    controls = "[...document.querySelectorAll('a, button, input, select, textarea')]"
+    inside = f"{controls}.filter(node => node.checkVisibility())"
     total = window.run(f"return {inside}.length")
     where = f"return {inside}.indexOf(document.activeElement)"
     outlined = "const s = getComputedStyle(document.activeElement); return s.outlineStyle + ' ' + s.outlineWidth"

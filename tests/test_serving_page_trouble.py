@@ -159,6 +159,9 @@ def test_a_lost_connection_is_told_and_comes_back(window: Browser, strange: Serv
     with relay(strange.url) as door:
         behind = Served(door.url, KEY)
         enter(window, behind)
+        ask(window, PROMPT, max_tokens=1)
+        while errors(window):  # until those of earlier tests are gone
+            ask(window, PROMPT)
         window.run(SET, "max-tokens", str(LONG))
         window.run(ASK, PROMPT)
         window.wait("return document.querySelector('#logo .text').textContent !== ''")
