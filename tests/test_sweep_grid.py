@@ -177,11 +177,11 @@ def test_cells_in_which_an_axis_makes_no_difference_share_a_run() -> None:
         "weight-temperature=0.1_weighting=softmax",
         "weight-temperature=0.5_weighting=softmax",
     }
-    [cells, _] = grid("when-unsure=mix,base", "unsure-below=0.1,0.2")
+    [cells, _] = grid("signal=calibrated", "when-unsure=mix,base", "unsure-below=0.1,0.2")
     assert {cell.name for cell in cells} == {
-        "when-unsure=mix",
-        "unsure-below=0.1_when-unsure=base",
-        "unsure-below=0.2_when-unsure=base",
+        "signal=calibrated_when-unsure=mix",
+        "signal=calibrated_unsure-below=0.1_when-unsure=base",
+        "signal=calibrated_unsure-below=0.2_when-unsure=base",
     }
 
 
