@@ -21,7 +21,7 @@ import logo
 import tiny
 from logo import LoGo
 from logo.adapters.examples import write_examples
-from logo.backends.vllm.options import counting
+from logo.backends.vllm.options import affecting_answers
 from logo.cli.run import run
 from logo.digests import tokenizer_digest, weights_digest
 from logo.errors import DataError, ModelError, UsageError
@@ -176,7 +176,7 @@ def test_given_options_of_vllm_are_part_of_the_identity(tiny_logo: LoGo, monkeyp
         (given, ["engine_options"]),
         ({"gpu_memory_utilization": 0.5, "enforce_eager": True}, []),
     ):
-        monkeypatch.setattr(LoGo, "engine_options", counting(options))
+        monkeypatch.setattr(LoGo, "engine_options", affecting_answers(options))
         now = engine_identity(tiny_logo, "M", {})
         assert [name for name, _, _ in differences(plain, now)] == expected
         assert now.get("engine_options", {}) == {name: options[name] for name in options if name in list(given)[:2]}

@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from hub_server import GOOD_TOKEN, STRANGER_TOKEN
 from hub_uploads import WritableHub
 from logo import AdapterPool
-from logo.adapters.upkeep.publishing import Upload, is_checkpoint
+from logo.adapters.upkeep.publishing import Upload, stays_behind
 from logo.adapters.upkeep.publishing import push as send
 from logo.cli.run import run
 from logo.errors import UsageError
@@ -93,7 +93,7 @@ def test_what_is_sent(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_checkpoints(name: str, is_one: bool) -> None:
-    assert is_checkpoint(name) is is_one
+    assert stays_behind(name) is is_one
 
 
 @pytest.mark.parametrize(

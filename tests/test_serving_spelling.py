@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from logo.protocol import TokenLogprob
 from logo.serving.rendering import ChatRendering, CompletionRendering, Options
-from logo.serving.spelling import Places, Spelling
+from logo.serving.spelling import Offsets, Spelling
 from make_adapters import calm
 from test_serving_text import WORDS, by_bytes, demo
 
@@ -50,9 +50,9 @@ def test_places_are_those_in_the_text(kind: str, words: str, ends: int) -> None:
     tokenizer = by_bytes() if kind == "bytes" else sentences(start=1) if kind == "stripped" else sentences()
     ids = [tokenizer.eos_token_id] * ends + (tokenizer(words)["input_ids"] if kind == "bytes" else ids_of(words))
     whole, spelling = tokenizer.decode(ids, skip_special_tokens=True).encode(), Spelling(tokenizer)
-    places, read, begun = Places(spelling), 0, False
+    offsets, read, begun = Offsets(spelling), 0, False
     for token in ids:
-        assert places.next(token) == len(whole[:read].decode("utf-8", "ignore"))
+        assert offsets.next(token) == len(whole[:read].decode("utf-8", "ignore"))
         read += len(spelling.shown(token, first=not begun))
         begun = begun or token != tokenizer.eos_token_id
     assert read == len(whole)

@@ -126,7 +126,8 @@ def rows_per_pass(tokens: int, gold: int, vocabulary: int) -> int:
 
 
 def in_halves(rows: Sequence[Row], work: Callable[[Sequence[Row]], Result]) -> list[Result]:
-    """What work returns for rows, or for parts of them if the adapters of all do not fit into their memory together.
+    """Calls `work` with all rows, or with halves, quarters and so on if their adapters do not fit into memory together;
+    returns its results in the order of the rows.
 
     Raises:
         StoreFull: the adapters of one row do not fit.

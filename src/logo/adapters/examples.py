@@ -10,6 +10,7 @@ the adapter, and are never sent anywhere.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -106,6 +107,11 @@ def write_examples(folder: Path, prompts: Sequence[str], learned: Sequence[float
     """
     replace_file(folder / EXAMPLES, examples_text(prompts, learned))
     return folder / EXAMPLES
+
+
+def examples_sha256(prompts: Sequence[str]) -> str:
+    """The SHA-256 of the file that `write_examples` writes for prompts of a user or of training."""
+    return hashlib.sha256(examples_text(prompts)).hexdigest()
 
 
 def examples_text(prompts: Sequence[str], learned: Sequence[float] | None = None) -> bytes:

@@ -23,7 +23,7 @@ from logo.adapters.options import Fetching
 from logo.adapters.places import Place, places_text
 from logo.adapters.pool_cache import DigestCache, PoolCache
 from logo.adapters.repos import Listing, fetch_each, keep_listing, list_repos
-from logo.adapters.survey import Spot, adapter_folders, check_folder, checkpoint, is_checkpoint, opened
+from logo.adapters.survey import Spot, adapter_folders, check_folder, is_checkpoint, left_out_checkpoint, opened
 from logo.errors import AdapterError, HubError, PoolError
 from logo.hub.snapshots import download_files
 
@@ -262,7 +262,7 @@ def _adapters_in(source: _Source, full: bool, refused: list[AdapterError]) -> It
     names = {name: (folder, path) for folder, path in paths if (name := _name(asked, repo, path, full)) is not None}
     for name, (folder, path) in names.items():
         if path != asked.place.below and is_checkpoint(path):
-            refused.append(checkpoint(name))
+            refused.append(left_out_checkpoint(name))
             continue
         short = name
         if os.path.basename(path) == _DEFAULT and (full or not asked.place.plain):

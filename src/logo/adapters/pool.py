@@ -349,7 +349,10 @@ def _taken(name: str) -> PoolError:
 
 
 def warn_of_bad(pool: AdapterPool) -> None:
-    """Warns of the bad adapters that were left out of a pool; of those that nothing is wrong with, nobody is warned."""
+    """Warns of bad adapters that were left out of a pool, with the reasons of the first three.
+
+    Adapters that are left out although nothing is wrong with them (`LeftOut`) are not bad.
+    """
     if bad := [error for error in pool.refused if not isinstance(error, LeftOut)]:
         more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
         warnings.warn(

@@ -44,7 +44,7 @@ def survey(
     spots = []
     for folder, path in adapter_folders(root, refused):
         if is_checkpoint(path):
-            refused.append(checkpoint(path))
+            refused.append(left_out_checkpoint(path))
         else:
             spots.append(Spot(folder, path or own_name(root), root))
     known = PoolCache.of(os.path.realpath(root), cache)
@@ -52,12 +52,12 @@ def survey(
 
 
 def is_checkpoint(path: str) -> bool:
-    """Whether a folder below a place has a name that training gives to its checkpoints."""
+    """Whether a folder has the name of a checkpoint of the Hugging Face `Trainer`, such as `checkpoint-500`."""
     return _CHECKPOINT.fullmatch(os.path.basename(path)) is not None
 
 
-def checkpoint(name: str) -> LeftOut:
-    """Why a training checkpoint is left out, unless its place is the checkpoint itself."""
+def left_out_checkpoint(name: str) -> LeftOut:
+    """Says that a checkpoint is left out, which only a place that names its folder opens."""
     return LeftOut(name, "it is a training checkpoint; to open it, name only its folder")
 
 

@@ -71,13 +71,11 @@ def generate(
             import torch
 
             torch.manual_seed(seed)
-        probes: list[float] = []  # seconds that selecting took, where it is not a part of answering
+        started, selecting = time.perf_counter(), None
         if compare is not None:
-            started = time.perf_counter()
             selection = logo.select(asked[0], max_new_tokens=max_new_tokens, candidates=options.pop("candidates"))
-            probed = time.perf_counter() - started
+            selecting = time.perf_counter() - started
             mixture = [selection, *({name: 1.0} for name in selection.adapters[:compare]), {}]
-            probes = [probed, *[0.0] * (len(mixture) - 1)]
             texts, asked = texts * len(mixture), asked * len(mixture)
         elif len(texts) == 1 and not json and save is None and not generation_early_stop and sys.stdout.isatty():
             _stream(logo, asked[0], mixture, max_new_tokens=max_new_tokens, **options)
@@ -90,11 +88,9 @@ def generate(
             stop_at_newline=generation_early_stop,
             **options,
         )
-    if probes:
-        answers = [
-            replace(answer, seconds={**answer.seconds, "probe": probe})
-            for answer, probe in zip(answers, probes, strict=True)
-        ]
+    if selecting is not None:  # it was no part of answering; the other mixtures were not selected
+        seconds = [selecting, *[0.0] * (len(answers) - 1)]
+        answers = [replace(a, seconds={**a.seconds, "probe": s}) for a, s in zip(answers, seconds, strict=True)]
     records = [_record(p, answer) for p, answer in zip(texts, answers, strict=True)]
     if json:
         print_json(records[0] if len(records) == 1 else records)

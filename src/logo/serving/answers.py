@@ -160,7 +160,7 @@ class Answers:
         """The most new tokens of the answers.
 
         Args:
-            max_tokens: as many; None: the usual number, or as many as there is room for.
+            max_tokens: what the request asks for; None: the usual number, or as many as there is room for.
             param: the field that an error names.
 
         Raises:

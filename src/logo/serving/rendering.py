@@ -12,7 +12,7 @@ from logo.endings import FinishReason
 from logo.protocol import TokenLogprob
 from logo.serving import openai
 from logo.serving.answers import AnswerChunk, PreparedRequest
-from logo.serving.spelling import Places, Spelling
+from logo.serving.spelling import Offsets, Spelling
 
 
 @dataclass
@@ -88,7 +88,7 @@ class CompletionRendering(Rendering):
 
     def __init__(self, options: Options, spelling: Spelling) -> None:
         super().__init__(options, spelling, "cmpl")
-        self._places: dict[int, Places] = {}  # of each answer
+        self._offsets: dict[int, Offsets] = {}  # of each answer
 
     def whole(self, answers: Sequence[Collected], request: PreparedRequest) -> Reply:
         """See `Rendering`."""
@@ -126,12 +126,12 @@ class CompletionRendering(Rendering):
         )
 
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> openai.CompletionLogprobs:
-        places = self._places.setdefault(index, Places(self._spelling))
+        offsets = self._offsets.setdefault(index, Offsets(self._spelling))
         return openai.CompletionLogprobs(
             tokens=[self._spelling.name(entry.token) for entry in logprobs],
             token_logprobs=[entry.logprob for entry in logprobs],
             top_logprobs=[self._top(entry) for entry in logprobs],
-            text_offset=[places.next(entry.token) for entry in logprobs],
+            text_offset=[offsets.next(entry.token) for entry in logprobs],
         )
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:

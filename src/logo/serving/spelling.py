@@ -1,4 +1,4 @@
-"""`Spelling`: the bytes and the names of single tokens, and `Places`: where tokens begin in a text.
+"""`Spelling`: the bytes and the names of single tokens, and `Offsets`: where tokens begin in a text.
 
 Decoding a token alone does not give its text: a part of a character becomes U+FFFD, and many tokenizers drop the blank
 in front of a word. So tokens are spelled from the pieces of the vocabulary, as the tokenizer's decoder joins them.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
-# Steps of a decoder that do not change a token, except at the beginning of a text (see `Places`).
+# Steps of a decoder that do not change a token, except at the beginning of a text (see `Offsets`).
 _BETWEEN = ("Fuse", "Strip")
 
 
@@ -64,7 +64,10 @@ class Spelling:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
     def shown(self, token: int, *, first: bool) -> bytes:
-        """What a token adds to a text: nothing if it is special, and as the first one often no leading blank."""
+        """The bytes that a token adds to a text.
+
+        A special token adds none. The first token of a text adds no leading blank if the tokenizer drops it there.
+        """
         if token in self.special:
             return b""
         spelled = self.encoded(token)
@@ -75,7 +78,7 @@ class Spelling:
         return text.encode("utf-8")
 
 
-class Places:
+class Offsets:
     """Finds where the tokens of one text begin in it, in characters."""
 
     def __init__(self, spelling: Spelling) -> None:

@@ -7,7 +7,6 @@ accident.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.examples import examples_text
+from logo.adapters.examples import examples_sha256
 from logo.adapters.files import CONFIG
 from logo.digests import fingerprint
 from logo.errors import DataError, StorageError, UsageError
@@ -120,7 +119,7 @@ def prepare(
         "cut_prompts": cut,
         "recipe": recipe.as_dict(),
         "base": dict(base),
-        WRITTEN: hashlib.sha256(examples_text(examples)).hexdigest(),
+        WRITTEN: examples_sha256(examples),
     }
     invoked = {TOKENS: list(invocation)} if invocation else {}
     # The tokens, too: they also depend on the chat template and on this version of LoGo.

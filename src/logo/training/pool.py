@@ -8,7 +8,6 @@ POOL/.training/<group>/       checkpoints of unfinished groups
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from logo.adapters.activation import Activation
 from logo.adapters.config import Refusal, read_config
-from logo.adapters.examples import examples_text, write_examples
+from logo.adapters.examples import examples_sha256, write_examples
 from logo.adapters.files import CONFIG, EXAMPLES, NOTES, RECORD, RESPONSES, SAFETENSORS
 from logo.adapters.format import LoraWeights
 from logo.adapters.notes import ADAPTERS, BEFORE, CHANGES, noted, read_notes
@@ -72,7 +71,8 @@ def _wrote_examples(folder: Path) -> bool:
     record = record_of(folder)
     if record is None or not (folder / EXAMPLES).is_file():
         return False
-    return file_sha256(folder / EXAMPLES) == record[WRITTEN] if WRITTEN in record else True  # of an earlier version
+    # Records of earlier versions do not say it; there, training always wrote them.
+    return WRITTEN not in record or file_sha256(folder / EXAMPLES) == record[WRITTEN]
 
 
 def leave_examples(folder: Path, prompts: Sequence[str]) -> None:
@@ -82,7 +82,7 @@ def leave_examples(folder: Path, prompts: Sequence[str]) -> None:
         StorageError: they cannot be written.
     """
     write_examples(folder, prompts)
-    record, digest = record_of(folder), hashlib.sha256(examples_text(prompts)).hexdigest()
+    record, digest = record_of(folder), examples_sha256(prompts)
     if record is not None and record.get(WRITTEN) != digest:
         replace_file(folder / RECORD, (json.dumps({**record, WRITTEN: digest}, indent=2) + "\n").encode())
 

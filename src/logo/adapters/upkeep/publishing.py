@@ -87,8 +87,9 @@ class Upload:
             yield "/".join(part for part in (self.folder, file) if part), (self.root / file).stat().st_size
 
 
-def is_checkpoint(name: str) -> bool:
-    """Whether an adapter's name is that of a checkpoint."""
+def stays_behind(name: str) -> bool:
+    """Whether an adapter is not published: its folder, or one above it, is called as any training tool calls
+    checkpoints. Opening a pool leaves out less (`logo.adapters.survey.is_checkpoint`)."""
     return any(_CHECKPOINT.fullmatch(part) for part in name.split("/"))
 
 

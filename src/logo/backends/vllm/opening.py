@@ -68,7 +68,7 @@ def open_engine(
     need("engine 'vllm'", "vllm")
     checked_options(model_kwargs)
     from logo.backends.vllm.offline import VllmLoGo
-    from logo.backends.vllm.options import NO_USAGE, Options, counting
+    from logo.backends.vllm.options import NO_USAGE, Options, affecting_answers
     from logo.backends.vllm.skeleton import skeleton
 
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
@@ -124,7 +124,7 @@ def open_engine(
         probe_text=settings.probe_text,
         vocabulary=model.get_input_embeddings().weight.shape[0],
     )
-    return VllmLoGo(llm, model, tokenizer, prompts, settings, opened.default_k, counting(model_kwargs))
+    return VllmLoGo(llm, model, tokenizer, prompts, settings, opened.default_k, affecting_answers(model_kwargs))
 
 
 def _started(base_model: str, options: dict[str, Any]) -> Any:

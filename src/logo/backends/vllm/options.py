@@ -113,9 +113,11 @@ class Options:
         return tuple(dict.fromkeys((self.settings.signal, *self.signals)))
 
 
-def counting(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments of `vllm.LLM` on which results depend by more than rounding: all but `_NO_MATTER`, and LoGo's own
-    options for its processes."""
+def affecting_answers(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `vllm.LLM` that can change an answer by more than rounding.
+
+    Those in `_NO_MATTER` cannot, nor can LoGo's own options for vLLM's processes.
+    """
     counted = {name: value for name, value in given.items() if name not in _NO_MATTER}
     additional = {
         name: value for name, value in (counted.pop("additional_config", None) or {}).items() if name != "logo"

@@ -101,10 +101,10 @@ def surveyed(place: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter
 
 def without_checkpoints(folder: Path, on_bad: OnBad, *, verify: bool) -> tuple[AdapterPool, list[str]]:
     """The pool as it is published, and the names of the checkpoints that are left out; prints what is left out."""
-    from logo.adapters.upkeep.publishing import is_checkpoint
+    from logo.adapters.upkeep.publishing import stays_behind
 
     def is_left_out(name: str) -> bool:  # never the folder that the user named
-        return is_checkpoint(name) and name != own_name(folder)
+        return stays_behind(name) and name != own_name(folder)
 
     good, refused = survey(folder, verify=verify)
     names = [adapter.name for adapter in good] + [error.name for error in refused]
