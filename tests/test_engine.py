@@ -193,8 +193,8 @@ def hooks(model: nn.Module) -> int:
 
 def test_an_error_while_streaming_reaches_the_reader(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
-    with pytest.raises(ValueError, match="bad_words_ids"):
-        list(logo.stream(PROMPTS[0], bad_words_ids=[]))
+    with pytest.raises(ValueError, match="sequence_bias"):
+        list(logo.stream(PROMPTS[0], sequence_bias={}))
 
 
 def test_greedy_whatever_the_checkpoint_says(llama: nn.Module, adapters: Path) -> None:

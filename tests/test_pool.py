@@ -307,6 +307,21 @@ def test_links_to_folders_are_followed(tmp_path: Path) -> None:
     assert AdapterPool.from_directory(tmp_path / "pool").names == ("linked/a", "linked/b")
 
 
+def test_a_linked_adapter_that_acts_elsewhere_in_its_own_pool_gives_a_warning(tmp_path: Path) -> None:
+    put(tmp_path, "elsewhere/a", "elsewhere/plain/b")
+    (tmp_path / "elsewhere" / "pool.json").write_text('{"activation": "last:4"}')
+    (tmp_path / "elsewhere" / "plain" / "pool.json").write_text("{}")
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool" / "a").symlink_to(tmp_path / "elsewhere" / "a")
+    (tmp_path / "pool" / "b").symlink_to(tmp_path / "elsewhere" / "plain" / "b")
+    with pytest.warns(UserWarning, match=r"'a' is a link to .*elsewhere/pool.json says activation last:4") as told:
+        pool = AdapterPool.from_directory(tmp_path / "pool")
+    assert len(told) == 1 and all(adapter.activation.everywhere for adapter in pool)
+
+    (tmp_path / "pool" / "pool.json").write_text('{"activation": "last:4"}')
+    assert [str(adapter.activation) for adapter in AdapterPool.from_directory(tmp_path / "pool")] == ["last:4"] * 2
+
+
 def test_links_to_files_are_followed_as_in_the_hub_cache(tmp_path: Path) -> None:
     put(tmp_path, "blobs")
     (tmp_path / "snapshot" / "a").mkdir(parents=True)

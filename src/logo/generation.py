@@ -99,11 +99,20 @@ def _are_ids(value: Any) -> bool:
     return all(map(_is_whole, ids if isinstance(ids, (list, tuple)) else [ids]))
 
 
+def _are_sequences(value: Any) -> bool:
+    rows = value if isinstance(value, (list, tuple)) else ()
+    return len(rows) > 0 and all(isinstance(row, (list, tuple)) and row and all(map(_is_whole, row)) for row in rows)
+
+
 Check = tuple[Callable[[Any], bool], str]
 
 # Option -> whether a value can be used, and what was expected.
 _VALUES: dict[str, Check] = {
+    "bad_words_ids": (_are_sequences, "a list of lists of token ids"),
     "eos_token_id": (_are_ids, "a token id or a list of token ids"),
+    "guidance_scale": (_is_number, "a number"),
+    "length_penalty": (_is_number, "a number"),
+    "max_time": (lambda value: _is_number(value) and value > 0, "a number of seconds above 0"),
     "min_new_tokens": (lambda value: _is_whole(value) and value >= 0, "a whole number of 0 or more"),
     "no_repeat_ngram_size": (lambda value: _is_whole(value) and value >= 0, "a whole number of 0 or more"),
     "num_beams": (lambda value: _is_whole(value) and value > 0, "a whole number above 0"),

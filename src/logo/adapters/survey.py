@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from logo.adapters.files import CONFIG, PICKLE, SAFETENSORS
+from logo.adapters.activation import EVERYWHERE
+from logo.adapters.files import CONFIG, NOTES, PICKLE, SAFETENSORS
 from logo.adapters.format import Adapter, open_adapter, own_name
 from logo.adapters.initial import began
 from logo.adapters.notes import noted, noted_alone
@@ -129,7 +131,22 @@ def _acting(adapter: Adapter, top: Path) -> Adapter:
     """The adapter with the activation that the pool's notes give it."""
     if adapter.folder == top:  # nothing of the folder above is in the cache
         return replace(adapter, activation=noted_alone(top, adapter.activation))
-    return replace(adapter, activation=noted(adapter.folder, top, adapter.activation))
+    activation = noted(adapter.folder, top, adapter.activation)
+    if activation.everywhere and adapter.folder.is_symlink():
+        _tell_of_other_notes(adapter.name, adapter.folder.resolve())
+    return replace(adapter, activation=activation)
+
+
+def _tell_of_other_notes(name: str, real: Path) -> None:
+    """Warns if a linked adapter, which acts everywhere in this pool, would act elsewhere in the pool that it lies in."""
+    there = noted_alone(real, EVERYWHERE)
+    if there != EVERYWHERE:
+        warnings.warn(
+            f"adapter {name!r} is a link to {real}. It acts on every token here, but {real.parent / NOTES} says "
+            f"activation {there}: if it was trained for that, copy this {NOTES} into the folder of the link",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _twin(name: str) -> str:
