@@ -35,7 +35,7 @@ def examples_of(folder: Path) -> tuple[str, ...]:
     try:
         found = read_examples(folder / EXAMPLES)
     except FileNotFoundError:
-        found = _of_card(folder / MODEL_CARD)
+        found = _of_card(folder)
     except DataError as error:
         warnings.warn(f"{error}; the examples are left out", UserWarning, stacklevel=2)
         found = []
@@ -139,15 +139,21 @@ def remove_examples(folder: Path) -> bool:
     return True
 
 
-def _of_card(card: Path) -> list[str]:
-    """The texts of a model card's widget; empty, with a warning, if the card cannot be read."""
+def card_metadata(folder: Path) -> dict[str, Any]:
+    """The metadata of the model card in an adapter's folder; empty, with a warning, if it cannot be read."""
     from huggingface_hub.repocard import metadata_load
 
+    card = folder / MODEL_CARD
     try:
-        widget = (metadata_load(card) or {}).get("widget") if card.is_file() else None
+        return (metadata_load(card) or {}) if card.is_file() else {}
     except Exception as error:  # a YAML parser raises many kinds
         warnings.warn(f"{card}: its metadata cannot be read ({error}); it gives no examples", UserWarning, stacklevel=3)
-        return []
+        return {}
+
+
+def _of_card(folder: Path) -> list[str]:
+    """The texts of a model card's widget."""
+    widget = card_metadata(folder).get("widget")
     entries = widget if isinstance(widget, list) else []
     texts = [entry.get("text") for entry in entries if isinstance(entry, dict)]
     return [text for text in texts if isinstance(text, str) and text.strip()]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logo.adapters.activation import Activation, acting
+from logo.adapters.examples import MOST
 from logo.adapters.files import CONFIG
 from logo.adapters.format import Adapter
 from logo.adapters.manifest import Entry, Manifest, is_line
@@ -57,6 +58,8 @@ def _as_entry(adapter: Adapter, entry: Entry, digests: DigestCache) -> Adapter:
                     else f"{entry.source}; if the change is intended, write the manifest again (`logo pool lock`)"
                 ),
             )
+    if entry.examples:
+        adapter = replace(adapter, given_examples=entry.examples[:MOST])
     own = Activation(adapter.config.invocation)
     if entry.activation is None:  # a `pool.json` beside it may have changed since it was locked
         return adapter if entry.config_sha256 is None else replace(adapter, activation=own)
@@ -103,6 +106,7 @@ def locked(found: Gathered, places: Sequence[str], base_model: str | None, file:
                 sha256=adapter.sha256,
                 config_sha256=config,
                 activation=None if adapter.activation == own else str(adapter.activation),
+                examples=() if before is None else before.examples,
                 notes=None if before is None else before.notes,
                 tags=() if before is None else before.tags,
             )

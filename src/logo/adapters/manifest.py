@@ -8,6 +8,7 @@
       sha256: <of the weight file>        default: not checked
       config_sha256: <of adapter_config.json>
       activation: last:4                  default: as the adapter, or the `pool.json` beside it, says
+      examples: [a prompt, another one]   default: those that the adapter comes with (`logo.adapters.examples`)
       notes: free text
       tags: [translation]
     left_out:                             adapters of the pool that are not in the list, and why
@@ -28,6 +29,7 @@ from typing import Any
 
 from logo.adapters.places import Place, parse_places
 from logo.errors import StorageError, UsageError, closest
+from logo.folders import replace_file
 
 VERSION = 1
 _HEX = frozenset("0123456789abcdef")
@@ -41,7 +43,7 @@ class Entry:
     Attributes:
         source: a folder or a place on the Hub without its revision, as written.
         name: of the adapter; None: the name that its place gives.
-        revision, sha256, config_sha256, activation, notes, tags: see above.
+        revision, sha256, config_sha256, activation, examples, notes, tags: see above.
     """
 
     source: str
@@ -50,6 +52,7 @@ class Entry:
     sha256: str | None = None
     config_sha256: str | None = None
     activation: str | None = None
+    examples: tuple[str, ...] = ()
     notes: str | None = None
     tags: tuple[str, ...] = ()
 
@@ -57,7 +60,7 @@ class Entry:
     def written(self) -> dict[str, Any]:
         """The entry as the file holds it."""
         said = {"name": self.name, **{key: value for key, value in vars(self).items() if key != "name"}}
-        return {key: list(value) if key == "tags" else value for key, value in said.items() if value}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in said.items() if value}
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,27 @@ def manifest_text(manifest: Manifest) -> str:
     return head + body
 
 
+def give_examples(file: Path, examples: Mapping[str, Sequence[str]]) -> None:
+    """Writes example prompts into a manifest: those of the adapters named here are replaced.
+
+    Raises:
+        UsageError: it has no entry with the name of an adapter, because an entry without a name stands for it.
+        StorageError, UsageError: as `read_manifest`; or it cannot be written.
+    """
+    manifest = read_manifest(file)
+    unnamed = sorted(examples.keys() - {entry.name for entry in manifest.entries})
+    if unnamed:
+        raise UsageError(
+            f"manifest {file}: no entry has the name {unnamed[0]!r}, so it has no place for examples; write the "
+            f"names with `logo pool lock {file} --out {file} --replace`"
+        )
+    entries = [
+        replace(entry, examples=tuple(examples[entry.name])) if entry.name in examples else entry
+        for entry in manifest.entries
+    ]
+    replace_file(file, manifest_text(replace(manifest, entries=entries)).encode())
+
+
 def entry_place(entry: Entry, manifest: Path) -> Place:
     """Where an adapter of a manifest is: a folder counts from the manifest's own.
 
@@ -179,16 +203,22 @@ def _entry(said: Any, problem: _Problem) -> Entry:
         **dict.fromkeys(("sha256", "config_sha256"), (_is_digest, "64 hexadecimal digits")),
         "notes": (lambda value: isinstance(value, str), "a text"),
         "tags": (lambda value: isinstance(value, list) and all(map(is_line, value)), "a list of texts"),
+        "examples": (_are_prompts, "a list of texts"),
     }
     for key, (right, expected) in checks.items():
         if (key in said or key == "source") and not right(said.get(key)):
             raise problem(f"{key}: expected {expected}, found {said.get(key)!r}")
-    return Entry(**{**said, "tags": tuple(said.get("tags", ()))})
+    lists = {key: tuple(said.get(key, ())) for key in ("tags", "examples")}
+    return Entry(**{**said, **lists})
 
 
 def is_line(value: Any) -> bool:
     """Whether a manifest can hold this as a name or a place: a text of one line."""
     return isinstance(value, str) and bool(value.strip()) and value.isprintable()
+
+
+def _are_prompts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) and one.strip() for one in value)
 
 
 def _is_digest(value: Any) -> bool:
