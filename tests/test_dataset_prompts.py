@@ -174,6 +174,8 @@ def test_datasets_of_cards_give_examples(hub: HubServer, tmp_path: Path) -> None
     assert {entry.name: entry.examples for entry in read_manifest(home / "pool.yaml").entries} == found
 
     wrong = command(hub, home, "examples", str(tmp_path / "made"), "one", "--from-datasets", "--column", "prompt")
-    assert wrong.returncode != 0 and "expected texts in a column 'prompt'; its columns are input, output" in wrong.stdout
+    assert (
+        wrong.returncode != 0 and "expected texts in a column 'prompt'; its columns are input, output" in wrong.stdout
+    )
     right = command(hub, home, "examples", str(tmp_path / "made"), "one", "--from-datasets", "--column", "input")
     assert right.returncode == 0 and (tmp_path / "made" / "one" / "examples.jsonl").read_text().count("\n") == COUNT

@@ -143,7 +143,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("repo")
     for value, task in enumerate(TASKS, 1):
         write_adapter(root / "tasks" / task, value)
-    (root / "tasks" / "flan" / "README.md").write_text("not an adapter", encoding="utf-8")
+    (root / "tasks" / "flan" / "notes.md").write_text("not an adapter", encoding="utf-8")
     (root / "tasks" / "we[i]rd" / "optimizer.pt").write_bytes(b"not fetched")
     write_adapter(root / "tasks-2" / "lookalike", 91)
     write_adapter(root / "weird", 92)
@@ -295,6 +295,27 @@ for name in ("adapter_config.json", "adapter_model.safetensors"):
     snapshot = Path(message.rpartition(": ")[2])
     assert contents(snapshot / "tasks") == pair("flan/cot/ecqa")
     assert fetch(hub.env(tmp_path), repo_id="org/pool", subfolder="tasks").files == pair(*TASKS)
+
+
+def test_model_cards_come_with_adapters_and_a_copy_without_them_still_opens(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "made" / "a", 1)
+    (tmp_path / "made" / "a" / "README.md").write_text("---\nwidget: [{text: What is this?}]\n---\n", encoding="utf-8")
+    with HubServer({}) as hub:
+        commit = hub.add("org/cards", tmp_path / "made")
+        env = hub.env(tmp_path / "home")
+        calls = [{"repo_id": "org/cards", "revision": revision} for revision in (None, commit)]
+        online = fetch(env, **calls[0])
+        assert online.files == ["a/README.md", *pair("a")]
+        assert online.folder is not None
+        (online.folder / "a" / "README.md").unlink()  # as an earlier version left it
+        for more, local in (({"HF_HUB_OFFLINE": "1"}, False), ({}, True)):
+            cached = [{**call, "local_files_only": local} for call in calls]
+            run = run_client({**env, **more}, *cached)
+            assert [answer.files for answer in run.answers] == 2 * [pair("a")]
+            assert run.stderr.count("was downloaded without its README.md") == 1
+        (online.folder / "a" / "adapter_config.json").unlink()
+        assert "cached copy is incomplete" in refusal(env, **calls[0], local_files_only=True)
+        assert fetch(env, **calls[0]).files == ["a/README.md", *pair("a")]
 
 
 # What the Hub refuses

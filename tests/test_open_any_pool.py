@@ -405,6 +405,7 @@ def test_a_manifest_of_one_repository_fetches_what_it_names_in_one_go(hub: HubSe
         ("adapters: [{name: a}]", "entry 1, 'a': source: expected a text"),
         ("adapters: [{source: org/a, shar256: x}]", "unknown key 'shar256' (did you mean 'sha256'?)"),
         ("adapters: [{source: org/a, sha256: x}]", "sha256: expected 64 hexadecimal digits"),
+        ("adapters: [{source: org/a, examples_sha256: 1}]", "examples_sha256: expected 64 hexadecimal digits or none"),
         ("adapters: [{source: org/a, name: x}, {source: org/b, name: x}]", "two adapters are called 'x'"),
         ("adapters: ['org/a-*']", "expected one folder"),
         ("adapters: [{source: ./a, revision: main}]", "is a folder, which has no revision"),

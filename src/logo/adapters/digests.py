@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
+from logo.adapters.examples import examples_sha256
 from logo.adapters.format import Adapter
 
 # Hexadecimal digits of an adapter's key, and of a pool's digest: 64 bits.
@@ -19,8 +20,11 @@ def adapter_key(adapter: Adapter) -> str:
 
 
 def key_of(adapter: Adapter) -> str:
-    """The short form of `adapter_key`."""
-    return adapter_key(adapter)[:KEY_DIGITS]
+    """The short form of `adapter_key`, in which example prompts count, too, since they decide selections."""
+    key = adapter_key(adapter)
+    if adapter.examples:
+        key = hashlib.sha256(f"{key} {examples_sha256(adapter.examples)}".encode()).hexdigest()
+    return key[:KEY_DIGITS]
 
 
 def pool_digest(keys: Mapping[str, str]) -> str:

@@ -23,6 +23,8 @@ from logo.folders import replace_file
 
 # The most examples that are read; more hardly help (docs/how-selection-works.md), and the base model reads each once.
 MOST = 16
+# What stands for the digest of the examples of an adapter that has none.
+NO_EXAMPLES = "none"
 
 
 def examples_of(folder: Path) -> tuple[str, ...]:
@@ -112,6 +114,11 @@ def write_examples(folder: Path, prompts: Sequence[str], learned: Sequence[float
 def examples_sha256(prompts: Sequence[str]) -> str:
     """The SHA-256 of the file that `write_examples` writes for prompts of a user or of training."""
     return hashlib.sha256(examples_text(prompts)).hexdigest()
+
+
+def examples_record(prompts: Sequence[str]) -> str:
+    """How a record names the example prompts of an adapter: their digest, or `NO_EXAMPLES`."""
+    return examples_sha256(prompts) if prompts else NO_EXAMPLES
 
 
 def examples_text(prompts: Sequence[str], learned: Sequence[float] | None = None) -> bytes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from logo.adapters.files import CONFIG, SAFETENSORS
+from logo.adapters.files import CONFIG, MODEL_CARD, SAFETENSORS
 from logo.adapters.format import Adapter, own_name
 from logo.adapters.hub import adapter_patterns, require_adapters
 from logo.adapters.locking import as_locked
@@ -229,6 +229,7 @@ def _fetch(repo: str, revision: str | None, asked: Sequence[_Wanted], how: Fetch
         repo,
         patterns,
         check,
+        spare=MODEL_CARD,
         revision=revision,
         token=how.token,
         cache_dir=how.cache_dir,

@@ -7,7 +7,7 @@ import glob
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from logo.adapters.files import CONFIG, EXAMPLES, NOTES, PICKLE, RESPONSES, SAFETENSORS
+from logo.adapters.files import CONFIG, EXAMPLES, MODEL_CARD, NOTES, PICKLE, RESPONSES, SAFETENSORS
 from logo.errors import HubError
 from logo.hub.names import clean_subfolder
 from logo.hub.snapshots import DownloadOptions, download_files
@@ -40,6 +40,7 @@ def download_adapters(
         repo_id,
         adapter_patterns(folder, allow_pickle),
         lambda files: require_adapters(repo_id, folder, files, allow_pickle=allow_pickle),
+        spare=MODEL_CARD,
         revision=revision,
         **options,
     )
@@ -52,7 +53,7 @@ def adapter_patterns(folder: str, allow_pickle: bool, *, pattern: bool = False) 
     Args:
         pattern: a `*` in `folder` matches any characters; else it is a `*`.
     """
-    names = [CONFIG, SAFETENSORS, NOTES, EXAMPLES, f"{RESPONSES}/*.safetensors"]
+    names = [CONFIG, SAFETENSORS, NOTES, EXAMPLES, MODEL_CARD, f"{RESPONSES}/*.safetensors"]
     names += [PICKLE] if allow_pickle else []
     escaped = "*".join(map(glob.escape, folder.split("*"))) if pattern else glob.escape(folder)
     root = f"{escaped}/" if folder else ""

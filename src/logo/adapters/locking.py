@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logo.adapters.activation import Activation, acting
-from logo.adapters.examples import MOST
+from logo.adapters.examples import MOST, NO_EXAMPLES, examples_record
 from logo.adapters.files import CONFIG
 from logo.adapters.format import Adapter
 from logo.adapters.manifest import Entry, Manifest, is_line
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from logo.adapters.gathering import Gathered, Origin
 
 _SHOWN = 12  # digits of a digest that a message shows
+_AGAIN = "if the change is intended, write the manifest again (`logo pool lock`)"
 
 
 def as_locked(
@@ -55,11 +56,18 @@ def _as_entry(adapter: Adapter, entry: Entry, digests: DigestCache) -> Adapter:
                 + (
                     f"{adapter.folder}; that cached copy is damaged: delete it, and it is fetched again"
                     if entry.revision
-                    else f"{entry.source}; if the change is intended, write the manifest again (`logo pool lock`)"
+                    else f"{entry.source}; {_AGAIN}"
                 ),
             )
     if entry.examples:
         adapter = replace(adapter, given_examples=entry.examples[:MOST])
+    elif entry.examples_sha256 is not None and (found := examples_record(adapter.examples)) != entry.examples_sha256:
+        raise AdapterError(
+            adapter.name,
+            f"its example prompts are not those in the manifest: expected {_shown(entry.examples_sha256)}, found "
+            f"{_shown(found)} in {adapter.folder if entry.revision else entry.source}; "
+            + (f"delete that cached copy, and it is fetched again, or, {_AGAIN}" if entry.revision else _AGAIN),
+        )
     own = Activation(adapter.config.invocation)
     if entry.activation is None:  # a `pool.json` beside it may have changed since it was locked
         return adapter if entry.config_sha256 is None else replace(adapter, activation=own)
@@ -67,6 +75,10 @@ def _as_entry(adapter: Adapter, entry: Entry, digests: DigestCache) -> Adapter:
         return replace(adapter, activation=acting(own, entry.activation))
     except UsageError as error:
         raise AdapterError(adapter.name, f"{error} (in its manifest)") from None
+
+
+def _shown(examples: str) -> str:
+    return "none" if examples == NO_EXAMPLES else f"those of sha256 {examples[:_SHOWN]}..."
 
 
 def check_recorded(adapter: Adapter, origin: Origin, file: Path) -> None:
@@ -94,6 +106,7 @@ def locked(found: Gathered, places: Sequence[str], base_model: str | None, file:
         before = found.entries.get(adapter.name)
         origin = found.origins[adapter.name]
         own = Activation(adapter.config.invocation)
+        examples = () if before is None else before.examples
         try:
             config = file_sha256(adapter.folder / CONFIG)
         except OSError as error:
@@ -105,8 +118,9 @@ def locked(found: Gathered, places: Sequence[str], base_model: str | None, file:
                 revision=origin.commit,
                 sha256=adapter.sha256,
                 config_sha256=config,
+                examples_sha256=None if examples else examples_record(adapter.examples),
                 activation=None if adapter.activation == own else str(adapter.activation),
-                examples=() if before is None else before.examples,
+                examples=examples,
                 notes=None if before is None else before.notes,
                 tags=() if before is None else before.tags,
             )
@@ -124,7 +138,9 @@ def changes(before: Manifest, now: Manifest) -> list[str]:
             continue
         other = old[name]
         what = {"source": "another place", "sha256": "other weights", "config_sha256": "another configuration"}
-        what |= {"activation": "another activation"}
+        what |= {"examples_sha256": "other examples", "activation": "another activation"}
+        if other.examples_sha256 is None:  # an earlier version did not record them
+            del what["examples_sha256"]
         differs = [text for key, text in what.items() if getattr(other, key) != getattr(entry, key)]
         if differs:
             commits = f" ({(other.revision or '?')[:7]} -> {entry.revision[:7]})" if entry.revision else ""

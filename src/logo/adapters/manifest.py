@@ -7,6 +7,7 @@
       revision: <commit>                  default: the main branch
       sha256: <of the weight file>        default: not checked
       config_sha256: <of adapter_config.json>
+      examples_sha256: <of the example prompts that count>, or none
       activation: last:4                  default: as the adapter, or the `pool.json` beside it, says
       examples: [a prompt, another one]   default: those that the adapter comes with (`logo.adapters.examples`)
       notes: free text
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from logo.adapters.examples import NO_EXAMPLES
 from logo.adapters.places import Place, parse_places
 from logo.errors import StorageError, UsageError, closest
 from logo.folders import replace_file
@@ -43,7 +45,7 @@ class Entry:
     Attributes:
         source: a folder or a place on the Hub without its revision, as written.
         name: of the adapter; None: the name that its place gives.
-        revision, sha256, config_sha256, activation, examples, notes, tags: see above.
+        revision, sha256, config_sha256, examples_sha256, activation, examples, notes, tags: see above.
     """
 
     source: str
@@ -51,6 +53,7 @@ class Entry:
     revision: str | None = None
     sha256: str | None = None
     config_sha256: str | None = None
+    examples_sha256: str | None = None
     activation: str | None = None
     examples: tuple[str, ...] = ()
     notes: str | None = None
@@ -144,7 +147,7 @@ def give_examples(file: Path, examples: Mapping[str, Sequence[str]]) -> None:
             f"names with `logo pool lock {file} --out {file} --replace`"
         )
     entries = [
-        replace(entry, examples=tuple(examples[entry.name])) if entry.name in examples else entry
+        replace(entry, examples=tuple(examples[entry.name]), examples_sha256=None) if entry.name in examples else entry
         for entry in manifest.entries
     ]
     replace_file(file, manifest_text(replace(manifest, entries=entries)).encode())
@@ -201,6 +204,7 @@ def _entry(said: Any, problem: _Problem) -> Entry:
     checks: dict[str, tuple[Callable[[Any], bool], str]] = {
         **dict.fromkeys(("source", "name", "revision", "activation"), (is_line, "a text of one line")),
         **dict.fromkeys(("sha256", "config_sha256"), (_is_digest, "64 hexadecimal digits")),
+        "examples_sha256": (lambda value: value == NO_EXAMPLES or _is_digest(value), "64 hexadecimal digits or none"),
         "notes": (lambda value: isinstance(value, str), "a text"),
         "tags": (lambda value: isinstance(value, list) and all(map(is_line, value)), "a list of texts"),
         "examples": (_are_prompts, "a list of texts"),

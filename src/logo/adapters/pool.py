@@ -329,6 +329,11 @@ class AdapterPool:
                 raise UsageError(f"adapter {adapter.name!r}: {error}") from None
         return AdapterPool(made, self.refused, default_k=self.default_k)
 
+    def without_examples(self) -> AdapterPool:
+        """A new pool of the same adapters without their example prompts."""
+        adapters = (replace(adapter, given_examples=()) for adapter in self)
+        return AdapterPool(adapters, self.refused, default_k=self.default_k)
+
     @property
     def read_once(self) -> bool:
         """Whether prompts are read once, by the base model: no adapter acts everywhere."""

@@ -41,7 +41,10 @@ _INSTEAD = {
 
 
 def open_pool(options: EngineOptions, base_model: str, preset: Preset | None = None) -> AdapterPool:
-    """The pool the options name, or the base model's own; under the preset with the names of the official script."""
+    """The pool the options name, or the base model's own; under the preset with the names of the official script.
+
+    Adapters have no example prompts under `--examples ignore`.
+    """
     from logo import pools
 
     pool = pools.open_pool(
@@ -54,6 +57,8 @@ def open_pool(options: EngineOptions, base_model: str, preset: Preset | None = N
         # To leave damaged adapters out, they have to be found before the first prompt, not in the middle of a run.
         verify=True if options.on_bad_adapter == "skip" else None,
     )
+    if options.examples == "ignore":
+        pool = pool.without_examples()
     official = preset == "official"
     return pools.officially_named(pool, base_model, options.adapters) if official else pool
 

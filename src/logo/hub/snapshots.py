@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -39,6 +41,7 @@ def download_files(
     patterns: list[str],
     check: Callable[[list[str]], object],
     *,
+    spare: str = "",
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -54,6 +57,8 @@ def download_files(
     Args:
         repo_id: `namespace/name` of a model repository.
         patterns: globs of the files, in which `*` also matches `/`.
+        spare: the name of files among them without which a cached copy is used, with a warning, if they cannot be
+            downloaded.
         check: is given every path of the repository at that commit; raises HubError if that is not what was expected.
         revision: branch, tag or commit. None: the main branch.
         **others: see `DownloadOptions`.
@@ -62,6 +67,8 @@ def download_files(
         UsageError: the repo id or the revision has a form that cannot exist.
         HubError: everything else, in one line that names the repository and what to do.
     """
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     if not is_repo_id(repo_id):
         raise UsageError(f"{repo_id!r} is not a Hub repo id; expected namespace/name of letters, digits, '-', '_', '.'")
     check_revision(repo_id, revision)
@@ -70,22 +77,47 @@ def download_files(
         if known is not None:
             check(known)
         with quiet_when_nothing_matches():
-            folder = snapshot(
+            fetch = partial(
+                snapshot,
                 repo_id,
                 revision=revision,
                 token=token,
                 cache_dir=cache_dir,
-                local_files_only=local_files_only,
                 max_workers=max_workers,
                 progress=progress,
                 allow_patterns=patterns,
             )
+            try:
+                folder = fetch(local_files_only=local_files_only)
+            except LocalEntryNotFoundError:
+                found = _without(spare, fetch)
+                if found is None:
+                    raise
+                folder = found
         if known is None:
             check(_listing(repo_id, folder, token=token, cache_dir=cache_dir, local_files_only=local_files_only))
     except HubError:
         raise
     except Exception as error:  # the boundary: httpx, xet and the file system each raise their own kinds
         raise hub_error(repo_id, error, revision=revision) from error
+    return folder
+
+
+def _without(spare: str, fetch: Callable[..., Path]) -> Path | None:
+    """The folder of a cached copy that lacks nothing but files of this name; None if there is none."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = fetch(local_files_only=True, ignore_patterns=[spare, f"*/{spare}"]) if spare else None
+    except LocalEntryNotFoundError:
+        return None
+    if folder is not None:
+        warnings.warn(
+            f"a copy in the Hub cache was downloaded without its {spare}, which counts once it is there; run the "
+            "command once with a connection to fetch it",
+            UserWarning,
+            stacklevel=4,
+        )
     return folder
 
 

@@ -141,6 +141,8 @@ def fitted_pool(options: Options, model: PreTrainedModel) -> AdapterPool:
     """
     how = options.on_bad_adapter
     opened = open_pool(options.pool, str(model.config.name_or_path), on_bad_adapter=how, cache=options.settings.cache)
+    if options.settings.examples == "ignore":
+        opened = opened.without_examples()
     return opened.fit(BaseLayout.of(model), on_bad_adapter=how)
 
 

@@ -152,9 +152,7 @@ def _read(
     found: dict[str, list[str]] = {}
     left: dict[str, str] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool, steps("datasets", len(wanted)) as step:
-        jobs = {
-            pool.submit(dataset_prompts, repos, column=column, split=split): name for name, repos in wanted.items()
-        }
+        jobs = {pool.submit(dataset_prompts, repos, column=column, split=split): name for name, repos in wanted.items()}
         try:
             for job in as_completed(jobs):
                 try:

@@ -1,0 +1,92 @@
+"""Manifests of pools in folders: what `logo pool lock` records and keeps, and what is checked when one is opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from logo import AdapterPool, PoolError
+from logo.adapters.digests import adapter_key
+from logo.adapters.examples import examples_sha256, write_examples
+from logo.adapters.manifest import Manifest, read_manifest
+from logo.cli.opening import open_pool
+from logo.cli.options import EngineOptions
+from logo.cli.run import run
+from logo.selection.settings import ExamplesUse
+from logo.serving.replica import digest
+from make_adapters import write_peft
+
+NAMES = ("a", "b", "c")
+
+
+@pytest.fixture
+def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pool in the current folder, of which `b` has two examples in a file and `c` one on its card."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(NAMES):
+        write_peft(Path("mine", name), seed=seed)
+    write_examples(Path("mine/b"), ["one", "two"])
+    Path("mine/c/README.md").write_text("---\nwidget: [{text: three}]\n---\n")
+    return Path("mine")
+
+
+def locked(*places: str) -> Manifest:
+    """The manifest of these places, written over an earlier one."""
+    assert run(["pool", "lock", *(places or ["mine"]), "--out", "pool.yaml", "--replace"]) == 0
+    return read_manifest(Path("pool.yaml"))
+
+
+def refusal() -> str:
+    with pytest.raises(PoolError) as caught:
+        AdapterPool.open("pool.yaml")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_examples_that_changed_are_refused(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They decide the selection as weights do."""
+    recorded = [entry.examples_sha256 for entry in locked().entries]
+    assert recorded == ["none", examples_sha256(["one", "two"]), examples_sha256(["three"])]
+    assert AdapterPool.open("pool.yaml").names == NAMES
+    file = pool / "b" / "examples.jsonl"
+    file.write_text(file.read_text() + "\n")  # the same prompts
+    assert AdapterPool.open("pool.yaml").names == NAMES
+    capsys.readouterr()
+
+    write_examples(pool / "b", ["one", "three"])
+    said = refusal()
+    assert f"'b': its example prompts are not those in the manifest: expected those of sha256 {recorded[1]:.12}" in said
+    assert "in ./mine/b; if the change is intended, write the manifest again (`logo pool lock`)" in said
+    assert AdapterPool.open("pool.yaml", on_bad_adapter="skip").names == ("a", "c")
+    locked()
+    assert capsys.readouterr().err == "~ b: other examples\n"
+    write_examples(pool / "a", ["one"], [0.9])  # as `logo pool learn` does
+    assert "adapter 'a': its example prompts are not those in the manifest: expected none, found those of" in refusal()
+    (pool / "a" / "examples.jsonl").unlink()
+    (pool / "c" / "README.md").unlink()
+    assert "adapter 'c'" in refusal() and "found none in ./mine/c" in refusal()
+
+
+def test_manifests_that_do_not_name_examples_still_open(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    locked()
+    lines = Path("pool.yaml").read_text().splitlines(keepends=True)
+    Path("pool.yaml").write_text("".join(line for line in lines if "examples_sha256" not in line))
+    write_examples(pool / "a", ["one"])
+    assert AdapterPool.open("pool.yaml").names == NAMES
+    capsys.readouterr()
+    locked()
+    assert capsys.readouterr().err == ""
+
+
+def test_replicas_with_other_examples_have_other_pools(pool: Path) -> None:
+    """Where examples count; the names of cached calibrations do not depend on them."""
+
+    def found(use: ExamplesUse) -> str:
+        return digest(open_pool(EngineOptions(adapters="mine", examples=use), "demo"))
+
+    used, ignored = found("use"), found("ignore")
+    key = adapter_key(AdapterPool.open("mine")["b"])
+    write_examples(pool / "b", ["three"])
+    assert found("use") != used != ignored == found("ignore")
+    assert adapter_key(AdapterPool.open("mine")["b"]) == key
