@@ -100,7 +100,7 @@ def test_examples_need_a_name_in_the_manifest(tmp_path: Path) -> None:
     write_adapter(tmp_path / "pool" / "a")
     manifest = tmp_path / "pool.yaml"
     manifest.write_text("adapters:\n- ./pool/a\n")
-    with pytest.raises(UsageError, match="no entry has the name 'a'.*logo pool lock"):
+    with pytest.raises(UsageError, match=r"no entry has the name 'a'.*logo pool lock"):
         give_examples(manifest, {"a": ["x"]})
     manifest.write_text("adapters:\n- {source: ./pool/a, name: a, examples: [1]}\n")
     with pytest.raises(UsageError, match=r"entry 1, 'a': examples: expected a list of texts, found \[1\]"):

@@ -147,7 +147,9 @@ def give_examples(file: Path, examples: Mapping[str, Sequence[str]]) -> None:
             f"names with `logo pool lock {file} --out {file} --replace`"
         )
     entries = [
-        replace(entry, examples=tuple(examples[entry.name]), examples_sha256=None) if entry.name in examples else entry
+        entry
+        if entry.name is None or entry.name not in examples
+        else replace(entry, examples=tuple(examples[entry.name]), examples_sha256=None)
         for entry in manifest.entries
     ]
     replace_file(file, manifest_text(replace(manifest, entries=entries)).encode())

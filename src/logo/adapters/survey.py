@@ -138,7 +138,7 @@ def _acting(adapter: Adapter, top: Path) -> Adapter:
 
 
 def _tell_of_other_notes(name: str, real: Path) -> None:
-    """Warns if a linked adapter, which acts everywhere in this pool, would act elsewhere in the pool that it lies in."""
+    """Warns if a linked adapter, which acts on every token here, would not in the pool that it lies in."""
     there = noted_alone(real, EVERYWHERE)
     if there != EVERYWHERE:
         warnings.warn(

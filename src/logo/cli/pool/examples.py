@@ -44,7 +44,7 @@ def examples(
     column: str | None = usual(
         None,
         "The column of the dataset that holds the prompts.",
-        "the first of messages, conversations, prompt, context, instruction (with input), inputs, input, question, text",
+        "the first of messages, conversations, prompt, context, instruction, inputs, input, question, text",
         metavar="NAME",
     ),
     split: str = usual("train", "The split of the dataset.", metavar="NAME"),
