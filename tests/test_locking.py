@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,33 @@ def test_examples_that_changed_are_refused(pool: Path, capsys: pytest.CaptureFix
     (pool / "a" / "examples.jsonl").unlink()
     (pool / "c" / "README.md").unlink()
     assert "adapter 'c'" in refusal() and "found none in ./mine/c" in refusal()
+
+
+def test_what_a_user_writes_into_a_manifest_is_kept(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If it is locked again from its places, or from itself after a file has changed."""
+    locked()
+    text = Path("pool.yaml").read_text().replace("version: 1\n", "version: 1\nnotes: of team X\nbase_model: M\n")
+    own = "- name: a\n  notes: easy\n  tags: [en]\n  activation: last:4\n"
+    Path("pool.yaml").write_text(text.replace("- name: a\n", own))
+    before = read_manifest(Path("pool.yaml"))
+    assert (before.base_model, before.notes) == ("M", "of team X")
+    assert locked("mine") == before
+    assert locked("pool.yaml") == before
+    capsys.readouterr()
+
+    for file in ("adapter_model.safetensors", "examples.jsonl"):
+        (pool / "c" / file).write_bytes((pool / "b" / file).read_bytes())
+    assert "adapter 'c': adapter_model.safetensors is not the one in the manifest" in refusal()
+    for place in ("pool.yaml", "mine"):
+        now = locked(place)
+        assert [now.entries[:2], now.notes, now.places] == [before.entries[:2], before.notes, before.places]
+        assert now.entries[2] == replace(before.entries[1], name="c", source="./mine/c")
+    assert capsys.readouterr().err == "~ c: other weights, other examples\n"
+    assert [str(one.activation) for one in AdapterPool.open("pool.yaml")] == ["last:4", "everywhere", "everywhere"]
+    (pool / "pool.json").write_text('{"activation": "last:2"}')  # what the place says replaces it
+    assert [entry.activation for entry in locked("mine").entries] == 3 * ["last:2"]
+    assert run(["pool", "lock", "pool.yaml", "--out", "copy.yaml"]) == 0
+    assert read_manifest(Path("copy.yaml")).notes == "of team X"
 
 
 def test_manifests_that_do_not_name_examples_still_open(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,6 +147,19 @@ def test_an_adapter_that_joins_brings_its_examples(llama: nn.Module, folder: Pat
     assert logo._selecting.scorer().signatures is None
 
 
+def test_examples_are_those_of_the_opening(llama: nn.Module, folder: Path, tmp_path: Path) -> None:
+    """Whatever is written beside the adapters afterwards, also if the pool changes."""
+    logo = engine(llama, told(folder, t0=PROMPTS[0], t1=PROMPTS[1]))
+    before = logo.select(PROMPTS[0])
+    told(folder, t1=PROMPTS[0])
+    (folder / "t0" / EXAMPLES).unlink()
+    logo.pool.add(pool(llama, tmp_path / "new", 1) / "t0", "joined")
+    assert logo.select(PROMPTS[0]).adapters == before.adapters == ("t0",)
+    logo.pool.remove("joined")
+    assert logo.select(PROMPTS[0]).scores == before.scores
+    assert engine(llama, folder).select(PROMPTS[0]).adapters == ("t1",)
+
+
 def test_the_cache_keeps_means_only(llama: nn.Module, folder: Path, tmp_path: Path) -> None:
     secret = "the password of the vault is 1234"
     engine(llama, told(folder, t0=[secret, "another one"]), cache=str(tmp_path / "cache"))

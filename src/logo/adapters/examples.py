@@ -14,6 +14,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,21 @@ def examples_of(folder: Path) -> tuple[str, ...]:
         warnings.warn(f"{error}; the examples are left out", UserWarning, stacklevel=2)
         found = []
     return tuple(found[:MOST])
+
+
+class FolderExamples:
+    """The example prompts of the adapter in a folder as they were at their first use.
+
+    Whoever has the adapter sees the same prompts, whatever is written to the folder later.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """`examples_of` the folder."""
+        return examples_of(self._folder)
 
 
 def read_examples(file: Path) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from logo.adapters.activation import EVERYWHERE, Activation
 from logo.adapters.config import LoraConfig, Refusal, changed_base, parse_config, read_config, read_raw
-from logo.adapters.examples import examples_of
+from logo.adapters.examples import FolderExamples
 from logo.adapters.files import CONFIG, PICKLE, SAFETENSORS
 from logo.adapters.header import LoraModule, read_header
 from logo.adapters.initial import initial_folder, with_initial
@@ -54,6 +54,7 @@ class Adapter:
         modules: adapted module path -> where its tensors are. Paths are as in the file (known wrapper prefixes
             removed) until `fit` maps them to the base model's own.
         file: the weight file.
+        own_examples: the example prompts in its folder, which are shared by all that is derived from this object.
         activation: on which tokens it acts.
         copies: key in the file -> parameter of the base model that it copies. `fit` compares copies with the base
             model; before that no tensor is read.
@@ -67,6 +68,7 @@ class Adapter:
     config: LoraConfig
     modules: Mapping[str, LoraModule]
     file: WeightFile
+    own_examples: FolderExamples = field(compare=False, repr=False)
     activation: Activation = EVERYWHERE
     copies: Mapping[str, str] = field(default_factory=dict)
     given_examples: tuple[str, ...] | None = None
@@ -75,7 +77,7 @@ class Adapter:
     @property
     def examples(self) -> tuple[str, ...]:
         """Its example prompts; see `logo.adapters.examples`."""
-        return examples_of(self.folder) if self.given_examples is None else self.given_examples
+        return self.own_examples.prompts if self.given_examples is None else self.given_examples
 
     @property
     def parameters(self) -> int:
@@ -285,7 +287,8 @@ def adapter_of(name: str, folder: Path, config: LoraConfig, file: WeightFile) ->
     # The order of patterns matters, but equality of configurations ignores it.
     order = (*config.rank_pattern, "", *config.alpha_pattern)
     config, modules, copies = read_header(tuple(shapes.items()), config, order)
-    return Adapter(name, folder, config, modules, file, Activation(config.invocation), copies)
+    acts = Activation(config.invocation)
+    return Adapter(name, folder, config, modules, file, FolderExamples(folder), acts, copies)
 
 
 def own_name(folder: Path) -> str:

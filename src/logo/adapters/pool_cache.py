@@ -19,6 +19,7 @@ from typing import Any
 
 from logo.adapters.activation import Activation
 from logo.adapters.config import LoraConfig
+from logo.adapters.examples import FolderExamples
 from logo.adapters.files import CONFIG, SAFETENSORS
 from logo.adapters.format import Adapter
 from logo.adapters.header import LoraModule
@@ -80,7 +81,8 @@ class PoolCache:
         if stamps != entry[:2]:
             return None
         config, modules = self.recipes[entry[2]]
-        return Adapter(name, Path(folder), config, modules, file, Activation(config.invocation), stamps=stamps)
+        examples, acts = FolderExamples(Path(folder)), Activation(config.invocation)
+        return Adapter(name, Path(folder), config, modules, file, examples, acts, stamps=stamps)
 
     def verified(self, name: str) -> bool:
         """Whether all tensors of this adapter were read and checked before."""
