@@ -106,8 +106,8 @@ def locked(
         places: the places of the pool, as a user writes them.
         base_model: None: that of the earlier manifest.
         file: the manifest is going to be written there.
-        earlier: a manifest whose notes, tags, examples and activations are kept; an activation that is found now replaces its
-            own.
+        earlier: a manifest whose notes, tags, examples and activations are kept; an activation that is found now
+            replaces its own.
 
     Raises:
         StorageError: a file became unreadable.
