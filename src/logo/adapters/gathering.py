@@ -260,8 +260,9 @@ def _adapters_in(source: _Source, full: bool, refused: list[AdapterError]) -> It
         [(folder, path)] = whole
         yield _Found(Spot(folder, entry.name, top), _origin(source, path), entry)
         return
-    names = {name: (folder, path) for folder, path in paths if (name := _name(asked, repo, path, full)) is not None}
-    for name, (folder, path) in names.items():
+    named = [(name, *one) for one in paths if (name := _name(asked, repo, one[1], full)) is not None]
+    names = {name for name, _, _ in named}
+    for name, folder, path in named:
         if path != asked.place.below and is_checkpoint(path):
             refused.append(left_out_checkpoint(name))
             continue
