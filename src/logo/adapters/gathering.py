@@ -166,7 +166,7 @@ def gather(
 
 def _asked(place: Place, how: Fetching, cache: Path | None) -> Iterator[_Wanted]:
     if place.kind == "repos":
-        listing = list_repos(place.source, token=how.token, local_files_only=how.local_files_only, cache=cache)
+        listing = list_repos(place, token=how.token, local_files_only=how.local_files_only, cache=cache)
         yield _Wanted(place, listing=listing)
     elif place.kind == "manifest":
         file = Path(place.source)
@@ -208,7 +208,7 @@ def _fetched(
                 why[repo[0]] = str(result)
                 refused.append(AdapterError(_name(one, repo[0], one.place.below, full) or repo[0], str(result)))
         if skip and one.listing is not None:
-            keep_listing(one.place.source, replace(one.listing, refused=why), cache)
+            keep_listing(one.place, replace(one.listing, refused=why), cache)
     return sources
 
 
