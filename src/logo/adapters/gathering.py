@@ -17,7 +17,7 @@ from pathlib import Path
 from logo.adapters.files import CONFIG, MODEL_CARD, SAFETENSORS
 from logo.adapters.format import Adapter, own_name
 from logo.adapters.hub import adapter_patterns, require_adapters
-from logo.adapters.locking import as_locked
+from logo.adapters.locking import as_locked, to_lock_anew
 from logo.adapters.manifest import Entry, entry_place, read_manifest
 from logo.adapters.options import Fetching
 from logo.adapters.places import Place, places_text
@@ -115,6 +115,7 @@ def gather(
     full_names: bool | None = None,
     verify: bool | None = None,
     cache: Path | None = None,
+    anew: bool = False,
 ) -> Gathered:
     """Downloads and opens every adapter of these places.
 
@@ -123,6 +124,7 @@ def gather(
         full_names: whether places are put in front of the names; None: if there are several.
         verify: as `AdapterPool.from_directory`.
         cache: the cache folder; None: none.
+        anew: manifests are going to be written again, so files may have changed.
 
     Raises:
         HubError: the Hub cannot be reached, or a repository that is named in full cannot be used.
@@ -154,7 +156,8 @@ def gather(
     used = {one.spot.name: one for one in reversed(found) if folders.get(one.spot.name) == Path(one.spot.folder)}
     entries = {name: one.entry for name, one in used.items() if one.entry is not None}
     if entries:
-        adapters = as_locked(adapters, entries, refused, DigestCache.of(identity, cache))
+        expected = {name: to_lock_anew(entry) for name, entry in entries.items()} if anew else entries
+        adapters = as_locked(adapters, expected, refused, DigestCache.of(identity, cache))
     names = {adapter.name for adapter in adapters}
     return Gathered(
         adapters,

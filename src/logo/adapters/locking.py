@@ -39,6 +39,12 @@ def as_locked(
     return same
 
 
+def to_lock_anew(entry: Entry) -> Entry:
+    """The entry without the digests of what may have changed: all but files of a commit on the Hub."""
+    kept = replace(entry, examples_sha256=None)
+    return kept if entry.revision else replace(kept, sha256=None, config_sha256=None)
+
+
 def _as_entry(adapter: Adapter, entry: Entry, digests: DigestCache) -> Adapter:
     for file, expected in ((adapter.file.path, entry.sha256), (adapter.folder / CONFIG, entry.config_sha256)):
         if expected is None:
@@ -89,21 +95,27 @@ def check_recorded(adapter: Adapter, origin: Origin, file: Path) -> None:
             )
 
 
-def locked(found: Gathered, places: Sequence[str], base_model: str | None, file: Path) -> Manifest:
-    """The manifest of a pool with revisions and digests; notes and tags of an earlier manifest are kept.
+def locked(
+    found: Gathered, places: Sequence[str], base_model: str | None, file: Path, earlier: Manifest | None = None
+) -> Manifest:
+    """The manifest of a pool with revisions and digests.
 
     Args:
         places: the places of the pool, as a user writes them.
+        base_model: None: that of the earlier manifest.
         file: the manifest is going to be written there.
+        earlier: a manifest whose notes, tags and activations are kept; an activation that is found now replaces its
+            own.
 
     Raises:
         StorageError: a file became unreadable.
     """
     entries = []
+    earlier = earlier or Manifest(())
+    kept = {entry.name: entry for entry in earlier.entries}
     for adapter in found.adapters:
-        before = found.entries.get(adapter.name)
+        before = found.entries.get(adapter.name) or kept.get(adapter.name) or Entry("")
         origin = found.origins[adapter.name]
-        own = Activation(adapter.config.invocation)
         try:
             config = file_sha256(adapter.folder / CONFIG)
         except OSError as error:
@@ -116,12 +128,25 @@ def locked(found: Gathered, places: Sequence[str], base_model: str | None, file:
                 sha256=adapter.sha256,
                 config_sha256=config,
                 examples_sha256=examples_record(adapter.examples),
-                activation=None if adapter.activation == own else str(adapter.activation),
-                notes=None if before is None else before.notes,
-                tags=() if before is None else before.tags,
+                activation=_activation(adapter, before),
+                notes=before.notes,
+                tags=before.tags,
             )
         )
-    return Manifest(entries, tuple(places), base_model, left_out={bad.name: bad.reason for bad in found.refused})
+    left_out = {bad.name: bad.reason for bad in found.refused}
+    return Manifest(entries, tuple(places), base_model or earlier.base_model, earlier.notes, left_out)
+
+
+def _activation(adapter: Adapter, before: Entry) -> str | None:
+    """Where an adapter acts, as its new entry says it; None: as its configuration says."""
+    own = Activation(adapter.config.invocation)
+    if adapter.activation != own:
+        return str(adapter.activation)
+    try:
+        acting(own, before.activation)
+    except UsageError:  # it has no invocation tokens any more
+        return None
+    return before.activation
 
 
 def changes(before: Manifest, now: Manifest) -> list[str]:

@@ -10,7 +10,7 @@ from logo.adapters.gathering import Gathered, gather
 from logo.adapters.locking import changes, check_recorded, locked
 from logo.adapters.manifest import Manifest, manifest_text, read_manifest
 from logo.adapters.options import Fetching
-from logo.adapters.places import SUFFIXES, parse_places
+from logo.adapters.places import SUFFIXES, Place, parse_places
 from logo.adapters.pool import AdapterPool
 from logo.cache import default_cache
 from logo.cli.choices import OnBad
@@ -46,11 +46,16 @@ def lock(
     if output.exists() and not replaces:
         raise UsageError(f"--out {output}: exists already; choose another name, or add --replace")
     before = read_manifest(output) if output.exists() else None
-    found = _found(places, allow_pickle, on_bad_adapter, base_model, model_dir, output)
+    asked = [place for text in places for place in parse_places(text)]
+    only = Path(asked[0].source) if len(asked) == 1 and asked[0].kind == "manifest" else None
+    earlier = read_manifest(only) if only is not None and before is None else before
+    found = _found(asked, allow_pickle, on_bad_adapter, base_model, model_dir, output)
     AdapterPool.from_survey(
         ",".join(places), found.adapters, found.refused, on_bad_adapter=on_bad_adapter
     )  # refuses what an opened pool would
-    manifest = locked(found, places, base_model, output)
+    if only == output and earlier is not None and earlier.places:
+        places = list(earlier.places)
+    manifest = locked(found, places, base_model, output, earlier)
     replace_file(output, manifest_text(manifest).encode())
     changed = [] if before is None else changes(before, manifest)
     if json:
@@ -66,12 +71,11 @@ def lock(
 
 
 def _found(
-    places: list[str], allow_pickle: bool, on_bad: OnBad, base_model: str | None, model_dir: str, output: Path
+    asked: list[Place], allow_pickle: bool, on_bad: OnBad, base_model: str | None, model_dir: str, output: Path
 ) -> Gathered:
     skip = on_bad == "skip"
-    asked = [place for text in places for place in parse_places(text)]
     how = Fetching(allow_pickle=allow_pickle)
-    found = gather(asked, how, skip=skip, verify=True if skip else None, cache=default_cache())
+    found = gather(asked, how, skip=skip, verify=True if skip else None, cache=default_cache(), anew=True)
     good, bad = divided(found.adapters, lambda one: check_recorded(one, found.origins[one.name], output))
     if base_model is not None:
         good, misfits = divided(good, fitting(base_model, model_dir))
