@@ -107,6 +107,15 @@ def test_manifests_that_do_not_name_examples_still_open(pool: Path, capsys: pyte
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("entry", ["./gone", "{source: ./gone, name: ./gone}"])
+def test_an_entry_whose_folder_is_gone_is_a_bad_adapter(pool: Path, entry: str) -> None:
+    """With and without a name of its own."""
+    Path("pool.yaml").write_text(f"adapters: [./mine/a, {entry}]")
+    assert "adapter './gone': " in refusal()
+    found = AdapterPool.open("pool.yaml", on_bad_adapter="skip")
+    assert found.names == ("a",) and [error.name for error in found.refused] == ["./gone"]
+
+
 def test_replicas_with_other_examples_have_other_pools(pool: Path) -> None:
     """Where examples count; the names of cached calibrations do not depend on them."""
 

@@ -142,12 +142,16 @@ def gather(
     for source in sources:
         here = list(_adapters_in(source, full, refused))
         asks = source.asked
-        if not here and asks.listing is not None:
+        found += here
+        if here:
+            continue
+        if asks.listing is not None:
             name = _name(asks, source.repo or "", asks.place.fixed, full) or source.repo or ""
             refused.append(AdapterError(name, _empty(source)))
-        elif not here and (asks.entry is None or asks.entry.name is None):
+        elif asks.entry is None:
             raise PoolError(_empty(source))
-        found += here
+        elif asks.entry.name is None:  # otherwise it is refused already
+            refused.append(AdapterError(asks.entry.source, _empty(source)))
     identity = f"{places_text(places)} {full}"
     known = PoolCache.of(identity, cache)
     adapters = opened((one.spot for one in found), refused, known, allow_pickle=how.allow_pickle, verify=verify)
