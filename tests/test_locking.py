@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +68,19 @@ def test_examples_that_changed_are_refused(pool: Path, capsys: pytest.CaptureFix
     (pool / "a" / "examples.jsonl").unlink()
     (pool / "c" / "README.md").unlink()
     assert "adapter 'c'" in refusal() and "found none in ./mine/c" in refusal()
+
+
+def test_a_file_whose_time_was_set_back_is_read_again(pool: Path) -> None:
+    """As after `rsync --inplace --times` or `cp -p` onto the file."""
+    locked()
+    assert AdapterPool.open("pool.yaml").names == NAMES
+    file = pool / "a" / "adapter_model.safetensors"
+    before = file.stat()
+    with file.open("r+b") as stream:
+        stream.write((pool / "b" / file.name).read_bytes())
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    assert "adapter 'a': adapter_model.safetensors is not the one in the manifest" in refusal()
 
 
 def test_what_a_user_writes_into_a_manifest_is_kept(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
