@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +70,19 @@ def test_examples_that_changed_are_refused(pool: Path, capsys: pytest.CaptureFix
     assert "adapter 'c'" in refusal() and "found none in ./mine/c" in refusal()
 
 
+def test_a_file_whose_time_was_set_back_is_read_again(pool: Path) -> None:
+    """As after `rsync --inplace --times` or `cp -p` onto the file."""
+    locked()
+    assert AdapterPool.open("pool.yaml").names == NAMES
+    file = pool / "a" / "adapter_model.safetensors"
+    before = file.stat()
+    with file.open("r+b") as stream:
+        stream.write((pool / "b" / file.name).read_bytes())
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    assert "adapter 'a': adapter_model.safetensors is not the one in the manifest" in refusal()
+
+
 def test_what_a_user_writes_into_a_manifest_is_kept(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """If it is locked again from its places, or from itself after a file has changed."""
     locked()
@@ -105,6 +119,15 @@ def test_manifests_that_do_not_name_examples_still_open(pool: Path, capsys: pyte
     capsys.readouterr()
     locked()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("entry", ["./gone", "{source: ./gone, name: ./gone}"])
+def test_an_entry_whose_folder_is_gone_is_a_bad_adapter(pool: Path, entry: str) -> None:
+    """With and without a name of its own."""
+    Path("pool.yaml").write_text(f"adapters: [./mine/a, {entry}]")
+    assert "adapter './gone': " in refusal()
+    found = AdapterPool.open("pool.yaml", on_bad_adapter="skip")
+    assert found.names == ("a",) and [error.name for error in found.refused] == ["./gone"]
 
 
 def test_replicas_with_other_examples_have_other_pools(pool: Path) -> None:

@@ -161,6 +161,18 @@ def test_a_second_time_one_listing_is_asked_for_and_offline_nothing(hub: HubServ
     assert unknown.error == "HubError" and "offline, and no earlier list of them is in the cache" in unknown.message
 
 
+def test_offline_a_place_does_not_depend_on_others_that_were_opened(hub: HubServer, tmp_path: Path) -> None:
+    env, skip = hub.env(tmp_path / "home"), {"on_bad_adapter": "skip"}
+    call: dict[str, Any] = {"places": "org/base_lora-*", **skip}
+    first, part = opened(env, tmp_path, call, {"places": "org/base_lora-*/default", **skip})
+    assert first.names == TASKS and part.names == ["nested"] and "arc" in part.refused
+    commit = hub.add("org/base_lora-boolq", tmp_path / "made" / "nothing", "empty")
+    [bare] = opened(env, tmp_path, {"places": f"org/base_lora-*@{commit}", **skip})
+    assert bare.error == "PoolError"  # no repository has an adapter there
+    calls = [call, {"places": "org/base_lora-*/default", **skip}]
+    assert opened({**env, "HF_HUB_OFFLINE": "1"}, tmp_path, *calls) == [first, part]
+
+
 @pytest.mark.long
 def test_a_pool_is_never_smaller_because_a_connection_broke(hub: HubServer, tmp_path: Path) -> None:
     env, call = hub.env(tmp_path / "home"), {"places": "org/base_lora-*", "on_bad_adapter": "skip"}

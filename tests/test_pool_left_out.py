@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from logo import AdapterPool
+from logo import AdapterPool, PoolError
 from logo.cli.run import run
 from make_adapters import edit_weights, write_peft
 from test_dora import write_dora
@@ -64,6 +64,16 @@ def test_a_manifest_names_the_place_of_the_adapter_that_was_opened(tmp_path: Pat
     assert run(["pool", "lock", *places, "-o", str(tmp_path / "pool.yaml"), *SKIP]) == 0
     [adapter] = AdapterPool.open(tmp_path / "pool.yaml")
     assert (adapter.name, adapter.folder) == ("x", tmp_path / "pb" / "x")
+
+
+def test_adapters_to_which_a_pattern_gives_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, path in enumerate(("task/lora1", "task1/lora", "task2/lora")):
+        write_peft(Path("lib", path), seed=seed)
+    with pytest.raises(PoolError, match="adapter '1': lib/task/lora1 and lib/task1/lora have the same name"):
+        AdapterPool.open("./lib/task*/lora*")
+    pool = AdapterPool.open("./lib/task*/lora*", on_bad_adapter="skip")
+    assert pool.names == ("1", "2") and len(pool.refused) == 1
 
 
 def test_a_check_of_nothing_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -232,6 +232,17 @@ def test_examples_are_few_and_have_no_answers(folder: Path) -> None:
     assert examples_of(folder / "t1") == examples_of(folder) == ()
 
 
+def test_examples_of_one_adapter_do_not_become_those_of_another(folder: Path) -> None:
+    """In the cache of the Hub, equal files are links to one file."""
+    blob = folder.parent / "blob"
+    blob.write_text('{"prompt": "shared"}\n')
+    for name in ("t0", "t1"):
+        (folder / name / EXAMPLES).symlink_to("../../blob")
+    told(folder, t0="its own")
+    assert examples_of(folder / "t0") == ("its own",) and examples_of(folder / "t1") == ("shared",)
+    assert blob.read_text() == '{"prompt": "shared"}\n' and not list((folder / "t0").glob(".*"))
+
+
 def test_a_model_cards_widget_gives_examples(folder: Path) -> None:
     card = folder / "t0" / "README.md"
     card.write_text('---\nwidget:\n- text: "What is it?"\n- output: 3\n- text: ""\n---\n# A card\n')

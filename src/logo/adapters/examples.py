@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -116,6 +117,8 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 def write_examples(folder: Path, prompts: Sequence[str], learned: Sequence[float] | None = None) -> Path:
     """Replaces the examples of the adapter in a folder, and returns the file.
 
+    A link is replaced itself: in the cache of the Hub, equal files of several adapters are links to one file.
+
     Args:
         learned: parallel to `prompts`, the confidence of the selection from which each was learned, or True if its
             request named the adapter; None: a user gave them.
@@ -123,8 +126,17 @@ def write_examples(folder: Path, prompts: Sequence[str], learned: Sequence[float
     Raises:
         StorageError: it cannot be written.
     """
-    replace_file(folder / EXAMPLES, examples_text(prompts, learned))
-    return folder / EXAMPLES
+    file, content = folder / EXAMPLES, examples_text(prompts, learned)
+    if not file.is_symlink():
+        replace_file(file, content)
+        return file
+    new = file.with_name(f".{EXAMPLES}.new")
+    replace_file(new, content)
+    try:
+        os.replace(new, file)
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be written ({error.strerror})") from error
+    return file
 
 
 def examples_sha256(prompts: Sequence[str]) -> str:

@@ -142,12 +142,16 @@ def gather(
     for source in sources:
         here = list(_adapters_in(source, full, refused))
         asks = source.asked
-        if not here and asks.listing is not None:
+        found += here
+        if here:
+            continue
+        if asks.listing is not None:
             name = _name(asks, source.repo or "", asks.place.fixed, full) or source.repo or ""
             refused.append(AdapterError(name, _empty(source)))
-        elif not here and (asks.entry is None or asks.entry.name is None):
+        elif asks.entry is None:
             raise PoolError(_empty(source))
-        found += here
+        elif asks.entry.name is None:  # otherwise it is refused already
+            refused.append(AdapterError(asks.entry.source, _empty(source)))
     identity = f"{places_text(places)} {full}"
     known = PoolCache.of(identity, cache)
     adapters = opened((one.spot for one in found), refused, known, allow_pickle=how.allow_pickle, verify=verify)
@@ -169,7 +173,7 @@ def gather(
 
 def _asked(place: Place, how: Fetching, cache: Path | None) -> Iterator[_Wanted]:
     if place.kind == "repos":
-        listing = list_repos(place.source, token=how.token, local_files_only=how.local_files_only, cache=cache)
+        listing = list_repos(place, token=how.token, local_files_only=how.local_files_only, cache=cache)
         yield _Wanted(place, listing=listing)
     elif place.kind == "manifest":
         file = Path(place.source)
@@ -211,7 +215,7 @@ def _fetched(
                 why[repo[0]] = str(result)
                 refused.append(AdapterError(_name(one, repo[0], one.place.below, full) or repo[0], str(result)))
         if skip and one.listing is not None:
-            keep_listing(one.place.source, replace(one.listing, refused=why), cache)
+            keep_listing(one.place, replace(one.listing, refused=why), cache)
     return sources
 
 
@@ -263,8 +267,9 @@ def _adapters_in(source: _Source, full: bool, refused: list[AdapterError]) -> It
         [(folder, path)] = whole
         yield _Found(Spot(folder, entry.name, top), _origin(source, path), entry)
         return
-    names = {name: (folder, path) for folder, path in paths if (name := _name(asked, repo, path, full)) is not None}
-    for name, (folder, path) in names.items():
+    named = [(name, *one) for one in paths if (name := _name(asked, repo, one[1], full)) is not None]
+    names = {name for name, _, _ in named}
+    for name, folder, path in named:
         if path != asked.place.below and is_checkpoint(path):
             refused.append(left_out_checkpoint(name))
             continue

@@ -23,7 +23,7 @@ from logo.adapters.examples import FolderExamples
 from logo.adapters.files import CONFIG, SAFETENSORS
 from logo.adapters.format import Adapter
 from logo.adapters.header import LoraModule
-from logo.adapters.weights import SafetensorsFile, Stamp, file_sha256, stamp
+from logo.adapters.weights import ContentStamp, SafetensorsFile, Stamp, content_stamp, file_sha256, stamp
 from logo.cache import write_cached
 
 # To be raised when the content of the files changes its meaning.
@@ -128,7 +128,7 @@ class PoolCache:
 class DigestCache:
     """The cached digests of a pool's files; a file is read again only when it has changed."""
 
-    def __init__(self, cache: Path | None, name: str, digests: dict[str, tuple[Stamp, str]]) -> None:
+    def __init__(self, cache: Path | None, name: str, digests: dict[str, tuple[ContentStamp, str]]) -> None:
         self._cache, self._name, self._digests = cache, name, digests
         self._new = False
 
@@ -136,11 +136,11 @@ class DigestCache:
     def of(cls, place: str, cache: Path | None) -> DigestCache:
         """Reads the cached digests of a place; `place` and `cache` as `PoolCache.of`."""
         name = f"pools/{hashlib.sha256(place.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}-digests.json"
-        digests: dict[str, tuple[Stamp, str]] = {}
+        digests: dict[str, tuple[ContentStamp, str]] = {}
         with suppress(OSError, ValueError, TypeError, AttributeError):
             if cache is not None:
                 kept = json.loads((cache / name).read_bytes())
-                digests = {path: ((a, b, c), str(digest)) for path, ((a, b, c), digest) in kept.items()}
+                digests = {path: ((a, b, c, d), str(digest)) for path, ((a, b, c, d), digest) in kept.items()}
         return cls(cache, name, digests)
 
     def sha256(self, file: Path) -> str:
@@ -149,13 +149,12 @@ class DigestCache:
         Raises:
             OSError: it cannot be read.
         """
-        now, key = stamp(file), os.fspath(file)
+        now, key = content_stamp(file), os.fspath(file)
         known = self._digests.get(key)
         if known is not None and known[0] == now:
             return known[1]
         digest = file_sha256(file)
-        if now is not None:
-            self._digests[key], self._new = (now, digest), True
+        self._digests[key], self._new = (now, digest), True
         return digest
 
     def keep(self) -> None:

@@ -2,7 +2,7 @@
 
 Lists are cached, so that the same pool can be opened without a connection:
 
-    <cache>/repos/<digest of the pattern>.json     {"repos": {"org/one": "<commit>"}, "refused": {"org/two": "<why>"}}
+    <cache>/repos/<digest of the place>.json     {"repos": {"org/one": "<commit>"}, "refused": {"org/two": "<why>"}}
 
 A repository that is refused for a reason of its own (gated, gone, without adapters) does not affect the others. Any
 other failure raises, since a pool must not be smaller because a connection broke.
@@ -15,11 +15,12 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
+from logo.adapters.places import Place
 from logo.cache import write_cached
 from logo.errors import HubError
 from logo.hub.failures import hub_error, is_lasting
@@ -42,16 +43,19 @@ class Listing:
 
 
 def list_repos(
-    pattern: str, *, token: str | bool | None = None, local_files_only: bool = False, cache: Path | None = None
+    place: Place, *, token: str | bool | None = None, local_files_only: bool = False, cache: Path | None = None
 ) -> Listing:
     """Asks the Hub which repositories match `org/prefix-*`; without a connection, the cached list is used.
+
+    If there is none of this place, which may be a folder of these repositories, that of the whole repositories is used.
 
     Raises:
         HubError: no repository matches, or the Hub cannot be reached and there is no cached list.
     """
     from huggingface_hub import HfApi, constants
 
-    kept = _kept(pattern, cache)
+    pattern = place.source
+    kept = _kept(place.spec, cache) or _kept(replace(place, below="").spec, cache)
     if local_files_only or constants.HF_HUB_OFFLINE:
         if kept is None:
             raise HubError(
@@ -78,15 +82,15 @@ def list_repos(
             "are private"
         )
     listing = Listing(dict(sorted(found.items())))
-    keep_listing(pattern, listing, cache)
+    keep_listing(place, listing, cache)
     return listing
 
 
-def keep_listing(pattern: str, listing: Listing, cache: Path | None) -> None:
-    """Caches a list for use without a connection."""
+def keep_listing(place: Place, listing: Listing, cache: Path | None) -> None:
+    """Caches a list for use without a connection. What is refused depends on the folder and the revision."""
     if cache is not None:
-        data = json.dumps({"pattern": pattern, "repos": listing.repos, "refused": listing.refused})
-        write_cached(cache, _file(pattern), lambda part: Path(part).write_text(data, encoding="utf-8"))
+        data = json.dumps({"place": place.spec, "repos": listing.repos, "refused": listing.refused})
+        write_cached(cache, _file(place.spec), lambda part: Path(part).write_text(data, encoding="utf-8"))
 
 
 def fetch_each(
@@ -147,11 +151,11 @@ def _is_unreachable(error: BaseException) -> bool:
     return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
 
 
-def _kept(pattern: str, cache: Path | None) -> Listing | None:
+def _kept(spec: str, cache: Path | None) -> Listing | None:
     if cache is None:
         return None
     try:
-        kept: Any = json.loads((cache / _file(pattern)).read_bytes())
+        kept: Any = json.loads((cache / _file(spec)).read_bytes())
         repos, refused = kept["repos"], kept["refused"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -161,5 +165,5 @@ def _kept(pattern: str, cache: Path | None) -> Listing | None:
     return Listing(repos, refused) if whole else None
 
 
-def _file(pattern: str) -> str:
-    return f"repos/{hashlib.sha256(pattern.encode()).hexdigest()[:24]}.json"
+def _file(spec: str) -> str:
+    return f"repos/{hashlib.sha256(spec.encode()).hexdigest()[:24]}.json"

@@ -23,7 +23,7 @@ def pool_sizes(places: Sequence[Place], *, allow_pickle: bool = False) -> FileSi
     missing = 0
     for place in _named(places):
         wanted = adapter_patterns(place.below, allow_pickle, pattern=True)
-        repos = list_repos(place.source).repos if place.kind == "repos" else {place.source: ""}
+        repos = list_repos(place).repos if place.kind == "repos" else {place.source: ""}
         for repo, commit in repos.items():
             one = file_sizes(repo, place.revision or commit or None, wanted, [])
             files |= {f"{repo}/{path}": size for path, size in one.files.items()}

@@ -31,6 +31,21 @@ def stamp(path: str | Path) -> Stamp | None:
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
+ContentStamp = tuple[int, int, int, int]
+
+
+def content_stamp(path: str | Path) -> ContentStamp:
+    """Size, modification time, inode and change time of a file.
+
+    Writing to a file changes the last even if its modification time is set back, as `rsync --inplace --times` does.
+
+    Raises:
+        OSError: it cannot be found.
+    """
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns
+
+
 class WeightFile(Protocol):
     """Tensors by key, read on demand. An object is a view of one file as it was when it was opened."""
 
@@ -133,12 +148,11 @@ def unreadable(error: Exception, file: Path) -> str:
 
 def file_sha256(path: Path) -> str:
     """The hex digest that `sha256sum` prints for the file; read again only when it has changed."""
-    stat = path.stat()
-    return _sha256_of(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return _sha256_of(path, content_stamp(path))
 
 
 @lru_cache(maxsize=2**16)
-def _sha256_of(path: Path, size: int, modified: int, inode: int) -> str:
+def _sha256_of(path: Path, now: ContentStamp) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
