@@ -6,7 +6,7 @@ import json
 import random
 import signal
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,11 +22,13 @@ from dying import dying
 from logo import LoGo, UsageError
 from logo.baselines import Method, get_method
 from logo.baselines.lorauter import LoRAuter
-from logo.baselines.method import Answering
+from logo.baselines.method import Answering, Prepared
 from logo.baselines.method import Task as MethodTask
+from logo.baselines.registry import register_method
+from logo.calls import Calls
 from logo.cli import pace
 from logo.cli.contests import methods_of
-from logo.cli.field_table import looks_at
+from logo.cli.field_table import field_table, looks_at
 from logo.cli.methods import MethodOptions
 from logo.cli.run import run
 from logo.demo import heldout
@@ -173,6 +175,44 @@ def test_what_no_contest_can_be() -> None:
         Contest(protocols=())
     with pytest.raises(UsageError, match="generate 0: expected 1 new token or more"):
         Contest(new_tokens=0)
+
+
+@pytest.mark.usefixtures("plugins_forgotten")
+def test_the_signal_that_a_plugins_method_gets_is_recorded(
+    engines: Engines,  # noqa: F811
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    @register_method
+    @dataclass(frozen=True, kw_only=True)
+    class Chosen(Method):
+        """The engine's choice."""
+
+        name = "chosen"
+
+        def prepare(self, logo: Calls, task: MethodTask) -> Prepared:
+            return Prepared(lambda prompts, size: logo.select(list(prompts), candidates=task.candidates(logo)))
+
+    tasks, file = find_tasks(rows, "t3"), tmp_path / "study.json"
+
+    def run_study(given: Engines, method: str, **how: Any) -> dict[str, Any]:
+        contest = asking(tasks, {method: get_method(method)}, new_tokens=None)
+        return study(Arms(given, contest), tasks, tmp_path / method, settings={}, contest=contest, **how).report
+
+    other_way_round = dict(reversed(engines.items()))
+    report = run_study(engines, "chosen")
+    assert report["methods"]["chosen"]["nll"] == same_scores(report["signals"]["norm"]["nll"])
+    inputs = [one.cells[-1].text for one in field_table(report).rows if one.cells[-1] is not None]
+    assert "not known (a plugin; signal norm)" in inputs
+    with pytest.raises(UsageError, match=r'methods_signal is "norm", not "entropy"'):
+        run_study(other_way_round, "chosen")
+    (tmp_path / "chosen").unlink()
+    file.write_text(json.dumps(report))
+    with pytest.raises(UsageError, match=r'another study \(methods_signal is "norm", not "entropy"'):
+        run_study(other_way_round, "chosen", finished=file)
+    report = run_study(engines, "uniform")  # reads no signal
+    assert "methods_signal" not in {**report["run"], **report["settings"]}
+    run_study(other_way_round, "uniform")
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------
@@ -483,6 +523,7 @@ def test_a_row_of_the_table_says_which_encoder_it_was() -> None:
     assert looks_at("signals", "norm", {}) == "prompt, weights"
     assert looks_at("methods", "arrow", get_method("arrow").as_dict()) == "weights, token by token"
     assert looks_at("methods", "mine", {"method": "mine"}) == "not known (a plugin)"
+    assert looks_at("methods", "mine", {"method": "mine"}, "norm") == "not known (a plugin; signal norm)"
 
 
 def test_a_line_a_minute_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

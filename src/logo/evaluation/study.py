@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from logo.baselines.registry import may_select_by_signal
 from logo.errors import DataError, StorageError, UsageError, closest, requested
 from logo.evaluation.contest import Contest, Lesson, Lessons
 from logo.evaluation.differences import described, differences
@@ -196,9 +197,12 @@ def study(
     """
     facts, contest = measuring.facts, contest or Contest()
     tell, taught = on_progress or (lambda name: None), on_lesson or (lambda lesson: None)
-    settings = {**settings, **facts.settings, **contest.as_dict(), "seed": seed}
+    asked = contest.as_dict()
+    if any(may_select_by_signal(method) for method in contest.methods.values()):
+        asked["methods_signal"] = next(iter(facts.settings["signals"]))  # see `logo.evaluation.arms.Arms`
+    settings = {**settings, **facts.settings, **asked, "seed": seed}
     tasks = asked_of(tasks, contest, facts.names)
-    run = _identity(facts, tasks, settings, tuple(contest.as_dict()))
+    run = _identity(facts, tasks, settings, tuple(asked))
     if finished is not None and not overwrite and not is_begun(journal_file) and finished.exists():
         return _written_before(finished, {**run, "seed": seed})
     if facts.in_order and not overwrite:
