@@ -526,6 +526,19 @@ def test_a_row_of_the_table_says_which_encoder_it_was() -> None:
     assert looks_at("methods", "mine", {"method": "mine"}, "norm") == "not known (a plugin; signal norm)"
 
 
+def test_the_caption_speaks_of_intervals_where_there_are_some() -> None:
+    names = [f"t{i:02d}" for i in range(12)]
+    worth = [[(i / 12, 1.0)] for i in range(12)]
+    captions = []
+    for tasks in (3, 12):
+        found = relative(of_tasks(worth[:tasks]), names, generated=True)
+        captions.append(field_table({"relative": found, "settings": {"generate": 8}}).note)
+    assert captions == [
+        "In percent, answers of up to 8 tokens.",
+        "In percent, answers of up to 8 tokens; 95 % intervals over tasks below.",
+    ]
+
+
 def test_a_line_a_minute_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an earlier process has done comes at once, and says nothing about the rest."""
     now, said = [0.0], list[str]()

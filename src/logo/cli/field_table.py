@@ -33,9 +33,10 @@ def field_table(report: Mapping[str, Any]) -> Table:
         said = methods.get(name, {}) if kind == "methods" else {}
         read = looks_at(kind, name, said, report["settings"].get("methods_signal"))
         rows.append(row(name, *cells, Cell(read, emphasis="faint")))
+    ends = any(cell is not None and cell.ends is not None for one in rows for cell in one.cells)
     columns = (*words(""), *numbers(*(heading for heading, _, _, _ in COLUMNS)))
     columns += (Column("input", numeric=False, wraps=True),)
-    return Table(columns, tuple(rows), note=_caption(found, report))
+    return Table(columns, tuple(rows), note=_caption(found, report, intervals=ends))
 
 
 def looks_at(kind: str, name: str, method: Mapping[str, Any], signal: str | None = None) -> str:
@@ -93,10 +94,10 @@ def _cell(entry: Mapping[str, Any], key: str, digits: int) -> Cell | None:
     return number(entry[key], f".{digits}f", entry["intervals"].get(key), scale=1 if key == "nll" else 100)
 
 
-def _caption(found: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+def _caption(found: Mapping[str, Any], report: Mapping[str, Any], *, intervals: bool) -> str:
     settings = report["settings"]
     judged = f"answers of up to {settings['generate']} tokens" if "generate" in settings else "gold answers, forced"
-    said = [f"In percent, {judged}; 95 % intervals over tasks below."]
+    said = [f"In percent, {judged}; 95 % intervals over tasks below." if intervals else f"In percent, {judged}."]
     own = found["own"] or found["left_out"]
     if own and own["without_oracle"]:
         said.append(f"{len(own['without_oracle'])} of {own['tasks']} tasks have no ratio: their oracle scores 0.")
