@@ -55,13 +55,17 @@ def check_method_options(methods: Sequence[Method], *, selects: bool = False) ->
     """
     from logo.baselines.fixed import OwnSelector
     from logo.baselines.registry import METHODS, may_select_by_signal
+    from logo.cli.contests import ALWAYS
 
     own = {field.name for method in methods for field in fields(method)}
     merges = {method.merging.kind for method in methods}
     chosen = ", ".join(dict.fromkeys(method.name for method in methods)) or OwnSelector.name
     selects = selects or any(may_select_by_signal(method) for method in methods)
     if "merge" in given() and not methods:
-        raise UsageError("--merge combines the adapters of a --method, and none is given: name one, or leave it out")
+        raise UsageError(
+            "--merge combines the adapters of a --method, and none is given beside those that every study has "
+            f"({', '.join(ALWAYS)}): name one, or leave --merge out"
+        )
     for option in given():
         readers = ("k",) if option == K else OF_METHODS.get(option, ())
         named = [name for name, kind in METHODS.items() if {field.name for field in fields(kind)} & set(readers)]
