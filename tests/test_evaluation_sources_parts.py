@@ -361,6 +361,8 @@ def test_text_that_no_tokenizer_accepts_is_left_out(tmp_path: Path) -> None:
     assert (len(found.items), found.unusable) == (1, 1)
     with pytest.raises(DataError, match="none of 1 rows has a prompt and a gold text; is this the right split"):
         make_instances("mine.words", Wording(made, made.layouts[0]), rows[:1])
+    with pytest.raises(DataError, match=r"dataset 'mine\.words': expected rows, found none in its files"):
+        make_instances("mine.words", Wording(made, made.layouts[0]), [])
 
 
 def test_names_patterns_and_first_parts_are_chosen() -> None:

@@ -56,7 +56,7 @@ def make_instances(name: str, wording: Wording, rows: Iterable[tuple[str, RawRow
     """
     found: dict[str, Instance] = {}
     unusable = other_golds = 0
-    where = "no file"
+    where = ""
     for where, row in rows:
         try:
             instance = _instance(wording, row)
@@ -70,6 +70,8 @@ def make_instances(name: str, wording: Wording, rows: Iterable[tuple[str, RawRow
             found[instance.context] = replace(known, references=_merged(known.references, instance.references))
         else:
             other_golds += not set(_merged(instance.completion)) <= set(_merged(known.completion))
+    if not found and not unusable:
+        raise DataError(f"dataset {name!r}: expected rows, found none in its files; is this the right split?")
     if not found:
         raise DataError(
             f"dataset {name!r}: {where}: none of {unusable} rows has a prompt and a gold text; is this the right split?"
