@@ -34,9 +34,10 @@ from logo.cli.run import run
 from logo.demo import heldout
 from logo.evaluation.arms import Arms
 from logo.evaluation.contest import LEFT_OUT, OWN, POOL, UNSEEN, Contest, Lesson
+from logo.evaluation.journal import Journal
 from logo.evaluation.metrics import first_line, measure
 from logo.evaluation.relative import relative
-from logo.evaluation.study import Task, find_tasks, journal_of, study
+from logo.evaluation.study import Task, find_tasks, journal_of, study, study_so_far
 from logo.evaluation.summary import Measured
 from logo.rows import Row
 from test_baselines import SAMPLES, sentences  # noqa: F401 - a fixture
@@ -426,6 +427,14 @@ def test_the_command(demo_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     report = json.loads(out.read_text())
     assert list(report["methods"]) == ["lorahub", "arrow"] and report["unseen"] is None
     assert report["relative"]["own"]["signals"]["calibrated"]["of_oracle"] > 0.5
+
+
+def test_a_study_that_has_only_learnt_says_so(tmp_path: Path) -> None:
+    with Journal(tmp_path / "journal", {"pool": {}}) as journal:
+        for task in ("t1", "t3"):
+            journal.append({"lesson": ["lorahub", task, OWN], "learnt": {}})
+    with pytest.raises(UsageError, match="expected measured rows of an unfinished study, found none, but 2 lessons"):
+        study_so_far(tmp_path / "journal")
 
 
 @pytest.mark.slow

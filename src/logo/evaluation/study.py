@@ -32,6 +32,7 @@ from logo.evaluation.reliability import reliability
 from logo.evaluation.results import versions
 from logo.evaluation.runner import summed
 from logo.evaluation.summary import Measured, summary
+from logo.evaluation.tables import counted
 from logo.rows import Row, read_rows
 
 _REPLACED = "; --overwrite replaces it, another --save keeps both"
@@ -241,10 +242,12 @@ def study_so_far(journal_file: Path, seed: int = 0) -> Study:
         UsageError: there is no journal, or it has no measured row yet.
     """
     found = written(journal_file)
-    rows = [] if found is None else [Measured(**record) for record in found.records if "lesson" not in record]
+    records = [] if found is None else found.records
+    rows = [Measured(**record) for record in records if "lesson" not in record]
+    lessons = {Lesson(*one["lesson"]): one["learnt"] for one in records if "lesson" in one}
     if found is None or found.run is None or not rows:
-        raise UsageError(f"journal {journal_file}: expected measured rows of an unfinished study, found none")
-    lessons = {Lesson(*one["lesson"]): one["learnt"] for one in found.records if "lesson" in one}
+        learnt = f", but {counted(len(lessons), 'lesson')}, which come before the rows" if lessons else ""
+        raise UsageError(f"journal {journal_file}: expected measured rows of an unfinished study, found none{learnt}")
     settings = {"so_far": len(rows), **{name: found.run[name] for name in found.run if name not in ("pool",)}}
     ordered = sorted(rows, key=lambda row: (row.task, row.index))
     return _reported(ordered, lessons, tuple(found.run["pool"]), settings, seed, 0.0)
