@@ -229,6 +229,10 @@ def test_the_oracle_knows_rows_and_names(tiny_logo: LoGo) -> None:
     assert chosen(Task("main.other", PROMPTS, adapters=everyone)) == [(name,) for name in everyone]
     with pytest.raises(DataError, match=r"'main.t22': 5 prompts name no adapter, and the pool has none .* 't22'"):
         chosen(Task("main.t22", PROMPTS))
+    with pytest.raises(
+        DataError, match=r"'t22': 5 prompts name no adapter, and the pool has none called 't22' .did you"
+    ):
+        chosen(Task("t22", PROMPTS))
     with pytest.raises(DataError, match=r"1 prompts name no adapter"):
         chosen(Task("main.other", PROMPTS, adapters=rows))
     with pytest.raises(DataError, match=r"row 2 names adapter 'tt', which the pool does not have"):

@@ -329,6 +329,10 @@ def test_a_value_that_is_none_of_the_known_ones(capsys: pytest.CaptureFixture[st
         (["eval", "study", *ROWS[:2], "--save", "s.json", "--index-rank", "3"], "--index-rank is only for --index"),
         (["select", "x", "--signal", "entropy", "--examples", "ignore"], "but the signal is entropy"),
         (["eval", "study", *ROWS[:2], "--save", "s.json", "--merge", "ties"], "of a --method, and none"),
+        (
+            ["eval", "study", *ROWS[:2], "--save", "s.json", "--method", "logo", "--merge", "ties"],
+            "none is given beside those that every study has (logo, uniform, base, oracle)",
+        ),
         (["eval", "study", *ROWS[:2], "--save", "s.json", "--merge-density", "0.3"], "but the merge is mixture"),
         (["eval", "study", *ROWS[:2], "--save", "s.json", "--signals", "norm", "--signal", "norm"], "leave out one"),
         (["generate", "x", "--adapter", "antonym", "-k", "2"], "-k configures how adapters are selected, but"),

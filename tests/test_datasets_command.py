@@ -270,6 +270,14 @@ def test_the_example_of_the_page_works(capsys: pytest.CaptureFixture[str]) -> No
     assert logo(capsys, "verify")[0] == 0
 
 
+def test_other_gold_texts_of_a_prompt_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("capitals.yaml").write_text(blocks("yaml")[0])
+    Path("capitals.csv").write_text(blocks("csv")[0] + "France,Lyon\nFrance,Paris\n")
+    code, out, err = logo(capsys, *documented("prepare --source capitals"))
+    assert code == 0 and "; 1 row with an earlier prompt and another gold text left out)" in out, err
+    assert read_manifest(Path("data"))["mine.capitals"]["other_golds"] == 1
+
+
 def test_the_other_example_of_the_page_reads_a_repository(capsys: pytest.CaptureFixture[str]) -> None:
     import pyarrow
     import pyarrow.parquet

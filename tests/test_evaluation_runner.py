@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import sys
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from answering import evaluate, load_rows
 from logo.errors import HubError, StorageError, UsageError
 from logo.evaluation.journal import Journal
+from logo.evaluation.metrics import _rouge_scorer
 from logo.evaluation.runner import DatasetResult, Engine, answers, collect
 from logo.rows import Row
 
@@ -173,6 +176,18 @@ def test_a_run_can_be_put_together_from_parts() -> None:
 
     parts = collect("bbh.x", part(rows(5)[:3]) + part(rows(5)[3:]), inference=whole.seconds["inference"])
     assert parts == whole
+
+
+@pytest.mark.parametrize(
+    ("metric", "module"), [("bleu", "nltk.translate.bleu_score"), ("rouge", "rouge_score.rouge_scorer")]
+)
+def test_importing_what_a_metric_needs_is_not_timed(metric: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _rouge_scorer.cache_clear()
+    importlib.import_module(module)
+    monkeypatch.delitem(sys.modules, module)
+    batches = answers(FakeEngine(str), rows(2), metric=metric, batch_size=2, max_new_tokens=1)
+    assert module in sys.modules  # before the first batch is asked for
+    assert [len(instances) for instances, _ in batches] == [2]
 
 
 def test_columns_are_what_any_instance_scored() -> None:

@@ -343,6 +343,15 @@ def test_rows_of_one_prompt_are_one_instance_with_the_references_of_all(tmp_path
     assert [instance.row() for instance in found.items] == [
         {"context": "Q: a", "completion": "x", "references": ["x", "y", "z"]}
     ]
+    assert found.other_golds == 0
+
+
+def test_without_references_the_first_gold_text_stays_and_others_are_counted(tmp_path: Path) -> None:
+    made = declared(tmp_path, GOOD)
+    rows = [(str(number), {"q": q, "a": a}) for number, (q, a) in enumerate([("a", "x"), ("a", "x"), ("a", "y")])]
+    found = make_instances("mine.words", Wording(made, made.layouts[0]), rows)
+    assert [instance.row() for instance in found.items] == [{"context": "Q: a", "completion": "x"}]
+    assert (found.unusable, found.other_golds) == (0, 1)
 
 
 def test_text_that_no_tokenizer_accepts_is_left_out(tmp_path: Path) -> None:
@@ -352,6 +361,8 @@ def test_text_that_no_tokenizer_accepts_is_left_out(tmp_path: Path) -> None:
     assert (len(found.items), found.unusable) == (1, 1)
     with pytest.raises(DataError, match="none of 1 rows has a prompt and a gold text; is this the right split"):
         make_instances("mine.words", Wording(made, made.layouts[0]), rows[:1])
+    with pytest.raises(DataError, match=r"dataset 'mine\.words': expected rows, found none in its files"):
+        make_instances("mine.words", Wording(made, made.layouts[0]), [])
 
 
 def test_names_patterns_and_first_parts_are_chosen() -> None:

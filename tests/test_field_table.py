@@ -6,7 +6,7 @@ import json
 import random
 import signal
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,19 +22,22 @@ from dying import dying
 from logo import LoGo, UsageError
 from logo.baselines import Method, get_method
 from logo.baselines.lorauter import LoRAuter
-from logo.baselines.method import Answering
+from logo.baselines.method import Answering, Prepared
 from logo.baselines.method import Task as MethodTask
+from logo.baselines.registry import register_method
+from logo.calls import Calls
 from logo.cli import pace
 from logo.cli.contests import methods_of
-from logo.cli.field_table import looks_at
+from logo.cli.field_table import field_table, looks_at
 from logo.cli.methods import MethodOptions
 from logo.cli.run import run
 from logo.demo import heldout
 from logo.evaluation.arms import Arms
 from logo.evaluation.contest import LEFT_OUT, OWN, POOL, UNSEEN, Contest, Lesson
+from logo.evaluation.journal import Journal
 from logo.evaluation.metrics import first_line, measure
 from logo.evaluation.relative import relative
-from logo.evaluation.study import Task, find_tasks, journal_of, study
+from logo.evaluation.study import Task, find_tasks, journal_of, study, study_so_far
 from logo.evaluation.summary import Measured
 from logo.rows import Row
 from test_baselines import SAMPLES, sentences  # noqa: F401 - a fixture
@@ -173,6 +176,44 @@ def test_what_no_contest_can_be() -> None:
         Contest(protocols=())
     with pytest.raises(UsageError, match="generate 0: expected 1 new token or more"):
         Contest(new_tokens=0)
+
+
+@pytest.mark.usefixtures("plugins_forgotten")
+def test_the_signal_that_a_plugins_method_gets_is_recorded(
+    engines: Engines,  # noqa: F811
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    @register_method
+    @dataclass(frozen=True, kw_only=True)
+    class Chosen(Method):
+        """The engine's choice."""
+
+        name = "chosen"
+
+        def prepare(self, logo: Calls, task: MethodTask) -> Prepared:
+            return Prepared(lambda prompts, size: logo.select(list(prompts), candidates=task.candidates(logo)))
+
+    tasks, file = find_tasks(rows, "t3"), tmp_path / "study.json"
+
+    def run_study(given: Engines, method: str, **how: Any) -> dict[str, Any]:
+        contest = asking(tasks, {method: get_method(method)}, new_tokens=None)
+        return study(Arms(given, contest), tasks, tmp_path / method, settings={}, contest=contest, **how).report
+
+    other_way_round = dict(reversed(engines.items()))
+    report = run_study(engines, "chosen")
+    assert report["methods"]["chosen"]["nll"] == same_scores(report["signals"]["norm"]["nll"])
+    inputs = [one.cells[-1].text for one in field_table(report).rows if one.cells[-1] is not None]
+    assert "not known (a plugin; signal norm)" in inputs
+    with pytest.raises(UsageError, match=r'methods_signal is "norm", not "entropy"'):
+        run_study(other_way_round, "chosen")
+    (tmp_path / "chosen").unlink()
+    file.write_text(json.dumps(report))
+    with pytest.raises(UsageError, match=r'another study \(methods_signal is "norm", not "entropy"'):
+        run_study(other_way_round, "chosen", finished=file)
+    report = run_study(engines, "uniform")  # reads no signal
+    assert "methods_signal" not in {**report["run"], **report["settings"]}
+    run_study(other_way_round, "uniform")
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------
@@ -388,6 +429,14 @@ def test_the_command(demo_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert report["relative"]["own"]["signals"]["calibrated"]["of_oracle"] > 0.5
 
 
+def test_a_study_that_has_only_learnt_says_so(tmp_path: Path) -> None:
+    with Journal(tmp_path / "journal", {"pool": {}}) as journal:
+        for task in ("t1", "t3"):
+            journal.append({"lesson": ["lorahub", task, OWN], "learnt": {}})
+    with pytest.raises(UsageError, match="expected measured rows of an unfinished study, found none, but 2 lessons"):
+        study_so_far(tmp_path / "journal")
+
+
 @pytest.mark.slow
 def test_what_there_is_so_far(
     demo_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
@@ -483,6 +532,20 @@ def test_a_row_of_the_table_says_which_encoder_it_was() -> None:
     assert looks_at("signals", "norm", {}) == "prompt, weights"
     assert looks_at("methods", "arrow", get_method("arrow").as_dict()) == "weights, token by token"
     assert looks_at("methods", "mine", {"method": "mine"}) == "not known (a plugin)"
+    assert looks_at("methods", "mine", {"method": "mine"}, "norm") == "not known (a plugin; signal norm)"
+
+
+def test_the_caption_speaks_of_intervals_where_there_are_some() -> None:
+    names = [f"t{i:02d}" for i in range(12)]
+    worth = [[(i / 12, 1.0)] for i in range(12)]
+    captions = []
+    for tasks in (3, 12):
+        found = relative(of_tasks(worth[:tasks]), names, generated=True)
+        captions.append(field_table({"relative": found, "settings": {"generate": 8}}).note)
+    assert captions == [
+        "In percent, answers of up to 8 tokens.",
+        "In percent, answers of up to 8 tokens; 95 % intervals over tasks below.",
+    ]
 
 
 def test_a_line_a_minute_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

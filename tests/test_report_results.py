@@ -225,6 +225,26 @@ def test_labels_tell_all_runs_apart(options: list[dict[str, object]], tmp_path_f
         assert name not in apart or set(apart[name]) == values
 
 
+def test_labels_have_the_signal_of_merged_runs_and_of_a_plugins_method(tmp_path: Path) -> None:
+    methods: dict[str, dict[str, str]] = {
+        "logo": {"method": "logo"},
+        "logo-ties": {"method": "logo", "merge": "ties"},
+        "flat": {"method": "flat", "plugin": "plug:Flat 12ab"},
+        "random-ties": {"method": "random", "merge": "ties"},
+    }
+    for label, identity in methods.items():
+        for signal in ("calibrated", "norm"):
+            options = {"method": label, "merge": identity.get("merge", "mixture"), "signal": signal, "points": [signal]}
+            run_json = {"options": options, "identity": {"method": identity}}
+            write_result(tmp_path / label / signal / "d.x", [1], run_json=run_json)
+    runs = {label: read_runs([tmp_path / label]) for label in methods}
+    assert labels(runs["logo"]) == ["calibrated", "norm"]
+    assert labels(runs["logo-ties"]) == ["calibrated-ties", "norm-ties"]
+    assert labels(runs["flat"]) == ["flat · signal calibrated", "flat · signal norm"]
+    assert labels(runs["random-ties"])[0].startswith("random-ties · ")
+    assert list(differing(runs["flat"])) == ["signal", "points"] and list(differing(runs["logo-ties"])) == ["points"]
+
+
 def test_time_adds_up(demo: Path) -> None:
     for run in read_runs([demo / "results"]):
         spent = seconds(run)

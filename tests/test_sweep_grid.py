@@ -6,6 +6,8 @@ import csv
 import io
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from logo.adapters.format import LoraWeights
+from logo.baselines.fixed import OwnSelector
+from logo.baselines.registry import register_method
 from logo.cli.axes import AXES, Common, make_cells, read_grid
 from logo.cli.methods import MethodOptions
 from logo.cli.options import EngineOptions
@@ -29,6 +34,8 @@ from logo.evaluation.sweep.plots import plots
 from logo.evaluation.sweep.running import Cell, Outcome, runs
 from logo.evaluation.sweep.table import table
 from logo.evaluation.tables import as_csv, as_parquet
+from logo.mixing import Merge
+from logo.mixing.merges import register_merge
 from logo.selection.settings import SelectionSettings
 
 NAMES = st.sampled_from(["k", "signal", "probe-layer", "probe-points", "weighting"])
@@ -183,6 +190,29 @@ def test_cells_in_which_an_axis_makes_no_difference_share_a_run() -> None:
         "signal=calibrated_unsure-below=0.1_when-unsure=base",
         "signal=calibrated_unsure-below=0.2_when-unsure=base",
     }
+
+
+@pytest.mark.usefixtures("plugins_forgotten")
+def test_whatever_a_plugin_may_read_makes_a_difference() -> None:
+    @register_method
+    @dataclass(frozen=True, kw_only=True)
+    class Same(OwnSelector):
+        """The engine's choice."""
+
+        name = "same"
+
+    @register_merge("same")
+    def same(merge: Merge, parts: Sequence[LoraWeights], weights: Sequence[float], generator: Any) -> LoraWeights:
+        return parts[0]
+
+    cells, _ = grid("method=same,random", "signal=norm,calibrated", "k=1,3", "merge-density=0.5,1")
+    assert {cell.name for cell in cells} == {
+        *(f"k={k}_method=same_signal={signal}" for k in (1, 3) for signal in ("norm", "calibrated")),
+        *(f"k={k}_method=random" for k in (1, 3)),
+    }
+    cells, _ = grid("merge=same,linear", "merge-density=0.5,1", "arrow-top-k=1,2")
+    assert [cell.moot for cell in cells[:4]] == [frozenset()] * 4
+    assert {cell.moot for cell in cells[4:]} == {frozenset({"merge-density", "arrow-top-k"})}
 
 
 def test_every_axis_can_be_used() -> None:

@@ -100,9 +100,10 @@ class Oracle(Method):
         whole = None if named and not unnamed else _called_like(task.name, names)
         if whole is None and (unnamed or not named):
             sub = task.name.partition(".")[2] or task.name
+            called = " or ".join(repr(name) for name in dict.fromkeys((task.name, sub)))
             raise DataError(
                 f"oracle: dataset {task.name!r}: {unnamed} prompts name no adapter, and the pool has none called "
-                f"{task.name!r} or {sub!r}{closest(sub, names)}; put an 'adapter' field into the rows"
+                f"{called}{closest(sub, names)}; put an 'adapter' field into the rows"
             )
 
         def select(prompts: Sequence[str | Conversation], batch_size: int) -> list[Selection]:

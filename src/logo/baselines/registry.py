@@ -48,6 +48,12 @@ def method_class(name: str) -> type[Method]:
     return METHODS[name]
 
 
+def may_select_by_signal(method: Method) -> bool:
+    """Whether the engine's signal may decide what a method chooses: LoGo's own, or a plugin's, of which it is not
+    known."""
+    return isinstance(method, OwnSelector) or method.name in METHODS.sources
+
+
 def get_method(name: str, **options: Any) -> Method:
     """The method of this name with these options, which its class documents.
 

@@ -11,7 +11,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from logo.cli.belonging import OF_MERGES, OF_METHODS, check_method_options, check_selection_options
+from logo.cli.belonging import (
+    OF_MERGES,
+    OF_METHODS,
+    check_method_options,
+    check_selection_options,
+    merges_that_may_read,
+)
 from logo.cli.methods import MethodOptions, make_method
 from logo.cli.opening import selection_settings
 from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions
@@ -156,19 +162,19 @@ def _cell(values: Mapping[str, Value], common: Common) -> Cell:
 
 def _is_moot(axis: str, here: Common, method: Method) -> bool:
     """Whether a cell certainly does not depend on an axis."""
-    from logo.evaluation.results import LOGO
+    from logo.baselines.registry import may_select_by_signal
 
     own = {field.name for field in fields(method)}
     option = METHODS.get(axis, "")
     if option in OF_MERGES:
-        return method.merging.kind not in OF_MERGES[option]
+        return method.merging.kind not in merges_that_may_read(option)
     if option in OF_METHODS:
         return not own & set(OF_METHODS[option])
     if axis == "k":
-        return method.name != LOGO and "k" not in own
+        return not may_select_by_signal(method) and "k" not in own
     if axis not in SELECTION:
         return False
-    if method.name != LOGO:  # it does not select by a signal
+    if not may_select_by_signal(method):
         return True
     if axis == "weight-temperature":
         return selection_settings(here.engine).reading.weighting != "softmax"

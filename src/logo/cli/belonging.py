@@ -54,15 +54,18 @@ def check_method_options(methods: Sequence[Method], *, selects: bool = False) ->
         UsageError: there is one.
     """
     from logo.baselines.fixed import OwnSelector
-    from logo.baselines.registry import METHODS
-    from logo.mixing.merges import MERGES
+    from logo.baselines.registry import METHODS, may_select_by_signal
+    from logo.cli.contests import ALWAYS
 
     own = {field.name for method in methods for field in fields(method)}
     merges = {method.merging.kind for method in methods}
     chosen = ", ".join(dict.fromkeys(method.name for method in methods)) or OwnSelector.name
-    selects = selects or any(isinstance(method, OwnSelector) or method.name in METHODS.sources for method in methods)
+    selects = selects or any(may_select_by_signal(method) for method in methods)
     if "merge" in given() and not methods:
-        raise UsageError("--merge combines the adapters of a --method, and none is given: name one, or leave it out")
+        raise UsageError(
+            "--merge combines the adapters of a --method, and none is given beside those that every study has "
+            f"({', '.join(ALWAYS)}): name one, or leave --merge out"
+        )
     for option in given():
         readers = ("k",) if option == K else OF_METHODS.get(option, ())
         named = [name for name, kind in METHODS.items() if {field.name for field in fields(kind)} & set(readers)]
@@ -70,8 +73,15 @@ def check_method_options(methods: Sequence[Method], *, selects: bool = False) ->
             named = [OwnSelector.name, *named]
         if named and not (own & set(readers) or (selects and OwnSelector.name in named)):
             _refuse(option, "method", named, f"the method is {chosen}")
-        if option in OF_MERGES and not merges & {*OF_MERGES[option], *MERGES.sources}:  # what plugins read is not known
+        if option in OF_MERGES and not merges & merges_that_may_read(option):
             _refuse(option, "merge", OF_MERGES[option], f"the merge is {', '.join(sorted(merges)) or 'mixture'}")
+
+
+def merges_that_may_read(option: str) -> set[str]:
+    """The merges that read one of `OF_MERGES`, and those of plugins, of which it is not known."""
+    from logo.mixing.merges import MERGES
+
+    return {*OF_MERGES[option], *MERGES.sources}
 
 
 def check_forced_options() -> None:

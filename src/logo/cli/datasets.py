@@ -16,6 +16,7 @@ from logo.cli.options import option, usual
 from logo.cli.output import err, note, print_json, progress, screen
 from logo.errors import DataError, LoGoError, UsageError
 from logo.evaluation.metrics import metric_kind
+from logo.evaluation.tables import counted
 from logo.folders import check_writable
 
 if TYPE_CHECKING:
@@ -259,11 +260,12 @@ def _prepare(declaration: Declaration, data_dir: Path, request: Request, bar: Pr
         prefix = "" if declaration.name in message else f"{declaration.name}: "
         err.print(f"logo: error: {prefix}{message}", markup=False)
         return False
-    made = counts(entry)
+    made, others = counts(entry), entry["other_golds"]
     short = made["test"] < request.rows or made.get("train", request.train_rows) < request.train_rows
     extra = [
         *(["all that the source has"] if short else []),
         *([f"{entry['unusable_rows']} source rows without text left out"] if entry["unusable_rows"] else []),
+        *([f"{counted(others, 'row')} with an earlier prompt and another gold text left out"] if others else []),
         *([str(entry["source"]["commit"])[:8]] if entry["source"].get("commit") else []),
     ]
     print(f"{declaration.name}: {_rows(made)}" + (f" ({'; '.join(extra)})" if extra else ""), flush=True)

@@ -31,17 +31,20 @@ def field_table(report: Mapping[str, Any]) -> Table:
         entries = {part: (found[part] or {}).get(kind, {}).get(name, {}) for _, part, _, _ in COLUMNS}
         cells = [_cell(entries[part], key, digits) for _, part, key, digits in COLUMNS]
         said = methods.get(name, {}) if kind == "methods" else {}
-        rows.append(row(name, *cells, Cell(looks_at(kind, name, said), emphasis="faint")))
+        read = looks_at(kind, name, said, report["settings"].get("methods_signal"))
+        rows.append(row(name, *cells, Cell(read, emphasis="faint")))
+    ends = any(cell is not None and cell.ends is not None for one in rows for cell in one.cells)
     columns = (*words(""), *numbers(*(heading for heading, _, _, _ in COLUMNS)))
     columns += (Column("input", numeric=False, wraps=True),)
-    return Table(columns, tuple(rows), note=_caption(found, report))
+    return Table(columns, tuple(rows), note=_caption(found, report, intervals=ends))
 
 
-def looks_at(kind: str, name: str, method: Mapping[str, Any]) -> str:
+def looks_at(kind: str, name: str, method: Mapping[str, Any], signal: str | None = None) -> str:
     """The input of a signal, a mixture or a method, in a few words.
 
     Args:
         method: the options of a method.
+        signal: the signal of the engine that methods get, if one of them may select by it.
     """
     if kind == "signals":
         return "prompt, weights"
@@ -65,7 +68,8 @@ def looks_at(kind: str, name: str, method: Mapping[str, Any]) -> str:
         "logo": "prompt, weights",
         **dict.fromkeys(ROUTED, "weights, token by token"),
     }
-    return texts.get(method["method"], "not known (a plugin)") + by
+    plugin = "not known (a plugin)" if signal is None else f"not known (a plugin; signal {signal})"
+    return texts.get(method["method"], plugin) + by
 
 
 def _rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -90,10 +94,10 @@ def _cell(entry: Mapping[str, Any], key: str, digits: int) -> Cell | None:
     return number(entry[key], f".{digits}f", entry["intervals"].get(key), scale=1 if key == "nll" else 100)
 
 
-def _caption(found: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+def _caption(found: Mapping[str, Any], report: Mapping[str, Any], *, intervals: bool) -> str:
     settings = report["settings"]
     judged = f"answers of up to {settings['generate']} tokens" if "generate" in settings else "gold answers, forced"
-    said = [f"In percent, {judged}; 95 % intervals over tasks below."]
+    said = [f"In percent, {judged}; 95 % intervals over tasks below." if intervals else f"In percent, {judged}."]
     own = found["own"] or found["left_out"]
     if own and own["without_oracle"]:
         said.append(f"{len(own['without_oracle'])} of {own['tasks']} tasks have no ratio: their oracle scores 0.")

@@ -56,7 +56,7 @@ class Arm:
 
 
 class Arms:
-    """Engines in this process: one per signal, by name, on one model and one pool.
+    """Engines in this process: one per signal, by name, on one model and one pool. Methods get the first one.
 
     Args:
         contest: what is compared beside the signals.

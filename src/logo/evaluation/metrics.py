@@ -4,7 +4,7 @@ Exact match: strip, lower, drop every ".", compare. BLEU: nltk's sentence BLEU-4
 1, tokens at white space, one reference. ROUGE: rouge_score with its stemmer, F-measure. A dataset's metric is the one
 that the run was given, else the one declared beside its rows, else that of its name's first part. `run.json` records
 it, and `recorded_kind` reads it. Values are fractions of one; only `summary_line` uses percent.
-nltk and rouge_score are imported at the first use.
+nltk and rouge_score are imported at the first use, or by `load`.
 """
 
 from __future__ import annotations
@@ -193,6 +193,18 @@ def measure(kind: Kind, prediction: str, completion: str | Sequence[str]) -> Val
     if not 0 <= number <= 1:
         raise PluginError(f"metric {kind!r}: expected a number from 0 to 1, found {value!r:.60}")
     return number
+
+
+def load(kind: Kind) -> None:
+    """Imports whatever a metric needs, so that its first value takes no longer than the others.
+
+    Raises:
+        UsageError: there is no such metric.
+        PluginError: it is a plugin's, which cannot be imported.
+    """
+    METRICS[kind]  # loads a plugin
+    if kind in KINDS:
+        measure(kind, "", "")
 
 
 def judge(kind: Kind) -> list[str | None]:

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from logo.errors import UsageError
-from logo.evaluation.batches import Engine, Failure, in_batches
+from logo.evaluation.batches import Batch, Engine, Failure, in_batches
 from logo.evaluation.journal import Journal
-from logo.evaluation.metrics import Kind, Value, first_line, judge, measure, measures, metric_kind
+from logo.evaluation.metrics import Kind, Value, first_line, judge, load, measure, measures, metric_kind
 from logo.rows import Row
 
 if TYPE_CHECKING:
@@ -227,7 +227,8 @@ def answers(
     proven: bool = False,
 ) -> Iterator[tuple[list[Instance], int]]:
     """The rows' instances, a batch at a time and in order (`probe_context=carry` depends on the order), each with the
-    number of rows that are tried at once after it.
+    number of rows that are tried at once after it. The metric is loaded at once and not with the first row, since
+    `placed` times the rows.
 
     Raises:
         UsageError: a batch size or token limit below 1.
@@ -236,14 +237,12 @@ def answers(
     for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if number < 1:
             raise UsageError(f"{name} {number}: expected at least 1")
+    load(metric)
     prompts = [row.prompt for row in rows]
-    done = 0
-    for batch in in_batches(
+    batches = in_batches(
         engine, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, size=size, proven=proven
-    ):
-        some = rows[done : done + len(batch.answers)]
-        done += len(some)
-        yield [_judged(metric, row, answer) for row, answer in zip(some, batch.answers, strict=True)], batch.size
+    )
+    return _judged_batches(metric, rows, batches)
 
 
 def placed(first: int, batches: Iterable[tuple[Sequence[Instance], int]]) -> Iterator[AnsweredBatch]:
@@ -296,6 +295,14 @@ def _common_columns(scored: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """The adapters that any instance scored, in pool order; instances of a two-stage index score different ones."""
     different = list(dict.fromkeys(map(tuple, scored)))
     return different[0] if len(different) == 1 else tuple(sorted({name for names in different for name in names}))
+
+
+def _judged_batches(kind: Kind, rows: Sequence[Row], batches: Iterable[Batch]) -> Iterator[tuple[list[Instance], int]]:
+    done = 0
+    for batch in batches:
+        some = rows[done : done + len(batch.answers)]
+        done += len(some)
+        yield [_judged(kind, row, answer) for row, answer in zip(some, batch.answers, strict=True)], batch.size
 
 
 def _judged(kind: Kind, row: Row, answer: Generation | Failure) -> Instance:

@@ -52,7 +52,8 @@ class Place:
 class Run:
     """One run folder. `results` by dataset, official names first.
 
-    `base`, `method`, `k` and `seed` are None where neither `run.json` nor the folder's name says; `name` is what the
+    `base`, `method`, `k` and `seed` are None where neither `run.json` nor the folder's name says. The `method` of a run
+    that selects by a signal is that signal, followed by the merge if that is not the exact mixture; `name` is what the
     user called the run, if anything.
     """
 
@@ -68,6 +69,13 @@ class Run:
     def options(self) -> Mapping[str, Any]:
         """The first dataset's options."""
         return next(iter(self.results.values())).options
+
+    @property
+    def by_plugin(self) -> bool:
+        """Whether a plugin's method selected, as far as `run.json` says."""
+        identity = next(iter(self.results.values())).run.get("identity")
+        method = identity.get("method") if isinstance(identity, dict) else None
+        return isinstance(method, dict) and "plugin" in method
 
 
 def place_of(folder: Path) -> Place:
@@ -167,9 +175,10 @@ def _run(places: list[Place], data_dir: Path | None) -> Run:
     folder = places[0].run_folder
     name = _NAME.fullmatch(folder.resolve().name)
     parts: dict[str, Any] = name.groupdict() if name else {}
-    method = options.get("method") or "logo"
-    if method == "logo":
+    method, merge = options.get("method") or "logo", options.get("merge") or "mixture"
+    if method in ("logo", f"logo-{merge}"):
         method = options.get("signal") or options.get("selection_strategy") or parts.get("method")
+        method = method if merge == "mixture" else f"{method}-{merge}"
     base = options.get("base_model") or parts.get("base")
     return Run(
         folder=folder,

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from logo.baselines.registry import may_select_by_signal
 from logo.errors import DataError, StorageError, UsageError, closest, requested
 from logo.evaluation.contest import Contest, Lesson, Lessons
 from logo.evaluation.differences import described, differences
@@ -31,6 +32,7 @@ from logo.evaluation.reliability import reliability
 from logo.evaluation.results import versions
 from logo.evaluation.runner import summed
 from logo.evaluation.summary import Measured, summary
+from logo.evaluation.tables import counted
 from logo.rows import Row, read_rows
 
 _REPLACED = "; --overwrite replaces it, another --save keeps both"
@@ -196,9 +198,12 @@ def study(
     """
     facts, contest = measuring.facts, contest or Contest()
     tell, taught = on_progress or (lambda name: None), on_lesson or (lambda lesson: None)
-    settings = {**settings, **facts.settings, **contest.as_dict(), "seed": seed}
+    asked = contest.as_dict()
+    if any(may_select_by_signal(method) for method in contest.methods.values()):
+        asked["methods_signal"] = next(iter(facts.settings["signals"]))  # see `logo.evaluation.arms.Arms`
+    settings = {**settings, **facts.settings, **asked, "seed": seed}
     tasks = asked_of(tasks, contest, facts.names)
-    run = _identity(facts, tasks, settings, tuple(contest.as_dict()))
+    run = _identity(facts, tasks, settings, tuple(asked))
     if finished is not None and not overwrite and not is_begun(journal_file) and finished.exists():
         return _written_before(finished, {**run, "seed": seed})
     if facts.in_order and not overwrite:
@@ -237,10 +242,12 @@ def study_so_far(journal_file: Path, seed: int = 0) -> Study:
         UsageError: there is no journal, or it has no measured row yet.
     """
     found = written(journal_file)
-    rows = [] if found is None else [Measured(**record) for record in found.records if "lesson" not in record]
+    records = [] if found is None else found.records
+    rows = [Measured(**record) for record in records if "lesson" not in record]
+    lessons = {Lesson(*one["lesson"]): one["learnt"] for one in records if "lesson" in one}
     if found is None or found.run is None or not rows:
-        raise UsageError(f"journal {journal_file}: expected measured rows of an unfinished study, found none")
-    lessons = {Lesson(*one["lesson"]): one["learnt"] for one in found.records if "lesson" in one}
+        learnt = f", but {counted(len(lessons), 'lesson')}, which come before the rows" if lessons else ""
+        raise UsageError(f"journal {journal_file}: expected measured rows of an unfinished study, found none{learnt}")
     settings = {"so_far": len(rows), **{name: found.run[name] for name in found.run if name not in ("pool",)}}
     ordered = sorted(rows, key=lambda row: (row.task, row.index))
     return _reported(ordered, lessons, tuple(found.run["pool"]), settings, seed, 0.0)

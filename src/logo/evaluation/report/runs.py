@@ -80,9 +80,13 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def differing(runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
-    """The options that are not the same in all runs: name -> a value per run, as text."""
-    names = dict.fromkeys(name for run in runs for result in run.results.values() for name in result.options)
-    found = {name: tuple(_option(run, name) for run in runs) for name in names if name not in _UNTOLD}
+    """The options that are not the same in all runs: name -> a value per run, as text. The signal is one of them, and
+    the first, if a plugin's method may have selected by it."""
+    every = (name for run in runs for result in run.results.values() for name in result.options)
+    names = [name for name in dict.fromkeys(every) if name not in _UNTOLD]
+    if any(run.by_plugin for run in runs):
+        names.insert(0, "signal")
+    found = {name: tuple(_option(run, name) for run in runs) for name in names}
     return {name: values for name, values in found.items() if len(set(values)) > 1 or _VARIES in values}
 
 
@@ -105,7 +109,7 @@ def seconds(run: Run) -> Seconds:
 def _method(run: Run) -> str:
     method = run.method or run.folder.resolve().name
     merge = run.options.get("merge")
-    return method if merge in (None, "mixture") else f"{method} ({merge})"
+    return method if merge in (None, "mixture") or method.endswith(f"-{merge}") else f"{method} ({merge})"
 
 
 def _option(run: Run, name: str) -> str:

@@ -35,21 +35,28 @@ class Instance:
 
 @dataclass(frozen=True)
 class Instances:
-    """The instances of a split, and the number of raw rows that lack a prompt or a gold text."""
+    """The instances of a split.
+
+    Attributes:
+        unusable: number of raw rows that lack a prompt or a gold text.
+        other_golds: number of raw rows that have the prompt of an earlier row, and another gold text, which is dropped.
+    """
 
     items: tuple[Instance, ...]
     unusable: int
+    other_golds: int = 0
 
 
 def make_instances(name: str, wording: Wording, rows: Iterable[tuple[str, RawRow]]) -> Instances:
-    """Fill the templates from every row. Rows with the same prompt are one instance, with the references of all.
+    """Fill the templates from every row. Rows with the same prompt are one instance: with the references of all if the
+    declaration has references, else with the gold text of the first row.
 
     Raises:
         DataError: a row that does not fit the declaration (names the file and the row), or no usable row at all.
     """
     found: dict[str, Instance] = {}
-    unusable = 0
-    where = "no file"
+    unusable = other_golds = 0
+    where = ""
     for where, row in rows:
         try:
             instance = _instance(wording, row)
@@ -61,11 +68,15 @@ def make_instances(name: str, wording: Wording, rows: Iterable[tuple[str, RawRow
             found[instance.context] = instance
         elif instance.references:
             found[instance.context] = replace(known, references=_merged(known.references, instance.references))
+        else:
+            other_golds += not set(_merged(instance.completion)) <= set(_merged(known.completion))
+    if not found and not unusable:
+        raise DataError(f"dataset {name!r}: expected rows, found none in its files; is this the right split?")
     if not found:
         raise DataError(
             f"dataset {name!r}: {where}: none of {unusable} rows has a prompt and a gold text; is this the right split?"
         )
-    return Instances(tuple(found.values()), unusable)
+    return Instances(tuple(found.values()), unusable, other_golds)
 
 
 def draw(instances: Sequence[Instance], count: int, seed: int, without: Iterable[Instance] = ()) -> list[Instance]:

@@ -55,7 +55,7 @@ def prepare(
     on_stage("finding files" if request.raw is not None else "fetching")
     place = _place(declaration, request, wanted)
     try:
-        drawn, unusable = _drawn(declaration, place, request, on_stage)
+        drawn, read = _drawn(declaration, place, request, on_stage)
     except DataError as error:
         if place.commit is None:
             raise
@@ -68,7 +68,7 @@ def prepare(
     if declaration.metric != metric_kind(declaration.name):
         texts["test.yaml"] = f"metric: {declaration.metric}\n"
     replace_folder(folder, texts, owned=[*(f"{split}.jsonl" for split in SPLITS), "test.yaml"])
-    entry = _entry(declaration, data_dir, request, place, drawn, unusable)
+    entry = _entry(declaration, data_dir, request, place, drawn, read)
     add_to_manifest(data_dir, declaration.name, entry)
     return entry
 
@@ -85,8 +85,8 @@ def _place(declaration: Declaration, request: Request, splits: Sequence[str]) ->
 
 def _drawn(
     declaration: Declaration, place: Place, request: Request, on_stage: Callable[[str], None]
-) -> tuple[dict[str, list[Instance]], int]:
-    """The rows of each split, and the number of raw rows that could not be used."""
+) -> tuple[dict[str, list[Instance]], list[Instances]]:
+    """The rows of each split, and all instances that they were drawn from."""
     wording = Wording(declaration, place.layout)
     found: dict[str, Instances] = {}
     for split, names in place.names.items():
@@ -101,8 +101,7 @@ def _drawn(
         train = draw(found["train"].items, request.train_rows, request.seed, without=drawn["test"])
         if train:  # a data file has at least one row
             drawn["train"] = train
-    unusable = {id(instances): instances.unusable for instances in found.values()}
-    return drawn, sum(unusable.values())
+    return drawn, list({id(instances): instances for instances in found.values()}.values())
 
 
 def _entry(
@@ -111,7 +110,7 @@ def _entry(
     request: Request,
     place: Place,
     drawn: dict[str, list[Instance]],
-    unusable: int,
+    read: Sequence[Instances],
 ) -> Entry:
     hub = declaration.hub
     source: dict[str, Any] = {"homepage": declaration.homepage}
@@ -132,6 +131,7 @@ def _entry(
         "citation": declaration.citation,
         "declaration_sha256": declaration.sha256,
         "asked": {"rows": request.rows, "train_rows": request.train_rows, "seed": request.seed},
-        "unusable_rows": unusable,
+        "unusable_rows": sum(instances.unusable for instances in read),
+        "other_golds": sum(instances.other_golds for instances in read),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
