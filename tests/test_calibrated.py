@@ -21,13 +21,15 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
 from logo.adapters.format import Adapter
-from logo.errors import ModelError
+from logo.errors import ModelError, Unsure
 from logo.selection import calibration
 from logo.selection.chance import UNIT, USUAL, factors
 from logo.selection.confidence import total
 from logo.selection.drift import MOST, RATE
 from logo.selection.texts import NEUTRAL, REQUESTS
 from logo.selection.whitening import Whitening
+from logo.serving.memory import Memory
+from logo.serving.service import Service
 from make_adapters import everyones_folder, index_of, lock
 from test_engine import write_adapter
 from tolerances import same_scores, same_tensor
@@ -485,6 +487,30 @@ def test_an_overflow_is_not_remembered(llama: nn.Module, tmp_path: Path) -> None
     embeddings[5] = kept
     assert running.select(PROMPTS) == other.select(PROMPTS)
     assert running.select(PROMPTS) == other.select(PROMPTS)
+
+
+def test_a_refused_prompt_is_probed_and_counted_once(llama: nn.Module, tmp_path: Path) -> None:
+    """It fails alone: those beside it in a batch of the server have the selections that it does not change."""
+    mixed = engine(llama, pool(llama, tmp_path), baseline="running")
+    want = mixed.select(PROMPTS, batch_size=len(PROMPTS))
+    below = sorted(one.confidence or 0.0 for one in want)[2]
+    running = engine(llama, tmp_path, baseline="running", when_unsure="refuse", unsure_below=below)
+    rows, passes = running.prompts.read(PROMPTS, room=None), []
+    handle = llama.get_submodule("model.embed_tokens").register_forward_hook(lambda *_: passes.append(1))
+    found = Service(running, Memory(concurrent=4))._probed([*rows], [running.call_settings()] * len(rows))
+    handle.remove()
+    assert [isinstance(one, Unsure) for one in found] == [(one.confidence or 0.0) < below for one in want]
+    assert [one.scores for one in found] == [one.scores for one in want]  # type: ignore[union-attr]
+    assert len(passes) == 1 and running._selecting.scorers.levels == mixed._selecting.scorers.levels
+
+
+@pytest.mark.parametrize("call", ["select", "generate", "stream"])
+def test_a_call_that_is_refused_is_not_remembered(call: str, llama: nn.Module, tmp_path: Path) -> None:
+    running = engine(llama, pool(llama, tmp_path), baseline="running", when_unsure="refuse", unsure_below=0.999)
+    for _ in range(3):
+        with pytest.raises(Unsure):
+            getattr(running, call)(PROMPTS[0] if call == "stream" else PROMPTS)
+    assert running._selecting.scorers.levels == {"calibrated": {}}
 
 
 def test_texts_are_many_and_short() -> None:

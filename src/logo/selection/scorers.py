@@ -270,6 +270,17 @@ class Scorers:
         """The device on which scores at a point are computed."""
         return self._device or device_of(self._model, point)
 
+    @property
+    def levels(self) -> dict[str, dict[str, float]]:
+        """Signal -> what its running reference has learnt, for signals that have one."""
+        return {signal: dict(one.drift.levels) for signal, one in self._known.items() if one.drift is not None}
+
+    @levels.setter
+    def levels(self, levels: Mapping[str, Mapping[str, float]]) -> None:
+        for signal, scorer in self._known.items():
+            if scorer.drift is not None:
+                scorer.drift.levels = dict(levels.get(signal, {}))
+
     def restart(self) -> None:
         """Forgets what a running reference has learnt from earlier prompts."""
         for scorer in self._known.values():

@@ -302,7 +302,7 @@ class Service:
     def _probed(self, rows: list[Prompt | Sequence[int]], asked: list[CallSettings]) -> list[Selection | Exception]:
         """The selection of each prompt, or the error that it failed with. Generation is paused meanwhile."""
         try:
-            return [*self.logo.select_ids(rows, asked, batch_size=self._probe_batch)]
+            return [*self.logo.outcomes_ids(rows, asked, self._probe_batch)]
         except Exception as error:
             if len(rows) == 1:
                 return [error]
