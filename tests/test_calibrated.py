@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
-from logo.adapters.format import Adapter
+from logo.adapters.format import Adapter, open_adapter
 from logo.errors import ModelError, Unsure
 from logo.selection import calibration
 from logo.selection.chance import UNIT, USUAL, factors
@@ -473,6 +473,18 @@ def test_a_running_reference_goes_on_where_the_pool_changes(llama: nn.Module, tm
     assert after is not None and "t1" not in after.levels
     assert after.levels.keys() == drift.levels.keys() - {"t1"}
     assert all(abs(after.levels[name] - drift.levels[name]) <= 2 * RATE for name in after.levels)
+
+
+def test_an_adapter_does_not_inherit_the_level_of_the_one_it_replaces(llama: nn.Module, tmp_path: Path) -> None:
+    logo = engine(llama, pool(llama, tmp_path), baseline="running")
+    logo.select([f"the same begin{i}" for i in range(3, 50)])
+    before = dict(logo._selecting.scorers.levels["calibrated"])
+    write_adapter(tmp_path / "other" / "t1", llama, ("q_proj", "v_proj"), rank=3, seed=9)
+    logo.pool.remove("t1")
+    logo.pool.add(open_adapter(tmp_path / "other" / "t1", "t1"))
+    logo.calibrate()
+    after = logo._selecting.scorers.levels["calibrated"]
+    assert after == {name: level for name, level in before.items() if name != "t1"}
 
 
 def test_an_overflow_is_not_remembered(llama: nn.Module, tmp_path: Path) -> None:

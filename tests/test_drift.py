@@ -60,3 +60,12 @@ def test_levels_go_on_from_others_and_forget() -> None:
     assert second.levels["a"] > first.levels["a"] == first.levels["b"] == second.levels["b"]
     second.keep({"b"})
     assert set(second.levels) == {"b"} and set(first.levels) == {"a", "b"}
+
+
+def test_one_that_is_new_is_as_usual_as_the_others() -> None:
+    """Where all traffic is far from neutral text, it must neither gain nor lose by the levels of the others."""
+    drift = Drift()
+    for _ in range(1000):
+        drift.see({"a": 2.0, "b": 2.0})
+    drift.see({"a": 2.0, "b": 2.0, "new": 2.0})
+    assert abs(drift.shifts["new"]) < RATE

@@ -1,6 +1,6 @@
 """How far the scores of each adapter have moved over the prompts so far; a running reference corrects them for it.
 
-    level_i  += RATE · clip(score_i - level_i, -1, 1)        after each prompt; 0 before the first
+    level_i  += RATE · clip(score_i - level_i, -1, 1)        after each prompt; at first the median of the other levels
     shift_i   = level_i - median over adapters of level      how much more than others i responds to any prompt
     score_i' = score_i - clip(shift_i, -MOST, MOST)          `baseline="running"`
 
@@ -37,9 +37,9 @@ class Drift:
 
     def see(self, scores: Mapping[str, float]) -> None:
         """Moves the levels by the scores of one prompt; adapters without a score keep theirs."""
-        levels = self.levels
+        levels, middle = self.levels, self.middle  # one that is new is usual until it has been seen
         for name, score in scores.items():
-            level = levels.get(name, 0.0)
+            level = levels.get(name, middle)
             levels[name] = level + RATE * max(-1.0, min(1.0, score - level))
 
     def keep(self, names: Collection[str]) -> None:

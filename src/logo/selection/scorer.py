@@ -54,7 +54,7 @@ class Scorer:
 
     Attributes:
         points: where prompts are read.
-        names: of the adapters.
+        adapters, names: those that are scored.
         sizes: adapter name -> relative size (`logo.selection.size`); empty for signals without a calibration.
         drift, signatures: the same.
     """
@@ -74,6 +74,7 @@ class Scorer:
         self.signatures, self._alone, self._scaled = signatures, alone, scaled
         self.indices = tuple(indices)
         self.points = tuple(index.point for index in indices)
+        self.adapters = tuple(adapters)
         self.names = tuple(adapter.name for adapter in adapters)
         self.calibration = calibration
         self.cache = cache

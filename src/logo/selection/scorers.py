@@ -162,9 +162,11 @@ class Scorers:
         drift = None
         if settings.baseline == "running":
             drift = Drift()
-            if earlier is not None and earlier.drift is not None:  # a pool that has changed
+            if earlier is not None and earlier.drift is not None and cache is not None:  # a pool that has changed
+                before = dict(zip(earlier.names, cache.keys(earlier.adapters), strict=True))
                 drift = Drift(earlier.drift.levels)
-                drift.keep([adapter.name for adapter in adapters])
+                keys = zip(adapters, cache.keys(adapters), strict=True)
+                drift.keep([one.name for one, key in keys if before.get(one.name) == key])  # not of one it replaces
         return Scorer(adapters, indices, reader, calibration, cache, drift, signatures, alone, scaled)
 
     def _signatures(
