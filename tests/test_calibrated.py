@@ -433,7 +433,7 @@ def test_a_running_reference_moves_the_scores_of_long_and_short_prompts_alike(ll
     for prompt in ("ab", "a long prompt of many more characters than most of the texts"):
         drift = running.scorer.drift
         assert drift is not None
-        levels = torch.tensor([drift.corrections[name] for name in neutral.names])
+        levels = torch.tensor([drift.corrections(neutral.names)[name] for name in neutral.names])
         tokens = torch.tensor([len(neutral.prompts.texts([prompt])[0]) - 1])
         apart = neutral.scorer._reference.apart
         factor = factors(tokens, apart)
@@ -473,6 +473,22 @@ def test_a_running_reference_goes_on_where_the_pool_changes(llama: nn.Module, tm
     assert after is not None and "t1" not in after.levels
     assert after.levels.keys() == drift.levels.keys() - {"t1"}
     assert all(abs(after.levels[name] - drift.levels[name]) <= 2 * RATE for name in after.levels)
+
+
+def test_a_running_reference_learns_from_candidates_what_they_are_among_themselves(
+    llama: nn.Module, tmp_path: Path
+) -> None:
+    """Requests that may not use an adapter do not move its level, and its level does not count in their scores."""
+    traffic = [f"the same begin{i}" for i in range(3, 50)]
+    logo, other = (engine(llama, pool(llama, tmp_path / name), baseline="running") for name in "ab")
+    logo.select(traffic, candidates=["t0", "t1"])
+    levels = dict(logo._selecting.scorers.levels["calibrated"])
+    assert levels.keys() == {"t0", "t1"}
+    want = logo.select(PROMPTS, candidates=["t0", "t1"])
+    other.select(traffic, candidates=["t2", "t3"])
+    other.select(traffic, candidates=["t0", "t1"])
+    assert {name: other._selecting.scorers.levels["calibrated"][name] for name in levels} == levels
+    assert other.select(PROMPTS, candidates=["t0", "t1"]) == want
 
 
 def test_an_adapter_does_not_inherit_the_level_of_the_one_it_replaces(llama: nn.Module, tmp_path: Path) -> None:
