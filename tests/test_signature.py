@@ -30,6 +30,7 @@ from logo.selection.chance import factors
 from logo.selection.confidence import EXAMPLES as WITH_EXAMPLES
 from logo.selection.signature import GAIN, Signatures, Space, described
 from test_calibrated import PROMPTS, engine, pool
+from test_engine import write_adapter
 
 LONG = "a long story that every prompt begins with, over and over again, until a block of tokens is full; "
 
@@ -184,6 +185,24 @@ def test_an_adapter_that_joins_brings_its_examples(llama: nn.Module, folder: Pat
     logo.pool.remove("joined")
     logo.select(PROMPTS[2])
     assert logo._selecting.scorer().signatures is None
+
+
+def test_adapters_that_come_and_go_leave_no_descriptions_in_memory(
+    llama: nn.Module, folder: Path, tmp_path: Path
+) -> None:
+    logo = engine(llama, told(folder, t0=PROMPTS[0]))
+    cache = logo.scorer.cache
+    assert cache is not None
+    before = len(cache._described)
+    for i in range(4):
+        write_adapter(tmp_path / f"n{i}", llama, ("q_proj", "v_proj"), rank=2, seed=20 + i)
+        write_examples(tmp_path / f"n{i}", [f"number {i}"])
+        logo.pool.add(tmp_path / f"n{i}")
+        logo.select(PROMPTS[0])
+        assert len(cache._described) == before + 1
+        logo.pool.remove(f"n{i}")
+    logo.select(PROMPTS[0])
+    assert logo.scorer.cache is cache and len(cache._described) == before
 
 
 def test_the_cache_keeps_means_only(llama: nn.Module, folder: Path, tmp_path: Path) -> None:

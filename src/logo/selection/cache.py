@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -173,6 +173,10 @@ class CalibrationCache:
         self._described[name] = dict(descriptions)
         tensors = {str(point): tensor.contiguous() for point, tensor in descriptions.items()}
         self._save(f"described/{name}.safetensors", save(tensors))
+
+    def release_described(self, needed: Collection[str]) -> None:
+        """Releases the memory of all other descriptions; they stay on disk."""
+        self._described = {name: self._described[name] for name in self._described if name in needed}
 
     def keep_choice(self, adapters: Sequence[Adapter], choice: Mapping[str, Any]) -> Path | None:
         """Writes down which points were chosen for these adapters; returns where."""
