@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from torch import Tensor
 
 from logo.adapters.pool import AdapterPool
-from logo.decoding import Prompts, batches_by_length, input_device
+from logo.decoding import Prompts, batches_by_length, batches_in_order, input_device
 from logo.errors import LoGoError, PoolError, UsageError, check_type, closest
 from logo.mixing import EXACT, Mixer
 from logo.prompts import ProbeText, Prompt
@@ -306,7 +306,8 @@ class Probing(Selecting):
         active = self.pool.names if self._settings.probe_context == "pool" else ()
         for signal in dict.fromkeys(one.settings.signal for one in calls):
             members = [i for i, one in enumerate(calls) if one.settings.signal == signal]
-            for part in batches_by_length([len(probed[i]) for i in members], batch_size, tokens=MAX_TOKENS):
+            lengths = [len(probed[i]) for i in members]
+            for part in self.batches(lengths, batch_size):
                 batch = [members[i] for i in part]
                 found = self._probe([probed[i] for i in batch], [calls[i] for i in batch], active)
                 if answering:  # loaded while the next batch is probed
@@ -314,6 +315,11 @@ class Probing(Selecting):
                     self._mixer.prefetch(self.pool, selected)
                 outcomes |= zip(batch, found, strict=True)
         return [outcomes[i] for i in range(len(rows))]
+
+    def batches(self, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+        """Indices of prompts in batches that are probed together; in their order if scores depend on it."""
+        batches = batches_in_order if self._settings.baseline == "running" else batches_by_length
+        return batches(lengths, batch_size, tokens=MAX_TOKENS)
 
     def evidence(self, settings: SelectionSettings) -> Evidence | None:
         """See `Choosing`; the scorers say whether there are example prompts."""
