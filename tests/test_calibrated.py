@@ -14,20 +14,25 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
-from logo.adapters.format import Adapter
-from logo.errors import ModelError
+from logo.adapters.format import Adapter, open_adapter
+from logo.decoding import batches_in_order
+from logo.errors import ModelError, Unsure
 from logo.selection import calibration
 from logo.selection.chance import UNIT, USUAL, factors
 from logo.selection.confidence import total
 from logo.selection.drift import MOST, RATE
 from logo.selection.texts import NEUTRAL, REQUESTS
 from logo.selection.whitening import Whitening
+from logo.serving.memory import Memory
+from logo.serving.service import Service
 from make_adapters import everyones_folder, index_of, lock
 from test_engine import write_adapter
 from tolerances import same_scores, same_tensor
@@ -431,7 +436,7 @@ def test_a_running_reference_moves_the_scores_of_long_and_short_prompts_alike(ll
     for prompt in ("ab", "a long prompt of many more characters than most of the texts"):
         drift = running.scorer.drift
         assert drift is not None
-        levels = torch.tensor([drift.corrections[name] for name in neutral.names])
+        levels = torch.tensor([drift.corrections(neutral.names)[name] for name in neutral.names])
         tokens = torch.tensor([len(neutral.prompts.texts([prompt])[0]) - 1])
         apart = neutral.scorer._reference.apart
         factor = factors(tokens, apart)
@@ -444,11 +449,19 @@ def scores(logo: LoGo, prompts: list[str]) -> torch.Tensor:
 
 
 def test_a_running_reference_learns_from_each_prompt_before_the_next(llama: nn.Module, tmp_path: Path) -> None:
-    """So that it does not matter which prompts are probed together; all of these are equally long."""
-    prompts = [f"the same begin{i}" for i in range(13, 40)]
+    """In their order, so that it does not matter which prompts are probed together."""
+    prompts = [f"the same begin{i}" + "!" * (7 * i % 20) for i in range(13, 40)]
     together, alone = (engine(llama, pool(llama, tmp_path / at), baseline="running") for at in ("a", "b"))
     found = torch.cat([scores(alone, [prompt]) for prompt in prompts])
     assert torch.allclose(scores(together, prompts), found, atol=1e-3)
+
+
+@given(st.lists(st.integers(1, 60), max_size=30), st.integers(1, 9), st.integers(1, 200))
+def test_batches_in_order(lengths: list[int], size: int, tokens: int) -> None:
+    batches = list(batches_in_order(lengths, size, tokens=tokens))
+    assert [i for batch in batches for i in batch] == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or (len(batch) <= size and len(batch) * max(lengths[i] for i in batch) <= tokens)
 
 
 def test_a_running_reference_chooses_no_adapter_of_zeros(llama: nn.Module, tmp_path: Path) -> None:
@@ -473,6 +486,34 @@ def test_a_running_reference_goes_on_where_the_pool_changes(llama: nn.Module, tm
     assert all(abs(after.levels[name] - drift.levels[name]) <= 2 * RATE for name in after.levels)
 
 
+def test_a_running_reference_learns_from_candidates_what_they_are_among_themselves(
+    llama: nn.Module, tmp_path: Path
+) -> None:
+    """Requests that may not use an adapter do not move its level, and its level does not count in their scores."""
+    traffic = [f"the same begin{i}" for i in range(3, 50)]
+    logo, other = (engine(llama, pool(llama, tmp_path / name), baseline="running") for name in "ab")
+    logo.select(traffic, candidates=["t0", "t1"])
+    levels = dict(logo._selecting.scorers.levels["calibrated"])
+    assert levels.keys() == {"t0", "t1"}
+    want = logo.select(PROMPTS, candidates=["t0", "t1"])
+    other.select(traffic, candidates=["t2", "t3"])
+    other.select(traffic, candidates=["t0", "t1"])
+    assert {name: other._selecting.scorers.levels["calibrated"][name] for name in levels} == levels
+    assert other.select(PROMPTS, candidates=["t0", "t1"]) == want
+
+
+def test_an_adapter_does_not_inherit_the_level_of_the_one_it_replaces(llama: nn.Module, tmp_path: Path) -> None:
+    logo = engine(llama, pool(llama, tmp_path), baseline="running")
+    logo.select([f"the same begin{i}" for i in range(3, 50)])
+    before = dict(logo._selecting.scorers.levels["calibrated"])
+    write_adapter(tmp_path / "other" / "t1", llama, ("q_proj", "v_proj"), rank=3, seed=9)
+    logo.pool.remove("t1")
+    logo.pool.add(open_adapter(tmp_path / "other" / "t1", "t1"))
+    logo.calibrate()
+    after = logo._selecting.scorers.levels["calibrated"]
+    assert after == {name: level for name, level in before.items() if name != "t1"}
+
+
 def test_an_overflow_is_not_remembered(llama: nn.Module, tmp_path: Path) -> None:
     """A running reference goes on as if the prompt that overflowed had never come."""
     model = tiny.model("llama")
@@ -485,6 +526,30 @@ def test_an_overflow_is_not_remembered(llama: nn.Module, tmp_path: Path) -> None
     embeddings[5] = kept
     assert running.select(PROMPTS) == other.select(PROMPTS)
     assert running.select(PROMPTS) == other.select(PROMPTS)
+
+
+def test_a_refused_prompt_is_probed_and_counted_once(llama: nn.Module, tmp_path: Path) -> None:
+    """It fails alone: those beside it in a batch of the server have the selections that it does not change."""
+    mixed = engine(llama, pool(llama, tmp_path), baseline="running")
+    want = mixed.select(PROMPTS, batch_size=len(PROMPTS))
+    below = sorted(one.confidence or 0.0 for one in want)[2]
+    running = engine(llama, tmp_path, baseline="running", when_unsure="refuse", unsure_below=below)
+    rows, passes = running.prompts.read(PROMPTS, room=None), []
+    handle = llama.get_submodule("model.embed_tokens").register_forward_hook(lambda *_: passes.append(1))
+    found = Service(running, Memory(concurrent=4))._probed([*rows], [running.call_settings()] * len(rows))
+    handle.remove()
+    assert [isinstance(one, Unsure) for one in found] == [(one.confidence or 0.0) < below for one in want]
+    assert [one.scores for one in found] == [one.scores for one in want]  # type: ignore[union-attr]
+    assert len(passes) == 1 and running._selecting.scorers.levels == mixed._selecting.scorers.levels
+
+
+@pytest.mark.parametrize("call", ["select", "generate", "stream"])
+def test_a_call_that_is_refused_is_not_remembered(call: str, llama: nn.Module, tmp_path: Path) -> None:
+    running = engine(llama, pool(llama, tmp_path), baseline="running", when_unsure="refuse", unsure_below=0.999)
+    for _ in range(3):
+        with pytest.raises(Unsure):
+            getattr(running, call)(PROMPTS[0] if call == "stream" else PROMPTS)
+    assert running._selecting.scorers.levels == {"calibrated": {}}
 
 
 def test_texts_are_many_and_short() -> None:

@@ -16,7 +16,7 @@ TRAFFIC = st.lists(st.fixed_dictionaries({"a": SCORES, "b": SCORES, "c": SCORES}
 @given(TRAFFIC)
 def test_no_prompt_moves_a_level_far_and_no_score_is_corrected_by_much(traffic: list[dict[str, float]]) -> None:
     drift = Drift()
-    assert drift.corrections == {} and drift.middle == 0.0
+    assert drift.corrections("abc") == {} and drift.middle == 0.0
     for scores in traffic:
         before = dict(drift.levels)
         drift.see(scores)
@@ -24,7 +24,7 @@ def test_no_prompt_moves_a_level_far_and_no_score_is_corrected_by_much(traffic: 
             was = before.get(name, 0.0)
             assert abs(level - was) <= RATE * (1 + 1e-9)
             assert min(was, scores[name]) - 1e-9 <= level <= max(was, scores[name]) + 1e-9
-    assert all(abs(taken) <= MOST for taken in drift.corrections.values())
+    assert all(abs(taken) <= MOST for taken in drift.corrections("abc").values())
     assert math.isclose(sorted(drift.shifts.values())[1], 0.0) if traffic else not drift.shifts
 
 
@@ -49,7 +49,7 @@ def test_one_that_responds_to_everything_is_found_and_corrected() -> None:
     drift = Drift()
     for _ in range(1000):
         drift.see({"loud": 2.0, "a": 0.0, "b": 0.1})
-    assert drift.shifts["loud"] > 1.8 and drift.corrections["loud"] == MOST
+    assert drift.shifts["loud"] > 1.8 and drift.corrections(drift.levels)["loud"] == MOST
 
 
 def test_levels_go_on_from_others_and_forget() -> None:
@@ -60,3 +60,12 @@ def test_levels_go_on_from_others_and_forget() -> None:
     assert second.levels["a"] > first.levels["a"] == first.levels["b"] == second.levels["b"]
     second.keep({"b"})
     assert set(second.levels) == {"b"} and set(first.levels) == {"a", "b"}
+
+
+def test_one_that_is_new_is_as_usual_as_the_others() -> None:
+    """Where all traffic is far from neutral text, it must neither gain nor lose by the levels of the others."""
+    drift = Drift()
+    for _ in range(1000):
+        drift.see({"a": 2.0, "b": 2.0})
+    drift.see({"a": 2.0, "b": 2.0, "new": 2.0})
+    assert abs(drift.shifts["new"]) < RATE

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logo.errors import StorageError
-from logo.folders import check_writable, replace_folder
+from logo.folders import check_writable, held, replace_file, replace_folder
 
 OLD = {"a.json": "[1]", "b.json": "[2]"}
 NEW = {"a.json": "[10]", "c.json": "[30]"}
@@ -126,7 +126,7 @@ LIMITED = """
     import resource, sys
     from pathlib import Path
     from logo.errors import StorageError
-    from logo.folders import check_writable, replace_folder
+    from logo.folders import check_writable, held, replace_file, replace_folder
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # no file may grow beyond this
     try:
@@ -201,6 +201,25 @@ def test_a_killed_writer_leaves_no_mixture_and_the_next_one_cleans(
     replace_folder(folder, {"a.json": "[100]"}, owned={**OLD, **NEW})
     assert content(folder) == {"a.json": "[100]", "notes.txt": "mine"}
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a POSIX thing")
+def test_what_a_killed_writer_of_a_file_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    killed = """
+        import os, signal, sys
+        from pathlib import Path
+        from logo import folders
+        folders.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        folders.replace_file(Path(sys.argv[1]), b"secret")
+    """
+    assert python(killed, tmp_path / "a.json", check=False).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1
+    replace_file(tmp_path / "b.json", b"1")
+    with held(tmp_path / ".a.json.new-1234"):  # of a writer that lives
+        replace_file(tmp_path / "a.json", b"2")
+        assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json", ".a.json.new-1234"}
+    replace_file(tmp_path / "a.json", b"3")
+    assert content(tmp_path) == {"a.json": "3", "b.json": "1"}
 
 
 def test_without_a_lock_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,6 +215,24 @@ def test_own_files_are_never_replaced(own: str, folder: Path, prompts: Path, cap
     assert (folder / "capital" / EXAMPLES).read_text(encoding="utf-8") == own
 
 
+def test_examples_that_are_given_meanwhile_stay(
+    folder: Path, prompts: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading takes minutes, in which a user may say what an adapter is for."""
+
+    def while_reading(*_: Any, **__: Any) -> Learned:
+        write_examples(folder / "french", ["Mine"])
+        write_examples(folder / "plural", ["learned by another run"] * 3, [0.9] * 3)
+        return Learned(dict.fromkeys(("french", "plural"), (Example("theirs", 0.9),) * 3), 9, 0)
+
+    monkeypatch.setattr("logo.learning.learn_examples", while_reading)
+    assert run(["pool", "learn", str(prompts), "--adapters", str(folder)]) == 0
+    assert examples_of(folder / "french") == ("Mine",) and examples_of(folder / "plural") == ("theirs",) * 3
+    printed = capsys.readouterr()
+    assert "kept the examples that french got while this ran" in printed.err
+    assert "stored examples for 1 of 1 adapter;" in printed.out and "15 of 16 adapters, which have" in printed.out
+
+
 # -- logs --------------------------------------------------------------------------------------------------------------
 
 

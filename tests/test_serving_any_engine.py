@@ -28,6 +28,7 @@ from logo.protocol import (
 from logo.selection import Selection
 from logo.selection.drift import Drift
 from logo.serving.app import AppSettings, create_app
+from logo.serving.metrics import Metrics
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Scripted:
     """Answers every prompt with its own ids turned round, under the first adapter."""
 
     vocabulary, context, k, signal, probe_text, unsure_below = 64, 100, 1, "norm", None, 0.15
-    alive = ready = True
+    alive = ready = scores_all = True
 
     def __init__(self) -> None:
         self.draining = False
@@ -197,6 +198,15 @@ def test_confidence_and_shifts_are_told(tmp_path: Path) -> None:
         assert 'baseline_shift{adapter="b"}' in text and 'baseline_shift{adapter="a"}' not in text
 
     asked(use, adapter_changes=tmp_path)
+
+
+def test_shifts_are_not_told_where_only_the_best_adapters_are_scored() -> None:
+    engine = Scripted()
+    engine.scores_all = False
+    metrics = Metrics(engine)
+    selection = Selection(("a",), (1.0,), {"a": 5.0}, 0.55)
+    metrics.chosen(Choice(selection, engine.released))
+    assert b"selection_confidence_count 1.0" in metrics.text() and b"baseline_shift" not in metrics.text()
 
 
 def test_the_pool_and_the_figures_are_told(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_requests_that_come_while_a_step_ends_share_one_probe(
     rows = tiny.prompts([20, 25, 30, 22], seed=8)
     alone = logo.select(rows)
     probed: list[int] = []
-    select = logo.select_ids
+    select = logo.outcomes_ids
 
     def counted(some: list[Any], *arguments: Any, **options: Any) -> Any:
         probed.append(len(some))
@@ -223,7 +223,7 @@ def test_requests_that_come_while_a_step_ends_share_one_probe(
                 yield
 
         monkeypatch.setattr(service.batching, "paused", slowly)
-        monkeypatch.setattr(logo, "select_ids", counted)
+        monkeypatch.setattr(logo, "outcomes_ids", counted)
         asked = [asyncio.create_task(service.choose(rows[0], MixtureRequest()))]
         await asyncio.to_thread(waits.wait, PATIENCE)
         asked += [asyncio.create_task(service.choose(ids, MixtureRequest())) for ids in rows[1:]]

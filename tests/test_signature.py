@@ -24,11 +24,13 @@ from logo.adapters.upkeep.conversion import DTYPES, converted, write_converted
 from logo.adapters.upkeep.publishing import Upload
 from logo.adapters.writing import copy_adapter, write_pool
 from logo.cli.run import run
+from logo.evaluation.arms import Arms
 from logo.evaluation.identity import digests
 from logo.selection.chance import factors
 from logo.selection.confidence import EXAMPLES as WITH_EXAMPLES
 from logo.selection.signature import GAIN, Signatures, Space, described
 from test_calibrated import PROMPTS, engine, pool
+from test_engine import write_adapter
 
 LONG = "a long story that every prompt begins with, over and over again, until a block of tokens is full; "
 
@@ -124,6 +126,44 @@ def test_what_prompts_share_is_read_once(llama: nn.Module, folder: Path) -> None
         torch.testing.assert_close(scores(cached, *prompts, batch_size=batch_size), expected, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("own", [{}, {"t0": "a"}, {"t0": "a", "t1": "The cat sat."}])
+@pytest.mark.parametrize("index", ["exact", "two-stage"])
+def test_scores_among_candidates_do_not_depend_on_examples_of_others(
+    own: dict[str, str], index: str, llama: nn.Module, folder: Path
+) -> None:
+    """Nor do those of adapters without examples, which are estimated: they are those of a pool of the candidates."""
+    candidates, found = ["t0", "t1", "t2"], []
+    for others in ("Where was it?", PROMPTS[0]):
+        logo = engine(llama, told(folder, **own, t3=others), index=index)
+        found.append(scores(logo, *PROMPTS, candidates=candidates))
+        among = [logo.select([PROMPTS[0]], candidates=candidates)[0], logo.select([PROMPTS[0]])[0]]
+        assert among[0].scores.keys() == set(candidates) and among[1].scores.keys() == {*candidates, "t3"}
+    assert torch.equal(*found)
+
+
+def test_a_study_leaves_the_own_adapters_examples_out_with_it(llama: nn.Module, folder: Path) -> None:
+    """They do not count in the estimates of adapters without examples."""
+    logo, prompt = engine(llama, told(folder, t0="a", t1=PROMPTS[0])), PROMPTS[0]
+    arms = Arms({"calibrated": logo})._arms({"calibrated": logo.select(prompt)}, "t1", prompt)
+    [found] = [arm.confidence for arm in arms if (arm.part, arm.kind) == ("left_out", "signals")]
+    assert found == logo.select(prompt, candidates=["t0", "t2", "t3"]).confidence
+
+
+@given(st.lists(st.booleans(), min_size=5, max_size=5), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=40)
+def test_estimates_among_candidates_are_those_of_a_pool_of_them(among: list[bool], seed: int) -> None:
+    torch.manual_seed(seed)
+    space, known = Space.of(torch.randn(30, 2, 5)), torch.tensor([True, False, True, True, False])
+    centres, descriptions, responses = space(torch.randn(5, 2, 5)), [torch.randn(1, 2, 5)], torch.randn(1, 5)
+    which = torch.tensor(among)
+    if not bool((which & known).any()):
+        return
+    found = Signatures([space], [centres[known]], known).similarities(descriptions, responses, which[None])
+    alone = Signatures([space], [centres[known & which]], known[which])
+    torch.testing.assert_close(found[:, which], alone.similarities(descriptions, responses[:, which]))
+    assert bool((found[:, ~which] == -torch.inf).all())
+
+
 def test_adapters_with_and_without_examples_are_in_one_pool(llama: nn.Module, folder: Path) -> None:
     logo = engine(llama, told(folder, t1=PROMPTS[1]))
     found = scores(logo, *PROMPTS)
@@ -158,6 +198,24 @@ def test_examples_are_those_of_the_opening(llama: nn.Module, folder: Path, tmp_p
     logo.pool.remove("joined")
     assert logo.select(PROMPTS[0]).scores == before.scores
     assert engine(llama, folder).select(PROMPTS[0]).adapters == ("t1",)
+
+
+def test_adapters_that_come_and_go_leave_no_descriptions_in_memory(
+    llama: nn.Module, folder: Path, tmp_path: Path
+) -> None:
+    logo = engine(llama, told(folder, t0=PROMPTS[0]))
+    cache = logo.scorer.cache
+    assert cache is not None
+    before = len(cache._described)
+    for i in range(4):
+        write_adapter(tmp_path / f"n{i}", llama, ("q_proj", "v_proj"), rank=2, seed=20 + i)
+        write_examples(tmp_path / f"n{i}", [f"number {i}"])
+        logo.pool.add(tmp_path / f"n{i}")
+        logo.select(PROMPTS[0])
+        assert len(cache._described) == before + 1
+        logo.pool.remove(f"n{i}")
+    logo.select(PROMPTS[0])
+    assert logo.scorer.cache is cache and len(cache._described) == before
 
 
 def test_the_cache_keeps_means_only(llama: nn.Module, folder: Path, tmp_path: Path) -> None:

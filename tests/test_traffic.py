@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 from collections import Counter
@@ -168,6 +169,38 @@ def test_who_is_in_the_pool() -> None:
     assert [one.name for one in read(POOL, line(0, selected("gone"))).adapters] == ["gone", *NAMES]
 
 
+def pool_line(at: int, *names: str, logger: str = "logo.serving") -> str:
+    time = (BEGAN + timedelta(minutes=at)).isoformat()
+    return json.dumps({"time": time, "logger": logger, "message": "", "pool": names})
+
+
+def pool_of(*files: Sequence[str]) -> set[str]:
+    reading = Reading()
+    for lines in files:
+        reading.begin_file()
+        for text in lines:
+            reading.take(text, "day.log")
+    return {adapter.name for adapter in reading.traffic().adapters}
+
+
+def test_the_pool_is_that_at_the_end_whatever_the_order_of_files() -> None:
+    """Files that follow each other are one server's, rotated; files of the same time are those of several servers."""
+    old = [pool_line(0, "a", "old"), line(1, selected("a")), pool_line(2, "a", "older")]
+    new = [pool_line(6, "a", "new"), line(9, selected("a")), pool_line(5, "a", "late")]
+    rotated = [line(3, selected("a"))]
+    beside = [pool_line(4, "b", "idle"), line(8, selected("b"))]
+    for files in itertools.permutations((old, rotated, new)):
+        assert pool_of(*files) == {"a", "new"}
+    for files in itertools.permutations((old, new, beside)):
+        assert pool_of(*files) == {"a", "new", "b", "idle"}
+
+
+def test_pools_of_other_programs_do_not_count() -> None:
+    assert pool_of([pool_line(0, "a"), line(1, selected("a")), pool_line(2, "main", logger="db")]) == {"a"}
+    found = read(POOL, json.dumps({"level": "info", "pool": "main"}))
+    assert found.bad == 0 and {adapter.name for adapter in found.adapters} == {*NAMES}
+
+
 def test_adapters_that_always_tie() -> None:
     def tied(count: int, alone: int, second: float = 4.8) -> list[tuple[tuple[str, str], int, int]]:
         """The second adapter may be left out of the mixture; its score is in the log."""
@@ -228,7 +261,8 @@ def test_what_is_logged_of_a_selection() -> None:
     scores = {name: float(i) for i, name in enumerate(names)}
     chosen = Selection(tuple(names[::-1]), tuple(0.05 for _ in names), scores, 0.123456)
     found = entry(chosen)
-    assert found["adapters"] == list(found["scores"]) == names[::-1][:LEADING] and len(found["weights"]) == LEADING
+    assert found["adapters"] == names[::-1] and len(found["weights"]) == 20  # else mean weights would be too high
+    assert list(found["scores"]) == names[::-1][:LEADING]
     assert (found["confidence"], found["unsure"]) == (0.1235, True) and "prompt" not in found
     assert entry(chosen, "said")["prompt"] == "said"
     forced = entry(Selection.forced({"t1": 1.0}))

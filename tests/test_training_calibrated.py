@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from learning import contents
+from logo import AdapterPool, LoGo
 from logo.adapters.files import RESPONSES
 from logo.cli.run import run
 from logo.models import demo_folder
@@ -47,6 +50,35 @@ def test_a_new_pool_is_known_where_nothing_else_is(
     for folder in moved.glob(f"*/{RESPONSES}"):
         shutil.rmtree(folder)
     assert measured(moved, tmp_path / "another cache", capsys) == 2
+
+
+def test_what_is_published_is_believed_only_if_it_is_measured_so(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is checked once for all pools of a machine, and only what was checked is kept."""
+
+    def scores(cache: str) -> dict[str, float]:
+        logo = LoGo.from_pretrained("demo", AdapterPool.open(str(moved)), cache=str(tmp_path / cache), device="cpu")
+        return logo.select("What is the plural of box?").scores
+
+    moved = shutil.copytree(pool, tmp_path / "moved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        want = pytest.approx(scores("honest"), abs=1e-3)
+        monkeypatch.setattr("logo.selection.calibration._refuted", lambda *_: pytest.fail("it was checked again"))
+        shutil.rmtree(tmp_path / "honest" / "index")
+        assert scores("honest") == want
+        monkeypatch.undo()
+    [file] = (moved / "plural").glob(f"{RESPONSES}/*/*.safetensors")
+    claimed = load_file(file)
+    save_file({key: response - 1.0 for key, response in claimed.items()}, file)
+    with pytest.warns(
+        UserWarning, match=r"published with 'plural' \(1 of 2 adapters\) is not what the base model gives"
+    ):
+        assert scores("tampered") == want
+    save_file({key: response[:, :10].contiguous() for key, response in claimed.items()}, file)
+    with pytest.warns(UserWarning, match="is damaged and computed anew: .*expected float32 of shape"):
+        assert scores("cut") == want
 
 
 def test_an_adapter_does_not_answer_for_the_one_it_replaced(

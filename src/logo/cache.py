@@ -7,12 +7,15 @@ costs time.
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
+
+from logo.folders import held, remove_abandoned
 
 _T = TypeVar("_T")
 
@@ -62,7 +65,8 @@ def write_cached(cache: Path, name: str, write: Callable[[str], object], most: i
 
     Args:
         write: is given the path to write to.
-        most: of the files in its folder with the same suffix, only so many stay: those that were used last.
+        most: of the files in its folder with the same suffix, only so many stay: those that were used last. What killed
+            processes have left there is removed first.
 
     Returns:
         The file; None if it cannot be written, of which a warning tells once per folder.
@@ -70,11 +74,16 @@ def write_cached(cache: Path, name: str, write: Callable[[str], object], most: i
     from safetensors import SafetensorError
 
     file = cache / name
-    part = file.with_name(f".{file.name}-{os.getpid()}-{threading.get_ident()}")
+    # In a folder of its own, since libraries write files under names of their own, too.
+    room = file.with_name(f".{file.name}-{os.getpid()}-{threading.get_ident()}")
+    part = room / file.name
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write(str(part))
-        os.replace(part, file)
+        if most is not None:  # large files
+            remove_abandoned(file.parent, ".")
+        with held(room, folder=True):
+            write(str(part))
+            os.replace(part, file)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         if cache not in _refusing:
             _refusing.add(cache)
@@ -87,8 +96,7 @@ def write_cached(cache: Path, name: str, write: Callable[[str], object], most: i
             )
         return None
     finally:
-        with suppress(OSError):  # it is there only if it was not renamed
-            part.unlink(missing_ok=True)
+        shutil.rmtree(room, ignore_errors=True)
     if most is not None:
         with suppress(OSError):  # files that other processes removed or own are left alone
             known = sorted(file.parent.glob(f"*{file.suffix}"), key=lambda path: path.stat().st_mtime_ns)

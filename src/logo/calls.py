@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -25,7 +25,7 @@ from logo.facts import Facts
 from logo.generation import check_stops
 from logo.prompts import Prompt, several
 from logo.scoring import Scored
-from logo.selecting import CallOptions, CallSettings, Selecting, for_each, take_call_options
+from logo.selecting import CallOptions, CallSettings, Outcome, Selecting, for_each, take_call_options
 from logo.selection.selector import Forced, Selection, forced
 from logo.stops import cut_pieces
 
@@ -104,17 +104,20 @@ class Calls(Facts):
         *,
         batch_size: int = 8,
     ) -> list[Selection]:
-        """`select` for prompts that were read, or token ids with special tokens included, which are not cut.
-
-        Args:
-            calls: the settings of all rows, or of each.
-        """
+        """`select` for prompts that were read, or token ids with special tokens included, which are not cut; `calls`
+        are the settings of all rows, or of each."""
         check_batch_size(batch_size)
-        with self._lock:
-            self._sync()
+        with self._attempt():
             every = calls or CallSettings(self.settings)
             each = [every] * len(rows) if isinstance(every, CallSettings) else every
             return self._selecting([Prompt.of(row) for row in rows], each, batch_size)
+
+    def outcomes_ids(
+        self, rows: Sequence[Prompt | Sequence[int]], calls: Sequence[CallSettings], batch_size: int
+    ) -> list[Outcome]:
+        """`select_ids`, where a prompt whose scores give an error has that error in place of its selection."""
+        with self._attempt():
+            return self._selecting.outcomes([Prompt.of(row) for row in rows], calls, batch_size)
 
     def reselect(self, scores: Selection | Mapping[str, float], **options: Unpack[CallOptions]) -> Selection:
         """The selection that the scores of an earlier one give with other options.
@@ -221,8 +224,7 @@ class Calls(Facts):
         call = self.call_settings(**take_call_options(options, adapters))
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
         decoding = self._asked(config, stop_at_newline, stop, activation)
-        with self._lock, self._selecting.attempt():
-            self._sync()
+        with self._attempt():
             rows = self.prompts.read(given, room=config.max_new_tokens)
             if streamer is not None:
                 check_streamable(len(rows), config)
@@ -258,8 +260,7 @@ class Calls(Facts):
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
         decoding = self._asked(config, stop_at_newline, stop, activation)
         check_streamable(1, config)
-        with self._lock:
-            self._sync()
+        with self._attempt():
             [row] = self.prompts.read([prompt], room=config.max_new_tokens)
             with self._holding():
                 [selection] = self._selecting.mixtures([row], adapters, call, 1)
@@ -290,8 +291,7 @@ class Calls(Facts):
         """
         check_type("mixtures", mixtures, (list, tuple), "a list of mixtures")
         call = self.call_settings(**options)
-        with self._lock:
-            self._sync()
+        with self._attempt():
             row, gold = encoded(self.prompts, prompt, completion)
             with self._holding():
                 chosen = self._selecting.mixtures([row] * len(mixtures), mixtures, call, 1)
@@ -336,6 +336,14 @@ class Calls(Facts):
     def close(self) -> None:
         """Ends processes that the engine has started, without which it cannot answer. The local engine has none, so it
         releases nothing and still answers."""
+
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
+        """Holds the lock, for selections from the pool as it is now, which leave no trace if the block fails."""
+        with self._lock:
+            self._sync()
+            with self._selecting.attempt():
+                yield
 
     def _sync(self) -> None:
         """Follows changes of the pool."""

@@ -30,7 +30,7 @@ from logo.mixing import EXACT, Merge, Mixer
 from logo.mixing.store import adapter_store
 from logo.models import check_mode, check_usable, context_length, devices, lock_of
 from logo.opening import FromPretrained
-from logo.scoring import MAX_TOKENS, Scored
+from logo.scoring import Scored
 from logo.selecting import Probing
 from logo.selection import Selection
 from logo.selection.beginnings import Beginnings
@@ -207,7 +207,7 @@ class LoGo(Calls, FromPretrained):
     def _parts(self, lengths: Sequence[int], batch_size: int) -> Iterable[Sequence[int]]:
         if not self._selecting.scorers.read_once:
             return super()._parts(lengths, batch_size)
-        return batches_by_length(lengths, batch_size, tokens=MAX_TOKENS)
+        return self._selecting.batches(lengths, batch_size)
 
     def _holding(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.beginnings is None else self.beginnings.held()

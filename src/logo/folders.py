@@ -3,8 +3,9 @@
 Files are written and synced in a hidden sibling (`.{name}.new-*`), which is then renamed to the folder. The old folder
 is renamed first (`.{name}.old-*`), since a folder cannot be renamed onto one that is not empty; if the process dies
 between the two, the next writer restores the old one first. Writers below one parent hold a lock on the parent, so a
-hidden sibling that a writer finds was left by a dead process and is removed. Without such a lock (Windows, some network
-drives) nothing is removed.
+hidden sibling that a writer finds was left by a dead process and is removed. The writer of a single file locks only its
+hidden sibling, and the next writer of that file removes siblings that nobody has locked. Without such locks (Windows,
+some network drives) nothing is removed.
 """
 
 from __future__ import annotations
@@ -66,12 +67,11 @@ def replace_file(file: Path, content: bytes) -> None:
     new = _beside(target, "new", secrets.token_hex(4))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(target.parent, _beside(target, "new", "").name)
         try:
-            with open(new, "xb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(new, target)
+            with held(new):
+                _write(new, content)
+                os.replace(new, target)
         finally:
             new.unlink(missing_ok=True)  # it was renamed if all went well
         sync_folder(target.parent)
@@ -221,3 +221,57 @@ def locked(folder: Path) -> Iterator[bool]:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def held(path: Path, *, folder: bool = False) -> Iterator[None]:
+    """Creates a file, or a folder, that `remove_abandoned` leaves alone until the block ends or the process dies.
+
+    It may be renamed meanwhile, but not replaced. Where there are no locks, it is only created.
+    """
+    descriptor = _create_locked(path, folder)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _create_locked(path: Path, folder: bool) -> int | None:
+    if sys.platform == "win32":
+        if folder:
+            path.mkdir(exist_ok=True)
+        return None
+    import fcntl
+
+    while True:
+        if folder:
+            path.mkdir(exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_CREAT | os.O_RDWR, 0o666)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:  # nobody removed it before it was locked
+            return descriptor
+        os.close(descriptor)
+
+
+def remove_abandoned(folder: Path, prefix: str) -> None:
+    """Removes what has this prefix and was being written (`held`) by processes that have died."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # it may be written, but not read
+        names = [name for name in os.listdir(folder) if name.startswith(prefix)]
+    for name in names:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder / name, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error if somebody holds it
+                if (folder / name).is_dir():
+                    shutil.rmtree(folder / name, ignore_errors=True)
+                else:
+                    (folder / name).unlink()
+            finally:
+                os.close(descriptor)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from torch import Tensor
 
 from logo.adapters.pool import AdapterPool
-from logo.decoding import Prompts, batches_by_length, input_device
-from logo.errors import PoolError, UsageError, check_type, closest
+from logo.decoding import Prompts, batches_by_length, batches_in_order, input_device
+from logo.errors import LoGoError, PoolError, UsageError, check_type, closest
 from logo.mixing import EXACT, Mixer
 from logo.prompts import ProbeText, Prompt
 from logo.scoring import MAX_TOKENS
@@ -31,6 +31,10 @@ from logo.selection.signals import Weighting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# A selection, or the error that the scores of its prompt gave.
+Outcome = Selection | LoGoError
 
 
 class CallOptions(TypedDict, total=False):
@@ -154,6 +158,13 @@ class Choosing:
             found = replace(found, weights=(1.0,))  # it has no weaker form
         return replace(found, signal=settings.signal)
 
+    def outcome(self, scores: Tensor, names: Sequence[str], call: CallSettings) -> Outcome:
+        """What `choose` returns or raises."""
+        try:
+            return self.choose(scores, names, call)
+        except LoGoError as error:
+            return error.with_traceback(None)  # its frames hold the scores of the whole batch
+
     def evidence(self, settings: SelectionSettings) -> Evidence | None:
         """Turns a lead of these settings' scores into a confidence; None if scores have no scale of their own."""
         if settings.reading.scale == "raw":
@@ -169,15 +180,10 @@ class Selecting(Choosing, ABC):
     """Selects for prompts that were read; a subclass probes them."""
 
     @abstractmethod
-    def __call__(
-        self,
-        rows: Sequence[Prompt],
-        calls: Sequence[CallSettings],
-        batch_size: int,
-        *,
-        answering: bool = False,
-    ) -> list[Selection]:
-        """One selection per row.
+    def outcomes(
+        self, rows: Sequence[Prompt], calls: Sequence[CallSettings], batch_size: int, *, answering: bool = False
+    ) -> list[Outcome]:
+        """One selection per row, or the error that the scores of the row gave.
 
         Args:
             rows: prompts that were read.
@@ -185,6 +191,18 @@ class Selecting(Choosing, ABC):
             batch_size: the most prompts per probe.
             answering: whether the selections are used to answer right away.
         """
+
+    def __call__(
+        self, rows: Sequence[Prompt], calls: Sequence[CallSettings], batch_size: int, *, answering: bool = False
+    ) -> list[Selection]:
+        """As `outcomes`, but raises the first error; then the next selection does not depend on these prompts."""
+        selections = []
+        with self.attempt():
+            for found in self.outcomes(rows, calls, batch_size, answering=answering):
+                if isinstance(found, LoGoError):
+                    raise found
+                selections.append(found)
+        return selections
 
     @abstractmethod
     def restart(self) -> None:
@@ -272,15 +290,10 @@ class Probing(Selecting):
         """The scorer of a signal (None: the engine's own), which is calibrated first if necessary."""
         return self.scorers.get(self._settings.for_call(signal=signal), tell)
 
-    def __call__(
-        self,
-        rows: Sequence[Prompt],
-        calls: Sequence[CallSettings],
-        batch_size: int,
-        *,
-        answering: bool = False,
-    ) -> list[Selection]:
-        """One selection per row; see `Selecting`.
+    def outcomes(
+        self, rows: Sequence[Prompt], calls: Sequence[CallSettings], batch_size: int, *, answering: bool = False
+    ) -> list[Outcome]:
+        """One selection or error per row; see `Selecting`.
 
         Args:
             batch_size: prompts per probe; fewer if they are long (`MAX_TOKENS`), and one with the context `carry`.
@@ -289,17 +302,24 @@ class Probing(Selecting):
         probed = self.probed_ids(rows)
         if self._settings.probe_context == "carry":
             return [self._select_carried(row, one) for row, one in zip(probed, calls, strict=True)]
-        selections: dict[int, Selection] = {}
+        outcomes: dict[int, Outcome] = {}
         active = self.pool.names if self._settings.probe_context == "pool" else ()
         for signal in dict.fromkeys(one.settings.signal for one in calls):
             members = [i for i, one in enumerate(calls) if one.settings.signal == signal]
-            for part in batches_by_length([len(probed[i]) for i in members], batch_size, tokens=MAX_TOKENS):
+            lengths = [len(probed[i]) for i in members]
+            for part in self.batches(lengths, batch_size):
                 batch = [members[i] for i in part]
                 found = self._probe([probed[i] for i in batch], [calls[i] for i in batch], active)
                 if answering:  # loaded while the next batch is probed
-                    self._mixer.prefetch(self.pool, [name for selection in found for name in selection.adapters])
-                selections |= zip(batch, found, strict=True)
-        return [selections[i] for i in range(len(rows))]
+                    selected = [name for one in found if isinstance(one, Selection) for name in one.adapters]
+                    self._mixer.prefetch(self.pool, selected)
+                outcomes |= zip(batch, found, strict=True)
+        return [outcomes[i] for i in range(len(rows))]
+
+    def batches(self, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+        """Indices of prompts in batches that are probed together; in their order if scores depend on it."""
+        batches = batches_in_order if self._settings.baseline == "running" else batches_by_length
+        return batches(lengths, batch_size, tokens=MAX_TOKENS)
 
     def evidence(self, settings: SelectionSettings) -> Evidence | None:
         """See `Choosing`; the scorers say whether there are example prompts."""
@@ -317,32 +337,33 @@ class Probing(Selecting):
     @contextmanager
     def attempt(self) -> Iterator[None]:
         """See `Selecting`."""
-        before = self._carried
+        before, levels = self._carried, self.scorers.levels
         try:
             yield
         except BaseException:
-            self._carried = before
+            self._carried, self.scorers.levels = before, levels
             raise
 
-    def _select_carried(self, row: Sequence[int], call: CallSettings) -> Selection:
+    def _select_carried(self, row: Sequence[int], call: CallSettings) -> Outcome:
         """Selects as the official code: adapters of the last selection are active at full scale while probing."""
         pool, before = self.pool, self._carried
         active = pool.names if before is None else tuple(name for name in before if name in pool)
-        [selection] = self._probe([row], [call], active)
-        self._carried = selection.adapters
-        return selection
+        [found] = self._probe([row], [call], active)
+        if isinstance(found, Selection):
+            self._carried = found.adapters
+        return found
 
     def _probe(
         self,
         rows: Sequence[Sequence[int]],
         calls: Sequence[CallSettings],
         active: tuple[str, ...],
-    ) -> list[Selection]:
+    ) -> list[Outcome]:
         scorer = self.scorers.get(calls[0].settings)  # if it calibrates, no adapter may be active yet
         ids, mask = self._prompts.pad(rows, "right", input_device(self._model))
         with self._mixer.active(self.pool, [dict.fromkeys(active, 1.0)], merge=EXACT):
             scores = scorer.best(ids, mask, [self.wanted(one) for one in calls])
-        return [self.choose(row, scorer.names, one) for row, one in zip(scores, calls, strict=True)]
+        return [self.outcome(row, scorer.names, one) for row, one in zip(scores, calls, strict=True)]
 
 
 def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> list[Forced | None]:

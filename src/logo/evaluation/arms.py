@@ -120,7 +120,7 @@ class Arms:
             picked[signal] = logo.select(row.prompt)
             seconds["select"][signal] = time.perf_counter() - started
         own = task if task in self._logo.names else None
-        arms = list(self._arms(picked, own))
+        arms = list(self._arms(picked, own, row.prompt))
         for label in self._contest.methods:
             started = time.perf_counter()
             arms += self._of_method(label, task, row.prompt, lessons)
@@ -144,7 +144,7 @@ class Arms:
 
     # -- what answers -----------------------------------------------------------------------------------------------
 
-    def _arms(self, picked: Mapping[str, Selection], own: str | None) -> Iterator[Arm]:
+    def _arms(self, picked: Mapping[str, Selection], own: str | None, prompt: OnePrompt) -> Iterator[Arm]:
         """The arms of signals and fixed mixtures. If own adapters are in the pool but only rows without them are
         measured, the oracle is still included for comparison.
         """
@@ -160,7 +160,11 @@ class Arms:
             return
         others = [name for name in names if name != own]
         for signal, logo in self._engines.items():
-            chosen = logo.reselect(picked[signal].scores, candidates=others)
+            signatures = logo.scorer.signatures
+            if signatures is None or bool(signatures.known.all()):
+                chosen = logo.reselect(picked[signal].scores, candidates=others)
+            else:  # estimates of adapters without examples would still depend on the examples of the own one
+                chosen = logo.select(prompt, candidates=others)
             yield Arm("left_out", "signals", signal, chosen.mixture, confidence=chosen.confidence)
         yield from _fixed("left_out", others)
 

@@ -7,6 +7,9 @@
     <cache>/calibration/<base model, texts and reading>/described/<texts>.safetensors     descriptions, or their mean
     <adapter's folder>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a`, if published with it
 
+What is published with an adapter is a claim of its author: it is checked on a few texts, and only what was checked is
+kept in the cache (`logo.selection.calibration`).
+
 What is missing or damaged is computed again. Files are written under another name and renamed. The entries of an open
 pool are held in memory, too, so that adapters can be added after files of others are gone, and so that nothing is
 computed twice if the folder cannot be written.
@@ -17,7 +20,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -43,6 +47,8 @@ from logo.selection.whitening import SHRINKAGE, SKETCHED, Whitening
 # To be raised when the content of the files changes its meaning.
 _FORMAT = 3
 _SAMPLED = 64
+# Texts on which published responses are checked.
+_CHECKED = 8
 _WEIGHTS = "weights.json"
 
 
@@ -52,18 +58,24 @@ class CalibrationCache:
     Args:
         texts: those that the base model reads.
         key: digest of everything but the adapter that the stored values depend on.
+        readings: of each text at each point.
         folder: the cache folder; None keeps nothing.
 
     Attributes:
         texts, key: the same.
+        sample: the positions of the texts on which published responses are checked; their authors cannot foresee them.
     """
 
-    def __init__(self, texts: Texts, key: str, folder: Path | None) -> None:
+    def __init__(self, texts: Texts, key: str, readings: int, folder: Path | None) -> None:
         self.texts, self.key = texts, key
+        count = len(texts.rows)
+        self.sample = sorted(random.SystemRandom().sample(range(count), min(_CHECKED, count)))
+        self._shape = (readings, count)
         self._folder, self._name = folder, f"calibration/{key}"
         # Keyed by the file object, which stays the same when a pool is fitted again.
         self._adapter_keys: WeakKeyDictionary[WeightFile, str] = WeakKeyDictionary()
         self._responses: WeakKeyDictionary[WeightFile, dict[str, Tensor]] = WeakKeyDictionary()
+        self._published: WeakKeyDictionary[WeightFile, dict[str, Tensor]] = WeakKeyDictionary()
         self._whitenings: dict[str, Whitening] = {}  # only those that could not be written, since they are large
         self._described: dict[str, dict[int, Tensor]] = {}
         self._weight_norms: dict[str, float] = {}
@@ -71,7 +83,7 @@ class CalibrationCache:
     @classmethod
     def of(cls, model: nn.Module, texts: Texts, signal: Signal, folder: Path | None) -> CalibrationCache:
         """The cache for a base model, texts and a way of reading."""
-        return cls(texts, _key_of(model, texts, signal), folder)
+        return cls(texts, _key_of(model, texts, signal), signal.readings, folder)
 
     def keys(self, adapters: Sequence[Adapter]) -> list[str]:
         """The key of each adapter's responses."""
@@ -83,15 +95,24 @@ class CalibrationCache:
             self._adapter_keys[adapter.file] = key
 
     def responses(self, adapter: Adapter) -> dict[str, Tensor]:
-        """Key of a point -> `a` (readings, texts) of this adapter, for the points that have been measured.
+        """Key of a point -> `a` (readings, texts) of this adapter, for the points that have been measured or checked.
 
         Raises:
             AdapterError: nothing is known yet, and its file is gone.
         """
         if adapter.file not in self._responses:
-            known = self._load(f"{self._key(adapter)}.safetensors")
-            self._responses[adapter.file] = known or read_cached(self._beside(adapter), load_file) or {}
+            self._responses[adapter.file] = self._load(f"{self._key(adapter)}.safetensors", self._read_responses)
         return dict(self._responses[adapter.file])
+
+    def published(self, adapter: Adapter) -> dict[str, Tensor]:
+        """The same as claimed by a file in the adapter's folder; empty if there is none or it is refuted."""
+        if adapter.file not in self._published:
+            self._published[adapter.file] = read_cached(self._beside(adapter), self._read_responses) or {}
+        return dict(self._published[adapter.file])
+
+    def refute(self, adapter: Adapter) -> None:
+        """Ignores what is published with this adapter from now on."""
+        self._published[adapter.file] = {}
 
     def keep_responses(self, adapter: Adapter, responses: Mapping[str, Tensor]) -> None:
         """Stores all responses of an adapter."""
@@ -153,6 +174,10 @@ class CalibrationCache:
         tensors = {str(point): tensor.contiguous() for point, tensor in descriptions.items()}
         self._save(f"described/{name}.safetensors", save(tensors))
 
+    def release_described(self, needed: Collection[str]) -> None:
+        """Releases the memory of all other descriptions; they stay on disk."""
+        self._described = {name: self._described[name] for name in self._described if name in needed}
+
     def keep_choice(self, adapters: Sequence[Adapter], choice: Mapping[str, Any]) -> Path | None:
         """Writes down which points were chosen for these adapters; returns where."""
         asked = [*self.keys(adapters), choice["probe_depth"], choice["most_points"]]
@@ -160,10 +185,18 @@ class CalibrationCache:
         name = f"points-{digest}.json"
         return self._save(name, (json.dumps(choice, indent=2) + "\n").encode())
 
-    def _load(self, name: str) -> dict[str, Tensor]:
+    def _load(self, name: str, read: Callable[[Path], dict[str, Tensor]] = load_file) -> dict[str, Tensor]:
         if self._folder is None:
             return {}
-        return read_cached(self._folder / self._name / name, load_file) or {}
+        return read_cached(self._folder / self._name / name, read) or {}
+
+    def _read_responses(self, file: Path) -> dict[str, Tensor]:
+        responses: dict[str, Tensor] = load_file(file)
+        for point, response in responses.items():
+            if response.shape != self._shape or response.dtype != torch.float32:
+                found = f"{response.dtype} of shape {tuple(response.shape)}"
+                raise ValueError(f"{point!r}: expected float32 of shape {self._shape}, found {found}")
+        return responses
 
     def _key(self, adapter: Adapter) -> str:
         if adapter.file not in self._adapter_keys:

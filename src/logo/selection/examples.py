@@ -46,6 +46,7 @@ def signatures_of(
     examples = [encode(prompts) if (prompts := adapter.examples) else [] for adapter in adapters]
     known = torch.tensor([bool(rows) for rows in examples])
     if not known.any():
+        cache.release_described(())
         return None
     modules = [point.module for point in points]
 
@@ -69,6 +70,7 @@ def signatures_of(
                 own = slice(first, first := first + len(rows))
                 cache.keep_described(key, {at: place[own].mean(dim=0, keepdim=True) for at, place in found.items()})
     means = [cache.described(name(rows)) or {} for rows in examples if rows]
+    cache.release_described({name(cache.texts.rows), *every})  # pools change, and each leaves its own behind
     spaces, centres = [], []
     for at, place in ordinary.items():
         space = Space.of(place)

@@ -54,7 +54,7 @@ class Scorer:
 
     Attributes:
         points: where prompts are read.
-        names: of the adapters.
+        adapters, names: those that are scored.
         sizes: adapter name -> relative size (`logo.selection.size`); empty for signals without a calibration.
         drift, signatures: the same.
     """
@@ -74,6 +74,7 @@ class Scorer:
         self.signatures, self._alone, self._scaled = signatures, alone, scaled
         self.indices = tuple(indices)
         self.points = tuple(index.point for index in indices)
+        self.adapters = tuple(adapters)
         self.names = tuple(adapter.name for adapter in adapters)
         self.calibration = calibration
         self.cache = cache
@@ -103,9 +104,22 @@ class Scorer:
 
     def best(self, input_ids: Tensor, attention_mask: Tensor, asked: Sequence[Best]) -> Tensor:
         """Scores (rows, adapters) that are right for the adapters `asked` of each row; others may be `NOT_SCORED`."""
-        return self(input_ids, attention_mask)
+        probed = self._reader(input_ids, attention_mask)
+        return self.scores(probed.responses, probed.descriptions, probed.tokens, self._among(asked))
 
-    def scores(self, per_point: Sequence[Tensor], descriptions: Sequence[Tensor], tokens: Tensor) -> Tensor:
+    def _among(self, asked: Sequence[Best]) -> Tensor | None:
+        """(rows, adapters) bool: those that may be selected; None: all of them in every row, or it does not matter."""
+        if self._reference is None or all(one.among is None for one in asked):
+            return None
+        return torch.tensor([[one.among is None or name in one.among for name in self.names] for one in asked])
+
+    def scores(
+        self,
+        per_point: Sequence[Tensor],
+        descriptions: Sequence[Tensor],
+        tokens: Tensor,
+        among: Tensor | None = None,
+    ) -> Tensor:
         """Scores (rows, adapters), float32 on the CPU, from responses `a` per point: (rows, adapters that touch it).
 
         Args:
@@ -113,8 +127,11 @@ class Scorer:
             descriptions: of the prompts, for a pool with signatures (`logo.selection.signature`); without them, the
                 scores are those of the responses.
             tokens: (rows,), how many were read of each prompt.
+            among: (rows, adapters) bool: those that may be selected. What is estimated or corrected in their scores
+                depends on them alone; others may be `NOT_SCORED`. None: all.
         """
-        return self.with_examples(self.in_unit(self._of_responses(per_point), tokens), descriptions)
+        scores = self._of_responses(per_point, among)
+        return self.with_examples(self.in_unit(scores, tokens), descriptions, among)
 
     def in_unit(self, scores: Tensor, tokens: Tensor) -> Tensor:
         """Scores of responses (rows, adapters), multiplied by `logo.selection.chance.factors` for prompts of which so
@@ -123,14 +140,14 @@ class Scorer:
             return scores
         return scores * factors(tokens, self._reference.apart)[:, None]
 
-    def with_examples(self, scores: Tensor, descriptions: Sequence[Tensor]) -> Tensor:
+    def with_examples(self, scores: Tensor, descriptions: Sequence[Tensor], among: Tensor | None = None) -> Tensor:
         """The scores of responses (rows, adapters), with the similarity to example prompts; see `scores`."""
         if self.signatures is None or not descriptions:
             return scores
-        similar = GAIN * self.signatures.similarities(descriptions, scores)
+        similar = GAIN * self.signatures.similarities(descriptions, scores, among)
         return similar if self._alone else scores + similar
 
-    def _of_responses(self, per_point: Sequence[Tensor]) -> Tensor:
+    def _of_responses(self, per_point: Sequence[Tensor], among: Tensor | None) -> Tensor:
         # (adapters, readings, rows)
         responses = torch.full((len(self.names), len(per_point), len(per_point[0])), torch.nan)
         for at, response in enumerate(per_point):
@@ -138,20 +155,26 @@ class Scorer:
         if self._reference is None:
             return self._mean_over_points(responses, self._touched)
         scores = self._reference.scores(responses)
-        return scores if self.drift is None else self._drifted(scores, self.drift, self._reference)
-
-    def _drifted(self, scores: Tensor, drift: Drift, reference: Reference) -> Tensor:
-        """Scores (rows, adapters) by the running reference, which learns from each row before the next is scored."""
-        responds = reference.responds.any(dim=1)
-        names = [name for name, one in zip(self.names, responds.tolist(), strict=True) if one]
-        for row in scores if names else ():
-            before, taken = row[responds], drift.corrections
-            row[responds] = before - torch.tensor([taken.get(name, 0.0) for name in names])
-            row[~responds] = row[responds].min()  # as without a running reference: the lowest score of the others
-            # A prompt that overflowed becomes an error, and must not move the levels for later prompts.
-            if bool(before.isfinite().all()):
-                drift.see(dict(zip(names, before.tolist(), strict=True)))
+        if self.drift is not None or among is not None:
+            self._by_row(scores, self._reference.responds.any(dim=1), among)
         return scores
+
+    def _by_row(self, scores: Tensor, responds: Tensor, among: Tensor | None) -> None:
+        """Changes what depends on the other adapters in scores (rows, adapters) to depend on those `among` which the
+        row selects. A running reference learns from each row before the next is scored."""
+        for i, row in enumerate(scores):
+            asked = torch.ones_like(responds) if among is None else among[i]
+            which = responds & asked
+            if not which.any():
+                continue
+            if self.drift is not None:
+                names = [self.names[at] for at in which.nonzero()[:, 0].tolist()]
+                before, taken = row[which], self.drift.corrections(names)
+                row[which] = before - torch.tensor([taken.get(name, 0.0) for name in names])
+                # A prompt that overflowed becomes an error, and must not move the levels for later prompts.
+                if bool(before.isfinite().all()):
+                    self.drift.see(dict(zip(names, before.tolist(), strict=True)))
+            row[asked & ~responds] = row[which].min()  # as for `Reference.scores`, the lowest score of the others
 
     @property
     def index_bytes(self) -> int:

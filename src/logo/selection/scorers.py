@@ -162,9 +162,11 @@ class Scorers:
         drift = None
         if settings.baseline == "running":
             drift = Drift()
-            if earlier is not None and earlier.drift is not None:  # a pool that has changed
+            if earlier is not None and earlier.drift is not None and cache is not None:  # a pool that has changed
+                before = dict(zip(earlier.names, cache.keys(earlier.adapters), strict=True))
                 drift = Drift(earlier.drift.levels)
-                drift.keep([adapter.name for adapter in adapters])
+                keys = zip(adapters, cache.keys(adapters), strict=True)
+                drift.keep([one.name for one, key in keys if before.get(one.name) == key])  # not of one it replaces
         return Scorer(adapters, indices, reader, calibration, cache, drift, signatures, alone, scaled)
 
     def _signatures(
@@ -269,6 +271,17 @@ class Scorers:
     def _device_at(self, point: Point) -> torch.device:
         """The device on which scores at a point are computed."""
         return self._device or device_of(self._model, point)
+
+    @property
+    def levels(self) -> dict[str, dict[str, float]]:
+        """Signal -> what its running reference has learnt, for signals that have one."""
+        return {signal: dict(one.drift.levels) for signal, one in self._known.items() if one.drift is not None}
+
+    @levels.setter
+    def levels(self, levels: Mapping[str, Mapping[str, float]]) -> None:
+        for signal, scorer in self._known.items():
+            if scorer.drift is not None:
+                scorer.drift.levels = dict(levels.get(signal, {}))
 
     def restart(self) -> None:
         """Forgets what a running reference has learnt from earlier prompts."""

@@ -11,6 +11,7 @@ similarity is estimated from its response (`logo.selection.reference`), so that 
 
     s_j = s̄ + β (r_j - r̄)        r: scores of the responses; s̄, r̄: means over adapters with examples, the best left out
 
+(only over those that may be selected, if a call names candidates)
 and the score of every adapter is `r_i + GAIN s_i`. The constants were chosen on half of the tasks of one pool
 (docs/how-selection-works.md).
 """
@@ -110,19 +111,38 @@ class Signatures:
             total += (cosines[MEAN] + _LAST * cosines[LAST]).to(total.device)
         return total.cpu() / len(self._spaces)
 
-    def similarities(self, descriptions: Sequence[Tensor], responses: Tensor) -> Tensor:
+    def similarities(self, descriptions: Sequence[Tensor], responses: Tensor, among: Tensor | None = None) -> Tensor:
         """`s` of all adapters, (rows, adapters); of those without examples it is estimated from their responses.
 
         Args:
             responses: (rows, adapters), their scores.
+            among: (rows, adapters) bool: the adapters that may be selected, from which estimates are made; others may
+                have no similarity (-inf). None: all.
         """
         found = self(descriptions)
         if bool(self.known.all()):
             return found
-        own, best = responses[:, self.known], found.argmax(dim=1, keepdim=True)
-        others = found.shape[1] - 1
-        usual = (found.sum(1) - found.gather(1, best)[:, 0] + _USUAL_WEIGHT * _USUAL) / (others + _USUAL_WEIGHT)
-        level = (own.sum(1) - own.gather(1, best)[:, 0]) / others if others else responses.mean(dim=1)
-        every = usual[:, None] + _SLOPE * (responses - level[:, None])
-        every[:, self.known] = found
+        if among is None:
+            return _filled(found, responses, self.known)
+        every = torch.full_like(responses, -torch.inf)
+        for row, which in enumerate(among):
+            own, known = found[row : row + 1, which[self.known]], self.known[which]
+            every[row, which] = _filled(own, responses[row : row + 1, which], known)[0]
         return every
+
+
+def _filled(found: Tensor, responses: Tensor, known: Tensor) -> Tensor:
+    """`s` (rows, adapters) of adapters, from `found` (rows, adapters with examples) and `responses` (rows, adapters).
+
+    Args:
+        known: (adapters,) bool: which have examples.
+    """
+    if not known.any():
+        return _USUAL + _SLOPE * (responses - responses.mean(dim=1, keepdim=True))
+    own, best = responses[:, known], found.argmax(dim=1, keepdim=True)
+    others = found.shape[1] - 1
+    usual = (found.sum(1) - found.gather(1, best)[:, 0] + _USUAL_WEIGHT * _USUAL) / (others + _USUAL_WEIGHT)
+    level = (own.sum(1) - own.gather(1, best)[:, 0]) / others if others else responses.mean(dim=1)
+    every = usual[:, None] + _SLOPE * (responses - level[:, None])
+    every[:, known] = found
+    return every

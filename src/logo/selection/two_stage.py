@@ -146,9 +146,10 @@ class TwoStageScorer(Scorer):
             left = max(_FEWEST_LEFT, _LEFT_EACH * k) if self._left is None else max(self._left, k)
             estimates = self._estimate(hidden)
             descriptions = self._descriptions(hidden)
-            chosen = _highest(self.with_examples(estimates[None], descriptions)[0], eligible, left)
+            among = None if asked.among is None else eligible[None]
+            chosen = _highest(self.with_examples(estimates[None], descriptions, among)[0], eligible, left)
             estimates[chosen] = self.exact(hidden, chosen)
-            scores[chosen] = self.with_examples(estimates[None], descriptions)[0, chosen]
+            scores[chosen] = self.with_examples(estimates[None], descriptions, among)[0, chosen]
             return scores
         low, high = self._bounds(hidden)
         # Those with the highest upper bounds are scored first. The k-th best score among them is a threshold, and only

@@ -13,7 +13,7 @@ from typing import Any
 from logo.selection import Selection
 from logo.selection.selector import UNSURE
 
-# The most adapters of a selection that are logged, by weight and by score.
+# The scores of a selection that are logged, the highest ones.
 LEADING = 5
 # The most tokens of a prompt that are logged.
 TOKENS = 200
@@ -32,8 +32,8 @@ def entry(
         unsure_below: the confidence below which the selection counts as unsure.
     """
     found: dict[str, Any] = {
-        "adapters": list(selection.adapters[:LEADING]),
-        "weights": [round(weight, 4) for weight in selection.weights[:LEADING]],
+        "adapters": list(selection.adapters),  # all of them, since mean weights are computed from the log
+        "weights": [round(weight, 4) for weight in selection.weights],
         "scores": {name: round(score, 3) for name, score in nlargest(LEADING, selection.scores.items(), _score)},
     }
     if selection.confidence is not None:

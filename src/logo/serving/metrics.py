@@ -65,8 +65,9 @@ class Metrics:
             "The probability that the pool holds an adapter made for the prompt.",
             [tenth / 10 for tenth in range(1, 11)],
         )
-        self.drift = Drift()
-        self.registry.register(_State(service, self.drift))
+        # Scores of the best adapters alone would move the levels of all others too high.
+        self._drift = Drift() if service.scores_all else None
+        self.registry.register(_State(service, self._drift))
         ProcessCollector(registry=self.registry)
 
     def chosen(self, chosen: SelectedMixture, own: bool = True) -> None:
@@ -88,8 +89,8 @@ class Metrics:
 
     def _scored(self, scores: Mapping[str, float], confidence: float, own: bool) -> None:
         self.confidence.observe(confidence)
-        if own:
-            self.drift.see(scores)
+        if own and self._drift is not None:
+            self._drift.see(scores)
 
     def text(self) -> bytes:
         """The exposition format."""
@@ -99,7 +100,7 @@ class Metrics:
 class _State(Collector):
     """The state of the service, read when metrics are collected."""
 
-    def __init__(self, service: Engine, drift: Drift) -> None:
+    def __init__(self, service: Engine, drift: Drift | None) -> None:
         self._service, self._drift = service, drift
 
     def collect(self) -> Iterator[Metric]:
@@ -125,7 +126,8 @@ class _State(Collector):
         for adapter in list(service.adapters):
             selected.add_metric([adapter], service.selected.get(adapter, 0))
         yield selected
-        yield from self._drifted()
+        if self._drift is not None:
+            yield from self._drifted(self._drift)
         steps = CounterMetricFamily("logo:steps", "Forward passes, with some mixture or none.", labels=["form"])
         for form, count in now.steps.items():
             steps.add_metric([form], count)
@@ -139,14 +141,14 @@ class _State(Collector):
         silent = "Adapters that were to answer a prompt without their invocation tokens."
         yield CounterMetricFamily("logo:not_invoked", silent, value=now.not_invoked)
 
-    def _drifted(self) -> Iterator[Metric]:
+    def _drifted(self, drift: Drift) -> Iterator[Metric]:
         """The shifts of scores (`logo.selection.drift`), without adapters that have left the pool."""
-        self._drift.keep(set(self._service.adapters))
+        drift.keep(set(self._service.adapters))
         middle = "The usual score of the usual adapter in recent prompts."
-        yield GaugeMetricFamily("logo:pool_baseline_shift", middle, value=self._drift.middle)
+        yield GaugeMetricFamily("logo:pool_baseline_shift", middle, value=drift.middle)
         own = "How far an adapter's usual score in recent prompts is above that of the usual adapter."
         shifts = GaugeMetricFamily("logo:adapter_baseline_shift", own, labels=["adapter"])
-        for adapter, shift in self._drift.shifts.items():
+        for adapter, shift in drift.shifts.items():
             shifts.add_metric([adapter], shift)
         yield shifts
 

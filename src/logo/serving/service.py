@@ -192,6 +192,11 @@ class Service:
         return self.logo.settings.unsure_below
 
     @property
+    def scores_all(self) -> bool:
+        """Whether a selection has the scores of all adapters that may be selected."""
+        return self.logo.settings.index == "exact"
+
+    @property
     def probe_text(self) -> ProbeText | None:
         """What is probed of a conversation."""
         return self.logo.settings.probe_text
@@ -302,7 +307,7 @@ class Service:
     def _probed(self, rows: list[Prompt | Sequence[int]], asked: list[CallSettings]) -> list[Selection | Exception]:
         """The selection of each prompt, or the error that it failed with. Generation is paused meanwhile."""
         try:
-            return [*self.logo.select_ids(rows, asked, batch_size=self._probe_batch)]
+            return [*self.logo.outcomes_ids(rows, asked, self._probe_batch)]
         except Exception as error:
             if len(rows) == 1:
                 return [error]

@@ -122,6 +122,7 @@ def read_traffic(files: Sequence[Path]) -> Traffic:
     expected = "expected the log of a server (logo serve --log-json 2> FILE)"
     for file in files:
         before, lines = reading.ours, 0
+        reading.begin_file()
         try:
             with file.open(encoding="utf-8", errors="replace") as text:
                 for lines, line in enumerate(text, start=1):
@@ -182,6 +183,38 @@ def _whole(text: str) -> str:
 
 
 @dataclass
+class _File:
+    """The pool in one file of a log.
+
+    Attributes:
+        began, ended: the times of its first and last line.
+        listed: the time of the last list of the pool.
+        pool: that list; None if there is none.
+    """
+
+    began: float = math.inf
+    ended: float = -math.inf
+    listed: float = -math.inf
+    pool: frozenset[str] | None = None
+
+    def take(self, time: float, pool: frozenset[str] | None) -> None:
+        """Adds a line."""
+        self.began, self.ended = min(self.began, time), max(self.ended, time)
+        if pool is not None and time >= self.listed:
+            self.listed, self.pool = time, pool
+
+
+def _last_pool(files: Sequence[_File]) -> frozenset[str] | None:
+    """The adapters in the pools of the servers at the end; None if no file lists any.
+
+    A file that ended before another one began was that server's before it was rotated; files of other times overlap.
+    """
+    listing = [file for file in files if file.pool is not None]
+    last = [file.pool for file in listing if file.pool and not any(other.began > file.ended for other in listing)]
+    return frozenset[str]().union(*last) if listing else None
+
+
+@dataclass
 class Reading:
     """Reads lines once. Of each prompt the winner, the confidence and the time are kept, in 21 bytes.
 
@@ -195,7 +228,7 @@ class Reading:
     _forced: int = 0
     _bad: int = 0
     _first_bad: str | None = None
-    _pool: frozenset[str] | None = None
+    _files: list[_File] = field(default_factory=lambda: [_File()])
     _numbers: dict[str, int] = field(default_factory=dict)
     _winners: array[int] = field(default_factory=lambda: array("i"))
     _sure: array[float] = field(default_factory=lambda: array("d"))
@@ -208,6 +241,10 @@ class Reading:
     _logged: int = 0
     _random: Random = field(default_factory=lambda: Random(0))
 
+    def begin_file(self) -> None:
+        """The next lines are those of another file."""
+        self._files.append(_File())
+
     def take(self, line: str, place: str) -> None:
         """Reads a line; malformed ones are counted."""
         if not line.strip():
@@ -216,17 +253,19 @@ class Reading:
             found = json.loads(line)
             if not isinstance(found, dict):
                 raise ValueError("no object")
-            self.ours += str(found.get("logger")).split(".")[0] == "logo"
-            if (pool := found.get("pool")) is not None:
-                self._pool = frozenset(_whole(str(name)) for name in pool)
-            if (selections := found.get("selections")) is None:
+            ours = str(found.get("logger")).split(".")[0] == "logo"
+            self.ours += ours
+            listed, selections = found.get("pool") if ours else None, found.get("selections")
+            if listed is None and selections is None:
                 return  # another route, or no request
             time = datetime.fromisoformat(found["time"]).timestamp()
-            entries = [_Entry.of(one) for one in selections]
+            pool = None if listed is None else frozenset(_whole(str(name)) for name in listed)
+            entries = [_Entry.of(one) for one in selections or ()]
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError):
             self._bad += 1
             self._first_bad = self._first_bad or place
             return
+        self._files[-1].take(time, pool)
         for entry in entries:
             self._add(entry, time)
 
@@ -270,7 +309,8 @@ class Reading:
         sorted_by_winner = np.argsort(winners, kind="stable")
         edges = np.searchsorted(winners[sorted_by_winner], np.arange(len(self._numbers) + 1))
         won = {name: sorted_by_winner[edges[n] : edges[n + 1]] for name, n in self._numbers.items()}
-        names = {*won, *(self._parts if self._pool is None else self._pool)}
+        pool = _last_pool(self._files)
+        names = {*won, *(self._parts if pool is None else pool)}
         late = np.zeros(prompts, dtype=bool)
         late[halves[1]] = True
         adapters = [self._adapter(name, won.get(name, np.arange(0)), sure, late) for name in names]
@@ -286,7 +326,7 @@ class Reading:
             confidence=tuple(np.histogram(sure[known], bins=10, range=(0.0, 1.0))[0].tolist()),
             hours=float(np.ptp(times)) / 3600 if prompts else 0.0,
             adapters=tuple(sorted(adapters, key=lambda one: (-one.wins, -one.parts, one.name))),
-            pool_known=self._pool is not None,
+            pool_known=pool is not None,
             ties=tuple(self._ties({name: len(places) for name, places in won.items()})),
             unserved=tuple(prompt for _, prompt in sorted(self._unserved)),
             logged=self._logged,

@@ -14,8 +14,7 @@ from logo.backends.vllm.marks import marking
 from logo.backends.vllm.requests import Requests
 from logo.errors import ModelError
 from logo.prompts import Prompt
-from logo.selecting import CallSettings, Selecting
-from logo.selection import Selection
+from logo.selecting import CallSettings, Outcome, Selecting
 from logo.selection.confidence import EXAMPLES, Evidence
 from logo.selection.plan import plan
 from logo.selection.settings import SelectionSettings
@@ -64,13 +63,14 @@ class InWorkers(Selecting):
             self._opened[signal] = opened[0]
         return self._opened[signal]
 
-    def __call__(
+    def outcomes(
         self, rows: Sequence[Prompt], calls: Sequence[CallSettings], batch_size: int, *, answering: bool = False
-    ) -> list[Selection]:
+    ) -> list[Outcome]:
+        """One selection or error per row; see `Selecting`."""
         names = [self.open(one.settings)["names"] for one in calls]
         signals = [one.settings.signal for one in calls]
         found = self._scores([*zip(self.probed_ids(rows), signals, strict=True)])
-        return [self.choose(torch.tensor(row), who, one) for row, who, one in zip(found, names, calls, strict=True)]
+        return [self.outcome(torch.tensor(row), who, one) for row, who, one in zip(found, names, calls, strict=True)]
 
     def evidence(self, settings: SelectionSettings) -> Evidence | None:
         """See `Choosing`; the workers know example prompts."""

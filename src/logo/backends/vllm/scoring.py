@@ -96,8 +96,9 @@ class Scoring:
         except _TextsNeeded as needed:
             # A calibration asks for its candidates in groups, and caches nothing before the last group was read. So all
             # of them are recorded at once.
-            whole = needed.texts is self._scorers.texts(settings)
-            points = plan(self._skeleton, self._pool, settings).points if whole else needed.points
+            texts = self._scorers.texts(settings)
+            calibrating = texts is not None and all(row in texts.rows for row in needed.texts.rows)
+            points = plan(self._skeleton, self._pool, settings).points if calibrating else needed.points
             self._taps.start_calibration(points, settings.reading)
             return {"texts": [list(row) for row in needed.texts.rows], **_told(None)}
         finally:

@@ -87,6 +87,10 @@ def learn(
             sure=confidence,
             tell=lambda done, of: shown.update(bar, total=of, completed=done),
         )
+    given = given_meanwhile(logo.fitted, learned.examples)
+    if given:
+        learned = replace(learned, examples={n: e for n, e in learned.examples.items() if n not in given})
+        note(f"kept the examples that {listed(list(map(one_line, given)), 8)} got while this ran")
     removed = outdated(logo.fitted, learned.examples) if dry_run else store(logo.fitted, learned.examples)
     if json:
         print_json({**asdict(learned), "removed": removed})
@@ -98,6 +102,14 @@ def learn(
         out.print(Text.assemble((f"{head} ", "yellow"), text))
     if any(learned.examples.values()) and not dry_run:
         note("`logo pool examples DIR NAME` prints all examples of an adapter.")
+
+
+def given_meanwhile(pool: AdapterPool, examples: Mapping[str, Sequence[Example]]) -> list[str]:
+    """The adapters that may no longer learn, because a user has given them examples since the pool was opened."""
+    from logo.adapters.examples import is_learned
+    from logo.adapters.files import EXAMPLES
+
+    return [n for n in examples if (pool[n].folder / EXAMPLES).is_file() and not is_learned(pool[n].folder)]
 
 
 def store(pool: AdapterPool, examples: Mapping[str, Sequence[Example]]) -> list[str]:
