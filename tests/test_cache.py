@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import accelerate
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+import tiny
+from logo.backends.vllm.skeleton import skeleton
 from logo.cache import read_cached, write_cached
-from logo.selection.cache import _numbers
+from logo.selection.cache import _key_of, _numbers
 from logo.selection.mapped import mapped
+from logo.selection.signals import get_signal
+from logo.selection.texts import Texts
 
 
 @pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt(), OSError("full"), SafetensorError("full")])
@@ -56,3 +64,80 @@ def test_damaged_numbers_are_computed_anew(text: str, tmp_path: Path) -> None:
     (tmp_path / "weights.json").write_text(text)
     with pytest.warns(UserWarning, match="is damaged and computed anew"):
         assert read_cached(tmp_path / "weights.json", _numbers) is None
+
+
+# -- the base model in the key of a calibration -----------------------------------------------------------------
+
+
+def key_of(model: nn.Module) -> str:
+    return _key_of(model, Texts([[3, 4, 5]], [[8, 9]]), get_signal("calibrated"))
+
+
+def packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of layers under the names and in the integers of a quantised checkpoint."""
+    return {
+        name.replace("proj.weight", "proj.weight_packed"): (100 * tensor).to(torch.int32) if "proj" in name else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+
+
+def checkpoint(folder: Path, model: Any, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> str:
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(("name", "change"), [("llama", dict), ("llama", packed), ("gpt2", without_prefix)])
+def test_each_checkpoint_has_its_own_key(
+    name: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """Also where the checkpoint has other names for its tensors than transformers, as quantised ones do."""
+    model, other = tiny.model(name), tiny.model(name)
+    layers = other.model.layers if name == "llama" else other.transformer.h  # type: ignore[union-attr]
+    next(module for module in layers[1].modules() if hasattr(module, "weight") and module.weight.dim() > 1).weight += 1
+    folders = [checkpoint(tmp_path / str(i), m, change) for i, m in enumerate((model, other, model))]
+    one, changed, again = (key_of(skeleton(folder, torch.float32)) for folder in folders)
+    assert one == again != changed
+    assert (one == key_of(model)) == (change is dict)
+
+
+def test_checkpoints_that_are_not_read_are_told_apart_by_their_files(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, tiny.model("llama"), dict)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    keys = [key_of(skeleton(folder, torch.float32)) for _ in range(2)]
+    with (tmp_path / "pytorch_model.bin").open("ab") as file:
+        file.write(b"more")
+    keys.append(key_of(skeleton(folder, torch.float32)))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_weights_in_buffers_are_in_the_key() -> None:
+    """Layers of GPTQ and AWQ have no parameters. Buffers that are not saved follow from the configuration."""
+    keys = []
+    for kept, value in ((True, 0.0), (True, 1.0), (False, 0.0), (False, 1.0)):
+        model = tiny.model("llama")
+        linear = model.get_submodule("model.layers.1.self_attn.q_proj")
+        linear.register_buffer("scales", torch.full((4,), value), persistent=kept)
+        keys.append(key_of(model))
+    assert keys[0] != keys[1]
+    assert keys[2] == keys[3] == key_of(tiny.model("llama"))
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_an_offloaded_model_has_the_key_that_it_has_in_memory(buffers: bool) -> None:
+    model, other = tiny.model("llama"), tiny.model("llama")
+    for one in (model, other):
+        one.register_buffer("scales", torch.ones(4))
+    with torch.no_grad():
+        other.get_submodule("model.layers.1.self_attn.q_proj").weight += 1  # type: ignore[operator]
+    before = key_of(model), key_of(other)
+    assert before[0] != before[1]
+    for one in (model, other):
+        accelerate.cpu_offload(one, execution_device=torch.device("cpu"), offload_buffers=buffers)
+        assert one.get_parameter("model.layers.1.self_attn.q_proj.weight").is_meta
+    assert (key_of(model), key_of(other)) == before

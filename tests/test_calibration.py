@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logo.selection.chance import FEW, UNIT, USUAL, deviation, factors
-from logo.selection.reference import Reference, agreement, choose, contrast, prompt_means
+from logo.selection.reference import LEAST_POINTS, Reference, agreement, choose, contrast, prompt_means
 from tolerances import same_tensor
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(2, 12))
@@ -152,12 +152,13 @@ def test_fewer_points_are_enough_where_they_agree() -> None:
     signal = 3 * responses((6, 1, 40), 3)
     neutral, requests = responses((6, 8, 50)), responses((6, 8, 40), 1) + signal
     most = choose(neutral, requests, most=8, enough=1.0)
-    few = choose(neutral, requests, most=8, enough=0.97)
+    few = choose(neutral, requests, most=8, enough=0.97, each=1)
     assert sorted(most) == list(range(8))
     assert len(few) < 8
     assert most[: len(few)] == few
     order = agreement(neutral, requests, most)
     assert order[len(few) - 1] >= 0.97 > order[len(few) - 2]
+    assert len(few) < LEAST_POINTS and choose(neutral, requests, most=8, enough=0.97) == most[:LEAST_POINTS]
 
 
 def test_every_adapter_is_heard_at_some_chosen_point() -> None:
@@ -167,6 +168,21 @@ def test_every_adapter_is_heard_at_some_chosen_point() -> None:
     chosen = choose(neutral, requests, most=4, enough=1.0)
     assert {7, 8, 9} <= set(chosen)
     assert len(chosen) == 7
+
+
+@given(st.integers(0, 999), st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_the_order_of_adapters_does_not_matter_and_each_is_read_at_four_points(seed: int, most: int) -> None:
+    size, generator = (6, 10), torch.Generator().manual_seed(seed)
+    neutral = torch.randn(*size, 40, generator=generator)
+    # What all points say alike, so that few of them agree with many.
+    requests = torch.randn(*size, 30, generator=generator) / 4 + 4 * torch.randn(6, 1, 30, generator=generator)
+    touched = torch.rand(size, generator=generator) < 0.5
+    touched[:3] = True
+    neutral[~touched] = requests[~touched] = torch.nan
+    chosen = choose(neutral, requests, most, enough=0.985)
+    assert set(choose(neutral.flip(0), requests.flip(0), most, enough=0.985)) == set(chosen)
+    assert (touched[:, chosen].sum(dim=1) >= touched.sum(dim=1).clamp(max=min(most, LEAST_POINTS))).all()
 
 
 def test_a_pool_of_one_has_nothing_to_contrast() -> None:

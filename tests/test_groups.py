@@ -70,6 +70,19 @@ def test_groups_change_no_number(data: st.DataObject, ranks: list[int], rows: in
             same_tensor(low_rank(tokens, plain[path], Gates(weights)), low_rank(x, plain[path], Gates(weights)))
 
 
+@pytest.mark.parametrize("length", [1, 20])
+def test_an_adapter_that_overflows_spoils_no_row_but_its_own(length: int) -> None:
+    tensors, weights = adapters([2, 1, 3, 1], seed=0), torch.eye(4)
+    tensors[1]["one"].A.fill_(torch.finfo(torch.float32).max)  # its response is not finite
+    store, hold = stored(tensors)
+    groups = _grouped(weights != 0, torch.ones(4, dtype=torch.float64), 2)
+    x = torch.ones(4, length, 7)
+    found = GroupedMixture(groups, weights).low_rank(x, grouped(store, hold, groups.adapters, Copies())["one"])
+    others = torch.tensor([0, 2, 3])
+    same_tensor(found[others], low_rank(x, stacked(store, hold)["one"], Gates(weights))[others])
+    assert not found[1].isfinite().any()
+
+
 @given(rows=st.integers(1, 20), m=st.integers(1, 20), seed=st.integers(0, 50))
 @settings(max_examples=80, deadline=None)
 def test_every_row_is_in_one_group_with_all_it_uses(rows: int, m: int, seed: int) -> None:

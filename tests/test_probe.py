@@ -32,8 +32,11 @@ QUERY = {
     "falcon": "transformer.h.2.self_attention.query_key_value",
     "falcon_heads": "transformer.h.2.self_attention.query_key_value",
     "falcon_groups": "transformer.h.2.self_attention.query_key_value",
+    "codegen": "transformer.h.2.attn.qkv_proj",
+    "gpt_bigcode": "transformer.h.2.attn.c_attn",
+    "gpt_bigcode_heads": "transformer.h.2.attn.c_attn",
 }
-FUSED = ["phi3", "gpt_neox", "gpt2", "falcon", "falcon_heads", "falcon_groups"]
+FUSED = [name for name, path in QUERY.items() if path.endswith(("qkv_proj", "query_key_value", "c_attn"))]
 
 
 @pytest.mark.parametrize("name", list(tiny.CONFIGS))

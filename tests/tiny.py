@@ -54,6 +54,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         num_kv_heads=2,
         new_decoder_architecture=True,
     ),
+    "codegen": lambda: tf.CodeGenConfig(**COMMON, n_embd=32, n_layer=3, n_head=4, n_positions=128, rotary_dim=4),
+    "gpt_bigcode": lambda: tf.GPTBigCodeConfig(**COMMON, n_embd=32, n_layer=3, n_head=4, n_positions=128),
+    "gpt_bigcode_heads": lambda: tf.GPTBigCodeConfig(
+        **COMMON, n_embd=32, n_layer=3, n_head=4, n_positions=128, multi_query=False
+    ),
 }
 
 # They keep a state besides keys and values, or instead of them.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from logo import __version__
-from logo.models import parameter_of
+from logo.models import tensor_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ def weights_digest(model: PreTrainedModel) -> str:
 
     digest = hashlib.sha256()
     for name, _ in model.named_parameters(remove_duplicate=False):  # shared ones under each of their names
-        parameter = parameter_of(model, name)
+        parameter = tensor_of(model, name)
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].to("cpu", torch.float32)
         digest.update(f"{name} {tuple(parameter.shape)} ".encode() + sample.numpy().tobytes())

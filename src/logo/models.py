@@ -244,8 +244,8 @@ def hooks(module: Any) -> Sequence[object]:
     return getattr(hook, "hooks", (hook,))
 
 
-def parameter_of(model: Any, name: str) -> torch.Tensor:
-    """A parameter of a model by its name.
+def tensor_of(model: Any, name: str) -> torch.Tensor:
+    """A parameter or buffer of a model by its name.
 
     If accelerate has offloaded it, it is read from the host or the disk. If another process holds it, it is read from
     the checkpoint, and empty if the checkpoint does not have it.
@@ -253,11 +253,11 @@ def parameter_of(model: Any, name: str) -> torch.Tensor:
     Raises:
         ModelError: it is neither in memory nor where accelerate keeps what is offloaded.
     """
-    found: torch.Tensor = model.get_parameter(name)
+    parts = name.split(".")
+    found: torch.Tensor = getattr(model.get_submodule(".".join(parts[:-1])), parts[-1])
     read = getattr(found, "read", None)
     if found.device.type != "meta" or read is not None:
         return found if read is None else read()
-    parts = name.split(".")
     for cut in range(len(parts) - 1, -1, -1):  # the hook of the module or of one that contains it
         for hook in hooks(model.get_submodule(".".join(parts[:cut]))):
             kept = getattr(hook, "weights_map", None)

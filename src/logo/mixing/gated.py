@@ -14,12 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from logo.mixing.costs import kind_of
-from logo.mixing.groups import GroupedMixture
+from logo.mixing.groups import Gate, GroupedMixture, gated_product
 from logo.mixing.placement import unwaited
 from logo.mixing.stacks import GroupedStack, Stack
-
-# A gate, and a mask of where it is 0; None: it is 0 nowhere.
-_Gate = tuple[Tensor, Tensor | None]
 
 
 class Gating(Protocol):
@@ -57,20 +54,20 @@ class Gates:
         self._placed = dict(placed or {})  # by device and dtype
         self._open: dict[torch.dtype, bool] = {}
         self._expanded: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
-        self._shaped: dict[tuple[int, torch.Size, bool, torch.device, torch.dtype], _Gate] = {}
+        self._shaped: dict[tuple[int, torch.Size, bool, torch.device, torch.dtype], Gate] = {}
 
     def applied(self, stack: Stack, response: Tensor) -> Tensor:
         """`g ⊙ (A x)` of one module, for `A x` (..., R).
 
         A gate of 0 gives 0 even if `A x` is not finite, so an adapter that overflows affects only the rows that use it.
         """
-        return _product(response, self._gate(stack, response.shape[:-1], response, turned=False))
+        return gated_product(response, self._gate(stack, response.shape[:-1], response, turned=False))
 
     def applied_turned(self, stack: Stack, lead: torch.Size, response: Tensor) -> Tensor:
         """As `applied`, for `A x` with the rank first: (R, *lead)."""
-        return _product(response, self._gate(stack, lead, response, turned=True))
+        return gated_product(response, self._gate(stack, lead, response, turned=True))
 
-    def _gate(self, stack: Stack, lead: torch.Size, like: Tensor, *, turned: bool) -> _Gate:
+    def _gate(self, stack: Stack, lead: torch.Size, like: Tensor, *, turned: bool) -> Gate:
         """The gate, shaped to multiply `A x`, whose dimensions but the rank are `lead`."""
         key = (id(stack.owner), lead, turned, like.device, like.dtype)
         if key not in self._shaped:
@@ -155,12 +152,6 @@ def scaled(module: nn.Module, term: Tensor) -> Tensor:
     """A term times the scale by which a module multiplies its output, as Gemma's embeddings do; PEFT does the same."""
     scale = getattr(module, "embed_scale", None)
     return term if scale is None else term * scale
-
-
-def _product(response: Tensor, gate: _Gate) -> Tensor:
-    factor, closed = gate
-    product = response * factor
-    return product if closed is None else product.masked_fill_(closed, 0)
 
 
 def low_rank(x: Tensor, stack: Stack, gates: Gating) -> Tensor:

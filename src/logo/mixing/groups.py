@@ -19,6 +19,16 @@ from torch import Tensor
 from logo.mixing.costs import Work, kind_of
 from logo.mixing.stacks import GroupedStack
 
+# A gate, and a mask of where it is 0; None: it is 0 nowhere.
+Gate = tuple[Tensor, Tensor | None]
+
+
+def gated_product(response: Tensor, gate: Gate) -> Tensor:
+    """`g ⊙ (A x)`: 0 where the gate is 0, even if `A x` is not finite there."""
+    factor, closed = gate
+    product = response * factor
+    return product if closed is None else product.masked_fill_(closed, 0)
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -98,7 +108,7 @@ class GroupedMixture:
         self._place[flat[flat >= 0]] = (flat >= 0).nonzero()[:, 0]
         self._in_order = flat.tolist() == list(range(len(weights)))
         self._present = (flat >= 0).view(*self._shape, 1)
-        self._gates: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        self._gates: dict[tuple[int, torch.device, torch.dtype], Gate] = {}
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def low_rank(self, x: Tensor, stack: GroupedStack) -> Tensor:
@@ -127,14 +137,14 @@ class GroupedMixture:
             shrunk = torch.bmm(A, x.transpose(1, 2)).transpose(1, 2)  # (n, m * each, R)
         else:
             shrunk = torch.bmm(x, A.transpose(1, 2))
-        gated = shrunk.reshape(n, m, each, -1) * self._gate(stack, A)[:, :, None]
+        gated = gated_product(shrunk.reshape(n, m, each, -1), self._gate(stack, A))
         result = torch.bmm(gated.view(n, m * each, -1), stack.B(keep))  # (n, m * each, d_out)
         if not self._in_order:
             result = result.view(n * m, each, -1)[self._indices(x.device)[1]]
         return result.view(*lead, -1)
 
-    def _gate(self, stack: GroupedStack, like: Tensor) -> Tensor:
-        """(n, m, R), cached by the owner tensor, which modules with the same adapters share."""
+    def _gate(self, stack: GroupedStack, like: Tensor) -> Gate:
+        """(n, m, 1, R), cached by the owner tensor, which modules with the same adapters share."""
         key = (id(stack.owner), like.device, like.dtype)
         if key not in self._gates:
             owner = stack.owner.cpu()
@@ -142,7 +152,9 @@ class GroupedMixture:
             weights = torch.cat([self.weights, nobody], dim=1)[self._order].view(*self._shape, -1)
             picked = weights.gather(2, owner[:, None].expand(-1, self._shape[1], -1))
             gate = torch.where(self._present, picked, torch.zeros(()))
-            self._gates[key] = gate.to(like.device, like.dtype)
+            gate = gate.to(like.dtype)[:, :, None]
+            closed = None if gate.all() else (gate == 0).to(like.device)
+            self._gates[key] = gate.to(like.device), closed
         return self._gates[key]
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:

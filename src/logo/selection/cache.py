@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -37,6 +37,7 @@ from logo.adapters.format import Adapter
 from logo.adapters.weights import WeightFile
 from logo.cache import read_cached, write_cached
 from logo.folders import replace_file
+from logo.models import tensor_of
 from logo.selection.emphasis import FADING
 from logo.selection.points import Point
 from logo.selection.signals import Signal
@@ -231,13 +232,24 @@ def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
     rows = [[list(row) for row in part] for part in (texts.neutral, texts.requests)]
     parts = [_FORMAT, SHRINKAGE, SKETCHED, FADING, reading, rows, settings]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for name, tensor in model.named_parameters():
+    for name, tensor in stored(model):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         # A skeleton of a model has its weights elsewhere, and holds a sample of them.
-        sample = getattr(tensor, "sample", None) if tensor.device.type == "meta" else sampled(tensor)
+        sample = getattr(tensor, "sample", None) if hasattr(tensor, "read") else sampled(tensor_of(model, name))
         if sample is not None:
             digest.update(sample.numpy().tobytes())
+    digest.update(getattr(model, "others", b""))
     return digest.hexdigest()[:24]
+
+
+def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint by their names: the parameters, and the buffers in which quantised layers have their
+    weights. Other buffers follow from the configuration."""
+    yield from model.named_parameters()
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(path, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
 
 
 def _place_of(activation: Activation) -> list[Any]:
@@ -247,6 +259,6 @@ def _place_of(activation: Activation) -> list[Any]:
 
 
 def sampled(tensor: Tensor) -> Tensor:
-    """A sample of a parameter, float32 on the CPU: reading a large model whole takes longer than calibrating."""
+    """A sample of a tensor, float32 on the CPU: reading a large model whole takes longer than calibrating."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].to("cpu", torch.float32)

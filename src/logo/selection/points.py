@@ -171,11 +171,15 @@ def _query_rows(name: str, config: Any, module: nn.Module) -> tuple[int, ...] | 
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     rows = torch.arange(shape.out_features)
-    if name != "query_key_value":  # Phi-3, GPT-2, MPT: all query heads first
+    if config.model_type == "codegen":  # (blocks, q v k, heads of the block * size)
+        return tuple(rows.view(4, 3, -1)[:, 0].flatten().tolist())
+    if name != "query_key_value" and config.model_type != "gpt_bigcode":  # Phi-3, GPT-2, MPT: all query heads first
         return tuple(rows[: heads * size].tolist())
     if getattr(config, "new_decoder_architecture", False):  # Falcon 40B: (kv heads, queries of the group + k + v, size)
         groups = config.num_kv_heads
         return tuple(rows.view(groups, heads // groups + 2, size)[:, :-2].flatten().tolist())
-    if getattr(config, "multi_query", False):  # Falcon 7B: all query heads, then one k and one v
+    if getattr(config, "multi_query", False):  # Falcon 7B, StarCoder: all query heads, then one k and one v
         return tuple(rows[: heads * size].tolist())
-    return tuple(rows.view(heads, 3, size)[:, 0].flatten().tolist())  # GPT-NeoX, Bloom: (heads, q k v, size)
+    return tuple(
+        rows.view(heads, 3, size)[:, 0].flatten().tolist()
+    )  # GPT-NeoX, Bloom, GPTBigCode: (heads, q k v, size)

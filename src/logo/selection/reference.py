@@ -31,7 +31,7 @@ _LEAST_SPREAD = 0.25
 # Points that are read of every adapter, if it touches so many.
 LEAST_POINTS = 4
 # To be raised when the same settings give other scores: results depend on it, so it is a part of their identity.
-SCORES = 3
+SCORES = 4
 # Larger z are clipped, so that no point decides alone.
 _LARGEST_Z = 20.0
 # The excess is clipped, since the requests may be those that an adapter was made for.
@@ -198,13 +198,16 @@ def choose(neutral: Tensor, requests: Tensor, most: int, enough: float, each: in
         neutral, requests: `a` (adapters, points, texts).
         most: never more than these, unless too few of them would touch an adapter.
         enough: the agreement that suffices.
-        each: at least so many points of every adapter are read, if it touches so many.
+        each: at least so many points of every adapter are read, if it touches so many and `most` are not fewer.
     """
     order = torch.sort(contrast(neutral, requests), descending=True, stable=True).indices.tolist()
     best = order[:most]
     reached = (agreement(neutral, requests, best) >= enough).nonzero()
     chosen = best[: int(reached[0]) + 1] if len(reached) else best
-    for responds in neutral.isfinite().all(dim=2):  # (points,) of one adapter
-        missing = min(each, len(chosen)) - int(responds[chosen].sum())
-        chosen += [point for point in order if responds[point] and point not in chosen][: max(0, missing)]
+    responds = neutral.isfinite().all(dim=2)  # (adapters, points)
+    counts = responds[:, chosen].sum(dim=1)
+    for point in order:
+        if point not in chosen and (responds[:, point] & (counts < min(each, most))).any():
+            chosen.append(point)
+            counts += responds[:, point]
     return chosen

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from logo.adapters.layout import linear_shape
 from logo.errors import ModelError
-from logo.models import parameter_of
+from logo.models import tensor_of
 from logo.selection.points import Point
 
 # An adapter whose size is not known, such as one of a quantised base model, counts as one of this size. The weights of
@@ -40,8 +40,8 @@ def weight_norm(model: nn.Module, point: Point) -> float:
         return math.nan
     if weight.is_meta:
         try:
-            weight = parameter_of(model, f"{point.module}.weight")
-        except (ModelError, AttributeError):  # kept by another library than accelerate, or no parameter
+            weight = tensor_of(model, f"{point.module}.weight")
+        except ModelError:  # kept by another library than accelerate
             return math.nan
     transposed = type(module).__name__ == "Conv1D"
     expected = (shape.out_features, shape.in_features)

@@ -1,16 +1,18 @@
 """The base model as transformers knows it, without its weights: module paths, shapes and a digest.
 
 Pools are fitted to it and points are found in it, as the local engine does with a loaded model. A sample of each weight
-is read from the checkpoint, so that calibrations are cached under the same digest as in the local engine.
+is read from the checkpoint, so that calibrations are cached under the same digest as in the local engine if the
+checkpoint has transformers' names.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +21,7 @@ from torch import Tensor
 from logo import models
 from logo.errors import ModelError
 from logo.models import fetch, loading
-from logo.selection.cache import sampled
+from logo.selection.cache import sampled, stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +32,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
     """A causal LM on the meta device. Each parameter has a function `read`, which reads it from the checkpoint, a
     `sample` of its values, and the type `stored` there; if the checkpoint lacks its name, there is no sample and no
-    type, and `read` returns an empty tensor.
+    type, and `read` returns an empty tensor. The model then has a digest `others` of what the checkpoint has instead.
 
     Args:
         source: a folder, or a Hub repository whose files were fetched before.
@@ -45,13 +47,30 @@ def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> Pr
     with loading(source, folder):
         model = models.skeleton(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype)
         samples = _samples(Path(folder))
-    for name, parameter in model.named_parameters():
-        parameter.read = functools.partial(torch.empty, 0)
+    names = set()
+    tensor: Any  # gets attributes
+    for name, tensor in stored(model):
+        names.add(name)
+        tensor.read = functools.partial(torch.empty, 0)
         if name in samples:
-            file, sample, parameter.stored = samples[name]
-            parameter.sample = sample.to(dtype).float()
-            parameter.read = functools.partial(_tensor, file, name, dtype)
+            file, sample, tensor.stored = samples[name]
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            tensor.sample = sample.to(kind).float()
+            tensor.read = functools.partial(_tensor, file, name, kind)
+    if names - samples.keys():
+        model.others = _others(Path(folder), {name: one for name, one in samples.items() if name not in names})
     return model
+
+
+def _others(folder: Path, samples: Mapping[str, tuple[Path, Tensor, torch.dtype]]) -> bytes:
+    """Digest of these tensors, such as those of quantised layers; without any, of the sizes and times of all files."""
+    digest = hashlib.sha256()
+    for name, (_, sample, dtype) in sorted(samples.items()):
+        digest.update(f"{name} {dtype}".encode() + sample.numpy().tobytes())
+    for file in [] if samples else sorted(file for file in folder.iterdir() if file.is_file()):
+        about = file.stat()
+        digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}".encode())
+    return digest.digest()
 
 
 def _samples(folder: Path) -> Mapping[str, tuple[Path, Tensor, torch.dtype]]:
