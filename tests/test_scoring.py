@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import make_adapters
 import tiny
 from logo import AdapterPool, LoGo, ModelError, PoolError, SelectionSettings, UsageError, scoring
+from logo.backends.vllm import likelihood
 from logo.scoring import completion_ids, joined, score_logits
 from test_engine import tokenizer, write_adapter
 from tolerances import same_scores
@@ -93,6 +95,25 @@ def test_exact_match_is_what_greedy_decoding_would_write(logo: LoGo) -> None:
         if tried >= 12:
             return
     raise AssertionError(f"only {tried} answers could be tried")
+
+
+@pytest.mark.parametrize(
+    ("gold", "named", "exact"), [(1, 1, True), (1, 2, True), (2, 1, False), (0, 1, False), (0, 2, False)]
+)
+def test_of_tokens_of_one_likelihood_the_first_matches_exactly_in_both_engines(
+    gold: int, named: int, exact: bool
+) -> None:
+    """vLLM's rank counts all tokens that are as likely, and it names one of the best in each place."""
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 0.0, 1.0, -1.0]])
+    [local] = score_logits(logits[None], torch.tensor([gold, 0]))
+    first, last = logits.log_softmax(dim=-1)
+    place = {gold: SimpleNamespace(logprob=float(first[gold]), rank=int((first >= first[gold]).sum()))}
+    if named != gold:
+        place[named] = SimpleNamespace(logprob=float(first[named]), rank=1)
+    made = SimpleNamespace(logprobs=[{0: SimpleNamespace(logprob=float(last[0]), rank=1)}], token_ids=[0])
+    found = likelihood.scored(SimpleNamespace(prompt_logprobs=[None, place], outputs=[made]), [gold, 0])
+    assert found.exact_match == local.exact_match == exact
+    assert found.nll == pytest.approx(local.nll)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt2", "opt", "falcon", "gpt_neox"])
