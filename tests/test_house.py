@@ -17,8 +17,10 @@ SRC = Path(__file__).parent.parent / "src" / "logo"
 
 # A part may import itself and the parts of lower layers, which come first. Parts of one layer do not import each other.
 LAYERS = [
-    {"errors", "cache"},
-    {"folders", "hub", "plugins", "extras", "drawing"},
+    {"errors"},
+    {"folders"},
+    {"cache"},
+    {"hub", "plugins", "extras", "drawing"},
     {"adapters", "prompts", "generation"},
     {"models", "rows"},
     {"mixing", "selection", "pools", "decoding", "endings", "scoring", "digests"},
