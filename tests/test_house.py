@@ -22,7 +22,7 @@ LAYERS = [
     {"cache"},
     {"hub", "plugins", "extras", "drawing"},
     {"adapters", "prompts", "generation"},
-    {"models", "rows"},
+    {"models", "rows", "tensors"},
     {"mixing", "selection", "pools", "decoding", "endings", "scoring", "digests"},
     {"decoder", "completions", "opening", "selecting", "facts"},
     {"calls"},

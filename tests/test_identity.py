@@ -279,6 +279,17 @@ def test_offloaded_weights_are_in_the_digest(
     assert torch.equal(offloaded(ids).logits, tiny.model(name)(ids).logits)  # and it still runs
 
 
+def test_weights_in_buffers_are_in_the_digest() -> None:
+    """As in `test_weights_in_buffers_are_in_the_key`."""
+    digests = []
+    for kept, value in ((True, 0.0), (True, 1.0), (False, 0.0)):
+        model = tiny.model("llama")
+        linear = model.get_submodule("model.layers.1.self_attn.q_proj")
+        linear.register_buffer("scales", torch.full((4,), value), persistent=kept)
+        digests.append(weights_digest(model))
+    assert digests[0] != digests[1] and digests[2] == weights_digest(tiny.model("llama"))
+
+
 def test_weights_that_stay_in_their_checkpoint(tmp_path: Path) -> None:
     expected = weights_digest(tiny.model("llama"))
     offloaded = from_a_checkpoint(tiny.model("llama"), tmp_path)

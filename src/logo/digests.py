@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from logo import __version__
-from logo.models import tensor_of
+from logo.tensors import stored, tensor_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -60,17 +60,17 @@ def _said(content: Any) -> Any:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """The digest of a few weights of every parameter, also of offloaded ones.
+    """The digest of a few numbers of every stored tensor, also of offloaded ones.
 
     Raises:
-        ModelError: a parameter is neither in memory nor where accelerate keeps what is offloaded.
+        ModelError: a tensor is neither in memory nor where accelerate keeps what is offloaded.
     """
     import torch
 
     digest = hashlib.sha256()
-    for name, _ in model.named_parameters(remove_duplicate=False):  # shared ones under each of their names
-        parameter = tensor_of(model, name)
-        flat = parameter.detach().reshape(-1)
+    for name, _ in stored(model, shared=True):
+        tensor = tensor_of(model, name)
+        flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].to("cpu", torch.float32)
-        digest.update(f"{name} {tuple(parameter.shape)} ".encode() + sample.numpy().tobytes())
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode() + sample.numpy().tobytes())
     return digest.hexdigest()

@@ -28,7 +28,7 @@ from logo.errors import check_type, listed
 from logo.generation import is_assisted
 from logo.mixing import EXACT, Merge, Mixer
 from logo.mixing.store import adapter_store
-from logo.models import check_mode, check_usable, context_length, devices, lock_of
+from logo.models import check_mode, check_usable, context_length, lock_of
 from logo.opening import FromPretrained
 from logo.scoring import Scored
 from logo.selecting import Probing
@@ -41,6 +41,7 @@ from logo.selection.scorer import Scorer
 from logo.selection.scorers import Scorers
 from logo.selection.settings import SelectionSettings
 from logo.selection.texts import NEUTRAL
+from logo.tensors import devices
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -227,48 +227,6 @@ def context_length(model: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-def devices(model: PreTrainedModel) -> tuple[torch.device, ...]:
-    """The devices that compute: those of the weights, and those to which accelerate moves offloaded ones."""
-    import torch
-
-    found = {parameter.device for parameter in model.parameters() if parameter.device.type != "meta"}
-    targets = {getattr(hook, "execution_device", None) for module in model.modules() for hook in hooks(module)}
-    return tuple(sorted(found | {torch.device(target) for target in targets if target is not None}, key=str))
-
-
-def hooks(module: Any) -> Sequence[object]:
-    """The hooks of accelerate on a module."""
-    hook = getattr(module, "_hf_hook", None)
-    return getattr(hook, "hooks", (hook,))
-
-
-def tensor_of(model: Any, name: str) -> torch.Tensor:
-    """A parameter or buffer of a model by its name.
-
-    If accelerate has offloaded it, it is read from the host or the disk. If another process holds it, it is read from
-    the checkpoint, and empty if the checkpoint does not have it.
-
-    Raises:
-        ModelError: it is neither in memory nor where accelerate keeps what is offloaded.
-    """
-    parts = name.split(".")
-    found: torch.Tensor = getattr(model.get_submodule(".".join(parts[:-1])), parts[-1])
-    read = getattr(found, "read", None)
-    if found.device.type != "meta" or read is not None:
-        return found if read is None else read()
-    for cut in range(len(parts) - 1, -1, -1):  # the hook of the module or of one that contains it
-        for hook in hooks(model.get_submodule(".".join(parts[:cut]))):
-            kept = getattr(hook, "weights_map", None)
-            if kept is not None:
-                with suppress(KeyError):
-                    found = kept[".".join(parts[cut:])]
-                    return found
-    raise ModelError(
-        f"base model: weight {name} is not in memory, and accelerate does not keep it either; expected a model with "
-        "all its weights"
-    )
 
 
 def load_config(base_model: str, *, model_dir: str | Path | None = None) -> Any:

@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -37,13 +37,13 @@ from logo.adapters.format import Adapter
 from logo.adapters.weights import WeightFile
 from logo.cache import read_cached, write_cached
 from logo.folders import replace_file
-from logo.models import tensor_of
 from logo.selection.emphasis import FADING
 from logo.selection.points import Point
 from logo.selection.signals import Signal
 from logo.selection.size import weight_norm
 from logo.selection.texts import Texts
 from logo.selection.whitening import SHRINKAGE, SKETCHED, Whitening
+from logo.tensors import stored, tensor_of
 
 # To be raised when the content of the files changes its meaning.
 _FORMAT = 3
@@ -240,16 +240,6 @@ def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
             digest.update(sample.numpy().tobytes())
     digest.update(getattr(model, "others", b""))
     return digest.hexdigest()[:24]
-
-
-def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint by their names: the parameters, and the buffers in which quantised layers have their
-    weights. Other buffers follow from the configuration."""
-    yield from model.named_parameters()
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(path, recurse=False):
-            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                yield name, buffer
 
 
 def _place_of(activation: Activation) -> list[Any]:

@@ -21,7 +21,8 @@ from torch import Tensor
 from logo import models
 from logo.errors import ModelError
 from logo.models import fetch, loading
-from logo.selection.cache import sampled, stored
+from logo.selection.cache import sampled
+from logo.tensors import stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
