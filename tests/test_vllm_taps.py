@@ -44,7 +44,12 @@ class Scorer:
         self.names = ("one", "two")
         self.signatures: Any = None
 
-    def scores(self, per_point: Any, descriptions: Any, tokens: Tensor) -> Tensor:
+    def among(self, names: Any) -> Tensor | None:
+        return None if names == [None] else torch.tensor([[name in names[0] for name in self.names]])
+
+    def scores(self, per_point: Any, descriptions: Any, tokens: Tensor, among: Tensor | None = None) -> Tensor:
+        if among is not None:
+            per_point = [torch.where(among, response, -torch.inf) for response in per_point]
         return torch.cat([torch.stack(list(per_point)).mean(dim=0), tokens[:, None]], dim=1)
 
 
@@ -55,9 +60,9 @@ class Describing(Scorer):
         super().__init__(*modules)
         self.signatures = SimpleNamespace(points=(1,))
 
-    def scores(self, per_point: Any, descriptions: Any, tokens: Any) -> Tensor:
+    def scores(self, per_point: Any, descriptions: Any, tokens: Any, among: Tensor | None = None) -> Tensor:
         [description] = descriptions
-        return torch.cat([super().scores(per_point, [], tokens), description.flatten(1)], dim=1)
+        return torch.cat([super().scores(per_point, [], tokens, among), description.flatten(1)], dim=1)
 
 
 @pytest.fixture
@@ -69,6 +74,16 @@ def taps(monkeypatch: pytest.MonkeyPatch, late: bool = False) -> Taps:
     made = Taps(lambda point, read: point.module, CPU, lambda: BLOCK, 1_000_000)
     made.score("calibrated", Scorer("a", "b"), SelectionSettings())  # type: ignore[arg-type]
     return made
+
+
+def test_each_prompt_is_scored_among_its_own_adapters(taps: Taps) -> None:
+    taps.begin([Span("p", "calibrated", 0, 0, 3, 3), Span("q", "calibrated", 3, 0, 3, 3)])
+    step = torch.rand(6, 4)
+    for place in ("a", "b"):
+        taps.tap(place, step)
+    found = taps.take(["p", "q"], {"q": ["two"]})
+    assert found["p"] == pytest.approx([*step[1:3].mean(dim=0)[:2].tolist(), 2], rel=1e-5)
+    assert found["q"] == pytest.approx([-torch.inf, step[4:, 1].mean().item(), 2], rel=1e-5)
 
 
 @given(

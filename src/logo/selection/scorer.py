@@ -105,13 +105,15 @@ class Scorer:
     def best(self, input_ids: Tensor, attention_mask: Tensor, asked: Sequence[Best]) -> Tensor:
         """Scores (rows, adapters) that are right for the adapters `asked` of each row; others may be `NOT_SCORED`."""
         probed = self._reader(input_ids, attention_mask)
-        return self.scores(probed.responses, probed.descriptions, probed.tokens, self._among(asked))
+        among = self.among([one.among for one in asked])
+        return self.scores(probed.responses, probed.descriptions, probed.tokens, among)
 
-    def _among(self, asked: Sequence[Best]) -> Tensor | None:
-        """(rows, adapters) bool: those that may be selected; None: all of them in every row, or it does not matter."""
-        if self._reference is None or all(one.among is None for one in asked):
+    def among(self, names: Sequence[Collection[str] | None]) -> Tensor | None:
+        """(rows, adapters) bool: those that may be selected, from their names in each row (None: all of them). None if
+        these are all in every row, or if it does not matter."""
+        if self._reference is None or all(some is None for some in names):
             return None
-        return torch.tensor([[one.among is None or name in one.among for name in self.names] for one in asked])
+        return torch.tensor([[some is None or name in some for name in self.names] for some in names])
 
     def scores(
         self,

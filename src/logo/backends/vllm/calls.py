@@ -92,9 +92,9 @@ def logo_forget(worker: Any, keys: list[str], process: str = "") -> None:
     own.forget(own.processes.release(process, keys))
 
 
-def logo_take(worker: Any, keys: list[str]) -> dict[str, Any]:
+def logo_take(worker: Any, keys: list[str], among: dict[str, list[str]] | None = None) -> dict[str, Any]:
     """See `Worker.take`."""
-    return _of(worker).take(keys)
+    return _of(worker).take(keys, among)
 
 
 def logo_clean(worker: Any, recipe: str | None, reason: str) -> None:

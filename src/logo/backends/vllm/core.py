@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -143,6 +143,14 @@ class Core:
         if wanted.adapters is not None:
             return None
         return self.choosing.call_settings(wanted.options).settings.signal
+
+    def candidates(self, wanted: MixtureRequest) -> Collection[str] | None:
+        """The names of the adapters that a request may select; None: all.
+
+        Raises:
+            LoGoError: as `LoGo.select`.
+        """
+        return self.choosing.call_settings(wanted.options).candidates
 
     def select(self, wanted: MixtureRequest, scores: Sequence[float] | None) -> Selection:
         """The selection that the scores give, or the forced one.

@@ -3,7 +3,7 @@ score the adapters while it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from logo.selection.settings import SelectionSettings
 
 # The most prompts that are probed together; less than the number whose scores vLLM's workers keep.
 _PROBED = 2048
+
+# Token ids, the signal that scores them, and the names of the adapters that may be selected (None: all).
+_Asked = tuple[Sequence[int], str, Collection[str] | None]
 
 
 class InWorkers(Selecting):
@@ -69,7 +72,8 @@ class InWorkers(Selecting):
         """One selection or error per row; see `Selecting`."""
         names = [self.open(one.settings)["names"] for one in calls]
         signals = [one.settings.signal for one in calls]
-        found = self._scores([*zip(self.probed_ids(rows), signals, strict=True)])
+        among = [one.candidates for one in calls]
+        found = self._scores([*zip(self.probed_ids(rows), signals, among, strict=True)])
         return [self.outcome(torch.tensor(row), who, one) for row, who, one in zip(found, names, calls, strict=True)]
 
     def evidence(self, settings: SelectionSettings) -> Evidence | None:
@@ -84,11 +88,8 @@ class InWorkers(Selecting):
     def restart(self) -> None:
         """Does nothing, since no selection depends on earlier prompts."""
 
-    def _scores(self, rows: Sequence[tuple[Sequence[int], str]]) -> list[list[float]]:
+    def _scores(self, rows: Sequence[_Asked]) -> list[list[float]]:
         """The scores of prompts.
-
-        Args:
-            rows: token ids, and the signal that scores them.
 
         Raises:
             NotFinite: a score overflowed.
@@ -106,10 +107,11 @@ class InWorkers(Selecting):
                 found.append(scores)
         return found
 
-    def _probed(self, rows: Sequence[tuple[Sequence[int], str]], *, whole: bool) -> list[list[float] | None]:
+    def _probed(self, rows: Sequence[_Asked], *, whole: bool) -> list[list[float] | None]:
         """The scores of each prompt; None for a prompt that has to be probed again and read whole."""
-        keys = self._run(rows, whole=whole)
-        taken = outcomes(self._call("logo_take", keys)) if keys else {}
+        keys = self._run([(ids, signal) for ids, signal, _ in rows], whole=whole)
+        among = {key: list(names) for key, (_, _, names) in zip(keys, rows, strict=True) if names is not None}
+        taken = outcomes(self._call("logo_take", keys, among)) if keys else {}
         return [scores_of(taken[key]) for key in keys]
 
     def _run(self, rows: Sequence[tuple[Sequence[int], str]], *, whole: bool = False) -> list[str]:

@@ -233,7 +233,7 @@ class Router:
                 probed = await ask(self.app, scope, where, body=json.dumps(asked).encode(), receive=receive)
             if probed.status != 200:
                 return probed
-            scores = scores_of(await self.workers.take(key), self.core.pool.digest)
+            scores = scores_of(await self.workers.take(key, self.core.candidates(wanted)), self.core.pool.digest)
         selection = self.core.select(wanted, scores)
         spent = time.perf_counter() - started
         self._counts.selected(selection, spent)

@@ -10,7 +10,7 @@ the model runs, since that would end the engine; an error becomes the answer to 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -198,8 +198,15 @@ class Taps:
 
     # -- afterwards ----------------------------------------------------------------------------------------------
 
-    def take(self, keys: Sequence[str]) -> dict[str, list[float] | str]:
-        """The scores of these prompts per adapter, or why there are none. Prompts that were taken are dropped."""
+    def take(
+        self, keys: Sequence[str], among: Mapping[str, Collection[str]] | None = None
+    ) -> dict[str, list[float] | str]:
+        """The scores of these prompts per adapter, or why there are none. Prompts that were taken are dropped.
+
+        Args:
+            among: key -> names of the adapters that may be selected; others may have no score (-inf). All for keys that
+                are not in it.
+        """
         self._end_step()
         taken: dict[str, list[float] | str] = {}
         for key in keys:
@@ -212,12 +219,12 @@ class Taps:
                 taken[key] = sums.failure
             else:
                 try:
-                    taken[key] = self._scores(sums)
+                    taken[key] = self._scores(sums, (among or {}).get(key))
                 except Exception as error:  # one prompt's failure is its own
                     taken[key] = str(error) if isinstance(error, NotFinite) else f"{type(error).__name__}: {error}"
         return taken
 
-    def _scores(self, sums: PromptSums) -> list[float] | str:
+    def _scores(self, sums: PromptSums, among: Collection[str] | None) -> list[float] | str:
         scorer, signal = self._scorers[sums.signal]
         if sums.scorer is not scorer:
             return CHANGED
@@ -235,7 +242,8 @@ class Taps:
             mean = sums.by_point[count * signal.readings + number] / sums.read
             end = mean if signal.token == "mean" else sums.last[number]
             descriptions.append(torch.stack([mean, end])[None])
-        scores: list[float] = scorer.scores(per_point, descriptions, torch.tensor([sums.read]))[0].tolist()
+        found = scorer.scores(per_point, descriptions, torch.tensor([sums.read]), scorer.among([among]))
+        scores: list[float] = found[0].tolist()
         return scores
 
     def _add(

@@ -7,7 +7,7 @@ vLLM calls it through the hooks of `logo.backends.vllm.hooks`. The router and th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -237,14 +237,17 @@ class Worker:
             self._failures.pop(next(iter(self._failures)))
         log.error("LoGo: a mixture failed: %s", reason)
 
-    def take(self, keys: Sequence[str]) -> dict[str, Any]:
+    def take(self, keys: Sequence[str], among: Mapping[str, Collection[str]] | None = None) -> dict[str, Any]:
         """The outcome of probes and mixtures.
+
+        Args:
+            among: of probes, as `Taps.take`.
 
         Returns:
             for probes: the digest of the pool and the scores of its adapters, or why there are none; for recipes: why
                 they were not mixed, or None.
         """
-        probes = self.taps.take([key for key in keys if not is_recipe(key)])
+        probes = self.taps.take([key for key in keys if not is_recipe(key)], among)
         scored = {key: found if isinstance(found, str) else [self.pool.digest, found] for key, found in probes.items()}
         return {**scored, **{key: self._failures.get(key) for key in keys if is_recipe(key)}}
 

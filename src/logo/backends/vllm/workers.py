@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Iterator, Sequence
 from typing import Any
 
 from logo.backends.vllm.core import Core, new_key, outcomes, texts_of, values
@@ -35,6 +35,7 @@ class Workers:
         self._staged: tuple[KeyedPool, dict[str, Any]] | None = None  # pool, and what each signal scores
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting: dict[str, list[asyncio.Future[Any]]] = {}  # several answers may have one recipe
+        self._among: dict[str, list[str]] = {}
         self._taking: asyncio.Task[None] | None = None
 
     async def call(self, name: str, *args: Any) -> list[Any]:
@@ -200,9 +201,15 @@ class Workers:
             async for _ in self._client.generate({"prompt_token_ids": text}, parameters, f"logo-{key}"):
                 pass
 
-    async def take(self, key: str) -> Any:
-        """The result of `logo.backends.vllm.worker.Worker.take` for one key; waiting callers share one call."""
+    async def take(self, key: str, among: Collection[str] | None = None) -> Any:
+        """The result of `logo.backends.vllm.worker.Worker.take` for one key; waiting callers share one call.
+
+        Args:
+            among: names of the adapters that may be selected; None: all.
+        """
         waiting: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if among is not None:
+            self._among[key] = list(among)
         self._waiting.setdefault(key, []).append(waiting)
         if self._taking is None or self._taking.done():
             self._taking = asyncio.create_task(self._take())
@@ -211,8 +218,9 @@ class Workers:
     async def _take(self) -> None:
         while self._waiting:
             waiting, self._waiting = self._waiting, {}
+            among, self._among = self._among, {}
             try:
-                found = outcomes(await self.call("logo_take", list(waiting)))
+                found = outcomes(await self.call("logo_take", list(waiting), among))
             except Exception as error:  # all of these waiters get it; new ones may have come
                 for future in _open(waiting.values()):
                     future.set_exception(error)
