@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hub_server import HubServer
 from logo import AdapterPool, UsageError
 from logo.adapters.manifest import Entry, Manifest, give_examples, manifest_text, read_manifest
-from logo.adapters.upkeep.dataset_prompts import COUNT, datasets_of, prompt_of
+from logo.adapters.upkeep.dataset_prompts import COUNT, datasets_of, on_hub, prompt_of, shared
 from logo.cli.run import run
 from test_hub import SOURCE, write_adapter
 from tolerances import PATIENCE
@@ -27,8 +27,10 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 @pytest.mark.parametrize(
     ("row", "column", "prompt"),
     [
-        ({"prompt": "p", "text": "t"}, None, "p"),
-        ({"prompt": " ", "text": "t"}, None, "t"),
+        ({"prompt": "p", "question": "q"}, None, "p"),
+        ({"prompt": " ", "question": "q"}, None, "q"),
+        ({"text": "Human: q Assistant: a"}, None, None),
+        ({"text": "t"}, "text", "t"),
         ({"instruction": "Translate.", "input": "one", "output": "eins"}, None, "Translate.\n\none"),
         ({"instruction": "Sing.", "input": ""}, None, "Sing."),
         ({"input": "one", "output": ["eins"]}, None, "one"),
@@ -50,13 +52,19 @@ def test_the_prompt_of_a_row(row: dict[str, Any], column: str | None, prompt: st
     [
         ("datasets: org/data", ("org/data",)),
         ("datasets: [org/a, org/b, org/a]", ("org/a", "org/b")),
-        ("datasets: [generator, 3, '../up/x']", ()),
+        ("datasets: [generator, 3, '../up/x']", ("generator", "../up/x")),
         ("license: mit", ()),
     ],
 )
 def test_the_datasets_of_a_card(tmp_path: Path, metadata: str, repos: tuple[str, ...]) -> None:
     (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# Card\n")
     assert datasets_of(tmp_path) == repos
+    assert on_hub(repos) == tuple(repo for repo in repos if repo.startswith("org/"))
+
+
+def test_prompts_of_several_datasets_are_taken_in_turn() -> None:
+    assert shared([["a", "b", "c"], ["a", "x"]]) == ["a", "b", "x", "c"]
+    assert shared([[f"a{i}" for i in range(9)], ["x"]]) == ["a0", "x", *(f"a{i}" for i in range(1, 7))]
 
 
 # -- in manifests ----------------------------------------------------------------------------------------------------
@@ -68,7 +76,10 @@ prompts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(
 def test_a_manifest_gives_back_the_examples_that_were_written(tmp_path_factory: Any, texts: list[str]) -> None:
     file = tmp_path_factory.mktemp("manifest") / "pool.yaml"
     file.write_text(manifest_text(Manifest([Entry("org/a", "a", tags=("t",)), Entry("org/b", "b", notes="n")])))
-    give_examples(file, {"b": texts})
+    before = file.read_bytes()
+    assert give_examples(file, {}) == [] and file.read_bytes() == before
+    assert give_examples(file, {"b": texts}) == ["b"]
+    assert give_examples(file, {"b": ["other"]}, keep=True) == []
     first, second = read_manifest(file).entries
     assert second == Entry("org/b", "b", notes="n", examples=tuple(texts)) and first == Entry("org/a", "a", tags=("t",))
 
@@ -96,10 +107,27 @@ def test_examples_of_a_manifest_are_those_of_its_adapters(tmp_path: Path, capsys
     assert entry.notes == "mine" and entry.examples == first.examples
 
 
+def test_an_entry_may_say_that_its_adapter_has_no_examples(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a")
+    (tmp_path / "a" / "examples.jsonl").write_text('{"prompt": "beside it"}\n')
+    manifest = tmp_path / "pool.yaml"
+    for said, examples in (("", ("beside it",)), (", examples: []", ()), (", examples: [x]", ("x",))):
+        manifest.write_text(f"adapters:\n- {{source: ./a, name: a{said}}}\n")
+        assert AdapterPool.open(manifest)["a"].examples == examples
+        manifest.write_text(manifest_text(read_manifest(manifest)))
+        assert AdapterPool.open(manifest)["a"].examples == examples
+
+
 def test_examples_need_a_name_in_the_manifest(tmp_path: Path) -> None:
     write_adapter(tmp_path / "pool" / "a")
     manifest = tmp_path / "pool.yaml"
     manifest.write_text("adapters:\n- ./pool/a\n")
+    assert (
+        run(["pool", "examples", str(manifest), "--from-datasets"])
+        == 2
+        == run(["pool", "examples", str(manifest), "a", "--from-datasets"])
+    )
+    assert run(["pool", "examples", str(manifest), "a"]) == 0
     with pytest.raises(UsageError, match=r"no entry has the name 'a'.*logo pool lock"):
         give_examples(manifest, {"a": ["x"]})
     manifest.write_text("adapters:\n- {source: ./pool/a, name: a, examples: [1]}\n")
@@ -113,6 +141,9 @@ def test_places_without_room_for_examples_are_refused(tmp_path: Path, capsys: py
     write_adapter(tmp_path / "a")
     (tmp_path / "x.jsonl").write_text('{"prompt": "x"}\n')
     assert run(["pool", "examples", str(tmp_path), "a", str(tmp_path / "x.jsonl"), "--from-datasets"]) == 2
+    assert run(["pool", "examples", str(tmp_path), "a", "--column", "input"]) == 2
+    assert run(["pool", "examples", "pol/typo"]) == 2
+    assert "there is no such folder here" in " ".join(capsys.readouterr().err.split())
 
 
 # -- from a Hub --------------------------------------------------------------------------------------------------------
@@ -161,13 +192,16 @@ def test_datasets_of_cards_give_examples(hub: HubServer, tmp_path: Path) -> None
     assert locked.returncode == 0, locked.stderr
     said = command(hub, home, "examples", "pool.yaml", "--from-datasets")
     assert said.returncode == 0, said.stderr
-    assert "8 one, from org/rows" in said.stdout and "none odd: its model card names no dataset" in said.stdout
+    assert (
+        "8 one, from org/rows" in said.stdout and "none odd: its model card names no dataset, org/name" in said.stdout
+    )
     assert "none lost: dataset org/gone: " in said.stdout
-    assert "examples for 2 adapters; 0 have some already; none for 2" in said.stdout
+    assert "examples for 2 adapters; 0 had some already; none for 2" in said.stdout
     found = {entry.name: entry.examples for entry in read_manifest(home / "pool.yaml").entries}
     assert len(set(found["one"])) == COUNT and all(text.startswith("Plural of ") for text in found["one"])
-    assert found["two"] == ("Hi?", *found["two"][1:]) and set(found["two"][1:]) <= set(found["one"])
-    assert found["odd"] == found["lost"] == ()
+    assert found["two"] == ("Hi?", *found["one"][:-1])
+    assert hub.fetched("train-00000-of-00001.parquet")  # streamed
+    assert found["odd"] is None and found["lost"] is None
 
     again = command(hub, home, "examples", "pool.yaml", "--from-datasets", "--json")
     assert again.returncode != 0 and json.loads(again.stdout)["examples"] == {}  # the same two have none

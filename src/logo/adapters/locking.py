@@ -65,7 +65,7 @@ def _as_entry(adapter: Adapter, entry: Entry, digests: DigestCache) -> Adapter:
                     else f"{entry.source}; {_AGAIN}"
                 ),
             )
-    if entry.examples:
+    if entry.examples is not None:
         adapter = replace(adapter, given_examples=entry.examples[:MOST])
     elif entry.examples_sha256 is not None and (found := examples_record(adapter.examples)) != entry.examples_sha256:
         raise AdapterError(

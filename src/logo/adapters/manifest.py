@@ -9,7 +9,8 @@
       config_sha256: <of adapter_config.json>
       examples_sha256: <of the example prompts that count>, or none
       activation: last:4                  default: as the adapter, or the `pool.json` beside it, says
-      examples: [a prompt, another one]   default: those that the adapter comes with (`logo.adapters.examples`)
+      examples: [a prompt, another one]   default: those that the adapter comes with (`logo.adapters.examples`);
+                                          []: none
       notes: free text
       tags: [translation]
     left_out:                             adapters of the pool that are not in the list, and why
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from typing import Any
 from logo.adapters.examples import NO_EXAMPLES
 from logo.adapters.places import Place, parse_places
 from logo.errors import StorageError, UsageError, closest
-from logo.folders import replace_file
+from logo.folders import locked, replace_file
 
 VERSION = 1
 _HEX = frozenset("0123456789abcdef")
@@ -55,7 +56,7 @@ class Entry:
     config_sha256: str | None = None
     examples_sha256: str | None = None
     activation: str | None = None
-    examples: tuple[str, ...] = ()
+    examples: tuple[str, ...] | None = None
     notes: str | None = None
     tags: tuple[str, ...] = ()
 
@@ -63,7 +64,9 @@ class Entry:
     def written(self) -> dict[str, Any]:
         """The entry as the file holds it."""
         said = {"name": self.name, **{key: value for key, value in vars(self).items() if key != "name"}}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in said.items() if value}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in said.items() if _said(key, value)
+        }
 
 
 @dataclass(frozen=True)
@@ -132,27 +135,45 @@ def manifest_text(manifest: Manifest) -> str:
     return head + body
 
 
-def give_examples(file: Path, examples: Mapping[str, Sequence[str]]) -> None:
-    """Writes example prompts into a manifest: those of the adapters named here are replaced.
+def give_examples(file: Path, examples: Mapping[str, Sequence[str]], *, keep: bool = False) -> list[str]:
+    """Writes example prompts of adapters into a manifest, and returns the names of those that got them. Comments in the
+    file are lost.
+
+    Args:
+        keep: leave adapters alone whose entries have examples by now.
 
     Raises:
         UsageError: it has no entry with the name of an adapter, because an entry without a name stands for it.
         StorageError, UsageError: as `read_manifest`; or it cannot be written.
     """
-    manifest = read_manifest(file)
-    unnamed = sorted(examples.keys() - {entry.name for entry in manifest.entries})
+    if not examples:
+        return []
+    with locked(file.absolute().parent):  # another process may give examples, too
+        manifest = read_manifest(file)
+        check_named(file, manifest, examples)
+        given = [
+            entry.name
+            for entry in manifest.entries
+            if entry.name is not None and entry.name in examples and not (keep and entry.examples)
+        ]
+        entries = [
+            replace(entry, examples=tuple(examples[entry.name]), examples_sha256=None)
+            if entry.name is not None and entry.name in given
+            else entry
+            for entry in manifest.entries
+        ]
+        replace_file(file, manifest_text(replace(manifest, entries=entries)).encode())
+    return given
+
+
+def check_named(file: Path, manifest: Manifest, names: Collection[str]) -> None:
+    """Raises UsageError if adapters have no entry of their name, because an entry without a name stands for them."""
+    unnamed = sorted(set(names) - {entry.name for entry in manifest.entries})
     if unnamed:
         raise UsageError(
             f"manifest {file}: no entry has the name {unnamed[0]!r}, so it has no place for examples; write the "
             f"names with `logo pool lock {file} --out {file} --replace`"
         )
-    entries = [
-        entry
-        if entry.name is None or entry.name not in examples
-        else replace(entry, examples=tuple(examples[entry.name]), examples_sha256=None)
-        for entry in manifest.entries
-    ]
-    replace_file(file, manifest_text(replace(manifest, entries=entries)).encode())
 
 
 def entry_place(entry: Entry, manifest: Path) -> Place:
@@ -214,13 +235,17 @@ def _entry(said: Any, problem: _Problem) -> Entry:
     for key, (right, expected) in checks.items():
         if (key in said or key == "source") and not right(said.get(key)):
             raise problem(f"{key}: expected {expected}, found {said.get(key)!r}")
-    lists = {key: tuple(said.get(key, ())) for key in ("tags", "examples")}
+    lists = {key: tuple(said[key]) for key in ("tags", "examples") if key in said}
     return Entry(**{**said, **lists})
 
 
 def is_line(value: Any) -> bool:
     """Whether a manifest can hold this as a name or a place: a text of one line."""
     return isinstance(value, str) and bool(value.strip()) and value.isprintable()
+
+
+def _said(key: str, value: Any) -> bool:
+    return bool(value) or (key == "examples" and value is not None)
 
 
 def _are_prompts(value: Any) -> bool:

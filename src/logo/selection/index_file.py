@@ -29,7 +29,7 @@ from logo.selection.mapped import ALIGNMENT, mapped, read_mapped
 from logo.selection.points import Point
 
 # To be raised when the content of the files changes its meaning.
-_FORMAT = 8
+_FORMAT = 9
 # Pools change, and the indices of those that are gone are of no use to anyone.
 _MOST_FILES = 16
 # Larger indices (in bytes) are built within their files, adapter by adapter, since they may not fit into memory.

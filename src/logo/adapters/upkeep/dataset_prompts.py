@@ -6,8 +6,10 @@ training split serve as well; answers are not kept. Rows are streamed, so that a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import islice
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +20,104 @@ from logo.hub.failures import hub_error
 from logo.hub.names import is_repo_id
 
 COUNT = 8  # prompts of an adapter
-MOST_DATASETS = 4  # of a card; others are left out
+LONGEST = 4_000  # characters of a prompt; the base model reads each once, and a manifest holds it
 _READ = 1_000  # rows of a dataset, of which the prompts are drawn
+_AT_ONCE = 8  # datasets that are read at the same time
 _CHATS = ("messages", "conversations")
-_TEXTS = ("prompt", "context", "instruction", "inputs", "input", "question", "text")
+_TEXTS = ("prompt", "context", "instruction", "inputs", "input", "question")
 
 
 def datasets_of(folder: Path) -> tuple[str, ...]:
-    """The datasets on the Hub that the model card in an adapter's folder names; empty if it names none."""
+    """The datasets that the model card in an adapter's folder names; empty if it names none."""
     named = card_metadata(folder).get("datasets")
     names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
-    repos = dict.fromkeys(name for name in names if isinstance(name, str) and is_repo_id(name))
-    return tuple(repos)[:MOST_DATASETS]
+    return tuple(dict.fromkeys(name for name in names if isinstance(name, str) and name.strip()))
 
 
-def dataset_prompts(repos: Sequence[str], *, column: str | None = None, split: str = "train") -> list[str]:
-    """Prompts of these datasets, the same in each call: `COUNT` of them, shared evenly among the datasets.
+def on_hub(names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the names of datasets that are repositories on the Hub, `org/name`."""
+    return tuple(filter(is_repo_id, names))
+
+
+def read_each(
+    repos: Sequence[str], *, column: str | None = None, split: str = "train", subset: str | None = None
+) -> Iterator[tuple[str, list[str] | DataError]]:
+    """Prompts of each dataset, or why there are none, in the order in which they are read.
+
+    Several are read at the same time, in threads that do not keep the process from ending.
 
     Args:
-        repos: at least one.
+        repos: of the Hub, different ones.
         column: that holds the prompts; None: see `prompt_of`.
+        subset: the configuration of the datasets; None: their only one.
 
     Raises:
-        DataError: a dataset cannot be read, or has no prompt.
         MissingLibrary: `datasets` is not installed.
     """
-    share = -(-COUNT // len(repos))
-    return [prompt for repo in repos for prompt in _prompts(repo, column, split, share)][:COUNT]
+    need("the dataset of a model card", "datasets")
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+    read: queue.SimpleQueue[tuple[str, list[str] | BaseException]] = queue.SimpleQueue()
+    for repo in repos:
+        asked.put(repo)
+
+    def work() -> None:
+        while True:
+            try:
+                repo = asked.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                read.put((repo, dataset_prompts(repo, column=column, split=split, subset=subset)))
+            except BaseException as error:  # raised below, in the thread that waits
+                read.put((repo, error))
+
+    for _ in range(min(_AT_ONCE, len(repos))):
+        threading.Thread(target=work, daemon=True).start()
+    for _ in repos:
+        repo, found = read.get()
+        if isinstance(found, BaseException) and not isinstance(found, DataError):
+            raise found
+        yield repo, found
+
+
+def dataset_prompts(
+    repo: str, *, column: str | None = None, split: str = "train", subset: str | None = None
+) -> list[str]:
+    """Different prompts of a dataset, `COUNT` at most, the same in each call; arguments as `read_each`.
+
+    Raises:
+        DataError: it cannot be read, or has no prompt.
+    """
+    import datasets
+
+    found: dict[str, None] = {}
+    columns: list[str] = []
+    long = 0
+    try:
+        rows = datasets.load_dataset(repo, subset, split=split, streaming=True).shuffle(seed=0, buffer_size=_READ)
+        for row in islice(rows, _READ):
+            columns = columns or list(map(str, row))
+            prompt = prompt_of(row, column)
+            if prompt is not None and len(prompt) > LONGEST:
+                long += 1
+            elif prompt is not None:
+                found[prompt] = None
+            if len(found) == COUNT:
+                break
+    except Exception as error:  # of datasets, of its readers and of the connection
+        raise DataError(f"dataset {repo}: {_reason(repo, error)}") from error
+    if not found and long:
+        raise DataError(f"dataset {repo}: expected prompts of at most {LONGEST:,} characters, found longer ones only")
+    if not found:
+        wanted = f"texts in a column {column!r}" if column is not None else f"texts in {listed((*_CHATS, *_TEXTS), 9)}"
+        raise DataError(f"dataset {repo}: expected {wanted}; its columns are {listed(columns, 12) or 'none'}")
+    return list(found)
+
+
+def shared(found: Sequence[Sequence[str]]) -> list[str]:
+    """`COUNT` prompts of several datasets, taken in turn."""
+    turns = (prompt for turn in zip_longest(*found) for prompt in turn if prompt is not None)
+    return list(dict.fromkeys(turns))[:COUNT]
 
 
 def prompt_of(row: Mapping[str, Any], column: str | None = None) -> str | None:
@@ -53,7 +126,7 @@ def prompt_of(row: Mapping[str, Any], column: str | None = None) -> str | None:
     Args:
         column: a text, or a conversation, of which the first message of the user is taken. None: the first of
             `messages`, `conversations`, `prompt`, `context`, `instruction` (followed by `input`, if there is one),
-            `inputs`, `input`, `question` and `text` that the row has.
+            `inputs`, `input` and `question` that the row has. A column `text` often holds the answer, too.
     """
     for name in (column,) if column is not None else (*_CHATS, *_TEXTS):
         said = row.get(name)
@@ -73,32 +146,11 @@ def _asked(messages: Sequence[Any]) -> str | None:
     return None
 
 
-def _prompts(repo: str, column: str | None, split: str, count: int) -> list[str]:
-    need("the dataset of a model card", "datasets")
-    import datasets
-
-    found: dict[str, None] = {}
-    columns: list[str] = []
-    try:
-        rows = datasets.load_dataset(repo, split=split, streaming=True).shuffle(seed=0, buffer_size=_READ)
-        for row in islice(rows, _READ):
-            columns = columns or list(map(str, row))
-            if (prompt := prompt_of(row, column)) is not None:
-                found[prompt] = None
-            if len(found) == count:
-                break
-    except Exception as error:  # of datasets, of its readers and of the connection
-        raise DataError(f"dataset {repo}: {_reason(repo, error)}") from error
-    if not found:
-        wanted = f"texts in a column {column!r}" if column is not None else f"texts in {listed((*_CHATS, *_TEXTS), 9)}"
-        raise DataError(f"dataset {repo}: expected {wanted}; its columns are {listed(columns, 12) or 'none'}")
-    return list(found)
-
-
 def _reason(repo: str, error: Exception) -> str:
     """Why a dataset cannot be read, without the secrets that a message of a server may hold."""
     from datasets.exceptions import DatasetsError
 
     if isinstance(error, (DatasetsError, ValueError, TypeError)):  # no such dataset or split, several configurations
-        return " ".join(str(error).split())[:300]
+        text = " ".join(str(error).split())
+        return text if len(text) <= 300 else f"{text[:300]}..."
     return str(hub_error(f"datasets/{repo}", error))
