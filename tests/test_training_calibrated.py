@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from learning import contents
 from logo import AdapterPool, LoGo
 from logo.adapters.files import RESPONSES
+from logo.adapters.format import Adapter
 from logo.cli.run import run
 from logo.models import demo_folder
+from logo.selection.cache import CalibrationCache
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,23 @@ def test_what_is_published_is_believed_only_if_it_is_measured_so(
     save_file({key: response[:, :10].contiguous() for key, response in claimed.items()}, file)
     with pytest.warns(UserWarning, match="is damaged and computed anew: .*expected float32 of shape"):
         assert scores("cut") == want
+
+
+def test_adapters_are_stored_once_whether_measured_or_checked(
+    pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored: list[str] = []
+    keep = CalibrationCache.keep_responses
+
+    def noted(cache: CalibrationCache, adapter: Adapter, responses: Mapping[str, Tensor]) -> None:
+        stored.append(adapter.name)
+        keep(cache, adapter, responses)
+
+    moved = shutil.copytree(pool, tmp_path / "moved")
+    shutil.rmtree(moved / "antonym" / RESPONSES)
+    monkeypatch.setattr(CalibrationCache, "keep_responses", noted)
+    assert measured(moved, tmp_path / "cache", capsys) == 1
+    assert sorted(stored) == ["antonym", "plural"]
 
 
 def test_an_adapter_does_not_answer_for_the_one_it_replaced(

@@ -8,18 +8,20 @@ import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import pytest
+import torch
 
 from logo.adapters.layout import BaseLayout
 from logo.backends.vllm.options import OPTIONS, POOL, Options
 from logo.backends.vllm.pool import KeyedPool, check_alike, described
 from logo.backends.vllm.probing import InWorkers
 from logo.backends.vllm.processes import Processes
+from logo.backends.vllm.scoring import Scoring
 from logo.backends.vllm.workers import Workers
 from logo.errors import AdapterError, ModelError, PoolError, UsageError
-from logo.models import demo_folder, load_skeleton
+from logo.models import demo_folder, load_base, load_skeleton
 from logo.selection import Selection
 from make_adapters import edit_weights
 
@@ -85,9 +87,9 @@ def test_what_any_rank_could_not_do_is_an_error() -> None:
 
     assert asyncio.run(taken()) == ["out of memory", None, "the prompt was not run", scores]
     probing: Any = object.__new__(InWorkers)
-    probing._run, probing._call = (lambda rows, whole: ["probe", "again"]), lambda name, keys: [first, second]
+    probing._run, probing._call = (lambda rows, whole: ["probe", "again"]), lambda name, keys, among: [first, second]
     with pytest.raises(ModelError, match="the prompt was not run"):
-        probing._probed([([1], "norm"), ([2], "norm")], whole=True)
+        probing._probed([([1], "norm", None), ([2], "norm", None)], whole=True)
 
 
 def copied(folder: Path, task: str, scale: float = 1.0) -> Path:
@@ -122,6 +124,36 @@ def test_a_process_takes_over_what_another_has_changed(tmp_path: Path) -> None:
     shutil.rmtree(copied_again)
     with pytest.raises(AdapterError):
         here.following(there.places, layout)
+
+
+def test_workers_check_published_calibrations_on_the_same_texts() -> None:
+    options = Options.of(None, {POOL: str(demo_folder() / "adapters")})
+    assert options is not None
+    model, _ = load_base("demo", device="cpu")
+    pool = KeyedPool.open(options, model)
+    prompts: Any = SimpleNamespace(texts=lambda texts, ending, varied: [[*text.encode()] for text in texts])
+
+    def sample(draw: str) -> list[int]:
+        scoring = Scoring(model, pool.adapters, options, cast(Any, None), prompts, torch.device("cpu"), draw=draw)
+        cache = scoring._scorers._cache(scoring._settings("calibrated"))
+        assert cache is not None
+        return cache.sample
+
+    assert sample("one") == sample("one") != sample("another")
+
+    class Asked:
+        vllm_config = SimpleNamespace(parallel_config=SimpleNamespace())
+        draws: ClassVar[list[str]] = []
+
+        async def collective_rpc(self, name: str, args: Any) -> list[dict[str, Any]]:
+            self.draws.append(args[1])
+            return [{"value": {}}]
+
+    core: Any = SimpleNamespace(pool=pool)
+    for _ in range(2):  # one call reaches all workers
+        asyncio.run(Workers(Asked())._begun(core, None))
+    first, second = Asked.draws
+    assert first != second and min(len(first), len(second)) >= 32
 
 
 def test_an_adapter_that_is_not_finite_cannot_be_added(tmp_path: Path) -> None:

@@ -61,16 +61,18 @@ class CalibrationCache:
         key: digest of everything but the adapter that the stored values depend on.
         readings: of each text at each point.
         folder: the cache folder; None keeps nothing.
+        draw: decides which texts are in `sample`, and is a secret of the processes that have to agree on it; None: at
+            random.
 
     Attributes:
         texts, key: the same.
         sample: the positions of the texts on which published responses are checked; their authors cannot foresee them.
     """
 
-    def __init__(self, texts: Texts, key: str, readings: int, folder: Path | None) -> None:
+    def __init__(self, texts: Texts, key: str, readings: int, folder: Path | None, draw: str | None = None) -> None:
         self.texts, self.key = texts, key
         count = len(texts.rows)
-        self.sample = sorted(random.SystemRandom().sample(range(count), min(_CHECKED, count)))
+        self.sample = sorted(random.Random(draw).sample(range(count), min(_CHECKED, count)))
         self._shape = (readings, count)
         self._folder, self._name = folder, f"calibration/{key}"
         # Keyed by the file object, which stays the same when a pool is fitted again.
@@ -82,9 +84,11 @@ class CalibrationCache:
         self._weight_norms: dict[str, float] = {}
 
     @classmethod
-    def of(cls, model: nn.Module, texts: Texts, signal: Signal, folder: Path | None) -> CalibrationCache:
+    def of(
+        cls, model: nn.Module, texts: Texts, signal: Signal, folder: Path | None, draw: str | None = None
+    ) -> CalibrationCache:
         """The cache for a base model, texts and a way of reading."""
-        return cls(texts, _key_of(model, texts, signal), signal.readings, folder)
+        return cls(texts, _key_of(model, texts, signal), signal.readings, folder, draw)
 
     def keys(self, adapters: Sequence[Adapter]) -> list[str]:
         """The key of each adapter's responses."""

@@ -144,12 +144,13 @@ def calibrate(
     if doubtful:
         whitenings(model, points, settings, cache, run_texts)
         rows = Texts([texts.rows[i] for i in cache.sample], [])
-        wrong = _refuted(claimed, measure(model, doubtful, settings, cache, run_texts, rows), cache.sample)
+        again = measure(model, doubtful, settings, cache, run_texts, rows)
+        wrong = _refuted(claimed, again, cache.sample)
         for adapter in adapters:
             if adapter.name in wrong:
                 cache.refute(adapter)
-            elif adapter.name in lack:
-                checked = {p.key: claimed[adapter.name][p.key] for p in points if p.key in claimed[adapter.name]}
+            elif adapter.name in again:
+                checked = {key: claimed[adapter.name][key] for key in again[adapter.name]}
                 cache.keep_responses(adapter, known[adapter.name] | checked)
         if wrong:
             named = ", ".join(map(repr, wrong[:3])) + (", ..." if len(wrong) > 3 else "")

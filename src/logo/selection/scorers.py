@@ -58,6 +58,7 @@ class Scorers:
         run_texts: runs the base model for a calibration; None: `model` itself runs. With it, `model` may be a skeleton
             on the meta device.
         beginnings: the cache of prompt beginnings, for a pool whose adapters act from a position on only.
+        draw: as in `CalibrationCache`.
 
     Attributes:
         k: adapters per prompt.
@@ -77,11 +78,12 @@ class Scorers:
         device: torch.device | None = None,
         run_texts: TextRunner | None = None,
         beginnings: Beginnings | None = None,
+        draw: str | None = None,
     ) -> None:
         self._pool, settings = pool, with_activations(settings, pool)
         self._activations = settings.activations
         self._beginnings = beginnings if self._activations else None
-        self._device, self._run_texts = device, run_texts
+        self._device, self._run_texts, self._draw = device, run_texts, draw
         self._plan = plan(model, pool, settings)
         count = len(self._plan.adapters)
         self.k = min(pool.default_k, count) if settings.k is None else check_k(settings.k, count)
@@ -239,7 +241,7 @@ class Scorers:
             requests = self._texts(settings.calibration_prompts or REQUESTS) if signal.chosen else []
             texts = Texts(self._texts(NEUTRAL, varied=True), requests)
             folder = cache_folder(settings.cache)
-            self._caches[settings.signal] = CalibrationCache.of(self._model, texts, signal, folder)
+            self._caches[settings.signal] = CalibrationCache.of(self._model, texts, signal, folder, self._draw)
         return self._caches[settings.signal]
 
     def _texts(self, texts: Sequence[str], varied: bool = False) -> list[list[int]]:

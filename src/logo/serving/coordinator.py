@@ -45,6 +45,7 @@ _POLL = 10.0
 
 # Seconds that metrics wait for a replica, less than the timeout of scrapers.
 _SCRAPE = 2.0
+_CHANGED = ": if files of adapters or their example prompts have changed since the server started, restart all replicas"
 
 
 @dataclass(frozen=True)
@@ -200,14 +201,14 @@ class Coordinator:
             known = self._state
             if known is None:
                 if fresh and self._digest not in (None, state.digest):
-                    return Joined(state, refused=f"expected the pool {self._digest}, opened {state.digest}")
+                    return Joined(state, refused=f"expected the pool {self._digest}, opened {state.digest}{_CHANGED}")
                 # A replica that serves already has joined an earlier coordinator.
                 self._again = not fresh or await self._peers.answering()
                 known = self._state = state
             if state.digest != known.digest:
                 if state.version < known.version and (behind := state.towards(known)):
                     return Joined(known, behind)
-                said = f"the others have the pool {known.digest}, this one has {state.digest}"
+                said = f"the others have the pool {known.digest}, this one has {state.digest}{_CHANGED}"
                 return Joined(known, refused=said)
             self._members[name] = _Member(handle)
             return Joined(known)

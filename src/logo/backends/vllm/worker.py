@@ -303,11 +303,12 @@ class Worker:
 
     # -- the pool ------------------------------------------------------------------------------------------------
 
-    def stage(self, change: Change | None) -> dict[str, Any]:
+    def stage(self, change: Change | None, draw: str) -> dict[str, Any]:
         """Begins to open or to change the pool; nothing changes before `commit`.
 
         Args:
             change: None: open the pool that the options name.
+            draw: see `Scoring`.
 
         Returns:
             `described` of the new pool.
@@ -328,8 +329,8 @@ class Worker:
         if unread and (self._compiled or any(how == "residual" for how, _ in unread)):
             where = ", ".join(sorted(path for _, path in unread))
             raise UsageError(f"this pool is probed at {where}, which the server cannot read: restart it with this pool")
-        before = self.scoring
-        made = Scoring(self.skeleton, pool.adapters, self.options, self.taps, self._prompts, self._device, before)
+        given = self.taps, self._prompts, self._device
+        made = Scoring(self.skeleton, pool.adapters, self.options, *given, before=self.scoring, draw=draw)
         self._staged = pool, made
         return described(pool, self.mode, self.reason)
 
