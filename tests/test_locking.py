@@ -11,6 +11,7 @@ import pytest
 from logo import AdapterPool, PoolError
 from logo.adapters.digests import adapter_key
 from logo.adapters.examples import examples_sha256, write_examples
+from logo.adapters.locking import changes
 from logo.adapters.manifest import Manifest, read_manifest
 from logo.cli.opening import open_pool
 from logo.cli.options import EngineOptions
@@ -108,6 +109,27 @@ def test_what_a_user_writes_into_a_manifest_is_kept(pool: Path, capsys: pytest.C
     assert [entry.activation for entry in locked("mine").entries] == 3 * ["last:2"]
     assert run(["pool", "lock", "pool.yaml", "--out", "copy.yaml"]) == 0
     assert read_manifest(Path("copy.yaml")).notes == "of team X"
+
+
+def test_what_a_locked_copy_holds_is_kept(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside what the manifest that it was made of says, field by field."""
+    Path("mine.yaml").write_text("adapters: [{source: ./mine/a, name: a, tags: [en], examples: [first]}, ./mine/b]")
+    locked("mine.yaml")
+    Path("x.jsonl").write_text('{"prompt": "hello"}\n')
+    for name in ("a", "b"):
+        assert run(["pool", "examples", "pool.yaml", name, "x.jsonl"]) == 0
+    text = Path("pool.yaml").read_text()
+    Path("pool.yaml").write_text(text.replace("- name: a\n", "- name: a\n  notes: easy\n"))
+    before = read_manifest(Path("pool.yaml"))
+    assert locked("mine.yaml") == before
+    assert [(entry.examples, entry.notes, entry.tags) for entry in before.entries] == [
+        (("hello",), "easy", ("en",)),
+        (("hello",), None, ()),
+    ]
+    capsys.readouterr()
+
+    Path("pool.yaml").write_text(text.replace("hello", "another"))
+    assert changes(before, read_manifest(Path("pool.yaml"))) == ["~ a: other examples", "~ b: other examples"]
 
 
 def test_manifests_that_do_not_name_examples_still_open(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
