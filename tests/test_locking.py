@@ -132,6 +132,25 @@ def test_what_a_locked_copy_holds_is_kept(pool: Path, capsys: pytest.CaptureFixt
     assert changes(before, read_manifest(Path("pool.yaml"))) == ["~ a: other examples", "~ b: other examples"]
 
 
+def test_a_manifest_locked_from_itself_loses_nothing(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if an adapter is gone for the moment; and the file is no place of its own adapters."""
+    text = "adapters: [{source: ./mine/a, name: a, notes: easy}, ./mine/b, {source: ./mine/c, name: c, examples: [x]}]"
+    Path("pool.yaml").write_text(text)
+    assert locked("pool.yaml").places == ()
+    locked("mine")
+    assert locked(str(Path("pool.yaml").absolute())).places == ("mine",)
+    for name in ("a", "c"):
+        whole = Path("pool.yaml").read_bytes()
+        (pool / name).rename(f"gone-{name}")
+        capsys.readouterr()
+        assert name not in {entry.name for entry in locked("pool.yaml", "--on-bad-adapter", "skip").entries}
+        copy = Path("pool.yaml.bak" if name == "a" else "pool.yaml.bak1")
+        assert f"pool.yaml: the notes, tags or examples of {name} are kept in {copy}\n" in capsys.readouterr().err
+        assert copy.read_bytes() == whole
+    locked("pool.yaml")
+    assert len(list(Path().glob("pool.yaml*"))) == 3
+
+
 def test_manifests_that_do_not_name_examples_still_open(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     locked()
     lines = Path("pool.yaml").read_text().splitlines(keepends=True)

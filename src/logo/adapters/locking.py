@@ -182,6 +182,13 @@ def changes(before: Manifest, now: Manifest) -> list[str]:
     return lines
 
 
+def written_for_gone(before: Manifest, now: Manifest) -> list[str]:
+    """The adapters that are gone with notes, tags or examples, of which the earlier manifest may be the only copy."""
+    names = {entry.name for entry in now.entries}
+    gone = (entry for entry in before.entries if entry.name not in names)
+    return [entry.name or entry.source for entry in gone if entry.notes or entry.tags or entry.examples]
+
+
 def _source(origin: Origin, file: Path) -> str:
     """The place of an adapter as a manifest writes it; folders are relative to the manifest, to move with it."""
     if origin.commit is not None:
