@@ -71,6 +71,17 @@ def test_examples_that_changed_are_refused(pool: Path, capsys: pytest.CaptureFix
     assert "adapter 'c'" in refusal() and "found none in ./mine/c" in refusal()
 
 
+def test_examples_that_are_ignored_are_not_compared(pool: Path) -> None:
+    locked()
+    write_examples(pool / "b", ["three"])
+    assert "adapter 'b': its example prompts are not those" in refusal()
+    opened = open_pool(EngineOptions(adapters="pool.yaml", examples="ignore"), "demo")
+    assert [(adapter.name, adapter.examples) for adapter in opened] == [(name, ()) for name in NAMES]
+    (pool / "b" / "adapter_config.json").write_bytes((pool / "b" / "adapter_config.json").read_bytes() + b" ")
+    with pytest.raises(PoolError, match=r"adapter_config\.json is not the one in the manifest"):
+        AdapterPool.open("pool.yaml", examples="ignore")
+
+
 def test_a_file_whose_time_was_set_back_is_read_again(pool: Path) -> None:
     """As after `rsync --inplace --times` or `cp -p` onto the file."""
     locked()
