@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from logo.adapters.examples import write_examples
 from logo.errors import StorageError
 from logo.folders import check_writable, held, replace_file, replace_folder
 
@@ -220,6 +222,26 @@ def test_what_a_killed_writer_of_a_file_left_is_removed_by_the_next(tmp_path: Pa
         assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json", ".a.json.new-1234"}
     replace_file(tmp_path / "a.json", b"3")
     assert content(tmp_path) == {"a.json": "3", "b.json": "1"}
+
+
+def test_several_writers_of_examples_replace_a_link_and_not_its_target(tmp_path: Path) -> None:
+    """In the cache of the Hub, equal files of several adapters are links to one file."""
+    blob, folder = tmp_path / "blob", tmp_path / "a"
+    blob.write_text("{}")
+    folder.mkdir()
+
+    def write(number: int) -> None:
+        for turn in range(20):
+            link = folder / f"link-{number}"
+            link.symlink_to(blob)
+            link.replace(folder / "examples.jsonl")
+            write_examples(folder, [f"prompt {number} {turn}"])
+
+    with ThreadPoolExecutor(4) as several:
+        list(several.map(write, range(4)))
+    write_examples(folder, ["last"])
+    assert content(folder) == {"examples.jsonl": '{"prompt": "last"}\n'}
+    assert not (folder / "examples.jsonl").is_symlink() and blob.read_text() == "{}"
 
 
 def test_without_a_lock_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

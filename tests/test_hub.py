@@ -312,7 +312,7 @@ def test_model_cards_come_with_adapters_and_a_copy_without_them_still_opens(tmp_
             cached = [{**call, "local_files_only": local} for call in calls]
             run = run_client({**env, **more}, *cached)
             assert [answer.files for answer in run.answers] == 2 * [pair("a")]
-            assert run.stderr.count("was downloaded without its README.md") == 1
+            assert run.stderr.count("org/cards: the copy in the Hub cache was downloaded without its README.md") == 1
         (online.folder / "a" / "adapter_config.json").unlink()
         assert "cached copy is incomplete" in refusal(env, **calls[0], local_files_only=True)
         assert fetch(env, **calls[0]).files == ["a/README.md", *pair("a")]

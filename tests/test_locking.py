@@ -11,6 +11,7 @@ import pytest
 from logo import AdapterPool, PoolError
 from logo.adapters.digests import adapter_key
 from logo.adapters.examples import examples_sha256, write_examples
+from logo.adapters.locking import changes
 from logo.adapters.manifest import Manifest, read_manifest
 from logo.cli.opening import open_pool
 from logo.cli.options import EngineOptions
@@ -70,6 +71,17 @@ def test_examples_that_changed_are_refused(pool: Path, capsys: pytest.CaptureFix
     assert "adapter 'c'" in refusal() and "found none in ./mine/c" in refusal()
 
 
+def test_examples_that_are_ignored_are_not_compared(pool: Path) -> None:
+    locked()
+    write_examples(pool / "b", ["three"])
+    assert "adapter 'b': its example prompts are not those" in refusal()
+    opened = open_pool(EngineOptions(adapters="pool.yaml", examples="ignore"), "demo")
+    assert [(adapter.name, adapter.examples) for adapter in opened] == [(name, ()) for name in NAMES]
+    (pool / "b" / "adapter_config.json").write_bytes((pool / "b" / "adapter_config.json").read_bytes() + b" ")
+    with pytest.raises(PoolError, match=r"adapter_config\.json is not the one in the manifest"):
+        AdapterPool.open("pool.yaml", examples="ignore")
+
+
 def test_a_file_whose_time_was_set_back_is_read_again(pool: Path) -> None:
     """As after `rsync --inplace --times` or `cp -p` onto the file."""
     locked()
@@ -108,6 +120,46 @@ def test_what_a_user_writes_into_a_manifest_is_kept(pool: Path, capsys: pytest.C
     assert [entry.activation for entry in locked("mine").entries] == 3 * ["last:2"]
     assert run(["pool", "lock", "pool.yaml", "--out", "copy.yaml"]) == 0
     assert read_manifest(Path("copy.yaml")).notes == "of team X"
+
+
+def test_what_a_locked_copy_holds_is_kept(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside what the manifest that it was made of says, field by field."""
+    Path("mine.yaml").write_text("adapters: [{source: ./mine/a, name: a, tags: [en], examples: [first]}, ./mine/b]")
+    locked("mine.yaml")
+    Path("x.jsonl").write_text('{"prompt": "hello"}\n')
+    for name in ("a", "b"):
+        assert run(["pool", "examples", "pool.yaml", name, "x.jsonl"]) == 0
+    text = Path("pool.yaml").read_text()
+    Path("pool.yaml").write_text(text.replace("- name: a\n", "- name: a\n  notes: easy\n"))
+    before = read_manifest(Path("pool.yaml"))
+    assert locked("mine.yaml") == before
+    assert [(entry.examples, entry.notes, entry.tags) for entry in before.entries] == [
+        (("hello",), "easy", ("en",)),
+        (("hello",), None, ()),
+    ]
+    capsys.readouterr()
+
+    Path("pool.yaml").write_text(text.replace("hello", "another"))
+    assert changes(before, read_manifest(Path("pool.yaml"))) == ["~ a: other examples", "~ b: other examples"]
+
+
+def test_a_manifest_locked_from_itself_loses_nothing(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if an adapter is gone for the moment; and the file is no place of its own adapters."""
+    text = "adapters: [{source: ./mine/a, name: a, notes: easy}, ./mine/b, {source: ./mine/c, name: c, examples: [x]}]"
+    Path("pool.yaml").write_text(text)
+    assert locked("pool.yaml").places == ()
+    locked("mine")
+    assert locked(str(Path("pool.yaml").absolute())).places == ("mine",)
+    for name in ("a", "c"):
+        whole = Path("pool.yaml").read_bytes()
+        (pool / name).rename(f"gone-{name}")
+        capsys.readouterr()
+        assert name not in {entry.name for entry in locked("pool.yaml", "--on-bad-adapter", "skip").entries}
+        copy = Path("pool.yaml.bak" if name == "a" else "pool.yaml.bak1")
+        assert f"pool.yaml: the notes, tags or examples of {name} are kept in {copy}\n" in capsys.readouterr().err
+        assert copy.read_bytes() == whole
+    locked("pool.yaml")
+    assert len(list(Path().glob("pool.yaml*"))) == 3
 
 
 def test_manifests_that_do_not_name_examples_still_open(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,13 +57,17 @@ def replace_folder(
         raise _unwritable(folder, error, option) from error
 
 
-def replace_file(file: Path, content: bytes) -> None:
+def replace_file(file: Path, content: bytes, *, follow: bool = True) -> None:
     """Replaces the content of `file`, which is written and synced beside it and then renamed.
+
+    Args:
+        follow: a link stays, and its target is replaced; otherwise the link itself is replaced.
 
     Raises:
         StorageError: it cannot be written; the old file stays.
     """
-    target = file.resolve()  # a link keeps its target's place, and its target's disk
+    # A link that is followed keeps its target's place, and its target's disk.
+    target = file.resolve() if follow else file.parent.resolve() / file.name
     new = _beside(target, "new", secrets.token_hex(4))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -126,16 +125,8 @@ def write_examples(folder: Path, prompts: Sequence[str], learned: Sequence[float
     Raises:
         StorageError: it cannot be written.
     """
-    file, content = folder / EXAMPLES, examples_text(prompts, learned)
-    if not file.is_symlink():
-        replace_file(file, content)
-        return file
-    new = file.with_name(f".{EXAMPLES}.new")
-    replace_file(new, content)
-    try:
-        os.replace(new, file)
-    except OSError as error:
-        raise StorageError(f"{file}: cannot be written ({error.strerror})") from error
+    file = folder / EXAMPLES
+    replace_file(file, examples_text(prompts, learned), follow=False)
     return file
 
 

@@ -19,7 +19,7 @@ from logo.adapters.format import Adapter, own_name
 from logo.adapters.hub import adapter_patterns, require_adapters
 from logo.adapters.locking import as_locked, to_lock_anew
 from logo.adapters.manifest import Entry, entry_place, read_manifest
-from logo.adapters.options import Fetching
+from logo.adapters.options import ExamplesUse, Fetching
 from logo.adapters.places import Place, places_text
 from logo.adapters.pool_cache import DigestCache, PoolCache
 from logo.adapters.repos import Listing, fetch_each, keep_listing, list_repos
@@ -116,6 +116,7 @@ def gather(
     verify: bool | None = None,
     cache: Path | None = None,
     anew: bool = False,
+    examples: ExamplesUse = "use",
 ) -> Gathered:
     """Downloads and opens every adapter of these places.
 
@@ -125,6 +126,7 @@ def gather(
         verify: as `AdapterPool.from_directory`.
         cache: the cache folder; None: none.
         anew: manifests are going to be written again, so files may have changed.
+        examples: under `"ignore"`, example prompts may be others than a manifest says.
 
     Raises:
         HubError: the Hub cannot be reached, or a repository that is named in full cannot be used.
@@ -161,6 +163,8 @@ def gather(
     entries = {name: one.entry for name, one in used.items() if one.entry is not None}
     if entries:
         expected = {name: to_lock_anew(entry) for name, entry in entries.items()} if anew else entries
+        if examples == "ignore":
+            expected = {name: replace(entry, examples_sha256=None) for name, entry in expected.items()}
         adapters = as_locked(adapters, expected, refused, DigestCache.of(identity, cache))
     names = {adapter.name for adapter in adapters}
     return Gathered(

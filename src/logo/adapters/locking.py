@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from logo.adapters.gathering import Gathered, Origin
 
 _SHOWN = 12  # digits of a digest that a message shows
+_UNSET = Entry("")
 _AGAIN = "if the change is intended, write the manifest again (`logo pool lock`)"
 
 
@@ -106,8 +107,8 @@ def locked(
         places: the places of the pool, as a user writes them.
         base_model: None: that of the earlier manifest.
         file: the manifest is going to be written there.
-        earlier: a manifest whose notes, tags, examples and activations are kept; an activation that is found now
-            replaces its own.
+        earlier: a manifest whose notes, tags, examples and activations are kept, also if the manifest that an adapter
+            was found in has others; an activation that is found now replaces its own.
 
     Raises:
         StorageError: a file became unreadable.
@@ -116,7 +117,7 @@ def locked(
     earlier = earlier or Manifest(())
     kept = {entry.name: entry for entry in earlier.entries}
     for adapter in found.adapters:
-        before = found.entries.get(adapter.name) or kept.get(adapter.name) or Entry("")
+        before = _merged(kept.get(adapter.name), found.entries.get(adapter.name))
         origin = found.origins[adapter.name]
         try:
             config = file_sha256(adapter.folder / CONFIG)
@@ -138,6 +139,15 @@ def locked(
         )
     left_out = {bad.name: bad.reason for bad in found.refused}
     return Manifest(entries, tuple(places), base_model or earlier.base_model, earlier.notes, left_out)
+
+
+def _merged(first: Entry | None, second: Entry | None) -> Entry:
+    """An entry with each field of the first that has it."""
+    if first is None or second is None:
+        return first or second or _UNSET
+    return Entry(
+        **{key: value if value != vars(_UNSET)[key] else vars(second)[key] for key, value in vars(first).items()}
+    )
 
 
 def _activation(adapter: Adapter, before: Entry) -> str | None:
@@ -162,14 +172,21 @@ def changes(before: Manifest, now: Manifest) -> list[str]:
             continue
         other = old[name]
         what = {"source": "another place", "sha256": "other weights", "config_sha256": "another configuration"}
-        what |= {"examples_sha256": "other examples", "activation": "another activation"}
+        what |= {"examples_sha256": "other examples", "examples": "other examples", "activation": "another activation"}
         if other.examples_sha256 is None:  # an earlier version did not record them
             del what["examples_sha256"]
-        differs = [text for key, text in what.items() if getattr(other, key) != getattr(entry, key)]
+        differs = dict.fromkeys(text for key, text in what.items() if getattr(other, key) != getattr(entry, key))
         if differs:
             commits = f" ({(other.revision or '?')[:7]} -> {entry.revision[:7]})" if entry.revision else ""
             lines.append(f"~ {name}: {', '.join(differs)}{commits}")
     return lines
+
+
+def written_for_gone(before: Manifest, now: Manifest) -> list[str]:
+    """The adapters that are gone with notes, tags or examples, of which the earlier manifest may be the only copy."""
+    names = {entry.name for entry in now.entries}
+    gone = (entry for entry in before.entries if entry.name not in names)
+    return [entry.name or entry.source for entry in gone if entry.notes or entry.tags or entry.examples]
 
 
 def _source(origin: Origin, file: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict
 from logo.hub.snapshots import DownloadOptions
 
 OnBadAdapter = Literal["error", "skip"]
+ExamplesUse = Literal["use", "ignore"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class OpeningOptions(TypedDict, total=False):
 
     on_bad_adapter: OnBadAdapter
     verify: bool | None
+    examples: ExamplesUse
     cache: str | Path | None
 
 

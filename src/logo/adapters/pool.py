@@ -20,7 +20,7 @@ from logo.adapters.format import Adapter, open_adapter, own_name
 from logo.adapters.gathering import gather
 from logo.adapters.hub import download_adapters
 from logo.adapters.layout import BaseLayout
-from logo.adapters.options import OnBadAdapter, PoolOptions, split_options
+from logo.adapters.options import ExamplesUse, OnBadAdapter, PoolOptions, split_options
 from logo.adapters.places import Place, parse_places, places_text
 from logo.adapters.survey import survey
 from logo.cache import cache_folder
@@ -71,6 +71,7 @@ class AdapterPool:
         on_bad_adapter: OnBadAdapter = "error",
         allow_pickle: bool = False,
         verify: bool | None = None,
+        examples: ExamplesUse = "use",
         cache: str | Path | None = None,
     ) -> AdapterPool:
         """Opens every adapter folder below `path`, at any depth.
@@ -82,6 +83,7 @@ class AdapterPool:
                 adapters out and keeps the reasons in `refused`.
             allow_pickle: read `adapter_model.bin` if there is no safetensors file.
             verify: read all tensors now and check them for NaN and Inf. Default: if the pool is small (256 MiB).
+            examples: under `"ignore"`, the adapters have no example prompts.
             cache: folder for configurations and headers, so that the pool opens faster the next time; `""`: no cache;
                 None: the user's cache.
 
@@ -93,7 +95,7 @@ class AdapterPool:
         adapters, refused = survey(root, allow_pickle=allow_pickle, verify=verify, cache=cache_folder(cache))
         pool = cls.from_survey(root, adapters, refused, on_bad_adapter=on_bad_adapter)
         pool._warn_about_unknown_keys()
-        return pool
+        return pool.without_examples() if examples == "ignore" else pool
 
     @classmethod
     def from_survey(
@@ -177,10 +179,13 @@ class AdapterPool:
         how, opening = split_options(options)
         bad = opening.get("on_bad_adapter", "error")
         cache, verify = cache_folder(opening.get("cache")), opening.get("verify")
-        found = gather(places, how, skip=bad == "skip", full_names=full_names, verify=verify, cache=cache)
+        examples = opening.get("examples", "use")
+        found = gather(
+            places, how, skip=bad == "skip", full_names=full_names, verify=verify, cache=cache, examples=examples
+        )
         pool = cls.from_survey(places_text(places), found.adapters, found.refused, on_bad_adapter=bad)
         pool._warn_about_unknown_keys()
-        return pool
+        return pool.without_examples() if examples == "ignore" else pool
 
     def _placed(self, folder: Path, place: str) -> AdapterPool:
         """The same adapters, but one that is the whole folder is named after the place."""

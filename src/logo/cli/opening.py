@@ -54,11 +54,10 @@ def open_pool(options: EngineOptions, base_model: str, preset: Preset | None = N
         on_bad_adapter=options.on_bad_adapter,
         allow_pickle=options.allow_pickle,
         cache=options.cache,
+        examples=options.examples,
         # To leave damaged adapters out, they have to be found before the first prompt, not in the middle of a run.
         verify=True if options.on_bad_adapter == "skip" else None,
     )
-    if options.examples == "ignore":
-        pool = pool.without_examples()
     official = preset == "official"
     return pools.officially_named(pool, base_model, options.adapters) if official else pool
 

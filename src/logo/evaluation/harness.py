@@ -97,6 +97,7 @@ class LoGoLM(Ranks):
             on_bad_adapter=on_bad_adapter,
             allow_pickle=allow_pickle,
             cache=settings.cache,
+            examples=settings.examples,
             verify=True if on_bad_adapter == "skip" else None,
         )
         self.logo = LoGo.from_pretrained(

@@ -90,7 +90,7 @@ def download_files(
             try:
                 folder = fetch(local_files_only=local_files_only)
             except LocalEntryNotFoundError:
-                found = _without(spare, fetch)
+                found = _without(spare, repo_id, fetch)
                 if found is None:
                     raise
                 folder = found
@@ -103,7 +103,7 @@ def download_files(
     return folder
 
 
-def _without(spare: str, fetch: Callable[..., Path]) -> Path | None:
+def _without(spare: str, repo_id: str, fetch: Callable[..., Path]) -> Path | None:
     """The folder of a cached copy that lacks nothing but files of this name; None if there is none."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -113,8 +113,8 @@ def _without(spare: str, fetch: Callable[..., Path]) -> Path | None:
         return None
     if folder is not None:
         warnings.warn(
-            f"a copy in the Hub cache was downloaded without its {spare}, which counts once it is there; run the "
-            "command once with a connection to fetch it",
+            f"{repo_id}: the copy in the Hub cache was downloaded without its {spare}, which counts once it is there; "
+            "run the command once with a connection to fetch it",
             UserWarning,
             stacklevel=4,
         )

@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from logo.adapters.activation import OFF, Activation, check_forced, check_without
+from logo.adapters.options import ExamplesUse
 from logo.errors import UsageError, check_type, closest
 from logo.prompts import ProbeText, check_probe_text
 from logo.selection.selector import UNSURE
@@ -22,7 +23,6 @@ ProbeContext = Literal["base", "pool", "carry"]
 Unscorable = Literal["error", "skip"]
 IndexKind = Literal["exact", "two-stage"]
 BaselineKind = Literal["neutral", "running"]
-ExamplesUse = Literal["use", "ignore"]
 
 
 @dataclass(frozen=True)

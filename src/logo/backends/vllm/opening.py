@@ -172,7 +172,15 @@ def _opened(
     if isinstance(pool, AdapterPool):
         return _folder_of(pool, on_bad_adapter, settings.cache), pool
     named = None if pool is None else str(pool)
-    opened = open_pool(named, base_model, model_dir, on_bad_adapter=on_bad_adapter, cache=settings.cache, token=token)
+    opened = open_pool(
+        named,
+        base_model,
+        model_dir,
+        on_bad_adapter=on_bad_adapter,
+        cache=settings.cache,
+        examples=settings.examples,
+        token=token,
+    )
     place = pool_place(named, base_model, model_dir)
     if isinstance(token, str) and place.on_hub:  # vLLM's processes lack the token, so they open what was downloaded
         with suppress(PoolError):

@@ -139,10 +139,14 @@ def fitted_pool(options: Options, model: PreTrainedModel) -> AdapterPool:
     Raises:
         LoGoError: it cannot be opened, or does not fit.
     """
-    how = options.on_bad_adapter
-    opened = open_pool(options.pool, str(model.config.name_or_path), on_bad_adapter=how, cache=options.settings.cache)
-    if options.settings.examples == "ignore":
-        opened = opened.without_examples()
+    how, settings = options.on_bad_adapter, options.settings
+    opened = open_pool(
+        options.pool,
+        str(model.config.name_or_path),
+        on_bad_adapter=how,
+        cache=settings.cache,
+        examples=settings.examples,
+    )
     return opened.fit(BaseLayout.of(model), on_bad_adapter=how)
 
 

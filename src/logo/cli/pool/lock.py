@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from logo.adapters.gathering import Gathered, gather
-from logo.adapters.locking import changes, check_recorded, locked
+from logo.adapters.locking import changes, check_recorded, locked, written_for_gone
 from logo.adapters.manifest import Manifest, manifest_text, read_manifest
 from logo.adapters.options import Fetching
 from logo.adapters.places import SUFFIXES, Place, parse_places
@@ -17,7 +18,7 @@ from logo.cli.choices import OnBad
 from logo.cli.options import Json, argument, usual
 from logo.cli.output import err, out, print_json
 from logo.cli.pool.common import AllowPickle, OnBadAdapter, divided, fitting, refusals, tell_refused
-from logo.errors import UsageError
+from logo.errors import UsageError, listed
 from logo.folders import replace_file
 
 _SHOWN = 10  # changes that are listed one by one
@@ -53,9 +54,13 @@ def lock(
     AdapterPool.from_survey(
         ",".join(places), found.adapters, found.refused, on_bad_adapter=on_bad_adapter
     )  # refuses what an opened pool would
-    if only == output and earlier is not None and earlier.places:
-        places = list(earlier.places)
+    if only is not None and before is not None and only.resolve() == output.resolve():
+        places = list(before.places)  # the manifest is no place of its own adapters
     manifest = locked(found, places, base_model, output, earlier)
+    lost = [] if before is None else written_for_gone(before, manifest)
+    if lost:
+        copy = _kept(output)
+        err.print(f"{output}: the notes, tags or examples of {listed(lost)} are kept in {copy}", markup=False)
     replace_file(output, manifest_text(manifest).encode())
     changed = [] if before is None else changes(before, manifest)
     if json:
@@ -81,6 +86,14 @@ def _found(
         good, misfits = divided(good, fitting(base_model, model_dir))
         bad += misfits
     return replace(found, adapters=good, refused=[*found.refused, *bad])
+
+
+def _kept(file: Path) -> Path:
+    """Copies a file to a new one beside it, and returns that."""
+    names = (file.with_name(f"{file.name}.bak{number or ''}") for number in count())
+    copy = next(name for name in names if not name.exists())
+    replace_file(copy, file.read_bytes())
+    return copy
 
 
 def _told(manifest: Manifest, changed: list[Any] | None) -> str:
