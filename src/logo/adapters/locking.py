@@ -130,7 +130,7 @@ def locked(
                 revision=origin.commit,
                 sha256=adapter.sha256,
                 config_sha256=config,
-                examples_sha256=None if before.examples else examples_record(adapter.examples),
+                examples_sha256=None if before.examples is not None else examples_record(adapter.examples),
                 activation=_activation(adapter, before),
                 examples=before.examples,
                 notes=before.notes,
