@@ -22,6 +22,7 @@ KEY = "right-key"
 EVIL = ("<img src=x onerror=document.title=1>", "a\"b'c&lt;", "\u202eTxeT\u202c")
 COPIES = 3  # of each adapter in the strange pool: more than one screen, so that there is a picture of the scores
 LONG = 300
+RUNNING = r"^logo:num_requests_running\S* (\S+)$"
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +134,9 @@ def test_stop_ends_it_here_and_on_the_server(window: Browser, strange: Served) -
         _, text = ask(window, PROMPT, max_tokens=LONG)
         assert text and window.run("return document.querySelector('#logo .end').textContent") == "Stopped."
         assert window.run("return document.getElementById('said').textContent") == "Stopped."
-        assert len(text) < len(completion(strange, "logo", max_tokens=LONG)[0])
+        eventually(lambda: re.findall(RUNNING, strange.text("/metrics"), re.M) == ["0.0"])
+        assert len(text) < len(completion(strange, "logo", max_tokens=LONG)[0])  # which needs the place of the other
     assert errors(window) == []
-    eventually(lambda: re.findall(r"^logo:num_requests_running\S* (\S+)$", strange.text("/metrics"), re.M) == ["0.0"])
 
 
 def test_a_full_server_says_try_again(window: Browser, strange: Served) -> None:
