@@ -54,7 +54,7 @@ class Taps:
     def begin(self, spans: Sequence[Any]) -> None:
         """Nothing is probed."""
 
-    def take(self, keys: Sequence[str]) -> dict[str, Any]:
+    def take(self, keys: Sequence[str], among: object = None) -> dict[str, Any]:
         return {}
 
 
