@@ -195,13 +195,12 @@ class Selecting(Choosing, ABC):
     def __call__(
         self, rows: Sequence[Prompt], calls: Sequence[CallSettings], batch_size: int, *, answering: bool = False
     ) -> list[Selection]:
-        """As `outcomes`, but raises the first error; then the next selection does not depend on these prompts."""
+        """As `outcomes`, but raises the first error."""
         selections = []
-        with self.attempt():
-            for found in self.outcomes(rows, calls, batch_size, answering=answering):
-                if isinstance(found, LoGoError):
-                    raise found
-                selections.append(found)
+        for found in self.outcomes(rows, calls, batch_size, answering=answering):
+            if isinstance(found, LoGoError):
+                raise found
+            selections.append(found)
         return selections
 
     @abstractmethod

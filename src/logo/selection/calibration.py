@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from logo.adapters.format import Adapter
 from logo.adapters.layout import linear_shape
+from logo.errors import listed
 from logo.selection.cache import CalibrationCache
 from logo.selection.emphasis import emphasised
 from logo.selection.index import ScoringIndex, Wanted, read_indices
@@ -145,20 +146,7 @@ def calibrate(
         whitenings(model, points, settings, cache, run_texts)
         rows = Texts([texts.rows[i] for i in cache.sample], [])
         again = measure(model, doubtful, settings, cache, run_texts, rows)
-        wrong = _refuted(claimed, again, cache.sample)
-        for adapter in adapters:
-            if adapter.name in wrong:
-                cache.refute(adapter)
-            elif adapter.name in again:
-                checked = {key: claimed[adapter.name][key] for key in again[adapter.name]}
-                cache.keep_responses(adapter, known[adapter.name] | checked)
-        if wrong:
-            named = ", ".join(map(repr, wrong[:3])) + (", ..." if len(wrong) > 3 else "")
-            warnings.warn(
-                f"the calibration that is published with {named} ({len(wrong)} of {len(adapters)} adapters) is not "
-                "what the base model gives, and is computed anew",
-                stacklevel=2,
-            )
+        if _any_refuted(adapters, claimed, known, again, cache):  # those are measured now
             return calibrate(model, adapters, candidates, most, settings, cache, run_texts)
 
     def of(some: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -182,6 +170,35 @@ def calibrate(
     norms = cache.weight_norms(model, points)
     seconds = time.perf_counter() - started
     return Calibration(points, ranking, *of(chosen), norms, file, len(measured), seconds)
+
+
+def _any_refuted(
+    adapters: Sequence[Adapter],
+    claimed: Mapping[str, Mapping[str, Tensor]],
+    known: Mapping[str, Mapping[str, Tensor]],
+    measured: Mapping[str, Mapping[str, Tensor]],
+    cache: CalibrationCache,
+) -> bool:
+    """Whether published responses of an adapter are wrong, of which a warning tells. Right ones are stored.
+
+    Args:
+        claimed, known: adapter name -> key of the point -> its responses, with and without published ones.
+        measured: the same at points that are not known, for the texts of the cache's sample only.
+    """
+    wrong = _refuted(claimed, measured, cache.sample)
+    for adapter in adapters:
+        if adapter.name in wrong:
+            cache.refute(adapter)
+        elif adapter.name in measured:
+            checked = {key: claimed[adapter.name][key] for key in measured[adapter.name]}
+            cache.keep_responses(adapter, {**known[adapter.name], **checked})
+    if wrong:
+        warnings.warn(
+            f"the calibration that is published with {listed([repr(name) for name in wrong])} ({len(wrong)} of "
+            f"{len(adapters)} adapters) is not what the base model gives, and is computed anew",
+            stacklevel=3,
+        )
+    return bool(wrong)
 
 
 def _refuted(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,21 @@ _CHATS = ("messages", "conversations")
 _TEXTS = ("prompt", "context", "instruction", "inputs", "input", "question")
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is read of a dataset.
+
+    Attributes:
+        column: that holds the prompts; None: see `prompt_of`.
+        split: such as `train`.
+        subset: the configuration; None: the only one.
+    """
+
+    column: str | None = None
+    split: str = "train"
+    subset: str | None = None
+
+
 def datasets_of(folder: Path) -> tuple[str, ...]:
     """The datasets that the model card in an adapter's folder names; empty if it names none."""
     named = card_metadata(folder).get("datasets")
@@ -35,21 +51,17 @@ def datasets_of(folder: Path) -> tuple[str, ...]:
 
 
 def on_hub(names: Sequence[str]) -> tuple[str, ...]:
-    """Those of the names of datasets that are repositories on the Hub, `org/name`."""
+    """The names that are repositories on the Hub, `org/name`; others are files or words of the tool that trained."""
     return tuple(filter(is_repo_id, names))
 
 
-def read_each(
-    repos: Sequence[str], *, column: str | None = None, split: str = "train", subset: str | None = None
-) -> Iterator[tuple[str, list[str] | DataError]]:
-    """Prompts of each dataset, or why there are none, in the order in which they are read.
+def read_each(repos: Sequence[str], part: Part) -> Iterator[tuple[str, list[str] | DataError]]:
+    """Yields each dataset with its prompts, or with the reason why it gives none, as soon as it has been read.
 
-    Several are read at the same time, in threads that do not keep the process from ending.
+    Several datasets are read at the same time. Ctrl-C does not wait for them.
 
     Args:
         repos: of the Hub, different ones.
-        column: that holds the prompts; None: see `prompt_of`.
-        subset: the configuration of the datasets; None: their only one.
 
     Raises:
         MissingLibrary: `datasets` is not installed.
@@ -67,7 +79,7 @@ def read_each(
             except queue.Empty:
                 return
             try:
-                read.put((repo, dataset_prompts(repo, column=column, split=split, subset=subset)))
+                read.put((repo, dataset_prompts(repo, part)))
             except BaseException as error:  # raised below, in the thread that waits
                 read.put((repo, error))
 
@@ -80,10 +92,8 @@ def read_each(
         yield repo, found
 
 
-def dataset_prompts(
-    repo: str, *, column: str | None = None, split: str = "train", subset: str | None = None
-) -> list[str]:
-    """Different prompts of a dataset, `COUNT` at most, the same in each call; arguments as `read_each`.
+def dataset_prompts(repo: str, part: Part) -> list[str]:
+    """Up to `COUNT` different prompts of a dataset, the same ones in each call.
 
     Raises:
         DataError: it cannot be read, or has no prompt.
@@ -94,10 +104,10 @@ def dataset_prompts(
     columns: list[str] = []
     long = 0
     try:
-        rows = datasets.load_dataset(repo, subset, split=split, streaming=True).shuffle(seed=0, buffer_size=_READ)
-        for row in islice(rows, _READ):
+        rows = datasets.load_dataset(repo, part.subset, split=part.split, streaming=True)
+        for row in islice(rows.shuffle(seed=0, buffer_size=_READ), _READ):
             columns = columns or list(map(str, row))
-            prompt = prompt_of(row, column)
+            prompt = prompt_of(row, part.column)
             if prompt is not None and len(prompt) > LONGEST:
                 long += 1
             elif prompt is not None:
@@ -109,8 +119,12 @@ def dataset_prompts(
     if not found and long:
         raise DataError(f"dataset {repo}: expected prompts of at most {LONGEST:,} characters, found longer ones only")
     if not found:
-        wanted = f"texts in a column {column!r}" if column is not None else f"texts in {listed((*_CHATS, *_TEXTS), 9)}"
-        raise DataError(f"dataset {repo}: expected {wanted}; its columns are {listed(columns, 12) or 'none'}")
+        names = (part.column,) if part.column is not None else (*_CHATS, *_TEXTS)
+        wanted = f"texts in {'a column' if len(names) == 1 else 'one of'} {listed(list(map(repr, names)), len(names))}"
+        raise DataError(
+            f"dataset {repo}: expected {wanted}; its columns are {listed(columns, 12) or 'none'}; "
+            "name one with --column"
+        )
     return list(found)
 
 

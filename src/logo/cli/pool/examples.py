@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from logo.adapters.examples import MOST, examples_of, is_learned, read_examples, write_examples
@@ -10,9 +11,9 @@ from logo.adapters.format import Adapter
 from logo.adapters.gathering import gather
 from logo.adapters.manifest import check_named, give_examples, read_manifest
 from logo.adapters.options import Fetching
-from logo.adapters.places import Place, parse_places
+from logo.adapters.places import parse_places
 from logo.adapters.pool import AdapterPool
-from logo.adapters.upkeep.dataset_prompts import datasets_of, on_hub, read_each, shared
+from logo.adapters.upkeep.dataset_prompts import Part, datasets_of, on_hub, read_each, shared
 from logo.cache import default_cache
 from logo.cli.choices import OnBad
 from logo.cli.options import Json, argument, usual
@@ -22,10 +23,32 @@ from logo.errors import DataError, UsageError, listed
 from logo.evaluation.tables import counted
 
 _TOGETHER = 32  # adapters whose examples are written at the same time
-_NONE = "its model card names no dataset"
 
-# Stores examples by adapter, and returns the adapters that got theirs; True: only those that have none by now.
-Store = Callable[[Mapping[str, Sequence[str]], bool], list[str]]
+
+@dataclass(frozen=True)
+class _Home:
+    """A pool, and where the examples of its adapters are stored: beside each, or in the manifest."""
+
+    pool: AdapterPool
+    manifest: Path | None = None
+
+    def check(self, names: Collection[str]) -> None:
+        """Raises UsageError if the manifest has no place for examples of these adapters."""
+        if self.manifest is not None:
+            check_named(self.manifest, read_manifest(self.manifest), names)
+
+    def store(self, examples: Mapping[str, Sequence[str]], *, keep: bool = False) -> list[str]:
+        """Stores examples by adapter, and returns the adapters that got theirs.
+
+        Args:
+            keep: leave adapters alone that have examples by now.
+        """
+        if self.manifest is not None:
+            return give_examples(self.manifest, examples, keep=keep)
+        given = [name for name in examples if not (keep and examples_of(self.pool[name].folder))]
+        for name in given:
+            write_examples(self.pool[name].folder, examples[name])
+        return given
 
 
 def examples(
@@ -65,10 +88,11 @@ def examples(
         raise UsageError("--from-datasets takes the prompts from datasets: leave FILE out")
     if not from_datasets and (column, split, subset) != (None, "train", None):
         raise UsageError("--column, --split and --subset are for --from-datasets: add it, or leave them out")
-    pool, store = _opened(place, allow_pickle, on_bad_adapter, name if file or from_datasets else "")
+    home = _opened(place, allow_pickle, on_bad_adapter)
+    pool = home.pool
     if from_datasets:
         adapters = list(pool) if name is None else [pool[name]]
-        _from_datasets(adapters, store, json, column=column, split=split, subset=subset)
+        _from_datasets(adapters, home, Part(column, split, subset), json)
         return
     if name is None:
         counts = {adapter.name: len(adapter.examples) for adapter in pool}
@@ -88,7 +112,7 @@ def examples(
         if not prompts:
             raise DataError(f"{file}: expected one prompt or more, found none")
         kept = tuple(prompts[:MOST])
-        store({name: kept}, False)
+        home.store({name: kept})
     if json:
         print_json({name: list(kept)})
         return
@@ -100,12 +124,7 @@ def examples(
         verbatim(prompt)
 
 
-def _opened(text: str, allow_pickle: bool, on_bad: OnBad, changes: str | None) -> tuple[AdapterPool, Store]:
-    """The pool at a place, and what stores examples of its adapters.
-
-    Args:
-        changes: the adapter that will get examples; None: all may; empty: none.
-    """
+def _opened(text: str, allow_pickle: bool, on_bad: OnBad) -> _Home:
     places = parse_places(text)
     [only, *more] = places
     if more or not only.plain or only.kind not in ("folder", "manifest"):
@@ -115,83 +134,71 @@ def _opened(text: str, allow_pickle: bool, on_bad: OnBad, changes: str | None) -
             f"the Hub, make a manifest first: `logo pool lock {text} --out pool.yaml`"
         )
     if only.kind == "folder":
-        pool = opened(Path(only.source), allow_pickle, on_bad)
-
-        def store(found: Mapping[str, Sequence[str]], keep: bool) -> list[str]:
-            given = [name for name in found if not (keep and examples_of(pool[name].folder))]
-            for name in given:
-                write_examples(pool[name].folder, found[name])
-            return given
-
-        return pool, store
-    pool, file = _of_manifest(only, allow_pickle, on_bad), Path(only.source)
-    if changes != "":  # before datasets are read
-        check_named(file, read_manifest(file), pool.names if changes is None else [pool[changes].name])
-    return pool, lambda found, keep: give_examples(file, found, keep=keep)
-
-
-def _of_manifest(place: Place, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
-    found = gather([place], Fetching(allow_pickle=allow_pickle), skip=on_bad == "skip", cache=default_cache())
-    pool = AdapterPool.from_survey(place.source, found.adapters, found.refused, on_bad_adapter=on_bad)
+        return _Home(opened(Path(only.source), allow_pickle, on_bad))
+    found = gather([only], Fetching(allow_pickle=allow_pickle), skip=on_bad == "skip", cache=default_cache())
+    pool = AdapterPool.from_survey(only.source, found.adapters, found.refused, on_bad_adapter=on_bad)
     tell_refused(pool.refused)
-    return pool
+    return _Home(pool, Path(only.source))
 
 
-def _from_datasets(adapters: Sequence[Adapter], store: Store, json: bool, **options: str | None) -> None:
-    """Gives adapters without examples some of the datasets that their cards name; `options` as `read_each`."""
+def _from_datasets(adapters: Sequence[Adapter], home: _Home, part: Part, json: bool) -> None:
+    """Gives those of the adapters that have no examples some of the datasets that their model cards name."""
     named = {adapter.name: datasets_of(adapter.folder) for adapter in adapters if not adapter.examples}
-    found, left = _read({name: on_hub(names) for name, names in named.items()}, store, **options)
+    home.check(named)  # before anything is read
+    found, left = _read({name: repos for name, names in named.items() if (repos := on_hub(names))}, home, part)
     for name, names in named.items():
-        if not on_hub(names):
-            left[name] = f"{_NONE}, org/name, on the Hub{f', but {listed(names)}' if names else ''}"
+        if not names:
+            left[name] = "its model card names no dataset"
+        elif not on_hub(names):
+            left[name] = f"its model card names {listed(names)}, expected a dataset on the Hub, org/name"
     if json:
         print_json({"examples": found, "left": left})
     else:
         for name, prompts in found.items():
-            out.print(f"{len(prompts):4} {name}, from {listed(named[name])}", markup=False, highlight=False)
+            out.print(f"{len(prompts):4} {name}, from {listed(on_hub(named[name]))}", markup=False, highlight=False)
         for name, why in left.items():
             out.print(f"none {name}: {why}", markup=False, highlight=False)
-        kept = len(adapters) - len(named)
-        out.print(f"examples for {counted(len(found), 'adapter')}; {kept} had some already; none for {len(left)}")
+        had = len(adapters) - len(named)
+        out.print(f"examples for {counted(len(found), 'adapter')}; {had} had some already; none for {len(left)}")
     if left and not found:
-        raise DataError(f"no examples for {listed(list(left))}")
+        raise DataError(
+            f"no examples for {listed(list(left))}; give them prompts of your own: `logo pool examples PLACE NAME FILE`"
+        )
 
 
-def _read(
-    wanted: Mapping[str, Sequence[str]], store: Store, **options: str | None
-) -> tuple[dict[str, list[str]], dict[str, str]]:
+def _read(wanted: Mapping[str, Sequence[str]], home: _Home, part: Part) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Reads the datasets of adapters, each once, and stores the prompts; also what was read before an error or Ctrl-C.
 
     Returns:
         The prompts of each adapter, and why others have none.
     """
     read: dict[str, list[str] | DataError] = {}
+    ready: dict[str, list[str]] = {}  # not stored yet
     found: dict[str, list[str]] = {}
     left: dict[str, str] = {}
-    waiting: dict[str, list[str]] = {}
 
-    def keep() -> None:
-        given = store(waiting, True)
-        left.update({name: "it got examples meanwhile, which stay" for name in waiting if name not in given})
-        found.update({name: waiting[name] for name in given})
-        waiting.clear()
+    def store() -> None:
+        given = home.store(ready, keep=True)
+        found.update({name: ready[name] for name in given})
+        left.update({name: "it got examples meanwhile, which stay" for name in ready.keys() - given})
+        ready.clear()
 
     repos = list(dict.fromkeys(repo for names in wanted.values() for repo in names))
     with steps("datasets", len(repos)) as step:
         try:
-            for repo, result in read_each(repos, **options):  # type: ignore[arg-type]
+            for repo, result in read_each(repos, part):
                 read[repo] = result
                 step()
                 for name, names in wanted.items():
                     if repo not in names or any(one not in read for one in names):
                         continue
-                    parts = [part for one in names if not isinstance(part := read[one], DataError)]
-                    if parts:
-                        waiting[name] = shared(parts)
+                    prompts = [some for one in names if not isinstance(some := read[one], DataError)]
+                    if prompts:
+                        ready[name] = shared(prompts)
                     else:
                         left[name] = "; ".join(str(read[one]) for one in names)
-                if len(waiting) >= _TOGETHER:
-                    keep()
+                if len(ready) >= _TOGETHER:
+                    store()
         finally:
-            keep()
+            store()
     return {name: found[name] for name in wanted if name in found}, left

@@ -59,7 +59,7 @@ def lock(
     manifest = locked(found, places, base_model, output, earlier)
     lost = [] if before is None else written_for_gone(before, manifest)
     if lost:
-        copy = _kept(output)
+        copy = _copied(output)
         err.print(f"{output}: the notes, tags or examples of {listed(lost)} are kept in {copy}", markup=False)
     replace_file(output, manifest_text(manifest).encode())
     changed = [] if before is None else changes(before, manifest)
@@ -88,7 +88,7 @@ def _found(
     return replace(found, adapters=good, refused=[*found.refused, *bad])
 
 
-def _kept(file: Path) -> Path:
+def _copied(file: Path) -> Path:
     """Copies a file to a new one beside it, and returns that."""
     names = (file.with_name(f"{file.name}.bak{number or ''}") for number in count())
     copy = next(name for name in names if not name.exists())
