@@ -240,7 +240,7 @@ def _fetch(repo: str, revision: str | None, asked: Sequence[_Wanted], how: Fetch
         repo,
         patterns,
         check,
-        spare=MODEL_CARD,
+        optional=MODEL_CARD,
         revision=revision,
         token=how.token,
         cache_dir=how.cache_dir,

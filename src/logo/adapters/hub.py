@@ -40,7 +40,7 @@ def download_adapters(
         repo_id,
         adapter_patterns(folder, allow_pickle),
         lambda files: require_adapters(repo_id, folder, files, allow_pickle=allow_pickle),
-        spare=MODEL_CARD,
+        optional=MODEL_CARD,
         revision=revision,
         **options,
     )

@@ -182,7 +182,7 @@ def changes(before: Manifest, now: Manifest) -> list[str]:
     return lines
 
 
-def written_for_gone(before: Manifest, now: Manifest) -> list[str]:
+def gone_with_notes(before: Manifest, now: Manifest) -> list[str]:
     """The adapters that are gone with notes, tags or examples, of which the earlier manifest may be the only copy."""
     names = {entry.name for entry in now.entries}
     gone = (entry for entry in before.entries if entry.name not in names)

@@ -41,7 +41,7 @@ def download_files(
     patterns: list[str],
     check: Callable[[list[str]], object],
     *,
-    spare: str = "",
+    optional: str = "",
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -57,7 +57,7 @@ def download_files(
     Args:
         repo_id: `namespace/name` of a model repository.
         patterns: globs of the files, in which `*` also matches `/`.
-        spare: the name of files among them without which a cached copy is used, with a warning, if they cannot be
+        optional: the name of files among them without which a cached copy is used, with a warning, if they cannot be
             downloaded.
         check: is given every path of the repository at that commit; raises HubError if that is not what was expected.
         revision: branch, tag or commit. None: the main branch.
@@ -90,7 +90,7 @@ def download_files(
             try:
                 folder = fetch(local_files_only=local_files_only)
             except LocalEntryNotFoundError:
-                found = _without(spare, repo_id, fetch)
+                found = _without(optional, repo_id, fetch)
                 if found is None:
                     raise
                 folder = found
@@ -103,18 +103,18 @@ def download_files(
     return folder
 
 
-def _without(spare: str, repo_id: str, fetch: Callable[..., Path]) -> Path | None:
+def _without(optional: str, repo_id: str, fetch: Callable[..., Path]) -> Path | None:
     """The folder of a cached copy that lacks nothing but files of this name; None if there is none."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = fetch(local_files_only=True, ignore_patterns=[spare, f"*/{spare}"]) if spare else None
+        folder = fetch(local_files_only=True, ignore_patterns=[optional, f"*/{optional}"]) if optional else None
     except LocalEntryNotFoundError:
         return None
     if folder is not None:
         warnings.warn(
-            f"{repo_id}: the copy in the Hub cache was downloaded without its {spare}, which counts once it is there; "
-            "run the command once with a connection to fetch it",
+            f"{repo_id}: the copy in the Hub cache was downloaded without its {optional}, in which example prompts may "
+            "be; run the command once with a connection to fetch it",
             UserWarning,
             stacklevel=4,
         )

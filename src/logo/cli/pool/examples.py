@@ -63,8 +63,8 @@ def examples(
     ),
     from_datasets: bool = usual(
         False,
-        "Give adapters without examples 8 prompts of the dataset that their model card names (`datasets:`), which is "
-        "read from the Hub. With NAME: only this adapter.",
+        "Give each adapter without examples 8 prompts of the dataset that its model card names (`datasets:`). The "
+        "dataset is read from the Hub. With NAME: only this adapter.",
     ),
     column: str | None = usual(
         None,
@@ -78,9 +78,9 @@ def examples(
     on_bad_adapter: OnBadAdapter = "error",
     json: Json = False,
 ) -> None:
-    """Store example prompts of an adapter, without answers, so that prompts like them select it.
+    """Print or store example prompts of adapters. A prompt that is like an adapter's examples selects the adapter.
 
-    They are stored beside the adapter, or in the manifest.
+    Examples have no answers. They are stored beside the adapter, or in the manifest.
 
     Example: `logo pool examples adapters/ antonyms prompts.jsonl`
     """

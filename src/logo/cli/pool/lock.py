@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from logo.adapters.gathering import Gathered, gather
-from logo.adapters.locking import changes, check_recorded, locked, written_for_gone
+from logo.adapters.locking import changes, check_recorded, gone_with_notes, locked
 from logo.adapters.manifest import Manifest, manifest_text, read_manifest
 from logo.adapters.options import Fetching
 from logo.adapters.places import SUFFIXES, Place, parse_places
@@ -57,7 +57,7 @@ def lock(
     if only is not None and before is not None and only.resolve() == output.resolve():
         places = list(before.places)  # the manifest is no place of its own adapters
     manifest = locked(found, places, base_model, output, earlier)
-    lost = [] if before is None else written_for_gone(before, manifest)
+    lost = [] if before is None else gone_with_notes(before, manifest)
     if lost:
         copy = _copied(output)
         err.print(f"{output}: the notes, tags or examples of {listed(lost)} are kept in {copy}", markup=False)
