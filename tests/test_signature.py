@@ -28,7 +28,8 @@ from logo.evaluation.arms import Arms
 from logo.evaluation.identity import digests
 from logo.selection.chance import factors
 from logo.selection.confidence import EXAMPLES as WITH_EXAMPLES
-from logo.selection.signature import GAIN, Signatures, Space, described
+from logo.selection.emphasis import FADING
+from logo.selection.signature import BESIDE, GAIN, Signatures, Space, described
 from test_calibrated import PROMPTS, engine, pool
 from test_engine import write_adapter
 
@@ -61,12 +62,14 @@ def scores(logo: LoGo, *prompts: str, **options: Any) -> torch.Tensor:
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=40)
-def test_a_description_is_mean_and_last(lengths: list[int], seed: int) -> None:
+def test_a_description_is_the_even_and_the_late_mean(lengths: list[int], seed: int) -> None:
     torch.manual_seed(seed)
     parts = [torch.randn(length, 3) for length in lengths]
     owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     found = described(torch.cat(parts), owners, len(lengths))
-    expected = torch.stack([torch.stack([part.mean(dim=0), part[-1]]) for part in parts])
+    weights = [FADING ** torch.arange(length - 1, -1, -1.0) for length in lengths]
+    late = [weight @ part / weight.sum() for weight, part in zip(weights, parts, strict=True)]
+    expected = torch.stack([torch.stack([part.mean(dim=0), end]) for part, end in zip(parts, late, strict=True)])
     torch.testing.assert_close(found, expected)
 
 
@@ -81,10 +84,10 @@ def test_similarities_are_the_formula() -> None:
         for adapter in range(4):
             total = 0.0
             for space, own, prompt in zip(spaces, whitened, prompts, strict=True):
-                for i, weight in ((0, 1.0), (1, 0.5)):
+                for i in (0, 1):
                     w = space.whitenings[i]
                     x = (prompt[row, i] - w.mean) @ w.fold(torch.eye(5))
-                    total += weight * float(torch.cosine_similarity(x, own[adapter, i], dim=0)) / 3
+                    total += float(torch.cosine_similarity(x, own[adapter, i], dim=0)) / 6
             assert float(found[row, adapter]) == pytest.approx(total, abs=1e-5)
 
 
@@ -99,8 +102,8 @@ def test_an_example_is_recognised_whatever_the_weights_say(llama: nn.Module, fol
         assert selection.adapters == (name,)
         assert selection.confidence is not None and selection.confidence > 0.9
     own = scores(logo, *examples.values(), signal="signature")
-    assert own.diagonal() == pytest.approx([1.5 * GAIN] * 4, abs=1e-3)  # as similar as can be
-    assert float((own - torch.diag(own.diagonal())).max()) < 1.5 * GAIN - 1e-2
+    assert own.diagonal() == pytest.approx([GAIN] * 4, abs=1e-3)  # as similar as can be
+    assert float((own - torch.diag(own.diagonal())).max()) < GAIN - 1e-2
 
 
 def test_examples_add_to_the_responses_scores(llama: nn.Module, folder: Path) -> None:
@@ -111,7 +114,7 @@ def test_examples_add_to_the_responses_scores(llama: nn.Module, folder: Path) ->
     reference = without.scorer._reference
     assert reference is not None
     responses /= factors(tokens, reference.apart)[:, None]  # they have a unit of their own without examples
-    difference = scores(both, *PROMPTS) - responses
+    difference = scores(both, *PROMPTS) - BESIDE * responses
     torch.testing.assert_close(difference, scores(both, *PROMPTS, signal="signature"), atol=1e-4, rtol=0)
     assert without._selecting.evidence(without.settings) != WITH_EXAMPLES
 

@@ -81,7 +81,7 @@ def total(confidence: float, size: float) -> float:
 # For scores of responses, and for scores to which example prompts contribute. Only the latter let the best adapter
 # answer nearly alone if the confidence is high. The former are sometimes sure of the adapter of a related task.
 RESPONSES = Evidence(3.5, 1.1)
-EXAMPLES = Evidence(1.1, 4.6, (*_TEMPERATURES, (0.75, 1.57), (0.8, 0.31)))
+EXAMPLES = Evidence(1.2, 4.2, (*_TEMPERATURES, (0.75, 1.57), (0.8, 0.31)))
 
 
 def lead(ranked: Tensor) -> float:

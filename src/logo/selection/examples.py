@@ -51,7 +51,7 @@ def signatures_of(
     modules = [point.module for point in points]
 
     def name(rows: Rows) -> str:
-        stated = json.dumps(["by point", modules, [list(row) for row in rows]])
+        stated = json.dumps(["even and late", modules, [list(row) for row in rows]])
         return hashlib.sha256(stated.encode()).hexdigest()[:24]
 
     ordinary = cache.described(name(cache.texts.rows))

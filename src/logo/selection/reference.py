@@ -31,7 +31,7 @@ _LEAST_SPREAD = 0.25
 # Points that are read of every adapter, if it touches so many.
 LEAST_POINTS = 4
 # To be raised when the same settings give other scores: results depend on it, so it is a part of their identity.
-SCORES = 4
+SCORES = 5
 # Larger z are clipped, so that no point decides alone.
 _LARGEST_Z = 20.0
 # The excess is clipped, since the requests may be those that an adapter was made for.

@@ -15,7 +15,7 @@ from logo.selection.prefixes import BLOCK, Block, Prefixes, block_bytes, cache_o
 from logo.selection.probe import Probe
 from logo.selection.reference import finished
 from logo.selection.signals import Signal
-from logo.selection.signature import last
+from logo.selection.signature import KINDS
 
 
 @dataclass(frozen=True)
@@ -89,29 +89,28 @@ class ResponseReader:
         described = [hidden[point] for point in self._describing]
         sums: list[Tensor] = []
         counts = torch.zeros(len(input_ids), 0, dtype=torch.int64)
-        read = torch.bincount(self._probe.owners(input_ids[:, start:], attention_mask), minlength=len(input_ids))
+        owners = self._probe.owners(input_ids[:, start:], attention_mask)
         if self._probe.token in ("each", "tail"):
             # Descriptions need means over blocks, too.
             sums, counts = self._block_sums(values, described, input_ids[:, start:], attention_mask)
             values = self._means(sums, counts, known)
         else:
-            values += described
+            values += described * len(KINDS)  # one vector of each row is read, and it is all of its means
         if rows is not None and cache is not None and cache.layers:  # a probe before the first layer caches nothing
             self._keep(cache, rows, len(known), sums, counts)
         count = len(self._indices) * self._signal.readings
-        ends = last(read)
+        even, late = values[count : count + len(described)], values[count + len(described) :]
         return Responses(
             [finished(value, self._signal.scale) for value in values[:count]],
-            [
-                torch.stack([mean, vectors[ends.to(vectors.device)]], dim=1)
-                for mean, vectors in zip(values[count:], described, strict=True)
-            ],
-            read + sum(block.tokens for block in known),
+            [torch.stack(means, dim=1) for means in zip(even, late, strict=True)],
+            torch.bincount(owners, minlength=len(input_ids)) + sum(block.tokens for block in known),
         )
 
     def _late(self, i: int) -> bool:
-        """Whether the i-th sums are late ones, which follow the even sums of all points."""
-        return len(self._indices) <= i < len(self._indices) * self._signal.readings
+        """Whether the i-th sums are late ones. They follow the even sums of all points, and those of all descriptions
+        the even ones."""
+        points, readings = len(self._indices), len(self._indices) * self._signal.readings
+        return points <= i < readings or i >= readings + len(self._describing)
 
     def _means(self, sums: list[Tensor], counts: Tensor, known: list[Block]) -> list[Tensor]:
         """Means (rows, adapters) of each reading, from sums (rows, blocks, adapters) and the known blocks before them.
@@ -141,12 +140,13 @@ class ResponseReader:
         owners, positions = self._probe.places(input_ids, mask)
         rows, blocks = len(input_ids), -(-input_ids.shape[1] // BLOCK)
         cells = owners * blocks + positions // BLOCK
-        late = []
-        if self._signal.readings > 1:
-            weights = late_weights(cells)[:, None]
-            late = [value * weights.to(value.device) for value in values]
+        weights = late_weights(cells)[:, None]
+        late, ends = (
+            [value * weights.to(value.device) for value in some]
+            for some in (values if self._signal.readings > 1 else [], described)
+        )
         sums = []
-        for value in (*values, *late, *described):
+        for value in (*values, *late, *described, *ends):
             part = torch.zeros(rows * blocks, value.shape[1], device=value.device)
             sums.append(part.index_add_(0, cells.to(value.device), value).view(rows, blocks, -1))
         return sums, torch.bincount(cells, minlength=rows * blocks).view(rows, blocks)

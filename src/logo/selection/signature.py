@@ -1,10 +1,11 @@
 """Signatures: descriptions of an adapter's example prompts by the base model; the adapter's weights do not matter.
 
-A prompt is described at some places of the base model by two hidden vectors: the mean over the tokens that are read,
-and the last of them. With the whitenings `W` of both (`logo.selection.whitening`, of ordinary texts described likewise)
-and the mean `m_i` of the whitened descriptions of adapter i's examples,
+A prompt is described at some places of the base model by two means of the hidden vectors that are read: the even one,
+and the late one, in which the last tokens count most (`logo.selection.emphasis`). With the whitenings `W` of both
+(`logo.selection.whitening`, of ordinary texts described likewise) and the mean `m_i` of the whitened descriptions of
+adapter i's examples,
 
-    s_i(x) = mean over places of cos(W_mean x_mean, m_i,mean) + 1/2 cos(W_last x_last, m_i,last)
+    s_i(x) = mean over places of 1/2 (cos(W_even x_even, m_i,even) + cos(W_late x_late, m_i,late))
 
 It does not depend on how adapters were trained, and one example is enough. For an adapter j without examples, the
 similarity is estimated from its response (`logo.selection.reference`), so that all scores are on one scale:
@@ -12,8 +13,8 @@ similarity is estimated from its response (`logo.selection.reference`), so that 
     s_j = s̄ + β (r_j - r̄)        r: scores of the responses; s̄, r̄: means over adapters with examples, the best left out
 
 (only over those that may be selected, if a call names candidates)
-and the score of every adapter is `r_i + GAIN s_i`. The constants were chosen on half of the tasks of one pool
-(docs/how-selection-works.md).
+and the score of every adapter is `BESIDE r_i + GAIN s_i`. docs/how-selection-works.md says how the constants were
+chosen.
 """
 
 from __future__ import annotations
@@ -25,32 +26,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from logo.selection.emphasis import emphasised
 from logo.selection.whitening import Whitening
 
-# The weight of the last token's similarity; that of the mean has weight 1.
-_LAST = 0.5
-# The weight of a similarity beside the score of a response.
-GAIN = 8.0
+# The weights of a similarity and of the score of a response beside it.
+GAIN, BESIDE = 12.0, 0.35
 # β: similarity per unit of a response's score.
-_SLOPE = 0.35
+_SLOPE = 0.23
 # The usual similarity to the prompts of unrelated adapters; in s̄ it counts like so many adapters.
-_USUAL, _USUAL_WEIGHT = 0.35, 4
+_USUAL, _USUAL_WEIGHT = 0.23, 4
 
-MEAN, LAST = 0, 1
+# The kinds of means that describe a prompt.
+KINDS = EVEN, LATE = 0, 1
 
 
 def described(hidden: Tensor, owners: Tensor, rows: int) -> Tensor:
-    """(rows, 2, d): the mean and the last of each row's vectors, for `hidden` (vectors, d), sorted by row and position,
-    and the row of each vector, `owners` (vectors,)."""
-    counts = torch.bincount(owners, minlength=rows)
-    sums = hidden.new_zeros(rows, hidden.shape[1]).index_add_(0, owners.to(hidden.device), hidden)
-    return torch.stack([sums / counts.clamp_min(1)[:, None].to(hidden.device), hidden[last(counts)]], dim=1)
+    """(rows, 2, d): the even and the late mean of each row's vectors.
 
-
-def last(counts: Tensor) -> Tensor:
-    """The index of each row's last vector, (rows,), if the vectors are sorted by row and `counts` (rows,) are their
-    numbers."""
-    return counts.cumsum(0) - 1
+    Args:
+        hidden: (vectors, d); a row's vectors are in the order of its tokens.
+        owners: (vectors,): the row that each vector belongs to.
+    """
+    return torch.stack([emphasised(hidden, owners, rows, late) for late in KINDS], dim=1)
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Space:
     """The whitened space in which descriptions of one place are compared.
 
     Attributes:
-        whitenings: of the means, and of the last tokens.
+        whitenings: of the even means, and of the late ones.
     """
 
     whitenings: tuple[Whitening, Whitening]
@@ -66,16 +63,16 @@ class Space:
     @classmethod
     def of(cls, descriptions: Tensor) -> Space:
         """The space that descriptions (texts, 2, d) of ordinary texts give."""
-        return cls((Whitening.of(descriptions[:, MEAN]), Whitening.of(descriptions[:, LAST])))
+        return cls((Whitening.of(descriptions[:, EVEN]), Whitening.of(descriptions[:, LATE])))
 
     def __call__(self, descriptions: Tensor) -> Tensor:
         """The whitened descriptions, (rows, 2, d) float32, on the device of the whitenings."""
-        given = descriptions.to(self.whitenings[MEAN].mean.device, torch.float32)
+        given = descriptions.to(self.whitenings[EVEN].mean.device, torch.float32)
         return torch.stack([w.fold(given[:, i] - w.mean) for i, w in enumerate(self.whitenings)], dim=1)
 
     def to(self, device: torch.device) -> Space:
         """The same on another device."""
-        return Space((self.whitenings[MEAN].to(device), self.whitenings[LAST].to(device)))
+        return Space((self.whitenings[EVEN].to(device), self.whitenings[LATE].to(device)))
 
 
 class Signatures:
@@ -108,7 +105,7 @@ class Signatures:
         total = self._centres[0].new_zeros(len(descriptions[0]), int(self.known.sum()))
         for space, centres, one in zip(self._spaces, self._centres, descriptions, strict=True):
             cosines = torch.einsum("rkd,akd->kra", normalize(space(one), dim=2), centres)
-            total += (cosines[MEAN] + _LAST * cosines[LAST]).to(total.device)
+            total += cosines.mean(dim=0).to(total.device)
         return total.cpu() / len(self._spaces)
 
     def similarities(self, descriptions: Sequence[Tensor], responses: Tensor, among: Tensor | None = None) -> Tensor:

@@ -78,8 +78,7 @@ class PromptSums:
         seen: the number of tokens that have been run, for this prompt or for the one that filled the KV cache.
         read: the number of tokens that have been read.
         by_point: per reading of a point: the summed responses (adapters,), or hidden vectors (d,) if their mean is
-            scored; after these, the summed hidden vectors at each place where prompts are described.
-        last: per such place: the hidden vector of the last token that is read (d,), as soon as it was read.
+            scored; after these, the summed hidden vectors at each place where prompts are described, even and late.
         failure: why there are no scores; None if nothing has failed.
         prefixes: digests of the prompt's prefixes that are whole blocks, the shortest first.
         ended: per reading: the sums up to the end of every block that the current step completes (blocks, n).
@@ -92,7 +91,6 @@ class PromptSums:
     seen: int = 0
     read: int = 0
     by_point: dict[int, Tensor] = field(default_factory=dict)
-    last: dict[int, Tensor] = field(default_factory=dict)
     failure: str | None = None
     prefixes: tuple[bytes, ...] = ()
     ended: dict[int, Tensor] = field(default_factory=dict)
@@ -127,7 +125,6 @@ class PromptRows:
         ended: the digests of the prompt's prefixes that the step completes, in the order of its parts.
         blocks: the number of blocks that the step completes.
         unread: the number of these blocks of which no token is read.
-        last: the index, among the rows that the step reads, of the prompt's last token; None: it is not among them.
         late: the result of `logo.selection.emphasis.late_along` for these parts, on the model's device.
     """
 
@@ -137,7 +134,6 @@ class PromptRows:
     ended: tuple[bytes, ...]
     blocks: int
     unread: int
-    last: int | None
     late: tuple[Tensor, Tensor] | None = None
 
 
@@ -184,16 +180,15 @@ class Step:
         """
         parts: list[PromptRows] = []
         rows, owners, prompts = [], [], []
-        before = row = 0
+        before = 0
         for i, (span, sums) in enumerate(spans):
             positions = torch.arange(span.start, span.end)[span.read(token, sums.unread).start - span.start :]
             cut = block if sums.prefixes else span.total
             first, last = span.start // cut, (span.end - 1) // cut
             ended = sums.prefixes[first : span.end // cut]
             unread = max(0, sums.unread // cut - first)
-            end, row = before + last - first + 1, row + len(positions)
-            final = row - 1 if len(positions) and span.end == span.total else None
-            parts.append(PromptRows(span.key, before, end, ended, span.end // cut - first, unread, final))
+            end = before + last - first + 1
+            parts.append(PromptRows(span.key, before, end, ended, span.end // cut - first, unread))
             rows.append(positions + (span.row - span.start))
             owners.append(positions // cut - first + before)
             prompts.append(torch.full((len(positions),), i))

@@ -47,7 +47,7 @@ class Taps:
         device: where the model runs.
         block: returns the tokens per block of vLLM's KV cache; 0 until vLLM knows it.
         budget: bytes for sums over prefixes of prompts. The sums of a prefix take 33 KB with 16 points and 260
-            adapters, and 0.2 MB more if prompts of an 8B model are described at 12 places; the keys and values of a
+            adapters, and 0.4 MB more if prompts of an 8B model are described at 12 places; the keys and values of a
             block take 2 MB.
     """
 
@@ -119,7 +119,7 @@ class Taps:
                 continue
             sums_of = ((span, self._prompts[span.key]) for span in spans if span.signal == signal)
             own = [(span, sums) for span, sums in sums_of if sums.failure is None]
-            step = Step.of(own, how.token, self._block(), self._device, how.readings > 1)
+            step = Step.of(own, how.token, self._block(), self._device, self._late(signal, how))
             for span, sums in own:
                 sums.read += len(span.read(how.token, sums.unread))
             if step is not None:
@@ -134,6 +134,10 @@ class Taps:
         if not signal and self._calibrating is not None:
             return self._calibrating.signal
         return self._scorers[signal][1] if signal in self._scorers else None
+
+    def _late(self, signal: str, how: Signal) -> bool:
+        """Whether sums with emphasis on the end are needed, for scores or for descriptions."""
+        return how.readings > 1 or bool(signal and _described_at(self._scorers[signal][0]))
 
     def _begun(self, span: Span) -> PromptSums:
         """The sums of a prompt whose first tokens are run now; earlier ones, if any, came from the KV cache."""
@@ -233,15 +237,14 @@ class Taps:
             mean = sums.by_point[i] / sums.read
             value = signal(index, mean[None]) if signal.token == "mean" else mean[None]
             per_point.append(finished(value, signal.scale))
-        count = len(scorer.points)
+        count, weight = len(scorer.points), float(late_count(torch.tensor(sums.read)))
         for i in range(count, count * signal.readings):
-            mean = sums.by_point[i] / float(late_count(torch.tensor(sums.read)))
-            per_point.append(finished(mean[None], signal.scale))
-        descriptions = []
-        for number in range(len(_described_at(scorer))):
-            mean = sums.by_point[count * signal.readings + number] / sums.read
-            end = mean if signal.token == "mean" else sums.last[number]
-            descriptions.append(torch.stack([mean, end])[None])
+            per_point.append(finished((sums.by_point[i] / weight)[None], signal.scale))
+        descriptions, places = [], len(_described_at(scorer))
+        for number in range(count * signal.readings, count * signal.readings + places):
+            even = sums.by_point[number] / sums.read
+            late = even if signal.token == "mean" else sums.by_point[number + places] / weight
+            descriptions.append(torch.stack([even, late])[None])
         found = scorer.scores(per_point, descriptions, torch.tensor([sums.read]), scorer.among([among]))
         scores: list[float] = found[0].tolist()
         return scores
@@ -257,20 +260,21 @@ class Taps:
     ) -> None:
         scorer, how = self._scorers[signal]
         hidden = _picked(entering, step.rows, gather)
-        count = len(scorer.points)
+        count, places = len(scorer.points), len(_described_at(scorer))
         for i in points:
             values = hidden if how.token == "mean" else how(scorer.indices[i], hidden)  # (n, adapters) or (n, d)
             self._add_up(step, i, values)
-            if step.weights is not None:
-                self._add_up(step, count + i, values * step.weights.to(values.device)[:, None], late=True)
+            if how.readings > 1:
+                self._add_up(step, count + i, values, late=True)
         for number in described:
             self._add_up(step, count * how.readings + number, hidden)
-            for part in step.parts:
-                if part.last is not None:
-                    self._prompts[part.key].last[number] = hidden[part.last].clone()
+            self._add_up(step, count * how.readings + places + number, hidden, late=True)
 
     def _add_up(self, step: Step, number: int, values: Tensor, late: bool = False) -> None:
         """Adds values (n, m) of the step's rows to the sums of this number; `late`: with emphasis on the end."""
+        if late:
+            assert step.weights is not None
+            values = values * step.weights.to(values.device)[:, None]
         sums = torch.zeros(step.parts[-1].end, values.shape[1], device=values.device)
         sums.index_add_(0, step.owners.to(values.device), values)
         for part in step.parts:
