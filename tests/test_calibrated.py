@@ -27,7 +27,7 @@ from logo.decoding import batches_in_order
 from logo.errors import ModelError, Unsure
 from logo.selection import calibration
 from logo.selection.chance import UNIT, USUAL, factors
-from logo.selection.confidence import total
+from logo.selection.confidence import RESPONSES
 from logo.selection.drift import MOST, RATE
 from logo.selection.texts import NEUTRAL, REQUESTS
 from logo.selection.whitening import Whitening
@@ -193,7 +193,7 @@ def test_strange_pools_and_prompts(make: Any, signal: str, llama: nn.Module, tmp
         if signal == "calibrated":
             assert selection.confidence is not None
             sizes = [weight * logo.scorer.sizes[name] for name, weight in selection.mixture.items()]
-            whole = total(selection.confidence, sum(sizes) / sum(selection.weights))
+            whole = RESPONSES.total(selection.confidence, sum(sizes) / sum(selection.weights))
         assert sum(selection.weights) == pytest.approx(whole, rel=1e-3, abs=1e-5)
     if signal == "calibrated" and make in (zeros, twins, giant, dwarf, other_modules, zero_layer):
         winners = [selection.adapters[0] for selection in selections]

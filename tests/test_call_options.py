@@ -18,7 +18,7 @@ import tiny
 from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, UsageError
 from logo.adapters.format import Adapter
 from logo.errors import LoGoError, NotFinite
-from logo.selection.confidence import RESPONSES, total
+from logo.selection.confidence import RESPONSES
 from logo.selection.selector import LEAST
 from test_calibrated import PROMPTS, tokenizer
 from test_engine import write_adapter
@@ -137,7 +137,7 @@ def test_calibrated_candidates_keep_their_scores(logo: LoGo, names: set[str], pr
     ]
     sizes = logo._selecting.scorer("calibrated").sizes  # type: ignore[attr-defined]
     size = sum(w * sizes[name] for name, w in found.mixture.items()) / sum(found.weights)
-    assert sum(found.weights) == same_weights(total(found.confidence, size))
+    assert sum(found.weights) == same_weights(RESPONSES.total(found.confidence, size))
 
 
 def test_default_k_is_of_the_candidates(model: nn.Module, folder: Path) -> None:

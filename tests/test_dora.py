@@ -18,7 +18,7 @@ from logo.mixing.merges import Merge
 from logo.mixing.mixer import Mixer
 from logo.mixing.store import adapter_store
 from logo.selecting import Choosing
-from logo.selection.confidence import total
+from logo.selection.confidence import RESPONSES
 from logo.selection.size import USUAL
 from make_adapters import edit_config, edit_weights, load_peft, write_peft
 from test_engine import PROMPTS, tokenizer
@@ -117,7 +117,7 @@ def test_an_unsure_selection_gives_it_weight_1(tmp_path: Path) -> None:
     for scores in ([0.2, 0.1], [0.1, 0.2]):
         found = choosing.choose(torch.tensor(scores), ["a", "b"], choosing.call_settings({}))
         weights[found.adapters] = found.weights
-    assert weights == {("a",): (1.0,), ("b",): pytest.approx((total(0.0, USUAL),))}
+    assert weights == {("a",): (1.0,), ("b",): pytest.approx((RESPONSES.total(0.0, USUAL),))}
 
 
 @pytest.mark.parametrize(

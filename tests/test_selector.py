@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logo.errors import ModelError, Unsure
-from logo.selection.confidence import BEST, EXAMPLES, HALVED, RESPONSES, Evidence, total
+from logo.selection.confidence import BEST, EXAMPLES, HALVED, RESPONSES, Evidence
 from logo.selection.selector import LEAST, UNSURE, Selection, Selector
 from logo.selection.size import USUAL
 from tolerances import same_weights
@@ -27,7 +27,7 @@ def select(scores: list[float], k: int = 20, **how: object) -> Selection:
 @settings(max_examples=150, deadline=None)
 def test_any_scores_make_a_mixture(scores: list[float], k: int, weighting: str, mass: float) -> None:
     whole = select(scores, k, weighting=weighting)
-    sum_ = 1.0 if weighting != "adaptive" or whole.confidence is None else total(whole.confidence, USUAL)
+    sum_ = 1.0 if weighting != "adaptive" or whole.confidence is None else RESPONSES.total(whole.confidence, USUAL)
     assert sum(whole.weights) == pytest.approx(sum_, abs=1e-4)
     assert all(0 <= weight <= 1 for weight in whole.weights)
     assert list(whole.weights) == sorted(whole.weights, reverse=True)
@@ -94,14 +94,20 @@ def test_sharp_when_sure_and_broad_when_not() -> None:
     assert temperature(0.4) == temperature(0.75) == pytest.approx(0.785)
     assert temperature(0.8) == temperature(1.0) == pytest.approx(0.155)
     assert temperature(0.325) == pytest.approx((0.785 * 3.5) ** 0.5, rel=1e-4)  # half-way on a scale of logarithms
-    assert Evidence(4.0, 1.0).temperature(0.5) == pytest.approx(0.3925)  # steeper evidence: smaller differences count
+    steeper = Evidence(4.0, 1.0, RESPONSES.temperatures)  # smaller differences of scores count
+    assert steeper.temperature(0.5) == pytest.approx(0.3925)
     found = [temperature(confidence / 100) for confidence in range(101)]
     assert found == sorted(found, reverse=True)
     assert RESPONSES.temperature(0.4) == RESPONSES.temperature(1.0)  # they are sometimes sure of a related task
     assert EXAMPLES.temperature(0.4) > 4 * EXAMPLES.temperature(1.0)
+    assert EXAMPLES.temperature(0.0) == EXAMPLES.temperature(0.05) > 4 * EXAMPLES.temperature(0.15)
 
 
 def test_unsure_mixtures_are_weaker_the_larger_their_adapters_are() -> None:
+    total, examples = RESPONSES.total, EXAMPLES.total
+    assert examples(0.05, HALVED) == examples(0.0, HALVED) == pytest.approx(0.5)
+    assert examples(0.1, HALVED) == pytest.approx(0.5**0.5)
+    assert examples(0.15, HALVED) == 1
     assert total(0.9, 5.0) == total(0.4, 5.0) == total(0.0, 0.0) == 1
     assert total(0.25, HALVED) == total(0.0, HALVED) == pytest.approx(0.5)
     assert total(0.325, HALVED) == pytest.approx(0.5**0.5)
@@ -121,7 +127,7 @@ def test_what_answers_where_nothing_stands_out(when: str, adapters: tuple[str, .
     found = select([1.21, *REST], 2, weighting="adaptive", when_unsure=when)
     assert found.adapters == adapters
     assert found.confidence is not None and found.confidence < UNSURE
-    assert sum(found.weights) == pytest.approx({"base": 0.0, "best": 1.0, "mix": total(0.0, USUAL)}[when])
+    assert sum(found.weights) == pytest.approx({"base": 0.0, "best": 1.0, "mix": RESPONSES.total(0.0, USUAL)}[when])
     sure = select([9.0, *REST], 2, weighting="adaptive", when_unsure=when)
     assert sure.adapters == ("a00",)  # the other one's weight is negligible
 

@@ -24,10 +24,9 @@ from torch import Tensor
 FIELD = 5
 # What the best score counts beside its lead, which counts 1.
 BEST = 0.1
-# Pairs of a confidence and a softmax temperature, the latter times the steepness. A broad mixture is the better guess
-# up to the first confidence; from the second on, one adapter has most of the weight, but related ones still help it.
-_DOUBT, _TRUST = 0.25, 0.4
-_TEMPERATURES = ((_DOUBT, 7.0), (_TRUST, 1.57))
+# Softmax temperatures, times the steepness: of a broad mixture, of one in which the best adapter has most of the weight
+# but related ones still help it, and of one in which it answers nearly alone.
+_BROAD, _HELPED, _ALONE = 7.0, 1.57, 0.31
 # If the adapters of the broadest mixture have this relative size (`logo.selection.size`), its weights sum to one half.
 # Results depend on it, so it is a part of their identity.
 HALVED = 0.08
@@ -40,12 +39,13 @@ class Evidence:
     Attributes:
         steepness: how fast confidence grows with the evidence, the lead and `BEST` times the best score.
         even: the evidence at which it is one half.
-        temperatures: pairs of a confidence and the softmax temperature there, times the steepness.
+        temperatures: pairs of a confidence and the softmax temperature there, times the steepness. Up to the first
+            confidence, a broad mixture is the better guess.
     """
 
     steepness: float
     even: float
-    temperatures: tuple[tuple[float, float], ...] = _TEMPERATURES
+    temperatures: tuple[tuple[float, float], ...]
 
     def confidence(self, ranked: Tensor) -> float:
         """The confidence that scores (adapters,), sorted with the best first, give; 1/2 for a single adapter."""
@@ -64,24 +64,27 @@ class Evidence:
         confidences, known = zip(*self.temperatures, strict=True)
         return math.exp(np.interp(confidence, confidences, np.log(known))) / self.steepness
 
+    def total(self, confidence: float, size: float) -> float:
+        """The sum of a mixture's weights: 1 for a sure selection, less for an unsure one, the larger its adapters are.
 
-def total(confidence: float, size: float) -> float:
-    """The sum of a mixture's weights: 1 for a sure selection, and less for an unsure one, the larger its adapters are.
+        Adapters that were not made for a prompt also disturb the base model, so an unsure mixture leaves a part to it.
+        Up to the first of `temperatures`, the sum is `1 / (1 + size / HALVED)`; up to the second, its logarithm is
+        linear in the confidence.
 
-    Adapters that were not made for a prompt also disturb the base model, so an unsure mixture leaves a part to it. At
-    the lowest confidence, the sum is `1 / (1 + size / HALVED)`; in between, its logarithm is linear in the confidence.
-
-    Args:
-        confidence: of the selection.
-        size: the mean relative size of the mixture's adapters (`logo.selection.size`), weighted as the mixture is.
-    """
-    return float((1 + size / HALVED) ** (np.interp(confidence, (_DOUBT, _TRUST), (0, 1)) - 1))
+        Args:
+            confidence: of the selection.
+            size: the mean relative size of the mixture's adapters (`logo.selection.size`), weighted as the mixture is.
+        """
+        (doubt, _), (trust, _), *_ = self.temperatures
+        return float((1 + size / HALVED) ** (np.interp(confidence, (doubt, trust), (0, 1)) - 1))
 
 
-# For scores of responses, and for scores to which example prompts contribute. Only the latter let the best adapter
-# answer nearly alone if the confidence is high. The former are sometimes sure of the adapter of a related task.
-RESPONSES = Evidence(3.5, 1.1)
-EXAMPLES = Evidence(1.2, 4.2, (*_TEMPERATURES, (0.75, 1.57), (0.8, 0.31)))
+# For scores of responses, and for scores to which example prompts contribute. The latter are less sure of prompts that
+# are worded unlike the examples, but of the right adapter, so the mixture gets narrow earlier; and only they let the
+# best adapter answer nearly alone if the confidence is high. The former are sometimes sure of the adapter of a related
+# task.
+RESPONSES = Evidence(3.5, 1.1, ((0.25, _BROAD), (0.4, _HELPED)))
+EXAMPLES = Evidence(1.2, 4.2, ((0.05, _BROAD), (0.15, _HELPED), (0.75, _HELPED), (0.8, _ALONE)))
 
 
 def lead(ranked: Tensor) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from logo.adapters.pool import AdapterPool
 from logo.errors import NotFinite, PoolError, Unsure, UsageError, check_type, closest
-from logo.selection.confidence import RESPONSES, Evidence, total
+from logo.selection.confidence import RESPONSES, Evidence
 from logo.selection.signals import Weighting, WhenUnsure
 from logo.selection.size import USUAL
 
@@ -35,7 +35,7 @@ class Selection:
 
     Attributes:
         adapters: names, best first. Empty: the base model alone.
-        weights: parallel to `adapters`. They sum to 1; to less if an adaptive weighting has a confidence below 0.4, and
+        weights: parallel to `adapters`. They sum to 1; to less if an adaptive weighting has a low confidence, and
             to anything if the user forced them.
         scores: the score of every scored adapter, in pool order. Empty for a forced selection.
         confidence: the probability that the pool holds an adapter that was made for this prompt; None for a forced
@@ -161,9 +161,9 @@ class Selector:
             weights = torch.ones(1 if self.when_unsure == "best" else 0)
         else:
             weights = self._weights(top, confidence)
-            if self.weighting == "adaptive" and confidence is not None:
+            if self.weighting == "adaptive" and confidence is not None and self.evidence is not None:
                 sized = [(sizes or {}).get(names[i], USUAL) for i in order[: len(weights)].tolist()]
-                weights = weights * total(confidence, float(weights @ torch.tensor(sized)))
+                weights = weights * self.evidence.total(confidence, float(weights @ torch.tensor(sized)))
         chosen = tuple(names[i] for i in order[: len(weights)].tolist())
         return Selection(chosen, tuple(weights.tolist()), named, confidence)
 
