@@ -16,8 +16,12 @@ from torch import nn
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.activation import EVERYWHERE, Activation, acting, earliest, last_occurrence
+from logo.adapters.examples import write_examples
 from logo.errors import AdapterError, StorageError, UsageError
 from logo.selection import scorers
+from logo.selection.once import OnceReader
+from logo.selection.probe import Probe
+from logo.selection.signature import described
 from make_adapters import edit_config, load_peft, write, write_peft
 from test_engine import tokenizer, write_adapter
 from test_prefixes import read_tokens, words
@@ -293,6 +297,23 @@ def test_a_prompt_is_read_once(name: str, signal: str, tmp_path: Path) -> None:
         without = other.generate(prompt, max_new_tokens=3)
     assert seen == [100, 4, 1, 1] and without.token_ids == first.token_ids
     assert other.beginnings is not None and other.beginnings.bytes == 0
+
+
+def test_prompts_are_described_by_the_tokens_on_which_adapters_act(tmp_path: Path) -> None:
+    model = tiny.model("llama", eos_token_id=None)
+    folder = notes(pool_of(tmp_path, model), "last:4")
+    write_examples(folder / "t0", ["Take the opposite of hot.", "Take the opposite of far."])
+    scorer = engine(model, folder, signal="calibrated").scorer
+    assert isinstance(scorer._reader, OnceReader) and scorer.signatures is not None
+    rows = torch.tensor(tiny.prompts([40, 40]))
+    hidden = Probe(model, scorer.points, "projection", "each")(rows, torch.ones_like(rows))
+    for _ in range(2):  # the second time, the beginnings come from the cache
+        found = scorer._reader(rows, torch.ones_like(rows)).descriptions
+        for description, point in zip(found, scorer.signatures.points, strict=True):
+            tail = hidden[point].view(2, 39, -1)[:, -4:]
+            expected = described(tail.flatten(0, 1), torch.arange(2).repeat_interleave(4), 2)
+            torch.testing.assert_close(description, expected)
+            assert not torch.allclose(*description.unbind(1))
 
 
 def test_a_stream_reads_its_prompt_once(tmp_path: Path) -> None:

@@ -122,6 +122,16 @@ def test_unsure_mixtures_are_weaker_the_larger_their_adapters_are() -> None:
     assert selector(scores, names, {"a": USUAL}).weights == selector(scores, names).weights
 
 
+def test_where_examples_count_a_mixture_is_whole_from_a_lower_confidence_on() -> None:
+    found = select([3.46, *REST], 2, weighting="adaptive", evidence=EXAMPLES)
+    assert found.confidence == pytest.approx(0.2, abs=0.005)
+    assert sum(found.weights) == pytest.approx(1)
+    weaker = select([2.5, *REST], 2, weighting="adaptive", evidence=EXAMPLES)
+    assert weaker.confidence == pytest.approx(0.066, abs=0.005)
+    assert sum(weaker.weights) == pytest.approx(EXAMPLES.total(weaker.confidence or 0.0, USUAL))
+    assert sum(weaker.weights) < 0.9
+
+
 @pytest.mark.parametrize(("when", "adapters"), [("base", ()), ("best", ("a00",)), ("mix", ("a00", "a01"))])
 def test_what_answers_where_nothing_stands_out(when: str, adapters: tuple[str, ...]) -> None:
     found = select([1.21, *REST], 2, weighting="adaptive", when_unsure=when)

@@ -249,6 +249,9 @@ def test_a_run_is_another_one_with_other_examples(llama: nn.Module, folder: Path
     assert one["examples"] != other["examples"] and "examples" not in without
     assert digests(engine(llama, folder, examples="ignore")) == without
     assert digests(engine(llama, folder, signal="norm")) == {k: v for k, v in without.items() if k != "scores"}
+    alone = {"signal": "calibrated", "probe_token": "last"}
+    assert "scores" in digests(engine(llama, folder, **alone))  # the formula of similarities is a part of the version
+    assert "scores" not in digests(engine(llama, folder, examples="ignore", **alone))
 
 
 def test_the_signal_alone_needs_examples(llama: nn.Module, folder: Path) -> None:

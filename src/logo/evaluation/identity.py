@@ -87,7 +87,7 @@ def digests(logo: Calls) -> dict[str, Any]:
     """Digests of what was loaded, except the adapters' weights (`pool_digests`): the base model's weights and
     configuration, the tokens at which an answer ends, the tokenizer, the adapters' scales, where they act, unless all
     act everywhere, and the example prompts that selections look at, if there are some; and the version of the scores,
-    if signals read all tokens."""
+    if signals read all tokens or look at examples."""
     activations = {name: asdict(logo.fitted[name].activation) for name in logo.names}
     everywhere = all(one.everywhere for one in logo.fitted.activations)
     examples = _examples(logo)
@@ -100,7 +100,7 @@ def digests(logo: Calls) -> dict[str, Any]:
         "scales": fingerprint({name: logo.pool[name].scales for name in logo.names}),
         **({} if everywhere else {"activations": fingerprint(activations)}),
         **({"examples": fingerprint(examples)} if examples else {}),
-        **({"scores": SCORES} if logo.settings.reading.token in ("each", "tail") else {}),
+        **({"scores": SCORES} if examples or logo.settings.reading.token in ("each", "tail") else {}),
     }
 
 

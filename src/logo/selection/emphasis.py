@@ -19,7 +19,7 @@ from logo.selection.reference import prompt_means
 # A token's weight divided by the next one's: the last three tokens have 58 % of the weight, the last ten 94 %.
 FADING = 0.75
 # The weight of the late reading of a point; the even one has weight 1.
-LATE = 0.5
+LATE_WEIGHT = 0.5
 
 
 def behind(cells: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def late_along(tokens: Tensor) -> tuple[Tensor, Tensor]:
 def column_weights(columns: int, points: int) -> Tensor:
     """The weight of each reading, (columns,): the even ones of all points come first, then the late ones, if any."""
     weights = torch.ones(columns)
-    weights[points:] = LATE
+    weights[points:] = LATE_WEIGHT
     return weights
 
 

@@ -89,9 +89,7 @@ def read(points: Sequence[Point], signal: Signal, texts: Texts, run_texts: TextR
     for at, vectors in enumerate(run_texts(points, texts, signal)):
         if not any(vectors.hidden is other for other in seen):
             seen.append(vectors.hidden)
-            hidden, owners = vectors.responding
-            order = owners.argsort(stable=True)
-            found[at] = described(hidden[order.to(hidden.device)], owners[order], len(texts.rows)).cpu()
+            found[at] = described(*vectors.responding, len(texts.rows)).cpu()
     return found
 
 

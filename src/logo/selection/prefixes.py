@@ -33,7 +33,8 @@ class Block:
 
     Attributes:
         keys_values: per layer that was run, (1, heads, BLOCK, size) each.
-        sums: per reading of a point, the summed responses to the block's tokens that are read, (adapters,); empty where
+        sums: per reading of a point, the summed responses to the block's tokens that are read, (adapters,), and per
+            description of a place, their summed hidden vectors, (d,) (`ResponseReader._late`); empty where
             responses are not summed over tokens.
         tokens: how many tokens of the block are read.
     """

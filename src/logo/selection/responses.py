@@ -107,13 +107,13 @@ class ResponseReader:
         )
 
     def _late(self, i: int) -> bool:
-        """Whether the i-th sums are late ones. They follow the even sums of all points, and those of all descriptions
-        the even ones."""
+        """Whether the i-th sums are late ones. Their order: the even and the late sums of all points, then the even and
+        the late ones of all descriptions."""
         points, readings = len(self._indices), len(self._indices) * self._signal.readings
         return points <= i < readings or i >= readings + len(self._describing)
 
     def _means(self, sums: list[Tensor], counts: Tensor, known: list[Block]) -> list[Tensor]:
-        """Means (rows, adapters) of each reading, from sums (rows, blocks, adapters) and the known blocks before them.
+        """Means (rows, n), from sums (rows, blocks, n) and the known blocks before them.
 
         Args:
             counts: (rows, blocks), the number of vectors in each block.
@@ -136,17 +136,23 @@ class ResponseReader:
     def _block_sums(
         self, values: list[Tensor], described: list[Tensor], input_ids: Tensor, mask: Tensor
     ) -> tuple[list[Tensor], Tensor]:
-        """Sums (rows, blocks, adapters) of each reading from values (vectors, adapters); counts (rows, blocks)."""
+        """The sums over each block, (rows, blocks, n) each, in the order of `_late`; counts (rows, blocks).
+
+        Args:
+            values: per point, (vectors, adapters).
+            described: per place where prompts are described, (vectors, d).
+        """
         owners, positions = self._probe.places(input_ids, mask)
         rows, blocks = len(input_ids), -(-input_ids.shape[1] // BLOCK)
         cells = owners * blocks + positions // BLOCK
         weights = late_weights(cells)[:, None]
-        late, ends = (
-            [value * weights.to(value.device) for value in some]
-            for some in (values if self._signal.readings > 1 else [], described)
-        )
+
+        def late(some: list[Tensor]) -> list[Tensor]:
+            return [value * weights.to(value.device) for value in some]
+
+        responses = values + late(values) if self._signal.readings > 1 else values
         sums = []
-        for value in (*values, *late, *described, *ends):
+        for value in (*responses, *described, *late(described)):
             part = torch.zeros(rows * blocks, value.shape[1], device=value.device)
             sums.append(part.index_add_(0, cells.to(value.device), value).view(rows, blocks, -1))
         return sums, torch.bincount(cells, minlength=rows * blocks).view(rows, blocks)

@@ -137,7 +137,8 @@ class Taps:
 
     def _late(self, signal: str, how: Signal) -> bool:
         """Whether sums with emphasis on the end are needed, for scores or for descriptions."""
-        return how.readings > 1 or bool(signal and _described_at(self._scorers[signal][0]))
+        described = bool(signal and _described_at(self._scorers[signal][0]))
+        return how.readings > 1 or (described and how.token != "mean")
 
     def _begun(self, span: Span) -> PromptSums:
         """The sums of a prompt whose first tokens are run now; earlier ones, if any, came from the KV cache."""
@@ -268,7 +269,8 @@ class Taps:
                 self._add_up(step, count + i, values, late=True)
         for number in described:
             self._add_up(step, count * how.readings + number, hidden)
-            self._add_up(step, count * how.readings + places + number, hidden, late=True)
+            if how.token != "mean":
+                self._add_up(step, count * how.readings + places + number, hidden, late=True)
 
     def _add_up(self, step: Step, number: int, values: Tensor, late: bool = False) -> None:
         """Adds values (n, m) of the step's rows to the sums of this number; `late`: with emphasis on the end."""
