@@ -316,7 +316,9 @@ def test_lorahub_repeats_itself_by_its_seed(tiny_logo: LoGo) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "budget"), [(2, 200), (3, 200), (4, 200), (16, 200)])
+@pytest.mark.parametrize(
+    ("size", "budget"), [(2, 200), pytest.param(3, 200, marks=pytest.mark.long), (4, 200), (16, 200)]
+)
 def test_minimise(size: int, budget: int) -> None:
     """Sizes for which nevergrad takes a meta-model, another with CMA in it, and Cobyla, which answers by default."""
     target = [0.9, -0.4, 0.1, -1.2] * 4

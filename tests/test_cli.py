@@ -194,6 +194,7 @@ def test_select_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_terminal_without_unicode_is_no_reason_to_fail() -> None:
     done = logo("select", "Hello", *ENGINE, "-k", "3", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and "?" in done.stdout and done.stderr == ""

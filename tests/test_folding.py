@@ -137,7 +137,7 @@ def test_folding_pays_for_long_answers_and_not_for_short_ones(llama: nn.Module, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)])
 def test_nothing_folds_by_itself_in_half_precision(adapters: Path, dtype: torch.dtype) -> None:
     """`W + ΔW` would be rounded to the weights' dtype, and other tokens might follow."""
     base = tiny.model("llama").to(dtype)
@@ -164,7 +164,7 @@ def test_the_demo_in_bfloat16_answers_as_with_gates() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.long), torch.bfloat16])
 def test_what_ran_before_decides_nothing(adapters: Path, dtype: torch.dtype) -> None:
     """Same forms and tokens for the same rows: at once, after short answers, after long ones and batches of both."""
     base = tiny.model("llama").to(dtype)

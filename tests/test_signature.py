@@ -29,7 +29,7 @@ from logo.evaluation.identity import digests
 from logo.selection.chance import factors
 from logo.selection.confidence import EXAMPLES as WITH_EXAMPLES
 from logo.selection.emphasis import FADING
-from logo.selection.signature import BESIDE, GAIN, Signatures, Space, described
+from logo.selection.signature import GAIN, REPLACED, Signatures, Space, described
 from test_calibrated import PROMPTS, engine, pool
 from test_engine import write_adapter
 
@@ -114,7 +114,7 @@ def test_examples_add_to_the_responses_scores(llama: nn.Module, folder: Path) ->
     reference = without.scorer._reference
     assert reference is not None
     responses /= factors(tokens, reference.apart)[:, None]  # they have a unit of their own without examples
-    difference = scores(both, *PROMPTS) - BESIDE * responses
+    difference = scores(both, *PROMPTS) - (1 - REPLACED) * responses
     torch.testing.assert_close(difference, scores(both, *PROMPTS, signal="signature"), atol=1e-4, rtol=0)
     assert without._selecting.evidence(without.settings) != WITH_EXAMPLES
 
@@ -161,10 +161,13 @@ def test_estimates_among_candidates_are_those_of_a_pool_of_them(among: list[bool
     which = torch.tensor(among)
     if not bool((which & known).any()):
         return
-    found = Signatures([space], [centres[known]], known).similarities(descriptions, responses, which[None])
+    all_ = Signatures([space], [centres[known]], known)
+    found = all_.similarities(descriptions, responses, which[None])
     alone = Signatures([space], [centres[known & which]], known[which])
     torch.testing.assert_close(found[:, which], alone.similarities(descriptions, responses[:, which]))
     assert bool((found[:, ~which] == -torch.inf).all())
+    assert float(all_.left(which[None])) == pytest.approx(float(alone.left()))
+    assert float(alone.left()) == pytest.approx(1 - REPLACED * int((which & known).sum()) / int(which.sum()))
 
 
 def test_adapters_with_and_without_examples_are_in_one_pool(llama: nn.Module, folder: Path) -> None:

@@ -58,6 +58,7 @@ def test_the_same_surroundings(tmp_path: Path) -> None:
         assert one == other and str(tmp_path) in one[1]
 
 
+@pytest.mark.long
 def test_what_was_read_at_the_start_is_not_kept(tmp_path: Path) -> None:
     """The Hub's client reads its folder when it is imported, and PyTorch its number of threads."""
     code = "from huggingface_hub import constants; import torch; print(constants.HF_HOME, torch.get_num_threads())"

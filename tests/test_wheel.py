@@ -184,6 +184,7 @@ def test_a_users_file_passes_the_type_checker(bare: Bare, tmp_path: Path) -> Non
     assert said == "Success: no issues found in 1 source file\n"
 
 
+@pytest.mark.long
 def test_the_users_file_runs(bare: Bare, tmp_path: Path) -> None:
     said = done(bare.python, USER, cwd=tmp_path)
     assert said.startswith(f"{__version__} {{'add_numbers': ") and "k" in said.splitlines()[-1]

@@ -18,7 +18,7 @@ from logo.selection.index import ScoringIndex
 from logo.selection.once import OnceReader
 from logo.selection.reference import Reference
 from logo.selection.responses import ResponseReader
-from logo.selection.signature import BESIDE, GAIN, Signatures
+from logo.selection.signature import GAIN, Signatures
 from logo.selection.size import relative_sizes
 
 # Stands for a score that was not computed; it is below every score that a signal gives.
@@ -147,7 +147,7 @@ class Scorer:
         if self.signatures is None or not descriptions:
             return scores
         similar = GAIN * self.signatures.similarities(descriptions, scores, among)
-        return similar if self._alone else BESIDE * scores + similar
+        return similar if self._alone else self.signatures.left(among) * scores + similar
 
     def _of_responses(self, per_point: Sequence[Tensor], among: Tensor | None) -> Tensor:
         # (adapters, readings, rows)

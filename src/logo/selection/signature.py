@@ -13,8 +13,8 @@ similarity is estimated from its response (`logo.selection.reference`), so that 
     s_j = s̄ + β (r_j - r̄)        r: scores of the responses; s̄, r̄: means over adapters with examples, the best left out
 
 (only over those that may be selected, if a call names candidates)
-and the score of every adapter is `BESIDE r_i + GAIN s_i`. docs/how-selection-works.md says how the constants were
-chosen.
+and the score of every adapter is `(1 - REPLACED known) r_i + GAIN s_i`, where `known` is the share of the adapters that
+have examples. docs/how-selection-works.md says how the constants were chosen.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from torch.nn.functional import normalize
 from logo.selection.emphasis import emphasised
 from logo.selection.whitening import Whitening
 
-# The weights of a similarity and of the score of a response beside it.
-GAIN, BESIDE = 12.0, 0.35
+# The weight of a similarity beside the score of a response.
+GAIN = 12.0
+# How much of the weight of responses similarities replace where all adapters have examples.
+REPLACED = 0.65
 # β: similarity per unit of a response's score.
 _SLOPE = 0.23
 # The usual similarity to the prompts of unrelated adapters; in s̄ it counts like so many adapters.
@@ -107,6 +109,16 @@ class Signatures:
             cosines = torch.einsum("rkd,akd->kra", normalize(space(one), dim=2), centres)
             total += cosines.mean(dim=0).to(total.device)
         return total.cpu() / len(self._spaces)
+
+    def left(self, among: Tensor | None = None) -> Tensor:
+        """The weight of responses beside similarities: () or (rows, 1).
+
+        Args:
+            among: (rows, adapters) bool: the adapters that may be selected; None: all.
+        """
+        known = self.known.float()
+        share = known.mean() if among is None else (among * known).sum(1, keepdim=True) / among.sum(1, keepdim=True)
+        return 1 - REPLACED * share
 
     def similarities(self, descriptions: Sequence[Tensor], responses: Tensor, among: Tensor | None = None) -> Tensor:
         """`s` of all adapters, (rows, adapters); of those without examples it is estimated from their responses.
