@@ -54,8 +54,9 @@ def ask(window: Browser, prompt: str, **settings: object) -> tuple[str, str]:
 
 
 def errors(window: Browser) -> list[str]:
-    """What the two answers and the scores say went wrong."""
-    found: list[str] = window.run("return [...document.querySelectorAll('.error')].map(node => node.textContent)")
+    """What the two answers and the scores that are shown say went wrong."""
+    shown = "[...document.querySelectorAll('.error')].filter(node => node.checkVisibility())"
+    found: list[str] = window.run(f"return {shown}.map(node => node.textContent)")
     return [text for text in found if text]
 
 
