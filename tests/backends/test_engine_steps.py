@@ -39,7 +39,7 @@ def test_128_prompts_with_128_mixtures_among_base_rows(
     assert not made["failed"]
 
 
-@pytest.mark.parametrize("chunk", [None, 48])
+@pytest.mark.parametrize("chunk", [pytest.param(None, marks=pytest.mark.long), 48])
 def test_scores_are_the_librarys(
     engines: Engines, tmp_path: Path, logo: LoGo, rows: list[str], chunk: int | None
 ) -> None:
@@ -105,7 +105,7 @@ def test_calibrations_are_kept_where_the_library_keeps_them(
     assert found[0] == pytest.approx(list(own.select(rows[0]).scores.values()), rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["gate", pytest.param("merge", marks=pytest.mark.long)])
 def test_adapters_of_any_rank_on_any_layers(engines: Engines, tmp_path: Path, rows: list[str], mode: str) -> None:
     model, tokenizer = load_base("demo", device="cpu", dtype="float32")
     pool = tmp_path / "pool"
