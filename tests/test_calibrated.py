@@ -193,7 +193,7 @@ def test_strange_pools_and_prompts(make: Any, signal: str, llama: nn.Module, tmp
         if signal == "calibrated":
             assert selection.confidence is not None
             sizes = [weight * logo.scorer.sizes[name] for name, weight in selection.mixture.items()]
-            whole = RESPONSES.total(selection.confidence, sum(sizes) / sum(selection.weights))
+            whole = RESPONSES.weight_sum(selection.confidence, sum(sizes) / sum(selection.weights))
         assert sum(selection.weights) == pytest.approx(whole, rel=1e-3, abs=1e-5)
     if signal == "calibrated" and make in (zeros, twins, giant, dwarf, other_modules, zero_layer):
         winners = [selection.adapters[0] for selection in selections]

@@ -137,7 +137,7 @@ def test_calibrated_candidates_keep_their_scores(logo: LoGo, names: set[str], pr
     ]
     sizes = logo._selecting.scorer("calibrated").sizes  # type: ignore[attr-defined]
     size = sum(w * sizes[name] for name, w in found.mixture.items()) / sum(found.weights)
-    assert sum(found.weights) == same_weights(RESPONSES.total(found.confidence, size))
+    assert sum(found.weights) == same_weights(RESPONSES.weight_sum(found.confidence, size))
 
 
 def test_default_k_is_of_the_candidates(model: nn.Module, folder: Path) -> None:

@@ -117,7 +117,7 @@ def test_an_unsure_selection_gives_it_weight_1(tmp_path: Path) -> None:
     for scores in ([0.2, 0.1], [0.1, 0.2]):
         found = choosing.choose(torch.tensor(scores), ["a", "b"], choosing.call_settings({}))
         weights[found.adapters] = found.weights
-    assert weights == {("a",): (1.0,), ("b",): pytest.approx((RESPONSES.total(0.0, USUAL),))}
+    assert weights == {("a",): (1.0,), ("b",): pytest.approx((RESPONSES.weight_sum(0.0, USUAL),))}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def select(scores: list[float], k: int = 20, **how: object) -> Selection:
 @settings(max_examples=150, deadline=None)
 def test_any_scores_make_a_mixture(scores: list[float], k: int, weighting: str, mass: float) -> None:
     whole = select(scores, k, weighting=weighting)
-    sum_ = 1.0 if weighting != "adaptive" or whole.confidence is None else RESPONSES.total(whole.confidence, USUAL)
+    sum_ = 1.0 if weighting != "adaptive" or whole.confidence is None else RESPONSES.weight_sum(whole.confidence, USUAL)
     assert sum(whole.weights) == pytest.approx(sum_, abs=1e-4)
     assert all(0 <= weight <= 1 for weight in whole.weights)
     assert list(whole.weights) == sorted(whole.weights, reverse=True)
@@ -104,7 +104,7 @@ def test_sharp_when_sure_and_broad_when_not() -> None:
 
 
 def test_unsure_mixtures_are_weaker_the_larger_their_adapters_are() -> None:
-    total, examples = RESPONSES.total, EXAMPLES.total
+    total, examples = RESPONSES.weight_sum, EXAMPLES.weight_sum
     assert examples(0.05, HALVED) == examples(0.0, HALVED) == pytest.approx(0.5)
     assert examples(0.1, HALVED) == pytest.approx(0.5**0.5)
     assert examples(0.15, HALVED) == 1
@@ -128,7 +128,7 @@ def test_where_examples_count_a_mixture_is_whole_from_a_lower_confidence_on() ->
     assert sum(found.weights) == pytest.approx(1)
     weaker = select([2.5, *REST], 2, weighting="adaptive", evidence=EXAMPLES)
     assert weaker.confidence == pytest.approx(0.066, abs=0.005)
-    assert sum(weaker.weights) == pytest.approx(EXAMPLES.total(weaker.confidence or 0.0, USUAL))
+    assert sum(weaker.weights) == pytest.approx(EXAMPLES.weight_sum(weaker.confidence or 0.0, USUAL))
     assert sum(weaker.weights) < 0.9
 
 
@@ -137,7 +137,9 @@ def test_what_answers_where_nothing_stands_out(when: str, adapters: tuple[str, .
     found = select([1.21, *REST], 2, weighting="adaptive", when_unsure=when)
     assert found.adapters == adapters
     assert found.confidence is not None and found.confidence < UNSURE
-    assert sum(found.weights) == pytest.approx({"base": 0.0, "best": 1.0, "mix": RESPONSES.total(0.0, USUAL)}[when])
+    assert sum(found.weights) == pytest.approx(
+        {"base": 0.0, "best": 1.0, "mix": RESPONSES.weight_sum(0.0, USUAL)}[when]
+    )
     sure = select([9.0, *REST], 2, weighting="adaptive", when_unsure=when)
     assert sure.adapters == ("a00",)  # the other one's weight is negligible
 

@@ -166,8 +166,10 @@ def test_estimates_among_candidates_are_those_of_a_pool_of_them(among: list[bool
     alone = Signatures([space], [centres[known & which]], known[which])
     torch.testing.assert_close(found[:, which], alone.similarities(descriptions, responses[:, which]))
     assert bool((found[:, ~which] == -torch.inf).all())
-    assert float(all_.left(which[None])) == pytest.approx(float(alone.left()))
-    assert float(alone.left()) == pytest.approx(1 - REPLACED * int((which & known).sum()) / int(which.sum()))
+    assert float(all_.weight_of_responses(which[None])) == pytest.approx(float(alone.weight_of_responses()))
+    assert float(alone.weight_of_responses()) == pytest.approx(
+        1 - REPLACED * int((which & known).sum()) / int(which.sum())
+    )
 
 
 def test_adapters_with_and_without_examples_are_in_one_pool(llama: nn.Module, folder: Path) -> None:

@@ -223,7 +223,8 @@ class EngineOptions:
     )
     when_unsure: WhenUnsure = _probe(
         "mix",
-        "What answers if the selection is unsure: a mixture, the base model alone, the best adapter alone, or nothing.",
+        "What answers if the selection is unsure: a mixture of adapters, the base model alone, the best adapter "
+        "alone, or nothing.",
     )
     unsure_below: float = _probe(0.15, "The confidence below which a selection is unsure.")
     examples: Examples = _probe(

@@ -64,7 +64,7 @@ class Evidence:
         confidences, known = zip(*self.temperatures, strict=True)
         return math.exp(np.interp(confidence, confidences, np.log(known))) / self.steepness
 
-    def total(self, confidence: float, size: float) -> float:
+    def weight_sum(self, confidence: float, size: float) -> float:
         """The sum of a mixture's weights: 1 for a sure selection, less for an unsure one, the larger its adapters are.
 
         Adapters that were not made for a prompt also disturb the base model, so an unsure mixture leaves a part to it.
@@ -79,11 +79,11 @@ class Evidence:
         return float((1 + size / HALVED) ** (np.interp(confidence, (doubt, trust), (0, 1)) - 1))
 
 
-# For scores of responses, and for scores to which example prompts contribute. The latter are less sure of prompts that
-# are worded unlike the examples, but of the right adapter, so the mixture gets narrow earlier; and only they let the
-# best adapter answer nearly alone if the confidence is high. The former are sometimes sure of the adapter of a related
-# task.
+# For scores of responses. They are sometimes sure of the adapter of a related task, so the best adapter never answers
+# nearly alone.
 RESPONSES = Evidence(3.5, 1.1, ((0.25, _BROAD), (0.4, _HELPED)))
+# For scores to which example prompts contribute. A prompt that is worded unlike the examples has a low confidence, but
+# usually the right adapter comes first, so the mixture gets narrow at a lower confidence than above.
 EXAMPLES = Evidence(1.2, 4.2, ((0.05, _BROAD), (0.15, _HELPED), (0.75, _HELPED), (0.8, _ALONE)))
 
 

@@ -107,8 +107,8 @@ class ResponseReader:
         )
 
     def _late(self, i: int) -> bool:
-        """Whether the i-th sums are late ones. Their order: the even and the late sums of all points, then the even and
-        the late ones of all descriptions."""
+        """Whether the tokens of the i-th sums are weighted late (`logo.selection.emphasis`). First come the even and
+        the late sums of responses at all points, then the even and the late sums of all descriptions."""
         points, readings = len(self._indices), len(self._indices) * self._signal.readings
         return points <= i < readings or i >= readings + len(self._describing)
 

@@ -147,7 +147,7 @@ class Scorer:
         if self.signatures is None or not descriptions:
             return scores
         similar = GAIN * self.signatures.similarities(descriptions, scores, among)
-        return similar if self._alone else self.signatures.left(among) * scores + similar
+        return similar if self._alone else self.signatures.weight_of_responses(among) * scores + similar
 
     def _of_responses(self, per_point: Sequence[Tensor], among: Tensor | None) -> Tensor:
         # (adapters, readings, rows)

@@ -163,7 +163,7 @@ class Selector:
             weights = self._weights(top, confidence)
             if self.weighting == "adaptive" and confidence is not None and self.evidence is not None:
                 sized = [(sizes or {}).get(names[i], USUAL) for i in order[: len(weights)].tolist()]
-                weights = weights * self.evidence.total(confidence, float(weights @ torch.tensor(sized)))
+                weights = weights * self.evidence.weight_sum(confidence, float(weights @ torch.tensor(sized)))
         chosen = tuple(names[i] for i in order[: len(weights)].tolist())
         return Selection(chosen, tuple(weights.tolist()), named, confidence)
 

@@ -12,9 +12,9 @@ similarity is estimated from its response (`logo.selection.reference`), so that 
 
     s_j = s̄ + β (r_j - r̄)        r: scores of the responses; s̄, r̄: means over adapters with examples, the best left out
 
-(only over those that may be selected, if a call names candidates)
-and the score of every adapter is `(1 - REPLACED known) r_i + GAIN s_i`, where `known` is the share of the adapters that
-have examples. docs/how-selection-works.md says how the constants were chosen.
+The score of every adapter is `(1 - REPLACED share) r_i + GAIN s_i`, where `share` is the share of the adapters that
+have examples. If a call names candidates, the means and the share are those of the candidates alone.
+docs/how-selection-works.md says how the constants were chosen.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from logo.selection.whitening import Whitening
 
 # The weight of a similarity beside the score of a response.
 GAIN = 12.0
-# How much of the weight of responses similarities replace where all adapters have examples.
+# The part of the weight of responses that similarities take over if all adapters have examples.
 REPLACED = 0.65
 # β: similarity per unit of a response's score.
 _SLOPE = 0.23
 # The usual similarity to the prompts of unrelated adapters; in s̄ it counts like so many adapters.
 _USUAL, _USUAL_WEIGHT = 0.23, 4
 
-# The kinds of means that describe a prompt.
-KINDS = EVEN, LATE = 0, 1
+# The means that describe a prompt, as `emphasised` takes them: the even one and the late one.
+KINDS = (0, 1)
 
 
 def described(hidden: Tensor, owners: Tensor, rows: int) -> Tensor:
@@ -57,24 +57,24 @@ class Space:
     """The whitened space in which descriptions of one place are compared.
 
     Attributes:
-        whitenings: of the even means, and of the late ones.
+        whitenings: one for each of `KINDS`.
     """
 
-    whitenings: tuple[Whitening, Whitening]
+    whitenings: tuple[Whitening, ...]
 
     @classmethod
     def of(cls, descriptions: Tensor) -> Space:
         """The space that descriptions (texts, 2, d) of ordinary texts give."""
-        return cls((Whitening.of(descriptions[:, EVEN]), Whitening.of(descriptions[:, LATE])))
+        return cls(tuple(Whitening.of(descriptions[:, kind]) for kind in KINDS))
 
     def __call__(self, descriptions: Tensor) -> Tensor:
         """The whitened descriptions, (rows, 2, d) float32, on the device of the whitenings."""
-        given = descriptions.to(self.whitenings[EVEN].mean.device, torch.float32)
+        given = descriptions.to(self.whitenings[0].mean.device, torch.float32)
         return torch.stack([w.fold(given[:, i] - w.mean) for i, w in enumerate(self.whitenings)], dim=1)
 
     def to(self, device: torch.device) -> Space:
         """The same on another device."""
-        return Space((self.whitenings[EVEN].to(device), self.whitenings[LATE].to(device)))
+        return Space(tuple(whitening.to(device) for whitening in self.whitenings))
 
 
 class Signatures:
@@ -110,8 +110,9 @@ class Signatures:
             total += cosines.mean(dim=0).to(total.device)
         return total.cpu() / len(self._spaces)
 
-    def left(self, among: Tensor | None = None) -> Tensor:
-        """The weight of responses beside similarities: () or (rows, 1).
+    def weight_of_responses(self, among: Tensor | None = None) -> Tensor:
+        """What the score of a response counts beside a similarity, () or (rows, 1): 1 if no adapter has examples, and
+        `1 - REPLACED` if all have some.
 
         Args:
             among: (rows, adapters) bool: the adapters that may be selected; None: all.

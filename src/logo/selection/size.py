@@ -2,7 +2,8 @@
 
     size_i = mean over the points that adapter i touches of ‖ΔW_i‖_F / ‖W‖_F        ΔW_i = s_i B_i A_i
 
-It decides how much of a prompt an unsure mixture leaves to the base model (`logo.selection.confidence.Evidence.total`).
+It decides how much of a prompt an unsure mixture leaves to the base model
+(`logo.selection.confidence.Evidence.weight_sum`).
 """
 
 from __future__ import annotations
