@@ -15,7 +15,7 @@ from typing import Any
 import openai
 import pytest
 
-from logo.bench.local_server import LocalServer
+from local_server import LocalServer
 from serving import Served
 from tolerances import PATIENCE
 

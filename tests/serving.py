@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logo.bench.local_server import LocalServer
+from local_server import LocalServer
 from logo.demo import model_dir
 from tolerances import PATIENCE
 from warm import logo

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import typer
 
-from logo.bench.local_server import LocalServer
+from local_server import LocalServer
 from logo.cli import output
 from logo.cli.app import app
 from logo.cli.run import plugins_first, run

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from http_server import eventually
 from logo import LoGo
-from logo.bench.local_server import LocalServer
+from local_server import LocalServer
 from logo.demo import adapters_dir
 from logo.selection.drift import Drift
 from serving import Served, endless, served

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logo.bench.local_server import LocalServer
+from local_server import LocalServer
 from logo.cli.run import run
 from logo.demo import heldout
 from logo.protocol import MixtureRequest

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from clusters import Cluster, asking, check_one_pool, refused, until
-from logo.bench.figures import metric
-from logo.bench.local_server import LocalServer
+from figures import metric
+from local_server import LocalServer
 from logo.demo import adapters_dir
 
 pytest.importorskip("vllm")

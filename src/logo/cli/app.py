@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from logo import __version__, plugins
-from logo.cli import bench, datasets, demo, evaluate, evaluations, generate, plan, pool, select, serve, train
+from logo.cli import datasets, demo, evaluate, evaluations, generate, plan, pool, select, serve, train
 from logo.cli.commands import Commands, Root
 from logo.cli.expanded import expanded
 from logo.cli.options import EVALUATING
@@ -79,7 +79,6 @@ app.command("train", rich_help_panel=ADAPTERS)(train.train)
 app.add_typer(pool.app, name="pool", rich_help_panel=ADAPTERS)
 app.add_typer(evaluations.app, name="eval", rich_help_panel=MEASURE)
 app.add_typer(datasets.app, name="data", rich_help_panel=MEASURE)
-app.add_typer(bench.app, name="bench", rich_help_panel=MEASURE)
 app.command("evaluate", help=evaluate.OFFICIAL, rich_help_panel=MEASURE)(
     expanded(evaluate.evaluate, official=True, defaults=EVALUATING)
 )

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from logo.extras import need
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,7 +30,6 @@ class PeftArm:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, k: int) -> None:
-        need("a comparison with PEFT", "peft")
         from peft import PeftModel
 
         self.tokenizer = tokenizer

@@ -33,9 +33,7 @@ class Timed:
 def side_by_side(
     arms: Mapping[str, Callable[[], object]],
     rounds: int,
-    *,
     device: torch.device | None = None,
-    on_round: Callable[[], None] | None = None,
 ) -> dict[str, Timed]:
     """Runs all arms for `rounds` rounds, after a warm-up round.
 
@@ -43,7 +41,6 @@ def side_by_side(
         arms: by name.
         rounds: at least 1.
         device: synchronised after each arm, if it computes asynchronously.
-        on_round: called after each round.
     """
     times: dict[str, list[float]] = {name: [] for name in arms}
     peaks: dict[str, int | None] = {}
@@ -54,8 +51,6 @@ def side_by_side(
             if round_:
                 times[name].append(spent)
                 peaks[name] = None if peak[0] is None else max(peak[0], peaks.get(name) or 0)
-        if on_round is not None:
-            on_round()
     return {name: Timed(statistics.median(spent), tuple(spent), peaks[name]) for name, spent in times.items()}
 
 

@@ -1,28 +1,18 @@
-"""A base model and adapters of any size from a seed: in memory, or as folders in the usual formats.
+"""A base model and adapters of any size from a seed.
 
 Weights are random, because cost depends on shapes and not on what a model knows.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-
-from logo.adapters.config import parse_config
-from logo.adapters.files import CONFIG, SAFETENSORS
-from logo.adapters.format import adapter_of
-from logo.adapters.pool import AdapterPool
-from logo.errors import UsageError, closest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +24,6 @@ _NOISE, _ALIGNED = 2**24, 16
 # The first token that is a number; those before it are special tokens and signs.
 _FIRST_NUMBER = 98
 
-ALL_LINEAR = "all-linear"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -85,26 +74,6 @@ class Sizes:
             for target in self.targets
         }
 
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
-
-
-def parse_targets(text: str) -> tuple[str, ...]:
-    """The projections that a text names, separated by commas; all of them for `all-linear`.
-
-    Raises:
-        UsageError: the model has no projection of a name.
-    """
-    if text == ALL_LINEAR:
-        return TARGETS
-    targets = tuple(dict.fromkeys(target.strip() for target in text.split(",")))
-    for target in targets:
-        if target not in TARGETS:
-            known = (*TARGETS, ALL_LINEAR)
-            raise UsageError(f"unknown target {target!r}{closest(target, known)}; known: {', '.join(known)}")
-    return targets
-
 
 def base_model(
     sizes: Sizes, seed: int = 0, device: str = "cpu", dtype: str = "float32"
@@ -132,75 +101,16 @@ def base_model(
     )
 
 
-class DrawnFile:
-    """Stands for an adapter's weight file: every tensor is a piece of one random vector, each at its own offset.
-
-    A pool of any size is therefore available at once without memory, and reading it costs as much as reading a file in
-    memory.
-
-    Args:
-        name: the adapter's name; other names have other weights.
-        shapes: tensor shapes by key.
-        seed: seed of the random vector.
-    """
-
-    def __init__(self, name: str, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
-        self.path = Path(os.devnull) / name / SAFETENSORS  # no such file
-        self._name, self._shapes, self._seed = name, shapes, seed
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return dict(self._shapes)
-
-    def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-        return {key: self._piece(key) for key in keys}
-
-    def sha256(self) -> str:
-        return hashlib.sha256(repr([self._name, dict(self._shapes), self._seed]).encode()).hexdigest()
-
-    def _piece(self, key: str) -> torch.Tensor:
-        shape = self._shapes[key]
-        size = math.prod(shape)
-        places = (_NOISE - size) // _ALIGNED
-        start = zlib.crc32(f"{self._name} {key}".encode()) % places * _ALIGNED
-        return _noise(self._seed)[start : start + size].view(shape)
-
-
-@lru_cache(maxsize=1)
-def _noise(seed: int) -> torch.Tensor:
-    return torch.randn(_NOISE, generator=torch.Generator().manual_seed(seed)) * _SPREAD
-
-
-def memory_pool(sizes: Sizes, count: int, seed: int = 0) -> AdapterPool:
-    """The pool that `write_adapters` writes, without files."""
-    config, files = parse_config(_config(sizes)), _files(sizes, count, seed)
-    return AdapterPool(adapter_of(name, file.path.parent, config, file) for name, file in files.items())
-
-
-def write_adapters(
-    folder: Path, sizes: Sizes, count: int, seed: int = 0, on_each: Callable[[], None] | None = None
-) -> None:
-    """`count` PEFT folders `00000`, `00001`, ... for the base model of these sizes."""
+def write_adapters(folder: Path, sizes: Sizes, count: int, seed: int = 0) -> None:
+    """`count` PEFT folders, `00000`, `00001`, ...; every tensor is a piece of one random vector at an own offset."""
     from safetensors.torch import save_file
 
-    for name, file in _files(sizes, count, seed).items():
-        one = folder / name
-        one.mkdir(parents=True)
-        (one / CONFIG).write_text(json.dumps(_config(sizes)))
-        save_file({key: tensor.clone() for key, tensor in file.read(file.shapes()).items()}, one / SAFETENSORS)
-        if on_each is not None:
-            on_each()
-
-
-def _files(sizes: Sizes, count: int, seed: int) -> dict[str, DrawnFile]:
-    shapes: dict[str, tuple[int, ...]] = {}
+    noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(seed)) * _SPREAD
+    shapes: dict[str, tuple[int, int]] = {}
     for path, (inputs, outputs) in sizes.adapted.items():
         shapes[f"base_model.model.{path}.lora_A.weight"] = sizes.rank, inputs
         shapes[f"base_model.model.{path}.lora_B.weight"] = outputs, sizes.rank
-    return {f"{number:05d}": DrawnFile(f"{number:05d}", shapes, seed) for number in range(count)}
-
-
-def _config(sizes: Sizes) -> dict[str, Any]:
-    return {
+    config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": sizes.rank,
@@ -209,6 +119,16 @@ def _config(sizes: Sizes) -> dict[str, Any]:
         "bias": "none",
         "target_modules": list(sizes.targets),
     }
+    for number in range(count):
+        one = folder / f"{number:05d}"
+        one.mkdir(parents=True)
+        (one / "adapter_config.json").write_text(json.dumps(config))
+        tensors = {}
+        for key, shape in shapes.items():
+            size = math.prod(shape)
+            start = zlib.crc32(f"{one.name} {key}".encode()) % ((_NOISE - size) // _ALIGNED) * _ALIGNED
+            tensors[key] = noise[start : start + size].view(shape).clone()
+        save_file(tensors, one / "adapter_model.safetensors")
 
 
 def prompts(sizes: Sizes, count: int, tokens: int, seed: int = 0) -> list[str]:

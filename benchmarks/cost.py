@@ -1,0 +1,218 @@
+"""What LoGo costs beside the base model alone, and how much faster it is than the same method written with PEFT.
+
+    python benchmarks/cost.py --rounds 3 --json cost.json
+
+The model and the adapters are random; cost depends on their sizes only. Ratios of costs and of speeds are ours over
+theirs. With another tree's `src` on PYTHONPATH, the same script measures that tree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import transformers
+
+from logo import AdapterPool, LoGo, SelectionSettings
+from parts import Bench, Lengths, MeasuredPart
+from peft_arm import PeftArm
+from rounds import Timed, timed
+from synthetic import TARGETS, Sizes, base_model, write_adapters
+
+# One layer of Llama-3.1-8B, with hardly any vocabulary.
+LLAMA_8B_LAYER = Sizes(hidden=4096, layers=1, heads=32, vocabulary=512)
+
+# Ratio: the part, and its arms above and below the line.
+RATIOS = {
+    "open_vs_peft": ("open pool", "cold", "PEFT"),
+    "select_vs_prefill": ("select", "norm", "prefill"),
+    "select_calibrated_vs_prefill": ("select", "calibrated", "prefill"),
+    "prefix_second_vs_first": ("shared prefix", "norm, second", "norm, first"),
+    "prefix_calibrated_second_vs_first": ("shared prefix", "calibrated, second", "calibrated, first"),
+    "prefill_vs_base": ("prefill", "mixture", "base"),
+    "decode1_vs_base": ("decode, batch 1", "base", "mixture"),
+    "decode16_vs_base": ("decode, batch 16", "base", "related"),
+    "decode16_random_vs_base": ("decode, batch 16", "base", "random"),
+    "decode16_random_8b_layer_vs_base": ("decode, one layer of 8B", "base", "random"),
+    "e2e1_vs_base": ("end to end, batch 1", "calibrated", "base"),
+    "e2e16_vs_base": ("end to end, batch 16", "calibrated", "base"),
+    "e2e16_related_vs_base": ("end to end, batch 16", "calibrated, related", "base"),
+    "read_once_vs_prefill": ("read once", "once", "prefill"),
+    "read_once_long_vs_prefill": ("read once", "long, once", "long prefill"),
+    "read_once_cached_vs_prefill": ("read once", "cached, once", "long prefill"),
+    "read_once_cached_vs_cached_prefill": ("read once", "cached, once", "cached prefill"),
+    "e2e1_read_once_vs_base": ("read once, batch 1", "once", "base"),
+    "e2e16_read_once_vs_base": ("read once, batch 16", "once", "base"),
+    "e2e16_related_read_once_vs_base": ("read once, batch 16", "once, related", "base"),
+    "e2e1_vs_peft": ("end to end, batch 1", "PEFT", "norm"),
+    "e2e1_vs_peft_all_active": ("end to end, batch 1", "PEFT, all active", "norm"),
+    "e2e16_vs_peft": ("end to end, batch 16", "PEFT", "norm"),
+    "e2e16_vs_peft_one_batch": ("end to end, batch 16", "PEFT, one batch", "norm"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        sizes: sizes of the model and its adapters; `layer`: of the one large layer.
+        adapters, k: adapters in the pool, and per prompt.
+        rounds: measured rounds, after a warm-up round.
+        device, dtype: of the base model.
+        peft: whether to measure PEFT.
+    """
+
+    sizes: Sizes = field(default_factory=Sizes)
+    layer: Sizes = LLAMA_8B_LAYER
+    adapters: int = 260
+    k: int = 20
+    lengths: Lengths = field(default_factory=Lengths)
+    rounds: int = 5
+    device: str = "cpu"
+    dtype: str = "float32"
+    peft: bool = True
+    seed: int = 0
+
+
+def measure(plan: Plan) -> list[MeasuredPart]:
+    """Runs every part."""
+    batch = plan.lengths.batch
+    with _opened(plan, replace(plan.layer, rank=plan.sizes.rank)) as small:
+        layer = small.decoding(batch, related=False, name="decode, one layer of 8B")
+    with _opened(plan, plan.sizes) as bench:
+        opened = bench.opening()
+        parts = [bench.selecting(), bench.prefix(), bench.prefilling(), bench.decoding(1), bench.decoding(batch), layer]
+        once = bench.reading_once()
+        parts += [bench.once_prefill(once), *(bench.once_end_to_end(once, rows) for rows in (1, batch))]
+        del once
+        peft: list[PeftArm] = []
+        if plan.peft:
+            # Last, so that PEFT's hundred thousand modules for hundreds of adapters slow down no other arm; and once,
+            # since it takes a minute.
+            model, tokenizer = base_model(plan.sizes, plan.seed, plan.device, plan.dtype)
+            spent = timed(lambda: peft.append(PeftArm(model, tokenizer, bench.folder, bench.k)))
+            opened = replace(opened, arms={**opened.arms, "PEFT": Timed(spent, (spent,), None)})
+        ends = [bench.end_to_end(rows, peft[0] if peft else None) for rows in (1, batch)]
+    return [opened, *parts, *ends]
+
+
+def ratios(parts: Sequence[MeasuredPart]) -> dict[str, float]:
+    """The ratios of the arms that were measured."""
+    arms = {part.name: part.arms for part in parts}
+    found = {}
+    for name, (part, over, under) in RATIOS.items():
+        measured: Mapping[str, Timed] = arms.get(part, {})
+        if over in measured and under in measured:
+            found[name] = measured[over].seconds / measured[under].seconds
+    return found
+
+
+def report(plan: Plan, parts: Sequence[MeasuredPart]) -> dict[str, Any]:
+    """Everything, as JSON."""
+    return {
+        "about": {
+            **asdict(plan),
+            "hardware": _hardware(plan.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "ratios": ratios(parts),
+        "parts": {
+            part.name: {"arms": {name: asdict(arm) for name, arm in part.arms.items()}, **part.counts} for part in parts
+        },
+    }
+
+
+@contextmanager
+def _opened(plan: Plan, sizes: Sizes) -> Iterator[Bench]:
+    """Within the block: an engine on a random model and adapters in a temporary folder."""
+    with tempfile.TemporaryDirectory() as scratch, patch.dict(os.environ, {"LOGO_CACHE": f"{scratch}/cache"}):
+        folder = Path(scratch) / "pool"
+        write_adapters(folder, sizes, plan.adapters, plan.seed)
+        model, tokenizer = base_model(sizes, plan.seed, plan.device, plan.dtype)
+        k = min(plan.k, plan.adapters)
+        settings = SelectionSettings(signal="norm", k=k)
+        logo = LoGo(model, tokenizer, AdapterPool.from_directory(folder), settings=settings)
+        yield Bench(logo, folder, sizes, k, plan.lengths, plan.rounds, itertools.count(plan.seed + 1))
+
+
+def _hardware(device: str) -> str:
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device))
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _show(plan: Plan, parts: Sequence[MeasuredPart]) -> None:
+    print(f"{'part':<25}{'arm':<22}{'ms':>10}  peak MB")
+    for part in parts:
+        for i, (name, arm) in enumerate(part.arms.items()):
+            peak = "-" if arm.peak_bytes is None else f"{arm.peak_bytes / 1e6:.0f}"
+            print(f"{'' if i else part.name:<25}{name:<22}{1000 * arm.seconds:>10,.1f}  {peak:>7}")
+    print("\nratio")
+    for name, value in ratios(parts).items():
+        print(f"{name:<36}{value:.{4 if value < 0.1 else 2}f}")
+    where = f"{_hardware(plan.device)}, {torch.get_num_threads()} threads · {plan.dtype}"
+    print(f"medians of {plan.rounds} rounds after a warm-up · {where} · {plan.adapters} adapters, k {plan.k}")
+
+
+def main(argv: Sequence[str] | None = None, plan: Plan | None = None) -> None:
+    """Measures and prints.
+
+    Args:
+        plan: the defaults of the options, and what is no option.
+    """
+    plan = plan or Plan()
+    sizes = plan.sizes
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=plan.rounds, help="measured rounds, after a warm-up round")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file")
+    parser.add_argument("--adapters", type=int, default=plan.adapters, help="adapters in the pool")
+    parser.add_argument("-k", type=int, default=plan.k, help="adapters per prompt")
+    parser.add_argument("--rank", type=int, default=sizes.rank)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=sizes.targets, help="adapted projections")
+    parser.add_argument("--hidden", type=int, default=sizes.hidden, help="width of the model")
+    parser.add_argument("--layers", type=int, default=sizes.layers)
+    parser.add_argument("--heads", type=int, default=sizes.heads)
+    parser.add_argument("--vocabulary", type=int, default=sizes.vocabulary)
+    parser.add_argument("--device", default=plan.device)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=plan.dtype)
+    parser.add_argument("--no-peft", action="store_true", help="leave PEFT out, which takes minutes")
+    parser.add_argument("--seed", type=int, default=plan.seed, help="random seed of weights and prompts")
+    asked = parser.parse_args(argv)
+    plan = replace(
+        plan,
+        sizes=Sizes(asked.hidden, asked.layers, asked.heads, asked.vocabulary, asked.rank, tuple(asked.targets)),
+        adapters=asked.adapters,
+        k=asked.k,
+        rounds=asked.rounds,
+        device=asked.device,
+        dtype=asked.dtype,
+        peft=not asked.no_peft,
+        seed=asked.seed,
+    )
+    parts = measure(plan)
+    _show(plan, parts)
+    if asked.json is not None:
+        asked.json.write_text(json.dumps(report(plan, parts), indent=2) + "\n", encoding="utf-8")
+        print(f"written: {asked.json}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""Benchmarks: LoGo beside the base model, PEFT and other arms."""
