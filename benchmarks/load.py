@@ -3,8 +3,8 @@
     python benchmarks/load.py --base-model demo --requests 500 --concurrency 64 --verify 500
 
 Starts `logo serve` for each arm, or measures the server at `--url`. The same requests go to LoGo, to the base model
-alone and, one at a time, to LoGo. What follows `--` are options for `logo serve`. The exit code is 1 if a request fails,
-a compared answer differs, or the server keeps blocks of its KV cache.
+alone and, one at a time, to LoGo. What follows `--` are options for `logo serve`. The exit code is 1 if a request
+fails, a compared answer differs, or the server keeps blocks of its KV cache.
 """
 
 from __future__ import annotations

@@ -183,11 +183,12 @@ class Bench:
         plain, tokens, known, rest = self.logo, self.lengths.prompt, self.lengths.known, self.lengths.rest
         [shared] = self.prompts(1, known)
         model, encode, cache = plain.model, plain.prompts.encode, DynamicCache()
-        prefill(model, encode([shared])[0][:known], past_key_values=cache)
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        prefill(model, encode([shared])[0][:known], **{name: cache})
 
         def cached_prefill() -> None:
             new = encode(self.prompts(1, rest))[0][:rest]
-            prefill(model, new, past_key_values=cache)
+            prefill(model, new, **{name: cache})
             cache.crop(-len(new))
 
         arms: dict[str, Callable[[], object]] = {
@@ -238,7 +239,7 @@ class Bench:
         return lambda: answering(self.logo, texts, new, mixtures)
 
     def _related(self, logo: LoGo) -> Callable[[], object]:
-        """Selects for a batch and answers it with `related_mixtures`, since a random model's selections are arbitrary."""
+        """Selects for a batch, but answers with `related_mixtures`: a random model's selections are arbitrary."""
         batch, seeds = self.lengths.batch, itertools.count()
 
         def related() -> object:

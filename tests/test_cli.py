@@ -59,37 +59,14 @@ def test_help_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "generate", "select", "train", "evaluate", "eval", "data", "bench", "pool"):
+    for command in ("demo", "generate", "select", "train", "evaluate", "eval", "data", "pool"):
         assert command in done.stdout
 
 
 COMMANDS = [
-    "demo",
-    "generate",
-    "select",
-    "evaluate",
-    "eval run",
-    "eval sweep",
-    "eval compare",
-    "eval report",
-    "eval merge",
-    "eval study",
-    "eval lm-eval",
-    "data",
-    "data list",
-    "data prepare",
-    "data verify",
-    "pool calibrate",
-    "bench probe",
-    "pool inspect",
-    "pool diff",
-    "pool dedupe",
-    "pool prune",
-    "pool convert",
-    "pool card",
-    "pool push",
-    "pool export",
-    "plan",
+    *("demo", "generate", "select", "serve", "train", "evaluate"),
+    *("eval run", "eval compare", "eval report", "eval study", "eval lm-eval", "data list", "data prepare"),
+    *("pool inspect", "pool calibrate", "pool examples", "pool lock", "pool export", "pool push"),
 ]
 
 
@@ -99,38 +76,11 @@ def test_every_command_has_help_with_an_example(command: list[str], capsys: pyte
     assert "Example: logo" in " ".join(capsys.readouterr().out.replace("`", "").split())
 
 
-OLD_COMMANDS = {
-    "sweep": "eval sweep",
-    "compare": "eval compare",
-    "report": "eval report",
-    "merge-results": "eval merge",
-    "study": "eval study",
-    "lm-eval": "eval lm-eval",
-    "calibrate": "pool calibrate",
-    "datasets": "data",
-}
-
-
-@pytest.mark.parametrize("old", OLD_COMMANDS)
-def test_an_old_command_does_what_it_did_and_says_its_new_name(old: str, capsys: pytest.CaptureFixture[str]) -> None:
-    new = OLD_COMMANDS[old]
-    assert run([*new.split(), "--help"]) == 0
-    shown = capsys.readouterr()
-    assert run([old, "--help"]) == 0
-    said = capsys.readouterr()
-    assert said.out == shown.out and shown.err == ""
-    assert said.err == (
-        f"logo: note: `logo {old}` is called `logo {new}` now; the old name stops working with the next version\n"
-    )
-
-
-def test_help_shows_the_commands_in_groups_and_no_old_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_the_commands_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     shown = capsys.readouterr().out
     places = [shown.index(title) for title in ("Answer prompts", "Make and keep adapters", "Measure")]
     assert places == sorted(places)
-    commands = [line.split()[1] for line in shown.splitlines() if line.startswith("│ ") and line.split()[1].isalpha()]
-    assert not set(commands) & OLD_COMMANDS.keys() and {"generate", "eval", "data", "pool", "evaluate"} <= set(commands)
 
 
 def test_the_shell_completes_commands_and_options() -> None:
@@ -139,14 +89,8 @@ def test_the_shell_completes_commands_and_options() -> None:
         return logo(env={**os.environ, **asked}).stdout.split()
 
     assert sorted(completed("logo", "ev")) == ["eval", "evaluate"]
-    assert {"sweep", "study"} <= set(completed("logo", "eval", "s"))
+    assert "study" in completed("logo", "eval", "s")
     assert "--max-new-tokens" in completed("logo", "generate", "--max")
-    assert completed("logo", "swe") == []
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("logo 0.")
 
 
 def test_select_lists_k_adapters_also_if_one_answers_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,16 +107,14 @@ def test_select_lists_k_adapters_also_if_one_answers_alone(capsys: pytest.Captur
     alone, found = shown("What is 7 plus 5?")
     assert found["adapters"] == ["add_numbers"] and [row[0] for row in alone] == best(found["scores"], 4)
     assert alone[0][1] == "1.000" and [row[1] for row in alone[1:]] == ["-"] * 3
-    together, _ = shown("What is 7 plus 5?", "--weighting", "linear")
-    assert [row[0] for row in together] == best(found["scores"], 4) and all(float(row[1]) for row in together)
     base, found = shown("Bake a cake", "--when-unsure", "base", "--candidate", "plural", "--candidate", "french")
     assert not found["adapters"] and base[0] == ["base", "model", "alone"]
     assert [row[:2] for row in base[1:]] == [[name, "-"] for name in best(found["scores"], 4)]
 
 
 def test_help_says_when_a_selection_is_unsure(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["select", "--help-all"]) == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert run(["select", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
     assert f"confidence below which a selection is unsure. [{UNSURE}]" in text
 
 
@@ -194,10 +136,13 @@ def test_select_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.long
-def test_a_terminal_without_unicode_is_no_reason_to_fail() -> None:
-    done = logo("select", "Hello", *ENGINE, "-k", "3", env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0 and "?" in done.stdout and done.stderr == ""
+def test_prompts_from_stdin_and_a_file_on_a_terminal_without_unicode(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    asked = ["select", "-", "--prompts", str(tmp_path / "prompts.txt"), *ENGINE, "-k", "1"]
+    done = logo(*asked, input="zero\n", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stderr == ""
+    assert [line for line in done.stdout.split() if line in ("zero", "one", "two")] == ["zero", "one", "two"]
+    assert "?" in done.stdout
 
 
 def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,13 +182,6 @@ def test_candidates(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["adapters"] == selected["adapters"]
     assert run(["generate", "Hello", *ENGINE, "--adapter", "ad04", *among]) == 1
     assert "no adapter 'ad04' among the 2 candidates" in " ".join(capsys.readouterr().err.split())
-
-
-@pytest.mark.slow
-def test_prompts_from_stdin_and_file(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
-    done = logo("select", "-", "--prompts", str(tmp_path / "prompts.txt"), *ENGINE, "-k", "1", "--json", input="zero\n")
-    assert [record["prompt"] for record in json.loads(done.stdout)] == ["zero", "one", "two"]
 
 
 @pytest.mark.slow
@@ -289,7 +227,7 @@ def test_main_without_the_package_says_what_to_do(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-S", "-I", "main.py"], cwd=tmp_path, capture_output=True, text=True, env=env
     )
-    assert done.returncode == 1 and "run `pip install -e '.[eval]'`" in done.stderr
+    assert done.returncode == 1 and "run `make demo` or `pip install -e .` first" in done.stderr
 
 
 BAD = {
@@ -298,13 +236,12 @@ BAD = {
     "empty prompt": (["generate", "  ", *ENGINE], 2, "prompt 1 is empty"),
     "no prompt": (["generate", *ENGINE], 2, "no prompt"),
     "option": (["select", "x", "--base-modle", "y"], 2, "--base-model"),
-    "choice": (["select", "x", *ENGINE, "--probe-context", "all"], 2, "'base', 'pool', 'carry'"),
+    "choice": (["select", "x", *ENGINE, "--when-unsure", "sure"], 2, "'sure' is not one of 'mix', 'base'"),
     "signal": (["select", "x", *ENGINE, "--signal", "nrom"], 2, "did you mean 'norm'"),
     "command": (["slect", "x"], 2, "select"),
     "base model": (["select", "x", "--base-model", "Qwen2.5-8B", *ENGINE[2:]], 1, "did you mean 'Qwen2.5-7B'"),
     "weight": (["generate", "x", *ENGINE, "--adapter", "ad01=much"], 2, "expected NAME or NAME=WEIGHT"),
     "adapter": (["generate", "x", *ENGINE, "--adapter", "ad99"], 1, "did you mean 'ad0"),
-    "layer": (["select", "x", *ENGINE, "--probe-layer", "7"], 2, "the model has 4 layers"),
     "context": (["generate", "x", *ENGINE, "--max-new-tokens", "5000"], 2, "context holds 4096 tokens"),
     "prompt file": (["select", "--prompts", "/no/such", *ENGINE], 1, "prompt file /no/such"),
     "pool": (["pool", "inspect", "/no/such"], 1, "expected a folder, found nothing"),
@@ -385,19 +322,16 @@ def test_output_can_be_piped_to_a_reader_that_stops() -> None:
 
 @pytest.mark.slow
 def test_demo_measures_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["demo", "--limit", "4", "--json"]) == 0
+    assert run(["demo", "--limit", "2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["tasks"]) >= 12 and len(report["prompts"]) >= 12
-    assert all(task["rows"] == 4 for task in report["tasks"].values())
+    assert all(task["rows"] == 2 for task in report["tasks"].values())
     average = report["average"]
     assert average["base"] <= 0.3 and average["oracle"] >= 0.8
     assert average["logo"] == average["calibrated"] > average["norm"]
     assert average["calibrated"] >= 0.85 * average["oracle"]  # 0.95 on all rows, which is too long for a test
     for shown in report["prompts"]:
         assert 1 <= len(shown["adapters"]) <= report["k"] == 3 and set(shown["scores"]) == set(report["tasks"])
-    assert run(["demo", "--limit", "1"]) == 0
-    text = capsys.readouterr().out
-    assert "exact match on held-out rows" in text and "oracle" in text and "█" in text
 
 
 def test_without_a_base_model_the_demo_is_used_and_named(capsys: pytest.CaptureFixture[str]) -> None:

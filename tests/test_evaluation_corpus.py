@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -245,10 +244,3 @@ def test_a_few_graded_answers_have_no_interval() -> None:
 def test_what_cannot_be_measured_is_refused(predictions: list[str], golds: list[list[str]]) -> None:
     with pytest.raises(ValueError, match=r"'bbh\.x': expected one or more predictions with at least one gold text"):
         extra_metrics("bbh.x", predictions, golds)
-
-
-def test_without_sacrebleu_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.warns(UserWarning, match=r'pip install "lora-on-the-go\[eval\]"'):
-        extra = extra_metrics("gem.dart", ["a cat"], [["a cat"]])
-    assert set(extra.values) == {"rouge-1", "rouge-2", "rouge-L"} and not extra.signatures

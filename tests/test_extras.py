@@ -74,16 +74,14 @@ def test_every_extra_that_is_named_exists(file: Path) -> None:
 
 def test_a_library_that_is_missing_is_one_line_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     need("the test", "pytest", "ast")
-    monkeypatch.setitem(sys.modules, "rouge_score", None)
-    assert not installed("rouge_score") and not installed("no_such_library")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert not installed("lm_eval") and not installed("no_such_library")
     with pytest.raises(MissingLibrary) as error:
-        need("a picture", "pytest", "rouge_score")
-    assert str(error.value) == (
-        'a picture needs rouge-score, which is not installed: pip install "lora-on-the-go[eval]"'
-    )
+        need("a picture", "pytest", "lm_eval")
+    assert str(error.value) == 'a picture needs lm-eval, which is not installed: pip install "lora-on-the-go[eval]"'
     assert isinstance(error.value, (LoGoError, ImportError))
     with pytest.raises(MissingLibrary, match=re.escape(install("serve"))):
-        need("a picture", "rouge_score", extra="serve")
+        need("a picture", "lm_eval", extra="serve")
 
 
 def test_a_folder_of_the_name_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from logo.bench.traffic import read_asked
 
 from logo import UsageError
-from logo.bench.traffic import read_asked
 from logo.cli import generate as generate_module
 from logo.cli.output import BASE_ALONE, selection_line
 from logo.cli.prompts import forced, read_prompts

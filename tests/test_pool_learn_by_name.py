@@ -12,10 +12,10 @@ import pytest
 from openai import OpenAI
 
 from demo_traffic import PROMPTS, STRANGE, TRAFFIC, bare_pool, written
+from local_server import LocalServer
 from logo import LoGo, UsageError
 from logo.adapters.examples import examples_of, is_learned, named_examples, write_examples
 from logo.adapters.files import EXAMPLES
-from local_server import LocalServer
 from logo.cli.run import run
 from logo.learning import LEAST, MOST, learn_examples
 from logo.selection import Selection

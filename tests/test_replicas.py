@@ -22,9 +22,9 @@ import pytest
 from typer.testing import CliRunner
 
 from clusters import Cluster, asking, check_one_pool, descends, processes, refused, until
-from logo import AdapterPool, LoGo
 from figures import metric
 from local_server import SERVING, LocalServer
+from logo import AdapterPool, LoGo
 from logo.cli.app import app
 from logo.demo import adapters_dir, showcase
 from serving import Served, endless

@@ -20,8 +20,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from http_server import eventually
-from logo import LoGo
 from local_server import LocalServer
+from logo import LoGo
 from logo.demo import adapters_dir
 from logo.selection.drift import Drift
 from serving import Served, endless, served

@@ -10,7 +10,7 @@ import posixpath
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -80,14 +80,5 @@ def help_of_commands() -> str:
     from logo.cli.app import app
 
     command = get_command(app)
-    _show_rare_options(command)
     with command.make_context("logo", [], resilient_parsing=True) as context:
         return get_docs_for_click(obj=command, ctx=context, name="logo", title="Commands")
-
-
-def _show_rare_options(command: Any) -> None:
-    """Shows all options of a command and of those below it, as `--help-all` does."""
-    for parameter in command.params:
-        parameter.hidden = False
-    for one in getattr(command, "commands", {}).values():
-        _show_rare_options(one)

@@ -9,7 +9,7 @@ import typer
 
 from logo import __version__, plugins
 from logo.cli import datasets, demo, evaluate, evaluations, generate, plan, pool, select, serve, train
-from logo.cli.commands import Commands, Root
+from logo.cli.commands import Commands
 from logo.cli.expanded import expanded
 from logo.cli.options import EVALUATING
 
@@ -25,7 +25,6 @@ def _dashed(name: str) -> str:
 
 app = Commands(
     name="logo",
-    cls=Root,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

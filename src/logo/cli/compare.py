@@ -11,7 +11,6 @@ from rich.text import Text
 from logo.cli.options import Json, argument, usual
 from logo.cli.output import err, natural_width, note, out, print_json, rich_table, screen
 from logo.evaluation.tables import Column, Emphasis, Table, number, numbers, p_value, row, words
-from logo.extras import need
 
 if TYPE_CHECKING:
     from logo.evaluation.comparison import Compared, Comparison
@@ -36,7 +35,6 @@ def compare(
     from logo.evaluation.comparison import compare as compare_runs
     from logo.evaluation.runs import read_run
 
-    need("this command", "scipy")
     found = compare_runs(read_run(run_a), read_run(run_b), metric, seed=seed)
     for name, only in ((run_a, found.only_a), (run_b, found.only_b)):
         if only:

@@ -1,4 +1,4 @@
-"""Options in files and by name: `--config FILE`, `--set KEY=VALUE`, and `--help-all`, which shows what there is."""
+"""Options in files: `--config FILE`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from logo import plugins
-from logo.cli.renamed import OPTIONS
 from logo.errors import DataError, StorageError, UsageError, closest
 
 
@@ -21,20 +20,7 @@ def command_name(context: typer.Context) -> str:
 
 def _configured(context: typer.Context, file: Path | None) -> None:
     if file is not None and not context.resilient_parsing:
-        values = _values(context, _read(context, file), f"--config {file}")
-        context.default_map = {**values, **(context.default_map or {})}  # --set overrides the file
-
-
-def _set(context: typer.Context, pairs: list[str] | None) -> None:
-    if not pairs or context.resilient_parsing:
-        return
-    found = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise UsageError(f"--set {pair!r}: expected KEY=VALUE, found no '='")
-        found[name.strip()] = value
-    context.default_map = {**(context.default_map or {}), **_values(context, found, "--set")}
+        context.default_map = _values(context, _read(context, file), f"--config {file}")
 
 
 def _read(context: typer.Context, file: Path) -> Mapping[str, Any]:
@@ -52,8 +38,6 @@ def _read(context: typer.Context, file: Path) -> Mapping[str, Any]:
     options = content.get("options")
     command = content.get("command") or (options.get("command") if isinstance(options, dict) else None)
     if not isinstance(command, dict):
-        if "versions" in content:
-            raise DataError(f"--config {file}: an earlier version wrote this run; it did not record its command line")
         return content
     name, here = str(command.get("name")), command_name(context)
     if name.replace("evaluate", "eval run") != here.replace("evaluate", "eval run"):
@@ -76,17 +60,15 @@ def _values(context: typer.Context, options: Mapping[str, Any], where: str) -> d
     """
     named: dict[str, Any] = {}
     for parameter in context.command.params:
-        if parameter.name not in EVERYWHERE and parameter.name != "help":
+        if parameter.name not in ("config", "help"):
             every = (str(parameter.name), *parameter.opts)
             named |= {name.lstrip("-").replace("-", "_"): parameter for name in every}
     found: dict[str, Any] = {}
     for name, value in options.items():
         key = str(name).lstrip("-").replace("-", "_")
         if key not in named:
-            key = OPTIONS.get(key.replace("_", "-"), key).replace("-", "_")
-        if key not in named:
             hint = closest(key, [known for known in named if len(known) > 1])
-            raise UsageError(f"{where}: no option {str(name)!r}{hint}; `{context.command_path} --help-all` shows all")
+            raise UsageError(f"{where}: no option {str(name)!r}{hint}; `{context.command_path} --help` shows all")
         if value is not None:
             found[str(named[key].name)] = _as_typed(named[key], value)
     return found
@@ -107,24 +89,14 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _help_all(context: typer.Context, wanted: bool) -> None:
-    if not wanted or context.resilient_parsing:
-        return
-    for parameter in context.command.params:
-        parameter.hidden = False  # type: ignore[attr-defined]
-    typer.echo(context.get_help())
-    raise typer.Exit
-
-
-def _eager(name: str, help: str, callback: Any, metavar: str | None = None) -> Any:
-    """An option that is read before the options that it sets."""
-    return typer.Option(name, help=help, callback=callback, metavar=metavar, is_eager=True, show_default=False)
-
-
-EVERYWHERE: dict[str, Any] = {
-    "config": Annotated[
-        Path | None, _eager("--config", "Options by name, in YAML or as a run wrote them.", _configured, "FILE")
-    ],
-    "set_": Annotated[list[str] | None, _eager("--set", "Any option of --help-all (repeatable).", _set, "KEY=VALUE")],
-    "help_all": Annotated[bool, _eager("--help-all", "Show all options and exit.", _help_all)],
-}
+CONFIG = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="Options by name, in YAML or as a run wrote them.",
+        callback=_configured,
+        metavar="FILE",
+        is_eager=True,  # read before the options that it sets
+        show_default=False,
+    ),
+]

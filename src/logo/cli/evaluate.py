@@ -27,7 +27,6 @@ from logo.cli.scoreboard import Score, show
 from logo.cli.workers import WorkerOptions, layout_of, opened, progress_of
 from logo.errors import UsageError
 from logo.evaluation.metrics import checked_kind
-from logo.extras import need
 from logo.folders import check_writable
 
 if TYPE_CHECKING:
@@ -66,7 +65,6 @@ def evaluate(
     from logo.evaluation.identity import check_baseline
     from logo.evaluation.resume import ResumePolicy
 
-    need("this command", "scipy", "nltk", "rouge_score")
     check_baseline(engine.reference)
     base_model = engine.base_model or OFFICIAL_BASE
     engine = as_evaluated(engine)

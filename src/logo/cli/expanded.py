@@ -14,8 +14,8 @@ from typing import Annotated, Any, TypeVar, get_origin
 import typer
 
 from logo import plugins
-from logo.cli.config import EVERYWHERE, command_name
-from logo.cli.renamed import OFFICIAL
+from logo.cli.config import CONFIG, command_name
+from logo.cli.options import OFFICIAL
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _CONTEXT = "typer_context"
@@ -43,7 +43,7 @@ def declared(command: _F) -> _F:
 
 
 def expanded(command: _F, *, official: bool = False, defaults: Mapping[str, str] = MappingProxyType({})) -> _F:
-    """Gives a command one option for every field of its dataclass parameters, and those that every such command has.
+    """Gives a command one option for every field of its dataclass parameters, and `--config`.
 
     Args:
         official: whether options have the names that they have in the official script.
@@ -60,8 +60,7 @@ def expanded(command: _F, *, official: bool = False, defaults: Mapping[str, str]
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> Any:
-        for name in EVERYWHERE:
-            values.pop(name)
+        values.pop("config")
         context = values.pop(_CONTEXT) if own_context is None else values.pop(own_context)
         token = _given.set(_what_was_given(context, values))
         made = {
@@ -73,7 +72,7 @@ def expanded(command: _F, *, official: bool = False, defaults: Mapping[str, str]
         finally:
             _given.reset(token)
 
-    parameters += [_parameter(name, annotation, None) for name, annotation in EVERYWHERE.items()]
+    parameters.append(_parameter("config", CONFIG, None))
     if own_context is None:
         parameters.append(_parameter(_CONTEXT, typer.Context, inspect.Parameter.empty))
     return _signed(wrapper, parameters)  # type: ignore[return-value]

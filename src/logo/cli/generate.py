@@ -41,7 +41,7 @@ def generate(
     ),
     base_only: bool = usual(False, "Use no adapter at all."),
     generation_early_stop: bool = rare(False, "Stop at the end of the answer's first line."),
-    sample: bool = usual(False, "Sample instead of greedy decoding (--help-all)."),
+    sample: bool = usual(False, "Sample instead of greedy decoding."),
     temperature: float | None = rare(None, "Used with --sample.", "1.0", min=0.0),
     top_p: float | None = rare(None, "Used with --sample.", "1.0", min=0.0, max=1.0),
     seed: int = rare(0, "Random seed of --sample."),

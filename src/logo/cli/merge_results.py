@@ -6,7 +6,6 @@ from pathlib import Path
 
 from logo.cli.options import Json, argument, usual
 from logo.cli.scoreboard import Score, show
-from logo.extras import need
 
 
 def merge_results(
@@ -30,7 +29,6 @@ def merge_results(
     from logo.evaluation.merging import find_shards, merge
     from logo.evaluation.resume import ResumePolicy
 
-    need("this command", "scipy", "nltk", "rouge_score")
     scores = []
     for merged in merge(find_shards(folders), ResumePolicy(overwrite, mix_environments)):
         score = Score(merged.files["run.json"]["dataset"]["name"], merged.folder, merged.files)

@@ -32,6 +32,7 @@ from logo.cli.choices import (
 POOL = "Pool"
 PROBE = "Probe and selection"
 DEVICE = "Device"
+RARE = "Rarely needed"
 
 DEFAULT_SIGNAL = "calibrated"
 OFFICIAL_SIGNAL = "norm"
@@ -60,9 +61,9 @@ def usual(default: Any, help: str, shown: str | bool = True, *names: str, repeat
     return field(default=default, metadata={"option": option(help, shown, *names, **more), "repeated": repeated})
 
 
-def rare(default: Any, help: str, shown: str | bool = True, *names: str, **more: Any) -> Any:
-    """An option that only `--help-all` shows."""
-    return usual(default, help, shown, *names, hidden=True, **more)
+def rare(default: Any, help: str, shown: str | bool = True, *names: str, panel: str = RARE, **more: Any) -> Any:
+    """An option that few need, which `--help` shows below the others."""
+    return usual(default, help, shown, *names, panel=panel, **more)
 
 
 def argument(default: Any, **more: Any) -> Any:
@@ -104,20 +105,20 @@ _probe = functools.partial(rare, panel=PROBE)
 Json = Annotated[bool, option("Print JSON instead.")]
 Candidates = Annotated[
     list[str] | None,
-    option(
-        "Select among these adapters only (repeatable).", True, "--candidate", metavar="NAME", panel=PROBE, hidden=True
-    ),
+    option("Select among these adapters only (repeatable).", True, "--candidate", metavar="NAME", panel=PROBE),
 ]
 Device = Annotated[
     str, option("auto: the first GPU, if there is one.", False, metavar="auto|cpu|cuda[:N]", callback=device_name)
 ]
-DeviceMap = Annotated[
-    str | None, option("`auto` spreads a large model over several GPUs.", "none", panel=DEVICE, hidden=True)
-]
-ModelDir = Annotated[
-    str, option("Folder that is searched first for base models and adapters.", panel=DEVICE, hidden=True)
-]
+DeviceMap = Annotated[str | None, option("`auto` spreads a large model over several GPUs.", "none", panel=DEVICE)]
+ModelDir = Annotated[str, option("Folder that is searched first for base models and adapters.", panel=DEVICE)]
 
+
+# What `logo evaluate` calls an option, as the official script does, with its placeholder and text in the help.
+OFFICIAL: dict[str, tuple[tuple[str, ...], str | None, str | None]] = {
+    "signal": (("--selection-strategy", "--signal"), None, None),
+    "device": (("--gpu", "--device"), "N", "GPU number, if there is one; -1 is the CPU."),
+}
 
 # Defaults that the help of `logo eval run` and `logo evaluate` shows instead of those below.
 EVALUATING = {"base_model": "Llama-3.1-8B", "signal": OFFICIAL_SIGNAL, "prefix_cache_gb": "0"}

@@ -23,12 +23,11 @@ Ray = Annotated[
         "local, with several processes",
         metavar="WHERE",
         panel=PROCESSES,
-        hidden=True,
     ),
 ]
 Gpus = Annotated[
     float | None,
-    option("GPUs per process.", "1 if there are GPUs, else 0", metavar="G", min=0.0, panel=PROCESSES, hidden=True),
+    option("GPUs per process.", "1 if there are GPUs, else 0", metavar="G", min=0.0, panel=PROCESSES),
 ]
 Cpus = Annotated[
     int | None,
@@ -38,7 +37,6 @@ Cpus = Annotated[
         metavar="C",
         min=1,
         panel=PROCESSES,
-        hidden=True,
     ),
 ]
 

@@ -53,7 +53,6 @@ def report(
     from logo.evaluation.report.published import read_published
     from logo.evaluation.runs import read_runs
 
-    need("this command", "scipy")
     for option, file in (("--output", output), ("--latex", latex), ("--markdown", markdown)):
         if file is not None and file.is_dir():
             raise UsageError(f"{option} {file}: expected a file to write, found a folder")

@@ -125,7 +125,7 @@ def study(
     from logo.evaluation.summary import mean_weights
     from logo.evaluation.workers import MeasuredInWorkers
 
-    need("this command", "scipy", "nltk", "rouge_score", "matplotlib")
+    need("this command", "matplotlib")
     if so_far:
         _show(study_so_far(journal_of(save), seed).report, json=json)
         return

@@ -67,7 +67,7 @@ def sweep(
     """
     from logo.evaluation.sweep.running import runs
 
-    need("this command", "scipy", "nltk", "rouge_score", "matplotlib")
+    need("this command", "matplotlib")
     axes = read_grid(grid)
     base_model = DEMO if list_ else or_demo(engine)  # to list cells, no model is opened
     engine = as_evaluated(engine)

@@ -15,7 +15,6 @@ import itertools
 import re
 import string
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ import numpy as np
 
 from logo.evaluation.intervals import Interval, Values, bootstrap, of_mean, proportion
 from logo.evaluation.metrics import KINDS, Kind, metric_kind, rouge
-from logo.extras import install, installed
 
 CHRF_ORDER = 6  # longest character n-gram
 CHRF_BETA = 2  # recall counts twice as much as precision
@@ -88,7 +86,7 @@ def extra_metrics(
     """The measures beside the official one, with their intervals.
 
     Translation and code: `bleu`, `chrf`. Text from data: `rouge-1`, `rouge-2`, `rouge-L`, `bleu`, `chrf`. Questions:
-    `exact_match`, `f1`. Without sacrebleu, `bleu` and `chrf` are left out with a warning.
+    `exact_match`, `f1`.
 
     Args:
         dataset: its name.
@@ -135,13 +133,6 @@ def corpora(
     if kind == "rouge":
         scores = [[rouge(answer, gold) for gold in texts] for answer, texts in zip(predictions, golds, strict=True)]
         found = {key: mean_of([max(score[key] for score in each) for each in scores]) for key in scores[0][0]}
-    if not installed("sacrebleu"):
-        warnings.warn(
-            f"dataset {dataset!r}: corpus BLEU and chrF are left out, because sacrebleu is not installed: "
-            f"{install('eval')}",
-            stacklevel=2,
-        )
-        return found
     from sacrebleu import BLEU, CHRF
 
     # `force` turns off the warning about texts that look tokenized.

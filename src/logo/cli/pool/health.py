@@ -42,7 +42,6 @@ def health(
     from logo.serving.traffic_picture import picture
     from logo.serving.unserved import groups
 
-    need("this command", "scipy", extra="serve")
     if png is not None:
         need("--png", "matplotlib")
         check_writable(png.parent, "--png")

@@ -47,7 +47,7 @@ def inspect(
     if png is not None and not spectra:
         raise UsageError("--png draws the results of --spectra: give both options")
     if png is not None:
-        need("--png", "scipy", "matplotlib")
+        need("--png", "matplotlib")
     good, refused = surveyed(folder, allow_pickle, verify)
     if base_model is not None:
         good, misfits = divided(good, fitting(base_model, model_dir))
