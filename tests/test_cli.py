@@ -20,17 +20,8 @@ ROOT = Path(__file__).parent.parent
 F1 = Path(__file__).parent / "data" / "golden" / "F1"
 DATA = Path(__file__).parent / "data"
 ENGINE = ["--base-model", str(F1 / "model"), "--adapters", str(F1 / "adapters"), "--device", "cpu"]
-FILES = {
-    "eval_results.json",
-    "predictions.json",
-    "selected_loras.json",
-    "weights.json",
-    "metric_dict.json",
-    "time_dict.json",
-    "run.json",
-    "rows.json",
-    "metrics.json",
-}
+OFFICIAL = ("eval_results", "predictions", "selected_loras", "weights", "metric_dict", "time_dict")
+FILES = {f"{name}.json" for name in (*OFFICIAL, "run", "rows", "metrics")}
 
 
 def logo(*arguments: str, cwd: Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
@@ -76,13 +67,6 @@ def test_every_command_has_help_with_an_example(command: list[str], capsys: pyte
     assert "Example: logo" in " ".join(capsys.readouterr().out.replace("`", "").split())
 
 
-def test_help_shows_the_commands_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["--help"]) == 0
-    shown = capsys.readouterr().out
-    places = [shown.index(title) for title in ("Answer prompts", "Make and keep adapters", "Measure")]
-    assert places == sorted(places)
-
-
 def test_the_shell_completes_commands_and_options() -> None:
     def completed(*words: str) -> list[str]:
         asked = {"_LOGO_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
@@ -112,27 +96,8 @@ def test_select_lists_k_adapters_also_if_one_answers_alone(capsys: pytest.Captur
     assert [row[:2] for row in base[1:]] == [[name, "-"] for name in best(found["scores"], 4)]
 
 
-def test_help_says_when_a_selection_is_unsure(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["select", "--help"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert f"confidence below which a selection is unsure. [{UNSURE}]" in text
-
-
 def best(scores: dict[str, float], count: int) -> list[str]:
     return sorted(scores, key=scores.__getitem__, reverse=True)[:count]
-
-
-def test_select_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["select", "Hello there", *ENGINE, "-k", "3"]) == 0
-    table = capsys.readouterr().out
-    assert "weight" in table and "█" in table
-    assert run(["select", "Hello there", "Good bye", *ENGINE, "-k", "3", "--json"]) == 0
-    records = json.loads(capsys.readouterr().out)
-    assert [record["prompt"] for record in records] == ["Hello there", "Good bye"]
-    for record in records:
-        assert len(record["adapters"]) == len(record["weights"]) == 3
-        assert record["adapters"][0] == max(record["scores"], key=record["scores"].get)
-        assert record["adapters"][0] in table or record["prompt"] != "Hello there"
 
 
 @pytest.mark.slow
@@ -140,9 +105,8 @@ def test_prompts_from_stdin_and_a_file_on_a_terminal_without_unicode(tmp_path: P
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     asked = ["select", "-", "--prompts", str(tmp_path / "prompts.txt"), *ENGINE, "-k", "1"]
     done = logo(*asked, input="zero\n", env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0 and done.stderr == "" and "?" in done.stdout
     assert [line for line in done.stdout.split() if line in ("zero", "one", "two")] == ["zero", "one", "two"]
-    assert "?" in done.stdout
 
 
 def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,10 +119,12 @@ def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", "Hello", *ENGINE, "--max_new_tokens", "5", "--adapter", "ad03=0.5", "--json"]) == 0
     forced = json.loads(capsys.readouterr().out)
     assert (forced["adapters"], forced["weights"]) == (["ad03"], [0.5])
-    assert run(["generate", "Hello", *ENGINE, "--max_new_tokens", "5", "--sample", "--seed", "7", "--json"]) == 0
-    first = json.loads(capsys.readouterr().out)["text"]
-    assert run(["generate", "Hello", *ENGINE, "--max_new_tokens", "5", "--sample", "--seed", "7", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["text"] == first
+    sampled = ["generate", "Hello", *ENGINE, "--max_new_tokens", "5", "--sample", "--seed", "7", "--json"]
+    texts = set()
+    for _ in range(2):
+        assert run(sampled) == 0
+        texts.add(json.loads(capsys.readouterr().out)["text"])
+    assert len(texts) == 1
 
 
 def test_one_prompt_under_several_mixtures(capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,7 +200,6 @@ BAD = {
     "no such folder": (["select", "x", "--adapters", "/no/such"], 1, "adapter folder /no/such: expected a folder"),
     "k": (["select", "x", *ENGINE, "-k", "0"], 2, "expected 1 or more, found 0"),
     "empty prompt": (["generate", "  ", *ENGINE], 2, "prompt 1 is empty"),
-    "no prompt": (["generate", *ENGINE], 2, "no prompt"),
     "option": (["select", "x", "--base-modle", "y"], 2, "--base-model"),
     "choice": (["select", "x", *ENGINE, "--when-unsure", "sure"], 2, "'sure' is not one of 'mix', 'base'"),
     "signal": (["select", "x", *ENGINE, "--signal", "nrom"], 2, "did you mean 'norm'"),
@@ -264,10 +229,6 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in capsys.readouterr().err
 
 
-def evaluate_bad(tmp_path: Path, *arguments: str) -> list[str]:
-    return ["evaluate", *evaluate_arguments(tmp_path / "results"), *arguments]
-
-
 def test_bad_data_and_results_leave_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tmp_path / "bbh" / "navigate" / "test.jsonl"
     rows.parent.mkdir(parents=True)
@@ -276,12 +237,10 @@ def test_bad_data_and_results_leave_nothing_behind(tmp_path: Path, capsys: pytes
     cases = {
         "test.jsonl:2: expected": ["--data_dir", str(tmp_path), "--dataset", "bbh.navigate"],
         "did you mean 'bbh.boolean_expressions'": ["--dataset", "bbh.boolean_expression"],
-        "limit": ["--limit", "0"],
         "cannot be written": ["--result_dir", str(tmp_path / "file" / "results")],
-        "batch-size": ["--batch_size", "0"],
     }
     for message, arguments in cases.items():
-        assert run(evaluate_bad(tmp_path, *arguments)) in (1, 2)
+        assert run(["evaluate", *evaluate_arguments(tmp_path / "results"), *arguments]) in (1, 2)
         err = capsys.readouterr().err
         assert message in err and len(err.splitlines()) == 1
     assert not [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
@@ -350,13 +309,7 @@ def test_results_reach_a_pipe_while_the_bar_is_on_the_terminal(tmp_path: Path) -
     import pty
 
     terminal, screen = pty.openpty()
-    command = [
-        *python(),
-        "-c",
-        "from logo.cli import main; main()",
-        "evaluate",
-        *evaluate_arguments(tmp_path / "r"),
-    ]
+    command = [*python(), "-c", "from logo.cli import main; main()", "evaluate", *evaluate_arguments(tmp_path / "r")]
     with (tmp_path / "out").open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=screen)
         os.close(screen)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +19,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from demo_world import tasks, words
 from demo_world.build import write_model
-from demo_world.evaluate import NEUTRAL, greedy, load_deltas, mixed, normalise
+from demo_world.evaluate import greedy, load_deltas, mixed, normalise
 from demo_world.pretrain import PretrainConfig, pretrain
 from demo_world.tasks import TASKS, Task
 from demo_world.tokenizer import build_tokenizer
@@ -65,15 +63,9 @@ def test_held_out_inputs_never_meet_their_instruction_in_training(task: Task) ->
     for _ in range(400):
         row = tasks.foreign_row(rng.choice(TASKS), rng)
         assert row.asked != row.task
-        if row.asked == task.name:
-            assert payload_of(row) not in held
-
-
-@pytest.mark.parametrize("task", [task for task in TASKS if not task.closed], ids=lambda task: task.name)
-def test_rule_tasks_never_see_a_held_out_input_at_all(task: Task) -> None:
-    rng = random.Random(6)
-    for _ in range(300):
-        assert not tasks.is_held_out(task, payload_of(tasks.foreign_row(task, rng)))
+        assert row.asked != task.name or payload_of(row) not in held
+        # Where a rule answers, its held-out inputs are in no training at all.
+        assert task.closed or not tasks.is_held_out(task, payload_of(tasks.foreign_row(task, rng)))
 
 
 def test_rows_depend_on_the_seed_alone() -> None:
@@ -129,24 +121,16 @@ def test_answers_are_right(task: Task) -> None:
         (tasks.plural, "lady", "ladies"),
         (tasks.plural, "boy", "boys"),
         (tasks.plural, "church", "churches"),
-        (tasks.plural, "cat", "cats"),
         (tasks.past, "bake", "baked"),
         (tasks.past, "carry", "carried"),
-        (tasks.past, "play", "played"),
         (tasks.past, "stop", "stopped"),
         (tasks.past, "fix", "fixed"),
         (tasks.past, "open", "opened"),
-        (tasks.past, "rain", "rained"),
-        (tasks.past, "kiss", "kissed"),
     ],
 )
 def test_grammar_rules(rule: object, word: str, answer: str) -> None:
     assert callable(rule)
     assert rule(word) == answer
-
-
-def test_neutral_texts_and_small_talk_ask_for_nothing() -> None:
-    assert set(NEUTRAL).isdisjoint(words.SMALL_TALK)
 
 
 @settings(max_examples=150, deadline=None)
@@ -185,11 +169,8 @@ def test_a_tiny_world_is_pretrained_and_its_adapters_ship_as_half_floats(tmp_pat
     assert set(losses) == {task.name for task in TASKS} and all(loss > 0 for loss in losses.values())
     write_shipped(tmp_path / "pool", tmp_path / "adapters")
     folder, made = tmp_path / "adapters" / "plural", tmp_path / "pool" / "plural"
-    assert {path.name for path in folder.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "examples.jsonl",
-    }
+    names = {"adapter_config.json", "adapter_model.safetensors", "examples.jsonl"}
+    assert {path.name for path in folder.iterdir()} == names
     shipped, rows = (
         [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         for file in (folder / "examples.jsonl", tmp_path / "rows" / "plural.jsonl")
@@ -242,15 +223,6 @@ def test_the_build_met_its_targets() -> None:
     assert average["oracle"] >= 0.85
     assert average["uniform"] < average["oracle"] - 0.3
     assert average["foreign"] < 0.2
-
-
-def test_the_package_reads_assets_without_torch() -> None:
-    code = (
-        "import sys; sys.modules['torch'] = None; from logo import demo; "
-        "print(len(demo.heldout()), demo.model_dir().name)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(len(TASKS)), "model"]
 
 
 def test_model_size_and_tokenizer(loaded: tuple[LlamaForCausalLM, AutoTokenizer]) -> None:

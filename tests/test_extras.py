@@ -73,22 +73,20 @@ def test_every_extra_that_is_named_exists() -> None:
             assert set(names.split(",")) <= set(PROJECT["optional-dependencies"]), file
 
 
-def test_a_library_that_is_missing_is_one_line_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_is_missing_is_one_line_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     need("the test", "pytest", "ast")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert not installed("lm_eval") and not installed("no_such_library")
+    (tmp_path / "vlmm").mkdir()  # a folder of the name is no library
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not installed("lm_eval") and not installed("no_such_library") and not installed("vlmm")
     with pytest.raises(MissingLibrary) as error:
         need("a picture", "pytest", "lm_eval")
     assert str(error.value) == 'a picture needs lm-eval, which is not installed: pip install "lora-on-the-go[eval]"'
     assert isinstance(error.value, (LoGoError, ImportError))
     with pytest.raises(MissingLibrary, match=re.escape(install("serve"))):
         need("a picture", "lm_eval", extra="serve")
-
-
-def test_a_folder_of_the_name_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "vlmm").mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
-    assert not installed("vlmm")
 
 
 def test_an_import_that_nobody_foresaw_is_explained_too(

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from logo.bench.traffic import read_asked
 
 from logo import UsageError
 from logo.cli import generate as generate_module
 from logo.cli.output import BASE_ALONE, selection_line
 from logo.cli.prompts import forced, read_prompts
 from logo.cli.run import run
-from logo.demo import adapters_dir
 from logo.selection import Selection
 
 CODE = "def f(x):\n\treturn x[':key:'] + '[bold]' + ':100:'"
 
 
-def test_an_answer_and_a_prompt_are_printed_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_answer_is_printed_as_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Tabs, names of emoji and markup would all mean something to the library that draws tables."""
     chosen = Selection(("[a]",), (1.0,), {"[a]": 1.0})
     answer = SimpleNamespace(text=f"{CODE}\n", selection=chosen, token_ids=[1], finish_reason="stop", seconds={})
@@ -34,21 +28,14 @@ def test_an_answer_and_a_prompt_are_printed_as_they_are(
     shown = capsys.readouterr()
     assert shown.out == f"{CODE}\n" and "[a] 1.00" in shown.err
 
-    shutil.copytree(adapters_dir() / "plural", tmp_path / "pool" / "own")
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": CODE}))
-    assert run(["pool", "examples", str(tmp_path / "pool"), "own", str(tmp_path / "prompts.jsonl")]) == 0
-    capsys.readouterr()
-    assert run(["pool", "examples", str(tmp_path / "pool"), "own"]) == 0
-    assert capsys.readouterr().out == f"{CODE}\n"
-
 
 def test_a_line_of_a_file_of_prompts_ends_where_a_line_ends(tmp_path: Path) -> None:
     """Not at a form feed or one of Unicode's separators; and a byte order mark belongs to no prompt."""
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffone\u2028still one\x0c\x85\r\ntwo\n".encode())
-    assert read_prompts(None, file) == read_asked(file) == ["one\u2028still one\x0c\x85", "two"]
+    assert read_prompts(None, file) == ["one\u2028still one\x0c\x85", "two"]
     file.write_text("one\n \ntwo\n\n")
-    assert read_prompts(None, file) == read_asked(file) == ["one", "two"]
+    assert read_prompts(None, file) == ["one", "two"]
     file.write_text("\n\n")
     with pytest.raises(UsageError, match="no prompt"):
         read_prompts(None, file)

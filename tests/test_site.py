@@ -75,7 +75,6 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
 @needs_docs
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
-@pytest.mark.long
 def test_notebooks_print_what_they_show(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`jupyter execute --inplace` in a folder of its own makes the outputs anew, where they have to change."""
     program = tmp_path / "logo"

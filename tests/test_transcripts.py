@@ -21,7 +21,6 @@ capital     48  58.33      0.2
         (TABLE, TABLE.replace("0.2", "9.7")),
         (TABLE, TABLE.replace("10.42", "10.43")),  # one in the last digit
         ("dataset  rows\n...\ncapital    48", "dataset rows\nantonym 48\nfrench 48\ncapital 48\n"),
-        ("...\nlast", "first\nsecond\nlast\n"),
         ("first\n  ... (2 more)", "first\nsecond\nthird"),
         ("in 2.5 s, 3 adapters", "in 11 s, 3 adapters"),
         ('{"probe_ms": 1.5,\n "k": 3}', '{"probe_ms": 2.25, "k": 3}'),
@@ -37,16 +36,12 @@ def test_what_says_the_same(shown: str, said: str) -> None:
     ("shown", "said"),
     [
         (TABLE, TABLE.replace("10.42", "12.50")),
-        (TABLE, TABLE.replace("48  58", "47  58")),
         (TABLE, TABLE + "\nmore"),
-        (TABLE, ""),
         ("first\n...", "second"),
         ("...\nlast", "last\nand one more"),
         ("a\n...\nb\n...\nc", "a\nc\nb"),
         ("in 2.5 s, 3 adapters", "in 2.5 s, 4 adapters"),
-        ('{"k": 3}', '{"k": 4}'),
         ("mixture  9.5e-08", "mixture  9.5e-03"),
-        ("0.02", "0.04"),
         ("[0.9421727657318115]", "[0.5421727657318115]"),  # as many digits as a digest
     ],
 )
@@ -116,10 +111,8 @@ def test_a_page_is_read(tmp_path: Path) -> None:
     [
         ("logo evaluate --base_model demo -k 3", None),
         ("logo eval lm-eval --model_args base_model=demo,k=3 --tasks t", None),
-        ("logo bench merges", None),
         ("logo evaluate --base-model gemma-3-270m", "needs the model gemma-3-270m"),
-        ("logo bench --rounds 3", "measures times"),
-        ("logo bench serve --base-model demo", "measures times"),
+        ("python benchmarks/cost.py --rounds 3", "measures times"),
     ],
 )
 def test_what_is_not_run(command: str, why: str | None) -> None:

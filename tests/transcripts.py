@@ -8,8 +8,8 @@ The rules, all of them:
 - A server whose lines go to a file (`logo serve ... 2> FILE`) ends before the first command that names the file.
 - A fenced block that begins with `# folder/name.ext`, or whose fence says `title="folder/name.ext"`, is that file.
 - A line that begins with `...` stands for any number of lines. A command with nothing below it only has to succeed.
-- A command that names a base model other than `demo` is not run, and neither is one that measures times (`logo bench`,
-  but for `logo bench merges`): `why_not_run` says so.
+- A command that names a base model other than `demo` is not run, and neither is one that measures times
+  (`python benchmarks/...`): `why_not_run` says so.
 - Times, ids and digests are not compared: numbers before a unit of time or in a column of `seconds`, the fields of
   `STAMP`, sixteen and more hexadecimal digits. Bars are not compared either; their number stands beside them.
 - All other numbers count. Those without a point are exact; those with one may differ by one in the last digit shown, or
@@ -51,7 +51,7 @@ class Transcript:
         named = MODEL.search(self.command)
         if named and named[1] != "demo":
             return f"needs the model {named[1]}"
-        if re.match(r"logo bench(?! merges)", self.command):
+        if self.command.startswith("python benchmarks/"):
             return "measures times"
         return None
 

@@ -1,9 +1,9 @@
-"""How large the project is: lines of source and tests, words of docs, commands and the option slots of all commands.
+"""How large the project is: lines of source and tests, words of docs, commands and their option slots.
 
     PYTHONPATH=src python tools/count.py [FOLDER]
 
-An option slot is one option or argument of one command, `--help` left out. The commands are those of the `logo` package
-that Python finds.
+An option slot is one option of one command; arguments and `--help` are left out. The commands are those of the `logo`
+package that Python finds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
     benchmarks = sorted((folder / "benchmarks").rglob("*.py"))
     docs = [folder / "README.md", *sorted((folder / "docs").rglob("*.md"))]
     found = list(commands(get_command(app)))
-    slots = sum(parameter.name != "help" for command in found for parameter in command.params)
+    slots = sum(one.param_type_name == "option" for command in found for one in command.params)
     print(f"source      {lines(source):7,} lines in {len(source)} files")
     print(f"benchmarks  {lines(benchmarks):7,} lines in {len(benchmarks)} files")
     print(f"tests       {lines(tests):7,} lines in {len(tests)} files")
