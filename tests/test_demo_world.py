@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from demo_world import tasks, words
+from demo_world import tasks
 from demo_world.build import write_model
 from demo_world.evaluate import greedy, load_deltas, mixed, normalise
 from demo_world.pretrain import PretrainConfig, pretrain
@@ -76,61 +76,6 @@ def test_rows_depend_on_the_seed_alone() -> None:
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
     assert tasks.held_out_rows(TASKS[0], 48, 3) == tasks.held_out_rows(TASKS[0], 48, 3)
-
-
-def expected(name: str, payload: str) -> str | None:
-    """The answer, worked out differently from the package where a rule allows it."""
-    numbers = [int(n) for n in payload.split(" and ")] if name in ("add_numbers", "larger_number") else []
-    tokens = payload.split(" ")
-    opposites = dict(words.ANTONYMS) | {right: left for left, right in words.ANTONYMS}
-    rules = {
-        "reverse_word": lambda: "".join(reversed(payload)),
-        "upper_case": lambda: "".join(chr(ord(c) - 32) for c in payload),
-        "remove_vowels": lambda: payload.translate(str.maketrans("", "", "aeiou")),
-        "count_letters": lambda: str(sum(1 for _ in payload)),
-        "first_letter": lambda: payload[:1],
-        "last_letter": lambda: payload[::-1][:1],
-        "antonym": lambda: opposites[payload],
-        "french": lambda: words.FRENCH[payload],
-        "capital": lambda: words.CAPITALS[payload],
-        "add_numbers": lambda: str(sum(numbers)),
-        "larger_number": lambda: str(sorted(numbers)[1]),
-        "last_word": lambda: payload.rsplit(" ", 1)[1],
-        "count_words": lambda: str(payload.count(" ") + 1),
-        "find_colour": lambda: next(word for word in tokens if word in words.COLOURS),
-        "find_name": lambda: next(word for word in tokens if word[0].isupper()),
-        "is_past": lambda: (
-            "yes" if any(word.endswith("ed") and word not in ("red", *words.NOUNS) for word in tokens) else "no"
-        ),
-    }
-    return rules[name]() if name in rules else None
-
-
-@BY_TASK
-def test_answers_are_right(task: Task) -> None:
-    rng = random.Random(7)
-    for row in [*tasks.held_out_rows(task, 48, 0), *(tasks.train_row(task, rng) for _ in range(200))]:
-        answer = expected(task.name, payload_of(row))
-        assert answer is None or row.completion == answer, row
-
-
-@pytest.mark.parametrize(
-    ("rule", "word", "answer"),
-    [
-        (tasks.plural, "box", "boxes"),
-        (tasks.plural, "lady", "ladies"),
-        (tasks.plural, "boy", "boys"),
-        (tasks.plural, "church", "churches"),
-        (tasks.past, "bake", "baked"),
-        (tasks.past, "carry", "carried"),
-        (tasks.past, "stop", "stopped"),
-        (tasks.past, "fix", "fixed"),
-        (tasks.past, "open", "opened"),
-    ],
-)
-def test_grammar_rules(rule: object, word: str, answer: str) -> None:
-    assert callable(rule)
-    assert rule(word) == answer
 
 
 @settings(max_examples=150, deadline=None)

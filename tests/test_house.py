@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -80,25 +78,3 @@ def test_the_public_api_is_what_it_says() -> None:
         assert getattr(logo, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Logo'"):
         _ = logo.Logo
-
-
-def test_a_deprecation_is_an_error_where_our_code_causes_it_and_nowhere_else() -> None:
-    """`filterwarnings` in pyproject.toml: what a library deprecates within itself breaks nobody's tests."""
-    library: dict[str, Any] = {"__name__": "somebodys_library.part"}
-    exec(
-        "import warnings\n"
-        "def inner(): warnings.warn('going away', DeprecationWarning)\n"
-        "def outer(): warnings.warn('call another one', DeprecationWarning, stacklevel=2)\n"
-        "def user(): outer()\n",
-        library,
-    )
-    ours: dict[str, Any] = {"__name__": "logo.somewhere", "outer": library["outer"]}
-    exec("def user(): outer()\n", ours)
-    with warnings.catch_warnings(record=True) as seen:  # keeps the filters
-        library["inner"]()
-        library["user"]()
-    assert [str(one.message) for one in seen] == ["going away", "call another one"]
-    with pytest.raises(DeprecationWarning, match="call another one"):
-        ours["user"]()
-    with pytest.raises(DeprecationWarning, match="call another one"):
-        library["outer"]()  # from a test

@@ -13,7 +13,7 @@ import importlib
 import json
 import os
 import runpy
-import selectors
+import select
 import signal
 import socket
 import sys
@@ -102,77 +102,44 @@ class Asked:
             runpy.run_path(os.path.abspath(first), run_name="__main__")
 
 
-@dataclass(frozen=True)
-class Child:
-    """A forked process, and the client that stands for it."""
-
-    pid: int
-    ended: int  # a file descriptor that can be read from then on
-    client: socket.socket
-
-    def end(self) -> None:
-        """Kills it, if it has not ended, and tells the client how it has."""
-        os.kill(self.pid, signal.SIGKILL)  # changes nothing where it has
-        say(self.client, os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]))
-        self.close()
-
-    def close(self) -> None:
-        os.close(self.ended)
-        self.client.close()
-
-
-def say(client: socket.socket, number: int) -> None:
-    with contextlib.suppress(OSError):  # the client was killed
-        client.sendall(b"%d\n" % number)
-
-
 def asked_by(client: socket.socket) -> Asked | None:
     """What a client asks for; None if the client was killed before it had sent all of it."""
     size, streams, _, _ = socket.recv_fds(client, 4, 3)
     with client.makefile("rb") as file:
         asked = file.read(int.from_bytes(size, "big"))
-    if len(size) == 4 and len(asked) == int.from_bytes(size, "big"):
-        return Asked(**json.loads(asked), streams=streams)
-    for stream in streams:
-        os.close(stream)
-    client.close()
-    return None
+    whole = len(size) == 4 and len(asked) == int.from_bytes(size, "big")
+    return Asked(**json.loads(asked), streams=streams) if whole else None
 
 
 def serve(imported: Imports, listening: socket.socket, until: int) -> Asked | None:
-    """Forks for clients until a file can be read; in a fork, what that is asked for."""
-    children: list[Child] = []
-    while True:
-        with selectors.DefaultSelector() as selector:
-            for one in (listening, until, *(file for child in children for file in (child.ended, child.client))):
-                selector.register(one, selectors.EVENT_READ)
-            ready = {key.fileobj for key, _ in selector.select()}
-        for child in [one for one in children if ready & {until, one.ended, one.client}]:
-            child.end()
-            children.remove(child)
-        if until in ready:
-            return None
-        if listening in ready:
-            client, _ = listening.accept()
-            asked = asked_by(client)
-            if asked is None:
-                continue
-            forks = asked.forks(imported)
-            pid = os.fork() if forks else 0
-            if forks and not pid:
-                for child in children:
-                    child.close()
-                for file in (listening, client):
-                    file.close()
-                os.close(until)
-                return asked
-            for stream in asked.streams:
-                os.close(stream)
-            say(client, pid)
-            if pid:
-                children.append(Child(pid, os.pidfd_open(pid), client))
-            else:
-                client.close()
+    """In the forks that clients ask for, what they are asked for; None once `until` can be read.
+
+    Between a client and its fork stands another fork, which tells the client how it ends, and ends it with the client.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that stand between
+    while until not in select.select([listening, until], [], [])[0]:
+        client, _ = listening.accept()
+        if os.fork():
+            client.close()
+            continue
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        listening.close()
+        asked = asked_by(client)
+        pid = os.fork() if asked is not None and asked.forks(imported) else -1
+        if not pid:
+            client.close()
+            os.close(until)
+            return asked
+        for stream in () if asked is None else asked.streams:
+            os.close(stream)
+        with contextlib.suppress(OSError):  # the client was killed
+            client.sendall(b"%d\n" % max(pid, 0))
+            if pid > 0:
+                select.select([os.pidfd_open(pid), client, until], [], [])
+                os.kill(pid, signal.SIGKILL)  # changes nothing where it has ended
+                client.sendall(b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        os._exit(0)
+    return None
 
 
 def imports(modules: Imports) -> None:
