@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import clients
 import cost
 import load
+import warm
 from clients import Answer, Ask
 from cost import RATIOS, Plan
 from figures import Summary, metric, percentiles
@@ -82,7 +84,10 @@ def test_related_rows_overlap_as_measured() -> None:
 
 
 @pytest.mark.slow
-def test_a_server_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_under_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(load, "LocalServer", partial(load.LocalServer, program=warm.logo()))
     found = tmp_path / "load.json"
     few = ["--requests", "12", "--concurrency", "4", "--max-new-tokens", "2", "8"]
     assert load.main([*few, "--verify", "12", "--json", str(found)]) == 0
@@ -123,8 +128,8 @@ def test_what_a_client_receives() -> None:
     assert (answer.error, answer.token_ids, answer.tokens, answer.prompt_tokens) == ("", (5, 6), 2, 3)
     assert answer.adapters == ("a",) and answer.first is None
     parts = [{"choices": [{"token_ids": [i], "finish_reason": None}]} for i in range(3)]
-    last = [{"choices": [{"token_ids": [], "finish_reason": "stop"}]}, {"choices": [], "usage": said["usage"]}]
-    last[1]["usage"] = {"prompt_tokens": 3, "completion_tokens": 3}
+    end = {"choices": [{"token_ids": [], "finish_reason": "stop"}]}
+    last = [end, {"choices": [], "usage": whole([0] * 3)["usage"]}]
     answer = sent(Ask("p", 4, stream=True), lambda request: streamed(*parts, *last, "[DONE]"))
     assert (answer.error, answer.token_ids, answer.tokens) == ("", (0, 1, 2), 3)
     assert answer.first is not None and len(answer.gaps) == 2

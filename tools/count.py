@@ -39,12 +39,13 @@ def main(folder: Path) -> None:
     source, tests = sorted((folder / "src").rglob("*.py")), sorted((folder / "tests").rglob("*.py"))
     benchmarks = sorted((folder / "benchmarks").rglob("*.py"))
     docs = [folder / "README.md", *sorted((folder / "docs").rglob("*.md"))]
+    words = sum(len(page.read_text(encoding="utf-8").split()) for page in docs)
     found = list(commands(get_command(app)))
     slots = sum(one.param_type_name == "option" for command in found for one in command.params)
     print(f"source      {lines(source):7,} lines in {len(source)} files")
     print(f"benchmarks  {lines(benchmarks):7,} lines in {len(benchmarks)} files")
     print(f"tests       {lines(tests):7,} lines in {len(tests)} files")
-    print(f"docs        {sum(len(page.read_text(encoding='utf-8').split()) for page in docs):7,} words in {len(docs)} pages")
+    print(f"docs        {words:7,} words in {len(docs)} pages")
     print(f"commands    {len(found):7,} with {slots} option slots")
 
 
