@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.table import Table
 
-from logo.cli import bench_serve, bench_train
+from logo.cli import bench_serve
 from logo.cli.commands import Commands, Group
 from logo.cli.expanded import expanded
 from logo.cli.opening import open_engine
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 app = Commands(cls=Group, invoke_without_command=True)
 app.command("serve")(bench_serve.serve)
-app.command("train")(bench_train.train)
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -14,7 +14,7 @@ from logo.adapters.activation import Activation, last_occurrence
 from logo.errors import DataError, LoGoError, UsageError
 from logo.prompts import chat, conversation_text
 from logo.training.examples import Example
-from logo.training.plan import Prepared
+from logo.training.prepared import Prepared
 from logo.training.recipe import ACTIVATED, INVOCATION, Recipe
 from logo.training.tasks import Task
 

@@ -3,7 +3,6 @@
 POOL/<task>/adapter_config.json, adapter_model.safetensors     in PEFT's format
 POOL/<task>/training.json     recipe, digests of rows and base model, losses: what the adapter was made from
 POOL/pool.json                the records of all adapters, and versions
-POOL/.training/<group>/       checkpoints of unfinished groups
 """
 
 from __future__ import annotations
@@ -22,11 +21,9 @@ from torch import Tensor
 from logo.adapters.activation import Activation
 from logo.adapters.config import Refusal, read_config
 from logo.adapters.examples import examples_sha256, write_examples
-from logo.adapters.files import CONFIG, EXAMPLES, NOTES, RECORD, RESPONSES, SAFETENSORS
-from logo.adapters.format import LoraWeights
+from logo.adapters.files import CONFIG, EXAMPLES, NOTES, RECORD, SAFETENSORS
 from logo.adapters.notes import ADAPTERS, BEFORE, CHANGES, noted, read_notes
 from logo.adapters.weights import file_sha256
-from logo.adapters.writing import plain_tensors
 from logo.errors import StorageError, UsageError
 from logo.folders import replace_file, replace_folder
 from logo.training.learner import DIVERGED, Course
@@ -34,7 +31,6 @@ from logo.training.learner import DIVERGED, Course
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-UNFINISHED = ".training"
 WRITTEN = "examples_sha256"  # in an adapter's record: the digest of the example prompts that training wrote beside it
 TOKENS = "invocation_tokens"  # in an adapter's record: the tokens from which on it acts
 
@@ -43,17 +39,14 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfi
     """Writes an adapter, completely or not at all. Example prompts that an earlier training wrote are removed.
 
     Args:
-        factors: `A.path` (r, d_in) and `B.path` (r, d_out).
+        factors: by PEFT's names.
         config: the PEFT configuration.
         record: the record of what it was made from.
 
     Raises:
         StorageError: it cannot be written.
     """
-    paths = [key.removeprefix("A.") for key in factors if key.startswith("A.")]
-    # The configuration holds the scale.
-    weights = {path: LoraWeights(factors[f"A.{path}"], factors[f"B.{path}"].T, 1.0) for path in paths}
-    tensors = {key: tensor.contiguous().cpu() for key, tensor in plain_tensors(weights).items()}
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in factors.items()}
     replace_folder(
         folder,
         {
@@ -61,7 +54,7 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfi
             SAFETENSORS: save(tensors, {"format": "pt"}),
             RECORD: json.dumps(record, indent=2) + "\n",
         },
-        owned=(RESPONSES, EXAMPLES) if _wrote_examples(folder) else (RESPONSES,),
+        owned=(EXAMPLES,) if _wrote_examples(folder) else (),
         option="--out",
     )
 
@@ -71,8 +64,7 @@ def _wrote_examples(folder: Path) -> bool:
     record = record_of(folder)
     if record is None or not (folder / EXAMPLES).is_file():
         return False
-    # Records of earlier versions do not say it; there, training always wrote them.
-    return WRITTEN not in record or file_sha256(folder / EXAMPLES) == record[WRITTEN]
+    return file_sha256(folder / EXAMPLES) == record.get(WRITTEN)
 
 
 def leave_examples(folder: Path, prompts: Sequence[str]) -> None:
@@ -178,7 +170,7 @@ def _activation(folder: Path, root: Path) -> Activation | None:
             return None
     if record.get(TOKENS):
         return Activation(tuple(record[TOKENS]))
-    return Activation.parse(record.get("recipe", {}).get("activation", "everywhere"))
+    return Activation.parse(record.get("recipe", {}).get("activation"))
 
 
 def _named(activation: Activation) -> str:

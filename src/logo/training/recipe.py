@@ -107,42 +107,22 @@ class Recipe:
         if self.activation not in (INVOCATION, ACTIVATED):
             Activation.parse(self.activation)
 
-    def lora(
-        self,
-        base_model: str | None = None,
-        targets: Sequence[str] | None = None,
-        transposed: bool = False,
-        invocation: Sequence[int] = (),
-    ) -> LoraConfig:
+    def lora(self, transposed: bool = False) -> LoraConfig:
         """The PEFT configuration of the adapter.
 
         Args:
-            targets: the names that PEFT has found for those of the recipe.
             transposed: the modules store their weights transposed (Conv1D, as in GPT-2).
-            invocation: tokens from which the adapter acts; empty: it has none.
         """
         from peft import LoraConfig
 
-        if targets is None:
-            targets = ALL_LINEAR if self.targets == (ALL_LINEAR,) else self.targets
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # PEFT takes fractions, too
             use_rslora=self.rslora,
-            target_modules=targets if isinstance(targets, str) else list(targets),
+            target_modules=ALL_LINEAR if self.targets == (ALL_LINEAR,) else list(self.targets),
             fan_in_fan_out=transposed,
-            lora_dropout=0.0,
-            bias="none",
             task_type="CAUSAL_LM",
-            base_model_name_or_path=base_model,
-            inference_mode=True,
-            alora_invocation_tokens=list(invocation) or None,
         )
-
-    @property
-    def scaling(self) -> float:
-        """The scale `s` of the update `s B A`."""
-        return self.alpha / math.sqrt(self.r) if self.rslora else self.alpha / self.r
 
     def length(self, rows: int) -> int:
         """Number of optimiser steps for this number of rows."""
@@ -155,13 +135,8 @@ class Recipe:
         return min(MOST_HELD_OUT, max(1, round(self.held_out * rows)))
 
     def as_dict(self) -> dict[str, Any]:
-        """The recipe for JSON. `activation` and `invocation` are left out if they have their defaults, since digests of
-        plain adapters were made without them."""
-        said = {**asdict(self), "targets": list(self.targets)}
-        return {name: value for name, value in said.items() if name not in _ACTING or value != _ACTING[name]}
-
-
-_ACTING = {"activation": EVERYWHERE, "invocation": ""}
+        """The recipe for JSON."""
+        return {**asdict(self), "targets": list(self.targets)}
 
 
 @dataclass(frozen=True)
