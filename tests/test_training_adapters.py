@@ -13,6 +13,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from logo.training.factors import Bank
+from logo.training.group import Group
 
 import tiny
 from hub_server import HubServer
@@ -20,8 +22,6 @@ from learning import command, contents, rows, write_base, write_rows
 from logo import AdapterPool
 from logo.cli.run import run
 from logo.mixing.gated import GatedLoRA, Gates
-from logo.training.factors import Bank
-from logo.training.group import Group
 from logo.training.learner import Learner
 from tolerances import PATIENCE, same_tensor
 from warm import python

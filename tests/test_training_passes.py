@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logo.training.factors import Bank
 from torch import Tensor, nn
 
 import tiny
 from learning import ATTENTION, CPU, examples, factors
 from logo.training.examples import Example
-from logo.training.factors import Bank
 from logo.training.passes import Limits, Owned, checkpointing, cut, laid_out, logits_at, losses
 from logo.training.recipe import Recipe
 from tolerances import same_tensor

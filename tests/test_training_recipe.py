@@ -13,10 +13,10 @@ import pytest
 import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from logo.training.factors import adapted
 
 import tiny
 from logo.errors import StorageError, UsageError
-from logo.training.factors import adapted
 from logo.training.recipe import Recipe, Recipes, read_recipes, targets_of
 
 names = st.text("abcd_", min_size=1, max_size=6)

@@ -124,17 +124,11 @@ class Screen:
         speed = sum(self._seen.values()) / max(now - self._began, 1e-9)
         later = sum(tokens for name, tokens in self._expected.items() if name not in self._seen)
         left = timedelta(seconds=round((max(0.0, task.tokens - course.tokens) + later) / speed)) if speed else "?"
-        losses = (
-            f"loss {course.recent[-1][0]:.3f}"
-            if course.recent
-            else f"loss {course.measured[-1].train:.3f}"
-            if course.measured
-            else ""
-        )
-        if course.measured and course.measured[-1].held_out is not None:
-            losses += f", held out {course.measured[-1].held_out:.3f}"
+        held_out = course.measured[-1].held_out if course.measured else None
+        named = (("loss", course.last), ("held out", held_out))
+        losses = "".join(f", {name} {loss:.3f}" for name, loss in named if loss is not None)
         return (
-            f"{len(self._seen) - 1} of {len(self._expected)} done · {task.name} {course.step}/{task.steps}, {losses} · "
+            f"{len(self._seen) - 1} of {len(self._expected)} done · {task.name} {course.step}/{task.steps}{losses} · "
             f"{speed:.0f} tokens/s · eta {left}"
         )
 

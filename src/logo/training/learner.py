@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,7 @@ class Course:
         measured: all measurements.
         best: the step of the best factors by the held-out rows, or the latest step without held-out rows; None if no
             factors are kept.
-        first: loss of the first step; None before it.
+        first, last: loss of the first and of the last step; None before it.
         recent: loss and number of completion tokens of each step since the last measurement.
     """
 
@@ -68,6 +68,7 @@ class Course:
     measured: list[Measurement] = field(default_factory=list)
     best: int | None = None
     first: float | None = None
+    last: float | None = None
     recent: list[tuple[float, int]] = field(default_factory=list)
 
 
@@ -80,6 +81,7 @@ class Learner:
 
     Attributes:
         config: PEFT's configuration of the adapter.
+        factors: its parameters, by PEFT's names: all A, then all B.
         course: the progress.
         best: the best factors, by PEFT's names; empty if none are kept.
     """
@@ -92,14 +94,14 @@ class Learner:
         self._peft = get_peft_model(base.model, recipe.lora(transposed=transposed(base.model)))
         self._peft.eval()  # no dropout
         self.config: Any = self._peft.peft_config["default"]
-        found = [(path, module) for path, module in base.model.named_modules() if isinstance(module, LoraLayer)]
-        self._layers: list[Any] = [layer for _, layer in sorted(found, key=lambda one: one[0])]
-        A, B = ([getattr(layer, side)["default"].weight for layer in self._layers] for side in ("lora_A", "lora_B"))
-        _initialise(A, f"{recipe.seed} {task.name}")
-        self.parameters: list[nn.Parameter] = [*A, *B]
+        self._layers = [module for module in base.model.modules() if isinstance(module, LoraLayer)]
+        named = ((name, factor) for name, factor in self._peft.named_parameters() if factor.requires_grad)
+        self.factors = dict(sorted(named, key=lambda one: (".lora_B." in one[0], one[0])))
+        _initialise(self.factors, f"{recipe.seed} {task.name}")
         self.course = Course()
         self.best: dict[str, Tensor] = {}
-        self._optimizer = torch.optim.AdamW(self.parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+        parameters = list(self.factors.values())
+        self._optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
         self._share = _schedule(recipe, task.steps, self._optimizer)
         count = min(recipe.evaluations, task.steps)
         self._measured_at = {round(task.steps * (number + 1) / count) for number in range(count)}
@@ -122,8 +124,7 @@ class Learner:
     def close(self) -> None:
         """Takes the adapter out of the base model."""
         self._peft.unload()
-        for parameter in self.parameters:
-            parameter.grad = None
+        self._optimizer.zero_grad()
 
     def step(self) -> str | None:
         """Makes an optimiser step, and returns why training diverged; None: it did not."""
@@ -135,13 +136,14 @@ class Learner:
         loss = summed(self._base, self._layers, batch, scale / tokens) / tokens
         reason = self._wrong(loss)
         if reason is None:
-            for parameter in self.parameters:
-                if scale != 1 and parameter.grad is not None:
-                    parameter.grad /= scale
-            if not math.isfinite(float(nn.utils.clip_grad_norm_(self.parameters, recipe.clip))):
+            for factor in self.factors.values():
+                if scale != 1 and factor.grad is not None:
+                    factor.grad /= scale
+            if not math.isfinite(float(nn.utils.clip_grad_norm_(self.factors.values(), recipe.clip))):
                 reason = "its gradient is not finite"
         if reason is not None:
             return f"at step {course.step + 1} {reason}"
+        course.last = loss
         if course.first is None:
             course.first = loss
         elif not course.measured:  # factors with a finite loss are kept until the first measurement
@@ -152,7 +154,7 @@ class Learner:
         course.step += 1
         course.tokens += sum(map(len, batch))
         course.recent.append((loss, tokens))
-        finite = all(bool(parameter.isfinite().all()) for parameter in self.parameters)
+        finite = all(bool(factor.isfinite().all()) for factor in self.factors.values())
         return None if finite else f"after step {course.step} its factors are not finite"
 
     def _measure(self) -> str | None:
@@ -205,12 +207,14 @@ def transposed(model: nn.Module) -> bool:
     return any(type(module).__name__ == "Conv1D" for module in model.modules())
 
 
-def _initialise(factors: list[nn.Parameter], seed: str) -> None:
+def _initialise(factors: Mapping[str, nn.Parameter], seed: str) -> None:
     """Draws all A as PEFT does, from a seed of their own: adapters of the same seed and other names begin elsewhere."""
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
     with torch.no_grad():
-        for A in factors:
-            A.copy_(nn.init.kaiming_uniform_(torch.empty(A.shape), a=math.sqrt(5), generator=generator))
+        for name, factor in factors.items():
+            if ".lora_A." in name:
+                drawn = torch.empty(factor.shape)
+                factor.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
 
 
 def _schedule(recipe: Recipe, steps: int, optimizer: torch.optim.Optimizer) -> Any:

@@ -36,6 +36,7 @@ class Prepared:
         digest: digest of everything that its adapter is made from.
         record: the same facts as JSON, which are written beside the adapter.
         invocation: tokens from which the adapter acts; empty if it has none.
+        examples: the prompts that are written beside the adapter.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Prepared:
     digest: str = ""
     record: Mapping[str, Any] = field(default_factory=dict)
     invocation: tuple[int, ...] = ()
+    examples: Sequence[str] = ()
 
     @property
     def steps(self) -> int:
@@ -99,7 +101,7 @@ def prepare(
         rows, cut: of `logo.training.examples.encode`.
         base: digests of the base model and of its tokenizer, and its dtype.
         invocation: tokens from which its adapter acts.
-        examples: the prompts that are going to be written beside its adapter.
+        examples: prompts to write beside its adapter.
     """
     learned, held_out = split(task.name, recipe, rows)
     # The tokens, too: they also depend on the chat template and on this version of LoGo.
@@ -115,7 +117,7 @@ def prepare(
         **made_from,
         WRITTEN: examples_sha256(examples),
     }
-    return Prepared(task.name, recipe, learned, held_out, record["digest"], record, invocation)
+    return Prepared(task.name, recipe, learned, held_out, record["digest"], record, invocation, examples)
 
 
 def stands(task: Prepared, root: Path, retrain: bool) -> bool:

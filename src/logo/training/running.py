@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from logo.adapters.activation import Activation
-from logo.adapters.files import EXAMPLES
 from logo.adapters.notes import read_notes
 from logo.errors import DataError, StorageError, UsageError
 from logo.models import context_length, load_config, load_tokenizer, skeleton
@@ -23,7 +22,7 @@ from logo.prompts import asked_text
 from logo.training.activation import Settling, common
 from logo.training.examples import encode
 from logo.training.learner import DIVERGED, Course
-from logo.training.pool import check_activation, check_base, diverged, leave_examples, record_of, write_pool
+from logo.training.pool import check_pool, diverged, record_of, write_pool
 from logo.training.prepared import Prepared, check_names, prepare, stands
 from logo.training.recipe import FEWEST_TO_HOLD_OUT, Recipe, Recipes
 from logo.training.tasks import Found, Task
@@ -95,11 +94,9 @@ def train(
     with alone(root):
         trainer = Trainer(wanted.opening)
         base = trainer.facts
-        check_base(root, base)
         prepared = _prepared(wanted, base, failed)
         activation = common(prepared)
-        if activation is not None:
-            check_activation(root, activation)
+        check_pool(root, base, activation)
         for recipe in {task.recipe.targets: task.recipe for task in prepared}.values():
             trainer.check(recipe)
         todo = [task for task in prepared if not stands(task, root, wanted.retrain)]
@@ -118,19 +115,10 @@ def train(
             if course.best is not None:
                 trained.append(task.name)
             write_pool(root, facts, failed)
-        _leave_examples(wanted, [*trained, *done])
     cut, copies = (
         {task.name: task.record[key] for task in prepared if task.record[key]} for key in ("cut_prompts", "copies")
     )
     return Trained(tuple(sorted(trained)), tuple(done), failed, cut, copies)
-
-
-def _leave_examples(wanted: Wanted, names: Collection[str]) -> None:
-    """Writes example prompts beside the adapters of these tasks that have none."""
-    for task in wanted.found.tasks:
-        texts = _examples(wanted, task)
-        if texts and task.name in names and not (wanted.root / task.name / EXAMPLES).exists():
-            leave_examples(wanted.root / task.name, texts)
 
 
 def _examples(wanted: Wanted, task: Task) -> list[str]:
@@ -179,46 +167,31 @@ def _acting(root: Path, prepared: Sequence[Prepared], activation: Activation | N
 
 @contextlib.contextmanager
 def alone(root: Path) -> Iterator[None]:
-    """Creates the folder, and locks it against other runs within the block.
+    """Creates the folder, and locks it against other runs within the block, where the system has such locks.
 
     Raises:
         StorageError: it cannot be created.
         UsageError: another run trains into it.
     """
+    file = root / LOCK
+    busy = UsageError(f"pool folder {root}: another run trains into it; wait for it, or name another")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = (root / LOCK).open("ab")
+        lock = file.open("ab")
     except OSError as error:
         raise StorageError(f"pool folder {root}: cannot be written ({error.strerror or error})") from error
     with lock:
-        _lock(lock, root)
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not file.exists() or not os.path.samestat(os.fstat(lock.fileno()), file.stat()):
+                raise busy  # the run that had it has just ended, and removed the file
+        except BlockingIOError:
+            raise busy from None
+        except (ImportError, OSError):  # Windows and some network drives have none
+            pass
         try:
             yield
         finally:
-            (root / LOCK).unlink(missing_ok=True)
-
-
-def _lock(file: IO[bytes], root: Path) -> None:
-    """Locks the file against other runs, if the file system can.
-
-    Raises:
-        UsageError: another run holds it.
-    """
-    busy = UsageError(f"pool folder {root}: another run trains into it; wait for it, or name another")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows has no such lock
-        return
-    except BlockingIOError:
-        raise busy from None
-    except OSError as error:  # some network drives have none either
-        warnings.warn(f"{root}: cannot be locked ({error.strerror}); let no other run train into it", stacklevel=2)
-        return
-    try:
-        same = os.path.samestat(os.fstat(file.fileno()), os.stat(root / LOCK))
-    except FileNotFoundError:
-        same = False
-    if not same:  # the run that had it has just ended, and removed the file
-        raise busy
+            file.unlink(missing_ok=True)

@@ -108,7 +108,7 @@ class Trainer:
             config.base_model_name_or_path, config.inference_mode = self._opening.base_model, True
             config.alora_invocation_tokens = list(task.invocation) or None
             record = {**task.record, "course": course_record(learner.course), "versions": self.versions}
-            write_adapter(root / task.name, learner.best, config, record)
+            write_adapter(root / task.name, learner.best, config, record, task.examples)
         return learner.course
 
 
