@@ -54,8 +54,8 @@ def learn(model: nn.Module, one: Prepared, **how: Any) -> Learner:
 def gap(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest distance of two tensors of one name, relative to the norm of the expected one."""
     assert found.keys() == expected.keys()
-    with torch.no_grad():
-        return max(float((found[key] - expected[key]).norm() / expected[key].norm()) for key in expected)
+    apart = {key: (found[key] - expected[key]).detach().norm() / expected[key].detach().norm() for key in expected}
+    return max(map(float, apart.values()))
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def check_equal(kind: str, one: Prepared, folder: Path, *how: Any) -> dict[str, 
     assert gap(made.factors, expected) < 1e-4
     assert seen == pytest.approx(expected_losses, rel=1e-4, abs=1e-4)  # the Trainer rounds its losses
     # Nothing here is equal because nothing was learned.
-    assert all(float((made.factors[name] - begun[name]).norm()) > 1e-3 for name in begun)
+    assert all(float((made.factors[name].detach() - begun[name]).norm()) > 1e-3 for name in begun)
     return expected
 
 

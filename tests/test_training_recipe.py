@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ import pytest
 import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from logo.training.factors import adapted
 
 import tiny
 from logo.errors import StorageError, UsageError
 from logo.training.recipe import Recipe, Recipes, read_recipes, targets_of
+from logo.training.trainer import check_targets
 
 names = st.text("abcd_", min_size=1, max_size=6)
 recipes = st.builds(
@@ -99,13 +98,6 @@ def test_lengths(recipe: Recipe, rows: int) -> None:
         assert steps == max(1, math.ceil(recipe.epochs * math.ceil(rows / recipe.batch_size)))
 
 
-@given(recipe=recipes)
-def test_the_scale_is_that_of_peft(recipe: Recipe) -> None:
-    config = recipe.lora("base")
-    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    assert recipe.scaling == pytest.approx(scale) and config.base_model_name_or_path == "base"
-
-
 def test_later_entries_count_more_and_names_may_be_patterns() -> None:
     made = Recipes(Recipe(), {"word_*": {"r": 16, "lr": 1e-3}, "word_a": {"r": 4}, "*": {"seed": 5}})
     assert (made.of("word_a").r, made.of("word_b").r, made.of("other").r) == (4, 16, 8)
@@ -129,12 +121,6 @@ def test_an_invocation_and_another_activation_take_each_other_back(file: Path) -
     assert read(file, text, activation="last:3").usual == Recipe(activation="last:3")
     assert read(file, "activation: 'last:3'", invocation="A:").usual == made.usual
     assert read(file, "activation: activated").usual.activation == "activated"
-
-
-def test_a_recipe_of_plain_adapters_is_known_by_the_digests_from_before_there_were_others() -> None:
-    assert not {"activation", "invocation"} & Recipe().as_dict().keys()
-    assert Recipe(activation="last:2").as_dict()["activation"] == "last:2"
-    assert Recipe(activation="invocation", invocation="A:").as_dict()["invocation"] == "A:"
 
 
 def test_numbers_as_yaml_reads_them(file: Path) -> None:
@@ -197,20 +183,6 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_recipes(tmp_path / "bytes.yaml", {})
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gpt_neox", "phi3", "gemma3", "opt", "falcon"])
-def test_all_linear_is_what_peft_takes_for_it(kind: str) -> None:
-    import peft
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's advice about tiny models
-        config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
-        wrapped = peft.get_peft_model(tiny.model(kind), config)
-    theirs = {name for name, module in wrapped.base_model.model.named_modules() if hasattr(module, "lora_A")}
-    ours = adapted(tiny.model(kind), Recipe(targets=("all-linear",)))
-    assert set(ours.shapes) == theirs and not any("lm_head" in name or "embed_out" in name for name in ours.shapes)
-    assert set(ours.targets) == set(config.target_modules) and ours.transposed == config.fan_in_fan_out
-
-
 def test_targets_that_cannot_be_trained() -> None:
     for targets, message in [
         ("q_prj", "targets q_prj: .*q_prj"),
@@ -220,4 +192,4 @@ def test_targets_that_cannot_be_trained() -> None:
         ("input_layernorm", "targets input_layernorm: "),
     ]:
         with pytest.raises(UsageError, match=message):
-            adapted(tiny.model("llama"), Recipe(targets=targets_of(targets)))
+            check_targets(tiny.model("llama"), Recipe(targets=targets_of(targets)))

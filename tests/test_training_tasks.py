@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from logo.training.plan import check_names
 
 from learning import write_rows
 from logo.errors import DataError, UsageError
 from logo.scoring import joined
 from logo.training.examples import encode
+from logo.training.prepared import check_names
 from logo.training.tasks import Pair, Task, find_tasks
 from make_adapters import everyones_folder, lock
 from test_chat import MARKED, with_template

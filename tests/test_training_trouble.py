@@ -99,7 +99,7 @@ def test_training_ends_without_patience(llama: nn.Module) -> None:
     hasty = Recipe(r=8, targets=("all-linear",), lr=0.1, epochs=40, batch_size=4, patience=2, evaluations=40)
     course = learn(llama, task("a", hasty, examples(20, 3))).course
     assert course.status == "early" and course.best is not None
-    assert [one.step for one in course.measured if one.step > course.best] == [course.best + 4, course.best + 8]
+    assert len([one for one in course.measured if one.step > course.best]) == 2 and course.step < 200
 
 
 # -- copies of held-out rows ------------------------------------------------------------------------------------------
@@ -154,8 +154,8 @@ def test_a_list_at_the_end_says_what_is_wrong(
         assert run(asked) == 1
     told = capsys.readouterr()
     assert (
-        "logo: warning: task 'few' has 3 different rows: too few to hold any out, so it is trained for all of its steps "
-        "without a held-out loss; give it 10 or more"
+        "logo: warning: task 'few' has 3 different rows: too few to hold any out, so it is trained for all of its "
+        "steps without a held-out loss; give it 10 or more"
     ) in told.err.splitlines()
     lines = " ".join(told.out.split())
     assert "long: 1 prompts were longer than --max-length or the model's context and lost their beginning" in lines
