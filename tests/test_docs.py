@@ -172,7 +172,7 @@ def said_by_the_demo(command: str) -> str:
 
 
 # Their transcripts take half a minute to two minutes: they train adapters, run the harness or a study.
-LONG = ("make-a-pool.md", "lm-eval.md", "demo-world.md", "reporting.md", "baselines.md", "extend.md")
+LONG = ("lm-eval.md", "demo-world.md", "reporting.md", "baselines.md", "extend.md")
 
 
 def _page(page: Path) -> Any:

@@ -107,7 +107,7 @@ def prepare(
     # The tokens, too: they also depend on the chat template and on this version of LoGo.
     read = [[[row.prompt, *row.ids] for row in some] for some in (learned, held_out)]
     made_from = {"rows_sha256": task.sha256, "recipe": recipe.as_dict(), "base": dict(base), TOKENS: list(invocation)}
-    record = {
+    record: dict[str, Any] = {
         "digest": fingerprint({"read": fingerprint({"rows": read}), **made_from}),
         "source": task.source,
         "rows": len(rows),
