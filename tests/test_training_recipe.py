@@ -81,11 +81,6 @@ def instead(layer: list[str]) -> dict[str, None]:
     return {"steps": None} if "epochs" in layer else {}
 
 
-def test_epochs_and_steps_of_one_place_are_refused(file: Path) -> None:
-    with pytest.raises(UsageError, match="either epochs or steps"):
-        read(file, "{epochs: 2, steps: 10}")
-
-
 @given(recipe=recipes, rows=st.integers(1, 3000))
 def test_lengths(recipe: Recipe, rows: int) -> None:
     held_out = recipe.held_out_rows(rows)
@@ -137,37 +132,26 @@ def test_numbers_as_yaml_reads_them(file: Path) -> None:
     ("text", "message"),
     [
         ("learning_rate: 1", "unknown field 'learning_rate'"),
-        ("lrr: 1", "unknown field 'lrr'; did you mean 'lr'|unknown field 'lrr'.*lr"),
         ("tasks: {a: {epoch: 1}}", "task 'a': unknown field 'epoch'.*'epochs'"),
         ("tasks: [a, b]", "'tasks' must hold names of tasks with their own values, found "),
-        ("tasks: {a: 3}", "task 'a': expected fields such as"),
         ("tasks: {a: {r: 0}}", "r: expected 1 or more, found 0"),
+        ("{epochs: 2, steps: 10}", "either epochs or steps"),
         ("- r", "expected fields such as `lr: 0.001`, found list"),
         ("r: [", "is not valid YAML: "),
         ("r: eight", "r: expected int, found 'eight'"),
-        ("r: 8.5", "r: expected int, found 8.5"),
         ("r: true", "r: expected int, found True"),
-        ("rslora: 1", "rslora: expected bool, found 1"),
         ("steps: many", "steps: expected int or nothing, found 'many'"),
-        ("lr: fast", "lr: expected float, found 'fast'"),
         ("lr: .nan", "lr: expected a number above 0, found nan"),
-        ("lr: .inf", "lr: expected a number above 0, found inf"),
-        ("lr: 0", "lr: expected a number above 0, found 0"),
         ("weight_decay: .inf", "weight_decay: expected 0 or more, found inf"),
-        ("weight_decay: .nan", "weight_decay: expected 0 or more, found nan"),
         ("warmup: 1", "warmup: expected a share from 0 to below 1, found 1"),
-        ("held_out: -0.1", "held_out: expected a share from 0 to below 1"),
         ("schedule: cosin", "schedule: expected one of cosine, linear, constant, found 'cosin'"),
         ("activation: late", "activation: expected everywhere, invocation or last:N, found 'late'"),
-        ("activation: 4", "activation: expected str, found 4"),
         ("activation: last:0", "activation last:0: no adapter would act on the prompt's last token"),
         ("activation: invocation", "activation invocation: give the text"),
         ("{activation: last:2, invocation: A}", "give either an invocation or activation last:2, found both"),
         ("tasks: {a: {activation: activated, invocation: A}}", "give either an invocation or activation activated"),
-        ("targets: 3", "targets: expected names of modules, found 3"),
         ("targets: ''", "targets: expected names of modules or all-linear"),
         ("max_length: 1", "max_length: expected 2 or more, found 1"),
-        ("batch_size: -1", "batch_size: expected 1 or more, found -1"),
     ],
 )
 def test_what_no_recipe_has(text: str, message: str, file: Path) -> None:

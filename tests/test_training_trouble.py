@@ -186,16 +186,6 @@ def test_targets_that_are_wrong_are_met_before_anything_is_trained(
     assert run(command(base_model, tasks, tmp_path / "pool", *more)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("logo: error: targets q_prj: ") and not list((tmp_path / "pool").rglob("*.safetensors"))
-    more = with_recipe(tmp_path, tasks={"c": {"targets": "lm_head"}})
-    assert run(command(base_model, tasks, tmp_path / "pool", *more)) == 2
-    assert "lm_head is the output head, which cannot be trained here" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_recipe_may_name_tasks_that_are_not_asked_for_and_none_that_are_not_there(
-    base_model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    more = with_recipe(tmp_path, tasks={"c": {"r": 4}})
-    assert run(command(base_model, tasks, tmp_path / "pool", "--tasks", "a", *more)) == 0
     more = with_recipe(tmp_path, tasks={"d": {"r": 4}})
     assert run(command(base_model, tasks, tmp_path / "pool", *more)) == 2
     assert "recipe: no task is called 'd'" in capsys.readouterr().err

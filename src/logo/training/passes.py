@@ -150,22 +150,20 @@ def checkpointing(model: Any, on: bool) -> Iterator[None]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
         raise UsageError(f"--recompute: {' '.join(str(error).split())}; leave it out") from None
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    dropping = [
-        (layer, name, value)
-        for layer in layers
-        for name, value in vars(layer).items()
-        if "dropout" in name and isinstance(value, float)
-    ]
-    for layer, name, _ in dropping:
-        setattr(layer, name, 0.0)
-    for layer in layers:
-        layer.training = True
+    before = {
+        layer: {
+            name: value
+            for name, value in vars(layer).items()
+            if name == "training" or ("dropout" in name and isinstance(value, float))
+        }
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+    }
+    for layer, values in before.items():
+        vars(layer).update({**dict.fromkeys(values, 0.0), "training": True})
     try:
         yield
     finally:
-        for layer in layers:
-            layer.training = False
-        for layer, name, value in dropping:
-            setattr(layer, name, value)
+        for layer, values in before.items():
+            vars(layer).update(values)
         model.gradient_checkpointing_disable()

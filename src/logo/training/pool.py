@@ -8,7 +8,6 @@ POOL/pool.json                the records of all adapters, and versions
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -162,9 +161,5 @@ def _folders(root: Path) -> list[Path]:
 
 def _written(config: LoraConfig) -> str:
     """A configuration as PEFT writes it, with its sets in one order in every process."""
-    with tempfile.TemporaryDirectory() as scratch:
-        config.save_pretrained(scratch)
-        values = json.loads((Path(scratch) / CONFIG).read_text(encoding="utf-8"))
-    if isinstance(values["target_modules"], list):
-        values["target_modules"].sort()
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     return json.dumps(values, indent=2, sort_keys=True)
