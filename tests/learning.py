@@ -1,11 +1,9 @@
-"""Helpers for tests of training: tiny models, rows and learners, and groups that train without files of examples."""
+"""Helpers for tests of training: tiny models, rows, and learners that train without files of examples."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,12 @@ from torch import Tensor, nn
 
 import tiny
 from logo.training.examples import Example
-from logo.training.factors import Factors, adapted
-from logo.training.group import Base, Group
 from logo.training.learner import Learner
-from logo.training.passes import Limits
+from logo.training.passes import Base
+from logo.training.prepared import Prepared, split
 from logo.training.recipe import Recipe
 
 UNUSED = 95  # a token that is in no example
-CPU = torch.device("cpu")
 ATTENTION = {"llama": ("q_proj", "v_proj"), "qwen2": ("q_proj", "v_proj"), "gpt2": ("c_attn",)}
 
 
@@ -37,33 +33,29 @@ def examples(count: int, seed: int = 0, longest: int = 14) -> tuple[Example, ...
     return tuple(rows)
 
 
-def base(model: nn.Module, tokens: int = 2048, recompute: bool = False) -> Base:
-    """A model as a group reads it."""
-    return Base(model, 2, 96, Limits.of(tokens, 96, CPU), CPU, recompute)
+def task(name: str, recipe: Recipe, rows: Sequence[Example]) -> Prepared:
+    """A task of these rows."""
+    return Prepared(name, recipe, *split(name, recipe, rows))
 
 
-def factors(kind: str, recipe: Recipe, name: str) -> Factors:
-    """Where an adapter begins on a tiny model."""
-    shapes = adapted(tiny.model(kind), recipe).shapes
-    return Factors(shapes, dict.fromkeys(shapes, CPU), recipe.r, recipe.seed, name)
+def learner(model: nn.Module, one: Prepared, tokens: int = 2048, recompute: bool = False) -> Learner:
+    """What learns a task on a tiny model."""
+    return Learner(Base(model, 2, 96, torch.device("cpu"), tokens, recompute), one)
 
 
-def learner(kind: str, name: str, recipe: Recipe, rows: Sequence[Example]) -> Learner:
-    """One of a tiny model."""
-    return Learner(name, recipe, rows, factors(kind, recipe, name))
-
-
-def learn(model: nn.Module, learners: Sequence[Learner], **how: Any) -> None:
-    """Lets learners learn together until each has ended."""
-    with tempfile.TemporaryDirectory() as scratch:
-        members = {one.name: hashlib.sha256(one.name.encode()).hexdigest() for one in learners}
-        Group(base(model, **how), learners, members, Path(scratch) / "group", lambda _: None, float("inf")).run()
+def learn(model: nn.Module, one: Prepared, **how: Any) -> Learner:
+    """Learns a task, and leaves the model as it was."""
+    made = learner(model, one, **how)
+    made.run()
+    made.close()
+    return made
 
 
 def gap(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest distance of two tensors of one name, relative to the norm of the expected one."""
     assert found.keys() == expected.keys()
-    return max(float((found[key] - expected[key]).norm() / expected[key].norm()) for key in expected)
+    apart = {key: (found[key] - expected[key]).detach().norm() / expected[key].detach().norm() for key in expected}
+    return max(map(float, apart.values()))
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
@@ -98,9 +90,9 @@ def write_rows(file: Path, some: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def command(base_model: Path, tasks: Path, pool: Path, *more: str) -> list[str]:
-    """A short training, without calibration."""
+    """A short training."""
     where = ["--base-model", str(base_model), "--rows", str(tasks), "--out", str(pool), "--device", "cpu"]
-    recipe = ["--r", "2", "--lr", "5e-3", "--steps", "6", "--batch-size", "4", "--evaluations", "3", "--no-calibrate"]
+    recipe = ["--r", "2", "--lr", "5e-3", "--steps", "6", "--batch-size", "4", "--evaluations", "3"]
     return ["train", *where, *recipe, *more]
 
 

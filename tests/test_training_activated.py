@@ -1,42 +1,32 @@
-"""Adapters that are trained to act from a place in the prompt on: as PEFT's aLoRA, as a mask, together as alone."""
+"""Adapters that are trained to act from a place in the prompt on: as PEFT's aLoRA."""
 
 from __future__ import annotations
 
 import json
 import random
-import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import tiny
-from dying import dying as commands_dying
-from learning import ATTENTION, CPU, command, contents, examples, gap, learn, learner, rows, write_base, write_rows
+from learning import ATTENTION, command, contents, examples, gap, learn, rows, task, write_base, write_rows
 from logo import AdapterPool, LoGo, SelectionSettings
-from logo.adapters.activation import EVERYWHERE, Activation
+from logo.adapters.activation import Activation
 from logo.cli.run import run
 from logo.errors import DataError
 from logo.models import load_tokenizer
 from logo.training.activation import Settling
 from logo.training.examples import Example, encode
-from logo.training.learner import Learner
-from logo.training.passes import Owned, checkpointing, laid_out, losses
 from logo.training.recipe import Recipe
 from logo.training.tasks import Pair, Task
 from make_adapters import edit_config, load_peft, write
 from test_engine import tokenizer
-from test_training_calibrated import measured
-from test_training_equal import KINDS, REST, STEPS, by_trainer, collated, peft_names, told, watched
-from test_training_passes import RECIPES, bank_of
-from test_training_resume import IMPORTS
-from test_training_resume import STEPS as COUNTED
-from tolerances import same_tensor
+from test_training_equal import KINDS, REST, STEPS, check_equal, collated, told
 
 INVOKE = (95, 7)
 ACTIVATIONS = {"invocation": Activation(INVOKE), "last:3": Activation(last=3)}
@@ -70,94 +60,10 @@ def test_an_adapter_is_the_one_that_peft_and_the_trainer_make(kind: str, said: s
     activation = ACTIVATIONS[said]
     recipe = Recipe(r=3, alpha=6, targets=ATTENTION[kind], lr=3e-3, steps=STEPS, batch_size=4, **REST)
     some = activated(examples(24, seed=3), activation)
-    one = learner(kind, "task", recipe, some)
     how = collated if activation.tokens else told
-    expected, expected_losses = by_trainer(kind, one, tmp_path, activation.tokens or INVOKE, how)
-    begun = peft_names(one.factors.copy())
-    seen = watched(one)
-    learn(tiny.model(kind), [one])
-    found = peft_names(one.factors.copy())
-    assert gap(found, expected) < 1e-4
-    assert seen == pytest.approx(expected_losses, rel=1e-4, abs=1e-4)
-    assert all(float((found[name] - begun[name]).norm()) > 1e-3 for name in found)
-    plain = learner(kind, "task", recipe, [replace(row, begin=0) for row in some])
-    learn(tiny.model(kind), [plain])
-    assert gap(peft_names(plain.factors.copy()), expected) > 1e-2  # where it acts does matter
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_gradients_are_those_of_a_mask(kind: str, recompute: bool) -> None:
-    """Rows of three adapters in one pass, some of them plain; each row alone, with what comes too early set to 0."""
-    model = tiny.model(kind).double()
-    bank, parameters = bank_of(kind, torch.float64)
-    kinds = [Activation(INVOKE), Activation(last=2), EVERYWHERE]
-    some = [Owned(n % 3, activated([row], kinds[n % 3])[0]) for n, row in enumerate(examples(9, 8))]
-    scales = [recipe.scaling for recipe in RECIPES]
-    read = laid_out(some, scales, 2, CPU)
-    assert read.gates.dim() == 3
-    weights = (read.owners + 1.0) / 7
-    bank.clear()
-    with checkpointing(model, recompute):
-        found = losses(model, bank, read, weights)
-    bank.collect()
-    gradients = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
-    assert len(gradients) == len(parameters)
-    bank.clear()
-    expected = torch.cat([alone(model, bank, row, scales[row.owner]) for row in some])
-    (expected * weights).sum().backward()
-    bank.collect()
-    same_tensor(found, expected.detach())
-    for one, parameter in zip(gradients, parameters, strict=True):
-        assert parameter.grad is not None
-        torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-5 * float(parameter.grad.abs().max()))
-
-
-def alone(model: nn.Module, bank: Any, row: Owned, scale: float) -> torch.Tensor:
-    """The losses of a row's completion: its adapter's product is added from where it acts on."""
-    handles = []
-    for path, stack in bank.stacks.items():
-        own = stack.owner == row.owner
-
-        def add(module: nn.Module, inputs: Any, output: torch.Tensor, stack: Any = stack, own: Any = own) -> Any:
-            more = scale * inputs[0] @ stack.A[own].T @ stack.B[own]
-            acts = torch.arange(more.shape[-2]) >= row.example.begin
-            return output + more * acts[:, None]
-
-        handles.append(model.get_submodule(path).register_forward_hook(add))
-    ids = torch.tensor([row.example.ids])
-    logits = model(input_ids=ids).logits[0, row.example.prompt - 1 : -1].float()
-    for handle in handles:
-        handle.remove()
-    return nn.functional.cross_entropy(logits, ids[0, row.example.prompt :], reduction="none")
-
-
-def test_a_pass_of_plain_rows_is_laid_out_as_ever() -> None:
-    some = [Owned(number % 2, row) for number, row in enumerate(examples(5))]
-    read = laid_out(some, [2.0, 3.0], 2, CPU)
-    assert read.gates.tolist() == [[2.0, 0.0], [0.0, 3.0], [2.0, 0.0], [0.0, 3.0], [2.0, 0.0]]
-
-
-def several() -> list[Learner]:
-    """Learners of other ranks, rates and activations."""
-    q = ATTENTION["llama"]
-    made = [
-        (ACTIVATIONS["invocation"], Recipe(r=2, alpha=4, targets=q[:1], lr=4e-3, batch_size=3, steps=12, **REST)),
-        (ACTIVATIONS["last:3"], Recipe(r=5, targets=("all-linear",), lr=1e-3, batch_size=4, steps=16, **REST)),
-        (EVERYWHERE, Recipe(r=8, targets=q, lr=2e-3, batch_size=5, steps=16, **REST)),
-    ]
-    rows = [activated(examples(18, seed), activation, seed) for seed, (activation, _) in enumerate(made)]
-    return [learner("llama", f"t{n}", recipe, rows[n]) for n, (_, recipe) in enumerate(made)]
-
-
-@pytest.mark.parametrize("tokens", [40, 2048])
-def test_adapters_that_are_learned_together_are_those_that_are_learned_alone(llama: nn.Module, tokens: int) -> None:
-    together, one_by_one = several(), several()
-    learn(llama, together, tokens=tokens)
-    for one, other in zip(one_by_one, together, strict=True):
-        learn(llama, [one])
-        assert one.course.step == one.steps == other.course.step
-        assert gap(other.factors.copy(), one.factors.copy()) < 1e-4
+    expected = check_equal(kind, task("task", recipe, some), tmp_path, activation.tokens or INVOKE, how)
+    plain = learn(tiny.model(kind), task("task", recipe, [replace(row, begin=0) for row in some]))
+    assert gap(plain.factors, expected) > 1e-2  # where it acts does matter
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -185,8 +91,7 @@ def trained(world: Path, pool: Path, *more: str, tasks: str = "texts") -> int:
 
 
 MADE = {
-    "last": ("texts", ["--last", "3"], Activation(last=3), "last:3"),
-    "usual": ("texts", ["--activated"], Activation(last=4), "last:4"),
+    "last": ("texts", ["--activated"], Activation(last=4), "last:4"),
     "invocation": ("texts", ["--invocation", "w88 w89"], Activation((88, 89)), "invocation"),
     "chats": ("chats", ["--activated"], Activation((82, 83)), "invocation"),
 }
@@ -194,12 +99,12 @@ MADE = {
 
 @pytest.fixture(params=list(MADE), scope="module")
 def made(request: pytest.FixtureRequest, world: Path) -> tuple[str, Path]:
-    """A pool of three tasks, calibrated."""
+    """A pool of three tasks."""
     tasks, asked, _, _ = MADE[request.param]
     pool = world / request.param
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert trained(world, pool, *asked, "--calibrate", tasks=tasks) == 0
+        assert trained(world, pool, *asked, tasks=tasks) == 0
     return request.param, pool
 
 
@@ -215,14 +120,7 @@ def test_the_pool_says_where_its_adapters_act(made: tuple[str, Path]) -> None:
         config = json.loads((pool / one / "adapter_config.json").read_text())
         assert config["alora_invocation_tokens"] == (list(activation.tokens) or None)
         recipe = json.loads((pool / one / "training.json").read_text())["recipe"]
-        assert recipe["activation"] == said and bool(activation.tokens) == bool(recipe.get("invocation"))
-
-
-def test_a_new_pool_is_known_where_nothing_else_is(
-    made: tuple[str, Path], world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    where = ["--base-model", str(world / "base")]
-    assert measured(made[1], tmp_path / "cache", capsys, *where) == 0
+        assert recipe["activation"] == said and bool(activation.tokens) == bool(recipe["invocation"])
 
 
 def test_logo_and_peft_answer_alike(made: tuple[str, Path], world: Path) -> None:
@@ -255,48 +153,6 @@ def test_logo_and_peft_answer_alike(made: tuple[str, Path], world: Path) -> None
         assert differ  # it does something
 
 
-def test_plain_adapters_are_what_they_were(world: Path, tmp_path: Path) -> None:
-    """Nothing in their folder speaks of activation, so digests and bytes are those from before."""
-    assert trained(world, tmp_path / "pool") == 0
-    record = json.loads((tmp_path / "pool" / "a" / "training.json").read_text())
-    assert not {"activation", "invocation"} & record["recipe"].keys() and "invocation_tokens" not in record
-    assert json.loads((tmp_path / "pool" / "pool.json").read_text())["activation"] == "everywhere"
-
-
-# -- going on ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def dying_command() -> Iterator[Callable[..., int]]:
-    with commands_dying("--out", IMPORTS, COUNTED) as run_until:
-        yield run_until
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("said", [["--last", "3"], ["--invocation", "w88 w89"]], ids=["last", "invocation"])
-def test_kill_9_and_the_same_command(
-    said: list[str], world: Path, dying_command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The same bytes in all files; what was begun is not gone on with where it is to act elsewhere."""
-
-    def asked(pool: Path, *activation: str) -> list[str]:
-        return command(world / "base", world / "texts", pool, *activation, "--at-once", "2", "--checkpoint-every", "0")
-
-    whole, pool = tmp_path / "whole" / "pool", tmp_path / "killed" / "pool"
-    for one in (whole, pool):
-        one.parent.mkdir()
-    assert dying_command(-1, asked(whole, *said), tmp_path / "steps") == 0
-    steps = int((tmp_path / "steps").read_text())
-    assert dying_command(steps // 3, asked(pool, *said), tmp_path / "steps") == -signal.SIGKILL
-    assert not (pool / "c").exists() and json.loads((pool / "pool.json").read_text())["activation"] != "everywhere"
-    noted = (pool / "pool.json").read_bytes()
-    assert run(asked(pool, "--last", "2")) == 2
-    assert "was begun here from other rows or with another recipe" in capsys.readouterr().err.splitlines()[-1]
-    assert (pool / "pool.json").read_bytes() == noted
-    assert dying_command(-1, asked(pool, *said), tmp_path / "steps") == 0
-    assert contents(pool) == contents(whole)
-
-
 # -- what cannot be ----------------------------------------------------------------------------------------------------
 
 
@@ -317,20 +173,12 @@ def test_options_and_recipes_that_contradict_each_other(
         return refused(world, tmp_path / "pool", capsys, *more)
 
     assert told("--invocation", "w88", "--last", "3") == "give either --invocation or --last, found both"
-    assert told("--last", "0").startswith("activation last:0: no adapter would act on the prompt's last token")
-    assert "expected everywhere, invocation or last:N, found 'last:-1'" in told("--last", "-1")
-    assert told("--invocation", " ") == "--invocation: expected a text that all prompts contain, found ' '"
     file = tmp_path / "recipe.yaml"
     file.write_text("activation: 'last:3'\ntasks: {deep/b: {activation: everywhere}}\n")
     assert told("--recipe", str(file)) == (
         "a pool has one activation: task 'a' has last:3, and 'deep/b' has everywhere; give --last N or --invocation "
         "TEXT for all, or train them into two pools"
     )
-    file.write_text("activation: 'last:3'\ntasks: {a: {invocation: w88 w89}}\n")
-    assert "task 'a' has invocation 'w88 w89', and 'c' has last:3" in told("--recipe", str(file), "--tasks", "a,c")
-    base = ["--base-model", str(world / "base"), "--rows", str(world / "texts"), "--last", "3"]
-    assert run(["bench", "train", *base]) == 2
-    assert "leave out --activated, --invocation and --last" in capsys.readouterr().err
 
 
 def test_a_folder_of_adapters_of_another_activation(
@@ -348,7 +196,6 @@ def test_a_folder_of_adapters_of_another_activation(
 
     assert told() == f"{pool / 'a'}: has activation last:3, and everywhere is asked for; name another --out"
     assert "has activation last:3, and last:2 is asked for" in told("--last", "2", "--retrain")
-    assert "and invocation (tokens [88, 89]) is asked for" in told("--invocation", "w88 w89")
     (pool / "pool.json").unlink()
     assert "has activation last:3" in told()
     write(pool / "z", alora_invocation_tokens=[5])
@@ -377,8 +224,8 @@ def test_prompts_that_lack_the_invocation_fail_their_task_only(
     assert AdapterPool.from_directory(tmp_path / "pool").names == ("fine",)
 
 
-def settled(task: Task, recipe: Recipe, settling: Settling, tokens: Any) -> Any:
-    return settling.settle(task, recipe, encode(tokens, task, recipe.max_length).rows)
+def settled(asked: Task, recipe: Recipe, settling: Settling, tokens: Any) -> Any:
+    return settling.settle(asked, recipe, encode(tokens, asked, recipe.max_length).rows)
 
 
 def asking(*contexts: str, name: str = "t") -> Task:
@@ -399,27 +246,27 @@ def test_tokens_are_those_that_the_text_has_in_prompts() -> None:
     # One that was settled holds for the tasks that follow, and for the rows that follow.
     said = (
         r"u.jsonl, row 2: the tokenizer splits the invocation 'Answer:' differently here: expected tokens "
-        r"\['Answer', ':'\] as t.jsonl, row 1, found \['\u0120Answer', ':'\]"
+        r"\['Answer', ':'\], found \['\u0120Answer', ':'\]"
     )
     with pytest.raises(DataError, match=said):
         settled(asking("Two?\nAnswer:", "Three? Answer:", name="u"), recipe, at_line, tokens)
-    inside = r"t\.jsonl, row 1: .*expected tokens \['n', 's', 'w', 'e', 'r'\] as alone, found \['Answer'\]"
+    inside = r"t\.jsonl, row 1: .*expected tokens \['n', 's', 'w', 'e', 'r'\], found \['Answer'\]"
     with pytest.raises(DataError, match=inside):
         settled(asking("Two?\nAnswer:"), replace(recipe, invocation="nswer"), Settling(tokens), tokens)
 
 
 def test_a_template_that_opens_no_turn() -> None:
-    task = Task("t", "t.jsonl", (Pair(({"role": "user", "content": "w4"},), "w5"),))
+    asked = Task("t", "t.jsonl", (Pair(({"role": "user", "content": "w4"},), "w5"),))
     recipe, tokens = Recipe(activation="activated"), tokenizer()
-    assert settled(task, recipe, Settling(tokens), tokens).recipe.activation == "last:4"  # no template: texts
+    assert settled(asked, recipe, Settling(tokens), tokens).recipe.activation == "last:4"  # no template: texts
     tokens.chat_template = "{% for m in messages %}w9 {{ m.content }} {% endfor %}"
     with pytest.raises(DataError, match=r"t\.jsonl: the chat template writes nothing that opens the assistant's turn"):
-        settled(task, recipe, Settling(tokens), tokens)
+        settled(asked, recipe, Settling(tokens), tokens)
 
 
 def test_an_invocation_in_the_completion_does_not_count() -> None:
     """PEFT would take the last one of all that is read; when it is asked, only the prompt is there."""
-    task = Task("t", "t.jsonl", (Pair("w3 w88 w4", "w88 w5"),))
+    asked = Task("t", "t.jsonl", (Pair("w3 w88 w4", "w88 w5"),))
     tokens = tokenizer()
-    [row] = settled(task, Recipe(activation="invocation", invocation="w88"), Settling(tokens), tokens).rows
+    [row] = settled(asked, Recipe(activation="invocation", invocation="w88"), Settling(tokens), tokens).rows
     assert row.begin == 2 < row.prompt == 4

@@ -1,9 +1,11 @@
-"""What is trained here is what PEFT and transformers' Trainer train, and together is what each would be alone."""
+"""What is trained here is what PEFT and transformers' Trainer train, however rows are cut into passes."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tiny
-from learning import ATTENTION, examples, gap, learn, learner
-from logo.training.learner import Learner
+from learning import ATTENTION, examples, gap, learn, learner, task
+from logo.training.examples import Example
+from logo.training.passes import Base, logits_at
+from logo.training.prepared import Prepared
 from logo.training.recipe import Recipe
+from tolerances import same_tensor
 
 STEPS = 20
 KINDS = ("llama", "gpt2", "qwen2")  # gpt2 keeps weights transposed (Conv1D); qwen2 ties its output head to the input
 REST: dict[str, Any] = {"held_out": 0.0, "warmup": 0.15, "evaluations": 4, "weight_decay": 0.01}
-
-
-def peft_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Factors as `Factors.copy` gives them, as PEFT has them."""
-    found = {}
-    for key, tensor in tensors.items():
-        side, _, path = key.partition(".")
-        found[f"base_model.model.{path}.lora_{side}.default.weight"] = tensor if side == "A" else tensor.T
-    return found
 
 
 class Given(torch.utils.data.Dataset[dict[str, list[int]]]):
@@ -40,12 +36,8 @@ class Given(torch.utils.data.Dataset[dict[str, list[int]]]):
     Those that are activated late, and not by an invocation, say how many of their tokens are.
     """
 
-    def __init__(self, learner: Learner) -> None:
-        self.rows = []
-        for step in range(STEPS):
-            learner.course.step = step
-            self.rows += learner.batch()
-        learner.course.step = 0
+    def __init__(self, one: Prepared) -> None:
+        self.rows = [row for step in range(STEPS) for row in one.batch(step)]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,24 +63,27 @@ def told(rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
 
 
 def by_trainer(
-    kind: str, one: Learner, folder: Path, invocation: Sequence[int] = (), collated: Any = collated
+    kind: str,
+    one: Prepared,
+    start: Mapping[str, Tensor],
+    folder: Path,
+    invocation: Sequence[int] = (),
+    collated: Any = collated,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """The factors that PEFT and the Trainer come to from the same beginning, and the loss of every step."""
     recipe = one.recipe
+    config = recipe.lora()
+    config.alora_invocation_tokens = list(invocation) or None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice about Conv1D and tied weights
-        wrapped = peft.get_peft_model(
-            tiny.model(kind).train(), recipe.lora(invocation=invocation), autocast_adapter_dtype=False
-        )
+        wrapped = peft.get_peft_model(tiny.model(kind).train(), config, autocast_adapter_dtype=False)
     for module in wrapped.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    start = peft_names(one.factors.copy())
     trainable = {name: parameter for name, parameter in wrapped.named_parameters() if "lora_" in name}
     assert trainable.keys() == start.keys()
     for name, parameter in trainable.items():
         parameter.data.copy_(start[name])
-        parameter.requires_grad_(True)
     arguments = transformers.TrainingArguments(
         str(folder),
         max_steps=STEPS,
@@ -113,17 +108,19 @@ def by_trainer(
     return {name: parameter.detach() for name, parameter in trainable.items()}, losses
 
 
-def watched(one: Learner) -> list[float]:
-    """The loss of every step that it makes from now on."""
-    seen: list[float] = []
-    step = one.step
-
-    def stepping(loss: float, batch: Any) -> None:
-        seen.append(loss)
-        step(loss, batch)
-
-    one.step = stepping  # type: ignore[method-assign]
-    return seen
+def check_equal(kind: str, one: Prepared, folder: Path, *how: Any) -> dict[str, Tensor]:
+    """Asserts that our loop makes what PEFT and the Trainer make, and returns that."""
+    made = learner(tiny.model(kind), one)
+    begun = {name: factor.detach().clone() for name, factor in made.factors.items()}
+    expected, expected_losses = by_trainer(kind, one, begun, folder, *how)
+    seen: list[float | None] = []
+    made.run(lambda course: seen.append(course.last))
+    assert made.course.step == STEPS
+    assert gap(made.factors, expected) < 1e-4
+    assert seen == pytest.approx(expected_losses, rel=1e-4, abs=1e-4)  # the Trainer rounds its losses
+    # Nothing here is equal because nothing was learned.
+    assert all(float((made.factors[name].detach() - begun[name]).norm()) > 1e-3 for name in begun)
+    return expected
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -135,81 +132,76 @@ def test_an_adapter_is_the_one_that_peft_and_the_trainer_make(kind: str, schedul
     recipe = Recipe(
         r=3, alpha=6, rslora=rslora, targets=targets, lr=3e-3, steps=STEPS, batch_size=4, schedule=schedule, **REST
     )
-    one = learner(kind, "task", recipe, examples(24, seed=3))
-    expected, losses = by_trainer(kind, one, tmp_path)
-    begun = peft_names(one.factors.copy())
-    seen = watched(one)
-    learn(tiny.model(kind), [one])
-    found = peft_names(one.factors.copy())
-    assert one.course.step == STEPS
-    assert gap(found, expected) < 1e-4
-    assert seen == pytest.approx(losses, rel=1e-4, abs=1e-4)  # the Trainer rounds its losses
-    moved = [name for name in found if float((found[name] - begun[name]).norm()) > 1e-3]
-    assert len(moved) == len(found)  # nothing here is equal because nothing was learned
+    check_equal(kind, task("task", recipe, examples(24, seed=3)), tmp_path)
 
 
-def mixed(kind: str, seed: int, steps: int | None = None) -> list[Learner]:
-    """Learners of other ranks, targets, rates, lengths and scales."""
-    q = ATTENTION[kind]
-    made = [
-        ("short", Recipe(r=2, alpha=4, targets=q[:1], lr=4e-3, batch_size=3, steps=steps or 7, **REST)),
-        ("rslora", Recipe(r=5, alpha=8, rslora=True, targets=q, lr=1e-3, batch_size=4, steps=steps or 20, **REST)),
-        ("wide", Recipe(r=8, alpha=16, targets=("all-linear",), lr=2e-3, batch_size=5, steps=steps or 16, **REST)),
-        ("clipped", Recipe(r=1, alpha=1, targets=q, lr=1e-2, batch_size=2, clip=0.05, steps=steps or 20, **REST)),
-    ]
-    return [learner(kind, name, recipe, examples(18, seed + place)) for place, (name, recipe) in enumerate(made)]
+@settings(max_examples=6)
+@given(
+    seed=st.integers(0, 99),
+    tokens=st.sampled_from([1, 30, 70]),
+    recompute=st.booleans(),
+    late=st.booleans(),
+    clip=st.sampled_from([0.05, 1.0]),
+)
+def test_however_passes_are_cut(
+    llama: nn.Module, seed: int, tokens: int, recompute: bool, late: bool, clip: float
+) -> None:
+    """Any limit of a pass, activations kept or computed again, from any place of a prompt on."""
+    recipe = Recipe(r=4, targets=("all-linear",), lr=2e-3, batch_size=5, steps=8, clip=clip, **REST)
+    rows = tuple(replace(row, begin=late * (row.prompt - 1)) for row in examples(18, seed))
+    expected = learn(llama, task("a", recipe, rows))
+    found = learn(llama, task("a", recipe, rows), tokens=tokens, recompute=recompute)
+    assert gap(found.factors, expected.factors) < 1e-4
+    assert found.course.best == expected.course.best and found.course.tokens == expected.course.tokens
+    assert not any(module.training for module in llama.modules())
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 8)), max_size=24),
+    tokens=st.integers(1, 200),
+    positions=st.integers(1, 40),
+)
+def test_every_row_is_in_one_pass_within_limits(sizes: list[tuple[int, int]], tokens: int, positions: int) -> None:
+    rows = [Example((3,) * (prompt + completion), prompt) for prompt, completion in sizes]
+    found = Base(None, 0, 2**27 // positions, torch.device("cpu"), tokens).cut(rows)
+    assert sorted(id(row) for part in found for row in part) == sorted(map(id, rows))
+    allowed = 2**27 // (2**27 // positions)
+    for part in found:
+        fits = len(part) * len(part[0]) <= tokens and sum(row.completion for row in part) <= allowed
+        assert len(part) == 1 or fits
+        assert len(part[0]) == max(map(len, part))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_that_are_learned_together_are_those_that_are_learned_alone(kind: str) -> None:
+def test_logits_at_some_positions_are_those_of_whole_rows(kind: str) -> None:
     model = tiny.model(kind)
-    together, alone = mixed(kind, seed=10), mixed(kind, seed=10)
-    seen = [watched(one) for one in together]
-    learn(model, together)
-    for number, one in enumerate(alone):
-        expected = watched(one)
-        learn(model, [one])
-        other = together[number]
-        assert other.course.step == one.course.step == other.steps
-        assert gap(other.factors.copy(), one.factors.copy()) < 1e-4
-        assert seen[number] == pytest.approx(expected, rel=1e-4)
-        assert other.course.best == one.course.best and other.course.tokens == one.course.tokens
+    ids, mask = tiny.padded(tiny.prompts([5, 9, 2], seed=1))
+    whole = model(input_ids=ids, attention_mask=mask).logits.reshape(-1, 96)
+    positions = torch.tensor([0, 4, 9, 17, 18])
+    with logits_at(model, positions):
+        same_tensor(model(input_ids=ids, attention_mask=mask).logits, whole[positions])
+    assert model(input_ids=ids, attention_mask=mask).logits.shape == (3, 9, 96)  # afterwards as before
 
 
-@settings(max_examples=4)
-@given(data=st.data())
-def test_whoever_is_learned_beside_it_and_however_passes_are_cut(llama: nn.Module, data: st.DataObject) -> None:
-    """Any neighbours, any rows, any limit of a pass, activations kept or computed again: 8 steps."""
-    chosen = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True), label="neighbours")
-    seed = data.draw(st.integers(0, 99), label="seed")
-    tokens = data.draw(st.sampled_from([1, 30, 70, 2048]), label="tokens")
-    recompute = data.draw(st.booleans(), label="recompute")
-    alone, group = mixed("llama", seed, steps=8), mixed("llama", seed, steps=8)
-    learn(llama, [group[number] for number in chosen], tokens=tokens, recompute=recompute)
-    learn(llama, [alone[chosen[0]]])
-    assert gap(group[chosen[0]].factors.copy(), alone[chosen[0]].factors.copy()) < 1e-4
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_model_is_the_same_afterwards(kind: str) -> None:
+    """So the next adapter is the one that it would be alone."""
+    model = tiny.model(kind)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    recipe = Recipe(r=2, targets=ATTENTION[kind], lr=5e-3, steps=4, batch_size=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        first, second = (learn(model, task(name, recipe, examples(18, 7))) for name in ("a", "b"))
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in after.values())
+    assert gap(second.factors, learn(tiny.model(kind), task("b", recipe, examples(18, 7))).factors) < 1e-6
+    assert gap(first.factors, second.factors) > 0.1
 
 
-def test_held_out_losses_of_whole_runs_are_the_same() -> None:
-    """Within half a percent, after Adam has had time to make rounding larger; the best step is kept."""
-    model = tiny.model("llama")
-
-    def learners() -> list[Learner]:
-        recipes = {
-            "a": Recipe(r=4, targets=("q_proj", "v_proj"), lr=5e-3, epochs=6, batch_size=6, patience=None),
-            "b": Recipe(r=8, targets=("all-linear",), lr=2e-3, epochs=6, batch_size=8, patience=None),
-        }
-        return [
-            learner("llama", name, recipe, examples(60, seed)) for seed, (name, recipe) in enumerate(recipes.items())
-        ]
-
-    together, alone = learners(), learners()
-    learn(model, together)
-    for one, other in zip(alone, together, strict=True):
-        learn(model, [one])
-        found = [measured.held_out for measured in other.course.measured]
-        expected = [measured.held_out for measured in one.course.measured]
-        assert found == pytest.approx(expected, rel=0.005)
-        assert expected[0] is not None and min(filter(None, expected)) < 0.95 * expected[0]  # it learned something
-        best = min(one.course.measured, key=lambda measured: measured.held_out or 0.0)
-        assert one.course.best == best.step
+def test_the_best_step_by_the_held_out_rows_is_kept(llama: nn.Module) -> None:
+    recipe = Recipe(r=8, targets=("all-linear",), lr=5e-3, epochs=6, batch_size=6, patience=None)
+    found = learn(llama, task("a", recipe, examples(60, 1)))
+    losses = [measured.held_out or math.inf for measured in found.course.measured]
+    assert min(losses) < 0.95 * losses[0]  # it learned something
+    assert found.course.best == found.course.measured[losses.index(min(losses))].step

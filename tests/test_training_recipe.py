@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from hypothesis import strategies as st
 
 import tiny
 from logo.errors import StorageError, UsageError
-from logo.training.factors import adapted
 from logo.training.recipe import Recipe, Recipes, read_recipes, targets_of
+from logo.training.trainer import check_targets
 
 names = st.text("abcd_", min_size=1, max_size=6)
 recipes = st.builds(
@@ -82,11 +81,6 @@ def instead(layer: list[str]) -> dict[str, None]:
     return {"steps": None} if "epochs" in layer else {}
 
 
-def test_epochs_and_steps_of_one_place_are_refused(file: Path) -> None:
-    with pytest.raises(UsageError, match="either epochs or steps"):
-        read(file, "{epochs: 2, steps: 10}")
-
-
 @given(recipe=recipes, rows=st.integers(1, 3000))
 def test_lengths(recipe: Recipe, rows: int) -> None:
     held_out = recipe.held_out_rows(rows)
@@ -97,13 +91,6 @@ def test_lengths(recipe: Recipe, rows: int) -> None:
         assert steps == recipe.steps
     else:
         assert steps == max(1, math.ceil(recipe.epochs * math.ceil(rows / recipe.batch_size)))
-
-
-@given(recipe=recipes)
-def test_the_scale_is_that_of_peft(recipe: Recipe) -> None:
-    config = recipe.lora("base")
-    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    assert recipe.scaling == pytest.approx(scale) and config.base_model_name_or_path == "base"
 
 
 def test_later_entries_count_more_and_names_may_be_patterns() -> None:
@@ -131,12 +118,6 @@ def test_an_invocation_and_another_activation_take_each_other_back(file: Path) -
     assert read(file, "activation: activated").usual.activation == "activated"
 
 
-def test_a_recipe_of_plain_adapters_is_known_by_the_digests_from_before_there_were_others() -> None:
-    assert not {"activation", "invocation"} & Recipe().as_dict().keys()
-    assert Recipe(activation="last:2").as_dict()["activation"] == "last:2"
-    assert Recipe(activation="invocation", invocation="A:").as_dict()["invocation"] == "A:"
-
-
 def test_numbers_as_yaml_reads_them(file: Path) -> None:
     """YAML 1.1 takes 2e-3 for a text."""
     assert yaml.safe_load("lr: 2e-3") == {"lr": "2e-3"}
@@ -151,37 +132,26 @@ def test_numbers_as_yaml_reads_them(file: Path) -> None:
     ("text", "message"),
     [
         ("learning_rate: 1", "unknown field 'learning_rate'"),
-        ("lrr: 1", "unknown field 'lrr'; did you mean 'lr'|unknown field 'lrr'.*lr"),
         ("tasks: {a: {epoch: 1}}", "task 'a': unknown field 'epoch'.*'epochs'"),
         ("tasks: [a, b]", "'tasks' must hold names of tasks with their own values, found "),
-        ("tasks: {a: 3}", "task 'a': expected fields such as"),
         ("tasks: {a: {r: 0}}", "r: expected 1 or more, found 0"),
+        ("{epochs: 2, steps: 10}", "either epochs or steps"),
         ("- r", "expected fields such as `lr: 0.001`, found list"),
         ("r: [", "is not valid YAML: "),
         ("r: eight", "r: expected int, found 'eight'"),
-        ("r: 8.5", "r: expected int, found 8.5"),
         ("r: true", "r: expected int, found True"),
-        ("rslora: 1", "rslora: expected bool, found 1"),
         ("steps: many", "steps: expected int or nothing, found 'many'"),
-        ("lr: fast", "lr: expected float, found 'fast'"),
         ("lr: .nan", "lr: expected a number above 0, found nan"),
-        ("lr: .inf", "lr: expected a number above 0, found inf"),
-        ("lr: 0", "lr: expected a number above 0, found 0"),
         ("weight_decay: .inf", "weight_decay: expected 0 or more, found inf"),
-        ("weight_decay: .nan", "weight_decay: expected 0 or more, found nan"),
         ("warmup: 1", "warmup: expected a share from 0 to below 1, found 1"),
-        ("held_out: -0.1", "held_out: expected a share from 0 to below 1"),
         ("schedule: cosin", "schedule: expected one of cosine, linear, constant, found 'cosin'"),
         ("activation: late", "activation: expected everywhere, invocation or last:N, found 'late'"),
-        ("activation: 4", "activation: expected str, found 4"),
         ("activation: last:0", "activation last:0: no adapter would act on the prompt's last token"),
         ("activation: invocation", "activation invocation: give the text"),
         ("{activation: last:2, invocation: A}", "give either an invocation or activation last:2, found both"),
         ("tasks: {a: {activation: activated, invocation: A}}", "give either an invocation or activation activated"),
-        ("targets: 3", "targets: expected names of modules, found 3"),
         ("targets: ''", "targets: expected names of modules or all-linear"),
         ("max_length: 1", "max_length: expected 2 or more, found 1"),
-        ("batch_size: -1", "batch_size: expected 1 or more, found -1"),
     ],
 )
 def test_what_no_recipe_has(text: str, message: str, file: Path) -> None:
@@ -197,20 +167,6 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_recipes(tmp_path / "bytes.yaml", {})
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gpt_neox", "phi3", "gemma3", "opt", "falcon"])
-def test_all_linear_is_what_peft_takes_for_it(kind: str) -> None:
-    import peft
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's advice about tiny models
-        config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
-        wrapped = peft.get_peft_model(tiny.model(kind), config)
-    theirs = {name for name, module in wrapped.base_model.model.named_modules() if hasattr(module, "lora_A")}
-    ours = adapted(tiny.model(kind), Recipe(targets=("all-linear",)))
-    assert set(ours.shapes) == theirs and not any("lm_head" in name or "embed_out" in name for name in ours.shapes)
-    assert set(ours.targets) == set(config.target_modules) and ours.transposed == config.fan_in_fan_out
-
-
 def test_targets_that_cannot_be_trained() -> None:
     for targets, message in [
         ("q_prj", "targets q_prj: .*q_prj"),
@@ -220,4 +176,4 @@ def test_targets_that_cannot_be_trained() -> None:
         ("input_layernorm", "targets input_layernorm: "),
     ]:
         with pytest.raises(UsageError, match=message):
-            adapted(tiny.model("llama"), Recipe(targets=targets_of(targets)))
+            check_targets(tiny.model("llama"), Recipe(targets=targets_of(targets)))

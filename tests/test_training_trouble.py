@@ -1,12 +1,11 @@
-"""Failures of one task do not affect others: losses that explode, gradients that overflow, a disk that is full."""
+"""Failures of one task do not affect others: losses that explode, gradients that overflow, rows that cannot be read."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,92 +15,66 @@ import yaml
 from torch import nn
 
 import tiny
-from learning import UNUSED, command, contents, examples, gap, learn, learner, rows, write_base, write_rows
+from learning import command, examples, learn, learner, rows, task, write_base, write_rows
 from logo.cli.run import run
-from logo.training.learner import Learner
+from logo.training.prepared import split
 from logo.training.recipe import Recipe
 
 SHORT = Recipe(r=2, lr=3e-3, steps=8, batch_size=4, evaluations=8, warmup=0.0)
 
 
-def three(second: Recipe) -> list[Learner]:
-    """Learners of which the second is another one."""
-    recipes = {"a": SHORT, "b": second, "c": Recipe(r=4, targets=("all-linear",), lr=1e-3, steps=8, evaluations=2)}
-    return [learner("llama", name, recipe, examples(16, seed)) for seed, (name, recipe) in enumerate(recipes.items())]
+@pytest.mark.parametrize(
+    ("recipe", "best", "step"),
+    [
+        # A rate that rises: nothing is learned in the first step, and far too much in the second.
+        (Recipe(r=2, lr=3e38, steps=8, batch_size=4, evaluations=8, warmup=0.5), 1, 2),
+        (Recipe(r=2, lr=3e38, steps=8, batch_size=4, evaluations=2, warmup=0.0), None, 1),
+    ],
+)
+def test_a_task_that_explodes_ends_with_its_last_good_step(
+    llama: nn.Module, recipe: Recipe, best: int | None, step: int
+) -> None:
+    made = learner(llama, task("b", recipe, examples(16, 1)))
+    begun = {name: factor.detach().clone() for name, factor in made.factors.items() if ".lora_A." in name}
+    made.run()
+    made.close()
+    course = made.course
+    assert (course.status, course.best, course.step) == ("diverged", best, step)
+    assert course.reason == f"after step {step} its factors are not finite"
+    assert bool(made.best) == (best is not None)
+    if made.best:
+        assert all(torch.equal(made.best[name.replace(".default", "")], factor) for name, factor in begun.items())
 
 
-def same_without_it(llama: nn.Module, found: list[Learner]) -> None:
-    """The other two are what they are without the second."""
-    expected = three(SHORT)
-    del expected[1]
-    learn(llama, expected)
-    for one, other in zip(expected, [found[0], found[2]], strict=True):
-        assert other.course.status == one.course.status != "diverged" and other.course.best == one.course.best
-        assert gap(other.factors.copy(), one.factors.copy()) < 1e-5
-
-
-def test_a_task_that_explodes_ends_with_its_last_good_step(llama: nn.Module) -> None:
-    """A rate that rises: nothing is learned in the first step, and far too much in the second."""
-    learners = three(Recipe(r=2, lr=3e38, steps=8, batch_size=4, evaluations=8, warmup=0.5))
-    begun = {key: tensor for key, tensor in learners[1].factors.copy().items() if key.startswith("A.")}
-    learn(llama, learners)
-    course = learners[1].course
-    assert course.status == "diverged" and course.best == 1 and course.step == 2
-    assert course.reason == "after step 2 its factors are not finite"
-    best = learners[1].best
-    assert best is not None and all(torch.equal(best[key], tensor) for key, tensor in begun.items())
-    same_without_it(llama, learners)
-
-
-def test_a_task_that_explodes_at_once_has_no_good_step(llama: nn.Module) -> None:
-    learners = three(Recipe(r=2, lr=3e38, steps=8, batch_size=4, evaluations=2, warmup=0.0))
-    learn(llama, learners)
-    course = learners[1].course
-    assert (course.status, course.step, course.best) == ("diverged", 1, None) and learners[1].best is None
-    assert course.reason == "after step 1 its factors are not finite"
-    same_without_it(llama, learners)
-
-
-def test_a_task_whose_loss_is_not_finite_spoils_no_other(llama: nn.Module) -> None:
+def test_a_task_whose_loss_is_not_finite(llama: nn.Module) -> None:
     """Its factors are, and what they give is not."""
-    learners = three(SHORT)
-    for parameter in learners[1].factors.parameters:
-        parameter.data.fill_(3e38)
-    learn(llama, learners)
-    assert learners[1].course.reason == "at step 1 its loss is nan"
-    same_without_it(llama, learners)
+    made = learner(llama, task("b", SHORT, examples(16, 1)))
+    for factor in made.factors.values():
+        factor.data.fill_(3e38)
+    made.run()
+    made.close()
+    assert made.course.reason == "at step 1 its loss is nan" and not made.best
+    assert all(factor.grad is None for factor in made.factors.values())
 
 
 def test_a_loss_far_above_guessing_and_the_first_one_is_an_explosion(
     llama: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    twice = Recipe(r=2, lr=0.05, warmup=0.0, steps=2, held_out=0.0, evaluations=2)
-
-    def learners() -> list[Learner]:
-        return [learner("llama", name, twice, examples(16, seed)) for seed, name in enumerate("abc")]
-
-    def growth(one: Learner) -> float:
-        first, second = one.course.measured
-        return second.train / first.train
-
-    fine = learners()
-    learn(llama, fine)
-    least, middle, most = sorted(fine, key=growth)
-    monkeypatch.setattr("logo.training.group._EXPLODED", 0.0)
-    monkeypatch.setattr("logo.training.group._WORSE", (growth(middle) + growth(most)) / 2)
-    again = {one.name: one for one in learners()}
-    learn(llama, list(again.values()))
-    first, second = most.course.measured
+    twice = task("a", replace(SHORT, steps=2, held_out=0.0, evaluations=2), examples(16))
+    first, second = learn(llama, twice).course.measured
+    monkeypatch.setattr("logo.training.learner._EXPLODED", 0.0)
+    monkeypatch.setattr("logo.training.learner._WORSE", second.train / first.train * 1.01)
+    assert learn(llama, twice).course.status == "done"
+    monkeypatch.setattr("logo.training.learner._WORSE", second.train / first.train * 0.99)
+    again = learn(llama, twice).course
     said = (
         f"at step 2 its loss is {second.train:.1f}; it began at {first.train:.1f}, and guessing among all words has 4.6"
     )
-    assert again[most.name].course.reason == said
-    assert again[most.name].course.best == 1
-    assert again[least.name].course.step == again[middle.name].course.step == 2
+    assert (again.reason, again.best) == (said, 1)
 
 
 class Overflowing(torch.autograd.Function):
-    """Gives what it gets, and a gradient that is not finite where its input is the marked one."""
+    """Gives what it gets, and a gradient that is not finite."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -112,38 +85,35 @@ class Overflowing(torch.autograd.Function):
         return gradient * math.inf
 
 
-def test_a_gradient_that_is_not_finite_ends_the_task_that_it_is_of(llama: nn.Module) -> None:
-    """Though its loss is finite, and the gradients of all are computed in one pass."""
-    learners = three(SHORT)
-    batch = learners[1].batch
+def test_a_gradient_that_is_not_finite_ends_the_task(llama: nn.Module) -> None:
+    """Though its loss is finite; and the next task is what it would be."""
+    layer = llama.get_submodule("model.layers.1.mlp")
+    handle = layer.register_forward_hook(lambda module, inputs, output: Overflowing.apply(output))
+    found = learn(llama, task("b", SHORT, examples(16, 1)))
+    handle.remove()
+    assert found.course.reason == "at step 1 its gradient is not finite" and not found.best
+    assert learn(llama, task("c", SHORT, examples(16, 2))).course.status != "diverged"
 
-    def marked() -> Any:
-        return [type(row)((row.ids[0], UNUSED, *row.ids[2:]), row.prompt) for row in batch()]
 
-    learners[1].batch = marked  # type: ignore[method-assign]
-    embed = llama.get_input_embeddings()
-    seen: list[torch.Tensor] = []
+def test_training_ends_without_patience(llama: nn.Module) -> None:
+    hasty = Recipe(r=8, targets=("all-linear",), lr=0.1, epochs=40, batch_size=4, patience=2, evaluations=40)
+    course = learn(llama, task("a", hasty, examples(20, 3))).course
+    assert course.status == "early" and course.best is not None
+    assert len([one for one in course.measured if one.step > course.best]) == 2 and course.step < 200
 
-    def read(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        seen.append((inputs[0] == UNUSED).any(1))
 
-    def spoil(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        rows_ = seen[-1]
-        if not output.requires_grad or not bool(rows_.any()):
-            return output
-        return torch.where(rows_[:, None, None], Overflowing.apply(output), output)
+# -- copies of held-out rows ------------------------------------------------------------------------------------------
 
-    handles = [
-        embed.register_forward_pre_hook(read),
-        llama.get_submodule("model.layers.1.self_attn.q_proj").register_forward_hook(spoil),
-    ]
-    try:
-        learn(llama, learners)
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert learners[1].course.reason == "at step 1 its gradient is not finite"
-    same_without_it(llama, learners)
+
+def test_copies_of_held_out_rows_are_not_learned_from() -> None:
+    some = examples(20, 5)
+    learned, held_out = split("a", Recipe(), (*some, *some))
+    assert len(held_out) == 4 and not set(learned) & set(held_out)
+    assert set(learned) | set(held_out) == set(some) and len(learned) == 40 - 2 * len(set(held_out))
+    assert split("a", Recipe(held_out=0.0), (*some, *some)) == ((*some, *some), ())
+    plain = split("a", Recipe(), some)
+    assert len(plain[0]) == 18 and len(plain[1]) == 2  # nothing is lost where there are no copies
+    assert split("a", Recipe(), some[:1] * 12) == (some[:1] * 12, ())  # nothing would be left to learn
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -172,6 +142,7 @@ def test_a_list_at_the_end_says_what_is_wrong(
     """With exit code 1, also when the same command finds everything done that can be."""
     pool = tmp_path / "pool"
     write_rows(tasks / "few.jsonl", rows(3, 7))
+    write_rows(tasks / "twice.jsonl", rows(12, 9) * 2)
     write_rows(tasks / "long.jsonl", [*rows(11, 8), {"context": "w3 " * 50, "completion": "w4"}])
     write_rows(tasks / "endless.jsonl", [*rows(2, 8), {"context": "w3", "completion": "w4 " * 50}])
     write_rows(tasks / "empty.jsonl", [])
@@ -183,18 +154,19 @@ def test_a_list_at_the_end_says_what_is_wrong(
         assert run(asked) == 1
     told = capsys.readouterr()
     assert (
-        "logo: warning: task 'few' has 3 rows: too few to hold any out, so it is trained for all of its steps "
-        "without a held-out loss; give it 10 or more"
+        "logo: warning: task 'few' has 3 different rows: too few to hold any out, so it is trained for all of its "
+        "steps without a held-out loss; give it 10 or more"
     ) in told.err.splitlines()
     lines = " ".join(told.out.split())
     assert "long: 1 prompts were longer than --max-length or the model's context and lost their beginning" in lines
+    assert "twice: 2 rows are copies of held-out rows and were not trained on" in lines
     assert "failed a: several files have this name (a.csv, a.jsonl); rename all but one" in lines
     assert "failed b: after step 2 its factors are not finite; the adapter of step 1 is kept " in lines
     assert "failed c: after step 1 its factors are not finite; no adapter is kept" in lines
     assert "endless.jsonl, row 3: the completion has 51 tokens, and a row may have 20 with its prompt" in lines
     assert "failed empty: " in lines and "empty.jsonl: expected one JSON object per line" in lines
-    assert lines.endswith(f"{pool}: 3 adapters trained, 5 failed")
-    assert sorted(path.parent.name for path in pool.rglob("training.json")) == ["b", "few", "long"]
+    assert lines.endswith(f"{pool}: 4 adapters trained, 5 failed")
+    assert sorted(path.parent.name for path in pool.rglob("training.json")) == ["b", "few", "long", "twice"]
     assert sorted(json.loads((pool / "pool.json").read_text())["failed"]) == ["a", "b", "c", "empty", "endless"]
     before = (pool / "few" / "training.json").stat().st_mtime_ns
     capsys.readouterr()
@@ -202,7 +174,7 @@ def test_a_list_at_the_end_says_what_is_wrong(
         warnings.simplefilter("ignore")
         assert run([*asked, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["done"] == ["b", "few", "long"] and found["trained"] == [] and len(found["failed"]) == 5
+    assert found["done"] == ["b", "few", "long", "twice"] and found["trained"] == [] and len(found["failed"]) == 5
     assert (pool / "few" / "training.json").stat().st_mtime_ns == before
 
 
@@ -211,19 +183,9 @@ def test_targets_that_are_wrong_are_met_before_anything_is_trained(
 ) -> None:
     """Also those of a task whose turn is late."""
     more = with_recipe(tmp_path, tasks={"c": {"targets": "q_prj", "steps": 1}})
-    assert run(command(base_model, tasks, tmp_path / "pool", "--at-once", "1", *more)) == 2
+    assert run(command(base_model, tasks, tmp_path / "pool", *more)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("logo: error: targets q_prj: ") and not list((tmp_path / "pool").rglob("*.safetensors"))
-    more = with_recipe(tmp_path, tasks={"c": {"targets": "lm_head"}})
-    assert run(command(base_model, tasks, tmp_path / "pool", *more)) == 2
-    assert "lm_head is the output head, which cannot be trained here" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_recipe_may_name_tasks_that_are_not_asked_for_and_none_that_are_not_there(
-    base_model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    more = with_recipe(tmp_path, tasks={"c": {"r": 4}})
-    assert run(command(base_model, tasks, tmp_path / "pool", "--tasks", "a", *more)) == 0
     more = with_recipe(tmp_path, tasks={"d": {"r": 4}})
     assert run(command(base_model, tasks, tmp_path / "pool", *more)) == 2
     assert "recipe: no task is called 'd'" in capsys.readouterr().err
@@ -250,59 +212,15 @@ def test_no_row_is_longer_than_the_models_context(
     assert lines.endswith("1 adapters trained, 1 failed")
 
 
-@pytest.fixture
-def stopped(base_model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A run of one group that was stopped after its first member had ended; returns the command."""
-    asked = command(base_model, tasks, tmp_path / "pool", "--checkpoint-every", "0")
-    asked += with_recipe(tmp_path, tasks={"a": {"steps": 2}})
-    step = Learner.step
-
-    def stopping(self: Learner, *what: Any) -> None:
-        if self.course.step == 3:
-            raise KeyboardInterrupt
-        step(self, *what)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Learner, "step", stopping)
-        assert run(asked) == 130
-    assert [path.parent.name for path in (tmp_path / "pool").glob("*/training.json")] == ["a"]
-    return asked
-
-
-def test_an_adapter_that_was_removed_after_it_had_ended_is_trained_again(
-    stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = adapters(tmp_path / "pool")
-    shutil.rmtree(tmp_path / "pool" / "a")
-    capsys.readouterr()
-    assert run([*stopped, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["trained"] == ["a", "b", "c"]
-    assert before and before.items() <= adapters(tmp_path / "pool").items()
-
-
-def test_an_adapter_of_an_earlier_run_is_not_trained_now_and_keeps_the_examples_that_a_user_gave(
-    stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = tmp_path / "pool" / "a" / "examples.jsonl"
-    own.write_text('{"prompt": "w3 w4"}\n')
-    capsys.readouterr()
-    assert run([*stopped, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["trained"], found["done"]) == (["b", "c"], ["a"])
-    assert own.read_text() == '{"prompt": "w3 w4"}\n'
-    assert (tmp_path / "pool" / "b" / "examples.jsonl").exists()
-
-
 def test_training_again_replaces_its_own_examples_and_no_others(base_model: Path, tasks: Path, tmp_path: Path) -> None:
     pool = tmp_path / "pool"
     assert run(command(base_model, tasks, pool, "--examples", "0")) == 0
     assert not (pool / "b" / "examples.jsonl").exists()
-    assert run(command(base_model, tasks, pool)) == 0  # writes them beside adapters that stand
+    for name in "ab":
+        write_rows(tasks / f"{name}.jsonl", rows(12, 7))
+    assert run([*command(base_model, tasks, pool), "--retrain"]) == 0
     own = '{"prompt": "w3 w4"}\n'
     (pool / "a" / "examples.jsonl").write_text(own)
-    record = json.loads((pool / "c" / "training.json").read_text())
-    del record["examples_sha256"]  # as in a pool of an earlier version
-    (pool / "c" / "training.json").write_text(json.dumps(record))
     for name in "abc":
         write_rows(tasks / f"{name}.jsonl", rows(12, 77))
     assert run([*command(base_model, tasks, pool), "--retrain"]) == 0
@@ -310,57 +228,3 @@ def test_training_again_replaces_its_own_examples_and_no_others(base_model: Path
     for name in "bc":
         written = (pool / name / "examples.jsonl").read_text().splitlines()
         assert [json.loads(line)["prompt"] for line in written] == [row["context"] for row in rows(12, 77)[:4]]
-
-
-@pytest.fixture(scope="module")
-def whole(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What the three tasks come to where nothing goes wrong."""
-    root = tmp_path_factory.mktemp("whole")
-    for number, name in enumerate("abc"):
-        write_rows(root / "tasks" / f"{name}.jsonl", rows(12, number))
-    assert run(command(base_model, root / "tasks", root / "pool", "--checkpoint-every", "0")) == 0
-    return adapters(root / "pool")
-
-
-def adapters(pool: Path) -> dict[str, bytes]:
-    return {name: content for name, content in contents(pool).items() if name.endswith("adapter_model.safetensors")}
-
-
-@pytest.mark.parametrize("synced", [0, 1, 9, 20, 26, 29])
-def test_a_full_disk_leaves_no_half_of_anything(
-    synced: int,
-    base_model: Path,
-    tasks: Path,
-    tmp_path: Path,
-    whole: dict[str, bytes],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """One line, and the same command goes on once there is room."""
-    pool = tmp_path / "pool"
-    asked = command(base_model, tasks, pool, "--checkpoint-every", "0")
-    left, fsync = synced, os.fsync
-
-    def filling(descriptor: int) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise OSError(28, "No space left on device")
-        fsync(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", filling)
-        assert run(asked) == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("logo: ")]
-    assert len(errors) == 1 and "cannot be written (No space left on device)" in errors[0]
-    assert "--result_dir" not in errors[0]
-    assert not [path for path in pool.rglob("*") if ".new-" in path.name or ".old-" in path.name]
-    for folder in (path for path in pool.iterdir() if path.is_dir() and path.name != ".training"):
-        assert sorted(file.name for file in folder.iterdir()) == [
-            "adapter_config.json",
-            "adapter_model.safetensors",
-            "training.json",
-        ]
-    assert adapters(pool).items() <= whole.items()
-    assert run(asked) == 0
-    assert adapters(pool) == whole and not (pool / ".training").exists()

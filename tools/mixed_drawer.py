@@ -6,7 +6,7 @@ It has twenty tasks and four recipes (mixed_drawer.yaml) with different ranks, t
 steps, one of them with rsLoRA; other_drawer.yaml has sixteen other tasks and five other recipes, and in
 random_drawer.yaml, other_random_drawer.yaml and wide_random_drawer.yaml each of eighteen adapters has a recipe of its
 own. Closely related tasks have different recipes, so that a strongly trained neighbour stands beside a weakly trained
-right adapter. This is `logo train` with that file, so the same command continues an interrupted run.
+right adapter. This is `logo train` with that file, so the same command trains what an interrupted run has not.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def test_plain_vllm_answers_with_pools_that_were_trained_or_pruned_and_converted
 ) -> None:
     made = tmp_path / "made"
     tasks = ["--rows", str(demo_folder() / "heldout"), "--tasks", "antonym,plural"]
-    assert run(["train", *tasks, "--out", str(made), "--lr", "4e-3", "--epochs", "2", "--no-calibrate"]) == 0
+    assert run(["train", *tasks, "--out", str(made), "--lr", "4e-3", "--epochs", "2"]) == 0
     small, half = tmp_path / "small", tmp_path / "half"
     assert run(["pool", "prune", str(demo_folder() / "adapters"), "--out", str(small), "--energy", "0.9"]) == 0
     assert run(["pool", "convert", str(small), "--out", str(half), "--dtype", "fp32"]) == 0

@@ -44,7 +44,7 @@ def train_adapters(model: Path, rows: Path, pool: Path, recipe: Recipe = RECIPE)
     ``pool`` is what `logo train` makes, in float32 and with its records; what of it stands already is not made again.
     """
     found = find_tasks(str(rows))
-    done = train(Wanted(found, Recipes(recipe), pool, Opening(str(model), device="cpu"), calibrate=False))
+    done = train(Wanted(found, Recipes(recipe), pool, Opening(str(model), device="cpu")))
     if done.failed:
         raise RuntimeError(f"adapters that could not be trained: {dict(done.failed)}")
     names = (*done.trained, *done.done)

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import math
-import os
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from rich.live import Live
-from rich.table import Table
+from rich.markup import escape
 from rich.text import Text
 
 from logo.cli.expanded import command_line, expanded
 from logo.cli.opening import device_of, quiet_transformers
 from logo.cli.options import Json, rare, usual
 from logo.cli.output import err, note, out, plain_table, print_json, write_json
-from logo.cli.places import absolute, processes, starting
 from logo.cli.train_options import CourseOptions, DeviceOptions, RecipeOptions
 
 if TYPE_CHECKING:
-    from logo.training.plan import Plan
-    from logo.training.progress import Status
+    from logo.training.learner import Course
+    from logo.training.prepared import Prepared
     from logo.training.running import Trained
-
-SHOWN = 24  # rows of the table of progress
-RUNNING = "running"
 
 
 @expanded
@@ -48,10 +41,10 @@ def train(
     ),
     json: Json = False,
 ) -> None:
-    """Make a pool: one LoRA adapter per task, many trained at once.
+    """Make a pool: one LoRA adapter per task.
 
     A row is `{"context": ..., "completion": ...}`, or `{"messages": [...]}` that ends with the assistant's answer. The
-    same command continues an interrupted run, and trains tasks that were added since.
+    same command trains the tasks that an interrupted run has not finished, and those that were added since.
 
     Example: `logo train --base-model Qwen/Qwen2.5-0.5B --rows examples/ --out pool/ --lr 1e-3 --epochs 2`
     """
@@ -61,33 +54,33 @@ def train(
     from logo.training.trainer import Opening
 
     recipes = recipe.recipes()
-    layout = processes(course, device, course.jobs, "processes", "worker", "--jobs", deadline=math.inf)
     found = find_tasks(rows, only=tasks, columns=[name.strip() for name in columns.split(",")])
     opening = Opening(
-        base_model=absolute(base_model),
-        model_dir=os.path.abspath(device.model_dir),
-        device=device_of(device.device) if layout is None else "auto",
+        base_model=base_model,
+        model_dir=device.model_dir,
+        device=device_of(device.device),
         dtype=device.dtype,
         device_map=device.device_map,
         pass_tokens=course.pass_tokens,
         recompute=course.recompute,
     )
-    root = output.absolute()
-    how = (course.at_once, course.checkpoint_every, course.retrain, course.calibrate, course.examples)
-    wanted = Wanted(found, recipes, root, opening, *how)
-    note("loading the base model" if layout is None else starting(layout, "processes"))
+    note("loading the base model")
     quiet_transformers()
-    screen = Screen()
-    with screen.live:
+    with err.status("") as status:
+        screen = Screen(status.update if err.is_terminal else None)
 
-        def planned(plan: Plan) -> None:
-            screen.planned(plan)
+        def planned(todo: Sequence[Prepared], done: int) -> None:
+            screen.planned(todo, done)
             write_json(output / "train.json", {"command": command_line()})  # before hours in which a run may be killed
 
         try:
-            trained = run(wanted, layout, screen.tell, planned)
+            trained = run(
+                Wanted(found, recipes, output.absolute(), opening, course.retrain, course.examples),
+                planned,
+                screen.tell,
+            )
         except KeyboardInterrupt:
-            note("Trained adapters and the last checkpoints are kept: repeat the command to continue.")
+            note("Trained adapters are kept: repeat the command to train the others.")
             raise
     if json:
         print_json({"pool": str(output), **asdict(trained)})
@@ -98,83 +91,46 @@ def train(
 
 
 class Screen:
-    """The progress display of a training: on a terminal a table inside `live`, else a line now and then."""
+    """The progress of a training in one line, which a terminal shows all the time and a log file now and then.
+
+    Args:
+        show: shows a line on a terminal; None: there is no terminal.
+    """
 
     _LINE_EVERY = 30.0
 
-    def __init__(self) -> None:
-        self.live = Live(console=err, refresh_per_second=2, transient=True) if err.is_terminal else nullcontext()
-        self._states: dict[str, Status] = {}
+    def __init__(self, show: Callable[[str], None] | None) -> None:
+        self._show, self._began = show, time.monotonic()
+        self._said = self._began
         self._expected: dict[str, float] = {}
-        self._began: dict[str, tuple[float, int]] = {}
-        self._said = time.monotonic()
+        self._seen: dict[str, int] = {}  # tokens of each task that has begun
 
-    def planned(self, plan: Plan) -> None:
-        """Prints the numbers of adapters and groups to train."""
-        self._expected = {task.name: task.tokens for group in plan.groups for task in group.tasks}
-        count = len(self._expected)
-        done = f", {len(plan.done)} trained already" if plan.done else ""
-        note(f"adapters to train: {count}, in groups: {len(plan.groups)}{done}")
+    def planned(self, todo: Sequence[Prepared], done: int) -> None:
+        """Prints the number of adapters to train."""
+        self._expected, self._began = {task.name: task.tokens for task in todo}, time.monotonic()
+        note(f"adapters to train: {len(todo)}" + (f", {done} trained already" if done else ""))
 
-    def tell(self, states: Sequence[Status]) -> None:
-        """Updates the display with the progress of tasks."""
+    def tell(self, task: Prepared, course: Course) -> None:
+        """Updates the display with the progress of a task."""
         now = time.monotonic()
-        for state in states:
-            self._began.setdefault(state.task, (now, state.tokens))
-            self._states[state.task] = state
-        if isinstance(self.live, Live):
-            self.live.update(self._table(now))
+        self._seen[task.name] = course.tokens
+        if self._show is not None:
+            self._show(escape(self._line(task, course, now)))
         elif now - self._said >= self._LINE_EVERY:
             self._said = now
-            err.print(self._line(now), markup=False)
+            err.print(self._line(task, course, now), markup=False)
 
-    def _line(self, now: float) -> str:
-        ended = sum(state.status != RUNNING for state in self._states.values())
-        speed, left = self._pace(now)
-        steps = [f"{one.task} {one.step}/{one.steps}" for one in self._states.values() if one.status == RUNNING]
-        return f"{ended} of {len(self._expected)} done · {speed:.0f} tokens/s · eta {left} · {', '.join(steps[:4])}"
-
-    def _pace(self, now: float) -> tuple[float, str]:
-        """Tokens per second since this run began, and the time that is left at that pace."""
-        since = min((began for began, _ in self._began.values()), default=now)
-        tokens = sum(state.tokens - self._began[name][1] for name, state in self._states.items())
-        speed = tokens / (now - since) if now > since else 0.0
-        known = self._states
-        left = sum(
-            0.0
-            if name in known and known[name].status != RUNNING
-            else max(0.0, expected - (known[name].tokens if name in known else 0))
-            for name, expected in self._expected.items()
+    def _line(self, task: Prepared, course: Course, now: float) -> str:
+        speed = sum(self._seen.values()) / max(now - self._began, 1e-9)
+        later = sum(tokens for name, tokens in self._expected.items() if name not in self._seen)
+        left = timedelta(seconds=round((max(0.0, task.tokens - course.tokens) + later) / speed)) if speed else "?"
+        held_out = course.measured[-1].held_out if course.measured else None
+        named = (("loss", course.last), ("held out", held_out))
+        losses = "".join(f", {name} {loss:.3f}" for name, loss in named if loss is not None)
+        return (
+            f"{len(self._seen) - 1} of {len(self._expected)} done · {task.name} {course.step}/{task.steps}{losses} · "
+            f"{speed:.0f} tokens/s · eta {left}"
         )
-        return speed, _clock(left / speed) if speed else "?"
-
-    def _table(self, now: float) -> Table:
-        speed, left = self._pace(now)
-        ended = sum(state.status != RUNNING for state in self._states.values())
-        title = f"{ended} of {len(self._expected)} tasks done · {speed:.0f} tokens/s · eta {left}"
-        table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
-        table.add_column("task", overflow="ellipsis", no_wrap=True)
-        for name in ("step", "loss", "held out"):
-            table.add_column(name, justify="right")
-        table.add_column("")
-        states = sorted(self._states.values(), key=lambda one: (one.status != RUNNING, one.task))
-        for state in states[:SHOWN]:
-            table.add_row(
-                Text(state.task),
-                f"{state.step}/{state.steps}",
-                "" if state.loss is None else f"{state.loss:.3f}",
-                "" if state.held_out is None else f"{state.held_out:.3f}",
-                Text("" if state.status == RUNNING else state.status, style="dim"),
-            )
-        if len(states) > SHOWN:
-            table.add_row(Text(f"and {len(states) - SHOWN} more", style="dim"), "", "", "", "")
-        return table
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 def _print(output: Path, trained: Trained) -> None:
@@ -199,6 +155,8 @@ def _print(output: Path, trained: Trained) -> None:
             f"{name}: {count} prompts were longer than --max-length or the model's context and lost their beginning",
             markup=False,
         )
+    for name, count in trained.copies.items():
+        out.print(f"{name}: {count} rows are copies of held-out rows and were not trained on", markup=False)
     for name, reason in trained.failed.items():
         out.print(Text.assemble(("failed ", "red"), (name, "bold"), f": {reason}"))
     stood = f", {len(trained.done)} stood already" if trained.done else ""

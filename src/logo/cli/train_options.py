@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from logo.cli.options import Device, DeviceMap, ModelDir, rare, usual
-from logo.cli.places import Cpus, Gpus, Ray
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -97,13 +96,6 @@ class RecipeOptions:
 class CourseOptions:
     """Options of the course of a training, which change an adapter in its last digits at most."""
 
-    at_once: int | None = rare(
-        None,
-        "Number of tasks whose rows share forward passes.",
-        "16; with --jobs an equal share, at most 16",
-        min=1,
-        panel=COURSE,
-    )
     pass_tokens: int = rare(
         2048,
         "Tokens of one forward pass, padding included. A larger step is cut into several passes, and their "
@@ -116,15 +108,7 @@ class CourseOptions:
         "Recompute activations in the backward pass instead of keeping them (gradient checkpointing).",
         panel=COURSE,
     )
-    checkpoint_every: float = rare(60.0, "Seconds between two checkpoints.", min=0.0, panel=COURSE)
     retrain: bool = usual(False, "Replace adapters trained from other rows or with another recipe.")
-    calibrate: bool = rare(
-        True,
-        "Write each adapter's calibration beside it, so that the pool answers at once.",
-        True,
-        "--calibrate/--no-calibrate",
-        panel=COURSE,
-    )
     examples: int = rare(
         4,
         "Leave the first N prompts of each task, without answers, beside its adapter: prompts like them are "
@@ -133,10 +117,6 @@ class CourseOptions:
         min=0,
         panel=COURSE,
     )
-    jobs: int | None = usual(None, "Processes that train, each with the model (needs Ray).", False, metavar="N", min=1)
-    ray: Ray = None
-    gpus_per_worker: Gpus = None
-    cpus_per_worker: Cpus = None
 
 
 @dataclass(frozen=True)

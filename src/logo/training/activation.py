@@ -14,7 +14,7 @@ from logo.adapters.activation import Activation, last_occurrence
 from logo.errors import DataError, LoGoError, UsageError
 from logo.prompts import chat, conversation_text
 from logo.training.examples import Example
-from logo.training.plan import Prepared
+from logo.training.prepared import Prepared
 from logo.training.recipe import ACTIVATED, INVOCATION, Recipe
 from logo.training.tasks import Task
 
@@ -51,7 +51,7 @@ class Settling:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[str, tuple[tuple[int, ...], str]] = {}  # text -> tokens, and the row where they were found
+        self._known: dict[str, tuple[int, ...]] = {}  # the tokens of a text, as in the first row that has it
 
     def settle(self, task: Task, recipe: Recipe, rows: Sequence[Example]) -> Settled:
         """Resolves where the adapter of a task acts in each of its rows.
@@ -64,16 +64,15 @@ class Settling:
         if recipe.activation != INVOCATION:
             activation = Activation.parse(recipe.activation)
             return Settled(recipe, (), tuple(replace(row, begin=activation.begin(_prompt(row)) or 0) for row in rows))
-        text = recipe.invocation
-        tokens, first = self._known.get(text) or self._tokens(text, rows[0], f"{task.source}, row 1", recipe)
-        begun = []
+        text, begun = recipe.invocation, []
         for number, row in enumerate(rows, start=1):
-            begin = last_occurrence(_prompt(row), tokens)
+            tokens = self._known.get(text) or self._tokens(text, row)
+            begin = last_occurrence(_prompt(row), tokens) if tokens else None
             if begin is None:
-                raise self._refused(text, row, f"{task.source}, row {number}", recipe, (tokens, first))
+                raise DataError(f"{task.source}, row {number}: {self._missing(text, tokens, row, recipe)}")
             begun.append(replace(row, begin=begin))
-        self._known[text] = tokens, first
-        return Settled(recipe, tokens, tuple(begun))
+            self._known[text] = tokens
+        return Settled(recipe, self._known[text], tuple(begun))
 
     def _chosen(self, task: Task, recipe: Recipe) -> Recipe:
         """The recipe with `activated` replaced: by the text that opens the assistant's turn if rows are conversations
@@ -93,33 +92,31 @@ class Settling:
             )
         return replace(recipe, activation=INVOCATION, invocation=opening)
 
-    def _tokens(self, text: str, row: Example, where: str, recipe: Recipe) -> tuple[tuple[int, ...], str]:
-        """The tokens of a text within a prompt, and where they were found, for messages."""
+    def _tokens(self, text: str, row: Example) -> tuple[int, ...]:
+        """The tokens of a text within a prompt, or alone if it does not stand there as tokens of its own."""
         alone = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         if alone and last_occurrence(_prompt(row), alone) is not None:
-            return alone, where
+            return alone
         for part in (text, text.lstrip()):  # decoders may leave out a space at the beginning
             found = self._standing(part, _prompt(row))
             if found and self._text(found).lstrip() == text.lstrip():
-                return found, where
-        raise self._refused(text, row, where, recipe, (alone, "alone"))
+                return found
+        return alone
 
-    def _refused(
-        self, text: str, row: Example, where: str, recipe: Recipe, expected: tuple[tuple[int, ...], str]
-    ) -> DataError:
-        """The error that says why a prompt cannot activate an adapter."""
-        tokens, place = expected
+    def _missing(self, text: str, tokens: Sequence[int], row: Example, recipe: Recipe) -> str:
+        """Why a prompt cannot activate an adapter."""
         found = self._standing(text, _prompt(row)) or self._standing(text.lstrip(), _prompt(row))
         if found:
-            return DataError(
-                f"{where}: the tokenizer splits the invocation {text!r:.60} differently here: expected tokens "
-                f"{self._shown(tokens)} as {place}, found {self._shown(found)}; separate it from what stands around "
-                f"it in the same way in every prompt, or {_INSTEAD}"
+            expected, here = (self._tokenizer.convert_ids_to_tokens(list(some)) for some in (tokens, found))
+            return (
+                f"the tokenizer splits the invocation {text!r:.60} differently here: expected tokens {expected}, found "
+                f"{here}; separate it from what stands around it in the same way in every prompt, or {_INSTEAD}"
             )
         cut = " (--max-length may have cut it off)" if len(row) >= recipe.max_length else ""
-        return DataError(
-            f"{where}: expected the invocation {text!r:.60} in the prompt, found "
-            f"{self._text(_prompt(row)[-12:])!r:.90} at its end{cut}; fix the row, or {_INSTEAD}"
+        end = self._text(_prompt(row)[-12:])
+        return (
+            f"expected the invocation {text!r:.60} in the prompt, found {end!r:.90} at its end{cut}; fix the row, or "
+            f"{_INSTEAD}"
         )
 
     def _standing(self, text: str, prompt: Sequence[int]) -> tuple[int, ...]:
@@ -132,9 +129,6 @@ class Settling:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
-
-    def _shown(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.convert_ids_to_tokens(list(tokens)))
 
 
 def acting(task: Prepared) -> Activation:

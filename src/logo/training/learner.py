@@ -1,25 +1,27 @@
-"""Training of one adapter: its rows and their order, its optimiser, its progress, and its best factors.
-
-Nothing here depends on other adapters. The progress (`Course`) and the tensors are all that a learner needs to continue
-bit for bit after an interruption, because the order of rows and the learning rate are functions of the step.
-"""
+"""Training of one adapter: a PEFT model around the frozen base model, AdamW, and a loop over its rows."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from typing import Any
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from logo.training.examples import Example
-from logo.training.factors import Factors
+from logo.training.passes import Base, checkpointing, summed
 from logo.training.recipe import Recipe
 
+if TYPE_CHECKING:
+    from logo.training.prepared import Prepared
+
 RUNNING, DONE, EARLY, DIVERGED = "running", "done", "early", "diverged"
+
+# A mean loss has exploded above both _EXPLODED times that of a uniform guess over the vocabulary and _WORSE times the
+# task's first one. The second limit is there because a base model may do worse than guessing on a task.
+_EXPLODED, _WORSE = 3.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Measurement:
 
 @dataclass
 class Course:
-    """The progress of one task, as plain values that a checkpoint stores as JSON.
+    """The progress of one task.
 
     Attributes:
         step: optimiser steps so far.
@@ -55,7 +57,7 @@ class Course:
         measured: all measurements.
         best: the step of the best factors by the held-out rows, or the latest step without held-out rows; None if no
             factors are kept.
-        first: loss of the first step; None before it.
+        first, last: loss of the first and of the last step; None before it.
         recent: loss and number of completion tokens of each step since the last measurement.
     """
 
@@ -66,179 +68,153 @@ class Course:
     measured: list[Measurement] = field(default_factory=list)
     best: int | None = None
     first: float | None = None
+    last: float | None = None
     recent: list[tuple[float, int]] = field(default_factory=list)
-
-    @property
-    def last_loss(self) -> float | None:
-        """The loss of the last step, or the mean before the last measurement."""
-        if self.recent:
-            return self.recent[-1][0]
-        return self.measured[-1].train if self.measured else None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The progress as JSON."""
-        return asdict(self)
-
-    @classmethod
-    def of(cls, value: Mapping[str, Any]) -> Course:
-        """The inverse of `as_dict`."""
-        measured = [Measurement(**one) for one in value["measured"]]
-        return cls(**{**value, "measured": measured, "recent": [tuple(one) for one in value["recent"]]})
 
 
 class Learner:
-    """One adapter in training.
+    """One adapter in training. The base model is wrapped by PEFT until `close`.
 
     Args:
-        name: name of the task.
-        recipe: shape and schedule.
-        rows: rows of the task, some of which are held out.
-        factors: the initial factors.
+        base: the base model.
+        task: the task.
 
     Attributes:
-        name, recipe, factors: as given.
-        held_out: the held-out rows.
-        steps: the largest number of steps.
+        config: PEFT's configuration of the adapter.
+        factors: its parameters, by PEFT's names: all A, then all B.
         course: the progress.
+        best: the best factors, by PEFT's names; empty if none are kept.
     """
 
-    def __init__(self, name: str, recipe: Recipe, rows: Sequence[Example], factors: Factors) -> None:
-        self.name, self.recipe, self.factors = name, recipe, factors
-        order = list(range(len(rows)))
-        random.Random(f"{recipe.seed} {name} held out").shuffle(order)
-        count = recipe.held_out_rows(len(rows))
-        self.held_out = [rows[place] for place in sorted(order[:count])]
-        self._rows = [rows[place] for place in sorted(order[count:])]
-        self.steps = recipe.length(len(self._rows))
+    def __init__(self, base: Base, task: Prepared) -> None:
+        from peft import get_peft_model
+        from peft.tuners.lora import LoraLayer
+
+        self._base, self._task, recipe = base, task, task.recipe
+        self._peft = get_peft_model(base.model, recipe.lora(transposed=transposed(base.model)))
+        self._peft.eval()  # no dropout
+        self.config: Any = self._peft.peft_config["default"]
+        self._layers = [module for module in base.model.modules() if isinstance(module, LoraLayer)]
+        named = ((name, factor) for name, factor in self._peft.named_parameters() if factor.requires_grad)
+        self.factors = dict(sorted(named, key=lambda one: (".lora_B." in one[0], one[0])))
+        _initialise(self.factors, f"{recipe.seed} {task.name}")
         self.course = Course()
-        self._best: dict[str, Tensor] = {}
-        parameters = factors.parameters
+        self.best: dict[str, Tensor] = {}
+        parameters = list(self.factors.values())
         self._optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-        self._share = _schedule(recipe, self.steps, self._optimizer)
+        self._share = _schedule(recipe, task.steps, self._optimizer)
+        count = min(recipe.evaluations, task.steps)
+        self._measured_at = {round(task.steps * (number + 1) / count) for number in range(count)}
 
-    # -- learning ---------------------------------------------------------------------------------------------------
+    def run(self, tell: Callable[[Course], None] = lambda _: None) -> None:
+        """Trains until the adapter has converged, diverged or made all of its steps.
 
-    @property
-    def running(self) -> bool:
-        """Whether training continues."""
-        return self.course.status == RUNNING
-
-    def batch(self) -> list[Example]:
-        """The rows of the next step."""
-        size = self.recipe.batch_size
-        per_epoch = -(-len(self._rows) // size)
-        epoch, place = divmod(self.course.step, per_epoch)
-        order = self._order(epoch)
-        return [self._rows[row] for row in order[place * size : (place + 1) * size]]
-
-    def _order(self, epoch: int) -> list[int]:
-        if self._epoch is None or self._epoch[0] != epoch:
-            order = list(range(len(self._rows)))
-            random.Random(f"{self.recipe.seed} {self.name} {epoch}").shuffle(order)
-            self._epoch = epoch, order
-        return self._epoch[1]
-
-    _epoch: tuple[int, list[int]] | None = None
-
-    def gradient_norm(self) -> float:
-        """The norm of the collected gradient, which is clipped to the recipe's largest norm."""
-        return float(torch.nn.utils.clip_grad_norm_(self.factors.parameters, self.recipe.clip))
-
-    def step(self, loss: float, batch: Sequence[Example]) -> None:
-        """Makes a step along the collected gradient of a batch with this mean loss."""
-        if self.course.first is None:
-            self.course.first = loss
-        elif not self.course.measured:  # factors with a finite loss are kept until the first measurement
-            self.course.best, self._best = self.course.step, self.factors.copy()
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.recipe.lr * self._share(self.course.step)
-        self._optimizer.step()
-        self.course.step += 1
-        self.course.tokens += sum(map(len, batch))
-        self.course.recent.append((loss, sum(example.completion for example in batch)))
-
-    # -- measuring --------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _measured_at(self) -> frozenset[int]:
-        count = min(self.recipe.evaluations, self.steps)
-        return frozenset(round(self.steps * (number + 1) / count) for number in range(count))
-
-    @property
-    def due(self) -> bool:
-        """Whether a measurement is due."""
-        last = self.course.measured[-1].step if self.course.measured else 0
-        return self.course.step in self._measured_at and last != self.course.step
-
-    def measured(self, held_out: float | None) -> None:
-        """Records a measurement, keeps the factors if they are the best so far, and ends training if patience is
-        exhausted.
+        Args:
+            tell: called with the progress after each step.
         """
-        course = self.course
-        weight = sum(tokens for _, tokens in course.recent)
-        train = sum(loss * tokens for loss, tokens in course.recent) / weight
-        course.measured.append(Measurement(course.step, train, held_out))
+        with checkpointing(self._base.model, self._base.recompute):
+            while self.course.status == RUNNING:
+                reason = self.step()
+                if reason is None and self.course.step in self._measured_at:
+                    reason = self._measure()
+                if reason is not None:
+                    self.course.status, self.course.reason = DIVERGED, reason
+                tell(self.course)
+
+    def close(self) -> None:
+        """Takes the adapter out of the base model."""
+        self._peft.unload()
+        self._optimizer.zero_grad()
+
+    def step(self) -> str | None:
+        """Makes an optimiser step, and returns why training diverged; None: it did not."""
+        course, recipe = self.course, self._task.recipe
+        batch = self._task.batch(course.step)
+        tokens = sum(row.completion for row in batch)
+        scale = self._base.scale(tokens)
+        self._optimizer.zero_grad()
+        loss = summed(self._base, self._layers, batch, scale / tokens) / tokens
+        reason = self._wrong(loss)
+        if reason is None:
+            for factor in self.factors.values():
+                if scale != 1 and factor.grad is not None:
+                    factor.grad /= scale
+            if not math.isfinite(float(nn.utils.clip_grad_norm_(self.factors.values(), recipe.clip))):
+                reason = "its gradient is not finite"
+        if reason is not None:
+            return f"at step {course.step + 1} {reason}"
+        course.last = loss
+        if course.first is None:
+            course.first = loss
+        elif not course.measured:  # factors with a finite loss are kept until the first measurement
+            self._keep()
+        for group in self._optimizer.param_groups:
+            group["lr"] = recipe.lr * self._share(course.step)
+        self._optimizer.step()
+        course.step += 1
+        course.tokens += sum(map(len, batch))
+        course.recent.append((loss, tokens))
+        finite = all(bool(factor.isfinite().all()) for factor in self.factors.values())
+        return None if finite else f"after step {course.step} its factors are not finite"
+
+    def _measure(self) -> str | None:
+        """Measures the losses, keeps the factors if they are the best so far, and ends training after the last step or
+        without patience. Returns why training diverged; None: it did not.
+        """
+        course, rows = self.course, self._task.held_out
+        held_out = None
+        if rows:
+            held_out = summed(self._base, self._layers, rows) / sum(row.completion for row in rows)
+            wrong = self._wrong(held_out)
+            if wrong is not None:
+                return f"after step {course.step}, on held-out rows, {wrong}"
+        train = sum(loss * tokens for loss, tokens in course.recent) / sum(tokens for _, tokens in course.recent)
+        now = Measurement(course.step, train, held_out)
+        best = next((one for one in course.measured if one.step == course.best), None)
+        course.measured.append(now)
         course.recent.clear()
-        best = next((one for one in course.measured[:-1] if one.step == course.best), None)
-        if best is None or course.measured[-1].better(best):
-            course.best, self._best = course.step, self.factors.copy()
-        since = sum(one.step > (course.best or 0) for one in course.measured)
-        if course.step >= self.steps:
+        if best is None or now.better(best):
+            self._keep()
+        patience = self._task.recipe.patience
+        if course.step >= self._task.steps:
             course.status = DONE
-        elif self.recipe.patience is not None and self.held_out and since >= self.recipe.patience:
+        elif (
+            patience is not None and rows and sum(one.step > (course.best or 0) for one in course.measured) >= patience
+        ):
             course.status = EARLY
+        return None
 
-    def diverge(self, reason: str) -> None:
-        """Ends training and keeps the best factors so far."""
-        self.course.status, self.course.reason = DIVERGED, reason
+    def _keep(self) -> None:
+        """Keeps the present factors as the best ones."""
+        from peft import get_peft_model_state_dict
 
-    @property
-    def best(self) -> dict[str, Tensor] | None:
-        """The best factors, as `Factors.copy`; None if none are kept, or after `release`."""
-        return self._best or None
+        found = get_peft_model_state_dict(self._peft, save_embedding_layers=False)
+        self.best = {name: tensor.detach().clone() for name, tensor in found.items()}
+        self.course.best = self.course.step
 
-    def release(self) -> None:
-        """Frees all memory except the progress, once training has ended and the adapter is written."""
-        self._best = {}
-        self._optimizer.state.clear()
-        for parameter in self.factors.parameters:
-            parameter.data, parameter.grad = parameter.data.new_empty(0), None
-
-    # -- keeping ----------------------------------------------------------------------------------------------------
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Factors, best factors and moments of the optimiser, on the host; empty after the end of training."""
-        if not self.running:
-            return {}
-        kept: dict[str, Tensor] = {f"now.{key}": tensor for key, tensor in self.factors.named()}
-        kept |= {f"best.{key}": tensor for key, tensor in self._best.items()}
-        for number, parameter in enumerate(self.factors.parameters):
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                kept[f"adam.{number}.{key}"] = value
-        return {key: tensor.detach().to("cpu", copy=True) for key, tensor in kept.items()}
-
-    def load(self, course: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Restores the state of a checkpoint."""
-        self.course = Course.of(course)
-        if not self.running:  # its adapter was written before the checkpoint
-            self.release()
-            return
-        self.factors.load(_below("now.", tensors))
-        self._best = {key: tensor.to(self._device_of(key)) for key, tensor in _below("best.", tensors).items()}
-        state: dict[Tensor, dict[str, Tensor]] = {}
-        for number, parameter in enumerate(self.factors.parameters):
-            found = _below(f"adam.{number}.", tensors)
-            if found:
-                state[parameter] = {key: value.to(parameter.device) for key, value in found.items()}
-        self._optimizer.state.update(state)
-
-    def _device_of(self, key: str) -> torch.device:
-        side, _, path = key.partition(".")
-        return (self.factors.A if side == "A" else self.factors.B)[path].device
+    def _wrong(self, loss: float) -> str | None:
+        """Why a mean loss ends training, in words; None if it does not."""
+        if not math.isfinite(loss):
+            return f"its loss is {loss}"
+        guessing, first = math.log(self._base.vocabulary), self.course.first
+        if first is not None and loss > max(_EXPLODED * guessing, _WORSE * first):
+            return f"its loss is {loss:.1f}; it began at {first:.1f}, and guessing among all words has {guessing:.1f}"
+        return None
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+def transposed(model: nn.Module) -> bool:
+    """Whether linear modules of a model store their weights transposed (Conv1D, as in GPT-2)."""
+    return any(type(module).__name__ == "Conv1D" for module in model.modules())
+
+
+def _initialise(factors: Mapping[str, nn.Parameter], seed: str) -> None:
+    """Draws all A as PEFT does, from a seed of their own: adapters of the same seed and other names begin elsewhere."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
+    with torch.no_grad():
+        for name, factor in factors.items():
+            if ".lora_A." in name:
+                drawn = torch.empty(factor.shape)
+                factor.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
 
 
 def _schedule(recipe: Recipe, steps: int, optimizer: torch.optim.Optimizer) -> Any:

@@ -3,14 +3,11 @@
 POOL/<task>/adapter_config.json, adapter_model.safetensors     in PEFT's format
 POOL/<task>/training.json     recipe, digests of rows and base model, losses: what the adapter was made from
 POOL/pool.json                the records of all adapters, and versions
-POOL/.training/<group>/       checkpoints of unfinished groups
 """
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,12 +18,10 @@ from torch import Tensor
 
 from logo.adapters.activation import Activation
 from logo.adapters.config import Refusal, read_config
-from logo.adapters.examples import examples_sha256, write_examples
-from logo.adapters.files import CONFIG, EXAMPLES, NOTES, RECORD, RESPONSES, SAFETENSORS
-from logo.adapters.format import LoraWeights
+from logo.adapters.examples import examples_text
+from logo.adapters.files import CONFIG, EXAMPLES, NOTES, RECORD, SAFETENSORS
 from logo.adapters.notes import ADAPTERS, BEFORE, CHANGES, noted, read_notes
 from logo.adapters.weights import file_sha256
-from logo.adapters.writing import plain_tensors
 from logo.errors import StorageError, UsageError
 from logo.folders import replace_file, replace_folder
 from logo.training.learner import DIVERGED, Course
@@ -34,57 +29,38 @@ from logo.training.learner import DIVERGED, Course
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-UNFINISHED = ".training"
 WRITTEN = "examples_sha256"  # in an adapter's record: the digest of the example prompts that training wrote beside it
 TOKENS = "invocation_tokens"  # in an adapter's record: the tokens from which on it acts
 
 
-def write_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfig, record: Mapping[str, Any]) -> None:
-    """Writes an adapter, completely or not at all. Example prompts that an earlier training wrote are removed.
+def write_adapter(
+    folder: Path,
+    factors: Mapping[str, Tensor],
+    config: LoraConfig,
+    record: Mapping[str, Any],
+    examples: Sequence[str],
+) -> None:
+    """Writes an adapter, completely or not at all.
 
     Args:
-        factors: `A.path` (r, d_in) and `B.path` (r, d_out).
+        factors: by PEFT's names.
         config: the PEFT configuration.
         record: the record of what it was made from.
+        examples: example prompts. They replace those of an earlier training, but not those that a user gave.
 
     Raises:
         StorageError: it cannot be written.
     """
-    paths = [key.removeprefix("A.") for key in factors if key.startswith("A.")]
-    # The configuration holds the scale.
-    weights = {path: LoraWeights(factors[f"A.{path}"], factors[f"B.{path}"].T, 1.0) for path in paths}
-    tensors = {key: tensor.contiguous().cpu() for key, tensor in plain_tensors(weights).items()}
-    replace_folder(
-        folder,
-        {
-            CONFIG: _written(config),
-            SAFETENSORS: save(tensors, {"format": "pt"}),
-            RECORD: json.dumps(record, indent=2) + "\n",
-        },
-        owned=(RESPONSES, EXAMPLES) if _wrote_examples(folder) else (RESPONSES,),
-        option="--out",
-    )
-
-
-def _wrote_examples(folder: Path) -> bool:
-    """Whether the example prompts in the folder of an adapter are those that its training wrote, not a user's own."""
-    record = record_of(folder)
-    if record is None or not (folder / EXAMPLES).is_file():
-        return False
-    # Records of earlier versions do not say it; there, training always wrote them.
-    return WRITTEN not in record or file_sha256(folder / EXAMPLES) == record[WRITTEN]
-
-
-def leave_examples(folder: Path, prompts: Sequence[str]) -> None:
-    """Writes example prompts beside an adapter, and notes in its record that training wrote them.
-
-    Raises:
-        StorageError: they cannot be written.
-    """
-    write_examples(folder, prompts)
-    record, digest = record_of(folder), examples_sha256(prompts)
-    if record is not None and record.get(WRITTEN) != digest:
-        replace_file(folder / RECORD, (json.dumps({**record, WRITTEN: digest}, indent=2) + "\n").encode())
+    files: dict[str, str | bytes] = {
+        CONFIG: _written(config),
+        SAFETENSORS: save({name: tensor.contiguous().cpu() for name, tensor in factors.items()}, {"format": "pt"}),
+        RECORD: json.dumps(record, indent=2) + "\n",
+    }
+    own = folder / EXAMPLES
+    replaced = not own.is_file() or file_sha256(own) == (record_of(folder) or {}).get(WRITTEN)
+    if replaced and examples:
+        files[EXAMPLES] = examples_text(examples)
+    replace_folder(folder, files, owned=(EXAMPLES,) if replaced else (), option="--out")
 
 
 def record_of(folder: Path) -> dict[str, Any] | None:
@@ -132,8 +108,8 @@ def write_pool(root: Path, facts: Mapping[str, Any], names: Mapping[str, str]) -
     Raises:
         StorageError: it cannot be written.
     """
-    records = {path.parent.relative_to(root).as_posix(): record_of(path.parent) for path in _records(root)}
-    adapters = {name: record for name, record in sorted(records.items()) if record is not None}
+    adapters = {path.relative_to(root).as_posix(): record_of(path) for path in _folders(root)}
+    adapters = {name: record for name, record in adapters.items() if record is not None}
     kept = {key: value for key, value in read_notes(root).items() if key in (CHANGES, BEFORE)}
     whole = {**facts, ADAPTERS: adapters, "failed": dict(names), **kept}
     replace_file(root / NOTES, (json.dumps(whole, indent=2) + "\n").encode())
@@ -145,64 +121,45 @@ def diverged(record: Mapping[str, Any]) -> str | None:
     return str(course.get("reason")) if course.get("status") == DIVERGED else None
 
 
-def check_base(root: Path, base: Mapping[str, Any]) -> None:
-    """Raises UsageError where the folder holds an adapter that was made here for another base model.
+def check_pool(root: Path, base: Mapping[str, Any], activation: Activation | None) -> None:
+    """Raises UsageError where the folder holds an adapter that was trained on another base model, or that acts on other
+    tokens: a pool has one activation.
 
     Args:
         base: digests of the base model, see `logo.training.trainer.Trainer.facts`.
+        activation: of the tasks to train; None: there are none.
     """
-    for path in _records(root):
-        found = (record_of(path.parent) or {}).get("base")
-        if isinstance(found, dict) and found.get("weights") != base.get("weights"):
-            raise UsageError(
-                f"{path.parent}: was trained on another base model, or in another dtype; name another --out"
-            )
-
-
-def check_activation(root: Path, activation: Activation) -> None:
-    """Raises UsageError where the folder holds an adapter that acts on other tokens: a pool has one activation."""
-    for config in _files(root, CONFIG):
-        found = _activation(config.parent, root)
-        if found is not None and found != activation:
+    for folder in _folders(root):
+        record = record_of(folder)
+        if record is not None and record["base"]["weights"] != base["weights"]:
+            raise UsageError(f"{folder}: was trained on another base model, or in another dtype; name another --out")
+        found = _activation(folder, root, record)
+        if found is not None and activation is not None and found != activation:
             was, now = (_named(one) for one in (found, activation))
-            raise UsageError(f"{config.parent}: has activation {was}, and {now} is asked for; name another --out")
+            raise UsageError(f"{folder}: has activation {was}, and {now} is asked for; name another --out")
 
 
-def _activation(folder: Path, root: Path) -> Activation | None:
+def _activation(folder: Path, root: Path, record: Mapping[str, Any] | None) -> Activation | None:
     """Where the adapter in a folder acts; None if it cannot be used."""
-    record = record_of(folder)
-    if record is None:
-        try:
-            return noted(folder, root, Activation(read_config(folder).invocation))
-        except Refusal:
-            return None
-    if record.get(TOKENS):
-        return Activation(tuple(record[TOKENS]))
-    return Activation.parse(record.get("recipe", {}).get("activation", "everywhere"))
+    if record is not None:
+        return Activation(tuple(record[TOKENS])) if record[TOKENS] else Activation.parse(record["recipe"]["activation"])
+    try:
+        return noted(folder, root, Activation(read_config(folder).invocation))
+    except Refusal:
+        return None
 
 
 def _named(activation: Activation) -> str:
     return f"invocation (tokens {list(activation.tokens)})" if activation.tokens else str(activation)
 
 
-def _records(root: Path) -> list[Path]:
-    return _files(root, RECORD)
-
-
-def _files(root: Path, name: str) -> list[Path]:
-    found = []
-    for folder, folders, files in os.walk(root):  # ignores folders that other processes remove
-        folders[:] = sorted(below for below in folders if not below.startswith("."))
-        if name in files:
-            found.append(Path(folder) / name)
-    return found
+def _folders(root: Path) -> list[Path]:
+    """The folders with adapters."""
+    found = (path.parent for path in sorted(root.rglob(CONFIG)))
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
 
 
 def _written(config: LoraConfig) -> str:
     """A configuration as PEFT writes it, with its sets in one order in every process."""
-    with tempfile.TemporaryDirectory() as scratch:
-        config.save_pretrained(scratch)
-        values = json.loads((Path(scratch) / CONFIG).read_text(encoding="utf-8"))
-    if isinstance(values["target_modules"], list):
-        values["target_modules"].sort()
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     return json.dumps(values, indent=2, sort_keys=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 Schedule = Literal["cosine", "linear", "constant"]
+SCHEDULES = typing.get_args(Schedule)
 ALL_LINEAR = "all-linear"
 
 # A task with fewer rows has none held out: they would be too few to measure on, and it needs them for training.
@@ -72,29 +74,20 @@ class Recipe:
     invocation: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("r", "batch_size", "evaluations"):
-            _check(name, getattr(self, name), 1)
-        _check("max_length", self.max_length, 2)
-        for name in ("steps", "patience"):
-            if getattr(self, name) is not None:
-                _check(name, getattr(self, name), 1)
-        for name in ("alpha", "lr", "epochs", "clip"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise UsageError(f"{name}: expected a number above 0, found {value}")
-        for name in ("warmup", "held_out"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{name}: expected a share from 0 to below 1, found {getattr(self, name)}")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise UsageError(f"weight_decay: expected 0 or more, found {self.weight_decay}")
-        if self.schedule not in typing.get_args(Schedule):
-            known = ", ".join(typing.get_args(Schedule))
-            raise UsageError(f"schedule: expected one of {known}, found {self.schedule!r}")
-        if not self.targets or any(not name for name in self.targets):
-            raise UsageError(f"targets: expected names of modules or {ALL_LINEAR}, found {list(self.targets)}")
-        self._check_activation()
-
-    def _check_activation(self) -> None:
+        at_least_1 = ("r", "batch_size", "evaluations", "steps", "patience")
+        for names, expected, right in (
+            (at_least_1, "1 or more", lambda value: value is None or value >= 1),
+            (("max_length",), "2 or more", lambda value: value >= 2),
+            (("alpha", "lr", "epochs", "clip"), "a number above 0", lambda value: 0 < value < math.inf),
+            (("weight_decay",), "0 or more", lambda value: 0 <= value < math.inf),
+            (("warmup", "held_out"), "a share from 0 to below 1", lambda value: 0 <= value < 1),
+            (("schedule",), f"one of {', '.join(SCHEDULES)}", lambda value: value in SCHEDULES),
+            (("targets",), f"names of modules or {ALL_LINEAR}", lambda value: value and all(value)),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if not right(value):
+                    raise UsageError(f"{name}: expected {expected}, found {value!r}")
         if self.activation == INVOCATION and not self.invocation:
             raise UsageError(
                 f"activation invocation: give the text from which adapters act (invocation), or use {ACTIVATED}"
@@ -107,42 +100,22 @@ class Recipe:
         if self.activation not in (INVOCATION, ACTIVATED):
             Activation.parse(self.activation)
 
-    def lora(
-        self,
-        base_model: str | None = None,
-        targets: Sequence[str] | None = None,
-        transposed: bool = False,
-        invocation: Sequence[int] = (),
-    ) -> LoraConfig:
+    def lora(self, transposed: bool = False) -> LoraConfig:
         """The PEFT configuration of the adapter.
 
         Args:
-            targets: the names that PEFT has found for those of the recipe.
             transposed: the modules store their weights transposed (Conv1D, as in GPT-2).
-            invocation: tokens from which the adapter acts; empty: it has none.
         """
         from peft import LoraConfig
 
-        if targets is None:
-            targets = ALL_LINEAR if self.targets == (ALL_LINEAR,) else self.targets
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # PEFT takes fractions, too
             use_rslora=self.rslora,
-            target_modules=targets if isinstance(targets, str) else list(targets),
+            target_modules=ALL_LINEAR if self.targets == (ALL_LINEAR,) else list(self.targets),
             fan_in_fan_out=transposed,
-            lora_dropout=0.0,
-            bias="none",
             task_type="CAUSAL_LM",
-            base_model_name_or_path=base_model,
-            inference_mode=True,
-            alora_invocation_tokens=list(invocation) or None,
         )
-
-    @property
-    def scaling(self) -> float:
-        """The scale `s` of the update `s B A`."""
-        return self.alpha / math.sqrt(self.r) if self.rslora else self.alpha / self.r
 
     def length(self, rows: int) -> int:
         """Number of optimiser steps for this number of rows."""
@@ -155,13 +128,8 @@ class Recipe:
         return min(MOST_HELD_OUT, max(1, round(self.held_out * rows)))
 
     def as_dict(self) -> dict[str, Any]:
-        """The recipe for JSON. `activation` and `invocation` are left out if they have their defaults, since digests of
-        plain adapters were made without them."""
-        said = {**asdict(self), "targets": list(self.targets)}
-        return {name: value for name, value in said.items() if name not in _ACTING or value != _ACTING[name]}
-
-
-_ACTING = {"activation": EVERYWHERE, "invocation": ""}
+        """The recipe for JSON."""
+        return {**asdict(self), "targets": list(self.targets)}
 
 
 @dataclass(frozen=True)
@@ -282,22 +250,11 @@ def _value(name: str, value: Any, hint: Any, where: str) -> Any:
         if not isinstance(names, (list, tuple)) or not all(isinstance(one, str) for one in names):
             raise UsageError(f"{where}: targets: expected names of modules, found {value!r:.60}")
         return tuple(names)
-    options = typing.get_args(hint) if typing.get_origin(hint) is not Literal else (str,)
-    kinds = options or (hint,)
-    if value is None and type(None) in kinds:
-        return None
-    if isinstance(value, str) and float in kinds:  # YAML 1.1 reads 2e-3 as a text
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    right = isinstance(value, bool) if bool in kinds else not isinstance(value, bool)
-    if right and (isinstance(value, kinds) or (float in kinds and isinstance(value, int))):
-        return float(value) if float in kinds else value
+    kinds = (str,) if typing.get_origin(hint) is Literal else typing.get_args(hint) or (hint,)
+    if float in kinds and type(value) in (int, str):  # YAML 1.1 reads 2e-3 as a text
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if type(value) in kinds:  # a bool is not an int
+        return value
     expected = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
     raise UsageError(f"{where}: {name}: expected {expected}, found {value!r:.60}")
-
-
-def _check(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise UsageError(f"{name}: expected {least} or more, found {value}")

@@ -78,14 +78,13 @@ class Found:
     names: tuple[str, ...]
 
 
-def find_tasks(source: str, *, only: str = "", columns: Sequence[str] = USUAL_COLUMNS, split: str = "train") -> Found:
+def find_tasks(source: str, *, only: str = "", columns: Sequence[str] = USUAL_COLUMNS) -> Found:
     """The tasks of a folder or of a data set on the Hub, by name.
 
     Args:
         source: a folder, with files at any depth, or `org/name` of a data set whose configurations are tasks.
         only: names or patterns of tasks, separated by commas; empty: all.
         columns: those of the prompt and of the completion in CSV and Parquet files and on the Hub.
-        split: of a data set on the Hub.
 
     Raises:
         DataError: no such folder, or no task in it.
@@ -96,7 +95,7 @@ def find_tasks(source: str, *, only: str = "", columns: Sequence[str] = USUAL_CO
         raise UsageError(f"columns: expected two names, of the prompt and of the completion, found {list(columns)}")
     root = Path(source)
     if not root.exists() and is_hub_id(source):
-        return _from_hub(source, only, columns, split)
+        return _from_hub(source, only, columns)
     if not root.is_dir():
         found = "a file" if root.exists() else "nothing"
         raise DataError(f"tasks folder {source!r}: expected a folder with TASK.jsonl files, found {found}")
@@ -177,7 +176,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     yield from enumerate(table, start=1)
 
 
-def _from_hub(source: str, only: str, columns: Sequence[str], split: str) -> Found:
+def _from_hub(source: str, only: str, columns: Sequence[str]) -> Found:
     datasets = _datasets()
     try:
         names = datasets.get_dataset_config_names(source)
@@ -187,10 +186,10 @@ def _from_hub(source: str, only: str, columns: Sequence[str], split: str) -> Fou
     for name in sorted(_chosen(Counter(names), only)):
         where = f"{source}/{name}"
         try:
-            table = datasets.load_dataset(source, name, split=split)
+            table = datasets.load_dataset(source, name, split="train")
             pairs = tuple(_pair(row, f"{where}:{number}", columns) for number, row in enumerate(table, start=1))
             if not pairs:
-                raise DataError(f"{where}: expected one row or more in split {split!r}, found none")
+                raise DataError(f"{where}: expected one row or more in the split 'train', found none")
             tasks.append(Task(name, where, pairs))
         except DataError as error:
             refused[name] = str(error)
