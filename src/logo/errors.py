@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import heapq
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+# Of names for which `closest` looks for one that is alike: the most characters, and the most that are compared.
+_LONGEST_COMPARED, _MOST_COMPARED = 200, 100
 
 
 class LoGoError(Exception):
@@ -135,9 +139,17 @@ def requested(request: str, names: Collection[str], unknown: Callable[[str], LoG
 
 
 def closest(name: object, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for a name that resembles a known one in whatever case, else an empty text."""
-    if not isinstance(name, str):
+    """` (did you mean 'x'?)` for a name that resembles a known one in whatever case, else an empty text.
+
+    Servers call it for whatever a client sends, so the work is bounded: nothing resembles a very long name, and of many
+    known names only some that begin with the same character, those of the nearest lengths, are compared.
+    """
+    if not isinstance(name, str) or len(name) > _LONGEST_COMPARED:
         return ""
-    lowered = {other.lower(): other for other in known}
-    matches = difflib.get_close_matches(name.lower(), list(lowered), n=1)
+    lowered, wanted = {other.lower(): other for other in known}, name.lower()
+    compared = list(lowered)
+    if len(compared) > _MOST_COMPARED:
+        alike = (other for other in compared if other[:1] == wanted[:1])
+        compared = heapq.nsmallest(_MOST_COMPARED, alike, key=lambda other: abs(len(other) - len(wanted)))
+    matches = difflib.get_close_matches(wanted, compared, n=1)
     return f" (did you mean {lowered[matches[0]]!r}?)" if matches else ""

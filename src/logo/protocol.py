@@ -70,15 +70,12 @@ class Sampling:
         temperature: 0 is greedy.
         top_p: the share of the probability mass that is sampled from.
         seed: of this answer's draws; None: random.
-        logprobs: how many alternatives are reported beside each token's own log probability; None: no log
-            probabilities.
     """
 
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
-    logprobs: int | None = None
 
     @property
     def greedy(self) -> bool:
@@ -87,32 +84,15 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class TokenLogprob:
-    """The log probability of one token, before temperature and top-p.
-
-    Attributes:
-        token: its id.
-        logprob: natural logarithm of its probability.
-        top: the most likely tokens with their log probabilities, best first.
-    """
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
 class Delta:
     """The tokens that one or more steps have added to an answer.
 
     Attributes:
         tokens: new token ids.
-        logprobs: one for each token, if requested.
         finish_reason: None until the answer ends.
     """
 
     tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None
 
 
@@ -203,7 +183,6 @@ class Engine(Protocol):
         context: the most tokens of a prompt and its answer.
         k, signal, probe_text: defaults of the selection.
         unsure_below: the confidence below which a selection counts as unsure.
-        scores_all: whether a selection has the scores of all adapters that may be selected, not of the best only.
         signals: the signals that requests may use, the engine's own first.
         adapters: the adapters that requests may use now, by name.
         cards: the card of each adapter.
@@ -233,8 +212,6 @@ class Engine(Protocol):
     def probe_text(self) -> ProbeText | None: ...
     @property
     def unsure_below(self) -> float: ...
-    @property
-    def scores_all(self) -> bool: ...
 
     @property
     def alive(self) -> bool:

@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, TypeVar
 
 from logo.api.errors import ApiError, bad_request, timed_out
@@ -29,12 +28,10 @@ from logo.protocol import (
     Patterns,
     Sampling,
     SelectedMixture,
-    TokenLogprob,
 )
 from logo.selection import Selection
 from logo.serving import logged
 from logo.serving.metrics import Metrics
-from logo.serving.spelling import Spelling
 from logo.serving.text import Text
 
 _T = TypeVar("_T")
@@ -72,14 +69,12 @@ class AnswerChunk:
         index: of the answer; those of the first prompt come first.
         text: new whole characters.
         tokens: new token ids, whose text may follow later.
-        logprobs: one for each token, if requested.
         finish_reason: None until the answer ends.
     """
 
     index: int
     text: str
     tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None
 
 
@@ -107,11 +102,6 @@ class Answers:
     def tokenizer(self) -> Any:
         """The base model's."""
         return self.service.tokenizer
-
-    @cached_property
-    def spelling(self) -> Spelling:
-        """Of the base model's tokens."""
-        return Spelling(self.tokenizer)
 
     # -- reading requests -----------------------------------------------------------------------------------------
 
@@ -207,14 +197,13 @@ class Answers:
         except asyncio.CancelledError:
             self.metrics.failed("left", n * len(prompts))
             raise
-        own = wanted.options.get("signal") in (None, self.service.signal)
         entries, chosen = [], []
         for prompt, one in zip(prompts, found, strict=True):
             if isinstance(one, Unsure):
-                self.metrics.refused(one, own)
+                self.metrics.confidence.observe(one.confidence)
                 entries.append(self._entry(Selection((), (), dict(one.scores), one.confidence), prompt))
             elif not isinstance(one, BaseException):
-                self.metrics.chosen(one, own)
+                self.metrics.chosen(one)
                 entries.append(self._entry(one.selection, prompt))
                 chosen.append(one)
         state.selections = entries or None
@@ -284,7 +273,7 @@ class Answers:
                 if reason is not None:
                     unended.discard(index)
                     self._ended(reason, count, request.began)
-                yield AnswerChunk(index, shown, delta.tokens[:new], delta.logprobs[:new], reason)
+                yield AnswerChunk(index, shown, delta.tokens[:new], reason)
                 if reason is not None:
                     return
 

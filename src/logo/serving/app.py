@@ -14,7 +14,6 @@ from logo import __version__
 from logo.protocol import Engine
 from logo.serving import changes, error_handlers, front, routes
 from logo.serving.answers import Answers
-from logo.serving.logged import tell_pool
 from logo.serving.metrics import Metrics
 from logo.serving.openai import now
 
@@ -53,7 +52,6 @@ def create_app(service: Engine, settings: AppSettings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
-        tell_pool(service.adapters)
         try:
             yield
         finally:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from logo.api.fields import Body, Choices, Count, Flag, Logprobs, Number, Prompt, Seed, Stop, Text, refused
+from logo.api.fields import Body, Choices, Count, Flag, Number, Prompt, Seed, Stop, Text, refused
 from logo.api.requests import Messages, ModelRequest, TemplateVariables
 
 # Field -> whether its value has no effect, so that it is accepted.
@@ -30,10 +30,13 @@ UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "function_call": lambda v: v in ("none", "auto"),
     "modalities": lambda v: v == ["text"],
     "audio": lambda v: False,
+    "logprobs": lambda v: v is False,
+    "top_logprobs": lambda v: False,
     "web_search_options": lambda v: False,
     "reasoning_effort": lambda v: False,
     "verbosity": lambda v: v == "medium",
     # vLLM's
+    "prompt_logprobs": lambda v: False,
     "top_k": lambda v: _is(v, 0) or _is(v, -1),
     "min_p": lambda v: _is(v, 0),
     "min_tokens": lambda v: _is(v, 0),
@@ -44,7 +47,6 @@ UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "stop_token_ids": lambda v: v == [],
     "bad_words": lambda v: v == [],
     "allowed_token_ids": lambda v: False,
-    "prompt_logprobs": lambda v: False,
     "truncate_prompt_tokens": lambda v: False,
     "structured_outputs": lambda v: False,
     "guided_json": lambda v: False,
@@ -60,6 +62,9 @@ UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "documents": lambda v: v == [],
     "lora_request": lambda v: False,
 }
+
+LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
+"""Unsupported fields that vLLM's server knows, which the refusal names."""
 
 
 def _is(value: Any, number: int) -> bool:
@@ -91,8 +96,9 @@ class _Generation(ModelRequest):
     def _nothing_unsupported(self) -> _Generation:
         known = {**UNSUPPORTED, "add_special_tokens": self._adds_as_usual}
         for name, value in (self.model_extra or {}).items():
-            if value is not None and name in known and not known[name](value):
-                raise refused("not supported by this server; leave it out", name)
+            if name in known and not known[name](value):
+                way = "use --engine vllm, or leave it out" if name in LOGPROBS else "leave it out"
+                raise refused(f"not supported by this server; {way}", name)
         return self
 
     def _adds_as_usual(self, value: Any) -> bool:
@@ -120,9 +126,6 @@ class CompletionRequest(_Generation):
         description="A text, several, the token ids of one, or of several.", examples=["What is 7 plus 5?"]
     )
     max_tokens: Count | None = Field(None, description="Default: 16, or as many as the context has room for.")
-    logprobs: Logprobs | None = Field(
-        None, description="Log-probabilities of the tokens and of so many others at every place."
-    )
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -146,13 +149,9 @@ class ChatRequest(_Generation):
     max_completion_tokens: Count | None = Field(
         None, description="Default: 256, or as many as the context has room for."
     )
-    logprobs: Flag = False
-    top_logprobs: Logprobs | None = Field(None, description="Needs 'logprobs'.")
 
     @model_validator(mode="after")
     def _one_meaning(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise refused("expected 'logprobs': true beside it, found false", "top_logprobs")
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:
             raise refused("expected this or 'max_completion_tokens', found both and different", "max_tokens")

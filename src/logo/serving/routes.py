@@ -60,13 +60,11 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 async def completions(body: bodies.CompletionRequest, request: Request) -> Response:
     """Continues prompts, each with the mixture of adapters it selects."""
     answers = _answers(request)
-    options = Options(body.model, body.return_token_ids, body.logprobs is not None, body.include_usage)
     return await _generate(
         body,
         request,
-        CompletionRendering(options, answers.spelling),
+        CompletionRendering(Options(body.model, body.return_token_ids, body.include_usage)),
         (body.max_tokens, "max_tokens" if body.max_tokens else "prompt", _COMPLETION),
-        body.logprobs,
         lambda: answers.encoded(body.prompts),
         len(body.prompts),
     )
@@ -76,7 +74,6 @@ async def completions(body: bodies.CompletionRequest, request: Request) -> Respo
 async def chat_completions(body: bodies.ChatRequest, request: Request) -> Response:
     """Answers a conversation with the mixture of adapters it selects."""
     answers = _answers(request)
-    options = Options(body.model, body.return_token_ids, body.logprobs, body.include_usage)
     blamed = next((name for name in ("max_tokens", "max_completion_tokens") if getattr(body, name)), "messages")
 
     async def encoded() -> list[Prompt]:
@@ -85,9 +82,8 @@ async def chat_completions(body: bodies.ChatRequest, request: Request) -> Respon
     return await _generate(
         body,
         request,
-        ChatRendering(options, answers.spelling),
+        ChatRendering(Options(body.model, body.return_token_ids, body.include_usage)),
         (body.max_new_tokens, blamed, MAX_NEW_TOKENS),
-        (body.top_logprobs or 0) if body.logprobs else None,
         encoded,
         1,
     )
@@ -98,7 +94,6 @@ async def _generate(
     request: Request,
     rendering: Rendering,
     limit: tuple[int | None, str, int],
-    logprobs: int | None,
     encoded: Callable[[], Awaitable[list[Prompt]]],
     count: int,
 ) -> Response:
@@ -116,7 +111,7 @@ async def _generate(
         stack.enter_context(_admitted(answers, count * body.n))
         prompts = await encoded()
         request.state.prompt_tokens = sum(map(len, prompts))
-        sampling = Sampling(answers.room(prompts, *limit), body.temperature, body.top_p, body.seed, logprobs)
+        sampling = Sampling(answers.room(prompts, *limit), body.temperature, body.top_p, body.seed)
         chosen = await unless_left(request, answers.choose(prompts, wanted, began, request.state, body.n))
         for one in chosen:
             stack.callback(one.release)

@@ -75,8 +75,6 @@ class Service:
                 f"probe_context {logo.settings.probe_context!r}: a server probes prompts together and in any order; "
                 "use 'base'"
             )
-        if not logo.merge.exact:
-            raise UsageError(f"merge {logo.merge.kind!r}: a server mixes adapters exactly; leave it out")
         self.logo = logo
         self.memory = memory
         self.max_queue = max_queue
@@ -192,11 +190,6 @@ class Service:
         return self.logo.settings.unsure_below
 
     @property
-    def scores_all(self) -> bool:
-        """Whether a selection has the scores of all adapters that may be selected."""
-        return self.logo.settings.index == "exact"
-
-    @property
     def probe_text(self) -> ProbeText | None:
         """What is probed of a conversation."""
         return self.logo.settings.probe_text
@@ -237,9 +230,12 @@ class Service:
         """The mixture for a prompt.
 
         Raises:
-            LoGoError: an adapter or signal that does not exist, a weight or k that cannot be used.
+            LoGoError: an adapter or signal that does not exist, a weight or k that cannot be used, an adapter that
+                cannot be read, no room for it.
         """
-        return await self._line.join(prompt, wanted)
+        chosen = await self._line.join(prompt, wanted)
+        await chosen.loaded()  # here, so that nobody else waits for adapters that are not loaded yet
+        return chosen
 
     def generate(
         self, ids: Sequence[int], chosen: HeldMixture, sampling: Sampling, deadline: float | None = None
@@ -351,7 +347,7 @@ class Service:
         Raises:
             LoGoError: the adapter cannot be used, or the pool has one of that name.
         """
-        adapter = await self._in_thread(self._change, Change(name, folder, replace))
+        adapter = await self._in_thread(self.pool.change, Change(name, folder, replace))
         assert adapter is not None
         return adapter
 
@@ -361,12 +357,7 @@ class Service:
         Raises:
             LoGoError: there is none of that name, or it is the last one.
         """
-        await self._in_thread(self._change, Change(name))
-
-    def _change(self, change: Change) -> Adapter | None:
-        staged = self.pool.staged(change)
-        self.pool.take(staged)
-        return staged.adapter
+        await self._in_thread(self.pool.change, Change(name))
 
     async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
         """Runs a call in the thread that selects, so that no prompt is scored meanwhile."""
