@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
@@ -44,7 +47,7 @@ class HeldMixture:
             for ready in (resident.ready for resident in waited if not resident.ready.done()):
                 arrived = asyncio.Event()
                 # Not `wrap_future`, which passes a cancellation of this request on to all that wait for the adapter.
-                ready.add_done_callback(lambda _, seen=arrived: loop.call_soon_threadsafe(seen.set))
+                ready.add_done_callback(partial(_tell, loop, arrived))
                 await arrived.wait()
             for error in (resident.ready.exception() for resident in waited):
                 if error is not None:
@@ -52,6 +55,11 @@ class HeldMixture:
         except BaseException:
             self.release()
             raise
+
+
+def _tell(loop: asyncio.AbstractEventLoop, arrived: asyncio.Event, ready: Future[None]) -> None:
+    with suppress(RuntimeError):  # the loop has ended, and nobody waits
+        loop.call_soon_threadsafe(arrived.set)
 
 
 def mixed(store: AdapterStore, pool: AdapterPool, selection: Selection, prompt: Sequence[int]) -> tuple[Mixture, int]:

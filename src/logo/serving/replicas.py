@@ -111,9 +111,7 @@ class Replica:
         tasks = await self._client.get_supported_tasks()
         app = build_app(args, tasks, self._client.model_config)
         await init_app_state(self._client, app.state, args, tasks)
-        app.state.server = (
-            SimpleNamespace()
-        )  # vLLM lets it exit when the engine dies, which `check_health` notices here
+        app.state.server = SimpleNamespace()  # told to exit when the engine dies, which `check_health` notices
         self._app = app
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
