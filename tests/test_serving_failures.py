@@ -69,7 +69,7 @@ def test_answers_of_a_request_that_fails_count_under_its_reason(error: Exception
                 async for delta in answered(*arguments):
                     yield delta
             else:
-                yield Delta((1,), (), None)
+                yield Delta((1,), None)
                 await asyncio.sleep(0.1 if number == 1 else PATIENCE)
                 raise error
 

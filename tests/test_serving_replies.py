@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 from logo.api.replies import Mixture
 from logo.serving.openai import (
@@ -11,21 +10,15 @@ from logo.serving.openai import (
     ChatCompletionChunk,
     Completion,
     CompletionChoice,
-    CompletionLogprobs,
     Delta,
-    TokenLogprob,
     Usage,
     event,
-    new_id,
 )
 
 
 def test_replies_have_openais_shape() -> None:
     mixture = Mixture(adapters=["a"], weights=[1.0], confidence=0.5, probe_ms=1.5, queue_ms=0.0)
-    logprobs = CompletionLogprobs(
-        tokens=["a"], token_logprobs=[-math.inf], top_logprobs=[{"a": -1e9, "b": -0.5}], text_offset=[0]
-    )
-    choice = CompletionChoice(index=0, text="a", logprobs=logprobs, finish_reason="stop")
+    choice = CompletionChoice(index=0, text="a", finish_reason="stop")
     reply = Completion(id="cmpl-1", created=1, model="logo", choices=[choice], usage=Usage.of(3, 4), logo=mixture)
     assert json.loads(reply.model_dump_json()) == {
         "id": "cmpl-1",
@@ -34,19 +27,7 @@ def test_replies_have_openais_shape() -> None:
         "model": "logo",
         "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
         "logo": {"adapters": ["a"], "weights": [1.0], "confidence": 0.5, "probe_ms": 1.5, "queue_ms": 0.0},
-        "choices": [
-            {
-                "index": 0,
-                "text": "a",
-                "logprobs": {
-                    "tokens": ["a"],
-                    "token_logprobs": [-9999.0],
-                    "top_logprobs": [{"a": -9999.0, "b": -0.5}],
-                    "text_offset": [0],
-                },
-                "finish_reason": "stop",
-            }
-        ],
+        "choices": [{"index": 0, "text": "a", "logprobs": None, "finish_reason": "stop"}],
     }
 
 
@@ -63,11 +44,3 @@ def test_chunks_leave_out_what_they_do_not_have() -> None:
         "model": "m",
         "choices": [{"index": 0, "delta": {"content": "é\u2028\n"}, "logprobs": None, "finish_reason": None}],
     }
-
-
-def test_logarithms_of_zero_are_numbers_in_chats_too() -> None:
-    assert TokenLogprob(token="x", logprob=-math.inf, bytes=[120]).logprob == -9999.0
-
-
-def test_ids_tell_what_they_name_and_never_repeat() -> None:
-    assert new_id("cmpl").startswith("cmpl-") and new_id("chatcmpl") != new_id("chatcmpl")

@@ -10,9 +10,11 @@ import difflib
 import fnmatch
 import heapq
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import islice
+from os.path import commonprefix
 
-# Of names for which `closest` looks for one that is alike: the most characters, and the most that are compared.
-_LONGEST_COMPARED, _MOST_COMPARED = 200, 100
+# For `closest`: the most characters of a name, the most known names that are looked at, and that are compared.
+_LONGEST_COMPARED, _MOST_READ, _MOST_COMPARED = 200, 20_000, 100
 
 
 class LoGoError(Exception):
@@ -142,14 +144,14 @@ def closest(name: object, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for a name that resembles a known one in whatever case, else an empty text.
 
     Servers call it for whatever a client sends, so the work is bounded: nothing resembles a very long name, and of many
-    known names only some that begin with the same character, those of the nearest lengths, are compared.
+    known names only those are compared that begin most like it.
     """
     if not isinstance(name, str) or len(name) > _LONGEST_COMPARED:
         return ""
-    lowered, wanted = {other.lower(): other for other in known}, name.lower()
+    lowered, wanted = {other.lower(): other for other in islice(known, _MOST_READ)}, name.lower()
     compared = list(lowered)
     if len(compared) > _MOST_COMPARED:
         alike = (other for other in compared if other[:1] == wanted[:1])
-        compared = heapq.nsmallest(_MOST_COMPARED, alike, key=lambda other: abs(len(other) - len(wanted)))
+        compared = heapq.nlargest(_MOST_COMPARED, alike, key=lambda other: len(commonprefix((other, wanted))))
     matches = difflib.get_close_matches(wanted, compared, n=1)
     return f" (did you mean {lowered[matches[0]]!r}?)" if matches else ""

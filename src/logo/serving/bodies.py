@@ -96,7 +96,7 @@ class _Generation(ModelRequest):
     def _nothing_unsupported(self) -> _Generation:
         known = {**UNSUPPORTED, "add_special_tokens": self._adds_as_usual}
         for name, value in (self.model_extra or {}).items():
-            if name in known and not known[name](value):
+            if value is not None and name in known and not known[name](value):
                 way = "use --engine vllm, or leave it out" if name in LOGPROBS else "leave it out"
                 raise refused(f"not supported by this server; {way}", name)
         return self
