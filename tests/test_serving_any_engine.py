@@ -179,22 +179,6 @@ def test_the_pool_and_the_figures_are_told(tmp_path: Path) -> None:
     asked(use, adapter_changes=tmp_path)
 
 
-def test_a_selection_may_name_its_model() -> None:
-    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
-        for body, adapters in (
-            ({}, ["a"]),
-            ({"model": "logo"}, ["a"]),
-            ({"model": "b"}, ["b"]),
-            ({"model": "base"}, []),
-        ):
-            found = await client.post("/v1/logo/select", json={"prompt": "x", **body})
-            assert found.json()["adapters"] == adapters
-        found = await client.post("/v1/logo/select", json={"prompt": "x", "model": "c"})
-        assert found.status_code == 404 and found.json()["error"]["code"] == "model_not_found"
-
-    asked(use)
-
-
 def test_without_a_limit_an_answer_has_as_many_tokens_as_are_left() -> None:
     """At most the usual number; a prompt that leaves no room is refused under its own name."""
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import threading
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,18 +160,6 @@ def test_a_seed_repeats_and_choices_differ(client: openai.OpenAI) -> None:
     assert len(set(first)) > 1
 
 
-def test_stop_texts_end_an_answer_before_them(client: openai.OpenAI, engine: LoGo) -> None:
-    full = engine.generate(PROMPTS[1], max_new_tokens=24).text
-    stop = full.strip()[2:4]
-    for stream in (False, True):
-        answer: Any = client.completions.create(
-            model="logo", prompt=PROMPTS[1], max_tokens=24, temperature=0, stop=[stop], stream=stream
-        )
-        parts = list(answer) if stream else [answer]
-        assert "".join(part.choices[0].text for part in parts) == full[: full.index(stop)]
-        assert parts[-1].choices[0].finish_reason == "stop"
-
-
 def test_models_selection_and_the_pool_are_told(client: openai.OpenAI, server: Served, engine: LoGo) -> None:
     names = [model.id for model in client.models.list()]
     assert names == ["logo", "demo", *engine.names]
@@ -244,13 +231,6 @@ def test_what_cannot_be_answered_says_why(
     assert "\n" not in error["message"]
 
 
-def test_unknown_fields_are_kept_and_a_missing_key_is_told(server: Served) -> None:
-    assert server.post("/v1/completions", {**COMPLETION, "some_field": {"a": 1}, "max_tokens": 1})["choices"]
-    error = refused(lambda: Served(server.url).post("/v1/completions", COMPLETION))
-    assert (error["status"], error["code"]) == (401, "invalid_api_key")
-    assert Served(server.url).text("/health") == "ok"
-
-
 # -- adapters under way --------------------------------------------------------------------------------------------
 
 
@@ -302,21 +282,6 @@ def test_what_cannot_be_added_changes_nothing(name: str, path: str, status: int,
     assert server.get("/v1/models") == before
 
 
-def test_an_adapter_whose_file_is_gone_is_an_error_of_the_server(changes: Path, server: Served) -> None:
-    shutil.copytree(changes / "good", changes / "gone")
-    server.text("/v1/load_lora_adapter", {"lora_name": "gone", "lora_path": "gone"})
-    shutil.rmtree(changes / "gone")
-    error = refused(lambda: server.post("/v1/completions", {**COMPLETION, "model": "gone"}))
-    assert (error["status"], error["code"]) == (500, "adapter_unusable")
-    assert error["message"].startswith("adapter 'gone': adapter_model.safetensors cannot be read")
-    assert server.post("/v1/completions", {**COMPLETION, "model": "antonym", "max_tokens": 1})["choices"]
-    pool = server.get("/v1/logo/adapters")
-    assert "gone" in {card["id"] for card in pool["data"]} and pool["signals"] == ["calibrated", "norm"]
-    server.text("/v1/load_lora_adapter", {"lora_name": "after", "lora_path": "other"})  # of no concern to others
-    for name in ("gone", "after"):
-        server.text("/v1/unload_lora_adapter", {"lora_name": name})
-
-
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[Served]:
     """A server with room for no adapter, and for two requests of which one waits."""
@@ -332,30 +297,6 @@ def test_adapters_that_do_not_fit_into_memory_are_told_with_what_helps(narrow: S
 
 
 # -- pressure ------------------------------------------------------------------------------------------------------
-
-
-def test_more_than_may_wait_are_turned_away_and_told_when_to_come_back(narrow: Served) -> None:
-    seen: list[tuple[int, str | None]] = []
-
-    def ask() -> None:
-        body = {"model": "demo", "prompt": "The", "max_tokens": 200, "temperature": 1.5, "n": 1}
-        try:
-            seen.append((200, None if narrow.post("/v1/completions", body) else ""))
-        except urllib.error.HTTPError as error:
-            with error:
-                seen.append((error.code, error.headers["Retry-After"]))
-
-    while {status for status, _ in seen} != {200, 429}:  # on a busy machine eight may happen to queue up nicely
-        threads = [threading.Thread(target=ask) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert {status for status, _ in seen} <= {200, 429}
-    assert all(retry == "1" for status, retry in seen if status == 429)
-    # Where waiting would be of no use, nobody is told to wait.
-    error = refused(lambda: narrow.post("/v1/completions", {"model": "demo", "prompt": "The", "n": 3}))
-    assert error["status"] == 400 and "asks for 3 answers, and this server takes at most 2" in error["message"]
 
 
 def test_who_hangs_up_is_forgotten(tmp_path: Path) -> None:
@@ -379,15 +320,6 @@ def load(server: Served) -> list[float]:
     return [
         float(values[f"logo:{name}"]) for name in ("num_requests_running", "num_requests_waiting", "kv_blocks_used")
     ]
-
-
-def test_a_request_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    model = str(endless(tmp_path / "demo"))
-    with served("--base-model", model, "--adapters", str(adapters_dir()), "--request-timeout", "0.05") as server:
-        body = {"model": "demo", "prompt": "The", "max_tokens": 480, "n": 16, "temperature": 1}
-        error = refused(lambda: server.post("/v1/completions", body))
-        assert (error["status"], error["code"]) == (504, "timeout")
-        eventually(lambda: not any(load(server)))
 
 
 def test_a_signal_lets_what_was_accepted_end() -> None:

@@ -134,17 +134,6 @@ def test_options_beside_the_field_logo_are_told_where_they_belong(field: str) ->
         assert refusal(model, valid | {field: 1}) == expected
 
 
-def test_unknown_fields_are_kept() -> None:
-    assert completion(metadata={"a": [1, None]}, store=True).model_extra == {
-        "metadata": {"a": [1, None]},
-        "store": True,
-    }
-    [message] = chat(messages=[{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]).messages
-    assert message.model_extra == {"tool_calls": [{"id": "1"}]}
-    [named] = chat(messages=[{"role": "user", "content": "x", "name": "Ann", "more": 1}]).messages
-    assert named.further == {"more": 1, "name": "Ann"} and message.further == message.model_extra  # for the template
-
-
 def test_null_means_left_out() -> None:
     fields = set(CompletionRequest.model_fields) - {"model", "prompt"}
     request = completion(**dict.fromkeys(fields))
@@ -163,14 +152,6 @@ def test_whole_numbers_are_numbers_and_16_0_is_a_whole_one() -> None:
     request = completion(temperature=1, top_p=1, max_tokens=16.0, seed=-(2**63), logo={"adapters": {"a": 1}})
     assert isinstance(request.temperature, float) and isinstance(request.max_tokens, int)
     assert request.seed == -(2**63) and request.logo is not None and request.logo.adapters == {"a": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("prompt", "prompts"),
-    [("", [""]), ("a", ["a"]), (["a", ""], ["a", ""]), ([1, 2], [[1, 2]]), ([[1], [2, 0]], [[1], [2, 0]])],
-)  # fmt: skip
-def test_prompts_come_as_texts_or_ids_and_always_as_a_list(prompt: Any, prompts: Any) -> None:
-    assert completion(prompt=prompt).prompts == prompts
 
 
 def test_readings_of_a_request() -> None:
@@ -213,20 +194,6 @@ def test_changes_of_the_pool_need_their_fields() -> None:
     assert refusal(LoadAdapter, LOAD | {"lora_path": None})[1] == "lora_path"
 
 
-def test_long_values_are_not_echoed() -> None:
-    long = "y" * 100_000
-    for body in (
-        COMPLETION | {"n": long},
-        COMPLETION | {"logo": {long: 1}},
-        COMPLETION | {"logo": {"adapters": {long: "x"}}},
-        COMPLETION | {"stream": [long]},
-        CHAT | {"messages": [{"role": long, "content": "x"}], "prompt": "x"},
-    ):
-        model = ChatRequest if "messages" in body else CompletionRequest
-        message, param = refusal(model, body)
-        assert len(message) < 300 and "\n" not in message and len(param or "") < 120
-
-
 # Any JSON at all, half surrogate pairs, line breaks and numbers beyond all bounds among it.
 texts = st.text(st.characters(codec=None, categories=None), max_size=8) | st.sampled_from(
     ["\ud800", "\n\0", "text", "user"]
@@ -239,24 +206,6 @@ def bodies(model: type[BaseModel], valid: dict[str, Any]) -> st.SearchStrategy[A
     """Bodies that are right but for a few fields, which may be known, unsupported or neither; and any JSON."""
     names = st.sampled_from([*model.model_fields, *UNSUPPORTED]) | texts
     return st.dictionaries(names, values, max_size=3).map(lambda fields: valid | fields) | values
-
-
-@pytest.mark.parametrize(("model", "valid"), REQUESTS, ids=lambda v: getattr(v, "__name__", ""))
-def test_any_json_is_a_request_or_a_problem_in_one_line(model: type[BaseModel], valid: dict[str, Any]) -> None:
-    @given(body=bodies(model, valid))
-    @settings(max_examples=200, deadline=None)
-    def check(body: Any) -> None:
-        try:
-            request = model.model_validate(body)
-        except ValidationError as error:
-            message, param = validation_message(error.errors())
-            message.encode("utf-8")
-            (param or "").encode("utf-8")
-            assert "\n" not in message and 0 < len(message) < 600
-        else:
-            assert request.model_extra is not None
-
-    check()
 
 
 @given(

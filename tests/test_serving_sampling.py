@@ -45,19 +45,6 @@ def test_a_sequence_draws_the_same_alone_as_in_company(ways: list[Sampling], see
     assert [draw(step[row : row + 1], [alone])[0] for step in scores] == [tokens[row] for tokens in drawn]
 
 
-@calm
-@given(SAMPLING, st.integers(0, 1000))
-def test_what_is_drawn_is_likely_enough(way: Sampling, seed: int) -> None:
-    [[scores]] = steps(seed, 1, 1)
-    [token] = draw(scores[None], [Drawing(way)])
-    if way.greedy:
-        assert token == int(scores.argmax())
-        return
-    probabilities = (scores / way.temperature).softmax(0)
-    above = probabilities[probabilities > probabilities[token]].sum()
-    assert above < way.top_p + 1e-5  # the smallest set of the most likely tokens that holds top_p
-
-
 def test_draws_follow_the_probabilities() -> None:
     scores = torch.tensor([[0.0, 1.0, 2.0]])
     counts = torch.zeros(3)
@@ -99,9 +86,3 @@ def test_rows_that_are_not_finite_are_told_and_nothing_is_drawn_beside_them(
     tokens = next_tokens(spoilt, drawings).tolist()
     assert [row for row, token in enumerate(tokens) if token == NO_TOKEN] == sorted(bad)
     assert draw(scores, drawings) == draw(scores, [Drawing(way) for way in ways])
-
-
-def test_tokens_that_a_model_rules_out_are_no_fault() -> None:
-    scores = torch.tensor([[0.0, float("-inf")], [float("-inf"), 1.0]])
-    ways = [Drawing(Sampling(1, temperature=1.0, seed=0)), Drawing(Sampling(1))]
-    assert draw(scores, ways) == [0, 1]
