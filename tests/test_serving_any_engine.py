@@ -1,4 +1,4 @@
-"""The app on an engine of somebody else, which needs no more than `logo.protocol` declares."""
+"""The app on a service that answers from a script."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from logo.models import load_base
 from logo.prompts import Prompt
 from logo.protocol import (
     Delta,
-    Engine,
     Figures,
     MixtureRequest,
     Overloaded,
@@ -98,7 +97,7 @@ class Scripted:
 def asked(use: Callable[[httpx.AsyncClient, Scripted], Awaitable[Any]], **settings: Any) -> Any:
     """What `use` makes of the app, between its beginning and its end."""
     made = Scripted()
-    engine: Engine = made
+    engine: Any = made
 
     async def run() -> Any:
         app = create_app(engine, AppSettings("base", **settings))

@@ -208,7 +208,7 @@ def test_keys_alone_are_enough(window: Browser, demo: Served) -> None:
     assert window.run(where) == total - 2
 
 
-# -- a server with a key, and adapters with hostile names ---------------------------------------------------------------
+# -- a server with a key, and adapters with hostile names --
 
 KEY = "right-key"
 EVIL = ("<img src=x onerror=document.title=1>", "a\"b'c&lt;", "\u202eTxeT\u202c")

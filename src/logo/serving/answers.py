@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from logo.api.errors import ApiError, bad_request, timed_out
 from logo.api.names import Models
@@ -21,7 +21,6 @@ from logo.endings import FinishReason
 from logo.errors import Unsure
 from logo.prompts import Prompt, chat, read
 from logo.protocol import (
-    Engine,
     GenerationFailed,
     GenerationTimeout,
     MixtureRequest,
@@ -33,6 +32,9 @@ from logo.selection import Selection
 from logo.serving import logged
 from logo.serving.metrics import Metrics
 from logo.serving.text import Text
+
+if TYPE_CHECKING:
+    from logo.serving.service import Service
 
 _T = TypeVar("_T")
 
@@ -90,7 +92,7 @@ class Answers:
     """
 
     def __init__(
-        self, service: Engine, metrics: Metrics, base_model: str, timeout: float | None, log_prompts: bool = False
+        self, service: Service, metrics: Metrics, base_model: str, timeout: float | None, log_prompts: bool = False
     ) -> None:
         self.service = service
         self.metrics = metrics
@@ -181,7 +183,7 @@ class Answers:
 
         Raises:
             ApiError: the request has timed out.
-            LoGoError: as `Engine.choose`.
+            LoGoError: as `Service.choose`.
         """
 
         async def choosing() -> list[SelectedMixture | BaseException]:

@@ -13,7 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from logo.protocol import Engine, SelectedMixture
+    from logo.protocol import SelectedMixture
+    from logo.serving.service import Service
 
 FailureReason = Literal["queue_full", "unsure", "timeout", "error", "left"]
 
@@ -31,7 +32,7 @@ class Metrics:
         service: the engine whose state the gauges show.
     """
 
-    def __init__(self, service: Engine) -> None:
+    def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
 
         def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
@@ -83,7 +84,7 @@ class Metrics:
 class _State(Collector):
     """The state of the service, read when metrics are collected."""
 
-    def __init__(self, service: Engine) -> None:
+    def __init__(self, service: Service) -> None:
         self._service = service
 
     def collect(self) -> Iterator[Metric]:

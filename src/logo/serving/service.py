@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from logo.adapters.format import Adapter
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
-from logo.prompts import ProbeText, Prompt
+from logo.prompts import Prompt
 from logo.protocol import Card, Delta, Figures, MixtureRequest, NotReady, Overloaded, Patterns, Sampling
 from logo.selecting import CallSettings
 from logo.selection import Selection
@@ -55,6 +55,9 @@ class Service:
         not_invoked: number of prompts that lacked the invocation tokens of a selected adapter.
         draining: whether new requests are refused.
         signals: those that requests may ask for, the engine's own first.
+        tokenizer, vocabulary, context: the base model's; token ids are below `vocabulary`, and a prompt and its answer
+            have at most `context` tokens.
+        signal, probe_text, unsure_below: defaults of the selection.
 
     Raises:
         UsageError: the engine's selections depend on the order of prompts.
@@ -89,6 +92,11 @@ class Service:
         self._open = 0
         self.draining = False
         self.selected: dict[str, int] = {}
+        self.tokenizer = logo.tokenizer
+        self.vocabulary = int(logo.model.get_input_embeddings().weight.shape[0])
+        self.context: int = self.batching.context
+        self.signal, self.probe_text = logo.settings.signal, logo.settings.probe_text
+        self.unsure_below = logo.settings.unsure_below
         self.not_invoked = 0
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -159,40 +167,9 @@ class Service:
         )
 
     @property
-    def tokenizer(self) -> Any:
-        """The base model's."""
-        return self.logo.tokenizer
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of known token ids."""
-        return int(self.logo.model.get_input_embeddings().weight.shape[0])
-
-    @property
-    def context(self) -> int:
-        """Most tokens of a prompt and its answer."""
-        context: int = self.batching.context
-        return context
-
-    @property
     def k(self) -> int:
         """Default number of adapters per prompt."""
         return self.logo.k
-
-    @property
-    def signal(self) -> str:
-        """Default signal."""
-        return self.logo.settings.signal
-
-    @property
-    def unsure_below(self) -> float:
-        """The confidence below which a selection counts as unsure."""
-        return self.logo.settings.unsure_below
-
-    @property
-    def probe_text(self) -> ProbeText | None:
-        """What is probed of a conversation."""
-        return self.logo.settings.probe_text
 
     @contextmanager
     def admitted(self, count: int = 1) -> Iterator[None]:
