@@ -54,14 +54,11 @@ class Scripted:
         self.vocabulary = len(self.tokenizer)
         self.released: list[str] = []
         self.went: list[str] = []
+        self.pool = self.batching = self
 
     @property
     def figures(self) -> Figures:
         return Figures(0, 0, 0, 8, 2, 10, 20, {"gate": 3, "base": 4})
-
-    def prepare(self) -> None: ...
-
-    def stop(self) -> None: ...
 
     async def start(self) -> None:
         self.went.append("start")

@@ -352,7 +352,7 @@ def test_an_adapter_that_cannot_be_used_changes_nothing(
         before = (await service.choose(ids, MixtureRequest())).selection
         with pytest.raises((AdapterError, PoolError)):
             await service.add(bad, "t1" if fault == "taken" else "new")
-        return before, (await service.choose(ids, MixtureRequest())).selection, tuple(service.adapters)
+        return before, (await service.choose(ids, MixtureRequest())).selection, tuple(service.pool.adapters)
 
     before, after, names_after = served(logo, use)
     assert before == after

@@ -152,6 +152,6 @@ def closest(name: object, known: Iterable[str]) -> str:
     compared = list(lowered)
     if len(compared) > _MOST_COMPARED:
         alike = (other for other in compared if other[:1] == wanted[:1])
-        compared = heapq.nlargest(_MOST_COMPARED, alike, key=lambda other: len(commonprefix((other, wanted))))  # noqa: RUF071 - characters are meant
+        compared = heapq.nlargest(_MOST_COMPARED, alike, key=lambda other: len(commonprefix((other, wanted))))  # noqa: RUF071
     matches = difflib.get_close_matches(wanted, compared, n=1)
     return f" (did you mean {lowered[matches[0]]!r}?)" if matches else ""

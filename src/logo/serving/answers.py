@@ -94,22 +94,17 @@ class Answers:
     def __init__(
         self, service: Service, metrics: Metrics, base_model: str, timeout: float | None, log_prompts: bool = False
     ) -> None:
-        self.service = service
+        self.service, self.tokenizer = service, service.tokenizer
         self.metrics = metrics
         self.base_model = base_model
         self.timeout = timeout
         self._log_prompts = log_prompts
 
-    @property
-    def tokenizer(self) -> Any:
-        """The base model's."""
-        return self.service.tokenizer
-
     # -- reading requests -----------------------------------------------------------------------------------------
 
     def models(self, patterns: Patterns | None = None) -> Models:
         """The models of a request whose API key is bound to these adapters; None: the whole pool."""
-        return Models(self.base_model, self.service.usable(patterns), self.service.signals, patterns)
+        return Models(self.base_model, self.service.pool.usable(patterns), self.service.signals, patterns)
 
     async def encoded(self, prompts: Sequence[str | Sequence[int]]) -> list[Prompt]:
         """Reads prompts.

@@ -41,7 +41,7 @@ def _of_starlette(error: HTTPException) -> ApiError:
         return cause if isinstance(cause, ApiError) else bad_request(unreadable)
     kind = SERVER if status >= 500 else INVALID
     code = {404: "not_found", 405: "method_not_allowed"}.get(status)
-    return ApiError(status, shown_line(str(error.detail)), kind, code=code, headers=headers)
+    return ApiError(status, shown_line(str(error.detail)), kind, code=code, headers=headers or {})
 
 
 async def _answer(request: Request, error: Exception) -> Response:

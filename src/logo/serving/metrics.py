@@ -96,7 +96,7 @@ class _State(Collector):
             "kv_blocks": ("Blocks of keys and values in all.", now.kv_total),
             "kv_cache_usage_perc": ("Share of the blocks in use, 1 is all.", now.kv_used / now.kv_total),
             "prefix_cache_bytes": ("Memory of what prompts begin with, where they are read once.", now.prefix_bytes),
-            "pool_adapters": ("Adapters in the pool.", len(service.adapters)),
+            "pool_adapters": ("Adapters in the pool.", len(service.pool.adapters)),
             "adapters_stacked": ("Adapters whose tensors are ready to be mixed.", now.adapters),
             "adapter_bytes": ("Memory of their columns.", now.adapter_bytes),
             "adapter_memory_usage_perc": (
@@ -107,7 +107,7 @@ class _State(Collector):
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"logo:{name}", text, value=value)
         selected = CounterMetricFamily("logo:adapter_selected", "Answers an adapter had a part in.", labels=["adapter"])
-        for adapter in list(service.adapters):
+        for adapter in list(service.pool.adapters):
             selected.add_metric([adapter], service.selected.get(adapter, 0))
         yield selected
         steps = CounterMetricFamily("logo:steps", "Forward passes, with some mixture or none.", labels=["form"])

@@ -157,11 +157,9 @@ async def select(body: SelectRequest, request: Request) -> SelectionReply:
 async def adapters(request: Request) -> AdapterList:
     """Lists the adapters of the pool that the API key may use."""
     answers = _answers(request)
-    service = answers.service
-    names = service.usable(_patterns(request))
-    cards = [
-        AdapterCard.of(card, service.selected.get(name, 0)) for name, card in service.cards.items() if name in names
-    ]
+    service, pool = answers.service, answers.service.pool
+    names = pool.usable(_patterns(request))
+    cards = [AdapterCard.of(card, service.selected.get(name, 0)) for name, card in pool.cards.items() if name in names]
     return AdapterList(
         base_model=answers.base_model,
         default_k=service.k,
@@ -203,7 +201,7 @@ def _cards(request: Request) -> list[openai.ModelCard]:
             logo=ModelRole.model_validate({"role": role}),
         )
 
-    names = answers.service.usable(_patterns(request))
+    names = answers.service.pool.usable(_patterns(request))
     return [
         card(AUTO, "auto", None),
         card(answers.base_model, "base", None),
@@ -217,7 +215,7 @@ def _cards(request: Request) -> list[openai.ModelCard]:
 @router.get("/health", tags=["Server"], **TEXT)
 async def health(request: Request) -> Response:
     """Answers 200 as long as answers can be generated, else 503."""
-    alive = _answers(request).service.alive
+    alive = _answers(request).service.batching.alive
     return PlainTextResponse("ok" if alive else "generation has stopped", 200 if alive else 503)
 
 

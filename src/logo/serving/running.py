@@ -116,11 +116,11 @@ def serve(
     )
     # uvicorn raises the signal again at the end, although ending on a signal is no failure.
     signal.signal(signal.SIGTERM, _leave)
-    service.prepare()  # so that an error here is one line, not a traceback of uvicorn
+    service.batching.start()  # so that an error here is one line, not a traceback of uvicorn
     try:
         Server(config, service, started).run(sockets=[taken])
     finally:
-        service.stop()
+        service.batching.stop()
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

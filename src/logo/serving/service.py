@@ -12,10 +12,12 @@ import asyncio
 import logging
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +25,7 @@ from logo.adapters.format import Adapter
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.prompts import Prompt
-from logo.protocol import Card, Delta, Figures, MixtureRequest, NotReady, Overloaded, Patterns, Sampling
+from logo.protocol import Delta, Figures, MixtureRequest, NotReady, Overloaded, Sampling
 from logo.selecting import CallSettings
 from logo.selection import Selection
 from logo.selection.selector import forced, known
@@ -31,12 +33,70 @@ from logo.serving.batching import Batching
 from logo.serving.memory import Memory
 from logo.serving.mixtures import HeldMixture, mixed
 from logo.serving.pool import Change, ServedPool
-from logo.serving.waiting import Line, Waiting, hand_out
 
 _log = logging.getLogger("logo.serving")
 
 T = TypeVar("T")
 STOPPED = "generation has stopped; restart the server"
+
+
+@dataclass
+class Waiting:
+    """A request that waits for its mixture.
+
+    Attributes:
+        since: when it joined, in seconds of `time.perf_counter`.
+        future: gets the mixture, or the error that the request fails with.
+    """
+
+    prompt: Prompt | Sequence[int]
+    wanted: MixtureRequest
+    since: float
+    future: asyncio.Future[HeldMixture]
+
+
+class Line:
+    """Requests that wait for a mixture, the longest waiting first; joined in the event loop, taken by another thread."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Waiting] = deque()  # two threads may use its two ends
+        self._joined = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    async def join(self, prompt: Prompt | Sequence[int], wanted: MixtureRequest) -> HeldMixture:
+        """Waits for the mixture of a prompt; raises what selecting for it raised."""
+        waiting = Waiting(prompt, wanted, time.perf_counter(), asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._joined.set()
+        return await waiting.future
+
+    async def filled(self) -> None:
+        """Returns when a request waits."""
+        while not self._waiting:
+            self._joined.clear()
+            await self._joined.wait()
+
+    def take(self, count: int) -> list[Waiting]:
+        """Takes at most `count` requests out of the line. Those that were cancelled are dropped."""
+        taken: list[Waiting] = []
+        while self._waiting and len(taken) < count:
+            waiting = self._waiting.popleft()
+            if not waiting.future.done():
+                taken.append(waiting)
+        return taken
+
+
+def hand_out(batch: Sequence[Waiting], results: Sequence[HeldMixture | Exception]) -> None:
+    """Gives each result to the request that still waits for it."""
+    for waiting, result in zip(batch, results, strict=True):
+        if waiting.future.done():
+            continue
+        if isinstance(result, Exception):
+            waiting.future.set_exception(result)
+        else:
+            waiting.future.set_result(result)
 
 
 class Service:
@@ -101,18 +161,6 @@ class Service:
 
     # -- life ------------------------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """Starts generation.
-
-        Raises:
-            ModelError: the model cannot be served.
-        """
-        self.batching.start()
-
-    def stop(self) -> None:
-        """Ends running sequences."""
-        self.batching.stop()
-
     async def start(self) -> None:
         """Begins to serve; inside a running event loop."""
         self.batching.start()
@@ -130,21 +178,6 @@ class Service:
     def ready(self) -> bool:
         """Whether requests are accepted."""
         return self.batching.alive and not self._selecting.done() and not self.draining
-
-    @property
-    def adapters(self) -> Mapping[str, Adapter]:
-        """Those that requests may use now, by name."""
-        return self.pool.adapters
-
-    @property
-    def cards(self) -> Mapping[str, Card]:
-        """The displayed description of each adapter, without the number of its selections."""
-        return self.pool.cards
-
-    @property
-    def alive(self) -> bool:
-        """Whether answers can be generated."""
-        return self.batching.alive
 
     @property
     def figures(self) -> Figures:
@@ -196,10 +229,6 @@ class Service:
             yield
         finally:
             self._open -= count
-
-    def usable(self, patterns: Patterns | None) -> Mapping[str, Any]:
-        """The adapters that an API key may use now, by name; None: all of them."""
-        return self.pool.usable(patterns)
 
     # -- selecting and generating ----------------------------------------------------------------------------------
 
@@ -267,7 +296,7 @@ class Service:
             if signal not in self.signals:
                 raise UsageError(f"signal: expected one of {', '.join(self.signals)}, found {signal!r}")
             if wanted.usable is not None and wanted.adapters != {}:
-                names = self.usable(wanted.usable)
+                names = self.pool.usable(wanted.usable)
                 if not names:
                     raise PoolError("none of the adapters that this API key may use is in the pool")
                 options["candidates"] = [known(name, pool, names) for name in options.get("candidates") or names]
