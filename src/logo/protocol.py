@@ -163,6 +163,3 @@ class SelectedMixture(Protocol):
     @property
     def probe_ms(self) -> float:
         """How long the probe took, which prompts may share; 0 if nothing was selected."""
-
-    def release(self) -> object:
-        """Says that the mixture is no longer needed."""

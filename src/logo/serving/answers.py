@@ -1,6 +1,6 @@
 """`Answers`: from the prompts of a request to chunks of text, the same for every endpoint, streamed or not.
 
-model, options -> MixtureRequest -> SelectedMixture per prompt -> AnswerChunk, AnswerChunk, ...
+model, options -> MixtureRequest -> HeldMixture per prompt -> AnswerChunk, AnswerChunk, ...
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from logo.protocol import (
     MixtureRequest,
     Patterns,
     Sampling,
-    SelectedMixture,
 )
 from logo.selection import Selection
 from logo.serving import logged
@@ -34,6 +33,7 @@ from logo.serving.metrics import Metrics
 from logo.serving.text import Text
 
 if TYPE_CHECKING:
+    from logo.serving.mixtures import HeldMixture
     from logo.serving.service import Service
 
 _T = TypeVar("_T")
@@ -56,7 +56,7 @@ class PreparedRequest:
     """
 
     prompts: tuple[Prompt, ...]
-    chosen: tuple[SelectedMixture, ...]
+    chosen: tuple[HeldMixture, ...]
     n: int
     sampling: Sampling
     stops: tuple[str, ...]
@@ -169,7 +169,7 @@ class Answers:
 
     async def choose(
         self, prompts: Sequence[Prompt], wanted: MixtureRequest, began: float, state: Any, n: int = 1
-    ) -> tuple[SelectedMixture, ...]:
+    ) -> tuple[HeldMixture, ...]:
         """Selects the mixture of each prompt; they are probed together.
 
         Args:
@@ -181,7 +181,7 @@ class Answers:
             LoGoError: as `Service.choose`.
         """
 
-        async def choosing() -> list[SelectedMixture | BaseException]:
+        async def choosing() -> list[HeldMixture | BaseException]:
             # A coroutine, since nobody retrieves the exception of a future of `gather` that is cancelled in `wait_for`.
             asked = (self.service.choose(prompt, wanted) for prompt in prompts)
             return await asyncio.gather(*asked, return_exceptions=True)

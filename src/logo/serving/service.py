@@ -56,7 +56,7 @@ class Waiting:
 
 
 class Line:
-    """Requests that wait for a mixture, the longest waiting first; joined in the event loop, taken by another thread."""
+    """Requests that wait for a mixture, the longest waiting first; added in the event loop, taken by a thread."""
 
     def __init__(self) -> None:
         self._waiting: deque[Waiting] = deque()  # two threads may use its two ends

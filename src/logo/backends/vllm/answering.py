@@ -47,9 +47,6 @@ class RoutedMixture:
     tokens: int | None = None
     queue_ms: float = 0.0  # vLLM's queue is part of the probe
 
-    def release(self) -> None:
-        """Does nothing: `Core.request` holds a recipe for as long as its answer takes."""
-
 
 @dataclass(frozen=True)
 class _Told:
