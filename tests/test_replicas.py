@@ -132,10 +132,10 @@ def test_what_concerns_one_replica_alone_is_refused() -> None:
 
     async def use() -> list[httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(Fixed(app)), base_url="http://test") as client:
-            return [await client.post(path, json={"lora_name": "french"}) for path in paths]
+            return [await client.post(path, json={"lora_name": "french"}) for path in (*paths, "/ready")]
 
     answers = asyncio.run(use())
-    assert [answer.status_code for answer in answers] == [409, 409, 404, 200]
+    assert [answer.status_code for answer in answers] == [409, 409, 404, 200, 200]
     for answer in answers[:2]:
         assert answer.json()["error"]["message"] == (
             "the pool of a server with replicas is the one that it was started with; change its adapters and restart it"

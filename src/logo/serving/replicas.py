@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from types import FrameType, SimpleNamespace
 from typing import Any
 
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from logo import plugins
@@ -124,17 +125,19 @@ class Replica:
 
 
 class Fixed:
-    """Answers requests for the paths in `REFUSED` in place of an app."""
+    """Answers requests for the paths in `REFUSED` in place of an app, and `/ready`, as our own server does."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = REFUSED.get(scope.get("path", "").rstrip("/")) if scope["type"] == "http" else None
-        if refusal is None:
-            await self.app(scope, receive, send)
+        path = scope["path"].rstrip("/") if scope["type"] == "http" else ""
+        if path in REFUSED:
+            await answer_error(send, REFUSED[path])
+        elif path == "/ready":
+            await PlainTextResponse("ok")(scope, receive, send)
         else:
-            await answer_error(send, refusal)
+            await self.app(scope, receive, send)
 
 
 def _parsed(flags: list[str]) -> Namespace:
