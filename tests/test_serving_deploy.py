@@ -18,8 +18,11 @@ import pytest
 import yaml
 
 from logo.backends.vllm.needs import KNOWN
+from logo.cli import serve_vllm
 from logo.cli.app import app
 from logo.cli.serve_ray import application, flags_of
+from logo.serving.front import FrontSettings
+from logo.serving.replicas import digest
 from serving import served
 from tolerances import PATIENCE
 
@@ -101,21 +104,19 @@ def test_the_ray_service_is_one_that_ray_serve_takes() -> None:
             assert "LOGO_API_KEY" in {one["name"] for one in container["env"]}
 
 
-def test_ray_serve_is_given_what_the_options_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_serve_is_given_what_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
     monkeypatch.setenv("LOGO_API_KEY", "secret")
-    options = {"autoscale": [2, 3], "max_concurrent": 7, "max_queue": 5, "signals": "norm", "open_metrics": True}
-    deployment = application(
-        {"base_model": "demo", "allow_adapter_changes": str(tmp_path), **options}
-    )._bound_deployment
+    monkeypatch.setattr(serve_vllm, "need", lambda *libraries: None)  # nothing is started
+    options = {"autoscale": [2, 3], "max_concurrent": 7, "signals": "norm", "open_metrics": True}
+    deployment = application({"base_model": "demo", **options})._bound_deployment
     bounds = deployment._deployment_config.autoscaling_config
     assert (bounds.min_replicas, bounds.max_replicas, bounds.target_ongoing_requests) == (2, 3, 7)
-    assert deployment.max_ongoing_requests >= 7 + 5
     [plan] = deployment.init_args
-    assert plan.guards.api_keys == ("secret",) and plan.guards.open_metrics
-    assert plan.settings.adapter_changes == tmp_path and plan.signals == ("norm",)
-    assert not plan.guards.host.startswith("127.")  # else requests for other names would be refused
-    assert "secret" not in repr(plan)
+    front = FrontSettings.of(plan.front)
+    assert plan.launch.api_key == "secret" and front.open_metrics and plan.launch.options["signals"] == ["norm"]
+    assert not front.host.startswith("127.")  # else requests for other names would be refused
+    assert plan.digest == digest(plan.pool()) and "secret" not in repr(plan)
     with pytest.raises(Exception, match="No such option: --max-concurent"):
         application({"base_model": "demo", "max_concurent": 7})
 

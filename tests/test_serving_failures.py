@@ -17,9 +17,8 @@ import pytest
 from http_server import eventually, serving
 from logo.errors import StoreFull, UsageError
 from logo.protocol import Delta, GenerationFailed, GenerationTimeout, MixtureRequest
-from logo.serving import running, sending
+from logo.serving import sending
 from logo.serving.app import AppSettings, create_app
-from logo.serving.guards import GuardSettings
 from test_serving_any_engine import Scripted, asked
 from tolerances import PATIENCE
 
@@ -69,7 +68,7 @@ def test_answers_of_a_request_that_fails_count_under_its_reason(error: Exception
                 async for delta in answered(*arguments):
                     yield delta
             else:
-                yield Delta((1,), (), None)
+                yield Delta((1,), None)
                 await asyncio.sleep(0.1 if number == 1 else PATIENCE)
                 raise error
 
@@ -130,16 +129,3 @@ def test_a_client_that_does_not_read_holds_nothing_beyond_the_time_limit(monkeyp
         assert failures((await client.get("/metrics")).text) == {"timeout": 1}
 
     asked(use, request_timeout=0.5)
-
-
-@pytest.mark.parametrize(("limit", "wait"), [(20.5, 26), (None, None)])
-def test_nor_does_it_keep_the_server_from_ending(
-    limit: float | None, wait: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is written to a full socket is never sent, and uvicorn waits for it."""
-    seen: list[Any] = []
-    monkeypatch.setattr(running.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(running.Server, "run", lambda self, sockets: seen.append(self.config))
-    with socket.socket() as taken:
-        running.serve(Scripted(), AppSettings("base", request_timeout=limit), GuardSettings(), taken)
-    assert [config.timeout_graceful_shutdown for config in seen] == [wait]

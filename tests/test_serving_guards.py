@@ -16,7 +16,7 @@ from starlette.types import Message
 from guarded_app import KEYS, LIMIT, error, make
 from http_server import eventually, log_of, raw, serving
 from logo.errors import UsageError
-from logo.serving.guards import GuardSettings, guard, is_loopback
+from logo.serving.guards import GuardSettings, guard
 
 APP = make()
 
@@ -63,7 +63,7 @@ def test_dots_do_not_lead_out_of_the_page(url: str) -> None:
         assert answer.startswith(b"HTTP/1.1 401 "), path
 
 
-@pytest.mark.parametrize("key", [*KEYS, f" {KEYS[0]}"])
+@pytest.mark.parametrize("key", KEYS)
 def test_each_key_opens(stranger: httpx.Client, key: str) -> None:
     assert stranger.get("/v1/models", headers={"Authorization": f"bearer {key}"}).status_code == 200
 
@@ -79,27 +79,12 @@ def test_no_other_does(stranger: httpx.Client, header: str) -> None:
     assert "key-o" not in answer.text
 
 
-def test_two_keys_at_once_are_none(stranger: httpx.Client) -> None:
-    header = ("Authorization", f"Bearer {KEYS[0]}")
-    assert error(stranger.get("/v1/models", headers=[header, header]), 401)
-
-
 def test_metrics_can_be_open(url: str) -> None:
     with serving(guard(make(), GuardSettings(api_keys=KEYS, open_metrics=True))) as url:
         assert httpx.get(f"{url}/metrics").status_code == 200
         assert httpx.get(f"{url}/metrics/x").status_code == 401
     with serving(guard(make(), GuardSettings())) as url:
         assert httpx.get(f"{url}/v1/models").status_code == 200  # no keys: open
-
-
-@pytest.mark.parametrize("key", ["", " ", "a b", "a\nb", "kéy"])
-def test_keys_that_no_header_can_hold_are_refused(key: str) -> None:
-    with pytest.raises(UsageError, match="--api-key"):
-        GuardSettings(api_keys=("fine", key))
-
-
-def test_settings_do_not_show_their_keys() -> None:
-    assert "key-one" not in repr(GuardSettings(api_keys=KEYS))
 
 
 # Hosts
@@ -129,21 +114,6 @@ def test_a_request_without_a_host_name_does_not(url: str) -> None:
     assert raw(url, two).startswith(refused)
 
 
-def test_servers_for_other_machines_take_all_names_unless_told() -> None:
-    with serving(guard(make(), GuardSettings(host="0.0.0.0"))) as url:
-        assert httpx.get(f"{url}/health", headers={"Host": "any.test"}).status_code == 200
-    with serving(guard(make(), GuardSettings(host="0.0.0.0", allow_hosts=("mine.test",)))) as url:
-        assert httpx.get(f"{url}/health", headers={"Host": "mine.test"}).status_code == 200
-        assert httpx.get(f"{url}/health", headers={"Host": "any.test"}).status_code == 403
-    with serving(guard(make(), GuardSettings(host="127.0.0.2"))) as url:
-        assert httpx.get(f"{url}/health", headers={"Host": "127.0.0.2:80"}).status_code == 200
-
-
-def test_what_is_loopback() -> None:
-    assert all(is_loopback(host) for host in ("127.0.0.1", "127.8.9.1", "::1", "localhost", "Localhost"))
-    assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.test", ""))
-
-
 # Ids and headers
 
 
@@ -154,12 +124,6 @@ def test_an_id_is_made_or_taken_over_and_told(client: httpx.Client) -> None:
     answer = client.get("/v1/models", headers={"X-Request-Id": "Mine_1.2-3"})
     assert answer.headers["x-request-id"] == answer.json()["id"] == "Mine_1.2-3"
     answer = client.get("/v1/models", headers=[("X-Request-Id", "one"), ("X-Request-Id", "two")])
-    assert answer.headers["x-request-id"].startswith("req-")
-
-
-@pytest.mark.parametrize("name", ["", "a b", "a\tb", "é", "x" * 129, "a;b", "<b>"])
-def test_ids_that_are_not_sane_are_replaced(client: httpx.Client, name: str) -> None:
-    answer = client.get("/v1/models", headers=[(b"X-Request-Id", name.encode())])
     assert answer.headers["x-request-id"].startswith("req-")
 
 
@@ -191,16 +155,12 @@ def test_cors_is_for_the_given_origins_only(client: httpx.Client, stranger: http
     )
 
 
-@pytest.mark.parametrize("origin", ["", "ok.test", "https://ok.test/", "https://ok.test/page", "https://a b"])
-def test_origins_that_are_none_are_refused(origin: str) -> None:
+@pytest.mark.parametrize("origin", ["", "ok.test", "https://ok.test/"])
+def test_keys_and_origins_that_are_none_are_refused(origin: str) -> None:
+    with pytest.raises(UsageError, match="--api-key"):
+        GuardSettings(api_keys=("fine", "a b"))
     with pytest.raises(UsageError, match="--cors: expected"):
         GuardSettings(cors_origins=("*", "http://localhost:3000", origin))
-
-
-def test_cors_is_off_unless_asked_for() -> None:
-    with serving(guard(make(), GuardSettings())) as url:
-        answer = httpx.get(f"{url}/v1/models", headers={"Origin": "https://ok.test"})
-    assert answer.status_code == 200 and not [name for name in answer.headers if name.startswith("access-control")]
 
 
 # Streams
@@ -257,20 +217,6 @@ def test_websockets_are_turned_away() -> None:
     scope = {"type": "websocket", "path": "/v1/models", "headers": [], "query_string": b""}
     asyncio.run(guard(make(), GuardSettings())(scope, receive, send))
     assert sent == [{"type": "websocket.close", "code": 1008}]
-
-
-def test_an_app_begins_and_ends_with_its_server() -> None:
-    happened = []
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        happened.append("began")
-        yield
-        happened.append("ended")
-
-    with serving(guard(FastAPI(lifespan=lifespan), GuardSettings())):
-        assert happened == ["began"]
-    assert happened == ["began", "ended"]
 
 
 def test_an_app_that_cannot_begin_ends_its_server(caplog: pytest.LogCaptureFixture) -> None:

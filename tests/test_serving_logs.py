@@ -79,12 +79,3 @@ def test_crashes_are_one_entry_with_their_traceback_and_request() -> None:
     assert sorted(e["level"] for e in entries) == ["error", "info"] and {e["request_id"] for e in entries} == {"r2"}
     [crash] = [e for e in entries if e["level"] == "error"]
     assert crash["message"] == "a request failed" and "RuntimeError: secret" in crash["exception"]
-
-
-def test_levels_silence_the_lines_of_requests() -> None:
-    assert lines(talk, log_json=False, level="warning") == []
-
-
-def test_what_asyncio_reports_is_json_too() -> None:
-    written = lines(lambda url: logging.getLogger("asyncio").error("Task was destroyed"), log_json=True)
-    assert [json.loads(line)["message"] for line in written] == ["Task was destroyed"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,11 @@ import torch
 
 import tiny
 from logo import LoGo
-from logo.errors import AdapterError, NotFinite
+from logo.errors import NotFinite
 from logo.protocol import GenerationFailed, MixtureRequest, Sampling
 from logo.serving.service import Service
 from test_engine import engine, write_adapter
-from test_packed import failing
 from test_serving_engine import alone, answer, served, settled
-from test_store import consistent
 
 GOOD, BAD = MixtureRequest(adapters={"good": 1.0}), MixtureRequest(adapters={"bad": 1.0})
 # Each of them is finite in its file; what they make of a prompt is not.
@@ -68,39 +65,3 @@ def test_a_mixture_that_overflows_is_an_error_of_its_own_request(
     assert (left, alive) == ((0, 0, 0), True)
     if dtype is torch.float32 and not temperature:
         assert [tokens for tokens, _ in single] == [found[0] for found in alone(logo, rows, [GOOD] * 4, 20)]
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_out_of_memory_at_every_allocation_of_the_store_fails_one_request_and_no_other(tmp_path: Path) -> None:
-    """One after the other, until an adapter becomes resident without meeting the one that fails."""
-    logo = pool(tmp_path, *FAULTS["B (A x)"])
-    rows = tiny.prompts([6, 11], seed=3)
-    new = MixtureRequest(adapters={"good": 0.5, "late": 1.0})
-    write_adapter(tmp_path / "late", logo.model, ("q_proj", "v_proj", "o_proj"), rank=3, seed=4)
-    logo.pool.add(tmp_path / "late")
-    want = alone(logo, rows, [GOOD, new], 6)
-    used = {logo.pool["good"].file}
-
-    async def use(service: Service) -> int:
-        for at in itertools.count(1):
-            beside = None
-            while logo.store.keys and any(resident.users for resident in logo.store._residents.values()):
-                await asyncio.sleep(0.01)
-            logo.store.retain(used)  # the late one is not there yet
-            beside = asyncio.ensure_future(answer(service, rows[0], GOOD, Sampling(6)))
-            failed = False
-            with failing(logo.store, at):
-                try:
-                    assert (await answer(service, rows[1], new, Sampling(6)))[0] == want[1][0]
-                except (torch.OutOfMemoryError, AdapterError) as error:
-                    failed = "no room for" in str(error)  # of its file, of columns, or of what is written to them
-                    assert failed
-            assert (await beside)[0] == want[0][0]
-            consistent(logo.store)
-            if not failed:
-                return at
-            assert (await answer(service, rows[1], new, Sampling(6)))[0] == want[1][0]
-        raise AssertionError
-
-    assert served(logo, use) > 10  # as many places where memory may run out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 
 import logo.serving
 from browser import Browser, browser, needs_browser
-from page_tools import ASK, BARS, PROMPT, ROWS, SET, USE, ask, completion, enter, errors
+from logo.demo import adapters_dir
+from page_tools import BARS, PROMPT, ROWS, SET, USE, ask, completion, enter, errors, give_key
 from serving import Served, served
 
 browses = needs_browser
@@ -135,39 +137,6 @@ def test_both_answers_are_the_apis_and_come_piece_by_piece(window: Browser, demo
 
 
 @browses
-def test_all_scores_are_shown_best_first(window: Browser, demo: Served) -> None:
-    enter(window, demo)
-    ask(window, PROMPT)
-    reply = demo.post("/v1/logo/select", {"prompt": PROMPT})
-    ranked = sorted(reply["scores"].items(), key=lambda item: -item[1])
-    rows = window.run(BARS, "#scores table")
-    check_bars(rows, [name for name, _ in ranked], [score for _, score in ranked])
-    marked = "return [...document.querySelectorAll('#scores tr.chosen th')].map(cell => cell.textContent)"
-    assert window.run(marked) == reply["adapters"]
-    assert f"prompt of {reply['tokens']} tokens" in window.run(
-        "return document.getElementById('scores-about').textContent"
-    )
-
-
-@browses
-def test_settings_reach_the_server(window: Browser, demo: Served) -> None:
-    enter(window, demo)
-    _, text = ask(window, "I like trains", max_tokens=2, k=5, mode="chat")
-    expected, mixture = completion(
-        demo, "logo", "I like trains", max_tokens=2, logo={"k": 5}
-    )  # fmt: skip
-    assert text == expected
-    assert [name for name, _, _ in window.run(BARS, "#logo .bars")] == mixture["adapters"]
-    assert len(mixture["adapters"]) == 5
-    ends = window.run("return [...document.querySelectorAll('.end')].map(node => node.textContent)")
-    assert "Cut at max tokens." in ends
-    window.run(SET, "temperature", "3")  # the browser says what is wrong, and nothing is sent
-    window.run(ASK, PROMPT)
-    assert window.run("return document.querySelector('#ask input:invalid').id") == "temperature"
-    assert window.run("return document.getElementById('asked').textContent") == "I like trains"
-
-
-@browses
 def test_one_adapter_is_made_to_answer(window: Browser, demo: Served) -> None:
     enter(window, demo)
     window.run(USE, "upper_case")
@@ -239,36 +208,65 @@ def test_keys_alone_are_enough(window: Browser, demo: Served) -> None:
     assert window.run(where) == total - 2
 
 
-@browses
-def test_a_screen_reader_is_told_what_is_what(window: Browser, demo: Served) -> None:
-    enter(window, demo)
-    ask(window, PROMPT)
-    nodes = window.devtools("Accessibility.getFullAXTree", {})["nodes"]
-    heard = [
-        (node["role"]["value"], node.get("name", {}).get("value", ""), node) for node in nodes if not node["ignored"]
-    ]
-    controls = {"button", "textbox", "searchbox", "spinbutton", "combobox", "link", "heading", "table", "article"}
-    assert [node for role, name, node in heard if role in controls and not name.strip()] == []
-    roles = {role for role, _, _ in heard}
-    assert {"banner", "main", "contentinfo", "search", "status", "table", "columnheader", "rowheader"} <= roles
-    regions = [name for role, name, _ in heard if role == "region"]
-    assert regions == ["Ask", "Answers", "Scores", "Pool"]
-    headings = "[...document.querySelectorAll('h1, h2, h3, h4, h5, h6')].filter(node => node.checkVisibility())"
-    levels = window.run(f"return {headings}.map(node => Number(node.tagName[1]))")
-    assert levels == [1, 2, 2, 3, 3, 2, 2]
-    live = "return [...document.querySelectorAll('.text')].map(node => node.closest('[aria-live], [role=status]'))"
-    assert window.run(live) == [None, None]  # answers are told once, when they are complete
+# -- a server with a key, and adapters with hostile names --
+
+KEY = "right-key"
+EVIL = ("<img src=x onerror=document.title=1>", "a\"b'c&lt;", "\u202eTxeT\u202c")
+
+
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    pool = tmp_path_factory.mktemp("pool")
+    for name in (*EVIL, "antonym"):
+        shutil.copytree(adapters_dir() / "antonym", pool / name)
+    with served("--base-model", "demo", "--adapters", str(pool), "--signal", "norm", key=KEY) as server:
+        yield server
 
 
 @browses
-def test_what_the_server_refuses_is_told(window: Browser, demo: Served) -> None:
-    enter(window, demo)
-    ask(window, "word " * 600)
-    assert len(found := errors(window)) == 2
-    assert all(text.startswith("This model's context holds 512 tokens") for text in found)
-    assert window.run("return document.getElementById('scores').hidden")
-    ask(window, PROMPT)
+def test_a_wrong_key_is_refused_and_a_right_one_kept_in_this_tab(window: Browser, strange: Served) -> None:
+    window.emulate(390)
+    window.visit(f"{strange.url}/")
+    hidden = "return ['key', 'ask', 'pool'].map(id => document.getElementById(id).hidden)"
+    assert window.run(hidden) == [False, True, True]
+    assert window.run("return document.activeElement.id") == "key-text"
+    give_key(window, "wrong-key")
+    window.wait("return document.getElementById('key-trouble').textContent !== ''")
+    assert errors(window) == ["This key was refused. Please check it."]
+    give_key(window, "ключ")  # what no header can hold
+    window.wait("return document.getElementById('key-trouble').textContent.includes('plain letters')")
+    give_key(window, KEY)
+    window.wait("return document.activeElement.id === 'prompt'")
+    assert window.run(hidden) == [True, False, False]
+    assert window.run("return [localStorage.length, document.cookie, location.search + location.hash]") == [0, "", ""]
+    window.visit(f"{strange.url}/")
+    assert window.run(hidden) == [True, False, False]
+    assert window.run("return document.getElementById('spec').hidden")  # a link cannot bring the key along
+    window.run("document.getElementById('forget').click()")
+    window.wait("return document.activeElement?.id === 'key-text'")
+    assert window.run("return sessionStorage.length") == 0
+    messages = window.messages()
+    assert messages and all("401" in message for message in messages)  # the browser's own lines, and no others
+
+
+@browses
+def test_hostile_text_stays_text(window: Browser, strange: Served) -> None:
+    enter(window, strange, 390)
+    title = window.run("return document.title")
+    prompt = f"{EVIL[0]}<script>document.title='x'</script>"
+    ask(window, prompt, max_tokens=8, k=4)
     assert errors(window) == []
-    assert not window.run("return document.getElementById('scores').hidden")
-    ask(window, "word " * 600)
-    assert window.run("return document.getElementById('scores').hidden")  # those of another prompt are gone
+    assert window.run("return document.getElementById('asked').textContent") == prompt
+    window.run("document.querySelector('#logo .more button').click()")
+    assert set(EVIL) <= {name for name, _, _ in window.run(BARS, "#logo .bars")}
+    assert set(EVIL) <= {name for name, _, _ in window.run(BARS, "#scores table")}
+    window.run(SET, "search", "tXEt")
+    assert window.run(ROWS) == [EVIL[2]]
+    window.run(SET, "search", EVIL[0])
+    assert window.run(ROWS) == [EVIL[0]]
+    window.run(USE, EVIL[0])
+    ask(window, prompt)
+    assert window.run("return document.getElementById('logo-title').textContent") == EVIL[0]
+    assert window.run("return [document.title, document.querySelectorAll('img, main script').length]") == [title, 0]
+    assert window.run("return document.documentElement.scrollWidth") == 390
+    assert window.messages() == []

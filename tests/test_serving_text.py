@@ -74,24 +74,6 @@ def test_pieces_of_any_tokens_are_what_they_decode_to_together(ids: list[int], c
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_text_that_may_become_a_stop_is_held_back_until_it_does_not() -> None:
-    tokenizer = by_bytes()
-    text = Text(tokenizer, ["END"])
-    said = [text.push(tokenizer(letter)["input_ids"]) for letter in "an EN"]
-    assert said == ["a", "n", " ", "", ""]
-    assert text.push(tokenizer("V")["input_ids"]) == "ENV"
-    assert text.push(tokenizer("END")["input_ids"]) == ""
-    assert text.stopped
-
-
-def test_half_a_character_at_the_end_is_shown_as_what_it_decodes_to() -> None:
-    tokenizer = by_bytes()
-    half = tokenizer("😀")["input_ids"][:2]
-    text = Text(tokenizer)
-    assert text.push(half) == ""
-    assert text.finish() == tokenizer.decode(half)
-
-
 def test_a_stop_text_may_hold_special_tokens_which_are_not_shown() -> None:
     """The answer ends where `LoGo.generate` ends it."""
     tokenizer = by_bytes()

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import heapq
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import islice
+from os.path import commonprefix
+
+# For `closest`: the most characters of a name, the most known names that are looked at, and that are compared.
+_LONGEST_COMPARED, _MOST_READ, _MOST_COMPARED = 200, 20_000, 100
 
 
 class LoGoError(Exception):
@@ -135,9 +141,17 @@ def requested(request: str, names: Collection[str], unknown: Callable[[str], LoG
 
 
 def closest(name: object, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for a name that resembles a known one in whatever case, else an empty text."""
-    if not isinstance(name, str):
+    """` (did you mean 'x'?)` for a name that resembles a known one in whatever case, else an empty text.
+
+    Servers call it for whatever a client sends, so the work is bounded: nothing resembles a very long name, and of many
+    known names only those are compared that begin most like it.
+    """
+    if not isinstance(name, str) or len(name) > _LONGEST_COMPARED:
         return ""
-    lowered = {other.lower(): other for other in known}
-    matches = difflib.get_close_matches(name.lower(), list(lowered), n=1)
+    lowered, wanted = {other.lower(): other for other in islice(known, _MOST_READ)}, name.lower()
+    compared = list(lowered)
+    if len(compared) > _MOST_COMPARED:
+        alike = (other for other in compared if other[:1] == wanted[:1])
+        compared = heapq.nlargest(_MOST_COMPARED, alike, key=lambda other: len(commonprefix((other, wanted))))  # noqa: RUF071
+    matches = difflib.get_close_matches(wanted, compared, n=1)
     return f" (did you mean {lowered[matches[0]]!r}?)" if matches else ""

@@ -1,22 +1,16 @@
-"""`Engine`: the interface between a server's app and what generates.
+"""The values between a server's app and what selects and generates.
 
-    MixtureRequest -> choose -> SelectedMixture -> generate -> Delta, Delta, ...
-
-`logo.serving.service.Service` is the engine of one process. The engine alone decides how a mixture is held: the app
-only passes the `SelectedMixture` back.
+MixtureRequest -> SelectedMixture -> Delta, Delta, ...
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from logo.adapters.format import Adapter
 from logo.errors import LoGoError
-from logo.prompts import ProbeText, Prompt
 from logo.selecting import CallOptions
 from logo.selection import Selection
 
@@ -70,15 +64,12 @@ class Sampling:
         temperature: 0 is greedy.
         top_p: the share of the probability mass that is sampled from.
         seed: of this answer's draws; None: random.
-        logprobs: how many alternatives are reported beside each token's own log probability; None: no log
-            probabilities.
     """
 
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
-    logprobs: int | None = None
 
     @property
     def greedy(self) -> bool:
@@ -87,32 +78,15 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class TokenLogprob:
-    """The log probability of one token, before temperature and top-p.
-
-    Attributes:
-        token: its id.
-        logprob: natural logarithm of its probability.
-        top: the most likely tokens with their log probabilities, best first.
-    """
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
 class Delta:
     """The tokens that one or more steps have added to an answer.
 
     Attributes:
         tokens: new token ids.
-        logprobs: one for each token, if requested.
         finish_reason: None until the answer ends.
     """
 
     tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None
 
 
@@ -148,7 +122,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Figures:
-    """The state of an engine in numbers, for metrics.
+    """The state of a server in numbers, for metrics.
 
     Attributes:
         running, waiting: answers that are being generated; requests that are not yet.
@@ -189,113 +163,3 @@ class SelectedMixture(Protocol):
     @property
     def probe_ms(self) -> float:
         """How long the probe took, which prompts may share; 0 if nothing was selected."""
-
-    def release(self) -> object:
-        """Says that the mixture is no longer needed."""
-
-
-class Engine(Protocol):
-    """One base model and its pool, for many requests.
-
-    Attributes:
-        tokenizer: the base model's.
-        vocabulary: token ids below this are known.
-        context: the most tokens of a prompt and its answer.
-        k, signal, probe_text: defaults of the selection.
-        unsure_below: the confidence below which a selection counts as unsure.
-        scores_all: whether a selection has the scores of all adapters that may be selected, not of the best only.
-        signals: the signals that requests may use, the engine's own first.
-        adapters: the adapters that requests may use now, by name.
-        cards: the card of each adapter.
-        selected: the number of answers to which each adapter has contributed.
-        draining: whether new requests are refused.
-    """
-
-    draining: bool
-    signals: tuple[str, ...]
-    selected: dict[str, int]
-
-    @property
-    def adapters(self) -> Mapping[str, Any]: ...
-    @property
-    def cards(self) -> Mapping[str, Card]: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def vocabulary(self) -> int: ...
-    @property
-    def context(self) -> int: ...
-    @property
-    def k(self) -> int: ...
-    @property
-    def signal(self) -> str: ...
-    @property
-    def probe_text(self) -> ProbeText | None: ...
-    @property
-    def unsure_below(self) -> float: ...
-    @property
-    def scores_all(self) -> bool: ...
-
-    @property
-    def alive(self) -> bool:
-        """Whether answers can be generated."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests are accepted."""
-
-    @property
-    def figures(self) -> Figures:
-        """The present figures."""
-
-    def prepare(self) -> None:
-        """Loads and checks everything before the server starts; `stop` has to follow.
-
-        Raises:
-            ModelError: the model cannot be served.
-        """
-
-    def stop(self) -> None:
-        """Ends all generation."""
-
-    async def start(self) -> None:
-        """Begins to serve, inside a running event loop."""
-
-    async def close(self) -> None:
-        """Ends everything; requests in flight fail."""
-
-    def admitted(self, count: int = 1) -> AbstractContextManager[None]:
-        """Reserves places for so many answers inside the block.
-
-        Raises:
-            Overloaded, NotReady: there are none now.
-            UsageError: there can never be so many.
-        """
-
-    def usable(self, patterns: Patterns | None) -> Mapping[str, Any]:
-        """The adapters that match an API key's patterns, by name; None: all."""
-
-    async def choose(self, prompt: Prompt | Sequence[int], wanted: MixtureRequest) -> SelectedMixture:
-        """Selects the mixture of a prompt.
-
-        Raises:
-            LoGoError: an adapter or signal that does not exist, a weight or k that cannot be used.
-        """
-
-    def generate(
-        self, ids: Sequence[int], chosen: Any, sampling: Sampling, deadline: float | None = None
-    ) -> AsyncGenerator[Delta, None]:
-        """Generates the answer to a prompt under its mixture. Leaving the loop ends the generation.
-
-        Args:
-            deadline: on the event loop's clock; None: no deadline.
-
-        Raises:
-            GenerationFailed, GenerationTimeout: see there.
-        """
-
-    async def add(self, folder: Path, name: str, *, replace: bool = False) -> Any:
-        """Adds an adapter to the pool; if a check fails, nothing changes."""
-
-    async def remove(self, name: str) -> None:
-        """Removes an adapter from the pool; requests that have selected it are still answered with it."""

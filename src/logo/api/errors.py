@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from logo.api.validation import shown
@@ -27,10 +28,11 @@ INVALID = "invalid_request_error"
 SERVER = "server_error"
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """An error answer.
 
-    Args:
+    Attributes:
         status: the HTTP status.
         message: one line for people.
         type: OpenAI's type: `invalid_request_error`, `rate_limit_error` or `server_error`.
@@ -39,22 +41,15 @@ class ApiError(Exception):
         headers: further headers of the answer.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        type: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.type = type
-        self.param = param
-        self.code = code
-        self.headers = dict(headers or {})
+    status: int
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message
 
     @classmethod
     def of(cls, error: BaseException, request_id: str | None = None) -> ApiError:

@@ -28,7 +28,6 @@ MAX_PROMPTS = 64
 MAX_STOPS = 4  # OpenAI's
 MAX_STOP_LENGTH = 1000
 MAX_CHOICES = 16
-MAX_LOGPROBS = 20
 MAX_TOKEN = 2**31 - 1  # the largest token id or count, above any vocabulary and context
 
 TAGS = ("<text>", "<texts>", "<tokens>", "<token lists>", "<parts>")
@@ -61,7 +60,6 @@ Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Seed = Annotated[int, Strict(), Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_whole)]
 Count = Annotated[int, Strict(), Field(ge=1, le=MAX_TOKEN), BeforeValidator(_whole)]
 Choices = Annotated[int, Strict(), Field(ge=1, le=MAX_CHOICES), BeforeValidator(_whole)]
-Logprobs = Annotated[int, Strict(), Field(ge=0, le=MAX_LOGPROBS), BeforeValidator(_whole)]
 Token = Annotated[int, Strict(), Field(ge=0, le=MAX_TOKEN), BeforeValidator(_whole)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
 StopText = Annotated[
@@ -93,7 +91,7 @@ def _kind_of_stop(value: Any) -> str | None:
 
 def branches(kind: Callable[[Any], str | None], expected: str) -> Discriminator:
     """Discriminates the branches of a union; `expected` is the message for a value that fits none."""
-    return Discriminator(kind, custom_error_type="logo_kind", custom_error_message=expected)
+    return Discriminator(kind, custom_error_type="logo_kind", custom_error_message=f"Input should be {expected}")
 
 
 Prompt = Annotated[

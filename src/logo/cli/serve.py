@@ -12,7 +12,6 @@ from logo.cli.expanded import expanded
 from logo.cli.opening import open_engine, selection_settings
 from logo.cli.options import EngineOptions, changed
 from logo.cli.output import note
-from logo.cli.places import absolute, everywhere
 from logo.cli.prompts import or_demo
 from logo.cli.serve_options import ServerOptions
 from logo.cli.serve_vllm import OPEN
@@ -41,8 +40,12 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: serve_ray.Repl
         from logo.serving.running import listening, released
 
         address = released(listening(server.host, server.port))
-        several = functools.partial(serve_ray.serve, engine, base_model, replicas, layout, address)
+        several = functools.partial(
+            serve_ray.serve, engine, base_model, replicas, layout, address, server.max_concurrent
+        )
         return serve_vllm.serve(engine, base_model, server, several)
+    if layout is not None:
+        raise UsageError("several replicas are only for --engine vllm; add it, or leave out --replicas and --ray")
     arguments = [f"argument {argument!r}" for argument in server.arguments or ()]
     for flag in (*changed(server, "vllm_mode", "max_model_len", "dry_run").values(), *arguments):
         raise UsageError(f"{flag} is only for --engine vllm")
@@ -62,7 +65,7 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: serve_ray.Repl
     from logo.serving.guards import GuardSettings, is_loopback
     from logo.serving.keys import read_key_adapters, unmatched
     from logo.serving.logs import configure
-    from logo.serving.running import address_of, listening, released
+    from logo.serving.running import address_of, listening
 
     bound = {} if server.key_adapters is None else read_key_adapters(server.key_adapters)
     guards = GuardSettings(
@@ -87,7 +90,6 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: serve_ray.Repl
     from logo.selection.signals import get_signal
     from logo.serving.app import AppSettings
     from logo.serving.memory import Memory
-    from logo.serving.replica import ServerPlan
     from logo.serving.running import serve as run
     from logo.serving.service import Service
 
@@ -95,11 +97,6 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: serve_ray.Repl
     for signal in signals:
         get_signal(signal)  # raises before anything slow happens
     settings = AppSettings(name, server.request_timeout or None, folder, server.log_prompts)
-    if layout is not None:
-        opened = functools.partial(open_engine, everywhere(engine), absolute(base_model))
-        limits = (server.max_concurrent, server.kv_cache_gb, signals, server.max_queue)
-        plan = ServerPlan(opened, settings, guards, *limits, server.log_json)
-        return serve_ray.serve(engine, base_model, replicas, layout, released(taken), plan)
     logo = open_engine(engine, base_model)
     check_pool(name, logo.names)
     for pattern in unmatched(logo.names, bound):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,6 @@ from logo.adapters.pool import warn_of_bad
 from logo.cli.opening import open_pool, quiet_transformers, selection_settings
 from logo.cli.options import EngineOptions, changed
 from logo.cli.output import note, out, size
-from logo.cli.places import absolute, everywhere
 from logo.cli.serve_options import ServerOptions
 from logo.errors import UsageError
 from logo.extras import need
@@ -27,7 +24,6 @@ from logo.pools import pool_place
 if TYPE_CHECKING:
     from logo.backends.plan import Plan
     from logo.backends.vllm.launch import Launch
-    from logo.serving.vllm_replica import VllmPlan
 
 FRONT = "logo.serving.front.Front"
 OPEN = "Listening on {} without an API key: everybody who reaches it may use it. --api-key requires one."
@@ -62,12 +58,12 @@ def serve(
     options: EngineOptions,
     base_model: str,
     server: ServerOptions,
-    several: Callable[[VllmPlan], Any] | None = None,
+    several: Callable[[Launch, Mapping[str, str]], Any] | None = None,
 ) -> Any:
     """Replaces this process by vLLM's server; with `--dry-run`, prints what would be started.
 
     Args:
-        several: called instead, to serve from replicas.
+        several: called instead with the command and further environment variables, to serve from replicas.
     """
     from logo.backends.vllm.launch import API_KEY, check_environment
 
@@ -92,12 +88,7 @@ def serve(
             note("With --replicas, each replica runs such an engine, and one address serves them all.")
         return None
     if several is not None:
-        from logo.serving.vllm_replica import UPDATING, VllmPlan
-
-        if os.environ.get(UPDATING, "0").strip().lower() in ("1", "true"):  # as vLLM reads it
-            launch = replace(launch, options={**launch.options, "adapter_changes": True})
-        pool = functools.partial(open_pool, everywhere(options), absolute(base_model))
-        return several(VllmPlan(launch, more, pool, server.max_concurrent))
+        return several(launch, more)
     environment = launch.environment({**os.environ, **more})
     sys.stdout.flush()
     sys.stderr.flush()

@@ -116,6 +116,15 @@ class AdapterStore:
         finally:
             self.release(hold)
 
+    def reserve(self, sources: Sequence[Source]) -> Hold:
+        """As `hold`, but without waiting: each `Resident.ready` says when it is loaded, or why it cannot be."""
+        with self._lock:
+            self._release_all()
+            hold = Hold(tuple(self._wanted(source) for source in sources))
+            for resident in hold.residents:
+                resident.users += 1
+        return hold
+
     def hold(self, sources: Sequence[Source]) -> Hold:
         """Waits until all of these are loaded, and keeps them so until `release`. All of them are held, or none.
 
@@ -124,11 +133,7 @@ class AdapterStore:
             AdapterError: one cannot be read.
             NotFinite: one overflows the dtype.
         """
-        with self._lock:
-            self._release_all()
-            hold = Hold(tuple(self._wanted(source) for source in sources))
-            for resident in hold.residents:
-                resident.users += 1
+        hold = self.reserve(sources)
         try:
             # All are waited for, so that the state after a failure does not depend on timing.
             failures = [resident.ready.exception() for resident in hold.residents]

@@ -1,6 +1,6 @@
 """`Answers`: from the prompts of a request to chunks of text, the same for every endpoint, streamed or not.
 
-model, options -> MixtureRequest -> SelectedMixture per prompt -> AnswerChunk, AnswerChunk, ...
+model, options -> MixtureRequest -> HeldMixture per prompt -> AnswerChunk, AnswerChunk, ...
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from logo.api.errors import ApiError, bad_request, timed_out
 from logo.api.names import Models
@@ -22,20 +21,20 @@ from logo.endings import FinishReason
 from logo.errors import Unsure
 from logo.prompts import Prompt, chat, read
 from logo.protocol import (
-    Engine,
     GenerationFailed,
     GenerationTimeout,
     MixtureRequest,
     Patterns,
     Sampling,
-    SelectedMixture,
-    TokenLogprob,
 )
 from logo.selection import Selection
 from logo.serving import logged
 from logo.serving.metrics import Metrics
-from logo.serving.spelling import Spelling
 from logo.serving.text import Text
+
+if TYPE_CHECKING:
+    from logo.serving.mixtures import HeldMixture
+    from logo.serving.service import Service
 
 _T = TypeVar("_T")
 
@@ -57,7 +56,7 @@ class PreparedRequest:
     """
 
     prompts: tuple[Prompt, ...]
-    chosen: tuple[SelectedMixture, ...]
+    chosen: tuple[HeldMixture, ...]
     n: int
     sampling: Sampling
     stops: tuple[str, ...]
@@ -72,14 +71,12 @@ class AnswerChunk:
         index: of the answer; those of the first prompt come first.
         text: new whole characters.
         tokens: new token ids, whose text may follow later.
-        logprobs: one for each token, if requested.
         finish_reason: None until the answer ends.
     """
 
     index: int
     text: str
     tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None
 
 
@@ -95,29 +92,19 @@ class Answers:
     """
 
     def __init__(
-        self, service: Engine, metrics: Metrics, base_model: str, timeout: float | None, log_prompts: bool = False
+        self, service: Service, metrics: Metrics, base_model: str, timeout: float | None, log_prompts: bool = False
     ) -> None:
-        self.service = service
+        self.service, self.tokenizer = service, service.tokenizer
         self.metrics = metrics
         self.base_model = base_model
         self.timeout = timeout
         self._log_prompts = log_prompts
 
-    @property
-    def tokenizer(self) -> Any:
-        """The base model's."""
-        return self.service.tokenizer
-
-    @cached_property
-    def spelling(self) -> Spelling:
-        """Of the base model's tokens."""
-        return Spelling(self.tokenizer)
-
     # -- reading requests -----------------------------------------------------------------------------------------
 
     def models(self, patterns: Patterns | None = None) -> Models:
         """The models of a request whose API key is bound to these adapters; None: the whole pool."""
-        return Models(self.base_model, self.service.usable(patterns), self.service.signals, patterns)
+        return Models(self.base_model, self.service.pool.usable(patterns), self.service.signals, patterns)
 
     async def encoded(self, prompts: Sequence[str | Sequence[int]]) -> list[Prompt]:
         """Reads prompts.
@@ -182,7 +169,7 @@ class Answers:
 
     async def choose(
         self, prompts: Sequence[Prompt], wanted: MixtureRequest, began: float, state: Any, n: int = 1
-    ) -> tuple[SelectedMixture, ...]:
+    ) -> tuple[HeldMixture, ...]:
         """Selects the mixture of each prompt; they are probed together.
 
         Args:
@@ -191,10 +178,10 @@ class Answers:
 
         Raises:
             ApiError: the request has timed out.
-            LoGoError: as `Engine.choose`.
+            LoGoError: as `Service.choose`.
         """
 
-        async def choosing() -> list[SelectedMixture | BaseException]:
+        async def choosing() -> list[HeldMixture | BaseException]:
             # A coroutine, since nobody retrieves the exception of a future of `gather` that is cancelled in `wait_for`.
             asked = (self.service.choose(prompt, wanted) for prompt in prompts)
             return await asyncio.gather(*asked, return_exceptions=True)
@@ -207,14 +194,13 @@ class Answers:
         except asyncio.CancelledError:
             self.metrics.failed("left", n * len(prompts))
             raise
-        own = wanted.options.get("signal") in (None, self.service.signal)
         entries, chosen = [], []
         for prompt, one in zip(prompts, found, strict=True):
             if isinstance(one, Unsure):
-                self.metrics.refused(one, own)
+                self.metrics.confidence.observe(one.confidence)
                 entries.append(self._entry(Selection((), (), dict(one.scores), one.confidence), prompt))
             elif not isinstance(one, BaseException):
-                self.metrics.chosen(one, own)
+                self.metrics.chosen(one)
                 entries.append(self._entry(one.selection, prompt))
                 chosen.append(one)
         state.selections = entries or None
@@ -284,7 +270,7 @@ class Answers:
                 if reason is not None:
                     unended.discard(index)
                     self._ended(reason, count, request.began)
-                yield AnswerChunk(index, shown, delta.tokens[:new], delta.logprobs[:new], reason)
+                yield AnswerChunk(index, shown, delta.tokens[:new], reason)
                 if reason is not None:
                     return
 

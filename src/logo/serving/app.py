@@ -6,17 +6,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from logo import __version__
-from logo.protocol import Engine
 from logo.serving import changes, error_handlers, front, routes
 from logo.serving.answers import Answers
-from logo.serving.logged import tell_pool
 from logo.serving.metrics import Metrics
 from logo.serving.openai import now
+
+if TYPE_CHECKING:
+    from logo.serving.service import Service
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,12 @@ class HeadAsGet:
         await self.app({**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope, receive, send)
 
 
-def create_app(service: Engine, settings: AppSettings) -> FastAPI:
+def create_app(service: Service, settings: AppSettings) -> FastAPI:
     """The app, which starts and ends the service; `logo.serving.guards.guard` is to be put around it."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
-        tell_pool(service.adapters)
         try:
             yield
         finally:

@@ -28,7 +28,7 @@ from logo.models import cached_heads
 from logo.protocol import Delta, GenerationFailed, GenerationTimeout, Sampling
 from logo.selection.beginnings import Beginnings, Page
 from logo.serving.memory import Memory, Plan
-from logo.serving.sampling import Drawing, Drawn, next_tokens
+from logo.serving.sampling import Drawing, next_tokens
 from logo.serving.steps import Steps, attach
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Batching(Steps):
         self._numbers = itertools.count()
         self._standing: tuple[Any, ...] | None = None
         self._mixed = False
-        self._drawn: Drawn | None = None
+        self._drawn: list[Drawing] = []  # of the sequences of the step
         self.steps = {"base": 0, "gate": 0}
         self._hooked: ExitStack | None = None
         self.plan = Plan.of(model, store.budget, memory)
@@ -209,7 +209,7 @@ class Batching(Steps):
                 reason: FinishReason | None = None
                 if ended:
                     reason = "stop" if tokens and tokens[-1] in self._ends else "length"
-                yield Delta(tuple(tokens[sent:]), tuple(job.drawing.logprobs[sent : len(tokens)]), reason)
+                yield Delta(tuple(tokens[sent:]), reason)
                 sent = len(tokens)
         finally:
             if timer is not None:
@@ -262,14 +262,13 @@ class Batching(Steps):
     def sample(self, scores: Tensor, ids: Sequence[str]) -> Tensor:
         """Draws the next token of each sequence by its own sampling."""
         jobs = [self._jobs.get(sequence) for sequence in ids]
-        self._drawn = next_tokens(scores, [_GREEDY if job is None else job.drawing for job in jobs])
-        return self._drawn.tokens
+        self._drawn = [_GREEDY if job is None else job.drawing for job in jobs]
+        return next_tokens(scores, self._drawn)
 
-    def accepted(self, tokens: Sequence[int]) -> None:
-        """Records the drawn tokens."""
-        if self._drawn is not None:
-            self._drawn.accept(tokens)
-            self._drawn = None
+    def accepted(self) -> None:
+        """Counts the draws."""
+        for drawing in self._drawn:
+            drawing.count += 1
 
     def failed(self, sequence: str, error: Exception) -> None:
         """Records why a sequence was ended."""

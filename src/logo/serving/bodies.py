@@ -6,64 +6,40 @@ the answer but is not supported is refused by name (`UNSUPPORTED`); any other un
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from logo.api.fields import Body, Choices, Count, Flag, Logprobs, Number, Prompt, Seed, Stop, Text, refused
+from logo.api.fields import Body, Choices, Count, Flag, Number, Prompt, Seed, Stop, Text, refused
 from logo.api.requests import Messages, ModelRequest, TemplateVariables
 
-# Field -> whether its value has no effect, so that it is accepted.
-UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
-    # OpenAI's
-    "frequency_penalty": lambda v: _is(v, 0),
-    "presence_penalty": lambda v: _is(v, 0),
-    "logit_bias": lambda v: not v,
-    "best_of": lambda v: _is(v, 1),
-    "suffix": lambda v: v == "",
-    "echo": lambda v: v is False,
-    "response_format": lambda v: v == {"type": "text"},
-    "tools": lambda v: v == [],
-    "tool_choice": lambda v: v in ("none", "auto"),
-    "functions": lambda v: v == [],
-    "function_call": lambda v: v in ("none", "auto"),
-    "modalities": lambda v: v == ["text"],
-    "audio": lambda v: False,
-    "web_search_options": lambda v: False,
-    "reasoning_effort": lambda v: False,
-    "verbosity": lambda v: v == "medium",
-    # vLLM's
-    "top_k": lambda v: _is(v, 0) or _is(v, -1),
-    "min_p": lambda v: _is(v, 0),
-    "min_tokens": lambda v: _is(v, 0),
-    "repetition_penalty": lambda v: _is(v, 1),
-    "length_penalty": lambda v: _is(v, 1),
-    "use_beam_search": lambda v: v is False,
-    "ignore_eos": lambda v: v is False,
-    "stop_token_ids": lambda v: v == [],
-    "bad_words": lambda v: v == [],
-    "allowed_token_ids": lambda v: False,
-    "prompt_logprobs": lambda v: False,
-    "truncate_prompt_tokens": lambda v: False,
-    "structured_outputs": lambda v: False,
-    "guided_json": lambda v: False,
-    "guided_regex": lambda v: False,
-    "guided_choice": lambda v: False,
-    "guided_grammar": lambda v: False,
-    "skip_special_tokens": lambda v: v is True,
-    "include_stop_str_in_output": lambda v: v is False,
-    "return_tokens_as_token_ids": lambda v: v is False,
-    "chat_template": lambda v: False,
-    "add_generation_prompt": lambda v: v is True,
-    "continue_final_message": lambda v: v is False,
-    "documents": lambda v: v == [],
-    "lora_request": lambda v: False,
+# Field -> the values that have no effect, so that they are accepted.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens"), (0,)),
+    **dict.fromkeys(("best_of", "repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words", "documents"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("echo", "logprobs", "use_beam_search", "ignore_eos", "include_stop_str_in_output"), (False,)),
+    **dict.fromkeys(("return_tokens_as_token_ids", "continue_final_message"), (False,)),
+    **dict.fromkeys(("skip_special_tokens", "add_generation_prompt"), (True,)),
+    **dict.fromkeys(("audio", "web_search_options", "reasoning_effort", "top_logprobs", "prompt_logprobs"), ()),
+    **dict.fromkeys(("allowed_token_ids", "truncate_prompt_tokens", "structured_outputs", "lora_request"), ()),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "chat_template"), ()),
+    "logit_bias": ({}, []),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "top_k": (0, -1),
+    "verbosity": ("medium",),
 }
 
+LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
+"""Unsupported fields that vLLM's server knows, which the refusal names."""
 
-def _is(value: Any, number: int) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == number
+
+def _among(value: Any, values: tuple[Any, ...]) -> bool:
+    """Whether it is one of these; true and false are no numbers."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values)
 
 
 class StreamOptions(Body):
@@ -89,14 +65,12 @@ class _Generation(ModelRequest):
 
     @model_validator(mode="after")
     def _nothing_unsupported(self) -> _Generation:
-        known = {**UNSUPPORTED, "add_special_tokens": self._adds_as_usual}
+        known = {**UNSUPPORTED, "add_special_tokens": (self.adds_special_tokens,)}
         for name, value in (self.model_extra or {}).items():
-            if value is not None and name in known and not known[name](value):
-                raise refused("not supported by this server; leave it out", name)
+            if value is not None and name in known and not _among(value, known[name]):
+                way = "use --engine vllm, or leave it out" if name in LOGPROBS else "leave it out"
+                raise refused(f"not supported by this server; {way}", name)
         return self
-
-    def _adds_as_usual(self, value: Any) -> bool:
-        return value is self.adds_special_tokens
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -120,9 +94,6 @@ class CompletionRequest(_Generation):
         description="A text, several, the token ids of one, or of several.", examples=["What is 7 plus 5?"]
     )
     max_tokens: Count | None = Field(None, description="Default: 16, or as many as the context has room for.")
-    logprobs: Logprobs | None = Field(
-        None, description="Log-probabilities of the tokens and of so many others at every place."
-    )
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -146,13 +117,9 @@ class ChatRequest(_Generation):
     max_completion_tokens: Count | None = Field(
         None, description="Default: 256, or as many as the context has room for."
     )
-    logprobs: Flag = False
-    top_logprobs: Logprobs | None = Field(None, description="Needs 'logprobs'.")
 
     @model_validator(mode="after")
     def _one_meaning(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise refused("expected 'logprobs': true beside it, found false", "top_logprobs")
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:
             raise refused("expected this or 'max_completion_tokens', found both and different", "max_tokens")

@@ -12,7 +12,6 @@ from logo.api.requests import LoadAdapter, UnloadAdapter
 from logo.api.validation import shown
 from logo.errors import AdapterError, PoolError
 from logo.serving.answers import Answers
-from logo.serving.logged import tell_pool
 from logo.serving.routes import ERRORS, TEXT
 
 router = APIRouter(responses=ERRORS, tags=["Adapters"])
@@ -30,7 +29,6 @@ async def load(body: LoadAdapter, request: Request) -> Response:
         if error.name != body.lora_name:  # another adapter of the pool
             raise
         raise bad_request(shown_line(str(error)), "lora_path") from error
-    tell_pool(answers.service.adapters)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -43,7 +41,6 @@ async def unload(body: UnloadAdapter, request: Request) -> Response:
         await answers.service.remove(body.lora_name)
     except PoolError as error:  # another request removed it meanwhile
         raise not_found(str(error), "lora_name") from error
-    tell_pool(answers.service.adapters)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

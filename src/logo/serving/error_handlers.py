@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from logo.api.errors import INVALID, SERVER, ApiError, bad_request, shown_line
-from logo.api.validation import shown, unreadable, validation_message
+from logo.api.validation import shown, validation_message
 from logo.errors import LoGoError
 
 
@@ -37,10 +37,11 @@ def _of_starlette(error: HTTPException) -> ApiError:
     status, headers = error.status_code, error.headers
     if status == 400 and error.__cause__ is not None:  # FastAPI could not read the body
         cause = error.__cause__
-        return cause if isinstance(cause, ApiError) else bad_request(unreadable(cause))
+        unreadable = f"the body is not JSON that can be read: {type(cause).__name__}"
+        return cause if isinstance(cause, ApiError) else bad_request(unreadable)
     kind = SERVER if status >= 500 else INVALID
     code = {404: "not_found", 405: "method_not_allowed"}.get(status)
-    return ApiError(status, shown_line(str(error.detail)), kind, code=code, headers=headers)
+    return ApiError(status, shown_line(str(error.detail)), kind, code=code, headers=headers or {})
 
 
 async def _answer(request: Request, error: Exception) -> Response:

@@ -1,12 +1,7 @@
-"""Adapters in the log of a server: a line with the pool, and an entry for the selection of each prompt.
-
-`logo.serving.traffic` reads them (`logo pool health`). Prompts are only logged if the operator wants that.
-"""
+"""The entry of each prompt in the log of a server: its selection and, if the operator wants that, the prompt itself."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable
 from heapq import nlargest
 from typing import Any
 
@@ -17,8 +12,6 @@ from logo.selection.selector import UNSURE
 LEADING = 5
 # The most tokens of a prompt that are logged.
 TOKENS = 200
-
-_log = logging.getLogger("logo.serving")
 
 
 def entry(
@@ -32,7 +25,7 @@ def entry(
         unsure_below: the confidence below which the selection counts as unsure.
     """
     found: dict[str, Any] = {
-        "adapters": list(selection.adapters),  # all of them, since mean weights are computed from the log
+        "adapters": list(selection.adapters),
         "weights": [round(weight, 4) for weight in selection.weights],
         "scores": {name: round(score, 3) for name, score in nlargest(LEADING, selection.scores.items(), _score)},
     }
@@ -88,10 +81,3 @@ def _encodable(text: str) -> bool:
 
 def _score(item: tuple[str, float]) -> float:
     return item[1]
-
-
-def tell_pool(names: Iterable[str]) -> None:
-    """Logs the adapters of the pool."""
-    pool = list(names)
-    text = f"{len(pool)} adapters in the pool"
-    _log.info(text, extra={"fields": {"message": text, "pool": pool}})

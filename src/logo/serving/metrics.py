@@ -5,25 +5,20 @@ Labels are reasons, forms, and adapters of the pool. Texts of clients never beco
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from logo.errors import Unsure
-from logo.selection.drift import Drift
-
 if TYPE_CHECKING:
-    from logo.protocol import Engine, SelectedMixture
+    from logo.protocol import SelectedMixture
+    from logo.serving.service import Service
 
 FailureReason = Literal["queue_full", "unsure", "timeout", "error", "left"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-_SELECTED = "logo:adapter_selected"
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _LONG = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -37,7 +32,7 @@ class Metrics:
         service: the engine whose state the gauges show.
     """
 
-    def __init__(self, service: Engine) -> None:
+    def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
 
         def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
@@ -65,32 +60,21 @@ class Metrics:
             "The probability that the pool holds an adapter made for the prompt.",
             [tenth / 10 for tenth in range(1, 11)],
         )
-        # Scores of the best adapters alone would move the levels of all others too high.
-        self._drift = Drift() if service.scores_all else None
-        self.registry.register(_State(service, self._drift))
+        self.registry.register(_State(service))
         ProcessCollector(registry=self.registry)
 
-    def chosen(self, chosen: SelectedMixture, own: bool = True) -> None:
-        """Counts one selection; `own`: by the engine's own signal, since scores of other signals are not comparable."""
+    def chosen(self, chosen: SelectedMixture) -> None:
+        """Counts one selection."""
         self.queue.observe(chosen.queue_ms / 1e3)
         if chosen.probe_ms:
             self.probe.observe(chosen.probe_ms / 1e3)
         self.adapters_per_request.observe(len(chosen.selection.adapters))
         if chosen.selection.confidence is not None:
-            self._scored(chosen.selection.scores, chosen.selection.confidence, own)
+            self.confidence.observe(chosen.selection.confidence)
 
     def failed(self, reason: FailureReason, answers: int) -> None:
         """Counts answers that did not end."""
         self._failures.labels(reason).inc(answers)
-
-    def refused(self, refused: Unsure, own: bool = True) -> None:
-        """Records a prompt that nothing answers, whose confidence tells what the pool lacks; `own`: as in `chosen`."""
-        self._scored(refused.scores, refused.confidence, own)
-
-    def _scored(self, scores: Mapping[str, float], confidence: float, own: bool) -> None:
-        self.confidence.observe(confidence)
-        if own and self._drift is not None:
-            self._drift.see(scores)
 
     def text(self) -> bytes:
         """The exposition format."""
@@ -100,8 +84,8 @@ class Metrics:
 class _State(Collector):
     """The state of the service, read when metrics are collected."""
 
-    def __init__(self, service: Engine, drift: Drift | None) -> None:
-        self._service, self._drift = service, drift
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
     def collect(self) -> Iterator[Metric]:
         service, now = self._service, self._service.figures
@@ -112,7 +96,7 @@ class _State(Collector):
             "kv_blocks": ("Blocks of keys and values in all.", now.kv_total),
             "kv_cache_usage_perc": ("Share of the blocks in use, 1 is all.", now.kv_used / now.kv_total),
             "prefix_cache_bytes": ("Memory of what prompts begin with, where they are read once.", now.prefix_bytes),
-            "pool_adapters": ("Adapters in the pool.", len(service.adapters)),
+            "pool_adapters": ("Adapters in the pool.", len(service.pool.adapters)),
             "adapters_stacked": ("Adapters whose tensors are ready to be mixed.", now.adapters),
             "adapter_bytes": ("Memory of their columns.", now.adapter_bytes),
             "adapter_memory_usage_perc": (
@@ -122,12 +106,10 @@ class _State(Collector):
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"logo:{name}", text, value=value)
-        selected = CounterMetricFamily(_SELECTED, "Answers an adapter had a part in.", labels=["adapter"])
-        for adapter in list(service.adapters):
+        selected = CounterMetricFamily("logo:adapter_selected", "Answers an adapter had a part in.", labels=["adapter"])
+        for adapter in list(service.pool.adapters):
             selected.add_metric([adapter], service.selected.get(adapter, 0))
         yield selected
-        if self._drift is not None:
-            yield from self._drifted(self._drift)
         steps = CounterMetricFamily("logo:steps", "Forward passes, with some mixture or none.", labels=["form"])
         for form, count in now.steps.items():
             steps.add_metric([form], count)
@@ -140,55 +122,3 @@ class _State(Collector):
         yield once
         silent = "Adapters that were to answer a prompt without their invocation tokens."
         yield CounterMetricFamily("logo:not_invoked", silent, value=now.not_invoked)
-
-    def _drifted(self, drift: Drift) -> Iterator[Metric]:
-        """The shifts of scores (`logo.selection.drift`), without adapters that have left the pool."""
-        drift.keep(set(self._service.adapters))
-        middle = "The usual score of the usual adapter in recent prompts."
-        yield GaugeMetricFamily("logo:pool_baseline_shift", middle, value=drift.middle)
-        own = "How far an adapter's usual score in recent prompts is above that of the usual adapter."
-        shifts = GaugeMetricFamily("logo:adapter_baseline_shift", own, labels=["adapter"])
-        for adapter, shift in drift.shifts.items():
-            shifts.add_metric([adapter], shift)
-        yield shifts
-
-
-def labelled(texts: Mapping[str, str]) -> bytes:
-    """Joins the expositions of several servers, with the replica as a label of every sample.
-
-    Samples are not added up, so that Prometheus sees the restart of a replica.
-
-    Args:
-        texts: replica -> exposition.
-    """
-    families: dict[str, Metric] = {}
-    for name, text in texts.items():
-        for family in text_string_to_metric_families(text):
-            known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            known.samples.extend(
-                sample._replace(labels={**sample.labels, "replica": name}) for sample in family.samples
-            )
-    registry = CollectorRegistry()
-    registry.register(_Families(families.values()))
-    return generate_latest(registry)
-
-
-def selected(texts: Iterable[str]) -> dict[str, int]:
-    """The number of selections of each adapter, over the expositions of several servers."""
-    found: dict[str, int] = {}
-    for family in (family for text in texts for family in text_string_to_metric_families(text)):
-        if family.name == _SELECTED:
-            for sample in family.samples:
-                adapter = sample.labels["adapter"]
-                found[adapter] = found.get(adapter, 0) + int(sample.value)
-    return found
-
-
-class _Families(Collector):
-    """A collector of given metrics."""
-
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = tuple(families)
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families

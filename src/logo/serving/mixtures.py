@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
-from logo.errors import UsageError
 from logo.mixing import NEVER, begins
 from logo.mixing.packed import Mixture
 from logo.mixing.store import AdapterStore
@@ -16,7 +19,7 @@ from logo.selection import Selection
 
 @dataclass(frozen=True)
 class HeldMixture:
-    """A `logo.protocol.SelectedMixture` whose adapters are loaded and held.
+    """A `logo.protocol.SelectedMixture` whose adapters are held, and loaded once `loaded` has returned.
 
     Attributes:
         selection: names, weights, scores.
@@ -33,9 +36,34 @@ class HeldMixture:
     probe_ms: float
     release: Callable[[], object] = field(repr=False)
 
+    async def loaded(self) -> None:
+        """Waits until the adapters are loaded; after an error or a cancellation they are not held any more.
+
+        Raises:
+            LoGoError: an adapter that cannot be read, or no room for it.
+        """
+        loop, waited = asyncio.get_running_loop(), self.mixture.hold.residents
+        try:
+            for ready in (resident.ready for resident in waited if not resident.ready.done()):
+                arrived = asyncio.Event()
+                # Not `wrap_future`, which passes a cancellation of this request on to all that wait for the adapter.
+                ready.add_done_callback(partial(_tell, loop, arrived))
+                await arrived.wait()
+            for error in (resident.ready.exception() for resident in waited):
+                if error is not None:
+                    raise error.with_traceback(None)  # one object, for all requests with the adapter
+        except BaseException:
+            self.release()
+            raise
+
+
+def _tell(loop: asyncio.AbstractEventLoop, arrived: asyncio.Event, ready: Future[None]) -> None:
+    with suppress(RuntimeError):  # the loop has ended, and nobody waits
+        loop.call_soon_threadsafe(arrived.set)
+
 
 def mixed(store: AdapterStore, pool: AdapterPool, selection: Selection, prompt: Sequence[int]) -> tuple[Mixture, int]:
-    """Loads and holds the adapters of a selection; also returns how many of them the prompt does not invoke.
+    """Holds the adapters of a selection, which begin to load; also returns how many the prompt does not invoke.
 
     The caller has to release `Mixture.hold`.
 
@@ -44,16 +72,12 @@ def mixed(store: AdapterStore, pool: AdapterPool, selection: Selection, prompt: 
         prompt: token ids.
 
     Raises:
-        UsageError: see `logo.mixing.activated.begins`; or an adapter that can only answer alone.
-        LoGoError: an adapter that cannot be read, or no room for it.
+        UsageError: see `logo.mixing.activated.begins`.
     """
     weights = {name: weight for name, weight in selection.mixture.items() if weight}
-    for name in weights:
-        if pool[name].alone:
-            raise UsageError(f"adapter {name!r} is a DoRA adapter, which cannot be mixed into a batch of requests")
     places = begins(pool, weights, prompt)
     used = [(pool[name], weights[name], begin) for name, begin in places.items() if begin != NEVER]
-    hold = store.hold([store.source(adapter) for adapter, *_ in used])
+    hold = store.reserve([store.source(adapter) for adapter, *_ in used])
     mixture = Mixture(
         hold,
         tuple(weight for _, weight, _ in used),

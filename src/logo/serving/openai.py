@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from logo.api.replies import Mixture, ModelRole, Reply
 from logo.endings import FinishReason
@@ -14,14 +14,6 @@ from logo.endings import FinishReason
 
 def _absent(value: Any) -> bool:
     return value is None
-
-
-def _finite(value: Any) -> Any:
-    """OpenAI's own replacement for the logarithm of zero, which JSON cannot hold."""
-    return -9999.0 if isinstance(value, float) and not value > -9999.0 else value
-
-
-Logprob = Annotated[float, BeforeValidator(_finite)]
 
 
 class Usage(Reply):
@@ -37,21 +29,12 @@ class Usage(Reply):
         return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
-class CompletionLogprobs(Reply):
-    """Parallel lists over the tokens of an answer."""
-
-    tokens: list[str]
-    token_logprobs: list[Logprob | None]
-    top_logprobs: list[dict[str, Logprob]]
-    text_offset: list[int] = Field(description="Where each token begins in the text, in characters.")
-
-
 class CompletionChoice(Reply):
     """One answer, or a piece of it (then `finish_reason` is null until the last)."""
 
     index: int
     text: str
-    logprobs: CompletionLogprobs | None = None
+    logprobs: None = None
     finish_reason: FinishReason | None = None
     token_ids: list[int] | None = Field(None, exclude_if=_absent)
 
@@ -79,27 +62,6 @@ class CompletionChunk(Completion):
     """A piece of a streamed completion; the one with the usage has no choices."""
 
 
-class TopLogprob(Reply):
-    """A likely token at a position of the answer, with its log probability."""
-
-    token: str
-    logprob: Logprob
-    bytes: list[int] | None = None
-
-
-class TokenLogprob(TopLogprob):
-    """The answer's token at a position, with the most likely ones there."""
-
-    top_logprobs: list[TopLogprob] = Field([])
-
-
-class ChatLogprobs(Reply):
-    """One entry per token."""
-
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
 class ReplyMessage(Reply):
     """The assistant's turn."""
 
@@ -113,7 +75,7 @@ class ChatChoice(Reply):
 
     index: int
     message: ReplyMessage
-    logprobs: ChatLogprobs | None = None
+    logprobs: None = None
     finish_reason: FinishReason
     token_ids: list[int] | None = Field(None, exclude_if=_absent)
 
@@ -137,7 +99,7 @@ class ChatChunkChoice(Reply):
 
     index: int
     delta: Delta
-    logprobs: ChatLogprobs | None = None
+    logprobs: None = None
     finish_reason: FinishReason | None = None
     token_ids: list[int] | None = Field(None, exclude_if=_absent)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.pool import AdapterPool
-from logo.engine import LoGo, Prepared
+from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.protocol import Card, Patterns
 from logo.serving.keys import usable
@@ -33,24 +33,6 @@ class Change:
     name: str
     folder: Path | None = None
     replace: bool = False
-
-
-@dataclass(frozen=True)
-class Staged:
-    """The pool after a change, ready to be taken.
-
-    Attributes:
-        prepared: for the engine.
-        refused, adapters, cards: as in `ServedPool`.
-        adapter: the new one; None if one is removed.
-    """
-
-    change: Change
-    prepared: Prepared
-    refused: Mapping[str, LoGoError]
-    adapters: dict[str, Adapter]
-    cards: dict[str, Card]
-    adapter: Adapter | None
 
 
 class ServedPool:
@@ -91,8 +73,8 @@ class ServedPool:
             known_names[patterns] = dict.fromkeys(usable(self.adapters, patterns))
         return known_names[patterns]
 
-    def staged(self, change: Change) -> Staged:
-        """Prepares the pool after a change (opened, checked, indexed), which is not used before `take`.
+    def change(self, change: Change) -> Adapter | None:
+        """Changes the pool when the new one is opened, checked and indexed; returns the new adapter.
 
         Raises:
             LoGoError: the adapter cannot be used or the pool has one of that name; there is none of that name, or it is
@@ -123,14 +105,12 @@ class ServedPool:
         if adapter is not None and change.name not in prepared.fitted:
             # An engine that skips adapters that do not fit raises no error.
             raise next(error for error in prepared.fitted.refused if error.name == change.name)
-        return Staged(change, prepared, refused, *self._listed(prepared.fitted), adapter)
-
-    def take(self, staged: Staged) -> None:
-        """Replaces the pool by the staged one."""
+        shown = self._listed(prepared.fitted)  # reads files, so it may still fail
         with self._paused():
-            self._logo.take(staged.prepared)
-        self.refused = dict(staged.refused)
-        self._show(staged.adapters, staged.cards)
+            self._logo.take(prepared)
+        self.refused = refused
+        self._show(*shown)
+        return adapter
 
     def _listed(self, fitted: AdapterPool) -> tuple[dict[str, Adapter], dict[str, Card]]:
         """Adapters and their cards, which are made once, since files may be removed later."""

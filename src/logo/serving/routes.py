@@ -60,13 +60,11 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 async def completions(body: bodies.CompletionRequest, request: Request) -> Response:
     """Continues prompts, each with the mixture of adapters it selects."""
     answers = _answers(request)
-    options = Options(body.model, body.return_token_ids, body.logprobs is not None, body.include_usage)
     return await _generate(
         body,
         request,
-        CompletionRendering(options, answers.spelling),
+        CompletionRendering(Options(body.model, body.return_token_ids, body.include_usage)),
         (body.max_tokens, "max_tokens" if body.max_tokens else "prompt", _COMPLETION),
-        body.logprobs,
         lambda: answers.encoded(body.prompts),
         len(body.prompts),
     )
@@ -76,7 +74,6 @@ async def completions(body: bodies.CompletionRequest, request: Request) -> Respo
 async def chat_completions(body: bodies.ChatRequest, request: Request) -> Response:
     """Answers a conversation with the mixture of adapters it selects."""
     answers = _answers(request)
-    options = Options(body.model, body.return_token_ids, body.logprobs, body.include_usage)
     blamed = next((name for name in ("max_tokens", "max_completion_tokens") if getattr(body, name)), "messages")
 
     async def encoded() -> list[Prompt]:
@@ -85,9 +82,8 @@ async def chat_completions(body: bodies.ChatRequest, request: Request) -> Respon
     return await _generate(
         body,
         request,
-        ChatRendering(options, answers.spelling),
+        ChatRendering(Options(body.model, body.return_token_ids, body.include_usage)),
         (body.max_new_tokens, blamed, MAX_NEW_TOKENS),
-        (body.top_logprobs or 0) if body.logprobs else None,
         encoded,
         1,
     )
@@ -98,7 +94,6 @@ async def _generate(
     request: Request,
     rendering: Rendering,
     limit: tuple[int | None, str, int],
-    logprobs: int | None,
     encoded: Callable[[], Awaitable[list[Prompt]]],
     count: int,
 ) -> Response:
@@ -116,7 +111,7 @@ async def _generate(
         stack.enter_context(_admitted(answers, count * body.n))
         prompts = await encoded()
         request.state.prompt_tokens = sum(map(len, prompts))
-        sampling = Sampling(answers.room(prompts, *limit), body.temperature, body.top_p, body.seed, logprobs)
+        sampling = Sampling(answers.room(prompts, *limit), body.temperature, body.top_p, body.seed)
         chosen = await unless_left(request, answers.choose(prompts, wanted, began, request.state, body.n))
         for one in chosen:
             stack.callback(one.release)
@@ -162,11 +157,9 @@ async def select(body: SelectRequest, request: Request) -> SelectionReply:
 async def adapters(request: Request) -> AdapterList:
     """Lists the adapters of the pool that the API key may use."""
     answers = _answers(request)
-    service = answers.service
-    names = service.usable(_patterns(request))
-    cards = [
-        AdapterCard.of(card, service.selected.get(name, 0)) for name, card in service.cards.items() if name in names
-    ]
+    service, pool = answers.service, answers.service.pool
+    names = pool.usable(_patterns(request))
+    cards = [AdapterCard.of(card, service.selected.get(name, 0)) for name, card in pool.cards.items() if name in names]
     return AdapterList(
         base_model=answers.base_model,
         default_k=service.k,
@@ -208,7 +201,7 @@ def _cards(request: Request) -> list[openai.ModelCard]:
             logo=ModelRole.model_validate({"role": role}),
         )
 
-    names = answers.service.usable(_patterns(request))
+    names = answers.service.pool.usable(_patterns(request))
     return [
         card(AUTO, "auto", None),
         card(answers.base_model, "base", None),
@@ -222,7 +215,7 @@ def _cards(request: Request) -> list[openai.ModelCard]:
 @router.get("/health", tags=["Server"], **TEXT)
 async def health(request: Request) -> Response:
     """Answers 200 as long as answers can be generated, else 503."""
-    alive = _answers(request).service.alive
+    alive = _answers(request).service.batching.alive
     return PlainTextResponse("ok" if alive else "generation has stopped", 200 if alive else 503)
 
 

@@ -8,15 +8,17 @@ import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from logo.errors import UsageError
-from logo.protocol import Engine
 from logo.serving.app import AppSettings, create_app
 from logo.serving.guards import GuardSettings, guard
 from logo.serving.sending import GRACE
+
+if TYPE_CHECKING:
+    from logo.serving.service import Service
 
 # Seconds between the signal and the end of listening.
 _FAREWELL = 1.0
@@ -57,7 +59,7 @@ def released(taken: socket.socket) -> tuple[str, int]:
 class Server(uvicorn.Server):
     """uvicorn's server, which drains the service before it ends."""
 
-    def __init__(self, config: uvicorn.Config, service: Engine, started: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
         super().__init__(config)
         self._service = service
         self._started = started
@@ -84,7 +86,7 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    service: Engine,
+    service: Service,
     settings: AppSettings,
     guards: GuardSettings,
     taken: socket.socket,
@@ -114,11 +116,11 @@ def serve(
     )
     # uvicorn raises the signal again at the end, although ending on a signal is no failure.
     signal.signal(signal.SIGTERM, _leave)
-    service.prepare()  # so that an error here is one line, not a traceback of uvicorn
+    service.batching.start()  # so that an error here is one line, not a traceback of uvicorn
     try:
         Server(config, service, started).run(sockets=[taken])
     finally:
-        service.stop()
+        service.batching.stop()
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -1,8 +1,8 @@
 """Draws the next token of every sequence of a step, for all of them in the same few calls.
 
 A sequence's tokens depend on its own seed and not on the other sequences of its steps: the noise of its n-th draw comes
-from a generator that is seeded with the sequence's seed and n. The state changes in `Drawn.accept` only, so that a step
-that is computed again draws the same tokens.
+from a generator that is seeded with the sequence's seed and n. Drawing changes no state, and `count` only grows when a
+step is done, so that a step that is computed again draws the same tokens.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from logo.protocol import Sampling, TokenLogprob
+from logo.protocol import Sampling
 from logo.serving.steps import NO_TOKEN
 
 
@@ -25,12 +25,10 @@ class Drawing:
 
     Attributes:
         sampling: how tokens are drawn.
-        logprobs: one entry per drawn token, if requested.
         count: the number of drawn tokens.
     """
 
     sampling: Sampling
-    logprobs: list[TokenLogprob] = field(default_factory=list)
     count: int = 0
 
     def __post_init__(self) -> None:
@@ -43,38 +41,8 @@ class Drawing:
         row.exponential_(generator=generator)
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """The draws of a step, on the device.
-
-    Attributes:
-        drawings: one per row.
-        tokens: (rows,) token ids; `NO_TOKEN` for a row that holds NaN or an infinite largest logit.
-        reported: the rows whose log probabilities are reported.
-        logprobs: (reported, 1 + n): of the drawn token, and of the n most likely ones, best first.
-        likely: (reported, n): ids of the most likely tokens.
-    """
-
-    drawings: Sequence[Drawing]
-    tokens: Tensor
-    reported: tuple[int, ...]
-    logprobs: Tensor
-    likely: Tensor
-
-    def accept(self, tokens: Sequence[int]) -> None:
-        """Records the draws of a step; `tokens` are those of the rows, on the host."""
-        for drawing in self.drawings:
-            drawing.count += 1
-        if not self.reported:
-            return
-        for row, (own, *values), ids in zip(self.reported, self.logprobs.tolist(), self.likely.tolist(), strict=True):
-            top = zip(ids, values, strict=True)
-            drawing = self.drawings[row]
-            drawing.logprobs.append(TokenLogprob(tokens[row], own, tuple(top)[: drawing.sampling.logprobs]))
-
-
-def next_tokens(scores: Tensor, drawings: Sequence[Drawing]) -> Drawn:
-    """One token per row, without waiting for the device.
+def next_tokens(scores: Tensor, drawings: Sequence[Drawing]) -> Tensor:
+    """One token per row (rows,), without waiting for the device; `NO_TOKEN` for a row that is not finite.
 
     Args:
         scores: (rows, vocabulary) float32 logits.
@@ -86,18 +54,7 @@ def next_tokens(scores: Tensor, drawings: Sequence[Drawing]) -> Drawn:
     if sampled:
         rows = torch.tensor(sampled).to(scores.device, non_blocking=True)
         tokens = tokens.index_copy(0, rows, _sampled(scores[rows], [drawings[row] for row in sampled]))
-    tokens = torch.where(best.values.isfinite(), tokens, NO_TOKEN)
-    reported = tuple(row for row, drawing in enumerate(drawings) if drawing.sampling.logprobs is not None)
-    logprobs = scores.new_empty(0, 1)
-    likely = tokens.new_empty(0, 0)
-    if reported:
-        rows = torch.tensor(reported).to(scores.device, non_blocking=True)
-        most = max(drawings[row].sampling.logprobs or 0 for row in reported)
-        of_all = scores[rows].log_softmax(dim=-1)
-        own = of_all.gather(1, tokens[rows, None].clamp_min(0))
-        top = of_all.topk(min(most, scores.shape[1]))
-        logprobs, likely = torch.cat([own, top.values], dim=1), top.indices
-    return Drawn(drawings, tokens, reported, logprobs, likely)
+    return torch.where(best.values.isfinite(), tokens, NO_TOKEN)
 
 
 def _sampled(scores: Tensor, drawings: Sequence[Drawing]) -> Tensor:

@@ -96,7 +96,7 @@ async def _events(
         async with aclosing(answers.chunks(request)) as chunks:
             async for chunk in chunks:
                 state.completion_tokens = tokens = tokens + len(chunk.tokens)
-                if chunk.text or chunk.finish_reason or options.token_ids or options.logprobs:
+                if chunk.text or chunk.finish_reason or options.token_ids:
                     yield event(rendering.chunk(chunk))
     except Exception as error:  # the status was sent already, so the error is an event
         _log.warning("a stream failed: %s", error, exc_info=error)

@@ -12,18 +12,20 @@ import asyncio
 import logging
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from logo.adapters.format import Adapter
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
-from logo.prompts import ProbeText, Prompt
-from logo.protocol import Card, Delta, Figures, MixtureRequest, NotReady, Overloaded, Patterns, Sampling
+from logo.prompts import Prompt
+from logo.protocol import Delta, Figures, MixtureRequest, NotReady, Overloaded, Sampling
 from logo.selecting import CallSettings
 from logo.selection import Selection
 from logo.selection.selector import forced, known
@@ -31,12 +33,70 @@ from logo.serving.batching import Batching
 from logo.serving.memory import Memory
 from logo.serving.mixtures import HeldMixture, mixed
 from logo.serving.pool import Change, ServedPool
-from logo.serving.waiting import Line, Waiting, hand_out
 
 _log = logging.getLogger("logo.serving")
 
 T = TypeVar("T")
 STOPPED = "generation has stopped; restart the server"
+
+
+@dataclass
+class Waiting:
+    """A request that waits for its mixture.
+
+    Attributes:
+        since: when it joined, in seconds of `time.perf_counter`.
+        future: gets the mixture, or the error that the request fails with.
+    """
+
+    prompt: Prompt | Sequence[int]
+    wanted: MixtureRequest
+    since: float
+    future: asyncio.Future[HeldMixture]
+
+
+class Line:
+    """Requests that wait for a mixture, the longest waiting first; added in the event loop, taken by a thread."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Waiting] = deque()  # two threads may use its two ends
+        self._joined = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    async def join(self, prompt: Prompt | Sequence[int], wanted: MixtureRequest) -> HeldMixture:
+        """Waits for the mixture of a prompt; raises what selecting for it raised."""
+        waiting = Waiting(prompt, wanted, time.perf_counter(), asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._joined.set()
+        return await waiting.future
+
+    async def filled(self) -> None:
+        """Returns when a request waits."""
+        while not self._waiting:
+            self._joined.clear()
+            await self._joined.wait()
+
+    def take(self, count: int) -> list[Waiting]:
+        """Takes at most `count` requests out of the line. Those that were cancelled are dropped."""
+        taken: list[Waiting] = []
+        while self._waiting and len(taken) < count:
+            waiting = self._waiting.popleft()
+            if not waiting.future.done():
+                taken.append(waiting)
+        return taken
+
+
+def hand_out(batch: Sequence[Waiting], results: Sequence[HeldMixture | Exception]) -> None:
+    """Gives each result to the request that still waits for it."""
+    for waiting, result in zip(batch, results, strict=True):
+        if waiting.future.done():
+            continue
+        if isinstance(result, Exception):
+            waiting.future.set_exception(result)
+        else:
+            waiting.future.set_result(result)
 
 
 class Service:
@@ -55,6 +115,9 @@ class Service:
         not_invoked: number of prompts that lacked the invocation tokens of a selected adapter.
         draining: whether new requests are refused.
         signals: those that requests may ask for, the engine's own first.
+        tokenizer, vocabulary, context: the base model's; token ids are below `vocabulary`, and a prompt and its answer
+            have at most `context` tokens.
+        signal, probe_text, unsure_below: defaults of the selection.
 
     Raises:
         UsageError: the engine's selections depend on the order of prompts.
@@ -75,8 +138,6 @@ class Service:
                 f"probe_context {logo.settings.probe_context!r}: a server probes prompts together and in any order; "
                 "use 'base'"
             )
-        if not logo.merge.exact:
-            raise UsageError(f"merge {logo.merge.kind!r}: a server mixes adapters exactly; leave it out")
         self.logo = logo
         self.memory = memory
         self.max_queue = max_queue
@@ -91,21 +152,14 @@ class Service:
         self._open = 0
         self.draining = False
         self.selected: dict[str, int] = {}
+        self.tokenizer = logo.tokenizer
+        self.vocabulary = int(logo.model.get_input_embeddings().weight.shape[0])
+        self.context: int = self.batching.context
+        self.signal, self.probe_text = logo.settings.signal, logo.settings.probe_text
+        self.unsure_below = logo.settings.unsure_below
         self.not_invoked = 0
 
     # -- life ------------------------------------------------------------------------------------------------------
-
-    def prepare(self) -> None:
-        """Starts generation.
-
-        Raises:
-            ModelError: the model cannot be served.
-        """
-        self.batching.start()
-
-    def stop(self) -> None:
-        """Ends running sequences."""
-        self.batching.stop()
 
     async def start(self) -> None:
         """Begins to serve; inside a running event loop."""
@@ -124,21 +178,6 @@ class Service:
     def ready(self) -> bool:
         """Whether requests are accepted."""
         return self.batching.alive and not self._selecting.done() and not self.draining
-
-    @property
-    def adapters(self) -> Mapping[str, Adapter]:
-        """Those that requests may use now, by name."""
-        return self.pool.adapters
-
-    @property
-    def cards(self) -> Mapping[str, Card]:
-        """The displayed description of each adapter, without the number of its selections."""
-        return self.pool.cards
-
-    @property
-    def alive(self) -> bool:
-        """Whether answers can be generated."""
-        return self.batching.alive
 
     @property
     def figures(self) -> Figures:
@@ -161,45 +200,9 @@ class Service:
         )
 
     @property
-    def tokenizer(self) -> Any:
-        """The base model's."""
-        return self.logo.tokenizer
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of known token ids."""
-        return int(self.logo.model.get_input_embeddings().weight.shape[0])
-
-    @property
-    def context(self) -> int:
-        """Most tokens of a prompt and its answer."""
-        context: int = self.batching.context
-        return context
-
-    @property
     def k(self) -> int:
         """Default number of adapters per prompt."""
         return self.logo.k
-
-    @property
-    def signal(self) -> str:
-        """Default signal."""
-        return self.logo.settings.signal
-
-    @property
-    def unsure_below(self) -> float:
-        """The confidence below which a selection counts as unsure."""
-        return self.logo.settings.unsure_below
-
-    @property
-    def scores_all(self) -> bool:
-        """Whether a selection has the scores of all adapters that may be selected."""
-        return self.logo.settings.index == "exact"
-
-    @property
-    def probe_text(self) -> ProbeText | None:
-        """What is probed of a conversation."""
-        return self.logo.settings.probe_text
 
     @contextmanager
     def admitted(self, count: int = 1) -> Iterator[None]:
@@ -227,19 +230,18 @@ class Service:
         finally:
             self._open -= count
 
-    def usable(self, patterns: Patterns | None) -> Mapping[str, Any]:
-        """The adapters that an API key may use now, by name; None: all of them."""
-        return self.pool.usable(patterns)
-
     # -- selecting and generating ----------------------------------------------------------------------------------
 
     async def choose(self, prompt: Prompt | Sequence[int], wanted: MixtureRequest) -> HeldMixture:
         """The mixture for a prompt.
 
         Raises:
-            LoGoError: an adapter or signal that does not exist, a weight or k that cannot be used.
+            LoGoError: an adapter or signal that does not exist, a weight or k that cannot be used, an adapter that
+                cannot be read, no room for it.
         """
-        return await self._line.join(prompt, wanted)
+        chosen = await self._line.join(prompt, wanted)
+        await chosen.loaded()  # here, so that nobody else waits for adapters that are not loaded yet
+        return chosen
 
     def generate(
         self, ids: Sequence[int], chosen: HeldMixture, sampling: Sampling, deadline: float | None = None
@@ -294,7 +296,7 @@ class Service:
             if signal not in self.signals:
                 raise UsageError(f"signal: expected one of {', '.join(self.signals)}, found {signal!r}")
             if wanted.usable is not None and wanted.adapters != {}:
-                names = self.usable(wanted.usable)
+                names = self.pool.usable(wanted.usable)
                 if not names:
                     raise PoolError("none of the adapters that this API key may use is in the pool")
                 options["candidates"] = [known(name, pool, names) for name in options.get("candidates") or names]
@@ -351,7 +353,7 @@ class Service:
         Raises:
             LoGoError: the adapter cannot be used, or the pool has one of that name.
         """
-        adapter = await self._in_thread(self._change, Change(name, folder, replace))
+        adapter = await self._in_thread(self.pool.change, Change(name, folder, replace))
         assert adapter is not None
         return adapter
 
@@ -361,12 +363,7 @@ class Service:
         Raises:
             LoGoError: there is none of that name, or it is the last one.
         """
-        await self._in_thread(self._change, Change(name))
-
-    def _change(self, change: Change) -> Adapter | None:
-        staged = self.pool.staged(change)
-        self.pool.take(staged)
-        return staged.adapter
+        await self._in_thread(self.pool.change, Change(name))
 
     async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
         """Runs a call in the thread that selects, so that no prompt is scored meanwhile."""

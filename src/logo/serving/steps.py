@@ -83,8 +83,8 @@ class Steps(ABC):
         """
 
     @abstractmethod
-    def accepted(self, tokens: Sequence[int]) -> None:
-        """The step is done, with these tokens, which `sample` has returned last."""
+    def accepted(self) -> None:
+        """The step is done, with the tokens that `sample` has returned last."""
 
     @abstractmethod
     def failed(self, sequence: str, error: Exception) -> None:
@@ -135,7 +135,7 @@ def attach(manager: Any, steps: Steps) -> None:
             drawn[:] = io.output_ids[0, : len(sampled)].tolist()
             if NO_TOKEN in drawn:
                 raise NotFinite(OVERFLOW)
-            steps.accepted(drawn)
+            steps.accepted()
         except Exception as error:  # the server has to go on after any error
             failure = error
         if failure is not None:

@@ -16,7 +16,6 @@ from typing import Any
 from logo.api.asgi import App, Receive, Scope, Send
 from logo.api.errors import ApiError, failed, unavailable
 from logo.api.replies import Mixture
-from logo.api.visits import chosen as decided
 from logo.backends.vllm.asgi import asking, sending
 from logo.backends.vllm.bodies import Body
 from logo.backends.vllm.core import Core
@@ -47,9 +46,6 @@ class RoutedMixture:
     probe_ms: float = 0.0
     tokens: int | None = None
     queue_ms: float = 0.0  # vLLM's queue is part of the probe
-
-    def release(self) -> None:
-        """Does nothing: `Core.request` holds a recipe for as long as its answer takes."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +154,6 @@ class Answering:
                 request = stack.enter_context(self._core.request(selection))
             except KeyError:
                 raise unavailable("the pool changed while the request waited; try again", retry_after=1) from None
-            decided()  # its adapters stay until it is answered, even if the pool changes
             yield request
 
     def _failed(self, recipe: str, reason: str | None) -> ApiError | None:

@@ -22,7 +22,6 @@ from logo.api.errors import ApiError, bad_request, shown_line, unavailable
 from logo.api.names import AUTO, Models
 from logo.api.replies import SelectionReply
 from logo.api.requests import LoadAdapter, LogoOptions, ModelRequest, SelectRequest, UnloadAdapter, checked
-from logo.api.visits import choosing, indifferent
 from logo.backends.vllm import bodies
 from logo.backends.vllm.admission import Admission
 from logo.backends.vllm.answering import Answering, RoutedMixture
@@ -58,8 +57,6 @@ class Router:
     def __init__(self, app: App) -> None:
         self.app = app
         self._admission = Admission(app)
-        # Changes the pool of all replicas; None unless this router is part of one of several replicas.
-        self.everywhere: Callable[[Change], Awaitable[None]] | None = None
         self._core: Core | None = None
         self._workers: Workers | None = None
         self._models: Any = None  # vLLM's OpenAIServingModels
@@ -127,7 +124,6 @@ class Router:
             )
         self._core = core
         self._answering = Answering(self.app, core, self._workers, self._base, self._counts)
-        state.logo_router = self  # for a process that runs this app as one of several replicas
         log.info(
             "LoGo: %d adapters, signal %s, %s mode (%s), ready in %.1f s",
             len(core.pool.keys),
@@ -166,7 +162,6 @@ class Router:
         body = _object(raw)
         model = None if body is None else body.get("model")
         if body is None or not isinstance(model, str) or not self._ours(model, body):
-            indifferent()
             await self.app(scope, sending(raw, receive), send)
             return
         misplaced = {name: body[name] for name in LogoOptions.model_fields if name in body}
@@ -184,7 +179,6 @@ class Router:
             )
         wanted = self._names.mixture_request(model, asked.logo)
         parts = bodies.split(path, body)
-        choosing(len(parts))  # open until each part has its recipe, see `Answering`
         found = await asyncio.gather(*(self._chosen(path, part, wanted, scope, receive) for part in parts))
         for one in found:
             if isinstance(one, Answer):  # vLLM's own refusal of this prompt
@@ -303,10 +297,7 @@ class Router:
 
     async def _change(self, change: Change) -> None:
         try:
-            if self.everywhere is not None:
-                await self.everywhere(change)
-            else:
-                await self.workers.change(self.core, change)
+            await self.workers.change(self.core, change)
         except (AdapterError, UsageError, WorkerError) as error:
             raise bad_request(shown_line(str(error)), "lora_path") from error
 
