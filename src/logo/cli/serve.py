@@ -44,7 +44,7 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: serve_ray.Repl
         several = functools.partial(serve_ray.serve, engine, base_model, replicas, layout, address)
         return serve_vllm.serve(engine, base_model, server, several)
     arguments = [f"argument {argument!r}" for argument in server.arguments or ()]
-    for flag in (*changed(server, "vllm_mode", "max_model_len", "dry_run").values(), *arguments):
+    for flag in (*changed(server, "max_model_len", "dry_run").values(), *arguments):
         raise UsageError(f"{flag} is only for --engine vllm")
     for flag in changed(engine, "fold").values():
         raise UsageError(

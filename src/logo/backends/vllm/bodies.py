@@ -11,9 +11,6 @@ from logo.prompts import ProbeText, asked_text
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 PATHS = (COMPLETIONS, CHAT, RESPONSES)
 
-POOLED = (*PATHS, "/v1/models", "/v1/logo/select", "/v1/logo/adapters")
-"""Paths whose answers depend on the pool."""
-
 Body = dict[str, Any]
 
 # The fields of every probe: whose cached blocks it may use, and when it runs.

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from logo.adapters.activation import OFF
 from logo.adapters.options import OnBadAdapter
 from logo.errors import UsageError, closest
 from logo.selection.settings import SelectionSettings
 
-Mode = Literal["auto", "gate", "merge"]
 Products = Literal["auto", "kernels", "plain"]
 
 # Environment variables: one with the pool, and one with all other options as JSON.
@@ -37,8 +37,6 @@ class Options:
 
     Attributes:
         pool: a folder of adapters, or a Hub repository `org/name[/folder][@revision]`.
-        mode: `"gate"`: the pool sits in vLLM's adapter slots and a request is a row of gates; `"merge"`: every mixture
-            is an adapter of its own; `"auto"`: gates where the slots suffice.
         products: what computes gated products. `"kernels"`: Triton kernels, which skip adapters that no token of a
             block has; `"plain"`: PyTorch; `"auto"`: kernels on GPUs with Triton.
         signals: those that requests may ask for besides the settings' own.
@@ -49,7 +47,6 @@ class Options:
     """
 
     pool: str
-    mode: Mode = "auto"
     products: Products = "auto"
     signals: tuple[str, ...] = ("norm",)
     adapter_changes: bool = False
@@ -85,7 +82,7 @@ class Options:
             raise UsageError(f"LoGo needs a pool: set {POOL} to a folder of adapters or a Hub repository")
         settings = SelectionSettings.of(**{name: value for name, value in given.items() if name not in own})
         options = {name: value for name, value in given.items() if name in own}
-        for name, choices in (("mode", Mode), ("products", Products), ("on_bad_adapter", OnBadAdapter)):
+        for name, choices in (("products", Products), ("on_bad_adapter", OnBadAdapter)):
             if name in options and options[name] not in get_args(choices):
                 raise UsageError(f"{name}: expected one of {', '.join(get_args(choices))}, found {options[name]!r}")
         size = options.get("max_body_mb", 1.0)
@@ -98,13 +95,13 @@ class Options:
         made = cls(settings=settings, **options)
         for signal in made.all_signals:
             settings.for_call(signal=signal)  # refuses one that does not exist
-        if settings.probe_context != "base" or settings.baseline != "neutral":
+        if settings.probe_context != "base":
+            raise UsageError("inside vLLM prompts are probed by the base model alone: leave out probe_context")
+        if settings.when_not_invoked != OFF:
             raise UsageError(
-                "inside vLLM prompts are probed by the base model alone and compared with neutral text: leave out "
-                "probe_context and baseline"
+                "inside vLLM an adapter does nothing in a prompt without its invocation tokens: leave out "
+                "when_not_invoked"
             )
-        if settings.index != "exact":
-            raise UsageError(f"inside vLLM every adapter is scored: leave out index {settings.index!r}")
         return made
 
     @property
