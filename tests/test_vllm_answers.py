@@ -1,24 +1,24 @@
-"""Answers of vLLM's app on their way out: changed, and ended where their numbers overflow. The app is made up."""
+"""Answers of vLLM's app on their way out: changed, joined, and ended where one fails. The app is made up."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import pytest
 
-from logo.api.asgi import Message, Receive, Scope, Send
-from logo.api.errors import ApiError, failed, unavailable
-from logo.backends.vllm.overflows import notice, watched
-from logo.backends.vllm.rewriting import Rewriting, run
-from logo.backends.vllm.several import Run, merged_stream
-from logo.errors import UsageError
+from logo.api.asgi import Message, Receive, Scope, Send, answer
+from logo.api.errors import ApiError, failed
+from logo.backends.vllm.asgi import run, together
+from logo.backends.vllm.rewriting import Rewriting
+from logo.backends.vllm.several import Refused, merged, merged_stream
 
 SCOPE: Scope = {"type": "http"}
-ERROR = failed("not finite", "not_finite")
+ERROR = failed("the mixture could not be made", "mixture_failed")
 
 
 @dataclass
@@ -48,122 +48,89 @@ class Client:
 
 @dataclass
 class Engine:
-    """An app that streams token after token, or gives them at the end; until its client leaves."""
+    """An app that streams token after token, or gives them at the end; until its client leaves.
+
+    As vLLM's, it does not end where only the task that waits for it is cancelled.
+    """
 
     tokens: int
     streams: bool
-    spoilt: asyncio.Event = field(default_factory=asyncio.Event)
-    spoils_at: int | None = None
-    listens: bool = True
     given: int = 0
     ended: str = ""
+    status: int = 200
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        kind = b"text/event-stream" if self.streams else b"application/json"
-        leaving = asyncio.ensure_future(receive())
+        if self.streams:
+            await self.stream(send)
+        else:
+            await asyncio.shield(asyncio.ensure_future(self.whole(receive, send)))
+
+    async def stream(self, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
-            if self.streams:
-                await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
             while self.given < self.tokens:
                 self.given += 1
-                if self.given == self.spoils_at:
-                    self.spoilt.set()
-                if self.streams:
-                    event = b'data: {"token": %d}\n\n' % self.given
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                choice = {"index": 0, "text": f"{self.given}"}
+                event = b"data: " + json.dumps({"id": "x", "choices": [choice]}).encode() + b"\n\n"
+                await send({"type": "http.response.body", "body": event, "more_body": True})
                 await asyncio.sleep(0)
-                if self.listens and leaving.done():
-                    assert (await leaving)["type"] == "http.disconnect"
-                    self.ended = "left"
-                    break
         except asyncio.CancelledError:
             self.ended = "cancelled"
             raise
-        finally:
-            leaving.cancel()
-        if not self.streams:
-            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
-        body = b"data: [DONE]\n\n" if self.streams else b"null" if self.ended else b'{"tokens": %d}' % self.given
-        await send({"type": "http.response.body", "body": body})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def whole(self, receive: Receive, send: Send) -> None:
+        leaving = asyncio.ensure_future(receive())
+        while self.given < self.tokens and not leaving.done():
+            self.given += 1
+            await asyncio.sleep(0)
+        self.ended = "left" if leaving.done() else ""
+        leaving.cancel()
+        usage = {"prompt_tokens": 3, "total_tokens": 4, "prompt_tokens_details": {"cached_tokens": self.given}}
+        found = {"choices": [{"index": 0, "text": f"{self.given}"}], "usage": usage}
+        await answer(send, self.status, json.dumps(found).encode())
+
+    def asked(self, client: Client) -> Any:
+        """Runs it, for `merged`."""
+
+        async def run_it(send: Send) -> None:
+            await run(self, SCOPE, client.receive, send)
+
+        return run_it
 
 
-async def answered(engine: Engine, error: ApiError = ERROR) -> tuple[Client, int]:
+def answered(engine: Engine, error: ApiError | None = None) -> tuple[Client, int]:
     """What a client is sent, and how often it was looked whether the answer is one."""
     client, checks = Client(), 0
 
     async def check() -> ApiError | None:
         nonlocal checks
         checks += 1
-        return error if engine.spoilt.is_set() else None
+        return error
 
     def change(found: dict[str, Any], first: bool) -> None:
         found["first"] = first
 
-    await run(engine, SCOPE, client.receive, Rewriting(client.send, change, check, engine.spoilt), engine.spoilt)
+    asyncio.run(run(engine, SCOPE, client.receive, Rewriting(client.send, change, check)))
     return client, checks
 
 
-def test_an_answer_comes_as_it_is() -> None:
-    client, checks = asyncio.run(answered(Engine(2, streams=False)))
-    assert (client.status, client.body, checks) == (200, b'{"tokens":2,"first":true}', 1)
-    client, checks = asyncio.run(answered(Engine(2, streams=True)))
-    assert (client.status, checks) == (200, 1)
-    assert client.body == (b'data: {"token":1,"first":true}\n\ndata: {"token":2,"first":false}\n\ndata: [DONE]\n\n')
+def events(client: Client) -> list[Any]:
+    return [json.loads(line[6:]) if b"{" in line else line for line in client.body.split(b"\n") if line]
 
 
-@pytest.mark.parametrize("listens", [True, False])
-def test_a_stream_that_overflows_ends_with_an_error_and_nothing_else(listens: bool) -> None:
-    engine = Engine(1000, streams=True, spoils_at=3, listens=listens)
-    client, checks = asyncio.run(answered(engine))
-    assert checks == 1 and engine.given < 10 and engine.ended
-    head, _, tail = client.body.partition(b'data: {"token":2,"first":false}\n\n')
-    assert head == b'data: {"token":1,"first":true}\n\n'
-    assert tail == ERROR.event() + b"data: [DONE]\n\n"
-
-
-def test_a_stream_that_overflows_at_its_end_is_ended() -> None:
-    """While it is looked whether the answer is one, and after nothing was found."""
-
-    async def ended(spoils_in_check: bool) -> bytes:
-        client, engine = Client(), Engine(1, streams=True, listens=False)
-
-        async def check() -> ApiError | None:
-            if engine.spoilt.is_set():
-                return ERROR
-            if spoils_in_check:
-                engine.spoilt.set()
-                await asyncio.sleep(0.05)
-            return None
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            await engine(scope, receive, more(send))
-            engine.spoilt.set()
-            await send({"type": "http.response.body", "body": b""})
-
-        def more(send: Send) -> Send:
-            async def on_its_way(message: Message) -> None:
-                await send({**message, "more_body": True} if "body" in message else message)
-
-            return on_its_way
-
-        send = Rewriting(client.send, lambda found, first: None, check, engine.spoilt)
-        await run(app, SCOPE, client.receive, send, engine.spoilt)
-        return client.body
-
-    token = b'data: {"token":1}\n\n'
-    assert asyncio.run(ended(False)) == token + b"data: [DONE]\n\n"
-    assert asyncio.run(ended(True)) == token + ERROR.event() + b"data: [DONE]\n\n"
-
-
-def test_an_answer_that_overflows_is_an_error_at_once() -> None:
-    engine = Engine(1000, streams=False, spoils_at=3)
-    client, checks = asyncio.run(answered(engine))
-    assert (client.status, client.body, checks) == (500, ERROR.content(), 1)
-    assert engine.ended == "left" and engine.given < 10
-    # One that goes on to its end is an error as well.
-    engine = Engine(20, streams=False, spoils_at=3, listens=False)
-    client, checks = asyncio.run(answered(engine))
-    assert (client.status, client.body, engine.given) == (500, ERROR.content(), 20)
+def test_an_answer_comes_as_it_is_unless_its_mixture_failed() -> None:
+    client, checks = answered(Engine(2, streams=False))
+    assert (client.status, json.loads(client.body)["first"], checks) == (200, True, 1)
+    client, checks = answered(Engine(2, streams=True))
+    *chunks, end = events(client)
+    assert [chunk["first"] for chunk in chunks] == [True, False] and end == b"data: [DONE]" and checks == 1
+    client, _ = answered(Engine(2, streams=False), ERROR)
+    assert (client.status, client.body) == (500, ERROR.content())
+    client, _ = answered(Engine(1, streams=True), ERROR)
+    *_, error, end = events(client)
+    assert error["error"]["code"] == "mixture_failed" and end == b"data: [DONE]"
 
 
 def test_what_an_app_raises_is_raised() -> None:
@@ -172,62 +139,69 @@ def test_what_an_app_raises_is_raised() -> None:
 
     client = Client()
     with pytest.raises(ValueError, match="broken"):
-        asyncio.run(run(broken, SCOPE, client.receive, Rewriting(client.send, lambda *_: None), asyncio.Event()))
+        asyncio.run(run(broken, SCOPE, client.receive, Rewriting(client.send, lambda *_: None)))
 
 
-def test_a_stream_of_several_prompts_tells_of_those_that_are_refused() -> None:
-    """Some are refused before they answer: the pool has changed, or the mixture cannot be made."""
-    gone, large = unavailable("the pool changed", retry_after=1), UsageError("mix fewer adapters")
+@pytest.mark.parametrize("streams", [False, True])
+def test_siblings_of_a_prompt_that_fails_are_aborted(streams: bool) -> None:
+    client, sibling = Client(), Engine(10**6, streams=streams)
 
-    async def refused(send: Send, error: Exception) -> None:
+    async def refuse(send: Send) -> None:
+        await asyncio.sleep(0.01)
+        await answer(send, 400, b'{"error": {"message": "no"}}')
+
+    if not streams:
+        with pytest.raises(Refused) as refused:
+            asyncio.run(merged(client.send, [sibling.asked(client), refuse], [{}] * 2, 1))
+        assert refused.value.answer.status == 400 and not client.messages
+    else:
+        asyncio.run(merged_stream(client.send, [sibling.asked(client), refuse], [{}] * 2, 1))
+        *_, error, end = events(client)
+        assert error["error"]["message"] == "no" and end == b"data: [DONE]"
+    assert sibling.ended == ("cancelled" if streams else "left") and 0 < sibling.given < 10**6
+
+
+def test_an_error_of_a_selection_ends_the_others() -> None:
+    ended = []
+
+    async def probe(seconds: float, error: Exception) -> None:
+        try:
+            await asyncio.sleep(seconds)
+            raise error
+        finally:
+            ended.append(seconds)
+
+    with pytest.raises(ValueError, match="first"):
+        asyncio.run(together([probe(60, ValueError("never")), probe(0, ValueError("first"))]))
+    assert ended == [0, 60]
+
+
+def test_usage_is_that_of_all_prompts() -> None:
+    client = Client()
+    engines = [Engine(tokens, streams=False) for tokens in (2, 5)]
+    asyncio.run(merged(client.send, [one.asked(client) for one in engines], [{"k": 1}, {"k": 2}], 1))
+    found = json.loads(client.body)
+    assert [(choice["index"], choice["text"]) for choice in found["choices"]] == [(0, "2"), (1, "5")]
+    assert found["logo"] == [{"k": 1}, {"k": 2}]
+    assert found["usage"] == {"prompt_tokens": 6, "total_tokens": 8, "prompt_tokens_details": {"cached_tokens": 7}}
+
+
+def test_a_stream_of_several_prompts_is_one() -> None:
+    """And an error before anything was sent is the whole response."""
+    client = Client()
+    asyncio.run(merged_stream(client.send, [Engine(2, streams=True).asked(client) for _ in range(2)], [{}] * 2, 1))
+    *chunks, end = events(client)
+    assert end == b"data: [DONE]" and "logo" in chunks[0] and not any("logo" in chunk for chunk in chunks[1:])
+    assert sorted(chunk["choices"][0]["index"] for chunk in chunks) == [0, 0, 1, 1]
+
+    async def raises(send: Send, error: Exception) -> None:
         raise error
 
-    async def answered(send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        event = b'data: {"id": "x", "choices": [{"index": 0, "text": "a"}]}\n\n'
-        await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+    def refused(*errors: Exception) -> Coroutine[Any, Any, None]:
+        return merged_stream(Client().send, [partial(raises, error=error) for error in errors], [{}], 1)
 
-    def streamed(*run: Run) -> Client:
-        client = Client()
-        asyncio.run(merged_stream(client.send, run, [{}] * len(run), 1))
-        return client
-
-    some = streamed(partial(refused, error=large), answered, partial(refused, error=gone))
-    assert some.status == 200
-    *events, end = [json.loads(line[6:]) if b"{" in line else line for line in some.body.split(b"\n") if line]
-    assert end == b"data: [DONE]" and len(events) == 3
-    assert [found["choices"][0]["index"] for found in events if "choices" in found] == [1]
-    told = [found["error"]["message"] for found in events if "error" in found]
-    assert told == ["mix fewer adapters", "the pool changed"]
-    none = streamed(partial(refused, error=large), partial(refused, error=gone))
-    assert none.status == 400 and json.loads(none.body)["error"]["message"] == "mix fewer adapters"
-    assert streamed(partial(refused, error=gone), partial(refused, error=large)).status == 503
+    with pytest.raises(Refused) as found:
+        asyncio.run(refused(ERROR))
+    assert found.value.answer.status == 500
     with pytest.raises(ValueError, match="a fault"):
-        streamed(partial(refused, error=ValueError("a fault")))
-
-
-@dataclass
-class Output:
-    """Of vLLM, as far as overflows go."""
-
-    request_id: str
-    num_nans_in_logits: int
-
-
-@dataclass
-class State:
-    lora_name: str | None
-
-
-def test_only_answers_with_that_recipe_are_told() -> None:
-    states = {"1": State("logo://a:1"), "2": State("logo://b:1"), "3": State(None)}
-    a, b = "logo://a:1", "logo://b:1"
-    with watched(a) as one, watched(a) as other, watched(b) as third, watched(None) as base:
-        notice(states, [Output("1", 0), Output("2", 0)])
-        assert not any(event.is_set() for event in (one, other, third, base))
-        notice(states, [Output("3", 7), Output("1", 512), Output("gone", 1)])
-        assert one.is_set() and other.is_set() and not third.is_set() and not base.is_set()
-    with watched(a) as later:
-        notice(states, [Output("2", 1)])
-        assert not later.is_set()
+        asyncio.run(refused(ValueError("a fault")))

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from logo.adapters.activation import EVERYWHERE, Activation
 from logo.backends.vllm.marks import PROMPT, reading, seal
-from logo.backends.vllm.onsets import Onset, Rows, check_invoked, hash_as, mapped, others
+from logo.backends.vllm.onsets import Onset, Rows, hash_as, mapped, others
 from logo.backends.vllm.recipe import Recipe
-from logo.errors import ModelError, UsageError
+from logo.errors import UsageError
 
 A, B = "a" * 16, "b" * 16
 
@@ -48,11 +48,7 @@ def onset(request: Any, prompt: list[int]) -> Onset | None:
 ACTIVATIONS = st.one_of(
     st.just(EVERYWHERE),
     st.builds(lambda last: Activation(last=last), st.integers(1, 40)),
-    st.builds(
-        lambda tokens, without: Activation(tuple(tokens), without=without),
-        st.lists(st.integers(0, 2), min_size=1, max_size=2),
-        st.sampled_from(["off", "last:3"]),
-    ),
+    st.builds(lambda tokens: Activation(tuple(tokens)), st.lists(st.integers(0, 2), min_size=1, max_size=2)),
 )
 
 
@@ -72,7 +68,6 @@ def test_every_token_has_the_adapters_that_act_on_it(
     cut = data.draw(st.integers(0, end))
     ids = [*found.ids(0, cut), *found.ids(cut, end - cut)]
     assert [keys_of[number] for number in ids] == expected
-    assert set(found.silent) == {key for key, begin in begins.items() if begin is None}
     assert keys_of[found.last] == expected[-1]
     assert found.settled(cut) == (expected[-1] == {A, B} and all(keys == {A, B} for keys in expected[cut:]))
 
@@ -86,14 +81,12 @@ def test_only_the_rows_of_the_request_are_mapped() -> None:
     assert mapped(before, rows) == Mapping((7, 7, 0, 0, 5, 0, 0, 0), (7, 5, 0, 0))
 
 
-def test_merged_mixtures_act_all_at_once() -> None:
+def test_adapters_may_begin_to_act_one_after_the_other() -> None:
     request = lora(a=Activation(last=2), b=Activation(last=4))
     late = onset(request, [1] * 6)
     assert late is not None and late.begins == (2, 4)
-    [(number, (text, recipe))] = others([Rows(late, 0, 6, 0, 0, 1)], "gate").items()
+    [(number, (text, recipe))] = others([Rows(late, 0, 6, 0, 0, 1)]).items()
     assert text == request.lora_path and recipe.keys == (B,) and late.ids(0, 6) == [0, 0, number, number, 5, 5]
-    with pytest.raises(ModelError, match="begin to act at the same token"):
-        others([Rows(late, 0, 6, 0, 0, 1)], "merge")
 
 
 def scheduled(request: Any, prompt: list[int], parameters: Any = None) -> Any:
@@ -116,14 +109,6 @@ def test_blocks_before_adapters_act_are_the_base_models() -> None:
         assert hash_as(scheduled(plain, [1] * 40), 16) is plain
 
 
-def test_a_salted_recipe_shares_no_block_in_which_it_acts() -> None:
-    request = lora(a=Activation(last=4), b=Activation(last=4))
-    salted = Lora(f"{request.lora_name}#1", 6, f"{request.lora_path}#1")
-    one, other = scheduled(request, [1] * 40), scheduled(salted, [1] * 40)
-    assert hash_as(one, 32) is hash_as(other, 32) is None
-    assert hash_as(one, 48).lora_name != hash_as(other, 48).lora_name
-
-
 def test_a_completion_that_is_scored_is_no_part_of_the_prompt() -> None:
     class Parameters:
         extra_args: dict[str, Any] | None = None
@@ -139,21 +124,10 @@ def test_a_completion_that_is_scored_is_no_part_of_the_prompt() -> None:
     assert hash_as(scheduled(request, [1] * 9, parameters), 4) is None
 
 
-def test_a_prompt_without_invocation_is_an_error_only_where_it_is_said() -> None:
-    strict = lora(a=Activation((9,), without="error"))
-    with pytest.raises(UsageError, match="does not contain the invocation tokens"):
-        check_invoked(strict, None, [1, 2])
-    found = onset(strict, [1, 2])  # whatever comes to the engine must not end it
-    assert found is not None and found.begins == (0,) and not found.whole
-    check_invoked(strict, None, [1, 9])
-    check_invoked(lora(a=Activation((9,))), None, [1, 2])
-    check_invoked(None, None, [1])
-
-
 @given(ACTIVATIONS, ACTIVATIONS)
 def test_a_recipe_says_where_adapters_act(a: Activation, b: Activation) -> None:
     made = Recipe.of([(A, 0.7), (B, 0.3)], {A: a, B: b})
-    assert Recipe.parse(str(made)) == made and Recipe.parse(made.salted(2)) == made
+    assert Recipe.parse(str(made)) == made
     assert (made.activation(A), made.activation(B)) == (a, b)
 
 

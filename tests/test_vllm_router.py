@@ -21,22 +21,35 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def asked(
-    model: str, resolvers: tuple[Any, ...] = (), path: str = "/v1/completions", module: str = "q_proj", **more: Any
+    model: str,
+    path: str = "/v1/completions",
+    module: str = "q_proj",
+    kind: str | None = "application/json",
+    broken: str | None = None,
+    **more: Any,
 ) -> tuple[int, Any]:
-    """Status and body of the answer to a request for a model; `module`: what the adapters act on."""
+    """Status and body of the answer to a request for a model.
+
+    Args:
+        module: what the adapters act on.
+        kind: the type of the body.
+        broken: of the pool.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(router_module, "Counts", lambda: None)  # its metrics can be registered once per process
         router: Any = Router(app)
     names = ("antonym", "team/french")
     adapters = [SimpleNamespace(name=name, modules=(f"model.layers.0.{module}",)) for name in names]
     router._core = SimpleNamespace(
-        options=SimpleNamespace(max_body_mb=1.0),
+        options=SimpleNamespace(max_body_mb=1.0, adapter_changes=True),
+        broken=broken,
         pool=SimpleNamespace(keys=dict.fromkeys(names, "0"), adapters=adapters),
         signal=lambda wanted: pytest.fail("probed"),
         models=lambda base: Models(base, names, ("calibrated",)),
     )
     paths = [SimpleNamespace(name=name) for name in ("base", "other-name")]
-    router._models = SimpleNamespace(base_model_paths=paths, lora_requests={"native": 1}, lora_resolvers=resolvers)
+    router._models = SimpleNamespace(base_model_paths=paths)
+    router._answering = SimpleNamespace()
     body, sent = json.dumps({"model": model, "prompt": "hello", **more}).encode(), []
 
     async def receive() -> Message:
@@ -45,7 +58,8 @@ def asked(
     async def send(message: Message) -> None:
         sent.append(message)
 
-    scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+    headers = [] if kind is None else [(b"content-type", kind.encode())]
+    scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
     asyncio.run(router(scope, receive, send))
     return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent))
 
@@ -57,13 +71,32 @@ def test_a_model_that_nobody_has_is_refused_with_a_hint(model: str) -> None:
     assert said["error"]["message"] == f"The model '{model}' does not exist (did you mean 'antonym'?)"
 
 
-@pytest.mark.parametrize("model", ["base", "other-name", "native", ""])
+@pytest.mark.parametrize("model", ["base", "other-name", ""])
 def test_models_of_vllm_are_left_to_vllm(model: str) -> None:
     assert asked(model) == (200, {"from": "vllm"})
 
 
-def test_a_name_that_vllm_may_find_elsewhere_is_left_to_vllm() -> None:
-    assert asked("antonyms", resolvers=("one",)) == (200, {"from": "vllm"})
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/logo/select"),
+        *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+    ],
+)
+def test_content_that_is_not_called_json_is_refused(path: str, kind: str | None) -> None:
+    """So a page elsewhere cannot post here without asking: browsers send only these types unasked."""
+    for model in ("logo", "base"):
+        status, said = asked(model, path=path, kind=kind, lora_name="antonym")
+        assert status == 400
+        assert said["error"]["message"].startswith("expected a JSON object and 'Content-Type: application/json'")
+    assert asked("base", kind="application/json; charset=utf-8")[0] == 200
+
+
+def test_nothing_is_answered_where_the_workers_pools_differ() -> None:
+    for model in ("logo", "antonym", "base"):
+        status, said = asked(model, broken="start the server again")
+        assert (status, said["error"]["message"]) == (500, "start the server again")
 
 
 def test_options_beside_the_field_logo_are_refused() -> None:

@@ -15,7 +15,6 @@ import json
 import os
 import sys
 import traceback
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,11 @@ os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": 
 os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 import pretend  # before vLLM, which looks for Triton when it is imported
-import psutil
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from logo.backends.vllm.core import Core, scores_of, texts_of, values
-from logo.backends.vllm.marks import marking
-from logo.backends.vllm.overflows import watched
+from logo.backends.vllm.marks import answering, probing
 from logo.backends.vllm.recipe import Recipe
 from logo.selection import Selection
 
@@ -44,7 +41,7 @@ class Engine:
         scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
         scheduler._preempt_request = self._counted(scheduler._preempt_request)
         self.core = Core(self.llm.llm_engine.vllm_config)
-        pool = self.core.staged(None, self.call("logo_stage", None, "draw"))
+        pool = self.core.staged(None, self.call("logo_stage", None))
         scored = {}
         for signal in self.core.signals:
             opened = self.call("logo_signal", signal)
@@ -59,34 +56,22 @@ class Engine:
     def call(self, name: str, *args: Any) -> list[Any]:
         return values(self.llm.collective_rpc(name, args=args))
 
-    def run(self, prompts: list[Any], keys: list[str], signal: str, whole: bool = False) -> Any:
+    def run(self, prompts: list[Any], keys: list[str], signal: str) -> Any:
         """Runs prompts as probes under these keys, and returns what vLLM says of each."""
         engine, ended = self.llm.llm_engine, {}
         for key, prompt in zip(keys, prompts, strict=True):
-            with marking(key, signal, whole=whole):
+            with probing(key, signal):
                 engine.add_request(key, prompt, SamplingParams(max_tokens=1))
         while engine.has_unfinished_requests():
             ended |= {output.request_id: output for output in engine.step() if output.finished}
         return [ended[key] for key in keys]
 
     def probe(self, prompts: list[Any], signal: str) -> Any:
-        """Scores, as the router asks for them: those of prompts that have to be read whole in a second round."""
-        return self.probe_counted(prompts, signal)["scores"]
-
-    def probe_counted(self, prompts: list[Any], signal: str) -> Any:
-        """The same, and how much of each prompt came from the cache, in the last round that it was part of."""
-        scores: dict[int, Any] = {}
-        cached = [0] * len(prompts)
-        for whole in (False, True):
-            rows = [i for i in range(len(prompts)) if scores.get(i) is None]
-            keys = [f"prompt-{i}" for i in rows]
-            if rows:
-                made = self.run([prompts[i] for i in rows], keys, signal, whole)
-                taken = self.call("logo_take", keys)[0]
-                for i, key, answer in zip(rows, keys, made, strict=True):
-                    scores[i] = scores_of(taken[key], self.core.pool.digest)
-                    cached[i] = answer.num_cached_tokens
-        return {"scores": [scores[i] for i in range(len(prompts))], "cached": cached}
+        """Scores, as the router asks for them."""
+        keys = [f"prompt-{i}" for i in range(len(prompts))]
+        self.run(prompts, keys, signal)
+        taken = self.call("logo_scores", keys)[0]
+        return [scores_of(taken[key], self.core.pool.digest) for key in keys]
 
     def generate(self, rows: list[Any], max_tokens: int, min_tokens: int = 0) -> Any:
         """`rows`: prompt and mixture, `{}` for the base model, or a recipe as text."""
@@ -95,17 +80,18 @@ class Engine:
             recipe = mixture if isinstance(mixture, str) else self._recipe(mixture)
             requests.append(LoRARequest(recipe, Recipe.parse(recipe).number(), recipe) if recipe else None)
         parameters = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, temperature=0.0)
-        with ExitStack() as stack:
-            names = {request.lora_name for request in requests if request is not None}
-            overflows = {name: stack.enter_context(watched(name)) for name in names}
-            made = self.llm.generate([row[0] for row in rows], parameters, lora_request=requests, use_tqdm=False)
-        failed = self.call("logo_take", [request.lora_name for request in requests if request is not None])[0]
+        keys = [f"answer-{i}" for i in range(len(rows))]
+        engine, ended = self.llm.llm_engine, {}
+        for key, (prompt, _), request in zip(keys, rows, requests, strict=True):
+            with answering(key):
+                engine.add_request(key, prompt, parameters, lora_request=request)
+        while engine.has_unfinished_requests():
+            ended |= {output.request_id: output for output in engine.step() if output.finished}
+        made, failed = [ended[key] for key in keys], self.call("logo_failures", keys)[0]
         return {
             "tokens": [list(answer.outputs[0].token_ids) for answer in made],
             "cached": [answer.num_cached_tokens for answer in made],
-            "overflows": [name for name, noticed in overflows.items() if noticed.is_set()],
-            "failed": {name: reason for name, reason in failed.items() if reason},
-            "memory": psutil.Process().memory_info().rss,
+            "failed": [failed[key] for key in keys],
         }
 
     def pieces(self) -> Any:

@@ -5,21 +5,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from engines import Engines
 from vllm_server import ASSETS, Server, environment
 
-from logo import LoGo, UsageError
-from logo.adapters.activation import Activation
+from logo import LoGo
 from logo.models import demo_folder, load_base
-from logo.selecting import Choosing
 from logo.selection import Selection
 from make_adapters import edit_config
 from test_engine import write_adapter
@@ -38,8 +33,7 @@ CHAT = [
     {"role": "user", "content": "And of Italy?"},
 ]
 MIXTURES: list[dict[str, float]] = [{"a": 0.7, "b": 0.5}, {"b": 0.4, "c": 0.9}, {"c": 1.0}, {}]
-KINDS = {"last": "gate", "last, merged": "merge", "invocation": "gate", "mixed": "gate", "invocation or last": "gate"}
-SETTINGS: dict[str, dict[str, Any]] = {"invocation or last": {"when_not_invoked": "last:2"}}
+KINDS = ("last", "invocation", "mixed")
 
 pytestmark = pytest.mark.usefixtures("settings_of_vllm")
 
@@ -75,25 +69,22 @@ def pool(kind: str, invoking: list[int], tmp_path_factory: pytest.TempPathFactor
     model, _ = load_base("demo", device="cpu")
     for number, (name, modules) in enumerate((("a", ("q_proj", "v_proj")), ("b", EVERY), ("c", ("q_proj", "v_proj")))):
         write_adapter(folder / name, model, modules, rank=2 + number, seed=number, scale=0.06)
-        if kind.startswith("invocation") or (kind == "mixed" and name == "a"):
+        if kind == "invocation" or (kind == "mixed" and name == "a"):
             edit_config(folder / name, alora_invocation_tokens=invoking)
-    if not kind.startswith("invocation"):
+    if kind != "invocation":
         (folder / "pool.json").write_text(json.dumps({"activation": "last:4"}))
     return folder
 
 
 @pytest.fixture(scope="module")
-def local(kind: str, pool: Path) -> LoGo:
-    return LoGo.from_pretrained("demo", pool, device="cpu", k=2, **SETTINGS.get(kind, {}))
+def local(pool: Path) -> LoGo:
+    return LoGo.from_pretrained("demo", pool, device="cpu", k=2)
 
 
 @pytest.fixture(scope="module")
-def inside(kind: str, pool: Path) -> Iterator[Any]:
+def inside(pool: Path) -> Iterator[Any]:
     """The engine inside vLLM."""
-    told = {"additional_config": {"logo": {"mode": KINDS[kind]}}}
-    options = {"model_kwargs": {**VLLM, **told}, **SETTINGS.get(kind, {})}
-    made: Any = LoGo.from_pretrained("demo", pool, engine="vllm", k=2, **options)
-    assert made.core.mode == KINDS[kind]
+    made: Any = LoGo.from_pretrained("demo", pool, engine="vllm", k=2, model_kwargs=VLLM)
     yield made
     made.close()
 
@@ -136,16 +127,6 @@ def test_selections_are_those_of_the_local_engine(
 
 
 @pytest.mark.filterwarnings("ignore:adapters? .* a prompt lacks")
-def test_adapters_that_do_nothing_are_counted(inside: Any, local: LoGo, kind: str, prompts: list[list[int]]) -> None:
-    counts = []
-    for engine in (inside, local):
-        before = Counter(engine.not_invoked)
-        engine.generate([*prompts[1:], prompts[0]], adapters=MIXTURES * 2, max_new_tokens=1)
-        counts.append(Counter(engine.not_invoked) - before)
-    assert counts[0] == counts[1] and bool(counts[0]) == (kind in ("invocation", "mixed"))
-
-
-@pytest.mark.filterwarnings("ignore:adapters? .* a prompt lacks")
 def test_likelihoods_are_those_of_the_local_engine(inside: Any, local: LoGo, prompts: list[list[int]]) -> None:
     pairs = [(prompt, [7, 8, 9]) for prompt in prompts]
     for mixture in MIXTURES:
@@ -154,7 +135,7 @@ def test_likelihoods_are_those_of_the_local_engine(inside: Any, local: LoGo, pro
 
 
 def test_every_mixture_finds_what_the_probe_has_read(inside: Any, kind: str, prompts: list[list[int]]) -> None:
-    if kind not in ("last", "last, merged"):
+    if kind != "last":
         pytest.skip("of prompts of which all but the last four tokens are the base model's")
     prompt = prompts[5][::-1]  # nobody else's
     inside.select(prompt)
@@ -166,53 +147,28 @@ def test_every_mixture_finds_what_the_probe_has_read(inside: Any, kind: str, pro
         assert found == (len(prompt) - 4) // BLOCK * BLOCK > 0, mixture
 
 
-def test_mixtures_that_begin_at_different_tokens_are_not_merged(inside: Any, kind: str, local: LoGo) -> None:
-    if kind != "last, merged":
-        pytest.skip("of merged mixtures")
-    pool = inside.core.pool
-    other = replace(pool.adapters["a"], activation=Activation(last=2))
-    changed = replace(pool, adapters=type(pool.adapters)([other, pool.adapters["b"]]))
-    inside.core.pool = changed
-    try:
-        with pytest.raises(UsageError, match="begin to act at different tokens, which merge mode cannot do"):
-            inside.generate("x", adapters={"a": 1.0, "b": 1.0}, max_new_tokens=1)
-        with inside.core.request(Selection.forced({"b": 1.0})) as one:
-            assert one is not None
-    finally:
-        inside.core.pool = pool
-
-
 # -- the other runner, and the server ----------------------------------------------------------------------------------
 
 
-@pytest.mark.long
 def test_runner_v2_does_the_same(engines: Engines, tmp_path: Path, prompts: list[list[int]]) -> None:
     local = LoGo.from_pretrained("demo", device="cpu", k=4, activation="last:4")
-    mixtures = [{local.names[i]: 0.7, local.names[-1 - i]: 0.4} if i % 4 else {} for i in range(len(prompts))]
-    texts = [local.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
-    probes = [{"do": "probe_counted", "prompts": texts, "signal": signal} for signal in ("calibrated", "calibrated")]
+    texts = [local.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts[2:6]]
+    mixtures = [{local.names[i]: 0.7, local.names[-1 - i]: 0.4} if i % 4 else {} for i in range(len(texts))]
     slots = {"max_loras": 16, "max_lora_rank": 8, "max_num_batched_tokens": 72, "max_num_seqs": 8, "block_size": BLOCK}
-    *scores, made, again, runner = engines.run(
+    scores, made, runner = engines.run(
         tmp_path,
         {**slots, "max_model_len": 512},
         {"k": 4, "activation": "last:4"},
-        *probes,
-        *({"do": "generate", "rows": list(zip(texts, mixtures, strict=True)), "max_tokens": 6} for _ in range(2)),
+        {"do": "probe", "prompts": texts, "signal": "calibrated"},
+        {"do": "generate", "rows": list(zip(texts, mixtures, strict=True)), "max_tokens": 6},
         {"do": "runner"},
         PRETEND_V2="1",
     )
     assert runner == "vllm.v1.worker.cpu.model_runner"
-    for one in scores:  # the second time from the cache
-        for own, expected in zip(one["scores"], local.select(texts), strict=True):
-            assert own == pytest.approx(list(expected.scores.values()), rel=1e-3, abs=1e-3)
-    choosing = Choosing(local.fitted, local.settings, sizes={"calibrated": local.scorer.sizes})
-    for rows in zip(*(one["scores"] for one in scores), strict=True):
-        first, cached = (choosing.choose(torch.tensor(row), local.names, choosing.call_settings({})) for row in rows)
-        assert cached.adapters == first.adapters
-        assert cached.weights == pytest.approx(first.weights, abs=WEIGHTS)
+    for own, expected in zip(scores, local.select(texts), strict=True):
+        assert own == pytest.approx(list(expected.scores.values()), rel=1e-3, abs=1e-3)
     answers = local.generate(texts, adapters=mixtures, max_new_tokens=6)
-    for one in (made, again):
-        assert one["tokens"] == [list(answer.token_ids) for answer in answers] and not one["failed"]
+    assert made["tokens"] == [list(answer.token_ids) for answer in answers] and not any(made["failed"])
     lengths = [len(local.tokenizer(text)["input_ids"]) for text in texts]
     assert all(found >= (n - 4) // BLOCK * BLOCK for found, n in zip(made["cached"], lengths, strict=True))
     assert sum(made["cached"]) > 0
@@ -228,7 +184,7 @@ def test_the_server_answers_what_the_local_engine_does(
     shutil.copytree(ASSETS / "adapters", tmp_path / "pool")
     for config in (tmp_path / "pool").glob("*/adapter_config.json"):
         edit_config(config.parent, alora_invocation_tokens=invoking)
-    base, chosen = str(tmp_path / "base"), {"k": 4, "when_not_invoked": "error"}
+    base, chosen = str(tmp_path / "base"), {"k": 4}
     local = LoGo.from_pretrained(base, tmp_path / "pool", device="cpu", **chosen)
     server = serve(
         *("--model", base),
@@ -262,7 +218,3 @@ def test_the_server_answers_what_the_local_engine_does(
         assert found["choices"][0]["message"]["content"].rstrip() == want.text.rstrip()
         cached = (found["usage"]["prompt_tokens_details"] or {"cached_tokens": 0})["cached_tokens"]
         assert cached == (len(ids) - len(invoking)) // BLOCK * BLOCK
-    lacking = {"model": "logo", "prompt": invoked[0][: -len(invoking) - 2], "max_tokens": 2}
-    for more in ({}, {"logo": {"adapters": {local.names[0]: 1.0}}}):
-        status, found = server.ask("/v1/completions", {**lacking, **more})
-        assert status == 400 and "does not contain the invocation tokens" in found["error"]["message"]

@@ -10,21 +10,17 @@ from typing import Any
 
 import pytest
 from engines import Engines
-from safetensors.torch import load_file
-from test_engine_steps import MODES
+from test_engine_steps import SLOTS
 from vllm_server import ASSETS
 
-from logo import LoGo, PoolError
-from logo.adapters.examples import write_examples
+from logo import LoGo
 from logo.adapters.files import EXAMPLES
-from logo.backends.vllm import probing
 from logo.evaluation.identity import engine_identity
-from tolerances import WEIGHTS, same_scores, same_selection
+from tolerances import same_scores, same_selection
 
 pytest.importorskip("vllm.lora", reason="needs vLLM: make test-vllm")
 
 VLLM = {"enforce_eager": True, "max_model_len": 256}
-RUNNERS: dict[str, dict[str, str]] = {"v1": {}, "v2": {"PRETEND_V2": "1"}}
 
 
 @pytest.fixture(scope="module")
@@ -63,106 +59,29 @@ def opened(settings_of_vllm: None, half: Path) -> Iterator[Any]:
         yield made
 
 
-@pytest.mark.parametrize("chunk", [pytest.param(None, marks=pytest.mark.long), 48])
-@pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.long)])
 def test_scores_are_the_local_engines(
-    engines: Engines, tmp_path: Path, half: Path, local: LoGo, rows: list[str], runner: str, chunk: int | None
+    engines: Engines, tmp_path: Path, half: Path, local: LoGo, rows: list[str]
 ) -> None:
-    """Whole prompts and chunks; and a second time, when their beginnings are in vLLM's cache."""
-    chunks = {"max_num_batched_tokens": chunk, "max_num_seqs": 8} if chunk else {}
-    flags = MODES["gate"] | {"block_size": 32, "max_model_len": 192, **chunks}
+    """Of prompts in chunks; and a second time, when they are in vLLM's cache."""
+    flags = SLOTS | {"block_size": 32, "max_model_len": 192, "max_num_batched_tokens": 48, "max_num_seqs": 8}
     shared = " ".join(rows[:5])
-    prompts = [*rows[: 6 if runner == "v2" else 32], *(f"{shared} {row}" for row in rows[8:11])]
-    probe = {"do": "probe_counted", "prompts": prompts, "signal": "calibrated"}
-    first, again, alone = engines.run(
-        tmp_path,
-        flags,
-        {"pool": str(half), "signals": ["signature"]},
-        probe,
-        probe,
-        {"do": "probe", "prompts": prompts[:4], "signal": "signature"},
-        **RUNNERS[runner],
-    )
-    for i, expected in enumerate(local.select(prompts)):
-        for found in (first, again):
-            assert found["scores"][i] == same_scores(list(expected.scores.values())), prompts[i]
-    assert min(again["cached"][-3:]) >= 64
-    for one, other in zip(again["scores"], first["scores"], strict=True):
-        assert one == pytest.approx(other, abs=WEIGHTS)
-    for one, expected in zip(alone, local.select(prompts[:4], signal="signature"), strict=True):
-        assert one == same_scores(list(expected.scores.values()))
+    prompts = [*rows[:32], *(f"{shared} {row}" for row in rows[8:11])]
+    probe = {"do": "probe", "prompts": prompts, "signal": "calibrated"}
+    for found in engines.run(tmp_path, flags, {"pool": str(half), "signals": []}, probe, probe):
+        for one, expected in zip(found, local.select(prompts), strict=True):
+            assert one == same_scores(list(expected.scores.values()))
 
 
 def test_selections_are_those_of_the_local_engine(opened: Any, local: LoGo, rows: list[str]) -> None:
     inside = opened()
     identity = engine_identity(inside, "base", {})
     assert {**identity, "engine_options": None} == {**engine_identity(local, "base", {}), "engine_options": None}
-    for signal in ("calibrated", "signature"):
-        for found, expected in zip(inside.select(rows, signal=signal), local.select(rows, signal=signal), strict=True):
-            same_selection(found, expected)
-            assert found.confidence == pytest.approx(expected.confidence, abs=1e-4)
+    for found, expected in zip(inside.select(rows), local.select(rows), strict=True):
+        same_selection(found, expected)
+        assert found.confidence == pytest.approx(expected.confidence, abs=1e-4)
     without = opened(examples="ignore")
     assert engine_identity(without, "base", {}) != identity
     responses = LoGo(local.model, local.tokenizer, local.pool, settings=without.settings)
     for found, expected in zip(without.select(rows[:16]), responses.select(rows[:16]), strict=True):
         same_selection(found, expected)
         assert found.confidence == pytest.approx(expected.confidence, abs=1e-4)
-
-
-@pytest.mark.long
-def test_what_one_engine_has_described_the_other_knows(
-    opened: Any,
-    half: Path,
-    local: LoGo,
-    rows: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cache = str(tmp_path / "cache")
-    inside = opened(cache=cache)
-    files = list((tmp_path / "cache").rglob("described/*.safetensors"))
-    counts = sorted(next(iter(load_file(file).values())).shape[0] for file in files)
-    assert counts[:-1] == [1] * 8 and counts[-1] > 1  # means of examples, and our own ordinary texts
-    monkeypatch.setattr("logo.selection.examples.read", None)
-    own = LoGo.from_pretrained("demo", half, device="cpu", k=4, cache=cache)
-    for found, expected in zip(own.select(rows[:8]), inside.select(rows[:8]), strict=True):
-        same_selection(found, expected)
-    again = opened(cache=cache)
-    same_selection(again.select(rows[0]), local.select(rows[0]))
-
-
-@pytest.mark.long
-def test_many_examples_are_run_in_portions(
-    opened: Any, local: LoGo, rows: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And nothing of them is computed twice where nothing can be kept on disk."""
-    monkeypatch.setattr("logo.selection.examples._TOGETHER", 9)
-    run: list[list[list[int]]] = []
-    texts_of = probing.texts_of
-
-    def noted(told: Any) -> Any:
-        run.append(texts_of(told))
-        return run[-1]
-
-    monkeypatch.setattr(probing, "texts_of", noted)
-    inside = opened(cache="")
-    calibration, *portions, nothing = run
-    assert len(calibration) > 100 and not nothing
-    assert [len(texts) for texts in portions] == [8, 8, 8, 8]
-    assert len({tuple(text) for texts in portions for text in texts}) == 32
-    for found, expected in zip(inside.select(rows[::8]), local.select(rows[::8]), strict=True):
-        same_selection(found, expected)
-
-
-def test_the_signal_alone_needs_examples(opened: Any, half: Path, local: LoGo, rows: list[str], tmp_path: Path) -> None:
-    shutil.copytree(half, tmp_path / "pool")
-    for file in (tmp_path / "pool").rglob(EXAMPLES):
-        file.unlink()
-    said = "needs example prompts, and none of the 16 adapters has any"
-    with pytest.raises(PoolError, match=said):
-        opened(tmp_path / "pool", signal="signature")
-    inside = opened(tmp_path / "pool")
-    with pytest.raises(PoolError, match=said):
-        inside.select(rows[0], signal="signature")
-    write_examples(tmp_path / "pool" / "capital", [rows[0]])
-    assert opened(tmp_path / "pool", signal="signature").select(rows[0]).adapters[0] == "capital"

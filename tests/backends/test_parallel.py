@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
 from vllm_server import ASSETS, Server, environment
 
 from logo import LoGo
@@ -16,7 +15,6 @@ from logo.pools import default_pool
 USUAL = ("--max-loras", "16", "--max-lora-rank", "8", "--max-model-len", "256")
 
 
-@pytest.mark.long
 def test_two_ranks_give_the_same_answers(serve: Callable[..., Server]) -> None:
     model, tokenizer = load_base("demo", device="cpu", dtype="float32")
     logo = LoGo(model, tokenizer, default_pool("demo"))

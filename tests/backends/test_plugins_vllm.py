@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_server import KEY, environment, free_port, started
 
 from logo import LoGo, plugins
 from logo.selection.signals import SIGNALS
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("settings_of_vllm")
 SIGNAL = """
 from logo import register_signal
 
-@register_signal("quiet", layers="early", input="projection", token="each", scale="zscore", weighting="softmax")
+@register_signal("quiet", layers="early", input="projection", token="each", scale="zscore", weighting="linear")
 def quiet(index, hidden):
     return index.norms(hidden).sqrt()
 """
@@ -45,7 +44,6 @@ def local(here: Path) -> LoGo:
     return LoGo.from_pretrained("demo", device="cpu", signal="quiet", k=3)
 
 
-@pytest.mark.long
 def test_the_offline_engine_selects_by_it(here: Path, local: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a process that knows nothing of this one
@@ -61,35 +59,3 @@ def test_the_offline_engine_selects_by_it(here: Path, local: LoGo, monkeypatch: 
         ]
     finally:
         inside.close()
-
-
-@pytest.mark.long
-def test_the_server_selects_by_it(here: Path, local: LoGo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(here)
-    port = free_port()
-    asked = [
-        "serve",
-        "--engine",
-        "vllm",
-        "--base-model",
-        "demo",
-        "--port",
-        str(port),
-        "--kv-cache-gb",
-        "0.5",
-        "-k",
-        "3",
-    ]
-    asked += ["--signals", "quiet", "--plugin", "plug_vllm:quiet", "--", "--enforce-eager"]
-    env = {**environment(None), "LOGO_API_KEY": KEY}
-    del env["VLLM_CPU_KVCACHE_SPACE"]  # --kv-cache-gb says it
-    command = [sys.executable, "-c", "from logo.cli import main; main()", *asked]
-    with started(command, port, env, tmp_path / "log") as server:
-        body = {"model": "logo", "prompt": PROMPTS[0], "max_tokens": 4, "temperature": 0}
-        status, answer = server.ask("/v1/completions", {**body, "logo": {"signal": "quiet"}})
-        expected = local.generate(PROMPTS[0], max_new_tokens=4)
-        assert status == 200, answer
-        assert answer["logo"]["adapters"] == list(expected.selection.adapters)
-        assert answer["choices"][0]["text"].strip() == expected.text.strip()
-        status, answer = server.ask("/v1/completions", {**body, "logo": {"signal": "plug_vllm:quiet"}})
-        assert status == 400 and "expected one of calibrated, quiet" in answer["error"]["message"]

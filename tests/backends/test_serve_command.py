@@ -58,7 +58,7 @@ def test_everything_but_the_page_and_probes_needs_the_key(server: Server) -> Non
         assert server.ask(path, key=None)[0] == status, path
     assert Served(server.url).text("/").startswith("<!DOCTYPE html>")
     assert "version" in Served(server.url).get("/version")
-    assert "16 adapters, gate mode" in server.log.read_text()
+    assert "16 adapters in slots of rank 8" in server.log.read_text()
 
 
 def test_a_pool_changes_only_where_vllm_allows_it(server: Server) -> None:

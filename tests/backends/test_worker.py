@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
+import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from logo.backends.vllm import core, hooks, worker
+from logo.backends.vllm import router as router_module
 from logo.backends.vllm.core import WorkerError, WorkerFailure, values
-from logo.backends.vllm.offline import VllmLoGo
+from logo.backends.vllm.likelihood import scored
+from logo.backends.vllm.offline import VllmLoGo, _check_finite
 from logo.backends.vllm.pool import KeyedPool
 from logo.backends.vllm.recipe import Recipe
+from logo.backends.vllm.requests import Running
 from logo.backends.vllm.worker import Worker
 from logo.backends.vllm.wrapper import Tapped
-from logo.errors import AdapterError, ModelError, UsageError
-from logo.models import demo_folder
+from logo.errors import AdapterError, ModelError, NotFinite, UsageError
 from logo.pools import default_pool
 from logo.selection import Selection
-from test_engine import write_adapter
 
 KEYS = [f"{i:016x}" for i in range(4)]
 
@@ -51,11 +51,8 @@ class Gates:
 
 @dataclass
 class Taps:
-    def begin(self, spans: Sequence[Any]) -> None:
+    def begin(self, spans: Sequence[Any], running: Any) -> None:
         """Nothing is probed."""
-
-    def take(self, keys: Sequence[str], among: object = None) -> dict[str, Any]:
-        return {}
 
 
 @dataclass
@@ -73,8 +70,8 @@ class Manager:
 @pytest.fixture
 def made() -> Any:
     made: Any = object.__new__(Worker)
-    made.mode, made._compiled = "gate", False
-    made.taps, made.gates, made.spans = Taps(), Gates(), ()
+    made._compiled, made._staged, made.opener = False, None, None
+    made.taps, made.gates, made.spans, made.running, made.answers = Taps(), Gates(), (), (), ()
     made._worker_manager = SimpleNamespace(_adapter_manager=Manager())
     made._by_key = {key: SimpleNamespace(modules=()) for key in KEYS}
     made._ids = {key: 1000 + i for i, key in enumerate(KEYS)}
@@ -121,13 +118,14 @@ def test_an_id_may_mean_another_recipe_later(made: Any) -> None:
 
 def test_two_recipes_with_one_id_in_a_step_both_fail(made: Any) -> None:
     one, other, third = recipe(0.5), recipe(0.0, 0.5), recipe(0.0, 0.0, 0.5)
+    made.answers = [(one, "a"), (other, "b"), (third, "c")]
     made.begin_step([Request(7, one), Request(7, other), Request(8, third)])
-    found = made.take([one, other, third])
-    assert found[third] is None and gates(made, [8])[0, 2] == 0.5
-    for text in (one, other):
-        assert found[text] == "another mixture in this batch has the same id by chance; send the request again"
+    assert gates(made, [8])[0, 2] == 0.5
+    said = "another mixture in this batch has the same id by chance; send the request again"
+    assert made.failures(["a", "b", "c"]) == {"a": said, "b": said, "c": None}
+    assert made.failures(["a"]) == {"a": None}  # who asks for the same later is not told of it
     made.begin_step([Request(7, one), Request(9, other)])  # under another id
-    assert gates(made, [7, 9])[:, :2].tolist() == [[0.5, 0], [0, 0.5]]
+    assert gates(made, [7, 9])[:, :2].tolist() == [[0.5, 0], [0, 0.5]] and not made._failures
 
 
 def test_slices_are_multiplied_for_as_long_as_an_adapter_is_there(made: Any) -> None:
@@ -146,19 +144,30 @@ def test_slices_are_multiplied_for_as_long_as_an_adapter_is_there(made: Any) -> 
     staged = SimpleNamespace(keys={"stays": KEYS[0]}, by_key={KEYS[0]: stays})
     made._staged = staged, SimpleNamespace(install=lambda: None)
     made.commit()
-    assert wrapper.used == (True, False, True) and made.recipe(recipe(0.0, 1.0)).parts
+    assert wrapper.used == (True, False, True)
     made.forget([KEYS[1], KEYS[0]])  # one that is part of the pool stays
     assert wrapper.used == (True, False, False)
     assert len(manager.removed) == 1
-    assert list(made._by_key) == [KEYS[0]] and not made._mixtures
-    assert not made.recipe(recipe(0.0, 1.0)).parts and "no adapter" in made._failures[recipe(0.0, 1.0)]
+    assert list(made._by_key) == [KEYS[0]]
+    made.answers = [(recipe(0.0, 1.0), "late")]
+    made.begin_step({Request(7, recipe(0.0, 1.0))})
+    assert made.failures(["late"]) == {"late": "this worker lacks one of its adapters"}
 
 
-def test_a_new_adapter_that_cannot_be_loaded_leaves_the_pool_as_it_was(made: Any) -> None:
+def test_a_new_adapter_is_loaded_before_anything_changes(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a rank that cannot read it fails while all of them can still go back."""
     before, new = dict(made._by_key), "f" * 16
-    made.pool, made.scoring = SimpleNamespace(keys=dict(zip("abcd", KEYS, strict=True))), None
-    added = {**before, new: SimpleNamespace(modules=())}
-    made._staged = SimpleNamespace(keys=dict(zip("abcde", added, strict=True)), by_key=added), SimpleNamespace()
+    keys = dict(zip("abcd", KEYS, strict=True))
+    made.pool, made.scoring, made._layout, made._places = SimpleNamespace(keys=keys), None, None, frozenset()
+    added = SimpleNamespace(
+        keys={**keys, "e": new}, by_key={**before, new: SimpleNamespace(modules=())}, adapters=[], digest="d"
+    )
+    made.pool.changed = lambda change, layout: added
+    made._lora, made._read_at, made._device = SimpleNamespace(max_loras=5), lambda pool: frozenset(), None
+    made.skeleton = made.options = made._prompts = None
+    monkeypatch.setattr(worker, "check_slots", lambda *_: None)
+    monkeypatch.setattr(worker, "Scoring", lambda *_, **__: SimpleNamespace(install=lambda: None))
+    manager = made._worker_manager._adapter_manager
 
     def unreadable() -> None:
         if new in made._by_key:
@@ -166,68 +175,73 @@ def test_a_new_adapter_that_cannot_be_loaded_leaves_the_pool_as_it_was(made: Any
 
     made.make_resident = unreadable
     with pytest.raises(AdapterError):
-        made.commit()
-    made.abandon()
+        made.stage(("add", "e", "folder"))
+    assert made._staged is None and made._by_key == before and set(made._ids) == set(before)
+    assert len(manager.removed) == 1  # its slot is free again
     made.begin_step({Request(7, recipe(0.5))})  # the other adapters still answer
     assert gates(made, [7])[0, 0] == 0.5
-    assert made._by_key == before and set(made._ids) == set(before)
-    assert len(made._worker_manager._adapter_manager.removed) == 1  # its slot is free again
+    # One that is dropped, since another rank has failed, leaves its slot, too.
+    made.make_resident = lambda: None
+    made.stage(("add", "e", "folder"))
+    assert new in made._by_key and made.pool is not added
+    made.abandon()
+    assert made._by_key == before and len(manager.removed) == 2
+    made.stage(("add", "e", "folder"))
+    made.commit()
+    assert made.pool is added and new in made._by_key and made._staged is None
+    with pytest.raises(ModelError, match="no change"):
+        made.commit()
 
 
 @pytest.fixture(scope="module")
 def demo() -> KeyedPool:
-    """The demo's adapters, which have rank 8."""
     return KeyedPool.of(default_pool("demo"))
 
 
-def test_a_mixture_that_no_slot_can_hold_is_refused(demo: KeyedPool) -> None:
+def test_what_was_scored_answers_though_the_pool_changes_meanwhile(
+    demo: KeyedPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two prompts, the second is probed while an adapter is replaced; the first keeps what its scores belong to."""
     made: Any = object.__new__(core.Core)
-    made.pool, made.mode, made._max_rank = demo, "merge", 32
-    made._salts, made._live, made._answering, made._texts = Counter(), Counter(), Counter(), {}
-    names = list(demo.keys)
-    with made.request(Selection.forced(dict.fromkeys(names[:4], 0.25))) as request:
-        assert len(Recipe.parse(request.lora_path).keys) == 4
-    five = Selection.forced(dict.fromkeys(names[:5], 0.2))
-    with pytest.raises(UsageError, match=r"the 5 adapters of this mixture have rank 40 together.*is 32.*-rank 64"):
-        made.request(five).__enter__()
-    made.mode = "gate"
-    with made.request(five) as request:
-        assert len(Recipe.parse(request.lora_path).keys) == 5
+    made.pool, made._live, made._answering, made._texts = demo, Counter(), Counter(), {}
+    made.choosing = SimpleNamespace(probe_text="all")
+    made.signal, made.candidates = (lambda wanted: "norm"), (lambda wanted: None)
+    made.select = lambda wanted, scores: Selection.forced({"antonym": 1.0})
+    replaced = replace(demo, keys={**demo.keys, "antonym": "f" * 16})
+    seconds = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if b"second" in (await receive())["body"]:
+            await asyncio.sleep(0)
+            made.pool = replaced
+        await router_module.answer(send, 200, b"{}")
+
+    async def scores(key: str) -> Any:
+        return [made.pool.digest, [1.0]]
+
+    monkeypatch.setattr(router_module, "Counts", lambda: SimpleNamespace(selected=lambda *_: None, again=lambda: None))
+    router: Any = router_module.Router(app)
+    router._core, router._workers = made, SimpleNamespace(scores=scores)
+    router._models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="base")])
+
+    async def chosen(prompt: str, held: ExitStack) -> Any:
+        scope = {"type": "http", "headers": []}
+        return await router._chosen("/v1/completions", {"prompt": prompt}, None, scope, seconds.wait, held)
+
+    async def both(held: ExitStack) -> Any:
+        return [await chosen("first", held), await chosen("second", held)]
+
+    with ExitStack() as held:
+        first, second = asyncio.run(both(held))
+        assert Recipe.parse(first.request.lora_path).keys == (demo.keys["antonym"],)
+        assert Recipe.parse(second.request.lora_path).keys == ("f" * 16,)
+        assert made.answering([demo.keys["antonym"]])  # so that no worker forgets it
+    assert not made.answering([demo.keys["antonym"]]) and not made._live
 
 
-def test_a_mixture_that_no_slot_can_hold_does_not_reach_vllm(made: Any, demo: KeyedPool) -> None:
-    made.mode, made.pool, made._by_key = "merge", demo, demo.by_key
-    made._lora, made._dtype = SimpleNamespace(max_lora_rank=32), torch.float32
-    fits, large = (demo.recipe(Selection.forced(dict.fromkeys(list(demo.keys)[:n], 0.2))) for n in (4, 5))
-    assert made.merged(Request(7, str(fits))).rank == 32 and not made._failures
-    assert made.merged(Request(8, str(large))).rank == 1
-    assert made._failures == {str(large): "its rank is 40, and a slot has 32"}
-
-
-def test_of_recipes_that_have_failed_the_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "_FAILED", 3)
-    made: Any = object.__new__(core.Core)
-    made._salts = Counter()
-    for weight in (0.1, 0.2, 0.3, 0.4, 0.4):
-        made.failed(recipe(weight))
-    made.failed(f"{recipe(0.3)}#1")  # it fails under its next text, too
-    assert made._salts == {recipe(0.2): 1, recipe(0.3): 2, recipe(0.4): 2}
-
-
-@pytest.mark.parametrize("mode", ["gate", "auto"])
-def test_the_scheduler_counts_the_adapters_that_fit(tmp_path: Path, mode: str) -> None:
-    """As the workers do, whose gates need a slot for each of these."""
-    for task in ("antonym", "capital"):
-        shutil.copytree(demo_folder() / "adapters" / task, tmp_path / "pool" / task)
-    write_adapter(tmp_path / "pool" / "of-another-model", nn.ModuleDict({"q_proj": nn.Linear(3, 3)}), ("q_proj",), 1, 0)
-    own = {"pool": str(tmp_path / "pool"), "mode": mode, "on_bad_adapter": "skip"}
+def test_the_scheduler_allows_any_number_of_mixtures() -> None:
     lora = SimpleNamespace(max_loras=2, max_lora_rank=64)
-    config = SimpleNamespace(
-        additional_config={"logo": own},
-        lora_config=lora,
-        device_config=SimpleNamespace(device_type="cuda"),
-        model_config=SimpleNamespace(model=str(demo_folder() / "model"), dtype=torch.float32, revision=None),
-    )
+    config = SimpleNamespace(additional_config={"logo": {"pool": "pool"}}, lora_config=lora)
     scheduler: Any = SimpleNamespace(lora_config=lora, scheduler_config=SimpleNamespace(max_num_seqs=8))
     hooks._schedule(lambda *_, **__: None, scheduler, config)
     assert (scheduler.lora_config.max_loras, lora.max_loras) == (8, 2)
@@ -253,10 +267,22 @@ def test_what_would_be_wrong_is_refused() -> None:
 
 def test_a_mixture_that_any_rank_could_not_make_is_an_error() -> None:
     made: Any = object.__new__(VllmLoGo)
-    made._call = lambda name, keys: [dict.fromkeys(keys), {**dict.fromkeys(keys), recipe(0.5): "out of memory"}]
-    made._check_mixed([recipe(0.25)])
+    made._call = lambda name, keys: [dict.fromkeys(keys), {**dict.fromkeys(keys), "bad": "out of memory"}]
+    made._check_mixed("good", [object()])
+    made._check_mixed("bad", [None])  # of the base model alone
     with pytest.raises(ModelError, match="the mixture could not be made: out of memory"):
-        made._check_mixed([recipe(0.25), recipe(0.5)])
+        made._check_mixed("bad", [None, object()])
+
+
+def test_what_the_offline_engine_computes_is_finite_or_an_error() -> None:
+    _check_finite(Running("key"), Selection.forced({"x": 1.0}))
+    for mixture, said in (({"x": 1.0}, "with the adapters 'x'"), ({}, "with no adapter")):
+        with pytest.raises(NotFinite, match=said):
+            _check_finite(Running("key", finite=False), Selection.forced(mixture))
+    nothing = SimpleNamespace(logprob=float("nan"), rank=1)
+    output = SimpleNamespace(outputs=[SimpleNamespace(logprobs=[{7: nothing}], token_ids=[7])])
+    with pytest.raises(ModelError, match="the likelihood of the completion is nan"):
+        scored(output, [7])
 
 
 def test_no_error_of_a_call_reaches_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,3 +327,29 @@ def test_vllms_metrics_have_no_series_per_recipe() -> None:
     for name in ("logo://0123456789abcdef:1", "an-adapter", None):
         hooks._count(lambda self, request, name, *more: counted.append((name, more)), object(), "r", name, True)
     assert counted == [(None, (True,)), ("an-adapter", (True,)), (None, (True,))]
+
+
+def test_answers_whose_logits_are_nan_become_errors() -> None:
+    """vLLM itself would go on with any token. Where several answers are drawn, all of them end."""
+    put: dict[str, list[Any]] = {name: [] for name in ("one", "child", "sound")}
+
+    def state(name: str, parent: str | None = None) -> Any:
+        queue = SimpleNamespace(put=put[name].append)
+        above = None if parent is None else SimpleNamespace(request_id=parent)
+        return SimpleNamespace(request_id=name, parent_req=above, queue=queue)
+
+    aborted: list[Any] = []
+    states = {"one": state("one"), "child": state("child", "parent"), "sound": state("sound")}
+
+    def abort(ids: Any, internal: bool) -> list[str]:
+        aborted.append((sorted(ids), internal))
+        return ["one", "child"]
+
+    processor: Any = SimpleNamespace(request_states=states, abort_requests=abort)
+    outputs = [
+        SimpleNamespace(request_id=name, num_nans_in_logits=count)
+        for name, count in (("one", 512), ("child", 1), ("sound", 0), ("gone", 3))
+    ]
+    made = hooks._notice(lambda *_: SimpleNamespace(reqs_to_abort=[]), processor, outputs)
+    assert [len(put[name]) for name in put] == [1, 1, 0] and "NaN" in str(put["one"][0])
+    assert aborted == [(["one", "parent"], True)] and made.reqs_to_abort == ["one", "child"]

@@ -185,6 +185,7 @@ def jobs_of(rows: RowOptions, folder: Path, *, official: bool = False) -> list[J
 
 
 def _open(asked: Asked) -> Session:
+    from logo.backends.vllm.options import recorded
     from logo.evaluation.identity import pool_digests
     from logo.evaluation.results import LOGO
     from logo.evaluation.session import Session
@@ -208,7 +209,7 @@ def _open(asked: Asked) -> Session:
         batch_size=run.batch_size,
         max_new_tokens=run.max_new_tokens,
         generation=_generation_options(logo, asked.official, run.generation_early_stop),
-        options={**options, **resolved(logo), **named, "command": asked.command},
+        options=recorded({**options, **resolved(logo), **named, "command": asked.command}),
         loading=loading,
         method=method,
     )

@@ -47,7 +47,7 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: serve_ray.Repl
     if layout is not None:
         raise UsageError("several replicas are only for --engine vllm; add it, or leave out --replicas and --ray")
     arguments = [f"argument {argument!r}" for argument in server.arguments or ()]
-    for flag in (*changed(server, "vllm_mode", "max_model_len", "dry_run").values(), *arguments):
+    for flag in (*changed(server, "max_model_len", "dry_run").values(), *arguments):
         raise UsageError(f"{flag} is only for --engine vllm")
     for flag in changed(engine, "fold").values():
         raise UsageError(

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from logo.cli.choices import Engine, VllmMode
+from logo.cli.choices import Engine
 from logo.cli.options import argument, rare, usual
 from logo.errors import UsageError
 
@@ -63,9 +63,6 @@ class ServerOptions:
         panel=CHANGES,
     )
     server: Engine = usual("local", "This process, or vLLM's own server with LoGo inside.", True, "--engine")
-    vllm_mode: VllmMode = rare(
-        "auto", "A slot per adapter (gate) or per request (merge); auto: the one that needs less memory.", panel=VLLM
-    )
     max_model_len: int | None = rare(
         None, "Maximum tokens of a prompt and its answer.", "the model's", min=1, panel=VLLM
     )

@@ -14,7 +14,7 @@ from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import warn_of_bad
 from logo.cli.opening import open_pool, quiet_transformers, selection_settings
 from logo.cli.options import EngineOptions, changed
-from logo.cli.output import note, out, size
+from logo.cli.output import note, out
 from logo.cli.serve_options import ServerOptions
 from logo.errors import UsageError
 from logo.extras import need
@@ -22,8 +22,8 @@ from logo.models import check_access, load_skeleton, loading, resolve_base
 from logo.pools import pool_place
 
 if TYPE_CHECKING:
-    from logo.backends.plan import Plan
     from logo.backends.vllm.launch import Launch
+    from logo.backends.vllm.slots import Slots
 
 FRONT = "logo.serving.front.Front"
 OPEN = "Listening on {} without an API key: everybody who reaches it may use it. --api-key requires one."
@@ -31,7 +31,6 @@ OPEN = "Listening on {} without an API key: everybody who reaches it may use it.
 # vLLM interprets the escape sequence.
 PLAIN_CHAT = "{% for m in messages %}{{ m.content }}{% if not loop.last %}\\n{% endif %}{% endfor %}"
 
-_USUAL_CONTEXT = 4096
 _CPU_CACHE_GB = 2.0
 # Tokens of a block of keys and values. The probe and the answer share whole blocks only, and both read the rest of the
 # prompt; vLLM's own size on CPUs is 128.
@@ -42,7 +41,7 @@ INSTEAD = {
     "allow_pickle": "vLLM's processes only read safetensors",
     "adapter_memory_gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
     "adapter_cache_gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
-    "fold": "use --vllm-mode to choose how vLLM mixes adapters",
+    "fold": "vLLM keeps adapters in slots",
     "device": "set CUDA_VISIBLE_DEVICES",
     "device_map": "use `-- --tensor-parallel-size N`",
     "key_adapters": "vLLM cannot bind API keys to adapters",
@@ -135,7 +134,7 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> L
     Options.of({"logo": {**config, "pool": place}}, {})  # refuses what vLLM's workers would refuse
     on_cpu = _on_cpu()
     dtype = options.dtype if options.dtype not in (None, "auto") else "float32" if on_cpu else "auto"
-    plan, k = _planned(options, base_model, server, str(dtype))
+    slots, k = _slots(options, base_model, server)
     template = _chat_template(base_model, source)
     cache = server.kv_cache_gb if server.kv_cache_gb is not None else _CPU_CACHE_GB if on_cpu else None
     flags = [
@@ -150,7 +149,7 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> L
     return Launch(
         model=str(Path(source).absolute()) if Path(source).is_dir() else source,
         name=server.model_name(base_model),
-        plan=plan,
+        slots=slots,
         pool=place,
         options={**config, "k": k},
         host=server.host,
@@ -162,37 +161,21 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> L
     )
 
 
-def _planned(options: EngineOptions, base_model: str, server: ServerOptions, dtype: str) -> tuple[Plan, int]:
-    """The slots for this pool, printed with the reason; and adapters per mixture."""
+def _slots(options: EngineOptions, base_model: str, server: ServerOptions) -> tuple[Slots, int]:
+    """The slots for this pool, which are printed; and adapters per mixture."""
     from logo.api.names import check_pool
-    from logo.backends.plan import UTILISATION, plan
-    from logo.backends.shapes import ModelShape, PoolShape, number_dtype
-    from logo.backends.vllm.launch import number
+    from logo.backends.vllm.slots import Slots
+    from logo.selection.plan import plan
 
-    arguments = server.arguments or ()
-    model = load_skeleton(base_model, model_dir=options.model_dir)
-    shape = ModelShape.of(model)
-    settings = selection_settings(options)
-    fitted = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)
-    warn_of_bad(fitted)
-    check_pool(server.model_name(base_model), fitted.names)
-    fitted = fitted.acting(settings.activation, settings.when_not_invoked)
-    pool = PoolShape.of(model, fitted, settings)
-    found = plan(
-        shape,
-        pool,
-        concurrency=server.max_concurrent,
-        context=server.max_model_len or min(_USUAL_CONTEXT, shape.context or _USUAL_CONTEXT),
-        dtype_bytes=number_dtype(shape, dtype).itemsize,
-        device_bytes=_device_bytes(),
-        tensor_parallel=int(number(arguments, "--tensor-parallel-size", "-tp") or 1),
-        utilisation=number(arguments, "--gpu-memory-utilization") or UTILISATION,
-        mode=None if server.vllm_mode == "auto" else server.vllm_mode,
-    )
-    note(f"{len(pool)} adapters, {found.mode} mode: {found.reason}; {size(found.slots.bytes)} of slots")
-    if found.fits is False and found.usable is not None:
-        note(f"This takes {size(found.total)} of {size(found.usable)}: it does not fit; `logo plan` shows each part.")
-    return found, pool.k
+    model, settings = load_skeleton(base_model, model_dir=options.model_dir), selection_settings(options)
+    pool = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)
+    warn_of_bad(pool)
+    check_pool(server.model_name(base_model), pool.names)
+    pool = pool.acting(settings.activation)
+    plan(model, pool, settings)  # refuses a pool that cannot be scored, before vLLM is started
+    slots = Slots.of(pool)
+    note(f"{slots.count} adapters in slots of rank {slots.rank}")
+    return slots, min(settings.k or pool.default_k, slots.count)
 
 
 def _on_cpu() -> bool:
@@ -208,14 +191,6 @@ def _is_distributed(name: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-
-def _device_bytes() -> int | None:
-    import torch
-
-    if _on_cpu() or not torch.cuda.is_available():
-        return None
-    return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 def _chat_template(base_model: str, source: str) -> str | None:

@@ -47,20 +47,6 @@ def late_count(counts: Tensor) -> Tensor:
     return (1 - fading(counts)) / (1 - FADING)
 
 
-def late_along(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors that turn late sums of consecutive parts of a text into late sums of the text up to the end of each part.
-
-    Args:
-        tokens: (parts,): how many tokens each part has.
-
-    Returns:
-        `M` (parts, parts) and `left` (parts,): `M @ sums + left[:, None] * before`, where `sums` (parts, n) are the
-        parts' own late sums and `before` (n,) is the late sum of the text before the first part.
-    """
-    ends = tokens.cumsum(0)
-    return fading((ends[:, None] - ends[None]).clamp_min(0)).tril(), fading(ends)
-
-
 def column_weights(columns: int, points: int) -> Tensor:
     """The weight of each reading, (columns,): the even ones of all points come first, then the late ones, if any."""
     weights = torch.ones(columns)

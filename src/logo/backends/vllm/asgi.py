@@ -1,13 +1,16 @@
-"""ASGI helpers: reading the body of a request, and sending a further request to an app."""
+"""ASGI helpers: reading the body of a request, and sending further requests to an app, which can be abandoned."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from logo.api.asgi import App, Message, Receive, Scope
+from logo.api.asgi import App, Message, Receive, Scope, Send
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -92,5 +95,53 @@ async def ask(
         elif message["type"] == "http.response.body":
             parts.append(message.get("body", b""))
 
-    await app(asking(scope, path, method, body), sending(body, receive or _silence), send)
+    await run(app, asking(scope, path, method, body), sending(body, receive or _silence), send)
     return Answer(status, headers, b"".join(parts))
+
+
+async def run(app: App, scope: Scope, receive: Receive, send: Send) -> None:
+    """Runs an app for one request. If this is cancelled, the app is told that its client has left: vLLM goes on with a
+    request whose task is merely cancelled."""
+    left, streams = asyncio.Event(), False
+
+    async def receive_until() -> Message:
+        coming = [asyncio.ensure_future(receive()), asyncio.ensure_future(left.wait())]
+        try:
+            await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+            found = coming[0]
+            return found.result() if found.done() else {"type": "http.disconnect"}  # type: ignore[return-value]
+        finally:
+            for one in coming:
+                one.cancel()
+
+    async def send_until(message: Message) -> None:
+        nonlocal streams
+        streams = streams or bool(message.get("more_body"))
+        if not left.is_set():
+            await send(message)
+        elif streams:
+            raise OSError("the client has left")
+
+    running = asyncio.ensure_future(app(scope, receive_until, send_until))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        left.set()
+        if streams:  # nobody may ask whether the client has left
+            running.cancel()
+        await asyncio.wait((running,))
+        if not running.cancelled():
+            running.exception()  # nobody is left to tell
+        raise
+
+
+async def together(coroutines: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """Runs coroutines at the same time. If one fails, the others are cancelled, and its error is raised once they have
+    ended."""
+    tasks = [asyncio.ensure_future(one) for one in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

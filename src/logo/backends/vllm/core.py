@@ -15,24 +15,17 @@ from typing import Any
 
 import torch
 
-from logo.adapters.format import Adapter
 from logo.adapters.layout import BaseLayout
 from logo.api.names import Models
-from logo.backends.plan import slot_rank
 from logo.backends.vllm import plugin
 from logo.backends.vllm.options import Options
-from logo.backends.vllm.pool import Change, KeyedPool, check_alike, merged_rank, scoring_signals
-from logo.backends.vllm.prefixes import block_of
-from logo.backends.vllm.recipe import Recipe
+from logo.backends.vllm.pool import Change, KeyedPool, check_alike, scoring_signals
 from logo.backends.vllm.skeleton import skeleton
-from logo.backends.vllm.taps import CHANGED, UNKNOWN_PREFIX
+from logo.backends.vllm.taps import CHANGED
 from logo.errors import LoGoError, ModelError, NotFinite, UsageError
 from logo.protocol import MixtureRequest
 from logo.selecting import Choosing
 from logo.selection.selector import Selection, forced
-
-# The most failed recipes that are remembered.
-_FAILED = 4096
 
 
 class WorkerError(LoGoError, RuntimeError):
@@ -49,6 +42,9 @@ class Core:
     Args:
         vllm_config: of the engine.
 
+    Attributes:
+        broken: why nothing can be answered until the server starts again; None: it can.
+
     Raises:
         LoGoError: there is no pool, or it does not fit; or vLLM was started without adapters.
     """
@@ -63,19 +59,16 @@ class Core:
         if plugin.refused is not None:
             raise ModelError(plugin.refused)
         self.options = options
-        self._cache = vllm_config.cache_config
-        self._max_rank: int = vllm_config.lora_config.max_lora_rank
         model = vllm_config.model_config
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
         self._layout = BaseLayout.of(self.skeleton)
         self.pool = KeyedPool.open(options, self.skeleton)
         self.signals = scoring_signals(options, self.skeleton, self.pool.adapters)
         self.choosing = Choosing(self.pool.adapters, options.settings)
-        self.mode, self.reason = "", ""
+        self.broken: str | None = None
         self._scored: dict[str, tuple[str, ...]] = {}  # the adapters that each signal scores
         self._live: Counter[int] = Counter()  # id of a recipe -> its answers in progress
         self._texts: dict[int, str] = {}
-        self._salts: Counter[str] = Counter()  # how often a recipe has failed
         self._answering: Counter[str] = Counter()  # key of an adapter -> answers in progress that use it
 
     # -- opening and changing --------------------------------------------------------------------------------------
@@ -88,18 +81,6 @@ class Core:
         """
         pool = self.pool if change is None else self.pool.changed(change, self._layout)
         check_alike(described, pool)
-        self.mode, self.reason = described[0]["mode"], described[0]["reason"]
-        return pool
-
-    def followed(self, described: Sequence[Mapping[str, Any]]) -> KeyedPool:
-        """The workers' current pool, which another process has opened or changed.
-
-        Raises:
-            LoGoError: an adapter cannot be opened here, or the files are not those that the workers have.
-        """
-        pool = self.pool.following(described[0]["adapters"], self._layout)
-        check_alike(described, pool)
-        self.mode, self.reason = described[0]["mode"], described[0]["reason"]
         return pool
 
     def commit(self, pool: KeyedPool, scored: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
@@ -126,11 +107,6 @@ class Core:
     def k(self) -> int:
         """Adapters per mixture, for calls that do not give k."""
         return self.options.settings.k or min(self.pool.adapters.default_k, len(self.pool.keys))
-
-    @property
-    def block(self) -> int:
-        """Number of tokens of a block of vLLM's cache."""
-        return block_of(self._cache)
 
     def models(self, base: str) -> Models:
         """The names that requests may give as `model`."""
@@ -168,25 +144,24 @@ class Core:
 
     @contextmanager
     def request(self, selection: Selection, forced: str | None = None) -> Iterator[Any]:
-        """Yields vLLM's `LoRARequest` of a selection, None for the base model; the block lasts as long as the answer.
+        """Yields vLLM's `LoRARequest` of a selection, None for the base model.
+
+        The block has to begin before anything else runs after the selection, and to last as long as the answer: the
+        adapters that were scored then stay in their slots, even if the pool changes.
 
         Args:
             forced: see `KeyedPool.recipe`.
 
         Raises:
-            UsageError: as `KeyedPool.recipe`; or, except in gate mode, adapters that begin to act at different tokens,
-                or whose rank together is larger than a slot's.
+            UsageError: as `KeyedPool.recipe`.
         """
         from vllm.lora.request import LoRARequest
 
         recipe = self.pool.recipe(selection, forced)
-        if self.mode != "gate":
-            self._check_merged(recipe, [self.pool.adapters[name] for name, at in selection.mixture.items() if at])
         if not recipe.parts:
             yield None
             return
-        text = recipe.salted(self._salts[str(recipe)])
-        number = recipe.number(self._texts, text)
+        text, number = str(recipe), recipe.number(self._texts)
         self._live[number] += 1
         self._texts[number] = text
         self._answering.update(recipe.keys)
@@ -197,32 +172,6 @@ class Core:
             self._answering.subtract(recipe.keys)
             if not self._live[number]:
                 del self._live[number], self._texts[number]
-
-    def _check_merged(self, recipe: Recipe, adapters: Sequence[Adapter]) -> None:
-        """Raises UsageError if the mixture of these adapters cannot be one adapter of vLLM's."""
-        if len({recipe.activation(key) for key in recipe.keys}) > 1:
-            raise UsageError(
-                f"the adapters of this mixture begin to act at different tokens, which {self.mode} mode cannot do: "
-                "start vLLM in gate mode, or force an activation"
-            )
-        rank = merged_rank(adapters)
-        if rank > self._max_rank:
-            larger = slot_rank(rank)
-            raise UsageError(
-                f"the {len(adapters)} adapters of this mixture have rank {rank} together, but --max-lora-rank is "
-                f"{self._max_rank}: mix fewer adapters"
-                + (f", or start vLLM with --max-lora-rank {larger} or more" if larger else "")
-            )
-
-    def failed(self, text: str) -> None:
-        """Notes that a recipe has failed. The next request for it gets another text, and so reuses no cached block."""
-        self._salts[text.partition("#")[0]] += 1
-        while len(self._salts) > _FAILED:  # one that is forgotten and fails again is noticed again
-            del self._salts[next(iter(self._salts))]
-
-    def recipe(self, selection: Selection) -> Recipe:
-        """The recipe of a selection."""
-        return self.pool.recipe(selection)
 
 
 def new_key() -> str:
@@ -243,8 +192,8 @@ def values(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def outcomes(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The outcome of each probe and each mixture (see `Worker.take`): the first failure that any worker reports, else
-    that of the first worker."""
+    """The outcome of each probe or each mixture (see `Worker.scores`, `Worker.failures`): the first failure that any
+    worker reports, else that of the first worker."""
     first, *others = answers
     failed = {key: found for one in reversed(others) for key, found in one.items() if isinstance(found, str)}
     return {key: found if isinstance(found, str) else failed.get(key, found) for key, found in first.items()}
@@ -256,7 +205,7 @@ def texts_of(opened: Sequence[Mapping[str, Any]]) -> list[list[int]]:
 
 
 def scores_of(found: Any, digest: str | None = None) -> list[float] | None:
-    """The scores in a worker's reply to a probe; None if the prompt has to be probed again, and read whole.
+    """The scores in a worker's reply to a probe; None if the pool has changed meanwhile.
 
     Args:
         digest: of the pool that the caller selects from; None: the pool cannot change.
@@ -266,7 +215,7 @@ def scores_of(found: Any, digest: str | None = None) -> list[float] | None:
         ModelError: the prompt could not be scored.
     """
     if isinstance(found, str):
-        if found in (CHANGED, UNKNOWN_PREFIX):
+        if found == CHANGED:
             return None
         if "finite" in found:
             raise NotFinite(found)

@@ -7,16 +7,14 @@ would end the engine.
     LRUCacheWorkerLoRAManager.create_lora_manager   opens the pool when a worker's model is wrapped
     model_manager.get_punica_wrapper                gives layers the gated products
     WorkerLoRAManager.set_active_adapters           every step: which recipes are mixed
-    LRUCacheWorkerLoRAManager._load_adapter         merge mode: builds the merged adapter of a recipe
     the runner's own (runner_v1, runner_v2)         every step: which rows are probed prompts, and which come before
                                                     adapters act
-    OutputProcessor.add_request                     marks probes, and counts adapters that a prompt does not invoke
-    OutputProcessor.process_outputs                 detects answers that overflow, and counts their cached tokens
+    OutputProcessor.add_request                     marks probes and answers
+    OutputProcessor.process_outputs                 answers whose logits are NaN become errors
     the dispatchers of CUDA graphs (graphs)         no graph of the whole model in steps that read a probed prompt
-    Request.get_skip_reading_prefix_cache           makes a probe compute its whole prompt if it has to
+    Request.get_skip_reading_prefix_cache           makes a probe compute its whole prompt
     kv_cache_utils.generate_block_hash_extra_keys   tokens before any adapter acts are cached as the base model's
-    Scheduler.__init__                              gate mode: any number of different mixtures in one batch; V1 on a
-                                                    CPU: blocks of the KV cache are zeroed before they are reused
+    Scheduler.__init__                              any number of different mixtures in one batch
     WorkerBase.logo_*                               the functions that the router calls (calls)
 """
 
@@ -31,22 +29,29 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from typing import Any
 
-from logo.backends.vllm import graphs, overflows, prompts, runner_v1, runner_v2
+from logo.backends.vllm import graphs, runner_v1, runner_v2
 from logo.backends.vllm.calls import CALLS
 from logo.backends.vllm.launch import check_environment
-from logo.backends.vllm.marks import reads_whole, seal
+from logo.backends.vllm.marks import is_probe, seal
 from logo.backends.vllm.needs import HOOKS, HOOKS_V2, KNOWN, Function
-from logo.backends.vllm.onsets import check_invoked, hash_as
+from logo.backends.vllm.onsets import hash_as
 from logo.backends.vllm.options import Options
-from logo.backends.vllm.pool import fitted_pool, mode_of
 from logo.backends.vllm.recipe import is_recipe
-from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.worker import Worker
-from logo.errors import LoGoError, ModelError, UsageError
+from logo.errors import LoGoError, ModelError
 
 log = logging.getLogger("vllm.logo")
+
+# The environment variable that makes vLLM count the NaN among the logits of each answer, and send the counts with them.
+COUNTED = "VLLM_COMPUTE_NANS_IN_LOGITS"
+
+NOT_FINITE = (
+    "the model's logits are NaN, so nothing can be generated from them: an adapter, or the base model, is too large "
+    "for the model's dtype; leave that adapter out, or use float32"
+)
 
 # The worker whose model is being wrapped, since vLLM calls `get_punica_wrapper` without naming the worker.
 _making: list[Worker] = []
@@ -126,7 +131,7 @@ def _create(original: Any, self: Any, model: Any, vllm_config: Any) -> Any:
     if options is None:
         return original(self, model, vllm_config)
     _check(vllm_config)
-    os.environ.setdefault(overflows.COUNTED, "1")  # read when the worker is ready
+    os.environ.setdefault(COUNTED, "1")  # read when the worker is ready
     worker = Worker(self, vllm_config, options)
     _making.append(worker)
     try:
@@ -155,14 +160,14 @@ def _check(vllm_config: Any) -> None:
         raise ModelError("LoGo mixes adapters of the language model alone: leave out --enable-tower-connector-lora")
     if getattr(vllm_config, "speculative_config", None) is not None:
         log.warning(
-            "LoGo: with speculative decoding, vLLM does not report which answer of a batch overflows, so the error may "
-            "end another answer with a mixture"
+            "LoGo: with speculative decoding, vLLM does not report which answer of a batch has logits that are NaN, so "
+            "the error may end another answer"
         )
 
 
 def _wrapper(original: Any, *args: Any, **kwargs: Any) -> Any:
     worker = _making[-1] if _making else None
-    if worker is None or not worker.replaces_kernels:
+    if worker is None:
         return original(*args, **kwargs)
     from logo.backends.vllm.wrapper import GatedWrapper
 
@@ -171,37 +176,27 @@ def _wrapper(original: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _schedule(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-    options = _options(vllm_config)
-    if vllm_config.lora_config is None or options is None:
-        original(self, vllm_config, *args, **kwargs)
-        return
-    if vllm_config.device_config.device_type == "cpu" and not vllm_config.use_v2_model_runner:
-        # Attention on CPUs multiplies the unused positions of a block by 0, which does not remove the NaN that an
-        # answer with an overflow leaves there. Runner V1 zeroes new blocks on request.
-        kwargs["kv_cache_config"] = _emptied(kwargs["kv_cache_config"])
     original(self, vllm_config, *args, **kwargs)
-    model = vllm_config.model_config
-    # The workers choose their mode for the adapters that fit, too.
-    fitted = fitted_pool(options, skeleton(model.model, model.dtype, model.revision))
-    if mode_of(options, self.lora_config, fitted)[0] == "gate":
-        # The scheduler allows as many different adapters per batch as there are slots, but in gate mode a recipe needs
-        # no slot. The workers keep their number of slots, because their `lora_config` is another object.
+    if vllm_config.lora_config is not None and _options(vllm_config) is not None:
+        # The scheduler allows as many different adapters per batch as there are slots, but a recipe needs no slot. The
+        # workers keep their number of slots, because their `lora_config` is another object.
         self.lora_config = copy.copy(self.lora_config)
         self.lora_config.max_loras = max(self.lora_config.max_loras, self.scheduler_config.max_num_seqs)
 
 
-def _emptied(kv_cache_config: Any) -> Any:
-    """A copy of a `KVCacheConfig` with which the scheduler has every new block zeroed."""
-    own = copy.copy(kv_cache_config)
-    own.__class__ = type("Emptied", (type(kv_cache_config),), {"needs_kv_cache_zeroing": True})
-    return own
-
-
 def _notice(original: Any, self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-    overflows.notice(self.request_states, engine_core_outputs)
-    begun = prompts.begun(self.request_states, engine_core_outputs)
+    # The offline engine has no queues; it finds NaN among the log probabilities.
+    spoilt = [self.request_states.get(one.request_id) for one in engine_core_outputs if one.num_nans_in_logits]
+    spoilt = [state for state in spoilt if state is not None and state.queue is not None]
+    if not spoilt:
+        return original(self, engine_core_outputs, *args, **kwargs)
+    from vllm.exceptions import GracefulHTTPError
+
+    for state in spoilt:  # before vLLM puts tokens there
+        state.queue.put(GracefulHTTPError(NOT_FINITE, HTTPStatus.INTERNAL_SERVER_ERROR))
     made = original(self, engine_core_outputs, *args, **kwargs)
-    prompts.found(begun)
+    ids = {state.request_id if state.parent_req is None else state.parent_req.request_id for state in spoilt}
+    made.reqs_to_abort.extend(self.abort_requests(ids, internal=True))
     return made
 
 
@@ -213,19 +208,12 @@ def _count(original: Any, self: Any, req_id: str, lora_name: str | None, *args: 
 def _seal(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     # Every request passes here on its way to the engine, in the process and the task that made it.
     seal(request.sampling_params)
-    try:
-        check_invoked(request.lora_request, request.sampling_params, request.prompt_token_ids)
-    except UsageError as error:  # raised as vLLM's own error for invalid requests
-        import vllm.exceptions
-
-        raise getattr(vllm.exceptions, "VLLMValidationError", ValueError)(str(error)) from error
-    prompts.take(request)
     return original(self, request, *args, **kwargs)
 
 
 def _skip(original: Any, self: Any) -> bool:
     # The hidden vectors of tokens whose keys and values come from the cache are not computed.
-    return reads_whole(self.sampling_params) or bool(original(self))
+    return is_probe(self.sampling_params) or bool(original(self))
 
 
 def _hash(original: Any, request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -253,9 +241,7 @@ def _activate(original: Any, self: Any, requests: set[Any], mapping: Any) -> Any
         mapping = worker.mapped(mapping)
     except Exception as error:
         _failed(worker, recipes, error)
-    if worker.mode == "gate":
-        requests = requests - recipes
-    return original(self, requests, mapping)
+    return original(self, requests - recipes, mapping)
 
 
 def _failed(worker: Worker, recipes: set[Any], error: Exception) -> None:
@@ -265,14 +251,7 @@ def _failed(worker: Worker, recipes: set[Any], error: Exception) -> None:
         worker.fail(request.lora_path, f"{type(error).__name__}: {error}")
 
 
-def _load(original: Any, self: Any, lora_request: Any) -> Any:
-    worker = _of(self)
-    if worker is None or not is_recipe(lora_request.lora_path):
-        return original(self, lora_request)
-    return worker.merged(lora_request)
-
-
-def _noting(hook: Callable[[Worker], None], runner: Any) -> None:
+def _noting(hook: Callable[[Worker], object], runner: Any) -> None:
     """Runs a hook that notes something about a step. If it fails, the step's probed prompts get no scores, and answers
     with its mixtures become errors."""
     worker = _of(getattr(runner, "lora_manager", None))
@@ -288,6 +267,8 @@ def _noting(hook: Callable[[Worker], None], runner: Any) -> None:
 def _spans_v1(original: Any, self: Any, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
     def note(worker: Worker) -> None:
         self.cudagraph_dispatcher.logo = worker
+        worker.running = self.requests
+        worker.answers = tuple(runner_v1.answers(self, input_batch))
         worker.spans = tuple(runner_v1.spans(self, input_batch, num_scheduled_tokens))
         drawn = args[0] if args else kwargs.get("num_sampled_tokens")
         worker.late = tuple(runner_v1.onsets(self, input_batch, num_scheduled_tokens, drawn))
@@ -300,8 +281,10 @@ def _remember(original: Any, self: Any, scheduler_output: Any) -> Any:
     added = original(self, scheduler_output)  # first, since it removes a request of the same id (`_forget`)
 
     def note(worker: Worker) -> None:
-        runner_v2.remember(worker.probed, worker.onsets, scheduler_output)
-        worker.reading = not worker.probed.keys().isdisjoint(scheduler_output.num_scheduled_tokens)
+        worker.running = worker.requests
+        worker.requests.update(runner_v2.remembered(scheduler_output))
+        known = (worker.requests.get(request_id) for request_id in scheduler_output.num_scheduled_tokens)
+        worker.reading = any(one is not None and is_probe(one.parameters) for one in known)
         if self.cudagraph_manager is not None:
             self.cudagraph_manager.logo = worker
 
@@ -313,16 +296,17 @@ def _spans_v2(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwa
     input_batch = original(self, scheduler_output, *args, **kwargs)
 
     def note(worker: Worker) -> None:
-        worker.spans = tuple(runner_v2.spans(worker.probed, input_batch))
+        worker.answers = tuple(runner_v2.answers(worker.requests, input_batch))
+        worker.spans = tuple(runner_v2.spans(worker.requests, input_batch))
         if not isinstance(worker.late, Exception):
-            worker.late = tuple(runner_v2.late(worker.onsets, input_batch))
+            worker.late = tuple(runner_v2.late(worker.requests, input_batch))
 
     _noting(note, self)
     return input_batch
 
 
 def _forget(original: Any, self: Any, req_id: str) -> Any:
-    _noting(lambda worker: runner_v2.forget(worker.probed, worker.onsets, req_id), self)
+    _noting(lambda worker: worker.requests.pop(req_id, None), self)
     return original(self, req_id)
 
 
@@ -366,7 +350,6 @@ _WRAPPERS: Mapping[str, Callable[..., Any]] = {
     "create": _create,
     "wrapper": _wrapper,
     "activate": _activate,
-    "load": _load,
     "notice": _notice,
     "seal": _seal,
     "skip": _skip,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from logo import plugins
-from logo.backends.plan import Plan
 from logo.backends.vllm.options import NO_USAGE, OPTIONS, POOL
+from logo.backends.vllm.slots import Slots
 from logo.errors import UsageError
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -33,7 +32,7 @@ class Launch:
     Attributes:
         model: a folder or a Hub id.
         name: name of the base model alone.
-        plan: how mixtures are made, and in which slots.
+        slots: vLLM's, for the pool.
         pool: for `LOGO_POOL`.
         options: for `LOGO_OPTIONS`.
         host, port: address to listen on.
@@ -45,7 +44,7 @@ class Launch:
 
     model: str
     name: str
-    plan: Plan
+    slots: Slots
     pool: str
     options: Mapping[str, Any]
     host: str
@@ -63,7 +62,7 @@ class Launch:
             *(sys.executable, "-m", MODULE),
             *("--model", self.model, "--served-model-name", self.name),
             *("--host", self.host, "--port", str(self.port)),
-            *self.plan.slot_flags,
+            *self.slots.flags,
             *self.flags,
             *around,
             *self.given,  # of a flag that is given twice, vLLM takes the last
@@ -76,7 +75,7 @@ class Launch:
         Raises:
             UsageError: the options are longer than an environment variable may be.
         """
-        options = json.dumps({**self.options, "mode": self.plan.mode}, ensure_ascii=False)
+        options = json.dumps(dict(self.options), ensure_ascii=False)
         if len(options.encode()) > _LONGEST:
             raise UsageError(
                 f"the options of LoGo take {len(options.encode()):,} bytes, but an environment variable may have at "
@@ -101,19 +100,3 @@ def check_environment(environment: Mapping[str, str]) -> None:
         raise UsageError(f"{RUST} is set: vLLM's Rust frontend does not run the middleware that LoGo needs; unset it")
     if environment.get(DUAL_STREAM, "0").strip() not in ("", "0"):
         raise UsageError(f"{DUAL_STREAM} is set: it hides layers from LoGo's probe; unset it")
-
-
-def number(given: Sequence[str], *names: str) -> float | None:
-    """The number that a flag gives, the last one if it is repeated; None if it is absent or its value is no number.
-
-    Args:
-        given: arguments as vLLM reads them: `--flag N`, `--flag=N`, dashes or underscores.
-        names: of the flag, such as `--tensor-parallel-size`.
-    """
-    found = None
-    for i, argument in enumerate(given):
-        flag, _, value = argument.partition("=")
-        if flag.replace("_", "-") in names:
-            value = value or (given[i + 1] if i + 1 < len(given) else "")
-            found = float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else None
-    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-KNOWN = ("0.29", "0.30", "0.31", "0.32", "0.33")
+KNOWN = ("0.32", "0.33")
 """Versions of vLLM that were looked at."""
 
 
@@ -85,17 +85,15 @@ class Flags:
 
 _MANAGER = "vllm.lora.worker_manager"
 _V2 = "vllm.v1.worker.gpu.model_runner"
+_OUTPUTS = "vllm.v1.engine.output_processor"
 
 HOOKS: Mapping[str, Function] = {
     "count": Function("vllm.v1.metrics.stats", "LoRARequestStates", "_request_update", ("self", "req_id", "lora_name")),
     "create": Function(_MANAGER, "LRUCacheWorkerLoRAManager", "create_lora_manager", ("self", "model", "vllm_config")),
     "wrapper": Function("vllm.lora.model_manager", "", "get_punica_wrapper"),
     "activate": Function(_MANAGER, "WorkerLoRAManager", "set_active_adapters", ("self", "requests", "mapping")),
-    "load": Function(_MANAGER, "LRUCacheWorkerLoRAManager", "_load_adapter", ("self", "lora_request")),
-    "seal": Function("vllm.v1.engine.output_processor", "OutputProcessor", "add_request", ("self", "request")),
-    "notice": Function(
-        "vllm.v1.engine.output_processor", "OutputProcessor", "process_outputs", ("self", "engine_core_outputs")
-    ),
+    "seal": Function(_OUTPUTS, "OutputProcessor", "add_request", ("self", "request")),
+    "notice": Function(_OUTPUTS, "OutputProcessor", "process_outputs", ("self", "engine_core_outputs")),
     "skip": Function("vllm.v1.request", "Request", "get_skip_reading_prefix_cache", ("self",)),
     "hash": Function(
         "vllm.v1.core.kv_cache_utils",
@@ -191,7 +189,7 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
     ),
     Function("vllm.distributed.communication_op", "", "tensor_model_parallel_all_gather", ("input_",)),
     # The request of each row of a step.
-    Attributes(("vllm.v1.worker.gpu_model_runner",), "GPUModelRunner", ("requests", "kv_caches")),
+    Attributes(("vllm.v1.worker.gpu_model_runner",), "GPUModelRunner", ("requests",)),
     Attributes(("vllm.v1.worker.lora_model_runner_mixin",), "LoRAModelRunnerMixin", ("lora_manager",)),
     Attributes(
         ("vllm.v1.worker.gpu_input_batch",), "InputBatch", ("req_ids", "num_computed_tokens_cpu", "num_prompt_tokens")
@@ -199,7 +197,7 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
     Attributes(
         ("vllm.v1.worker.gpu_input_batch",),
         "CachedRequestState",
-        ("sampling_params", "prompt_token_ids", "mm_features", "lora_request"),
+        ("sampling_params", "prompt_token_ids", "lora_request"),
     ),
     Attributes(
         ("vllm.v1.worker.gpu.input_batch",), "InputBatch", ("req_ids", "num_scheduled_tokens", "num_computed_tokens_np")
@@ -207,7 +205,7 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
     Attributes(
         ("vllm.v1.core.sched.output",),
         "NewRequestData",
-        ("req_id", "sampling_params", "prompt_token_ids", "mm_features", "lora_request", "prompt_embeds"),
+        ("req_id", "sampling_params", "prompt_token_ids", "lora_request", "prompt_embeds"),
     ),
     Attributes(("vllm.v1.core.sched.output",), "SchedulerOutput", ("scheduled_new_reqs",)),
     Attributes(
@@ -220,16 +218,14 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
         "EngineCoreRequest",
         ("request_id", "sampling_params", "lora_request", "prompt_token_ids"),
     ),
-    # Answers that overflow, and the cached tokens that answers reuse.
+    # Answers whose logits are NaN.
     Attributes(("vllm.v1.engine",), "EngineCoreOutput", ("request_id", "num_nans_in_logits")),
-    Attributes(("vllm.v1.engine.output_processor",), "OutputProcessor", ("request_states",)),
-    Attributes(("vllm.v1.engine.output_processor",), "RequestState", ("lora_name", "num_cached_tokens")),
-    Attributes(("vllm.v1.kv_cache_interface",), "KVCacheConfig", ("needs_kv_cache_zeroing",)),
-    Call("vllm.v1.engine.core", "Scheduler", 0, ("vllm_config", "kv_cache_config")),
-    Function("vllm.v1.worker.cpu_model_runner", "CPUModelRunner", "_zero_block_ids", ("self", "block_ids")),
-    Attributes(("vllm.config.vllm",), "VllmConfig", ("use_v2_model_runner",)),
-    Attributes((_V2,), "GPUModelRunner", ("device", "kv_caches")),
-    Attributes(("vllm.config.cache",), "CacheConfig", ("block_size",)),
+    Attributes((_OUTPUTS,), "OutputProcessor", ("request_states",)),
+    Function(_OUTPUTS, "OutputProcessor", "abort_requests", ("self", "request_ids", "internal")),
+    Attributes((_OUTPUTS,), "OutputProcessorOutput", ("reqs_to_abort",)),
+    Attributes((_OUTPUTS,), "RequestState", ("request_id", "parent_req", "queue")),
+    Function(_OUTPUTS, "RequestOutputCollector", "put", ("self", "output")),
+    Function("vllm.exceptions", "GracefulHTTPError", "__init__", ("self", "message", "http_status")),
     Attributes(("vllm.sampling_params",), "SamplingParams", ("extra_args",)),
     Attributes(("vllm.v1.core.sched.scheduler",), "Scheduler", ("lora_config", "scheduler_config")),
     # Compiled layers and captured graphs.

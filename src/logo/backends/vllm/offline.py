@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TextStreamer
 
-from logo.adapters.activation import NotInvoked
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
 from logo.backends.vllm.core import Core, new_key, outcomes, values
 from logo.backends.vllm.hooks import version
 from logo.backends.vllm.likelihood import scored, scoring
-from logo.backends.vllm.marks import reading
+from logo.backends.vllm.marks import answering, reading
 from logo.backends.vllm.pool import head_adapter
 from logo.backends.vllm.probing import InWorkers
 from logo.backends.vllm.requests import Group, Requests, Running
@@ -33,7 +32,7 @@ from logo.calls import Calls
 from logo.decoder import Decoding, Generation, overflow
 from logo.decoding import Prompts
 from logo.errors import ModelError, UsageError
-from logo.mixing import EXACT, NEVER, Merge, begins
+from logo.mixing import EXACT, Merge
 from logo.scoring import Scored, continued_rows
 from logo.selection import Selection
 from logo.selection.plan import plan
@@ -80,9 +79,8 @@ class VllmLoGo(Calls):
         self._version = self.pool.version
         self._layout = BaseLayout.of(model)
         self._lock = threading.RLock()
-        self._not_invoked = NotInvoked()
         self._requests = Requests(llm.llm_engine)
-        pool = self.core.staged(None, self._call("logo_stage", None, new_key()))
+        pool = self.core.staged(None, self._call("logo_stage", None))
         self._call("logo_commit")
         self.core.commit(pool, {})
         self._selecting: InWorkers = InWorkers(model, self.pool, settings, self._requests, self._call)
@@ -108,14 +106,9 @@ class VllmLoGo(Calls):
         return tuple(self._selecting.open(self.settings)["points"])
 
     @property
-    def not_invoked(self) -> Mapping[str, int]:
-        """Adapter -> how many prompts lacked its invocation tokens, so that it did nothing there."""
-        return dict(self._not_invoked)
-
-    @property
     def folding(self) -> dict[str, Any]:
         """The form in which vLLM mixes adapters, and why, for JSON; nothing is folded into the weights."""
-        return {"asked": None, "mode": self.core.mode, "reason": self.core.reason}
+        return {"asked": None, "mode": "gate", "reason": "each adapter has a slot of vLLM"}
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -168,9 +161,9 @@ class VllmLoGo(Calls):
         streamer: BaseStreamer | None,
     ) -> list[Generation]:
         started = time.perf_counter()
-        self._invoke(rows, [selection.mixture for selection in selections], decoding.activation)
         with ExitStack() as stack:
             loras = [stack.enter_context(self.core.request(one, decoding.activation)) for one in selections]
+            key = self._answering(stack)
             group = stack.enter_context(self._requests.together())
             if streamer is not None:
                 stack.callback(streamer.end)
@@ -178,11 +171,11 @@ class VllmLoGo(Calls):
             for ids, lora in zip(rows, loras, strict=True):
                 self._start(group, ids, lora, decoding, every_token=streamer is not None)
             if streamer is not None:
-                self._stream(group, selections[0], loras[0], streamer)
+                self._stream(group, selections[0], streamer)
             group.wait()
-            self._check_mixed([lora.lora_name for lora in loras if lora is not None])
-        for one, selection, lora in zip(group.running, selections, loras, strict=True):
-            self._check_finite(one, selection, lora)
+            self._check_mixed(key, loras)
+        for one, selection in zip(group.running, selections, strict=True):
+            _check_finite(one, selection)
         seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
         forms = ["base" if lora is None else "gated" for lora in loras]
         continued: Any = [(one.tokens, form) for one, form in zip(group.running, forms, strict=True)]
@@ -190,15 +183,18 @@ class VllmLoGo(Calls):
 
     def _pieces(self, row: Sequence[int], selection: Selection, decoding: Decoding) -> Generator[str]:
         said = _Pieces(self.tokenizer, skip_special_tokens=True)
-        self._invoke([row], [selection.mixture], decoding.activation)
-        with self.core.request(selection, decoding.activation) as lora, self._requests.together() as group:
-            self._start(group, row, lora, decoding, every_token=True)
+        with ExitStack() as stack:
+            lora = stack.enter_context(self.core.request(selection, decoding.activation))
+            group = stack.enter_context(self._requests.together())
+            key = new_key()
+            with answering(key):
+                self._start(group, row, lora, decoding, every_token=True)
             for tokens in group.pieces():
-                self._check_finite(group.running[0], selection, lora)
+                _check_finite(group.running[0], selection)
                 for token in tokens:
                     said.put(torch.tensor([token]))
                 yield from said.taken()
-            self._check_mixed([] if lora is None else [lora.lora_name])
+            self._check_mixed(key, [lora])
         said.end()
         yield from said.taken()
 
@@ -209,53 +205,24 @@ class VllmLoGo(Calls):
         how = parameters(decoding, every_token=every_token or bool(rules), seed=seed)
         group.start(ids, how, lora, rules)
 
-    def _stream(self, group: Group, selection: Selection, lora: Any, streamer: BaseStreamer) -> None:
+    def _stream(self, group: Group, selection: Selection, streamer: BaseStreamer) -> None:
         for tokens in group.pieces():
-            self._check_finite(group.running[0], selection, lora)
+            _check_finite(group.running[0], selection)
             for token in tokens:
                 streamer.put(torch.tensor([token]))
 
-    def _invoke(
-        self, rows: Sequence[Sequence[int]], mixtures: Sequence[Mapping[str, float]], forced: str | None = None
-    ) -> None:
-        """Counts prompts that lack the invocation tokens of an adapter in their mixture.
+    def _answering(self, stack: ExitStack) -> str:
+        """Gives the answers that are started inside a stack a key for their failures."""
+        key = new_key()
+        stack.enter_context(answering(key))
+        return key
 
-        Raises:
-            UsageError: a prompt lacks them, and `when_not_invoked` is `"error"`.
-        """
-        pool = self.pool.acting(forced)
-        if not all(activation.everywhere for activation in pool.activations):
-            for row, mixture in zip(rows, mixtures, strict=True):
-                found = begins(pool, mixture, row)
-                self._not_invoked.note(name for name, begin in found.items() if begin == NEVER)
-
-    def _check_finite(self, one: Running, selection: Selection, lora: Any) -> None:
-        """Raises NotFinite if a request's logits were not finite; the KV cache is cleaned first."""
-        if not one.finite:
-            self._requests.stop([one])
-            found = overflow(selection.mixture)
-            self._clean(lora, found)
-            raise found
-
-    def _clean(self, lora: Any, found: ModelError) -> None:
-        """Removes from the KV cache what an overflow has left there.
-
-        No later request finds the blocks of a mixture that has failed (`Core.failed`). vLLM finds blocks of the base
-        model by their tokens, so its prefix cache is reset before their content changes. vLLM refuses to reset it while
-        other requests run; the blocks then keep their content.
-        """
-        if lora is not None:
-            self._call("logo_clean", lora.lora_name, str(found))
-            self.core.failed(lora.lora_name)
-        elif self.llm.reset_prefix_cache():
-            self._call("logo_clean", None, str(found))
-
-    def _check_mixed(self, recipes: Sequence[str]) -> None:
-        """Raises ModelError if a worker could not mix one of these recipes."""
-        asked = list(dict.fromkeys(recipes))
-        failed = [reason for reason in outcomes(self._call("logo_take", asked)).values() if reason] if asked else []
-        if failed:
-            raise ModelError(f"the mixture could not be made: {failed[0]}")
+    def _check_mixed(self, key: str, loras: Sequence[Any]) -> None:
+        """Raises ModelError if a worker could not make a mixture of the answers with this key."""
+        if any(lora is not None for lora in loras):
+            reason = outcomes(self._call("logo_failures", [key]))[key]
+            if reason is not None:
+                raise ModelError(f"the mixture could not be made: {reason}")
 
     def _score(self, row: Sequence[int], gold: Sequence[int], mixtures: Sequence[Mapping[str, float]]) -> list[Scored]:
         return self._score_pairs([(row, gold)] * len(mixtures), mixtures, len(mixtures))
@@ -273,25 +240,24 @@ class VllmLoGo(Calls):
                 f"score: adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last "
                 "token's alone; use the engine 'local'"
             )
-        self._invoke([ids for ids, _ in pairs], mixtures)
         with ExitStack() as stack:
             chosen = [Selection.forced(mixture) for mixture in mixtures]
             loras = [stack.enter_context(self.core.request(selection)) for selection in chosen]
+            key = self._answering(stack)
             group = stack.enter_context(self._requests.together())
             for (ids, gold), lora in zip(pairs, loras, strict=True):
                 # The last gold token is only predicted, never read.
                 with reading(len(ids)):
                     group.start([*ids, *gold[:-1]], scoring(gold), lora)
             group.wait()
-            self._check_mixed([lora.lora_name for lora in loras if lora is not None])
-        return [self._scored(one, gold, lora) for one, (_, gold), lora in zip(group.running, pairs, loras, strict=True)]
+            self._check_mixed(key, loras)
+        return [scored(one.last, gold) for one, (_, gold) in zip(group.running, pairs, strict=True)]
 
-    def _scored(self, one: Running, gold: Sequence[int], lora: Any) -> Scored:
-        try:
-            return scored(one.last, gold)
-        except ModelError as found:
-            self._clean(lora, found)
-            raise
+
+def _check_finite(one: Running, selection: Selection) -> None:
+    """Raises NotFinite if a request's logits were not finite."""
+    if not one.finite:
+        raise overflow(selection.mixture)
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]

@@ -15,10 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from logo.adapters.activation import OFF, Activation
 from logo.backends.vllm.marks import prompt_of
 from logo.backends.vllm.recipe import Recipe, is_recipe
-from logo.errors import ModelError
 
 # Added to the ids of mixtures of only some of a recipe's adapters, so that they differ from vLLM's ids of 31 bits.
 _SOME = 2**32
@@ -58,7 +56,7 @@ class Onset:
             return None
         recipe = Recipe.parse(request.lora_path)
         tokens = prompt_of(parameters, [-1] * length if prompt is None else prompt)
-        begin_of = {key: _quiet(recipe.activation(key)).begin(tokens) for key, _ in recipe.parts}
+        begin_of = {key: recipe.activation(key).begin(tokens) for key, _ in recipe.parts}
         begins = tuple(sorted({begin for begin in begin_of.values() if begin is not None}))
         stages = tuple(
             recipe.only(key for key, begin in begin_of.items() if begin is not None and begin <= here)
@@ -88,12 +86,6 @@ class Onset:
     def others(self) -> dict[int, Recipe]:
         """The mixtures that are not the whole recipe, by id."""
         return {self._number(i): stage for i, stage in enumerate(self.stages) if self._number(i) != self.number}
-
-    @property
-    def silent(self) -> tuple[str, ...]:
-        """The keys of the adapters that act nowhere."""
-        acting = self.stages[-1].keys if self.stages else ()
-        return tuple(key for key in Recipe.parse(self.text).keys if key not in acting)
 
     def _number(self, stage: int) -> int:
         whole = self.whole and stage == len(self.stages) - 1
@@ -128,16 +120,9 @@ def mapped(mapping: Any, rows: Iterable[Rows]) -> Any:
     return replace(mapping, index_mapping=tuple(tokens), prompt_mapping=tuple(drawn))
 
 
-def others(rows: Iterable[Rows], mode: str) -> dict[int, tuple[str, Recipe]]:
-    """The mixtures in a step that have only some of a recipe's adapters: id -> (text of the recipe, mixture).
-
-    Raises:
-        ModelError: adapters begin to act at different positions, although a merged mixture acts as a whole.
-    """
-    found = {number: (one.onset.text, some) for one in rows for number, some in one.onset.others.items()}
-    if found and mode != "gate":
-        raise ModelError(f"in {mode} mode all adapters of a mixture begin to act at the same token")
-    return found
+def others(rows: Iterable[Rows]) -> dict[int, tuple[str, Recipe]]:
+    """The mixtures in a step that have only some of a recipe's adapters: id -> (text of the recipe, mixture)."""
+    return {number: (one.onset.text, some) for one in rows for number, some in one.onset.others.items()}
 
 
 def known(state: Any, find: Callable[[], Onset | None]) -> Onset | None:
@@ -147,13 +132,6 @@ def known(state: Any, find: Callable[[], Onset | None]) -> Onset | None:
         found = state.logo_onset = find()
     onset: Onset | None = found  # type: ignore[assignment]
     return onset
-
-
-def check_invoked(request: Any, parameters: Any, prompt: Sequence[int] | None) -> None:
-    """Raises UsageError if a prompt lacks the invocation tokens of an adapter for which that is an error."""
-    if request is not None and prompt is not None and is_recipe(request.lora_path) and "~error" in request.lora_path:
-        for activation in Recipe.parse(request.lora_path).activations.values():
-            activation.begin(prompt_of(parameters, prompt))
 
 
 def hash_as(request: Any, end: int) -> Any:
@@ -174,8 +152,3 @@ def hash_as(request: Any, end: int) -> Any:
     # Keys and values depend on where adapters begin to act, even if the tokens are the same.
     name = f"{own.lora_name}@{','.join(map(str, onset.begins))}"
     return type(own)(name, own.lora_int_id, name)
-
-
-def _quiet(activation: Activation) -> Activation:
-    """The activation without errors from `begin`; requests that are errors were refused before (`check_invoked`)."""
-    return replace(activation, without=OFF) if activation.without == "error" else activation

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,7 @@ from logo import plugins
 from logo.adapters.layout import BaseLayout
 from logo.adapters.options import OnBadAdapter
 from logo.adapters.pool import AdapterPool, warn_of_bad
-from logo.backends.plan import plan
-from logo.backends.shapes import ModelShape, PoolShape
+from logo.backends.vllm.slots import Slots
 from logo.decoding import Prompts, Truncation
 from logo.errors import LoGoError, ModelError, PoolError, UsageError
 from logo.extras import need
@@ -29,9 +27,6 @@ if TYPE_CHECKING:
     import torch
 
     from logo.backends.vllm.offline import VllmLoGo
-
-# Assumed number of answers that run at a time, if `max_num_seqs` is not given.
-_AT_ONCE = 64
 
 
 def open_engine(
@@ -77,24 +72,15 @@ def open_engine(
     model = skeleton(source, computed)
     fitted = opened.fit(BaseLayout.of(model), on_bad_adapter=on_bad_adapter)
     warn_of_bad(fitted)
-    fitted = fitted.acting(settings.activation, settings.when_not_invoked)
-    shape = PoolShape.of(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
+    fitted = fitted.acting(settings.activation)
+    reading_plan(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
     given = dict(model_kwargs)
     additional = dict(given.pop("additional_config", None) or {})
     own = additional.get("logo", {})
     if not isinstance(own, Mapping):
         raise UsageError(f"additional_config: expected 'logo' to be an object, found {type(own).__name__}")
-    slots = plan(
-        ModelShape.of(model),
-        shape,
-        concurrency=int(given.get("max_num_seqs") or _AT_ONCE),
-        context=1,  # the size of the KV cache has no effect on slots
-        mode=own["mode"] if own.get("mode") in ("gate", "merge") else None,
-        tensor_parallel=int(given.get("tensor_parallel_size") or 1),
-    )
-    # If the user gives the slots, vLLM's processes choose the mode that these slots allow.
-    mode = "auto" if {"max_loras", "max_lora_rank"} & given.keys() else slots.mode
-    config = {"k": shape.k, "mode": mode, **settings.changed, **own}
+    slots = Slots.of(fitted)
+    config = {"k": min(settings.k or fitted.default_k, len(fitted)), **settings.changed, **own}
     config |= {"pool": place, "on_bad_adapter": on_bad_adapter, "signals": _usable(model, fitted, settings)}
     Options.of({"logo": config}, {})  # raises the errors of vLLM's processes here
     tokenizer, checkpoint = load_tokenizer(source), _generation_config(source)
@@ -107,8 +93,8 @@ def open_engine(
         {
             "model": source,
             "dtype": computed,
-            "max_loras": slots.max_loras,
-            "max_lora_rank": slots.max_lora_rank,
+            "max_loras": slots.count,
+            "max_lora_rank": slots.rank,
             "lora_target_modules": list(slots.targets),
             "generation_config": "vllm",  # every request has its own decoding options
             **given,
@@ -134,11 +120,8 @@ def _started(base_model: str, options: dict[str, Any]) -> Any:
         UsageError: an option that `vllm.LLM` does not have or cannot use.
         ModelError: vLLM cannot run the base model.
     """
-    from vllm import LLM, EngineArgs
+    from vllm import LLM
 
-    known = {field.name for field in fields(EngineArgs)}
-    if "lora_target_modules" not in known:  # an older vLLM gives every module slots
-        options.pop("lora_target_modules")
     try:
         return LLM(**options)
     except LoGoError:

@@ -7,16 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from logo.adapters.activation import OFF
 from logo.adapters.options import OnBadAdapter
 from logo.errors import UsageError, closest
 from logo.selection.settings import SelectionSettings
 
-Mode = Literal["auto", "gate", "merge"]
 Products = Literal["auto", "kernels", "plain"]
 
 # Environment variables: one with the pool, and one with all other options as JSON.
 POOL, OPTIONS = "LOGO_POOL", "LOGO_OPTIONS"
 NO_USAGE = "VLLM_NO_USAGE_STATS"  # vLLM reports its usage unless this variable is 1
+
+HIDDEN = "***"
+# Words in the names of arguments whose values nobody may read in results.
+_SECRET = frozenset({"token", "key", "secret", "password", "credentials"})
 
 # Arguments of `vllm.LLM` for slots, parallelism, memory, speed and loading.
 _NO_MATTER = frozenset(
@@ -37,8 +41,6 @@ class Options:
 
     Attributes:
         pool: a folder of adapters, or a Hub repository `org/name[/folder][@revision]`.
-        mode: `"gate"`: the pool sits in vLLM's adapter slots and a request is a row of gates; `"merge"`: every mixture
-            is an adapter of its own; `"auto"`: gates where the slots suffice.
         products: what computes gated products. `"kernels"`: Triton kernels, which skip adapters that no token of a
             block has; `"plain"`: PyTorch; `"auto"`: kernels on GPUs with Triton.
         signals: those that requests may ask for besides the settings' own.
@@ -49,7 +51,6 @@ class Options:
     """
 
     pool: str
-    mode: Mode = "auto"
     products: Products = "auto"
     signals: tuple[str, ...] = ("norm",)
     adapter_changes: bool = False
@@ -85,7 +86,7 @@ class Options:
             raise UsageError(f"LoGo needs a pool: set {POOL} to a folder of adapters or a Hub repository")
         settings = SelectionSettings.of(**{name: value for name, value in given.items() if name not in own})
         options = {name: value for name, value in given.items() if name in own}
-        for name, choices in (("mode", Mode), ("products", Products), ("on_bad_adapter", OnBadAdapter)):
+        for name, choices in (("products", Products), ("on_bad_adapter", OnBadAdapter)):
             if name in options and options[name] not in get_args(choices):
                 raise UsageError(f"{name}: expected one of {', '.join(get_args(choices))}, found {options[name]!r}")
         size = options.get("max_body_mb", 1.0)
@@ -98,13 +99,13 @@ class Options:
         made = cls(settings=settings, **options)
         for signal in made.all_signals:
             settings.for_call(signal=signal)  # refuses one that does not exist
-        if settings.probe_context != "base" or settings.baseline != "neutral":
+        if settings.probe_context != "base":
+            raise UsageError("inside vLLM prompts are probed by the base model alone: leave out probe_context")
+        if settings.when_not_invoked != OFF:
             raise UsageError(
-                "inside vLLM prompts are probed by the base model alone and compared with neutral text: leave out "
-                "probe_context and baseline"
+                "inside vLLM an adapter does nothing in a prompt without its invocation tokens: leave out "
+                "when_not_invoked"
             )
-        if settings.index != "exact":
-            raise UsageError(f"inside vLLM every adapter is scored: leave out index {settings.index!r}")
         return made
 
     @property
@@ -123,6 +124,27 @@ def affecting_answers(given: Mapping[str, Any]) -> dict[str, Any]:
         name: value for name, value in (counted.pop("additional_config", None) or {}).items() if name != "logo"
     }
     return counted | ({"additional_config": additional} if additional else {})
+
+
+def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a command as they may be written into results: without the secrets among `vllm_options`, which is JSON
+    as text."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            found[name] = recorded(value)
+        elif name == "vllm_options" and isinstance(value, str):
+            found[name] = json.dumps(_hidden(json_object(value, name)))
+        else:
+            found[name] = value
+    return found
+
+
+def _hidden(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: HIDDEN if _SECRET & set(name.lower().split("_")) else _hidden(value) if isinstance(value, dict) else value
+        for name, value in given.items()
+    }
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:

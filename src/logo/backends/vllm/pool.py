@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.activation import OFF
 from logo.adapters.digests import key_of, pool_digest
 from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
-from logo.backends.plan import slot_rank
-from logo.backends.vllm.options import Mode, Options
+from logo.backends.vllm.options import Options
 from logo.backends.vllm.recipe import Recipe
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.pools import open_pool
@@ -31,6 +28,10 @@ log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look
 # `("remove", name, "")`.
 Change = tuple[str, str, str]
 
+# The largest weight of an adapter in a request, in absolute value; far above any that makes sense, and far below those
+# with which sound adapters overflow.
+MOST_WEIGHT = 16.0
+
 
 @dataclass(frozen=True)
 class KeyedPool:
@@ -39,19 +40,18 @@ class KeyedPool:
     Attributes:
         adapters: the pool.
         keys: name -> key, in pool order.
-        forced, without: the user's settings of where adapters act, see `logo.adapters.activation.acting`.
+        forced: the user's setting of where adapters act, see `logo.adapters.activation.acting`.
     """
 
     adapters: AdapterPool
     keys: Mapping[str, str]
     forced: str | None = None
-    without: str = OFF
 
     @classmethod
-    def of(cls, adapters: AdapterPool, forced: str | None = None, without: str = OFF) -> KeyedPool:
+    def of(cls, adapters: AdapterPool, forced: str | None = None) -> KeyedPool:
         """Reads every adapter's file once, for its digest."""
         keys = {adapter.name: key_of(adapter) for adapter in adapters}
-        return cls(adapters.acting(forced, without), keys, forced, without)
+        return cls(adapters.acting(forced), keys, forced)
 
     @classmethod
     def open(cls, options: Options, model: PreTrainedModel) -> KeyedPool:
@@ -60,7 +60,15 @@ class KeyedPool:
         Raises:
             LoGoError: it cannot be opened, or does not fit.
         """
-        return cls.of(fitted_pool(options, model), options.settings.activation, options.settings.when_not_invoked)
+        how, settings = options.on_bad_adapter, options.settings
+        opened = open_pool(
+            options.pool,
+            str(model.config.name_or_path),
+            on_bad_adapter=how,
+            cache=settings.cache,
+            examples=settings.examples,
+        )
+        return cls.of(opened.fit(BaseLayout.of(model), on_bad_adapter=how), settings.activation)
 
     @property
     def digest(self) -> str:
@@ -92,31 +100,8 @@ class KeyedPool:
             adapters[name] = open_adapter(folder, name).fit(layout)
             adapters[name].verify()  # finds what is not finite, also in layers that no signal reads
             keys[name] = key_of(adapters[name])
-        return self._of(adapters.values(), keys)
-
-    @property
-    def places(self) -> dict[str, tuple[str, str]]:
-        """Adapter name -> (key, folder), from which another process opens the same pool."""
-        return {name: (key, str(self.adapters[name].folder)) for name, key in self.keys.items()}
-
-    def following(self, places: Mapping[str, Sequence[str]], layout: BaseLayout) -> KeyedPool:
-        """The pool of another process, from its `places`; adapters that are the same here are not opened again.
-
-        Raises:
-            AdapterError: an adapter that is new here cannot be opened.
-        """
-        adapters, keys = {}, {}
-        for name, (key, folder) in places.items():
-            if self.keys.get(name) == key:
-                adapters[name], keys[name] = self.adapters[name], key
-            else:
-                adapters[name] = open_adapter(folder, name).fit(layout)
-                keys[name] = key_of(adapters[name])
-        return self._of(adapters.values(), keys)
-
-    def _of(self, adapters: Iterable[Adapter], keys: Mapping[str, str]) -> KeyedPool:
-        pool = AdapterPool(adapters, self.adapters.refused, default_k=self.adapters.default_k)
-        pool = pool.acting(self.forced, self.without)
+        pool = AdapterPool(adapters.values(), self.adapters.refused, default_k=self.adapters.default_k)
+        pool = pool.acting(self.forced)
         return replace(self, adapters=pool, keys={name: keys[name] for name in pool.names})
 
     def recipe(self, selection: Selection, forced: str | None = None) -> Recipe:
@@ -126,28 +111,16 @@ class KeyedPool:
             forced: where all adapters act; None: each acts where the pool says.
 
         Raises:
-            UsageError: see `logo.adapters.activation.acting`.
+            UsageError: a weight is too large; or see `logo.adapters.activation.acting`.
         """
+        for name, weight in selection.mixture.items():
+            if not abs(weight) <= MOST_WEIGHT:
+                raise UsageError(
+                    f"adapter {name!r}: expected a weight from {-MOST_WEIGHT:g} to {MOST_WEIGHT:g}, found {weight:g}"
+                )
         pool = self.adapters.acting(forced)
         where = {self.keys[name]: pool[name].activation for name in selection.mixture}
         return Recipe.of(((self.keys[name], weight) for name, weight in selection.mixture.items() if weight), where)
-
-
-def fitted_pool(options: Options, model: PreTrainedModel) -> AdapterPool:
-    """The pool that the options name, fitted to a model (a skeleton will do).
-
-    Raises:
-        LoGoError: it cannot be opened, or does not fit.
-    """
-    how, settings = options.on_bad_adapter, options.settings
-    opened = open_pool(
-        options.pool,
-        str(model.config.name_or_path),
-        on_bad_adapter=how,
-        cache=settings.cache,
-        examples=settings.examples,
-    )
-    return opened.fit(BaseLayout.of(model), on_bad_adapter=how)
 
 
 def scoring_signals(options: Options, model: PreTrainedModel, pool: AdapterPool) -> tuple[str, ...]:
@@ -170,75 +143,14 @@ def scoring_signals(options: Options, model: PreTrainedModel, pool: AdapterPool)
     return tuple(usable)
 
 
-def mode_of(options: Options, lora: Any, pool: AdapterPool) -> tuple[Mode, str]:
-    """`choose_mode` for an engine.
-
-    Args:
-        lora: vLLM's `LoRAConfig`.
-        pool: fitted to the base model.
-    """
-    k = min(options.settings.k or pool.default_k, len(pool))
-    return choose_mode(options.mode, pool, k, lora.max_loras, lora.max_lora_rank)
-
-
-def rank_of(adapter: Adapter) -> int:
-    """The largest rank of an adapter."""
-    return max(adapter.ranks)
-
-
 def head_adapter(pool: Iterable[Adapter]) -> str | None:
     """The name of an adapter that acts on the output head; None if there is none."""
     return next((adapter.name for adapter in pool if any(path.endswith("lm_head") for path in adapter.modules)), None)
 
 
-def merged_rank(adapters: Iterable[Adapter]) -> int:
-    """The rank of these adapters merged into one: that of the module where theirs have the largest sum."""
-    ranks: Counter[str] = Counter()
-    for adapter in adapters:
-        ranks.update({path: module.rank for path, module in adapter.modules.items()})
-    return max(ranks.values(), default=0)
-
-
-def choose_mode(asked: Mode, pool: AdapterPool, k: int, max_loras: int, max_rank: int) -> tuple[Mode, str]:
-    """How mixtures are made, and why.
-
-    Args:
-        asked: the user's choice.
-        k: adapters per mixture.
-        max_loras, max_rank: vLLM's `--max-loras` and `--max-lora-rank`.
-
-    Raises:
-        UsageError: vLLM has too few slots, or too small ones; names the adapter and the number to pass.
-    """
-    largest = max(pool, key=rank_of)
-    ranks = sorted((rank_of(adapter) for adapter in pool), reverse=True)
-    summed = sum(ranks[:k])
-    gates = len(pool) <= max_loras and rank_of(largest) <= max_rank
-    if asked != "merge" and gates:
-        return "gate", f"{len(pool)} adapters fit into {max_loras} slots of rank {max_rank}"
-    if asked != "gate" and summed <= max_rank:
-        return "merge", f"{k} adapters have rank {summed} together, and a slot has {max_rank}"
-    if rank_of(largest) > max_rank:
-        raise UsageError(
-            f"--max-lora-rank is {max_rank}, but adapter {largest.name!r} has rank {rank_of(largest)}: pass "
-            f"--max-lora-rank {slot_rank(rank_of(largest))} or more"
-        )
-    if asked == "merge":
-        raise UsageError(
-            f"--max-lora-rank is {max_rank}, but {k} adapters of this pool have rank {summed} together: pass "
-            + (f"--max-lora-rank {slot_rank(summed)} or more, or a smaller k" if slot_rank(summed) else "a smaller k")
-        )
-    merging = None if asked == "gate" else slot_rank(summed)
-    raise UsageError(
-        f"--max-loras is {max_loras}, but the pool has {len(pool)} adapters, each of which needs a slot: pass "
-        f"--max-loras {len(pool)}"
-        + ("" if merging is None else f", or --max-lora-rank {merging} to merge {k} adapters for every request")
-    )
-
-
-def described(pool: KeyedPool, mode: Mode, reason: str) -> dict[str, Any]:
+def described(pool: KeyedPool) -> dict[str, Any]:
     """The pool in a form that vLLM can send to other processes."""
-    return {"digest": pool.digest, "names": list(pool.keys), "mode": mode, "reason": reason}
+    return {"digest": pool.digest, "names": list(pool.keys)}
 
 
 def check_alike(described: Sequence[Mapping[str, Any]], own: KeyedPool) -> None:

@@ -10,9 +10,8 @@ import torch
 
 from logo.adapters.pool import AdapterPool
 from logo.backends.vllm.core import new_key, outcomes, scores_of, texts_of
-from logo.backends.vllm.marks import marking
+from logo.backends.vllm.marks import probing
 from logo.backends.vllm.requests import Requests
-from logo.errors import ModelError
 from logo.prompts import Prompt
 from logo.selecting import CallSettings, Outcome, Selecting
 from logo.selection.confidence import EXAMPLES, Evidence
@@ -61,7 +60,7 @@ class InWorkers(Selecting):
             plan(self._model, self.pool, settings)  # raises the errors of the workers here
             opened = self._call("logo_signal", signal)
             while texts := texts_of(opened):
-                keys = self._run([(text, "") for text in texts])
+                keys = self._run([(text, "", None) for text in texts])
                 opened = self._call("logo_calibrate", signal, texts, keys)
             self._opened[signal] = opened[0]
         return self._opened[signal]
@@ -97,31 +96,22 @@ class InWorkers(Selecting):
         """
         found: list[list[float]] = []
         for start in range(0, len(rows), _PROBED):
-            part = rows[start : start + _PROBED]
-            found_of = dict(enumerate(self._probed(part, whole=not self._settings.prefix_cache_gb)))
-            again = [i for i, scores in found_of.items() if scores is None]
-            found_of |= zip(again, self._probed([part[i] for i in again], whole=True), strict=True)
-            for scores in found_of.values():
-                if scores is None:
-                    raise ModelError("a prompt that was read whole could not be scored")
+            keys = self._run(rows[start : start + _PROBED])
+            taken = outcomes(self._call("logo_scores", keys))
+            for key in keys:
+                scores = scores_of(taken[key])
+                assert scores is not None  # the pool does not change
                 found.append(scores)
         return found
 
-    def _probed(self, rows: Sequence[_Asked], *, whole: bool) -> list[list[float] | None]:
-        """The scores of each prompt; None for a prompt that has to be probed again and read whole."""
-        keys = self._run([(ids, signal) for ids, signal, _ in rows], whole=whole)
-        among = {key: list(names) for key, (_, _, names) in zip(keys, rows, strict=True) if names is not None}
-        taken = outcomes(self._call("logo_take", keys, among)) if keys else {}
-        return [scores_of(taken[key]) for key in keys]
-
-    def _run(self, rows: Sequence[tuple[Sequence[int], str]], *, whole: bool = False) -> list[str]:
+    def _run(self, rows: Sequence[_Asked]) -> list[str]:
         """Runs prompts as probes, and returns the keys of their results."""
         from vllm import SamplingParams
 
         keys = [new_key() for _ in rows]
         with self._requests.together() as group:
-            for key, (ids, signal) in zip(keys, rows, strict=True):
-                with marking(key, signal, whole=whole):
+            for key, (ids, signal, among) in zip(keys, rows, strict=True):
+                with probing(key, signal, among):
                     group.start(ids, SamplingParams(max_tokens=1, temperature=0.0, detokenize=False))
             group.wait()
         return keys

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from logo.adapters.activation import EVERYWHERE, OFF, Activation, check_without
+from logo.adapters.activation import EVERYWHERE, Activation
 from logo.adapters.digests import KEY_DIGITS
 from logo.errors import UsageError
 
@@ -59,7 +59,7 @@ class Recipe:
         Raises:
             UsageError: the text is no recipe.
         """
-        head, _, rest = text.partition("#")[0].partition(SCHEME)
+        head, _, rest = text.partition(SCHEME)
         entries = [entry.partition(":") for entry in rest.split(",")] if rest else []
         parts, activations = [], {}
         try:
@@ -97,20 +97,13 @@ class Recipe:
         """The keys of the recipe's adapters."""
         return tuple(key for key, _ in self.parts)
 
-    def salted(self, salt: int) -> str:
-        """The recipe as text, with a different text after each failure, so that cached values of a failure are not
-        used.
-        """
-        return f"{self}#{salt}" if salt else str(self)
-
-    def number(self, taken: Mapping[int, str] | None = None, text: str | None = None) -> int:
+    def number(self, taken: Mapping[int, str] | None = None) -> int:
         """The id of this recipe in vLLM: 31 bits of a digest of its text, salted until no other recipe has the id.
 
         Args:
             taken: id -> text of the recipes that are in use.
-            text: the text of the recipe, if it is salted.
         """
-        text, salt = text or str(self), 0
+        text, salt = str(self), 0
         while True:
             digest = hashlib.sha256(f"{salt} {text}".encode()).digest()
             number = int.from_bytes(digest[:4], "big") % _IDS + 1
@@ -129,11 +122,8 @@ def _is_key(key: str) -> bool:
 
 
 def _written(activation: Activation) -> str:
-    """The text of an activation: `last:4`, or invocation tokens `7.8`, with `without` unless off: `7.8~error`."""
-    if not activation.tokens:
-        return str(activation)
-    tokens = ".".join(map(str, activation.tokens))
-    return tokens if activation.without == OFF else f"{tokens}~{activation.without}"
+    """The text of an activation: `last:4`, or invocation tokens `7.8`."""
+    return ".".join(map(str, activation.tokens)) or str(activation)
 
 
 def _read(where: str) -> Activation:
@@ -142,7 +132,4 @@ def _read(where: str) -> Activation:
     Raises:
         ValueError: it is something else.
     """
-    if where.startswith("last:"):
-        return Activation.parse(where)
-    tokens, _, without = where.partition("~")
-    return Activation(tuple(map(int, tokens.split("."))), without=check_without(without or OFF))
+    return Activation.parse(where) if where.startswith("last:") else Activation(tuple(map(int, where.split("."))))

@@ -25,11 +25,9 @@ def refused(what: str) -> Iterator[None]:
     """Converts vLLM's refusal of a request into a UsageError."""
     import vllm.exceptions
 
-    # The errors for invalid requests; in older versions of vLLM they are ValueErrors.
-    kinds = (ValueError, getattr(vllm.exceptions, "VLLMClientError", ValueError))
     try:
         yield
-    except kinds as error:
+    except (ValueError, vllm.exceptions.VLLMClientError) as error:
         raise UsageError(f"vLLM refuses {what}: {' '.join(str(error).split())}") from error
 
 

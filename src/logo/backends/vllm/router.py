@@ -14,26 +14,28 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeVar
 
 from logo.api.asgi import App, BodyLimit, Receive, Scope, Send, answer, answer_error
-from logo.api.errors import ApiError, bad_request, shown_line, unavailable
+from logo.api.errors import ApiError, bad_request, failed, shown_line, unavailable
 from logo.api.names import AUTO, Models
 from logo.api.replies import SelectionReply
 from logo.api.requests import LoadAdapter, LogoOptions, ModelRequest, SelectRequest, UnloadAdapter, checked
 from logo.backends.vllm import bodies
 from logo.backends.vllm.admission import Admission
 from logo.backends.vllm.answering import Answering, RoutedMixture
-from logo.backends.vllm.asgi import Answer, ask, body_of, sending
+from logo.backends.vllm.asgi import ask, body_of, sending, together
 from logo.backends.vllm.bodies import CHAT, COMPLETIONS, Body
 from logo.backends.vllm.core import Core, WorkerError, new_key, scores_of
 from logo.backends.vllm.listing import adapter_list, model_cards
-from logo.backends.vllm.marks import marking
+from logo.backends.vllm.marks import probing
 from logo.backends.vllm.metrics import Counts
 from logo.backends.vllm.names import Names
 from logo.backends.vllm.pool import Change, head_adapter
 from logo.backends.vllm.rewriting import Rewriting
+from logo.backends.vllm.several import Refused
 from logo.backends.vllm.workers import Workers
 from logo.errors import AdapterError, LoGoError, UsageError
 from logo.protocol import MixtureRequest
@@ -86,7 +88,13 @@ class Router:
 
     async def _handled(self, handler: _Handler, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         try:
+            if scope["method"] == "POST":
+                check_json(scope)
+            if self.core.broken is not None:
+                raise failed(self.core.broken, "pools_differ")
             await handler(path, scope, receive, send)
+        except Refused as refusal:
+            await answer(send, refusal.answer.status, refusal.answer.body, refusal.answer.headers)
         except (ApiError, LoGoError) as error:
             # Errors can name adapters of the pool, so only clients that may use the server get them.
             if not await self._admission.refuses(scope, send):
@@ -117,19 +125,17 @@ class Router:
         self._models = state.openai_serving_models
         self._models.lora_requests = Names(self._models.lora_requests)
         native = [*self._models.lora_requests, *getattr(self._models, "lora_resolvers", ())]
-        if core.mode == "gate" and native:
+        if native:
             raise UsageError(
-                "in gate mode the pool takes all of vLLM's slots, which leaves none for --lora-modules and resolvers: "
-                "put those adapters into the pool, or use the mode 'merge'"
+                "the pool takes all of vLLM's slots, which leaves none for --lora-modules and resolvers: put those "
+                "adapters into the pool"
             )
         self._core = core
-        self._answering = Answering(self.app, core, self._workers, self._base, self._counts)
+        self._answering = Answering(self.app, self._workers, self._base, self._counts)
         log.info(
-            "LoGo: %d adapters, signal %s, %s mode (%s), ready in %.1f s",
+            "LoGo: %d adapters, signal %s, ready in %.1f s",
             len(core.pool.keys),
             core.options.settings.signal,
-            core.mode,
-            core.reason,
             time.perf_counter() - started,
         )
 
@@ -179,62 +185,61 @@ class Router:
             )
         wanted = self._names.mixture_request(model, asked.logo)
         parts = bodies.split(path, body)
-        found = await asyncio.gather(*(self._chosen(path, part, wanted, scope, receive) for part in parts))
-        for one in found:
-            if isinstance(one, Answer):  # vLLM's own refusal of this prompt
-                await _relay(send, one)
-                return
-        chosen = [one for one in found if not isinstance(one, Answer)]
         assert self._answering is not None
-        if len(parts) == 1:
-            await self._answering.one(path, parts[0], model, chosen[0], scope, receive, send)
-        else:
-            await self._answering.several(path, parts, model, chosen, scope, receive, send)
+        with ExitStack() as held:
+            chosen = await together(self._chosen(path, part, wanted, scope, receive, held) for part in parts)
+            if len(parts) == 1:
+                await self._answering.one(path, body, model, chosen[0], scope, receive, send)
+            else:
+                await self._answering.several(path, parts, model, chosen, scope, receive, send)
 
     def _ours(self, model: str, body: Body) -> bool:
-        """Whether LoGo answers a request, and not vLLM with one of its own models.
+        """Whether a request is for a mixture.
 
-        LoGo also refuses names that no model has, because vLLM's own refusal names the base model alone as an
-        alternative. If vLLM has resolvers, which may find an adapter for any name, it gets these requests.
+        Unknown names are also answered here, because vLLM's own refusal names the base model alone as an alternative.
         """
         if "logo" in body or model == AUTO or model in self.core.pool.keys:
             return True
-        native = self._models
-        if not model or bool(getattr(native, "lora_resolvers", ())):  # no name means the base model
-            return False
-        return model not in native.lora_requests and model not in [path.name for path in native.base_model_paths]
+        return bool(model) and model not in [path.name for path in self._models.base_model_paths]
 
     async def _chosen(
-        self, path: str, body: Body, wanted: MixtureRequest, scope: Scope, receive: Receive
-    ) -> RoutedMixture | Answer:
-        """The selection for one prompt, or vLLM's response if it refused to run the probe."""
+        self, path: str, body: Body, wanted: MixtureRequest, scope: Scope, receive: Receive, held: ExitStack
+    ) -> RoutedMixture:
+        """The selection for one prompt.
+
+        Args:
+            held: has the adapters of the selection stay loaded until it is closed.
+
+        Raises:
+            Refused: vLLM has refused to run the probe.
+        """
         signal = self.core.signal(wanted)
         if signal is None:
-            return RoutedMixture(self.core.select(wanted, None))
-        started, scores, tries = time.perf_counter(), None, 0
-        while scores is None:  # once, or twice, unless the pool changes meanwhile
-            tries += 1
-            if tries > 1:
+            selection = self.core.select(wanted, None)
+            return RoutedMixture(selection, held.enter_context(self.core.request(selection)))
+        started = time.perf_counter()
+        for tries in range(_TRIES):
+            if tries:
                 self._counts.again()
-                await self.workers.follow(self.core)
-            if tries > _TRIES:
-                raise unavailable("the pool changes faster than prompts are probed; try again", retry_after=1)
-            key, settings = new_key(), self.core.options.settings
-            # If the responses to a cached prefix are unknown, the second probe reads the whole prompt.
-            whole = tries > 1 or not settings.prefix_cache_gb
+            key = new_key()
             where, asked = bodies.probe(path, body, self._base, self.core.choosing.probe_text)
-            with marking(key, signal, whole=whole):
+            with probing(key, signal, self.core.candidates(wanted)):
                 probed = await ask(self.app, scope, where, body=json.dumps(asked).encode(), receive=receive)
             if probed.status != 200:
-                return probed
-            scores = scores_of(await self.workers.take(key, self.core.candidates(wanted)), self.core.pool.digest)
-        selection = self.core.select(wanted, scores)
-        spent = time.perf_counter() - started
-        self._counts.selected(selection, spent)
-        usage = (probed.json() or {}).get("usage") or {}
-        # If a text of a conversation was probed, or a chat in place of a request to `/v1/responses`, the probe does not
-        # give the number of the prompt's tokens.
-        return RoutedMixture(selection, 1000 * spent, usage.get("prompt_tokens") if where == path else None)
+                raise Refused(probed)
+            scores = scores_of(await self.workers.scores(key), self.core.pool.digest)
+            if scores is None:  # the pool has changed
+                continue
+            selection = self.core.select(wanted, scores)
+            request = held.enter_context(self.core.request(selection))
+            spent = time.perf_counter() - started
+            self._counts.selected(selection, spent)
+            usage = (probed.json() or {}).get("usage") or {}
+            # If a text of a conversation was probed, or a chat in place of a request to `/v1/responses`, the probe does
+            # not give the number of the prompt's tokens.
+            tokens = usage.get("prompt_tokens") if where == path else None
+            return RoutedMixture(selection, request, 1000 * spent, tokens)
+        raise unavailable("the pool changes faster than prompts are probed; try again", retry_after=1)
 
     # -- the pool ------------------------------------------------------------------------------------------------
 
@@ -245,15 +250,14 @@ class Router:
         asked = checked(SelectRequest, raw.decode("utf-8", "replace") if body is None else body)
         assert body is not None  # `checked` has refused anything else
         where = COMPLETIONS if asked.prompt is not None else CHAT
-        found = await self._chosen(where, body, self._names.mixture_request(asked.model, asked.logo), scope, receive)
-        tokens = found if isinstance(found, Answer) else await self._counted(body, found, scope)
-        if isinstance(found, Answer) or isinstance(tokens, Answer):
-            await _relay(send, found if isinstance(found, Answer) else tokens)  # type: ignore[arg-type]
-            return
+        with ExitStack() as held:
+            wanted = self._names.mixture_request(asked.model, asked.logo)
+            found = await self._chosen(where, body, wanted, scope, receive, held)
+        tokens = await self._counted(body, found, scope)
         await answer(send, 200, SelectionReply.of(found, tokens).model_dump_json().encode())
 
-    async def _counted(self, body: Body, chosen: RoutedMixture, scope: Scope) -> int | Answer:
-        """The number of tokens of a prompt; vLLM counts them if no probe did. An `Answer` is vLLM's refusal."""
+    async def _counted(self, body: Body, chosen: RoutedMixture, scope: Scope) -> int:
+        """The number of tokens of a prompt; vLLM counts them if no probe did, or refuses it (`Refused`)."""
         if chosen.tokens is not None:
             return chosen.tokens
         what = {
@@ -263,7 +267,9 @@ class Router:
             return len(what["prompt"])
         asked = json.dumps({"model": self._base, **what}).encode()
         counted = await ask(self.app, scope, "/tokenize", body=asked)
-        return int(counted.json()["count"]) if counted.status == 200 else counted
+        if counted.status != 200:
+            raise Refused(counted)
+        return int(counted.json()["count"])
 
     async def _load(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles vLLM's route that loads an adapter: adds the adapter to the pool, or replaces it there."""
@@ -331,5 +337,9 @@ def _object(raw: bytes) -> Body | None:
     return found if isinstance(found, dict) else None
 
 
-async def _relay(send: Send, found: Answer) -> None:
-    await answer(send, found.status, found.body, found.headers)
+def check_json(scope: Scope) -> None:
+    """Raises ApiError unless a request says that its body is JSON. A page of another origin can send other types
+    without asking, in the name of whoever looks at it."""
+    kinds = [value for name, value in scope["headers"] if name == b"content-type"]
+    if not kinds or any(kind.split(b";")[0].strip().lower() != b"application/json" for kind in kinds):
+        raise bad_request("expected a JSON object and 'Content-Type: application/json', found another type of content")

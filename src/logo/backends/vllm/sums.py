@@ -1,19 +1,19 @@
 """Adapter responses summed over the tokens of probed prompts, while vLLM computes them chunk by chunk.
 
-A `Span` from a runner says which rows of a step are tokens of a prompt. `Step` cuts these rows into blocks.
-`PromptSums` adds up their responses, and keeps the sums over every prefix of whole blocks.
+A `Span` from a runner says which rows of a step are tokens of a prompt. `Step` has the rows of one step that one signal
+reads, and `PromptSums` adds up their responses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from logo.adapters.activation import earliest
-from logo.selection.emphasis import late_along, late_weights
+from logo.selection.emphasis import fading, late_weights
 from logo.selection.scorer import Scorer
 from logo.selection.signals import Signal
 
@@ -30,7 +30,8 @@ class Span:
         count: the number of rows.
         total: the number of tokens of the prompt.
         prompt: its token ids.
-        pictures: whether the prompt has pictures, which its token ids do not identify.
+        request: vLLM's id of the request.
+        among: names of the adapters that may be selected; None: all.
     """
 
     key: str
@@ -40,7 +41,8 @@ class Span:
     count: int
     total: int
     prompt: Sequence[int] = ()
-    pictures: bool = False
+    request: str = ""
+    among: tuple[str, ...] | None = None
 
     @property
     def end(self) -> int:
@@ -74,67 +76,43 @@ class PromptSums:
         signal: the signal that scores the prompt.
         total: the number of tokens of the prompt.
         scorer: the scorer of the pool at the time when the first tokens were run.
+        request: vLLM's id of the request.
+        among: names of the adapters that may be selected; None: all.
         unread: the number of tokens at the beginning that are not read.
-        seen: the number of tokens that have been run, for this prompt or for the one that filled the KV cache.
+        seen: the number of tokens that have been run.
         read: the number of tokens that have been read.
         by_point: per reading of a point: the summed responses (adapters,), or hidden vectors (d,) if their mean is
             scored; after these, the summed hidden vectors at each place where prompts are described, even and late.
+        added: the keys in `by_point` to which the current step has added.
         failure: why there are no scores; None if nothing has failed.
-        prefixes: digests of the prompt's prefixes that are whole blocks, the shortest first.
-        ended: per reading: the sums up to the end of every block that the current step completes (blocks, n).
     """
 
     signal: str
     total: int
     scorer: Scorer | None = None
+    request: str = ""
+    among: tuple[str, ...] | None = None
     unread: int = 0
     seen: int = 0
     read: int = 0
     by_point: dict[int, Tensor] = field(default_factory=dict)
+    added: set[int] = field(default_factory=set)
     failure: str | None = None
-    prefixes: tuple[bytes, ...] = ()
-    ended: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(self, number: int, parts: Tensor, blocks: int, late: tuple[Tensor, Tensor] | None = None) -> None:
-        """Adds the sums of a step.
+    def add(self, number: int, part: Tensor, fade: Tensor | None = None) -> None:
+        """Adds the sum of a step.
 
         Args:
             number: the key in `by_point`.
-            parts: (parts, n), the sums over the step's tokens in each block.
-            blocks: the number of these blocks that the step completes.
-            late: `PromptRows.late` of the parts, for sums with emphasis on the end; None: plain sums.
+            part: (n,), the sum over the step's tokens; a row of the sums of all prompts.
+            fade: of sums with emphasis on the end: the factor of the tokens before; None: plain sums.
         """
         before = self.by_point.get(number)
-        if late is None:
-            along = parts.cumsum(0) if before is None else parts.cumsum(0) + before
+        if before is None:
+            self.by_point[number] = part.clone()  # a view would keep the sums of all prompts of the step
         else:
-            along = late[0] @ parts
-            if before is not None:
-                along = along + late[1][:, None] * before
-        # A view would keep the sums of all blocks for as long as the prompt is known.
-        self.by_point[number], self.ended[number] = along[-1].clone(), along[:blocks]
-
-
-@dataclass(frozen=True)
-class PromptRows:
-    """The tokens of one prompt in a step.
-
-    Attributes:
-        key: of the prompt.
-        first, end: the range of the step's sums that are the prompt's.
-        ended: the digests of the prompt's prefixes that the step completes, in the order of its parts.
-        blocks: the number of blocks that the step completes.
-        unread: the number of these blocks of which no token is read.
-        late: the result of `logo.selection.emphasis.late_along` for these parts, on the model's device.
-    """
-
-    key: str
-    first: int
-    end: int
-    ended: tuple[bytes, ...]
-    blocks: int
-    unread: int
-    late: tuple[Tensor, Tensor] | None = None
+            self.by_point[number] = part + (before if fade is None else fade * before)
+        self.added.add(number)
 
 
 @dataclass(frozen=True)
@@ -142,63 +120,40 @@ class Step:
     """The rows of the current step that one signal reads.
 
     Attributes:
-        parts: the prompts.
+        keys: of the prompts.
         rows: (n,) int64 on the model's device: the rows that are read.
-        owners: (n,) the sum that each row belongs to; there is one for the tokens of one prompt in one block.
+        prompts: (n,) likewise: the index in `keys` of the prompt that each row belongs to.
         weights: (n,) float32, the weight of each row in sums with emphasis on the end; None: there are no such sums.
-        prompts: (n,) on the CPU: the index in `parts` of the prompt that each row belongs to.
+        fades: (prompts,) float32, for such sums: the factor of the tokens before this step.
     """
 
-    parts: tuple[PromptRows, ...]
+    keys: tuple[str, ...]
     rows: Tensor
-    owners: Tensor
-    weights: Tensor | None
     prompts: Tensor
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The keys of the prompts."""
-        return tuple(part.key for part in self.parts)
+    weights: Tensor | None = None
+    fades: Tensor | None = None
 
     @classmethod
     def of(
-        cls,
-        spans: Sequence[tuple[Span, PromptSums]],
-        token: str,
-        block: int,
-        device: torch.device,
-        late: bool = False,
+        cls, spans: Sequence[tuple[Span, PromptSums]], token: str, device: torch.device, late: bool = False
     ) -> Step | None:
         """The step of these prompts; None if no row is read.
 
         Args:
             spans: the prompts.
             token: what the signal reads.
-            block: tokens per block, for prompts whose prefixes are kept.
             device: where the model runs.
             late: whether sums with emphasis on the end are needed, too.
         """
-        parts: list[PromptRows] = []
-        rows, owners, prompts = [], [], []
-        before = 0
+        rows, prompts = [], []
         for i, (span, sums) in enumerate(spans):
             positions = torch.arange(span.start, span.end)[span.read(token, sums.unread).start - span.start :]
-            cut = block if sums.prefixes else span.total
-            first, last = span.start // cut, (span.end - 1) // cut
-            ended = sums.prefixes[first : span.end // cut]
-            unread = max(0, sums.unread // cut - first)
-            end = before + last - first + 1
-            parts.append(PromptRows(span.key, before, end, ended, span.end // cut - first, unread))
             rows.append(positions + (span.row - span.start))
-            owners.append(positions // cut - first + before)
             prompts.append(torch.full((len(positions),), i))
-            before = parts[-1].end
         if not rows or not (joined := torch.cat(rows)).numel():
             return None
-        cells, weights = torch.cat(owners), None
-        if late:
-            counts, weights = torch.bincount(cells, minlength=before), late_weights(cells).to(device)
-            for i, part in enumerate(parts):
-                along, left = late_along(counts[part.first : part.end])
-                parts[i] = replace(part, late=(along.to(device), left.to(device)))
-        return cls(tuple(parts), joined.to(device), cells.to(device), weights, torch.cat(prompts))
+        keys, owners = tuple(span.key for span, _ in spans), torch.cat(prompts)
+        if not late:
+            return cls(keys, joined.to(device), owners.to(device))
+        fades = fading(torch.bincount(owners, minlength=len(keys)))
+        return cls(keys, joined.to(device), owners.to(device), late_weights(owners).to(device), fades.to(device))

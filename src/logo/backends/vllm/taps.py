@@ -10,13 +10,12 @@ the model runs, since that would end the engine; an error becomes the answer to 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from logo.backends.vllm.kept_vectors import KeptVectors
-from logo.backends.vllm.prefixes import Prefixes, digests
 from logo.backends.vllm.sums import PromptSums, Span, Step
 from logo.errors import NotFinite
 from logo.selection.emphasis import late_count
@@ -26,14 +25,11 @@ from logo.selection.scorer import Scorer
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
 
-# The most prompts whose scores are kept until they are taken; nobody takes those of clients that have left.
+# The most prompts whose outcome is kept until it is taken; nobody takes those of clients that have left.
 _MOST_WAITING = 4096
 
 # A failure after which a prompt has to be probed again.
 CHANGED = "the pool changed while the prompt was probed"
-
-# A failure after which a prompt has to be probed again, and read whole.
-UNKNOWN_PREFIX = "a prefix of the prompt came from the cache, and how adapters respond to it is not known"
 
 # Joins the parts of hidden vectors (rows, d / ranks) that the ranks of a tensor parallel group hold to (rows, d).
 Gather = Callable[[Tensor], Tensor]
@@ -45,24 +41,17 @@ class Taps:
     Args:
         place_of: maps a point of the base model and `Signal.input` to the place in vLLM's model where it is read.
         device: where the model runs.
-        block: returns the tokens per block of vLLM's KV cache; 0 until vLLM knows it.
-        budget: bytes for sums over prefixes of prompts. The sums of a prefix take 33 KB with 16 points and 260
-            adapters, and 0.4 MB more if prompts of an 8B model are described at 12 places; the keys and values of a
-            block take 2 MB.
     """
 
-    def __init__(
-        self, place_of: Callable[[Point, str], str], device: torch.device, block: Callable[[], int], budget: int
-    ) -> None:
+    def __init__(self, place_of: Callable[[Point, str], str], device: torch.device) -> None:
         self._place_of = place_of
         self._device = device
-        self._block = block
-        self._prefixes = Prefixes(budget)
         self._scorers: dict[str, tuple[Scorer, Signal]] = {}
         self._calibrating: KeptVectors | None = None
         # place -> for each signal, the numbers of the points and of the descriptions that are read there
         self._wanted: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...]]]] = {}
-        self._prompts: OrderedDict[str, PromptSums] = OrderedDict()
+        self._prompts: dict[str, PromptSums] = {}  # of probes that run
+        self._found: OrderedDict[str, list[float] | str] = OrderedDict()  # outcomes of those that were run whole
         self._steps: dict[str, Step] = {}
 
     @property
@@ -72,10 +61,9 @@ class Taps:
 
     def score(self, name: str, scorer: Scorer, settings: SelectionSettings) -> None:
         """Installs the scorer of a signal, by which prompts are scored from now on."""
-        reading = settings.reading
-        if name in self._scorers and self._scorers[name][0] is not scorer:
-            self._prefixes.clear()
-        self._scorers[name] = scorer, reading
+        if name in self._scorers and self._scorers[name][0] is not scorer:  # nobody may select by scores of before
+            self._found.update([(key, CHANGED) for key, found in self._found.items() if not isinstance(found, str)])
+        self._scorers[name] = scorer, settings.reading
         self._wanted = {}
         for signal, (known, how) in self._scorers.items():
             places: dict[str, list[int]] = {}
@@ -99,9 +87,15 @@ class Taps:
 
     # -- while the model runs ------------------------------------------------------------------------------------
 
-    def begin(self, spans: Sequence[Span]) -> None:
-        """Sets the rows of the next step that belong to probed prompts, after completing the step before."""
+    def begin(self, spans: Sequence[Span], running: Container[str]) -> None:
+        """Sets the rows of the next step that belong to probed prompts, after completing the step before.
+
+        Args:
+            running: vLLM's ids of the requests that have not ended. The sums of probes that were aborted are freed.
+        """
         self._end_step()
+        for key in [key for key, sums in self._prompts.items() if sums.request not in running]:
+            del self._prompts[key]
         for span in spans:
             sums = self._prompts.get(span.key)
             if sums is None or sums.seen != span.start:  # a new prompt, or a preempted one
@@ -112,22 +106,19 @@ class Taps:
                 sums.failure = f"nothing is scored by the signal {span.signal!r} here"
             elif span.signal and sums.scorer is not self._scorers[span.signal][0]:
                 sums.failure = CHANGED
-            self._prompts.move_to_end(span.key)
         for signal in dict.fromkeys(span.signal for span in spans):
             how = self._how(signal)
             if how is None:
                 continue
             sums_of = ((span, self._prompts[span.key]) for span in spans if span.signal == signal)
             own = [(span, sums) for span, sums in sums_of if sums.failure is None]
-            step = Step.of(own, how.token, self._block(), self._device, self._late(signal, how))
+            step = Step.of(own, how.token, self._device, self._late(signal, how))
             for span, sums in own:
                 sums.read += len(span.read(how.token, sums.unread))
             if step is not None:
                 self._steps[signal] = step
-        for span in spans:  # last, so that after an error above, `take` reports that tokens were not run
+        for span in spans:  # last, so that after an error above, no prompt counts as read
             self._prompts[span.key].seen = span.end
-        while len(self._prompts) > _MOST_WAITING:
-            self._prompts.popitem(last=False)
 
     def _how(self, signal: str) -> Signal | None:
         """How a signal reads; without a name, how the texts of a calibration are read."""
@@ -141,43 +132,40 @@ class Taps:
         return how.readings > 1 or (described and how.token != "mean")
 
     def _begun(self, span: Span) -> PromptSums:
-        """The sums of a prompt whose first tokens are run now; earlier ones, if any, came from the KV cache."""
+        """The sums of a prompt whose first tokens are run now."""
         scorer, _ = self._scorers.get(span.signal, (None, None))
-        sums, how = PromptSums(span.signal, span.total, scorer, seen=span.start), self._how(span.signal)
-        sums.unread = 0 if how is None else span.unread(how)
-        if how is None or not span.signal or how.token == "last":
-            # A calibration needs the vectors of all tokens; a signal that reads the last token needs no earlier ones.
-            sums.failure = UNKNOWN_PREFIX if not span.signal and span.start else None
-            return sums
-        block = self._block()
-        if block and not span.pictures:
-            of = f"{span.signal} {sums.unread}" if how.token == "tail" else span.signal
-            sums.prefixes = digests(span.prompt, block, of)
-        if span.start > sums.unread:
-            there = sums.prefixes and not span.start % block
-            known = self._prefixes.get(sums.prefixes[span.start // block - 1]) if there else None
-            if known is None:
-                sums.failure = UNKNOWN_PREFIX
-            else:
-                sums.by_point, sums.read = dict(enumerate(known)), span.start - sums.unread
+        sums, how = PromptSums(span.signal, span.total, scorer, span.request, span.among), self._how(span.signal)
+        sums.unread, sums.seen = 0 if how is None else span.unread(how), span.start
+        if span.start:
+            sums.failure = f"the model was run without the first {span.start} tokens of the prompt"
         return sums
 
     def _end_step(self) -> None:
-        """Keeps the sums over the prefixes that the last step has completed. Prompts fail here if a compiler or a
-        captured graph has left a tap out, since their scores would be wrong without any sign of it."""
+        """Scores the prompts that the last step has completed, and frees their sums. Prompts fail here if a compiler or
+        a captured graph has left a tap out, since their scores would be wrong without any sign of it."""
         steps, self._steps = self._steps, {}
-        for signal, step in steps.items():
-            for part in step.parts:
-                sums = self._prompts.get(part.key)
-                if sums is None or not signal or sums.scorer is not self._scorers[signal][0]:
+        for step in steps.values():
+            for key in step.keys:
+                sums = self._prompts.get(key)
+                if sums is None or sums.scorer is None:  # without a scorer, of a calibration
                     continue
-                ended, sums.ended = sums.ended, {}
-                silent = [point.name for i, point in enumerate(sums.scorer.points) if i not in ended]
+                added, sums.added = sums.added, set()
+                silent = [point.name for i, point in enumerate(sums.scorer.points) if i not in added]
                 if silent:
                     sums.failure = sums.failure or f"the model was run without reading {', '.join(silent)}"
-                elif part.ended[part.unread :] and not sums.failure:
-                    sums_of = [ended[i][part.unread :] for i in range(len(ended))]
-                    self._prefixes.put(part.ended[part.unread :], sums_of)
+        for key, sums in [(key, sums) for key, sums in self._prompts.items() if sums.seen == sums.total]:
+            del self._prompts[key]
+            self._found[key] = self._outcome(sums)
+        while len(self._found) > _MOST_WAITING:
+            self._found.popitem(last=False)
+
+    def _outcome(self, sums: PromptSums) -> list[float] | str:
+        if sums.failure is not None or not sums.signal:
+            return sums.failure or []
+        try:
+            return self._scores(sums)
+        except Exception as error:  # one prompt's failure is its own
+            return str(error) if isinstance(error, NotFinite) else f"{type(error).__name__}: {error}"
 
     def active(self, place: str) -> bool:
         """Whether anything is read at this place in the current step."""
@@ -203,33 +191,20 @@ class Taps:
 
     # -- afterwards ----------------------------------------------------------------------------------------------
 
-    def take(
-        self, keys: Sequence[str], among: Mapping[str, Collection[str]] | None = None
-    ) -> dict[str, list[float] | str]:
-        """The scores of these prompts per adapter, or why there are none. Prompts that were taken are dropped.
-
-        Args:
-            among: key -> names of the adapters that may be selected; others may have no score (-inf). All for keys that
-                are not in it.
-        """
+    def take(self, keys: Sequence[str]) -> dict[str, list[float] | str]:
+        """The scores of these prompts per adapter (-inf for adapters that were not to be selected), or why there are
+        none. Prompts that were taken are dropped."""
         self._end_step()
         taken: dict[str, list[float] | str] = {}
         for key in keys:
             sums = self._prompts.pop(key, None)
-            if sums is None:
-                taken[key] = "the prompt was not run as a probe"
-            elif sums.failure is None and sums.seen < sums.total:
-                taken[key] = f"only {sums.seen} of {sums.total} tokens were run"
-            elif sums.failure is not None:
-                taken[key] = sums.failure
-            else:
-                try:
-                    taken[key] = self._scores(sums, (among or {}).get(key))
-                except Exception as error:  # one prompt's failure is its own
-                    taken[key] = str(error) if isinstance(error, NotFinite) else f"{type(error).__name__}: {error}"
+            missing = "the prompt was not run as a probe"
+            if sums is not None:
+                missing = sums.failure or f"only {sums.seen} of {sums.total} tokens were run"
+            taken[key] = self._found.pop(key, missing)
         return taken
 
-    def _scores(self, sums: PromptSums, among: Collection[str] | None) -> list[float] | str:
+    def _scores(self, sums: PromptSums) -> list[float] | str:
         scorer, signal = self._scorers[sums.signal]
         if sums.scorer is not scorer:
             return CHANGED
@@ -246,7 +221,7 @@ class Taps:
             even = sums.by_point[number] / sums.read
             late = even if signal.token == "mean" else sums.by_point[number + places] / weight
             descriptions.append(torch.stack([even, late])[None])
-        found = scorer.scores(per_point, descriptions, torch.tensor([sums.read]), scorer.among([among]))
+        found = scorer.scores(per_point, descriptions, torch.tensor([sums.read]), scorer.among([sums.among]))
         scores: list[float] = found[0].tolist()
         return scores
 
@@ -277,19 +252,20 @@ class Taps:
         if late:
             assert step.weights is not None
             values = values * step.weights.to(values.device)[:, None]
-        sums = torch.zeros(step.parts[-1].end, values.shape[1], device=values.device)
-        sums.index_add_(0, step.owners.to(values.device), values)
-        for part in step.parts:
-            self._prompts[part.key].add(number, sums[part.first : part.end], part.blocks, part.late if late else None)
+        sums = torch.zeros(len(step.keys), values.shape[1], device=values.device)
+        sums.index_add_(0, step.prompts.to(values.device), values)
+        for i, key in enumerate(step.keys):
+            fade = step.fades[i].to(values.device) if late and step.fades is not None else None
+            self._prompts[key].add(number, sums[i], fade)
 
     def _keep(self, kept: KeptVectors, place: str, step: Step, entering: Tensor, gather: Gather | None) -> None:
         hidden = _picked(entering, step.rows, gather).cpu()
         for prompt, key in enumerate(step.keys):
-            kept.add(key, place, hidden[step.prompts == prompt])
+            kept.add(key, place, hidden[step.prompts.cpu() == prompt])
 
     def failed(self, keys: Sequence[str]) -> Mapping[str, str]:
-        """Drops these prompts, and returns why some of them cannot be used for a calibration: key -> reason."""
-        return {key: sums.failure for key in keys if (sums := self._prompts.pop(key, None)) and sums.failure}
+        """Drops these texts of a calibration, and returns why some of them cannot be used: key -> reason."""
+        return {key: found for key, found in self.take(keys).items() if isinstance(found, str)}
 
 
 def _described_at(scorer: Scorer) -> tuple[int, ...]:

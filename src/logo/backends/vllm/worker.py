@@ -7,7 +7,7 @@ vLLM calls it through the hooks of `logo.backends.vllm.hooks`. The router and th
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,16 +18,16 @@ from torch import nn
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
 from logo.backends.vllm import graphs
-from logo.backends.vllm.built import hold, lora_model, nothing
+from logo.backends.vllm.built import hold
 from logo.backends.vllm.gates import StepGates, turned
-from logo.backends.vllm.onsets import Onset, Rows, mapped, others
+from logo.backends.vllm.onsets import Rows, mapped, others
 from logo.backends.vllm.options import Options
-from logo.backends.vllm.pool import Change, KeyedPool, described, merged_rank, mode_of, scoring_signals
-from logo.backends.vllm.prefixes import block_of
-from logo.backends.vllm.processes import Processes
+from logo.backends.vllm.pool import Change, KeyedPool, described, scoring_signals
 from logo.backends.vllm.recipe import Recipe, is_recipe
+from logo.backends.vllm.runner_v2 import Remembered
 from logo.backends.vllm.scoring import Scoring
 from logo.backends.vllm.skeleton import skeleton
+from logo.backends.vllm.slots import check_slots
 from logo.backends.vllm.sums import Span
 from logo.backends.vllm.taps import Taps
 from logo.backends.vllm.wrapper import Residual, Tapped, multiplied, with_kernels
@@ -39,7 +39,7 @@ from logo.selection.points import Point
 
 log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look like theirs
 
-# Recipes whose rows of gates are remembered.
+# Recipes that are remembered, and failures that nobody has taken.
 _REMEMBERED = 4096
 
 
@@ -56,51 +56,41 @@ class Worker:
         model_config, lora = vllm_config.model_config, vllm_config.lora_config
         self.options = options
         self._worker_manager = manager
-        self._device, self._dtype, self._lora, self._slots = manager.device, lora.lora_dtype, lora, lora.max_loras
+        self._device, self._dtype, self._lora = manager.device, lora.lora_dtype, lora
         self.skeleton = skeleton(model_config.model, model_config.dtype, model_config.revision)
         self._layout = BaseLayout.of(self.skeleton)
         self.pool = KeyedPool.open(options, self.skeleton)
         self._by_key = self.pool.by_key
         self._ids = {key: _own_id(key) for key in self._by_key}
-        self.mode, self.reason = mode_of(options, lora, self.pool.adapters)
-        log.info("LoGo: %s mode: %s", self.mode, self.reason)
+        check_slots(self.pool.adapters, lora)
         tokens, requests = manager.max_num_batched_tokens, manager.max_num_seqs
         listed = with_kernels(options.products, self._device)
         self.gates = StepGates(tokens + 7, max(tokens, requests), lora.max_loras, self._device, self._dtype, listed)
-        self.taps = Taps(
-            self._place_of,
-            self._device,
-            lambda: block_of(vllm_config.cache_config),
-            int(options.settings.prefix_cache_gb * 1e9),
-        )
+        self.taps = Taps(self._place_of, self._device)
         self.spans: Sequence[Span] = ()  # of the next step, set by the runner's hook
         self.late: Sequence[Rows] | Exception = ()  # likewise; or the error of that hook
-        self.probed: dict[str, tuple[Any, Any, bool]] = {}  # probes among the requests of runner V2
-        self.onsets: dict[str, Onset] = {}  # of requests of runner V2
+        self.answers: Sequence[tuple[str, str]] = ()  # of the next step, likewise: (recipe, key of an answer)
+        self.running: Container[str] = ()  # vLLM's ids of the requests that have not ended, as far as they are probes
+        self.requests: dict[str, Remembered] = {}  # of runner V2
         self._mixtures: dict[int, tuple[str, Recipe]] = {}  # by vLLM's ids, the latest last
-        self._failures: dict[str, str] = {}  # recipe -> why it was not mixed
+        self._failures: dict[str, str] = {}  # key of an answer -> why it was not mixed
         # Compiled layers keep the slices and the taps that they were compiled with; a changed pool may need others.
         self._compiled = graphs.compiled(vllm_config)
         self.reading = False  # whether the current step has tokens of probed prompts
         self.split = graphs.split(vllm_config)
         self._places = self._read_at(self.pool.adapters)
-        graphs.stamp(vllm_config, [self.mode, str(listed), *sorted(map(str, self._places))])
+        graphs.stamp(vllm_config, [str(listed), *sorted(map(str, self._places))])
         self._max_tokens = model_config.max_model_len - 1
         self._tokenizer = model_config.tokenizer
         self.scoring: Scoring | None = None
         self._staged: tuple[KeyedPool, Scoring] | None = None
-        self.processes = Processes()
+        self.opener: str | None = None  # the process that opens the pool, while it does
 
     # -- vLLM's model --------------------------------------------------------------------------------------------
 
     @property
     def _adapters(self) -> Any:
         return self._worker_manager._adapter_manager
-
-    @property
-    def replaces_kernels(self) -> bool:
-        """Whether layers call `GatedWrapper` instead of vLLM's own kernels."""
-        return self.mode == "gate" or self._device.type == "cpu"
 
     def attach(self, model: nn.Module) -> None:
         """Puts a tap before every layer that vLLM has wrapped, and transposes the factors that are multiplied in place.
@@ -121,13 +111,13 @@ class Worker:
                 self._layer(module, f"adapter {adapter.name!r} acts on")
         read = {self._modules.get(module) for how, module in self._places if how != "residual"}
         for path, layer in manager.modules.items():
-            if self.replaces_kernels and not multiplied(layer):
+            if not multiplied(layer):
                 raise ModelError(
                     f"LoGo cannot apply adapters to {path} ({type(layer).__name__}): leave out the adapters that act "
                     "on it; if none does, pass --lora-target-modules with the modules that the pool acts on"
                 )
             b = getattr(layer, "lora_b_stacked", None)
-            if self.replaces_kernels and isinstance(b, tuple):
+            if isinstance(b, tuple):
                 layer.lora_b_stacked = tuple(turned(part) for part in b)
             if hasattr(layer, "punica_wrapper"):
                 base = getattr(layer, "base_layer", None)
@@ -140,13 +130,12 @@ class Worker:
         self._tap_residuals()
 
     def _note_used(self) -> None:
-        """Tells the layers on which of their slices the pool acts. That is unknown (None) in merge mode, where vLLM may
-        have other adapters, too, and if layers are compiled."""
+        """Tells the layers on which of their slices the pool acts; they keep multiplying all (None) if compiled."""
         touched = {module for adapter in self._by_key.values() for module in adapter.modules}
         manager = self._adapters
         for path, layer in manager.modules.items():
             parts = manager.packed_modules.get(path, [path])
-            known = self.mode == "gate" and not self._compiled and getattr(layer, "n_slices", 0) == len(parts)
+            known = not self._compiled and getattr(layer, "n_slices", 0) == len(parts)
             if isinstance(getattr(layer, "punica_wrapper", None), Tapped):
                 layer.punica_wrapper.used = tuple(part in touched for part in parts) if known else None
 
@@ -189,16 +178,14 @@ class Worker:
     # -- every step ----------------------------------------------------------------------------------------------
 
     def begin_step(self, requests: Iterable[Any]) -> None:
-        """Prepares a step: passes its probed prompts to the taps, and finds the recipes to mix in gate mode.
+        """Prepares a step: passes its probed prompts to the taps, and finds the recipes to mix.
 
         Args:
             requests: vLLM's `LoRARequest` of every adapter in the step.
         """
         spans, self.spans = self.spans, ()
         self.reading = bool(spans)
-        self.taps.begin(spans)
-        if self.mode != "gate":
-            return
+        self.taps.begin(spans, self.running)
         recipes = [request for request in requests if is_recipe(request.lora_path)]
         texts: dict[int, str] = {}
         for request in recipes:
@@ -207,7 +194,10 @@ class Worker:
                 for both in (texts[number], text):
                     self.fail(both, "another mixture in this batch has the same id by chance; send the request again")
             known = self._mixtures.pop(number, None)  # those of this step become the latest
-            self._mixtures[number] = known if known is not None and known[0] == text else (text, self.recipe(text))
+            recipe = known[1] if known is not None and known[0] == text else Recipe.parse(text)
+            if not self._by_key.keys() >= set(recipe.keys):
+                self.fail(text, "this worker lacks one of its adapters")
+            self._mixtures[number] = text, recipe
         while len(self._mixtures) > max(_REMEMBERED, len(recipes)):
             self._mixtures.pop(next(iter(self._mixtures)))
         if recipes:
@@ -218,38 +208,25 @@ class Worker:
         late, self.late = self.late, ()
         if isinstance(late, Exception):
             raise late
-        self._mixtures |= others(late, self.mode)
+        self._mixtures |= others(late)
         return mapped(mapping, late) if late else mapping
 
-    def recipe(self, text: str) -> Recipe:
-        """Parses a recipe. One with an adapter that this worker lacks is noted as failed, and becomes empty."""
-        recipe = Recipe.parse(text)
-        lacking = set(recipe.keys) - self._by_key.keys()
-        if lacking:
-            self.fail(text, f"this worker has no adapter {next(iter(lacking))}")
-            return Recipe(())
-        return recipe
-
     def fail(self, text: str, reason: str) -> None:
-        """Notes that a recipe failed, so that its answer becomes an error. An exception here would end the engine."""
-        self._failures[text] = reason
+        """Notes that the answers with a recipe in this step failed, so that they become errors. An exception here would
+        end the engine."""
+        self._failures.update((key, reason) for recipe, key in self.answers if recipe == text)
         while len(self._failures) > _REMEMBERED:
             self._failures.pop(next(iter(self._failures)))
         log.error("LoGo: a mixture failed: %s", reason)
 
-    def take(self, keys: Sequence[str], among: Mapping[str, Collection[str]] | None = None) -> dict[str, Any]:
-        """The outcome of probes and mixtures.
+    def scores(self, keys: Sequence[str]) -> dict[str, Any]:
+        """For each probe, the digest of the pool and the scores of its adapters, or why there are none."""
+        found = self.taps.take(keys)
+        return {key: one if isinstance(one, str) else [self.pool.digest, one] for key, one in found.items()}
 
-        Args:
-            among: of probes, as `Taps.take`.
-
-        Returns:
-            for probes: the digest of the pool and the scores of its adapters, or why there are none; for recipes: why
-                they were not mixed, or None.
-        """
-        probes = self.taps.take([key for key in keys if not is_recipe(key)], among)
-        scored = {key: found if isinstance(found, str) else [self.pool.digest, found] for key, found in probes.items()}
-        return {**scored, **{key: self._failures.get(key) for key in keys if is_recipe(key)}}
+    def failures(self, keys: Sequence[str]) -> dict[str, str | None]:
+        """For each answer, why its mixture was not made, or None. A failure is told once."""
+        return {key: self._failures.pop(key, None) for key in keys}
 
     def write_gates(self, mapping: Any, slots: Sequence[int | None]) -> None:
         """Sets the gates of the current step.
@@ -264,17 +241,13 @@ class Worker:
         place = {number: slot for slot, number in enumerate(slots) if number is not None}
         rows = torch.zeros(len(known) + 1, len(slots))
         for row, number in enumerate(known, start=1):
-            if self.mode == "gate" and number in self._mixtures:
-                text, recipe = self._mixtures[number]
-                for key, weight in recipe.parts:
+            if number in self._mixtures:
+                for key, weight in self._mixtures[number][1].parts:
                     slot = place.get(self._ids.get(key, 0))
-                    if slot is None:
-                        self.fail(text, f"adapter {key} has left this worker")
+                    if slot is None:  # noted in `begin_step`
                         rows[row] = 0.0
                         break
                     rows[row, slot] = weight
-            elif number in place:
-                rows[row, place[number]] = 1.0
         order = np.array([0, *known])
         self.gates.write(
             rows,
@@ -288,27 +261,14 @@ class Worker:
         """Loads the pool into vLLM's slots, where it stays; does nothing if it is there."""
         hold(self._adapters, {self._ids[key]: adapter for key, adapter in self._by_key.items()}, self._dtype)
 
-    def merged(self, request: Any) -> Any:
-        """The merged adapter of a recipe, for merge mode; one of zeros, and a noted failure, if it cannot be made."""
-        try:
-            parts = [(self._by_key[key], weight) for key, weight in self.recipe(request.lora_path).parts]
-            rank = merged_rank(adapter for adapter, _ in parts)
-            if rank > self._lora.max_lora_rank:
-                self.fail(request.lora_path, f"its rank is {rank}, and a slot has {self._lora.max_lora_rank}")
-            elif parts:
-                return lora_model(request.lora_int_id, parts, self._dtype)
-        except Exception as error:  # raising here would end the engine
-            self.fail(request.lora_path, f"{type(error).__name__}: {error}")
-        return nothing(request.lora_int_id, next(iter(self.pool.adapters)), self._dtype)
-
     # -- the pool ------------------------------------------------------------------------------------------------
 
-    def stage(self, change: Change | None, draw: str) -> dict[str, Any]:
-        """Begins to open or to change the pool; nothing changes before `commit`.
+    def stage(self, change: Change | None) -> dict[str, Any]:
+        """Begins to open or to change the pool, and loads its new adapters into slots; requests are answered from the
+        present pool until `commit`. After an error, nothing has changed.
 
         Args:
             change: None: open the pool that the options name.
-            draw: see `Scoring`.
 
         Returns:
             `described` of the new pool.
@@ -318,21 +278,29 @@ class Worker:
         """
         pool = self.pool if change is None else self.pool.changed(change, self._layout)
         lacking = set(pool.keys.values()) - self._by_key.keys()
-        if self.mode == "gate" and len(self._by_key) + len(lacking) > self._slots:
+        if len(self._by_key) + len(lacking) > self._lora.max_loras:
             raise UsageError(
-                f"all {self._slots} of vLLM's slots are in use, and a new adapter needs one before another can leave: "
-                f"pass --max-loras {self._slots + 1} or more"
+                f"all {self._lora.max_loras} of vLLM's slots are in use, and a new adapter needs one before another "
+                f"can leave: pass --max-loras {self._lora.max_loras + 1} or more"
             )
-        if self.mode != "gate" or lacking:
-            mode_of(self.options, self._lora, pool.adapters)  # raises an error if slots cannot hold the ranks
+        if lacking:
+            check_slots(pool.adapters, self._lora)
         unread = self._read_at(pool.adapters) - self._places
         if unread and (self._compiled or any(how == "residual" for how, _ in unread)):
             where = ", ".join(sorted(path for _, path in unread))
             raise UsageError(f"this pool is probed at {where}, which the server cannot read: restart it with this pool")
         given = self.taps, self._prompts, self._device
-        made = Scoring(self.skeleton, pool.adapters, self.options, *given, before=self.scoring, draw=draw)
+        made = Scoring(self.skeleton, pool.adapters, self.options, *given, before=self.scoring)
+        self._by_key = {**self._by_key, **pool.by_key}
+        self._ids = {key: _own_id(key) for key in self._by_key}
+        try:
+            self.make_resident()
+        except BaseException:
+            # Otherwise every later step would try to load it again, and fail.
+            self._remove(lacking)
+            raise
         self._staged = pool, made
-        return described(pool, self.mode, self.reason)
+        return described(pool)
 
     def open_signal(self, signal: str, run: tuple[Sequence[Sequence[int]], Sequence[str]] | None) -> dict[str, Any]:
         """Calls `Scoring.open`, or `Scoring.calibrate` if `run` gives texts that were run and their keys. It is called
@@ -346,42 +314,34 @@ class Worker:
         return opened
 
     def commit(self) -> None:
-        """Makes the staged pool the current one. Removed adapters stay until `forget`.
+        """Makes the staged pool the current one. Its adapters are loaded; removed ones stay until `forget`.
 
         Raises:
             ModelError: nothing was staged.
-            AdapterError: a new adapter cannot be read any more; the current pool stays.
         """
         if self._staged is None:
             raise ModelError("no change of the pool has begun")
-        pool, scoring = self._staged
-        before = self._by_key, self._ids
-        self._by_key = {**self._by_key, **pool.by_key}
-        self._ids = {key: _own_id(key) for key in self._by_key}
-        if self.mode == "gate":
-            try:
-                self.make_resident()
-            except BaseException:
-                # Otherwise every later step would try to load it again, and fail.
-                for key in self._ids.keys() - before[1].keys():
-                    self._adapters.remove_adapter(self._ids[key])
-                self._by_key, self._ids = before
-                raise
-        self.pool, self.scoring, self._staged = pool, scoring, None
+        (self.pool, self.scoring), self._staged = self._staged, None
         self._note_used()
-        scoring.install()
+        self.scoring.install()
 
     def abandon(self) -> None:
-        """Drops the staged pool."""
-        self._staged = None
+        """Drops the staged pool and the adapters that only it has."""
+        if self._staged is not None:
+            (pool, _), self._staged = self._staged, None
+            self._remove(pool.keys.values())
 
-    def forget(self, keys: Sequence[str]) -> None:
+    def forget(self, keys: Iterable[str]) -> None:
         """Removes adapters that have left the pool and that no answer uses any more."""
-        for key in set(keys) & self._by_key.keys() - set(self.pool.keys.values()):
+        self._remove(keys)
+        self._note_used()
+
+    def _remove(self, keys: Iterable[str]) -> None:
+        """Removes adapters from the slots; those of the current and the staged pool stay."""
+        staged = () if self._staged is None else self._staged[0].keys.values()
+        for key in set(keys) & self._by_key.keys() - {*self.pool.keys.values(), *staged}:
             self._adapters.remove_adapter(self._ids[key])
             del self._by_key[key], self._ids[key]
-            self._mixtures = {n: known for n, known in self._mixtures.items() if key not in known[1].keys}
-        self._note_used()
 
     @cached_property
     def _prompts(self) -> Prompts:
@@ -393,5 +353,5 @@ class Worker:
 
 
 def _own_id(key: str) -> int:
-    """The id in vLLM of a single adapter, by which gate mode finds its slot."""
+    """The id in vLLM of a single adapter, by which its slot is found."""
     return Recipe(((key, 1.0),)).number()

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
-from collections.abc import Collection, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from logo.backends.vllm.core import Core, new_key, outcomes, texts_of, values
-from logo.backends.vllm.marks import marking
-from logo.backends.vllm.pool import Change, KeyedPool
-from logo.errors import LoGoError
+from logo.backends.vllm.marks import probing
+from logo.backends.vllm.pool import Change
+from logo.errors import UsageError
 
-log = logging.getLogger("vllm.logo")
-
-# Seconds: between two attempts while a process waits for others; between two checks for changes by other processes; and
-# the longest that a change waits until all processes have taken it over.
-_AGAIN, _LOOKING, _LONGEST = 0.05, 1.0, 60.0
+# Seconds between two attempts while this process waits.
+_AGAIN = 0.05
 
 
 class Workers:
@@ -25,6 +21,10 @@ class Workers:
 
     Args:
         client: vLLM's client of the engine.
+
+    Attributes:
+        scores: takes the result of `logo.backends.vllm.worker.Worker.scores` for a probe.
+        failures: takes that of `Worker.failures` for an answer.
     """
 
     def __init__(self, client: Any) -> None:
@@ -32,11 +32,9 @@ class Workers:
         self._name = new_key()  # of this process
         self._alone = getattr(client.vllm_config.parallel_config, "_api_process_count", 1) <= 1
         self._changing = asyncio.Lock()
-        self._staged: tuple[KeyedPool, dict[str, Any]] | None = None  # pool, and what each signal scores
         self._tasks: set[asyncio.Task[None]] = set()
-        self._waiting: dict[str, list[asyncio.Future[Any]]] = {}  # several answers may have one recipe
-        self._among: dict[str, list[str]] = {}
-        self._taking: asyncio.Task[None] | None = None
+        self.scores = Taking(self, "logo_scores")
+        self.failures = Taking(self, "logo_failures")
 
     async def call(self, name: str, *args: Any) -> list[Any]:
         """Calls one of `logo.backends.vllm.calls.CALLS` on every worker, and returns their values.
@@ -50,94 +48,42 @@ class Workers:
         """Opens or changes the pool in all workers or in none; answers continue meanwhile.
 
         If a calibration is not cached, its texts are run through the model. A removed adapter stays loaded until the
-        last answer with it has ended. If several processes answer HTTP, one of them opens the pool, and a change is
-        complete when all of them have taken it over.
+        last answer with it has ended. If several processes answer HTTP, one of them opens the pool.
 
         Raises:
-            LoGoError: a worker cannot open or change the pool; nothing has changed then.
+            LoGoError: a worker cannot open or change the pool; nothing has changed then. After an error of the last
+                step, which only takes what the others have prepared, nothing is answered any more (`Core.broken`).
         """
+        if change is not None and not self._alone:
+            raise UsageError(
+                "the pool cannot change while several processes answer HTTP: leave out --api-server-count, or start "
+                "the server again with the new pool"
+            )
         async with self._changing:
             try:
-                replies = await self._begun(core, change)
+                while "wait" in (replies := await self._stage(change))[0]:
+                    await asyncio.sleep(_AGAIN)
+                pool = await asyncio.to_thread(core.staged, change, replies)
                 if "scored" in replies[0]:  # another process has opened it
-                    core.commit(await asyncio.to_thread(core.followed, replies), replies[0]["scored"])
-                    left: Sequence[str] = ()
-                else:
-                    left = await self._committed(core, await self._prepared(core, change, replies))
+                    core.commit(pool, replies[0]["scored"])
+                    return
+                scored = await self._scored(core.signals)
             except BaseException:
                 await self.call("logo_abandon", self._name)
                 raise
-            if change is None and not self._alone:
-                self._keep(self._following(core))
-            elif not self._alone:
-                await self._known_by_all(core)
-        self._release(core, left)
-
-    async def stage(self, core: Core, change: Change) -> KeyedPool:
-        """Prepares the pool after a change in all workers, and returns it. Answers use the current pool until `commit`;
-        `abandon` drops the prepared one.
-
-        Raises:
-            LoGoError: a worker cannot make the change; nothing has changed then.
-        """
-        async with self._changing:
             try:
-                self._staged = await self._prepared(core, change, await self._begun(core, change))
-            except BaseException:
-                await self.call("logo_abandon", self._name)
+                await self.call("logo_commit")
+            except BaseException as error:
+                core.broken = (
+                    "a change of the pool has failed in a worker, so the workers' pools differ: start the server "
+                    f"again ({error})"
+                )
                 raise
-            return self._staged[0]
-
-    async def commit(self, core: Core) -> None:
-        """Makes the staged pool the current one in all workers. After an error in one of them, their pools may differ.
-
-        Raises:
-            LoGoError: nothing was staged, or a worker has failed.
-        """
-        async with self._changing:
-            if self._staged is None:
-                raise LoGoError("no change of the pool was staged")
-            staged, self._staged = self._staged, None
-            left = await self._committed(core, staged)
+            left = core.commit(pool, scored)
         self._release(core, left)
 
-    async def abandon(self) -> None:
-        """Drops the staged pool in all workers."""
-        async with self._changing:
-            self._staged = None
-            await self.call("logo_abandon", self._name)
-
-    async def follow(self, core: Core) -> None:
-        """Takes over a change of the pool that another process has made.
-
-        Raises:
-            LoGoError: an adapter cannot be opened here.
-        """
-        if not self._alone:
-            async with self._changing:
-                await self._follow(core)
-
-    async def _begun(self, core: Core, change: Change | None) -> list[Any]:
-        """Begins a change in all workers, once no other process is changing the pool; returns their replies."""
-        while True:
-            if change is not None:
-                await self._follow(core)
-            replies = await self.call("logo_stage", change and list(change), new_key(), self._name, core.pool.digest)
-            if not any("wait" in one for one in replies):
-                return replies
-            await asyncio.sleep(_AGAIN)
-
-    async def _prepared(
-        self, core: Core, change: Change | None, replies: Sequence[Any]
-    ) -> tuple[KeyedPool, dict[str, Any]]:
-        """The pool that the workers have staged, and what each signal scores, after calibrating the pool for it."""
-        pool = await asyncio.to_thread(core.staged, change, replies)
-        return pool, await self._scored(core.signals)
-
-    async def _committed(self, core: Core, staged: tuple[KeyedPool, dict[str, Any]]) -> Sequence[str]:
-        """Makes the staged pool the current one, and returns the keys of adapters that are no longer in it."""
-        await self.call("logo_commit", self._name)
-        return core.commit(*staged)
+    async def _stage(self, change: Change | None) -> list[Any]:
+        return await self.call("logo_stage", change and list(change), self._name)
 
     async def _scored(self, signals: Sequence[str]) -> dict[str, Any]:
         """Signal -> the result of `Scoring.open`, after running the texts of its calibration if necessary."""
@@ -151,66 +97,44 @@ class Workers:
             scored[signal] = opened[0]
         return scored
 
-    async def _follow(self, core: Core) -> int:
-        """As `follow`; returns the number of processes that select from another pool than that of the workers."""
-        replies = await self.call("logo_pool", self._name, core.pool.digest)
-        if "scored" not in replies[0]:
-            return int(replies[0]["behind"])
-        core.commit(await asyncio.to_thread(core.followed, replies), replies[0]["scored"])
-        self._release(core, replies[0]["left"])
-        return int((await self.call("logo_pool", self._name, core.pool.digest))[0]["behind"])
-
-    async def _following(self, core: Core) -> None:
-        """Takes over the changes of other processes, for as long as this process runs."""
-        while True:
-            await asyncio.sleep(_LOOKING)
-            try:
-                await self.follow(core)
-            except LoGoError as error:
-                log.error("LoGo: a change of the pool could not be taken over: %s", error)
-
-    async def _known_by_all(self, core: Core) -> None:
-        end = time.monotonic() + _LONGEST
-        while await self._follow(core):
-            if time.monotonic() > end:
-                log.error("LoGo: a process has not taken over the change of the pool yet")
-                return
-            await asyncio.sleep(_AGAIN)
-
     def _release(self, core: Core, keys: Sequence[str]) -> None:
-        """Tells the workers that this process has released removed adapters, once its answers with them have ended."""
+        """Has the workers remove adapters that have left the pool, once all answers with them have ended."""
 
         async def wait() -> None:
             while core.answering(keys):
                 await asyncio.sleep(_AGAIN)
-            await self.call("logo_forget", list(keys), self._name)
+            await self.call("logo_forget", list(keys))
 
         if keys:
-            self._keep(wait())
-
-    def _keep(self, running: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(running)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            task = asyncio.create_task(wait())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _run(self, text: list[int], key: str) -> None:
         from vllm import SamplingParams
 
         parameters = SamplingParams(max_tokens=1, temperature=0.0)
-        with marking(key, ""):
+        with probing(key, ""):
             async for _ in self._client.generate({"prompt_token_ids": text}, parameters, f"logo-{key}"):
                 pass
 
-    async def take(self, key: str, among: Collection[str] | None = None) -> Any:
-        """The result of `logo.backends.vllm.worker.Worker.take` for one key; waiting callers share one call.
 
-        Args:
-            among: names of the adapters that may be selected; None: all.
-        """
-        waiting: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        if among is not None:
-            self._among[key] = list(among)
-        self._waiting.setdefault(key, []).append(waiting)
+class Taking:
+    """Results of single requests from the workers; callers that wait share one call.
+
+    Args:
+        workers: of the engine.
+        name: of the function in `logo.backends.vllm.calls`.
+    """
+
+    def __init__(self, workers: Workers, name: str) -> None:
+        self._call = partial(workers.call, name)
+        self._waiting: dict[str, asyncio.Future[Any]] = {}
+        self._taking: asyncio.Task[None] | None = None
+
+    async def __call__(self, key: str) -> Any:
+        """The result for one key."""
+        waiting = self._waiting[key] = asyncio.get_running_loop().create_future()
         if self._taking is None or self._taking.done():
             self._taking = asyncio.create_task(self._take())
         return await waiting
@@ -218,18 +142,16 @@ class Workers:
     async def _take(self) -> None:
         while self._waiting:
             waiting, self._waiting = self._waiting, {}
-            among, self._among = self._among, {}
             try:
-                found = outcomes(await self.call("logo_take", list(waiting), among))
+                found = outcomes(await self._call(list(waiting)))
             except Exception as error:  # all of these waiters get it; new ones may have come
-                for future in _open(waiting.values()):
+                for _, future in _open(waiting.items()):
                     future.set_exception(error)
                 continue
-            for key, futures in waiting.items():
-                for future in _open([futures]):
-                    future.set_result(found[key])
+            for key, future in _open(waiting.items()):
+                future.set_result(found[key])
 
 
-def _open(futures: Iterable[Sequence[asyncio.Future[Any]]]) -> Iterator[asyncio.Future[Any]]:
+def _open(waiting: Iterable[tuple[str, asyncio.Future[Any]]]) -> Iterator[tuple[str, asyncio.Future[Any]]]:
     """The futures that are not done yet; that of a client that has left is cancelled."""
-    return (future for some in futures for future in some if not future.done())
+    return ((key, future) for key, future in waiting if not future.done())

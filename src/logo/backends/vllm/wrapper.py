@@ -1,8 +1,4 @@
-"""Called by vLLM's linear layers instead of its own LoRA kernels: the tap of the layer, then the gated product.
-
-Gate mode needs it everywhere. On a CPU it also serves merged mixtures and single adapters, because vLLM's own CPU
-kernels apply the last adapter to base rows if all slots are in use.
-"""
+"""Called by vLLM's linear layers instead of its own LoRA kernels: the tap of the layer, then the gated product."""
 
 from __future__ import annotations
 
