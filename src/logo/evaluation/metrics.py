@@ -207,12 +207,6 @@ def load(kind: Kind) -> None:
         measure(kind, "", "")
 
 
-def judge(kind: Kind) -> list[str | None]:
-    """The name of a metric and, of a plugin's, its module, object and digest: what values depend on."""
-    METRICS[kind]  # loads a plugin
-    return [kind, METRICS.source(kind)]
-
-
 def measures(kind: Kind) -> tuple[str, ...]:
     """The names of the numbers that a metric gives each answer: `em` (also of `em_multi`, which is the same function),
     `em_first`, `bleu`, a plugin's name, or the three of ROUGE; the primary one comes last."""
