@@ -166,7 +166,6 @@ class Arms:
         return len(self._logo.names) > 1 and not any(set(chosen.scores) <= {own} for chosen in picked.values())
 
     def _of_method(self, label: str, task: str, prompt: OnePrompt, lessons: Lessons) -> Iterator[Arm]:
-        method = self._contest.methods[label]
         for about in self._contest.abouts(task, self._logo.names):
             select = self._knowing(Lesson(label, task, about), lessons).select
             candidates = self._task(task, about).candidates(self._logo)

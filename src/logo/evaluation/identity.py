@@ -15,6 +15,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from logo.digests import config_digest, fingerprint, library_versions, tokenizer_digest, weights_digest
+from logo.recorded import without_secrets
 from logo.rows import Row
 from logo.selection.confidence import EXAMPLES, HALVED
 from logo.selection.reference import SCORES
@@ -53,7 +54,7 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
         "fold": logo.folding["asked"],
         "settings": {**settings, "k": logo.k, "points": list(logo.points), **rule_of_weights(logo)},
         "truncation": asdict(logo.prompts.truncation),
-        **({"engine_options": dict(logo.engine_options)} if logo.engine_options else {}),
+        **({"engine_options": without_secrets(logo.engine_options)} if logo.engine_options else {}),
         "generation": options,
         **plugins_used(SIGNALS.source(logo.settings.signal)),
     }

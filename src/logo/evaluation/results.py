@@ -23,6 +23,7 @@ from logo.evaluation.corpus import extra_metrics, mean_of
 from logo.evaluation.metrics import Kind, by_measure, mean, metric_kind
 from logo.evaluation.runner import DatasetResult
 from logo.folders import replace_folder
+from logo.recorded import without_secrets
 from logo.rows import Row
 
 _RUN_NAME = re.compile(r"[^\W_]([\w.+=-]{0,62}[^\W_])?")
@@ -41,7 +42,6 @@ RESULT_FILES = (
 )
 _INDENTED = frozenset({"run.json", "metrics.json"})  # for reading; the others are as the official script writes them
 
-_SECRETS = frozenset({"token", "hf_token", "auth_token", "api_key", "password", "secret"})
 _LIBRARIES = ("torch", "transformers", "huggingface_hub", "nltk", "rouge_score", "sacrebleu")  # in run.json
 
 
@@ -197,8 +197,7 @@ def run_record(
         environment: what the rows were answered on, see `logo.evaluation.identity.environment`.
         folding: what decides whether a mixture is folded or gated (`LoGo.folding`).
     """
-    kept = {name: value for name, value in options.items() if name.strip("-").replace("-", "_") not in _SECRETS}
-    plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    plain: dict[str, Any] = without_secrets(json.loads(json.dumps(dict(options), default=str)))
     return {
         "date": started.astimezone(timezone.utc).isoformat(timespec="seconds"),
         "duration": seconds,

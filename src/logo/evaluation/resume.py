@@ -100,8 +100,8 @@ def plan(
     if found:
         raise UsageError(
             f"dataset {job.dataset!r}: {file} was left by an unfinished run with other settings, pool or rows, or "
-            f"under other versions ({described(found)}); repeat that run to finish it, or begin again with --overwrite; "
-            f"{_KEEP_BOTH}"
+            f"under other versions ({described(found)}); repeat that run to finish it, or begin again with "
+            f"--overwrite; {_KEEP_BOTH}"
         )
     check_place(made)
     if there is not None and there.missing:

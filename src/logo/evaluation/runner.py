@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from logo.errors import UsageError
 from logo.evaluation.batches import Batch, Engine, Failure, in_batches
 from logo.evaluation.journal import Journal
-from logo.evaluation.metrics import Kind, Value, first_line, load, measure, measures, metric_kind
+from logo.evaluation.metrics import Kind, Value, first_line, judged, load, measure, metric_kind
 from logo.rows import Row
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ def _judged_batches(kind: Kind, rows: Sequence[Row], batches: Iterable[Batch]) -
 
 def _judged(kind: Kind, row: Row, answer: Generation | Failure) -> Instance:
     if isinstance(answer, Failure):
-        return Instance(_nothing(kind), "", (), (), {}, {}, answer.message)
+        return Instance(judged(kind, "", row.completion, failed=True), "", (), (), {}, {}, answer.message)
     prediction = first_line(answer.text)
     selection = answer.selection
     return Instance(
@@ -295,16 +295,6 @@ def _judged(kind: Kind, row: Row, answer: Generation | Failure) -> Instance:
         form=answer.form,
         confidence=selection.confidence,
     )
-
-
-def _nothing(kind: Kind) -> Value:
-    """The value of a row without an answer. It is always zero, although an empty answer can be right."""
-    return dict.fromkeys(measures(kind), 0.0) if kind == "rouge" else 0
-
-
-def judged(kind: Kind, prediction: str, golds: str | tuple[str, ...], *, failed: bool) -> Value:
-    """The value of a stored answer; nothing if the row has `failed`."""
-    return _nothing(kind) if failed else measure(kind, prediction, golds)
 
 
 def _recorded(kind: Kind, row: Row, values: Mapping[str, Any]) -> Instance:

@@ -7,15 +7,10 @@ own if the column names one.
 
 from __future__ import annotations
 
-import csv
-import importlib
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-from logo.extras import need
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from logo.evaluation.intervals import Interval  # imports numpy
@@ -186,66 +181,6 @@ def p_value(p: float) -> str:
 def counted(count: int, what: str) -> str:
     """`1 run`, `2 runs`."""
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-# -- for machines -----------------------------------------------------------------------------------------------
-
-
-def records(table: Table) -> list[dict[str, Value]]:
-    """The rows as column -> value, with all digits; a column with intervals also has `... low` and `... high`."""
-    found = []
-    for row in table.rows:
-        record: dict[str, Value] = {}
-        for column, cell in zip(table.columns, row.cells, strict=True):
-            record[column.name] = None if cell is None else cell.value
-            if column.interval:
-                low, high = (cell and cell.bounds) or (None, None)
-                record |= {f"{column.name} low": low, f"{column.name} high": high}
-        found.append(record)
-    return found
-
-
-def as_csv(table: Table) -> bytes:
-    """UTF-8 with a line of names; numbers with as many digits as they have, so that nothing is lost."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_names(table))
-    writer.writerows(["" if value is None else value for value in record.values()] for record in records(table))
-    return text.getvalue().encode("utf-8")
-
-
-def as_parquet(table: Table) -> bytes:
-    """The table as Parquet with int64, double and string columns.
-
-    Raises:
-        MissingLibrary: pyarrow is not installed.
-    """
-    need("Parquet", "pyarrow")
-    arrow: Any = importlib.import_module("pyarrow")
-    parquet: Any = importlib.import_module("pyarrow.parquet")
-    rows = records(table)
-    columns = {name: [record[name] for record in rows] for name in _names(table)}
-    numeric = {column.name: column.numeric for column in table.columns}
-    kinds = {
-        name: arrow.string()
-        if not numeric.get(name, True)
-        else arrow.int64()
-        if values and all(isinstance(value, int) for value in values)
-        else arrow.float64()
-        for name, values in columns.items()
-    }
-    sink = io.BytesIO()
-    parquet.write_table(arrow.table(columns, schema=arrow.schema(kinds)), sink)
-    return sink.getvalue()
-
-
-def _names(table: Table) -> list[str]:
-    """The keys of the `records`."""
-    more = {column.name: [f"{column.name} low", f"{column.name} high"] for column in table.columns if column.interval}
-    return [name for column in table.columns for name in (column.name, *more.get(column.name, ()))]
-
-
-# -- as text ----------------------------------------------------------------------------------------------------
 
 
 def markdown(table: Table) -> str:

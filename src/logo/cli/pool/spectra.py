@@ -33,15 +33,6 @@ def taken_apart(adapters: Sequence[Adapter]) -> Anatomy:
         return anatomy(adapters, step)
 
 
-def draw(found: Anatomy, file: Path) -> None:
-    """Writes the picture."""
-    from logo.evaluation.report.png import png
-    from logo.evaluation.report.pool import likeness
-
-    replace_file(file, png(likeness(found)))
-    note(f"{file}")
-
-
 def table(adapters: Sequence[Adapter], found: Anatomy) -> Table:
     """One row per adapter."""
     shown = plain_table("adapter", ">rank", "targets", ">norm", ">effective rank", "nearest", ">overlap", ">cosine")

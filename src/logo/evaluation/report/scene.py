@@ -1,19 +1,11 @@
-"""A picture as a list of marks with roles instead of colours, so that one description is drawn twice: as SVG that
-follows the page's light or dark colours (`templates/picture.html`), and as PNG (`png`). Lengths are CSS pixels, y grows
-downwards."""
+"""A picture as a list of marks with roles instead of colours: SVG follows the page's light or dark colours
+(`templates/picture.html`). Lengths are CSS pixels, y grows downwards."""
 
 from __future__ import annotations
 
-import base64
-import io
 import unicodedata
 from dataclasses import dataclass
 from typing import ClassVar, Literal
-
-import numpy as np
-
-from logo.evaluation.intervals import Values
-from logo.extras import need
 
 Anchor = Literal["start", "middle", "end"]
 
@@ -26,14 +18,12 @@ _CORNERS: tuple[tuple[tuple[float, float], ...], ...] = (
     ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
     ((0, -1.2), (1.15, 0.85), (-1.15, 0.85)),
 )
-POSITIVE = (46, 120, 210)  # colour of a raster's positive fields
-NEGATIVE = (214, 90, 60)
 _WIDTH = 0.55  # average width of a character in proportional print, in font sizes
 
 
 @dataclass(frozen=True)
 class Rect:
-    """A filled (or, with `outline`, framed) rectangle."""
+    """A filled rectangle."""
 
     kind: ClassVar = "rect"
     x: float
@@ -42,7 +32,6 @@ class Rect:
     height: float
     role: str
     title: str = ""
-    outline: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +68,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Label:
-    """A line of text whose baseline's `anchor` lies at (x, y); `up`: it reads from bottom to top."""
+    """A line of text whose baseline's `anchor` lies at (x, y)."""
 
     kind: ClassVar = "label"
     x: float
@@ -88,29 +77,15 @@ class Label:
     role: str = "ink"
     anchor: Anchor = "start"
     bold: bool = False
-    up: bool = False
     title: str = ""
 
 
-@dataclass(frozen=True)
-class Raster:
-    """A matrix (rows, columns) of numbers in [-1, 1], one field each: the stronger, the further from 0."""
-
-    kind: ClassVar = "raster"
-    x: float
-    y: float
-    width: float
-    height: float
-    values: Values
-    key: str = ""  # name of the page's block with its numbers
-
-
-SceneMark = Rect | Stroke | Dot | Label | Raster
+SceneMark = Rect | Stroke | Dot | Label
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture. `name` is its file's name without an ending; `text` says in words what it shows."""
+    """One picture. `text` says in words what it shows."""
 
     name: str
     title: str
@@ -154,21 +129,3 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     step *= next((factor for factor in (1, 2, 5) if factor * step * about >= span), 10)
     first, last = int(low // step), int(-(-high // step))
     return [number * step for number in range(first, last + 1)]
-
-
-def coloured(values: Values) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """RGBA (rows, columns, 4) of numbers in [-1, 1]: two hues, opacity for strength, so that they suit any ground."""
-    pixels = np.empty((*values.shape, 4), dtype=np.uint8)
-    pixels[..., :3] = np.where(values[..., None] >= 0, np.array(POSITIVE), np.array(NEGATIVE))
-    pixels[..., 3] = np.round(255 * np.clip(np.abs(values), 0.0, 1.0))
-    return pixels
-
-
-def png_uri(values: Values) -> str:
-    """A `data:` URI of a PNG with one pixel per number of a matrix in [-1, 1]."""
-    need("a picture of similarities", "PIL")
-    from PIL import Image
-
-    picture = io.BytesIO()
-    Image.fromarray(coloured(values), "RGBA").save(picture, "png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
