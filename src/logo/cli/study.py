@@ -21,7 +21,6 @@ from logo.cli.methods import MethodOptions
 from logo.cli.opening import Opened, open_engine, open_pool, selection_settings
 from logo.cli.options import EngineOptions, Json, rare, usual
 from logo.cli.output import err, natural_width, note, print_json, progress, rich_table, screen, write_json
-from logo.cli.pace import Bars
 from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.prompts import or_demo
 from logo.cli.workers import WorkerOptions, layout_of, only, opened
@@ -33,7 +32,7 @@ from logo.folders import check_writable
 if TYPE_CHECKING:
     from logo.engine import LoGo
     from logo.evaluation.arms import Arms
-    from logo.evaluation.contest import Contest
+    from logo.evaluation.contest import Contest, Lesson
     from logo.evaluation.study import Measuring, Study, Task
     from logo.evaluation.workers import MeasuredInWorkers
 
@@ -269,7 +268,12 @@ def _measure(
     asked = asked_of(tasks, contest, measuring.facts.names)
     lessons = contest.lessons([task.name for task in asked], measuring.facts.names)
     with progress(disable=not err.is_terminal) as shown:
-        bars = Bars(shown, len(lessons), sum(len(task.rows) for task in asked), plain=bool(contest.as_dict()))
+        learning = shown.add_task("learning", total=len(lessons), visible=bool(lessons))
+        measured = shown.add_task("rows", total=sum(len(task.rows) for task in asked))
+
+        def learnt(lesson: Lesson) -> None:
+            shown.update(learning, advance=1, description=f"{lesson.method}: {lesson.of}")
+
         try:
             return run_study(
                 measuring,
@@ -281,8 +285,8 @@ def _measure(
                 loading=loading,
                 finished=save,
                 overwrite=overwrite,
-                on_progress=bars.row,
-                on_lesson=bars.lesson,
+                on_progress=lambda name: shown.update(measured, advance=1, description=name),
+                on_lesson=learnt,
             )
         except KeyboardInterrupt:
             without = " without --overwrite" if overwrite else ""

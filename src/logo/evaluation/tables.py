@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from logo.evaluation.intervals import Interval  # imports numpy
 
-Value = int | float | str | None
 Emphasis = Literal["", "bold", "dotted", "faint"]
 
 _LATEX = {
@@ -51,10 +50,8 @@ class Cell:
         emphasis: bold, dotted (underlined in LaTeX), or faint.
         notes: small print after the number.
         repeats: the row above has the same text, so it is shown only to machines and screen readers.
-        run: the index of the run that this names; a page shows its colour and shape.
         dataset: this names a dataset, and a page links to its instances.
         title: tooltip on a page.
-        value: the number or text for machines, with all digits; `bounds`: likewise of the interval.
     """
 
     text: str
@@ -62,11 +59,8 @@ class Cell:
     emphasis: Emphasis = ""
     notes: tuple[str, ...] = ()
     repeats: bool = False
-    run: int | None = None
     dataset: bool = False
     title: str = ""
-    value: Value = None
-    bounds: tuple[float, float] | None = None
 
     @property
     def interval(self) -> str:
@@ -84,7 +78,6 @@ class Column:
         numeric: aligned to the right.
         interval: heading of a separate column for the intervals, if there is room for one.
         wraps: long texts are wrapped.
-        run: the index of the run of this column; a page shows its colour and shape.
     """
 
     name: str
@@ -92,7 +85,6 @@ class Column:
     numeric: bool = True
     interval: str = ""
     wraps: bool = False
-    run: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +137,7 @@ def numbers(*names: str) -> tuple[Column, ...]:
 
 def row(*cells: object, section: str = "") -> Row:
     """A row of cells; other values become cells with their text, and None stays None, which means unknown."""
-    return Row(tuple(cell if cell is None or isinstance(cell, Cell) else _plain_cell(cell) for cell in cells), section)
+    return Row(tuple(cell if cell is None or isinstance(cell, Cell) else Cell(str(cell)) for cell in cells), section)
 
 
 def number(
@@ -158,13 +150,8 @@ def number(
     notes: Sequence[str] = (),
 ) -> Cell:
     """A number, multiplied by `scale`, with its interval, both in one format."""
-    bounds = None if interval is None else (interval[0], interval[1])
-    ends = None if bounds is None else (_shown(scale * bounds[0], form), _shown(scale * bounds[1], form))
-    return Cell(_shown(scale * value, form), ends, emphasis, tuple(notes), value=value, bounds=bounds)
-
-
-def _plain_cell(value: object) -> Cell:
-    return Cell(str(value), value=value if isinstance(value, (int, float)) else str(value))
+    ends = None if interval is None else (_shown(scale * interval[0], form), _shown(scale * interval[1], form))
+    return Cell(_shown(scale * value, form), ends, emphasis, tuple(notes))
 
 
 def _shown(value: float, form: str) -> str:

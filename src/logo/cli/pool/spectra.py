@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,9 @@ from rich.text import Text
 
 from logo.adapters.format import Adapter
 from logo.adapters.upkeep.card import short_ranks
-from logo.cli.output import note, out, plain_table
+from logo.cli.output import out, plain_table
 from logo.cli.pool.common import steps, targets
 from logo.errors import listed
-from logo.folders import replace_file
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,8 +16,6 @@ from logo import __version__
 from logo.evaluation.report import tables
 from logo.evaluation.report.analysis import Analysis
 from logo.evaluation.report.payload import blocks
-from logo.evaluation.report.pictures import differences, scores, time
-from logo.evaluation.report.scene import Dot, series
 from logo.evaluation.tables import counted
 from logo.extras import need
 
@@ -58,7 +56,6 @@ def page(analysis: Analysis, title: str | None = None) -> str:
         blocks=blocks(analysis),
         sections=sections,
         best=best[0] if best else None,
-        scenes={"scores": scores(analysis), "differences": differences(analysis), "time": time(analysis)},
         tables=tables,
     )
 
@@ -81,7 +78,7 @@ def environment() -> Environment:
         undefined=StrictUndefined,
         finalize=_shown,
     )
-    found.globals.update(counted=counted, spaced=tables.spaced, point=_point)
+    found.globals.update(counted=counted, spaced=tables.spaced)
     return found
 
 
@@ -100,11 +97,6 @@ def _shown(value: object) -> object:
     if isinstance(value, float):
         return f"{round(value, 2) + 0.0:.2f}".rstrip("0").rstrip(".")  # + 0.0: no negative zero
     return _FORBIDDEN.sub("\ufffd", value) if type(value) is str else value
-
-
-def _point(run: int) -> Dot:
-    """The point that is drawn beside a run's name."""
-    return Dot(6, 6, 4, *series(run))
 
 
 def _asset(name: str) -> str:

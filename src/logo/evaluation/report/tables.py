@@ -197,10 +197,9 @@ def spaced(count: int) -> str:
 
 
 def _names(analysis: Analysis) -> list[Cell]:
-    """The runs' labels, beside which a page shows their points in the pictures."""
-    folders = [run.folder.resolve().name for run in analysis.runs]
-    both = zip(analysis.labels, folders, strict=True)
-    return [Cell(label, run=place, title=folder) for place, (label, folder) in enumerate(both)]
+    """The runs' labels, with their folders."""
+    both = zip(analysis.labels, analysis.runs, strict=True)
+    return [Cell(label, title=run.folder.resolve().name) for label, run in both]
 
 
 def _legend(analysis: Analysis, weak: str) -> str:
@@ -209,7 +208,7 @@ def _legend(analysis: Analysis, weak: str) -> str:
 
 
 def _by_run(analysis: Analysis, *, numeric: bool = True) -> list[Column]:
-    return [Column(label, numeric=numeric, run=place) for place, label in enumerate(analysis.labels)]
+    return [Column(label, numeric=numeric) for label in analysis.labels]
 
 
 def _by_dataset(analysis: Analysis, lines: Sequence[Line], title: str, note: str) -> Table:
