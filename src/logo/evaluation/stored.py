@@ -352,6 +352,4 @@ def _numbers(content: Mapping[str, Any]) -> dict[str, float]:
 def _intervals(content: Mapping[str, Any]) -> dict[str, Interval]:
     """The valid intervals."""
     pairs = {name: pair for name, pair in content.items() if isinstance(pair, list) and len(pair) == 2}
-    return {
-        str(name): Interval(float(a), float(b)) for name, (a, b) in pairs.items() if _number(a) and _number(b)
-    }
+    return {str(name): Interval(float(a), float(b)) for name, (a, b) in pairs.items() if _number(a) and _number(b)}

@@ -78,9 +78,8 @@ def find_local(declaration: Declaration, folder: Path, splits: Sequence[str]) ->
         if any(names.values()) and problem is None:
             there = next(split for split, found in names.items() if found)
             lacking = next(split for split, found in names.items() if not found)
-            problem = (
-                f"{root} has {names[there][0]} ({there}), but no file {_shown(files[lacking])} ({lacking})"
-                + ("; --train-limit 0 does without" if lacking == "train" else "")
+            problem = f"{root} has {names[there][0]} ({there}), but no file {_shown(files[lacking])} ({lacking})" + (
+                "; --train-limit 0 does without" if lacking == "train" else ""
             )
     problem = problem or f"{folder} has no file {_shown(files['test'])}; expected one of these in it"
     raise DataError(f"dataset {declaration.name!r}: {problem}")
