@@ -23,18 +23,12 @@ from logo import LoGo
 from logo.baselines import Answering, Method, Task, get_method, methods
 from logo.baselines.learned import labelled, minimise, objective
 from logo.cli.methods import DEFAULT_EMBEDDING, MethodOptions, make_method
-from logo.cli.run import run
-from logo.errors import DataError, HubError, LoGoError, MissingLibrary, ModelError, PoolError, UsageError
-from logo.mixing import Merge
+from logo.errors import DataError, HubError, LoGoError, MissingLibrary, ModelError, UsageError
 from logo.scoring import Scored
 from test_engine import PROMPTS, engine, hooks, write_adapter
-from tolerances import SCORES, WEIGHTS, same_scores, same_selection, same_tensor, same_weights
+from tolerances import same_scores, same_selection, same_tensor, same_weights
 
-ROUTED = ("arrow", "spectr", "seqr")
-ALL = (
-    *("logo", "base", "uniform", "random", "oracle", "best-single", "lorahub", "loraretriever", "adaptersoup"),
-    *("lorauter", *ROUTED),
-)
+ALL = ("logo", "base", "uniform", "random", "oracle", "best-single", "lorahub", "loraretriever")
 SAMPLES = {f"t{i}": tuple(f"w{10 * i + j} w{20 + i}" for j in range(3, 6)) for i in range(4)}
 SHORT: dict[str, dict[str, Any]] = {
     "lorahub": {"k": 3, "budget": 6, "rows": 2},
@@ -51,7 +45,6 @@ class Row:
 
 TRAIN = tuple(Row(f"w{i} w{i + 1}", ("w50", "w51") if i % 2 else "w50 w51") for i in range(3, 9))
 TASK = Task("main.t2", PROMPTS, TRAIN)
-VALIDATION = {f"v{i}": TRAIN[i : i + 3] for i in range(4)}
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +96,8 @@ def heldout(name: str) -> list[Row]:
 
 
 def made(name: str, sentences: str = "", **options: Any) -> Method:
-    if name in ("loraretriever", "adaptersoup"):
+    if name == "loraretriever":
         options = {"samples": SAMPLES, "embedding_model": sentences, **options}
-    if name == "lorauter":
-        options = {"validation": VALIDATION, "embedding_model": sentences, **options}
     return get_method(name, **{**SHORT.get(name, {}), **options})
 
 
@@ -141,29 +132,14 @@ def test_every_method(name: str, tiny_logo: LoGo, sentences: str) -> None:
         if method.picks is not None:
             assert len(selection.adapters) <= method.picks
     answers = first.generate(PROMPTS, max_new_tokens=4, batch_size=2)
-    assert logo.merge == method.merging
     for prompt, selection, answer in zip(PROMPTS, selections, answers, strict=True):
         same_selection(answer.selection, selection)
         assert set(answer.seconds) == {"probe", "generate"}
         assert answer.token_ids == logo.generate(prompt, adapters=selection, max_new_tokens=4).token_ids
-    logo.merge = "mixture"
     assert logo.score("w3", "w4", [{}]) == before
     assert hooks(logo.model) == there
     json.dumps([first.record, method.as_dict()])
     assert method.as_dict()["method"] == name
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_any_merge_goes_with_any_method(name: str, tiny_logo: LoGo, sentences: str) -> None:
-    if name in ROUTED:
-        with pytest.raises(UsageError, match=rf"method '{name}' routes .* leave out merge 'ties'"):
-            made(name, merge="ties")
-        return
-    method = made(name, sentences, merge="dare", density=0.3, seed=4)
-    assert method.merging == Merge("dare_linear", 0.3, seed=4)
-    assert len(Answering(tiny_logo, method, TASK).generate(PROMPTS[:1], max_new_tokens=1, batch_size=1)) == 1
-    own = "fusion" if name in ("lorahub", "adaptersoup") else "mixture"
-    assert made(name, sentences).merging.kind == own
 
 
 @pytest.mark.parametrize(
@@ -174,11 +150,8 @@ def test_any_merge_goes_with_any_method(name: str, tiny_logo: LoGo, sentences: s
         ("lorahub", {"budget": 0}, "lorahub budget: expected 1 or more, found 0"),
         ("best-single", {"rows": 0}, "train rows: expected 1 or more"),
         ("random", {"k": 0}, "k: expected 1 or more"),
-        ("adaptersoup", {"k": -1}, "k: expected 1 or more, found -1"),
-        ("loraretriever", {"variant": "best"}, "variant: expected 'mixture', 'fusion' or 'selection', found 'best'"),
-        ("loraretriever", {"variant": "fusion", "merge": "linear"}, "by the merge 'fusion', found merge 'linear'"),
-        ("loraretriever", {"variant": "selection", "merge": "ties"}, "by the merge 'mixture', found merge 'ties'"),
-        ("uniform", {"merge": "mean"}, "unknown merge 'mean'"),
+        ("loraretriever", {"k": -1}, "k: expected 1 or more, found -1"),
+        ("loraretriever", {"variant": "fusion"}, "variant: expected 'mixture' or 'selection', found 'fusion'"),
     ],
 )
 def test_what_cannot_be_is_refused(name: str, options: dict[str, Any], message: str) -> None:
@@ -192,9 +165,8 @@ def test_what_cannot_be_is_refused(name: str, options: dict[str, Any], message: 
 def test_the_bounds(tiny_logo: LoGo) -> None:
     [base] = Answering(tiny_logo, made("base"), TASK).select(PROMPTS[:1])
     assert base.mixture == {}
-    for name in ("uniform", *ROUTED):
-        [whole] = Answering(tiny_logo, made(name), TASK).select(PROMPTS[:1])
-        assert whole.mixture == dict.fromkeys(tiny_logo.names, 0.25)
+    [whole] = Answering(tiny_logo, made("uniform"), TASK).select(PROMPTS[:1])
+    assert whole.mixture == dict.fromkeys(tiny_logo.names, 0.25)
     [own] = Answering(tiny_logo, made("logo"), TASK).select(PROMPTS[:1])
     assert own == tiny_logo.select(PROMPTS[0]) and own.scores
 
@@ -280,7 +252,6 @@ def test_lorahub_finds_weights_that_answer(demo: LoGo) -> None:
     rows = heldout("antonym")
     task = Task("demo.antonym", train=rows[8:])
     found = Answering(demo, get_method("lorahub", k=16, seed=1), task)
-    assert demo.merge.kind == "fusion"
     weights = found.record["weights"]
     assert list(weights) == list(demo.names) and max(weights, key=lambda name: weights[name]) == "antonym"
     assert all(abs(weight) <= 1.5 for weight in weights.values())
@@ -289,7 +260,6 @@ def test_lorahub_finds_weights_that_answer(demo: LoGo) -> None:
     answers = found.generate([row.context for row in rows[:8]], max_new_tokens=8, batch_size=8)
     right = sum(answer.text.strip() == row.completion for answer, row in zip(answers, rows[:8], strict=True))
     assert right >= 5
-    demo.merge = "mixture"
 
 
 @pytest.mark.slow
@@ -316,9 +286,7 @@ def test_lorahub_repeats_itself_by_its_seed(tiny_logo: LoGo) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("size", "budget"), [(2, 200), pytest.param(3, 200, marks=pytest.mark.long), (4, 200), (16, 200)]
-)
+@pytest.mark.parametrize(("size", "budget"), [(2, 200), (4, 200), (16, 200)])
 def test_minimise(size: int, budget: int) -> None:
     """Sizes for which nevergrad takes a meta-model, another with CMA in it, and Cobyla, which answers by default."""
     target = [0.9, -0.4, 0.1, -1.2] * 4
@@ -356,12 +324,11 @@ def vectors(sentences: str, texts: Sequence[str], instruction: str = "") -> torc
 
 
 @pytest.mark.parametrize("instruction", ["", "w88 w89 "])
-@pytest.mark.parametrize(
-    ("variant", "k", "kind"), [("mixture", 3, "mixture"), ("fusion", 2, "fusion"), ("selection", 3, "mixture")]
-)
-def test_loraretriever(variant: Any, k: int, kind: str, instruction: str, tiny_logo: LoGo, sentences: str) -> None:
+@pytest.mark.parametrize("variant", ["mixture", "selection"])
+def test_loraretriever(variant: Any, instruction: str, tiny_logo: LoGo, sentences: str) -> None:
+    k = 3
     method = made("loraretriever", sentences, variant=variant, k=k, instruction=instruction)
-    assert method.merging.kind == kind and method.needs == {"samples"}
+    assert method.needs == {"samples"}
     selections = Answering(tiny_logo, method, Task("main.x")).select(PROMPTS)
     means = torch.stack([vectors(sentences, SAMPLES[name], instruction).mean(dim=0) for name in tiny_logo.names])
     for prompt, selection in zip(PROMPTS, selections, strict=True):
@@ -374,80 +341,16 @@ def test_loraretriever(variant: Any, k: int, kind: str, instruction: str, tiny_l
     assert len({selection.adapters for selection in selections}) > 1
 
 
-def test_adaptersoup_has_one_set_for_all(tiny_logo: LoGo, sentences: str) -> None:
-    method = made("adaptersoup", sentences, k=2)
-    select = method.prepare(tiny_logo, TASK).select
-    selections = select(PROMPTS, 8)
-    assert len(set(map(repr, selections))) == 1 and select(["w77"], 1)[0] == selections[0]
-    mean = vectors(sentences, PROMPTS).mean(dim=0)
-    for name, score in selections[0].scores.items():
-        own = vectors(sentences, SAMPLES[name]).mean(dim=0)
-        assert score == same_scores(float(mean @ own / mean.norm() / own.norm()))
-    assert list(selections[0].adapters) == sorted(selections[0].scores, key=lambda n: -selections[0].scores[n])[:2]
-    with pytest.raises(DataError, match=r"dataset 'main.x' has no prompts"):
-        method.prepare(tiny_logo, Task("main.x"))
-    assert made("adaptersoup", sentences, k=9).prepare(tiny_logo, TASK).select(["w3"], 1)[0].weights == (0.25,) * 4
-
-
-def test_lorauter_asks_the_nearest_tasks_for_their_best(tiny_logo: LoGo, sentences: str) -> None:
-    """By its definition, one row and adapter at a time."""
-    method = made("lorauter", sentences, k=2, rows=2, temperature=0.1)
-    prepared = method.prepare(tiny_logo, Task("main.x"))
-    best = {}
-    for task, rows in VALIDATION.items():
-        tried = {
-            name: [tiny_logo.score(row.context, gold_of(row), [{name: 1.0}])[0] for row in rows[:2]]
-            for name in tiny_logo.names
-        }
-        best[task] = min(tried, key=lambda n: (-sum(s.exact_match for s in tried[n]), sum(s.nll for s in tried[n])))
-        found = prepared.record["tasks"][task]
-        assert found["adapter"] == best[task] and found["rows"] == 2
-        assert found["nll"] == same_scores(sum(s.nll for s in tried[best[task]]) / 2)
-    means = {
-        task: vectors(sentences, [row.context for row in rows[:2]]).mean(dim=0) for task, rows in VALIDATION.items()
-    }
-    for prompt, selection in zip(PROMPTS, prepared.select(PROMPTS, 8), strict=True):
-        [own] = vectors(sentences, [prompt])
-        near = {task: float(torch.nn.functional.cosine_similarity(own, mean, dim=0)) for task, mean in means.items()}
-        first = sorted(near, key=lambda task: -near[task])[:2]
-        shares = (torch.tensor([near[task] for task in first]) / 0.1).softmax(0).tolist()
-        expected: dict[str, float] = {}
-        for task, share in zip(first, shares, strict=True):
-            expected[best[task]] = expected.get(best[task], 0.0) + share
-        assert {name: selection.mixture.get(name) for name in expected} == pytest.approx(expected, rel=1e-3)
-        assert set(selection.mixture) == set(expected)
-
-
-def test_lorauter_tries_nothing_twice(tiny_logo: LoGo, sentences: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    method = made("lorauter", sentences, rows=1)
-    tables = {task: method.tried(tiny_logo, task) for task in VALIDATION}
-    first = method.prepare(tiny_logo, TASK).record
-    fewer = {task: {name: found for name, found in table.items() if name != "t0"} for task, table in tables.items()}
-    assert method.knowing(fewer).prepare(tiny_logo, TASK).record == first  # tables of a smaller pool are not enough
-    monkeypatch.setattr(tiny_logo, "score", None)
-    assert method.prepare(tiny_logo, Task("main.other")).record == first  # the same process
-    embedding_only = method.knowing(json.loads(json.dumps(tables)))
-    monkeypatch.setattr("logo.baselines.lorauter._TRIED", None)
-    assert embedding_only.prepare(tiny_logo, TASK).record == first  # and another one
-    assert embedding_only.as_dict() == method.as_dict() and embedding_only == method
-    with pytest.raises(DataError, match=r"'lorauter' needs labelled rows of tasks, found none"):
-        get_method("lorauter").prepare(tiny_logo, TASK)
-    for option, message in (("temperature", "expected a number above 0"), ("rows", "validation rows: expected 1")):
-        with pytest.raises(UsageError, match=message):
-            get_method("lorauter", **{option: 0})
-
-
 @pytest.mark.parametrize("name", [name for name in ALL if name not in ("base", "oracle")])
 def test_some_adapters_are_like_a_pool_of_them(name: str, tiny_logo: LoGo, sentences: str) -> None:
     """A task that says whom to choose among, against an engine that has nobody else."""
     among = tuple(one for one in tiny_logo.names if one != "t2")
     smaller = LoGo(tiny_logo.model, tiny_logo.tokenizer, tiny_logo.pool.subset(among), settings=tiny_logo.settings)
-    options = {"samples": {one: SAMPLES[one] for one in among}} if name in ("loraretriever", "adaptersoup") else {}
+    options = {"samples": {one: SAMPLES[one] for one in among}} if name == "loraretriever" else {}
     here = Answering(tiny_logo, made(name, sentences), Task("main.t2", PROMPTS, TRAIN, among=among)).select(PROMPTS)
     there = Answering(smaller, made(name, sentences, **options), Task("main.t2", PROMPTS, TRAIN)).select(PROMPTS)
     for one, other in zip(here, there, strict=True):
         assert "t2" not in one.mixture and one.adapters == other.adapters and one.weights == same_weights(other.weights)
-    tiny_logo.merge = "mixture"
 
 
 @pytest.fixture(scope="module")
@@ -514,11 +417,10 @@ def test_lora_retrievers_own_model_is_an_instructor(instructor: Path, monkeypatc
     embedding._load.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["loraretriever", "adaptersoup"])
-def test_samples_are_needed_for_every_adapter(name: str, tiny_logo: LoGo, sentences: str) -> None:
+def test_samples_are_needed_for_every_adapter(tiny_logo: LoGo, sentences: str) -> None:
     few = {key: SAMPLES[key] for key in ("t0", "t3")} | {"t2": ()}
     with pytest.raises(DataError, match=r"found none for t1, t2: expected .*--adapter-samples DIR"):
-        made(name, sentences, samples=few).prepare(tiny_logo, TASK)
+        made("loraretriever", sentences, samples=few).prepare(tiny_logo, TASK)
 
 
 def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, demo: LoGo) -> None:
@@ -544,11 +446,6 @@ def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tm
         get_method("lorahub").prepare(demo, Task("demo.antonym", train=heldout("antonym")))
 
 
-def test_a_selection_for_another_pool_is_refused(tiny_logo: LoGo) -> None:
-    with pytest.raises(PoolError):
-        tiny_logo.generate("w3", adapters={"t9": 1.0})
-
-
 # -- from the command line --------------------------------------------------------------------------------------
 
 
@@ -560,46 +457,29 @@ def test_options_become_a_method(tmp_path: Path) -> None:
     assert made == get_method("logo", seed=3)  # its k is the engine's
     assert make_method(MethodOptions("random"), k=7) == get_method("random", k=7)
     assert make_method(MethodOptions("random")) == get_method("random", k=20)
-    options = MethodOptions("lorahub", "ties", 0.2, "frequency", shots=3, lorahub_budget=9)
-    expected = {"merge": "ties", "density": 0.2, "majority_sign": "frequency", "rows": 3, "budget": 9, "seed": 2}
-    assert make_method(options, seed=2) == get_method("lorahub", **expected)
-    options = MethodOptions("arrow", arrow_top_k=2, arrow_temperature=0.5)
-    assert make_method(options).merging == Merge("arrow", arrow_top_k=2, arrow_temperature=0.5)
+    options = MethodOptions("lorahub", shots=3, lorahub_budget=9)
+    assert make_method(options, seed=2) == get_method("lorahub", rows=3, budget=9, seed=2)
     options = MethodOptions(
-        "loraretriever", retriever_variant="fusion", adapter_samples=tmp_path, samples_per_adapter=2
+        "loraretriever", retriever_variant="selection", adapter_samples=tmp_path, samples_per_adapter=2
     )
     retriever: Any = make_method(options, k=4)
     assert retriever.samples == {name: texts[:2] for name, texts in SAMPLES.items()}
     held: Any = {"t0": [Row("w3", "w4"), Row("w4", "w5"), Row("w5", "w6")]}
     held_out: Any = make_method(replace(options, adapter_samples=None), held=held)
     assert held_out.samples == {"t0": ("w3", "w4")}
-    assert (retriever.k, retriever.merging.kind, retriever.embedding_model) == (4, "fusion", DEFAULT_EMBEDDING)
+    assert (retriever.k, retriever.variant, retriever.embedding_model) == (4, "selection", DEFAULT_EMBEDDING)
     (tmp_path / "t3.jsonl").write_text('{"context": "another", "completion": "x"}')
     told = retriever.as_dict()["samples"]
     assert told["adapters"] == 4 and told != make_method(options, k=4).as_dict()["samples"]
-    assert (retriever.label, make_method(MethodOptions("random")).label) == ("loraretriever-fusion", "random")
-    with pytest.raises(UsageError, match=r"--method adaptersoup .* expected --adapter-samples DIR"):
-        make_method(MethodOptions("adaptersoup"))
+    with pytest.raises(UsageError, match=r"--method loraretriever .* expected --adapter-samples DIR"):
+        make_method(MethodOptions("loraretriever"))
     with pytest.raises(DataError, match=r"expected a folder with NAME.jsonl files"):
-        make_method(MethodOptions("adaptersoup", adapter_samples=tmp_path / "none"))
+        make_method(MethodOptions("loraretriever", adapter_samples=tmp_path / "none"))
     with pytest.raises(UsageError, match=r"unknown method 'oracel' .did you mean 'oracle'"):
         make_method(MethodOptions("oracel"))
 
 
 def test_defaults_are_those_of_the_methods() -> None:
     assert embedding.DEFAULT_MODEL == DEFAULT_EMBEDDING
-    bare = MethodOptions()
-    assert (bare.merge_density, bare.arrow_top_k, bare.arrow_temperature) == (0.5, 3, 1.0)
-    for name in ("logo", "lorahub", "best-single", "arrow", "oracle", "uniform", "base"):
+    for name in ("logo", "lorahub", "best-single", "oracle", "uniform", "base"):
         assert make_method(MethodOptions(name)) == get_method(name)
-
-
-@pytest.mark.slow
-def test_the_bench_compares_with_peft(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["bench", "merges", "--json"]) == 0
-    rows = {row["kind"]: row for row in json.loads(capsys.readouterr().out)}
-    assert list(rows) == ["mixture", "fusion", "linear", "ties", "dare_linear", "dare_ties", "arrow"]
-    for kind, row in rows.items():
-        assert row["difference"] < SCORES * (1 + row["logit"]), f"{kind}: {row['difference']:.2e}"
-    assert rows["mixture"]["from_exact"] < WEIGHTS
-    assert all(row["from_exact"] > 0.1 for kind, row in rows.items() if kind not in ("mixture", "arrow"))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from raw_sources import write_hub, write_raw
 
 from answering import load_rows
 from hub_server import GOOD_TOKEN, Commit, HubServer, Repo
@@ -19,7 +20,6 @@ from logo.cli.run import run
 from logo.evaluation.datasets import OFFICIAL, dataset_file
 from logo.evaluation.sources.loading import packaged
 from logo.evaluation.sources.manifest import NAME, read_manifest
-from raw_sources import write_hub, write_raw
 from tolerances import PATIENCE
 from warm import python
 

@@ -21,7 +21,8 @@ from logo.errors import DataError
 from logo.evaluation.comparison import compare
 from logo.evaluation.jobs import declared_metric
 from logo.evaluation.metrics import KINDS, measure, measures, official_kind, recorded_kind
-from logo.evaluation.runs import read_run
+from logo.evaluation.report import analyse, summary
+from logo.evaluation.runs import read_run, read_runs
 from logo.pools import officially_named
 from test_engine import engine, tokenizer
 
@@ -37,31 +38,6 @@ def write_rows(folder: Path, **tasks: list[dict[str, Any]]) -> Path:
 
 def record(folder: Path, name: str = "run.json") -> Any:
     return json.loads((folder / name).read_text())
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["evaluate", "--dataset", "antonym"],
-        ["eval", "study", "--save", "study.json"],
-        ["eval", "sweep", "--dataset", "antonym", "--grid", "k=1,2", "-o", "sweep"],
-    ],
-    ids=lambda command: command[0],
-)
-def test_results_must_not_depend_on_the_order_of_rows(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A baseline that learns from rows is refused before anything is opened."""
-    monkeypatch.chdir(tmp_path)
-    rows = write_rows(tmp_path / "rows", antonym=heldout()["antonym"][:2])
-    asked = [*command, *DEMO, "--rows", str(rows), "--signal", "calibrated", "--reference", "running"]
-    assert run(asked) == 2
-    [line] = capsys.readouterr().err.strip().splitlines()
-    assert (
-        line.startswith("logo: error: baseline 'running' (--reference) is for servers, since")
-        and "use 'neutral'" in line
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
 
 
 # -- training rows --------------------------------------------------------------------------------------------------
@@ -124,18 +100,27 @@ def test_any_metric_for_any_dataset(kind: str, beside: bool, tmp_path: Path) -> 
     assert {compared.metric for compared in compare(done, done).datasets} == MEASURED[kind]
 
 
-def test_the_metric_of_the_command_comes_before_that_of_the_rows(tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows", mine=heldout()["antonym"][:2])
-    (tmp_path / "rows" / "mine.yaml").write_text("metric: bleu")
-    assert record(evaluated(tmp_path, "--metric", "rouge"))["metric"] == "rouge"
-
-
 def test_runs_of_different_metrics_are_not_compared(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows", mine=heldout()["antonym"][:2])
     one = evaluated(tmp_path, folder="one").parent
     other = evaluated(tmp_path, "--metric", "bleu", folder="other").parent
     with pytest.raises(DataError, match=r"dataset 'mine': expected one metric in both runs, found em in .* and bleu"):
         compare(read_run(one), read_run(other))
+
+
+def test_the_answers_of_a_finished_run_are_judged_by_another_metric(tmp_path: Path) -> None:
+    """Without a model, and as a run with that metric would have judged them."""
+    write_rows(tmp_path / "rows", mine=heldout()["antonym"][:3])
+    (tmp_path / "rows" / "mine.yaml").write_text("metric: bleu")
+    one, other = evaluated(tmp_path, folder="one"), evaluated(tmp_path, "--metric", "rouge", folder="other")
+    told = []
+    for folder, more in ((one, ["--metric", "rouge"]), (other, [])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LoGo, "generate", None)
+            assert run(["eval", "report", str(folder), "-o", str(tmp_path / "r.html"), *more]) == 0
+        found = summary(analyse(read_runs([folder], metric=None if folder == other else "rouge")))
+        told.append({(line["dataset"], line["metric"]): line["runs"].popitem()[1] for line in found["datasets"]})
+    assert told[0] == told[1] and set(told[0]) == {("mine", name) for name in MEASURED["rouge"]}
 
 
 @pytest.mark.parametrize(
@@ -213,20 +198,6 @@ def test_every_command_takes_as_many_adapters_as_suit_the_demos_pool(
     assert folder.parent.name == "demo_selection_norm_n_3_seed_0"
     assert {len(names) for names in record(folder, "selected_loras.json")} == {3}
     assert record(folder)["options"]["k"] == 3
-    swept = [
-        "eval",
-        "sweep",
-        *DEMO,
-        "--rows",
-        str(tmp_path / "rows"),
-        "--max-new-tokens",
-        "1",
-        "-o",
-        str(tmp_path / "sweep"),
-    ]
-    assert run([*swept, "--grid", "signal=norm,norm_z"]) == 0
-    found = [record(file.parent, "selected_loras.json") for file in (tmp_path / "sweep").rglob("run.json")]
-    assert len(found) == 2 and {len(names) for rows in found for names in rows} == {3}
     official = evaluated(tmp_path, "--preset", "official", folder="official")
     assert official.parent.name == "demo_selection_norm_n_20_seed_0"
     assert {len(names) for names in record(official, "selected_loras.json")} == {16}
@@ -241,15 +212,6 @@ def test_another_pool_is_asked_for_twenty_or_all_it_has(llama: nn.Module, adapte
     for asked, found in ((None, 2), (4, 4)):
         settings = SelectionSettings(signal="norm", k=asked, unscorable="skip")
         assert LoGo(llama, tokenizer(), few.subset("tasks/*"), settings=settings).k == found
-
-
-def test_a_pool_that_grows_is_asked_for_more(llama: nn.Module, adapters: Path) -> None:
-    pool = AdapterPool.from_directory(adapters).subset("tasks/t[12]")
-    logo = LoGo(llama, tokenizer(), pool, settings=SelectionSettings(signal="norm", unscorable="skip"))
-    assert logo.k == len(logo.select("w3 w4").adapters) == 2
-    for number in (0, 3):
-        pool.add(adapters / "tasks" / f"t{number}", f"t{number}")
-    assert logo.k == len(logo.select("w3 w4").adapters) == 4
 
 
 # -- the official layout --------------------------------------------------------------------------------------------
@@ -313,20 +275,3 @@ def test_other_pools_keep_their_names_under_the_preset(official_layout: Path) ->
         assert officially_named(pool, base, adapters).names == tuple(
             f"Llama-3.1-8B-loras-flanv2/{name}" for name in pool.names
         )
-
-
-def test_one_row_is_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = write_rows(tmp_path / "rows", antonym=heldout()["antonym"][:1])
-    command = [
-        "eval",
-        "run",
-        *DEMO,
-        "--rows",
-        str(rows),
-        "--max-new-tokens",
-        "1",
-        "--result-dir",
-        str(tmp_path / "out"),
-    ]
-    assert run(command) == 0
-    assert capsys.readouterr().err.rstrip().endswith("· 1 row")

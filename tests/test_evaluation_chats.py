@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from logo.baselines.lorauter import LoRAuter
 
 from logo import LoGo
 from logo.baselines.fixed import Oracle, OwnSelector, Random
 from logo.baselines.learned import LoraHub, each_alone
-from logo.baselines.lorauter import LoRAuter
 from logo.baselines.method import Answering, Task
 from logo.cli.run import run
 from logo.completions import encoded

@@ -12,9 +12,8 @@ from torch import nn
 from logo.baselines import get_method
 from logo.cli.contests import contest_of
 from logo.errors import DataError, UsageError
-from logo.evaluation.jobs import find_jobs, train_rows
+from logo.evaluation.jobs import find_jobs
 from logo.evaluation.session import Session
-from logo.evaluation.shards import Shard
 from logo.evaluation.study import Task
 from logo.rows import Row, file_sha256
 from test_engine import engine
@@ -36,7 +35,7 @@ def test_jobs_of_a_data_folder(tmp_path: Path) -> None:
     job = jobs[0]
     assert job.folder == tmp_path / "run" / "bbh.boolean_expressions"
     assert (job.file, job.sha256) == (DATA / "bbh/boolean_expressions/test.jsonl", file_sha256(job.file))
-    assert len(job.rows) == 3 and job.places == (0, 1, 2)
+    assert len(job.rows) == 3
 
 
 def test_jobs_of_a_flat_folder(tmp_path: Path) -> None:
@@ -60,41 +59,29 @@ def test_training_rows(tmp_path: Path) -> None:
     put(tmp_path / "train/x.jsonl", "3", "4")
     [job], _ = find_jobs(tmp_path, data_dir=tmp_path / "data")
     with pytest.raises(DataError, match=r"needs training rows, expected the file .*train\.jsonl, found none"):
-        train_rows(job)
+        _ = job.train
     put(tmp_path / "data/mine/x/train.jsonl", "2")
-    assert train_rows(job) == [Row("q0", "2")]
+    assert job.train == (Row("q0", "2"),)
     [job], _ = find_jobs(tmp_path, rows=tmp_path / "rows")
     with pytest.raises(UsageError, match=r"a folder that has x\.jsonl with --train-rows"):
-        train_rows(job)
+        _ = job.train
     [job], _ = find_jobs(tmp_path, rows=tmp_path / "rows", train_rows=tmp_path / "train", limit=1)
-    assert train_rows(job) == [Row("q0", "3"), Row("q1", "4")]  # a limit is for what is evaluated
+    assert job.train == (Row("q0", "3"), Row("q1", "4"))  # a limit is for what is evaluated
 
 
-def test_a_shard_of_a_job(tmp_path: Path) -> None:
-    put(tmp_path / "rows/x.jsonl", *"abcdefg")
-    [job], _ = find_jobs(tmp_path / "run", rows=tmp_path / "rows")
-    part = job.cut(Shard(2, 2), 2)
-    assert part.places == (2, 3, 6) and part.rows == job.rows
-    assert part.folder == tmp_path / "run" / "x.shard-2-of-2"
-
-
-@pytest.mark.parametrize("router", [True, False])
 def test_rows_that_choose_adapters_and_are_test_rows_too_are_said(
-    router: bool, tmp_path: Path, llama: nn.Module, adapters: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, llama: nn.Module, adapters: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Validation rows of LoRAuter by a run, and held-out rows of a study too."""
+    """By a run, and by a study of held-out rows."""
     file = put(tmp_path / "rows" / "x.jsonl", "1", "2", "3")
     [job], _ = find_jobs(tmp_path / "run", rows=tmp_path / "rows", train_rows=tmp_path / "rows")
-    name = "lorauter" if router else "best-single"
-    validation = {"validation": {"y": [Row("q1", "2"), Row("q7", "2")], "z": [Row("q2", "3")]}} if router else {}
-    method = get_method(name, **validation)
+    method = get_method("best-single")
     session = Session(engine(llama, adapters, k=2), "M", {}, seed=0, batch_size=1, max_new_tokens=2, method=method)
-    count, kind = ("2 of 3", "validation") if router else ("3 of 3", "training")
-    said = f"{count} {kind} rows are test rows too (they have the same context), and method '{name}' chose by them"
+    said = "3 of 3 training rows are test rows too (they have the same context), and method 'best-single' chose by them"
     with pytest.warns(UserWarning, match=re.escape(f"dataset 'x': {said}")):
         session.plans([job])
-    task, held = Task("x", file, job.rows), {"x": job.rows}
-    contest_of([task], "own", None, {name: method}, None, None, held)
+    task = Task("x", file, job.rows)
+    contest_of([task], "own", None, {"best-single": method}, None, None, {"x": job.rows})
     assert f"logo: warning: task 'x': {said}: the result may be too good" in " ".join(capsys.readouterr().err.split())
-    contest_of([task], "own", None, {name: method}, None, None, {"x": [Row("q9", "1")]})
-    assert capsys.readouterr().err.count("warning") == router
+    contest_of([task], "own", None, {"best-single": method}, None, None, {"x": [Row("q9", "1")]})
+    assert "warning" not in capsys.readouterr().err

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from raw_sources import write_hub, write_raw
 
 from answering import load_rows
 from logo.errors import DataError, MissingLibrary, StorageError
@@ -21,7 +22,6 @@ from logo.evaluation.sources.loading import packaged
 from logo.evaluation.sources.manifest import NAME, add_to_manifest, read_manifest, verify
 from logo.evaluation.sources.places import find_local
 from logo.evaluation.sources.prepare import Request, prepare
-from raw_sources import write_hub, write_raw
 
 BBH = Path(__file__).parent / "data"
 NAMES = list(packaged())

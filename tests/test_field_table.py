@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,25 +19,20 @@ from hypothesis import strategies as st
 from dying import dying
 from logo import LoGo, UsageError
 from logo.baselines import Method, get_method
-from logo.baselines.lorauter import LoRAuter
 from logo.baselines.method import Answering, Prepared
 from logo.baselines.method import Task as MethodTask
 from logo.baselines.registry import register_method
 from logo.calls import Calls
-from logo.cli import pace
-from logo.cli.contests import methods_of
 from logo.cli.field_table import field_table, looks_at
-from logo.cli.methods import MethodOptions
 from logo.cli.run import run
 from logo.demo import heldout
 from logo.evaluation.arms import Arms
-from logo.evaluation.contest import LEFT_OUT, OWN, POOL, UNSEEN, Contest, Lesson
+from logo.evaluation.contest import LEFT_OUT, OWN, UNSEEN, Contest, Lesson
 from logo.evaluation.journal import Journal
 from logo.evaluation.metrics import first_line, measure
 from logo.evaluation.relative import relative
 from logo.evaluation.study import Task, find_tasks, journal_of, study, study_so_far
 from logo.evaluation.summary import Measured
-from logo.rows import Row
 from test_baselines import SAMPLES, sentences  # noqa: F401 - a fixture
 from test_study import Engines, engines, rows, write_rows  # noqa: F401 - fixtures
 from tolerances import same_scores
@@ -47,16 +41,14 @@ NEW = 4  # tokens of an answer
 
 
 @pytest.fixture(scope="module")
-def methods(sentences: str, rows: Path) -> dict[str, Method]:  # noqa: F811
+def methods(sentences: str) -> dict[str, Method]:  # noqa: F811
     samples = {**SAMPLES, "t4": ("w5 w6",)}
     texts = {"embedding_model": sentences, "samples": samples}
-    validation = {task.name: task.rows[:2] for task in find_tasks(rows)}
     return {
         "loraretriever": get_method("loraretriever", k=2, **texts),
-        "adaptersoup": get_method("adaptersoup", merge="mixture", k=2, **texts),
+        "loraretriever/selection": get_method("loraretriever", variant="selection", **texts),
         "best-single": get_method("best-single", rows=2),
-        "lorauter": get_method("lorauter", validation=validation, embedding_model=sentences, k=2, rows=2),
-        **{name: get_method(name) for name in ("arrow", "spectr", "seqr")},
+        "random": get_method("random", k=2),
     }
 
 
@@ -79,13 +71,12 @@ def answered(logo: LoGo, method: Method, task: Task, contest: Contest, kind: str
     """What a method says to a task's rows, asked as `logo evaluate` asks it, and what that is worth."""
     answering = Answering(logo, method, contest.tasks[task.name], stop_at_newline=True)
     made = answering.generate([row.context for row in task.rows], max_new_tokens=NEW, batch_size=3)
-    logo.merge = "mixture"
     texts = [first_line(one.text) for one in made]
     worth = [measure(kind, text, row.completion) for text, row in zip(texts, task.rows, strict=True)]  # type: ignore[arg-type]
     return texts, [one["rouge-L"] if isinstance(one, dict) else one for one in worth]
 
 
-@pytest.mark.parametrize("label", ["loraretriever", "adaptersoup", "best-single", "lorauter", "seqr", "arrow"])
+@pytest.mark.parametrize("label", ["loraretriever", "loraretriever/selection", "best-single", "random"])
 def test_methods_answer_as_they_do_everywhere(
     label: str,
     done: Any,
@@ -107,7 +98,7 @@ def test_methods_answer_as_they_do_everywhere(
         smaller = logo.pool.subset([name for name in logo.names if name != task.name])
         without = LoGo(logo.model, logo.tokenizer, smaller, settings=logo.settings)
         other = method
-        if label in ("loraretriever", "adaptersoup"):
+        if label.startswith("loraretriever"):
             other = replace(method, samples={name: some for name, some in method.samples.items() if name != task.name})  # type: ignore[attr-defined, call-arg]
         texts, _ = answered(without, other, task, contest, kind)
         assert [row.predictions["left_out"]["methods"][label] for row in mine] == texts
@@ -128,17 +119,15 @@ def test_signals_and_mixtures_answer_too(done: Any, engines: Engines, rows: Path
         assert said["mixtures"]["oracle"] == first_line(alone.text)
         others = logo.generate(prompt, candidates=[name for name in logo.names if name != row.task], **options)
         assert row.predictions["left_out"]["signals"]["entropy"] == first_line(others.text)
-    assert engines["norm"].merge.exact
 
 
 def test_what_the_report_has_more(done: Any, methods: dict[str, Method]) -> None:
     report = done.report
     assert list(report["methods"]) == list(report["unseen"]["methods"]) == list(methods)
     assert set(report["seconds"]) == {"loading", "select", "score", "generate"}
-    assert report["settings"]["generate"] == NEW and report["settings"]["methods"]["seqr"]["merge"] == "seqr"
+    assert report["settings"]["generate"] == NEW and report["settings"]["methods"]["random"]["k"] == 2
     lessons = {(one["method"], one["of"], one["about"]) for one in report["learnt"]}
     assert lessons == {
-        *(("lorauter", task, POOL) for task in ("other", "t1", "t3")),
         *(("best-single", task, about) for task in ("t1", "t3") for about in (OWN, LEFT_OUT)),
         ("best-single", "other", OWN),
     }
@@ -334,15 +323,14 @@ def test_nothing_is_learnt_or_answered_twice(
                 tmp_path / "journal",
                 settings={"base_model": "tiny"},
                 contest=contest,
-                on_progress=stop if len(learnt) == 8 else None,
-                on_lesson=stop if len(learnt) < 8 else None,
+                on_progress=stop if len(learnt) == 5 else None,
+                on_lesson=stop if len(learnt) < 5 else None,
             )
             reports.append(found.report)
         except KeyboardInterrupt:
             assert after is not None
-    assert len(learnt) == len(set(learnt)) == 8
-    # One call for each way to merge: the mixture, and three that route.
-    assert sorted(asked) == sorted(row.context for task in tasks for row in task.rows for _ in range(4))
+    assert len(learnt) == len(set(learnt)) == 5
+    assert sorted(asked) == sorted(row.context for task in tasks for row in task.rows)
     [again] = reports
     assert json.dumps(again | {"seconds": 0}) == json.dumps(done.report | {"seconds": 0})
 
@@ -359,7 +347,7 @@ STEPS = """
 
 def study_command(root: Path, out: Path) -> list[str]:
     engine = ["--base-model", "demo", "-k", "3", "--device", "cpu", "--signals", "norm,calibrated", "--generate", "8"]
-    method = ["--method", "logo,lorahub,arrow,uniform", "--lorahub-budget", "5", "--shots", "2"]
+    method = ["--method", "logo,lorahub,random,uniform", "--lorahub-budget", "5", "--shots", "2"]
     return [
         "eval",
         "study",
@@ -419,12 +407,10 @@ def test_the_command(demo_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         "own removed",
         "mean of",
         "2 labelled rows",
-        "weights, token",
     ):
         assert words in said.out
-    assert "lessons: 4 of 4" in said.err and "rows: 4 of 4" in said.err and "left" in said.err
     report = json.loads(out.read_text())
-    assert list(report["methods"]) == ["lorahub", "arrow"] and report["unseen"] is None
+    assert list(report["methods"]) == ["lorahub", "random"] and report["unseen"] is None
     assert report["relative"]["own"]["signals"]["calibrated"]["of_oracle"] > 0.5
 
 
@@ -467,17 +453,11 @@ def test_what_there_is_so_far(
     ("change", "code", "message"),
     [
         (["--method", "lorahup"], 2, "unknown method 'lorahup' (did you mean 'lorahub'?)"),
-        (["--method", "loraretriever/all"], 2, "loraretriever/VARIANT with one of mixture, fusion, selection"),
-        (
-            ["--method", "loraretriever/mixture", "--merge", "linear", "--hold-out", "1"],
-            2,
-            "method 'loraretriever/mixture' merges by 'mixture', found --merge linear: leave out one of the two",
-        ),
-        (["--method", "arrow/3"], 2, "method 'arrow/3': expected a name"),
+        (["--method", "loraretriever/all"], 2, "loraretriever/VARIANT with one of mixture, selection"),
+        (["--method", "random/3"], 2, "method 'random/3': expected a name"),
         (["--method", "lorahub"], 2, "'lorahub' learns from labelled rows: name a folder"),
         (["--method", "lorahub", "--train-rows", "nowhere"], 1, "expected the file nowhere/antonym.jsonl, found none"),
-        (["--method", "lorauter"], 2, "expected --validation-rows DIR"),
-        (["--method", "adaptersoup"], 2, "expected --adapter-samples DIR"),
+        (["--method", "loraretriever"], 2, "expected --adapter-samples DIR"),
         (["--protocol", "own,unsen"], 2, "protocol 'unsen' (did you mean 'unseen'?)"),
         (["--protocol", ","], 2, "protocol: expected one or more"),
         (["--protocol", "unseen"], 2, "expected rows that it asks for, found none: 2 of 2 tasks"),
@@ -503,33 +483,15 @@ def test_what_goes_wrong_is_one_line(
     assert len(errors) == 1 and message in errors[0]
 
 
-def test_a_label_names_a_merge_that_is_not_the_methods_own() -> None:
-    made = methods_of(MethodOptions(method="random,lorahub", merge="fusion"), None, 0, {})
-    assert [(name, one.merging.kind) for name, one in made.items()] == [
-        ("random-fusion", "fusion"),
-        ("lorahub", "fusion"),
-    ]
-    held = {"t0": [Row("w3", "w4")]}
-    options = MethodOptions(method="loraretriever/fusion", merge="fusion")
-    with patch("logo.baselines.retrieval.fetch"):
-        assert list(methods_of(options, None, 0, held)) == ["loraretriever/fusion"]
-
-
 def test_a_row_of_the_table_says_which_encoder_it_was() -> None:
     options = {"embedding_model": "/somewhere/all-MiniLM-L6-v2", "samples": {"t0": ("w3",)}}
     method = get_method("loraretriever", **options).as_dict()
-    assert looks_at("methods", "loraretriever/fusion", method) == (
+    assert looks_at("methods", "loraretriever/selection", method) == (
         "prompt, samples per adapter; encoder all-MiniLM-L6-v2, not its own"
     )
     own = get_method("loraretriever", embedding_model="Styxxxx/lora_retriever").as_dict()
     assert looks_at("methods", "x", own) == "prompt, samples per adapter; encoder lora_retriever"
-    router: Any = get_method("lorauter", validation={"a": ()}, rows=4)
-    assert isinstance(router, LoRAuter)
-    assert looks_at("methods", "lorauter", router.as_dict()).startswith(
-        "prompt, up to 4 labelled rows of each of 1 tasks"
-    )
     assert looks_at("signals", "norm", {}) == "prompt, weights"
-    assert looks_at("methods", "arrow", get_method("arrow").as_dict()) == "weights, token by token"
     assert looks_at("methods", "mine", {"method": "mine"}) == "not known (a plugin)"
     assert looks_at("methods", "mine", {"method": "mine"}, "norm") == "not known (a plugin; signal norm)"
 
@@ -544,24 +506,4 @@ def test_the_caption_speaks_of_intervals_where_there_are_some() -> None:
     assert captions == [
         "In percent, answers of up to 8 tokens.",
         "In percent, answers of up to 8 tokens; 95 % intervals over tasks below.",
-    ]
-
-
-def test_a_line_a_minute_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an earlier process has done comes at once, and says nothing about the rest."""
-    now, said = [0.0], list[str]()
-    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(pace, "note", said.append)
-    told = pace.Pace("rows", 1000)
-    for _ in range(400):
-        told.step()
-    now[0] = 3600.0
-    told.begin()  # an hour of learning
-    for _ in range(5):
-        now[0] += 31.0
-        told.step()
-    assert said == [
-        "rows: 401 of 1000 · 31.0 s each · 5 h 09 min left",
-        "rows: 403 of 1000 · 31.0 s each · 5 h 08 min left",
-        "rows: 405 of 1000 · 31.0 s each · 5 h 07 min left",
     ]

@@ -15,7 +15,7 @@ SRC = Path(__file__).parent.parent / "src" / "logo"
 
 # A part may import itself and the parts of lower layers, which come first. Parts of one layer do not import each other.
 LAYERS = [
-    {"errors"},
+    {"errors", "recorded"},
     {"folders"},
     {"cache"},
     {"hub", "plugins", "extras", "drawing"},

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,15 @@ import tiny
 from logo import LoGo
 from logo.adapters.examples import write_examples
 from logo.backends.vllm.options import affecting_answers
-from logo.cli.run import run
+from logo.baselines import get_method
 from logo.digests import tokenizer_digest, weights_digest
-from logo.errors import DataError, ModelError, UsageError
+from logo.errors import ModelError, UsageError
 from logo.evaluation.differences import differences
-from logo.evaluation.identity import engine_identity, environment, order_dependence, pool_digests
+from logo.evaluation.identity import engine_identity, environment, order_dependence, pool_digests, rows_digest
 from logo.evaluation.jobs import find_jobs
-from logo.evaluation.merging import find_shards, merge
-from logo.evaluation.resume import Plan, ResumePolicy, finish, journal_of, open_journal
+from logo.evaluation.resume import journal_of
 from logo.evaluation.session import Session
-from logo.evaluation.shards import Shard
+from logo.rows import Row
 from logo.selection.reference import SCORES
 from test_engine import engine
 
@@ -66,7 +66,7 @@ def test_sampling_is_seen_wherever_it_is_asked_for(generation: dict[str, Any], s
     assert reason is None or reason.endswith("asks for sampling")
 
 
-def test_a_sampled_run_begins_again_and_cannot_be_cut(tiny_logo: LoGo, tmp_path: Path) -> None:
+def test_a_sampled_run_begins_again(tiny_logo: LoGo, tmp_path: Path) -> None:
     session, jobs = opened(tiny_logo, tmp_path, generation={"do_sample": True, "temperature": 2.0})
     files = session.run(session.plans(jobs)[0])
     again, other = opened(tiny_logo, tmp_path / "again", generation={"do_sample": True, "temperature": 2.0})
@@ -74,8 +74,6 @@ def test_a_sampled_run_begins_again_and_cannot_be_cut(tiny_logo: LoGo, tmp_path:
         again.run(again.plans(other)[0], stop_after(2))
     [plan] = again.plans(other)
     assert plan.fresh and again.run(plan)["predictions.json"] == files["predictions.json"]
-    with pytest.raises(UsageError, match="must not depend on other rows, but an option asks for sampling"):
-        session.plans([jobs[0].cut(Shard(1, 2), 1)])
 
 
 # -- tokenizers -------------------------------------------------------------------------------------------------
@@ -198,16 +196,6 @@ def test_temperatures_are_part_of_the_identity_if_examples_count(
     taught = engine_identity(engine(llama, tmp_path / "pool", signal="calibrated"), "base", {})
     assert {name for name, _, _ in differences(plain, taught)} == {"examples", "settings.temperatures"}
     json.dumps(taught)
-
-
-def test_what_answers_unsure_prompts_is_part_of_the_identity(tiny_logo: LoGo, llama: nn.Module, adapters: Path) -> None:
-    """With any weighting, also the confidence below which they are unsure, which matters to no other engine."""
-    settings = {"signal": "calibrated", "weighting": "softmax"}
-    mixed, alone = (engine(llama, adapters, **settings, when_unsure=when) for when in ("mix", "base"))
-    assert "unsure_below" not in engine_identity(mixed, "base", {})["settings"]
-    other = engine(llama, adapters, **settings, when_unsure="base", unsure_below=0.5)
-    found = differences(engine_identity(alone, "base", {}), engine_identity(other, "base", {}))
-    assert [name for name, _, _ in found] == ["settings.unsure_below"]
 
 
 def test_the_configuration_and_the_end_are_part_of_the_identity(
@@ -340,43 +328,6 @@ def under(monkeypatch: pytest.MonkeyPatch, **changes: str) -> dict[str, str]:
     return other
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"torch": "3.0.0"}, 'torch is "2.13.0", not "3.0.0"'),
-        ({"transformers": "6.0.0"}, 'transformers is "5.24.0", not "6.0.0"'),
-        ({"logo": "0.2.0"}, 'logo is "0.1.0", not "0.2.0"'),
-        ({"device": "NVIDIA H100"}, 'device is "cpu", not "NVIDIA H100"'),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_a_run_goes_on_under_other_versions_only_on_request(
-    change: dict[str, str], said: str, tiny_logo: LoGo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun = under(monkeypatch)
-    session, jobs = opened(tiny_logo, tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        session.run(session.plans(jobs)[0], stop_after(2))
-    before = journal_of(jobs[0].folder).read_bytes()
-    here = under(monkeypatch, **change)
-    session, jobs = opened(tiny_logo, tmp_path)
-    with pytest.raises(UsageError) as caught:
-        session.plans(jobs)
-    message = str(caught.value)
-    assert (
-        f"was begun under other versions or on another kind of device: {said}; continue there, or here with" in message
-    )
-    assert journal_of(jobs[0].folder).read_bytes() == before
-    with pytest.raises(KeyboardInterrupt):  # and stopped once more
-        session.run(session.plans(jobs, ResumePolicy(mix=True))[0], stop_after(4))
-    under(monkeypatch)
-    session, jobs = opened(tiny_logo, tmp_path)
-    [plan] = session.plans(jobs)  # where it was begun nobody needs to ask
-    assert not plan.fresh and session.run(plan)["run.json"]["environments"] == [begun, here]  # type: ignore[index]
-    [plan] = session.plans(jobs)
-    assert plan.done and plan.note  # a part of it was answered elsewhere
-
-
 def test_the_version_that_a_generation_config_names_is_no_part_of_the_identity(tiny_logo: LoGo) -> None:
     one, other = GenerationConfig(temperature=0.5), GenerationConfig(temperature=0.5)
     other.transformers_version = "9.9"
@@ -385,94 +336,51 @@ def test_the_version_that_a_generation_config_names_is_no_part_of_the_identity(t
     assert first != engine_identity(tiny_logo, "M", {"generation_config": GenerationConfig()})
 
 
-def test_killed_after_the_result_was_written(tiny_logo: LoGo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its journal is still there when the versions have changed: the result is done nevertheless."""
-    under(monkeypatch)
-    session, [job] = opened(tiny_logo, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr("logo.evaluation.session.finish", lambda plan: stop_after(1)(1))
-        with pytest.raises(KeyboardInterrupt):
-            session.run(session.plans([job])[0])
-    assert journal_of(job.folder).exists() and (job.folder / "run.json").exists()
-    under(monkeypatch, torch="3.0.0")
-    session, [job] = opened(tiny_logo, tmp_path)
-    [plan] = session.plans([job])
-    assert plan.done and not journal_of(job.folder).exists()
-
-
-def test_nobody_else_may_have_the_journal_while_it_is_removed(
-    tiny_logo: LoGo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    session, [job] = opened(tiny_logo, tmp_path)
-    [plan] = session.plans([job])
-
-    def finishing(plan: Plan) -> None:
-        with pytest.raises(UsageError, match="another process is working on this run"):
-            open_journal(plan)
-        finish(plan)
-
-    monkeypatch.setattr("logo.evaluation.session.finish", finishing)
-    session.run(plan)
-    assert not journal_of(job.folder).exists()
-
-
-def test_a_result_that_appears_meanwhile_is_told_with_the_users_advice(tiny_logo: LoGo, tmp_path: Path) -> None:
-    session, [job] = opened(tiny_logo, tmp_path)
-    [plan] = session.plans([job], ResumePolicy(keep_both="another --output keeps both"))
-
-    def meanwhile(done: int) -> None:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        (job.folder / "eval_results.json").write_text("[1]")
-
-    with pytest.raises(UsageError, match="--overwrite replaces it, another --output keeps both"):
-        session.run(plan, meanwhile)
-
-
 def test_a_finished_result_stays_one_under_other_versions(
     tiny_logo: LoGo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = under(monkeypatch)
     session, jobs = opened(tiny_logo, tmp_path)
     files: Any = session.run(session.plans(jobs)[0])
-    assert files["run.json"]["environments"] == [begun] and session.plans(jobs)[0].note == ""
+    assert files["run.json"]["environment"] == begun and session.plans(jobs)[0].note == ""
     under(monkeypatch, torch="3.0.0", device="NVIDIA H100")
     session, jobs = opened(tiny_logo, tmp_path)
     [plan] = session.plans(jobs)
     assert plan.done and plan.note == "torch 2.13.0 (now 3.0.0), device cpu (now NVIDIA H100)"
-    assert not session.plans(jobs, ResumePolicy(overwrite=True))[0].done
+    assert not session.plans(jobs, overwrite=True)[0].done
 
 
-def test_shards_of_several_environments_are_merged_only_on_request(
-    tiny_logo: LoGo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["torch", "transformers", "logo", "device"])
+def test_a_run_does_not_go_on_under_other_versions(
+    name: str, tiny_logo: LoGo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
-    for index, change in enumerate(({}, {"torch": "3.0.0"}), start=1):
-        seen.append(under(monkeypatch, **change))
-        session, [job] = opened(tiny_logo, tmp_path)
-        session.run(session.plans([job.cut(Shard(index, 2), 1)])[0])
-    with pytest.raises(DataError, match=r"several versions .* in .*shard-2-of-2' torch is \"3.0.0\", not \"2.13"):
-        merge(find_shards([tmp_path]))
-    assert not job.folder.exists()
-    [whole] = merge(find_shards([tmp_path]), ResumePolicy(mix=True))
-    assert whole.files["run.json"]["environments"] == seen
-    [plan] = session.plans([job])
-    assert plan.done and plan.note == "torch 2.13.0 (now 3.0.0)"
-
-
-def test_the_command_says_under_what_a_result_was_answered(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = tmp_path / "rows"
-    rows.mkdir()
-    (rows / "x.jsonl").write_text('{"context": "What is 7 plus 5?", "completion": "12"}')
-    command = ["evaluate", "--base-model", "demo", "-k", "3", "--device", "cpu", "--max-new-tokens", "2"]
-    command += ["--rows", str(rows), "--result-dir", str(tmp_path / "r")]
     under(monkeypatch)
-    assert run(command) == 0
-    under(monkeypatch, torch="3.0.0")
-    capsys.readouterr()
-    assert run(command) == 0
-    assert (
-        "x is done already (--overwrite answers it again); it was answered under other versions or on another kind of "
-        "device: torch 2.13.0 (now 3.0.0)"
-    ) in capsys.readouterr().err
+    session, jobs = opened(tiny_logo, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        session.run(session.plans(jobs)[0], stop_after(2))
+    before = journal_of(jobs[0].folder).read_bytes()
+    under(monkeypatch, **{name: "other"})
+    session, jobs = opened(tiny_logo, tmp_path)
+    with pytest.raises(UsageError, match=rf'under other versions \(environment\.{name} is ".*", not "other"\); repeat'):
+        session.plans(jobs)
+    assert journal_of(jobs[0].folder).read_bytes() == before
+    under(monkeypatch)
+    session, jobs = opened(tiny_logo, tmp_path)
+    [plan] = session.plans(jobs)
+    assert not plan.fresh and session.run(plan)["run.json"]["environment"] == dict(plan.environment)  # type: ignore[index]
+
+
+def test_training_rows_are_recorded_as_they_were_read(tiny_logo: LoGo, tmp_path: Path) -> None:
+    """A file that changes while rows are answered is not what the method has learnt from."""
+    train = tmp_path / "train.jsonl"
+    train.write_text('{"context": "w5 w6", "completion": "w7"}')
+    method = get_method("best-single", rows=1)
+    session, [job] = opened(tiny_logo, tmp_path, method=method)
+    [plan] = session.plans([replace(job, train_file=train)])
+
+    def changed(done: int) -> None:
+        train.write_text('{"context": "w8 w9", "completion": "w10"}')
+
+    files: Any = session.run(plan, changed)
+    assert files["run.json"]["identity"]["train_sha256"] == plan.identity["train_sha256"]
+    assert plan.identity["train_sha256"] == rows_digest([Row("w5 w6", "w7")])

@@ -1,10 +1,9 @@
-"""Results, shards and sweeps of one run are not replaced by those of another run."""
+"""Results of one run are not replaced by those of another run."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,8 +57,8 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (
             ["--limit", "8"],
-            ["--limit", "2", "--weighting", "softmax"],
-            ['settings.weighting is not given, not "softmax"', "rows is 8, not 2"],
+            ["--limit", "2", "--max-new-tokens", "3"],
+            ["max_new_tokens is 4, not 3", "rows is 8, not 2"],
         ),
         (["--preset", "official"], [], ['settings.probe_context is "carry", not "base"']),
         ([], ["--preset", "official"], ['settings.probe_context is "base", not "carry"']),
@@ -140,10 +139,9 @@ def a_list(file: Path) -> None:
         (garbled, "holds a result whose run.json cannot be read ("),
         (without("identity"), "holds a result whose run.json does not say which run it is of"),
         (without("pool"), "does not say which run it is of"),
-        (without("shard"), "does not say which run it is of"),
         (a_list, "does not say which run it is of"),
     ],
-    ids=["gone", "garbled", "no identity", "no pool", "no shard", "a list"],
+    ids=["gone", "garbled", "no identity", "no pool", "a list"],
 )
 def test_what_cannot_be_told_is_not_replaced(
     change: Callable[[Path], None], said: str, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -179,21 +177,11 @@ def test_the_six_files_of_the_authors_script_are_not_replaced(
 def test_an_overwriting_run_that_was_interrupted_may_still_replace(
     rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And nothing but what it was allowed to replace."""
     assert run(command(rows, tmp_path, "--limit", "3")) == 0
     other = command(rows, tmp_path, "--limit", "4")
     interrupt(monkeypatch, [*other, "--overwrite"], after=2)
     folder = tmp_path / RUN / "antonym"
     assert len(json.loads((folder / "predictions.json").read_text())) == 3
-    third = tmp_path / "third"
-    assert run(command(rows, third, "--limit", "5")) == 0
-    shutil.copytree(folder, tmp_path / "kept")
-    shutil.rmtree(folder)
-    shutil.copytree(third / RUN / "antonym", folder)
-    line = refusal(other, capsys)
-    assert "rows is 5, not 4" in line and journal_of(folder).exists()
-    shutil.rmtree(folder)
-    shutil.move(tmp_path / "kept", folder)
     asked = count_prompts(monkeypatch)
     assert run(other) == 0 and len(asked) == 2 and not journal_of(folder).exists()
     assert len(json.loads((folder / "predictions.json").read_text())) == 4
@@ -236,66 +224,3 @@ def test_names_of_runs() -> None:
         assert run_folder("r", "M", "norm", 3, 0, run_name=name) == Path(f"r/M_selection_norm_n_3_seed_0_{name}")
     with pytest.raises(UsageError):
         run_folder("r", "M", "norm", 3, 0, run_name="a/../../b")
-
-
-def test_merging_replaces_no_other_result(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for shard in ("1/2", "2/2"):
-        assert run(command(rows, tmp_path / "parts", "--limit", "4", "--shard", shard)) == 0
-    assert run(command(rows, tmp_path / "whole", "--limit", "3")) == 0
-    folder = tmp_path / "parts" / RUN / "antonym"
-    merge = ["eval", "merge", str(tmp_path / "parts")]
-    shutil.copytree(tmp_path / "whole" / RUN / "antonym", folder)
-    before = everything(tmp_path)
-    line = refusal(merge, capsys)
-    assert "holds the result of another run: rows is 3, not 4" in line and line.endswith("; --overwrite replaces it")
-    (folder / "run.json").unlink()
-    assert "without a run.json" in refusal(merge, capsys)
-    (folder / "run.json").write_bytes(before[str((folder / "run.json").relative_to(tmp_path))])
-    assert everything(tmp_path) == before
-    assert run([*merge, "--overwrite"]) == 0 and run(merge) == 0  # the same one may be written again
-    assert len(json.loads((folder / "predictions.json").read_text())) == 4
-
-
-def test_a_sweep_replaces_no_other_result(
-    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sweep = [
-        "eval",
-        "sweep",
-        *DEMO[1:3],
-        *DEMO[5:],
-        "--rows",
-        str(rows / "rows"),
-        "--dataset",
-        "antonym",
-        "--grid",
-        "k=1,3",
-    ]
-    sweep += ["-o", str(tmp_path)]
-    assert run([*sweep, "--limit", "3"]) == 0
-    before = everything(tmp_path / "runs")
-    capsys.readouterr()
-    assert run([*sweep, "--limit", "2"]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert everything(tmp_path / "runs") == before
-    [one, other] = [line for line in lines if line.startswith("logo: error: cell k=")]
-    for line in (one, other):
-        assert "rows is 3, not 2" in line and line.endswith("--overwrite replaces it, another --output keeps both")
-    with monkeypatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("always")
-        patch.setattr("logo.evaluation.session.environment", lambda logo: {"torch": "99"})
-        assert run([*sweep, "--limit", "3"]) == 0  # what is done stays done after an upgrade, and that is said
-    assert (
-        "logo: warning: k=1 · antonym was answered under other versions or on another kind of device: "
-        in capsys.readouterr().err
-    )
-    assert everything(tmp_path / "runs") == before
-    [damaged] = (tmp_path / "runs").glob("k=1/*/time_dict.json")
-    damaged.write_text("{")  # keeps no other cell out of the table
-    assert run([*sweep, "--limit", "3"]) == 1
-    told = capsys.readouterr()
-    assert "time_dict.json" in told.err and "answer it again with --overwrite" in told.err
-    written = (tmp_path / "sweep.csv").read_text()
-    assert "runs/k=3/antonym" in written and "runs/k=1/antonym" not in written
-    assert run([*sweep, "--limit", "2", "--overwrite"]) == 0
-    assert everything(tmp_path / "runs").keys() == before.keys() and everything(tmp_path / "runs") != before

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from logo.serving.replica import digest
 
 from logo import AdapterPool, PoolError
 from logo.adapters.digests import adapter_key
@@ -17,7 +18,6 @@ from logo.cli.opening import open_pool
 from logo.cli.options import EngineOptions
 from logo.cli.run import run
 from logo.selection.settings import ExamplesUse
-from logo.serving.replica import digest
 from make_adapters import write_peft
 
 NAMES = ("a", "b", "c")

@@ -95,31 +95,6 @@ def test_inspect_takes_apart_what_is_usable_and_tells_the_rest(
     assert nothing["spectra"] == {} and nothing["overlap"] == [] and nothing["stands_out"] == []
 
 
-def test_inspect_draws(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "pictures" / "pool.png"
-    assert run(["pool", "inspect", str(pool), "--spectra", "--png", str(file)]) == 0
-    assert file.read_bytes().startswith(b"\x89PNG") and str(file) in capsys.readouterr().err
-    assert run(["pool", "inspect", str(pool), "--png", str(file)]) == 2
-    assert "--png draws the results of --spectra" in capsys.readouterr().err
-    (tmp_path / "empty").mkdir()
-    file = tmp_path / "none.png"
-    assert run(["pool", "inspect", str(tmp_path / "empty"), "--spectra", "--png", str(file)]) == 0
-    assert "there is no adapter to draw" in capsys.readouterr().err and not file.exists()
-
-
-def test_the_picture_has_a_bar_for_every_adapter_that_does_something(pool: Path) -> None:
-    from logo.adapters.upkeep.anatomy import anatomy
-    from logo.evaluation.report.pool import likeness
-    from logo.evaluation.report.scene import Raster, Rect
-
-    found = anatomy(list(AdapterPool.from_directory(pool)))
-    scene = likeness(found)
-    [field] = (mark for mark in scene.marks if isinstance(mark, Raster) and mark.key)
-    assert field.values.shape == (4, 4) and field.values.min() >= 0.0 and field.values.diagonal().min() == 1.0
-    assert sum(isinstance(mark, Rect) for mark in scene.marks) == 2 * 3
-    assert all(mark.x + mark.width <= scene.width for mark in scene.marks if isinstance(mark, Rect))
-
-
 # ---- dedupe ---------------------------------------------------------------------------------------------------------
 
 

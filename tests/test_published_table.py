@@ -1,18 +1,12 @@
-"""The published table from the Hub: rows of many tasks in one dataset, an adapter for each, and the page's command."""
+"""Rows of many tasks in one dataset of the Hub, an adapter for each."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shlex
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hub_server import HubServer
 from logo import DataError, UsageError
 from logo.cli.contests import tasks_of
 from logo.evaluation.sources import many
@@ -21,8 +15,6 @@ from logo.evaluation.sources.places import Place
 from logo.evaluation.study import Task, cut
 from logo.rows import Row
 from test_baselines import sentences  # noqa: F401 - a fixture
-from tolerances import PATIENCE
-from warm import python
 
 F1 = Path(__file__).parent / "data" / "golden" / "F1"
 PAGE = Path(__file__).parent.parent / "docs" / "reproduce-the-paper.md"
@@ -55,7 +47,7 @@ def placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def put(found: list[dict[str, Any]]) -> None:
         root = write_dataset(tmp_path / "dataset", found)
         name = "data/test-00000-of-00001.parquet"
-        monkeypatch.setattr(many, "fetch", lambda hub, layout, splits: Place(layout, root, {"test": [name]}))
+        monkeypatch.setattr(many, "fetch", lambda hub, layout, splits: Place(root, {"test": [name]}))
 
     return put
 
@@ -113,48 +105,3 @@ def test_held_out_rows_are_the_last_ones() -> None:
         cut([Task("t", Path("x"), some)], None, 6)
     with pytest.raises(UsageError, match="--prompt-end is only for datasets of the Hub, and"):
         tasks_of(str(F1), "", "x", lambda: ())
-
-
-def command_of_the_page() -> list[str]:
-    [line] = re.findall(r"^    logo (eval study .*LoraRetriever_EvalSet.*)$", PAGE.read_text(), flags=re.MULTILINE)
-    return shlex.split(line)
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_the_command_of_the_page(tmp_path: Path, sentences: str) -> None:  # noqa: F811
-    """From a Hub: a tiny model, an adapter for each task, rows of many tasks; with fewer rows, tokens and trials."""
-    made = {"anli_r1": "ad01", "common_gen": "ad02", "wmt16_translate_deen": "ad03", "piqa": "ad05"}
-    repos = {f"Styxxxx/llama2_7b_lora-{name}": F1 / "adapters" / adapter for name, adapter in made.items()}
-    data = write_dataset(tmp_path / "dataset", rows())
-    command = command_of_the_page()
-    swaps = {
-        "--base-model": str(F1 / "model"),
-        "--hold-out": "2",
-        "--generate": "3",
-        "--embedding-model": sentences,
-    }
-    for option, value in swaps.items():
-        command[command.index(option) + 1] = value
-    command += ["--device", "cpu", "--lorahub-budget", "3", "-k", "3", "--cache", str(tmp_path / "cache")]
-    with HubServer({**repos, "datasets/Styxxxx/LoraRetriever_EvalSet": data}) as hub:
-        inherited = {
-            name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "http"))
-        }
-        done = subprocess.run(
-            [*python(), "-c", "from logo.cli import main; main()", *command],
-            env=inherited | hub.env(tmp_path / "home"),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "table.json").read_text())
-    found = report["relative"]
-    assert found["metric"] == "generated" and found["own"]["tasks"] == found["left_out"]["tasks"] == 3
-    assert len(report["pool"]) == 3 and found["unseen"] is None
-    assert sorted(report["settings"]["metrics"].values()) == ["bleu", "em", "rouge"]
-    assert list(found["own"]["methods"]) == command[command.index("--method") + 1].split(",")
-    assert all(task["rows"] == 2 for task in report["tasks"].values())
-    assert "tasks with an adapter of their own: 3 · unseen tasks: 0" in done.stderr

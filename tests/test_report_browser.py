@@ -160,22 +160,6 @@ def test_keys(window: Browser, report: Path) -> None:
     assert window.run("return document.getElementById('f-text').value") == "j"
 
 
-def test_a_heat_map_tells_its_numbers(window: Browser, report: Path) -> None:
-    window.open(report)
-    window.run("document.querySelector('#figure-weights-0 svg').focus()")
-    window.press("ArrowRight")
-    reading = "document.getElementById('reading-weights-0')"
-    text = window.wait(f"return {reading}.classList.contains('told') && {reading}.textContent")
-    name, _, value = text.partition(": ")
-    dataset, adapter = name.split(" × ")
-    row = window.run(
-        "return [...document.querySelectorAll('#figure-weights-0 tbody tr')].map(row => row.textContent.trim())"
-        ".find(text => text.startsWith(arguments[0]))",
-        dataset,
-    )
-    assert f"\u2068{adapter}\u2069 {float(value):.2f}" in row
-
-
 def test_without_script_the_tables_are_there(window: Browser, report: Path) -> None:
     window.devtools("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
@@ -206,23 +190,3 @@ def test_hostile_text_in_a_browser(window: Browser, tmp_path: Path) -> None:
     assert window.run("return [document.title, document.querySelectorAll('img').length]") == ["safe", 0]
     assert evil[1] in window.run("return document.getElementById('list').innerText")
     assert window.messages() == []
-
-
-def test_thousands_of_instances(window: Browser, tmp_path: Path) -> None:
-    """39 datasets of 150 rows with twenty adapters each: opened and searched."""
-    names = [f"adapter {n}" for n in range(60)]
-    for number in range(39):
-        write_result(
-            tmp_path / "r" / f"d.x{number:02d}",
-            [row % 2 for row in range(150)],
-            selected=[names[row % 40 :][:20] for row in range(150)],
-            weights=[[0.05] * 20] * 150,
-            scores={"norm": [[1.0]] * 150},
-            rows=[{"context": f"prompt {number} {row} " + "word " * 60, "completion": "gold"} for row in range(150)],
-        )
-    file = tmp_path / "r.html"
-    file.write_text(page(analyse(read_runs([tmp_path / "r"]))), encoding="utf-8")
-    window.open(file)
-    assert window.run(STATUS) == "1–20 of 5850 instances"
-    lines = choose(window, "f-text", "prompt 38 149", "1–1 of 1 instances")
-    assert len(lines) == 1 and "d.x38" in lines[0]

@@ -17,16 +17,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return demo_results(tmp_path_factory)
 
 
-def test_a_page_pictures_tables_and_numbers(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_tables_and_numbers(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "r.html"
-    more = [
-        "--pictures",
-        str(tmp_path / "pictures"),
-        "--latex",
-        str(tmp_path / "t.tex"),
-        "--data_dir",
-        str(demo / "data"),
-    ]
+    more = ["--latex", str(tmp_path / "t.tex"), "--data_dir", str(demo / "data")]
     assert run(["eval", "report", str(demo / "results"), "-o", str(out), *more, "--title", "A <title>", "--json"]) == 0
     captured = capsys.readouterr()
     told = json.loads(captured.out)
@@ -35,9 +28,6 @@ def test_a_page_pictures_tables_and_numbers(demo: Path, tmp_path: Path, capsys: 
     assert [each["label"] for each in told["runs"]] == ["entropy", "norm"]
     assert {each["dataset"] for each in told["datasets"]} == {f"demo.{task}" for task in TASKS}
     assert "<title>A &lt;title&gt;</title>" in out.read_text(encoding="utf-8")
-    names = {path.name for path in (tmp_path / "pictures").iterdir()}
-    per_run = {f"{kind}-{n}.png" for kind in ("weights", "similarity", "spread") for n in range(2)}
-    assert names == {"scores.png", "differences.png", "time.png"} | per_run
 
 
 def test_without_json_it_says_where_and_how_large(
@@ -78,16 +68,11 @@ def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
             2,
             "found a folder",
         ),
-        (["eval", "report", str(result), "-o", page, "--pictures", str(result / "weights.json")], 1, "a file is where"),
+        (["eval", "report", str(result), "-o", page, "--metric", "bleurt"], 2, "expected a metric"),
+        (["eval", "report", str(result), "-o", page, "--metric", "bleu"], 1, "its answers cannot be judged by bleu"),
     ]
     for arguments, code, message in wrong:
         assert run(arguments) == code, arguments
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) == 1, error
         assert not Path(page).exists()
-
-
-def test_help_shows_defaults_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["eval", "report", "--help"]) == 0
-    text = " ".join(capsys.readouterr().out.replace("`", "").split())
-    assert "Example: logo eval report" in text and "report.html" in text

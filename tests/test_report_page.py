@@ -14,15 +14,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from logo.evaluation.report import analyse, as_latex, as_markdown, page, pictures, png, summary
+from logo.evaluation.report import analyse, as_latex, as_markdown, page, summary
 from logo.evaluation.report.page import environment
 from logo.evaluation.report.payload import packed
-from logo.evaluation.report.scene import coloured, png_uri
 from logo.evaluation.runs import read_runs
 from report_runs import ROWS, SIGNALS, TASKS, demo_results, write_result
 
@@ -148,7 +146,7 @@ def test_every_instance_is_in_the_page(demo: Path, demo_page: Parsed) -> None:
 
 
 def test_the_page_is_sound(demo_page: Parsed) -> None:
-    """One title, headings in order, headers with scopes, names for what scrolls, pictures with text."""
+    """One title, headings in order, headers with scopes, names for what scrolls."""
     levels = [int(name[1]) for name, _ in demo_page.elements if re.fullmatch(r"h[1-6]", name)]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
@@ -160,8 +158,6 @@ def test_the_page_is_sound(demo_page: Parsed) -> None:
             assert set((attributes.get(reference) or "").split()) <= set(ids)
         if attributes.get("role") in ("region", "search", "group"):
             assert attributes.get("aria-label")
-        if name == "svg" and attributes.get("aria-hidden") is None:
-            assert attributes["role"] == "img" and attributes["aria-labelledby"]
         if name == "a":
             assert str(attributes["href"]).removeprefix("#") in ids
     captions = [name for name, _ in demo_page.elements].count("caption")
@@ -175,7 +171,7 @@ def test_nothing_comes_from_elsewhere_and_nothing_else_may_run(demo: Path, demo_
         for key in ("src", "href", "action", "data", "poster"):
             target = attributes.get(key)
             assert target is None or target.startswith(("#", "data:")), target
-    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
+    assert not re.search(r"https?://", text)
     style, script = (re.search(rf"<{tag}>(.*?)</{tag}>", text, flags=re.DOTALL) for tag in ("style", "script"))
     for found, directive in ((style, "style-src"), (script, "script-src")):
         assert found is not None
@@ -185,9 +181,9 @@ def test_nothing_comes_from_elsewhere_and_nothing_else_may_run(demo: Path, demo_
 
 
 def test_the_same_results_make_the_same_bytes(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def made() -> tuple[str, str, bytes]:
+    def made() -> tuple[str, str]:
         analysis = analyse(read_runs([demo / "results"], demo / "data"))
-        return page(analysis), as_latex(analysis), png(pictures(analysis)[0])
+        return page(analysis), as_latex(analysis)
 
     today = made()
     monkeypatch.setattr(time, "time", lambda: 2e9)  # another day
@@ -201,7 +197,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     expected, found = (Parsed(page(analyse(read_runs([root])), root_title)) for root, root_title in (harmless, evil))
     assert [name for name, _ in found.elements] == [name for name, _ in expected.elements]
     for (_, ours), (_, theirs) in zip(found.elements, expected.elements, strict=True):
-        assert ours.keys() - {"class"} == theirs.keys() - {"class"}  # which follows from a picture's width
+        assert ours.keys() == theirs.keys()
     assert found.blocks.keys() == expected.blocks.keys() and found.blocks["code"] == expected.blocks["code"]
     prompts = found.block("p0")
     assert isinstance(prompts, list)
@@ -222,7 +218,7 @@ def write_hostile(root: Path, texts: list[str]) -> tuple[Path, str]:
             scores={"norm": [[float(n + i) for n in range(count)] for i in range(count)]},
             rows=[{"context": text, "completion": text, "adapter": text} for text in texts],
             run_json={
-                "options": {"base_model": texts[0], "method": texts[1], "merge": run, texts[3]: texts[4] + run},
+                "options": {"base_model": texts[0], "method": texts[1], "dtype": run, texts[3]: texts[4] + run},
                 "device": texts[5],
                 "date": texts[1],
                 "pool": dict.fromkeys(texts, ""),
@@ -273,21 +269,6 @@ def test_latex_tables(demo: Path) -> None:
     )
 
 
-@given(st.lists(st.lists(st.floats(-1, 1), min_size=3, max_size=3), min_size=1, max_size=5))
-@settings(deadline=None)
-def test_a_heat_map_has_one_pixel_per_number(rows: list[list[float]]) -> None:
-    import io
-
-    from matplotlib.image import imread
-
-    values = np.array(rows)
-    data = base64.b64decode(png_uri(values).partition(",")[2])
-    pixels = np.round(255 * imread(io.BytesIO(data), format="png")).astype(int)
-    assert pixels.shape == (len(rows), 3, 4)
-    assert (pixels == coloured(values)).all()
-    assert np.abs(pixels[..., 3] / 255 - np.abs(values)).max() < 0.003
-
-
 def test_results_of_the_official_script_alone_make_a_page(tmp_path: Path) -> None:
     """No prompts, no names of columns, no options, one row, and a second run with nothing in common."""
     write_result(tmp_path / "m_selection_norm_n_2_seed_0" / "bbh.navigate", [1])
@@ -298,7 +279,6 @@ def test_results_of_the_official_script_alone_make_a_page(tmp_path: Path) -> Non
     parsed = Parsed(page(analysis))
     assert parsed.block("p0") == [None]
     text = "".join(parsed.texts)
-    assert "This run selected no adapters" in text and "Head to head" not in text
-    assert all(png(scene)[:4] == b"\x89PNG" for scene in pictures(analysis))
+    assert "selected no adapters" in text and "Head to head" not in text
     as_latex(analysis)
     as_markdown(analysis)

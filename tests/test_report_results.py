@@ -173,15 +173,6 @@ def test_a_broken_file_is_named(tmp_path: Path, file: str, text: str, message: s
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_shards_are_no_results(tmp_path: Path) -> None:
-    write_result(tmp_path / NAME / "d.x.shard-1-of-2", [1])
-    with pytest.raises(UsageError, match="logo eval merge"):
-        read_runs([tmp_path])
-    write_result(tmp_path / NAME / "d.x", [1, 0])
-    [run] = read_runs([tmp_path])
-    assert list(run.results) == ["d.x"]
-
-
 def test_a_missing_file_and_folders_without_results(tmp_path: Path) -> None:
     folder = write_result(tmp_path / NAME / "d.x", [1])
     (folder / "weights.json").unlink()
@@ -203,8 +194,8 @@ RUN = st.fixed_dictionaries(
         "signal": st.sampled_from(["norm", "entropy"]),
         "k": st.integers(1, 2),
         "seed": st.integers(0, 1),
-        "merge": st.sampled_from(["mixture", "ties"]),
-        "weighting": st.sampled_from(["linear", "softmax"]),
+        "dtype": st.sampled_from(["float32", "bfloat16"]),
+        "weighting": st.sampled_from(["linear", "adaptive"]),
     }
 )
 
@@ -219,30 +210,26 @@ def test_labels_tell_all_runs_apart(options: list[dict[str, object]], tmp_path_f
     found = labels(runs)
     assert len(set(found)) == len(runs) and all(found)
     apart = differing(runs)
-    for name in ("merge", "weighting"):
+    for name in ("dtype", "weighting"):
         values = {str(each[name]) for each in options}
         assert (name in apart) == (len(values) > 1)
         assert name not in apart or set(apart[name]) == values
 
 
-def test_labels_have_the_signal_of_merged_runs_and_of_a_plugins_method(tmp_path: Path) -> None:
+def test_labels_have_the_signal_of_a_plugins_method(tmp_path: Path) -> None:
     methods: dict[str, dict[str, str]] = {
         "logo": {"method": "logo"},
-        "logo-ties": {"method": "logo", "merge": "ties"},
         "flat": {"method": "flat", "plugin": "plug:Flat 12ab"},
-        "random-ties": {"method": "random", "merge": "ties"},
     }
     for label, identity in methods.items():
         for signal in ("calibrated", "norm"):
-            options = {"method": label, "merge": identity.get("merge", "mixture"), "signal": signal, "points": [signal]}
+            options = {"method": label, "signal": signal, "points": [signal]}
             run_json = {"options": options, "identity": {"method": identity}}
             write_result(tmp_path / label / signal / "d.x", [1], run_json=run_json)
     runs = {label: read_runs([tmp_path / label]) for label in methods}
     assert labels(runs["logo"]) == ["calibrated", "norm"]
-    assert labels(runs["logo-ties"]) == ["calibrated-ties", "norm-ties"]
     assert labels(runs["flat"]) == ["flat · signal calibrated", "flat · signal norm"]
-    assert labels(runs["random-ties"])[0].startswith("random-ties · ")
-    assert list(differing(runs["flat"])) == ["signal", "points"] and list(differing(runs["logo-ties"])) == ["points"]
+    assert list(differing(runs["flat"])) == ["signal", "points"] and list(differing(runs["logo"])) == ["points"]
 
 
 def test_time_adds_up(demo: Path) -> None:

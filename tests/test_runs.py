@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logo.cli.run import run
 from logo.errors import DataError, UsageError
-from logo.evaluation.comparison import compare
-from logo.evaluation.merging import find_shards
 from logo.evaluation.results import read_results, run_folder
-from logo.evaluation.runs import find_results, place_of, read_run, read_runs
-from logo.evaluation.shards import Shard, shard_folder
+from logo.evaluation.runs import place_of, read_run, read_runs
 from report_runs import HELDOUT, write_result
 
 PART = st.from_regex(r"[a-c][a-c.]{0,3}[a-c]|[a-c]", fullmatch=True) | st.sampled_from(
@@ -36,7 +33,7 @@ def named(name: str, **more: Any) -> dict[str, Any]:
 def write_run(folder: Path, names: set[str]) -> Path:
     for name in sorted(names):
         rows = [{"context": f"{name} {i}", "completion": "x"} for i in range(2)]
-        write_result(folder / name, [1, 0], run_json=named(name, shard=None), rows=rows)
+        write_result(folder / name, [1, 0], run_json=named(name), rows=rows)
     return folder
 
 
@@ -61,18 +58,6 @@ def test_every_dataset_is_found_again(
     assert [each.folder for each in read_runs([root, first, second / next(iter(other))])] == [
         each.folder for each in together
     ]
-
-
-@pytest.mark.slow
-@given(names=NAMES)
-@settings(max_examples=25, deadline=None)
-def test_commands_find_them_too(names: set[str], tmp_path_factory: pytest.TempPathFactory) -> None:
-    root = tmp_path_factory.mktemp("commands")
-    one, other = write_run(root / "one", names), write_run(root / "other", names)
-    page = root / "page.html"
-    assert run(["eval", "report", str(one), "-o", str(page), "--json"]) == 0
-    assert page.exists()
-    assert {each.name for each in compare(read_run(one), read_run(other)).datasets} == names
 
 
 @given(names=NAMES)
@@ -147,35 +132,6 @@ def test_several_runs_are_not_one(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
-@given(names=NAMES, count=st.integers(1, 3))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_shards_and_hidden_folders_are_left_out(
-    names: set[str], count: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    root = tmp_path_factory.mktemp("shards")
-    whole = write_run(root / RUN, names)
-    for name in names:
-        for index in range(1, count + 1):
-            cut = {"index": index, "count": count, "block": 1, "rows": 2}
-            shard = shard_folder(whole / name, Shard(index, count))
-            write_result(shard, [1, 0], run_json=named(name, shard=cut))
-            hidden = shard.with_name(f".{shard.name}.new-12")
-            shutil.copytree(shard, hidden)
-    assert set(read_run(root).results) == names
-    shards = find_results(root, shards=True)
-    assert {(place.dataset, place.run_folder) for place in shards} == {(name, whole) for name in names}
-    assert len(shards) == len(names) * count
-    one = shards[0]  # a shard that is named is read as it is
-    assert read_run(one.folder).folder == whole and one.dataset in read_run(one.folder).results
-
-
-def test_a_dataset_may_be_called_like_a_shard(tmp_path: Path) -> None:
-    """What `run.json` says counts more than how a folder is called."""
-    write_run(tmp_path / RUN, {"d.shard-1-of-2", "a/b.shard-2-of-2"})
-    assert set(read_run(tmp_path).results) == {"d.shard-1-of-2", "a/b.shard-2-of-2"}
-    assert not find_results(tmp_path, shards=True)
-
-
 def test_a_run_json_that_is_none_is_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / RUN, {"d.x"})
     (folder / "d.x" / "run.json").write_text("[")
@@ -185,27 +141,22 @@ def test_a_run_json_that_is_none_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_nested_rows_from_the_first_command_to_the_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows in folders within folders, names with dots: answered whole and in shards, merged, compared, reported."""
+    """Rows in folders within folders, names with dots: answered, compared, reported."""
     names = {"capital": "capital", "words/antonym": "antonym", "words/forms/plural.v2": "plural"}
     for name, task in names.items():
         file = tmp_path / "rows" / f"{name}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join((HELDOUT / f"{task}.jsonl").read_text().splitlines(keepends=True)[:4]))
     how = ["evaluate", "--base-model", "demo", "--rows", str(tmp_path / "rows"), "-k", "3", "--max-new-tokens", "4"]
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
-    assert run([*how, "--result-dir", str(whole)]) == 0
-    for shard in ("1/2", "2/2"):
-        assert run([*how, "--result-dir", str(cut), "--shard", shard]) == 0
-    assert {part.dataset for part in find_shards([cut])} == set(names)
-    with pytest.raises(UsageError, match="only shards"):
-        read_runs([cut])
-    assert run(["eval", "merge", str(cut)]) == 0
-    folder = run_folder(cut, "demo", "norm", 3, 0)
-    assert set(read_run(cut).results) == set(names) == set(read_run(whole).results)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    for results in (whole, again):
+        assert run([*how, "--result-dir", str(results)]) == 0
+    folder = run_folder(whole, "demo", "norm", 3, 0)
+    assert set(read_run(whole).results) == set(names)
     for name in names:
         assert read_results(folder / name)["predictions.json"] == list(read_run(whole).results[name].predictions)
     capsys.readouterr()
-    assert run(["eval", "compare", str(cut), str(whole), "--json"]) == 0
+    assert run(["eval", "compare", str(again), str(whole), "--json"]) == 0
     compared = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in compared["datasets"]] == sorted(names)
     assert [(row["name"], row["datasets"]) for row in compared["groups"]] == [("words", 2), ("all", 3)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 
 from hypothesis import given
@@ -17,13 +15,11 @@ from logo.evaluation.tables import (
     Cell,
     Column,
     Table,
-    as_csv,
     latex,
     latex_text,
     markdown,
     number,
     numbers,
-    records,
     row,
     words,
 )
@@ -61,20 +57,6 @@ def test_every_display_shows_the_same_numbers(values: list[tuple[float, float, f
 
 
 # The csv module does not quote a carriage return that stands alone, and UTF-8 has no half of a surrogate pair.
-NAME = st.text(st.characters(exclude_characters="\r", codec="utf-8"), max_size=8)
-
-
-@given(st.lists(st.tuples(NAME, st.integers(0, 9), SHARE, st.none() | SHARE), max_size=4))
-def test_machines_get_all_digits(values: list[tuple[str, int, float, float | None]]) -> None:
-    columns = (*words("name"), *numbers("rows"), Column("score", interval="95 %"))
-    rows = [row(name, n, number(a, interval=None if b is None else (b, 1.0))) for name, n, a, b in values]
-    table = Table(columns, (*rows, row(None, None, None)))
-    names = ["name", "rows", "score", "score low", "score high"]
-    expected = [[name, n, a, b, None if b is None else 1.0] for name, n, a, b in values] + [[None] * 5]
-    assert [list(record.values()) for record in records(table)] == expected
-    assert all(list(record) == names for record in records(table))
-    lines = list(csv.reader(io.StringIO(as_csv(table).decode(), newline="")))
-    assert lines == [names, *(["" if v is None else str(v) for v in line] for line in expected)]
 
 
 def test_headings_sections_marks_and_what_is_not_known() -> None:

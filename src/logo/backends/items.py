@@ -32,20 +32,6 @@ class Lost:
     reason: str
 
 
-@dataclass(frozen=True)
-class Elsewhere:
-    """A result that another process may improve, for example one with more memory. The third one is used as it is."""
-
-    result: Any
-
-
-@dataclass(frozen=True)
-class Unlike:
-    """Returned in place of a result by a process that differs from the others and gets no more work. `reason`: how."""
-
-    reason: str
-
-
 @dataclass
 class Queue(Generic[I]):
     """Waiting items; those that came back from a process are handed out first."""

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from logo import plugins
 from logo.backends.cluster import Layout, WorkersError, connect, imported, process_resources
 from logo.backends.host import Answer, Host, Refused, Shared
-from logo.backends.items import Elsewhere, I, Lost, Queue, Unlike
+from logo.backends.items import I, Lost, Queue
 from logo.backends.process import Process, how_ended
 
 H = TypeVar("H")  # what a process has opened
@@ -112,7 +112,7 @@ class Workers(Generic[H]):
         if there is one; a busy one finishes its item first. The deadlines of a running `map` are enforced meanwhile.
 
         Raises:
-            WorkersError: three processes in turn died or differed from the others while they ran it.
+            WorkersError: three processes in turn died while they ran it.
             LoGoError: an error of `what`.
         """
         reason, tries = "", 0
@@ -133,11 +133,7 @@ class Workers(Generic[H]):
                 continue
             if isinstance(result, Refused):
                 raise result.error
-            if not isinstance(result, Unlike):
-                return result
-            reason, tries = f"the last one differs from the others: {result.reason}", tries + 1
-            if worker in self._workers:
-                self._give_up(worker, result.reason)
+            return result
         raise WorkersError(f"no worker could finish a step on which all workers depend: {reason}")
 
     def map(self, items: Iterable[I], what: Callable[..., Any]) -> Iterator[tuple[I, Any]]:
@@ -347,7 +343,7 @@ class Workers(Generic[H]):
 
     def _finished(self, worker: Process) -> list[tuple[Any, Any]]:
         """The item of a process with its result; empty if the item's `map` has ended, or if the item goes back into the
-        queue, since the process has died or another one may do better."""
+        queue, since the process has died."""
         try:
             result = self._got(worker.running)
         except self._ray.exceptions.RayTaskError as error:
@@ -358,20 +354,12 @@ class Workers(Generic[H]):
         except self._gone as error:
             self._over(worker, how_ended(error))
             return []
-        if isinstance(result, Unlike):
-            self._give_up(worker, result.reason)
-            return []
         item, worker.item, worker.running = worker.item, None, None
         if item is None or self._queue is None:
             return []
         if isinstance(result, Refused):
             raise result.error
         worker.done, worker.busy = worker.done + item.size, worker.busy + time.monotonic() - worker.since
-        if isinstance(result, Elsewhere):
-            if worker.tries + 1 < TRIES:
-                self._queue.back.append((item, worker.tries + 1, worker))
-                return []
-            result = result.result
         return [(item, result)]
 
     @property

@@ -1,4 +1,4 @@
-"""Text embeddings by any sentence-transformers model, for the retrieval methods.
+"""Text embeddings by any sentence-transformers model, for the method `loraretriever`.
 
 INSTRUCTOR models (arXiv 2212.09741) read an instruction before every text and leave its tokens out of the mean.
 sentence-transformers does so only for three models that it knows by their Hub ids. Here a model counts as INSTRUCTOR if

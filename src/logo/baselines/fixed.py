@@ -1,4 +1,4 @@
-"""Methods that do not look at the prompt: bounds for every selection, and token-wise routing."""
+"""Methods that do not look at the prompt: bounds for every selection."""
 
 from __future__ import annotations
 
@@ -45,7 +45,6 @@ class Uniform(Method):
     """The whole pool with equal weights."""
 
     name: ClassVar[str] = "uniform"
-    whole_pool: ClassVar[bool] = True
 
     def prepare(self, logo: Calls, task: Task) -> Prepared:
         names = task.candidates(logo)
@@ -64,7 +63,6 @@ class Random(Method):
     k: int = 20
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_count("k", self.k)
 
     @property
@@ -110,49 +108,6 @@ class Oracle(Method):
             return [ranked({_found(named.get(text_of(prompt), whole), task): 1.0}) for prompt in prompts]
 
         return Prepared(select, {"adapter": whole} if whole else {})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Routed(Method):
-    """Base of the methods that route every token on every module among the whole pool; see `logo.mixing.routing`."""
-
-    whole_pool: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.merge not in (None, self.own_merge):
-            raise UsageError(f"method {self.name!r} routes tokens and merges nothing: leave out merge {self.merge!r}")
-
-    def prepare(self, logo: Calls, task: Task) -> Prepared:
-        names = task.candidates(logo)
-        return Prepared(same_for_all(dict.fromkeys(names, 1 / len(names))))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arrow(Routed):
-    """Arrow (arXiv 2405.11157): every token is routed to the adapters whose first direction it points in."""
-
-    name: ClassVar[str] = "arrow"
-    own_merge: ClassVar[str] = "arrow"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpectR(Routed):
-    """SpectR (arXiv 2504.03454): every token is routed to the adapters that respond to it most."""
-
-    name: ClassVar[str] = "spectr"
-    own_merge: ClassVar[str] = "spectr"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seqr(Routed):
-    """SEQR (arXiv 2509.18093): every token is routed to the adapter whose response is most above its usual one.
-
-    The usual response is the mean and the standard deviation of an adapter's norms on each module, over neutral text.
-    """
-
-    name: ClassVar[str] = "seqr"
-    own_merge: ClassVar[str] = "seqr"
 
 
 def _named_by_rows(task: Task, names: Sequence[str]) -> dict[str, str]:

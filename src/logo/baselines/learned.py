@@ -37,7 +37,6 @@ class BestSingle(Learned):
     rows: int = 16
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_count("train rows", self.rows)
 
     @property
@@ -57,8 +56,8 @@ class BestSingle(Learned):
 class LoraHub(Learned):
     """LoraHub (arXiv 2307.13269): random adapters, with weights for the dataset found on a few rows without gradients.
 
-    Minimises `objective` by nevergrad's NGOpt from all zeros. A and B are summed separately, as LoraHub does with state
-    dicts.
+    Minimises `objective` by nevergrad's NGOpt from all zeros. The weights are those of the exact mixture; LoraHub's own
+    code sums A and B separately.
 
     Attributes:
         k: adapters drawn from the pool with the seed.
@@ -69,7 +68,6 @@ class LoraHub(Learned):
     """
 
     name: ClassVar[str] = "lorahub"
-    own_merge: ClassVar[str] = "fusion"
 
     k: int = 20
     rows: int = 5
@@ -78,7 +76,6 @@ class LoraHub(Learned):
     bound: float = 1.5
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for option, value in (("k", self.k), ("train rows", self.rows), ("lorahub budget", self.budget)):
             check_count(option, value)
 

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from logo.calls import Calls
 from logo.decoder import Generation
 from logo.errors import PluginError, UsageError
-from logo.mixing import Merge
-from logo.mixing.merges import MERGES, MajoritySign
 from logo.plugins import Registry, running
 from logo.prompts import Conversation
 from logo.selection import Selection
@@ -25,7 +23,7 @@ from logo.selection import Selection
 if TYPE_CHECKING:
     from logo.prompts import OnePrompt
 
-Need = Literal["train", "prompts", "samples", "validation"]
+Need = Literal["train", "prompts", "samples"]
 # (prompts, batch size) -> one selection each. A prompt is a text, or a conversation if the row is one
 # (`logo.prompts.text_of` makes a text of both).
 Select = Callable[[Sequence[Any], int], list[Selection]]
@@ -93,11 +91,9 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """How adapters are chosen and combined. Each kind is a subclass with options of its own.
+    """How adapters are chosen and weighted. Each kind is a subclass with options of its own.
 
     Attributes:
-        merge: how the chosen adapters are combined, a kind of `logo.mixing.merges`; None: as the method does itself.
-        density, majority_sign, arrow_top_k, arrow_temperature: see `logo.mixing.Merge`.
         seed: of everything random. The same seed, dataset and pool always give the same selections.
 
     Raises:
@@ -106,55 +102,18 @@ class Method(ABC):
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[Need]] = frozenset()
-    """What `prepare` looks at: labelled train rows, all test prompts, samples of what each adapter was made for,
-    labelled rows of other tasks."""
-    own_merge: ClassVar[str] = "mixture"
-    whole_pool: ClassVar[bool] = False
-    """Whether every prompt gets all adapters among which the method chooses."""
+    """What `prepare` looks at: labelled train rows, all test prompts, samples of what each adapter was made for."""
 
-    merge: str | None = None
-    density: float = 0.5
-    majority_sign: MajoritySign = "total"
-    arrow_top_k: int = 3
-    arrow_temperature: float = 1.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        _ = self.merging  # raises for options that cannot be used
-
-    @property
-    def merging(self) -> Merge:
-        """How the chosen adapters are combined."""
-        return Merge(
-            self.merge or self.own_merge,
-            self.density,
-            self.majority_sign,
-            self.seed,
-            self.arrow_top_k,
-            self.arrow_temperature,
-        )
-
-    @property
-    def label(self) -> str:
-        """The name, followed by the merge if that is not the method's own."""
-        return self.name if self.merging.kind == self.own_merge else f"{self.name}-{self.merging.kind}"
 
     @property
     def picks(self) -> int | None:
         """Adapters per prompt at most; None where the pool, the data or the engine decides."""
         return None
 
-    @property
-    def labelled(self) -> Sequence[Example]:
-        """The labelled rows, beside training rows of the dataset, by which adapters are chosen."""
-        return ()
-
     @abstractmethod
     def prepare(self, logo: Calls, task: Task) -> Prepared:
         """Finds out what has to be known about a dataset before its first prompt.
-
-        Args:
-            logo: its `merge` is this method's `merging`; see `Answering`.
 
         Raises:
             UsageError, DataError: the task or an option lacks what the method needs.
@@ -170,9 +129,9 @@ class Method(ABC):
 
     def as_dict(self) -> dict[str, Any]:
         """Name and options for JSON."""
-        said = {"method": self.name, **dataclasses.asdict(self), "merge": self.merging.kind}
-        code = {"plugin": METHODS.source(self.name), "merge_plugin": MERGES.source(self.merging.kind)}
-        return {**said, **{key: source for key, source in code.items() if source is not None}}
+        source = METHODS.source(self.name)
+        said = {"method": self.name, **dataclasses.asdict(self)}
+        return said if source is None else {**said, "plugin": source}
 
 
 METHODS: Registry[type[Method]] = Registry("method")
@@ -232,7 +191,7 @@ class Answering:
         record: what the method found out about the dataset, for JSON.
 
     Args:
-        logo: the engine; its `merge` is set to the method's.
+        logo: the engine.
         method: the method, which is prepared for the task unless `prepared` is given.
         prepared: the result of an earlier preparation for the task.
         **options: options of `LoGo.generate`, for every prompt.
@@ -241,7 +200,6 @@ class Answering:
     def __init__(
         self, logo: Calls, method: Method, task: Task, *, prepared: Prepared | None = None, **options: Any
     ) -> None:
-        logo.merge = method.merging
         self._logo = logo
         self._prepared = prepared_by(method, logo, task) if prepared is None else prepared
         self._options = options

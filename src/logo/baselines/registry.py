@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from logo.baselines.fixed import Arrow, Base, Oracle, OwnSelector, Random, Seqr, SpectR, Uniform
+from logo.baselines.fixed import Base, Oracle, OwnSelector, Random, Uniform
 from logo.baselines.learned import BestSingle, LoraHub
-from logo.baselines.lorauter import LoRAuter
 from logo.baselines.method import METHODS as METHODS
 from logo.baselines.method import Method
-from logo.baselines.retrieval import AdapterSoup, LoraRetriever
+from logo.baselines.retrieval import LoraRetriever
 from logo.errors import UsageError, closest
 
 _K = TypeVar("_K", bound=type[Method])
@@ -26,10 +25,7 @@ def register_method(kind: _K) -> _K:
     return kind
 
 
-for _kind in (
-    *(OwnSelector, Base, Uniform, Random, Oracle, BestSingle, LoraHub, LoraRetriever, AdapterSoup, LoRAuter),
-    *(Arrow, SpectR, Seqr),
-):
+for _kind in (OwnSelector, Base, Uniform, Random, Oracle, BestSingle, LoraHub, LoraRetriever):
     register_method(_kind)
 
 

@@ -19,8 +19,7 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
     "shots": ("rows",),
     "lorahub_budget": ("budget",),
     "retriever_variant": ("variant",),
-    "adapter_samples": ("samples", "validation"),
-    "validation_rows": ("validation",),
+    "adapter_samples": ("samples",),
     "samples_per_adapter": ("samples",),
     "embedding_model": ("embedding_model",),
     "embedding_instruction": ("instruction",),
@@ -32,13 +31,6 @@ OF_SELECTION = {
     *("probe_points", "weighting", "weight_temperature", "keep_mass", "when_unsure", "unsure_below"),
 }
 K = "n_selected_modules"  # which some of the other methods read too
-# Option: the merges that read it.
-OF_MERGES: dict[str, tuple[str, ...]] = {
-    "merge_density": ("ties", "dare_linear", "dare_ties"),
-    "merge_sign": ("ties", "dare_ties"),
-    "arrow_top_k": ("arrow", "spectr"),
-    "arrow_temperature": ("arrow", "spectr"),
-}
 
 
 def check_method_options(methods: Sequence[Method], *, selects: bool = False) -> None:
@@ -55,17 +47,10 @@ def check_method_options(methods: Sequence[Method], *, selects: bool = False) ->
     """
     from logo.baselines.fixed import OwnSelector
     from logo.baselines.registry import METHODS, may_select_by_signal
-    from logo.cli.contests import ALWAYS
 
     own = {field.name for method in methods for field in fields(method)}
-    merges = {method.merging.kind for method in methods}
     chosen = ", ".join(dict.fromkeys(method.name for method in methods)) or OwnSelector.name
     selects = selects or any(may_select_by_signal(method) for method in methods)
-    if "merge" in given() and not methods:
-        raise UsageError(
-            "--merge combines the adapters of a --method, and none is given beside those that every study has "
-            f"({', '.join(ALWAYS)}): name one, or leave --merge out"
-        )
     for option in given():
         readers = ("k",) if option == K else OF_METHODS.get(option, ())
         named = [name for name, kind in METHODS.items() if {field.name for field in fields(kind)} & set(readers)]
@@ -73,15 +58,6 @@ def check_method_options(methods: Sequence[Method], *, selects: bool = False) ->
             named = [OwnSelector.name, *named]
         if named and not (own & set(readers) or (selects and OwnSelector.name in named)):
             _refuse(option, "method", named, f"the method is {chosen}")
-        if option in OF_MERGES and not merges & merges_that_may_read(option):
-            _refuse(option, "merge", OF_MERGES[option], f"the merge is {', '.join(sorted(merges)) or 'mixture'}")
-
-
-def merges_that_may_read(option: str) -> set[str]:
-    """The merges that read one of `OF_MERGES`, and those of plugins, of which it is not known."""
-    from logo.mixing.merges import MERGES
-
-    return {*OF_MERGES[option], *MERGES.sources}
 
 
 def check_forced_options() -> None:

@@ -49,14 +49,14 @@ def tasks_of(rows: str, request: str, prompt_end: str, names: Callable[[], Seque
 def methods_of(
     options: MethodOptions, k: int | None, seed: int, held: Mapping[str, Sequence[Row]]
 ) -> dict[str, Method]:
-    """Label -> method, for each entry of `--method`, such as `loraretriever/fusion`; methods that every study includes
-    are skipped. The label is the entry, followed by the merge if that is not the method's own.
+    """Label -> method, for each entry of `--method`, such as `loraretriever/selection`; methods that every study
+    includes are skipped.
 
     Args:
         k: adapters per prompt; None: each method's own number.
 
     Raises:
-        UsageError: a method, variant or merge that does not exist, or a variant with another merge than its own.
+        UsageError: a method or variant that does not exist.
     """
     made: dict[str, Method] = {}
     for entry in (part.strip() for part in options.method.split(",") if part.strip()):
@@ -72,11 +72,8 @@ def methods_of(
                 )
             own = replace(own, retriever_variant=cast(Variant, variant))
         method = make_method(own, k=k, seed=seed, held=held)
-        merge, usual = method.merging.kind, replace(method, merge=None).merging.kind
-        if slash and merge != usual:
-            raise UsageError(f"method {entry!r} merges by {usual!r}, found --merge {merge}: leave out one of the two")
         method.check()  # before hours are spent
-        made[entry if merge == usual else f"{entry}-{merge}"] = method
+        made[entry] = method
     return made
 
 
@@ -101,7 +98,7 @@ def contest_of(
     from logo.baselines.method import Learned
     from logo.baselines.method import Task as MethodTask
     from logo.evaluation.contest import PROTOCOLS, Contest
-    from logo.evaluation.jobs import declared_metric
+    from logo.evaluation.jobs import declared_metric, overlap
 
     if metric is not None and new_tokens is None:
         raise UsageError(
@@ -113,7 +110,9 @@ def contest_of(
     train: Mapping[str, Sequence[Row]] = held if train_rows is None else {}
     if learning and not train:
         train = _train(tasks, train_rows, learning)
-    _warn_of_overlap(tasks, methods, train, learning)
+    for task in tasks if learning else ():
+        if said := overlap(f"task {task.name!r}", train.get(task.name, ()), task.rows, learning):
+            err.print(f"logo: warning: {said}", markup=False)
     known = {
         task.name: MethodTask(task.name, [row.context for row in task.rows], train.get(task.name, ())) for task in tasks
     }
@@ -149,16 +148,3 @@ def _train(tasks: Sequence[Task], folder: Path | None, methods: Sequence[str]) -
             )
         found[task.name] = tuple(read_rows(file))
     return found
-
-
-def _warn_of_overlap(
-    tasks: Sequence[Task], methods: Mapping[str, Method], train: Mapping[str, Sequence[Row]], learning: Sequence[str]
-) -> None:
-    """Warns of rows by which methods choose adapters, and which are test rows too."""
-    from logo.evaluation.jobs import overlap
-
-    for task in tasks:
-        trained = [(train.get(task.name, ()), "training", learning)] if learning else []
-        for rows, kind, who in (*trained, *((one.labelled, "validation", [name]) for name, one in methods.items())):
-            if said := overlap(f"task {task.name!r}", rows, kind, task.rows, who):
-                err.print(f"logo: warning: {said}", markup=False)

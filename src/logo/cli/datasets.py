@@ -1,4 +1,4 @@
-"""`logo data`: which datasets there are, preparing them from their sources, checking what was prepared."""
+"""`logo data`: which datasets there are, and preparing them from their sources."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Names = Annotated[
 
 @app.callback()
 def datasets(context: typer.Context) -> None:
-    """List datasets, prepare them from their sources, and verify prepared files. Without a command it lists.
+    """List datasets, and prepare them from their sources. Without a command it lists.
 
     Example: `logo data prepare bbh anli.r1 --data-dir ./data`
     """
@@ -116,35 +116,6 @@ def prepare(
         bar.update(task, description="datasets")
     if failed:
         err.print(f"logo: {failed} of {len(found)} datasets could not be prepared", markup=False)
-        raise typer.Exit(1)
-
-
-@app.command("verify")
-def verify(names: Names = None, data_dir: DataDir = Path("./data")) -> None:
-    """Check prepared files against the manifest: checksums, counts, the form of every row, no train row in the test.
-
-    Prints one line per problem; exit code 1 if there is any.
-
-    Example: `logo data verify --data-dir ./data`
-    """
-    from logo.evaluation.sources.loading import chosen
-    from logo.evaluation.sources.manifest import NAME, read_manifest
-    from logo.evaluation.sources.manifest import verify as problems_of
-
-    manifest = read_manifest(data_dir)
-    if not manifest:
-        raise DataError(
-            f"{data_dir / NAME}: expected a manifest, found none; `logo data prepare` writes it, or change --data-dir"
-        )
-    found = chosen(names or [], list(manifest))
-    problems = [problem for name in found for problem in problems_of(data_dir, name, manifest[name])]
-    for problem in problems:
-        print(problem)
-    unlisted = [name for name in _present(data_dir) if name not in manifest]
-    if unlisted and not names:
-        note(f"not in the manifest, not checked: {', '.join(unlisted)}")
-    note(f"{len(found)} datasets checked, {len(problems)} problems")
-    if problems:
         raise typer.Exit(1)
 
 

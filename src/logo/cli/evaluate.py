@@ -14,13 +14,11 @@ import typer
 
 from logo.backends.cluster import Layout
 from logo.cli.belonging import check_method_options
-from logo.cli.evaluate_options import Asked, RowOptions, RunOptions, as_evaluated
-from logo.cli.expanded import command_line
-from logo.cli.forecast import forecast
-from logo.cli.forecast import show as show_forecast
+from logo.cli.evaluate_options import Asked, RunOptions, as_evaluated
+from logo.cli.expanded import command_line, given
 from logo.cli.methods import MethodOptions, make_method
 from logo.cli.opening import open_any
-from logo.cli.options import EngineOptions, Json, RunnerOptions, usual
+from logo.cli.options import EngineOptions, Json, RunnerOptions
 from logo.cli.output import err, note, progress
 from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.scoreboard import Score, show
@@ -53,7 +51,6 @@ def evaluate(
     run: RunOptions,
     method: MethodOptions,
     cluster: WorkerOptions,
-    estimate: bool = usual(False, "Estimate downloads, memory and time; write no results."),
     json: Json = False,
 ) -> None:
     """Evaluate on datasets, with one result folder for each.
@@ -62,26 +59,16 @@ def evaluate(
 
     Example: `logo eval run --dataset bbh.boolean_expressions --base-model Llama-3.1-8B`
     """
-    from logo.evaluation.identity import check_baseline
-    from logo.evaluation.resume import ResumePolicy
-
-    check_baseline(engine.reference)
     base_model = engine.base_model or OFFICIAL_BASE
     engine = as_evaluated(engine)
     if runner.engine == "vllm":
-        if estimate:
-            raise UsageError("--estimate is not for the engine 'vllm'; use `logo plan`")
-        # vLLM schedules rows itself, so it gets many at once.
-        run = replace(run, batch_size=max(run.batch_size, VLLM_BATCH))
+        # vLLM schedules rows itself, so it gets many at once, unless the user says how many.
+        run = replace(run, batch_size=run.batch_size if "batch_size" in given() else VLLM_BATCH)
     asked = Asked(engine, runner, run, _method(method, engine, run), base_model, command_line())
     layout = layout_of(cluster, engine)
     if layout is not None and asked.carries:
         raise UsageError("workers: with --probe-context carry each row depends on the one before; use one process")
-    jobs = _jobs(asked, writes=not estimate)
-    if estimate:
-        opened = functools.partial(_open, asked)
-        show_forecast(forecast(asked, jobs, opened), json=json)
-        return
+    jobs = _jobs(asked)
     with ExitStack() as stack:
         session: Evaluation
         if layout is None:
@@ -90,7 +77,7 @@ def evaluate(
         else:
             session = _in_workers(layout, asked)
             stack.enter_context(session.workers)
-        plans = session.plans(jobs, ResumePolicy(run.overwrite, run.mix_environments))
+        plans = session.plans(jobs, overwrite=run.overwrite)
         scores, lost = _answered(session, plans, json=json)
     if lost is not None:
         err.print(f"logo: error: {lost}", markup=False)
@@ -130,28 +117,37 @@ def _answered(session: Evaluation, plans: Sequence[Plan], *, json: bool) -> tupl
 
 
 def _method(options: MethodOptions, engine: EngineOptions, run: RunOptions) -> Method | None:
-    """The method; None for the engine's own selection with the exact mixture."""
+    """The method; None for the engine's own selection."""
     from logo.evaluation.results import LOGO
 
     method = make_method(options, k=engine.n_selected_modules, seed=run.seed)
     check_method_options([method])
-    return None if method.label == LOGO else method
+    return None if method.name == LOGO else method
 
 
-def _jobs(asked: Asked, *, writes: bool) -> list[Job]:
-    """The jobs. Errors in data and result folders are raised here, before the long part of the work."""
+def _jobs(asked: Asked) -> list[Job]:
+    """The datasets that the options name, with their rows. Errors in data and result folders are raised here, before
+    the long part of the work; warns about datasets that are missing."""
+    from logo.evaluation.jobs import find_jobs
     from logo.evaluation.results import LOGO, run_folder
-    from logo.evaluation.shards import Shard
 
     run, method = asked.run, asked.method
-    shard = None if run.shard is None else Shard.parse(run.shard)
-    if shard is not None and asked.carries:
-        raise UsageError("shard: with --probe-context carry each row depends on the one before; leave out --shard")
-    label = LOGO if method is None else method.label
+    label = LOGO if method is None else method.name
     folder = run_folder(
         run.result_dir, asked.base_model, str(asked.engine.signal), asked.k, run.seed, label, run.run_name
     )
-    jobs = jobs_of(run, folder, official=asked.official)
+    jobs, missing = find_jobs(
+        folder,
+        run.dataset,
+        data_dir=run.data_dir,
+        rows=run.rows,
+        train_rows=run.train_rows,
+        limit=run.limit,
+        metric=None if run.metric is None else checked_kind(run.metric, "--metric"),
+        official=asked.official,
+    )
+    if missing:
+        err.print(f"logo: warning: not in {run.data_dir}, left out: {', '.join(missing)}", markup=False)
     first = [job.dataset for job in jobs if job.metric == "em_first"]
     if first:
         err.print(
@@ -159,28 +155,9 @@ def _jobs(asked: Asked, *, writes: bool) -> list[Job]:
             "script does; --metric em_multi accepts any of them",
             markup=False,
         )
-    for place in (Path(run.result_dir), folder) if writes else ():
+    for place in (Path(run.result_dir), folder):
         if place != folder or folder.exists():
             check_writable(place)
-    return jobs if shard is None else [job.cut(shard, run.batch_size) for job in jobs]
-
-
-def jobs_of(rows: RowOptions, folder: Path, *, official: bool = False) -> list[Job]:
-    """The datasets that the options name, with their rows; warns about those that are missing."""
-    from logo.evaluation.jobs import find_jobs
-
-    jobs, missing = find_jobs(
-        folder,
-        rows.dataset,
-        data_dir=rows.data_dir,
-        rows=rows.rows,
-        train_rows=rows.train_rows,
-        limit=rows.limit,
-        metric=None if rows.metric is None else checked_kind(rows.metric, "--metric"),
-        official=official,
-    )
-    if missing:
-        err.print(f"logo: warning: not in {rows.data_dir}, left out: {', '.join(missing)}", markup=False)
     return jobs
 
 
@@ -189,18 +166,16 @@ def _open(asked: Asked) -> Session:
     from logo.evaluation.identity import pool_digests
     from logo.evaluation.results import LOGO
     from logo.evaluation.session import Session
-    from logo.mixing import EXACT
     from logo.opening import OFFICIAL_TRUNCATION
 
     run, method, base_model = asked.run, asked.method, asked.base_model
     started = time.perf_counter()
     truncation = OFFICIAL_TRUNCATION if asked.official else None
-    merge = EXACT if method is None else method.merging
-    logo = open_any(asked.engine, asked.runner, base_model, preset=run.preset, truncation=truncation, merge=merge)
+    logo = open_any(asked.engine, asked.runner, base_model, preset=run.preset, truncation=truncation)
     pool = pool_digests(logo)
     loading = time.perf_counter() - started
     options = {"base_model": base_model, **asdict(asked.engine), **asdict(asked.runner), **asdict(run)}
-    named = {"method": LOGO if method is None else method.label, "merge": logo.merge.kind}
+    named = {"method": LOGO if method is None else method.name}
     return Session(
         logo,
         base_model,
@@ -226,11 +201,11 @@ def _in_workers(layout: Layout, asked: Asked) -> InWorkers:
     workers = opened(layout, asked.engine, asked.base_model, open_, facts_of, run.preset)
     return InWorkers(
         workers,
-        workers.description,
         seed=run.seed,
         batch_size=run.batch_size,
         max_new_tokens=run.max_new_tokens,
         method=asked.method,
+        shared=asked.runner.engine == "vllm",
     )
 
 
@@ -238,8 +213,7 @@ def _answerer(asked: Asked) -> Answerer:
     """The session that a worker process opens."""
     from logo.evaluation.workers import Answerer
 
-    session = _open(asked)
-    return Answerer(lambda key: session)
+    return Answerer(_open(asked))
 
 
 def _stored(plan: Plan) -> Score:

@@ -1,4 +1,4 @@
-"""Options of `logo eval run`, some of which `logo eval sweep` has too, and all that one evaluation was asked for."""
+"""Options of `logo eval run`, and all that one evaluation was asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def as_evaluated(engine: EngineOptions) -> EngineOptions:
-    """The options with the defaults of evaluations, so that a cell of a sweep equals such a run."""
+    """The options with the defaults of evaluations."""
     return replace(
         engine,
         signal=engine.signal or OFFICIAL_SIGNAL,
@@ -27,8 +27,8 @@ def as_evaluated(engine: EngineOptions) -> EngineOptions:
 
 
 @dataclass(frozen=True)
-class RowOptions:
-    """Options for the rows of an evaluation and how they are answered."""
+class RunOptions:
+    """Options for the rows of an evaluation, how they are answered, and where results are written."""
 
     dataset: str = usual("", "Name, list `a,b` or pattern `bbh.*`; empty: all in the data folder.")
     data_dir: str = usual("./data", "Rows are read from DIR/main/sub/test.jsonl.", metavar="DIR")
@@ -51,20 +51,8 @@ class RowOptions:
     max_new_tokens: int = usual(256, "Longest answer, in tokens.", min=1)
     generation_early_stop: bool = rare(False, "Stop generating at the first newline.")
     overwrite: bool = usual(False, "Start again, replacing finished rows and a result of another run.")
-    mix_environments: bool = rare(
-        False, "Continue a run that was begun with other versions or on another kind of device."
-    )
-
-
-@dataclass(frozen=True)
-class RunOptions(RowOptions):
-    """`RowOptions`, and where results are written."""
-
     result_dir: str = usual("results", "Folder for result folders.", metavar="DIR")
     seed: int = usual(0, "Random seed; part of the result folder's name.", min=0)
-    shard: str | None = rare(
-        None, "Answer only part I of N; `logo eval merge` puts the parts together.", "all rows", metavar="I/N"
-    )
     run_name: str | None = rare(
         None, "Added to the result folder's name, to keep several runs beside each other.", "none", metavar="NAME"
     )

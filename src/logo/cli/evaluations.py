@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from logo.cli import compare, evaluate, lm_eval, merge_results, report, study, sweep
+from logo.cli import compare, evaluate, lm_eval, report, study
 from logo.cli.commands import Commands
 from logo.cli.expanded import expanded
 from logo.cli.options import EVALUATING
 
-app = Commands(help="Evaluate on datasets; compare, merge and report results.", no_args_is_help=True)
+app = Commands(help="Evaluate on datasets; compare and report results.", no_args_is_help=True)
 
 
 app.command("run")(expanded(evaluate.evaluate, defaults=EVALUATING))
-app.command("sweep")(sweep.sweep)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
-app.command("merge")(merge_results.merge_results)
 app.command("study")(study.study)
 app.command("lm-eval", context_settings=lm_eval.CONTEXT)(lm_eval.lm_eval)

@@ -16,11 +16,11 @@ import typer
 from logo import plugins
 from logo.cli.config import CONFIG, command_name
 from logo.cli.options import OFFICIAL
+from logo.recorded import without_secrets
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _CONTEXT = "typer_context"
 _SOURCES = frozenset({"COMMANDLINE", "DEFAULT_MAP"})
-_SECRET = frozenset({"api_key", "token"})
 
 _given: ContextVar[dict[str, Any]] = ContextVar("given")
 
@@ -130,9 +130,9 @@ def _what_was_given(context: typer.Context, values: Mapping[str, Any]) -> dict[s
     found = {}
     for name, value in values.items():
         source = context.get_parameter_source(name)
-        if source is not None and source.name in _SOURCES and name not in _SECRET:
+        if source is not None and source.name in _SOURCES:
             found[name] = _plain(value)
-    made = {"name": command_name(context), "options": found}
+    made = {"name": command_name(context), "options": without_secrets(found)}
     return {**made, "plugins": named} if (named := plugins.named()) else made
 
 

@@ -54,19 +54,13 @@ def looks_at(kind: str, name: str, method: Mapping[str, Any], signal: str | None
     by = "" if encoder is None else f"; encoder {PurePath(encoder).name}"
     if method["method"] == "loraretriever" and encoder != _ENCODER:
         by += ", not its own"
-    from logo.mixing.merges import ROUTED  # imports torch, without which --help answers at once
-
     texts: dict[str, str] = {
         "lorahub": f"up to {method.get('rows')} labelled rows a task",
         "best-single": f"up to {method.get('rows')} labelled rows a task",
         "loraretriever": "prompt, samples per adapter",
-        "adaptersoup": "all prompts, samples per adapter",
-        "lorauter": f"prompt, up to {method.get('rows')} labelled rows of each of "
-        f"{len(method.get('validation', {}).get('tasks', ()))} tasks",
         **dict.fromkeys(("base", "uniform", "random"), "nothing"),
         "oracle": "the answer key",
         "logo": "prompt, weights",
-        **dict.fromkeys(ROUTED, "weights, token by token"),
     }
     plugin = "not known (a plugin)" if signal is None else f"not known (a plugin; signal {signal})"
     return texts.get(method["method"], plugin) + by

@@ -1,4 +1,4 @@
-"""Options that say which method selects adapters and how they are combined, and the `Method` they describe."""
+"""Options that say which method selects adapters, and the `Method` that they describe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.cli.choices import Sign, Variant
+from logo.cli.choices import Variant
 from logo.cli.options import rare, usual
 from logo.errors import UsageError
 from logo.rows import Row
@@ -27,39 +27,16 @@ class MethodOptions:
 
     method: str = usual(
         "logo",
-        "`logo`, `base`, `uniform`, `random`, `oracle`, `best-single`, `lorahub`, `loraretriever`, `adaptersoup`, "
-        "`lorauter`, `arrow`, `spectr` or `seqr`.",
+        "`logo`, `base`, `uniform`, `random`, `oracle`, `best-single`, `lorahub` or `loraretriever`.",
     )
-    merge: str | None = _method(
-        None,
-        "How selected adapters are combined: `mixture` (exact), `fusion`, `linear`, `ties`, `dare_linear`, "
-        "`dare_ties`, or token by token `arrow`, `spectr` or `seqr`.",
-        "the method's: mixture; lorahub, adaptersoup: fusion",
-    )
-    merge_density: float = _method(0.5, "Share of entries that `ties` and `dare` keep.")
-    merge_sign: Sign = _method(
-        "total", "How `ties` elects a sign: by the sum of the entries, or by the number of adapters."
-    )
-    arrow_top_k: int = _method(3, "Adapters per token and module of `arrow` and `spectr`.")
-    arrow_temperature: float = _method(1.0, "Temperature of the softmax of `arrow` and `spectr`.")
-    shots: int | None = _method(
-        None, "Labelled rows to learn from; `lorauter`: of each task.", "best-single: 16; lorahub: 5; lorauter: 8"
-    )
+    shots: int | None = _method(None, "Labelled rows to learn from.", "best-single: 16; lorahub: 5")
     lorahub_budget: int = _method(40, "Mixtures that `lorahub` tries per dataset.")
     retriever_variant: Variant = _method(
         "mixture",
-        "`loraretriever`: mix the outputs of the k closest adapters, fuse their factors, or take the closest.",
+        "`loraretriever`: mix the outputs of the k closest adapters, or take the closest.",
     )
     adapter_samples: Path | None = _method(
-        None,
-        "Folder of NAME.jsonl with rows of the training task of adapter NAME, for `loraretriever` and `adaptersoup`.",
-        metavar="DIR",
-    )
-    validation_rows: Path | None = _method(
-        None,
-        "Folder of TASK.jsonl with labelled rows, by which `lorauter` finds similar tasks and tries adapters.",
-        "as --adapter-samples",
-        metavar="DIR",
+        None, "Folder of NAME.jsonl with rows of the training task of adapter NAME, for `loraretriever`.", metavar="DIR"
     )
     samples_per_adapter: int = _method(
         20, "Number of rows to read from each of these files, or of the held-out ones, as samples."
@@ -76,10 +53,10 @@ def make_method(
     Args:
         k: adapters per prompt, where the user asked for a number; None: the method's own.
         seed: of everything random in it.
-        held: labelled rows by name, which serve as samples and validation rows if no folder of them is named.
+        held: labelled rows by name, which serve as samples if no folder of them is named.
 
     Raises:
-        UsageError: a method or merge that does not exist, or an option out of range.
+        UsageError: a method that does not exist, or an option out of range.
         DataError: the samples are needed but cannot be used.
     """
     from logo.baselines import get_method
@@ -87,11 +64,6 @@ def make_method(
 
     kind = method_class(options.method)
     given: dict[str, Any] = {
-        "merge": options.merge,
-        "density": options.merge_density,
-        "majority_sign": options.merge_sign,
-        "arrow_top_k": options.arrow_top_k,
-        "arrow_temperature": options.arrow_temperature,
         "seed": seed,
         "budget": options.lorahub_budget,
         "variant": options.retriever_variant,
@@ -104,9 +76,6 @@ def make_method(
         count = options.samples_per_adapter
         samples = {name: tuple(row.context for row in rows[:count]) for name, rows in (held or {}).items()}
         given["samples"] = samples if samples and options.adapter_samples is None else _samples(options)
-    if "validation" in known:
-        named = options.validation_rows or options.adapter_samples
-        given["validation"] = held if held and named is None else _validation(options)
     return get_method(options.method, **{name: value for name, value in given.items() if name in known})
 
 
@@ -120,15 +89,3 @@ def _samples(options: MethodOptions) -> dict[str, tuple[str, ...]]:
         )
     tasks = find_tasks(options.adapter_samples, limit=options.samples_per_adapter)
     return {task.name: tuple(row.context for row in task.rows) for task in tasks}
-
-
-def _validation(options: MethodOptions) -> dict[str, tuple[Row, ...]]:
-    from logo.evaluation.study import find_tasks
-
-    folder = options.validation_rows or options.adapter_samples
-    if folder is None:
-        raise UsageError(
-            f"--method {options.method} needs labelled rows of tasks: expected --validation-rows DIR with TASK.jsonl "
-            "for every task"
-        )
-    return {task.name: task.rows for task in find_tasks(folder)}

@@ -102,9 +102,8 @@ def absolute(name: str) -> str:
 
 def anywhere(method: Method | None) -> Method | None:
     """The method with absolute paths, for a process with another working directory."""
-    from logo.baselines.lorauter import LoRAuter
-    from logo.baselines.retrieval import Retrieval
+    from logo.baselines.retrieval import LoraRetriever
 
-    if not isinstance(method, (Retrieval, LoRAuter)):
+    if not isinstance(method, LoraRetriever):
         return method
     return replace(method, embedding_model=absolute(method.embedding_model))

@@ -1,4 +1,4 @@
-"""`logo eval report`: result folders as one page, pictures and a LaTeX table."""
+"""`logo eval report`: result folders as one page and a LaTeX table."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from logo.cli.options import argument, usual
 from logo.cli.output import err, note, print_json
 from logo.errors import UsageError
+from logo.evaluation.metrics import checked_kind
 from logo.evaluation.tables import counted
-from logo.extras import need
 from logo.folders import check_writable, replace_file
 
 if TYPE_CHECKING:
@@ -25,52 +25,39 @@ def report(
         show_default=False,
     ),
     output: Path = usual(Path("report.html"), "The page to write.", True, "--output", "-o", metavar="FILE"),
-    pictures: Path | None = usual(
-        None, "Also write the pictures as PNG into this folder.", "no pictures", metavar="DIR"
-    ),
     latex: Path | None = usual(None, "Also write the tables as LaTeX.", "no LaTeX", metavar="FILE"),
     markdown: Path | None = usual(None, "Also write the tables as Markdown.", "no Markdown", metavar="FILE"),
     title: str | None = usual(None, "The page's heading.", "base model and runs"),
     data_dir: Path | None = usual(
         None, "Data folder to search for prompts, if a result holds none and its data file has moved.", "as the run did"
     ),
-    published: Path | None = usual(
-        None,
-        "JSON file with published numbers to show beside those of the same experiment.",
-        "the built-in ones",
-        metavar="FILE",
+    metric: str | None = usual(
+        None, "Judge the stored answers anew, of all datasets, as `logo eval run --metric` would.", "as the run did"
     ),
     seed: int = usual(0, "Random seed of the intervals and tests.", min=0),
     json: bool = usual(False, "Print all numbers and the written files as JSON."),
 ) -> None:
     """Make one self-contained HTML page of results: tables with intervals, comparisons, adapters, every instance.
 
-    Example: `logo eval report results -o report.html --pictures pictures --latex tables.tex`
+    Example: `logo eval report results -o report.html --latex tables.tex`
     """
     from logo.evaluation.report import analyse, as_latex, as_markdown, page, summary
-    from logo.evaluation.report import pictures as scenes
-    from logo.evaluation.report import png as drawn
-    from logo.evaluation.report.published import read_published
     from logo.evaluation.runs import read_runs
 
+    if metric is not None:
+        metric = checked_kind(metric, "--metric")
     for option, file in (("--output", output), ("--latex", latex), ("--markdown", markdown)):
         if file is not None and file.is_dir():
             raise UsageError(f"{option} {file}: expected a file to write, found a folder")
         if file is not None:
             check_writable(file.parent, option)
-    if pictures is not None:
-        need("--pictures", "matplotlib")
-        check_writable(pictures, "--pictures")
     started = time.perf_counter()
-    others = () if published is None else read_published(published)
-    analysis = analyse(read_runs(results, data_dir), seed=seed, published=others)
+    analysis = analyse(read_runs(results, data_dir, metric), seed=seed)
     written = {output: page(analysis, title).encode("utf-8")}
     if latex is not None:
         written[latex] = as_latex(analysis).encode("utf-8")
     if markdown is not None:
         written[markdown] = as_markdown(analysis).encode("utf-8")
-    if pictures is not None:
-        written |= {pictures / f"{scene.name}.png": drawn(scene) for scene in scenes(analysis)}
     for file, content in written.items():
         replace_file(file, content)
     _warn(analysis)

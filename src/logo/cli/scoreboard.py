@@ -11,7 +11,7 @@ import typer
 
 from logo.cli.output import err, note, print_json, rich_table, screen
 from logo.evaluation.metrics import LABELS, recorded_kind, summary_line
-from logo.evaluation.tables import Cell, Column, Table, number, numbers, row, words
+from logo.evaluation.tables import Column, Table, number, numbers, row, words
 
 if TYPE_CHECKING:
     from logo.evaluation.resume import Plan
@@ -51,20 +51,12 @@ class Score:
     @property
     def line(self) -> str:
         """As the official script prints it: `Accuracy: 71.33`."""
-        if not self.rows:
-            return "no rows in this shard"
         return summary_line(recorded_kind(self.files["run.json"], self.dataset), self.files["eval_results.json"])
 
     @property
     def errors(self) -> list[tuple[int, str]]:
         """Row (from 1, in the dataset) and message of each row without an answer."""
-        from logo.evaluation.shards import Shard, positions
-
-        cut = self.files["run.json"]["shard"]
-        found = self.files["metrics.json"]["errors"]
-        shard = None if cut is None else Shard(cut["index"], cut["count"])
-        places = positions(cut["rows"], cut["block"], shard) if cut is not None else range(self.rows)
-        return [(places[error["index"]] + 1, error["message"]) for error in found]
+        return [(error["index"] + 1, error["message"]) for error in self.files["metrics.json"]["errors"]]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -124,7 +116,7 @@ def table(scores: Sequence[Score]) -> Table:
         begin: list[object] = [score.dataset, score.rows]
         end: list[object] = [f"{score.seconds:.1f}", *([len(score.errors) or ""] if failed else [])]
         shown = [(LABELS.get(key, key), number(value, interval=intervals.get(key))) for key, value in official.items()]
-        for label, cell in shown or [("", Cell(""))]:
+        for label, cell in shown:
             rows.append(row(*begin, label, cell, *end))
             begin, end = ["", ""], [""] * len(end)
     return Table(columns, tuple(rows))

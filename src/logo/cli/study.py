@@ -21,19 +21,17 @@ from logo.cli.methods import MethodOptions
 from logo.cli.opening import Opened, open_engine, open_pool, selection_settings
 from logo.cli.options import EngineOptions, Json, rare, usual
 from logo.cli.output import err, natural_width, note, print_json, progress, rich_table, screen, write_json
-from logo.cli.pace import Bars
 from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.prompts import or_demo
 from logo.cli.workers import WorkerOptions, layout_of, only, opened
 from logo.errors import UsageError
 from logo.evaluation.tables import Cell, Column, Table, number, numbers, row
-from logo.extras import need
-from logo.folders import check_writable, replace_file
+from logo.folders import check_writable
 
 if TYPE_CHECKING:
     from logo.engine import LoGo
     from logo.evaluation.arms import Arms
-    from logo.evaluation.contest import Contest
+    from logo.evaluation.contest import Contest, Lesson
     from logo.evaluation.study import Measuring, Study, Task
     from logo.evaluation.workers import MeasuredInWorkers
 
@@ -68,7 +66,7 @@ def study(
     save: Path = usual(..., "The JSON file to write all numbers to.", metavar="FILE"),
     signals: str | None = usual(
         None,
-        "Signals to compare, `a,b`; `a/0.5` has softmax weights of temperature 0.5.",
+        "Signals to compare, `a,b`.",
         SIGNALS,
         metavar="SIGNAL,...",
     ),
@@ -96,8 +94,8 @@ def study(
     ),
     hold_out: int = rare(
         0,
-        "Do not measure the last N rows of each task; methods use them as training, sample or validation rows "
-        "where no folder of them is named.",
+        "Do not measure the last N rows of each task; methods use them as training rows or samples where no folder of "
+        "them is named.",
         min=0,
     ),
     own_adapters_only: bool = rare(False, "Leave adapters without rows of their own out of the pool."),
@@ -106,38 +104,29 @@ def study(
     overwrite: bool = rare(False, "Begin again, and replace a report that --save names."),
     so_far: bool = usual(False, "Show the results so far of an unfinished study."),
     seed: int = usual(0, "Random seed of the intervals and of methods.", min=0),
-    png: Path | None = rare(
-        None, "PNG file for a picture of the first signal's mean weights.", "as --save", metavar="FILE"
-    ),
     json: Json = False,
 ) -> None:
     """Compare signals on a pool: how often they find the own adapter, and how likely the gold answer is.
 
-    `--method arrow,lorahub,loraretriever/fusion` adds other methods, and `--generate N` generates answers; a second
+    `--method lorahub,loraretriever` adds other methods, and `--generate N` generates answers; a second
     table then shows each relative to the oracle. Repeat the command to continue an interrupted study.
 
     Example: `logo eval study --base-model M --adapters DIR --rows ROWS --limit 8 --save study.json`
     """
-    from logo.evaluation.heatmap import heatmap
-    from logo.evaluation.identity import check_baseline
-    from logo.evaluation.reliability import picture as reliability_picture
     from logo.evaluation.study import cut, is_begun, journal_of, report_in, study_so_far
-    from logo.evaluation.summary import mean_weights
     from logo.evaluation.workers import MeasuredInWorkers
 
-    need("this command", "matplotlib")
     if so_far:
         _show(study_so_far(journal_of(save), seed).report, json=json)
         return
-    check_baseline(engine.reference)
     if signals and engine.signal:
         raise UsageError(
             f"--signal {engine.signal}: a study compares the signals of --signals; leave out one of the two"
         )
-    arms = _signals(signals or engine.signal or SIGNALS)
-    if engine.index == "two-stage":
-        raise UsageError("--index two-stage: a study ranks all adapters of the pool; leave it out")
-    picture = _checked(save, png)
+    compared = _signals(signals or engine.signal or SIGNALS)
+    if save.is_dir():
+        raise UsageError(f"--save {save}: expected a file to write, found a folder")
+    check_writable(save.parent, "--save")
     if save.exists() and not overwrite and not is_begun(journal_of(save)):
         report_in(save)  # another file is refused before anything is loaded
     layout = layout_of(cluster, engine)
@@ -146,10 +135,10 @@ def study(
     found, held = cut(every, limit, hold_out)
     methods = methods_of(method, engine.n_selected_modules, seed, held)
     check_method_options(list(methods.values()), selects=True)
-    check_selection_options([replace(selection_settings(engine), **arm) for arm in arms.values()])
+    check_selection_options([replace(selection_settings(engine), signal=signal) for signal in compared])
     contest = contest_of(found, protocol, generate, methods, metric, train_rows, held)
     names = tuple(task.name for task in found) if own_adapters_only else None
-    opener = functools.partial(_arms, arms=arms, batch_size=batch_size, names=names)
+    opener = functools.partial(_arms, signals=compared, batch_size=batch_size, names=names)
     started = time.perf_counter()
     settings = {"base_model": base_model, "adapters": engine.adapters, "rows": rows, "tasks": tasks, "limit": limit}
     settings |= {"hold_out": hold_out} if hold_out else {}
@@ -169,21 +158,13 @@ def study(
         result = _measure(measuring, found, save, settings, contest, seed, loading, overwrite=overwrite)
     if not result.rows:
         under = "; it was measured under other versions or on another kind of device: " if result.note else ""
-        drawn = "" if picture.exists() else f", and draws {picture}"
-        note(f"{save} is done already (--overwrite measures it again{drawn}){under}{result.note}")
+        note(f"{save} is done already (--overwrite measures it again){under}{result.note}")
         _show({name: part for name, part in result.report.items() if name != "command"}, json=json)
         return
     write_json(save, {**result.report, "command": command_line()})
-    first = next(iter(arms))
-    title = f"{first}: mean weight of each adapter, by task"
-    replace_file(picture, heatmap(mean_weights(result.rows, first), result.report["pool"], title))
-    pictures = [picture]
-    if "confidence" in result.report:
-        pictures.append(picture.with_name(f"{picture.stem}-confidence{picture.suffix}"))
-        replace_file(pictures[-1], reliability_picture(result.report["confidence"]))
     journal_of(save).unlink(missing_ok=True)
     _show(result.report, json=json)
-    note(" · ".join(map(str, [save, *pictures])))
+    note(str(save))
 
 
 def _show(report: Mapping[str, Any], *, json: bool) -> None:
@@ -212,37 +193,16 @@ def _confidence(signal: str, found: Mapping[str, Any]) -> str:
     return f"{signal}: AUROC of the confidence {', '.join(values)}{error}"
 
 
-def _signals(text: str) -> dict[str, dict[str, Any]]:
-    """Entry of `--signals` -> the settings it asks for, with signal and temperature checked."""
-    from logo.selection.settings import SelectionSettings
+def _signals(text: str) -> list[str]:
+    """The signals that `--signals` names."""
+    from logo.selection.signals import get_signal
 
-    arms: dict[str, dict[str, Any]] = {}
-    for entry in (part.strip() for part in text.split(",") if part.strip()):
-        signal, slash, temperature = entry.partition("/")
-        arms[entry] = {"signal": signal}
-        if slash:
-            try:
-                arms[entry] |= {"weighting": "softmax", "weight_temperature": float(temperature)}
-            except ValueError:
-                raise UsageError(
-                    f"signals: {entry!r}: expected a temperature after the slash, as in {signal}/0.5"
-                ) from None
-        SelectionSettings(**arms[entry])
-    if not arms:
+    signals = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for signal in signals:
+        get_signal(signal)
+    if not signals:
         raise UsageError(f"signals {text!r}: expected names separated by commas, found none")
-    return arms
-
-
-def _checked(save: Path, png: Path | None) -> Path:
-    """The path of the picture, after a check that both files can be written, before the long part of the work."""
-    picture = save.with_suffix(".png") if png is None else png
-    if picture.resolve() == save.resolve():
-        raise UsageError(f"--save and --png are both {save}: expected two files")
-    for option, file in (("--save", save), ("--png", picture)):
-        if file.is_dir():
-            raise UsageError(f"{option} {file}: expected a file to write, found a folder")
-        check_writable(file.parent, option)
-    return picture
+    return signals
 
 
 def _in_workers(
@@ -261,21 +221,20 @@ def _arms(
     base_model: str,
     contest: Contest,
     *,
-    arms: Mapping[str, Mapping[str, Any]],
+    signals: Sequence[str],
     batch_size: int,
     names: Names,
 ) -> Arms:
-    """One engine per entry of `--signals`, on one model and one pool, restricted to the adapters of these names."""
+    """One engine per signal, on one model and one pool, restricted to the adapters of these names."""
     from logo.evaluation.arms import Arms
 
-    first = open_engine(replace(options, signal=str(next(iter(arms.values()))["signal"])), base_model)
+    first = open_engine(replace(options, signal=signals[0]), base_model)
     pool = first.pool if names is None else only(first.pool, names)
     base = Opened(first.model, first.tokenizer, pool)
     engines: dict[str, LoGo] = {}
-    for name, arm in arms.items():
-        settings = replace(first.settings, **arm)
-        is_first = settings == first.settings and pool is first.pool
-        engines[name] = first if is_first else base.uncalibrated(options, settings)
+    for signal in signals:
+        is_first = signal == signals[0] and pool is first.pool
+        engines[signal] = first if is_first else base.uncalibrated(options, replace(first.settings, signal=signal))
     return Arms(engines, contest, batch_size)
 
 
@@ -307,7 +266,12 @@ def _measure(
     asked = asked_of(tasks, contest, measuring.facts.names)
     lessons = contest.lessons([task.name for task in asked], measuring.facts.names)
     with progress(disable=not err.is_terminal) as shown:
-        bars = Bars(shown, len(lessons), sum(len(task.rows) for task in asked), plain=bool(contest.as_dict()))
+        learning = shown.add_task("learning", total=len(lessons), visible=bool(lessons))
+        measured = shown.add_task("rows", total=sum(len(task.rows) for task in asked))
+
+        def learnt(lesson: Lesson) -> None:
+            shown.update(learning, advance=1, description=f"{lesson.method}: {lesson.of}")
+
         try:
             return run_study(
                 measuring,
@@ -319,8 +283,8 @@ def _measure(
                 loading=loading,
                 finished=save,
                 overwrite=overwrite,
-                on_progress=bars.row,
-                on_lesson=bars.lesson,
+                on_progress=lambda name: shown.update(measured, advance=1, description=name),
+                on_lesson=learnt,
             )
         except KeyboardInterrupt:
             without = " without --overwrite" if overwrite else ""

@@ -94,13 +94,13 @@ def progress_of(bar: Progress, session: Evaluation, plans: Sequence[Plan]) -> Ca
 
     def of_one(plan: Plan, count: int) -> None:
         if id(plan) not in tasks:
-            tasks[id(plan)] = bar.add_task(plan.job.dataset, total=len(plan.job.places))
+            tasks[id(plan)] = bar.add_task(plan.job.dataset, total=len(plan.job.rows))
         bar.update(tasks[id(plan)], completed=count)
 
     if not isinstance(session, InWorkers):
         return of_one
     workers = session.workers
-    total = sum(len(plan.job.places) for plan in plans if not plan.done)
+    total = sum(len(plan.job.rows) for plan in plans if not plan.done)
     task = bar.add_task("workers", total=total)
 
     def of_all(plan: Plan, count: int) -> None:

@@ -1,19 +1,17 @@
 """`Arms`: what a study compares on a row, in this process: signals, methods and fixed mixtures, on one model and one
 pool.
 
-    row -> each arm's mixture, with the row's own adapter and without it -> scored and answered, one merge at a time
+    row -> each arm's mixture, with the row's own adapter and without it -> scored and answered
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from logo.baselines.lorauter import LoRAuter
 from logo.baselines.method import Learned, Prepared, prepared_by
 from logo.baselines.method import Task as MethodTask
 from logo.errors import DataError, UsageError
@@ -22,7 +20,6 @@ from logo.evaluation.identity import digests, environment, order_dependence, plu
 from logo.evaluation.metrics import first_line, measure, measures
 from logo.evaluation.study import Facts, Task
 from logo.evaluation.summary import KINDS, Measured
-from logo.mixing import EXACT, Merge
 from logo.rows import Row
 from logo.selection.signals import SIGNALS
 
@@ -41,7 +38,7 @@ class Arm:
 
     Attributes:
         part: `answers` or `left_out`; `kind`: `signals`, `methods` or `mixtures`; `name`: its name there.
-        mixture: adapter -> weight; `merge`: how the adapters are combined.
+        mixture: adapter -> weight.
         metrics: its scores; `prediction`: the generated answer; `confidence`: of a signal's selection.
     """
 
@@ -49,7 +46,6 @@ class Arm:
     kind: str
     name: str
     mixture: Mixture
-    merge: Merge = EXACT
     metrics: dict[str, float] = field(default_factory=dict)
     prediction: str = ""
     confidence: float | None = None
@@ -92,11 +88,8 @@ class Arms:
     def learnt(self, lesson: Lesson) -> Mapping[str, Any]:
         """The result of one lesson, as JSON; errors as in `learn`."""
         method = self._contest.methods[lesson.method]
-        with self._merging(method.merging):
-            if isinstance(method, LoRAuter):
-                return method.tried(self._logo, lesson.of)
-            if isinstance(method, Learned):
-                return method.learn(self._logo, self._task(lesson.of, lesson.about))
+        if isinstance(method, Learned):
+            return method.learn(self._logo, self._task(lesson.of, lesson.about))
         raise RuntimeError(f"method {lesson.method!r} learns nothing")
 
     def __call__(self, rows: Iterable[tuple[Task, int]], lessons: Lessons) -> Iterator[Measured]:
@@ -173,7 +166,6 @@ class Arms:
         return len(self._logo.names) > 1 and not any(set(chosen.scores) <= {own} for chosen in picked.values())
 
     def _of_method(self, label: str, task: str, prompt: OnePrompt, lessons: Lessons) -> Iterator[Arm]:
-        method = self._contest.methods[label]
         for about in self._contest.abouts(task, self._logo.names):
             select = self._knowing(Lesson(label, task, about), lessons).select
             candidates = self._task(task, about).candidates(self._logo)
@@ -187,19 +179,16 @@ class Arms:
                     f"may choose: use task.candidates(logo) in its `prepare`"
                 )
             part = "answers" if about == OWN else "left_out"
-            yield Arm(part, "methods", label, selection.mixture, method.merging)
+            yield Arm(part, "methods", label, selection.mixture)
 
     def _knowing(self, which: Lesson, lessons: Lessons) -> Prepared:
         """A method prepared for a task; cached, because every row of the task needs it."""
         if which not in self._prepared:
             method = self._contest.methods[which.method]
-            if isinstance(method, LoRAuter):
-                method = method.knowing({one.of: found for one, found in lessons.items() if one.method == which.method})
-            with self._merging(method.merging):
-                if isinstance(method, Learned):
-                    self._prepared[which] = method.recall(lessons[which])
-                else:
-                    self._prepared[which] = prepared_by(method, self._logo, self._task(which.of, which.about))
+            if isinstance(method, Learned):
+                self._prepared[which] = method.recall(lessons[which])
+            else:
+                self._prepared[which] = prepared_by(method, self._logo, self._task(which.of, which.about))
         return self._prepared[which]
 
     def _task(self, name: str, about: str) -> MethodTask:
@@ -208,15 +197,6 @@ class Arms:
             return task
         return replace(task, among=tuple(one for one in self._logo.names if one != name))
 
-    @contextmanager
-    def _merging(self, merge: Merge) -> Iterator[None]:
-        """Sets the rule by which the engine combines adapters, and the exact rule again after the block."""
-        self._logo.merge = merge
-        try:
-            yield
-        finally:
-            self._logo.merge = EXACT
-
     # -- what it is worth -------------------------------------------------------------------------------------------
 
     def _judge(self, arms: Sequence[Arm], task: str, where: str, row: Row, seconds: dict[str, Any]) -> None:
@@ -224,27 +204,21 @@ class Arms:
         logo, new_tokens = self._logo, self._contest.new_tokens
         gold = row.completion if isinstance(row.completion, str) else row.completion[0]
         kind = self._contest.metrics.get(task, "em")
-        seconds["score"], generating = 0.0, 0.0
-        for merge in dict.fromkeys(arm.merge for arm in arms):
-            some = [arm for arm in arms if arm.merge == merge]
-            try:
-                with self._merging(merge):
-                    started = time.perf_counter()
-                    scored = logo.score(row.prompt, gold, [arm.mixture for arm in some])
-                    scored_at = time.perf_counter()
-                    answers = [""] * len(some) if new_tokens is None else self._answers(row.prompt, some, new_tokens)
-            except UsageError as error:
-                raise DataError(f"{where}: {error}") from error
-            seconds["score"] += scored_at - started
-            generating += time.perf_counter() - scored_at
-            for arm, value, answer in zip(some, scored, answers, strict=True):
-                arm.metrics = {"exact_match": float(value.exact_match), "nll": value.nll}
-                if new_tokens is not None:
-                    arm.prediction = first_line(answer)
-                    worth = measure(kind, arm.prediction, row.completion)
-                    arm.metrics["generated"] = float(worth[measures(kind)[-1]] if isinstance(worth, dict) else worth)
+        try:
+            started = time.perf_counter()
+            scored = logo.score(row.prompt, gold, [arm.mixture for arm in arms])
+            seconds["score"] = time.perf_counter() - started
+            answers = [""] * len(arms) if new_tokens is None else self._answers(row.prompt, arms, new_tokens)
+        except UsageError as error:
+            raise DataError(f"{where}: {error}") from error
         if new_tokens is not None:
-            seconds["generate"] = generating
+            seconds["generate"] = time.perf_counter() - started - seconds["score"]
+        for arm, value, answer in zip(arms, scored, answers, strict=True):
+            arm.metrics = {"exact_match": float(value.exact_match), "nll": value.nll}
+            if new_tokens is not None:
+                arm.prediction = first_line(answer)
+                worth = measure(kind, arm.prediction, row.completion)
+                arm.metrics["generated"] = float(worth[measures(kind)[-1]] if isinstance(worth, dict) else worth)
 
     def _answers(self, prompt: OnePrompt, arms: Sequence[Arm], new_tokens: int) -> list[str]:
         """One answer for each arm; equal mixtures share one."""

@@ -1,14 +1,12 @@
 """Prompts through an engine in batches, with error handling.
 
-A batch that does not fit into memory is halved, and so are later ones. If the engine refuses a batch, its prompts are
-asked one by one, so that only the prompt at fault gets no answer. Errors of the run (an option that cannot be used, a
-failed disk) end it. This module knows engines by the protocol below only, and nothing about datasets.
+If the engine refuses a batch, or it does not fit into memory, its prompts are asked one by one, so that only the prompt
+at fault gets no answer. Errors of the run (an option that cannot be used, a failed disk) end it. This module knows
+engines by the protocol below only, and nothing about datasets.
 """
 
 from __future__ import annotations
 
-import gc
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,12 +38,7 @@ class Failure:
         return OUT_OF_MEMORY if is_out_of_memory(self.error) else " ".join(str(self.error).split())
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The answers and failures of a few prompts, in order; `size`: the batch size to use from here on."""
-
-    answers: tuple[Generation | Failure, ...]
-    size: int
+Batch = tuple[Any, ...]  # a `Generation` or a `Failure` for each of a few prompts, in order
 
 
 def in_batches(
@@ -54,15 +47,13 @@ def in_batches(
     *,
     batch_size: int,
     max_new_tokens: int,
-    size: int | None = None,
     proven: bool = False,
 ) -> Iterator[Batch]:
     """Answers to all prompts, in order.
 
     Args:
-        batch_size: number of prompts that the engine gets at once, if they fit into memory.
+        batch_size: number of prompts that the engine gets at once.
         max_new_tokens: of each answer.
-        size: the first batch size, if larger ones did not fit before.
         proven: the engine has answered prompts of this run before, so a refusal concerns the prompt and not the run.
 
     Raises:
@@ -72,28 +63,12 @@ def in_batches(
             one by one.
     """
     held: list[Batch] = []  # until a prompt has an answer: the run may fail in all of them
-    size, done, lost = size or batch_size, 0, 0
-    while done < len(prompts):
-        some = list(prompts[done : done + size])
-        answers = _answers(engine, some, max_new_tokens)
-        if answers is None:
-            lost = max(lost, len(some))
-            size = len(some) // 2
-            _release_memory()
-            continue
-        [*_, last] = answers
-        if len(some) == 1 and isinstance(last, Failure) and is_out_of_memory(last.error):
-            size, lost = batch_size, 0  # only this prompt was too large: the others use full batches again
-        if lost:
-            message = f"out of memory with {lost} prompts at once: going on with {size}"
-            warnings.warn(message, UserWarning, stacklevel=2)
-            lost = 0
-        done += len(some)
-        held.append(Batch(answers, size))
+    for start in range(0, len(prompts), batch_size):
+        held.append(_answers(engine, list(prompts[start : start + batch_size]), max_new_tokens))
         if not proven:
-            failures = [answer for batch in held for answer in batch.answers if isinstance(answer, Failure)]
-            alike = len({failure.message for failure in failures}) == 1
-            if alike and len(failures) == sum(len(batch.answers) for batch in held):
+            answers = [answer for batch in held for answer in batch]
+            failures = [answer for answer in answers if isinstance(answer, Failure)]
+            if len(failures) == len(answers) and len({failure.message for failure in failures}) == 1:
                 if len(failures) >= max(2, min(batch_size, len(prompts))):
                     raise failures[0].error
                 continue
@@ -103,15 +78,16 @@ def in_batches(
     yield from held
 
 
-def _answers(engine: Engine, prompts: list[Any], max_new_tokens: int) -> tuple[Generation | Failure, ...] | None:
-    """One answer per prompt; None if several prompts do not fit into memory."""
+def _answers(engine: Engine, prompts: list[Any], max_new_tokens: int) -> Batch:
+    """One answer per prompt."""
     answers = _attempt(engine, prompts, max_new_tokens)
     if not isinstance(answers, Failure):
         return answers
     if len(prompts) == 1:
         return (answers,)
     if is_out_of_memory(answers.error):
-        return None
+        message = f"out of memory with {len(prompts)} prompts at once: going on one by one; use a smaller batch"
+        warnings.warn(message, UserWarning, stacklevel=2)
     single = [_attempt(engine, [prompt], max_new_tokens) for prompt in prompts]
     return tuple(answer if isinstance(answer, Failure) else answer[0] for answer in single)
 
@@ -129,10 +105,3 @@ def _attempt(engine: Engine, prompts: list[Any], max_new_tokens: int) -> tuple[G
     if len(generations) != len(prompts):
         raise RuntimeError(f"engine: expected {len(prompts)} generations, one per prompt, found {len(generations)}")
     return tuple(generations)
-
-
-def _release_memory() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()

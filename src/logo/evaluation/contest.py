@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from logo.baselines.lorauter import LoRAuter
 from logo.baselines.method import Learned, Method, Task, key_of
 from logo.digests import fingerprint
 from logo.errors import UsageError, closest
@@ -19,7 +18,6 @@ from logo.evaluation.metrics import METRICS, Kind
 
 OWN, LEFT_OUT, UNSEEN = "own", "left-out", "unseen"
 PROTOCOLS = (OWN, LEFT_OUT, UNSEEN)
-POOL = "pool"
 
 
 class Lesson(NamedTuple):
@@ -27,9 +25,8 @@ class Lesson(NamedTuple):
 
     Attributes:
         method: label of the method.
-        of: the task, or what the method learns about the whole pool from.
-        about: `own`: about a task with the whole pool; `left-out`: about a task without its own adapter; `pool`: about
-            the pool.
+        of: the task.
+        about: `own`: with the whole pool; `left-out`: without the task's own adapter.
     """
 
     method: str
@@ -76,8 +73,6 @@ class Contest:
         """All lessons that have to be learnt before the rows of these tasks are measured."""
         found: list[Lesson] = []
         for label, method in self.methods.items():
-            if isinstance(method, LoRAuter):
-                found += [Lesson(label, task, POOL) for task in method.validation]
             if isinstance(method, Learned):
                 found += [Lesson(label, task, about) for task in tasks for about in self.abouts(task, names)]
         return found

@@ -1,4 +1,4 @@
-"""What the results of a run depend on, and nothing else. A run recognises its journal, result and shards by it.
+"""What the results of a run depend on, and nothing else. A run recognises its journal and its result by it.
 
 There are two parts. The *identity* is the request: the base model's weights and tokenizer, settings, rows, and the
 options of generation. The *environment* is what it runs on: versions and the kind of device, whose results agree up to
@@ -15,8 +15,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from logo.digests import config_digest, fingerprint, library_versions, tokenizer_digest, weights_digest
-from logo.errors import UsageError
-from logo.mixing.merges import MERGES
+from logo.recorded import without_secrets
 from logo.rows import Row
 from logo.selection.confidence import EXAMPLES, HALVED
 from logo.selection.reference import SCORES
@@ -53,12 +52,11 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
         **digests(logo),
         "dtype": str(logo.model.dtype).removeprefix("torch."),
         "fold": logo.folding["asked"],
-        "merge": asdict(logo.merge),
         "settings": {**settings, "k": logo.k, "points": list(logo.points), **rule_of_weights(logo)},
         "truncation": asdict(logo.prompts.truncation),
-        **({"engine_options": dict(logo.engine_options)} if logo.engine_options else {}),
+        **({"engine_options": without_secrets(logo.engine_options)} if logo.engine_options else {}),
         "generation": options,
-        **plugins_used(SIGNALS.source(logo.settings.signal), MERGES.source(logo.merge.kind)),
+        **plugins_used(SIGNALS.source(logo.settings.signal)),
     }
     plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     return plain
@@ -77,10 +75,9 @@ def rule_of_weights(logo: Calls) -> dict[str, Any]:
     return found
 
 
-def plugins_used(*sources: str | None) -> dict[str, list[str]]:
-    """The part of an identity that names the plugins on which results depend; empty if there are none."""
-    found = [source for source in sources if source is not None]
-    return {"plugins": found} if found else {}
+def plugins_used(source: str | None) -> dict[str, list[str]]:
+    """The part of an identity that names the plugin of a signal; empty if it is none."""
+    return {} if source is None else {"plugins": [source]}
 
 
 def digests(logo: Calls) -> dict[str, Any]:
@@ -132,25 +129,10 @@ def rows_digest(rows: Sequence[Row]) -> str:
     return fingerprint({"rows": [row.as_dict() for row in rows]})
 
 
-def check_baseline(baseline: str) -> None:
-    """Refuses a reference that is learnt from earlier rows, because results must not depend on their order.
-
-    Raises:
-        UsageError: it is `"running"`.
-    """
-    if baseline == "running":
-        raise UsageError(
-            "baseline 'running' (--reference) is for servers, since results would depend on the order of rows: use "
-            "'neutral' here"
-        )
-
-
 def order_dependence(logo: Calls, generation: Mapping[str, Any]) -> str | None:
     """Why a row's result depends on the rows before it, in a few words; None if it does not."""
     if logo.settings.probe_context == "carry":
         return "--probe-context carry probes with the adapters of the row before"
-    if logo.settings.baseline == "running":
-        return "--reference running compares with the rows before"
     config = generation.get("generation_config")
     if generation.get("do_sample", False if config is None else config.do_sample):
         asks = "an option asks" if "do_sample" in generation else "the model's generation config asks"

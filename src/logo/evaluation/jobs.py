@@ -1,21 +1,21 @@
 """What one command evaluates: a `Job` per dataset, its rows read and checked before a model is loaded.
 
 Rows come from a data folder (`logo.evaluation.datasets`) or from a flat folder of `NAME.jsonl` files, as
-`logo eval study` takes them. A job may stand for one shard of its dataset (`logo.evaluation.shards`).
+`logo eval study` takes them.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logo.errors import DataError, StorageError, UsageError
 from logo.evaluation.datasets import Found, dataset_file, find_datasets
 from logo.evaluation.metrics import Kind, checked_kind, metric_kind, official_kind
-from logo.evaluation.shards import Shard, positions, shard_folder, whole_folder
 from logo.rows import Row, file_sha256, read_rows
 
 if TYPE_CHECKING:
@@ -26,17 +26,15 @@ DATA_DIR = "./data"
 
 @dataclass(frozen=True)
 class Job:
-    """One dataset, or one shard of it.
+    """One dataset.
 
     Attributes:
         dataset: its name.
-        rows: all requested rows of the dataset, those of other shards included.
+        rows: the requested rows of the dataset.
         metric: the metric of the answers.
         file: the file of the rows; `sha256`: of its bytes.
         folder: the folder of the result.
         train_file: the file of the training rows; None if there is none.
-        shard: the part that is answered; None: all.
-        block: number of rows that stay together when a dataset is divided into shards.
     """
 
     dataset: str
@@ -46,22 +44,27 @@ class Job:
     sha256: str
     folder: Path
     train_file: Path | None = None
-    shard: Shard | None = None
-    block: int = 1
 
-    @property
-    def whole(self) -> Path:
-        """The folder of the whole dataset's result."""
-        return self.folder if self.shard is None else whole_folder(self.folder, self.shard)
+    @cached_property
+    def train(self) -> tuple[Row, ...]:
+        """The training rows, for methods that learn from them. They are read once, so that a run records those that it
+        has used, even if the file changes meanwhile.
 
-    @property
-    def places(self) -> tuple[int, ...]:
-        """The indices in `rows` that this job answers."""
-        return positions(len(self.rows), self.block, self.shard)
-
-    def cut(self, shard: Shard, block: int) -> Job:
-        """The job of one shard of this one."""
-        return replace(self, folder=shard_folder(self.folder, shard), shard=shard, block=block)
+        Raises:
+            UsageError: no folder of training rows was named.
+            DataError: the file is missing or has a malformed line.
+        """
+        if self.train_file is None:
+            raise UsageError(
+                f"dataset {self.dataset!r}: this method needs training rows; name a folder that has "
+                f"{self.dataset}.jsonl with --train-rows"
+            )
+        if not self.train_file.is_file():
+            raise DataError(
+                f"dataset {self.dataset!r}: this method needs training rows, expected the file {self.train_file}, "
+                "found none; put it there or name another folder with --train-rows"
+            )
+        return tuple(read_rows(self.train_file))
 
 
 def find_jobs(
@@ -143,43 +146,22 @@ def declared_metric(file: Path) -> Kind | None:
         raise DataError(str(error)) from None
 
 
-def train_rows(job: Job) -> Sequence[Row]:
-    """The training rows of a dataset, for methods that learn from them.
-
-    Raises:
-        UsageError: no folder of training rows was named.
-        DataError: the file is missing or has a malformed line.
-    """
-    if job.train_file is None:
-        raise UsageError(
-            f"dataset {job.dataset!r}: this method needs training rows; name a folder that has {job.dataset}.jsonl "
-            "with --train-rows"
-        )
-    if not job.train_file.is_file():
-        raise DataError(
-            f"dataset {job.dataset!r}: this method needs training rows, expected the file {job.train_file}, found "
-            "none; put it there or name another folder with --train-rows"
-        )
-    return read_rows(job.train_file)
-
-
 def trained_and_tested(job: Job) -> int:
     """The number of training rows whose context is that of a test row."""
-    return _shared(train_rows(job), job.rows)
+    return _shared(job.train, job.rows)
 
 
-def overlap(where: str, rows: Sequence[Example], kind: str, tested: Sequence[Row], methods: Sequence[str]) -> str:
-    """The warning that labelled rows are test rows, too; "" if none is.
+def overlap(where: str, train: Sequence[Example], tested: Sequence[Row], methods: Sequence[str]) -> str:
+    """The warning that training rows are test rows, too; "" if none is.
 
     Args:
         where: what is tested, such as `dataset 'x'`.
-        rows: labelled rows of this kind, such as `training`.
         methods: those that choose adapters by them.
     """
-    if not (shared := _shared(rows, tested)):
+    if not (shared := _shared(train, tested)):
         return ""
     return (
-        f"{where}: {shared} of {len(rows)} {kind} rows are test rows too (they have the same context), and "
+        f"{where}: {shared} of {len(train)} training rows are test rows too (they have the same context), and "
         f"{'methods' if methods[1:] else 'method'} {', '.join(map(repr, methods))} chose by them: the result may be "
         "too good"
     )

@@ -195,6 +195,14 @@ def measure(kind: Kind, prediction: str, completion: str | Sequence[str]) -> Val
     return number
 
 
+def judged(kind: Kind, prediction: str, completion: str | Sequence[str], *, failed: bool) -> Value:
+    """The value of an answer. A row that has `failed` has none, and its value is zero, although an empty answer can be
+    right; raises as `measure`."""
+    if not failed:
+        return measure(kind, prediction, completion)
+    return dict.fromkeys(measures(kind), 0.0) if kind == "rouge" else 0
+
+
 def load(kind: Kind) -> None:
     """Imports whatever a metric needs, so that its first value takes no longer than the others.
 
@@ -205,12 +213,6 @@ def load(kind: Kind) -> None:
     METRICS[kind]  # loads a plugin
     if kind in KINDS:
         measure(kind, "", "")
-
-
-def judge(kind: Kind) -> list[str | None]:
-    """The name of a metric and, of a plugin's, its module, object and digest: what values depend on."""
-    METRICS[kind]  # loads a plugin
-    return [kind, METRICS.source(kind)]
 
 
 def measures(kind: Kind) -> tuple[str, ...]:

@@ -10,18 +10,16 @@ al. 2015). The shares *below* a confidence say what each value of `unsure_below`
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import cycle
 from typing import Any
 
 import numpy as np
 
-from logo.drawing import as_png, new_figure
 from logo.evaluation.summary import Measured
 
 BINS = 10
 # Confidences for which the shares of prompts below them are reported.
 BELOW = tuple(round(0.05 * step, 2) for step in range(1, 20))
-_KINDS = {"own": "with their own adapter", "left_out": "their adapter left out", "unseen": "of unseen tasks"}
+_KINDS = ("own", "left_out", "unseen")
 
 
 def reliability(rows: Iterable[Measured]) -> dict[str, dict[str, Any]]:
@@ -72,29 +70,3 @@ def auroc(own: Sequence[float], others: Sequence[float]) -> float:
     from scipy.stats import mannwhitneyu
 
     return float(mannwhitneyu(own, others).statistic) / (len(own) * len(others))
-
-
-def picture(found: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """A PNG: for each signal, the share of prompts with an adapter of their own by confidence, and beside it the shares
-    of prompts below a confidence."""
-    figure = new_figure(8.4, 4.2, layout="constrained")
-    axes, beside = figure.subplots(1, 2)
-    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    for signal, one in found.items():
-        points = [(bin_["confidence"], bin_["own"], bin_["weight"]) for bin_ in one["bins"]]
-        if points:
-            x, y, weight = zip(*points, strict=True)
-            [line] = axes.plot(x, y, linewidth=1, label=f"{signal}, error {one['error']:.2f}")
-            axes.scatter(x, y, s=[20 + 300 * w for w in weight], color=line.get_color(), alpha=0.6)
-    for (signal, one), style in zip(found.items(), cycle(("-", "--", ":"))):
-        below = one.get("below", {})  # reports of earlier versions have none
-        for color, (kind, label) in enumerate(_KINDS.items()):
-            if kind in below:
-                named = label if len(found) == 1 else f"{signal}, {label}"
-                beside.plot([0.0, *below["confidence"]], [0.0, *below[kind]], style, color=f"C{color}", label=named)
-    axes.set(xlabel="confidence", ylabel="share with an adapter of their own", xlim=(0, 1), ylim=(-0.03, 1.03))
-    beside.set(xlabel="confidence", ylabel="share of prompts below it", xlim=(0, 1), ylim=(-0.03, 1.03))
-    for part in (axes, beside):
-        if part.get_legend_handles_labels()[0]:
-            part.legend(frameon=False)
-    return as_png(figure, dpi=120)

@@ -19,11 +19,11 @@ from typing import Any
 from logo import __version__
 from logo.digests import fingerprint
 from logo.errors import StorageError, UsageError
-from logo.evaluation.corpus import Extra, extra_metrics, mean_of
-from logo.evaluation.intervals import Interval
+from logo.evaluation.corpus import extra_metrics, mean_of
 from logo.evaluation.metrics import Kind, by_measure, mean, metric_kind
 from logo.evaluation.runner import DatasetResult
 from logo.folders import replace_folder
+from logo.recorded import without_secrets
 from logo.rows import Row
 
 _RUN_NAME = re.compile(r"[^\W_]([\w.+=-]{0,62}[^\W_])?")
@@ -42,7 +42,6 @@ RESULT_FILES = (
 )
 _INDENTED = frozenset({"run.json", "metrics.json"})  # for reading; the others are as the official script writes them
 
-_SECRETS = frozenset({"token", "hf_token", "auth_token", "api_key", "password", "secret"})
 _LIBRARIES = ("torch", "transformers", "huggingface_hub", "nltk", "rouge_score", "sacrebleu")  # in run.json
 
 
@@ -110,22 +109,17 @@ def result_files(
 def metrics_record(result: DatasetResult, golds: Sequence[Sequence[str]], *, seed: int = 0) -> dict[str, object]:
     """What `metrics.json` holds: means of the official metric and the measures of `logo.evaluation.corpus`, each with
     its 95 % interval as far as it has one, the rows that have no answer, and how sure each selection was where that is
-    known. A shard without rows has neither means nor measures.
+    known.
 
     Args:
         golds: all gold texts of each row.
         seed: of the intervals that are drawn.
     """
-    official: dict[str, float] = {}
-    intervals: dict[str, Interval | None] = {}
-    extra = Extra()
-    if result.predictions:
-        official = mean(result.metric, result.eval_results)
-        columns = by_measure(result.metric, result.eval_results)
-        intervals = {key: mean_of(column).interval(seed=[seed]) for key, column in columns.items()}
-        extra = extra_metrics(result.dataset, result.predictions, golds, metric=result.metric, seed=seed)
+    columns = by_measure(result.metric, result.eval_results)
+    intervals = {key: mean_of(column).interval(seed=[seed]) for key, column in columns.items()}
+    extra = extra_metrics(result.dataset, result.predictions, golds, metric=result.metric, seed=seed)
     return {
-        "official": official,
+        "official": mean(result.metric, result.eval_results),
         "official_intervals": {key: interval for key, interval in intervals.items() if interval is not None},
         "extra": extra.values,
         "extra_intervals": extra.intervals,
@@ -182,10 +176,8 @@ def run_record(
     started: datetime,
     seconds: float,
     identity: Mapping[str, object] | None = None,
-    shard: Mapping[str, object] | None = None,
     found_out: Mapping[str, object] | None = None,
-    learnt: str | None = None,
-    environments: Sequence[Mapping[str, object]] = (),
+    environment: Mapping[str, object] | None = None,
     folding: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """The content of `run.json`: enough to repeat the run and to recognise it.
@@ -201,15 +193,11 @@ def run_record(
         started: when this dataset began, with a time zone; `seconds`: how long it took.
         identity: what the results depend on (`logo.evaluation.identity`); with the pool it makes the fingerprint by
             which the same run is known again.
-        shard: which part of the dataset these rows are (`logo.evaluation.resume.part_of`); None: all of it.
-        found_out: what the method found out about the dataset before its first prompt; `learnt`: for a method that
-            learns, the SHA-256 of what it learnt.
-        environments: what the rows were answered on, see `logo.evaluation.identity.environment`: one, unless the run
-            was continued on another.
+        found_out: what the method found out about the dataset before its first prompt.
+        environment: what the rows were answered on, see `logo.evaluation.identity.environment`.
         folding: what decides whether a mixture is folded or gated (`LoGo.folding`).
     """
-    kept = {name: value for name, value in options.items() if name.strip("-").replace("-", "_") not in _SECRETS}
-    plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    plain: dict[str, Any] = without_secrets(json.loads(json.dumps(dict(options), default=str)))
     return {
         "date": started.astimezone(timezone.utc).isoformat(timespec="seconds"),
         "duration": seconds,
@@ -219,10 +207,8 @@ def run_record(
         "pool": dict(pool),
         "identity": dict(identity or {}),
         "fingerprint": fingerprint({**(identity or {}), "pool": dict(pool)}),
-        "shard": None if shard is None else dict(shard),
         "found_out": dict(found_out or {}),
-        "learnt_sha256": learnt,
-        "environments": [dict(one) for one in environments],
+        "environment": dict(environment or {}),
         "folding": dict(folding or {}),
         "device": device,
         "versions": versions(),

@@ -3,22 +3,21 @@
 An engine is used only through `logo.evaluation.batches`, so a test, a baseline or another backend works as well as
 `logo.LoGo`. The only file that is written is a journal, if one is given. The unit is one `Instance`. `answers` yields
 instances as they come, `Answered` collects them in any order, and `collect` makes the result from any list of them,
-also of an interrupted run or of shards.
+also of an interrupted run.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from logo.errors import UsageError
 from logo.evaluation.batches import Batch, Engine, Failure, in_batches
 from logo.evaluation.journal import Journal
-from logo.evaluation.metrics import Kind, Value, first_line, judge, load, measure, measures, metric_kind
+from logo.evaluation.metrics import Kind, Value, first_line, judged, load, measure, metric_kind
 from logo.rows import Row
 
 if TYPE_CHECKING:
@@ -91,13 +90,11 @@ class AnsweredBatch:
         first: index of the first row in the dataset.
         instances: of the rows, in order.
         seconds: duration.
-        size: batch size to use after them.
     """
 
     first: int
     instances: tuple[Instance, ...]
     seconds: float
-    size: int
 
 
 class Answered:
@@ -108,11 +105,10 @@ class Answered:
         rows: its rows.
         batch_size: number of rows answered at once.
         metric: its metric; None: by its name.
-        journal: of these rows under these settings: recorded rows are not answered again, and new ones are recorded. A
-            row that was judged by another metric, or by another version of a plugin's, is judged again.
+        journal: of these rows under these settings: recorded rows are not answered again, only judged, and new ones are
+            recorded.
 
     Attributes:
-        size: the present batch size, smaller than `batch_size` if larger batches did not fit.
         seconds: total duration.
     """
 
@@ -127,27 +123,12 @@ class Answered:
         self._dataset, self._rows, self._metric = dataset, rows, metric or metric_kind(dataset)
         self._batch_size, self._journal = batch_size, journal
         self._instances: dict[int, Instance] = {}
-        self.size, self.seconds = batch_size, 0.0
-        self._judge, again = judge(self._metric), 0
+        self.seconds = 0.0
         for record in [] if journal is None else journal.records:
-            first = record.get("first", len(self._instances))
-            instances = [_recorded(values) for values in record["instances"]]
-            if record.get("judge") != self._judge:
-                again += len(instances)
-                instances = [
-                    _judged_again(self._metric, row, instance)
-                    for row, instance in zip(rows[first : first + len(instances)], instances, strict=True)
-                ]
-            self._take(AnsweredBatch(first, tuple(instances), record["seconds"], record["size"]))
-            if record["batch_size"] != batch_size:
-                self.size = batch_size  # another size is requested: the one that fits is found again
-        if again:
-            warnings.warn(
-                f"dataset {dataset!r}: {again} finished rows were judged by another metric or another version of it, "
-                "and are judged again",
-                UserWarning,
-                stacklevel=3,
-            )
+            if "instances" in record:  # and not what a method has learnt
+                pairs = zip(rows[record["first"] :], record["instances"], strict=False)
+                instances = tuple(_recorded(self._metric, row, one) for row, one in pairs)
+                self._take(AnsweredBatch(record["first"], instances, record["seconds"]))
 
     def __len__(self) -> int:
         return len(self._instances)
@@ -177,9 +158,8 @@ class Answered:
             StorageError: the journal cannot be written.
         """
         if self._journal is not None:
-            kept = {"first": batch.first, "instances": [asdict(instance) for instance in batch.instances]}
-            more = {"seconds": batch.seconds, "batch_size": self._batch_size, "size": batch.size}
-            self._journal.append({**kept, **more, "judge": self._judge})
+            instances = [asdict(instance) for instance in batch.instances]
+            self._journal.append({"first": batch.first, "instances": instances, "seconds": batch.seconds})
         self._take(batch)
 
     def complete(self, engine: Engine, max_new_tokens: int, on_progress: Callable[[int], None]) -> None:
@@ -199,7 +179,6 @@ class Answered:
                 metric=self._metric,
                 batch_size=self._batch_size,
                 max_new_tokens=max_new_tokens,
-                size=self.size,
                 proven=self.proven,
             )
             for batch in placed(stretch.start, batches):
@@ -213,7 +192,7 @@ class Answered:
 
     def _take(self, batch: AnsweredBatch) -> None:
         self._instances.update(enumerate(batch.instances, start=batch.first))
-        self.size, self.seconds = batch.size, self.seconds + batch.seconds
+        self.seconds += batch.seconds
 
 
 def answers(
@@ -223,12 +202,10 @@ def answers(
     metric: Kind,
     batch_size: int,
     max_new_tokens: int,
-    size: int | None = None,
     proven: bool = False,
-) -> Iterator[tuple[list[Instance], int]]:
-    """The rows' instances, a batch at a time and in order (`probe_context=carry` depends on the order), each with the
-    number of rows that are tried at once after it. The metric is loaded at once and not with the first row, since
-    `placed` times the rows.
+) -> Iterator[list[Instance]]:
+    """The rows' instances, a batch at a time and in order (`probe_context=carry` depends on the order). The metric is
+    loaded at once and not with the first row, since `placed` times the rows.
 
     Raises:
         UsageError: a batch size or token limit below 1.
@@ -239,18 +216,16 @@ def answers(
             raise UsageError(f"{name} {number}: expected at least 1")
     load(metric)
     prompts = [row.prompt for row in rows]
-    batches = in_batches(
-        engine, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, size=size, proven=proven
-    )
+    batches = in_batches(engine, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, proven=proven)
     return _judged_batches(metric, rows, batches)
 
 
-def placed(first: int, batches: Iterable[tuple[Sequence[Instance], int]]) -> Iterator[AnsweredBatch]:
+def placed(first: int, batches: Iterable[Sequence[Instance]]) -> Iterator[AnsweredBatch]:
     """Batches as `answers` makes them, from the row `first` of a dataset on, with the time that each takes."""
     began = time.perf_counter()
-    for instances, size in batches:
+    for instances in batches:
         took, began = time.perf_counter() - began, time.perf_counter()
-        yield AnsweredBatch(first, tuple(instances), took, size)
+        yield AnsweredBatch(first, tuple(instances), took)
         first += len(instances)
 
 
@@ -292,22 +267,22 @@ def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _common_columns(scored: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """The adapters that any instance scored, in pool order; instances of a two-stage index score different ones."""
+    """The adapters that any instance scored, in pool order; a plugin's method may score others for every instance."""
     different = list(dict.fromkeys(map(tuple, scored)))
     return different[0] if len(different) == 1 else tuple(sorted({name for names in different for name in names}))
 
 
-def _judged_batches(kind: Kind, rows: Sequence[Row], batches: Iterable[Batch]) -> Iterator[tuple[list[Instance], int]]:
+def _judged_batches(kind: Kind, rows: Sequence[Row], batches: Iterable[Batch]) -> Iterator[list[Instance]]:
     done = 0
     for batch in batches:
-        some = rows[done : done + len(batch.answers)]
+        some = rows[done : done + len(batch)]
         done += len(some)
-        yield [_judged(kind, row, answer) for row, answer in zip(some, batch.answers, strict=True)], batch.size
+        yield [_judged(kind, row, answer) for row, answer in zip(some, batch, strict=True)]
 
 
 def _judged(kind: Kind, row: Row, answer: Generation | Failure) -> Instance:
     if isinstance(answer, Failure):
-        return Instance(_nothing(kind), "", (), (), {}, {}, answer.message)
+        return Instance(judged(kind, "", row.completion, failed=True), "", (), (), {}, {}, answer.message)
     prediction = first_line(answer.text)
     selection = answer.selection
     return Instance(
@@ -322,16 +297,8 @@ def _judged(kind: Kind, row: Row, answer: Generation | Failure) -> Instance:
     )
 
 
-def _judged_again(kind: Kind, row: Row, instance: Instance) -> Instance:
-    failed = instance.error is not None
-    return replace(instance, value=_nothing(kind) if failed else measure(kind, instance.prediction, row.completion))
-
-
-def _nothing(kind: Kind) -> Value:
-    """The value of a row without an answer. It is always zero, although an empty answer can be right."""
-    return dict.fromkeys(measures(kind), 0.0) if kind == "rouge" else 0
-
-
-def _recorded(values: Mapping[str, Any]) -> Instance:
-    """An instance as a journal stores it."""
-    return Instance(**{**values, "selected": tuple(values["selected"]), "weights": tuple(values["weights"])})
+def _recorded(kind: Kind, row: Row, values: Mapping[str, Any]) -> Instance:
+    """An instance as a journal stores it, judged by the present metric."""
+    value = judged(kind, values["prediction"], row.completion, failed=values["error"] is not None)
+    lists = {name: tuple(values[name]) for name in ("selected", "weights")}
+    return Instance(**{**values, **lists, "value": value})

@@ -17,12 +17,12 @@ from typing import Any
 
 from logo.errors import DataError, StorageError, UsageError
 from logo.evaluation.datasets import OFFICIAL
-from logo.evaluation.stored import MARK, RUN, Result, read_object, read_result
+from logo.evaluation.metrics import Kind
+from logo.evaluation.stored import MARK, RUN, Result, judged_by, read_object, read_result
 
 _NAME = re.compile(
     r"(?P<base>.+?)_(?:selection|method)_(?P<method>.+?)_n_(?P<k>\d+)_seed_(?P<seed>\d+)(?:_(?P<name>.+))?"
 )
-_SHARD = re.compile(r"(?<=.)\.shard-\d+-of-\d+\Z")  # the ending of a shard's folder
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,13 @@ class Place:
     dataset: str
     run: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def is_shard(self) -> bool:
-        """Whether the folder holds a shard of a dataset, and is not a dataset with the name of a shard."""
-        name = self.folder.absolute().name
-        return _SHARD.search(name) is not None and not (self.run and self.dataset.split("/")[-1] == name)
-
 
 @dataclass(frozen=True)
 class Run:
     """One run folder. `results` by dataset, official names first.
 
     `base`, `method`, `k` and `seed` are None where neither `run.json` nor the folder's name says. The `method` of a run
-    that selects by a signal is that signal, followed by the merge if that is not the exact mixture; `name` is what the
-    user called the run, if anything.
+    that selects by a signal is that signal; `name` is what the user called the run, if anything.
     """
 
     folder: Path
@@ -93,9 +86,8 @@ def place_of(folder: Path) -> Place:
     above = folder.parents if ".." not in folder.parts else full.parents
     if isinstance(named, str) and named:
         own = named.split("/")
-        lies = [[*full.parts[:-1], name] for name in (full.name, _SHARD.sub("", full.name))]
         # If the path does not end with the dataset's name, the result was moved or renamed.
-        depth = len(own) if own in [parts[-len(own) :] for parts in lies] else 1
+        depth = len(own) if own == list(full.parts[-len(own) :]) else 1
     else:
         found = (number for number, parent in enumerate(full.parents, start=1) if _NAME.fullmatch(parent.name))
         depth = next(found, 1)
@@ -103,28 +95,23 @@ def place_of(folder: Path) -> Place:
     return Place(folder, (above if len(above) >= depth else full.parents)[depth - 1], named, run)
 
 
-def find_results(path: Path, *, shards: bool = False) -> list[Place]:
-    """The results at or below a folder, by path; none if there are none.
-
-    Hidden folders below it are another process's work in progress and left out. So are the shards of datasets, unless
-    the folder itself is one.
-
-    Args:
-        shards: find shards, and no whole datasets.
+def find_results(path: Path) -> list[Place]:
+    """The results at or below a folder, by path; none if there are none. Hidden folders below it are another process's
+    work in progress and left out.
 
     Raises:
         DataError, StorageError: as `place_of`.
     """
-    places = [place_of(folder) for folder in _marked(path, set())]
-    return [place for place in places if place.is_shard == shards or (place.folder == path and not shards)]
+    return [place_of(folder) for folder in _marked(path, set())]
 
 
-def read_runs(paths: Iterable[Path], data_dir: Path | None = None) -> list[Run]:
+def read_runs(paths: Iterable[Path], data_dir: Path | None = None, metric: Kind | None = None) -> list[Run]:
     """Every run in the folders, in the order they were named, then by path.
 
     Args:
         paths: run folders, folders that hold several, or folders of single datasets.
         data_dir: where prompts are looked for when a result lacks them and `run.json`'s path leads nowhere.
+        metric: by which the stored answers are judged; None: the values are those that the run has written.
 
     Raises:
         UsageError: a folder without results in it, or no folder.
@@ -150,7 +137,7 @@ def read_runs(paths: Iterable[Path], data_dir: Path | None = None) -> list[Run]:
                 )
     if not runs:
         raise UsageError("no result folder: expected at least one, such as results/")
-    return [_run(list(places.values()), data_dir) for places in runs.values()]
+    return [_run(list(places.values()), data_dir, metric) for places in runs.values()]
 
 
 def read_run(path: Path, data_dir: Path | None = None) -> Run:
@@ -167,18 +154,19 @@ def read_run(path: Path, data_dir: Path | None = None) -> Run:
     return runs[0]
 
 
-def _run(places: list[Place], data_dir: Path | None) -> Run:
+def _run(places: list[Place], data_dir: Path | None, metric: Kind | None) -> Run:
     order = {name: number for number, name in enumerate(OFFICIAL)}
     places = sorted(places, key=lambda place: (order.get(place.dataset, len(order)), place.dataset))
     results = {place.dataset: read_result(place.folder, place.dataset, data_dir) for place in places}
+    if metric is not None:
+        results = {name: judged_by(result, metric) for name, result in results.items()}
     options = next(iter(results.values())).options
     folder = places[0].run_folder
     name = _NAME.fullmatch(folder.resolve().name)
     parts: dict[str, Any] = name.groupdict() if name else {}
-    method, merge = options.get("method") or "logo", options.get("merge") or "mixture"
-    if method in ("logo", f"logo-{merge}"):
+    method = options.get("method") or "logo"
+    if method == "logo":
         method = options.get("signal") or options.get("selection_strategy") or parts.get("method")
-        method = method if merge == "mixture" else f"{method}-{merge}"
     base = options.get("base_model") or parts.get("base")
     return Run(
         folder=folder,
@@ -211,9 +199,7 @@ def _marked(folder: Path, seen: set[Path]) -> Iterator[Path]:
 
 
 def _kind(path: Path) -> str:
-    if path.is_dir():
-        return "only shards, of which `logo eval merge` makes one" if find_results(path, shards=True) else "none"
-    return "a file" if path.exists() else "no such folder"
+    return "none" if path.is_dir() else "a file" if path.exists() else "no such folder"
 
 
 def _whole(*candidates: object) -> int | None:

@@ -1,6 +1,6 @@
 """One engine with one set of options, and the datasets that it answers: planned, answered, judged and written.
 
-This is what a command or a sweep needs between opening an engine and showing numbers. A dataset's result does not
+This is what a command needs between opening an engine and showing numbers. A dataset's result does not
 depend on earlier datasets: the seed is set again and the engine forgets its prompts. `Evaluation` is independent of
 what answers; `Session` answers in this process.
 """
@@ -8,6 +8,7 @@ what answers; `Session` answers in this process.
 from __future__ import annotations
 
 import functools
+import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,22 +19,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from logo.baselines.method import Answering, Learned, Task
-from logo.errors import UsageError
 from logo.evaluation.identity import engine_identity, environment, order_dependence, rows_digest
-from logo.evaluation.jobs import Job, overlap, train_rows, trained_and_tested
+from logo.evaluation.jobs import Job, overlap, trained_and_tested
 from logo.evaluation.metrics import METRICS
 from logo.evaluation.results import LOGO, result_files, run_record, write_results
-from logo.evaluation.resume import (
-    Plan,
-    ResumePolicy,
-    check_place,
-    environments,
-    finish,
-    learn_once,
-    open_journal,
-    part_of,
-    plan,
-)
+from logo.evaluation.resume import Plan, check_place, journal_of, open_journal, plan
 from logo.evaluation.runner import Answered
 from logo.rows import Row
 
@@ -106,34 +96,33 @@ class Evaluation(ABC):
         """
 
     @abstractmethod
-    def learn(self, job: Job, train: Sequence[Row]) -> dict[str, Any]:
-        """What the method learns about a dataset from these training rows."""
+    def learn(self, job: Job) -> dict[str, Any]:
+        """What the method learns about a dataset from its training rows."""
 
-    def plans(self, jobs: Sequence[Job], policy: ResumePolicy | None = None) -> list[Plan]:
+    def plans(self, jobs: Sequence[Job], *, overwrite: bool = False) -> list[Plan]:
         """What has to be done for each job, determined before the first one begins.
 
         Args:
-            policy: what is allowed with existing results; None: results of other runs are not touched.
+            overwrite: begin again, even where there is a result.
 
         Raises:
-            UsageError: there is a result or a journal of another run, or one begun in another environment; or rows
-                depend on each other and cannot be divided into shards; or the method needs training rows and no folder
-                was named.
+            UsageError: there is a result or a journal of another run, or one begun in another environment; or the
+                method needs training rows and no folder was named.
             DataError: training rows are missing or malformed.
         """
         for job in jobs:
-            self._warn_of_overlap(job)
+            said = self.learns and overlap(f"dataset {job.dataset!r}", job.train, job.rows, [self.name])
+            if said:
+                warnings.warn(said, UserWarning, stacklevel=2)
         facts = self.facts
-        if facts.order is not None and any(job.shard is not None for job in jobs):
-            raise UsageError(f"shards: a row's result must not depend on other rows, but {facts.order}")
         return [
             plan(
                 job,
-                {**self.identity(job), "pool": dict(facts.pool)},
+                self.identity(job),
+                facts.pool,
                 facts.environment,
-                policy=policy,
+                overwrite=overwrite,
                 in_order=facts.order is not None,
-                learns=self.learns,
             )
             for job in jobs
         ]
@@ -149,24 +138,20 @@ class Evaluation(ABC):
         return files
 
     @property
+    def name(self) -> str:
+        """The name of the method."""
+        return LOGO if self.method is None else self.method.name
+
+    @property
     def learns(self) -> bool:
         """Whether the method uses labelled training rows."""
         return isinstance(self.method, Learned)
-
-    def _warn_of_overlap(self, job: Job) -> None:
-        if self.method is None:
-            return
-        train = train_rows(job) if self.learns else ()
-        for rows, kind in ((train, "training"), (self.method.labelled, "validation")):
-            said = overlap(f"dataset {job.dataset!r}", rows, kind, job.rows, [self.method.name])
-            if said:
-                warnings.warn(said, UserWarning, stacklevel=2)
 
     def identity(self, job: Job) -> dict[str, Any]:
         """The identity of a job's rows, without the pool."""
         return {
             **self.facts.identity,
-            **({"train_sha256": rows_digest(train_rows(job))} if self.learns else {}),
+            **({"train_sha256": rows_digest(job.train)} if self.learns else {}),
             "method": {"method": LOGO} if self.method is None else self.method.as_dict(),
             "seed": self.seed,
             "max_new_tokens": self.max_new_tokens,
@@ -186,7 +171,6 @@ class Underway:
         plan: what has to be done.
 
     Attributes:
-        rows: the rows of the job.
         answered: the answered rows.
         learnt: what the method has learnt about the dataset; None if it does not learn.
         found_out: what the method has found out about it, for `run.json`; None without a method.
@@ -199,18 +183,25 @@ class Underway:
     def __init__(self, evaluation: Evaluation, plan: Plan) -> None:
         self.plan, self._evaluation = plan, evaluation
         job = plan.job
-        self.rows = tuple(job.rows[place] for place in job.places)
         self._began = datetime.now(timezone.utc)
-        self.learnt = None
-        if evaluation.learns:
-            self.learnt = learn_once(plan, functools.partial(evaluation.learn, job, train_rows(job)))
         self.found_out: Mapping[str, Any] | None = None
-        self._journal = open_journal(plan, self.learnt)
+        self._journal = open_journal(plan)
         try:
-            self.answered = Answered(job.dataset, self.rows, evaluation.batch_size, job.metric, self._journal)
-        except BaseException:  # a plugin's metric has failed
+            self.learnt = self._learnt() if evaluation.learns else None
+            self.answered = Answered(job.dataset, job.rows, evaluation.batch_size, job.metric, self._journal)
+        except BaseException:  # the method or a plugin's metric has failed
             self.close()
             raise
+
+    def _learnt(self) -> dict[str, Any]:
+        """What the method learns; it learns once, even if the run is interrupted."""
+        for record in self._journal.records:
+            if "learnt" in record:
+                kept: dict[str, Any] = record["learnt"]
+                return kept
+        found: dict[str, Any] = json.loads(json.dumps(self._evaluation.learn(self.plan.job)))
+        self._journal.append({"learnt": found})
+        return found
 
     def close(self) -> None:
         """Releases the journal for other processes."""
@@ -234,20 +225,18 @@ class Underway:
             metric=job.metric,
             data_file=job.file,
             data_sha256=job.sha256,
-            rows=len(self.rows),
+            rows=len(job.rows),
             device=facts.device,
             started=self._began,
             seconds=result.seconds["inference"],
-            identity=self._evaluation.identity(job),
-            shard=part_of(job),
+            identity=self.plan.identity,
             found_out=found_out,
-            learnt=None if self.learnt is None else self.learnt.sha256,
-            environments=environments(self.plan, self._journal, self.learnt),
+            environment=self.plan.environment,
             folding=facts.folding,
         )
         files = result_files(
             result,
-            self.rows,
+            job.rows,
             strategy=facts.signal,
             loading_seconds=facts.loading,
             run=record,
@@ -255,7 +244,7 @@ class Underway:
         )
         check_place(self.plan)
         write_results(job.folder, files)
-        finish(self.plan)  # while this process still has the journal
+        journal_of(job.folder).unlink(missing_ok=True)  # while this process still has it
         return files
 
 
@@ -310,37 +299,32 @@ class Session(Evaluation):
         report = on_progress or (lambda one, done: None)
         for one in plans:
             with closing(Underway(self, one)) as dataset:
-                engine = self.answering(one.job, None if dataset.learnt is None else dataset.learnt.content)
+                engine = self.answering(one.job, dataset.learnt)
                 dataset.found_out = engine.record if isinstance(engine, Answering) else None
                 dataset.answered.complete(engine, self.max_new_tokens, functools.partial(report, one))
                 files = dataset.write()
             yield one, files
 
-    def learn(self, job: Job, train: Sequence[Row]) -> dict[str, Any]:
+    def learn(self, job: Job) -> dict[str, Any]:
         method = self.method
         if not isinstance(method, Learned):
             raise RuntimeError("this session's method learns nothing")
         self._begin()
-        self.logo.merge = method.merging
-        return method.learn(self.logo, self._task(job, train))
+        return method.learn(self.logo, self._task(job, job.train))
 
     def answering(self, job: Job, learnt: Mapping[str, Any] | None = None) -> Session | Answering:
         """The session or method that answers a dataset, without state of earlier datasets.
 
         Args:
-            learnt: what the method has learnt about it; None: it learns now, and the result is not stored.
+            learnt: what the method has learnt about it, if it learns.
         """
         self._begin()
         if self.method is None:
             return self
-        train: Sequence[Row] = ()
         prepared = None
         if learnt is not None and isinstance(self.method, Learned):
             prepared = self.method.recall(learnt)
-        elif self.learns:
-            train = train_rows(job)
-        task = self._task(job, train)
-        return Answering(self.logo, self.method, task, prepared=prepared, **self.generation)
+        return Answering(self.logo, self.method, self._task(job), prepared=prepared, **self.generation)
 
     @property
     def _device(self) -> str:
@@ -349,7 +333,7 @@ class Session(Evaluation):
         device = self.logo.devices[0]
         return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
-    def _task(self, job: Job, train: Sequence[Row]) -> Task:
+    def _task(self, job: Job, train: Sequence[Row] = ()) -> Task:
         return Task(
             job.dataset,
             prompts=[row.context for row in job.rows],

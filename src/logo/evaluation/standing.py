@@ -6,7 +6,6 @@ unless the user asks for it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,8 +39,8 @@ class Standing:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """All that the rows depend on: the run's identity, the pool, and the shard."""
-        return {**self.run["identity"], "pool": self.run["pool"], "shard": self.run["shard"]}
+        """All that the rows depend on: the run's identity and the pool."""
+        return {**self.run["identity"], "pool": self.run["pool"]}
 
     def other(self, asked: Mapping[str, Any]) -> str | None:
         """Why this is not the result of the run that asks, in words; None if it is.
@@ -53,22 +52,6 @@ class Standing:
             return f"{self.folder} holds {self.problem}"
         found = differences(asked, self.asked)
         return f"{self.folder} holds the result of another run: {described(found)}" if found else None
-
-    @property
-    def digest(self) -> str:
-        """The SHA-256 of the files, in hex, by which changes are detected.
-
-        Raises:
-            StorageError: one cannot be read.
-        """
-        digest = hashlib.sha256()
-        for name in self.names:
-            try:
-                content = (self.folder / name).read_bytes()
-            except OSError as error:
-                raise _unreadable(self.folder, error) from error
-            digest.update(f"{name} {len(content)} ".encode() + content)
-        return digest.hexdigest()
 
 
 def standing(folder: Path) -> Standing | None:
@@ -83,14 +66,10 @@ def standing(folder: Path) -> Standing | None:
             return None
         run, problem = _run(folder / "run.json")
     except OSError as error:
-        raise _unreadable(folder, error) from error
+        raise StorageError(f"result {str(folder)!r}: cannot be read ({error.strerror or error})") from error
     if problem is not None and "run.json" not in names:
         problem = f"{', '.join(names)} {problem}"
     return Standing(folder, names, run, problem)
-
-
-def _unreadable(folder: Path, error: OSError) -> StorageError:
-    return StorageError(f"result {str(folder)!r}: cannot be read ({error.strerror or error})")
 
 
 def _run(file: Path) -> tuple[dict[str, Any], str | None]:
@@ -101,6 +80,6 @@ def _run(file: Path) -> tuple[dict[str, Any], str | None]:
     except ValueError as error:
         return {}, f"a result whose run.json cannot be read ({error})"
     said = isinstance(run, dict) and isinstance(run.get("identity"), dict) and isinstance(run.get("pool"), dict)
-    if not said or not run["identity"] or "shard" not in run:
+    if not said or not run["identity"]:
         return {}, "a result whose run.json does not say which run it is of"
     return run, None

@@ -10,16 +10,17 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from logo.errors import DataError, StorageError
+from logo.evaluation.corpus import extra_metrics
 from logo.evaluation.datasets import dataset_file
 from logo.evaluation.intervals import Interval, Values
-from logo.evaluation.metrics import Kind, Value, by_measure, measures, recorded_kind
+from logo.evaluation.metrics import Kind, Value, by_measure, judged, mean, measures, recorded_kind
 from logo.rows import Row, file_sha256, read_rows
 
 MARK = "eval_results.json"  # a folder with this file is the result of one dataset
@@ -152,6 +153,32 @@ def read_result(folder: Path, dataset: str, data_dir: Path | None = None) -> Res
         extra_intervals=_intervals(_part(metrics, "extra_intervals")),
         signatures={str(name): str(text) for name, text in _part(metrics, "signatures").items()},
         run=run,
+    )
+
+
+def judged_by(result: Result, metric: Kind) -> Result:
+    """The result with its answers judged by another metric; the measures beside the official one are computed again.
+
+    Raises:
+        DataError: the gold texts are unknown.
+        PluginError: a plugin's metric fails.
+    """
+    if result.prompts is None:
+        raise DataError(f"{result.folder}: its answers cannot be judged by {metric}: {result.no_prompts}")
+    values = tuple(
+        judged(metric, prediction, row.completion, failed=index in result.errors)
+        for index, (prediction, row) in enumerate(zip(result.predictions, result.prompts, strict=True))
+    )
+    found = extra_metrics(result.dataset, result.predictions, [row.golds for row in result.prompts], metric=metric)
+    return replace(
+        result,
+        values=values,
+        official=mean(metric, values),
+        official_intervals={},
+        extra=found.values,
+        extra_intervals=found.intervals,
+        signatures=found.signatures,
+        run={**result.run, "metric": metric},
     )
 
 
@@ -323,8 +350,6 @@ def _numbers(content: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _intervals(content: Mapping[str, Any]) -> dict[str, Interval]:
-    """The valid intervals. Earlier versions wrote intervals of no width where a bootstrap knew nothing."""
+    """The valid intervals."""
     pairs = {name: pair for name, pair in content.items() if isinstance(pair, list) and len(pair) == 2}
-    return {
-        str(name): Interval(float(a), float(b)) for name, (a, b) in pairs.items() if _number(a) and _number(b) and a < b
-    }
+    return {str(name): Interval(float(a), float(b)) for name, (a, b) in pairs.items() if _number(a) and _number(b)}

@@ -274,7 +274,7 @@ def _reported(
 def is_begun(journal_file: Path) -> bool:
     """Whether a study has measured or learnt something that no report has yet."""
     found = written(journal_file)
-    return found is not None and not found.empty
+    return found is not None and bool(found.records)
 
 
 def report_in(file: Path) -> dict[str, Any]:

@@ -94,17 +94,6 @@ def values_of(rows: Iterable[Section]) -> dict[tuple[str, str, str], list[float]
     return found
 
 
-def mean_weights(rows: Iterable[Measured], signal: str) -> dict[str, dict[str, float]]:
-    """Task -> adapter -> mean weight over the task's rows, for one signal; adapters never selected are absent."""
-    tasks: dict[str, list[dict[str, float]]] = {}
-    for row in rows:
-        tasks.setdefault(row.task, []).append(row.weights[signal])
-    return {
-        task: {name: fmean(w.get(name, 0.0) for w in weights) for name in sorted({n for w in weights for n in w})}
-        for task, weights in sorted(tasks.items())
-    }
-
-
 def _of_task(rows: Sequence[Measured]) -> dict[str, Any]:
     report: dict[str, Any] = {"rows": len(rows), **_plain_means([row.answers for row in rows])}
     left_out = [row.left_out for row in rows if row.left_out is not None]

@@ -7,20 +7,14 @@ own if the column names one.
 
 from __future__ import annotations
 
-import csv
-import importlib
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-from logo.extras import need
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from logo.evaluation.intervals import Interval  # imports numpy
 
-Value = int | float | str | None
 Emphasis = Literal["", "bold", "dotted", "faint"]
 
 _LATEX = {
@@ -56,10 +50,8 @@ class Cell:
         emphasis: bold, dotted (underlined in LaTeX), or faint.
         notes: small print after the number.
         repeats: the row above has the same text, so it is shown only to machines and screen readers.
-        run: the index of the run that this names; a page shows its colour and shape.
         dataset: this names a dataset, and a page links to its instances.
         title: tooltip on a page.
-        value: the number or text for machines, with all digits; `bounds`: likewise of the interval.
     """
 
     text: str
@@ -67,11 +59,8 @@ class Cell:
     emphasis: Emphasis = ""
     notes: tuple[str, ...] = ()
     repeats: bool = False
-    run: int | None = None
     dataset: bool = False
     title: str = ""
-    value: Value = None
-    bounds: tuple[float, float] | None = None
 
     @property
     def interval(self) -> str:
@@ -89,7 +78,6 @@ class Column:
         numeric: aligned to the right.
         interval: heading of a separate column for the intervals, if there is room for one.
         wraps: long texts are wrapped.
-        run: the index of the run of this column; a page shows its colour and shape.
     """
 
     name: str
@@ -97,7 +85,6 @@ class Column:
     numeric: bool = True
     interval: str = ""
     wraps: bool = False
-    run: int | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +137,7 @@ def numbers(*names: str) -> tuple[Column, ...]:
 
 def row(*cells: object, section: str = "") -> Row:
     """A row of cells; other values become cells with their text, and None stays None, which means unknown."""
-    return Row(tuple(cell if cell is None or isinstance(cell, Cell) else _plain_cell(cell) for cell in cells), section)
+    return Row(tuple(cell if cell is None or isinstance(cell, Cell) else Cell(str(cell)) for cell in cells), section)
 
 
 def number(
@@ -163,13 +150,8 @@ def number(
     notes: Sequence[str] = (),
 ) -> Cell:
     """A number, multiplied by `scale`, with its interval, both in one format."""
-    bounds = None if interval is None else (interval[0], interval[1])
-    ends = None if bounds is None else (_shown(scale * bounds[0], form), _shown(scale * bounds[1], form))
-    return Cell(_shown(scale * value, form), ends, emphasis, tuple(notes), value=value, bounds=bounds)
-
-
-def _plain_cell(value: object) -> Cell:
-    return Cell(str(value), value=value if isinstance(value, (int, float)) else str(value))
+    ends = None if interval is None else (_shown(scale * interval[0], form), _shown(scale * interval[1], form))
+    return Cell(_shown(scale * value, form), ends, emphasis, tuple(notes))
 
 
 def _shown(value: float, form: str) -> str:
@@ -186,66 +168,6 @@ def p_value(p: float) -> str:
 def counted(count: int, what: str) -> str:
     """`1 run`, `2 runs`."""
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-# -- for machines -----------------------------------------------------------------------------------------------
-
-
-def records(table: Table) -> list[dict[str, Value]]:
-    """The rows as column -> value, with all digits; a column with intervals also has `... low` and `... high`."""
-    found = []
-    for row in table.rows:
-        record: dict[str, Value] = {}
-        for column, cell in zip(table.columns, row.cells, strict=True):
-            record[column.name] = None if cell is None else cell.value
-            if column.interval:
-                low, high = (cell and cell.bounds) or (None, None)
-                record |= {f"{column.name} low": low, f"{column.name} high": high}
-        found.append(record)
-    return found
-
-
-def as_csv(table: Table) -> bytes:
-    """UTF-8 with a line of names; numbers with as many digits as they have, so that nothing is lost."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_names(table))
-    writer.writerows(["" if value is None else value for value in record.values()] for record in records(table))
-    return text.getvalue().encode("utf-8")
-
-
-def as_parquet(table: Table) -> bytes:
-    """The table as Parquet with int64, double and string columns.
-
-    Raises:
-        MissingLibrary: pyarrow is not installed.
-    """
-    need("Parquet", "pyarrow")
-    arrow: Any = importlib.import_module("pyarrow")
-    parquet: Any = importlib.import_module("pyarrow.parquet")
-    rows = records(table)
-    columns = {name: [record[name] for record in rows] for name in _names(table)}
-    numeric = {column.name: column.numeric for column in table.columns}
-    kinds = {
-        name: arrow.string()
-        if not numeric.get(name, True)
-        else arrow.int64()
-        if values and all(isinstance(value, int) for value in values)
-        else arrow.float64()
-        for name, values in columns.items()
-    }
-    sink = io.BytesIO()
-    parquet.write_table(arrow.table(columns, schema=arrow.schema(kinds)), sink)
-    return sink.getvalue()
-
-
-def _names(table: Table) -> list[str]:
-    """The keys of the `records`."""
-    more = {column.name: [f"{column.name} low", f"{column.name} high"] for column in table.columns if column.interval}
-    return [name for column in table.columns for name in (column.name, *more.get(column.name, ()))]
-
-
-# -- as text ----------------------------------------------------------------------------------------------------
 
 
 def markdown(table: Table) -> str:

@@ -12,19 +12,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.backends.host import Shared
-from logo.backends.items import Elsewhere, Item, Lost, Unlike
+from logo.backends.items import Item, Lost
 from logo.backends.ray import Workers
 from logo.baselines.method import Answering
 from logo.digests import library_versions
 from logo.errors import LoGoError, UsageError
 from logo.evaluation.arms import Arms
-from logo.evaluation.batches import OUT_OF_MEMORY
 from logo.evaluation.contest import Lesson, Lessons
 from logo.evaluation.jobs import Job
-from logo.evaluation.resume import Plan, ResumePolicy
+from logo.evaluation.resume import Plan
 from logo.evaluation.runner import AnsweredBatch, answers, placed
 from logo.evaluation.session import Evaluation, Facts, Session, Underway
 from logo.evaluation.study import Facts as StudyFacts
@@ -46,101 +46,57 @@ class Incomplete(LoGoError, RuntimeError):
 
 
 class Answerer:
-    """Answers blocks of any dataset in any session.
+    """Answers blocks of any dataset in an open session.
 
-    Args:
-        session_of: opens the session of a key; blocks of one key come one after the other.
+    Raises:
+        LoGoError: the method of the session cannot be used on this machine.
     """
 
-    def __init__(self, session_of: Callable[[Any], Session]) -> None:
-        self._session_of = session_of
-        self._session: tuple[Any, Session] | None = None
-        self._of: tuple[Any, ...] = ()
-        self._rows: list[Row] = []
+    def __init__(self, session: Session) -> None:
+        if session.method is not None:
+            session.method.check()
+        self.session = session
+        self._of: Path | None = None
         self._engine: Session | Answering | None = None
-        self._size, self._proven = 0, False
-
-    def session(self, key: Any) -> Session:
-        """The session of a key; the last one is kept.
-
-        Raises:
-            LoGoError: it cannot be opened, or its method cannot be used on this machine.
-        """
-        if self._session is None or self._session[0] != key:
-            self._session = self._engine = None  # frees their memory before the next session is opened
-            session = self._session_of(key)
-            if session.method is not None:
-                session.method.check()
-            self._session = key, session
-        return self._session[1]
-
-    def unlike(self, key: Any, expected: Mapping[str, Any]) -> Unlike | None:
-        """The difference between the session of a key and the expected one, in words; None if there is none."""
-        names = _differing(_compared(self.session(key).facts), expected)
-        return Unlike(f"{', '.join(names)} differ from the first worker's") if names else None
+        self._proven = False
 
     def answer(
-        self, key: Any, job: Job, learnt: Mapping[str, Any] | None, sha256: str | None, stretch: range, proven: bool
+        self, job: Job, learnt: Mapping[str, Any] | None, stretch: range, proven: bool
     ) -> tuple[list[AnsweredBatch], Mapping[str, Any] | None]:
         """Pieces of a stretch of a job's rows, and what the method found out about the dataset.
 
         Args:
-            key: of the session.
-            learnt: what its method has learnt about the dataset; `sha256`: of that.
+            learnt: what the method has learnt about it.
             proven: some process has answered a row of it, so that an error concerns its row and not the run.
         """
-        session = self.session(key)
-        which = job.folder, sha256
-        if self._engine is None or which != self._of:
-            self._engine, self._rows = session.answering(job, learnt), [job.rows[place] for place in job.places]
-            self._of, self._size, self._proven = which, session.batch_size, False
+        session = self.session
+        if self._engine is None or job.folder != self._of:
+            self._engine, self._of, self._proven = session.answering(job, learnt), job.folder, False
         batches = answers(
             self._engine,
-            self._rows[stretch.start : stretch.stop],
+            job.rows[stretch.start : stretch.stop],
             metric=job.metric,
             batch_size=session.batch_size,
             max_new_tokens=session.max_new_tokens,
-            size=self._size,
             proven=proven or self._proven,
         )
         found = list(placed(stretch.start, batches))
-        if found:
-            self._size = found[-1].size
         self._proven = self._proven or any(one.error is None for batch in found for one in batch.instances)
         return found, self._engine.record if isinstance(self._engine, Answering) else None
 
-    def learn(self, key: Any, job: Job, train: Sequence[Row]) -> dict[str, Any]:
-        """What the method of a session learns about a dataset."""
+    def learn(self, job: Job) -> dict[str, Any]:
+        """What the method of the session learns about a dataset."""
         self._engine = None
-        return self.session(key).learn(job, train)
+        return self.session.learn(job)
 
 
-def facts_of(answerer: Answerer, key: Any = None) -> Facts:
-    """The facts of the session of a key."""
-    return answerer.session(key).facts
+def facts_of(answerer: Answerer) -> Facts:
+    """The facts of the session."""
+    return answerer.session.facts
 
 
-def _learn(answerer: Answerer, key: Any, expected: Shared, job: Job, train: Sequence[Row]) -> Any:
-    return answerer.unlike(key, expected.get()) or answerer.learn(key, job, train)
-
-
-def _answer(
-    answerer: Answerer,
-    key: Any,
-    expected: Shared,
-    job: Shared,
-    learnt: Shared | None,
-    sha256: str | None,
-    stretch: range,
-    proven: bool,
-) -> Any:
-    unlike = answerer.unlike(key, expected.get())
-    if unlike is not None:
-        return unlike
-    known = None if learnt is None else learnt.get()
-    found, record = answerer.answer(key, job.get(), known, sha256, stretch, proven)
-    lacking = any(instance.error == OUT_OF_MEMORY for batch in found for instance in batch.instances)
-    return Elsewhere((found, record)) if lacking else (found, record)
+def _answer(answerer: Answerer, job: Shared, learnt: Shared | None, stretch: range, proven: bool) -> Any:
+    return answerer.answer(job.get(), None if learnt is None else learnt.get(), stretch, proven)
 
 
 # -- in the driver ----------------------------------------------------------------------------------------------------
@@ -198,7 +154,7 @@ class Trial:
 
     def __init__(self, dataset: Underway, batch_size: int) -> None:
         self._dataset = dataset
-        self._enough = max(2, min(batch_size, len(dataset.rows)))
+        self._enough = max(2, min(batch_size, len(dataset.plan.job.rows)))
         self._proven = dataset.answered.proven
         self.held: list[AnsweredBatch] = []
 
@@ -210,7 +166,7 @@ class Trial:
         """
         self.held += found
         errors = [instance.error for batch in self.held for instance in batch.instances]
-        every = len(errors) == len(self._dataset.rows) - len(self._dataset.answered)
+        every = len(errors) == len(self._dataset.plan.job.rows) - len(self._dataset.answered)
         if not self._proven and errors and len(set(errors)) == 1 and errors[0] is not None:
             if len(errors) >= self._enough:
                 raise LoGoError(errors[0])
@@ -226,31 +182,30 @@ class InWorkers(Evaluation):
 
     Args:
         workers: processes with an open `Answerer`.
-        key: key of the sessions that answer.
-        facts: facts of these sessions.
-        seed, batch_size, max_new_tokens, method: as in `Evaluation`, and in these sessions.
+        seed, batch_size, max_new_tokens, method: as in `Evaluation`, and in the sessions of the processes.
+        shared: the engine makes batches of its own, so that the rows of a dataset may be divided equally among the
+            processes; otherwise every process gets one batch after the other, cut as one process would cut them.
     """
 
     def __init__(
         self,
         workers: Workers[Answerer],
-        facts: Facts,
         *,
-        key: Any = None,
         seed: int,
         batch_size: int,
         max_new_tokens: int,
         method: Method | None,
+        shared: bool = False,
     ) -> None:
-        self.workers, self._facts, self._key = workers, facts, key
-        self._expected = workers.shared(_compared(facts))  # of every process, whenever it opens this session
+        self.workers, self._shared = workers, shared
         self.seed, self.batch_size, self.max_new_tokens, self.method = seed, batch_size, max_new_tokens, method
 
     @property
     def facts(self) -> Facts:
-        return self._facts
+        found: Facts = self.workers.description
+        return found
 
-    def plans(self, jobs: Sequence[Job], policy: ResumePolicy | None = None) -> list[Plan]:
+    def plans(self, jobs: Sequence[Job], *, overwrite: bool = False) -> list[Plan]:
         """As `Evaluation.plans`.
 
         Raises:
@@ -258,10 +213,10 @@ class InWorkers(Evaluation):
         """
         if self.facts.order is not None:
             raise UsageError(f"workers: a row's result must not depend on other rows, but {self.facts.order}")
-        return super().plans(jobs, policy)
+        return super().plans(jobs, overwrite=overwrite)
 
-    def learn(self, job: Job, train: Sequence[Row]) -> dict[str, Any]:
-        learnt: dict[str, Any] = self.workers.ask(_learn, self._key, self._expected, job, train)
+    def learn(self, job: Job) -> dict[str, Any]:
+        learnt: dict[str, Any] = self.workers.ask(Answerer.learn, job)
         return learnt
 
     def results(
@@ -289,7 +244,7 @@ class InWorkers(Evaluation):
                 for batch in trial.passed(found):
                     dataset.answered.add(batch)
                 report(dataset.plan, len(dataset.answered))
-                if len(dataset.answered) == len(dataset.rows):
+                if len(dataset.answered) == len(dataset.plan.job.rows):
                     files = dataset.write()
                     dataset.close()
                     yield dataset.plan, files
@@ -308,15 +263,15 @@ class InWorkers(Evaluation):
             if len(dataset.answered):
                 report(one, len(dataset.answered))
             job = self.workers.shared(one.job)
-            learnt, sha256 = None, None
-            if dataset.learnt is not None:
-                learnt, sha256 = self.workers.shared(dataset.learnt.content), dataset.learnt.sha256
+            learnt = None if dataset.learnt is None else self.workers.shared(dataset.learnt)
+            size = self.batch_size
+            if self._shared:
+                size = max(1, min(size, -(-len(one.job.rows) // max(1, self.workers.count))))
             for stretch in dataset.answered.missing or [range(0)]:
                 # If no row is missing, one block without rows still makes the result be written.
-                for start in range(stretch.start, max(stretch.stop, 1), self.batch_size):
-                    part = range(start, min(start + self.batch_size, stretch.stop))
-                    args = (self._key, self._expected, job, learnt, sha256, part, dataset.answered.proven)
-                    yield _Block(args, len(part), dataset, part)
+                for start in range(stretch.start, max(stretch.stop, 1), size):
+                    part = range(start, min(start + size, stretch.stop))
+                    yield _Block((job, learnt, part, dataset.answered.proven), len(part), dataset, part)
 
 
 class MeasuredInWorkers:

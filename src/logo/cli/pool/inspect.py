@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -13,11 +12,10 @@ from rich.text import Text
 
 from logo.adapters.format import Adapter
 from logo.cli.options import argument, usual
-from logo.cli.output import note, one_line, out, plain_table, print_json, size
+from logo.cli.output import one_line, out, plain_table, print_json, size
 from logo.cli.pool import spectra as spectra_part
 from logo.cli.pool.common import AllowPickle, Threshold, divided, fitting, refusal, refusals, surveyed, targets
-from logo.errors import AdapterError, LeftOut, UsageError, listed
-from logo.extras import need
+from logo.errors import AdapterError, LeftOut, listed
 
 
 def inspect(
@@ -37,17 +35,12 @@ def inspect(
         "every update: seconds for tens of adapters, and the time grows with the square of their number.",
     ),
     threshold: Threshold = 0.9,
-    png: Path | None = usual(None, "With `--spectra`: draw overlaps, norms and effective ranks.", metavar="FILE"),
     json: bool = usual(False, "Print JSON, with the sha256 of every adapter."),
 ) -> None:
     """List the adapters of a pool, and those that would be refused, with the reason.
 
     Example: `logo pool inspect adapters/ --base-model Qwen/Qwen2.5-7B --spectra`
     """
-    if png is not None and not spectra:
-        raise UsageError("--png draws the results of --spectra: give both options")
-    if png is not None:
-        need("--png", "matplotlib")
     good, refused = surveyed(folder, allow_pickle, verify)
     if base_model is not None:
         good, misfits = divided(good, fitting(base_model, model_dir))
@@ -57,11 +50,6 @@ def inspect(
         refused += copies
     refused.sort(key=lambda error: error.name)
     taken = spectra_part.taken_apart(good) if spectra else None
-    if png is not None and taken is not None:
-        if good:
-            spectra_part.draw(taken, png)
-        else:
-            note(f"{png} is not written: there is no adapter to draw")
     if json:
         more = {} if taken is None else spectra_part.report(good, taken, threshold)
         print_json(_report(folder, good, refused, more))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,9 @@ from rich.text import Text
 
 from logo.adapters.format import Adapter
 from logo.adapters.upkeep.card import short_ranks
-from logo.cli.output import note, out, plain_table
+from logo.cli.output import out, plain_table
 from logo.cli.pool.common import steps, targets
 from logo.errors import listed
-from logo.folders import replace_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,15 +29,6 @@ def taken_apart(adapters: Sequence[Adapter]) -> Anatomy:
 
     with steps("modules", len(module_paths(adapters))) as step:
         return anatomy(adapters, step)
-
-
-def draw(found: Anatomy, file: Path) -> None:
-    """Writes the picture."""
-    from logo.evaluation.report.png import png
-    from logo.evaluation.report.pool import likeness
-
-    replace_file(file, png(likeness(found)))
-    note(f"{file}")
 
 
 def table(adapters: Sequence[Adapter], found: Anatomy) -> Table:

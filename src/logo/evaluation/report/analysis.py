@@ -1,4 +1,4 @@
-"""The analysis of a report, computed once for page, pictures, tables and JSON summary."""
+"""The analysis of a report, computed once for page, tables and JSON summary."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from logo.evaluation.report import adapters, numbers, runs
-from logo.evaluation.report.adapters import Selected, Similarity, Spread, Weights
+from logo.evaluation.report.adapters import Selected, Weights
 from logo.evaluation.report.numbers import Cell, Line
-from logo.evaluation.report.published import Published, shipped
 from logo.evaluation.report.runs import Seconds
 from logo.evaluation.report.versus import Pairing, Versus
 from logo.evaluation.runs import Run
@@ -27,7 +26,7 @@ class Analysis:
         groups, lines, extra: official measures by group and by dataset, and the measures beside them.
         overall: the mean over all datasets without `unlike`.
         versus: every run against every earlier one.
-        weights, similarity, spread, selected: of each run, None if it has none.
+        weights, selected: of each run, None if it has none.
         seconds: times of each run by stage.
     """
 
@@ -42,8 +41,6 @@ class Analysis:
     extra: tuple[Line, ...]
     versus: tuple[Versus, ...]
     weights: tuple[Weights | None, ...]
-    similarity: tuple[Similarity | None, ...]
-    spread: tuple[Spread | None, ...]
     selected: tuple[Selected | None, ...]
     seconds: tuple[Seconds, ...]
 
@@ -63,23 +60,24 @@ class Analysis:
         return sum(len(result) for run in self.runs for result in run.results.values())
 
 
-def analyse(found: Sequence[Run], *, seed: int = 0, published: Sequence[Published] = ()) -> Analysis:
-    """All numbers of at least one run. `seed`: of the intervals and tests; `published`: beside the shipped numbers."""
+def analyse(found: Sequence[Run], *, seed: int = 0) -> Analysis:
+    """All numbers of at least one run. `seed`: of the intervals and tests."""
     pairing = Pairing(tuple(found), seed)
+    groups, [overall], lines = numbers.marked_lines(
+        pairing, numbers.group_lines(pairing), [numbers.overall(pairing)], numbers.dataset_lines(pairing)
+    )
     return Analysis(
         runs=tuple(found),
         labels=tuple(runs.labels(found)),
         differing=runs.differing(found),
         datasets=tuple(pairing.datasets),
         unlike=tuple(pairing.unlike),
-        groups=tuple(numbers.group_lines(pairing)),
-        overall=numbers.overall(pairing),
-        lines=tuple(numbers.dataset_lines(pairing, [*published, *shipped()])),
+        groups=tuple(groups),
+        overall=overall,
+        lines=tuple(lines),
         extra=tuple(numbers.extra_lines(pairing)),
         versus=tuple(pairing.versus()),
         weights=tuple(adapters.weights(run) for run in found),
-        similarity=tuple(adapters.similarity(run) for run in found),
-        spread=tuple(adapters.spread(run) for run in found),
         selected=tuple(adapters.selected(run) for run in found),
         seconds=tuple(runs.seconds(run) for run in found),
     )
@@ -142,5 +140,4 @@ def _cell(cell: Cell | None) -> dict[str, Any] | None:
         "instances": cell.rows,
         "datasets": cell.datasets,
         "mark": cell.mark,
-        "published": None if cell.published is None else asdict(cell.published),
     }

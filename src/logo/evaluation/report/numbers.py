@@ -1,4 +1,4 @@
-"""The numbers of a report from results: means with intervals, marks of the best, and published numbers.
+"""The numbers of a report from results: means with intervals, and marks of the best.
 
 A line is one measure of one dataset or group, with a cell per run. A run is called best only among runs with equally
 many answers, and only if a test says so: see `versus`.
@@ -6,14 +6,13 @@ many answers, and only if a test says so: see `versus`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from logo.evaluation.corpus import mean_of, mean_over
 from logo.evaluation.groups import group_of, grouped
 from logo.evaluation.intervals import Interval
-from logo.evaluation.report.published import Published, published
-from logo.evaluation.report.versus import Mark, Pairing
+from logo.evaluation.report.versus import Compared, Mark, Pairing
 from logo.evaluation.stored import Result
 
 NAMES: Mapping[str, str] = {
@@ -40,7 +39,6 @@ class Cell:
         rows: number of instances; `datasets`: number of datasets.
         complete: no other run of the line has more answers.
         mark: of the complete ones, the best, or those that are not significantly worse if there is no best one.
-        published: published numbers of the same experiment.
     """
 
     value: float
@@ -49,7 +47,6 @@ class Cell:
     datasets: int = 1
     complete: bool = True
     mark: Mark = ""
-    published: Published | None = None
 
 
 @dataclass(frozen=True)
@@ -64,23 +61,13 @@ class Line:
     scale: float = 100.0
 
 
-def dataset_lines(pairing: Pairing, numbers: Sequence[Published] = ()) -> list[Line]:
-    """One line per dataset and official measure.
-
-    Args:
-        numbers: published numbers.
-    """
-    lines = []
-    for name in pairing.datasets:
-        for metric in _metrics(pairing, [name]):
-            cells = _cells(pairing, [name], metric)
-            shown = [published(run, name, metric, numbers) for run in pairing.runs]
-            marked = (
-                cell and replace(cell, published=one if cell.complete else None)
-                for cell, one in zip(cells, shown, strict=True)
-            )
-            lines.append(Line(group_of(name), name, metric, tuple(marked)))
-    return lines
+def dataset_lines(pairing: Pairing) -> list[Line]:
+    """One line per dataset and official measure."""
+    return [
+        Line(group_of(name), name, metric, _cells(pairing, [name], metric))
+        for name in pairing.datasets
+        for metric in _metrics(pairing, [name])
+    ]
 
 
 def group_lines(pairing: Pairing) -> list[Line]:
@@ -94,8 +81,7 @@ def group_lines(pairing: Pairing) -> list[Line]:
 
 def overall(pairing: Pairing) -> Line:
     """The mean of the primary measures over all datasets for which they are the same in all runs."""
-    names = [name for name in pairing.datasets if name not in pairing.unlike]
-    return Line("", None, "primary", _cells(pairing, names, None))
+    return Line("", None, "primary", _cells(pairing, _members(pairing, ""), None))
 
 
 def extra_lines(pairing: Pairing) -> list[Line]:
@@ -109,26 +95,36 @@ def extra_lines(pairing: Pairing) -> list[Line]:
         for metric in dict.fromkeys(metric for result in present for metric in result.extra):
             cells = [_extra_cell(result, metric) for result in found]
             scale = 1.0 if metric in signed else 100.0  # sacrebleu's values are in percent already
-            lines.append(Line(group_of(name), name, metric, marked(cells), scale))
+            lines.append(Line(group_of(name), name, metric, _completed(cells), scale))
     return lines
 
 
-def marked(
-    cells: Sequence[Cell | None], marks: Callable[[Sequence[float | None]], Sequence[Mark]] | None = None
-) -> tuple[Cell | None, ...]:
-    """The cells with `complete` and `mark` set.
+def marked_lines(pairing: Pairing, *parts: Sequence[Line]) -> list[list[Line]]:
+    """The lines of some tables with the marks of the best, whose p-values are corrected together."""
+    every = [line for lines in parts for line in lines]
+    compared = []
+    for line in every:
+        names = [line.dataset] if line.dataset is not None else _members(pairing, line.group)
+        values = [cell.value if cell is not None and cell.complete else None for cell in line.cells]
+        compared.append(Compared(values, names, line.metric if line.group else None))
+    marks = iter(pairing.marks(compared))
 
-    Args:
-        marks: values of the complete cells (None for the others) -> their marks.
-    """
+    def with_marks(line: Line) -> Line:
+        both = zip(line.cells, next(marks), strict=True)
+        return replace(line, cells=tuple(cell and replace(cell, mark=mark) for cell, mark in both))
+
+    return [[with_marks(line) for line in lines] for lines in parts]
+
+
+def _members(pairing: Pairing, group: str) -> list[str]:
+    """The datasets of a group; of '' all whose primary measure is the same in all runs."""
+    return grouped(pairing.datasets)[group] if group else [n for n in pairing.datasets if n not in pairing.unlike]
+
+
+def _completed(cells: Sequence[Cell | None]) -> tuple[Cell | None, ...]:
+    """The cells with `complete` set."""
     most = max(((cell.datasets, cell.rows) for cell in cells if cell is not None), default=(0, 0))
-    whole = [cell is not None and (cell.datasets, cell.rows) == most for cell in cells]
-    values = [cell.value if cell and complete else None for cell, complete in zip(cells, whole, strict=True)]
-    found: Sequence[Mark] = ["" for _ in cells] if marks is None else marks(values)
-    return tuple(
-        cell and replace(cell, complete=complete, mark=mark)
-        for cell, complete, mark in zip(cells, whole, found, strict=True)
-    )
+    return tuple(cell and replace(cell, complete=(cell.datasets, cell.rows) == most) for cell in cells)
 
 
 def _metrics(pairing: Pairing, names: Sequence[str]) -> list[str]:
@@ -144,7 +140,7 @@ def _cells(pairing: Pairing, names: Sequence[str], metric: str | None) -> tuple[
         means = [mean_of(values) for values in scores if values is not None]
         rows = sum(len(mean.rows) for mean in means)
         cells.append(Cell(*mean_over(means, seed=pairing.seed), rows, len(means)) if means else None)
-    return marked(cells, lambda values: pairing.marks(values, names, metric))
+    return _completed(cells)
 
 
 def _extra_cell(result: Result | None, metric: str) -> Cell | None:

@@ -1,7 +1,7 @@
 """The report as one self-contained HTML page: no network, no other files, and no script for its tables.
 
 The layout is in `templates`, which escape all text. The page's content security policy allows its own style and script
-by their hashes, and pictures from `data:` URIs. All data for the script goes through `payload`.
+by their hashes, and its empty icon from a `data:` URI. All data for the script goes through `payload`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from logo import __version__
 from logo.evaluation.report import tables
 from logo.evaluation.report.analysis import Analysis
 from logo.evaluation.report.payload import blocks
-from logo.evaluation.report.pictures import differences, of_run, scores, spread_words, time
-from logo.evaluation.report.scene import Dot, png_uri, series
 from logo.evaluation.tables import counted
 from logo.extras import need
 
@@ -48,7 +46,6 @@ def page(analysis: Analysis, title: str | None = None) -> str:
     if not analysis.versus:
         del sections["versus"]
     best = [n for n, cell in enumerate(analysis.overall.cells) if cell is not None and cell.mark == "best"]
-    pictures = {"scores": scores(analysis), "differences": differences(analysis), "time": time(analysis)}
     return templates.get_template("page.html").render(
         analysis=analysis,
         title=title or title_of(analysis),
@@ -59,7 +56,6 @@ def page(analysis: Analysis, title: str | None = None) -> str:
         blocks=blocks(analysis),
         sections=sections,
         best=best[0] if best else None,
-        scenes={**pictures, "runs": [of_run(analysis, number) for number in range(len(analysis.runs))]},
         tables=tables,
     )
 
@@ -82,9 +78,7 @@ def environment() -> Environment:
         undefined=StrictUndefined,
         finalize=_shown,
     )
-    found.globals.update(
-        counted=counted, spaced=tables.spaced, spread_words=spread_words, png_uri=png_uri, point=_point
-    )
+    found.globals.update(counted=counted, spaced=tables.spaced)
     return found
 
 
@@ -103,11 +97,6 @@ def _shown(value: object) -> object:
     if isinstance(value, float):
         return f"{round(value, 2) + 0.0:.2f}".rstrip("0").rstrip(".")  # + 0.0: no negative zero
     return _FORBIDDEN.sub("\ufffd", value) if type(value) is str else value
-
-
-def _point(run: int) -> Dot:
-    """The point that is drawn beside a run's name."""
-    return Dot(6, 6, 4, *series(run))
 
 
 def _asset(name: str) -> str:

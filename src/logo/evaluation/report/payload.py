@@ -1,4 +1,4 @@
-"""The data of the page's script: instances by dataset, answers by dataset and run, and the numbers of heat maps.
+"""The data of the page's script: instances by dataset, and answers by dataset and run.
 
 The data is divided into blocks that are decompressed one by one when they are opened. A block is JSON, gzipped, in
 base64, so no text in it can end its element.
@@ -9,13 +9,10 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from logo.evaluation.intervals import Values
 from logo.evaluation.report.adapters import right_adapter, right_ranks
 from logo.evaluation.report.analysis import Analysis
 from logo.evaluation.report.numbers import NAMES
@@ -36,7 +33,7 @@ class _Rows:
 
 
 def blocks(analysis: Analysis) -> dict[str, str]:
-    """Block name -> its content in base64: `index`, `p{dataset}`, `a{run}-{dataset}`, and one per heat map."""
+    """Block name -> its content in base64: `index`, `p{dataset}` and `a{run}-{dataset}`."""
     adapters: dict[str, int] = {}
     found: dict[str, Any] = {}
     datasets = []
@@ -63,12 +60,6 @@ def blocks(analysis: Analysis) -> dict[str, str]:
                 "why": "" if all(rows.prompts) else next((r.no_prompts for r in results if r and r.no_prompts), ""),
             }
         )
-    for number in range(len(analysis.runs)):
-        weights, similar = analysis.weights[number], analysis.similarity[number]
-        if weights is not None:
-            found[f"weights-{number}"] = _matrix(weights.datasets, weights.adapters, weights.values)
-        if similar is not None:
-            found[f"similarity-{number}"] = _matrix(similar.adapters, similar.adapters, similar.values)
     index = {"runs": list(analysis.labels), "adapters": list(adapters), "datasets": datasets}
     return {name: packed(content) for name, content in {"index": index, **found}.items()}
 
@@ -129,11 +120,6 @@ def _answers(result: Result, rows: _Rows, run: int, adapters: dict[str, int]) ->
             result.errors.get(index),
         ]
     return answers
-
-
-def _matrix(rows: Sequence[str], columns: Sequence[str], values: Values) -> Mapping[str, object]:
-    """A heat map for the page's script, with values in thousandths."""
-    return {"rows": list(rows), "columns": list(columns), "values": np.round(values * 1000).astype(int).tolist()}
 
 
 def _rounded(value: float) -> float | int:

@@ -107,9 +107,7 @@ def seconds(run: Run) -> Seconds:
 
 
 def _method(run: Run) -> str:
-    method = run.method or run.folder.resolve().name
-    merge = run.options.get("merge")
-    return method if merge in (None, "mixture") or method.endswith(f"-{merge}") else f"{method} ({merge})"
+    return run.method or run.folder.resolve().name
 
 
 def _option(run: Run, name: str) -> str:

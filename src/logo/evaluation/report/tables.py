@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from logo.evaluation.paired import ALPHA, COLUMN, TESTS, tests_in_words
-from logo.evaluation.report.adapters import Similarity, Weights
+from logo.evaluation.report.adapters import Weights
 from logo.evaluation.report.analysis import Analysis
 from logo.evaluation.report.numbers import NAMES, Line
 from logo.evaluation.report.numbers import Cell as Number
-from logo.evaluation.report.published import CAVEAT
 from logo.evaluation.runs import Run
 from logo.evaluation.tables import (
     Cell,
@@ -28,12 +27,12 @@ from logo.evaluation.tables import (
     words,
 )
 
-MOST = 5  # adapters per dataset, and pairs, that are named below a heat map
+MOST = 5  # adapters per dataset that are named
 MARKS = (
     "Bold: the highest, and significantly better than every other run of that line. {weak}: where no run is, the "
     f"highest and all that are not significantly worse. Significant: p below {ALPHA} by {TESTS['mcnemar']} where the "
-    f"answers to one dataset are right or wrong, else by {TESTS['randomisation']}; corrected by Holm’s method for the "
-    "runs of the line."
+    f"answers to one dataset are right or wrong, else by {TESTS['randomisation']}; corrected by Holm’s method for all "
+    "pairs of runs in all lines of this report together."
 )
 INTERVALS = (
     "Intervals are Wilson’s where answers are right or wrong, else bootstrap percentiles over instances, of ten "
@@ -78,11 +77,9 @@ def groups(analysis: Analysis, weak: str = "Dotted") -> Table:
 
 def datasets(analysis: Analysis) -> Table:
     """Datasets and official measures by runs, a section per group."""
-    cells = [cell for line in analysis.lines for cell in line.cells if cell is not None]
-    sources = {cell.published.source: cell.published.url for cell in cells if cell.published is not None}
-    said = f"{CAVEAT} From: {'; '.join(f'{source}, {url}' for source, url in sources.items())}." if sources else ""
-    note = " ".join(filter(None, [said, analysis.left_out]))
-    return _by_dataset(analysis, analysis.lines, "Official measures, in percent, with 95 % intervals", note)
+    return _by_dataset(
+        analysis, analysis.lines, "Official measures, in percent, with 95 % intervals", analysis.left_out
+    )
 
 
 def extra(analysis: Analysis) -> Table | None:
@@ -167,15 +164,6 @@ def weights(found: Weights) -> Table:
     return Table(words("dataset", "mean weight"), tuple(rows), f"The {MOST} heaviest adapters of each dataset")
 
 
-def similarity(found: Similarity) -> Table:
-    """The most alike pairs, in words."""
-    count = len(found.adapters)
-    pairs = [(float(found.values[a, b]), a, b) for a in range(count) for b in range(a + 1, count)]
-    pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
-    rows = [row(found.adapters[a], found.adapters[b], f"{value:.2f}") for value, a, b in pairs[: 2 * MOST]]
-    return Table((*words("adapter", "and"), *numbers("correlation")), tuple(rows), "The most alike adapters")
-
-
 def time(analysis: Analysis) -> Table:
     """Seconds by run and stage."""
     stages = list(dict.fromkeys(name for spent in analysis.seconds for name in spent.stages))
@@ -209,10 +197,9 @@ def spaced(count: int) -> str:
 
 
 def _names(analysis: Analysis) -> list[Cell]:
-    """The runs' labels, beside which a page shows their points in the pictures."""
-    folders = [run.folder.resolve().name for run in analysis.runs]
-    both = zip(analysis.labels, folders, strict=True)
-    return [Cell(label, run=place, title=folder) for place, (label, folder) in enumerate(both)]
+    """The runs' labels, with their folders."""
+    both = zip(analysis.labels, analysis.runs, strict=True)
+    return [Cell(label, title=run.folder.resolve().name) for label, run in both]
 
 
 def _legend(analysis: Analysis, weak: str) -> str:
@@ -221,7 +208,7 @@ def _legend(analysis: Analysis, weak: str) -> str:
 
 
 def _by_run(analysis: Analysis, *, numeric: bool = True) -> list[Column]:
-    return [Column(label, numeric=numeric, run=place) for place, label in enumerate(analysis.labels)]
+    return [Column(label, numeric=numeric) for label in analysis.labels]
 
 
 def _by_dataset(analysis: Analysis, lines: Sequence[Line], title: str, note: str) -> Table:
@@ -238,8 +225,6 @@ def _cell(line: Line, cell: Number | None) -> Cell | None:
     if cell is None:
         return None
     notes = []
-    if cell.published is not None:
-        notes.append(f"published {line.scale * cell.published.value:.2f}")
     if not cell.complete:
         of = [counted(cell.datasets, "dataset")] if line.dataset is None else []
         notes.append(f"only {', '.join([*of, counted(cell.rows, 'row')])}")

@@ -1,4 +1,4 @@
-"""One run against another on the instances that both have answered, and the marks of the best in a table.
+"""One run against another on the instances that both have answered, and the marks of the best in tables.
 
 A report may hold runs with different prompts, so instances are matched by their prompts. Every number is computed once,
 so a pair of runs has one p-value everywhere.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from logo.evaluation.corpus import mean_of
 from logo.evaluation.groups import grouped
@@ -19,6 +19,15 @@ from logo.evaluation.runs import Run
 from logo.evaluation.stored import Result
 
 Mark = Literal["", "best", "tied"]
+
+
+class Compared(NamedTuple):
+    """A line of a table in which runs are compared: their `values` (None: not comparable), on the datasets `names`;
+    `metric`: official, None: the primary one."""
+
+    values: Sequence[float | None]
+    names: Sequence[str]
+    metric: str | None
 
 
 @dataclass(frozen=True)
@@ -72,21 +81,33 @@ class Pairing:
             self._known[a, b, both, metric] = significance(pairs, seed=self.seed) if pairs else None
         return self._known[a, b, both, metric]
 
-    def marks(self, values: Sequence[float | None], names: Sequence[str], metric: str | None = None) -> list[Mark]:
-        """The best of the runs that have a value.
+    def marks(self, lines: Sequence[Compared]) -> list[list[Mark]]:
+        """The best of the runs in every line.
 
-        A run is `best` if it has the highest value and is significantly better than every other run. Where none is,
-        `tied` are the run with the highest value and all that are not significantly worse, p-values being corrected by
-        Holm's method. If all values are equal, none is marked.
+        A run is `best` if it has the highest value and is significantly better than every other run of the line. Where
+        none is, `tied` are the run with the highest value and all that are not significantly worse. If all values are
+        equal, none is marked. The best is known only from the data, and several lines are looked at, so p-values are
+        corrected by Holm's method for all pairs of runs in all lines together, and for the pairs of `versus`.
         """
-        marks: list[Mark] = ["" for _ in values]
-        present = [(value, run) for run, value in enumerate(values) if value is not None]
+        tests: dict[tuple[object, ...], float] = {}
+        for one in self.versus():
+            tests[one.a, one.b, tuple(self.datasets), None] = one.significance.p
+        for values, names, metric in lines:
+            known = [run for run, value in enumerate(values) if value is not None]
+            for a, b in itertools.combinations(known, 2):
+                tests[a, b, tuple(names), metric] = self._p(a, b, names, metric)
+        corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
+        return [self._marks(line, corrected) for line in lines]
+
+    def _marks(self, line: Compared, corrected: Mapping[tuple[object, ...], float]) -> list[Mark]:
+        marks: list[Mark] = ["" for _ in line.values]
+        present = [(value, run) for run, value in enumerate(line.values) if value is not None]
         if len({value for value, _ in present}) < 2:
             return marks
         _, top = max(present, key=lambda one: (one[0], -one[1]))
         others = [run for _, run in present if run != top]
-        corrected = holm([self._p(min(top, run), max(top, run), names, metric) for run in others])
-        tied = [run for run, p in zip(others, corrected, strict=True) if p >= ALPHA]
+        keys = {run: (min(top, run), max(top, run), tuple(line.names), line.metric) for run in others}
+        tied = [run for run in others if corrected[keys[run]] >= ALPHA]
         marks[top] = "tied" if tied else "best"
         for run in tied:
             marks[run] = "tied"
@@ -104,10 +125,12 @@ class Pairing:
         ]
 
     def _p(self, a: int, b: int, names: Sequence[str], metric: str | None) -> float:
-        """The p-value of two runs; 1 if their instances differ, because the test covers only the shared ones."""
+        """The p-value of two runs; 1 if their instances differ, because the test covers only the shared ones. Datasets
+        that are judged by other metrics than this one count in neither run."""
         found = self.significance(a, b, names, metric)
         shared = sum(len(pair.a.rows) for pair in self.pairs(a, b, names, metric))
-        asked = [sum(len(self.runs[run].results.get(name, ())) for name in names) for run in (a, b)]
+        sides = [[self.runs[run].results[name] for name in names if name in self.runs[run].results] for run in (a, b)]
+        asked = [sum(len(one) for one in side if metric is None or metric in one.measures) for side in sides]
         return 1.0 if found is None or asked != [shared, shared] else found.p
 
 

@@ -9,23 +9,21 @@ from logo.evaluation.metrics import Kind
 
 SPLITS = ("test", "train")
 
-Files = tuple[str, ...] | Mapping[str, str]
-"""The files of a split below a root: patterns, of which the first that matches is used, or a file per column."""
+Files = tuple[str, ...]
+"""The files of a split below a root: patterns, of which the first that matches is used."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One shape in which a source ships its rows.
+    """How a source ships its rows.
 
     Attributes:
         files: by split, "test" and perhaps "train".
         fields: Jinja2 expressions by the name that templates use; a name that is not here is a column of the row.
-        rows: the member of a JSON document that holds the list of rows, or the XML element that is a row.
     """
 
     files: Mapping[str, Files]
     fields: Mapping[str, str]
-    rows: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,8 @@ class Declaration:
     """One dataset.
 
     Attributes:
-        layouts: how its rows are shipped, that of the Hub first.
+        hub: where its files are; None: only in local folders.
+        layout: how its rows are shipped.
         templates: Jinja2 templates: "context", "completion", "draw_by" (what the seeded draw looks at; datasets that
             share it draw the same instances) and perhaps "references".
         sha256: of the file it was read from.
@@ -56,7 +55,7 @@ class Declaration:
     citation: str
     notes: str
     hub: Hub | None
-    layouts: tuple[Layout, ...]
+    layout: Layout
     templates: Mapping[str, str]
     sha256: str
 

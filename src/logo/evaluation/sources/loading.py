@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -66,18 +65,15 @@ def chosen(requests: Sequence[str], known: Collection[str]) -> list[str]:
 
 
 def _declaration(top: dict[str, Any], sha256: str) -> Declaration:
-    fields, layouts, hub = top.get("fields", {}), [], None
+    hub, files = None, top.get("raw", {})
+    if ("source" in top) == ("raw" in top):
+        raise _Wrong("source", "either 'source' (a repository on the Hub) or 'raw' (local files)", None)
     if source := top.get("source"):
         hub = Hub(**{key: source[key] for key in ("repo", "revision", "config") if key in source})
         files = {split: usual_places(hub.config, source[split]) for split in SPLITS if split in source}
         files |= source.get("files", {})
         if "test" not in files:
             raise _Wrong("source.test", "the split whose rows become test rows", None)
-        layouts.append(Layout(files, fields, source.get("rows", "")))
-    for raw in top.get("raw", []):
-        layouts.append(Layout(raw["files"], fields | raw.get("fields", {}), raw.get("rows", "")))
-    if not layouts:
-        raise _Wrong("source", "'source' (a repository on the Hub), 'raw' (local files) or both", None)
     templates = {key: top[key] for key in ("context", "completion", "references") if key in top}
     return Declaration(
         name=top["name"],
@@ -85,7 +81,7 @@ def _declaration(top: dict[str, Any], sha256: str) -> Declaration:
         group=top.get("group", "own"),
         **{key: top.get(key, "") for key in ("licence", "homepage", "citation", "notes")},
         hub=hub,
-        layouts=tuple(layouts),
+        layout=Layout(files, top.get("fields", {})),
         templates=templates | {"draw_by": top.get("draw_by", top["context"])},
         sha256=sha256,
     )
@@ -143,46 +139,34 @@ def _name(where: str, value: Any) -> str:
 
 def _template(where: str, value: Any) -> str:
     _text(where, value)
-    if "{{" not in value and (name := re.search(r"\{(\w+)\}", value)):  # the templates of version 0.1
-        raise _Wrong(where, f"a Jinja2 template with {{{{ {name[1]} }}}} in it", name[0])
     return str(value)
 
 
-def _places(where: str, value: Any) -> Any:
-    each = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+def _places(where: str, value: Any) -> tuple[str, ...]:
+    each = value if isinstance(value, list) else [value]
     for place in each or [None]:
         parts = place.split("/") if isinstance(place, str) else [""]
         if parts[0] == "" or ".." in parts or "\\" in place:
             raise _Wrong(where, "a path or pattern below the source's folder", place)
-    return value if isinstance(value, dict) else tuple(each)
+    return tuple(each)
 
 
 def _fields(where: str, value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
         raise _Wrong(where, "names and the Jinja2 expressions they stand for", value)
-    for name, expression in value.items():
-        if isinstance(expression, dict):  # as declarations were written before 0.2
-            raise _Wrong(f"{where}.{name}", "a Jinja2 expression, such as `choices | join(', ')`", expression)
     return {name: _text(f"{where}.{name}", expression) for name, expression in value.items()}
 
 
-def _layouts(where: str, value: Any) -> list[Any]:
-    shape = {"files!": _FILES, "rows": _text, "fields": _fields}
-    each = value if isinstance(value, list) else [value]
-    return [_checked(f"{where}[{number}]", layout, shape) for number, layout in enumerate(each)]
-
-
-_FILES = {"test!": _places, "train": _places}
 _SHAPE: dict[str, Any] = {
     "name!": _name,
     "metric": _metric,
     "licence!": _text,
     **dict.fromkeys(("group", "homepage", "citation", "notes"), _text),
     "source": {
-        **dict.fromkeys(("repo!", "revision", "config", *SPLITS, "rows"), _text),
+        **dict.fromkeys(("repo!", "revision", "config", *SPLITS), _text),
         "files": dict.fromkeys(SPLITS, _places),
     },
-    "raw": _layouts,
+    "raw": {"test!": _places, "train": _places},
     "fields": _fields,
     **dict.fromkeys(("context!", "completion!", "references", "draw_by"), _template),
 }

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from logo.errors import DataError, LoGoError, StorageError
+from logo.errors import DataError, StorageError
 from logo.evaluation.datasets import dataset_file
+from logo.evaluation.metrics import metric_kind
 from logo.folders import locked, replace_file
-from logo.rows import file_sha256, read_rows
+from logo.rows import file_sha256
 
 NAME = "manifest.json"
 VERSION = 1
@@ -69,34 +70,14 @@ def counts(entry: Mapping[str, Any]) -> dict[str, int]:
     return {split: made["rows"] for split, made in entry["files"].items()}
 
 
-def verify(data_dir: Path, name: str, entry: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a dataset's files, one line each; nothing if all is as the manifest says.
-
-    Looks at checksums, row counts and the form of every row, and that no train row has the prompt of a test row.
-    """
-    problems = []
-    contexts: dict[str, set[str]] = {}
-    for split, made in entry["files"].items():
-        try:
-            file = dataset_file(data_dir, name, split)
-            found = file_sha256(file)
-            if found != made["sha256"]:
-                problems.append(f"{file}: expected sha256 {made['sha256'][:12]}..., found {found[:12]}...")
-            rows = read_rows(file)
-        except LoGoError as error:
-            problems.append(str(error))
-            continue
-        if len(rows) != made["rows"]:
-            problems.append(f"{file}: expected {made['rows']} rows, found {len(rows)}")
-        contexts[split] = {row.context for row in rows}
-    shared = contexts.get("test", set()) & contexts.get("train", set())
-    if shared:
-        problems.append(f"{dataset_file(data_dir, name, 'train')}: {len(shared)} prompts are test prompts too")
-    return [f"{name}: {problem}" for problem in problems]
+def metric_file(metric: str) -> str:
+    """What a file beside the rows holds that declares their metric."""
+    return f"metric: {metric}\n"
 
 
 def state(data_dir: Path, name: str, splits: Sequence[str], entry: Mapping[str, Any] | None) -> str | None:
-    """None if no file of the dataset is there; else "whole" (as the manifest says), "changed" or "foreign" (not in it).
+    """None if no file of the dataset is there; else "whole" (as the manifest says, with the metric that it says beside
+    the rows), "changed" or "foreign" (not in it).
 
     Raises:
         StorageError: a file cannot be read.
@@ -108,4 +89,8 @@ def state(data_dir: Path, name: str, splits: Sequence[str], entry: Mapping[str, 
     if entry is None:
         return "foreign"
     expected = {split: made["sha256"] for split, made in entry["files"].items()}
-    return "whole" if {split: file_sha256(file) for split, file in there.items()} == expected else "changed"
+    metric, beside = entry.get("metric"), dataset_file(data_dir, name, "test").with_suffix(".yaml")
+    declared = beside.read_text(encoding="utf-8", errors="replace") if beside.exists() else ""
+    same = declared == ("" if metric in (None, metric_kind(name)) else metric_file(str(metric)))
+    same = same and {split: file_sha256(file) for split, file in there.items()} == expected
+    return "whole" if same else "changed"

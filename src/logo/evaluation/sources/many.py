@@ -46,7 +46,7 @@ def hub_tasks(spec: str, request: str = "", *, prompt_end: str = "") -> list[Tas
     names = place.names[_SPLIT]
     rows: dict[str, list[Row]] = {}
     metrics: dict[str, Any] = {}
-    for where, raw in read_raw(layout, _SPLIT, place.root, names):
+    for where, raw in read_raw(place.root, names):
         task, row = _read(f"{repo}: {where}", raw, prompt_end)
         rows.setdefault(task, []).append(row)
         metrics.setdefault(task, raw.get("metric"))

@@ -22,7 +22,6 @@ from logo.hub.snapshots import quiet_when_nothing_matches, snapshot
 class Place:
     """The files of one dataset: `names` by split, below `root`, and the commit of the repository they are from."""
 
-    layout: Layout
     root: Path
     names: dict[str, list[str]]
     commit: str | None = None
@@ -38,7 +37,7 @@ def fetch(hub: Hub, layout: Layout, splits: Sequence[str]) -> Place:
     """
     repo = f"datasets/{hub.repo}"  # as in the address of its page
     wanted = {split: layout.files[split] for split in splits if split in layout.files}
-    patterns = [pattern for files in wanted.values() for pattern in _patterns(files)]
+    patterns = [pattern for files in wanted.values() for pattern in files]
     try:
         wider = [*patterns, *(pattern.replace("**/", "") for pattern in patterns)]
         with quiet_when_nothing_matches():  # the error below is clearer; the folder has the commit's name
@@ -57,11 +56,11 @@ def fetch(hub: Hub, layout: Layout, splits: Sequence[str]) -> Place:
                 f"Hub repo {repo}: revision {hub.revision!r} has no file {_shown(wanted[split])} for {split} rows; "
                 f"it has {listed(there, 5) or 'no files'}; fix the declaration"
             )
-    return Place(layout, root, names, root.name)
+    return Place(root, names, root.name)
 
 
 def find_local(declaration: Declaration, folder: Path, splits: Sequence[str]) -> Place:
-    """The files in a local copy: of the repository on the Hub, or in one of the other shapes the declaration knows.
+    """The files in a local copy of the repository on the Hub, or the user's own.
 
     A folder may hold the copies of many sources, each in a folder named as its repository (`org/name` or `name`), as
     the dataset or as the first part of its name; it may also be the copy itself.
@@ -71,21 +70,18 @@ def find_local(declaration: Declaration, folder: Path, splits: Sequence[str]) ->
     """
     if not folder.is_dir():
         raise DataError(f"--from {folder}: expected a folder, found {'a file' if folder.exists() else 'nothing'}")
-    problem = None
+    problem, files = None, declaration.layout.files
     for root in dict.fromkeys(folder / below for below in _folders(declaration) if (folder / below).is_dir()):
-        for layout in declaration.layouts:
-            names = {split: matching(layout.files[split], root) for split in splits if split in layout.files}
-            if all(names.values()):
-                return Place(layout, root, names)
-            if any(names.values()) and problem is None:
-                there = next(split for split, found in names.items() if found)
-                lacking = next(split for split, found in names.items() if not found)
-                problem = (
-                    f"{root} has {names[there][0]} ({there}), but no file {_shown(layout.files[lacking])} ({lacking})"
-                    + ("; --train-limit 0 does without" if lacking == "train" else "")
-                )
-    shapes = ", nor ".join(_shown(layout.files["test"]) for layout in declaration.layouts)
-    problem = problem or f"{folder} has no file {shapes}; expected one of these in it"
+        names = {split: matching(files[split], root) for split in splits if split in files}
+        if all(names.values()):
+            return Place(root, names)
+        if any(names.values()) and problem is None:
+            there = next(split for split, found in names.items() if found)
+            lacking = next(split for split, found in names.items() if not found)
+            problem = f"{root} has {names[there][0]} ({there}), but no file {_shown(files[lacking])} ({lacking})" + (
+                "; --train-limit 0 does without" if lacking == "train" else ""
+            )
+    problem = problem or f"{folder} has no file {_shown(files['test'])}; expected one of these in it"
     raise DataError(f"dataset {declaration.name!r}: {problem}")
 
 
@@ -94,12 +90,8 @@ def _folders(declaration: Declaration) -> list[str]:
     return [*repo, declaration.name, declaration.name.partition(".")[0], ""]
 
 
-def _patterns(files: Files) -> tuple[str, ...]:
-    return files if isinstance(files, tuple) else tuple(files.values())
-
-
 def _shown(files: Files) -> str:
-    return (" or " if isinstance(files, tuple) else ", ").join(_patterns(files))
+    return " or ".join(files)
 
 
 def _listing(hub: Hub, commit: str) -> list[str]:

@@ -14,7 +14,7 @@ from logo.evaluation.datasets import dataset_file
 from logo.evaluation.metrics import metric_kind
 from logo.evaluation.sources.declarations import SPLITS, Declaration
 from logo.evaluation.sources.instances import Instance, Instances, draw, make_instances
-from logo.evaluation.sources.manifest import Entry, add_to_manifest
+from logo.evaluation.sources.manifest import Entry, add_to_manifest, metric_file
 from logo.evaluation.sources.places import Place, fetch, find_local
 from logo.evaluation.sources.readers import read_raw
 from logo.evaluation.sources.templates import Wording
@@ -66,7 +66,7 @@ def prepare(
     }
     folder = dataset_file(data_dir, declaration.name).parent
     if declaration.metric != metric_kind(declaration.name):
-        texts["test.yaml"] = f"metric: {declaration.metric}\n"
+        texts["test.yaml"] = metric_file(declaration.metric)
     replace_folder(folder, texts, owned=[*(f"{split}.jsonl" for split in SPLITS), "test.yaml"])
     entry = _entry(declaration, data_dir, request, place, drawn, read)
     add_to_manifest(data_dir, declaration.name, entry)
@@ -80,14 +80,14 @@ def _place(declaration: Declaration, request: Request, splits: Sequence[str]) ->
         raise DataError(
             f"dataset {declaration.name!r}: it has no source on the Hub; name its raw files with --from DIR"
         )
-    return fetch(declaration.hub, declaration.layouts[0], splits)
+    return fetch(declaration.hub, declaration.layout, splits)
 
 
 def _drawn(
     declaration: Declaration, place: Place, request: Request, on_stage: Callable[[str], None]
 ) -> tuple[dict[str, list[Instance]], list[Instances]]:
     """The rows of each split, and all instances that they were drawn from."""
-    wording = Wording(declaration, place.layout)
+    wording = Wording(declaration)
     found: dict[str, Instances] = {}
     for split, names in place.names.items():
         same = next((known for known in found if place.names[known] == names), None)
@@ -95,7 +95,7 @@ def _drawn(
             found[split] = found[same]
             continue
         on_stage(f"reading {split}")
-        found[split] = make_instances(declaration.name, wording, read_raw(place.layout, split, place.root, names))
+        found[split] = make_instances(declaration.name, wording, read_raw(place.root, names))
     drawn = {"test": draw(found["test"].items, request.rows, request.seed)}
     if "train" in found:
         train = draw(found["train"].items, request.train_rows, request.seed, without=drawn["test"])

@@ -1,7 +1,7 @@
-"""Rows of raw files: Parquet through `datasets`, the text formats of sources' own releases through Python's readers.
+"""Rows of raw files: Parquet through `datasets`, a user's own JSON, CSV and TSV through Python's readers.
 
 `datasets` reads JSON and CSV too, but guesses at types: `007` becomes a number, `NA` null and `2020-01-01` a date, and
-prompts and gold texts would not be those of the source. Nothing read here can run code.
+prompts and gold texts would not be those of the file. Nothing read here can run code.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from logo.errors import DataError, StorageError
-from logo.evaluation.sources.declarations import Files, Layout
+from logo.evaluation.sources.declarations import Files
 from logo.extras import need
 
 RawRow = Mapping[str, Any]
@@ -26,17 +25,11 @@ _PART = re.compile(r"(.*)-\d{5}-of-(\d{5})(\..*)?")
 
 
 def matching(files: Files, root: Path) -> list[str]:
-    """The files below a root that hold the rows: those the first pattern finds, or one per column in the columns'
-    order; else none.
+    """The files below a root that hold the rows: those that the first pattern finds; else none.
 
     Raises:
-        DataError: some parts of a file in parts (`-00001-of-00003`) are not there, or a column's pattern is ambiguous.
+        DataError: some parts of a file in parts (`-00001-of-00003`) are not there.
     """
-    if isinstance(files, Mapping):
-        each = [_found(root, pattern) for pattern in files.values()]
-        if any(len(names) > 1 for names in each):
-            raise DataError(f"{root}: expected one file per column, found {', '.join(max(each, key=len)[:3])}")
-        return [names[0] for names in each] if all(each) else []
     names = next(filter(None, (_found(root, pattern) for pattern in files)), [])
     parts = [(part[1], part[2], part[3] or "") for part in map(_PART.fullmatch, names) if part]
     for stem, count, end in parts:
@@ -51,22 +44,18 @@ def _found(root: Path, pattern: str) -> list[str]:
     return sorted(path.as_posix() for path in below if not any(part.startswith(".") for part in path.parts))
 
 
-def read_raw(layout: Layout, split: str, root: Path, names: Sequence[str]) -> Iterator[tuple[str, RawRow]]:
+def read_raw(root: Path, names: Sequence[str]) -> Iterator[tuple[str, RawRow]]:
     """The rows of the files that `matching` found, each with its place (`file: row n`), in order.
 
     Raises:
         DataError: a file that is not what its name says, or not of the declared shape.
         StorageError: it cannot be read.
     """
-    files, rows = layout.files[split], layout.rows
-    if isinstance(files, Mapping):
-        columns = {column: _lines(root, name) for column, name in zip(files, names, strict=True)}
-        yield from _numbered(names[0], _parallel(columns, names))
-    elif names[0].endswith(".parquet"):
+    if names[0].endswith(".parquet"):
         yield from _numbered(names[0], _parquet(root, names))
-    else:
-        for name in names:
-            yield from _numbered(name, _text_rows(Path(name).suffix, _decoded(root, name), rows))
+        return
+    for name in names:
+        yield from _numbered(name, _text_rows(Path(name).suffix, _decoded(root, name)))
 
 
 def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, RawRow]]:
@@ -78,7 +67,7 @@ def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, RawRow]]:
                 raise ValueError(f"expected an object, found {json.dumps(row)[:60]}")
             yield place, row
             place = f"{name}: row {number + 1}"
-    except (ValueError, csv.Error, ElementTree.ParseError, RecursionError) as error:
+    except (ValueError, csv.Error, RecursionError) as error:
         raise DataError(f"{place}: {str(error).strip()[:300]}; fix the file or the declaration") from None
 
 
@@ -95,39 +84,34 @@ def _parquet(root: Path, names: Sequence[str]) -> Iterator[RawRow]:
         raise ValueError(f"cannot be read as Parquet ({error.__cause__ or error!r:.200})") from error
 
 
-def _text_rows(ending: str, text: str, rows: str) -> Iterator[Any]:
+def _text_rows(ending: str, text: str) -> Iterator[Any]:
     match ending:
         case ".json":
-            yield from _document(text, rows)
+            yield from _document(text)
         case ".jsonl" | ".ndjson":
             yield from _json_lines(text)
         case ".csv":
             yield from _table(text)
         case ".tsv":  # quotes in the tables of GLUE and its kind are part of the text
             yield from _table(text, delimiter="\t", quoting=csv.QUOTE_NONE)
-        case ".xml":
-            yield from _xml(text, rows)
         case _:
             raise ValueError(
-                f"expected a file that ends in .parquet, .json, .jsonl, .ndjson, .csv, .tsv or .xml, found "
-                f"{ending or 'none'}; for plain text give a file for each column"
+                f"expected a file that ends in .parquet, .json, .jsonl, .ndjson, .csv or .tsv, found {ending or 'none'}"
             )
 
 
-def _document(text: str, path: str) -> Iterable[Any]:
-    """A document that is, or holds, a list of rows; or one row per line, which some sources call .json too."""
+def _document(text: str) -> Iterable[Any]:
+    """A list of rows; or one row per line, which some sources call .json too."""
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg.startswith("Extra data"):
             return _json_lines(text)
         raise
-    for part in filter(None, path.split(".")):
-        rows = rows.get(part) if isinstance(rows, dict) else None
     if isinstance(rows, list):
         return rows
-    if path or "\n" in text.strip():
-        raise ValueError(f"expected a list of rows, found {type(rows).__name__}; 'rows' says where it is")
+    if "\n" in text.strip():
+        raise ValueError(f"expected a list of rows, found {type(rows).__name__}")
     return [rows]  # one line
 
 
@@ -143,39 +127,6 @@ def _table(text: str, **form: Any) -> Iterator[RawRow]:
             names = table.fieldnames or ()
             raise ValueError(f"line {table.line_num}: expected {len(names)} cells ({', '.join(names)[:80]})")
         yield row
-
-
-def _xml(text: str, element: str) -> Iterator[Any]:
-    if not element:
-        raise ValueError("an XML file needs 'rows', the name of the element that is a row")
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise ValueError("it has a document type, which may hold entities; remove that line")
-    return map(_element, ElementTree.fromstring(text).iter(element))
-
-
-def _element(element: ElementTree.Element) -> Any:
-    """An XML element as data: its text if it holds no elements, else `{tag: [values]}` and `{"@attribute": text}`."""
-    if not len(element):
-        return element.text or ""
-    value: dict[str, Any] = {f"@{name}": text for name, text in element.attrib.items()}
-    for child in element:
-        value.setdefault(child.tag, []).append(_element(child))
-    return value
-
-
-def _parallel(columns: Mapping[str, list[str]], names: Sequence[str]) -> Iterator[RawRow]:
-    """Line n of each file is a column of row n."""
-    counts = [len(lines) for lines in columns.values()]
-    if len(set(counts)) > 1:
-        shown = ", ".join(f"{name} has {count}" for name, count in zip(names, counts, strict=True))
-        raise ValueError(f"{shown} lines; expected the same number, line by line")
-    for texts in zip(*columns.values(), strict=True):
-        yield dict(zip(columns, texts, strict=True))
-
-
-def _lines(root: Path, name: str) -> list[str]:
-    text = _decoded(root, name)
-    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _decoded(root: Path, name: str) -> str:

@@ -14,7 +14,7 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from logo.errors import DataError, listed
-from logo.evaluation.sources.declarations import Declaration, Layout
+from logo.evaluation.sources.declarations import Declaration
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SHOWN = 8  # columns worth listing in a message
@@ -32,20 +32,20 @@ class _Blank(Exception):
 
 
 class Wording:
-    """The fields and templates of a declaration for one layout, compiled.
+    """The fields and templates of a declaration, compiled.
 
     Raises:
         DataError: one of them is not Jinja2; the message shows it.
     """
 
-    def __init__(self, declaration: Declaration, layout: Layout) -> None:
+    def __init__(self, declaration: Declaration) -> None:
         environment = _Environment(undefined=StrictUndefined, finalize=_shown, keep_trailing_newline=True)
         environment.filters |= {"join": _join, "lettered": _lettered}
         environment.globals["letters"] = _LETTERS
         # No random filters: the same row always gives the same texts.
         del environment.filters["random"], environment.globals["lipsum"]
         try:
-            self._fields = {key: _expression(environment, text) for key, text in layout.fields.items()}
+            self._fields = {key: _expression(environment, text) for key, text in declaration.layout.fields.items()}
             self._templates = {
                 key: (_texts if key in ("completion", "references") else _text)(environment, text)
                 for key, text in declaration.templates.items()

@@ -31,74 +31,6 @@
     return node;
   }
 
-  // -- heat maps ----------------------------------------------------------------------------------------------------
-
-  function heatMap(image) {
-    const name = image.dataset.matrix;
-    const svg = image.ownerSVGElement;
-    const reading = at(`reading-${name}`);
-    const box = ["x", "y", "width", "height"].map((key) => Number(image.getAttribute(key)));
-    const cursor = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-    cursor.setAttribute("class", "cursor");
-    let place = null;
-
-    async function show(row, column) {
-      const matrix = await block(name);
-      row = Math.max(0, Math.min(matrix.rows.length - 1, row));
-      column = Math.max(0, Math.min(matrix.columns.length - 1, column));
-      place = [row, column];
-      const width = box[2] / matrix.columns.length;
-      const height = box[3] / matrix.rows.length;
-      const corner = { x: box[0] + column * width, y: box[1] + row * height, width, height };
-      for (const [key, value] of Object.entries(corner)) cursor.setAttribute(key, value);
-      svg.append(cursor);
-      reading.textContent = `${matrix.rows[row]} × ${matrix.columns[column]}: ${(matrix.values[row][column] / 1000).toFixed(3)}`;
-      reading.classList.add("told");
-    }
-
-    function hide() {
-      cursor.remove();
-      reading.textContent = reading.dataset.hint;
-      reading.classList.remove("told");
-    }
-
-    async function under(event) {
-      const matrix = await block(name);
-      const seen = image.getBoundingClientRect();
-      const row = Math.floor(((event.clientY - seen.top) / seen.height) * matrix.rows.length);
-      const column = Math.floor(((event.clientX - seen.left) / seen.width) * matrix.columns.length);
-      const inside = row >= 0 && column >= 0 && row < matrix.rows.length && column < matrix.columns.length;
-      return inside ? [row, column] : null;
-    }
-
-    svg.setAttribute("tabindex", "0");
-    svg.setAttribute("aria-describedby", reading.id);
-    svg.addEventListener("pointermove", async (event) => {
-      const found = await under(event);
-      if (found) show(...found);
-      else hide();
-    });
-    svg.addEventListener("pointerleave", hide);
-    svg.addEventListener("blur", hide);
-    svg.addEventListener("keydown", (event) => {
-      const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
-      if (!step) return;
-      event.preventDefault();
-      const [row, column] = place ?? [-step[0], -step[1]];
-      show(row + step[0], column + step[1]);
-    });
-    if (name.startsWith("weights-")) {
-      svg.addEventListener("click", async (event) => {
-        const found = await under(event);
-        if (!found) return;
-        const matrix = await block(name);
-        const dataset = index.datasets.findIndex((each) => each.name === matrix.rows[found[0]]);
-        await choose({ dataset, run: Number(name.slice(8)), text: matrix.columns[found[1]] });
-        at("instances").scrollIntoView();
-      });
-    }
-  }
-
   // -- instances ----------------------------------------------------------------------------------------------------
 
   const FRESH = { dataset: -1, run: 0, show: "all", order: "dataset", text: "", page: 0 };
@@ -383,7 +315,6 @@
     listen();
     at("browser").hidden = false;
     if (!(await openAddressed())) await choose({});
-    for (const image of document.querySelectorAll("image[data-matrix]")) heatMap(image);
     document.documentElement.dataset.ready = "yes";
   }
 
