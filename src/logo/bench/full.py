@@ -185,7 +185,7 @@ def _bench(plan: Plan, sizes: Sizes, folder: Path | None, say: Callable[[str], N
     def opened(cache: str | None) -> AdapterPool:
         if folder is None:
             return memory_pool(sizes, plan.adapters, plan.seed)
-        return AdapterPool.from_directory(folder, cache=cache)
+        return AdapterPool.from_directory(folder)
 
     model, tokenizer = _base(plan, sizes)
     pool = opened(None)

@@ -69,7 +69,7 @@ def large_pool(count: int, rounds: int, say: Callable[[str], None], seed: int = 
         settings = SelectionSettings(signal="norm", cache=cache)
 
         def opened() -> LoGo:
-            pool = AdapterPool.from_directory(folder, cache=cache, verify=False)
+            pool = AdapterPool.from_directory(folder, verify=False)
             logo = LoGo(model, tokenizer, pool, settings=settings, adapter_memory_gb=_ADAPTERS_GB)
             logo.calibrate()
             return logo

@@ -16,11 +16,9 @@ from logo.backends.cluster import Layout
 from logo.cli.belonging import check_method_options
 from logo.cli.evaluate_options import Asked, RowOptions, RunOptions, as_evaluated
 from logo.cli.expanded import command_line
-from logo.cli.forecast import forecast
-from logo.cli.forecast import show as show_forecast
 from logo.cli.methods import MethodOptions, make_method
 from logo.cli.opening import open_any
-from logo.cli.options import EngineOptions, Json, RunnerOptions, usual
+from logo.cli.options import EngineOptions, Json, RunnerOptions
 from logo.cli.output import err, note, progress
 from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.scoreboard import Score, show
@@ -54,7 +52,6 @@ def evaluate(
     run: RunOptions,
     method: MethodOptions,
     cluster: WorkerOptions,
-    estimate: bool = usual(False, "Estimate downloads, memory and time; write no results."),
     json: Json = False,
 ) -> None:
     """Evaluate on datasets, with one result folder for each.
@@ -71,19 +68,13 @@ def evaluate(
     base_model = engine.base_model or OFFICIAL_BASE
     engine = as_evaluated(engine)
     if runner.engine == "vllm":
-        if estimate:
-            raise UsageError("--estimate is not for the engine 'vllm'; use `logo plan`")
         # vLLM schedules rows itself, so it gets many at once.
         run = replace(run, batch_size=max(run.batch_size, VLLM_BATCH))
     asked = Asked(engine, runner, run, _method(method, engine, run), base_model, command_line())
     layout = layout_of(cluster, engine)
     if layout is not None and asked.carries:
         raise UsageError("workers: with --probe-context carry each row depends on the one before; use one process")
-    jobs = _jobs(asked, writes=not estimate)
-    if estimate:
-        opened = functools.partial(_open, asked)
-        show_forecast(forecast(asked, jobs, opened), json=json)
-        return
+    jobs = _jobs(asked, writes=True)
     with ExitStack() as stack:
         session: Evaluation
         if layout is None:

@@ -183,7 +183,7 @@ def _planned(options: EngineOptions, base_model: str, server: ServerOptions, dty
     shape = ModelShape.of(model)
     settings = selection_settings(options)
     fitted = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)
-    warn_of_bad(fitted)
+    warn_of_bad(fitted.refused)
     check_pool(server.model_name(base_model), fitted.names)
     fitted = fitted.acting(settings.activation, settings.when_not_invoked)
     pool = PoolShape.of(model, fitted, settings)

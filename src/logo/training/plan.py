@@ -19,7 +19,6 @@ from logo.adapters.examples import examples_sha256
 from logo.adapters.files import CONFIG
 from logo.digests import fingerprint
 from logo.errors import DataError, StorageError, UsageError
-from logo.folders import recovered
 from logo.training.checkpoint import STATE, forget
 from logo.training.examples import Example
 from logo.training.pool import TOKENS, UNFINISHED, WRITTEN, record_of
@@ -149,7 +148,7 @@ def plan(tasks: Sequence[Prepared], root: Path, at_once: int, *, retrain: bool =
             left[task.name] = task
     known = {task.name: task for task in tasks}
     groups = []
-    for folder in recovered(root / UNFINISHED):
+    for folder in sorted(path for path in (root / UNFINISHED).glob("[!.]*") if path.is_dir()):
         if not (folder / STATE).exists():  # its removal was interrupted
             forget(folder)
             continue

@@ -144,7 +144,6 @@ def fitted_pool(options: Options, model: PreTrainedModel) -> AdapterPool:
         options.pool,
         str(model.config.name_or_path),
         on_bad_adapter=how,
-        cache=settings.cache,
         examples=settings.examples,
     )
     return opened.fit(BaseLayout.of(model), on_bad_adapter=how)
