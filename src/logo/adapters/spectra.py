@@ -40,7 +40,8 @@ def singular_values(weights: LoraWeights) -> Tensor:
     """The singular values of an update, descending, float64: `(k,)` with k the smallest side of the factors."""
     left = torch.linalg.qr(weights.B.double(), mode="r").R  # (p, r)
     right = torch.linalg.qr(weights.A.double().T, mode="r").R  # (q, r)
-    return torch.linalg.svdvals(weights.scaling * left @ right.T)
+    values: Tensor = torch.linalg.svdvals(weights.scaling * left @ right.T)
+    return values
 
 
 def effective_rank(values: Tensor) -> float:

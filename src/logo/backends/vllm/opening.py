@@ -170,7 +170,7 @@ def _opened(
 ) -> tuple[str, AdapterPool]:
     """The place from which vLLM's processes open the pool, and the opened pool."""
     if isinstance(pool, AdapterPool):
-        return _folder_of(pool, on_bad_adapter, settings.cache), pool
+        return _folder_of(pool, on_bad_adapter), pool
     named = None if pool is None else str(pool)
     opened = open_pool(
         named,

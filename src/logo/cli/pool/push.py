@@ -49,7 +49,8 @@ def push(
     def left(name: str) -> bool:  # never the folder that the user named
         return stays_behind(name) and name != own_name(folder)
 
-    checkpoints = sorted(filter(left, [one.name for one in (*found.adapters, *found.refused)]))
+    names = [one.name for one in found.adapters] + [one.name for one in found.refused]
+    checkpoints = sorted(filter(left, names))
     kept = [one for one in found.adapters if not left(one.name)]
     bad = [one for one in found.refused if not left(one.name)]
     pool = AdapterPool.from_survey(folder, kept, bad, on_bad_adapter=on_bad_adapter)
