@@ -73,6 +73,7 @@ REASONS = {
     "olora": 'init_lora_weights is "olora"',
     "pissa": 'init_lora_weights is "pissa"',
     "tensors_bias": "it holds biases of the base model (base_model.model.model.layers.0.self_attn.q_proj.base_layer",
+    "dora": "it is a DoRA adapter (use_dora)",
     "tensors_dora": "it holds a DoRA magnitude (base_model.model.model.layers.0.self_attn.q_proj.lora_mag",
     "tensors_lora_bias": "it has a bias on a LoRA factor (base_model.model.model.layers.0.self_attn.q_proj.lora_B",
     "tensors_tokens": "it trains token embeddings (base_model.model.model.embed_tokens.token_adapter.tr",

@@ -21,6 +21,7 @@ from logo.errors import UsageError
         ("here, org/a,org/b@v1", [Place("folder", "here"), Place("repo", "org/a"), Place("repo", "org/b", "", "v1")]),
         ("org/a,org/a", [Place("repo", "org/a")]),
         ("a,b", [Place("folder", "a,b")]),  # a folder is called so
+        ("gone,a,b, here", [Place("folder", "gone"), Place("folder", "a,b"), Place("folder", "here")]),
     ],
 )
 def test_places(text: str, places: list[Place], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

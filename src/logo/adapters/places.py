@@ -21,6 +21,7 @@ from logo.hub.names import is_hub_spec, split_hub_spec
 Kind = Literal["folder", "manifest", "repo"]
 
 SUFFIXES = (".yaml", ".yml")  # of manifests
+_COMMAS = 3  # the most in the name of a folder
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,7 @@ def parse_places(texts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     expected = "a folder, a manifest or a Hub repository, or a list of these"
     check_type("pool", texts, (str, os.PathLike, Iterable), expected)
     if isinstance(texts, (str, os.PathLike)):
-        text = os.fspath(texts)
-        whole = not isinstance(texts, str) or os.path.exists(text)  # the name of a folder may have a comma
-        parts = [text] if whole else [part.strip() for part in text.split(",")]
+        parts = _split(texts) if isinstance(texts, str) else [os.fspath(texts)]
     else:
         parts = []
         for one in texts:
@@ -72,6 +71,17 @@ def parse_places(texts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     if not parts or not all(parts):
         raise UsageError("no place with adapters: expected a folder, a manifest or a Hub repository; see --adapters")
     return tuple(dict.fromkeys(map(_place, parts)))
+
+
+def _split(text: str) -> list[str]:
+    """The places in a text, separated by commas, which names of folders and files may have, too."""
+    pieces, parts = text.split(","), []
+    while pieces:
+        counts = range(min(_COMMAS + 1, len(pieces)), 1, -1)
+        count = next((n for n in counts if os.path.exists(",".join(pieces[:n]).strip())), 1)
+        parts.append(",".join(pieces[:count]).strip())
+        pieces = pieces[count:]
+    return parts
 
 
 def places_text(places: Sequence[Place]) -> str:

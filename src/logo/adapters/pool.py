@@ -339,7 +339,7 @@ class AdapterPool:
     def _warn_about_unknown_keys(self) -> None:
         unknown = sorted({key for adapter in self for key in adapter.config.unknown})
         if unknown:
-            warnings.warn(f"{CONFIG}: unknown settings ignored: {', '.join(unknown)}", UserWarning, stacklevel=3)
+            warnings.warn(f"{CONFIG}: unknown settings ignored: {', '.join(unknown)}", UserWarning, stacklevel=4)
 
 
 def _taken(name: str) -> PoolError:
