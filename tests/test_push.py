@@ -75,7 +75,7 @@ def test_what_is_sent(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert said["left_out"] == ["deep/b.v2/checkpoint-10"] and said["url"] is None
     assert run(["pool", "push", str(pool), "org/loras", "--dry-run", "--path-in-repo", "."]) == 0
     captured = capsys.readouterr()
-    assert captured.out.splitlines()[0].startswith(f"a[1]/{CONFIG}  ") and "nothing sent" in captured.out
+    assert captured.out.splitlines()[1].startswith(f"a[1]/{CONFIG}  ") and "nothing sent" in captured.out
     assert "1 checkpoints" in captured.err
 
 
