@@ -7,14 +7,12 @@ import os
 import subprocess
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logo.adapters.examples import write_examples
 from logo.adapters.writing import new_folder
 from logo.errors import StorageError, UsageError
 from logo.folders import check_writable, replace_folder
@@ -53,16 +51,6 @@ def test_the_new_files_and_what_is_not_ours(
     replace_folder(folder, second, owned="abc")
     assert content(folder) == second | (foreign if first is not None else {})
     assert [path.name for path in parent.iterdir()] == ["bbh.navigate"]
-
-
-def test_folders_of_the_user_stay(tmp_path: Path) -> None:
-    folder = tmp_path / "r"
-    replace_folder(folder, OLD)
-    (folder / "plots").mkdir()
-    (folder / "plots" / "p.svg").write_text("<svg/>")
-    replace_folder(folder, NEW, owned=OLD)
-    assert sorted(path.name for path in folder.iterdir()) == ["a.json", "c.json", "plots"]
-    assert (folder / "plots" / "p.svg").read_text() == "<svg/>"
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
@@ -134,26 +122,6 @@ def test_a_real_limit_on_the_size_of_files(tmp_path: Path) -> None:
     assert "cannot be written (File too large)" in python(LIMITED, tmp_path, "check").stdout
 
 
-def test_several_writers_of_examples_replace_a_link_and_not_its_target(tmp_path: Path) -> None:
-    """In the cache of the Hub, equal files of several adapters are links to one file."""
-    blob, folder = tmp_path / "blob", tmp_path / "a"
-    blob.write_text("{}")
-    folder.mkdir()
-
-    def write(number: int) -> None:
-        for turn in range(20):
-            link = folder / f"link-{number}"
-            link.symlink_to(blob)
-            link.replace(folder / "examples.jsonl")
-            write_examples(folder, [f"prompt {number} {turn}"])
-
-    with ThreadPoolExecutor(4) as several:
-        list(several.map(write, range(4)))
-    write_examples(folder, ["last"])
-    assert content(folder) == {"examples.jsonl": '{"prompt": "last"}\n'}
-    assert not (folder / "examples.jsonl").is_symlink() and blob.read_text() == "{}"
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
 def test_writers_at_the_same_time_do_not_mix(tmp_path: Path) -> None:
     code = """
@@ -178,14 +146,6 @@ def test_below_a_regular_file(tmp_path: Path, below: str) -> None:
             call(tmp_path / below)
     assert (tmp_path / "file").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_without_permission(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    for call in (check_writable, lambda folder: replace_folder(folder, NEW)):
-        with pytest.raises(StorageError, match=r"cannot be written \(Permission denied\)"):
-            call(tmp_path / "r")
 
 
 def test_a_check_sees_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

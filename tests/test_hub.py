@@ -192,14 +192,6 @@ def test_fetches_every_adapter_below_the_folder_once_and_in_parallel(
     assert run.stderr == ""
 
 
-def test_a_folder_name_is_not_a_pattern(hub: HubServer, tmp_path: Path) -> None:
-    calls = [{"repo_id": "org/pool", "subfolder": name} for name in ("tasks/we[i]rd", "tasks/arc.easy:v1.0", "tas*")]
-    weird, single, star = run_client(hub.env(tmp_path), *calls).answers
-    assert weird.files == single.files == ["adapter_config.json", "adapter_model.safetensors"]
-    assert sorted(hub.fetched()) == [f"tasks/{name}" for name in pair("arc.easy:v1.0", "we[i]rd")]
-    assert star.error == "HubError" and "no folder 'tas*'" in star.message
-
-
 def test_revisions_are_commits_branches_and_tags(pool: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     write_adapter(first / "a", 1)
@@ -212,20 +204,6 @@ def test_revisions_are_commits_branches_and_tags(pool: Path, tmp_path: Path) -> 
         answers = run_client(hub.env(tmp_path / "home"), *calls).answers
     values = [load_file(answer.folder / "a/adapter_model.safetensors") for answer in answers if answer.folder]
     assert [next(iter(tensors.values()))[0, 0] for tensors in values] == [2, 1, 1, 1, 2]
-
-
-def test_pickles_are_fetched_only_when_allowed(hub: HubServer, tmp_path: Path) -> None:
-    whole, only, allowed, none = run_client(
-        hub.env(tmp_path),
-        {"repo_id": "org/pool"},
-        {"repo_id": "org/pool", "subfolder": "pickled"},
-        {"repo_id": "org/pool", "subfolder": "pickled", "allow_pickle": True},
-        {"repo_id": "org/pool", "subfolder": "empty"},
-    ).answers
-    assert whole.folder is not None and hub.fetched(".bin") == ["pickled/only/adapter_model.bin"]
-    assert only.error == "HubError" and "its folder 'pickled' has pickled adapters only" in only.message
-    assert allowed.files == ["only/adapter_config.json", "only/adapter_model.bin"]
-    assert none.error == "HubError" and "no adapter_model.safetensors" in none.message
 
 
 # Without a connection
@@ -248,25 +226,6 @@ def test_what_was_downloaded_works_without_a_connection(hub: HubServer, tmp_path
             == f"Hub repo org/pool: offline, and its cached copy is incomplete; with a connection, {AGAIN}"
         )
     assert "no folder 'tasks/flam'; did you mean 'tasks/flan'" in missing.message
-
-
-def test_a_hub_that_is_gone_is_no_obstacle_for_a_complete_copy(pool: Path, tmp_path: Path) -> None:
-    call = {"repo_id": "org/pool", "subfolder": "tasks/flan"}
-    with HubServer({"org/pool": pool}) as hub:
-        online = fetch(hub.env(tmp_path), **call)
-    again, wider = run_client(hub.env(tmp_path), call, {"repo_id": "org/pool", "subfolder": "tasks"}).answers
-    assert again.folder == online.folder
-    assert wider.message.startswith(
-        f"Hub repo org/pool: its cached copy is incomplete, and {hub.url} cannot be reached"
-    )
-
-
-def test_nothing_cached_and_no_connection(hub: HubServer, tmp_path: Path) -> None:
-    beginning, end = "Hub repo org/pool: not in the cache, and", "forbids fetching it; unset that"
-    assert f"{beginning} HF_HUB_OFFLINE=1 {end}" in refusal(hub.env(tmp_path, HF_HUB_OFFLINE="1"), repo_id="org/pool")
-    local = refusal(hub.env(tmp_path), repo_id="org/pool", local_files_only=True)
-    assert f"{beginning} local_files_only {end}" in local
-    assert all("agent" in request.path for request in hub.requests)
 
 
 def test_a_copy_that_other_tools_left_is_not_taken_for_the_whole(hub: HubServer, tmp_path: Path) -> None:
@@ -356,16 +315,6 @@ def test_what_does_not_exist(pool: Path, tmp_path: Path) -> None:
 # Connections that fail
 
 
-def test_a_dropped_connection_resumes_where_it_broke_off(big: Path, tmp_path: Path) -> None:
-    name = "large/adapter_model.safetensors"
-    with HubServer({"org/big": big}) as hub:
-        hub.cut(name, after=12_000_000)
-        answer = fetch(hub.env(tmp_path), repo_id="org/big")
-        asked = [request for request in hub.requests if request.kind == "content" and request.file == name]
-    assert answer.folder is not None and (answer.folder / name).read_bytes() == (big / name).read_bytes()
-    assert [(request.status, request.range) for request in asked] == [(200, None), (206, f"bytes={10 * 2**20}-")]
-
-
 def test_a_download_that_fails_is_finished_by_the_next_one(big: Path, tmp_path: Path) -> None:
     large, small = (f"{name}/adapter_model.safetensors" for name in ("large", "small"))
     with HubServer({"org/big": big}) as hub:
@@ -445,13 +394,6 @@ def test_what_is_no_repo_id(repo_id: str) -> None:
         AdapterPool.from_hub(repo_id)
 
 
-def test_a_repo_id_is_not_a_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert is_hub_id("meta-llama/Llama-3.1-8B") and is_hub_id("adapters/pool_2")
-    (tmp_path / "adapters" / "pool_2").mkdir(parents=True)
-    assert not is_hub_id("adapters/pool_2")
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -464,48 +406,6 @@ def test_a_repo_id_is_not_a_folder_that_exists(tmp_path: Path, monkeypatch: pyte
 )
 def test_specs(text: str, expected: tuple[str, str | None, str | None]) -> None:
     assert split_hub_spec(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text", ["pool", "./org/pool", "/org/pool", "~/pool", "org/pool@", "@v1", "org/pool/../x", "org/a@../b"]
-)
-def test_what_is_no_spec(text: str) -> None:
-    with pytest.raises(UsageError):
-        split_hub_spec(text)
-
-
-def test_the_errors_of_transformers_are_explained_too(pool: Path, tmp_path: Path) -> None:
-    script = """
-import json, sys, time
-from transformers.utils.hub import cached_file
-from logo.hub.failures import hub_error
-for call in json.load(sys.stdin):
-    try:
-        cached_file(**call, filename="config.json")
-    except OSError as error:
-        message = str(hub_error(call["path_or_repo_id"], error, revision=call.get("revision")))
-        print(json.dumps({"slept": 0, "message": message}))
-"""
-    calls: list[dict[str, Any]] = [
-        {"path_or_repo_id": "org/gated"},
-        {"path_or_repo_id": "org/gated", "token": STRANGER_TOKEN},
-        {"path_or_repo_id": "org/nope"},
-        {"path_or_repo_id": "org/pool", "revision": "v9"},
-        {"path_or_repo_id": "org/pool", "local_files_only": True},
-        {"path_or_repo_id": "not//an id"},
-    ]
-    with HubServer({"org/pool": pool, "org/gated": pool}, gated=["org/gated"]) as hub:
-        messages = [answer.message for answer in run_client(hub.env(tmp_path), *calls, script=script).answers]
-    expected = [
-        f"Hub repo org/gated: access is gated; accept the licence at {hub.url}/org/gated and set HF_TOKEN",
-        "Hub repo org/gated: access is gated and this token's account is not on the list",
-        f"Hub repo org/nope: not found at {hub.url}",
-        "Hub repo org/pool: it has no revision 'v9'",
-        "Hub repo org/pool: not in the cache, and local_files_only forbids fetching it",
-        "Hub repo not//an id: not a valid repo id",
-    ]
-    for message, beginning in zip(messages, expected, strict=True):
-        assert message.startswith(beginning)
 
 
 def test_an_unknown_error_is_one_line_without_secrets() -> None:

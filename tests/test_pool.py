@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
 import threading
 import warnings
@@ -12,30 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 import tiny
 from logo import AdapterPool, LoGo
-from logo.adapters import survey as survey_module
 from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.layout import BaseLayout, LinearShape
-from logo.adapters.weights import SafetensorsFile
 from logo.errors import AdapterError, LeftOut, LoGoError, PoolError, StorageError
 from logo.models import demo_folder
 from logo.pools import DEMO_K, default_k, open_pool
 from logo.selection.settings import SelectionSettings
 from make_adapters import (
     CONFIG,
-    PICKLE,
     REFUSED,
     SAFETENSORS,
-    SEEN_WHEN_READ,
     Q,
     calm,
-    damage,
     everyones_folder,
     lock,
     tensors,
@@ -154,21 +146,6 @@ def _named(adapter: Adapter, name: str) -> Adapter:
     return AdapterPool().add(adapter, name)
 
 
-def test_a_folder_can_be_added_under_its_own_or_another_name(tmp_path: Path) -> None:
-    put(tmp_path, "x")
-    pool = AdapterPool()
-    assert pool.add(tmp_path / "x").name == "x"
-    assert pool.add(str(tmp_path / "x"), "group/y.1").name == "group/y.1"
-    assert pool.names == ("group/y.1", "x")
-
-
-def test_adding_a_name_twice_is_refused_and_changes_nothing(one: Adapter) -> None:
-    pool = AdapterPool([one])
-    assert "already has an adapter 'one'" in refused(lambda: pool.add(one))
-    assert pool.names == ("one",)
-    refused(lambda: AdapterPool([one, one]))
-
-
 def test_adding_a_bad_folder_is_refused_and_changes_nothing(one: Adapter, tmp_path: Path) -> None:
     pool = AdapterPool([one])
     assert refused(lambda: pool.add(tmp_path / "nowhere"), AdapterError).startswith("adapter 'nowhere': ")
@@ -205,13 +182,6 @@ def test_a_subset_is_chosen_by_names_and_patterns(one: Adapter, asked: Any, chos
     assert len(pool) == 5
 
 
-@pytest.mark.parametrize("asked", ["c", "T/*", ["a", "t/z*"]])
-def test_an_entry_that_matches_nothing_is_refused(one: Adapter, asked: Any) -> None:
-    pool = AdapterPool(_named(one, name) for name in ("a", "t/x"))
-    entry = asked if isinstance(asked, str) else asked[-1]
-    assert refused(lambda: pool.subset(asked)).startswith(f"no adapter matches {entry!r} in the pool of 2")
-
-
 # ---- what is found --------------------------------------------------------------------------------------------------
 
 SEGMENT = st.text("abc.- é", min_size=1, max_size=4).filter(lambda s: not s.startswith(".") and s.strip() == s)
@@ -240,21 +210,6 @@ def test_two_folders_of_one_name_are_refused_by_name(tmp_path: Path) -> None:
     assert pool.names == ("x", "y")
     assert [error.name for error in pool.refused] == ["x"]
     assert "rename one of them" in pool.refused[0].reason
-
-
-def test_hidden_folders_are_left_alone(tmp_path: Path) -> None:
-    put(tmp_path, "a", ".cache/b", "c/.git/d")
-    assert AdapterPool.from_directory(tmp_path).names == ("a",)
-    assert AdapterPool.from_directory(tmp_path / ".cache").names == ("b",)  # asked for by name
-
-
-def test_other_files_are_left_alone(tmp_path: Path) -> None:
-    put(tmp_path, "a")
-    for name in ("README.md", "a/README.md", "a/tokenizer.json", "a/training_args.bin", "config.json"):
-        (tmp_path / name).write_text("x")
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "model.safetensors").write_text("x")
-    assert AdapterPool.from_directory(tmp_path).names == ("a",)
 
 
 def test_a_linked_adapter_that_acts_elsewhere_in_its_own_pool_gives_a_warning(tmp_path: Path) -> None:
@@ -305,19 +260,6 @@ def test_a_real_folder_comes_before_every_link_to_it(tmp_path: Path) -> None:
     assert both.names == ("b", "one", "x/one", "zulu/deep")
 
 
-def test_a_name_that_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:
-    name = os.fsdecode(b"caf\xe9")
-    try:
-        (tmp_path / name).mkdir()
-    except OSError:
-        pytest.skip("this file system has text names only")
-    write(tmp_path / "a", TINY, r=1)
-    for file in (CONFIG, SAFETENSORS):
-        shutil.copy(tmp_path / "a" / file, tmp_path / name / file)
-    assert repr(name) in refused(lambda: AdapterPool.from_directory(tmp_path))  # safetensors opens no such path
-    assert AdapterPool.from_directory(tmp_path, on_bad_adapter="skip").names == ("a",)
-
-
 # ---- folders that hold nothing --------------------------------------------------------------------------------------
 
 
@@ -342,13 +284,6 @@ def test_a_folder_without_adapters_says_what_was_expected(tmp_path: Path) -> Non
     (tmp_path / "sub").mkdir()
     text = refused(lambda: AdapterPool.from_directory(tmp_path, on_bad_adapter="skip"))
     assert text == f"no adapters in {tmp_path}: expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth"
-
-
-def test_a_folder_of_bad_adapters_only_is_refused_even_when_they_are_skipped(tmp_path: Path) -> None:
-    write_drawer(tmp_path, ["empty", "rank_mismatch"])
-    shutil.rmtree(tmp_path / "good")
-    text = refused(lambda: AdapterPool.from_directory(tmp_path, on_bad_adapter="skip"))
-    assert text.startswith(f"no usable adapter in {tmp_path}: all 2 are refused; the first: adapter 'empty': ")
 
 
 @pytest.fixture
@@ -406,61 +341,7 @@ def test_training_checkpoints_are_left_out_unless_they_are_named(tmp_path: Path)
 # ---- lazy -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Which weight files have tensors read from them."""
-    done: list[Path] = []
-    read = SafetensorsFile.read
-
-    def spy(self: SafetensorsFile, keys: Any) -> dict[str, torch.Tensor]:
-        done.append(self.path)
-        return read(self, keys)
-
-    monkeypatch.setattr(SafetensorsFile, "read", spy)
-    return done
-
-
-def test_a_big_pool_has_only_its_headers_read(
-    tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    damage(write(tmp_path / "nan"), float("nan"))
-    write(tmp_path / "good")
-    size = sum((tmp_path / name / SAFETENSORS).stat().st_size for name in ("nan", "good"))
-    monkeypatch.setattr(survey_module, "VERIFY_UP_TO_BYTES", size - 1)
-    assert AdapterPool.from_directory(tmp_path).names == ("good", "nan")
-    assert reads == []
-    monkeypatch.setattr(survey_module, "VERIFY_UP_TO_BYTES", size)
-    refused(lambda: AdapterPool.from_directory(tmp_path))
-
-
-def test_only_damaged_values_wait_for_reading(drawer: Path) -> None:
-    pool = AdapterPool.from_directory(drawer, on_bad_adapter="skip", verify=False)
-    assert set(pool.names) == {"good"} | SEEN_WHEN_READ
-
-
-def test_the_digests_are_those_of_the_files(tmp_path: Path) -> None:
-    put(tmp_path, "b", "a")
-    write(tmp_path / "c")
-    expected = {n: hashlib.sha256((tmp_path / n / SAFETENSORS).read_bytes()).hexdigest() for n in ("a", "b", "c")}
-    digests = AdapterPool.from_directory(tmp_path).sha256()
-    assert digests == expected
-    assert list(digests) == ["a", "b", "c"]
-
-
 # ---- pickles --------------------------------------------------------------------------------------------------------
-
-
-def test_pickles_are_read_when_they_are_allowed(tmp_path: Path) -> None:
-    put(tmp_path, "plain", "old")
-    (tmp_path / "old" / SAFETENSORS).unlink()
-    torch.save(TINY, tmp_path / "old" / PICKLE)
-    assert "adapter 'old': its weights are pickled" in refused(lambda: AdapterPool.from_directory(tmp_path))
-    pool = AdapterPool.from_directory(tmp_path, allow_pickle=True)
-    assert pool.names == ("old", "plain")
-    assert torch.equal(pool["old"].read()["layers.0.q"].A, pool["plain"].read()["layers.0.q"].A)
-    fresh = AdapterPool()
-    refused(lambda: fresh.add(tmp_path / "old"), AdapterError)
-    assert fresh.add(tmp_path / "old", allow_pickle=True).name == "old"
 
 
 # ---- unknown settings -----------------------------------------------------------------------------------------------
@@ -479,13 +360,6 @@ def test_unknown_settings_of_a_whole_pool_make_one_warning(tmp_path: Path) -> No
 # ---- fitting --------------------------------------------------------------------------------------------------------
 
 
-def test_a_fitted_pool_is_a_new_one_with_the_models_own_paths(tmp_path: Path) -> None:
-    write(tmp_path / "a", tensors({"model.layers.0.q": (2, 2)}, rank=1), r=1)
-    pool = AdapterPool.from_directory(tmp_path)
-    assert [set(a.modules) for a in pool.fit(FITS)] == [{"layers.0.q"}]
-    assert [set(a.modules) for a in pool] == [{"model.layers.0.q"}]
-
-
 def test_adapters_that_do_not_fit_are_refused_or_skipped(tmp_path: Path) -> None:
     put(tmp_path, "a")
     for name in ("y", "z"):
@@ -498,10 +372,6 @@ def test_adapters_that_do_not_fit_are_refused_or_skipped(tmp_path: Path) -> None
     assert (fitted.names, [e.name for e in fitted.refused]) == (("a",), ["y", "z"])
     text = refused(lambda: pool.subset(["y", "z"]).fit(FITS, on_bad_adapter="skip"))
     assert text.startswith("none of the 2 adapters fits the base model; the first: adapter 'y': ")
-
-
-def test_an_empty_pool_cannot_be_fitted() -> None:
-    assert "the pool is empty" in refused(lambda: AdapterPool().fit(FITS))
 
 
 # ---- an engine's pool -----------------------------------------------------------------------------------------------

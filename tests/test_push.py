@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from hub_server import GOOD_TOKEN, STRANGER_TOKEN
 from hub_uploads import WritableHub
 from logo import AdapterPool
-from logo.adapters.publishing import Upload, stays_behind
+from logo.adapters.publishing import Upload
 from logo.adapters.publishing import push as send
 from logo.cli.run import run
 from logo.errors import UsageError
@@ -77,35 +77,6 @@ def test_what_is_sent(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out.splitlines()[1].startswith(f"a[1]/{CONFIG}  ") and "nothing sent" in captured.out
     assert "1 checkpoints" in captured.err
-
-
-@pytest.mark.parametrize(
-    ("name", "is_one"),
-    [
-        ("task/checkpoint-500", True),
-        ("checkpoints/task", True),
-        ("task/Checkpoint", True),
-        ("checkpointing", False),
-        ("task", False),
-        ("a/my-checkpoint-task", False),
-    ],
-)
-def test_checkpoints(name: str, is_one: bool) -> None:
-    assert stays_behind(name) is is_one
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "said"),
-    [
-        (["loras"], 2, "'loras' is not a Hub repo id"),
-        (["org/loras", "--path-in-repo", "../x"], 2, "is not a folder inside it"),
-    ],
-)
-def test_places_that_cannot_be(
-    pool: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str
-) -> None:
-    assert run(["pool", "push", str(pool), *arguments]) == code
-    assert said in capsys.readouterr().err
 
 
 def test_a_pool_of_unknown_or_several_bases_says_where_to(tmp_path: Path) -> None:
