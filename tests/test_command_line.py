@@ -88,6 +88,7 @@ def test_help_shows_the_defaults_of_the_command_itself(
         ("study", {"--png"}, ["--heatmap", "s.png"], ["--png", "s.png"]),
         ("generate", {"--save", "--json"}, ["--json", "a prompt"], ["--json", "a prompt"]),
         ("report", {"--pictures"}, ["--png", "d"], ["--pictures", "d"]),
+        ("health", {"--png"}, ["--png", "d"], ["--png", "d"]),
         ("train", {"--rows", "--tasks"}, ["--tasks", "d", "--only", "a"], ["--rows", "d", "--tasks", "a"]),
         ("train", {"--rows", "--tasks"}, ["--rows", "d", "--tasks", "a"], ["--rows", "d", "--tasks", "a"]),
         ("train", {"--rows", "--tasks"}, ["--tasks", "src"], ["--rows", "src"]),

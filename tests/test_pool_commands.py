@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,6 @@ from logo import AdapterPool
 from logo.adapters.examples import write_examples
 from logo.adapters.format import open_adapter
 from logo.cli.run import run
-from logo.selection import Selection
-from logo.serving.logged import entry
-from logo.serving.logs import JsonLines
 from make_adapters import Q, V, edit_weights, tensors, write, write_drawer, write_peft
 
 
@@ -99,19 +95,18 @@ def test_examples_of_requests_that_named_their_adapter(
 ) -> None:
     """As a server logs them: those that were scored, cut, or named several adapters, are no examples."""
     write_examples(pool / "dead", ["its own"])
-    named = Selection(("a",), (1.0,), {}, None)
-    scored = Selection(("a",), (1.0,), {"a": 3.0, "dead": 1.0}, 0.9)
-    entries = [entry(named, f"prompt {n}") for n in range(9)]
-    entries += [entry(scored, "scored"), entry(named, "long", cut=True), entry(named), entry(named, "Both  of them")]
-    entries += [entry(Selection(("deep/b",), (1.0,), {}, None), text) for text in ("both of THEM", "one", "two")]
-    entries += [entry(Selection((name,), (1.0,), {}, None), f"{name} {n}") for name in ("dead", "gone") for n in "123"]
+
+    def logged(name: str, prompt: str, **more: Any) -> dict[str, Any]:
+        return {"adapters": [name], "weights": [1.0], "scores": {}, "prompt": prompt, **more}
+
+    entries = [logged("a", f"prompt {n}") for n in range(9)]
+    entries += [logged("a", "scored", scores={"a": 3.0}), logged("a", "long", cut=True), logged("a", "Both  of them")]
+    entries += [logged("deep/b", text) for text in ("both of THEM", "one", "two")]
+    entries += [logged(name, f"{name} {n}") for name in ("dead", "gone") for n in "123"]
+    entries.append({"adapters": ["a", "dead"], "weights": [0.5, 0.5], "scores": {}, "prompt": "two adapters"})
     log = tmp_path / "day.log"
-    with log.open("w") as lines:
-        for one in entries:
-            record = logging.LogRecord("logo.access", logging.INFO, "", 0, "", (), None)
-            record.fields = {"selections": [one]}
-            lines.write(JsonLines().format(record) + "\n")
-        lines.write("another program's line\n")
+    lines = [json.dumps({"logger": "logo.access", "selections": [one]}) for one in entries]
+    log.write_text("\n".join([*lines, "another program's line", '{"logger": "logo.access"}', ""]))
     assert output(capsys, "examples", pool, "--from-log", log) == {"a": 8, "dead": 1, "deep/b": 0}
     assert AdapterPool.from_directory(pool)["a"].examples == tuple(f"prompt {n}" for n in range(8))
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "row {n}", "adapter": "deep/b"}}\n' for n in range(3)))

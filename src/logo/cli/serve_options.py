@@ -59,7 +59,7 @@ class ServerOptions:
     log_json: bool = usual(False, "Log one JSON object per line.")
     log_prompts: bool = rare(
         False,
-        "With --log-json: log prompts, too (the first 200 tokens), for `logo pool examples --from-log`.",
+        "With --log-json: log prompts, too (the first 200 tokens), for `logo pool health` and `learn`.",
         panel=CHANGES,
     )
     server: Engine = usual("local", "This process, or vLLM's own server with LoGo inside.", True, "--engine")
