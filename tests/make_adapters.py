@@ -188,6 +188,7 @@ REFUSED: dict[str, Callable[[Path], Path]] = {
     "pissa": by_peft(init_lora_weights="pissa"),
     # the same, where only the tensors tell
     "tensors_bias": lambda f: edit_config(write_peft(f, tiny.model("qwen2"), bias="lora_only"), bias="none"),
+    "dora": by_hand(use_dora=True),
     "tensors_dora": lambda f: edit_config(write_peft(f, use_dora=True), use_dora=False),
     "tensors_lora_bias": lambda f: edit_config(write_peft(f, lora_bias=True), lora_bias=False),
     "tensors_tokens": lambda f: edit_config(

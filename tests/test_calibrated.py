@@ -296,7 +296,7 @@ def test_nothing_runs_and_no_weight_is_read_until_it_is_needed(
             return whole(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, functools.wraps(whole)(noted))
-    made = AdapterPool.from_directory(pool(llama, tmp_path), verify=False, cache="")
+    made = AdapterPool.from_directory(pool(llama, tmp_path), verify=False)
     settings = SelectionSettings("calibrated", k=1, cache="")
     logo = LoGo(llama, tokenizer(), made, settings=settings)
     assert logo.k == 1 and happened == []
@@ -346,7 +346,7 @@ def test_a_cache_that_cannot_be_written_is_one_warning(llama: nn.Module, tmp_pat
 
 def cached(model: nn.Module, root: Path) -> LoGo:
     """An engine that keeps everything in `root`."""
-    made = AdapterPool.from_directory(root / "pool", cache=root / "cache")
+    made = AdapterPool.from_directory(root / "pool")
     settings = SelectionSettings(signal="calibrated", k=3, cache=str(root / "cache"))
     logo = LoGo(model, tokenizer(), made, settings=settings)
     logo.calibrate()

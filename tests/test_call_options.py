@@ -44,7 +44,7 @@ def model() -> nn.Module:
 
 
 def engine(model: nn.Module, folder: Path, names: Any = NAMES, **chosen: Any) -> LoGo:
-    pool = AdapterPool.from_directory(folder, cache="").subset(names)
+    pool = AdapterPool.from_directory(folder).subset(names)
     settings = SelectionSettings.of(**{"signal": "norm", "cache": "", "probe_depth": 1.0, **chosen})
     return LoGo(model, tokenizer(), pool, settings=settings)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from logo.adapters.layout import BaseLayout, linear_modules
 from logo.cli.run import run
 from logo.errors import AdapterError
 from logo.mixing.gated import GatedLoRA
-from make_adapters import CONFIG, edit_config, edit_weights, load_peft, write_peft
+from make_adapters import edit_config, edit_weights, load_peft, write_peft
 from test_engine import tokenizer
 from test_mixing import stacks_of
 from tolerances import same_tensor
@@ -36,8 +35,8 @@ def test_copies_of_the_base_are_left_out_and_answers_are_pefts(kind: str, tmp_pa
     write_peft(tmp_path / "pool" / "a", **KINDS[kind])
     write_peft(tmp_path / "pool" / "b")
     base = tiny.model("llama")
-    pool = AdapterPool.from_directory(tmp_path / "pool", cache=tmp_path / "cache")
-    assert AdapterPool.from_directory(tmp_path / "pool", cache=tmp_path / "cache")["a"].copies == pool["a"].copies
+    pool = AdapterPool.from_directory(tmp_path / "pool")
+    assert AdapterPool.from_directory(tmp_path / "pool")["a"].copies == pool["a"].copies
     assert pool["a"].copies and not pool["b"].copies
     with pytest.raises(AdapterError, match=r"holds full weights .* unless they equal the base model's"):
         pool["a"].read()
@@ -106,18 +105,8 @@ def test_the_bases_dtype_decides(tmp_path: Path) -> None:
         assert AdapterPool.from_directory(tmp_path).fit(BaseLayout.of(base), model=base).names == ("a",)
 
 
-def test_commands_that_have_no_base_model_leave_it_as_it_is_or_refuse_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_manifest_leaves_it_as_it_is(tmp_path: Path) -> None:
     write_peft(tmp_path / "pool" / "a", modules_to_save=["lm_head"])
     edit_config(tmp_path / "pool" / "a", modules_to_save=None)  # the tensors tell
-    pool = str(tmp_path / "pool")
-    assert run(["pool", "dedupe", pool, "--out", str(tmp_path / "copy")]) == 1
-    for command in ("prune", "convert"):
-        more = ["--rank", "2"] if command == "prune" else ["--dtype", "bf16"]
-        assert run(["pool", command, pool, "--out", str(tmp_path / command), *more]) == 1
-        assert not (tmp_path / command).exists()
-    assert capsys.readouterr().err.count("it holds full weights (base_model.model.lm_head.weight)") == 3
-    assert run(["pool", "lock", pool, "-o", str(tmp_path / "pool.yaml")]) == 0
+    assert run(["pool", "lock", str(tmp_path / "pool"), "-o", str(tmp_path / "pool.yaml")]) == 0
     assert AdapterPool.open(tmp_path / "pool.yaml")["a"].copies
-    assert json.loads((tmp_path / "pool" / "a" / CONFIG).read_text())["modules_to_save"] is None

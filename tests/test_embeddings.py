@@ -13,7 +13,6 @@ from torch import nn
 import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings
 from logo.adapters.layout import BaseLayout, adaptable_modules
-from logo.cli.run import run
 from logo.errors import UsageError
 from logo.mixing.gated import GatedLoRA
 from logo.mixing.merges import Merge
@@ -71,7 +70,7 @@ def pool(tmp_path: Path) -> AdapterPool:
                     weights[key] = torch.randn(weights[key].shape, generator=generator)
 
         edit_weights(tmp_path / "pool" / f"t{i}", larger)
-    return AdapterPool.from_directory(tmp_path / "pool", cache=tmp_path / "cache")
+    return AdapterPool.from_directory(tmp_path / "pool")
 
 
 @pytest.mark.parametrize("fold", [None, True, False])
@@ -90,20 +89,9 @@ def test_batches_equal_single_prompts(pool: AdapterPool, fold: bool | None) -> N
         logo.generate(PROMPTS[0], adapters={"t1": 1.0}, max_new_tokens=2)
 
 
-def test_an_open_pool_is_the_same_from_the_cache(pool: AdapterPool, tmp_path: Path) -> None:
-    again = AdapterPool.from_directory(tmp_path / "pool", cache=tmp_path / "cache")
-    assert [dict(adapter.modules) for adapter in again] == [dict(adapter.modules) for adapter in pool]
-
-
-def test_where_there_is_no_model_it_is_refused_by_name(
-    pool: AdapterPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_where_there_is_no_model_it_is_refused_by_name(pool: AdapterPool) -> None:
     with pytest.raises(PoolError, match=r"'t1': it adapts an embedding .*, which is not mixed here"):
         pool.fit(BaseLayout.of(tiny.model("llama")))
-    folder = str(tmp_path / "pool")
-    for command in (["prune", "--rank", "2"], ["convert", "--dtype", "bf16"]):
-        assert run(["pool", command[0], folder, "--out", str(tmp_path / command[0]), *command[1:]]) == 1
-    assert capsys.readouterr().err.count("it adapts an embedding") == 2
 
 
 def test_another_vocabulary_does_not_fit(pool: AdapterPool) -> None:

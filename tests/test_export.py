@@ -103,4 +103,4 @@ def test_the_command_writes_what_a_prompt_selects(tmp_path: Path, capsys: pytest
     assert run(["pool", "export", *forced, *place, "-o", str(tmp_path / "two")]) == 0
     assert run(["pool", "export", *forced, *place, "-o", str(tmp_path / "two")]) == 2
     assert run(["pool", "export", prompt, *forced, *place, "-o", str(tmp_path / "three")]) == 2
-    assert "expected either a prompt, which selects, or --adapter NAME=WEIGHT" in capsys.readouterr().err
+    assert "expected one of: a prompt, which selects; --adapter NAME=WEIGHT" in capsys.readouterr().err

@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hub_server import FOREVER, GOOD_TOKEN, STRANGER_TOKEN, HubServer
-from logo.adapters.hub import download_adapters
+from logo import AdapterPool
 from logo.errors import HubError, UsageError
 from logo.hub.failures import hub_error
 from logo.hub.names import is_hub_id, split_hub_spec
@@ -39,12 +39,16 @@ slept = []
 sleep = time.sleep
 time.sleep = lambda seconds: (slept.append(seconds), sleep(seconds))
 from logo.adapters.hub import download_adapters
+from logo.adapters.options import Fetching
 from logo.errors import LoGoError
+from logo.hub.names import clean_subfolder
 for call in json.load(sys.stdin):
     answer = {}
     slept.clear()
     try:
-        answer["folder"] = str(download_adapters(**call))
+        repo, revision = call.pop("repo_id"), call.pop("revision", None)
+        folder = clean_subfolder(repo, call.pop("subfolder", None))
+        answer["folder"] = str(download_adapters(repo, [folder], Fetching(**call), revision=revision) / folder)
     except LoGoError as error:
         answer.update(error=type(error).__name__, message=str(error))
     print(json.dumps(answer | {"slept": sum(slept)}), flush=True)
@@ -188,23 +192,6 @@ def test_fetches_every_adapter_below_the_folder_once_and_in_parallel(
     assert run.stderr == ""
 
 
-def test_a_second_run_asks_one_question_and_fetches_nothing(hub: HubServer, tmp_path: Path) -> None:
-    first = run_client(hub.env(tmp_path), {"repo_id": "org/pool", "subfolder": "tasks", "max_workers": 1})
-    assert hub.peak == 1
-    assert "Fetching 10 files" in first.stderr
-    hub.clear()
-    assert fetch(hub.env(tmp_path), repo_id="org/pool", subfolder="tasks").folder == first.answers[0].folder
-    assert [request.kind for request in hub.requests if "agent" not in request.path] == ["info"]
-
-
-def test_a_folder_name_is_not_a_pattern(hub: HubServer, tmp_path: Path) -> None:
-    calls = [{"repo_id": "org/pool", "subfolder": name} for name in ("tasks/we[i]rd", "tasks/arc.easy:v1.0", "tas*")]
-    weird, single, star = run_client(hub.env(tmp_path), *calls).answers
-    assert weird.files == single.files == ["adapter_config.json", "adapter_model.safetensors"]
-    assert sorted(hub.fetched()) == [f"tasks/{name}" for name in pair("arc.easy:v1.0", "we[i]rd")]
-    assert star.error == "HubError" and "no folder 'tas*'" in star.message
-
-
 def test_revisions_are_commits_branches_and_tags(pool: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     write_adapter(first / "a", 1)
@@ -217,20 +204,6 @@ def test_revisions_are_commits_branches_and_tags(pool: Path, tmp_path: Path) -> 
         answers = run_client(hub.env(tmp_path / "home"), *calls).answers
     values = [load_file(answer.folder / "a/adapter_model.safetensors") for answer in answers if answer.folder]
     assert [next(iter(tensors.values()))[0, 0] for tensors in values] == [2, 1, 1, 1, 2]
-
-
-def test_pickles_are_fetched_only_when_allowed(hub: HubServer, tmp_path: Path) -> None:
-    whole, only, allowed, none = run_client(
-        hub.env(tmp_path),
-        {"repo_id": "org/pool"},
-        {"repo_id": "org/pool", "subfolder": "pickled"},
-        {"repo_id": "org/pool", "subfolder": "pickled", "allow_pickle": True},
-        {"repo_id": "org/pool", "subfolder": "empty"},
-    ).answers
-    assert whole.folder is not None and hub.fetched(".bin") == ["pickled/only/adapter_model.bin"]
-    assert only.error == "HubError" and "its folder 'pickled' has pickled adapters only" in only.message
-    assert allowed.files == ["only/adapter_config.json", "only/adapter_model.bin"]
-    assert none.error == "HubError" and "no adapter_model.safetensors" in none.message
 
 
 # Without a connection
@@ -255,34 +228,6 @@ def test_what_was_downloaded_works_without_a_connection(hub: HubServer, tmp_path
     assert "no folder 'tasks/flam'; did you mean 'tasks/flan'" in missing.message
 
 
-def test_a_hub_that_is_gone_is_no_obstacle_for_a_complete_copy(pool: Path, tmp_path: Path) -> None:
-    call = {"repo_id": "org/pool", "subfolder": "tasks/flan"}
-    with HubServer({"org/pool": pool}) as hub:
-        online = fetch(hub.env(tmp_path), **call)
-    again, wider = run_client(hub.env(tmp_path), call, {"repo_id": "org/pool", "subfolder": "tasks"}).answers
-    assert again.folder == online.folder
-    assert wider.message.startswith(
-        f"Hub repo org/pool: its cached copy is incomplete, and {hub.url} cannot be reached"
-    )
-
-
-def test_nothing_cached_and_no_connection(hub: HubServer, tmp_path: Path) -> None:
-    beginning, end = "Hub repo org/pool: not in the cache, and", "forbids fetching it; unset that"
-    assert f"{beginning} HF_HUB_OFFLINE=1 {end}" in refusal(hub.env(tmp_path, HF_HUB_OFFLINE="1"), repo_id="org/pool")
-    local = refusal(hub.env(tmp_path), repo_id="org/pool", local_files_only=True)
-    assert f"{beginning} local_files_only {end}" in local
-    assert all("agent" in request.path for request in hub.requests)
-
-
-def test_a_file_lost_from_the_cache_is_missed(hub: HubServer, tmp_path: Path) -> None:
-    call = {"repo_id": "org/pool", "subfolder": "tasks"}
-    folder = fetch(hub.env(tmp_path), **call).folder
-    assert folder is not None
-    (folder / "flan/cot/ecqa/adapter_model.safetensors").unlink()
-    assert "cached copy is incomplete" in refusal(hub.env(tmp_path), **call, local_files_only=True)
-    assert fetch(hub.env(tmp_path), **call).files == pair(*TASKS)
-
-
 def test_a_copy_that_other_tools_left_is_not_taken_for_the_whole(hub: HubServer, tmp_path: Path) -> None:
     script = """
 import huggingface_hub
@@ -295,27 +240,6 @@ for name in ("adapter_config.json", "adapter_model.safetensors"):
     snapshot = Path(message.rpartition(": ")[2])
     assert contents(snapshot / "tasks") == pair("flan/cot/ecqa")
     assert fetch(hub.env(tmp_path), repo_id="org/pool", subfolder="tasks").files == pair(*TASKS)
-
-
-def test_model_cards_come_with_adapters_and_a_copy_without_them_still_opens(tmp_path: Path) -> None:
-    write_adapter(tmp_path / "made" / "a", 1)
-    (tmp_path / "made" / "a" / "README.md").write_text("---\nwidget: [{text: What is this?}]\n---\n", encoding="utf-8")
-    with HubServer({}) as hub:
-        commit = hub.add("org/cards", tmp_path / "made")
-        env = hub.env(tmp_path / "home")
-        calls = [{"repo_id": "org/cards", "revision": revision} for revision in (None, commit)]
-        online = fetch(env, **calls[0])
-        assert online.files == ["a/README.md", *pair("a")]
-        assert online.folder is not None
-        (online.folder / "a" / "README.md").unlink()  # as an earlier version left it
-        for more, local in (({"HF_HUB_OFFLINE": "1"}, False), ({}, True)):
-            cached = [{**call, "local_files_only": local} for call in calls]
-            run = run_client({**env, **more}, *cached)
-            assert [answer.files for answer in run.answers] == 2 * [pair("a")]
-            assert run.stderr.count("org/cards: the copy in the Hub cache was downloaded without its README.md") == 1
-        (online.folder / "a" / "adapter_config.json").unlink()
-        assert "cached copy is incomplete" in refusal(env, **calls[0], local_files_only=True)
-        assert fetch(env, **calls[0]).files == ["a/README.md", *pair("a")]
 
 
 # What the Hub refuses
@@ -391,16 +315,6 @@ def test_what_does_not_exist(pool: Path, tmp_path: Path) -> None:
 # Connections that fail
 
 
-def test_a_dropped_connection_resumes_where_it_broke_off(big: Path, tmp_path: Path) -> None:
-    name = "large/adapter_model.safetensors"
-    with HubServer({"org/big": big}) as hub:
-        hub.cut(name, after=12_000_000)
-        answer = fetch(hub.env(tmp_path), repo_id="org/big")
-        asked = [request for request in hub.requests if request.kind == "content" and request.file == name]
-    assert answer.folder is not None and (answer.folder / name).read_bytes() == (big / name).read_bytes()
-    assert [(request.status, request.range) for request in asked] == [(200, None), (206, f"bytes={10 * 2**20}-")]
-
-
 def test_a_download_that_fails_is_finished_by_the_next_one(big: Path, tmp_path: Path) -> None:
     large, small = (f"{name}/adapter_model.safetensors" for name in ("large", "small"))
     with HubServer({"org/big": big}) as hub:
@@ -462,13 +376,13 @@ def test_a_full_disk_and_a_cache_that_cannot_be_written(big: Path, tmp_path: Pat
 @pytest.mark.parametrize("subfolder", ["/etc", "../up", "a/../../b", "a\\b", "..", "a/b\n"])
 def test_a_folder_outside_the_repository_is_refused(subfolder: str) -> None:
     with pytest.raises(UsageError, match=r"^Hub repo org/name: .* is not a folder inside it"):
-        download_adapters("org/name", subfolder=subfolder)
+        AdapterPool.from_hub("org/name", subfolder=subfolder)
 
 
 @pytest.mark.parametrize("revision", ["", "../../main", "/main", "a b", "v1\n", "a..b", "a\\b"])
 def test_a_revision_that_git_would_refuse_is_refused(revision: str) -> None:
     with pytest.raises(UsageError, match="is not a branch, a tag or a commit"):
-        download_adapters("org/name", revision=revision)
+        AdapterPool.from_hub("org/name", revision=revision)
 
 
 @pytest.mark.parametrize(
@@ -477,14 +391,7 @@ def test_a_revision_that_git_would_refuse_is_refused(revision: str) -> None:
 def test_what_is_no_repo_id(repo_id: str) -> None:
     assert not is_hub_id(repo_id)
     with pytest.raises(UsageError, match="is not a Hub repo id"):
-        download_adapters(repo_id)
-
-
-def test_a_repo_id_is_not_a_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert is_hub_id("meta-llama/Llama-3.1-8B") and is_hub_id("adapters/pool_2")
-    (tmp_path / "adapters" / "pool_2").mkdir(parents=True)
-    assert not is_hub_id("adapters/pool_2")
+        AdapterPool.from_hub(repo_id)
 
 
 @pytest.mark.parametrize(
@@ -501,48 +408,6 @@ def test_specs(text: str, expected: tuple[str, str | None, str | None]) -> None:
     assert split_hub_spec(text) == expected
 
 
-@pytest.mark.parametrize(
-    "text", ["pool", "./org/pool", "/org/pool", "~/pool", "org/pool@", "@v1", "org/pool/../x", "org/a@../b"]
-)
-def test_what_is_no_spec(text: str) -> None:
-    with pytest.raises(UsageError):
-        split_hub_spec(text)
-
-
-def test_the_errors_of_transformers_are_explained_too(pool: Path, tmp_path: Path) -> None:
-    script = """
-import json, sys, time
-from transformers.utils.hub import cached_file
-from logo.hub.failures import hub_error
-for call in json.load(sys.stdin):
-    try:
-        cached_file(**call, filename="config.json")
-    except OSError as error:
-        message = str(hub_error(call["path_or_repo_id"], error, revision=call.get("revision")))
-        print(json.dumps({"slept": 0, "message": message}))
-"""
-    calls: list[dict[str, Any]] = [
-        {"path_or_repo_id": "org/gated"},
-        {"path_or_repo_id": "org/gated", "token": STRANGER_TOKEN},
-        {"path_or_repo_id": "org/nope"},
-        {"path_or_repo_id": "org/pool", "revision": "v9"},
-        {"path_or_repo_id": "org/pool", "local_files_only": True},
-        {"path_or_repo_id": "not//an id"},
-    ]
-    with HubServer({"org/pool": pool, "org/gated": pool}, gated=["org/gated"]) as hub:
-        messages = [answer.message for answer in run_client(hub.env(tmp_path), *calls, script=script).answers]
-    expected = [
-        f"Hub repo org/gated: access is gated; accept the licence at {hub.url}/org/gated and set HF_TOKEN",
-        "Hub repo org/gated: access is gated and this token's account is not on the list",
-        f"Hub repo org/nope: not found at {hub.url}",
-        "Hub repo org/pool: it has no revision 'v9'",
-        "Hub repo org/pool: not in the cache, and local_files_only forbids fetching it",
-        "Hub repo not//an id: not a valid repo id",
-    ]
-    for message, beginning in zip(messages, expected, strict=True):
-        assert message.startswith(beginning)
-
-
 def test_an_unknown_error_is_one_line_without_secrets() -> None:
     error = RuntimeError("CAS said\nno: Bearer hf_SECRET")
     assert str(hub_error("org/pool", error)) == "Hub repo org/pool: RuntimeError: CAS said"
@@ -552,11 +417,6 @@ def test_an_unknown_error_is_one_line_without_secrets() -> None:
         == "Hub repo org/pool: RuntimeError: GET https://cas/x... with '...' or ... failed"
     )
     assert isinstance(hub_error("org/pool", RuntimeError()), HubError)
-
-
-def test_importing_it_is_light() -> None:
-    script = "import sys, logo.adapters.hub; assert not {'huggingface_hub', 'torch'} & set(sys.modules), sys.modules"
-    run_client({}, script=script)
 
 
 POOLS = """
@@ -578,7 +438,7 @@ for call in json.load(sys.stdin):
 """
 
 
-def test_pools_of_several_repositories_name_adapters_after_their_places(tmp_path: Path) -> None:
+def test_pools_name_adapters_after_their_places(tmp_path: Path) -> None:
     write_adapter(tmp_path / "one", 1.0)
     for number, name in enumerate(("a", "b", "sub/c"), start=2):
         write_adapter(tmp_path / "many" / name, float(number))
@@ -589,28 +449,15 @@ def test_pools_of_several_repositories_name_adapters_after_their_places(tmp_path
         calls: list[dict[str, Any]] = [
             {"repo_id": "org/one"},
             {"repo_id": "org/many"},
-            {"repo_id": ["org/one", "org/many", "org/one"]},
-            {"repo_id": ["org/many/sub@main", "org/one"]},
-            {"repo_id": ["other/bad"], "options": {"on_bad_adapter": "skip"}},
+            {"repo_id": "other/bad", "options": {"on_bad_adapter": "skip"}},
             {"add": "org/one"},
             {"add": "org/many/sub/c@main"},
-            {"repo_id": []},
-            {"repo_id": ["org/one"], "options": {"revision": "main"}},
             {"add": "org/none"},
             {"add": "org/many"},
         ]
         answers = run_client(hub.env(tmp_path / "home"), *calls, script=POOLS).answers
-    assert [answer.message for answer in answers[:7]] == [
-        "org/one",
-        "a b sub/c",
-        "org/many/a org/many/b org/many/sub/c org/one",
-        "org/many/sub/c org/one",
-        "other/bad/good (other/bad)",
-        "org/one",
-        "org/many/sub/c",
-    ]
-    assert all(answer.error is None for answer in answers[:7])
-    for answer in answers[7:9]:
-        assert answer.error == "UsageError" and "expected one repository or a list of places" in answer.message
-    assert answers[9].error == "HubError" and "org/none" in answers[9].message
-    assert answers[10].error == "AdapterError" and "adapter_config.json is missing" in answers[10].message
+    names = ["org/one", "a b sub/c", "good (other/bad)", "org/one", "org/many/sub/c"]
+    assert [answer.message for answer in answers[:5]] == names
+    assert all(answer.error is None for answer in answers[:5])
+    assert answers[5].error == "HubError" and "org/none" in answers[5].message
+    assert answers[6].error == "AdapterError" and "adapter_config.json is missing" in answers[6].message

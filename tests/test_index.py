@@ -43,7 +43,7 @@ def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(model: Any, folder: Path, **chosen: Any) -> LoGo:
     settings = SelectionSettings.of(**{"k": 2, "cache": "", "probe_depth": 1, **chosen})
-    return LoGo(model, tokenizer(), AdapterPool.from_directory(folder, cache=""), settings=settings)
+    return LoGo(model, tokenizer(), AdapterPool.from_directory(folder), settings=settings)
 
 
 @contextmanager

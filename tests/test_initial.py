@@ -1,121 +1,108 @@
-"""PiSSA and OLoRA adapters with what they began as below their folder: they answer as the model that PEFT trained."""
+"""`logo pool export --initial`: PiSSA and the like as plain LoRA, as PEFT converts them."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiny
-from logo import AdapterPool
-from logo.adapters.layout import BaseLayout, linear_modules
 from logo.cli.run import run
-from logo.errors import LeftOut, PoolError
-from logo.mixing.gated import GatedLoRA
-from make_adapters import edit_config, load_peft, tensors, write
-from test_conversion import IDS, trained_from
-from test_mixing import stacks_of
+from make_adapters import CONFIG, SAFETENSORS, load_peft, lora_layers, tensors, write
 from tolerances import same_tensor
 
+IDS = torch.tensor([tiny.prompts([9])[0]])
 
-def beside(tmp_path: Path, name: str = "pissa_init", **settings: Any) -> torch.Tensor:
-    """`pool/task`, with what it began as in a folder below; returns what the trained model answers."""
-    answer = trained_from(tmp_path, **settings)
-    shutil.copytree(tmp_path / "trained", tmp_path / "pool")
-    shutil.move(tmp_path / "initial", tmp_path / "pool" / "task" / name)
+
+def convert(root: Path, *more: str) -> int:
+    line = ["--adapters", str(root / "trained"), "--initial", str(root / "initial"), "-o", str(root / "out")]
+    return run(["pool", "export", *line, *more])
+
+
+def trained_from(folder: Path, **settings: Any) -> torch.Tensor:
+    """An adapter whose initialisation changed the base, as PEFT leaves it: `initial`, `trained`, and PEFT's own
+    conversion as `plain`. Returns what the trained model answers."""
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **settings})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(tiny.model("llama"), config)
+        wrapped.peft_config["default"].init_lora_weights = True
+        wrapped.save_pretrained(folder / "initial")
+        wrapped.peft_config["default"].init_lora_weights = settings["init_lora_weights"]
+        generator = torch.Generator().manual_seed(0)
+        for layer in lora_layers(wrapped).values():
+            for side in (layer.lora_A, layer.lora_B):
+                weight = side["default"].weight.data
+                weight += 0.1 * torch.randn(weight.shape, generator=generator)
+        wrapped.save_pretrained(folder / "trained")
+        with torch.no_grad():
+            answer: torch.Tensor = wrapped(input_ids=IDS).logits
+        if not (settings.get("use_rslora") and settings.get("alpha_pattern")):  # which PEFT refuses
+            wrapped.save_pretrained(folder / "plain", path_initial_model_for_weight_conversion=str(folder / "initial"))
     return answer
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {r"layers\.1.*q_proj": 3}}],
-    ids=["plain", "rslora", "patterns"],
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {r"layers\.1.*q_proj": 3}},
+        {"use_rslora": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+    ],
+    ids=["plain", "rslora", "patterns", "rslora_patterns"],
 )
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_it_answers_as_the_trained_model(tmp_path: Path, init: str, settings: dict[str, Any]) -> None:
-    answer = beside(tmp_path, f"{init}_init", init_lora_weights=init, **settings)
-    base = tiny.model("llama")
-    pool = AdapterPool.from_directory(tmp_path / "pool", cache=tmp_path / "cache").fit(BaseLayout.of(base))
-    assert pool.names == ("task",)
-    [gone] = pool.refused
-    assert isinstance(gone, LeftOut) and gone.name == f"task/{init}_init"
-    [adapter] = pool
-    for path, module in adapter.modules.items():
-        assert module.rank == adapter.config.rank(path) == len(adapter.read([path])[path].A)
-        assert module.scaling == pytest.approx(adapter.config.scaling(path, module.rank))
-    stacks = stacks_of(base, [adapter])
-    with torch.no_grad(), GatedLoRA(dict(linear_modules(base))).active(stacks, torch.ones(1, 1)):
-        same_tensor(base(input_ids=IDS).logits, answer)
-    again = AdapterPool.from_directory(tmp_path / "pool", cache=tmp_path / "cache")
-    assert again.names == ("task",) and again.sha256() == pool.sha256()
-
-
-def test_pools_that_are_made_of_it_stay_right(tmp_path: Path) -> None:
-    answer = beside(tmp_path, init_lora_weights="pissa")
-    pool = str(tmp_path / "pool")
-    assert run(["pool", "convert", pool, "--out", str(tmp_path / "converted")]) == 0
-    assert run(["pool", "prune", pool, "--out", str(tmp_path / "pruned"), "--rank", "8"]) == 0
-    assert run(["pool", "dedupe", pool, "--out", str(tmp_path / "copied")]) == 0
-    for name in ("converted", "pruned"):
-        with torch.no_grad():
-            same_tensor(load_peft(tmp_path / name / "task")(input_ids=IDS).logits, answer)
-    assert AdapterPool.from_directory(tmp_path / "copied").sha256() == AdapterPool.from_directory(pool).sha256()
-    manifest = str(tmp_path / "pool.yaml")
-    assert run(["pool", "lock", pool, "-o", manifest]) == 0
-    assert AdapterPool.open(manifest).names == ("task",)
-    start = tmp_path / "pool" / "task" / "pissa_init"
-    write(start, tensors(seed=5), init_lora_weights=True)
-    with pytest.raises(PoolError, match="not the one in the manifest"):
-        AdapterPool.open(manifest)
-
-
-def test_copies_of_the_base_beside_it_are_left_out(tmp_path: Path) -> None:
-    copy = {"base_model.model.lm_head.base_layer.weight": tiny.model("llama").get_submodule("lm_head").weight.clone()}
-    write(tmp_path / "task", tensors(seed=1) | copy, init_lora_weights="pissa")
-    write(tmp_path / "task" / "pissa_init", tensors(seed=2))
-    base = tiny.model("llama")
-    with pytest.warns(UserWarning, match="copies of base weights .* are left out"):
-        [adapter] = AdapterPool.from_directory(tmp_path).fit(BaseLayout.of(base), model=base)
-    assert adapter.ranks == (8,) and adapter.read().keys() == adapter.modules.keys()
-    assert adapter.file.shapes()[next(iter(copy))] == next(iter(copy.values())).shape
+def test_as_peft_converts(tmp_path: Path, init: str, settings: dict[str, Any]) -> None:
+    answer = trained_from(tmp_path, init_lora_weights=init, **settings)
+    assert convert(tmp_path) == 0
+    with torch.no_grad():
+        same_tensor(load_peft(tmp_path / "out")(input_ids=IDS).logits, answer)  # on the untouched base
+    if (tmp_path / "plain").exists():
+        theirs, ours = (load_file(tmp_path / name / SAFETENSORS) for name in ("plain", "out"))
+        assert theirs.keys() == ours.keys()
+        for key, tensor in theirs.items():
+            same_tensor(ours[key], tensor)
+        expected, config = (json.loads((tmp_path / name / CONFIG).read_text()) for name in ("plain", "out"))
+        assert config.pop("lora_alpha") == pytest.approx(expected.pop("lora_alpha"))
+        assert sorted(config.pop("target_modules")) == sorted(expected.pop("target_modules"))  # PEFT's is a set
+        assert config == expected
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("trained", "initial", "said"),
     [
-        ({"r": 2}, "its initial adapter .* another shape or scale"),
-        ({"lora_alpha": 9}, "its initial adapter .* another shape or scale"),
-        ({"only": "q_proj"}, "its initial adapter .* adapts other modules"),
-        ({"use_dora": True}, "DoRA"),
+        ({"init_lora_weights": "pissa"}, {"lora_alpha": 9}, "another shape or scale at model.layers.0"),
+        ({"init_lora_weights": "pissa"}, {"weights": tensors(rank=2), "r": 2}, "another shape or scale"),
+        (
+            {"init_lora_weights": "olora"},
+            {"weights": {key: value for key, value in tensors().items() if "q_proj" in key}},
+            "adapts other modules",
+        ),
+        ({"init_lora_weights": "pissa"}, {"weights": tensors(seed=0)}, "is the same: give the adapter as it was"),
+        ({}, {}, "init_lora_weights is True, which names no initialisation that changed the base weights"),
+        ({"init_lora_weights": "pissa", "use_dora": True}, {}, "it is a DoRA adapter"),
     ],
-    ids=lambda value: str(value)[:20],
+    ids=["scale", "rank", "modules", "equal", "plain", "dora"],
 )
-def test_an_initial_adapter_of_something_else(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    write(tmp_path / "task", tensors(seed=1), init_lora_weights="pissa")
-    rank, only = change.get("r", 4), change.pop("only", "")
-    weights = {key: value for key, value in tensors(seed=2, rank=rank).items() if only in key}
-    write(tmp_path / "task" / "pissa_init", weights, **change)
-    with pytest.raises(PoolError, match=message):
-        AdapterPool.from_directory(tmp_path)
+def test_what_cannot_be_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], trained: Any, initial: Any, said: str
+) -> None:
+    write(tmp_path / "trained", tensors(seed=0), **trained)
+    write(tmp_path / "initial", **{"weights": tensors(seed=1), **initial})
+    assert convert(tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "adapter 'trained'" in error and said in error and not (tmp_path / "out").exists()
 
 
-def test_a_plain_adapter_keeps_what_lies_below_it(tmp_path: Path) -> None:
-    write(tmp_path / "task", tensors(seed=1))
-    write(tmp_path / "task" / "initial", tensors(seed=2))
-    pool = AdapterPool.from_directory(tmp_path)
-    assert pool.names == ("task", "task/initial") and not pool.refused
-    assert json.loads((tmp_path / "task" / "adapter_config.json").read_text())["r"] == pool["task"].ranks[0]
-
-
-def test_without_what_it_began_as_it_is_refused_as_before(tmp_path: Path) -> None:
-    write(tmp_path / "task", tensors(seed=1), init_lora_weights="pissa_niter_4")
-    with pytest.raises(PoolError, match="logo pool convert --initial"):
-        AdapterPool.from_directory(tmp_path)
-    write(tmp_path / "task" / "pissa_init", tensors(seed=2))
-    edit_config(tmp_path / "task", use_qalora=True)
-    with pytest.raises(PoolError, match="QALoRA"):
-        AdapterPool.from_directory(tmp_path)
+def test_one_thing_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(tmp_path, "a prompt") == 2
+    assert "expected one of: a prompt, which selects" in capsys.readouterr().err
+    assert run(["pool", "export", "--initial", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
+    assert "name the folder of the trained adapter with --adapters" in capsys.readouterr().err

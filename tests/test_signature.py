@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,8 @@ import tiny
 from logo import LoGo, PoolError, UsageError
 from logo.adapters.examples import MOST, examples_of, write_examples
 from logo.adapters.files import EXAMPLES
-from logo.adapters.format import Adapter
 from logo.adapters.hub import adapter_patterns
-from logo.adapters.upkeep.conversion import DTYPES, converted, write_converted
-from logo.adapters.upkeep.publishing import Upload
-from logo.adapters.writing import copy_adapter, write_pool
+from logo.adapters.publishing import Upload
 from logo.cli.run import run
 from logo.evaluation.arms import Arms
 from logo.evaluation.identity import digests
@@ -312,34 +308,11 @@ def test_examples_of_one_adapter_do_not_become_those_of_another(folder: Path) ->
     assert blob.read_text() == '{"prompt": "shared"}\n' and not list((folder / "t0").glob(".*"))
 
 
-def test_a_model_cards_widget_gives_examples(folder: Path) -> None:
-    card = folder / "t0" / "README.md"
-    card.write_text('---\nwidget:\n- text: "What is it?"\n- output: 3\n- text: ""\n---\n# A card\n')
-    assert examples_of(folder / "t0") == ("What is it?",)
-    write_examples(folder / "t0", ["its own"])
-    assert examples_of(folder / "t0") == ("its own",)
-    (folder / "t1" / "README.md").write_text("no metadata at all")
-    (folder / "t2" / "README.md").write_text("---\nwidget: {a: [}\n---\n")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert examples_of(folder / "t1") == ()
-    with pytest.warns(UserWarning, match="its metadata cannot be read"):
-        assert examples_of(folder / "t2") == ()
-
-
-def half(adapter: Adapter, folder: Path) -> bool:
-    write_converted(converted(adapter, DTYPES["fp16"]), folder)
-    return False
-
-
-def test_examples_go_with_copies_and_downloads_and_are_not_sent(folder: Path, tmp_path: Path) -> None:
+def test_examples_go_with_downloads_and_are_not_sent(folder: Path) -> None:
     from logo import AdapterPool
 
     told(folder, t0="mine alone")
     adapters = list(AdapterPool.from_directory(folder))
-    write_pool(folder, adapters, tmp_path / "copy", copy_adapter, dict)
-    write_pool(folder, adapters, tmp_path / "half", half, dict)
-    assert examples_of(tmp_path / "copy" / "t0") == examples_of(tmp_path / "half" / "t0") == ("mine alone",)
     assert f"*/{EXAMPLES}" in adapter_patterns("", False)
     sent = Upload.of(folder, adapters, "org/name", "folder")
     assert not [file for file in sent.files if EXAMPLES in file]

@@ -15,8 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from logo.folders import held, remove_abandoned
-
 _T = TypeVar("_T")
 
 # Folders that cannot be written to and were named in a warning.
@@ -65,8 +63,7 @@ def write_cached(cache: Path, name: str, write: Callable[[str], object], most: i
 
     Args:
         write: is given the path to write to.
-        most: of the files in its folder with the same suffix, only so many stay: those that were used last. What killed
-            processes have left there is removed first.
+        most: of the files in its folder with the same suffix, only so many stay: those that were used last.
 
     Returns:
         The file; None if it cannot be written, of which a warning tells once per folder.
@@ -79,11 +76,9 @@ def write_cached(cache: Path, name: str, write: Callable[[str], object], most: i
     part = room / file.name
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if most is not None:  # large files
-            remove_abandoned(file.parent, ".")
-        with held(room, folder=True):
-            write(str(part))
-            os.replace(part, file)
+        room.mkdir(exist_ok=True)
+        write(str(part))
+        os.replace(part, file)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         if cache not in _refusing:
             _refusing.add(cache)

@@ -119,7 +119,7 @@ class LoGo(Calls, FromPretrained):
         self.merge = merge
         self._selecting: Probing = Probing(model, self.prompts, self._mixer, self.settings, self.beginnings)
         self.take(self.prepared(pool))
-        warn_of_bad(self._fitted)
+        warn_of_bad(self._fitted.refused)
 
     @property
     def fitted(self) -> AdapterPool:
@@ -224,7 +224,7 @@ class LoGo(Calls, FromPretrained):
     ) -> list[Generation]:
         answers: dict[int, Generation] = {}
         padded = not reads_prompts(decoding.config)
-        batch_size = 1 if is_assisted(decoding.config) else self._together(batch_size)
+        batch_size = 1 if is_assisted(decoding.config) else batch_size
         for batch in batches_by_length([len(row) for row in rows], batch_size, padded=padded):
             ids, chosen = [rows[i] for i in batch], [selections[i] for i in batch]
             made = self._decoder(self._fitted, decoding, probed, ids, chosen, streamer)
@@ -243,11 +243,7 @@ class LoGo(Calls, FromPretrained):
         mixtures: Sequence[Mapping[str, float]],
         batch_size: int,
     ) -> list[Scored]:
-        return self._completions.pairs(self._fitted, pairs, mixtures, self._together(batch_size))
-
-    def _together(self, batch_size: int) -> int:
-        """Rows per forward pass: one if the pool has an adapter that can only answer alone."""
-        return 1 if any(adapter.alone for adapter in self._fitted) else batch_size
+        return self._completions.pairs(self._fitted, pairs, mixtures, batch_size)
 
     def prepared(self, pool: AdapterPool) -> Prepared:
         """Prepares another pool while this one is in use: nothing changes before `take`.
@@ -260,14 +256,15 @@ class LoGo(Calls, FromPretrained):
             version = pool.version
             fitted = pool.fit(self._layout, model=self.model, on_bad_adapter=self._on_bad_adapter)
             fitted = fitted.acting(self.settings.activation, self.settings.when_not_invoked)
-            _tell_of_kinds(fitted, self.settings.k)
+            _tell_of_kinds(fitted)
             return Prepared(pool, version, fitted, self._selecting.prepared(fitted), self.settings)
 
     def take(self, prepared: Prepared) -> None:
         """Replaces the pool by a prepared one."""
         with self._lock:
             self._selecting.take(prepared.fitted, prepared.scorers)
-            self._fitted, self._seen, self.pool = prepared.fitted, prepared.version, prepared.pool
+            self._fitted, self.pool = prepared.fitted, prepared.pool
+            self._seen = self.pool.leave_out(self._fitted.refused, prepared.version)
             self._mixer.forget(self._fitted)
 
     def _sync(self) -> None:
@@ -278,18 +275,13 @@ class LoGo(Calls, FromPretrained):
         with self._lock:
             if self.pool.version != self._seen:
                 # A pool that cannot be used changes nothing, and is refused again at the next call.
-                self.take(self.prepared(self.pool))
+                known = len(self.pool.refused)
+                prepared = self.prepared(self.pool)
+                self.take(prepared)
+                warn_of_bad(prepared.fitted.refused[known:])
 
 
-def _tell_of_kinds(pool: AdapterPool, k: int | None) -> None:
-    alone = [adapter.name for adapter in pool if adapter.alone]
-    if alone and k != 1:
-        warnings.warn(
-            f"{len(alone)} of {len(pool)} adapters are DoRA adapters ({listed(alone)}), which cannot be mixed: use "
-            "k 1, or force one of them",
-            UserWarning,
-            stacklevel=4,
-        )
+def _tell_of_kinds(pool: AdapterPool) -> None:
     plain = [adapter.name for adapter in pool if adapter.activation.everywhere]
     if plain and len(plain) < len(pool):
         warnings.warn(

@@ -13,7 +13,6 @@ from logo.adapters.layout import text_config
 from logo.errors import LoGoError, ModelError, UsageError, closest
 from logo.hub.failures import hub_error
 from logo.hub.names import check_revision, is_hub_id
-from logo.hub.sizes import FileSizes, file_sizes
 from logo.hub.snapshots import snapshot
 
 if TYPE_CHECKING:
@@ -316,11 +315,6 @@ def download_model(
         )
     except Exception as error:  # the boundary, as in `download_files`
         raise hub_error(repo_id, error, revision=revision) from error
-
-
-def model_sizes(source: str) -> FileSizes:
-    """The files of a base model, in a folder or on the Hub; errors as `logo.hub.sizes.file_sizes`."""
-    return file_sizes(source, None, _FILES, _LEFT_OUT)
 
 
 def check_access(base_model: str, *, model_dir: str | Path | None = None) -> None:

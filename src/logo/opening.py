@@ -124,7 +124,7 @@ class FromPretrained:
         named = None
         if not isinstance(pool, AdapterPool):
             named = None if pool is None else pool_place(pool, base_model).spec
-            how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "cache": chosen.cache, "token": token}
+            how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "token": token}
             pool = open_pool(named, base_model, model_dir, examples=chosen.examples, **how)
         if official:
             pool = officially_named(pool, base_model, named)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from logo.adapters.manifest import read_manifest
+from logo.adapters.notes import noted_k
 from logo.adapters.places import Place, parse_places, places_text
 from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.errors import UsageError
 from logo.models import DEMO, OFFICIAL_MODELS, demo_folder
 
-DEMO_K = 3  # adapters per prompt of the embedded pool, which has fewer than 20
+DEMO_K = 3  # adapters per prompt of the embedded pool, which has fewer than 20; its `pool.json` says so, too
 OFFICIAL_ADAPTERS = "archon159/LoGo-loras-collection"
 
 
@@ -27,10 +29,7 @@ def default_pool(base_model: str, model_dir: str | Path | None = None, **options
         UsageError: the base model has no pool, so the user has to name one.
         PoolError, HubError: the pool cannot be opened.
     """
-    pool = AdapterPool.open(_own_place(base_model, model_dir).spec, **options)
-    if base_model == DEMO:
-        pool.default_k = DEMO_K
-    return pool
+    return AdapterPool.open(_own_place(base_model, model_dir).spec, **options)
 
 
 def official_folder(base_model: str) -> str | None:
@@ -56,8 +55,12 @@ def officially_named(pool: AdapterPool, base_model: str, adapters: str | None = 
 
 
 def default_k(base_model: str, adapters: str | None = None) -> int:
-    """`AdapterPool.default_k` of the pool that `open_pool` would open."""
-    return DEMO_K if base_model == DEMO and adapters is None else DEFAULT_K
+    """`AdapterPool.default_k` of the pool that `open_pool` would open; of a pool on the Hub, `DEFAULT_K`."""
+    [only, *more] = pool_place(adapters, base_model).places
+    if more or only.on_hub:
+        return DEFAULT_K
+    source = Path(only.source)
+    return (read_manifest(source).k if only.kind == "manifest" else noted_k(source)) or DEFAULT_K
 
 
 def open_pool(

@@ -151,7 +151,6 @@ def score_mixtures(
     vocabulary: int,
     device: torch.device | str,
     read: Read | None = None,
-    together: int | None = None,
 ) -> list[Scored]:
     """Scores one completion under each mixture, in batches of equal rows with different mixtures.
 
@@ -164,7 +163,6 @@ def score_mixtures(
         vocabulary: its size, for the memory of logits.
         device: of the model's input.
         read: the part of the prompt that the base model has read; None: all is read under each mixture.
-        together: the most mixtures of a batch; None: as many as there is memory for.
 
     Raises:
         StoreFull: the adapters of one mixture do not fit into the memory for adapters.
@@ -175,7 +173,6 @@ def score_mixtures(
     distinct = list(dict.fromkeys(keys))
     scored: dict[frozenset[tuple[str, float]], Scored] = {}
     size = rows_per_pass(len(ids), len(gold), vocabulary)
-    size = size if together is None else min(size, together)
 
     def score(part: Sequence[frozenset[tuple[str, float]]]) -> list[Scored]:
         rows = ids.expand(len(part), -1)

@@ -154,8 +154,6 @@ class Choosing:
         unsure = settings.when_unsure, settings.unsure_below
         selector = Selector(k, weighting, temperature, mass, evidence, *unsure)
         found = selector(scores, names, self.sizes(settings))
-        if len(found.adapters) == 1 and self.pool[found.adapters[0]].alone:
-            found = replace(found, weights=(1.0,))  # it has no weaker form
         return replace(found, signal=settings.signal)
 
     def outcome(self, scores: Tensor, names: Sequence[str], call: CallSettings) -> Outcome:

@@ -1,6 +1,6 @@
 """One adapter per task, made by `logo train` from ordinary rows of that task and from nothing else.
 
-    training rows (TASK.jsonl) -> `logo train` (RECIPE) -> float16, as `logo pool convert --dtype fp16` writes it
+    training rows (TASK.jsonl) -> `logo train` (RECIPE) -> float16
 
 The rows are cheap, so there are as many as the steps can read, and none is read twice.
 """
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 
+from logo.adapters.config import read_raw
 from logo.adapters.examples import examples_of, write_examples
+from logo.adapters.files import NOTES
 from logo.adapters.pool import AdapterPool
-from logo.adapters.upkeep.conversion import DTYPES, converted, write_converted
+from logo.adapters.writing import plain_tensors, save_adapter
+from logo.pools import DEMO_K
 from logo.training.pool import record_of
 from logo.training.recipe import Recipe, Recipes
 from logo.training.running import Wanted, train
@@ -57,7 +59,7 @@ def write_shipped(pool: Path, out: Path) -> None:
     The example prompts that `logo train` has left beside them go with them.
     """
     for adapter in AdapterPool.from_directory(pool):
-        result = converted(adapter, DTYPES["fp16"])
-        named = replace(result, config=result.config | {"base_model_name_or_path": BASE_NAME})
-        write_converted(named, out / adapter.name)
+        tensors = {key: tensor.half() for key, tensor in plain_tensors(adapter.read()).items()}
+        save_adapter(out / adapter.name, tensors, read_raw(adapter.folder) | {"base_model_name_or_path": BASE_NAME})
         write_examples(out / adapter.name, examples_of(adapter.folder))
+    (out / NOTES).write_text(json.dumps({"k": DEMO_K}, indent=2) + "\n", encoding="utf-8")

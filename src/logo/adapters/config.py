@@ -19,6 +19,7 @@ from logo.adapters.files import CONFIG
 _NOT_PLAIN = {
     "target_parameters": "it adapts raw parameters (target_parameters: {value}); only linear modules are supported",
     "trainable_token_indices": "it trains token embeddings (trainable_token_indices), which cannot be mixed",
+    "use_dora": "it is a DoRA adapter (use_dora), whose effect is not linear in its weight, so that it cannot be mixed",
     "use_qalora": "QALoRA (use_qalora) pools its input by groups and is not a plain LoRA",
     "lora_bias": "it has a bias on lora_B (lora_bias); only bias-free adapters can be mixed",
     "layer_replication": "it replicates layers of the base model (layer_replication: {value})",
@@ -38,7 +39,7 @@ _INFORMATIONAL = {
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 
 
@@ -56,8 +57,6 @@ class LoraConfig:
         rslora: scale by `alpha / sqrt(r)` instead of `alpha / r`.
         base_model: the base model that it names (information only, never compared).
         invocation: its invocation tokens (activated LoRA); empty: it acts everywhere.
-        dora: whether weights are decomposed (`use_dora`); the update is then not linear in its scale, so that the
-            adapter can only answer alone.
         unknown: keys that this version does not know; they are ignored with a warning.
     """
 
@@ -68,13 +67,10 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     base_model: str | None = None
     invocation: tuple[int, ...] = ()
-    dora: bool = False
     unknown: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
-        return hash(
-            (self.r, self.alpha, self.rslora, self.dora, *self.rank_pattern.items(), *self.alpha_pattern.items())
-        )
+        return hash((self.r, self.alpha, self.rslora, *self.rank_pattern.items(), *self.alpha_pattern.items()))
 
     def rank(self, module: str) -> int:
         """The rank the configuration gives to `module` (path relative to the base model)."""
@@ -86,13 +82,13 @@ class LoraConfig:
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
-def read_config(folder: Path, *, unconverted: bool = False) -> LoraConfig:
-    """Reads and checks `adapter_config.json` of a PEFT folder; `unconverted` as `parse_config`.
+def read_config(folder: Path) -> LoraConfig:
+    """Reads and checks `adapter_config.json` of a PEFT folder.
 
     Raises:
         Refusal: the file is missing or malformed, or asks for something that cannot be mixed.
     """
-    return parse_config(read_raw(folder), unconverted=unconverted)
+    return parse_config(read_raw(folder))
 
 
 def read_raw(folder: Path) -> dict[str, Any]:
@@ -141,11 +137,10 @@ def parse_config(raw: dict[str, Any], *, unconverted: bool = False) -> LoraConfi
             f"init_lora_weights is {_short(init)}, which also replaced the base weights by quantised ones, so that "
             "the adapter alone is not the trained update; train it again with another initialisation"
         )
-    init = changed_base(raw)
-    if init is not None and not unconverted:
+    if changed_base(raw) is not None and not unconverted:
         raise Refusal(
             f"init_lora_weights is {_short(init)}, which also changed the base weights; convert it to a plain LoRA "
-            "first (`logo pool convert --initial`, or PEFT's path_initial_model_for_weight_conversion)"
+            "first (`logo pool export --initial`, or PEFT's path_initial_model_for_weight_conversion)"
         )
     base_model = raw.get("base_model_name_or_path")
     known = _INFORMATIONAL | set(_NOT_PLAIN)
@@ -157,7 +152,6 @@ def parse_config(raw: dict[str, Any], *, unconverted: bool = False) -> LoraConfi
         alpha_pattern={key: _number("alpha_pattern", v) for key, v in _pattern(raw, "alpha_pattern").items()},
         base_model=base_model if isinstance(base_model, str) else None,
         invocation=_invocation(raw.get("alora_invocation_tokens")),
-        dora=_flag("use_dora", raw.get("use_dora") or None),
         unknown=tuple(sorted(set(raw) - known)),
     )
 

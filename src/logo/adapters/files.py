@@ -12,7 +12,6 @@ CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 EXAMPLES = "examples.jsonl"
-MODEL_CARD = "README.md"
 NOTES = "pool.json"
 RECORD = "training.json"
 # A folder; the names of the files in it say for which weights they hold.

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logo.adapters.activation import EVERYWHERE, Activation
-from logo.adapters.config import LoraConfig, Refusal, changed_base, parse_config, read_config, read_raw
+from logo.adapters.config import LoraConfig, Refusal, read_config
 from logo.adapters.examples import FolderExamples
-from logo.adapters.files import CONFIG, PICKLE, SAFETENSORS
+from logo.adapters.files import PICKLE, SAFETENSORS
 from logo.adapters.header import LoraModule, read_header
-from logo.adapters.initial import initial_folder, with_initial
 from logo.adapters.layout import BaseLayout
 from logo.adapters.notes import noted_alone
-from logo.adapters.weights import PickleFile, SafetensorsFile, Stamp, WeightFile, stamp, unreadable
+from logo.adapters.weights import PickleFile, SafetensorsFile, WeightFile, unreadable
 from logo.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ class LoraWeights:
     A: torch.Tensor  # (r, in)
     B: torch.Tensor  # (out, r)
     scaling: float
-    magnitude: torch.Tensor | None = None  # (out,), of DoRA
 
     def scaled_b(self) -> torch.Tensor:
         """`s B` in float32, (out, r)."""
@@ -59,8 +57,6 @@ class Adapter:
         copies: key in the file -> parameter of the base model that it copies. `fit` compares copies with the base
             model; before that no tensor is read.
         given_examples: example prompts in place of those in its folder; None: those in its folder.
-        stamps: of its configuration and its weight file, and of those of its initial state, when they were opened;
-            empty if it has no files.
     """
 
     name: str
@@ -72,7 +68,6 @@ class Adapter:
     activation: Activation = EVERYWHERE
     copies: Mapping[str, str] = field(default_factory=dict)
     given_examples: tuple[str, ...] | None = None
-    stamps: tuple[Stamp | None, ...] = field(default=(), compare=False)
 
     @property
     def examples(self) -> tuple[str, ...]:
@@ -90,9 +85,9 @@ class Adapter:
         return tuple(sorted({m.rank for m in self.modules.values()}))
 
     @property
-    def alone(self) -> bool:
-        """Whether it can only answer alone, with weight 1 (DoRA)."""
-        return self.config.dora
+    def targets(self) -> list[str]:
+        """The names of the modules in it, without their layers."""
+        return sorted({path.rsplit(".", 1)[-1] for path in self.modules})
 
     @property
     def size(self) -> int:
@@ -126,8 +121,6 @@ class Adapter:
             AdapterError: a tensor matches no module of the base, or one of another shape (up to five are named); or a
                 copy differs from the base model's weight.
         """
-        if self.alone and model is None:
-            raise AdapterError(self.name, "it is a DoRA adapter (use_dora), which cannot be mixed")
         fitted: dict[str, LoraModule] = {}
         problems: list[str] = []
         for path, module in self.modules.items():
@@ -200,8 +193,6 @@ class Adapter:
 
     def check_linear(self) -> None:
         """Raises AdapterError unless it is `s B A` on linear modules, since no other kind can be written."""
-        if self.alone:
-            raise AdapterError(self.name, "it is a DoRA adapter (use_dora), which cannot be rewritten yet")
         for path, module in self.modules.items():
             if module.embedding:
                 raise AdapterError(self.name, f"it adapts an embedding ({path}), which cannot be rewritten yet")
@@ -217,7 +208,7 @@ class Adapter:
 
     def _read(self, modules: Iterable[str] | None) -> dict[str, LoraWeights]:
         wanted = {path: self.modules[path] for path in (self.modules if modules is None else modules)}
-        keys = [key for m in wanted.values() for key in (m.key_a, m.key_b, m.magnitude) if key is not None]
+        keys = [key for m in wanted.values() for key in (m.key_a, m.key_b)]
         try:
             tensors = self.file.read(keys)
         except Exception as error:  # safetensors raises its own Rust error type
@@ -231,24 +222,16 @@ class Adapter:
             if not bool(tensor.isfinite().all()):
                 found = "NaN" if bool(tensor.isnan().any()) else "Inf"
                 raise AdapterError(self.name, f"tensor {key} holds {found}; the adapter is damaged")
-        return {
-            path: LoraWeights(
-                tensors[m.key_a], tensors[m.key_b], m.scaling, None if m.magnitude is None else tensors[m.magnitude]
-            )
-            for path, m in wanted.items()
-        }
+        return {path: LoraWeights(tensors[m.key_a], tensors[m.key_b], m.scaling) for path, m in wanted.items()}
 
 
-def open_adapter(
-    folder: str | Path, name: str | None = None, *, allow_pickle: bool = False, unconverted: bool = False
-) -> Adapter:
+def open_adapter(folder: str | Path, name: str | None = None, *, allow_pickle: bool = False) -> Adapter:
     """Opens a PEFT adapter folder: configuration and header only.
 
     Args:
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
         name: its name in the pool; default: the folder's own name.
         allow_pickle: also read `adapter_model.bin` (with `weights_only=True`) if there is no safetensors file.
-        unconverted: as `parse_config`.
 
     Raises:
         AdapterError: the folder cannot be read, or the adapter cannot be mixed; the reason says why.
@@ -257,21 +240,10 @@ def open_adapter(
     folder = Path(folder)
     name = name if name is not None else own_name(folder)
     try:
-        stamps = [stamp(folder / CONFIG)]  # before it is read, so that a later change is noticed
-        raw = read_raw(folder)
-        start = None if unconverted or changed_base(raw) is None else initial_folder(folder)
-        config = parse_config(raw, unconverted=unconverted or start is not None)
-        file = _weight_file(folder, allow_pickle)
-        stamps.append(file.stamp)
-        adapter = adapter_of(name, folder, config, file)
-        if start is not None:
-            stamps.append(stamp(start / CONFIG))
-            first, file = read_config(start, unconverted=True), _weight_file(start, allow_pickle)
-            stamps.append(file.stamp)
-            adapter = with_initial(adapter, adapter_of(name, start, first, file))
+        adapter = adapter_of(name, folder, read_config(folder), weight_file(folder, allow_pickle))
     except Refusal as refusal:
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__
-    return replace(adapter, activation=noted_alone(folder, adapter.activation), stamps=tuple(stamps))
+    return replace(adapter, activation=noted_alone(folder, adapter.activation))
 
 
 def adapter_of(name: str, folder: Path, config: LoraConfig, file: WeightFile) -> Adapter:
@@ -296,7 +268,12 @@ def own_name(folder: Path) -> str:
     return os.path.basename(os.path.abspath(folder))
 
 
-def _weight_file(folder: Path, allow_pickle: bool) -> SafetensorsFile | PickleFile:
+def weight_file(folder: Path, allow_pickle: bool) -> SafetensorsFile | PickleFile:
+    """The weight file in a PEFT folder.
+
+    Raises:
+        Refusal: there is none, or only a pickle that may not be read.
+    """
     if (folder / SAFETENSORS).is_file():
         return SafetensorsFile(folder / SAFETENSORS)
     if not (folder / PICKLE).is_file():

@@ -1,48 +1,27 @@
 """Gathers the adapters of several places, and names them.
 
-The name of an adapter is its path below its place. If the place has a `*`, the name is what the `*` stands for:
-`Lots-of-LoRAs/...-task*` has adapters `1`, `2`, ... If there are several places, those on the Hub are put in front of
+The name of an adapter is its path below its place. If there are several places, those on the Hub are put in front of
 the names of their adapters, so that no name depends on what other places hold. An adapter that is a place itself is
-named after it, even if it is in a subfolder `default`.
+named after it.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from logo.adapters.files import CONFIG, MODEL_CARD, SAFETENSORS
+from logo.adapters.files import CONFIG, SAFETENSORS
 from logo.adapters.format import Adapter, own_name
-from logo.adapters.hub import adapter_patterns, require_adapters
-from logo.adapters.locking import as_locked, to_lock_anew
-from logo.adapters.manifest import Entry, entry_place, read_manifest
-from logo.adapters.options import ExamplesUse, Fetching
-from logo.adapters.places import Place, places_text
-from logo.adapters.pool_cache import DigestCache, PoolCache
-from logo.adapters.repos import Listing, fetch_each, keep_listing, list_repos
+from logo.adapters.hub import download_adapters
+from logo.adapters.manifest import Entry, read_manifest
+from logo.adapters.notes import noted_k
+from logo.adapters.options import Fetching
+from logo.adapters.places import Place
 from logo.adapters.survey import Spot, adapter_folders, check_folder, is_checkpoint, left_out_checkpoint, opened
 from logo.errors import AdapterError, HubError, PoolError
-from logo.hub.snapshots import download_files
-
-_DEFAULT = "default"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The place where an adapter was found.
-
-    Attributes:
-        source: a repository, or the folder of a pool.
-        below: the adapter's folder in it; empty: all of it.
-        commit: of the repository; None for a folder.
-    """
-
-    source: str
-    below: str
-    commit: str | None = None
+from logo.hub.failures import is_lasting
 
 
 @dataclass(frozen=True)
@@ -52,260 +31,156 @@ class Gathered:
     Attributes:
         adapters: those that can be used.
         refused: why others cannot.
-        origins: name -> where the adapter is.
-        entries: name -> its entry in a manifest.
+        origins: name -> where the adapter is, with the commit of its repository.
+        k: adapters per prompt, if the pool says so; None also for a pool of several places.
     """
 
     adapters: Sequence[Adapter]
-    refused: list[AdapterError] = field(default_factory=list)
-    origins: Mapping[str, Origin] = field(default_factory=dict)
-    entries: Mapping[str, Entry] = field(default_factory=dict)
+    refused: list[AdapterError]
+    origins: Mapping[str, Place]
+    k: int | None = None
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A place to look in, or an entry of a manifest.
-
-    Attributes:
-        entry, manifest: the entry of a manifest, and the manifest's file.
-        listing: the repositories of a place of kind `"repos"`.
-    """
+    """A place to look in, and the manifest's entry that names it."""
 
     place: Place
     entry: Entry | None = None
     manifest: Path | None = None
-    listing: Listing | None = None
-
-    @property
-    def repos(self) -> Mapping[str, str | None]:
-        """Repository to download -> revision."""
-        if self.listing is not None:
-            return {repo: self.place.revision or commit or None for repo, commit in self.listing.repos.items()}
-        return {self.place.source: self.place.revision} if self.place.on_hub else {}
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A local folder: that of a place, or the snapshot of a repository."""
-
-    asked: _Wanted
-    root: Path
-    repo: str | None = None
-
-    @property
-    def top(self) -> Path:
-        """The folder to look in."""
-        return self.root / self.asked.place.fixed
-
-
-@dataclass(frozen=True)
-class _Found:
-    """The folder of an adapter, with its origin and its entry in a manifest."""
-
-    spot: Spot
-    origin: Origin
-    entry: Entry | None
-
-
-def gather(
-    places: Sequence[Place],
-    fetching: Fetching | None = None,
-    *,
-    skip: bool = False,
-    full_names: bool | None = None,
-    verify: bool | None = None,
-    cache: Path | None = None,
-    anew: bool = False,
-    examples: ExamplesUse = "use",
-) -> Gathered:
+def gather(places: Sequence[Place], how: Fetching, *, skip: bool = False, verify: bool | None = None) -> Gathered:
     """Downloads and opens every adapter of these places.
 
     Args:
-        skip: repositories that cannot be used are added to `refused`; otherwise the first one ends the search.
-        full_names: whether places are put in front of the names; None: if there are several.
+        skip: repositories that cannot be used are added to `refused`; otherwise the first one ends the search. A single
+            one always does.
         verify: as `AdapterPool.from_directory`.
-        cache: the cache folder; None: none.
-        anew: manifests are going to be written again, so files may have changed.
-        examples: under `"ignore"`, example prompts may be others than a manifest says.
 
     Raises:
-        HubError: the Hub cannot be reached, or a repository that is named in full cannot be used.
+        HubError: the Hub cannot be reached, or a repository cannot be used.
         StorageError: a folder cannot be read.
         PoolError: a place holds no adapter.
     """
-    how = fetching or Fetching()
-    full = len(places) > 1 if full_names is None else full_names
+    asked = [one for place in places for one in _asked(place)]
     refused: list[AdapterError] = []
-    asked = [one for place in places for one in _asked(place, how, cache)]
-    sources = _fetched(asked, how, refused, full, skip=skip, cache=cache)
-    if refused and not skip:
-        return Gathered((), refused)
-    found: list[_Found] = []
-    for source in sources:
-        here = list(_adapters_in(source, full, refused))
-        asks = source.asked
-        found += here
-        if here:
+    fetched, full = _fetched(asked, how, skip=skip), len(places) > 1
+    spots: list[Spot] = []
+    wanted: dict[tuple[str, str], tuple[_Wanted, Place]] = {}  # name, folder -> who asked for it, and its origin
+    for one in asked:
+        source: Path | HubError = Path(one.place.source)
+        if one.place.on_hub:
+            source = fetched[one.place.source, one.place.revision]
+        elif one.entry is None:
+            check_folder(Path(one.place.source))
+        if isinstance(source, HubError):
+            refused.append(AdapterError(_name(one, one.place.below, full), str(source)))
             continue
-        if asks.listing is not None:
-            name = _name(asks, source.repo or "", asks.place.fixed, full) or source.repo or ""
-            refused.append(AdapterError(name, _empty(source)))
-        elif asks.entry is None:
-            raise PoolError(_empty(source))
-        elif asks.entry.name is None:  # otherwise it is refused already
-            refused.append(AdapterError(asks.entry.source, _empty(source)))
-    identity = f"{places_text(places)} {full}"
-    known = PoolCache.of(identity, cache)
-    adapters = opened((one.spot for one in found), refused, known, allow_pickle=how.allow_pickle, verify=verify)
-    # Of several folders with one name, the others may have been refused.
-    folders = {adapter.name: adapter.folder for adapter in adapters}
-    used = {one.spot.name: one for one in reversed(found) if folders.get(one.spot.name) == Path(one.spot.folder)}
-    entries = {name: one.entry for name, one in used.items() if one.entry is not None}
-    if entries:
-        expected = {name: to_lock_anew(entry) for name, entry in entries.items()} if anew else entries
-        if examples == "ignore":
-            expected = {name: replace(entry, examples_sha256=None) for name, entry in expected.items()}
-        adapters = as_locked(adapters, expected, refused, DigestCache.of(identity, cache))
-    names = {adapter.name for adapter in adapters}
-    return Gathered(
-        adapters,
-        refused,
-        {name: one.origin for name, one in used.items() if name in names},
-        {name: entry for name, entry in entries.items() if name in names},
-    )
+        before = len(spots) + len(refused)
+        for spot, path in _adapters_in(one, source, refused, full=full):
+            spots.append(spot)
+            origin = Place("folder", str(source / path))
+            if one.place.on_hub:
+                origin = Place("repo", one.place.source, path, source.name)
+            wanted.setdefault((spot.name, spot.folder), (one, origin))
+        if len(spots) + len(refused) == before:
+            where = one.place.spec if one.entry is None else f"{one.entry.source}, of {one.manifest}"
+            problem = f"no adapters in {where}: expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth"
+            if one.entry is None:
+                raise PoolError(problem)
+            refused.append(AdapterError(one.entry.source, problem))
+    adapters = []
+    for adapter in opened(spots, refused, allow_pickle=how.allow_pickle, verify=verify):
+        entry = wanted[adapter.name, str(adapter.folder)][0].entry
+        try:
+            adapters.append(adapter if entry is None else entry.checked(adapter))
+        except AdapterError as error:
+            refused.append(error)
+    k = _k(places[0], fetched) if not full else None
+    return Gathered(adapters, refused, {one.name: wanted[one.name, str(one.folder)][1] for one in adapters}, k)
 
 
-def _asked(place: Place, how: Fetching, cache: Path | None) -> Iterator[_Wanted]:
-    if place.kind == "repos":
-        listing = list_repos(place, token=how.token, local_files_only=how.local_files_only, cache=cache)
-        yield _Wanted(place, listing=listing)
-    elif place.kind == "manifest":
-        file = Path(place.source)
-        for entry in read_manifest(file).entries:
-            yield _Wanted(entry_place(entry, file), entry, file)
-    else:
+def _k(place: Place, fetched: Mapping[tuple[str, str | None], Path | HubError]) -> int | None:
+    if place.kind == "manifest":
+        return read_manifest(Path(place.source)).k
+    source = fetched[place.source, place.revision] if place.on_hub else Path(place.source)
+    return noted_k(source / place.below) if isinstance(source, Path) else None
+
+
+def _asked(place: Place) -> Iterator[_Wanted]:
+    if place.kind != "manifest":
         yield _Wanted(place)
+        return
+    file = Path(place.source)
+    for entry in read_manifest(file).entries:
+        yield _Wanted(entry.place(file), entry, file)
 
 
-def _fetched(
-    asked: Sequence[_Wanted],
-    how: Fetching,
-    refused: list[AdapterError],
-    full: bool,
-    *,
-    skip: bool,
-    cache: Path | None,
-) -> list[_Source]:
-    """The folders of the places, in their order. A repository is downloaded once, even if several places name it."""
+def _fetched(asked: Sequence[_Wanted], how: Fetching, *, skip: bool) -> dict[tuple[str, str | None], Path | HubError]:
+    """The snapshot of every repository, or why it cannot be used. Each is downloaded once, several at a time."""
     wanted: dict[tuple[str, str | None], list[_Wanted]] = {}
     for one in asked:
-        for repo in one.repos.items():
-            wanted.setdefault(repo, []).append(one)
-    jobs = {repo: partial(_fetch, *repo, ones, how, alone=len(wanted) == 1) for repo, ones in wanted.items()}
-    results = fetch_each(jobs, skip=skip, workers=how.max_workers, progress=how.progress) if jobs else {}
-    sources = []
-    for one in asked:
-        if not one.place.on_hub:
-            if one.entry is None:
-                check_folder(Path(one.place.source))
-            sources.append(_Source(one, Path(one.place.source)))
-        why: dict[str, str] = {}
-        for repo, result in ((repo, results[repo]) for repo in one.repos.items() if repo in results):
-            if isinstance(result, Path):
-                sources.append(_Source(one, result, repo[0]))
-            elif one.entry is None and one.listing is None:
-                raise result
-            else:
-                why[repo[0]] = str(result)
-                refused.append(AdapterError(_name(one, repo[0], one.place.below, full) or repo[0], str(result)))
-        if skip and one.listing is not None:
-            keep_listing(one.place, replace(one.listing, refused=why), cache)
-    return sources
+        if one.place.on_hub:
+            wanted.setdefault((one.place.source, one.place.revision), []).append(one)
+
+    workers = max(1, how.max_workers)
+    if len(wanted) > 1:  # several repositories are downloaded at the same time
+        how = replace(how, max_workers=2, progress=False)
+
+    def fetch(repo: tuple[str, str | None]) -> Path | HubError:
+        folders = dict.fromkeys(one.place.below for one in wanted[repo])
+        required = dict.fromkeys(one.place.below for one in wanted[repo] if one.entry is None)
+        try:
+            return download_adapters(repo[0], folders, how, revision=repo[1], required=required)
+        except HubError as error:
+            # A pool must not be smaller because a connection broke.
+            if skip and len(asked) > 1 and is_lasting(error):
+                return error
+            raise
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="hub")
+    try:
+        return dict(zip(wanted, pool.map(fetch, wanted), strict=True))
+    finally:  # also after an error or Ctrl-C: no other download begins
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _fetch(repo: str, revision: str | None, asked: Sequence[_Wanted], how: Fetching, *, alone: bool) -> Path:
-    """Downloads the snapshot of a repository with the files that all its places want."""
-    for one in asked:
-        if one.listing is not None and repo in one.listing.refused:  # offline: refused when it was last opened
-            raise HubError(one.listing.refused[repo])
-    below = dict.fromkeys(one.place.below for one in asked)
-    patterns = [pattern for one in below for pattern in adapter_patterns(one, how.allow_pickle, pattern=True)]
-
-    def check(files: list[str]) -> None:
-        for one in asked:
-            if one.entry is None:
-                require_adapters(repo, one.place.fixed, files, allow_pickle=how.allow_pickle)
-
-    return download_files(
-        repo,
-        patterns,
-        check,
-        optional=MODEL_CARD,
-        revision=revision,
-        token=how.token,
-        cache_dir=how.cache_dir,
-        local_files_only=how.local_files_only,
-        max_workers=how.max_workers if alone else 2,  # many repositories are downloaded at the same time
-        progress=how.progress and alone,
-    )
-
-
-def _adapters_in(source: _Source, full: bool, refused: list[AdapterError]) -> Iterator[_Found]:
-    """Yields the adapters in a folder that its place names."""
-    asked, top = source.asked, source.top
-    entry, repo = asked.entry, source.repo or asked.place.source
+def _adapters_in(
+    asked: _Wanted, source: Path, refused: list[AdapterError], *, full: bool
+) -> Iterator[tuple[Spot, str]]:
+    """Yields the adapters in a folder that a place names, with their paths in the source."""
+    place, entry = asked.place, asked.entry
+    top = source / place.below
     bad: list[AdapterError] = []
-    paths = []
-    if top.is_dir():
-        found = adapter_folders(top, bad)
-        paths = [(folder, "/".join(filter(None, (asked.place.fixed, path)))) for folder, path in found]
-    for error in bad:
-        path = "/".join(filter(None, (asked.place.fixed, error.name)))
-        refused.append(type(error)(_name(asked, repo, path, full) or path, error.reason))
+    found = list(adapter_folders(top, bad)) if top.is_dir() else []
+    inside = [(folder, "/".join(filter(None, (place.below, path)))) for folder, path in found]
+    refused += (
+        type(error)(_name(asked, "/".join(filter(None, (place.below, error.name))), full), error.reason)
+        for error in bad
+    )
     if entry is not None and entry.name is not None:
-        whole = [(folder, path) for folder, path in paths if path == asked.place.below] or paths
-        if len(whole) != 1:  # an adapter may have others below its folder
+        # An adapter may have others below its folder.
+        whole = [(folder, path) for folder, path in inside if path == place.below] or inside
+        if len(whole) != 1:
             what = f"{len(whole)} of them" if whole else "none"
             refused.append(AdapterError(entry.name, f"{asked.manifest}: expected one adapter in {top}, found {what}"))
             return
-        [(folder, path)] = whole
-        yield _Found(Spot(folder, entry.name, top), _origin(source, path), entry)
-        return
-    named = [(name, *one) for one in paths if (name := _name(asked, repo, one[1], full)) is not None]
-    names = {name for name, _, _ in named}
-    for name, folder, path in named:
-        if path != asked.place.below and is_checkpoint(path):
+        inside = whole
+    for folder, path in inside:
+        name = _name(asked, path, full)
+        if path != place.below and entry is None and is_checkpoint(path):
             refused.append(left_out_checkpoint(name))
-            continue
-        short = name
-        if os.path.basename(path) == _DEFAULT and (full or not asked.place.plain):
-            short = _name(asked, repo, os.path.dirname(path), full) or name
-        yield _Found(Spot(folder, name if short in names else short, top), _origin(source, path), entry)
+        else:
+            yield Spot(folder, name, top), path
 
 
-def _origin(source: _Source, path: str) -> Origin:
-    return Origin(source.repo or str(source.root), path, source.root.name if source.repo else None)
-
-
-def _name(asked: _Wanted, repo: str, path: str, full: bool) -> str | None:
-    """The name of an adapter in this folder of a place; None if the place does not name it."""
+def _name(asked: _Wanted, path: str, full: bool) -> str:
+    """The name of an adapter in this folder of a place's source."""
     place, entry = asked.place, asked.entry
     if entry is not None and entry.name is not None:
         return entry.name
-    name = place.name(repo, path)
-    if name is None or ((full or entry is not None) and place.on_hub):
-        return name if name is None else "/".join(filter(None, (repo, path)))
-    if not name:
-        return own_name(Path(place.source, path)) if not place.on_hub or path else repo
-    return name
-
-
-def _empty(source: _Source) -> str:
-    place, entry = source.asked.place, source.asked.entry
-    where = place.spec if entry is None else f"{entry.source}, of {source.asked.manifest}"
-    expected = f"expected folders that hold {CONFIG} and {SAFETENSORS}"
-    if place.plain:
-        return f"no adapters in {where}: {expected}, at any depth"
-    holders = sorted(path for _, path in adapter_folders(source.root, []))[:5]
-    hint = f"there are {', '.join(holders)}" if holders else "there are none"
-    return f"no adapters match {where}: {expected}; {hint}"
+    if place.on_hub and (full or entry is not None or not path):
+        return "/".join(filter(None, (place.source, path)))
+    inside = path.removeprefix(place.below).strip("/")
+    return inside or own_name(Path(place.source, path))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from logo.adapters.config import LoraConfig, Refusal
@@ -15,7 +15,6 @@ from logo.adapters.files import CONFIG
 
 _LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>.+))?\.weight$")
 _EMBEDDING_KEY = re.compile(r"^(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<adapter>.+))?$")
-_MAGNITUDE_KEY = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(?:\..+)?$")
 _PREFIX = re.compile(r"^(?:_orig_mod\.|_fsdp_wrapped_module\.|base_model\.model\.|base_model\.)+")
 _INFIX = re.compile(r"\.(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
 
@@ -24,8 +23,7 @@ _INFIX = re.compile(r"\.(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
 class LoraModule:
     """The keys and shapes of one module's `A (r, in)` and `B (out, r)`, and the scale `s` of `s B A`.
 
-    For an `embedding`, `in` counts tokens, and `s B A[:, token]` is added to a token's vector. With a `magnitude` (the
-    key of DoRA's `m`, arXiv 2402.09353), each row of the weight becomes `m (W + s B A) / ‖W + s B A‖`.
+    For an `embedding`, `in` counts tokens, and `s B A[:, token]` is added to a token's vector.
     """
 
     key_a: str
@@ -35,7 +33,6 @@ class LoraModule:
     out_features: int
     scaling: float
     embedding: bool = False
-    magnitude: str | None = None
 
 
 def module_path(key_path: str) -> str:
@@ -68,28 +65,7 @@ def read_header(
         path = module_path(key.removesuffix(".bias"))
         if path in whole.values():
             copies[key] = f"{path}.bias"
-    magnitudes = {module_path(m["module"]): m.string for key, _ in shapes if (m := _MAGNITUDE_KEY.match(key))}
-    left_out = {*copies, *(magnitudes.values() if config.dora else ())}
-    modules = _modules({key: shape for key, shape in shapes if key not in left_out}, config)
-    if config.dora:
-        modules = _decomposed(modules, magnitudes, dict(shapes))
-    return config, modules, copies
-
-
-def _decomposed(
-    modules: Mapping[str, LoraModule], magnitudes: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, LoraModule]:
-    """The modules of a DoRA adapter with their magnitudes."""
-    for path, key in magnitudes.items():
-        if path not in modules:
-            raise Refusal(f"it holds a DoRA magnitude of a module that has no LoRA factors ({key})")
-    for path, module in modules.items():
-        if module.embedding:
-            raise Refusal(f"it adapts an embedding with DoRA ({path}), which is not read yet")
-        if path not in magnitudes or shapes[magnitudes[path]] != (module.out_features,):
-            found = list(shapes[magnitudes[path]]) if path in magnitudes else "none"
-            raise Refusal(f"DoRA (use_dora): expected a magnitude ({module.out_features},) of {path}, found {found}")
-    return {path: replace(module, magnitude=magnitudes[path]) for path, module in modules.items()}
+    return config, _modules({key: shape for key, shape in shapes if key not in copies}, config), copies
 
 
 def _modules(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> dict[str, LoraModule]:

@@ -4,58 +4,57 @@ from __future__ import annotations
 
 import difflib
 import glob
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
-from logo.adapters.files import CONFIG, EXAMPLES, MODEL_CARD, NOTES, PICKLE, RESPONSES, SAFETENSORS
+from logo.adapters.files import CONFIG, EXAMPLES, NOTES, PICKLE, SAFETENSORS
+from logo.adapters.options import Fetching
 from logo.errors import HubError
-from logo.hub.names import clean_subfolder
-from logo.hub.snapshots import DownloadOptions, download_files
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from logo.hub.snapshots import download_files
 
 
 def download_adapters(
     repo_id: str,
+    folders: Collection[str],
+    how: Fetching,
     *,
-    subfolder: str | None = None,
     revision: str | None = None,
-    allow_pickle: bool = False,
-    **options: Unpack[DownloadOptions],
+    required: Collection[str] | None = None,
 ) -> Path:
-    """Downloads every adapter below a folder of a Hub repository, and returns the local folder that holds them.
+    """Downloads every adapter below some folders of a Hub repository, and returns the folder of its snapshot.
 
     Args:
-        subfolder: a folder of the repository; everything below counts. None: the whole repository.
-        allow_pickle: also download pickled weights (`adapter_model.bin`), which may run code when they are read.
-        **options: see `logo.hub.snapshots.DownloadOptions`.
+        folders: of the repository, as `clean_subfolder` gives them; everything below counts. An empty text is the whole
+            repository.
+        required: those of the folders that have to hold an adapter; None: all.
 
     Raises:
-        UsageError: the repo id, the subfolder or the revision is not one that could exist.
+        UsageError: the repo id or the revision is not one that could exist.
         HubError: everything else, in one line that names the repository and what to do.
     """
-    folder = clean_subfolder(repo_id, subfolder)
-    snapshot = download_files(
+
+    def check(files: list[str]) -> None:
+        for folder in folders if required is None else required:
+            require_adapters(repo_id, folder, files, allow_pickle=how.allow_pickle)
+
+    return download_files(
         repo_id,
-        adapter_patterns(folder, allow_pickle),
-        lambda files: require_adapters(repo_id, folder, files, allow_pickle=allow_pickle),
-        optional=MODEL_CARD,
+        [pattern for folder in folders for pattern in adapter_patterns(folder, how.allow_pickle)],
+        check,
         revision=revision,
-        **options,
+        token=how.token,
+        cache_dir=how.cache_dir,
+        local_files_only=how.local_files_only,
+        max_workers=how.max_workers,
+        progress=how.progress,
     )
-    return snapshot / folder
 
 
-def adapter_patterns(folder: str, allow_pickle: bool, *, pattern: bool = False) -> list[str]:
-    """Globs of adapter files anywhere below `folder`, and of the `pool.json` above it, which may say where these act.
-
-    Args:
-        pattern: a `*` in `folder` matches any characters; else it is a `*`.
-    """
-    names = [CONFIG, SAFETENSORS, NOTES, EXAMPLES, MODEL_CARD, f"{RESPONSES}/*.safetensors"]
-    names += [PICKLE] if allow_pickle else []
-    escaped = "*".join(map(glob.escape, folder.split("*"))) if pattern else glob.escape(folder)
+def adapter_patterns(folder: str, allow_pickle: bool) -> list[str]:
+    """Globs of adapter files anywhere below `folder`, and of the `pool.json` above it, which may say where these
+    act."""
+    names = [CONFIG, SAFETENSORS, NOTES, EXAMPLES, *([PICKLE] if allow_pickle else [])]
+    escaped = glob.escape(folder)
     root = f"{escaped}/" if folder else ""
     above = [f"{escaped.rpartition('/')[0]}/{NOTES}".lstrip("/")] if folder else []
     return [pattern for name in names for pattern in (f"{root}{name}", f"{root}*/{name}")] + above

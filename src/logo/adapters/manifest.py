@@ -1,42 +1,34 @@
-"""`Manifest`: a pool as a list in a file, with the name, the place and the digests of each adapter.
+"""A manifest: a pool as a list in a file, with the place and the digest of each adapter.
 
-    version: 1
+    k: 3                            adapters per prompt; default: `AdapterPool.default_k`
     adapters:
-    - name: french                        default: as `gathering` names it
-      source: org/repo/folder             a Hub repository and a folder in it; or a folder, relative to the manifest
-      revision: <commit>                  default: the main branch
-      sha256: <of the weight file>        default: not checked
-      config_sha256: <of adapter_config.json>
-      examples_sha256: <of the example prompts that count>, or none
-      activation: last:4                  default: as the adapter, or the `pool.json` beside it, says
-      examples: [a prompt, another one]   default: those that the adapter comes with (`logo.adapters.examples`);
-                                          []: none
-      notes: free text
-      tags: [translation]
-    left_out:                             adapters of the pool that are not in the list, and why
-    - {name: broken, reason: ...}
+    - name: french                  default: as `gathering` names it
+      source: org/repo/folder       a Hub repository and a folder in it; or a folder, relative to the manifest
+      revision: <commit>            default: the main branch
+      sha256: <of the weight file>  default: not checked
+      examples: [a prompt]          default: those in the adapter's folder (`logo.adapters.examples`); []: none
 
-`logo pool lock` writes revisions and digests, so that opening the manifest gives the same bytes everywhere, or an error
-that says what has changed. In a manifest written by hand, `- org/repo` is enough for an adapter.
+`logo pool lock` writes revisions and digests, so that opening the manifest gives the same weights everywhere, or an
+error that says what has changed. In a manifest written by hand, `- org/repo` is enough for an adapter.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.examples import NO_EXAMPLES
+from logo.adapters.examples import MOST
+from logo.adapters.format import Adapter
+from logo.adapters.notes import checked_k
 from logo.adapters.places import Place, parse_places
-from logo.errors import StorageError, UsageError, closest
-from logo.folders import locked, replace_file
+from logo.errors import AdapterError, StorageError, UsageError, closest
+from logo.folders import replace_file
 
-VERSION = 1
 _HEX = frozenset("0123456789abcdef")
-_TOP = ("version", "places", "base_model", "notes", "adapters", "left_out")
 
 
 @dataclass(frozen=True)
@@ -46,44 +38,61 @@ class Entry:
     Attributes:
         source: a folder or a place on the Hub without its revision, as written.
         name: of the adapter; None: the name that its place gives.
-        revision, sha256, config_sha256, examples_sha256, activation, examples, notes, tags: see above.
+        revision, sha256, examples: see above.
     """
 
     source: str
     name: str | None = None
     revision: str | None = None
     sha256: str | None = None
-    config_sha256: str | None = None
-    examples_sha256: str | None = None
-    activation: str | None = None
     examples: tuple[str, ...] | None = None
-    notes: str | None = None
-    tags: tuple[str, ...] = ()
 
-    @property
-    def written(self) -> dict[str, Any]:
-        """The entry as the file holds it."""
-        said = {"name": self.name, **{key: value for key, value in vars(self).items() if key != "name"}}
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in said.items() if _said(key, value)
-        }
+    def place(self, manifest: Path) -> Place:
+        """Where the adapter is: a folder counts from the manifest's own.
+
+        Raises:
+            UsageError: it could not exist.
+        """
+        local = os.path.normpath(manifest.absolute().parent / os.path.expanduser(self.source))
+        if self.source.startswith((".", "/", "~")) or os.path.isdir(local):
+            if self.revision is not None:
+                raise UsageError(f"manifest {manifest}: {self.source!r} is a folder, which has no revision")
+            return Place("folder", local)
+        at = f"@{self.revision}" if self.revision else ""
+        [place] = parse_places([f"{self.source}{at}"])
+        if not place.on_hub:
+            raise UsageError(
+                f"manifest {manifest}: {self.source!r}: expected one folder (./folder) or one place on the Hub "
+                "(org/repo[/folder])"
+            )
+        return place
+
+    def checked(self, adapter: Adapter) -> Adapter:
+        """The adapter with the entry's examples.
+
+        Raises:
+            AdapterError: its weights are not those of the entry.
+        """
+        if self.sha256 is not None and adapter.sha256 != self.sha256:
+            again = (
+                f"{adapter.folder}: delete this damaged copy, and it is fetched again"
+                if self.revision
+                else f"{self.source}; if the change is intended, write the manifest again (`logo pool lock`)"
+            )
+            raise AdapterError(
+                adapter.name,
+                f"{adapter.file.path.name} is not the one in the manifest: expected sha256 {self.sha256[:12]}..., "
+                f"found {adapter.sha256[:12]}... in {again}",
+            )
+        return adapter if self.examples is None else replace(adapter, given_examples=self.examples[:MOST])
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A list of adapters.
-
-    Attributes:
-        places: the places of the pool, for readers only.
-        base_model: its base model, for readers only.
-        left_out: name -> why an adapter is not in the list, for readers only.
-    """
+    """A pool: its adapters, and how many of them a prompt selects by default."""
 
     entries: Sequence[Entry]
-    places: Sequence[str] = ()
-    base_model: str | None = None
-    notes: str | None = None
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    k: int | None = None
 
 
 def read_manifest(file: Path) -> Manifest:
@@ -95,148 +104,46 @@ def read_manifest(file: Path) -> Manifest:
     """
     import yaml
 
+    where = f"manifest {file}"
     try:
         said = yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except OSError as error:
-        raise StorageError(f"manifest {file}: cannot be read: {error.strerror or error}") from error
+        raise StorageError(f"{where}: cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"manifest {file}: is not valid YAML: {' '.join(str(error).split())[:200]}") from error
-    problem = _Problem(f"manifest {file}")
+        raise UsageError(f"{where}: is not valid YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(said, dict) or not isinstance(said.get("adapters"), list) or not said["adapters"]:
-        raise problem("expected `adapters:`, a list of one or more, as `logo pool lock` writes it")
-    problem.keys(said, _TOP)
-    if said.get("version", VERSION) != VERSION:
-        raise problem(f"expected version {VERSION}, found {said['version']!r}; this version of LoGo is too old for it")
-    entries = [_entry(one, problem.at(f"entry {number}")) for number, one in enumerate(said["adapters"], 1)]
-    names = [entry.name for entry in entries if entry.name is not None]
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
-        raise problem(f"two adapters are called {twice!r}; rename one of them")
-    left = said.get("left_out") or []
-    texts = {key: said[key] for key in ("base_model", "notes") if isinstance(said.get(key), str)}
-    gone = {one["name"]: str(one.get("reason", "")) for one in left if isinstance(one, dict) and "name" in one}
-    return Manifest(entries, tuple(map(str, said.get("places") or ())), left_out=gone, **texts)
+        raise UsageError(f"{where}: expected `adapters:`, a list of one or more, as `logo pool lock` writes it")
+    _check_keys(where, said, ["k", "adapters"])
+    entries = [_entry(one, f"{where}, entry {number}") for number, one in enumerate(said["adapters"], 1)]
+    names = Counter(entry.name for entry in entries if entry.name is not None)
+    for name, count in names.items():
+        if count > 1:
+            raise UsageError(f"{where}: two adapters are called {name!r}; rename one of them")
+    return Manifest(entries, checked_k(said, where))
 
 
-def manifest_text(manifest: Manifest) -> str:
-    """The file that `read_manifest` reads as this."""
+def write_manifest(file: Path, manifest: Manifest) -> None:
+    """Writes the file that `read_manifest` reads as this manifest.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     import yaml
 
-    said: dict[str, Any] = {"version": VERSION}
-    for key in ("places", "base_model", "notes"):
-        if value := getattr(manifest, key):
-            said[key] = list(value) if key == "places" else value
-    said["adapters"] = [entry.written for entry in manifest.entries]
-    if manifest.left_out:
-        said["left_out"] = [{"name": name, "reason": why} for name, why in manifest.left_out.items()]
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    rows: list[dict[str, Any]] = []
+    for entry in manifest.entries:
+        said = {"name": entry.name, **{key: value for key, value in vars(entry).items() if key != "name"}}
+        rows.append({k: list(v) if isinstance(v, tuple) else v for k, v in said.items() if v is not None})
     head = "# A pool of adapters, as `logo pool lock` found it. Open it with `--adapters THIS_FILE`.\n"
-    body: str = yaml.dump(said, Dumper=dumper, sort_keys=False, allow_unicode=True, width=118)
-    return head + body
-
-
-def give_examples(file: Path, examples: Mapping[str, Sequence[str]], *, keep: bool = False) -> list[str]:
-    """Writes example prompts of adapters into a manifest, and returns the names of those that got them. Comments in the
-    file are lost.
-
-    Args:
-        keep: leave adapters alone whose entries have examples by now.
-
-    Raises:
-        UsageError: it has no entry with the name of an adapter, because an entry without a name stands for it.
-        StorageError, UsageError: as `read_manifest`; or it cannot be written.
-    """
-    if not examples:
-        return []
-    with locked(file.absolute().parent):  # another process may give examples, too
-        manifest = read_manifest(file)
-        check_named(file, manifest, examples)
-        given = [
-            entry.name
-            for entry in manifest.entries
-            if entry.name is not None and entry.name in examples and not (keep and entry.examples)
-        ]
-        entries = [
-            replace(entry, examples=tuple(examples[entry.name]), examples_sha256=None)
-            if entry.name is not None and entry.name in given
-            else entry
-            for entry in manifest.entries
-        ]
-        replace_file(file, manifest_text(replace(manifest, entries=entries)).encode())
-    return given
-
-
-def check_named(file: Path, manifest: Manifest, names: Collection[str]) -> None:
-    """Raises UsageError if adapters have no entry of their name, because an entry without a name stands for them."""
-    unnamed = sorted(set(names) - {entry.name for entry in manifest.entries})
-    if unnamed:
-        raise UsageError(
-            f"manifest {file}: no entry has the name {unnamed[0]!r}, so it has no place for examples; write the "
-            f"names with `logo pool lock {file} --out {file} --replace`"
-        )
-
-
-def entry_place(entry: Entry, manifest: Path) -> Place:
-    """Where an adapter of a manifest is: a folder counts from the manifest's own.
-
-    Raises:
-        UsageError: it could not exist.
-    """
-    source, home = os.path.expanduser(entry.source), manifest.absolute().parent
-    local = os.path.normpath(home / source)
-    if source.startswith((".", "/")) or os.path.isdir(local):
-        if entry.revision is not None:
-            raise UsageError(f"manifest {manifest}: {entry.source!r} is a folder, which has no revision")
-        return Place("folder", local)
-    at = f"@{entry.revision}" if entry.revision else ""
-    [place, *more] = parse_places([f"{entry.source}{at}"])
-    if more or place.kind != "repo" or not place.plain:
-        raise UsageError(
-            f"manifest {manifest}: {entry.source!r}: expected one folder (./folder) or one place on the Hub "
-            "(org/repo[/folder])"
-        )
-    return place
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """Makes errors that say where in a file something is wrong."""
-
-    where: str
-
-    def __call__(self, text: str) -> UsageError:
-        return UsageError(f"{self.where}: {text}")
-
-    def at(self, where: str) -> _Problem:
-        return replace(self, where=f"{self.where}, {where}")
-
-    def keys(self, said: Mapping[Any, Any], known: Sequence[str]) -> None:
-        for key in said:
-            if key not in known:
-                raise self(f"unknown key {key!r}{closest(str(key), known)}: expected {', '.join(known)}")
-
-
-def _entry(said: Any, problem: _Problem) -> Entry:
-    if isinstance(said, str):
-        said = {"source": said}
-    if not isinstance(said, dict):
-        raise problem(f"expected a place or an object with `source`, found {type(said).__name__}")
-    if isinstance(said.get("name"), str):
-        problem = problem.at(repr(said["name"]))
-    problem.keys(said, list(Entry.__dataclass_fields__))
-    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
-        **dict.fromkeys(("source", "name", "revision", "activation"), (is_line, "a text of one line")),
-        **dict.fromkeys(("sha256", "config_sha256"), (_is_digest, "64 hexadecimal digits")),
-        "examples_sha256": (lambda value: value == NO_EXAMPLES or _is_digest(value), "64 hexadecimal digits or none"),
-        "notes": (lambda value: isinstance(value, str), "a text"),
-        "tags": (lambda value: isinstance(value, list) and all(map(is_line, value)), "a list of texts"),
-        "examples": (_are_prompts, "a list of texts"),
-    }
-    for key, (right, expected) in checks.items():
-        if (key in said or key == "source") and not right(said.get(key)):
-            raise problem(f"{key}: expected {expected}, found {said.get(key)!r}")
-    lists = {key: tuple(said[key]) for key in ("tags", "examples") if key in said}
-    return Entry(**{**said, **lists})
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    body: str = yaml.dump(
+        {**({"k": manifest.k} if manifest.k else {}), "adapters": rows},
+        Dumper=dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=118,
+    )
+    replace_file(file, (head + body).encode())
 
 
 def is_line(value: Any) -> bool:
@@ -244,13 +151,26 @@ def is_line(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip()) and value.isprintable()
 
 
-def _said(key: str, value: Any) -> bool:
-    return bool(value) or (key == "examples" and value is not None)
+def _entry(said: Any, where: str) -> Entry:
+    said = {"source": said} if isinstance(said, str) else said
+    if not isinstance(said, dict):
+        raise UsageError(f"{where}: expected a place or an object with `source`, found {type(said).__name__}")
+    _check_keys(where, said, list(Entry.__dataclass_fields__))
+    for key, value in {"source": None, **said}.items():
+        if key == "examples":
+            right = isinstance(value, list) and all(isinstance(one, str) and one.strip() for one in value)
+            expected = "a list of texts"
+        elif key == "sha256":
+            right = isinstance(value, str) and len(value) == 64 and _HEX.issuperset(value)
+            expected = "64 hexadecimal digits"
+        else:
+            right, expected = is_line(value), "a text of one line"
+        if not right:
+            raise UsageError(f"{where}: {key}: expected {expected}, found {value!r}")
+    return Entry(**{**said, **({"examples": tuple(said["examples"])} if "examples" in said else {})})
 
 
-def _are_prompts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) and one.strip() for one in value)
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and len(value) == 64 and _HEX.issuperset(value)
+def _check_keys(where: str, said: dict[Any, Any], known: Sequence[str]) -> None:
+    for key in said:
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {key!r}{closest(str(key), known)}: expected {', '.join(known)}")

@@ -1,7 +1,7 @@
 """The notes of a pool: `pool.json`, with its recipe, activation, losses and the changes that were made to it.
 
-All entries are optional. Only `activation` has an effect on answers (`logo.adapters.activation`). A file that cannot be
-read gives a warning and counts as empty.
+All entries are optional. Only `activation` (`logo.adapters.activation`) and `k`, the adapters per prompt, have an
+effect on answers. A file that cannot be read gives a warning and counts as empty.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,26 @@ def read_notes(root: Path) -> dict[str, Any]:
         warnings.warn(f"{file} is ignored: it must hold an object", UserWarning, stacklevel=2)
         return {}
     return notes
+
+
+def noted_k(root: Path) -> int | None:
+    """Adapters per prompt, if the notes of a pool say so.
+
+    Raises:
+        StorageError: they say something else than a number.
+    """
+    try:
+        return checked_k(read_notes(root), str(root / NOTES))
+    except UsageError as error:
+        raise StorageError(str(error)) from None
+
+
+def checked_k(said: Mapping[Any, Any], where: str) -> int | None:
+    """The entry `k`; None if there is none. Raises UsageError for anything but a number of adapters."""
+    k = said.get("k")
+    if k is not None and (type(k) is not int or k < 1):
+        raise UsageError(f"{where}: k: expected a number of adapters, found {k!r}")
+    return k
 
 
 def noted(folder: Path, top: Path, own: Activation) -> Activation:
@@ -117,34 +137,6 @@ def checked(file: Path, *homes: Path) -> Path:
         if not isinstance(holds, dict):
             raise UsageError(f"{file} must hold an object, found {type(holds).__name__}; fix or remove it")
     return file
-
-
-def changed(
-    notes: Mapping[str, Any], change: Mapping[str, Any], same: Collection[str], other: Collection[str]
-) -> dict[str, Any]:
-    """The notes of a pool that was made of another one: notes about adapters that it still has, and the new change.
-
-    Args:
-        change: the change, which is appended to the others.
-        same: adapters that have not changed.
-        other: adapters that have changed; notes about them, such as losses, move to `before`.
-    """
-    done, past = notes.get(CHANGES), notes.get(BEFORE)
-    before = dict(past) if isinstance(past, Mapping) else {}
-    kept: dict[str, Any] = {}
-    for key, value in notes.items():
-        if not isinstance(value, Mapping) or key in (CHANGES, BEFORE):
-            kept[key] = value
-            continue
-        gone = {name for name in other if isinstance(value.get(name), Mapping)}
-        if gone:
-            earlier = before.get(key)
-            before[key] = {**(earlier if isinstance(earlier, Mapping) else {}), **{name: value[name] for name in gone}}
-        stays = [name for name in value if name not in gone and (key != ADAPTERS or name in same)]
-        kept[key] = {name: value[name] for name in stays}
-    if before:
-        kept[BEFORE] = before
-    return {**kept, CHANGES: [*(done if isinstance(done, list) else []), dict(change)]}
 
 
 def write_notes(root: Path, notes: Mapping[str, Any]) -> None:

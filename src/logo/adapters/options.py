@@ -30,7 +30,6 @@ class OpeningOptions(TypedDict, total=False):
     on_bad_adapter: OnBadAdapter
     verify: bool | None
     examples: ExamplesUse
-    cache: str | Path | None
 
 
 class PoolOptions(DownloadOptions, OpeningOptions, total=False):

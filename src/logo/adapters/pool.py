@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING
 
 from logo.adapters.activation import OFF, acting
 from logo.adapters.files import CONFIG, SAFETENSORS
-from logo.adapters.format import Adapter, open_adapter, own_name
+from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.gathering import gather
 from logo.adapters.hub import download_adapters
 from logo.adapters.layout import BaseLayout
-from logo.adapters.options import ExamplesUse, OnBadAdapter, PoolOptions, split_options
+from logo.adapters.options import ExamplesUse, Fetching, OnBadAdapter, OpeningOptions, PoolOptions, split_options
 from logo.adapters.places import Place, parse_places, places_text
-from logo.adapters.survey import survey
-from logo.cache import cache_folder
 from logo.errors import AdapterError, LeftOut, PoolError, UsageError, closest
-from logo.hub.names import is_hub_spec, split_hub_spec
+from logo.hub.names import clean_subfolder, is_hub_spec, split_hub_spec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,7 +70,6 @@ class AdapterPool:
         allow_pickle: bool = False,
         verify: bool | None = None,
         examples: ExamplesUse = "use",
-        cache: str | Path | None = None,
     ) -> AdapterPool:
         """Opens every adapter folder below `path`, at any depth.
 
@@ -84,24 +81,26 @@ class AdapterPool:
             allow_pickle: read `adapter_model.bin` if there is no safetensors file.
             verify: read all tensors now and check them for NaN and Inf. Default: if the pool is small (256 MiB).
             examples: under `"ignore"`, the adapters have no example prompts.
-            cache: folder for configurations and headers, so that the pool opens faster the next time; `""`: no cache;
-                None: the user's cache.
 
         Raises:
             StorageError: `path` is not a readable folder.
             PoolError: there is no usable adapter in it, or one is bad and `on_bad_adapter` is `"error"`.
         """
-        root = Path(path)
-        adapters, refused = survey(root, allow_pickle=allow_pickle, verify=verify, cache=cache_folder(cache))
-        pool = cls.from_survey(root, adapters, refused, on_bad_adapter=on_bad_adapter)
-        pool._warn_about_unknown_keys()
-        return pool.without_examples() if examples == "ignore" else pool
+        how = Fetching(allow_pickle=allow_pickle)
+        opening: OpeningOptions = {"on_bad_adapter": on_bad_adapter, "verify": verify, "examples": examples}
+        return cls._gathered((Place("folder", str(path)),), how, opening)
 
     @classmethod
     def from_survey(
-        cls, root: str | Path, adapters: Sequence[Adapter], refused: list[AdapterError], *, on_bad_adapter: OnBadAdapter
+        cls,
+        root: str | Path,
+        adapters: Sequence[Adapter],
+        refused: list[AdapterError],
+        *,
+        on_bad_adapter: OnBadAdapter,
+        k: int | None = None,
     ) -> AdapterPool:
-        """Makes a pool of the adapters that a survey of `root` found.
+        """Makes a pool of the adapters that were found at `root`.
 
         Raises:
             PoolError: there is no usable adapter, or one is bad and `on_bad_adapter` is `"error"`.
@@ -109,12 +108,12 @@ class AdapterPool:
         _refuse(refused, on_bad_adapter, where=str(root))
         if not adapters:
             raise PoolError(_empty(root, refused))
-        return cls(adapters, refused)
+        return cls(adapters, refused, default_k=k or DEFAULT_K)
 
     @classmethod
     def from_hub(
         cls,
-        repo_id: str | Sequence[str],
+        repo_id: str,
         *,
         subfolder: str | None = None,
         revision: str | None = None,
@@ -126,38 +125,25 @@ class AdapterPool:
         downloaded. With `local_files_only` or `HF_HUB_OFFLINE=1` the cache is used as it is.
 
         Args:
-            repo_id: `namespace/name`, whose adapters are named relative to `subfolder`; or several places
-                `namespace/name[/folder][@revision]`, which are put in front of the names of their adapters. An adapter
-                that is a place itself is named after it.
+            repo_id: `namespace/name`, whose adapters are named relative to `subfolder`. An adapter that is the whole
+                repository is named after it.
             **options: see `PoolOptions`.
 
         Raises:
-            UsageError: no place, or one that could not exist.
-            HubError: a repository is gated, missing or unreachable, or holds no adapters there.
+            UsageError: a repository or a folder that could not exist.
+            HubError: the repository is gated, missing or unreachable, or holds no adapters there.
             PoolError: as `from_directory`.
         """
-        if isinstance(repo_id, str):
-            how, opening = split_options(options)
-            folder = download_adapters(repo_id, subfolder=subfolder, revision=revision, **vars(how))
-            pool = cls.from_directory(folder, allow_pickle=how.allow_pickle, **opening)
-            return pool if subfolder else pool._placed(folder, repo_id)
-        if not repo_id or subfolder is not None or revision is not None:
-            raise UsageError(
-                "repo_id: expected one repository or a list of places namespace/name[/folder][@revision], each with "
-                "its own folder and revision"
-            )
-        split = map(split_hub_spec, dict.fromkeys(repo_id))
-        places = tuple(Place("repo", repo, below or "", at) for repo, below, at in split)
-        return cls._gathered(places, options, full_names=True)
+        place = Place("repo", repo_id, clean_subfolder(repo_id, subfolder), revision)
+        return cls._gathered((place,), *split_options(options))
 
     @classmethod
     def open(cls, places: str | Path | Sequence[str | Path], **options: Unpack[PoolOptions]) -> AdapterPool:
-        """Opens a pool by name, as `--adapters` does: docs/open-any-pool.md.
+        """Opens a pool by name, as `--adapters` does: docs/adapter-pools.md.
 
         Args:
-            places: a folder, a Hub repository `org/name[/folder][@revision]`, every repository of an owner that is
-                called `org/prefix-*`, a manifest (`pool.yaml`), `preset:name`; or several of these, in a list or
-                separated by commas.
+            places: a folder, a Hub repository `org/name[/folder][@revision]`, a manifest (`pool.yaml`), or several of
+                these, in a list or separated by commas.
             **options: see `PoolOptions`.
 
         Raises:
@@ -165,34 +151,16 @@ class AdapterPool:
             HubError: as `from_hub`.
             StorageError, PoolError: as `from_directory`.
         """
-        found = parse_places(places)
-        [only, *more] = found
-        if not more and only.plain and only.kind == "folder":
-            how, opening = split_options(options)
-            return cls.from_directory(only.source, allow_pickle=how.allow_pickle, **opening)
-        if not more and only.plain and only.kind == "repo":
-            return cls.from_hub(only.source, subfolder=only.below or None, revision=only.revision, **options)
-        return cls._gathered(found, options)
+        return cls._gathered(parse_places(places), *split_options(options))
 
     @classmethod
-    def _gathered(cls, places: Sequence[Place], options: PoolOptions, *, full_names: bool | None = None) -> AdapterPool:
-        how, opening = split_options(options)
+    def _gathered(cls, places: Sequence[Place], how: Fetching, opening: OpeningOptions) -> AdapterPool:
         bad = opening.get("on_bad_adapter", "error")
-        cache, verify = cache_folder(opening.get("cache")), opening.get("verify")
-        examples = opening.get("examples", "use")
-        found = gather(
-            places, how, skip=bad == "skip", full_names=full_names, verify=verify, cache=cache, examples=examples
-        )
-        pool = cls.from_survey(places_text(places), found.adapters, found.refused, on_bad_adapter=bad)
+        found = gather(places, how, skip=bad == "skip", verify=opening.get("verify"))
+        where = places_text(places) if len(places) > 1 or places[0].on_hub else places[0].source
+        pool = cls.from_survey(where, found.adapters, found.refused, on_bad_adapter=bad, k=found.k)
         pool._warn_about_unknown_keys()
-        return pool.without_examples() if examples == "ignore" else pool
-
-    def _placed(self, folder: Path, place: str) -> AdapterPool:
-        """The same adapters, but one that is the whole folder is named after the place."""
-        own = own_name(folder)
-        renamed = [replace(adapter, name=place) if Path(adapter.folder) == folder else adapter for adapter in self]
-        refused = [AdapterError(place, error.reason) if error.name == own else error for error in self.refused]
-        return AdapterPool(renamed, refused, default_k=self.default_k)
+        return pool.without_examples() if opening.get("examples") == "ignore" else pool
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -233,7 +201,8 @@ class AdapterPool:
         """
         if isinstance(adapter, str) and is_hub_spec(adapter):
             repo, below, revision = split_hub_spec(adapter)
-            folder = download_adapters(repo, subfolder=below, revision=revision, allow_pickle=allow_pickle)
+            fetching = Fetching(allow_pickle=allow_pickle)
+            folder = download_adapters(repo, [below or ""], fetching, revision=revision) / (below or "")
             adapter = open_adapter(folder, name or adapter.partition("@")[0], allow_pickle=allow_pickle)
         elif not isinstance(adapter, Adapter):
             adapter = open_adapter(adapter, name, allow_pickle=allow_pickle)
@@ -261,6 +230,25 @@ class AdapterPool:
         # The version changes last, so a reader that sees the new version also sees the new adapters.
         self._adapters = adapters
         self.version += 1
+
+    def leave_out(self, refused: Iterable[AdapterError], version: int) -> int:
+        """Takes the adapters out that a base model refused, so that a pool holds what can be selected.
+
+        Args:
+            refused: the errors of all adapters that are left out, also of earlier ones.
+            version: of the pool that was fitted. Nothing happens if it has changed since, and is to be fitted again.
+
+        Returns:
+            The version that was fitted, as it is now.
+        """
+        with _CHANGING:
+            if version == self.version:
+                self.refused = tuple(refused)
+                gone = {error.name for error in self.refused} & self._adapters.keys()
+                if gone:
+                    self._change({name: one for name, one in self._adapters.items() if name not in gone})
+                    return self.version
+        return version
 
     def subset(self, names: str | Iterable[str]) -> AdapterPool:
         """A new pool of these adapters; each entry is a name or a pattern such as `"flanv2.wmt*"`.
@@ -351,19 +339,19 @@ class AdapterPool:
     def _warn_about_unknown_keys(self) -> None:
         unknown = sorted({key for adapter in self for key in adapter.config.unknown})
         if unknown:
-            warnings.warn(f"{CONFIG}: unknown settings ignored: {', '.join(unknown)}", UserWarning, stacklevel=3)
+            warnings.warn(f"{CONFIG}: unknown settings ignored: {', '.join(unknown)}", UserWarning, stacklevel=4)
 
 
 def _taken(name: str) -> PoolError:
     return PoolError(f"the pool already has an adapter {name!r}; remove it first or choose another name")
 
 
-def warn_of_bad(pool: AdapterPool) -> None:
-    """Warns of bad adapters that were left out of a pool, with the reasons of the first three.
+def warn_of_bad(refused: Iterable[AdapterError]) -> None:
+    """Warns of bad adapters that are left out of a pool, with the reasons of the first three.
 
     Adapters that are left out although nothing is wrong with them (`LeftOut`) are not bad.
     """
-    if bad := [error for error in pool.refused if not isinstance(error, LeftOut)]:
+    if bad := [error for error in refused if not isinstance(error, LeftOut)]:
         more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
         warnings.warn(
             f"{len(bad)} bad adapter{'s are' if len(bad) > 1 else ' is'} left out of the pool: "

@@ -11,46 +11,14 @@ from pathlib import Path
 
 from logo.adapters.activation import EVERYWHERE
 from logo.adapters.files import CONFIG, NOTES, PICKLE, SAFETENSORS
-from logo.adapters.format import Adapter, open_adapter, own_name
-from logo.adapters.initial import began
+from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.notes import noted, noted_alone
-from logo.adapters.pool_cache import PoolCache
 from logo.errors import AdapterError, LeftOut, StorageError
 
 # Pools up to this size are checked for NaN when they are opened, which takes well under a second. The tensors of larger
 # pools are checked when they are first read.
 VERIFY_UP_TO_BYTES = 256 * 2**20
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
-
-
-def survey(
-    root: Path,
-    *,
-    allow_pickle: bool = False,
-    verify: bool | None = None,
-    cache: Path | None = None,
-    unconverted: bool = False,
-) -> tuple[list[Adapter], list[AdapterError]]:
-    """The adapters below `root` that can be used, and the reasons why others cannot.
-
-    Args:
-        allow_pickle, verify: as `AdapterPool.from_directory`.
-        cache: as `PoolCache.of`.
-        unconverted: as `parse_config`; without a cache only.
-
-    Raises:
-        StorageError: `root` is not a readable folder.
-    """
-    check_folder(root)
-    refused: list[AdapterError] = []
-    spots = []
-    for folder, path in adapter_folders(root, refused):
-        if is_checkpoint(path):
-            refused.append(left_out_checkpoint(path))
-        else:
-            spots.append(Spot(folder, path or own_name(root), root))
-    known = PoolCache.of(os.path.realpath(root), cache)
-    return opened(spots, refused, known, allow_pickle=allow_pickle, verify=verify, unconverted=unconverted), refused
 
 
 def is_checkpoint(path: str) -> bool:
@@ -81,29 +49,21 @@ class Spot:
 def opened(
     spots: Iterable[Spot],
     refused: list[AdapterError],
-    known: PoolCache,
     *,
     allow_pickle: bool = False,
     verify: bool | None = None,
-    unconverted: bool = False,
 ) -> list[Adapter]:
-    """Opens the adapters in these folders; those that cannot be used are added to `refused`."""
+    """Opens the adapters in these folders; those that cannot be used are added to `refused`.
+
+    Args:
+        allow_pickle, verify: as `AdapterPool.from_directory`.
+    """
     adapters: dict[str, Adapter] = {}
     tops: dict[str, Path] = {}
-    unchanged = set()
     for spot in spots:
         name = spot.name
-        if spot.folder != str(spot.top) and began(spot.folder):
-            refused.append(
-                LeftOut(name, "it is the initial state of the adapter in the folder above, and is read with that one")
-            )
-            continue
         try:
-            adapter = known.get(spot.folder, name)
-            if adapter is None:
-                adapter = open_adapter(spot.folder, name, allow_pickle=allow_pickle, unconverted=unconverted)
-            elif known.verified(name):
-                unchanged.add(name)
+            adapter = open_adapter(spot.folder, name, allow_pickle=allow_pickle)
             if name in adapters:
                 raise AdapterError(
                     name, f"{adapters[name].folder} and {spot.folder} have the same name; rename one of them"
@@ -117,20 +77,17 @@ def opened(
             del adapters[name]
             reason = f"it is the activated form of {_twin(name)!r}, which is used; to open it, name only its folder"
             refused.append(LeftOut(name, reason))
-    unverified = [adapter for name, adapter in adapters.items() if name not in unchanged]
     if verify is None:
-        verify = sum(adapter.size for adapter in unverified) <= VERIFY_UP_TO_BYTES
-    damaged = _damaged(unverified) if verify else {}
-    good = [adapter for name, adapter in adapters.items() if name not in damaged]
-    known.keep(good, {adapter.name for adapter in good} if verify else unchanged)
+        verify = sum(adapter.size for adapter in adapters.values()) <= VERIFY_UP_TO_BYTES
+    damaged = _damaged(adapters.values()) if verify else {}
     refused += damaged.values()
-    return [_acting(one, tops[one.name]) for one in good]
+    return [_acting(one, tops[name]) for name, one in adapters.items() if name not in damaged]
 
 
 def _acting(adapter: Adapter, top: Path) -> Adapter:
     """The adapter with the activation that the pool's notes give it."""
-    if adapter.folder == top:  # nothing of the folder above is in the cache
-        return replace(adapter, activation=noted_alone(top, adapter.activation))
+    if adapter.folder == top:
+        return adapter
     activation = noted(adapter.folder, top, adapter.activation)
     if activation.everywhere and adapter.folder.is_symlink():
         _tell_of_other_notes(adapter.name, adapter.folder.resolve())

@@ -53,7 +53,6 @@ def open_pool(options: EngineOptions, base_model: str, preset: Preset | None = N
         options.model_dir,
         on_bad_adapter=options.on_bad_adapter,
         allow_pickle=options.allow_pickle,
-        cache=options.cache,
         examples=options.examples,
         # To leave damaged adapters out, they have to be found before the first prompt, not in the middle of a run.
         verify=True if options.on_bad_adapter == "skip" else None,

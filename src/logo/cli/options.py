@@ -131,7 +131,7 @@ class EngineOptions:
     base_model: str | None = usual(None, "Hub id, folder or short name.", "demo")
     adapters: str | None = usual(
         None,
-        "Folder, Hub repo or manifest, several with commas (docs/open-any-pool.md).",
+        "Folder, Hub repo or manifest, several with commas (docs/adapter-pools.md).",
         "the base model's own",
         metavar="PLACE",
         repeated=True,

@@ -169,7 +169,7 @@ def _slots(options: EngineOptions, base_model: str, server: ServerOptions) -> tu
 
     model, settings = load_skeleton(base_model, model_dir=options.model_dir), selection_settings(options)
     pool = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)
-    warn_of_bad(pool)
+    warn_of_bad(pool.refused)
     check_pool(server.model_name(base_model), pool.names)
     pool = pool.acting(settings.activation)
     plan(model, pool, settings)  # refuses a pool that cannot be scored, before vLLM is started

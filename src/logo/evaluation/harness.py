@@ -95,7 +95,6 @@ class LoGoLM(Ranks):
             model_dir,
             on_bad_adapter=on_bad_adapter,
             allow_pickle=allow_pickle,
-            cache=settings.cache,
             examples=settings.examples,
             verify=True if on_bad_adapter == "skip" else None,
         )

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -41,7 +39,6 @@ def download_files(
     patterns: list[str],
     check: Callable[[list[str]], object],
     *,
-    optional: str = "",
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -57,8 +54,6 @@ def download_files(
     Args:
         repo_id: `namespace/name` of a model repository.
         patterns: globs of the files, in which `*` also matches `/`.
-        optional: the name of files among them without which a cached copy is used, with a warning, if they cannot be
-            downloaded.
         check: is given every path of the repository at that commit; raises HubError if that is not what was expected.
         revision: branch, tag or commit. None: the main branch.
         **others: see `DownloadOptions`.
@@ -67,8 +62,6 @@ def download_files(
         UsageError: the repo id or the revision has a form that cannot exist.
         HubError: everything else, in one line that names the repository and what to do.
     """
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     if not is_repo_id(repo_id):
         raise UsageError(f"{repo_id!r} is not a Hub repo id; expected namespace/name of letters, digits, '-', '_', '.'")
     check_revision(repo_id, revision)
@@ -77,47 +70,22 @@ def download_files(
         if known is not None:
             check(known)
         with quiet_when_nothing_matches():
-            fetch = partial(
-                snapshot,
+            folder = snapshot(
                 repo_id,
                 revision=revision,
                 token=token,
                 cache_dir=cache_dir,
+                local_files_only=local_files_only,
                 max_workers=max_workers,
                 progress=progress,
                 allow_patterns=patterns,
             )
-            try:
-                folder = fetch(local_files_only=local_files_only)
-            except LocalEntryNotFoundError:
-                found = _without(optional, repo_id, fetch)
-                if found is None:
-                    raise
-                folder = found
         if known is None:
             check(_listing(repo_id, folder, token=token, cache_dir=cache_dir, local_files_only=local_files_only))
     except HubError:
         raise
     except Exception as error:  # the boundary: httpx, xet and the file system each raise their own kinds
         raise hub_error(repo_id, error, revision=revision) from error
-    return folder
-
-
-def _without(optional: str, repo_id: str, fetch: Callable[..., Path]) -> Path | None:
-    """The folder of a cached copy that lacks nothing but files of this name; None if there is none."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = fetch(local_files_only=True, ignore_patterns=[optional, f"*/{optional}"]) if optional else None
-    except LocalEntryNotFoundError:
-        return None
-    if folder is not None:
-        warnings.warn(
-            f"{repo_id}: the copy in the Hub cache was downloaded without its {optional}, in which example prompts may "
-            "be; run the command once with a connection to fetch it",
-            UserWarning,
-            stacklevel=4,
-        )
     return folder
 
 

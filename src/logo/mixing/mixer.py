@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from logo.adapters.format import Adapter, LoraWeights
+from logo.adapters.format import LoraWeights
 from logo.adapters.layout import adaptable_modules
 from logo.adapters.pool import AdapterPool
 from logo.errors import UsageError
@@ -36,8 +36,6 @@ Form = Literal["base", "folded", "gated", "routed"]
 # For each row: adapter name -> the first column in which it acts.
 Begins = Sequence[Mapping[str, int]]
 
-# A weight this close to 1 counts as 1.
-_ONE = 1e-6
 
 # Assumed tokens of a row if the work is not known: one pass over a short prompt.
 _A_PROMPT = 64
@@ -124,15 +122,7 @@ class Mixer:
             if merge.exact or merge.routes
             else _Parts.merged(pool, names, rows, merge)
         )
-        alone = next((pool[name] for name in names if pool[name].alone), None)
-        if alone is not None:
-            self._check_alone(alone, names, rows, merge, begins)
         with self.store.held(parts.sources) as hold:
-            if alone is not None:
-                lengths = partial(_lengths, alone)
-                with self._folder.active(hold.keys, lambda: self._stacked(hold), parts.weights[0], lengths):
-                    yield "folded"
-                return
             if begins is not None:
                 gates = OpeningGates(parts.weights, _columns(names, rows, begins, merge))
                 with gates.following(self._model), self._gated.active(self._stacked(hold), gates):
@@ -141,26 +131,6 @@ class Mixer:
             form, context = self._chosen(hold, parts, len(rows), work, merge)
             with context:
                 yield form
-
-    def _check_alone(
-        self,
-        adapter: Adapter,
-        names: Sequence[str],
-        rows: Sequence[Mapping[str, float]],
-        merge: Merge,
-        begins: Begins | None,
-    ) -> None:
-        """Raises UsageError unless a DoRA adapter is all that the batch wants, with weight 1, and can be folded."""
-        what = f"adapter {adapter.name!r} is a DoRA adapter, whose effect is not linear in its weight"
-        ones = all(abs(row.get(adapter.name, 0.0) - 1) < _ONE for row in rows)
-        if len(names) > 1 or not ones or not merge.exact or begins is not None:
-            raise UsageError(f"{what}: it answers alone, with weight 1 and on every token; use k 1, or force it alone")
-        modules = self._gated.modules
-        fixed = next((path for path in adapter.modules if not foldable(modules[path])), None)
-        if fixed is not None:
-            raise UsageError(f"{what}, so it is folded into the weights; {fixed} is quantised or offloaded")
-        if not self._folder.fits(adapter.modules):
-            raise UsageError(f"{what}, so it is folded into the weights, and there is no memory for a copy of them")
 
     def _chosen(
         self, hold: Hold, parts: _Parts, rows: int, work: Work | None, merge: Merge
@@ -274,11 +244,6 @@ class _Parts:
             torch.tensor([[float(mixture == other) for other in distinct] for mixture in mixtures]),
             (1.0,) * len(distinct),
         )
-
-
-def _lengths(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """The magnitudes of a DoRA adapter, by module."""
-    return {path: one.magnitude for path, one in adapter.read().items() if one.magnitude is not None}
 
 
 def _columns(names: Sequence[str], rows: Sequence[Mapping[str, float]], begins: Begins, merge: Merge) -> torch.Tensor:

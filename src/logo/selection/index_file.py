@@ -20,7 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from logo.adapters.files import CONFIG
 from logo.adapters.format import Adapter
+from logo.adapters.weights import stamp
 from logo.cache import read_cached, write_cached
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration
@@ -53,8 +55,8 @@ def index_name(
         model: the base model; its device counts, since another kind of device gives other last digits.
     """
     # The stamps of when they were opened: an index belongs to what was read.
-    files = [(a.name, *reversed(a.stamps)) for a in adapters]
-    if any(None in a.stamps or not a.stamps for a in adapters):
+    files = [(a.name, stamp(a.file.path), stamp(a.folder / CONFIG)) for a in adapters]
+    if any(None in file for file in files):
         return None
     base = "" if cache is None else cache.key
     read_at = [(p.name, p.rows, built_on(device_of(model, p)).type) for p in candidates]

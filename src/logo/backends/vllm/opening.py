@@ -71,7 +71,7 @@ def open_engine(
     place, opened = _opened(pool, base_model, model_dir, on_bad_adapter, settings, token)
     model = skeleton(source, computed)
     fitted = opened.fit(BaseLayout.of(model), on_bad_adapter=on_bad_adapter)
-    warn_of_bad(fitted)
+    warn_of_bad(fitted.refused)
     fitted = fitted.acting(settings.activation)
     reading_plan(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
     given = dict(model_kwargs)
@@ -153,25 +153,24 @@ def _opened(
 ) -> tuple[str, AdapterPool]:
     """The place from which vLLM's processes open the pool, and the opened pool."""
     if isinstance(pool, AdapterPool):
-        return _folder_of(pool, on_bad_adapter, settings.cache), pool
+        return _folder_of(pool, on_bad_adapter), pool
     named = None if pool is None else str(pool)
     opened = open_pool(
         named,
         base_model,
         model_dir,
         on_bad_adapter=on_bad_adapter,
-        cache=settings.cache,
         examples=settings.examples,
         token=token,
     )
     place = pool_place(named, base_model, model_dir)
     if isinstance(token, str) and place.on_hub:  # vLLM's processes lack the token, so they open what was downloaded
         with suppress(PoolError):
-            return _folder_of(opened, on_bad_adapter, settings.cache), opened
+            return _folder_of(opened, on_bad_adapter), opened
     return place.spec, opened
 
 
-def _folder_of(pool: AdapterPool, on_bad_adapter: OnBadAdapter, cache: str | None) -> str:
+def _folder_of(pool: AdapterPool, on_bad_adapter: OnBadAdapter) -> str:
     """The folder that holds exactly the adapters of an open pool.
 
     Raises:
@@ -180,7 +179,7 @@ def _folder_of(pool: AdapterPool, on_bad_adapter: OnBadAdapter, cache: str | Non
     roots = {str(adapter.folder.absolute()).removesuffix(f"/{adapter.name}") for adapter in pool}
     if len(roots) == 1:
         [root] = roots
-        if AdapterPool.from_directory(root, on_bad_adapter=on_bad_adapter, cache=cache).names == pool.names:
+        if AdapterPool.from_directory(root, on_bad_adapter=on_bad_adapter).names == pool.names:
             return root
     raise PoolError(
         "the engine 'vllm' opens the pool again in vLLM's processes: expected all adapters in one folder under their "

@@ -1,4 +1,4 @@
-"""`logo pool export`: a mixture of adapters as one."""
+"""`logo pool export`: a mixture of adapters as one, or an adapter of PiSSA and its relatives as plain LoRA."""
 
 from __future__ import annotations
 
@@ -20,14 +20,28 @@ def export(
     chat: Chat = False,
     system: System = None,
     adapter: list[str] | None = usual(None, "Write these adapters instead (repeatable).", metavar="NAME[=WEIGHT]"),
+    initial: Path | None = usual(
+        None,
+        "Write the adapter in the folder `--adapters` instead, of PiSSA, OLoRA, CorDA or LoRA-GA, as plain LoRA of "
+        "twice the rank: the folder of its state before training.",
+        metavar="DIR",
+    ),
 ) -> None:
     """Write a mixture as one plain PEFT adapter, for any tool that reads LoRA adapters.
 
     Example: `logo pool export "What is 7 plus 5?" --output sums`
     """
     mixture = forced(adapter)
-    if (prompt is None) == (mixture is None):
-        raise UsageError("expected either a prompt, which selects, or --adapter NAME=WEIGHT")
+    if [prompt, mixture, initial].count(None) != 2:
+        raise UsageError("expected one of: a prompt, which selects; --adapter NAME=WEIGHT; --initial DIR")
+    if initial is not None:
+        from logo.adapters.initial import convert_initial
+
+        if engine.adapters is None:
+            raise UsageError("--initial: name the folder of the trained adapter with --adapters")
+        convert_initial(Path(engine.adapters), initial, folder, allow_pickle=engine.allow_pickle)
+        out.print(f"{folder}: written", markup=False)
+        return
     base_model = or_demo(engine)
     logo = open_engine(engine, base_model)
     if prompt is not None:

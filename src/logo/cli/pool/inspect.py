@@ -1,21 +1,26 @@
-"""`logo pool inspect`: the adapters of a pool, and with `--spectra` their norms, ranks and overlaps."""
+"""`logo pool inspect`: the adapters of a pool, and with `--spectra` their norms and effective ranks."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from logo.adapters.format import Adapter
+from logo.adapters.gathering import gather
+from logo.adapters.options import Fetching
+from logo.adapters.places import parse_places
 from logo.cli.options import argument, usual
 from logo.cli.output import one_line, out, plain_table, print_json, size
-from logo.cli.pool import spectra as spectra_part
-from logo.cli.pool.common import AllowPickle, Threshold, divided, fitting, refusal, refusals, surveyed, targets
-from logo.errors import AdapterError, LeftOut, listed
+from logo.cli.pool.common import AllowPickle, divided, fitting, refusal, refusals
+from logo.errors import AdapterError, LeftOut, PoolError, listed
+
+if TYPE_CHECKING:
+    from logo.adapters.spectra import Size
 
 
 def inspect(
@@ -29,35 +34,29 @@ def inspect(
     allow_pickle: AllowPickle = False,
     verify: bool = usual(True, "Read all tensors and check them for NaN and Inf."),
     check: bool = usual(False, "Exit with 1 if anything would be refused, or nothing is usable."),
-    spectra: bool = usual(
-        False,
-        "Also analyse the updates: norms, effective ranks, near-duplicates, unusual adapters. Decomposes "
-        "every update: seconds for tens of adapters, and the time grows with the square of their number.",
-    ),
-    threshold: Threshold = 0.9,
+    spectra: bool = usual(False, "Also print the norm and the mean effective rank of every adapter's updates."),
     json: bool = usual(False, "Print JSON, with the sha256 of every adapter."),
 ) -> None:
     """List the adapters of a pool, and those that would be refused, with the reason.
 
     Example: `logo pool inspect adapters/ --base-model Qwen/Qwen2.5-7B --spectra`
     """
-    good, refused = surveyed(folder, allow_pickle, verify)
+    good, refused = _found(folder, allow_pickle, verify)
     if base_model is not None:
         good, misfits = divided(good, fitting(base_model, model_dir))
         refused += misfits
+    sizes: dict[str, Size] = {}
     if spectra:
-        good, copies = divided(good, lambda adapter: adapter.check_compared())
-        refused += copies
+        from logo.adapters.spectra import size_of
+
+        good, unread = divided(good, lambda adapter: sizes.update({adapter.name: size_of(adapter)}))
+        refused += unread
     refused.sort(key=lambda error: error.name)
-    taken = spectra_part.taken_apart(good) if spectra else None
     if json:
-        more = {} if taken is None else spectra_part.report(good, taken, threshold)
-        print_json(_report(folder, good, refused, more))
+        print_json(_report(folder, good, refused, sizes))
     else:
         if good:
-            out.print(_table(good) if taken is None else spectra_part.table(good, taken))
-        if taken is not None:
-            spectra_part.show(good, taken, threshold)
+            out.print(_table(good, sizes))
         for activation, names in _acting(good).items():
             out.print(Text.assemble(("activation ", "yellow"), f"{activation}: {listed(names, 8)}"))
         for bad in refused:
@@ -68,8 +67,17 @@ def inspect(
         raise typer.Exit(1)
 
 
+def _found(place: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter], list[AdapterError]]:
+    """The adapters of a place, and why others there cannot be used."""
+    try:
+        found = gather(parse_places(place), Fetching(allow_pickle=allow_pickle), skip=True, verify=verify)
+    except PoolError:  # an empty folder is told as such
+        return [], []
+    return list(found.adapters), found.refused
+
+
 def _report(
-    folder: str, good: Sequence[Adapter], refused: Sequence[AdapterError], more: dict[str, Any]
+    folder: str, good: Sequence[Adapter], refused: Sequence[AdapterError], sizes: Mapping[str, Size]
 ) -> dict[str, Any]:
     return {
         "folder": folder,
@@ -78,17 +86,17 @@ def _report(
                 "name": adapter.name,
                 "ranks": list(adapter.ranks),
                 "modules": len(adapter.modules),
-                "targets": targets(adapter),
+                "targets": adapter.targets,
                 "parameters": adapter.parameters,
                 "bytes": adapter.size,
                 "activation": str(adapter.activation),
                 "base_model": adapter.config.base_model,
                 "sha256": adapter.sha256,
+                **(vars(sizes[adapter.name]) if adapter.name in sizes else {}),
             }
             for adapter in good
         ],
         "refused": refusals(refused),
-        **more,
     }
 
 
@@ -101,15 +109,18 @@ def _acting(adapters: Sequence[Adapter]) -> dict[str, list[str]]:
     return found
 
 
-def _table(adapters: Sequence[Adapter]) -> Table:
-    table = plain_table("adapter", ">rank", ">modules", "targets", ">parameters", ">size")
+def _table(adapters: Sequence[Adapter], sizes: Mapping[str, Size]) -> Table:
+    more = (">norm", ">effective rank") if sizes else ()
+    table = plain_table("adapter", ">rank", ">modules", "targets", ">parameters", ">size", *more)
     for adapter in adapters:
+        found = sizes.get(adapter.name)
         table.add_row(
             Text(adapter.name),
             "/".join(map(str, adapter.ranks)),
             str(len(adapter.modules)),
-            ", ".join(targets(adapter)),
+            ", ".join(adapter.targets),
             f"{adapter.parameters:,}",
             size(adapter.size),
+            *((f"{found.norm:.3g}", f"{found.effective_rank:.1f}") if found else ()),
         )
     return table

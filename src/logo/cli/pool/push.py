@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from logo.adapters.files import NOTES
+from logo.adapters.format import own_name
+from logo.adapters.gathering import gather
 from logo.adapters.notes import checked
+from logo.adapters.options import Fetching
+from logo.adapters.places import Place
+from logo.adapters.pool import AdapterPool
 from logo.cli.options import Json, argument, usual
 from logo.cli.output import note, out, print_json, size
-from logo.cli.pool.common import Folder, OnBadAdapter, refusals, without_checkpoints
+from logo.cli.pool.common import Folder, OnBadAdapter, refusals, tell_refused
 
 
 def push(
@@ -18,30 +23,42 @@ def push(
         "{base model}-loras-{DIR}, as in the official collection",
         metavar="FOLDER",
     ),
+    licence: str | None = usual(
+        None, "The licence in the card that is made, by the Hub's name, such as apache-2.0.", True, "--license"
+    ),
     private: bool = usual(False, "Make the repository private."),
     message: str | None = usual(None, "Commit message.", "the number of files"),
     dry_run: bool = usual(False, "List the files; send nothing."),
     on_bad_adapter: OnBadAdapter = "error",
     json: Json = False,
 ) -> None:
-    """Upload a pool to the Hub: safetensors adapters, their configurations, the card and pool.json; no pickles or
-    checkpoints.
+    """Upload a pool to the Hub: safetensors adapters, their configurations and pool.json; no pickles or checkpoints.
 
-    The token is HF_TOKEN, or the one that `hf auth login` stored. Files that the Hub already has are not sent again.
+    A model card is made if the folder has no README.md. The token is HF_TOKEN, or the one that `hf auth login` stored.
+    Files that the Hub already has are not sent again.
 
     Example: `logo pool push adapters/ org/my-loras --private --dry-run`
     """
-    from logo.adapters.upkeep.publishing import CARD, Upload
-    from logo.adapters.upkeep.publishing import push as send
+    from logo.adapters.publishing import Upload, stays_behind
+    from logo.adapters.publishing import push as send
 
     if (folder / NOTES).is_file():  # before its content is used
         checked(folder / NOTES, folder)
-    pool, checkpoints = without_checkpoints(folder, on_bad_adapter, verify=True)
-    upload = Upload.of(folder, list(pool), repo, path_in_repo)
+    found = gather([Place("folder", str(folder))], Fetching(), verify=True)
+
+    def left(name: str) -> bool:  # never the folder that the user named
+        return stays_behind(name) and name != own_name(folder)
+
+    names = [one.name for one in found.adapters] + [one.name for one in found.refused]
+    checkpoints = sorted(filter(left, names))
+    kept = [one for one in found.adapters if not left(one.name)]
+    bad = [one for one in found.refused if not left(one.name)]
+    pool = AdapterPool.from_survey(folder, kept, bad, on_bad_adapter=on_bad_adapter)
+    tell_refused(pool.refused)
+    if checkpoints:
+        note(f"left out: {len(checkpoints)} checkpoints, such as {checkpoints[0]}")
+    upload = Upload.of(folder, list(pool), repo, path_in_repo, licence)
     targets = dict(upload.targets)
-    if CARD not in upload.files:
-        place = "/".join(part for part in (repo, upload.folder) if part)
-        note(f"without a model card: `logo pool card {folder} --repo {place}` writes one")
     address = None if dry_run else send(upload, private=private, message=message)
     if json:
         files = [{"path": path, "bytes": count} for path, count in targets.items()]

@@ -82,7 +82,6 @@ def _report(logo: LoGo, calibration: Calibration) -> dict[str, Any]:
         "points": [point.name for point in calibration.points],
         "ranking": [{"point": point.name, "contrast": value} for point, value in calibration.ranking],
         "measured": calibration.measured,
-        "listened": calibration.measured,  # its name in 0.2, until 0.4
         "sizes": None if _unknown(calibration) else logo.scorer.sizes,
         "seconds": calibration.seconds,
         "file": None if calibration.file is None else str(calibration.file),
