@@ -20,7 +20,7 @@ from logo.adapters.layout import BaseLayout
 from logo.completions import encoded
 from logo.decoder import Decoding, Generation
 from logo.decoding import check_batch_size, check_streamable
-from logo.errors import UsageError, check_type
+from logo.errors import PoolError, UsageError, check_type, listed
 from logo.facts import Facts
 from logo.generation import check_stops
 from logo.prompts import Prompt, several
@@ -128,12 +128,9 @@ class Calls(Facts):
 
         Raises:
             UsageError: a selection of another signal than the call's, or one without scores, which was forced.
+            PoolError: scores of adapters that are not in the pool.
         """
-        # A signal that was not used before is calibrated now, while no mixture may be active. The signal of a selection
-        # was used, so a loop over an open stream, which holds the lock, need not wait.
-        lock: AbstractContextManager[Any] = self._lock
         if isinstance(scores, Selection):
-            lock = nullcontext()
             made_by, asked = scores.signal, options.get("signal")
             if made_by is not None and asked not in (None, made_by):
                 raise UsageError(
@@ -143,9 +140,13 @@ class Calls(Facts):
             options["signal"], scores = made_by or asked, scores.scores
         if not scores:
             raise UsageError("reselect: expected the scores of a selection, found none; a forced selection has none")
-        with lock:
-            values = torch.tensor(list(scores.values()))
-            return self._selecting.choose(values, list(scores), self.call_settings(**options))
+        call = self.call_settings(**options)
+        unknown = [repr(name) for name in scores if name not in self._selecting.pool]
+        if unknown:
+            raise PoolError(f"reselect: expected scores of adapters in the pool, found those of {listed(unknown, 5)}")
+        # If its scorer is not there yet, the signal is calibrated now, once no mixture is active any more. Otherwise a
+        # loop over an open stream, which holds the lock, need not wait.
+        return self._selecting.choose(torch.tensor(list(scores.values())), list(scores), call)
 
     def restart(self) -> None:
         """Forgets earlier prompts, on which `probe_context="carry"` and a running reference depend."""
@@ -206,8 +207,8 @@ class Calls(Facts):
                 A list gives each prompt its own (None: select).
             max_new_tokens: default: that of the generation config, else the smaller of 256 and half of the context.
             batch_size: prompts per forward pass.
-            generation_config: any transformers config; default: the engine's own, which is greedy unless it was given
-                another. The checkpoint's config is not used.
+            generation_config: of transformers; default: the engine's own, which is greedy unless it was given another.
+                What it leaves open is greedy, too: of the checkpoint's config only the end tokens are used.
             stop_at_newline: end each answer after its first line; `"official"`: by the rule of the official code.
             stop: end each answer before the first of these texts.
             streamer: a streamer of transformers (`TextStreamer`, ...) that gets each token, for a single prompt.
@@ -273,7 +274,7 @@ class Calls(Facts):
         """How to continue prompts, from the arguments of a call."""
         stop = check_stops(stop, stop_at_newline)
         check_forced(activation)
-        return self._decoding(Decoding(config, self.model.generation_config, stop_at_newline, stop, activation))
+        return self._decoding(Decoding(config, stop_at_newline, stop, activation))
 
     def score(
         self, prompt: OnePrompt, completion: str, mixtures: Sequence[Forced | None], **options: Unpack[CallOptions]
@@ -320,7 +321,7 @@ class Calls(Facts):
         """Writes a mixture as one plain PEFT adapter; see `logo.adapters.export`.
 
         Args:
-            mixture: a `Selection`, or `{"name": weight, ...}`. The sum is exact; `merge` is not used.
+            mixture: a `Selection`, or `{"name": weight, ...}`.
             folder: must not exist yet, or be empty.
 
         Raises:

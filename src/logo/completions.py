@@ -73,8 +73,7 @@ class CompletionScorer:
         def active(some: Sequence[Mapping[str, float]]) -> AbstractContextManager[Any]:
             return self._mixer.active(pool, some, begins=[places] * len(some) if late else None)
 
-        together = 1 if any(adapter.alone for adapter in pool) else None
-        return score_mixtures(self._model, row, gold, mixtures, active, vocabulary, device, read, together)
+        return score_mixtures(self._model, row, gold, mixtures, active, vocabulary, device, read)
 
     def pairs(
         self,

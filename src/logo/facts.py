@@ -10,7 +10,6 @@ import torch
 
 from logo.adapters.pool import AdapterPool
 from logo.decoding import Prompts
-from logo.mixing import Merge
 from logo.selection.settings import SelectionSettings
 
 if TYPE_CHECKING:
@@ -73,12 +72,3 @@ class Facts(ABC):
     def engine_options(self) -> Mapping[str, Any]:
         """Options of what runs the model, as the user gave them, on which results depend; none in this process."""
         return {}
-
-    @property
-    @abstractmethod
-    def merge(self) -> Merge:
-        """How selected adapters are combined when they answer or are scored; probing always sums them exactly."""
-
-    @merge.setter
-    @abstractmethod
-    def merge(self, merge: Merge | str) -> None: ...

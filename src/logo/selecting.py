@@ -17,7 +17,7 @@ from torch import Tensor
 from logo.adapters.pool import AdapterPool
 from logo.decoding import Prompts, batches_by_length, batches_in_order, input_device
 from logo.errors import LoGoError, PoolError, UsageError, check_type, closest
-from logo.mixing import EXACT, Mixer
+from logo.mixing import Mixer
 from logo.prompts import ProbeText, Prompt
 from logo.scoring import MAX_TOKENS
 from logo.selection.beginnings import Beginnings
@@ -154,8 +154,6 @@ class Choosing:
         unsure = settings.when_unsure, settings.unsure_below
         selector = Selector(k, weighting, temperature, mass, evidence, *unsure)
         found = selector(scores, names, self.sizes(settings))
-        if len(found.adapters) == 1 and self.pool[found.adapters[0]].alone:
-            found = replace(found, weights=(1.0,))  # it has no weaker form
         return replace(found, signal=settings.signal)
 
     def outcome(self, scores: Tensor, names: Sequence[str], call: CallSettings) -> Outcome:
@@ -360,7 +358,7 @@ class Probing(Selecting):
     ) -> list[Outcome]:
         scorer = self.scorers.get(calls[0].settings)  # if it calibrates, no adapter may be active yet
         ids, mask = self._prompts.pad(rows, "right", input_device(self._model))
-        with self._mixer.active(self.pool, [dict.fromkeys(active, 1.0)], merge=EXACT):
+        with self._mixer.active(self.pool, [dict.fromkeys(active, 1.0)]):
             scores = scorer.best(ids, mask, [self.wanted(one) for one in calls])
         return [self.outcome(row, scorer.names, one) for row, one in zip(scores, calls, strict=True)]
 

@@ -47,22 +47,15 @@ class Folder:
         self._holds: tuple[Hashable, Tensor] | None = None  # the mixture that `_folded` holds
 
     @contextmanager
-    def active(
-        self,
-        key: Hashable,
-        stacks: Callable[[], Mapping[str, Stack]],
-        weights: Tensor,
-        magnitudes: Callable[[], Mapping[str, Tensor]] = dict,
-    ) -> Iterator[None]:
+    def active(self, key: Hashable, stacks: Callable[[], Mapping[str, Stack]], weights: Tensor) -> Iterator[None]:
         """Adds one mixture to every adapted module inside the block.
 
         Args:
             key: identifies the adapters of these stacks.
             stacks: makes the stacks, whose modules are `foldable`; not called for the mixture that was folded last.
             weights: (n,), one per adapter of the stacks.
-            magnitudes: makes the magnitudes of a DoRA adapter, by module; see `rescaled`.
         """
-        self._fold(key, stacks, weights, magnitudes)
+        self._fold(key, stacks, weights)
         originals = {path: self.modules[path].weight for path in self._folded}
         try:
             for path in originals:
@@ -87,13 +80,7 @@ class Folder:
         self._folded.clear()
         self._holds = None
 
-    def _fold(
-        self,
-        key: Hashable,
-        stacks: Callable[[], Mapping[str, Stack]],
-        weights: Tensor,
-        magnitudes: Callable[[], Mapping[str, Tensor]],
-    ) -> None:
+    def _fold(self, key: Hashable, stacks: Callable[[], Mapping[str, Stack]], weights: Tensor) -> None:
         held = self._holds
         if held is not None and held[0] == key and torch.equal(held[1], weights):
             return
@@ -105,8 +92,6 @@ class Folder:
             )
         for path in self._folded.keys() - made.keys():
             del self._folded[path]
-        for path, magnitude in magnitudes().items():
-            rescaled(self.modules[path], self._folded[path].data, magnitude)
         self._holds = key, weights
 
 
@@ -130,17 +115,3 @@ def fold(module: nn.Module, stack: Stack, weights: Tensor, out: Tensor | None = 
     if out is None or out.shape != weight.shape or out.dtype != weight.dtype or out.device != weight.device:
         out = torch.empty_like(weight)
     return torch.addmm(weight, left, right, out=out)
-
-
-@torch.no_grad()
-def rescaled(module: nn.Module, folded: Tensor, magnitude: Tensor) -> None:
-    """Scales every output row of a folded weight, in place, to the magnitude of a DoRA adapter (arXiv 2402.09353).
-
-    Args:
-        folded: `W + s B A` in the layout of the module's weight.
-        magnitude: (out,).
-    """
-    along = 0 if type(module).__name__ == "Conv1D" else 1  # (in, out), else (out, in)
-    length = folded.float().norm(dim=along, keepdim=True)
-    factor = magnitude.to(folded.device, torch.float32).view(length.shape) / length
-    folded.copy_(folded.float() * factor)
