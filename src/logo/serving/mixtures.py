@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
-from logo.errors import UsageError
 from logo.mixing import NEVER, begins
 from logo.mixing.packed import Mixture
 from logo.mixing.store import AdapterStore
@@ -44,13 +43,10 @@ def mixed(store: AdapterStore, pool: AdapterPool, selection: Selection, prompt: 
         prompt: token ids.
 
     Raises:
-        UsageError: see `logo.mixing.activated.begins`; or an adapter that can only answer alone.
+        UsageError: see `logo.mixing.activated.begins`.
         LoGoError: an adapter that cannot be read, or no room for it.
     """
     weights = {name: weight for name, weight in selection.mixture.items() if weight}
-    for name in weights:
-        if pool[name].alone:
-            raise UsageError(f"adapter {name!r} is a DoRA adapter, which cannot be mixed into a batch of requests")
     places = begins(pool, weights, prompt)
     used = [(pool[name], weights[name], begin) for name, begin in places.items() if begin != NEVER]
     hold = store.hold([store.source(adapter) for adapter, *_ in used])

@@ -75,8 +75,6 @@ class Service:
                 f"probe_context {logo.settings.probe_context!r}: a server probes prompts together and in any order; "
                 "use 'base'"
             )
-        if not logo.merge.exact:
-            raise UsageError(f"merge {logo.merge.kind!r}: a server mixes adapters exactly; leave it out")
         self.logo = logo
         self.memory = memory
         self.max_queue = max_queue
