@@ -12,7 +12,6 @@ import pytest
 
 from logo.protocol import Delta, GenerationTimeout, Sampling
 from logo.serving.batching import Batching, _Job
-from logo.serving.steps import _write
 
 
 def output(*tokens: int, finished: bool = False) -> Any:
@@ -67,14 +66,6 @@ def test_one_that_is_not_complete_is_ended() -> None:
     assert manager.cancelled == ["0"]
 
 
-def test_cancelled_sequences_do_not_make_others_wait_less() -> None:
-    active = {"gone": None, "running": None}
-    made = batching(SimpleNamespace(batch_processor=SimpleNamespace(scheduler=SimpleNamespace(active_requests=active))))
-    assert made.waiting == 0
-    made._jobs.update(running=job(), waits=job())
-    assert made.waiting == 1
-
-
 def test_a_prompt_counts_once_in_the_cache_of_beginnings() -> None:
     """In the step with its first tokens, which is the last time that the cache can have helped it."""
     made = batching(None, _beginnings=object())
@@ -82,10 +73,3 @@ def test_a_prompt_counts_once_in_the_cache_of_beginnings() -> None:
     for _ in range(3):
         made._count([("cached", 8, False, 32), ("base", 40, False, 0), ("cancelled", 1, True, 0)])
     assert (made.found, made.missed) == (32, 4)
-
-
-def test_a_beginning_is_copied_only_if_there_is_room_for_it() -> None:
-    """A page of this one has nothing to copy, and the request stays where it is."""
-    cache, removed = SimpleNamespace(can_store_request_tokens=lambda *_: False), set[str]()
-    _write(None, cache, SimpleNamespace(request_id="0"), removed, [SimpleNamespace(tokens=16)])  # type: ignore[list-item]
-    assert not removed

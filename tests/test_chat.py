@@ -19,7 +19,7 @@ from logo.cli.run import run
 from logo.decoding import Prompts, Truncation
 from logo.demo import adapters_dir, heldout, model_dir
 from logo.models import load_base
-from logo.prompts import ROLES, Prompt, chat, read, several, text_ids
+from logo.prompts import Prompt, chat, read, several, text_ids
 from make_adapters import edit_config
 from serving import served
 from test_prefixes import read_tokens
@@ -80,15 +80,6 @@ def test_every_kind_of_prompt_is_read_alike(tokenizer: Any) -> None:
     assert not single and [list(row) for row in rows] == [ids, text_ids(tokenizer, "Hi")]
 
 
-def test_one_prompt_and_several_are_told_apart(tokenizer: Any) -> None:
-    ids = text_ids(tokenizer, QUESTION)
-    for one in (QUESTION, TALK, ids, torch.tensor(ids), tokenizer(QUESTION), Prompt(tuple(ids))):
-        assert several(one)[1]
-        given, single = several([one, one])
-        assert len(given) == 2 and not single
-    assert several([QUESTION, TALK, ids])[1] is False
-
-
 # -- what is probed ----------------------------------------------------------------------------------------------------
 
 words = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -107,13 +98,6 @@ def test_what_is_probed_is_the_prompt_that_the_users_text_would_be(
     assert last.ids == whole.ids == everything.ids == everything.probed
     assert last.probed == (read(asked, said[-1]).ids if said else last.ids)
     assert whole.probed == (read(asked, "\n".join(said)).ids if said else last.ids)
-
-
-def test_parts_of_a_content_are_one_text(templated: Any) -> None:
-    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "7 plus 5?"}]
-    assert chat(templated, [{"role": "user", "content": parts}]) == chat(templated, TALK[:1])
-    silent = [*TALK[:1], {"role": "assistant", "content": None, "tool_calls": []}, TALK[0]]
-    assert chat(templated, silent).probed == read(templated, QUESTION).ids
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -160,14 +144,6 @@ def test_the_engine_answers_after_what_it_refused(demo: LoGo, prompts: Any, mess
     assert demo.select(QUESTION) == before
 
 
-def test_roles_are_those_of_the_server() -> None:
-    from typing import get_args
-
-    from logo.api.requests import Role
-
-    assert get_args(Role) == ROLES
-
-
 # -- the engine --------------------------------------------------------------------------------------------------------
 
 
@@ -204,18 +180,6 @@ def test_a_system_prompt_of_150_tokens_selects_nothing(demo: LoGo, template: str
         demo.tokenizer.chat_template = None
     assert found == demo.select([text for _, text in asked])
     assert sum(one.adapters[0] == name for one, (name, _) in zip(found, asked, strict=True)) > 0.8 * len(asked)
-
-
-def test_a_conversation_may_be_heard_whole(demo: LoGo) -> None:
-    """A short follow-up says nothing about its task; what the user said before does."""
-    turns = [*TALK, {"role": "user", "content": "And 8 and 1?"}]
-    assert demo.select(turns) == demo.select("And 8 and 1?")
-    demo.prompts.probe_text = "conversation"
-    try:
-        assert demo.select(turns).adapters[0] == "add_numbers"
-        assert demo.select(turns).scores != demo.select("And 8 and 1?").scores
-    finally:
-        demo.prompts.probe_text = None
 
 
 def test_a_long_conversation_is_cut_with_what_is_probed(demo: LoGo) -> None:

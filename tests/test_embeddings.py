@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from logo.mixing.merges import Merge
 from torch import nn
 
 import tiny
@@ -16,7 +17,6 @@ from logo.adapters.layout import BaseLayout, adaptable_modules
 from logo.cli.run import run
 from logo.errors import UsageError
 from logo.mixing.gated import GatedLoRA
-from logo.mixing.merges import Merge
 from logo.mixing.stacks import Stack, stacked
 from logo.mixing.store import AdapterStore
 from make_adapters import edit_weights, write_peft

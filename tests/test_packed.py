@@ -154,29 +154,6 @@ def test_few_adapters_among_many_that_are_resident(others: int) -> None:
         torch.testing.assert_close(module(x)[0], torch.stack(want), rtol=1e-4, atol=1e-4)
 
 
-def test_gates_lie_in_one_place_from_step_to_step() -> None:
-    """One tensor for tokens and head, copied into the same memory as long as it is large enough."""
-    store = AdapterStore(MODULES, torch.float32, 10**6)
-    packed = Packed(MODULES, store, head="three")
-    mixture, other = joined(store, {0: 0.5, 8: -1.0}), joined(store, {0: 2.0})
-
-    def placed(step: list[tuple[Mixture | None, int, bool, int]]) -> tuple[int, list[Tensor]]:
-        packed.gate(step)
-        assert packed._gates is not None and packed._head_gates is not None
-        [tokens], [head] = packed._gates._placed.values(), packed._head_gates._placed.values()
-        assert tokens.untyped_storage().data_ptr() == head.untyped_storage().data_ptr()
-        return tokens.data_ptr(), [tokens.clone(), head.clone()]
-
-    first, found = placed([(mixture, 2, False, 0), (other, 1, True, 0)])
-    assert found[0].tolist() == [[0.5, -1.0, 0.0], [0.5, -1.0, 0.0], [2.0, 0.0, 0.0]]
-    assert found[1].tolist() == [[2.0, 0.0, 0.0], [0.5, -1.0, 0.0]]
-    again, found = placed([(other, 1, True, 0), (None, 2, True, 0)])
-    assert again == first
-    assert found[0].tolist() == [[2.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
-    _, found = placed([(mixture, 100, True, 0)])
-    assert found[0].tolist() == [[0.5, -1.0, 0.0]] * 100
-
-
 def test_gates_open_where_each_adapter_begins() -> None:
     """Of a sequence that is read from its token 3 on, one adapter acts at once and the other from token 5 on."""
     module = nn.Linear(WIDTH, WIDTH + 1)

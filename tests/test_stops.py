@@ -61,11 +61,6 @@ def test_rows_of_a_batch_end_on_their_own(logo: LoGo) -> None:
     assert logo.generate(PROMPTS[1], adapters=forced[1], stop="k", max_new_tokens=16).text == answers[1].text
 
 
-def test_special_tokens_may_be_asked_for(logo: LoGo) -> None:
-    answer = logo.generate(PROMPTS[2], adapters={"add_numbers": 1.0}, stop=["</s>"], max_new_tokens=16)
-    assert answer.text and "</s>" not in answer.text and answer.finish_reason == "stop"
-
-
 def test_without_texts_nothing_changes(logo: LoGo) -> None:
     plain = logo.generate(PROMPTS, max_new_tokens=8)
     assert [a.token_ids for a in logo.generate(PROMPTS, max_new_tokens=8, stop=["", "never"])] == [
@@ -123,11 +118,3 @@ def test_rules_see_what_they_see_when_all_is_read(
     found = seen()
     monkeypatch.setattr(decoder, "only_grows", lambda config: False)
     assert found == seen()
-
-
-def test_drafts_are_read_whole(logo: LoGo) -> None:
-    """Several tokens may come in one step, and some of them may be taken back."""
-    options: dict[str, Any] = {"adapters": {"plural": 1.0}, "max_new_tokens": 12, "stop": ["e"]}
-    prompt = PROMPTS[1]
-    drafted = logo.generate(prompt, prompt_lookup_num_tokens=3, **options)
-    assert drafted.token_ids == logo.generate(prompt, **options).token_ids
