@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from logo.mixing.merges import Merge
 from torch import nn
 
 import tiny
@@ -15,6 +14,7 @@ from logo import AdapterPool, LoGo, PoolError, SelectionSettings
 from logo.adapters.layout import BaseLayout
 from logo.cli.run import run
 from logo.errors import UsageError
+from logo.mixing.merges import Merge
 from logo.mixing.mixer import Mixer
 from logo.mixing.store import adapter_store
 from logo.selecting import Choosing

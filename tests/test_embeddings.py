@@ -8,14 +8,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from logo.mixing.merges import Merge
 from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings
 from logo.adapters.layout import BaseLayout, adaptable_modules
 from logo.cli.run import run
-from logo.errors import UsageError
 from logo.mixing.gated import GatedLoRA
 from logo.mixing.stacks import Stack, stacked
 from logo.mixing.store import AdapterStore
@@ -85,9 +83,6 @@ def test_batches_equal_single_prompts(pool: AdapterPool, fold: bool | None) -> N
     base = logo.generate(PROMPTS[0], adapters={}, max_new_tokens=6)
     assert base.token_ids != alone[0].token_ids  # the embedding counts
     assert logo.select(PROMPTS[0], k=3).adapters
-    logo.merge = Merge("arrow")
-    with pytest.raises(UsageError, match="acts on the embedding"):
-        logo.generate(PROMPTS[0], adapters={"t1": 1.0}, max_new_tokens=2)
 
 
 def test_an_open_pool_is_the_same_from_the_cache(pool: AdapterPool, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from logo.mixing.merges import register_merge
 from PIL import Image
 
 from logo.adapters.format import LoraWeights
@@ -36,6 +35,7 @@ from logo.evaluation.sweep.running import Cell, Outcome, runs
 from logo.evaluation.sweep.table import table
 from logo.evaluation.tables import as_csv, as_parquet
 from logo.mixing import Merge
+from logo.mixing.merges import register_merge
 from logo.selection.settings import SelectionSettings
 
 NAMES = st.sampled_from(["k", "signal", "probe-layer", "probe-points", "weighting"])
