@@ -6,7 +6,7 @@ prompts -> (read, options checked) -> selections -> answers, pieces or scores
 from __future__ import annotations
 
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -17,32 +17,86 @@ import torch
 from logo.adapters.activation import check_forced
 from logo.adapters.export import write_mixture
 from logo.adapters.layout import BaseLayout
+from logo.adapters.pool import AdapterPool
 from logo.completions import encoded
 from logo.decoder import Decoding, Generation
-from logo.decoding import check_batch_size, check_streamable
+from logo.decoding import Prompts, check_batch_size, check_streamable
 from logo.errors import PoolError, UsageError, check_type, listed
-from logo.facts import Facts
 from logo.generation import check_stops
 from logo.prompts import Prompt, several
 from logo.scoring import Scored
 from logo.selecting import CallOptions, CallSettings, Outcome, Selecting, for_each, take_call_options
 from logo.selection.selector import Forced, Selection, forced
+from logo.selection.settings import SelectionSettings
 from logo.stops import cut_pieces
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
     from typing_extensions import Unpack
 
     from logo.prompts import OnePrompt
 
 
-class Calls(Facts):
-    """An engine that selects, generates and scores. `Facts` lists its attributes and properties."""
+class Calls(ABC):
+    """An engine that selects, generates and scores. Its properties are recorded with its results.
 
+    Attributes:
+        model: the base model; without weights if another process has them.
+        tokenizer: its tokenizer.
+        pool: the adapters.
+        settings: how prompts are read, scored and selected.
+        prompts: turns prompts into token ids.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    pool: AdapterPool
+    settings: SelectionSettings
+    prompts: Prompts
     _layout: BaseLayout
     _selecting: Selecting
     _lock: AbstractContextManager[Any]
+
+    @property
+    @abstractmethod
+    def fitted(self) -> AdapterPool:
+        """The pool fitted to the base model, without adapters that do not fit (`on_bad_adapter="skip"`)."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters in use, in pool order."""
+        return self.fitted.names
+
+    @property
+    @abstractmethod
+    def k(self) -> int:
+        """Adapters per prompt: the setting, or the default of the pool as it is now."""
+
+    @property
+    @abstractmethod
+    def points(self) -> tuple[str, ...]:
+        """The points where prompts are read, such as `"4.v_proj"`. The pool is calibrated first if necessary."""
+
+    @property
+    @abstractmethod
+    def folding(self) -> dict[str, Any]:
+        """The settings by which the form of a mixture is chosen, for JSON."""
+
+    @property
+    @abstractmethod
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices that compute."""
+
+    @property
+    @abstractmethod
+    def versions(self) -> dict[str, str]:
+        """Versions of libraries that run the model, beside PyTorch and transformers."""
+
+    @property
+    def engine_options(self) -> Mapping[str, Any]:
+        """Options of what runs the model, as the user gave them, on which results depend; none in this process."""
+        return {}
 
     # -- selecting ----------------------------------------------------------------------------------------------
 
@@ -337,6 +391,7 @@ class Calls(Facts):
     def close(self) -> None:
         """Ends processes that the engine has started, without which it cannot answer. The local engine has none, so it
         releases nothing and still answers."""
+        return
 
     @contextmanager
     def _attempt(self) -> Iterator[None]:
@@ -346,6 +401,7 @@ class Calls(Facts):
             with self._selecting.attempt():
                 yield
 
+    @abstractmethod
     def _sync(self) -> None:
         """Follows changes of the pool."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from logo.adapters.activation import NotInvoked, earliest
+from logo.adapters.activation import earliest, warn_of_silent
 from logo.adapters.pool import AdapterPool
 from logo.decoding import OVERFLOW, Cancelled, Finite, Prompts, input_device, streamed
 from logo.endings import (
@@ -137,7 +137,7 @@ class Decoder:
         self.prompts = prompts
         self._mixer = mixer
         self._beginnings = beginnings
-        self._not_invoked = NotInvoked()
+        self._told: set[str] = set()  # the adapters of which a warning says that they do not act
 
     def __call__(
         self,
@@ -246,7 +246,7 @@ class Decoder:
     ) -> Onset:
         """Where the adapters of a batch begin to act; warns once of each adapter that does not."""
         made = Onset.of(pool, rows, mixtures, width)
-        self._not_invoked.note(made.silent)
+        warn_of_silent(made.silent, self._told)
         return made
 
     def _work(self, ids: Tensor, config: GenerationConfig) -> Work:
