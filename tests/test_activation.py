@@ -18,7 +18,6 @@ from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.activation import EVERYWHERE, Activation, acting, earliest, last_occurrence
 from logo.errors import UsageError
 from logo.selection import scorers
-from logo.selection.probe import Probe
 from make_adapters import edit_config, load_peft, write, write_peft
 from test_engine import tokenizer, write_adapter
 from test_prefixes import read_tokens, words
@@ -222,16 +221,6 @@ def test_mixtures_are_those_of_a_mask(name: str, kind: str, tmp_path: Path) -> N
         assert list(answer.token_ids) == masked(model, late, prompt, mixture, 6)
 
 
-def test_beams_and_samples_keep_their_rows(tmp_path: Path) -> None:
-    model = tiny.model("llama", eos_token_id=None)
-    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"))
-    prompts = tiny.prompts([30, 8, 70])
-    together = logo.generate(prompts, max_new_tokens=5, num_beams=3, batch_size=3)
-    for prompt, answer in zip(prompts, together, strict=True):
-        alone = logo.generate(prompt, max_new_tokens=5, num_beams=3)
-        assert alone.token_ids == answer.token_ids
-
-
 # -- reading once ------------------------------------------------------------------------------------------------------
 
 
@@ -353,65 +342,6 @@ def test_adapters_that_are_active_while_probing_are_read_apart(signal: str, cont
 
 
 # -- the signal --------------------------------------------------------------------------------------------------------
-
-
-def test_adapters_are_compared_on_the_tokens_on_which_they_act(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores follow from the last four tokens alone: whitened by those of all texts, at every point of every layer."""
-    from logo.selection.reference import Reference, finished, prompt_means
-    from logo.selection.whitening import Whitening
-
-    some = [words(8 + seed, seed) for seed in range(30)]
-    monkeypatch.setattr(scorers, "NEUTRAL", some[:20])  # ours have no words that the tiny tokenizer knows
-    model = tiny.model("llama")
-    folder = notes(pool_of(tmp_path, model), "last:4")
-    logo = engine(model, folder, signal="calibrated", calibration_prompts=some[20:])
-    scorer, prompts = logo.scorer, tiny.prompts([40, 9])
-    assert logo.reads == "the tokens on which the adapters act (last:4), at 6 points, once"
-    assert logo.points == tuple(f"{i}.self_attn.{m}_proj" for i in range(3) for m in ("q", "v"))
-
-    def last(rows: list[list[int]]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        probe = Probe(model, scorer.points, "projection", "each")
-        whole = [probe(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.int64)) for row in rows]
-        owners = torch.arange(len(rows)).repeat_interleave(torch.tensor([min(4, len(row)) for row in rows]))
-        return [torch.cat([one[i][-4:] for one in whole]) for i in range(len(scorer.points))], owners
-
-    def of_norms(whitening: Whitening, vectors: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        centred = vectors - whitening.mean
-        return (centred @ delta.T).norm(dim=1) / (centred @ whitening.sketch().T).norm(dim=1).sqrt()
-
-    texts = logo.prompts.texts(some)
-    hidden, owners = last(texts)
-    asked, of_asked = last(prompts)
-    known, found = [], []
-    for point, vectors, own in zip(scorer.points, hidden, asked, strict=True):
-        whitening = Whitening.of(vectors)
-        responses = []
-        for adapter in logo.fitted:
-            factors = adapter.read([point.module])[point.module]
-            delta = whitening.fold(factors.scaled_b() @ factors.A.float())
-            responses.append([of_norms(whitening, part, delta) for part in (vectors, own)])
-        for kept, part, who, count in ((known, 0, owners, len(texts)), (found, 1, of_asked, 2)):
-            means = prompt_means(torch.stack([one[part] for one in responses], dim=1), who, count)
-            kept.append(finished(means, "whitened").T)
-    neutral, own = torch.stack(known, dim=1), torch.stack(found, dim=1)  # (adapters, points, texts)
-    assert scorer.calibration is not None
-    heard = torch.cat([scorer.calibration.neutral, scorer.calibration.requests], dim=2)
-    assert torch.allclose(heard, neutral, atol=1e-4)
-    read = [
-        scorer._reader(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.int64)).responses for row in prompts
-    ]
-    responses = torch.stack([torch.cat(point) for point in zip(*read, strict=True)], dim=0)  # (points, rows, adapters)
-    assert torch.allclose(responses.permute(2, 0, 1), own, atol=1e-4)
-    want = Reference.of(heard[:, :, :20], heard[:, :, 20:]).scores(responses.permute(2, 0, 1))
-    for selection, row in zip(logo.select(prompts), want, strict=True):
-        assert list(selection.scores.values()) == pytest.approx(row.tolist(), rel=1e-4, abs=1e-4)
-
-
-def test_texts_of_a_calibration_invoke_the_adapters(tmp_path: Path) -> None:
-    model = tiny.model("llama")
-    logo = engine(model, pool_of(tmp_path, model, alora_invocation_tokens=INVOKE), signal="calibrated")
-    cache = logo.scorer.cache
-    assert cache is not None and all(row[-2:] == INVOKE for row in cache.texts.rows)
 
 
 def test_calibrations_of_other_tokens_are_other_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,12 @@ def test_what_is_refused(body: dict[str, Any], status: int, param: str, message:
     assert (caught.value.status, caught.value.param, caught.value.message) == (status, param, message)
 
 
+@pytest.mark.parametrize("body", [[], "x", None])
+def test_what_is_no_object(body: Any) -> None:
+    with pytest.raises(ApiError, match="expected a JSON object as body, found"):
+        checked(ModelRequest, body)
+
+
 def test_names_that_an_adapter_may_be_given() -> None:
     MODELS.check_new("new", replace=False)
     MODELS.check_new("sums", replace=True)

@@ -19,7 +19,7 @@ from logo.cli.run import run
 from logo.decoding import Prompts, Truncation
 from logo.demo import adapters_dir, heldout, model_dir
 from logo.models import load_base
-from logo.prompts import Prompt, chat, read, several, text_ids
+from logo.prompts import Prompt, chat, read, text_ids
 from make_adapters import edit_config
 from serving import served
 from test_prefixes import read_tokens
@@ -68,16 +68,6 @@ def test_without_a_template_one_message_is_its_text_as_it_is(tokenizer: Any) -> 
     assert one == Prompt(tuple(tokenizer(QUESTION)["input_ids"]), None, QUESTION) == read(tokenizer, QUESTION)
     assert list(two.ids) == tokenizer(f"{QUESTION}\n12")["input_ids"]
     assert two.probed == one.ids
-
-
-def test_every_kind_of_prompt_is_read_alike(tokenizer: Any) -> None:
-    ids = text_ids(tokenizer, QUESTION)
-    kinds = [ids, tuple(ids), torch.tensor(ids), tokenizer(QUESTION), tokenizer([QUESTION], return_tensors="pt")]
-    for kind in kinds:
-        assert read(tokenizer, kind).ids == tuple(ids)
-    padded = tokenizer([QUESTION, "Hi"], padding=True, return_tensors="pt")
-    rows, single = several(padded)
-    assert not single and [list(row) for row in rows] == [ids, text_ids(tokenizer, "Hi")]
 
 
 # -- what is probed ----------------------------------------------------------------------------------------------------
@@ -182,13 +172,6 @@ def test_a_system_prompt_of_150_tokens_selects_nothing(demo: LoGo, template: str
     assert sum(one.adapters[0] == name for one, (name, _) in zip(found, asked, strict=True)) > 0.8 * len(asked)
 
 
-def test_a_long_conversation_is_cut_with_what_is_probed(demo: LoGo) -> None:
-    system = system_prompt(demo.tokenizer, 500)
-    with pytest.warns(UserWarning, match="its beginning is cut"):
-        found = demo.select([system, TALK[0]], max_new_tokens=64)
-    assert found == demo.select(QUESTION)
-
-
 @pytest.mark.slow
 def test_a_chat_is_one_prompt_through_python_the_command_line_and_the_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: Any
@@ -217,20 +200,6 @@ def test_a_chat_is_one_prompt_through_python_the_command_line_and_the_server(
     assert choice["message"]["content"] == answer.text
     for found in (generated, selected, chosen):
         same_selection(Selection(tuple(found["adapters"]), tuple(found["weights"]), found["scores"]), answer.selection)
-
-
-def test_chat_options_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """The demo has no template: a message alone is its text, and one after a system message stands on a line."""
-
-    def ask(*options: str) -> dict[str, Any]:
-        assert run(["select", *options, "--base-model", "demo", "--device", "cpu", "--json"]) == 0
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found
-
-    assert ask(QUESTION, "--chat") == ask(QUESTION)
-    assert ask(QUESTION, "--system", "Be brief.") == ask(QUESTION)
-    everything = ask(QUESTION, "--system", "Be brief.", "--probe-text", "all")["scores"]
-    assert everything == same_scores(ask(f"Be brief.\n{QUESTION}")["scores"]) != ask(QUESTION)["scores"]
 
 
 # -- adapters that act from where the assistant's turn begins ----------------------------------------------------------
@@ -299,24 +268,3 @@ def test_a_chat_is_probed_by_its_last_message_if_adapters_act_on_the_last_tokens
     turns = [SYSTEM, *TALK, {"role": "user", "content": "What is the plural of mouse?"}]
     found, alone = logo.select(turns), logo.select("What is the plural of mouse?")
     assert logo.fitted.read_once and found.scores == same_scores(alone.scores)
-
-
-@pytest.mark.filterwarnings("ignore:1 of 3 adapters act on every token", "ignore:adapters? .* a prompt lacks")
-@pytest.mark.parametrize("plain", ["added", "removed"])
-def test_a_pool_may_change_from_adapters_that_act_everywhere_to_others(plain: str, tmp_path: Path) -> None:
-    names = sorted(path.parent.name for path in adapters_dir().glob("*/adapter_config.json"))[:3]
-    model, tokenizer = load_base("demo")
-    for name in names:
-        shutil.copytree(adapters_dir() / name, tmp_path / name)
-        if name != names[0]:
-            edit_config(tmp_path / name, alora_invocation_tokens=opening(tokenizer))
-    opened = AdapterPool.open(tmp_path)
-    every, activated = (AdapterPool([opened[name] for name in some]) for some in (names, names[1:]))
-    before, after = (activated, every) if plain == "added" else (every, activated)
-    text = f"{QUESTION} [assistant]"
-    settings = SelectionSettings.of(signal="calibrated", cache="")
-    logo = LoGo(model, tokenizer, before, settings=settings)
-    logo.select(text)
-    logo.take(logo.prepared(after))
-    fresh = LoGo(model, tokenizer, after, settings=settings).select(text)
-    same_selection(logo.select(text), fresh)

@@ -265,20 +265,6 @@ def test_the_pool_may_change(llama: nn.Module, adapters: Path, tmp_path: Path) -
     assert logo.select(PROMPTS[0]) == before
 
 
-def test_a_pool_that_became_unusable_is_refused_until_it_is_mended(
-    llama: nn.Module, adapters: Path, tmp_path: Path
-) -> None:
-    logo = engine(llama, adapters)
-    before = logo.select(PROMPTS[0])
-    write_adapter(tmp_path / "mlp", llama, ("down_proj",), rank=2, seed=5)
-    logo.pool.add(tmp_path / "mlp")
-    for _ in range(2):
-        with pytest.raises(PoolError, match="cannot be scored: mlp"):
-            logo.select(PROMPTS[0])
-    logo.pool.remove("mlp")
-    assert logo.select(PROMPTS[0]) == before
-
-
 def test_empty_prompts(llama: nn.Module, adapters: Path) -> None:
     assert len(engine(llama, adapters).generate("", max_new_tokens=2).token_ids) == 2  # the bos token is a prompt
     with pytest.raises(UsageError, match="prompt 2 is empty"):

@@ -151,32 +151,6 @@ class Quantised(nn.Module):
         return x @ (self.packed.float() * self.scale).T
 
 
-def test_works_on_quantised_linear_layers(tmp_path: Path) -> None:
-    base = tiny.model("llama")
-    adapters = save(
-        peft_model(base, [peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")], 0), tmp_path
-    )
-    plain = stacks_of(base, adapters)
-    for layer in base.model.layers:
-        layer.self_attn.q_proj = Quantised(layer.self_attn.q_proj)
-    ids, mask = tiny.padded(tiny.prompts([5]))
-    seen = {}
-
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen["x"], seen["y"] = inputs[0], output
-
-    quantised = base.model.layers[0].self_attn.q_proj
-    modules = dict(linear_modules(base))
-    assert "model.layers.0.self_attn.q_proj" in modules
-    with torch.no_grad(), GatedLoRA(modules).active(stacks_of(base, adapters), torch.tensor([[0.5]])):
-        handle = quantised.register_forward_hook(record)
-        base(input_ids=ids, attention_mask=mask)
-        handle.remove()
-    stack = plain["model.layers.0.self_attn.q_proj"]
-    expected = quantised(seen["x"]) + 0.5 * (seen["x"] @ stack.A.T) @ stack.B
-    same_tensor(seen["y"], expected)
-
-
 def test_base_is_bit_equal_before_between_and_after(tmp_path: Path) -> None:
     base = tiny.model("llama")
     before = {name: parameter.clone() for name, parameter in base.state_dict().items()}
@@ -238,15 +212,3 @@ def test_every_way_of_multiplying_is_the_formula(data: Any, rows: int, copies: i
     one = Gates(weights[:1])
     expected = ((x @ stack.A.T) * weights[:1, owner]) @ stack.B
     same_tensor(low_rank(x, stack, one), expected)
-
-
-@pytest.mark.parametrize("gaps", [False, True])
-@pytest.mark.parametrize("weights", [[[0.5, 2.0]], [[0.5, 0.0], [0.0, 1.0]]], ids=str)
-def test_a_device_that_computes_is_not_waited_for(weights: list[list[float]], gaps: bool) -> None:
-    """Reading a number of a meta tensor is an error."""
-    owner = torch.zeros(3, dtype=torch.int64, device="meta")
-    stack = Stack(torch.empty(3, 6, device="meta"), torch.empty(3, 5, device="meta"), owner, gaps)
-    x = torch.empty(2, 4, 6, device="meta")
-    assert low_rank(x, stack, Gates(torch.tensor(weights))).shape == (2, 4, 5)
-    per_token = Gates(torch.tensor(weights)[torch.arange(8) % len(weights)], per_token=True)
-    assert low_rank(x, stack, per_token).shape == (2, 4, 5)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from logo import LoGo, PluginError, SelectionSettings, UsageError, plugins
-from logo.baselines import Answering, Task, get_method
+from logo.baselines import get_method
 from logo.baselines.registry import METHODS, register_method
 from logo.cli.run import plugins_first, run
 from logo.evaluation.identity import engine_identity
@@ -139,15 +139,6 @@ def test_names_and_choices_are_checked(site: Path) -> None:
         plugins.load("plug_second:quiet")
 
 
-def test_what_is_defined_anew_replaces_what_was(site: Path) -> None:
-    before = get_signal("quiet")
-    file = site / "plug_signals.py"
-    file.write_text(file.read_text().replace(".sqrt()", ".square()"))
-    os.utime(file, (1, 1))  # bytecode is told apart by whole seconds
-    importlib.reload(sys.modules["plug_signals"])
-    assert get_signal("quiet").score is not before.score and get_signal("quiet").plugin != before.plugin
-
-
 def test_a_digest_is_of_the_whole_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     package = tmp_path / "plug_whole" / "inner"
@@ -203,27 +194,6 @@ def test_a_signal_that_fails_is_named(site: Path, scale: str, returns: str, erro
     plugins.load("plug_wrong:wrong")
     with pytest.raises(error, match=f"signal plug_wrong:wrong.*{message}"):
         LoGo.from_pretrained("demo", signal="wrong", k=2).select(PROMPT)
-
-
-@pytest.mark.parametrize(
-    ("returns", "error", "message"),
-    [
-        ("None", PluginError, "`prepare` has to return Prepared, found None"),
-        ("1 / 0", RuntimeError, "failed: ZeroDivisionError"),
-        ("Prepared(lambda prompts, size: prompts[99])", RuntimeError, "failed: IndexError"),
-        ("Prepared(lambda prompts, size: [])", PluginError, "expected one selection for each of 1 prompts, found 0"),
-    ],
-)
-def test_a_method_that_fails_is_named(site: Path, returns: str, error: type[Exception], message: str) -> None:
-    (site / "plug_method.py").write_text(
-        "from dataclasses import dataclass\nfrom logo import Method, Prepared, register_method\n"
-        "@register_method\n@dataclass(frozen=True, kw_only=True)\nclass Odd(Method):\n    name = 'odd'\n"
-        f"    def prepare(self, logo, task): return {returns}\n"
-    )
-    plugins.load("plug_method:Odd")
-    engine = LoGo.from_pretrained("demo", signal="norm", k=2)
-    with pytest.raises(error, match=f"method 'odd'.*{message}"):
-        Answering(engine, get_method("odd"), Task("x")).generate([PROMPT], max_new_tokens=1, batch_size=1)
 
 
 def test_a_metric_says_a_number_from_0_to_1(site: Path) -> None:
@@ -337,19 +307,6 @@ def test_a_run_with_a_plugin_can_be_repeated_from_its_file(here: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     [one], [other] = (json.loads(file.read_text())["answers"] for file in (first, again))
     assert one["adapters"] == other["adapters"] and other["scores"] == same_scores(one["scores"])
-
-
-@pytest.mark.slow
-def test_evaluate_with_a_metric_and_a_method_of_others(here: Path) -> None:
-    own = ["--metric", "length", "--method", "third", "--plugin", "plug_more:Third"]
-    asked = ["--rows", ROWS, "--dataset", "antonym", "--base_model", "demo", "--max_new_tokens", "4", "--limit", "4"]
-    assert run(["evaluate", *asked, *own]) == 0
-    [file] = Path("results").rglob("run.json")
-    identity = json.loads(file.read_text())["identity"]
-    assert identity["metric_plugin"].startswith("plug_more:length ") and identity["method"]["method"] == "third"
-    values = json.loads((file.parent / "eval_results.json").read_text())
-    predictions = json.loads((file.parent / "predictions.json").read_text())
-    assert values == [min(1.0, len(text) / 100) for text in predictions]
 
 
 # -- other processes ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiny
-from logo import AdapterPool, LoGo, SelectionSettings, Truncation, UsageError
+from logo import Truncation, UsageError
 from logo.cli.run import run
 from logo.prompts import chat, cut_left
 from test_engine import PROMPTS, engine, tokenizer, write_adapter
@@ -128,21 +128,3 @@ def test_only_what_begins_every_text_stays_in_front_of_a_cut_prompt() -> None:
     bare.bos_token = "w5"  # as in models whose turns begin with it
     five = bare.bos_token_id
     assert cut_left(bare, [five, 6, five, 7, 8, 9], 3) == [7, 8, 9]
-
-
-def test_calibration_begins_once_too(llama: nn.Module, adapters: Path) -> None:
-    """Texts of a calibration are read as prompts are."""
-    pool = AdapterPool.from_directory(adapters)
-    texts = [f"w{i} w{i + 1}" for i in range(3, 20)]
-    one, other = (
-        LoGo(
-            llama,
-            tokenizer(),
-            pool,
-            settings=SelectionSettings(
-                signal="calibrated", k=2, calibration_prompts=[begin + t for t in texts], cache=""
-            ),
-        ).select(PROMPTS[0])
-        for begin in ("", "<s> ")
-    )
-    assert one == other
