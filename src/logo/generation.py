@@ -62,7 +62,7 @@ def call_config(
         _fill(made, {name: getattr(checkpoint, name) for name in _OF_CHECKPOINT})
     for name in _POSITIVE:
         value = getattr(made, name)
-        if value is not None and not (isinstance(value, Real) and value > 0):
+        if value is not None and not (isinstance(value, Real) and float(value) > 0):
             raise UsageError(f"{name}: expected a number above 0, found {value!r:.60}")
     mode = made.get_generation_mode()
     if mode not in _MODES or made.num_return_sequences not in (None, 1):
