@@ -64,11 +64,6 @@ def test_imports_point_down(path: Path) -> None:
         assert other == own or RANK[other] < RANK[own], f"{own} imports {other}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
-def test_files_stay_readable(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400, "find its seam"
-
-
 def test_importing_the_package_imports_no_model_library() -> None:
     code = (
         "import logo, sys; logo.UsageError; logo.__version__; "
