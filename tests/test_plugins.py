@@ -153,6 +153,9 @@ def test_a_digest_is_of_the_whole_package(tmp_path: Path, monkeypatch: pytest.Mo
     assert Source.of(definition) == first
     (package / "helps.py").write_text("x = 2")
     assert Source.of(definition).digest != first.digest
+    space: dict[str, Any] = {"__name__": "plug_nowhere"}
+    exec("def f(): ...", space)  # as in a prompt: nobody knows its text
+    assert Source.of(space["f"]).folder is None and Source.of(space["f"]).digest != Source.of(space["f"]).digest
 
 
 # -- what they compute -------------------------------------------------------------------------------------------------

@@ -62,7 +62,10 @@ class Source:
         file, top = (getattr(sys.modules.get(one), "__file__", None) for one in (name, name.partition(".")[0]))
         digest, folder = hashlib.sha256(), None
         if file is None or top is None:
-            digest.update(inspect.getsource(definition).encode())
+            try:
+                digest.update(inspect.getsource(definition).encode())
+            except (OSError, TypeError):  # as in a prompt: nobody knows its text, and could notice a change
+                digest.update(os.urandom(16))
         else:
             whole = Path(top).stem == "__init__"
             for one in sorted(Path(top).parent.rglob("*.py")) if whole else [Path(top)]:
