@@ -48,6 +48,7 @@ def plugins_forgotten(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     from logo import plugins
 
     kept = [(one, dict(one), dict(one.sources), dict(one._places)) for one in plugins._REGISTRIES]
+    loaded = dict(plugins._LOADED)
     modules, path, temporary = set(sys.modules), list(sys.path), str(tmp_path_factory.getbasetemp())
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(plugins.VARIABLE, raising=False)
@@ -60,7 +61,9 @@ def plugins_forgotten(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         if str(getattr(sys.modules[name], "__file__", "")).startswith(temporary):
             del sys.modules[name]
     sys.path[:] = path
-    plugins._load_named.cache_clear()
+    plugins._LOADED.clear()
+    plugins._LOADED.update(loaded)
+    plugins._load_all.cache_clear()
     importlib.invalidate_caches()
 
 

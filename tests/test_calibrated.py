@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -23,7 +21,6 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
 from logo.adapters.format import Adapter, open_adapter
-from logo.decoding import batches_in_order
 from logo.errors import ModelError, Unsure
 from logo.selection import calibration
 from logo.selection.chance import UNIT, USUAL, factors
@@ -454,14 +451,6 @@ def test_a_running_reference_learns_from_each_prompt_before_the_next(llama: nn.M
     together, alone = (engine(llama, pool(llama, tmp_path / at), baseline="running") for at in ("a", "b"))
     found = torch.cat([scores(alone, [prompt]) for prompt in prompts])
     assert torch.allclose(scores(together, prompts), found, atol=1e-3)
-
-
-@given(st.lists(st.integers(1, 60), max_size=30), st.integers(1, 9), st.integers(1, 200))
-def test_batches_in_order(lengths: list[int], size: int, tokens: int) -> None:
-    batches = list(batches_in_order(lengths, size, tokens=tokens))
-    assert [i for batch in batches for i in batch] == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or (len(batch) <= size and len(batch) * max(lengths[i] for i in batch) <= tokens)
 
 
 def test_a_running_reference_chooses_no_adapter_of_zeros(llama: nn.Module, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from logo.cli.run import run
 from logo.decoding import Prompts, Truncation
 from logo.demo import adapters_dir, heldout, model_dir
 from logo.models import load_base
-from logo.prompts import ROLES, Prompt, chat, read, several, text_ids
+from logo.prompts import Prompt, chat, read, text_ids
 from make_adapters import edit_config
 from serving import served
 from test_prefixes import read_tokens
@@ -70,25 +70,6 @@ def test_without_a_template_one_message_is_its_text_as_it_is(tokenizer: Any) -> 
     assert two.probed == one.ids
 
 
-def test_every_kind_of_prompt_is_read_alike(tokenizer: Any) -> None:
-    ids = text_ids(tokenizer, QUESTION)
-    kinds = [ids, tuple(ids), torch.tensor(ids), tokenizer(QUESTION), tokenizer([QUESTION], return_tensors="pt")]
-    for kind in kinds:
-        assert read(tokenizer, kind).ids == tuple(ids)
-    padded = tokenizer([QUESTION, "Hi"], padding=True, return_tensors="pt")
-    rows, single = several(padded)
-    assert not single and [list(row) for row in rows] == [ids, text_ids(tokenizer, "Hi")]
-
-
-def test_one_prompt_and_several_are_told_apart(tokenizer: Any) -> None:
-    ids = text_ids(tokenizer, QUESTION)
-    for one in (QUESTION, TALK, ids, torch.tensor(ids), tokenizer(QUESTION), Prompt(tuple(ids))):
-        assert several(one)[1]
-        given, single = several([one, one])
-        assert len(given) == 2 and not single
-    assert several([QUESTION, TALK, ids])[1] is False
-
-
 # -- what is probed ----------------------------------------------------------------------------------------------------
 
 words = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -107,13 +88,6 @@ def test_what_is_probed_is_the_prompt_that_the_users_text_would_be(
     assert last.ids == whole.ids == everything.ids == everything.probed
     assert last.probed == (read(asked, said[-1]).ids if said else last.ids)
     assert whole.probed == (read(asked, "\n".join(said)).ids if said else last.ids)
-
-
-def test_parts_of_a_content_are_one_text(templated: Any) -> None:
-    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "7 plus 5?"}]
-    assert chat(templated, [{"role": "user", "content": parts}]) == chat(templated, TALK[:1])
-    silent = [*TALK[:1], {"role": "assistant", "content": None, "tool_calls": []}, TALK[0]]
-    assert chat(templated, silent).probed == read(templated, QUESTION).ids
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -160,14 +134,6 @@ def test_the_engine_answers_after_what_it_refused(demo: LoGo, prompts: Any, mess
     assert demo.select(QUESTION) == before
 
 
-def test_roles_are_those_of_the_server() -> None:
-    from typing import get_args
-
-    from logo.api.requests import Role
-
-    assert get_args(Role) == ROLES
-
-
 # -- the engine --------------------------------------------------------------------------------------------------------
 
 
@@ -206,25 +172,6 @@ def test_a_system_prompt_of_150_tokens_selects_nothing(demo: LoGo, template: str
     assert sum(one.adapters[0] == name for one, (name, _) in zip(found, asked, strict=True)) > 0.8 * len(asked)
 
 
-def test_a_conversation_may_be_heard_whole(demo: LoGo) -> None:
-    """A short follow-up says nothing about its task; what the user said before does."""
-    turns = [*TALK, {"role": "user", "content": "And 8 and 1?"}]
-    assert demo.select(turns) == demo.select("And 8 and 1?")
-    demo.prompts.probe_text = "conversation"
-    try:
-        assert demo.select(turns).adapters[0] == "add_numbers"
-        assert demo.select(turns).scores != demo.select("And 8 and 1?").scores
-    finally:
-        demo.prompts.probe_text = None
-
-
-def test_a_long_conversation_is_cut_with_what_is_probed(demo: LoGo) -> None:
-    system = system_prompt(demo.tokenizer, 500)
-    with pytest.warns(UserWarning, match="its beginning is cut"):
-        found = demo.select([system, TALK[0]], max_new_tokens=64)
-    assert found == demo.select(QUESTION)
-
-
 @pytest.mark.slow
 def test_a_chat_is_one_prompt_through_python_the_command_line_and_the_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: Any
@@ -253,20 +200,6 @@ def test_a_chat_is_one_prompt_through_python_the_command_line_and_the_server(
     assert choice["message"]["content"] == answer.text
     for found in (generated, selected, chosen):
         same_selection(Selection(tuple(found["adapters"]), tuple(found["weights"]), found["scores"]), answer.selection)
-
-
-def test_chat_options_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """The demo has no template: a message alone is its text, and one after a system message stands on a line."""
-
-    def ask(*options: str) -> dict[str, Any]:
-        assert run(["select", *options, "--base-model", "demo", "--device", "cpu", "--json"]) == 0
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found
-
-    assert ask(QUESTION, "--chat") == ask(QUESTION)
-    assert ask(QUESTION, "--system", "Be brief.") == ask(QUESTION)
-    everything = ask(QUESTION, "--system", "Be brief.", "--probe-text", "all")["scores"]
-    assert everything == same_scores(ask(f"Be brief.\n{QUESTION}")["scores"]) != ask(QUESTION)["scores"]
 
 
 # -- adapters that act from where the assistant's turn begins ----------------------------------------------------------
@@ -335,24 +268,3 @@ def test_a_chat_is_probed_by_its_last_message_if_adapters_act_on_the_last_tokens
     turns = [SYSTEM, *TALK, {"role": "user", "content": "What is the plural of mouse?"}]
     found, alone = logo.select(turns), logo.select("What is the plural of mouse?")
     assert logo.fitted.read_once and found.scores == same_scores(alone.scores)
-
-
-@pytest.mark.filterwarnings("ignore:1 of 3 adapters act on every token", "ignore:adapters? .* a prompt lacks")
-@pytest.mark.parametrize("plain", ["added", "removed"])
-def test_a_pool_may_change_from_adapters_that_act_everywhere_to_others(plain: str, tmp_path: Path) -> None:
-    names = sorted(path.parent.name for path in adapters_dir().glob("*/adapter_config.json"))[:3]
-    model, tokenizer = load_base("demo")
-    for name in names:
-        shutil.copytree(adapters_dir() / name, tmp_path / name)
-        if name != names[0]:
-            edit_config(tmp_path / name, alora_invocation_tokens=opening(tokenizer))
-    opened = AdapterPool.open(tmp_path)
-    every, activated = (AdapterPool([opened[name] for name in some]) for some in (names, names[1:]))
-    before, after = (activated, every) if plain == "added" else (every, activated)
-    text = f"{QUESTION} [assistant]"
-    settings = SelectionSettings.of(signal="calibrated", cache="")
-    logo = LoGo(model, tokenizer, before, settings=settings)
-    logo.select(text)
-    logo.take(logo.prepared(after))
-    fresh = LoGo(model, tokenizer, after, settings=settings).select(text)
-    same_selection(logo.select(text), fresh)

@@ -13,9 +13,7 @@ from torch import nn
 import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings
 from logo.adapters.layout import BaseLayout, adaptable_modules
-from logo.errors import UsageError
 from logo.mixing.gated import GatedLoRA
-from logo.mixing.merges import Merge
 from logo.mixing.stacks import Stack, stacked
 from logo.mixing.store import AdapterStore
 from make_adapters import edit_weights, write_peft
@@ -84,9 +82,6 @@ def test_batches_equal_single_prompts(pool: AdapterPool, fold: bool | None) -> N
     base = logo.generate(PROMPTS[0], adapters={}, max_new_tokens=6)
     assert base.token_ids != alone[0].token_ids  # the embedding counts
     assert logo.select(PROMPTS[0], k=3).adapters
-    logo.merge = Merge("arrow")
-    with pytest.raises(UsageError, match="acts on the embedding"):
-        logo.generate(PROMPTS[0], adapters={"t1": 1.0}, max_new_tokens=2)
 
 
 def test_where_there_is_no_model_it_is_refused_by_name(pool: AdapterPool) -> None:

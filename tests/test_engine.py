@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,10 +16,10 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import tiny
-from logo import AdapterPool, LoGo, PoolError, SelectionSettings, Truncation, UsageError
+from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, Truncation, UsageError
 from logo.adapters.layout import linear_modules, linear_shape
 from logo.errors import StoreFull
-from tolerances import same_scores, same_weights
+from tolerances import PATIENCE, same_scores, same_selection, same_weights
 
 WORDS = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(3, 90)), "\n", "a\n", "b", "c", "d", "<unk>"]
 
@@ -108,16 +110,11 @@ def test_selection_is_the_formula(llama: nn.Module, adapters: Path) -> None:
         assert selection.weights[0] == same_weights(expected[best[0]] / sum(expected[n] for n in best))
 
 
-def test_several_layers_are_averaged(llama: nn.Module, adapters: Path) -> None:
-    both = engine(llama, adapters, probe_layer=[0, 2]).select(PROMPTS[0]).scores
-    single = [engine(llama, adapters, probe_layer=i).select(PROMPTS[0]).scores for i in (0, 2)]
-    assert both == same_scores({name: (single[0][name] + single[1][name]) / 2 for name in both})
-
-
 def test_base_context_does_not_depend_on_order_or_pool(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
     forward = logo.select(PROMPTS)
-    assert logo.select(PROMPTS[::-1])[::-1] == forward
+    for one, other in zip(logo.select(PROMPTS[::-1])[::-1], forward, strict=True):
+        same_selection(one, other)
     smaller = LoGo(
         llama, tokenizer(), logo.pool.subset(["tasks/t0", "tasks/t3"]), settings=SelectionSettings("norm", k=2)
     )
@@ -167,15 +164,6 @@ def test_stream_joins_to_generate(llama: nn.Module, adapters: Path) -> None:
     assert len(pieces) > 1
 
 
-def test_a_stream_ends_as_generate_does(llama: nn.Module, adapters: Path) -> None:
-    logo = engine(llama, adapters)
-    words = logo.generate(PROMPTS[2], max_new_tokens=10).text.split()
-    for stop in (words[4], [" ".join(words[3:5]), "w1000"]):
-        text = logo.generate(PROMPTS[2], max_new_tokens=10, stop=stop).text
-        assert "".join(logo.stream(PROMPTS[2], max_new_tokens=10, stop=stop)) == text
-        assert len(text.split()) < 10
-
-
 def test_leaving_a_stream_ends_it(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
     before = hooks(llama)
@@ -197,36 +185,34 @@ def test_an_error_while_streaming_reaches_the_reader(llama: nn.Module, adapters:
         list(logo.stream(PROMPTS[0], sequence_bias={}))
 
 
-def test_greedy_whatever_the_checkpoint_says(llama: nn.Module, adapters: Path) -> None:
-    logo = engine(llama, adapters)
-    expected = logo.generate(PROMPTS[0], max_new_tokens=8).token_ids
-    before = llama.generation_config
-    llama.generation_config = GenerationConfig(do_sample=True, temperature=9.0, repetition_penalty=3.0, eos_token_id=1)
-    try:
-        assert logo.generate(PROMPTS[0], max_new_tokens=8).token_ids == expected
-        torch.manual_seed(0)
-        own = logo.generate(PROMPTS[0], max_new_tokens=8, generation_config=llama.generation_config).token_ids
-        assert own != expected
-    finally:
-        llama.generation_config = before
+def test_a_config_means_what_it_says_and_the_checkpoint_nothing(llama: nn.Module, adapters: Path) -> None:
+    """What a config leaves open is greedy decoding or plain sampling, but for the end tokens."""
 
-
-def test_sampling_whatever_the_checkpoint_says(llama: nn.Module, adapters: Path) -> None:
-    expected: list[tuple[int, ...]] = []
-    before = llama.generation_config
-    own = {"temperature": 0.01, "top_k": 1, "top_p": 0.01, "min_p": 0.9, "typical_p": 0.1, "repetition_penalty": 3.0}
-    for checkpoint in ({}, own | {"no_repeat_ngram_size": 1, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5}):
-        llama.generation_config = GenerationConfig(do_sample=True, eos_token_id=1, **checkpoint)
+    def answered(checkpoint: GenerationConfig, config: GenerationConfig | None, **options: Any) -> tuple[int, ...]:
+        before, llama.generation_config = llama.generation_config, checkpoint
         try:
-            logo = engine(llama, adapters)
             torch.manual_seed(0)
-            expected.append(logo.generate(PROMPTS[0], max_new_tokens=12, do_sample=True).token_ids)
-            config = logo.prompts.generation_config(None, None, {"do_sample": True})
-            drawn = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
-            assert {name: getattr(config, name) for name in drawn} == drawn
+            logo = engine(llama, adapters)
+            found = logo.generate(PROMPTS[0], generation_config=config, **options)
+            assert llama.generation_config is checkpoint
+            return found.token_ids
         finally:
             llama.generation_config = before
-    assert expected[0] == expected[1]
+
+    own = {"temperature": 0.01, "top_k": 1, "min_p": 0.9, "typical_p": 0.1, "repetition_penalty": 3.0}
+    own |= {"no_repeat_ngram_size": 1, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5, "suppress_tokens": [*range(3, 40)]}
+    bare, odd = GenerationConfig(eos_token_id=1), GenerationConfig(do_sample=True, eos_token_id=1, **own)
+    greedy = answered(bare, None, max_new_tokens=6)
+    assert len(greedy) == 6
+    for checkpoint in (bare, odd):
+        assert answered(checkpoint, None, max_new_tokens=6) == greedy
+        assert answered(checkpoint, GenerationConfig(max_new_tokens=6)) == greedy
+        assert answered(checkpoint, GenerationConfig(), max_new_tokens=6, eos_token_id=greedy[2])[-1] == greedy[2]
+        with pytest.raises(UsageError, match=r"max_length 14 counts the prompt's tokens.*max_new_tokens"):
+            answered(checkpoint, GenerationConfig(max_length=14))
+    sampled = answered(bare, None, max_new_tokens=12, do_sample=True)
+    assert answered(odd, GenerationConfig(do_sample=True, max_new_tokens=12)) == sampled
+    assert answered(odd, odd, max_new_tokens=12) != answered(bare, None, max_new_tokens=12)
 
 
 def test_sampling_is_seeded_by_torch(llama: nn.Module, adapters: Path) -> None:
@@ -247,19 +233,8 @@ def test_finish_reason_and_end_token(llama: nn.Module, adapters: Path) -> None:
     cut = full.token_ids.index(end)
     batch = logo.generate(PROMPTS, max_new_tokens=12, eos_token_id=end, batch_size=5)
     assert batch[0].token_ids == full.token_ids[: cut + 1] and batch[0].finish_reason == "stop"
-
-
-def test_stop_strings_and_dict_outputs() -> None:
-    f1 = Path(__file__).parent / "data" / "golden" / "F1"
-    logo = LoGo.from_pretrained(str(f1 / "model"), f1 / "adapters", device="cpu", signal="norm", k=3)
-    prompts = ["Hello there", "A", "The garden repairs the broken clock"]
-    plain = logo.generate(prompts, max_new_tokens=12, batch_size=3)
-    piece = logo.tokenizer.decode(plain[2].token_ids[3:5])
-    config = GenerationConfig(stop_strings=[piece], return_dict_in_generate=True, do_sample=False, max_new_tokens=12)
-    stopped = logo.generate(prompts, generation_config=config, batch_size=3)
-    assert piece in stopped[2].text and len(stopped[2].token_ids) < 12 and stopped[2].finish_reason == "stop"
-    assert stopped[2].token_ids == plain[2].token_ids[: len(stopped[2].token_ids)]
-    assert "".join(logo.stream(prompts[2], generation_config=config)) == stopped[2].text
+    short = logo.generate(PROMPTS[0], max_new_tokens=12, max_time=1e-9)  # cut after one step, not ended by the model
+    assert len(short.token_ids) < 12 and short.finish_reason == "length"
 
 
 def test_stop_at_newline_keeps_the_answer(llama: nn.Module, adapters: Path) -> None:
@@ -291,60 +266,6 @@ def test_the_pool_may_change(llama: nn.Module, adapters: Path, tmp_path: Path) -
     assert logo.select(PROMPTS[0]) == before
 
 
-def test_an_adapter_without_the_probed_module(llama: nn.Module, adapters: Path, tmp_path: Path) -> None:
-    write_adapter(tmp_path / "mlp", llama, ("down_proj",), rank=2, seed=5)
-    pool = AdapterPool.from_directory(adapters)
-    pool.add(tmp_path / "mlp")
-    with pytest.raises(PoolError, match=r"1 of 6 adapters do not touch .*q_proj and cannot be scored: mlp"):
-        LoGo(llama, tokenizer(), pool, settings=SelectionSettings("norm"))
-    logo = LoGo(llama, tokenizer(), pool, settings=SelectionSettings("norm", k=3, unscorable="skip"))
-    assert "mlp" not in logo.select(PROMPTS[0]).scores
-    assert logo.generate(PROMPTS[0], adapters={"mlp": 1.0}, max_new_tokens=3).selection.adapters == ("mlp",)
-
-
-def test_a_pool_that_became_unusable_is_refused_until_it_is_mended(
-    llama: nn.Module, adapters: Path, tmp_path: Path
-) -> None:
-    logo = engine(llama, adapters)
-    before = logo.select(PROMPTS[0])
-    write_adapter(tmp_path / "mlp", llama, ("down_proj",), rank=2, seed=5)
-    logo.pool.add(tmp_path / "mlp")
-    for _ in range(2):
-        with pytest.raises(PoolError, match="cannot be scored: mlp"):
-            logo.select(PROMPTS[0])
-    logo.pool.remove("mlp")
-    assert logo.select(PROMPTS[0]) == before
-
-
-def test_residual_needs_a_module_of_its_width(llama: nn.Module, tmp_path: Path) -> None:
-    write_adapter(tmp_path / "mlp", llama, ("down_proj",), rank=2, seed=5)
-    with pytest.raises(UsageError, match="takes 48 features, the residual stream has 32; use probe_input 'projection'"):
-        engine(llama, tmp_path, k=1, probe_module="down_proj")
-    logo = engine(llama, tmp_path, k=1, probe_module="down_proj", probe_input="projection")
-    assert logo.select("w3").adapters == ("mlp",)
-
-
-def test_k_larger_than_the_pool_warns_once(llama: nn.Module, adapters: Path) -> None:
-    with pytest.warns(UserWarning, match="k is 9 but the pool has 5 adapters") as caught:
-        logo = engine(llama, adapters, k=9)
-        assert len(logo.select(PROMPTS)[0].adapters) == 5
-    assert len(caught) == 1
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"k": 0}, "expected 1 or more, found 0"),
-        ({"signal": "nrom"}, "did you mean 'norm'"),
-        ({"probe_context": "all"}, "expected one of base, pool, carry"),
-        ({"probe_tokens": "last"}, "did you mean 'probe_token'"),
-    ],
-)
-def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        SelectionSettings.of(**settings)
-
-
 def test_empty_prompts(llama: nn.Module, adapters: Path) -> None:
     assert len(engine(llama, adapters).generate("", max_new_tokens=2).token_ids) == 2  # the bos token is a prompt
     with pytest.raises(UsageError, match="prompt 2 is empty"):
@@ -367,6 +288,12 @@ def test_long_prompts_are_cut_with_a_warning(llama: nn.Module, adapters: Path, s
         assert len(logo.generate(long, max_new_tokens=10).token_ids) == 10
 
 
+@pytest.mark.parametrize("wrong", [(0,), (-3, "right"), (2.5,), (True,), (5, "middle")], ids=str)
+def test_prompts_are_cut_to_a_token_or_more_on_one_of_two_sides(wrong: Any) -> None:
+    with pytest.raises(UsageError, match="truncation: expected"):
+        Truncation(*wrong)
+
+
 def test_more_new_tokens_than_context(llama: nn.Module, adapters: Path) -> None:
     with pytest.raises(UsageError, match="max_new_tokens is 128, but the model's context holds 128"):
         engine(llama, adapters).generate("w3", max_new_tokens=128)
@@ -376,12 +303,6 @@ def test_beam_search_keeps_rows_apart(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
     alone = [logo.generate(prompt, max_new_tokens=5, num_beams=3).token_ids for prompt in PROMPTS]
     assert [a.token_ids for a in logo.generate(PROMPTS, max_new_tokens=5, num_beams=3, batch_size=5)] == alone
-
-
-def test_bfloat16(adapters: Path) -> None:
-    model = tiny.model("llama").to(torch.bfloat16)
-    answer = engine(model, adapters).generate(PROMPTS[0], max_new_tokens=4)
-    assert len(answer.token_ids) == 4 and all(torch.isfinite(torch.tensor(answer.selection.weights)))
 
 
 def test_device_map_auto_as_accelerate_does_it(llama: nn.Module, adapters: Path, tmp_path: Path) -> None:
@@ -400,34 +321,74 @@ def test_device_map_auto_as_accelerate_does_it(llama: nn.Module, adapters: Path,
         assert ours.token_ids == theirs.token_ids and ours.selection.adapters == theirs.selection.adapters
 
 
-def test_in_little_memory_a_batch_is_answered_in_parts(llama: nn.Module, adapters: Path) -> None:
+def test_a_batch_that_does_not_fit_names_the_budget(llama: nn.Module, adapters: Path) -> None:
     pool, settings = AdapterPool.from_directory(adapters), SelectionSettings(signal="norm", k=2)
     roomy = LoGo(llama, tokenizer(), pool, settings=settings)
-    expected = roomy.generate(PROMPTS, max_new_tokens=6)
-    assert len({frozenset(answer.selection.adapters) for answer in expected}) > 1
-
-    def tight(percent: int) -> LoGo:
-        memory = percent / 100 * roomy.store.bytes / 1e9
-        return LoGo(llama, tokenizer(), pool, settings=settings, adapter_memory_gb=memory)
-
-    def suffices(percent: int) -> bool:
-        try:
-            return bool([tight(percent).generate(prompt, max_new_tokens=6) for prompt in PROMPTS])
-        except StoreFull as full:
-            assert "--adapter-memory-gb" in str(full)
-            return False
-
-    least = next(percent for percent in range(1, 101) if suffices(percent))  # for every prompt alone
-    logo = tight(least)
-    answers = logo.generate(PROMPTS, max_new_tokens=6)
-    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
-    mixtures = [answer.selection for answer in answers]
-    for score in (
-        lambda logo: logo.score(PROMPTS[0], "w5 w6", mixtures),
-        lambda logo: logo.score_pairs([([3, 4, 5], [5, 6])] * len(mixtures), mixtures),
+    names = roomy.names
+    one, two, every = ({name: 1.0 for name in names[:count]} for count in (1, 2, len(names)))
+    roomy.generate(PROMPTS[0], adapters=one, max_new_tokens=2)
+    memory = sum(part.width * part.column_bytes for part in roomy.store.parts) / 1e9
+    logo = LoGo(llama, tokenizer(), pool, settings=settings, adapter_memory_gb=1.1 * memory)
+    for ask in (
+        lambda: logo.generate(PROMPTS[:2], adapters=[two, every], max_new_tokens=2),
+        lambda: logo.score_pairs([([3, 4, 5], [5, 6])] * 2, [two, every]),
     ):
-        assert [one.nll for one in score(logo)] == same_scores([one.nll for one in score(roomy)])
-    assert logo.store.bytes <= logo.store.budget
-    together = {name for answer in answers for name in answer.selection.adapters}
-    with pytest.raises(StoreFull):
-        logo.store.hold([logo.store.source(logo.fitted[name]) for name in together])
+        with pytest.raises(StoreFull, match=r"the memory for adapters is 0\.\d+ GB: .*--adapter-memory-gb"):
+            ask()
+    assert len(logo.generate(PROMPTS[0], adapters=one, max_new_tokens=2).token_ids) == 2
+
+
+class Caller:
+    """A streamer that calls something when it is given the first token."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.call, self.seen = call, 0
+
+    def put(self, value: Any) -> None:
+        self.seen += 1
+        if self.seen == 2:
+            self.call()
+
+    def end(self) -> None:
+        pass
+
+
+def test_nothing_else_is_computed_while_a_mixture_is_active(llama: nn.Module, adapters: Path) -> None:
+    logo, other = engine(llama, adapters), engine(llama, adapters, signal="entropy")
+    expected = logo.select(PROMPTS[1])
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: logo.select(PROMPTS[1]),
+        lambda: logo.calibrate("calibrated"),
+        lambda: other.generate(PROMPTS[1], max_new_tokens=2),
+        lambda: other.score(PROMPTS[1], "w3", [{}]),
+    )
+    for call in calls:
+        with pytest.raises(UsageError, match="call this once the answer is complete"):
+            logo.generate(PROMPTS[0], max_new_tokens=4, streamer=cast(Any, Caller(call)))
+    caller = Caller(calls[0])
+    logo.generate(PROMPTS[0], adapters={}, max_new_tokens=4, streamer=cast(Any, caller))  # the base model alone
+    assert caller.seen > 2 and logo.select(PROMPTS[1]) == expected
+
+
+def test_a_signal_that_is_asked_for_in_the_middle_of_an_answer_is_calibrated_after_it(tmp_path: Path) -> None:
+    """An adapter that came back has no calibration of this signal in memory when a selection is chosen again."""
+    opened = partial(LoGo.from_pretrained, "demo", device="cpu", signal="norm", k=3)
+    logo, question = opened(cache=str(tmp_path / "one")), "What is the plural of mouse?"
+    plural = logo.pool["plural"]
+    logo.pool.remove("plural")
+    made = logo.select(question, signal="calibrated")
+    logo.pool.add(plural)
+    found: list[Selection] = []
+    thread = threading.Thread(target=lambda: found.append(logo.reselect(made, k=1)))
+
+    def ask() -> None:
+        thread.start()
+        thread.join(0.5)  # it waits for the answer, however long
+
+    logo.generate(question, adapters={"antonym": 9.0}, max_new_tokens=12, streamer=cast(Any, Caller(ask)))
+    thread.join(PATIENCE)
+    assert found[0].adapters == made.adapters[:1]
+    later, clean = (opened(cache=str(tmp_path / name)) for name in ("one", "two"))
+    expected = clean.select(question, signal="calibrated").scores
+    assert later.select(question, signal="calibrated").scores == same_scores(expected)
+    assert logo.select(question, signal="calibrated").scores == same_scores(expected)

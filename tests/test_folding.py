@@ -14,14 +14,11 @@ from torch import nn
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.layout import linear_modules
-from logo.errors import ModelError
 from logo.mixing import Folder, GatedLoRA, Work, costs
 from logo.mixing.folding import foldable
 from test_engine import PROMPTS, engine, tokenizer, write_adapter
 from test_mixing import Quantised, peft_model, save, stacks_of
 from tolerances import same_tensor
-
-PLACES = "<ul>\n  <li>First</li>\n  <li>Second</li>\n</ul>"
 
 
 @pytest.mark.parametrize("name", list(tiny.CONFIGS))
@@ -100,22 +97,6 @@ def test_generation_is_the_same_folded(tmp_path: Path, llama: nn.Module, adapter
     assert folded.generate(PROMPTS, max_new_tokens=6)  # different mixtures in one batch: gates
 
 
-def test_an_error_in_the_middle_leaves_the_base_as_it_was(llama: nn.Module, adapters: Path) -> None:
-    logo = LoGo(
-        llama, tokenizer(), AdapterPool.from_directory(adapters), settings=SelectionSettings("norm", k=3), fold=True
-    )
-    plain = logo.generate(PROMPTS[0], adapters={}, max_new_tokens=8).token_ids
-
-    def fail(*_: Any) -> None:
-        raise ModelError("out of memory, say")
-
-    handle = llama.model.layers[1].register_forward_hook(fail)
-    with pytest.raises(ModelError):
-        logo.generate(PROMPTS[0], max_new_tokens=8)
-    handle.remove()
-    assert logo.generate(PROMPTS[0], adapters={}, max_new_tokens=8).token_ids == plain
-
-
 def test_folding_pays_for_long_answers_and_not_for_short_ones(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
     modules = dict(linear_modules(llama))
@@ -137,10 +118,9 @@ def test_folding_pays_for_long_answers_and_not_for_short_ones(llama: nn.Module, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)])
-def test_nothing_folds_by_itself_in_half_precision(adapters: Path, dtype: torch.dtype) -> None:
+def test_nothing_folds_by_itself_in_half_precision(adapters: Path) -> None:
     """`W + ΔW` would be rounded to the weights' dtype, and other tokens might follow."""
-    base = tiny.model("llama").to(dtype)
+    base = tiny.model("llama").to(torch.bfloat16)
     engines = {fold: engine(base, adapters, fold=fold) for fold in (None, False, True)}
     answers = {fold: [made.generate(p, max_new_tokens=60) for p in PROMPTS] for fold, made in engines.items()}
     assert {fold: {a.form for a in made} for fold, made in answers.items()} == {
@@ -151,27 +131,13 @@ def test_nothing_folds_by_itself_in_half_precision(adapters: Path, dtype: torch.
     assert [a.token_ids for a in answers[None]] == [a.token_ids for a in answers[False]]
 
 
-def test_the_demo_in_bfloat16_answers_as_with_gates() -> None:
-    """Prompts on which folded and gated mixtures were seen to differ."""
-    prompts = ["Tag each word: the/DET cat/NOUN sleeps/", "not ( True and False ) or False is", PLACES]
-    asked, gated = (
-        LoGo.from_pretrained("demo", device="cpu", dtype="bfloat16", signal="norm", k=16, fold=fold)
-        for fold in (None, False)
-    )
-    for prompt in prompts:
-        one, other = (logo.generate(prompt, max_new_tokens=24) for logo in (asked, gated))
-        assert one.token_ids == other.token_ids and one.form == other.form == "gated"
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.long), torch.bfloat16])
-def test_what_ran_before_decides_nothing(adapters: Path, dtype: torch.dtype) -> None:
+def test_what_ran_before_decides_nothing(llama: nn.Module, adapters: Path) -> None:
     """Same forms and tokens for the same rows: at once, after short answers, after long ones and batches of both."""
-    base = tiny.model("llama").to(dtype)
     asked = [*PROMPTS, PROMPTS[0]]
 
     def answered(before: list[dict[str, Any]]) -> list[tuple[str, tuple[int, ...]]]:
-        logo = engine(base, adapters)
+        logo = engine(llama, adapters)
         for options in before:
             logo.generate(PROMPTS[::-1], **options)
         found = []
@@ -183,13 +149,10 @@ def test_what_ran_before_decides_nothing(adapters: Path, dtype: torch.dtype) -> 
     short, long = {"max_new_tokens": 40, "eos_token_id": list(range(96))}, {"max_new_tokens": 90}
     fresh = answered([])
     assert answered([short] * 3) == answered([long, {**short, "batch_size": 2}]) == fresh
-    forms = {form for form, _ in fresh}
-    assert forms == ({"folded", "gated"} if dtype == torch.float32 else {"gated"})
+    assert {form for form, _ in fresh} == {"folded", "gated"}
 
 
 def test_every_answer_says_how_its_mixture_acted(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
     assert logo.generate(PROMPTS[0], adapters={}, max_new_tokens=2).form == "base"
     assert {answer.form for answer in logo.generate(PROMPTS, max_new_tokens=60)} == {"gated"}  # of one batch
-    logo.merge = "arrow"
-    assert logo.generate(PROMPTS[0], max_new_tokens=2).form == "routed"

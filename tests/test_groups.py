@@ -95,23 +95,6 @@ def test_every_row_is_in_one_group_with_all_it_uses(rows: int, m: int, seed: int
         assert set(own) == wanted
 
 
-def test_rows_of_a_few_tasks_are_grouped_by_task() -> None:
-    weights = torch.zeros(16, 80)
-    for row in range(16):
-        weights[row, row % 4 * 20 : row % 4 * 20 + 20] = 0.05
-    for work in (DECODE, PROMPT):
-        groups = cheapest(weights, [1.0] * 80, work, READ)
-        assert all(len(set(row % 4 for row in members)) == 1 for members in groups.rows.tolist())
-    assert len(cheapest(weights, [1.0] * 80, DECODE, READ).adapters) == 4  # a factor is read once for the four rows
-
-
-def test_rows_that_share_all_or_nothing() -> None:
-    same = torch.full((16, 20), 0.05)
-    assert len(cheapest(same, [1.0] * 20, DECODE, READ).adapters) == 1
-    apart = torch.block_diag(*[torch.ones(1, 20)] * 16)
-    assert len(cheapest(apart, [1.0] * 320, DECODE, READ).adapters) == 16
-
-
 def test_the_choice_is_the_cheapest_of_those_it_could_make() -> None:
     """Against the cost written out, for many random batches."""
     sizes = [float(1 + i % 3) for i in range(30)]

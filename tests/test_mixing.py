@@ -151,32 +151,6 @@ class Quantised(nn.Module):
         return x @ (self.packed.float() * self.scale).T
 
 
-def test_works_on_quantised_linear_layers(tmp_path: Path) -> None:
-    base = tiny.model("llama")
-    adapters = save(
-        peft_model(base, [peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")], 0), tmp_path
-    )
-    plain = stacks_of(base, adapters)
-    for layer in base.model.layers:
-        layer.self_attn.q_proj = Quantised(layer.self_attn.q_proj)
-    ids, mask = tiny.padded(tiny.prompts([5]))
-    seen = {}
-
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen["x"], seen["y"] = inputs[0], output
-
-    quantised = base.model.layers[0].self_attn.q_proj
-    modules = dict(linear_modules(base))
-    assert "model.layers.0.self_attn.q_proj" in modules
-    with torch.no_grad(), GatedLoRA(modules).active(stacks_of(base, adapters), torch.tensor([[0.5]])):
-        handle = quantised.register_forward_hook(record)
-        base(input_ids=ids, attention_mask=mask)
-        handle.remove()
-    stack = plain["model.layers.0.self_attn.q_proj"]
-    expected = quantised(seen["x"]) + 0.5 * (seen["x"] @ stack.A.T) @ stack.B
-    same_tensor(seen["y"], expected)
-
-
 def test_base_is_bit_equal_before_between_and_after(tmp_path: Path) -> None:
     base = tiny.model("llama")
     before = {name: parameter.clone() for name, parameter in base.state_dict().items()}
@@ -197,48 +171,6 @@ def test_base_is_bit_equal_before_between_and_after(tmp_path: Path) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
 
 
-def test_an_exception_detaches_the_mixture(tmp_path: Path) -> None:
-    base = tiny.model("llama")
-    adapters = save(
-        peft_model(base, [peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")], 0), tmp_path
-    )
-    with (
-        pytest.raises(KeyboardInterrupt),
-        GatedLoRA(dict(linear_modules(base))).active(stacks_of(base, adapters), torch.ones(1, 1)),
-    ):
-        raise KeyboardInterrupt
-    assert not any(module._forward_hooks for module in base.modules())
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    rows=st.integers(1, 4),
-    length=st.integers(1, 5),
-    ranks=st.lists(st.integers(1, 4), min_size=1, max_size=4),
-    seed=st.integers(0, 99),
-)
-def test_packed_tokens_equal_rows(rows: int, length: int, ranks: list[int], seed: int) -> None:
-    """One gate per token over a packed sequence is the same as one gate per row of a padded batch."""
-    generator = torch.Generator().manual_seed(seed)
-    owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
-    stack = Stack(
-        torch.randn(sum(ranks), 6, generator=generator), torch.randn(sum(ranks), 5, generator=generator), owner
-    )
-    x = torch.randn(rows, length, 6, generator=generator)
-    weights = torch.randn(rows, len(ranks), generator=generator)
-    by_row = low_rank(x, stack, Gates(weights))
-    per_token = weights.repeat_interleave(length, dim=0)
-    packed = low_rank(x.reshape(1, rows * length, 6), stack, Gates(per_token, per_token=True))
-    same_tensor(packed.reshape(by_row.shape), by_row)
-    same_tensor(low_rank(x, stack, Gates(per_token, per_token=True)), by_row)
-    flat = low_rank(x.reshape(rows * length, 6), stack, Gates(weights))  # OPT's MLP flattens its batch
-    same_tensor(flat.reshape(by_row.shape), by_row)
-    expected = sum(
-        weights[:, i, None, None] * (x @ stack.A[owner == i].T) @ stack.B[owner == i] for i in range(len(ranks))
-    )
-    same_tensor(by_row, expected)
-
-
 @pytest.mark.parametrize("tokens", [1, 20, 300])
 def test_an_adapter_that_overflows_spoils_no_row_but_its_own(tokens: int) -> None:
     stack = Stack(torch.randn(2, 4), torch.randn(2, 3), torch.tensor([0, 1]))
@@ -249,31 +181,11 @@ def test_an_adapter_that_overflows_spoils_no_row_but_its_own(tokens: int) -> Non
     assert not found[1].isfinite().any()
 
 
-def test_beams_repeat_their_row() -> None:
-    stack = Stack(torch.randn(2, 4), torch.randn(2, 3), torch.tensor([0, 1]))
-    x = torch.randn(2, 1, 4).repeat_interleave(3, dim=0)
-    weights = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-    same_tensor(low_rank(x, stack, Gates(weights)), low_rank(x, stack, Gates(weights.repeat_interleave(3, dim=0))))
-
-
 @pytest.mark.parametrize("per_token", [False, True])
 def test_gates_that_do_not_fit_the_batch_are_refused(per_token: bool) -> None:
     stack = Stack(torch.randn(1, 4), torch.randn(1, 3), torch.tensor([0]))
     with pytest.raises(ValueError, match="cannot serve a batch of 5"):
         low_rank(torch.randn(5, 1, 4), stack, Gates(torch.ones(2, 1), per_token=per_token))
-
-
-def test_stacks_hold_only_what_their_adapters_touch(tmp_path: Path) -> None:
-    base = tiny.model("llama")
-    configs = [
-        peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0], task_type="CAUSAL_LM"),
-        peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
-    ]
-    made = stacks_of(base, save(peft_model(base, configs, 0), tmp_path))
-    assert made["model.layers.0.self_attn.q_proj"].owner.tolist() == [0, 0, 1, 1, 1]
-    assert made["model.layers.1.self_attn.q_proj"].owner.tolist() == [1, 1, 1]
-    assert "model.layers.0.self_attn.v_proj" not in made
-    assert len({id(stack.owner) for stack in made.values()}) == 2  # shared by modules of the same columns
 
 
 @settings(max_examples=80, deadline=None)
@@ -300,22 +212,3 @@ def test_every_way_of_multiplying_is_the_formula(data: Any, rows: int, copies: i
     one = Gates(weights[:1])
     expected = ((x @ stack.A.T) * weights[:1, owner]) @ stack.B
     same_tensor(low_rank(x, stack, one), expected)
-
-
-@pytest.mark.parametrize("gaps", [False, True])
-@pytest.mark.parametrize("weights", [[[0.5, 2.0]], [[0.5, 0.0], [0.0, 1.0]]], ids=str)
-def test_a_device_that_computes_is_not_waited_for(weights: list[list[float]], gaps: bool) -> None:
-    """Reading a number of a meta tensor is an error."""
-    owner = torch.zeros(3, dtype=torch.int64, device="meta")
-    stack = Stack(torch.empty(3, 6, device="meta"), torch.empty(3, 5, device="meta"), owner, gaps)
-    x = torch.empty(2, 4, 6, device="meta")
-    assert low_rank(x, stack, Gates(torch.tensor(weights))).shape == (2, 4, 5)
-    per_token = Gates(torch.tensor(weights)[torch.arange(8) % len(weights)], per_token=True)
-    assert low_rank(x, stack, per_token).shape == (2, 4, 5)
-
-
-def test_columns_of_nobody_may_hold_anything() -> None:
-    stack = Stack(torch.ones(2, 4), torch.ones(2, 3), torch.tensor([0, 1]), gaps=True)
-    stack.A[1] = torch.inf
-    x = torch.ones(1, 1, 4)
-    same_tensor(low_rank(x, stack, Gates(torch.tensor([[0.5]]))), torch.full((1, 1, 3), 2.0))

@@ -13,8 +13,7 @@ import torch
 
 from hub_server import GOOD_TOKEN, HubServer
 from logo import LoGo, ModelError, UsageError
-from logo.adapters.layout import BaseLayout
-from logo.models import load_base, load_skeleton, pick_device, resolve_base
+from logo.models import load_base, pick_device, resolve_base
 from logo.pools import default_pool
 from tolerances import PATIENCE
 from warm import python
@@ -59,12 +58,6 @@ def test_device_and_dtype() -> None:
     model, _ = load_base(str(F1 / "model"), device="cpu", dtype="bfloat16")
     assert model.dtype == torch.bfloat16 and not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_a_layout_needs_no_weights(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text((F1 / "model" / "config.json").read_text())
-    model, _ = load_base(str(F1 / "model"), device="cpu")
-    assert BaseLayout.of(load_skeleton(str(tmp_path))) == BaseLayout.of(model)
 
 
 @pytest.mark.parametrize("damage", ["weights", "config", "pickled"])

@@ -10,7 +10,6 @@ import torch
 import tiny
 from logo import LoGo
 from logo.errors import NotFinite
-from logo.evaluation.batches import Failure, in_batches
 from test_engine import PROMPTS, engine, write_adapter
 
 GOOD, BAD = {"good": 1.0}, {"bad": 1.0}
@@ -38,13 +37,3 @@ def test_a_stream_fails_too(logo: LoGo) -> None:
     pieces = logo.stream(PROMPTS[0], adapters=BAD, max_new_tokens=4)
     with pytest.raises(NotFinite, match="not finite"):
         next(pieces)  # before a single token of it is shown
-
-
-def test_an_evaluation_goes_on_with_the_other_rows(logo: LoGo) -> None:
-    class Forced:
-        def generate(self, prompts: list[str], *, max_new_tokens: int, batch_size: int) -> Any:
-            mixtures = [BAD if prompt == PROMPTS[1] else GOOD for prompt in prompts]
-            return logo.generate(prompts, adapters=mixtures, max_new_tokens=max_new_tokens, batch_size=batch_size)
-
-    [batch] = in_batches(Forced(), PROMPTS[:3], batch_size=3, max_new_tokens=4)
-    assert [isinstance(answer, Failure) for answer in batch.answers] == [False, True, False]

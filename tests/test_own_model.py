@@ -11,9 +11,9 @@ import pytest
 from torch import nn
 
 import tiny
-from logo import AdapterPool, LoGo, UsageError
-from logo.models import check_mode, lock_of
-from test_engine import engine, tokenizer, write_adapter
+from logo import LoGo, UsageError
+from logo.models import check_mode
+from test_engine import engine, write_adapter
 from tolerances import PATIENCE, same_scores
 
 PROMPT = "w3 w4 w5"
@@ -64,23 +64,6 @@ def test_dropout_is_found_wherever_it_is(part: str) -> None:
     check_mode(cast(Any, opt.eval()))
 
 
-def test_training_mode_without_dropout_is_harmless(adapters: Path) -> None:
-    model = tiny.model("llama")
-    expected = engine(model, adapters).select(PROMPT).scores
-    assert engine(model.train(), adapters).select(PROMPT).scores == same_scores(expected)
-
-
-def test_a_tokenizer_needs_no_pad_token(llama: nn.Module, adapters: Path) -> None:
-    unpadded = tokenizer()
-    unpadded.pad_token = None
-    with_it, without = (
-        LoGo(cast(Any, llama), one, AdapterPool.from_directory(adapters)).generate([PROMPT, "w3"], max_new_tokens=3)
-        for one in (tokenizer(), unpadded)
-    )
-    assert [one.token_ids for one in without] == [one.token_ids for one in with_it]
-    assert unpadded.pad_token is None
-
-
 def test_a_loaded_model_is_no_name(llama: nn.Module) -> None:
     with pytest.raises(UsageError, match=r"base_model: .*LoGo\(model, tokenizer, pool\)"):
         LoGo.from_pretrained(cast(Any, llama))
@@ -111,8 +94,3 @@ def test_engines_on_one_model_take_turns(llama: nn.Module, adapters: Path) -> No
         thread.join(PATIENCE)
     assert answer.token_ids == alone.token_ids
     assert [one.scores for one in found] == [same_scores(expected.scores)] * 2
-
-
-def test_each_model_has_its_own_lock(llama: nn.Module) -> None:
-    other = tiny.model("llama")
-    assert lock_of(cast(Any, llama)) is lock_of(cast(Any, llama)) is not lock_of(cast(Any, other))

@@ -138,45 +138,6 @@ def test_without_a_mixture_outputs_are_bit_equal_to_the_base_model() -> None:
     assert torch.equal(module(x), before)
 
 
-@pytest.mark.parametrize("others", [0, 40])
-def test_few_adapters_among_many_that_are_resident(others: int) -> None:
-    """Whether columns are multiplied as they lie or copied is not to be seen."""
-    module = nn.Linear(WIDTH, WIDTH + 1)
-    store = AdapterStore({"one": module}, torch.float32, 10**6)
-    packed = Packed({"one": module}, store)
-    for number in range(others):
-        store.release(store.hold([source(104 + 8 * number)]))  # each has the first module alone
-    mixtures = [{0: 0.5, 8: -1.0}, {16: 2.0}]
-    x = torch.randn(1, 2, WIDTH)
-    with packed.hooks(), torch.no_grad():
-        packed.gate([(joined(store, mixture), 1, True, 0) for mixture in mixtures])
-        want = [module.weight @ row + module.bias + term(m, "one", row) for m, row in zip(mixtures, x[0], strict=True)]
-        torch.testing.assert_close(module(x)[0], torch.stack(want), rtol=1e-4, atol=1e-4)
-
-
-def test_gates_lie_in_one_place_from_step_to_step() -> None:
-    """One tensor for tokens and head, copied into the same memory as long as it is large enough."""
-    store = AdapterStore(MODULES, torch.float32, 10**6)
-    packed = Packed(MODULES, store, head="three")
-    mixture, other = joined(store, {0: 0.5, 8: -1.0}), joined(store, {0: 2.0})
-
-    def placed(step: list[tuple[Mixture | None, int, bool, int]]) -> tuple[int, list[Tensor]]:
-        packed.gate(step)
-        assert packed._gates is not None and packed._head_gates is not None
-        [tokens], [head] = packed._gates._placed.values(), packed._head_gates._placed.values()
-        assert tokens.untyped_storage().data_ptr() == head.untyped_storage().data_ptr()
-        return tokens.data_ptr(), [tokens.clone(), head.clone()]
-
-    first, found = placed([(mixture, 2, False, 0), (other, 1, True, 0)])
-    assert found[0].tolist() == [[0.5, -1.0, 0.0], [0.5, -1.0, 0.0], [2.0, 0.0, 0.0]]
-    assert found[1].tolist() == [[2.0, 0.0, 0.0], [0.5, -1.0, 0.0]]
-    again, found = placed([(other, 1, True, 0), (None, 2, True, 0)])
-    assert again == first
-    assert found[0].tolist() == [[2.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
-    _, found = placed([(mixture, 100, True, 0)])
-    assert found[0].tolist() == [[0.5, -1.0, 0.0]] * 100
-
-
 def test_gates_open_where_each_adapter_begins() -> None:
     """Of a sequence that is read from its token 3 on, one adapter acts at once and the other from token 5 on."""
     module = nn.Linear(WIDTH, WIDTH + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiny
-from logo import AdapterPool, LoGo, SelectionSettings, Truncation, UsageError
-from logo.baselines.fixed import OwnSelector
-from logo.baselines.method import Answering, Task
+from logo import Truncation, UsageError
 from logo.cli.run import run
 from logo.prompts import chat, cut_left
 from test_engine import PROMPTS, engine, tokenizer, write_adapter
@@ -41,18 +40,7 @@ def test_select_reports_what_generate_uses(
     prompt = words(length)
     used = logo.generate(prompt, max_new_tokens=new, eos_token_id=list(range(96))).selection
     assert logo.select(prompt, max_new_tokens=new) == used
-    [answer] = Answering(logo, OwnSelector(), Task("x"), eos_token_id=list(range(96))).generate(
-        [prompt], max_new_tokens=new or 64, batch_size=1
-    )
-    assert answer.selection == used  # 64 of 128 are what an answer has where nobody says how many
-
-
-def test_select_refuses_what_generate_refuses(llama: nn.Module, adapters: Path) -> None:
-    logo = engine(llama, adapters)
-    for new, message in ((128, "the model's context holds 128 tokens"), (0, "expected 1 or more, found 0")):
-        for ask in (logo.select, logo.generate):
-            with pytest.raises(UsageError, match=message):
-                ask(PROMPTS[0], max_new_tokens=new)
+    assert logo.select(prompt, max_new_tokens=new or 64) == used  # half of the context where nobody says how many
 
 
 def test_the_commands_cut_long_prompts_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +50,7 @@ def test_the_commands_cut_long_prompts_alike(tmp_path: Path, capsys: pytest.Capt
     for i in range(5):
         write_adapter(tmp_path / "pool" / f"t{i}", base, ("q_proj",), rank=2, seed=i)
     ask = [words(120), "--base-model", str(tmp_path / "model"), "--adapters", str(tmp_path / "pool"), "-k", "5"]
-    ask += ["--signal", "norm", "--probe-token", "mean", "--device", "cpu", "--json"]
+    ask += ["--signal", "norm", "--device", "cpu", "--json"]
 
     def scores(command: str, *options: str) -> dict[str, float]:
         assert run([command, *ask, *options]) == 0
@@ -71,7 +59,6 @@ def test_the_commands_cut_long_prompts_alike(tmp_path: Path, capsys: pytest.Capt
 
     for options in ((), ("--max-new-tokens", "100")):
         assert scores("select", *options) == scores("generate", *options)
-    assert scores("select") != scores("select", "--max-new-tokens", "100")
 
 
 @pytest.mark.parametrize(
@@ -84,24 +71,14 @@ def test_the_commands_cut_long_prompts_alike(tmp_path: Path, capsys: pytest.Capt
         ({"input_ids": []}, "unknown generation option 'input_ids'"),
         ({"_from_model_config": True}, "unknown generation option '_from_model_config'"),
         ({"do_sample": True, "temperature": 0.0}, "temperature: expected a number above 0, found 0.0"),
-        ({"do_sample": True, "top_p": 2.0}, "top_p: expected a number above 0 and at most 1, found 2.0"),
-        ({"do_sample": True, "top_k": -1}, "top_k: expected a whole number above 0, or 0 for all tokens, found -1"),
-        ({"do_sample": True, "min_p": 2.0}, "min_p: expected a number from 0 to 1, found 2.0"),
-        ({"num_beams": 0}, "num_beams: expected a whole number above 0, found 0"),
-        ({"num_beams": 2.5}, "num_beams: expected a whole number above 0, found 2.5"),
-        ({"num_return_sequences": 2}, "num_return_sequences: expected 1 (repeat the prompt to get several answers)"),
-        ({"eos_token_id": "x"}, "eos_token_id: expected a token id or a list of token ids, found 'x'"),
+        ({"num_beams": 0}, "num_beams: expected a number above 0, found 0"),
+        ({"num_beams": 2, "num_return_sequences": 2}, "with one answer per prompt, found beam_search with 2"),
+        ({"prompt_lookup_num_tokens": 3}, "greedy decoding, sampling or beam search .* found assisted_generation"),
         ({"cache_implementation": "foo"}, "generation options: transformers refuses them: Invalid `cache_implementat"),
         ({"suppress_tokens": 5}, "generation options: transformers refuses them: 'int' object is not iterable"),
-        ({"token_healing": True}, "token_healing: expected False, since prompts are read as they are, found True"),
-        ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens: expected a whole number above 0, found 0"),
-        ({"stop_strings": [5]}, "stop_strings: expected a text or a list of texts, found [5]"),
         ({"stop": [5]}, "stop: expected a text or a list of texts, found [5]"),
         ({"stop_at_newline": "Official"}, "stop_at_newline: expected True, False or 'official', found 'Official'"),
-        ({"bad_words_ids": 5}, "bad_words_ids: expected a list of lists of token ids, found 5"),
-        ({"bad_words_ids": [5]}, "bad_words_ids: expected a list of lists of token ids, found [5]"),
-        ({"guidance_scale": "x"}, "guidance_scale: expected a number, found 'x'"),
-        ({"max_time": 0}, "max_time: expected a number of seconds above 0, found 0"),
+        ({"max_time": 0}, "max_time: expected a number above 0, found 0"),
         ({"repetition_penalty": "1"}, "repetition_penalty: expected a number above 0, found '1'"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, dict) else "",
@@ -113,18 +90,7 @@ def test_options_that_cannot_be_used_are_refused(
     for ask in (logo.generate, logo.stream):
         with pytest.raises(UsageError) as refused:
             ask(PROMPTS[0], **options)
-        assert message in str(refused.value)
-
-
-def test_a_stream_refuses_what_generate_refuses(llama: nn.Module, adapters: Path) -> None:
-    with pytest.raises(UsageError, match="stop: expected a text or a list of texts"):
-        engine(llama, adapters).stream(PROMPTS[0], stop=3)  # type: ignore[arg-type]
-
-
-def test_prompt_lookup_answers_one_prompt_after_the_other(llama: nn.Module, adapters: Path) -> None:
-    logo = engine(llama, adapters)
-    found = logo.generate(PROMPTS, max_new_tokens=5, prompt_lookup_num_tokens=2)
-    assert [one.token_ids for one in found] == [one.token_ids for one in logo.generate(PROMPTS, max_new_tokens=5)]
+        assert message in str(refused.value) or re.search(message, str(refused.value))
 
 
 def test_every_option_of_transformers_passes(llama: nn.Module, adapters: Path) -> None:
@@ -132,14 +98,6 @@ def test_every_option_of_transformers_passes(llama: nn.Module, adapters: Path) -
     logo = engine(llama, adapters)
     assert len(logo.generate(PROMPTS[0], max_new_tokens=3, min_new_tokens=3, **options).token_ids) == 3
     assert logo.prompts.generation_config(None, 3, {"length_penalty": 2.0}).length_penalty == 2.0
-
-
-@pytest.mark.parametrize("option", ["--temperature", "--top-p"])
-def test_sampling_options_without_sampling_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["generate", "hello", option, "0.5"]) == 2
-    assert capsys.readouterr().err == (
-        f"logo: error: {option} 0.5 is only for sampling; add --sample or leave it out\n"
-    )
 
 
 def test_a_text_that_begins_already_does_not_begin_twice(llama: nn.Module, adapters: Path) -> None:
@@ -170,21 +128,3 @@ def test_only_what_begins_every_text_stays_in_front_of_a_cut_prompt() -> None:
     bare.bos_token = "w5"  # as in models whose turns begin with it
     five = bare.bos_token_id
     assert cut_left(bare, [five, 6, five, 7, 8, 9], 3) == [7, 8, 9]
-
-
-def test_calibration_begins_once_too(llama: nn.Module, adapters: Path) -> None:
-    """Texts of a calibration are read as prompts are."""
-    pool = AdapterPool.from_directory(adapters)
-    texts = [f"w{i} w{i + 1}" for i in range(3, 20)]
-    one, other = (
-        LoGo(
-            llama,
-            tokenizer(),
-            pool,
-            settings=SelectionSettings(
-                signal="calibrated", k=2, calibration_prompts=[begin + t for t in texts], cache=""
-            ),
-        ).select(PROMPTS[0])
-        for begin in ("", "<s> ")
-    )
-    assert one == other

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 import make_adapters
 import tiny
-from logo import AdapterPool, LoGo, ModelError, PoolError, SelectionSettings, UsageError, scoring
+from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
 from logo.backends.vllm import likelihood
-from logo.scoring import completion_ids, joined, score_logits
+from logo.scoring import joined, score_logits
 from test_engine import tokenizer, write_adapter
 from tolerances import same_scores
 
@@ -76,27 +75,6 @@ def test_one_adapter_scores_as_in_peft(logo: LoGo, drawer: Path, name: str) -> N
     assert found.nll == same_scores(nll)
 
 
-def test_exact_match_is_what_greedy_decoding_would_write(logo: LoGo) -> None:
-    mixtures: list[dict[str, float]] = [{}, {"a": 1.0}, {"b": 1.0, "c": 0.5}]
-    tried = 0
-    for first in range(3, 80):
-        prompt = f"w{first} w{first + 1}"
-        written = [logo.generate(prompt, adapters=mixture, max_new_tokens=5) for mixture in mixtures]
-        for own, answer in enumerate(written):
-            if len(answer.token_ids) < 5 or not all(3 <= token < 90 for token in answer.token_ids):
-                continue  # a text with special tokens is not read back as those tokens
-            scored = logo.score(prompt, answer.text, mixtures)
-            assert [found.exact_match for found in scored] == [other.text == answer.text for other in written]
-            assert scored[own].exact_match and {found.tokens for found in scored} == {5}
-            *start, last = answer.text.split()
-            wrong = " ".join([*start, "w3" if last != "w3" else "w4"])
-            assert not logo.score(prompt, wrong, [mixtures[own]])[0].exact_match
-            tried += 1
-        if tried >= 12:
-            return
-    raise AssertionError(f"only {tried} answers could be tried")
-
-
 @pytest.mark.parametrize(
     ("gold", "named", "exact"), [(1, 1, True), (1, 2, True), (2, 1, False), (0, 1, False), (0, 2, False)]
 )
@@ -139,32 +117,6 @@ def test_equal_mixtures_are_computed_once_and_only_at_the_completion(logo: LoGo)
     assert logo.score(PROMPT, GOLD, []) == []
 
 
-def test_small_parts_give_the_same(logo: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
-    mixtures: list[dict[str, float]] = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.3, "c": 0.7}, {"c": 1.0}]
-    whole = logo.score(PROMPT, GOLD, mixtures)
-    calls: list[int] = []
-    handle = logo.model.lm_head.register_forward_hook(lambda module, args, output: calls.append(len(output)))
-    for limit in ({"MAX_TOKENS": 15}, {"MAX_LOGITS": 2 * 3 * 96}, {"MAX_TOKENS": 1}):
-        with monkeypatch.context() as patch:
-            for name, value in limit.items():
-                patch.setattr(scoring, name, value)
-            parts = logo.score(PROMPT, GOLD, mixtures)
-        assert [part.nll for part in parts] == same_scores([found.nll for found in whole])
-    handle.remove()
-    assert calls == [2, 2, 1, 2, 2, 1, 1, 1, 1, 1, 1]
-
-
-def test_a_model_that_always_computes_all_logits(logo: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = logo.score(PROMPT, GOLD, [{}])
-    forward = logo.model.forward
-
-    def old(input_ids: Any, attention_mask: Any, use_cache: bool) -> Any:
-        return forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
-
-    monkeypatch.setattr(logo.model, "forward", old)
-    assert logo.score(PROMPT, GOLD, [{}])[0].nll == same_scores(whole[0].nll)
-
-
 @pytest.mark.parametrize(
     ("prompt", "completion", "text"),
     [
@@ -177,10 +129,6 @@ def test_a_model_that_always_computes_all_logits(logo: LoGo, monkeypatch: pytest
 )
 def test_one_space_at_the_seam_where_there_is_none(prompt: str, completion: str, text: str) -> None:
     assert joined(prompt, completion) == text
-
-
-def test_no_special_tokens_in_the_completion() -> None:
-    assert completion_ids(tokenizer(), PROMPT, GOLD) == [7, 8, 9]
 
 
 def test_a_long_prompt_makes_room_for_the_completion(logo: LoGo) -> None:
@@ -206,13 +154,6 @@ def test_a_long_prompt_makes_room_for_the_completion(logo: LoGo) -> None:
 def test_what_cannot_be_scored(logo: LoGo, arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises((UsageError, PoolError), match=message):
         logo.score(*arguments)
-
-
-def test_an_overflow_is_not_a_number_to_report() -> None:
-    logits = torch.zeros(1, 2, 5)
-    logits[0, 1, 3] = float("nan")
-    with pytest.raises(ModelError, match="likelihood of the completion is nan"):
-        score_logits(logits, torch.tensor([1, 2]))
 
 
 # -- many prompts, each with its own mixture ------------------------------------------------------------------------
@@ -244,70 +185,6 @@ def test_pairs_in_a_batch_score_as_merged_weights_alone(logo: LoGo, batch_size: 
         likelihood, match = alone(merged(logo.pool, mixture), prompt, gold)
         assert found.log_likelihood == same_scores(likelihood)
         assert (found.exact_match, found.tokens) == (match, len(gold))
-
-
-@pytest.mark.parametrize("name", ["a", "b", "c"])
-def test_pairs_under_one_adapter_score_as_in_peft(logo: LoGo, drawer: Path, name: str) -> None:
-    model = make_adapters.load_peft(drawer / name)
-    scored = logo.score_pairs(PAIRS, [{name: 1.0}] * 5)
-    for (prompt, gold), found in zip(PAIRS, scored, strict=True):
-        assert found.log_likelihood == same_scores(alone(model, prompt, gold)[0])
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_padding_changes_nothing_whatever_the_positions(kind: str, tmp_path: Path) -> None:
-    model = tiny.model(kind)
-    target = "q_proj" if kind == "llama" else "c_attn"
-    write_adapter(tmp_path / "a", model, (target,), rank=2, seed=0)
-    settings = SelectionSettings(signal="norm", k=1, probe_module=target)
-    logo = LoGo(model, tokenizer(), AdapterPool.from_directory(tmp_path), settings=settings)
-    mixtures: list[dict[str, float]] = [{"a": 0.5}, {}, {"a": 2.0}, {}, {"a": 1.0}]
-    together = logo.score_pairs(PAIRS, mixtures)
-    apart = [logo.score_pairs([pair], [mixture])[0] for pair, mixture in zip(PAIRS, mixtures, strict=True)]
-    assert [one.nll for one in together] == same_scores([one.nll for one in apart])
-
-
-def test_single_tokens_after_one_prompt_are_one_row(logo: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt = [1, 5, 6, 7]
-    pairs = [(prompt, [gold]) for gold in (8, 9, 10, 11)] + [(prompt[:2], [6, 7, 12])]
-    mixtures = [{"a": 1.0}] * 3 + [{"b": 1.0}] + [{"a": 1.0}]
-    expected = [logo.score_pairs([pair], [mixture])[0] for pair, mixture in zip(pairs, mixtures, strict=True)]
-    shapes = []
-    real = scoring.logits_at
-
-    def counted(model: Any, ids: torch.Tensor, places: Sequence[int], mask: torch.Tensor) -> torch.Tensor:
-        shapes.append((*ids.shape, list(places)))
-        return real(model, ids, places, mask)
-
-    monkeypatch.setattr(scoring, "logits_at", counted)
-    scored = logo.score_pairs(pairs, mixtures)
-    assert shapes == [(2, 4, [1, 2, 3])]  # three golds and the longer pair read the same tokens under the same mixture
-    for one, other in zip(scored, expected, strict=True):
-        assert one.nll == same_scores(other.nll)
-    monkeypatch.setattr(scoring, "MAX_LOGITS", 3 * 100)
-    assert [one.nll for one in logo.score_pairs(pairs, mixtures)] == same_scores([one.nll for one in scored])
-    assert len(shapes) == 3  # a batch that is too large was halved
-
-
-@pytest.mark.parametrize("able", [True, False])
-def test_the_output_head_gets_no_position_that_is_not_needed(
-    able: bool, logo: LoGo, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pairs, mixtures = pairs_of([(4, 2), (40, 1), (20, 2)]), MIXTURES[:3]
-    apart = [logo.score_pairs([pair], [mixture])[0].nll for pair, mixture in zip(pairs, mixtures, strict=True)]
-    if not able:  # as a model does that only takes a number of positions
-        forward = logo.model.forward
-
-        def plain(input_ids: Any, attention_mask: Any, use_cache: bool, logits_to_keep: int = 0) -> Any:
-            return forward(input_ids, attention_mask, use_cache=use_cache, logits_to_keep=logits_to_keep)
-
-        monkeypatch.setattr(logo.model, "forward", plain)
-    shapes: list[tuple[int, ...]] = []
-    handle = logo.model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
-    together = logo.score_pairs(pairs, mixtures)
-    handle.remove()
-    assert shapes == [(3, 5 if able else 37, 96)]
-    assert [one.nll for one in together] == same_scores(apart)
 
 
 def test_pairs_that_cannot_be_scored(logo: LoGo) -> None:

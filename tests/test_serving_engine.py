@@ -170,13 +170,12 @@ def alone(logo: LoGo, rows: list[list[int]], requests: list[MixtureRequest], len
     """One by one, by the engine's own decoder."""
     from logo.selection import Selection
 
-    config = greedy_config(max_new_tokens=length, pad_token_id=2)
+    config = logo.prompts.generation_config(None, length, {"pad_token_id": 2})
     results = []
     for ids, wanted in zip(rows, requests, strict=True):
         forced = wanted.adapters is not None
         selection = Selection.forced(wanted.adapters or {}) if forced else logo.select_ids([ids])[0]
-        decoding = Decoding(config, logo.model.generation_config)
-        [made] = logo._decoder(logo.fitted, decoding, 0.0, [ids], [selection])
+        [made] = logo._decoder(logo.fitted, Decoding(config), 0.0, [ids], [selection])
         results.append((made.token_ids, made.finish_reason, selection.adapters))
     return results
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from logo import LoGo, decoder
@@ -61,41 +59,11 @@ def test_rows_of_a_batch_end_on_their_own(logo: LoGo) -> None:
     assert logo.generate(PROMPTS[1], adapters=forced[1], stop="k", max_new_tokens=16).text == answers[1].text
 
 
-def test_special_tokens_may_be_asked_for(logo: LoGo) -> None:
-    answer = logo.generate(PROMPTS[2], adapters={"add_numbers": 1.0}, stop=["</s>"], max_new_tokens=16)
-    assert answer.text and "</s>" not in answer.text and answer.finish_reason == "stop"
-
-
 def test_without_texts_nothing_changes(logo: LoGo) -> None:
     plain = logo.generate(PROMPTS, max_new_tokens=8)
     assert [a.token_ids for a in logo.generate(PROMPTS, max_new_tokens=8, stop=["", "never"])] == [
         a.token_ids for a in plain
     ]
-
-
-@contextmanager
-def copied() -> Iterator[list[int]]:
-    """How many numbers each copy to the host in the block holds."""
-    seen: list[int] = []
-    plain = Tensor.tolist
-
-    def tolist(tensor: Tensor) -> Any:
-        seen.append(tensor.numel())
-        return plain(tensor)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensor, "tolist", tolist)
-        yield seen
-
-
-def test_every_step_copies_one_token_of_each_row(logo: LoGo) -> None:
-    options: dict[str, Any] = {"adapters": {"plural": 1.0}, "max_new_tokens": 12, "min_new_tokens": 12}
-    with copied() as plain:
-        logo.generate(PROMPTS, **options)
-    with copied() as ruled:
-        logo.generate(PROMPTS, stop=["never"], **options)
-    assert max(plain) == len(PROMPTS) * 12  # the answers
-    assert sum(ruled) == sum(plain) + len(PROMPTS) * 12
 
 
 @pytest.mark.parametrize(
@@ -123,11 +91,3 @@ def test_rules_see_what_they_see_when_all_is_read(
     found = seen()
     monkeypatch.setattr(decoder, "only_grows", lambda config: False)
     assert found == seen()
-
-
-def test_drafts_are_read_whole(logo: LoGo) -> None:
-    """Several tokens may come in one step, and some of them may be taken back."""
-    options: dict[str, Any] = {"adapters": {"plural": 1.0}, "max_new_tokens": 12, "stop": ["e"]}
-    prompt = PROMPTS[1]
-    drafted = logo.generate(prompt, prompt_lookup_num_tokens=3, **options)
-    assert drafted.token_ids == logo.generate(prompt, **options).token_ids

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Collection, Mapping
 
 import pytest
@@ -15,7 +14,7 @@ from torch import nn
 from logo.adapters.format import LoraWeights
 from logo.errors import AdapterError, NotFinite, StoreFull
 from logo.mixing.columns import Columns
-from logo.mixing.store import AdapterStore, Source, adapter_store
+from logo.mixing.store import AdapterStore, Source
 from make_adapters import calm
 
 WIDTH = 6
@@ -194,15 +193,3 @@ def test_columns_that_are_given_back_while_parts_are_cut_are_free(monkeypatch: p
             thread.join()
         assert threads and one.keys == (104,)
         consistent(one)
-
-
-def test_a_host_cache_that_is_smaller_than_what_it_feeds_says_so() -> None:
-    elsewhere = nn.Sequential(nn.Linear(4, 4)).to("meta")
-    elsewhere.dtype = torch.float32  # type: ignore[assignment]
-    with pytest.warns(UserWarning, match=r"has 1\.00 GB.*less than the 2\.00 GB.*--adapter-cache-gb"):
-        found = adapter_store(elsewhere, 2.0, 1.0)
-    assert found.host is not None and found.host.budget == 10**9
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        enough = adapter_store(elsewhere, 0.001, None)
-    assert enough.host is not None and enough.host.budget == enough.budget == 10**6

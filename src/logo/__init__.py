@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from logo.decoding import Truncation
     from logo.engine import LoGo
     from logo.evaluation.metrics import MetricFunction, register_metric
-    from logo.mixing.merges import Merge, MergeFunction, register_merge
     from logo.scoring import Scored
     from logo.selection.index import ScoringIndex
     from logo.selection.selector import Selection
@@ -45,8 +44,6 @@ _LAZY = {
     "Generation": "logo.decoder",
     "LoGo": "logo.engine",
     "LoraWeights": "logo.adapters.format",
-    "Merge": "logo.mixing.merges",
-    "MergeFunction": "logo.mixing.merges",
     "Method": "logo.baselines.method",
     "MetricFunction": "logo.evaluation.metrics",
     "Prepared": "logo.baselines.method",
@@ -57,7 +54,6 @@ _LAZY = {
     "SignalFunction": "logo.selection.signals",
     "Task": "logo.baselines.method",
     "Truncation": "logo.decoding",
-    "register_merge": "logo.mixing.merges",
     "register_method": "logo.baselines.registry",
     "register_metric": "logo.evaluation.metrics",
     "register_signal": "logo.selection.signals",
@@ -73,8 +69,6 @@ __all__ = [
     "LoGo",
     "LoGoError",
     "LoraWeights",
-    "Merge",
-    "MergeFunction",
     "Method",
     "MetricFunction",
     "MissingLibrary",
@@ -91,7 +85,6 @@ __all__ = [
     "Task",
     "Truncation",
     "UsageError",
-    "register_merge",
     "register_method",
     "register_metric",
     "register_signal",

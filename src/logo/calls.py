@@ -6,7 +6,7 @@ prompts -> (read, options checked) -> selections -> answers, pieces or scores
 from __future__ import annotations
 
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -17,32 +17,86 @@ import torch
 from logo.adapters.activation import check_forced
 from logo.adapters.export import write_mixture
 from logo.adapters.layout import BaseLayout
+from logo.adapters.pool import AdapterPool
 from logo.completions import encoded
 from logo.decoder import Decoding, Generation
-from logo.decoding import check_batch_size, check_streamable
-from logo.errors import UsageError, check_type
-from logo.facts import Facts
+from logo.decoding import Prompts, check_batch_size, check_streamable
+from logo.errors import PoolError, UsageError, check_type, listed
 from logo.generation import check_stops
 from logo.prompts import Prompt, several
 from logo.scoring import Scored
 from logo.selecting import CallOptions, CallSettings, Outcome, Selecting, for_each, take_call_options
 from logo.selection.selector import Forced, Selection, forced
+from logo.selection.settings import SelectionSettings
 from logo.stops import cut_pieces
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
     from typing_extensions import Unpack
 
     from logo.prompts import OnePrompt
 
 
-class Calls(Facts):
-    """An engine that selects, generates and scores. `Facts` lists its attributes and properties."""
+class Calls(ABC):
+    """An engine that selects, generates and scores. Its properties are recorded with its results.
 
+    Attributes:
+        model: the base model; without weights if another process has them.
+        tokenizer: its tokenizer.
+        pool: the adapters.
+        settings: how prompts are read, scored and selected.
+        prompts: turns prompts into token ids.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    pool: AdapterPool
+    settings: SelectionSettings
+    prompts: Prompts
     _layout: BaseLayout
     _selecting: Selecting
     _lock: AbstractContextManager[Any]
+
+    @property
+    @abstractmethod
+    def fitted(self) -> AdapterPool:
+        """The pool fitted to the base model, without adapters that do not fit (`on_bad_adapter="skip"`)."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters in use, in pool order."""
+        return self.fitted.names
+
+    @property
+    @abstractmethod
+    def k(self) -> int:
+        """Adapters per prompt: the setting, or the default of the pool as it is now."""
+
+    @property
+    @abstractmethod
+    def points(self) -> tuple[str, ...]:
+        """The points where prompts are read, such as `"4.v_proj"`. The pool is calibrated first if necessary."""
+
+    @property
+    @abstractmethod
+    def folding(self) -> dict[str, Any]:
+        """The settings by which the form of a mixture is chosen, for JSON."""
+
+    @property
+    @abstractmethod
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices that compute."""
+
+    @property
+    @abstractmethod
+    def versions(self) -> dict[str, str]:
+        """Versions of libraries that run the model, beside PyTorch and transformers."""
+
+    @property
+    def engine_options(self) -> Mapping[str, Any]:
+        """Options of what runs the model, as the user gave them, on which results depend; none in this process."""
+        return {}
 
     # -- selecting ----------------------------------------------------------------------------------------------
 
@@ -128,12 +182,9 @@ class Calls(Facts):
 
         Raises:
             UsageError: a selection of another signal than the call's, or one without scores, which was forced.
+            PoolError: scores of adapters that are not in the pool.
         """
-        # A signal that was not used before is calibrated now, while no mixture may be active. The signal of a selection
-        # was used, so a loop over an open stream, which holds the lock, need not wait.
-        lock: AbstractContextManager[Any] = self._lock
         if isinstance(scores, Selection):
-            lock = nullcontext()
             made_by, asked = scores.signal, options.get("signal")
             if made_by is not None and asked not in (None, made_by):
                 raise UsageError(
@@ -143,9 +194,13 @@ class Calls(Facts):
             options["signal"], scores = made_by or asked, scores.scores
         if not scores:
             raise UsageError("reselect: expected the scores of a selection, found none; a forced selection has none")
-        with lock:
-            values = torch.tensor(list(scores.values()))
-            return self._selecting.choose(values, list(scores), self.call_settings(**options))
+        call = self.call_settings(**options)
+        unknown = [repr(name) for name in scores if name not in self._selecting.pool]
+        if unknown:
+            raise PoolError(f"reselect: expected scores of adapters in the pool, found those of {listed(unknown, 5)}")
+        # If its scorer is not there yet, the signal is calibrated now, once no mixture is active any more. Otherwise a
+        # loop over an open stream, which holds the lock, need not wait.
+        return self._selecting.choose(torch.tensor(list(scores.values())), list(scores), call)
 
     def restart(self) -> None:
         """Forgets earlier prompts, on which `probe_context="carry"` and a running reference depend."""
@@ -206,8 +261,8 @@ class Calls(Facts):
                 A list gives each prompt its own (None: select).
             max_new_tokens: default: that of the generation config, else the smaller of 256 and half of the context.
             batch_size: prompts per forward pass.
-            generation_config: any transformers config; default: the engine's own, which is greedy unless it was given
-                another. The checkpoint's config is not used.
+            generation_config: of transformers; default: the engine's own, which is greedy unless it was given another.
+                What it leaves open is greedy, too: of the checkpoint's config only the end tokens are used.
             stop_at_newline: end each answer after its first line; `"official"`: by the rule of the official code.
             stop: end each answer before the first of these texts.
             streamer: a streamer of transformers (`TextStreamer`, ...) that gets each token, for a single prompt.
@@ -273,7 +328,7 @@ class Calls(Facts):
         """How to continue prompts, from the arguments of a call."""
         stop = check_stops(stop, stop_at_newline)
         check_forced(activation)
-        return self._decoding(Decoding(config, self.model.generation_config, stop_at_newline, stop, activation))
+        return self._decoding(Decoding(config, stop_at_newline, stop, activation))
 
     def score(
         self, prompt: OnePrompt, completion: str, mixtures: Sequence[Forced | None], **options: Unpack[CallOptions]
@@ -320,7 +375,7 @@ class Calls(Facts):
         """Writes a mixture as one plain PEFT adapter; see `logo.adapters.export`.
 
         Args:
-            mixture: a `Selection`, or `{"name": weight, ...}`. The sum is exact; `merge` is not used.
+            mixture: a `Selection`, or `{"name": weight, ...}`.
             folder: must not exist yet, or be empty.
 
         Raises:
@@ -336,6 +391,7 @@ class Calls(Facts):
     def close(self) -> None:
         """Ends processes that the engine has started, without which it cannot answer. The local engine has none, so it
         releases nothing and still answers."""
+        return
 
     @contextmanager
     def _attempt(self) -> Iterator[None]:
@@ -345,6 +401,7 @@ class Calls(Facts):
             with self._selecting.attempt():
                 yield
 
+    @abstractmethod
     def _sync(self) -> None:
         """Follows changes of the pool."""
 

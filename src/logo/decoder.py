@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from logo.adapters.activation import NotInvoked, earliest
+from logo.adapters.activation import earliest, warn_of_silent
 from logo.adapters.pool import AdapterPool
 from logo.decoding import OVERFLOW, Cancelled, Finite, Prompts, input_device, streamed
 from logo.endings import (
@@ -28,11 +28,9 @@ from logo.endings import (
     only_grows,
 )
 from logo.errors import NotFinite, listed
-from logo.generation import is_assisted
 from logo.mixing import NEVER, Form, Mixer, Work, begins
 from logo.mixing.costs import EXPECTED
 from logo.mixing.mixer import Begins
-from logo.scoring import in_halves
 from logo.selection import Selection
 from logo.selection.beginnings import Beginnings
 from logo.selection.probe import cache_argument
@@ -54,10 +52,11 @@ class Generation:
         text: the decoded continuation, special tokens removed, cut before a `stop` text.
         selection: the adapters that gave it.
         token_ids: the tokens of the continuation, with the end token.
-        finish_reason: `"stop"` (the model or a stop rule ended it) or `"length"`.
+        finish_reason: `"stop"` (the model or a stop rule ended it) or `"length"` (it was cut: at the most new tokens,
+            or at `max_time`).
         seconds: this prompt's share of the wall time: `{"probe", "generate"}`.
-        form: the form of the mixtures in its batch: `"folded"` into the weights, `"gated"` beside them, `"routed"` by
-            token, or `"base"` without adapters.
+        form: the form of the mixtures in its batch: `"folded"` into the weights, `"gated"` beside them, or `"base"`
+            without adapters.
     """
 
     text: str
@@ -74,14 +73,12 @@ class Decoding:
 
     Attributes:
         config: the complete config of the call.
-        checkpoint: the base model's own config, whose end tokens count if `config` has none.
         stop_at_newline: see `at_newline`.
         stop: see `at_texts`; answers are cut before them.
         activation: where all adapters act in this call; None: as in the pool.
     """
 
     config: GenerationConfig
-    checkpoint: GenerationConfig
     stop_at_newline: bool | str = False
     stop: tuple[str, ...] = ()
     activation: str | None = None
@@ -89,7 +86,7 @@ class Decoding:
     @property
     def ends(self) -> set[int]:
         """Token ids that end an answer."""
-        return end_tokens(self.config, self.checkpoint)
+        return end_tokens(self.config)
 
     def rules(self, tokenizer: PreTrainedTokenizerBase) -> list[EndRule]:
         """Further rules that end an answer. They replace transformers' own, which also search the prompt for texts."""
@@ -115,7 +112,7 @@ class Decoding:
             seconds: of each row.
         """
         ends, rules = self.ends, self.rules(tokenizer)
-        answers = [cut_after_end(row, ends, self.config.max_new_tokens, rules) for row, _ in continued]
+        answers = [cut_after_end(row, ends, rules) for row, _ in continued]
         texts = tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
         return [
             Generation(cut_at(text, self.stop), selection, tuple(ids), reason, dict(seconds), form)
@@ -131,9 +128,6 @@ class Decoder:
         prompts: for padding and the tokenizer.
         mixer: of the same model.
         beginnings: the cache of prompt beginnings.
-
-    Attributes:
-        not_invoked: adapter -> how many prompts lacked its invocation tokens.
     """
 
     def __init__(
@@ -143,7 +137,7 @@ class Decoder:
         self.prompts = prompts
         self._mixer = mixer
         self._beginnings = beginnings
-        self.not_invoked = NotInvoked()
+        self._told: set[str] = set()  # the adapters of which a warning says that they do not act
 
     def __call__(
         self,
@@ -156,8 +150,6 @@ class Decoder:
     ) -> list[Generation]:
         """One answer per row of a batch. A row's answer does not depend on the other rows, up to rounding.
 
-        A batch whose adapters do not fit into their memory together is answered in halves.
-
         Args:
             pool: fitted to the model.
             decoding: how to decode.
@@ -167,25 +159,19 @@ class Decoder:
             streamer: for a single row; it is also ended after an error, since another thread may wait for it.
 
         Raises:
-            StoreFull: the adapters of one row do not fit into the memory for adapters.
+            StoreFull: the adapters of the batch do not fit into the memory for adapters.
         """
         started = time.perf_counter()
-        rules = decoding.rules(self.prompts.tokenizer)
+        rules, acting = decoding.rules(self.prompts.tokenizer), pool.acting(decoding.activation)
         mixtures = [selection.mixture for selection in selections]
-
-        def work(part: Sequence[tuple[Sequence[int], Mapping[str, float]]]) -> list[tuple[list[int], Form]]:
-            some, mixed = zip(*part, strict=True)
-            acting = pool.acting(decoding.activation)
-            tokens, form = self._continue(acting, some, mixed, decoding.config, rules, streamer=streamer)
-            return [(row, form) for row in tokens]
-
         try:
-            continued = [one for part in in_halves(list(zip(rows, mixtures, strict=True)), work) for one in part]
+            tokens, form = self._continue(acting, rows, mixtures, decoding.config, rules, streamer=streamer)
         except BaseException:
             if streamer is not None:
                 streamer.end()
             raise
         seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
+        continued = [(row, form) for row in tokens]
         return decoding.generations(self.prompts.tokenizer, continued, selections, seconds)
 
     def stream(
@@ -234,7 +220,7 @@ class Decoder:
         work = self._work(ids[:, start:], config)
         with (
             self._mixer.active(pool, onset.mixtures, work, begins=onset.begins(start)) as form,
-            _without_stop_strings(self.model.generation_config),
+            _without_checkpoint(self.model),
             torch.no_grad(),
         ):
             output = self.model.generate(
@@ -253,14 +239,14 @@ class Decoder:
     def _reads_ahead(self, pool: AdapterPool, config: GenerationConfig) -> bool:
         """Whether the base model alone reads the tokens before adapters act, from the cache of beginnings."""
         cached = config.use_cache is not False and config.cache_implementation in _PLAIN_CACHES
-        return self._beginnings is not None and pool.read_once and cached and not is_assisted(config)
+        return self._beginnings is not None and pool.read_once and cached
 
     def _onset(
         self, pool: AdapterPool, rows: Sequence[Sequence[int]], mixtures: Sequence[Mapping[str, float]], width: int
     ) -> Onset:
         """Where the adapters of a batch begin to act; warns once of each adapter that does not."""
         made = Onset.of(pool, rows, mixtures, width)
-        self.not_invoked.note(made.silent)
+        warn_of_silent(made.silent, self._told)
         return made
 
     def _work(self, ids: Tensor, config: GenerationConfig) -> Work:
@@ -321,14 +307,15 @@ def _copies(config: GenerationConfig) -> int:
 
 
 @contextmanager
-def _without_stop_strings(checkpoint: GenerationConfig) -> Iterator[None]:
-    """Removes the checkpoint's stop strings inside the block, since transformers needs a tokenizer to apply them."""
-    own = checkpoint.stop_strings
-    checkpoint.stop_strings = None
+def _without_checkpoint(model: PreTrainedModel) -> Iterator[None]:
+    """Sets the checkpoint's generation config aside inside the block, since transformers would fill in from it what the
+    config of the call leaves open."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        checkpoint.stop_strings = own
+        model.generation_config = own
 
 
 def overflow(mixture: Mapping[str, float]) -> NotFinite:

@@ -5,7 +5,6 @@ Nothing here is about adapters.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import threading
 import warnings
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 
 from logo.errors import NotFinite, UsageError, check_type
-from logo.generation import call_config, check_config
+from logo.generation import call_config
 from logo.prompts import ProbeText, Prompt, chat, cut_left, read, text_ids
 
 if TYPE_CHECKING:
@@ -44,10 +43,21 @@ class Truncation:
     Attributes:
         limit: the most tokens of a prompt; None: as many as the model's context leaves.
         side: `"left"` keeps the end of the prompt, `"right"` its beginning (the official code, at 2048).
+
+    Raises:
+        UsageError: no tokens would be left, or another side.
     """
 
     limit: int | None = None
     side: Literal["left", "right"] = "left"
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            check_type("truncation", self.limit, Integral, "a whole number")
+            if self.limit < 1:
+                raise UsageError(f"truncation: expected at least 1 token to be kept, found {self.limit}")
+        if self.side not in ("left", "right"):
+            raise UsageError(f"truncation: expected the side 'left' or 'right', found {self.side!r}")
 
 
 class Prompts:
@@ -57,7 +67,7 @@ class Prompts:
         tokenizer: the base model's.
         context: the model's context length in tokens; None if unknown.
         truncation: how long prompts are cut.
-        checkpoint: the model's own generation config, for options that a call's config leaves open.
+        checkpoint: the model's own generation config, for the end tokens of configs that name none.
         default: the config of calls that give none; None: greedy.
         probe_text: what of a conversation is probed; see `logo.prompts.chat`.
         vocabulary: the number of tokens that the model knows; None if unknown.
@@ -176,19 +186,19 @@ class Prompts:
         """The config of one call: the given one, the default or a greedy one, with the options applied.
 
         Raises:
-            UsageError: no new tokens, several answers per prompt, or an option that transformers does not know or
-                whose value it cannot use; see `logo.generation`.
+            UsageError: no new tokens, a config whose length counts the prompt's tokens, or an option that cannot be
+                used; see `logo.generation.call_config`.
         """
-        config = call_config(config or self._default, options)
-        limit = self.room(config.max_new_tokens if max_new_tokens is None else max_new_tokens)
+        config = call_config(config or self._default, options, self._checkpoint)
+        wanted = config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if wanted is None and config.max_length is not None:
+            raise UsageError(
+                f"generation_config: max_length {config.max_length} counts the prompt's tokens, too, which differ from "
+                "row to row: give max_new_tokens instead"
+            )
         if config.pad_token_id is None:
             config.pad_token_id = self.pad_id
-        if self._checkpoint is not None:  # as transformers does later, but decisions here depend on it
-            for name, value in self._checkpoint.to_dict().items():
-                if value is not None and hasattr(config, name) and getattr(config, name) is None:
-                    setattr(config, name, copy.deepcopy(value))
-        check_config(config)
-        config.max_new_tokens = limit
+        config.max_new_tokens, config.max_length = self.room(wanted), None
         return config
 
     def _limit(self, room: int) -> int | None:
@@ -236,19 +246,6 @@ def batches_by_length(
             count = size if tokens is None else max(1, min(size, tokens // max(1, lengths[rows[start]])))
             yield rows[start : start + count]
             start += count
-
-
-def batches_in_order(lengths: Sequence[int], size: int, *, tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `size` neighbours, in their order; `tokens` as in `batches_by_length`."""
-    batch: list[int] = []
-    for i in range(len(lengths)):
-        grown = [*batch, i]
-        if batch and (len(grown) > size or len(grown) * max(lengths[at] for at in grown) > tokens):
-            yield batch
-            grown = [i]
-        batch = grown
-    if batch:
-        yield batch
 
 
 def reads_prompts(config: GenerationConfig) -> bool:

@@ -21,9 +21,9 @@ FinishReason = Literal["stop", "length"]
 EndRule = Callable[[Sequence[int]], bool]
 
 
-def end_tokens(config: GenerationConfig, model_config: GenerationConfig) -> set[int]:
-    """The token ids that end a row: those of the call, else those of the checkpoint."""
-    ends = config.eos_token_id if config.eos_token_id is not None else model_config.eos_token_id
+def end_tokens(config: GenerationConfig) -> set[int]:
+    """The token ids that end a row."""
+    ends = config.eos_token_id
     if ends is None:
         return set()
     return set(ends) if isinstance(ends, (list, tuple)) else {int(ends)}
@@ -93,7 +93,7 @@ class EndRows(StoppingCriteria):  # type: ignore[misc]
 
 
 def only_grows(config: GenerationConfig) -> bool:
-    """Whether decoding adds one token to each row in every step, unlike beam search and drafts."""
+    """Whether decoding adds one token to each row in every step, unlike beam search."""
     return config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
@@ -102,20 +102,18 @@ def cut_at(text: str, stops: Sequence[str]) -> str:
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)]
 
 
-def cut_after_end(
-    ids: list[int], end: set[int], limit: int, rules: Sequence[EndRule] = ()
-) -> tuple[list[int], FinishReason]:
-    """A row's continuation up to and including the token that ends it, and why it ended.
+def cut_after_end(ids: list[int], end: set[int], rules: Sequence[EndRule] = ()) -> tuple[list[int], FinishReason]:
+    """A row's continuation up to and including the token that ends it, and why it ended: `"length"` if nothing did, so
+    that it was cut at the most new tokens or at `max_time`.
 
     Tokens behind the end, which `generate` adds while other rows of the batch go on, are ignored.
 
     Args:
         ids: new tokens, also those behind the end.
         end: token ids that end a row.
-        limit: the most new tokens that were allowed.
         rules: further rules that end a row.
     """
     for i, token in enumerate(ids):
         if token in end or any(rule(ids[: i + 1]) for rule in rules):
             return ids[: i + 1], "stop"
-    return ids, "length" if len(ids) >= limit else "stop"
+    return ids, "length"

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +24,7 @@ from logo.completions import CompletionScorer
 from logo.decoder import Decoder, Decoding, Generation
 from logo.decoding import Prompts, Truncation, batches_by_length, reads_prompts
 from logo.errors import check_type, listed
-from logo.generation import is_assisted
-from logo.mixing import EXACT, Merge, Mixer
+from logo.mixing import Mixer
 from logo.mixing.store import adapter_store
 from logo.models import check_mode, check_usable, context_length, lock_of
 from logo.opening import FromPretrained
@@ -40,7 +38,6 @@ from logo.selection.prefixes import reusable
 from logo.selection.scorer import Scorer
 from logo.selection.scorers import Scorers
 from logo.selection.settings import SelectionSettings
-from logo.selection.texts import NEUTRAL
 from logo.tensors import devices
 
 if TYPE_CHECKING:
@@ -63,14 +60,11 @@ class LoGo(Calls, FromPretrained):
         adapter_cache_gb: host memory for adapter files, beside an accelerator; None: as much as `adapter_memory_gb`.
         fold: add a mixture that all rows of a batch share to a copy of the weights, so that decoding costs what the
             base model costs. None: if that pays and does not round to half precision; see `logo.mixing.costs`.
-        merge: how selected adapters are combined, the name of a kind or a `Merge` with options; see
-            `logo.mixing.merges`. It may be changed later (`logo.merge = "ties"`).
         on_bad_adapter: what to do with adapters that do not fit the base model.
 
     Raises:
         PoolError: an adapter does not fit, or cannot be scored (see `SelectionSettings.unscorable`).
-        UsageError: a merge that does not exist, something else than a pool, or a model with layers of PEFT or with
-            dropout in training mode.
+        UsageError: something else than a pool, or a model with layers of PEFT or with dropout in training mode.
 
     Attributes:
         beginnings: the cache of prompt beginnings, for adapters that act only from a position on; None: the model keeps
@@ -89,7 +83,6 @@ class LoGo(Calls, FromPretrained):
         adapter_memory_gb: float | None = None,
         adapter_cache_gb: float | None = None,
         fold: bool | None = None,
-        merge: Merge | str = EXACT,
         on_bad_adapter: OnBadAdapter = "error",
     ) -> None:
         check_type("pool", pool, AdapterPool, "an AdapterPool, such as AdapterPool.open(PLACE)")
@@ -110,13 +103,12 @@ class LoGo(Calls, FromPretrained):
         self._on_bad_adapter = on_bad_adapter
         self._layout = BaseLayout.of(model)
         self.store = adapter_store(model, adapter_memory_gb, adapter_cache_gb)
-        self._mixer = Mixer(model, self.store, fold, neutral=partial(self.prompts.texts, NEUTRAL))
+        self._mixer = Mixer(model, self.store, fold)
         budget = int(self.settings.prefix_cache_gb * 1e9)
         self.beginnings = Beginnings(model, budget) if reusable(model) else None
         self._decoder = Decoder(model, self.prompts, self._mixer, self.beginnings)
         self._completions = CompletionScorer(model, self.prompts, self._mixer, self.beginnings)
-        self._lock = lock_of(model)  # a mixture is active on the whole model, so calls of all its engines take turns
-        self.merge = merge
+        self._lock = lock_of(model)
         self._selecting: Probing = Probing(model, self.prompts, self._mixer, self.settings, self.beginnings)
         self.take(self.prepared(pool))
         warn_of_bad(self._fitted.refused)
@@ -176,16 +168,6 @@ class LoGo(Calls, FromPretrained):
         return self._mixer.folding
 
     @property
-    def merge(self) -> Merge:
-        """How selected adapters are combined when they answer or are scored; probing always sums them exactly."""
-        return self._mixer.merge
-
-    @merge.setter
-    def merge(self, merge: Merge | str) -> None:
-        with self._lock:
-            self._mixer.merge = merge if isinstance(merge, Merge) else Merge(merge)
-
-    @property
     def reads(self) -> str:
         """In words, what is read of a prompt to score adapters."""
         self._sync()
@@ -199,11 +181,6 @@ class LoGo(Calls, FromPretrained):
             "tail": f"the tokens on which the adapters act ({acts})",
         }[token]
         return f"{what}, at {len(self.points)} points" + (", once" if scorers.read_once else "")
-
-    @property
-    def not_invoked(self) -> Mapping[str, int]:
-        """Adapter -> how many prompts lacked its invocation tokens, so that it did nothing there."""
-        return dict(self._decoder.not_invoked)
 
     def _parts(self, lengths: Sequence[int], batch_size: int) -> Iterable[Sequence[int]]:
         if not self._selecting.scorers.read_once:
@@ -224,7 +201,6 @@ class LoGo(Calls, FromPretrained):
     ) -> list[Generation]:
         answers: dict[int, Generation] = {}
         padded = not reads_prompts(decoding.config)
-        batch_size = 1 if is_assisted(decoding.config) else batch_size
         for batch in batches_by_length([len(row) for row in rows], batch_size, padded=padded):
             ids, chosen = [rows[i] for i in batch], [selections[i] for i in batch]
             made = self._decoder(self._fitted, decoding, probed, ids, chosen, streamer)
@@ -256,7 +232,7 @@ class LoGo(Calls, FromPretrained):
             version = pool.version
             fitted = pool.fit(self._layout, model=self.model, on_bad_adapter=self._on_bad_adapter)
             fitted = fitted.acting(self.settings.activation, self.settings.when_not_invoked)
-            _tell_of_kinds(fitted)
+            _tell_of_plain(fitted)
             return Prepared(pool, version, fitted, self._selecting.prepared(fitted), self.settings)
 
     def take(self, prepared: Prepared) -> None:
@@ -281,7 +257,7 @@ class LoGo(Calls, FromPretrained):
                 warn_of_bad(prepared.fitted.refused[known:])
 
 
-def _tell_of_kinds(pool: AdapterPool) -> None:
+def _tell_of_plain(pool: AdapterPool) -> None:
     plain = [adapter.name for adapter in pool if adapter.activation.everywhere]
     if plain and len(plain) < len(pool):
         warnings.warn(

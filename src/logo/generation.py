@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
-from numbers import Integral, Real
+from collections.abc import Collection, Mapping
+from numbers import Real
 from typing import Any
 
 from transformers import GenerationConfig
@@ -18,22 +18,26 @@ _INSTEAD = {
     **dict.fromkeys(("min_tokens", "min_length"), "min_new_tokens"),
 }
 _KNOWN = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_")) - _INSTEAD.keys()
+# What a config leaves open, for greedy decoding or plain sampling.
+_PLAIN = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+_PLAIN |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+# What a config leaves open, which the checkpoint says without a choice of how to decode.
+_OF_CHECKPOINT = ("bos_token_id", "eos_token_id", "pad_token_id", "cache_implementation")
+_POSITIVE = ("temperature", "top_p", "repetition_penalty", "num_beams", "max_time")
+_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
 def greedy_config(**options: Any) -> GenerationConfig:
-    """Plain greedy decoding, or plain sampling (`do_sample=True`), without what the checkpoint's own config says.
-
-    Any `GenerationConfig` option may be overridden. What is left open would be filled from the checkpoint.
-    """
-    plain: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    plain |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
-    if options.get("do_sample"):
-        plain |= {"min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-    return GenerationConfig(**plain | options)
+    """Greedy decoding, or plain sampling with `do_sample=True`, with further options of `GenerationConfig`."""
+    return GenerationConfig(**_PLAIN | options)
 
 
-def call_config(config: GenerationConfig | None, options: Mapping[str, Any]) -> GenerationConfig:
-    """A copy of a config with the options of a call applied; None: of `greedy_config`.
+def call_config(
+    config: GenerationConfig | None, options: Mapping[str, Any], checkpoint: GenerationConfig | None = None
+) -> GenerationConfig:
+    """A copy of a config (None: an empty one) with the options of a call applied.
+
+    What neither says is as in `greedy_config`, whatever the checkpoint's config says; only its end tokens count.
 
     Raises:
         UsageError: an option that does not exist or cannot be used here, or a config that transformers refuses.
@@ -48,20 +52,25 @@ def call_config(config: GenerationConfig | None, options: Mapping[str, Any]) -> 
             )
     if config is not None:
         check_type("generation_config", config, GenerationConfig, "a transformers.GenerationConfig")
-    _check(options)  # transformers would refuse some of these in other words
     try:
-        if config is None:
-            return greedy_config(**options)
-        config = copy.deepcopy(config)
-        config.update(**options)
+        made = GenerationConfig() if config is None else copy.deepcopy(config)
+        made.update(**options)
     except (AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"generation options: transformers refuses them: {' '.join(str(error).split())}") from error
-    return config
-
-
-def check_config(config: GenerationConfig) -> None:
-    """Raises UsageError for a value that transformers would refuse in the middle of generating."""
-    _check(vars(config))
+    _fill(made, _PLAIN)
+    if checkpoint is not None:
+        _fill(made, {name: getattr(checkpoint, name) for name in _OF_CHECKPOINT})
+    for name in _POSITIVE:
+        value = getattr(made, name)
+        if value is not None and not (isinstance(value, Real) and float(value) > 0):
+            raise UsageError(f"{name}: expected a number above 0, found {value!r:.60}")
+    mode = made.get_generation_mode()
+    if mode not in _MODES or made.num_return_sequences not in (None, 1):
+        raise UsageError(
+            f"generation options: expected greedy decoding, sampling or beam search with one answer per prompt, found "
+            f"{GenerationMode(mode).value} with {made.num_return_sequences or 1}"
+        )
+    return made
 
 
 def check_stops(stop: Any, stop_at_newline: Any) -> tuple[str, ...]:
@@ -70,68 +79,15 @@ def check_stops(stop: Any, stop_at_newline: Any) -> tuple[str, ...]:
     Raises:
         UsageError: they are no texts, or `stop_at_newline` is neither True, False nor `"official"`.
     """
-    if not _are_texts(stop):
+    texts = [stop] if isinstance(stop, str) else stop
+    if not isinstance(texts, Collection) or not all(isinstance(text, str) for text in texts):
         raise UsageError(f"stop: expected a text or a list of texts, found {stop!r:.60}")
     if not isinstance(stop_at_newline, bool) and stop_at_newline != "official":
         raise UsageError(f"stop_at_newline: expected True, False or 'official', found {stop_at_newline!r:.60}")
-    return tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text)
+    return tuple(text for text in texts if text)
 
 
-def is_assisted(config: GenerationConfig) -> bool:
-    """Whether drafts are checked, as with prompt lookup. Transformers does that for one row, which it reads itself."""
-    return bool(config.get_generation_mode() == GenerationMode.ASSISTED_GENERATION)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, Collection) and all(isinstance(text, str) for text in value))
-
-
-def _are_ids(value: Any) -> bool:
-    ids = value.tolist() if hasattr(value, "tolist") else value
-    return all(map(_is_whole, ids if isinstance(ids, (list, tuple)) else [ids]))
-
-
-def _are_sequences(value: Any) -> bool:
-    rows = value if isinstance(value, (list, tuple)) else ()
-    return len(rows) > 0 and all(isinstance(row, (list, tuple)) and row and all(map(_is_whole, row)) for row in rows)
-
-
-Check = tuple[Callable[[Any], bool], str]
-
-# Option -> whether a value can be used, and what was expected.
-_VALUES: dict[str, Check] = {
-    "bad_words_ids": (_are_sequences, "a list of lists of token ids"),
-    "eos_token_id": (_are_ids, "a token id or a list of token ids"),
-    "guidance_scale": (_is_number, "a number"),
-    "length_penalty": (_is_number, "a number"),
-    "max_time": (lambda value: _is_number(value) and value > 0, "a number of seconds above 0"),
-    "min_new_tokens": (lambda value: _is_whole(value) and value >= 0, "a whole number of 0 or more"),
-    "no_repeat_ngram_size": (lambda value: _is_whole(value) and value >= 0, "a whole number of 0 or more"),
-    "num_beams": (lambda value: _is_whole(value) and value > 0, "a whole number above 0"),
-    "num_return_sequences": (lambda value: value == 1, "1 (repeat the prompt to get several answers)"),
-    "prompt_lookup_num_tokens": (lambda value: _is_whole(value) and value > 0, "a whole number above 0"),
-    "repetition_penalty": (lambda value: _is_number(value) and value > 0, "a number above 0"),
-    "stop_strings": (_are_texts, "a text or a list of texts"),
-    "token_healing": (lambda value: not value, "False, since prompts are read as they are"),
-}
-_DRAWING: dict[str, Check] = {
-    "min_p": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
-    "temperature": (lambda value: _is_number(value) and value > 0, "a number above 0"),
-    "top_k": (lambda value: _is_whole(value) and value >= 0, "a whole number above 0, or 0 for all tokens"),
-    "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
-}
-
-
-def _check(values: Mapping[str, Any]) -> None:
-    for name, (fits, expected) in (_VALUES | (_DRAWING if values.get("do_sample") else {})).items():
-        value = values.get(name)
-        if value is not None and not fits(value):
-            raise UsageError(f"{name}: expected {expected}, found {value!r:.60}")
+def _fill(config: GenerationConfig, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if getattr(config, name) is None:
+            setattr(config, name, copy.deepcopy(value))

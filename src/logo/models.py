@@ -178,15 +178,52 @@ def checked_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
     return options
 
 
+class ModelLock:
+    """The lock under which a model runs; a mixture is active on the whole model, so its users take turns.
+
+    A thread may take it again. Only the code that is called while a mixture is active, such as a streamer, cannot run
+    the model for something else.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._mixed = False
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    @contextmanager
+    def running(self, *, mixed: bool = False) -> Iterator[None]:
+        """Holds the lock while the model runs; no mixture is active but the one that the block activates, if any.
+
+        Raises:
+            UsageError: this thread has activated a mixture, which would act in the block, too.
+        """
+        with self._lock:
+            if self._mixed:
+                raise UsageError(
+                    "the model is answering with a mixture of adapters, and can compute nothing else in the middle of "
+                    "that: call this once the answer is complete"
+                )
+            self._mixed = mixed
+            try:
+                yield
+            finally:
+                self._mixed = False
+
+
 # One lock per model that is in memory. The keys are compared by identity, as modules are.
-_LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_LOCKS: WeakKeyDictionary[Any, ModelLock] = WeakKeyDictionary()
 _MAKING = threading.Lock()
 
 
-def lock_of(model: PreTrainedModel) -> threading.RLock:
-    """The lock under which a model runs with adapters; all engines on one model share it."""
+def lock_of(model: Any) -> ModelLock:
+    """The lock of a model, which all its engines share."""
     with _MAKING:
-        return _LOCKS.setdefault(model, threading.RLock())
+        return _LOCKS.setdefault(model, ModelLock())
 
 
 def check_usable(model: PreTrainedModel) -> None:

@@ -13,7 +13,6 @@ from logo.adapters.options import OnBadAdapter
 from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.decoding import Truncation
 from logo.errors import UsageError, check_type, closest
-from logo.mixing import EXACT, Merge
 from logo.models import load_base
 from logo.pools import officially_named, open_pool, pool_place
 from logo.selection.settings import SelectionSettings
@@ -55,7 +54,6 @@ class FromPretrained:
         adapter_memory_gb: float | None = None,
         adapter_cache_gb: float | None = None,
         fold: bool | None = None,
-        merge: Merge | str = EXACT,
         on_bad_adapter: OnBadAdapter = "error",
         **settings: Any,
     ) -> Self:
@@ -116,7 +114,6 @@ class FromPretrained:
                 revision=revision,
                 token=token,
                 truncation=truncation,
-                merge=merge,
                 on_bad_adapter=on_bad_adapter,
                 others={name: value for name, value in asked.items() if value is not None},
             )
@@ -152,7 +149,6 @@ class FromPretrained:
             adapter_memory_gb=adapter_memory_gb,
             adapter_cache_gb=adapter_cache_gb,
             fold=fold,
-            merge=merge,
             on_bad_adapter=on_bad_adapter,
         )
         logo.calibrate()

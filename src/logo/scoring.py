@@ -7,16 +7,15 @@ mixtures.
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from logo.errors import ModelError, StoreFull, UsageError
+from logo.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
 # The most tokens and the most logits (2 GB in float32) of one forward pass. A single row may have more.
 MAX_TOKENS = 16_384
 MAX_LOGITS = 2**29
-
-Row = TypeVar("Row")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -125,22 +121,6 @@ def rows_per_pass(tokens: int, gold: int, vocabulary: int) -> int:
     return max(1, min(MAX_TOKENS // tokens, MAX_LOGITS // (gold * vocabulary)))
 
 
-def in_halves(rows: Sequence[Row], work: Callable[[Sequence[Row]], Result]) -> list[Result]:
-    """Calls `work` with all rows, or with halves, quarters and so on if their adapters do not fit into memory together;
-    returns its results in the order of the rows.
-
-    Raises:
-        StoreFull: the adapters of one row do not fit.
-    """
-    try:
-        return [work(rows)]
-    except StoreFull:
-        if len(rows) == 1:
-            raise
-    middle = len(rows) // 2
-    return [result for half in (rows[:middle], rows[middle:]) for result in in_halves(half, work)]
-
-
 @torch.no_grad()
 def score_mixtures(
     model: Any,
@@ -165,7 +145,7 @@ def score_mixtures(
         read: the part of the prompt that the base model has read; None: all is read under each mixture.
 
     Raises:
-        StoreFull: the adapters of one mixture do not fit into the memory for adapters.
+        StoreFull: the adapters of a batch do not fit into the memory for adapters.
     """
     # The last gold token is only predicted, never read.
     ids = torch.tensor([*prompt, *gold[:-1]], device=device)
@@ -173,17 +153,12 @@ def score_mixtures(
     distinct = list(dict.fromkeys(keys))
     scored: dict[frozenset[tuple[str, float]], Scored] = {}
     size = rows_per_pass(len(ids), len(gold), vocabulary)
-
-    def score(part: Sequence[frozenset[tuple[str, float]]]) -> list[Scored]:
-        rows = ids.expand(len(part), -1)
+    for part in (distinct[start : start + size] for start in range(0, len(distinct), size)):
+        unread = ids.expand(len(part), -1)[:, 0 if read is None else read.tokens :]
         known = {} if read is None else read.options(len(part))  # before any mixture is active
         with active([dict(key) for key in part]):
-            unread = rows[:, 0 if read is None else read.tokens :]
             logits = logits_at(model, unread, range(unread.shape[1] - len(gold), unread.shape[1]), None, known)
-        return score_logits(logits, torch.tensor(gold, device=logits.device))
-
-    for part in (distinct[start : start + size] for start in range(0, len(distinct), size)):
-        scored |= zip(part, itertools.chain(*in_halves(part, score)), strict=True)
+        scored |= zip(part, score_logits(logits, torch.tensor(gold, device=logits.device)), strict=True)
     return [scored[key] for key in keys]
 
 
@@ -241,27 +216,22 @@ def score_continued(
         vocabulary: its size; a batch with too many logits is halved.
 
     Raises:
-        StoreFull: the adapters of one row do not fit into the memory for adapters.
+        StoreFull: the adapters of the batch do not fit into the memory for adapters.
     """
     needed = sorted({place for row in rows for place in row.places})
     if len(rows) > 1 and len(rows) * len(needed) * vocabulary > MAX_LOGITS:
         half = len(rows) // 2
         parts = (rows[:half], rows[half:])
         return {n: s for part in parts for n, s in score_continued(model, part, active, pad, vocabulary).items()}
-
-    def score(part: Sequence[Continued]) -> dict[int, Scored]:
-        needed = sorted({place for row in part for place in row.places})
-        ids, mask = pad([row.ids for row in part])
-        with active(part):
-            logits = logits_at(model, ids, needed, mask)
-        scored = {}
-        for row, found in zip(part, logits, strict=True):
-            for number, (start, gold) in row.golds.items():
-                own = found[None, needed.index(start - 1) :][:, : len(gold)]
-                scored[number] = score_logits(own, torch.tensor(list(gold), device=found.device))[0]
-        return scored
-
-    return {number: one for found in in_halves(rows, score) for number, one in found.items()}
+    ids, mask = pad([row.ids for row in rows])
+    with active(rows):
+        logits = logits_at(model, ids, needed, mask)
+    scored = {}
+    for row, found in zip(rows, logits, strict=True):
+        for number, (start, gold) in row.golds.items():
+            own = found[None, needed.index(start - 1) :][:, : len(gold)]
+            scored[number] = score_logits(own, torch.tensor(list(gold), device=found.device))[0]
+    return scored
 
 
 def _key(mixture: Mapping[str, float]) -> frozenset[tuple[str, float]]:

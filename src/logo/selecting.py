@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from torch import Tensor
 
 from logo.adapters.pool import AdapterPool
-from logo.decoding import Prompts, batches_by_length, batches_in_order, input_device
+from logo.decoding import Prompts, batches_by_length, input_device
 from logo.errors import LoGoError, PoolError, UsageError, check_type, closest
-from logo.mixing import EXACT, Mixer
+from logo.mixing import Mixer
 from logo.prompts import ProbeText, Prompt
 from logo.scoring import MAX_TOKENS
 from logo.selection.beginnings import Beginnings
@@ -314,9 +314,8 @@ class Probing(Selecting):
         return [outcomes[i] for i in range(len(rows))]
 
     def batches(self, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-        """Indices of prompts in batches that are probed together; in their order if scores depend on it."""
-        batches = batches_in_order if self._settings.baseline == "running" else batches_by_length
-        return batches(lengths, batch_size, tokens=MAX_TOKENS)
+        """Indices of prompts in batches that are probed together."""
+        return batches_by_length(lengths, batch_size, tokens=MAX_TOKENS)
 
     def evidence(self, settings: SelectionSettings) -> Evidence | None:
         """See `Choosing`; the scorers say whether there are example prompts."""
@@ -358,7 +357,7 @@ class Probing(Selecting):
     ) -> list[Outcome]:
         scorer = self.scorers.get(calls[0].settings)  # if it calibrates, no adapter may be active yet
         ids, mask = self._prompts.pad(rows, "right", input_device(self._model))
-        with self._mixer.active(self.pool, [dict.fromkeys(active, 1.0)], merge=EXACT):
+        with self._mixer.active(self.pool, [dict.fromkeys(active, 1.0)]):
             scores = scorer.best(ids, mask, [self.wanted(one) for one in calls])
         return [self.outcome(row, scorer.names, one) for row, one in zip(scores, calls, strict=True)]
 

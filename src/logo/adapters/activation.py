@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,27 +87,18 @@ class Activation:
 EVERYWHERE = Activation()
 
 
-class NotInvoked(Counter[str]):
-    """Adapter -> how many prompts lacked its invocation tokens, so that it did nothing there."""
-
-    def note(self, names: Iterable[str]) -> None:
-        """Counts a prompt for these adapters, and warns of each adapter once."""
-        text = self.new(names)
-        if text is not None:
-            warnings.warn(text, UserWarning, stacklevel=2)
-
-    def new(self, names: Iterable[str]) -> str | None:
-        """Counts a prompt for these adapters, and returns a message about those that are counted for the first time."""
-        given = tuple(names)
-        found = [name for name in given if name not in self]
-        self.update(given)
-        if not found:
-            return None
+def warn_of_silent(names: Iterable[str], told: set[str]) -> None:
+    """Warns of adapters whose invocation tokens a prompt lacks, of each once: not of those in `told`, which grows."""
+    found = [name for name in dict.fromkeys(names) if name not in told]
+    told.update(found)
+    if found:
         shown = listed(list(map(repr, found)), _SHOWN)
         who, whose = (f"adapter {shown}", "its") if len(found) == 1 else (f"adapters {shown}", "their")
-        return (
+        warnings.warn(
             f"{who}: a prompt lacks {whose} invocation tokens, so its answer is not adapted, as in PEFT; if they open "
-            "the assistant's turn, give prompts as chats (--chat); else see --when-not-invoked"
+            "the assistant's turn, give prompts as chats (--chat); else see --when-not-invoked",
+            UserWarning,
+            stacklevel=2,
         )
 
 

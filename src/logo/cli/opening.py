@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from logo.calls import Calls
     from logo.decoding import Truncation
     from logo.engine import LoGo
-    from logo.mixing import Merge
     from logo.selection.settings import SelectionSettings
 
 _SLOTS = """vLLM keeps adapters in slots: `--vllm-options '{"max_loras": N, "max_lora_rank": R}'`"""
@@ -192,18 +191,13 @@ def open_any(
     *,
     preset: Preset | None = None,
     truncation: Truncation | None = None,
-    merge: Merge | None = None,
 ) -> Calls:
-    """An engine with this merge, in this process or inside vLLM, as `runner` says."""
-    from logo.mixing import EXACT
-
-    asked, merge = _vllm_options(runner), merge or EXACT
+    """An engine in this process or inside vLLM, as `runner` says."""
+    asked = _vllm_options(runner)
     settings = selection_settings(options, preset)
     check_selection_options([settings])
     if runner.engine == "local":
-        local = open_engine(options, base_model, preset=preset, truncation=truncation)
-        local.merge = merge
-        return local
+        return open_engine(options, base_model, preset=preset, truncation=truncation)
     for name, flag in changed(options, *_INSTEAD).items():
         raise UsageError(f"{flag}: the engine 'vllm' has no such option; {_INSTEAD[name]}")
     # Set before vLLM is imported, so that its messages stay out of this command's output.
@@ -221,7 +215,6 @@ def open_any(
         model_kwargs=asked,
         model_dir=options.model_dir,
         truncation=truncation,
-        merge=merge,
         on_bad_adapter=options.on_bad_adapter,
         **asdict(settings),
     )

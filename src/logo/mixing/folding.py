@@ -47,9 +47,7 @@ class Folder:
         self._holds: tuple[Hashable, Tensor] | None = None  # the mixture that `_folded` holds
 
     @contextmanager
-    def active(
-        self, key: Hashable, stacks: Callable[[], Mapping[str, Stack]], weights: Tensor
-    ) -> Iterator[None]:
+    def active(self, key: Hashable, stacks: Callable[[], Mapping[str, Stack]], weights: Tensor) -> Iterator[None]:
         """Adds one mixture to every adapted module inside the block.
 
         Args:

@@ -36,7 +36,7 @@ _FIRST_COLUMNS = 64
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter that the store may hold, or several adapters merged into one.
+    """An adapter that the store may hold.
 
     Attributes:
         key: identifies its tensors.

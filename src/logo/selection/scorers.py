@@ -15,6 +15,7 @@ from logo.adapters.format import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.cache import cache_folder
 from logo.errors import UsageError
+from logo.models import lock_of
 from logo.selection import index_file
 from logo.selection.beginnings import Beginnings
 from logo.selection.cache import CalibrationCache
@@ -109,8 +110,10 @@ class Scorers:
         """
         settings = with_activations(settings, self._pool)
         if settings.signal not in self._known:
-            self._known[settings.signal] = self._open(settings, tell)
-            self._earlier.pop(settings.signal, None)
+            with lock_of(self._model).running():  # a calibration with adapters mixed in would be wrong for ever
+                if settings.signal not in self._known:
+                    self._known[settings.signal] = self._open(settings, tell)
+                    self._earlier.pop(settings.signal, None)
         return self._known[settings.signal]
 
     def reading(self, settings: SelectionSettings) -> Signal:

@@ -97,7 +97,7 @@ class Batching(Steps):
         self._beginnings = beginnings
         self.found = self.missed = 0
         self._packed = Packed(adaptable_modules(model), store, _head(model))
-        self._ends = sorted(end_tokens(greedy_config(), model.generation_config)) or [-1]
+        self._ends = sorted(end_tokens(model.generation_config)) or [-1]
         self._jobs: dict[str, _Job] = {}
         self._numbers = itertools.count()
         self._standing: tuple[Any, ...] | None = None

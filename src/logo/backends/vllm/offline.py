@@ -32,7 +32,6 @@ from logo.calls import Calls
 from logo.decoder import Decoding, Generation, overflow
 from logo.decoding import Prompts
 from logo.errors import ModelError, UsageError
-from logo.mixing import EXACT, Merge
 from logo.scoring import Scored, continued_rows
 from logo.selection import Selection
 from logo.selection.plan import plan
@@ -121,17 +120,6 @@ class VllmLoGo(Calls):
     @property
     def engine_options(self) -> Mapping[str, Any]:
         return self._engine_options
-
-    @property
-    def merge(self) -> Merge:
-        """Adapters are always summed exactly."""
-        return EXACT
-
-    @merge.setter
-    def merge(self, merge: Merge | str) -> None:
-        asked = merge if isinstance(merge, Merge) else Merge(merge)
-        if not asked.exact:
-            raise UsageError(f"merge {asked.kind!r}: the engine 'vllm' mixes adapters exactly; use the engine 'local'")
 
     def close(self) -> None:
         """Shuts vLLM down; the engine cannot be used afterwards."""

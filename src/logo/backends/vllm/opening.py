@@ -16,7 +16,6 @@ from logo.backends.vllm.slots import Slots
 from logo.decoding import Prompts, Truncation
 from logo.errors import LoGoError, ModelError, PoolError, UsageError
 from logo.extras import need
-from logo.mixing import Merge
 from logo.models import checked_dtype, checked_options, fetch, load_config, load_tokenizer, loading, resolve_base
 from logo.pools import open_pool, pool_place
 from logo.selection.plan import plan as reading_plan
@@ -40,7 +39,6 @@ def open_engine(
     revision: str | None,
     token: str | bool | None,
     truncation: Truncation | None,
-    merge: Merge | str,
     on_bad_adapter: OnBadAdapter,
     others: Mapping[str, Any],
 ) -> VllmLoGo:
@@ -57,9 +55,6 @@ def open_engine(
     """
     for name in others:
         raise UsageError(f"{name}: the engine 'vllm' has no such option; give those of vllm.LLM in model_kwargs")
-    exact = merge if isinstance(merge, Merge) else Merge(merge)
-    if not exact.exact:
-        raise UsageError(f"merge {exact.kind!r}: the engine 'vllm' mixes adapters exactly; use the engine 'local'")
     need("engine 'vllm'", "vllm")
     checked_options(model_kwargs)
     from logo.backends.vllm.offline import VllmLoGo
