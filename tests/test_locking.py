@@ -17,7 +17,7 @@ from logo.cli.opening import open_pool
 from logo.cli.options import EngineOptions
 from logo.cli.run import run
 from logo.selection.settings import ExamplesUse
-from logo.serving.replica import digest
+from logo.serving.replicas import digest
 from make_adapters import write_peft
 
 NAMES = ("a", "b", "c")
