@@ -180,23 +180,6 @@ def alone(logo: LoGo, rows: list[list[int]], requests: list[MixtureRequest], len
     return results
 
 
-def test_a_seed_gives_the_same_answer_in_any_company(llama: nn.Module, adapters: Path) -> None:
-    logo = engine(llama, adapters, unscorable="skip")
-    rows = tiny.prompts([4, 9, 6], seed=1)
-    way = Sampling(12, temperature=1.5, top_p=0.9, seed=5)
-
-    async def use(service: Service) -> Any:
-        single = await answer(service, rows[0], MixtureRequest(), way)
-        many = await asyncio.gather(
-            *(answer(service, ids, MixtureRequest(), way) for ids in (rows[1], rows[0], rows[2]))
-        )
-        other = await answer(service, rows[0], MixtureRequest(), Sampling(12, temperature=1.5, top_p=0.9, seed=6))
-        return single[0], many[1][0], other[0]
-
-    single, among, other = served(logo, use)
-    assert single == among != other
-
-
 def test_requests_that_come_while_a_step_ends_share_one_probe(
     llama: nn.Module, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,11 +434,6 @@ def test_no_more_are_taken_than_there_is_room_for(llama: nn.Module, adapters: Pa
             pass
 
     served(engine(llama, adapters, unscorable="skip"), use, max_queue=2)
-
-
-def test_orders_that_a_server_cannot_keep_are_refused(llama: nn.Module, adapters: Path) -> None:
-    with pytest.raises(UsageError, match="probe_context 'carry'"):
-        Service(engine(llama, adapters, unscorable="skip", probe_context="carry"), Memory())
 
 
 def test_a_model_that_is_not_batched_right_is_refused_at_the_start(tmp_path: Path) -> None:

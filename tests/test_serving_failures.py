@@ -60,16 +60,19 @@ def test_answers_of_a_request_that_fails_count_under_its_reason(error: Exception
     """Also those that were ended because of another one's failure; the one that was complete has succeeded."""
 
     async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
-        answered, numbers = engine.generate, iter(range(9))
+        answered, numbers, complete = engine.generate, iter(range(9)), asyncio.Event()
 
         async def generate(*arguments: Any) -> AsyncGenerator[Delta, None]:
             number = next(numbers)
             if number == 0:
-                async for delta in answered(*arguments):
-                    yield delta
+                try:
+                    async for delta in answered(*arguments):
+                        yield delta
+                finally:
+                    complete.set()
             else:
                 yield Delta((1,), None)
-                await asyncio.sleep(0.1 if number == 1 else PATIENCE)
+                await (complete.wait() if number == 1 else asyncio.sleep(PATIENCE))
                 raise error
 
         engine.generate = generate  # type: ignore[method-assign]
@@ -128,4 +131,4 @@ def test_a_client_that_does_not_read_holds_nothing_beyond_the_time_limit(monkeyp
         assert engine.released == ["a"]
         assert failures((await client.get("/metrics")).text) == {"timeout": 1}
 
-    asked(use, request_timeout=0.5)
+    asked(use, request_timeout=2.0)

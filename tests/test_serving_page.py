@@ -137,47 +137,6 @@ def test_both_answers_are_the_apis_and_come_piece_by_piece(window: Browser, demo
 
 
 @browses
-def test_one_adapter_is_made_to_answer(window: Browser, demo: Served) -> None:
-    enter(window, demo)
-    window.run(USE, "upper_case")
-    assert window.run("return document.activeElement.id") == "prompt"
-    assert "only upper_case will answer" in window.run("return document.getElementById('forced').innerText")
-    _, text = ask(window, PROMPT)
-    assert text == completion(demo, "upper_case")[0] != completion(demo, "logo")[0]
-    assert window.run("return document.getElementById('logo-title').textContent") == "upper_case"
-    assert [row[0] for row in window.run(BARS, "#logo .bars")] == ["upper_case"]
-    pressed = "return [...document.querySelectorAll('[aria-pressed=true]')].map(node => node.textContent)"
-    assert window.run(pressed) == ["Use only upper_case"]
-    window.run("document.getElementById('unforce').click()")
-    assert window.run(pressed) == []
-    assert ask(window, PROMPT)[1] == completion(demo, "logo")[0]
-
-
-@browses
-def test_the_pool_is_searched_and_sorted(window: Browser, demo: Served) -> None:
-    enter(window, demo)
-    cards = demo.get("/v1/logo/adapters")["data"]
-    names = sorted(card["id"] for card in cards)
-    assert window.run(ROWS) == names
-    window.run(SET, "search", "LETTER")
-    assert window.run(ROWS) == [name for name in names if "letter" in name]
-    assert window.run("return document.getElementById('count').textContent") == "3 of 16 adapters"
-    window.run(SET, "search", "q_proj")  # a module
-    assert len(window.run(ROWS)) == 16
-    window.run(SET, "search", "nothing like it")
-    assert window.run(ROWS) == []
-    window.run(SET, "search", "")
-    window.run("document.querySelector('.pool .sort').click()")
-    assert window.run(ROWS) == names[::-1]
-    ask(window, PROMPT)
-    window.run("[...document.querySelectorAll('.pool .sort')].at(-1).click()")
-    counts = window.run("return [...document.querySelectorAll('.pool tr .num:nth-child(7)')].map(c => c.textContent)")
-    assert [int(count) for count in counts[1:]] == sorted(map(int, counts[1:]), reverse=True)
-    sorts = "return [...document.querySelectorAll('.pool thead th')].map(head => head.getAttribute('aria-sort'))"
-    assert window.run(sorts) == [None] * 6 + ["descending", None]
-
-
-@browses
 def test_keys_alone_are_enough(window: Browser, demo: Served) -> None:
     enter(window, demo)
     window.press("Tab")

@@ -217,9 +217,9 @@ class Answers:
         """The entry of the log, with the beginning of the probed tokens if prompts may be logged."""
         below = self.service.unsure_below
         if not self._log_prompts:
-            return logged.entry(selection, unsure_below=below)
+            return logged.entry(selection, below)
         text: str = self.tokenizer.decode(prompt.probed[: logged.TOKENS], skip_special_tokens=True)
-        return logged.entry(selection, text, cut=len(prompt.probed) > logged.TOKENS, unsure_below=below)
+        return logged.entry(selection, below, text, cut=len(prompt.probed) > logged.TOKENS)
 
     async def chunks(self, request: PreparedRequest) -> AsyncGenerator[AnswerChunk, None]:
         """Yields the answers of a request in chunks as they come. Leaving the loop ends them.

@@ -6,7 +6,6 @@ from heapq import nlargest
 from typing import Any
 
 from logo.selection import Selection
-from logo.selection.selector import UNSURE
 
 # The scores of a selection that are logged, the highest ones.
 LEADING = 5
@@ -14,15 +13,13 @@ LEADING = 5
 TOKENS = 200
 
 
-def entry(
-    selection: Selection, prompt: str | None = None, cut: bool = False, unsure_below: float = UNSURE
-) -> dict[str, Any]:
+def entry(selection: Selection, unsure_below: float, prompt: str | None = None, cut: bool = False) -> dict[str, Any]:
     """One selection as JSON.
 
     Args:
+        unsure_below: the confidence below which the selection counts as unsure.
         prompt: the probed text, if it may be logged.
         cut: whether that is only the beginning of it.
-        unsure_below: the confidence below which the selection counts as unsure.
     """
     found: dict[str, Any] = {
         "adapters": list(selection.adapters),
@@ -34,49 +31,6 @@ def entry(
     if prompt is not None:
         found |= {"prompt": prompt, **({"cut": True} if cut else {})}
     return found
-
-
-def prompts_of(line: object) -> list[tuple[str, str | None]]:
-    """The prompts of a line: an object with a `prompt` (or `context`), or a line of the log.
-
-    Empty prompts are left out, and so are logged ones that were cut or are no Unicode text.
-
-    Returns:
-        Each with the one adapter that its request named, None if it named none or several.
-
-    Raises:
-        ValueError: it is neither, or the prompt is no Unicode text.
-    """
-    if not isinstance(line, dict):
-        raise ValueError("no object")
-    prompt = line.get("prompt", line.get("context"))
-    if isinstance(prompt, str):
-        prompt.encode()
-        adapter = line.get("adapter")
-        return [(prompt, adapter if isinstance(adapter, str) and adapter else None)] if prompt.strip() else []
-    if str(line.get("logger")).split(".")[0] != "logo":
-        raise ValueError("neither a prompt nor a line of the log")
-    selections = line.get("selections")
-    entries = [one for one in selections if isinstance(one, dict)] if isinstance(selections, list) else []
-    texts = [(one.get("prompt"), _named(one)) for one in entries if not one.get("cut")]
-    return [(text, name) for text, name in texts if isinstance(text, str) and text.strip() and _encodable(text)]
-
-
-def _named(entry: dict[str, Any]) -> str | None:
-    """The adapter of an entry that has one, as it is, and was not scored."""
-    match entry:
-        case {"adapters": [str(name)], "weights": [1], "scores": {**scores}} if not scores:
-            return name
-    return None
-
-
-def _encodable(text: str) -> bool:
-    """Whether it has no half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _score(item: tuple[str, float]) -> float:

@@ -13,13 +13,11 @@ import time
 import traceback
 from contextvars import ContextVar
 from datetime import datetime, timezone
-from typing import Any, Literal
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logo.api.validation import plain
-
-Level = Literal["debug", "info", "warning", "error"]
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The request that is being answered; None outside of any."""
@@ -111,31 +109,29 @@ class JsonLines(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
-def configure(log_json: bool = False, level: Level = "info") -> None:
+def configure(log_json: bool) -> None:
     """Sets up the loggers of this package, uvicorn and asyncio, to stderr.
 
     Give uvicorn `log_config=None, access_log=False`.
 
     Args:
         log_json: one JSON object per line.
-        level: of this package. The others log warnings only, unless it is `debug`.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(RequestIds())
     text = logging.Formatter("%(asctime)s %(levelname)s %(request_id)s %(message)s")
     handler.setFormatter(JsonLines() if log_json else text)
-    server = level if level in ("debug", "error") else "warning"
     # Not `dictConfig`, which closes all handlers, and some of these close their stream.
     for name, own, number in (
-        ("logo", [handler], level),
-        ("uvicorn", [handler], server),
-        ("uvicorn.error", [], server),
-        ("uvicorn.access", [], "critical"),
-        ("asyncio", [handler], server),
+        ("logo", [handler], logging.INFO),
+        ("uvicorn", [handler], logging.WARNING),
+        ("uvicorn.error", [], logging.WARNING),
+        ("uvicorn.access", [], logging.CRITICAL),
+        ("asyncio", [handler], logging.WARNING),
     ):
         logger = logging.getLogger(name)
         logger.handlers[:] = own
-        logger.setLevel(number.upper())
+        logger.setLevel(number)
 
 
 def _safe(value: Any) -> Any:

@@ -8,7 +8,7 @@ import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -91,7 +91,6 @@ def serve(
     guards: GuardSettings,
     taken: socket.socket,
     started: Callable[[], None] = lambda: None,
-    **uvicorn_options: Any,
 ) -> None:
     """Serves until a signal comes, and then until accepted requests have ended.
 
@@ -112,7 +111,6 @@ def serve(
         timeout_keep_alive=30,
         # Accepted requests have ended by then, and what remains are clients that do not read.
         timeout_graceful_shutdown=None if limit is None else math.ceil(limit + GRACE),
-        **uvicorn_options,
     )
     # uvicorn raises the signal again at the end, although ending on a signal is no failure.
     signal.signal(signal.SIGTERM, _leave)
