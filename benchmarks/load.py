@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import random
@@ -27,7 +28,7 @@ import httpx
 from clients import Answer, Ask, Endpoint, run_load, said
 from figures import Summary, metric
 from local_server import LocalServer
-from logo import LoGo
+from logo import Generation, LoGo
 from logo.demo import heldout
 from logo.errors import LoGoError
 
@@ -133,17 +134,23 @@ def make_asks(prompts: Sequence[str], count: int, max_tokens: tuple[int, int], s
     return [Ask(prompt, chance.randint(*max_tokens), i in streamed) for i, prompt in enumerate(order[:count])]
 
 
-def differences(engine: LoGo, arm: str, asks: Sequence[Ask], answers: Sequence[Answer]) -> Iterator[str]:
-    """A line for each complete answer that differs from that of `LoGo.generate`."""
-    for answer in answers:
-        if answer.error:
-            continue
-        ask = asks[answer.ask]
-        made = engine.generate(ask.prompt, adapters={} if arm == "base" else None, max_new_tokens=ask.max_tokens)
-        if answer.token_ids != made.token_ids:
-            found = f"{answer.token_ids} by {answer.adapters}"
-            right = f"{made.token_ids} by {made.selection.adapters}"
-            yield f"{arm}, request {answer.ask} ({ask.prompt[:60]!r}): {found} instead of {right}"
+def differences(engine: LoGo, loads: dict[str, Load], asks: Sequence[Ask], count: int) -> Iterator[str]:
+    """A line for each complete answer to the first `count` requests that differs from that of `LoGo.generate`."""
+
+    @functools.cache
+    def expected(number: int, base_only: bool) -> Generation:
+        mixture: dict[str, float] | None = {} if base_only else None
+        return engine.generate(asks[number].prompt, adapters=mixture, max_new_tokens=asks[number].max_tokens)
+
+    for arm, load in loads.items():
+        for answer in load.answers:
+            if answer.error or answer.ask >= count:
+                continue
+            made = expected(answer.ask, arm == "base")
+            if answer.token_ids != made.token_ids:
+                found = f"{answer.token_ids} by {answer.adapters}"
+                right = f"{made.token_ids} by {made.selection.adapters}"
+                yield f"{arm}, request {answer.ask} ({asks[answer.ask].prompt[:60]!r}): {found} instead of {right}"
 
 
 def ratios(loads: dict[str, Load]) -> dict[str, float]:
@@ -242,12 +249,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     different: list[str] = []
     if asked.verify:
         engine = LoGo.from_pretrained(asked.base_model, asked.adapters, dtype=asked.dtype)
-        for arm, load in loads.items():
-            compared = [answer for answer in load.answers if answer.ask < asked.verify]
-            different += differences(engine, arm, asks, compared)
+        different += differences(engine, loads, asks, asked.verify)
         if different:
             problems.append(f"{len(different)} answers differ from LoGo.generate")
     _show(loads)
+    if asked.verify:
+        print(f"the first {asked.verify} answers of each compared with LoGo.generate: {len(different)} differ")
     if asked.json is not None:
         content: dict[str, Any] = {
             "about": {name: str(value) for name, value in vars(asked).items()},
