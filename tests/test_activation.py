@@ -16,7 +16,7 @@ from torch import nn
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.activation import EVERYWHERE, Activation, acting, earliest, last_occurrence
-from logo.errors import UsageError
+from logo.errors import AdapterError, StorageError, UsageError
 from logo.selection import scorers
 from make_adapters import edit_config, load_peft, write, write_peft
 from test_engine import tokenizer, write_adapter
