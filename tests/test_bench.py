@@ -27,7 +27,6 @@ from logo.bench.synthetic import (
     write_adapters,
 )
 from logo.cli.run import run
-from logo.demo import heldout
 from logo.generation import greedy_config
 from test_engine import PROMPTS, tokenizer, write_adapter
 from tolerances import same_weights
@@ -213,19 +212,3 @@ def test_related_rows_overlap_as_measured() -> None:
     assert sum(fours) / len(fours) == pytest.approx(23.3, abs=0.4)
     assert all(sum(row.values()) == pytest.approx(1) for row in related_mixtures(names, 4, 20))
     assert all(len(row) == 20 for row in random_mixtures(names, 4, 20))
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_training_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same rows by transformers' Trainer and by our loop: as many tokens, and nearly the same loss."""
-    for task, rows in list(heldout().items())[:2]:
-        lines = [json.dumps({"context": row["context"], "completion": row["completion"]}) for row in rows[:10]]
-        (tmp_path / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
-    how = ["--rows", str(tmp_path), "--steps", "2", "--held-out", "0.2", "--arms", "trainer,many", "--json"]
-    assert run(["bench", "train", *how]) == 0
-    trainer, many = json.loads(capsys.readouterr().out)["arms"]
-    assert (trainer["name"], many["name"]) == ("trainer", "many")
-    assert trainer["tokens"] == many["tokens"] > 0 and min(trainer["peak"], many["peak"]) > 10**8
-    assert len(many["losses"]) == 2
-    assert all(abs(many["losses"][task] / loss - 1) < 0.01 for task, loss in trainer["losses"].items())
