@@ -156,29 +156,22 @@ def test_logo_and_peft_answer_alike(made: tuple[str, Path], world: Path) -> None
 # -- what cannot be ----------------------------------------------------------------------------------------------------
 
 
-def refused(world: Path, pool: Path, capsys: pytest.CaptureFixture[str], *more: str, tasks: str = "texts") -> str:
-    """The one line that is said instead of training."""
-    capsys.readouterr()
-    assert trained(world, pool, *more, tasks=tasks) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert sum(line.startswith("logo: error: ") for line in told) == 1
-    assert not list(pool.rglob("adapter_model.safetensors"))
-    return told[-1].removeprefix("logo: error: ")
-
-
 def test_options_and_recipes_that_contradict_each_other(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def told(*more: str) -> str:
-        return refused(world, tmp_path / "pool", capsys, *more)
-
-    assert told("--invocation", "w88", "--last", "3") == "give either --invocation or --last, found both"
     file = tmp_path / "recipe.yaml"
     file.write_text("activation: 'last:3'\ntasks: {deep/b: {activation: everywhere}}\n")
-    assert told("--recipe", str(file)) == (
-        "a pool has one activation: task 'a' has last:3, and 'deep/b' has everywhere; give --last N or --invocation "
-        "TEXT for all, or train them into two pools"
-    )
+    for asked, message in (
+        (["--invocation", "w88", "--last", "3"], "give either --invocation or --last, found both"),
+        (
+            ["--recipe", str(file)],
+            "a pool has one activation: task 'a' has last:3, and 'deep/b' has everywhere; give --last N or "
+            "--invocation TEXT for all, or train them into two pools",
+        ),
+    ):
+        assert trained(world, tmp_path / "pool", *asked) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"logo: error: {message}"
+    assert not list(tmp_path.rglob("adapter_model.safetensors"))
 
 
 def test_a_folder_of_adapters_of_another_activation(

@@ -6,7 +6,7 @@ import contextlib
 import fnmatch
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +27,17 @@ MOST_HELD_OUT = 64
 
 # Values of a recipe's `activation`, besides `last:N`.
 EVERYWHERE, INVOCATION, ACTIVATED = "everywhere", "invocation", "activated"
+
+# Fields, what is expected of their values, and whether a value is so.
+_LIMITS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (("r", "batch_size", "evaluations", "steps", "patience"), "1 or more", lambda value: value is None or value >= 1),
+    (("max_length",), "2 or more", lambda value: value >= 2),
+    (("alpha", "lr", "epochs", "clip"), "a number above 0", lambda value: 0 < value < math.inf),
+    (("weight_decay",), "0 or more", lambda value: 0 <= value < math.inf),
+    (("warmup", "held_out"), "a share from 0 to below 1", lambda value: 0 <= value < 1),
+    (("schedule",), f"one of {', '.join(SCHEDULES)}", lambda value: value in SCHEDULES),
+    (("targets",), f"names of modules or {ALL_LINEAR}", lambda value: bool(value) and all(value)),
+)
 
 
 @dataclass(frozen=True)
@@ -74,20 +85,10 @@ class Recipe:
     invocation: str = ""
 
     def __post_init__(self) -> None:
-        at_least_1 = ("r", "batch_size", "evaluations", "steps", "patience")
-        for names, expected, right in (
-            (at_least_1, "1 or more", lambda value: value is None or value >= 1),
-            (("max_length",), "2 or more", lambda value: value >= 2),
-            (("alpha", "lr", "epochs", "clip"), "a number above 0", lambda value: 0 < value < math.inf),
-            (("weight_decay",), "0 or more", lambda value: 0 <= value < math.inf),
-            (("warmup", "held_out"), "a share from 0 to below 1", lambda value: 0 <= value < 1),
-            (("schedule",), f"one of {', '.join(SCHEDULES)}", lambda value: value in SCHEDULES),
-            (("targets",), f"names of modules or {ALL_LINEAR}", lambda value: value and all(value)),
-        ):
+        for names, expected, right in _LIMITS:
             for name in names:
-                value = getattr(self, name)
-                if not right(value):
-                    raise UsageError(f"{name}: expected {expected}, found {value!r}")
+                if not right(getattr(self, name)):
+                    raise UsageError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
         if self.activation == INVOCATION and not self.invocation:
             raise UsageError(
                 f"activation invocation: give the text from which adapters act (invocation), or use {ACTIVATED}"
