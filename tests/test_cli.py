@@ -89,7 +89,6 @@ COMMANDS = [
     "pool card",
     "pool push",
     "pool export",
-    "plan",
 ]
 
 

@@ -82,7 +82,6 @@ def test_help_shows_the_defaults_of_the_command_itself(
         ("select", {"--signal"}, ["--selection_strategy", "norm"], ["--signal", "norm"]),
         ("select", {"--device"}, ["--gpu=-1"], ["--device=-1"]),
         ("select", {"--device"}, ["--", "--gpu"], ["--", "--gpu"]),
-        ("plan", {"--gpu"}, ["--gpu", "H100"], ["--gpu", "H100"]),
         ("study", {"--save", "--json"}, ["--json", "s.json"], ["--save", "s.json"]),
         ("study", {"--save", "--json"}, ["--save", "s.json", "--json"], ["--save", "s.json", "--json"]),
         ("study", {"--png"}, ["--heatmap", "s.png"], ["--png", "s.png"]),
