@@ -1,4 +1,4 @@
-"""An adapter that makes the model overflow, inside vLLM's server: an error, whole or in a stream, and nothing silent."""
+"""An adapter that makes the model overflow, inside vLLM's server: an error, whole or in a stream, never silent."""
 
 from __future__ import annotations
 
