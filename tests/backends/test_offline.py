@@ -217,7 +217,7 @@ def test_a_stream_may_be_left_and_others_may_be_answered_meanwhile(inside: Any, 
 
 
 def test_weights_that_would_overflow_are_refused(inside: Any, rows: list[str]) -> None:
-    for weight in (17.0, -1e30):
+    for weight in (17.0, -1e5):
         with pytest.raises(UsageError, match="adapter 'ours/small': expected a weight from -16 to 16"):
             inside.generate(rows[0], adapters={"ours/small": weight}, max_new_tokens=4)
 
