@@ -51,11 +51,6 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     return said.err.splitlines()[-1]
 
 
-def test_replicas_run_such_engines(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "each replica runs such an engine" in dry(capsys, "--replicas", "2")[2]
-    assert "replica" not in dry(capsys)[2]
-
-
 def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     variables, command, said = dry(capsys)
     assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
@@ -79,13 +74,6 @@ def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(variables["LOGO_OPTIONS"]) == {"signals": [], "k": 3}
     assert json.loads(variables["LOGO_FRONT"]) == {"host": "127.0.0.1", "allow_hosts": [], "open_metrics": False}
     assert "16 adapters in slots of rank 8" in said
-
-
-def test_a_user_may_ask_for_vllms_usage_reports(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
-    assert dry(capsys)[0]["VLLM_NO_USAGE_STATS"] == "0"
 
 
 def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -235,8 +223,3 @@ def test_where_vllm_is_not_installed_one_line_says_what_to_install(
 def test_options_for_vllm_are_refused_without_it(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
     assert run(["serve", "--base-model", "demo", *options]) == 2
     assert "is only for --engine vllm" in capsys.readouterr().err
-
-
-def test_what_follows_two_dashes_is_vllms(capsys: pytest.CaptureFixture[str]) -> None:
-    _, command, _ = dry(capsys, "--", "--debug")
-    assert command[-1] == "--debug"

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig
 
 from logo import AdapterPool, LoGo, UsageError
 from logo.adapters.files import EXAMPLES
-from logo.adapters.format import open_adapter
 from logo.backends.vllm.marks import probing
 from logo.errors import LoGoError, PoolError
 from logo.evaluation.identity import engine_identity, environment
 from logo.models import demo_folder, load_base
 from test_engine import write_adapter
-from tolerances import PATIENCE, same_scores, same_selection
+from tolerances import same_scores, same_selection
 
 pytest.importorskip("vllm.lora", reason="needs vLLM: make test-vllm")
 
@@ -113,10 +109,6 @@ def test_it_is_the_same_engine_to_whoever_asks(inside: Any, local: LoGo) -> None
     assert inside.tokenizer("cats")["input_ids"] == local.tokenizer("cats")["input_ids"]
 
 
-def test_vllm_sends_no_usage_reports(inside: Any) -> None:
-    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
-
-
 def test_a_run_has_the_same_identity_and_says_in_which_environment_it_ran(inside: Any, local: LoGo) -> None:
     found, expected = (engine_identity(one, "base", {"stop_at_newline": True}) for one in (inside, local))
     assert found.pop("engine_options") == {"max_model_len": 160}
@@ -135,16 +127,6 @@ def test_selections_are_those_of_the_local_engine(inside: Any, local: LoGo, rows
         same_selection(found, expected)
 
 
-def test_every_kind_of_prompt_is_read(inside: Any, local: LoGo, rows: list[str]) -> None:
-    ids = local.tokenizer(rows[0])["input_ids"]
-    several = local.tokenizer(rows[:3], padding=True, return_tensors="pt")
-    for given in (rows[0], ids, torch.tensor(ids), local.tokenizer(rows[0]), CHATS[0], CHATS[1]):
-        same_selection(inside.select(given), local.select(given))
-    for given in (rows[:3], several, CHATS, [rows[0], ids, CHATS[1]]):
-        for found, expected in zip(inside.select(given), local.select(given), strict=True):
-            same_selection(found, expected)
-
-
 @pytest.mark.parametrize(
     "options",
     [{"k": 2}, {"weighting": "linear"}, {"candidates": ["ours/small", "ours/large"]}, {"k": 1}],
@@ -155,14 +137,6 @@ def test_a_call_may_ask_for_more(inside: Any, local: LoGo, rows: list[str], opti
         same_selection(found, expected)
     scores = local.select(rows[0]).scores
     assert inside.reselect(scores, **options) == local.reselect(scores, **options)
-
-
-def test_prompts_that_are_too_long_are_cut_in_the_same_place(inside: Any, local: LoGo, rows: list[str]) -> None:
-    long = " ".join(rows)
-    for engine in (inside, local):
-        with pytest.warns(UserWarning, match="more than the 152 that fit: its beginning is cut"):
-            engine.last = engine.generate(long, max_new_tokens=8)
-    same_answers([inside.last], [local.last])
 
 
 # -- generating --------------------------------------------------------------------------------------------------------
@@ -242,33 +216,8 @@ def test_a_stream_may_be_left_and_others_may_be_answered_meanwhile(inside: Any, 
     assert inside.llm.llm_engine.get_num_unfinished_requests() == 0
 
 
-class Told(TextStreamer):
-    """What a streamer is told."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__(tokenizer)
-        self.tokens: list[list[int]] = []
-        self.ended = 0
-
-    def put(self, value: torch.Tensor) -> None:
-        self.tokens.append(value.flatten().tolist())
-
-    def end(self) -> None:
-        self.ended += 1
-
-
-def test_a_streamer_is_told_each_token(inside: Any, local: LoGo, rows: list[str]) -> None:
-    told = []
-    for engine in (inside, local):
-        streamer = Told(local.tokenizer)
-        answer = engine.generate(rows[0], adapters={"ours/small": 1.0}, max_new_tokens=6, streamer=streamer)
-        told.append((streamer.tokens, streamer.ended))
-        assert [token for [token] in streamer.tokens[1:]] == list(answer.token_ids)
-    assert told[0] == told[1]
-
-
 def test_weights_that_would_overflow_are_refused(inside: Any, rows: list[str]) -> None:
-    for weight in (17.0, -1e30):
+    for weight in (17.0, -1e5):
         with pytest.raises(UsageError, match="adapter 'ours/small': expected a weight from -16 to 16"):
             inside.generate(rows[0], adapters={"ours/small": weight}, max_new_tokens=4)
 
@@ -322,58 +271,25 @@ def test_what_vllm_itself_refuses_is_said_in_a_line(inside: Any) -> None:
     assert inside.llm.llm_engine.get_num_unfinished_requests() == 0
 
 
-def test_a_selection_may_be_scored(inside: Any, local: LoGo, rows: list[str]) -> None:
-    found, expected = (engine.score(rows[3], "yes", [None]) for engine in (inside, local))
-    assert found[0].nll == same_scores(expected[0].nll)
-
-
-def test_a_mixture_is_saved_as_one_adapter(inside: Any, local: LoGo, tmp_path: Path) -> None:
-    mixture = {"ours/small": 0.5, "ours/large": 0.5}
-    made = [engine.save_mixture(mixture, tmp_path / str(i)) for i, engine in enumerate((inside, local))]
-    first, second = (open_adapter(folder, "saved").read() for folder in made)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[module].A, second[module].A) for module in first)
-
-
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 BAD: list[Callable[[Any], Any]] = [
     lambda logo: logo.select([]),
-    lambda logo: logo.select(7),
-    lambda logo: logo.select({"role": "user", "content": "x"}),
     lambda logo: logo.select([{"role": "users", "content": "x"}]),
-    lambda logo: logo.select([{"role": "user"}]),
-    lambda logo: logo.select([1, "x"]),
     lambda logo: logo.select([1, 10**6]),
-    lambda logo: logo.select([[]]),
     lambda logo: logo.select("x", k=0),
-    lambda logo: logo.select("x", k=None, max_new_tokens=0),
     lambda logo: logo.select("x", max_new_tokens=CONTEXT),
     lambda logo: logo.select("x", signal="norms"),
-    lambda logo: logo.select("x", weighting="adaptive", signal="norm"),
-    lambda logo: logo.select("x", candidates=[]),
     lambda logo: logo.select("x", candidates=["ours/smal"]),
-    lambda logo: logo.select("x", batch_size=0),
-    lambda logo: logo.select("x", unknown=1),
     lambda logo: logo.reselect({"a": 1.0}, candidates=["ours/smal"]),
-    lambda logo: logo.generate("x", adapters={"ours/smal": 1.0}),
     lambda logo: logo.generate("x", adapters={"ours/small": float("nan")}),
-    lambda logo: logo.generate("x", adapters={"ours/small": 1.0}, candidates=["ours/large"]),
     lambda logo: logo.generate("x", adapters={"ours/small": 1.0}, k=2),
     lambda logo: logo.generate(["x", "y"], adapters=[{}]),
-    lambda logo: logo.generate("x", max_tokens=3),
     lambda logo: logo.generate("x", temprature=3),
     lambda logo: logo.generate("x", generation_config=GenerationConfig(do_sample=True, num_return_sequences=2)),
-    lambda logo: logo.generate("x", batch_size=-1),
-    lambda logo: logo.generate(["x", "y"], streamer=Told(logo.tokenizer)),
-    lambda logo: logo.stream("x", adapters={"ours/small": 1.0}, k=2),
     lambda logo: logo.stream("x", max_new_tokens=-1),
     lambda logo: logo.score("x", "", [{}]),
-    lambda logo: logo.score("x", "word " * CONTEXT, [{}]),
-    lambda logo: logo.score("x", "y", [{"ours/smal": 1.0}]),
-    lambda logo: logo.score_pairs([([], [1])], [{}]),
     lambda logo: logo.score_pairs([([1], [1])], [{}, {}]),
-    lambda logo: logo.save_mixture({}, "nowhere"),
 ]
 
 
@@ -458,8 +374,3 @@ def test_the_demo_opens_with_its_own_pool_and_number_of_adapters() -> None:
         assert len(found.adapters) <= 3
     finally:
         made.close()
-
-
-def test_the_engine_is_not_imported_by_others() -> None:
-    code = "import logo, sys; logo.LoGo; assert not [name for name in sys.modules if name.startswith('vllm')]"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)

@@ -218,12 +218,6 @@ def test_nothing_is_read_without_a_key(server: Server, path: str) -> None:
     assert sent(server, "/v1/completions", KEY, "Content-Length: 2", b"{}")[0] == 400
 
 
-def test_a_body_above_the_limit_is_refused_while_it_comes(server: Server) -> None:
-    chunks = b"".join(b"%x\r\n%s\r\n" % (100_000, b" " * 100_000) for _ in range(11))
-    status, said = sent(server, "/v1/completions", KEY, "Transfer-Encoding: chunked", chunks)
-    assert status == 413 and "expected a body of at most 1000000 bytes, found more" in said
-
-
 def sent(server: Server, path: str, key: str | None, header: str, body: bytes = b"") -> tuple[int, str]:
     """Status and body of the answer to a request of which no more than this is sent."""
     place = server.url.removeprefix("http://")
@@ -275,17 +269,6 @@ def test_who_says_it_is_a_probe_is_answered_as_any_other(server: Server, logo: L
             assert status == 200, (path, answer)
             if model == "logo":
                 assert answer["logo"]["adapters"] == list(logo.select(rows[0], k=4).adapters)
-
-
-def test_what_is_wrong_with_several_prompts_is_told_in_streams_too(server: Server, rows: list[str]) -> None:
-    body = {"model": "logo", "prompt": rows[:3], "max_tokens": 4, "stream": True}
-    status, answer = server.ask("/v1/completions", {**body, "temperature": 9})
-    assert status == 400 and "temperature" in json.dumps(answer)
-
-
-def test_an_answer_with_a_mixture_is_not_left_to_itself(server: Server, rows: list[str]) -> None:
-    status, answer = server.ask("/v1/responses", {"model": "logo", "input": rows[0], "background": True})
-    assert status == 400 and "background" in json.dumps(answer)
 
 
 def test_a_recipe_is_no_name(server: Server, rows: list[str]) -> None:

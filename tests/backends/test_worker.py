@@ -310,25 +310,6 @@ def test_no_error_of_a_call_reaches_vllm(monkeypatch: pytest.MonkeyPatch) -> Non
     assert logged == [error for error in list(raised.values())[1:] for _ in range(2)]
 
 
-def test_speculation_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(hooks.log, "warning", said.append)
-    plain = config({})
-    plain.speculative_config = None
-    hooks._check(plain)
-    assert not said
-    plain.speculative_config = SimpleNamespace(num_speculative_tokens=3)
-    hooks._check(plain)
-    assert len(said) == 1 and "speculative decoding" in said[0]
-
-
-def test_vllms_metrics_have_no_series_per_recipe() -> None:
-    counted = []
-    for name in ("logo://0123456789abcdef:1", "an-adapter", None):
-        hooks._count(lambda self, request, name, *more: counted.append((name, more)), object(), "r", name, True)
-    assert counted == [(None, (True,)), ("an-adapter", (True,)), (None, (True,))]
-
-
 def test_answers_whose_logits_are_nan_become_errors() -> None:
     """vLLM itself would go on with any token. Where several answers are drawn, all of them end."""
     put: dict[str, list[Any]] = {name: [] for name in ("one", "child", "sound")}

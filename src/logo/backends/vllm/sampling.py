@@ -14,51 +14,21 @@ if TYPE_CHECKING:
 # Options that are translated into vLLM's, or handled by LoGo.
 _KNOWN = frozenset(
     {
-        "do_sample",
-        "eos_token_id",
-        "max_new_tokens",
-        "min_new_tokens",
-        "min_p",
-        "repetition_penalty",
-        "stop_strings",
-        "temperature",
-        "top_k",
-        "top_p",
+        *("do_sample", "eos_token_id", "max_new_tokens", "min_new_tokens", "min_p", "repetition_penalty"),
+        *("stop_strings", "temperature", "top_k", "top_p"),
     }
 )
 # Options without an effect on answers here: ids of other tokens, caches, what `generate` returns, and details of beam
 # search and of assistant models, which are refused by options of their own.
 _IDLE = frozenset(
     {
-        "assistant_confidence_threshold",
-        "assistant_lookbehind",
-        "bos_token_id",
-        "cache_config",
-        "cache_implementation",
-        "compile_config",
-        "continuous_batching_config",
-        "decoder_start_token_id",
-        "disable_compile",
-        "early_stopping",
-        "length_penalty",
-        "low_memory",
-        "max_cache_len",
-        "max_length",
-        "num_assistant_tokens",
-        "num_assistant_tokens_schedule",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_logits",
-        "output_scores",
-        "pad_token_id",
-        "prefill_chunk_size",
-        "remove_invalid_values",
-        "renormalize_logits",
-        "return_dict_in_generate",
-        "target_lookbehind",
-        "transformers_version",
-        "use_cache",
+        *("assistant_confidence_threshold", "assistant_lookbehind", "bos_token_id", "cache_config"),
+        *("cache_implementation", "compile_config", "continuous_batching_config", "decoder_start_token_id"),
+        *("disable_compile", "early_stopping", "length_penalty", "low_memory", "max_cache_len", "max_length"),
+        *("num_assistant_tokens", "num_assistant_tokens_schedule", "num_return_sequences", "output_attentions"),
+        *("output_hidden_states", "output_logits", "output_scores", "pad_token_id", "prefill_chunk_size"),
+        *("remove_invalid_values", "renormalize_logits", "return_dict_in_generate", "target_lookbehind"),
+        *("transformers_version", "use_cache"),
     }
 )
 # The defaults of transformers, for options that neither the call nor the checkpoint sets.
