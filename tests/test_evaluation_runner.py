@@ -217,7 +217,10 @@ def test_a_row_that_does_not_fit_alone_is_a_bad_row() -> None:
 
 
 def test_a_model_that_fits_nothing_ends_the_run() -> None:
-    with pytest.raises((torch.OutOfMemoryError, RuntimeError), match=r"out of memory|can't allocate"):
+    with (
+        pytest.warns(UserWarning, match="going on one by one"),
+        pytest.raises((torch.OutOfMemoryError, RuntimeError), match=r"out of memory|can't allocate"),
+    ):
         evaluate(Small(0), rows(8), dataset="bbh.x", batch_size=4)
 
 

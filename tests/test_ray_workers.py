@@ -5,7 +5,6 @@ Real Ray, several processes. Nothing here loads a model but the last tests, whic
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -152,27 +151,9 @@ def refuses() -> Any:
     raise UsageError("the pool cannot be read here")
 
 
-def dies() -> Any:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def by_turns(marks: Path) -> Held:
-    held = Held()
-    held.process = int(first_time(marks, "first"))
-    return held
-
-
-def whose(held: Held) -> str:
-    return f"number {held.process}"
-
-
-def test_processes_that_cannot_be_used_are_told_in_one_line(marks: Path) -> None:
+def test_processes_that_cannot_be_used_are_told_in_one_line() -> None:
     with pytest.raises(UsageError, match="the pool cannot be read here"):
         opened(open_=refuses)
-    with pytest.raises(WorkersError, match="workers ended before they were ready"):
-        opened(open_=dies)
-    with pytest.raises(WorkersError, match=r"differs from the driver: number \d is not number"):
-        opened(open_=functools.partial(by_turns, marks), describe_=whose)
     with pytest.raises(WorkersError, match="no room for 2 workers of 1 CPUs and 1 GPUs each: this machine has"):
         opened(Layout(2, cpus=1, gpus=1))
     with pytest.raises(WorkersError, match=r"127.0.0.1:1 does not answer \(Connection refused\)"):
