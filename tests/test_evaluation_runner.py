@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import sys
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +16,6 @@ from hypothesis import strategies as st
 from answering import evaluate, load_rows
 from logo.errors import HubError, StorageError, UsageError
 from logo.evaluation.journal import Journal
-from logo.evaluation.metrics import _rouge_scorer
 from logo.evaluation.runner import DatasetResult, Engine, answers, collect
 from logo.rows import Row
 
@@ -121,12 +118,6 @@ def test_a_base_model_without_adapters() -> None:
     assert (result.selected, result.weights, result.scored, result.scores) == (((),) * 3, ((),) * 3, (), ((),) * 3)
 
 
-def test_options_reach_the_engine() -> None:
-    engine = FakeEngine(str)
-    evaluate(engine, rows(3), dataset="bbh.x", batch_size=2, max_new_tokens=7)
-    assert engine.options == {"max_new_tokens": 7, "batch_size": 1}  # of the last batch, which has one row
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_error_half_way_is_passed_on(error: type[BaseException]) -> None:
     done: list[int] = []
@@ -167,31 +158,19 @@ def test_an_engine_that_loses_an_answer_is_found_out() -> None:
 
 
 def test_a_run_can_be_put_together_from_parts() -> None:
-    """What a journal or shards will do: instances from anywhere, in dataset order, make the same result."""
+    """What a journal or workers do: instances from anywhere, in dataset order, make the same result."""
     whole = evaluate(FakeEngine(str), rows(5), dataset="bbh.x")
 
     def part(some: Sequence[Row]) -> list:  # type: ignore[type-arg]
         batches = answers(FakeEngine(str), some, metric="em", batch_size=2, max_new_tokens=1)
-        return [instance for batch, _ in batches for instance in batch]
+        return [instance for batch in batches for instance in batch]
 
     parts = collect("bbh.x", part(rows(5)[:3]) + part(rows(5)[3:]), inference=whole.seconds["inference"])
     assert parts == whole
 
 
-@pytest.mark.parametrize(
-    ("metric", "module"), [("bleu", "nltk.translate.bleu_score"), ("rouge", "rouge_score.rouge_scorer")]
-)
-def test_importing_what_a_metric_needs_is_not_timed(metric: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _rouge_scorer.cache_clear()
-    importlib.import_module(module)
-    monkeypatch.delitem(sys.modules, module)
-    batches = answers(FakeEngine(str), rows(2), metric=metric, batch_size=2, max_new_tokens=1)
-    assert module in sys.modules  # before the first batch is asked for
-    assert [len(instances) for instances, _ in batches] == [2]
-
-
 def test_columns_are_what_any_instance_scored() -> None:
-    """A two-stage index scores other adapters for each prompt."""
+    """A plugin's method may score other adapters for each prompt."""
 
     class Wanders(FakeEngine):
         def generate(
@@ -228,35 +207,20 @@ class Small(FakeEngine):
         return super().generate(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
-@settings(deadline=None)
-@given(count=st.integers(1, 40), batch_size=st.integers(1, 33), fits=st.integers(1, 33))
-def test_a_batch_that_does_not_fit_is_halved(count: int, batch_size: int, fits: int) -> None:
-    engine, plain = Small(fits), FakeEngine(lambda prompt: prompt[7:])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = evaluate(engine, rows(count), dataset="bbh.x", batch_size=batch_size)
-    assert result.predictions == evaluate(plain, rows(count), dataset="bbh.x").predictions and not result.errors
-    lost = max(engine.tried)
-    assert len(caught) == (lost > fits)
-    if caught:
-        size = engine.tried[[number <= fits for number in engine.tried].index(True)]
-        assert str(caught[0].message) == f"out of memory with {lost} prompts at once: going on with {size}"
-        assert max(engine.tried[engine.tried.index(size) :]) == size  # larger ones are not tried again
-        assert fits < 2 * size + 2  # halved no more than it takes
-
-
 def test_a_row_that_does_not_fit_alone_is_a_bad_row() -> None:
     engine = Small(4, frozenset({"prompt 5"}))
-    with pytest.warns(UserWarning, match="out of memory with 4 prompts at once: going on with 1"):
+    with pytest.warns(UserWarning, match="out of memory with 4 prompts at once: going on one by one"):
         result = evaluate(engine, rows(12), dataset="bbh.x", batch_size=4)
-    # Rows 6 to 11 are as many at once again as before the row that was too much.
-    assert [len(call) for call in engine.calls] == [4, 1, 4, 2]
+    assert [len(call) for call in engine.calls] == [4, 1, 1, 1, 4]
     assert list(result.errors) == [5] and result.errors[5].startswith("out of memory with this prompt alone")
     assert result.predictions == ("0", "1", "2", "3", "4", "", *map(str, range(6, 12)))
 
 
 def test_a_model_that_fits_nothing_ends_the_run() -> None:
-    with pytest.raises((torch.OutOfMemoryError, RuntimeError), match=r"out of memory|can't allocate"):
+    with (
+        pytest.warns(UserWarning, match="going on one by one"),
+        pytest.raises((torch.OutOfMemoryError, RuntimeError), match=r"out of memory|can't allocate"),
+    ):
         evaluate(Small(0), rows(8), dataset="bbh.x", batch_size=4)
 
 

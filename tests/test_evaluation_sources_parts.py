@@ -26,13 +26,15 @@ LINE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r
 # --- templates
 
 
-def declaration(context: str, completion: str = "x", **templates: str) -> Declaration:
+def declaration(
+    context: str, completion: str = "x", fields: Mapping[str, str] | None = None, **templates: str
+) -> Declaration:
     texts = {"context": context, "completion": completion, "draw_by": context, **templates}
-    return Declaration("mine.words", "own", "em", "none", "", "", "", None, (), texts, "")
+    return Declaration("mine.words", "own", "em", "none", "", "", "", None, Layout({}, fields or {}), texts, "")
 
 
 def instances(row: Mapping[str, Any], *texts: str, fields: Mapping[str, str] | None = None, **more: str) -> Instances:
-    wording = Wording(declaration(*texts, **more), Layout({}, fields or {}))
+    wording = Wording(declaration(*texts, fields=fields, **more))
     return make_instances("mine.words", wording, [("x.json: row 1", row)])
 
 
@@ -149,9 +151,8 @@ def test_one_expression_may_be_a_list() -> None:
 # --- readers
 
 
-def rows_of(root: Path, pattern: str, **layout: Any) -> list[Any]:
-    names = matching((pattern,), root)
-    return [row for _, row in read_raw(Layout({"test": (pattern,)}, {}, **layout), "test", root, names)]
+def rows_of(root: Path, pattern: str) -> list[Any]:
+    return [row for _, row in read_raw(root, matching((pattern,), root))]
 
 
 @given(table=st.lists(st.tuples(LINE, LINE), min_size=1, max_size=5))
@@ -164,19 +165,14 @@ def test_text_formats_give_back_the_text(
     root = tmp_path_factory.mktemp("raw")
     rows = [{"a": a, "b": b} for a, b in table]
     (root / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (root / "list.json").write_text(json.dumps({"data": {"rows": rows}}, indent=1))
+    (root / "list.json").write_text(json.dumps(rows, indent=1))
     (root / "lines.json").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
     with open(root / "x.csv", "w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, ["a", "b"])
         writer.writeheader()
         writer.writerows(rows)
-    for column in "ab":
-        (root / f"x.{column}").write_text("".join(row[column] + "\n" for row in rows), encoding="utf-8", newline="")
-    assert rows_of(root, "x.jsonl") == rows_of(root, "lines.json") == rows
-    assert rows_of(root, "list.json", rows="data.rows") == rows
+    assert rows_of(root, "x.jsonl") == rows_of(root, "lines.json") == rows_of(root, "list.json") == rows
     assert rows_of(root, "x.csv") == rows
-    parallel = Layout({"test": {"a": "x.a", "b": "x.b"}}, {})
-    assert [row for _, row in read_raw(parallel, "test", root, ["x.a", "x.b"])] == rows
 
 
 def test_what_other_readers_would_guess_at(tmp_path: Path) -> None:
@@ -186,31 +182,17 @@ def test_what_other_readers_would_guess_at(tmp_path: Path) -> None:
     assert rows_of(tmp_path, "x.tsv") == [{"a": '"quoted', "b": "null"}]
 
 
-def test_xml_elements_are_data(tmp_path: Path) -> None:
-    (tmp_path / "x.xml").write_text("<r><e id='1'><t>a</t><t>b &lt; c</t><n><m>d</m></n></e><f><e><t/></e></f></r>")
-    assert rows_of(tmp_path, "x.xml", rows="e") == [
-        {"@id": "1", "t": ["a", "b < c"], "n": [{"m": ["d"]}]},
-        {"t": [""]},
-    ]
-
-
-BOMB = '<!DOCTYPE r [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><r><e>&b;</e></r>'
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("x.json", "[1, 2", r"x\.json: row 1: Expecting ',' delimiter: line 1 column 6"),
-        ("x.json", '{"a": 1,\n"b": {}}', "expected a list of rows, found NoneType; 'rows' says where it is"),
+        ("x.json", '{"a": 1,\n"b": {}}', "expected a list of rows, found dict"),
         ("x.json", "[" * 200_000, "maximum recursion depth"),
         ("x.jsonl", '{"a": 1}\n{"a"\n', r"x\.jsonl: row 2: Expecting ':' delimiter"),
         ("x.jsonl", '{"a": 1}\n[2]\n', r"x\.jsonl: row 2: expected an object, found \[2\]"),
         ("x.csv", "a,b\n1,2\n3\n", r"x\.csv: row 2: line 3: expected 2 cells \(a, b\)"),
         ("x.csv", 'a,b\n1,"2\n', "unexpected end of data"),
-        ("x.xml", "<r><e></r>", "mismatched tag"),
-        ("x.xml", "<e>" * 5000 + "</e>" * 5000, "maximum recursion depth"),
-        ("x.xml", BOMB, "it has a document type, which may hold entities"),
-        ("x.txt", "a\n", r"expected a file that ends in \.parquet, .*, found \.txt; for plain text"),
+        ("x.xml", "<r/>", r"expected a file that ends in \.parquet, .*, found \.xml"),
         ("x.parquet", "PAR1 no more", "cannot be read as Parquet"),
         ("x.csv", b"a\n\xff\n", r"expected UTF-8, found other bytes at byte 3"),
     ],
@@ -220,7 +202,7 @@ def test_a_file_that_is_not_what_it_says_is_named(
 ) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message) as caught:
-        rows_of(tmp_path, name, rows="e")
+        rows_of(tmp_path, name)
     assert "\n" not in str(caught.value) and name in str(caught.value)
 
 
@@ -248,7 +230,7 @@ def test_patterns(tmp_path: Path, pattern: str, found: list[str]) -> None:
 GOOD = """
 name: mine.words
 licence: none
-raw: {files: {test: words.csv}}
+raw: {test: words.csv}
 context: "Q: {{ q }}"
 completion: "{{ a }}"
 """
@@ -279,7 +261,7 @@ def test_a_declaration_may_name_a_metric_of_a_plugin(tmp_path: Path, plugins_for
 
 def test_words_that_yaml_would_turn_into_values_stay_words(tmp_path: Path) -> None:
     made = declared(tmp_path, GOOD + "fields: {a: no, b: 007, c: 2020-01-01}\ngroup: yes\nnotes: null\n")
-    assert made.layouts[0].fields == {"a": "no", "b": "007", "c": "2020-01-01"}
+    assert made.layout.fields == {"a": "no", "b": "007", "c": "2020-01-01"}
     assert (made.group, made.notes) == ("yes", "null")
 
 
@@ -298,24 +280,20 @@ def test_words_that_yaml_would_turn_into_values_stay_words(tmp_path: Path) -> No
             "licence: none\nmetric: blue",
             "'metric': expected one of em, em_multi, em_first, bleu, rouge, found 'blue'",
         ),
-        ("raw: {files: {test: words.csv}}\n", "", "'source': expected 'source' .*, 'raw' .* or both, found nothing"),
-        ("test: words.csv", "dev: words.csv", r"'raw\[0\].files': expected the keys test, train, found 'dev'"),
+        ("raw: {test: words.csv}\n", "", "'source': expected either 'source' .* or 'raw' .*, found nothing"),
+        ("test: words.csv", "dev: words.csv", r"'raw': expected the keys test, train, found 'dev'"),
         (
             "test: words.csv",
             "train: words.csv",
-            r"'raw\[0\].files.test': expected this key beside train, found nothing",
+            r"'raw.test': expected this key beside train, found nothing",
         ),
         ("test: words.csv", "test: /etc/passwd", "expected a path or pattern below the source's folder"),
         ("test: words.csv", "test: ../words.csv", "expected a path or pattern below the source's folder"),
         ("test: words.csv", "test: []", "expected a path or pattern below the source's folder, found nothing"),
-        ("{{ q }}", "{q}", r"'context': expected a Jinja2 template with {{ q }} in it, found '{q}'"),
         ('"{{ a }}"', '""', "'completion': expected text, found nothing"),
-        ("raw:", "source: {repo: a/b}\nraw:", "'source.test': expected the split"),
-        (
-            "raw:",
-            "fields: {q: {from: x, map: {a: b}}}\nraw:",
-            "'fields.q': expected a Jinja2 expression, such as `choices | join(', ')`, found a mapping",
-        ),
+        ("raw: {test: words.csv}", "source: {repo: a/b}", "'source.test': expected the split"),
+        ("raw:", "source: {repo: a/b, test: x}\nraw:", "'source': expected either 'source' .* or 'raw'"),
+        ("raw:", "fields: {q: {from: x}}\nraw:", "'fields.q': expected text, found a mapping"),
         ("raw:", "fields: [a]\nraw:", "'fields': expected names and the Jinja2 expressions .*, found a list"),
         ("raw: {", "raw: [{", "mine.yaml: expected YAML in UTF-8, found .*line 5.*; fix the file"),
         ("licence: none", "licence: !!python/object/apply:os.system [echo]", "'licence': expected text, found a list"),
@@ -338,7 +316,7 @@ def test_rows_of_one_prompt_are_one_instance_with_the_references_of_all(tmp_path
     made = declared(tmp_path, GOOD + 'references: "{{ more }}"\n')
     rows = [("1", {"q": "a", "a": "x", "more": ["y", "x"]}), ("2", {"q": "b", "a": "", "more": []})]
     rows += [("3", {"q": "a", "a": "z", "more": None})]
-    found = make_instances("mine.words", Wording(made, made.layouts[0]), rows)
+    found = make_instances("mine.words", Wording(made), rows)
     assert found.unusable == 1
     assert [instance.row() for instance in found.items] == [
         {"context": "Q: a", "completion": "x", "references": ["x", "y", "z"]}
@@ -349,7 +327,7 @@ def test_rows_of_one_prompt_are_one_instance_with_the_references_of_all(tmp_path
 def test_without_references_the_first_gold_text_stays_and_others_are_counted(tmp_path: Path) -> None:
     made = declared(tmp_path, GOOD)
     rows = [(str(number), {"q": q, "a": a}) for number, (q, a) in enumerate([("a", "x"), ("a", "x"), ("a", "y")])]
-    found = make_instances("mine.words", Wording(made, made.layouts[0]), rows)
+    found = make_instances("mine.words", Wording(made), rows)
     assert [instance.row() for instance in found.items] == [{"context": "Q: a", "completion": "x"}]
     assert (found.unusable, found.other_golds) == (0, 1)
 
@@ -357,12 +335,12 @@ def test_without_references_the_first_gold_text_stays_and_others_are_counted(tmp
 def test_text_that_no_tokenizer_accepts_is_left_out(tmp_path: Path) -> None:
     made = declared(tmp_path, GOOD)
     rows = [("1", {"q": "\ud800", "a": "x"}), ("2", {"q": "b", "a": "y"})]
-    found = make_instances("mine.words", Wording(made, made.layouts[0]), rows)
+    found = make_instances("mine.words", Wording(made), rows)
     assert (len(found.items), found.unusable) == (1, 1)
     with pytest.raises(DataError, match="none of 1 rows has a prompt and a gold text; is this the right split"):
-        make_instances("mine.words", Wording(made, made.layouts[0]), rows[:1])
+        make_instances("mine.words", Wording(made), rows[:1])
     with pytest.raises(DataError, match=r"dataset 'mine\.words': expected rows, found none in its files"):
-        make_instances("mine.words", Wording(made, made.layouts[0]), [])
+        make_instances("mine.words", Wording(made), [])
 
 
 def test_names_patterns_and_first_parts_are_chosen() -> None:
@@ -374,28 +352,7 @@ def test_names_patterns_and_first_parts_are_chosen() -> None:
         chosen(["anli.r4"], known)
 
 
-@pytest.mark.parametrize(
-    ("name", "layout", "row", "expected"),
-    [
-        ("tqa.rc", 0, {"question": "q", "answer": {"value": "B", "aliases": None}}, ["B"]),
-        ("tqa.rc", 0, {"question": "q", "answer": None}, None),
-        ("tqa.rc", 1, {"Question": "q", "Answer": {"Value": "B", "Aliases": None}}, ["B"]),
-        ("gem.common_gen", 1, {"concept_set": None, "scene": ["a"]}, None),
-    ],
-)
-def test_null_in_a_row_of_a_source_leaves_it_out_or_says_nothing(
-    name: str, layout: int, row: dict[str, Any], expected: list[str] | None
-) -> None:
-    made = packaged()[name]
-    wording, rows = Wording(made, made.layouts[layout]), [("x.json: row 1", row)]
-    if expected is None:
-        with pytest.raises(DataError, match="none of 1 rows has a prompt and a gold text"):
-            make_instances(name, wording, rows)
-    else:
-        assert [one.completion for one in make_instances(name, wording, rows).items] == [tuple(expected)]
-
-
 @pytest.mark.parametrize("template", ["{{ [1, 2] | random }}", "{{ lipsum() }}", "{{ row | xmlattr | nosuch }}"])
 def test_the_same_row_gives_the_same_texts(template: str) -> None:
     with pytest.raises((DataError, RowError)):
-        Wording(declaration(template), Layout({}, {})).of({"a": 1})
+        Wording(declaration(template)).of({"a": 1})

@@ -5,25 +5,24 @@ Real Ray, several processes. Nothing here loads a model but the last tests, whic
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import tiny
 from logo.backends.cluster import Layout, WorkersError
-from logo.backends.items import Elsewhere, Item, Lost, Unlike
+from logo.backends.items import Item, Lost
 from logo.backends.ray import Workers
+from logo.baselines import get_method
 from logo.baselines.fixed import Uniform
 from logo.baselines.retrieval import LoraRetriever
 from logo.cli.options import EngineOptions
@@ -31,11 +30,13 @@ from logo.cli.places import anywhere, everywhere
 from logo.cli.run import run
 from logo.digests import library_versions
 from logo.errors import LoGoError, ModelError, UsageError
-from logo.evaluation.journal import written
+from logo.evaluation.jobs import find_jobs
+from logo.evaluation.results import RESULT_FILES
 from logo.evaluation.runner import AnsweredBatch, Instance
-from logo.evaluation.session import Facts
-from logo.evaluation.workers import Answerer, Trial, differs
+from logo.evaluation.session import Facts, Session
+from logo.evaluation.workers import Answerer, InWorkers, Trial, differs, facts_of
 from logo.rows import Row
+from test_engine import engine, write_adapter
 from tolerances import PATIENCE
 
 ray = pytest.importorskip("ray")
@@ -72,14 +73,12 @@ def first_time(marks: Path, name: object) -> bool:
 
 def work(held: Held, marks: Path, number: int) -> tuple[int, int]:
     """Its double, and where it was computed; some numbers are trouble."""
-    trouble = {3: "kill", 5: "hang", 7: "elsewhere"}.get(number)
+    trouble = {3: "kill", 5: "hang"}.get(number)
     if trouble == "kill" and first_time(marks, number):
         os.kill(os.getpid(), signal.SIGKILL)
     if trouble == "hang" and first_time(marks, number):
         (marks / "hangs").write_text(str(os.getpid()))
         time.sleep(1000)
-    if trouble == "elsewhere" and first_time(marks, number):
-        return Elsewhere((-1, held.process))  # type: ignore[return-value]
     if number in (1, 2):
         warnings.warn("one and two are small", UserWarning, stacklevel=2)
     if number == 11:
@@ -137,169 +136,30 @@ def test_every_item_is_done_whatever_happens_to_its_process(marks: Path) -> None
             workers.ask(work, marks, 13)
 
 
-@pytest.mark.long
-def test_a_map_that_ends_early_leaves_all_processes_to_the_next(marks: Path) -> None:
-    with opened() as workers:
-        for _ in range(2):
-            with pytest.raises(ModelError, match="thirteen is refused"):
-                list(workers.map(iter([Item((marks, 13), 1), Item((marks, 20), 1)]), work))
-        left = workers.map((Item((marks, 30 + number), 1) for number in range(9)), work)
-        next(left)
-        left.close()
-        found = list(workers.map((Item((marks, 40 + number), 1) for number in range(30)), work))
-        assert [result[0] for _, result in sorted(found, key=lambda one: one[0].args[1])] == list(range(80, 140, 2))
-        assert len({result[1] for _, result in found}) == 2
-
-
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_a_process_may_die_over_what_is_asked_for_an_item(count: int, marks: Path) -> None:
+def test_a_process_may_die_over_what_is_asked_for_an_item(marks: Path) -> None:
     """As one that learns a dataset before its rows are answered."""
-    with opened(Layout(count, cpus=1, deadline=90.0)) as workers:
+    with opened(Layout(1, cpus=1, deadline=PATIENCE)) as workers:
 
         def items() -> Iterator[Item]:
             for number in (3, 4):
                 yield Item((marks, workers.ask(work, marks, number)[0]), 1)
 
-        began = time.monotonic()
         assert {result[0] for _, result in workers.map(items(), work)} == {12, 16}
-        assert time.monotonic() - began < 80  # nothing waits for the deadline of a process that has gone
-
-
-def outlives(held: Held, marks: Path) -> bool:
-    """Whether the process that hangs is ended while this one is busy."""
-    hangs, end = marks / "hangs", time.monotonic() + 60
-    while not hangs.exists() or not hangs.read_text():
-        time.sleep(0.05)
-    process = Path("/proc") / hangs.read_text() / "cmdline"
-    while time.monotonic() < end:
-        try:
-            if not process.read_bytes():
-                return True
-        except OSError:
-            return True
-        time.sleep(0.05)
-    return False
-
-
-@pytest.mark.long
-def test_deadlines_are_kept_while_one_process_does_something_for_all(marks: Path) -> None:
-    with opened(Layout(2, cpus=1, deadline=2.0)) as workers:
-
-        def items() -> Iterator[Item]:
-            yield Item((marks, 5), 1)
-            yield Item((marks, 4 if workers.ask(outlives, marks) else 13), 1)
-
-        assert {result[0] for _, result in workers.map(items(), work)} == {10, 8}
-
-
-def unlike_once(held: Held, marks: Path, number: int) -> Any:
-    """Work of which one process says that it must not do it."""
-    return Unlike("its base differs") if first_time(marks, "unlike") else work(held, marks, number)
-
-
-@pytest.mark.long
-def test_a_process_that_turns_out_to_be_another_gets_no_more_work(marks: Path) -> None:
-    with (
-        opened() as workers,
-        pytest.warns(UserWarning, match=r"^worker \d gets no work: its base differs$"),
-    ):
-        found = list(workers.map((Item((marks, number), 1) for number in (4, 6, 8, 9)), unlike_once))
-        assert sorted(result[0] for _, result in found) == [8, 12, 16, 18]
-        assert len({result[1] for _, result in found}) == 1
-        (marks / "unlike").unlink()
-        with pytest.raises(WorkersError, match="no worker is left"):
-            workers.ask(unlike_once, marks, 4)
-
-
-def but_the_first_dies(marks: Path) -> Held:
-    if not first_time(marks, "first"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return Held()
-
-
-@pytest.mark.long
-def test_processes_that_keep_ending_are_given_up_and_the_others_go_on(marks: Path) -> None:
-    given_up = "3 workers ended before they were ready; .*; no more are started"
-    end = time.monotonic() + PATIENCE
-    with (
-        pytest.warns(UserWarning, match=given_up) as warned,
-        opened(open_=functools.partial(but_the_first_dies, marks)) as workers,
-    ):
-
-        def items() -> Iterator[Item]:
-            """As many as it takes: the first process may be quick, and the others slow to end."""
-            number = 20
-            while number < 23 or (not warned and time.monotonic() < end):
-                yield Item((marks, number), 1)
-                number += 1
-
-        found = list(workers.map(items(), work))
-    assert all(result[0] == 2 * item.args[1] for item, result in found) and len(found) >= 3
-    assert len({result[1] for _, result in found}) == 1
 
 
 def refuses() -> Any:
     raise UsageError("the pool cannot be read here")
 
 
-def dies() -> Any:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def opens_once(marks: Path) -> Held:
-    if not first_time(marks, "opened"):
-        raise OSError("the disk is full")
-    return Held()
-
-
-def by_turns(marks: Path) -> Held:
-    held = Held()
-    held.process = int(first_time(marks, "first"))
-    return held
-
-
-def whose(held: Held) -> str:
-    return f"number {held.process}"
-
-
-@pytest.mark.long
-def test_processes_that_cannot_be_used_are_told_in_one_line(marks: Path) -> None:
+def test_processes_that_cannot_be_used_are_told_in_one_line() -> None:
     with pytest.raises(UsageError, match="the pool cannot be read here"):
         opened(open_=refuses)
-    with pytest.raises(WorkersError, match="workers ended before they were ready"):
-        opened(open_=dies)
-    with pytest.raises(WorkersError, match=r"differs from the driver: number \d is not number"):
-        opened(open_=functools.partial(by_turns, marks), describe_=whose)
     with pytest.raises(WorkersError, match="no room for 2 workers of 1 CPUs and 1 GPUs each: this machine has"):
         opened(Layout(2, cpus=1, gpus=1))
     with pytest.raises(WorkersError, match=r"127.0.0.1:1 does not answer \(Connection refused\)"):
         opened(Layout(2, address="127.0.0.1:1"))
     with pytest.raises(UsageError, match="expected auto, local or HOST:PORT"):
         opened(Layout(2, address="nowhere"))
-
-
-def never(seconds: float = 1000.0) -> Held:
-    time.sleep(seconds)
-    return Held()
-
-
-@pytest.mark.long
-def test_processes_that_do_not_open_in_time_are_waited_for_no_longer() -> None:
-    with pytest.raises(WorkersError, match=r"^no worker could start within 0\.5 s: .* or opening takes longer; give"):
-        opened(Layout(1, cpus=1, start=0.5), open_=never)
-
-
-@pytest.mark.long
-def test_a_process_that_fails_to_open_is_told_apart_from_one_that_has_gone(marks: Path) -> None:
-    with pytest.raises(OSError, match=r"^the disk is full$"):
-        opened(open_=functools.partial(opens_once, marks))
-    (marks / "opened").unlink()
-    with (
-        opened(Layout(1, cpus=1), open_=functools.partial(opens_once, marks)) as workers,
-        pytest.warns(UserWarning, match=r"^worker 2 gets no work: OSError: the disk is full$"),
-        pytest.raises(WorkersError, match="no worker is left"),
-    ):
-        list(workers.map(iter([Item((marks, 3), 1)]), work))
 
 
 def test_a_pool_that_lacks_an_adapter_is_not_the_drivers() -> None:
@@ -332,33 +192,12 @@ def test_rows_that_fail_are_no_reason_to_stop_once_another_process_has_answered_
             raise UsageError("the prompt is too long")
 
     rows = (Row("a", "b"),) * 4
-    job: Any = SimpleNamespace(folder="folder", rows=rows, places=range(4), metric="em")
-    answerer = Answerer(lambda key: Session())  # type: ignore[arg-type,return-value]
+    job: Any = SimpleNamespace(folder="folder", rows=rows, metric="em")
+    answerer = Answerer(Session())  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="too long"):
-        answerer.answer(None, job, None, None, range(2), False)
-    [batch], _ = answerer.answer(None, job, None, None, range(2, 4), True)
+        answerer.answer(job, None, range(2), False)
+    [batch], _ = answerer.answer(job, None, range(2, 4), True)
     assert batch.first == 2 and [one.error for one in batch.instances] == ["the prompt is too long"] * 2
-
-
-def test_every_session_is_compared_and_not_the_first_alone() -> None:
-    """A sweep opens one for each cell; what is another version or another pool there is nobody else's."""
-
-    class Missing:
-        def check(self) -> None:
-            raise ModelError("embedding model 'mine': no such folder")
-
-    own = Facts({"base": "1"}, library_versions(), {"a": "1"}, None, "cpu", {}, "norm", {}, 0.0)
-    sessions: dict[str, Any] = {
-        "first": SimpleNamespace(facts=own, method=None),
-        "second": SimpleNamespace(facts=replace(own, identity={"base": "2"}), method=None),
-        "third": SimpleNamespace(facts=own, method=Missing()),
-    }
-    answerer = Answerer(sessions.__getitem__)
-    expected = {"base": "1", "pool": own.pool, "environment": own.environment}
-    assert answerer.unlike("first", expected) is None
-    assert answerer.unlike("second", expected) == Unlike("base differ from the first worker's")
-    with pytest.raises(ModelError, match="no such folder"):
-        answerer.unlike("third", expected)
 
 
 def test_paths_mean_the_same_in_another_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,32 +217,6 @@ def test_paths_mean_the_same_in_another_working_directory(tmp_path: Path, monkey
     )
     for same in (LoraRetriever(embedding_model="org/encoder"), Uniform(), None):
         assert anywhere(same) == same
-
-
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80_000_000})
-    yield made
-    ray.shutdown()
-    made.shutdown()
-
-
-@pytest.mark.long
-def test_a_node_that_joins_later_gets_work_and_one_that_leaves_loses_none(cluster: Any, marks: Path) -> None:
-    with opened(Layout(2, address=cluster.address, cpus=1, deadline=60.0)) as workers:
-        # There is room for one process, and nobody else who might do it better.
-        assert [result[0] for _, result in workers.map(iter([Item((marks, 7), 1)]), work)] == [14]
-        nodes: list[Any] = []
-        where = []
-        for _, result in workers.map((Item((marks, 20 + number), 1) for number in range(1000)), work):
-            where.append(result[1])
-            if len(where) == 5:
-                nodes.append(cluster.add_node(num_cpus=1, object_store_memory=80_000_000))
-            if nodes and len(set(where)) == 2:
-                cluster.remove_node(nodes.pop(), allow_graceful=False)
-        assert len(where) == 1000 and len(set(where)) == 2
 
 
 # -- whole commands ---------------------------------------------------------------------------------------------------
@@ -431,38 +244,19 @@ def rows(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.long
-def test_two_workers_write_the_files_of_one_process(
-    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Also after the driver and a worker were killed in the middle."""
-    assert run(command(rows, tmp_path / "one")) == 0
-    asked = command(rows, tmp_path / "two", "--workers", "2", "--cpus-per-worker", "1")
-    driver = subprocess.Popen([sys.executable, "-m", "logo.cli", *asked], stderr=subprocess.DEVNULL)
-    journals: list[Path] = []
-    deadline = time.monotonic() + PATIENCE
-    while not any((found := written(path)) and found.records for path in journals):
-        assert time.monotonic() < deadline and driver.poll() is None
-        journals = list((tmp_path / "two").rglob("*.journal.jsonl"))
-        time.sleep(0.02)
-    driver.kill()
-    driver.wait()
-    assert run(asked) == 0
-    assert files(tmp_path / "two") == files(tmp_path / "one")
-
-
 class Rows:
     """As much of a dataset as a trial looks at."""
 
     def __init__(self, count: int, proven: bool = False) -> None:
-        self.rows, self.proven, self.answered = range(count), proven, self
+        self.proven, self.answered = proven, self
+        self.plan = SimpleNamespace(job=SimpleNamespace(rows=range(count)))
 
     def __len__(self) -> int:
         return 0
 
 
 def batch(first: int, *errors: str | None) -> AnsweredBatch:
-    return AnsweredBatch(first, tuple(Instance(0, "", (), (), {}, {}, error) for error in errors), 0.1, 1)
+    return AnsweredBatch(first, tuple(Instance(0, "", (), (), {}, {}, error) for error in errors), 0.1)
 
 
 def test_a_run_that_cannot_work_ends_before_it_is_written_down() -> None:
@@ -486,37 +280,65 @@ def test_a_run_that_cannot_work_ends_before_it_is_written_down() -> None:
     assert trial(0, 1).passed([]) == []
 
 
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore:.*training rows are test rows too:UserWarning")
-def test_what_is_learnt_is_learnt_once(rows: Path, tmp_path: Path) -> None:
-    more = ["--method", "best-single", "--train-rows", str(rows), "--dataset", "antonym,plural"]
-    assert run(command(rows, tmp_path / "one", *more)) == 0
-    assert run(command(rows, tmp_path / "two", *more, "--workers", "2", "--cpus-per-worker", "1")) == 0
-    assert files(tmp_path / "two") == files(tmp_path / "one")
+class Inline:
+    """Two workers that are this process; `sizes`: of the blocks that they got."""
+
+    count = 2
+
+    def __init__(self, answerer: Answerer) -> None:
+        self._answerer, self.description, self.sizes = answerer, facts_of(answerer), list[int]()
+
+    def shared(self, value: object) -> Any:
+        return SimpleNamespace(get=lambda: value)
+
+    def ask(self, what: Callable[..., Any], *args: Any) -> Any:
+        return what(self._answerer, *args)
+
+    def map(self, items: Any, what: Callable[..., Any]) -> Iterator[tuple[Any, Any]]:
+        for item in items:
+            self.sizes.append(item.size)
+            yield item, what(self._answerer, *item.args)
 
 
-@pytest.mark.long
-def test_studies_and_sweeps_have_workers_too(rows: Path, tmp_path: Path) -> None:
-    asked = ["--base-model", "demo", "--rows", str(rows), "--limit", "2"]
+@pytest.mark.parametrize(("shared", "sizes"), [(False, [8, 2]), (True, [5, 5])])
+def test_blocks_are_batches_unless_the_engine_makes_its_own(shared: bool, sizes: list[int], tmp_path: Path) -> None:
+    """vLLM gets many rows at once; all workers get some, and not the first one all of them."""
+    lines = (json.dumps({"context": f"w{i} w{i + 1}", "completion": "w9"}) for i in range(3, 13))
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    method = get_method("best-single", rows=2)
+    how: dict[str, Any] = {"seed": 0, "batch_size": 8, "max_new_tokens": 3, "method": method}
+    model = tiny.model("llama")
+    write_adapter(tmp_path / "pool" / "a", model, ("q_proj",), rank=2, seed=0, scale=0.4)
+    session = Session(engine(model, tmp_path / "pool", k=1), "M", {"a": "00"}, **how)
+    found = []
+    for name in ("one", "two"):
+        workers: Any = Inline(Answerer(session))
+        asked = session if name == "one" else InWorkers(workers, **how, shared=shared)
+        jobs, _ = find_jobs(tmp_path / name, rows=tmp_path, train_rows=tmp_path)
+        with pytest.warns(UserWarning, match="training rows are test rows too"):
+            found.append(asked.run(asked.plans(jobs)[0]))
+    assert workers.sizes == sizes
+    assert all(found[0][name] == found[1][name] for name in RESULT_FILES if name not in ("run.json", "time_dict.json"))
+
+
+def test_two_workers_write_the_files_of_one_process(rows: Path, tmp_path: Path) -> None:
+    """Of a run, and of a study."""
+    several = ["--workers", "2", "--cpus-per-worker", "1"]
+    asked = ["eval", "study", "--base-model", "demo", "--rows", str(rows), "--limit", "1", "--signals", "norm"]
     reports = []
-    for name, more in (("one", []), ("two", ["--workers", "2", "--cpus-per-worker", "1"])):
-        out = tmp_path / f"{name}.json"
-        methods = ["--method", "best-single,arrow", "--shots", "2", "--hold-out", "2", "--generate", "3"]
-        assert run(["eval", "study", *asked, "--signals", "norm,calibrated", *methods, "--save", str(out), *more]) == 0
-        report = json.loads(out.read_text())
+    for name, more in (("one", []), ("two", several)):
+        assert run(command(rows, tmp_path / name, "--limit", "3", *more)) == 0
+        assert run([*asked, "--save", str(tmp_path / f"{name}.json"), *more]) == 0
+        report = json.loads((tmp_path / f"{name}.json").read_text())
         reports.append({key: value for key, value in report.items() if key not in ("seconds", "command")})
-        grid = ["--grid", "k=1,2", "--max-new-tokens", "4", "-o", str(tmp_path / f"sweep-{name}")]
-        assert run(["eval", "sweep", *asked, *grid, *more]) == 0
+    assert files(tmp_path / "two") == files(tmp_path / "one")
     assert reports[0] == reports[1]
-    runs = [files(tmp_path / f"sweep-{name}" / "runs") for name in ("one", "two")]
-    assert runs[0] == runs[1] and len(runs[0]) > 6
 
 
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
         (["--probe-context", "carry"], "with --probe-context carry each row depends on the one before"),
-        (["--reference", "running", "--signal", "calibrated"], "(--reference) is for servers"),
         (["--device", "cuda:1"], "--device: workers get their devices from Ray"),
     ],
 )

@@ -63,20 +63,21 @@ class Analysis:
 def analyse(found: Sequence[Run], *, seed: int = 0) -> Analysis:
     """All numbers of at least one run. `seed`: of the intervals and tests."""
     pairing = Pairing(tuple(found), seed)
-    groups, [overall], lines = numbers.marked_lines(
-        pairing, numbers.group_lines(pairing), [numbers.overall(pairing)], numbers.dataset_lines(pairing)
-    )
+    groups, datasets = numbers.group_lines(pairing), numbers.dataset_lines(pairing)
+    every = [numbers.overall(pairing), *groups, *datasets]
+    compared = numbers.compared(pairing, every)
+    overall, *every = numbers.marked(every, pairing.marks(compared))
     return Analysis(
         runs=tuple(found),
         labels=tuple(runs.labels(found)),
         differing=runs.differing(found),
         datasets=tuple(pairing.datasets),
         unlike=tuple(pairing.unlike),
-        groups=tuple(groups),
+        groups=tuple(every[: len(groups)]),
         overall=overall,
-        lines=tuple(lines),
+        lines=tuple(every[len(groups) :]),
         extra=tuple(numbers.extra_lines(pairing)),
-        versus=tuple(pairing.versus()),
+        versus=tuple(pairing.versus(compared)),
         weights=tuple(adapters.weights(run) for run in found),
         selected=tuple(adapters.selected(run) for run in found),
         seconds=tuple(runs.seconds(run) for run in found),

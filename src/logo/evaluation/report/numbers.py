@@ -99,21 +99,24 @@ def extra_lines(pairing: Pairing) -> list[Line]:
     return lines
 
 
-def marked_lines(pairing: Pairing, *parts: Sequence[Line]) -> list[list[Line]]:
-    """The lines of some tables with the marks of the best, whose p-values are corrected together."""
-    every = [line for lines in parts for line in lines]
-    compared = []
-    for line in every:
-        names = [line.dataset] if line.dataset is not None else _members(pairing, line.group)
-        values = [cell.value if cell is not None and cell.complete else None for cell in line.cells]
-        compared.append(Compared(values, names, line.metric if line.group else None))
-    marks = iter(pairing.marks(compared))
+def compared(pairing: Pairing, lines: Sequence[Line]) -> list[Compared]:
+    """What the runs are compared by in these lines."""
+    return [
+        Compared(
+            [cell.value if cell is not None and cell.complete else None for cell in line.cells],
+            [line.dataset] if line.dataset is not None else _members(pairing, line.group),
+            line.metric if line.group else None,
+        )
+        for line in lines
+    ]
 
-    def with_marks(line: Line) -> Line:
-        both = zip(line.cells, next(marks), strict=True)
-        return replace(line, cells=tuple(cell and replace(cell, mark=mark) for cell, mark in both))
 
-    return [[with_marks(line) for line in lines] for lines in parts]
+def marked(lines: Sequence[Line], marks: Sequence[Sequence[Mark]]) -> list[Line]:
+    """The lines with these marks."""
+    return [
+        replace(line, cells=tuple(cell and replace(cell, mark=one) for cell, one in zip(line.cells, some, strict=True)))
+        for line, some in zip(lines, marks, strict=True)
+    ]
 
 
 def _members(pairing: Pairing, group: str) -> list[str]:

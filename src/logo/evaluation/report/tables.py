@@ -108,25 +108,23 @@ def runs(analysis: Analysis) -> Table:
 
 def versus(analysis: Analysis) -> Table:
     """The comparisons of pairs of runs."""
-    several = len(analysis.versus) > 1
     names, rows = _names(analysis), []
     for pair in analysis.versus:
-        found, p = pair.difference, [pair.significance.p, *([pair.p_holm] if several else [])]
+        found, p = pair.difference, (pair.significance.p, pair.p_holm)
         gap = number(found.value, "+.1f", found.interval, emphasis="bold" if pair.p_holm < ALPHA else "")
         counts = [n for one in (pair.record, pair.datasets) for n in (one.wins, one.losses, one.ties)]
         rows.append(row(names[pair.b], names[pair.a], gap, *map(p_value, p), COLUMN[pair.significance.test], *counts))
     columns = (
         *words("run", "against"),
-        *numbers("difference", "p", *(["p Holm"] if several else [])),
+        *numbers("difference", "p", "p Holm"),
         *words("test"),
         *numbers("better", "worse", "same", "datasets won", "lost", "even"),
     )
     title = "Paired difference in points over shared instances, with 95 % intervals; then instances, then datasets"
-    holm = f"p Holm: corrected for the {len(analysis.versus)} pairs. " if several else ""
     note = (
         "The same instances are compared in both runs; every dataset counts alike. p: two-sided, by "
-        f"{tests_in_words(pair.significance for pair in analysis.versus)}. {holm}"
-        f"Bold: {'p Holm' if several else 'p'} below {ALPHA}."
+        f"{tests_in_words(pair.significance for pair in analysis.versus)}. p Holm: corrected as for the marks, for all "
+        f"pairs of runs in all lines of this report together. Bold: p Holm below {ALPHA}."
     )
     return Table(columns, tuple(rows), title, note)
 

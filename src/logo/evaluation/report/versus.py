@@ -76,10 +76,18 @@ class Pairing:
     def significance(self, a: int, b: int, names: Iterable[str], metric: str | None = None) -> Significance | None:
         """The test of two runs on the datasets that both have of these; None where they share no instances."""
         both = tuple(name for name in names if all(name in self.runs[run].results for run in (a, b)))
-        if (a, b, both, metric) not in self._known:
+        key = self._key(a, b, both, metric)
+        if key not in self._known:
             pairs = self.pairs(a, b, both, metric)
-            self._known[a, b, both, metric] = significance(pairs, seed=self.seed) if pairs else None
-        return self._known[a, b, both, metric]
+            self._known[key] = significance(pairs, seed=self.seed) if pairs else None
+        return self._known[key]
+
+    def _key(self, a: int, b: int, names: Sequence[str], metric: str | None) -> tuple[object, ...]:
+        """What a comparison asks, the same for the same instances and measure."""
+        if metric is None:
+            primary = {run.results[name].primary for run in self.runs for name in names if name in run.results}
+            metric = primary.pop() if len(primary) == 1 else None
+        return a, b, tuple(names), metric
 
     def marks(self, lines: Sequence[Compared]) -> list[list[Mark]]:
         """The best of the runs in every line.
@@ -87,17 +95,23 @@ class Pairing:
         A run is `best` if it has the highest value and is significantly better than every other run of the line. Where
         none is, `tied` are the run with the highest value and all that are not significantly worse. If all values are
         equal, none is marked. The best is known only from the data, and several lines are looked at, so p-values are
-        corrected by Holm's method for all pairs of runs in all lines together, and for the pairs of `versus`.
+        corrected by Holm's method for all pairs of runs in all lines together, and on all datasets.
         """
-        tests: dict[tuple[object, ...], float] = {}
-        for one in self.versus():
-            tests[one.a, one.b, tuple(self.datasets), None] = one.significance.p
-        for values, names, metric in lines:
-            known = [run for run, value in enumerate(values) if value is not None]
-            for a, b in itertools.combinations(known, 2):
-                tests[a, b, tuple(names), metric] = self._p(a, b, names, metric)
-        corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
+        corrected = self._corrected(lines)
         return [self._marks(line, corrected) for line in lines]
+
+    def _corrected(self, lines: Sequence[Compared]) -> dict[tuple[object, ...], float]:
+        """The p-values of all pairs of runs, on all datasets and in these lines, corrected together."""
+        runs = range(len(self.runs))
+        tests = {
+            self._key(a, b, self.datasets, None): found.p
+            for a, b in itertools.combinations(runs, 2)
+            if (found := self.significance(a, b, self.datasets)) is not None
+        }
+        for values, names, metric in lines:
+            for a, b in itertools.combinations([run for run in runs if values[run] is not None], 2):
+                tests[self._key(a, b, names, metric)] = self._p(a, b, names, metric)
+        return dict(zip(tests, holm(list(tests.values())), strict=True))
 
     def _marks(self, line: Compared, corrected: Mapping[tuple[object, ...], float]) -> list[Mark]:
         marks: list[Mark] = ["" for _ in line.values]
@@ -106,21 +120,34 @@ class Pairing:
             return marks
         _, top = max(present, key=lambda one: (one[0], -one[1]))
         others = [run for _, run in present if run != top]
-        keys = {run: (min(top, run), max(top, run), tuple(line.names), line.metric) for run in others}
+        keys = {run: self._key(min(top, run), max(top, run), line.names, line.metric) for run in others}
         tied = [run for run in others if corrected[keys[run]] >= ALPHA]
         marks[top] = "tied" if tied else "best"
         for run in tied:
             marks[run] = "tied"
         return marks
 
-    def versus(self) -> list[Versus]:
-        """Every later run against every earlier one, where they share instances."""
+    def versus(self, lines: Sequence[Compared] = ()) -> list[Versus]:
+        """Every later run against every earlier one, where they share instances.
+
+        Args:
+            lines: shown beside them; p-values are corrected for these as well.
+        """
         every = itertools.combinations(range(len(self.runs)), 2)
         tests = {(a, b): test for a, b in every if (test := self.significance(a, b, self.datasets)) is not None}
         pairs = [self.pairs(a, b, self.datasets) for a, b in tests]
         found = paired(pairs, seed=self.seed, known=list(tests.values()))
+        corrected = self._corrected(lines)
         return [
-            Versus(**vars(one), a=a, b=b, datasets=_datasets_won(some))
+            Versus(
+                one.difference,
+                one.record,
+                one.significance,
+                corrected[self._key(a, b, self.datasets, None)],
+                a=a,
+                b=b,
+                datasets=_datasets_won(some),
+            )
             for (a, b), some, one in zip(tests, pairs, found, strict=True)
         ]
 

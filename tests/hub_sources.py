@@ -1,0 +1,145 @@
+"""Tiny Parquet files in the real schema of every source that a declaration names, all of it made up here.
+
+`write_hub(root, name, count)` writes the files of the Hub's repository below `root/org/name`. Row `i` of a source is
+about the number `i`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Rows = list[dict[str, Any]]
+
+
+def words(i: int) -> list[str]:
+    return [f"tok{i}", "(", "x", ")"]
+
+
+def triples(i: int) -> list[list[str]]:
+    return [[f"Bridge {i}", "length", f"{i} m"], [f"Bridge {i}", "crosses", "River, the wide one"]]
+
+
+def hub_rows(name: str, count: int, first: int = 0) -> Rows:
+    """Rows as the repository on the Hub has them."""
+    main, _, sub = name.partition(".")
+    numbers = range(first, first + count)
+    match main:
+        case "bbh":
+            return [{"input": f"not ( {i} ) is", "target": str(i % 2 == 0)} for i in numbers]
+        case "wmt14" | "wmt16":
+            return [{"translation": {code: f"{code} sentence {i}." for code in sub.split("-")}} for i in numbers]
+        case "ai2_arc":
+            return [arc(i) | {"choices": {"text": list("wxyz"), "label": arc_labels(i)}} for i in numbers]
+        case "anli":
+            made = {"uid": "u", "reason": ""}
+            return [made | {"premise": f"It is {i}.", "hypothesis": f"{i}?", "label": i % 3} for i in numbers]
+        case "code_x_glue":
+            return [code_row(sub, i) for i in numbers]
+    return [HUB[name](i) for i in numbers]
+
+
+def arc(i: int) -> dict[str, Any]:
+    return {"id": f"Q{i}", "question": f"Which is number {i}?", "answerKey": arc_labels(i)[i % 4]}
+
+
+def arc_labels(i: int) -> list[str]:
+    return list("1234") if i % 5 == 0 else list("ABCD")
+
+
+def code_row(sub: str, i: int) -> dict[str, Any]:
+    if sub.startswith("code_to_text"):
+        made = {"id": i, "repo": "a/b", "path": "c", "func_name": "f", "code": "f ( )", "docstring": "Do.\nMore."}
+        return made | {"code_tokens": words(i), "docstring_tokens": ["Returns", str(i), "."]}
+    if sub.startswith("text_to_text"):
+        return {"id": i, "source": f"Klik {i}\n", "target": f"Click {i}\n"}
+    if sub.startswith("text_to_code"):
+        nl = f"adds {i} concode_field_sep PlaceHolder value concode_elem_sep int n"
+        return {"id": i, "nl": nl, "code": f"int f ( ) {{ return {i} ; }}"}
+    if sub.startswith("code_to_code"):
+        return {"id": i, "java": f"int f(){{return {i};}}\n", "cs": f"int F(){{return {i};}}\n"}
+    return {"id": i, "buggy": f"int f ( ) {{ {i} }}\n", "fixed": f"int f ( ) {{ return {i} ; }}\n"}
+
+
+HUB: dict[str, Callable[[int], dict[str, Any]]] = {
+    # Two rows for each set of concepts: one gold text each.
+    "gem.common_gen": lambda i: {
+        "concept_set_idx": i // 2,
+        "concepts": ["dog", f"tree{i // 2}"],
+        "target": f"A dog, {i}.",
+    },
+    "gem.dart": lambda i: {
+        "gem_id": f"d{i}",
+        "tripleset": triples(i),
+        "subtree_was_extended": False,
+        "target": f"It is {i} m.",
+        "references": [f"It is {i} m.", f"{i} m it is."],
+    },
+    "gem.e2e_nlg": lambda i: {
+        "gem_id": f"e{i}",
+        "meaning_representation": f"name[Inn {i}], food[Fish]",
+        "target": f"Inn {i} has fish.",
+        "references": [f"Inn {i} has fish.", f"Fish at Inn {i}."],
+    },
+    "gem.web_nlg": lambda i: {
+        "gem_id": f"w{i}",
+        "input": [" | ".join(triple) for triple in triples(i)],
+        "target": f"It is {i} m.",
+        "references": [f"It is {i} m.", f"{i} m it is."],
+        "category": "Bridge",
+    },
+    "nq.natural-questions": lambda i: {"question": f"what is number {i}", "answer": [str(i), f"number {i}"]},
+    "tqa.rc": lambda i: {
+        "question": f"What is number {i}?",
+        "question_id": f"t{i}",
+        "entity_pages": {"title": ["A"], "wiki_context": [""]},
+        "answer": {"value": str(i), "aliases": [f"No {i}", str(i)], "normalized_value": str(i)},
+    },
+    "glue.qnli": lambda i: {"question": f"How many is {i}?", "sentence": f'He said "{i}".', "label": i % 2, "idx": i},
+}
+
+# Where the Hub keeps the splits of each declaration: repository, folder of the configuration, split names.
+PLACES: dict[str, tuple[str, str, str, str]] = {
+    "bbh": ("lukaemon/bbh", "{sub}", "test", "test"),
+    "wmt14": ("wmt/wmt14", "fr-en", "test", "validation"),
+    "wmt16": ("wmt/wmt16", "{foreign}-en", "test", "validation"),
+    "ai2_arc": ("allenai/ai2_arc", "{sub}", "test", "train"),
+    "anli": ("facebook/anli", "plain_text", "test_{sub}", "train_{sub}"),
+    "nq": ("google-research-datasets/nq_open", "nq_open", "validation", "train"),
+    "tqa": ("mandarjoshi/trivia_qa", "rc.nocontext", "validation", "train"),
+    "glue": ("nyu-mll/glue", "qnli", "validation", "train"),
+    "gem.common_gen": ("allenai/common_gen", "data", "validation", "train"),
+    "gem.dart": ("GEM/dart", "default", "test", "validation"),
+    "gem.e2e_nlg": ("GEM/e2e_nlg", "default", "test", "validation"),
+    "gem.web_nlg": ("GEM/web_nlg", "en", "test", "validation"),
+    "code_to_text": ("google/code_x_glue_ct_code_to_text", "{last}", "test", "validation"),
+    "text_to_text": ("google/code_x_glue_tt_text_to_text", "{foreign}_en", "test", "validation"),
+    "text_to_code": ("google/code_x_glue_tc_text_to_code", "data", "validation", "train"),
+    "code_to_code": ("google/code_x_glue_cc_code_to_code_trans", "data", "test", "validation"),
+    "code_refinement": ("google/code_x_glue_cc_code_refinement", "small", "test", "validation"),
+}
+
+
+def place(name: str) -> tuple[str, str, str, str]:
+    main, _, sub = name.partition(".")
+    key = next(key for key in (name, sub.rpartition("_")[0], main) if key in PLACES)
+    last = sub.rpartition("_")[2]
+    foreign = next((part for part in last.split("-") if part != "en"), "")
+    repo, *rest = (part.format(sub=sub, last=last, foreign=foreign) for part in PLACES[key])
+    config, test, train = rest
+    return repo, config, test, train
+
+
+def write_hub(root: Path, name: str, count: int = 12) -> Path:
+    """The repository's Parquet files; returns its folder. Where splits are the same, there is one file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    repo, config, test, train = place(name)
+    for split, first in {test: 0, train: 1000 if train != test else 0}.items():
+        folder, converted = root / repo / config, repo.startswith("GEM/")
+        file = folder / split / "0000.parquet" if converted else folder / f"{split}-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(hub_rows(name, count, first)), file)
+    return root / repo
