@@ -28,7 +28,7 @@ LAYERS = [
     {"calls"},
     {"engine", "protocol"},
     {"api"},
-    {"backends", "baselines", "learning"},
+    {"backends", "baselines"},
     {"evaluation", "training", "serving"},
     {"bench", "demo"},
     {"cli"},
