@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import tiny
 from logo.backends.vllm.skeleton import skeleton
 from logo.cache import read_cached, write_cached
 from logo.selection.cache import _key_of, _numbers
-from logo.selection.mapped import mapped
 from logo.selection.signals import get_signal
 from logo.selection.texts import Texts
 
@@ -38,25 +36,6 @@ def test_what_fails_leaves_no_part_behind(error: BaseException, tmp_path: Path) 
     assert not list((tmp_path / "folder").iterdir())
     file = write_cached(tmp_path, "folder/one.json", lambda part: Path(part).write_text("whole"))
     assert file is not None and [path.name for path in file.parent.iterdir()] == ["one.json"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
-def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
-    (tmp_path / "index").mkdir()
-    (tmp_path / "index" / ".dead.safetensors-1-2").write_bytes(b"half")  # of an earlier version
-    (tmp_path / "index" / ".dead.safetensors-3-4").mkdir()
-    (tmp_path / "index" / ".dead.safetensors-3-4" / "dead.safetensors").write_bytes(b"half")
-
-    def write(part: str) -> None:
-        mapped(part, {"a": (3,)}, {})
-        write_cached(tmp_path, "index/other.safetensors", lambda part: save_file({"b": torch.ones(2)}, part), 4)
-        assert Path(part).is_file()
-        save_file({"a": torch.zeros(3)}, part)
-        write_cached(tmp_path, "index/other.safetensors", lambda part: save_file({"b": torch.ones(2)}, part), 4)
-        assert Path(part).is_file()
-
-    assert write_cached(tmp_path, "index/one.safetensors", write, 4) is not None
-    assert {path.name for path in (tmp_path / "index").iterdir()} == {"one.safetensors", "other.safetensors"}
 
 
 @pytest.mark.parametrize("text", ["[1]", "3", '{"a": null}', "{", ""])

@@ -26,7 +26,7 @@ LAYERS = [
     {"calls"},
     {"engine", "protocol"},
     {"api"},
-    {"backends", "baselines", "learning"},
+    {"backends", "baselines"},
     {"evaluation", "training", "serving"},
     {"demo"},
     {"cli"},
