@@ -46,7 +46,7 @@ class Scripted:
     """Answers every prompt with its own ids turned round, under the first adapter."""
 
     vocabulary, context, k, signal, probe_text, unsure_below = 64, 100, 1, "norm", None, 0.15
-    alive = ready = scores_all = True
+    alive = ready = True
 
     def __init__(self) -> None:
         self.draining = False

@@ -83,7 +83,7 @@ def check_learning(settings: SelectionSettings, sure: float) -> None:
     Raises:
         UsageError: they do not, or it is none.
     """
-    if settings.reading.scale != "whitened" or settings.signal == "signature":
+    if settings.reading.scale != "whitened":
         raise UsageError(
             f"signal {settings.signal!r}: expected 'calibrated', since examples are learned from its selections, and "
             "then count in its scores"
@@ -256,7 +256,7 @@ class _Student:
         from logo.engine import LoGo
 
         # Nothing is mixed here, so that adapters which can only answer alone are no reason for a warning.
-        self._settings = replace(engine.settings, k=1, when_unsure="mix", baseline="neutral")
+        self._settings = replace(engine.settings, k=1, when_unsure="mix")
         self._pool, given = engine.pool, (engine.model, engine.tokenizer)
         self.names, self._labelled = list(names), dict(labelled)
         self._engine = LoGo(*given, self._with({}), settings=self._settings, on_bad_adapter="skip")
@@ -275,11 +275,6 @@ class _Student:
             UsageError: examples do not count in the scores.
         """
         self._engine.take(self._engine.prepared(self._with(examples)))
-        if (self._labelled or any(examples.values())) and self._engine.scorer.signatures is None:
-            raise UsageError(
-                "probe_token 'each': example prompts of adapters that act on the last tokens do not count there; leave "
-                "it out"
-            )
 
     def select(self, rows: Sequence[Prompt]) -> list[Selection]:
         """The selections of prompts that were read."""

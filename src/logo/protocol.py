@@ -203,7 +203,6 @@ class Engine(Protocol):
         context: the most tokens of a prompt and its answer.
         k, signal, probe_text: defaults of the selection.
         unsure_below: the confidence below which a selection counts as unsure.
-        scores_all: whether a selection has the scores of all adapters that may be selected, not of the best only.
         signals: the signals that requests may use, the engine's own first.
         adapters: the adapters that requests may use now, by name.
         cards: the card of each adapter.
@@ -233,8 +232,6 @@ class Engine(Protocol):
     def probe_text(self) -> ProbeText | None: ...
     @property
     def unsure_below(self) -> float: ...
-    @property
-    def scores_all(self) -> bool: ...
 
     @property
     def alive(self) -> bool:

@@ -45,9 +45,6 @@ class LogoOptions(Body):
     k: Count | None = Field(None, description="How many adapters are mixed.")
     signal: Text | None = Field(None, description="The signal that scores adapters.")
     weighting: Weighting | None = Field(None, description="How scores become weights.")
-    keep_mass: Annotated[Number, Field(gt=0, le=1)] | None = Field(
-        None, description="Of the k adapters, keep the best that together hold this share of the weight."
-    )
     candidates: Annotated[list[Text], Field(min_length=1)] | None = Field(
         None, description="Choose among these adapters only."
     )

@@ -40,10 +40,7 @@ def _fields(names: str) -> dict[str, str]:
 # Fields of EngineOptions and of MethodOptions.
 SELECTION = {
     "k": "n_selected_modules",
-    **_fields(
-        "signal weighting weight_temperature keep_mass when_unsure unsure_below examples probe_context probe_input"
-    ),
-    **_fields("probe_token probe_layer probe_module probe_depth probe_points"),
+    **_fields("signal weighting when_unsure unsure_below examples"),
 }
 METHODS = _fields(
     "method merge merge_density merge_sign arrow_top_k arrow_temperature shots lorahub_budget retriever_variant "
@@ -53,7 +50,6 @@ SEED = "seed"
 AXES = (*SELECTION, *METHODS, SEED)
 
 _ALIASES = {"n-selected-modules": "k", "selection-strategy": "signal"}
-_LISTS = ("probe-layer", "probe-points")  # options that are lists; axes write + for their commas
 
 
 @dataclass(frozen=True)
@@ -118,10 +114,8 @@ def make_cells(axes: Sequence[Axis], common: Common) -> tuple[list[Cell], list[S
         UsageError: a value that no combination can use, or no cell is left.
         DataError: the samples that a method needs cannot be used.
     """
-    from logo.evaluation.identity import check_baseline
     from logo.evaluation.sweep.grid import product
 
-    check_baseline(common.engine.reference)
     for axis in axes:
         for value in axis.values:
             _check_alone(axis.name, value, common)
@@ -176,8 +170,6 @@ def _is_moot(axis: str, here: Common, method: Method) -> bool:
         return False
     if not may_select_by_signal(method):
         return True
-    if axis == "weight-temperature":
-        return selection_settings(here.engine).reading.weighting != "softmax"
     if axis == "unsure-below":
         return here.engine.when_unsure == "mix"
     return False
@@ -248,8 +240,6 @@ def _option(axis: str, value: Value) -> Any:
     """A value of an axis in the type of the option's field."""
     if value == DEFAULT and _kind(axis)[1] is None:
         return None
-    if axis in _LISTS:
-        return str(value).replace("+", ",")
     return value
 
 

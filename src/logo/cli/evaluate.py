@@ -63,11 +63,9 @@ def evaluate(
 
     Example: `logo eval run --dataset bbh.boolean_expressions --base-model Llama-3.1-8B`
     """
-    from logo.evaluation.identity import check_baseline
     from logo.evaluation.resume import ResumePolicy
 
     need("this command", "scipy", "nltk", "rouge_score")
-    check_baseline(engine.reference)
     base_model = engine.base_model or OFFICIAL_BASE
     engine = as_evaluated(engine)
     if runner.engine == "vllm":
@@ -197,7 +195,8 @@ def _open(asked: Asked) -> Session:
     started = time.perf_counter()
     truncation = OFFICIAL_TRUNCATION if asked.official else None
     merge = EXACT if method is None else method.merging
-    logo = open_any(asked.engine, asked.runner, base_model, preset=run.preset, truncation=truncation, merge=merge)
+    how: Any = {"preset": run.preset, "probe_context": run.probe_context, "truncation": truncation, "merge": merge}
+    logo = open_any(asked.engine, asked.runner, base_model, **how)
     pool = pool_digests(logo)
     loading = time.perf_counter() - started
     options = {"base_model": base_model, **asdict(asked.engine), **asdict(asked.runner), **asdict(run)}

@@ -22,7 +22,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 OPTIONS: dict[str, str] = {
     "selection-strategy": "signal",
     "gpu": "device",
-    "baseline": "reference",
     "file": "prompts",
     "heatmap": "png",
     "png": "pictures",  # a folder
@@ -38,7 +37,6 @@ _JSON_FILES = ("study", "bench", "serve", "train")
 OFFICIAL: dict[str, tuple[tuple[str, ...], str | None, str | None]] = {
     "signal": (("--selection-strategy", "--signal"), None, None),
     "device": (("--gpu", "--device"), "N", "GPU number, if there is one; -1 is the CPU."),
-    "reference": (("--reference", "--baseline"), None, None),
 }
 
 

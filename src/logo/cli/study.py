@@ -68,7 +68,7 @@ def study(
     save: Path = usual(..., "The JSON file to write all numbers to.", metavar="FILE"),
     signals: str | None = usual(
         None,
-        "Signals to compare, `a,b`; `a/0.5` has softmax weights of temperature 0.5.",
+        "Signals to compare, `a,b`.",
         SIGNALS,
         metavar="SIGNAL,...",
     ),
@@ -119,7 +119,6 @@ def study(
     Example: `logo eval study --base-model M --adapters DIR --rows ROWS --limit 8 --save study.json`
     """
     from logo.evaluation.heatmap import heatmap
-    from logo.evaluation.identity import check_baseline
     from logo.evaluation.reliability import picture as reliability_picture
     from logo.evaluation.study import cut, is_begun, journal_of, report_in, study_so_far
     from logo.evaluation.summary import mean_weights
@@ -129,14 +128,11 @@ def study(
     if so_far:
         _show(study_so_far(journal_of(save), seed).report, json=json)
         return
-    check_baseline(engine.reference)
     if signals and engine.signal:
         raise UsageError(
             f"--signal {engine.signal}: a study compares the signals of --signals; leave out one of the two"
         )
     arms = _signals(signals or engine.signal or SIGNALS)
-    if engine.index == "two-stage":
-        raise UsageError("--index two-stage: a study ranks all adapters of the pool; leave it out")
     picture = _checked(save, png)
     if save.exists() and not overwrite and not is_begun(journal_of(save)):
         report_in(save)  # another file is refused before anything is loaded
@@ -213,20 +209,12 @@ def _confidence(signal: str, found: Mapping[str, Any]) -> str:
 
 
 def _signals(text: str) -> dict[str, dict[str, Any]]:
-    """Entry of `--signals` -> the settings it asks for, with signal and temperature checked."""
+    """Signal of `--signals` -> the settings it asks for, checked."""
     from logo.selection.settings import SelectionSettings
 
     arms: dict[str, dict[str, Any]] = {}
     for entry in (part.strip() for part in text.split(",") if part.strip()):
-        signal, slash, temperature = entry.partition("/")
-        arms[entry] = {"signal": signal}
-        if slash:
-            try:
-                arms[entry] |= {"weighting": "softmax", "weight_temperature": float(temperature)}
-            except ValueError:
-                raise UsageError(
-                    f"signals: {entry!r}: expected a temperature after the slash, as in {signal}/0.5"
-                ) from None
+        arms[entry] = {"signal": entry}
         SelectionSettings(**arms[entry])
     if not arms:
         raise UsageError(f"signals {text!r}: expected names separated by commas, found none")

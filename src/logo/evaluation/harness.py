@@ -28,7 +28,7 @@ from logo.decoding import MAX_NEW_TOKENS, batches_by_length
 from logo.engine import LoGo
 from logo.errors import UsageError, closest
 from logo.evaluation.documents import document_texts
-from logo.evaluation.identity import check_baseline, pool_digests
+from logo.evaluation.identity import pool_digests
 from logo.evaluation.ranks import Ranks
 from logo.models import check_access
 from logo.pools import open_pool
@@ -88,7 +88,6 @@ class LoGoLM(Ranks):
         settings = SelectionSettings(
             signal=signal, **{name: options.pop(name) for name in _SETTINGS.intersection(options)}
         )
-        check_baseline(settings.baseline)
         check_access(base_model, model_dir=model_dir)
         pool = open_pool(
             adapters,

@@ -15,7 +15,6 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from logo.digests import config_digest, fingerprint, library_versions, tokenizer_digest, weights_digest
-from logo.errors import UsageError
 from logo.mixing.merges import MERGES
 from logo.rows import Row
 from logo.selection.confidence import EXAMPLES, HALVED
@@ -132,25 +131,10 @@ def rows_digest(rows: Sequence[Row]) -> str:
     return fingerprint({"rows": [row.as_dict() for row in rows]})
 
 
-def check_baseline(baseline: str) -> None:
-    """Refuses a reference that is learnt from earlier rows, because results must not depend on their order.
-
-    Raises:
-        UsageError: it is `"running"`.
-    """
-    if baseline == "running":
-        raise UsageError(
-            "baseline 'running' (--reference) is for servers, since results would depend on the order of rows: use "
-            "'neutral' here"
-        )
-
-
 def order_dependence(logo: Calls, generation: Mapping[str, Any]) -> str | None:
     """Why a row's result depends on the rows before it, in a few words; None if it does not."""
     if logo.settings.probe_context == "carry":
         return "--probe-context carry probes with the adapters of the row before"
-    if logo.settings.baseline == "running":
-        return "--reference running compares with the rows before"
     config = generation.get("generation_config")
     if generation.get("do_sample", False if config is None else config.do_sample):
         asks = "an option asks" if "do_sample" in generation else "the model's generation config asks"

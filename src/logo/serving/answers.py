@@ -207,14 +207,13 @@ class Answers:
         except asyncio.CancelledError:
             self.metrics.failed("left", n * len(prompts))
             raise
-        own = wanted.options.get("signal") in (None, self.service.signal)
         entries, chosen = [], []
         for prompt, one in zip(prompts, found, strict=True):
             if isinstance(one, Unsure):
-                self.metrics.refused(one, own)
+                self.metrics.refused(one)
                 entries.append(self._entry(Selection((), (), dict(one.scores), one.confidence), prompt))
             elif not isinstance(one, BaseException):
-                self.metrics.chosen(one, own)
+                self.metrics.chosen(one)
                 entries.append(self._entry(one.selection, prompt))
                 chosen.append(one)
         state.selections = entries or None

@@ -14,7 +14,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from logo.errors import Unsure
-from logo.selection.drift import Drift
 
 if TYPE_CHECKING:
     from logo.protocol import Engine, SelectedMixture
@@ -65,32 +64,25 @@ class Metrics:
             "The probability that the pool holds an adapter made for the prompt.",
             [tenth / 10 for tenth in range(1, 11)],
         )
-        # Scores of the best adapters alone would move the levels of all others too high.
-        self._drift = Drift() if service.scores_all else None
-        self.registry.register(_State(service, self._drift))
+        self.registry.register(_State(service))
         ProcessCollector(registry=self.registry)
 
-    def chosen(self, chosen: SelectedMixture, own: bool = True) -> None:
-        """Counts one selection; `own`: by the engine's own signal, since scores of other signals are not comparable."""
+    def chosen(self, chosen: SelectedMixture) -> None:
+        """Counts one selection."""
         self.queue.observe(chosen.queue_ms / 1e3)
         if chosen.probe_ms:
             self.probe.observe(chosen.probe_ms / 1e3)
         self.adapters_per_request.observe(len(chosen.selection.adapters))
         if chosen.selection.confidence is not None:
-            self._scored(chosen.selection.scores, chosen.selection.confidence, own)
+            self.confidence.observe(chosen.selection.confidence)
 
     def failed(self, reason: FailureReason, answers: int) -> None:
         """Counts answers that did not end."""
         self._failures.labels(reason).inc(answers)
 
-    def refused(self, refused: Unsure, own: bool = True) -> None:
-        """Records a prompt that nothing answers, whose confidence tells what the pool lacks; `own`: as in `chosen`."""
-        self._scored(refused.scores, refused.confidence, own)
-
-    def _scored(self, scores: Mapping[str, float], confidence: float, own: bool) -> None:
-        self.confidence.observe(confidence)
-        if own and self._drift is not None:
-            self._drift.see(scores)
+    def refused(self, refused: Unsure) -> None:
+        """Records a prompt that nothing answers, whose confidence tells what the pool lacks."""
+        self.confidence.observe(refused.confidence)
 
     def text(self) -> bytes:
         """The exposition format."""
@@ -100,8 +92,8 @@ class Metrics:
 class _State(Collector):
     """The state of the service, read when metrics are collected."""
 
-    def __init__(self, service: Engine, drift: Drift | None) -> None:
-        self._service, self._drift = service, drift
+    def __init__(self, service: Engine) -> None:
+        self._service = service
 
     def collect(self) -> Iterator[Metric]:
         service, now = self._service, self._service.figures
@@ -126,8 +118,6 @@ class _State(Collector):
         for adapter in list(service.adapters):
             selected.add_metric([adapter], service.selected.get(adapter, 0))
         yield selected
-        if self._drift is not None:
-            yield from self._drifted(self._drift)
         steps = CounterMetricFamily("logo:steps", "Forward passes, with some mixture or none.", labels=["form"])
         for form, count in now.steps.items():
             steps.add_metric([form], count)
@@ -140,17 +130,6 @@ class _State(Collector):
         yield once
         silent = "Adapters that were to answer a prompt without their invocation tokens."
         yield CounterMetricFamily("logo:not_invoked", silent, value=now.not_invoked)
-
-    def _drifted(self, drift: Drift) -> Iterator[Metric]:
-        """The shifts of scores (`logo.selection.drift`), without adapters that have left the pool."""
-        drift.keep(set(self._service.adapters))
-        middle = "The usual score of the usual adapter in recent prompts."
-        yield GaugeMetricFamily("logo:pool_baseline_shift", middle, value=drift.middle)
-        own = "How far an adapter's usual score in recent prompts is above that of the usual adapter."
-        shifts = GaugeMetricFamily("logo:adapter_baseline_shift", own, labels=["adapter"])
-        for adapter, shift in drift.shifts.items():
-            shifts.add_metric([adapter], shift)
-        yield shifts
 
 
 def labelled(texts: Mapping[str, str]) -> bytes:

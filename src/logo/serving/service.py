@@ -192,11 +192,6 @@ class Service:
         return self.logo.settings.unsure_below
 
     @property
-    def scores_all(self) -> bool:
-        """Whether a selection has the scores of all adapters that may be selected."""
-        return self.logo.settings.index == "exact"
-
-    @property
     def probe_text(self) -> ProbeText | None:
         """What is probed of a conversation."""
         return self.logo.settings.probe_text

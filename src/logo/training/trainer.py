@@ -149,7 +149,7 @@ class Trainer:
         return [replace(_outcome(learner), before=learner.name in ended) for learner in learners]
 
     def calibrate(self, root: Path) -> None:
-        """Runs the calibration of the pool and writes it beside each adapter.
+        """Runs the calibration of the pool, so that it opens without one.
 
         Raises:
             LoGoError: the pool cannot be calibrated.
@@ -159,10 +159,6 @@ class Trainer:
 
         logo = LoGo(self._model, self.tokenizer, AdapterPool.from_directory(root, on_bad_adapter="skip"))
         logo.calibrate()
-        cache = logo.scorer.cache
-        for name in logo.names:
-            if cache is not None and record_of(root / name) is not None:
-                cache.keep_beside(logo.pool[name])
 
     def learners(self, tasks: Sequence[Prepared]) -> list[Learner]:
         """A learner for each task, with initial factors.

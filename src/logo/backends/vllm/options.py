@@ -98,13 +98,8 @@ class Options:
         made = cls(settings=settings, **options)
         for signal in made.all_signals:
             settings.for_call(signal=signal)  # refuses one that does not exist
-        if settings.probe_context != "base" or settings.baseline != "neutral":
-            raise UsageError(
-                "inside vLLM prompts are probed by the base model alone and compared with neutral text: leave out "
-                "probe_context and baseline"
-            )
-        if settings.index != "exact":
-            raise UsageError(f"inside vLLM every adapter is scored: leave out index {settings.index!r}")
+        if settings.probe_context != "base":
+            raise UsageError("inside vLLM prompts are probed by the base model alone: leave out probe_context")
         return made
 
     @property

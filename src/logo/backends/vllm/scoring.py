@@ -56,7 +56,6 @@ class Scoring:
         prompts: read the texts.
         device: where scores are computed.
         before: of an earlier state of the pool, whose valid parts are reused.
-        draw: decides on which texts published calibrations are checked: all workers have to ask for the same texts.
     """
 
     def __init__(
@@ -68,7 +67,6 @@ class Scoring:
         prompts: Prompts,
         device: torch.device,
         before: Scoring | None = None,
-        draw: str | None = None,
     ) -> None:
         self._skeleton, self._pool, self._options, self._taps = skeleton, pool, options, taps
         # Hidden vectors of the texts of the current step, and the keys of these texts.
@@ -82,7 +80,6 @@ class Scoring:
             None if before is None else before._scorers,
             device=device,
             run_texts=self._kept_vectors,
-            draw=draw,
         )
 
     def open(self, signal: str) -> dict[str, Any]:

@@ -330,7 +330,7 @@ class Worker:
             where = ", ".join(sorted(path for _, path in unread))
             raise UsageError(f"this pool is probed at {where}, which the server cannot read: restart it with this pool")
         given = self.taps, self._prompts, self._device
-        made = Scoring(self.skeleton, pool.adapters, self.options, *given, before=self.scoring, draw=draw)
+        made = Scoring(self.skeleton, pool.adapters, self.options, *given, before=self.scoring)
         self._staged = pool, made
         return described(pool, self.mode, self.reason)
 

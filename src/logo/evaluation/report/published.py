@@ -21,8 +21,7 @@ from logo.evaluation.stored import Result
 
 # Options that make a run another experiment if they have other values than these.
 _USUAL = {
-    **dict.fromkeys(("limit", "rows", "adapters", "weighting", "keep_mass", "probe_text", "activation")),
-    **dict.fromkeys(("probe_input", "probe_token", "probe_layer", "probe_module", "probe_depth", "probe_points")),
+    **dict.fromkeys(("limit", "rows", "adapters", "weighting", "probe_text", "activation")),
     **dict.fromkeys(("on_bad_adapter", "unscorable"), "error"),
     "probe_context": "carry",
     "dtype": "float32",
