@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from logo.selection.whitening import SHRINKAGE, SKETCHED, Whitening
 from logo.tensors import stored, tensor_of
 
 # To be raised when the content of the files changes its meaning.
-_FORMAT = 3
+_FORMAT = 4
 _SAMPLED = 64
 _WEIGHTS = "weights.json"
 
@@ -74,7 +75,7 @@ class CalibrationCache:
         return cls(texts, _key_of(model, texts, signal), signal.readings, folder)
 
     def responses(self, adapter: Adapter) -> dict[str, Tensor]:
-        """Key of a point -> `a` (readings, texts) of this adapter, for the points that have been measured.
+        """Module of a point -> `a` (readings, texts) of this adapter, for the points that have been measured.
 
         Raises:
             AdapterError: nothing is known yet, and its file is gone.
@@ -103,15 +104,15 @@ class CalibrationCache:
 
     def weight_norms(self, model: nn.Module, points: Sequence[Point]) -> tuple[float, ...]:
         """`‖W‖_F` of the base model at each point, cached or measured now; NaN where it is not known."""
-        missing = [point for point in points if point.key not in self._weight_norms]
+        missing = [point for point in points if point.module not in self._weight_norms]
         if missing and self._folder is not None:
             self._weight_norms |= read_cached(self._folder / self._name / _WEIGHTS, _numbers) or {}
-            missing = [point for point in missing if point.key not in self._weight_norms]
+            missing = [point for point in missing if point.module not in self._weight_norms]
         if missing:
-            self._weight_norms |= {point.key: weight_norm(model, point) for point in missing}
+            self._weight_norms |= {point.module: weight_norm(model, point) for point in missing}
             known = {key: norm for key, norm in self._weight_norms.items() if math.isfinite(norm)}
             self._save(_WEIGHTS, json.dumps(known).encode())
-        return tuple(self._weight_norms[point.key] for point in points)
+        return tuple(self._weight_norms[point.module] for point in points)
 
     def described(self, name: str) -> Mapping[int, Tensor] | None:
         """Descriptions of texts by the first point of each place, as stored under this name; None if there are none."""
@@ -137,6 +138,8 @@ class CalibrationCache:
         asked = [*map(self._key, adapters), choice["probe_depth"], choice["most_points"]]
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
         name = f"points-{digest}.json"
+        if self._folder is not None and os.path.isfile(file := self._folder / self._name / name):
+            return file
         return self._save(name, (json.dumps(choice, indent=2) + "\n").encode())
 
     def _load(self, name: str, read: Callable[[Path], dict[str, Tensor]] = load_file) -> dict[str, Tensor]:

@@ -112,7 +112,7 @@ def calibrate(
     """
     started, texts = time.perf_counter(), cache.texts
     known = {adapter.name: cache.responses(adapter) for adapter in adapters}
-    missing = {p: [a for a in adapters if p.module in a.modules and p.key not in known[a.name]] for p in candidates}
+    missing = {p: [a for a in adapters if p.module in a.modules and p.module not in known[a.name]] for p in candidates}
     measured = measure(model, {point: some for point, some in missing.items() if some}, settings, cache, run_texts)
     for adapter in adapters:
         if adapter.name in measured:
@@ -120,7 +120,7 @@ def calibrate(
             cache.keep_responses(adapter, known[adapter.name])
     nothing = torch.full((settings.reading.readings, len(texts.rows)), torch.nan)
     responses = torch.stack(
-        [torch.stack([known[a.name].get(p.key, nothing) for p in candidates], dim=1) for a in adapters]
+        [torch.stack([known[a.name].get(p.module, nothing) for p in candidates], dim=1) for a in adapters]
     )  # (adapters, readings of a point, candidates, texts)
     even = responses[:, 0]
     neutral, requests = even[:, :, : len(texts.neutral)], even[:, :, len(texts.neutral) :]
@@ -183,7 +183,7 @@ def measure(
         run_texts: as in `calibrate`.
 
     Returns:
-        adapter name -> key of the point -> `a` (readings, texts), neutral ones first.
+        adapter name -> module of the point -> `a` (readings, texts), neutral ones first.
     """
     measured: dict[str, dict[str, Tensor]] = {}
     if run_texts is None:
@@ -192,7 +192,7 @@ def measure(
         part = {point: wanted[point] for point in points}
         for index, responses in _measured(run_texts, part, settings.reading, cache):
             for adapter, response in zip(index.adapters, responses.permute(2, 0, 1), strict=True):
-                measured.setdefault(adapter.name, {})[index.point.key] = response.clone()
+                measured.setdefault(adapter.name, {})[index.point.module] = response.clone()
     return measured
 
 

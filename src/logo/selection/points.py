@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -32,14 +31,6 @@ class Point:
     layer_path: str
     module: str
     rows: tuple[int, ...] | None = None
-
-    @property
-    def key(self) -> str:
-        """The name under which the cache keeps values of this point: the module, and a digest of the rows if there are
-        some."""
-        if self.rows is None:
-            return self.module
-        return f"{self.module}[{hashlib.sha256(repr(self.rows).encode()).hexdigest()[:16]}]"
 
     @property
     def name(self) -> str:
