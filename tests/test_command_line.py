@@ -45,7 +45,7 @@ def test_help_fits_a_screen_and_help_all_shows_every_option(command: str, capsys
     shown = {word for word in short.split() if word.startswith("--")}
     assert shown <= set(everything.split()) and "--help-all" in shown
     if command not in ("train",):
-        assert "--probe-layer" in everything and "--probe-layer" not in short
+        assert "--probe-text" in everything and "--probe-text" not in short
 
 
 def test_the_official_command_shows_the_official_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +70,7 @@ def test_help_shows_the_defaults_of_the_command_itself(
     shown, _ = said(capsys, *command.split(), "--help")
     words = " ".join(shown.split())
     assert f"Hub id, folder or short name. [{model}]" in words
-    assert f"`arrow` or `spectr`. [{signal}]" in words
+    assert f"`norm` or `entropy`. [{signal}]" in words
 
 
 # --- old names
@@ -195,14 +195,11 @@ def selected(capsys: pytest.CaptureFixture[str], *options: str) -> Any:
 
 def test_set_and_config_say_what_options_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("signal: norm\nk: 2\nprobe-token: mean\nprobe_layer: [0, -1]\n")
-    asked = ("--signal", "norm", "--probe-token", "mean", "--probe-layer", "0,-1")
+    file.write_text("signal: norm\nk: 2\nprobe-text: all\n")
+    asked = ("--signal", "norm", "--probe-text", "all")
     by_options = selected(capsys, *asked, "-k", "2")
     assert selected(capsys, "--config", str(file)) == by_options
-    assert (
-        selected(capsys, *(f"--set={pair}" for pair in ("signal=norm", "k=2", "probe-token=mean", "probe_layer=0,-1")))
-        == by_options
-    )
+    assert selected(capsys, *(f"--set={pair}" for pair in ("signal=norm", "k=2", "probe_text=all"))) == by_options
     # The command line counts more than --set, and that more than the file, in any order.
     three = selected(capsys, *asked, "-k", "3")
     assert selected(capsys, "-k", "3", "--config", str(file), "--set", "k=1") == three
@@ -249,14 +246,14 @@ def test_what_cannot_be_read(
 
 def test_an_answer_is_repeated_from_its_own_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = tmp_path / "first.json", tmp_path / "second.json"
-    asked = ["What is 7 plus 5?", *DEMO, "--max-new-tokens", "4", "--set", "probe-token=mean", "--signal", "norm"]
+    asked = ["What is 7 plus 5?", *DEMO, "--max-new-tokens", "4", "--set", "probe-text=all", "--signal", "norm"]
     said(capsys, "generate", *asked, "--save", str(first))
     said(capsys, "generate", "--config", str(first), "--save", str(second))
     one, two = (json.loads(file.read_text()) for file in (first, second))
     for name in ("prompt", "text", "adapters"):
         assert one["answers"][0][name] == two["answers"][0][name]
     assert {**one["command"]["options"], "save": ""} == {**two["command"]["options"], "save": ""}
-    assert one["command"]["options"]["probe_token"] == "mean"
+    assert one["command"]["options"]["probe_text"] == "all"
 
 
 @pytest.mark.parametrize("command", [["eval", "run"], ["evaluate"]], ids=" ".join)
@@ -315,18 +312,13 @@ def test_a_value_that_is_none_of_the_known_ones(capsys: pytest.CaptureFixture[st
         (["eval", "sweep", *ROWS, "--grid", "method=base,uniform", "--shots", "2"], "--shots is only for --method"),
         (["eval", "run", *ROWS, "--method", "base", "--signal", "norm"], "--signal is only for --method logo, but the"),
         (["evaluate", *ROWS, "--method", "uniform", "-k", "3"], "--n-selected-modules is only for --method logo"),
-        (["eval", "run", *ROWS, "--method", "seqr", "--set", "probe_layer=0"], "--probe-layer is only for --method"),
+        (["eval", "run", *ROWS, "--method", "base", "--set", "probe_text=all"], "--probe-text is only for --method"),
         (["eval", "study", *ROWS[:2], "--save", "s.json", "--shots", "2"], "lorahub, lorauter, but the method is logo"),
         (
             ["eval", "sweep", *ROWS, "--grid", "method=base,uniform", "--signal", "norm"],
             "--signal is only for --method",
         ),
-        (["select", "x", "--index-rank", "3"], "--index-rank is only for --index two-stage, but the index is exact"),
-        (["generate", "x", "--weight-temperature", "2"], "--weight-temperature is only for --weighting softmax"),
-        (["select", "x", "--signal", "norm", "--probe-depth", "0.3"], "--probe-depth is only for --signal"),
-        (["select", "x", "--signal", "norm", "--probe-points", "3"], "--probe-points is only for --signal"),
         (["generate", "x", "--seed", "3"], "--seed 3 is only for sampling"),
-        (["eval", "study", *ROWS[:2], "--save", "s.json", "--index-rank", "3"], "--index-rank is only for --index"),
         (["select", "x", "--signal", "entropy", "--examples", "ignore"], "but the signal is entropy"),
         (["eval", "study", *ROWS[:2], "--save", "s.json", "--merge", "ties"], "of a --method, and none"),
         (

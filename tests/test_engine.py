@@ -108,12 +108,6 @@ def test_selection_is_the_formula(llama: nn.Module, adapters: Path) -> None:
         assert selection.weights[0] == same_weights(expected[best[0]] / sum(expected[n] for n in best))
 
 
-def test_several_layers_are_averaged(llama: nn.Module, adapters: Path) -> None:
-    both = engine(llama, adapters, probe_layer=[0, 2]).select(PROMPTS[0]).scores
-    single = [engine(llama, adapters, probe_layer=i).select(PROMPTS[0]).scores for i in (0, 2)]
-    assert both == same_scores({name: (single[0][name] + single[1][name]) / 2 for name in both})
-
-
 def test_base_context_does_not_depend_on_order_or_pool(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
     forward = logo.select(PROMPTS)
@@ -316,14 +310,6 @@ def test_a_pool_that_became_unusable_is_refused_until_it_is_mended(
     assert logo.select(PROMPTS[0]) == before
 
 
-def test_residual_needs_a_module_of_its_width(llama: nn.Module, tmp_path: Path) -> None:
-    write_adapter(tmp_path / "mlp", llama, ("down_proj",), rank=2, seed=5)
-    with pytest.raises(UsageError, match="takes 48 features, the residual stream has 32; use probe_input 'projection'"):
-        engine(llama, tmp_path, k=1, probe_module="down_proj")
-    logo = engine(llama, tmp_path, k=1, probe_module="down_proj", probe_input="projection")
-    assert logo.select("w3").adapters == ("mlp",)
-
-
 def test_k_larger_than_the_pool_warns_once(llama: nn.Module, adapters: Path) -> None:
     with pytest.warns(UserWarning, match="k is 9 but the pool has 5 adapters") as caught:
         logo = engine(llama, adapters, k=9)
@@ -337,7 +323,7 @@ def test_k_larger_than_the_pool_warns_once(llama: nn.Module, adapters: Path) -> 
         ({"k": 0}, "expected 1 or more, found 0"),
         ({"signal": "nrom"}, "did you mean 'norm'"),
         ({"probe_context": "all"}, "expected one of base, pool, carry"),
-        ({"probe_tokens": "last"}, "did you mean 'probe_token'"),
+        ({"probe_texts": "all"}, "did you mean 'probe_text'"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:

@@ -202,7 +202,7 @@ def test_temperatures_are_part_of_the_identity_if_examples_count(
 
 def test_what_answers_unsure_prompts_is_part_of_the_identity(tiny_logo: LoGo, llama: nn.Module, adapters: Path) -> None:
     """With any weighting, also the confidence below which they are unsure, which matters to no other engine."""
-    settings = {"signal": "calibrated", "weighting": "softmax"}
+    settings = {"signal": "calibrated", "weighting": "linear"}
     mixed, alone = (engine(llama, adapters, **settings, when_unsure=when) for when in ("mix", "base"))
     assert "unsure_below" not in engine_identity(mixed, "base", {})["settings"]
     other = engine(llama, adapters, **settings, when_unsure="base", unsure_below=0.5)

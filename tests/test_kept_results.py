@@ -58,8 +58,8 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (
             ["--limit", "8"],
-            ["--limit", "2", "--weighting", "softmax"],
-            ['settings.weighting is not given, not "softmax"', "rows is 8, not 2"],
+            ["--limit", "2", "--weighting", "linear"],
+            ['settings.weighting is not given, not "linear"', "rows is 8, not 2"],
         ),
         (["--preset", "official"], [], ['settings.probe_context is "carry", not "base"']),
         ([], ["--preset", "official"], ['settings.probe_context is "base", not "carry"']),

@@ -40,7 +40,7 @@ PROMPT = "What is the opposite of hot?"
 SIGNAL = """
 from logo import register_signal
 
-@register_signal("quiet", layers="early", input="projection", token="each", scale="zscore", weighting="softmax")
+@register_signal("quiet", layers="early", input="projection", token="each", scale="zscore")
 def quiet(index, hidden):
     return index.norms(hidden).sqrt()
 """

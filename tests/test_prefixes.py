@@ -135,7 +135,7 @@ def test_a_model_with_a_state_reads_every_prompt_whole(name: str, tmp_path: Path
     """Also those that transformers does not mark as stateful, which keep it in layers or a cache class of their own."""
     model = tiny.model(name, **LONG)
     for i in range(3):
-        write_adapter(tmp_path / f"t{i}", model, ("q_proj", "in_proj"), rank=2, seed=i)
+        write_adapter(tmp_path / f"t{i}", model, ("q_proj", "in_proj", "qkv_proj"), rank=2, seed=i)
     # The layers of one of them are of several kinds, of which the probe of `calibrated` reaches the first alone.
     reusing, plain = engines(model, tmp_path, signal="norm" if name == "minimax" else "calibrated")
     prompt = words(150, 0)

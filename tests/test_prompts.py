@@ -62,7 +62,7 @@ def test_the_commands_cut_long_prompts_alike(tmp_path: Path, capsys: pytest.Capt
     for i in range(5):
         write_adapter(tmp_path / "pool" / f"t{i}", base, ("q_proj",), rank=2, seed=i)
     ask = [words(120), "--base-model", str(tmp_path / "model"), "--adapters", str(tmp_path / "pool"), "-k", "5"]
-    ask += ["--signal", "norm", "--probe-token", "mean", "--device", "cpu", "--json"]
+    ask += ["--signal", "norm", "--device", "cpu", "--json"]
 
     def scores(command: str, *options: str) -> dict[str, float]:
         assert run([command, *ask, *options]) == 0

@@ -259,7 +259,7 @@ def test_padding_changes_nothing_whatever_the_positions(kind: str, tmp_path: Pat
     model = tiny.model(kind)
     target = "q_proj" if kind == "llama" else "c_attn"
     write_adapter(tmp_path / "a", model, (target,), rank=2, seed=0)
-    settings = SelectionSettings(signal="norm", k=1, probe_module=target)
+    settings = SelectionSettings(signal="norm", k=1)
     logo = LoGo(model, tokenizer(), AdapterPool.from_directory(tmp_path), settings=settings)
     mixtures: list[dict[str, float]] = [{"a": 0.5}, {}, {"a": 2.0}, {}, {"a": 1.0}]
     together = logo.score_pairs(PAIRS, mixtures)

@@ -94,7 +94,7 @@ def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str],
     prompts.write_text("".join(f"prompt 'number' {i}\n" for i in range(9)))
     variables, _, _ = dry(
         capsys,
-        *("-k", "5", "--signal", "norm", "--probe-layer", "0,-1", "--weighting", "softmax"),
+        *("-k", "5", "--signal", "norm", "--weighting", "linear"),
         *("--unscorable", "skip", "--on-bad-adapter", "skip", "--signals", "entropy,norm"),
     )
     read = Options.of(None, variables)
@@ -103,12 +103,12 @@ def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str],
         mode="gate",
         signals=("entropy", "norm"),
         on_bad_adapter="skip",
-        settings=SelectionSettings(signal="norm", k=5, probe_layer=["0", "-1"], weighting="softmax", unscorable="skip"),
+        settings=SelectionSettings(signal="norm", k=5, weighting="linear", unscorable="skip"),
     )
-    variables, _, _ = dry(capsys, "--calibration-prompts", str(prompts), "--cache", "", "--keep-mass", "0.9")
+    variables, _, _ = dry(capsys, "--calibration-prompts", str(prompts), "--cache", "", "--unsure-below", "0.9")
     found = Options.of(None, variables)
     assert found is not None and found.settings.calibration_prompts == [f"prompt 'number' {i}" for i in range(9)]
-    assert (found.settings.cache, found.settings.keep_mass) == ("", 0.9)
+    assert (found.settings.cache, found.settings.unsure_below) == ("", 0.9)
 
 
 @pytest.mark.parametrize(

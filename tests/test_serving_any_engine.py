@@ -26,9 +26,7 @@ from logo.protocol import (
     TokenLogprob,
 )
 from logo.selection import Selection
-from logo.selection.drift import Drift
 from logo.serving.app import AppSettings, create_app
-from logo.serving.metrics import Metrics
 
 
 @dataclass
@@ -187,26 +185,8 @@ def test_confidence_and_shifts_are_told(tmp_path: Path) -> None:
         values = {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
         assert values["logo:selection_confidence_count"] == values['logo:selection_confidence_bucket{le="0.6"}'] == 3
         assert values['logo:selection_confidence_bucket{le="0.5"}'] == 0
-        drift = Drift()
-        for _ in range(2):
-            drift.see({"a": 5.0, "b": 0.25, "c": 0.0})
-        assert values["logo:pool_baseline_shift"] == drift.middle > 0
-        shown = {name: values[f'logo:adapter_baseline_shift{{adapter="{name}"}}'] for name in "abc"}
-        assert shown == drift.shifts and shown["a"] > 0 == shown["b"] > shown["c"]
-        await client.post("/v1/unload_lora_adapter", json={"lora_name": "a"})
-        text = (await client.get("/metrics")).text
-        assert 'baseline_shift{adapter="b"}' in text and 'baseline_shift{adapter="a"}' not in text
 
     asked(use, adapter_changes=tmp_path)
-
-
-def test_shifts_are_not_told_where_only_the_best_adapters_are_scored() -> None:
-    engine = Scripted()
-    engine.scores_all = False
-    metrics = Metrics(engine)
-    selection = Selection(("a",), (1.0,), {"a": 5.0}, 0.55)
-    metrics.chosen(Choice(selection, engine.released))
-    assert b"selection_confidence_count 1.0" in metrics.text() and b"baseline_shift" not in metrics.text()
 
 
 def test_the_pool_and_the_figures_are_told(tmp_path: Path) -> None:

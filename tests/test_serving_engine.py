@@ -432,7 +432,6 @@ def test_wishes_are_heard(llama: nn.Module, adapters: Path) -> None:
         ]
         for wanted in (
             MixtureRequest(options={"signal": "nrm"}),
-            MixtureRequest(options={"signal": "arrow"}),
             MixtureRequest(adapters={"tasks/t9": 1.0}),
             MixtureRequest(adapters={"tasks/t0": float("inf")}),
         ):

@@ -117,7 +117,7 @@ def test_a_request_narrows_what_its_key_may_use(team: Served, everyone: Served, 
         found = server.post("/v1/logo/select", {"prompt": PROMPT, "logo": {"candidates": few, "k": 9}})
         assert sorted(found["adapters"]) == sorted(found["scores"]) == few
     client = openai.OpenAI(base_url=f"{everyone.url}/v1", api_key="operator", max_retries=0)
-    options: dict[str, Any] = {"candidates": TEAM, "k": 4, "keep_mass": 0.9, "weighting": "linear", "signal": "norm"}
+    options: dict[str, Any] = {"candidates": TEAM, "k": 4, "weighting": "linear", "signal": "norm"}
     with client:
         got = client.completions.create(
             model="logo", prompt=PROMPT, max_tokens=6, temperature=0, extra_body={"logo": options}
@@ -168,7 +168,6 @@ def test_an_unknown_key_stays_out(everyone: Served) -> None:
         ({"candidates": []}, "logo.candidates"),
         ({"candidates": "french"}, "logo.candidates"),
         ({"candidates": ["frenh"]}, "no adapter 'frenh' in the pool of 16 (did you mean 'french'?)"),
-        ({"keep_mass": 0}, "logo.keep_mass"),
         ({"weighting": "sharp"}, "logo.weighting"),
         ({"signal": "norm", "weighting": "adaptive"}, "weighting 'adaptive': the signal 'norm' has no scale"),
         ({"adapters": {"french": 1}, "candidates": ["french"]}, "expected either 'adapters'"),

@@ -78,8 +78,8 @@ def report(engines: Engines, rows: Path, tmp_path_factory: pytest.TempPathFactor
 def test_what_any_signal_depends_on_is_recorded(engines: Engines) -> None:
     """Whichever comes first: only one of them reads all tokens."""
     pool, model = engines["norm"].pool, engines["norm"].model
-    reads_all = LoGo(model, tokenizer(), pool, settings=SelectionSettings(signal="spectr", k=2))
-    both = {"norm": engines["norm"], "spectr": reads_all}
+    reads_all = LoGo(model, tokenizer(), pool, settings=SelectionSettings(signal="calibrated", k=2))
+    both = {"norm": engines["norm"], "calibrated": reads_all}
     first, second = (Arms(given).facts.digests for given in (both, dict(reversed(both.items()))))
     assert first == second and "scores" in first
     assert "scores" not in Arms(engines).facts.digests
@@ -572,15 +572,3 @@ def test_a_row_that_cannot_be_scored_is_named(engines: Engines, tmp_path: Path) 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["eval", "study", "--help"]) == 0
     assert "Example: logo eval study" in " ".join(capsys.readouterr().out.replace("`", "").split())
-
-
-def test_a_signal_may_be_given_a_temperature(tmp_path: Path) -> None:
-    from logo.cli.study import _signals
-
-    assert _signals("calibrated, norm/0.5") == {
-        "calibrated": {"signal": "calibrated"},
-        "norm/0.5": {"signal": "norm", "weighting": "softmax", "weight_temperature": 0.5},
-    }
-    for bad, message in (("norm/", "expected a temperature"), ("norm/-1", "above 0"), ("nrom/1", "did you mean")):
-        with pytest.raises(UsageError, match=message):
-            _signals(bad)

@@ -8,20 +8,18 @@ import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import pytest
-import torch
 
 from logo.adapters.layout import BaseLayout
 from logo.backends.vllm.options import OPTIONS, POOL, Options
 from logo.backends.vllm.pool import KeyedPool, check_alike, described
 from logo.backends.vllm.probing import InWorkers
 from logo.backends.vllm.processes import Processes
-from logo.backends.vllm.scoring import Scoring
 from logo.backends.vllm.workers import Workers
 from logo.errors import AdapterError, ModelError, PoolError, UsageError
-from logo.models import demo_folder, load_base, load_skeleton
+from logo.models import demo_folder, load_skeleton
 from logo.selection import Selection
 from make_adapters import edit_weights
 
@@ -124,36 +122,6 @@ def test_a_process_takes_over_what_another_has_changed(tmp_path: Path) -> None:
     shutil.rmtree(copied_again)
     with pytest.raises(AdapterError):
         here.following(there.places, layout)
-
-
-def test_workers_check_published_calibrations_on_the_same_texts() -> None:
-    options = Options.of(None, {POOL: str(demo_folder() / "adapters")})
-    assert options is not None
-    model, _ = load_base("demo", device="cpu")
-    pool = KeyedPool.open(options, model)
-    prompts: Any = SimpleNamespace(texts=lambda texts, ending, varied: [[*text.encode()] for text in texts])
-
-    def sample(draw: str) -> list[int]:
-        scoring = Scoring(model, pool.adapters, options, cast(Any, None), prompts, torch.device("cpu"), draw=draw)
-        cache = scoring._scorers._cache(scoring._settings("calibrated"))
-        assert cache is not None
-        return cache.sample
-
-    assert sample("one") == sample("one") != sample("another")
-
-    class Asked:
-        vllm_config = SimpleNamespace(parallel_config=SimpleNamespace())
-        draws: ClassVar[list[str]] = []
-
-        async def collective_rpc(self, name: str, args: Any) -> list[dict[str, Any]]:
-            self.draws.append(args[1])
-            return [{"value": {}}]
-
-    core: Any = SimpleNamespace(pool=pool)
-    for _ in range(2):  # one call reaches all workers
-        asyncio.run(Workers(Asked())._begun(core, None))
-    first, second = Asked.draws
-    assert first != second and min(len(first), len(second)) >= 32
 
 
 def test_an_adapter_that_is_not_finite_cannot_be_added(tmp_path: Path) -> None:

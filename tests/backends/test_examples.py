@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from test_engine_steps import MODES
 from vllm_server import ASSETS
 
-from logo import LoGo, PoolError
-from logo.adapters.examples import write_examples
+from logo import LoGo
 from logo.adapters.files import EXAMPLES
 from logo.backends.vllm import probing
 from logo.evaluation.identity import engine_identity
@@ -74,13 +73,12 @@ def test_scores_are_the_local_engines(
     shared = " ".join(rows[:5])
     prompts = [*rows[: 6 if runner == "v2" else 32], *(f"{shared} {row}" for row in rows[8:11])]
     probe = {"do": "probe_counted", "prompts": prompts, "signal": "calibrated"}
-    first, again, alone = engines.run(
+    first, again = engines.run(
         tmp_path,
         flags,
-        {"pool": str(half), "signals": ["signature"]},
+        {"pool": str(half)},
         probe,
         probe,
-        {"do": "probe", "prompts": prompts[:4], "signal": "signature"},
         **RUNNERS[runner],
     )
     for i, expected in enumerate(local.select(prompts)):
@@ -89,18 +87,15 @@ def test_scores_are_the_local_engines(
     assert min(again["cached"][-3:]) >= 64
     for one, other in zip(again["scores"], first["scores"], strict=True):
         assert one == pytest.approx(other, abs=WEIGHTS)
-    for one, expected in zip(alone, local.select(prompts[:4], signal="signature"), strict=True):
-        assert one == same_scores(list(expected.scores.values()))
 
 
 def test_selections_are_those_of_the_local_engine(opened: Any, local: LoGo, rows: list[str]) -> None:
     inside = opened()
     identity = engine_identity(inside, "base", {})
     assert {**identity, "engine_options": None} == {**engine_identity(local, "base", {}), "engine_options": None}
-    for signal in ("calibrated", "signature"):
-        for found, expected in zip(inside.select(rows, signal=signal), local.select(rows, signal=signal), strict=True):
-            same_selection(found, expected)
-            assert found.confidence == pytest.approx(expected.confidence, abs=1e-4)
+    for found, expected in zip(inside.select(rows), local.select(rows), strict=True):
+        same_selection(found, expected)
+        assert found.confidence == pytest.approx(expected.confidence, abs=1e-4)
     without = opened(examples="ignore")
     assert engine_identity(without, "base", {}) != identity
     responses = LoGo(local.model, local.tokenizer, local.pool, settings=without.settings)
@@ -152,17 +147,3 @@ def test_many_examples_are_run_in_portions(
     assert len({tuple(text) for texts in portions for text in texts}) == 32
     for found, expected in zip(inside.select(rows[::8]), local.select(rows[::8]), strict=True):
         same_selection(found, expected)
-
-
-def test_the_signal_alone_needs_examples(opened: Any, half: Path, local: LoGo, rows: list[str], tmp_path: Path) -> None:
-    shutil.copytree(half, tmp_path / "pool")
-    for file in (tmp_path / "pool").rglob(EXAMPLES):
-        file.unlink()
-    said = "needs example prompts, and none of the 16 adapters has any"
-    with pytest.raises(PoolError, match=said):
-        opened(tmp_path / "pool", signal="signature")
-    inside = opened(tmp_path / "pool")
-    with pytest.raises(PoolError, match=said):
-        inside.select(rows[0], signal="signature")
-    write_examples(tmp_path / "pool" / "capital", [rows[0]])
-    assert opened(tmp_path / "pool", signal="signature").select(rows[0]).adapters[0] == "capital"

@@ -133,7 +133,7 @@ def test_a_run_has_the_same_identity_and_says_in_which_environment_it_ran(inside
 # -- selecting ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signal", ["calibrated", "norm", "entropy", "norm_z", "spectr"])
+@pytest.mark.parametrize("signal", ["calibrated", "norm", "entropy"])
 def test_selections_are_those_of_the_local_engine(inside: Any, local: LoGo, rows: list[str], signal: str) -> None:
     candidates = [name for name in local.names if name != "ours/overflows"]
     for found, expected in zip(
@@ -156,7 +156,7 @@ def test_every_kind_of_prompt_is_read(inside: Any, local: LoGo, rows: list[str])
 
 @pytest.mark.parametrize(
     "options",
-    [{"k": 2}, {"weighting": "softmax"}, {"keep_mass": 0.5}, {"candidates": ["ours/small", "ours/large"]}, {"k": 1}],
+    [{"k": 2}, {"weighting": "linear"}, {"candidates": ["ours/small", "ours/large"]}, {"k": 1}],
     ids=str,
 )
 def test_a_call_may_ask_for_more(inside: Any, local: LoGo, rows: list[str], options: dict[str, Any]) -> None:
@@ -368,7 +368,6 @@ BAD: list[Callable[[Any], Any]] = [
     lambda logo: logo.select("x", max_new_tokens=CONTEXT),
     lambda logo: logo.select("x", signal="norms"),
     lambda logo: logo.select("x", weighting="adaptive", signal="norm"),
-    lambda logo: logo.select("x", keep_mass=2),
     lambda logo: logo.select("x", candidates=[]),
     lambda logo: logo.select("x", candidates=["ours/smal"]),
     lambda logo: logo.select("x", batch_size=0),
@@ -478,7 +477,7 @@ def test_the_demo_opens_with_its_own_pool_and_number_of_adapters() -> None:
     try:
         assert (made.k, made.settings.k, len(made.names)) == (3, None, 16)
         local = LoGo.from_pretrained("demo", device="cpu")
-        for signal in ("calibrated", "arrow"):
+        for signal in ("calibrated", "entropy"):
             found, expected = (engine.select("What is 7 plus 5?", signal=signal) for engine in (made, local))
             same_selection(found, expected)
             assert len(found.adapters) <= 3

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("settings_of_vllm")
 SIGNAL = """
 from logo import register_signal
 
-@register_signal("quiet", layers="early", input="projection", token="each", scale="zscore", weighting="softmax")
+@register_signal("quiet", layers="early", input="projection", token="each", scale="zscore")
 def quiet(index, hidden):
     return index.norms(hidden).sqrt()
 """

@@ -144,7 +144,7 @@ def test_forced_adapters_single_ones_and_the_base_answer_beside_each_other(
 
 
 def test_a_request_says_how_to_select(client: openai.OpenAI, logo: LoGo, rows: list[str]) -> None:
-    for options in ({"k": 2}, {"signal": "norm"}, {"keep_mass": 0.5}, {"candidates": list(logo.names[:5]), "k": 3}):
+    for options in ({"k": 2}, {"signal": "norm"}, {"candidates": list(logo.names[:5]), "k": 3}):
         answer = client.completions.create(
             model="logo", prompt=rows[7], max_tokens=1, temperature=0, extra_body={"logo": options}
         )

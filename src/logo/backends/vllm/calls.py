@@ -29,8 +29,8 @@ def _told(own: Worker, process: str) -> dict[str, Any]:
     return {**described(own.pool, own.mode, own.reason), **more}
 
 
-def logo_stage(worker: Any, change: list[str] | None, draw: str, process: str = "", digest: str = "") -> dict[str, Any]:
-    """Begins a change of the pool; see `Worker.stage`. `draw` is random, and the same for all workers. Returns `wait`
+def logo_stage(worker: Any, change: list[str] | None, process: str = "", digest: str = "") -> dict[str, Any]:
+    """Begins a change of the pool; see `Worker.stage`. Returns `wait`
     while another process changes the pool, or if the pool is not the one that the caller knows (`digest`). Returns
     `_told` if another process has opened the pool.
     """
@@ -44,7 +44,7 @@ def logo_stage(worker: Any, change: list[str] | None, draw: str, process: str = 
     if change is not None and digest != own.pool.digest:
         own.processes.end(process)
         return {"wait": True}
-    return own.stage(None if change is None else (change[0], change[1], change[2]), draw)
+    return own.stage(None if change is None else (change[0], change[1], change[2]))
 
 
 def logo_abandon(worker: Any, process: str = "") -> None:

@@ -21,7 +21,7 @@ from transformers import TextStreamer
 from logo.adapters.activation import NotInvoked
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
-from logo.backends.vllm.core import Core, new_key, outcomes, values
+from logo.backends.vllm.core import Core, outcomes, values
 from logo.backends.vllm.hooks import version
 from logo.backends.vllm.likelihood import scored, scoring
 from logo.backends.vllm.marks import reading
@@ -82,7 +82,7 @@ class VllmLoGo(Calls):
         self._lock = threading.RLock()
         self._not_invoked = NotInvoked()
         self._requests = Requests(llm.llm_engine)
-        pool = self.core.staged(None, self._call("logo_stage", None, new_key()))
+        pool = self.core.staged(None, self._call("logo_stage", None))
         self._call("logo_commit")
         self.core.commit(pool, {})
         self._selecting: InWorkers = InWorkers(model, self.pool, settings, self._requests, self._call)

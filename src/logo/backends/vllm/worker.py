@@ -303,12 +303,11 @@ class Worker:
 
     # -- the pool ------------------------------------------------------------------------------------------------
 
-    def stage(self, change: Change | None, draw: str) -> dict[str, Any]:
+    def stage(self, change: Change | None) -> dict[str, Any]:
         """Begins to open or to change the pool; nothing changes before `commit`.
 
         Args:
             change: None: open the pool that the options name.
-            draw: see `Scoring`.
 
         Returns:
             `described` of the new pool.

@@ -122,7 +122,7 @@ class Workers:
         while True:
             if change is not None:
                 await self._follow(core)
-            replies = await self.call("logo_stage", change and list(change), new_key(), self._name, core.pool.digest)
+            replies = await self.call("logo_stage", change and list(change), self._name, core.pool.digest)
             if not any("wait" in one for one in replies):
                 return replies
             await asyncio.sleep(_AGAIN)
