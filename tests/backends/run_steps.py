@@ -44,7 +44,7 @@ class Engine:
         scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
         scheduler._preempt_request = self._counted(scheduler._preempt_request)
         self.core = Core(self.llm.llm_engine.vllm_config)
-        pool = self.core.staged(None, self.call("logo_stage", None, "draw"))
+        pool = self.core.staged(None, self.call("logo_stage", None))
         scored = {}
         for signal in self.core.signals:
             opened = self.call("logo_signal", signal)
