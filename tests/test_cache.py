@@ -141,16 +141,6 @@ def test_each_checkpoint_has_its_own_key(
     assert (one == key_of(model)) == (change is dict)
 
 
-def test_checkpoints_that_are_not_read_are_told_apart_by_their_files(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path, tiny.model("llama"), dict)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    keys = [key_of(skeleton(folder, torch.float32)) for _ in range(2)]
-    with (tmp_path / "pytorch_model.bin").open("ab") as file:
-        file.write(b"more")
-    keys.append(key_of(skeleton(folder, torch.float32)))
-    assert keys[0] == keys[1] != keys[2]
-
-
 def test_weights_in_buffers_are_in_the_key() -> None:
     """Layers of GPTQ and AWQ have no parameters. Buffers that are not saved follow from the configuration."""
     keys = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 import warnings
@@ -237,46 +236,6 @@ def test_only_new_adapters_are_calibrated(llama: nn.Module, tmp_path: Path, monk
     same_selection(again.select(PROMPTS[0]), first.select(PROMPTS[0]))
 
 
-@pytest.mark.parametrize("cache", ["known before", "known and gone", "file in the way"])
-def test_an_adapter_joins_without_one_eigen_decomposition(
-    cache: str, llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A whitening depends on base model and texts, not on the pool; others' files need not be there any more."""
-    counted: list[int] = []
-    decompose = torch.linalg.eigh
-
-    def eigh(matrix: torch.Tensor) -> Any:
-        counted.append(len(matrix))
-        return decompose(matrix)
-
-    monkeypatch.setattr(torch.linalg, "eigh", eigh)
-    (tmp_path / "file").write_text("in the way")
-    folder = str(tmp_path / ("file" if cache == "file in the way" else "cache"))
-    pool(llama, tmp_path / "pool", names=("q_proj", "v_proj", "down_proj"))
-    write_adapter(tmp_path / "new", llama, ("q_proj", "v_proj", "down_proj"), rank=3, seed=8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logo = engine(llama, tmp_path / "pool", cache=folder)
-        assert counted
-        if cache.startswith("known"):
-            counted.clear()
-            logo = engine(llama, tmp_path / "pool", cache=folder)
-            assert not counted
-        if cache != "known before":
-            shutil.copytree(tmp_path / "pool", tmp_path / "copy")
-            shutil.rmtree(tmp_path / "pool" / "t1")
-        counted.clear()
-        logo.pool.add(tmp_path / "new")
-        grown = logo.select(PROMPTS[0])
-    assert counted == []
-    if cache != "known before":
-        shutil.copytree(tmp_path / "copy" / "t1", tmp_path / "pool" / "t1")
-    shutil.copytree(tmp_path / "new", tmp_path / "pool" / "new")
-    fresh = engine(llama, tmp_path / "pool", cache="").select(PROMPTS[0])
-    assert grown.adapters == fresh.adapters
-    assert grown.scores == pytest.approx(fresh.scores, rel=1e-4, abs=1e-5)
-
-
 def test_nothing_runs_and_no_weight_is_read_until_it_is_needed(
     llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,18 +263,6 @@ def test_nothing_runs_and_no_weight_is_read_until_it_is_needed(
     assert happened == []
     other = LoGo(llama, tokenizer(), made, settings=settings)
     same_selection(other.select(PROMPTS[0]), logo.select(PROMPTS[0]))
-
-
-def test_changed_weights_are_calibrated_again(llama: nn.Module, tmp_path: Path) -> None:
-    settings = {"cache": str(tmp_path / "cache")}
-    engine(llama, pool(llama, tmp_path / "pool"), **settings)
-    write_adapter(tmp_path / "other", llama, ("q_proj", "v_proj"), rank=2, seed=77)
-    shutil.rmtree(tmp_path / "pool" / "t0")
-    shutil.copytree(tmp_path / "other", tmp_path / "pool" / "t0")
-    logo = engine(llama, tmp_path / "pool", **settings)
-    assert logo.scorer.calibration is not None and logo.scorer.calibration.measured == 1
-    kept, uncached = (e.select(PROMPTS[0]).scores for e in (logo, engine(llama, tmp_path / "pool", cache="")))
-    assert list(kept.values()) == same_scores(list(uncached.values()))
 
 
 def test_a_damaged_cache_is_made_anew(llama: nn.Module, tmp_path: Path) -> None:
@@ -365,17 +312,12 @@ def test_a_cache_that_may_only_be_read_or_not_even_that(readable: bool, llama: n
         same_selection(again.select(PROMPTS[0]), first.select(PROMPTS[0]))
 
 
-def test_the_choice_is_written_down(llama: nn.Module, tmp_path: Path) -> None:
-    pool(llama, tmp_path / "pool", names=ALL)
-    logo = engine(llama, tmp_path / "pool", cache=str(tmp_path / "cache"))
-    assert logo.scorer.calibration is not None and logo.scorer.calibration.file is not None
-    written = json.loads(logo.scorer.calibration.file.read_text())
-    assert written["points"] == [point.name for point in logo.scorer.points]
-    assert {point.layer for point in logo.scorer.points} <= {1, 2}
-    assert len(written["ranking"]) == 7 * 2  # of the three layers that are probed, the first one is passed over
-    values = [entry["contrast"] for entry in written["ranking"]]
-    assert values == sorted(values, reverse=True)
-    assert written["points"][0] == written["ranking"][0]["point"]
+def test_the_points_of_highest_contrast_are_chosen(llama: nn.Module, tmp_path: Path) -> None:
+    found = engine(llama, pool(llama, tmp_path, names=ALL)).scorer.calibration
+    assert found is not None and {point.layer for point in found.points} <= {1, 2}
+    assert len(found.ranking) == 7 * 2  # of the three layers that are probed, the first one is passed over
+    values = [value for _, value in found.ranking]
+    assert values == sorted(values, reverse=True) and found.points[0] == found.ranking[0][0]
 
 
 def test_own_prompts_may_rank_the_points(llama: nn.Module, tmp_path: Path) -> None:

@@ -145,27 +145,6 @@ def test_default_k_is_of_the_candidates(model: nn.Module, folder: Path) -> None:
         assert len(logo.select(PROMPTS[0], k=4, candidates=["t1", "t5"]).adapters) == 2
 
 
-def test_a_signal_reads_when_it_is_first_asked_for(
-    model: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logo = engine(model, folder, k=3)
-    with reading(monkeypatch) as read:
-        logo.select(PROMPTS[0])
-        assert set(read) == set(NAMES)
-        read.clear()
-        logo.select(PROMPTS[0], signal="calibrated")
-        assert set(read) == set(NAMES)
-        read.clear()
-        for signal in ("norm", "calibrated"):
-            logo.select(PROMPTS, signal=signal)
-        assert read == []
-
-
-def test_signals_of_one_point_share_its_index(logo: LoGo) -> None:
-    held = [logo._selecting.scorer(signal).indices for signal in ("norm", "entropy")]
-    assert len({id(index) for [index] in held}) == 1
-
-
 def test_known_beginnings_are_each_signals_own(model: nn.Module, folder: Path) -> None:
     """Prompts that begin alike, asked for by turns: what one signal kept is never taken for another's."""
     logo, plain = (engine(model, folder, k=3, prefix_cache_gb=budget) for budget in (0.25, 0))

@@ -15,8 +15,7 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
-from logo.selection import responses
-from logo.selection.prefixes import BLOCK, Block, Prefixes, block_bytes, cut
+from logo.selection.prefixes import BLOCK, Block, Prefixes
 from test_engine import tokenizer, write_adapter
 from tolerances import same_selection
 
@@ -172,62 +171,3 @@ def test_blocks_stay_within_the_budget_and_are_found_from_the_start(rows: Any, m
         assert prefixes.bytes == sum(held.bytes for held in prefixes._blocks.values())
         assert len(prefixes.find(row, blocks)) >= min(blocks, most)
     assert prefixes.find([9] * BLOCK * 2, 2) == []
-
-
-def test_what_does_not_fit_is_not_made() -> None:
-    """Of a batch, the first blocks of its last rows are kept; they are not made for a row and dropped for the next."""
-    size = block(4).bytes
-    rows = [[start] * (3 * BLOCK) + [7] for start in (1, 2, 3)]
-    made: list[tuple[int, int]] = []
-
-    def make(row: int, number: int) -> Block:
-        made.append((row, number))
-        return block(4)
-
-    for budget in (0, size - 1):
-        Prefixes(budget).keep(rows, 0, size, make)
-    assert not made
-    prefixes = Prefixes(5 * size)
-    prefixes.keep(rows, 0, size, make)
-    assert sorted(made) == [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]
-    assert [len(prefixes.find(row, 3)) for row in rows] == [0, 2, 3]
-    prefixes.keep([rows[0]], 0, size, make)
-    assert [len(prefixes.find(row, 3)) for row in rows] == [3, 0, 2]
-
-
-def test_no_block_is_copied_in_vain(pools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, folder = pools["llama"]
-    copied: list[int] = []
-    sizes: list[int] = []
-
-    def counting(cache: Any, row: int, number: int) -> Any:
-        copied.append(number)
-        return cut(cache, row, number)
-
-    def measured(cache: Any, sums: Any) -> int:
-        sizes.append(block_bytes(cache, sums))
-        return sizes[-1]
-
-    monkeypatch.setattr(responses, "cut", counting)
-    monkeypatch.setattr(responses, "block_bytes", measured)
-    for signal in ("norm", "calibrated"):
-        engine = engines(model, folder, signal=signal)[0]
-        engine.calibrate()
-        engine.select(words(150, 0))
-        assert copied == [0, 1]
-        prefixes = engine.scorer._reader._prefixes
-        assert prefixes.bytes == 2 * sizes[-1]  # it is what a block really takes
-        copied.clear()
-        prefixes.budget = sizes[-1]
-        engine.select([words(200, 1), words(200, 2)])
-        assert copied == [0] and prefixes.bytes == sizes[-1]
-        copied.clear()
-
-
-def test_common_blocks_leave_every_row_a_token() -> None:
-    prefixes = Prefixes(10**6)
-    long = [1] * (2 * BLOCK)
-    assert prefixes.common([long]) == 1
-    assert prefixes.common([[*long, 2]]) == 2
-    assert prefixes.common([[*long, 2], [*long, 3, 4]]) == 2
-    assert prefixes.common([[*long, 2], [5, *long]]) == 0

@@ -101,16 +101,6 @@ def test_unsure_mixtures_are_weaker_the_larger_their_adapters_are() -> None:
     assert selector(scores, names, {"a": USUAL}).weights == selector(scores, names).weights
 
 
-def test_where_examples_count_a_mixture_is_whole_from_a_lower_confidence_on() -> None:
-    found = select([3.46, *REST], 2, weighting="adaptive", evidence=EXAMPLES)
-    assert found.confidence == pytest.approx(0.2, abs=0.005)
-    assert sum(found.weights) == pytest.approx(1)
-    weaker = select([2.5, *REST], 2, weighting="adaptive", evidence=EXAMPLES)
-    assert weaker.confidence == pytest.approx(0.066, abs=0.005)
-    assert sum(weaker.weights) == pytest.approx(EXAMPLES.weight_sum(weaker.confidence or 0.0, USUAL))
-    assert sum(weaker.weights) < 0.9
-
-
 @pytest.mark.parametrize(("when", "adapters"), [("base", ()), ("mix", ("a00", "a01"))])
 def test_what_answers_where_nothing_stands_out(when: str, adapters: tuple[str, ...]) -> None:
     found = select([1.21, *REST], 2, weighting="adaptive", when_unsure=when)
@@ -143,12 +133,6 @@ def test_what_is_unsure_can_be_said() -> None:
 def test_scores_without_a_scale_have_no_confidence() -> None:
     assert select([1.3, *REST], evidence=None).confidence is None
     assert select([1.3, *REST], evidence=None, when_unsure="base").adapters  # nothing is known, so nothing is refused
-
-
-def test_twins_are_one_leading_group() -> None:
-    rest = [1.2, 1.0, 0.8, 0.5, 0.3, 0.0, -0.4]
-    twins = select([6.0, 6.0, *rest], weighting="adaptive")
-    assert twins.weights[:2] == pytest.approx((0.5, 0.5), abs=1e-3)
 
 
 def test_nothing_above_its_baseline_is_no_evidence() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from logo.selection.confidence import EXAMPLES as WITH_EXAMPLES
 from logo.selection.emphasis import FADING
 from logo.selection.signature import GAIN, REPLACED, Signatures, Space, described
 from test_calibrated import PROMPTS, change, engine, pool
-from test_engine import write_adapter
 from tolerances import same_scores, same_tensor
 
 LONG = "a long story that every prompt begins with, over and over again, until a block of tokens is full; "
@@ -205,24 +203,6 @@ def test_examples_are_those_of_the_opening(llama: nn.Module, folder: Path, tmp_p
     assert engine(llama, folder).select(PROMPTS[0]).adapters == ("t1",)
 
 
-def test_adapters_that_come_and_go_leave_no_descriptions_in_memory(
-    llama: nn.Module, folder: Path, tmp_path: Path
-) -> None:
-    logo = engine(llama, told(folder, t0=PROMPTS[0]))
-    cache = logo.scorer.cache
-    assert cache is not None
-    before = len(cache._described)
-    for i in range(4):
-        write_adapter(tmp_path / f"n{i}", llama, ("q_proj", "v_proj"), rank=2, seed=20 + i)
-        write_examples(tmp_path / f"n{i}", [f"number {i}"])
-        logo.pool.add(tmp_path / f"n{i}")
-        logo.select(PROMPTS[0])
-        assert len(cache._described) == before + 1
-        logo.pool.remove(f"n{i}")
-    logo.select(PROMPTS[0])
-    assert logo.scorer.cache is cache and len(cache._described) == before
-
-
 def test_the_cache_keeps_means_only(llama: nn.Module, folder: Path, tmp_path: Path) -> None:
     secret = "the password of the vault is 1234"
     engine(llama, told(folder, t0=[secret, "another one"]), cache=str(tmp_path / "cache"))
@@ -296,21 +276,6 @@ def test_examples_of_one_adapter_do_not_become_those_of_another(folder: Path) ->
     told(folder, t0="its own")
     assert examples_of(folder / "t0") == ("its own",) and examples_of(folder / "t1") == ("shared",)
     assert blob.read_text() == '{"prompt": "shared"}\n' and not list((folder / "t0").glob(".*"))
-
-
-def test_a_model_cards_widget_gives_examples(folder: Path) -> None:
-    card = folder / "t0" / "README.md"
-    card.write_text('---\nwidget:\n- text: "What is it?"\n- output: 3\n- text: ""\n---\n# A card\n')
-    assert examples_of(folder / "t0") == ("What is it?",)
-    write_examples(folder / "t0", ["its own"])
-    assert examples_of(folder / "t0") == ("its own",)
-    (folder / "t1" / "README.md").write_text("no metadata at all")
-    (folder / "t2" / "README.md").write_text("---\nwidget: {a: [}\n---\n")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert examples_of(folder / "t1") == ()
-    with pytest.warns(UserWarning, match="its metadata cannot be read"):
-        assert examples_of(folder / "t2") == ()
 
 
 def half(adapter: Adapter, folder: Path) -> bool:

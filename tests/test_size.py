@@ -90,17 +90,6 @@ def test_fused_projections_count_by_the_rows_of_the_query() -> None:
 VALUES = [Point(i, f"model.layers.{i}", f"model.layers.{i}.self_attn.v_proj") for i in (0, 1)]
 
 
-def test_a_norm_that_could_not_be_read_is_tried_again(
-    model: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("logo.selection.cache.weight_norm", lambda *_: math.nan)
-        unknown = opened(model, folder, signal="calibrated", cache=str(tmp_path))
-        assert list(unknown.scorer.sizes.values()) == pytest.approx([USUAL] * 4)
-    again = opened(model, folder, signal="calibrated", cache=str(tmp_path))
-    assert again.scorer.sizes == pytest.approx(expected(again), rel=1e-5)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_weights_may_be_of_any_plain_type(dtype: torch.dtype) -> None:
     model = tiny.model("llama").to(dtype)

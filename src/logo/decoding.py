@@ -238,19 +238,6 @@ def batches_by_length(
             start += count
 
 
-def batches_in_order(lengths: Sequence[int], size: int, *, tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `size` neighbours, in their order; `tokens` as in `batches_by_length`."""
-    batch: list[int] = []
-    for i in range(len(lengths)):
-        grown = [*batch, i]
-        if batch and (len(grown) > size or len(grown) * max(lengths[at] for at in grown) > tokens):
-            yield batch
-            grown = [i]
-        batch = grown
-    if batch:
-        yield batch
-
-
 def reads_prompts(config: GenerationConfig) -> bool:
     """Whether decoding depends on the tokens of prompts, as some logits processors do.
 

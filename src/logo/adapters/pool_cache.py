@@ -63,7 +63,7 @@ class PoolCache:
                 return cls(cache, name)
             recipes = [(_config(config), _modules(modules)) for config, modules in kept["recipes"]]
             entries = {
-                name: ((a[0], a[1], a[2]), (b[0], b[1], b[2]), recipe, verified)
+                name: ((a[0], a[1], a[2], a[3]), (b[0], b[1], b[2], b[3]), recipe, verified)
                 for name, a, b, recipe, verified in kept["adapters"]
                 if 0 <= recipe < len(recipes)
             }

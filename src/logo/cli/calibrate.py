@@ -49,8 +49,6 @@ def calibrate(engine: EngineOptions, json: Json = False) -> None:
         f"({calibration.measured} calibrated now, {known} known already)"
     )
     note(f"size of the adapters: {_sizes(logo, calibration)}")
-    if calibration.file is not None:
-        note(f"written to {calibration.file}")
 
 
 def _sizes(logo: LoGo, calibration: Calibration) -> str:
@@ -85,5 +83,4 @@ def _report(logo: LoGo, calibration: Calibration) -> dict[str, Any]:
         "listened": calibration.measured,  # its name in 0.2, until 0.4
         "sizes": None if _unknown(calibration) else logo.scorer.sizes,
         "seconds": calibration.seconds,
-        "file": None if calibration.file is None else str(calibration.file),
     }

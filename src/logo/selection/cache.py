@@ -1,8 +1,7 @@
-"""The calibration cache: responses, whitenings and chosen points on disk, each under a digest of what it depends on.
+"""The calibration cache: responses and whitenings on disk, each under a digest of what it depends on.
 
     <cache>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a` per point, neutral texts first
     <cache>/calibration/<base model, texts and reading>/whitening/<module>.safetensors
-    <cache>/calibration/<base model, texts and reading>/points-<pool>.json        what was chosen, for people to read
     <cache>/calibration/<base model, texts and reading>/weights.json     `‖W‖_F` of the base model per point
     <cache>/calibration/<base model, texts and reading>/described/<texts>.safetensors     descriptions, or their mean
 
@@ -16,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,30 +47,25 @@ class CalibrationCache:
     """The calibrations of one base model and one way of reading.
 
     Args:
-        texts: those that the base model reads.
-        key: digest of everything but the adapter that the stored values depend on.
-        readings: of each text at each point.
+        model: the base model.
+        texts: those that it reads.
+        signal: how they are read.
         folder: the cache folder; None keeps nothing.
 
     Attributes:
-        texts, key: the same.
+        texts: the same.
     """
 
-    def __init__(self, texts: Texts, key: str, readings: int, folder: Path | None) -> None:
-        self.texts, self.key = texts, key
-        self._shape = (readings, len(texts.rows))
-        self._folder, self._name = folder, f"calibration/{key}"
+    def __init__(self, model: nn.Module, texts: Texts, signal: Signal, folder: Path | None) -> None:
+        self.texts = texts
+        self._shape = (signal.readings, len(texts.rows))
+        self._folder, self._name = folder, f"calibration/{_key_of(model, texts, signal)}"
         # Keyed by the file object, which stays the same when a pool is fitted again.
         self._adapter_keys: WeakKeyDictionary[WeightFile, str] = WeakKeyDictionary()
         self._responses: WeakKeyDictionary[WeightFile, dict[str, Tensor]] = WeakKeyDictionary()
         self._whitenings: dict[str, Whitening] = {}  # only those that could not be written, since they are large
         self._described: dict[str, dict[int, Tensor]] = {}
         self._weight_norms: dict[str, float] = {}
-
-    @classmethod
-    def of(cls, model: nn.Module, texts: Texts, signal: Signal, folder: Path | None) -> CalibrationCache:
-        """The cache for a base model, texts and a way of reading."""
-        return cls(texts, _key_of(model, texts, signal), signal.readings, folder)
 
     def responses(self, adapter: Adapter) -> dict[str, Tensor]:
         """Module of a point -> `a` (readings, texts) of this adapter, for the points that have been measured.
@@ -132,15 +125,6 @@ class CalibrationCache:
     def release_described(self, needed: Collection[str]) -> None:
         """Releases the memory of all other descriptions; they stay on disk."""
         self._described = {name: self._described[name] for name in self._described if name in needed}
-
-    def keep_choice(self, adapters: Sequence[Adapter], choice: Mapping[str, Any]) -> Path | None:
-        """Writes down which points were chosen for these adapters; returns where."""
-        asked = [*map(self._key, adapters), choice["probe_depth"], choice["most_points"]]
-        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-        name = f"points-{digest}.json"
-        if self._folder is not None and os.path.isfile(file := self._folder / self._name / name):
-            return file
-        return self._save(name, (json.dumps(choice, indent=2) + "\n").encode())
 
     def _load(self, name: str, read: Callable[[Path], dict[str, Tensor]] = load_file) -> dict[str, Tensor]:
         if self._folder is None:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +74,6 @@ class Calibration:
             signal has them; NaN if an adapter does not touch a point.
         requests: `a` of the requests likewise; of no requests if the signal uses neutral texts only.
         weight_norms: `‖W‖_F` of the base model at each point; NaN where it is not known.
-        file: the file that says which points were chosen.
         measured: the number of adapters whose responses were not cached.
         seconds: duration of the calibration.
     """
@@ -85,7 +83,6 @@ class Calibration:
     neutral: Tensor
     requests: Tensor
     weight_norms: tuple[float, ...]
-    file: Path | None
     measured: int
     seconds: float
 
@@ -127,27 +124,14 @@ def calibrate(
     chosen = choose(neutral, requests, most, ENOUGH) if most else list(range(len(candidates)))
     points = tuple(candidates[i] for i in chosen)
 
-    def of(some: Sequence[int]) -> tuple[Tensor, Tensor]:
-        part = responses[:, :, some].flatten(1, 2)
-        return part[:, :, : len(texts.neutral)], part[:, :, len(texts.neutral) :]
-
-    if not most:
-        every, norms = of(chosen), cache.weight_norms(model, points)
-        return Calibration(points, (), *every, norms, None, len(measured), time.perf_counter() - started)
-    values = contrast(neutral, requests).tolist()
-    ranking = tuple(sorted(zip(candidates, values, strict=True), key=lambda entry: -entry[1]))
-    written_down = {
-        "signal": settings.signal,
-        "probe_depth": settings.depth,
-        "most_points": most,
-        "adapters": [adapter.name for adapter in adapters],
-        "points": [point.name for point in points],
-        "ranking": [{"point": point.name, "contrast": round(value, 4)} for point, value in ranking],
-    }
-    file = cache.keep_choice(adapters, written_down)
-    norms = cache.weight_norms(model, points)
-    seconds = time.perf_counter() - started
-    return Calibration(points, ranking, *of(chosen), norms, file, len(measured), seconds)
+    read = responses[:, :, chosen].flatten(1, 2)
+    ranking: tuple[tuple[Point, float], ...] = ()
+    if most:
+        values = contrast(neutral, requests).tolist()
+        ranking = tuple(sorted(zip(candidates, values, strict=True), key=lambda entry: -entry[1]))
+    of_neutral, of_requests = read[:, :, : len(texts.neutral)], read[:, :, len(texts.neutral) :]
+    norms, seconds = cache.weight_norms(model, points), time.perf_counter() - started
+    return Calibration(points, ranking, of_neutral, of_requests, norms, len(measured), seconds)
 
 
 def whitenings(

@@ -154,7 +154,7 @@ class Scorers:
             requests = self._texts(settings.calibration_prompts or REQUESTS) if signal.chosen else []
             texts = Texts(self._texts(NEUTRAL, varied=True), requests)
             folder = cache_folder(settings.cache)
-            self._caches[settings.signal] = CalibrationCache.of(self._model, texts, signal, folder)
+            self._caches[settings.signal] = CalibrationCache(self._model, texts, signal, folder)
         return self._caches[settings.signal]
 
     def _texts(self, texts: Sequence[str], varied: bool = False) -> list[list[int]]:
