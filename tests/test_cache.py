@@ -1,7 +1,8 @@
-"""The cache folder: whole files or none."""
+"""The cache folder: whole files or none, and what was computed from files that have changed."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tiny
+from logo import AdapterPool, LoGo, SelectionSettings
+from logo.adapters.weights import content_stamp
 from logo.backends.vllm.skeleton import skeleton
 from logo.cache import read_cached, write_cached
+from logo.errors import AdapterError
 from logo.selection.cache import _key_of, _numbers
 from logo.selection.signals import get_signal
 from logo.selection.texts import Texts
+from test_engine import tokenizer, write_adapter
+from tolerances import same_selection
 
 
 @pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt(), OSError("full"), SafetensorError("full")])
@@ -43,6 +49,56 @@ def test_damaged_numbers_are_computed_anew(text: str, tmp_path: Path) -> None:
     (tmp_path / "weights.json").write_text(text)
     with pytest.warns(UserWarning, match="is damaged and computed anew"):
         assert read_cached(tmp_path / "weights.json", _numbers) is None
+
+
+# -- weights that are rewritten in place ---------------------------------------------------------------------------
+
+
+def opened(model: nn.Module, folder: Path, signal: str, cache: Path) -> LoGo:
+    settings = SelectionSettings(signal=signal, k=1, cache=str(cache))
+    return LoGo(model, tokenizer(), AdapterPool.from_directory(folder), settings=settings)
+
+
+def touched(file: Path, content: bytes | None) -> None:
+    """Writes to a file in place (None: only changes its mode) until its change time is another one, and sets its
+    modification time back."""
+    before = file.stat()
+    while file.stat().st_ctime_ns == before.st_ctime_ns:
+        if content is None:
+            file.chmod(0o600)
+        else:
+            with file.open("r+b") as open_file:
+                open_file.write(content)
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert content_stamp(file)[:3] == (before.st_size, before.st_mtime_ns, before.st_ino)
+
+
+@pytest.mark.parametrize("signal", ["norm", "calibrated"])
+def test_weights_rewritten_in_place_with_size_and_time_kept_are_noticed(signal: str, tmp_path: Path) -> None:
+    model = tiny.model("llama", num_hidden_layers=6)
+    for i in range(3):
+        write_adapter(tmp_path / "pool" / f"t{i}", model, ("q_proj", "v_proj"), rank=2, seed=i)
+    write_adapter(tmp_path / "other", model, ("q_proj", "v_proj"), rank=2, seed=9, scale=30)
+    file = tmp_path / "pool" / "t1" / "adapter_model.safetensors"
+    logo = opened(model, tmp_path / "pool", signal, tmp_path / "cache")
+    before = logo.select("w3 w4 w5")
+    touched(file, (tmp_path / "other" / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(AdapterError, match=r"'t1'.*it has changed since it was opened; open the pool again"):
+        logo.generate("w3", adapters={"t1": 1.0}, max_new_tokens=1)
+    again = opened(model, tmp_path / "pool", signal, tmp_path / "cache").select("w3 w4 w5")
+    same_selection(again, opened(model, tmp_path / "pool", signal, tmp_path / "none").select("w3 w4 w5"))
+    assert abs(again.scores["t1"] - before.scores["t1"]) > 1e-3
+
+
+def test_a_new_mode_is_no_change_of_weights_whose_digest_is_known(tmp_path: Path) -> None:
+    model = tiny.model("llama", num_hidden_layers=6)
+    for i in range(2):
+        write_adapter(tmp_path / f"t{i}", model, ("q_proj",), rank=2, seed=i)
+    logo = opened(model, tmp_path, "calibrated", tmp_path / "cache")
+    logo.calibrate()
+    for i in range(2):
+        touched(tmp_path / f"t{i}" / "adapter_model.safetensors", None)
+    assert logo.generate("w3", adapters={"t1": 1.0}, max_new_tokens=1).token_ids
 
 
 # -- the base model in the key of a calibration -----------------------------------------------------------------
@@ -83,16 +139,6 @@ def test_each_checkpoint_has_its_own_key(
     one, changed, again = (key_of(skeleton(folder, torch.float32)) for folder in folders)
     assert one == again != changed
     assert (one == key_of(model)) == (change is dict)
-
-
-def test_checkpoints_that_are_not_read_are_told_apart_by_their_files(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path, tiny.model("llama"), dict)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    keys = [key_of(skeleton(folder, torch.float32)) for _ in range(2)]
-    with (tmp_path / "pytorch_model.bin").open("ab") as file:
-        file.write(b"more")
-    keys.append(key_of(skeleton(folder, torch.float32)))
-    assert keys[0] == keys[1] != keys[2]
 
 
 def test_weights_in_buffers_are_in_the_key() -> None:

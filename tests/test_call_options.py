@@ -17,7 +17,7 @@ from torch import nn
 import tiny
 from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, UsageError
 from logo.adapters.format import Adapter
-from logo.errors import LoGoError
+from logo.errors import LoGoError, NotFinite
 from logo.selection.confidence import RESPONSES
 from logo.selection.selector import LEAST
 from test_calibrated import PROMPTS, tokenizer
@@ -27,12 +27,13 @@ from tolerances import same_scores, same_selection, same_weights
 
 NAMES = tuple(f"t{i}" for i in range(6))
 SIGNALS = ["norm", "entropy", "calibrated"]
+SHAPE = {"num_hidden_layers": 6, **LONG}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("pool")
-    model = tiny.model("llama", **LONG)
+    model = tiny.model("llama", **SHAPE)
     for i, name in enumerate(NAMES):
         write_adapter(made / name, model, ("q_proj", "v_proj") if i % 2 else ("q_proj", "o_proj"), rank=1 + i, seed=i)
     return made
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return tiny.model("llama", **LONG)
+    return tiny.model("llama", **SHAPE)
 
 
 def engine(model: nn.Module, folder: Path, names: Any = NAMES, **chosen: Any) -> LoGo:
@@ -75,7 +76,6 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     [
         *({"signal": signal} for signal in SIGNALS),
         {"k": 1},
-        {"k": 2, "signal": "calibrated"},
         {"signal": "calibrated", "weighting": "linear", "k": 6},
     ],
     ids=str,
@@ -124,8 +124,8 @@ def test_calibrated_candidates_keep_their_scores(logo: LoGo, names: set[str], pr
     """Points, least spread, excess and trust are those of the whole pool; choice and sharpness are theirs alone."""
     every = logo.select(prompt, signal="calibrated").scores
     found = logo.select(prompt, signal="calibrated", candidates=names)
-    assert found.scores == {name: every[name] for name in every if name in names}
-    assert found == logo.reselect(every, signal="calibrated", candidates=names)
+    assert found.scores == same_scores({name: every[name] for name in every if name in names})
+    same_selection(found, logo.reselect(every, signal="calibrated", candidates=names))
     best = sorted(names, key=lambda name: (-every[name], name))[:3]
     assert found.confidence is not None
     weights = (torch.tensor([every[name] for name in best]) / RESPONSES.temperature(found.confidence)).softmax(dim=0)
@@ -137,28 +137,12 @@ def test_calibrated_candidates_keep_their_scores(logo: LoGo, names: set[str], pr
     assert sum(found.weights) == same_weights(RESPONSES.weight_sum(found.confidence, size))
 
 
-def test_a_signal_reads_when_it_is_first_asked_for(
-    model: nn.Module, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logo = engine(model, folder, k=3)
-    with reading(monkeypatch) as read:
-        logo.select(PROMPTS[0])
-        assert set(read) == set(NAMES)
-        read.clear()
-        before = logo.select(PROMPTS[0], signal="calibrated")
-        assert set(read) == set(NAMES)
-        read.clear()
-        logo.select(PROMPTS)
-        logo.select(PROMPTS, signal="calibrated")
-        logo.select(PROMPTS, signal="norm")
-        assert read == []
-        write_adapter(tmp_path / "new", model, ("q_proj", "v_proj"), rank=2, seed=9)
-        logo.pool.add(tmp_path / "new")
-        grown = logo.select(PROMPTS[0], signal="calibrated")
-        assert "new" in grown.scores and "new" not in before.scores
-    fresh = engine(model, folder, k=3, signal="calibrated")
-    fresh.pool.add(tmp_path / "new")
-    same_selection(grown, fresh.select(PROMPTS[0]))
+def test_default_k_is_of_the_candidates(model: nn.Module, folder: Path) -> None:
+    logo = engine(model, folder)
+    assert len(logo.select(PROMPTS[0]).adapters) == 6
+    assert len(logo.select(PROMPTS[0], candidates="t4").adapters) == 1
+    with pytest.warns(UserWarning, match="k is 4 but the pool has 2 adapters"):
+        assert len(logo.select(PROMPTS[0], k=4, candidates=["t1", "t5"]).adapters) == 2
 
 
 def test_each_row_may_ask_for_its_own(logo: LoGo) -> None:
@@ -191,6 +175,19 @@ def test_forced_adapters_have_to_be_candidates(logo: LoGo) -> None:
         assert not any(name in str(caught.value) for name in ("t0", "t3", "t4"))
 
 
+def test_an_overflow_of_others_is_none_of_a_candidates_business(model: nn.Module, folder: Path) -> None:
+    logo = engine(model, folder, k=2)
+    logo.calibrate()
+    [index] = logo.scorer.indices
+    index.stacked[index.rows[NAMES.index("t3")]] = torch.inf
+    with pytest.raises(NotFinite, match="'t3'"):
+        logo.select(PROMPTS[0])
+    with pytest.raises(NotFinite, match="'t3'"):
+        logo.select(PROMPTS[0], candidates=["t3", "t4"])
+    expected = engine(model, folder, k=2).select(PROMPTS[0], candidates=["t1", "t4"])
+    same_selection(logo.select(PROMPTS[0], candidates=["t1", "t4"]), expected)
+
+
 def test_unscorable_candidates(model: nn.Module, folder: Path, tmp_path: Path) -> None:
     write_adapter(tmp_path / "odd", model, ("down_proj",), rank=2, seed=3)
     logo = engine(model, folder, k=2, unscorable="skip")
@@ -212,7 +209,7 @@ def test_unscorable_candidates(model: nn.Module, folder: Path, tmp_path: Path) -
     [
         ({"signal": "nrom"}, UsageError, "unknown signal 'nrom' .did you mean 'norm'"),
         ({"k": 0}, UsageError, r"\(k\): expected 1 or more, found 0"),
-        ({"weighting": "sharp"}, UsageError, "weighting: expected one of linear, .*adaptive"),
+        ({"weighting": "sharp"}, UsageError, "weighting: expected one of linear, adaptive"),
         ({"weighting": "adaptive"}, UsageError, "the signal 'norm' has no scale of its own"),
         ({"candidates": []}, UsageError, "candidates: expected one adapter or more, found none"),
         ({"candidates": ["t1", "t7"]}, PoolError, "no adapter 't7' in the pool of 6"),
@@ -234,16 +231,23 @@ FORCED = r"expected \{name: weight\}"
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda logo: logo.generate(5), "expected a string, a list of messages"),
-        (lambda logo: logo.select(None), "expected a string, a list of messages"),
-        (lambda logo: logo.stream(b"w3"), "expected a string, a list of messages"),
-        (lambda logo: logo.select("w3", k="3"), f"k: {WHOLE} '3'"),
-        (lambda logo: logo.generate("w3", k=3.0), f"k: {WHOLE} 3.0"),
-        (lambda logo: logo.stream("w3", k=True), f"k: {WHOLE} True"),
-        (lambda logo: logo.select("w3", signal=5), "unknown signal 5"),
-        (lambda logo: logo.generate("w3", candidates=5), "candidates: expected names of ada"),
-        (lambda logo: logo.select("w3", candidates=[5]), "no adapter 5 in the pool"),
-        (lambda logo: logo.stream("w3", max_new_tokens="5"), f"max_new_tokens: {WHOLE} '5'"),
+        *(
+            (call, message)
+            for name in ("select", "generate", "stream")
+            for call, message in (
+                (lambda logo, name=name: getattr(logo, name)(5), "expected a string, a list of messages"),
+                (lambda logo, name=name: getattr(logo, name)("w3", k="3"), f"k: {WHOLE} '3'"),
+                (lambda logo, name=name: getattr(logo, name)("w3", k=3.0), f"k: {WHOLE} 3.0"),
+                (lambda logo, name=name: getattr(logo, name)("w3", k=True), f"k: {WHOLE} True"),
+                (
+                    lambda logo, name=name: getattr(logo, name)("w3", signal=["norm"]),
+                    "signal: expected the name of a s",
+                ),
+                (lambda logo, name=name: getattr(logo, name)("w3", candidates=5), "candidates: expected names of ada"),
+                (lambda logo, name=name: getattr(logo, name)("w3", candidates=[5]), "no adapter 5 in the pool"),
+                (lambda logo, name=name: getattr(logo, name)("w3", max_new_tokens="5"), f"max_new_tokens: {WHOLE} '5'"),
+            )
+        ),
         (lambda logo: logo.select("w3", batch_size="8"), f"batch_size: {WHOLE} '8'"),
         (lambda logo: logo.generate("w3", batch_size=None), f"batch_size: {WHOLE} None"),
         (lambda logo: logo.generate("w3", adapters="t1"), f"adapters: {FORCED}, a Selection, or a list .*, found 't1'"),
@@ -273,6 +277,10 @@ FORCED = r"expected \{name: weight\}"
         (lambda _: LoGo.from_pretrained(5), "base_model: expected a Hub id, a folder or a short name, found 5"),
         (lambda _: LoGo.from_pretrained("demo", ["x", 5]), "pool: expected a folder, a manifest or a Hub .* found 5"),
         (lambda _: LoGo.from_pretrained("demo", device=None), "device None: expected 'auto', 'cpu'"),
+        (
+            lambda _: LoGo.from_pretrained("demo", device="cpu", adapter_memory_gb="1"),
+            "adapter_memory_gb: expected a nu",
+        ),
     ],
 )
 def test_arguments_of_a_wrong_type_are_told_in_a_line(call: Any, message: str, logo: LoGo) -> None:

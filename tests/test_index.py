@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return tiny.model("llama", num_hidden_layers=4)
+    return tiny.model("llama", num_hidden_layers=6)
 
 
 def write_pool(root: Path, model: Any) -> Path:
@@ -42,7 +42,7 @@ def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(model: Any, folder: Path, **chosen: Any) -> LoGo:
-    settings = SelectionSettings.of(**{"k": 2, "cache": "", "probe_depth": 1, **chosen})
+    settings = SelectionSettings.of(**{"k": 2, "cache": "", **chosen})
     return LoGo(model, tokenizer(), AdapterPool.from_directory(folder), settings=settings)
 
 
@@ -63,10 +63,6 @@ def files_read() -> Iterator[Counter[str]]:
 
 def test_a_file_is_opened_once_for_all_points(model: Any, folder: Path) -> None:
     names = [f"t{i}" for i in range(4)]
-    logo = opened(model, folder, signal="spectr", probe_layer=[0, 1, 2])
-    with files_read() as seen:
-        assert len(logo.scorer.points) == 3
-    assert seen == dict.fromkeys(names, 1)
     logo = opened(model, folder, signal="calibrated")
     with files_read() as seen:
         assert len(logo.scorer.points) > 1
@@ -75,49 +71,33 @@ def test_a_file_is_opened_once_for_all_points(model: Any, folder: Path) -> None:
 
 def test_only_new_adapters_are_read_when_a_pool_changes(model: Any, folder: Path, tmp_path: Path) -> None:
     write_adapter(tmp_path / "new", model, ("q_proj", "v_proj"), rank=2, seed=9)
-    logo = opened(model, folder, signal="spectr", probe_layer=[0, 1, 2])
-    before = logo.scorer.indices
+    logo = opened(model, folder, signal="norm")
+    [old] = logo.scorer.indices
     logo.pool.add(tmp_path / "new")
     with files_read() as seen:
-        after = logo.scorer.indices
+        [new] = logo.scorer.indices
     assert seen == {"new": 1}
-    for old, new in zip(before, after, strict=True):
-        kept = {adapter.name: rows for adapter, rows in zip(new.adapters, new.rows, strict=True)}
-        for adapter, rows in zip(old.adapters, old.rows, strict=True):
-            assert new.stacked[kept[adapter.name]].equal(old.stacked[rows])
+    kept = {adapter.name: rows for adapter, rows in zip(new.adapters, new.rows, strict=True)}
+    for adapter, rows in zip(old.adapters, old.rows, strict=True):
+        assert new.stacked[kept[adapter.name]].equal(old.stacked[rows])
 
 
-def test_memory_for_indices_is_bounded_while_listening(
-    model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fewer points at once, the same responses."""
+def test_passes_of_bounded_size_measure_the_same(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = opened(model, folder, signal="calibrated").calibrate()
-    held: list[int] = []
-
-    def counting(wanted: list[Wanted]) -> Any:
-        held.append(sum(4 * rows * width for rows, width in (one.shape for one in wanted)))
-        return read_indices(wanted)
-
-    monkeypatch.setattr(calibration, "read_indices", counting)
-    opened(model, folder, signal="calibrated").calibrate()
-    assert len(held) == 1
-    most = held.pop() // 2
-    monkeypatch.setattr(calibration, "_groups", lambda model, points, tokens: [points] if points else [])
-    monkeypatch.setattr(calibration, "_HELD_BYTES", most)
+    monkeypatch.setattr(calibration, "_HELD_BYTES", 1)  # one layer and one index at a time
     parts = opened(model, folder, signal="calibrated").calibrate()
-    assert len(held) > 1 and max(held) <= most
-    assert whole is not None and parts is not None
-    assert parts.points == whole.points
-    torch.testing.assert_close(parts.neutral, whole.neutral, rtol=0, atol=0, equal_nan=True)
+    assert whole is not None and parts is not None and parts.points == whole.points
+    torch.testing.assert_close(parts.neutral, whole.neutral, equal_nan=True)
 
 
 def test_rows_are_made_where_scores_are_computed(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors that meet on two devices are an error, and so is reading a number of a meta tensor."""
-    logo = opened(model, folder, signal="spectr", probe_layer=[0, 1])
+    logo = opened(model, folder, signal="calibrated")
     width, meta = model.config.hidden_size, torch.device("meta")
     whitening = Whitening.of(torch.randn(5, width, generator=torch.Generator().manual_seed(0)))
     planned = plan(model, logo.fitted, logo.settings)
-    wanted = [Wanted(planned.adapters, point, meta, whitening) for point in planned.points]
+    touching = [[a for a in planned.adapters if point.module in a.modules] for point in planned.points]
+    wanted = [Wanted(some, point, meta, whitening) for some, point in zip(touching, planned.points, strict=True)]
     monkeypatch.setattr(index, "built_on", lambda device: device)
     for made, asked in zip(read_indices(wanted), wanted, strict=True):
         assert made.stacked.device == meta and made.stacked.shape == asked.shape

@@ -15,9 +15,9 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
-from logo.selection import responses
-from logo.selection.prefixes import BLOCK, Block, Prefixes, block_bytes, cut
+from logo.selection.prefixes import BLOCK, Block, Prefixes
 from test_engine import tokenizer, write_adapter
+from tolerances import same_selection
 
 LONG = {"max_position_embeddings": 512}
 
@@ -54,8 +54,10 @@ def read_tokens(model: nn.Module) -> Iterator[list[int]]:
 @pytest.fixture(scope="module")
 def pools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[nn.Module, Path]]:
     made = {}
-    for name in ("llama", "gemma3", "gpt2", "opt", "falcon", "phi3", "gpt_neox", "mistral", "qwen3", "gemma2"):
-        model = tiny.model(name, **({"n_positions": 512} if name == "gpt2" else LONG))
+    for name in ("llama", "gemma3", "gpt2", "opt", "falcon", "phi3", "gpt_neox", "qwen3", "gemma2"):
+        # In three layers, the probe of `calibrated` ends before anything is cached.
+        deep = {"num_hidden_layers": 6} if name == "llama" else {}
+        model = tiny.model(name, **deep, **({"n_positions": 512} if name == "gpt2" else LONG))
         folder = tmp_path_factory.mktemp(name)
         query = ("q_proj", "qkv_proj", "query_key_value", "c_attn")
         for i in range(4):
@@ -64,21 +66,22 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[nn.Module
     return made
 
 
-@pytest.mark.parametrize("signal", ["norm", "calibrated", "spectr"])
 @pytest.mark.parametrize(
-    "name", ["llama", "gemma3", "gpt2", "opt", "falcon", "phi3", "gpt_neox", "mistral", "qwen3", "gemma2"]
+    ("name", "signal"),
+    [
+        ("llama", "calibrated"),
+        *((name, "norm") for name in ("gemma3", "gpt2", "opt", "falcon", "phi3", "gpt_neox", "qwen3", "gemma2")),
+    ],
 )
 def test_scores_do_not_depend_on_what_is_known(name: str, signal: str, pools: Any) -> None:
     model, folder = pools[name]
-    # In tiny models, half of the layers end before anything is cached.
-    chosen: dict[str, Any] = {"signal": signal, "probe_depth": 1.0}
-    reusing, plain = engines(model, folder, **chosen)
+    reusing, plain = engines(model, folder, signal=signal)
     prefix = words(150, 0)
     prompts = [f"{prefix} {words(n, n)}" for n in (5, 40, 90)] + [words(30, 7), prefix]
     for prompt in prompts:
         found, expected = reusing.select(prompt), plain.select(prompt)
         assert list(found.scores.values()) == pytest.approx(list(expected.scores.values()), rel=1e-3, abs=1e-4)
-    together = engines(model, folder, **chosen)[0].select(prompts[:3], batch_size=3)
+    together = engines(model, folder, signal=signal)[0].select(prompts[:3], batch_size=3)
     for one, prompt in zip(together, prompts, strict=False):
         assert list(one.scores.values()) == pytest.approx(
             list(plain.select(prompt).scores.values()), rel=1e-3, abs=1e-4
@@ -87,7 +90,7 @@ def test_scores_do_not_depend_on_what_is_known(name: str, signal: str, pools: An
 
 def test_known_tokens_count_as_read(pools: Any) -> None:
     model, folder = pools["llama"]
-    reusing, plain = engines(model, folder, signal="calibrated", probe_depth=1.0)
+    reusing, plain = engines(model, folder, signal="calibrated")
     prefix, found = words(2 * BLOCK, 3), []
     for ids in reusing.prompts.texts([f"{prefix} {words(n, n)}" for n in (9, 2)]):
         row = torch.tensor([ids])
@@ -116,7 +119,7 @@ def test_only_what_is_new_is_read(pools: Any) -> None:
 def test_off_with_no_budget_or_with_adapters_active(pools: Any) -> None:
     model, folder = pools["llama"]
     prefix = words(150, 1)
-    for chosen in ({"prefix_cache_gb": 0}, {"probe_context": "pool"}, {"probe_token": "mean"}):
+    for chosen in ({"prefix_cache_gb": 0}, {"probe_context": "pool"}):
         settings_ = SelectionSettings.of(k=3, signal="norm", **chosen)
         logo = LoGo(model, tokenizer(), AdapterPool.from_directory(folder), settings=settings_)
         logo.select(prefix)
@@ -131,11 +134,12 @@ def test_a_model_with_a_state_reads_every_prompt_whole(name: str, tmp_path: Path
     """Also those that transformers does not mark as stateful, which keep it in layers or a cache class of their own."""
     model = tiny.model(name, **LONG)
     for i in range(3):
-        write_adapter(tmp_path / f"t{i}", model, ("q_proj", "in_proj"), rank=2, seed=i)
-    reusing, plain = engines(model, tmp_path, signal="spectr", probe_depth=1.0)
+        write_adapter(tmp_path / f"t{i}", model, ("q_proj", "in_proj", "qkv_proj"), rank=2, seed=i)
+    # The layers of one of them are of several kinds, of which the probe of `calibrated` reaches the first alone.
+    reusing, plain = engines(model, tmp_path, signal="norm" if name == "minimax" else "calibrated")
     prompt = words(150, 0)
     for _ in range(2):
-        assert reusing.select(prompt) == plain.select(prompt)
+        same_selection(reusing.select(prompt), plain.select(prompt))
     assert reusing.beginnings is None
 
 
@@ -167,61 +171,3 @@ def test_blocks_stay_within_the_budget_and_are_found_from_the_start(rows: Any, m
         assert prefixes.bytes == sum(held.bytes for held in prefixes._blocks.values())
         assert len(prefixes.find(row, blocks)) >= min(blocks, most)
     assert prefixes.find([9] * BLOCK * 2, 2) == []
-
-
-def test_what_does_not_fit_is_not_made() -> None:
-    """Of a batch, the first blocks of its last rows are kept; they are not made for a row and dropped for the next."""
-    size = block(4).bytes
-    rows = [[start] * (3 * BLOCK) + [7] for start in (1, 2, 3)]
-    made: list[tuple[int, int]] = []
-
-    def make(row: int, number: int) -> Block:
-        made.append((row, number))
-        return block(4)
-
-    for budget in (0, size - 1):
-        Prefixes(budget).keep(rows, 0, size, make)
-    assert not made
-    prefixes = Prefixes(5 * size)
-    prefixes.keep(rows, 0, size, make)
-    assert sorted(made) == [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]
-    assert [len(prefixes.find(row, 3)) for row in rows] == [0, 2, 3]
-    prefixes.keep([rows[0]], 0, size, make)
-    assert [len(prefixes.find(row, 3)) for row in rows] == [3, 0, 2]
-
-
-def test_no_block_is_copied_in_vain(pools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, folder = pools["llama"]
-    copied: list[int] = []
-    sizes: list[int] = []
-
-    def counting(cache: Any, row: int, number: int) -> Any:
-        copied.append(number)
-        return cut(cache, row, number)
-
-    def measured(cache: Any, sums: Any) -> int:
-        sizes.append(block_bytes(cache, sums))
-        return sizes[-1]
-
-    monkeypatch.setattr(responses, "cut", counting)
-    monkeypatch.setattr(responses, "block_bytes", measured)
-    for signal in ("norm", "spectr"):
-        engine = engines(model, folder, signal=signal, probe_depth=1)[0]
-        engine.select(words(150, 0))
-        assert copied == [0, 1]
-        prefixes = engine.scorer._reader._prefixes
-        assert prefixes.bytes == 2 * sizes[-1]  # it is what a block really takes
-        copied.clear()
-        prefixes.budget = sizes[-1]
-        engine.select([words(200, 1), words(200, 2)])
-        assert copied == [0] and prefixes.bytes == sizes[-1]
-        copied.clear()
-
-
-def test_common_blocks_leave_every_row_a_token() -> None:
-    prefixes = Prefixes(10**6)
-    long = [1] * (2 * BLOCK)
-    assert prefixes.common([long]) == 1
-    assert prefixes.common([[*long, 2]]) == 2
-    assert prefixes.common([[*long, 2], [*long, 3, 4]]) == 2
-    assert prefixes.common([[*long, 2], [5, *long]]) == 0

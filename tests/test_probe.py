@@ -13,8 +13,8 @@ from transformers import DynamicCache
 
 import tiny
 from logo.adapters.layout import linear_modules
-from logo.errors import ModelError, UsageError
-from logo.selection.points import Point, decoder_layers, find_points, named_points
+from logo.errors import ModelError
+from logo.selection.points import Point, decoder_layers, last_query, points_of
 from logo.selection.probe import Probe
 from tolerances import same_tensor
 
@@ -41,7 +41,7 @@ FUSED = [name for name, path in QUERY.items() if path.endswith(("qkv_proj", "que
 
 @pytest.mark.parametrize("name", list(tiny.CONFIGS))
 def test_finds_the_query_projection_of_the_last_layer(name: str) -> None:
-    [point] = find_points(tiny.model(name))
+    point = last_query(tiny.model(name))
     assert (point.layer, point.module) == (2, QUERY[name])
     assert (point.rows is not None) == (name in FUSED)
     assert point.rows is None or len(point.rows) == 32
@@ -52,7 +52,7 @@ def test_query_rows_are_what_attention_takes_as_the_query(name: str) -> None:
     """With all other rows zero there are no keys and no values left, so the layer's attention gives nothing, as if the
     whole projection were zero; were one of the other rows a query row, or one of these a value row, it would not."""
     model = tiny.model(name)
-    [point] = find_points(model, 2)
+    point = last_query(model)
     module = model.get_submodule(point.module)
     assert point.rows is not None
     rest = torch.ones(tiny_out_features(module), dtype=torch.bool)
@@ -83,22 +83,29 @@ def zero_rows(module: Any, rows: Tensor) -> None:
         module.bias[rows] = 0
 
 
+def queries(model: nn.Module, *layers: int) -> list[Point]:
+    """The points of the query projection in these layers."""
+    last = last_query(model)
+    paths = [last.layer_path.removesuffix(str(last.layer)) + str(layer) for layer in layers]
+    modules = [path + last.module.removeprefix(last.layer_path) for path in paths]
+    return [Point(*one) for one in zip(layers, paths, modules, strict=True)]
+
+
 @pytest.mark.parametrize("name", list(tiny.CONFIGS))
-@pytest.mark.parametrize("layer", [0, 2])
-def test_residual_equals_the_models_own_hidden_states(name: str, layer: int) -> None:
+def test_residual_equals_the_models_own_hidden_states(name: str) -> None:
     model = tiny.model(name)
     ids, mask = tiny.padded(tiny.prompts([7, 4, 5]))
-    [hidden] = Probe(model, find_points(model, layer))(ids, mask)
     with torch.no_grad():
-        expected = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer]
-    same_tensor(hidden, expected[torch.arange(3), mask.sum(1) - 1])
+        expected = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    for point, hidden in zip(points := queries(model, 0, 2), Probe(model, points)(ids, mask), strict=True):
+        same_tensor(hidden, expected[point.layer][torch.arange(3), mask.sum(1) - 1])
 
 
 @pytest.mark.parametrize("name", list(tiny.CONFIGS))
 def test_projection_equals_what_the_module_receives(name: str) -> None:
     model = tiny.model(name)
     ids, mask = tiny.padded(tiny.prompts([6, 3]))
-    points = find_points(model, [0, 1, "last"])
+    points = queries(model, 0, 1, 2)
     seen: dict[str, Tensor] = {}
 
     def record(path: str) -> Any:
@@ -120,16 +127,17 @@ def test_stops_at_the_last_point() -> None:
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda m, a, o, path=path: calls.append(path))
     ids, mask = tiny.padded(tiny.prompts([5]))
-    Probe(model, find_points(model, 1))(ids, mask)
+    Probe(model, queries(model, 1))(ids, mask)
     assert calls and all(path.startswith("model.layers.0.") for path in calls)
     calls.clear()
-    Probe(model, find_points(model, [0, 1], "v_proj"), "projection")(ids, mask)
+    values = [f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)]
+    Probe(model, points_of(model, values, 3), "projection")(ids, mask)
     assert "model.layers.1.self_attn.v_proj" not in calls and "lm_head" not in calls
 
 
 def test_leaves_no_hooks_behind_even_after_an_error() -> None:
     model = tiny.model("llama")
-    probe = Probe(model, find_points(model))
+    probe = Probe(model, [last_query(model)])
     with pytest.raises(IndexError):
         probe(torch.tensor([[10**6]]), torch.tensor([[1]]))
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
@@ -140,7 +148,7 @@ def test_leaves_no_hooks_behind_even_after_an_error() -> None:
 def test_padding_and_company_do_not_matter(lengths: list[int], token: Any) -> None:
     """A prompt reads the same alone as in a padded batch."""
     model = LLAMA
-    probe = Probe(model, find_points(model, [0, -1]), "residual", token)
+    probe = Probe(model, queries(model, 0, 2), "residual", token)
     rows = tiny.prompts(lengths, seed=sum(lengths))
     batched = probe(*tiny.padded(rows))
     for i, row in enumerate(rows):
@@ -153,7 +161,7 @@ LLAMA = tiny.model("llama")
 
 def test_mean_is_over_all_prompt_tokens() -> None:
     ids, mask = tiny.padded(tiny.prompts([4, 2]))
-    [hidden] = Probe(LLAMA, find_points(LLAMA, 1), token="mean")(ids, mask)
+    [hidden] = Probe(LLAMA, queries(LLAMA, 1), token="mean")(ids, mask)
     expected = LLAMA(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
     same_tensor(hidden[0], expected[0].mean(0))
     same_tensor(hidden[1], expected[1, :2].mean(0))
@@ -162,48 +170,26 @@ def test_mean_is_over_all_prompt_tokens() -> None:
 def test_each_token_but_the_first() -> None:
     """Models attend to the first token of a text whatever it is. A prompt of one token is read nevertheless."""
     ids, mask = tiny.padded(tiny.prompts([4, 1]))
-    probe = Probe(LLAMA, find_points(LLAMA, 1), token="each")
+    probe = Probe(LLAMA, queries(LLAMA, 1), token="each")
     [hidden] = probe(ids, mask)
     expected = LLAMA(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
     same_tensor(hidden, torch.cat([expected[0, 1:], expected[1, :1]]))
     assert [found.tolist() for found in probe.places(ids, mask)] == [[0, 0, 0, 1], [1, 2, 3, 0]]
 
 
-@pytest.mark.parametrize(
-    ("layers", "module", "expected"),
-    [
-        ("last", "v_proj", ["model.layers.2.self_attn.v_proj"]),
-        (-2, "mlp.down_proj", ["model.layers.1.mlp.down_proj"]),
-        ([0, "1", "last", -1], None, [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1, 2)]),
-        ("1", "model.layers.1.self_attn.o_proj", ["model.layers.1.self_attn.o_proj"]),
-    ],
-)
-def test_points_by_name(layers: Any, module: str | None, expected: list[str]) -> None:
-    assert [point.module for point in find_points(LLAMA, layers, module)] == expected
+def test_points_of_modules_are_in_the_models_order_and_depth() -> None:
+    modules = [f"model.layers.{i}.{name}" for i in (2, 1, 0) for name in ("mlp.up_proj", "self_attn.v_proj")]
+    names = [point.name for point in points_of(LLAMA, [*modules, "lm_head"], 2)]
+    assert names == ["0.self_attn.v_proj", "0.mlp.up_proj", "1.self_attn.v_proj", "1.mlp.up_proj"]
 
 
-@pytest.mark.parametrize(
-    ("layers", "module", "error", "message"),
-    [
-        (3, None, UsageError, "probe_layer 3: the model has 3 layers, 0 to 2"),
-        ("first", None, UsageError, "expected 'last' or a whole number, found 'first'"),
-        ([], None, UsageError, "found an empty list"),
-        ("last", "q_porj", ModelError, "did you mean"),
-        ("last", "proj", ModelError, "is not a linear module"),
-    ],
-)
-def test_points_that_do_not_exist(layers: Any, module: str | None, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        find_points(LLAMA, layers, module)
-
-
-def test_a_model_without_a_known_query_says_what_can_be_named() -> None:
+def test_a_model_without_a_known_query_says_what_it_has() -> None:
     model = tiny.model("llama")
     for layer in model.model.layers:
         layer.self_attn.mystery = layer.self_attn.q_proj
         del layer.self_attn.q_proj
-    with pytest.raises(ModelError, match=r"no query projection in model.layers.2; name the module to probe: .*mystery"):
-        find_points(model)
+    with pytest.raises(ModelError, match=r"no query projection among .*mystery.* of model.layers.2; use the sig"):
+        last_query(model)
 
 
 def test_the_text_model_is_found_inside_a_larger_one() -> None:
@@ -237,7 +223,7 @@ def test_a_whole_pass_ends_with_the_keys_and_values_of_the_last_layer(name: str)
     *_, (behind, _) = linear_modules(layers[-1])
     ids, expected = torch.tensor(tiny.prompts([12, 12])), DynamicCache()
     model(ids, past_key_values=expected)
-    for points in ((), named_points(model, f"{path}.2.{behind}")):
+    for points in ((), [Point(2, f"{path}.2", f"{path}.2.{behind}")]):
         probe, cache = Probe(model, points, "projection", "each", whole=True), DynamicCache()
         for columns in (slice(0, 7), slice(7, 12)):
             ended.clear()

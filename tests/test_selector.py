@@ -13,7 +13,6 @@ from logo.errors import ModelError, Unsure
 from logo.selection.confidence import BEST, EXAMPLES, HALVED, RESPONSES, Evidence
 from logo.selection.selector import LEAST, UNSURE, Selection, Selector
 from logo.selection.size import USUAL
-from tolerances import same_weights
 
 SCORES = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40)
 
@@ -23,9 +22,9 @@ def select(scores: list[float], k: int = 20, **how: object) -> Selection:
     return selector(torch.tensor(scores), [f"a{i:02}" for i in range(len(scores))])
 
 
-@given(SCORES, st.integers(1, 45), st.sampled_from(["linear", "softmax", "adaptive"]), st.floats(0.05, 1))
+@given(SCORES, st.integers(1, 45), st.sampled_from(["linear", "adaptive"]))
 @settings(max_examples=150, deadline=None)
-def test_any_scores_make_a_mixture(scores: list[float], k: int, weighting: str, mass: float) -> None:
+def test_any_scores_make_a_mixture(scores: list[float], k: int, weighting: str) -> None:
     whole = select(scores, k, weighting=weighting)
     sum_ = 1.0 if weighting != "adaptive" or whole.confidence is None else RESPONSES.weight_sum(whole.confidence, USUAL)
     assert sum(whole.weights) == pytest.approx(sum_, abs=1e-4)
@@ -35,26 +34,6 @@ def test_any_scores_make_a_mixture(scores: list[float], k: int, weighting: str, 
         assert len(whole.adapters) <= min(k, len(scores)) and whole.weights[-1] >= LEAST * whole.weights[0] * (1 - 1e-5)
     else:
         assert len(whole.adapters) == min(k, len(scores))
-    kept = select(scores, k, weighting=weighting, keep_mass=mass)
-    assert kept.adapters == whole.adapters[: len(kept.adapters)]
-    assert sum(kept.weights) == pytest.approx(sum_, abs=1e-4)
-    held = sum(whole.weights[: len(kept.adapters)]) / sum_
-    assert held >= mass - 1e-4
-    assert len(kept.adapters) == 1 or held - whole.weights[len(kept.adapters) - 1] / sum_ < mass
-
-
-@given(SCORES, st.floats(-9, 9))
-@settings(max_examples=50, deadline=None)
-def test_softmax_sees_differences_only(scores: list[float], shift: float) -> None:
-    one, other = (select([s + d for s in scores], weighting="softmax", k=40) for d in (0, shift))
-    # An order of scores closer than rounding is nobody's business.
-    assert one.weights == pytest.approx(other.weights, abs=1e-3)
-
-
-def test_softmax_is_the_formula() -> None:
-    selection = select([1.0, 3.0, 2.0], weighting="softmax", temperature=0.5, k=2)
-    assert selection.adapters == ("a01", "a02")
-    assert selection.weights == same_weights(torch.tensor([6.0, 4.0]).softmax(0).tolist())
 
 
 def test_linear_weights_are_the_papers() -> None:
@@ -122,24 +101,12 @@ def test_unsure_mixtures_are_weaker_the_larger_their_adapters_are() -> None:
     assert selector(scores, names, {"a": USUAL}).weights == selector(scores, names).weights
 
 
-def test_where_examples_count_a_mixture_is_whole_from_a_lower_confidence_on() -> None:
-    found = select([3.46, *REST], 2, weighting="adaptive", evidence=EXAMPLES)
-    assert found.confidence == pytest.approx(0.2, abs=0.005)
-    assert sum(found.weights) == pytest.approx(1)
-    weaker = select([2.5, *REST], 2, weighting="adaptive", evidence=EXAMPLES)
-    assert weaker.confidence == pytest.approx(0.066, abs=0.005)
-    assert sum(weaker.weights) == pytest.approx(EXAMPLES.weight_sum(weaker.confidence or 0.0, USUAL))
-    assert sum(weaker.weights) < 0.9
-
-
-@pytest.mark.parametrize(("when", "adapters"), [("base", ()), ("best", ("a00",)), ("mix", ("a00", "a01"))])
+@pytest.mark.parametrize(("when", "adapters"), [("base", ()), ("mix", ("a00", "a01"))])
 def test_what_answers_where_nothing_stands_out(when: str, adapters: tuple[str, ...]) -> None:
     found = select([1.21, *REST], 2, weighting="adaptive", when_unsure=when)
     assert found.adapters == adapters
     assert found.confidence is not None and found.confidence < UNSURE
-    assert sum(found.weights) == pytest.approx(
-        {"base": 0.0, "best": 1.0, "mix": RESPONSES.weight_sum(0.0, USUAL)}[when]
-    )
+    assert sum(found.weights) == pytest.approx(RESPONSES.weight_sum(0.0, USUAL) if adapters else 0.0)
     sure = select([9.0, *REST], 2, weighting="adaptive", when_unsure=when)
     assert sure.adapters == ("a00",)  # the other one's weight is negligible
 
@@ -166,12 +133,6 @@ def test_what_is_unsure_can_be_said() -> None:
 def test_scores_without_a_scale_have_no_confidence() -> None:
     assert select([1.3, *REST], evidence=None).confidence is None
     assert select([1.3, *REST], evidence=None, when_unsure="base").adapters  # nothing is known, so nothing is refused
-
-
-def test_twins_are_one_leading_group() -> None:
-    rest = [1.2, 1.0, 0.8, 0.5, 0.3, 0.0, -0.4]
-    twins = select([6.0, 6.0, *rest], weighting="adaptive")
-    assert twins.weights[:2] == pytest.approx((0.5, 0.5), abs=1e-3)
 
 
 def test_nothing_above_its_baseline_is_no_evidence() -> None:

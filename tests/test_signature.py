@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tiny
-from logo import LoGo, PoolError, UsageError
+from logo import AdapterPool, LoGo
 from logo.adapters.examples import MOST, examples_of, write_examples
 from logo.adapters.files import EXAMPLES
 from logo.adapters.hub import adapter_patterns
@@ -26,15 +26,15 @@ from logo.selection.chance import factors
 from logo.selection.confidence import EXAMPLES as WITH_EXAMPLES
 from logo.selection.emphasis import FADING
 from logo.selection.signature import GAIN, REPLACED, Signatures, Space, described
-from test_calibrated import PROMPTS, engine, pool
-from test_engine import write_adapter
+from test_calibrated import PROMPTS, change, engine, pool
+from tolerances import same_scores, same_tensor
 
 LONG = "a long story that every prompt begins with, over and over again, until a block of tokens is full; "
 
 
 @pytest.fixture(scope="module")
 def llama() -> nn.Module:
-    return tiny.model("llama", max_position_embeddings=512)
+    return tiny.model("llama", max_position_embeddings=512, num_hidden_layers=6)
 
 
 @pytest.fixture
@@ -97,22 +97,19 @@ def test_an_example_is_recognised_whatever_the_weights_say(llama: nn.Module, fol
         selection = logo.select(prompt)
         assert selection.adapters == (name,)
         assert selection.confidence is not None and selection.confidence > 0.9
-    own = scores(logo, *examples.values(), signal="signature")
-    assert own.diagonal() == pytest.approx([GAIN] * 4, abs=1e-3)  # as similar as can be
-    assert float((own - torch.diag(own.diagonal())).max()) < GAIN - 1e-2
+    responses = unscaled(engine(llama, folder, examples="ignore"), *examples.values())
+    similar = scores(logo, *examples.values()) - (1 - REPLACED) * responses
+    assert similar.diagonal() == pytest.approx([GAIN] * 4, abs=1e-2)  # as similar as can be
+    assert float((similar - torch.diag(similar.diagonal())).max()) < GAIN - 1e-2
+    assert logo._selecting.evidence(logo.settings) == WITH_EXAMPLES
 
 
-def test_examples_add_to_the_responses_scores(llama: nn.Module, folder: Path) -> None:
-    told(folder, t0=PROMPTS[0], t1=PROMPTS[1], t2=PROMPTS[2], t3=PROMPTS[3])
-    both, without = engine(llama, folder), engine(llama, folder, examples="ignore")
-    responses = scores(without, *PROMPTS)
-    tokens = torch.tensor([len(row) - 1 for row in without.prompts.texts(PROMPTS)])
-    reference = without.scorer._reference
-    assert reference is not None
-    responses /= factors(tokens, reference.apart)[:, None]  # they have a unit of their own without examples
-    difference = scores(both, *PROMPTS) - (1 - REPLACED) * responses
-    torch.testing.assert_close(difference, scores(both, *PROMPTS, signal="signature"), atol=1e-4, rtol=0)
-    assert without._selecting.evidence(without.settings) != WITH_EXAMPLES
+def unscaled(logo: LoGo, *prompts: str) -> torch.Tensor:
+    """The scores of responses, without the unit that they have of their own in a pool without examples."""
+    tokens = torch.tensor([len(row) - 1 for row in logo.prompts.texts(list(prompts))])
+    reference = logo.scorer._reference
+    assert reference is not None and logo._selecting.evidence(logo.settings) != WITH_EXAMPLES
+    return scores(logo, *prompts) / factors(tokens, reference.apart)[:, None]
 
 
 def test_what_prompts_share_is_read_once(llama: nn.Module, folder: Path) -> None:
@@ -126,18 +123,17 @@ def test_what_prompts_share_is_read_once(llama: nn.Module, folder: Path) -> None
 
 
 @pytest.mark.parametrize("own", [{}, {"t0": "a"}, {"t0": "a", "t1": "The cat sat."}])
-@pytest.mark.parametrize("index", ["exact", "two-stage"])
 def test_scores_among_candidates_do_not_depend_on_examples_of_others(
-    own: dict[str, str], index: str, llama: nn.Module, folder: Path
+    own: dict[str, str], llama: nn.Module, folder: Path
 ) -> None:
     """Nor do those of adapters without examples, which are estimated: they are those of a pool of the candidates."""
     candidates, found = ["t0", "t1", "t2"], []
     for others in ("Where was it?", PROMPTS[0]):
-        logo = engine(llama, told(folder, **own, t3=others), index=index)
+        logo = engine(llama, told(folder, **own, t3=others))
         found.append(scores(logo, *PROMPTS, candidates=candidates))
         among = [logo.select([PROMPTS[0]], candidates=candidates)[0], logo.select([PROMPTS[0]])[0]]
         assert among[0].scores.keys() == set(candidates) and among[1].scores.keys() == {*candidates, "t3"}
-    assert torch.equal(*found)
+    same_tensor(*found)
 
 
 def test_a_study_leaves_the_own_adapters_examples_out_with_it(llama: nn.Module, folder: Path) -> None:
@@ -145,7 +141,7 @@ def test_a_study_leaves_the_own_adapters_examples_out_with_it(llama: nn.Module, 
     logo, prompt = engine(llama, told(folder, t0="a", t1=PROMPTS[0])), PROMPTS[0]
     arms = Arms({"calibrated": logo})._arms({"calibrated": logo.select(prompt)}, "t1", prompt)
     [found] = [arm.confidence for arm in arms if (arm.part, arm.kind) == ("left_out", "signals")]
-    assert found == logo.select(prompt, candidates=["t0", "t2", "t3"]).confidence
+    assert found == pytest.approx(logo.select(prompt, candidates=["t0", "t2", "t3"]).confidence, abs=1e-4)
 
 
 @given(st.lists(st.booleans(), min_size=5, max_size=5), st.integers(0, 2**31))
@@ -169,10 +165,10 @@ def test_estimates_among_candidates_are_those_of_a_pool_of_them(among: list[bool
 
 
 def test_adapters_with_and_without_examples_are_in_one_pool(llama: nn.Module, folder: Path) -> None:
-    logo = engine(llama, told(folder, t1=PROMPTS[1]))
+    logo = engine(llama, told(folder, t1=PROMPTS[2]))
     found = scores(logo, *PROMPTS)
     assert found.isfinite().all()
-    assert logo.select(PROMPTS[1]).adapters == ("t1",)
+    assert logo.select(PROMPTS[2]).adapters == ("t1",)
     # Among those without examples, the responses alone decide.
     responses = scores(engine(llama, folder, examples="ignore"), *PROMPTS)
     others = [0, 2, 3]
@@ -200,26 +196,8 @@ def test_examples_are_those_of_the_opening(llama: nn.Module, folder: Path, tmp_p
     logo.pool.add(pool(llama, tmp_path / "new", 1) / "t0", "joined")
     assert logo.select(PROMPTS[0]).adapters == before.adapters == ("t0",)
     logo.pool.remove("joined")
-    assert logo.select(PROMPTS[0]).scores == before.scores
+    assert logo.select(PROMPTS[0]).scores == same_scores(before.scores)
     assert engine(llama, folder).select(PROMPTS[0]).adapters == ("t1",)
-
-
-def test_adapters_that_come_and_go_leave_no_descriptions_in_memory(
-    llama: nn.Module, folder: Path, tmp_path: Path
-) -> None:
-    logo = engine(llama, told(folder, t0=PROMPTS[0]))
-    cache = logo.scorer.cache
-    assert cache is not None
-    before = len(cache._described)
-    for i in range(4):
-        write_adapter(tmp_path / f"n{i}", llama, ("q_proj", "v_proj"), rank=2, seed=20 + i)
-        write_examples(tmp_path / f"n{i}", [f"number {i}"])
-        logo.pool.add(tmp_path / f"n{i}")
-        logo.select(PROMPTS[0])
-        assert len(cache._described) == before + 1
-        logo.pool.remove(f"n{i}")
-    logo.select(PROMPTS[0])
-    assert logo.scorer.cache is cache and len(cache._described) == before
 
 
 def test_the_cache_keeps_means_only(llama: nn.Module, folder: Path, tmp_path: Path) -> None:
@@ -250,23 +228,12 @@ def test_a_run_is_another_one_with_other_examples(llama: nn.Module, folder: Path
     assert one["examples"] != other["examples"] and "examples" not in without
     assert digests(engine(llama, folder, examples="ignore")) == without
     assert digests(engine(llama, folder, signal="norm")) == {k: v for k, v in without.items() if k != "scores"}
-    alone = {"signal": "calibrated", "probe_token": "last"}
-    assert "scores" in digests(engine(llama, folder, **alone))  # the formula of similarities is a part of the version
-    assert "scores" not in digests(engine(llama, folder, examples="ignore", **alone))
 
 
-def test_the_signal_alone_needs_examples(llama: nn.Module, folder: Path) -> None:
-    with pytest.raises(PoolError, match="needs example prompts, and none of the 4 adapters has any"):
-        engine(llama, folder, signal="signature")
-    with pytest.raises(UsageError, match="'signature' uses nothing else"):
-        engine(llama, folder, signal="signature", examples="ignore")
-
-
-def test_zeros_and_noise_never_win(llama: nn.Module, folder: Path) -> None:
-    """An adapter that does nothing responds to nothing; one of noise responds to everything alike."""
+def test_an_adapter_of_zeros_without_examples_never_wins(llama: nn.Module, folder: Path) -> None:
+    change(folder / "t3", torch.zeros_like)
     logo = engine(llama, told(folder, t0=PROMPTS[0], t1=PROMPTS[1], t2=PROMPTS[2]), k=4)
-    for prompt in PROMPTS[:3]:
-        assert logo.select(prompt).adapters[0] != "t3"
+    assert "t3" not in {selection.adapters[0] for selection in logo.select(PROMPTS)}
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -309,8 +276,6 @@ def test_examples_of_one_adapter_do_not_become_those_of_another(folder: Path) ->
 
 
 def test_examples_go_with_downloads_and_are_not_sent(folder: Path) -> None:
-    from logo import AdapterPool
-
     told(folder, t0="mine alone")
     adapters = list(AdapterPool.from_directory(folder))
     assert f"*/{EXAMPLES}" in adapter_patterns("", False)

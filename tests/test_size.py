@@ -15,9 +15,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from logo.backends.vllm.skeleton import skeleton as skeleton_of
 from logo.models import skeleton
-from logo.selection import index_file
-from logo.selection.mapped import ALIGNMENT
-from logo.selection.points import find_points, named_points
+from logo.selection.points import Point, last_query
 from logo.selection.size import USUAL, relative_sizes, weight_norm
 from test_engine import write_adapter
 from test_index import opened, write_pool
@@ -29,7 +27,7 @@ class Quantised(torch.Tensor):
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return tiny.model("llama", num_hidden_layers=4)
+    return tiny.model("llama", num_hidden_layers=6)
 
 
 @pytest.fixture(scope="module")
@@ -59,105 +57,49 @@ def test_a_size_is_the_mean_ratio_over_points(model: Any, folder: Path) -> None:
     assert sizes == sorted(sizes) and sizes[3] > 2 * sizes[0]
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-def test_sizes_are_in_the_file_of_an_index(
-    model: Any, folder: Path, tmp_path: Path, mapped: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if mapped:
-        monkeypatch.setattr(index_file, "MAPPED", 0)
-    first, again = (opened(model, folder, signal="calibrated", cache=str(tmp_path)) for _ in range(2))
-    before = first.scorer
-    assert list((tmp_path / "index").iterdir())
-    monkeypatch.setattr("logo.selection.scorers.read_indices", lambda *_: pytest.fail("the file was not used"))
-    monkeypatch.setattr("logo.selection.cache.weight_norm", lambda *_: pytest.fail("the file was not used"))
-    (next((tmp_path / "calibration").iterdir()) / "weights.json").unlink()
-    assert again.scorer.sizes == before.sizes == pytest.approx(expected(first), rel=1e-5)
-
-
-@pytest.mark.parametrize("mapped", [False, True])
-def test_an_index_from_its_file_scores_alike_to_the_last_digit(
-    model: Any, tmp_path: Path, mapped: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also in a pool whose tensors have odd lengths: what is multiplied lies where it would lie in memory."""
-    if mapped:
-        monkeypatch.setattr(index_file, "MAPPED", 0)
-    for i in range(9):
-        write_adapter(tmp_path / "pool" / f"t{i}", model, ("q_proj", "v_proj"), rank=16, seed=i)
-    cold, warm = (opened(model, tmp_path / "pool", signal="calibrated", cache=str(tmp_path)) for _ in range(2))
-    for word in range(40):
-        assert cold.select(f"w{word}").scores == warm.select(f"w{word}").scores
-    for index in warm.scorer.indices:
-        assert index.sketch is not None
-        assert not any(tensor.data_ptr() % ALIGNMENT for tensor in (index.stacked, *index.sketch))
-
-
 def test_a_base_model_has_its_own_sizes(model: Any, folder: Path, tmp_path: Path) -> None:
-    """Indices of signals without a calibration may be shared by base models of the same shape."""
-    larger = tiny.model("llama", num_hidden_layers=4)
+    larger = tiny.model("llama", num_hidden_layers=6)
     with torch.no_grad():
         for name, weight in larger.named_parameters():
             if name.endswith("q_proj.weight"):
                 weight.mul_(10)
     for base in (model, larger):
-        logo = opened(base, folder, signal="norm", cache=str(tmp_path), probe_layer=[1])
+        logo = opened(base, folder, signal="norm", cache=str(tmp_path))
         assert not logo.scorer.sizes
-        scorer = logo._selecting.scorer("norm_z")  # type: ignore[attr-defined]
+        scorer = logo._selecting.scorer("calibrated")  # type: ignore[attr-defined]
         assert scorer.sizes == pytest.approx(expected(logo, scorer), rel=1e-5)
 
 
-def test_sizes_stay_when_a_pool_changes(model: Any, folder: Path, tmp_path: Path) -> None:
+def test_sizes_follow_a_pool_that_changes(model: Any, folder: Path, tmp_path: Path) -> None:
     write_adapter(tmp_path / "new", model, ("q_proj", "v_proj", "o_proj"), rank=2, seed=9)
-    logo = opened(model, folder, signal="calibrated", probe_points=["1.q_proj", "2.v_proj"])
-    before = dict(logo.scorer.sizes)
+    logo = opened(model, folder, signal="calibrated")
+    logo.calibrate()
     logo.pool.add(tmp_path / "new")
-    assert {name: size for name, size in logo.scorer.sizes.items() if name != "new"} == before
+    assert "new" in logo.scorer.sizes
     assert logo.scorer.sizes == pytest.approx(expected(logo), rel=1e-5)
 
 
 def test_fused_projections_count_by_the_rows_of_the_query() -> None:
     model = tiny.model("gpt2")
-    [point] = find_points(model)
+    point = last_query(model)
     assert point.rows is not None
     weight = model.get_submodule(point.module).weight  # Conv1D stores it transposed
     assert weight_norm(model, point) == pytest.approx(float(weight[:, list(point.rows)].norm()))
 
 
-def test_all_rows_of_a_fused_projection_have_responses_and_a_size_of_their_own(tmp_path: Path) -> None:
-    model = tiny.model("gpt2")
-    for i in range(3):
-        write_adapter(tmp_path / "pool" / f"t{i}", model, ("c_attn",), rank=2, seed=i)
-    scores = []
-    for cache in ("shared", "shared", "alone"):
-        read = {} if not scores else {"probe_points": ["1.attn.c_attn"]}
-        logo = opened(model, tmp_path / "pool", signal="norm_z", cache=str(tmp_path / cache), **read)
-        scores.append(logo.select("w3 w4 w5").scores)
-        if read:
-            assert logo.scorer.points[0].rows is None
-            assert logo.scorer.sizes == pytest.approx(expected(logo), rel=1e-5)
-    assert scores[1] == scores[2]
-
-
-def test_a_norm_that_could_not_be_read_is_tried_again(
-    model: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("logo.selection.cache.weight_norm", lambda *_: math.nan)
-        unknown = opened(model, folder, signal="calibrated", cache=str(tmp_path))
-        assert list(unknown.scorer.sizes.values()) == pytest.approx([USUAL] * 4)
-    again = opened(model, folder, signal="calibrated", cache=str(tmp_path))
-    assert again.scorer.sizes == pytest.approx(expected(again), rel=1e-5)
+VALUES = [Point(i, f"model.layers.{i}", f"model.layers.{i}.self_attn.v_proj") for i in (0, 1)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_weights_may_be_of_any_plain_type(dtype: torch.dtype) -> None:
     model = tiny.model("llama").to(dtype)
-    [point] = named_points(model, "1.v_proj")
+    point = VALUES[1]
     weight = model.get_submodule(point.module).weight
     assert weight_norm(model, point) == pytest.approx(float(weight.double().norm()), rel=1e-5)
 
 
 def test_weights_that_are_kept_elsewhere_count_too(tmp_path: Path) -> None:
-    [point] = named_points(tiny.model("llama"), "1.v_proj")
+    point = VALUES[1]
     norm = weight_norm(tiny.model("llama"), point)
     assert norm == pytest.approx(float(tiny.model("llama").get_submodule(point.module).weight.norm()))
     model = accelerate.disk_offload(tiny.model("llama"), str(tmp_path), execution_device=torch.device("cpu"))
@@ -168,7 +110,7 @@ def test_weights_that_are_kept_elsewhere_count_too(tmp_path: Path) -> None:
 
 def test_a_skeleton_reads_what_is_stored_as_plain_numbers(tmp_path: Path) -> None:
     model = tiny.model("llama")
-    [point] = named_points(model, "1.v_proj")
+    point = VALUES[1]
     model.save_pretrained(tmp_path / "plain")
     assert weight_norm(skeleton_of(str(tmp_path / "plain"), torch.float32), point) == weight_norm(model, point)
     shutil.copytree(tmp_path / "plain", tmp_path / "eight")
@@ -177,14 +119,13 @@ def test_a_skeleton_reads_what_is_stored_as_plain_numbers(tmp_path: Path) -> Non
     save_file(tensors, tmp_path / "eight" / "model.safetensors", {"format": "pt"})
     stored = skeleton_of(str(tmp_path / "eight"), torch.float32)
     assert math.isnan(weight_norm(stored, point))
-    [other] = named_points(model, "0.v_proj")
     (tmp_path / "eight" / "model.safetensors").unlink()
-    assert math.isnan(weight_norm(stored, other))
+    assert math.isnan(weight_norm(stored, VALUES[0]))
 
 
 def test_an_unknown_size_is_the_usual_one() -> None:
     model = tiny.model("llama")
-    [point] = named_points(model, "1.v_proj")
+    point = VALUES[1]
     linear = model.get_submodule(point.module)
     plain = linear.weight
     for other in (

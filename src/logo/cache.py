@@ -11,7 +11,6 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,21 +33,13 @@ def cache_folder(cache: str | Path | None) -> Path | None:
     return Path(cache) if cache != "" else None
 
 
-def read_cached(file: Path, read: Callable[[Path], _T], *, used: bool = False) -> _T | None:
-    """What `read` makes of a file of the cache; None if there is no file, or, with a warning, if it cannot be used.
-
-    Args:
-        used: give the file the time of this use, for `most` of `write_cached`.
-    """
+def read_cached(file: Path, read: Callable[[Path], _T]) -> _T | None:
+    """What `read` makes of a file of the cache; None if there is no file, or, with a warning, if it cannot be used."""
     from safetensors import SafetensorError
 
     try:
         file.open("rb").close()  # safetensors calls a file that may not be read a missing one
-        found = read(file)
-        if used:
-            with suppress(OSError):  # the folder may be read-only
-                file.touch()
-        return found
+        return read(file)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -58,7 +49,7 @@ def read_cached(file: Path, read: Callable[[Path], _T], *, used: bool = False) -
     return None
 
 
-def write_cached(cache: Path, name: str, write: Callable[[str], object], most: int | None = None) -> Path | None:
+def write_cached(cache: Path, name: str, write: Callable[[str], object]) -> Path | None:
     """Writes `cache/name` under another name and renames it, so that readers see all of it or nothing.
 
     Args:
@@ -92,9 +83,4 @@ def write_cached(cache: Path, name: str, write: Callable[[str], object], most: i
         return None
     finally:
         shutil.rmtree(room, ignore_errors=True)
-    if most is not None:
-        with suppress(OSError):  # files that other processes removed or own are left alone
-            known = sorted(file.parent.glob(f"*{file.suffix}"), key=lambda path: path.stat().st_mtime_ns)
-            for old in known[:-most]:
-                old.unlink(missing_ok=True)
     return file

@@ -133,7 +133,7 @@ class Calls(ABC):
                 `role` and `content`), token ids or a BatchEncoding; see `logo.prompts`.
             max_new_tokens: as in `generate`, so that a long prompt is cut in the same place.
             batch_size: prompts per probe; fewer if they are long, and one with `probe_context="carry"`.
-            **options: `k`, `signal`, `weighting`, `keep_mass` and `candidates` for this call; see `CallOptions`.
+            **options: `k`, `signal`, `weighting` and `candidates` for this call; see `CallOptions`.
 
         Raises:
             UsageError: a prompt that is empty or cannot be read, an answer that alone would fill the context, or an
@@ -203,7 +203,7 @@ class Calls(ABC):
         return self._selecting.choose(torch.tensor(list(scores.values())), list(scores), call)
 
     def restart(self) -> None:
-        """Forgets earlier prompts, on which `probe_context="carry"` and a running reference depend."""
+        """Forgets earlier prompts, on which `probe_context="carry"` depends."""
         with self._lock:
             self._selecting.restart()
 

@@ -23,7 +23,7 @@ from logo.scoring import MAX_TOKENS
 from logo.selection.beginnings import Beginnings
 from logo.selection.confidence import EXAMPLES, RESPONSES, Evidence
 from logo.selection.index import Tell
-from logo.selection.scorer import NOT_SCORED, Best, Scorer
+from logo.selection.scorer import Scorer
 from logo.selection.scorers import Scorers
 from logo.selection.selector import Forced, Selection, Selector, check_k, forced, known
 from logo.selection.settings import SelectionSettings
@@ -45,14 +45,12 @@ class CallOptions(TypedDict, total=False):
         signal: any registered signal; it is calibrated when it is first used.
         weighting: how scores become weights; default: as in the engine's settings, or, if the call names another
             signal, that signal's own.
-        keep_mass: of the k adapters, keep the best ones that together hold this share of the weight.
         candidates: the adapters that may be selected; forced ones have to be among them, too.
     """
 
     k: int | None
     signal: str | None
     weighting: Weighting | None
-    keep_mass: float | None
     candidates: Collection[str] | None
 
 
@@ -124,13 +122,8 @@ class Choosing:
         invoked = self.pool.read_once and any(one.tokens for one in self.pool.activations)
         return "all" if invoked and self._settings.probe_text is None else self._settings.probe_text
 
-    def wanted(self, call: CallSettings) -> Best:
-        """Which scores of one prompt the selection needs."""
-        k = self.pool.default_k if call.settings.k is None else call.settings.k
-        return Best(k, call.candidates)
-
     def choose(self, scores: Tensor, names: Sequence[str], call: CallSettings) -> Selection:
-        """The selection that scores (adapters,) give; adapters that are `NOT_SCORED` do not appear in it.
+        """The selection that scores (adapters,) give.
 
         Raises:
             NotFinite: the score of a candidate is NaN or infinite.
@@ -145,14 +138,9 @@ class Choosing:
                     "reads: name others, or force one (`adapters`)"
                 )
             scores, names = scores[left], [names[i] for i in left]
-        if settings.index == "two-stage":
-            scored = (scores != NOT_SCORED).nonzero()[:, 0].tolist()
-            scores, names = scores[scored], [names[i] for i in scored]
         k = min(self.pool.default_k if settings.k is None else settings.k, len(names))
         weighting, evidence = settings.reading.weighting, self.evidence(settings)
-        temperature, mass = settings.weight_temperature, settings.keep_mass
-        unsure = settings.when_unsure, settings.unsure_below
-        selector = Selector(k, weighting, temperature, mass, evidence, *unsure)
+        selector = Selector(k, weighting, evidence, settings.when_unsure, settings.unsure_below)
         found = selector(scores, names, self.sizes(settings))
         return replace(found, signal=settings.signal)
 
@@ -326,18 +314,17 @@ class Probing(Selecting):
         return self.scorers.get(settings).sizes
 
     def restart(self) -> None:
-        """Forgets earlier prompts, on which `probe_context="carry"` and a running reference depend."""
+        """Forgets earlier prompts, on which `probe_context="carry"` depends."""
         self._carried = None
-        self.scorers.restart()
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
         """See `Selecting`."""
-        before, levels = self._carried, self.scorers.levels
+        before = self._carried
         try:
             yield
         except BaseException:
-            self._carried, self.scorers.levels = before, levels
+            self._carried = before
             raise
 
     def _select_carried(self, row: Sequence[int], call: CallSettings) -> Outcome:
@@ -358,7 +345,7 @@ class Probing(Selecting):
         scorer = self.scorers.get(calls[0].settings)  # if it calibrates, no adapter may be active yet
         ids, mask = self._prompts.pad(rows, "right", input_device(self._model))
         with self._mixer.active(self.pool, [dict.fromkeys(active, 1.0)]):
-            scores = scorer.best(ids, mask, [self.wanted(one) for one in calls])
+            scores = scorer(ids, mask, [one.candidates for one in calls])
         return [self.outcome(row, scorer.names, one) for row, one in zip(scores, calls, strict=True)]
 
 

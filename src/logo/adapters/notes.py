@@ -79,7 +79,7 @@ def noted(folder: Path, top: Path, own: Activation) -> Activation:
             if place == top:
                 break
         else:
-            return _activation(place, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+            return _activation(place, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
     return own
 
 

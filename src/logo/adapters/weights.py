@@ -19,23 +19,22 @@ if TYPE_CHECKING:
 
 _LFS_POINTER = b"version https://git-lfs"
 
-Stamp = tuple[int, int, int]
+Stamp = tuple[int, int, int, int]
 
 
 def stamp(path: str | Path) -> Stamp | None:
-    """Size, modification time and inode of a file, by which a change is noticed; None if it cannot be found."""
+    """`content_stamp`; None if the file cannot be found."""
     try:
-        stat = os.stat(path)
+        return content_stamp(path)
     except OSError:
         return None
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
-ContentStamp = tuple[int, int, int, int]
+ContentStamp = Stamp
 
 
 def content_stamp(path: str | Path) -> ContentStamp:
-    """Size, modification time, inode and change time of a file.
+    """Size, modification time, inode and change time of a file, by which a change is noticed.
 
     Writing to a file changes the last even if its modification time is set back, as `rsync --inplace --times` does.
 
@@ -77,6 +76,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.stamp = path, stamp(path)
+        self._digest: str | None = None  # of the content that it had when it was opened, where it is known
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         from safetensors import safe_open
@@ -94,14 +94,23 @@ class SafetensorsFile:
             return {key: file.get_tensor(key) for key in keys}
 
     def sha256(self) -> str:
-        return file_sha256(self.path)
+        digest = file_sha256(self.path)
+        if stamp(self.path) == self.stamp:
+            self._digest = digest
+        return digest
 
     def _check_unchanged(self) -> None:
-        """Raises ValueError if the file was replaced, since the scales that were read with it may not be its own."""
+        """Raises ValueError if the file was replaced or rewritten, since the scales that were read with it and the
+        scores that were computed from it may not be its own."""
         now = stamp(self.path)
-        # Without the inode, which some network drives change on their own.
         if now is None or self.stamp is None or now[:2] != self.stamp[:2]:
             raise ValueError("it has changed since it was opened; open the pool again")
+        # Size and time may have been set back; but a new owner, mode or link changes the change time, too, and some
+        # network drives change the inode on their own.
+        if now[3] != self.stamp[3]:
+            if self._digest is None or file_sha256(self.path) != self._digest:
+                raise ValueError("it has changed since it was opened; open the pool again")
+            self.stamp = now
 
 
 class PickleFile:

@@ -1,4 +1,4 @@
-"""Refuses options that only other methods, merges, signals, weightings or indexes read."""
+"""Refuses options that only other methods, merges or signals read."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
 }
 # Options of the engine's own selection, which the other methods replace.
 OF_SELECTION = {
-    *("signal", "reference", "calibration_prompts", "examples", "index", "index_rank", "index_left"),
-    *("probe_context", "probe_input", "probe_token", "probe_text", "probe_layer", "probe_module", "probe_depth"),
-    *("probe_points", "weighting", "weight_temperature", "keep_mass", "when_unsure", "unsure_below"),
+    *("signal", "calibration_prompts", "examples", "probe_context", "probe_text"),
+    *("weighting", "when_unsure", "unsure_below"),
 }
 K = "n_selected_modules"  # which some of the other methods read too
 
@@ -85,23 +84,12 @@ def check_selection_options(settings: Sequence[SelectionSettings]) -> None:
     looks_at: dict[str, Callable[[Signal], bool]] = {
         "calibration_prompts": lambda signal: signal.scale != "raw",
         "examples": lambda signal: signal.scale == "whitened",
-        "probe_depth": lambda signal: signal.layers == "early",
     }
     signals = ", ".join(dict.fromkeys(one.signal for one in settings))
     for option, looks in looks_at.items():
         if option in given() and not any(looks(one.reading) for one in settings):
             named = [name for name, signal in SIGNALS.items() if looks(signal)]
             _refuse(option, "signal", named, f"the signal is {signals}")
-    counted = all(isinstance(one.probe_points, int) for one in settings)  # any signal can read points that are named
-    if "probe_points" in given() and counted and not any(one.reading.chosen for one in settings):
-        named = [name for name, signal in SIGNALS.items() if signal.chosen]
-        _refuse("probe_points", "signal", named, f"the signal is {signals}")
-    weighting = dict.fromkeys(one.reading.weighting for one in settings)
-    if "weight_temperature" in given() and "softmax" not in weighting:
-        _refuse("weight_temperature", "weighting", ["softmax"], f"the weighting is {', '.join(weighting)}")
-    for option in ("index_rank", "index_left"):
-        if option in given() and not any(one.index == "two-stage" for one in settings):
-            _refuse(option, "index", ["two-stage"], "the index is exact")
 
 
 def _refuse(option: str, what: str, belongs: Iterable[str], found: str) -> NoReturn:

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 
 def demo(
-    signal: str = usual(
-        DEFAULT_SIGNAL, "Signal that answers: `calibrated`, `norm`, `entropy`, `norm_z`, `arrow`, `spectr`."
-    ),
+    signal: str = usual(DEFAULT_SIGNAL, "Signal that answers: `calibrated`, `norm` or `entropy`."),
     n_selected_modules: int = usual(DEMO_K, "Adapters selected per prompt.", True, "--n-selected-modules", "-k"),
     limit: int | None = usual(None, "Held-out rows per task.", "all", min=1),
     json: Json = False,

@@ -171,7 +171,8 @@ def _open(asked: Asked) -> Session:
     run, method, base_model = asked.run, asked.method, asked.base_model
     started = time.perf_counter()
     truncation = OFFICIAL_TRUNCATION if asked.official else None
-    logo = open_any(asked.engine, asked.runner, base_model, preset=run.preset, truncation=truncation)
+    how: Any = {"preset": run.preset, "probe_context": run.probe_context, "truncation": truncation}
+    logo = open_any(asked.engine, asked.runner, base_model, **how)
     pool = pool_digests(logo)
     loading = time.perf_counter() - started
     options = {"base_model": base_model, **asdict(asked.engine), **asdict(asked.runner), **asdict(run)}

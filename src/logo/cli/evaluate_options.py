@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from logo.cli.choices import Preset
+from logo.cli.choices import Context, Preset
 from logo.cli.opening import asked_k
-from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, RunnerOptions, rare, usual
+from logo.cli.options import OFFICIAL_SIGNAL, PROBE, EngineOptions, RunnerOptions, rare, usual
 from logo.pools import default_k
 
 if TYPE_CHECKING:
@@ -53,6 +53,12 @@ class RunOptions:
     overwrite: bool = usual(False, "Start again, replacing finished rows and a result of another run.")
     result_dir: str = usual("results", "Folder for result folders.", metavar="DIR")
     seed: int = usual(0, "Random seed; part of the result folder's name.", min=0)
+    probe_context: Context | None = rare(
+        None,
+        "Adapters active while probing: none, the whole pool, or as the official script runs.",
+        "base; --preset official: carry",
+        panel=PROBE,
+    )
     run_name: str | None = rare(
         None, "Added to the result folder's name, to keep several runs beside each other.", "none", metavar="NAME"
     )
@@ -79,7 +85,7 @@ class Asked:
     @property
     def carries(self) -> bool:
         """Whether each row is probed with the adapters of the one before."""
-        probed = self.engine.probe_context
+        probed = self.run.probe_context
         return self.official if probed is None else probed == "carry"
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.cli.belonging import check_selection_options
-from logo.cli.choices import Preset
+from logo.cli.choices import Context, Preset
 from logo.cli.expanded import given
 from logo.cli.options import DEFAULT_PREFIX_CACHE_GB, DEFAULT_SIGNAL, EngineOptions, RunnerOptions, changed
 from logo.cli.output import err, note, progress
@@ -65,38 +65,27 @@ def asked_k(options: EngineOptions, preset: Preset | None = None) -> int | None:
     return DEFAULT_K if preset == "official" and options.n_selected_modules is None else options.n_selected_modules
 
 
-def selection_settings(options: EngineOptions, preset: Preset | None = None) -> SelectionSettings:
+def selection_settings(
+    options: EngineOptions, preset: Preset | None = None, probe_context: Context | None = None
+) -> SelectionSettings:
     """The settings of probe and selection; raises for values that cannot be used, before a model is loaded."""
     from logo.selection.settings import SelectionSettings
 
-    official = preset == "official"
     return SelectionSettings(
         signal=options.signal or DEFAULT_SIGNAL,
         k=asked_k(options, preset),
         weighting=options.weighting,
-        weight_temperature=options.weight_temperature,
-        keep_mass=options.keep_mass,
         when_unsure=options.when_unsure,
         unsure_below=options.unsure_below,
         examples=options.examples,
-        probe_context=options.probe_context or ("carry" if official else "base"),
-        probe_input=options.probe_input,
-        probe_token=options.probe_token,
+        probe_context=probe_context or ("carry" if preset == "official" else "base"),
         probe_text=options.probe_text,
-        probe_layer=_parts(options.probe_layer),
-        probe_module=options.probe_module,
-        probe_depth=options.probe_depth,
-        probe_points=_points(options.probe_points),
         activation=options.activation,
         when_not_invoked=options.when_not_invoked,
-        baseline=options.reference,
         calibration_prompts=_lines(options.calibration_prompts),
         cache=options.cache,
         prefix_cache_gb=DEFAULT_PREFIX_CACHE_GB if options.prefix_cache_gb is None else options.prefix_cache_gb,
         unscorable=options.unscorable,
-        index=options.index,
-        index_rank=options.index_rank,
-        index_left=options.index_left,
     )
 
 
@@ -175,13 +164,11 @@ def open_base(
     return Opened(model, tokenizer, pool)
 
 
-def open_engine(
-    options: EngineOptions, base_model: str, *, preset: Preset | None = None, truncation: Truncation | None = None
-) -> LoGo:
+def open_engine(options: EngineOptions, base_model: str) -> LoGo:
     """Loads the base model and the pool, and returns an engine on them."""
-    settings = selection_settings(options, preset)
+    settings = selection_settings(options)
     check_selection_options([settings])
-    return open_base(options, base_model, preset).engine(options, settings, truncation)
+    return open_base(options, base_model).engine(options, settings)
 
 
 def open_any(
@@ -190,14 +177,15 @@ def open_any(
     base_model: str,
     *,
     preset: Preset | None = None,
+    probe_context: Context | None = None,
     truncation: Truncation | None = None,
 ) -> Calls:
     """An engine in this process or inside vLLM, as `runner` says."""
     asked = _vllm_options(runner)
-    settings = selection_settings(options, preset)
+    settings = selection_settings(options, preset, probe_context)
     check_selection_options([settings])
     if runner.engine == "local":
-        return open_engine(options, base_model, preset=preset, truncation=truncation)
+        return open_base(options, base_model, preset).engine(options, settings, truncation)
     for name, flag in changed(options, *_INSTEAD).items():
         raise UsageError(f"{flag}: the engine 'vllm' has no such option; {_INSTEAD[name]}")
     # Set before vLLM is imported, so that its messages stay out of this command's output.
@@ -251,10 +239,6 @@ def device_of(name: str) -> str:
     return str(pick_device(name))
 
 
-def _parts(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",")]
-
-
 def _lines(file: Path | None) -> list[str] | None:
     if file is None:
         return None
@@ -262,10 +246,6 @@ def _lines(file: Path | None) -> list[str] | None:
         return [line for line in text_lines(file) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"--calibration-prompts {file}: cannot be read: {error}") from error
-
-
-def _points(text: str | None) -> int | list[str] | None:
-    return int(text) if text is not None and text.lstrip("-").isdigit() else _parts(text)
 
 
 def quiet_transformers() -> None:

@@ -15,19 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from logo.cli.choices import (
-    Context,
-    Engine,
-    Examples,
-    IndexKind,
-    OnBad,
-    ProbeText,
-    Read,
-    Reference,
-    Token,
-    Weights,
-    WhenUnsure,
-)
+from logo.cli.choices import Engine, Examples, OnBad, ProbeText, Weights, WhenUnsure
 
 POOL = "Pool"
 PROBE = "Probe and selection"
@@ -151,40 +139,14 @@ class EngineOptions:
     prefix_cache_gb: float | None = _probe(
         None, "Memory for the keys and values of shared prompt prefixes, in GB.", "0.25", min=0.0
     )
-    signal: str | None = usual(None, "`calibrated`, `norm`, `entropy`, `norm_z`, `arrow` or `spectr`.", "calibrated")
+    signal: str | None = usual(None, "`calibrated`, `norm` or `entropy`.", "calibrated")
     n_selected_modules: int | None = usual(
         None, "Adapters selected per prompt.", "20; demo: 3", "--n-selected-modules", "-k"
-    )
-    probe_context: Context | None = _probe(
-        None, "Adapters active while probing: none, the whole pool, or as the official script runs.", "base"
-    )
-    probe_input: Read | None = _probe(
-        None, "Which vector is read: before or after the layer's input norm.", "the signal's; official: residual"
-    )
-    probe_token: Token | None = _probe(
-        None,
-        "Which tokens are read: the last one, the mean of all, or each but the first, whose scores are averaged.",
-        "the signal's; official: last",
     )
     probe_text: ProbeText | None = _probe(
         None,
         "Which part of a conversation is read: the user's last message, all of the user's, or everything.",
         "last_user; adapters with an invocation: all",
-    )
-    probe_layer: str | None = _probe(
-        None, "Which layer is read: `last`, an index, or several: `0,5,-1`.", "the signal's; official: last"
-    )
-    probe_module: str | None = _probe(
-        None, "Which linear module is read, by name.", "the signal's; official: the query projection"
-    )
-    probe_depth: float | None = _probe(
-        None, "Share of the layers that a signal with several points may read.", "0.5; activated adapters: 1"
-    )
-    probe_points: str | None = _probe(
-        None,
-        "How many points `calibrated` may choose, or the points: `4.v_proj,6.mlp.down_proj`.",
-        "12 to 48, by the size of the pool",
-        metavar="N|POINTS",
     )
     activation: str | None = _probe(
         None,
@@ -195,21 +157,11 @@ class EngineOptions:
     when_not_invoked: str = _probe(
         "off", "What an adapter does for a prompt without its invocation tokens.", metavar="off|error|last:N"
     )
-    reference: Reference = _probe(
-        "neutral", "What responses are compared with: neutral text, or also earlier prompts (for servers)."
-    )
     calibration_prompts: Path | None = _probe(
         None,
         "Unlabelled prompts, one per line, by which the calibration chooses points.",
         "built-in ones",
         metavar="FILE",
-    )
-    index: IndexKind = _probe(
-        "exact", "Score every adapter, or only those that a first stage keeps (docs/many-adapters.md)."
-    )
-    index_rank: int = _probe(2, "Two stages: rank of each adapter in the first stage.")
-    index_left: int | None = _probe(
-        None, "Two stages: adapters left for exact scoring by a first stage that estimates.", "16 k, at least 256"
     )
     cache: str | None = _probe(
         None,
@@ -218,14 +170,9 @@ class EngineOptions:
         metavar="DIR",
     )
     weighting: Weights | None = _probe(None, "How scores become weights.", "the signal's; official: linear")
-    weight_temperature: float = _probe(0.5, "Temperature of `--weighting softmax`, in units of the score.")
-    keep_mass: float | None = _probe(
-        None, "Keep the best adapters that together hold this share of the weight.", "keep all"
-    )
     when_unsure: WhenUnsure = _probe(
         "mix",
-        "What answers if the selection is unsure: a mixture of adapters, the base model alone, the best adapter "
-        "alone, or nothing.",
+        "What answers if the selection is unsure: a mixture of adapters, the base model alone, or nothing.",
     )
     unsure_below: float = _probe(0.15, "The confidence below which a selection is unsure.")
     examples: Examples = _probe(

@@ -267,7 +267,7 @@ def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _common_columns(scored: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """The adapters that any instance scored, in pool order; a plugin's method may score others for every instance."""
+    """The adapters that any instance scored, in pool order; not every selection has the same ones."""
     different = list(dict.fromkeys(map(tuple, scored)))
     return different[0] if len(different) == 1 else tuple(sorted({name for names in different for name in names}))
 

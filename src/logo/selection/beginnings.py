@@ -13,7 +13,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -29,18 +29,15 @@ PAGE = 16
 KeyValues = list[tuple[Tensor, Tensor]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Page:
     """Consecutive tokens of one beginning.
 
     Attributes:
         keys_values: per layer, (heads, tokens, size) each.
-        sums: reading -> the summed responses (adapters,) to the page's tokens that are read, per point, and the number
-            of these tokens.
     """
 
     keys_values: KeyValues
-    sums: dict[str, tuple[list[Tensor], int]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -50,22 +47,7 @@ class Page:
     @property
     def bytes(self) -> int:
         """Memory it takes."""
-        summed = (tensor for parts, _ in self.sums.values() for tensor in parts)
-        return sum(tensor.nbytes for tensor in (*summed, *(tensor for pair in self.keys_values for tensor in pair)))
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The hidden vectors of one pass of the base model over the tokens of some rows that were not cached.
-
-    Attributes:
-        hidden: per point of the probe, (vectors, d).
-        owners, positions: (vectors,) int64 on the CPU: the row of each vector, and the token in it.
-    """
-
-    hidden: list[Tensor]
-    owners: Tensor
-    positions: Tensor
+        return sum(tensor.nbytes for pair in self.keys_values for tensor in pair)
 
 
 class Beginnings:
@@ -101,17 +83,13 @@ class Beginnings:
             self._holding -= 1
             self._drop()
 
-    def find(self, row: Sequence[int], end: int, reading: str | None = None) -> list[Page]:
-        """The cached pages of the first `end` tokens of a row, without a gap from the first token on.
-
-        Args:
-            reading: pages without sums of this reading do not count; None: sums are not needed.
-        """
+    def find(self, row: Sequence[int], end: int) -> list[Page]:
+        """The cached pages of the first `end` tokens of a row, without a gap from the first token on."""
         found = []
         keys = [key for key, _, _ in _keys(row, end)]
         for key in keys:
             page = self._pages.get(key)
-            if page is None or (reading is not None and reading not in page.sums):
+            if page is None:
                 break
             found.append(page)
         self._use(keys[: len(found)])
@@ -132,7 +110,7 @@ class Beginnings:
 
     def extend(
         self, rows: Sequence[Sequence[int]], ends: Sequence[int], known: Sequence[Sequence[Page]], probe: Probe
-    ) -> Reading:
+    ) -> tuple[list[Tensor], Tensor]:
         """Runs the base model over the tokens of each row that are not in the cache, and keeps their keys and values.
 
         Args:
@@ -140,6 +118,10 @@ class Beginnings:
             ends: how many tokens of each row are kept.
             known: the pages that are in the cache, from each row's first token on; see `find`.
             probe: reads hidden vectors on the way; it runs the whole model.
+
+        Returns:
+            The hidden vectors (vectors, d) at each point of the probe, and the row that each belongs to, (vectors,)
+            int64 on the CPU.
         """
         counts = [sum(page.tokens for page in pages) for pages in known]
         length, width = max(counts), max(len(row) - count for row, count in zip(rows, counts, strict=True))
@@ -157,7 +139,6 @@ class Beginnings:
             places["position_ids"] = (torch.tensor(counts)[:, None] + torch.arange(width)).minimum(last).to(device)
         ids, mask = ids.to(device), mask.to(device)
         hidden = probe(ids, mask, cache, **places)
-        owners, columns = probe.places(ids, mask) if probe.points else (torch.zeros(0), torch.zeros(0))
         self.found += sum(counts)
         self.read += sum(map(len, rows)) - sum(counts)
         for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
@@ -168,21 +149,7 @@ class Beginnings:
                     self._keep(key, Page(_part(cache, i, start + shift, stop + shift)))
             self._use([key for key, _, _ in keys])
         self._drop()
-        positions = columns + torch.tensor(counts)[owners.long()] if len(owners) else columns
-        return Reading(hidden, owners, positions)
-
-    def note(self, row: Sequence[int], end: int, sums: Sequence[tuple[list[Tensor], int]], reading: str) -> None:
-        """Stores the summed responses to the last pages of a row's beginning, one entry for each page.
-
-        Pages that were dropped meanwhile are skipped.
-        """
-        for (key, _, _), one in zip(_keys(row, end)[-len(sums) :] if sums else (), sums, strict=True):
-            page = self._pages.get(key)
-            if page is not None:
-                self.bytes -= page.bytes
-                page.sums[reading] = one
-                self.bytes += page.bytes
-        self._drop()
+        return hidden, probe.owners(ids, mask)
 
     def cache(self, rows: Sequence[Sequence[int]], ends: Sequence[int], counts: Sequence[int]) -> DynamicCache:
         """Keys and values of the first `counts` tokens of each row, padded on the left.
@@ -217,7 +184,6 @@ class Beginnings:
         before = self._pages.pop(key, None)
         if before is not None:
             self.bytes -= before.bytes
-            page.sums |= before.sums
         self._pages[key] = page
         self.bytes += page.bytes
 

@@ -1,14 +1,9 @@
-"""The calibration cache: responses, whitenings and chosen points on disk, each under a digest of what it depends on.
+"""The calibration cache: responses and whitenings on disk, each under a digest of what it depends on.
 
     <cache>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a` per point, neutral texts first
     <cache>/calibration/<base model, texts and reading>/whitening/<module>.safetensors
-    <cache>/calibration/<base model, texts and reading>/points-<pool>.json        what was chosen, for people to read
     <cache>/calibration/<base model, texts and reading>/weights.json     `‖W‖_F` of the base model per point
     <cache>/calibration/<base model, texts and reading>/described/<texts>.safetensors     descriptions, or their mean
-    <adapter's folder>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a`, if published with it
-
-What is published with an adapter is a claim of its author: it is checked on a few texts, and only what was checked is
-kept in the cache (`logo.selection.calibration`).
 
 What is missing or damaged is computed again. Files are written under another name and renamed. The entries of an open
 pool are held in memory, too, so that adapters can be added after files of others are gone, and so that nothing is
@@ -20,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,11 +26,9 @@ from torch import Tensor, nn
 
 from logo.adapters.activation import ERROR, OFF, Activation
 from logo.adapters.digests import adapter_key
-from logo.adapters.files import RESPONSES
 from logo.adapters.format import Adapter
 from logo.adapters.weights import WeightFile
 from logo.cache import read_cached, write_cached
-from logo.folders import replace_file
 from logo.selection.emphasis import FADING
 from logo.selection.points import Point
 from logo.selection.signals import Signal
@@ -46,10 +38,8 @@ from logo.selection.whitening import SHRINKAGE, SKETCHED, Whitening
 from logo.tensors import stored, tensor_of
 
 # To be raised when the content of the files changes its meaning.
-_FORMAT = 3
+_FORMAT = 4
 _SAMPLED = 64
-# Texts on which published responses are checked.
-_CHECKED = 8
 _WEIGHTS = "weights.json"
 
 
@@ -57,50 +47,28 @@ class CalibrationCache:
     """The calibrations of one base model and one way of reading.
 
     Args:
-        texts: those that the base model reads.
-        key: digest of everything but the adapter that the stored values depend on.
-        readings: of each text at each point.
+        model: the base model.
+        texts: those that it reads.
+        signal: how they are read.
         folder: the cache folder; None keeps nothing.
-        draw: decides which texts are in `sample`, and is a secret of the processes that have to agree on it; None: at
-            random.
 
     Attributes:
-        texts, key: the same.
-        sample: the positions of the texts on which published responses are checked; their authors cannot foresee them.
+        texts: the same.
     """
 
-    def __init__(self, texts: Texts, key: str, readings: int, folder: Path | None, draw: str | None = None) -> None:
-        self.texts, self.key = texts, key
-        count = len(texts.rows)
-        self.sample = sorted(random.Random(draw).sample(range(count), min(_CHECKED, count)))
-        self._shape = (readings, count)
-        self._folder, self._name = folder, f"calibration/{key}"
+    def __init__(self, model: nn.Module, texts: Texts, signal: Signal, folder: Path | None) -> None:
+        self.texts = texts
+        self._shape = (signal.readings, len(texts.rows))
+        self._folder, self._name = folder, f"calibration/{_key_of(model, texts, signal)}"
         # Keyed by the file object, which stays the same when a pool is fitted again.
         self._adapter_keys: WeakKeyDictionary[WeightFile, str] = WeakKeyDictionary()
         self._responses: WeakKeyDictionary[WeightFile, dict[str, Tensor]] = WeakKeyDictionary()
-        self._published: WeakKeyDictionary[WeightFile, dict[str, Tensor]] = WeakKeyDictionary()
         self._whitenings: dict[str, Whitening] = {}  # only those that could not be written, since they are large
         self._described: dict[str, dict[int, Tensor]] = {}
         self._weight_norms: dict[str, float] = {}
 
-    @classmethod
-    def of(
-        cls, model: nn.Module, texts: Texts, signal: Signal, folder: Path | None, draw: str | None = None
-    ) -> CalibrationCache:
-        """The cache for a base model, texts and a way of reading."""
-        return cls(texts, _key_of(model, texts, signal), signal.readings, folder, draw)
-
-    def keys(self, adapters: Sequence[Adapter]) -> list[str]:
-        """The key of each adapter's responses."""
-        return [self._key(adapter) for adapter in adapters]
-
-    def know(self, adapters: Sequence[Adapter], keys: Sequence[str]) -> None:
-        """Remembers the keys of these adapters, so that their files are not read to compute them."""
-        for adapter, key in zip(adapters, keys, strict=True):
-            self._adapter_keys[adapter.file] = key
-
     def responses(self, adapter: Adapter) -> dict[str, Tensor]:
-        """Key of a point -> `a` (readings, texts) of this adapter, for the points that have been measured or checked.
+        """Module of a point -> `a` (readings, texts) of this adapter, for the points that have been measured.
 
         Raises:
             AdapterError: nothing is known yet, and its file is gone.
@@ -109,35 +77,10 @@ class CalibrationCache:
             self._responses[adapter.file] = self._load(f"{self._key(adapter)}.safetensors", self._read_responses)
         return dict(self._responses[adapter.file])
 
-    def published(self, adapter: Adapter) -> dict[str, Tensor]:
-        """The same as claimed by a file in the adapter's folder; empty if there is none or it is refuted."""
-        if adapter.file not in self._published:
-            self._published[adapter.file] = read_cached(self._beside(adapter), self._read_responses) or {}
-        return dict(self._published[adapter.file])
-
-    def refute(self, adapter: Adapter) -> None:
-        """Ignores what is published with this adapter from now on."""
-        self._published[adapter.file] = {}
-
     def keep_responses(self, adapter: Adapter, responses: Mapping[str, Tensor]) -> None:
         """Stores all responses of an adapter."""
         self._responses[adapter.file] = dict(responses)
         self._save(f"{self._key(adapter)}.safetensors", save({k: v.contiguous() for k, v in responses.items()}))
-
-    def keep_beside(self, adapter: Adapter) -> None:
-        """Writes the responses of an adapter into its own folder if they are not there yet, to be published with it.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
-        if self._beside(adapter).is_file():
-            return
-        responses = {module: response.contiguous() for module, response in self.responses(adapter).items()}
-        replace_file(self._beside(adapter), save(responses))
-
-    def _beside(self, adapter: Adapter) -> Path:
-        # The adapter's key is part of the name, so that an adapter does not find the responses of one that it replaced.
-        return adapter.folder / RESPONSES / self.key / f"{self._key(adapter)}.safetensors"
 
     def whitening(self, module: str) -> Whitening | None:
         """The whitening of a module's input; None if there is none yet."""
@@ -154,15 +97,15 @@ class CalibrationCache:
 
     def weight_norms(self, model: nn.Module, points: Sequence[Point]) -> tuple[float, ...]:
         """`‖W‖_F` of the base model at each point, cached or measured now; NaN where it is not known."""
-        missing = [point for point in points if point.key not in self._weight_norms]
+        missing = [point for point in points if point.module not in self._weight_norms]
         if missing and self._folder is not None:
             self._weight_norms |= read_cached(self._folder / self._name / _WEIGHTS, _numbers) or {}
-            missing = [point for point in missing if point.key not in self._weight_norms]
+            missing = [point for point in missing if point.module not in self._weight_norms]
         if missing:
-            self._weight_norms |= {point.key: weight_norm(model, point) for point in missing}
+            self._weight_norms |= {point.module: weight_norm(model, point) for point in missing}
             known = {key: norm for key, norm in self._weight_norms.items() if math.isfinite(norm)}
             self._save(_WEIGHTS, json.dumps(known).encode())
-        return tuple(self._weight_norms[point.key] for point in points)
+        return tuple(self._weight_norms[point.module] for point in points)
 
     def described(self, name: str) -> Mapping[int, Tensor] | None:
         """Descriptions of texts by the first point of each place, as stored under this name; None if there are none."""
@@ -182,13 +125,6 @@ class CalibrationCache:
     def release_described(self, needed: Collection[str]) -> None:
         """Releases the memory of all other descriptions; they stay on disk."""
         self._described = {name: self._described[name] for name in self._described if name in needed}
-
-    def keep_choice(self, adapters: Sequence[Adapter], choice: Mapping[str, Any]) -> Path | None:
-        """Writes down which points were chosen for these adapters; returns where."""
-        asked = [*self.keys(adapters), choice["probe_depth"], choice["most_points"]]
-        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-        name = f"points-{digest}.json"
-        return self._save(name, (json.dumps(choice, indent=2) + "\n").encode())
 
     def _load(self, name: str, read: Callable[[Path], dict[str, Tensor]] = load_file) -> dict[str, Tensor]:
         if self._folder is None:

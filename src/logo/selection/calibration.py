@@ -3,26 +3,22 @@
     candidates -> measure (what is not cached) -> choose points -> Calibration -> whitenings
 
 One forward pass of the base model per group of layers serves every adapter. The responses of each adapter are cached,
-so that the calibration of another pool of known adapters takes no pass at all. Responses that are published with an
-adapter are believed only where some of them, measured again, are as published.
+so that the calibration of another pool of known adapters takes no pass at all.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from logo.adapters.format import Adapter
 from logo.adapters.layout import linear_shape
-from logo.errors import listed
 from logo.selection.cache import CalibrationCache
 from logo.selection.emphasis import emphasised
 from logo.selection.index import ScoringIndex, Wanted, read_indices
@@ -36,9 +32,6 @@ from logo.selection.whitening import Whitening
 
 # Fewer points than allowed are read if they agree with all that are allowed at least this well.
 ENOUGH = 0.985
-# Published responses may differ from measured ones by this share of their spread over texts, in the root mean square:
-# some 20 times what bfloat16 instead of float32 changes.
-_TOLERANCE = 0.25
 # Bytes of hidden vectors that are held at once; the rest is read in further passes, each up to its own last layer.
 _HELD_BYTES = 2**30
 _BATCH = 16
@@ -76,12 +69,11 @@ class Calibration:
 
     Attributes:
         points: where prompts are read, best first.
-        ranking: every candidate with its contrast, best first; empty if the points were given.
+        ranking: every candidate with its contrast, best first; empty if all points are read.
         neutral: `a` (adapters, readings, neutral texts): the even readings of all points, then the late ones if the
             signal has them; NaN if an adapter does not touch a point.
         requests: `a` of the requests likewise; of no requests if the signal uses neutral texts only.
         weight_norms: `‖W‖_F` of the base model at each point; NaN where it is not known.
-        file: the file that says which points were chosen.
         measured: the number of adapters whose responses were not cached.
         seconds: duration of the calibration.
     """
@@ -91,7 +83,6 @@ class Calibration:
     neutral: Tensor
     requests: Tensor
     weight_norms: tuple[float, ...]
-    file: Path | None
     measured: int
     seconds: float
 
@@ -118,102 +109,29 @@ def calibrate(
     """
     started, texts = time.perf_counter(), cache.texts
     known = {adapter.name: cache.responses(adapter) for adapter in adapters}
-
-    def lacking(known: Mapping[str, Mapping[str, Tensor]], points: Sequence[Point]) -> dict[Point, list[Adapter]]:
-        return {p: [a for a in adapters if p.module in a.modules and p.key not in known[a.name]] for p in points}
-
-    lack = {adapter.name for some in lacking(known, candidates).values() for adapter in some}
-    claimed = {a.name: (cache.published(a) if a.name in lack else {}) | known[a.name] for a in adapters}
-    missing = lacking(claimed, candidates)
-    measured = measure(
-        model, {point: absent for point, absent in missing.items() if absent}, settings, cache, run_texts
-    )
+    missing = {p: [a for a in adapters if p.module in a.modules and p.module not in known[a.name]] for p in candidates}
+    measured = measure(model, {point: some for point, some in missing.items() if some}, settings, cache, run_texts)
     for adapter in adapters:
         if adapter.name in measured:
             known[adapter.name] |= measured[adapter.name]
-            claimed[adapter.name] |= measured[adapter.name]
             cache.keep_responses(adapter, known[adapter.name])
     nothing = torch.full((settings.reading.readings, len(texts.rows)), torch.nan)
     responses = torch.stack(
-        [torch.stack([claimed[a.name].get(p.key, nothing) for p in candidates], dim=1) for a in adapters]
+        [torch.stack([known[a.name].get(p.module, nothing) for p in candidates], dim=1) for a in adapters]
     )  # (adapters, readings of a point, candidates, texts)
     even = responses[:, 0]
     neutral, requests = even[:, :, : len(texts.neutral)], even[:, :, len(texts.neutral) :]
     chosen = choose(neutral, requests, most, ENOUGH) if most else list(range(len(candidates)))
     points = tuple(candidates[i] for i in chosen)
-    doubtful = {point: some for point, some in lacking(known, points).items() if some}
-    if doubtful:
-        whitenings(model, points, settings, cache, run_texts)
-        rows = Texts([texts.rows[i] for i in cache.sample], [])
-        again = measure(model, doubtful, settings, cache, run_texts, rows)
-        if _any_refuted(adapters, claimed, known, again, cache):  # those are measured now
-            return calibrate(model, adapters, candidates, most, settings, cache, run_texts)
 
-    def of(some: Sequence[int]) -> tuple[Tensor, Tensor]:
-        part = responses[:, :, some].flatten(1, 2)
-        return part[:, :, : len(texts.neutral)], part[:, :, len(texts.neutral) :]
-
-    if not most:
-        every, norms = of(chosen), cache.weight_norms(model, points)
-        return Calibration(points, (), *every, norms, None, len(measured), time.perf_counter() - started)
-    values = contrast(neutral, requests).tolist()
-    ranking = tuple(sorted(zip(candidates, values, strict=True), key=lambda entry: -entry[1]))
-    written_down = {
-        "signal": settings.signal,
-        "probe_depth": settings.depth,
-        "most_points": most,
-        "adapters": [adapter.name for adapter in adapters],
-        "points": [point.name for point in points],
-        "ranking": [{"point": point.name, "contrast": round(value, 4)} for point, value in ranking],
-    }
-    file = cache.keep_choice(adapters, written_down)
-    norms = cache.weight_norms(model, points)
-    seconds = time.perf_counter() - started
-    return Calibration(points, ranking, *of(chosen), norms, file, len(measured), seconds)
-
-
-def _any_refuted(
-    adapters: Sequence[Adapter],
-    claimed: Mapping[str, Mapping[str, Tensor]],
-    known: Mapping[str, Mapping[str, Tensor]],
-    measured: Mapping[str, Mapping[str, Tensor]],
-    cache: CalibrationCache,
-) -> bool:
-    """Whether published responses of an adapter are wrong, of which a warning tells. Right ones are stored.
-
-    Args:
-        claimed, known: adapter name -> key of the point -> its responses, with and without published ones.
-        measured: the same at points that are not known, for the texts of the cache's sample only.
-    """
-    wrong = _refuted(claimed, measured, cache.sample)
-    for adapter in adapters:
-        if adapter.name in wrong:
-            cache.refute(adapter)
-        elif adapter.name in measured:
-            checked = {key: claimed[adapter.name][key] for key in measured[adapter.name]}
-            cache.keep_responses(adapter, {**known[adapter.name], **checked})
-    if wrong:
-        warnings.warn(
-            f"the calibration that is published with {listed([repr(name) for name in wrong])} ({len(wrong)} of "
-            f"{len(adapters)} adapters) is not what the base model gives, and is computed anew",
-            stacklevel=3,
-        )
-    return bool(wrong)
-
-
-def _refuted(
-    claimed: Mapping[str, Mapping[str, Tensor]], measured: Mapping[str, Mapping[str, Tensor]], sample: Sequence[int]
-) -> list[str]:
-    """The names of adapters whose claimed responses differ from measured ones, which are those of some texts only."""
-    wrong = []
-    for name, points in measured.items():
-        found = torch.stack([*points.values()])
-        claim = torch.stack([claimed[name][key] for key in points])[..., list(sample)]
-        spread = found.std(dim=-1, keepdim=True).clamp_min(1e-6)
-        apart = torch.where(claim == found, 0.0, (claim - found) / spread)  # without a response, both are -inf
-        if not bool(apart.square().mean().sqrt() <= _TOLERANCE):
-            wrong.append(name)
-    return wrong
+    read = responses[:, :, chosen].flatten(1, 2)
+    ranking: tuple[tuple[Point, float], ...] = ()
+    if most:
+        values = contrast(neutral, requests).tolist()
+        ranking = tuple(sorted(zip(candidates, values, strict=True), key=lambda entry: -entry[1]))
+    of_neutral, of_requests = read[:, :, : len(texts.neutral)], read[:, :, len(texts.neutral) :]
+    norms, seconds = cache.weight_norms(model, points), time.perf_counter() - started
+    return Calibration(points, ranking, of_neutral, of_requests, norms, len(measured), seconds)
 
 
 def whitenings(
@@ -238,9 +156,8 @@ def measure(
     settings: SelectionSettings,
     cache: CalibrationCache,
     run_texts: TextRunner | None = None,
-    texts: Texts | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Runs texts through the base model and scores these adapters at these points.
+    """Runs the texts through the base model and scores these adapters at these points.
 
     Args:
         model: the base model, with no adapter active.
@@ -248,20 +165,18 @@ def measure(
         settings: name the signal.
         cache: holds the texts and the whitenings; new whitenings are stored there.
         run_texts: as in `calibrate`.
-        texts: other texts than the cache's, for points whose whitenings are known.
 
     Returns:
-        adapter name -> key of the point -> `a` (readings, texts), neutral ones first.
+        adapter name -> module of the point -> `a` (readings, texts), neutral ones first.
     """
     measured: dict[str, dict[str, Tensor]] = {}
     if run_texts is None:
         run_texts = partial(read_texts, model)
-    texts = cache.texts if texts is None else texts
-    for points in _groups(model, list(wanted), sum(map(len, texts.rows))):
+    for points in _groups(model, list(wanted), sum(map(len, cache.texts.rows))):
         part = {point: wanted[point] for point in points}
-        for index, responses in _measured(run_texts, part, settings.reading, cache, texts):
+        for index, responses in _measured(run_texts, part, settings.reading, cache):
             for adapter, response in zip(index.adapters, responses.permute(2, 0, 1), strict=True):
-                measured.setdefault(adapter.name, {})[index.point.key] = response.clone()
+                measured.setdefault(adapter.name, {})[index.point.module] = response.clone()
     return measured
 
 
@@ -270,9 +185,9 @@ def _measured(
     wanted: Mapping[Point, Sequence[Adapter]],
     signal: Signal,
     cache: CalibrationCache,
-    texts: Texts,
 ) -> Iterator[tuple[ScoringIndex, Tensor]]:
     """Yields each index at these points and its `a` (readings, texts, adapters); vectors of all points are held."""
+    texts = cache.texts
     read = dict(zip(wanted, run_texts(list(wanted), texts, signal), strict=True))
     latest: tuple[Tensor, Whitening] | None = None  # points of one layer may read the same tensor
     asked = []

@@ -16,15 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from logo.adapters.format import Adapter, LoraWeights
-from logo.selection.mapped import will_need
 from logo.selection.points import Point
 from logo.selection.whitening import Whitening
 
 # Floats of one chunk of whole responses (64 MiB), which bounds memory for pools of any size.
 _CHUNK = 16 * 2**20
-# Floats of the factors that meet all vectors before the next ones are touched (256 MiB), so that an index larger than
-# memory is read from the disk once, however many vectors there are.
-_PASS = 64 * 2**20
 # The least length of a hidden vector, to divide by.
 _SHORTEST = 1e-6
 # Progress is reported after so many adapters.
@@ -75,20 +71,6 @@ class ScoringIndex:
     def __len__(self) -> int:
         return len(self.ranks)
 
-    def part(self, places: Sequence[int]) -> ScoringIndex:
-        """The index of some of the adapters; their rows are copied."""
-        slices = self.rows
-        some = [slices[place] for place in places]
-        if self.stacked.numel() > _PASS and self.device.type == "cpu":  # it may be on a disk
-            will_need(self.stacked[rows] for rows in some)
-        stacked = torch.cat([self.stacked[rows] for rows in some]) if some else self.stacked[:0]
-        offset = None
-        if self.offset is not None:
-            offset = torch.cat([self.offset[rows] for rows in some]) if some else self.offset[:0]
-        adapters = [self.adapters[place] for place in places] if self.adapters else []
-        ranks, updates = [self.ranks[place] for place in places], self.updates[list(places)]
-        return ScoringIndex(stacked, ranks, offset, adapters, self.point, self.sketch, updates)
-
     @property
     def device(self) -> torch.device:
         """The device on which scores are computed."""
@@ -104,14 +86,11 @@ class ScoringIndex:
         """Memory of the stacked factors and of everything that was computed from the adapters so far."""
         tensors = [self.stacked, *(() if self.offset is None else (self.offset,)), *(self.sketch or ())]
         tensors += [tensor for pair in self.__dict__.get("_pairs", ()) for tensor in pair]
-        tensors += [self.__dict__["_directions"]] if "_directions" in self.__dict__ else []
         return sum(tensor.nbytes for tensor in tensors)
 
     def norms(self, hidden: Tensor) -> Tensor:
         """`‖ΔW_i h‖₂` for hidden (rows, d), or `‖ΔW_i W (h - μ)‖₂` with a whitening; (rows, adapters), float32."""
         hidden = hidden.to(self.device, torch.float32)
-        if self.stacked.numel() > _PASS and len(self) > 1:
-            return torch.cat([part.norms(hidden) for part in self._passes()], dim=1)
         size = max(1, _CHUNK // max(1, len(self.stacked)))
         return torch.cat([self._norms(part) for part in torch.split(hidden, size)])
 
@@ -127,16 +106,6 @@ class ScoringIndex:
         squares = (hidden.to(self.device, torch.float32) @ rows.T - offset).square().sum(dim=1)
         return squares.sqrt().clamp_min(_SHORTEST).sqrt()
 
-    def _passes(self) -> Iterator[ScoringIndex]:
-        """The index in parts of bounded size (or of one adapter), without a copy."""
-        each = max(1, _PASS * len(self) // self.stacked.numel())
-        for start in range(0, len(self), each):
-            ranks = self.ranks[start : start + each]
-            first = self.rows[start].start
-            rows = slice(first, first + sum(ranks))
-            offset = None if self.offset is None else self.offset[rows]
-            yield ScoringIndex(self.stacked[rows], ranks, offset, self.adapters[start : start + each], self.point)
-
     def _norms(self, hidden: Tensor) -> Tensor:
         responses = self.stacked @ hidden.T  # (R, rows): CPU libraries are faster with the many rows on the left
         if self.offset is not None:
@@ -146,10 +115,6 @@ class ScoringIndex:
             return squares.view(len(self), -1, len(hidden)).sum(dim=1).sqrt_().T
         sums = torch.zeros(len(self), len(hidden), device=self.device)
         return sums.index_add_(0, self._owner, squares).sqrt_().T
-
-    def alignments(self, hidden: Tensor) -> Tensor:
-        """`|v_iᵀ h|` for hidden (rows, d), `v_i` the first right singular vector of `ΔW_i`; (rows, adapters)."""
-        return (hidden.to(self.device, torch.float32) @ self._directions.T).abs()
 
     def responses(self, hidden: Tensor) -> Iterator[Tensor]:
         """`ΔW_i h` for hidden (rows, d), in pool order: chunks (rows, adapters of the chunk, out), float32."""
@@ -169,15 +134,6 @@ class ScoringIndex:
         return [_factors(adapter.read([module])[module], self.point, self.device) for adapter in self.adapters]
 
     @cached_property
-    def _directions(self) -> Tensor:
-        """(adapters, d): unit vectors, and zeros for an adapter of zeros, which has no direction."""
-        directions = []
-        for rows in self.rows:
-            _, values, right = torch.linalg.svd(self.stacked[rows], full_matrices=False)
-            directions.append(right[0] * (values[0] > 0))
-        return torch.stack(directions)
-
-    @cached_property
     def _owner(self) -> Tensor:
         """(R,): which adapter each row of `stacked` belongs to."""
         return torch.repeat_interleave(torch.arange(len(self)), torch.tensor(self.ranks)).to(self.device)
@@ -193,7 +149,6 @@ class Wanted:
         device: where scores are computed.
         whitening: on the CPU; applied to hidden vectors before they are scored by their norm.
         before: an index of the same point and whitening, whose rows are reused for the adapters that it has.
-        room: a tensor on the CPU for the stacked factors; None: a new one.
     """
 
     adapters: Sequence[Adapter]
@@ -201,7 +156,6 @@ class Wanted:
     device: torch.device
     whitening: Whitening | None = None
     before: ScoringIndex | None = None
-    room: Tensor | None = None
 
     @cached_property
     def ranks(self) -> list[int]:
@@ -244,13 +198,12 @@ class _Building:
         self.point, self._wanted, before = wanted.point, wanted, wanted.before
         self.missing: dict[str, int] = {}  # the places of adapters that have to be read
         files = list(map(_file, wanted.adapters))
-        same = before is not None and files == list(map(_file, before.adapters))
-        self._same = same and wanted.room is None
+        self._same = before is not None and files == list(map(_file, before.adapters))
         if self._same:
             return
         device = built_on(wanted.device)
         self._ranks = wanted.ranks
-        self._stacked = torch.empty(wanted.shape, device=device) if wanted.room is None else wanted.room
+        self._stacked = torch.empty(wanted.shape, device=device)
         self._whitening = None if wanted.whitening is None else wanted.whitening.to(device)
         self._rows, self._updates = _rows(self._ranks), torch.empty(len(files), device=device)
         known = {} if before is None else {file: place for place, file in enumerate(map(_file, before.adapters))}

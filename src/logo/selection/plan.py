@@ -11,12 +11,12 @@ from torch import nn
 from logo.adapters.format import Adapter
 from logo.adapters.layout import linear_shape
 from logo.adapters.pool import AdapterPool
-from logo.errors import PoolError, UsageError, listed
-from logo.selection.points import Point, decoder_layers, find_points, named_points, points_of
+from logo.errors import ModelError, PoolError, listed
+from logo.selection.points import Point, decoder_layers, last_query, points_of
 from logo.selection.reference import LEAST_POINTS
 from logo.selection.settings import SelectionSettings
 
-# How many points a signal chooses at most if the user gives no number: as many as an index of this size has room for,
+# How many points a signal chooses at most: as many as an index of this size has room for,
 # within these bounds. Small pools can afford more, and where adapters touch many modules of a deep model, twelve points
 # miss what tells near relatives apart (docs/how-selection-works.md).
 _INDEX_BYTES = 256e6
@@ -50,38 +50,27 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
         pool: adapters fitted to the model.
 
     Raises:
-        UsageError, ModelError: a point that does not exist, or that cannot be read as asked.
-        PoolError: adapters that do not touch what is probed, unless `settings.unscorable` is `"skip"`; or no adapter
-            has examples and the signal uses nothing else.
+        ModelError: there is no such point in the model, or it cannot be read as the signal asks.
+        PoolError: adapters that do not touch what is probed, unless `settings.unscorable` is `"skip"`.
     """
     settings = with_activations(settings, pool)
-    signal, wanted = settings.reading, settings.probe_points
-    all_points, most = signal.scale == "raw", 0
-    if wanted is not None and not isinstance(wanted, int):
-        points = named_points(model, wanted)
-    elif (settings.probe_layer, settings.probe_module) != (None, None) or signal.layers == "last":
-        layer = "last" if settings.probe_layer is None else settings.probe_layer
-        points = find_points(model, layer, settings.probe_module)
+    signal, most = settings.reading, 0
+    if signal.layers == "last":
+        points: tuple[Point, ...] = (last_query(model),)
     else:
         layers = len(decoder_layers(model)[1])
         depth = max(1, math.floor(settings.depth * layers))
         points = points_of(model, {module for adapter in pool for module in adapter.modules}, depth)
         if not points:
             raise PoolError(
-                f"no adapter touches a module in the first {depth} of {layers} layers, where the probe stops; raise "
-                "--probe-depth"
+                f"no adapter touches a module in the first {depth} of {layers} layers, where the probe stops; use the "
+                "signal 'norm'"
             )
-        all_points = False
         # If the whole model runs anyway, every point is read (docs/read-once.md says what choosing would cost there).
-        if signal.chosen and (wanted or not settings.activations):
+        if signal.chosen and not settings.activations:
             points = later(points, first_layer(depth), [set(adapter.modules) for adapter in pool])
-            most = wanted or most_points(_bytes_of(pool, points) / len(points))
-    adapters = _scorable(pool, points, settings, all_points=all_points)
-    if settings.signal == "signature" and not any(adapter.examples for adapter in adapters):
-        raise PoolError(
-            f"the signal 'signature' needs example prompts, and none of the {len(adapters)} adapters has any: give "
-            "them some (logo pool examples NAME FILE), or use the signal 'calibrated'"
-        )
+            most = most_points(_bytes_of(pool, points) / len(points))
+    adapters = _scorable(pool, points, settings)
     if signal.input == "residual":
         _check_widths(model, points)
     return Plan(points, most, adapters)
@@ -119,18 +108,17 @@ def later(points: tuple[Point, ...], first: int, pool: Iterable[Set[str]]) -> tu
     return tuple(point for point in points if point.module in chosen)
 
 
-def _scorable(
-    pool: AdapterPool, points: Sequence[Point], settings: SelectionSettings, *, all_points: bool
-) -> tuple[Adapter, ...]:
-    """The adapters that touch all points (`all_points`), or at least one of them."""
+def _scorable(pool: AdapterPool, points: Sequence[Point], settings: SelectionSettings) -> tuple[Adapter, ...]:
+    """The adapters that touch at least one of the points."""
     modules = {point.module for point in points}
-    lacking = [a.name for a in pool if not (modules <= set(a.modules) if all_points else modules & set(a.modules))]
+    lacking = [adapter.name for adapter in pool if not modules & set(adapter.modules)]
     if lacking and (settings.unscorable == "error" or len(lacking) == len(pool)):
         names = ", ".join(sorted(modules))
         where = f"the probed module {names}" if len(modules) <= 4 else f"any of {len(modules)} probed modules"
         raise PoolError(
             f"{len(lacking)} of {len(pool)} adapters do not touch {where} and cannot be scored: {listed(lacking, 5)}; "
-            "probe another module (--probe_module) or leave them out (--unscorable skip)"
+            "use the signal 'calibrated', which reads the modules that adapters touch, or leave them out "
+            "(--unscorable skip)"
         )
     left_out = set(lacking)
     return tuple(adapter for adapter in pool if adapter.name not in left_out)
@@ -141,7 +129,7 @@ def _check_widths(model: nn.Module, points: Sequence[Point]) -> None:
     for point in points:
         shape = linear_shape(model.get_submodule(point.module))
         if shape is not None and shape.in_features != width:
-            raise UsageError(
-                f"probe module {point.module} takes {shape.in_features} features, the residual stream has {width}; "
-                "use probe_input 'projection'"
+            raise ModelError(
+                f"{point.module} takes {shape.in_features} features, the residual stream that the signal reads has "
+                f"{width}; use the signal 'calibrated'"
             )

@@ -1,12 +1,8 @@
-"""`Point`: where a model is read. Finds the decoder layers of any causal LM, and a linear module in one of them.
-
-Modules are found by their names and their number; if that goes wrong, the user can name them.
-"""
+"""`Point`: where a model is read. Finds the decoder layers of a causal LM, and the query projection of the last one."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +10,7 @@ import torch
 from torch import nn
 
 from logo.adapters.layout import linear_modules, linear_shape, text_config
-from logo.errors import ModelError, UsageError, closest
+from logo.errors import ModelError
 
 # Last parts of the paths of query projections; fused projections come last.
 QUERY_NAMES = ("q_proj", "query_proj", "wq", "query", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
@@ -37,60 +33,30 @@ class Point:
     rows: tuple[int, ...] | None = None
 
     @property
-    def key(self) -> str:
-        """The name under which the cache keeps values of this point: the module, and a digest of the rows if there are
-        some."""
-        if self.rows is None:
-            return self.module
-        return f"{self.module}[{hashlib.sha256(repr(self.rows).encode()).hexdigest()[:16]}]"
-
-    @property
     def name(self) -> str:
         """The layer's index and the module within it, such as `4.self_attn.v_proj`."""
         return f"{self.layer}.{self.module.removeprefix(f'{self.layer_path}.')}"
 
 
-def find_points(
-    model: nn.Module, layers: int | str | Sequence[int | str] = "last", module: str | None = None
-) -> tuple[Point, ...]:
-    """The points of these layers.
-
-    Args:
-        model: a Hugging Face causal LM.
-        layers: `"last"`, an index (negative ones count from the end), or several.
-        module: the linear module to read in each layer, by its name or the end of its path (`"v_proj"`,
-            `"mlp.down_proj"`), or its full path. Default: the query projection; of a fused one, its query rows.
+def last_query(model: nn.Module) -> Point:
+    """The query projection of the last layer; of a fused projection, its query rows.
 
     Raises:
-        UsageError: a layer does not exist.
-        ModelError: the layers or the module cannot be found.
+        ModelError: the layers or the projection cannot be found.
     """
     path, blocks = decoder_layers(model)
-    wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
-    if not wanted:
-        raise UsageError("probe_layer: expected 'last', an index or a list of them, found an empty list")
-    points = [_point(model, f"{path}.{i}", i, blocks[i], module) for i in (_index(x, len(blocks)) for x in wanted)]
-    return tuple(dict.fromkeys(points))
-
-
-def named_points(model: nn.Module, names: str | Sequence[str]) -> tuple[Point, ...]:
-    """Points by name: `"4.v_proj"`, `"4.self_attn.v_proj"` or a full module path; one or several.
-
-    Raises:
-        UsageError: a name that is not of this kind, or no name at all.
-        ModelError: there is no such module.
-    """
-    path, blocks = decoder_layers(model)
-    points = []
-    for name in [names] if isinstance(names, str) else names:
-        layer, _, module = name.removeprefix(f"{path}.").partition(".")
-        if not module or not layer.lstrip("-").isdigit():
-            raise UsageError(f"probe point {name!r}: expected a layer and a module, such as '4.v_proj'")
-        index = _index(layer, len(blocks))
-        points.append(_point(model, f"{path}.{index}", index, blocks[index], module))
-    if not points:
-        raise UsageError("probe_points: expected at least one point, such as '4.v_proj'")
-    return tuple(dict.fromkeys(points))
+    last = len(blocks) - 1
+    layer_path = f"{path}.{last}"
+    linears = {name: module for name, module in blocks[last].named_modules() if linear_shape(module) is not None}
+    for name in QUERY_NAMES:
+        matches = [inside for inside in linears if inside.rsplit(".", 1)[-1] == name]
+        if len(matches) == 1:
+            rows = _query_rows(name, text_config(model), linears[matches[0]])
+            return Point(last, layer_path, f"{layer_path}.{matches[0]}", rows)
+    raise ModelError(
+        f"no query projection among {', '.join(linears)} of {layer_path}; use the signal 'calibrated', which reads the "
+        "modules that adapters touch"
+    )
 
 
 def points_of(model: nn.Module, modules: Collection[str], depth: int) -> tuple[Point, ...]:
@@ -129,37 +95,6 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _is_stack(blocks: nn.ModuleList) -> bool:
     return len(blocks) > 0 and any(linear_shape(module) is not None for module in blocks[0].modules())
-
-
-def _index(layer: int | str, depth: int) -> int:
-    if layer == "last":
-        return depth - 1
-    try:
-        index = int(layer)
-    except ValueError:
-        raise UsageError(f"probe_layer: expected 'last' or a whole number, found {layer!r}") from None
-    if not -depth <= index < depth:
-        raise UsageError(f"probe_layer {index}: the model has {depth} layers, 0 to {depth - 1}")
-    return index % depth
-
-
-def _point(model: nn.Module, layer_path: str, index: int, block: nn.Module, module: str | None) -> Point:
-    linears = {path: m for path, m in block.named_modules() if linear_shape(m) is not None}
-    if module is None:
-        for name in QUERY_NAMES:
-            matches = [path for path in linears if path.rsplit(".", 1)[-1] == name]
-            if len(matches) == 1:
-                rows = _query_rows(name, text_config(model), linears[matches[0]])
-                return Point(index, layer_path, f"{layer_path}.{matches[0]}", rows)
-        raise ModelError(f"no query projection in {layer_path}; name the module to probe: {', '.join(linears)}")
-    inside = module.removeprefix(f"{layer_path}.")
-    matches = [path for path in linears if path == inside or path.endswith(f".{inside}")]
-    if len(matches) != 1:
-        what = "matches several modules of" if matches else "is not a linear module of"
-        listed = ", ".join(matches or linears)
-        hint = closest(inside, [*linears, *(path.rsplit(".", 1)[-1] for path in linears)])
-        raise ModelError(f"probe module {module!r} {what} {layer_path}{hint}; there: {listed}")
-    return Point(index, layer_path, f"{layer_path}.{matches[0]}")
 
 
 def _query_rows(name: str, config: Any, module: nn.Module) -> tuple[int, ...] | None:

@@ -1,12 +1,11 @@
 """`Scorers`: makes the scorer of a signal when it is first asked for.
 
-plan -> calibrate (cached) -> index (cached) -> first stage (cached, where there are two) -> Scorer
+plan -> calibrate (cached) -> index -> Scorer
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,17 +13,12 @@ from torch import nn
 from logo.adapters.format import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.cache import cache_folder
-from logo.errors import UsageError
 from logo.models import lock_of
-from logo.selection import index_file
 from logo.selection.beginnings import Beginnings
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import HiddenVectors, TextRunner, calibrate, read_texts, whitenings
-from logo.selection.drift import Drift
 from logo.selection.examples import signatures_of
-from logo.selection.first_stage_file import first_stage_name, keep_first_stages, load_first_stages
 from logo.selection.index import ScoringIndex, Tell, Wanted, device_of, read_indices
-from logo.selection.index_file import build_index, bytes_of, index_name, keep_index, load_index
 from logo.selection.once import OnceReader
 from logo.selection.plan import plan, with_activations
 from logo.selection.points import Point
@@ -35,9 +29,7 @@ from logo.selection.scorer import Scorer
 from logo.selection.selector import check_k
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
-from logo.selection.signature import Signatures
 from logo.selection.texts import NEUTRAL, REQUESTS, Texts
-from logo.selection.two_stage import FirstStages, TwoStageScorer
 from logo.selection.whitening import Whitening
 
 # Texts, the tokens with which each has to end, and whether the forms of conversations vary -> token ids; see
@@ -53,13 +45,11 @@ class Scorers:
         pool: adapters fitted to it.
         settings: what to read and how to score; other signals may be asked for besides.
         encode: texts to token ids, as prompts are encoded; for the texts of a calibration.
-        before: the scorers of an earlier state of the pool, whose indices and levels are reused. Indices of a pool that
-            has changed are not written to disk, since it will change again.
+        before: the scorers of an earlier state of the pool, whose indices and calibrations are reused.
         device: where scores are computed; None: on the device of the hidden vectors.
         run_texts: runs the base model for a calibration; None: `model` itself runs. With it, `model` may be a skeleton
             on the meta device.
         beginnings: the cache of prompt beginnings, for a pool whose adapters act from a position on only.
-        draw: as in `CalibrationCache`.
 
     Attributes:
         k: adapters per prompt.
@@ -79,12 +69,11 @@ class Scorers:
         device: torch.device | None = None,
         run_texts: TextRunner | None = None,
         beginnings: Beginnings | None = None,
-        draw: str | None = None,
     ) -> None:
         self._pool, settings = pool, with_activations(settings, pool)
         self._activations = settings.activations
         self._beginnings = beginnings if self._activations else None
-        self._device, self._run_texts, self._draw = device, run_texts, draw
+        self._device, self._run_texts = device, run_texts
         self._plan = plan(model, pool, settings)
         count = len(self._plan.adapters)
         self.k = min(pool.default_k, count) if settings.k is None else check_k(settings.k, count)
@@ -95,9 +84,8 @@ class Scorers:
         alike = before is not None and before._activations == self._activations
         self._earlier: dict[str, Scorer] = before._earlier | before._known if before is not None and alike else {}
         self._encoded: dict[tuple[tuple[str, ...], bool], list[list[int]]] = {}
-        self._keep = before is None
         self._prefixes, budget = None, int(settings.prefix_cache_gb * 1e9)
-        self.read_once = self._beginnings is not None and settings.probe_context == "base" and settings.index == "exact"
+        self.read_once = self._beginnings is not None and settings.probe_context == "base"
         if budget and settings.probe_context == "base" and reusable(model) and not self.read_once:
             self._prefixes = Prefixes(budget)
 
@@ -105,8 +93,8 @@ class Scorers:
         """The scorer of a signal. If it has to be calibrated, the base model runs, and no adapter may be active.
 
         Args:
-            tell: called with 0 and the number of adapters before the pool is calibrated or indexed, if it is not in the
-                cache, and then as `logo.selection.index.read_indices` calls it.
+            tell: called with 0 and the number of adapters before the pool is calibrated and indexed, and then as
+                `logo.selection.index.read_indices` calls it.
         """
         settings = with_activations(settings, self._pool)
         if settings.signal not in self._known:
@@ -121,112 +109,37 @@ class Scorers:
         return with_activations(settings, self._pool).reading
 
     def _open(self, settings: SelectionSettings, tell: Tell | None) -> Scorer:
-        """Makes the scorer of a signal from a plan, a calibration and indices, cached or new."""
+        """Makes the scorer of a signal from a plan, a calibration and indices."""
         model, earlier = self._model, self._earlier.get(settings.signal)
         planned = self._plan if settings.signal == self._settings.signal else plan(model, self._pool, settings)
         adapters, points = planned.adapters, planned.points
         cache = self._cache(settings)
-        folder = cache_folder(settings.cache) if self._keep else None
-        name = None if folder is None else index_name(adapters, points, planned.most, cache, model)
-        found = None if folder is None or name is None else load_index(folder / name, adapters, points, model, cache)
         calibration, whitened = None, dict[str, Whitening]()
-        if found is None and tell is not None:
+        if tell is not None:
             tell(0, len(adapters))
-        if found is not None:
-            calibration, points = found[1], tuple(index.point for index in found[0])
-        elif cache is not None:
+        if cache is not None:
             calibration = calibrate(model, adapters, points, planned.most, settings, cache, self._run_texts)
             points = calibration.points
             whitened = whitenings(model, points, settings, cache, self._run_texts)
-        signatures = self._signatures(settings, adapters, points, cache)
-        if found is not None:
-            indices = list(found[0])
-        else:
-            wanted = self._wanted(adapters, points, whitened, () if earlier is None else earlier.indices)
-            built = None
-            if folder is not None and name is not None and bytes_of(wanted) > index_file.MAPPED:
-                made = build_index(folder, name, adapters, wanted, calibration, cache, tell)
-                built = load_index(folder / name, adapters, planned.points, model, cache) if made else None
-            indices = read_indices(wanted, tell) if built is None else list(built[0])
-            if folder is not None and name is not None and built is None:
-                keep_index(folder, name, adapters, indices, calibration, cache)
-        signal, alone = settings.reading, settings.signal == "signature"
-        scaled = signal.token == "each" and signatures is None
+        signatures, signal = None, settings.reading
+        if cache is not None and signal.scale == "whitened" and settings.examples == "use":
+            signatures = signatures_of(adapters, points, signal, cache, self._run, self._texts, self._device_at)
+        before = () if earlier is None else earlier.indices
+        indices = read_indices(self._wanted(adapters, points, whitened, before), tell)
         probe = Probe(model, points, signal.input, signal.token, signal.activations, whole=self.read_once)
         describing = () if signatures is None else signatures.points
-        if settings.index == "two-stage":
-            first = self._first_stages(settings, adapters, indices, cache, folder, name)
-            exact = ResponseReader(probe, indices, signal, settings.signal, None, describing)
-            left, scoring = settings.index_left, (signatures, alone, scaled)
-            return TwoStageScorer(adapters, indices, exact, probe, signal, first, calibration, cache, left, *scoring)
         reader: ResponseReader | OnceReader
         if self.read_once and self._beginnings is not None:
             reader = OnceReader(probe, indices, signal, self._beginnings, describing)
         else:
             reader = ResponseReader(probe, indices, signal, settings.signal, self._prefixes, describing)
-        drift = None
-        if settings.baseline == "running":
-            drift = Drift()
-            if earlier is not None and earlier.drift is not None and cache is not None:  # a pool that has changed
-                before = dict(zip(earlier.names, cache.keys(earlier.adapters), strict=True))
-                drift = Drift(earlier.drift.levels)
-                keys = zip(adapters, cache.keys(adapters), strict=True)
-                drift.keep([one.name for one, key in keys if before.get(one.name) == key])  # not of one it replaces
-        return Scorer(adapters, indices, reader, calibration, cache, drift, signatures, alone, scaled)
-
-    def _signatures(
-        self,
-        settings: SelectionSettings,
-        adapters: Sequence[Adapter],
-        points: Sequence[Point],
-        cache: CalibrationCache | None,
-    ) -> Signatures | None:
-        """The signatures of the adapters with example prompts; None if there are none or they are not used."""
-        signal = settings.reading
-        if cache is None or signal.scale != "whitened" or settings.examples == "ignore":
-            return None
-        # A model in another process, such as vLLM, also reads the prompts of activated adapters once.
-        once = self.read_once or (self._run_texts is not None and bool(self._activations))
-        if once and signal.token == "each":
-            if settings.signal == "signature":
-                raise UsageError(
-                    "probe_token 'each': the signal 'signature' describes prompts by the tokens on which the adapters "
-                    "of this pool act; leave it out"
-                )
-            return None
-        return signatures_of(adapters, points, signal, cache, self._run, self._texts, self._device_at)
+        scaled = signal.token == "each" and signatures is None
+        return Scorer(adapters, indices, reader, calibration, cache, signatures, scaled)
 
     def _run(self, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
         if self._run_texts is not None:
             return self._run_texts(points, texts, signal)
         return read_texts(self._model, points, texts, signal)
-
-    def _first_stages(
-        self,
-        settings: SelectionSettings,
-        adapters: Sequence[Adapter],
-        indices: Sequence[ScoringIndex],
-        cache: CalibrationCache | None,
-        folder: Path | None,
-        name: str | None,
-    ) -> FirstStages:
-        """The first stages, from the cache folder or made from hidden vectors of ordinary texts."""
-        rank = settings.index_rank
-        kept = None if name is None else first_stage_name(name, rank)
-        if folder is not None and kept is not None:
-            found = load_first_stages(folder / kept, indices)
-            if found is not None:
-                return found
-        signal, points = settings.reading, [index.point for index in indices]
-        texts = Texts(self._texts(NEUTRAL, varied=True), []) if cache is None else cache.texts
-        read = [vectors.responding for vectors in read_texts(self._model, points, texts, signal)]
-        known = [None if cache is None else cache.whitening(point.module) for point in points]
-        means = [None if index.offset is None or w is None else w.mean for index, w in zip(indices, known, strict=True)]
-        touched = torch.tensor([[point.module in a.modules for point in points] for a in adapters])
-        made = FirstStages.of(indices, touched, read, len(texts.rows), means, signal, rank)
-        if folder is not None and kept is not None:
-            keep_first_stages(folder, kept, made)
-        return made
 
     def texts(self, settings: SelectionSettings) -> Texts | None:
         """The texts on which adapters are calibrated for a signal; None for signals without a calibration."""
@@ -244,7 +157,7 @@ class Scorers:
             requests = self._texts(settings.calibration_prompts or REQUESTS) if signal.chosen else []
             texts = Texts(self._texts(NEUTRAL, varied=True), requests)
             folder = cache_folder(settings.cache)
-            self._caches[settings.signal] = CalibrationCache.of(self._model, texts, signal, folder, self._draw)
+            self._caches[settings.signal] = CalibrationCache(self._model, texts, signal, folder)
         return self._caches[settings.signal]
 
     def _texts(self, texts: Sequence[str], varied: bool = False) -> list[list[int]]:
@@ -276,19 +189,3 @@ class Scorers:
     def _device_at(self, point: Point) -> torch.device:
         """The device on which scores at a point are computed."""
         return self._device or device_of(self._model, point)
-
-    @property
-    def levels(self) -> dict[str, dict[str, float]]:
-        """Signal -> what its running reference has learnt, for signals that have one."""
-        return {signal: dict(one.drift.levels) for signal, one in self._known.items() if one.drift is not None}
-
-    @levels.setter
-    def levels(self, levels: Mapping[str, Mapping[str, float]]) -> None:
-        for signal, scorer in self._known.items():
-            if scorer.drift is not None:
-                scorer.drift.levels = dict(levels.get(signal, {}))
-
-    def restart(self) -> None:
-        """Forgets what a running reference has learnt from earlier prompts."""
-        for scorer in self._known.values():
-            scorer.restart()

@@ -1,8 +1,7 @@
 """From scores to a `Selection`: the best adapters, and weights that follow from their scores.
 
 linear     w_i = score_i / Σ score                                    the paper (equation 4) and the authors' code
-softmax    w_i ∝ exp(score_i / T)
-adaptive   softmax whose temperature, and whose sum, follow the confidence of the selection
+adaptive   w_i ∝ exp(score_i / T), where T and the sum of the weights follow the confidence of the selection
            (`logo.selection.confidence`): the less sure, the broader and the weaker. Adapters with less than `LEAST` of
            the best one's weight are left out. The sum also follows the size of the adapters (`logo.selection.size`)
 """
@@ -116,18 +115,14 @@ class Selector:
     Attributes:
         k: adapters at most.
         weighting: see the module's docstring.
-        temperature: of `"softmax"`.
-        keep_mass: keep the best adapters that together hold this share of the weight, and divide the rest of the weight
-            among them; None: keep all k.
-        evidence: turns a lead of these scores into a confidence; None: they have no scale of their own.
+        evidence: turns a lead of these scores into a confidence; None: they have no scale of their own, and the
+            weighting is linear.
         when_unsure: what answers if the confidence is below `unsure_below`: the mixture (`"mix"`), the `"base"` model
-            alone, the `"best"` adapter alone, or nothing (`"refuse"`).
+            alone, or nothing (`"refuse"`).
     """
 
     k: int
     weighting: Weighting = "linear"
-    temperature: float = 0.5
-    keep_mass: float | None = None
     evidence: Evidence | None = RESPONSES
     when_unsure: WhenUnsure = "mix"
     unsure_below: float = UNSURE
@@ -158,34 +153,17 @@ class Selector:
                 confidence,
             )
         if confidence is not None and confidence < self.unsure_below and self.when_unsure != "mix":
-            weights = torch.ones(1 if self.when_unsure == "best" else 0)
+            weights = torch.zeros(0)
+        elif self.weighting == "linear" or self.evidence is None or confidence is None:
+            weights = linear(top[: self.k])
         else:
-            weights = self._weights(top, confidence)
-            if self.weighting == "adaptive" and confidence is not None and self.evidence is not None:
-                sized = [(sizes or {}).get(names[i], USUAL) for i in order[: len(weights)].tolist()]
-                weights = weights * self.evidence.weight_sum(confidence, float(weights @ torch.tensor(sized)))
+            weights = (top[: self.k] / self.evidence.temperature(confidence)).softmax(dim=0)
+            weights = weights[weights >= LEAST * weights[0]]
+            weights = weights / weights.sum()
+            sized = [(sizes or {}).get(names[i], USUAL) for i in order[: len(weights)].tolist()]
+            weights = weights * self.evidence.weight_sum(confidence, float(weights @ torch.tensor(sized)))
         chosen = tuple(names[i] for i in order[: len(weights)].tolist())
         return Selection(chosen, tuple(weights.tolist()), named, confidence)
-
-    def _weights(self, ranked: Tensor, confidence: float | None) -> Tensor:
-        """Weights (k,), which sum to 1, from all scores (adapters,), best first; fewer where some are left out."""
-        weights = self._of_scores(ranked, confidence)
-        if self.keep_mass is None:
-            return weights
-        # The first adapter always stays; another one is dropped if those before it hold the mass already.
-        whole = weights.sum()
-        kept = int((weights.cumsum(0) - weights < self.keep_mass * (1 - 1e-6) * whole).sum())
-        return weights[:kept] * (whole / weights[:kept].sum())
-
-    def _of_scores(self, ranked: Tensor, confidence: float | None) -> Tensor:
-        top = ranked[: self.k]
-        if self.weighting == "linear":
-            return linear(top)
-        if self.weighting == "softmax" or confidence is None or self.evidence is None:
-            return (top / self.temperature).softmax(dim=0)
-        weights = (top / self.evidence.temperature(confidence)).softmax(dim=0)
-        weights = weights[weights >= LEAST * weights[0]]
-        return weights / weights.sum()
 
 
 def linear(top: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 """Signals: how strongly each adapter responds, as pure functions from an index and hidden vectors to scores.
 
-A signal is registered by name, together with what it reads where the user asks for nothing else; docs/extend.md shows
-how others register theirs. `norm` and `entropy`
-are those of the paper (arXiv 2511.07129, section 3) with the constants of the authors' code. All of them are explained
-in docs/how-selection-works.md.
+A signal is registered by name, together with what it reads; docs/extend.md shows how others register theirs. `norm` and
+`entropy` are those of the paper (arXiv 2511.07129, section 3) with the constants of the authors' code.
+docs/how-selection-works.md explains all of them.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ import torch
 from torch import Tensor
 
 from logo.adapters.activation import Activation
-from logo.errors import PluginError, UsageError
+from logo.errors import PluginError, UsageError, check_type
 from logo.plugins import Registry, running
 from logo.selection.index import ScoringIndex
 
 ProbeInput = Literal["residual", "projection"]
 ProbeToken = Literal["last", "mean", "each", "tail"]
-Weighting = Literal["linear", "softmax", "adaptive"]
-WhenUnsure = Literal["mix", "base", "best", "refuse"]
+Weighting = Literal["linear", "adaptive"]
+WhenUnsure = Literal["mix", "base", "refuse"]
 # raw: the response itself · zscore: against the adapter's own responses to neutral text · whitened: likewise, of hidden
 # vectors from which is taken what all text has in common
 Scale = Literal["raw", "zscore", "whitened"]
@@ -38,8 +37,7 @@ class SignalFunction(Protocol):
 
         Args:
             index: all adapters that touch one point (a linear module of one layer), in pool order: `len(index)` of
-                them. `index.norms(hidden)` gives `‖ΔW_i h‖₂` (n, adapters), `index.alignments(hidden)` `|v_iᵀ h|`
-                with the first right singular vector of `ΔW_i` (n, adapters), `index.responses(hidden)` the vectors
+                them. `index.norms(hidden)` gives `‖ΔW_i h‖₂` (n, adapters), `index.responses(hidden)` the vectors
                 `ΔW_i h` themselves, in chunks (n, adapters of the chunk, d_out). All are float32 on `index.device`.
             hidden: (n, d), vectors at this point, in the model's dtype: one per prompt, or one per token.
 
@@ -64,15 +62,13 @@ class Signal:
     Attributes:
         score: one score per hidden vector and adapter.
         layers: `"last"`, the query projection of the last layer, or `"early"`, every adapted module of the layers
-            within `probe_depth`.
+            within `SelectionSettings.depth`.
         input: see `logo.selection.probe.Probe`.
         token: likewise; with `"each"` and `"tail"`, scores are averaged over the tokens.
         activations: where the adapters of the pool act, if none of them acts everywhere; for the token `"tail"`.
         scale: what the responses are compared with.
         chosen: use the points on which this pool's adapters differ most, instead of all.
         weighting: how scores become weights.
-        norms: the scores are `ScoringIndex.norms`, which the first stage of a two-stage index knows about.
-        relative: they are `ScoringIndex.relative` instead, each norm divided by the root of the vector's length.
         late: responses are averaged with the last tokens counting most, too (`logo.selection.emphasis`).
         plugin: what its scores depend on, if it is not ours (`logo.plugins.Registry.source`).
     """
@@ -84,8 +80,6 @@ class Signal:
     scale: Scale = "raw"
     chosen: bool = False
     weighting: Weighting = "linear"
-    norms: bool = False
-    relative: bool = False
     late: bool = False
     activations: tuple[Activation, ...] = ()
     plugin: str | None = None
@@ -93,7 +87,7 @@ class Signal:
     @property
     def readings(self) -> int:
         """How often a point is read: once, or with two kinds of emphasis."""
-        return 2 if self.late and self.token == "each" and not self.activations else 1
+        return 2 if self.late and self.token == "each" else 1
 
     def __call__(self, index: ScoringIndex, hidden: Tensor) -> Tensor:
         """(n, adapters) for hidden (n, d).
@@ -145,12 +139,9 @@ def register_signal(
     scale: Scale = "raw",
     weighting: Weighting = "linear",
     chosen: bool = False,
-    norms: bool = False,
-    relative: bool = False,
     late: bool = False,
 ) -> Callable[[_S], _S]:
-    """Registers a `SignalFunction` as the signal of this name; a decorator. The other arguments are those of `Signal`:
-    what the signal reads, and how its scores become weights, where the user asks for nothing else.
+    """Registers a `SignalFunction` as the signal of this name; a decorator. The other arguments are those of `Signal`.
 
     Raises:
         UsageError: the name is taken, or an argument is none of its choices.
@@ -162,7 +153,7 @@ def register_signal(
             raise UsageError(f"signal {name!r}: {option}: expected one of {get_args(choice)}, found {value!r}")
 
     def add(score: _S) -> _S:
-        made = Signal(score, layers, input, token, scale, chosen, weighting, norms, relative, late)
+        made = Signal(score, layers, input, token, scale, chosen, weighting, late)
         SIGNALS.add(name, made, score)
         SIGNALS[name] = replace(made, plugin=SIGNALS.source(name))
         return score
@@ -177,10 +168,11 @@ def get_signal(name: str) -> Signal:
         UsageError: there is none.
         PluginError: it is a plugin's, which cannot be imported.
     """
+    check_type("signal", name, str, "the name of a signal")
     return SIGNALS[name]
 
 
-@register_signal("norm", norms=True)
+@register_signal("norm")
 def norm(index: ScoringIndex, hidden: Tensor) -> Tensor:
     """`‖ΔW_i h‖₂`: how large the adapter's response to this input is."""
     return index.norms(hidden)
@@ -196,44 +188,16 @@ def entropy(index: ScoringIndex, hidden: Tensor) -> Tensor:
     return torch.cat(chunks, dim=1)
 
 
-# What `calibrated` reads; signatures are compared at the same points, and share its calibration.
-_EARLY: dict[str, Any] = {
-    "layers": "early",
-    "input": "projection",
-    "token": "each",
-    "scale": "whitened",
-    "chosen": True,
-    "weighting": "adaptive",
-    "norms": True,
-    "relative": True,
-    "late": True,
-}
-
-
-@register_signal("signature", **_EARLY)
-@register_signal("calibrated", **_EARLY)
+@register_signal(
+    "calibrated",
+    layers="early",
+    input="projection",
+    token="each",
+    scale="whitened",
+    chosen=True,
+    weighting="adaptive",
+    late=True,
+)
 def calibrated(index: ScoringIndex, hidden: Tensor) -> Tensor:
-    """`‖ΔW_i W (h - μ)‖₂ / √‖W (h - μ)‖₂` at several early points and all tokens, compared with neutral text.
-
-    `signature` reads the same, and scores by how much a prompt looks like an adapter's examples
-    (`logo.selection.signature`).
-    """
+    """`‖ΔW_i W (h - μ)‖₂ / √‖W (h - μ)‖₂` at several early points and all tokens, compared with neutral text."""
     return index.relative(hidden)
-
-
-@register_signal("norm_z", scale="zscore", weighting="softmax", norms=True)
-def norm_z(index: ScoringIndex, hidden: Tensor) -> Tensor:
-    """The official norm, as a z-score over neutral prompts (SEQR, arXiv 2509.18093, calibrates norms like this)."""
-    return index.norms(hidden)
-
-
-@register_signal("arrow", layers="early", input="projection", token="each")
-def arrow(index: ScoringIndex, hidden: Tensor) -> Tensor:
-    """`|v_iᵀ h|` with `v_i` the first right singular vector of `ΔW_i` (Arrow, arXiv 2405.11157)."""
-    return index.alignments(hidden)
-
-
-@register_signal("spectr", layers="early", input="projection", token="each", norms=True)
-def spectr(index: ScoringIndex, hidden: Tensor) -> Tensor:
-    """`‖Σ_i V_iᵀ h‖`, the whole spectrum, which is `‖ΔW_i h‖` per token and layer (SpectR, COLM 2025)."""
-    return index.norms(hidden)

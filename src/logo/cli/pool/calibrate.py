@@ -26,9 +26,9 @@ def calibrate(engine: EngineOptions, json: Json = False) -> None:
     """Run the calibration of a pool on neutral text, and choose the points where prompts are read.
 
     Other commands do this when they open a pool for the first time. This command does it in advance and prints the
-    points (`--probe-points` overrides them) and how large the adapters are beside the base model's weights.
+    points and how large the adapters are beside the base model's weights.
 
-    Example: `logo pool calibrate --base-model Qwen/Qwen2.5-7B --adapters my/adapters --probe-depth 0.5`
+    Example: `logo pool calibrate --base-model Qwen/Qwen2.5-7B --adapters my/adapters`
     """
     settings = selection_settings(engine)
     check_selection_options([settings])
@@ -37,7 +37,7 @@ def calibrate(engine: EngineOptions, json: Json = False) -> None:
         logo = open_base(engine, base_model).uncalibrated(engine, settings)
         calibration = logo.calibrate(tell=lambda done, of: status.update(f"Indexing adapters: {done} of {of} ..."))
     if calibration is None:
-        raise UsageError(f"the signal {logo.settings.signal!r} needs no calibration; `calibrated` and `norm_z` do")
+        raise UsageError(f"the signal {logo.settings.signal!r} needs no calibration; `calibrated` does")
     if json:
         print_json(_report(logo, calibration))
         return
@@ -49,8 +49,6 @@ def calibrate(engine: EngineOptions, json: Json = False) -> None:
         f"({calibration.measured} calibrated now, {known} known already)"
     )
     note(f"size of the adapters: {_sizes(logo, calibration)}")
-    if calibration.file is not None:
-        note(f"written to {calibration.file}; read other points with --probe-points")
 
 
 def _sizes(logo: LoGo, calibration: Calibration) -> str:
@@ -84,5 +82,4 @@ def _report(logo: LoGo, calibration: Calibration) -> dict[str, Any]:
         "measured": calibration.measured,
         "sizes": None if _unknown(calibration) else logo.scorer.sizes,
         "seconds": calibration.seconds,
-        "file": None if calibration.file is None else str(calibration.file),
     }
