@@ -57,9 +57,6 @@ def parse(command: list[str]) -> None:
     context = node.make_context("logo", command, resilient_parsing=False)
     while isinstance(node, typer.core.TyperGroup):
         rest = [*context._protected_args, *context.args]
-        if not rest:
-            assert node.invoke_without_command  # `logo data` does something by itself
-            break
         name, found, arguments = node.resolve_command(context, rest)
         if "--config" in arguments:  # its file is made by the page's other commands
             at = arguments.index("--config")

@@ -278,7 +278,7 @@ def test_names_lists_and_patterns(tmp_path: Path) -> None:
         ("zoo.lion", "did you mean 'zoo.lions'"),
         ("bbh", "did you mean 'bbh.*'?"),
         ("bbh/navigate", "did you mean 'bbh.navigate'"),
-        ("qqqqqq.zzzzzz", "qqqqqq/zzzzzz/test.jsonl, found none; `logo data` lists what is there"),
+        ("qqqqqq.zzzzzz", "qqqqqq/zzzzzz/test.jsonl, found none; `logo data list` shows what is there"),
         ("bbh.web_of_lies", "expected the file {root}/bbh/web_of_lies/test.jsonl, found none; put it there"),
         ("gem.*", "expected the file {root}/gem/common_gen/test.jsonl, found none"),
         ("nothing.*", "no dataset in '{root}' matches"),

@@ -25,12 +25,9 @@ def lines(files: list[Path]) -> int:
 
 def commands(group: Any) -> Iterator[Any]:
     """The commands of a group and of the groups in it; a group that does something by itself is one, too."""
-    if not hasattr(group, "commands"):
+    if not hasattr(group, "commands") or group.invoke_without_command:
         yield group
-        return
-    if group.invoke_without_command:
-        yield group
-    for one in group.commands.values():
+    for one in getattr(group, "commands", {}).values():
         yield from commands(one)
 
 

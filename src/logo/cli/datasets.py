@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from logo.evaluation.sources.manifest import Entry
     from logo.evaluation.sources.prepare import Request
 
-app = Commands(invoke_without_command=True)
+app = Commands(no_args_is_help=True)
 
 WIDTH = 160  # of the table where there is no terminal to fit
 
@@ -39,13 +39,8 @@ Names = Annotated[
 
 
 @app.callback()
-def datasets(context: typer.Context) -> None:
-    """List datasets, and prepare them from their sources. Without a command it lists.
-
-    Example: `logo data prepare bbh anli.r1 --data-dir ./data`
-    """
-    if context.invoked_subcommand is None:
-        list_datasets(json=False)
+def datasets() -> None:
+    """List datasets, and prepare them from their sources."""
 
 
 @app.command("list")

@@ -118,7 +118,7 @@ def _matching(root: Path, pattern: str, present: Sequence[str]) -> Found:
         return Found(names, missing)
     if missing:
         raise _absent(root, missing[0])
-    raise DataError(f"datasets {pattern!r}: no dataset in {str(root)!r} matches; `logo data` lists what is there")
+    raise DataError(f"datasets {pattern!r}: no dataset in {str(root)!r} matches; `logo data list` shows what is there")
 
 
 def _named(root: Path, name: str, present: Sequence[str]) -> Found:
@@ -139,4 +139,4 @@ def _absent(root: Path, name: str) -> DataError:
 def _did_you_mean(name: str, known: Sequence[str]) -> str:
     if any(other.startswith(f"{name}.") for other in known):
         return f" (did you mean '{name}.*'?)"
-    return closest(name, known) or "; `logo data` lists what is there"
+    return closest(name, known) or "; `logo data list` shows what is there"
