@@ -296,7 +296,7 @@ def test_a_sweep_is_repeated_from_its_own_file(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_value_that_is_none_of_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     _, err = said(capsys, "select", "x", "--when-unsure", "sure", code=2)
-    assert "error: Invalid value for '--when-unsure': 'sure' is not one of 'mix', 'base', 'best', 'refuse'" in err
+    assert "error: Invalid value for '--when-unsure': 'sure' is not one of 'mix', 'base', 'refuse'" in err
 
 
 # --- options of another method
