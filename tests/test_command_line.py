@@ -219,21 +219,6 @@ def test_the_file_of_a_run_gives_no_leave_to_replace_its_result(
     before = file.read_bytes()
     _, err = said(capsys, "eval", "run", "--config", str(file), "--limit", "1", code=2)
     assert "rows is 2, not 1; --overwrite replaces it" in err and file.read_bytes() == before
-    said(capsys, "eval", "run", "--config", str(file), "--limit", "1", "--overwrite")
-    assert json.loads(file.read_text())["dataset"]["rows"] == 1
-
-
-def test_a_sweep_is_repeated_from_its_own_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    how = [*DEMO, *ROWS, "--limit", "1", "--max-new-tokens", "2", "--grid", "k=1,2", "--grid", "signal=norm"]
-    said(capsys, "eval", "sweep", *how, "-o", str(tmp_path / "one"))
-    said(capsys, "eval", "sweep", "--config", str(tmp_path / "one" / "sweep.json"), "-o", str(tmp_path / "two"))
-    names = [sorted(file.relative_to(tmp_path / at) for file in (tmp_path / at).rglob("*")) for at in ("one", "two")]
-    assert names[0] == names[1] and len(names[0]) > 10
-
-
-def test_a_value_that_is_none_of_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    _, err = said(capsys, "select", "x", "--when-unsure", "sure", code=2)
-    assert "error: Invalid value for '--when-unsure': 'sure' is not one of 'mix', 'base', 'refuse'" in err
 
 
 # --- options of another method
