@@ -304,7 +304,6 @@ def test_chat_templates_are_the_tokenizers(base: Path, pools: Path) -> None:
         ({"batch_size": 0}, "--batch_size 0"),
         ({"signal": "nrom"}, "nrom"),
         ({"probe_context": "poool"}, "probe_context"),
-        ({"baseline": "running"}, "is for servers, since"),
     ],
 )
 def test_what_cannot_be_used_is_named(arguments: dict[str, Any], message: str) -> None:
