@@ -207,9 +207,7 @@ def test_the_commit_is_named_in_which_something_is_wrong(tmp_path: Path, monkeyp
     write_hub(tmp_path, "gem.dart")  # of which the other dataset knows no column
     place = replace(find_local(packaged()["gem.dart"], tmp_path, ["test"]), commit="056ce9f5")
     monkeypatch.setattr("logo.evaluation.sources.prepare.fetch", lambda hub, layout, splits: place)
-    expected = (
-        r"'gem.e2e_nlg': .*'attributes': 'meaning_representation' is undefined; .* at commit 056ce9f5"
-    )
+    expected = r"'gem.e2e_nlg': .*'meaning_representation' is undefined; .*\(in GEM/e2e_nlg at commit 056ce9f5\)"
     with pytest.raises(DataError, match=expected):
         prepare(packaged()["gem.e2e_nlg"], tmp_path / "data", Request(rows=5, train_rows=0))
     assert not (tmp_path / "data").exists()

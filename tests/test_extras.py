@@ -21,7 +21,6 @@ SRC = ROOT / "src" / "logo"
 # What libraries of ours bring of their own accord and are made of: transformers, its tokenizers; FastAPI, starlette.
 BROUGHT = {"tokenizers": "transformers", "pydantic_core": "pydantic", "starlette": "fastapi", "tqdm": "transformers"}
 BROUGHT |= {"cma": "nevergrad", "triton": "torch", "typing_extensions": "torch", "markupsafe": "jinja2"}
-BROUGHT |= {"PIL": "matplotlib"}
 
 
 def extra(name: str) -> set[str]:

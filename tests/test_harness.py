@@ -304,7 +304,6 @@ def test_chat_templates_are_the_tokenizers(base: Path, pools: Path) -> None:
         ({"batch_size": 0}, "--batch_size 0"),
         ({"signal": "nrom"}, "nrom"),
         ({"probe_context": "poool"}, "probe_context"),
-        ({"baseline": "running"}, "is for servers, since"),
     ],
 )
 def test_what_cannot_be_used_is_named(arguments: dict[str, Any], message: str) -> None:
@@ -400,11 +399,11 @@ metric_list:
 """
 
 
-def command(*arguments: str, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, cwd: Path, processes: int) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf")}
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
-        [*python(), *(together if processes > 1 else []), "-m", "logo.cli", *arguments],
+        [*python(), *together, "-m", "logo.cli", *arguments],
         cwd=cwd,
         env=environment,
         capture_output=True,
@@ -415,11 +414,12 @@ def command(*arguments: str, cwd: Path, processes: int = 1) -> subprocess.Comple
     return done
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.slow
 def test_the_harness_and_logo_evaluate_agree(
-    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of two processes each has a half of the documents, and of three one has two; the harness puts them together."""
+    processes = 2
     rows = [
         line
         for name in ("add_numbers", "antonym", "french", "reverse_word")
