@@ -16,7 +16,6 @@ EXTRAS: Mapping[str, str] = {
     "httpx": "serve",
     "jinja2": "eval",
     "lm_eval": "eval",
-    "matplotlib": "plots",
     "nevergrad": "eval",
     "peft": "train",
     "prometheus_client": "serve",
