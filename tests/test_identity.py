@@ -373,7 +373,7 @@ def test_a_run_does_not_go_on_under_other_versions(
 def test_training_rows_are_recorded_as_they_were_read(tiny_logo: LoGo, tmp_path: Path) -> None:
     """A file that changes while rows are answered is not what the method has learnt from."""
     train = tmp_path / "train.jsonl"
-    train.write_text('{"context": "w40 w41", "completion": "w7"}')
+    train.write_text('{"context": "w44 w45 w46", "completion": "w7"}')
     method = get_method("best-single", rows=1)
     session, [job] = opened(tiny_logo, tmp_path, method=method)
     [plan] = session.plans([replace(job, train_file=train)])
@@ -383,4 +383,4 @@ def test_training_rows_are_recorded_as_they_were_read(tiny_logo: LoGo, tmp_path:
 
     files: Any = session.run(plan, changed)
     assert files["run.json"]["identity"]["train_sha256"] == plan.identity["train_sha256"]
-    assert plan.identity["train_sha256"] == rows_digest([Row("w40 w41", "w7")])
+    assert plan.identity["train_sha256"] == rows_digest([Row("w44 w45 w46", "w7")])

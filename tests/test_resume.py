@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from logo import LoGo, SelectionSettings
+from logo import LoGo
 from logo.cli.run import run
 from logo.errors import UsageError
 from logo.evaluation.results import RESULT_FILES
@@ -280,30 +279,3 @@ def test_two_processes_do_not_work_on_one_dataset(
     monkeypatch.setattr(LoGo, "generate", twice)
     assert run(arguments) == 0 and codes == [2]
     assert "another process is working on this run" in capsys.readouterr().err
-
-
-def test_an_index_from_disk_gives_the_bits_of_a_new_one(tmp_path: Path) -> None:
-    """A run that goes on reads the index that the killed one made: aligned as in memory, whatever its header holds."""
-    from logo import AdapterPool
-    from logo.demo import adapters_dir
-
-    model = LoGo.from_pretrained("demo", k=1)
-    folders = sorted(adapters_dir().iterdir())
-    for count in range(1, 9):
-        pool = tmp_path / str(count)
-        for folder in folders[:count]:
-            shutil.copytree(folder, pool / folder.name)
-        new, kept = (
-            LoGo(
-                model.model,
-                model.tokenizer,
-                AdapterPool.from_directory(pool),
-                settings=SelectionSettings(signal="norm", k=1, cache=str(tmp_path / "cache")),
-            )
-            for _ in range(2)
-        )
-        for index in (*new.scorer.indices, *kept.scorer.indices):
-            assert index.stacked.data_ptr() % 64 == 0
-        prompts = ["What is 7 plus 5?", "Tell me the antonym of cruel."]
-        assert kept.select(prompts) == new.select(prompts)
-    assert len(list((tmp_path / "cache" / "index").iterdir())) == 8

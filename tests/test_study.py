@@ -394,7 +394,7 @@ def test_the_command(some_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         "norm, entropy",
         "-k",
         "3",
-        "--json",
+        "--save",
         str(out),
     ]
     assert run([*command, "--limit", "1"]) == 0
@@ -493,7 +493,7 @@ def test_what_goes_wrong_is_one_line(
         "norm",
         "-k",
         "3",
-        "--json",
+        "--save",
         "study.json",
         *change,
     ]

@@ -22,7 +22,7 @@ _KNOWN = frozenset(name for name in vars(GenerationConfig()) if not name.startsw
 _PLAIN = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 _PLAIN |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 # What a config leaves open, which the checkpoint says without a choice of how to decode.
-_OF_CHECKPOINT = ("bos_token_id", "eos_token_id", "pad_token_id", "cache_implementation")
+_OF_CHECKPOINT = ("bos_token_id", "eos_token_id", "pad_token_id", "stop_strings", "cache_implementation")
 _POSITIVE = ("temperature", "top_p", "repetition_penalty", "num_beams", "max_time")
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
@@ -37,7 +37,7 @@ def call_config(
 ) -> GenerationConfig:
     """A copy of a config (None: an empty one) with the options of a call applied.
 
-    What neither says is as in `greedy_config`, whatever the checkpoint's config says; only its end tokens count.
+    What neither says is as in `greedy_config`; of the checkpoint's config, only end tokens and stop texts count.
 
     Raises:
         UsageError: an option that does not exist or cannot be used here, or a config that transformers refuses.

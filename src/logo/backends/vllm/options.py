@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from logo.adapters.activation import OFF
 from logo.adapters.options import OnBadAdapter
 from logo.errors import UsageError, closest
 from logo.selection.settings import SelectionSettings
@@ -100,6 +101,11 @@ class Options:
             settings.for_call(signal=signal)  # refuses one that does not exist
         if settings.probe_context != "base":
             raise UsageError("inside vLLM prompts are probed by the base model alone: leave out probe_context")
+        if settings.when_not_invoked != OFF:
+            raise UsageError(
+                "inside vLLM an adapter does nothing in a prompt without its invocation tokens: leave out "
+                "when_not_invoked"
+            )
         return made
 
     @property

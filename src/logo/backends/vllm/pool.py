@@ -65,7 +65,6 @@ class KeyedPool:
             options.pool,
             str(model.config.name_or_path),
             on_bad_adapter=how,
-            cache=settings.cache,
             examples=settings.examples,
         )
         return cls.of(opened.fit(BaseLayout.of(model), on_bad_adapter=how), settings.activation)
