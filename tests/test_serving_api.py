@@ -305,21 +305,33 @@ def test_who_hangs_up_is_forgotten(tmp_path: Path) -> None:
             body = {"model": "demo", "prompt": "The", "max_tokens": 450, "stream": stream, "n": 4, "temperature": 1}
             text = json.dumps(body).encode()
             host, port = server.url.removeprefix("http://").split(":")
-            with socket.create_connection((host, int(port))) as line:
-                head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\n"
-                head += f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
-                line.sendall(head.encode() + text)
-                eventually(lambda: load(server)[0])
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\n"
+            head += f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
+            running = 0.0
+            while not running:  # a busy machine may look only when all of it has been answered
+                ended = generated(server) + 4 * 450
+                with socket.create_connection((host, int(port))) as line:
+                    line.sendall(head.encode() + text)
+                    eventually(lambda: load(server)[0] or generated(server) >= ended)  # noqa: B023
+                    running = load(server)[0]
             eventually(lambda: not any(load(server)))
+            assert generated(server) < ended
 
 
 def load(server: Served) -> list[float]:
     """What is running, waiting and held."""
+    return figures(server, "num_requests_running", "num_requests_waiting", "kv_blocks_used")
+
+
+def generated(server: Served) -> float:
+    """How many tokens were generated so far."""
+    return figures(server, "generation_tokens_total")[0]
+
+
+def figures(server: Served, *names: str) -> list[float]:
     lines = server.text("/metrics").splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    return [
-        float(values[f"logo:{name}"]) for name in ("num_requests_running", "num_requests_waiting", "kv_blocks_used")
-    ]
+    return [float(values[f"logo:{name}"]) for name in names]
 
 
 def test_a_signal_lets_what_was_accepted_end() -> None:
