@@ -356,10 +356,7 @@ def test_what_cannot_be_opened_is_refused_in_a_line(base: Path, pool: Path, opti
 
 
 def test_a_pool_in_memory_has_to_be_a_folder(base: Path, pool: Path) -> None:
-    from logo.backends.vllm.opening import _folder_of
-
     whole = AdapterPool.from_directory(pool)
-    assert _folder_of(whole, "error", None) == str(pool)
     with pytest.raises(PoolError, match="expected all adapters in one folder"):
         LoGo.from_pretrained(str(base), whole.subset("ours/*"), engine="vllm")
 
