@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -213,6 +214,25 @@ def test_a_config_means_what_it_says_and_the_checkpoint_nothing(llama: nn.Module
     sampled = answered(bare, None, max_new_tokens=12, do_sample=True)
     assert answered(odd, GenerationConfig(do_sample=True, max_new_tokens=12)) == sampled
     assert answered(odd, odd, max_new_tokens=12) != answered(bare, None, max_new_tokens=12)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"top_p": 5.0, "do_sample": True}, "top_p: expected a share above 0 and up to 1, found 5.0"),
+        ({"top_k": -3, "do_sample": True}, "top_k: expected 0 or more, found -3"),
+        ({"min_new_tokens": -2}, "min_new_tokens: expected 0 or more, found -2"),
+        ({"temperature": 0.0, "do_sample": True}, "temperature: expected a number above 0, found 0.0"),
+        ({"max_time": -1.0}, "max_time: expected a number above 0, found -1.0"),
+    ],
+)
+def test_options_that_cannot_be_used_are_one_line(
+    llama: nn.Module, adapters: Path, options: dict[str, Any], expected: str
+) -> None:
+    logo = engine(llama, adapters)
+    with pytest.raises(UsageError, match=re.escape(expected)):
+        logo.generate(PROMPTS[0], **options)
+    assert logo.generate(PROMPTS[0], max_new_tokens=2, temperature=0.0).token_ids  # greedy decoding has none
 
 
 def test_sampling_is_seeded_by_torch(llama: nn.Module, adapters: Path) -> None:

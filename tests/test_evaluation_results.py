@@ -135,9 +135,9 @@ def test_options_are_kept_but_no_secret() -> None:
         "token": "hf_secret",
         "--hf-token": "hf_secret",
         "api_key": "hf_secret",
-        "vllm_options": '{"hf_token": "hf_secret", "max_model_len": 512}',
+        "vllm_options": '{"hf_token": "hf_secret", "more": {"aws_secret_access_key": "hf_secret", "eos_token_id": 3}}',
+        "prompts": ['{"text": "no JSON of ours", "token": "abc"}'],
         "command": {"options": {"vllm_options": '{"hf_token": "hf_secret"}', "limit": 3}},
-        "probe_token": "last",
         "max_new_tokens": 256,
         "data_dir": Path("data"),
         "adapters": ("a", "b"),
@@ -146,9 +146,9 @@ def test_options_are_kept_but_no_secret() -> None:
     }
     run = record(options=options)
     assert run["options"] == {
-        "vllm_options": '{"max_model_len": 512}',
+        "vllm_options": '{"more": {"eos_token_id": 3}}',
+        "prompts": ['{"text": "no JSON of ours", "token": "abc"}'],
         "command": {"options": {"vllm_options": "{}", "limit": 3}},
-        "probe_token": "last",
         "max_new_tokens": 256,
         "data_dir": "data",
         "adapters": ["a", "b"],

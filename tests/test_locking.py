@@ -66,6 +66,14 @@ def test_a_manifest_gives_the_same_weights_or_says_what_changed(pool: Path, caps
     assert "exists already; choose another name, or add --replace" in capsys.readouterr().err
 
 
+def test_an_entry_without_a_name_is_opened_as_its_folder_is(pool: Path) -> None:
+    write_peft(pool / "a" / "checkpoint-100", seed=9)
+    Path("plain.yaml").write_text("adapters:\n- ./mine\n")
+    for place in ("mine", "plain.yaml"):
+        opened = AdapterPool.open(place)
+        assert opened.names == NAMES and [error.name for error in opened.refused] == ["a/checkpoint-100"]
+
+
 def test_example_prompts_of_a_manifest(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They are stored in it, count instead of those beside the adapter, and stay when it is written again."""
     locked()

@@ -201,6 +201,9 @@ def test_an_adapter_folder_is_a_pool_of_one_under_its_own_name(tmp_path: Path, m
     assert AdapterPool.from_directory(tmp_path / "mine").names == ("mine",)
     monkeypatch.chdir(tmp_path / "mine")
     assert AdapterPool.from_directory(".").names == ("mine",)
+    put(tmp_path, "other")
+    monkeypatch.chdir(tmp_path)
+    assert AdapterPool.open(".").names == AdapterPool.open("./").names == ("mine", "other")
 
 
 def test_two_folders_of_one_name_are_refused_by_name(tmp_path: Path) -> None:
@@ -398,6 +401,22 @@ def test_what_does_not_fit_is_left_out_of_the_pool_with_a_warning(tmp_path: Path
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is told twice
         assert logo.names == logo.pool.names == ("a", "b", "c")
+
+
+def test_what_was_left_out_can_be_added_once_it_is_good(tmp_path: Path) -> None:
+    """Under the same name; and the pool that the caller has stays whole, for engines of other base models."""
+    write_peft(tmp_path / "pool" / "a", seed=0)
+    write(tmp_path / "pool" / "x", tensors({"model.layers.7.self_attn.q_proj": (32, 32)}))
+    pool = AdapterPool.from_directory(tmp_path / "pool")
+    settings = SelectionSettings.of(signal="norm", k=1)
+    with pytest.warns(UserWarning, match="'x': does not fit"):
+        logo = LoGo(tiny.model("llama"), tokenizer(), pool, settings=settings, on_bad_adapter="skip")
+    assert pool.names == ("a", "x") and logo.names == ("a",)
+    for name, seed in (("x", 1), ("y", 2)):
+        write_peft(tmp_path / "good" / name, seed=seed)
+        logo.pool.add(tmp_path / "good" / name)
+        assert logo.pool.names == logo.names and name in logo.names
+    assert logo.names == ("a", "x", "y") and logo.pool.refused == ()
 
 
 def test_the_demos_pool_has_one_k_however_it_is_named(tmp_path: Path) -> None:

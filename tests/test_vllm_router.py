@@ -97,6 +97,8 @@ def test_nothing_is_answered_where_the_workers_pools_differ() -> None:
     for model in ("logo", "antonym", "base"):
         status, said = asked(model, broken="start the server again")
         assert (status, said["error"]["message"]) == (500, "start the server again")
+    assert asked("base", path="/health", broken="start the server again")[0] == 500  # somebody is to start it again
+    assert asked("base", path="/health") == (200, {"from": "vllm"})
 
 
 def test_options_beside_the_field_logo_are_refused() -> None:

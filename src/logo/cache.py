@@ -54,7 +54,6 @@ def write_cached(cache: Path, name: str, write: Callable[[str], object]) -> Path
 
     Args:
         write: is given the path to write to.
-        most: of the files in its folder with the same suffix, only so many stay: those that were used last.
 
     Returns:
         The file; None if it cannot be written, of which a warning tells once per folder.

@@ -262,7 +262,7 @@ class Calls(ABC):
             max_new_tokens: default: that of the generation config, else the smaller of 256 and half of the context.
             batch_size: prompts per forward pass.
             generation_config: of transformers; default: the engine's own, which is greedy unless it was given another.
-                What it leaves open is greedy, too: of the checkpoint's config only the end tokens are used.
+                What it leaves open is greedy, too: of the checkpoint's config only end tokens and stop texts count.
             stop_at_newline: end each answer after its first line; `"official"`: by the rule of the official code.
             stop: end each answer before the first of these texts.
             streamer: a streamer of transformers (`TextStreamer`, ...) that gets each token, for a single prompt.

@@ -67,7 +67,7 @@ class Prompts:
         tokenizer: the base model's.
         context: the model's context length in tokens; None if unknown.
         truncation: how long prompts are cut.
-        checkpoint: the model's own generation config, for the end tokens of configs that name none.
+        checkpoint: the model's own generation config, for end tokens and stop texts of configs that name none.
         default: the config of calls that give none; None: greedy.
         probe_text: what of a conversation is probed; see `logo.prompts.chat`.
         vocabulary: the number of tokens that the model knows; None if unknown.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,13 +90,16 @@ class LoGo(Calls, FromPretrained):
         check_usable(model)
         self.model = model
         self.tokenizer = tokenizer
-        self.pool = pool
+        self.pool = pool if on_bad_adapter == "error" else copy(pool)  # other engines may fit what this one leaves out
+        self._lock = lock_of(model)
+        with self._lock:  # an answer of another engine sets the checkpoint's config aside
+            checkpoint = model.generation_config
         self.settings = settings or SelectionSettings()
         self.prompts = Prompts(
             tokenizer,
             context_length(model),
             truncation or Truncation(),
-            checkpoint=model.generation_config,
+            checkpoint=checkpoint,
             default=generation_config,
             probe_text=self.settings.probe_text,
             vocabulary=model.get_input_embeddings().weight.shape[0],
@@ -108,9 +112,8 @@ class LoGo(Calls, FromPretrained):
         self.beginnings = Beginnings(model, budget) if reusable(model) else None
         self._decoder = Decoder(model, self.prompts, self._mixer, self.beginnings)
         self._completions = CompletionScorer(model, self.prompts, self._mixer, self.beginnings)
-        self._lock = lock_of(model)
         self._selecting: Probing = Probing(model, self.prompts, self._mixer, self.settings, self.beginnings)
-        self.take(self.prepared(pool))
+        self.take(self.prepared(self.pool))
         warn_of_bad(self._fitted.refused)
 
     @property

@@ -1,6 +1,7 @@
 """Writes a folder of files, or one file, as a whole: it is written and synced beside its place, and then renamed.
 
-A process that dies leaves the old content, and at most a hidden sibling (`.{name}.new-*`, `.{name}.old-*`).
+A process that dies leaves the old content, or the new, and perhaps a hidden sibling (`.{name}.new-*`). Only if it dies
+between two renames, the old content of a folder is in its sibling `.{name}.old-*`, from where it can be renamed back.
 """
 
 from __future__ import annotations

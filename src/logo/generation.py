@@ -23,7 +23,12 @@ _PLAIN = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_rep
 _PLAIN |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 # What a config leaves open, which the checkpoint says without a choice of how to decode.
 _OF_CHECKPOINT = ("bos_token_id", "eos_token_id", "pad_token_id", "stop_strings", "cache_implementation")
-_POSITIVE = ("temperature", "top_p", "repetition_penalty", "num_beams", "max_time")
+# The least value of numbers; None: any number above 0.
+_LEAST: Mapping[str, int | None] = {
+    **dict.fromkeys(("temperature", "top_p", "repetition_penalty", "max_time")),
+    **{"num_beams": 1, "top_k": 0, "min_new_tokens": 0},
+}
+_SAMPLING = ("temperature", "top_p", "top_k")
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
@@ -60,10 +65,15 @@ def call_config(
     _fill(made, _PLAIN)
     if checkpoint is not None:
         _fill(made, {name: getattr(checkpoint, name) for name in _OF_CHECKPOINT})
-    for name in _POSITIVE:
+    for name, least in _LEAST.items():
         value = getattr(made, name)
-        if value is not None and not (isinstance(value, Real) and float(value) > 0):
-            raise UsageError(f"{name}: expected a number above 0, found {value!r:.60}")
+        if value is None or (name in _SAMPLING and not made.do_sample):
+            continue
+        if not isinstance(value, Real) or not (float(value) > 0 if least is None else float(value) >= least):
+            expected = "a number above 0" if least is None else f"{least} or more"
+            raise UsageError(f"{name}: expected {expected}, found {value!r:.60}")
+    if made.do_sample and made.top_p is not None and made.top_p > 1:
+        raise UsageError(f"top_p: expected a share above 0 and up to 1, found {made.top_p!r:.60}")
     mode = made.get_generation_mode()
     if mode not in _MODES or made.num_return_sequences not in (None, 1):
         raise UsageError(

@@ -166,7 +166,7 @@ def load(plugin: str, folder: str = "") -> None:
 
 @functools.cache
 def _load_all(text: str) -> None:
-    for one in shlex.split(text):
+    for one in _words(text):
         load(*one.split("@", 1))
     for entry in importlib.metadata.entry_points(group=GROUP):
         load(entry.value)
@@ -181,8 +181,16 @@ def named() -> list[str]:
 def environment() -> dict[str, str]:
     """The environment in which another process finds the plugins of this one; empty without plugins."""
     sources = (source for registry in _REGISTRIES for source in registry.sources.values())
-    found = dict.fromkeys(f"{source.place}@{source.folder}" for source in sources if source.folder is not None)
+    found = dict.fromkeys(_words(os.environ.get(VARIABLE, "")))
+    found |= dict.fromkeys(f"{source.place}@{source.folder}" for source in sources if source.folder is not None)
     return {VARIABLE: shlex.join(found)} if found else {}
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"{VARIABLE} {text!r}: expected module:Object, several with spaces ({error})") from None
 
 
 def _place(definition: Any) -> str:

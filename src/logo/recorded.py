@@ -6,25 +6,30 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-_SECRETS = frozenset({"token", "hf_token", "auth_token", "access_token", "api_key", "password", "secret"})
+# The last words of names whose values nobody may read in results, such as `hf_token` and `api_key`.
+_SECRETS = frozenset({"token", "key", "secret", "password", "credentials"})
+# The option whose value is a JSON object as a text.
+_JSON = "vllm_options"
 
 
 def without_secrets(value: Any) -> Any:
-    """A value without the entries that carry a secret (`token`, ...), however deep they are, also in a text that is a
-    JSON object, such as `--vllm-options`."""
+    """A value without the entries that carry a secret (`hf_token`, ...), however deep they are, also in the JSON of
+    `--vllm-options`."""
     if isinstance(value, Mapping):
-        return {name: without_secrets(one) for name, one in value.items() if not _secret(name)}
+        return {name: _shown(str(name), one) for name, one in value.items() if not _secret(name)}
     if isinstance(value, (list, tuple)):
         return [without_secrets(one) for one in value]
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            found = json.loads(value)
-        except ValueError:
-            return value
-        kept = without_secrets(found)
-        return value if kept == found else json.dumps(kept)
     return value
 
 
+def _shown(name: str, value: Any) -> Any:
+    if name == _JSON and isinstance(value, str):
+        try:
+            return json.dumps(without_secrets(json.loads(value)))
+        except ValueError:  # it is refused elsewhere
+            return None
+    return without_secrets(value)
+
+
 def _secret(name: object) -> bool:
-    return str(name).strip("-").replace("-", "_").lower() in _SECRETS
+    return str(name).replace("-", "_").lower().rpartition("_")[2] in _SECRETS

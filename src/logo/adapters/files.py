@@ -5,7 +5,6 @@
                  adapter_model.safetensors    PEFT's weights, or adapter_model.bin
                  examples.jsonl           example prompts (`logo.adapters.examples`)
                  training.json            how it was trained (`logo.training`)
-                 calibration/             its responses to neutral texts (`logo.selection.cache`)
 """
 
 CONFIG = "adapter_config.json"
@@ -14,5 +13,3 @@ PICKLE = "adapter_model.bin"
 EXAMPLES = "examples.jsonl"
 NOTES = "pool.json"
 RECORD = "training.json"
-# A folder; the names of the files in it say for which weights they hold.
-RESPONSES = "calibration"

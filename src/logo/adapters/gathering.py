@@ -83,7 +83,7 @@ def gather(places: Sequence[Place], how: Fetching, *, skip: bool = False, verify
             origin = Place("folder", str(source / path))
             if one.place.on_hub:
                 origin = Place("repo", one.place.source, path, source.name)
-            wanted.setdefault((spot.name, spot.folder), (one, origin))
+            wanted.setdefault((spot.name, str(Path(spot.folder))), (one, origin))
         if len(spots) + len(refused) == before:
             where = one.place.spec if one.entry is None else f"{one.entry.source}, of {one.manifest}"
             problem = f"no adapters in {where}: expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth"
@@ -169,7 +169,7 @@ def _adapters_in(
         inside = whole
     for folder, path in inside:
         name = _name(asked, path, full)
-        if path != place.below and entry is None and is_checkpoint(path):
+        if path != place.below and (entry is None or entry.name is None) and is_checkpoint(path):
             refused.append(left_out_checkpoint(name))
         else:
             yield Spot(folder, name, top), path

@@ -1,4 +1,4 @@
-"""The notes of a pool: `pool.json`, with its recipe, activation, losses and the changes that were made to it.
+"""The notes of a pool: `pool.json`, with its recipe, activation and losses.
 
 All entries are optional. Only `activation` (`logo.adapters.activation`) and `k`, the adapters per prompt, have an
 effect on answers. A file that cannot be read gives a warning and counts as empty.
@@ -18,8 +18,6 @@ from logo.adapters.activation import Activation, of_notes
 from logo.adapters.files import NOTES
 from logo.errors import StorageError, UsageError
 
-CHANGES = "changes"
-BEFORE = "before"  # notes about adapters as they were before a change
 ACTIVATION = "activation"  # of adapters without invocation tokens
 ADAPTERS = "adapters"  # notes about each adapter, by name
 

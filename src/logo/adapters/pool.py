@@ -211,6 +211,7 @@ class AdapterPool:
         with _CHANGING:
             if adapter.name in self._adapters:
                 raise _taken(adapter.name)
+            self.refused = tuple(error for error in self.refused if error.name != adapter.name)
             self._change(dict(sorted({**self._adapters, adapter.name: adapter}.items())))
         return adapter
 
@@ -235,7 +236,7 @@ class AdapterPool:
         """Takes the adapters out that a base model refused, so that a pool holds what can be selected.
 
         Args:
-            refused: the errors of all adapters that are left out, also of earlier ones.
+            refused: the errors of all adapters that are left out; those that the pool knows come first.
             version: of the pool that was fitted. Nothing happens if it has changed since, and is to be fitted again.
 
         Returns:
@@ -243,8 +244,9 @@ class AdapterPool:
         """
         with _CHANGING:
             if version == self.version:
-                self.refused = tuple(refused)
-                gone = {error.name for error in self.refused} & self._adapters.keys()
+                new = tuple(refused)[len(self.refused) :]
+                self.refused += new
+                gone = {error.name for error in new} & self._adapters.keys()
                 if gone:
                     self._change({name: one for name, one in self._adapters.items() if name not in gone})
                     return self.version

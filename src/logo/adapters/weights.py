@@ -30,10 +30,7 @@ def stamp(path: str | Path) -> Stamp | None:
         return None
 
 
-ContentStamp = Stamp
-
-
-def content_stamp(path: str | Path) -> ContentStamp:
+def content_stamp(path: str | Path) -> Stamp:
     """Size, modification time, inode and change time of a file, by which a change is noticed.
 
     Writing to a file changes the last even if its modification time is set back, as `rsync --inplace --times` does.
@@ -161,7 +158,7 @@ def file_sha256(path: Path) -> str:
 
 
 @lru_cache(maxsize=2**16)
-def _sha256_of(path: Path, now: ContentStamp) -> str:
+def _sha256_of(path: Path, now: Stamp) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 

@@ -162,7 +162,6 @@ def _jobs(asked: Asked) -> list[Job]:
 
 
 def _open(asked: Asked) -> Session:
-    from logo.backends.vllm.options import recorded
     from logo.evaluation.identity import pool_digests
     from logo.evaluation.results import LOGO
     from logo.evaluation.session import Session
@@ -185,7 +184,7 @@ def _open(asked: Asked) -> Session:
         batch_size=run.batch_size,
         max_new_tokens=run.max_new_tokens,
         generation=_generation_options(logo, asked.official, run.generation_early_stop),
-        options=recorded({**options, **resolved(logo), **named, "command": asked.command}),
+        options={**options, **resolved(logo), **named, "command": asked.command},
         loading=loading,
         method=method,
     )

@@ -165,8 +165,8 @@ def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
         getattr(signal.score, "__name__", ""),
         signal.readings,
     ]
-    if signal.plugin is not None:
-        reading.append(signal.plugin)
+    if signal.plugin is not None:  # of a fused projection, one layer's query or all rows are read
+        reading += [signal.plugin, signal.layers]
     if signal.token == "tail":
         reading.append([_place_of(one) for one in signal.activations])
     rows = [[list(row) for row in part] for part in (texts.neutral, texts.requests)]

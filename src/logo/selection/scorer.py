@@ -129,8 +129,3 @@ class Scorer:
                 if (responds & asked).any():  # as for `Reference.scores`, the lowest score of the others
                     row[asked & ~responds] = row[responds & asked].min()
         return scores
-
-    @property
-    def index_bytes(self) -> int:
-        """Memory of the scoring indices."""
-        return sum(index.bytes for index in self.indices)

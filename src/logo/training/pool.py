@@ -20,7 +20,7 @@ from logo.adapters.activation import Activation
 from logo.adapters.config import Refusal, read_config
 from logo.adapters.examples import examples_text
 from logo.adapters.files import CONFIG, EXAMPLES, NOTES, RECORD, SAFETENSORS
-from logo.adapters.notes import ADAPTERS, BEFORE, CHANGES, noted, read_notes
+from logo.adapters.notes import ADAPTERS, noted, noted_k
 from logo.adapters.weights import file_sha256
 from logo.errors import StorageError, UsageError
 from logo.folders import replace_file, replace_folder
@@ -98,8 +98,7 @@ def course_record(course: Course) -> dict[str, Any]:
 
 
 def write_pool(root: Path, facts: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Writes `pool.json`: common facts, and the record of every adapter in the folder. Earlier changes to the pool stay
-    recorded.
+    """Writes `pool.json`: common facts, and the record of every adapter in the folder. `k` stays as it was.
 
     Args:
         facts: base model, versions, recipe.
@@ -110,8 +109,8 @@ def write_pool(root: Path, facts: Mapping[str, Any], names: Mapping[str, str]) -
     """
     adapters = {path.relative_to(root).as_posix(): record_of(path) for path in _folders(root)}
     adapters = {name: record for name, record in adapters.items() if record is not None}
-    kept = {key: value for key, value in read_notes(root).items() if key in (CHANGES, BEFORE)}
-    whole = {**facts, ADAPTERS: adapters, "failed": dict(names), **kept}
+    k = noted_k(root)
+    whole = {**facts, ADAPTERS: adapters, "failed": dict(names), **({} if k is None else {"k": k})}
     replace_file(root / NOTES, (json.dumps(whole, indent=2) + "\n").encode())
 
 

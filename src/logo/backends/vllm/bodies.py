@@ -9,7 +9,6 @@ from logo.errors import UsageError
 from logo.prompts import ProbeText, asked_text
 
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
-PATHS = (COMPLETIONS, CHAT, RESPONSES)
 
 Body = dict[str, Any]
 
@@ -47,7 +46,7 @@ def split(path: str, body: Body) -> list[Body]:
 
 
 def probe(path: str, body: Body, base: str, probe_text: ProbeText | None) -> tuple[str, Body]:
-    """The path and body of the request that probes a prompt; it has to be sent inside `marks.marking`.
+    """The path and body of the request that probes a prompt; it has to be sent inside `marks.probing`.
 
     Args:
         path, body: of the request, which has one prompt.

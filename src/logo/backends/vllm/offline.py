@@ -82,7 +82,7 @@ class VllmLoGo(Calls):
         pool = self.core.staged(None, self._call("logo_stage", None))
         self._call("logo_commit")
         self.core.commit(pool, {})
-        self._selecting: InWorkers = InWorkers(model, self.pool, settings, self._requests, self._call)
+        self._selecting: InWorkers = InWorkers(model, self.pool, settings, self._requests, self._lock, self._call)
         self._selecting.open(settings)
 
     # -- what it is ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from logo.adapters.options import OnBadAdapter
 from logo.adapters.pool import AdapterPool, warn_of_bad
 from logo.backends.vllm.slots import Slots
 from logo.decoding import Prompts, Truncation
-from logo.errors import LoGoError, ModelError, PoolError, UsageError
+from logo.errors import LoGoError, ModelError, PluginError, PoolError, UsageError
 from logo.extras import need
 from logo.models import checked_dtype, checked_options, fetch, load_config, load_tokenizer, loading, resolve_base
 from logo.pools import open_pool, pool_place
@@ -194,7 +194,11 @@ def _check_importable(signal: str) -> None:
 def _usable(model: Any, pool: AdapterPool, settings: SelectionSettings) -> Sequence[str]:
     """The signals that a call may ask for: those that can score this pool."""
     usable = []
-    for signal in SIGNALS.known:
+    try:
+        known = SIGNALS.known
+    except PluginError:  # raised again when a call asks for a signal of that plugin
+        known = tuple(SIGNALS)
+    for signal in known:
         try:
             reading_plan(model, pool, settings.for_call(signal=signal))
         except LoGoError:  # raised again when a call asks for this signal

@@ -18,10 +18,6 @@ Products = Literal["auto", "kernels", "plain"]
 POOL, OPTIONS = "LOGO_POOL", "LOGO_OPTIONS"
 NO_USAGE = "VLLM_NO_USAGE_STATS"  # vLLM reports its usage unless this variable is 1
 
-HIDDEN = "***"
-# Words in the names of arguments whose values nobody may read in results.
-_SECRET = frozenset({"token", "key", "secret", "password", "credentials"})
-
 # Arguments of `vllm.LLM` for slots, parallelism, memory, speed and loading.
 _NO_MATTER = frozenset(
     {
@@ -124,27 +120,6 @@ def affecting_answers(given: Mapping[str, Any]) -> dict[str, Any]:
         name: value for name, value in (counted.pop("additional_config", None) or {}).items() if name != "logo"
     }
     return counted | ({"additional_config": additional} if additional else {})
-
-
-def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a command as they may be written into results: without the secrets among `vllm_options`, which is JSON
-    as text."""
-    found: dict[str, Any] = {}
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            found[name] = recorded(value)
-        elif name == "vllm_options" and isinstance(value, str):
-            found[name] = json.dumps(_hidden(json_object(value, name)))
-        else:
-            found[name] = value
-    return found
-
-
-def _hidden(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: HIDDEN if _SECRET & set(name.lower().split("_")) else _hidden(value) if isinstance(value, dict) else value
-        for name, value in given.items()
-    }
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ score the adapters while it runs."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class InWorkers(Selecting):
         pool: fitted to it.
         settings: how to select, unless a call has other options.
         requests: of the engine.
+        lock: of the engine, whose workers do one thing at a time.
         call: calls one of `logo.backends.vllm.calls.CALLS` on every worker, and returns the values.
     """
 
@@ -42,10 +44,11 @@ class InWorkers(Selecting):
         pool: AdapterPool,
         settings: SelectionSettings,
         requests: Requests,
+        lock: AbstractContextManager[Any],
         call: Callable[..., list[Any]],
     ) -> None:
         super().__init__(pool, settings)
-        self._model, self._requests, self._call = model, requests, call
+        self._model, self._requests, self._lock, self._call = model, requests, lock, call
         self._opened: dict[str, dict[str, Any]] = {}  # signal -> the result of `Scoring.open`
 
     def open(self, settings: SelectionSettings) -> dict[str, Any]:
@@ -57,12 +60,13 @@ class InWorkers(Selecting):
         """
         signal = settings.signal
         if signal not in self._opened:
-            plan(self._model, self.pool, settings)  # raises the errors of the workers here
-            opened = self._call("logo_signal", signal)
-            while texts := texts_of(opened):
-                keys = self._run([(text, "", None) for text in texts])
-                opened = self._call("logo_calibrate", signal, texts, keys)
-            self._opened[signal] = opened[0]
+            with self._lock:
+                plan(self._model, self.pool, settings)  # raises the errors of the workers here
+                opened = self._call("logo_signal", signal)
+                while texts := texts_of(opened):
+                    keys = self._run([(text, "", None) for text in texts])
+                    opened = self._call("logo_calibrate", signal, texts, keys)
+                self._opened[signal] = opened[0]
         return self._opened[signal]
 
     def outcomes(

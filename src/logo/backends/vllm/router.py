@@ -80,6 +80,9 @@ class Router:
             ("POST", "/v1/load_lora_adapter"): self._load,
             ("POST", "/v1/unload_lora_adapter"): self._unload,
         }.get((scope.get("method", ""), path))
+        if handler is None and path == "/health" and self._core is not None and self._core.broken is not None:
+            await answer_error(send, failed(self._core.broken, "pools_differ"))  # so that somebody starts it again
+            return
         if handler is None or self._core is None:
             await self.app(scope, receive, send)
             return
