@@ -234,6 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the order, the lengths and the streams")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file")
     asked = parser.parse_args(argv)
+    if asked.verify and asked.options:
+        parser.error("--verify compares with LoGo's defaults: leave out the options after --")
     if asked.prompts is not None:
         prompts = [line for line in asked.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     else:

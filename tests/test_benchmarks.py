@@ -83,6 +83,12 @@ def test_related_rows_overlap_as_measured() -> None:
     assert all(len(row) == 20 for row in random_mixtures(names, 4, 20))
 
 
+def test_answers_under_other_options_are_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load.main(["--verify", "12", "--", "-k", "2"])
+    assert "--verify compares with LoGo's defaults: leave out the options after --" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_server_under_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from bare_environments import TRIED
 from local_server import LocalServer
 from logo.cli import output
 from logo.cli.app import app
@@ -50,6 +51,14 @@ def test_every_command_shown_is_one_that_parses() -> None:
             parse(command)
         except Exception as error:
             raise AssertionError(f"{page}: {' '.join(command)}: {error}") from error
+
+
+def test_the_commands_tried_in_bare_environments_parse() -> None:
+    tried = [rest for (program, *rest), _ in TRIED if program == "logo"]
+    assert len(tried) >= 3
+    for command in tried:
+        with contextlib.suppress(typer.Exit):  # --version
+            parse(command)
 
 
 def parse(command: list[str]) -> None:

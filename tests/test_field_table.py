@@ -212,7 +212,7 @@ Worth = list[list[tuple[float, float]]]  # by task and row: the method's, the or
 def of_tasks(worth: Worth) -> list[Measured]:
     def row(task: int, index: int, method: float, oracle: float) -> Measured:
         named = {"signals": {"norm": {"generated": method}}, "mixtures": {"oracle": {"generated": oracle}}}
-        return Measured(f"t{task:02d}", index, named, {"signals": {"norm": {"generated": method / 2}}}, {})
+        return Measured(f"t{task:02d}", index, named, {"signals": {"norm": {"generated": method / 2}}})
 
     return [row(t, i, *pair) for t, pairs in enumerate(worth) for i, pair in enumerate(pairs)]
 
@@ -274,7 +274,7 @@ def test_unseen_is_held_against_uniform() -> None:
     def row(task: int, nll: float, uniform: float) -> Measured:
         mixtures = {"uniform": {"exact_match": 0.0, "nll": uniform}}
         return Measured(
-            f"u{task}", 0, {"signals": {"norm": {"exact_match": 1.0, "nll": nll}}, "mixtures": mixtures}, None, {}
+            f"u{task}", 0, {"signals": {"norm": {"exact_match": 1.0, "nll": nll}}, "mixtures": mixtures}, None
         )
 
     numbers = [(2.0 + 0.01 * i, 2.5 + 0.02 * i) for i in range(12)]

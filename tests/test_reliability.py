@@ -15,7 +15,7 @@ VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 def row(own: float | None = None, left: float | None = None, unseen: float | None = None) -> Measured:
     answers = {"top1": 1.0, "confidence": own} if own is not None else {"confidence": unseen}
     without = None if left is None else {"signals": {"s": {"confidence": left}}}
-    return Measured("t", 0, {"signals": {"s": answers}}, without, {})  # type: ignore[dict-item]
+    return Measured("t", 0, {"signals": {"s": answers}}, without)  # type: ignore[dict-item]
 
 
 @given(VALUES, VALUES)
@@ -44,4 +44,4 @@ def test_own_rows_without_others_and_signals_without_confidence() -> None:
     assert found.pop("below") == {"confidence": BELOW, "own": [0.0] * 10 + [1.0] * 9}
     assert found == {"auroc": {"unseen": None, "left_out": None}, "error": None, "bins": []}
     assert reliability([row(unseen=0.5)]) == {}
-    assert reliability([Measured("t", 0, {"signals": {"norm": {"top1": 1.0}}}, None, {})]) == {}
+    assert reliability([Measured("t", 0, {"signals": {"norm": {"top1": 1.0}}}, None)]) == {}

@@ -80,6 +80,18 @@ def test_runs_that_were_asked_other_things_are_never_called_worse(tmp_path: Path
     assert [cell.mark for cell in line.cells if cell] == ["tied", "tied"]
 
 
+def test_runs_that_share_most_instances_have_the_p_value_of_these(tmp_path: Path) -> None:
+    """A line of which some instances are not shared is no test, and changes the p-value of no other one."""
+    for name, value, first in (("a", 0, 0), ("b", 1, 4)):
+        values = [value if first + row in range(4, 20) else 1 for row in range(44)]
+        write_result(tmp_path / name / "d.x", values, rows=rows_of(*map(str, range(first, first + 44))))
+    analysis = analyse(read_runs([tmp_path]))
+    [pair] = analysis.versus
+    assert (pair.record.wins, pair.record.losses) == (16, 0)
+    assert pair.p_holm == pair.significance.p == pytest.approx(2**-15)
+    assert [[cell.mark for cell in line.cells if cell] for line in analysis.lines] == [["tied", "tied"]]
+
+
 def test_groups_and_intervals(tmp_path: Path) -> None:
     """Datasets count alike in a group; a group of one has that dataset's interval."""
     rouge = [{"rouge-1": 0.5, "rouge-2": 0.25, "rouge-L": 0.375}] * 2

@@ -292,7 +292,7 @@ def test_a_finished_report_is_neither_measured_again_nor_replaced(
     assert not elsewhere.rows and "torch is" in elsewhere.note
     for content in ("[]", "{", '{"run": 3}', '{"signals": {}}'):
         file.write_text(content)
-        with pytest.raises(UsageError, match="it is another file, or a report of an earlier version; --overwrite"):
+        with pytest.raises(UsageError, match="it is no report of a study; --overwrite"):
             run_study()
 
 
@@ -418,6 +418,14 @@ def test_the_command(some_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert run([*other, "--overwrite"]) == 0
     again = json.loads(out.read_text())
     assert again["unseen"] is None and list(again["tasks"]) == ["ad03", "ad05"] and again["settings"]["seed"] == 3
+
+
+@pytest.mark.parametrize("signals", ["norm,calibrated", "calibrated,norm"])
+def test_an_option_of_one_signal_may_be_given_in_any_order(signals: str, some_rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study.json"
+    command = ["eval", "study", *ENGINE, "--rows", str(some_rows), "--signals", signals, "--examples", "ignore"]
+    assert run([*command, "-k", "3", "--limit", "1", "--save", str(out)]) == 0
+    assert set(json.loads(out.read_text())["signals"]) == {"norm", "calibrated"}
 
 
 @pytest.mark.slow

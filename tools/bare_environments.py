@@ -19,7 +19,7 @@ from pathlib import Path
 # What a user types first, and a part of what is printed.
 TRIED = (
     (("logo", "--version"), "logo {version}"),
-    (("logo", "demo", "--rows", "2"), "Your turn: logo generate"),
+    (("logo", "demo", "--limit", "2"), "Your turn: logo generate"),
     (("logo", "generate", "What is 7 plus 5?"), "12"),
     (("python", "-m", "pip", "check"), "No broken requirements found."),
 )

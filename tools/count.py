@@ -24,8 +24,8 @@ def lines(files: list[Path]) -> int:
 
 
 def commands(group: Any) -> Iterator[Any]:
-    """The commands of a group and of the groups in it; a group that does something by itself is one, too."""
-    if not hasattr(group, "commands") or group.invoke_without_command:
+    """The commands of a group and of the groups in it."""
+    if not hasattr(group, "commands"):
         yield group
     for one in getattr(group, "commands", {}).values():
         yield from commands(one)

@@ -29,11 +29,6 @@ for _kind in (OwnSelector, Base, Uniform, Random, Oracle, BestSingle, LoraHub, L
     register_method(_kind)
 
 
-def methods() -> dict[str, str]:
-    """Name of each method -> what it does, in one line."""
-    return {name: (kind.__doc__ or "").splitlines()[0] for name, kind in METHODS.items()}
-
-
 def method_class(name: str) -> type[Method]:
     """The class of the method of this name, ours or a plugin's.
 

@@ -52,7 +52,7 @@ def root(
         list[str] | None,
         typer.Option(
             metavar="MODULE:OBJECT",
-            help="Import a signal, method, metric or merge of your own, from an installed module or from this folder "
+            help="Import a signal, method or metric of your own, from an installed module or from this folder "
             "(repeatable; docs/extend.md). It runs that module's code.",
             show_default=False,
         ),

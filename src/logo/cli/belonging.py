@@ -1,4 +1,4 @@
-"""Refuses options that only other methods, merges or signals read."""
+"""Refuses options that only other methods or signals read."""
 
 from __future__ import annotations
 

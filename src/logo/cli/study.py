@@ -18,7 +18,7 @@ from logo.cli.expanded import command_line, expanded
 from logo.cli.field_table import WIDTH as FIELD_WIDTH
 from logo.cli.field_table import field_table
 from logo.cli.methods import MethodOptions
-from logo.cli.opening import Opened, open_engine, open_pool, selection_settings
+from logo.cli.opening import Opened, open_base, open_pool, selection_settings
 from logo.cli.options import EngineOptions, Json, rare, usual
 from logo.cli.output import err, natural_width, note, print_json, progress, rich_table, screen, write_json
 from logo.cli.places import absolute, anywhere, everywhere
@@ -228,7 +228,9 @@ def _arms(
     """One engine per signal, on one model and one pool, restricted to the adapters of these names."""
     from logo.evaluation.arms import Arms
 
-    first = open_engine(replace(options, signal=signals[0]), base_model)
+    # The options are checked for all signals together, because one that only some of them read is right here.
+    settings = selection_settings(replace(options, signal=signals[0]))
+    first = open_base(options, base_model).engine(options, settings)
     pool = first.pool if names is None else only(first.pool, names)
     base = Opened(first.model, first.tokenizer, pool)
     engines: dict[str, LoGo] = {}

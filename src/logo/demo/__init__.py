@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-__all__ = ["adapters_dir", "assets_dir", "heldout", "model_dir", "showcase", "world"]
+__all__ = ["adapters_dir", "assets_dir", "heldout", "model_dir", "showcase"]
 
 
 def assets_dir() -> Path:
@@ -39,9 +38,3 @@ def showcase() -> list[dict[str, str]]:
     """One request per task in an unseen phrasing, with ``task``, ``context`` and ``completion``."""
     rows: list[dict[str, str]] = json.loads((assets_dir() / "showcase.json").read_text(encoding="utf-8"))
     return rows
-
-
-def world() -> dict[str, Any]:
-    """The record of the build: exact match per task, seed, settings, losses and sizes."""
-    measured: dict[str, Any] = json.loads((assets_dir() / "world.json").read_text(encoding="utf-8"))
-    return measured

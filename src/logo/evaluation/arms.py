@@ -130,7 +130,6 @@ class Arms:
             index=index,
             answers=scores["answers"],
             left_out=scores.get("left_out"),
-            weights={signal: selection.mixture for signal, selection in picked.items()},
             seconds=seconds,
             predictions={} if self._contest.new_tokens is None else _by_part(arms, lambda arm: arm.prediction),
         )

@@ -245,7 +245,7 @@ def study_so_far(journal_file: Path, seed: int = 0) -> Study:
     records = [] if found is None else found.records
     rows = [Measured(**record) for record in records if "lesson" not in record]
     lessons = {Lesson(*one["lesson"]): one["learnt"] for one in records if "lesson" in one}
-    if found is None or found.run is None or not rows:
+    if found is None or not rows:
         learnt = f", but {counted(len(lessons), 'lesson')}, which come before the rows" if lessons else ""
         raise UsageError(f"journal {journal_file}: expected measured rows of an unfinished study, found none{learnt}")
     settings = {"so_far": len(rows), **{name: found.run[name] for name in found.run if name not in ("pool",)}}
@@ -291,7 +291,7 @@ def report_in(file: Path) -> dict[str, Any]:
     except ValueError:
         report = None
     if not isinstance(report, dict) or not isinstance(report.get("run"), dict):
-        raise UsageError(f"{file}: it is another file, or a report of an earlier version{_REPLACED}")
+        raise UsageError(f"{file}: it is no report of a study{_REPLACED}")
     return report
 
 

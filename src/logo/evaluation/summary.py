@@ -1,4 +1,4 @@
-"""The numbers of a study from its measured rows: means over tasks with intervals, and mean weights."""
+"""The numbers of a study from its measured rows: means over tasks with intervals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ class Measured:
         task: the task's name; `index`: the row's index in it.
         answers: every signal, method and fixed mixture; ranks (`top1`, `top3`, `mrr`) only of signals on own tasks.
         left_out: the same without the row's own adapter; None on unseen tasks.
-        weights: signal -> its mixture.
         seconds: `select` by signal and method, `score`, and `generate` if answers were generated.
         predictions: part (`answers`, `left_out`) -> kind -> name -> the generated answer.
     """
@@ -32,7 +31,6 @@ class Measured:
     index: int
     answers: Section
     left_out: Section | None
-    weights: dict[str, dict[str, float]]
     seconds: dict[str, Any] = field(default_factory=dict)
     predictions: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
 

@@ -93,9 +93,10 @@ class Pairing:
         """The best of the runs in every line.
 
         A run is `best` if it has the highest value and is significantly better than every other run of the line. Where
-        none is, `tied` are the run with the highest value and all that are not significantly worse. If all values are
-        equal, none is marked. The best is known only from the data, and several lines are looked at, so p-values are
-        corrected by Holm's method for all pairs of runs in all lines together, and on all datasets.
+        none is, `tied` are the run with the highest value and all that are not significantly worse, or have answered
+        other instances, so that no test covers what the values are of. If all values are equal, none is marked. The
+        best is known only from the data, and several lines are looked at, so p-values are corrected by Holm's method
+        for all pairs of runs in all lines together, and on all datasets.
         """
         corrected = self._corrected(lines)
         return [self._marks(line, corrected) for line in lines]
@@ -110,7 +111,9 @@ class Pairing:
         }
         for values, names, metric in lines:
             for a, b in itertools.combinations([run for run in runs if values[run] is not None], 2):
-                tests[self._key(a, b, names, metric)] = self._p(a, b, names, metric)
+                if self._same(a, b, names, metric):
+                    found = self.significance(a, b, names, metric)
+                    tests[self._key(a, b, names, metric)] = 1.0 if found is None else found.p
         return dict(zip(tests, holm(list(tests.values())), strict=True))
 
     def _marks(self, line: Compared, corrected: Mapping[tuple[object, ...], float]) -> list[Mark]:
@@ -120,8 +123,8 @@ class Pairing:
             return marks
         _, top = max(present, key=lambda one: (one[0], -one[1]))
         others = [run for _, run in present if run != top]
-        keys = {run: self._key(min(top, run), max(top, run), line.names, line.metric) for run in others}
-        tied = [run for run in others if corrected[keys[run]] >= ALPHA]
+        asked = {run: (min(top, run), max(top, run), line.names, line.metric) for run in others}
+        tied = [run for run in others if not self._same(*asked[run]) or corrected[self._key(*asked[run])] >= ALPHA]
         marks[top] = "tied" if tied else "best"
         for run in tied:
             marks[run] = "tied"
@@ -151,14 +154,13 @@ class Pairing:
             for (a, b), some, one in zip(tests, pairs, found, strict=True)
         ]
 
-    def _p(self, a: int, b: int, names: Sequence[str], metric: str | None) -> float:
-        """The p-value of two runs; 1 if their instances differ, because the test covers only the shared ones. Datasets
+    def _same(self, a: int, b: int, names: Sequence[str], metric: str | None) -> bool:
+        """Whether two runs have answered the same instances, which the test of the shared ones then covers. Datasets
         that are judged by other metrics than this one count in neither run."""
-        found = self.significance(a, b, names, metric)
         shared = sum(len(pair.a.rows) for pair in self.pairs(a, b, names, metric))
         sides = [[self.runs[run].results[name] for name in names if name in self.runs[run].results] for run in (a, b)]
         asked = [sum(len(one) for one in side if metric is None or metric in one.measures) for side in sides]
-        return 1.0 if found is None or asked != [shared, shared] else found.p
+        return asked == [shared, shared]
 
 
 def shared_rows(a: Result, b: Result) -> tuple[list[int], list[int]]:
