@@ -25,8 +25,8 @@ _PLAIN |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 _OF_CHECKPOINT = ("bos_token_id", "eos_token_id", "pad_token_id", "stop_strings", "cache_implementation")
 # The least value of numbers; None: any number above 0.
 _LEAST: Mapping[str, int | None] = {
-    **dict.fromkeys(("temperature", "top_p", "repetition_penalty", "max_time")),
-    **{"num_beams": 1, "top_k": 0, "min_new_tokens": 0},
+    **dict.fromkeys(("temperature", "top_p", "repetition_penalty", "num_beams", "max_time")),
+    **{"top_k": 0, "min_new_tokens": 0},
 }
 _SAMPLING = ("temperature", "top_p", "top_k")
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
