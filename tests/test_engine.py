@@ -235,6 +235,20 @@ def test_options_that_cannot_be_used_are_one_line(
     assert logo.generate(PROMPTS[0], max_new_tokens=2, temperature=0.0).token_ids  # greedy decoding has none
 
 
+def test_an_engine_that_is_made_during_an_answer_knows_the_checkpoints_end_tokens(
+    llama: nn.Module, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama, "generation_config", GenerationConfig(eos_token_id=1))
+    logo, made = engine(llama, adapters), list[LoGo]()
+    pieces = logo.stream(PROMPTS[0], adapters={}, max_new_tokens=6)
+    next(pieces)
+    thread = threading.Thread(target=lambda: made.append(engine(llama, adapters)))
+    thread.start()
+    list(pieces)
+    thread.join()
+    assert made[0].prompts.generation_config(None, 2, {}).eos_token_id == 1
+
+
 def test_sampling_is_seeded_by_torch(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
 

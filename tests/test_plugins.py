@@ -333,6 +333,11 @@ def test_a_process_that_is_started_knows_the_same(
     assert SelectionSettings(signal="norm")
     with pytest.raises(PluginError, match="plugin 'plug_missing:x': expected an importable module:Object"):
         SelectionSettings(signal="nobodys")
+    told = plugins.environment()["LOGO_PLUGINS"].split()
+    assert told[0] == "plug_missing:x" and f"plug_own:quiet@{here}" in told  # what is not loaded yet stays named
+    monkeypatch.setenv("LOGO_PLUGINS", "'plug:x")
+    with pytest.raises(UsageError, match=r"LOGO_PLUGINS .*: expected module:Object"):
+        SelectionSettings(signal="nobodys")
 
 
 @pytest.mark.slow

@@ -179,6 +179,7 @@ def test_what_vllms_server_cannot_do_is_refused(
         (["--signals", "nosuch"], "nosuch"),
         (["--probe-context", "pool"], "probe"),
         (["--when-not-invoked", "error"], "leave out when_not_invoked"),
+        (["--prefix-cache-gb", "2"], "vLLM caches prefixes itself"),
         (["--activation", "invocation"], "an adapter has no invocation tokens"),
     ],
 )
