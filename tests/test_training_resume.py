@@ -101,6 +101,9 @@ def test_kill_9_and_the_same_command(base_model: Path, tasks: Path, tmp_path: Pa
     process.wait()
     assert json.loads((pool / "train.json").read_text())["command"]["name"] == "train"
     before = (pool / "a" / "training.json").stat().st_mtime_ns
+    (pool / ".pool.json.new-1a2b3c4d").write_text("{")  # what a kill amid a write leaves
+    (pool / ".b.new-1a2b3c4d").mkdir()
+    (pool / ".b.new-1a2b3c4d" / "adapter_config.json").write_text("{")
     assert run(asked) == 0
     assert (pool / "a" / "training.json").stat().st_mtime_ns == before
     assert not (pool / LOCK).exists() and {name.rpartition("/")[0] for name in adapters(pool)} == set(TASKS)

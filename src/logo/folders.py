@@ -74,6 +74,12 @@ def replace_file(file: Path, content: bytes, *, follow: bool = True) -> None:
         raise StorageError(f"file {str(file)!r}: cannot be written ({error.strerror or error})") from error
 
 
+def remove_unfinished(root: Path) -> None:
+    """Removes what writers that died left below `root`. Only for whoever holds a lock against other writers there."""
+    for path in list(root.rglob(".*.new-*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def make_folder(folder: Path) -> None:
     """Creates a folder and its missing parents, and syncs them to disk."""
     if not folder.is_dir():

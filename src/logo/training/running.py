@@ -17,6 +17,7 @@ from typing import Any
 from logo.adapters.activation import Activation
 from logo.adapters.notes import read_notes
 from logo.errors import DataError, StorageError, UsageError
+from logo.folders import remove_unfinished
 from logo.models import context_length, load_config, load_tokenizer, skeleton
 from logo.prompts import asked_text
 from logo.training.activation import Settling, common
@@ -92,6 +93,7 @@ def train(
     check_names(wanted.found.tasks)
     failed = dict(wanted.found.refused)
     with alone(root):
+        remove_unfinished(root)
         trainer = Trainer(wanted.opening)
         base = trainer.facts
         prepared = _prepared(wanted, base, failed)
