@@ -47,7 +47,8 @@ class Options:
         signal: the name of a registered signal.
         k: adapters per prompt at most; None: the default of the pool.
         weighting: how scores become weights (`logo.selection.selector`).
-        when_unsure: what answers a prompt for which no adapter seems to be made: the mixture, the base model or nothing.
+        when_unsure: what answers a prompt for which no adapter seems to be made: the mixture, the base model or
+            nothing.
         unsure_below: the confidence below which a selection counts as unsure.
         candidates: the adapters that may be selected; None: all that are scored.
     """
