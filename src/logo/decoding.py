@@ -202,7 +202,7 @@ class Decoding:
         tokenizer: PreTrainedTokenizerBase,
         continued: Sequence[tuple[list[int], Form]],
         selections: Sequence[Selection],
-        seconds: Sequence[Mapping[str, float]],
+        seconds: Mapping[str, float],
     ) -> list[Generation]:
         """Makes answers of rows of new tokens, each up to its end.
 
@@ -214,10 +214,9 @@ class Decoding:
         ends, rules = self.ends, self.rules(tokenizer)
         answers = [cut_after_end(row, ends, rules) for row, _ in continued]
         texts = tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
-        parts = zip(texts, selections, answers, continued, seconds, strict=True)
         return [
-            Generation(cut_at(text, self.stop), selection, tuple(ids), reason, dict(each), form)
-            for text, selection, (ids, reason), (_, form), each in parts
+            Generation(cut_at(text, self.stop), selection, tuple(ids), reason, dict(seconds), form)
+            for text, selection, (ids, reason), (_, form) in zip(texts, selections, answers, continued, strict=True)
         ]
 
 
@@ -356,7 +355,7 @@ class Decoder:
         rows: Sequence[Sequence[int]],
         selections: Sequence[Selection],
         decoding: Decoding,
-        probed: Sequence[float],
+        probed: float,
         streamer: BaseStreamer | None = None,
     ) -> list[Generation]:
         """One answer per row of a batch. A row's answer does not depend on the other rows, up to rounding.
@@ -366,7 +365,7 @@ class Decoder:
             rows: token ids of the prompts.
             selections: their mixtures.
             decoding: how to decode.
-            probed: seconds that selecting took, of each row.
+            probed: seconds per row that selecting took.
             streamer: for a single row; it is also ended after an error, since another thread may wait for it.
 
         Raises:
@@ -380,8 +379,7 @@ class Decoder:
             if streamer is not None:
                 streamer.end()
             raise
-        each = (time.perf_counter() - started) / len(rows)
-        seconds = [{"probe": one, "generate": each} for one in probed]
+        seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
         return decoding.generations(self.prompts.tokenizer, [(row, form) for row in tokens], selections, seconds)
 
     def stream(

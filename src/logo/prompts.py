@@ -64,12 +64,14 @@ class Prompts:
         tokenizer: the base model's.
         context: the model's context length in tokens; None if unknown.
         truncation: how long prompts are cut.
+        probe_text: what of a conversation is probed; see `chat`.
         vocabulary: the number of tokens that the model knows; None if unknown.
     """
 
     tokenizer: PreTrainedTokenizerBase
     context: int | None
     truncation: Truncation = Truncation()
+    probe_text: ProbeText | None = None
     vocabulary: int | None = None
 
     @property
@@ -78,13 +80,12 @@ class Prompts:
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((int(one) for one in known if one is not None), 0)
 
-    def read(self, prompts: Sequence[Any], room: int | None = 0, probe_text: ProbeText | None = None) -> list[Prompt]:
+    def read(self, prompts: Sequence[Any], room: int | None = 0) -> list[Prompt]:
         """Reads prompts into token ids and those that are probed; long prompts are cut with a warning.
 
         Args:
             prompts: strings, conversations or token ids; see `read`.
             room: tokens of the context to keep free for the answer; None: nothing is cut.
-            probe_text: what of a conversation is probed; see `chat`.
 
         Raises:
             UsageError: a prompt cannot be used or has no tokens, or the answer alone would fill the context.
@@ -98,11 +99,11 @@ class Prompts:
                 )
             limits.append(self.context - room)
         limit = None if room is None else min(limits, default=None)
-        return [self._read(i, prompt, limit, probe_text) for i, prompt in enumerate(prompts, start=1)]
+        return [self._read(i, prompt, limit) for i, prompt in enumerate(prompts, start=1)]
 
-    def _read(self, number: int, given: Any, limit: int | None, probe_text: ProbeText | None) -> Prompt:
+    def _read(self, number: int, given: Any, limit: int | None) -> Prompt:
         try:
-            prompt = read(self.tokenizer, given, probe_text, self.vocabulary)
+            prompt = read(self.tokenizer, given, self.probe_text, self.vocabulary)
         except UsageError as error:
             raise UsageError(f"prompt {number}: {error}") from error
         if not len(prompt):

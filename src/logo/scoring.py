@@ -185,7 +185,8 @@ def score_pairs(
     vocabulary, scored = len(prompts.tokenizer), dict[int, Scored]()
     batches = list(batches_by_length([len(row.ids) for row in rows], batch_size, tokens=MAX_TOKENS))
     while batches:
-        batch = [rows[i] for i in (numbers := batches.pop(0))]
+        numbers = batches.pop(0)
+        batch = [rows[i] for i in numbers]
         needed = sorted({at for row in batch for at in row.scored})
         if len(batch) > 1 and len(batch) * len(needed) * vocabulary > MAX_LOGITS:
             half = len(batch) // 2
