@@ -27,7 +27,7 @@ from logo.decoding import Prompts, Truncation, batches_by_length, reads_prompts
 from logo.errors import check_type, listed
 from logo.mixing import Mixer
 from logo.mixing.store import adapter_store
-from logo.models import check_mode, check_usable, context_length, lock_of
+from logo.models import check_mode, check_usable, context_length, devices, lock_of
 from logo.opening import FromPretrained
 from logo.scoring import Scored
 from logo.selecting import Probing
@@ -39,7 +39,6 @@ from logo.selection.prefixes import reusable
 from logo.selection.scorer import Scorer
 from logo.selection.scorers import Scorers
 from logo.selection.settings import SelectionSettings
-from logo.tensors import devices
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
