@@ -38,7 +38,7 @@ from logo.endings import cut_pieces
 from logo.errors import LoGoError, PoolError, UsageError, check_type, closest, listed
 from logo.mixing import Mixer
 from logo.mixing.store import adapter_store
-from logo.models import check_mode, check_usable, context_length, load_base, lock_of
+from logo.models import check_mode, check_usable, context_length, devices, load_base, lock_of
 from logo.pools import officially_named, open_pool, pool_place
 from logo.prefix_cache import PrefixCache, reusable
 from logo.prompts import Prompts, Truncation, several
@@ -47,8 +47,7 @@ from logo.selection.calibration import Calibration
 from logo.selection.index import Tell
 from logo.selection.scorer import Scorer
 from logo.selection.selector import forced
-from logo.selection.settings import CALL_OPTIONS, SelectionSettings
-from logo.tensors import devices
+from logo.selection.settings import OPTIONS, SelectionSettings
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -664,7 +663,7 @@ class LoGo:
                 forced on every prompt.
         """
         options = dict(options)
-        asked = {name: options.pop(name) for name in CALL_OPTIONS if name in options}
+        asked = {name: options.pop(name) for name in OPTIONS if name in options}
         for name, value in asked.items():
             if value is not None and name != "candidates" and isinstance(adapters, (Mapping, Selection)):
                 raise UsageError(f"{name} selects adapters, but `adapters` fixes the mixture: leave out one of the two")
@@ -755,7 +754,7 @@ def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> l
 def _checked_context(context: ProbeContext, settings: SelectionSettings) -> ProbeContext:
     if context not in get_args(ProbeContext):
         raise UsageError(f"probe_context: expected one of {', '.join(get_args(ProbeContext))}, found {context!r}")
-    if context != "base" and settings.reading.scale != "raw":
+    if context != "base" and settings.reading().scale != "raw":
         raise UsageError(
             f"probe_context {context!r}: the signal {settings.signal!r} compares with neutral text that the base model "
             "read alone; use 'base'"
