@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from logo.completions import encoded
 
 from logo import LoGo
 from logo.baselines.fixed import Oracle, OwnSelector, Random
 from logo.baselines.learned import LoraHub, each_alone
 from logo.baselines.method import Answering, Task
 from logo.cli.run import run
-from logo.completions import encoded
 from logo.demo import adapters_dir, heldout, model_dir
 from logo.errors import DataError
 from logo.evaluation.identity import rows_digest

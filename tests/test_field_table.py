@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
+from logo.calls import Calls
 
 from dying import dying
 from logo import LoGo, UsageError
@@ -22,7 +23,6 @@ from logo.baselines import Method, get_method
 from logo.baselines.method import Answering, Prepared
 from logo.baselines.method import Task as MethodTask
 from logo.baselines.registry import register_method
-from logo.calls import Calls
 from logo.cli.field_table import field_table, looks_at
 from logo.cli.run import run
 from logo.demo import heldout

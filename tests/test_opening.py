@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from logo.generation import greedy_config
 from torch import nn
 from transformers import TextIteratorStreamer, TextStreamer
 
@@ -21,7 +22,6 @@ from logo import AdapterPool, LoGo, SelectionSettings, UsageError, opening
 from logo.backends.vllm import opening as vllm_opening
 from logo.cli.run import run
 from logo.demo import heldout
-from logo.generation import greedy_config
 from logo.mixing.folding import foldable
 from test_engine import PROMPTS, engine, tokenizer
 from tolerances import same_selection

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from logo.decoder import Decoding
+from logo.generation import greedy_config
 from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
-from logo.decoder import Decoding
 from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
-from logo.generation import greedy_config
 from logo.protocol import GenerationFailed, MixtureRequest, NotReady, Overloaded, Sampling
 from logo.serving import batching, steps
 from logo.serving.memory import Memory

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from logo.adapters.format import Adapter
+from logo.core import CallOptions, Selection
 from logo.errors import LoGoError
-from logo.selecting import CallOptions
-from logo.selection import Selection
 
 if TYPE_CHECKING:
-    from logo.endings import FinishReason
+    from logo.core import FinishReason
 
 Patterns = tuple[str, ...]
 """Names of adapters, or patterns of them such as `team-a/*`."""

@@ -14,8 +14,8 @@ from engines import Engines
 from vllm_server import ASSETS, Server, environment
 
 from logo import LoGo
+from logo.core import Selection
 from logo.models import demo_folder, load_base
-from logo.selection import Selection
 from make_adapters import edit_config
 from test_engine import write_adapter
 from tolerances import WEIGHTS, same_scores, same_selection

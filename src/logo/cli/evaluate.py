@@ -29,7 +29,7 @@ from logo.files import check_writable
 
 if TYPE_CHECKING:
     from logo.baselines import Method
-    from logo.calls import Calls
+    from logo.engine import LoGo
     from logo.evaluation.jobs import Job
     from logo.evaluation.resume import Plan
     from logo.evaluation.session import Evaluation, Session
@@ -162,10 +162,10 @@ def _jobs(asked: Asked) -> list[Job]:
 
 
 def _open(asked: Asked) -> Session:
+    from logo.engine import OFFICIAL_TRUNCATION
     from logo.evaluation.identity import pool_digests
     from logo.evaluation.results import LOGO
     from logo.evaluation.session import Session
-    from logo.opening import OFFICIAL_TRUNCATION
 
     run, method, base_model = asked.run, asked.method, asked.base_model
     started = time.perf_counter()
@@ -225,13 +225,13 @@ def _stored(plan: Plan) -> Score:
     return Score(plan.job.dataset, plan.job.folder, read_results(plan.job.folder), skipped=True)
 
 
-def _generation_options(logo: Calls, official: bool, early_stop: bool) -> dict[str, Any]:
+def _generation_options(logo: LoGo, official: bool, early_stop: bool) -> dict[str, Any]:
     if not official:
         return {"stop_at_newline": early_stop}
     return {"stop_at_newline": "official" if early_stop else False, "generation_config": logo.model.generation_config}
 
 
-def resolved(logo: Calls) -> dict[str, Any]:
+def resolved(logo: LoGo) -> dict[str, Any]:
     """The settings as they were used, presets applied."""
     points = list(logo.points)
     return {

@@ -22,9 +22,8 @@ from logo.rows import text_lines
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from logo.calls import Calls
-    from logo.decoding import Truncation
     from logo.engine import LoGo
+    from logo.prompts import Truncation
     from logo.selection.settings import SelectionSettings
 
 _SLOTS = """vLLM keeps adapters in slots: `--vllm-options '{"max_loras": N, "max_lora_rank": R}'`"""
@@ -179,7 +178,7 @@ def open_any(
     preset: Preset | None = None,
     probe_context: Context | None = None,
     truncation: Truncation | None = None,
-) -> Calls:
+) -> LoGo:
     """An engine in this process or inside vLLM, as `runner` says."""
     asked = _vllm_options(runner)
     settings = selection_settings(options, preset, probe_context)

@@ -24,9 +24,9 @@ from logo.rows import Row
 from logo.selection.signals import SIGNALS
 
 if TYPE_CHECKING:
+    from logo.core import Selection
     from logo.engine import LoGo
     from logo.prompts import OnePrompt
-    from logo.selection.selector import Selection
 
 Mixture = Mapping[str, float]
 _V = TypeVar("_V")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from logo import __version__
 from logo.adapters.options import OnBadAdapter
-from logo.decoding import MAX_NEW_TOKENS, batches_by_length
+from logo.decoding import batches_by_length
 from logo.engine import LoGo
 from logo.errors import UsageError, closest
 from logo.evaluation.documents import document_texts
@@ -32,6 +32,7 @@ from logo.evaluation.identity import pool_digests
 from logo.evaluation.ranks import Ranks
 from logo.models import check_access
 from logo.pools import open_pool
+from logo.prompts import MAX_NEW_TOKENS
 from logo.scoring import Scored
 from logo.selection.settings import SelectionSettings
 

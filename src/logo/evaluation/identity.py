@@ -25,14 +25,14 @@ from logo.selection.size import USUAL
 if TYPE_CHECKING:
     import torch
 
-    from logo.calls import Calls
+    from logo.engine import LoGo
 
 # Settings that change how fast a prompt is read, not what is read; and one that matters beside another
 # (`rule_of_weights`).
 _NO_MATTER = frozenset({"cache", "prefix_cache_gb", "unsure_below"})
 
 
-def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any]) -> dict[str, Any]:
+def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) -> dict[str, Any]:
     """The identity of an engine, as JSON: base model, settings, and options of generation. The pool is recorded
     separately.
 
@@ -62,7 +62,7 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
     return plain
 
 
-def rule_of_weights(logo: Calls) -> dict[str, Any]:
+def rule_of_weights(logo: LoGo) -> dict[str, Any]:
     """The constants and the threshold by which an engine with these settings turns scores into weights; its results
     depend on them."""
     found: dict[str, Any] = {}
@@ -80,7 +80,7 @@ def plugins_used(source: str | None) -> dict[str, list[str]]:
     return {} if source is None else {"plugins": [source]}
 
 
-def digests(logo: Calls) -> dict[str, Any]:
+def digests(logo: LoGo) -> dict[str, Any]:
     """Digests of what was loaded, except the adapters' weights (`pool_digests`): the base model's weights and
     configuration, the tokens at which an answer ends, the tokenizer, the adapters' scales, where they act, unless all
     act everywhere, and the example prompts that selections look at, if there are some; and the version of the scores,
@@ -101,7 +101,7 @@ def digests(logo: Calls) -> dict[str, Any]:
     }
 
 
-def _examples(logo: Calls) -> dict[str, tuple[str, ...]]:
+def _examples(logo: LoGo) -> dict[str, tuple[str, ...]]:
     """The example prompts of every adapter, if selections look at them and some adapter has any; otherwise empty."""
     if logo.settings.examples != "use" or logo.settings.reading.scale != "whitened":
         return {}
@@ -109,7 +109,7 @@ def _examples(logo: Calls) -> dict[str, tuple[str, ...]]:
     return found if any(found.values()) else {}
 
 
-def environment(logo: Calls) -> dict[str, str]:
+def environment(logo: LoGo) -> dict[str, str]:
     """The versions that results depend on, and the kind of device: `cpu`, or the name of the GPUs."""
     return {
         **library_versions(),
@@ -118,7 +118,7 @@ def environment(logo: Calls) -> dict[str, str]:
     }
 
 
-def pool_digests(logo: Calls) -> dict[str, str]:
+def pool_digests(logo: LoGo) -> dict[str, str]:
     """SHA-256 by name of the adapters in use, in pool order."""
     found = logo.pool.sha256()
     return {name: found[name] for name in logo.names}
@@ -129,7 +129,7 @@ def rows_digest(rows: Sequence[Row]) -> str:
     return fingerprint({"rows": [row.as_dict() for row in rows]})
 
 
-def order_dependence(logo: Calls, generation: Mapping[str, Any]) -> str | None:
+def order_dependence(logo: LoGo, generation: Mapping[str, Any]) -> str | None:
     """Why a row's result depends on the rows before it, in a few words; None if it does not."""
     if logo.settings.probe_context == "carry":
         return "--probe-context carry probes with the adapters of the row before"

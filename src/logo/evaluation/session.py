@@ -29,8 +29,8 @@ from logo.rows import Row
 
 if TYPE_CHECKING:
     from logo.baselines import Method
-    from logo.calls import Calls
-    from logo.decoder import Generation
+    from logo.core import Generation
+    from logo.engine import LoGo
     from logo.prompts import Conversation
 
 
@@ -262,7 +262,7 @@ class Session(Evaluation):
         loading: seconds that opening the engine took.
     """
 
-    logo: Calls
+    logo: LoGo
     base_model: str
     pool: Mapping[str, str]
     seed: int

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from logo.adapters.layout import adaptable_modules
-from logo.endings import FinishReason, end_tokens
+from logo.core import FinishReason
+from logo.decoding import greedy_config
+from logo.endings import end_tokens
 from logo.errors import ModelError, UsageError
-from logo.generation import greedy_config
 from logo.mixing.packed import Mixture, Packed
 from logo.mixing.store import AdapterStore
 from logo.models import cached_heads
+from logo.prefix_cache import Page
 from logo.protocol import Delta, GenerationFailed, GenerationTimeout, Sampling
-from logo.selection.beginnings import Beginnings, Page
 from logo.serving.memory import Memory, Plan
 from logo.serving.sampling import Drawing, next_tokens
 from logo.serving.steps import Steps, attach

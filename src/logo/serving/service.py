@@ -22,12 +22,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from logo.adapters.format import Adapter
+from logo.core import Prompt, Selection
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
-from logo.prompts import Prompt
 from logo.protocol import Delta, Figures, MixtureRequest, NotReady, Overloaded, Sampling
-from logo.selecting import CallSettings
-from logo.selection import Selection
 from logo.selection.selector import forced, known
 from logo.serving.batching import Batching
 from logo.serving.memory import Memory
