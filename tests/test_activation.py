@@ -296,7 +296,6 @@ def test_what_is_known_changes_no_score(signal: str, tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=6), st.integers(0, 40_000))
 def test_pages_stay_within_the_budget(lengths: list[int], budget: int) -> None:
-    from logo.selection.beginnings import Beginnings
 
     model = tiny.model("llama", max_position_embeddings=512)
     kept = Beginnings(model, budget)

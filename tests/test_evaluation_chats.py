@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from logo.completions import encoded
 
 from logo import LoGo
 from logo.baselines.fixed import Oracle, OwnSelector, Random
@@ -24,6 +23,7 @@ from logo.evaluation.identity import rows_digest
 from logo.models import load_base
 from logo.prompts import text_of
 from logo.rows import Row, read_rows, row_of
+from logo.scoring import encoded
 from logo.training.examples import encode
 from logo.training.tasks import Pair
 from logo.training.tasks import Task as TrainingTask

@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
-from logo.calls import Calls
 
 from dying import dying
 from logo import LoGo, UsageError
@@ -26,6 +25,7 @@ from logo.baselines.registry import register_method
 from logo.cli.field_table import field_table, looks_at
 from logo.cli.run import run
 from logo.demo import heldout
+from logo.engine import LoGo
 from logo.evaluation.arms import Arms
 from logo.evaluation.contest import LEFT_OUT, OWN, UNSEEN, Contest, Lesson
 from logo.evaluation.journal import Journal
@@ -179,7 +179,7 @@ def test_the_signal_that_a_plugins_method_gets_is_recorded(
 
         name = "chosen"
 
-        def prepare(self, logo: Calls, task: MethodTask) -> Prepared:
+        def prepare(self, logo: LoGo, task: MethodTask) -> Prepared:
             return Prepared(lambda prompts, size: logo.select(list(prompts), candidates=task.candidates(logo)))
 
     tasks, file = find_tasks(rows, "t3"), tmp_path / "study.json"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from logo import AdapterPool, LoGo
-from logo.decoding import Truncation
+from logo.prompts import Truncation
 from tolerances import SCORES, same_weights
 
 GOLDEN = Path(__file__).parent / "data" / "golden"

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from logo.generation import greedy_config
 from torch import nn
 from transformers import TextIteratorStreamer, TextStreamer
 
@@ -21,6 +20,7 @@ import tiny
 from logo import AdapterPool, LoGo, SelectionSettings, UsageError, opening
 from logo.backends.vllm import opening as vllm_opening
 from logo.cli.run import run
+from logo.decoding import greedy_config
 from logo.demo import heldout
 from logo.mixing.folding import foldable
 from test_engine import PROMPTS, engine, tokenizer

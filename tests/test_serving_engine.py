@@ -14,12 +14,11 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from logo.decoder import Decoding
-from logo.generation import greedy_config
 from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
+from logo.decoding import Decoding, greedy_config
 from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
 from logo.protocol import GenerationFailed, MixtureRequest, NotReady, Overloaded, Sampling
 from logo.serving import batching, steps
@@ -168,7 +167,7 @@ def test_adapters_on_the_output_head_answer_as_alone_and_as_in_peft(
 
 def alone(logo: LoGo, rows: list[list[int]], requests: list[MixtureRequest], length: int) -> list[tuple[Any, ...]]:
     """One by one, by the engine's own decoder."""
-    from logo.selection import Selection
+    from logo.core import Selection
 
     config = logo.prompts.generation_config(None, length, {"pad_token_id": 2})
     results = []
