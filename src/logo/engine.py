@@ -65,8 +65,8 @@ LOCAL = "local"
 # large, so they are imported on demand.
 ENGINES = {"vllm": "logo.backends.vllm.opening"}
 # Options of `from_pretrained` that load the base model, and those of `LoGo` beside them; all others are settings.
-_LOADING = ("device", "dtype", "device_map", "attn_implementation", "quantization_config", "model_kwargs")
-_LOCAL = ("probe_context", "adapter_memory_gb", "adapter_cache_gb", "prefix_cache_gb", "merge")
+LOADING_OPTIONS = ("device", "dtype", "device_map", "attn_implementation", "quantization_config", "model_kwargs")
+LOCAL_OPTIONS = ("probe_context", "adapter_memory_gb", "adapter_cache_gb", "prefix_cache_gb", "merge")
 
 
 class LoGo:
@@ -190,10 +190,10 @@ class LoGo:
         if official:
             options = {"signal": "norm", "probe_context": "carry", "dtype": "float32"} | options
             truncation = truncation or OFFICIAL_TRUNCATION
-        loading: dict[str, Any] = {name: options.pop(name) for name in _LOADING if name in options}
+        loading: dict[str, Any] = {name: options.pop(name) for name in LOADING_OPTIONS if name in options}
         if trust_remote_code:
             loading["model_kwargs"] = {**(loading.get("model_kwargs") or {}), "trust_remote_code": True}
-        local: dict[str, Any] = {name: options.pop(name) for name in _LOCAL if name in options}
+        local: dict[str, Any] = {name: options.pop(name) for name in LOCAL_OPTIONS if name in options}
         settings = SelectionSettings.of(**options)
         whence: dict[str, Any] = {"model_dir": model_dir, "revision": revision, "token": token}
         named = None if pool is None or isinstance(pool, AdapterPool) else pool_place(pool, base_model).spec
@@ -246,7 +246,9 @@ class LoGo:
             with self._lock:
                 if self.pool.version != self._seen:
                     known = len(self.pool.refused)
-                    prepared = self.prepared(self.pool, tuple(self._scorers))
+                    prepared = self.prepared(self.pool)
+                    for signal in self._scorers:  # a pool that cannot be scored changes nothing
+                        self.calibrate(signal, prepared=prepared)
                     self.take(prepared)
                     warn_of_bad(prepared.fitted.refused[known:])
         return self._fitted
@@ -292,12 +294,15 @@ class LoGo:
         """Options of what runs the model, as the user gave them, on which results depend; none in this process."""
         return {}
 
-    def calibrate(self, signal: str | None = None, tell: Tell | None = None) -> Calibration | None:
+    def calibrate(
+        self, signal: str | None = None, tell: Tell | None = None, prepared: Prepared | None = None
+    ) -> Calibration | None:
         """Calibrates adapters that are not cached, and indexes all, which the first selection would do otherwise.
 
         Args:
             signal: another signal than the engine's own.
             tell: called now and then with the numbers of adapters in the index so far and in all.
+            prepared: a pool that is not in use yet.
 
         Returns:
             The calibration, which says where prompts are read; None for signals without one.
@@ -307,20 +312,21 @@ class LoGo:
             PoolError: adapters that the signal cannot score.
         """
         with self._lock:
-            self.fitted  # noqa: B018
-            return self._scorer(signal or self.settings.signal, tell).calibration
+            signal = signal or self.settings.signal
+            if prepared is None:
+                self.fitted  # noqa: B018
+                return self._scorer(signal, tell).calibration
+            with self._lock.running():
+                prepared.scorers[signal] = self._opened(prepared.fitted, signal, tell)
+            return prepared.scorers[signal].calibration
 
-    def prepared(self, pool: AdapterPool, signals: Iterable[str] = ()) -> Prepared:
-        """Prepares another pool while this one is in use: nothing changes before `take`.
-
-        Args:
-            signals: for which it is calibrated now.
+    def prepared(self, pool: AdapterPool) -> Prepared:
+        """Fits another pool while this one is in use: nothing changes before `take`.
 
         Raises:
-            PoolError: an adapter does not fit, or cannot be scored.
-            AdapterError: an adapter that cannot be read.
+            PoolError: an adapter does not fit.
         """
-        with self._lock.running():
+        with self._lock:
             version = pool.version
             fitted = pool.fit(self._layout, model=self.model, on_bad_adapter=self._on_bad_adapter)
             fitted = fitted.acting(self.settings.activation, self.settings.when_not_invoked)
@@ -332,7 +338,7 @@ class LoGo:
                     UserWarning,
                     stacklevel=3,
                 )
-            return Prepared(pool, version, fitted, {signal: self._opened(fitted, signal) for signal in signals})
+            return Prepared(pool, version, fitted, {})
 
     def take(self, prepared: Prepared) -> None:
         """Replaces the pool by a prepared one."""
@@ -728,13 +734,13 @@ class Prepared:
     Attributes:
         pool: as it was given, with its `version`.
         fitted: matched to the base model.
-        scorers: of it, by signal.
+        scorers: of it, by the signals for which `LoGo.calibrate` has calibrated it.
     """
 
     pool: AdapterPool
     version: int
     fitted: AdapterPool
-    scorers: Mapping[str, Scorer]
+    scorers: dict[str, Scorer]
 
 
 def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> list[Forced | None]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from logo.adapters.format import Adapter
-from logo.core import CallOptions, Selection
+from logo.core import Selection
 from logo.errors import LoGoError
 
 if TYPE_CHECKING:
@@ -45,12 +45,12 @@ class MixtureRequest:
 
     Attributes:
         adapters: forced: name -> weight, `{}` is the base model alone; None: select.
-        options: options of the selection in place of the server's.
+        options: those of `LoGo.options`, in place of the server's.
         usable: the adapters to which the request's API key is bound; None: the whole pool.
     """
 
     adapters: Mapping[str, float] | None = None
-    options: CallOptions = field(default_factory=CallOptions)
+    options: dict[str, Any] = field(default_factory=dict)
     usable: Patterns | None = None
 
 

@@ -236,6 +236,7 @@ def resolved(logo: LoGo) -> dict[str, Any]:
     points = list(logo.points)
     return {
         **asdict(logo.settings),
+        "probe_context": logo.probe_context,
         "k": logo.k,
         "points": points,
         "dtype": str(logo.model.dtype).removeprefix("torch."),

@@ -345,7 +345,7 @@ def _check_options(options: Iterable[str]) -> None:
     """
     engine = inspect.signature(LoGo.from_pretrained).parameters
     own = inspect.signature(LoGoLM.__init__).parameters
-    known = sorted({*_SETTINGS, *engine, *own} - _NO_OPTIONS)
+    known = sorted({*_SETTINGS, *engine, *LOADING_OPTIONS, *LOCAL_OPTIONS, *own} - _NO_OPTIONS)
     for name in options:
         if name not in known:
             raise UsageError(f"--model_args: unknown option {name!r}{closest(name, known)}; known: {', '.join(known)}")

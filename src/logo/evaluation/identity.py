@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 from logo.identity import config_digest, fingerprint, library_versions, tokenizer_digest, weights_digest
 from logo.recorded import without_secrets
 from logo.rows import Row
-from logo.selection.confidence import EXAMPLES, HALVED
+from logo.selection.confidence import EXAMPLES, HALVED, USUAL_SIZE
 from logo.selection.reference import SCORES
 from logo.selection.signals import SIGNALS
-from logo.selection.size import USUAL
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 # Settings that change how fast a prompt is read, not what is read; and one that matters beside another
 # (`rule_of_weights`).
-_NO_MATTER = frozenset({"cache", "prefix_cache_gb", "unsure_below"})
+_NO_MATTER = frozenset({"cache", "unsure_below"})
 
 
 def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,8 +50,14 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
         "base_model": PurePath(base_model).name,
         **digests(logo),
         "dtype": str(logo.model.dtype).removeprefix("torch."),
-        "fold": logo.folding["asked"],
-        "settings": {**settings, "k": logo.k, "points": list(logo.points), **rule_of_weights(logo)},
+        "merge": logo.merging["asked"],
+        "settings": {
+            **settings,
+            "probe_context": logo.probe_context,
+            "k": logo.k,
+            "points": list(logo.points),
+            **rule_of_weights(logo),
+        },
         "truncation": asdict(logo.prompts.truncation),
         **({"engine_options": without_secrets(logo.engine_options)} if logo.engine_options else {}),
         "generation": options,
@@ -66,8 +71,8 @@ def rule_of_weights(logo: LoGo) -> dict[str, Any]:
     """The constants and the threshold by which an engine with these settings turns scores into weights; its results
     depend on them."""
     found: dict[str, Any] = {}
-    if logo.settings.reading.weighting == "adaptive":
-        found |= {"unsure_halved": HALVED, "usual_size": USUAL}
+    if (logo.settings.weighting or logo.scorer.signal.weighting) == "adaptive":
+        found |= {"unsure_halved": HALVED, "usual_size": USUAL_SIZE}
         if _examples(logo):
             found |= {"temperatures": [list(pair) for pair in EXAMPLES.temperatures]}
     if logo.settings.when_unsure != "mix":
@@ -97,13 +102,13 @@ def digests(logo: LoGo) -> dict[str, Any]:
         "scales": fingerprint({name: logo.pool[name].scales for name in logo.names}),
         **({} if everywhere else {"activations": fingerprint(activations)}),
         **({"examples": fingerprint(examples)} if examples else {}),
-        **({"scores": SCORES} if examples or logo.settings.reading.token in ("each", "tail") else {}),
+        **({"scores": SCORES} if examples or logo.scorer.signal.token in ("each", "tail") else {}),
     }
 
 
 def _examples(logo: LoGo) -> dict[str, tuple[str, ...]]:
     """The example prompts of every adapter, if selections look at them and some adapter has any; otherwise empty."""
-    if logo.settings.examples != "use" or logo.settings.reading.scale != "whitened":
+    if logo.settings.examples != "use" or logo.scorer.signal.scale != "whitened":
         return {}
     found = {name: logo.pool[name].examples for name in logo.names}
     return found if any(found.values()) else {}
@@ -131,7 +136,7 @@ def rows_digest(rows: Sequence[Row]) -> str:
 
 def order_dependence(logo: LoGo, generation: Mapping[str, Any]) -> str | None:
     """Why a row's result depends on the rows before it, in a few words; None if it does not."""
-    if logo.settings.probe_context == "carry":
+    if logo.probe_context == "carry":
         return "--probe-context carry probes with the adapters of the row before"
     config = generation.get("generation_config")
     if generation.get("do_sample", False if config is None else config.do_sample):
