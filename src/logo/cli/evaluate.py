@@ -162,7 +162,7 @@ def _jobs(asked: Asked) -> list[Job]:
 
 
 def _open(asked: Asked) -> Session:
-    from logo.engine import OFFICIAL_TRUNCATION
+    from logo.opening import OFFICIAL_TRUNCATION
     from logo.evaluation.identity import pool_digests
     from logo.evaluation.results import LOGO
     from logo.evaluation.session import Session

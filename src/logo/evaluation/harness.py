@@ -31,6 +31,7 @@ from logo.evaluation.documents import document_texts
 from logo.evaluation.identity import pool_digests
 from logo.evaluation.ranks import Ranks
 from logo.models import check_access
+from logo.opening import LOADING_OPTIONS, LOCAL_OPTIONS
 from logo.pools import open_pool
 from logo.prompts import MAX_NEW_TOKENS
 from logo.scoring import Scored
