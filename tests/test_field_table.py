@@ -25,7 +25,6 @@ from logo.baselines.registry import register_method
 from logo.cli.field_table import field_table, looks_at
 from logo.cli.run import run
 from logo.demo import heldout
-from logo.engine import LoGo
 from logo.evaluation.arms import Arms
 from logo.evaluation.contest import LEFT_OUT, OWN, UNSEEN, Contest, Lesson
 from logo.evaluation.journal import Journal

@@ -46,6 +46,7 @@ from logo.selection.index import Tell
 from logo.selection.scorer import Scorer
 from logo.selection.selector import forced
 from logo.selection.settings import OPTIONS, SelectionSettings
+from logo.selection.signals import get_signal
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -108,7 +109,7 @@ class LoGo:
         check_usable(model)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings or SelectionSettings()
         self.pool = pool if on_bad_adapter == "error" else copy(pool)  # other engines may fit what this one leaves out
-        self.probe_context = _checked_context(probe_context, self.settings)
+        self.probe_context = _checked_context(probe_context, self.settings.signal)
         self._lock = lock_of(model)
         with self._lock:  # an answer of another engine sets the checkpoint's config aside
             self._checkpoint = model.generation_config
@@ -290,14 +291,19 @@ class LoGo:
         given, alone = several(prompts)
         check_batch_size(batch_size)
         with self._call() as pool:
-            call = self.settings.options(pool, options)
+            call = self._options(pool, options)
             rows = self.prompts.read(given, self.prompts.room(max_new_tokens))
             selections = self._selected(rows, call, batch_size)
         return selections[0] if alone else selections
 
     def options(self, **options: Any) -> Options:
         """Checks the options of one call, for `outcomes`; errors as `select`."""
-        return self.settings.options(self.fitted, options)
+        return self._options(self.fitted, options)
+
+    def _options(self, pool: AdapterPool, given: Mapping[str, Any]) -> Options:
+        call = self.settings.options(pool, given)
+        _checked_context(self.probe_context, call.signal)
+        return call
 
     def outcomes(
         self, rows: Sequence[Prompt], options: Sequence[Options], batch_size: int = 8
@@ -482,7 +488,7 @@ class LoGo:
         """
         check_type("mixtures", mixtures, (list, tuple), "a list of mixtures")
         with self._call() as pool:
-            call = self.settings.options(pool, options)
+            call = self._options(pool, options)
             row, gold = encoded(self.prompts, prompt, completion)
             chosen = self._mixtures(pool, [row] * len(mixtures), mixtures, call, 1)
             pairs = [(row.ids, gold)] * len(mixtures)
@@ -550,7 +556,7 @@ class LoGo:
         for name, value in asked.items():
             if value is not None and name != "candidates" and isinstance(adapters, (Mapping, Selection)):
                 raise UsageError(f"{name} selects adapters, but `adapters` fixes the mixture: leave out one of the two")
-        call = self.settings.options(pool, asked)
+        call = self._options(pool, asked)
         config, most = options.pop("generation_config", None), options.pop("max_new_tokens", None)
         ends = (options.pop("stop_at_newline", False), options.pop("stop", ()))
         activation = check_forced(options.pop("activation", None))
@@ -634,12 +640,12 @@ def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> l
     return list(adapters)
 
 
-def _checked_context(context: ProbeContext, settings: SelectionSettings) -> ProbeContext:
+def _checked_context(context: ProbeContext, signal: str) -> ProbeContext:
     if context not in get_args(ProbeContext):
         raise UsageError(f"probe_context: expected one of {', '.join(get_args(ProbeContext))}, found {context!r}")
-    if context != "base" and settings.reading().scale != "raw":
+    if context != "base" and get_signal(signal).scale != "raw":
         raise UsageError(
-            f"probe_context {context!r}: the signal {settings.signal!r} compares with neutral text that the base model "
+            f"probe_context {context!r}: the signal {signal!r} compares with neutral text that the base model "
             "read alone; use 'base'"
         )
     return context
