@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from logo import LoGo, decoding
+from logo.decoding import EndRows
 from logo.demo import model_dir
-from logo.endings import at_texts, cut_at
+from logo.endings import StopTexts, at_texts, cut_at
 
 PROMPTS = ["Spell the word fence backwards.", "What is the plural of lake?", "What is 7 plus 5?"]
 TOKENIZER = AutoTokenizer.from_pretrained(model_dir())
