@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from logo.prefix_cache import PrefixCache
 from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.activation import EVERYWHERE, Activation, acting, earliest, last_occurrence
 from logo.errors import AdapterError, StorageError, UsageError
-from logo.prefix_cache import PrefixCache
 from logo.selection import scorers
 from make_adapters import edit_config, load_peft, write, write_peft
 from test_engine import tokenizer, write_adapter

@@ -47,6 +47,7 @@ from logo.selection.scorer import Scorer
 from logo.selection.selector import forced
 from logo.selection.settings import OPTIONS, SelectionSettings
 from logo.selection.signals import get_signal
+from logo.selection.window import windowed
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -248,7 +249,8 @@ class LoGo:
 
     def _opened(self, pool: AdapterPool, signal: str, tell: Tell | None = None) -> Scorer:
         before = self._scorers.get(signal) or self._earlier.get(signal)
-        how: dict[str, Any] = {"prefix_cache": self.prefix_cache, "before": before, "tell": tell}
+        cache = self.prefix_cache if self.probe_context == "base" else None
+        how: dict[str, Any] = {"prefix_cache": cache, "before": before, "tell": tell}
         return Scorer.open(self.model, pool, self.settings, signal, self.prompts.texts, **how)
 
     def _scorer(self, signal: str, tell: Tell | None = None) -> Scorer:
@@ -372,7 +374,8 @@ class LoGo:
         active = self._fitted.names if self.probe_context == "pool" else ()
         probed = [self._probed(row) for row in rows]
         scores = torch.empty(len(rows), len(scorer.names))
-        for batch in batches_by_length(list(map(len, probed)), batch_size, tokens=MAX_TOKENS):
+        lengths = [len(windowed(row, scorer.signal.window)) for row in probed]
+        for batch in batches_by_length(lengths, batch_size, tokens=MAX_TOKENS):
             with self._mixer.active(self._fitted, [dict.fromkeys(active, 1.0)]):
                 scores[batch] = scorer([probed[i] for i in batch], [among[i] for i in batch])
         return scores

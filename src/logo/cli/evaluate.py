@@ -162,10 +162,10 @@ def _jobs(asked: Asked) -> list[Job]:
 
 
 def _open(asked: Asked) -> Session:
-    from logo.opening import OFFICIAL_TRUNCATION
     from logo.evaluation.identity import pool_digests
     from logo.evaluation.results import LOGO
     from logo.evaluation.session import Session
+    from logo.opening import OFFICIAL_TRUNCATION
 
     run, method, base_model = asked.run, asked.method, asked.base_model
     started = time.perf_counter()
