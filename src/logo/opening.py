@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from logo import plugins
 from logo.adapters.options import OnBadAdapter
 from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.errors import UsageError, check_type, closest
@@ -65,6 +66,7 @@ def from_pretrained(
         PoolError, AdapterError: the pool cannot be used on it.
         UsageError: a setting that does not exist or cannot be used.
     """
+    plugins.load_installed()
     if hasattr(base_model, "generate"):
         raise UsageError("base_model: a loaded model has no name to open; give it to LoGo(model, tokenizer, pool)")
     check_type("base_model", base_model, (str, os.PathLike), "a Hub id, a folder or a short name")
