@@ -19,9 +19,9 @@ from logo.backends.vllm.options import POOL, Options
 from logo.backends.vllm.pool import KeyedPool, check_alike, described
 from logo.backends.vllm.probing import InWorkers
 from logo.backends.vllm.workers import Workers
+from logo.core import Selection
 from logo.errors import AdapterError, ModelError, PoolError, UsageError
 from logo.models import demo_folder, load_skeleton
-from logo.selection import Selection
 from make_adapters import edit_weights
 
 

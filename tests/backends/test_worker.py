@@ -23,9 +23,9 @@ from logo.backends.vllm.recipe import Recipe
 from logo.backends.vllm.requests import Running
 from logo.backends.vllm.worker import Worker
 from logo.backends.vllm.wrapper import Tapped
+from logo.core import Selection
 from logo.errors import AdapterError, ModelError, NotFinite, UsageError
 from logo.pools import default_pool
-from logo.selection import Selection
 
 KEYS = [f"{i:016x}" for i in range(4)]
 

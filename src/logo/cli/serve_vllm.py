@@ -16,8 +16,7 @@ from logo.cli.opening import open_pool, quiet_transformers, selection_settings
 from logo.cli.options import EngineOptions, changed
 from logo.cli.output import note, out
 from logo.cli.serve_options import ServerOptions
-from logo.errors import UsageError
-from logo.extras import need
+from logo.errors import UsageError, need
 from logo.models import check_access, load_skeleton, loading, resolve_base
 from logo.pools import pool_place
 
@@ -41,7 +40,7 @@ INSTEAD = {
     "allow_pickle": "vLLM's processes only read safetensors",
     "adapter_memory_gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
     "adapter_cache_gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
-    "fold": "vLLM keeps adapters in slots",
+    "merge": "vLLM keeps adapters in slots",
     "prefix_cache_gb": "vLLM caches prefixes itself",
     "device": "set CUDA_VISIBLE_DEVICES",
     "device_map": "use `-- --tensor-parallel-size N`",
@@ -166,7 +165,7 @@ def _slots(options: EngineOptions, base_model: str, server: ServerOptions) -> tu
     """The slots for this pool, which are printed; and adapters per mixture."""
     from logo.api.names import check_pool
     from logo.backends.vllm.slots import Slots
-    from logo.selection.plan import plan
+    from logo.selection.points import plan
 
     model, settings = load_skeleton(base_model, model_dir=options.model_dir), selection_settings(options)
     pool = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)

@@ -17,12 +17,12 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from logo import __version__
-from logo.digests import fingerprint
 from logo.errors import StorageError, UsageError
 from logo.evaluation.corpus import extra_metrics, mean_of
 from logo.evaluation.metrics import Kind, by_measure, mean, metric_kind
 from logo.evaluation.runner import DatasetResult
-from logo.folders import replace_folder
+from logo.files import replace_folder
+from logo.identity import fingerprint
 from logo.recorded import without_secrets
 from logo.rows import Row
 
@@ -178,7 +178,7 @@ def run_record(
     identity: Mapping[str, object] | None = None,
     found_out: Mapping[str, object] | None = None,
     environment: Mapping[str, object] | None = None,
-    folding: Mapping[str, object] | None = None,
+    merging: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """The content of `run.json`: enough to repeat the run and to recognise it.
 
@@ -195,7 +195,7 @@ def run_record(
             which the same run is known again.
         found_out: what the method found out about the dataset before its first prompt.
         environment: what the rows were answered on, see `logo.evaluation.identity.environment`.
-        folding: what decides whether a mixture is folded or gated (`LoGo.folding`).
+        merging: what decides whether a mixture is merged or gated (`LoGo.merging`).
     """
     plain: dict[str, Any] = without_secrets(json.loads(json.dumps(dict(options), default=str)))
     return {
@@ -209,7 +209,7 @@ def run_record(
         "fingerprint": fingerprint({**(identity or {}), "pool": dict(pool)}),
         "found_out": dict(found_out or {}),
         "environment": dict(environment or {}),
-        "folding": dict(folding or {}),
+        "merging": dict(merging or {}),
         "device": device,
         "versions": versions(),
     }

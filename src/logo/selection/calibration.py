@@ -31,8 +31,10 @@ from logo.adapters.activation import ERROR, OFF, earliest
 from logo.adapters.digests import adapter_key
 from logo.adapters.format import Adapter
 from logo.adapters.layout import linear_shape
-from logo.cache import read_cached, write_cached
 from logo.errors import ModelError
+from logo.files import read_cached, write_cached
+from logo.identity import base_digest
+from logo.models import tensor_of
 from logo.selection.index import ScoringIndex, Wanted, read_indices
 from logo.selection.points import Plan, Point
 from logo.selection.probe import Probe, padded, pick
@@ -40,7 +42,6 @@ from logo.selection.reference import FADING, choose, contrast, emphasised, finis
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 from logo.selection.whitening import SHRINKAGE, SKETCHED, Whitening
-from logo.tensors import stored, tensor_of
 
 # Fewer points than allowed are read if they agree with all that are allowed at least this well.
 ENOUGH = 0.985
@@ -49,7 +50,6 @@ _HELD_BYTES = 2**30
 _BATCH = 16
 # To be raised when the content of the stored files changes its meaning.
 _FORMAT = 5
-_SAMPLED = 64
 # Types whose values are the weights themselves; quantised weights have scales somewhere else.
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -100,8 +100,7 @@ class Store:
         """Stores all tensors of a name."""
         self._used.add(name)
         given, file = {key: tensor.contiguous() for key, tensor in tensors.items()}, f"{name}.safetensors"
-        data = b"" if self._folder is None else save(given)
-        if self._folder is not None and write_cached(self._folder, file, lambda part: Path(part).write_bytes(data)):
+        if self._folder is not None and write_cached(self._folder, file, save(given)):
             self._written.add(name)
             if not hold:
                 return
@@ -221,8 +220,6 @@ def whitenings(
 
 def key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
     """The name under which a calibration is stored: a digest of the base model, the texts and the reading."""
-    config: Any = model.config
-    settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     name = getattr(signal.score, "__name__", "")
     reading: list[Any] = [signal.input, signal.token, signal.scale, name, signal.readings, signal.window]
     if signal.plugin is not None:  # of a fused projection, one layer's query or all rows are read
@@ -230,22 +227,8 @@ def key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
     if signal.token == "tail":  # where adapters act in these texts; see `logo.adapters.activation.earliest`
         reading += [[list(a.tokens), a.last, *({a.without} - {OFF, ERROR})] for a in signal.activations]
     rows = [[list(row) for row in part] for part in (texts.neutral, texts.requests)]
-    parts = [_FORMAT, SHRINKAGE, SKETCHED, FADING, reading, rows, settings]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for name, tensor in stored(model):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        # A skeleton of a model has its weights elsewhere, and holds a sample of them.
-        sample = getattr(tensor, "sample", None) if hasattr(tensor, "read") else sampled(tensor_of(model, name))
-        if sample is not None:
-            digest.update(sample.numpy().tobytes())
-    digest.update(getattr(model, "others", b""))
-    return f"calibration/{digest.hexdigest()[:24]}"
-
-
-def sampled(tensor: Tensor) -> Tensor:
-    """A sample of a tensor, float32 on the CPU: reading a large model whole takes longer than calibrating."""
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].to("cpu", torch.float32)
+    parts = [_FORMAT, SHRINKAGE, SKETCHED, FADING, reading, rows, base_digest(model)]
+    return f"calibration/{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}"
 
 
 def _whitening_at(point: Point, store: Store, key: str) -> Whitening | None:
