@@ -21,17 +21,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from logo.selection.calibration import Store, TextRunner
+from logo.selection.calibration import Reading, portions
 from logo.selection.points import Point
 from logo.selection.reference import emphasised
-from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 from logo.selection.whitening import Whitening
 
@@ -151,49 +150,41 @@ def _filled(found: Tensor, responses: Tensor, known: Tensor) -> Tensor:
 
 
 def examples_of(
-    examples: Sequence[Rows],
-    points: Sequence[Point],
-    signal: Signal,
-    texts: Texts,
-    store: Store,
-    key: str,
-    run: TextRunner,
-    devices: Sequence[torch.device],
+    reading: Reading, examples: Sequence[Rows], points: Sequence[Point], devices: Sequence[torch.device]
 ) -> Examples | None:
-    """The described examples of a pool; None if no adapter has any.
+    """The described example prompts of a pool; None if no adapter has any.
 
     Args:
+        reading: its texts are the ordinary ones. Descriptions are kept in its store, or their mean; the texts never.
         examples: the token ids of each adapter's example prompts, in pool order; cut to the window.
         points: where prompts are read.
-        signal: how they are read.
-        texts: those of the calibration, as ordinary texts.
-        store, key: where descriptions are kept, or their mean; the texts themselves never are.
-        run: runs the base model. If it raises, what was read before stays in the store.
         devices: of each point, where descriptions are compared.
     """
     known = torch.tensor([bool(rows) for rows in examples])
     if not known.any():
         return None
-    modules = [point.module for point in points]
+    store, modules = reading.store, [point.module for point in points]
 
     def name(rows: Rows) -> str:
         stated = json.dumps(["even and late", modules, [list(row) for row in rows]])
-        return f"{key}/described/{hashlib.sha256(stated.encode()).hexdigest()[:24]}"
+        return f"{reading.key}/described/{hashlib.sha256(stated.encode()).hexdigest()[:24]}"
 
-    ordinary = store.get(name(texts.rows))
+    ordinary = store.get(name(reading.texts.rows))
     if not ordinary:
-        ordinary = _read(points, signal, texts, run)
-        store.put(name(texts.rows), ordinary)
+        ordinary = _read(reading, points, reading.texts)
+        store.put(name(reading.texts.rows), ordinary)
     every = {name(rows): rows for rows in examples if rows}
-    width = sum(place.shape[-1] for place in ordinary.values())
-    for part in _portions(every, _HELD_BYTES // (4 * width)):
-        missing = {one: rows for one, rows in part.items() if not store.get(one)}
+    tokens = _HELD_BYTES // (4 * sum(place.shape[-1] for place in ordinary.values()))
+    # They do not depend on what is stored, so that processes side by side read the same texts together.
+    shares = {key: max(sum(map(len, rows)) / tokens, len(rows) / _TOGETHER) for key, rows in every.items()}
+    for part in portions(every, lambda key: shares[key], 1.0):
+        missing = {key: every[key] for key in part if not store.get(key)}
         if missing:
-            found = _read(points, signal, Texts([row for rows in missing.values() for row in rows], []), run)
+            found = _read(reading, points, Texts([row for rows in missing.values() for row in rows], []))
             first = 0
-            for one, rows in missing.items():
+            for key, rows in missing.items():
                 own = slice(first, first := first + len(rows))
-                store.put(one, {at: place[own].mean(dim=0, keepdim=True) for at, place in found.items()})
+                store.put(key, {at: place[own].mean(dim=0, keepdim=True) for at, place in found.items()})
     means = [store.get(name(rows)) for rows in examples if rows]
     spaces, centres, numbers = [], [], sorted(map(int, ordinary))
     for at in numbers:
@@ -205,30 +196,12 @@ def examples_of(
     return Examples(tuple(spaces), tuple(centres), known, tuple(numbers))
 
 
-def _read(points: Sequence[Point], signal: Signal, texts: Texts, run: TextRunner) -> dict[str, Tensor]:
+def _read(reading: Reading, points: Sequence[Point], texts: Texts) -> dict[str, Tensor]:
     """The descriptions of texts by the number of the first point of each place: (rows, 2, d), float32 on the CPU."""
     found: dict[str, Tensor] = {}
     seen: list[Tensor] = []  # points of a layer may read the same tensor, which is one place
-    for at, vectors in enumerate(run(points, texts, signal)):
+    for at, vectors in enumerate(reading.vectors(points, texts)):
         if not any(vectors.hidden is other for other in seen):
             seen.append(vectors.hidden)
             found[str(at)] = described(*vectors.responding, len(texts.rows)).cpu()
     return found
-
-
-def _portions(every: Mapping[str, Rows], tokens: int) -> Iterator[dict[str, Rows]]:
-    """Examples in portions of so many tokens at most, or of one adapter.
-
-    Portions do not depend on what is cached, so that processes side by side read the same texts together.
-    """
-    part: dict[str, Rows] = {}
-    held = count = 0
-    for key, rows in every.items():
-        size = sum(map(len, rows))
-        if part and (held + size > tokens or count + len(rows) > _TOGETHER):
-            yield part
-            part, held, count = {}, 0, 0
-        part[key] = rows
-        held, count = held + size, count + len(rows)
-    if part:
-        yield part
