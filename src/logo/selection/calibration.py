@@ -38,7 +38,7 @@ from logo.models import tensor_of
 from logo.selection.index import Wanted, read_indices
 from logo.selection.points import Plan, Point
 from logo.selection.probe import Probe, padded, pick
-from logo.selection.reference import FADING, choose, contrast, emphasised, finished, row_means
+from logo.selection.reference import FADING, choose, contrast, finished, late_weights, row_means
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 from logo.selection.whitening import SHRINKAGE, SKETCHED, Whitening
@@ -150,7 +150,6 @@ class Reading:
         model: the base model, with no adapter active; or a skeleton of it.
         signal: how texts are read.
         texts: those of the calibration.
-        run: runs the base model. If it raises, what was read before is in the store.
         store: holds responses, whitenings and descriptions.
         key: names them there, by a digest of the base model, the texts and the reading.
     """
@@ -158,12 +157,11 @@ class Reading:
     model: nn.Module
     signal: Signal
     texts: Texts
-    run: TextRunner
     store: Store
     key: str
 
     @classmethod
-    def of(cls, model: nn.Module, signal: Signal, texts: Texts, run: TextRunner, store: Store) -> Reading:
+    def of(cls, model: nn.Module, signal: Signal, texts: Texts, store: Store) -> Reading:
         """The reading with its key."""
         name = getattr(signal.score, "__name__", "")
         how: list[Any] = [signal.input, signal.token, signal.scale, name, signal.readings, signal.window]
@@ -174,11 +172,7 @@ class Reading:
         rows = [[list(row) for row in part] for part in (texts.neutral, texts.requests)]
         parts = json.dumps([_FORMAT, SHRINKAGE, SKETCHED, FADING, how, rows, base_digest(model)])
         key = f"calibration/{hashlib.sha256(parts.encode()).hexdigest()[:24]}"
-        return cls(model, signal, texts, run, store, key)
-
-    def vectors(self, points: Sequence[Point], texts: Texts | None = None) -> Iterator[HiddenVectors]:
-        """The hidden vectors of texts (None: of the calibration's) at each point."""
-        return self.run(points, texts or self.texts, self.signal)
+        return cls(model, signal, texts, store, key)
 
     def whitening(self, point: Point) -> Whitening | None:
         """The whitening of the input of a point's module; None if there is none yet."""
@@ -210,11 +204,12 @@ class Calibration:
     seconds: float
 
 
-def calibrate(reading: Reading, plan: Plan) -> Calibration:
+def calibrate(reading: Reading, plan: Plan, run: TextRunner) -> Calibration:
     """Calibrates adapters, with stored responses where there are any, and chooses the points to read.
 
     Args:
         plan: the adapters that are scored, and the points that may be read.
+        run: runs the base model.
     """
     started, store, neutral_count = time.perf_counter(), reading.store, len(reading.texts.neutral)
     shape, candidates = (reading.signal.readings, len(reading.texts.rows)), plan.points
@@ -224,9 +219,9 @@ def calibrate(reading: Reading, plan: Plan) -> Calibration:
         point: [a for a in plan.adapters if point.module in a.modules and point.module not in known[a.name]]
         for point in candidates
     }
-    measured = _measure(reading, {point: some for point, some in missing.items() if some})
-    for name, responses in measured.items():
-        known[name] |= responses
+    measured = _measure(reading, {point: some for point, some in missing.items() if some}, run)
+    for name, found in measured.items():
+        known[name] |= found
         store.put(files[name], known[name])
     nothing = torch.full(shape, torch.nan)
     responses = torch.stack(
@@ -244,16 +239,18 @@ def calibrate(reading: Reading, plan: Plan) -> Calibration:
     return Calibration(points, tuple(ranking), *parts, norms, len(measured), seconds)
 
 
-def whitenings(reading: Reading, points: Sequence[Point]) -> dict[str, Whitening]:
+def whitenings(reading: Reading, points: Sequence[Point], run: TextRunner) -> dict[str, Whitening]:
     """Module of a point -> the whitening of its input, stored or computed now; empty if the signal does not whiten."""
     if reading.signal.scale != "whitened":
         return {}
-    _measure(reading, {point: [] for point in points if reading.whitening(point) is None})
+    _measure(reading, {point: [] for point in points if reading.whitening(point) is None}, run)
     found = {point.module: reading.whitening(point) for point in points}
     return {module: whitening for module, whitening in found.items() if whitening is not None}
 
 
-def _measure(reading: Reading, wanted: Mapping[Point, Sequence[Adapter]]) -> dict[str, dict[str, Tensor]]:
+def _measure(
+    reading: Reading, wanted: Mapping[Point, Sequence[Adapter]], run: TextRunner
+) -> dict[str, dict[str, Tensor]]:
     """Runs the texts through the base model and scores adapters at points; whitenings of these points are stored.
 
     Args:
@@ -268,9 +265,12 @@ def _measure(reading: Reading, wanted: Mapping[Point, Sequence[Adapter]]) -> dic
     # Whole layers, of which as many are read in one pass as their hidden vectors have room.
     by_layer = groupby(sorted(wanted, key=lambda point: point.layer), key=lambda point: point.layer)
     layers = [list(points) for _, points in by_layer]
-    for group in portions(layers, lambda layer: 4 * tokens * _width(reading.model, layer), _HELD_BYTES):
+    widths = {
+        point: getattr(linear_shape(reading.model.get_submodule(point.module)), "in_features", 0) for point in wanted
+    }
+    for group in portions(layers, lambda layer: 4 * tokens * sum(widths[point] for point in layer), _HELD_BYTES):
         points = [point for layer in group for point in layer]
-        read = dict(zip(points, reading.vectors(points), strict=True))
+        read = dict(zip(points, run(points, reading.texts, signal), strict=True))
         asked, latest = [], None  # points of one layer may read the same tensor
         for point, vectors in read.items():
             whitening = None
@@ -289,8 +289,10 @@ def _measure(reading: Reading, wanted: Mapping[Point, Sequence[Adapter]]) -> dic
             for index in read_indices(part):
                 hidden, owners = read[index.point].responding
                 values = signal(index, hidden)
-                means = [emphasised(values, owners, len(rows), late) for late in range(signal.readings)]
-                found = finished(torch.stack(means), signal.scale).cpu()  # (readings, texts, adapters)
+                means = [row_means(values, owners, len(rows), one) for one in (None, late_weights(owners))]
+                found = finished(
+                    torch.stack(means[: signal.readings]), signal.scale
+                ).cpu()  # (readings, texts, adapters)
                 for adapter, response in zip(index.adapters, found.permute(2, 0, 1), strict=True):
                     measured.setdefault(adapter.name, {})[index.point.module] = response.clone()
     return measured
@@ -309,12 +311,6 @@ def portions(items: Iterable[_T], size: Callable[[_T], float], most: float) -> I
         held += one
     if part:
         yield part
-
-
-def _width(model: nn.Module, points: Sequence[Point]) -> int:
-    """The numbers that all points read of one token."""
-    shapes = [linear_shape(model.get_submodule(point.module)) for point in points]
-    return sum(shape.in_features for shape in shapes if shape is not None)
 
 
 def _whitening(vectors: HiddenVectors, neutral: int) -> Whitening:

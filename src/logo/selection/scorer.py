@@ -114,23 +114,24 @@ class Scorer:
             ending = next((one.tokens for one in how.activations if one.tokens), ())
             return [list(windowed(row, how.window)) for row in encode(texts, ending, varied)]
 
+        run = run or partial(read_texts, model)
         reading, calibration, examples, whitened = None, None, None, dict[str, Whitening]()
         if how.scale != "raw":
             if before is not None and before.reading is not None:
                 store = store or before.reading.store
-            store, run = store or Store(cache_folder(settings.cache)), run or partial(read_texts, model)
+            store = store or Store(cache_folder(settings.cache))
             if alike is not None and alike.reading is not None:  # a template may write the time: texts are encoded once
-                reading = replace(alike.reading, model=model, run=run, store=store)
+                reading = replace(alike.reading, model=model, store=store)
             else:
                 requests = encoded(settings.calibration_prompts or REQUESTS) if how.chosen else []
-                reading = Reading.of(model, how, Texts(encoded(NEUTRAL, varied=True), requests), run, store)
-            calibration = calibrate(reading, planned)
+                reading = Reading.of(model, how, Texts(encoded(NEUTRAL, varied=True), requests), store)
+            calibration = calibrate(reading, planned, run)
             points = calibration.points
-            whitened = whitenings(reading, points)
+            whitened = whitenings(reading, points, run)
         devices = [device or _device_of(model, point) for point in points]
         if reading is not None and how.scale == "whitened" and settings.examples == "use":
             rows = [encoded(prompts) if (prompts := adapter.examples) else [] for adapter in adapters]
-            examples = examples_of(reading, rows, points, devices)
+            examples = examples_of(reading, rows, points, devices, run)
         if reading is not None:
             reading.store.release(reading.key)
         known = {} if alike is None else {index.point: index for index in alike.indices}
