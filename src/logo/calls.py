@@ -80,8 +80,8 @@ class Calls(ABC):
 
     @property
     @abstractmethod
-    def folding(self) -> dict[str, Any]:
-        """The settings by which the form of a mixture is chosen, for JSON."""
+    def merge(self) -> bool | None:
+        """Whether mixtures are merged into the weights, as it was asked for; None: the engine decides."""
 
     @property
     @abstractmethod

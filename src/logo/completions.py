@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
 from logo.decoding import Prompts, batches_by_length, input_device
-from logo.mixing import Mixer, begins
+from logo.mixing import Mixer, Mixture
 from logo.prompts import Prompt, answer_lead, is_conversation
 from logo.scoring import Continued, Read, Scored, completion_ids, continued_rows, score_continued, score_mixtures
 from logo.selection.beginnings import Beginnings
@@ -63,15 +63,13 @@ class CompletionScorer:
     ) -> list[Scored]:
         """Scores one completion of one prompt under each mixture."""
         vocabulary, device = len(self._prompts.tokenizer), input_device(self._model)
-        places = begins(pool, sorted({name for mixture in mixtures for name in mixture}), row)
         start = earliest(pool.activations, row) if self._beginnings is not None else 0
         read = None
         if start and self._beginnings is not None:
             read = Read(start, functools.partial(self._read, row[:start]))
-        late = any(begin > start for begin in places.values())
 
         def active(some: Sequence[Mapping[str, float]]) -> AbstractContextManager[Any]:
-            return self._mixer.active(pool, some, begins=[places] * len(some) if late else None)
+            return self._mixer.active(pool, [Mixture.of(pool, one, row).shifted(0, start) for one in some])
 
         return score_mixtures(self._model, row, gold, mixtures, active, vocabulary, device, read)
 
@@ -101,7 +99,4 @@ class CompletionScorer:
 
     def _active(self, pool: AdapterPool, rows: Sequence[Continued]) -> AbstractContextManager[Any]:
         """Activates the mixtures of rows that are read whole, each adapter from where it acts in the row's prompt."""
-        places = None
-        if not all(activation.everywhere for activation in pool.activations):
-            places = [begins(pool, row.mixture, row.prompt) for row in rows]
-        return self._mixer.active(pool, [row.mixture for row in rows], begins=places)
+        return self._mixer.active(pool, [Mixture.of(pool, row.mixture, row.prompt) for row in rows])

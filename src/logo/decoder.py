@@ -28,9 +28,7 @@ from logo.endings import (
     only_grows,
 )
 from logo.errors import NotFinite, listed
-from logo.mixing import NEVER, Form, Mixer, Work, begins
-from logo.mixing.costs import EXPECTED
-from logo.mixing.mixer import Begins
+from logo.mixing import Form, Mixer, Mixture
 from logo.selection import Selection
 from logo.selection.beginnings import Beginnings
 from logo.selection.probe import cache_argument
@@ -55,8 +53,8 @@ class Generation:
         finish_reason: `"stop"` (the model or a stop rule ended it) or `"length"` (it was cut: at the most new tokens,
             or at `max_time`).
         seconds: this prompt's share of the wall time: `{"probe", "generate"}`.
-        form: the form of the mixtures in its batch: `"folded"` into the weights, `"gated"` beside them, or `"base"`
-            without adapters.
+        form: the form of the mixtures in its batch: `"merged"` into the weights, `"gated"` beside them, or
+            `"none"` without adapters.
     """
 
     text: str
@@ -159,7 +157,7 @@ class Decoder:
             streamer: for a single row; it is also ended after an error, since another thread may wait for it.
 
         Raises:
-            StoreFull: the adapters of the batch do not fit into the memory for adapters.
+            CacheFull: the adapters of the batch do not fit into the memory for adapters.
         """
         started = time.perf_counter()
         rules, acting = decoding.rules(self.prompts.tokenizer), pool.acting(decoding.activation)
@@ -217,9 +215,8 @@ class Decoder:
             cache.batch_repeat_interleave(_copies(config))
             config.cache_implementation = None  # transformers takes either a cache or the name of one
             options[cache_argument(self.model) or ""] = cache
-        work = self._work(ids[:, start:], config)
         with (
-            self._mixer.active(pool, onset.mixtures, work, begins=onset.begins(start)) as form,
+            self._mixer.active(pool, onset.after(start), _passes(config)) as form,
             _without_checkpoint(self.model),
             torch.no_grad(),
         ):
@@ -249,10 +246,6 @@ class Decoder:
         warn_of_silent(made.silent, self._told)
         return made
 
-    def _work(self, ids: Tensor, config: GenerationConfig) -> Work:
-        steps = max(config.min_new_tokens or 0, EXPECTED * config.max_new_tokens)
-        return Work(ids.numel(), len(ids) * _copies(config), steps)
-
 
 @dataclass(frozen=True)
 class Onset:
@@ -261,15 +254,13 @@ class Onset:
     Attributes:
         pads: columns before each row's first token.
         ends: tokens of each row before any adapter of the pool acts; less than all of them.
-        columns: per row, adapter -> the first column in which it acts.
-        mixtures: per row, the adapters that act.
+        mixtures: per row, the adapters that act; their columns are positions in the row.
         silent: the adapters that do not act, one entry for each row.
     """
 
     pads: tuple[int, ...]
     ends: tuple[int, ...]
-    columns: tuple[dict[str, int], ...]
-    mixtures: tuple[dict[str, float], ...]
+    mixtures: tuple[Mixture, ...]
     silent: tuple[str, ...]
 
     @classmethod
@@ -279,27 +270,28 @@ class Onset:
         """The onset of rows that are padded on the left to `width` columns.
 
         Raises:
-            UsageError: see `begins`.
+            UsageError: see `Mixture.of`.
         """
         pads = tuple(width - len(row) for row in rows)
-        found = [begins(pool, mixture, row) for row, mixture in zip(rows, mixtures, strict=True)]
+        found = tuple(Mixture.of(pool, mixture, row) for row, mixture in zip(rows, mixtures, strict=True))
         ends = tuple(earliest(pool.activations, row) for row in rows)
-        columns = tuple(
-            {name: begin + pad if begin else 0 for name, begin in one.items() if begin != NEVER}
-            for one, pad in zip(found, pads, strict=True)
-        )
-        acting = tuple({name: mixture[name] for name in one} for one, mixture in zip(columns, mixtures, strict=True))
-        silent = tuple(name for one in found for name, begin in one.items() if begin == NEVER)
-        return cls(pads, ends, columns, acting, silent)
+        both = zip(mixtures, found, strict=True)
+        silent = tuple(name for mixture, acting in both for name in mixture if name not in acting.weights)
+        return cls(pads, ends, found, silent)
 
     @property
     def read(self) -> int:
         """The first column in which an adapter may act."""
         return min(pad + end for pad, end in zip(self.pads, self.ends, strict=True))
 
-    def begins(self, start: int) -> Begins | None:
-        """The columns in which adapters begin to act, for `Mixer.active`; None if all act from column `start` on."""
-        return self.columns if any(begin > start for one in self.columns for begin in one.values()) else None
+    def after(self, start: int) -> list[Mixture]:
+        """The mixtures of a batch whose columns before `start` are read already."""
+        return [mixture.shifted(pad, start) for mixture, pad in zip(self.mixtures, self.pads, strict=True)]
+
+
+def _passes(config: GenerationConfig) -> float:
+    """The forward passes that a call is expected to take; most answers are shorter than it allows."""
+    return float(max(config.min_new_tokens or 0, config.max_new_tokens / 4))
 
 
 def _copies(config: GenerationConfig) -> int:

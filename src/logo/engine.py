@@ -3,7 +3,7 @@
 The methods for callers are in `logo.calls`. This module runs the model, and is the only one that combines adapters,
 mixing and selection:
 
-    text, chat, ids -> probe -> signal -> selector -> Selection -> store -> gates -> model.generate -> Generation
+    text, chat, ids -> probe -> signal -> selector -> Selection -> mixture -> model.generate -> Generation
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from logo.completions import CompletionScorer
 from logo.decoder import Decoder, Decoding, Generation
 from logo.decoding import Prompts, Truncation, batches_by_length, reads_prompts
 from logo.errors import check_type, listed
-from logo.mixing import Mixer
-from logo.mixing.store import adapter_store
+from logo.mixing import AdapterCache, Mixer
 from logo.models import check_mode, check_usable, context_length, lock_of
 from logo.opening import FromPretrained
 from logo.scoring import Scored
@@ -57,10 +56,9 @@ class LoGo(Calls, FromPretrained):
         generation_config: how calls decode that give no config; None: greedily.
         truncation: how prompts are cut that are too long.
         adapter_memory_gb: memory (10⁹ bytes) for adapters on the devices of the model; None: a share of the free
-            memory, see `logo.mixing.placement`.
-        adapter_cache_gb: host memory for adapter files, beside an accelerator; None: as much as `adapter_memory_gb`.
-        fold: add a mixture that all rows of a batch share to a copy of the weights, so that decoding costs what the
-            base model costs. None: if that pays and does not round to half precision; see `logo.mixing.costs`.
+            memory. Half of it is for loaded adapters, half for the copies that a batch multiplies.
+        merge: add a mixture that all rows of a batch share to a copy of the weights, so that decoding costs what the
+            base model costs. None: for long answers, unless that rounds to half precision; see `logo.mixing.Mixer`.
         on_bad_adapter: what to do with adapters that do not fit the base model.
 
     Raises:
@@ -82,8 +80,7 @@ class LoGo(Calls, FromPretrained):
         generation_config: GenerationConfig | None = None,
         truncation: Truncation | None = None,
         adapter_memory_gb: float | None = None,
-        adapter_cache_gb: float | None = None,
-        fold: bool | None = None,
+        merge: bool | None = None,
         on_bad_adapter: OnBadAdapter = "error",
     ) -> None:
         check_type("pool", pool, AdapterPool, "an AdapterPool, such as AdapterPool.open(PLACE)")
@@ -106,8 +103,8 @@ class LoGo(Calls, FromPretrained):
         )
         self._on_bad_adapter = on_bad_adapter
         self._layout = BaseLayout.of(model)
-        self.store = adapter_store(model, adapter_memory_gb, adapter_cache_gb)
-        self._mixer = Mixer(model, self.store, fold)
+        self.adapter_cache = AdapterCache.of(model, adapter_memory_gb)
+        self._mixer = Mixer(model, self.adapter_cache, merge)
         budget = int(self.settings.prefix_cache_gb * 1e9)
         self.beginnings = Beginnings(model, budget) if reusable(model) else None
         self._decoder = Decoder(model, self.prompts, self._mixer, self.beginnings)
@@ -166,9 +163,9 @@ class LoGo(Calls, FromPretrained):
         return {}
 
     @property
-    def folding(self) -> dict[str, Any]:
-        """The settings by which a mixture is folded, for JSON; see `logo.mixing.costs`."""
-        return self._mixer.folding
+    def merge(self) -> bool | None:
+        """Whether mixtures are merged into the weights, as it was asked for; None: where it pays."""
+        return self._mixer.merge
 
     @property
     def reads(self) -> str:

@@ -52,8 +52,7 @@ class FromPretrained:
         token: str | bool | None = None,
         truncation: Truncation | None = None,
         adapter_memory_gb: float | None = None,
-        adapter_cache_gb: float | None = None,
-        fold: bool | None = None,
+        merge: bool | None = None,
         on_bad_adapter: OnBadAdapter = "error",
         **settings: Any,
     ) -> Self:
@@ -101,8 +100,7 @@ class FromPretrained:
                 "attn_implementation": attn_implementation,
                 "quantization_config": quantization_config,
                 "adapter_memory_gb": adapter_memory_gb,
-                "adapter_cache_gb": adapter_cache_gb,
-                "fold": fold,
+                "merge": merge,
             }
             made: Self = _opener(engine)(
                 base_model,
@@ -147,8 +145,7 @@ class FromPretrained:
             generation_config=model.generation_config if official else None,
             truncation=truncation,
             adapter_memory_gb=adapter_memory_gb,
-            adapter_cache_gb=adapter_cache_gb,
-            fold=fold,
+            merge=merge,
             on_bad_adapter=on_bad_adapter,
         )
         logo.calibrate()

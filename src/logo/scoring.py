@@ -145,7 +145,7 @@ def score_mixtures(
         read: the part of the prompt that the base model has read; None: all is read under each mixture.
 
     Raises:
-        StoreFull: the adapters of a batch do not fit into the memory for adapters.
+        CacheFull: the adapters of a batch do not fit into the memory for adapters.
     """
     # The last gold token is only predicted, never read.
     ids = torch.tensor([*prompt, *gold[:-1]], device=device)
@@ -216,7 +216,7 @@ def score_continued(
         vocabulary: its size; a batch with too many logits is halved.
 
     Raises:
-        StoreFull: the adapters of the batch do not fit into the memory for adapters.
+        CacheFull: the adapters of the batch do not fit into the memory for adapters.
     """
     needed = sorted({place for row in rows for place in row.places})
     if len(rows) > 1 and len(rows) * len(needed) * vocabulary > MAX_LOGITS:

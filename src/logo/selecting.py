@@ -17,7 +17,7 @@ from torch import Tensor
 from logo.adapters.pool import AdapterPool
 from logo.decoding import Prompts, batches_by_length, input_device
 from logo.errors import LoGoError, PoolError, UsageError, check_type, closest
-from logo.mixing import Mixer
+from logo.mixing import Mixer, Mixture
 from logo.prompts import ProbeText, Prompt
 from logo.scoring import MAX_TOKENS
 from logo.selection.beginnings import Beginnings
@@ -344,7 +344,7 @@ class Probing(Selecting):
     ) -> list[Outcome]:
         scorer = self.scorers.get(calls[0].settings)  # if it calibrates, no adapter may be active yet
         ids, mask = self._prompts.pad(rows, "right", input_device(self._model))
-        with self._mixer.active(self.pool, [dict.fromkeys(active, 1.0)]):
+        with self._mixer.active(self.pool, [Mixture(dict.fromkeys(active, 1.0))]):
             scores = scorer(ids, mask, [one.candidates for one in calls])
         return [self.outcome(row, scorer.names, one) for row, one in zip(scores, calls, strict=True)]
 

@@ -32,8 +32,7 @@ _SLOTS = """vLLM keeps adapters in slots: `--vllm-options '{"max_loras": N, "max
 _INSTEAD = {
     "allow_pickle": "vLLM's processes only read safetensors",
     "adapter_memory_gb": _SLOTS,
-    "adapter_cache_gb": _SLOTS,
-    "fold": "nothing is folded there; leave it out",
+    "merge": "nothing is merged there; leave it out",
     "device": "set CUDA_VISIBLE_DEVICES",
     "device_map": """use `--vllm-options '{"tensor_parallel_size": N}'`""",
 }
@@ -114,8 +113,7 @@ class Opened:
             settings=settings,
             truncation=truncation,
             adapter_memory_gb=options.adapter_memory_gb,
-            adapter_cache_gb=options.adapter_cache_gb,
-            fold=options.fold,
+            merge=options.merge,
             on_bad_adapter=options.on_bad_adapter,
         )
 

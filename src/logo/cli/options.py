@@ -130,11 +130,8 @@ class EngineOptions:
     adapter_memory_gb: float | None = _pool(
         None, "Memory for adapters on the model's device, in GB.", "0.3 of what the model leaves free", min=0.0
     )
-    adapter_cache_gb: float | None = _pool(
-        None, "Host memory for adapter files beside a GPU, in GB.", "as --adapter-memory-gb", min=0.0
-    )
-    fold: bool | None = _pool(
-        None, "Fold the mixture into a copy of the weights.", "float32: where faster", "--fold/--no-fold"
+    merge: bool | None = _pool(
+        None, "Merge the mixture into a copy of the weights.", "float32: where faster", "--merge/--no-merge"
     )
     prefix_cache_gb: float | None = _probe(
         None, "Memory for the keys and values of shared prompt prefixes, in GB.", "0.25", min=0.0

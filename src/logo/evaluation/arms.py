@@ -257,7 +257,7 @@ def _by_part(arms: Sequence[Arm], value: Callable[[Arm], _V]) -> dict[str, dict[
 
 def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
     first = next(iter(engines.values()))
-    model, fold = first.model, first.folding["asked"]
+    model, merge = first.model, first.merge
     signals = {
         name: {
             # `rule_of_weights` has the threshold where it matters.
@@ -274,6 +274,6 @@ def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        **({} if fold is None else {"fold": fold}),
+        **({} if merge is None else {"merge": merge}),
         "signals": signals,
     }

@@ -51,7 +51,7 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
         "base_model": PurePath(base_model).name,
         **digests(logo),
         "dtype": str(logo.model.dtype).removeprefix("torch."),
-        "fold": logo.folding["asked"],
+        "merge": logo.merge,
         "settings": {**settings, "k": logo.k, "points": list(logo.points), **rule_of_weights(logo)},
         "truncation": asdict(logo.prompts.truncation),
         **({"engine_options": without_secrets(logo.engine_options)} if logo.engine_options else {}),

@@ -135,7 +135,7 @@ class Facts:
     Attributes:
         names: of the adapters.
         pool: their SHA-256 by name.
-        settings: dtype, device, whether mixtures are folded, if it was asked for, and the settings of each signal.
+        settings: dtype, device, whether mixtures are merged, if it was asked for, and the settings of each signal.
         digests: of the base model (`logo.evaluation.identity.digests`).
         environment: see `logo.evaluation.identity.environment`.
         in_order: whether a selection depends on earlier prompts.
@@ -340,7 +340,7 @@ def _identity(
         "environment": facts.environment,
         **facts.digests,
         **{key: settings.get(key) for key in ("base_model", "dtype", "signals", *more)},
-        **({"fold": settings["fold"]} if "fold" in settings else {}),
+        **({"merge": settings["merge"]} if "merge" in settings else {}),
         "pool": facts.pool,
         "rows_sha256": {task.name: rows_digest(task.rows) for task in tasks},
     }
