@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from logo.adapters.pool import AdapterPool
     from logo.baselines.method import Method, Prepared, Task
     from logo.baselines.registry import register_method
+    from logo.core import Selection
     from logo.decoder import Generation
     from logo.decoding import Truncation
     from logo.engine import LoGo
     from logo.evaluation.metrics import MetricFunction, register_metric
     from logo.scoring import Scored
     from logo.selection.index import ScoringIndex
-    from logo.core import Selection
     from logo.selection.settings import SelectionSettings
     from logo.selection.signals import SignalFunction, register_signal
 
