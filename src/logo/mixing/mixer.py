@@ -16,14 +16,13 @@ from torch import nn
 
 from logo.adapters.activation import Activation
 from logo.adapters.format import Adapter
-from logo.adapters.layout import text_config
 from logo.adapters.pool import AdapterPool
 from logo.core import Form
 from logo.errors import UsageError
 from logo.mixing.cache import AdapterCache
 from logo.mixing.gates import Gates, OpeningGates, adding, hooked
 from logo.mixing.merge import Merger, mergeable
-from logo.models import lock_of
+from logo.models import lock_of, text_config
 
 
 @dataclass(frozen=True)
