@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logo.selection.emphasis import emphasised
 from torch import Tensor
 
 from logo.backends.vllm.marks import is_probe, span
 from logo.backends.vllm.sums import Span, Step
 from logo.backends.vllm.taps import CHANGED, Taps
 from logo.selection import signals
-from logo.selection.emphasis import emphasised
 from logo.selection.points import Point
 from logo.selection.settings import SelectionSettings
 
