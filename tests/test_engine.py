@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 import tiny
 from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, Truncation, UsageError
 from logo.adapters.layout import linear_modules, linear_shape
-from logo.errors import StoreFull
+from logo.errors import CacheFull
 from tolerances import PATIENCE, same_scores, same_selection, same_weights
 
 WORDS = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(3, 90)), "\n", "a\n", "b", "c", "d", "<unk>"]
@@ -55,9 +55,9 @@ def write_adapter(
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}))
 
 
-def engine(model: nn.Module, adapters: Path, bos: bool = True, fold: bool | None = None, **settings: Any) -> LoGo:
+def engine(model: nn.Module, adapters: Path, bos: bool = True, merge: bool | None = None, **settings: Any) -> LoGo:
     chosen = SelectionSettings.of(**{"signal": "norm", "k": 3, **settings})
-    return LoGo(model, tokenizer(bos), AdapterPool.from_directory(adapters), settings=chosen, fold=fold)
+    return LoGo(model, tokenizer(bos), AdapterPool.from_directory(adapters), settings=chosen, merge=merge)
 
 
 PROMPTS = ["w3 w4 w5", "w9", "w20 w21 w22 w23 w24 w25 w26", "w7 w8", "w40 w41 w42 w43"]
@@ -361,13 +361,13 @@ def test_a_batch_that_does_not_fit_names_the_budget(llama: nn.Module, adapters: 
     names = roomy.names
     one, two, every = ({name: 1.0 for name in names[:count]} for count in (1, 2, len(names)))
     roomy.generate(PROMPTS[0], adapters=one, max_new_tokens=2)
-    memory = sum(part.width * part.column_bytes for part in roomy.store.parts) / 1e9
-    logo = LoGo(llama, tokenizer(), pool, settings=settings, adapter_memory_gb=1.1 * memory)
+    memory = 2.1e-9 * roomy.adapter_cache.bytes
+    logo = LoGo(llama, tokenizer(), pool, settings=settings, adapter_memory_gb=memory)
     for ask in (
         lambda: logo.generate(PROMPTS[:2], adapters=[two, every], max_new_tokens=2),
         lambda: logo.score_pairs([([3, 4, 5], [5, 6])] * 2, [two, every]),
     ):
-        with pytest.raises(StoreFull, match=r"the memory for adapters is 0\.\d+ GB: .*--adapter-memory-gb"):
+        with pytest.raises(CacheFull, match=r"the memory for adapters is 0\.\d+ GB, half.*--adapter-memory-gb"):
             ask()
     assert len(logo.generate(PROMPTS[0], adapters=one, max_new_tokens=2).token_ids) == 2
 

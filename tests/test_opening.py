@@ -22,7 +22,7 @@ from logo.backends.vllm import opening as vllm_opening
 from logo.cli.run import run
 from logo.demo import heldout
 from logo.generation import greedy_config
-from logo.mixing.folding import foldable
+from logo.mixing.merge import mergeable
 from test_engine import PROMPTS, engine, tokenizer
 from tolerances import same_selection
 
@@ -117,20 +117,20 @@ def dequantised(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("config", [quanto, torchao])
 def test_a_quantised_base_answers_as_what_it_stands_for(base: Path, adapters: Path, config: Callable[[], Any]) -> None:
     options = {"signal": "norm", "k": 3, "unscorable": "skip"}
-    logo = LoGo.from_pretrained(str(base), adapters, device="cpu", quantization_config=config(), fold=True, **options)
+    logo = LoGo.from_pretrained(str(base), adapters, device="cpu", quantization_config=config(), merge=True, **options)
     modules = {path for adapter in logo.fitted for path in adapter.modules}
-    assert not any(foldable(logo.model.get_submodule(path)) for path in modules)
+    assert not any(mergeable(logo.model.get_submodule(path)) for path in modules)
     plain = dequantised(logo.model)
     assert not torch.equal(
         plain.get_submodule(sorted(modules)[0]).weight, tiny.model("llama").get_submodule(sorted(modules)[0]).weight
     )
-    exact = engine(plain, adapters, fold=False, **options)
+    exact = engine(plain, adapters, merge=False, **options)
     for mixture in (None, {"tasks/t0": 0.5, "tasks/t3": 0.5}, {}):
         found = logo.generate(PROMPTS, adapters=mixture, max_new_tokens=12)
         expected = exact.generate(PROMPTS, adapters=mixture, max_new_tokens=12)
         for one, other in zip(found, expected, strict=True):
             assert one.token_ids == other.token_ids
-            assert one.form in ("gated", "base")
+            assert one.form in ("gated", "none")
             same_selection(one.selection, other.selection)
 
 
