@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 import tiny
 from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, Truncation, UsageError
 from logo.adapters.layout import linear_modules, linear_shape
-from logo.errors import StoreFull
+from logo.errors import CacheFull
 from logo.opening import LOCAL_OPTIONS
 from tolerances import PATIENCE, same_scores, same_selection, same_weights
 
@@ -368,13 +368,13 @@ def test_a_batch_that_does_not_fit_names_the_budget(llama: nn.Module, adapters: 
     names = roomy.names
     one, two, every = ({name: 1.0 for name in names[:count]} for count in (1, 2, len(names)))
     roomy.generate(PROMPTS[0], adapters=one, max_new_tokens=2)
-    memory = sum(part.width * part.column_bytes for part in roomy.store.parts) / 1e9
-    logo = LoGo(llama, tokenizer(), pool, settings=settings, adapter_memory_gb=1.1 * memory)
+    memory = 2.1e-9 * roomy.adapter_cache.bytes
+    logo = LoGo(llama, tokenizer(), pool, settings=settings, adapter_memory_gb=memory)
     for ask in (
         lambda: logo.generate(PROMPTS[:2], adapters=[two, every], max_new_tokens=2),
         lambda: logo.score_pairs([([3, 4, 5], [5, 6])] * 2, [two, every]),
     ):
-        with pytest.raises(StoreFull, match=r"the memory for adapters is 0\.\d+ GB: .*--adapter-memory-gb"):
+        with pytest.raises(CacheFull, match=r"the memory for adapters is 0\.\d+ GB, half.*--adapter-memory-gb"):
             ask()
     assert len(logo.generate(PROMPTS[0], adapters=one, max_new_tokens=2).token_ids) == 2
 

@@ -94,7 +94,7 @@ def same_answers(found: Any, expected: Any) -> None:
     for one, other in zip(found, expected, strict=True):
         same_selection(one.selection, other.selection)
         assert (one.token_ids, one.text, one.finish_reason) == (other.token_ids, other.text, other.finish_reason)
-        assert one.form == ("gated" if any(one.selection.weights) else "base")
+        assert one.form == ("gated" if any(one.selection.weights) else "none")
         assert set(one.seconds) == set(other.seconds)
 
 
