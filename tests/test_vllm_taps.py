@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logo.backends.vllm.marks import is_probe, span
-from logo.backends.vllm.sums import Span, Step
+from logo.backends.vllm import taps as module
+from logo.backends.vllm.marks import Span, is_probe, span
 from logo.backends.vllm.taps import CHANGED, Taps
+from logo.errors import ModelError
 from logo.selection import signals
 from logo.selection.emphasis import emphasised
 from logo.selection.points import Point
@@ -135,6 +136,19 @@ def test_what_cannot_be_scored_says_why(taps: Taps) -> None:
     assert not taps.active("nowhere")
 
 
+def test_the_texts_of_a_calibration_are_kept_as_they_are_read(taps: Taps) -> None:
+    how = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token="each")
+    taps.start_calibration([Point(0, "layers.0", "c")], how)
+    text, short = torch.rand(5, 4), torch.rand(1, 4)
+    step(taps, torch.cat([text[:3], short]), Span("long", "", 0, 0, 3, 5), Span("short", "", 3, 0, 1, 1), places="abc")
+    step(taps, text[3:], Span("long", "", 0, 3, 2, 5), places="abc")
+    long, alone = taps.end_calibration(["long", "short"])
+    assert list(long) == list(alone) == ["c"] and not taps.active("c")
+    assert torch.equal(long["c"], text[1:]) and torch.equal(alone["c"], short)
+    with pytest.raises(ModelError, match="text other: the prompt was not run"):
+        taps.end_calibration(["other"])
+
+
 def test_a_prompt_that_was_put_back_is_read_again(taps: Taps) -> None:
     first, again = torch.rand(2, 4), torch.rand(3, 4)
     step(taps, first, Span("p", "calibrated", 0, 0, 2, 3))
@@ -142,15 +156,15 @@ def test_a_prompt_that_was_put_back_is_read_again(taps: Taps) -> None:
     assert taps.take(["p"])["p"] == pytest.approx([*again[1:].mean(dim=0)[:2].tolist(), 2], rel=1e-5)
 
 
-def test_the_sums_of_probes_are_freed_when_they_end(taps: Taps) -> None:
-    """Those of an aborted probe, and those of one whose scores nobody takes."""
+def test_what_is_known_of_probes_is_freed_when_they_end(taps: Taps) -> None:
+    """An aborted probe, and one whose scores nobody takes."""
     spans = [Span(key, "calibrated", 4 * i, 0, 4, 6, request=key) for i, key in enumerate(("aborted", "whole"))]
     step(taps, torch.rand(8, 4), *spans, running={"aborted", "whole"})
-    assert set(taps._prompts) == {"aborted", "whole"}
+    assert set(taps._probes) == {"aborted", "whole"}
     step(taps, torch.rand(2, 4), Span("whole", "calibrated", 0, 4, 2, 6, request="whole"), running={"whole"})
-    assert set(taps._prompts) == {"whole"}
+    assert set(taps._probes) == {"whole"}
     taps.begin([], {})
-    assert not taps._prompts
+    assert not taps._probes
     found = taps.take(["aborted", "whole"])
     assert found["aborted"] == "the prompt was not run as a probe" and isinstance(found["whole"], list)
 
@@ -206,7 +220,7 @@ def test_a_step_that_could_not_be_begun_is_missed(taps: Taps, monkeypatch: pytes
         for start in (0, 3, 6):
             with monkeypatch.context() as patch:
                 if start == failing:
-                    patch.setattr(Step, "of", fails)
+                    patch.setattr(module, "late_count", fails)
                 with pytest.raises(RuntimeError) if start == failing else nullcontext():
                     taps.begin([Span(key, "calibrated", 0, start, 3, 9)], RUNNING)
             for place in ("a", "b"):

@@ -219,7 +219,7 @@ def test_what_was_scored_answers_though_the_pool_changes_meanwhile(
     async def scores(key: str) -> Any:
         return [made.pool.digest, [1.0]]
 
-    monkeypatch.setattr(router_module, "Counts", lambda: SimpleNamespace(selected=lambda *_: None, again=lambda: None))
+    monkeypatch.setattr(router_module, "Counts", lambda: SimpleNamespace(selected=lambda *_: None))
     router: Any = router_module.Router(app)
     router._core, router._workers = made, SimpleNamespace(scores=scores)
     router._models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="base")])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from logo.adapters.layout import BaseLayout
+from logo.adapters.pool import AdapterPool
 from logo.api.names import Models
 from logo.backends.vllm import plugin
 from logo.backends.vllm.options import Options
@@ -25,7 +26,10 @@ from logo.backends.vllm.taps import CHANGED
 from logo.errors import LoGoError, ModelError, NotFinite, UsageError
 from logo.protocol import MixtureRequest
 from logo.selecting import Choosing
+from logo.selection.plan import with_activations
 from logo.selection.selector import Selection, forced
+from logo.selection.settings import SelectionSettings
+from logo.selection.window import USUAL_WINDOW, WHOLE, Window
 
 
 class WorkerError(LoGoError, RuntimeError):
@@ -120,6 +124,10 @@ class Core:
             return None
         return self.choosing.call_settings(wanted.options).settings.signal
 
+    def window(self, signal: str) -> Window:
+        """The part of a prompt that is probed for a signal."""
+        return window_of(self.options.settings.for_call(signal=signal), self.pool.adapters)
+
     def candidates(self, wanted: MixtureRequest) -> Collection[str] | None:
         """The names of the adapters that a request may select; None: all.
 
@@ -172,6 +180,13 @@ class Core:
             self._answering.subtract(recipe.keys)
             if not self._live[number]:
                 del self._live[number], self._texts[number]
+
+
+def window_of(settings: SelectionSettings, pool: AdapterPool) -> Window:
+    """The part of a prompt that is probed: all of it for a signal that is not compared with neutral text, and for
+    adapters that all act from a position on, which are scored at the tokens on which they act."""
+    settings = with_activations(settings, pool)
+    return WHOLE if settings.activations or settings.reading.scale == "raw" else USUAL_WINDOW
 
 
 def new_key() -> str:

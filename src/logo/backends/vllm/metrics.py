@@ -23,10 +23,6 @@ class Counts:
             "The probability that the pool holds an adapter made for the prompt.",
             buckets=[tenth / 10 for tenth in range(1, 11)],
         )
-        self._again = prometheus_client.Counter(
-            "logo:probes_again",
-            "Prompts that were probed another time, since the pool changed.",
-        )
         self._answers = prometheus_client.Counter("logo:answers", "Answers by how their mixture was made.", ["form"])
         self._adapters = prometheus_client.Counter("logo:adapter_selected", "Selections with an adapter.", ["adapter"])
 
@@ -50,10 +46,6 @@ class Counts:
             found = [metric for metric in registry.collect() if metric.name == "logo:adapter_selected"]
         samples = [sample for metric in found for sample in metric.samples if sample.name.endswith("_total")]
         return {sample.labels["adapter"]: int(sample.value) for sample in samples}
-
-    def again(self) -> None:
-        """Counts a prompt that has to be probed once more."""
-        self._again.inc()
 
     def answered(self, form: str) -> None:
         """Counts an answer: `gate` or `base`."""

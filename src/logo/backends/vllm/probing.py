@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from logo.adapters.pool import AdapterPool
-from logo.backends.vllm.core import new_key, outcomes, scores_of, texts_of
+from logo.backends.vllm.core import new_key, outcomes, scores_of, texts_of, window_of
 from logo.backends.vllm.marks import probing
 from logo.backends.vllm.requests import Requests
 from logo.prompts import Prompt
@@ -18,12 +18,13 @@ from logo.selecting import CallSettings, Outcome, Selecting
 from logo.selection.confidence import EXAMPLES, Evidence
 from logo.selection.plan import plan
 from logo.selection.settings import SelectionSettings
+from logo.selection.window import WHOLE, Window
 
 # The most prompts that are probed together; less than the number whose scores vLLM's workers keep.
 _PROBED = 2048
 
-# Token ids, the signal that scores them, and the names of the adapters that may be selected (None: all).
-_Asked = tuple[Sequence[int], str, Collection[str] | None]
+# Token ids, the signal that scores them, the names of the adapters that may be selected (None: all), and the window.
+_Asked = tuple[Sequence[int], str, Collection[str] | None, Window]
 
 
 class InWorkers(Selecting):
@@ -64,7 +65,7 @@ class InWorkers(Selecting):
                 plan(self._model, self.pool, settings)  # raises the errors of the workers here
                 opened = self._call("logo_signal", signal)
                 while texts := texts_of(opened):
-                    keys = self._run([(text, "", None) for text in texts])
+                    keys = self._run([(text, "", None, WHOLE) for text in texts])
                     opened = self._call("logo_calibrate", signal, texts, keys)
                 self._opened[signal] = opened[0]
         return self._opened[signal]
@@ -76,7 +77,8 @@ class InWorkers(Selecting):
         names = [self.open(one.settings)["names"] for one in calls]
         signals = [one.settings.signal for one in calls]
         among = [one.candidates for one in calls]
-        found = self._scores([*zip(self.probed_ids(rows), signals, among, strict=True)])
+        windows = [window_of(one.settings, self.pool) for one in calls]
+        found = self._scores([*zip(self.probed_ids(rows), signals, among, windows, strict=True)])
         return [self.outcome(torch.tensor(row), who, one) for row, who, one in zip(found, names, calls, strict=True)]
 
     def evidence(self, settings: SelectionSettings) -> Evidence | None:
@@ -114,8 +116,8 @@ class InWorkers(Selecting):
 
         keys = [new_key() for _ in rows]
         with self._requests.together() as group:
-            for key, (ids, signal, among) in zip(keys, rows, strict=True):
-                with probing(key, signal, among):
+            for key, (ids, signal, among, window) in zip(keys, rows, strict=True):
+                with probing(key, signal, among, window):
                     group.start(ids, SamplingParams(max_tokens=1, temperature=0.0, detokenize=False))
             group.wait()
         return keys

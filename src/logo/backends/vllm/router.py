@@ -221,12 +221,10 @@ class Router:
             selection = self.core.select(wanted, None)
             return RoutedMixture(selection, held.enter_context(self.core.request(selection)))
         started = time.perf_counter()
-        for tries in range(_TRIES):
-            if tries:
-                self._counts.again()
+        for _ in range(_TRIES):
             key = new_key()
             where, asked = bodies.probe(path, body, self._base, self.core.choosing.probe_text)
-            with probing(key, signal, self.core.candidates(wanted)):
+            with probing(key, signal, self.core.candidates(wanted), self.core.window(signal)):
                 probed = await ask(self.app, scope, where, body=json.dumps(asked).encode(), receive=receive)
             if probed.status != 200:
                 raise Refused(probed)

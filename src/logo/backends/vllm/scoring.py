@@ -9,8 +9,7 @@ first texts are those of the calibration, then the example prompts of adapters, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +17,10 @@ from torch import Tensor, nn
 
 from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
-from logo.backends.vllm.kept_vectors import KeptVectors
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.taps import Taps
 from logo.decoding import Prompts
-from logo.errors import ModelError
+from logo.selection.calibration import HiddenVectors
 from logo.selection.plan import plan, with_activations
 from logo.selection.points import Point
 from logo.selection.scorer import Scorer
@@ -69,8 +67,7 @@ class Scoring:
         before: Scoring | None = None,
     ) -> None:
         self._skeleton, self._pool, self._options, self._taps = skeleton, pool, options, taps
-        # Hidden vectors of the texts of the current step, and the keys of these texts.
-        self._kept: tuple[KeptVectors, dict[tuple[int, ...], str]] | None = None
+        self._kept: Mapping[tuple[int, ...], Mapping[str, Tensor]] = {}  # text of this step -> place -> hidden vectors
         self._ready: dict[str, Scorer] = {}
         self._scorers: Scorers = Scorers(
             skeleton,
@@ -79,7 +76,7 @@ class Scoring:
             prompts.texts,
             None if before is None else before._scorers,
             device=device,
-            run_texts=self._kept_vectors,
+            run_texts=self._hidden_vectors,
         )
 
     def open(self, signal: str) -> dict[str, Any]:
@@ -102,7 +99,7 @@ class Scoring:
             self._taps.start_calibration(points, settings.reading)
             return {"texts": [list(row) for row in needed.texts.rows], **_told(None)}
         finally:
-            self._kept = None
+            self._kept = {}
         self._ready[signal] = scorer
         return {"texts": [], **_told(scorer)}
 
@@ -113,11 +110,7 @@ class Scoring:
         Raises:
             ModelError: a text was not read whole.
         """
-        failed = self._taps.failed(keys)
-        if failed:
-            raise ModelError(f"calibration text {next(iter(failed))}: {next(iter(failed.values()))}")
-        kept = self._taps.end_calibration()
-        self._kept = None if kept is None else (kept, dict(zip(map(tuple, texts), keys, strict=True)))
+        self._kept = dict(zip(map(tuple, texts), self._taps.end_calibration(keys), strict=True))
         return self.open(signal)
 
     @property
@@ -133,13 +126,20 @@ class Scoring:
     def _settings(self, signal: str) -> SelectionSettings:
         return with_activations(self._options.settings.for_call(signal=signal), self._pool)
 
-    def _kept_vectors(self, points: Sequence[Point], texts: Texts, signal: Any) -> Any:
-        kept, keys = self._kept or (None, {})
-        rows = [tuple(row) for row in texts.rows]
-        if kept is None or not kept.has(points) or any(row not in keys for row in rows):
+    def _hidden_vectors(self, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
+        """A `TextRunner`: the hidden vectors of texts that vLLM has run."""
+        rows = [self._kept.get(tuple(row), {}) for row in texts.rows]
+        places = [self._taps.place_of(point, signal.input) for point in points]
+        if any(place not in row for row in rows for place in places):
             raise _TextsNeeded(points, texts)
         acted = _acted(texts, signal) if signal.token == "tail" else None
-        return (replace(vectors, acted=acted) for vectors in kept.vectors(points, [keys[row] for row in rows]))
+        joined = {}
+        for place in dict.fromkeys(places):
+            parts = [row[place].mean(dim=0, keepdim=True) if signal.token == "mean" else row[place] for row in rows]
+            counts = torch.tensor([len(part) for part in parts])
+            owners = torch.arange(len(parts)).repeat_interleave(counts)
+            joined[place] = HiddenVectors(torch.cat(parts), owners, acted)
+        return (joined[place] for place in places)
 
 
 def _told(scorer: Scorer | None) -> dict[str, Any]:

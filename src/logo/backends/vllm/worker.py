@@ -20,6 +20,7 @@ from logo.adapters.pool import AdapterPool
 from logo.backends.vllm import graphs
 from logo.backends.vllm.built import hold
 from logo.backends.vllm.gates import StepGates, turned
+from logo.backends.vllm.marks import Span
 from logo.backends.vllm.onsets import Rows, mapped, others
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import Change, KeyedPool, described, scoring_signals
@@ -28,7 +29,6 @@ from logo.backends.vllm.runner_v2 import Remembered
 from logo.backends.vllm.scoring import Scoring
 from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.slots import check_slots
-from logo.backends.vllm.sums import Span
 from logo.backends.vllm.taps import Taps
 from logo.backends.vllm.wrapper import Residual, Tapped, multiplied, with_kernels
 from logo.decoding import Prompts, Truncation
