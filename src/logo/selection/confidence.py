@@ -1,43 +1,53 @@
 """How sure a selection is: the probability that the pool holds an adapter that was made for the prompt.
 
-    lead        = best score - mean of the next five
-    confidence  = 1 / (1 + exp(-steepness · (lead + BEST · best score - even)))
+    margin      = best score - mean of the next five
+    confidence  = 1 / (1 + exp(-steepness · (margin + BEST · best score - even)))
 
 The best score alone is weak evidence, since some prompts make every adapter respond. Nor is its distance to the second
 enough, since a near relative of the right adapter may come second; several adapters close behind are a reason for
-doubt. But a lead is worth more if the best score is high, because on prompts that are like neutral text all scores are
-near zero, and the lead of one is an accident.
+doubt. But a margin is worth more if the best score is high, because on prompts that are like neutral text all scores are
+near zero, and the margin of one is an accident.
 `steepness` and `even` belong to a kind of score. They were chosen on four pools of two base models, to tell prompts
-whose own adapter is in the pool from prompts without one; a pool at hand needs no labels.
+whose target adapter is in the pool from prompts without one; a pool at hand needs no labels.
 docs/how-selection-works.md shows how well that holds for other pools.
+
+How much of a prompt an unsure mixture leaves to the base model depends on the relative size of its adapters, that is how
+large their changes of the base model's weights are beside these weights:
+
+    size_i = mean over the points that adapter i touches of ‖ΔW_i‖_F / ‖W‖_F        ΔW_i = s_i B_i A_i
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 # How many adapters behind the best one the mean is taken over.
 FIELD = 5
-# What the best score counts beside its lead, which counts 1.
+# What the best score counts beside its margin, which counts 1.
 BEST = 0.1
 # Softmax temperatures, times the steepness: of a broad mixture, of one in which the best adapter has most of the weight
 # but related ones still help it, and of one in which it answers nearly alone.
 _BROAD, _HELPED, _ALONE = 7.0, 1.57, 0.31
-# If the adapters of the broadest mixture have this relative size (`logo.selection.size`), its weights sum to one half.
-# Results depend on it, so it is a part of their identity.
+# If the adapters of the broadest mixture have this relative size, its weights sum to one half. Results depend on it, so
+# it is a part of their identity.
 HALVED = 0.08
+# An adapter whose size is not known, such as one of a quantised base model, counts as one of this size. The weights of
+# the broadest mixture of such adapters sum to 0.73.
+USUAL_SIZE = 0.03
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a lead of one kind of score is worth.
+    """What a margin of one kind of score is worth.
 
     Attributes:
-        steepness: how fast confidence grows with the evidence, the lead and `BEST` times the best score.
+        steepness: how fast confidence grows with the evidence, the margin and `BEST` times the best score.
         even: the evidence at which it is one half.
         temperatures: pairs of a confidence and the softmax temperature there, times the steepness. Up to the first
             confidence, a broad mixture is the better guess.
@@ -53,7 +63,8 @@ class Evidence:
             return 0.5
         if ranked[0] <= 0:  # nothing responds more than is usual
             return 0.0
-        evidence = lead(ranked) + BEST * float(ranked[0])
+        margin = float(ranked[0] - ranked[1 : 1 + FIELD].mean())
+        evidence = margin + BEST * float(ranked[0])
         return 1 / (1 + math.exp(-max(-60.0, min(60.0, self.steepness * (evidence - self.even)))))
 
     def temperature(self, confidence: float) -> float:
@@ -73,7 +84,7 @@ class Evidence:
 
         Args:
             confidence: of the selection.
-            size: the mean relative size of the mixture's adapters (`logo.selection.size`), weighted as the mixture is.
+            size: the mean relative size of the mixture's adapters, weighted as the mixture is.
         """
         (doubt, _), (trust, _), *_ = self.temperatures
         return float((1 + size / HALVED) ** (np.interp(confidence, (doubt, trust), (0, 1)) - 1))
@@ -87,6 +98,15 @@ RESPONSES = Evidence(3.5, 1.1, ((0.25, _BROAD), (0.4, _HELPED)))
 EXAMPLES = Evidence(1.2, 4.2, ((0.05, _BROAD), (0.15, _HELPED), (0.75, _HELPED), (0.8, _ALONE)))
 
 
-def lead(ranked: Tensor) -> float:
-    """How far the best of sorted scores (adapters,) is above the mean of the next `FIELD`."""
-    return float(ranked[0] - ranked[1 : 1 + FIELD].mean())
+def relative_sizes(updates: Sequence[Tensor], weight_norms: Sequence[float], touched: Tensor) -> Tensor:
+    """The relative size of each adapter, (adapters,); `USUAL_SIZE` where it is not known.
+
+    Args:
+        updates: `‖ΔW_i‖_F` per point, each (adapters that touch it,).
+        weight_norms: `‖W‖_F` per point, NaN where it is not known.
+        touched: (adapters, points), bool.
+    """
+    ratios = torch.full(touched.shape, torch.nan)
+    for at, (update, norm) in enumerate(zip(updates, weight_norms, strict=True)):
+        ratios[touched[:, at], at] = update.cpu() / norm
+    return ratios.nanmean(dim=1).nan_to_num(nan=USUAL_SIZE)

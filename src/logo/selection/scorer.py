@@ -1,131 +1,132 @@
-"""`Scorer`: from token ids to a score of every adapter, by one signal. `logo.selection.scorers` makes it."""
+"""`Scorer`: from token ids to a score of every adapter, by one signal, for one state of a pool."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from logo.adapters.format import Adapter
-from logo.selection.cache import CalibrationCache
-from logo.selection.calibration import Calibration
-from logo.selection.chance import factors
-from logo.selection.emphasis import column_weights
-from logo.selection.index import ScoringIndex
-from logo.selection.once import OnceReader
-from logo.selection.reference import Reference
-from logo.selection.responses import ResponseReader
-from logo.selection.signature import GAIN, Signatures
-from logo.selection.size import relative_sizes
+from logo.adapters.pool import AdapterPool
+from logo.selection.beginnings import Beginnings as PrefixCache
+from logo.selection.calibration import Calibration, TextRunner
+from logo.selection.index import ScoringIndex, Tell
+from logo.selection.points import Point
+from logo.selection.selector import Selector
+from logo.selection.settings import SelectionSettings
+from logo.selection.signals import Signal
+
+# Texts, the tokens with which each has to end, and whether the forms of conversations vary -> token ids.
+Encode = Callable[[Sequence[str], Sequence[int], bool], list[list[int]]]
 
 
+@dataclass(frozen=True)
 class Scorer:
-    """Scores the adapters of a pool for batches of prompts, by one signal.
-
-    Args:
-        adapters: those that are scored, in pool order.
-        indices: one per point that is read, of the adapters that touch it.
-        reader: responses to prompts at these points.
-        calibration: the responses to compare with; None for signals without one.
-        cache: of the calibration.
-        signatures: of the adapters that have example prompts; None: no adapter has, or they are not used.
-        scaled: whether the scores of responses are brought to the unit of `logo.selection.chance`.
+    """Scores the adapters of one state of a pool for batches of prompts, by one signal.
 
     Attributes:
-        points: where prompts are read.
-        adapters, names: those that are scored.
-        sizes: adapter name -> relative size (`logo.selection.size`); empty for signals without a calibration.
-        signatures: the same.
+        signal: how prompts are read: the registered signal with the window and the activations of the pool.
+        adapters: those that are scored, in pool order.
+        indices: one per point that is read, of the adapters that touch it.
+        calibration: what responses are compared with; None for signals of the scale `"raw"`.
+        selector: makes selections from these scores.
     """
 
-    def __init__(
-        self,
-        adapters: Sequence[Adapter],
-        indices: Sequence[ScoringIndex],
-        reader: ResponseReader | OnceReader,
-        calibration: Calibration | None = None,
-        cache: CalibrationCache | None = None,
-        signatures: Signatures | None = None,
-        scaled: bool = False,
-    ) -> None:
-        self.signatures, self._scaled = signatures, scaled
-        self.indices = tuple(indices)
-        self.points = tuple(index.point for index in indices)
-        self.adapters = tuple(adapters)
-        self.names = tuple(adapter.name for adapter in adapters)
-        self.calibration = calibration
-        self.cache = cache
-        self._reader = reader
-        self._reference: Reference | None = None
-        if calibration is not None:
-            weights = column_weights(calibration.neutral.shape[1], len(self.points))
-            self._reference = Reference.of(calibration.neutral, calibration.requests, weights)
-        # (adapters, points)
-        self._touched = torch.tensor([[point.module in a.modules for point in self.points] for a in adapters])
-        self.sizes: dict[str, float] = {}
-        if calibration is not None:
-            updates = [index.updates for index in indices]
-            sizes = relative_sizes(updates, calibration.weight_norms, self._touched).tolist()
-            self.sizes = dict(zip(self.names, sizes, strict=True))
+    signal: Signal
+    adapters: tuple[Adapter, ...]
+    indices: tuple[ScoringIndex, ...]
+    calibration: Calibration | None
+    selector: Selector
 
-    def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor, candidates: Sequence[Collection[str] | None] = ()
-    ) -> Tensor:
-        """Scores (rows, adapters), float32 on the CPU, of right-padded prompts (rows, length).
+    @classmethod
+    def open(
+        cls,
+        model: nn.Module,
+        pool: AdapterPool,
+        settings: SelectionSettings,
+        signal: str,
+        encode: Encode,
+        *,
+        run: TextRunner | None = None,
+        device: torch.device | None = None,
+        prefix_cache: PrefixCache | None = None,
+        before: Scorer | None = None,
+        tell: Tell | None = None,
+    ) -> Scorer:
+        """The scorer of a signal: plan, calibrate (cached), whiten, describe examples, index.
+
+        The caller holds the model's lock, and no mixture is active: a calibration with adapters mixed in would be wrong
+        for ever.
 
         Args:
-            candidates: the names of the adapters that may be selected in each row (None: all of them), whose scores
-                are right; those of others may not be. Empty: all in every row.
-        """
-        probed = self._reader(input_ids, attention_mask)
-        return self.scores(probed.responses, probed.descriptions, probed.tokens, self.among(candidates))
+            model: the base model; with `run`, it may be a skeleton on the meta device.
+            pool: adapters fitted to it.
+            settings: how to read and to score.
+            signal: the name of any registered signal.
+            encode: texts to token ids, as prompts are encoded (`logo.decoding.Prompts.texts`); for the texts of a
+                calibration and for example prompts.
+            run: runs texts through the base model; None: `model` itself runs. If it raises, what was read before is in
+                the calibration cache, if there is a folder for it, and `open` may be called again.
+            device: where scores are computed; None: on the device of the hidden vectors.
+            prefix_cache: for a pool whose adapters act only from a position on (`AdapterPool.read_once`): its prompts
+                are read whole, and their keys and values are kept. None: such a pool is probed like any other, but
+                whole.
+            before: the scorer of the same signal for an earlier state of the pool, of which is reused what belongs to
+                the same adapters by their content.
+            tell: called with 0 and the number of adapters before the pool is calibrated and indexed, and then as
+                `logo.selection.index.read_indices` calls it.
 
-    def among(self, names: Sequence[Collection[str] | None]) -> Tensor | None:
-        """(rows, adapters) bool: those that may be selected, from their names in each row (None: all of them). None if
-        these are all in every row, or if it does not matter."""
-        if self._reference is None or all(some is None for some in names):
-            return None
-        return torch.tensor([[some is None or name in some for name in self.names] for some in names])
+        Raises:
+            PoolError, UsageError, ModelError: the pool cannot be scored as the settings ask.
+            AdapterError: an adapter cannot be read.
+        """
+        raise NotImplementedError
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that are scored, in pool order."""
+        return tuple(adapter.name for adapter in self.adapters)
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Where prompts are read."""
+        return tuple(index.point for index in self.indices)
+
+    @property
+    def described(self) -> tuple[int, ...]:
+        """The numbers of the points at which prompts are described, to be compared with example prompts; () without."""
+        raise NotImplementedError
+
+    @property
+    def read_once(self) -> bool:
+        """Whether the probe is the prefill, too: it reads whole prompts and keeps their keys and values."""
+        raise NotImplementedError
+
+    def __call__(self, rows: Sequence[Sequence[int]], among: Sequence[Collection[str] | None] = ()) -> Tensor:
+        """Scores (rows, adapters), float32 on the CPU, of prompts as token ids; each is cut to the window here.
+
+        Args:
+            among: the names of the adapters that may be selected in each row (None: all of them), whose scores are
+                right; those of others may not be. Empty: all in every row.
+        """
+        raise NotImplementedError
 
     def scores(
         self,
         per_point: Sequence[Tensor],
         descriptions: Sequence[Tensor],
         tokens: Tensor,
-        among: Tensor | None = None,
+        among: Sequence[Collection[str] | None] = (),
     ) -> Tensor:
-        """Scores (rows, adapters), float32 on the CPU, from responses `a` per point: (rows, adapters that touch it).
+        """Scores (rows, adapters), float32 on the CPU, from responses that were read elsewhere.
 
         Args:
-            per_point: the even readings of all points, then the late ones if the signal has them.
-            descriptions: of the prompts, for a pool with signatures (`logo.selection.signature`); without them, the
-                scores are those of the responses.
+            per_point: `a` (rows, adapters that touch the point) of the even readings of all points, then of the late
+                ones if the signal has them (`signal.readings`); see `logo.selection.reference`.
+            descriptions: (rows, 2, d) of each point in `described`: even and late means of the hidden vectors.
             tokens: (rows,), how many were read of each prompt.
-            among: (rows, adapters) bool: those that may be selected. What is estimated in their scores depends on them
-                alone; the scores of others are not right. None: all.
+            among: as in `__call__`.
         """
-        scores = self._of_responses(per_point, among)
-        if self._scaled and self._reference is not None:
-            scores = scores * factors(tokens, self._reference.apart)[:, None]
-        if self.signatures is None or not descriptions:
-            return scores
-        similar = GAIN * self.signatures.similarities(descriptions, scores, among)
-        return self.signatures.weight_of_responses(among) * scores + similar
-
-    def _of_responses(self, per_point: Sequence[Tensor], among: Tensor | None) -> Tensor:
-        # (adapters, readings, rows)
-        responses = torch.full((len(self.names), len(per_point), len(per_point[0])), torch.nan)
-        for at, response in enumerate(per_point):
-            responses[self._touched[:, at % len(self.points)], at] = response.T.cpu()
-        if self._reference is None:
-            # Not nanmean: a response that is not a number has to be seen.
-            sums = torch.where(self._touched[:, :, None], responses, torch.zeros(())).sum(dim=1)
-            return (sums / self._touched.sum(dim=1, keepdim=True)).T
-        scores = self._reference.scores(responses)
-        if among is not None:
-            responds = self._reference.responds.any(dim=1)
-            for row, asked in zip(scores, among, strict=True):
-                if (responds & asked).any():  # as for `Reference.scores`, the lowest score of the others
-                    row[asked & ~responds] = row[responds & asked].min()
-        return scores
+        raise NotImplementedError

@@ -1,55 +1,57 @@
-"""`SelectionSettings`: how prompts are read, scored and selected."""
+"""`SelectionSettings`: how an engine reads, scores and selects; and the checked `Options` of one call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from os import PathLike
 from typing import Any, Literal, get_args
 
-from logo.adapters.activation import OFF, Activation, check_forced, check_without
+from logo.adapters.activation import OFF, check_forced, check_without
 from logo.adapters.options import ExamplesUse
+from logo.adapters.pool import AdapterPool
+from logo.core import Options, ProbeText, Weighting, WhenUnsure
 from logo.errors import UsageError, check_type, closest
-from logo.prompts import ProbeText, check_probe_text
-from logo.selection.selector import UNSURE
-from logo.selection.signals import ProbeToken, Signal, Weighting, WhenUnsure, get_signal
+from logo.selection.selector import UNSURE, check_k, known
+from logo.selection.signals import Signal, get_signal
+from logo.selection.window import USUAL_WINDOW, WHOLE, Window
 
-# The depth of a probe, as a share of the layers, if the prompt is read again under its mixture.
-DEPTH = 0.5
-
-ProbeContext = Literal["base", "pool", "carry"]
 Unscorable = Literal["error", "skip"]
+
+# The options of one call that `SelectionSettings.options` checks.
+OPTIONS = ("k", "signal", "weighting", "candidates")
 
 
 @dataclass(frozen=True)
 class SelectionSettings:
-    """How prompts are read, scored and selected. None means the default of the signal (`logo.selection.signals`).
+    """How prompts are read, scored and selected.
 
     Attributes:
         signal: `"calibrated"`, the official `"norm"` or `"entropy"`, or any other registered signal.
         k: adapters per prompt; None: `AdapterPool.default_k`, or all of a smaller pool.
         weighting: how scores become weights: `"linear"` (official), or `"adaptive"`, a softmax that is sharper and
-            stronger the surer the selection is. See `logo.selection.selector`.
+            stronger the surer the selection is. See `logo.selection.selector`. None: the signal's own.
         when_unsure: what answers a prompt for which no adapter seems to be made (`logo.selection.confidence`): `"mix"`,
             the mixture of the weighting; `"base"`, the base model alone; `"refuse"`, an error.
         unsure_below: the confidence below which a selection counts as unsure, for `when_unsure` and in a server's log.
-        examples: whether example prompts of adapters are used (`logo.selection.signature`): `"use"` or `"ignore"`.
-        probe_context: the adapters that are active while probing: `"base"`, none; `"pool"`, all, unscaled; `"carry"`,
-            as the official code runs: all for the first prompt, then those that the last prompt selected.
+        examples: whether example prompts of adapters are used (`logo.selection.examples`): `"use"` or `"ignore"`.
+        window: how many of the first and of the last tokens of a text are read, `(32, 32)`; or `"whole"`. None:
+            `"whole"` for signals of the paper's kind (scale `"raw"`), `(32, 32)` for all others.
         probe_text: the part of a conversation that is probed: the `"last_user"` message, all messages of the user
             (`"conversation"`), or `"all"`; see `logo.prompts.chat`. None: `"all"` if no adapter of the pool acts
             everywhere and some have an invocation, else `"last_user"`.
         calibration_prompts: unlabelled prompts, like those to come, by which points are ranked; None: our own.
         cache: folder for calibrations; `""`: no cache; None: the user's cache.
-        prefix_cache_gb: memory (10⁹ bytes) for prefixes of prompts, so that a common prefix is probed once.
+        unscorable: `"error"` refuses a pool with adapters that do not touch what is probed; `"skip"` never selects
+            such adapters, which can still be forced.
         activation: where all adapters act: `"everywhere"`, `"last:N"`, or `"invocation"`; None: each where it was
             trained to act. See `logo.adapters.activation`.
         when_not_invoked: what an adapter does in a prompt without its invocation tokens: `"off"`, nothing, as in PEFT;
             `"last:N"`; or `"error"`.
-        activations: the activations of the pool, if no adapter acts everywhere. The engine sets it, not the user.
-        unscorable: `"error"` refuses a pool with adapters that do not touch what is probed; `"skip"` never selects
-            such adapters, which can still be forced.
+
+    Raises:
+        UsageError: a value that cannot be used, or not with this signal.
     """
 
     signal: str = "calibrated"
@@ -58,94 +60,97 @@ class SelectionSettings:
     when_unsure: WhenUnsure = "mix"
     unsure_below: float = UNSURE
     examples: ExamplesUse = "use"
-    probe_context: ProbeContext = "base"
+    window: Window | None = None
     probe_text: ProbeText | None = None
     calibration_prompts: Sequence[str] | None = None
     cache: str | None = None
-    prefix_cache_gb: float = 0.25
     unscorable: Unscorable = "error"
     activation: str | None = None
     when_not_invoked: str = OFF
-    activations: tuple[Activation, ...] = ()
 
     def __post_init__(self) -> None:
-        self._check_types()
-        get_signal(self.signal)
-        check_probe_text(self.probe_text)
         check_forced(self.activation)
+        check_type("when_not_invoked", self.when_not_invoked, str, "off, error or last:N")
         check_without(self.when_not_invoked)
-        if self.k is not None and self.k <= 0:
-            raise UsageError(f"number of selected adapters (k): expected 1 or more, found {self.k}")
-        choices: tuple[tuple[str, Any], ...] = (
-            ("weighting", Weighting),
-            ("when_unsure", WhenUnsure),
-            ("examples", ExamplesUse),
-            ("probe_context", ProbeContext),
-            ("unscorable", Unscorable),
-        )
-        for name, choice in choices:
-            value, allowed = getattr(self, name), get_args(choice)
-            if value is not None and value not in allowed:
-                raise UsageError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
+        _check_positive("k", self.k)
+        check_type("unsure_below", self.unsure_below, Real, "a number")
         if not 0 <= self.unsure_below <= 1:
             raise UsageError(f"unsure_below: expected a confidence from 0 to 1, found {self.unsure_below}")
-        if not 0 <= self.prefix_cache_gb < float("inf"):
-            raise UsageError(f"prefix_cache_gb: expected 0 or more, found {self.prefix_cache_gb}")
-        if self.calibration_prompts is not None and len(self.calibration_prompts) < 8:
-            raise UsageError(f"calibration_prompts: expected 8 or more, found {len(self.calibration_prompts)}")
-        if self.weighting == "adaptive" and self.reading.scale == "raw":
-            raise UsageError(f"weighting 'adaptive': the signal {self.signal!r} has no scale of its own; use 'linear'")
-        if self.when_unsure != "mix" and self.reading.scale == "raw":
-            raise UsageError(
-                f"when_unsure {self.when_unsure!r}: the signal {self.signal!r} does not say how sure it is"
-            )
-        if self.probe_context != "base" and self.reading.scale != "raw":
-            raise UsageError(
-                f"probe_context {self.probe_context!r}: the signal {self.signal!r} compares with neutral text that the "
-                "base model read alone; use 'base'"
-            )
-
-    def _check_types(self) -> None:
-        if self.k is not None:
-            check_type("k", self.k, Integral, "a whole number")
-        for name in ("unsure_below", "prefix_cache_gb"):
-            check_type(name, getattr(self, name), Real, "a number")
-        check_type("when_not_invoked", self.when_not_invoked, str, "off, error or last:N")
+        for name, choice in (
+            ("when_unsure", WhenUnsure),
+            ("examples", ExamplesUse),
+            ("probe_text", ProbeText),
+            ("unscorable", Unscorable),
+        ):
+            _check_choice(name, getattr(self, name), choice)
         if self.cache is not None:
             check_type("cache", self.cache, (str, PathLike), "a folder")
+        if isinstance(self.window, list):  # as JSON has it
+            object.__setattr__(self, "window", tuple(self.window))
+        _check_window(self.window)
         if self.calibration_prompts is not None:
             check_type("calibration_prompts", self.calibration_prompts, (list, tuple), "a list of texts")
             for text in self.calibration_prompts:
                 check_type("calibration_prompts", text, str, "texts")
+            if len(self.calibration_prompts) < 8:
+                raise UsageError(f"calibration_prompts: expected 8 or more, found {len(self.calibration_prompts)}")
+        raw = get_signal(self.signal).scale == "raw"
+        _check_weighting(self.weighting, self.signal, raw)
+        if self.when_unsure != "mix" and raw:
+            raise UsageError(
+                f"when_unsure {self.when_unsure!r}: the signal {self.signal!r} does not say how sure it is"
+            )
 
-    @property
-    def depth(self) -> float:
-        """How far the probe may go, as a share of the layers."""
-        return 1.0 if self.activations else DEPTH
+    def reading(self, pool: AdapterPool | None = None, signal: str | None = None) -> Signal:
+        """A signal (None: the engine's own) as it reads a pool: the window, and the tokens on which adapters act.
 
-    @property
-    def reading(self) -> Signal:
-        """The signal with these settings applied."""
-        signal = get_signal(self.signal)
-        token: ProbeToken = "tail" if self.activations and signal.token == "each" else signal.token
-        weighting = self.weighting or signal.weighting
-        return replace(signal, token=token, activations=self.activations, weighting=weighting)
-
-    def for_call(
-        self, *, k: int | None = None, signal: str | None = None, weighting: Weighting | None = None
-    ) -> SelectionSettings:
-        """These settings with the options of one call; see `logo.selecting.CallOptions`.
+        Args:
+            pool: None: one whose adapters act everywhere.
 
         Raises:
-            UsageError: an option that cannot be used, or not with these settings.
+            UsageError: there is no such signal.
         """
-        options: dict[str, Any] = {"k": k, "signal": signal, "weighting": weighting}
-        given = {name: value for name, value in options.items() if value is not None}
-        if signal is not None and signal != self.signal:
-            # Settings for the scores of one signal do not apply to those of another.
-            unsure = "mix" if get_signal(signal).scale == "raw" else self.when_unsure
-            given = {"weighting": None, "when_unsure": unsure, **given}
-        return replace(self, **given) if given else self
+        found = get_signal(self.signal if signal is None else signal)
+        window = self.window or (WHOLE if found.scale == "raw" else USUAL_WINDOW)
+        if pool is None or not pool.read_once:
+            return replace(found, window=window)
+        # Such a pool reads the prompt as its answer does, and only the tokens on which adapters act.
+        token = "tail" if found.token == "each" else found.token
+        return replace(found, window=WHOLE, token=token, activations=pool.activations)
+
+    def options(self, pool: AdapterPool, given: Mapping[str, Any]) -> Options:
+        """Checks the options of one call against the pool. What is not given, or None, is as in these settings.
+
+        Args:
+            given: `k`, adapters per prompt; `signal`, any registered one; `weighting`, default: as in these settings,
+                or, if the call names another signal, that signal's own; `candidates`, the names of the adapters that
+                may be selected.
+
+        Raises:
+            UsageError: an option that does not exist or cannot be used, or no candidate at all.
+            PoolError: a candidate that is not in the pool.
+        """
+        for name in given:
+            if name not in OPTIONS:
+                raise UsageError(f"unknown option {name!r}{closest(name, OPTIONS)}; known: {', '.join(OPTIONS)}")
+        name, among, k = given.get("signal"), given.get("candidates"), given.get("k")
+        candidates = None if among is None else _checked_candidates(among, pool)
+        if k is not None:
+            _check_positive("k", k)
+            k = check_k(k, len(pool if candidates is None else candidates))
+        own = name is None or name == self.signal
+        signal = get_signal(self.signal if own else name)
+        weighting = given.get("weighting")
+        _check_weighting(weighting, self.signal if own else name, signal.scale == "raw")
+        # Settings for the scores of one signal do not apply to those of another.
+        return Options(
+            signal=self.signal if own else name,
+            k=self.k if k is None else k,
+            weighting=weighting or (self.weighting if own else None) or signal.weighting,
+            when_unsure="mix" if signal.scale == "raw" else self.when_unsure,
+            unsure_below=self.unsure_below,
+            candidates=candidates,
+        )
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -155,8 +160,42 @@ class SelectionSettings:
     @classmethod
     def of(cls, **settings: Any) -> SelectionSettings:
         """Settings by keyword, with a did-you-mean for unknown ones."""
-        known = [field.name for field in fields(cls)]
+        known_names = [field.name for field in fields(cls)]
         for name in settings:
-            if name not in known:
-                raise UsageError(f"unknown setting {name!r}{closest(name, known)}; known: {', '.join(known)}")
+            if name not in known_names:
+                hint = closest(name, known_names)
+                raise UsageError(f"unknown setting {name!r}{hint}; known: {', '.join(known_names)}")
         return cls(**settings)
+
+
+def _checked_candidates(given: Any, pool: AdapterPool) -> frozenset[str]:
+    check_type("candidates", given, (str, Collection), "names of adapters")
+    names = frozenset(known(name, pool) for name in ((given,) if isinstance(given, str) else given))
+    if not names:
+        raise UsageError("candidates: expected one adapter or more, found none; `adapters={}` uses none")
+    return names
+
+
+def _check_positive(name: str, k: Any) -> None:
+    if k is not None:
+        check_type(name, k, Integral, "a whole number")
+        if k <= 0:
+            raise UsageError(f"number of selected adapters ({name}): expected 1 or more, found {k}")
+
+
+def _check_choice(name: str, value: Any, choice: Any) -> None:
+    if value is not None and value not in get_args(choice):
+        raise UsageError(f"{name}: expected one of {', '.join(get_args(choice))}, found {value!r}")
+
+
+def _check_weighting(weighting: Any, signal: str, raw: bool) -> None:
+    _check_choice("weighting", weighting, Weighting)
+    if weighting == "adaptive" and raw:
+        raise UsageError(f"weighting 'adaptive': the signal {signal!r} has no scale of its own; use 'linear'")
+
+
+def _check_window(window: Any) -> None:
+    counts = window if isinstance(window, tuple) else ()
+    whole = all(isinstance(count, Integral) and not isinstance(count, bool) and count >= 0 for count in counts)
+    if window not in (None, WHOLE) and not (len(counts) == 2 and whole and sum(counts) > 0):
+        raise UsageError(f"window: expected {WHOLE} or (first tokens, last tokens), found {window!r:.60}")

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from logo.adapters.activation import Activation
+from logo.core import Weighting
 from logo.errors import PluginError, UsageError, check_type
 from logo.plugins import Registry, running
 from logo.selection.index import ScoringIndex
+from logo.selection.window import WHOLE, Window
 
 ProbeInput = Literal["residual", "projection"]
 ProbeToken = Literal["last", "mean", "each", "tail"]
-Weighting = Literal["linear", "adaptive"]
-WhenUnsure = Literal["mix", "base", "refuse"]
 # raw: the response itself · zscore: against the adapter's own responses to neutral text · whitened: likewise, of hidden
 # vectors from which is taken what all text has in common
 Scale = Literal["raw", "zscore", "whitened"]
@@ -61,15 +61,16 @@ class Signal:
 
     Attributes:
         score: one score per hidden vector and adapter.
-        layers: `"last"`, the query projection of the last layer, or `"early"`, every adapted module of the layers
-            within `SelectionSettings.depth`.
+        layers: `"last"`, the query projection of the last layer, or `"early"`, every adapted module of the first half
+            of the layers.
         input: see `logo.selection.probe.Probe`.
         token: likewise; with `"each"` and `"tail"`, scores are averaged over the tokens.
-        activations: where the adapters of the pool act, if none of them acts everywhere; for the token `"tail"`.
         scale: what the responses are compared with.
         chosen: use the points on which this pool's adapters differ most, instead of all.
         weighting: how scores become weights.
-        late: responses are averaged with the last tokens counting most, too (`logo.selection.emphasis`).
+        late: responses are averaged with the last tokens counting most, too (`logo.selection.reference`).
+        window: the part of a text that is read (`SelectionSettings.reading` sets it).
+        activations: where the adapters of the pool act, if none of them acts everywhere (set there, too).
         plugin: what its scores depend on, if it is not ours (`logo.plugins.Registry.source`).
     """
 
@@ -81,6 +82,7 @@ class Signal:
     chosen: bool = False
     weighting: Weighting = "linear"
     late: bool = False
+    window: Window = WHOLE
     activations: tuple[Activation, ...] = ()
     plugin: str | None = None
 

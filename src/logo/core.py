@@ -1,0 +1,137 @@
+"""The values that the parts of LoGo hand to each other: a prompt, the options of a call, a selection, an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from logo.errors import UsageError
+
+ProbeText = Literal["all", "last_user", "conversation"]
+Weighting = Literal["linear", "adaptive"]
+WhenUnsure = Literal["mix", "base", "refuse"]
+FinishReason = Literal["stop", "length"]
+# How the adapters of a batch act: merged into the weights, beside them through gates, or not at all.
+Form = Literal["merged", "gated", "base"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as token ids.
+
+    Attributes:
+        ids: what the model reads, special tokens included.
+        probed: what is probed, special tokens included: the user's text, not the template around it.
+        text: the text of `ids`; None if token ids were given.
+    """
+
+    ids: tuple[int, ...]
+    probed: tuple[int, ...]
+    text: str | None = None
+
+    @classmethod
+    def of_ids(cls, ids: tuple[int, ...] | list[int]) -> Prompt:
+        """A prompt of token ids, which are all probed."""
+        return cls(tuple(ids), tuple(ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one call, checked; `SelectionSettings.options` makes them.
+
+    Attributes:
+        signal: the name of a registered signal.
+        k: adapters per prompt at most; None: the default of the pool.
+        weighting: how scores become weights (`logo.selection.selector`).
+        when_unsure: what answers a prompt for which no adapter seems to be made: the mixture, the base model or
+            nothing.
+        unsure_below: the confidence below which a selection counts as unsure.
+        candidates: the adapters that may be selected; None: all that are scored.
+    """
+
+    signal: str
+    k: int | None
+    weighting: Weighting
+    when_unsure: WhenUnsure
+    unsure_below: float
+    candidates: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The adapters that answer one prompt, with their weights and scores.
+
+    Attributes:
+        adapters: names, best first. Empty: the base model alone.
+        weights: parallel to `adapters`. They sum to 1; to less if an adaptive weighting has a low confidence, and
+            to anything if the user forced them.
+        scores: the score of every scored adapter, in pool order. Empty for a forced selection.
+        confidence: the probability that the pool holds an adapter that was made for this prompt; None for a forced
+            selection, and for signals whose scores have no scale of their own.
+        signal: the signal whose scores these are; None for a selection that no signal made.
+    """
+
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...]
+    scores: dict[str, float]
+    confidence: float | None = None
+    signal: str | None = None
+
+    @classmethod
+    def forced(cls, weights: Mapping[str, float]) -> Selection:
+        """The selection that a user forces.
+
+        Raises:
+            UsageError: `weights` is no mapping, or a weight is no number.
+        """
+        try:
+            return cls(tuple(weights), tuple(float(w) for w in weights.values()), {})
+        except (AttributeError, TypeError, ValueError):
+            raise UsageError(
+                f"adapters: expected names with a number as the weight of each, found {weights!r:.60}"
+            ) from None
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        """Adapter name -> weight."""
+        return dict(zip(self.adapters, self.weights, strict=True))
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "adapters": list(self.adapters),
+            "weights": list(self.weights),
+            "scores": dict(self.scores),
+            "confidence": self.confidence,
+        }
+
+
+# What a user may force: weights by name, or a selection from before.
+Forced = Mapping[str, float] | Selection
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    Attributes:
+        text: the decoded continuation, special tokens removed, cut before a `stop` text.
+        selection: the adapters that gave it.
+        token_ids: the tokens of the continuation, with the end token.
+        finish_reason: `"stop"` (the model or a stop rule ended it) or `"length"` (it was cut: at the most new tokens,
+            or at `max_time`).
+        seconds: this prompt's share of the wall time: `{"probe", "generate"}`.
+        form: the form of the mixtures in its batch: `"merged"` into the weights, `"gated"` beside them, or `"base"`
+            without adapters.
+    """
+
+    text: str
+    selection: Selection
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    seconds: dict[str, float]
+    form: Form
