@@ -13,8 +13,7 @@ from packaging.requirements import Requirement
 
 from logo import __version__
 from logo.cli.run import run
-from logo.errors import LoGoError, MissingLibrary
-from logo.extras import EXTRAS, install, installed, need
+from logo.errors import EXTRAS, LoGoError, MissingLibrary, install, installed, need
 from project import PROJECT, ROOT
 
 SRC = ROOT / "src" / "logo"

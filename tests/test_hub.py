@@ -22,8 +22,7 @@ from safetensors.numpy import load_file, save_file
 from hub_server import FOREVER, GOOD_TOKEN, STRANGER_TOKEN, HubServer
 from logo import AdapterPool
 from logo.errors import HubError, UsageError
-from logo.hub.failures import hub_error
-from logo.hub.names import is_hub_id, split_hub_spec
+from logo.hub import hub_error, is_hub_id, split_hub_spec
 from tolerances import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -41,7 +40,7 @@ time.sleep = lambda seconds: (slept.append(seconds), sleep(seconds))
 from logo.adapters.hub import download_adapters
 from logo.adapters.options import Fetching
 from logo.errors import LoGoError
-from logo.hub.names import clean_subfolder
+from logo.hub import clean_subfolder
 for call in json.load(sys.stdin):
     answer = {}
     slept.clear()

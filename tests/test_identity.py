@@ -24,13 +24,13 @@ from logo import LoGo
 from logo.adapters.examples import write_examples
 from logo.backends.vllm.options import affecting_answers
 from logo.baselines import get_method
-from logo.digests import tokenizer_digest, weights_digest
 from logo.errors import ModelError, UsageError
 from logo.evaluation.differences import differences
 from logo.evaluation.identity import engine_identity, environment, order_dependence, pool_digests, rows_digest
 from logo.evaluation.jobs import find_jobs
 from logo.evaluation.resume import journal_of
 from logo.evaluation.session import Session
+from logo.identity import tokenizer_digest, weights_digest
 from logo.rows import Row
 from logo.selection.reference import SCORES
 from test_engine import engine

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from logo.errors import StorageError, UsageError
 from logo.evaluation.journal import Journal, written
-from logo.folders import make_folder
+from logo.files import make_folder
 
 RUN = {"identity": {"base_model": "M", "seed": 0}, "pool": {"a": "00", "b": "11"}}
 

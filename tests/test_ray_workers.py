@@ -28,13 +28,13 @@ from logo.baselines.retrieval import LoraRetriever
 from logo.cli.options import EngineOptions
 from logo.cli.places import anywhere, everywhere
 from logo.cli.run import run
-from logo.digests import library_versions
 from logo.errors import LoGoError, ModelError, UsageError
 from logo.evaluation.jobs import find_jobs
 from logo.evaluation.results import RESULT_FILES
 from logo.evaluation.runner import AnsweredBatch, Instance
 from logo.evaluation.session import Facts, Session
 from logo.evaluation.workers import Answerer, InWorkers, Trial, differs, facts_of
+from logo.identity import library_versions
 from logo.rows import Row
 from test_engine import engine, write_adapter
 from tolerances import PATIENCE

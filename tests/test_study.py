@@ -22,7 +22,7 @@ from logo.evaluation.arms import Arms, rank_metrics
 from logo.evaluation.intervals import FEWEST
 from logo.evaluation.study import Study, find_tasks, journal_of, study
 from logo.evaluation.summary import section
-from logo.folders import replace_file
+from logo.files import replace_file
 from test_engine import tokenizer, write_adapter
 from tolerances import same_scores
 

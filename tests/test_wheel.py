@@ -22,7 +22,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from logo import __version__
-from logo.extras import install
+from logo.errors import install
 from project import PROJECT, ROOT
 from tolerances import PATIENCE
 

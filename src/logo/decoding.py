@@ -1,232 +1,283 @@
-"""Prompts to padded batches of token ids, generation configs and streaming, by transformers' means.
+"""How prompts are continued: the generation config of a call, rules that end an answer, batches, streams, `Decoder`.
 
-Nothing here is about adapters.
+rows + mixtures -> Mixer.active -> model.generate -> Generation
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
-import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from numbers import Integral
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextIteratorStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+from transformers.generation import GenerationMode
 
-from logo.errors import NotFinite, UsageError, check_type
-from logo.generation import call_config
-from logo.prompts import ProbeText, Prompt, chat, cut_left, read, text_ids
+from logo.adapters.activation import earliest, warn_of_silent
+from logo.adapters.pool import AdapterPool
+from logo.core import Form, Generation, Selection
+from logo.endings import EndRule, at_newline, at_texts, cut_after_end, cut_at, end_tokens
+from logo.errors import NotFinite, UsageError, check_type, closest, listed
+from logo.mixing import NEVER, Mixer, Work, begins
+from logo.mixing.costs import EXPECTED
+from logo.prefix_cache import PrefixCache, cache_argument
+from logo.prompts import Prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-MAX_NEW_TOKENS = 256
-
-# How far a calibration's texts are apart that make up one conversation; neighbours in the list are alike.
-_BEFORE, _ANSWER = 7, 13
+    from transformers.generation.streamers import BaseStreamer
 
 OVERFLOW = (
     "the model's output is not finite with this mixture of adapters, so nothing can be generated from it: an adapter "
     "is damaged, or too large for the model's dtype; leave that adapter out, or use float32"
 )
+# Refused options -> those to use: names of other libraries, and lengths that would include the padding of a prompt.
+_INSTEAD = {
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_length"), "max_new_tokens"),
+    **dict.fromkeys(("min_tokens", "min_length"), "min_new_tokens"),
+}
+_KNOWN = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_")) - _INSTEAD.keys()
+# What a config leaves open, for greedy decoding or plain sampling.
+_PLAIN = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+_PLAIN |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+# What a config leaves open, which the checkpoint says without a choice of how to decode.
+_OF_CHECKPOINT = ("bos_token_id", "eos_token_id", "pad_token_id", "stop_strings", "cache_implementation")
+# The least value of numbers; None: any number above 0.
+_LEAST: Mapping[str, int | None] = {
+    **dict.fromkeys(("temperature", "top_p", "repetition_penalty", "num_beams", "max_time")),
+    **{"top_k": 0, "min_new_tokens": 0},
+}
+_SAMPLING = ("temperature", "top_p", "top_k")
+_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
+# Transformers' names of caches that hold what a plain one holds; Gemma's checkpoints use the last.
+_PLAIN_CACHES = (None, "dynamic", "dynamic_full", "hybrid")
+
+
+# -- the generation config of a call -----------------------------------------------------------------------------------
+
+
+def greedy_config(**options: Any) -> GenerationConfig:
+    """Greedy decoding, or plain sampling with `do_sample=True`, with further options of `GenerationConfig`."""
+    return GenerationConfig(**_PLAIN | options)
+
+
+def call_config(
+    prompts: Prompts,
+    config: GenerationConfig | None,
+    options: Mapping[str, Any],
+    max_new_tokens: int | None = None,
+    checkpoint: GenerationConfig | None = None,
+) -> GenerationConfig:
+    """A copy of a config (None: an empty one) with the options of a call applied.
+
+    What neither says is as in `greedy_config`; of the checkpoint's config, only end tokens and stop texts count.
+
+    Raises:
+        UsageError: an option that does not exist or cannot be used here, a config that transformers refuses or whose
+            length counts the prompt's tokens, or no new tokens.
+    """
+    for name in options:
+        if name in _INSTEAD:
+            raise UsageError(f"generation option {name!r} cannot be used here: give {_INSTEAD[name]!r} instead")
+        if name not in _KNOWN:
+            raise UsageError(
+                f"unknown generation option {name!r}{closest(name, _KNOWN)}: expected an option "
+                "of transformers.GenerationConfig"
+            )
+    if config is not None:
+        check_type("generation_config", config, GenerationConfig, "a transformers.GenerationConfig")
+    try:
+        made = GenerationConfig() if config is None else copy.deepcopy(config)
+        made.update(**options)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"generation options: transformers refuses them: {' '.join(str(error).split())}") from error
+    filled = _PLAIN | ({} if checkpoint is None else {name: getattr(checkpoint, name) for name in _OF_CHECKPOINT})
+    for name, value in {**filled, "pad_token_id": filled.get("pad_token_id") or prompts.pad_id}.items():
+        if getattr(made, name) is None:
+            setattr(made, name, copy.deepcopy(value))
+    _check_values(made)
+    wanted = made.max_new_tokens if max_new_tokens is None else max_new_tokens
+    if wanted is None and made.max_length is not None:
+        raise UsageError(
+            f"generation_config: max_length {made.max_length} counts the prompt's tokens, too, which differ from "
+            "row to row: give max_new_tokens instead"
+        )
+    made.max_new_tokens, made.max_length = prompts.room(wanted), None
+    return made
+
+
+def _check_values(config: GenerationConfig) -> None:
+    for name, least in _LEAST.items():
+        value = getattr(config, name)
+        if value is None or (name in _SAMPLING and not config.do_sample):
+            continue
+        if not isinstance(value, Real) or not (float(value) > 0 if least is None else float(value) >= least):
+            expected = "a number above 0" if least is None else f"{least} or more"
+            raise UsageError(f"{name}: expected {expected}, found {value!r:.60}")
+    if config.do_sample and config.top_p is not None and config.top_p > 1:
+        raise UsageError(f"top_p: expected a share above 0 and up to 1, found {config.top_p!r:.60}")
+    mode = config.get_generation_mode()
+    if mode not in _MODES or config.num_return_sequences not in (None, 1):
+        raise UsageError(
+            f"generation options: expected greedy decoding, sampling or beam search with one answer per prompt, found "
+            f"{GenerationMode(mode).value} with {config.num_return_sequences or 1}"
+        )
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises UsageError unless it is a number of rows."""
+    check_type("batch_size", batch_size, Integral, "a whole number")
+    if batch_size <= 0:
+        raise UsageError(f"batch_size: expected 1 or more, found {batch_size}")
+
+
+def check_streamable(rows: int, config: GenerationConfig) -> None:
+    """Raises UsageError unless an answer can be streamed: there is one, and it is made without beams."""
+    if rows != 1:
+        raise UsageError(f"streaming: expected a single prompt, found {rows}; ask for them one by one")
+    if (config.num_beams or 1) != 1:
+        raise UsageError(f"streaming: beam search changes sent tokens; leave out num_beams={config.num_beams}")
 
 
 @dataclass(frozen=True)
-class Truncation:
-    """How long prompts are cut.
+class Decoding:
+    """How one call continues its prompts.
 
     Attributes:
-        limit: the most tokens of a prompt; None: as many as the model's context leaves.
-        side: `"left"` keeps the end of the prompt, `"right"` its beginning (the official code, at 2048).
-
-    Raises:
-        UsageError: no tokens would be left, or another side.
+        config: the complete config of the call.
+        stop_at_newline: see `at_newline`.
+        stop: see `at_texts`; answers are cut before them.
+        activation: where all adapters act in this call; None: as in the pool.
     """
 
-    limit: int | None = None
-    side: Literal["left", "right"] = "left"
+    config: GenerationConfig
+    stop_at_newline: bool | str = False
+    stop: tuple[str, ...] = ()
+    activation: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.limit is not None:
-            check_type("truncation", self.limit, Integral, "a whole number")
-            if self.limit < 1:
-                raise UsageError(f"truncation: expected at least 1 token to be kept, found {self.limit}")
-        if self.side not in ("left", "right"):
-            raise UsageError(f"truncation: expected the side 'left' or 'right', found {self.side!r}")
+    @classmethod
+    def of(cls, config: GenerationConfig, stop_at_newline: Any, stop: Any, activation: str | None) -> Decoding:
+        """Checks what a user gives.
 
-
-class Prompts:
-    """Turns text into token ids the same way for probing and for generating.
-
-    Args:
-        tokenizer: the base model's.
-        context: the model's context length in tokens; None if unknown.
-        truncation: how long prompts are cut.
-        checkpoint: the model's own generation config, for end tokens and stop texts of configs that name none.
-        default: the config of calls that give none; None: greedy.
-        probe_text: what of a conversation is probed; see `logo.prompts.chat`.
-        vocabulary: the number of tokens that the model knows; None if unknown.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        context: int | None,
-        truncation: Truncation,
-        checkpoint: GenerationConfig | None = None,
-        default: GenerationConfig | None = None,
-        probe_text: ProbeText | None = None,
-        vocabulary: int | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.probe_text = probe_text
-        self._vocabulary = vocabulary
-        self._checkpoint, self._default = checkpoint, default
-        self.context = context
-        self.truncation = truncation
+        Raises:
+            UsageError: `stop` is no texts, or `stop_at_newline` is neither True, False nor `"official"`.
+        """
+        texts = [stop] if isinstance(stop, str) else stop
+        if not isinstance(texts, Collection) or not all(isinstance(text, str) for text in texts):
+            raise UsageError(f"stop: expected a text or a list of texts, found {stop!r:.60}")
+        if not isinstance(stop_at_newline, bool) and stop_at_newline != "official":
+            raise UsageError(f"stop_at_newline: expected True, False or 'official', found {stop_at_newline!r:.60}")
+        return cls(config, stop_at_newline, tuple(text for text in texts if text), activation)
 
     @property
-    def pad_id(self) -> int:
-        """The token that pads rows; any will do where the tokenizer has none, since a mask hides it."""
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        return next((int(one) for one in known if one is not None), 0)
+    def ends(self) -> set[int]:
+        """Token ids that end an answer."""
+        return end_tokens(self.config)
 
-    def encode(self, prompts: Sequence[Any], room: int = 0) -> list[list[int]]:
-        """The token ids of `read`."""
-        return [list(prompt.ids) for prompt in self.read(prompts, room)]
+    def rules(self, tokenizer: PreTrainedTokenizerBase) -> list[EndRule]:
+        """Further rules that end an answer. They replace transformers' own, which also search the prompt for texts."""
+        config = self.config
+        texts = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
+        rules = [at_texts(tokenizer, some) for some in (texts, self.stop) if some]
+        if self.stop_at_newline:
+            rules.append(at_newline(tokenizer, official=self.stop_at_newline == "official"))
+        return rules
 
-    def read(self, prompts: Sequence[Any], room: int | None = 0) -> list[Prompt]:
-        """Reads prompts into token ids and those that are probed; long prompts are cut with a warning.
-
-        Args:
-            prompts: strings, conversations or token ids; see `logo.prompts.read`.
-            room: tokens of the context to keep free for the answer; None: nothing is cut.
-
-        Raises:
-            UsageError: a prompt cannot be used or has no tokens, or the answer alone would fill the context.
-        """
-        limit = None if room is None else self._limit(room)
-        return [self._read(i, prompt, limit) for i, prompt in enumerate(prompts, start=1)]
-
-    def _read(self, number: int, given: Any, limit: int | None) -> Prompt:
-        try:
-            prompt = read(self.tokenizer, given, self.probe_text, self._vocabulary)
-        except UsageError as error:
-            raise UsageError(f"prompt {number}: {error}") from error
-        if not len(prompt):
-            raise UsageError(f"prompt {number} is empty, and this tokenizer adds no token: expected some text")
-        if limit is None or len(prompt) <= limit:
-            return prompt
-        warnings.warn(
-            f"prompt {number} has {len(prompt)} tokens, more than the {limit} that fit: "
-            f"its {'beginning' if self.truncation.side == 'left' else 'end'} is cut",
-            UserWarning,
-            stacklevel=4,
-        )
-        probe = None if prompt.probe is None else self._cut(prompt.probe, limit)
-        return Prompt(self._cut(prompt.ids, limit), probe, prompt.text)
-
-    def texts(self, texts: Sequence[str], ending: Sequence[int] = (), varied: bool = False) -> list[list[int]]:
-        """Token ids of texts for calibration: long ones are cut, and empty ones left out.
+    def generations(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        continued: Sequence[tuple[list[int], Form]],
+        selections: Sequence[Selection],
+        seconds: Mapping[str, float],
+    ) -> list[Generation]:
+        """Makes answers of rows of new tokens, each up to its end.
 
         Args:
-            ending: tokens with which every text has to end. If the chat template ends prompts with them, each text is
-                the last message of a conversation, as the prompts will be; else they are appended.
-            varied: a third of the conversations have a system message before it, and a third an earlier turn, so that
-                neither stands out later, unless the template refuses them. Otherwise all have one message.
+            continued: new tokens, also those behind the end, and the form of the mixture.
+            selections: the mixtures.
+            seconds: of each row.
         """
-        if ending and self.tokenizer.chat_template:
-            chats: list[Sequence[int]] = []
-            with suppress(UsageError):  # the template refuses a single message
-                chats = [self._conversation(texts, i, i % 3 if varied else 0) for i, text in enumerate(texts) if text]
-            if chats and all(list(row[-len(ending) :]) == list(ending) for row in chats):
-                return [list(cut_left(self.tokenizer, row, self.context or len(row))) for row in chats]
-        room = None if self.context is None else self.context - len(ending)
-        rows = [text_ids(self.tokenizer, text) for text in texts]
-        return [[*row[:room], *ending] for row in rows if row]
+        ends, rules = self.ends, self.rules(tokenizer)
+        answers = [cut_after_end(row, ends, rules) for row, _ in continued]
+        texts = tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
+        return [
+            Generation(cut_at(text, self.stop), selection, tuple(ids), reason, dict(seconds), form)
+            for text, selection, (ids, reason), (_, form) in zip(texts, selections, answers, continued, strict=True)
+        ]
 
-    def _conversation(self, texts: Sequence[str], number: int, form: int) -> Sequence[int]:
-        """Token ids of a conversation that ends with a text: alone (0), after a system message (1), or after an earlier
-        turn (2). What stands before it are other texts."""
-        before, answer = texts[(number + _BEFORE) % len(texts)], texts[(number + _ANSWER) % len(texts)]
-        asked = {"role": "user", "content": texts[number]}
-        turn = [{"role": "user", "content": before}, {"role": "assistant", "content": answer}]
-        turns = ([], [{"role": "system", "content": before}], turn)[form]
-        try:
-            return chat(self.tokenizer, [*turns, asked]).ids
-        except UsageError:
-            if not turns:
-                raise
-            return chat(self.tokenizer, [asked]).ids  # some templates refuse system messages
 
-    def room(self, max_new_tokens: int | None) -> int:
-        """Tokens of the context that belong to the answer.
+# -- stopping and checking while tokens are generated ------------------------------------------------------------------
 
-        Args:
-            max_new_tokens: given by the caller; None: the smaller of 256 and half of the context.
 
-        Raises:
-            UsageError: no new tokens.
-        """
-        if max_new_tokens is None:
-            return min(MAX_NEW_TOKENS, (self.context or 2 * MAX_NEW_TOKENS) // 2)
-        check_type("max_new_tokens", max_new_tokens, Integral, "a whole number")
-        if max_new_tokens <= 0:
-            raise UsageError(f"max_new_tokens: expected 1 or more, found {max_new_tokens}")
-        return max_new_tokens
+class _EndRows(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row of a batch by the same rules.
 
-    def generation_config(
-        self, config: GenerationConfig | None, max_new_tokens: int | None, options: dict[str, Any]
-    ) -> GenerationConfig:
-        """The config of one call: the given one, the default or a greedy one, with the options applied.
+    Args:
+        rules: on new tokens only, so that nothing in a prompt ends its answer.
+        prompt_length: padded length of the prompts, where new tokens start.
+        growing: each call adds one token to each row, unlike with beams, so that only this one is copied from the
+            device. Otherwise every call copies all new tokens.
+    """
 
-        Raises:
-            UsageError: no new tokens, a config whose length counts the prompt's tokens, or an option that cannot be
-                used; see `logo.generation.call_config`.
-        """
-        config = call_config(config or self._default, options, self._checkpoint)
-        wanted = config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if wanted is None and config.max_length is not None:
-            raise UsageError(
-                f"generation_config: max_length {config.max_length} counts the prompt's tokens, too, which differ from "
-                "row to row: give max_new_tokens instead"
-            )
-        if config.pad_token_id is None:
-            config.pad_token_id = self.pad_id
-        config.max_new_tokens, config.max_length = self.room(wanted), None
-        return config
+    def __init__(self, rules: Sequence[EndRule], prompt_length: int, growing: bool) -> None:
+        self._rules, self._prompt_length, self._growing = rules, prompt_length, growing
+        self._rows: list[list[int]] = []  # the new tokens so far
 
-    def _limit(self, room: int) -> int | None:
-        limits = [] if self.truncation.limit is None else [self.truncation.limit]
-        if self.context is not None:
-            if room >= self.context:
-                raise UsageError(
-                    f"max_new_tokens is {room}, but the model's context holds {self.context} tokens in all; "
-                    "ask for fewer new tokens"
-                )
-            limits.append(self.context - room)
-        return min(limits, default=None)
+    def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
+        new = input_ids[:, self._prompt_length :]
+        if self._growing and self._rows and new.shape == (len(self._rows), len(self._rows[0]) + 1):
+            for row, token in zip(self._rows, new[:, -1].tolist(), strict=True):
+                row.append(token)
+        else:
+            self._rows = new.tolist()
+        done = [any(rule(row) for rule in self._rules) for row in self._rows]
+        if not any(done):  # made on the device, without a copy
+            return torch.zeros(len(done), dtype=torch.bool, device=input_ids.device)
+        return torch.tensor(done, device=input_ids.device)
 
-    def _cut(self, ids: tuple[int, ...], limit: int) -> tuple[int, ...]:
-        return ids[:limit] if self.truncation.side == "right" else tuple(cut_left(self.tokenizer, ids, limit))
 
-    def pad(
-        self, rows: Sequence[Sequence[int]], side: Literal["left", "right"], device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """(rows, length) ids and attention mask. Probing pads on the right, generating on the left."""
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self.pad_id)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for i, row in enumerate(rows):
-            place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-            ids[i, place] = torch.tensor(row)
-            mask[i, place] = 1
-        return ids.to(device), mask.to(device)
+class _Finite(LogitsProcessor):  # type: ignore[misc]
+    """Finds rows with a step whose largest logit is not finite, where argmax would silently return token 0.
+
+    Findings stay on the device until `rows` is called. Such logits become zeros, since sampling from NaN crashes a GPU.
+
+    Args:
+        stop: raise at the first such step, for streams.
+    """
+
+    def __init__(self, *, stop: bool) -> None:
+        self._stop = stop
+        self._finite: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        finite = scores.max(dim=-1).values.isfinite()  # (rows,)
+        self._finite = finite if self._finite is None else self._finite & finite
+        if self._stop and not bool(self._finite.all()):
+            raise NotFinite(OVERFLOW)
+        return scores.masked_fill(~finite[:, None], 0.0)
+
+    def first(self, rows: int) -> int | None:
+        """The first of so many rows, each of which may have several beams, with such a step; None: there is none."""
+        if self._finite is None or bool(self._finite.all()):
+            return None
+        return int((~self._finite).nonzero()[0]) * rows // len(self._finite)
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
 
 
 def batches_by_length(
@@ -258,59 +309,220 @@ def reads_prompts(config: GenerationConfig) -> bool:
     return any(value not in (None, 1.0) for value in penalties) or any(counts)
 
 
+def padded(
+    rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(rows, length) ids and attention mask. Probing and scoring pad on the right, generating on the left."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, at] = torch.tensor(row)
+        mask[i, at] = 1
+    return ids.to(device), mask.to(device)
+
+
 def input_device(model: PreTrainedModel) -> torch.device:
     """The device of a model's input."""
     weight: Tensor = model.get_input_embeddings().weight
     return weight.device
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Raises UsageError unless it is a number of rows."""
-    check_type("batch_size", batch_size, Integral, "a whole number")
-    if batch_size <= 0:
-        raise UsageError(f"batch_size: expected 1 or more, found {batch_size}")
+# -- decoding ----------------------------------------------------------------------------------------------------------
 
 
-def check_streamable(rows: int, config: GenerationConfig) -> None:
-    """Raises UsageError unless an answer can be streamed: there is one, and it is made without beams."""
-    if rows != 1:
-        raise UsageError(f"streaming: expected a single prompt, found {rows}; ask for them one by one")
-    if (config.num_beams or 1) != 1:
-        raise UsageError(f"streaming: beam search changes sent tokens; leave out num_beams={config.num_beams}")
+@dataclass(frozen=True)
+class Decoder:
+    """Continues prompts with `model.generate`, each under its own mixture.
 
-
-class Finite(LogitsProcessor):  # type: ignore[misc]
-    """Finds rows with a step whose largest logit is not finite, where argmax would silently return token 0.
-
-    Findings stay on the device until `rows` is called. Such logits become zeros, since sampling from NaN crashes a GPU.
-
-    Args:
-        stop: raise at the first such step, for streams.
+    Attributes:
+        model: a Hugging Face causal LM.
+        prompts: for padding and the tokenizer.
+        mixer: of the same model.
+        prefix_cache: of what the base model reads before adapters act; None: the model keeps more than keys and values.
     """
 
-    def __init__(self, *, stop: bool = False) -> None:
-        self._stop = stop
-        self._finite: Tensor | None = None
+    model: PreTrainedModel
+    prompts: Prompts
+    mixer: Mixer
+    prefix_cache: PrefixCache | None = None
+    _told: set[str] = field(default_factory=set)  # the adapters of which a warning says that they do not act
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        finite = scores.max(dim=-1).values.isfinite()  # (rows,)
-        self._finite = finite if self._finite is None else self._finite & finite
-        if self._stop and self.rows:
-            raise NotFinite(OVERFLOW)
-        return scores.masked_fill(~finite[:, None], 0.0)
+    def __call__(
+        self,
+        pool: AdapterPool,
+        rows: Sequence[Sequence[int]],
+        selections: Sequence[Selection],
+        decoding: Decoding,
+        probed: float,
+        streamer: BaseStreamer | None = None,
+    ) -> list[Generation]:
+        """One answer per row of a batch. A row's answer does not depend on the other rows, up to rounding.
+
+        Args:
+            pool: fitted to the model.
+            rows: token ids of the prompts.
+            selections: their mixtures.
+            decoding: how to decode.
+            probed: seconds per row that selecting took.
+            streamer: for a single row; it is also ended after an error, since another thread may wait for it.
+
+        Raises:
+            StoreFull: the adapters of the batch do not fit into the memory for adapters.
+            NotFinite: a mixture overflows.
+        """
+        started = time.perf_counter()
+        try:
+            tokens, form = self._continue(pool, rows, [one.mixture for one in selections], decoding, streamer=streamer)
+        except BaseException:
+            if streamer is not None:
+                streamer.end()
+            raise
+        seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
+        return decoding.generations(self.prompts.tokenizer, [(row, form) for row in tokens], selections, seconds)
+
+    def stream(
+        self, pool: AdapterPool, row: Sequence[int], selection: Selection, decoding: Decoding, lock: Any
+    ) -> Generator[str]:
+        """Yields the text of one continuation in pieces; `lock` is held while it is generated in another thread.
+
+        What is cached of the prompt when this is called is there when the stream begins, however much later.
+        """
+        acting = pool.acting(decoding.activation)
+        cache = self.prefix_cache if self._reads_ahead(acting, decoding.config) else None
+        end = earliest(acting.activations, row)
+        pages = [] if cache is None else cache.find(row, end)
+
+        def generate(streamer: Any, cancelled: _Cancelled) -> None:
+            with lock, nullcontext() if cache is None else cache.held():
+                if cache is not None:
+                    cache.put_back(row, end, pages)
+                self._continue(pool, [row], [selection.mixture], decoding, cancelled, streamer=streamer)
+
+        return _streamed(self.prompts.tokenizer, generate)
+
+    def _continue(
+        self,
+        pool: AdapterPool,
+        rows: Sequence[Sequence[int]],
+        mixtures: Sequence[Mapping[str, float]],
+        decoding: Decoding,
+        *criteria: StoppingCriteria,
+        **options: Any,
+    ) -> tuple[list[list[int]], Form]:
+        """The new tokens of each row, also those behind its end, and the form of the mixtures."""
+        pool, config = pool.acting(decoding.activation), copy.copy(decoding.config)
+        rules = decoding.rules(self.prompts.tokenizer)
+        ids, mask = padded(rows, self.prompts.pad_id, "left", input_device(self.model))
+        config.stop_strings = None  # the rules contain them
+        if rules:
+            growing = config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            criteria = (*criteria, _EndRows(rules, ids.shape[1], growing))
+        finite = _Finite(stop=options.get("streamer") is not None)
+        onset = _Onset.of(pool, rows, mixtures, ids.shape[1])
+        warn_of_silent(onset.silent, self._told)
+        start, beams = 0, max(config.num_beams or 1, config.num_return_sequences or 1)
+        if self.prefix_cache is not None and self._reads_ahead(pool, config) and onset.read > 0:
+            start = onset.read
+            cache = self.prefix_cache.cache(rows, onset.ends, [max(0, start - pad) for pad in onset.pads])
+            cache.batch_repeat_interleave(beams)
+            config.cache_implementation = None  # transformers takes either a cache or the name of one
+            options[cache_argument(self.model) or ""] = cache
+        steps = max(config.min_new_tokens or 0, EXPECTED * config.max_new_tokens)
+        work = Work(ids[:, start:].numel(), len(ids) * beams, steps)
+        with (
+            self.mixer.active(pool, onset.mixtures, work, begins=onset.begins(start)) as form,
+            _without_checkpoint(self.model),
+            torch.no_grad(),
+        ):
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList(criteria),
+                logits_processor=LogitsProcessorList([finite]),
+                **options,
+            )
+        bad = finite.first(len(rows))
+        if bad is not None:
+            raise overflow(mixtures[bad])
+        sequences: Tensor = getattr(output, "sequences", output)  # an object with return_dict_in_generate
+        return sequences[:, ids.shape[1] :].tolist(), form
+
+    def _reads_ahead(self, pool: AdapterPool, config: GenerationConfig) -> bool:
+        """Whether the base model alone reads the tokens before adapters act, with the prefix cache."""
+        plain = config.use_cache is not False and config.cache_implementation in _PLAIN_CACHES
+        return self.prefix_cache is not None and pool.read_once and plain
+
+
+@dataclass(frozen=True)
+class _Onset:
+    """Where the adapters of a batch begin to act.
+
+    Attributes:
+        pads: columns before each row's first token.
+        ends: tokens of each row before any adapter of the pool acts; less than all of them.
+        columns: per row, adapter -> the first column in which it acts.
+        mixtures: per row, the adapters that act.
+        silent: the adapters that do not act, one entry for each row.
+    """
+
+    pads: tuple[int, ...]
+    ends: tuple[int, ...]
+    columns: tuple[dict[str, int], ...]
+    mixtures: tuple[dict[str, float], ...]
+    silent: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, pool: AdapterPool, rows: Sequence[Sequence[int]], mixtures: Sequence[Mapping[str, float]], width: int
+    ) -> _Onset:
+        """The onset of rows that are padded on the left to `width` columns; errors as `begins`."""
+        pads = tuple(width - len(row) for row in rows)
+        found = [begins(pool, mixture, row) for row, mixture in zip(rows, mixtures, strict=True)]
+        columns = tuple(
+            {name: begin + pad if begin else 0 for name, begin in one.items() if begin != NEVER}
+            for one, pad in zip(found, pads, strict=True)
+        )
+        return cls(
+            pads,
+            tuple(earliest(pool.activations, row) for row in rows),
+            columns,
+            tuple({name: mixture[name] for name in one} for one, mixture in zip(columns, mixtures, strict=True)),
+            tuple(name for one in found for name, begin in one.items() if begin == NEVER),
+        )
 
     @property
-    def count(self) -> int:
-        """The number of rows."""
-        return 0 if self._finite is None else len(self._finite)
+    def read(self) -> int:
+        """The first column in which an adapter may act."""
+        return min(pad + end for pad, end in zip(self.pads, self.ends, strict=True))
 
-    @property
-    def rows(self) -> list[int]:
-        """The rows, or beams of rows, with such a step."""
-        return [] if self._finite is None else (~self._finite).nonzero()[:, 0].tolist()
+    def begins(self, start: int) -> tuple[dict[str, int], ...] | None:
+        """The columns in which adapters begin to act, for `Mixer.active`; None if all act from column `start` on."""
+        return self.columns if any(begin > start for one in self.columns for begin in one.values()) else None
 
 
-class Cancelled(StoppingCriteria):  # type: ignore[misc]
+@contextmanager
+def _without_checkpoint(model: PreTrainedModel) -> Iterator[None]:
+    """Sets the checkpoint's generation config aside inside the block, since transformers would fill in from it what the
+    config of the call leaves open."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def overflow(mixture: Mapping[str, float]) -> NotFinite:
+    """The error for a mixture that overflows; it names the adapters with the largest weights."""
+    names = sorted(mixture, key=lambda name: -abs(mixture[name]))
+    under = f"with the adapters {listed(list(map(repr, names)))}" if names else "with no adapter"
+    return NotFinite(f"{OVERFLOW} ({under})")
+
+
+class _Cancelled(StoppingCriteria):  # type: ignore[misc]
     """Ends a generation once its reader has left."""
 
     def __init__(self) -> None:
@@ -320,14 +532,14 @@ class Cancelled(StoppingCriteria):  # type: ignore[misc]
         return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device)
 
 
-def streamed(tokenizer: PreTrainedTokenizerBase, generate: Callable[[Any, Cancelled], None]) -> Generator[str]:
+def _streamed(tokenizer: PreTrainedTokenizerBase, generate: Callable[[Any, _Cancelled], None]) -> Generator[str]:
     """Yields the text of a generation in pieces, while it runs in another thread.
 
     Args:
         generate: generates with a streamer and a stopping criterion that ends it when the reader has left.
     """
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    cancelled = Cancelled()
+    cancelled = _Cancelled()
     failure: list[BaseException] = []
 
     def work() -> None:

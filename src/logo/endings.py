@@ -1,23 +1,18 @@
-"""Rules that end an answer before it has the most new tokens.
-
-A rule reads the answer's own tokens alone, so that the end does not depend on the other rows of the batch.
-"""
+"""Where an answer ends before it has the most new tokens: rules on its tokens, and texts that cut it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from transformers import StoppingCriteria
-from transformers.generation import GenerationMode
+from logo.core import FinishReason
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-FinishReason = Literal["stop", "length"]
-# Whether an answer of these tokens ends with the last one.
+# Whether an answer of these tokens ends with the last one. A rule reads the answer's own tokens alone, so that the end
+# does not depend on the other rows of the batch.
 EndRule = Callable[[Sequence[int]], bool]
 
 
@@ -61,45 +56,9 @@ def at_texts(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> EndRul
     return holds
 
 
-class EndRows(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row of a batch by the same rules.
-
-    Args:
-        rules: on new tokens only, so that nothing in a prompt ends its answer.
-        prompt_length: padded length of the prompts, where new tokens start.
-        growing: each call adds one token to each row, so that only this one is copied from the device; see
-            `only_grows`. Otherwise every call copies all new tokens.
-    """
-
-    def __init__(self, rules: Sequence[EndRule], prompt_length: int, *, growing: bool = False) -> None:
-        self.rules = rules
-        self.prompt_length = prompt_length
-        self.growing = growing
-        self._rows: list[list[int]] = []  # the new tokens so far
-
-    def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
-        done = [any(rule(row) for rule in self.rules) for row in self._read(input_ids[:, self.prompt_length :])]
-        if not any(done):  # made on the device, without a copy
-            return torch.zeros(len(done), dtype=torch.bool, device=input_ids.device)
-        return torch.tensor(done, device=input_ids.device)
-
-    def _read(self, new: Tensor) -> list[list[int]]:
-        if not (self.growing and self._rows) or new.shape != (len(self._rows), len(self._rows[0]) + 1):
-            self._rows = new.tolist()
-            return self._rows
-        for row, token in zip(self._rows, new[:, -1].tolist(), strict=True):
-            row.append(token)
-        return self._rows
-
-
-def only_grows(config: GenerationConfig) -> bool:
-    """Whether decoding adds one token to each row in every step, unlike beam search."""
-    return config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-
-
 def cut_at(text: str, stops: Sequence[str]) -> str:
     """The text before the first occurrence of any stop text; all of it if there is none."""
-    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)]
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]
 
 
 def cut_after_end(ids: list[int], end: set[int], rules: Sequence[EndRule] = ()) -> tuple[list[int], FinishReason]:
@@ -117,3 +76,54 @@ def cut_after_end(ids: list[int], end: set[int], rules: Sequence[EndRule] = ()) 
         if token in end or any(rule(ids[: i + 1]) for rule in rules):
             return ids[: i + 1], "stop"
     return ids, "length"
+
+
+class StopTexts:
+    """Passes a text on in pieces, up to the first stop text, no part of which is ever passed on.
+
+    Args:
+        stops: the text ends before the first of these, which must not be empty.
+
+    Attributes:
+        known: the text so far.
+        stopped: whether it holds a stop text; nothing is passed on any more.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops, self._sent = tuple(stops), 0
+        self.known = ""
+        self.stopped = False
+
+    def push(self, more: str) -> str:
+        """Adds characters, and returns the new text that certainly is no part of a stop text."""
+        if self.stopped:
+            return ""
+        self.known += more
+        found = [at for stop in self._stops if (at := self.known.find(stop, self._sent)) >= 0]
+        self.stopped = bool(found)
+        return self._pass(min(found) if found else len(self.known) - self._begun())
+
+    def finish(self) -> str:
+        """The rest of the text, when no more characters come."""
+        return "" if self.stopped else self._pass(len(self.known))
+
+    def _begun(self) -> int:
+        """How many characters the text ends with that a stop text begins with."""
+        most = min(len(self.known) - self._sent, max(map(len, self._stops), default=1) - 1)
+        ends = (self.known[len(self.known) - count :] for count in range(most, 0, -1))
+        return next((len(end) for end in ends if any(stop.startswith(end) for stop in self._stops)), 0)
+
+    def _pass(self, end: int) -> str:
+        piece, self._sent = self.known[self._sent : end], max(self._sent, end)
+        return piece
+
+
+def cut_pieces(pieces: Generator[str], stops: Sequence[str]) -> Iterator[str]:
+    """The pieces of a text up to the first stop text, none of them empty."""
+    text = StopTexts(stops)
+    with closing(pieces):
+        for piece in pieces:
+            if passed := text.push(piece):
+                yield passed
+    if rest := text.finish():
+        yield rest

@@ -1,75 +1,102 @@
-"""`LoGo`: selects and mixes adapters for every prompt, on a base model in this process.
+"""`LoGo`: selects and mixes adapters for every prompt.
 
-The methods for callers are in `logo.calls`. This module runs the model, and is the only one that combines adapters,
-mixing and selection:
-
-    text, chat, ids -> probe -> signal -> selector -> Selection -> store -> gates -> model.generate -> Generation
+prompts.read -> Prompt -> Scorer -> scores -> Selector -> Selection -> Mixer.active -> Decoder -> Generation
 """
 
 from __future__ import annotations
 
+import importlib
+import os
+import time
 import warnings
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
+from torch import Tensor
 
+from logo.adapters.activation import check_forced
+from logo.adapters.export import write_mixture
 from logo.adapters.layout import BaseLayout
 from logo.adapters.options import OnBadAdapter
-from logo.adapters.pool import AdapterPool, warn_of_bad
-from logo.calls import Calls
-from logo.completions import CompletionScorer
-from logo.decoder import Decoder, Decoding, Generation
-from logo.decoding import Prompts, Truncation, batches_by_length, reads_prompts
-from logo.errors import check_type, listed
+from logo.adapters.pool import DEFAULT_K, AdapterPool, warn_of_bad
+from logo.core import Forced, Generation, Options, Prompt, Selection
+from logo.decoding import (
+    Decoder,
+    Decoding,
+    batches_by_length,
+    call_config,
+    check_batch_size,
+    check_streamable,
+    reads_prompts,
+)
+from logo.endings import cut_pieces
+from logo.errors import LoGoError, PoolError, UsageError, check_type, closest, listed
 from logo.mixing import Mixer
 from logo.mixing.store import adapter_store
-from logo.models import check_mode, check_usable, context_length, lock_of
-from logo.opening import FromPretrained
-from logo.scoring import Scored
-from logo.selecting import Probing
-from logo.selection import Selection
-from logo.selection.beginnings import Beginnings
+from logo.models import check_mode, check_usable, context_length, devices, load_base, lock_of
+from logo.pools import officially_named, open_pool, pool_place
+from logo.prefix_cache import PrefixCache, reusable
+from logo.prompts import Prompts, Truncation, several
+from logo.scoring import MAX_TOKENS, Scored, encoded, score_pairs
 from logo.selection.calibration import Calibration
 from logo.selection.index import Tell
-from logo.selection.prefixes import reusable
 from logo.selection.scorer import Scorer
-from logo.selection.scorers import Scorers
-from logo.selection.settings import SelectionSettings
-from logo.tensors import devices
+from logo.selection.selector import forced
+from logo.selection.settings import OPTIONS, SelectionSettings
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
+    from logo.prompts import OnePrompt
 
-class LoGo(Calls, FromPretrained):
+# Which adapters are active while probing: none; all, unscaled; or, as the official code runs, all for the first prompt,
+# then those that the last prompt selected.
+ProbeContext = Literal["base", "pool", "carry"]
+Preset = Literal["official"]
+OFFICIAL_TRUNCATION = Truncation(2048, "right")
+LOCAL = "local"
+# Engines beside the one of this process: name -> the module with `open_engine`. These modules are above this one and
+# large, so they are imported on demand.
+ENGINES = {"vllm": "logo.backends.vllm.opening"}
+# Options of `from_pretrained` that load the base model, and those of `LoGo` beside them; all others are settings.
+_LOADING = ("device", "dtype", "device_map", "attn_implementation", "quantization_config", "model_kwargs")
+_LOCAL = ("probe_context", "adapter_memory_gb", "adapter_cache_gb", "prefix_cache_gb", "merge")
+
+
+class LoGo:
     """Selects and mixes adapters per prompt on one base model.
 
     Args:
         model: a Hugging Face causal LM, in eval mode. Its weights are never changed.
         tokenizer: the model's, with a pad token.
-        pool: the adapters. It may be changed later (`pool.add`, `pool.remove`) and is read again before the next call.
+        pool: the adapters. It may be changed later (`pool.add`, `pool.remove`): the next call sees the change.
         settings: how prompts are read, scored and selected.
         generation_config: how calls decode that give no config; None: greedily.
         truncation: how prompts are cut that are too long.
+        probe_context: the adapters that are active while probing; other than `"base"` for the paper's signals alone.
         adapter_memory_gb: memory (10⁹ bytes) for adapters on the devices of the model; None: a share of the free
-            memory, see `logo.mixing.placement`.
+            memory, see `logo.mixing`.
         adapter_cache_gb: host memory for adapter files, beside an accelerator; None: as much as `adapter_memory_gb`.
-        fold: add a mixture that all rows of a batch share to a copy of the weights, so that decoding costs what the
-            base model costs. None: if that pays and does not round to half precision; see `logo.mixing.costs`.
+        prefix_cache_gb: memory for what the base model reads before adapters act that act from a position on only.
+        merge: add the mixture of a single sequence to a copy of the weights, so that decoding costs what the base model
+            costs. None: if that pays and does not round to half precision; see `logo.mixing`.
         on_bad_adapter: what to do with adapters that do not fit the base model.
 
     Raises:
-        PoolError: an adapter does not fit, or cannot be scored (see `SelectionSettings.unscorable`).
+        PoolError: an adapter does not fit.
         UsageError: something else than a pool, or a model with layers of PEFT or with dropout in training mode.
 
     Attributes:
-        beginnings: the cache of prompt beginnings, for adapters that act only from a position on; None: the model keeps
-            more than keys and values, so that prompts are read again under their mixtures.
+        model, tokenizer, pool, settings, probe_context: the same.
+        prompts: turns prompts into token ids.
+        store: the adapters on the devices of the model.
+        prefix_cache: None: the model keeps more than keys and values, so that prompts are read under their mixtures.
     """
 
     def __init__(
@@ -81,59 +108,189 @@ class LoGo(Calls, FromPretrained):
         settings: SelectionSettings | None = None,
         generation_config: GenerationConfig | None = None,
         truncation: Truncation | None = None,
+        probe_context: ProbeContext = "base",
         adapter_memory_gb: float | None = None,
         adapter_cache_gb: float | None = None,
-        fold: bool | None = None,
+        prefix_cache_gb: float = 0.25,
+        merge: bool | None = None,
         on_bad_adapter: OnBadAdapter = "error",
     ) -> None:
-        check_type("pool", pool, AdapterPool, "an AdapterPool, such as AdapterPool.open(PLACE)")
+        check_type("pool", pool, AdapterPool, "an AdapterPool, such as AdapterPool.open(SOURCE)")
         check_usable(model)
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings or SelectionSettings()
         self.pool = pool if on_bad_adapter == "error" else copy(pool)  # other engines may fit what this one leaves out
+        self.probe_context = _checked_context(probe_context, self.settings)
         self._lock = lock_of(model)
         with self._lock:  # an answer of another engine sets the checkpoint's config aside
-            checkpoint = model.generation_config
-        self.settings = settings or SelectionSettings()
-        self.prompts = Prompts(
-            tokenizer,
-            context_length(model),
-            truncation or Truncation(),
-            checkpoint=checkpoint,
-            default=generation_config,
-            probe_text=self.settings.probe_text,
-            vocabulary=model.get_input_embeddings().weight.shape[0],
-        )
-        self._on_bad_adapter = on_bad_adapter
+            self._checkpoint = model.generation_config
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        limits = (context_length(model), truncation or Truncation(), self.settings.probe_text, vocabulary)
+        self.prompts = Prompts(tokenizer, *limits)
+        self._generation_config, self._on_bad_adapter = generation_config, on_bad_adapter
         self._layout = BaseLayout.of(model)
         self.store = adapter_store(model, adapter_memory_gb, adapter_cache_gb)
-        self._mixer = Mixer(model, self.store, fold)
-        budget = int(self.settings.prefix_cache_gb * 1e9)
-        self.beginnings = Beginnings(model, budget) if reusable(model) else None
-        self._decoder = Decoder(model, self.prompts, self._mixer, self.beginnings)
-        self._completions = CompletionScorer(model, self.prompts, self._mixer, self.beginnings)
-        self._selecting: Probing = Probing(model, self.prompts, self._mixer, self.settings, self.beginnings)
+        self._mixer = Mixer(model, self.store, merge)
+        self.prefix_cache = PrefixCache(model, int(prefix_cache_gb * 1e9)) if reusable(model) else None
+        self._decoder = Decoder(model, self.prompts, self._mixer, self.prefix_cache)
+        self._carried: tuple[str, ...] | None = None  # the adapters that the last prompt selected
+        self._scorers: dict[str, Scorer] = {}  # by signal, of the pool as it is
+        self._earlier: dict[str, Scorer] = {}  # of an earlier pool, whose responses are reused
         self.take(self.prepared(self.pool))
         warn_of_bad(self._fitted.refused)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_model: str | os.PathLike[str],
+        pool: AdapterPool | str | Path | Sequence[str | Path] | None = None,
+        *,
+        engine: str = LOCAL,
+        preset: Preset | None = None,
+        model_dir: str | Path | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        truncation: Truncation | None = None,
+        trust_remote_code: Literal[False] = False,
+        on_bad_adapter: OnBadAdapter = "error",
+        **options: Any,
+    ) -> LoGo:
+        """Loads a base model, opens a pool for it, and calibrates the pool if its responses are not cached.
+
+        Args:
+            base_model: a Hub id, a folder, a short name (`"Llama-3.1-8B"`) or `"demo"`.
+            pool: an `AdapterPool`, or what `AdapterPool.open` takes: a folder, a Hub repository, a manifest, or several
+                of these. Default: the pool of the base model, for the bundled and the three official models.
+            engine: `"local"` runs the model in this process; `"vllm"` runs vLLM's offline engine (docs/vllm.md), and
+                returns an engine with the same methods.
+            preset: `"official"` changes defaults to those of the authors' script, as `logo evaluate --preset official`
+                does: signal `norm`, k 20, `probe_context="carry"`, prompts cut at their end to 2048 tokens, float32,
+                and the checkpoint's own generation config.
+            trust_remote_code: not supported; True is an error.
+            **options: of `logo.models.load_base` (`device`, `dtype`, `device_map`, `attn_implementation`,
+                `quantization_config`, `model_kwargs`); of `LoGo`; and the fields of `SelectionSettings`: `signal`,
+                `k`, `window`, ...
+
+        Raises:
+            ModelError, HubError: the base model cannot be loaded.
+            PoolError, AdapterError: the pool cannot be used on it.
+            UsageError: a setting that does not exist or cannot be used.
+        """
+        if hasattr(base_model, "generate"):
+            raise UsageError("base_model: a loaded model has no name to open; give it to LoGo(model, tokenizer, pool)")
+        check_type("base_model", base_model, (str, os.PathLike), "a Hub id, a folder or a short name")
+        base_model = os.fspath(base_model)
+        for what, value, known in (
+            ("preset", preset, (*get_args(Preset), None)),
+            ("engine", engine, (LOCAL, *ENGINES)),
+        ):
+            if value not in known:
+                expected = ", ".join(map(repr, known))
+                raise UsageError(f"{what}: expected one of {expected}, found {value!r}{closest(str(value), ENGINES)}")
+        official = preset == "official"
+        if official:
+            options = {"signal": "norm", "probe_context": "carry", "dtype": "float32"} | options
+            truncation = truncation or OFFICIAL_TRUNCATION
+        loading: dict[str, Any] = {name: options.pop(name) for name in _LOADING if name in options}
+        if trust_remote_code:
+            loading["model_kwargs"] = {**(loading.get("model_kwargs") or {}), "trust_remote_code": True}
+        local: dict[str, Any] = {name: options.pop(name) for name in _LOCAL if name in options}
+        settings = SelectionSettings.of(**options)
+        whence: dict[str, Any] = {"model_dir": model_dir, "revision": revision, "token": token}
+        named = None if pool is None or isinstance(pool, AdapterPool) else pool_place(pool, base_model).spec
+        if engine != LOCAL:
+            if official:
+                raise UsageError("preset 'official' probes as the authors' script does: use the engine 'local'")
+            opened: LoGo = importlib.import_module(ENGINES[engine]).open_engine(
+                base_model,
+                pool if isinstance(pool, AdapterPool) else named,
+                settings=settings,
+                truncation=truncation,
+                on_bad_adapter=on_bad_adapter,
+                dtype=loading.pop("dtype", "auto"),
+                model_kwargs=loading.pop("model_kwargs", None) or {},
+                others={name: value for name, value in (loading | local).items() if value not in (None, "auto")},
+                **whence,
+            )
+            return opened
+        if not isinstance(pool, AdapterPool):
+            how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "token": token}
+            pool = open_pool(named, base_model, model_dir, examples=settings.examples, **how)
+        if official:
+            pool = officially_named(pool, base_model, named)
+            settings = replace(settings, k=min(DEFAULT_K, len(pool)) if settings.k is None else settings.k)
+        model, tokenizer = load_base(base_model, **loading, **whence)
+        logo = cls(
+            model,
+            tokenizer,
+            pool,
+            settings=settings,
+            generation_config=model.generation_config if official else None,
+            truncation=truncation,
+            on_bad_adapter=on_bad_adapter,
+            **local,
+        )
+        logo.calibrate()
+        return logo
+
+    # -- the pool, and what is known of it -------------------------------------------------------------------------
+
     @property
     def fitted(self) -> AdapterPool:
-        """The pool fitted to the base model, without adapters that do not fit (`on_bad_adapter="skip"`)."""
-        self._sync()
+        """The pool as it is now, fitted to the base model, without adapters that do not fit (`on_bad_adapter="skip"`).
+
+        Raises:
+            PoolError, AdapterError: it was changed, and cannot be used any more; calls before used the old one.
+        """
+        check_mode(self.model)
+        if self.pool.version != self._seen:
+            with self._lock:
+                if self.pool.version != self._seen:
+                    known = len(self.pool.refused)
+                    prepared = self.prepared(self.pool, tuple(self._scorers))
+                    self.take(prepared)
+                    warn_of_bad(prepared.fitted.refused[known:])
         return self._fitted
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters in use, in pool order."""
+        return self.fitted.names
+
+    @property
+    def scorer(self) -> Scorer:
+        """The scorer of the engine's signal, for the pool as it is now, which is calibrated first if necessary."""
+        self.fitted  # noqa: B018
+        return self._scorer(self.settings.signal)
 
     @property
     def k(self) -> int:
         """Adapters per prompt: the setting, or the default of the pool as it is now."""
-        self._sync()
-        return self._selecting.scorers.k if self.settings.k is None else self.settings.k
+        return min(self.fitted.default_k, len(self.scorer.names)) if self.settings.k is None else self.settings.k
 
     @property
-    def scorer(self) -> Scorer:
-        """The scorer of the pool as it is now, which is calibrated first if necessary."""
-        with self._lock:
-            self._sync()
-            return self._selecting.scorer()
+    def points(self) -> tuple[str, ...]:
+        """The points where prompts are read, such as `"4.v_proj"`. The pool is calibrated first if necessary."""
+        return tuple(point.name for point in self.scorer.points)
+
+    @property
+    def merging(self) -> dict[str, Any]:
+        """The settings by which a mixture is merged, for JSON; see `logo.mixing`."""
+        return self._mixer.merging
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices that compute."""
+        return devices(self.model)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of libraries that run the model, beside PyTorch and transformers."""
+        return {}
+
+    @property
+    def engine_options(self) -> Mapping[str, Any]:
+        """Options of what runs the model, as the user gave them, on which results depend; none in this process."""
+        return {}
 
     def calibrate(self, signal: str | None = None, tell: Tell | None = None) -> Calibration | None:
         """Calibrates adapters that are not cached, and indexes all, which the first selection would do otherwise.
@@ -147,128 +304,421 @@ class LoGo(Calls, FromPretrained):
 
         Raises:
             AdapterError: an adapter that cannot be read.
-            PoolError: adapters that another signal cannot score.
+            PoolError: adapters that the signal cannot score.
         """
         with self._lock:
-            self._sync()
-            return self._selecting.scorer(signal, tell).calibration
+            self.fitted  # noqa: B018
+            return self._scorer(signal or self.settings.signal, tell).calibration
 
-    @property
-    def points(self) -> tuple[str, ...]:
-        return tuple(point.name for point in self.scorer.points)
-
-    @property
-    def devices(self) -> tuple[torch.device, ...]:
-        return devices(self.model)
-
-    @property
-    def versions(self) -> dict[str, str]:
-        return {}
-
-    @property
-    def folding(self) -> dict[str, Any]:
-        """The settings by which a mixture is folded, for JSON; see `logo.mixing.costs`."""
-        return self._mixer.folding
-
-    @property
-    def reads(self) -> str:
-        """In words, what is read of a prompt to score adapters."""
-        self._sync()
-        scorers = self._selecting.scorers
-        token = scorers.reading(self.settings).token
-        acts = " and ".join(map(str, self.fitted.activations))
-        what = {
-            "last": "the last token",
-            "mean": "the mean of all tokens",
-            "each": "each token",
-            "tail": f"the tokens on which the adapters act ({acts})",
-        }[token]
-        return f"{what}, at {len(self.points)} points" + (", once" if scorers.read_once else "")
-
-    def _parts(self, lengths: Sequence[int], batch_size: int) -> Iterable[Sequence[int]]:
-        if not self._selecting.scorers.read_once:
-            return super()._parts(lengths, batch_size)
-        return self._selecting.batches(lengths, batch_size)
-
-    def _holding(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.beginnings is None else self.beginnings.held()
-
-    def _answers(
-        self,
-        rows: Sequence[Sequence[int]],
-        selections: Sequence[Selection],
-        decoding: Decoding,
-        probed: float,
-        batch_size: int,
-        streamer: BaseStreamer | None,
-    ) -> list[Generation]:
-        answers: dict[int, Generation] = {}
-        padded = not reads_prompts(decoding.config)
-        for batch in batches_by_length([len(row) for row in rows], batch_size, padded=padded):
-            ids, chosen = [rows[i] for i in batch], [selections[i] for i in batch]
-            made = self._decoder(self._fitted, decoding, probed, ids, chosen, streamer)
-            answers |= zip(batch, made, strict=True)
-        return [answers[i] for i in range(len(rows))]
-
-    def _pieces(self, row: Sequence[int], selection: Selection, decoding: Decoding) -> Generator[str]:
-        return self._decoder.stream(self._fitted, row, selection.mixture, decoding, self._lock)
-
-    def _score(self, row: Sequence[int], gold: Sequence[int], mixtures: Sequence[Mapping[str, float]]) -> list[Scored]:
-        return self._completions.mixtures(self._fitted, row, gold, mixtures)
-
-    def _score_pairs(
-        self,
-        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-        mixtures: Sequence[Mapping[str, float]],
-        batch_size: int,
-    ) -> list[Scored]:
-        return self._completions.pairs(self._fitted, pairs, mixtures, batch_size)
-
-    def prepared(self, pool: AdapterPool) -> Prepared:
+    def prepared(self, pool: AdapterPool, signals: Iterable[str] = ()) -> Prepared:
         """Prepares another pool while this one is in use: nothing changes before `take`.
+
+        Args:
+            signals: for which it is calibrated now.
 
         Raises:
             PoolError: an adapter does not fit, or cannot be scored.
             AdapterError: an adapter that cannot be read.
         """
-        with self._lock:
+        with self._lock.running():
             version = pool.version
             fitted = pool.fit(self._layout, model=self.model, on_bad_adapter=self._on_bad_adapter)
             fitted = fitted.acting(self.settings.activation, self.settings.when_not_invoked)
-            _tell_of_plain(fitted)
-            return Prepared(pool, version, fitted, self._selecting.prepared(fitted), self.settings)
+            plain = [adapter.name for adapter in fitted if adapter.activation.everywhere]
+            if plain and len(plain) < len(fitted):
+                warnings.warn(
+                    f"{len(plain)} of {len(fitted)} adapters act on every token ({listed(plain)}), so every prompt is "
+                    "read twice: reading it once needs activation in all adapters of a pool",
+                    UserWarning,
+                    stacklevel=3,
+                )
+            return Prepared(pool, version, fitted, {signal: self._opened(fitted, signal) for signal in signals})
 
     def take(self, prepared: Prepared) -> None:
         """Replaces the pool by a prepared one."""
         with self._lock:
-            self._selecting.take(prepared.fitted, prepared.scorers)
-            self._fitted, self.pool = prepared.fitted, prepared.pool
+            self._earlier |= self._scorers
+            self._fitted, self.pool, self._scorers = prepared.fitted, prepared.pool, dict(prepared.scorers)
             self._seen = self.pool.leave_out(self._fitted.refused, prepared.version)
             self._mixer.forget(self._fitted)
 
-    def _sync(self) -> None:
-        """Follows changes of the pool, and checks that the model was not put into training mode."""
-        check_mode(self.model)
-        if self.pool.version == self._seen:
-            return
+    def _opened(self, pool: AdapterPool, signal: str, tell: Tell | None = None) -> Scorer:
+        before = self._scorers.get(signal) or self._earlier.get(signal)
+        how: dict[str, Any] = {"prefix_cache": self.prefix_cache, "before": before, "tell": tell}
+        return Scorer.open(self.model, pool, self.settings, signal, self.prompts.texts, **how)
+
+    def _scorer(self, signal: str, tell: Tell | None = None) -> Scorer:
+        """The scorer of a signal. If it has to be calibrated, the base model runs, and no adapter may be active."""
+        if signal not in self._scorers:
+            with self._lock.running():  # a calibration with adapters mixed in would be wrong for ever
+                if signal not in self._scorers:
+                    self._scorers[signal] = self._opened(self._fitted, signal, tell)
+                    self._earlier.pop(signal, None)
+        return self._scorers[signal]
+
+    # -- selecting -------------------------------------------------------------------------------------------------
+
+    @overload
+    def select(  # type: ignore[overload-overlap]
+        self, prompts: OnePrompt, *, max_new_tokens: int | None = ..., batch_size: int = ..., **options: Any
+    ) -> Selection: ...
+    @overload
+    def select(
+        self, prompts: Sequence[OnePrompt], *, max_new_tokens: int | None = ..., batch_size: int = ..., **options: Any
+    ) -> list[Selection]: ...
+    def select(
+        self,
+        prompts: OnePrompt | Sequence[OnePrompt],
+        *,
+        max_new_tokens: int | None = None,
+        batch_size: int = 8,
+        **options: Any,
+    ) -> Selection | list[Selection]:
+        """Selects the adapters that would answer, with their weights and the scores of all.
+
+        Args:
+            prompts: one prompt, or several (list in, list out): a string, a conversation (a list of messages with
+                `role` and `content`), token ids or a BatchEncoding; see `logo.prompts`.
+            max_new_tokens: as in `generate`, so that a long prompt is cut in the same place.
+            batch_size: prompts per probe; fewer if they are long, and one with `probe_context="carry"`.
+            **options: `k`, `signal`, `weighting` and `candidates` for this call; see `logo.core.Options`.
+
+        Raises:
+            UsageError: a prompt that is empty or cannot be read, an answer that alone would fill the context, or an
+                option that cannot be used.
+            PoolError: a candidate that is not in the pool, or adapters that the call's signal cannot score.
+        """
+        given, alone = several(prompts)
+        check_batch_size(batch_size)
+        with self._call() as pool:
+            call = self.settings.options(pool, options)
+            rows = self.prompts.read(given, self.prompts.room(max_new_tokens))
+            selections = self._selected(rows, call, batch_size)
+        return selections[0] if alone else selections
+
+    def options(self, **options: Any) -> Options:
+        """Checks the options of one call, for `outcomes`; errors as `select`."""
+        return self.settings.options(self.fitted, options)
+
+    def outcomes(
+        self, rows: Sequence[Prompt], options: Sequence[Options], batch_size: int = 8
+    ) -> list[Selection | LoGoError]:
+        """One selection for each prompt that was read, or the error that its scores give.
+
+        Args:
+            options: of `options`, one for each row; rows of one signal are probed together.
+        """
+        with self._call():
+            if self.probe_context == "carry":
+                return [self._carry(row, call) for row, call in zip(rows, options, strict=True)]
+            found: dict[int, Selection | LoGoError] = {}
+            for signal in dict.fromkeys(call.signal for call in options):
+                members = [i for i, call in enumerate(options) if call.signal == signal]
+                scorer, among = self._scorer(signal), [options[i].candidates for i in members]
+                scores = self._scores(scorer, [rows[i] for i in members], among, batch_size)
+                found |= {i: scorer.selector.outcome(row, options[i]) for i, row in zip(members, scores, strict=True)}
+            return [found[i] for i in range(len(rows))]
+
+    def reselect(self, scores: Selection | Mapping[str, float], **options: Any) -> Selection:
+        """The selection that the scores of an earlier one give with other options.
+
+        Args:
+            scores: the earlier selection; or its scores alone, which are taken for those of the call's signal.
+            **options: options of `select`; the signal of an earlier selection cannot be changed.
+
+        Raises:
+            UsageError: a selection of another signal than the call's, or one without scores, which was forced.
+            PoolError: scores of adapters that are not in the pool.
+        """
+        if isinstance(scores, Selection):
+            made_by, asked = scores.signal, options.get("signal")
+            if made_by is not None and asked not in (None, made_by):
+                raise UsageError(
+                    f"signal {asked!r}: the selection has the scores of {made_by!r}, which are no scores of another "
+                    "signal; leave signal out, or select again"
+                )
+            options["signal"], scores = made_by or asked, scores.scores
+        if not scores:
+            raise UsageError("reselect: expected the scores of a selection, found none; a forced selection has none")
+        call, pool = self.options(**options), self.fitted
+        unknown = [repr(name) for name in scores if name not in pool]
+        if unknown:
+            raise PoolError(f"reselect: expected scores of adapters in the pool, found those of {listed(unknown, 5)}")
+        # If its scorer is not there yet, the signal is calibrated now, once no mixture is active any more. Otherwise a
+        # loop over an open stream, which holds the lock, need not wait.
+        selector = replace(self._scorer(call.signal).selector, names=tuple(scores))
+        return selector(torch.tensor(list(scores.values())), call)
+
+    def restart(self) -> None:
+        """Forgets earlier prompts, on which `probe_context="carry"` depends."""
         with self._lock:
-            if self.pool.version != self._seen:
-                # A pool that cannot be used changes nothing, and is refused again at the next call.
-                known = len(self.pool.refused)
-                prepared = self.prepared(self.pool)
-                self.take(prepared)
-                warn_of_bad(prepared.fitted.refused[known:])
+            self._carried = None
 
+    def _selected(self, rows: Sequence[Prompt], call: Options, batch_size: int) -> list[Selection]:
+        """One selection for each row; raises the first error."""
+        found = self.outcomes(rows, [call] * len(rows), batch_size)
+        for one in found:
+            if isinstance(one, LoGoError):
+                raise one
+        return found  # type: ignore[return-value]
 
-def _tell_of_plain(pool: AdapterPool) -> None:
-    plain = [adapter.name for adapter in pool if adapter.activation.everywhere]
-    if plain and len(plain) < len(pool):
-        warnings.warn(
-            f"{len(plain)} of {len(pool)} adapters act on every token ({listed(plain)}), so every prompt is read "
-            "twice: reading it once needs activation in all adapters of a pool",
-            UserWarning,
-            stacklevel=4,
-        )
+    def _scores(self, scorer: Scorer, rows: Sequence[Prompt], among: Sequence[Any], batch_size: int) -> Tensor:
+        """Scores (rows, adapters) of prompts, which are probed in batches."""
+        active = self._fitted.names if self.probe_context == "pool" else ()
+        probed = [self._probed(row) for row in rows]
+        scores = torch.empty(len(rows), len(scorer.names))
+        for batch in batches_by_length(list(map(len, probed)), batch_size, tokens=MAX_TOKENS):
+            with self._mixer.active(self._fitted, [dict.fromkeys(active, 1.0)]):
+                scores[batch] = scorer([probed[i] for i in batch], [among[i] for i in batch])
+        return scores
+
+    def _carry(self, row: Prompt, call: Options) -> Selection | LoGoError:
+        """Selects as the official code: adapters of the last selection are active at full scale while probing."""
+        pool, before, scorer = self._fitted, self._carried, self._scorer(call.signal)
+        active = pool.names if before is None else tuple(name for name in before if name in pool)
+        with self._mixer.active(pool, [dict.fromkeys(active, 1.0)]):
+            [scores] = scorer([self._probed(row)], [call.candidates])
+        found = scorer.selector.outcome(scores, call)
+        if isinstance(found, Selection):
+            self._carried = found.adapters
+        return found
+
+    def _probed(self, row: Prompt) -> Sequence[int]:
+        """The token ids of a prompt that are probed.
+
+        If no adapter acts everywhere, some have an invocation, and the settings leave it open, it is everything: the
+        invocation usually opens the assistant's turn, and the answer reuses what the probe has read.
+        """
+        asked = self.settings.probe_text
+        invoked = asked is None and self._fitted.read_once and any(one.tokens for one in self._fitted.activations)
+        return row.ids if asked == "all" or invoked else row.probed
+
+    # -- answering -------------------------------------------------------------------------------------------------
+
+    @overload
+    def generate(
+        self,
+        prompts: OnePrompt,
+        *,
+        adapters: Forced | Sequence[Forced | None] | None = ...,
+        batch_size: int = ...,
+        streamer: BaseStreamer | None = ...,
+        **options: Any,
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[OnePrompt],
+        *,
+        adapters: Forced | Sequence[Forced | None] | None = ...,
+        batch_size: int = ...,
+        streamer: BaseStreamer | None = ...,
+        **options: Any,
+    ) -> list[Generation]: ...
+    def generate(
+        self,
+        prompts: OnePrompt | Sequence[OnePrompt],
+        *,
+        adapters: Forced | Sequence[Forced | None] | None = None,
+        batch_size: int = 8,
+        streamer: BaseStreamer | None = None,
+        **options: Any,
+    ) -> Generation | list[Generation]:
+        """Answers each prompt with its own mixture; rows with different mixtures share a batch.
+
+        Args:
+            prompts: one prompt, or several (list in, list out, same order); of the kinds that `select` takes.
+            adapters: instead of selecting: `{"name": weight, ...}`, or a `Selection`; `{}` is the base model alone.
+                A list gives each prompt its own (None: select).
+            batch_size: prompts per forward pass.
+            streamer: a streamer of transformers (`TextStreamer`, ...) that gets each token, for a single prompt.
+            **options: options of `select`; of `GenerationConfig`, such as `do_sample=True, temperature=0.7`; and
+
+                max_new_tokens: default: that of the generation config, else the smaller of 256 and half of the context.
+                generation_config: of transformers; default: the engine's own, which is greedy unless it was given
+                    another. What it leaves open is greedy, too: of the checkpoint's config only end tokens and stop
+                    texts count.
+                stop_at_newline: end each answer after its first line; `"official"`: by the rule of the official code.
+                stop: end each answer before the first of these texts.
+                activation: where all adapters act in this call: `"everywhere"`, `"last:N"` or `"invocation"`; None: as
+                    the engine's settings say, else where each was trained to act.
+
+        Raises:
+            UsageError: a prompt that is empty or cannot be read, an option that does not exist or cannot be used.
+            PoolError: as `select`; a forced adapter that is not in the pool, or not among the candidates.
+        """
+        given, alone = several(prompts)
+        check_batch_size(batch_size)
+        with self._call() as pool:
+            call, decoding = self._checked(pool, adapters, options)
+            rows = self.prompts.read(given, decoding.config.max_new_tokens)
+            if streamer is not None:
+                check_streamable(len(rows), decoding.config)
+            wanted, probed = for_each(adapters, len(rows)), 0.0
+            if self.probe_context == "carry":  # in the order of the prompts
+                started = time.perf_counter()
+                wanted = [*self._mixtures(pool, rows, wanted, call, batch_size)]
+                probed = (time.perf_counter() - started) / len(rows)
+            answers: dict[int, Generation] = {}
+            for batch in self._batches(rows, batch_size, decoding):
+                with nullcontext() if self.prefix_cache is None else self.prefix_cache.held():
+                    started, some = time.perf_counter(), [rows[i] for i in batch]
+                    chosen = self._mixtures(pool, some, [wanted[i] for i in batch], call, batch_size)
+                    each = probed + (time.perf_counter() - started) / len(batch)
+                    made = self._decode(pool, [row.ids for row in some], chosen, decoding, each, streamer)
+                answers |= zip(batch, made, strict=True)
+        return answers[0] if alone else [answers[i] for i in range(len(rows))]
+
+    def stream(self, prompt: OnePrompt, *, adapters: Forced | None = None, **options: Any) -> Iterator[str]:
+        """Yields the answer to one prompt in pieces, which together are `generate(prompt).text`.
+
+        Leaving the loop ends the generation. Arguments as `generate`.
+        """
+        with self._call() as pool:
+            call, decoding = self._checked(pool, adapters, options)
+            check_streamable(1, decoding.config)
+            [row] = self.prompts.read([prompt], decoding.config.max_new_tokens)
+            with nullcontext() if self.prefix_cache is None else self.prefix_cache.held():
+                [selection] = self._mixtures(pool, [row], [adapters], call, 1)
+                pieces = self._pieces(pool, row.ids, selection, decoding)
+        return cut_pieces(pieces, decoding.stop)
+
+    def score(
+        self, prompt: OnePrompt, completion: str, mixtures: Sequence[Forced | None], **options: Any
+    ) -> list[Scored]:
+        """Scores a gold completion under each of several mixtures, teacher-forced; see `logo.scoring`.
+
+        Args:
+            mixtures: as `adapters` of `generate`: `{}` is the base model alone, None is the prompt's own selection.
+                Equal ones are computed once.
+            **options: options of `select`.
+
+        Raises:
+            UsageError: an empty prompt, a completion without tokens or too long, or no list of mixtures.
+            PoolError: as `generate`.
+        """
+        check_type("mixtures", mixtures, (list, tuple), "a list of mixtures")
+        with self._call() as pool:
+            call = self.settings.options(pool, options)
+            row, gold = encoded(self.prompts, prompt, completion)
+            chosen = self._mixtures(pool, [row] * len(mixtures), mixtures, call, 1)
+            pairs = [(row.ids, gold)] * len(mixtures)
+            return self._scored(pool, pairs, [one.mixture for one in chosen], max(1, len(mixtures)))
+
+    def score_pairs(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], adapters: Sequence[Forced], *, batch_size: int = 8
+    ) -> list[Scored]:
+        """Scores completions, each after its own prompt and under its own mixture; rows share batches.
+
+        Args:
+            pairs: token ids of a prompt, special tokens included, and of its completion.
+            adapters: one entry for each pair, as `adapters` of `generate`.
+            batch_size: rows per forward pass.
+
+        Raises:
+            UsageError: a pair with an empty side or too long for the context, an adapter that is not in the pool.
+        """
+        check_batch_size(batch_size)
+        with self._call() as pool:
+            return self._scored(pool, pairs, [forced(entry, pool).mixture for entry in adapters], batch_size)
+
+    def save_mixture(self, mixture: Forced, folder: str | Path) -> Path:
+        """Writes a mixture as one plain PEFT adapter; see `logo.adapters.export`.
+
+        Args:
+            mixture: a `Selection`, or `{"name": weight, ...}`.
+            folder: must not exist yet, or be empty.
+
+        Raises:
+            PoolError, UsageError: an adapter that is not in the pool, an empty mixture, or a folder that is in use.
+            StorageError: the folder cannot be written.
+        """
+        pool = self.fitted
+        parts = [(pool[name], weight) for name, weight in forced(mixture, pool).mixture.items()]
+        return write_mixture(parts, Path(folder), self._layout.shapes, self.model.config.name_or_path or None)
+
+    def close(self) -> None:
+        """Ends processes that the engine has started, without which it cannot answer. The local engine has none, so it
+        releases nothing and still answers."""
+        return
+
+    @contextmanager
+    def _call(self) -> Iterator[AdapterPool]:
+        """Holds the lock, for a call on the pool as it is now, which leaves no trace if it fails."""
+        with self._lock:
+            pool, carried = self.fitted, self._carried
+            try:
+                yield pool
+            except BaseException:
+                self._carried = carried
+                raise
+
+    def _checked(
+        self, pool: AdapterPool, adapters: Forced | Sequence[Forced | None] | None, options: dict[str, Any]
+    ) -> tuple[Options, Decoding]:
+        """The options of a call that answers, checked.
+
+        Raises:
+            UsageError: an option that does not exist or cannot be used; or one of the selection, although a mixture is
+                forced on every prompt.
+        """
+        options = dict(options)
+        asked = {name: options.pop(name) for name in OPTIONS if name in options}
+        for name, value in asked.items():
+            if value is not None and name != "candidates" and isinstance(adapters, (Mapping, Selection)):
+                raise UsageError(f"{name} selects adapters, but `adapters` fixes the mixture: leave out one of the two")
+        call = self.settings.options(pool, asked)
+        config, most = options.pop("generation_config", None), options.pop("max_new_tokens", None)
+        ends = (options.pop("stop_at_newline", False), options.pop("stop", ()))
+        activation = check_forced(options.pop("activation", None))
+        config = call_config(self.prompts, config or self._generation_config, options, most, self._checkpoint)
+        return call, Decoding.of(config, *ends, activation)
+
+    def _mixtures(
+        self,
+        pool: AdapterPool,
+        rows: Sequence[Prompt],
+        wanted: Sequence[Forced | None],
+        call: Options,
+        batch_size: int,
+    ) -> list[Selection]:
+        """The mixture of each row: the forced one, or a selection."""
+        done = {i: forced(entry, pool, call.candidates) for i, entry in enumerate(wanted) if entry is not None}
+        left = [i for i in range(len(rows)) if i not in done]
+        done |= zip(left, self._selected([rows[i] for i in left], call, batch_size), strict=True)
+        return [done[i] for i in range(len(rows))]
+
+    def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:
+        """The indices of rows that are answered together."""
+        return batches_by_length(list(map(len, rows)), batch_size, padded=not reads_prompts(decoding.config))
+
+    def _decode(
+        self,
+        pool: AdapterPool,
+        rows: Sequence[Sequence[int]],
+        selections: Sequence[Selection],
+        decoding: Decoding,
+        probed: float,
+        streamer: BaseStreamer | None,
+    ) -> list[Generation]:
+        """One answer for each row of token ids; `probed` are the seconds per row that selecting took."""
+        return self._decoder(pool, rows, selections, decoding, probed, streamer)
+
+    def _pieces(
+        self, pool: AdapterPool, row: Sequence[int], selection: Selection, decoding: Decoding
+    ) -> Generator[str]:
+        """One answer in pieces, not yet cut at stop texts."""
+        return self._decoder.stream(pool, row, selection, decoding, self._lock)
+
+    def _scored(
+        self,
+        pool: AdapterPool,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        mixtures: Sequence[Mapping[str, float]],
+        batch_size: int,
+    ) -> list[Scored]:
+        """Many completions, each after its own prompt and under its own mixture; errors as `continued_rows`."""
+        return score_pairs(self.model, self.prompts, self._mixer, pool, pairs, mixtures, batch_size)
 
 
 @dataclass(frozen=True)
@@ -278,16 +728,35 @@ class Prepared:
     Attributes:
         pool: as it was given, with its `version`.
         fitted: matched to the base model.
-        scorers: of it.
-        settings: the engine's.
+        scorers: of it, by signal.
     """
 
     pool: AdapterPool
     version: int
     fitted: AdapterPool
-    scorers: Scorers
-    settings: SelectionSettings
+    scorers: Mapping[str, Scorer]
 
-    def calibrate(self, signal: str) -> None:
-        """Calibrates and indexes for a signal; errors as `LoGo.calibrate`."""
-        self.scorers.get(self.settings.for_call(signal=signal))
+
+def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> list[Forced | None]:
+    """The mixtures that are forced on so many prompts.
+
+    Raises:
+        UsageError: it is no list, or has another length.
+    """
+    if adapters is None or isinstance(adapters, (Mapping, Selection)):
+        return [adapters] * count
+    check_type("adapters", adapters, (list, tuple), "{name: weight}, a Selection, or a list of these")
+    if len(adapters) != count:
+        raise UsageError(f"adapters: expected one entry for each of {count} prompts, found {len(adapters)}")
+    return list(adapters)
+
+
+def _checked_context(context: ProbeContext, settings: SelectionSettings) -> ProbeContext:
+    if context not in get_args(ProbeContext):
+        raise UsageError(f"probe_context: expected one of {', '.join(get_args(ProbeContext))}, found {context!r}")
+    if context != "base" and settings.reading().scale != "raw":
+        raise UsageError(
+            f"probe_context {context!r}: the signal {settings.signal!r} compares with neutral text that the base model "
+            "read alone; use 'base'"
+        )
+    return context

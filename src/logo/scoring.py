@@ -1,24 +1,27 @@
-"""Scores gold completions: exact match and likelihood, teacher-forced in one forward pass.
-
-Either one prompt and completion is scored under several mixtures, or many, each under its own. The caller activates the
-mixtures.
-"""
+"""Scores gold completions, teacher-forced: exact match and likelihood of many, each after its own prompt and under its
+own mixture, in one forward pass a batch."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from logo.adapters.pool import AdapterPool
+from logo.core import Prompt
+from logo.decoding import batches_by_length, input_device, padded
 from logo.errors import ModelError, UsageError
+from logo.mixing import Mixer, begins
+from logo.prompts import Prompts, answer_lead, is_conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from logo.prompts import OnePrompt
 
 # The most tokens and the most logits (2 GB in float32) of one forward pass. A single row may have more.
 MAX_TOKENS = 16_384
@@ -45,19 +48,6 @@ class Scored:
         return -self.nll * self.tokens
 
 
-@dataclass(frozen=True)
-class Read:
-    """The first tokens of a prompt, on which no mixture acts.
-
-    Attributes:
-        tokens: their number.
-        options: makes, for a number of rows, the arguments of the forward pass with their keys and values.
-    """
-
-    tokens: int
-    options: Callable[[int], dict[str, Any]]
-
-
 @dataclass
 class Continued:
     """A row to compute: a prompt and all but the last token of its completion, under a mixture.
@@ -79,7 +69,7 @@ class Continued:
         return self.ids[: next(start for start, _ in self.golds.values())]
 
     @property
-    def places(self) -> set[int]:
+    def scored(self) -> set[int]:
         """The positions whose logits are needed: those before each token of a completion."""
         return {start - 1 + i for start, gold in self.golds.values() for i in range(len(gold))}
 
@@ -93,9 +83,8 @@ def joined(prompt: str, completion: str) -> str:
 def completion_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, context: int | None = None
 ) -> list[int]:
-    """The tokens of a completion after its prompt: `joined`, encoded on its own and without special tokens.
-
-    It is encoded on its own, so that the prompt has the same tokens as when it is answered.
+    """The tokens of a completion after its prompt: `joined`, encoded on its own and without special tokens, so that
+    the prompt has the same tokens as when it is answered.
 
     Args:
         context: the model's context length in tokens; None if unknown.
@@ -116,50 +105,24 @@ def completion_ids(
     return ids
 
 
-def rows_per_pass(tokens: int, gold: int, vocabulary: int) -> int:
-    """The most rows of `tokens` tokens, `gold` of them with logits, in one forward pass; at least 1."""
-    return max(1, min(MAX_TOKENS // tokens, MAX_LOGITS // (gold * vocabulary)))
+def encoded(prompts: Prompts, prompt: OnePrompt, completion: str) -> tuple[Prompt, list[int]]:
+    """A prompt and a completion as they are scored. If they exceed the context, the prompt is cut.
 
-
-@torch.no_grad()
-def score_mixtures(
-    model: Any,
-    prompt: Sequence[int],
-    gold: Sequence[int],
-    mixtures: Sequence[Mapping[str, float]],
-    active: Callable[[Sequence[Mapping[str, float]]], AbstractContextManager[Any]],
-    vocabulary: int,
-    device: torch.device | str,
-    read: Read | None = None,
-) -> list[Scored]:
-    """Scores one completion under each mixture, in batches of equal rows with different mixtures.
-
-    Args:
-        model: a Hugging Face causal LM.
-        prompt: token ids, special tokens included.
-        gold: the completion's token ids.
-        mixtures: adapter name -> weight. Equal ones are computed once.
-        active: activates one mixture per row of a batch on the model.
-        vocabulary: its size, for the memory of logits.
-        device: of the model's input.
-        read: the part of the prompt that the base model has read; None: all is read under each mixture.
+    The completion of a conversation has in front of it what the chat template writes between prompt and answer.
 
     Raises:
-        StoreFull: the adapters of a batch do not fit into the memory for adapters.
+        UsageError: an empty prompt, or a completion without tokens or too long.
     """
-    # The last gold token is only predicted, never read.
-    ids = torch.tensor([*prompt, *gold[:-1]], device=device)
-    keys = [_key(mixture) for mixture in mixtures]
-    distinct = list(dict.fromkeys(keys))
-    scored: dict[frozenset[tuple[str, float]], Scored] = {}
-    size = rows_per_pass(len(ids), len(gold), vocabulary)
-    for part in (distinct[start : start + size] for start in range(0, len(distinct), size)):
-        unread = ids.expand(len(part), -1)[:, 0 if read is None else read.tokens :]
-        known = {} if read is None else read.options(len(part))  # before any mixture is active
-        with active([dict(key) for key in part]):
-            logits = logits_at(model, unread, range(unread.shape[1] - len(gold), unread.shape[1]), None, known)
-        scored |= zip(part, score_logits(logits, torch.tensor(gold, device=logits.device)), strict=True)
-    return [scored[key] for key in keys]
+    tokenizer = prompts.tokenizer
+    [whole] = prompts.read([prompt], room=None)
+    text = tokenizer.decode(whole.ids) if whole.text is None else whole.text
+    lead = answer_lead(tokenizer, prompt, text) if is_conversation(prompt) else None  # type: ignore[arg-type]
+    said = completion.strip() if isinstance(completion, str) else ""
+    if lead is not None and said:
+        text, completion = "", lead + said
+    gold = completion_ids(tokenizer, text, completion, prompts.context)
+    [row] = prompts.read([whole], room=len(gold))
+    return row, gold
 
 
 def continued_rows(
@@ -168,7 +131,7 @@ def continued_rows(
     context: int | None = None,
     apart: bool = False,
 ) -> list[Continued]:
-    """The rows to compute in order to score each (prompt, completion) under its own mixture.
+    """The rows to compute in order to score each (prompt, completion) under its own mixture; equal ones are one row.
 
     Args:
         pairs: token ids; the prompt's with special tokens.
@@ -193,91 +156,82 @@ def continued_rows(
                 f"pair {number + 1} has {len(ids) + 1} tokens, but the model reads {context} and predicts one more: "
                 "shorten the prompt"
             )
-        row = rows.setdefault((ids, apart and len(prompt), _key(mixture)), Continued(ids, mixture))
-        row.golds[number] = (len(prompt), gold)
+        key = (ids, apart and len(prompt), frozenset((name, weight) for name, weight in mixture.items() if weight))
+        rows.setdefault(key, Continued(ids, mixture)).golds[number] = (len(prompt), gold)
     return list(rows.values())
 
 
 @torch.no_grad()
-def score_continued(
+def score_pairs(
     model: Any,
-    rows: Sequence[Continued],
-    active: Callable[[Sequence[Continued]], AbstractContextManager[Any]],
-    pad: Callable[[Sequence[Sequence[int]]], tuple[Tensor, Tensor]],
-    vocabulary: int,
-) -> dict[int, Scored]:
-    """Scores a batch of rows, each under its own mixture: pair number -> score of its completion.
+    prompts: Prompts,
+    mixer: Mixer,
+    pool: AdapterPool,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    mixtures: Sequence[Mapping[str, float]],
+    batch_size: int,
+) -> list[Scored]:
+    """Scores completions, each after its own prompt and under its own mixture; errors as `continued_rows`.
 
     Args:
-        model: a Hugging Face causal LM.
-        rows: of `continued_rows`.
-        active: activates the mixtures of the rows of a batch on the model.
-        pad: pads rows on the right; returns ids and mask (rows, length).
-        vocabulary: its size; a batch with too many logits is halved.
+        model: a Hugging Face causal LM; prompts, mixer, pool: of it.
+        batch_size: rows of one forward pass; fewer if they are long (`MAX_TOKENS`, `MAX_LOGITS`).
 
     Raises:
-        StoreFull: the adapters of the batch do not fit into the memory for adapters.
+        StoreFull: the adapters of a batch do not fit into the memory for adapters.
     """
-    needed = sorted({place for row in rows for place in row.places})
-    if len(rows) > 1 and len(rows) * len(needed) * vocabulary > MAX_LOGITS:
-        half = len(rows) // 2
-        parts = (rows[:half], rows[half:])
-        return {n: s for part in parts for n, s in score_continued(model, part, active, pad, vocabulary).items()}
-    ids, mask = pad([row.ids for row in rows])
-    with active(rows):
-        logits = logits_at(model, ids, needed, mask)
-    scored = {}
-    for row, found in zip(rows, logits, strict=True):
-        for number, (start, gold) in row.golds.items():
-            own = found[None, needed.index(start - 1) :][:, : len(gold)]
-            scored[number] = score_logits(own, torch.tensor(list(gold), device=found.device))[0]
-    return scored
+    late = not all(activation.everywhere for activation in pool.activations)
+    rows = continued_rows(pairs, mixtures, prompts.context, apart=late)
+    vocabulary, scored = len(prompts.tokenizer), dict[int, Scored]()
+    batches = list(batches_by_length([len(row.ids) for row in rows], batch_size, tokens=MAX_TOKENS))
+    while batches:
+        numbers = batches.pop(0)
+        batch = [rows[i] for i in numbers]
+        needed = sorted({at for row in batch for at in row.scored})
+        if len(batch) > 1 and len(batch) * len(needed) * vocabulary > MAX_LOGITS:
+            half = len(batch) // 2
+            batches[:0] = [numbers[:half], numbers[half:]]
+            continue
+        ids, mask = padded([row.ids for row in batch], prompts.pad_id, "right", input_device(model))
+        opening = [begins(pool, row.mixture, row.prompt) for row in batch] if late else None
+        with mixer.active(pool, [row.mixture for row in batch], begins=opening):
+            logits = logits_at(model, ids, needed, mask)
+        for row, found in zip(batch, logits, strict=True):
+            for number, (start, gold) in row.golds.items():
+                own = found[needed.index(start - 1) :][: len(gold)]
+                scored[number] = score_logits(own, torch.tensor(list(gold), device=found.device))
+    return [scored[number] for number in range(len(pairs))]
 
 
-def _key(mixture: Mapping[str, float]) -> frozenset[tuple[str, float]]:
-    return frozenset((name, weight) for name, weight in mixture.items() if weight)
-
-
-def logits_at(
-    model: Any, ids: Tensor, places: Sequence[int], mask: Tensor | None = None, known: Mapping[str, Any] | None = None
-) -> Tensor:
-    """Logits (rows, places, vocabulary) at these ascending positions of rows (rows, length).
+def logits_at(model: Any, ids: Tensor, needed: Sequence[int], mask: Tensor) -> Tensor:
+    """Logits (rows, needed, vocabulary) at these ascending positions of rows (rows, length).
 
     If the model can, it computes no others: with 262,000 tokens in a vocabulary, the logits of a whole prompt would be
     the largest tensor by far.
 
     Args:
-        mask: (rows, length), 0 on padding; None: there is none.
-        known: arguments with the keys and values of all earlier tokens; then rows are not padded.
+        mask: (rows, length), 0 on padding.
     """
-    length, tail = ids.shape[1], ids.shape[1] - places[0]
+    length, tail = ids.shape[1], ids.shape[1] - needed[0]
     parameter = inspect.signature(model.forward).parameters.get("logits_to_keep")
     options: dict[str, Any] = {}
     if parameter is not None:
-        scattered = tail > len(places) and "Tensor" in str(parameter.annotation)
-        options["logits_to_keep"] = torch.tensor(places, device=ids.device) if scattered else tail
-    if known:
-        output = model(input_ids=ids, use_cache=True, **known, **options)
-    else:
-        mask = torch.ones_like(ids) if mask is None else mask
-        output = model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
-    logits: Tensor = output.logits
+        scattered = tail > len(needed) and "Tensor" in str(parameter.annotation)
+        options["logits_to_keep"] = torch.tensor(needed, device=ids.device) if scattered else tail
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
     before = length - logits.shape[1]  # if the model returns the last positions only, so many stand before them
-    return logits if logits.shape[1] == len(places) else logits[:, [place - before for place in places]]
+    return logits if logits.shape[1] == len(needed) else logits[:, [at - before for at in needed]]
 
 
-def score_logits(logits: Tensor, gold: Tensor) -> list[Scored]:
-    """One `Scored` per row of logits (rows, n, vocabulary) for the gold tokens (n,).
+def score_logits(logits: Tensor, gold: Tensor) -> Scored:
+    """The score of gold tokens (n,) whose logits are (n, vocabulary).
 
     Raises:
-        ModelError: a likelihood is NaN or infinite.
+        ModelError: the likelihood is NaN or infinite.
     """
-    scored = []
-    for row in logits:  # one at a time, since float32 copies of half precision take twice the memory
-        row = row.float()
-        nll = checked_nll(float(torch.nn.functional.cross_entropy(row, gold)))
-        scored.append(Scored(bool((row.argmax(dim=-1) == gold).all()), nll, len(gold)))
-    return scored
+    logits = logits.float()
+    nll = checked_nll(float(torch.nn.functional.cross_entropy(logits, gold)))
+    return Scored(bool((logits.argmax(dim=-1) == gold).all()), nll, len(gold))
 
 
 def checked_nll(nll: float) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from logo.adapters.format import Adapter
-from logo.hub.names import is_hub_id, is_repo_id
+from logo.hub import is_hub_id, is_repo_id
 
 # The default folder of base models; `hf_models/Qwen2.5-7B` looks like a Hub id but is none.
 _MODELS = "hf_models/"

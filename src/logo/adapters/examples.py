@@ -18,7 +18,7 @@ from typing import Any
 
 from logo.adapters.files import CONFIG, EXAMPLES
 from logo.errors import DataError
-from logo.folders import replace_file
+from logo.files import replace_file
 
 # The most examples that are read; more hardly help (docs/how-selection-works.md), and the base model reads each once.
 MOST = 16

@@ -14,8 +14,9 @@ from pathlib import Path
 from logo.adapters.activation import EVERYWHERE
 from logo.adapters.format import Adapter, LoraWeights
 from logo.adapters.notes import ACTIVATION, noted, write_notes
-from logo.adapters.writing import new_folder, plain_tensors, save_adapter, unscaled
+from logo.adapters.writing import plain_tensors, save_adapter, unscaled
 from logo.errors import UsageError
+from logo.files import new_folder
 
 
 def write_mixture(

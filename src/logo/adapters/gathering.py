@@ -21,7 +21,7 @@ from logo.adapters.options import Fetching
 from logo.adapters.places import Place
 from logo.adapters.survey import Spot, adapter_folders, check_folder, is_checkpoint, left_out_checkpoint, opened
 from logo.errors import AdapterError, HubError, PoolError
-from logo.hub.failures import is_lasting
+from logo.hub import is_lasting
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from logo.adapters.files import CONFIG, EXAMPLES, NOTES, PICKLE, SAFETENSORS
 from logo.adapters.options import Fetching
 from logo.errors import HubError
-from logo.hub.snapshots import download_files
+from logo.hub import download_files
 
 
 def download_adapters(

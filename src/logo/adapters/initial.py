@@ -14,8 +14,9 @@ from typing import Any
 from logo.adapters.config import Refusal, changed_base, parse_config, read_raw
 from logo.adapters.format import Adapter, LoraWeights, adapter_of, own_name, weight_file
 from logo.adapters.layout import core_path
-from logo.adapters.writing import new_folder, plain_tensors, save_adapter
+from logo.adapters.writing import plain_tensors, save_adapter
 from logo.errors import AdapterError
+from logo.files import new_folder
 
 
 def convert_initial(trained: Path, initial: Path, out: Path, *, allow_pickle: bool = False) -> None:

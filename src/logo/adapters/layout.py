@@ -1,14 +1,13 @@
 """`BaseLayout`: the linear modules of a base model, and which of them a path in an adapter file means.
 
-Paths and shapes are enough to check a pool against a model, so no model has to be run. `text_config` finds the
-configuration of the text model, whose layers adapters change.
+Paths and shapes are enough to check a pool against a model, so no model has to be run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
@@ -133,9 +132,3 @@ def _common_suffix(left: Iterable[str], right: Iterable[str]) -> int:
             break
         count += 1
     return count
-
-
-def text_config(model: Any) -> Any:
-    """The configuration of the text model, also where it is part of a larger one."""
-    config: Any = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config

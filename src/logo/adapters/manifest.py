@@ -26,7 +26,7 @@ from logo.adapters.format import Adapter
 from logo.adapters.notes import checked_k
 from logo.adapters.places import Place, parse_places
 from logo.errors import AdapterError, StorageError, UsageError, closest
-from logo.folders import replace_file
+from logo.files import replace_file
 
 _HEX = frozenset("0123456789abcdef")
 

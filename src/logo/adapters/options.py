@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from logo.hub.snapshots import DownloadOptions
+from logo.hub import DownloadOptions
 
 OnBadAdapter = Literal["error", "skip"]
 ExamplesUse = Literal["use", "ignore"]
@@ -33,7 +33,7 @@ class OpeningOptions(TypedDict, total=False):
 
 
 class PoolOptions(DownloadOptions, OpeningOptions, total=False):
-    """How a pool is downloaded and opened: see `logo.hub.snapshots.DownloadOptions` and `OpeningOptions`.
+    """How a pool is downloaded and opened: see `logo.hub.DownloadOptions` and `OpeningOptions`.
 
     Attributes:
         allow_pickle: also download and read pickled weights (`adapter_model.bin`).

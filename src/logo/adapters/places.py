@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from logo.errors import UsageError, check_type
-from logo.hub.names import is_hub_spec, split_hub_spec
+from logo.hub import is_hub_spec, split_hub_spec
 
 Kind = Literal["folder", "manifest", "repo"]
 

@@ -23,7 +23,7 @@ from logo.adapters.layout import BaseLayout
 from logo.adapters.options import ExamplesUse, Fetching, OnBadAdapter, OpeningOptions, PoolOptions, split_options
 from logo.adapters.places import Place, parse_places, places_text
 from logo.errors import AdapterError, LeftOut, PoolError, UsageError, closest
-from logo.hub.names import clean_subfolder, is_hub_spec, split_hub_spec
+from logo.hub import clean_subfolder, is_hub_spec, split_hub_spec
 
 if TYPE_CHECKING:
     from torch import nn

@@ -17,8 +17,7 @@ from logo.adapters.files import CONFIG, NOTES, RECORD, SAFETENSORS
 from logo.adapters.format import Adapter, own_name
 from logo.adapters.notes import checked, homes
 from logo.errors import HubError, UsageError
-from logo.hub.failures import causes, hub_error
-from logo.hub.names import clean_subfolder, is_repo_id
+from logo.hub import causes, clean_subfolder, hub_error, is_repo_id
 
 CARD = "README.md"
 # Folders of checkpoints, as training tools name them.

@@ -7,8 +7,7 @@ from fnmatch import fnmatchcase
 
 from logo.adapters.places import Place
 from logo.errors import HubError, UsageError
-from logo.hub.failures import hub_error
-from logo.hub.names import split_hub_spec
+from logo.hub import hub_error, split_hub_spec
 
 # The owner's name has no `*`, since it is looked up.
 _PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_.*-]+")

@@ -5,41 +5,27 @@ Nothing here is about LoRA.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import pickle
 from collections.abc import Iterable
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+from logo.identity import Stamp, content_stamp, file_sha256
 
 if TYPE_CHECKING:
     import torch
 
 _LFS_POINTER = b"version https://git-lfs"
 
-Stamp = tuple[int, int, int, int]
 
-
-def stamp(path: str | Path) -> Stamp | None:
+def stamp(path: Path) -> Stamp | None:
     """`content_stamp`; None if the file cannot be found."""
     try:
         return content_stamp(path)
     except OSError:
         return None
-
-
-def content_stamp(path: str | Path) -> Stamp:
-    """Size, modification time, inode and change time of a file, by which a change is noticed.
-
-    Writing to a file changes the last even if its modification time is set back, as `rsync --inplace --times` does.
-
-    Raises:
-        OSError: it cannot be found.
-    """
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns
 
 
 class WeightFile(Protocol):
@@ -150,21 +136,3 @@ def unreadable(error: Exception, file: Path) -> str:
     text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
     doubt = " (truncated or damaged?)" if type(error).__name__ == "SafetensorError" else ""
     return f"{file.name} cannot be read: {text}{doubt}"
-
-
-def file_sha256(path: Path) -> str:
-    """The hex digest that `sha256sum` prints for the file; read again only when it has changed."""
-    return _sha256_of(path, content_stamp(path))
-
-
-@lru_cache(maxsize=2**16)
-def _sha256_of(path: Path, now: Stamp) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: object) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):  # type: ignore[attr-defined]
-        digest.update(block)
-    return digest.hexdigest()

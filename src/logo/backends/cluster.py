@@ -10,8 +10,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-from logo.errors import LoGoError, UsageError
-from logo.extras import need
+from logo.errors import LoGoError, UsageError, need
 
 AUTO, LOCAL = "auto", "local"
 

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logo.errors import ModelError
-from logo.extras import need
-from logo.hub.failures import hub_error
-from logo.hub.names import is_hub_id
+from logo.errors import ModelError, need
+from logo.hub import hub_error, is_hub_id
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 _BATCH = 64

@@ -15,8 +15,7 @@ import numpy
 from logo.baselines.method import Example, Learned, Prepared, Task, check_count, prompt_of, same_for_all
 from logo.calls import Calls
 from logo.completions import encoded
-from logo.errors import DataError, UsageError
-from logo.extras import need
+from logo.errors import DataError, UsageError, need
 from logo.scoring import Scored
 
 # Number of adapters that one call scores, each alone: the tensors of so many are in memory at once.

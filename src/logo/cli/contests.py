@@ -12,7 +12,7 @@ from logo.cli.methods import MethodOptions, make_method
 from logo.cli.output import err
 from logo.errors import DataError, UsageError
 from logo.evaluation.metrics import checked_kind, metric_kind
-from logo.hub.names import is_hub_id
+from logo.hub import is_hub_id
 from logo.rows import Row, read_rows
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from logo.cli.output import err, note, print_json, progress, screen
 from logo.errors import DataError, LoGoError, UsageError
 from logo.evaluation.metrics import metric_kind
 from logo.evaluation.tables import counted
-from logo.folders import check_writable
+from logo.files import check_writable
 
 if TYPE_CHECKING:
     from logo.evaluation.sources.declarations import Declaration

@@ -25,7 +25,7 @@ from logo.cli.scoreboard import Score, show
 from logo.cli.workers import WorkerOptions, layout_of, opened, progress_of
 from logo.errors import UsageError
 from logo.evaluation.metrics import checked_kind
-from logo.folders import check_writable
+from logo.files import check_writable
 
 if TYPE_CHECKING:
     from logo.baselines import Method

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from logo.cli.options import argument
-from logo.extras import need
+from logo.errors import need
 
 MODEL = "logo"
 _SUBCOMMANDS = frozenset({"run", "ls", "validate"})

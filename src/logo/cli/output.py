@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logo.evaluation import tables
-from logo.folders import replace_file
+from logo.files import replace_file
 
 if TYPE_CHECKING:
     from logo.selection.selector import Selection

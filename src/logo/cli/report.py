@@ -11,7 +11,7 @@ from logo.cli.output import err, note, print_json
 from logo.errors import UsageError
 from logo.evaluation.metrics import checked_kind
 from logo.evaluation.tables import counted
-from logo.folders import check_writable, replace_file
+from logo.files import check_writable, replace_file
 
 if TYPE_CHECKING:
     from logo.evaluation.report import Analysis

@@ -12,8 +12,7 @@ from typing import Any
 import typer
 
 from logo.cli.app import app
-from logo.errors import LoGoError, UsageError, is_out_of_memory
-from logo.extras import EXTRAS, missing
+from logo.errors import EXTRAS, LoGoError, UsageError, is_out_of_memory, missing
 
 DEBUG = "--debug"
 PLUGIN = "--plugin"

@@ -15,8 +15,7 @@ from logo.cli.output import note
 from logo.cli.prompts import or_demo
 from logo.cli.serve_options import ServerOptions
 from logo.cli.serve_vllm import OPEN
-from logo.errors import StorageError, UsageError
-from logo.extras import need
+from logo.errors import StorageError, UsageError, need
 
 MAX_BODY_MB = 1.0
 

@@ -16,8 +16,7 @@ from logo.cli.opening import open_pool, quiet_transformers, selection_settings
 from logo.cli.options import EngineOptions, changed
 from logo.cli.output import note, out
 from logo.cli.serve_options import ServerOptions
-from logo.errors import UsageError
-from logo.extras import need
+from logo.errors import UsageError, need
 from logo.models import check_access, load_skeleton, loading, resolve_base
 from logo.pools import pool_place
 

@@ -26,7 +26,7 @@ from logo.cli.prompts import or_demo
 from logo.cli.workers import WorkerOptions, layout_of, only, opened
 from logo.errors import UsageError
 from logo.evaluation.tables import Cell, Column, Table, number, numbers, row
-from logo.folders import check_writable
+from logo.files import check_writable
 
 if TYPE_CHECKING:
     from logo.engine import LoGo

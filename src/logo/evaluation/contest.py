@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from logo.baselines.method import Learned, Method, Task, key_of
-from logo.digests import fingerprint
 from logo.errors import UsageError, closest
 from logo.evaluation.metrics import METRICS, Kind
+from logo.identity import fingerprint
 
 OWN, LEFT_OUT, UNSEEN = "own", "left-out", "unseen"
 PROTOCOLS = (OWN, LEFT_OUT, UNSEEN)

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from logo.digests import config_digest, fingerprint, library_versions, tokenizer_digest, weights_digest
+from logo.identity import config_digest, fingerprint, library_versions, tokenizer_digest, weights_digest
 from logo.recorded import without_secrets
 from logo.rows import Row
 from logo.selection.confidence import EXAMPLES, HALVED

@@ -18,7 +18,7 @@ from typing import Any
 
 from logo.errors import StorageError, UsageError
 from logo.evaluation.differences import described, differences
-from logo.folders import sync_folder
+from logo.files import sync_folder
 
 
 @dataclass(frozen=True)

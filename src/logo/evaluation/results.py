@@ -17,12 +17,12 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from logo import __version__
-from logo.digests import fingerprint
 from logo.errors import StorageError, UsageError
 from logo.evaluation.corpus import extra_metrics, mean_of
 from logo.evaluation.metrics import Kind, by_measure, mean, metric_kind
 from logo.evaluation.runner import DatasetResult
-from logo.folders import replace_folder
+from logo.files import replace_folder
+from logo.identity import fingerprint
 from logo.recorded import without_secrets
 from logo.rows import Row
 

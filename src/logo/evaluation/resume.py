@@ -22,7 +22,7 @@ from logo.evaluation.differences import described, differences
 from logo.evaluation.jobs import Job
 from logo.evaluation.journal import Journal, written
 from logo.evaluation.standing import Standing, standing
-from logo.folders import make_folder
+from logo.files import make_folder
 
 _KEEP_BOTH = "--run-name NAME keeps both"
 _METRIC = ("metric", "metric_plugin")  # the part of an identity that answers do not depend on

@@ -19,7 +19,6 @@ from logo.backends.host import Shared
 from logo.backends.items import Item, Lost
 from logo.backends.ray import Workers
 from logo.baselines.method import Answering
-from logo.digests import library_versions
 from logo.errors import LoGoError, UsageError
 from logo.evaluation.arms import Arms
 from logo.evaluation.contest import Lesson, Lessons
@@ -30,6 +29,7 @@ from logo.evaluation.session import Evaluation, Facts, Session, Underway
 from logo.evaluation.study import Facts as StudyFacts
 from logo.evaluation.study import Task
 from logo.evaluation.summary import Measured
+from logo.identity import library_versions
 from logo.rows import Row
 
 if TYPE_CHECKING:

@@ -28,14 +28,14 @@ from logo.adapters.activation import ERROR, OFF, Activation
 from logo.adapters.digests import adapter_key
 from logo.adapters.format import Adapter
 from logo.adapters.weights import WeightFile
-from logo.cache import read_cached, write_cached
+from logo.files import read_cached, write_cached
+from logo.identity import base_digest
 from logo.selection.emphasis import FADING
 from logo.selection.points import Point
 from logo.selection.signals import Signal
 from logo.selection.size import weight_norm
 from logo.selection.texts import Texts
 from logo.selection.whitening import SHRINKAGE, SKETCHED, Whitening
-from logo.tensors import stored, tensor_of
 
 # To be raised when the content of the files changes its meaning.
 _FORMAT = 4
@@ -92,7 +92,7 @@ class CalibrationCache:
     def keep_whitening(self, module: str, whitening: Whitening) -> None:
         """Stores the whitening of a module's input."""
         tensors = {name: tensor.contiguous() for name, tensor in vars(whitening).items()}
-        if self._save(f"whitening/{module}.safetensors", save(tensors)) is None:
+        if not self._save(f"whitening/{module}.safetensors", save(tensors)):
             self._whitenings[module] = whitening
 
     def weight_norms(self, model: nn.Module, points: Sequence[Point]) -> tuple[float, ...]:
@@ -144,10 +144,10 @@ class CalibrationCache:
             self._adapter_keys[adapter.file] = adapter_key(adapter)
         return self._adapter_keys[adapter.file]
 
-    def _save(self, name: str, data: bytes) -> Path | None:
+    def _save(self, name: str, data: bytes) -> bool:
         if self._folder is None:
-            return None
-        return write_cached(self._folder, f"{self._name}/{name}", lambda part: Path(part).write_bytes(data))
+            return False
+        return write_cached(self._folder, f"{self._name}/{name}", data)
 
 
 def _numbers(file: Path) -> dict[str, float]:
@@ -156,8 +156,6 @@ def _numbers(file: Path) -> dict[str, float]:
 
 def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
     """Digest of the base model, the texts and the reading."""
-    config: Any = model.config
-    settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     reading: list[Any] = [
         signal.input,
         signal.token,
@@ -170,25 +168,11 @@ def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
     if signal.token == "tail":
         reading.append([_place_of(one) for one in signal.activations])
     rows = [[list(row) for row in part] for part in (texts.neutral, texts.requests)]
-    parts = [_FORMAT, SHRINKAGE, SKETCHED, FADING, reading, rows, settings]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for name, tensor in stored(model):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        # A skeleton of a model has its weights elsewhere, and holds a sample of them.
-        sample = getattr(tensor, "sample", None) if hasattr(tensor, "read") else sampled(tensor_of(model, name))
-        if sample is not None:
-            digest.update(sample.numpy().tobytes())
-    digest.update(getattr(model, "others", b""))
-    return digest.hexdigest()[:24]
+    parts = [_FORMAT, SHRINKAGE, SKETCHED, FADING, reading, rows, base_digest(model)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def _place_of(activation: Activation) -> list[Any]:
     """What decides where an adapter acts in the texts of a calibration; see `logo.adapters.activation.earliest`."""
     instead = [] if activation.without in (OFF, ERROR) else [activation.without]
     return [list(activation.tokens), activation.last, *instead]
-
-
-def sampled(tensor: Tensor) -> Tensor:
-    """A sample of a tensor, float32 on the CPU: reading a large model whole takes longer than calibrating."""
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].to("cpu", torch.float32)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from logo.adapters.layout import linear_modules, linear_shape, text_config
+from logo.adapters.layout import linear_modules, linear_shape
 from logo.errors import ModelError
+from logo.models import text_config
 
 # Last parts of the paths of query projections; fused projections come last.
 QUERY_NAMES = ("q_proj", "query_proj", "wq", "query", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")

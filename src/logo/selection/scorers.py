@@ -12,7 +12,7 @@ from torch import nn
 
 from logo.adapters.format import Adapter
 from logo.adapters.pool import AdapterPool
-from logo.cache import cache_folder
+from logo.files import cache_folder
 from logo.models import lock_of
 from logo.selection.beginnings import Beginnings
 from logo.selection.cache import CalibrationCache

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from logo.adapters.layout import linear_shape
 from logo.errors import ModelError
+from logo.models import tensor_of
 from logo.selection.points import Point
-from logo.tensors import tensor_of
 
 # An adapter whose size is not known, such as one of a quantised base model, counts as one of this size. The weights of
 # the broadest mixture of such adapters sum to 0.73.

@@ -21,9 +21,9 @@ from logo.adapters.config import Refusal, read_config
 from logo.adapters.examples import examples_text
 from logo.adapters.files import CONFIG, EXAMPLES, NOTES, RECORD, SAFETENSORS
 from logo.adapters.notes import ADAPTERS, noted, noted_k
-from logo.adapters.weights import file_sha256
 from logo.errors import StorageError, UsageError
-from logo.folders import replace_file, replace_folder
+from logo.files import replace_file, replace_folder
+from logo.identity import file_sha256
 from logo.training.learner import DIVERGED, Course
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import Any
 
 from logo.adapters.examples import examples_sha256
 from logo.adapters.files import CONFIG
-from logo.digests import fingerprint
 from logo.errors import DataError, UsageError
+from logo.identity import fingerprint
 from logo.training.examples import Example
 from logo.training.pool import TOKENS, WRITTEN, record_of
 from logo.training.recipe import Recipe

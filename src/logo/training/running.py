@@ -17,7 +17,7 @@ from typing import Any
 from logo.adapters.activation import Activation
 from logo.adapters.notes import read_notes
 from logo.errors import DataError, StorageError, UsageError
-from logo.folders import remove_unfinished
+from logo.files import remove_unfinished
 from logo.models import context_length, load_config, load_tokenizer, skeleton
 from logo.prompts import asked_text
 from logo.training.activation import Settling, common

@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logo.errors import DataError, StorageError, UsageError, closest, listed, requested
-from logo.extras import need
-from logo.hub.failures import hub_error
-from logo.hub.names import is_hub_id
+from logo.errors import DataError, StorageError, UsageError, closest, listed, need, requested
+from logo.hub import hub_error, is_hub_id
 from logo.rows import malformed, objects, row_of
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from logo.adapters.layout import linear_shape
-from logo.digests import config_digest, library_versions, tokenizer_digest, weights_digest
 from logo.errors import ModelError, UsageError
+from logo.identity import config_digest, library_versions, tokenizer_digest, weights_digest
 from logo.mixing.placement import device_of
 from logo.models import load_base, load_config, skeleton
 from logo.training.learner import Course, Learner, transposed

@@ -14,8 +14,7 @@ from logo.adapters.options import OnBadAdapter
 from logo.adapters.pool import AdapterPool, warn_of_bad
 from logo.backends.vllm.slots import Slots
 from logo.decoding import Prompts, Truncation
-from logo.errors import LoGoError, ModelError, PluginError, PoolError, UsageError
-from logo.extras import need
+from logo.errors import LoGoError, ModelError, PluginError, PoolError, UsageError, need
 from logo.models import checked_dtype, checked_options, fetch, load_config, load_tokenizer, loading, resolve_base
 from logo.pools import open_pool, pool_place
 from logo.selection.plan import plan as reading_plan

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from logo import models
 from logo.errors import ModelError
-from logo.models import fetch, loading
-from logo.selection.cache import sampled
-from logo.tensors import stored
+from logo.identity import sampled
+from logo.models import fetch, loading, stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,7 +16,7 @@ from logo.cli.options import Json, argument, usual
 from logo.cli.output import note, out, print_json, verbatim
 from logo.cli.pool.common import AllowPickle, OnBadAdapter, tell_refused
 from logo.errors import DataError, StorageError, UsageError
-from logo.folders import locked
+from logo.files import locked
 
 FROM_LOG = 8  # examples of an adapter that are taken from a log
 LEAST = 3  # fewer prompts may be trials

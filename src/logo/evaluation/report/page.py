@@ -13,11 +13,11 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from logo import __version__
+from logo.errors import need
 from logo.evaluation.report import tables
 from logo.evaluation.report.analysis import Analysis
 from logo.evaluation.report.payload import blocks
 from logo.evaluation.tables import counted
-from logo.extras import need
 
 if TYPE_CHECKING:
     from jinja2 import Environment

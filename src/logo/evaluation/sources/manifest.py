@@ -10,7 +10,7 @@ from typing import Any
 from logo.errors import DataError, StorageError
 from logo.evaluation.datasets import dataset_file
 from logo.evaluation.metrics import metric_kind
-from logo.folders import locked, replace_file
+from logo.files import locked, replace_file
 from logo.rows import file_sha256
 
 NAME = "manifest.json"

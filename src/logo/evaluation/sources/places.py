@@ -14,8 +14,7 @@ from pathlib import Path
 from logo.errors import DataError, HubError, listed
 from logo.evaluation.sources.declarations import Declaration, Files, Hub, Layout
 from logo.evaluation.sources.readers import matching
-from logo.hub.failures import hub_error
-from logo.hub.snapshots import quiet_when_nothing_matches, snapshot
+from logo.hub import hub_error, snapshot
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ def fetch(hub: Hub, layout: Layout, splits: Sequence[str]) -> Place:
     patterns = [pattern for files in wanted.values() for pattern in files]
     try:
         wider = [*patterns, *(pattern.replace("**/", "") for pattern in patterns)]
-        with quiet_when_nothing_matches():  # the error below is clearer; the folder has the commit's name
-            root = snapshot(hub.repo, progress=False, repo_type="dataset", revision=hub.revision, allow_patterns=wider)
+        # The folder has the commit's name.
+        root = snapshot(hub.repo, progress=False, repo_type="dataset", revision=hub.revision, allow_patterns=wider)
         names = {split: matching(files, root) for split, files in wanted.items()}
         there = [] if all(names.values()) else _listing(hub, root.name)
     except DataError:

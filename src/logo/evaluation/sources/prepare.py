@@ -18,7 +18,7 @@ from logo.evaluation.sources.manifest import Entry, add_to_manifest, metric_file
 from logo.evaluation.sources.places import Place, fetch, find_local
 from logo.evaluation.sources.readers import read_raw
 from logo.evaluation.sources.templates import Wording
-from logo.folders import replace_folder
+from logo.files import replace_folder
 from logo.rows import file_sha256
 
 

@@ -15,9 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from logo.errors import DataError, StorageError
+from logo.errors import DataError, StorageError, need
 from logo.evaluation.sources.declarations import Files
-from logo.extras import need
 
 RawRow = Mapping[str, Any]
 

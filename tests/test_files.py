@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logo.adapters.writing import new_folder
 from logo.errors import StorageError, UsageError
-from logo.folders import check_writable, replace_folder
+from logo.files import check_writable, new_folder, replace_folder
 
 OLD = {"a.json": "[1]", "b.json": "[2]"}
 NEW = {"a.json": "[10]", "c.json": "[30]"}
@@ -97,7 +96,7 @@ LIMITED = """
     import resource, sys
     from pathlib import Path
     from logo.errors import StorageError
-    from logo.folders import check_writable, replace_folder
+    from logo.files import check_writable, replace_folder
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # no file may grow beyond this
     try:
@@ -127,7 +126,7 @@ def test_writers_at_the_same_time_do_not_mix(tmp_path: Path) -> None:
     code = """
         import sys
         from pathlib import Path
-        from logo.folders import replace_folder
+        from logo.files import replace_folder
         for _ in range(8):
             replace_folder(Path(sys.argv[1]), {name: sys.argv[2] for name in "abc"})
     """
