@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,9 +21,9 @@ from logo.errors import ModelError
 from logo.selection import signals
 from logo.selection.emphasis import emphasised
 from logo.selection.points import Point
-from logo.selection.settings import SelectionSettings
 
 CPU = torch.device("cpu")
+READING = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token="each")
 RUNNING = ("",)  # the id of every request in these tests
 
 
@@ -36,39 +37,36 @@ class Index:
 class Scorer:
     """The mean response of each adapter, followed by the number of tokens that were read."""
 
-    def __init__(self, *modules: str) -> None:
+    def __init__(self, *modules: str, **signal: Any) -> None:
+        self.signal = replace(READING, **signal)
         self.points = tuple(Point(0, "layers.0", module) for module in modules)
         self.indices = tuple(map(Index, self.points))
         self.names = ("one", "two")
-        self.signatures: Any = None
+        self.described: tuple[int, ...] = ()
 
-    def among(self, names: Any) -> Tensor | None:
-        return None if names == [None] else torch.tensor([[name in names[0] for name in self.names]])
-
-    def scores(self, per_point: Any, descriptions: Any, tokens: Tensor, among: Tensor | None = None) -> Tensor:
-        if among is not None:
-            per_point = [torch.where(among, response, -torch.inf) for response in per_point]
+    def scores(self, per_point: Any, descriptions: Any, tokens: Tensor, among: Any = (None,)) -> Tensor:
+        if among[0] is not None:
+            asked = torch.tensor([[name in among[0] for name in self.names]])
+            per_point = [torch.where(asked, response, -torch.inf) for response in per_point]
         return torch.cat([torch.stack(list(per_point)).mean(dim=0), tokens[:, None]], dim=1)
 
 
 class Describing(Scorer):
     """Whose scores are followed by the description of the prompt at the second point."""
 
-    def __init__(self, *modules: str) -> None:
-        super().__init__(*modules)
-        self.signatures = SimpleNamespace(points=(1,))
+    def __init__(self, *modules: str, **signal: Any) -> None:
+        super().__init__(*modules, **signal)
+        self.described = (1,)
 
-    def scores(self, per_point: Any, descriptions: Any, tokens: Any, among: Tensor | None = None) -> Tensor:
+    def scores(self, per_point: Any, descriptions: Any, tokens: Any, among: Any = (None,)) -> Tensor:
         [description] = descriptions
         return torch.cat([super().scores(per_point, [], tokens, among), description.flatten(1)], dim=1)
 
 
 @pytest.fixture
-def taps(monkeypatch: pytest.MonkeyPatch, late: bool = False) -> Taps:
-    plain = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token="each", late=late)
-    monkeypatch.setitem(signals.SIGNALS, "calibrated", plain)
+def taps() -> Taps:
     made = Taps(lambda point, read: point.module, CPU)
-    made.score("calibrated", Scorer("a", "b"), SelectionSettings())  # type: ignore[arg-type]
+    made.score("calibrated", Scorer("a", "b"))  # type: ignore[arg-type]
     return made
 
 
@@ -97,30 +95,29 @@ def test_each_prompt_is_scored_among_its_own_adapters(taps: Taps) -> None:
 @settings(deadline=None)
 def test_chunks_are_summed_to_the_whole(lengths: list[int], cuts: list[int], late: bool, described: bool) -> None:
     """Prompts that run at the same time, in chunks of any size."""
-    with pytest.MonkeyPatch.context() as patch:
-        made = taps.__wrapped__(patch, late=late)  # type: ignore[attr-defined]
-        scorer = Describing("a", "b") if described else Scorer("a", "b")
-        if late:
-            scorer.scores = lambda per_point, *_: torch.cat(list(per_point), dim=1)  # type: ignore[method-assign]
-        made.score("calibrated", scorer, SelectionSettings())  # type: ignore[arg-type]
-        prompts = [torch.rand(length, 4) for length in lengths]
-        for start, end in itertools.pairwise(sorted({0, *(c for c in cuts if c < max(lengths)), max(lengths)})):
-            spans, rows = [], 0
-            for number, prompt in enumerate(prompts):
-                count = min(end, len(prompt)) - start
-                if count > 0:
-                    spans.append(Span(f"{number}", "calibrated", rows, start, count, len(prompt)))
-                    rows += count
-            step(made, torch.cat([prompts[int(one.key)][start:end] for one in spans]), *spans)
-        found = made.take([f"{number}" for number in range(len(prompts))])
+    made = Taps(lambda point, read: point.module, CPU)
+    scorer = (Describing if described else Scorer)("a", "b", late=late)
+    if late:
+        scorer.scores = lambda per_point, *_: torch.cat(list(per_point), dim=1)  # type: ignore[method-assign]
+    made.score("calibrated", scorer)  # type: ignore[arg-type]
+    prompts = [torch.rand(length, 4) for length in lengths]
+    for start, end in itertools.pairwise(sorted({0, *(c for c in cuts if c < max(lengths)), max(lengths)})):
+        spans, rows = [], 0
         for number, prompt in enumerate(prompts):
-            read = prompt[int(len(prompt) > 1) :]
-            owners = torch.zeros(len(read), dtype=torch.int64)
-            even, last = (emphasised(read, owners, 1, kind)[0].tolist() for kind in (0, 1))
-            expected = [*even[:2] * 2, *last[:2] * 2] if late else [*even[:2], len(read)]
-            expected += [*even, *last] if described and not late else []
-            assert found[f"{number}"] == pytest.approx(expected, rel=1e-4)
-        assert made.take(["0"])["0"] == "the prompt was not run as a probe"  # what is taken is forgotten
+            count = min(end, len(prompt)) - start
+            if count > 0:
+                spans.append(Span(f"{number}", "calibrated", rows, start, count, len(prompt)))
+                rows += count
+        step(made, torch.cat([prompts[int(one.key)][start:end] for one in spans]), *spans)
+    found = made.take([f"{number}" for number in range(len(prompts))])
+    for number, prompt in enumerate(prompts):
+        read = prompt[int(len(prompt) > 1) :]
+        owners = torch.zeros(len(read), dtype=torch.int64)
+        even, last = (emphasised(read, owners, 1, kind)[0].tolist() for kind in (0, 1))
+        expected = [*even[:2] * 2, *last[:2] * 2] if late else [*even[:2], len(read)]
+        expected += [*even, *last] if described and not late else []
+        assert found[f"{number}"] == pytest.approx(expected, rel=1e-4)
+    assert made.take(["0"])["0"] == "the prompt was not run as a probe"  # what is taken is forgotten
 
 
 def test_what_cannot_be_scored_says_why(taps: Taps) -> None:
@@ -137,8 +134,7 @@ def test_what_cannot_be_scored_says_why(taps: Taps) -> None:
 
 
 def test_the_texts_of_a_calibration_are_kept_as_they_are_read(taps: Taps) -> None:
-    how = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token="each")
-    taps.start_calibration([Point(0, "layers.0", "c")], how)
+    taps.start_calibration([Point(0, "layers.0", "c")], READING)
     text, short = torch.rand(5, 4), torch.rand(1, 4)
     step(taps, torch.cat([text[:3], short]), Span("long", "", 0, 0, 3, 5), Span("short", "", 3, 0, 1, 1), places="abc")
     step(taps, text[3:], Span("long", "", 0, 3, 2, 5), places="abc")
@@ -173,7 +169,7 @@ def test_a_prompt_that_runs_while_the_pool_changes_is_not_scored(taps: Taps) -> 
     done, half = Span("done", "calibrated", 0, 0, 2, 2), Span("half", "calibrated", 2, 0, 2, 4)
     step(taps, torch.rand(4, 4), done, half)
     taps.begin([], RUNNING)  # scores the first one
-    taps.score("calibrated", Scorer("a", "b"), SelectionSettings())  # type: ignore[arg-type]
+    taps.score("calibrated", Scorer("a", "b"))  # type: ignore[arg-type]
     step(taps, torch.rand(2, 4), Span("half", "calibrated", 0, 2, 2, 4))
     assert taps.take(["done", "half"]) == {"done": CHANGED, "half": CHANGED}
 
@@ -191,11 +187,9 @@ def test_the_rows_of_a_request() -> None:
 
 
 @pytest.mark.parametrize("token", ["last", "mean"])
-def test_what_is_read_alone_is_described_alone(taps: Taps, monkeypatch: pytest.MonkeyPatch, token: Any) -> None:
+def test_what_is_read_alone_is_described_alone(taps: Taps, token: Any) -> None:
     """As the library does: where one vector of a prompt is read, it is both of its means."""
-    alone = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token=token)
-    monkeypatch.setitem(signals.SIGNALS, "norm", alone)
-    taps.score("norm", Describing("a", "b"), SelectionSettings(signal="norm"))  # type: ignore[arg-type]
+    taps.score("norm", Describing("a", "b", token=token))  # type: ignore[arg-type]
     prompt = torch.rand(5, 4)
     step(taps, prompt[:3], Span("p", "norm", 0, 0, 3, 5))
     step(taps, prompt[3:], Span("p", "norm", 0, 3, 2, 5))

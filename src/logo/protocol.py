@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from logo.adapters.format import Adapter
+from logo.core import Selection
 from logo.errors import LoGoError
-from logo.selecting import CallOptions
-from logo.selection import Selection
 
 if TYPE_CHECKING:
-    from logo.endings import FinishReason
+    from logo.core import FinishReason
 
 Patterns = tuple[str, ...]
 """Names of adapters, or patterns of them such as `team-a/*`."""
@@ -51,7 +50,7 @@ class MixtureRequest:
     """
 
     adapters: Mapping[str, float] | None = None
-    options: CallOptions = field(default_factory=CallOptions)
+    options: Mapping[str, Any] = field(default_factory=dict)
     usable: Patterns | None = None
 
 

@@ -1,7 +1,7 @@
 """`Core`: the pool of one vLLM engine in the process that talks to the engine's workers.
 
-It checks the options of a call, turns the workers' scores into a selection, and a selection into a `LoRARequest`. The
-HTTP router and the offline engine share it.
+It checks the options of a request, turns the workers' scores into a selection, and a selection into a `LoRARequest`.
+The HTTP router and the offline engine share it.
 """
 
 from __future__ import annotations
@@ -9,27 +9,26 @@ from __future__ import annotations
 import os
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from logo.adapters.layout import BaseLayout
-from logo.adapters.pool import AdapterPool
 from logo.api.names import Models
 from logo.backends.vllm import plugin
-from logo.backends.vllm.options import Options
+from logo.backends.vllm.options import VllmOptions
 from logo.backends.vllm.pool import Change, KeyedPool, check_alike, scoring_signals
 from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.taps import CHANGED
+from logo.core import Forced, Options, ProbeText, Selection
 from logo.errors import LoGoError, ModelError, NotFinite, UsageError
 from logo.protocol import MixtureRequest
-from logo.selecting import Choosing
-from logo.selection.plan import with_activations
-from logo.selection.selector import Selection, forced
-from logo.selection.settings import SelectionSettings
-from logo.selection.window import USUAL_WINDOW, WHOLE, Window
+from logo.selection.confidence import Evidence
+from logo.selection.selector import Selector, forced
+from logo.selection.window import Window
 
 
 class WorkerError(LoGoError, RuntimeError):
@@ -38,6 +37,36 @@ class WorkerError(LoGoError, RuntimeError):
 
 class WorkerFailure(LoGoError, RuntimeError):
     """An unexpected error of one of vLLM's workers, such as exhausted memory."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is known outside of vLLM's workers of the scorer of a signal there.
+
+    Attributes:
+        signal: its name.
+        points: where prompts are read.
+        selector: makes selections from its scores.
+        calibration: none, since the workers have it.
+    """
+
+    signal: str
+    points: tuple[str, ...]
+    selector: Selector
+    calibration: None = None
+
+    @classmethod
+    def of(cls, signal: str, told: Mapping[str, Any]) -> Opened:
+        """From the reply of a worker, see `logo.backends.vllm.scoring.Scoring.open`."""
+        facts = told["selector"]
+        evidence = None if facts["evidence"] is None else Evidence(**facts["evidence"])
+        names, sizes = tuple(facts["names"]), facts["sizes"]
+        return cls(signal, tuple(told["points"]), Selector(names, facts["default_k"], evidence, sizes))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that are scored, in pool order."""
+        return self.selector.names
 
 
 class Core:
@@ -55,7 +84,7 @@ class Core:
 
     def __init__(self, vllm_config: Any) -> None:
         additional = getattr(vllm_config, "additional_config", None)
-        options = Options.of(additional if isinstance(additional, Mapping) else None, os.environ)
+        options = VllmOptions.of(additional if isinstance(additional, Mapping) else None, os.environ)
         if options is None:
             raise UsageError("LoGo needs a pool: set LOGO_POOL to a folder of adapters or a Hub repository")
         if vllm_config.lora_config is None:
@@ -68,9 +97,8 @@ class Core:
         self._layout = BaseLayout.of(self.skeleton)
         self.pool = KeyedPool.open(options, self.skeleton)
         self.signals = scoring_signals(options, self.skeleton, self.pool.adapters)
-        self.choosing = Choosing(self.pool.adapters, options.settings)
         self.broken: str | None = None
-        self._scored: dict[str, tuple[str, ...]] = {}  # the adapters that each signal scores
+        self._opened: dict[str, Opened] = {}  # by signal
         self._live: Counter[int] = Counter()  # id of a recipe -> its answers in progress
         self._texts: dict[int, str] = {}
         self._answering: Counter[str] = Counter()  # key of an adapter -> answers in progress that use it
@@ -97,10 +125,7 @@ class Core:
             The keys of the adapters that are no longer in the pool; answers in progress may still use them.
         """
         left = set(self.pool.keys.values()) - set(pool.keys.values())
-        self.pool, self._scored = pool, {signal: tuple(facts["names"]) for signal, facts in scored.items()}
-        described = [signal for signal, facts in scored.items() if facts["described"]]
-        sizes = {signal: facts["sizes"] for signal, facts in scored.items()}
-        self.choosing = Choosing(pool.adapters, self.options.settings, described, sizes)
+        self.pool, self._opened = pool, {signal: Opened.of(signal, told) for signal, told in scored.items()}
         return tuple(left)
 
     def answering(self, keys: Iterable[str]) -> bool:
@@ -118,54 +143,53 @@ class Core:
 
     # -- choosing ------------------------------------------------------------------------------------------------
 
-    def signal(self, wanted: MixtureRequest) -> str | None:
-        """The signal that a prompt has to be probed with; None where its mixture is forced."""
-        if wanted.adapters is not None:
-            return None
-        return self.choosing.call_settings(wanted.options).settings.signal
+    def asked(self, wanted: MixtureRequest) -> Options:
+        """The options of the selection that a request asks for, checked.
+
+        Raises:
+            LoGoError: as `LoGo.select`.
+        """
+        return self.options.settings.options(self.pool.adapters, wanted.options)
 
     def window(self, signal: str) -> Window:
         """The part of a prompt that is probed for a signal."""
-        return window_of(self.options.settings.for_call(signal=signal), self.pool.adapters)
+        return self.options.settings.reading(self.pool.adapters, signal).window
 
-    def candidates(self, wanted: MixtureRequest) -> Collection[str] | None:
-        """The names of the adapters that a request may select; None: all.
+    @property
+    def probe_text(self) -> ProbeText | None:
+        """The part of a conversation that is probed, see `SelectionSettings.probe_text`."""
+        asked, pool = self.options.settings.probe_text, self.pool.adapters
+        invoked = pool.read_once and any(one.tokens for one in pool.activations)
+        return "all" if asked is None and invoked else asked
 
-        Raises:
-            LoGoError: as `LoGo.select`.
-        """
-        return self.choosing.call_settings(wanted.options).candidates
-
-    def select(self, wanted: MixtureRequest, scores: Sequence[float] | None) -> Selection:
-        """The selection that the scores give, or the forced one.
-
-        Args:
-            scores: those of the probe; None if the mixture is forced.
+    def select(self, call: Options, scores: Sequence[float]) -> Selection:
+        """The selection that the scores of a probe give.
 
         Raises:
             LoGoError: as `LoGo.select`.
         """
-        if wanted.adapters is not None or scores is None:
-            return forced(wanted.adapters or {}, self.pool.adapters)
-        call = self.choosing.call_settings(wanted.options)
-        return self.choosing.choose(torch.tensor(scores), self._scored[call.settings.signal], call)
+        return self._opened[call.signal].selector(torch.tensor(scores), call)
+
+    def forced(self, adapters: Forced) -> Selection:
+        """The mixture that a request forces; errors as `LoGo.generate`."""
+        return forced(adapters, self.pool.adapters)
 
     @contextmanager
-    def request(self, selection: Selection, forced: str | None = None) -> Iterator[Any]:
+    def request(self, selection: Selection, activation: str | None = None) -> Iterator[Any]:
         """Yields vLLM's `LoRARequest` of a selection, None for the base model.
 
         The block has to begin before anything else runs after the selection, and to last as long as the answer: the
         adapters that were scored then stay in their slots, even if the pool changes.
 
         Args:
-            forced: see `KeyedPool.recipe`.
+            activation: see `KeyedPool.recipe`.
 
         Raises:
             UsageError: as `KeyedPool.recipe`.
         """
         from vllm.lora.request import LoRARequest
 
-        recipe = self.pool.recipe(selection, forced)
+        recipe = self.pool.recipe(selection, activation)
         if not recipe.parts:
             yield None
             return
@@ -180,13 +204,6 @@ class Core:
             self._answering.subtract(recipe.keys)
             if not self._live[number]:
                 del self._live[number], self._texts[number]
-
-
-def window_of(settings: SelectionSettings, pool: AdapterPool) -> Window:
-    """The part of a prompt that is probed: all of it for a signal that is not compared with neutral text, and for
-    adapters that all act from a position on, which are scored at the tokens on which they act."""
-    settings = with_activations(settings, pool)
-    return WHOLE if settings.activations or settings.reading.scale == "raw" else USUAL_WINDOW
 
 
 def new_key() -> str:

@@ -38,7 +38,7 @@ from logo.backends.vllm.launch import check_environment
 from logo.backends.vllm.marks import cut, is_probe, seal
 from logo.backends.vllm.needs import HOOKS, HOOKS_V2, KNOWN, Function
 from logo.backends.vllm.onsets import hash_as
-from logo.backends.vllm.options import Options
+from logo.backends.vllm.options import VllmOptions
 from logo.backends.vllm.recipe import is_recipe
 from logo.backends.vllm.worker import Worker
 from logo.errors import LoGoError, ModelError
@@ -113,9 +113,9 @@ def _wrap(function: Function, hook: Callable[..., Any]) -> None:
                 setattr(other, function.name, wrapped)
 
 
-def _options(vllm_config: Any) -> Options | None:
+def _options(vllm_config: Any) -> VllmOptions | None:
     additional = getattr(vllm_config, "additional_config", None)
-    return Options.of(additional if isinstance(additional, Mapping) else None, os.environ)
+    return VllmOptions.of(additional if isinstance(additional, Mapping) else None, os.environ)
 
 
 def _of(manager: Any) -> Worker | None:

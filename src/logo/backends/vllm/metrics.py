@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from logo.selection import Selection
+from logo.core import Selection
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 

@@ -24,7 +24,6 @@ from logo.selection.emphasis import fading, late_count
 from logo.selection.points import Point
 from logo.selection.reference import finished
 from logo.selection.scorer import Scorer
-from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
 
 # The most prompts whose outcome is kept until it is taken; nobody takes those of clients that have left.
@@ -122,7 +121,7 @@ class Taps:
     def __init__(self, place_of: Callable[[Point, str], str], device: torch.device) -> None:
         self.place_of = place_of
         self._device = device
-        self._scorers: dict[str, tuple[Scorer, Signal]] = {}
+        self._scorers: dict[str, Scorer] = {}  # by signal
         # While texts of a calibration run: how they are read, and where.
         self._calibrating: tuple[Signal, frozenset[str]] | None = None
         self._texts: dict[str, dict[str, Tensor]] = {}  # of those that were read: place -> hidden vectors
@@ -137,19 +136,18 @@ class Taps:
         """The places at which the model has to call `tap`."""
         return frozenset(self._wanted) | (frozenset() if self._calibrating is None else self._calibrating[1])
 
-    def score(self, name: str, scorer: Scorer, settings: SelectionSettings) -> None:
+    def score(self, name: str, scorer: Scorer) -> None:
         """Installs the scorer of a signal, by which prompts are scored from now on."""
-        if name in self._scorers and self._scorers[name][0] is not scorer:  # nobody may select by scores of before
+        if name in self._scorers and self._scorers[name] is not scorer:  # nobody may select by scores of before
             self._found.update([(key, CHANGED) for key, found in self._found.items() if not isinstance(found, str)])
-        self._scorers[name] = scorer, settings.reading
+        self._scorers[name] = scorer
         self._wanted = {}
-        for signal, (known, how) in self._scorers.items():
+        for signal, known in self._scorers.items():
             places: dict[str, list[int]] = {}
             for i, point in enumerate(known.points):
-                places.setdefault(self.place_of(point, how.input), []).append(i)
-            described = _described_at(known)
+                places.setdefault(self.place_of(point, known.signal.input), []).append(i)
             for place, points in places.items():
-                numbers = tuple(number for number, point in enumerate(described) if point in points)
+                numbers = tuple(number for number, point in enumerate(known.described) if point in points)
                 self._wanted.setdefault(place, []).append((signal, tuple(points), numbers))
 
     # -- calibrating ---------------------------------------------------------------------------------------------
@@ -164,12 +162,16 @@ class Taps:
         the tokens that the signal reads (tokens, d) on the CPU; nothing without `start_calibration`.
 
         Raises:
-            ModelError: a text was not read whole.
+            ModelError: a text was not read whole, or not everywhere.
         """
         for key, found in self.take(keys).items():
             if isinstance(found, str):
                 raise ModelError(f"calibration text {key}: {found}")
+        places = frozenset() if self._calibrating is None else self._calibrating[1]
         texts, self._texts, self._calibrating = self._texts, {}, None
+        for key in keys:
+            if silent := places - texts.get(key, {}).keys():
+                raise ModelError(f"calibration text {key}: the model was run without reading {', '.join(silent)}")
         return [texts.get(key, {}) for key in keys]
 
     # -- while the model runs ------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ class Taps:
             probe.span = span
             if span.signal and span.signal not in self._scorers:
                 probe.failure = f"nothing is scored by the signal {span.signal!r} here"
-            elif span.signal and probe.scorer is not self._scorers[span.signal][0]:
+            elif span.signal and probe.scorer is not self._scorers[span.signal]:
                 probe.failure = CHANGED
             if probe.failure is None and self._how(span.signal) is not None and span.end > probe.first:
                 reading.setdefault(span.signal, []).append(probe)
@@ -204,13 +206,13 @@ class Taps:
         """How a signal reads; without a name, how the texts of a calibration are read."""
         if not signal and self._calibrating is not None:
             return self._calibrating[0]
-        return self._scorers[signal][1] if signal in self._scorers else None
+        return self._scorers[signal].signal if signal in self._scorers else None
 
     def _begun(self, span: Span) -> _Probe:
         """A prompt whose first tokens are run now."""
-        scorer, _ = self._scorers.get(span.signal, (None, None))
         how = self._how(span.signal)
-        probe = _Probe(span, 0 if how is None else _first(span, how), scorer, span.start)
+        first = 0 if how is None else _first(span, how)
+        probe = _Probe(span, first, self._scorers.get(span.signal), span.start)
         if span.start:
             probe.failure = f"the model was run without the first {span.start} tokens of the prompt"
         return probe
@@ -274,10 +276,10 @@ class Taps:
         entering: Tensor,
         gather: Gather | None,
     ) -> None:
-        scorer, how = self._scorers[signal]
+        scorer = self._scorers[signal]
         hidden = _picked(entering, step.rows, gather)
         for i in points:
-            step.add(i, hidden if how.token == "mean" else how(scorer.indices[i], hidden))
+            step.add(i, hidden if scorer.signal.token == "mean" else scorer.signal(scorer.indices[i], hidden))
         for number in described:
             step.add(len(scorer.points) + number, hidden)
 
@@ -297,7 +299,8 @@ class Taps:
         return taken
 
     def _scores(self, probe: _Probe) -> list[float] | str:
-        scorer, signal = self._scorers[probe.span.signal]
+        scorer = self._scorers[probe.span.signal]
+        signal = scorer.signal
         if probe.scorer is not scorer:
             return CHANGED
         responses = [probe.means[i] for i in range(len(scorer.points))]  # (2, adapters)
@@ -307,11 +310,11 @@ class Taps:
         per_point = [
             finished(one[kind : kind + 1], signal.scale) for kind in range(signal.readings) for one in responses
         ]
-        descriptions = [probe.means[len(scorer.points) + i][None] for i in range(len(_described_at(scorer)))]
+        descriptions = [probe.means[len(scorer.points) + i][None] for i in range(len(scorer.described))]
         if signal.token == "mean":  # where one vector of a prompt is scored, it is both means of the description
             descriptions = [one[:, :1].expand(-1, 2, -1) for one in descriptions]
         read = torch.tensor([probe.span.total - probe.first])
-        found = scorer.scores(per_point, descriptions, read, scorer.among([probe.span.among]))
+        found = scorer.scores(per_point, descriptions, read, [probe.span.among])
         scores: list[float] = found[0].tolist()
         return scores
 
@@ -325,11 +328,6 @@ def _first(span: Span, signal: Signal) -> int:
     if signal.token == "tail" and span.signal:
         return max(begun, earliest(signal.activations, span.prompt))
     return begun
-
-
-def _described_at(scorer: Scorer) -> tuple[int, ...]:
-    """The numbers of the points at which prompts are described."""
-    return () if scorer.signatures is None else scorer.signatures.points
 
 
 def _picked(entering: Tensor, rows: Tensor, gather: Gather | None) -> Tensor:
