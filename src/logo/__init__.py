@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from logo.evaluation.metrics import MetricFunction, register_metric
     from logo.scoring import Scored
     from logo.selection.index import ScoringIndex
-    from logo.selection.selector import Selection
+    from logo.core import Selection
     from logo.selection.settings import SelectionSettings
     from logo.selection.signals import SignalFunction, register_signal
 
@@ -49,7 +49,7 @@ _LAZY = {
     "Prepared": "logo.baselines.method",
     "Scored": "logo.scoring",
     "ScoringIndex": "logo.selection.index",
-    "Selection": "logo.selection.selector",
+    "Selection": "logo.core",
     "SelectionSettings": "logo.selection.settings",
     "SignalFunction": "logo.selection.signals",
     "Task": "logo.baselines.method",

@@ -1,5 +1,1 @@
-"""From a prompt to a selection: probe, signal, selector."""
-
-from logo.selection.selector import Selection
-
-__all__ = ["Selection"]
+"""From a prompt to a selection: probe, signal, scorer, selector."""

@@ -5,14 +5,14 @@
 
 The best score alone is weak evidence, since some prompts make every adapter respond. Nor is its distance to the second
 enough, since a near relative of the right adapter may come second; several adapters close behind are a reason for
-doubt. But a margin is worth more if the best score is high, because on prompts that are like neutral text all scores are
-near zero, and the margin of one is an accident.
+doubt. But a margin is worth more if the best score is high, because on prompts that are like neutral text all scores
+are near zero, and the margin of one is an accident.
 `steepness` and `even` belong to a kind of score. They were chosen on four pools of two base models, to tell prompts
 whose target adapter is in the pool from prompts without one; a pool at hand needs no labels.
 docs/how-selection-works.md shows how well that holds for other pools.
 
-How much of a prompt an unsure mixture leaves to the base model depends on the relative size of its adapters, that is how
-large their changes of the base model's weights are beside these weights:
+How much of a prompt an unsure mixture leaves to the base model depends on the relative size of its adapters, that is
+how large their changes of the base model's weights are beside these weights:
 
     size_i = mean over the points that adapter i touches of ‖ΔW_i‖_F / ‖W‖_F        ΔW_i = s_i B_i A_i
 """

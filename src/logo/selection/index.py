@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from logo.adapters.digests import adapter_key
 from logo.adapters.format import Adapter, LoraWeights
 from logo.selection.points import Point
 from logo.selection.whitening import Whitening
@@ -36,10 +37,11 @@ class ScoringIndex:
         stacked: (R, d) float32, the rows `R_i A_i` of all adapters, whitened where there is a whitening.
         ranks: rows per adapter.
         offset: (R,): the stacked response to the mean hidden vector, which is subtracted from every response; None: 0.
-        sketch: of a whitening, its `Whitening.sketch` (m, d) and the sketch of the mean (m,).
         adapters: in pool order; they all touch the point.
         point: where.
+        sketch: of a whitening, its `Whitening.sketch` (m, d) and the sketch of the mean (m,).
         updates: (adapters,), `‖ΔW_i‖_F`; None: not known.
+        keys: the digest of each adapter's content when it was read.
     """
 
     def __init__(
@@ -51,22 +53,13 @@ class ScoringIndex:
         point: Point,
         sketch: tuple[Tensor, Tensor] | None = None,
         updates: Tensor | None = None,
+        keys: Sequence[str] = (),
     ) -> None:
-        self.stacked = stacked
-        self.ranks = tuple(ranks)
-        self.offset = offset
-        self.adapters = tuple(adapters)
-        self.point = point
-        self.sketch = sketch
+        self.stacked, self.ranks, self.offset, self.sketch = stacked, tuple(ranks), offset, sketch
+        self.adapters, self.point, self.keys = tuple(adapters), point, tuple(keys)
         self.updates = torch.full((len(ranks),), math.nan) if updates is None else updates
-
-    @classmethod
-    def read(
-        cls, adapters: Sequence[Adapter], point: Point, device: torch.device, whitening: Whitening | None = None
-    ) -> ScoringIndex:
-        """The index of adapters that all touch the point; see `read_indices`."""
-        [index] = read_indices([Wanted(adapters, point, device, whitening)])
-        return index
+        # The rank of all adapters; None: their ranks differ, and `_owner` says which adapter each row belongs to.
+        self._rank = self.ranks[0] if len(set(self.ranks)) == 1 else None
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -75,11 +68,6 @@ class ScoringIndex:
     def device(self) -> torch.device:
         """The device on which scores are computed."""
         return self.stacked.device
-
-    @cached_property
-    def rows(self) -> list[slice]:
-        """The rows of each adapter in `stacked`."""
-        return _rows(self.ranks)
 
     @property
     def bytes(self) -> int:
@@ -90,31 +78,28 @@ class ScoringIndex:
 
     def norms(self, hidden: Tensor) -> Tensor:
         """`‖ΔW_i h‖₂` for hidden (rows, d), or `‖ΔW_i W (h - μ)‖₂` with a whitening; (rows, adapters), float32."""
-        hidden = hidden.to(self.device, torch.float32)
-        size = max(1, _CHUNK // max(1, len(self.stacked)))
-        return torch.cat([self._norms(part) for part in torch.split(hidden, size)])
+        hidden, size = hidden.to(self.device, torch.float32), max(1, _CHUNK // max(1, len(self.stacked)))
+        parts = []
+        for part in [hidden] if len(hidden) <= size else torch.split(hidden, size):
+            responses = self.stacked @ part.T  # (R, rows): CPU libraries are faster with the many rows on the left
+            if self.offset is not None:
+                responses -= self.offset[:, None]
+            squares = responses.square_()
+            if self._rank is not None:
+                sums = squares.view(len(self), self._rank, len(part)).sum(dim=1)
+            else:
+                sums = torch.zeros(len(self), len(part), device=self.device).index_add_(0, self._owner, squares)
+            parts.append(sums.sqrt_().T)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def relative(self, hidden: Tensor) -> Tensor:
-        """`‖ΔW_i W (h - μ)‖₂ / √‖W (h - μ)‖₂`, for an index with a whitening; arguments as `norms`."""
-        return self.norms(hidden) / self.units(hidden)[:, None]
-
-    def units(self, hidden: Tensor) -> Tensor:
-        """An estimate of `√‖W (h - μ)‖₂` for hidden (rows, d); (rows,), float32 on the index's device."""
+        """`‖ΔW_i W (h - μ)‖₂ / √‖W (h - μ)‖₂`, for an index with a whitening; arguments as `norms`. The length of the
+        whitened vector is an estimate by the sketch."""
         if self.sketch is None:
             raise RuntimeError(f"the index at {self.point.name} has no whitening")
         rows, offset = self.sketch
         squares = (hidden.to(self.device, torch.float32) @ rows.T - offset).square().sum(dim=1)
-        return squares.sqrt().clamp_min(_SHORTEST).sqrt()
-
-    def _norms(self, hidden: Tensor) -> Tensor:
-        responses = self.stacked @ hidden.T  # (R, rows): CPU libraries are faster with the many rows on the left
-        if self.offset is not None:
-            responses -= self.offset[:, None]
-        squares = responses.square_()
-        if len(set(self.ranks)) == 1:
-            return squares.view(len(self), -1, len(hidden)).sum(dim=1).sqrt_().T
-        sums = torch.zeros(len(self), len(hidden), device=self.device)
-        return sums.index_add_(0, self._owner, squares).sqrt_().T
+        return self.norms(hidden) / squares.sqrt().clamp_min(_SHORTEST).sqrt()[:, None]
 
     def responses(self, hidden: Tensor) -> Iterator[Tensor]:
         """`ΔW_i h` for hidden (rows, d), in pool order: chunks (rows, adapters of the chunk, out), float32."""
@@ -148,7 +133,8 @@ class Wanted:
         point: where.
         device: where scores are computed.
         whitening: on the CPU; applied to hidden vectors before they are scored by their norm.
-        before: an index of the same point and whitening, whose rows are reused for the adapters that it has.
+        before: an index of the same point and whitening, whose rows are reused for the adapters that it has, by the
+            digests of their content.
     """
 
     adapters: Sequence[Adapter]
@@ -157,16 +143,17 @@ class Wanted:
     whitening: Whitening | None = None
     before: ScoringIndex | None = None
 
-    @cached_property
+    @property
     def ranks(self) -> list[int]:
-        """Rows per adapter."""
-        return [_rank(adapter, self.point) for adapter in self.adapters]
+        """Rows per adapter: the smaller side of `B_i`, or of the part of it that belongs to the point."""
+        module, rows = self.point.module, self.point.rows
+        shapes = [adapter.modules[module] for adapter in self.adapters]
+        return [min(shape.rank, shape.out_features if rows is None else len(rows)) for shape in shapes]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Of the stacked factors."""
-        width = self.adapters[0].modules[self.point.module].in_features if self.adapters else 0
-        return sum(self.ranks), width
+    def bytes(self) -> int:
+        """Memory of the stacked factors."""
+        return 4 * sum(self.ranks) * self.adapters[0].modules[self.point.module].in_features
 
 
 def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[ScoringIndex]:
@@ -178,90 +165,64 @@ def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[Sco
     Raises:
         AdapterError: an adapter that cannot be read.
     """
-    building = [_Building(one) for one in wanted]
-    every = {adapter.name: adapter for one in wanted for adapter in one.adapters}.values()
-    for done, adapter in enumerate(every, start=1):
+    every = {adapter.name: adapter for one in wanted for adapter in one.adapters}
+    keys = {name: adapter_key(adapter) for name, adapter in every.items()}
+    building = [_Building(one, keys) for one in wanted]
+    for done, (name, adapter) in enumerate(every.items(), start=1):
         if tell is not None and (done % _TOLD == 0 or done == len(every) > _TOLD):
             tell(done, len(every))
-        parts = [part for part in building if adapter.name in part.missing]
+        parts = [part for part in building if name in part.missing]
         if parts:
-            weights = adapter.read([part.point.module for part in parts])
+            weights = adapter.read([part.wanted.point.module for part in parts])
             for part in parts:
-                part.add(adapter.name, weights[part.point.module])
+                part.add(name, weights[part.wanted.point.module])
     return [part.index() for part in building]
 
 
 class _Building:
     """An index under construction, whose rows come one adapter at a time."""
 
-    def __init__(self, wanted: Wanted) -> None:
-        self.point, self._wanted, before = wanted.point, wanted, wanted.before
-        self.missing: dict[str, int] = {}  # the places of adapters that have to be read
-        files = list(map(_file, wanted.adapters))
-        self._same = before is not None and files == list(map(_file, before.adapters))
-        if self._same:
-            return
-        device = built_on(wanted.device)
+    def __init__(self, wanted: Wanted, keys: dict[str, str]) -> None:
+        self.wanted, before = wanted, wanted.before
+        self._keys = [keys[adapter.name] for adapter in wanted.adapters]
+        # Not every accelerator has QR.
+        device = wanted.device if wanted.device.type == "cuda" else torch.device("cpu")
         self._ranks = wanted.ranks
-        self._stacked = torch.empty(wanted.shape, device=device)
         self._whitening = None if wanted.whitening is None else wanted.whitening.to(device)
-        self._rows, self._updates = _rows(self._ranks), torch.empty(len(files), device=device)
-        known = {} if before is None else {file: place for place, file in enumerate(map(_file, before.adapters))}
-        for place, (adapter, file) in enumerate(zip(wanted.adapters, files, strict=True)):
-            if before is not None and file in known:
-                self._stacked[self._rows[place]] = before.stacked[before.rows[known[file]]].to(device)
-                self._updates[place] = before.updates[known[file]]
+        width = wanted.adapters[0].modules[wanted.point.module].in_features if wanted.adapters else 0
+        self._stacked = torch.empty(sum(self._ranks), width, device=device)
+        self._rows, self._updates = _rows(self._ranks), torch.empty(len(self._ranks), device=device)
+        self.missing: dict[str, int] = {}  # the positions of adapters that have to be read
+        known = {} if before is None else {key: i for i, key in enumerate(before.keys)}
+        rows = [] if before is None else _rows(before.ranks)
+        for at, (adapter, key) in enumerate(zip(wanted.adapters, self._keys, strict=True)):
+            if before is not None and key in known:
+                self._stacked[self._rows[at]] = before.stacked[rows[known[key]]].to(device)
+                self._updates[at] = before.updates[known[key]]
             else:
-                self.missing[adapter.name] = place
+                self.missing[adapter.name] = at
 
     def add(self, name: str, weights: LoraWeights) -> None:
-        a, b = _factors(weights, self.point, self._stacked.device)
-        product, place = torch.linalg.qr(b, mode="r").R @ a, self.missing[name]
+        a, b = _factors(weights, self.wanted.point, self._stacked.device)
+        product, at = torch.linalg.qr(b, mode="r").R @ a, self.missing[name]
         # A product of several adapters would make the last digits of one depend on the others.
-        self._stacked[self._rows[place]] = product if self._whitening is None else self._whitening.fold(product)
-        self._updates[place] = product.norm()
+        self._stacked[self._rows[at]] = product if self._whitening is None else self._whitening.fold(product)
+        self._updates[at] = product.norm()
 
     def index(self) -> ScoringIndex:
-        wanted = self._wanted
-        if self._same and wanted.before is not None:
-            return wanted.before
-        offset = None if self._whitening is None else (self._stacked @ self._whitening.mean).to(wanted.device)
-        sketch = None if wanted.whitening is None else sketched(wanted.whitening, wanted.device)
-        stacked, updates = self._stacked.to(wanted.device), self._updates.to(wanted.device)
-        return ScoringIndex(stacked, self._ranks, offset, wanted.adapters, wanted.point, sketch, updates)
-
-
-def sketched(whitening: Whitening, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The `sketch` of an index."""
-    rows = whitening.sketch()
-    return rows.to(device), (rows @ whitening.mean).to(device)
-
-
-def device_of(model: nn.Module, point: Point) -> torch.device:
-    """The device of the hidden vectors of a point, and so of its index."""
-    device = next(model.get_submodule(point.layer_path).parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device
-
-
-def built_on(device: torch.device) -> torch.device:
-    """Where an index for a device is made: on the CPU unless it is CUDA, as not every accelerator has QR."""
-    return device if device.type == "cuda" else torch.device("cpu")
-
-
-def _file(adapter: Adapter) -> int:
-    """An id that stays the same when a pool is fitted again."""
-    return id(adapter.file)
+        one, device, offset, sketch = self.wanted, self.wanted.device, None, None
+        if one.whitening is not None and self._whitening is not None:
+            offset = (self._stacked @ self._whitening.mean).to(device)
+            rows = one.whitening.sketch()
+            sketch = rows.to(device), (rows @ one.whitening.mean).to(device)
+        stacked, updates = self._stacked.to(device), self._updates.to(device)
+        return ScoringIndex(stacked, self._ranks, offset, one.adapters, one.point, sketch, updates, self._keys)
 
 
 def _rows(ranks: Sequence[int]) -> list[slice]:
+    """The rows of each adapter in a stacked index."""
     ends = torch.tensor(ranks, dtype=torch.int64).cumsum(0).tolist()
     return [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
-
-
-def _rank(adapter: Adapter, point: Point) -> int:
-    """Rows of `R_i`: the smaller side of `B_i`, or of the part of it that belongs to the point."""
-    module = adapter.modules[point.module]
-    return min(module.rank, module.out_features if point.rows is None else len(point.rows))
 
 
 def _factors(weights: LoraWeights, point: Point, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,37 @@
-"""`Point`: where a model is read. Finds the decoder layers of a causal LM, and the query projection of the last one."""
+"""`Point`: where a model is read; `plan`: the points that a signal reads, and the adapters that can be scored there.
+
+No model is run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from logo.adapters.layout import linear_modules, linear_shape
-from logo.errors import ModelError
-from logo.models import text_config
+from logo.adapters.format import Adapter
+from logo.adapters.layout import linear_modules, linear_shape, text_config
+from logo.adapters.pool import AdapterPool
+from logo.errors import ModelError, PoolError, listed
+
+if TYPE_CHECKING:
+    from logo.selection.settings import SelectionSettings
 
 # Last parts of the paths of query projections; fused projections come last.
 QUERY_NAMES = ("q_proj", "query_proj", "wq", "query", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
+# Points that are read of every adapter, if it touches so many.
+LEAST_POINTS = 4
+# How far a probe runs, as a share of the layers, if the prompt is read again under its mixture.
+_DEPTH = 0.5
+# How many points a signal chooses at most: as many as an index of this size has room for, within these bounds. Small
+# pools can afford more, and where adapters touch many modules of a deep model, twelve points miss what tells near
+# relatives apart (docs/how-selection-works.md).
+_INDEX_BYTES = 256e6
+_FEWEST_POINTS, _MOST_POINTS = 12, 48
 
 
 @dataclass(frozen=True)
@@ -116,6 +133,91 @@ def _query_rows(name: str, config: Any, module: nn.Module) -> tuple[int, ...] | 
         return tuple(rows.view(groups, heads // groups + 2, size)[:, :-2].flatten().tolist())
     if getattr(config, "multi_query", False):  # Falcon 7B, StarCoder: all query heads, then one k and one v
         return tuple(rows[: heads * size].tolist())
-    return tuple(
-        rows.view(heads, 3, size)[:, 0].flatten().tolist()
-    )  # GPT-NeoX, Bloom, GPTBigCode: (heads, q k v, size)
+    # GPT-NeoX, Bloom, GPTBigCode: (heads, q k v, size)
+    return tuple(rows.view(heads, 3, size)[:, 0].flatten().tolist())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is read, and what is scored.
+
+    Attributes:
+        points: the points that are read, or candidates for them.
+        most: how many of the candidates are chosen at most; 0: all points are read.
+        adapters: those that are scored, in pool order.
+    """
+
+    points: tuple[Point, ...]
+    most: int
+    adapters: tuple[Adapter, ...]
+
+
+def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings, signal: str | None = None) -> Plan:
+    """The plan of a signal; None: the settings' own.
+
+    Args:
+        pool: adapters fitted to the model.
+
+    Raises:
+        ModelError: there is no such point in the model, or it cannot be read as the signal asks.
+        PoolError: adapters that do not touch what is probed, unless `settings.unscorable` is `"skip"`.
+    """
+    reading, most = settings.reading(pool, signal), 0
+    if reading.layers == "last":
+        points: tuple[Point, ...] = (last_query(model),)
+    else:
+        layers = len(decoder_layers(model)[1])
+        depth = max(1, math.floor((1.0 if reading.activations else _DEPTH) * layers))
+        points = points_of(model, {module for adapter in pool for module in adapter.modules}, depth)
+        if not points:
+            raise PoolError(
+                f"no adapter touches a module in the first {depth} of {layers} layers, where the probe stops; use the "
+                "signal 'norm'"
+            )
+        # If the whole model runs anyway, every point is read (docs/read-once.md says what choosing would cost there).
+        if reading.chosen and not reading.activations:
+            points = _later(points, math.ceil(depth / 4), [set(adapter.modules) for adapter in pool])
+            touched = [a.modules[p.module] for a in pool for p in points if p.module in a.modules]
+            each = sum(4 * module.rank * module.in_features for module in touched) / len(points)
+            most = max(_FEWEST_POINTS, min(_MOST_POINTS, int(_INDEX_BYTES / each)))
+    modules = {point.module for point in points}
+    lacking = [adapter.name for adapter in pool if not modules & set(adapter.modules)]
+    if lacking and (settings.unscorable == "error" or len(lacking) == len(pool)):
+        where = f"any of {len(modules)} probed modules"
+        if len(modules) <= 4:
+            where = f"the probed module {', '.join(sorted(modules))}"
+        raise PoolError(
+            f"{len(lacking)} of {len(pool)} adapters do not touch {where} and cannot be scored: {listed(lacking, 5)}; "
+            "use the signal 'calibrated', which reads the modules that adapters touch, or leave them out "
+            "(--unscorable skip)"
+        )
+    if reading.input == "residual":
+        _check_widths(model, points)
+    left_out = set(lacking)
+    return Plan(points, most, tuple(adapter for adapter in pool if adapter.name not in left_out))
+
+
+def _later(points: tuple[Point, ...], first: int, pool: Iterable[Set[str]]) -> tuple[Point, ...]:
+    """The points from layer `first` on, and every point of an adapter that touches fewer than `LEAST_POINTS` of those.
+
+    Hidden vectors of the first layers say little more than which words a prompt has, so they miss prompts that are
+    worded differently from an adapter's training prompts.
+
+    Args:
+        pool: the modules that each adapter touches.
+    """
+    every, late = {point.module for point in points}, {point.module for point in points if point.layer >= first}
+    lacking = (every & modules for modules in pool if len(late & modules) < min(LEAST_POINTS, len(every & modules)))
+    chosen = late.union(*lacking)
+    return tuple(point for point in points if point.module in chosen)
+
+
+def _check_widths(model: nn.Module, points: Sequence[Point]) -> None:
+    width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    for point in points:
+        shape = linear_shape(model.get_submodule(point.module))
+        if shape is not None and shape.in_features != width:
+            raise ModelError(
+                f"{point.module} takes {shape.in_features} features, the residual stream that the signal reads has "
+                f"{width}; use the signal 'calibrated'"
+            )

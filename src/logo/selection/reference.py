@@ -4,15 +4,31 @@ For adapter i, point p and text x with tokens t:
 
     a_ip(x) = log mean_t ‖ΔW_ip W_p (h_pt(x) - μ_p)‖ / √‖W_p (h_pt(x) - μ_p)‖        W, μ: `logo.selection.whitening`
     z_ip(x) = (a_ip(x) - mean over neutral texts) / spread over neutral texts
-    score_i(x) = trust_i · (mean over points of z_ip(x) - excess_i)        scaled in `logo.selection.chance`
-
-A signal may read the end of a prompt with more emphasis, too (`logo.selection.emphasis`). Each point then has two
-*readings*: the even ones of all points come first, and the late ones after them have a smaller weight in the mean.
+    score_i(x) = trust_i · (mean over points of z_ip(x) - excess_i)
 
 A raw norm says how large an adapter is, and z how much more than usual it responds. Some adapters respond to almost any
 request. Their excess, by how much their typical z is above that of the other adapters, is subtracted; and the trust in
 an adapter is below 1 if its mean z varies more than that of others. The cache holds the `a_ip` of each adapter for the
 neutral texts and some unlabelled requests, from which everything else follows, for any pool.
+
+*Emphasis.* The topic of a prompt shows in all of its tokens; the task is often named by the last ones, and prompts of
+related adapters may differ there alone ("German:", "French:"). So a signal may have two *readings* of each point:
+
+    even   mean_t x_t
+    late   Σ_t f^(T - t) x_t / Σ_t f^(T - t)        f = `FADING`, T: the last token
+
+The even ones of all points come first, and the late ones after them have a smaller weight in the mean.
+
+*Chance.* The unit of scores is how far apart those of a pool's adapters lie by chance, on texts that none was made for.
+It depends on the pool, since a mean over many points varies less; and on the prompt, since a mean over few tokens
+varies more: on "Hi!" or "import os", some adapter would always have a margin. Neither needs labels. If n tokens of a
+text are read, the standard deviation of its scores over the adapters is roughly
+
+    apart · √((1 + FEW / n) / (1 + FEW / USUAL))        apart: of the neutral texts
+
+and a prompt's scores are divided by it (if n is above `USUAL`, by `apart`), times `UNIT`. So a margin means the same in
+every pool (`logo.selection.confidence`). The ranking of a pool's adapters does not change. Scores to which example
+prompts contribute are not scaled: the similarities to examples have one unit in every pool.
 """
 
 from __future__ import annotations
@@ -23,33 +39,79 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from logo.selection.chance import UNIT, deviation
+from logo.selection.points import LEAST_POINTS
 from logo.selection.signals import Scale
 
 # The least spread, as a share of the usual one: a small spread on a few neutral texts may be an accident.
 _LEAST_SPREAD = 0.25
-# Points that are read of every adapter, if it touches so many.
-LEAST_POINTS = 4
 # To be raised when the same settings give other scores: results depend on it, so it is a part of their identity.
 SCORES = 5
 # Larger z are clipped, so that no point decides alone.
 _LARGEST_Z = 20.0
 # The excess is clipped, since the requests may be those that an adapter was made for.
 _LARGEST_EXCESS = 1.0
+# A token's weight divided by the next one's: the last three tokens have 58 % of the weight, the last ten 94 %.
+FADING = 0.75
+# The weight of the late reading of a point; the even one has weight 1.
+LATE_WEIGHT = 0.5
+# Fitted to the calibration texts of three pools of different base models, FEW was 4 to 11. With these tokenizers, the
+# texts have 13 to 15 tokens in the median. Scores depend on these numbers, so `SCORES` is raised when one changes.
+FEW, USUAL = 5.0, 13
+# What `apart` becomes by scaling. It is that of 43 adapters of one training config for Gemma 3 270M, whose scores stay
+# as they are.
+UNIT = 0.33
 
 
-def prompt_means(values: Tensor, owners: Tensor, rows: int, weights: Tensor | None = None) -> Tensor:
-    """Means over the vectors of each prompt: `values` (vectors, n), `owners` (vectors,) -> (rows, n); 0 without any.
+def row_sums(values: Tensor, owners: Tensor, rows: int) -> Tensor:
+    """Sums over the vectors of each row: `values` (vectors, n), `owners` (vectors,) -> (rows, n) float32."""
+    sums = torch.zeros(rows, values.shape[1], device=values.device)
+    return sums.index_add_(0, owners.to(values.device), values)
+
+
+def row_means(values: Tensor, owners: Tensor, rows: int, weights: Tensor | None = None) -> Tensor:
+    """Means over the vectors of each row, 0 without any; arguments as `row_sums`.
 
     Args:
-        weights: (vectors,), 1 for the last one of a prompt; None: equal weights.
+        weights: (vectors,), 1 for the last one of a row; None: equal weights.
     """
-    owners = owners.to(values.device)
     if weights is not None:
-        weights = weights.to(values.device)
-        values = values * weights[:, None]
-    sums = torch.zeros(rows, values.shape[1], device=values.device).index_add_(0, owners, values)
-    return sums / torch.bincount(owners, weights, minlength=rows).clamp_min(1)[:, None]
+        values = values * weights.to(values.device)[:, None]
+    counts = torch.bincount(owners, weights, minlength=rows).clamp_min(1)
+    return row_sums(values, owners, rows) / counts.to(values.device)[:, None]
+
+
+def late_weights(owners: Tensor) -> Tensor:
+    """The weight of each vector in the late sum of its row, (vectors,) float32: 1 for the row's last vector.
+
+    Args:
+        owners: (vectors,) int64, the row that each vector belongs to; a row's vectors are in the order of its tokens.
+    """
+    order = owners.argsort(stable=True)
+    ends = torch.bincount(owners).cumsum(0)[owners[order]]  # behind the last vector of each row, in sorted order
+    behind = torch.empty_like(owners)
+    behind[order] = ends - 1 - torch.arange(len(owners), device=owners.device)
+    return fading(behind)
+
+
+def fading(tokens: Tensor) -> Tensor:
+    """The factor by which so many further tokens shrink a late sum, float32."""
+    return torch.full((), FADING) ** tokens
+
+
+def late_count(counts: Tensor) -> Tensor:
+    """The sum of the late weights of so many tokens, float32; the sum of even weights is the count itself."""
+    return (1 - fading(counts)) / (1 - FADING)
+
+
+def emphasised(values: Tensor, owners: Tensor, rows: int, late: int) -> Tensor:
+    """The mean over the vectors of each row: (rows, n).
+
+    Args:
+        values: (vectors, n).
+        owners: as for `late_weights`.
+        late: 0 weighs all tokens alike, 1 weighs the last ones most.
+    """
+    return row_means(values, owners, rows, late_weights(owners) if late else None)
 
 
 def finished(means: Tensor, scale: Scale) -> Tensor:
@@ -68,7 +130,7 @@ class Reference:
         excess: (adapters,): how much higher the mean z of a typical request is than for other adapters; see `scores`.
         trust: (adapters,): below 1 if the mean z varies more from text to text than that of others; see `scores`.
         weights: (points,) of the mean.
-        apart: how far apart scores lie by chance (`logo.selection.chance`).
+        apart: how far apart scores lie by chance; see `factors`.
     """
 
     mean: Tensor
@@ -106,29 +168,32 @@ class Reference:
         strangers = reference._compared(mean_z[:, : neutral.shape[2]])
         return replace(reference, apart=deviation(strangers[:, somewhere]))
 
-    def part(self, which: Tensor) -> Reference:
-        """The reference of the adapters at some positions (n,)."""
-        mean, spread, responds = self.mean[which], self.spread[which], self.responds[which]
-        return replace(
-            self, mean=mean, spread=spread, responds=responds, excess=self.excess[which], trust=self.trust[which]
-        )
+    def factors(self, tokens: Tensor) -> Tensor:
+        """What the scores of prompts with so many tokens (rows,) are multiplied by: float32 (rows,)."""
+        few = ((1 + FEW / USUAL) / (1 + FEW / tokens)).sqrt().clamp(max=1.0)
+        return few * torch.tensor(UNIT / self.apart)
 
     def z(self, responses: Tensor) -> Tensor:
         """`z` of `a` (adapters, points, rows); 0 where the adapter does not respond."""
         z = ((responses - self.mean[:, :, None]) / self.spread[:, :, None]).clamp(-_LARGEST_Z, _LARGEST_Z)
         return torch.where(self.responds[:, :, None], z, torch.zeros(()))
 
-    def scores(self, responses: Tensor) -> Tensor:
+    def scores(self, responses: Tensor, among: Tensor | None = None) -> Tensor:
         """Scores (rows, adapters) of `a` (adapters, points, rows): trust times the difference of mean z and excess.
 
         The mean runs over the points where the adapter responds. A mean over fewer points varies more, and some
         adapters respond to many kinds of requests: the score of an adapter whose mean z varies more than usual is
         scaled down accordingly. An adapter that responds nowhere gets the lowest score of the others.
+
+        Args:
+            among: (rows, adapters) bool: the adapters that may be selected, which alone count as others; None: all.
         """
         scores = self._compared(self._mean_z(responses))
-        silent = ~self.responds.any(dim=1)
-        if silent.any() and not silent.all():
-            scores[:, silent] = scores[:, ~silent].min(dim=1, keepdim=True).values
+        heard = self.responds.any(dim=1)
+        if heard.any() and not heard.all():
+            for row, asked in zip(scores, scores.new_ones(scores.shape) if among is None else among, strict=True):
+                others = heard & asked.bool()
+                row[~heard] = row[others if others.any() else heard].min()
         return scores
 
     def _compared(self, mean_z: Tensor) -> Tensor:
@@ -139,6 +204,13 @@ class Reference:
         """The mean z, (adapters, rows)."""
         counted = (self.responds * self.weights).sum(dim=1)  # (adapters,)
         return (self.z(responses) * self.weights[:, None]).sum(dim=1) / counted.clamp_min(1e-6)[:, None]
+
+
+def deviation(scores: Tensor) -> float:
+    """`apart`: the usual standard deviation over adapters, of scores (texts, adapters); `UNIT` for one adapter."""
+    if scores.shape[1] < 2:
+        return UNIT
+    return max(float(scores.var(dim=1).mean().sqrt()), UNIT / 2)  # margins are at most doubled
 
 
 def _excess(mean_z: Tensor, responds: Tensor) -> Tensor:

@@ -4,19 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+from logo.adapters.activation import earliest
 from logo.adapters.format import Adapter
 from logo.adapters.pool import AdapterPool
-from logo.selection.beginnings import Beginnings as PrefixCache
-from logo.selection.calibration import Calibration, TextRunner
-from logo.selection.index import ScoringIndex, Tell
-from logo.selection.points import Point
+from logo.cache import cache_folder
+from logo.prefix_cache import PrefixCache
+from logo.selection.calibration import (
+    Calibration,
+    Store,
+    TextRunner,
+    calibrate,
+    key_of,
+    read_texts,
+    whitenings,
+)
+from logo.selection.confidence import EXAMPLES, RESPONSES, relative_sizes
+from logo.selection.examples import Examples, examples_of
+from logo.selection.index import ScoringIndex, Tell, Wanted, read_indices
+from logo.selection.points import Point, plan
+from logo.selection.probe import Probe, padded, pick
+from logo.selection.reference import LATE_WEIGHT, Reference, finished, late_weights, row_means, row_sums
 from logo.selection.selector import Selector
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
+from logo.selection.texts import NEUTRAL, REQUESTS, Texts
+from logo.selection.whitening import Whitening
+from logo.selection.window import windowed
 
 # Texts, the tokens with which each has to end, and whether the forms of conversations vary -> token ids.
 Encode = Callable[[Sequence[str], Sequence[int], bool], list[list[int]]]
@@ -30,15 +50,25 @@ class Scorer:
         signal: how prompts are read: the registered signal with the window and the activations of the pool.
         adapters: those that are scored, in pool order.
         indices: one per point that is read, of the adapters that touch it.
+        probe: reads the hidden vectors of these points.
         calibration: what responses are compared with; None for signals of the scale `"raw"`.
+        examples: described example prompts; None: no adapter has any, or they are not used.
         selector: makes selections from these scores.
+        texts, store, key: those of the calibration; no texts and an empty key without one.
+        prefix_cache: of prompts that are read once.
     """
 
     signal: Signal
     adapters: tuple[Adapter, ...]
     indices: tuple[ScoringIndex, ...]
+    probe: Probe
     calibration: Calibration | None
+    examples: Examples | None
     selector: Selector
+    texts: Texts
+    store: Store
+    key: str
+    prefix_cache: PrefixCache | None
 
     @classmethod
     def open(
@@ -53,9 +83,10 @@ class Scorer:
         device: torch.device | None = None,
         prefix_cache: PrefixCache | None = None,
         before: Scorer | None = None,
+        store: Store | None = None,
         tell: Tell | None = None,
     ) -> Scorer:
-        """The scorer of a signal: plan, calibrate (cached), whiten, describe examples, index.
+        """The scorer of a signal: plan, calibrate (what is not stored), whiten, describe examples, index.
 
         The caller holds the model's lock, and no mixture is active: a calibration with adapters mixed in would be wrong
         for ever.
@@ -68,13 +99,14 @@ class Scorer:
             encode: texts to token ids, as prompts are encoded (`logo.decoding.Prompts.texts`); for the texts of a
                 calibration and for example prompts.
             run: runs texts through the base model; None: `model` itself runs. If it raises, what was read before is in
-                the calibration cache, if there is a folder for it, and `open` may be called again.
+                the store, and `open` may be called again with the same one.
             device: where scores are computed; None: on the device of the hidden vectors.
-            prefix_cache: for a pool whose adapters act only from a position on (`AdapterPool.read_once`): its prompts
-                are read whole, and their keys and values are kept. None: such a pool is probed like any other, but
-                whole.
+            prefix_cache: for a pool whose adapters act only from a position on (`AdapterPool.read_once`): the probe is
+                the prefill, too, whose keys and values are kept there. None: such a pool is probed like any other, but
+                its prompts are read whole.
             before: the scorer of the same signal for an earlier state of the pool, of which is reused what belongs to
                 the same adapters by their content.
+            store: where calibrations are; None: that of `before`, or a new one in the folder of the settings.
             tell: called with 0 and the number of adapters before the pool is calibrated and indexed, and then as
                 `logo.selection.index.read_indices` calls it.
 
@@ -82,28 +114,104 @@ class Scorer:
             PoolError, UsageError, ModelError: the pool cannot be scored as the settings ask.
             AdapterError: an adapter cannot be read.
         """
-        raise NotImplementedError
+        reading, planned = settings.reading(pool, signal), plan(model, pool, settings, signal)
+        adapters, points = planned.adapters, planned.points
+        alike = before if before is not None and before.signal == reading else None
+        if store is None:
+            store = before.store if before is not None else Store(cache_folder(settings.cache))
+        if tell is not None:
+            tell(0, len(adapters))
+
+        run = run or partial(read_texts, model)
+
+        def encoded(texts: Sequence[str], varied: bool = False) -> list[list[int]]:
+            ending = next((one.tokens for one in reading.activations if one.tokens), ())
+            return [list(windowed(row, reading.window)) for row in encode(texts, ending, varied)]
+
+        texts, key, calibration, examples = Texts([], []), "", None, None
+        whitened: dict[str, Whitening] = {}
+        if reading.scale != "raw":
+            # A template may write the time, so texts are encoded once.
+            if alike is not None:
+                texts, key = alike.texts, alike.key
+            else:
+                requests = encoded(settings.calibration_prompts or REQUESTS) if reading.chosen else []
+                texts = Texts(encoded(NEUTRAL, varied=True), requests)
+                key = key_of(model, texts, reading)
+            calibration = calibrate(model, planned, reading, texts, store, key, run)
+            points = calibration.points
+            whitened = whitenings(model, points, reading, texts, store, key, run)
+        devices = [device or _device_of(model, point) for point in points]
+        if reading.scale == "whitened" and settings.examples == "use":
+            rows = [encoded(prompts) if (prompts := adapter.examples) else [] for adapter in adapters]
+            examples = examples_of(rows, points, reading, texts, store, key, run, devices)
+        store.release(key)
+        known = {} if alike is None else {index.point: index for index in alike.indices}
+        wanted = [
+            Wanted([a for a in adapters if p.module in a.modules], p, at, whitened.get(p.module), known.get(p))
+            for p, at in zip(points, devices, strict=True)
+        ]
+        indices, names, sizes = tuple(read_indices(wanted, tell)), tuple(adapter.name for adapter in adapters), {}
+        if calibration is not None:
+            touched = torch.tensor([[point.module in a.modules for point in points] for a in adapters])
+            found = relative_sizes([index.updates for index in indices], calibration.weight_norms, touched)
+            sizes = dict(zip(names, found.tolist(), strict=True))
+        evidence = None if calibration is None else RESPONSES if examples is None else EXAMPLES
+        selector = Selector(names, pool.default_k, evidence, sizes)
+        once = prefix_cache if reading.activations else None
+        probe = Probe(model, points, reading.input, None if once is None else once.forward)
+        return cls(reading, adapters, indices, probe, calibration, examples, selector, texts, store, key, once)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters that are scored, in pool order."""
-        return tuple(adapter.name for adapter in self.adapters)
+        return self.selector.names
 
     @property
     def points(self) -> tuple[Point, ...]:
         """Where prompts are read."""
-        return tuple(index.point for index in self.indices)
+        return self.probe.points
+
+    @property
+    def sizes(self) -> Any:
+        """Adapter name -> relative size (`logo.selection.confidence`); empty for signals without a calibration."""
+        return self.selector.sizes
 
     @property
     def described(self) -> tuple[int, ...]:
         """The numbers of the points at which prompts are described, to be compared with example prompts; () without."""
-        raise NotImplementedError
+        return () if self.examples is None else self.examples.points
 
     @property
     def read_once(self) -> bool:
         """Whether the probe is the prefill, too: it reads whole prompts and keeps their keys and values."""
-        raise NotImplementedError
+        return self.prefix_cache is not None
 
+    @cached_property
+    def _device(self) -> torch.device:
+        """Where the model takes its input."""
+        return self.probe.model.get_input_embeddings().weight.device  # type: ignore[operator,no-any-return]
+
+    @cached_property
+    def _cells(self) -> Tensor:
+        """(responses,): where each response of `per_point` belongs in the flattened (adapters, readings)."""
+        columns, cells = len(self.indices) * self.signal.readings, []
+        position = {name: i for i, name in enumerate(self.names)}
+        for column in range(columns):
+            index = self.indices[column % len(self.indices)]
+            cells += [position[adapter.name] * columns + column for adapter in index.adapters]
+        return torch.tensor(cells)
+
+    @cached_property
+    def _reference(self) -> Reference | None:
+        if self.calibration is None:
+            return None
+        neutral, requests = self.calibration.neutral, self.calibration.requests
+        weights = torch.ones(neutral.shape[1])
+        weights[len(self.indices) :] = LATE_WEIGHT
+        return Reference.of(neutral, requests, weights)
+
+    @torch.no_grad()
     def __call__(self, rows: Sequence[Sequence[int]], among: Sequence[Collection[str] | None] = ()) -> Tensor:
         """Scores (rows, adapters), float32 on the CPU, of prompts as token ids; each is cut to the window here.
 
@@ -111,7 +219,48 @@ class Scorer:
             among: the names of the adapters that may be selected in each row (None: all of them), whose scores are
                 right; those of others may not be. Empty: all in every row.
         """
-        raise NotImplementedError
+        signal, device = self.signal, self._device
+        if self.prefix_cache is None:
+            rows = [windowed(row, signal.window) for row in rows]
+            ids, mask = padded(rows, device)
+            picked, owners = pick(list(map(signal.begin, rows)), list(map(len, rows)), ids.shape[1])
+            hidden = self.probe(ids, mask, picked.to(device))
+        else:  # tokens on which adapters act are never cached
+            ends = [earliest(signal.activations, row) for row in rows]
+            read = partial(self._read_rest, rows)
+            hidden, owners = self.prefix_cache.extend(rows, ends, read, fresh=signal.token == "mean")
+        tokens = torch.bincount(owners, minlength=len(rows))
+        if signal.token == "mean":
+            means = {id(vectors): row_means(vectors, owners, len(rows)) for vectors in hidden}
+            hidden, owners = [means[id(vectors)] for vectors in hidden], torch.arange(len(rows))
+        weights, described = late_weights(owners), self.described
+        counts = torch.bincount(owners, minlength=len(rows))[:, None].to(device)
+        late_counts = torch.bincount(owners, weights, minlength=len(rows))[:, None].to(device)
+        owners, weights = owners.to(device), weights[:, None].to(device)
+        even, late, descriptions = [], [], []
+        for index, vectors in zip(self.indices, hidden, strict=True):
+            values = signal(index, vectors).to(device)
+            even.append(row_sums(values, owners, len(rows)))
+            if signal.readings > 1:
+                late.append(row_sums(values * weights, owners, len(rows)))
+        for at in described:
+            vectors = hidden[at].to(device)
+            both = row_sums(vectors, owners, len(rows)) / counts, row_sums(vectors * weights, owners, len(rows))
+            descriptions.append(torch.stack([both[0], both[1] / late_counts], dim=1))
+        responses = torch.cat(even, dim=1) / counts
+        if late:
+            responses = torch.cat([responses, torch.cat(late, dim=1) / late_counts], dim=1)
+        return self.scores([finished(responses, signal.scale)], descriptions, tokens, among)
+
+    def _read_rest(
+        self, rows: Sequence[Sequence[int]], ids: Tensor, mask: Tensor, cache: DynamicCache, options: dict[str, Any]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Reads what is not cached of rows; see `PrefixCache.extend`. Returns hidden vectors and their owners."""
+        width, begin = ids.shape[1], self.signal.begin
+        counts = mask[:, : mask.shape[1] - width].sum(dim=1).tolist()
+        begins = [max(0, begin(row) - count) for row, count in zip(rows, counts, strict=True)]
+        picked, owners = pick(begins, [len(row) - count for row, count in zip(rows, counts, strict=True)], width)
+        return self.probe(ids, mask, picked.to(ids.device), cache, options), owners
 
     def scores(
         self,
@@ -124,9 +273,31 @@ class Scorer:
 
         Args:
             per_point: `a` (rows, adapters that touch the point) of the even readings of all points, then of the late
-                ones if the signal has them (`signal.readings`); see `logo.selection.reference`.
+                ones if the signal has them (`signal.readings`), or these side by side in fewer tensors; see
+                `logo.selection.reference`.
             descriptions: (rows, 2, d) of each point in `described`: even and late means of the hidden vectors.
             tokens: (rows,), how many were read of each prompt.
             among: as in `__call__`.
         """
-        raise NotImplementedError
+        responses = torch.cat(list(per_point), dim=1).cpu().T  # (responses, rows)
+        columns, count = len(self.indices) * self.signal.readings, len(self.names)
+        if self._reference is None:
+            owners = self._cells // columns  # a response that is not a number has to be seen
+            return row_means(responses, owners, count).T
+        asked = None
+        if any(names is not None for names in among):
+            asked = torch.tensor([[names is None or name in names for name in self.names] for names in among])
+        every = torch.full((count * columns, responses.shape[1]), torch.nan)
+        every[self._cells] = responses
+        scores = self._reference.scores(every.view(count, columns, -1), asked)
+        if self.examples is not None and descriptions:
+            return self.examples.scores(descriptions, scores, asked)
+        if self.signal.token == "each" and self.examples is None:
+            scores = scores * self._reference.factors(tokens)[:, None]
+        return scores
+
+
+def _device_of(model: nn.Module, point: Point) -> torch.device:
+    """The device of the hidden vectors of a point, and so of its index."""
+    device = next(model.get_submodule(point.layer_path).parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device

@@ -7,14 +7,14 @@ docs/how-selection-works.md explains all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from logo.adapters.activation import Activation
+from logo.adapters.activation import Activation, earliest
 from logo.core import Weighting
 from logo.errors import PluginError, UsageError, check_type
 from logo.plugins import Registry, running
@@ -64,7 +64,9 @@ class Signal:
         layers: `"last"`, the query projection of the last layer, or `"early"`, every adapted module of the first half
             of the layers.
         input: see `logo.selection.probe.Probe`.
-        token: likewise; with `"each"` and `"tail"`, scores are averaged over the tokens.
+        token: `"last"`, the vector of the last prompt token; `"mean"`, the mean over all prompt tokens; `"each"`, the
+            vectors of all prompt tokens but the first; or `"tail"`, those of the tokens on which adapters act. With the
+            last two, scores are averaged over the tokens.
         scale: what the responses are compared with.
         chosen: use the points on which this pool's adapters differ most, instead of all.
         weighting: how scores become weights.
@@ -90,6 +92,18 @@ class Signal:
     def readings(self) -> int:
         """How often a point is read: once, or with two kinds of emphasis."""
         return 2 if self.late and self.token == "each" else 1
+
+    def begin(self, ids: Sequence[int]) -> int:
+        """The position of the first token of a text that is read; all from there on are.
+
+        Where all tokens count, the first one of a longer text is not read. It sees no other token, and language models
+        use it as a sink of attention, whether it is a token that begins every text or a word: its hidden vectors are
+        very long, and in the middle layers hardly depend on the token (arXiv 2309.17453).
+        """
+        if self.token == "last":
+            return len(ids) - 1
+        begun = int(self.token != "mean" and len(ids) > 1)
+        return max(begun, earliest(self.activations, ids)) if self.token == "tail" else begun
 
     def __call__(self, index: ScoringIndex, hidden: Tensor) -> Tensor:
         """(n, adapters) for hidden (n, d).

@@ -11,22 +11,34 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-
-from logo.selection.probe import Probe
+from transformers import DynamicCache, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Tokens of a whole page. Prompts share whole pages, so up to so many tokens of a common beginning are read again.
 PAGE = 16
+# The layers of a cache that hold nothing but keys and values, or nothing: those of an earlier layer are used again.
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
 
 KeyValues = list[tuple[Tensor, Tensor]]
+# Runs the base model over ids (rows, width) with a mask of the cached and the new tokens, so that the cache grows by
+# the keys and values of all layers; the last argument has further arguments of the model's forward pass.
+Forward = Callable[[Tensor, Tensor, DynamicCache, dict[str, Any]], Any]
+
+
+class _Stop(Exception):
+    """Ends a forward pass at the model's head."""
+
+
+def _stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+    raise _Stop
 
 
 @dataclass(frozen=True)
@@ -50,16 +62,15 @@ class Page:
         return sum(tensor.nbytes for pair in self.keys_values for tensor in pair)
 
 
-class Beginnings:
+class PrefixCache:
     """A cache of pages for one base model, which drops the least recently used pages when it exceeds its budget.
 
     Args:
-        model: a causal LM that keeps nothing but keys and values of earlier tokens.
+        model: a causal LM that keeps nothing but keys and values of earlier tokens; see `reusable`.
         budget: bytes that the pages may take; inside `held` they may take more.
 
     Attributes:
         bytes: what the pages take now.
-        prefill: a probe without points: it runs the model for its keys and values alone.
         found, read: since the start, tokens of prompts that were in the cache, and tokens that the base model had to
             read.
     """
@@ -69,9 +80,7 @@ class Beginnings:
         self.bytes = self.found = self.read = 0
         self._pages: OrderedDict[bytes, Page] = OrderedDict()
         self._holding = 0
-        known = inspect.signature(model.forward).parameters
-        self._positions = "position_ids" in known
-        self.prefill = Probe(model, (), whole=True)
+        self._positions = "position_ids" in inspect.signature(model.forward).parameters
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -101,55 +110,37 @@ class Beginnings:
             if key not in self._pages:
                 self._keep(key, page)
 
-    def shared(self, rows: Sequence[Sequence[int]], ends: Sequence[int]) -> int:
-        """The number of tokens in whole pages that all rows begin with."""
-        shortest, count = min(ends), 0
-        while count < shortest and all(row[count] == rows[0][count] for row in rows):
-            count += 1
-        return count // PAGE * PAGE
-
     def extend(
-        self, rows: Sequence[Sequence[int]], ends: Sequence[int], known: Sequence[Sequence[Page]], probe: Probe
-    ) -> tuple[list[Tensor], Tensor]:
+        self,
+        rows: Sequence[Sequence[int]],
+        ends: Sequence[int],
+        forward: Forward | None = None,
+        *,
+        fresh: bool = False,
+    ) -> Any:
         """Runs the base model over the tokens of each row that are not in the cache, and keeps their keys and values.
+
+        A beginning that all rows share is read once, before the rest.
 
         Args:
             rows: token ids; of each row at least one token is not in the cache.
             ends: how many tokens of each row are kept.
-            known: the pages that are in the cache, from each row's first token on; see `find`.
-            probe: reads hidden vectors on the way; it runs the whole model.
+            forward: runs the model on the rest, with each row's first token that is not cached in the first column;
+                None: for its keys and values alone.
+            fresh: read all tokens, also those that are in the cache.
 
         Returns:
-            The hidden vectors (vectors, d) at each point of the probe, and the row that each belongs to, (vectors,)
-            int64 on the CPU.
+            What `forward` returns.
         """
-        counts = [sum(page.tokens for page in pages) for pages in known]
-        length, width = max(counts), max(len(row) - count for row, count in zip(rows, counts, strict=True))
-        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
-        ids = torch.zeros(len(rows), width, dtype=torch.int64)
-        mask = torch.zeros(len(rows), length + width, dtype=torch.int64)
-        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-            ids[i, : len(row) - count] = torch.tensor(row[count:])
-            mask[i, length - count : length - count + len(row)] = 1
-        cache = DynamicCache() if not length else laid_out(known, counts)
-        places: dict[str, Any] = {}
-        if self._positions:
-            # The padding behind a row must not have positions beyond those that the model knows.
-            last = torch.tensor([len(row) - 1 for row in rows])[:, None]
-            places["position_ids"] = (torch.tensor(counts)[:, None] + torch.arange(width)).minimum(last).to(device)
-        ids, mask = ids.to(device), mask.to(device)
-        hidden = probe(ids, mask, cache, **places)
-        self.found += sum(counts)
-        self.read += sum(map(len, rows)) - sum(counts)
-        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-            keys = _keys(row, ends[i])
-            for key, start, stop in keys:
-                if start >= count:
-                    shift = length - count
-                    self._keep(key, Page(_part(cache, i, start + shift, stop + shift)))
-            self._use([key for key, _, _ in keys])
-        self._drop()
-        return hidden, probe.owners(ids, mask)
+        with self.held():
+            if fresh:
+                return self._extend(rows, ends, forward or self.forward, [[] for _ in rows])
+            shared = _shared(rows, ends)
+            if len(rows) > 1 and shared > min(_count(self.find(row, shared)) for row in rows):
+                beginning = rows[0][:shared]
+                self._extend([beginning], [shared], self.forward, [self.find(beginning, shared)])
+            known = [self.find(row, end) for row, end in zip(rows, ends, strict=True)]
+            return self._extend(rows, ends, forward or self.forward, known)
 
     def cache(self, rows: Sequence[Sequence[int]], ends: Sequence[int], counts: Sequence[int]) -> DynamicCache:
         """Keys and values of the first `counts` tokens of each row, padded on the left.
@@ -161,24 +152,57 @@ class Beginnings:
         """
         with self.held():
             pages = [self.find(row, end) for row, end in zip(rows, ends, strict=True)]
-            short = [i for i, count in enumerate(counts) if sum(page.tokens for page in pages[i]) < count]
+            short = {tuple(rows[i][: ends[i]]): None for i, count in enumerate(counts) if _count(pages[i]) < count}
             if short:
-                self._read([rows[i][: ends[i]] for i in short])
+                self.extend(list(short), list(map(len, short)))
                 pages = [self.find(row, end) for row, end in zip(rows, ends, strict=True)]
             return laid_out(pages, counts)
 
-    def _read(self, rows: Sequence[Sequence[int]]) -> None:
-        """Reads rows for their keys and values alone; equal rows and a common beginning are read once."""
-        distinct = [list(row) for row in dict.fromkeys(map(tuple, rows))]
-        shared = self.shared(distinct, [len(row) for row in distinct])
-        if len(distinct) > 1 and shared > sum(page.tokens for page in self.find(distinct[0], shared)):
-            beginning = distinct[0][:shared]
-            self.extend([beginning], [shared], [self.find(beginning, shared)], self.prefill)
-        known = [self.find(row, len(row)) for row in distinct]
-        open_rows = [i for i, row in enumerate(distinct) if sum(page.tokens for page in known[i]) < len(row)]
-        if open_rows:
-            left = [distinct[i] for i in open_rows]
-            self.extend(left, [len(row) for row in left], [known[i] for i in open_rows], self.prefill)
+    @torch.no_grad()
+    def forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache, options: dict[str, Any]) -> None:
+        """Runs the base model up to its head, which has nothing to add to keys and values; see `Forward`."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        handle = None if head is None else head.register_forward_pre_hook(_stop)
+        options = {"use_cache": True, cache_argument(self.model) or "": cache, **options}
+        try:
+            with suppress(_Stop):
+                self.model(input_ids=ids, attention_mask=mask, **options)
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    def _extend(
+        self,
+        rows: Sequence[Sequence[int]],
+        ends: Sequence[int],
+        forward: Forward,
+        known: Sequence[Sequence[Page]],
+    ) -> Any:
+        counts = list(map(_count, known))
+        length, width = max(counts), max(len(row) - count for row, count in zip(rows, counts, strict=True))
+        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask = torch.zeros(len(rows), length + width, dtype=torch.int64)
+        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            ids[i, : len(row) - count] = torch.tensor(row[count:])
+            mask[i, length - count : length - count + len(row)] = 1
+        cache = laid_out(known, counts) if length else DynamicCache()
+        options: dict[str, Any] = {}
+        if self._positions:
+            # The padding behind a row must not have positions beyond those that the model knows.
+            last = torch.tensor([len(row) - 1 for row in rows])[:, None]
+            options["position_ids"] = (torch.tensor(counts)[:, None] + torch.arange(width)).minimum(last).to(device)
+        returned = forward(ids.to(device), mask.to(device), cache, options)
+        self.found += sum(counts)
+        self.read += sum(map(len, rows)) - sum(counts)
+        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            keys = _keys(row, ends[i])
+            for key, start, stop in keys:
+                if start >= count:
+                    shift = length - count
+                    self._keep(key, Page(_part(cache, i, start + shift, stop + shift)))
+            self._use([key for key, _, _ in keys])
+        return returned
 
     def _keep(self, key: bytes, page: Page) -> None:
         before = self._pages.pop(key, None)
@@ -198,20 +222,22 @@ class Beginnings:
             self.bytes -= self._pages.popitem(last=False)[1].bytes
 
 
-def _keys(row: Sequence[int], end: int) -> list[tuple[bytes, int, int]]:
-    """The pages of the first `end` tokens of a row: digest, first token, and the token behind the last one."""
-    digest, keys = hashlib.blake2b(digest_size=16), []
-    for start, stop in pairwise([*range(0, end, PAGE), end]):
-        digest.update(torch.tensor(row[start:stop]).numpy().tobytes())
-        keys.append((digest.digest(), start, stop))
-    return keys
+def reusable(model: nn.Module) -> bool:
+    """Whether a model keeps nothing but keys and values of earlier tokens, in a plain cache.
+
+    Recurrent models also carry a state, and not all of them say so.
+    """
+    if cache_argument(model) is None or getattr(model, "_is_stateful", False):
+        return False
+    if not model._supports_default_dynamic_cache():  # type: ignore[operator]  # it has a cache class of its own
+        return False
+    return all(type(layer) in _PLAIN for layer in DynamicCache(config=model.config).layers)
 
 
-def _part(cache: DynamicCache, row: int, start: int, stop: int) -> KeyValues:
-    """Copies of some columns of one row of a cache."""
-    return [
-        (layer.keys[row, :, start:stop].clone(), layer.values[row, :, start:stop].clone()) for layer in cache.layers
-    ]
+def cache_argument(model: nn.Module) -> str | None:
+    """The argument of a model's forward pass that takes the cache of keys and values; None if there is none."""
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in known), None)
 
 
 def joined(pages: Sequence[Page]) -> KeyValues:
@@ -232,6 +258,34 @@ def laid_out(pages: Sequence[Sequence[Page]], counts: Sequence[int]) -> DynamicC
                 pad = like.new_zeros(like.shape[0], length - count, like.shape[2])
                 read = torch.cat([pad, *(page.keys_values[layer][part] for page in row)], dim=1)
                 made.append(read[:, :length])
-            whole.append(made[0][None] if len(made) == 1 else torch.stack(made))
+            whole.append(torch.stack(made))
         cache.update(whole[0], whole[1], layer)
     return cache
+
+
+def _count(pages: Sequence[Page]) -> int:
+    return sum(page.tokens for page in pages)
+
+
+def _shared(rows: Sequence[Sequence[int]], ends: Sequence[int]) -> int:
+    """The number of tokens in whole pages that all rows begin with."""
+    shortest, count = min(ends), 0
+    while count < shortest and all(row[count] == rows[0][count] for row in rows):
+        count += 1
+    return count // PAGE * PAGE
+
+
+def _keys(row: Sequence[int], end: int) -> list[tuple[bytes, int, int]]:
+    """The pages of the first `end` tokens of a row: digest, first token, and the token behind the last one."""
+    digest, keys = hashlib.blake2b(digest_size=16), []
+    for start, stop in pairwise([*range(0, end, PAGE), end]):
+        digest.update(torch.tensor(row[start:stop]).numpy().tobytes())
+        keys.append((digest.digest(), start, stop))
+    return keys
+
+
+def _part(cache: DynamicCache, row: int, start: int, stop: int) -> KeyValues:
+    """Copies of some columns of one row of a cache."""
+    return [
+        (layer.keys[row, :, start:stop].clone(), layer.values[row, :, start:stop].clone()) for layer in cache.layers
+    ]
