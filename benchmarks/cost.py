@@ -26,7 +26,7 @@ import torch
 import transformers
 
 from logo import AdapterPool, LoGo, SelectionSettings
-from parts import Bench, Lengths, MeasuredPart
+from parts import LONG, Bench, Lengths, MeasuredPart, long_name
 from peft_arm import PeftArm
 from rounds import Timed, timed
 from synthetic import TARGETS, Sizes, base_model, write_adapters
@@ -39,8 +39,8 @@ RATIOS = {
     "open_vs_peft": ("open pool", "cold", "PEFT"),
     "select_vs_prefill": ("select", "norm", "prefill"),
     "select_calibrated_vs_prefill": ("select", "calibrated", "prefill"),
-    "prefix_second_vs_first": ("shared prefix", "norm, second", "norm, first"),
-    "prefix_calibrated_second_vs_first": ("shared prefix", "calibrated, second", "calibrated, first"),
+    **{f"select_{n}_vs_prefill": (long_name(n), "select", "prefill") for n in LONG},
+    **{f"e2e1_{n}_vs_base": (long_name(n), "answered", "base") for n in LONG},
     "prefill_vs_base": ("prefill", "mixture", "base"),
     "decode1_vs_base": ("decode, batch 1", "base", "mixture"),
     "decode16_vs_base": ("decode, batch 16", "base", "related"),
@@ -94,7 +94,14 @@ def measure(plan: Plan) -> list[MeasuredPart]:
         layer = small.decoding(batch, related=False, name="decode, one layer of 8B")
     with _opened(plan, plan.sizes) as bench:
         opened = bench.opening()
-        parts = [bench.selecting(), bench.prefix(), bench.prefilling(), bench.decoding(1), bench.decoding(batch), layer]
+        parts = [
+            bench.selecting(),
+            *map(bench.long, LONG),
+            bench.prefilling(),
+            bench.decoding(1),
+            bench.decoding(batch),
+            layer,
+        ]
         once = bench.reading_once()
         parts += [bench.once_prefill(once), *(bench.once_end_to_end(once, rows) for rows in (1, batch))]
         del once

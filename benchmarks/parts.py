@@ -27,6 +27,9 @@ _BEFORE, _DECODED = 9, 32
 # Reading once: the adapters act on the last tokens of the prompt, which open the answer, as in many public pools.
 ACTIVATION = "last:4"
 
+# Tokens of the long prompts.
+LONG = (1000, 4000)
+
 Mixtures = Sequence[Mapping[str, float]]
 
 
@@ -37,16 +40,13 @@ class Lengths:
     Attributes:
         prompt: tokens of a prompt that is selected for or prefilled.
         asked, new: tokens of a prompt that is answered, and of its answer.
-        shared, own: tokens that two prompts share, and of their own, for *shared prefix*.
-        known, rest: the same for *read once*: the cached beginning, and the user's own part.
+        known, rest: tokens of the cached beginning, and of the user's own part, for *read once*.
         batch: rows of a batch.
     """
 
     prompt: int = 256
     asked: int = 64
     new: int = 32
-    shared: int = 1000
-    own: int = 64
     known: int = 500
     rest: int = 50
     batch: int = 16
@@ -91,6 +91,10 @@ class Bench:
         """New prompts."""
         return prompts(self.sizes, count, tokens, next(self.seeds))
 
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts."""
+        return [list(prompt.ids) for prompt in self.logo.prompts.read(texts)]
+
     def opening(self) -> MeasuredPart:
         """From a folder to an engine that can select, with an empty cache and with one that knows the pool."""
 
@@ -111,7 +115,7 @@ class Bench:
     def selecting(self) -> MeasuredPart:
         """Probe, score and select, by both signals, beside a plain prefill of a prompt as long."""
         logo, tokens = self.logo, self.lengths.prompt
-        rows = logo.prompts.encode(self.prompts(1, tokens))
+        rows = self.ids(self.prompts(1, tokens))
         arms: dict[str, Callable[[], object]] = {"prefill": lambda: prefill(logo.model, rows[0])}
         for signal in ("norm", "calibrated"):
             logo.calibrate(signal)
@@ -121,23 +125,24 @@ class Bench:
             )
         return self._part("select", arms, tokens=tokens)
 
-    def prefix(self) -> MeasuredPart:
-        """The second prompt with a prefix beside the first, for both signals."""
-        logo, shared, own = self.logo, self.lengths.shared, self.lengths.own
-        arms: dict[str, Callable[[], object]] = {}
-        for signal in ("norm", "calibrated"):
-            logo.calibrate(signal)
-            state: dict[str, str] = {}
+    def long(self, tokens: int) -> MeasuredPart:
+        """A long prompt: selecting beside a plain prefill, and answering beside the base model alone."""
+        logo, new = self.logo, self.lengths.new
+        logo.calibrate("calibrated")
 
-            def first(signal: str = signal, state: dict[str, str] = state) -> None:
-                [state["prefix"], end] = self.prompts(1, shared) + self.prompts(1, own)
-                logo.select(f"{state['prefix']} {end}", signal=signal)
+        def row() -> list[int]:
+            return self.ids(self.prompts(1, tokens))[0][:tokens]
 
-            def second(signal: str = signal, state: dict[str, str] = state) -> None:
-                logo.select(f"{state['prefix']} {self.prompts(1, own)[0]}", signal=signal)
-
-            arms |= {f"{signal}, first": first, f"{signal}, second": second}
-        return self._part("shared prefix", arms, tokens=shared + own)
+        return self._part(
+            long_name(tokens),
+            {
+                "prefill": lambda: prefill(logo.model, row()),
+                "select": lambda: logo.select([row()], signal="calibrated"),
+                "base": lambda: answering(logo, [row()], new, [{}]),
+                "answered": lambda: answering(logo, [row()], new, signal="calibrated"),
+            },
+            tokens=tokens,
+        )
 
     def prefilling(self) -> MeasuredPart:
         """One prompt and one token, with a mixture and without; the mixture's tensors are already loaded."""
@@ -182,7 +187,7 @@ class Bench:
         """
         plain, tokens, known, rest = self.logo, self.lengths.prompt, self.lengths.known, self.lengths.rest
         [shared] = self.prompts(1, known)
-        model, encode, cache = plain.model, plain.prompts.encode, DynamicCache()
+        model, encode, cache = plain.model, self.ids, DynamicCache()
         name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         prefill(model, encode([shared])[0][:known], **{name: cache})
 
@@ -263,6 +268,11 @@ def answering(
 def exactly(new: int) -> GenerationConfig:
     """Greedy decoding of this many tokens."""
     return GenerationConfig(do_sample=False, max_new_tokens=new, min_new_tokens=new)
+
+
+def long_name(tokens: int) -> str:
+    """The name of the part with prompts of so many tokens."""
+    return f"{tokens:,} tokens"
 
 
 @torch.no_grad()

@@ -49,7 +49,6 @@ def plugins_forgotten(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
     kept = [(one, dict(one), dict(one.sources), dict(one._places)) for one in plugins._REGISTRIES]
     loaded = dict(plugins._LOADED)
-    plugins._load_all.cache_clear()  # a test before may have looked for what is installed
     modules, path, temporary = set(sys.modules), list(sys.path), str(tmp_path_factory.getbasetemp())
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(plugins.VARIABLE, raising=False)
@@ -64,7 +63,6 @@ def plugins_forgotten(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     sys.path[:] = path
     plugins._LOADED.clear()
     plugins._LOADED.update(loaded)
-    plugins._load_all.cache_clear()
     importlib.invalidate_caches()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from logo.prefix_cache import PrefixCache
 from torch import nn
 
 import tiny
@@ -261,7 +262,7 @@ def test_a_prompt_is_read_once(name: str, signal: str, tmp_path: Path) -> None:
     with read_tokens(model) as seen:  # a budget of nothing keeps a prompt as long as it is answered
         without = other.generate(prompt, max_new_tokens=3)
     assert seen == [100, 4, 1, 1] and without.token_ids == first.token_ids
-    assert other.beginnings is not None and other.beginnings.bytes == 0
+    assert other.prefix_cache is not None and other.prefix_cache.bytes == 0
 
 
 def test_a_stream_reads_its_prompt_once(tmp_path: Path) -> None:
@@ -269,14 +270,14 @@ def test_a_stream_reads_its_prompt_once(tmp_path: Path) -> None:
     logo = engine(model, notes(pool_of(tmp_path, model), "last:4"), prefix_cache_gb=0)
     prompt, other = tiny.prompts([100, 90])
     want = logo.generate(prompt, max_new_tokens=3)
-    assert logo.beginnings is not None
+    assert logo.prefix_cache is not None
     with read_tokens(model) as seen:
         stream = logo.stream(prompt, max_new_tokens=3)
         logo.stream(other, max_new_tokens=3)  # nobody reads it
         logo.select(other, max_new_tokens=3)
-        assert logo.beginnings.bytes == 0
+        assert logo.prefix_cache.bytes == 0
         assert "".join(stream) == want.text
-    assert seen == [100, 90, 90, 4, 1, 1] and logo.beginnings.bytes == 0
+    assert seen == [100, 90, 90, 4, 1, 1] and logo.prefix_cache.bytes == 0
 
 
 @pytest.mark.parametrize("signal", ["norm", "calibrated"])
@@ -291,15 +292,14 @@ def test_what_is_known_changes_no_score(signal: str, tmp_path: Path) -> None:
             alone = plain.select(prompt)
             assert list(one.scores.values()) == pytest.approx(list(alone.scores.values()), rel=1e-3, abs=1e-4)
             assert one.weights == pytest.approx(alone.weights, abs=1e-5)
-    assert logo.beginnings is not None and logo.beginnings.found > 0
+    assert logo.prefix_cache is not None and logo.prefix_cache.found > 0
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=6), st.integers(0, 40_000))
 def test_pages_stay_within_the_budget(lengths: list[int], budget: int) -> None:
-    from logo.selection.beginnings import Beginnings
 
     model = tiny.model("llama", max_position_embeddings=512)
-    kept = Beginnings(model, budget)
+    kept = PrefixCache(model, budget)
     for number, length in enumerate(lengths):
         row = tiny.prompts([length], seed=number % 3)[0]
         with kept.held():
@@ -334,7 +334,7 @@ def test_a_model_that_keeps_a_state_selects_and_answers(name: str, tmp_path: Pat
     model = tiny.model(name, eos_token_id=None)
     modules = ("q_proj",) if name == "minimax" else ("in_proj",)
     logo = engine(model, notes(pool_of(tmp_path, model, modules), "last:4"), signal="calibrated")
-    assert logo.beginnings is None
+    assert logo.prefix_cache is None
     prompts = tiny.prompts([60, 9])
     found = logo.select(prompts)
     for one, prompt in zip(found, prompts, strict=True):

@@ -17,11 +17,12 @@ from torch import nn
 import tiny
 from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, UsageError
 from logo.adapters.format import Adapter
+from logo.core import Prompt
 from logo.errors import LoGoError, NotFinite
 from logo.selection.confidence import RESPONSES
 from logo.selection.selector import LEAST
 from test_calibrated import PROMPTS, tokenizer
-from test_engine import write_adapter
+from test_engine import ids_of, write_adapter
 from test_prefixes import LONG
 from tolerances import same_scores, same_selection, same_weights
 
@@ -132,7 +133,7 @@ def test_calibrated_candidates_keep_their_scores(logo: LoGo, names: set[str], pr
     assert list(found.adapters) == [
         name for name, weight in zip(best, weights, strict=True) if weight >= LEAST * weights[0]
     ]
-    sizes = logo._selecting.scorer("calibrated").sizes  # type: ignore[attr-defined]
+    sizes = logo._scorer("calibrated").selector.sizes
     size = sum(w * sizes[name] for name, w in found.mixture.items()) / sum(found.weights)
     assert sum(found.weights) == same_weights(RESPONSES.weight_sum(found.confidence, size))
 
@@ -146,7 +147,7 @@ def test_default_k_is_of_the_candidates(model: nn.Module, folder: Path) -> None:
 
 
 def test_each_row_may_ask_for_its_own(logo: LoGo) -> None:
-    rows = logo.prompts.encode(PROMPTS)
+    rows = ids_of(logo, PROMPTS)
     options: list[dict[str, Any]] = [
         {},
         {"signal": "calibrated"},
@@ -154,10 +155,11 @@ def test_each_row_may_ask_for_its_own(logo: LoGo) -> None:
         {"signal": "calibrated", "candidates": ["t2"]},
         {"signal": "entropy", "weighting": "linear"},
     ]
-    together = logo.select_ids(rows, [logo.call_settings(**one) for one in options])
+    prompts = [Prompt.of_ids(row) for row in rows]
+    together = logo.outcomes(prompts, [logo.options(**one) for one in options])
     for row, one, found in zip(rows, options, together, strict=True):
-        [alone] = logo.select_ids([row], logo.call_settings(**one))
-        same_selection(found, alone)
+        assert isinstance(found, Selection)
+        same_selection(found, logo.select(row, **one))
 
 
 def test_forced_adapters_have_to_be_candidates(logo: LoGo) -> None:
@@ -339,14 +341,14 @@ def test_a_batch_that_fails_leaves_nothing_for_the_next_probe(
     expected = [one.selection for one in logo.generate(prompts, max_new_tokens=2)]
     logo.restart()
     assert logo.generate(prompts[:3], max_new_tokens=2)[-1].selection == expected[2]
-    answers = logo._answers
+    decode = logo._decode
 
-    def failing(rows: Any, *others: Any) -> Any:
+    def failing(pool: Any, rows: Any, *others: Any) -> Any:
         if len(rows) > 1:
             raise UsageError("not so many")
-        return answers(rows, *others)
+        return decode(pool, rows, *others)
 
-    monkeypatch.setattr(logo, "_answers", failing)
+    monkeypatch.setattr(logo, "_decode", failing)
     with pytest.raises(UsageError, match="not so many"):
         logo.generate(prompts[3:], max_new_tokens=2)
     assert [logo.generate(one, max_new_tokens=2).selection for one in prompts[3:]] == expected[3:]

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from demo_world.evaluate import NEUTRAL
 from logo import AdapterPool, LoGo, Selection, SelectionSettings, UsageError
 from logo.cli.run import run
-from logo.decoding import Prompts, Truncation
+from logo.core import Prompt
 from logo.demo import adapters_dir, heldout, model_dir
 from logo.models import load_base
-from logo.prompts import Prompt, chat, read, text_ids
+from logo.prompts import Prompts, Truncation, chat, read, text_ids
 from make_adapters import edit_config
 from serving import served
 from test_prefixes import read_tokens

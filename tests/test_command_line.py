@@ -104,7 +104,7 @@ def test_a_gpu_that_is_named_has_to_be_there(monkeypatch: pytest.MonkeyPatch) ->
     [
         (["--device", "cpu"], "--device: the engine 'vllm' has no such option; set CUDA_VISIBLE_DEVICES"),
         (["--device-map", "auto"], "--device-map: the engine 'vllm' has no such option; use `--vllm-options"),
-        (["--no-fold"], "--no-fold: the engine 'vllm' has no such option; nothing is folded there"),
+        (["--no-merge"], "--no-merge: the engine 'vllm' has no such option; nothing is folded there"),
         (["--allow-pickle"], "--allow-pickle: the engine 'vllm' has no such option"),
         (["--batch-size", "4"], "--batch-size: the engine 'vllm' runs all prompts at once"),
     ],
@@ -120,7 +120,7 @@ def test_options_without_effect_in_vllm_are_errors(
 
 def test_options_without_effect_in_vllm_are_errors_in_python_too() -> None:
     with pytest.raises(UsageError, match="fold: the engine 'vllm' has no such option"):
-        LoGo.from_pretrained("demo", engine="vllm", fold=False)
+        LoGo.from_pretrained("demo", engine="vllm", merge=False)
 
 
 # --- files
@@ -238,7 +238,7 @@ def test_the_file_of_a_run_gives_no_leave_to_replace_its_result(
         (["generate", "x", "--adapter", "antonym", "-k", "2"], "-k configures how adapters are selected, but"),
         (["generate", "x", "--base-only", "--when-unsure", "refuse"], "--when-unsure configures how adapters"),
         (["generate", "x", "--sample", "--temperature", "0"], "--temperature 0: expected more than 0"),
-        (["serve", "--no-fold"], "--no-fold is not for this server"),
+        (["serve", "--no-merge"], "--no-merge is not for this server"),
     ],
 )  # fmt: skip
 def test_an_option_of_something_else_is_an_error(

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import GenerationConfig
 
 import tiny
-from logo import AdapterPool, Generation, LoGo, SelectionSettings, selecting
+from logo import AdapterPool, Generation, LoGo, SelectionSettings
+from logo import engine as engine_module
 from logo.decoding import batches_by_length
 from test_engine import WORDS, engine, tokenizer, write_adapter
 from test_prefixes import read_tokens
@@ -36,7 +37,7 @@ def logo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     tokens = tokenizer()
     tokens.pad_token = WORDS[pad]
     favour(base)
-    return LoGo(base, tokens, AdapterPool.from_directory(root), settings=SelectionSettings("norm", k=2), fold=False)
+    return LoGo(base, tokens, AdapterPool.from_directory(root), settings=SelectionSettings("norm", k=2), merge=False)
 
 
 def favour(base: nn.Module) -> None:
@@ -144,7 +145,7 @@ def test_a_probe_of_long_prompts_is_split(signal: str, logo: LoGo, monkeypatch: 
     asked = [" ".join(f"w{3 + (i * n) % 80}" for n in range(length)) for i, length in enumerate([40, 9, 30, 11, 60, 2])]
     logo.calibrate(signal)
     whole = logo.select(asked, signal=signal, batch_size=6)
-    monkeypatch.setattr(selecting, "MAX_TOKENS", 70)
+    monkeypatch.setattr(engine_module, "MAX_TOKENS", 70)
     with read_tokens(logo.model) as seen:
         parts = logo.select(asked, signal=signal, batch_size=6)
     assert seen == [61, 41, 2 * 31, 2 * 10]

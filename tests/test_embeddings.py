@@ -71,10 +71,10 @@ def pool(tmp_path: Path) -> AdapterPool:
     return AdapterPool.from_directory(tmp_path / "pool")
 
 
-@pytest.mark.parametrize("fold", [None, True, False])
-def test_batches_equal_single_prompts(pool: AdapterPool, fold: bool | None) -> None:
+@pytest.mark.parametrize("merge", [None, True, False])
+def test_batches_equal_single_prompts(pool: AdapterPool, merge: bool | None) -> None:
     settings = SelectionSettings.of(signal="norm", cache="")
-    logo = LoGo(tiny.model("llama"), tokenizer(), pool, settings=settings, fold=fold)
+    logo = LoGo(tiny.model("llama"), tokenizer(), pool, settings=settings, merge=merge)
     forced = [{"t1": 1.0}, {"t2": 0.6, "t0": 0.4}, {}, {"t0": 1.0}, {"t1": 0.5, "t2": 0.5}]
     together = logo.generate(PROMPTS, adapters=forced, max_new_tokens=6)
     alone = [logo.generate(p, adapters=row, max_new_tokens=6) for p, row in zip(PROMPTS, forced, strict=True)]

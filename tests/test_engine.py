@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ import tiny
 from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, Truncation, UsageError
 from logo.adapters.layout import linear_modules, linear_shape
 from logo.errors import StoreFull
+from logo.opening import LOCAL_OPTIONS
 from tolerances import PATIENCE, same_scores, same_selection, same_weights
 
 WORDS = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(3, 90)), "\n", "a\n", "b", "c", "d", "<unk>"]
@@ -55,9 +56,15 @@ def write_adapter(
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}))
 
 
-def engine(model: nn.Module, adapters: Path, bos: bool = True, fold: bool | None = None, **settings: Any) -> LoGo:
-    chosen = SelectionSettings.of(**{"signal": "norm", "k": 3, **settings})
-    return LoGo(model, tokenizer(bos), AdapterPool.from_directory(adapters), settings=chosen, fold=fold)
+def engine(model: nn.Module, adapters: Path, bos: bool = True, **options: Any) -> LoGo:
+    own = {name: options.pop(name) for name in LOCAL_OPTIONS if name in options}
+    chosen = SelectionSettings.of(**{"signal": "norm", "k": 3, **options})
+    return LoGo(model, tokenizer(bos), AdapterPool.from_directory(adapters), settings=chosen, **own)
+
+
+def ids_of(logo: LoGo, prompts: Sequence[Any], room: int = 0) -> list[list[int]]:
+    """Token ids of prompts."""
+    return [list(prompt.ids) for prompt in logo.prompts.read(prompts, room)]
 
 
 PROMPTS = ["w3 w4 w5", "w9", "w20 w21 w22 w23 w24 w25 w26", "w7 w8", "w40 w41 w42 w43"]
@@ -94,7 +101,7 @@ def test_selection_is_the_formula(llama: nn.Module, adapters: Path) -> None:
     """norm and entropy, computed the long way from ΔW and the model's hidden states."""
     for signal in ("norm", "entropy"):
         logo = engine(llama, adapters, signal=signal)
-        ids = torch.tensor(logo.prompts.encode([PROMPTS[2]]))
+        ids = torch.tensor(ids_of(logo, [PROMPTS[2]]))
         hidden = llama(input_ids=ids, output_hidden_states=True).hidden_states[2][0, -1].detach()
         expected = {}
         for adapter in logo.pool:
@@ -133,7 +140,7 @@ def test_carry_depends_on_the_prompt_before(llama: nn.Module, adapters: Path) ->
 
 def test_forced_and_base_only(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
-    ids = torch.tensor(logo.prompts.encode([PROMPTS[0]]))
+    ids = torch.tensor(ids_of(logo, [PROMPTS[0]]))
     plain = llama.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=2)[0, ids.shape[1] :].tolist()
     assert list(logo.generate(PROMPTS[0], adapters={}, max_new_tokens=8).token_ids) == plain
     forced = logo.generate(PROMPTS[0], adapters={"tasks/t4": 1.0}, max_new_tokens=8)
@@ -314,7 +321,7 @@ def test_long_prompts_are_cut_with_a_warning(llama: nn.Module, adapters: Path, s
     logo = engine(llama, adapters)
     logo.prompts.truncation = Truncation(side=side)
     with pytest.warns(UserWarning, match="has 201 tokens, more than the 118 that fit"):
-        [ids] = logo.prompts.encode([long], room=10)
+        [ids] = ids_of(logo, [long], room=10)
     words = long.split()
     kept = words[:117] if side == "right" else words[-117:]
     assert ids == [0, *logo.tokenizer.convert_tokens_to_ids(kept)]

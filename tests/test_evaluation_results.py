@@ -33,7 +33,7 @@ RESULT = DatasetResult(
     scored=("a/x.1", "b"),
     scores=((1.0, 3.0), (3.0, 2.0)),
     seconds={"inference": 2.5, "probe": 0.5, "generate": 1.5},
-    forms={"folded": 1, "gated": 1},
+    forms={"merged": 1, "gated": 1},
 )
 
 ROWS = [Row("Q: a?", "Yes"), Row("Q: b?", ("No", "no way"), ("no", "No"), "b")]
@@ -101,7 +101,7 @@ def test_the_files(tmp_path: Path) -> None:
     assert files["run.json"] == {
         **record(),
         "score_columns": ["a/x.1", "b"],
-        "forms": {"folded": 1, "gated": 1},
+        "forms": {"merged": 1, "gated": 1},
     }
     assert files["rows.json"] == [
         {"context": "Q: a?", "completion": "Yes"},

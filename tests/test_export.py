@@ -14,7 +14,7 @@ import tiny
 from logo import AdapterPool, LoGo, StorageError, UsageError
 from logo.cli.run import run
 from make_adapters import load_peft, lora_layers
-from test_engine import PROMPTS, engine, write_adapter
+from test_engine import PROMPTS, engine, ids_of, write_adapter
 from tolerances import same_tensor
 
 MIXTURE = {"tasks/t0": 0.5, "tasks/t2": -0.25, "tasks/t3": 2.0, "tasks/t1": 0.0}  # unequal ranks and targets
@@ -46,7 +46,7 @@ def test_peft_and_our_reader_answer_with_it(name: str, tmp_path: Path) -> None:
     assert {one.token_ids for one in expected} != {one.token_ids for one in logo.generate(PROMPTS, adapters={})}
     peft = load_peft(tmp_path / "all" / "mixture", tiny.model(name))
     for prompt, answer in zip(PROMPTS, expected, strict=True):
-        [ids] = logo.prompts.encode([prompt])
+        [ids] = ids_of(logo, [prompt])
         found = peft.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, pad_token_id=2)
         assert tuple(found[0, len(ids) :].tolist()) == answer.token_ids
         with logo._mixer.active(logo.fitted, [mixture]):

@@ -22,7 +22,6 @@ from logo.baselines import Method, get_method
 from logo.baselines.method import Answering, Prepared
 from logo.baselines.method import Task as MethodTask
 from logo.baselines.registry import register_method
-from logo.calls import Calls
 from logo.cli.field_table import field_table, looks_at
 from logo.cli.run import run
 from logo.demo import heldout
@@ -179,7 +178,7 @@ def test_the_signal_that_a_plugins_method_gets_is_recorded(
 
         name = "chosen"
 
-        def prepare(self, logo: Calls, task: MethodTask) -> Prepared:
+        def prepare(self, logo: LoGo, task: MethodTask) -> Prepared:
             return Prepared(lambda prompts, size: logo.select(list(prompts), candidates=task.candidates(logo)))
 
     tasks, file = find_tasks(rows, "t3"), tmp_path / "study.json"

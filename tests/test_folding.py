@@ -80,7 +80,7 @@ def test_what_cannot_be_folded_keeps_its_gates(tmp_path: Path) -> None:
     for layer in base.model.layers:
         layer.self_attn.q_proj = Quantised(layer.self_attn.q_proj)
     pool, settings = AdapterPool.from_directory(tmp_path), SelectionSettings("norm", k=2)
-    asked, gated = (LoGo(base, tokenizer(), pool, settings=settings, fold=fold) for fold in (True, False))
+    asked, gated = (LoGo(base, tokenizer(), pool, settings=settings, merge=merge) for merge in (True, False))
     for prompt in PROMPTS:
         assert asked.generate(prompt, max_new_tokens=6).token_ids == gated.generate(prompt, max_new_tokens=6).token_ids
     assert not foldable(base.model.layers[0].self_attn.q_proj)
@@ -89,7 +89,7 @@ def test_what_cannot_be_folded_keeps_its_gates(tmp_path: Path) -> None:
 
 def test_generation_is_the_same_folded(tmp_path: Path, llama: nn.Module, adapters: Path) -> None:
     pool, settings = AdapterPool.from_directory(adapters), SelectionSettings("norm", k=3)
-    folded, gated = (LoGo(llama, tokenizer(), pool, settings=settings, fold=fold) for fold in (True, False))
+    folded, gated = (LoGo(llama, tokenizer(), pool, settings=settings, merge=merge) for merge in (True, False))
     for prompt in PROMPTS:
         one, other = folded.generate(prompt, max_new_tokens=12), gated.generate(prompt, max_new_tokens=12)
         assert one.token_ids == other.token_ids
@@ -121,12 +121,12 @@ def test_folding_pays_for_long_answers_and_not_for_short_ones(llama: nn.Module, 
 def test_nothing_folds_by_itself_in_half_precision(adapters: Path) -> None:
     """`W + ΔW` would be rounded to the weights' dtype, and other tokens might follow."""
     base = tiny.model("llama").to(torch.bfloat16)
-    engines = {fold: engine(base, adapters, fold=fold) for fold in (None, False, True)}
-    answers = {fold: [made.generate(p, max_new_tokens=60) for p in PROMPTS] for fold, made in engines.items()}
-    assert {fold: {a.form for a in made} for fold, made in answers.items()} == {
+    engines = {merge: engine(base, adapters, merge=merge) for merge in (None, False, True)}
+    answers = {merge: [made.generate(p, max_new_tokens=60) for p in PROMPTS] for merge, made in engines.items()}
+    assert {merge: {a.form for a in made} for merge, made in answers.items()} == {
         None: {"gated"},
         False: {"gated"},
-        True: {"folded"},
+        True: {"merged"},
     }
     assert [a.token_ids for a in answers[None]] == [a.token_ids for a in answers[False]]
 
@@ -149,7 +149,7 @@ def test_what_ran_before_decides_nothing(llama: nn.Module, adapters: Path) -> No
     short, long = {"max_new_tokens": 40, "eos_token_id": list(range(96))}, {"max_new_tokens": 90}
     fresh = answered([])
     assert answered([short] * 3) == answered([long, {**short, "batch_size": 2}]) == fresh
-    assert {form for form, _ in fresh} == {"folded", "gated"}
+    assert {form for form, _ in fresh} == {"merged", "gated"}
 
 
 def test_every_answer_says_how_its_mixture_acted(llama: nn.Module, adapters: Path) -> None:

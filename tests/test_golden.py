@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from logo import AdapterPool, LoGo
-from logo.decoding import Truncation
+from logo.prompts import Truncation
+from test_engine import ids_of
 from tolerances import SCORES, same_weights
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -89,7 +90,7 @@ def test_equals_official_output(path: Path) -> None:
 def test_tokenization_is_the_official_one() -> None:
     recorded = json.loads((GOLDEN / "F1" / "prompts.json").read_text())
     logo = engine("norm", 3, "base")
-    assert logo.prompts.encode(recorded["prompts"]) == recorded["token_ids"]
+    assert ids_of(logo, recorded["prompts"]) == recorded["token_ids"]
 
 
 @pytest.mark.slow

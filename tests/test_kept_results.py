@@ -18,7 +18,7 @@ from logo.evaluation.results import RESULT_FILES, run_folder
 from logo.evaluation.resume import journal_of
 from test_resume import count_prompts, interrupt
 
-DEMO = ["evaluate", "--base-model", "demo", "--device", "cpu", "--no-fold", "--max-new-tokens", "4"]
+DEMO = ["evaluate", "--base-model", "demo", "--device", "cpu", "--no-merge", "--max-new-tokens", "4"]
 RUN = "demo_selection_norm_n_3_seed_0"
 
 

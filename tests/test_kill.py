@@ -46,7 +46,7 @@ STEPS = '''
 
 
 def command(rows: Path, results: Path) -> list[str]:
-    engine = ["--base-model", "demo", "-k", "6", "--device", "cpu", "--no-fold", "--max-new-tokens", "4"]
+    engine = ["--base-model", "demo", "-k", "6", "--device", "cpu", "--no-merge", "--max-new-tokens", "4"]
     method = ["--method", "lorahub", "--lorahub-budget", "12", "--shots", "2", "--batch-size", "2"]
     where = ["--rows", str(rows / "rows"), "--train-rows", str(rows / "train"), "--result-dir", str(results)]
     return ["evaluate", *engine, *method, *where]

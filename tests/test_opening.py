@@ -20,8 +20,8 @@ import tiny
 from logo import AdapterPool, LoGo, SelectionSettings, UsageError, opening
 from logo.backends.vllm import opening as vllm_opening
 from logo.cli.run import run
+from logo.decoding import greedy_config
 from logo.demo import heldout
-from logo.generation import greedy_config
 from logo.mixing.folding import foldable
 from test_engine import PROMPTS, engine, tokenizer
 from tolerances import same_selection
@@ -117,14 +117,14 @@ def dequantised(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("config", [quanto, torchao])
 def test_a_quantised_base_answers_as_what_it_stands_for(base: Path, adapters: Path, config: Callable[[], Any]) -> None:
     options = {"signal": "norm", "k": 3, "unscorable": "skip"}
-    logo = LoGo.from_pretrained(str(base), adapters, device="cpu", quantization_config=config(), fold=True, **options)
+    logo = LoGo.from_pretrained(str(base), adapters, device="cpu", quantization_config=config(), merge=True, **options)
     modules = {path for adapter in logo.fitted for path in adapter.modules}
     assert not any(foldable(logo.model.get_submodule(path)) for path in modules)
     plain = dequantised(logo.model)
     assert not torch.equal(
         plain.get_submodule(sorted(modules)[0]).weight, tiny.model("llama").get_submodule(sorted(modules)[0]).weight
     )
-    exact = engine(plain, adapters, fold=False, **options)
+    exact = engine(plain, adapters, merge=False, **options)
     for mixture in (None, {"tasks/t0": 0.5, "tasks/t3": 0.5}, {}):
         found = logo.generate(PROMPTS, adapters=mixture, max_new_tokens=12)
         expected = exact.generate(PROMPTS, adapters=mixture, max_new_tokens=12)
@@ -154,7 +154,8 @@ def test_the_official_preset_is_that_of_the_command_line(tmp_path: Path) -> None
         return json.loads((folder / name).read_text(encoding="utf-8"))
 
     logo = LoGo.from_pretrained("demo", device="cpu", preset="official")
-    assert logo.settings == SelectionSettings(signal="norm", k=16, probe_context="carry")
+    assert logo.settings == SelectionSettings(signal="norm", k=16)
+    assert logo.probe_context == "carry"
     assert (logo.prompts.truncation.limit, logo.prompts.truncation.side) == (2048, "right")
     config = logo.prompts.generation_config(None, None, {})
     assert config.max_new_tokens == 256 and config.to_diff_dict() != greedy_config().to_diff_dict()

@@ -13,7 +13,7 @@ from logo.cli import generate as generate_module
 from logo.cli.output import BASE_ALONE, selection_line
 from logo.cli.prompts import forced, read_prompts
 from logo.cli.run import run
-from logo.selection import Selection
+from logo.core import Selection
 
 CODE = "def f(x):\n\treturn x[':key:'] + '[bold]' + ':100:'"
 

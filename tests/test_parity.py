@@ -69,10 +69,10 @@ def script(qwen2: nn.Module, pool: AdapterPool) -> OfficialScript:
 def test_selections_are_the_official_ones(
     qwen2: nn.Module, pool: AdapterPool, script: OfficialScript, signal: str, context: str
 ) -> None:
-    settings = SelectionSettings.of(signal=signal, k=5, probe_context=context, cache="")
+    settings = SelectionSettings.of(signal=signal, k=5, cache="")
     expected = list(script.run(ROWS, signal, 5, context))
     for batch_size in (1, 4):
-        logo = LoGo(qwen2, tokenizer(), pool, settings=settings)
-        found = logo.select_ids(ROWS, batch_size=batch_size)
+        logo = LoGo(qwen2, tokenizer(), pool, settings=settings, probe_context=context)
+        found = logo.select(ROWS, batch_size=batch_size)
         assert [difference(*pair, pool.names) for pair in zip(found, expected, strict=True)] == [None] * len(ROWS)
     assert len({one.selected for one in expected}) > 1  # prompts really differ

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from logo import LoGo, PluginError, SelectionSettings, UsageError, plugins
+from logo import LoGo, PluginError, UsageError, plugins
 from logo.baselines import get_method
 from logo.baselines.registry import METHODS, register_method
 from logo.cli.run import plugins_first, run
@@ -92,9 +92,12 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 # -- the registry ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_installed_is_imported_once_a_name_is_not_ours(site: Path) -> None:
-    assert get_signal("norm") and measure("em", "a", "a") == 1 and get_method("base")
+def test_what_is_installed_is_imported_once_and_not_when_a_name_is_looked_up(site: Path) -> None:
+    with pytest.raises(UsageError, match=r"unknown signal 'quiet'.*; known: norm, .*--plugin"):
+        get_signal("quiet")
     assert not {"plug_signals", "plug_others"} & set(sys.modules)
+    plugins.load_installed()
+    plugins.load_installed()
     with pytest.raises(
         UsageError, match=r"unknown signal 'quite' \(did you mean 'quiet'\?\); known: norm, .*, quiet; one .*--plugin"
     ):
@@ -109,10 +112,8 @@ def test_a_plugin_that_cannot_be_imported_is_one_line(
 ) -> None:
     bad = {"plug_broken": "import nothing_of_this_name"}
     monkeypatch.syspath_prepend(str(installed(site.parent / "bad", "plug-bad", "plug_broken:signal", **bad)))
-    select = ["select", PROMPT, "--base-model", "demo", "--json", "-k", "2"]
-    assert run([*select, "--signal", "nobodys"]) == 1
+    assert run(["select", PROMPT, "--base-model", "demo", "--json", "-k", "2"]) == 1
     assert "plugin 'plug_broken:signal': expected an importable module:Object (ModuleNotFound" in one_line(capsys)
-    assert run([*select, "--signal", "norm"]) == 0
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda one: one.kind)
@@ -319,25 +320,26 @@ def test_a_process_that_is_started_knows_the_same(
     here: Path, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert plugins.environment() == {}
-    checked_kind("length", "here")
+    plugins.load_installed()
+    assert checked_kind("length", "here") == "length"
     (here / "plug_own.py").write_text(SIGNAL.replace('"quiet"', '"own"'))
     plugins.load("plug_own:quiet", str(here))
     told = plugins.environment()
     assert set(told) == {"LOGO_PLUGINS"} and f"plug_own:quiet@{here}" in told["LOGO_PLUGINS"]
-    code = 'from logo import SelectionSettings as S, plugins; S(signal="own"); print(plugins.environment())'
+    code = "from logo import SelectionSettings as S, plugins; plugins.load_installed(); S(signal='own'); "
+    code += "print(plugins.environment())"
     environment = {**os.environ, **told}
     done = subprocess.run([*python(), "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert f"plug_own:quiet@{here}" in done.stdout
     monkeypatch.setenv("LOGO_PLUGINS", "plug_missing:x")
-    assert SelectionSettings(signal="norm")
     with pytest.raises(PluginError, match="plugin 'plug_missing:x': expected an importable module:Object"):
-        SelectionSettings(signal="nobodys")
+        plugins.load_installed()
     told = plugins.environment()["LOGO_PLUGINS"].split()
     assert told[0] == "plug_missing:x" and f"plug_own:quiet@{here}" in told  # what is not loaded yet stays named
     monkeypatch.setenv("LOGO_PLUGINS", "'plug:x")
     with pytest.raises(UsageError, match=r"LOGO_PLUGINS .*: expected module:Object"):
-        SelectionSettings(signal="nobodys")
+        plugins.load_installed()
 
 
 @pytest.mark.slow

@@ -140,7 +140,7 @@ def test_a_model_with_a_state_reads_every_prompt_whole(name: str, tmp_path: Path
     prompt = words(150, 0)
     for _ in range(2):
         same_selection(reusing.select(prompt), plain.select(prompt))
-    assert reusing.beginnings is None
+    assert reusing.prefix_cache is None
 
 
 def block(size: int) -> Block:

@@ -17,7 +17,7 @@ import tiny
 from logo import Truncation, UsageError
 from logo.cli.run import run
 from logo.prompts import chat, cut_left
-from test_engine import PROMPTS, engine, tokenizer, write_adapter
+from test_engine import PROMPTS, engine, ids_of, tokenizer, write_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:prompt 1 has .* tokens, more than the:UserWarning")
 
@@ -102,18 +102,18 @@ def test_every_option_of_transformers_passes(llama: nn.Module, adapters: Path) -
 
 def test_a_text_that_begins_already_does_not_begin_twice(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
-    plain = logo.prompts.encode([PROMPTS[0]])
+    plain = ids_of(logo, [PROMPTS[0]])
     begun = f"<s> {PROMPTS[0]}"
     assert plain[0][0] == 0 and plain[0].count(0) == 1
-    assert logo.prompts.encode([begun]) == plain == logo.prompts.texts([begun])
-    assert logo.prompts.encode([f"<s> {begun}"]) == [[0, *plain[0]]]  # as it is
+    assert ids_of(logo, [begun]) == plain == logo.prompts.texts([begun])
+    assert ids_of(logo, [f"<s> {begun}"]) == [[0, *plain[0]]]  # as it is
     assert logo.select(begun) == logo.select(PROMPTS[0])
     one, other = (logo.generate(prompt, max_new_tokens=6) for prompt in (begun, PROMPTS[0]))
     assert one.token_ids == other.token_ids
     assert logo.score(begun, "w9", [{}]) == logo.score(PROMPTS[0], "w9", [{}])
     assert chat(logo.tokenizer, [{"role": "user", "content": begun}]).ids == tuple(plain[0])
     bare = engine(llama, adapters, bos=False)
-    assert bare.prompts.encode([begun]) == plain  # nobody adds anything
+    assert ids_of(bare, [begun]) == plain  # nobody adds anything
 
 
 def test_only_what_begins_every_text_stays_in_front_of_a_cut_prompt() -> None:

@@ -23,7 +23,7 @@ SAME = [name for name in RESULT_FILES if name not in ("run.json", "time_dict.jso
 RUN = "demo_selection_norm_n_3_seed_0"
 COUNT = 24
 # Long answers, so that there is time to be killed in.
-ENGINE = ["--base-model", "demo", "-k", "3", "--device", "cpu", "--no-fold"]
+ENGINE = ["--base-model", "demo", "-k", "3", "--device", "cpu", "--no-merge"]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_kill_9_in_the_middle(
     one, other = (json.loads((tmp_path / at / RUN / "capital" / "run.json").read_text()) for at in ("killed", "whole"))
     assert one["fingerprint"] == other["fingerprint"]
     assert one["forms"] == other["forms"] == {"gated": COUNT}  # of all rows, whichever process answered them
-    assert one["folding"]["asked"] is False
+    assert one["merging"]["asked"] is False
     times = json.loads((second / "time_dict.json").read_text())
     assert times["inference"] >= times["probe"] + times["generate"]  # what the killed process took counts
 

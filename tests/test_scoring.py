@@ -16,7 +16,7 @@ import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
 from logo.backends.vllm import likelihood
 from logo.scoring import joined, score_logits
-from test_engine import tokenizer, write_adapter
+from test_engine import ids_of, tokenizer, write_adapter
 from tolerances import same_scores
 
 PROMPT, GOLD = "w3 w4 w5 w6", "w7 w8 w9"
@@ -83,7 +83,7 @@ def test_of_tokens_of_one_likelihood_the_first_matches_exactly_in_both_engines(
 ) -> None:
     """vLLM's rank counts all tokens that are as likely, and it names one of the best in each place."""
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 0.0, 1.0, -1.0]])
-    [local] = score_logits(logits[None], torch.tensor([gold, 0]))
+    local = score_logits(logits, torch.tensor([gold, 0]))
     first, last = logits.log_softmax(dim=-1)
     place = {gold: SimpleNamespace(logprob=float(first[gold]), rank=int((first >= first[gold]).sum()))}
     if named != gold:
@@ -135,7 +135,7 @@ def test_a_long_prompt_makes_room_for_the_completion(logo: LoGo) -> None:
     long = " ".join(f"w{3 + i % 80}" for i in range(200))
     with pytest.warns(UserWarning, match="prompt 1 has 201 tokens, more than the 125 that fit"):
         [found] = logo.score(long, GOLD, [{}])
-    kept = logo.prompts.encode(["w3"])[0][:1] + tokenizer()(long)["input_ids"][-124:]
+    kept = ids_of(logo, ["w3"])[0][:1] + tokenizer()(long)["input_ids"][-124:]
     with torch.no_grad():
         logits = logo.model(input_ids=torch.tensor([kept + [7, 8, 9]])).logits[0, -4:-1]
     assert found.nll == same_scores(float(nn.functional.cross_entropy(logits, torch.tensor([7, 8, 9]))))

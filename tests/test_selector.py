@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from logo.core import Selection
 from logo.errors import ModelError, Unsure
 from logo.selection.confidence import BEST, EXAMPLES, HALVED, RESPONSES, Evidence
-from logo.selection.selector import LEAST, UNSURE, Selection, Selector
+from logo.selection.selector import LEAST, UNSURE, Selector
 from logo.selection.size import USUAL
 
 SCORES = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40)

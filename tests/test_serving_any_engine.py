@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 
 from http_server import serving
+from logo.core import Prompt, Selection
 from logo.models import load_base
-from logo.prompts import Prompt
 from logo.protocol import (
     Delta,
     Figures,
@@ -23,7 +23,6 @@ from logo.protocol import (
     Overloaded,
     Sampling,
 )
-from logo.selection import Selection
 from logo.serving.app import AppSettings, create_app
 
 

@@ -23,6 +23,7 @@ from local_server import LocalServer
 from logo import LoGo
 from logo.demo import adapters_dir
 from serving import Served, endless, served
+from test_engine import ids_of
 from tolerances import PATIENCE, same_scores, same_weights
 from warm import logo, python
 
@@ -98,7 +99,7 @@ def test_a_completion_is_what_the_library_answers(client: openai.OpenAI, engine:
         assert got.logo["adapters"] == list(want.selection.adapters)  # type: ignore[attr-defined]
         assert got.logo["weights"] == same_weights(want.selection.weights)  # type: ignore[attr-defined]
         assert got.usage is not None
-        assert got.usage.prompt_tokens == len(engine.prompts.encode([prompt])[0])
+        assert got.usage.prompt_tokens == len(ids_of(engine, [prompt])[0])
         assert got.usage.completion_tokens == len(want.token_ids)
 
 

@@ -18,9 +18,9 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
-from logo.decoder import Decoding
+from logo.core import Prompt
+from logo.decoding import Decoding, call_config, greedy_config
 from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
-from logo.generation import greedy_config
 from logo.protocol import GenerationFailed, MixtureRequest, NotReady, Overloaded, Sampling
 from logo.serving import batching, steps
 from logo.serving.memory import Memory
@@ -54,7 +54,7 @@ def served(logo: LoGo, use: Callable[[Service], Awaitable[_T]], **options: Any) 
 async def answer(
     service: Service, ids: list[int], wanted: MixtureRequest, sampling: Sampling
 ) -> tuple[tuple[int, ...], str, HeldMixture]:
-    chosen = await service.choose(ids, wanted)
+    chosen = await service.choose(Prompt.of_ids(ids), wanted)
     tokens: list[int] = []
     reason = None
     try:
@@ -168,14 +168,14 @@ def test_adapters_on_the_output_head_answer_as_alone_and_as_in_peft(
 
 def alone(logo: LoGo, rows: list[list[int]], requests: list[MixtureRequest], length: int) -> list[tuple[Any, ...]]:
     """One by one, by the engine's own decoder."""
-    from logo.selection import Selection
+    from logo.core import Selection
 
-    config = logo.prompts.generation_config(None, length, {"pad_token_id": 2})
+    config = call_config(logo.prompts, None, {"pad_token_id": 2}, length, logo.model.generation_config)
     results = []
     for ids, wanted in zip(rows, requests, strict=True):
         forced = wanted.adapters is not None
-        selection = Selection.forced(wanted.adapters or {}) if forced else logo.select_ids([ids])[0]
-        [made] = logo._decoder(logo.fitted, Decoding(config), 0.0, [ids], [selection])
+        selection = Selection.forced(wanted.adapters or {}) if forced else logo.select(ids)
+        [made] = logo._decode(logo.fitted, [ids], [selection], Decoding(config), 0.0, None)
         results.append((made.token_ids, made.finish_reason, selection.adapters))
     return results
 
@@ -188,7 +188,7 @@ def test_requests_that_come_while_a_step_ends_share_one_probe(
     rows = tiny.prompts([20, 25, 30, 22], seed=8)
     alone = logo.select(rows)
     probed: list[int] = []
-    select = logo.outcomes_ids
+    select = logo.outcomes
 
     def counted(some: list[Any], *arguments: Any, **options: Any) -> Any:
         probed.append(len(some))
@@ -205,10 +205,10 @@ def test_requests_that_come_while_a_step_ends_share_one_probe(
                 yield
 
         monkeypatch.setattr(service.batching, "paused", slowly)
-        monkeypatch.setattr(logo, "outcomes_ids", counted)
-        asked = [asyncio.create_task(service.choose(rows[0], MixtureRequest()))]
+        monkeypatch.setattr(logo, "outcomes", counted)
+        asked = [asyncio.create_task(service.choose(Prompt.of_ids(rows[0]), MixtureRequest()))]
         await asyncio.to_thread(waits.wait, PATIENCE)
-        asked += [asyncio.create_task(service.choose(ids, MixtureRequest())) for ids in rows[1:]]
+        asked += [asyncio.create_task(service.choose(Prompt.of_ids(ids), MixtureRequest())) for ids in rows[1:]]
         await asyncio.sleep(0)
         asked.pop().cancel()
         await asyncio.sleep(0)
@@ -227,7 +227,7 @@ def test_who_leaves_early_frees_what_it_held(llama: nn.Module, adapters: Path) -
     rows = tiny.prompts([5, 8, 7, 30], seed=2)
 
     async def leave(service: Service, ids: list[int], after: int) -> None:
-        chosen = await service.choose(ids, MixtureRequest())
+        chosen = await service.choose(Prompt.of_ids(ids), MixtureRequest())
         async with aclosing(service.generate(ids, chosen, Sampling(90))) as deltas:
             seen = 0
             async for delta in deltas:
@@ -291,24 +291,29 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
     assert before != later
 
     async def use(service: Service) -> Any:
-        chosen = await service.choose(ids, wanted)
+        chosen = await service.choose(Prompt.of_ids(ids), wanted)
         deltas = service.generate(ids, chosen, Sampling(30))
         first = (await anext(deltas)).tokens
-        waiting = await service.choose(ids, wanted)  # selected, not begun
+        waiting = await service.choose(Prompt.of_ids(ids), wanted)  # selected, not begun
         await service.remove("t1")
         shutil.rmtree(tmp_path / "pool" / "t1")
         with pytest.raises(PoolError, match="t1"):
-            await service.choose(ids, wanted)
+            await service.choose(Prompt.of_ids(ids), wanted)
         await service.add(tmp_path / "other", "t1")
         new = await answer(service, ids, wanted, Sampling(30))
         rest = [token async for delta in deltas for token in delta.tokens]
         held = [token async for delta in service.generate(ids, waiting, Sampling(30)) for token in delta.tokens]
-        return (*first, *rest), tuple(held), new[0], (await service.choose(ids, MixtureRequest())).selection.scores
+        return (
+            (*first, *rest),
+            tuple(held),
+            new[0],
+            (await service.choose(Prompt.of_ids(ids), MixtureRequest())).selection.scores,
+        )
 
     begun, held, new, scores = served(engine(llama, tmp_path / "pool", k=2), use)
     assert begun == held == before
     assert new == later
-    fresh = engine(llama, tmp_path / "changed", k=2).select_ids([ids])[0].scores
+    fresh = engine(llama, tmp_path / "changed", k=2).select(ids).scores
     assert scores == same_scores(fresh)
 
 
@@ -331,10 +336,14 @@ def test_an_adapter_that_cannot_be_used_changes_nothing(
     logo = LoGo(llama, tokenizer(), pool, settings=settings, on_bad_adapter=on_bad)
 
     async def use(service: Service) -> Any:
-        before = (await service.choose(ids, MixtureRequest())).selection
+        before = (await service.choose(Prompt.of_ids(ids), MixtureRequest())).selection
         with pytest.raises((AdapterError, PoolError)):
             await service.add(bad, "t1" if fault == "taken" else "new")
-        return before, (await service.choose(ids, MixtureRequest())).selection, tuple(service.pool.adapters)
+        return (
+            before,
+            (await service.choose(Prompt.of_ids(ids), MixtureRequest())).selection,
+            tuple(service.pool.adapters),
+        )
 
     before, after, names_after = served(logo, use)
     assert before == after
@@ -397,7 +406,7 @@ def test_wishes_are_heard(llama: nn.Module, adapters: Path) -> None:
 
     async def use(service: Service) -> Any:
         chosen = [
-            await service.choose(ids, wanted)
+            await service.choose(Prompt.of_ids(ids), wanted)
             for wanted in (
                 MixtureRequest(),
                 MixtureRequest(options={"k": 1}),
@@ -410,14 +419,14 @@ def test_wishes_are_heard(llama: nn.Module, adapters: Path) -> None:
             MixtureRequest(adapters={"tasks/t0": float("inf")}),
         ):
             with pytest.raises(LoGoError):
-                await service.choose(ids, wanted)
+                await service.choose(Prompt.of_ids(ids), wanted)
         return chosen
 
     plain, one, entropy = served(logo, use, signals=["entropy"])
     assert len(plain.selection.adapters) == 3
     assert one.selection.adapters == plain.selection.adapters[:1]
     assert one.selection.weights == (1.0,)
-    want = engine(llama, adapters, signal="entropy", unscorable="skip").select_ids([ids])[0]
+    want = engine(llama, adapters, signal="entropy", unscorable="skip").select(ids)
     assert entropy.selection.adapters == want.adapters
 
 
@@ -509,20 +518,22 @@ def test_what_another_signal_cannot_score_is_added_all_the_same(llama: nn.Module
     ids = tiny.prompts([6], seed=5)[0]
 
     async def use(service: Service) -> Any:
-        await service.choose(ids, MixtureRequest(options={"signal": "norm"}))
+        await service.choose(Prompt.of_ids(ids), MixtureRequest(options={"signal": "norm"}))
         await service.add(tmp_path / "values", "values")
         lengths = []
         for _ in range(3):
             with pytest.raises(PoolError, match="values") as refused:
-                await service.choose(ids, MixtureRequest(options={"signal": "norm"}))
+                await service.choose(Prompt.of_ids(ids), MixtureRequest(options={"signal": "norm"}))
             lengths.append(len(refused.traceback))
         assert len(set(lengths)) == 1  # an error that is raised again would have a longer traceback each time
         with pytest.raises(PoolError, match="signal 'norm': it cannot score the pool") as told:
-            await service.choose(ids, MixtureRequest(options={"signal": "norm"}, usable=("t*",)))
+            await service.choose(Prompt.of_ids(ids), MixtureRequest(options={"signal": "norm"}, usable=("t*",)))
         assert "values" not in str(told.value)
-        scores = (await service.choose(ids, MixtureRequest())).selection.scores
+        scores = (await service.choose(Prompt.of_ids(ids), MixtureRequest())).selection.scores
         await service.remove("values")
-        return scores, (await service.choose(ids, MixtureRequest(options={"signal": "norm"}))).selection.scores
+        return scores, (
+            await service.choose(Prompt.of_ids(ids), MixtureRequest(options={"signal": "norm"}))
+        ).selection.scores
 
     calibrated, norm = served(logo, use, signals=["norm"])
     assert "values" in calibrated

@@ -66,7 +66,7 @@ def test_a_base_model_has_its_own_sizes(model: Any, folder: Path, tmp_path: Path
     for base in (model, larger):
         logo = opened(base, folder, signal="norm", cache=str(tmp_path))
         assert not logo.scorer.sizes
-        scorer = logo._selecting.scorer("calibrated")  # type: ignore[attr-defined]
+        scorer = logo._scorer("calibrated")
         assert scorer.sizes == pytest.approx(expected(logo, scorer), rel=1e-5)
 
 

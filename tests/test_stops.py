@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from logo import LoGo, decoder
+from logo import LoGo, decoding
+from logo.decoding import EndRows
 from logo.demo import model_dir
-from logo.endings import EndRows, at_texts, cut_at
+from logo.endings import StopTexts, at_texts, cut_at
 
 PROMPTS = ["Spell the word fence backwards.", "What is the plural of lake?", "What is 7 plus 5?"]
 TOKENIZER = AutoTokenizer.from_pretrained(model_dir())
@@ -34,12 +35,26 @@ def test_cut_at_the_first_of_them(text: str, stops: list[str]) -> None:
         assert any(text[len(cut) :].startswith(stop) for stop in stops)
 
 
+@given(TEXT, st.lists(TEXT.filter(bool), max_size=3), st.lists(st.integers(1, 4), max_size=12))
+def test_pieces_end_before_the_first_of_them(text: str, stops: list[str], sizes: list[int]) -> None:
+    """However the text is cut into pieces; and nothing is held back that cannot become a stop text any more."""
+    ends, passed, start = StopTexts(stops), "", 0
+    for size in [*sizes, len(text)]:
+        passed += ends.push(text[start : start + size])
+        start += size
+        assert cut_at(text, stops).startswith(passed)
+        if not ends.stopped:
+            held = text[: min(start, len(text))][len(passed) :]
+            assert not held or any(stop.startswith(held) for stop in stops)
+    assert passed + ends.finish() == cut_at(text, stops) or not any(a in b for a in stops for b in stops if a != b)
+
+
 @given(TEXT, TEXT, TEXT.filter(bool))
 def test_a_row_ends_when_its_answer_holds_the_text(prompt: str, answer: str, stop: str) -> None:
     """Token by token: it ends at the first token that completes the text, and what the prompt holds does not count."""
     start = TOKENIZER(prompt)["input_ids"]
     tokens = TOKENIZER(answer, add_special_tokens=False)["input_ids"]
-    criterion = EndRows([at_texts(TOKENIZER, [stop])], len(start))
+    criterion = EndRows([at_texts(TOKENIZER, [stop])], len(start), growing=True)
     seen = [bool(criterion(torch.tensor([start + tokens[: n + 1]]))[0]) for n in range(len(tokens))]
     if stop in answer:
         first = next(n for n in range(len(tokens)) if stop in TOKENIZER.decode(tokens[: n + 1]))
@@ -83,11 +98,11 @@ def test_rules_see_what_they_see_when_all_is_read(
             rows.append(tuple(ids))
             return len(ids) > 9 and ids[3] % 2 == 0
 
-        monkeypatch.setattr(decoder, "at_texts", lambda tokenizer, stops: rule)
+        monkeypatch.setattr(decoding, "at_texts", lambda tokenizer, stops: rule)
         torch.manual_seed(0)
         logo.generate(PROMPTS, max_new_tokens=12, stop=["never"], **options)
         return rows
 
     found = seen()
-    monkeypatch.setattr(decoder, "only_grows", lambda config: False)
+    monkeypatch.setattr(decoding, "EndRows", lambda rules, length, growing: EndRows(rules, length, False))
     assert found == seen()

@@ -232,15 +232,15 @@ def test_another_study_is_not_mixed_in(
         assert journal.read_bytes() == before
     assert "unsure_below" not in before.decode()  # which decides nothing unless `when_unsure` does
     logo = engines["norm"]
-    carry = SelectionSettings("norm", k=2, probe_context="carry")
+    carry = SelectionSettings("norm", k=2)
     with pytest.raises(UsageError, match=r"signals\.norm\.probe_context"):
-        in_order = {"norm": LoGo(logo.model, logo.tokenizer, logo.pool, settings=carry)}
+        in_order = {"norm": LoGo(logo.model, logo.tokenizer, logo.pool, settings=carry, probe_context="carry")}
         study(Arms(in_order), find_tasks(rows), journal, settings={"base_model": "tiny"})
     folded = {
-        name: LoGo(one.model, one.tokenizer, one.pool, settings=one.settings, fold=True)
+        name: LoGo(one.model, one.tokenizer, one.pool, settings=one.settings, merge=True)
         for name, one in engines.items()
     }
-    with pytest.raises(UsageError, match="fold is not given, not true"):
+    with pytest.raises(UsageError, match="merge is not given, not true"):
         study(Arms(folded), find_tasks(rows), journal, settings={"base_model": "tiny"})
     monkeypatch.setattr("logo.evaluation.arms.environment", lambda logo: {"torch": "99"})
     with pytest.raises(UsageError, match=r'environment\.torch is ".*", not "99"'):
@@ -253,8 +253,8 @@ def test_where_order_matters_nothing_is_resumed(engines: Engines, rows: Path, tm
     journal = tmp_path / "journal"
 
     def carry() -> Engines:
-        settings = SelectionSettings("norm", k=2, probe_context="carry")
-        return {"norm": LoGo(logo.model, logo.tokenizer, logo.pool, settings=settings)}
+        settings = SelectionSettings("norm", k=2)
+        return {"norm": LoGo(logo.model, logo.tokenizer, logo.pool, settings=settings, probe_context="carry")}
 
     whole = study(Arms(carry()), find_tasks(rows), journal, settings={"base_model": "tiny"}).report
     interrupted(carry(), rows, journal, after=5)

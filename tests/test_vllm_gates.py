@@ -20,9 +20,9 @@ from logo.backends.vllm.pool import KeyedPool
 from logo.backends.vllm.recipe import Recipe, is_recipe
 from logo.backends.vllm.slots import Slots, check_slots
 from logo.backends.vllm.taps import Taps
+from logo.core import Selection
 from logo.errors import UsageError
 from logo.pools import default_pool
-from logo.selection import Selection
 
 CPU = torch.device("cpu")
 KEYS = st.text("0123456789abcdef", min_size=16, max_size=16)

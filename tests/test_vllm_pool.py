@@ -18,9 +18,9 @@ from logo.backends.vllm.core import Core, WorkerError
 from logo.backends.vllm.options import POOL, VllmOptions
 from logo.backends.vllm.pool import KeyedPool, check_alike, described
 from logo.backends.vllm.workers import Workers
+from logo.core import Selection
 from logo.errors import AdapterError, PoolError, UsageError
 from logo.models import demo_folder, load_skeleton
-from logo.selection import Selection
 from make_adapters import edit_weights
 
 

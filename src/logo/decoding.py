@@ -223,7 +223,7 @@ class Decoding:
 # -- stopping and checking while tokens are generated ------------------------------------------------------------------
 
 
-class _EndRows(StoppingCriteria):  # type: ignore[misc]
+class EndRows(StoppingCriteria):  # type: ignore[misc]
     """Ends each row of a batch by the same rules.
 
     Args:
@@ -418,7 +418,7 @@ class Decoder:
         config.stop_strings = None  # the rules contain them
         if rules:
             growing = config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-            criteria = (*criteria, _EndRows(rules, ids.shape[1], growing))
+            criteria = (*criteria, EndRows(rules, ids.shape[1], growing))
         finite = _Finite(stop=options.get("streamer") is not None)
         onset = _Onset.of(pool, rows, mixtures, ids.shape[1])
         warn_of_silent(onset.silent, self._told)

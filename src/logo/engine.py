@@ -5,8 +5,6 @@ prompts.read -> Prompt -> Scorer -> scores -> Selector -> Selection -> Mixer.act
 
 from __future__ import annotations
 
-import importlib
-import os
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +21,7 @@ from logo.adapters.activation import check_forced
 from logo.adapters.export import write_mixture
 from logo.adapters.layout import BaseLayout
 from logo.adapters.options import OnBadAdapter
-from logo.adapters.pool import DEFAULT_K, AdapterPool, warn_of_bad
+from logo.adapters.pool import AdapterPool, warn_of_bad
 from logo.core import Forced, Generation, Options, Prompt, Selection
 from logo.decoding import (
     Decoder,
@@ -35,11 +33,11 @@ from logo.decoding import (
     reads_prompts,
 )
 from logo.endings import cut_pieces
-from logo.errors import LoGoError, PoolError, UsageError, check_type, closest, listed
+from logo.errors import LoGoError, PoolError, UsageError, check_type, listed
 from logo.mixing import Mixer
 from logo.mixing.store import adapter_store
-from logo.models import check_mode, check_usable, context_length, devices, load_base, lock_of
-from logo.pools import officially_named, open_pool, pool_place
+from logo.models import check_mode, check_usable, context_length, devices, lock_of
+from logo.opening import from_pretrained
 from logo.prefix_cache import PrefixCache, reusable
 from logo.prompts import Prompts, Truncation, several
 from logo.scoring import MAX_TOKENS, Scored, encoded, score_pairs
@@ -48,6 +46,8 @@ from logo.selection.index import Tell
 from logo.selection.scorer import Scorer
 from logo.selection.selector import forced
 from logo.selection.settings import OPTIONS, SelectionSettings
+from logo.selection.signals import get_signal
+from logo.selection.window import windowed
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -58,15 +58,6 @@ if TYPE_CHECKING:
 # Which adapters are active while probing: none; all, unscaled; or, as the official code runs, all for the first prompt,
 # then those that the last prompt selected.
 ProbeContext = Literal["base", "pool", "carry"]
-Preset = Literal["official"]
-OFFICIAL_TRUNCATION = Truncation(2048, "right")
-LOCAL = "local"
-# Engines beside the one of this process: name -> the module with `open_engine`. These modules are above this one and
-# large, so they are imported on demand.
-ENGINES = {"vllm": "logo.backends.vllm.opening"}
-# Options of `from_pretrained` that load the base model, and those of `LoGo` beside them; all others are settings.
-_LOADING = ("device", "dtype", "device_map", "attn_implementation", "quantization_config", "model_kwargs")
-_LOCAL = ("probe_context", "adapter_memory_gb", "adapter_cache_gb", "prefix_cache_gb", "merge")
 
 
 class LoGo:
@@ -119,7 +110,7 @@ class LoGo:
         check_usable(model)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings or SelectionSettings()
         self.pool = pool if on_bad_adapter == "error" else copy(pool)  # other engines may fit what this one leaves out
-        self.probe_context = _checked_context(probe_context, self.settings)
+        self.probe_context = _checked_context(probe_context, self.settings.signal)
         self._lock = lock_of(model)
         with self._lock:  # an answer of another engine sets the checkpoint's config aside
             self._checkpoint = model.generation_config
@@ -138,99 +129,7 @@ class LoGo:
         self.take(self.prepared(self.pool))
         warn_of_bad(self._fitted.refused)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        base_model: str | os.PathLike[str],
-        pool: AdapterPool | str | Path | Sequence[str | Path] | None = None,
-        *,
-        engine: str = LOCAL,
-        preset: Preset | None = None,
-        model_dir: str | Path | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        truncation: Truncation | None = None,
-        trust_remote_code: Literal[False] = False,
-        on_bad_adapter: OnBadAdapter = "error",
-        **options: Any,
-    ) -> LoGo:
-        """Loads a base model, opens a pool for it, and calibrates the pool if its responses are not cached.
-
-        Args:
-            base_model: a Hub id, a folder, a short name (`"Llama-3.1-8B"`) or `"demo"`.
-            pool: an `AdapterPool`, or what `AdapterPool.open` takes: a folder, a Hub repository, a manifest, or several
-                of these. Default: the pool of the base model, for the bundled and the three official models.
-            engine: `"local"` runs the model in this process; `"vllm"` runs vLLM's offline engine (docs/vllm.md), and
-                returns an engine with the same methods.
-            preset: `"official"` changes defaults to those of the authors' script, as `logo evaluate --preset official`
-                does: signal `norm`, k 20, `probe_context="carry"`, prompts cut at their end to 2048 tokens, float32,
-                and the checkpoint's own generation config.
-            trust_remote_code: not supported; True is an error.
-            **options: of `logo.models.load_base` (`device`, `dtype`, `device_map`, `attn_implementation`,
-                `quantization_config`, `model_kwargs`); of `LoGo`; and the fields of `SelectionSettings`: `signal`,
-                `k`, `window`, ...
-
-        Raises:
-            ModelError, HubError: the base model cannot be loaded.
-            PoolError, AdapterError: the pool cannot be used on it.
-            UsageError: a setting that does not exist or cannot be used.
-        """
-        if hasattr(base_model, "generate"):
-            raise UsageError("base_model: a loaded model has no name to open; give it to LoGo(model, tokenizer, pool)")
-        check_type("base_model", base_model, (str, os.PathLike), "a Hub id, a folder or a short name")
-        base_model = os.fspath(base_model)
-        for what, value, known in (
-            ("preset", preset, (*get_args(Preset), None)),
-            ("engine", engine, (LOCAL, *ENGINES)),
-        ):
-            if value not in known:
-                expected = ", ".join(map(repr, known))
-                raise UsageError(f"{what}: expected one of {expected}, found {value!r}{closest(str(value), ENGINES)}")
-        official = preset == "official"
-        if official:
-            options = {"signal": "norm", "probe_context": "carry", "dtype": "float32"} | options
-            truncation = truncation or OFFICIAL_TRUNCATION
-        loading: dict[str, Any] = {name: options.pop(name) for name in _LOADING if name in options}
-        if trust_remote_code:
-            loading["model_kwargs"] = {**(loading.get("model_kwargs") or {}), "trust_remote_code": True}
-        local: dict[str, Any] = {name: options.pop(name) for name in _LOCAL if name in options}
-        settings = SelectionSettings.of(**options)
-        whence: dict[str, Any] = {"model_dir": model_dir, "revision": revision, "token": token}
-        named = None if pool is None or isinstance(pool, AdapterPool) else pool_place(pool, base_model).spec
-        if engine != LOCAL:
-            if official:
-                raise UsageError("preset 'official' probes as the authors' script does: use the engine 'local'")
-            opened: LoGo = importlib.import_module(ENGINES[engine]).open_engine(
-                base_model,
-                pool if isinstance(pool, AdapterPool) else named,
-                settings=settings,
-                truncation=truncation,
-                on_bad_adapter=on_bad_adapter,
-                dtype=loading.pop("dtype", "auto"),
-                model_kwargs=loading.pop("model_kwargs", None) or {},
-                others={name: value for name, value in (loading | local).items() if value not in (None, "auto")},
-                **whence,
-            )
-            return opened
-        if not isinstance(pool, AdapterPool):
-            how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "token": token}
-            pool = open_pool(named, base_model, model_dir, examples=settings.examples, **how)
-        if official:
-            pool = officially_named(pool, base_model, named)
-            settings = replace(settings, k=min(DEFAULT_K, len(pool)) if settings.k is None else settings.k)
-        model, tokenizer = load_base(base_model, **loading, **whence)
-        logo = cls(
-            model,
-            tokenizer,
-            pool,
-            settings=settings,
-            generation_config=model.generation_config if official else None,
-            truncation=truncation,
-            on_bad_adapter=on_bad_adapter,
-            **local,
-        )
-        logo.calibrate()
-        return logo
+    from_pretrained = classmethod(from_pretrained)
 
     # -- the pool, and what is known of it -------------------------------------------------------------------------
 
@@ -246,7 +145,9 @@ class LoGo:
             with self._lock:
                 if self.pool.version != self._seen:
                     known = len(self.pool.refused)
-                    prepared = self.prepared(self.pool, tuple(self._scorers))
+                    prepared = self.prepared(self.pool)
+                    for signal in self._scorers:  # a pool that cannot be scored changes nothing
+                        self.calibrate(signal, prepared=prepared)
                     self.take(prepared)
                     warn_of_bad(prepared.fitted.refused[known:])
         return self._fitted
@@ -292,12 +193,15 @@ class LoGo:
         """Options of what runs the model, as the user gave them, on which results depend; none in this process."""
         return {}
 
-    def calibrate(self, signal: str | None = None, tell: Tell | None = None) -> Calibration | None:
+    def calibrate(
+        self, signal: str | None = None, tell: Tell | None = None, prepared: Prepared | None = None
+    ) -> Calibration | None:
         """Calibrates adapters that are not cached, and indexes all, which the first selection would do otherwise.
 
         Args:
             signal: another signal than the engine's own.
             tell: called now and then with the numbers of adapters in the index so far and in all.
+            prepared: a pool that is not in use yet.
 
         Returns:
             The calibration, which says where prompts are read; None for signals without one.
@@ -307,20 +211,21 @@ class LoGo:
             PoolError: adapters that the signal cannot score.
         """
         with self._lock:
-            self.fitted  # noqa: B018
-            return self._scorer(signal or self.settings.signal, tell).calibration
+            signal = signal or self.settings.signal
+            if prepared is None:
+                self.fitted  # noqa: B018
+                return self._scorer(signal, tell).calibration
+            with self._lock.running():
+                prepared.scorers[signal] = self._opened(prepared.fitted, signal, tell)
+            return prepared.scorers[signal].calibration
 
-    def prepared(self, pool: AdapterPool, signals: Iterable[str] = ()) -> Prepared:
-        """Prepares another pool while this one is in use: nothing changes before `take`.
-
-        Args:
-            signals: for which it is calibrated now.
+    def prepared(self, pool: AdapterPool) -> Prepared:
+        """Fits another pool while this one is in use: nothing changes before `take`.
 
         Raises:
-            PoolError: an adapter does not fit, or cannot be scored.
-            AdapterError: an adapter that cannot be read.
+            PoolError: an adapter does not fit.
         """
-        with self._lock.running():
+        with self._lock:
             version = pool.version
             fitted = pool.fit(self._layout, model=self.model, on_bad_adapter=self._on_bad_adapter)
             fitted = fitted.acting(self.settings.activation, self.settings.when_not_invoked)
@@ -332,7 +237,7 @@ class LoGo:
                     UserWarning,
                     stacklevel=3,
                 )
-            return Prepared(pool, version, fitted, {signal: self._opened(fitted, signal) for signal in signals})
+            return Prepared(pool, version, fitted, {})
 
     def take(self, prepared: Prepared) -> None:
         """Replaces the pool by a prepared one."""
@@ -344,7 +249,8 @@ class LoGo:
 
     def _opened(self, pool: AdapterPool, signal: str, tell: Tell | None = None) -> Scorer:
         before = self._scorers.get(signal) or self._earlier.get(signal)
-        how: dict[str, Any] = {"prefix_cache": self.prefix_cache, "before": before, "tell": tell}
+        cache = self.prefix_cache if self.probe_context == "base" else None
+        how: dict[str, Any] = {"prefix_cache": cache, "before": before, "tell": tell}
         return Scorer.open(self.model, pool, self.settings, signal, self.prompts.texts, **how)
 
     def _scorer(self, signal: str, tell: Tell | None = None) -> Scorer:
@@ -359,13 +265,9 @@ class LoGo:
     # -- selecting -------------------------------------------------------------------------------------------------
 
     @overload
-    def select(  # type: ignore[overload-overlap]
-        self, prompts: OnePrompt, *, max_new_tokens: int | None = ..., batch_size: int = ..., **options: Any
-    ) -> Selection: ...
+    def select(self, prompts: OnePrompt, **options: Any) -> Selection: ...  # type: ignore[overload-overlap]
     @overload
-    def select(
-        self, prompts: Sequence[OnePrompt], *, max_new_tokens: int | None = ..., batch_size: int = ..., **options: Any
-    ) -> list[Selection]: ...
+    def select(self, prompts: Sequence[OnePrompt], **options: Any) -> list[Selection]: ...
     def select(
         self,
         prompts: OnePrompt | Sequence[OnePrompt],
@@ -391,14 +293,19 @@ class LoGo:
         given, alone = several(prompts)
         check_batch_size(batch_size)
         with self._call() as pool:
-            call = self.settings.options(pool, options)
+            call = self._options(pool, options)
             rows = self.prompts.read(given, self.prompts.room(max_new_tokens))
             selections = self._selected(rows, call, batch_size)
         return selections[0] if alone else selections
 
     def options(self, **options: Any) -> Options:
         """Checks the options of one call, for `outcomes`; errors as `select`."""
-        return self.settings.options(self.fitted, options)
+        return self._options(self.fitted, options)
+
+    def _options(self, pool: AdapterPool, given: Mapping[str, Any]) -> Options:
+        call = self.settings.options(pool, given)
+        _checked_context(self.probe_context, call.signal)
+        return call
 
     def outcomes(
         self, rows: Sequence[Prompt], options: Sequence[Options], batch_size: int = 8
@@ -467,7 +374,8 @@ class LoGo:
         active = self._fitted.names if self.probe_context == "pool" else ()
         probed = [self._probed(row) for row in rows]
         scores = torch.empty(len(rows), len(scorer.names))
-        for batch in batches_by_length(list(map(len, probed)), batch_size, tokens=MAX_TOKENS):
+        lengths = [len(windowed(row, scorer.signal.window)) for row in probed]
+        for batch in batches_by_length(lengths, batch_size, tokens=MAX_TOKENS):
             with self._mixer.active(self._fitted, [dict.fromkeys(active, 1.0)]):
                 scores[batch] = scorer([probed[i] for i in batch], [among[i] for i in batch])
         return scores
@@ -496,25 +404,9 @@ class LoGo:
     # -- answering -------------------------------------------------------------------------------------------------
 
     @overload
-    def generate(
-        self,
-        prompts: OnePrompt,
-        *,
-        adapters: Forced | Sequence[Forced | None] | None = ...,
-        batch_size: int = ...,
-        streamer: BaseStreamer | None = ...,
-        **options: Any,
-    ) -> Generation: ...
+    def generate(self, prompts: OnePrompt, **options: Any) -> Generation: ...
     @overload
-    def generate(
-        self,
-        prompts: Sequence[OnePrompt],
-        *,
-        adapters: Forced | Sequence[Forced | None] | None = ...,
-        batch_size: int = ...,
-        streamer: BaseStreamer | None = ...,
-        **options: Any,
-    ) -> list[Generation]: ...
+    def generate(self, prompts: Sequence[OnePrompt], **options: Any) -> list[Generation]: ...
     def generate(
         self,
         prompts: OnePrompt | Sequence[OnePrompt],
@@ -599,7 +491,7 @@ class LoGo:
         """
         check_type("mixtures", mixtures, (list, tuple), "a list of mixtures")
         with self._call() as pool:
-            call = self.settings.options(pool, options)
+            call = self._options(pool, options)
             row, gold = encoded(self.prompts, prompt, completion)
             chosen = self._mixtures(pool, [row] * len(mixtures), mixtures, call, 1)
             pairs = [(row.ids, gold)] * len(mixtures)
@@ -667,7 +559,7 @@ class LoGo:
         for name, value in asked.items():
             if value is not None and name != "candidates" and isinstance(adapters, (Mapping, Selection)):
                 raise UsageError(f"{name} selects adapters, but `adapters` fixes the mixture: leave out one of the two")
-        call = self.settings.options(pool, asked)
+        call = self._options(pool, asked)
         config, most = options.pop("generation_config", None), options.pop("max_new_tokens", None)
         ends = (options.pop("stop_at_newline", False), options.pop("stop", ()))
         activation = check_forced(options.pop("activation", None))
@@ -728,13 +620,13 @@ class Prepared:
     Attributes:
         pool: as it was given, with its `version`.
         fitted: matched to the base model.
-        scorers: of it, by signal.
+        scorers: of it, by the signals for which `LoGo.calibrate` has calibrated it.
     """
 
     pool: AdapterPool
     version: int
     fitted: AdapterPool
-    scorers: Mapping[str, Scorer]
+    scorers: dict[str, Scorer]
 
 
 def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> list[Forced | None]:
@@ -751,12 +643,12 @@ def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> l
     return list(adapters)
 
 
-def _checked_context(context: ProbeContext, settings: SelectionSettings) -> ProbeContext:
+def _checked_context(context: ProbeContext, signal: str) -> ProbeContext:
     if context not in get_args(ProbeContext):
         raise UsageError(f"probe_context: expected one of {', '.join(get_args(ProbeContext))}, found {context!r}")
-    if context != "base" and settings.reading().scale != "raw":
+    if context != "base" and get_signal(signal).scale != "raw":
         raise UsageError(
-            f"probe_context {context!r}: the signal {settings.signal!r} compares with neutral text that the base model "
+            f"probe_context {context!r}: the signal {signal!r} compares with neutral text that the base model "
             "read alone; use 'base'"
         )
     return context

@@ -1,7 +1,8 @@
 """Plugins: signals, methods and metrics of others beside ours, by name.
 
-A module registers what is in it when it is imported, by `logo.register_signal` and its like. Where a name is not known,
-the modules that `LOGO_PLUGINS` and the entry points of the group `logo.plugins` name are imported first.
+A module registers what is in it when it is imported, by `logo.register_signal` and its like. `load_installed` imports
+the modules that `LOGO_PLUGINS` and the entry points of the group `logo.plugins` name; every command, every process that
+one starts, and `LoGo.from_pretrained` call it first.
 """
 
 from __future__ import annotations
@@ -88,7 +89,6 @@ class Registry(dict[str, T]):
 
     Raises:
         UsageError: when a name is looked up that nobody registers.
-        PluginError: when a plugin cannot be imported.
     """
 
     def __init__(self, kind: str) -> None:
@@ -118,19 +118,10 @@ class Registry(dict[str, T]):
         self[name] = value
 
     def __missing__(self, name: str) -> T:
-        known = self.known
-        if name in known:
-            return self[name]
         raise UsageError(
-            f"unknown {self.kind} {name!r}{closest(str(name), known)}; known: {', '.join(known)}; one of a plugin "
+            f"unknown {self.kind} {name!r}{closest(str(name), self)}; known: {', '.join(self)}; one of a plugin "
             f"needs --plugin (or {VARIABLE})"
         )
-
-    @property
-    def known(self) -> tuple[str, ...]:
-        """All names, those of plugins included."""
-        _load_all(os.environ.get(VARIABLE, ""))
-        return tuple(self)
 
     def source(self, name: str) -> str | None:
         """The module, object and digest of a plugin, on which results depend; None for LoGo's own."""
@@ -164,12 +155,19 @@ def load(plugin: str, folder: str = "") -> None:
     _LOADED[plugin] = None
 
 
-@functools.cache
-def _load_all(text: str) -> None:
-    for one in _words(text):
-        load(*one.split("@", 1))
+def load_installed() -> None:
+    """Imports the plugins that the environment and installed distributions name, unless that is done.
+
+    Raises:
+        PluginError, UsageError: one of them cannot be imported, or is not named as it should be.
+    """
+    for one in _words(os.environ.get(VARIABLE, "")):
+        plugin, _, folder = one.partition("@")
+        if plugin not in _LOADED:
+            load(plugin, folder)
     for entry in importlib.metadata.entry_points(group=GROUP):
-        load(entry.value)
+        if entry.value not in _LOADED:
+            load(entry.value)
 
 
 def named() -> list[str]:

@@ -45,12 +45,12 @@ class MixtureRequest:
 
     Attributes:
         adapters: forced: name -> weight, `{}` is the base model alone; None: select.
-        options: options of the selection in place of the server's.
+        options: those of `LoGo.options`, in place of the server's.
         usable: the adapters to which the request's API key is bound; None: the whole pool.
     """
 
     adapters: Mapping[str, float] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     usable: Patterns | None = None
 
 

@@ -28,7 +28,7 @@ from vllm.lora.request import LoRARequest
 from logo.backends.vllm.core import Core, scores_of, texts_of, values
 from logo.backends.vllm.marks import answering, probing
 from logo.backends.vllm.recipe import Recipe
-from logo.selection import Selection
+from logo.core import Selection
 
 
 class Engine:

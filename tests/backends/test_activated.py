@@ -14,10 +14,10 @@ from engines import Engines
 from vllm_server import ASSETS, Server, environment
 
 from logo import LoGo
+from logo.core import Selection
 from logo.models import demo_folder, load_base
-from logo.selection import Selection
 from make_adapters import edit_config
-from test_engine import write_adapter
+from test_engine import ids_of, write_adapter
 from tolerances import WEIGHTS, same_scores, same_selection
 
 SamplingParams: Any = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm").SamplingParams
@@ -210,7 +210,7 @@ def test_the_server_answers_what_the_local_engine_does(
             == local.generate(prompt, adapters={name: 1.0}, max_new_tokens=6).text.rstrip()
         )
     for chat in (CHAT, CHAT[1:]):
-        [want], [ids] = local.generate([chat], max_new_tokens=6), local.prompts.encode([chat])
+        [want], [ids] = local.generate([chat], max_new_tokens=6), ids_of(local, [chat])
         asked = {"model": "logo", "messages": chat, "max_tokens": 6, "temperature": 0}
         status, found = server.ask("/v1/chat/completions", asked)
         assert status == 200 and found["logo"]["adapters"] == list(want.selection.adapters)

@@ -20,6 +20,7 @@ from vllm_server import ASSETS, KEY, Server, environment
 from logo import LoGo
 from logo.adapters.examples import write_examples
 from logo.backends.vllm import bodies
+from test_engine import ids_of
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"
 
@@ -183,7 +184,7 @@ def test_what_is_listed(server: Server, logo: LoGo, rows: list[str]) -> None:
     expected = logo.select(rows[2], k=4)
     assert status == 200 and selection["adapters"] == list(expected.adapters)
     assert selection["scores"] == pytest.approx(expected.scores, rel=1e-4)
-    assert selection["tokens"] == len(logo.prompts.encode([rows[2]])[0])
+    assert selection["tokens"] == len(ids_of(logo, [rows[2]])[0])
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": rows[2]}]
     status, chat = server.ask("/v1/logo/select", {"messages": messages})
     assert status == 200 and chat["adapters"] == list(expected.adapters) and chat["tokens"] > selection["tokens"]

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, Tag, ValidationError, model_validator
 from logo.api.errors import bad_request
 from logo.api.fields import Body, Count, Flag, Name, Number, OnePrompt, Path, Text, branches, refused
 from logo.api.validation import validation_message
-from logo.selection.signals import Weighting
+from logo.core import Weighting
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from logo import plugins
 from logo.errors import LoGoError
 
 
@@ -61,6 +62,7 @@ class Host:
             warnings.simplefilter("default")
             try:
                 if self._held is None:
+                    plugins.load_installed()
                     self._held = self._open()
                 value = what(self._held, *args)
             except LoGoError as error:

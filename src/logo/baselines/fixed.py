@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from logo.baselines.method import Method, Need, Prepared, Task, check_count, ranked, same_for_all
-from logo.calls import Calls
+from logo.core import Selection
+from logo.engine import LoGo
 from logo.errors import DataError, UsageError, closest
 from logo.prompts import Conversation, text_of
-from logo.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class OwnSelector(Method):
 
     name: ClassVar[str] = "logo"
 
-    def prepare(self, logo: Calls, task: Task) -> Prepared:
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
         if not task.among:
             return Prepared(None)
         return Prepared(lambda prompts, size: logo.select(list(prompts), batch_size=size, candidates=task.among))
@@ -36,7 +36,7 @@ class Base(Method):
     def picks(self) -> int:
         return 0
 
-    def prepare(self, logo: Calls, task: Task) -> Prepared:
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
         return Prepared(same_for_all({}))
 
 
@@ -46,7 +46,7 @@ class Uniform(Method):
 
     name: ClassVar[str] = "uniform"
 
-    def prepare(self, logo: Calls, task: Task) -> Prepared:
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
         names = task.candidates(logo)
         return Prepared(same_for_all(dict.fromkeys(names, 1 / len(names))))
 
@@ -69,7 +69,7 @@ class Random(Method):
     def picks(self) -> int:
         return self.k
 
-    def prepare(self, logo: Calls, task: Task) -> Prepared:
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
         names = task.candidates(logo)
         k = min(self.k, len(names))
 
@@ -91,7 +91,7 @@ class Oracle(Method):
     def picks(self) -> int:
         return 1
 
-    def prepare(self, logo: Calls, task: Task) -> Prepared:
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
         names = task.candidates(logo)
         named = _named_by_rows(task, names)
         unnamed = len(set(task.prompts)) - len(named)

@@ -13,10 +13,9 @@ from unittest.mock import patch
 import numpy
 
 from logo.baselines.method import Example, Learned, Prepared, Task, check_count, prompt_of, same_for_all
-from logo.calls import Calls
-from logo.completions import encoded
+from logo.engine import LoGo
 from logo.errors import DataError, UsageError, need
-from logo.scoring import Scored
+from logo.scoring import Scored, encoded
 
 # Number of adapters that one call scores, each alone: the tensors of so many are in memory at once.
 _TOGETHER = 32
@@ -42,7 +41,7 @@ class BestSingle(Learned):
     def picks(self) -> int:
         return 1
 
-    def learn(self, logo: Calls, task: Task) -> dict[str, Any]:
+    def learn(self, logo: LoGo, task: Task) -> dict[str, Any]:
         rows = labelled(self.name, task, self.rows, self.seed)
         table = each_alone(logo, task, rows, task.candidates(logo))
         return {"adapter": best_of(table), "rows": len(rows), "table": table}
@@ -82,7 +81,7 @@ class LoraHub(Learned):
     def picks(self) -> int:
         return self.k
 
-    def learn(self, logo: Calls, task: Task) -> dict[str, Any]:
+    def learn(self, logo: LoGo, task: Task) -> dict[str, Any]:
         pairs = [_tokens(logo, task, row) for row in labelled(self.name, task, self.rows, self.seed)]
         among = task.candidates(logo)
         names = sorted(random.Random(self.seed).sample(among, min(self.k, len(among))))
@@ -100,7 +99,7 @@ class LoraHub(Learned):
         return Prepared(same_for_all(mixture), dict(learnt))
 
 
-def each_alone(logo: Calls, task: Task, rows: Sequence[Example], names: Sequence[str]) -> dict[str, dict[str, float]]:
+def each_alone(logo: LoGo, task: Task, rows: Sequence[Example], names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Adapter -> its share of `exact_match` and mean `nll` on labelled rows, teacher-forced and alone.
 
     Raises:
@@ -189,12 +188,12 @@ def _as_float(value: Any) -> float:
     return float(numpy.asarray(value).reshape(-1)[0])
 
 
-def _score(logo: Calls, task: Task, row: Example, mixtures: Sequence[dict[str, float]]) -> list[Scored]:
+def _score(logo: LoGo, task: Task, row: Example, mixtures: Sequence[dict[str, float]]) -> list[Scored]:
     with _named(task):
         return logo.score(prompt_of(row), _gold(row), mixtures)
 
 
-def _tokens(logo: Calls, task: Task, row: Example) -> tuple[list[int], list[int]]:
+def _tokens(logo: LoGo, task: Task, row: Example) -> tuple[list[int], list[int]]:
     """The token ids of a row's prompt and of its gold text, as they are scored."""
     with _named(task):
         prompt, gold = encoded(logo.prompts, prompt_of(row), _gold(row))

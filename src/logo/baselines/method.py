@@ -13,12 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from logo.calls import Calls
-from logo.decoder import Generation
+from logo.core import Generation, Selection
+from logo.engine import LoGo
 from logo.errors import PluginError, UsageError
 from logo.plugins import Registry, running
 from logo.prompts import Conversation
-from logo.selection import Selection
 
 if TYPE_CHECKING:
     from logo.prompts import OnePrompt
@@ -69,7 +68,7 @@ class Task:
     adapters: Sequence[str | None] = ()
     among: Sequence[str] = ()
 
-    def candidates(self, logo: Calls) -> tuple[str, ...]:
+    def candidates(self, logo: LoGo) -> tuple[str, ...]:
         """The adapters that a method chooses among, in pool order."""
         among = set(self.among)
         return tuple(name for name in logo.names if name in among) if among else logo.names
@@ -112,7 +111,7 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def prepare(self, logo: Calls, task: Task) -> Prepared:
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
         """Finds out what has to be known about a dataset before its first prompt.
 
         Raises:
@@ -144,18 +143,18 @@ class Learned(Method):
     needs: ClassVar[frozenset[Need]] = frozenset({"train"})
 
     @abstractmethod
-    def learn(self, logo: Calls, task: Task) -> dict[str, Any]:
+    def learn(self, logo: LoGo, task: Task) -> dict[str, Any]:
         """Learns about a dataset and returns the result as JSON, to be kept for reuse; errors as in `prepare`."""
 
     @abstractmethod
     def recall(self, learnt: Mapping[str, Any]) -> Prepared:
         """The prepared method, from the result of an earlier `learn`."""
 
-    def prepare(self, logo: Calls, task: Task) -> Prepared:
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
         return self.recall(self.learn(logo, task))
 
 
-def prepared_by(method: Method, logo: Calls, task: Task) -> Prepared:
+def prepared_by(method: Method, logo: LoGo, task: Task) -> Prepared:
     """`method.prepare(logo, task)`. What a method of a plugin does wrong, now or later, is told with its name.
 
     Raises:
@@ -198,7 +197,7 @@ class Answering:
     """
 
     def __init__(
-        self, logo: Calls, method: Method, task: Task, *, prepared: Prepared | None = None, **options: Any
+        self, logo: LoGo, method: Method, task: Task, *, prepared: Prepared | None = None, **options: Any
     ) -> None:
         self._logo = logo
         self._prepared = prepared_by(method, logo, task) if prepared is None else prepared

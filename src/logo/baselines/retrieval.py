@@ -14,10 +14,10 @@ from torch import Tensor
 
 from logo.baselines.embedding import DEFAULT_MODEL, embed, fetch
 from logo.baselines.method import Method, Need, Prepared, Task, check_count, ranked
-from logo.calls import Calls
+from logo.core import Selection
+from logo.engine import LoGo
 from logo.errors import DataError, UsageError, listed
 from logo.prompts import Conversation, text_of
-from logo.selection import Selection
 
 Variant = Literal["mixture", "selection"]
 
@@ -67,7 +67,7 @@ class LoraRetriever(Method):
         digest = hashlib.sha256(json.dumps(self.samples, sort_keys=True).encode()).hexdigest()
         return {**super().as_dict(), "samples": {"adapters": len(self.samples), "sha256": digest}}
 
-    def prepare(self, logo: Calls, task: Task) -> Prepared:
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
         names = task.candidates(logo)
         self.check_pool(names)
         model, instruction, device = self.embedding_model, self.instruction, str(logo.devices[0])

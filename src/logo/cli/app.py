@@ -63,6 +63,7 @@ def root(
     # put before the command there.
     for one in plugin or ():
         plugins.load(one, os.getcwd())
+    plugins.load_installed()
 
 
 ANSWER = "Answer prompts"

@@ -26,7 +26,7 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
 }
 # Options of the engine's own selection, which the other methods replace.
 OF_SELECTION = {
-    *("signal", "calibration_prompts", "examples", "probe_context", "probe_text"),
+    *("signal", "calibration_prompts", "examples", "probe_context", "probe_text", "window"),
     *("weighting", "when_unsure", "unsure_below"),
 }
 K = "n_selected_modules"  # which some of the other methods read too
@@ -87,7 +87,7 @@ def check_selection_options(settings: Sequence[SelectionSettings]) -> None:
     }
     signals = ", ".join(dict.fromkeys(one.signal for one in settings))
     for option, looks in looks_at.items():
-        if option in given() and not any(looks(one.reading) for one in settings):
+        if option in given() and not any(looks(one.reading()) for one in settings):
             named = [name for name, signal in SIGNALS.items() if looks(signal)]
             _refuse(option, "signal", named, f"the signal is {signals}")
 

@@ -41,7 +41,7 @@ def demo(
     answers = show.answers(logo)
     if not json:
         out.print(_side_by_side(answers))
-        if logo.settings.reading.weighting == "adaptive":
+        if logo.scorer.signal.weighting == "adaptive":
             out.print("Where no adapter clearly fits, weights sum to less than 1: the rest is the base model's.\n")
     results: list[TaskScore] = []
     with progress(disable=json or not err.is_terminal) as shown:

@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 
 def as_evaluated(engine: EngineOptions) -> EngineOptions:
     """The options with the defaults of evaluations."""
-    return replace(
-        engine,
-        signal=engine.signal or OFFICIAL_SIGNAL,
-        # No cache of prefixes: with it, the last digits of scores depend on earlier prompts, which differ after an
-        # interruption.
-        prefix_cache_gb=0.0 if engine.prefix_cache_gb is None else engine.prefix_cache_gb,
-    )
+    return replace(engine, signal=engine.signal or OFFICIAL_SIGNAL)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from logo.cli.prompts import Chat, PromptsFile, System, as_asked, forced, or_dem
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
-    from logo.calls import Calls
-    from logo.decoder import Generation
+    from logo.core import Generation
+    from logo.engine import LoGo
 
 
 @expanded
@@ -102,9 +102,9 @@ def generate(
         note(f"written: {save}")
 
 
-def _stream(logo: Calls, prompt: Any, mixture: Any, *, max_new_tokens: int | None, **options: Any) -> None:
+def _stream(logo: LoGo, prompt: Any, mixture: Any, *, max_new_tokens: int | None, **options: Any) -> None:
     """Prints an answer as it is generated, and then the adapters that gave it."""
-    from logo.selection import Selection
+    from logo.core import Selection
 
     if mixture is None:
         selection = mixture = logo.select(prompt, max_new_tokens=max_new_tokens, candidates=options["candidates"])

@@ -18,13 +18,13 @@ from logo.cli.output import err, note, progress
 from logo.errors import StorageError, UsageError
 from logo.models import check_access, load_base, pick_device
 from logo.rows import text_lines
+from logo.selection.window import WHOLE, Window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from logo.calls import Calls
-    from logo.decoding import Truncation
     from logo.engine import LoGo
+    from logo.prompts import Truncation
     from logo.selection.settings import SelectionSettings
 
 _SLOTS = """vLLM keeps adapters in slots: `--vllm-options '{"max_loras": N, "max_lora_rank": R}'`"""
@@ -33,7 +33,7 @@ _INSTEAD = {
     "allow_pickle": "vLLM's processes only read safetensors",
     "adapter_memory_gb": _SLOTS,
     "adapter_cache_gb": _SLOTS,
-    "fold": "nothing is folded there; leave it out",
+    "merge": "nothing is merged there; leave it out",
     "device": "set CUDA_VISIBLE_DEVICES",
     "device_map": """use `--vllm-options '{"tensor_parallel_size": N}'`""",
 }
@@ -65,9 +65,7 @@ def asked_k(options: EngineOptions, preset: Preset | None = None) -> int | None:
     return DEFAULT_K if preset == "official" and options.n_selected_modules is None else options.n_selected_modules
 
 
-def selection_settings(
-    options: EngineOptions, preset: Preset | None = None, probe_context: Context | None = None
-) -> SelectionSettings:
+def selection_settings(options: EngineOptions, preset: Preset | None = None) -> SelectionSettings:
     """The settings of probe and selection; raises for values that cannot be used, before a model is loaded."""
     from logo.selection.settings import SelectionSettings
 
@@ -78,13 +76,12 @@ def selection_settings(
         when_unsure=options.when_unsure,
         unsure_below=options.unsure_below,
         examples=options.examples,
-        probe_context=probe_context or ("carry" if preset == "official" else "base"),
+        window=_window(options.window),
         probe_text=options.probe_text,
         activation=options.activation,
         when_not_invoked=options.when_not_invoked,
         calibration_prompts=_lines(options.calibration_prompts),
         cache=options.cache,
-        prefix_cache_gb=DEFAULT_PREFIX_CACHE_GB if options.prefix_cache_gb is None else options.prefix_cache_gb,
         unscorable=options.unscorable,
     )
 
@@ -101,10 +98,9 @@ class Opened:
     tokenizer: PreTrainedTokenizerBase
     pool: AdapterPool
 
-    def uncalibrated(
-        self, options: EngineOptions, settings: SelectionSettings, truncation: Truncation | None = None
-    ) -> LoGo:
-        """An engine with these settings, which calibrates the pool when it first selects."""
+    def uncalibrated(self, options: EngineOptions, settings: SelectionSettings, **further: Any) -> LoGo:
+        """An engine with these settings, which calibrates the pool when it first selects; `further` options of `LoGo`
+        are not None."""
         from logo.engine import LoGo
 
         return LoGo(
@@ -112,19 +108,20 @@ class Opened:
             self.tokenizer,
             self.pool,
             settings=settings,
-            truncation=truncation,
             adapter_memory_gb=options.adapter_memory_gb,
             adapter_cache_gb=options.adapter_cache_gb,
-            fold=options.fold,
+            prefix_cache_gb=DEFAULT_PREFIX_CACHE_GB if options.prefix_cache_gb is None else options.prefix_cache_gb,
+            merge=options.merge,
             on_bad_adapter=options.on_bad_adapter,
+            **further,
         )
 
-    def engine(self, options: EngineOptions, settings: SelectionSettings, truncation: Truncation | None = None) -> LoGo:
+    def engine(self, options: EngineOptions, settings: SelectionSettings, **further: Any) -> LoGo:
         """An engine with these settings, on the calibrated pool."""
         # The preset's k is reduced to a smaller pool without a warning, since the user did not ask for it.
         if options.n_selected_modules is None and settings.k is not None:
             settings = replace(settings, k=min(settings.k, len(self.pool)))
-        logo = self.uncalibrated(options, settings, truncation)
+        logo = self.uncalibrated(options, settings, **further)
         late = threading.Timer(QUIET, note, ["calibrating the pool (once, if there is a cache folder) ..."])
         late.daemon = True
         with progress(disable=not err.is_terminal) as shown:
@@ -179,13 +176,15 @@ def open_any(
     preset: Preset | None = None,
     probe_context: Context | None = None,
     truncation: Truncation | None = None,
-) -> Calls:
+) -> LoGo:
     """An engine in this process or inside vLLM, as `runner` says."""
     asked = _vllm_options(runner)
-    settings = selection_settings(options, preset, probe_context)
+    settings = selection_settings(options, preset)
+    context = probe_context or ("carry" if preset == "official" else "base")
     check_selection_options([settings])
     if runner.engine == "local":
-        return open_base(options, base_model, preset).engine(options, settings, truncation)
+        how: Any = {"truncation": truncation, "probe_context": context}
+        return open_base(options, base_model, preset).engine(options, settings, **how)
     for name, flag in changed(options, *_INSTEAD).items():
         raise UsageError(f"{flag}: the engine 'vllm' has no such option; {_INSTEAD[name]}")
     # Set before vLLM is imported, so that its messages stay out of this command's output.
@@ -204,6 +203,7 @@ def open_any(
         model_dir=options.model_dir,
         truncation=truncation,
         on_bad_adapter=options.on_bad_adapter,
+        probe_context=None if context == "base" else context,
         **asdict(settings),
     )
 
@@ -237,6 +237,16 @@ def device_of(name: str) -> str:
     if name.isdigit():
         name = f"cuda:{name}" if torch.cuda.is_available() else "auto"
     return str(pick_device(name))
+
+
+def _window(text: str | None) -> Window | None:
+    if text is None or text == WHOLE:
+        return text
+    try:
+        head, tail = map(int, text.split(","))
+    except ValueError:
+        raise UsageError(f"--window {text}: expected {WHOLE}, or two numbers of tokens such as 32,32") from None
+    return head, tail
 
 
 def _lines(file: Path | None) -> list[str] | None:

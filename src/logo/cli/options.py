@@ -109,7 +109,7 @@ OFFICIAL: dict[str, tuple[tuple[str, ...], str | None, str | None]] = {
 }
 
 # Defaults that the help of `logo eval run` and `logo evaluate` shows instead of those below.
-EVALUATING = {"base_model": "Llama-3.1-8B", "signal": OFFICIAL_SIGNAL, "prefix_cache_gb": "0"}
+EVALUATING = {"base_model": "Llama-3.1-8B", "signal": OFFICIAL_SIGNAL}
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,21 @@ class EngineOptions:
     adapter_cache_gb: float | None = _pool(
         None, "Host memory for adapter files beside a GPU, in GB.", "as --adapter-memory-gb", min=0.0
     )
-    fold: bool | None = _pool(
-        None, "Fold the mixture into a copy of the weights.", "float32: where faster", "--fold/--no-fold"
+    merge: bool | None = _pool(
+        None, "Merge the mixture of one sequence into a copy of the weights.", "float32: yes", "--merge/--no-merge"
     )
     prefix_cache_gb: float | None = _probe(
-        None, "Memory for the keys and values of shared prompt prefixes, in GB.", "0.25", min=0.0
+        None, "Memory for what is read before adapters act that act from a position on only, in GB.", "0.25", min=0.0
     )
     signal: str | None = usual(None, "`calibrated`, `norm` or `entropy`.", "calibrated")
     n_selected_modules: int | None = usual(
         None, "Adapters selected per prompt.", "20; demo: 3", "--n-selected-modules", "-k"
+    )
+    window: str | None = _probe(
+        None,
+        "How much of a prompt is probed: its first and last tokens (`32,32`), or `whole`.",
+        "32,32; norm, entropy: whole",
+        metavar="HEAD,TAIL",
     )
     probe_text: ProbeText | None = _probe(
         None,

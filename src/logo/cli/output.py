@@ -28,7 +28,7 @@ from logo.evaluation import tables
 from logo.files import replace_file
 
 if TYPE_CHECKING:
-    from logo.selection.selector import Selection
+    from logo.core import Selection
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)

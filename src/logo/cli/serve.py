@@ -48,7 +48,7 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: serve_ray.Repl
     arguments = [f"argument {argument!r}" for argument in server.arguments or ()]
     for flag in (*changed(server, "max_model_len", "dry_run").values(), *arguments):
         raise UsageError(f"{flag} is only for --engine vllm")
-    for flag in changed(engine, "fold").values():
+    for flag in changed(engine, "merge").values():
         raise UsageError(
             f"{flag} is not for this server, in which sequences with different mixtures share batches and nothing is "
             "folded; leave it out"

@@ -13,8 +13,8 @@ from logo.demo import heldout, showcase
 from logo.evaluation.metrics import em, first_line
 
 if TYPE_CHECKING:
+    from logo.core import Selection
     from logo.engine import LoGo
-    from logo.selection.selector import Selection
 
 MAX_NEW_TOKENS = 32
 BATCH_SIZE = 32

@@ -24,9 +24,9 @@ from logo.rows import Row
 from logo.selection.signals import SIGNALS
 
 if TYPE_CHECKING:
+    from logo.core import Selection
     from logo.engine import LoGo
     from logo.prompts import OnePrompt
-    from logo.selection.selector import Selection
 
 Mixture = Mapping[str, float]
 _V = TypeVar("_V")
@@ -257,7 +257,7 @@ def _by_part(arms: Sequence[Arm], value: Callable[[Arm], _V]) -> dict[str, dict[
 
 def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
     first = next(iter(engines.values()))
-    model, fold = first.model, first.folding["asked"]
+    model, merge = first.model, first.merging["asked"]
     signals = {
         name: {
             # `rule_of_weights` has the threshold where it matters.
@@ -274,6 +274,6 @@ def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        **({} if fold is None else {"fold": fold}),
+        **({} if merge is None else {"merge": merge}),
         "signals": signals,
     }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from logo.errors import HubError, LoGoError, StorageError, is_out_of_memory
 
 if TYPE_CHECKING:
-    from logo.decoder import Generation
+    from logo.core import Generation
     from logo.prompts import Conversation
 
 OUT_OF_MEMORY = "out of memory with this prompt alone; ask for fewer new tokens, or use a smaller dtype"

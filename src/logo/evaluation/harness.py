@@ -24,14 +24,16 @@ from tqdm import tqdm
 
 from logo import __version__
 from logo.adapters.options import OnBadAdapter
-from logo.decoding import MAX_NEW_TOKENS, batches_by_length
+from logo.decoding import batches_by_length
 from logo.engine import LoGo
 from logo.errors import UsageError, closest
 from logo.evaluation.documents import document_texts
 from logo.evaluation.identity import pool_digests
 from logo.evaluation.ranks import Ranks
 from logo.models import check_access
+from logo.opening import LOADING_OPTIONS, LOCAL_OPTIONS
 from logo.pools import open_pool
+from logo.prompts import MAX_NEW_TOKENS
 from logo.scoring import Scored
 from logo.selection.settings import SelectionSettings
 
@@ -344,7 +346,7 @@ def _check_options(options: Iterable[str]) -> None:
     """
     engine = inspect.signature(LoGo.from_pretrained).parameters
     own = inspect.signature(LoGoLM.__init__).parameters
-    known = sorted({*_SETTINGS, *engine, *own} - _NO_OPTIONS)
+    known = sorted({*_SETTINGS, *engine, *LOADING_OPTIONS, *LOCAL_OPTIONS, *own} - _NO_OPTIONS)
     for name in options:
         if name not in known:
             raise UsageError(f"--model_args: unknown option {name!r}{closest(name, known)}; known: {', '.join(known)}")

@@ -17,22 +17,21 @@ from typing import TYPE_CHECKING, Any
 from logo.identity import config_digest, fingerprint, library_versions, tokenizer_digest, weights_digest
 from logo.recorded import without_secrets
 from logo.rows import Row
-from logo.selection.confidence import EXAMPLES, HALVED
+from logo.selection.confidence import EXAMPLES, HALVED, USUAL_SIZE
 from logo.selection.reference import SCORES
 from logo.selection.signals import SIGNALS
-from logo.selection.size import USUAL
 
 if TYPE_CHECKING:
     import torch
 
-    from logo.calls import Calls
+    from logo.engine import LoGo
 
 # Settings that change how fast a prompt is read, not what is read; and one that matters beside another
 # (`rule_of_weights`).
-_NO_MATTER = frozenset({"cache", "prefix_cache_gb", "unsure_below"})
+_NO_MATTER = frozenset({"cache", "unsure_below"})
 
 
-def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any]) -> dict[str, Any]:
+def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) -> dict[str, Any]:
     """The identity of an engine, as JSON: base model, settings, and options of generation. The pool is recorded
     separately.
 
@@ -51,8 +50,14 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
         "base_model": PurePath(base_model).name,
         **digests(logo),
         "dtype": str(logo.model.dtype).removeprefix("torch."),
-        "fold": logo.folding["asked"],
-        "settings": {**settings, "k": logo.k, "points": list(logo.points), **rule_of_weights(logo)},
+        "merge": logo.merging["asked"],
+        "settings": {
+            **settings,
+            "probe_context": logo.probe_context,
+            "k": logo.k,
+            "points": list(logo.points),
+            **rule_of_weights(logo),
+        },
         "truncation": asdict(logo.prompts.truncation),
         **({"engine_options": without_secrets(logo.engine_options)} if logo.engine_options else {}),
         "generation": options,
@@ -62,12 +67,12 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
     return plain
 
 
-def rule_of_weights(logo: Calls) -> dict[str, Any]:
+def rule_of_weights(logo: LoGo) -> dict[str, Any]:
     """The constants and the threshold by which an engine with these settings turns scores into weights; its results
     depend on them."""
     found: dict[str, Any] = {}
-    if logo.settings.reading.weighting == "adaptive":
-        found |= {"unsure_halved": HALVED, "usual_size": USUAL}
+    if (logo.settings.weighting or logo.scorer.signal.weighting) == "adaptive":
+        found |= {"unsure_halved": HALVED, "usual_size": USUAL_SIZE}
         if _examples(logo):
             found |= {"temperatures": [list(pair) for pair in EXAMPLES.temperatures]}
     if logo.settings.when_unsure != "mix":
@@ -80,7 +85,7 @@ def plugins_used(source: str | None) -> dict[str, list[str]]:
     return {} if source is None else {"plugins": [source]}
 
 
-def digests(logo: Calls) -> dict[str, Any]:
+def digests(logo: LoGo) -> dict[str, Any]:
     """Digests of what was loaded, except the adapters' weights (`pool_digests`): the base model's weights and
     configuration, the tokens at which an answer ends, the tokenizer, the adapters' scales, where they act, unless all
     act everywhere, and the example prompts that selections look at, if there are some; and the version of the scores,
@@ -97,19 +102,19 @@ def digests(logo: Calls) -> dict[str, Any]:
         "scales": fingerprint({name: logo.pool[name].scales for name in logo.names}),
         **({} if everywhere else {"activations": fingerprint(activations)}),
         **({"examples": fingerprint(examples)} if examples else {}),
-        **({"scores": SCORES} if examples or logo.settings.reading.token in ("each", "tail") else {}),
+        **({"scores": SCORES} if examples or logo.scorer.signal.token in ("each", "tail") else {}),
     }
 
 
-def _examples(logo: Calls) -> dict[str, tuple[str, ...]]:
+def _examples(logo: LoGo) -> dict[str, tuple[str, ...]]:
     """The example prompts of every adapter, if selections look at them and some adapter has any; otherwise empty."""
-    if logo.settings.examples != "use" or logo.settings.reading.scale != "whitened":
+    if logo.settings.examples != "use" or logo.scorer.signal.scale != "whitened":
         return {}
     found = {name: logo.pool[name].examples for name in logo.names}
     return found if any(found.values()) else {}
 
 
-def environment(logo: Calls) -> dict[str, str]:
+def environment(logo: LoGo) -> dict[str, str]:
     """The versions that results depend on, and the kind of device: `cpu`, or the name of the GPUs."""
     return {
         **library_versions(),
@@ -118,7 +123,7 @@ def environment(logo: Calls) -> dict[str, str]:
     }
 
 
-def pool_digests(logo: Calls) -> dict[str, str]:
+def pool_digests(logo: LoGo) -> dict[str, str]:
     """SHA-256 by name of the adapters in use, in pool order."""
     found = logo.pool.sha256()
     return {name: found[name] for name in logo.names}
@@ -129,9 +134,9 @@ def rows_digest(rows: Sequence[Row]) -> str:
     return fingerprint({"rows": [row.as_dict() for row in rows]})
 
 
-def order_dependence(logo: Calls, generation: Mapping[str, Any]) -> str | None:
+def order_dependence(logo: LoGo, generation: Mapping[str, Any]) -> str | None:
     """Why a row's result depends on the rows before it, in a few words; None if it does not."""
-    if logo.settings.probe_context == "carry":
+    if logo.probe_context == "carry":
         return "--probe-context carry probes with the adapters of the row before"
     config = generation.get("generation_config")
     if generation.get("do_sample", False if config is None else config.do_sample):

@@ -94,7 +94,7 @@ def checked_kind(text: object, where: str) -> Kind:
     try:
         _ = METRICS[kind]
     except UsageError:
-        known = METRICS.known
+        known = tuple(METRICS)
         found = f"{text!r}{closest(kind, known)}"
         raise UsageError(
             f"{where}: expected a metric ({', '.join(known)}), found {found}; a metric of your own needs --plugin"

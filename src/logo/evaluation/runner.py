@@ -21,7 +21,7 @@ from logo.evaluation.metrics import Kind, Value, first_line, judged, load, measu
 from logo.rows import Row
 
 if TYPE_CHECKING:
-    from logo.decoder import Generation
+    from logo.core import Generation
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from logo.rows import Row
 
 if TYPE_CHECKING:
     from logo.baselines import Method
-    from logo.calls import Calls
-    from logo.decoder import Generation
+    from logo.core import Generation
+    from logo.engine import LoGo
     from logo.prompts import Conversation
 
 
@@ -44,7 +44,7 @@ class Facts:
         pool: SHA-256 by name of the adapters in use.
         order: why a row's result depends on the rows before it; None if it does not.
         device: in words.
-        folding: what decides whether mixtures are folded or gated.
+        merging: what decides whether mixtures are merged or gated.
         signal: the signal that scores adapters.
         options: every option of the command, as it was used, for `run.json`.
         loading: seconds that opening the engine took.
@@ -55,7 +55,7 @@ class Facts:
     pool: Mapping[str, str]
     order: str | None
     device: str
-    folding: Mapping[str, Any]
+    merging: Mapping[str, Any]
     signal: str
     options: Mapping[str, Any]
     loading: float
@@ -232,7 +232,7 @@ class Underway:
             identity=self.plan.identity,
             found_out=found_out,
             environment=self.plan.environment,
-            folding=facts.folding,
+            merging=facts.merging,
         )
         files = result_files(
             result,
@@ -262,7 +262,7 @@ class Session(Evaluation):
         loading: seconds that opening the engine took.
     """
 
-    logo: Calls
+    logo: LoGo
     base_model: str
     pool: Mapping[str, str]
     seed: int
@@ -287,7 +287,7 @@ class Session(Evaluation):
             pool=dict(self.pool),
             order=order_dependence(self.logo, self.generation),
             device=self._device,
-            folding=self.logo.folding,
+            merging=self.logo.merging,
             signal=self.logo.settings.signal,
             options=self.options,
             loading=self.loading,

@@ -340,7 +340,7 @@ def _identity(
         "environment": facts.environment,
         **facts.digests,
         **{key: settings.get(key) for key in ("base_model", "dtype", "signals", *more)},
-        **({"fold": settings["fold"]} if "fold" in settings else {}),
+        **({"merge": settings["merge"]} if "merge" in settings else {}),
         "pool": facts.pool,
         "rows_sha256": {task.name: rows_digest(task.rows) for task in tasks},
     }

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from logo.api.errors import ApiError, bad_request, timed_out
 from logo.api.names import Models
 from logo.api.requests import Message
-from logo.decoding import MAX_NEW_TOKENS
-from logo.endings import FinishReason
+from logo.core import FinishReason, Prompt, Selection
 from logo.errors import Unsure
-from logo.prompts import Prompt, chat, read
+from logo.prompts import MAX_NEW_TOKENS, chat, read
 from logo.protocol import (
     GenerationFailed,
     GenerationTimeout,
@@ -27,7 +26,6 @@ from logo.protocol import (
     Patterns,
     Sampling,
 )
-from logo.selection import Selection
 from logo.serving import logged
 from logo.serving.metrics import Metrics
 from logo.serving.text import Text

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from logo.adapters.layout import adaptable_modules
-from logo.endings import FinishReason, end_tokens
+from logo.core import FinishReason
+from logo.decoding import greedy_config
+from logo.endings import end_tokens
 from logo.errors import ModelError, UsageError
-from logo.generation import greedy_config
 from logo.mixing.packed import Mixture, Packed
 from logo.mixing.store import AdapterStore
 from logo.models import cached_heads
+from logo.prefix_cache import Page, PrefixCache
 from logo.protocol import Delta, GenerationFailed, GenerationTimeout, Sampling
-from logo.selection.beginnings import Beginnings, Page
 from logo.serving.memory import Memory, Plan
 from logo.serving.sampling import Drawing, next_tokens
 from logo.serving.steps import Steps, attach
@@ -67,7 +68,7 @@ class Batching(Steps):
         model: a causal LM whose attention transformers can batch (sdpa or flash).
         store: its adapters.
         memory: see `Memory`.
-        beginnings: the cache of prompt beginnings, for adapters that act from a position on only.
+        prefix_cache: of what the base model reads, for adapters that act from a position on only.
         context: the most tokens of a prompt and its answer; None if the model has no limit.
 
     Attributes:
@@ -88,13 +89,13 @@ class Batching(Steps):
         store: AdapterStore,
         memory: Memory,
         context: int | None,
-        beginnings: Beginnings | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
         self._model = model
         self._store = store
-        self._beginnings = beginnings
+        self._prefix_cache = prefix_cache
         self.found = self.missed = 0
         self._packed = Packed(adaptable_modules(model), store, _head(model))
         self._ends = sorted(end_tokens(model.generation_config)) or [-1]
@@ -225,9 +226,9 @@ class Batching(Steps):
     def beginning(self, sequence: str) -> Sequence[Page]:
         """The cached pages of a prompt, up to where adapters begin to act."""
         job = self._jobs.get(sequence)
-        if job is None or not job.mixture.end or self._beginnings is None:
+        if job is None or not job.mixture.end or self._prefix_cache is None:
             return []
-        return self._beginnings.find(job.prompt, job.mixture.end)
+        return self._prefix_cache.find(job.prompt, job.mixture.end)
 
     def before(self, step: Sequence[tuple[str, int, bool, int]]) -> None:
         """Sets the gates of the next forward pass."""
@@ -253,7 +254,7 @@ class Batching(Steps):
         """Counts the cached and the missing tokens of each prompt whose first tokens are computed in this step."""
         for name, _, _, first in step:
             job = self._jobs.get(name)
-            if job is None or job.begun or self._beginnings is None:
+            if job is None or job.begun or self._prefix_cache is None:
                 continue
             job.begun = True
             found = min(first, job.mixture.end)
@@ -356,7 +357,7 @@ class Batching(Steps):
         per_token: int = 2 * config.num_hidden_layers * heads * size * self._store.dtype.itemsize
         longest = context or _USUAL_LENGTH
         tokens = max(longest, memory.concurrent * min(longest, _USUAL_LENGTH))
-        shared = 0 if self._beginnings is None else self._beginnings.budget
+        shared = 0 if self._prefix_cache is None else self._prefix_cache.budget
         if shared >= self.plan.kv:
             raise UsageError(
                 f"{shared / 1e9:.2f} GB for prompt prefixes (--prefix-cache-gb) leave nothing of the "

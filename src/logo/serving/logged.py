@@ -5,7 +5,7 @@ from __future__ import annotations
 from heapq import nlargest
 from typing import Any
 
-from logo.selection import Selection
+from logo.core import Selection
 
 # The scores of a selection that are logged, the highest ones.
 LEADING = 5

@@ -11,10 +11,10 @@ from functools import partial
 
 from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
+from logo.core import Selection
 from logo.mixing import NEVER, begins
 from logo.mixing.packed import Mixture
 from logo.mixing.store import AdapterStore
-from logo.selection import Selection
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from logo.api.replies import Mixture, ModelRole, Reply
-from logo.endings import FinishReason
+from logo.core import FinishReason
 
 
 def _absent(value: Any) -> bool:

@@ -97,7 +97,7 @@ class ServedPool:
             prepared = self._logo.prepared(later)
             for signal in self._signals:
                 try:
-                    prepared.calibrate(signal)
+                    self._logo.calibrate(signal, prepared=prepared)
                 except LoGoError as error:
                     if signal == self._logo.settings.signal:
                         raise

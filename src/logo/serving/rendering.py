@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from logo.api.replies import Mixture, Reply
-from logo.endings import FinishReason
+from logo.core import FinishReason
 from logo.serving import openai
 from logo.serving.answers import AnswerChunk, PreparedRequest
 

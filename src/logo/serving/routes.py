@@ -16,9 +16,9 @@ from logo.api.errors import model_not_found, too_many, unavailable
 from logo.api.names import AUTO
 from logo.api.replies import AdapterCard, AdapterList, ErrorReply, ModelRole, SelectionReply
 from logo.api.requests import SelectRequest
-from logo.decoding import MAX_NEW_TOKENS
+from logo.core import Prompt
 from logo.errors import closest
-from logo.prompts import Prompt
+from logo.prompts import MAX_NEW_TOKENS
 from logo.protocol import NotReady, Overloaded, Patterns, Sampling
 from logo.serving import bodies, openai
 from logo.serving.answers import Answers, PreparedRequest

@@ -22,12 +22,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from logo.adapters.format import Adapter
+from logo.core import Options, Prompt, Selection
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
-from logo.prompts import Prompt
 from logo.protocol import Delta, Figures, MixtureRequest, NotReady, Overloaded, Sampling
-from logo.selecting import CallSettings
-from logo.selection import Selection
 from logo.selection.selector import forced, known
 from logo.serving.batching import Batching
 from logo.serving.memory import Memory
@@ -49,7 +47,7 @@ class Waiting:
         future: gets the mixture, or the error that the request fails with.
     """
 
-    prompt: Prompt | Sequence[int]
+    prompt: Prompt
     wanted: MixtureRequest
     since: float
     future: asyncio.Future[HeldMixture]
@@ -65,7 +63,7 @@ class Line:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    async def join(self, prompt: Prompt | Sequence[int], wanted: MixtureRequest) -> HeldMixture:
+    async def join(self, prompt: Prompt, wanted: MixtureRequest) -> HeldMixture:
         """Waits for the mixture of a prompt; raises what selecting for it raised."""
         waiting = Waiting(prompt, wanted, time.perf_counter(), asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
@@ -133,16 +131,15 @@ class Service:
         max_queue: int = 256,
         probe_batch: int = 16,
     ) -> None:
-        if logo.settings.probe_context != "base":
+        if logo.probe_context != "base":
             raise UsageError(
-                f"probe_context {logo.settings.probe_context!r}: a server probes prompts together and in any order; "
-                "use 'base'"
+                f"probe_context {logo.probe_context!r}: a server probes prompts together and in any order; use 'base'"
             )
         self.logo = logo
         self.memory = memory
         self.max_queue = max_queue
         self.batching = Batching(
-            logo.model, logo.store, memory, logo.prompts.context, logo.beginnings if logo.fitted.read_once else None
+            logo.model, logo.store, memory, logo.prompts.context, logo.prefix_cache if logo.fitted.read_once else None
         )
         self._probe_batch = probe_batch
         self.signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))
@@ -195,7 +192,7 @@ class Service:
             store.budget,
             batching.steps,
             {"found": batching.found, "missed": batching.missed},
-            0 if self.logo.beginnings is None else self.logo.beginnings.bytes,
+            0 if self.logo.prefix_cache is None else self.logo.prefix_cache.bytes,
             self.not_invoked,
         )
 
@@ -232,7 +229,7 @@ class Service:
 
     # -- selecting and generating ----------------------------------------------------------------------------------
 
-    async def choose(self, prompt: Prompt | Sequence[int], wanted: MixtureRequest) -> HeldMixture:
+    async def choose(self, prompt: Prompt, wanted: MixtureRequest) -> HeldMixture:
         """The mixture for a prompt.
 
         Raises:
@@ -284,7 +281,7 @@ class Service:
             for i, waiting in enumerate(batch)
         ]
 
-    def _asked(self, wanted: MixtureRequest) -> CallSettings | Exception:
+    def _asked(self, wanted: MixtureRequest) -> Options | Exception:
         """A request's options, checked against the pool as it is now."""
         try:
             options, pool = wanted.options.copy(), self.logo.fitted
@@ -302,14 +299,14 @@ class Service:
                 options["candidates"] = [known(name, pool, names) for name in options.get("candidates") or names]
             if k := options.get("k"):  # a larger k means all adapters; a client's k gives no warning in the server
                 options["k"] = min(k, len(options.get("candidates") or pool))
-            return self.logo.call_settings(**options)
+            return self.logo.options(**options)
         except Exception as error:  # raised for the request that waits
             return error
 
-    def _probed(self, rows: list[Prompt | Sequence[int]], asked: list[CallSettings]) -> list[Selection | Exception]:
+    def _probed(self, rows: list[Prompt], asked: list[Options]) -> list[Selection | Exception]:
         """The selection of each prompt, or the error that it failed with. Generation is paused meanwhile."""
         try:
-            return [*self.logo.outcomes_ids(rows, asked, self._probe_batch)]
+            return [*self.logo.outcomes(rows, asked, self._probe_batch)]
         except Exception as error:
             if len(rows) == 1:
                 return [error]
@@ -319,7 +316,7 @@ class Service:
     def _finished(
         self,
         waiting: Waiting,
-        asked: CallSettings | Exception,
+        asked: Options | Exception,
         found: Selection | Exception | None,
         queued: float,
         took: float,
@@ -331,7 +328,7 @@ class Service:
                 return found
             pool = self.logo.fitted
             selection = forced(waiting.wanted.adapters or {}, pool, asked.candidates) if found is None else found
-            mixture, silent = mixed(self.logo.store, pool, selection, Prompt.of(waiting.prompt).ids)
+            mixture, silent = mixed(self.logo.store, pool, selection, waiting.prompt.ids)
             self.not_invoked += silent
             # From here on the request holds its adapters, so that it is answered with them even if the pool changes.
             release = weakref.finalize(mixture, self.logo.store.release_later, mixture.hold)
@@ -370,6 +367,6 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._worker, call, *args)
 
 
-def _to_probe(batch: Sequence[Waiting], asked: Sequence[CallSettings | Exception]) -> dict[int, CallSettings]:
+def _to_probe(batch: Sequence[Waiting], asked: Sequence[Options | Exception]) -> dict[int, Options]:
     """The settings of those requests of a batch whose adapters have to be selected, by their place in the batch."""
-    return {i: one for i, one in enumerate(asked) if isinstance(one, CallSettings) and batch[i].wanted.adapters is None}
+    return {i: one for i, one in enumerate(asked) if isinstance(one, Options) and batch[i].wanted.adapters is None}

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from logo.decoding import OVERFLOW
 from logo.errors import ModelError, NotFinite
-from logo.selection.beginnings import Page, joined
+from logo.prefix_cache import Page, joined
 
 VERSIONS = ">=5.24,<5.25"
 

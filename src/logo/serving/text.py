@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from logo.endings import EndRule, at_texts
-from logo.stops import StopTexts
+from logo.endings import EndRule, StopTexts, at_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from logo.adapters.layout import BaseLayout
 from logo.adapters.options import OnBadAdapter
 from logo.adapters.pool import AdapterPool, warn_of_bad
 from logo.backends.vllm.slots import Slots
-from logo.errors import LoGoError, ModelError, PluginError, PoolError, UsageError, need
+from logo.errors import LoGoError, ModelError, PoolError, UsageError, need
 from logo.models import checked_dtype, checked_options, fetch, load_config, load_tokenizer, loading, resolve_base
 from logo.pools import open_pool, pool_place
 from logo.prompts import Prompts, Truncation
@@ -194,11 +194,7 @@ def _check_importable(signal: str) -> None:
 def _usable(model: Any, pool: AdapterPool, settings: SelectionSettings) -> Sequence[str]:
     """The signals that a call may ask for: those that can score this pool."""
     usable = []
-    try:
-        known = SIGNALS.known
-    except PluginError:  # raised again when a call asks for a signal of that plugin
-        known = tuple(SIGNALS)
-    for signal in known:
+    for signal in SIGNALS:
         try:
             plan(model, pool, settings, signal)
         except LoGoError:  # raised again when a call asks for this signal

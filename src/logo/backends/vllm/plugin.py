@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from logo import plugins
 from logo.errors import ModelError
 
 # Why LoGo is not in this process; None if it is.
@@ -16,6 +17,7 @@ def register() -> None:
 
     global refused
     try:
+        plugins.load_installed()
         install()
     except ModelError as error:
         refused = str(error)

@@ -21,7 +21,7 @@ from logo.adapters.pool import AdapterPool
 from logo.backends.vllm.options import VllmOptions
 from logo.backends.vllm.taps import Taps
 from logo.prompts import Prompts
-from logo.selection.calibration import HiddenVectors
+from logo.selection.calibration import HiddenVectors, Store
 from logo.selection.points import Point
 from logo.selection.scorer import Scorer
 from logo.selection.signals import Signal
@@ -68,6 +68,8 @@ class Scoring:
         self._skeleton, self._pool, self._settings, self._taps = skeleton, pool, options.settings, taps
         self._prompts, self._device = prompts, device
         self._earlier: Mapping[str, Scorer] = {} if before is None else before._ready
+        # Until a pool is replaced, also of what the cache folder does not take.
+        self._store = Store(cache_folder(options.settings.cache)) if before is None else before._store
         # Until a signal is open: text -> place in vLLM's model -> hidden vectors (tokens, d).
         self._kept: dict[tuple[int, ...], dict[str, Tensor]] = {}
         self._ready: dict[str, Scorer] = {}
@@ -82,7 +84,7 @@ class Scoring:
         before, run = self._ready.get(signal) or self._earlier.get(signal), self._hidden_vectors
         given = self._skeleton, self._pool, self._settings, signal, self._prompts.texts
         try:
-            scorer = Scorer.open(*given, run=run, device=self._device, before=before)
+            scorer = Scorer.open(*given, run=run, device=self._device, before=before, store=self._store)
         except _TextsNeeded as needed:
             self._taps.start_calibration(needed.points, needed.signal)
             return {"texts": [list(row) for row in needed.rows]}

@@ -17,12 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from logo.adapters.activation import earliest
 from logo.backends.vllm.marks import Span
 from logo.errors import ModelError, NotFinite
-from logo.selection.emphasis import fading, late_count
 from logo.selection.points import Point
-from logo.selection.reference import finished
+from logo.selection.reference import FADING, finished
 from logo.selection.scorer import Scorer
 from logo.selection.signals import Signal
 
@@ -88,7 +86,8 @@ class _Step:
             positions = torch.arange(max(span.start, one.first), span.end)
             rows.append(positions + (span.row - span.start))
             owners.append(torch.full_like(positions, number))
-            late = fading(span.total - 1 - positions) / late_count(torch.tensor(read))
+            late = torch.full((), FADING) ** (span.total - 1 - positions)
+            late = late * (1 - FADING) / (1 - FADING**read)
             weights.append(torch.stack([torch.full_like(late, 1 / read), late]))
         return cls(
             tuple(probes),
@@ -211,7 +210,9 @@ class Taps:
     def _begun(self, span: Span) -> _Probe:
         """A prompt whose first tokens are run now."""
         how = self._how(span.signal)
-        first = 0 if how is None else _first(span, how)
+        first = 0 if how is None else how.begin(span.prompt)
+        if how is not None and how.token == "tail" and not span.signal:  # of texts, what stands before that, too
+            first = int(span.total > 1)
         probe = _Probe(span, first, self._scorers.get(span.signal), span.start)
         if span.start:
             probe.failure = f"the model was run without the first {span.start} tokens of the prompt"
@@ -317,17 +318,6 @@ class Taps:
         found = scorer.scores(per_point, descriptions, read, [probe.span.among])
         scores: list[float] = found[0].tolist()
         return scores
-
-
-def _first(span: Span, signal: Signal) -> int:
-    """The position of the first token of a prompt that a signal reads. Of the texts of a calibration, tokens before
-    adapters act are read, too."""
-    if signal.token == "last":
-        return span.total - 1
-    begun = int(signal.token in ("each", "tail") and span.total > 1)
-    if signal.token == "tail" and span.signal:
-        return max(begun, earliest(signal.activations, span.prompt))
-    return begun
 
 
 def _picked(entering: Tensor, rows: Tensor, gather: Gather | None) -> Tensor:

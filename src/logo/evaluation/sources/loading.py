@@ -126,7 +126,7 @@ def _metric(where: str, value: Any) -> str:
     try:
         return checked_kind(value, where)
     except UsageError:
-        raise _Wrong(where, f"one of {', '.join(METRICS.known)}", value) from None
+        raise _Wrong(where, f"one of {', '.join(METRICS)}", value) from None
 
 
 def _name(where: str, value: Any) -> str:

@@ -1,0 +1,125 @@
+"""`LoGo.from_pretrained`: loads a base model by name and a pool, and makes an engine of them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from logo import plugins
+from logo.adapters.options import OnBadAdapter
+from logo.adapters.pool import DEFAULT_K, AdapterPool
+from logo.errors import UsageError, check_type, closest
+from logo.models import load_base
+from logo.pools import officially_named, open_pool, pool_place
+from logo.prompts import Truncation
+from logo.selection.settings import SelectionSettings
+
+T = TypeVar("T")
+Preset = Literal["official"]
+OFFICIAL_TRUNCATION = Truncation(2048, "right")
+LOCAL = "local"
+# Engines beside the one of this process: name -> the module with `open_engine`. These modules are above this one and
+# large, so they are imported on demand.
+ENGINES = {"vllm": "logo.backends.vllm.opening"}
+# Options of `from_pretrained` that load the base model, and those of `LoGo` beside them; all others are settings.
+LOADING_OPTIONS = ("device", "dtype", "device_map", "attn_implementation", "quantization_config", "model_kwargs")
+LOCAL_OPTIONS = ("probe_context", "adapter_memory_gb", "adapter_cache_gb", "prefix_cache_gb", "merge")
+
+
+def from_pretrained(
+    cls: type[T],
+    base_model: str | os.PathLike[str],
+    pool: AdapterPool | str | Path | Sequence[str | Path] | None = None,
+    *,
+    engine: str = LOCAL,
+    preset: Preset | None = None,
+    model_dir: str | Path | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    truncation: Truncation | None = None,
+    trust_remote_code: Literal[False] = False,
+    on_bad_adapter: OnBadAdapter = "error",
+    **options: Any,
+) -> T:
+    """Loads a base model, opens a pool for it, and calibrates the pool if its responses are not cached.
+
+    Args:
+        base_model: a Hub id, a folder, a short name (`"Llama-3.1-8B"`) or `"demo"`.
+        pool: an `AdapterPool`, or what `AdapterPool.open` takes: a folder, a Hub repository, a manifest, or several
+            of these. Default: the pool of the base model, for the bundled and the three official models.
+        engine: `"local"` runs the model in this process; `"vllm"` runs vLLM's offline engine (docs/vllm.md), and
+            returns an engine with the same methods.
+        preset: `"official"` changes defaults to those of the authors' script, as `logo evaluate --preset official`
+            does: signal `norm`, k 20, `probe_context="carry"`, prompts cut at their end to 2048 tokens, float32,
+            and the checkpoint's own generation config.
+        trust_remote_code: not supported; True is an error.
+        **options: of `logo.models.load_base` (`device`, `dtype`, `device_map`, `attn_implementation`,
+            `quantization_config`, `model_kwargs`); of `LoGo`; and the fields of `SelectionSettings`: `signal`,
+            `k`, `window`, ...
+
+    Raises:
+        ModelError, HubError: the base model cannot be loaded.
+        PoolError, AdapterError: the pool cannot be used on it.
+        UsageError: a setting that does not exist or cannot be used.
+    """
+    plugins.load_installed()
+    if hasattr(base_model, "generate"):
+        raise UsageError("base_model: a loaded model has no name to open; give it to LoGo(model, tokenizer, pool)")
+    check_type("base_model", base_model, (str, os.PathLike), "a Hub id, a folder or a short name")
+    base_model = os.fspath(base_model)
+    for what, value, known in (
+        ("preset", preset, (*get_args(Preset), None)),
+        ("engine", engine, (LOCAL, *ENGINES)),
+    ):
+        if value not in known:
+            expected = ", ".join(map(repr, known))
+            raise UsageError(f"{what}: expected one of {expected}, found {value!r}{closest(str(value), ENGINES)}")
+    official = preset == "official"
+    if official:
+        options = {"signal": "norm", "probe_context": "carry", "dtype": "float32"} | options
+        truncation = truncation or OFFICIAL_TRUNCATION
+    loading: dict[str, Any] = {name: options.pop(name) for name in LOADING_OPTIONS if name in options}
+    if trust_remote_code:
+        loading["model_kwargs"] = {**(loading.get("model_kwargs") or {}), "trust_remote_code": True}
+    local: dict[str, Any] = {name: options.pop(name) for name in LOCAL_OPTIONS if name in options}
+    settings = SelectionSettings.of(**options)
+    whence: dict[str, Any] = {"model_dir": model_dir, "revision": revision, "token": token}
+    named = None if pool is None or isinstance(pool, AdapterPool) else pool_place(pool, base_model).spec
+    if engine != LOCAL:
+        if official:
+            raise UsageError("preset 'official' probes as the authors' script does: use the engine 'local'")
+        opened: T = importlib.import_module(ENGINES[engine]).open_engine(
+            base_model,
+            pool if isinstance(pool, AdapterPool) else named,
+            settings=settings,
+            truncation=truncation,
+            on_bad_adapter=on_bad_adapter,
+            dtype=loading.pop("dtype", "auto"),
+            model_kwargs=loading.pop("model_kwargs", None) or {},
+            others={name: value for name, value in (loading | local).items() if value not in (None, "auto")},
+            **whence,
+        )
+        return opened
+    if not isinstance(pool, AdapterPool):
+        how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "token": token}
+        pool = open_pool(named, base_model, model_dir, examples=settings.examples, **how)
+    if official:
+        pool = officially_named(pool, base_model, named)
+        settings = replace(settings, k=min(DEFAULT_K, len(pool)) if settings.k is None else settings.k)
+    model, tokenizer = load_base(base_model, **loading, **whence)
+    logo: Any = cls(  # type: ignore[call-arg]
+        model,
+        tokenizer,
+        pool,
+        settings=settings,
+        generation_config=model.generation_config if official else None,
+        truncation=truncation,
+        on_bad_adapter=on_bad_adapter,
+        **local,
+    )
+    logo.calibrate()
+    return logo  # type: ignore[no-any-return]
