@@ -146,7 +146,7 @@ def test_a_key_is_never_on_the_command_line(
     [
         (["--device", "cuda:1"], "CUDA_VISIBLE_DEVICES"),
         (["--device-map", "auto"], "--tensor-parallel-size"),
-        (["--fold"], "slots"),
+        (["--merge"], "slots"),
         (["--adapter-memory-gb", "1"], "--max-loras"),
         (["--adapter-cache-gb", "1"], "--max-loras"),
         (["--allow-pickle"], "safetensors"),

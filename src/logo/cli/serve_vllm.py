@@ -165,7 +165,7 @@ def _slots(options: EngineOptions, base_model: str, server: ServerOptions) -> tu
     """The slots for this pool, which are printed; and adapters per mixture."""
     from logo.api.names import check_pool
     from logo.backends.vllm.slots import Slots
-    from logo.selection.plan import plan
+    from logo.selection.points import plan
 
     model, settings = load_skeleton(base_model, model_dir=options.model_dir), selection_settings(options)
     pool = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)

@@ -31,8 +31,9 @@ from logo.adapters.activation import ERROR, OFF, earliest
 from logo.adapters.digests import adapter_key
 from logo.adapters.format import Adapter
 from logo.adapters.layout import linear_shape
-from logo.cache import read_cached, write_cached
 from logo.errors import ModelError
+from logo.files import read_cached, write_cached
+from logo.models import stored, tensor_of
 from logo.selection.index import ScoringIndex, Wanted, read_indices
 from logo.selection.points import Plan, Point
 from logo.selection.probe import Probe, padded, pick
@@ -40,7 +41,6 @@ from logo.selection.reference import FADING, choose, contrast, emphasised, finis
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 from logo.selection.whitening import SHRINKAGE, SKETCHED, Whitening
-from logo.tensors import stored, tensor_of
 
 # Fewer points than allowed are read if they agree with all that are allowed at least this well.
 ENOUGH = 0.985
@@ -101,7 +101,7 @@ class Store:
         self._used.add(name)
         given, file = {key: tensor.contiguous() for key, tensor in tensors.items()}, f"{name}.safetensors"
         data = b"" if self._folder is None else save(given)
-        if self._folder is not None and write_cached(self._folder, file, lambda part: Path(part).write_bytes(data)):
+        if self._folder is not None and write_cached(self._folder, file, data):
             self._written.add(name)
             if not hold:
                 return

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from logo.adapters.format import Adapter
-from logo.adapters.layout import linear_modules, linear_shape, text_config
+from logo.adapters.layout import linear_modules, linear_shape
 from logo.adapters.pool import AdapterPool
 from logo.errors import ModelError, PoolError, listed
+from logo.models import text_config
 
 if TYPE_CHECKING:
     from logo.selection.settings import SelectionSettings

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from logo.adapters.activation import earliest
 from logo.adapters.format import Adapter
 from logo.adapters.pool import AdapterPool
-from logo.cache import cache_folder
+from logo.files import cache_folder
 from logo.prefix_cache import PrefixCache
 from logo.selection.calibration import (
     Calibration,

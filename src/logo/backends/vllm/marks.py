@@ -41,8 +41,7 @@ class Span:
         row: the first row.
         start: the position of that token in the prompt.
         count: the number of rows.
-        total: the number of tokens of the prompt.
-        prompt: its token ids.
+        prompt: its token ids, all of them.
         request: vLLM's id of the request.
         among: names of the adapters that may be selected; None: all.
     """
@@ -52,8 +51,7 @@ class Span:
     row: int
     start: int
     count: int
-    total: int
-    prompt: Sequence[int] = ()
+    prompt: Sequence[int]
     request: str = ""
     among: tuple[str, ...] | None = None
 
@@ -61,6 +59,11 @@ class Span:
     def end(self) -> int:
         """The position behind the last token."""
         return self.start + self.count
+
+    @property
+    def total(self) -> int:
+        """The number of tokens of the prompt."""
+        return len(self.prompt)
 
 
 def probing(
@@ -159,7 +162,7 @@ def span(
         return None
     among = given.get(AMONG)
     names = None if among is None else tuple(among)
-    return Span(str(given[KEY]), str(given.get(SIGNAL, "")), row, computed, count, len(prompt), prompt, request, names)
+    return Span(str(given[KEY]), str(given.get(SIGNAL, "")), row, computed, count, prompt, request, names)
 
 
 def _given(parameters: Any) -> dict[str, Any]:

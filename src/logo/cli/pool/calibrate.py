@@ -52,10 +52,10 @@ def calibrate(engine: EngineOptions, json: Json = False) -> None:
 
 
 def _sizes(logo: LoGo, calibration: Calibration) -> str:
-    from logo.selection.size import USUAL
+    from logo.selection.confidence import USUAL_SIZE
 
     if _unknown(calibration):
-        return f"unknown (the base model's weights are quantised or not at hand); each adapter counts as {USUAL}"
+        return f"unknown (the base model's weights are quantised or not at hand); each adapter counts as {USUAL_SIZE}"
     sizes = list(logo.scorer.sizes.values())
     return f"{sum(sizes) / len(sizes):.3f} on average, {min(sizes):.3f} to {max(sizes):.3f}"
 
