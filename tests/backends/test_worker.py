@@ -274,9 +274,9 @@ def test_a_mixture_that_any_rank_could_not_make_is_an_error() -> None:
     with pytest.raises(ModelError, match="the mixture could not be made: out of memory"):
         made._check_mixed("bad", [None, object()])
     made.core, made._fitted = SimpleNamespace(window=lambda signal: "whole"), SimpleNamespace(read_once=False)
-    made._probe, made.settings = (lambda *_: ["good", "bad"]), SelectionSettings()
+    made._probe, made.settings = (lambda *_: ["bad"]), SelectionSettings()
     with pytest.raises(ModelError, match="the prompt could not be scored: out of memory"):
-        made._scores(SimpleNamespace(signal="norm"), [Prompt.of_ids([1])] * 2, [None, None], 8)
+        made._scores(SimpleNamespace(signal="norm"), [Prompt.of_ids([1])], [None], 8)
 
 
 def test_what_the_offline_engine_computes_is_finite_or_an_error() -> None:
