@@ -206,7 +206,7 @@ def test_what_was_scored_answers_though_the_pool_changes_meanwhile(
     """Of two prompts, the second is probed while an adapter is replaced; the first keeps what its scores belong to."""
     made: Any = object.__new__(core.Core)
     made.pool, made._live, made._answering, made._texts = demo, Counter(), Counter(), {}
-    made.options = SimpleNamespace(settings=SelectionSettings(signal="norm"))
+    made.options, made.window = SimpleNamespace(settings=SelectionSettings(signal="norm")), lambda signal: "whole"
     made.select = lambda call, scores: Selection.forced({"antonym": 1.0})
     replaced = replace(demo, keys={**demo.keys, "antonym": "f" * 16})
     seconds = asyncio.Event()
@@ -273,10 +273,13 @@ def test_a_mixture_that_any_rank_could_not_make_is_an_error() -> None:
     made._check_mixed("bad", [None])  # of the base model alone
     with pytest.raises(ModelError, match="the mixture could not be made: out of memory"):
         made._check_mixed("bad", [None, object()])
-    made.core, made._fitted = SimpleNamespace(window=lambda signal: "whole"), SimpleNamespace(read_once=False)
-    made._probe, made.settings = (lambda *_: ["bad"]), SelectionSettings()
+    made._probe, made.settings, made._fitted = (
+        (lambda *_: ["bad"]),
+        SelectionSettings(),
+        SimpleNamespace(read_once=False),
+    )
     with pytest.raises(ModelError, match="the prompt could not be scored: out of memory"):
-        made._scores(SimpleNamespace(signal="norm"), [Prompt.of_ids([1])], [None], 8)
+        made._scores(SimpleNamespace(name="norm", signal=made.settings.reading()), [Prompt.of_ids([1])], [None], 8)
 
 
 def test_what_the_offline_engine_computes_is_finite_or_an_error() -> None:

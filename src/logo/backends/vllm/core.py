@@ -28,6 +28,7 @@ from logo.errors import LoGoError, ModelError, NotFinite, UsageError
 from logo.protocol import MixtureRequest
 from logo.selection.confidence import Evidence
 from logo.selection.selector import Selector, forced
+from logo.selection.signals import Signal
 from logo.selection.window import Window
 
 
@@ -44,24 +45,26 @@ class Opened:
     """What is known outside of vLLM's workers of the scorer of a signal there.
 
     Attributes:
-        signal: its name.
+        name: of the signal.
+        signal: how prompts are read.
         points: where prompts are read.
         selector: makes selections from its scores.
         calibration: none, since the workers have it.
     """
 
-    signal: str
+    name: str
+    signal: Signal
     points: tuple[str, ...]
     selector: Selector
     calibration: None = None
 
     @classmethod
-    def of(cls, signal: str, told: Mapping[str, Any]) -> Opened:
+    def of(cls, name: str, signal: Signal, told: Mapping[str, Any]) -> Opened:
         """From the reply of a worker, see `logo.backends.vllm.scoring.Scoring.open`."""
         facts = told["selector"]
         evidence = None if facts["evidence"] is None else Evidence(**facts["evidence"])
-        names, sizes = tuple(facts["names"]), facts["sizes"]
-        return cls(signal, tuple(told["points"]), Selector(names, facts["default_k"], evidence, sizes))
+        selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
+        return cls(name, signal, tuple(told["points"]), selector)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -125,7 +128,8 @@ class Core:
             The keys of the adapters that are no longer in the pool; answers in progress may still use them.
         """
         left = set(self.pool.keys.values()) - set(pool.keys.values())
-        self.pool, self._opened = pool, {signal: Opened.of(signal, told) for signal, told in scored.items()}
+        self.pool, reading = pool, self.options.settings.reading
+        self._opened = {name: Opened.of(name, reading(pool.adapters, name), told) for name, told in scored.items()}
         return tuple(left)
 
     def answering(self, keys: Iterable[str]) -> bool:
@@ -153,7 +157,7 @@ class Core:
 
     def window(self, signal: str) -> Window:
         """The part of a prompt that is probed for a signal."""
-        return self.options.settings.reading(self.pool.adapters, signal).window
+        return self._opened[signal].signal.window
 
     @property
     def probe_text(self) -> ProbeText | None:

@@ -143,7 +143,7 @@ class VllmLoGo(LoGo):
                 told = self._ask("logo_signal", signal)
                 while texts := texts_of(told):
                     told = self._ask("logo_calibrate", signal, texts, self._probe(texts, ""))
-                opened = Opened.of(signal, told[0])
+                opened = Opened.of(signal, self.settings.reading(self.pool, signal), told[0])
                 default_k = min(self.pool.default_k, len(opened.names))
                 opened = replace(opened, selector=replace(opened.selector, default_k=default_k))
                 self._opened_signals[signal] = opened
@@ -156,10 +156,12 @@ class VllmLoGo(LoGo):
             NotFinite: a score overflowed.
             ModelError: a prompt could not be scored.
         """
-        window, found = self.core.window(scorer.signal), []
+        found: list[Any] = []
         for start in range(0, len(rows), _PROBED):
             part = slice(start, start + _PROBED)
-            keys = self._probe([self._probed(row) for row in rows[part]], scorer.signal, among[part], window)
+            keys = self._probe(
+                [self._probed(row) for row in rows[part]], scorer.name, among[part], scorer.signal.window
+            )
             taken = outcomes(self._ask("logo_scores", keys))
             found += [scores_of(taken[key]) for key in keys]  # the pool does not change, so that there are some
         return torch.tensor(found)
