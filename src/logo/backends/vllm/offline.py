@@ -102,7 +102,8 @@ class VllmLoGo(LoGo):
 
     @property
     def points(self) -> tuple[str, ...]:
-        return self._scorer(self.settings.signal).points
+        found: tuple[str, ...] = self._scorer(self.settings.signal).points
+        return found
 
     @property
     def merging(self) -> dict[str, Any]:

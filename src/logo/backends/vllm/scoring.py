@@ -70,7 +70,7 @@ class Scoring:
         self._prompts, self._device = prompts, device
         self._earlier: Mapping[str, Scorer] = {} if before is None else before._ready
         # Until a pool is replaced, also of what the cache folder does not take.
-        self._store = Store(cache_folder(options.settings.cache)) if before is None else before._store
+        self._store: Store = Store(cache_folder(options.settings.cache)) if before is None else before._store
         # Until a signal is open: text -> place in vLLM's model -> hidden vectors (tokens, d).
         self._kept: dict[tuple[int, ...], dict[str, Tensor]] = {}
         self._ready: dict[str, Scorer] = {}
