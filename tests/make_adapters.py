@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
+from logo.adapters.activation import EVERYWHERE
 from logo.adapters.format import LoraWeights
 from logo.adapters.header import LoraModule
-from logo.selection.index import ScoringIndex
+from logo.selection.index import ScoringIndex, Wanted, read_indices
 from logo.selection.points import Point
 from logo.selection.whitening import Whitening
 
@@ -255,7 +256,8 @@ def index_of(factors: Iterable[tuple[torch.Tensor, torch.Tensor]], whitening: Wh
     """The scoring index of adapters with these `A (r, d)` and `B (out, r)`, without any file."""
     point = Point(0, "layer", "layer.module")
     adapters = [Loose(str(i), LoraWeights(a, b, 1.0)) for i, (a, b) in enumerate(factors)]
-    return ScoringIndex.read(adapters, point, torch.device("cpu"), whitening)  # type: ignore[arg-type]
+    [index] = read_indices([Wanted(adapters, point, torch.device("cpu"), whitening)])  # type: ignore[arg-type]
+    return index
 
 
 class Loose:
@@ -265,7 +267,8 @@ class Loose:
         self.name = name
         rank, in_features = weights.A.shape
         self.modules = {"layer.module": LoraModule("a", "b", rank, in_features, len(weights.B), weights.scaling)}
-        self.file, self._weights = object(), weights
+        self._weights = weights
+        self.sha256, self.scales, self.activation = name, (), EVERYWHERE
 
     def read(self, modules: Iterable[str]) -> dict[str, LoraWeights]:
         return dict.fromkeys(modules, self._weights)

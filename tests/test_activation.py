@@ -11,17 +11,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from logo.prefix_cache import PrefixCache
 from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.activation import EVERYWHERE, Activation, acting, earliest, last_occurrence
 from logo.errors import AdapterError, StorageError, UsageError
-from logo.selection import scorers
+from logo.prefix_cache import PrefixCache
+from logo.selection import scorer
 from make_adapters import edit_config, load_peft, write, write_peft
 from test_engine import tokenizer, write_adapter
-from test_prefixes import read_tokens, words
+from tiny import read_tokens, words
 from tolerances import same_selection
 
 INVOKE = [7, 8]
@@ -361,7 +361,7 @@ def test_adapters_that_are_active_while_probing_are_read_apart(signal: str, cont
 def test_calibrations_of_other_tokens_are_other_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts end with the invocation of one kind of adapters; which of their tokens count depends on the other kind."""
     some = [words(8 + seed, seed) for seed in range(30)]
-    monkeypatch.setattr(scorers, "NEUTRAL", some[:20])
+    monkeypatch.setattr(scorer, "NEUTRAL", some[:20])
     model = tiny.model("llama")
     folder = pool_of(tmp_path / "pool", model, alora_invocation_tokens=INVOKE)
     edit_config(folder / "t1", alora_invocation_tokens=[9])

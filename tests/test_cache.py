@@ -18,9 +18,9 @@ import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.backends.vllm.skeleton import skeleton
 from logo.errors import AdapterError
-from logo.files import read_cached, write_cached
+from logo.files import write_cached
 from logo.identity import content_stamp
-from logo.selection.cache import _key_of, _numbers
+from logo.selection.calibration import Reading, Store
 from logo.selection.signals import get_signal
 from logo.selection.texts import Texts
 from test_engine import tokenizer, write_adapter
@@ -39,13 +39,6 @@ def test_a_file_that_cannot_be_written_leaves_no_part_behind(tmp_path: Path, mon
     assert not list((tmp_path / "folder").iterdir())
     assert write_cached(tmp_path, "folder/one.json", b"[1]")
     assert {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()} == {"one.json": b"[1]"}
-
-
-@pytest.mark.parametrize("text", ["[1]", "3", '{"a": null}', "{", ""])
-def test_damaged_numbers_are_computed_anew(text: str, tmp_path: Path) -> None:
-    (tmp_path / "weights.json").write_text(text)
-    with pytest.warns(UserWarning, match="is damaged and computed anew"):
-        assert read_cached(tmp_path / "weights.json", _numbers) is None
 
 
 # -- weights that are rewritten in place ---------------------------------------------------------------------------
@@ -102,7 +95,7 @@ def test_a_new_mode_is_no_change_of_weights_whose_digest_is_known(tmp_path: Path
 
 
 def key_of(model: nn.Module) -> str:
-    return _key_of(model, Texts([[3, 4, 5]], [[8, 9]]), get_signal("calibrated"))
+    return Reading.of(model, get_signal("calibrated"), Texts([[3, 4, 5]], [[8, 9]]), Store(None)).key
 
 
 def packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ from logo import AdapterPool, LoGo, SelectionSettings, UsageError
 from logo.adapters.format import Adapter
 from logo.errors import Unsure
 from logo.selection import calibration
-from logo.selection.chance import UNIT, USUAL
 from logo.selection.confidence import RESPONSES
+from logo.selection.reference import UNIT, USUAL
 from logo.selection.texts import NEUTRAL, REQUESTS
 from logo.selection.whitening import Whitening
 from logo.serving.memory import Memory
@@ -211,13 +211,13 @@ def test_every_architecture_is_calibrated(tmp_path: Path) -> None:
 def test_only_new_adapters_are_calibrated(llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Across engines through the disk, and when the pool of a running engine grows."""
     measured: list[list[str]] = []
-    original = calibration.measure
+    original = calibration._measure
 
-    def measure(model: Any, wanted: Any, *rest: Any) -> Any:
+    def measure(reading: Any, wanted: Any, run: Any) -> Any:
         measured.append(sorted({adapter.name for adapters in wanted.values() for adapter in adapters}))
-        return original(model, wanted, *rest)
+        return original(reading, wanted, run)
 
-    monkeypatch.setattr(calibration, "measure", measure)
+    monkeypatch.setattr(calibration, "_measure", measure)
     settings = {"cache": str(tmp_path / "cache")}
     first = engine(llama, pool(llama, tmp_path / "pool"), **settings)
     assert measured[0] == ["t0", "t1", "t2", "t3"]

@@ -23,7 +23,7 @@ from logo.selection.confidence import RESPONSES
 from logo.selection.selector import LEAST
 from test_calibrated import PROMPTS, tokenizer
 from test_engine import ids_of, write_adapter
-from test_prefixes import LONG
+from tiny import LONG
 from tolerances import same_scores, same_selection, same_weights
 
 NAMES = tuple(f"t{i}" for i in range(6))

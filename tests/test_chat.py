@@ -22,7 +22,7 @@ from logo.models import load_base
 from logo.prompts import Prompts, Truncation, chat, read, text_ids
 from make_adapters import edit_config
 from serving import served
-from test_prefixes import read_tokens
+from tiny import read_tokens
 from tolerances import same_scores, same_selection
 
 MARKED = (

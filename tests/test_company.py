@@ -17,7 +17,7 @@ from logo import AdapterPool, Generation, LoGo, SelectionSettings
 from logo import engine as engine_module
 from logo.decoding import batches_by_length
 from test_engine import WORDS, engine, tokenizer, write_adapter
-from test_prefixes import read_tokens
+from tiny import read_tokens
 from tolerances import same_selection
 
 LENGTH = 10

@@ -16,11 +16,12 @@ SRC = Path(__file__).parent.parent / "src" / "logo"
 # A part may import itself and the parts of lower layers, which come first. Parts of one layer do not import each other.
 LAYERS = [
     {"errors", "recorded"},
+    {"core"},
     {"files", "hub", "plugins"},
     {"models"},
     {"identity"},
     {"adapters", "prompts", "generation"},
-    {"rows"},
+    {"rows", "prefix_cache"},
     {"mixing", "selection", "pools", "decoding", "endings", "scoring"},
     {"decoder", "completions", "opening", "selecting"},
     {"calls"},

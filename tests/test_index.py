@@ -14,13 +14,8 @@ import torch
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.weights import SafetensorsFile
-from logo.selection import calibration, index
-from logo.selection.index import Wanted, read_indices
-from logo.selection.plan import plan
-from logo.selection.whitening import Whitening
+from logo.selection import calibration
 from test_engine import tokenizer, write_adapter
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -88,22 +83,3 @@ def test_passes_of_bounded_size_measure_the_same(model: Any, folder: Path, monke
     parts = opened(model, folder, signal="calibrated").calibrate()
     assert whole is not None and parts is not None and parts.points == whole.points
     torch.testing.assert_close(parts.neutral, whole.neutral, equal_nan=True)
-
-
-def test_rows_are_made_where_scores_are_computed(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors that meet on two devices are an error, and so is reading a number of a meta tensor."""
-    logo = opened(model, folder, signal="calibrated")
-    width, meta = model.config.hidden_size, torch.device("meta")
-    whitening = Whitening.of(torch.randn(5, width, generator=torch.Generator().manual_seed(0)))
-    planned = plan(model, logo.fitted, logo.settings)
-    touching = [[a for a in planned.adapters if point.module in a.modules] for point in planned.points]
-    wanted = [Wanted(some, point, meta, whitening) for some, point in zip(touching, planned.points, strict=True)]
-    monkeypatch.setattr(index, "built_on", lambda device: device)
-    for made, asked in zip(read_indices(wanted), wanted, strict=True):
-        assert made.stacked.device == meta and made.stacked.shape == asked.shape
-        assert made.offset is not None and made.offset.device == meta
-
-
-def test_what_cannot_decompose_matrices_is_given_what_the_host_made() -> None:
-    assert index.built_on(torch.device("mps")) == CPU
-    assert index.built_on(torch.device("cuda", 1)) == torch.device("cuda", 1)

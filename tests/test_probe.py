@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,13 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 import tiny
-from logo.adapters.layout import linear_modules
 from logo.errors import ModelError
 from logo.selection.points import Point, decoder_layers, last_query, points_of
-from logo.selection.probe import Probe
+from logo.selection.probe import Probe, padded, pick
+from logo.selection.signals import Signal, get_signal
 from tolerances import same_tensor
 
 QUERY = {
@@ -83,6 +83,20 @@ def zero_rows(module: Any, rows: Tensor) -> None:
         module.bias[rows] = 0
 
 
+def read(probe: Probe, rows: list[list[int]], signal: Signal) -> list[Tensor]:
+    """The hidden vectors that a signal reads of these rows."""
+    ids, mask = padded(rows, torch.device("cpu"))
+    picked, _ = pick(list(map(signal.begin, rows)), list(map(len, rows)), ids.shape[1])
+    return probe(ids, mask, picked)
+
+
+def reading(token: Any) -> Signal:
+    return replace(get_signal("norm"), token=token)
+
+
+LAST = reading("last")
+
+
 def queries(model: nn.Module, *layers: int) -> list[Point]:
     """The points of the query projection in these layers."""
     last = last_query(model)
@@ -94,17 +108,19 @@ def queries(model: nn.Module, *layers: int) -> list[Point]:
 @pytest.mark.parametrize("name", list(tiny.CONFIGS))
 def test_residual_equals_the_models_own_hidden_states(name: str) -> None:
     model = tiny.model(name)
-    ids, mask = tiny.padded(tiny.prompts([7, 4, 5]))
+    rows = tiny.prompts([7, 4, 5])
+    ids, mask = tiny.padded(rows)
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    for point, hidden in zip(points := queries(model, 0, 2), Probe(model, points)(ids, mask), strict=True):
+    for point, hidden in zip(points := queries(model, 0, 2), read(Probe(model, points), rows, LAST), strict=True):
         same_tensor(hidden, expected[point.layer][torch.arange(3), mask.sum(1) - 1])
 
 
 @pytest.mark.parametrize("name", list(tiny.CONFIGS))
 def test_projection_equals_what_the_module_receives(name: str) -> None:
     model = tiny.model(name)
-    ids, mask = tiny.padded(tiny.prompts([6, 3]))
+    rows = tiny.prompts([6, 3])
+    ids, mask = tiny.padded(rows)
     points = queries(model, 0, 1, 2)
     seen: dict[str, Tensor] = {}
 
@@ -116,7 +132,7 @@ def test_projection_equals_what_the_module_receives(name: str) -> None:
         model(input_ids=ids, attention_mask=mask)
     for handle in handles:
         handle.remove()
-    for point, hidden in zip(points, Probe(model, points, "projection")(ids, mask), strict=True):
+    for point, hidden in zip(points, read(Probe(model, points, "projection"), rows, LAST), strict=True):
         same_tensor(hidden, seen[point.module][torch.arange(2), mask.sum(1) - 1])
 
 
@@ -126,12 +142,12 @@ def test_stops_at_the_last_point() -> None:
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda m, a, o, path=path: calls.append(path))
-    ids, mask = tiny.padded(tiny.prompts([5]))
-    Probe(model, queries(model, 1))(ids, mask)
+    rows = tiny.prompts([5])
+    read(Probe(model, queries(model, 1)), rows, LAST)
     assert calls and all(path.startswith("model.layers.0.") for path in calls)
     calls.clear()
     values = [f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)]
-    Probe(model, points_of(model, values, 3), "projection")(ids, mask)
+    read(Probe(model, points_of(model, values, 3), "projection"), rows, LAST)
     assert "model.layers.1.self_attn.v_proj" not in calls and "lm_head" not in calls
 
 
@@ -139,42 +155,27 @@ def test_leaves_no_hooks_behind_even_after_an_error() -> None:
     model = tiny.model("llama")
     probe = Probe(model, [last_query(model)])
     with pytest.raises(IndexError):
-        probe(torch.tensor([[10**6]]), torch.tensor([[1]]))
+        read(probe, [[10**6]], LAST)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
-
-
-@settings(max_examples=25, deadline=None)
-@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), token=st.sampled_from(["last", "mean"]))
-def test_padding_and_company_do_not_matter(lengths: list[int], token: Any) -> None:
-    """A prompt reads the same alone as in a padded batch."""
-    model = LLAMA
-    probe = Probe(model, queries(model, 0, 2), "residual", token)
-    rows = tiny.prompts(lengths, seed=sum(lengths))
-    batched = probe(*tiny.padded(rows))
-    for i, row in enumerate(rows):
-        for together, alone in zip(batched, probe(*tiny.padded([row])), strict=True):
-            same_tensor(together[i], alone[0])
 
 
 LLAMA = tiny.model("llama")
 
 
-def test_mean_is_over_all_prompt_tokens() -> None:
-    ids, mask = tiny.padded(tiny.prompts([4, 2]))
-    [hidden] = Probe(LLAMA, queries(LLAMA, 1), token="mean")(ids, mask)
-    expected = LLAMA(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
-    same_tensor(hidden[0], expected[0].mean(0))
-    same_tensor(hidden[1], expected[1, :2].mean(0))
-
-
-def test_each_token_but_the_first() -> None:
-    """Models attend to the first token of a text whatever it is. A prompt of one token is read nevertheless."""
-    ids, mask = tiny.padded(tiny.prompts([4, 1]))
-    probe = Probe(LLAMA, queries(LLAMA, 1), token="each")
-    [hidden] = probe(ids, mask)
-    expected = LLAMA(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
-    same_tensor(hidden, torch.cat([expected[0, 1:], expected[1, :1]]))
-    assert [found.tolist() for found in probe.places(ids, mask)] == [[0, 0, 0, 1], [1, 2, 3, 0]]
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.sampled_from(["last", "mean", "each"]))
+def test_the_tokens_that_a_signal_reads_in_a_padded_batch(lengths: list[int], token: Any) -> None:
+    """Those that it reads of a prompt alone. Models attend to the first token of a text whatever it is, so it is left
+    out of `each`, but a prompt of one token is read nevertheless."""
+    rows = tiny.prompts(lengths, seed=sum(lengths))
+    points, expected = queries(LLAMA, 0, 2), [[], []]  # type: ignore[var-annotated]
+    for row in rows:
+        states = LLAMA(input_ids=torch.tensor([row]), output_hidden_states=True).hidden_states
+        first = {"last": len(row) - 1, "mean": 0, "each": int(len(row) > 1)}[token]
+        for found, point in zip(expected, points, strict=True):
+            found.append(states[point.layer][0, first:])
+    for found, wanted in zip(read(Probe(LLAMA, points), rows, reading(token)), expected, strict=True):
+        same_tensor(found, torch.cat(wanted))
 
 
 def test_points_of_modules_are_in_the_models_order_and_depth() -> None:
@@ -209,26 +210,4 @@ def test_a_point_that_is_never_reached_is_an_error() -> None:
     model = tiny.model("llama")
     model.spare = nn.Linear(4, 4)
     with pytest.raises(ModelError, match="never reached spare"):
-        Probe(model, [Point(0, "spare", "spare")])(*tiny.padded(tiny.prompts([3])))
-
-
-@pytest.mark.parametrize("name", list(tiny.CONFIGS))
-def test_a_whole_pass_ends_with_the_keys_and_values_of_the_last_layer(name: str) -> None:
-    """Also behind a cached beginning, and if a point comes behind them."""
-    model = tiny.model(name)
-    path, layers = decoder_layers(model)
-    ended: list[nn.Module] = []
-    for layer in layers[-2:]:
-        layer.register_forward_hook(lambda module, *given: ended.append(module))
-    *_, (behind, _) = linear_modules(layers[-1])
-    ids, expected = torch.tensor(tiny.prompts([12, 12])), DynamicCache()
-    model(ids, past_key_values=expected)
-    for points in ((), [Point(2, f"{path}.2", f"{path}.2.{behind}")]):
-        probe, cache = Probe(model, points, "projection", "each", whole=True), DynamicCache()
-        for columns in (slice(0, 7), slice(7, 12)):
-            ended.clear()
-            hidden = probe(ids[:, columns], torch.ones(2, columns.stop, dtype=torch.int64), cache)
-            assert ended == [layers[-2]] and all(len(vectors) for vectors in hidden)
-        for mine, theirs in zip(cache.layers, expected.layers, strict=True):
-            torch.testing.assert_close(mine.keys, theirs.keys)
-            torch.testing.assert_close(mine.values, theirs.values)
+        read(Probe(model, [Point(0, "spare", "spare")]), tiny.prompts([3]), LAST)

@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logo.core import Selection
-from logo.errors import ModelError, Unsure
-from logo.selection.confidence import BEST, EXAMPLES, HALVED, RESPONSES, Evidence
+from logo.core import Options, Selection
+from logo.errors import ModelError, NotFinite, PoolError, Unsure
+from logo.selection.confidence import BEST, EXAMPLES, HALVED, RESPONSES, USUAL_SIZE, Evidence, relative_sizes
 from logo.selection.selector import LEAST, UNSURE, Selector
-from logo.selection.size import USUAL
 
 SCORES = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40)
 
 
-def select(scores: list[float], k: int = 20, **how: object) -> Selection:
-    selector = Selector(min(k, len(scores)), **how)  # type: ignore[arg-type]
-    return selector(torch.tensor(scores), [f"a{i:02}" for i in range(len(scores))])
+def select(
+    scores: list[float],
+    k: int | None = None,
+    evidence: Evidence | None = RESPONSES,
+    sizes: dict[str, float] | None = None,
+    **how: object,
+) -> Selection:
+    selector = Selector(tuple(f"a{i:02}" for i in range(len(scores))), 20, evidence, sizes or {})
+    options = {"weighting": "linear", "when_unsure": "mix", "unsure_below": UNSURE, "candidates": None, **how}
+    return selector(torch.tensor(scores), Options("calibrated", k, **options))  # type: ignore[arg-type]
 
 
 @given(SCORES, st.integers(1, 45), st.sampled_from(["linear", "adaptive"]))
 @settings(max_examples=150, deadline=None)
 def test_any_scores_make_a_mixture(scores: list[float], k: int, weighting: str) -> None:
     whole = select(scores, k, weighting=weighting)
-    sum_ = 1.0 if weighting != "adaptive" or whole.confidence is None else RESPONSES.weight_sum(whole.confidence, USUAL)
+    sum_ = (
+        1.0
+        if weighting != "adaptive" or whole.confidence is None
+        else RESPONSES.weight_sum(whole.confidence, USUAL_SIZE)
+    )
     assert sum(whole.weights) == pytest.approx(sum_, abs=1e-4)
     assert all(0 <= weight <= 1 for weight in whole.weights)
     assert list(whole.weights) == sorted(whole.weights, reverse=True)
@@ -92,14 +103,15 @@ def test_unsure_mixtures_are_weaker_the_larger_their_adapters_are() -> None:
     assert total(0.25, HALVED) == total(0.0, HALVED) == pytest.approx(0.5)
     assert total(0.325, HALVED) == pytest.approx(0.5**0.5)
     assert total(0.0, 3 * HALVED) == pytest.approx(0.25)
-    scores, names = torch.tensor([1.25, *REST]), ["a", "b", "c", "d", "e", "f", "g", "h"]
-    selector = Selector(2, weighting="adaptive")
-    alike = selector(scores, names, dict.fromkeys(names, HALVED))
+    scores, how = [1.25, *REST], {"k": 2, "weighting": "adaptive"}
+    alike = select(scores, sizes={f"a{i:02}": HALVED for i in range(8)}, **how)  # type: ignore[arg-type]
     assert sum(alike.weights) == pytest.approx(0.5, rel=1e-5)
     first, second = (weight / sum(alike.weights) for weight in alike.weights)
-    found = selector(scores, names, {"a": 0.0, "b": HALVED, "c": 9.0})  # one that is not selected does not count
+    sizes = {"a00": 0.0, "a01": HALVED, "a02": 9.0}  # one that is not selected does not count
+    found = select(scores, sizes=sizes, **how)  # type: ignore[arg-type]
     assert found.weights == pytest.approx([w / (1 + second) for w in (first, second)], rel=1e-5)
-    assert selector(scores, names, {"a": USUAL}).weights == selector(scores, names).weights
+    usual = select(scores, sizes={"a00": USUAL_SIZE}, **how)  # type: ignore[arg-type]
+    assert usual == select(scores, **how)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("when", "adapters"), [("base", ()), ("mix", ("a00", "a01"))])
@@ -107,7 +119,7 @@ def test_what_answers_where_nothing_stands_out(when: str, adapters: tuple[str, .
     found = select([1.21, *REST], 2, weighting="adaptive", when_unsure=when)
     assert found.adapters == adapters
     assert found.confidence is not None and found.confidence < UNSURE
-    assert sum(found.weights) == pytest.approx(RESPONSES.weight_sum(0.0, USUAL) if adapters else 0.0)
+    assert sum(found.weights) == pytest.approx(RESPONSES.weight_sum(0.0, USUAL_SIZE) if adapters else 0.0)
     sure = select([9.0, *REST], 2, weighting="adaptive", when_unsure=when)
     assert sure.adapters == ("a00",)  # the other one's weight is negligible
 
@@ -149,3 +161,16 @@ def test_ties_go_to_the_earlier_name() -> None:
 def test_a_score_that_is_not_a_number_is_named() -> None:
     with pytest.raises(ModelError, match="'a01' is not finite"):
         select([1.0, float("nan")])
+    assert select([1.0, float("nan")], candidates=frozenset({"a00"})).scores == {"a00": 1.0}
+    selector, call = Selector(("a", "b"), 20, RESPONSES), Options("norm", None, "linear", "mix", 0.1, frozenset({"c"}))
+    assert isinstance(selector.outcome(torch.tensor([1.0, torch.inf]), replace(call, candidates=None)), NotFinite)
+    with pytest.raises(PoolError, match="none of the 1 candidates touches what the signal 'norm' reads"):
+        selector(torch.tensor([1.0, 2.0]), call)
+
+
+def test_an_unknown_size_is_the_usual_one() -> None:
+    touched = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
+    updates = [torch.tensor([0.2, 0.4]), torch.tensor([0.1, 0.3])]
+    assert relative_sizes(updates, [2.0, 1.0], touched).tolist() == pytest.approx([0.1, 0.2, 0.3, USUAL_SIZE])
+    found = relative_sizes(updates, [2.0, float("nan")], touched).tolist()
+    assert found == pytest.approx([0.1, 0.2, USUAL_SIZE, USUAL_SIZE])

@@ -14,8 +14,8 @@ from logo.serving import batching
 from logo.serving.service import Service
 from make_adapters import edit_config
 from test_activation import INVOKE, MIXTURES, engine, invoked, notes, pool_of
-from test_prefixes import read_tokens
 from test_serving_engine import alone, answer, served
+from tiny import read_tokens
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import tiny
 from logo.backends.vllm.skeleton import skeleton as skeleton_of
 from logo.models import skeleton
+from logo.selection.calibration import weight_norm
 from logo.selection.points import Point, last_query
-from logo.selection.size import USUAL, relative_sizes, weight_norm
 from test_engine import write_adapter
 from test_index import opened, write_pool
 
@@ -123,7 +123,7 @@ def test_a_skeleton_reads_what_is_stored_as_plain_numbers(tmp_path: Path) -> Non
     assert math.isnan(weight_norm(stored, VALUES[0]))
 
 
-def test_an_unknown_size_is_the_usual_one() -> None:
+def test_weights_that_are_not_at_hand_have_no_norm() -> None:
     model = tiny.model("llama")
     point = VALUES[1]
     linear = model.get_submodule(point.module)
@@ -142,7 +142,3 @@ def test_an_unknown_size_is_the_usual_one() -> None:
     for device in ("cpu", "meta"):
         linear.weight = torch.ones(plain.shape, device=device)  # no parameter
         assert math.isnan(weight_norm(model, point)) == (device == "meta")
-    touched = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
-    updates = [torch.tensor([0.2, 0.4]), torch.tensor([0.1, 0.3])]
-    assert relative_sizes(updates, [2.0, 1.0], touched).tolist() == pytest.approx([0.1, 0.2, 0.3, USUAL])
-    assert relative_sizes(updates, [2.0, math.nan], touched).tolist() == pytest.approx([0.1, 0.2, USUAL, USUAL])

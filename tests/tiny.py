@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ LLAMA_LIKE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+LONG = {"max_position_embeddings": 512}
 GEMMA_LIKE = {**LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
 
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -105,3 +107,19 @@ def padded(rows: list[list[int]], side: str = "right") -> tuple[torch.Tensor, to
         ids = [r + f for f, r in zip(fill, rows, strict=True)]
         mask = [[1] * len(r) + m for m, r in zip(marks, rows, strict=True)]
     return torch.tensor(ids), torch.tensor(mask)
+
+
+def words(count: int, seed: int) -> str:
+    """A text of so many words that tokenizers of tests know, one token each."""
+    ids = torch.randint(3, 90, (count,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(f"w{i}" for i in ids.tolist())
+
+
+@contextmanager
+def read_tokens(model: nn.Module) -> Iterator[list[int]]:
+    """How many tokens each forward pass in the block is given, over all rows."""
+    seen: list[int] = []
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embeddings.register_forward_hook(lambda module, args, output: seen.append(args[0].numel()))
+    yield seen
+    handle.remove()

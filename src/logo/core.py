@@ -12,8 +12,8 @@ ProbeText = Literal["all", "last_user", "conversation"]
 Weighting = Literal["linear", "adaptive"]
 WhenUnsure = Literal["mix", "base", "refuse"]
 FinishReason = Literal["stop", "length"]
-# How the adapters of a batch act: merged into the weights, beside them through gates, or not at all.
-Form = Literal["merged", "gated", "base"]
+# How the mixtures of a batch act: not at all, merged into the weights, or beside them with a gate for each row.
+Form = Literal["none", "merged", "gated"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Generation:
         finish_reason: `"stop"` (the model or a stop rule ended it) or `"length"` (it was cut: at the most new tokens,
             or at `max_time`).
         seconds: this prompt's share of the wall time: `{"probe", "generate"}`.
-        form: the form of the mixtures in its batch: `"merged"` into the weights, `"gated"` beside them, or `"base"`
+        form: the form of the mixtures in its batch: `"merged"` into the weights, `"gated"` beside them, or `"none"`
             without adapters.
     """
 

@@ -32,8 +32,7 @@ from logo.adapters.pool import AdapterPool
 from logo.core import Form, Generation, Selection
 from logo.endings import EndRule, at_newline, at_texts, cut_after_end, cut_at, end_tokens
 from logo.errors import NotFinite, UsageError, check_type, closest, listed
-from logo.mixing import NEVER, Mixer, Work, begins
-from logo.mixing.costs import EXPECTED
+from logo.mixing import Mixer, Mixture
 from logo.prefix_cache import PrefixCache, cache_argument
 from logo.prompts import Prompts
 
@@ -369,7 +368,7 @@ class Decoder:
             streamer: for a single row; it is also ended after an error, since another thread may wait for it.
 
         Raises:
-            StoreFull: the adapters of the batch do not fit into the memory for adapters.
+            CacheFull: the adapters of the batch do not fit into the memory for adapters.
             NotFinite: a mixture overflows.
         """
         started = time.perf_counter()
@@ -420,19 +419,23 @@ class Decoder:
             growing = config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
             criteria = (*criteria, EndRows(rules, ids.shape[1], growing))
         finite = _Finite(stop=options.get("streamer") is not None)
-        onset = _Onset.of(pool, rows, mixtures, ids.shape[1])
-        warn_of_silent(onset.silent, self._told)
-        start, beams = 0, max(config.num_beams or 1, config.num_return_sequences or 1)
-        if self.prefix_cache is not None and self._reads_ahead(pool, config) and onset.read > 0:
-            start = onset.read
-            cache = self.prefix_cache.cache(rows, onset.ends, [max(0, start - pad) for pad in onset.pads])
-            cache.batch_repeat_interleave(beams)
-            config.cache_implementation = None  # transformers takes either a cache or the name of one
-            options[cache_argument(self.model) or ""] = cache
-        steps = max(config.min_new_tokens or 0, EXPECTED * config.max_new_tokens)
-        work = Work(ids[:, start:].numel(), len(ids) * beams, steps)
+        acting = [Mixture.of(pool, mixture, row) for mixture, row in zip(mixtures, rows, strict=True)]
+        both = zip(mixtures, acting, strict=True)
+        warn_of_silent((name for asked, one in both for name in asked if name not in one.weights), self._told)
+        pads, start = [ids.shape[1] - len(row) for row in rows], 0
+        beams = max(config.num_beams or 1, config.num_return_sequences or 1)
+        if self.prefix_cache is not None and self._reads_ahead(pool, config):
+            ends = [earliest(pool.activations, row) for row in rows]
+            start = min(pad + end for pad, end in zip(pads, ends, strict=True))  # before, no adapter acts in any row
+            if start:
+                cache = self.prefix_cache.cache(rows, ends, [max(0, start - pad) for pad in pads])
+                cache.batch_repeat_interleave(beams)
+                config.cache_implementation = None  # transformers takes either a cache or the name of one
+                options[cache_argument(self.model) or ""] = cache
+        shifted = [one.shifted(pad, start) for one, pad in zip(acting, pads, strict=True)]
+        passes = max(config.min_new_tokens or 0, config.max_new_tokens / 4)  # most answers are shorter than they may be
         with (
-            self.mixer.active(pool, onset.mixtures, work, begins=onset.begins(start)) as form,
+            self.mixer.active(pool, shifted, passes) as form,
             _without_checkpoint(self.model),
             torch.no_grad(),
         ):
@@ -454,53 +457,6 @@ class Decoder:
         """Whether the base model alone reads the tokens before adapters act, with the prefix cache."""
         plain = config.use_cache is not False and config.cache_implementation in _PLAIN_CACHES
         return self.prefix_cache is not None and pool.read_once and plain
-
-
-@dataclass(frozen=True)
-class _Onset:
-    """Where the adapters of a batch begin to act.
-
-    Attributes:
-        pads: columns before each row's first token.
-        ends: tokens of each row before any adapter of the pool acts; less than all of them.
-        columns: per row, adapter -> the first column in which it acts.
-        mixtures: per row, the adapters that act.
-        silent: the adapters that do not act, one entry for each row.
-    """
-
-    pads: tuple[int, ...]
-    ends: tuple[int, ...]
-    columns: tuple[dict[str, int], ...]
-    mixtures: tuple[dict[str, float], ...]
-    silent: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls, pool: AdapterPool, rows: Sequence[Sequence[int]], mixtures: Sequence[Mapping[str, float]], width: int
-    ) -> _Onset:
-        """The onset of rows that are padded on the left to `width` columns; errors as `begins`."""
-        pads = tuple(width - len(row) for row in rows)
-        found = [begins(pool, mixture, row) for row, mixture in zip(rows, mixtures, strict=True)]
-        columns = tuple(
-            {name: begin + pad if begin else 0 for name, begin in one.items() if begin != NEVER}
-            for one, pad in zip(found, pads, strict=True)
-        )
-        return cls(
-            pads,
-            tuple(earliest(pool.activations, row) for row in rows),
-            columns,
-            tuple({name: mixture[name] for name in one} for one, mixture in zip(columns, mixtures, strict=True)),
-            tuple(name for one in found for name, begin in one.items() if begin == NEVER),
-        )
-
-    @property
-    def read(self) -> int:
-        """The first column in which an adapter may act."""
-        return min(pad + end for pad, end in zip(self.pads, self.ends, strict=True))
-
-    def begins(self, start: int) -> tuple[dict[str, int], ...] | None:
-        """The columns in which adapters begin to act, for `Mixer.active`; None if all act from column `start` on."""
-        return self.columns if any(begin > start for one in self.columns for begin in one.values()) else None
 
 
 @contextmanager

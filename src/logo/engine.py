@@ -34,8 +34,7 @@ from logo.decoding import (
 )
 from logo.endings import cut_pieces
 from logo.errors import LoGoError, PoolError, UsageError, check_type, listed
-from logo.mixing import Mixer
-from logo.mixing.store import adapter_store
+from logo.mixing import AdapterCache, Mixer, Mixture
 from logo.models import check_mode, check_usable, context_length, devices, lock_of
 from logo.opening import from_pretrained
 from logo.prefix_cache import PrefixCache, reusable
@@ -72,11 +71,10 @@ class LoGo:
         truncation: how prompts are cut that are too long.
         probe_context: the adapters that are active while probing; other than `"base"` for the paper's signals alone.
         adapter_memory_gb: memory (10⁹ bytes) for adapters on the devices of the model; None: a share of the free
-            memory, see `logo.mixing`.
-        adapter_cache_gb: host memory for adapter files, beside an accelerator; None: as much as `adapter_memory_gb`.
+            memory. Half of it is for loaded adapters, half for the copies that a batch multiplies.
         prefix_cache_gb: memory for what the base model reads before adapters act that act from a position on only.
-        merge: add the mixture of a single sequence to a copy of the weights, so that decoding costs what the base model
-            costs. None: if that pays and does not round to half precision; see `logo.mixing`.
+        merge: add a mixture that all rows of a batch share to a copy of the weights, so that decoding costs what the
+            base model costs. None: for long answers, unless that rounds to half precision; see `logo.mixing.Mixer`.
         on_bad_adapter: what to do with adapters that do not fit the base model.
 
     Raises:
@@ -86,7 +84,7 @@ class LoGo:
     Attributes:
         model, tokenizer, pool, settings, probe_context: the same.
         prompts: turns prompts into token ids.
-        store: the adapters on the devices of the model.
+        adapter_cache: the adapters on the devices of the model.
         prefix_cache: None: the model keeps more than keys and values, so that prompts are read under their mixtures.
     """
 
@@ -101,7 +99,6 @@ class LoGo:
         truncation: Truncation | None = None,
         probe_context: ProbeContext = "base",
         adapter_memory_gb: float | None = None,
-        adapter_cache_gb: float | None = None,
         prefix_cache_gb: float = 0.25,
         merge: bool | None = None,
         on_bad_adapter: OnBadAdapter = "error",
@@ -119,8 +116,8 @@ class LoGo:
         self.prompts = Prompts(tokenizer, *limits)
         self._generation_config, self._on_bad_adapter = generation_config, on_bad_adapter
         self._layout = BaseLayout.of(model)
-        self.store = adapter_store(model, adapter_memory_gb, adapter_cache_gb)
-        self._mixer = Mixer(model, self.store, merge)
+        self.adapter_cache = AdapterCache.of(model, adapter_memory_gb)
+        self._mixer = Mixer(model, self.adapter_cache, merge)
         self.prefix_cache = PrefixCache(model, int(prefix_cache_gb * 1e9)) if reusable(model) else None
         self._decoder = Decoder(model, self.prompts, self._mixer, self.prefix_cache)
         self._carried: tuple[str, ...] | None = None  # the adapters that the last prompt selected
@@ -174,9 +171,9 @@ class LoGo:
         return tuple(point.name for point in self.scorer.points)
 
     @property
-    def merging(self) -> dict[str, Any]:
-        """The settings by which a mixture is merged, for JSON; see `logo.mixing`."""
-        return self._mixer.merging
+    def merge(self) -> bool | None:
+        """Whether mixtures are merged into the weights, as it was asked for; None: where it pays."""
+        return self._mixer.merge
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -376,7 +373,7 @@ class LoGo:
         scores = torch.empty(len(rows), len(scorer.names))
         lengths = [len(windowed(row, scorer.signal.window)) for row in probed]
         for batch in batches_by_length(lengths, batch_size, tokens=MAX_TOKENS):
-            with self._mixer.active(self._fitted, [dict.fromkeys(active, 1.0)]):
+            with self._mixer.active(self._fitted, [Mixture(dict.fromkeys(active, 1.0))]):
                 scores[batch] = scorer([probed[i] for i in batch], [among[i] for i in batch])
         return scores
 
@@ -384,7 +381,7 @@ class LoGo:
         """Selects as the official code: adapters of the last selection are active at full scale while probing."""
         pool, before, scorer = self._fitted, self._carried, self._scorer(call.signal)
         active = pool.names if before is None else tuple(name for name in before if name in pool)
-        with self._mixer.active(pool, [dict.fromkeys(active, 1.0)]):
+        with self._mixer.active(pool, [Mixture(dict.fromkeys(active, 1.0))]):
             [scores] = scorer([self._probed(row)], [call.candidates])
         found = scorer.selector.outcome(scores, call)
         if isinstance(found, Selection):

@@ -69,7 +69,7 @@ class MissingLibrary(LoGoError, ImportError):
     """A library of an extra that is not installed; the message says what installs it."""
 
 
-class StoreFull(LoGoError, RuntimeError):
+class CacheFull(LoGoError, RuntimeError):
     """The adapters in use at one time do not fit into the memory for adapters."""
 
 

@@ -27,7 +27,7 @@ LOCAL = "local"
 ENGINES = {"vllm": "logo.backends.vllm.opening"}
 # Options of `from_pretrained` that load the base model, and those of `LoGo` beside them; all others are settings.
 LOADING_OPTIONS = ("device", "dtype", "device_map", "attn_implementation", "quantization_config", "model_kwargs")
-LOCAL_OPTIONS = ("probe_context", "adapter_memory_gb", "adapter_cache_gb", "prefix_cache_gb", "merge")
+LOCAL_OPTIONS = ("probe_context", "adapter_memory_gb", "prefix_cache_gb", "merge")
 
 
 def from_pretrained(

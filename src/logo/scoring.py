@@ -15,7 +15,7 @@ from logo.adapters.pool import AdapterPool
 from logo.core import Prompt
 from logo.decoding import batches_by_length, input_device, padded
 from logo.errors import ModelError, UsageError
-from logo.mixing import Mixer, begins
+from logo.mixing import Mixer, Mixture
 from logo.prompts import Prompts, answer_lead, is_conversation
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def score_pairs(
         batch_size: rows of one forward pass; fewer if they are long (`MAX_TOKENS`, `MAX_LOGITS`).
 
     Raises:
-        StoreFull: the adapters of a batch do not fit into the memory for adapters.
+        CacheFull: the adapters of a batch do not fit into the memory for adapters.
     """
     late = not all(activation.everywhere for activation in pool.activations)
     rows = continued_rows(pairs, mixtures, prompts.context, apart=late)
@@ -193,8 +193,7 @@ def score_pairs(
             batches[:0] = [numbers[:half], numbers[half:]]
             continue
         ids, mask = padded([row.ids for row in batch], prompts.pad_id, "right", input_device(model))
-        opening = [begins(pool, row.mixture, row.prompt) for row in batch] if late else None
-        with mixer.active(pool, [row.mixture for row in batch], begins=opening):
+        with mixer.active(pool, [Mixture.of(pool, row.mixture, row.prompt) for row in batch]):
             logits = logits_at(model, ids, needed, mask)
         for row, found in zip(batch, logits, strict=True):
             for number, (start, gold) in row.golds.items():

@@ -2,7 +2,7 @@
 
     <adapter>/examples.jsonl        one JSON object per line: `{"prompt": "..."}`
 
-The base model describes an adapter's prompts by them (`logo.selection.signature`). Examples are read from the folder of
+The base model describes an adapter's prompts by them (`logo.selection.examples`). Examples are read from the folder of
 the adapter, and are never sent anywhere.
 """
 

@@ -14,10 +14,10 @@ from typing import Any
 from logo.api.validation import shown
 from logo.errors import (
     AdapterError,
+    CacheFull,
     NotFinite,
     PoolError,
     StorageError,
-    StoreFull,
     Unsure,
     UsageError,
     is_out_of_memory,
@@ -70,7 +70,7 @@ class ApiError(Exception):
             return failed(str(error), "not_finite")
         if isinstance(error, NotReady):
             return unavailable(shown_line(str(error)), retry_after=1)
-        if isinstance(error, StoreFull):  # there may be room once other requests are done
+        if isinstance(error, CacheFull):  # there may be room once other requests are done
             return unavailable(shown_line(str(error)), retry_after=1)
         if is_out_of_memory(error):
             return unavailable("out of memory for this request; send a shorter prompt or ask for fewer tokens")

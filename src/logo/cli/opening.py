@@ -32,7 +32,6 @@ _SLOTS = """vLLM keeps adapters in slots: `--vllm-options '{"max_loras": N, "max
 _INSTEAD = {
     "allow_pickle": "vLLM's processes only read safetensors",
     "adapter_memory_gb": _SLOTS,
-    "adapter_cache_gb": _SLOTS,
     "merge": "nothing is merged there; leave it out",
     "device": "set CUDA_VISIBLE_DEVICES",
     "device_map": """use `--vllm-options '{"tensor_parallel_size": N}'`""",
@@ -109,7 +108,6 @@ class Opened:
             self.pool,
             settings=settings,
             adapter_memory_gb=options.adapter_memory_gb,
-            adapter_cache_gb=options.adapter_cache_gb,
             prefix_cache_gb=DEFAULT_PREFIX_CACHE_GB if options.prefix_cache_gb is None else options.prefix_cache_gb,
             merge=options.merge,
             on_bad_adapter=options.on_bad_adapter,

@@ -130,11 +130,8 @@ class EngineOptions:
     adapter_memory_gb: float | None = _pool(
         None, "Memory for adapters on the model's device, in GB.", "0.3 of what the model leaves free", min=0.0
     )
-    adapter_cache_gb: float | None = _pool(
-        None, "Host memory for adapter files beside a GPU, in GB.", "as --adapter-memory-gb", min=0.0
-    )
     merge: bool | None = _pool(
-        None, "Merge the mixture of one sequence into a copy of the weights.", "float32: yes", "--merge/--no-merge"
+        None, "Merge the mixture into a copy of the weights.", "float32: where faster", "--merge/--no-merge"
     )
     prefix_cache_gb: float | None = _probe(
         None, "Memory for what is read before adapters act that act from a position on only, in GB.", "0.25", min=0.0

@@ -51,7 +51,7 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: serve_ray.Repl
     for flag in changed(engine, "merge").values():
         raise UsageError(
             f"{flag} is not for this server, in which sequences with different mixtures share batches and nothing is "
-            "folded; leave it out"
+            "merged; leave it out"
         )
     need("the server", "fastapi", "uvicorn", "prometheus_client")
     if server.log_prompts and not server.log_json:

@@ -39,7 +39,6 @@ _CPU_BLOCK = 32
 INSTEAD = {
     "allow_pickle": "vLLM's processes only read safetensors",
     "adapter_memory_gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
-    "adapter_cache_gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
     "merge": "vLLM keeps adapters in slots",
     "prefix_cache_gb": "vLLM caches prefixes itself",
     "device": "set CUDA_VISIBLE_DEVICES",

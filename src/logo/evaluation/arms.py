@@ -257,7 +257,7 @@ def _by_part(arms: Sequence[Arm], value: Callable[[Arm], _V]) -> dict[str, dict[
 
 def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
     first = next(iter(engines.values()))
-    model, merge = first.model, first.merging["asked"]
+    model, merge = first.model, first.merge
     signals = {
         name: {
             # `rule_of_weights` has the threshold where it matters.

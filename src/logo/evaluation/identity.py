@@ -50,7 +50,7 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
         "base_model": PurePath(base_model).name,
         **digests(logo),
         "dtype": str(logo.model.dtype).removeprefix("torch."),
-        "merge": logo.merging["asked"],
+        "merge": logo.merge,
         "settings": {
             **settings,
             "probe_context": logo.probe_context,

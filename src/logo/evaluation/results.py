@@ -178,7 +178,6 @@ def run_record(
     identity: Mapping[str, object] | None = None,
     found_out: Mapping[str, object] | None = None,
     environment: Mapping[str, object] | None = None,
-    merging: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """The content of `run.json`: enough to repeat the run and to recognise it.
 
@@ -195,7 +194,6 @@ def run_record(
             which the same run is known again.
         found_out: what the method found out about the dataset before its first prompt.
         environment: what the rows were answered on, see `logo.evaluation.identity.environment`.
-        merging: what decides whether a mixture is merged or gated (`LoGo.merging`).
     """
     plain: dict[str, Any] = without_secrets(json.loads(json.dumps(dict(options), default=str)))
     return {
@@ -209,7 +207,6 @@ def run_record(
         "fingerprint": fingerprint({**(identity or {}), "pool": dict(pool)}),
         "found_out": dict(found_out or {}),
         "environment": dict(environment or {}),
-        "merging": dict(merging or {}),
         "device": device,
         "versions": versions(),
     }

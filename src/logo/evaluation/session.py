@@ -44,7 +44,6 @@ class Facts:
         pool: SHA-256 by name of the adapters in use.
         order: why a row's result depends on the rows before it; None if it does not.
         device: in words.
-        merging: what decides whether mixtures are merged or gated.
         signal: the signal that scores adapters.
         options: every option of the command, as it was used, for `run.json`.
         loading: seconds that opening the engine took.
@@ -55,7 +54,6 @@ class Facts:
     pool: Mapping[str, str]
     order: str | None
     device: str
-    merging: Mapping[str, Any]
     signal: str
     options: Mapping[str, Any]
     loading: float
@@ -232,7 +230,6 @@ class Underway:
             identity=self.plan.identity,
             found_out=found_out,
             environment=self.plan.environment,
-            merging=facts.merging,
         )
         files = result_files(
             result,
@@ -287,7 +284,6 @@ class Session(Evaluation):
             pool=dict(self.pool),
             order=order_dependence(self.logo, self.generation),
             device=self._device,
-            merging=self.logo.merging,
             signal=self.logo.settings.signal,
             options=self.options,
             loading=self.loading,

@@ -135,7 +135,7 @@ class Facts:
     Attributes:
         names: of the adapters.
         pool: their SHA-256 by name.
-        settings: dtype, device, whether mixtures are folded, if it was asked for, and the settings of each signal.
+        settings: dtype, device, whether mixtures are merged, if it was asked for, and the settings of each signal.
         digests: of the base model (`logo.evaluation.identity.digests`).
         environment: see `logo.evaluation.identity.environment`.
         in_order: whether a selection depends on earlier prompts.

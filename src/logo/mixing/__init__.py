@@ -1,22 +1,6 @@
-"""The gated LoRA: a store of adapters, one low-rank product per module with a gate per row, or a mixture folded in."""
+"""The gated LoRA: adapters on the model's devices, and each row's mixture beside the weights or merged into them."""
 
-from logo.mixing.activated import NEVER, begins
-from logo.mixing.costs import Work
-from logo.mixing.folding import Folder
-from logo.mixing.gated import GatedLoRA, Gates
-from logo.mixing.mixer import Form, Mixer
-from logo.mixing.stacks import Stack
-from logo.mixing.store import AdapterStore
+from logo.mixing.cache import AdapterCache
+from logo.mixing.mixer import Form, Mixer, Mixture
 
-__all__ = [
-    "NEVER",
-    "AdapterStore",
-    "Folder",
-    "Form",
-    "GatedLoRA",
-    "Gates",
-    "Mixer",
-    "Stack",
-    "Work",
-    "begins",
-]
+__all__ = ["AdapterCache", "Form", "Mixer", "Mixture"]

@@ -1,35 +1,68 @@
-"""`Mixer`: makes names and weights per row into an active mixture on the model, folded or gated."""
+"""`Mixer`: activates one mixture per row of a batch on a model, in one of three forms.
+
+none      no row has an adapter: nothing is changed and no hook is set
+merged    all rows have the same mixture: it is added to a copy of the weights
+gated     every row has its own: all adapters of the batch are multiplied side by side, with a gate for each row
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from logo.adapters.activation import Activation
 from logo.adapters.format import Adapter
-from logo.adapters.layout import adaptable_modules
+from logo.adapters.layout import text_config
 from logo.adapters.pool import AdapterPool
-from logo.mixing.activated import OpeningGates
-from logo.mixing.costs import EXPECTED, KINDS, Work, folding_pays, kind_of
-from logo.mixing.folding import Folder, foldable
-from logo.mixing.gated import GatedLoRA, Gates
-from logo.mixing.groups import GroupedMixture, Groups, cheapest
-from logo.mixing.placement import device_of
-from logo.mixing.stacks import Copies, GroupedStack, Stack, grouped, ranks, stacked
-from logo.mixing.store import AdapterStore, Hold
+from logo.core import Form
+from logo.errors import UsageError
+from logo.mixing.cache import AdapterCache
+from logo.mixing.gates import Gates, OpeningGates, adding, hooked
+from logo.mixing.merge import Merger, mergeable
 from logo.models import lock_of
 
-# The form of a mixture: none, added to the weights, or gated beside them.
-Form = Literal["base", "folded", "gated"]
 
-# For each row: adapter name -> the first column in which it acts.
-Begins = Sequence[Mapping[str, int]]
+@dataclass(frozen=True)
+class Mixture:
+    """The mixture of one row: the weighted sum of adapters, each from a position on.
 
-# Assumed tokens of a row if the work is not known: one pass over a short prompt.
-_A_PROMPT = 64
+    Attributes:
+        weights: adapter name -> weight.
+        begins: adapter name -> the first column in which it acts, counted with padding and cached tokens. Adapters that
+            are missing act everywhere.
+    """
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    begins: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pool: AdapterPool, weights: Mapping[str, float], prompt: Sequence[int]) -> Mixture:
+        """A mixture for a prompt, whose tokens say where each adapter acts; those that do not act are left out.
+
+        Raises:
+            UsageError: see `Activation.begin`; the message names the adapter.
+        """
+        begins, known = dict[str, int](), dict[Activation, int | None]()
+        for name in weights:
+            activation = pool[name].activation
+            if activation not in known:
+                try:
+                    known[activation] = activation.begin(prompt)
+                except UsageError as error:
+                    raise UsageError(f"adapter {name!r}: {error}") from None
+            begin = known[activation]
+            if begin is not None:
+                begins[name] = begin
+        return cls({name: weights[name] for name in begins}, {name: begin for name, begin in begins.items() if begin})
+
+    def shifted(self, pads: int, read: int = 0) -> Mixture:
+        """The same in a row with so many columns of padding in front, the first `read` of which are read already."""
+        moved = {name: begin + pads for name, begin in self.begins.items()}
+        return Mixture(self.weights, {name: begin for name, begin in moved.items() if begin > read})
 
 
 class Mixer:
@@ -37,121 +70,78 @@ class Mixer:
 
     Args:
         model: the base model.
-        store: its adapters.
-        fold: whether one mixture for all rows is folded into the weights if that is possible; None: if it pays and
-            the weights are not of half precision (`logo.mixing.costs`).
+        cache: its adapters.
+        merge: whether one mixture for all rows is merged into the weights wherever that is possible; None: if it pays
+            and the weights are not of half precision, where `W + ΔW` would be rounded and could change the answer.
     """
 
-    def __init__(self, model: nn.Module, store: AdapterStore, fold: bool | None = None) -> None:
-        modules = adaptable_modules(model)
-        self.store = store
+    def __init__(self, model: nn.Module, cache: AdapterCache, merge: bool | None = None) -> None:
+        self.cache = cache
+        self.merge = merge
         self._model, self._lock = model, lock_of(model)
-        self._gated = GatedLoRA(modules)
-        self._folder = Folder(modules)
-        self._fold = fold
-        self._read = kind_of(device_of(model)).group_read
-        self._last: tuple[Hold, dict[str, Stack]] | None = None
-        self._copies = Copies()
-        self._groups: tuple[Hold, tuple[tuple[int, ...], ...], dict[str, GroupedStack]] | None = None
-
-    @property
-    def folding(self) -> dict[str, Any]:
-        """The settings by which a mixture is folded, for JSON; see `logo.mixing.costs`."""
-        return {
-            "asked": self._fold,
-            "expected": EXPECTED,
-            "read": {name: kind.fold_read for name, kind in KINDS.items()},
-        }
+        self._merger = Merger(cache.modules)
 
     @contextmanager
-    def active(
-        self,
-        pool: AdapterPool,
-        rows: Sequence[Mapping[str, float]],
-        work: Work | None = None,
-        begins: Begins | None = None,
-    ) -> Iterator[Form]:
-        """Activates one mixture per row of the batch, or one for all rows; no hook is set if no row has an adapter.
+    def active(self, pool: AdapterPool, mixtures: Sequence[Mixture], passes: float = 1) -> Iterator[Form]:
+        """Activates one mixture per row of the batch, or one for all rows, inside the block.
 
         Args:
             pool: fitted to the model.
-            rows: adapter name -> weight. The union of the names is the working set, the weights are the gates.
-            work: what the mixture will be used for, by which its form is chosen; None: not known.
-            begins: for each row, adapter name -> the first column in which it acts (default 0), counted with padding
-                and cached tokens. None: all act everywhere.
+            mixtures: of each row. A batch of a multiple of them repeats every row that many times.
+            passes: forward passes that are expected inside the block; merging pays for many.
 
         Yields:
-            The form, which depends on the arguments, the sizes, the dtype and the kind of device alone.
+            The form, which depends on the arguments, the sizes and the dtype alone.
 
         Raises:
             UsageError: another mixture is active.
-            StoreFull: the adapters do not fit into the memory for adapters.
+            CacheFull: the adapters do not fit into the memory for adapters.
         """
-        used = {name for row in rows for name in row}
-        names = tuple(name for name in pool.names if name in used)
+        used = {name for mixture in mixtures for name in mixture.weights}
+        names = [name for name in pool.names if name in used]
         with self._lock.running(mixed=bool(names)):
             if not names:
-                yield "base"
+                yield "none"
                 return
             adapters = [pool[name] for name in names]
-            weights = torch.tensor([[row.get(name, 0.0) for name in names] for row in rows])
-            with self.store.held([self.store.source(adapter) for adapter in adapters]) as hold:
-                if begins is not None and any(any(row.values()) for row in begins):
-                    gates = OpeningGates(
-                        weights, torch.tensor([[begin.get(name, 0) for name in names] for begin in begins])
-                    )
-                    with gates.following(self._model), self._gated.active(self._stacked(hold), gates):
+            weights = torch.tensor([[mixture.weights.get(name, 0.0) for name in names] for mixture in mixtures])
+            with self.cache.held(adapters) as hold:
+                if self._merges(adapters, mixtures, passes):
+                    key = tuple(adapter.file for adapter in adapters), tuple(weights[0].tolist())
+                    with self._merger.active(key, lambda: self.cache.stacks(hold).modules, weights[0]):
+                        yield "merged"
+                    return
+                stacks = self.cache.stacks(hold).modules
+                if any(mixture.begins for mixture in mixtures):
+                    begins = torch.tensor([[mixture.begins.get(name, 0) for name in names] for mixture in mixtures])
+                    opening = OpeningGates(weights, begins)
+                    hooks = {path: adding(stack, opening) for path, stack in stacks.items()}
+                    with opening.following(self._model), hooked(self.cache.modules, hooks):
                         yield "gated"
                     return
-                form, context = self._chosen(hold, adapters, weights, work)
-                with context:
-                    yield form
-
-    def _chosen(
-        self, hold: Hold, adapters: Sequence[Adapter], weights: torch.Tensor, work: Work | None
-    ) -> tuple[Form, AbstractContextManager[Any]]:
-        if bool((weights == weights[0]).all()):
-            if self._folds(hold, work):
-                return "folded", self._folder.active(hold.keys, lambda: self._stacked(hold), weights[0])
-            return "gated", self._gated.active(self._stacked(hold), Gates(weights[:1]))
-        rows, sizes = len(weights), [float(adapter.parameters) for adapter in adapters]
-        room = (self.store.budget - self.store.bytes) / self.store.dtype.itemsize
-        groups = cheapest(weights, sizes, work or Work(_A_PROMPT * rows, rows, 0), self._read, room)
-        if len(groups.adapters) == 1:
-            return "gated", self._gated.active(self._stacked(hold), Gates(weights))
-        return "gated", self._gated.grouped(self._grouped(hold, groups), GroupedMixture(groups, weights))
+                gates = Gates(weights[:1] if bool((weights == weights[0]).all()) else weights)
+                with hooked(self.cache.modules, {path: adding(stack, gates) for path, stack in stacks.items()}):
+                    yield "gated"
 
     def prefetch(self, pool: AdapterPool, names: Sequence[str]) -> None:
-        """Begins to load these adapters into the store."""
-        self.store.prefetch([self.store.source(pool[name]) for name in names])
+        """Begins to load these adapters."""
+        self.cache.prefetch([pool[name] for name in names])
 
     def forget(self, pool: AdapterPool) -> None:
         """Drops everything that does not belong to this pool, after it has changed."""
-        self._last = self._groups = None
-        self._copies.clear()
-        self._folder.forget()
-        self.store.retain({adapter.file for adapter in pool})
+        self._merger.forget()
+        self.cache.retain({adapter.file for adapter in pool})
 
-    def _folds(self, hold: Hold, work: Work | None) -> bool:
-        if self._fold is False or (self._fold is None and work is None):
+    def _merges(self, adapters: Sequence[Adapter], mixtures: Sequence[Mixture], passes: float) -> bool:
+        """Whether these mixtures are one that is merged."""
+        if self.merge is False or any(one.begins or one.weights != mixtures[0].weights for one in mixtures):
             return False
-        modules, touched = self._gated.modules, ranks(self.store, hold)
-        if not all(foldable(modules[path]) for path in touched):
+        modules = {path: self.cache.modules[path] for adapter in adapters for path in adapter.modules}
+        if not all(mergeable(module) for module in modules.values()):
             return False
-        wanted = self._fold is True or (work is not None and folding_pays(touched, modules, work))
-        return wanted and self._folder.fits(touched)
-
-    def _stacked(self, hold: Hold) -> dict[str, Stack]:
-        """The stacks of what is held; the last ones are cached, so that the same adapters are not copied again."""
-        # They stay valid, since the columns of a resident do not move.
-        if self._last is None or self._last[0] != hold:
-            self._last = None
-            self._last = hold, stacked(self.store, hold)
-        return self._last[1]
-
-    def _grouped(self, hold: Hold, groups: Groups) -> dict[str, GroupedStack]:
-        """The stacks of what is held, for groups of rows; the last ones are cached."""
-        if self._groups is None or self._groups[:2] != (hold, groups.adapters):
-            self._groups = None  # so that the memory of their copies is free
-            self._groups = hold, groups.adapters, grouped(self.store, hold, groups.adapters, self._copies)
-        return self._groups[2]
+        if not self.merge:
+            exact = all(module.weight.element_size() >= 4 for module in modules.values())  # type: ignore[operator]
+            # Merging computes about as much as gating half as many tokens as the model is wide; a pass is worth 16.
+            if not exact or 32 * passes < text_config(self._model).hidden_size:
+                return False
+        return self._merger.fits(modules)

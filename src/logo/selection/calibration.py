@@ -17,11 +17,11 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save
@@ -33,14 +33,17 @@ from logo.adapters.format import Adapter
 from logo.adapters.layout import linear_shape
 from logo.errors import ModelError
 from logo.files import read_cached, write_cached
-from logo.models import stored, tensor_of
-from logo.selection.index import ScoringIndex, Wanted, read_indices
+from logo.identity import base_digest
+from logo.models import tensor_of
+from logo.selection.index import Wanted, read_indices
 from logo.selection.points import Plan, Point
 from logo.selection.probe import Probe, padded, pick
-from logo.selection.reference import FADING, choose, contrast, emphasised, finished, row_means
+from logo.selection.reference import FADING, choose, contrast, finished, late_weights, row_means
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 from logo.selection.whitening import SHRINKAGE, SKETCHED, Whitening
+
+_T = TypeVar("_T")
 
 # Fewer points than allowed are read if they agree with all that are allowed at least this well.
 ENOUGH = 0.985
@@ -49,7 +52,6 @@ _HELD_BYTES = 2**30
 _BATCH = 16
 # To be raised when the content of the stored files changes its meaning.
 _FORMAT = 5
-_SAMPLED = 64
 # Types whose values are the weights themselves; quantised weights have scales somewhere else.
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -100,8 +102,7 @@ class Store:
         """Stores all tensors of a name."""
         self._used.add(name)
         given, file = {key: tensor.contiguous() for key, tensor in tensors.items()}, f"{name}.safetensors"
-        data = b"" if self._folder is None else save(given)
-        if self._folder is not None and write_cached(self._folder, file, data):
+        if self._folder is not None and write_cached(self._folder, file, save(given)):
             self._written.add(name)
             if not hold:
                 return
@@ -142,6 +143,44 @@ TextRunner = Callable[[Sequence[Point], Texts, Signal], Iterator[HiddenVectors]]
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What the base model reads for a calibration, and where the results are.
+
+    Attributes:
+        model: the base model, with no adapter active; or a skeleton of it.
+        signal: how texts are read.
+        texts: those of the calibration.
+        store: holds responses, whitenings and descriptions.
+        key: names them there, by a digest of the base model, the texts and the reading.
+    """
+
+    model: nn.Module
+    signal: Signal
+    texts: Texts
+    store: Store
+    key: str
+
+    @classmethod
+    def of(cls, model: nn.Module, signal: Signal, texts: Texts, store: Store) -> Reading:
+        """The reading with its key."""
+        name = getattr(signal.score, "__name__", "")
+        how: list[Any] = [signal.input, signal.token, signal.scale, name, signal.readings, signal.window]
+        if signal.plugin is not None:  # of a fused projection, one layer's query or all rows are read
+            how += [signal.plugin, signal.layers]
+        if signal.token == "tail":  # where adapters act in these texts; see `logo.adapters.activation.earliest`
+            how += [[list(a.tokens), a.last, *({a.without} - {OFF, ERROR})] for a in signal.activations]
+        rows = [[list(row) for row in part] for part in (texts.neutral, texts.requests)]
+        parts = json.dumps([_FORMAT, SHRINKAGE, SKETCHED, FADING, how, rows, base_digest(model)])
+        key = f"calibration/{hashlib.sha256(parts.encode()).hexdigest()[:24]}"
+        return cls(model, signal, texts, store, key)
+
+    def whitening(self, point: Point) -> Whitening | None:
+        """The whitening of the input of a point's module; None if there is none yet."""
+        tensors = self.store.get(f"{self.key}/whitening/{point.module}", hold=False)
+        return Whitening(**tensors) if set(tensors) == {"mean", "basis", "gain"} else None
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The responses of a pool's adapters to neutral texts and requests at the points that are read.
 
@@ -165,102 +204,52 @@ class Calibration:
     seconds: float
 
 
-def calibrate(
-    model: nn.Module, plan: Plan, signal: Signal, texts: Texts, store: Store, key: str, run: TextRunner
-) -> Calibration:
+def calibrate(reading: Reading, plan: Plan, run: TextRunner) -> Calibration:
     """Calibrates adapters, with stored responses where there are any, and chooses the points to read.
 
     Args:
-        model: the base model, with no adapter active; or a skeleton of it.
         plan: the adapters that are scored, and the points that may be read.
-        signal: how they are read.
-        texts: what is read, cut to the signal's window.
-        store: where responses and whitenings are.
-        key: of this base model, these texts and this reading; see `key_of`.
         run: runs the base model.
     """
-    started, readings, count = time.perf_counter(), signal.readings, len(texts.neutral)
-    shape, candidates = (readings, len(texts.rows)), plan.points
-    files = {adapter.name: f"{key}/{adapter_key(adapter)}" for adapter in plan.adapters}
+    started, store, neutral_count = time.perf_counter(), reading.store, len(reading.texts.neutral)
+    shape, candidates = (reading.signal.readings, len(reading.texts.rows)), plan.points
+    files = {adapter.name: f"{reading.key}/{adapter_key(adapter)}" for adapter in plan.adapters}
     known = {name: dict(store.get(file, shape)) for name, file in files.items()}
     missing = {
         point: [a for a in plan.adapters if point.module in a.modules and point.module not in known[a.name]]
         for point in candidates
     }
-    measured = _measure(model, {point: some for point, some in missing.items() if some}, signal, texts, store, key, run)
-    for name, responses in measured.items():
-        known[name] |= responses
+    measured = _measure(reading, {point: some for point, some in missing.items() if some}, run)
+    for name, found in measured.items():
+        known[name] |= found
         store.put(files[name], known[name])
     nothing = torch.full(shape, torch.nan)
     responses = torch.stack(
         [torch.stack([known[a.name].get(p.module, nothing) for p in candidates], dim=1) for a in plan.adapters]
     )  # (adapters, readings of a point, candidates, texts)
-    neutral, requests = responses[:, 0, :, :count], responses[:, 0, :, count:]
+    neutral, requests = responses[:, 0, :, :neutral_count], responses[:, 0, :, neutral_count:]
     chosen = choose(neutral, requests, plan.most, ENOUGH) if plan.most else list(range(len(candidates)))
     points, read = tuple(candidates[i] for i in chosen), responses[:, :, chosen].flatten(1, 2)
     ranking: list[tuple[Point, float]] = []
     if plan.most:
         values = contrast(neutral, requests).tolist()
         ranking = sorted(zip(candidates, values, strict=True), key=lambda entry: -entry[1])
-    norms, seconds = _weight_norms(model, points, store, key), time.perf_counter() - started
-    return Calibration(points, tuple(ranking), read[..., :count], read[..., count:], norms, len(measured), seconds)
+    norms, seconds = _weight_norms(reading, points), time.perf_counter() - started
+    parts = read[..., :neutral_count], read[..., neutral_count:]
+    return Calibration(points, tuple(ranking), *parts, norms, len(measured), seconds)
 
 
-def whitenings(
-    model: nn.Module, points: Sequence[Point], signal: Signal, texts: Texts, store: Store, key: str, run: TextRunner
-) -> dict[str, Whitening]:
-    """Module of a point -> the whitening of its input, stored or computed now; empty if the signal does not whiten.
-    Arguments as `calibrate`."""
-    if signal.scale != "whitened":
+def whitenings(reading: Reading, points: Sequence[Point], run: TextRunner) -> dict[str, Whitening]:
+    """Module of a point -> the whitening of its input, stored or computed now; empty if the signal does not whiten."""
+    if reading.signal.scale != "whitened":
         return {}
-    unknown = [point for point in points if _whitening_at(point, store, key) is None]
-    _measure(model, {point: [] for point in unknown}, signal, texts, store, key, run)
-    found = {point.module: _whitening_at(point, store, key) for point in points}
+    _measure(reading, {point: [] for point in points if reading.whitening(point) is None}, run)
+    found = {point.module: reading.whitening(point) for point in points}
     return {module: whitening for module, whitening in found.items() if whitening is not None}
 
 
-def key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
-    """The name under which a calibration is stored: a digest of the base model, the texts and the reading."""
-    config: Any = model.config
-    settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    name = getattr(signal.score, "__name__", "")
-    reading: list[Any] = [signal.input, signal.token, signal.scale, name, signal.readings, signal.window]
-    if signal.plugin is not None:  # of a fused projection, one layer's query or all rows are read
-        reading += [signal.plugin, signal.layers]
-    if signal.token == "tail":  # where adapters act in these texts; see `logo.adapters.activation.earliest`
-        reading += [[list(a.tokens), a.last, *({a.without} - {OFF, ERROR})] for a in signal.activations]
-    rows = [[list(row) for row in part] for part in (texts.neutral, texts.requests)]
-    parts = [_FORMAT, SHRINKAGE, SKETCHED, FADING, reading, rows, settings]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for name, tensor in stored(model):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        # A skeleton of a model has its weights elsewhere, and holds a sample of them.
-        sample = getattr(tensor, "sample", None) if hasattr(tensor, "read") else sampled(tensor_of(model, name))
-        if sample is not None:
-            digest.update(sample.numpy().tobytes())
-    digest.update(getattr(model, "others", b""))
-    return f"calibration/{digest.hexdigest()[:24]}"
-
-
-def sampled(tensor: Tensor) -> Tensor:
-    """A sample of a tensor, float32 on the CPU: reading a large model whole takes longer than calibrating."""
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].to("cpu", torch.float32)
-
-
-def _whitening_at(point: Point, store: Store, key: str) -> Whitening | None:
-    tensors = store.get(f"{key}/whitening/{point.module}", hold=False)
-    return Whitening(**tensors) if set(tensors) == {"mean", "basis", "gain"} else None
-
-
 def _measure(
-    model: nn.Module,
-    wanted: Mapping[Point, Sequence[Adapter]],
-    signal: Signal,
-    texts: Texts,
-    store: Store,
-    key: str,
-    run: TextRunner,
+    reading: Reading, wanted: Mapping[Point, Sequence[Adapter]], run: TextRunner
 ) -> dict[str, dict[str, Tensor]]:
     """Runs the texts through the base model and scores adapters at points; whitenings of these points are stored.
 
@@ -271,66 +260,65 @@ def _measure(
         adapter name -> module of the point -> `a` (readings, texts), neutral ones first.
     """
     measured: dict[str, dict[str, Tensor]] = {}
-    for points in _groups(model, list(wanted), sum(map(len, texts.rows))):
-        read = dict(zip(points, run(points, texts, signal), strict=True))
-        latest: tuple[Tensor, Whitening] | None = None  # points of one layer may read the same tensor
-        asked = []
+    signal, rows = reading.signal, reading.texts.rows
+    tokens = sum(map(len, rows))
+    # Whole layers, of which as many are read in one pass as their hidden vectors have room.
+    by_layer = groupby(sorted(wanted, key=lambda point: point.layer), key=lambda point: point.layer)
+    layers = [list(points) for _, points in by_layer]
+    widths = {
+        point: getattr(linear_shape(reading.model.get_submodule(point.module)), "in_features", 0) for point in wanted
+    }
+    for group in portions(layers, lambda layer: 4 * tokens * sum(widths[point] for point in layer), _HELD_BYTES):
+        points = [point for layer in group for point in layer]
+        read = dict(zip(points, run(points, reading.texts, signal), strict=True))
+        asked, latest = [], None  # points of one layer may read the same tensor
         for point, vectors in read.items():
             whitening = None
             if signal.scale == "whitened":
-                whitening = _whitening_at(point, store, key)
+                whitening = reading.whitening(point)
                 if whitening is None:
                     if latest is None or latest[0] is not vectors.hidden:
-                        latest = vectors.hidden, _whitening(vectors, len(texts.neutral)).to(torch.device("cpu"))
+                        latest = vectors.hidden, _whitening(vectors, len(reading.texts.neutral))
                     whitening = latest[1]
-                    store.put(f"{key}/whitening/{point.module}", vars(whitening), hold=False)
+                    reading.store.put(f"{reading.key}/whitening/{point.module}", vars(whitening), hold=False)
                 latest = vectors.hidden, whitening
             if wanted[point]:
                 asked.append(Wanted(wanted[point], point, vectors.hidden.device, whitening))
-        for index in _indices(asked):
-            hidden, owners = read[index.point].responding
-            values = signal(index, hidden)
-            means = [emphasised(values, owners, len(texts.rows), late) for late in range(signal.readings)]
-            found = finished(torch.stack(means), signal.scale).cpu()  # (readings, texts, adapters)
-            for adapter, response in zip(index.adapters, found.permute(2, 0, 1), strict=True):
-                measured.setdefault(adapter.name, {})[index.point.module] = response.clone()
+        # In as few passes over the adapters as memory allows.
+        for part in portions(asked, lambda one: one.bytes, _HELD_BYTES):
+            for index in read_indices(part):
+                hidden, owners = read[index.point].responding
+                values = signal(index, hidden)
+                means = [row_means(values, owners, len(rows), one) for one in (None, late_weights(owners))]
+                found = finished(
+                    torch.stack(means[: signal.readings]), signal.scale
+                ).cpu()  # (readings, texts, adapters)
+                for adapter, response in zip(index.adapters, found.permute(2, 0, 1), strict=True):
+                    measured.setdefault(adapter.name, {})[index.point.module] = response.clone()
     return measured
+
+
+def portions(items: Iterable[_T], size: Callable[[_T], float], most: float) -> Iterator[list[_T]]:
+    """Neighbours in portions whose sizes sum to `most` at most, or of one item."""
+    part: list[_T] = []
+    held = 0.0
+    for item in items:
+        one = size(item)
+        if part and held + one > most:
+            yield part
+            part, held = [], 0.0
+        part.append(item)
+        held += one
+    if part:
+        yield part
 
 
 def _whitening(vectors: HiddenVectors, neutral: int) -> Whitening:
     """The whitening of neutral texts; if adapters act on the last tokens only, that of these tokens in all texts."""
-    hidden = vectors.hidden
-    if vectors.acted is None:
-        return Whitening.of(hidden[(vectors.owners < neutral).to(hidden.device)])
-    return Whitening.of_some(hidden, vectors.acted.to(hidden.device))
-
-
-def _indices(wanted: Sequence[Wanted]) -> Iterator[ScoringIndex]:
-    """Yields the indices, read in as few passes over the adapters as memory allows."""
-    part: list[Wanted] = []
-    for one in wanted:
-        if part and sum(other.bytes for other in part) + one.bytes > _HELD_BYTES:
-            yield from read_indices(part)
-            part = []
-        part.append(one)
-    yield from read_indices(part)
-
-
-def _groups(model: nn.Module, points: Sequence[Point], tokens: int) -> Iterator[list[Point]]:
-    """Yields points by layer, in groups of whole layers whose hidden vectors fit into memory together."""
-    group: list[Point] = []
-    size = 0
-    for _, layer in groupby(sorted(points, key=lambda point: point.layer), key=lambda point: point.layer):
-        part = list(layer)
-        shapes = [linear_shape(model.get_submodule(point.module)) for point in part]
-        bytes_needed = sum(4 * tokens * shape.in_features for shape in shapes if shape is not None)
-        if group and size + bytes_needed > _HELD_BYTES:
-            yield group
-            group, size = [], 0
-        group += part
-        size += bytes_needed
-    if group:
-        yield group
+    hidden, acted, cpu = vectors.hidden, vectors.acted, torch.device("cpu")
+    if acted is None:
+        return Whitening.of(hidden[(vectors.owners < neutral).to(hidden.device)]).to(cpu)
+    return Whitening.of_some(hidden, acted.to(hidden.device)).to(cpu)
 
 
 def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
@@ -362,14 +350,14 @@ def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: 
         yield HiddenVectors(joined[id(first)], torch.cat(owners), torch.cat(acted) if acted else None)
 
 
-def _weight_norms(model: nn.Module, points: Sequence[Point], store: Store, key: str) -> tuple[float, ...]:
+def _weight_norms(reading: Reading, points: Sequence[Point]) -> tuple[float, ...]:
     """`‖W‖_F` of the base model at each point, stored or measured now; NaN where it is not known."""
-    known = store.get(f"{key}/weights")
-    missing = [point for point in points if point.module not in known]
-    norms = {point.module: weight_norm(model, point) for point in missing}
+    name = f"{reading.key}/weights"
+    known = reading.store.get(name)
+    norms = {point.module: weight_norm(reading.model, point) for point in points if point.module not in known}
     finite = {module: torch.tensor(norm, dtype=torch.float64) for module, norm in norms.items() if math.isfinite(norm)}
     if finite:
-        store.put(f"{key}/weights", {**known, **finite})
+        reading.store.put(name, {**known, **finite})
     norms |= {module: float(norm) for module, norm in known.items()}
     return tuple(norms[point.module] for point in points)
 

@@ -21,16 +21,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from logo.selection.calibration import Store, TextRunner
+from logo.selection.calibration import Reading, TextRunner, portions
 from logo.selection.points import Point
-from logo.selection.reference import emphasised
+from logo.selection.reference import late_weights, row_means
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 from logo.selection.whitening import Whitening
@@ -45,8 +45,6 @@ REPLACED = 0.65
 _SLOPE = 0.23
 # The usual similarity to the prompts of unrelated adapters; in s̄ it counts like so many adapters.
 _USUAL, _USUAL_WEIGHT = 0.23, 4
-# The means that describe a prompt, as `emphasised` takes them: the even one and the late one.
-_KINDS = (0, 1)
 # Hidden vectors of examples that are held at once, in bytes, and texts that are read together.
 _HELD_BYTES = 2**29
 _TOGETHER = 1024
@@ -59,28 +57,15 @@ def described(hidden: Tensor, owners: Tensor, rows: int) -> Tensor:
         hidden: (vectors, d); a row's vectors are in the order of its tokens.
         owners: (vectors,): the row that each vector belongs to.
     """
-    return torch.stack([emphasised(hidden, owners, rows, late) for late in _KINDS], dim=1)
+    means = [row_means(hidden, owners, rows, weights) for weights in (None, late_weights(owners))]
+    return torch.stack(means, dim=1)
 
 
-@dataclass(frozen=True)
-class Space:
-    """The whitened space in which descriptions of one place are compared: a whitening for each kind of mean."""
-
-    whitenings: tuple[Whitening, ...]
-
-    @classmethod
-    def of(cls, descriptions: Tensor) -> Space:
-        """The space that descriptions (texts, 2, d) of ordinary texts give."""
-        return cls(tuple(Whitening.of(descriptions[:, kind]) for kind in _KINDS))
-
-    def __call__(self, descriptions: Tensor) -> Tensor:
-        """The whitened descriptions, (rows, 2, d) float32, on the device of the whitenings."""
-        given = descriptions.to(self.whitenings[0].mean.device, torch.float32)
-        return torch.stack([w.fold(given[:, i] - w.mean) for i, w in enumerate(self.whitenings)], dim=1)
-
-    def to(self, device: torch.device) -> Space:
-        """The same on another device."""
-        return Space(tuple(whitening.to(device) for whitening in self.whitenings))
+def whitened(spaces: Sequence[Whitening], descriptions: Tensor) -> Tensor:
+    """Descriptions (rows, 2, d) of one place, each kind of mean in its whitened space, as unit vectors (rows, 2, d)."""
+    given = descriptions.to(spaces[0].mean.device, torch.float32)
+    folded = [space.fold(given[:, kind] - space.mean) for kind, space in enumerate(spaces)]
+    return normalize(torch.stack(folded, dim=1), dim=2)
 
 
 @dataclass(frozen=True)
@@ -88,14 +73,14 @@ class Examples:
     """The described example prompts of a pool.
 
     Attributes:
-        spaces: one per place.
+        spaces: per place, the whitenings of both kinds of means.
         centres: per place, the mean whitened description of each adapter's examples, as unit vectors: (adapters with
-            examples, 2, d), where the place's space is.
+            examples, 2, d), where the place's spaces are.
         known: (adapters,) bool: which adapters have examples, in pool order.
         points: per place, the number of the first point that is read there.
     """
 
-    spaces: tuple[Space, ...]
+    spaces: tuple[tuple[Whitening, ...], ...]
     centres: tuple[Tensor, ...]
     known: Tensor
     points: tuple[int, ...]
@@ -103,8 +88,8 @@ class Examples:
     def similarities(self, descriptions: Sequence[Tensor]) -> Tensor:
         """`s`: (rows, adapters with examples) on the CPU, of descriptions (rows, 2, d) per place."""
         total = self.centres[0].new_zeros(len(descriptions[0]), len(self.centres[0]))
-        for space, centres, one in zip(self.spaces, self.centres, descriptions, strict=True):
-            cosines = torch.einsum("rkd,akd->kra", normalize(space(one), dim=2), centres)
+        for spaces, centres, one in zip(self.spaces, self.centres, descriptions, strict=True):
+            cosines = torch.einsum("rkd,akd->kra", whitened(spaces, one), centres)
             total += cosines.mean(dim=0).to(total.device)
         return total.cpu() / len(self.spaces)
 
@@ -151,61 +136,58 @@ def _filled(found: Tensor, responses: Tensor, known: Tensor) -> Tensor:
 
 
 def examples_of(
+    reading: Reading,
     examples: Sequence[Rows],
     points: Sequence[Point],
-    signal: Signal,
-    texts: Texts,
-    store: Store,
-    key: str,
-    run: TextRunner,
     devices: Sequence[torch.device],
+    run: TextRunner,
 ) -> Examples | None:
-    """The described examples of a pool; None if no adapter has any.
+    """The described example prompts of a pool; None if no adapter has any.
 
     Args:
+        reading: its texts are the ordinary ones. Descriptions are kept in its store, or their mean; the texts never.
         examples: the token ids of each adapter's example prompts, in pool order; cut to the window.
         points: where prompts are read.
-        signal: how they are read.
-        texts: those of the calibration, as ordinary texts.
-        store, key: where descriptions are kept, or their mean; the texts themselves never are.
-        run: runs the base model. If it raises, what was read before stays in the store.
         devices: of each point, where descriptions are compared.
+        run: runs the base model. If it raises, what was read before is in the store.
     """
     known = torch.tensor([bool(rows) for rows in examples])
     if not known.any():
         return None
-    modules = [point.module for point in points]
+    store, modules = reading.store, [point.module for point in points]
 
     def name(rows: Rows) -> str:
         stated = json.dumps(["even and late", modules, [list(row) for row in rows]])
-        return f"{key}/described/{hashlib.sha256(stated.encode()).hexdigest()[:24]}"
+        return f"{reading.key}/described/{hashlib.sha256(stated.encode()).hexdigest()[:24]}"
 
-    ordinary = store.get(name(texts.rows))
+    ordinary = store.get(name(reading.texts.rows))
     if not ordinary:
-        ordinary = _read(points, signal, texts, run)
-        store.put(name(texts.rows), ordinary)
+        ordinary = _read(points, reading.texts, reading.signal, run)
+        store.put(name(reading.texts.rows), ordinary)
     every = {name(rows): rows for rows in examples if rows}
-    width = sum(place.shape[-1] for place in ordinary.values())
-    for part in _portions(every, _HELD_BYTES // (4 * width)):
-        missing = {one: rows for one, rows in part.items() if not store.get(one)}
+    tokens = _HELD_BYTES // (4 * sum(place.shape[-1] for place in ordinary.values()))
+    # They do not depend on what is stored, so that processes side by side read the same texts together.
+    shares = {key: max(sum(map(len, rows)) / tokens, len(rows) / _TOGETHER) for key, rows in every.items()}
+    for part in portions(every, lambda key: shares[key], 1.0):
+        missing = {key: every[key] for key in part if not store.get(key)}
         if missing:
-            found = _read(points, signal, Texts([row for rows in missing.values() for row in rows], []), run)
+            together = Texts([row for rows in missing.values() for row in rows], [])
+            found = _read(points, together, reading.signal, run)
             first = 0
-            for one, rows in missing.items():
+            for key, rows in missing.items():
                 own = slice(first, first := first + len(rows))
-                store.put(one, {at: place[own].mean(dim=0, keepdim=True) for at, place in found.items()})
+                store.put(key, {at: place[own].mean(dim=0, keepdim=True) for at, place in found.items()})
     means = [store.get(name(rows)) for rows in examples if rows]
     spaces, centres, numbers = [], [], sorted(map(int, ordinary))
     for at in numbers:
-        space = Space.of(ordinary[str(at)])
+        space = tuple(Whitening.of(ordinary[str(at)][:, kind]) for kind in (0, 1))
         # The mean of what is whitened is the whitened mean.
-        centre = normalize(space(torch.cat([one[str(at)] for one in means])), dim=2)
-        spaces.append(space.to(devices[at]))
-        centres.append(centre.to(devices[at]))
+        centres.append(whitened(space, torch.cat([one[str(at)] for one in means])).to(devices[at]))
+        spaces.append(tuple(whitening.to(devices[at]) for whitening in space))
     return Examples(tuple(spaces), tuple(centres), known, tuple(numbers))
 
 
-def _read(points: Sequence[Point], signal: Signal, texts: Texts, run: TextRunner) -> dict[str, Tensor]:
+def _read(points: Sequence[Point], texts: Texts, signal: Signal, run: TextRunner) -> dict[str, Tensor]:
     """The descriptions of texts by the number of the first point of each place: (rows, 2, d), float32 on the CPU."""
     found: dict[str, Tensor] = {}
     seen: list[Tensor] = []  # points of a layer may read the same tensor, which is one place
@@ -214,21 +196,3 @@ def _read(points: Sequence[Point], signal: Signal, texts: Texts, run: TextRunner
             seen.append(vectors.hidden)
             found[str(at)] = described(*vectors.responding, len(texts.rows)).cpu()
     return found
-
-
-def _portions(every: Mapping[str, Rows], tokens: int) -> Iterator[dict[str, Rows]]:
-    """Examples in portions of so many tokens at most, or of one adapter.
-
-    Portions do not depend on what is cached, so that processes side by side read the same texts together.
-    """
-    part: dict[str, Rows] = {}
-    held = count = 0
-    for key, rows in every.items():
-        size = sum(map(len, rows))
-        if part and (held + size > tokens or count + len(rows) > _TOGETHER):
-            yield part
-            part, held, count = {}, 0, 0
-        part[key] = rows
-        held, count = held + size, count + len(rows)
-    if part:
-        yield part

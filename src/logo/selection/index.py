@@ -58,8 +58,7 @@ class ScoringIndex:
         self.stacked, self.ranks, self.offset, self.sketch = stacked, tuple(ranks), offset, sketch
         self.adapters, self.point, self.keys = tuple(adapters), point, tuple(keys)
         self.updates = torch.full((len(ranks),), math.nan) if updates is None else updates
-        # The rank of all adapters; None: their ranks differ, and `_owner` says which adapter each row belongs to.
-        self._rank = self.ranks[0] if len(set(self.ranks)) == 1 else None
+        self._rank = self.ranks[0] if len(set(self.ranks)) == 1 else None  # None: they differ
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -69,12 +68,10 @@ class ScoringIndex:
         """The device on which scores are computed."""
         return self.stacked.device
 
-    @property
-    def bytes(self) -> int:
-        """Memory of the stacked factors and of everything that was computed from the adapters so far."""
-        tensors = [self.stacked, *(() if self.offset is None else (self.offset,)), *(self.sketch or ())]
-        tensors += [tensor for pair in self.__dict__.get("_pairs", ()) for tensor in pair]
-        return sum(tensor.nbytes for tensor in tensors)
+    @cached_property
+    def rows(self) -> list[slice]:
+        """The rows of each adapter in `stacked`."""
+        return _rows(self.ranks)
 
     def norms(self, hidden: Tensor) -> Tensor:
         """`‖ΔW_i h‖₂` for hidden (rows, d), or `‖ΔW_i W (h - μ)‖₂` with a whitening; (rows, adapters), float32."""
@@ -183,22 +180,22 @@ class _Building:
     """An index under construction, whose rows come one adapter at a time."""
 
     def __init__(self, wanted: Wanted, keys: dict[str, str]) -> None:
-        self.wanted, before = wanted, wanted.before
+        self.wanted, self._ranks, before = wanted, wanted.ranks, wanted.before
         self._keys = [keys[adapter.name] for adapter in wanted.adapters]
         # Not every accelerator has QR.
         device = wanted.device if wanted.device.type == "cuda" else torch.device("cpu")
-        self._ranks = wanted.ranks
         self._whitening = None if wanted.whitening is None else wanted.whitening.to(device)
-        width = wanted.adapters[0].modules[wanted.point.module].in_features if wanted.adapters else 0
+        width = wanted.adapters[0].modules[wanted.point.module].in_features
         self._stacked = torch.empty(sum(self._ranks), width, device=device)
         self._rows, self._updates = _rows(self._ranks), torch.empty(len(self._ranks), device=device)
+        known = (
+            {} if before is None else dict(zip(before.keys, zip(before.rows, before.updates, strict=True), strict=True))
+        )
         self.missing: dict[str, int] = {}  # the positions of adapters that have to be read
-        known = {} if before is None else {key: i for i, key in enumerate(before.keys)}
-        rows = [] if before is None else _rows(before.ranks)
         for at, (adapter, key) in enumerate(zip(wanted.adapters, self._keys, strict=True)):
             if before is not None and key in known:
-                self._stacked[self._rows[at]] = before.stacked[rows[known[key]]].to(device)
-                self._updates[at] = before.updates[known[key]]
+                rows, self._updates[at] = known[key]
+                self._stacked[self._rows[at]] = before.stacked[rows].to(device)
             else:
                 self.missing[adapter.name] = at
 
@@ -212,8 +209,7 @@ class _Building:
     def index(self) -> ScoringIndex:
         one, device, offset, sketch = self.wanted, self.wanted.device, None, None
         if one.whitening is not None and self._whitening is not None:
-            offset = (self._stacked @ self._whitening.mean).to(device)
-            rows = one.whitening.sketch()
+            offset, rows = (self._stacked @ self._whitening.mean).to(device), one.whitening.sketch()
             sketch = rows.to(device), (rows @ one.whitening.mean).to(device)
         stacked, updates = self._stacked.to(device), self._updates.to(device)
         return ScoringIndex(stacked, self._ranks, offset, one.adapters, one.point, sketch, updates, self._keys)

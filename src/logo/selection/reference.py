@@ -33,7 +33,6 @@ prompts contribute are not scaled: the similarities to examples have one unit in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,7 +80,7 @@ def row_means(values: Tensor, owners: Tensor, rows: int, weights: Tensor | None 
 
 
 def late_weights(owners: Tensor) -> Tensor:
-    """The weight of each vector in the late sum of its row, (vectors,) float32: 1 for the row's last vector.
+    """The weight of each vector in the late mean of its row, (vectors,) float32: 1 for the row's last vector.
 
     Args:
         owners: (vectors,) int64, the row that each vector belongs to; a row's vectors are in the order of its tokens.
@@ -90,28 +89,7 @@ def late_weights(owners: Tensor) -> Tensor:
     ends = torch.bincount(owners).cumsum(0)[owners[order]]  # behind the last vector of each row, in sorted order
     behind = torch.empty_like(owners)
     behind[order] = ends - 1 - torch.arange(len(owners), device=owners.device)
-    return fading(behind)
-
-
-def fading(tokens: Tensor) -> Tensor:
-    """The factor by which so many further tokens shrink a late sum, float32."""
-    return torch.full((), FADING) ** tokens
-
-
-def late_count(counts: Tensor) -> Tensor:
-    """The sum of the late weights of so many tokens, float32; the sum of even weights is the count itself."""
-    return (1 - fading(counts)) / (1 - FADING)
-
-
-def emphasised(values: Tensor, owners: Tensor, rows: int, late: int) -> Tensor:
-    """The mean over the vectors of each row: (rows, n).
-
-    Args:
-        values: (vectors, n).
-        owners: as for `late_weights`.
-        late: 0 weighs all tokens alike, 1 weighs the last ones most.
-    """
-    return row_means(values, owners, rows, late_weights(owners) if late else None)
+    return torch.full((), FADING) ** behind
 
 
 def finished(means: Tensor, scale: Scale) -> Tensor:
@@ -127,8 +105,8 @@ class Reference:
         mean: (adapters, points).
         spread: (adapters, points), positive.
         responds: (adapters, points), bool: the adapter touches the point, and its response there is not zero.
-        excess: (adapters,): how much higher the mean z of a typical request is than for other adapters; see `scores`.
-        trust: (adapters,): below 1 if the mean z varies more from text to text than that of others; see `scores`.
+        excess: (adapters,): the median over requests of the mean z, less that of the adapters that respond; clipped.
+        trust: (adapters,): the usual deviation of the mean z over texts, divided by the adapter's own, at most 1.
         weights: (points,) of the mean.
         apart: how far apart scores lie by chance; see `factors`.
     """
@@ -162,11 +140,18 @@ class Reference:
         mean_z, somewhere = reference._mean_z(every), responds.any(dim=1)
         if not somewhere.any():
             return reference
-        excess = _excess(mean_z[:, neutral.shape[2] :], somewhere)
-        reference = replace(reference, excess=excess, trust=_trust(mean_z, somewhere))
-        # Not of the requests: adapters may have been made for them, so that their leads are no chance.
-        strangers = reference._compared(mean_z[:, : neutral.shape[2]])
-        return replace(reference, apart=deviation(strangers[:, somewhere]))
+        count, swing = neutral.shape[2], mean_z.std(dim=1)
+        if mean_z.shape[1] > count:
+            typical = mean_z[:, count:].median(dim=1).values
+            zeros = (typical - typical[somewhere].median()).clamp(-_LARGEST_EXCESS, _LARGEST_EXCESS)
+        trust = (swing[somewhere].median().clamp_min(_LEAST_SPREAD) / swing.clamp_min(1e-6)).clamp(max=1.0)
+        reference = replace(reference, excess=zeros, trust=trust)
+        # Not of the requests: adapters may have been made for them, so that their margins are no chance.
+        strangers = reference._compared(mean_z[:, :count])[:, somewhere]
+        if strangers.shape[1] < 2:
+            return reference
+        apart = float(strangers.var(dim=1).mean().sqrt())
+        return replace(reference, apart=max(apart, UNIT / 2))  # margins are at most doubled
 
     def factors(self, tokens: Tensor) -> Tensor:
         """What the scores of prompts with so many tokens (rows,) are multiplied by: float32 (rows,)."""
@@ -206,28 +191,6 @@ class Reference:
         return (self.z(responses) * self.weights[:, None]).sum(dim=1) / counted.clamp_min(1e-6)[:, None]
 
 
-def deviation(scores: Tensor) -> float:
-    """`apart`: the usual standard deviation over adapters, of scores (texts, adapters); `UNIT` for one adapter."""
-    if scores.shape[1] < 2:
-        return UNIT
-    return max(float(scores.var(dim=1).mean().sqrt()), UNIT / 2)  # margins are at most doubled
-
-
-def _excess(mean_z: Tensor, responds: Tensor) -> Tensor:
-    """The median over requests of each adapter's mean z, less that of the adapters that respond: (adapters,)."""
-    if not mean_z.shape[1]:
-        return torch.zeros(len(mean_z))
-    typical = mean_z.median(dim=1).values
-    return (typical - typical[responds].median()).clamp(-_LARGEST_EXCESS, _LARGEST_EXCESS)
-
-
-def _trust(mean_z: Tensor, responds: Tensor) -> Tensor:
-    """The usual deviation of the mean z over texts, divided by that of each adapter, at most 1: (adapters,)."""
-    swing = mean_z.std(dim=1)
-    usual = swing[responds].median().clamp_min(_LEAST_SPREAD)
-    return (usual / swing.clamp_min(1e-6)).clamp(max=1.0)
-
-
 def contrast(neutral: Tensor, requests: Tensor) -> Tensor:
     """How differently adapters respond to different requests, per point; no labels are needed.
 
@@ -251,18 +214,6 @@ def contrast(neutral: Tensor, requests: Tensor) -> Tensor:
     return result
 
 
-def agreement(neutral: Tensor, requests: Tensor, order: Sequence[int]) -> Tensor:
-    """The correlation of scores by the first n points of `order` with scores by all of them, for n = 1, 2, ...
-
-    Args:
-        neutral, requests: `a` (adapters, points, texts).
-        order: points, best first.
-    """
-    z = Reference.of(neutral).z(requests)[:, list(order)]  # (adapters, points, texts)
-    running = z.cumsum(dim=1).transpose(0, 1).flatten(1)  # (points, adapters * texts)
-    return torch.corrcoef(running)[-1] if len(order) > 1 else torch.ones(1)
-
-
 def choose(neutral: Tensor, requests: Tensor, most: int, enough: float, each: int = LEAST_POINTS) -> list[int]:
     """The points to read, best first: as few of those with the most contrast as agree with the `most` best ones.
 
@@ -274,7 +225,11 @@ def choose(neutral: Tensor, requests: Tensor, most: int, enough: float, each: in
     """
     order = torch.sort(contrast(neutral, requests), descending=True, stable=True).indices.tolist()
     best = order[:most]
-    reached = (agreement(neutral, requests, best) >= enough).nonzero()
+    # The correlation of scores by the first n points with scores by all of them, for n = 1, 2, ...
+    z = Reference.of(neutral).z(requests)[:, best]  # (adapters, points, texts)
+    running = z.cumsum(dim=1).transpose(0, 1).flatten(1)  # (points, adapters * texts)
+    agreement = torch.corrcoef(running)[-1] if len(best) > 1 else torch.ones(1)
+    reached = (agreement >= enough).nonzero()
     chosen = best[: int(reached[0]) + 1] if len(reached) else best
     responds = neutral.isfinite().all(dim=2)  # (adapters, points)
     counts = responds[:, chosen].sum(dim=1)

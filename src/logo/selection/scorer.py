@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,15 +16,7 @@ from logo.adapters.format import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.files import cache_folder
 from logo.prefix_cache import PrefixCache
-from logo.selection.calibration import (
-    Calibration,
-    Store,
-    TextRunner,
-    calibrate,
-    key_of,
-    read_texts,
-    whitenings,
-)
+from logo.selection.calibration import Calibration, Reading, Store, TextRunner, calibrate, read_texts, whitenings
 from logo.selection.confidence import EXAMPLES, RESPONSES, relative_sizes
 from logo.selection.examples import Examples, examples_of
 from logo.selection.index import ScoringIndex, Tell, Wanted, read_indices
@@ -54,7 +46,7 @@ class Scorer:
         calibration: what responses are compared with; None for signals of the scale `"raw"`.
         examples: described example prompts; None: no adapter has any, or they are not used.
         selector: makes selections from these scores.
-        texts, store, key: those of the calibration; no texts and an empty key without one.
+        reading: what the calibration read; None without one.
         prefix_cache: of prompts that are read once.
     """
 
@@ -65,9 +57,7 @@ class Scorer:
     calibration: Calibration | None
     examples: Examples | None
     selector: Selector
-    texts: Texts
-    store: Store
-    key: str
+    reading: Reading | None
     prefix_cache: PrefixCache | None
 
     @classmethod
@@ -114,38 +104,36 @@ class Scorer:
             PoolError, UsageError, ModelError: the pool cannot be scored as the settings ask.
             AdapterError: an adapter cannot be read.
         """
-        reading, planned = settings.reading(pool, signal), plan(model, pool, settings, signal)
+        how, planned = settings.reading(pool, signal), plan(model, pool, settings, signal)
         adapters, points = planned.adapters, planned.points
-        alike = before if before is not None and before.signal == reading else None
-        if store is None:
-            store = before.store if before is not None else Store(cache_folder(settings.cache))
+        alike = before if before is not None and before.signal == how else None
         if tell is not None:
             tell(0, len(adapters))
 
-        run = run or partial(read_texts, model)
-
         def encoded(texts: Sequence[str], varied: bool = False) -> list[list[int]]:
-            ending = next((one.tokens for one in reading.activations if one.tokens), ())
-            return [list(windowed(row, reading.window)) for row in encode(texts, ending, varied)]
+            ending = next((one.tokens for one in how.activations if one.tokens), ())
+            return [list(windowed(row, how.window)) for row in encode(texts, ending, varied)]
 
-        texts, key, calibration, examples = Texts([], []), "", None, None
-        whitened: dict[str, Whitening] = {}
-        if reading.scale != "raw":
-            # A template may write the time, so texts are encoded once.
-            if alike is not None:
-                texts, key = alike.texts, alike.key
+        run = run or partial(read_texts, model)
+        reading, calibration, examples, whitened = None, None, None, dict[str, Whitening]()
+        if how.scale != "raw":
+            if before is not None and before.reading is not None:
+                store = store or before.reading.store
+            store = store or Store(cache_folder(settings.cache))
+            if alike is not None and alike.reading is not None:  # a template may write the time: texts are encoded once
+                reading = replace(alike.reading, model=model, store=store)
             else:
-                requests = encoded(settings.calibration_prompts or REQUESTS) if reading.chosen else []
-                texts = Texts(encoded(NEUTRAL, varied=True), requests)
-                key = key_of(model, texts, reading)
-            calibration = calibrate(model, planned, reading, texts, store, key, run)
+                requests = encoded(settings.calibration_prompts or REQUESTS) if how.chosen else []
+                reading = Reading.of(model, how, Texts(encoded(NEUTRAL, varied=True), requests), store)
+            calibration = calibrate(reading, planned, run)
             points = calibration.points
-            whitened = whitenings(model, points, reading, texts, store, key, run)
+            whitened = whitenings(reading, points, run)
         devices = [device or _device_of(model, point) for point in points]
-        if reading.scale == "whitened" and settings.examples == "use":
+        if reading is not None and how.scale == "whitened" and settings.examples == "use":
             rows = [encoded(prompts) if (prompts := adapter.examples) else [] for adapter in adapters]
-            examples = examples_of(rows, points, reading, texts, store, key, run, devices)
-        store.release(key)
+            examples = examples_of(reading, rows, points, devices, run)
+        if reading is not None:
+            reading.store.release(reading.key)
         known = {} if alike is None else {index.point: index for index in alike.indices}
         wanted = [
             Wanted([a for a in adapters if p.module in a.modules], p, at, whitened.get(p.module), known.get(p))
@@ -158,9 +146,9 @@ class Scorer:
             sizes = dict(zip(names, found.tolist(), strict=True))
         evidence = None if calibration is None else RESPONSES if examples is None else EXAMPLES
         selector = Selector(names, pool.default_k, evidence, sizes)
-        once = prefix_cache if reading.activations else None
-        probe = Probe(model, points, reading.input, None if once is None else once.forward)
-        return cls(reading, adapters, indices, probe, calibration, examples, selector, texts, store, key, once)
+        once = prefix_cache if how.activations else None
+        probe = Probe(model, points, how.input, None if once is None else once.forward)
+        return cls(how, adapters, indices, probe, calibration, examples, selector, reading, once)
 
     @property
     def names(self) -> tuple[str, ...]:

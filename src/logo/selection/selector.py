@@ -80,7 +80,10 @@ class Selector:
         if unsure and options.when_unsure == "base":
             weights = torch.zeros(0)
         elif options.weighting == "linear" or evidence is None or confidence is None:
-            weights = linear(top[:k])
+            # Scores below zero, which the official signals do not have, get weight 0. All-zero scores give uniform
+            # weights (paper, equation 4; the authors' code divides by zero there).
+            weights = top[:k].clamp_min(0)
+            weights = weights / weights.sum() if weights.sum() > 0 else torch.full_like(weights, 1 / k)
         else:
             weights = (top[:k] / evidence.temperature(confidence)).softmax(dim=0)
             weights = weights[weights >= LEAST * weights[0]]
@@ -96,16 +99,6 @@ class Selector:
             return self(scores, options)
         except LoGoError as error:
             return error.with_traceback(None)  # its frames hold the scores of the whole batch
-
-
-def linear(top: Tensor) -> Tensor:
-    """`score / Σ score` (k,); scores below zero, which the official signals do not have, get weight 0.
-
-    All-zero scores give uniform weights (paper, equation 4; the authors' code divides by zero there).
-    """
-    top = top.clamp_min(0)
-    total = top.sum()
-    return top / total if total > 0 else torch.full_like(top, 1 / len(top))
 
 
 def forced(entry: Forced, pool: AdapterPool, candidates: Collection[str] | None = None) -> Selection:

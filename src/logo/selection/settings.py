@@ -85,9 +85,7 @@ class SelectionSettings:
             _check_choice(name, getattr(self, name), choice)
         if self.cache is not None:
             check_type("cache", self.cache, (str, PathLike), "a folder")
-        if isinstance(self.window, list):  # as JSON has it
-            object.__setattr__(self, "window", tuple(self.window))
-        _check_window(self.window)
+        object.__setattr__(self, "window", _checked_window(self.window))
         if self.calibration_prompts is not None:
             check_type("calibration_prompts", self.calibration_prompts, (list, tuple), "a list of texts")
             for text in self.calibration_prompts:
@@ -115,8 +113,8 @@ class SelectionSettings:
         if pool is None or not pool.read_once:
             return replace(found, window=window)
         # Such a pool reads the prompt as its answer does, and only the tokens on which adapters act.
-        token = "tail" if found.token == "each" else found.token
-        return replace(found, window=WHOLE, token=token, activations=pool.activations)
+        tail = replace(found, token="tail") if found.token == "each" else found
+        return replace(tail, window=WHOLE, activations=pool.activations)
 
     def options(self, pool: AdapterPool, given: Mapping[str, Any]) -> Options:
         """Checks the options of one call against the pool. What is not given, or None, is as in these settings.
@@ -133,18 +131,17 @@ class SelectionSettings:
         for name in given:
             if name not in OPTIONS:
                 raise UsageError(f"unknown option {name!r}{closest(name, OPTIONS)}; known: {', '.join(OPTIONS)}")
-        name, among, k = given.get("signal"), given.get("candidates"), given.get("k")
+        among, k, weighting = given.get("candidates"), given.get("k"), given.get("weighting")
         candidates = None if among is None else _checked_candidates(among, pool)
         if k is not None:
             _check_positive("k", k)
             k = check_k(k, len(pool if candidates is None else candidates))
-        own = name is None or name == self.signal
-        signal = get_signal(self.signal if own else name)
-        weighting = given.get("weighting")
-        _check_weighting(weighting, self.signal if own else name, signal.scale == "raw")
+        name: str = self.signal if given.get("signal") is None else given["signal"]
+        own, signal = name == self.signal, get_signal(name)
+        _check_weighting(weighting, name, signal.scale == "raw")
         # Settings for the scores of one signal do not apply to those of another.
         return Options(
-            signal=self.signal if own else name,
+            signal=name,
             k=self.k if k is None else k,
             weighting=weighting or (self.weighting if own else None) or signal.weighting,
             when_unsure="mix" if signal.scale == "raw" else self.when_unsure,
@@ -194,8 +191,12 @@ def _check_weighting(weighting: Any, signal: str, raw: bool) -> None:
         raise UsageError(f"weighting 'adaptive': the signal {signal!r} has no scale of its own; use 'linear'")
 
 
-def _check_window(window: Any) -> None:
-    counts = window if isinstance(window, tuple) else ()
-    whole = all(isinstance(count, Integral) and not isinstance(count, bool) and count >= 0 for count in counts)
-    if window not in (None, WHOLE) and not (len(counts) == 2 and whole and sum(counts) > 0):
+def _checked_window(window: Any) -> Window | None:
+    if isinstance(window, list):  # as JSON has it
+        window = tuple(window)
+    if window in (None, WHOLE):
+        return window  # type: ignore[no-any-return]
+    numbers = isinstance(window, tuple) and len(window) == 2 and all(type(count) is int for count in window)
+    if not numbers or min(window) < 0 or sum(window) == 0:
         raise UsageError(f"window: expected {WHOLE} or (first tokens, last tokens), found {window!r:.60}")
+    return window  # type: ignore[no-any-return]

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from logo.adapters.layout import adaptable_modules
 from logo.core import FinishReason
 from logo.decoding import greedy_config
 from logo.endings import end_tokens
 from logo.errors import ModelError, UsageError
-from logo.mixing.packed import Mixture, Packed
-from logo.mixing.store import AdapterStore
+from logo.mixing import AdapterCache
+from logo.mixing.packed import Packed, PackedMixture
 from logo.models import cached_heads
 from logo.prefix_cache import Page, PrefixCache
 from logo.protocol import Delta, GenerationFailed, GenerationTimeout, Sampling
@@ -54,7 +53,7 @@ _FLOAT32, _TF32 = 2.0**-17, 2.0**-10
 @dataclass
 class _Job:
     prompt: Sequence[int]
-    mixture: Mixture
+    mixture: PackedMixture
     drawing: Drawing
     outputs: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     error: Exception | None = None
@@ -66,7 +65,7 @@ class Batching(Steps):
 
     Args:
         model: a causal LM whose attention transformers can batch (sdpa or flash).
-        store: its adapters.
+        adapters: the cache of its adapters.
         memory: see `Memory`.
         prefix_cache: of what the base model reads, for adapters that act from a position on only.
         context: the most tokens of a prompt and its answer; None if the model has no limit.
@@ -86,7 +85,7 @@ class Batching(Steps):
     def __init__(
         self,
         model: PreTrainedModel,
-        store: AdapterStore,
+        adapters: AdapterCache,
         memory: Memory,
         context: int | None,
         prefix_cache: PrefixCache | None = None,
@@ -94,10 +93,10 @@ class Batching(Steps):
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
         self._model = model
-        self._store = store
+        self._adapters = adapters
         self._prefix_cache = prefix_cache
         self.found = self.missed = 0
-        self._packed = Packed(adaptable_modules(model), store, _head(model))
+        self._packed = Packed(adapters, _head(model))
         self._ends = sorted(end_tokens(model.generation_config)) or [-1]
         self._jobs: dict[str, _Job] = {}
         self._numbers = itertools.count()
@@ -106,7 +105,7 @@ class Batching(Steps):
         self._drawn: list[Drawing] = []  # of the sequences of the step
         self.steps = {"base": 0, "gate": 0}
         self._hooked: ExitStack | None = None
-        self.plan = Plan.of(model, store.budget, memory)
+        self.plan = Plan.of(model, adapters.budget, memory)
         self._manager = self._make(memory, context)
         attach(self._manager, self)
         reach = infer_max_single_request_tokens(self._cache)
@@ -169,7 +168,7 @@ class Batching(Steps):
         return round(total * (1 - self._cache.compute_free_capacity())), total
 
     async def generate(
-        self, prompt: Sequence[int], mixture: Mixture, sampling: Sampling, deadline: float | None = None
+        self, prompt: Sequence[int], mixture: PackedMixture, sampling: Sampling, deadline: float | None = None
     ) -> AsyncGenerator[Delta, None]:
         """Yields the tokens of an answer as they come. Leaving the loop ends the sequence.
 
@@ -278,7 +277,7 @@ class Batching(Steps):
         if job is not None:
             job.error = error
 
-    def _mixture(self, sequence: str) -> Mixture | None:
+    def _mixture(self, sequence: str) -> PackedMixture | None:
         job = self._jobs.get(sequence)
         return None if job is None else job.mixture  # None: the caller has left, and this is the sequence's last step
 
@@ -307,12 +306,12 @@ class Batching(Steps):
         found = torch.stack(seen).to(want.device)
         apart = float(((found - want).square().mean(dim=1).sqrt() / want.std(dim=1)).max())
         smallest = _TF32 if model.device.type == "cuda" else _FLOAT32
-        allowed = _ROUNDINGS * max(torch.finfo(self._store.dtype).eps, smallest)
+        allowed = _ROUNDINGS * max(torch.finfo(self._adapters.dtype).eps, smallest)
         if not apart <= allowed:
             raise ModelError(
                 f"{name} cannot be served: transformers' continuous batching does not compute what the model does; its "
                 f"logits are {apart:.2g} standard deviations away from the model's own, and rounding in "
-                f"{str(self._store.dtype).removeprefix('torch.')} explains {allowed:.2g}"
+                f"{str(self._adapters.dtype).removeprefix('torch.')} explains {allowed:.2g}"
             )
 
     # -- memory -----------------------------------------------------------------------------------------------------
@@ -342,7 +341,7 @@ class Batching(Steps):
             use_async_batching=False,
             use_cuda_graph=False,
             max_memory_percent=0.9,
-            auto_switch_to_flash=self._store.dtype.itemsize == 2,
+            auto_switch_to_flash=self._adapters.dtype.itemsize == 2,
         )
         generation = greedy_config(eos_token_id=self._ends, max_new_tokens=1)
         try:
@@ -354,7 +353,7 @@ class Batching(Steps):
         """The number of blocks: room for the usual length of every sequence and one full context, within the memory."""
         config = self._model.config.get_text_config()
         heads, size = cached_heads(config)
-        per_token: int = 2 * config.num_hidden_layers * heads * size * self._store.dtype.itemsize
+        per_token: int = 2 * config.num_hidden_layers * heads * size * self._adapters.dtype.itemsize
         longest = context or _USUAL_LENGTH
         tokens = max(longest, memory.concurrent * min(longest, _USUAL_LENGTH))
         shared = 0 if self._prefix_cache is None else self._prefix_cache.budget

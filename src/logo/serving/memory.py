@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from logo.errors import UsageError
-from logo.mixing.placement import free_bytes
+from logo.mixing.cache import free_bytes
 
 # The default for keys and values: this much on a CPU, where other programs need memory, too, ...
 _USUAL = 2e9
@@ -35,7 +35,7 @@ class Plan:
 
     Attributes:
         model: of the weights.
-        adapters, kv: the most for the columns of adapters, and for keys and values.
+        adapters, kv: the most for adapters, and for keys and values.
         free: free memory beside the model.
     """
 

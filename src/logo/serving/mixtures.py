@@ -1,4 +1,4 @@
-"""`HeldMixture`: the mixture of one sequence, whose adapters are held in the store."""
+"""`HeldMixture`: the mixture of one sequence, whose adapters are held in the cache."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from functools import partial
 from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
 from logo.core import Selection
-from logo.mixing import NEVER, begins
-from logo.mixing.packed import Mixture
-from logo.mixing.store import AdapterStore
+from logo.mixing import AdapterCache, Mixture
+from logo.mixing.packed import PackedMixture
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class HeldMixture:
     """
 
     selection: Selection
-    mixture: Mixture
+    mixture: PackedMixture
     queue_ms: float
     probe_ms: float
     release: Callable[[], object] = field(repr=False)
@@ -62,26 +61,21 @@ def _tell(loop: asyncio.AbstractEventLoop, arrived: asyncio.Event, ready: Future
         loop.call_soon_threadsafe(arrived.set)
 
 
-def mixed(store: AdapterStore, pool: AdapterPool, selection: Selection, prompt: Sequence[int]) -> tuple[Mixture, int]:
+def mixed(
+    cache: AdapterCache, pool: AdapterPool, selection: Selection, prompt: Sequence[int]
+) -> tuple[PackedMixture, int]:
     """Holds the adapters of a selection, which begin to load; also returns how many the prompt does not invoke.
 
-    The caller has to release `Mixture.hold`.
+    The caller has to release `PackedMixture.hold`.
 
     Args:
         pool: fitted to the model.
         prompt: token ids.
 
     Raises:
-        UsageError: see `logo.mixing.activated.begins`.
+        UsageError: see `Mixture.of`.
     """
     weights = {name: weight for name, weight in selection.mixture.items() if weight}
-    places = begins(pool, weights, prompt)
-    used = [(pool[name], weights[name], begin) for name, begin in places.items() if begin != NEVER]
-    hold = store.reserve([store.source(adapter) for adapter, *_ in used])
-    mixture = Mixture(
-        hold,
-        tuple(weight for _, weight, _ in used),
-        tuple(begin for *_, begin in used),
-        earliest(pool.activations, prompt),
-    )
-    return mixture, len(places) - len(used)
+    mixture = Mixture.of(pool, weights, prompt)
+    hold = cache.reserve([pool[name] for name in mixture.weights])
+    return PackedMixture(hold, mixture, earliest(pool.activations, prompt)), len(weights) - len(mixture.weights)

@@ -139,7 +139,11 @@ class Service:
         self.memory = memory
         self.max_queue = max_queue
         self.batching = Batching(
-            logo.model, logo.store, memory, logo.prompts.context, logo.prefix_cache if logo.fitted.read_once else None
+            logo.model,
+            logo.adapter_cache,
+            memory,
+            logo.prompts.context,
+            logo.prefix_cache if logo.fitted.read_once else None,
         )
         self._probe_batch = probe_batch
         self.signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))
@@ -179,7 +183,7 @@ class Service:
     @property
     def figures(self) -> Figures:
         """The present state in numbers."""
-        batching, store = self.batching, self.logo.store
+        batching, adapters = self.batching, self.logo.adapter_cache
         used, total = batching.kv_blocks
         waiting = len(self._line) + batching.waiting
         return Figures(
@@ -187,9 +191,9 @@ class Service:
             waiting,
             used,
             total,
-            len(store.keys),
-            store.bytes,
-            store.budget,
+            len(adapters.names),
+            adapters.bytes,
+            adapters.budget,
             batching.steps,
             {"found": batching.found, "missed": batching.missed},
             0 if self.logo.prefix_cache is None else self.logo.prefix_cache.bytes,
@@ -252,7 +256,7 @@ class Service:
         loop = asyncio.get_running_loop()
         while True:
             await self._line.filled()
-            # No local variable keeps the results until the next batch, since they hold adapters in the store.
+            # No local variable keeps the results until the next batch, since they hold adapters.
             hand_out(*await loop.run_in_executor(self._worker, self._choose))
 
     def _choose(self) -> tuple[list[Waiting], list[HeldMixture | Exception]]:
@@ -328,10 +332,10 @@ class Service:
                 return found
             pool = self.logo.fitted
             selection = forced(waiting.wanted.adapters or {}, pool, asked.candidates) if found is None else found
-            mixture, silent = mixed(self.logo.store, pool, selection, waiting.prompt.ids)
+            mixture, silent = mixed(self.logo.adapter_cache, pool, selection, waiting.prompt.ids)
             self.not_invoked += silent
             # From here on the request holds its adapters, so that it is answered with them even if the pool changes.
-            release = weakref.finalize(mixture, self.logo.store.release_later, mixture.hold)
+            release = weakref.finalize(mixture, self.logo.adapter_cache.release, mixture.hold)
             return HeldMixture(selection, mixture, queued, took, release)
         except Exception as error:
             if not isinstance(error, LoGoError):

@@ -106,9 +106,8 @@ class VllmLoGo(LoGo):
         return found
 
     @property
-    def merging(self) -> dict[str, Any]:
-        """The form in which vLLM mixes adapters, and why, for JSON; nothing is merged into the weights."""
-        return {"asked": None, "mode": "gate", "reason": "each adapter has a slot of vLLM"}
+    def merge(self) -> None:
+        """Nothing is merged: each adapter has a slot of vLLM, which decides."""
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -218,7 +217,7 @@ class VllmLoGo(LoGo):
         for one, selection in zip(group.running, selections, strict=True):
             _check_finite(one, selection)
         seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
-        forms = ["base" if lora is None else "gated" for lora in loras]
+        forms = ["none" if lora is None else "gated" for lora in loras]
         continued: Any = [(one.tokens, form) for one, form in zip(group.running, forms, strict=True)]
         return decoding.generations(self.tokenizer, continued, selections, seconds)
 

@@ -52,6 +52,7 @@ def calibrate(engine: EngineOptions, json: Json = False) -> None:
 
 
 def _sizes(logo: LoGo, calibration: Calibration) -> str:
+
     from logo.selection.confidence import USUAL_SIZE
 
     if _unknown(calibration):

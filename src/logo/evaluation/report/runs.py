@@ -19,7 +19,6 @@ _UNTOLD = frozenset(
         "save_dir",
         "model_dir",
         "cache",
-        "adapter_cache_gb",
         "adapter_memory_gb",
         "prefix_cache_gb",
     }

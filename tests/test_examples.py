@@ -22,14 +22,14 @@ from logo.adapters.publishing import Upload
 from logo.cli.run import run
 from logo.evaluation.arms import Arms
 from logo.evaluation.identity import digests
-from logo.selection.chance import factors
+from logo.selection import scorer
 from logo.selection.confidence import EXAMPLES as WITH_EXAMPLES
-from logo.selection.emphasis import FADING
-from logo.selection.signature import GAIN, REPLACED, Signatures, Space, described
+from logo.selection.confidence import RESPONSES
+from logo.selection.examples import GAIN, REPLACED, Examples, described, whitened
+from logo.selection.reference import FADING
+from logo.selection.whitening import Whitening
 from test_calibrated import PROMPTS, change, engine, pool
 from tolerances import same_scores, same_tensor
-
-LONG = "a long story that every prompt begins with, over and over again, until a block of tokens is full; "
 
 
 @pytest.fixture(scope="module")
@@ -69,21 +69,23 @@ def test_a_description_is_the_even_and_the_late_mean(lengths: list[int], seed: i
     torch.testing.assert_close(found, expected)
 
 
+def spaces_of(ordinary: torch.Tensor) -> tuple[Whitening, Whitening]:
+    return Whitening.of(ordinary[:, 0]), Whitening.of(ordinary[:, 1])
+
+
 def test_similarities_are_the_formula() -> None:
     torch.manual_seed(0)
-    ordinary = [torch.randn(30, 2, 5) for _ in range(3)]  # three places
-    spaces = [Space.of(one) for one in ordinary]
+    spaces = [spaces_of(torch.randn(30, 2, 5)) for _ in range(3)]  # three places
     examples, prompts = [torch.randn(4, 2, 5) for _ in range(3)], [torch.randn(6, 2, 5) for _ in range(3)]
-    whitened = [space(one) for space, one in zip(spaces, examples, strict=True)]
-    found = Signatures(spaces, whitened, torch.ones(4, dtype=torch.bool))(prompts)
+    centres = tuple(whitened(space, one) for space, one in zip(spaces, examples, strict=True))
+    found = Examples(tuple(spaces), centres, torch.ones(4, dtype=torch.bool), (0, 1, 2)).similarities(prompts)
     for row in range(6):
         for adapter in range(4):
             total = 0.0
-            for space, own, prompt in zip(spaces, whitened, prompts, strict=True):
-                for i in (0, 1):
-                    w = space.whitenings[i]
-                    x = (prompt[row, i] - w.mean) @ w.fold(torch.eye(5))
-                    total += float(torch.cosine_similarity(x, own[adapter, i], dim=0)) / 6
+            for space, own, prompt in zip(spaces, examples, prompts, strict=True):
+                for i, w in enumerate(space):
+                    x, m = ((one - w.mean) @ w.fold(torch.eye(5)) for one in (prompt[row, i], own[adapter, i]))
+                    total += float(torch.cosine_similarity(x, m, dim=0)) / 6
             assert float(found[row, adapter]) == pytest.approx(total, abs=1e-5)
 
 
@@ -101,25 +103,15 @@ def test_an_example_is_recognised_whatever_the_weights_say(llama: nn.Module, fol
     similar = scores(logo, *examples.values()) - (1 - REPLACED) * responses
     assert similar.diagonal() == pytest.approx([GAIN] * 4, abs=1e-2)  # as similar as can be
     assert float((similar - torch.diag(similar.diagonal())).max()) < GAIN - 1e-2
-    assert logo._selecting.evidence(logo.settings) == WITH_EXAMPLES
+    assert logo.scorer.selector.evidence == WITH_EXAMPLES
 
 
 def unscaled(logo: LoGo, *prompts: str) -> torch.Tensor:
     """The scores of responses, without the unit that they have of their own in a pool without examples."""
     tokens = torch.tensor([len(row) - 1 for row in logo.prompts.texts(list(prompts))])
     reference = logo.scorer._reference
-    assert reference is not None and logo._selecting.evidence(logo.settings) != WITH_EXAMPLES
-    return scores(logo, *prompts) / factors(tokens, reference.apart)[:, None]
-
-
-def test_what_prompts_share_is_read_once(llama: nn.Module, folder: Path) -> None:
-    """With and without the cache of what prompts begin with, in batches and alone."""
-    told(folder, t0=LONG + "one", t1=PROMPTS[1], t3=PROMPTS[3])
-    prompts = [LONG * 2 + end for end in ("one", "two and more", "3")] + PROMPTS[:2]
-    cached, plain = engine(llama, folder), engine(llama, folder, prefix_cache_gb=0.0)
-    expected = torch.cat([scores(plain, prompt) for prompt in prompts])
-    for batch_size in (1, 5, 2):
-        torch.testing.assert_close(scores(cached, *prompts, batch_size=batch_size), expected, atol=2e-4, rtol=1e-4)
+    assert reference is not None and logo.scorer.selector.evidence == RESPONSES
+    return scores(logo, *prompts) / reference.factors(tokens)[:, None]
 
 
 @pytest.mark.parametrize("own", [{}, {"t0": "a"}, {"t0": "a", "t1": "The cat sat."}])
@@ -146,22 +138,22 @@ def test_a_study_leaves_the_own_adapters_examples_out_with_it(llama: nn.Module, 
 
 @given(st.lists(st.booleans(), min_size=5, max_size=5), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=40)
-def test_estimates_among_candidates_are_those_of_a_pool_of_them(among: list[bool], seed: int) -> None:
+def test_scores_among_candidates_are_those_of_a_pool_of_them(among: list[bool], seed: int) -> None:
     torch.manual_seed(seed)
-    space, known = Space.of(torch.randn(30, 2, 5)), torch.tensor([True, False, True, True, False])
-    centres, descriptions, responses = space(torch.randn(5, 2, 5)), [torch.randn(1, 2, 5)], torch.randn(1, 5)
+    space, known = spaces_of(torch.randn(30, 2, 5)), torch.tensor([True, False, True, True, False])
+    centres, descriptions, responses = whitened(space, torch.randn(5, 2, 5)), [torch.randn(1, 2, 5)], torch.randn(1, 5)
     which = torch.tensor(among)
     if not bool((which & known).any()):
         return
-    all_ = Signatures([space], [centres[known]], known)
-    found = all_.similarities(descriptions, responses, which[None])
-    alone = Signatures([space], [centres[known & which]], known[which])
-    torch.testing.assert_close(found[:, which], alone.similarities(descriptions, responses[:, which]))
+    found = Examples((space,), (centres[known],), known, (0,)).scores(descriptions, responses, which[None])
+    alone = Examples((space,), (centres[known & which],), known[which], (0,))
+    torch.testing.assert_close(found[:, which], alone.scores(descriptions, responses[:, which]))
     assert bool((found[:, ~which] == -torch.inf).all())
-    assert float(all_.weight_of_responses(which[None])) == pytest.approx(float(alone.weight_of_responses()))
-    assert float(alone.weight_of_responses()) == pytest.approx(
-        1 - REPLACED * int((which & known).sum()) / int(which.sum())
+    share = int((which & known).sum()) / int(which.sum())
+    responses_count = alone.scores(descriptions, responses[:, which] + 1) - alone.scores(
+        descriptions, responses[:, which]
     )
+    assert float(responses_count[0, known[which]][0]) == pytest.approx(1 - REPLACED * share, abs=1e-4)
 
 
 def test_adapters_with_and_without_examples_are_in_one_pool(llama: nn.Module, folder: Path) -> None:
@@ -177,14 +169,14 @@ def test_adapters_with_and_without_examples_are_in_one_pool(llama: nn.Module, fo
 
 def test_an_adapter_that_joins_brings_its_examples(llama: nn.Module, folder: Path, tmp_path: Path) -> None:
     logo = engine(llama, folder)
-    assert logo._selecting.scorer().signatures is None
+    assert logo.scorer.examples is None
     new = pool(llama, tmp_path / "new", 1) / "t0"
     told(tmp_path / "new", t0=PROMPTS[2])
     logo.pool.add(new, "joined")
     assert logo.select(PROMPTS[2]).adapters == ("joined",)
     logo.pool.remove("joined")
     logo.select(PROMPTS[2])
-    assert logo._selecting.scorer().signatures is None
+    assert logo.scorer.examples is None
 
 
 def test_examples_are_those_of_the_opening(llama: nn.Module, folder: Path, tmp_path: Path) -> None:
@@ -215,7 +207,7 @@ def test_a_second_engine_reads_no_example(
 ) -> None:
     told(folder, t0=PROMPTS[0], t2=[PROMPTS[2], PROMPTS[3]])
     first = scores(engine(llama, folder, cache=str(tmp_path / "cache")), *PROMPTS)
-    monkeypatch.setattr("logo.selection.examples.read", None)
+    monkeypatch.setattr(scorer, "read_texts", None)
     again = scores(engine(llama, folder, cache=str(tmp_path / "cache")), *PROMPTS)
     torch.testing.assert_close(again, first, atol=1e-5, rtol=0)
 

@@ -1,14 +1,16 @@
-"""Baselines, contrast and choice of points: tensors in, tensors out."""
+"""What responses are compared with, contrast and choice of points, weights of tokens, and the unit of scores."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logo.selection.chance import FEW, UNIT, USUAL, deviation, factors
-from logo.selection.reference import LEAST_POINTS, Reference, agreement, choose, contrast
+from logo.selection.points import LEAST_POINTS
+from logo.selection.reference import FADING, FEW, UNIT, USUAL, Reference, choose, contrast, late_weights, row_means
 from tolerances import same_tensor
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(2, 12))
@@ -132,8 +134,9 @@ def test_fewer_points_are_enough_where_they_agree() -> None:
     assert sorted(most) == list(range(8))
     assert len(few) < 8
     assert most[: len(few)] == few
-    order = agreement(neutral, requests, most)
-    assert order[len(few) - 1] >= 0.97 > order[len(few) - 2]
+    z = Reference.of(neutral).z(requests)[:, most]
+    agreement = torch.corrcoef(z.cumsum(dim=1).transpose(0, 1).flatten(1))[-1]
+    assert agreement[len(few) - 1] >= 0.97 > agreement[len(few) - 2]
     assert len(few) < LEAST_POINTS and choose(neutral, requests, most=8, enough=0.97) == most[:LEAST_POINTS]
 
 
@@ -164,7 +167,7 @@ def test_the_order_of_adapters_does_not_matter_and_each_is_read_at_four_points(s
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.floats(0.1, 3))
 def test_few_tokens_count_less_than_many(tokens: list[int], apart: float) -> None:
     read = torch.tensor(sorted(tokens))
-    found = factors(read, apart) * apart / UNIT
+    found = replace(Reference.of(responses((2, 1, 9))), apart=apart).factors(read) * apart / UNIT
     assert (found[1:] >= found[:-1]).all()
     assert ((found < 1 - 1e-6) == (read < USUAL)).all()
 
@@ -177,13 +180,29 @@ def test_scores_by_chance_lie_as_far_apart_in_every_pool_and_prompt() -> None:
         return strength * (responses((texts, 30), 99) + own) + responses((texts, 1), 98)
 
     for strength in (0.2, 0.7, 3.0):
-        apart = deviation(drawn(200, USUAL, strength))
+        reference = Reference.of(drawn(200, USUAL, strength).T[:, None])
+        unit = float((reference.scores(drawn(200, USUAL, strength).T[:, None])).var(dim=1).mean().sqrt())
+        assert reference.apart == pytest.approx(max(unit, UNIT / 2), rel=1e-3)
         for tokens in (1, 3, USUAL):
-            scores = factors(torch.tensor([tokens]), apart) * drawn(400, tokens, strength)
-            assert float(scores.var(dim=1).mean().sqrt()) == pytest.approx(UNIT, rel=0.05)
+            scores = reference.factors(torch.tensor([tokens])) * reference.scores(
+                drawn(400, tokens, strength).T[:, None]
+            )
+            assert float(scores.var(dim=1).mean().sqrt()) == pytest.approx(UNIT, rel=0.1)
 
 
 def test_a_pool_of_one_or_of_copies_has_no_deviation_to_divide_by() -> None:
-    assert deviation(responses((50, 1))) == UNIT
-    assert deviation(responses((50, 1)).expand(50, 4)) == UNIT / 2
     assert Reference.of(responses((1, 3, 20))).apart == UNIT
+    assert Reference.of(responses((1, 3, 20)).expand(4, 3, 20)).apart == UNIT / 2
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
+def test_late_weights_fall_towards_the_beginning_of_each_row(owners: list[int]) -> None:
+    want = [FADING ** owners[i + 1 :].count(owner) for i, owner in enumerate(owners)]
+    assert late_weights(torch.tensor(owners)).tolist() == pytest.approx(want)
+
+
+def test_late_means_follow_the_end_and_even_means_do_not() -> None:
+    values, owners = torch.tensor([[8.0], [0.0], [0.0], [4.0]]), torch.tensor([0, 0, 0, 1])
+    same_tensor(row_means(values, owners, 2).flatten(), torch.tensor([8 / 3, 4.0]))
+    late = row_means(values, owners, 2, late_weights(owners)).flatten()
+    same_tensor(late, torch.tensor([8 * FADING**2 / (1 + FADING + FADING**2), 4.0]))

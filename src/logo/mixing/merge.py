@@ -1,8 +1,8 @@
-"""Folding: a mixture is added to the weights that it acts on, so that decoding costs what the base model costs.
+"""Merging: a mixture is added to the weights that it acts on, so that decoding costs what the base model costs.
 
 `W' = W + Σ_i w_i s_i B_i A_i` replaces `W` inside a block. `W` itself is never written to, and is restored when the
 block is left, also by an error. There is at most one copy, and none if it does not fit into memory. Quantised and
-offloaded modules cannot be folded, so they keep their gates.
+offloaded modules cannot be merged, so they keep their gates.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from logo.mixing.placement import free_bytes
-from logo.mixing.stacks import Stack
+from logo.mixing.cache import Stack, free_bytes
 
-# The share of free memory that a folded copy may take.
+# The share of free memory that a merged copy may take.
 _SHARE = 0.9
 
 
-def foldable(module: nn.Module) -> bool:
+def mergeable(module: nn.Module) -> bool:
     """Whether a module's weight is a plain floating-point matrix on the device where it computes."""
     weight = module._parameters.get("weight")
     return (
@@ -34,8 +33,8 @@ def foldable(module: nn.Module) -> bool:
     )
 
 
-class Folder:
-    """Folds mixtures into the modules of one base model, and keeps the folded copy for the next call.
+class Merger:
+    """Merges mixtures into the modules of one base model, and keeps the merged copy for the next call.
 
     Args:
         modules: base module path -> linear module.
@@ -43,23 +42,25 @@ class Folder:
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
-        self._folded: dict[str, nn.Parameter] = {}
-        self._holds: tuple[Hashable, Tensor] | None = None  # the mixture that `_folded` holds
+        self._merged: dict[str, nn.Parameter] = {}
+        self._key: Hashable = None  # of the mixture that `_merged` holds
 
     @contextmanager
     def active(self, key: Hashable, stacks: Callable[[], Mapping[str, Stack]], weights: Tensor) -> Iterator[None]:
         """Adds one mixture to every adapted module inside the block.
 
         Args:
-            key: identifies the adapters of these stacks.
-            stacks: makes the stacks, whose modules are `foldable`; not called for the mixture that was folded last.
+            key: identifies the adapters and their weights; not None.
+            stacks: gives the factors, on `mergeable` modules; not called for the mixture that was merged last.
             weights: (n,), one per adapter of the stacks.
         """
-        self._fold(key, stacks, weights)
-        originals = {path: self.modules[path].weight for path in self._folded}
+        if self._key != key:
+            self._merge(stacks(), weights)
+            self._key = key
+        originals = {path: self.modules[path].weight for path in self._merged}
         try:
-            for path in originals:
-                self.modules[path]._parameters["weight"] = self._folded[path]
+            for path, merged in self._merged.items():
+                self.modules[path]._parameters["weight"] = merged
             yield
         finally:
             for path, weight in originals.items():
@@ -68,7 +69,7 @@ class Folder:
     def fits(self, paths: Collection[str]) -> bool:
         """Whether a copy of these modules' weights fits into memory, once the present copy is freed."""
         needed: dict[torch.device, int] = {}
-        for copy in self._folded.values():
+        for copy in self._merged.values():
             needed[copy.device] = needed.get(copy.device, 0) - copy.nbytes
         for path in paths:
             weight: Tensor = self.modules[path].weight  # type: ignore[assignment]
@@ -77,30 +78,24 @@ class Folder:
 
     def forget(self) -> None:
         """Frees the memory of the copy."""
-        self._folded.clear()
-        self._holds = None
+        self._merged.clear()
+        self._key = None
 
-    def _fold(self, key: Hashable, stacks: Callable[[], Mapping[str, Stack]], weights: Tensor) -> None:
-        held = self._holds
-        if held is not None and held[0] == key and torch.equal(held[1], weights):
-            return
-        self._holds = None  # until the copy is complete
-        made = stacks()
-        for path, stack in made.items():
-            self._folded[path] = nn.Parameter(
-                fold(self.modules[path], stack, weights, out=self._folded.get(path)), requires_grad=False
-            )
-        for path in self._folded.keys() - made.keys():
-            del self._folded[path]
-        self._holds = key, weights
+    def _merge(self, stacks: Mapping[str, Stack], weights: Tensor) -> None:
+        self._key = None  # until the copy is complete
+        for path in self._merged.keys() - stacks.keys():
+            del self._merged[path]
+        for path, stack in stacks.items():
+            copy = merged_weight(self.modules[path], stack, weights, out=self._merged.get(path))
+            self._merged[path] = nn.Parameter(copy, requires_grad=False)
 
 
 @torch.no_grad()
-def fold(module: nn.Module, stack: Stack, weights: Tensor, out: Tensor | None = None) -> Tensor:
+def merged_weight(module: nn.Module, stack: Stack, weights: Tensor, out: Tensor | None = None) -> Tensor:
     """`W + B diag(w) A` in the layout of the module's weight.
 
     Args:
-        module: a `foldable` one.
+        module: a `mergeable` one.
         stack: the low-rank factors on it.
         weights: (n,), one per adapter that the stack's columns belong to.
         out: memory to use, of the weight's shape and dtype; never the weight itself.

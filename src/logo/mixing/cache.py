@@ -1,0 +1,367 @@
+"""`AdapterCache`: the factors of adapters on the devices of a model, and side by side as a batch multiplies them.
+
+One half of the budget is for the factors of single adapters. A thread loads them, from host memory or disk, so a caller
+waits only for those that are not there yet; when the half is full, the adapter that was used longest ago gives way, but
+never one that is held. The other half is for the copies that a batch multiplies (`Stacks`): they hold adapters of the
+first half, so they cannot need more.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections import OrderedDict, deque
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from numbers import Real
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from logo.adapters.format import Adapter, LoraWeights
+from logo.adapters.layout import adaptable_modules
+from logo.errors import CacheFull, NotFinite, check_type
+
+# The share of the free memory that adapters may have by default.
+ADAPTER_SHARE = 0.3
+
+# Module path -> A (r, d_in) and B (r, d_out) of one adapter.
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The factors of some adapters on one module, side by side: `ΔW_i = B[owner == i].T A[owner == i]`."""
+
+    A: Tensor  # (R, d_in)
+    B: Tensor  # (R, d_out), with the scale in it
+    owner: Tensor  # (R,) int64: the adapter of each column, by its place in `Stacks.residents`
+
+
+@dataclass(eq=False)
+class Resident:
+    """An adapter in the cache, or on its way there.
+
+    Attributes:
+        factors: empty until it is loaded, and once its memory is free.
+        bytes: of them; counted from before they are allocated.
+        users: the number of holds on it.
+        ready: done when it is loaded, or failed with the error.
+    """
+
+    adapter: Adapter
+    factors: Factors = field(default_factory=dict)
+    bytes: int = 0
+    users: int = 0
+    ready: Future[None] = field(default_factory=Future)
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Adapters that stay in the cache until `AdapterCache.release`, in the order of the call."""
+
+    residents: tuple[Resident, ...]
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """Some adapters side by side.
+
+    Attributes:
+        residents: the adapters.
+        modules: module path -> those that touch it. Modules that the same adapters touch with the same ranks share one
+            `owner` tensor per device.
+    """
+
+    residents: tuple[Resident, ...]
+    modules: Mapping[str, Stack]
+
+    @classmethod
+    def of(cls, residents: Sequence[Resident]) -> Stacks:
+        """Copies the factors of loaded adapters; those of an adapter that is alone on a module are used as they are."""
+        found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+        for i, resident in enumerate(residents):
+            for path, pair in resident.factors.items():
+                found.setdefault(path, {})[i] = pair
+        modules, owners = {}, dict[tuple[object, ...], Tensor]()
+        for path, pairs in found.items():
+            A, B = (one[0] if len(one) == 1 else torch.cat(one) for one in zip(*pairs.values(), strict=True))
+            ranks = [len(down) for down, _ in pairs.values()]
+            key = (A.device, *pairs, *ranks)
+            if key not in owners:
+                owners[key] = torch.tensor(list(pairs)).repeat_interleave(torch.tensor(ranks)).to(A.device)
+            modules[path] = Stack(A, B, owners[key])
+        return cls(tuple(residents), modules)
+
+
+class HostFiles:
+    """The tensors of the adapters that were read last, in host memory and in the dtype of their files.
+
+    Beside an accelerator an adapter that has given way is loaded again without reading its file. A model on the CPU
+    needs no such copies, since the operating system caches the pages of the files.
+
+    Args:
+        budget: bytes. An adapter that is larger is read but not kept.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.bytes = 0
+        self._kept: OrderedDict[Hashable, tuple[Mapping[str, LoraWeights], int]] = OrderedDict()
+
+    def read(self, adapter: Adapter) -> Mapping[str, LoraWeights]:
+        """As `Adapter.read`; called by one thread."""
+        if adapter.file in self._kept:
+            self._kept.move_to_end(adapter.file)
+            return self._kept[adapter.file][0]
+        weights = adapter.read()
+        if torch.cuda.is_available():  # an accelerator copies faster from pinned memory
+            weights = {
+                path: LoraWeights(one.A.pin_memory(), one.B.pin_memory(), one.scaling) for path, one in weights.items()
+            }
+        size = sum(one.A.nbytes + one.B.nbytes for one in weights.values())
+        if size <= self.budget:
+            self._kept[adapter.file] = weights, size
+            self.bytes += size
+            while self.bytes > self.budget:
+                self.bytes -= self._kept.popitem(last=False)[1][1]
+        return weights
+
+
+class AdapterCache:
+    """The adapters of one model on its devices, of any pool.
+
+    Args:
+        modules: base module path -> linear module or embedding.
+        dtype: of mixtures; scales are applied in float32 before the cast.
+        budget: bytes for single adapters and for the copies that a batch multiplies, half for each.
+        host: keeps files in host memory; None: they are read each time.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], dtype: torch.dtype, budget: int, host: HostFiles | None = None
+    ) -> None:
+        self.modules, self.dtype, self.budget = modules, dtype, budget
+        self._host = host
+        self._bytes = 0
+        self._residents: OrderedDict[Hashable, Resident] = OrderedDict()  # by file; the one used longest ago first
+        self._leaving: deque[Hold] = deque()
+        self._lock = threading.Lock()
+        self._loader: ThreadPoolExecutor | None = None
+        self._last: Stacks | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, memory_gb: float | None) -> AdapterCache:
+        """The cache of a model; files are kept in host memory if the model computes elsewhere.
+
+        Args:
+            memory_gb: the budget, in 10⁹ bytes; None: a share of the free memory (`ADAPTER_SHARE`).
+        """
+        if memory_gb is not None:
+            check_type("adapter_memory_gb", memory_gb, Real, "a number")
+        modules, host = adaptable_modules(model), None
+        devices = {device_of(module) for module in modules.values()}
+        budget = int(ADAPTER_SHARE * free_bytes(devices) if memory_gb is None else memory_gb * 1e9)
+        if any(device.type != "cpu" for device in devices):
+            host = HostFiles(min(budget, int(ADAPTER_SHARE * free_bytes([torch.device("cpu")]))))
+        dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+        return cls(modules, dtype if dtype.is_floating_point else torch.float32, budget, host)
+
+    # -- holding ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def held(self, adapters: Sequence[Adapter]) -> Iterator[Hold]:
+        """Holds adapters inside the block, which begins when all of them are loaded.
+
+        Raises:
+            CacheFull: they do not fit beside the adapters that others hold.
+            AdapterError: one cannot be read.
+            NotFinite: one overflows the dtype.
+        """
+        hold = self.reserve(adapters)
+        try:
+            # All are waited for, so that the state after a failure does not depend on timing.
+            failures = [resident.ready.exception() for resident in hold.residents]
+            for failure in failures:
+                if failure is not None:
+                    raise failure
+            yield hold
+        finally:
+            self.release(hold)
+
+    def reserve(self, adapters: Sequence[Adapter]) -> Hold:
+        """Holds adapters without waiting: each `Resident.ready` says when it is loaded, or why it cannot be."""
+        with self._locked():
+            hold = Hold(tuple(self._wanted(adapter) for adapter in adapters))
+            for resident in hold.residents:
+                resident.users += 1
+        return hold
+
+    def release(self, hold: Hold) -> None:
+        """Ends a hold; adapters that nobody holds may give way.
+
+        Finalizers may call this, at any point of any thread: if the lock is taken, the next holder of it does the work.
+        """
+        self._leaving.append(hold)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._release_all()
+            finally:
+                self._lock.release()
+
+    def prefetch(self, adapters: Iterable[Adapter]) -> None:
+        """Begins to load these. An error is raised where they are held."""
+        with self._locked():
+            for adapter in adapters:
+                self._wanted(adapter)
+
+    def retain(self, files: Collection[Hashable]) -> None:
+        """Frees the adapters of all other files; those that are held as soon as they are released."""
+        with self._locked():
+            self._last = None
+            for file in self._residents.keys() - files:
+                self._free_if_unused(self._residents.pop(file))
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that are loaded, the one used longest ago first."""
+        with self._locked():
+            return tuple(one.adapter.name for one in self._residents.values() if one.ready.done())
+
+    @property
+    def bytes(self) -> int:
+        """Memory of single adapters, without copies."""
+        return self._bytes
+
+    def stacks(self, hold: Hold, *, grows: bool = False) -> Stacks:
+        """The loaded adapters of a hold side by side; called by the thread that runs the model.
+
+        Args:
+            grows: the result may contain others behind them, as many again at most, so that adapters that come and go
+                are seldom copied. The order of sums depends on what came before, then; without it, on the hold alone.
+        """
+        residents, last = hold.residents, self._last
+        if last is not None and last.residents == residents:
+            return last
+        if grows and last is not None:
+            others = [one for one in last.residents if one not in set(residents)]
+            size, more = (sum(one.bytes for one in some) for some in (residents, others))
+            if more <= size and set(residents) <= set(last.residents):
+                return last
+            others = [one for one in others if one.factors]
+            residents += tuple(others) if sum(one.bytes for one in others) <= size else ()
+        self._last = last = None  # frees the memory of the copies
+        self._last = Stacks.of(residents)
+        return self._last
+
+    # -- loading: by one thread -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._lock:
+            self._release_all()
+            yield
+
+    def _release_all(self) -> None:
+        """Ends the holds that were given back. The lock is held."""
+        while self._leaving:
+            for resident in self._leaving.popleft().residents:
+                resident.users -= 1
+                self._free_if_unused(resident)
+
+    def _wanted(self, adapter: Adapter) -> Resident:
+        """The resident of an adapter; a new one is handed to the thread that loads. The lock is held."""
+        resident = self._residents.get(adapter.file)
+        if resident is None:
+            resident = self._residents[adapter.file] = Resident(adapter)
+            if self._loader is None:
+                self._loader = ThreadPoolExecutor(1, "logo-adapters")
+            self._loader.submit(self._load, resident)
+        self._residents.move_to_end(adapter.file)
+        return resident
+
+    @torch.no_grad()
+    def _load(self, resident: Resident) -> None:
+        try:
+            adapter = resident.adapter
+            weights = adapter.read() if self._host is None else self._host.read(adapter)
+            size = sum(one.A.numel() + one.B.numel() for one in weights.values()) * self.dtype.itemsize
+            with self._locked():
+                self._make_room(adapter, size)
+                resident.bytes = size
+                self._bytes += size
+            factors = {path: self._placed(adapter, path, one) for path, one in weights.items()}
+            with self._locked():
+                resident.factors = factors
+                resident.ready.set_result(None)
+                self._free_if_unused(resident)
+        except BaseException as error:  # raised where it is waited for; the next hold tries again
+            traceback.clear_frames(error.__traceback__)  # so that the error does not keep tensors alive
+            with self._locked():
+                if self._residents.get(resident.adapter.file) is resident:
+                    del self._residents[resident.adapter.file]
+                self._free(resident)
+            resident.ready.set_exception(error)
+
+    def _placed(self, adapter: Adapter, path: str, weights: LoraWeights) -> tuple[Tensor, Tensor]:
+        """Copies of A (r, d_in) and of `s B` (r, d_out) where the module computes."""
+        device = device_of(self.modules[path])
+        A, B = (
+            torch.empty(found.shape, dtype=self.dtype, device=device).copy_(found)
+            for found in (weights.A, weights.scaled_b().T)
+        )
+        # A gate of 0 hides what is not finite from other rows, but merging and the adapter's own rows would spread it.
+        if not (bool(A.isfinite().all()) and bool(B.isfinite().all())):
+            raise NotFinite(
+                f"adapter {adapter.name!r}: module {path} overflows {self.dtype}, in which mixtures compute; load the "
+                "base model with a wider --dtype"
+            )
+        return A, B
+
+    def _make_room(self, adapter: Adapter, size: int) -> None:
+        """Frees what was used longest ago. The lock is held."""
+        while self._bytes + size > self.budget // 2:
+            idle = next((one for one in self._residents.values() if one.ready.done() and not one.users), None)
+            if idle is None:
+                others = sum(one.bytes > 0 for one in self._residents.values())
+                raise CacheFull(
+                    f"adapter {adapter.name!r}: expected room for {size / 1e6:.1f} MB, found none beside the {others} "
+                    f"adapters in use; the memory for adapters is {self.budget / 1e9:.3f} GB, half of it for what a "
+                    "batch multiplies: give it more (--adapter-memory-gb), select fewer adapters per prompt (-k), or "
+                    "answer fewer prompts at once"
+                )
+            del self._residents[idle.adapter.file]
+            self._free(idle)
+
+    def _free_if_unused(self, resident: Resident) -> None:
+        """Frees a loaded adapter that nobody holds and that nobody can ask for any more. The lock is held."""
+        known = self._residents.get(resident.adapter.file) is resident
+        if not known and not resident.users and resident.ready.done():
+            self._free(resident)
+
+    def _free(self, resident: Resident) -> None:
+        self._bytes -= resident.bytes
+        resident.bytes, resident.factors = 0, {}
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device on which a module computes; under accelerate's offloading its weights are elsewhere."""
+    hook_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if hook_device is not None:
+        return torch.device(hook_device)
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def free_bytes(devices: Iterable[torch.device]) -> int:
+    """Free memory on these devices together; host memory for devices that are no GPUs."""
+    found = 0
+    for device in set(devices):
+        found += torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)
+    return found

@@ -1,0 +1,181 @@
+"""The gated LoRA on any linear module: `y = W x + B (g ⊙ (A x))`, with another gate `g` in every row or token.
+
+The base module is called as it is: a forward hook adds the low-rank term to its output while a mixture is active.
+Without an active mixture there is no hook, so outputs equal the base model's bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from logo.mixing.cache import Stack
+
+# The arguments by which models take the cache of earlier columns.
+_CACHES = ("past_key_values", "cache", "cache_params")
+
+
+class Gates:
+    """The weight of each of n adapters, per row of the batch or per token.
+
+    Args:
+        weights: (rows, n) on the host; with `per_token`, (tokens, n).
+        per_token: the rows of `weights` are tokens, in the order in which a packed or (rows, length) batch is laid
+            out in memory, instead of rows of the batch.
+
+    A batch dimension that is a multiple of `rows` (beam search, several return sequences, flattened tokens) repeats
+    every row that many times. One row of weights serves any batch.
+    """
+
+    def __init__(self, weights: Tensor, *, per_token: bool = False) -> None:
+        self._weights = weights
+        self._per_token = per_token
+        self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    def applied(self, stack: Stack, response: Tensor) -> Tensor:
+        """`g ⊙ (A x)` of one module, for `A x` (..., R).
+
+        A gate of 0 gives 0 even if `A x` is not finite, so an adapter that overflows affects only the rows that use it.
+
+        Raises:
+            ValueError: the gates are those of another number of rows or tokens.
+        """
+        # Modules that the same adapters touch share one owner, and so one gate.
+        key = (id(stack.owner), response.shape[:-1], response.device, response.dtype)
+        if key not in self._made:
+            self._made[key] = (stack.owner, *self._gate(stack.owner, response))
+        _, gate, closed = self._made[key]
+        product = response * gate
+        return product if closed is None else product.masked_fill_(closed, 0)
+
+    def _gate(self, owner: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gate, shaped to multiply `like`, and where it is 0; None if nowhere."""
+        lead, rows = like.shape[:-1], len(self._weights)
+        count = lead.numel() if self._per_token else lead[0]
+        if rows != 1 and (count % rows or (self._per_token and count != rows)):
+            unit = "tokens" if self._per_token else "rows"
+            raise ValueError(f"gates for {rows} {unit} cannot serve a batch of {count} {unit}")
+        weights = self._weights.to(like.dtype)
+        # On CUDA the copy has read the host memory when the call returns, and does not wait for running kernels.
+        placed = weights.to(like.device, non_blocking=like.device.type == "cuda")
+        gate = placed.index_select(1, owner)  # (rows, R)
+        if rows not in (1, count):
+            gate = gate.repeat_interleave(count // rows, dim=0)
+        if not self._per_token:
+            gate = gate.view(-1, *[1] * (len(lead) - 1), len(owner))
+        elif rows != 1:
+            gate = gate.view(*lead, len(owner))
+        return gate, None if bool(weights.all()) else gate == 0
+
+
+class OpeningGates:
+    """Gates that open at a position: `g(row, column) = w if column >= begin(row, adapter) else 0`.
+
+    A column is a position in the batch, counted with padding and cached tokens; a hook on the model tells which columns
+    each pass reads. Once all gates are open, they are ordinary `Gates`, one per row.
+
+    Args:
+        weights: (rows, n).
+        begins: (rows, n) int64: the first column in which each adapter acts.
+    """
+
+    def __init__(self, weights: Tensor, begins: Tensor) -> None:
+        self._weights, self._begins = weights, begins
+        self._open = Gates(weights)
+        self._last = int(begins.max())
+        self._batch, self._width = len(weights), 0
+        self._count = 0  # columns that were read up to now
+        self._columns: tuple[int, int] | None = None  # of the current forward pass; None: all gates are open
+        self._kept: Tensor | None = None  # those of them that the output head gets, if they are not the last ones
+        self._made: dict[tuple[int, int, int], Gates] = {}
+
+    @contextmanager
+    def following(self, model: nn.Module) -> Iterator[None]:
+        """Follows the forward passes of the model inside the block, to know which columns they read."""
+        handle = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read = args[0] if args else kwargs.get("input_ids")
+        if read is None:
+            read = kwargs["inputs_embeds"]
+        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        seen = self._seen(cache)
+        self._batch, self._width = read.shape[:2]
+        self._count = seen + self._width
+        self._columns = None if seen >= self._last else (seen, seen + self._width)
+        kept = kwargs.get("logits_to_keep")
+        self._kept = seen + kept.cpu() if isinstance(kept, Tensor) else None
+        self._made.clear()
+
+    def _seen(self, cache: Any) -> int:
+        """The columns that earlier passes have read into a cache."""
+        if cache is None:
+            return 0
+        try:
+            said = int(cache.get_seq_length())
+        except (AttributeError, ValueError):  # linear attention keeps no columns
+            said = 0
+        return said or self._count  # MiniMax's cache says 0 if the first layer is of linear attention
+
+    def applied(self, stack: Stack, response: Tensor) -> Tensor:
+        """As `Gates.applied`."""
+        return self._now(response.shape[:-1].numel()).applied(stack, response)
+
+    def _now(self, tokens: int) -> Gates:
+        """The gates of so many tokens: all of the pass, or those columns of each row that an output head gets."""
+        if self._columns is None:
+            return self._open
+        rows, batch = len(self._weights), self._batch
+        if batch % rows or tokens % batch or tokens > batch * self._width:
+            raise ValueError(f"gates for {rows} rows of {self._width} tokens cannot serve {tokens} tokens")
+        key = (batch, tokens, self._columns[1])
+        if key not in self._made:
+            count = tokens // batch
+            columns = torch.arange(self._columns[1] - count, self._columns[1])
+            if self._kept is not None and count < self._width:
+                columns = self._kept
+            gates = torch.where(columns[:, None] >= self._begins[:, None], self._weights[:, None], 0.0)
+            gates = gates.repeat_interleave(batch // rows, dim=0)  # (batch, columns, n)
+            self._made[key] = Gates(gates.flatten(0, 1), per_token=True)
+        return self._made[key]
+
+
+def low_rank(x: Tensor, stack: Stack, gates: Gates | OpeningGates) -> Tensor:
+    """`B (g ⊙ (A x))` for `x` (..., d_in), or for tokens (...) of an embedding; (..., d_out) in the stack's dtype."""
+    if x.is_floating_point():
+        response = nn.functional.linear(x.to(stack.A.dtype), stack.A)  # (..., R)
+    else:
+        response = nn.functional.embedding(x, stack.A.T)
+    return gates.applied(stack, response) @ stack.B
+
+
+def adding(stack: Stack, gates: Gates | OpeningGates) -> Callable[..., Tensor]:
+    """A forward hook that adds the low-rank term to the output of a module."""
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        term = low_rank(inputs[0], stack, gates)
+        scale = getattr(module, "embed_scale", None)  # Gemma's embeddings multiply their output; PEFT does the same
+        term = (term if scale is None else term * scale).to(output.dtype)
+        # The output may be changed in place: it is new, and without gradients nobody else reads it.
+        return output + term if output.requires_grad else output.add_(term)
+
+    return add
+
+
+@contextmanager
+def hooked(modules: Mapping[str, nn.Module], hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Forward hooks on modules, by path, inside the block."""
+    handles = [modules[path].register_forward_hook(hook) for path, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
