@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logo.selection.emphasis import emphasised
 from torch import Tensor
 
 from logo.backends.vllm import taps as module
