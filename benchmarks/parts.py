@@ -258,11 +258,11 @@ class Bench:
 
 
 def answering(
-    logo: LoGo, texts: list[str], new: int, mixtures: Mixtures | None = None, *, signal: str | None = None
+    logo: LoGo, texts: Sequence[Any], new: int, mixtures: Mixtures | None = None, *, signal: str | None = None
 ) -> object:
     """Answers a batch with this many new tokens, with these mixtures or with the selected ones."""
     adapters: Any = None if mixtures is None else list(mixtures)
-    return logo.generate(texts, adapters=adapters, signal=signal, generation_config=exactly(new), batch_size=len(texts))
+    return logo.generate(list(texts), adapters=adapters, signal=signal, generation_config=exactly(new), batch_size=len(texts))
 
 
 def exactly(new: int) -> GenerationConfig:

@@ -26,11 +26,10 @@ if TYPE_CHECKING:
     from logo.adapters.pool import AdapterPool
     from logo.baselines.method import Method, Prepared, Task
     from logo.baselines.registry import register_method
-    from logo.core import Selection
-    from logo.decoder import Generation
-    from logo.decoding import Truncation
+    from logo.core import Generation, Selection
     from logo.engine import LoGo
     from logo.evaluation.metrics import MetricFunction, register_metric
+    from logo.prompts import Truncation
     from logo.scoring import Scored
     from logo.selection.index import ScoringIndex
     from logo.selection.settings import SelectionSettings
@@ -41,7 +40,7 @@ __version__ = "0.2.0"  # the only place; pyproject.toml reads it from here
 _LAZY = {
     "Adapter": "logo.adapters.format",
     "AdapterPool": "logo.adapters.pool",
-    "Generation": "logo.decoder",
+    "Generation": "logo.core",
     "LoGo": "logo.engine",
     "LoraWeights": "logo.adapters.format",
     "Method": "logo.baselines.method",
@@ -53,7 +52,7 @@ _LAZY = {
     "SelectionSettings": "logo.selection.settings",
     "SignalFunction": "logo.selection.signals",
     "Task": "logo.baselines.method",
-    "Truncation": "logo.decoding",
+    "Truncation": "logo.prompts",
     "register_method": "logo.baselines.registry",
     "register_metric": "logo.evaluation.metrics",
     "register_signal": "logo.selection.signals",

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.generation import GenerationMode
 
-from logo.adapters.activation import earliest, warn_of_silent
+from logo.adapters.activation import EVERYWHERE, earliest, warn_of_silent
 from logo.adapters.pool import AdapterPool
 from logo.core import Form, Generation, Selection
 from logo.endings import EndRule, at_newline, at_texts, cut_after_end, cut_at, end_tokens
@@ -139,9 +139,8 @@ def _check_values(config: GenerationConfig) -> None:
 
 def check_batch_size(batch_size: int) -> None:
     """Raises UsageError unless it is a number of rows."""
-    check_type("batch_size", batch_size, Integral, "a whole number")
-    if batch_size <= 0:
-        raise UsageError(f"batch_size: expected 1 or more, found {batch_size}")
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size <= 0:
+        raise UsageError(f"batch_size: expected a whole number, 1 or more, found {batch_size!r:.60}")
 
 
 def check_streamable(rows: int, config: GenerationConfig) -> None:
@@ -411,31 +410,23 @@ class Decoder:
         **options: Any,
     ) -> tuple[list[list[int]], Form]:
         """The new tokens of each row, also those behind its end, and the form of the mixtures."""
-        pool, config = pool.acting(decoding.activation), copy.copy(decoding.config)
-        rules = decoding.rules(self.prompts.tokenizer)
+        if decoding.activation is not None:
+            pool = pool.acting(decoding.activation)
+        config, rules = copy.copy(decoding.config), decoding.rules(self.prompts.tokenizer)
         ids, mask = padded(rows, self.prompts.pad_id, "left", input_device(self.model))
         config.stop_strings = None  # the rules contain them
         if rules:
             growing = config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
             criteria = (*criteria, EndRows(rules, ids.shape[1], growing))
         finite = _Finite(stop=options.get("streamer") is not None)
-        acting = [Mixture.of(pool, mixture, row) for mixture, row in zip(mixtures, rows, strict=True)]
-        both = zip(mixtures, acting, strict=True)
-        warn_of_silent((name for asked, one in both for name in asked if name not in one.weights), self._told)
-        pads, start = [ids.shape[1] - len(row) for row in rows], 0
-        beams = max(config.num_beams or 1, config.num_return_sequences or 1)
-        if self.prefix_cache is not None and self._reads_ahead(pool, config):
-            ends = [earliest(pool.activations, row) for row in rows]
-            start = min(pad + end for pad, end in zip(pads, ends, strict=True))  # before, no adapter acts in any row
-            if start:
-                cache = self.prefix_cache.cache(rows, ends, [max(0, start - pad) for pad in pads])
-                cache.batch_repeat_interleave(beams)
-                config.cache_implementation = None  # transformers takes either a cache or the name of one
-                options[cache_argument(self.model) or ""] = cache
-        shifted = [one.shifted(pad, start) for one, pad in zip(acting, pads, strict=True)]
+        if pool.activations == (EVERYWHERE,):
+            acting = [Mixture(mixture) for mixture in mixtures]
+        else:
+            acting, known = self._late(pool, rows, mixtures, config)
+            options |= known
         passes = max(config.min_new_tokens or 0, config.max_new_tokens / 4)  # most answers are shorter than they may be
         with (
-            self.mixer.active(pool, shifted, passes) as form,
+            self.mixer.active(pool, acting, passes) as form,
             _without_checkpoint(self.model),
             torch.no_grad(),
         ):
@@ -452,6 +443,30 @@ class Decoder:
             raise overflow(mixtures[bad])
         sequences: Tensor = getattr(output, "sequences", output)  # an object with return_dict_in_generate
         return sequences[:, ids.shape[1] :].tolist(), form
+
+    def _late(
+        self,
+        pool: AdapterPool,
+        rows: Sequence[Sequence[int]],
+        mixtures: Sequence[Mapping[str, float]],
+        config: GenerationConfig,
+    ) -> tuple[list[Mixture], dict[str, Any]]:
+        """The mixtures of rows, padded on the left, some of whose adapters act from a position on only; and, if the
+        base model alone reads what stands before, the argument with its keys and values."""
+        acting = [Mixture.of(pool, mixture, row) for mixture, row in zip(mixtures, rows, strict=True)]
+        both = zip(mixtures, acting, strict=True)
+        warn_of_silent((name for asked, one in both for name in asked if name not in one.weights), self._told)
+        width, start, known = max(map(len, rows)), 0, dict[str, Any]()
+        pads = [width - len(row) for row in rows]
+        if self.prefix_cache is not None and self._reads_ahead(pool, config):
+            ends = [earliest(pool.activations, row) for row in rows]
+            start = min(pad + end for pad, end in zip(pads, ends, strict=True))  # before, no adapter acts in any row
+            if start:
+                cache = self.prefix_cache.cache(rows, ends, [max(0, start - pad) for pad in pads])
+                cache.batch_repeat_interleave(max(config.num_beams or 1, config.num_return_sequences or 1))
+                config.cache_implementation = None  # transformers takes either a cache or the name of one
+                known[cache_argument(self.model) or ""] = cache
+        return [one.shifted(pad, start) for one, pad in zip(acting, pads, strict=True)], known
 
     def _reads_ahead(self, pool: AdapterPool, config: GenerationConfig) -> bool:
         """Whether the base model alone reads the tokens before adapters act, with the prefix cache."""

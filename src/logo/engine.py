@@ -5,10 +5,11 @@ prompts.read -> Prompt -> Scorer -> scores -> Selector -> Selection -> Mixer.act
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from logo.adapters.activation import check_forced
+from logo.adapters.activation import EVERYWHERE, check_forced
 from logo.adapters.export import write_mixture
 from logo.adapters.layout import BaseLayout
 from logo.adapters.options import OnBadAdapter
@@ -36,7 +37,7 @@ from logo.endings import cut_pieces
 from logo.errors import LoGoError, PoolError, UsageError, check_type, listed
 from logo.mixing import AdapterCache, Mixer, Mixture
 from logo.models import check_mode, check_usable, context_length, devices, lock_of
-from logo.opening import from_pretrained
+from logo.opening import Preset, opened
 from logo.prefix_cache import PrefixCache, reusable
 from logo.prompts import Prompts, Truncation, several
 from logo.scoring import MAX_TOKENS, Scored, encoded, score_pairs
@@ -46,7 +47,7 @@ from logo.selection.scorer import Scorer
 from logo.selection.selector import forced
 from logo.selection.settings import OPTIONS, SelectionSettings
 from logo.selection.signals import get_signal
-from logo.selection.window import windowed
+from logo.selection.window import WHOLE
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -126,7 +127,38 @@ class LoGo:
         self.take(self.prepared(self.pool))
         warn_of_bad(self._fitted.refused)
 
-    from_pretrained = classmethod(from_pretrained)
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_model: str | os.PathLike[str],
+        pool: AdapterPool | str | Path | Sequence[str | Path] | None = None,
+        *,
+        engine: str = "local",
+        preset: Preset | None = None,
+        **options: Any,
+    ) -> LoGo:
+        """Loads a base model, opens a pool for it, and calibrates the pool if its responses are not cached.
+
+        Args:
+            base_model: a Hub id, a folder, a short name (`"Llama-3.1-8B"`) or `"demo"`.
+            pool: an `AdapterPool`, or what `AdapterPool.open` takes: a folder, a Hub repository, a manifest, or several
+                of these. Default: the pool of the base model, for the bundled and the three official models.
+            engine: `"local"` runs the model in this process; `"vllm"` runs vLLM's offline engine (docs/vllm.md), and
+                returns an engine with the same methods.
+            preset: `"official"` changes defaults to those of the authors' script, as `logo evaluate --preset official`
+                does: signal `norm`, k 20, `probe_context="carry"`, prompts cut at their end to 2048 tokens, float32,
+                and the checkpoint's own generation config.
+            trust_remote_code: not supported; True is an error.
+            **options: `model_dir`, `revision`, `token`, `device`, `dtype`, `device_map`, `attn_implementation`,
+                `quantization_config`, `model_kwargs` of `logo.models.load_base`; those of `LoGo`; and the fields of
+                `SelectionSettings`: `signal`, `k`, `window`, ...
+
+        Raises:
+            ModelError, HubError: the base model cannot be loaded.
+            PoolError, AdapterError: the pool cannot be used on it.
+            UsageError: a setting that does not exist or cannot be used.
+        """
+        return opened(cls, base_model, pool, engine=engine, preset=preset, **options)
 
     # -- the pool, and what is known of it -------------------------------------------------------------------------
 
@@ -242,6 +274,9 @@ class LoGo:
             self._earlier |= self._scorers
             self._fitted, self.pool, self._scorers = prepared.fitted, prepared.pool, dict(prepared.scorers)
             self._seen = self.pool.leave_out(self._fitted.refused, prepared.version)
+            asked, activations = self.settings.probe_text, self._fitted.activations
+            invoked = self._fitted.read_once and any(one.tokens for one in activations)
+            self._probes_all = asked == "all" or (asked is None and invoked)
             self._mixer.forget(self._fitted)
 
     def _opened(self, pool: AdapterPool, signal: str, tell: Tell | None = None) -> Scorer:
@@ -262,7 +297,7 @@ class LoGo:
     # -- selecting -------------------------------------------------------------------------------------------------
 
     @overload
-    def select(self, prompts: OnePrompt, **options: Any) -> Selection: ...  # type: ignore[overload-overlap]
+    def select(self, prompts: OnePrompt, **options: Any) -> Selection: ...
     @overload
     def select(self, prompts: Sequence[OnePrompt], **options: Any) -> list[Selection]: ...
     def select(
@@ -301,7 +336,8 @@ class LoGo:
 
     def _options(self, pool: AdapterPool, given: Mapping[str, Any]) -> Options:
         call = self.settings.options(pool, given)
-        _checked_context(self.probe_context, call.signal)
+        if self.probe_context != "base":
+            _checked_context(self.probe_context, call.signal)
         return call
 
     def outcomes(
@@ -371,7 +407,8 @@ class LoGo:
         active = self._fitted.names if self.probe_context == "pool" else ()
         probed = [self._probed(row) for row in rows]
         scores = torch.empty(len(rows), len(scorer.names))
-        lengths = [len(windowed(row, scorer.signal.window)) for row in probed]
+        window = scorer.signal.window
+        lengths = [len(row) if window == WHOLE else min(len(row), sum(window)) for row in probed]
         for batch in batches_by_length(lengths, batch_size, tokens=MAX_TOKENS):
             with self._mixer.active(self._fitted, [Mixture(dict.fromkeys(active, 1.0))]):
                 scores[batch] = scorer([probed[i] for i in batch], [among[i] for i in batch])
@@ -394,9 +431,7 @@ class LoGo:
         If no adapter acts everywhere, some have an invocation, and the settings leave it open, it is everything: the
         invocation usually opens the assistant's turn, and the answer reuses what the probe has read.
         """
-        asked = self.settings.probe_text
-        invoked = asked is None and self._fitted.read_once and any(one.tokens for one in self._fitted.activations)
-        return row.ids if asked == "all" or invoked else row.probed
+        return row.ids if self._probes_all else row.probed
 
     # -- answering -------------------------------------------------------------------------------------------------
 
@@ -450,7 +485,7 @@ class LoGo:
                 probed = (time.perf_counter() - started) / len(rows)
             answers: dict[int, Generation] = {}
             for batch in self._batches(rows, batch_size, decoding):
-                with nullcontext() if self.prefix_cache is None else self.prefix_cache.held():
+                with self._held(pool):
                     started, some = time.perf_counter(), [rows[i] for i in batch]
                     chosen = self._mixtures(pool, some, [wanted[i] for i in batch], call, batch_size)
                     each = probed + (time.perf_counter() - started) / len(batch)
@@ -467,7 +502,7 @@ class LoGo:
             call, decoding = self._checked(pool, adapters, options)
             check_streamable(1, decoding.config)
             [row] = self.prompts.read([prompt], decoding.config.max_new_tokens)
-            with nullcontext() if self.prefix_cache is None else self.prefix_cache.held():
+            with self._held(pool):
                 [selection] = self._mixtures(pool, [row], [adapters], call, 1)
                 pieces = self._pieces(pool, row.ids, selection, decoding)
         return cut_pieces(pieces, decoding.stop)
@@ -542,6 +577,11 @@ class LoGo:
                 self._carried = carried
                 raise
 
+    def _held(self, pool: AdapterPool) -> AbstractContextManager[Any]:
+        """Inside the block, what the probe has read stays cached for the answer."""
+        late = self.prefix_cache is not None and pool.activations != (EVERYWHERE,)
+        return self.prefix_cache.held() if late and self.prefix_cache is not None else nullcontext()
+
     def _checked(
         self, pool: AdapterPool, adapters: Forced | Sequence[Forced | None] | None, options: dict[str, Any]
     ) -> tuple[Options, Decoding]:
@@ -559,7 +599,9 @@ class LoGo:
         call = self._options(pool, asked)
         config, most = options.pop("generation_config", None), options.pop("max_new_tokens", None)
         ends = (options.pop("stop_at_newline", False), options.pop("stop", ()))
-        activation = check_forced(options.pop("activation", None))
+        activation = options.pop("activation", None)
+        if activation is not None:
+            check_forced(activation)
         config = call_config(self.prompts, config or self._generation_config, options, most, self._checkpoint)
         return call, Decoding.of(config, *ends, activation)
 

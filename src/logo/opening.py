@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -30,8 +30,8 @@ LOADING_OPTIONS = ("device", "dtype", "device_map", "attn_implementation", "quan
 LOCAL_OPTIONS = ("probe_context", "adapter_memory_gb", "prefix_cache_gb", "merge")
 
 
-def from_pretrained(
-    cls: type[T],
+def opened(
+    make: Callable[..., T],
     base_model: str | os.PathLike[str],
     pool: AdapterPool | str | Path | Sequence[str | Path] | None = None,
     *,
@@ -45,29 +45,9 @@ def from_pretrained(
     on_bad_adapter: OnBadAdapter = "error",
     **options: Any,
 ) -> T:
-    """Loads a base model, opens a pool for it, and calibrates the pool if its responses are not cached.
-
-    Args:
-        base_model: a Hub id, a folder, a short name (`"Llama-3.1-8B"`) or `"demo"`.
-        pool: an `AdapterPool`, or what `AdapterPool.open` takes: a folder, a Hub repository, a manifest, or several
-            of these. Default: the pool of the base model, for the bundled and the three official models.
-        engine: `"local"` runs the model in this process; `"vllm"` runs vLLM's offline engine (docs/vllm.md), and
-            returns an engine with the same methods.
-        preset: `"official"` changes defaults to those of the authors' script, as `logo evaluate --preset official`
-            does: signal `norm`, k 20, `probe_context="carry"`, prompts cut at their end to 2048 tokens, float32,
-            and the checkpoint's own generation config.
-        trust_remote_code: not supported; True is an error.
-        **options: of `logo.models.load_base` (`device`, `dtype`, `device_map`, `attn_implementation`,
-            `quantization_config`, `model_kwargs`); of `LoGo`; and the fields of `SelectionSettings`: `signal`,
-            `k`, `window`, ...
-
-    Raises:
-        ModelError, HubError: the base model cannot be loaded.
-        PoolError, AdapterError: the pool cannot be used on it.
-        UsageError: a setting that does not exist or cannot be used.
-    """
+    """See `LoGo.from_pretrained`; `make` is the class of the engine."""
     plugins.load_installed()
-    if hasattr(base_model, "generate"):
+    if not isinstance(base_model, (str, os.PathLike)) and hasattr(base_model, "generate"):
         raise UsageError("base_model: a loaded model has no name to open; give it to LoGo(model, tokenizer, pool)")
     check_type("base_model", base_model, (str, os.PathLike), "a Hub id, a folder or a short name")
     base_model = os.fspath(base_model)
@@ -92,7 +72,7 @@ def from_pretrained(
     if engine != LOCAL:
         if official:
             raise UsageError("preset 'official' probes as the authors' script does: use the engine 'local'")
-        opened: T = importlib.import_module(ENGINES[engine]).open_engine(
+        elsewhere: T = importlib.import_module(ENGINES[engine]).open_engine(
             base_model,
             pool if isinstance(pool, AdapterPool) else named,
             settings=settings,
@@ -103,7 +83,7 @@ def from_pretrained(
             others={name: value for name, value in (loading | local).items() if value not in (None, "auto")},
             **whence,
         )
-        return opened
+        return elsewhere
     if not isinstance(pool, AdapterPool):
         how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "token": token}
         pool = open_pool(named, base_model, model_dir, examples=settings.examples, **how)
@@ -111,7 +91,7 @@ def from_pretrained(
         pool = officially_named(pool, base_model, named)
         settings = replace(settings, k=min(DEFAULT_K, len(pool)) if settings.k is None else settings.k)
     model, tokenizer = load_base(base_model, **loading, **whence)
-    logo: Any = cls(  # type: ignore[call-arg]
+    logo: Any = make(
         model,
         tokenizer,
         pool,

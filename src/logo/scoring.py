@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from logo.adapters.activation import EVERYWHERE
 from logo.adapters.pool import AdapterPool
 from logo.core import Prompt
 from logo.decoding import batches_by_length, input_device, padded
@@ -180,7 +181,7 @@ def score_pairs(
     Raises:
         CacheFull: the adapters of a batch do not fit into the memory for adapters.
     """
-    late = not all(activation.everywhere for activation in pool.activations)
+    late = pool.activations != (EVERYWHERE,)
     rows = continued_rows(pairs, mixtures, prompts.context, apart=late)
     vocabulary, scored = len(prompts.tokenizer), dict[int, Scored]()
     batches = list(batches_by_length([len(row.ids) for row in rows], batch_size, tokens=MAX_TOKENS))

@@ -152,8 +152,8 @@ class Arms:
             return
         others = [name for name in names if name != own]
         for signal, logo in self._engines.items():
-            signatures = logo.scorer.signatures
-            if signatures is None or bool(signatures.known.all()):
+            examples = logo.scorer.examples
+            if examples is None or bool(examples.known.all()):
                 chosen = logo.reselect(picked[signal].scores, candidates=others)
             else:  # estimates of adapters without examples would still depend on the examples of the own one
                 chosen = logo.select(prompt, candidates=others)
@@ -255,6 +255,19 @@ def _by_part(arms: Sequence[Arm], value: Callable[[Arm], _V]) -> dict[str, dict[
     return found
 
 
+def _reads(logo: LoGo) -> str:
+    """In words, what is read of a prompt to score adapters."""
+    scorer = logo.scorer
+    acts = " and ".join(map(str, logo.fitted.activations))
+    what = {
+        "last": "the last token",
+        "mean": "the mean of all tokens",
+        "each": "each token",
+        "tail": f"the tokens on which the adapters act ({acts})",
+    }[scorer.signal.token]
+    return f"{what}, at {len(scorer.points)} points" + (", once" if scorer.read_once else "")
+
+
 def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
     first = next(iter(engines.values()))
     model, merge = first.model, first.merge
@@ -267,7 +280,7 @@ def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
             "k": logo.k,
             "points": [point.module for point in logo.scorer.points],
             "activations": [str(one) for one in logo.fitted.activations if logo.fitted.read_once],
-            "reads": logo.reads,
+            "reads": _reads(logo),
         }
         for name, logo in engines.items()
     }

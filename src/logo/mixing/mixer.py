@@ -16,14 +16,13 @@ from torch import nn
 
 from logo.adapters.activation import Activation
 from logo.adapters.format import Adapter
-from logo.adapters.layout import text_config
 from logo.adapters.pool import AdapterPool
 from logo.core import Form
 from logo.errors import UsageError
 from logo.mixing.cache import AdapterCache
 from logo.mixing.gates import Gates, OpeningGates, adding, hooked
 from logo.mixing.merge import Merger, mergeable
-from logo.models import lock_of
+from logo.models import lock_of, text_config
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Mixer:
     def __init__(self, model: nn.Module, cache: AdapterCache, merge: bool | None = None) -> None:
         self.cache = cache
         self.merge = merge
-        self._model, self._lock = model, lock_of(model)
+        self._model, self._lock, self._width = model, lock_of(model), text_config(model).hidden_size
         self._merger = Merger(cache.modules)
 
     @contextmanager
@@ -136,12 +135,11 @@ class Mixer:
         """Whether these mixtures are one that is merged."""
         if self.merge is False or any(one.begins or one.weights != mixtures[0].weights for one in mixtures):
             return False
+        # Merging computes about as much as gating half as many tokens as the model is wide; a pass is worth 16.
+        if not self.merge and 32 * passes < self._width:
+            return False
         modules = {path: self.cache.modules[path] for adapter in adapters for path in adapter.modules}
         if not all(mergeable(module) for module in modules.values()):
             return False
-        if not self.merge:
-            exact = all(module.weight.element_size() >= 4 for module in modules.values())  # type: ignore[operator]
-            # Merging computes about as much as gating half as many tokens as the model is wide; a pass is worth 16.
-            if not exact or 32 * passes < text_config(self._model).hidden_size:
-                return False
-        return self._merger.fits(modules)
+        exact = all(module.weight.element_size() >= 4 for module in modules.values())  # type: ignore[operator]
+        return (bool(self.merge) or exact) and self._merger.fits(modules)
