@@ -104,7 +104,7 @@ def test_a_gpu_that_is_named_has_to_be_there(monkeypatch: pytest.MonkeyPatch) ->
     [
         (["--device", "cpu"], "--device: the engine 'vllm' has no such option; set CUDA_VISIBLE_DEVICES"),
         (["--device-map", "auto"], "--device-map: the engine 'vllm' has no such option; use `--vllm-options"),
-        (["--no-merge"], "--no-merge: the engine 'vllm' has no such option; nothing is folded there"),
+        (["--no-merge"], "--no-merge: the engine 'vllm' has no such option; nothing is merged there"),
         (["--allow-pickle"], "--allow-pickle: the engine 'vllm' has no such option"),
         (["--batch-size", "4"], "--batch-size: the engine 'vllm' runs all prompts at once"),
     ],
@@ -119,7 +119,7 @@ def test_options_without_effect_in_vllm_are_errors(
 
 
 def test_options_without_effect_in_vllm_are_errors_in_python_too() -> None:
-    with pytest.raises(UsageError, match="fold: the engine 'vllm' has no such option"):
+    with pytest.raises(UsageError, match="merge: the engine 'vllm' has no such option"):
         LoGo.from_pretrained("demo", engine="vllm", merge=False)
 
 

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
-from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings
-from logo.adapters.layout import BaseLayout, adaptable_modules
-from logo.mixing.gated import GatedLoRA
-from logo.mixing.stacks import Stack, stacked
-from logo.mixing.store import AdapterStore
+from logo.adapters.layout import BaseLayout
 from make_adapters import edit_weights, write_peft
 from test_engine import PROMPTS, tokenizer
-from test_mixing import peft_logits, peft_model, save
+from test_mixing import Mixed, peft_logits, peft_model, save
 from tolerances import same_tensor
 
 EMBEDDINGS = {"llama": "embed_tokens", "qwen2": "embed_tokens", "gemma3": "embed_tokens", "gpt2": "wte"}
-
-
-def stacks_on(base: nn.Module, adapters: Any) -> dict[str, Stack]:
-    layout = BaseLayout.of(base)
-    store = AdapterStore(adaptable_modules(base), torch.float32, 10**9)
-    return stacked(store, store.hold([store.source(adapter.fit(layout, base)) for adapter in adapters]))
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)
@@ -39,13 +28,11 @@ def test_equals_peft(name: str, tmp_path: Path) -> None:
         for rank, more in ((3, linear), (5, []))
     ]
     oracle = peft_model(base, configs, seed=1)
-    adapters = save(oracle, tmp_path)
-    assert [module.embedding for module in adapters[1].modules.values()] == [True]
+    pool = save(oracle, tmp_path)
+    assert [module.embedding for module in pool["a1"].modules.values()] == [True]
     ids, mask = tiny.padded(tiny.prompts([6, 9, 4]))
     rows = [{"a0": 0.7, "a1": 0.3}, {"a1": 1.0}, {"a0": 1.0}]
-    gates = torch.tensor([[row.get("a0", 0.0), row.get("a1", 0.0)] for row in rows])
-    with torch.no_grad(), GatedLoRA(adaptable_modules(base)).active(stacks_on(base, adapters), gates):
-        ours = base(input_ids=ids, attention_mask=mask).logits
+    ours = Mixed(base, pool).logits(rows, ids, mask)
     for i, weights in enumerate(rows):
         length = int(mask[i].sum())
         same_tensor(ours[i, :length], peft_logits(oracle, weights, ids, mask)[i, :length])

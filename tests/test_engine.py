@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 import tiny
 from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, Truncation, UsageError
 from logo.adapters.layout import linear_modules, linear_shape
-from logo.errors import StoreFull
+from logo.errors import CacheFull
 from logo.opening import LOCAL_OPTIONS
 from tolerances import PATIENCE, same_scores, same_selection, same_weights
 
@@ -57,7 +57,7 @@ def write_adapter(
 
 
 def engine(model: nn.Module, adapters: Path, bos: bool = True, **options: Any) -> LoGo:
-    own = {name: options.pop(name) for name in LOCAL_OPTIONS if name in options}
+    own = {name: options.pop(name) for name in (*LOCAL_OPTIONS, "truncation") if name in options}
     chosen = SelectionSettings.of(**{"signal": "norm", "k": 3, **options})
     return LoGo(model, tokenizer(bos), AdapterPool.from_directory(adapters), settings=chosen, **own)
 
@@ -67,6 +67,7 @@ def ids_of(logo: LoGo, prompts: Sequence[Any], room: int = 0) -> list[list[int]]
     return [list(prompt.ids) for prompt in logo.prompts.read(prompts, room)]
 
 
+OTHERS = [token for token in range(len(WORDS)) if token != 1]  # all tokens but the one that ends an answer
 PROMPTS = ["w3 w4 w5", "w9", "w20 w21 w22 w23 w24 w25 w26", "w7 w8", "w40 w41 w42 w43"]
 
 
@@ -253,7 +254,7 @@ def test_an_engine_that_is_made_during_an_answer_knows_the_checkpoints_end_token
     thread.start()
     list(pieces)
     thread.join()
-    assert made[0].prompts.generation_config(None, 2, {}).eos_token_id == 1
+    assert len(made[0].generate(PROMPTS[0], adapters={}, max_new_tokens=4, suppress_tokens=OTHERS).token_ids) == 1
 
 
 def test_sampling_is_seeded_by_torch(llama: nn.Module, adapters: Path) -> None:
@@ -318,8 +319,7 @@ def test_empty_prompts(llama: nn.Module, adapters: Path) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_long_prompts_are_cut_with_a_warning(llama: nn.Module, adapters: Path, side: Any) -> None:
     long = " ".join(f"w{3 + i % 80}" for i in range(200))
-    logo = engine(llama, adapters)
-    logo.prompts.truncation = Truncation(side=side)
+    logo = engine(llama, adapters, truncation=Truncation(side=side))
     with pytest.warns(UserWarning, match="has 201 tokens, more than the 118 that fit"):
         [ids] = ids_of(logo, [long], room=10)
     words = long.split()
@@ -368,13 +368,13 @@ def test_a_batch_that_does_not_fit_names_the_budget(llama: nn.Module, adapters: 
     names = roomy.names
     one, two, every = ({name: 1.0 for name in names[:count]} for count in (1, 2, len(names)))
     roomy.generate(PROMPTS[0], adapters=one, max_new_tokens=2)
-    memory = sum(part.width * part.column_bytes for part in roomy.store.parts) / 1e9
-    logo = LoGo(llama, tokenizer(), pool, settings=settings, adapter_memory_gb=1.1 * memory)
+    memory = 2.1e-9 * roomy.adapter_cache.bytes
+    logo = LoGo(llama, tokenizer(), pool, settings=settings, adapter_memory_gb=memory)
     for ask in (
         lambda: logo.generate(PROMPTS[:2], adapters=[two, every], max_new_tokens=2),
         lambda: logo.score_pairs([([3, 4, 5], [5, 6])] * 2, [two, every]),
     ):
-        with pytest.raises(StoreFull, match=r"the memory for adapters is 0\.\d+ GB: .*--adapter-memory-gb"):
+        with pytest.raises(CacheFull, match=r"the memory for adapters is 0\.\d+ GB, half.*--adapter-memory-gb"):
             ask()
     assert len(logo.generate(PROMPTS[0], adapters=one, max_new_tokens=2).token_ids) == 2
 

@@ -13,6 +13,7 @@ from torch import nn
 import tiny
 from logo import AdapterPool, LoGo, StorageError, UsageError
 from logo.cli.run import run
+from logo.mixing import Mixture
 from make_adapters import load_peft, lora_layers
 from test_engine import PROMPTS, engine, ids_of, write_adapter
 from tolerances import same_tensor
@@ -49,7 +50,7 @@ def test_peft_and_our_reader_answer_with_it(name: str, tmp_path: Path) -> None:
         [ids] = ids_of(logo, [prompt])
         found = peft.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, pad_token_id=2)
         assert tuple(found[0, len(ids) :].tolist()) == answer.token_ids
-        with logo._mixer.active(logo.fitted, [mixture]):
+        with logo._mixer.active(logo.fitted, [Mixture(mixture)]):
             ours = logits(model, ids)
         same_tensor(logits(peft, ids), ours)
 

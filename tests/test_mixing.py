@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tiny
-from logo.adapters.format import Adapter, open_adapter
-from logo.adapters.layout import BaseLayout, linear_modules
-from logo.mixing import AdapterStore, GatedLoRA, Gates, Stack
-from logo.mixing.gated import low_rank
-from logo.mixing.stacks import stacked
+from logo import AdapterPool
+from logo.adapters.layout import BaseLayout
+from logo.mixing import AdapterCache, Mixer, Mixture
+from logo.mixing.cache import Stack
+from logo.mixing.gates import Gates, low_rank
 from tolerances import same_tensor
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -53,9 +54,8 @@ def peft_model(base: nn.Module, configs: list[peft.LoraConfig], seed: int) -> pe
     return made.eval()
 
 
-def save(model: peft.PeftMixedModel, folder: Path) -> list[Adapter]:
-    """Writes every adapter as PEFT does, and opens it."""
-    adapters = []
+def save(model: peft.PeftMixedModel, folder: Path) -> AdapterPool:
+    """Writes every adapter as PEFT does, and opens them."""
     for name, config in model.peft_config.items():
         state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         path = folder / name
@@ -64,8 +64,7 @@ def save(model: peft.PeftMixedModel, folder: Path) -> list[Adapter]:
 
         save_file({k: v.contiguous() for k, v in state.items()}, path / "adapter_model.safetensors")
         config.save_pretrained(str(path))
-        adapters.append(open_adapter(path, name))
-    return adapters
+    return AdapterPool.from_directory(folder)
 
 
 def peft_logits(model: peft.PeftMixedModel, weights: dict[str, float], ids: Tensor, mask: Tensor) -> Tensor:
@@ -84,10 +83,18 @@ def peft_logits(model: peft.PeftMixedModel, weights: dict[str, float], ids: Tens
     return logits
 
 
-def stacks_of(base: nn.Module, adapters: list[Adapter]) -> dict[str, Stack]:
-    layout = BaseLayout.of(base)
-    store = AdapterStore(dict(linear_modules(base)), torch.float32, 10**9)
-    return stacked(store, store.hold([store.source(adapter.fit(layout)) for adapter in adapters]))
+class Mixed:
+    """A base model and a pool that is fitted to it."""
+
+    def __init__(self, base: Any, pool: AdapterPool, merge: bool | None = False) -> None:
+        self.base, self.pool = base, pool.fit(BaseLayout.of(base), model=base)
+        self.mixer = Mixer(base, AdapterCache.of(base, 1.0), merge)
+
+    def logits(self, rows: Sequence[Mapping[str, float]], ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Of prompts, each under its own mixture, or all under one."""
+        with torch.no_grad(), self.mixer.active(self.pool, [Mixture(row) for row in rows]):
+            found: Tensor = self.base(input_ids=ids, attention_mask=mask).logits
+        return found
 
 
 @pytest.mark.slow
@@ -102,19 +109,13 @@ def test_equals_peft(data: Any, configs: list[peft.LoraConfig], seed: int, tmp_p
     """Any ranks, alphas, rsLoRA, patterns, targets and gates, a different mixture in every row."""
     base = tiny.model("llama")
     oracle = peft_model(base, configs, seed)
-    adapters = save(oracle, tmp_path_factory.mktemp("peft"))
-    rows = data.draw(
-        st.lists(
-            st.lists(st.floats(-0.5, 1, width=32), min_size=len(adapters), max_size=len(adapters)),
-            min_size=1,
-            max_size=3,
-        )
-    )
+    pool = save(oracle, tmp_path_factory.mktemp("peft"))
+    weights = st.floats(-0.5, 1, width=32)
+    rows = data.draw(st.lists(st.fixed_dictionaries(dict.fromkeys(pool.names, weights)), min_size=1, max_size=3))
     ids, mask = tiny.padded(tiny.prompts([7, 5, 3][: len(rows)], seed))
-    with torch.no_grad(), GatedLoRA(dict(linear_modules(base))).active(stacks_of(base, adapters), torch.tensor(rows)):
-        ours = base(input_ids=ids, attention_mask=mask).logits
-    for i, weights in enumerate(rows):
-        theirs = peft_logits(oracle, {a.name: w for a, w in zip(adapters, weights, strict=True)}, ids, mask)
+    ours = Mixed(base, pool).logits(rows, ids, mask)
+    for i, row in enumerate(rows):
+        theirs = peft_logits(oracle, row, ids, mask)
         length = int(mask[i].sum())
         same_tensor(ours[i, :length], theirs[i, :length])
 
@@ -126,16 +127,14 @@ def test_equals_peft_on_other_architectures(name: str, tmp_path: Path) -> None:
         r=3, lora_alpha=7, target_modules="all-linear", fan_in_fan_out=name == "gpt2", task_type="CAUSAL_LM"
     )
     oracle = peft_model(base, [config, config], seed=1)
-    adapters = save(oracle, tmp_path)
+    rows = [{"a0": 0.7, "a1": 0.3}, {"a1": 1.0}]
     ids, mask = tiny.padded(tiny.prompts([6, 6]))
-    with (
-        torch.no_grad(),
-        GatedLoRA(dict(linear_modules(base))).active(stacks_of(base, adapters), torch.tensor([[0.7, 0.3], [0.0, 1.0]])),
-    ):
-        ours = base(input_ids=ids, attention_mask=mask).logits
-    for i, weights in enumerate([{"a0": 0.7, "a1": 0.3}, {"a1": 1.0}]):
-        theirs = peft_logits(oracle, weights, ids, mask)[i]
-        same_tensor(ours[i], theirs)
+    pool = save(oracle, tmp_path)
+    ours, merged = Mixed(base, pool).logits(rows, ids, mask), Mixed(base, pool, merge=True)
+    for i, weights in enumerate(rows):
+        theirs = peft_logits(oracle, weights, ids, mask)
+        same_tensor(ours[i], theirs[i])
+        same_tensor(merged.logits([weights], ids, mask), theirs)
 
 
 class Quantised(nn.Module):
@@ -154,15 +153,14 @@ class Quantised(nn.Module):
 def test_base_is_bit_equal_before_between_and_after(tmp_path: Path) -> None:
     base = tiny.model("llama")
     before = {name: parameter.clone() for name, parameter in base.state_dict().items()}
-    adapters = save(
+    pool = save(
         peft_model(base, [peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")], 0), tmp_path
     )
     ids, mask = tiny.padded(tiny.prompts([6, 4]))
     plain = base(input_ids=ids, attention_mask=mask).logits
-    gated = GatedLoRA(dict(linear_modules(base)))
+    gated = Mixed(base, pool)
     attached = base(input_ids=ids, attention_mask=mask).logits
-    with gated.active(stacks_of(base, adapters), torch.tensor([[1.0], [0.0]])):
-        mixed = base(input_ids=ids, attention_mask=mask).logits
+    mixed = gated.logits([{"a0": 1.0}, {}], ids, mask)
     after = base(input_ids=ids, attention_mask=mask).logits
     assert torch.equal(plain, attached) and torch.equal(plain, after)
     assert not torch.allclose(plain[0], mixed[0])

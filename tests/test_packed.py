@@ -14,11 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from logo.errors import StoreFull
-from logo.mixing.packed import Mixture, Packed
-from logo.mixing.store import AdapterStore
+from logo.errors import CacheFull
+from logo.mixing import AdapterCache, Mixture
+from logo.mixing.packed import Packed, PackedMixture
 from make_adapters import calm
-from test_store import COLUMN, MODULES, WIDTH, check, factors, source
+from test_adapter_cache import COLUMN, MODULES, WIDTH, adapter, factors, settled
+from tolerances import PATIENCE
 
 MIXTURES = st.dictionaries(st.integers(0, 11), st.floats(-2, 2, width=16), max_size=4)
 
@@ -33,8 +34,14 @@ def term(mixture: dict[int, float], module: str, x: Tensor) -> Tensor:
     return total
 
 
-def joined(store: AdapterStore, mixture: dict[int, float]) -> Mixture:
-    return Mixture(store.hold([source(number) for number in mixture]), tuple(mixture.values()))
+def joined(cache: AdapterCache, mixture: dict[int, float], **begins: int) -> PackedMixture:
+    hold = cache.reserve([adapter(number) for number in mixture])
+    failures = [resident.ready.exception(PATIENCE) for resident in hold.residents]
+    for failure in failures:
+        if failure is not None:
+            cache.release(hold)
+            raise failure
+    return PackedMixture(hold, Mixture({f"a{number}": weight for number, weight in mixture.items()}, begins))
 
 
 class Failing(TorchFunctionMode):
@@ -52,17 +59,16 @@ class Failing(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def failing(store: AdapterStore, at: int) -> Iterator[None]:
-    """In the thread that writes the store."""
+def failing(cache: AdapterCache, at: int) -> Iterator[None]:
+    """In the thread that loads adapters."""
     mode = Failing(at)
-    with store.held([]):
-        store.prefetch([source(0)])  # begins that thread
-    assert store._writer is not None
-    store._writer.submit(mode.__enter__).result()
+    cache.prefetch([adapter(0)])  # begins that thread
+    assert cache._loader is not None
+    cache._loader.submit(mode.__enter__).result()
     try:
         yield
     finally:
-        store._writer.submit(mode.__exit__, None, None, None).result()
+        cache._loader.submit(mode.__exit__, None, None, None).result()
 
 
 class Trouble(RuleBasedStateMachine):
@@ -70,38 +76,42 @@ class Trouble(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.store = AdapterStore(MODULES, torch.float32, 3 * 30 * COLUMN)
-        self.packed = Packed(MODULES, self.store, head="three")
-        self.present: list[tuple[dict[int, float], Mixture]] = []
+        self.cache = AdapterCache(MODULES, torch.float32, 2 * 3 * 30 * COLUMN)
+        self.packed = Packed(self.cache, head="three")
+        self.present: list[tuple[dict[int, float], PackedMixture]] = []
 
     @rule(mixture=MIXTURES)
     def join(self, mixture: dict[int, float]) -> None:
-        with contextlib.suppress(StoreFull):
-            self.present.append((mixture, joined(self.store, mixture)))
+        with contextlib.suppress(CacheFull):
+            self.present.append((mixture, joined(self.cache, mixture)))
 
     @rule(mixture=MIXTURES, at=st.integers(1, 60))
     def join_where_memory_runs_out(self, mixture: dict[int, float], at: int) -> None:
-        with contextlib.suppress(StoreFull, torch.OutOfMemoryError), failing(self.store, at):
-            self.present.append((mixture, joined(self.store, mixture)))
+        with contextlib.suppress(CacheFull, torch.OutOfMemoryError), failing(self.cache, at):
+            self.present.append((mixture, joined(self.cache, mixture)))
 
     @precondition(lambda self: self.present)
     @rule(place=st.integers(0, 20))
     def leave(self, place: int) -> None:
-        self.store.release(self.present.pop(place % len(self.present))[1].hold)
+        self.cache.release(self.present.pop(place % len(self.present))[1].hold)
 
     @rule(kept=st.sets(st.integers(0, 11)))
     def the_pool_changes(self, kept: set[int]) -> None:
-        self.store.retain(kept)
+        self.cache.retain(kept)
 
     @invariant()
-    def columns_are_in_order(self) -> None:
-        check(self.store)
+    def memory_is_counted(self) -> None:
+        held = {resident for _, mixture in self.present for resident in mixture.hold.residents}
+        gone = {resident.bytes for resident in held if resident not in set(self.cache._residents.values())}
+        if not gone:
+            settled(self.cache)
 
     @invariant()
     def users_are_counted(self) -> None:
         users = [number for mixture, _ in self.present for number in mixture]
-        held = {resident.source.key: resident.users for resident in self.store._residents.values() if resident.users}
-        assert held == {number: users.count(number) for number in users}
+        held = {one for _, mixture in self.present for one in mixture.hold.residents}
+        assert sum(one.users for one in held) == len(users)
+        assert not any(one.users for one in self.cache._residents.values() if one not in held)
 
     @invariant()
     def mixtures_are_what_they_are_when_computed_afresh(self) -> None:
@@ -125,12 +135,12 @@ TestTrouble.settings = settings(calm, max_examples=60, stateful_step_count=25)
 
 def test_without_a_mixture_outputs_are_bit_equal_to_the_base_model() -> None:
     module = nn.Linear(WIDTH, WIDTH + 1)
-    store = AdapterStore({"one": module}, torch.float32, 10**6)
-    packed = Packed({"one": module}, store)
+    cache = AdapterCache({"one": module}, torch.float32, 10**6)
+    packed = Packed(cache)
     x = torch.randn(1, 3, WIDTH)
     before = module(x)
     with packed.hooks():
-        mixture = joined(store, {0: 1.0})
+        mixture = joined(cache, {0: 1.0})
         assert not packed.gate([]) and not packed.gate([(None, 3, True, 0)])
         assert torch.equal(module(x), before)
         assert packed.gate([(mixture, 3, True, 0)])
@@ -141,10 +151,10 @@ def test_without_a_mixture_outputs_are_bit_equal_to_the_base_model() -> None:
 def test_gates_open_where_each_adapter_begins() -> None:
     """Of a sequence that is read from its token 3 on, one adapter acts at once and the other from token 5 on."""
     module = nn.Linear(WIDTH, WIDTH + 1)
-    store = AdapterStore({"one": module}, torch.float32, 10**6)
-    packed = Packed({"one": module}, store)
-    whole = joined(store, {0: 0.5, 8: -1.0})
-    late = Mixture(whole.hold, whole.weights, (2, 5))
+    cache = AdapterCache({"one": module}, torch.float32, 10**6)
+    packed = Packed(cache)
+    whole = joined(cache, {0: 0.5, 8: -1.0})
+    late = joined(cache, {0: 0.5, 8: -1.0}, a0=2, a8=5)
     x = torch.randn(1, 5, WIDTH)
     with packed.hooks(), torch.no_grad():
         packed.gate([(late, 4, True, 3), (whole, 1, True, 0)])

@@ -115,7 +115,7 @@ def test_kill_9_in_the_middle(
     one, other = (json.loads((tmp_path / at / RUN / "capital" / "run.json").read_text()) for at in ("killed", "whole"))
     assert one["fingerprint"] == other["fingerprint"]
     assert one["forms"] == other["forms"] == {"gated": COUNT}  # of all rows, whichever process answered them
-    assert one["merging"]["asked"] is False
+    assert one["identity"]["merge"] is False
     times = json.loads((second / "time_dict.json").read_text())
     assert times["inference"] >= times["probe"] + times["generate"]  # what the killed process took counts
 

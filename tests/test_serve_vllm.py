@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from logo.backends.vllm.options import Options
+from logo.backends.vllm.options import VllmOptions
 from logo.cli import serve_vllm
 from logo.cli.run import run
 from logo.demo import adapters_dir, model_dir
@@ -84,15 +84,15 @@ def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str],
         *("-k", "5", "--signal", "norm", "--weighting", "linear"),
         *("--unscorable", "skip", "--on-bad-adapter", "skip", "--signals", "entropy,norm"),
     )
-    read = Options.of(None, variables)
-    assert read == Options(
+    read = VllmOptions.of(None, variables)
+    assert read == VllmOptions(
         pool=str(adapters_dir()),
         signals=("entropy", "norm"),
         on_bad_adapter="skip",
         settings=SelectionSettings(signal="norm", k=5, weighting="linear", unscorable="skip"),
     )
     variables, _, _ = dry(capsys, "--calibration-prompts", str(prompts), "--cache", "")
-    found = Options.of(None, variables)
+    found = VllmOptions.of(None, variables)
     assert found is not None and found.settings.calibration_prompts == [f"prompt 'number' {i}" for i in range(9)]
     assert found.settings.cache == ""
 
@@ -146,9 +146,8 @@ def test_a_key_is_never_on_the_command_line(
     [
         (["--device", "cuda:1"], "CUDA_VISIBLE_DEVICES"),
         (["--device-map", "auto"], "--tensor-parallel-size"),
-        (["--fold"], "slots"),
+        (["--merge"], "slots"),
         (["--adapter-memory-gb", "1"], "--max-loras"),
-        (["--adapter-cache-gb", "1"], "--max-loras"),
         (["--allow-pickle"], "safetensors"),
         (["--key-adapters", "keys.json"], "cannot bind API keys"),
         (["--max-queue", "3"], "--max-concurrent"),

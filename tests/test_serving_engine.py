@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
+from logo.adapters.format import Adapter
 from logo.core import Prompt
 from logo.decoding import Decoding, call_config, greedy_config
 from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
@@ -350,29 +350,27 @@ def test_an_adapter_that_cannot_be_used_changes_nothing(
     assert names_after == ("t0", "t1", "t2")
 
 
-def test_no_request_waits_for_an_adapter_that_another_one_loads(llama: nn.Module, tmp_path: Path) -> None:
+def test_no_request_waits_for_an_adapter_that_another_one_loads(
+    llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Requests with loaded adapters are selected for and answered while one is still being read."""
     for i in range(3):
         write_adapter(tmp_path / f"t{i}", llama, ("q_proj",), rank=2, seed=i)
     logo = engine(llama, tmp_path, k=1)
     ids = tiny.prompts([6], seed=5)[0]
     reading, may = threading.Event(), threading.Event()
-    ordinary = logo.store.source
+    ordinary = Adapter.read
 
-    def slow(adapter: Any) -> Any:
-        source = ordinary(adapter)
-
-        def read() -> Any:
+    def slow(adapter: Adapter, *modules: Any) -> Any:
+        if adapter.name == "t0":
             reading.set()
             assert may.wait(PATIENCE)
-            return source.read()
-
-        return replace(source, read=read) if adapter.name == "t0" else source
+        return ordinary(adapter, *modules)
 
     async def use(service: Service) -> Any:
         warm, cold = MixtureRequest(adapters={"t1": 1.0}), MixtureRequest(adapters={"t0": 1.0})
         await answer(service, ids, warm, Sampling(2))  # loads it
-        logo.store.source = slow  # type: ignore[method-assign]
+        monkeypatch.setattr(Adapter, "read", slow)
         waiting = [asyncio.create_task(answer(service, ids, cold, Sampling(2))) for _ in range(2)]
         try:
             assert await asyncio.to_thread(reading.wait, PATIENCE)
@@ -383,7 +381,8 @@ def test_no_request_waits_for_an_adapter_that_another_one_loads(llama: nn.Module
             assert not waiting[0].done()
         finally:
             may.set()
-        return (await waiting[0])[0], await settled(service), [one.users for one in logo.store._residents.values()]
+        [tokens, *_] = await waiting[0]
+        return tokens, await settled(service), [one.users for one in logo.adapter_cache._residents.values()]
 
     tokens, after, users = served(logo, use)
     assert tokens == alone(logo, [ids], [MixtureRequest(adapters={"t0": 1.0})], 2)[0][0]

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from http_server import eventually, serving
-from logo.errors import StoreFull, UsageError
+from logo.errors import CacheFull, UsageError
 from logo.protocol import Delta, GenerationFailed, GenerationTimeout, MixtureRequest
 from logo.serving import sending
 from logo.serving.app import AppSettings, create_app
@@ -87,7 +87,7 @@ def test_answers_of_a_request_that_fails_count_under_its_reason(error: Exception
 
 @pytest.mark.parametrize(
     ("error", "status", "counted"),
-    [(StoreFull("full"), 503, {"error": 4}), (UsageError("no such adapter"), 400, {}), (None, 504, {"timeout": 4})],
+    [(CacheFull("full"), 503, {"error": 4}), (UsageError("no such adapter"), 400, {}), (None, 504, {"timeout": 4})],
 )
 def test_answers_whose_mixture_fails_are_counted(error: Exception | None, status: int, counted: Any) -> None:
     """None: the selection takes too long. A client's own mistake is no failure."""

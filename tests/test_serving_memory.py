@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from logo.errors import UsageError
-from logo.mixing import placement
+from logo.mixing.cache import ADAPTER_SHARE
 from logo.serving import memory
 from logo.serving.memory import Memory, Plan
 
@@ -19,7 +19,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_defaults_fit_beside_each_other() -> None:
     model = nn.Linear(1000, 1000, bias=False)
-    plan = Plan.of(model, int(placement.ADAPTER_SHARE * 10**9), Memory())
+    plan = Plan.of(model, int(ADAPTER_SHARE * 10**9), Memory())
     assert (plan.model, plan.kv, plan.free) == (4_000_000, 300_000_000, 10**9)
     assert plan.line == (
         "Memory: model 0.00 GB · up to 0.30 GB of adapters · up to 0.30 GB of keys and values · 1.00 GB free beside "

@@ -97,7 +97,7 @@ def test_what_the_report_holds(report: dict[str, Any]) -> None:
     assert list(report["tasks"]["t1"]["signals"]["norm"]) == list(METRICS)
     assert "left_out" in report["tasks"]["t1"] and "left_out" not in report["tasks"]["other"]
     assert report["settings"]["base_model"] == "tiny" and report["settings"]["seed"] == 0
-    assert "fold" not in {**report["settings"], **report["run"]}  # nobody asked for it
+    assert "merge" not in {**report["settings"], **report["run"]}  # nobody asked for it
     assert report["settings"]["signals"]["entropy"]["points"] == ["model.layers.2.self_attn.q_proj"]
     assert set(report["seconds"]) == {"loading", "select", "score"}
     assert json.loads(json.dumps(report, allow_nan=False)) == report
@@ -236,12 +236,12 @@ def test_another_study_is_not_mixed_in(
     with pytest.raises(UsageError, match=r"signals\.norm\.probe_context"):
         in_order = {"norm": LoGo(logo.model, logo.tokenizer, logo.pool, settings=carry, probe_context="carry")}
         study(Arms(in_order), find_tasks(rows), journal, settings={"base_model": "tiny"})
-    folded = {
+    merged = {
         name: LoGo(one.model, one.tokenizer, one.pool, settings=one.settings, merge=True)
         for name, one in engines.items()
     }
     with pytest.raises(UsageError, match="merge is not given, not true"):
-        study(Arms(folded), find_tasks(rows), journal, settings={"base_model": "tiny"})
+        study(Arms(merged), find_tasks(rows), journal, settings={"base_model": "tiny"})
     monkeypatch.setattr("logo.evaluation.arms.environment", lambda logo: {"torch": "99"})
     with pytest.raises(UsageError, match=r'environment\.torch is ".*", not "99"'):
         study(Arms(engines), find_tasks(rows), journal, settings={"base_model": "tiny"})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from logo.backends.vllm import ops
 from logo.backends.vllm.gates import StepGates, add_gated, turned
-from logo.backends.vllm.options import OPTIONS, POOL, Options
+from logo.backends.vllm.options import OPTIONS, POOL, VllmOptions
 from logo.backends.vllm.pool import KeyedPool
 from logo.backends.vllm.recipe import Recipe, is_recipe
 from logo.backends.vllm.slots import Slots, check_slots
@@ -184,8 +184,8 @@ def test_what_is_no_recipe(text: str) -> None:
 
 
 def test_options_come_from_both_places() -> None:
-    assert Options.of(None, {}) is None and Options.of({"other": 1}, {}) is None
-    made = Options.of({"logo": {"k": 3}}, {POOL: "pool", OPTIONS: json.dumps({"k": 2, "signal": "norm"})})
+    assert VllmOptions.of(None, {}) is None and VllmOptions.of({"other": 1}, {}) is None
+    made = VllmOptions.of({"logo": {"k": 3}}, {POOL: "pool", OPTIONS: json.dumps({"k": 2, "signal": "norm"})})
     assert made is not None
     assert (made.pool, made.settings.k, made.settings.signal) == ("pool", 3, "norm")
     assert made.all_signals == ("norm",)
@@ -203,13 +203,13 @@ def test_options_come_from_both_places() -> None:
         ({"logo": {"max_body_mb": 0}}, {POOL: "p"}, "max_body_mb"),
         ({"logo": {"max_body_mb": True}}, {POOL: "p"}, "max_body_mb"),
         ({"logo": {"signals": ["nosuch"]}}, {POOL: "p"}, "unknown signal 'nosuch'"),
-        ({"logo": {"probe_context": "pool", "signal": "norm"}}, {POOL: "p"}, "leave out probe_context"),
+        ({"logo": {"probe_context": "pool", "signal": "norm"}}, {POOL: "p"}, "unknown option"),
         ({"logo": {"when_not_invoked": "error"}}, {POOL: "p"}, "leave out when_not_invoked"),
     ],
 )
 def test_options_that_cannot_be_used(additional: Any, environment: dict[str, str], expected: str) -> None:
     with pytest.raises(UsageError) as error:
-        Options.of(additional, environment)
+        VllmOptions.of(additional, environment)
     assert expected in str(error.value)
 
 

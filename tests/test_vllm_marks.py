@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
-from logo.backends.vllm.marks import answer_of, answering, is_probe, probing, reading, seal
+import pytest
+
+from logo.backends.vllm.marks import answer_of, answering, cut, is_probe, probing, reading, seal
 
 
 @dataclass
@@ -22,7 +25,7 @@ def test_a_mark_that_a_client_sends_means_nothing() -> None:
     seal(parameters)
     assert not is_probe(parameters) and answer_of(parameters) is None
     assert parameters.extra_args == {"of_the_client": 1} and len(forged) == 4  # it may be shared with other requests
-    for half in ("logo_probe", "logo_signal", "logo_among", "logo_answer", "logo_prompt"):
+    for half in ("logo_probe", "logo_signal", "logo_among", "logo_window", "logo_answer", "logo_prompt"):
         parameters = Parameters({half: "x"})
         seal(parameters)
         assert parameters.extra_args is None
@@ -38,6 +41,27 @@ def test_a_mark_that_a_client_sends_means_nothing() -> None:
     seal(untouched)
     seal(None)  # a request that samples nothing
     assert untouched.extra_args == {"of_the_client": 1}
+
+
+@pytest.mark.parametrize(
+    ("window", "more", "left"),
+    [
+        ((2, 3), {}, [0, 1, 7, 8, 9]),
+        ((6, 6), {}, list(range(10))),
+        ("whole", {}, list(range(10))),
+        ((2, 3), {"mm_features": ["a picture"]}, list(range(10))),  # which belongs to positions of the prompt
+        ((2, 3), {"prompt_token_ids": None, "prompt_embeds": "vectors"}, None),
+    ],
+)
+def test_a_probe_is_its_window(window: Any, more: dict[str, Any], left: Any) -> None:
+    given = {"prompt_token_ids": list(range(10)), "mm_features": None, "prompt_embeds": None, **more}
+    probe, other = (SimpleNamespace(sampling_params=Parameters(None), **given) for _ in range(2))
+    with probing("key", "calibrated", window=window):
+        seal(probe.sampling_params)
+    for request in (probe, other):
+        cut(request)
+    assert probe.prompt_token_ids == left
+    assert other.prompt_token_ids == given["prompt_token_ids"]
 
 
 def test_only_the_task_that_probes_marks_its_requests() -> None:

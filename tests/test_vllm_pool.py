@@ -15,12 +15,11 @@ import pytest
 
 from logo.adapters.layout import BaseLayout
 from logo.backends.vllm.core import Core, WorkerError
-from logo.backends.vllm.options import POOL, Options
+from logo.backends.vllm.options import POOL, VllmOptions
 from logo.backends.vllm.pool import KeyedPool, check_alike, described
-from logo.backends.vllm.probing import InWorkers
 from logo.backends.vllm.workers import Workers
 from logo.core import Selection
-from logo.errors import AdapterError, ModelError, PoolError, UsageError
+from logo.errors import AdapterError, PoolError, UsageError
 from logo.models import demo_folder, load_skeleton
 from make_adapters import edit_weights
 
@@ -47,16 +46,12 @@ def test_what_any_rank_could_not_do_is_an_error() -> None:
         return await asyncio.gather(*map(workers.failures, first))
 
     assert asyncio.run(taken()) == ["out of memory", None]
-    probing: Any = object.__new__(InWorkers)
-    probing._run, probing._call = (lambda rows: ["a", "b"]), lambda name, keys: [first, second]
-    with pytest.raises(ModelError, match="out of memory"):
-        probing._scores([([1], "norm", None), ([2], "norm", None)])
 
 
 @pytest.fixture(scope="module")
 def core() -> Core:
     """The demo's pool, without vLLM."""
-    options = Options.of(None, {POOL: str(demo_folder() / "adapters")})
+    options = VllmOptions.of(None, {POOL: str(demo_folder() / "adapters")})
     assert options is not None
     made: Any = object.__new__(Core)
     made.skeleton = load_skeleton("demo")
@@ -93,7 +88,8 @@ def test_after_a_commit_that_one_rank_has_failed_nothing_is_answered(core: Core)
 
 
 def test_with_several_processes_one_opens_the_pool_and_nobody_changes_it(core: Core) -> None:
-    scored = {"norm": {"names": ["antonym"], "described": False, "sizes": {}}}
+    selector = {"names": ["antonym"], "default_k": 1, "evidence": None, "sizes": {}}
+    scored = {"norm": {"points": ["5.self_attn.q_proj"], "selector": selector}}
     opened = [{"value": {**described(core.pool), "scored": scored}}]
     client = Client(2, logo_stage=iter([[{"value": {"wait": True}}], opened]))
     workers = Workers(client)
@@ -135,8 +131,8 @@ def test_where_adapters_act_is_part_of_a_pool(tmp_path: Path) -> None:
     for task in ("antonym", "capital"):
         copied(pool / task, task)
     (pool / "pool.json").write_text(json.dumps({"activation": "last:4"}))
-    options = Options.of(None, {POOL: str(pool)})
-    forced = Options.of({"logo": {"activation": "last:2"}}, {POOL: str(pool)})
+    options = VllmOptions.of(None, {POOL: str(pool)})
+    forced = VllmOptions.of({"logo": {"activation": "last:2"}}, {POOL: str(pool)})
     assert options is not None and forced is not None
     own, other = KeyedPool.open(options, model), KeyedPool.open(forced, model)
     for there, said in ((own, "last:4"), (other, "last:2")):

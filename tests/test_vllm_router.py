@@ -44,7 +44,7 @@ def asked(
         options=SimpleNamespace(max_body_mb=1.0, adapter_changes=True),
         broken=broken,
         pool=SimpleNamespace(keys=dict.fromkeys(names, "0"), adapters=adapters),
-        signal=lambda wanted: pytest.fail("probed"),
+        asked=lambda wanted: pytest.fail("probed"),
         models=lambda base: Models(base, names, ("calibrated",)),
     )
     paths = [SimpleNamespace(name=name) for name in ("base", "other-name")]

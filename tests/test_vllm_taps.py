@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,17 +12,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logo.selection.emphasis import emphasised
 from torch import Tensor
 
-from logo.backends.vllm.marks import is_probe, span
-from logo.backends.vllm.sums import Span, Step
+from logo.backends.vllm import taps as module
+from logo.backends.vllm.marks import Span, is_probe, span
 from logo.backends.vllm.taps import CHANGED, Taps
+from logo.errors import ModelError
 from logo.selection import signals
 from logo.selection.points import Point
-from logo.selection.settings import SelectionSettings
+from logo.selection.reference import emphasised
 
 CPU = torch.device("cpu")
+READING = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token="each")
 RUNNING = ("",)  # the id of every request in these tests
 
 
@@ -35,39 +37,36 @@ class Index:
 class Scorer:
     """The mean response of each adapter, followed by the number of tokens that were read."""
 
-    def __init__(self, *modules: str) -> None:
+    def __init__(self, *modules: str, **signal: Any) -> None:
+        self.signal = replace(READING, **signal)
         self.points = tuple(Point(0, "layers.0", module) for module in modules)
         self.indices = tuple(map(Index, self.points))
         self.names = ("one", "two")
-        self.signatures: Any = None
+        self.described: tuple[int, ...] = ()
 
-    def among(self, names: Any) -> Tensor | None:
-        return None if names == [None] else torch.tensor([[name in names[0] for name in self.names]])
-
-    def scores(self, per_point: Any, descriptions: Any, tokens: Tensor, among: Tensor | None = None) -> Tensor:
-        if among is not None:
-            per_point = [torch.where(among, response, -torch.inf) for response in per_point]
+    def scores(self, per_point: Any, descriptions: Any, tokens: Tensor, among: Any = (None,)) -> Tensor:
+        if among[0] is not None:
+            asked = torch.tensor([[name in among[0] for name in self.names]])
+            per_point = [torch.where(asked, response, -torch.inf) for response in per_point]
         return torch.cat([torch.stack(list(per_point)).mean(dim=0), tokens[:, None]], dim=1)
 
 
 class Describing(Scorer):
     """Whose scores are followed by the description of the prompt at the second point."""
 
-    def __init__(self, *modules: str) -> None:
-        super().__init__(*modules)
-        self.signatures = SimpleNamespace(points=(1,))
+    def __init__(self, *modules: str, **signal: Any) -> None:
+        super().__init__(*modules, **signal)
+        self.described = (1,)
 
-    def scores(self, per_point: Any, descriptions: Any, tokens: Any, among: Tensor | None = None) -> Tensor:
+    def scores(self, per_point: Any, descriptions: Any, tokens: Any, among: Any = (None,)) -> Tensor:
         [description] = descriptions
         return torch.cat([super().scores(per_point, [], tokens, among), description.flatten(1)], dim=1)
 
 
 @pytest.fixture
-def taps(monkeypatch: pytest.MonkeyPatch, late: bool = False) -> Taps:
-    plain = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token="each", late=late)
-    monkeypatch.setitem(signals.SIGNALS, "calibrated", plain)
+def taps() -> Taps:
     made = Taps(lambda point, read: point.module, CPU)
-    made.score("calibrated", Scorer("a", "b"), SelectionSettings())  # type: ignore[arg-type]
+    made.score("calibrated", Scorer("a", "b"))  # type: ignore[arg-type]
     return made
 
 
@@ -80,8 +79,8 @@ def step(made: Taps, entering: Tensor, *spans: Span, places: str = "ab", running
 
 def test_each_prompt_is_scored_among_its_own_adapters(taps: Taps) -> None:
     rows = torch.rand(6, 4)
-    among = Span("q", "calibrated", 3, 0, 3, 3, among=("two",))
-    step(taps, rows, Span("p", "calibrated", 0, 0, 3, 3), among)
+    among = Span("q", "calibrated", 3, 0, 3, range(3), among=("two",))
+    step(taps, rows, Span("p", "calibrated", 0, 0, 3, range(3)), among)
     found = taps.take(["p", "q"])
     assert found["p"] == pytest.approx([*rows[1:3].mean(dim=0)[:2].tolist(), 2], rel=1e-5)
     assert found["q"] == pytest.approx([-torch.inf, rows[4:, 1].mean().item(), 2], rel=1e-5)
@@ -96,36 +95,40 @@ def test_each_prompt_is_scored_among_its_own_adapters(taps: Taps) -> None:
 @settings(deadline=None)
 def test_chunks_are_summed_to_the_whole(lengths: list[int], cuts: list[int], late: bool, described: bool) -> None:
     """Prompts that run at the same time, in chunks of any size."""
-    with pytest.MonkeyPatch.context() as patch:
-        made = taps.__wrapped__(patch, late=late)  # type: ignore[attr-defined]
-        scorer = Describing("a", "b") if described else Scorer("a", "b")
-        if late:
-            scorer.scores = lambda per_point, *_: torch.cat(list(per_point), dim=1)  # type: ignore[method-assign]
-        made.score("calibrated", scorer, SelectionSettings())  # type: ignore[arg-type]
-        prompts = [torch.rand(length, 4) for length in lengths]
-        for start, end in itertools.pairwise(sorted({0, *(c for c in cuts if c < max(lengths)), max(lengths)})):
-            spans, rows = [], 0
-            for number, prompt in enumerate(prompts):
-                count = min(end, len(prompt)) - start
-                if count > 0:
-                    spans.append(Span(f"{number}", "calibrated", rows, start, count, len(prompt)))
-                    rows += count
-            step(made, torch.cat([prompts[int(one.key)][start:end] for one in spans]), *spans)
-        found = made.take([f"{number}" for number in range(len(prompts))])
+    made = Taps(lambda point, read: point.module, CPU)
+    scorer = (Describing if described else Scorer)("a", "b", late=late)
+    if late:
+        scorer.scores = lambda per_point, *_: torch.cat(list(per_point), dim=1)  # type: ignore[method-assign]
+    made.score("calibrated", scorer)  # type: ignore[arg-type]
+    prompts = [torch.rand(length, 4) for length in lengths]
+    for start, end in itertools.pairwise(sorted({0, *(c for c in cuts if c < max(lengths)), max(lengths)})):
+        spans, rows = [], 0
         for number, prompt in enumerate(prompts):
-            read = prompt[int(len(prompt) > 1) :]
-            owners = torch.zeros(len(read), dtype=torch.int64)
-            even, last = (emphasised(read, owners, 1, kind)[0].tolist() for kind in (0, 1))
-            expected = [*even[:2] * 2, *last[:2] * 2] if late else [*even[:2], len(read)]
-            expected += [*even, *last] if described and not late else []
-            assert found[f"{number}"] == pytest.approx(expected, rel=1e-4)
-        assert made.take(["0"])["0"] == "the prompt was not run as a probe"  # what is taken is forgotten
+            count = min(end, len(prompt)) - start
+            if count > 0:
+                spans.append(Span(f"{number}", "calibrated", rows, start, count, range(len(prompt))))
+                rows += count
+        step(made, torch.cat([prompts[int(one.key)][start:end] for one in spans]), *spans)
+    found = made.take([f"{number}" for number in range(len(prompts))])
+    for number, prompt in enumerate(prompts):
+        read = prompt[int(len(prompt) > 1) :]
+        owners = torch.zeros(len(read), dtype=torch.int64)
+        even, last = (emphasised(read, owners, 1, kind)[0].tolist() for kind in (0, 1))
+        expected = [*even[:2] * 2, *last[:2] * 2] if late else [*even[:2], len(read)]
+        expected += [*even, *last] if described and not late else []
+        assert found[f"{number}"] == pytest.approx(expected, rel=1e-4)
+    assert made.take(["0"])["0"] == "the prompt was not run as a probe"  # what is taken is forgotten
 
 
 def test_what_cannot_be_scored_says_why(taps: Taps) -> None:
-    step(taps, torch.rand(5, 4), Span("cached", "calibrated", 0, 4, 2, 6), Span("half", "calibrated", 2, 0, 3, 6))
+    step(
+        taps,
+        torch.rand(5, 4),
+        Span("cached", "calibrated", 0, 4, 2, range(6)),
+        Span("half", "calibrated", 2, 0, 3, range(6)),
+    )
     # One row too few: an index error, which must not leave the tap.
-    spans = [Span("unknown", "nosignal", 0, 0, 1, 1), Span("wide", "calibrated", 1, 0, 2, 2)]
+    spans = [Span("unknown", "nosignal", 0, 0, 1, range(1)), Span("wide", "calibrated", 1, 0, 2, range(2))]
     step(taps, torch.rand(2, 4), *spans, places="a")
     found = taps.take(["cached", "half", "unknown", "wide"])
     assert found["cached"] == "the model was run without the first 4 tokens of the prompt"
@@ -135,41 +138,58 @@ def test_what_cannot_be_scored_says_why(taps: Taps) -> None:
     assert not taps.active("nowhere")
 
 
+def test_the_texts_of_a_calibration_are_kept_as_they_are_read(taps: Taps) -> None:
+    taps.start_calibration([Point(0, "layers.0", "c")], READING)
+    text, short = torch.rand(5, 4), torch.rand(1, 4)
+    step(
+        taps,
+        torch.cat([text[:3], short]),
+        Span("long", "", 0, 0, 3, range(5)),
+        Span("short", "", 3, 0, 1, range(1)),
+        places="abc",
+    )
+    step(taps, text[3:], Span("long", "", 0, 3, 2, range(5)), places="abc")
+    long, alone = taps.end_calibration(["long", "short"])
+    assert list(long) == list(alone) == ["c"] and not taps.active("c")
+    assert torch.equal(long["c"], text[1:]) and torch.equal(alone["c"], short)
+    with pytest.raises(ModelError, match="text other: the prompt was not run"):
+        taps.end_calibration(["other"])
+
+
 def test_a_prompt_that_was_put_back_is_read_again(taps: Taps) -> None:
     first, again = torch.rand(2, 4), torch.rand(3, 4)
-    step(taps, first, Span("p", "calibrated", 0, 0, 2, 3))
-    step(taps, again, Span("p", "calibrated", 0, 0, 3, 3))
+    step(taps, first, Span("p", "calibrated", 0, 0, 2, range(3)))
+    step(taps, again, Span("p", "calibrated", 0, 0, 3, range(3)))
     assert taps.take(["p"])["p"] == pytest.approx([*again[1:].mean(dim=0)[:2].tolist(), 2], rel=1e-5)
 
 
-def test_the_sums_of_probes_are_freed_when_they_end(taps: Taps) -> None:
-    """Those of an aborted probe, and those of one whose scores nobody takes."""
-    spans = [Span(key, "calibrated", 4 * i, 0, 4, 6, request=key) for i, key in enumerate(("aborted", "whole"))]
+def test_what_is_known_of_probes_is_freed_when_they_end(taps: Taps) -> None:
+    """An aborted probe, and one whose scores nobody takes."""
+    spans = [Span(key, "calibrated", 4 * i, 0, 4, range(6), request=key) for i, key in enumerate(("aborted", "whole"))]
     step(taps, torch.rand(8, 4), *spans, running={"aborted", "whole"})
-    assert set(taps._prompts) == {"aborted", "whole"}
-    step(taps, torch.rand(2, 4), Span("whole", "calibrated", 0, 4, 2, 6, request="whole"), running={"whole"})
-    assert set(taps._prompts) == {"whole"}
+    assert set(taps._probes) == {"aborted", "whole"}
+    step(taps, torch.rand(2, 4), Span("whole", "calibrated", 0, 4, 2, range(6), request="whole"), running={"whole"})
+    assert set(taps._probes) == {"whole"}
     taps.begin([], {})
-    assert not taps._prompts
+    assert not taps._probes
     found = taps.take(["aborted", "whole"])
     assert found["aborted"] == "the prompt was not run as a probe" and isinstance(found["whole"], list)
 
 
 def test_a_prompt_that_runs_while_the_pool_changes_is_not_scored(taps: Taps) -> None:
-    done, half = Span("done", "calibrated", 0, 0, 2, 2), Span("half", "calibrated", 2, 0, 2, 4)
+    done, half = Span("done", "calibrated", 0, 0, 2, range(2)), Span("half", "calibrated", 2, 0, 2, range(4))
     step(taps, torch.rand(4, 4), done, half)
     taps.begin([], RUNNING)  # scores the first one
-    taps.score("calibrated", Scorer("a", "b"), SelectionSettings())  # type: ignore[arg-type]
-    step(taps, torch.rand(2, 4), Span("half", "calibrated", 0, 2, 2, 4))
+    taps.score("calibrated", Scorer("a", "b"))  # type: ignore[arg-type]
+    step(taps, torch.rand(2, 4), Span("half", "calibrated", 0, 2, 2, range(4)))
     assert taps.take(["done", "half"]) == {"done": CHANGED, "half": CHANGED}
 
 
 def test_the_rows_of_a_request() -> None:
     parameters = SimpleNamespace(extra_args={"logo_probe": "k", "logo_signal": "norm", "logo_among": ["a"]})
     prompt = [1, 5, 6, 7]
-    more = {"prompt": prompt, "request": "r", "among": ("a",)}
-    assert span(parameters, prompt, "r", 3, 0, 2) == Span("k", "norm", 3, 0, 2, 4, **more)  # type: ignore[arg-type]
-    rest = Span("k", "norm", 0, 2, 2, 4, **more)  # type: ignore[arg-type]
+    assert span(parameters, prompt, "r", 3, 0, 2) == Span("k", "norm", 3, 0, 2, prompt, "r", ("a",))
+    rest = Span("k", "norm", 0, 2, 2, prompt, "r", ("a",))
     assert span(parameters, prompt, "r", 0, 2, 5) == rest  # what follows is answer
     assert span(parameters, prompt, "r", 0, 4, 1) is None
     assert span(object(), prompt, "r", 0, 0, 4) is None
@@ -177,14 +197,12 @@ def test_the_rows_of_a_request() -> None:
 
 
 @pytest.mark.parametrize("token", ["last", "mean"])
-def test_what_is_read_alone_is_described_alone(taps: Taps, monkeypatch: pytest.MonkeyPatch, token: Any) -> None:
+def test_what_is_read_alone_is_described_alone(taps: Taps, token: Any) -> None:
     """As the library does: where one vector of a prompt is read, it is both of its means."""
-    alone = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token=token)
-    monkeypatch.setitem(signals.SIGNALS, "norm", alone)
-    taps.score("norm", Describing("a", "b"), SelectionSettings(signal="norm"))  # type: ignore[arg-type]
+    taps.score("norm", Describing("a", "b", token=token))  # type: ignore[arg-type]
     prompt = torch.rand(5, 4)
-    step(taps, prompt[:3], Span("p", "norm", 0, 0, 3, 5))
-    step(taps, prompt[3:], Span("p", "norm", 0, 3, 2, 5))
+    step(taps, prompt[:3], Span("p", "norm", 0, 0, 3, range(5)))
+    step(taps, prompt[3:], Span("p", "norm", 0, 3, 2, range(5)))
     read = (prompt[-1] if token == "last" else prompt.mean(dim=0)).tolist()
     count = 1 if token == "last" else 5
     assert taps.take(["p"])["p"] == pytest.approx([*read[:2], count, *read, *read], rel=1e-5)
@@ -192,7 +210,7 @@ def test_what_is_read_alone_is_described_alone(taps: Taps, monkeypatch: pytest.M
 
 def test_a_tap_that_was_left_out_is_noticed(taps: Taps) -> None:
     for start, places in ((0, "ab"), (3, "a")):  # in the second chunk, the model runs as a graph without it
-        step(taps, torch.rand(3, 4), Span("p", "calibrated", 0, start, 3, 6), places=places)
+        step(taps, torch.rand(3, 4), Span("p", "calibrated", 0, start, 3, range(6)), places=places)
     assert taps.take(["p"])["p"] == "the model was run without reading 0.b"
 
 
@@ -206,9 +224,9 @@ def test_a_step_that_could_not_be_begun_is_missed(taps: Taps, monkeypatch: pytes
         for start in (0, 3, 6):
             with monkeypatch.context() as patch:
                 if start == failing:
-                    patch.setattr(Step, "of", fails)
+                    patch.setattr(module.torch, "full", fails)
                 with pytest.raises(RuntimeError) if start == failing else nullcontext():
-                    taps.begin([Span(key, "calibrated", 0, start, 3, 9)], RUNNING)
+                    taps.begin([Span(key, "calibrated", 0, start, 3, range(9))], RUNNING)
             for place in ("a", "b"):
                 taps.tap(place, torch.rand(3, 4))
     middle = "the model was run without the first 6 tokens of the prompt"

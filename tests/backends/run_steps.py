@@ -56,11 +56,11 @@ class Engine:
     def call(self, name: str, *args: Any) -> list[Any]:
         return values(self.llm.collective_rpc(name, args=args))
 
-    def run(self, prompts: list[Any], keys: list[str], signal: str) -> Any:
+    def run(self, prompts: list[Any], keys: list[str], signal: str, window: Any = "whole") -> Any:
         """Runs prompts as probes under these keys, and returns what vLLM says of each."""
         engine, ended = self.llm.llm_engine, {}
         for key, prompt in zip(keys, prompts, strict=True):
-            with probing(key, signal):
+            with probing(key, signal, window=window):
                 engine.add_request(key, prompt, SamplingParams(max_tokens=1))
         while engine.has_unfinished_requests():
             ended |= {output.request_id: output for output in engine.step() if output.finished}
@@ -69,7 +69,7 @@ class Engine:
     def probe(self, prompts: list[Any], signal: str) -> Any:
         """Scores, as the router asks for them."""
         keys = [f"prompt-{i}" for i in range(len(prompts))]
-        self.run(prompts, keys, signal)
+        self.run(prompts, keys, signal, self.core.window(signal))
         taken = self.call("logo_scores", keys)[0]
         return [scores_of(taken[key], self.core.pool.digest) for key in keys]
 

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from logo import AdapterPool, LoGo, UsageError
 from logo.adapters.files import EXAMPLES
 from logo.backends.vllm.marks import probing
+from logo.core import Prompt
 from logo.errors import LoGoError, PoolError
 from logo.evaluation.identity import engine_identity, environment
 from logo.models import demo_folder, load_base
@@ -94,7 +95,7 @@ def same_answers(found: Any, expected: Any) -> None:
     for one, other in zip(found, expected, strict=True):
         same_selection(one.selection, other.selection)
         assert (one.token_ids, one.text, one.finish_reason) == (other.token_ids, other.text, other.finish_reason)
-        assert one.form == ("gated" if any(one.selection.weights) else "base")
+        assert one.form == ("gated" if any(one.selection.weights) else "none")
         assert set(one.seconds) == set(other.seconds)
 
 
@@ -267,7 +268,7 @@ def test_what_vllm_itself_refuses_is_said_in_a_line(inside: Any) -> None:
         inside.generate("x", adapters={}, do_sample=True, temperature=9.0)
     assert "\n" not in str(found.value)
     with pytest.raises(UsageError, match=f"vLLM refuses a prompt of {CONTEXT} tokens"):
-        inside.select_ids([[5, 6], [5] * CONTEXT])
+        inside.outcomes([Prompt.of_ids([5, 6]), Prompt.of_ids([5] * CONTEXT)], [inside.options()] * 2)
     assert inside.llm.llm_engine.get_num_unfinished_requests() == 0
 
 
@@ -332,8 +333,8 @@ def test_a_pool_that_changes_is_refused(inside: Any, pool: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"engine": "vlm"}, r"unknown engine 'vlm' \(did you mean 'vllm'\?\): expected one of local, vllm"),
-        ({"probe_context": "pool", "signal": "norm"}, "inside vLLM prompts are probed by the base model alone"),
+        ({"engine": "vlm"}, r"engine: expected one of 'local', 'vllm', found 'vlm' \(did you mean 'vllm'\?\)"),
+        ({"probe_context": "pool", "signal": "norm"}, "probe_context: the engine 'vllm' has no such option"),
         ({"device": "cpu"}, "device: the engine 'vllm' has no such option"),
         ({"adapter_memory_gb": 1.0}, "adapter_memory_gb: the engine 'vllm' has no such option"),
         ({"preset": "official"}, "preset 'official' probes as the authors' script does: use the engine 'local'"),

@@ -108,7 +108,7 @@ def test_methods_answer_through_vllm_too(rows: Path, tmp_path: Path) -> None:
         (("--preset", "official"), "preset 'official' probes as the authors' script does"),
         (("--device", "cuda:1"), "--device: the engine 'vllm' has no such option; set CUDA_VISIBLE_DEVICES"),
         (("--allow-pickle",), "--allow-pickle: the engine 'vllm' has no such option"),
-        (("--fold",), "--fold: the engine 'vllm' has no such option; nothing is folded there"),
+        (("--merge",), "--merge: the engine 'vllm' has no such option; nothing is merged there"),
         (("--vllm-options", "[1]"), "--vllm-options: expected a JSON object, found '[1]'"),
         (("--vllm-options", '{"max_lora": 1}'), "model_kwargs: vllm.LLM refuses them"),
     ],

@@ -17,8 +17,7 @@ from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
 from logo import LoGo
 from logo.backends.vllm import graphs, hooks, ops, runner_v2
-from logo.backends.vllm.marks import probing, seal
-from logo.backends.vllm.sums import Span
+from logo.backends.vllm.marks import Span, probing, seal
 
 KINDS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "v2": ({"PRETEND_V2": "1"}, {}),

@@ -23,9 +23,11 @@ from logo.backends.vllm.recipe import Recipe
 from logo.backends.vllm.requests import Running
 from logo.backends.vllm.worker import Worker
 from logo.backends.vllm.wrapper import Tapped
-from logo.core import Selection
+from logo.core import Prompt, Selection
 from logo.errors import AdapterError, ModelError, NotFinite, UsageError
 from logo.pools import default_pool
+from logo.protocol import MixtureRequest
+from logo.selection.settings import SelectionSettings
 
 KEYS = [f"{i:016x}" for i in range(4)]
 
@@ -204,9 +206,8 @@ def test_what_was_scored_answers_though_the_pool_changes_meanwhile(
     """Of two prompts, the second is probed while an adapter is replaced; the first keeps what its scores belong to."""
     made: Any = object.__new__(core.Core)
     made.pool, made._live, made._answering, made._texts = demo, Counter(), Counter(), {}
-    made.choosing = SimpleNamespace(probe_text="all")
-    made.signal, made.candidates = (lambda wanted: "norm"), (lambda wanted: None)
-    made.select = lambda wanted, scores: Selection.forced({"antonym": 1.0})
+    made.options, made.window = SimpleNamespace(settings=SelectionSettings(signal="norm")), lambda signal: "whole"
+    made.select = lambda call, scores: Selection.forced({"antonym": 1.0})
     replaced = replace(demo, keys={**demo.keys, "antonym": "f" * 16})
     seconds = asyncio.Event()
 
@@ -219,14 +220,14 @@ def test_what_was_scored_answers_though_the_pool_changes_meanwhile(
     async def scores(key: str) -> Any:
         return [made.pool.digest, [1.0]]
 
-    monkeypatch.setattr(router_module, "Counts", lambda: SimpleNamespace(selected=lambda *_: None, again=lambda: None))
+    monkeypatch.setattr(router_module, "Counts", lambda: SimpleNamespace(selected=lambda *_: None))
     router: Any = router_module.Router(app)
     router._core, router._workers = made, SimpleNamespace(scores=scores)
     router._models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="base")])
 
     async def chosen(prompt: str, held: ExitStack) -> Any:
         scope = {"type": "http", "headers": []}
-        return await router._chosen("/v1/completions", {"prompt": prompt}, None, scope, seconds.wait, held)
+        return await router._chosen("/v1/completions", {"prompt": prompt}, MixtureRequest(), scope, seconds.wait, held)
 
     async def both(held: ExitStack) -> Any:
         return [await chosen("first", held), await chosen("second", held)]
@@ -267,11 +268,18 @@ def test_what_would_be_wrong_is_refused() -> None:
 
 def test_a_mixture_that_any_rank_could_not_make_is_an_error() -> None:
     made: Any = object.__new__(VllmLoGo)
-    made._call = lambda name, keys: [dict.fromkeys(keys), {**dict.fromkeys(keys), "bad": "out of memory"}]
+    made._ask = lambda name, keys: [dict.fromkeys(keys), {**dict.fromkeys(keys), "bad": "out of memory"}]
     made._check_mixed("good", [object()])
     made._check_mixed("bad", [None])  # of the base model alone
     with pytest.raises(ModelError, match="the mixture could not be made: out of memory"):
         made._check_mixed("bad", [None, object()])
+    made._probe, made.settings, made._fitted = (
+        (lambda *_: ["bad"]),
+        SelectionSettings(),
+        SimpleNamespace(read_once=False),
+    )
+    with pytest.raises(ModelError, match="the prompt could not be scored: out of memory"):
+        made._scores(SimpleNamespace(name="norm", signal=made.settings.reading()), [Prompt.of_ids([1])], [None], 8)
 
 
 def test_what_the_offline_engine_computes_is_finite_or_an_error() -> None:

@@ -117,7 +117,7 @@ def _refuse(options: EngineOptions, server: ServerOptions, *, alone: bool) -> No
 
 def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> Launch:
     from logo.backends.vllm.launch import Launch
-    from logo.backends.vllm.options import Options
+    from logo.backends.vllm.options import VllmOptions
 
     quiet_transformers()
     source = resolve_base(base_model, options.model_dir)
@@ -130,7 +130,7 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> L
         **({"on_bad_adapter": "skip"} if options.on_bad_adapter == "skip" else {}),
         **({} if server.max_body_mb is None else {"max_body_mb": server.max_body_mb}),
     }
-    Options.of({"logo": {**config, "pool": place}}, {})  # refuses what vLLM's workers would refuse
+    VllmOptions.of({"logo": {**config, "pool": place}}, {})  # refuses what vLLM's workers would refuse
     on_cpu = _on_cpu()
     dtype = options.dtype if options.dtype not in (None, "auto") else "float32" if on_cpu else "auto"
     slots, k = _slots(options, base_model, server)

@@ -79,18 +79,18 @@ class Packed:
             return False
         stacks = self._cache.stacks(Hold(tuple(used)), grows=True)
         place = {resident: column for column, resident in enumerate(stacks.residents)}
-        rows = torch.zeros(len(step), len(place))
-        begins = torch.zeros(rows.shape, dtype=torch.int64)
+        weights, begins = ([[zero] * len(place) for _ in step] for zero in (0.0, 0))
         for row, (held, *_) in enumerate(step):
             if held is not None:
-                columns = [place[resident] for resident in held.hold.residents]
-                rows[row, columns] = torch.tensor(list(held.mixture.weights.values()))
-                begins[row, columns] = torch.tensor([held.mixture.begins.get(name, 0) for name in held.mixture.weights])
+                for resident, (name, weight) in zip(held.hold.residents, held.mixture.weights.items(), strict=True):
+                    weights[row][place[resident]] = weight
+                    begins[row][place[resident]] = held.mixture.begins.get(name, 0)
+        rows = torch.tensor(weights)
         lengths = torch.tensor([tokens for _, tokens, *_ in step])
         gates = rows.repeat_interleave(lengths, dim=0)  # (tokens, adapters)
         if any(held is not None and first < held.last for held, _, _, first in step):
             tokens_at = torch.cat([torch.arange(first, first + tokens) for _, tokens, _, first in step])
-            gates[tokens_at[:, None] < begins.repeat_interleave(lengths, dim=0)] = 0
+            gates[tokens_at[:, None] < torch.tensor(begins).repeat_interleave(lengths, dim=0)] = 0
         drawn_first = sorted(range(len(step)), key=lambda row: not step[row][2])
         self._gates, self._head_gates = Gates(gates, per_token=True), Gates(rows[drawn_first], per_token=True)
         self._stacks = stacks.modules

@@ -23,7 +23,7 @@ from logo.backends.vllm.names import meaning
 from logo.backends.vllm.rewriting import Rewriting
 from logo.backends.vllm.several import merged, merged_stream
 from logo.backends.vllm.workers import Workers
-from logo.selection.selector import Selection
+from logo.core import Selection
 
 
 @dataclass(frozen=True)

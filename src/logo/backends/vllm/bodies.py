@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from logo.core import ProbeText
 from logo.errors import UsageError
-from logo.prompts import ProbeText, asked_text
+from logo.prompts import asked_text
 
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 

@@ -1,7 +1,7 @@
 """`Core`: the pool of one vLLM engine in the process that talks to the engine's workers.
 
-It checks the options of a call, turns the workers' scores into a selection, and a selection into a `LoRARequest`. The
-HTTP router and the offline engine share it.
+It checks the options of a request, turns the workers' scores into a selection, and a selection into a `LoRARequest`.
+The HTTP router and the offline engine share it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,14 +19,17 @@ import torch
 from logo.adapters.layout import BaseLayout
 from logo.api.names import Models
 from logo.backends.vllm import plugin
-from logo.backends.vllm.options import Options
+from logo.backends.vllm.options import VllmOptions
 from logo.backends.vllm.pool import Change, KeyedPool, check_alike, scoring_signals
 from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.taps import CHANGED
+from logo.core import Forced, Options, ProbeText, Selection
 from logo.errors import LoGoError, ModelError, NotFinite, UsageError
 from logo.protocol import MixtureRequest
-from logo.selecting import Choosing
-from logo.selection.selector import Selection, forced
+from logo.selection.confidence import Evidence
+from logo.selection.selector import Selector, forced
+from logo.selection.signals import Signal
+from logo.selection.window import Window
 
 
 class WorkerError(LoGoError, RuntimeError):
@@ -34,6 +38,38 @@ class WorkerError(LoGoError, RuntimeError):
 
 class WorkerFailure(LoGoError, RuntimeError):
     """An unexpected error of one of vLLM's workers, such as exhausted memory."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is known outside of vLLM's workers of the scorer of a signal there.
+
+    Attributes:
+        name: of the signal.
+        signal: how prompts are read.
+        points: where prompts are read.
+        selector: makes selections from its scores.
+        calibration: none, since the workers have it.
+    """
+
+    name: str
+    signal: Signal
+    points: tuple[str, ...]
+    selector: Selector
+    calibration: None = None
+
+    @classmethod
+    def of(cls, name: str, signal: Signal, told: Mapping[str, Any]) -> Opened:
+        """From the reply of a worker, see `logo.backends.vllm.scoring.Scoring.open`."""
+        facts = told["selector"]
+        evidence = None if facts["evidence"] is None else Evidence(**facts["evidence"])
+        selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
+        return cls(name, signal, tuple(told["points"]), selector)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that are scored, in pool order."""
+        return self.selector.names
 
 
 class Core:
@@ -51,7 +87,7 @@ class Core:
 
     def __init__(self, vllm_config: Any) -> None:
         additional = getattr(vllm_config, "additional_config", None)
-        options = Options.of(additional if isinstance(additional, Mapping) else None, os.environ)
+        options = VllmOptions.of(additional if isinstance(additional, Mapping) else None, os.environ)
         if options is None:
             raise UsageError("LoGo needs a pool: set LOGO_POOL to a folder of adapters or a Hub repository")
         if vllm_config.lora_config is None:
@@ -64,9 +100,8 @@ class Core:
         self._layout = BaseLayout.of(self.skeleton)
         self.pool = KeyedPool.open(options, self.skeleton)
         self.signals = scoring_signals(options, self.skeleton, self.pool.adapters)
-        self.choosing = Choosing(self.pool.adapters, options.settings)
         self.broken: str | None = None
-        self._scored: dict[str, tuple[str, ...]] = {}  # the adapters that each signal scores
+        self._opened: dict[str, Opened] = {}  # by signal
         self._live: Counter[int] = Counter()  # id of a recipe -> its answers in progress
         self._texts: dict[int, str] = {}
         self._answering: Counter[str] = Counter()  # key of an adapter -> answers in progress that use it
@@ -93,10 +128,8 @@ class Core:
             The keys of the adapters that are no longer in the pool; answers in progress may still use them.
         """
         left = set(self.pool.keys.values()) - set(pool.keys.values())
-        self.pool, self._scored = pool, {signal: tuple(facts["names"]) for signal, facts in scored.items()}
-        described = [signal for signal, facts in scored.items() if facts["described"]]
-        sizes = {signal: facts["sizes"] for signal, facts in scored.items()}
-        self.choosing = Choosing(pool.adapters, self.options.settings, described, sizes)
+        self.pool, reading = pool, self.options.settings.reading
+        self._opened = {name: Opened.of(name, reading(pool.adapters, name), told) for name, told in scored.items()}
         return tuple(left)
 
     def answering(self, keys: Iterable[str]) -> bool:
@@ -114,50 +147,53 @@ class Core:
 
     # -- choosing ------------------------------------------------------------------------------------------------
 
-    def signal(self, wanted: MixtureRequest) -> str | None:
-        """The signal that a prompt has to be probed with; None where its mixture is forced."""
-        if wanted.adapters is not None:
-            return None
-        return self.choosing.call_settings(wanted.options).settings.signal
-
-    def candidates(self, wanted: MixtureRequest) -> Collection[str] | None:
-        """The names of the adapters that a request may select; None: all.
+    def asked(self, wanted: MixtureRequest) -> Options:
+        """The options of the selection that a request asks for, checked.
 
         Raises:
             LoGoError: as `LoGo.select`.
         """
-        return self.choosing.call_settings(wanted.options).candidates
+        return self.options.settings.options(self.pool.adapters, wanted.options)
 
-    def select(self, wanted: MixtureRequest, scores: Sequence[float] | None) -> Selection:
-        """The selection that the scores give, or the forced one.
+    def window(self, signal: str) -> Window:
+        """The part of a prompt that is probed for a signal."""
+        return self._opened[signal].signal.window
 
-        Args:
-            scores: those of the probe; None if the mixture is forced.
+    @property
+    def probe_text(self) -> ProbeText | None:
+        """The part of a conversation that is probed, see `SelectionSettings.probe_text`."""
+        asked, pool = self.options.settings.probe_text, self.pool.adapters
+        invoked = pool.read_once and any(one.tokens for one in pool.activations)
+        return "all" if asked is None and invoked else asked
+
+    def select(self, call: Options, scores: Sequence[float]) -> Selection:
+        """The selection that the scores of a probe give.
 
         Raises:
             LoGoError: as `LoGo.select`.
         """
-        if wanted.adapters is not None or scores is None:
-            return forced(wanted.adapters or {}, self.pool.adapters)
-        call = self.choosing.call_settings(wanted.options)
-        return self.choosing.choose(torch.tensor(scores), self._scored[call.settings.signal], call)
+        return self._opened[call.signal].selector(torch.tensor(scores), call)
+
+    def forced(self, adapters: Forced) -> Selection:
+        """The mixture that a request forces; errors as `LoGo.generate`."""
+        return forced(adapters, self.pool.adapters)
 
     @contextmanager
-    def request(self, selection: Selection, forced: str | None = None) -> Iterator[Any]:
+    def request(self, selection: Selection, activation: str | None = None) -> Iterator[Any]:
         """Yields vLLM's `LoRARequest` of a selection, None for the base model.
 
         The block has to begin before anything else runs after the selection, and to last as long as the answer: the
         adapters that were scored then stay in their slots, even if the pool changes.
 
         Args:
-            forced: see `KeyedPool.recipe`.
+            activation: see `KeyedPool.recipe`.
 
         Raises:
             UsageError: as `KeyedPool.recipe`.
         """
         from vllm.lora.request import LoRARequest
 
-        recipe = self.pool.recipe(selection, forced)
+        recipe = self.pool.recipe(selection, activation)
         if not recipe.parts:
             yield None
             return

@@ -9,10 +9,10 @@ would end the engine.
     WorkerLoRAManager.set_active_adapters           every step: which recipes are mixed
     the runner's own (runner_v1, runner_v2)         every step: which rows are probed prompts, and which come before
                                                     adapters act
-    OutputProcessor.add_request                     marks probes and answers
+    OutputProcessor.add_request                     marks probes and answers, and cuts probes to their window
     OutputProcessor.process_outputs                 answers whose logits are NaN become errors
     the dispatchers of CUDA graphs (graphs)         no graph of the whole model in steps that read a probed prompt
-    Request.get_skip_reading_prefix_cache           makes a probe compute its whole prompt
+    Request.get_skip_reading_prefix_cache           makes a probe compute all of its tokens
     kv_cache_utils.generate_block_hash_extra_keys   tokens before any adapter acts are cached as the base model's
     Scheduler.__init__                              any number of different mixtures in one batch
     WorkerBase.logo_*                               the functions that the router calls (calls)
@@ -35,10 +35,10 @@ from typing import Any
 from logo.backends.vllm import graphs, runner_v1, runner_v2
 from logo.backends.vllm.calls import CALLS
 from logo.backends.vllm.launch import check_environment
-from logo.backends.vllm.marks import is_probe, seal
+from logo.backends.vllm.marks import cut, is_probe, seal
 from logo.backends.vllm.needs import HOOKS, HOOKS_V2, KNOWN, Function
 from logo.backends.vllm.onsets import hash_as
-from logo.backends.vllm.options import Options
+from logo.backends.vllm.options import VllmOptions
 from logo.backends.vllm.recipe import is_recipe
 from logo.backends.vllm.worker import Worker
 from logo.errors import LoGoError, ModelError
@@ -113,9 +113,9 @@ def _wrap(function: Function, hook: Callable[..., Any]) -> None:
                 setattr(other, function.name, wrapped)
 
 
-def _options(vllm_config: Any) -> Options | None:
+def _options(vllm_config: Any) -> VllmOptions | None:
     additional = getattr(vllm_config, "additional_config", None)
-    return Options.of(additional if isinstance(additional, Mapping) else None, os.environ)
+    return VllmOptions.of(additional if isinstance(additional, Mapping) else None, os.environ)
 
 
 def _of(manager: Any) -> Worker | None:
@@ -208,7 +208,9 @@ def _count(original: Any, self: Any, req_id: str, lora_name: str | None, *args: 
 def _seal(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     # Every request passes here on its way to the engine, in the process and the task that made it.
     seal(request.sampling_params)
-    return original(self, request, *args, **kwargs)
+    made = original(self, request, *args, **kwargs)  # which takes the tokens that `usage` counts
+    cut(request)
+    return made
 
 
 def _skip(original: Any, self: Any) -> bool:

@@ -2,6 +2,7 @@
 
 Clients can fill in `extra_args` on many of vLLM's routes, so marks that arrive with a request are not trusted. `seal`
 removes them when vLLM accepts the request, and sets those of the task that made it (`probing`, `answering`, `reading`).
+`cut` then leaves the window of a probe's prompt: what the engine runs is a short prompt of its own.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
-from logo.backends.vllm.sums import Span
+from logo.selection.window import WHOLE, Window, windowed
 
 # Of a probe: the key by which its scores are fetched, the signal that gives them (empty: hidden vectors are kept to
-# calibrate), and the names of the adapters that may be selected, without which all are scored.
-KEY, SIGNAL, AMONG = "logo_probe", "logo_signal", "logo_among"
+# calibrate), the names of the adapters that may be selected, without which all are scored, and the part of the prompt
+# that is read, without which it is the whole.
+KEY, SIGNAL, AMONG, WINDOW = "logo_probe", "logo_signal", "logo_among", "logo_window"
 
 # Of an answer: the key under which a worker notes that its mixture failed.
 ANSWER = "logo_answer"
@@ -23,18 +26,58 @@ ANSWER = "logo_answer"
 # The number of prompt tokens of a request whose prompt is followed by a completion to score.
 PROMPT = "logo_prompt"
 
-_OURS = (KEY, SIGNAL, AMONG, ANSWER, PROMPT)
+_OURS = (KEY, SIGNAL, AMONG, WINDOW, ANSWER, PROMPT)
 
 _marks: ContextVar[dict[str, Any] | None] = ContextVar("logo_marks", default=None)
 
 
-def probing(key: str, signal: str, among: Collection[str] | None = None) -> AbstractContextManager[None]:
+@dataclass(frozen=True)
+class Span:
+    """The rows of one step that are tokens of a probed prompt.
+
+    Attributes:
+        key: of the prompt.
+        signal: the signal that scores it; empty where its hidden vectors are kept for a calibration.
+        row: the first row.
+        start: the position of that token in the prompt.
+        count: the number of rows.
+        prompt: its token ids, all of them.
+        request: vLLM's id of the request.
+        among: names of the adapters that may be selected; None: all.
+    """
+
+    key: str
+    signal: str
+    row: int
+    start: int
+    count: int
+    prompt: Sequence[int]
+    request: str = ""
+    among: tuple[str, ...] | None = None
+
+    @property
+    def end(self) -> int:
+        """The position behind the last token."""
+        return self.start + self.count
+
+    @property
+    def total(self) -> int:
+        """The number of tokens of the prompt."""
+        return len(self.prompt)
+
+
+def probing(
+    key: str, signal: str, among: Collection[str] | None = None, window: Window = WHOLE
+) -> AbstractContextManager[None]:
     """Makes probes of the requests that vLLM accepts inside the block, and in tasks started there.
 
     Args:
         among: names of the adapters that may be selected; others may have no score (-inf). None: all.
+        window: what is read of their prompts.
     """
-    return _marking({KEY: key, SIGNAL: signal, **({} if among is None else {AMONG: list(among)})})
+    marks: dict[str, Any] = {KEY: key, SIGNAL: signal}
+    marks |= {} if among is None else {AMONG: list(among)}
+    return _marking(marks if window == WHOLE else {**marks, WINDOW: list(window)})
 
 
 def answering(key: str) -> AbstractContextManager[None]:
@@ -81,6 +124,19 @@ def seal(parameters: Any) -> None:
     parameters.extra_args = {**others, **own} or None  # not in place: several requests may share it
 
 
+def cut(request: Any) -> None:
+    """Leaves the window of the prompt of a probe that vLLM has accepted and its engine has not seen.
+
+    A prompt with pictures or embeddings stays whole, since these belong to positions of its tokens.
+
+    Args:
+        request: vLLM's `EngineCoreRequest`.
+    """
+    window, ids = _given(request.sampling_params).get(WINDOW), request.prompt_token_ids
+    if window is not None and ids is not None and not request.mm_features and request.prompt_embeds is None:
+        request.prompt_token_ids = list(windowed(ids, tuple(window)))
+
+
 def is_probe(parameters: Any) -> bool:
     """Whether a request is a probe, which has to compute its whole prompt."""
     return KEY in _given(parameters)
@@ -106,7 +162,7 @@ def span(
         return None
     among = given.get(AMONG)
     names = None if among is None else tuple(among)
-    return Span(str(given[KEY]), str(given.get(SIGNAL, "")), row, computed, count, len(prompt), prompt, request, names)
+    return Span(str(given[KEY]), str(given.get(SIGNAL, "")), row, computed, count, prompt, request, names)
 
 
 def _given(parameters: Any) -> dict[str, Any]:

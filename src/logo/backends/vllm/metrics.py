@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from logo.selection import Selection
+from logo.core import Selection
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -22,10 +22,6 @@ class Counts:
             "logo:selection_confidence",
             "The probability that the pool holds an adapter made for the prompt.",
             buckets=[tenth / 10 for tenth in range(1, 11)],
-        )
-        self._again = prometheus_client.Counter(
-            "logo:probes_again",
-            "Prompts that were probed another time, since the pool changed.",
         )
         self._answers = prometheus_client.Counter("logo:answers", "Answers by how their mixture was made.", ["form"])
         self._adapters = prometheus_client.Counter("logo:adapter_selected", "Selections with an adapter.", ["adapter"])
@@ -50,10 +46,6 @@ class Counts:
             found = [metric for metric in registry.collect() if metric.name == "logo:adapter_selected"]
         samples = [sample for metric in found for sample in metric.samples if sample.name.endswith("_total")]
         return {sample.labels["adapter"]: int(sample.value) for sample in samples}
-
-    def again(self) -> None:
-        """Counts a prompt that has to be probed once more."""
-        self._again.inc()
 
     def answered(self, form: str) -> None:
         """Counts an answer: `gate` or `base`."""

@@ -216,7 +216,7 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
     Attributes(
         ("vllm.v1.engine",),
         "EngineCoreRequest",
-        ("request_id", "sampling_params", "lora_request", "prompt_token_ids"),
+        ("request_id", "sampling_params", "lora_request", "prompt_token_ids", "mm_features", "prompt_embeds"),
     ),
     # Answers whose logits are NaN.
     Attributes(("vllm.v1.engine",), "EngineCoreOutput", ("request_id", "num_nans_in_logits")),

@@ -3,15 +3,16 @@
     prompts -> token ids -> probes in vLLM's workers -> scores -> Selection -> recipe -> vLLM -> Generation
 
 Scores and mixtures are computed by the same workers as in the server (`logo.backends.vllm.worker`); the ends of answers
-and the errors are shared with the local engine (`logo.calls`). HTTP plays no part here.
+and the errors are those of the local engine (`logo.engine`), of which this is a subclass. HTTP plays no part here.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -20,29 +21,32 @@ from transformers import TextStreamer
 
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
-from logo.backends.vllm.core import Core, new_key, outcomes, values
+from logo.backends.vllm.core import Core, Opened, new_key, outcomes, scores_of, texts_of, values
 from logo.backends.vllm.hooks import version
 from logo.backends.vllm.likelihood import scored, scoring
-from logo.backends.vllm.marks import answering, reading
+from logo.backends.vllm.marks import answering, probing, reading
 from logo.backends.vllm.pool import head_adapter
-from logo.backends.vllm.probing import InWorkers
 from logo.backends.vllm.requests import Group, Requests, Running
 from logo.backends.vllm.sampling import check_config, parameters
-from logo.calls import Calls
-from logo.decoder import Decoding, Generation, overflow
-from logo.decoding import Prompts
+from logo.core import Generation, Options, Prompt, Selection
+from logo.decoding import Decoding, overflow
+from logo.engine import LoGo
 from logo.errors import ModelError, UsageError
+from logo.prompts import Prompts
 from logo.scoring import Scored, continued_rows
-from logo.selection import Selection
-from logo.selection.plan import plan
+from logo.selection.points import plan
 from logo.selection.settings import SelectionSettings
+from logo.selection.window import WHOLE, Window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
+# The most prompts that are probed together; less than the number whose scores vLLM's workers keep.
+_PROBED = 2048
 
-class VllmLoGo(Calls):
+
+class VllmLoGo(LoGo):
     """Selects and mixes adapters per prompt inside vLLM. `LoGo.from_pretrained(..., engine="vllm")` makes one.
 
     Rows of a call run together as vLLM schedules them; `batch_size` has no effect. The pool cannot change.
@@ -72,37 +76,34 @@ class VllmLoGo(Calls):
     ) -> None:
         self.llm, self.model, self.tokenizer = llm, model, tokenizer
         self.prompts, self.settings, self._engine_options = prompts, settings, engine_options
+        self.probe_context, self.prefix_cache, self._carried = "base", None, None
+        self._checkpoint, self._generation_config = model.generation_config, None
         self.core = Core(llm.llm_engine.vllm_config)
-        self.pool = self.core.pool.adapters
+        self.pool = self._fitted = self.core.pool.adapters
         self.pool.default_k = default_k or self.pool.default_k
         self._version = self.pool.version
         self._layout = BaseLayout.of(model)
-        self._lock = threading.RLock()
+        self._lock: Any = threading.RLock()
         self._requests = Requests(llm.llm_engine)
-        pool = self.core.staged(None, self._call("logo_stage", None))
-        self._call("logo_commit")
+        pool = self.core.staged(None, self._ask("logo_stage", None))
+        self._ask("logo_commit")
         self.core.commit(pool, {})
-        self._selecting: InWorkers = InWorkers(model, self.pool, settings, self._requests, self._lock, self._call)
-        self._selecting.open(settings)
+        self._opened_signals: dict[str, Opened] = {}
+        self._scorer(settings.signal)
 
     # -- what it is ----------------------------------------------------------------------------------------------
 
     @property
     def fitted(self) -> AdapterPool:
         """The pool fitted to the base model, without adapters that do not fit (`on_bad_adapter="skip"`)."""
-        self._sync()
+        if self.pool.version != self._version:
+            raise UsageError("the pool of the engine 'vllm' cannot change: open another engine, or use engine 'local'")
         return self.pool
 
     @property
-    def k(self) -> int:
-        """Adapters per prompt: the setting, or the default of the pool."""
-        if self.settings.k is not None:
-            return self.settings.k
-        return min(self.pool.default_k, len(plan(self.model, self.pool, self.settings).adapters))
-
-    @property
     def points(self) -> tuple[str, ...]:
-        return tuple(self._selecting.open(self.settings)["points"])
+        found: tuple[str, ...] = self._scorer(self.settings.signal).points
+        return found
 
     @property
     def merge(self) -> None:
@@ -124,27 +125,79 @@ class VllmLoGo(Calls):
         """Shuts vLLM down; the engine cannot be used afterwards."""
         self.llm.llm_engine.engine_core.shutdown()
 
-    # -- what vLLM does ------------------------------------------------------------------------------------------
+    # -- selecting -----------------------------------------------------------------------------------------------
 
-    def _call(self, name: str, *args: Any) -> list[Any]:
+    def _ask(self, name: str, *args: Any) -> list[Any]:
+        """Calls one of `logo.backends.vllm.calls.CALLS` on every worker, and returns the values."""
         return values(self.llm.collective_rpc(name, args=args))
 
-    def _sync(self) -> None:
-        if self.pool.version != self._version:
-            raise UsageError("the pool of the engine 'vllm' cannot change: open another engine, or use engine 'local'")
+    def _scorer(self, signal: str, tell: Any = None) -> Any:
+        """What is known here of the scorer of a signal, which is opened in the workers, and calibrated if necessary.
 
-    def _decoding(self, decoding: Decoding) -> Decoding:
+        Raises:
+            LoGoError: it cannot score this pool.
+        """
+        if signal not in self._opened_signals:
+            with self._lock:
+                plan(self.model, self.pool, self.settings, signal)  # raises the errors of the workers here
+                told = self._ask("logo_signal", signal)
+                while texts := texts_of(told):
+                    told = self._ask("logo_calibrate", signal, texts, self._probe(texts, ""))
+                opened = Opened.of(signal, self.settings.reading(self.pool, signal), told[0])
+                default_k = min(self.pool.default_k, len(opened.names))
+                opened = replace(opened, selector=replace(opened.selector, default_k=default_k))
+                self._opened_signals[signal] = opened
+        return self._opened_signals[signal]
+
+    def _scores(self, scorer: Any, rows: Sequence[Prompt], among: Sequence[Any], batch_size: int) -> torch.Tensor:
+        """Scores (rows, adapters) of prompts, which run as probes.
+
+        Raises:
+            NotFinite: a score overflowed.
+            ModelError: a prompt could not be scored.
+        """
+        found: list[Any] = []
+        for start in range(0, len(rows), _PROBED):
+            part = slice(start, start + _PROBED)
+            keys = self._probe(
+                [self._probed(row) for row in rows[part]], scorer.name, among[part], scorer.signal.window
+            )
+            taken = outcomes(self._ask("logo_scores", keys))
+            found += [scores_of(taken[key]) for key in keys]  # the pool does not change, so that there are some
+        return torch.tensor(found)
+
+    def _probe(
+        self, rows: Sequence[Sequence[int]], signal: str, among: Sequence[Any] = (), window: Window = WHOLE
+    ) -> list[str]:
+        """Runs prompts as probes, and returns the keys of their results."""
+        from vllm import SamplingParams
+
+        keys = [new_key() for _ in rows]
+        with self._requests.together() as group:
+            for key, ids, names in zip(keys, rows, among or [None] * len(rows), strict=True):
+                with probing(key, signal, names, window):
+                    group.start(ids, SamplingParams(max_tokens=1, temperature=0.0, detokenize=False))
+            group.wait()
+        return keys
+
+    # -- answering -----------------------------------------------------------------------------------------------
+
+    def _checked(self, pool: AdapterPool, *given: Any) -> tuple[Options, Decoding]:
+        call, decoding = super()._checked(pool, *given)
         check_config(decoding.config)
-        self.pool.acting(decoding.activation)  # raises UsageError if an adapter cannot have it
-        return decoding
+        pool.acting(decoding.activation)  # raises UsageError if an adapter cannot have it
+        return call, decoding
 
-    def _answers(
+    def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:
+        return [range(len(rows))]
+
+    def _decode(
         self,
+        pool: AdapterPool,
         rows: Sequence[Sequence[int]],
         selections: Sequence[Selection],
         decoding: Decoding,
         probed: float,
-        batch_size: int,
         streamer: BaseStreamer | None,
     ) -> list[Generation]:
         started = time.perf_counter()
@@ -168,7 +221,9 @@ class VllmLoGo(Calls):
         continued: Any = [(one.tokens, form) for one, form in zip(group.running, forms, strict=True)]
         return decoding.generations(self.tokenizer, continued, selections, seconds)
 
-    def _pieces(self, row: Sequence[int], selection: Selection, decoding: Decoding) -> Generator[str]:
+    def _pieces(
+        self, pool: AdapterPool, row: Sequence[int], selection: Selection, decoding: Decoding
+    ) -> Generator[str]:
         said = _Pieces(self.tokenizer, skip_special_tokens=True)
         with ExitStack() as stack:
             lora = stack.enter_context(self.core.request(selection, decoding.activation))
@@ -207,22 +262,20 @@ class VllmLoGo(Calls):
     def _check_mixed(self, key: str, loras: Sequence[Any]) -> None:
         """Raises ModelError if a worker could not make a mixture of the answers with this key."""
         if any(lora is not None for lora in loras):
-            reason = outcomes(self._call("logo_failures", [key]))[key]
+            reason = outcomes(self._ask("logo_failures", [key]))[key]
             if reason is not None:
                 raise ModelError(f"the mixture could not be made: {reason}")
 
-    def _score(self, row: Sequence[int], gold: Sequence[int], mixtures: Sequence[Mapping[str, float]]) -> list[Scored]:
-        return self._score_pairs([(row, gold)] * len(mixtures), mixtures, len(mixtures))
-
-    def _score_pairs(
+    def _scored(
         self,
+        pool: AdapterPool,
         pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
         mixtures: Sequence[Mapping[str, float]],
         batch_size: int,
     ) -> list[Scored]:
         # Checks the pairs. vLLM needs room for one more token behind a prompt, even if none is requested.
         continued_rows(pairs, mixtures, (self.prompts.context or 0) - 1)
-        if (head := head_adapter(self.pool)) is not None:
+        if (head := head_adapter(pool)) is not None:
             raise UsageError(
                 f"score: adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last "
                 "token's alone; use the engine 'local'"

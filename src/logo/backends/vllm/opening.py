@@ -13,11 +13,11 @@ from logo.adapters.layout import BaseLayout
 from logo.adapters.options import OnBadAdapter
 from logo.adapters.pool import AdapterPool, warn_of_bad
 from logo.backends.vllm.slots import Slots
-from logo.decoding import Prompts, Truncation
 from logo.errors import LoGoError, ModelError, PoolError, UsageError, need
 from logo.models import checked_dtype, checked_options, fetch, load_config, load_tokenizer, loading, resolve_base
 from logo.pools import open_pool, pool_place
-from logo.selection.plan import plan as reading_plan
+from logo.prompts import Prompts, Truncation
+from logo.selection.points import plan
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import SIGNALS
 
@@ -41,23 +41,25 @@ def open_engine(
     on_bad_adapter: OnBadAdapter,
     others: Mapping[str, Any],
 ) -> VllmLoGo:
-    """Starts vLLM with a pool; see `logo.opening.FromPretrained.from_pretrained`.
+    """Starts vLLM with a pool; see `logo.engine.LoGo.from_pretrained`.
 
     Args:
         model_kwargs: arguments of `vllm.LLM`. Its slots, ranks and modules override those computed from the pool.
-        others: options by name that only the local engine has; any of them is refused.
+        others: options by name that only the local engine has; any of them is refused, unless it is the default.
 
     Raises:
         MissingLibrary: vLLM is not installed.
         UsageError: an option that it does not have.
         LoGoError: the base model or the pool cannot be opened.
     """
-    for name in others:
+    for name, value in others.items():
+        if (name, value) == ("probe_context", "base"):
+            continue
         raise UsageError(f"{name}: the engine 'vllm' has no such option; give those of vllm.LLM in model_kwargs")
     need("engine 'vllm'", "vllm")
     checked_options(model_kwargs)
     from logo.backends.vllm.offline import VllmLoGo
-    from logo.backends.vllm.options import NO_USAGE, Options, affecting_answers
+    from logo.backends.vllm.options import NO_USAGE, VllmOptions, affecting_answers
     from logo.backends.vllm.skeleton import skeleton
 
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
@@ -67,7 +69,7 @@ def open_engine(
     fitted = opened.fit(BaseLayout.of(model), on_bad_adapter=on_bad_adapter)
     warn_of_bad(fitted.refused)
     fitted = fitted.acting(settings.activation)
-    reading_plan(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
+    plan(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
     given = dict(model_kwargs)
     additional = dict(given.pop("additional_config", None) or {})
     own = additional.get("logo", {})
@@ -76,7 +78,7 @@ def open_engine(
     slots = Slots.of(fitted)
     config = {"k": min(settings.k or fitted.default_k, len(fitted)), **settings.changed, **own}
     config |= {"pool": place, "on_bad_adapter": on_bad_adapter, "signals": _usable(model, fitted, settings)}
-    Options.of({"logo": config}, {})  # raises the errors of vLLM's processes here
+    VllmOptions.of({"logo": config}, {})  # raises the errors of vLLM's processes here
     tokenizer, checkpoint = load_tokenizer(source), _generation_config(source)
     model.generation_config = checkpoint or model.generation_config
     _check_importable(settings.signal)
@@ -100,7 +102,6 @@ def open_engine(
         tokenizer,
         llm.llm_engine.vllm_config.model_config.max_model_len,
         truncation or Truncation(),
-        checkpoint=model.generation_config,
         probe_text=settings.probe_text,
         vocabulary=model.get_input_embeddings().weight.shape[0],
     )
@@ -195,7 +196,7 @@ def _usable(model: Any, pool: AdapterPool, settings: SelectionSettings) -> Seque
     usable = []
     for signal in SIGNALS:
         try:
-            reading_plan(model, pool, settings.for_call(signal=signal))
+            plan(model, pool, settings, signal)
         except LoGoError:  # raised again when a call asks for this signal
             continue
         usable.append(signal)

@@ -32,7 +32,7 @@ _NO_MATTER = frozenset(
 
 
 @dataclass(frozen=True)
-class Options:
+class VllmOptions:
     """The options of every process of one vLLM server.
 
     Attributes:
@@ -55,7 +55,7 @@ class Options:
     settings: SelectionSettings = field(default_factory=SelectionSettings)
 
     @classmethod
-    def of(cls, additional: Mapping[str, Any] | None, environment: Mapping[str, str]) -> Options | None:
+    def of(cls, additional: Mapping[str, Any] | None, environment: Mapping[str, str]) -> VllmOptions | None:
         """The options that are given; None if there are none. Those of `--additional-config` take precedence.
 
         Raises:
@@ -94,9 +94,7 @@ class Options:
             options["signals"] = tuple(options["signals"])
         made = cls(settings=settings, **options)
         for signal in made.all_signals:
-            settings.for_call(signal=signal)  # refuses one that does not exist
-        if settings.probe_context != "base":
-            raise UsageError("inside vLLM prompts are probed by the base model alone: leave out probe_context")
+            settings.reading(signal=signal)  # refuses one that does not exist
         if settings.when_not_invoked != OFF:
             raise UsageError(
                 "inside vLLM an adapter does nothing in a prompt without its invocation tokens: leave out "

@@ -11,12 +11,12 @@ from logo.adapters.digests import key_of, pool_digest
 from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
-from logo.backends.vllm.options import Options
+from logo.backends.vllm.options import VllmOptions
 from logo.backends.vllm.recipe import Recipe
+from logo.core import Selection
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.pools import open_pool
-from logo.selection.plan import plan
-from logo.selection.selector import Selection
+from logo.selection.points import plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +54,7 @@ class KeyedPool:
         return cls(adapters.acting(forced), keys, forced)
 
     @classmethod
-    def open(cls, options: Options, model: PreTrainedModel) -> KeyedPool:
+    def open(cls, options: VllmOptions, model: PreTrainedModel) -> KeyedPool:
         """The pool that the options name, fitted to a model (a skeleton will do).
 
         Raises:
@@ -122,7 +122,7 @@ class KeyedPool:
         return Recipe.of(((self.keys[name], weight) for name, weight in selection.mixture.items() if weight), where)
 
 
-def scoring_signals(options: Options, model: PreTrainedModel, pool: AdapterPool) -> tuple[str, ...]:
+def scoring_signals(options: VllmOptions, model: PreTrainedModel, pool: AdapterPool) -> tuple[str, ...]:
     """The signals of the options that can score a pool, the settings' own first. Other signals are dropped without
     refusing the pool.
 
@@ -130,11 +130,11 @@ def scoring_signals(options: Options, model: PreTrainedModel, pool: AdapterPool)
         LoGoError: the settings' own signal cannot score it.
     """
     own, *others = options.all_signals
-    plan(model, pool, options.settings)
+    plan(model, pool, options.settings, own)
     usable = [own]
     for signal in others:
         try:
-            plan(model, pool, options.settings.for_call(signal=signal))
+            plan(model, pool, options.settings, signal)
         except LoGoError as error:
             log.warning("LoGo: requests cannot ask for the signal %r: %s", signal, error)
         else:

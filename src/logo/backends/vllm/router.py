@@ -216,24 +216,21 @@ class Router:
         Raises:
             Refused: vLLM has refused to run the probe.
         """
-        signal = self.core.signal(wanted)
-        if signal is None:
-            selection = self.core.select(wanted, None)
+        if wanted.adapters is not None:
+            selection = self.core.forced(wanted.adapters)
             return RoutedMixture(selection, held.enter_context(self.core.request(selection)))
         started = time.perf_counter()
-        for tries in range(_TRIES):
-            if tries:
-                self._counts.again()
-            key = new_key()
-            where, asked = bodies.probe(path, body, self._base, self.core.choosing.probe_text)
-            with probing(key, signal, self.core.candidates(wanted)):
+        for _ in range(_TRIES):
+            key, call = new_key(), self.core.asked(wanted)
+            where, asked = bodies.probe(path, body, self._base, self.core.probe_text)
+            with probing(key, call.signal, call.candidates, self.core.window(call.signal)):
                 probed = await ask(self.app, scope, where, body=json.dumps(asked).encode(), receive=receive)
             if probed.status != 200:
                 raise Refused(probed)
             scores = scores_of(await self.workers.scores(key), self.core.pool.digest)
             if scores is None:  # the pool has changed
                 continue
-            selection = self.core.select(wanted, scores)
+            selection = self.core.select(call, scores)
             request = held.enter_context(self.core.request(selection))
             spent = time.perf_counter() - started
             self._counts.selected(selection, spent)

@@ -12,9 +12,8 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from logo.backends.vllm.marks import answer_of, span
+from logo.backends.vllm.marks import Span, answer_of, span
 from logo.backends.vllm.onsets import Onset, Rows, known
-from logo.backends.vllm.sums import Span
 
 
 def spans(runner: Any, input_batch: Any, scheduled: Sequence[int]) -> Iterator[Span]:

@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from logo.backends.vllm.marks import answer_of, is_probe, span
+from logo.backends.vllm.marks import Span, answer_of, is_probe, span
 from logo.backends.vllm.onsets import Onset, Rows
-from logo.backends.vllm.sums import Span
 
 
 @dataclass(frozen=True)

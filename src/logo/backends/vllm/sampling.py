@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from logo.backends.vllm.requests import refused
-from logo.decoder import Decoding
+from logo.decoding import Decoding
 from logo.errors import UsageError
 
 if TYPE_CHECKING:

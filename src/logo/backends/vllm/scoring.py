@@ -9,8 +9,8 @@ first texts are those of the calibration, then the example prompts of adapters, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,31 +18,29 @@ from torch import Tensor, nn
 
 from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
-from logo.backends.vllm.kept_vectors import KeptVectors
-from logo.backends.vllm.options import Options
+from logo.backends.vllm.options import VllmOptions
 from logo.backends.vllm.taps import Taps
-from logo.decoding import Prompts
-from logo.errors import ModelError
-from logo.selection.plan import plan, with_activations
+from logo.files import cache_folder
+from logo.prompts import Prompts
+from logo.selection.calibration import HiddenVectors, Store
 from logo.selection.points import Point
 from logo.selection.scorer import Scorer
-from logo.selection.scorers import Scorers
-from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 
 
 class _TextsNeeded(Exception):
-    """Hidden vectors are missing from the cache, so that the model has to run texts first.
+    """Hidden vectors are missing, so that the model has to run texts first.
 
     Attributes:
         points: where the texts are read.
-        texts: the texts to run.
+        rows: the texts to run, as token ids.
+        signal: how they are read.
     """
 
-    def __init__(self, points: Sequence[Point], texts: Texts) -> None:
+    def __init__(self, points: Sequence[Point], rows: Sequence[Sequence[int]], signal: Signal) -> None:
         super().__init__()
-        self.points, self.texts = tuple(points), texts
+        self.points, self.rows, self.signal = tuple(points), rows, signal
 
 
 class Scoring:
@@ -62,49 +60,40 @@ class Scoring:
         self,
         skeleton: nn.Module,
         pool: AdapterPool,
-        options: Options,
+        options: VllmOptions,
         taps: Taps,
         prompts: Prompts,
         device: torch.device,
         before: Scoring | None = None,
     ) -> None:
-        self._skeleton, self._pool, self._options, self._taps = skeleton, pool, options, taps
-        # Hidden vectors of the texts of the current step, and the keys of these texts.
-        self._kept: tuple[KeptVectors, dict[tuple[int, ...], str]] | None = None
+        self._skeleton, self._pool, self._settings, self._taps = skeleton, pool, options.settings, taps
+        self._prompts, self._device = prompts, device
+        self._earlier: Mapping[str, Scorer] = {} if before is None else before._ready
+        # Until a pool is replaced, also of what the cache folder does not take.
+        self._store: Store = Store(cache_folder(options.settings.cache)) if before is None else before._store
+        # Until a signal is open: text -> place in vLLM's model -> hidden vectors (tokens, d).
+        self._kept: dict[tuple[int, ...], dict[str, Tensor]] = {}
         self._ready: dict[str, Scorer] = {}
-        self._scorers: Scorers = Scorers(
-            skeleton,
-            pool,
-            options.settings,
-            prompts.texts,
-            None if before is None else before._scorers,
-            device=device,
-            run_texts=self._kept_vectors,
-        )
 
     def open(self, signal: str) -> dict[str, Any]:
         """Makes the scorer of a signal, or says which texts the model has to run before.
 
         Returns:
-            `texts`: texts to run and then pass to `calibrate`, as token ids, often none; `names`: the adapters that are
-            scored; `points`: where prompts are read; `described`: whether example prompts contribute to scores;
-            `sizes`: the relative size of each adapter by name.
+            `texts`: texts to run and then pass to `calibrate`, as token ids, often none; if there are none, what other
+            processes need to know of the scorer (`logo.backends.vllm.core.Opened`).
         """
-        settings = self._settings(signal)
+        before, run = self._ready.get(signal) or self._earlier.get(signal), self._hidden_vectors
+        given = self._skeleton, self._pool, self._settings, signal, self._prompts.texts
         try:
-            scorer = self._scorers.get(settings)
+            scorer = Scorer.open(*given, run=run, device=self._device, before=before, store=self._store)
         except _TextsNeeded as needed:
-            # A calibration asks for its candidates in groups, and caches nothing before the last group was read. So all
-            # of them are recorded at once.
-            texts = self._scorers.texts(settings)
-            calibrating = texts is not None and all(row in texts.rows for row in needed.texts.rows)
-            points = plan(self._skeleton, self._pool, settings).points if calibrating else needed.points
-            self._taps.start_calibration(points, settings.reading)
-            return {"texts": [list(row) for row in needed.texts.rows], **_told(None)}
-        finally:
-            self._kept = None
-        self._ready[signal] = scorer
-        return {"texts": [], **_told(scorer)}
+            self._taps.start_calibration(needed.points, needed.signal)
+            return {"texts": [list(row) for row in needed.rows]}
+        except BaseException:
+            self._kept = {}
+            raise
+        self._kept, self._ready[signal] = {}, scorer
+        return _told(scorer)
 
     def calibrate(self, signal: str, texts: Sequence[Sequence[int]], keys: Sequence[str]) -> dict[str, Any]:
         """Calls `open` again, after the texts that it returned were run as probes with these keys. A worker that asked
@@ -113,11 +102,8 @@ class Scoring:
         Raises:
             ModelError: a text was not read whole.
         """
-        failed = self._taps.failed(keys)
-        if failed:
-            raise ModelError(f"calibration text {next(iter(failed))}: {next(iter(failed.values()))}")
-        kept = self._taps.end_calibration()
-        self._kept = None if kept is None else (kept, dict(zip(map(tuple, texts), keys, strict=True)))
+        for text, vectors in zip(texts, self._taps.end_calibration(keys), strict=True):
+            self._kept.setdefault(tuple(text), {}).update(vectors)
         return self.open(signal)
 
     @property
@@ -128,32 +114,33 @@ class Scoring:
     def install(self) -> None:
         """Makes the taps score by this state of the pool from now on."""
         for signal, scorer in self._ready.items():
-            self._taps.score(signal, scorer, self._settings(signal))
+            self._taps.score(signal, scorer)
 
-    def _settings(self, signal: str) -> SelectionSettings:
-        return with_activations(self._options.settings.for_call(signal=signal), self._pool)
+    def _hidden_vectors(self, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
+        """A `TextRunner`: the hidden vectors of texts that vLLM has run.
 
-    def _kept_vectors(self, points: Sequence[Point], texts: Texts, signal: Any) -> Any:
-        kept, keys = self._kept or (None, {})
-        rows = [tuple(row) for row in texts.rows]
-        if kept is None or not kept.has(points) or any(row not in keys for row in rows):
-            raise _TextsNeeded(points, texts)
-        acted = _acted(texts, signal) if signal.token == "tail" else None
-        return (replace(vectors, acted=acted) for vectors in kept.vectors(points, [keys[row] for row in rows]))
+        Raises:
+            _TextsNeeded: it has to run them first.
+        """
+        rows = [self._kept.get(tuple(row), {}) for row in texts.rows]
+        places = [self._taps.place_of(point, signal.input) for point in points]
+        if any(place not in row for row in rows for place in places):
+            raise _TextsNeeded(points, texts.rows, signal)
+        acted = _acted(texts.rows, signal) if signal.token == "tail" else None
+        joined = {}
+        for place in dict.fromkeys(places):
+            parts = [row[place].mean(dim=0, keepdim=True) if signal.token == "mean" else row[place] for row in rows]
+            counts = torch.tensor([len(part) for part in parts])
+            owners = torch.arange(len(parts)).repeat_interleave(counts)
+            joined[place] = HiddenVectors(torch.cat(parts), owners, acted)
+        return (joined[place] for place in places)
 
 
-def _told(scorer: Scorer | None) -> dict[str, Any]:
-    """The facts about a scorer that other processes need, without values if it is not ready (None)."""
-    if scorer is None:
-        return {"names": [], "points": [], "described": False, "sizes": {}}
-    points, described = [point.name for point in scorer.points], scorer.signatures is not None
-    return {"names": list(scorer.names), "points": points, "described": described, "sizes": dict(scorer.sizes)}
+def _told(scorer: Scorer) -> dict[str, Any]:
+    points = [point.name for point in scorer.points]
+    return {"texts": [], "points": points, "selector": asdict(scorer.selector)}
 
 
-def _acted(texts: Texts, signal: Signal) -> Tensor:
+def _acted(rows: Sequence[Sequence[int]], signal: Signal) -> Tensor:
     """(vectors,) bool: whether adapters act on each token of the texts that is read."""
-    found = []
-    for row in texts.rows:
-        read = torch.arange(int(len(row) > 1), len(row))
-        found.append(read >= earliest(signal.activations, row))
-    return torch.cat(found)
+    return torch.cat([torch.arange(int(len(row) > 1), len(row)) >= earliest(signal.activations, row) for row in rows])

@@ -20,22 +20,21 @@ from logo.adapters.pool import AdapterPool
 from logo.backends.vllm import graphs
 from logo.backends.vllm.built import hold
 from logo.backends.vllm.gates import StepGates, turned
+from logo.backends.vllm.marks import Span
 from logo.backends.vllm.onsets import Rows, mapped, others
-from logo.backends.vllm.options import Options
+from logo.backends.vllm.options import VllmOptions
 from logo.backends.vllm.pool import Change, KeyedPool, described, scoring_signals
 from logo.backends.vllm.recipe import Recipe, is_recipe
 from logo.backends.vllm.runner_v2 import Remembered
 from logo.backends.vllm.scoring import Scoring
 from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.slots import check_slots
-from logo.backends.vllm.sums import Span
 from logo.backends.vllm.taps import Taps
 from logo.backends.vllm.wrapper import Residual, Tapped, multiplied, with_kernels
-from logo.decoding import Prompts, Truncation
 from logo.errors import ModelError, UsageError
 from logo.models import context_length
-from logo.selection.plan import plan
-from logo.selection.points import Point
+from logo.prompts import Prompts
+from logo.selection.points import Point, plan
 
 log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look like theirs
 
@@ -52,7 +51,7 @@ class Worker:
         options: LoGo's options.
     """
 
-    def __init__(self, manager: Any, vllm_config: Any, options: Options) -> None:
+    def __init__(self, manager: Any, vllm_config: Any, options: VllmOptions) -> None:
         model_config, lora = vllm_config.model_config, vllm_config.lora_config
         self.options = options
         self._worker_manager = manager
@@ -143,9 +142,8 @@ class Worker:
         """The places that the requestable signals read: (`Signal.input`, path of a layer or module)."""
         found = set()
         for signal in scoring_signals(self.options, self.skeleton, pool):
-            settings = self.options.settings.for_call(signal=signal)
-            how = settings.reading.input
-            for point in plan(self.skeleton, pool, settings).points:
+            how = self.options.settings.reading(pool, signal).input
+            for point in plan(self.skeleton, pool, self.options.settings, signal).points:
                 found.add((how, point.layer_path if how == "residual" else point.module))
         return frozenset(found)
 
@@ -349,7 +347,7 @@ class Worker:
 
         tokenizer = AutoTokenizer.from_pretrained(self._tokenizer, trust_remote_code=False)
         context = min(context_length(self.skeleton) or self._max_tokens, self._max_tokens)
-        return Prompts(tokenizer, context, Truncation())
+        return Prompts(tokenizer, context)
 
 
 def _own_id(key: str) -> int:
