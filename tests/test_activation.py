@@ -17,6 +17,7 @@ import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.activation import EVERYWHERE, Activation, acting, earliest, last_occurrence
 from logo.errors import AdapterError, StorageError, UsageError
+from logo.opening import LOCAL_OPTIONS
 from logo.prefix_cache import PrefixCache
 from logo.selection import scorer
 from make_adapters import edit_config, load_peft, write, write_peft
@@ -43,8 +44,9 @@ def pool_of(folder: Path, model: nn.Module, modules: tuple[str, ...] = ("q_proj"
 
 
 def engine(model: nn.Module, folder: Path, **chosen: Any) -> LoGo:
+    own = {name: chosen.pop(name) for name in LOCAL_OPTIONS if name in chosen}
     settings = SelectionSettings.of(**{"signal": "norm", "k": 2, "cache": "", **chosen})
-    return LoGo(model, tokenizer(bos=False), AdapterPool.from_directory(folder), settings=settings)
+    return LoGo(model, tokenizer(bos=False), AdapterPool.from_directory(folder), settings=settings, **own)
 
 
 def invoked(lengths: Sequence[int], tail: Sequence[int] = (11, 12)) -> list[list[int]]:

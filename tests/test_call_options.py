@@ -252,8 +252,8 @@ FORCED = r"expected \{name: weight\}"
                 (lambda logo, name=name: getattr(logo, name)("w3", max_new_tokens="5"), f"max_new_tokens: {WHOLE} '5'"),
             )
         ),
-        (lambda logo: logo.select("w3", batch_size="8"), f"batch_size: {WHOLE} '8'"),
-        (lambda logo: logo.generate("w3", batch_size=None), f"batch_size: {WHOLE} None"),
+        (lambda logo: logo.select("w3", batch_size="8"), "batch_size: expected a whole number, 1 or more, found '8'"),
+        (lambda logo: logo.generate("w3", batch_size=None), "batch_size: expected a whole number, 1 or more, found None"),
         (lambda logo: logo.generate("w3", adapters="t1"), f"adapters: {FORCED}, a Selection, or a list .*, found 't1'"),
         (lambda logo: logo.stream("w3", adapters="t1"), f"adapters: {FORCED}, a Selection, or a list .*, found 't1'"),
         (lambda logo: logo.generate(["w3"], adapters=["t1"]), f"adapters: {FORCED} or a Selection, found 't1'"),
