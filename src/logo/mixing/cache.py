@@ -285,7 +285,6 @@ class AdapterCache:
         self._residents.move_to_end(adapter.file)
         return resident
 
-    @torch.no_grad()
     def _load(self, resident: Resident) -> None:
         try:
             adapter = resident.adapter
