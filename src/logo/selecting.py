@@ -297,7 +297,7 @@ class Probing(Selecting):
                 found = self._probe([probed[i] for i in batch], [calls[i] for i in batch], active)
                 if answering:  # loaded while the next batch is probed
                     selected = [name for one in found if isinstance(one, Selection) for name in one.adapters]
-                    self._mixer.prefetch(self.pool, selected)
+                    self._mixer.cache.prefetch(self.pool[name] for name in selected)
                 outcomes |= zip(batch, found, strict=True)
         return [outcomes[i] for i in range(len(rows))]
 

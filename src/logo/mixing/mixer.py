@@ -8,7 +8,7 @@ gated     every row has its own: all adapters of the batch are multiplied side b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -114,21 +114,16 @@ class Mixer:
                     with self._merger.active(key, lambda: self.cache.stacks(hold).modules, weights[0]):
                         yield "merged"
                     return
-                stacks = self.cache.stacks(hold).modules
+                gates: Gates | OpeningGates
                 if any(mixture.begins for mixture in mixtures):
                     begins = torch.tensor([[mixture.begins.get(name, 0) for name in names] for mixture in mixtures])
-                    opening = OpeningGates(weights, begins)
-                    hooks = {path: adding(stack, opening) for path, stack in stacks.items()}
-                    with opening.following(self._model), hooked(self.cache.modules, hooks):
-                        yield "gated"
-                    return
-                gates = Gates(weights[:1] if bool((weights == weights[0]).all()) else weights)
-                with hooked(self.cache.modules, {path: adding(stack, gates) for path, stack in stacks.items()}):
+                    gates = OpeningGates(weights, begins)
+                else:
+                    gates = Gates(weights[:1] if bool((weights == weights[0]).all()) else weights)
+                hooks = {path: adding(stack, gates) for path, stack in self.cache.stacks(hold).modules.items()}
+                following = gates.following(self._model) if isinstance(gates, OpeningGates) else nullcontext()
+                with following, hooked(self.cache.modules, hooks):
                     yield "gated"
-
-    def prefetch(self, pool: AdapterPool, names: Sequence[str]) -> None:
-        """Begins to load these adapters."""
-        self.cache.prefetch([pool[name] for name in names])
 
     def forget(self, pool: AdapterPool) -> None:
         """Drops everything that does not belong to this pool, after it has changed."""
@@ -142,9 +137,7 @@ class Mixer:
         modules = {path: self.cache.modules[path] for adapter in adapters for path in adapter.modules}
         if not all(mergeable(module) for module in modules.values()):
             return False
-        if not self.merge:
-            exact = all(module.weight.element_size() >= 4 for module in modules.values())  # type: ignore[operator]
-            # Merging computes about as much as gating half as many tokens as the model is wide; a pass is worth 16.
-            if not exact or 32 * passes < text_config(self._model).hidden_size:
-                return False
-        return self._merger.fits(modules)
+        exact = all(module.weight.element_size() >= 4 for module in modules.values())  # type: ignore[operator]
+        # Merging computes about as much as gating half as many tokens as the model is wide; a pass is worth 16 of them.
+        pays = exact and 32 * passes >= text_config(self._model).hidden_size
+        return (pays or self.merge is True) and self._merger.fits(modules)
