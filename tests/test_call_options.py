@@ -19,6 +19,7 @@ from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, Usa
 from logo.adapters.format import Adapter
 from logo.core import Prompt
 from logo.errors import LoGoError, NotFinite
+from logo.opening import LOCAL_OPTIONS
 from logo.selection.confidence import RESPONSES
 from logo.selection.selector import LEAST
 from test_calibrated import PROMPTS, tokenizer
@@ -47,8 +48,9 @@ def model() -> nn.Module:
 
 def engine(model: nn.Module, folder: Path, names: Any = NAMES, **chosen: Any) -> LoGo:
     pool = AdapterPool.from_directory(folder).subset(names)
+    own = {name: chosen.pop(name) for name in LOCAL_OPTIONS if name in chosen}
     settings = SelectionSettings.of(**{"signal": "norm", "cache": "", **chosen})
-    return LoGo(model, tokenizer(), pool, settings=settings)
+    return LoGo(model, tokenizer(), pool, settings=settings, **own)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from torch import nn
 import tiny
 from logo import Truncation, UsageError
 from logo.cli.run import run
+from logo.decoding import call_config
 from logo.prompts import chat, cut_left
 from test_engine import PROMPTS, engine, ids_of, tokenizer, write_adapter
 
@@ -35,8 +36,7 @@ def words(count: int) -> str:
 def test_select_reports_what_generate_uses(
     llama: nn.Module, adapters: Path, length: int, new: int | None, truncation: Truncation
 ) -> None:
-    logo = engine(llama, adapters, prefix_cache_gb=0.0)
-    logo.prompts.truncation = truncation
+    logo = engine(llama, adapters, truncation=truncation)
     prompt = words(length)
     used = logo.generate(prompt, max_new_tokens=new, eos_token_id=list(range(96))).selection
     assert logo.select(prompt, max_new_tokens=new) == used
@@ -97,7 +97,7 @@ def test_every_option_of_transformers_passes(llama: nn.Module, adapters: Path) -
     options = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "use_cache": True}
     logo = engine(llama, adapters)
     assert len(logo.generate(PROMPTS[0], max_new_tokens=3, min_new_tokens=3, **options).token_ids) == 3
-    assert logo.prompts.generation_config(None, 3, {"length_penalty": 2.0}).length_penalty == 2.0
+    assert call_config(logo.prompts, None, {"length_penalty": 2.0}).length_penalty == 2.0
 
 
 def test_a_text_that_begins_already_does_not_begin_twice(llama: nn.Module, adapters: Path) -> None:

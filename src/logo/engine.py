@@ -503,7 +503,7 @@ class LoGo:
             check_streamable(1, decoding.config)
             [row] = self.prompts.read([prompt], decoding.config.max_new_tokens)
             with self._held(pool):
-                [selection] = self._mixtures(pool, [row], [adapters], call, 1)
+                [selection] = self._mixtures(pool, [row], for_each(adapters, 1), call, 1)
                 pieces = self._pieces(pool, row.ids, selection, decoding)
         return cut_pieces(pieces, decoding.stop)
 
