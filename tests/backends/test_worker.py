@@ -273,13 +273,11 @@ def test_a_mixture_that_any_rank_could_not_make_is_an_error() -> None:
     made._check_mixed("bad", [None])  # of the base model alone
     with pytest.raises(ModelError, match="the mixture could not be made: out of memory"):
         made._check_mixed("bad", [None, object()])
-    made._probe, made.settings, made._fitted = (
-        (lambda *_: ["bad"]),
-        SelectionSettings(),
-        SimpleNamespace(read_once=False),
-    )
+    made._probe, made.core = (lambda *_: ["bad"]), SimpleNamespace(probe_text=None)
     with pytest.raises(ModelError, match="the prompt could not be scored: out of memory"):
-        made._scores(SimpleNamespace(name="norm", signal=made.settings.reading()), [Prompt.of_ids([1])], [None], 8)
+        made._scores(
+            SimpleNamespace(name="norm", signal=SelectionSettings().reading()), [Prompt.of_ids([1])], [None], 8
+        )
 
 
 def test_what_the_offline_engine_computes_is_finite_or_an_error() -> None:

@@ -166,6 +166,9 @@ class VllmLoGo(LoGo):
             found += [scores_of(taken[key]) for key in keys]  # the pool does not change, so that there are some
         return torch.tensor(found)
 
+    def _probed(self, row: Prompt) -> Sequence[int]:
+        return row.ids if self.core.probe_text == "all" else row.probed
+
     def _probe(
         self, rows: Sequence[Sequence[int]], signal: str, among: Sequence[Any] = (), window: Window = WHOLE
     ) -> list[str]:

@@ -52,9 +52,9 @@ def open_engine(
         UsageError: an option that it does not have.
         LoGoError: the base model or the pool cannot be opened.
     """
-    for name, value in others.items():
-        if (name, value) == ("probe_context", "base"):
-            continue
+    if others.get("probe_context", "base") != "base":
+        raise UsageError("inside vLLM prompts are probed by the base model alone: leave out probe_context")
+    for name in others.keys() - {"probe_context"}:
         raise UsageError(f"{name}: the engine 'vllm' has no such option; give those of vllm.LLM in model_kwargs")
     need("engine 'vllm'", "vllm")
     checked_options(model_kwargs)
