@@ -79,7 +79,13 @@ INSTRUCTIONS = (
 LENGTHS = (500, 2000)
 PLACES = ("before", "around", "after")
 INSTRUCTED = ("first", "middle", "last", "long")
-CONDITIONS = ("short", *INSTRUCTED[:3], "long-500", *(f"{place}-{size}" for size in LENGTHS for place in PLACES))
+CONDITIONS = (
+    "short",
+    *INSTRUCTED[:3],
+    "long-500",
+    "cued-500",
+    *(f"{place}-{size}" for size in LENGTHS for place in PLACES),
+)
 # The most tokens of a head that follows paragraphs.
 MOST = 64
 DOCS = Path(__file__).parent.parent / "docs"
@@ -127,7 +133,7 @@ class Texts:
 
 def _inputs(context: str) -> list[str]:
     """The texts of a prompt's fields; very short ones are no texts."""
-    lines = context.split("\n\n", 1)[1].split("\n")[:-1]
+    lines = context.partition("\n\n")[2].split("\n")[:-1]
     return [text for line in lines if len(text := line.partition(": ")[2]) > 40]
 
 
@@ -138,9 +144,9 @@ def asked(context: str, condition: str, number: int, texts: str) -> str:
     if kind in INSTRUCTED:
         number = number if kind == "long" else 3 * number + INSTRUCTED.index(kind)
         instruction = INSTRUCTIONS[number % len(INSTRUCTIONS)].format(instruction)
-    before, after = (texts if kind == place else "" for place in ("before", "after"))
-    parts = (before, instruction, "" if before or after else texts, rest, after)
-    return "\n\n".join(part for part in parts if part)
+    task, _, end = context.rpartition("\n")
+    parts = {"before": (texts, context), "after": (context, texts), "cued": (task, texts, end)}
+    return "\n\n".join(part for part in parts.get(kind, (instruction, texts, rest)) if part)
 
 
 def shortened(ids: Sequence[int], window: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
