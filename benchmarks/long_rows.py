@@ -3,16 +3,18 @@
     python benchmarks/long_rows.py BASE_MODEL POOL --rows ROWS --windows whole 32+32 0+64 --json long.json
 
 POOL holds one adapter per task, named like the file ROWS/TASK.jsonl of `{"context", "completion"}` rows, whose
-contexts are an instruction, an empty line and the input. Each row is asked as it is (`short`); with a long instruction
-of 100 to 200 tokens that has its own as the `first`, a `middle` or the `last` sentence; with 500 or 2,000 tokens of
-other texts before the task, around (between instruction and input) and after it; and with a long instruction and 500
-tokens around (`long-500`). Other texts are inputs of other tasks in even rows, and prose of our docs in odd ones.
+contexts are an instruction, an empty line and the input. A row is asked under conditions:
 
-A window is HEAD+TAIL (the first and the last tokens, or HEAD/TAIL with an empty line between them), `whole`, or
-`paragraph+TAIL`: the first paragraph, at most 64 tokens, and the last tokens (`paragraphs+TAIL`: all whole paragraphs
-that fit). Neutral texts and example prompts are read by the same window.
-Tasks in even positions of the sorted names are for choosing, the others for reporting. What the file of `--json` holds
-already is not measured again.
+    short                     as it is
+    first, middle, last       with a long instruction (100 to 200 tokens), in which its own has that place
+    before-N, after-N         with N tokens of other texts before or after all of it
+    around-N, cued-N          with other texts behind the instruction, or before the last line
+    long-N                    with a long instruction and other texts behind it
+
+Other texts are inputs of other tasks in even rows, and prose of this project's documentation in odd ones. A window is
+HEAD+TAIL, the first and the last tokens, or `whole`; neutral texts and example prompts are read by the same window.
+Tasks in even positions of the sorted names are for choosing a window, the others for reporting. What the file of
+`--json` holds already is not measured again.
 """
 
 from __future__ import annotations
@@ -22,20 +24,14 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from logo import AdapterPool, LoGo, SelectionSettings
-from logo.decoding import Prompts
-from logo.models import load_base
+from logo import LoGo
 from logo.rows import read_rows
-from logo.selecting import Selecting
 
 # Instructions at the beginning, in the middle and at the end of prose that would suit any task.
 INSTRUCTIONS = (
@@ -76,129 +72,97 @@ INSTRUCTIONS = (
     "another one letter by letter, so please be exact in spelling, in capital letters and in punctuation.\n\n### "
     "Task\n{}",
 )
-LENGTHS = (500, 2000)
-PLACES = ("before", "around", "after")
 INSTRUCTED = ("first", "middle", "last", "long")
-CONDITIONS = (
-    "short",
-    *INSTRUCTED[:3],
-    "long-500",
-    "cued-500",
-    *(f"{place}-{size}" for size in LENGTHS for place in PLACES),
-)
-# The most tokens of a head that follows paragraphs.
-MOST = 64
+PLACES = tuple(f"{place}-{size}" for size in (500, 2000) for place in ("before", "around", "after"))
+CONDITIONS = ("short", "first", "middle", "last", "long-500", "cued-500", *PLACES)
 DOCS = Path(__file__).parent.parent / "docs"
 
 
 @dataclass(frozen=True)
-class Record:
-    """How one prompt was selected for; `rank` is the place of the task's own adapter, from 1."""
+class Asked:
+    """A row of a task that is asked under a condition, by a window."""
 
-    window: str
     pool: str
+    window: str
     condition: str
     task: str
     row: int
+
+
+@dataclass(frozen=True)
+class Record(Asked):
+    """How a prompt was selected for; `rank` is the place of the task's own adapter, from 1."""
+
     rank: int
     confidence: float
 
 
-class Texts:
-    """Other texts than those of a task; `--rows` and the documentation."""
+class Prompts:
+    """Makes the prompts.
 
-    def __init__(self, contexts: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer, self._made = tokenizer, dict[tuple[str, int, int], str]()
-        self._inputs = {
-            task: [text for context in rows for text in _inputs(context)] for task, rows in contexts.items()
-        }
+    Args:
+        rows: folder with a file per task.
+        tokenizer: counts tokens.
+
+    Attributes:
+        contexts: of the rows of each task.
+    """
+
+    def __init__(self, rows: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        files = sorted(rows.glob("*.jsonl"))
+        self.contexts = {file.stem: [str(row.context) for row in read_rows(file)] for file in files}
+        self._tokenizer = tokenizer
         blocks = [block for file in sorted(DOCS.glob("*.md")) for block in file.read_text("utf-8").split("\n\n")]
         self._prose = [" ".join(block.split()) for block in blocks if len(block) > 120 and block[:1].isalpha()]
+        self._texts: dict[tuple[str, int, int], str] = {}
 
-    def __call__(self, task: str, row: int, size: int) -> str:
-        """So many tokens of texts that the task, the row and the size choose."""
-        if (task, row, size) not in self._made:
-            self._made[task, row, size] = self._make(task, row, size)
-        return self._made[task, row, size]
+    def __call__(self, task: str, row: int, condition: str, number: int) -> str:
+        """The prompt of a row; `number` chooses among the long instructions of that kind."""
+        context = self.contexts[task][row]
+        instruction, _, rest = context.partition("\n\n")
+        all_but_last, _, last = context.rpartition("\n")
+        kind, _, size = condition.partition("-")
+        texts = self._other_texts(task, row, int(size or 0))
+        if kind in INSTRUCTED:
+            number = number if kind == "long" else 3 * number + INSTRUCTED.index(kind)
+            instruction = INSTRUCTIONS[number % len(INSTRUCTIONS)].format(instruction)
+        parts = {"before": (texts, context), "after": (context, texts), "cued": (all_but_last, texts, last)}
+        return "\n\n".join(part for part in parts.get(kind, (instruction, texts, rest)) if part)
 
-    def _make(self, task: str, row: int, size: int) -> str:
-        drawn = random.Random(f"{task} {row} {size}")
-        others = sorted(text for name, some in self._inputs.items() if name != task for text in some)
-        texts, parts, tokens = self._prose if row % 2 else others, [], list[int]()
-        while len(tokens) < size:
-            parts.append(drawn.choice(texts) + ("\n" if drawn.random() < 0.8 else "\n\n"))
-            tokens = self._tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
-        return str(self._tokenizer.decode(tokens[:size])).strip()
+    def _other_texts(self, task: str, row: int, size: int) -> str:
+        """So many tokens of texts, which the task, the row and the size choose."""
+        if (task, row, size) not in self._texts:
+            drawn = random.Random(f"{task} {row} {size}")
+            others = [text for name, rows in self.contexts.items() if name != task for text in _inputs(rows)]
+            texts, parts, tokens = self._prose if row % 2 else sorted(others), [], list[int]()
+            while len(tokens) < size:
+                parts.append(drawn.choice(texts) + ("\n" if drawn.random() < 0.8 else "\n\n"))
+                tokens = self._tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
+            self._texts[task, row, size] = str(self._tokenizer.decode(tokens[:size])).strip()
+        return self._texts[task, row, size]
 
 
-def _inputs(context: str) -> list[str]:
-    """The texts of a prompt's fields; very short ones are no texts."""
-    lines = context.partition("\n\n")[2].split("\n")[:-1]
+def _inputs(contexts: Sequence[str]) -> list[str]:
+    """The texts of prompts' fields; very short ones are no texts."""
+    lines = [line for context in contexts for line in context.partition("\n\n")[2].split("\n")[:-1]]
     return [text for line in lines if len(text := line.partition(": ")[2]) > 40]
 
 
-def asked(context: str, condition: str, number: int, texts: str) -> str:
-    """A row's prompt under a condition; `number` chooses among the long instructions of that kind."""
-    instruction, _, rest = context.partition("\n\n")
-    kind = condition.partition("-")[0]
-    if kind in INSTRUCTED:
-        number = number if kind == "long" else 3 * number + INSTRUCTED.index(kind)
-        instruction = INSTRUCTIONS[number % len(INSTRUCTIONS)].format(instruction)
-    task, _, end = context.rpartition("\n")
-    parts = {"before": (texts, context), "after": (context, texts), "cued": (task, texts, end)}
-    return "\n\n".join(part for part in parts.get(kind, (instruction, texts, rest)) if part)
+def engine(base_model: str, pool: Path, window: str) -> LoGo:
+    """An engine that reads prompts, neutral texts and example prompts by a window."""
+    head, _, tail = window.partition("+")
+    read = "whole" if window == "whole" else (int(head), int(tail))
+    return LoGo.from_pretrained(base_model, pool, signal="calibrated", window=read, cache="")
 
 
-def shortened(ids: Sequence[int], window: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a text that a window reads; a first token that begins every text is kept and does not count."""
-    if window == "whole":
-        return list(ids)
-    first = int(ids[0] == tokenizer.bos_token_id)
-    join = "/" if "/" in window else "+"
-    wanted, _, last = window.partition(join)
-    begin, head, tail = list(ids[:first]), list(ids[first:]), int(last)
-    between = tokenizer("\n\n", add_special_tokens=False)["input_ids"] if join == "/" else []
-    size = _paragraphs(head, 1 if wanted == "paragraph" else None, tokenizer) if wanted.isalpha() else int(wanted)
-    return list(ids) if size + tail >= len(head) else [*begin, *head[:size], *between, *head[len(head) - tail :]]
-
-
-def _paragraphs(ids: Sequence[int], most: int | None, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokens of so many paragraphs (None: all whole ones that fit, or the first), `MOST` at most."""
-    ends = [i + 1 for i, token in enumerate(ids[:MOST]) if "\n\n" in tokenizer.decode([token])]
-    return MOST if not ends else ends[0] if most == 1 else ends[-1]
-
-
-def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pool: AdapterPool, window: str) -> LoGo:
-    """The engine that reads prompts, neutral texts and example prompts by a window. The only place that knows how."""
-    encode, probed = Prompts.texts, Selecting.probed_ids
-
-    def texts(self: Prompts, *given: Any, **options: Any) -> list[list[int]]:
-        return [shortened(ids, window, tokenizer) for ids in encode(self, *given, **options)]
-
-    def probed_ids(self: Selecting, rows: Any) -> list[Sequence[int]]:
-        return [shortened(ids, window, tokenizer) for ids in probed(self, rows)]
-
-    settings = SelectionSettings(signal="calibrated", cache="", prefix_cache_gb=0)
-    with patch.object(Prompts, "texts", texts):
-        logo = LoGo(model, tokenizer, pool, settings=settings)
-        logo.calibrate()
-    logo._selecting.probed_ids = probed_ids.__get__(logo._selecting)  # type: ignore[method-assign]
-    return logo
-
-
-def measured(
-    logo: LoGo, prompts: dict[str, list[tuple[str, int, str]]], window: str, pool: str, batch_size: int
-) -> Iterator[list[Record]]:
-    """The records of each condition."""
-    for condition, rows in prompts.items():
-        started, records = time.perf_counter(), []
-        found = logo.select([prompt for _, _, prompt in rows], batch_size=batch_size)
-        for (task, row, _), one in zip(rows, found, strict=True):
-            rank = sum(score > one.scores[task] for score in one.scores.values()) + 1
-            records.append(Record(window, pool, condition, task, row, rank, one.confidence or 0.0))
-        took = time.perf_counter() - started
-        print(f"{pool} {window} {condition}: {len(rows)} rows in {took:.0f} s", file=sys.stderr, flush=True)
-        yield records
+def measured(logo: LoGo, prompts: Mapping[Asked, str], batch_size: int) -> list[Record]:
+    """The records of prompts."""
+    found = logo.select(list(prompts.values()), batch_size=batch_size)
+    records = []
+    for asked, one in zip(prompts, found, strict=True):
+        rank = sum(score > one.scores[asked.task] for score in one.scores.values()) + 1
+        records.append(Record(**asdict(asked), rank=rank, confidence=one.confidence or 0.0))
+    return records
 
 
 def table(records: Sequence[Record], tasks: Sequence[str]) -> str:
@@ -207,17 +171,13 @@ def table(records: Sequence[Record], tasks: Sequence[str]) -> str:
     lines = ["| pool | window | " + " | ".join(conditions) + " |", "|---" * (len(conditions) + 2) + "|"]
     for pool, window in dict.fromkeys((one.pool, one.window) for one in records):
         cells = []
-        for condition in conditions:
-            some = [o for o in records if (o.pool, o.window, o.condition) == (pool, window, condition)]
-            some = [one for one in some if one.task in tasks]
-            means = [sum(values) / max(1, len(some)) for values in zip(*map(_figures, some), strict=True)]
-            cells.append("{:.2f} / {:.2f} / {:.2f}".format(*means) if some else "-")
+        for name in conditions:
+            some = [one for one in records if (one.pool, one.window, one.condition) == (pool, window, name)]
+            figures = [(one.rank == 1, one.rank <= 3, one.confidence) for one in some if one.task in tasks]
+            means = [sum(values) / len(figures) for values in zip(*figures, strict=True)]
+            cells.append(" / ".join(f"{mean:.2f}" for mean in means) or "-")
         lines.append(f"| {pool} | {window} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _figures(one: Record) -> tuple[float, float, float]:
-    return float(one.rank == 1), float(one.rank <= 3), one.confidence
 
 
 def main() -> None:
@@ -231,35 +191,29 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="prompts per probe (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file of the records, which are added to it after each condition")
     given = parser.parse_args()
-    torch.set_grad_enabled(False)
-    known: list[Record] = []
+    known = []
     if given.json and given.json.exists():
         known = [Record(**one) for one in json.loads(given.json.read_text("utf-8"))]
-    model, tokenizer = load_base(str(given.base_model))
-    files = {file.stem: [str(row.context) for row in read_rows(file)] for file in sorted(given.rows.glob("*.jsonl"))}
-    texts, tasks = Texts(files, tokenizer), list[str]()
-    for place in given.pools:
-        pool = AdapterPool.open(place)
-        tasks = sorted(name for name in pool.names if name in files)
+    prompts, tasks = None, list[str]()
+    for pool in given.pools:
         for window in given.windows:
-            done = {
-                (one.condition, one.task, one.row) for one in known if (one.pool, one.window) == (place.name, window)
-            }
-            prompts: dict[str, list[tuple[str, int, str]]] = {}
+            logo = engine(given.base_model, pool, window)
+            prompts = prompts or Prompts(given.rows, logo.tokenizer)
+            tasks = sorted(name for name in logo.pool.names if name in prompts.contexts)
+            done = {(one.pool, one.window, one.condition, one.task, one.row) for one in known}
+            rows = [(place, task, row) for place, task in enumerate(tasks) for row in range(given.limit)]
             for condition in given.conditions:
-                size = int(condition.partition("-")[2] or 0)
-                for at, task, row in (
-                    (i // 2 + row, task, row) for i, task in enumerate(tasks) for row in range(given.limit)
-                ):
-                    if (condition, task, row) not in done:
-                        prompt = asked(files[task][row], condition, at, texts(task, row, size))
-                        prompts.setdefault(condition, []).append((task, row, prompt))
-            if prompts:
-                logo = engine(model, tokenizer, pool, window)
-                for records in measured(logo, prompts, window, place.name, given.batch_size):
-                    known += records
-                    if given.json:
-                        given.json.write_text(json.dumps([asdict(one) for one in known], indent=0), "utf-8")
+                asked = {
+                    Asked(pool.name, window, condition, task, row): prompts(task, row, condition, place // 2 + row)
+                    for place, task, row in rows
+                    if (pool.name, window, condition, task, row) not in done
+                }
+                started = time.perf_counter()
+                known += measured(logo, asked, given.batch_size) if asked else []
+                took = time.perf_counter() - started
+                print(f"{pool.name} {window} {condition}: {len(asked)} rows in {took:.0f} s", file=sys.stderr)
+                if given.json:
+                    given.json.write_text(json.dumps([asdict(one) for one in known], indent=0), "utf-8")
     for half, some in (("choosing", tasks[::2]), ("reporting", tasks[1::2])):
         print(f"{half}: {len(some)} tasks, top-1 / top-3 / mean confidence\n\n{table(known, some)}\n")
 
