@@ -96,7 +96,7 @@ class Bench:
 
         def opened(cache: str) -> None:
             with patch.dict(os.environ, {"LOGO_CACHE": cache}):
-                pool = AdapterPool.from_directory(self.folder)
+                pool = AdapterPool.open(self.folder)
                 settings = SelectionSettings(signal="norm", k=self.k)
                 LoGo(self.logo.model, self.logo.tokenizer, pool, settings=settings).calibrate()
 
@@ -172,7 +172,7 @@ class Bench:
     def reading_once(self) -> LoGo:
         """A calibrated engine on the same model and pool whose adapters act on the last tokens only."""
         settings = replace(self.logo.settings, signal="calibrated", activation=ACTIVATION)
-        made = LoGo(self.logo.model, self.logo.tokenizer, self.logo.pool, settings=settings)
+        made = LoGo(self.logo.model, self.logo.tokenizer, self.logo.pool.value, settings=settings)
         made.calibrate()
         return made
 

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
-from logo.adapters.format import LoraWeights
-from logo.adapters.header import LoraModule
+from logo.adapters.adapter import LoraWeights
+from logo.adapters.peft import LoraModule
 from logo.selection.index import ScoringIndex
 from logo.selection.points import Point
 from logo.selection.whitening import Whitening

@@ -53,7 +53,7 @@ def test_damaged_numbers_are_computed_anew(text: str, tmp_path: Path) -> None:
 
 def opened(model: nn.Module, folder: Path, signal: str, cache: Path) -> LoGo:
     settings = SelectionSettings(signal=signal, k=1, cache=str(cache))
-    return LoGo(model, tokenizer(), AdapterPool.from_directory(folder), settings=settings)
+    return LoGo(model, tokenizer(), AdapterPool.open(folder), settings=settings)
 
 
 def touched(file: Path, content: bytes | None) -> None:

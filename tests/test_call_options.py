@@ -16,7 +16,7 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, UsageError
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.errors import LoGoError, NotFinite
 from logo.selection.confidence import RESPONSES
 from logo.selection.selector import LEAST
@@ -45,7 +45,7 @@ def model() -> nn.Module:
 
 
 def engine(model: nn.Module, folder: Path, names: Any = NAMES, **chosen: Any) -> LoGo:
-    pool = AdapterPool.from_directory(folder).subset(names)
+    pool = AdapterPool.open(folder).subset(names)
     settings = SelectionSettings.of(**{"signal": "norm", "cache": "", **chosen})
     return LoGo(model, tokenizer(), pool, settings=settings)
 

@@ -57,7 +57,7 @@ def write_adapter(
 
 def engine(model: nn.Module, adapters: Path, bos: bool = True, fold: bool | None = None, **settings: Any) -> LoGo:
     chosen = SelectionSettings.of(**{"signal": "norm", "k": 3, **settings})
-    return LoGo(model, tokenizer(bos), AdapterPool.from_directory(adapters), settings=chosen, fold=fold)
+    return LoGo(model, tokenizer(bos), AdapterPool.open(adapters), settings=chosen, fold=fold)
 
 
 PROMPTS = ["w3 w4 w5", "w9", "w20 w21 w22 w23 w24 w25 w26", "w7 w8", "w40 w41 w42 w43"]
@@ -356,7 +356,7 @@ def test_device_map_auto_as_accelerate_does_it(llama: nn.Module, adapters: Path,
 
 
 def test_a_batch_that_does_not_fit_names_the_budget(llama: nn.Module, adapters: Path) -> None:
-    pool, settings = AdapterPool.from_directory(adapters), SelectionSettings(signal="norm", k=2)
+    pool, settings = AdapterPool.open(adapters), SelectionSettings(signal="norm", k=2)
     roomy = LoGo(llama, tokenizer(), pool, settings=settings)
     names = roomy.names
     one, two, every = ({name: 1.0 for name in names[:count]} for count in (1, 2, len(names)))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from logo.adapters.format import LoraWeights
+from logo.adapters.adapter import LoraWeights
 from logo.mixing import AdapterStore, Gates, Work
 from logo.mixing.gated import low_rank
 from logo.mixing.groups import GroupedMixture, _grouped, cheapest

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tiny
-from logo.adapters.format import Adapter, open_adapter
+from logo.adapters.adapter import Adapter, open_adapter
 from logo.adapters.layout import BaseLayout, linear_modules
 from logo.mixing import AdapterStore, GatedLoRA, Gates, Stack
 from logo.mixing.gated import low_rank

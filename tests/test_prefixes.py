@@ -29,7 +29,7 @@ def words(count: int, seed: int) -> str:
 
 def engines(model: nn.Module, folder: Path, **chosen: Any) -> tuple[LoGo, LoGo]:
     """One that reuses prefixes and one that does not."""
-    pool = AdapterPool.from_directory(folder)
+    pool = AdapterPool.open(folder)
     return tuple(  # type: ignore[return-value]
         LoGo(
             model,
@@ -121,7 +121,7 @@ def test_off_with_no_budget_or_with_adapters_active(pools: Any) -> None:
     prefix = words(150, 1)
     for chosen in ({"prefix_cache_gb": 0}, {"probe_context": "pool"}):
         settings_ = SelectionSettings.of(k=3, signal="norm", **chosen)
-        logo = LoGo(model, tokenizer(), AdapterPool.from_directory(folder), settings=settings_)
+        logo = LoGo(model, tokenizer(), AdapterPool.open(folder), settings=settings_)
         logo.select(prefix)
         with read_tokens(model) as seen:
             logo.select(prefix)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from logo.adapters.format import LoraWeights
+from logo.adapters.adapter import LoraWeights
 from logo.errors import AdapterError, NotFinite, StoreFull
 from logo.mixing.columns import Columns
 from logo.mixing.store import AdapterStore, Source

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from logo.adapters.activation import check_forced
-from logo.adapters.export import write_mixture
 from logo.adapters.layout import BaseLayout
-from logo.adapters.pool import AdapterPool
+from logo.adapters.pool import AdapterPool, CurrentPool
+from logo.adapters.write import write_mixture
 from logo.completions import encoded
 from logo.decoder import Decoding, Generation
 from logo.decoding import Prompts, check_batch_size, check_streamable
@@ -51,7 +51,7 @@ class Calls(ABC):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    pool: AdapterPool
+    pool: CurrentPool
     settings: SelectionSettings
     prompts: Prompts
     _layout: BaseLayout
@@ -372,7 +372,7 @@ class Calls(ABC):
             return self._score_pairs(pairs, mixtures, batch_size)
 
     def save_mixture(self, mixture: Forced, folder: str | Path) -> Path:
-        """Writes a mixture as one plain PEFT adapter; see `logo.adapters.export`.
+        """Writes a mixture as one plain PEFT adapter; see `logo.adapters.write`.
 
         Args:
             mixture: a `Selection`, or `{"name": weight, ...}`.

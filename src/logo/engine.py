@@ -11,15 +11,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from logo.adapters.layout import BaseLayout
-from logo.adapters.options import OnBadAdapter
-from logo.adapters.pool import AdapterPool, warn_of_bad
+from logo.adapters.pool import AdapterPool, CurrentPool, warn_of_bad
+from logo.adapters.sources import OnBadAdapter
 from logo.calls import Calls
 from logo.completions import CompletionScorer
 from logo.decoder import Decoder, Decoding, Generation
@@ -89,7 +88,7 @@ class LoGo(Calls, FromPretrained):
         check_usable(model)
         self.model = model
         self.tokenizer = tokenizer
-        self.pool = pool if on_bad_adapter == "error" else copy(pool)  # other engines may fit what this one leaves out
+        self.pool = CurrentPool(pool)
         self._lock = lock_of(model)
         with self._lock:  # an answer of another engine sets the checkpoint's config aside
             checkpoint = model.generation_config
@@ -112,7 +111,7 @@ class LoGo(Calls, FromPretrained):
         self._decoder = Decoder(model, self.prompts, self._mixer, self.beginnings)
         self._completions = CompletionScorer(model, self.prompts, self._mixer, self.beginnings)
         self._selecting: Probing = Probing(model, self.prompts, self._mixer, self.settings, self.beginnings)
-        self.take(self.prepared(self.pool))
+        self.take(self.prepared(pool))
         warn_of_bad(self._fitted.refused)
 
     @property
@@ -231,30 +230,30 @@ class LoGo(Calls, FromPretrained):
             AdapterError: an adapter that cannot be read.
         """
         with self._lock:
-            version = pool.version
             fitted = pool.fit(self._layout, model=self.model, on_bad_adapter=self._on_bad_adapter)
             fitted = fitted.acting(self.settings.activation, self.settings.when_not_invoked)
             _tell_of_plain(fitted)
-            return Prepared(pool, version, fitted, self._selecting.prepared(fitted), self.settings)
+            return Prepared(pool.without(fitted.refused), fitted, self._selecting.prepared(fitted), self.settings)
 
     def take(self, prepared: Prepared) -> None:
         """Replaces the pool by a prepared one."""
         with self._lock:
             self._selecting.take(prepared.fitted, prepared.scorers)
-            self._fitted, self.pool = prepared.fitted, prepared.pool
-            self._seen = self.pool.leave_out(self._fitted.refused, prepared.version)
+            self._fitted, self._seen = prepared.fitted, prepared.pool
+            self.pool.value = prepared.pool
             self._mixer.forget(self._fitted)
 
     def _sync(self) -> None:
         """Follows changes of the pool, and checks that the model was not put into training mode."""
         check_mode(self.model)
-        if self.pool.version == self._seen:
+        if self.pool.value is self._seen:
             return
         with self._lock:
-            if self.pool.version != self._seen:
+            pool = self.pool.value
+            if pool is not self._seen:
                 # A pool that cannot be used changes nothing, and is refused again at the next call.
-                known = len(self.pool.refused)
-                prepared = self.prepared(self.pool)
+                known = len(pool.refused)
+                prepared = self.prepared(pool)
                 self.take(prepared)
                 warn_of_bad(prepared.fitted.refused[known:])
 
@@ -275,14 +274,13 @@ class Prepared:
     """A pool that an engine can take at once.
 
     Attributes:
-        pool: as it was given, with its `version`.
+        pool: as it was given, without the adapters that were left out.
         fitted: matched to the base model.
         scorers: of it.
         settings: the engine's.
     """
 
     pool: AdapterPool
-    version: int
     fitted: AdapterPool
     scorers: Scorers
     settings: SelectionSettings

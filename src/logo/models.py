@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO = "demo"
+DEMO_K = 3  # adapters per prompt of the bundled pool, which has fewer than 20; its `pool.json` says so, too
 _LOADING = ("dtype", "torch_dtype", "device_map", "attn_implementation", "quantization_config", "revision", "token")
 OFFICIAL_MODELS = {
     "Llama-3.1-8B": "meta-llama/Llama-3.1-8B",

@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from logo.adapters.options import OnBadAdapter
-from logo.adapters.pool import DEFAULT_K, AdapterPool
+from logo.adapters.pool import DEFAULT_K, AdapterPool, officially_named, open_pool
+from logo.adapters.sources import OnBadAdapter, pool_sources, spec_of
 from logo.decoding import Truncation
 from logo.errors import UsageError, check_type, closest
 from logo.models import load_base
-from logo.pools import officially_named, open_pool, pool_place
 from logo.selection.settings import SelectionSettings
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ class FromPretrained:
             }
             made: Self = _opener(engine)(
                 base_model,
-                pool if pool is None or isinstance(pool, AdapterPool) else pool_place(pool, base_model).spec,
+                pool if pool is None or isinstance(pool, AdapterPool) else spec_of(pool_sources(pool, base_model)),
                 settings=chosen,
                 dtype=dtype,
                 model_kwargs={**(model_kwargs or {}), **({"trust_remote_code": True} if trust_remote_code else {})},
@@ -120,7 +119,7 @@ class FromPretrained:
             return made
         named = None
         if not isinstance(pool, AdapterPool):
-            named = None if pool is None else pool_place(pool, base_model).spec
+            named = None if pool is None else spec_of(pool_sources(pool, base_model))
             how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "token": token}
             pool = open_pool(named, base_model, model_dir, examples=chosen.examples, **how)
         if official:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from logo.adapters.format import LoraWeights
+from logo.adapters.adapter import LoraWeights
 from logo.errors import NotFinite
 
 

@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from logo.adapters.format import Adapter, LoraWeights
+from logo.adapters.adapter import Adapter, LoraWeights
 
 Weights = Mapping[str, LoraWeights]
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.adapters.layout import adaptable_modules
 from logo.adapters.pool import AdapterPool
 from logo.mixing.activated import OpeningGates

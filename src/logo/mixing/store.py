@@ -23,7 +23,7 @@ from numbers import Real
 import torch
 from torch import nn
 
-from logo.adapters.format import Adapter, LoraWeights
+from logo.adapters.adapter import Adapter, LoraWeights
 from logo.adapters.layout import adaptable_modules
 from logo.errors import StoreFull, check_type
 from logo.mixing.columns import Columns

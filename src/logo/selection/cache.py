@@ -25,9 +25,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from logo.adapters.activation import ERROR, OFF, Activation
-from logo.adapters.digests import adapter_key
-from logo.adapters.format import Adapter
-from logo.adapters.weights import WeightFile
+from logo.adapters.adapter import Adapter
+from logo.adapters.peft import WeightFile
 from logo.files import read_cached, write_cached
 from logo.identity import base_digest
 from logo.selection.emphasis import FADING
@@ -141,7 +140,7 @@ class CalibrationCache:
 
     def _key(self, adapter: Adapter) -> str:
         if adapter.file not in self._adapter_keys:
-            self._adapter_keys[adapter.file] = adapter_key(adapter)
+            self._adapter_keys[adapter.file] = adapter.digest
         return self._adapter_keys[adapter.file]
 
     def _save(self, name: str, data: bytes) -> bool:

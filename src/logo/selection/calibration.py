@@ -17,7 +17,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.adapters.layout import linear_shape
 from logo.selection.cache import CalibrationCache
 from logo.selection.emphasis import emphasised

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import TextRunner
 from logo.selection.points import Point

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from logo.adapters.format import Adapter, LoraWeights
+from logo.adapters.adapter import Adapter, LoraWeights
 from logo.selection.points import Point
 from logo.selection.whitening import Whitening
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.adapters.layout import linear_shape
 from logo.adapters.pool import AdapterPool
 from logo.errors import ModelError, PoolError, listed

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration
 from logo.selection.chance import factors

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.files import cache_folder
 from logo.models import lock_of

@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any, Literal, get_args
 
 from logo.adapters.activation import OFF, Activation, check_forced, check_without
-from logo.adapters.options import ExamplesUse
+from logo.adapters.sources import ExamplesUse
 from logo.errors import UsageError, check_type, closest
 from logo.prompts import ProbeText, check_probe_text
 from logo.selection.selector import UNSURE

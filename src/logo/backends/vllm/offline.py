@@ -19,7 +19,7 @@ import torch
 from transformers import TextStreamer
 
 from logo.adapters.layout import BaseLayout
-from logo.adapters.pool import AdapterPool
+from logo.adapters.pool import AdapterPool, CurrentPool
 from logo.backends.vllm.core import Core, new_key, outcomes, values
 from logo.backends.vllm.hooks import version
 from logo.backends.vllm.likelihood import scored, scoring
@@ -73,16 +73,16 @@ class VllmLoGo(Calls):
         self.llm, self.model, self.tokenizer = llm, model, tokenizer
         self.prompts, self.settings, self._engine_options = prompts, settings, engine_options
         self.core = Core(llm.llm_engine.vllm_config)
-        self.pool = self.core.pool.adapters
-        self.pool.default_k = default_k or self.pool.default_k
-        self._version = self.pool.version
+        adapters = self.core.pool.adapters
+        self._opened = AdapterPool(adapters, adapters.refused, default_k=default_k or adapters.default_k)
+        self.pool = CurrentPool(self._opened)
         self._layout = BaseLayout.of(model)
         self._lock = threading.RLock()
         self._requests = Requests(llm.llm_engine)
         pool = self.core.staged(None, self._call("logo_stage", None))
         self._call("logo_commit")
         self.core.commit(pool, {})
-        self._selecting: InWorkers = InWorkers(model, self.pool, settings, self._requests, self._lock, self._call)
+        self._selecting: InWorkers = InWorkers(model, self._opened, settings, self._requests, self._lock, self._call)
         self._selecting.open(settings)
 
     # -- what it is ----------------------------------------------------------------------------------------------
@@ -91,14 +91,14 @@ class VllmLoGo(Calls):
     def fitted(self) -> AdapterPool:
         """The pool fitted to the base model, without adapters that do not fit (`on_bad_adapter="skip"`)."""
         self._sync()
-        return self.pool
+        return self._opened
 
     @property
     def k(self) -> int:
         """Adapters per prompt: the setting, or the default of the pool."""
         if self.settings.k is not None:
             return self.settings.k
-        return min(self.pool.default_k, len(plan(self.model, self.pool, self.settings).adapters))
+        return min(self._opened.default_k, len(plan(self.model, self._opened, self.settings).adapters))
 
     @property
     def points(self) -> tuple[str, ...]:
@@ -131,12 +131,12 @@ class VllmLoGo(Calls):
         return values(self.llm.collective_rpc(name, args=args))
 
     def _sync(self) -> None:
-        if self.pool.version != self._version:
+        if self.pool.value is not self._opened:
             raise UsageError("the pool of the engine 'vllm' cannot change: open another engine, or use engine 'local'")
 
     def _decoding(self, decoding: Decoding) -> Decoding:
         check_config(decoding.config)
-        self.pool.acting(decoding.activation)  # raises UsageError if an adapter cannot have it
+        self._opened.acting(decoding.activation)  # raises UsageError if an adapter cannot have it
         return decoding
 
     def _answers(
@@ -223,7 +223,7 @@ class VllmLoGo(Calls):
     ) -> list[Scored]:
         # Checks the pairs. vLLM needs room for one more token behind a prompt, even if none is requested.
         continued_rows(pairs, mixtures, (self.prompts.context or 0) - 1)
-        if (head := head_adapter(self.pool)) is not None:
+        if (head := head_adapter(self._opened)) is not None:
             raise UsageError(
                 f"score: adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last "
                 "token's alone; use the engine 'local'"
