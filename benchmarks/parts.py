@@ -172,7 +172,7 @@ class Bench:
     def reading_once(self) -> LoGo:
         """A calibrated engine on the same model and pool whose adapters act on the last tokens only."""
         settings = replace(self.logo.settings, signal="calibrated", activation=ACTIVATION)
-        made = LoGo(self.logo.model, self.logo.tokenizer, self.logo.pool.value, settings=settings)
+        made = LoGo(self.logo.model, self.logo.tokenizer, self.logo.pool, settings=settings)
         made.calibrate()
         return made
 

@@ -50,7 +50,7 @@ class LoGo(Calls, FromPretrained):
     Args:
         model: a Hugging Face causal LM, in eval mode. Its weights are never changed.
         tokenizer: the model's, with a pad token.
-        pool: the adapters. It may be changed later (`pool.add`, `pool.remove`) and is read again before the next call.
+        pool: the adapters, or the pool of another engine as it is now.
         settings: how prompts are read, scored and selected.
         generation_config: how calls decode that give no config; None: greedily.
         truncation: how prompts are cut that are too long.
@@ -66,6 +66,7 @@ class LoGo(Calls, FromPretrained):
         UsageError: something else than a pool, or a model with layers of PEFT or with dropout in training mode.
 
     Attributes:
+        pool: the pool; `add` and `remove` put another one in its place, which the next call uses.
         beginnings: the cache of prompt beginnings, for adapters that act only from a position on; None: the model keeps
             more than keys and values, so that prompts are read again under their mixtures.
     """
@@ -74,7 +75,7 @@ class LoGo(Calls, FromPretrained):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        pool: AdapterPool,
+        pool: AdapterPool | CurrentPool,
         *,
         settings: SelectionSettings | None = None,
         generation_config: GenerationConfig | None = None,
@@ -84,6 +85,7 @@ class LoGo(Calls, FromPretrained):
         fold: bool | None = None,
         on_bad_adapter: OnBadAdapter = "error",
     ) -> None:
+        pool = pool.value if isinstance(pool, CurrentPool) else pool
         check_type("pool", pool, AdapterPool, "an AdapterPool, such as AdapterPool.open(PLACE)")
         check_usable(model)
         self.model = model

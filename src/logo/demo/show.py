@@ -61,7 +61,7 @@ def side_by_side(logo: LoGo) -> dict[str, LoGo]:
     return {
         name: logo
         if name == logo.settings.signal
-        else type(logo)(logo.model, logo.tokenizer, logo.pool.value, settings=replace(logo.settings, signal=name))
+        else type(logo)(logo.model, logo.tokenizer, logo.pool, settings=replace(logo.settings, signal=name))
         for name in names
     }
 
