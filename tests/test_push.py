@@ -210,13 +210,11 @@ def test_no_link_carries_a_file_out_of_its_folder(
 
 
 @pytest.mark.parametrize("note", ["pool.json", "deep/b.v2/training.json"])
-@pytest.mark.parametrize(("text", "said"), [("[1]", "must hold an object, found list"), ("no", "is not valid JSON")])
-def test_notes_are_what_they_are_called(
-    pool: Path, capsys: pytest.CaptureFixture[str], note: str, text: str, said: str
-) -> None:
+@pytest.mark.parametrize("text", ["[1]", "no"])
+def test_notes_are_what_they_are_called(pool: Path, capsys: pytest.CaptureFixture[str], note: str, text: str) -> None:
     (pool / note).write_text(text)
     assert run(["pool", "push", str(pool), "org/x", "--dry-run"]) == 2
-    assert f"{note} {said}" in capsys.readouterr().err
+    assert f"{note}: expected a JSON object" in capsys.readouterr().err
 
 
 def test_links_within_the_pool_and_the_cache_of_the_hub_are_its_own(pool: Path, tmp_path: Path) -> None:

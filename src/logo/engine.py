@@ -86,7 +86,7 @@ class LoGo(Calls, FromPretrained):
         on_bad_adapter: OnBadAdapter = "error",
     ) -> None:
         pool = pool.value if isinstance(pool, CurrentPool) else pool
-        check_type("pool", pool, AdapterPool, "an AdapterPool, such as AdapterPool.open(PLACE)")
+        check_type("pool", pool, AdapterPool, "an AdapterPool, such as AdapterPool.open(SOURCE)")
         check_usable(model)
         self.model = model
         self.tokenizer = tokenizer

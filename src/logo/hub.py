@@ -206,10 +206,11 @@ def is_lasting(error: HubError) -> bool:
     connection that broke or a full disk, says nothing about it."""
     from huggingface_hub import errors
 
-    own = (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
-    own += (errors.RemoteEntryNotFoundError, errors.DisabledRepoError)  # type: ignore[assignment]
+    absent = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError)
     chain = list(causes(error))
-    return len(chain) == 1 or any(isinstance(link, own) for link in chain)
+    return len(chain) == 1 or any(
+        isinstance(link, (*absent, errors.GatedRepoError, errors.DisabledRepoError)) for link in chain
+    )
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

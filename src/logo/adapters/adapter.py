@@ -7,7 +7,7 @@ when they are read.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -174,31 +174,22 @@ class Adapter:
         if model is None or any(parameter.is_meta for parameter in model.parameters()):
             self.check_compared()
             return
-        try:
-            other = self._different(model)
-        except Exception as error:  # safetensors raises its own Rust error type
-            raise AdapterError(self.name, unreadable(error, self.file.path)) from error
-        if other is not None:
-            why = f"it replaces a weight of the base model, {other} (modules_to_save), which cannot be mixed"
-            raise AdapterError(self.name, why)
-
-    def _different(self, model: nn.Module) -> str | None:
-        """The first copy that differs from the base model's weight, and how; None if all are equal."""
         own: dict[str, list[torch.Tensor]] = {}
         for path, parameter in model.named_parameters(remove_duplicate=False):
             own.setdefault(core_path(path), []).append(parameter)
         for key, path in self.copies.items():
-            found = own.get(core_path(path), [])
-            if len(found) != 1:
-                return f"{path}, which the base model does not have"
-            [base] = found
-            [copy] = self.file.read([key]).values()
-            if copy.shape != base.shape:
-                return f"{path} of shape {list(copy.shape)} instead of {list(base.shape)}"
+            bases, copy = own.get(core_path(path), []), self._tensors([key])[key]
+            if len(bases) != 1:
+                found = f"{path}, which the base model does not have"
+            elif copy.shape != bases[0].shape:
+                found = f"{path} of shape {list(copy.shape)} instead of {list(bases[0].shape)}"
             # Compared in the dtype of the base model, in which the copy would replace the weight.
-            if not copy.to(base.device, base.dtype).equal(base.detach()):
-                return f"{path} with other values"
-        return None
+            elif not copy.to(bases[0].device, bases[0].dtype).equal(bases[0].detach()):
+                found = f"{path} with other values"
+            else:
+                continue
+            why = f"it replaces a weight of the base model, {found} (modules_to_save), which cannot be mixed"
+            raise AdapterError(self.name, why)
 
     def check_compared(self) -> None:
         """Raises AdapterError if it holds copies of base weights that were not compared with the base model."""
@@ -222,10 +213,7 @@ class Adapter:
     def verify(self, modules: Iterable[str] | None = None) -> dict[str, LoraWeights]:
         """As `read`, whether copies were compared or not, to find damage."""
         wanted = {path: self.modules[path] for path in (self.modules if modules is None else modules)}
-        try:
-            tensors = self.file.read([key for m in wanted.values() for key in (m.key_a, m.key_b)])
-        except Exception as error:  # safetensors raises its own Rust error type
-            raise AdapterError(self.name, unreadable(error, self.file.path)) from error
+        tensors = self._tensors([key for m in wanted.values() for key in (m.key_a, m.key_b)])
         for key, tensor in tensors.items():
             if not tensor.is_floating_point() or tensor.element_size() < 2:
                 expected = "expected float16, bfloat16, float32 or float64"
@@ -234,6 +222,12 @@ class Adapter:
                 found = "NaN" if bool(tensor.isnan().any()) else "Inf"
                 raise AdapterError(self.name, f"tensor {key} holds {found}; the adapter is damaged")
         return {path: LoraWeights(tensors[m.key_a], tensors[m.key_b], m.scaling) for path, m in wanted.items()}
+
+    def _tensors(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+        try:
+            return self.file.read(keys)
+        except Exception as error:  # safetensors raises its own Rust error type
+            raise AdapterError(self.name, unreadable(error, self.file.path)) from error
 
 
 def open_adapter(

@@ -122,13 +122,13 @@ def checked(file: Path, *homes: Path) -> Path:
         raise UsageError(f"{file} is a link out of the pool, to {real}; put the file itself there, or remove the link")
     if file.suffix == ".json":
         try:
-            holds = json.loads(file.read_text(encoding="utf-8"))
+            right = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
         except OSError as error:
             raise StorageError(f"{file}: cannot be read ({error.strerror or error})") from error
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{file} is not valid JSON: {error}; fix or remove it") from error
-        if not isinstance(holds, dict):
-            raise UsageError(f"{file} must hold an object, found {type(holds).__name__}; fix or remove it")
+        except (ValueError, RecursionError):
+            right = False
+        if not right:
+            raise UsageError(f"{file}: expected a JSON object, found something else; fix or remove it")
     return file
 
 

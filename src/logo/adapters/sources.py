@@ -254,13 +254,15 @@ def default_k(sources: Sequence[Source], otherwise: int) -> int:
     if len(sources) > 1:
         return otherwise
     [source] = sources
-    if source.kind == "manifest":
-        return read_manifest(Path(source.where)).k or otherwise
     root = Path(source.where)
     if source.on_hub:
         file = glob.escape(_joined(source.below, NOTES))
         root = download_files(source.where, [file], lambda files: None, revision=source.revision, progress=False)
-    return noted_k(root / source.below) or otherwise
+    return _noted_k(source, root) or otherwise
+
+
+def _noted_k(source: Source, root: Path) -> int | None:
+    return read_manifest(root).k if source.kind == "manifest" else noted_k(root / source.below)
 
 
 def gather(
@@ -332,13 +334,8 @@ def gather(
         except AdapterError as error:
             refused.append(error)
             del adapters[adapter.name]
-    k = None
-    if len(sources) == 1:
-        [source] = sources
-        if source.kind == "manifest":
-            k = read_manifest(Path(source.where)).k
-        elif isinstance(root, Path):
-            k = noted_k(root / source.below)
+    whole = Path(sources[0].where) if sources[0].kind == "manifest" else root
+    k = _noted_k(sources[0], whole) if len(sources) == 1 and isinstance(whole, Path) else None
     return Gathered(list(adapters.values()), refused, origins, k)
 
 

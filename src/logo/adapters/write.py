@@ -83,20 +83,10 @@ def write_mixture(
     ranks = {path: len(one.A) for path, one in stacked.items()}
     [(rank, _)] = Counter(ranks.values()).most_common(1)
     others = {re.escape(path): found for path, found in ranks.items() if found != rank}
-    config: dict[str, object] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "bias": "none",
-        "lora_dropout": 0.0,
-        "r": rank,
-        "lora_alpha": rank,
-        "use_rslora": False,
-        "rank_pattern": others,
-        "alpha_pattern": dict(others),
-        "target_modules": _targets(ranks, linear),
-    }
+    config: dict[str, object] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model}
+    config |= {"inference_mode": True, "bias": "none", "lora_dropout": 0.0, "use_rslora": False}
+    config |= {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)}
+    config["target_modules"] = _targets(ranks, linear)
     if activation.tokens:
         config["alora_invocation_tokens"] = list(activation.tokens)
     above = folder.absolute()

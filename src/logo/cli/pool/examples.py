@@ -56,7 +56,7 @@ class _Home:
 
 
 def examples(
-    place: str = argument(..., metavar="PLACE", help="Folder of adapters, at any depth, or a manifest."),
+    place: str = argument(..., metavar="SOURCE", help="Folder of adapters, at any depth, or a manifest."),
     name: str | None = argument(None, metavar="NAME", help="The adapter.", show_default="counts the examples of all"),
     file: Path | None = argument(
         None,

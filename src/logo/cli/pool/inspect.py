@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def inspect(
     folder: str = argument(
-        ..., metavar="PLACE", help="Folder of adapters, at any depth, or whatever `--adapters` takes."
+        ..., metavar="SOURCE", help="Folder of adapters, at any depth, or whatever `--adapters` takes."
     ),
     base_model: str | None = usual(
         None, "Also check that every adapter fits this base model (its configuration is enough)."
@@ -65,10 +65,10 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _found(place: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter], list[AdapterError]]:
-    """The adapters of a place, and why others there cannot be used."""
+def _found(source: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter], list[AdapterError]]:
+    """The adapters of a source, and why others there cannot be used."""
     try:
-        found = gather(parse_sources(place), allow_pickle=allow_pickle, skip=True, verify=verify)
+        found = gather(parse_sources(source), allow_pickle=allow_pickle, skip=True, verify=verify)
     except PoolError:  # an empty folder is told as such
         return [], []
     return list(found.adapters), found.refused

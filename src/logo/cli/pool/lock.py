@@ -18,8 +18,8 @@ from logo.errors import AdapterError, UsageError
 def lock(
     sources: list[str] = argument(
         ...,
-        metavar="PLACE...",
-        help="One or several places, as `--adapters` takes them, or all repositories `org/prefix*` of an owner.",
+        metavar="SOURCE...",
+        help="One or several sources, as `--adapters` takes them, or all repositories `org/prefix*` of an owner.",
     ),
     output: Path = usual(Path("pool.yaml"), "The manifest, `.yaml`.", True, "--out", "-o", metavar="FILE"),
     base_model: str | None = usual(None, "Take only adapters that fit this base model (its configuration is enough)."),
@@ -31,7 +31,7 @@ def lock(
     on_bad_adapter: OnBadAdapter = "error",
     json: Json = False,
 ) -> None:
-    """Write a manifest of a pool: the place, the commit and the digest of each adapter.
+    """Write a manifest of a pool: the source, the commit and the digest of each adapter.
 
     Opening the manifest (`--adapters pool.yaml`) gives the same weights, or an error that names the change.
 
@@ -42,7 +42,7 @@ def lock(
     if output.exists() and not replaces:
         raise UsageError(f"--out {output}: exists already; choose another name, or add --replace")
     kept = {entry.name: entry.examples for entry in read_manifest(output).entries} if output.exists() else {}
-    asked = [place for text in sources for place in _sources(text)]
+    asked = [source for text in sources for source in _sources(text)]
     skip = on_bad_adapter == "skip"
     found = gather(asked, allow_pickle=allow_pickle, skip=skip, verify=True if skip else None)
 
