@@ -82,7 +82,7 @@ def test_counting_from_the_end() -> None:
 
 @pytest.mark.parametrize("text", ["last", "last:", "last:-1", "first:2", "", None, 4, "last:1.5", "last:0"])
 def test_what_is_no_activation(text: Any) -> None:
-    with pytest.raises(UsageError, match=r"expected everywhere, invocation or last:N|last:0: no adapter would act"):
+    with pytest.raises(UsageError, match="expected everywhere, invocation or last:N"):
         Activation.parse(text)
 
 

@@ -13,7 +13,7 @@ import tiny
 from logo import AdapterPool
 from logo.adapters.activation import EVERYWHERE, Activation
 from logo.adapters.adapter import open_adapter
-from logo.adapters.publish import upload_of
+from logo.adapters.publish import contents_of
 from logo.adapters.sources import adapter_patterns
 from logo.adapters.write import write_mixture
 from logo.cli.run import run
@@ -88,7 +88,7 @@ def test_inspect_shows_it(pool: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_what_is_sent_says_it(pool: Path) -> None:
     (pool / "broken" / "pool.json").unlink()
-    sent = upload_of(pool, list(AdapterPool.open(pool)), "org/loras", "tasks").contents
+    sent = contents_of(pool, list(AdapterPool.open(pool)), "org/loras", "tasks")
     assert [file for file in sent if file.endswith("pool.json")] == [
         "tasks/plain/pool.json",
         "tasks/pool.json",
@@ -96,9 +96,9 @@ def test_what_is_sent_says_it(pool: Path) -> None:
     ]
     [alone] = AdapterPool.open(pool / "a")
     with pytest.raises(UsageError, match=r"acts on last:4 because of a pool\.json in the folder above"):
-        upload_of(pool / "a", [alone], "org/loras", "a")
+        contents_of(pool / "a", [alone], "org/loras", "a")
     [spoken] = AdapterPool.open(pool / "two" / "g")  # says it itself
-    assert "g/adapter_config.json" in upload_of(pool / "two" / "g", [spoken], "org/loras", "g").contents
+    assert "g/adapter_config.json" in contents_of(pool / "two" / "g", [spoken], "org/loras", "g")
 
 
 def test_what_is_fetched_for_one_adapter_says_it_too() -> None:

@@ -18,8 +18,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from hub_server import GOOD_TOKEN, STRANGER_TOKEN
 from hub_uploads import WritableHub
 from logo import AdapterPool
+from logo.adapters.publish import contents_of
 from logo.adapters.publish import push as send
-from logo.adapters.publish import upload_of
 from logo.cli.run import run
 from logo.errors import UsageError
 from make_adapters import CONFIG, REFUSED, SAFETENSORS, damage, tensors, write
@@ -83,13 +83,13 @@ def test_a_pool_of_unknown_or_several_bases_says_where_to(tmp_path: Path) -> Non
     write(tmp_path / "pool" / "a")
     pool = AdapterPool.open(tmp_path / "pool")
     with pytest.raises(UsageError, match="name no base model; give the folder to write with --path-in-repo"):
-        upload_of(tmp_path / "pool", list(pool), "org/x")
+        contents_of(tmp_path / "pool", list(pool), "org/x")
     for name in ("b", "c"):
         write(tmp_path / "pool" / name, base_model_name_or_path=f"org/{name}")
     pool = AdapterPool.open(tmp_path / "pool")
     with pytest.raises(UsageError, match=r"several base models \(b, c\)"):
-        upload_of(tmp_path / "pool", list(pool), "org/x")
-    assert upload_of(tmp_path / "pool", list(pool), "org/x", "here/").folder == "here"
+        contents_of(tmp_path / "pool", list(pool), "org/x")
+    assert "here/README.md" in contents_of(tmp_path / "pool", list(pool), "org/x", "here/")
 
 
 def test_pickled_and_damaged_adapters_stay_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,10 +191,10 @@ def test_what_lies_in_linked_folders_is_sent_too(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(HfApi, "create_repo", lambda *arguments, **how: None)
     monkeypatch.setattr(HfApi, "create_commit", commit)
     monkeypatch.setattr(HfApi, "file_exists", lambda *arguments, **how: True)
-    upload = upload_of(tmp_path / "pool", list(AdapterPool.open(tmp_path / "pool")), "org/x", "f")
-    send(upload)
+    upload = contents_of(tmp_path / "pool", list(AdapterPool.open(tmp_path / "pool")), "org/x", "f")
+    send("org/x", upload, message="all")
     assert sent == ["f/README.md", *(f"f/{name}/{file}" for name in ("a", "linked") for file in (CONFIG, SAFETENSORS))]
-    assert sent == [*upload.sizes]
+    assert sent == [*upload]
 
 
 @pytest.mark.parametrize("note", ["pool.json", "a[1]/training.json", "README.md"])
@@ -225,7 +225,7 @@ def test_links_within_the_pool_and_the_cache_of_the_hub_are_its_own(pool: Path, 
     (root / "pool.json").rename(cache / "blobs" / "45")
     (root / "pool.json").symlink_to("../../blobs/45")
     (root / "a[1]" / "training.json").symlink_to("../deep/b.v2/training.json")
-    files = upload_of(root, list(AdapterPool.open(root)), "org/x", "f").contents
+    files = contents_of(root, list(AdapterPool.open(root)), "org/x", "f")
     assert {"f/pool.json", "f/a[1]/training.json"} <= set(files)
 
 
@@ -238,7 +238,7 @@ def test_a_folder_that_looks_like_a_place_on_the_hub_is_none(
     write(Path("pool/a"), base_model_name_or_path=base)
 
     def card() -> ModelCard:
-        made = upload_of(Path("pool"), list(AdapterPool.open("pool")), "org/x", "f").contents["f/README.md"]
+        made = contents_of(Path("pool"), list(AdapterPool.open("pool")), "org/x", "f")["f/README.md"]
         assert isinstance(made, bytes)
         return ModelCard(made.decode())
 

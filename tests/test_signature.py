@@ -17,7 +17,7 @@ import tiny
 from logo import AdapterPool, LoGo
 from logo.adapters.examples import MOST, FolderExamples, write_examples
 from logo.adapters.peft import EXAMPLES
-from logo.adapters.publish import upload_of
+from logo.adapters.publish import contents_of
 from logo.adapters.sources import adapter_patterns
 from logo.cli.run import run
 from logo.evaluation.arms import Arms
@@ -281,8 +281,8 @@ def test_examples_go_with_downloads_and_are_not_sent(folder: Path) -> None:
     told(folder, t0="mine alone")
     adapters = list(AdapterPool.open(folder))
     assert f"*/{EXAMPLES}" in adapter_patterns("", False)
-    sent = upload_of(folder, adapters, "org/name", "folder")
-    assert not [file for file in sent.contents if EXAMPLES in file]
+    sent = contents_of(folder, adapters, "org/name", "folder")
+    assert not [file for file in sent if EXAMPLES in file]
 
 
 def test_the_command_gives_and_shows_examples(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ from logo.identity import content_stamp
 # What an adapter may do in a prompt that lacks its invocation tokens.
 OFF, ERROR = "off", "error"
 
+_LAST = re.compile(r"last:([1-9]\d{0,8})")  # with 0, no adapter would act on the token that gives the first answer
 _SHOWN = 5  # names of adapters in a message
 
 
@@ -36,7 +37,7 @@ class Activation:
     """Where one adapter acts.
 
     Attributes:
-        tokens: its invocation tokens; empty if it has none.
+        tokens: its invocation tokens; empty: it has none.
         last: N of `last:N`: it acts on the last N tokens of a prompt and on the answer; None: it is not of this kind.
         without: what an adapter does in a prompt that lacks its invocation tokens: `"off"`, nothing, as in PEFT;
             `"error"`; or `"last:N"`.
@@ -53,16 +54,11 @@ class Activation:
         Raises:
             UsageError: it is neither.
         """
-        match = re.fullmatch(r"last:(\d{1,9})", text) if isinstance(text, str) else None
+        match = _LAST.fullmatch(text) if isinstance(text, str) else None
         if text == "everywhere":
             return EVERYWHERE
         if match is None:
-            raise UsageError(f"activation: expected everywhere, invocation or last:N, found {text!r}")
-        if int(match[1]) == 0:
-            raise UsageError(
-                "activation last:0: no adapter would act on the prompt's last token, which gives the answer's first "
-                "token: expected last:1 or more"
-            )
+            raise UsageError(f"activation: expected everywhere, invocation or last:N, found {text!r}; N is 1 or more")
         return cls(last=int(match[1]))
 
     @property
@@ -121,12 +117,8 @@ def last_occurrence(prompt: Sequence[int], tokens: Sequence[int]) -> int | None:
 
 def check_without(value: str) -> str:
     """Raises UsageError unless `value` is `"off"`, `"error"` or `"last:N"`."""
-    if value not in (OFF, ERROR):
-        try:
-            if Activation.parse(value).everywhere:
-                raise UsageError("")
-        except UsageError:
-            raise UsageError(f"when_not_invoked: expected off, error or last:N, found {value!r}") from None
+    if value not in (OFF, ERROR) and not (isinstance(value, str) and _LAST.fullmatch(value)):
+        raise UsageError(f"when_not_invoked: expected off, error or last:N, found {value!r}")
     return value
 
 

@@ -108,11 +108,7 @@ class AdapterPool:
         on_bad_adapter: OnBadAdapter,
         k: int | None = None,
     ) -> AdapterPool:
-        """The pool of the adapters that were found at a place.
-
-        Raises:
-            PoolError: there is no usable adapter, or one is bad and `on_bad_adapter` is `"error"`.
-        """
+        """The pool of the adapters that were found somewhere; raises PoolError as `open`."""
         _refuse(refused, on_bad_adapter, str(where))
         pool = cls(adapters, refused, default_k=k or DEFAULT_K)
         if len(pool):
@@ -149,10 +145,7 @@ class AdapterPool:
     def digest(self) -> str:
         """The digest of names, adapters and their example prompts; equal in all processes with the same pool.
 
-        Reads every weight file once.
-
-        Raises:
-            AdapterError: a file became unreadable.
+        Reads every weight file once. Raises AdapterError if one became unreadable.
         """
         return pool_digest((adapter.name, adapter.key) for adapter in self)
 
@@ -197,11 +190,7 @@ class AdapterPool:
         return self._with(one for one in self if one is not gone)
 
     def subset(self, names: str | Iterable[str]) -> AdapterPool:
-        """The pool of these adapters; each entry is a name or a pattern such as `"flanv2.wmt*"`.
-
-        Raises:
-            PoolError: an entry matches nothing.
-        """
+        """The pool of these adapters, named or by patterns such as `"flanv2.wmt*"`; PoolError if one matches nothing."""
         chosen = set[str]()
         for entry in [names] if isinstance(names, str) else names:
             matches = [entry] if entry in self else fnmatch.filter(self.names, entry)
@@ -330,17 +319,13 @@ def open_pool(
     model_dir: str | Path | None = None,
     **options: Unpack[PoolOptions],
 ) -> AdapterPool:
-    """Opens a pool by name, or the pool of a base model.
-
-    Args, Raises: as `logo.adapters.sources.pool_sources` and `AdapterPool.open`.
-    """
+    """Opens a pool by name, or that of a base model; arguments as `pool_sources` and `AdapterPool.open`."""
     return AdapterPool.opened(pool_sources(adapters, base_model, model_dir), options)
 
 
 def officially_named(pool: AdapterPool, base_model: str, adapters: str | None = None) -> AdapterPool:
-    """The published pool with the official script's names (`Llama-3.1-8B-loras-flanv2/flanv2.aeslc`).
-
-    Any other pool is returned as it is.
+    """The published pool with the official script's names (`Llama-3.1-8B-loras-flanv2/flanv2.aeslc`); any other pool is
+    returned as it is.
 
     Args:
         adapters: the argument of `open_pool`.
@@ -352,18 +337,16 @@ def officially_named(pool: AdapterPool, base_model: str, adapters: str | None = 
 
 
 def warn_of_bad(refused: Iterable[AdapterError]) -> None:
-    """Warns of bad adapters that are left out of a pool, with the reasons of the first three.
-
-    Adapters that are left out although nothing is wrong with them (`LeftOut`) are not bad.
-    """
-    if bad := [error for error in refused if not isinstance(error, LeftOut)]:
+    """Warns of bad adapters that are left out of a pool, with the reasons of the first three."""
+    if bad := _bad(refused):
         more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
-        warnings.warn(
-            f"{len(bad)} bad adapter{'s are' if len(bad) > 1 else ' is'} left out of the pool: "
-            f"{'; '.join(map(str, bad[:3]))}{more}",
-            UserWarning,
-            stacklevel=3,
-        )
+        count = f"{len(bad)} bad adapter{'s are' if len(bad) > 1 else ' is'}"
+        warnings.warn(f"{count} left out of the pool: {'; '.join(map(str, bad[:3]))}{more}", UserWarning, stacklevel=3)
+
+
+def _bad(refused: Iterable[AdapterError]) -> list[AdapterError]:
+    """Without those that are left out although nothing is wrong with them."""
+    return [error for error in refused if not isinstance(error, LeftOut)]
 
 
 def _taken(name: str) -> PoolError:
@@ -371,7 +354,7 @@ def _taken(name: str) -> PoolError:
 
 
 def _refuse(refused: Sequence[AdapterError], on_bad_adapter: OnBadAdapter, where: str) -> None:
-    bad = [error for error in refused if not isinstance(error, LeftOut)]
+    bad = _bad(refused)
     if bad and on_bad_adapter == "error":
         more = f" ({len(bad) - 1} more bad in {where})" if len(bad) > 1 else ""
         hint = "leave bad ones out with --on-bad-adapter skip (on_bad_adapter='skip'), or see `logo pool inspect`"

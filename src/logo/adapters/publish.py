@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -40,32 +40,12 @@ _REFUSALS = {
 }
 
 
-@dataclass(frozen=True)
-class Upload:
-    """The files to upload, and where.
-
-    Attributes:
-        root: the pool's folder.
-        repo: `namespace/name`.
-        folder: in the repository; empty: its top.
-        contents: path in the repository -> the file, or what is to be in it.
-    """
-
-    root: Path
-    repo: str
-    folder: str
-    contents: dict[str, Path | bytes]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Path in the repository -> bytes."""
-        return {path: len(c) if isinstance(c, bytes) else c.stat().st_size for path, c in self.contents.items()}
-
-
-def upload_of(
+def contents_of(
     root: Path, adapters: Sequence[Adapter], repo: str, folder: str | None = None, licence: str | None = None
-) -> Upload:
-    """The upload of these adapters and of what is known of their pool. A card is made if there is no `README.md`.
+) -> dict[str, Path | bytes]:
+    """What is uploaded of these adapters and their pool: path in the repository -> the file, or what is to be in it.
+
+    A card is made if there is no `README.md`.
 
     Args:
         adapters: read from safetensors files.
@@ -96,7 +76,7 @@ def upload_of(
     found: dict[str, Path | bytes] = {file.relative_to(root).as_posix(): file for file in sent}
     if CARD not in found:
         found[CARD] = card_text(own_name(root), adapters, root, repo, folder, licence).encode()
-    return Upload(root, repo, folder, {"/".join(filter(None, (folder, file))): found[file] for file in sorted(found)})
+    return {"/".join(filter(None, (folder, file))): found[file] for file in sorted(found)}
 
 
 def stays_behind(name: str) -> bool:
@@ -132,12 +112,13 @@ def checked(file: Path, *homes: Path) -> Path:
     return file
 
 
-def push(upload: Upload, *, private: bool = False, message: str | None = None) -> str:
+def push(repo: str, contents: Mapping[str, Path | bytes], *, message: str, private: bool = False) -> str:
     """Creates the repository if there is none, uploads what has changed, and returns the address.
 
     The card is also uploaded to the top of the repository, where the Hub shows it, unless there is one.
 
     Args:
+        contents: see `contents_of`.
         private: a new repository is private, and an existing one has to be.
 
     Raises:
@@ -147,16 +128,17 @@ def push(upload: Upload, *, private: bool = False, message: str | None = None) -
     from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi(library_name="logo")
-    repo, folder, contents = upload.repo, upload.folder, dict(upload.contents)
-    message = message or f"{len(contents)} files of the pool {own_name(upload.root)}"
+    [card] = [path for path in contents if PurePosixPath(path).name == CARD]
+    folder = card.removesuffix(CARD).strip("/")
+    sent = dict(contents)
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo).private:
             raise HubError(f"Hub repo {repo}: it exists and is public, but --private was given; nothing was sent")
         if folder and not api.file_exists(repo, CARD):
-            contents[CARD] = contents[f"{folder}/{CARD}"]
+            sent[CARD] = sent[card]
         # Not `upload_folder`, which lists the folder itself and does not follow links.
-        operations = [CommitOperationAdd(path, content) for path, content in contents.items()]
+        operations = [CommitOperationAdd(path, content) for path, content in sent.items()]
         api.create_commit(repo, operations, commit_message=message)
     except HubError:
         raise

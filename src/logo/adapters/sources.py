@@ -538,36 +538,29 @@ def adapter_patterns(folder: str, allow_pickle: bool) -> list[str]:
 
 
 def _require_adapters(repo_id: str, folder: str, files: list[str], allow_pickle: bool) -> None:
-    """Raises HubError unless at least one folder at or below `folder` has a config and weights."""
-    held: dict[str, set[str]] = {}  # folder -> names of its files
-    for file in files:
-        place, _, name = file.rpartition("/")
-        held.setdefault(place, set()).add(name)
-    below = [names for place, names in held.items() if not folder or f"{place}/".startswith(f"{folder}/")]
-    adapters = [names for names in below if CONFIG in names]
-    if any(names & ({SAFETENSORS, PICKLE} if allow_pickle else {SAFETENSORS}) for names in adapters):
+    """Raises HubError unless a folder at or below this one has a configuration and weights."""
+    homes = [path.parent for path in map(PurePosixPath, files) if path.name == CONFIG]
+    inside = [home for home in homes if not folder or home.is_relative_to(folder)]
+    safe, pickled = ({str(home / name) for home in inside} & {*files} for name in (SAFETENSORS, PICKLE))
+    if safe or (allow_pickle and pickled):
         return
     where = f"its folder {folder!r}" if folder else "it"
-    if any(PICKLE in names for names in adapters):
+    if pickled:
         problem = (
             f"{where} has pickled adapters only ({PICKLE}), which may run code when they are read; convert them to "
             "safetensors, or allow pickles if you trust the repo"
         )
-    elif adapters:
+    elif inside:
         problem = f"{where} has an {CONFIG} but no {SAFETENSORS}; check the repo, folder and revision"
     else:
-        what = f"{where} holds no adapter (no {CONFIG})" if not folder or below else f"it has no folder {folder!r}"
-        problem = f"{what}; {_suggest(folder, [PurePosixPath(place) for place in held if CONFIG in held[place]])}"
+        there = not folder or any(file.startswith(f"{folder}/") for file in files)
+        known = sorted({str(one) for home in homes for one in (home, *home.parents)} - {"."})
+        close = difflib.get_close_matches(folder, known, n=5, cutoff=0.6)
+        problem = f"{where} holds no adapter (no {CONFIG}); " if there else f"it has no folder {folder!r}; "
+        if known:
+            shown = ", ".join(map(repr, close or known[:5]))
+            problem += f"did you mean {shown}?" if close else f"folders with adapters: {shown}"
+        else:
+            top = "its one adapter is at the top: leave the folder out"
+            problem += top if homes else "is it a base model, or another revision?"
     raise HubError(f"Hub repo {repo_id}: {problem}")
-
-
-def _suggest(folder: str, holders: Sequence[PurePosixPath]) -> str:
-    """Up to five folders that do hold adapters, the most similar first."""
-    known = sorted({str(above) for one in holders for above in (one, *one.parents) if str(above) != "."})
-    close = difflib.get_close_matches(folder, known, n=5, cutoff=0.6)
-    if close:
-        return f"did you mean {', '.join(map(repr, close))}?"
-    if known:
-        return f"folders with adapters: {', '.join(map(repr, known[:5]))}"
-    one = "its one adapter is at the top: leave the folder out"
-    return one if holders else "is it a base model, or another revision?"

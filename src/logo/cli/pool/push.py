@@ -36,7 +36,7 @@ def push(
 
     Example: `logo pool push adapters/ org/my-loras --private --dry-run`
     """
-    from logo.adapters.publish import checked, stays_behind, upload_of
+    from logo.adapters.publish import checked, contents_of, stays_behind
     from logo.adapters.publish import push as send
 
     if (folder / NOTES).is_file():  # before its content is used
@@ -54,9 +54,10 @@ def push(
     tell_refused(pool.refused)
     if checkpoints:
         note(f"left out: {len(checkpoints)} checkpoints, such as {checkpoints[0]}")
-    upload = upload_of(folder, list(pool), repo, path_in_repo, licence)
-    targets = upload.sizes
-    address = None if dry_run else send(upload, private=private, message=message)
+    contents = contents_of(folder, list(pool), repo, path_in_repo, licence)
+    targets = {path: len(one) if isinstance(one, bytes) else one.stat().st_size for path, one in contents.items()}
+    message = message or f"{len(contents)} files of the pool {own_name(folder)}"
+    address = None if dry_run else send(repo, contents, private=private, message=message)
     if json:
         files = [{"path": path, "bytes": count} for path, count in targets.items()]
         report = {"repo": repo, "url": address, "files": files, "left_out": checkpoints}
