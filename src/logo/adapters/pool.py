@@ -190,7 +190,7 @@ class AdapterPool:
         return self._with(one for one in self if one is not gone)
 
     def subset(self, names: str | Iterable[str]) -> AdapterPool:
-        """The pool of these adapters, named or by patterns such as `"flanv2.wmt*"`; PoolError if one matches nothing."""
+        """The pool of these adapters, by names or patterns (`"flanv2.wmt*"`); PoolError if one matches nothing."""
         chosen = set[str]()
         for entry in [names] if isinstance(names, str) else names:
             matches = [entry] if entry in self else fnmatch.filter(self.names, entry)
