@@ -143,6 +143,16 @@ def test_threads_that_change_an_engines_pool_lose_nothing(one: Adapter) -> None:
     assert began.names == ("one",) and len(current) == len(list(current)) == len(current.value)
 
 
+def test_a_change_is_not_lost_when_the_pool_before_it_is_replaced(one: Adapter) -> None:
+    current = CurrentPool(AdapterPool([one]))
+    before = current.value
+    current.add(one, "meanwhile")
+    current.put(AdapterPool([one]), instead_of=before)
+    assert current.names == ("meanwhile", "one")
+    current.put(before)
+    assert current.value is before
+
+
 def test_adding_a_bad_folder_is_refused_and_changes_nothing(one: Adapter, tmp_path: Path) -> None:
     current = CurrentPool(AdapterPool([one]))
     pool = current.value

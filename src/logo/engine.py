@@ -237,12 +237,12 @@ class LoGo(Calls, FromPretrained):
             _tell_of_plain(fitted)
             return Prepared(pool.without(fitted.refused), fitted, self._selecting.prepared(fitted), self.settings)
 
-    def take(self, prepared: Prepared) -> None:
-        """Replaces the pool by a prepared one."""
+    def take(self, prepared: Prepared, instead_of: AdapterPool | None = None) -> None:
+        """Replaces the pool by a prepared one; a change of the pool `instead_of` which it comes is kept."""
         with self._lock:
             self._selecting.take(prepared.fitted, prepared.scorers)
             self._fitted, self._seen = prepared.fitted, prepared.pool
-            self.pool.value = prepared.pool
+            self.pool.put(prepared.pool, instead_of)
             self._mixer.forget(self._fitted)
 
     def _sync(self) -> None:
@@ -256,7 +256,7 @@ class LoGo(Calls, FromPretrained):
                 # A pool that cannot be used changes nothing, and is refused again at the next call.
                 known = len(pool.refused)
                 prepared = self.prepared(pool)
-                self.take(prepared)
+                self.take(prepared, pool)
                 warn_of_bad(prepared.fitted.refused[known:])
 
 

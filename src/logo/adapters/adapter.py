@@ -17,6 +17,8 @@ from logo.adapters.activation import EVERYWHERE, Activation, noted
 from logo.adapters.examples import FolderExamples, examples_sha256
 from logo.adapters.layout import BaseLayout, core_path
 from logo.adapters.peft import (
+    PICKLE,
+    SAFETENSORS,
     LoraConfig,
     LoraModule,
     Refusal,
@@ -255,11 +257,14 @@ def open_adapter(
     name = name if name is not None else own_name(folder)
     try:
         config = parse_config(read_raw(folder), unconverted=unconverted)
-        file = WeightFile.of(folder, allow_pickle)
         try:
+            file = WeightFile.of(folder, allow_pickle)
             shapes = file.shapes()
+        except Refusal:
+            raise
         except Exception as error:  # safetensors raises its own Rust error type
-            raise Refusal(unreadable(error, file.path)) from error
+            used = folder / (SAFETENSORS if (folder / SAFETENSORS).exists() else PICKLE)
+            raise Refusal(unreadable(error, used)) from error
         modules, copies = read_header(shapes, config)
     except Refusal as refusal:
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__

@@ -297,6 +297,12 @@ class CurrentPool:
             self.value = self.value.remove(name)
         return adapter
 
+    def put(self, value: AdapterPool, instead_of: AdapterPool | None = None) -> None:
+        """Uses another pool, unless somebody has changed the one `instead_of` which it is meant."""
+        with self._changing:
+            if instead_of is None or self.value is instead_of:
+                self.value = value
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.value, name)
 
