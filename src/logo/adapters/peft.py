@@ -167,17 +167,21 @@ def parse_config(raw: dict[str, Any], *, unconverted: bool = False) -> LoraConfi
             f"init_lora_weights is {_short(init)}, which also changed the base weights; convert it to a plain LoRA "
             "first (`logo pool export --initial`, or PEFT's path_initial_model_for_weight_conversion)"
         )
-    rslora, base_model = raw.get("use_rslora"), raw.get("base_model_name_or_path")
-    if not isinstance(rslora, bool) and rslora is not None:
-        raise Refusal(f"use_rslora must be true or false, found {_short(rslora)}")
+    base_model, rslora, tokens = (
+        raw.get(key) for key in ("base_model_name_or_path", "use_rslora", "alora_invocation_tokens")
+    )
+    # PEFT builds an aLoRA from an empty list, too, and then fails.
+    right = isinstance(tokens, list) and tokens and all(type(token) is int and token >= 0 for token in tokens)
+    _checked("alora_invocation_tokens", tokens, tokens is None or right, "a list of one token id or more")
+    _checked("use_rslora", rslora, rslora is None or isinstance(rslora, bool), "true or false")
     return LoraConfig(
-        r=_positive_int("r", raw.get("r", 8)),
-        alpha=_number("lora_alpha", raw.get("lora_alpha", 8)),
+        r=_rank("r", raw.get("r", 8)),
+        alpha=_alpha("lora_alpha", raw.get("lora_alpha", 8)),
         rslora=bool(rslora),
-        rank_pattern=tuple((key, _positive_int("rank_pattern", v)) for key, v in _pattern(raw, "rank_pattern")),
-        alpha_pattern=tuple((key, _number("alpha_pattern", v)) for key, v in _pattern(raw, "alpha_pattern")),
+        rank_pattern=tuple((key, _rank("rank_pattern", v)) for key, v in _pattern(raw, "rank_pattern")),
+        alpha_pattern=tuple((key, _alpha("alpha_pattern", v)) for key, v in _pattern(raw, "alpha_pattern")),
         base_model=base_model if isinstance(base_model, str) else None,
-        invocation=_invocation(raw.get("alora_invocation_tokens")),
+        invocation=tuple(tokens or ()),
         unknown=tuple(sorted(set(raw) - _KNOWN)),
     )
 
@@ -192,9 +196,8 @@ def _as_peft(key: str) -> str:
 
 
 def _pattern(raw: dict[str, Any], key: str) -> Iterable[tuple[str, Any]]:
-    value = raw.get(key) or {}
-    if not isinstance(value, dict):
-        raise Refusal(f"{key} must be an object of pattern: number, found {_short(value)}")
+    value: dict[str, Any] = raw.get(key) or {}
+    _checked(key, value, isinstance(value, dict), "an object of pattern: number")
     for expression in value:
         try:
             re.compile(_as_peft(expression))
@@ -204,29 +207,24 @@ def _pattern(raw: dict[str, Any], key: str) -> Iterable[tuple[str, Any]]:
     return value.items()
 
 
-def _positive_int(key: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise Refusal(f"{key} must be a positive whole number, found {_short(value)}")
+def _checked(key: str, value: Any, right: object, expected: str) -> Any:
+    if not right:
+        raise Refusal(f"{key} must be {expected}, found {_short(value)}")
     return value
 
 
-def _number(key: str, value: Any) -> float:
+def _rank(key: str, value: Any) -> int:
+    rank: int = _checked(key, value, type(value) is int and value > 0, "a positive whole number")
+    return rank
+
+
+def _alpha(key: str, value: Any) -> float:
     try:
-        number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+        number = float(value) if type(value) in (int, float) else math.nan
     except OverflowError:  # a whole number that no float can hold
         number = math.inf
-    if not math.isfinite(number):
-        raise Refusal(f"{key} must be a finite number, found {_short(value)}")
+    _checked(key, value, math.isfinite(number), "a finite number")
     return number
-
-
-def _invocation(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    right = isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
-    if not right or not value:  # PEFT builds an aLoRA from an empty list, too, and then fails
-        raise Refusal(f"alora_invocation_tokens must be a list of one token id or more, found {_short(value)}")
-    return tuple(value)
 
 
 def _short(value: Any) -> str:

@@ -434,13 +434,12 @@ def _walk(root: Path, refused: list[AdapterError]) -> Iterator[tuple[Path, str]]
 def _check_folder(root: Path) -> None:
     """Raises StorageError unless `root` is a readable folder."""
     try:
-        found = "a folder" if root.is_dir() else "a file" if root.exists() else "nothing"
-        if found == "a folder":
-            os.scandir(root).close()
-    except OSError as error:
-        raise StorageError(f"adapter folder {root} cannot be read: {error.strerror or error}") from error
-    if found != "a folder":
-        raise StorageError(f"adapter folder {root}: expected a folder, found {found}; check the path")
+        os.scandir(root).close()
+    except (FileNotFoundError, NotADirectoryError):
+        raise StorageError(f"adapter folder {root}: expected a folder, found nothing; check the path") from None
+    except (OSError, ValueError) as error:  # a name that cannot be is a ValueError
+        why = getattr(error, "strerror", None) or error
+        raise StorageError(f"adapter folder {root} cannot be read: {why}") from error
 
 
 def _is_checkpoint(path: str) -> bool:
