@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from logo.adapters.format import LoraWeights
+from logo.adapters.adapter import LoraWeights
 from logo.errors import AdapterError, CacheFull, NotFinite
 from logo.mixing.cache import AdapterCache, Hold
 from make_adapters import calm

@@ -57,7 +57,7 @@ def test_peft_does_the_same_method(tmp_path: Path) -> None:
         tensors = load_file(one / "adapter_model.safetensors")
         save_file({key: 12 * value for key, value in tensors.items()}, one / "adapter_model.safetensors")
     arm = PeftArm(*base_model(SMALL), tmp_path, 3)
-    logo = LoGo(*base_model(SMALL), AdapterPool.from_directory(tmp_path), settings=SelectionSettings("norm", k=3))
+    logo = LoGo(*base_model(SMALL), AdapterPool.open(tmp_path), settings=SelectionSettings("norm", k=3))
     config = exactly(8)
     asked = prompts(SMALL, 4, 12)
     ours = logo.generate(asked, generation_config=config, batch_size=4)

@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from logo.adapters.format import Adapter, LoraWeights
+from logo.adapters.adapter import Adapter, LoraWeights
 from logo.adapters.layout import adaptable_modules
 from logo.errors import CacheFull, NotFinite, check_type
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from logo.adapters.activation import Activation
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.core import Form
 from logo.errors import UsageError

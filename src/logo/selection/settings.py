@@ -9,8 +9,8 @@ from os import PathLike
 from typing import Any, Literal, get_args
 
 from logo.adapters.activation import OFF, check_forced, check_without
-from logo.adapters.options import ExamplesUse
 from logo.adapters.pool import AdapterPool
+from logo.adapters.sources import ExamplesUse
 from logo.core import Options, ProbeText, Weighting, WhenUnsure
 from logo.errors import UsageError, check_type, closest
 from logo.selection.selector import UNSURE, check_k, known
