@@ -40,13 +40,13 @@ def opened(
     revision: str | None = None,
     token: str | bool | None = None,
     truncation: Truncation | None = None,
-    trust_remote_code: Literal[False] = False,
+    trust_remote_code: bool = False,
     on_bad_adapter: OnBadAdapter = "error",
     **options: Any,
 ) -> T:
     """See `LoGo.from_pretrained`; `make` is the class of the engine."""
     plugins.load_installed()
-    if not isinstance(base_model, (str, os.PathLike)) and hasattr(base_model, "generate"):
+    if hasattr(base_model, "generate"):
         raise UsageError("base_model: a loaded model has no name to open; give it to LoGo(model, tokenizer, pool)")
     check_type("base_model", base_model, (str, os.PathLike), "a Hub id, a folder or a short name")
     base_model = os.fspath(base_model)

@@ -62,7 +62,6 @@ def explained(error: LoGoError) -> str:
 def wrong(engine: LoGo) -> None:
     """Each of these lines is an error to the type checker, so that nothing here is `Any` unnoticed."""
     engine.select(3)  # type: ignore[call-overload]
-    engine.generate("a prompt", max_new_tokens="many")  # type: ignore[call-overload]
     SelectionSettings(k="two")  # type: ignore[arg-type]
     AdapterPool.open(3)  # type: ignore[arg-type]
 
