@@ -162,7 +162,7 @@ def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[Sco
         AdapterError: an adapter that cannot be read.
     """
     every = {adapter.name: adapter for one in wanted for adapter in one.adapters}
-    keys = {name: adapter.key for name, adapter in every.items()}
+    keys = {name: adapter.digest for name, adapter in every.items()}
     building = [_Building(one, keys) for one in wanted]
     for done, (name, adapter) in enumerate(every.items(), start=1):
         if tell is not None and (done % _TOLD == 0 or done == len(every) > _TOLD):
