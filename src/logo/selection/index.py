@@ -7,7 +7,6 @@ responses `ΔW_i h`, which need `B_i`, are computed in bounded chunks for the si
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,35 +28,29 @@ _TOLD = 1000
 Tell = Callable[[int, int], None]  # (done, of how many)
 
 
+@dataclass(frozen=True, eq=False)
 class ScoringIndex:
     """All scorable adapters of a pool at one point.
 
-    Args:
+    Attributes:
         stacked: (R, d) float32, the rows `R_i A_i` of all adapters, whitened where there is a whitening.
         ranks: rows per adapter.
         offset: (R,): the stacked response to the mean hidden vector, which is subtracted from every response; None: 0.
         adapters: in pool order; they all touch the point.
         point: where.
         sketch: of a whitening, its `Whitening.sketch` (m, d) and the sketch of the mean (m,).
-        updates: (adapters,), `‖ΔW_i‖_F`; None: not known.
+        updates: (adapters,), `‖ΔW_i‖_F`.
         keys: the digest of each adapter's content when it was read.
     """
 
-    def __init__(
-        self,
-        stacked: Tensor,
-        ranks: Sequence[int],
-        offset: Tensor | None,
-        adapters: Sequence[Adapter],
-        point: Point,
-        sketch: tuple[Tensor, Tensor] | None = None,
-        updates: Tensor | None = None,
-        keys: Sequence[str] = (),
-    ) -> None:
-        self.stacked, self.ranks, self.offset, self.sketch = stacked, tuple(ranks), offset, sketch
-        self.adapters, self.point, self.keys = tuple(adapters), point, tuple(keys)
-        self.updates = torch.full((len(ranks),), math.nan) if updates is None else updates
-        self._rank = self.ranks[0] if len(set(self.ranks)) == 1 else None  # None: they differ
+    stacked: Tensor
+    ranks: Sequence[int]
+    offset: Tensor | None
+    adapters: Sequence[Adapter]
+    point: Point
+    sketch: tuple[Tensor, Tensor] | None
+    updates: Tensor
+    keys: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -81,8 +74,8 @@ class ScoringIndex:
             if self.offset is not None:
                 responses -= self.offset[:, None]
             squares = responses.square_()
-            if self._rank is not None:
-                sums = squares.view(len(self), self._rank, len(part)).sum(dim=1)
+            if self._alike:
+                sums = squares.view(len(self), -1, len(part)).sum(dim=1)
             else:
                 sums = torch.zeros(len(self), len(part), device=self.device).index_add_(0, self._owner, squares)
             parts.append(sums.sqrt_().T)
@@ -113,6 +106,11 @@ class ScoringIndex:
         """`A (r, d)` and `s B (out, r)` per adapter; they are read when a signal needs them."""
         module = self.point.module
         return [_factors(adapter.read([module])[module], self.point, self.device) for adapter in self.adapters]
+
+    @cached_property
+    def _alike(self) -> bool:
+        """Whether all adapters have the same number of rows."""
+        return len(set(self.ranks)) == 1
 
     @cached_property
     def _owner(self) -> Tensor:
