@@ -153,7 +153,7 @@ def _opened(plan: Plan, sizes: Sizes) -> Iterator[Bench]:
         model, tokenizer = base_model(sizes, plan.seed, plan.device, plan.dtype)
         k = min(plan.k, plan.adapters)
         settings = SelectionSettings(signal="norm", k=k)
-        logo = LoGo(model, tokenizer, AdapterPool.from_directory(folder), settings=settings)
+        logo = LoGo(model, tokenizer, AdapterPool.open(folder), settings=settings)
         yield Bench(logo, folder, sizes, k, plan.lengths, plan.rounds, itertools.count(plan.seed + 1))
 
 

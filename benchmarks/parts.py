@@ -100,7 +100,7 @@ class Bench:
 
         def opened(cache: str) -> None:
             with patch.dict(os.environ, {"LOGO_CACHE": cache}):
-                pool = AdapterPool.from_directory(self.folder)
+                pool = AdapterPool.open(self.folder)
                 settings = SelectionSettings(signal="norm", k=self.k)
                 LoGo(self.logo.model, self.logo.tokenizer, pool, settings=settings).calibrate()
 
@@ -262,7 +262,8 @@ def answering(
 ) -> object:
     """Answers a batch with this many new tokens, with these mixtures or with the selected ones."""
     adapters: Any = None if mixtures is None else list(mixtures)
-    return logo.generate(list(texts), adapters=adapters, signal=signal, generation_config=exactly(new), batch_size=len(texts))
+    how: Any = {"adapters": adapters, "signal": signal, "generation_config": exactly(new), "batch_size": len(texts)}
+    return logo.generate(list(texts), **how)
 
 
 def exactly(new: int) -> GenerationConfig:

@@ -24,8 +24,8 @@ from torch import nn
 
 import tiny
 from logo.adapters.activation import EVERYWHERE
-from logo.adapters.format import LoraWeights
-from logo.adapters.header import LoraModule
+from logo.adapters.adapter import LoraWeights
+from logo.adapters.peft import LoraModule
 from logo.selection.index import ScoringIndex, Wanted, read_indices
 from logo.selection.points import Point
 from logo.selection.whitening import Whitening

@@ -17,6 +17,7 @@ import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.activation import EVERYWHERE, Activation, acting, earliest, last_occurrence
 from logo.errors import AdapterError, StorageError, UsageError
+from logo.opening import LOCAL_OPTIONS
 from logo.prefix_cache import PrefixCache
 from logo.selection import scorer
 from make_adapters import edit_config, load_peft, write, write_peft
@@ -43,8 +44,9 @@ def pool_of(folder: Path, model: nn.Module, modules: tuple[str, ...] = ("q_proj"
 
 
 def engine(model: nn.Module, folder: Path, **chosen: Any) -> LoGo:
+    own = {name: chosen.pop(name) for name in LOCAL_OPTIONS if name in chosen}
     settings = SelectionSettings.of(**{"signal": "norm", "k": 2, "cache": "", **chosen})
-    return LoGo(model, tokenizer(bos=False), AdapterPool.from_directory(folder), settings=settings)
+    return LoGo(model, tokenizer(bos=False), AdapterPool.open(folder), settings=settings, **own)
 
 
 def invoked(lengths: Sequence[int], tail: Sequence[int] = (11, 12)) -> list[list[int]]:
@@ -108,7 +110,7 @@ def test_where_it_is_said(tmp_path: Path) -> None:
     notes(tmp_path / "pool", "last:4")
     notes(tmp_path / "pool" / "deep", "last:2")
     for _ in range(2):  # the second time from the cache
-        pool = AdapterPool.from_directory(tmp_path / "pool")
+        pool = AdapterPool.open(tmp_path / "pool")
         assert {a.name: str(a.activation) for a in pool} == {
             "plain": "last:4",
             "invoked": "invocation",
@@ -118,7 +120,7 @@ def test_where_it_is_said(tmp_path: Path) -> None:
     alone = AdapterPool()
     assert str(alone.add(tmp_path / "pool" / "plain").activation) == "last:4"  # its pool's notes lie above it
     notes(tmp_path / "pool", "everywhere")
-    assert not AdapterPool.from_directory(tmp_path / "pool").read_once
+    assert not AdapterPool.open(tmp_path / "pool").read_once
 
 
 @pytest.mark.parametrize("tokens", [[], ["a"], [-1], "x", [1.5], [True]])
@@ -132,7 +134,7 @@ def test_notes_that_name_no_activation(tmp_path: Path) -> None:
     write(tmp_path / "a")
     notes(tmp_path, "last:x")
     with pytest.raises(StorageError, match=r"pool\.json: activation: expected everywhere"):
-        AdapterPool.from_directory(tmp_path)
+        AdapterPool.open(tmp_path)
 
 
 # -- as PEFT answers ---------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from logo.adapters.format import LoraWeights
+from logo.adapters.adapter import LoraWeights
 from logo.errors import AdapterError, CacheFull, NotFinite
-from logo.mixing.cache import AdapterCache, Hold, HostFiles
+from logo.mixing.cache import AdapterCache, Hold
 from make_adapters import calm
 from tolerances import PATIENCE, same_tensor
 
@@ -76,7 +76,7 @@ def check(one: AdapterCache, hold: Hold) -> None:
     """Every held adapter has its factors, on its modules, and nowhere else."""
     for grows in (True, False):
         stacks = one.stacks(hold, grows=grows)
-        assert stacks.residents[: len(hold.residents)] == hold.residents or grows
+        assert stacks.residents[: len(hold)] == hold or grows
         for place, resident in enumerate(stacks.residents):
             expected = factors(int(resident.adapter.name[1:]))
             for path, stack in stacks.modules.items():
@@ -101,7 +101,7 @@ def test_whoever_comes_and_goes_everybody_has_factors_of_their_own_within_the_bu
     for batch in batches:
         try:
             with one.held([adapter(number) for number in batch]) as hold:
-                assert [resident.adapter.name for resident in hold.residents] == [f"a{number}" for number in batch]
+                assert [resident.adapter.name for resident in hold] == [f"a{number}" for number in batch]
                 check(one, hold)
         except CacheFull as full:
             assert "--adapter-memory-gb" in str(full)
@@ -196,7 +196,7 @@ def test_threads_that_hold_and_give_back_at_once_end_with_nothing_held() -> None
             numbers = torch.randperm(12, generator=generator)[:2].tolist()
             try:
                 with one.held([adapter(number) for number in numbers]) as hold:
-                    for number, resident in zip(numbers, hold.residents, strict=True):
+                    for number, resident in zip(numbers, hold, strict=True):
                         assert resident.factors.keys() == factors(number).keys()
                 if numbers[0] == 0:
                     one.retain({f"a{number}" for number in range(6)})
@@ -212,16 +212,3 @@ def test_threads_that_hold_and_give_back_at_once_end_with_nothing_held() -> None
         thread.join()
     assert not wrong and not any(resident.users for resident in one._residents.values())
     settled(one)
-
-
-def test_files_stay_in_host_memory_as_long_as_they_fit() -> None:
-    read: list[str] = []
-
-    def noted(number: int) -> Any:
-        return Made(f"a{number}", lambda: (read.append(f"a{number}"), factors(number))[1])
-
-    one = AdapterCache(MODULES, torch.float32, 2 * max(size(n) for n in (0, 1, 3)), HostFiles(size(0) + size(1)))
-    for number in (0, 1, 0, 1, 3, 1):  # each makes the one before give way on the device
-        with one.held([noted(number)]) as hold:
-            check(one, hold)
-    assert read == ["a0", "a1", "a3"] + (["a1"] if size(3) + size(1) > size(0) + size(1) else [])

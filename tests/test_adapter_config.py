@@ -15,8 +15,8 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from logo.adapters.config import LoraConfig, Refusal, parse_config, read_config
-from logo.adapters.format import open_adapter
+from logo.adapters.adapter import open_adapter
+from logo.adapters.peft import LoraConfig, Refusal, parse_config, read_raw
 from logo.errors import AdapterError
 from make_adapters import CONFIG, calm, edit_config, load_peft, lora_layers, settings, write_peft
 
@@ -218,7 +218,7 @@ def test_any_file_gives_a_config_or_one_line(tmp_path_factory: pytest.TempPathFa
     folder.mkdir(exist_ok=True)
     (folder / CONFIG).write_bytes(content)
     with pytest.raises(Refusal) as refusal:  # none of these says "LORA"
-        read_config(folder)
+        parse_config(read_raw(folder))
     one_line(refusal.value)
 
 
@@ -230,11 +230,11 @@ def test_any_file_gives_a_config_or_one_line(tmp_path_factory: pytest.TempPathFa
 def test_a_malformed_file_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / CONFIG).write_text(text)
     with pytest.raises(Refusal, match=r"is not valid JSON|must hold an object") as refusal:
-        read_config(tmp_path)
+        parse_config(read_raw(tmp_path))
     assert CONFIG in one_line(refusal.value)
 
 
 def test_text_in_any_script_is_read(tmp_path: Path) -> None:
     raw = settings(base_model_name_or_path="模型/ä b")
     (tmp_path / CONFIG).write_text(json.dumps(raw, ensure_ascii=False), encoding="utf-8")
-    assert read_config(tmp_path).base_model == "模型/ä b"
+    assert parse_config(read_raw(tmp_path)).base_model == "模型/ä b"

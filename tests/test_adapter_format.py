@@ -16,9 +16,9 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 import tiny
-from logo.adapters.format import open_adapter
-from logo.adapters.header import module_path
+from logo.adapters.adapter import open_adapter
 from logo.adapters.layout import BaseLayout
+from logo.adapters.peft import module_path
 from logo.errors import AdapterError
 from make_adapters import (
     CONFIG,

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import clients
 import cost
 import load
+import long_rows
 import warm
 from clients import Answer, Ask
 from cost import RATIOS, Plan
@@ -56,7 +57,7 @@ def test_peft_does_the_same_method(tmp_path: Path) -> None:
         tensors = load_file(one / "adapter_model.safetensors")
         save_file({key: 12 * value for key, value in tensors.items()}, one / "adapter_model.safetensors")
     arm = PeftArm(*base_model(SMALL), tmp_path, 3)
-    logo = LoGo(*base_model(SMALL), AdapterPool.from_directory(tmp_path), settings=SelectionSettings("norm", k=3))
+    logo = LoGo(*base_model(SMALL), AdapterPool.open(tmp_path), settings=SelectionSettings("norm", k=3))
     config = exactly(8)
     asked = prompts(SMALL, 4, 12)
     ours = logo.generate(asked, generation_config=config, batch_size=4)
@@ -201,3 +202,32 @@ def test_the_requests_are_drawn_by_the_seed() -> None:
     )
     assert sum(ask.stream for ask in asks) == 5 and {ask.max_tokens for ask in asks} <= {2, 3, 4, 5}
     assert {ask.prompt for ask in asks[:3]} == {"a", "b", "c"}
+
+
+class Words:
+    """A tokenizer whose tokens are words."""
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[str]]:
+        return {"input_ids": text.split()}
+
+    def decode(self, tokens: list[str]) -> str:
+        return " ".join(tokens)
+
+
+def test_long_rows_place_the_task_as_their_condition_says(tmp_path: Path) -> None:
+    plural, other = "Say the plural.\n\nNoun: cat\nPlural:", f"Do it.\n\nText: {'foreign ' * 9}\nAnswer:"
+    for name, context in (("plural", plural), ("other", other)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"context": context, "completion": "cats"}) + "\n")
+    tokenizer: Any = Words()
+    make = long_rows.Prompts(tmp_path, tokenizer)
+    made = {condition: make("plural", 0, condition, 0) for condition in long_rows.CONDITIONS}
+    assert made["short"] == plural
+    for condition, prompt in made.items():
+        size = int(condition.partition("-")[2] or 0)
+        assert prompt.split().count("foreign") == size
+        places = [prompt.index(part) for part in ("Say the plural.", "Noun: cat", "Plural:")]
+        assert places == sorted(places)
+    places = [made[f"{place}-500"].index("foreign") for place in ("before", "around", "cued", "after")]
+    assert places == [0, len("Say the plural.\n\n"), len(plural) - len("\nPlural:") + 2, len(plural) + 2]
+    where = [made[name].index("Say the plural.") for name in ("first", "middle", "last")]
+    assert where == sorted(where) and where[0] == 0

@@ -46,7 +46,7 @@ def test_a_file_that_cannot_be_written_leaves_no_part_behind(tmp_path: Path, mon
 
 def opened(model: nn.Module, folder: Path, signal: str, cache: Path) -> LoGo:
     settings = SelectionSettings(signal=signal, k=1, cache=str(cache))
-    return LoGo(model, tokenizer(), AdapterPool.from_directory(folder), settings=settings)
+    return LoGo(model, tokenizer(), AdapterPool.open(folder), settings=settings)
 
 
 def touched(file: Path, content: bytes | None) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings, UsageError
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.errors import Unsure
 from logo.selection import calibration
 from logo.selection.confidence import RESPONSES
@@ -53,7 +53,7 @@ def llama() -> nn.Module:
 
 def engine(model: nn.Module, folder: Path, **settings: Any) -> LoGo:
     chosen = SelectionSettings.of(**{"signal": "calibrated", "k": 1, **settings})
-    logo = LoGo(model, tokenizer(), AdapterPool.from_directory(folder), settings=chosen)
+    logo = LoGo(model, tokenizer(), AdapterPool.open(folder), settings=chosen)
     logo.calibrate()
     return logo
 
@@ -249,7 +249,7 @@ def test_nothing_runs_and_no_weight_is_read_until_it_is_needed(
             return whole(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, functools.wraps(whole)(noted))
-    made = AdapterPool.from_directory(pool(llama, tmp_path), verify=False)
+    made = AdapterPool.open(pool(llama, tmp_path), verify=False)
     settings = SelectionSettings("calibrated", k=1, cache="")
     logo = LoGo(llama, tokenizer(), made, settings=settings)
     assert logo.k == 1 and happened == []

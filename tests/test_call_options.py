@@ -16,7 +16,7 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, UsageError
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.core import Prompt
 from logo.errors import LoGoError, NotFinite
 from logo.opening import LOCAL_OPTIONS
@@ -47,7 +47,7 @@ def model() -> nn.Module:
 
 
 def engine(model: nn.Module, folder: Path, names: Any = NAMES, **chosen: Any) -> LoGo:
-    pool = AdapterPool.from_directory(folder).subset(names)
+    pool = AdapterPool.open(folder).subset(names)
     own = {name: chosen.pop(name) for name in LOCAL_OPTIONS if name in chosen}
     settings = SelectionSettings.of(**{"signal": "norm", "cache": "", **chosen})
     return LoGo(model, tokenizer(), pool, settings=settings, **own)
@@ -252,8 +252,11 @@ FORCED = r"expected \{name: weight\}"
                 (lambda logo, name=name: getattr(logo, name)("w3", max_new_tokens="5"), f"max_new_tokens: {WHOLE} '5'"),
             )
         ),
-        (lambda logo: logo.select("w3", batch_size="8"), f"batch_size: {WHOLE} '8'"),
-        (lambda logo: logo.generate("w3", batch_size=None), f"batch_size: {WHOLE} None"),
+        (lambda logo: logo.select("w3", batch_size="8"), "batch_size: expected a whole number, 1 or more, found '8'"),
+        (
+            lambda logo: logo.generate("w3", batch_size=None),
+            "batch_size: expected a whole number, 1 or more, found None",
+        ),
         (lambda logo: logo.generate("w3", adapters="t1"), f"adapters: {FORCED}, a Selection, or a list .*, found 't1'"),
         (lambda logo: logo.stream("w3", adapters="t1"), f"adapters: {FORCED}, a Selection, or a list .*, found 't1'"),
         (lambda logo: logo.generate(["w3"], adapters=["t1"]), f"adapters: {FORCED} or a Selection, found 't1'"),

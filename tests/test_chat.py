@@ -247,7 +247,7 @@ def test_a_chat_is_read_whole_if_no_adapter_acts_everywhere(templated: Any, tmp_
         whole = logo.select(list(chat(templated, turns).ids))
         # Up to rounding, since the second one finds the first one's keys and values.
         assert (logo.select(turns).scores == same_scores(whole.scores)) is same
-        first, second, third, *_ = logo.scorer.texts.neutral
+        first, second, third, *_ = logo.scorer.reading.texts.neutral
         assert [bool(row[-len(ending) :] == ending) for row in (first, second, third)] == [True] * 3
         assert templated.decode(first).count("[user]") == templated.decode(second).count("[system]") == 1
         assert templated.decode(third).count("[assistant]") == 2

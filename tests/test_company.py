@@ -37,7 +37,7 @@ def logo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     tokens = tokenizer()
     tokens.pad_token = WORDS[pad]
     favour(base)
-    return LoGo(base, tokens, AdapterPool.from_directory(root), settings=SelectionSettings("norm", k=2), merge=False)
+    return LoGo(base, tokens, AdapterPool.open(root), settings=SelectionSettings("norm", k=2), merge=False)
 
 
 def favour(base: nn.Module) -> None:

@@ -34,8 +34,8 @@ def test_copies_of_the_base_are_left_out_and_answers_are_pefts(kind: str, tmp_pa
     write_peft(tmp_path / "pool" / "a", **KINDS[kind])
     write_peft(tmp_path / "pool" / "b")
     base = tiny.model("llama")
-    pool = AdapterPool.from_directory(tmp_path / "pool")
-    assert AdapterPool.from_directory(tmp_path / "pool")["a"].copies == pool["a"].copies
+    pool = AdapterPool.open(tmp_path / "pool")
+    assert AdapterPool.open(tmp_path / "pool")["a"].copies == pool["a"].copies
     assert pool["a"].copies and not pool["b"].copies
     with pytest.raises(AdapterError, match=r"holds full weights .* unless they equal the base model's"):
         pool["a"].read()
@@ -64,14 +64,14 @@ def with_bias() -> Any:
 @pytest.mark.parametrize("kind", [{"target_modules": ["lm_head", "q_proj"]}, {"modules_to_save": ["lm_head"]}])
 def test_the_bias_of_a_copied_module_is_a_copy_too(kind: dict[str, Any], tmp_path: Path) -> None:
     write_peft(tmp_path / "a", with_bias(), **kind)
-    pool = AdapterPool.from_directory(tmp_path)
+    pool = AdapterPool.open(tmp_path)
     assert sorted(pool["a"].copies.values()) == ["lm_head.bias", "lm_head.weight"]
     with pytest.warns(UserWarning, match="'a': copies of base weights .* are left out"):
         pool.fit(BaseLayout.of(with_bias()), model=with_bias())
     bias = next(key for key in pool["a"].copies if key.endswith("bias"))
     edit_weights(tmp_path / "a", lambda w: w[bias].view(-1).__setitem__(3, 9.0))
     with pytest.raises(PoolError, match=r"a weight of the base model, lm_head\.bias with other values"):
-        AdapterPool.from_directory(tmp_path).fit(BaseLayout.of(with_bias()), model=with_bias())
+        AdapterPool.open(tmp_path).fit(BaseLayout.of(with_bias()), model=with_bias())
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_what_is_not_the_bases_is_refused(change: Any, message: str, tmp_path: P
     write_peft(tmp_path / "b")
     edit_weights(tmp_path / "a", change)
     base = tiny.model("llama")
-    pool = AdapterPool.from_directory(tmp_path)
+    pool = AdapterPool.open(tmp_path)
     with pytest.raises(PoolError, match=f"it replaces a weight of the base model, {message}"):
         pool.fit(BaseLayout.of(base), model=base)
     fitted = pool.fit(BaseLayout.of(base), model=base, on_bad_adapter="skip")
@@ -100,7 +100,7 @@ def test_the_bases_dtype_decides(tmp_path: Path) -> None:
     write_peft(tmp_path / "a", modules_to_save=["lm_head"])
     base: nn.Module = tiny.model("llama").to(torch.bfloat16)
     with pytest.warns(UserWarning, match="are left out"):
-        assert AdapterPool.from_directory(tmp_path).fit(BaseLayout.of(base), model=base).names == ("a",)
+        assert AdapterPool.open(tmp_path).fit(BaseLayout.of(base), model=base).names == ("a",)
 
 
 def test_a_manifest_leaves_it_as_it_is(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def pool(tmp_path: Path) -> AdapterPool:
                     weights[key] = torch.randn(weights[key].shape, generator=generator)
 
         edit_weights(tmp_path / "pool" / f"t{i}", larger)
-    return AdapterPool.from_directory(tmp_path / "pool")
+    return AdapterPool.open(tmp_path / "pool")
 
 
 @pytest.mark.parametrize("merge", [None, True, False])

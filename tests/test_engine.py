@@ -59,7 +59,7 @@ def write_adapter(
 def engine(model: nn.Module, adapters: Path, bos: bool = True, **options: Any) -> LoGo:
     own = {name: options.pop(name) for name in (*LOCAL_OPTIONS, "truncation") if name in options}
     chosen = SelectionSettings.of(**{"signal": "norm", "k": 3, **options})
-    return LoGo(model, tokenizer(bos), AdapterPool.from_directory(adapters), settings=chosen, **own)
+    return LoGo(model, tokenizer(bos), AdapterPool.open(adapters), settings=chosen, **own)
 
 
 def ids_of(logo: LoGo, prompts: Sequence[Any], room: int = 0) -> list[list[int]]:
@@ -363,7 +363,7 @@ def test_device_map_auto_as_accelerate_does_it(llama: nn.Module, adapters: Path,
 
 
 def test_a_batch_that_does_not_fit_names_the_budget(llama: nn.Module, adapters: Path) -> None:
-    pool, settings = AdapterPool.from_directory(adapters), SelectionSettings(signal="norm", k=2)
+    pool, settings = AdapterPool.open(adapters), SelectionSettings(signal="norm", k=2)
     roomy = LoGo(llama, tokenizer(), pool, settings=settings)
     names = roomy.names
     one, two, every = ({name: 1.0 for name in names[:count]} for count in (1, 2, len(names)))

@@ -15,6 +15,7 @@ from torch import nn
 import make_adapters
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
+from logo.adapters.pool import officially_named
 from logo.cli.run import run
 from logo.demo import heldout
 from logo.errors import DataError
@@ -23,7 +24,6 @@ from logo.evaluation.jobs import declared_metric
 from logo.evaluation.metrics import KINDS, measure, measures, official_kind, recorded_kind
 from logo.evaluation.report import analyse, summary
 from logo.evaluation.runs import read_run, read_runs
-from logo.pools import officially_named
 from test_engine import engine, tokenizer
 
 DEMO = ("--base-model", "demo", "--device", "cpu")
@@ -205,10 +205,10 @@ def test_every_command_takes_as_many_adapters_as_suit_the_demos_pool(
 
 def test_another_pool_is_asked_for_twenty_or_all_it_has(llama: nn.Module, adapters: Path) -> None:
     """Without a warning, which would be an error here; and what is asked for is what one gets."""
-    few = AdapterPool.from_directory(adapters)
+    few = AdapterPool.open(adapters)
     assert engine(llama, adapters, signal="norm", k=None, unscorable="skip").k == len(few) < 20
     assert few.default_k == few.subset("tasks/*").default_k == 20
-    few.default_k = 2
+    few = AdapterPool(few, default_k=2)
     for asked, found in ((None, 2), (4, 4)):
         settings = SelectionSettings(signal="norm", k=asked, unscorable="skip")
         assert LoGo(llama, tokenizer(), few.subset("tasks/*"), settings=settings).k == found
@@ -267,7 +267,7 @@ def test_without_the_preset_names_are_those_below_the_pools_folder(
 
 
 def test_other_pools_keep_their_names_under_the_preset(official_layout: Path) -> None:
-    pool = AdapterPool.from_directory(official_layout / "hf_models" / "Llama-3.1-8B-loras-flanv2")
+    pool = AdapterPool.open(official_layout / "hf_models" / "Llama-3.1-8B-loras-flanv2")
     hub = "archon159/LoGo-loras-collection/Llama-3.1-8B-loras-flanv2@main"
     for base, adapters in (("Llama-3.1-8B", "mine/adapters"), ("org/other", None), ("Qwen2.5-7B", hub)):
         assert officially_named(pool, base, adapters) is pool

@@ -15,10 +15,10 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo
-from logo.adapters.examples import MOST, examples_of, write_examples
-from logo.adapters.files import EXAMPLES
-from logo.adapters.hub import adapter_patterns
-from logo.adapters.publishing import Upload
+from logo.adapters.examples import MOST, FolderExamples, write_examples
+from logo.adapters.peft import EXAMPLES
+from logo.adapters.publish import contents_of
+from logo.adapters.sources import adapter_patterns
 from logo.cli.run import run
 from logo.evaluation.arms import Arms
 from logo.evaluation.identity import digests
@@ -246,14 +246,14 @@ def test_a_file_that_makes_no_sense_is_a_warning(
 ) -> None:
     (folder / "t0" / EXAMPLES).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.warns(UserWarning, match=reason):
-        assert examples_of(folder / "t0") == ()
+        assert FolderExamples(folder / "t0").prompts == ()
 
 
 def test_examples_are_few_and_have_no_answers(folder: Path) -> None:
     rows = [{"context": f"prompt {i}", "completion": "the answer"} for i in range(40)]
     (folder / "t0" / EXAMPLES).write_text("\n\n".join(map(json.dumps, rows)))
-    assert examples_of(folder / "t0") == tuple(f"prompt {i}" for i in range(MOST))
-    assert examples_of(folder / "t1") == examples_of(folder) == ()
+    assert FolderExamples(folder / "t0").prompts == tuple(f"prompt {i}" for i in range(MOST))
+    assert FolderExamples(folder / "t1").prompts == FolderExamples(folder).prompts == ()
 
 
 def test_examples_of_one_adapter_do_not_become_those_of_another(folder: Path) -> None:
@@ -263,16 +263,18 @@ def test_examples_of_one_adapter_do_not_become_those_of_another(folder: Path) ->
     for name in ("t0", "t1"):
         (folder / name / EXAMPLES).symlink_to("../../blob")
     told(folder, t0="its own")
-    assert examples_of(folder / "t0") == ("its own",) and examples_of(folder / "t1") == ("shared",)
+    assert FolderExamples(folder / "t0").prompts == ("its own",) and FolderExamples(folder / "t1").prompts == (
+        "shared",
+    )
     assert blob.read_text() == '{"prompt": "shared"}\n' and not list((folder / "t0").glob(".*"))
 
 
 def test_examples_go_with_downloads_and_are_not_sent(folder: Path) -> None:
     told(folder, t0="mine alone")
-    adapters = list(AdapterPool.from_directory(folder))
+    adapters = list(AdapterPool.open(folder))
     assert f"*/{EXAMPLES}" in adapter_patterns("", False)
-    sent = Upload.of(folder, adapters, "org/name", "folder")
-    assert not [file for file in sent.files if EXAMPLES in file]
+    sent = contents_of(folder, adapters, "org/name", "folder")
+    assert not [file for file in sent if EXAMPLES in file]
 
 
 def test_the_command_gives_and_shows_examples(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

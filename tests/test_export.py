@@ -36,7 +36,7 @@ def test_peft_and_our_reader_answer_with_it(name: str, tmp_path: Path) -> None:
     logo = engine(model, tmp_path / "pool", unscorable="skip", k=1)
     mixture = {"t0": 0.7, "t1": -0.4, "t2": 1.5}
     assert logo.save_mixture(mixture, tmp_path / "all" / "mixture") == tmp_path / "all" / "mixture"
-    pool = AdapterPool.from_directory(tmp_path / "all")
+    pool = AdapterPool.open(tmp_path / "all")
     [written] = pool
     assert written.ranks[-1] == 4  # t0 and t2 meet on a module
     expected = logo.generate(PROMPTS, adapters=mixture, max_new_tokens=12)
@@ -89,7 +89,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(llama: nn.Module, 
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     (tmp_path / "empty").mkdir()
     logo.save_mixture(MIXTURE, str(tmp_path / "empty"))
-    assert len(AdapterPool.from_directory(tmp_path / "empty")) == 1
+    assert len(AdapterPool.open(tmp_path / "empty")) == 1
 
 
 def test_the_command_writes_what_a_prompt_selects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ class Parity:
 def engine(signal: str, k: int, context: str) -> LoGo:
     return LoGo.from_pretrained(
         str(GOLDEN / "F1" / "model"),
-        AdapterPool.from_directory(GOLDEN / "F1" / "adapters"),
+        AdapterPool.open(GOLDEN / "F1" / "adapters"),
         device="cpu",
         signal=signal,
         k=k,

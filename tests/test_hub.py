@@ -20,9 +20,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hub_server import FOREVER, GOOD_TOKEN, STRANGER_TOKEN, HubServer
-from logo import AdapterPool
 from logo.errors import HubError, UsageError
-from logo.hub import hub_error, is_hub_id, split_hub_spec
+from logo.hub import check_revision, clean_subfolder, download_files, hub_error, is_hub_id, split_hub_spec
 from tolerances import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -37,8 +36,7 @@ warnings.filterwarnings("error", module=r"logo\b")
 slept = []
 sleep = time.sleep
 time.sleep = lambda seconds: (slept.append(seconds), sleep(seconds))
-from logo.adapters.hub import download_adapters
-from logo.adapters.options import Fetching
+from logo.adapters.sources import download_adapters
 from logo.errors import LoGoError
 from logo.hub import clean_subfolder
 for call in json.load(sys.stdin):
@@ -47,7 +45,7 @@ for call in json.load(sys.stdin):
     try:
         repo, revision = call.pop("repo_id"), call.pop("revision", None)
         folder = clean_subfolder(repo, call.pop("subfolder", None))
-        answer["folder"] = str(download_adapters(repo, [folder], Fetching(**call), revision=revision) / folder)
+        answer["folder"] = str(download_adapters(repo, [folder], revision=revision, **call) / folder)
     except LoGoError as error:
         answer.update(error=type(error).__name__, message=str(error))
     print(json.dumps(answer | {"slept": sum(slept)}), flush=True)
@@ -375,13 +373,13 @@ def test_a_full_disk_and_a_cache_that_cannot_be_written(big: Path, tmp_path: Pat
 @pytest.mark.parametrize("subfolder", ["/etc", "../up", "a/../../b", "a\\b", "..", "a/b\n"])
 def test_a_folder_outside_the_repository_is_refused(subfolder: str) -> None:
     with pytest.raises(UsageError, match=r"^Hub repo org/name: .* is not a folder inside it"):
-        AdapterPool.from_hub("org/name", subfolder=subfolder)
+        clean_subfolder("org/name", subfolder)
 
 
 @pytest.mark.parametrize("revision", ["", "../../main", "/main", "a b", "v1\n", "a..b", "a\\b"])
 def test_a_revision_that_git_would_refuse_is_refused(revision: str) -> None:
     with pytest.raises(UsageError, match="is not a branch, a tag or a commit"):
-        AdapterPool.from_hub("org/name", revision=revision)
+        check_revision("org/name", revision)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +388,7 @@ def test_a_revision_that_git_would_refuse_is_refused(revision: str) -> None:
 def test_what_is_no_repo_id(repo_id: str) -> None:
     assert not is_hub_id(repo_id)
     with pytest.raises(UsageError, match="is not a Hub repo id"):
-        AdapterPool.from_hub(repo_id)
+        download_files(repo_id, [], print)
 
 
 @pytest.mark.parametrize(
@@ -426,10 +424,9 @@ for call in json.load(sys.stdin):
     answer = {"slept": 0}
     try:
         if "add" in call:
-            pool = AdapterPool()
-            pool.add(call["add"])
+            pool = AdapterPool().add(call["add"])
         else:
-            pool = AdapterPool.from_hub(call["repo_id"], progress=False, **call.get("options", {}))
+            pool = AdapterPool.open(call["repo_id"], progress=False, **call.get("options", {}))
         answer["message"] = " ".join([*pool.names, *(f"({error.name})" for error in pool.refused)])
     except LoGoError as error:
         answer.update(error=type(error).__name__, message=str(error))

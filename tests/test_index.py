@@ -13,7 +13,7 @@ import torch
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
-from logo.adapters.weights import SafetensorsFile
+from logo.adapters.peft import WeightFile
 from logo.selection import calibration
 from test_engine import tokenizer, write_adapter
 
@@ -38,21 +38,21 @@ def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(model: Any, folder: Path, **chosen: Any) -> LoGo:
     settings = SelectionSettings.of(**{"k": 2, "cache": "", **chosen})
-    return LoGo(model, tokenizer(), AdapterPool.from_directory(folder), settings=settings)
+    return LoGo(model, tokenizer(), AdapterPool.open(folder), settings=settings)
 
 
 @contextmanager
 def files_read() -> Iterator[Counter[str]]:
     """How often the file of each adapter is opened for its tensors inside the block."""
     seen: Counter[str] = Counter()
-    plain = SafetensorsFile.read
+    plain = WeightFile.read
 
-    def read(file: SafetensorsFile, keys: Iterable[str]) -> Any:
+    def read(file: WeightFile, keys: Iterable[str]) -> Any:
         seen[file.path.parent.name] += 1
         return plain(file, keys)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SafetensorsFile, "read", read)
+        patch.setattr(WeightFile, "read", read)
         yield seen
 
 

@@ -13,7 +13,7 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 import tiny
-from logo.adapters.format import open_adapter
+from logo.adapters.adapter import open_adapter
 from logo.adapters.layout import BaseLayout, LinearShape, linear_modules
 from logo.errors import AdapterError
 from make_adapters import Q, V, calm, tensors, write, write_peft

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from logo import AdapterPool, PoolError
-from logo.adapters.digests import adapter_key
 from logo.adapters.examples import write_examples
 from logo.adapters.manifest import Manifest, read_manifest
+from logo.adapters.sources import default_k, parse_sources
 from logo.cli.opening import open_pool
 from logo.cli.options import EngineOptions
 from logo.cli.run import run
@@ -96,7 +96,7 @@ def test_the_same_pool_has_one_k_however_it_is_named(pool: Path) -> None:
     locked()
     for place in ("mine", "pool.yaml", ["mine"]):
         assert AdapterPool.open(place).default_k == 2
-    assert AdapterPool.from_directory("mine").default_k == 2
+        assert default_k(parse_sources(place), 20) == 2  # known before the pool is opened
     assert AdapterPool.open(["mine/a", "mine/b"]).default_k == 20  # another pool
     (pool / "pool.json").write_text('{"k": "many"}')
     assert run(["pool", "lock", "mine", "--out", "other.yaml"]) == 1
@@ -135,9 +135,9 @@ def test_names_that_a_manifest_cannot_hold(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_examples_are_no_part_of_the_key_of_calibrations(pool: Path) -> None:
-    key = adapter_key(AdapterPool.open("mine")["b"])
+    key = AdapterPool.open("mine")["b"].digest
     write_examples(pool / "b", ["three"])
-    assert adapter_key(AdapterPool.open("mine")["b"]) == key
+    assert AdapterPool.open("mine")["b"].digest == key
 
 
 @pytest.mark.parametrize(

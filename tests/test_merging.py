@@ -69,7 +69,7 @@ def test_what_cannot_be_merged_keeps_its_gates(tmp_path: Path) -> None:
         write_adapter(tmp_path / f"t{i}", base, ("q_proj", "v_proj"), rank=2, seed=i)
     for layer in base.model.layers:
         layer.self_attn.q_proj = Quantised(layer.self_attn.q_proj)
-    pool, settings = AdapterPool.from_directory(tmp_path), SelectionSettings("norm", k=2)
+    pool, settings = AdapterPool.open(tmp_path), SelectionSettings("norm", k=2)
     asked, gated = (LoGo(base, tokenizer(), pool, settings=settings, merge=merge) for merge in (True, False))
     for prompt in PROMPTS:
         assert asked.generate(prompt, max_new_tokens=6).token_ids == gated.generate(prompt, max_new_tokens=6).token_ids
@@ -78,7 +78,7 @@ def test_what_cannot_be_merged_keeps_its_gates(tmp_path: Path) -> None:
 
 
 def test_generation_is_the_same_merged(tmp_path: Path, llama: nn.Module, adapters: Path) -> None:
-    pool, settings = AdapterPool.from_directory(adapters), SelectionSettings("norm", k=3)
+    pool, settings = AdapterPool.open(adapters), SelectionSettings("norm", k=3)
     merged, gated = (LoGo(llama, tokenizer(), pool, settings=settings, merge=merge) for merge in (True, False))
     for prompt in PROMPTS:
         one, other = merged.generate(prompt, max_new_tokens=12), gated.generate(prompt, max_new_tokens=12)

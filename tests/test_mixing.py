@@ -64,7 +64,7 @@ def save(model: peft.PeftMixedModel, folder: Path) -> AdapterPool:
 
         save_file({k: v.contiguous() for k, v in state.items()}, path / "adapter_model.safetensors")
         config.save_pretrained(str(path))
-    return AdapterPool.from_directory(folder)
+    return AdapterPool.open(folder)
 
 
 def peft_logits(model: peft.PeftMixedModel, weights: dict[str, float], ids: Tensor, mask: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 
 from hub_server import GOOD_TOKEN, HubServer
 from logo import LoGo, ModelError, UsageError
+from logo.adapters.pool import open_pool
 from logo.models import load_base, pick_device, resolve_base
-from logo.pools import default_pool
 from tolerances import PATIENCE
 from warm import python
 
@@ -43,9 +43,9 @@ def test_names(tmp_path: Path) -> None:
 def test_published_adapters_in_model_dir_come_before_the_hub(tmp_path: Path) -> None:
     (tmp_path / "Qwen2.5-7B-loras-flanv2").symlink_to(F1 / "adapters", target_is_directory=True)
     for name in ("Qwen2.5-7B", "Qwen/Qwen2.5-7B"):
-        assert len(default_pool(name, tmp_path)) == 12
+        assert len(open_pool(None, name, tmp_path)) == 12
     with pytest.raises(UsageError, match="has no adapters of its own"):
-        default_pool(str(F1 / "model"))
+        open_pool(None, str(F1 / "model"))
 
 
 def test_device_and_dtype() -> None:

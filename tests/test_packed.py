@@ -36,7 +36,7 @@ def term(mixture: dict[int, float], module: str, x: Tensor) -> Tensor:
 
 def joined(cache: AdapterCache, mixture: dict[int, float], **begins: int) -> PackedMixture:
     hold = cache.reserve([adapter(number) for number in mixture])
-    failures = [resident.ready.exception(PATIENCE) for resident in hold.residents]
+    failures = [resident.ready.exception(PATIENCE) for resident in hold]
     for failure in failures:
         if failure is not None:
             cache.release(hold)
@@ -101,7 +101,7 @@ class Trouble(RuleBasedStateMachine):
 
     @invariant()
     def memory_is_counted(self) -> None:
-        held = {resident for _, mixture in self.present for resident in mixture.hold.residents}
+        held = {resident for _, mixture in self.present for resident in mixture.hold}
         gone = {resident.bytes for resident in held if resident not in set(self.cache._residents.values())}
         if not gone:
             settled(self.cache)
@@ -109,7 +109,7 @@ class Trouble(RuleBasedStateMachine):
     @invariant()
     def users_are_counted(self) -> None:
         users = [number for mixture, _ in self.present for number in mixture]
-        held = {one for _, mixture in self.present for one in mixture.hold.residents}
+        held = {one for _, mixture in self.present for one in mixture.hold}
         assert sum(one.users for one in held) == len(users)
         assert not any(one.users for one in self.cache._residents.values() if one not in held)
 

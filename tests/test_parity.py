@@ -47,7 +47,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> AdapterPool:
         )
         write_peft(root / f"t{i:02d}", tiny.model("qwen2", seed=4), config, seed=i)
         scale(root / f"t{i:02d}", 0.02 + 0.015 * i)
-    return AdapterPool.from_directory(root)
+    return AdapterPool.open(root)
 
 
 def scale(folder: Path, size: float) -> None:

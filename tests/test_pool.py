@@ -7,6 +7,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from hypothesis import strategies as st
 
 import tiny
 from logo import AdapterPool, LoGo
-from logo.adapters.format import Adapter, open_adapter
+from logo.adapters.adapter import Adapter, open_adapter
+from logo.adapters.examples import write_examples
 from logo.adapters.layout import BaseLayout, LinearShape
-from logo.errors import AdapterError, LeftOut, LoGoError, PoolError, StorageError
-from logo.models import demo_folder
-from logo.pools import DEMO_K, default_k, open_pool
+from logo.adapters.pool import DEFAULT_K, CurrentPool, open_pool
+from logo.adapters.sources import default_k, pool_sources
+from logo.errors import AdapterError, LeftOut, LoGoError, PoolError, StorageError, UsageError
+from logo.models import DEMO_K, demo_folder
 from logo.selection.settings import SelectionSettings
 from logo.training.pool import write_pool
 from make_adapters import (
@@ -76,86 +79,89 @@ NAMES = st.lists(st.text(min_size=1, max_size=6), unique=True, max_size=8)
 @calm
 @given(names=NAMES)
 def test_the_order_is_that_of_the_names_whatever_came_first(one: Adapter, names: list[str]) -> None:
-    at_once = AdapterPool(_named(one, name) for name in names)
+    at_once = AdapterPool(replace(one, name=name) for name in names)
     one_by_one = AdapterPool()
     for name in names:
-        one_by_one.add(one, name)
+        one_by_one = one_by_one.add(one, name)
     assert at_once.names == one_by_one.names == tuple(sorted(names))
     assert [adapter.name for adapter in at_once] == sorted(names)
+    assert at_once.digest == one_by_one.digest
 
 
 @calm
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from("abcde")), max_size=20))
-def test_a_pool_behaves_like_a_sorted_dictionary_whose_version_grows(
+def test_a_pool_never_changes_and_its_digest_is_that_of_its_content(
     one: Adapter, steps: list[tuple[bool, str]]
 ) -> None:
     pool, model = AdapterPool(), set[str]()
+    digests = {frozenset[str](): pool.digest}
     for add, name in steps:
-        before = pool.version
+        names, digest = pool.names, pool.digest
         if add == (name in model):
-            refused(lambda add=add, name=name: pool.add(one, name) if add else pool.remove(name))
-            assert pool.version == before
+            refused(lambda pool=pool, add=add, name=name: pool.add(one, name) if add else pool.remove(name))
             continue
         changed = pool.add(one, name) if add else pool.remove(name)
-        assert changed.name == name
         model ^= {name}
-        assert pool.version > before
-        assert pool.names == tuple(sorted(model))
-        assert len(pool) == len(model)
-        assert (name in pool) == add
+        assert (pool.names, pool.digest) == (names, digest)
+        assert changed.names == tuple(sorted(model)) and len(changed) == len(model)
+        assert (name in changed) == add
+        assert digests.setdefault(frozenset(model), changed.digest) == changed.digest
+        pool = changed
+    assert len(set(digests.values())) == len(digests)
 
 
-class HandingOver(BaseLayout):
-    """Lets another thread change the pool in the middle of every fit, and goes on when it has."""
+def test_the_digest_is_of_weights_scales_and_examples_not_of_folders(tmp_path: Path) -> None:
+    for name, changes in {"a/x": {}, "b/x": {}, "scaled/x": {"lora_alpha": 3}}.items():
+        write(tmp_path / name, TINY, **{"r": 1, **changes})
+    write(tmp_path / "other" / "x", tensors({"layers.0.q": (2, 2)}, rank=1, seed=1), r=1)
+    write(tmp_path / "named" / "y", TINY, r=1)
+    write(tmp_path / "told" / "x", TINY, r=1)
+    write_examples(tmp_path / "told" / "x", ["a prompt"])
+    found = {name: AdapterPool.open(tmp_path / name) for name in ("a", "b", "scaled", "other", "named", "told")}
+    digests = {name: pool.digest for name, pool in found.items()}
+    assert digests["a"] == digests["b"] == found["told"].without_examples().digest
+    assert len(set(digests.values())) == 5
+    assert found["a"].acting("last:2").digest != digests["a"]
 
-    turn, done = threading.Event(), threading.Event()
 
-    def matches(self, path: str) -> list[str]:
-        if not self.done.is_set():
-            self.turn.set()
-            assert self.done.wait(60)
-        return super().matches(path)
+def test_threads_that_change_an_engines_pool_lose_nothing(one: Adapter) -> None:
+    current = CurrentPool(AdapterPool([one]))
+    began, names = current.value, [f"{kind}{count}" for count in range(30) for kind in "az"]
 
+    def change(mine: list[str]) -> None:
+        for name in mine:
+            assert current.add(one, name).name == name
+            if name.endswith("7"):
+                assert current.remove(name).name == name
 
-def test_a_pool_may_change_while_another_thread_goes_through_it(one: Adapter) -> None:
-    pool = AdapterPool([_named(one, "m")])
-    layout = HandingOver({"layers.0.q": LinearShape(2, 2)})
-    changes = [name for count in range(40) for name in (f"a{count}", f"z{count}")]
-
-    def change() -> None:
-        for number, name in enumerate(changes):
-            assert layout.turn.wait(60)
-            layout.turn.clear()
-            pool.add(one, name)
-            if number % 3 == 2:
-                pool.remove(changes[number - 1])
-            layout.done.set()
-
-    thread = threading.Thread(target=change)
-    thread.start()
-    try:
-        for _ in changes:
-            before = pool.names
-            layout.done.clear()
-            assert pool.fit(layout).names == before
-    finally:
-        layout.done.set()
+    threads = [threading.Thread(target=change, args=(names[start::4],)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
         thread.join(60)
-    assert len(pool) == 1 + len(changes) - len(changes) // 3
+    assert set(current.names) == {"one", *(name for name in names if not name.endswith("7"))}
+    assert began.names == ("one",) and len(current) == len(list(current)) == len(current.value)
 
 
-def _named(adapter: Adapter, name: str) -> Adapter:
-    return AdapterPool().add(adapter, name)
+def test_a_change_is_not_lost_when_the_pool_before_it_is_replaced(one: Adapter) -> None:
+    current = CurrentPool(AdapterPool([one]))
+    before = current.value
+    current.add(one, "meanwhile")
+    current.put(AdapterPool([one]), instead_of=before)
+    assert current.names == ("meanwhile", "one")
+    current.put(before)
+    assert current.value is before
 
 
 def test_adding_a_bad_folder_is_refused_and_changes_nothing(one: Adapter, tmp_path: Path) -> None:
-    pool = AdapterPool([one])
-    assert refused(lambda: pool.add(tmp_path / "nowhere"), AdapterError).startswith("adapter 'nowhere': ")
-    assert (pool.names, pool.version) == (("one",), 1)
+    current = CurrentPool(AdapterPool([one]))
+    pool = current.value
+    assert refused(lambda: current.add(tmp_path / "nowhere"), AdapterError).startswith("adapter 'nowhere': ")
+    assert current.value is pool
 
 
 def test_an_unknown_name_is_met_with_the_closest(one: Adapter) -> None:
-    pool = AdapterPool(_named(one, name) for name in ("flanv2.wmt16", "flanv2.rte"))
+    pool = AdapterPool(replace(one, name=name) for name in ("flanv2.wmt16", "flanv2.rte"))
     asked = refused(lambda: pool["flanv2.wnt16"])
     assert asked == "no adapter 'flanv2.wnt16' in the pool of 2 (did you mean 'flanv2.wmt16'?)"
     assert refused(lambda: pool.remove("flanv2.wnt16")) == asked
@@ -179,7 +185,7 @@ def test_an_unknown_name_is_met_with_the_closest(one: Adapter) -> None:
     ],
 )
 def test_a_subset_is_chosen_by_names_and_patterns(one: Adapter, asked: Any, chosen: tuple[str, ...]) -> None:
-    pool = AdapterPool(_named(one, name) for name in ("b", "a", "t/y", "t/x", "odd[1]"))
+    pool = AdapterPool(replace(one, name=name) for name in ("b", "a", "t/y", "t/x", "odd[1]"))
     assert pool.subset(asked).names == chosen
     assert len(pool) == 5
 
@@ -195,14 +201,14 @@ def test_every_folder_with_an_adapter_is_found_and_named_by_its_relative_path(
     tmp_path_factory: pytest.TempPathFactory, names: set[str]
 ) -> None:
     root = put(tmp_path_factory.mktemp("found"), *names)  # some of them inside others
-    assert AdapterPool.from_directory(root).names == tuple(sorted(names))
+    assert AdapterPool.open(root).names == tuple(sorted(names))
 
 
 def test_an_adapter_folder_is_a_pool_of_one_under_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, "mine")
-    assert AdapterPool.from_directory(tmp_path / "mine").names == ("mine",)
+    assert AdapterPool.open(tmp_path / "mine").names == ("mine",)
     monkeypatch.chdir(tmp_path / "mine")
-    assert AdapterPool.from_directory(".").names == ("mine",)
+    assert AdapterPool.open(".").names == ("mine",)
     put(tmp_path, "other")
     monkeypatch.chdir(tmp_path)
     assert AdapterPool.open(".").names == AdapterPool.open("./").names == ("mine", "other")
@@ -210,8 +216,8 @@ def test_an_adapter_folder_is_a_pool_of_one_under_its_own_name(tmp_path: Path, m
 
 def test_two_folders_of_one_name_are_refused_by_name(tmp_path: Path) -> None:
     put(tmp_path, "x", "x/x", "x/y")
-    assert "adapter 'x': " in refused(lambda: AdapterPool.from_directory(tmp_path / "x"))
-    pool = AdapterPool.from_directory(tmp_path / "x", on_bad_adapter="skip")
+    assert "adapter 'x': " in refused(lambda: AdapterPool.open(tmp_path / "x"))
+    pool = AdapterPool.open(tmp_path / "x", on_bad_adapter="skip")
     assert pool.names == ("x", "y")
     assert [error.name for error in pool.refused] == ["x"]
     assert "rename one of them" in pool.refused[0].reason
@@ -225,11 +231,11 @@ def test_a_linked_adapter_that_acts_elsewhere_in_its_own_pool_gives_a_warning(tm
     (tmp_path / "pool" / "a").symlink_to(tmp_path / "elsewhere" / "a")
     (tmp_path / "pool" / "b").symlink_to(tmp_path / "elsewhere" / "plain" / "b")
     with pytest.warns(UserWarning, match=r"'a' is a link to .*elsewhere/pool.json says activation last:4") as told:
-        pool = AdapterPool.from_directory(tmp_path / "pool")
+        pool = AdapterPool.open(tmp_path / "pool")
     assert len(told) == 1 and all(adapter.activation.everywhere for adapter in pool)
 
     (tmp_path / "pool" / "pool.json").write_text('{"activation": "last:4"}')
-    assert [str(adapter.activation) for adapter in AdapterPool.from_directory(tmp_path / "pool")] == ["last:4"] * 2
+    assert [str(adapter.activation) for adapter in AdapterPool.open(tmp_path / "pool")] == ["last:4"] * 2
 
 
 def test_links_in_a_circle_end(tmp_path: Path) -> None:
@@ -237,7 +243,7 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     (tmp_path / "b" / "itself").symlink_to(tmp_path / "b")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    pool = AdapterPool.from_directory(tmp_path)
+    pool = AdapterPool.open(tmp_path)
     assert pool.names == ("a", "b/c")
     assert [error.name for error in pool.refused] == ["loop"]  # which leads nowhere
 
@@ -258,7 +264,7 @@ def test_a_real_folder_comes_before_every_link_to_it(tmp_path: Path) -> None:
     (tmp_path / "pool" / "alias").symlink_to("zulu/deep")
     for name in ("x", "y"):
         (tmp_path / "pool" / name).symlink_to(tmp_path / "elsewhere")
-    pool = AdapterPool.from_directory(tmp_path / "pool")
+    pool = AdapterPool.open(tmp_path / "pool")
     assert pool.names == ("b", "x/one", "zulu/deep")
     assert [(left.name, type(left)) for left in pool.refused] == [("alias", LeftOut), ("y", LeftOut)]
     both = AdapterPool.open([tmp_path / "pool", tmp_path / "elsewhere"])
@@ -271,23 +277,23 @@ def test_a_real_folder_comes_before_every_link_to_it(tmp_path: Path) -> None:
 def test_what_is_no_folder_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("x")
     where = tmp_path / "f" / "no"
-    text = refused(lambda: AdapterPool.from_directory(tmp_path / "no"), StorageError)
+    text = refused(lambda: AdapterPool.open(tmp_path / "no"), StorageError)
     assert text == f"adapter folder {tmp_path / 'no'}: expected a folder, found nothing; check the path"
-    assert "expected a folder, found" in refused(lambda: AdapterPool.from_directory(where), StorageError)
-    assert "found a file" in refused(lambda: AdapterPool.from_directory(tmp_path / "f"), StorageError)
+    assert "expected a folder, found" in refused(lambda: AdapterPool.open(where), StorageError)
+    assert "found another file" in refused(lambda: AdapterPool.open(tmp_path / "f"), UsageError)
 
 
-@pytest.mark.parametrize("path", ["x" * 300, "nul\0byte", ""])
+@pytest.mark.parametrize("path", ["x" * 300, "nul\0byte"])
 def test_a_path_that_cannot_be_is_one_line(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((StorageError, PoolError)) as caught:  # "" is the current folder, which is empty
-        AdapterPool.from_directory(path)
+    with pytest.raises(StorageError) as caught:
+        AdapterPool.open(path)
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_folder_without_adapters_says_what_was_expected(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    text = refused(lambda: AdapterPool.from_directory(tmp_path, on_bad_adapter="skip"))
+    text = refused(lambda: AdapterPool.open(tmp_path, on_bad_adapter="skip"))
     assert text == f"no adapters in {tmp_path}: expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth"
 
 
@@ -299,10 +305,10 @@ def shared() -> Iterator[Path]:
 
 def test_a_folder_that_may_not_be_listed_is_refused_and_not_passed_over(shared: Path) -> None:
     put(shared, "a", "group/b")
-    AdapterPool.from_directory(shared)  # imports everything before rights are gone
+    AdapterPool.open(shared)  # imports everything before rights are gone
     lock(shared / "group", shared)
-    assert "adapter 'group': the folder cannot be listed" in refused(lambda: AdapterPool.from_directory(shared))
-    pool = AdapterPool.from_directory(shared, on_bad_adapter="skip")
+    assert "adapter 'group': the folder cannot be listed" in refused(lambda: AdapterPool.open(shared))
+    pool = AdapterPool.open(shared, on_bad_adapter="skip")
     assert (pool.names, [error.name for error in pool.refused]) == (("a",), ["group"])
 
 
@@ -310,7 +316,7 @@ def test_a_folder_that_may_not_be_listed_is_refused_and_not_passed_over(shared: 
 def test_a_pool_that_may_not_be_entered_is_a_storage_error(shared: Path, below: str) -> None:
     put(shared, "locked/group/b")
     lock(shared / "locked", shared)
-    text = refused(lambda: AdapterPool.from_directory(shared / "locked" / below), StorageError)
+    text = refused(lambda: AdapterPool.open(shared / "locked" / below), StorageError)
     assert text == f"adapter folder {shared / 'locked' / below} cannot be read: Permission denied"
 
 
@@ -318,7 +324,7 @@ def test_a_pool_that_may_not_be_entered_is_a_storage_error(shared: Path, below: 
 
 
 def test_one_bad_adapter_refuses_the_pool_naming_the_first_and_counting_the_others(drawer: Path) -> None:
-    text = refused(lambda: AdapterPool.from_directory(drawer))
+    text = refused(lambda: AdapterPool.open(drawer))
     assert text.startswith("adapter 'alora_of_nothing': alora_invocation_tokens must be")
     assert f"({len(REFUSED) - 1} more bad in {drawer})" in text
     assert text.endswith(
@@ -327,7 +333,7 @@ def test_one_bad_adapter_refuses_the_pool_naming_the_first_and_counting_the_othe
 
 
 def test_skipping_keeps_the_good_one_and_every_reason(drawer: Path) -> None:
-    pool = AdapterPool.from_directory(drawer, on_bad_adapter="skip")
+    pool = AdapterPool.open(drawer, on_bad_adapter="skip")
     assert pool.names == ("good",)
     assert sorted(error.name for error in pool.refused) == sorted(REFUSED)
     assert all(isinstance(error, AdapterError) and error.reason for error in pool.refused)
@@ -343,12 +349,6 @@ def test_training_checkpoints_are_left_out_unless_they_are_named(tmp_path: Path)
     assert AdapterPool.open(str(tmp_path / "a" / "checkpoint-50")).names == ("checkpoint-50",)
 
 
-# ---- lazy -----------------------------------------------------------------------------------------------------------
-
-
-# ---- pickles --------------------------------------------------------------------------------------------------------
-
-
 # ---- unknown settings -----------------------------------------------------------------------------------------------
 
 
@@ -357,7 +357,7 @@ def test_unknown_settings_of_a_whole_pool_make_one_warning(tmp_path: Path) -> No
     write(tmp_path / "b", TINY, r=1, later_one=2, another=True)
     put(tmp_path, "c")
     with pytest.warns(UserWarning) as caught:
-        AdapterPool.from_directory(tmp_path)
+        AdapterPool.open(tmp_path)
     assert [str(w.message) for w in caught] == [f"{CONFIG}: unknown settings ignored: another, later_one"]
     assert caught[0].filename == __file__
 
@@ -369,7 +369,7 @@ def test_adapters_that_do_not_fit_are_refused_or_skipped(tmp_path: Path) -> None
     put(tmp_path, "a")
     for name in ("y", "z"):
         write(tmp_path / name, tensors({f"layers.0.{Q}": (2, 2)}, rank=1), r=1)
-    pool = AdapterPool.from_directory(tmp_path)
+    pool = AdapterPool.open(tmp_path)
     text = refused(lambda: pool.fit(FITS))
     assert text.startswith("adapter 'y': does not fit the base model: 1 of 1 modules")
     assert "(1 more bad in the pool)" in text
@@ -388,7 +388,7 @@ def test_what_does_not_fit_is_left_out_of_the_pool_with_a_warning(tmp_path: Path
         write_peft(tmp_path / "pool" / name, seed=seed)
     for name in ("pool/early", "late"):
         write(tmp_path / name, tensors({"model.layers.7.self_attn.q_proj": (32, 32)}))
-    pool = AdapterPool.from_directory(tmp_path / "pool")
+    pool = AdapterPool.open(tmp_path / "pool")
     settings = SelectionSettings.of(signal="norm", k=1)
     with pytest.warns(UserWarning, match="1 bad adapter is left out of the pool: adapter 'early': does not fit"):
         logo = LoGo(tiny.model("llama"), tokenizer(), pool, settings=settings, on_bad_adapter="skip")
@@ -409,7 +409,7 @@ def test_what_was_left_out_can_be_added_once_it_is_good(tmp_path: Path) -> None:
     """Under the same name; and the pool that the caller has stays whole, for engines of other base models."""
     write_peft(tmp_path / "pool" / "a", seed=0)
     write(tmp_path / "pool" / "x", tensors({"model.layers.7.self_attn.q_proj": (32, 32)}))
-    pool = AdapterPool.from_directory(tmp_path / "pool")
+    pool = AdapterPool.open(tmp_path / "pool")
     settings = SelectionSettings.of(signal="norm", k=1)
     with pytest.warns(UserWarning, match="'x': does not fit"):
         logo = LoGo(tiny.model("llama"), tokenizer(), pool, settings=settings, on_bad_adapter="skip")
@@ -430,8 +430,9 @@ def test_training_more_adapters_keeps_the_pools_k(tmp_path: Path) -> None:
 def test_the_demos_pool_has_one_k_however_it_is_named(tmp_path: Path) -> None:
     folder = demo_folder() / "adapters"
     pools = [open_pool(place, "demo") for place in (None, folder, str(folder), [folder])]
-    pools.append(AdapterPool.from_directory(folder))
+    pools.append(AdapterPool.open(folder))
     assert [pool.default_k for pool in pools] == 5 * [DEMO_K] == 5 * [3]
-    assert default_k("demo") == default_k("demo", str(folder)) == 3
+    for named in (None, str(folder)):
+        assert default_k(pool_sources(named, "demo"), DEFAULT_K) == 3
     shutil.copytree(folder, tmp_path / "mine")
     assert LoGo.from_pretrained("demo", tmp_path / "mine", device="cpu", signal="norm").k == 3

@@ -12,10 +12,10 @@ from torch import nn
 import tiny
 from logo import AdapterPool
 from logo.adapters.activation import EVERYWHERE, Activation
-from logo.adapters.export import write_mixture
-from logo.adapters.format import open_adapter
-from logo.adapters.hub import adapter_patterns
-from logo.adapters.publishing import Upload
+from logo.adapters.adapter import open_adapter
+from logo.adapters.publish import contents_of
+from logo.adapters.sources import adapter_patterns
+from logo.adapters.write import write_mixture
 from logo.cli.run import run
 from logo.errors import UsageError
 from make_adapters import tensors, write
@@ -30,7 +30,7 @@ def note(folder: Path, **said: object) -> Path:
 
 
 def activations(folder: Path) -> dict[str, Activation]:
-    pool = AdapterPool.from_directory(folder)
+    pool = AdapterPool.open(folder)
     return {adapter.name: adapter.activation for adapter in pool}
 
 
@@ -68,7 +68,7 @@ def test_adapters_act_where_the_nearest_notes_say(pool: Path) -> None:
 def test_it_does_so_also_from_its_own_folder(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(pool / "a")
     for place in (".", Path(os.curdir)):
-        [adapter] = AdapterPool.from_directory(place)
+        [adapter] = AdapterPool.open(place)
         assert adapter.activation == open_adapter(place).activation == Activation(last=4)
 
 
@@ -88,17 +88,17 @@ def test_inspect_shows_it(pool: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_what_is_sent_says_it(pool: Path) -> None:
     (pool / "broken" / "pool.json").unlink()
-    sent = Upload.of(pool, list(AdapterPool.from_directory(pool)), "org/loras", "tasks").files
+    sent = contents_of(pool, list(AdapterPool.open(pool)), "org/loras", "tasks")
     assert [file for file in sent if file.endswith("pool.json")] == [
-        "plain/pool.json",
-        "pool.json",
-        "two/pool.json",
+        "tasks/plain/pool.json",
+        "tasks/pool.json",
+        "tasks/two/pool.json",
     ]
-    [alone] = AdapterPool.from_directory(pool / "a")
+    [alone] = AdapterPool.open(pool / "a")
     with pytest.raises(UsageError, match=r"acts on last:4 because of a pool\.json in the folder above"):
-        Upload.of(pool / "a", [alone], "org/loras", "a")
-    [spoken] = AdapterPool.from_directory(pool / "two" / "g")  # says it itself
-    assert "adapter_config.json" in Upload.of(pool / "two" / "g", [spoken], "org/loras", "g").files
+        contents_of(pool / "a", [alone], "org/loras", "a")
+    [spoken] = AdapterPool.open(pool / "two" / "g")  # says it itself
+    assert "g/adapter_config.json" in contents_of(pool / "two" / "g", [spoken], "org/loras", "g")
 
 
 def test_what_is_fetched_for_one_adapter_says_it_too() -> None:

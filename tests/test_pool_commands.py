@@ -12,8 +12,8 @@ import torch
 
 import tiny
 from logo import AdapterPool
+from logo.adapters.adapter import open_adapter
 from logo.adapters.examples import write_examples
-from logo.adapters.format import open_adapter
 from logo.cli.run import run
 from make_adapters import Q, V, edit_weights, tensors, write, write_drawer, write_peft
 
@@ -108,7 +108,7 @@ def test_examples_of_requests_that_named_their_adapter(
     lines = [json.dumps({"logger": "logo.access", "selections": [one]}) for one in entries]
     log.write_text("\n".join([*lines, "another program's line", '{"logger": "logo.access"}', ""]))
     assert output(capsys, "examples", pool, "--from-log", log) == {"a": 8, "dead": 1, "deep/b": 0}
-    assert AdapterPool.from_directory(pool)["a"].examples == tuple(f"prompt {n}" for n in range(8))
+    assert AdapterPool.open(pool)["a"].examples == tuple(f"prompt {n}" for n in range(8))
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "row {n}", "adapter": "deep/b"}}\n' for n in range(3)))
     assert run(["pool", "examples", str(pool), "--from-log", str(tmp_path / "rows.jsonl")]) == 0
     assert "   3 deep/b (new)" in capsys.readouterr().out

@@ -117,7 +117,7 @@ def test_a_second_signal_does_not_wait(serving: Serving, number: signal.Signals)
 
 def test_a_replica_that_finds_another_pool_does_not_start() -> None:
     launch: Any = None
-    found = partial(AdapterPool.from_directory, adapters_dir())
+    found = partial(AdapterPool.open, adapters_dir())
     other = AdapterPool(adapter for adapter in found() if adapter.name != "french")
     with pytest.raises(LoGoError, match="finds other adapters or example prompts"):
         asyncio.run(Replica.__init__(Replica.__new__(Replica), Plan(launch, {}, found, replicas.digest(other), 1)))

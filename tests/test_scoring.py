@@ -34,7 +34,7 @@ def drawer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def logo(drawer: Path) -> LoGo:
     settings = SelectionSettings(signal="norm", k=2)
-    return LoGo(tiny.model("llama"), tokenizer(), AdapterPool.from_directory(drawer), settings=settings)
+    return LoGo(tiny.model("llama"), tokenizer(), AdapterPool.open(drawer), settings=settings)
 
 
 def plain(model: nn.Module, tokens: PreTrainedTokenizerFast, prompt: str, gold: str) -> tuple[float, bool]:
@@ -98,7 +98,7 @@ def test_of_tokens_of_one_likelihood_the_first_matches_exactly_in_both_engines(
 def test_every_architecture(name: str, tmp_path: Path) -> None:
     model = tiny.model(name)
     write_adapter(tmp_path / "t", model, ("q_proj", "query_key_value", "c_attn"), rank=2, seed=0)
-    logo = LoGo(model, tokenizer(), AdapterPool.from_directory(tmp_path), settings=SelectionSettings("norm", k=1))
+    logo = LoGo(model, tokenizer(), AdapterPool.open(tmp_path), settings=SelectionSettings("norm", k=1))
     base, mixed = logo.score(PROMPT, GOLD, [{}, {"t": 1.0}])
     nll, match = plain(model, logo.tokenizer, PROMPT, GOLD)
     assert (base.nll, base.exact_match) == (same_scores(nll), match)

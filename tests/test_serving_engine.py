@@ -17,7 +17,7 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.core import Prompt
 from logo.decoding import Decoding, call_config, greedy_config
 from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
@@ -332,7 +332,7 @@ def test_an_adapter_that_cannot_be_used_changes_nothing(
         (bad / "adapter_model.safetensors").rename(bad / "adapter_model.bin")
     ids = tiny.prompts([6], seed=5)[0]
     settings = SelectionSettings("norm", k=3)
-    pool = AdapterPool.from_directory(tmp_path / "pool")
+    pool = AdapterPool.open(tmp_path / "pool")
     logo = LoGo(llama, tokenizer(), pool, settings=settings, on_bad_adapter=on_bad)
 
     async def use(service: Service) -> Any:

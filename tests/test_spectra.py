@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logo.adapters.format import LoraWeights
-from logo.adapters.spectra import effective_rank, singular_values
+from logo.adapters.adapter import LoraWeights
+from logo.adapters.publish import effective_rank, singular_values
 from make_adapters import calm
 
 

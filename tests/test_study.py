@@ -46,7 +46,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
     model = tiny.model("llama")
     for i in range(5):
         write_adapter(root / f"t{i}", model, ("q_proj", "v_proj"), rank=i + 1, seed=i, scale=0.4)
-    pool = AdapterPool.from_directory(root)
+    pool = AdapterPool.open(root)
     return {
         signal: LoGo(model, tokenizer(), pool, settings=SelectionSettings(signal=signal, k=2))
         for signal in ("norm", "entropy")

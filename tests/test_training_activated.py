@@ -113,7 +113,7 @@ def test_the_pool_says_where_its_adapters_act(made: tuple[str, Path]) -> None:
     _, _, activation, said = MADE[name]
     noted = json.loads((pool / "pool.json").read_text())
     assert noted["activation"] == said and noted["recipe"]["activation"] == said
-    opened = AdapterPool.from_directory(pool, on_bad_adapter="error")
+    opened = AdapterPool.open(pool, on_bad_adapter="error")
     assert [str(one.activation) for one in opened] == [said] * 3 and opened.read_once
     assert {one.activation for one in opened} == {activation}
     for one in ("a", "deep/b", "c"):
@@ -129,7 +129,7 @@ def test_logo_and_peft_answer_alike(made: tuple[str, Path], world: Path) -> None
     activation = MADE[name][2]
     base = tiny.model("llama", eos_token_id=None)
     settings = SelectionSettings.of(signal="norm", k=1, cache="")
-    logo = LoGo(base, tokenizer(bos=False), AdapterPool.from_directory(pool), settings=settings)
+    logo = LoGo(base, tokenizer(bos=False), AdapterPool.open(pool), settings=settings)
     for folder in ("a", "deep/b"):
         adapter = pool / folder
         if not activation.tokens:
@@ -214,7 +214,7 @@ def test_prompts_that_lack_the_invocation_fail_their_task_only(
     lacking = "lacking.jsonl, row 11: expected the invocation 'w88 w89' in the prompt, found '<s> w3 w88' at its end"
     assert "failed lacking: " in told and f"{lacking}; {end}" in told
     assert "long.jsonl, row 11: " in told and "w6' at its end (--max-length may have cut it off)" in told
-    assert AdapterPool.from_directory(tmp_path / "pool").names == ("fine",)
+    assert AdapterPool.open(tmp_path / "pool").names == ("fine",)
 
 
 def settled(asked: Task, recipe: Recipe, settling: Settling, tokens: Any) -> Any:

@@ -79,7 +79,7 @@ def test_a_pool_opens_them_without_a_word(made: Any) -> None:
     _, root, learned = made
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pool = AdapterPool.from_directory(root / "pool", on_bad_adapter="error")
+        pool = AdapterPool.open(root / "pool", on_bad_adapter="error")
     assert pool.names == ("deep/two", "one")
     for name, best in learned.items():
         paths = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in best}

@@ -146,7 +146,7 @@ def test_numbers_as_yaml_reads_them(file: Path) -> None:
         ("warmup: 1", "warmup: expected a share from 0 to below 1, found 1"),
         ("schedule: cosin", "schedule: expected one of cosine, linear, constant, found 'cosin'"),
         ("activation: late", "activation: expected everywhere, invocation or last:N, found 'late'"),
-        ("activation: last:0", "activation last:0: no adapter would act on the prompt's last token"),
+        ("activation: last:0", "invocation or last:N, found 'last:0'; N is 1 or more"),
         ("activation: invocation", "activation invocation: give the text"),
         ("{activation: last:2, invocation: A}", "give either an invocation or activation last:2, found both"),
         ("tasks: {a: {activation: activated, invocation: A}}", "give either an invocation or activation activated"),

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from logo.adapters.pool import open_pool
 from logo.backends.vllm import ops
 from logo.backends.vllm.gates import StepGates, add_gated, turned
 from logo.backends.vllm.options import OPTIONS, POOL, VllmOptions
@@ -22,7 +23,6 @@ from logo.backends.vllm.slots import Slots, check_slots
 from logo.backends.vllm.taps import Taps
 from logo.core import Selection
 from logo.errors import UsageError
-from logo.pools import default_pool
 
 CPU = torch.device("cpu")
 KEYS = st.text("0123456789abcdef", min_size=16, max_size=16)
@@ -214,7 +214,7 @@ def test_options_that_cannot_be_used(additional: Any, environment: dict[str, str
 
 
 def test_slots_follow_from_the_pool() -> None:
-    pool = default_pool("demo")  # 16 adapters of rank 8
+    pool = open_pool(None, "demo")  # 16 adapters of rank 8
     needed = Slots.of(pool)
     assert needed == Slots(16, 8, ("q_proj", "v_proj"))
     check_slots(pool, SimpleNamespace(max_loras=16, max_lora_rank=8))
@@ -230,7 +230,7 @@ def test_slots_follow_from_the_pool() -> None:
 @pytest.mark.parametrize("weight", [16.5, -1e30, float("nan")])
 def test_weights_of_a_request_are_bounded(weight: float) -> None:
     """Far larger ones make sound adapters overflow."""
-    pool = KeyedPool.of(default_pool("demo"))
+    pool = KeyedPool.of(open_pool(None, "demo"))
     assert pool.recipe(Selection.forced({"antonym": -16.0, "capital": 0.5})).parts
     with pytest.raises(UsageError, match=r"adapter 'antonym': expected a weight from -16 to 16, found"):
         pool.recipe(Selection.forced({"antonym": weight, "capital": 0.5}))

@@ -22,7 +22,7 @@ from logo.errors import (
 )
 
 if TYPE_CHECKING:
-    from logo.adapters.format import Adapter, LoraWeights
+    from logo.adapters.adapter import Adapter, LoraWeights
     from logo.adapters.pool import AdapterPool
     from logo.baselines.method import Method, Prepared, Task
     from logo.baselines.registry import register_method
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"  # the only place; pyproject.toml reads it from here
 
 _LAZY = {
-    "Adapter": "logo.adapters.format",
+    "Adapter": "logo.adapters.adapter",
     "AdapterPool": "logo.adapters.pool",
     "Generation": "logo.core",
     "LoGo": "logo.engine",
-    "LoraWeights": "logo.adapters.format",
+    "LoraWeights": "logo.adapters.adapter",
     "Method": "logo.baselines.method",
     "MetricFunction": "logo.evaluation.metrics",
     "Prepared": "logo.baselines.method",

@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
@@ -19,10 +18,10 @@ import torch
 from torch import Tensor
 
 from logo.adapters.activation import EVERYWHERE, check_forced
-from logo.adapters.export import write_mixture
 from logo.adapters.layout import BaseLayout
-from logo.adapters.options import OnBadAdapter
-from logo.adapters.pool import AdapterPool, warn_of_bad
+from logo.adapters.pool import AdapterPool, CurrentPool, warn_of_bad
+from logo.adapters.sources import OnBadAdapter
+from logo.adapters.write import write_mixture
 from logo.core import Forced, Generation, Options, Prompt, Selection
 from logo.decoding import (
     Decoder,
@@ -66,7 +65,8 @@ class LoGo:
     Args:
         model: a Hugging Face causal LM, in eval mode. Its weights are never changed.
         tokenizer: the model's, with a pad token.
-        pool: the adapters. It may be changed later (`pool.add`, `pool.remove`): the next call sees the change.
+        pool: the adapters. The engine's own may be changed later (`logo.pool.add`, `logo.pool.remove`): the next call
+            sees the change.
         settings: how prompts are read, scored and selected.
         generation_config: how calls decode that give no config; None: greedily.
         truncation: how prompts are cut that are too long.
@@ -93,7 +93,7 @@ class LoGo:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        pool: AdapterPool,
+        pool: AdapterPool | CurrentPool,
         *,
         settings: SelectionSettings | None = None,
         generation_config: GenerationConfig | None = None,
@@ -104,10 +104,11 @@ class LoGo:
         merge: bool | None = None,
         on_bad_adapter: OnBadAdapter = "error",
     ) -> None:
+        pool = pool.value if isinstance(pool, CurrentPool) else pool
         check_type("pool", pool, AdapterPool, "an AdapterPool, such as AdapterPool.open(SOURCE)")
         check_usable(model)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings or SelectionSettings()
-        self.pool = pool if on_bad_adapter == "error" else copy(pool)  # other engines may fit what this one leaves out
+        self.pool = CurrentPool(pool)
         self.probe_context = _checked_context(probe_context, self.settings.signal)
         self._lock = lock_of(model)
         with self._lock:  # an answer of another engine sets the checkpoint's config aside
@@ -124,7 +125,7 @@ class LoGo:
         self._carried: tuple[str, ...] | None = None  # the adapters that the last prompt selected
         self._scorers: dict[str, Scorer] = {}  # by signal, of the pool as it is
         self._earlier: dict[str, Scorer] = {}  # of an earlier pool, whose responses are reused
-        self.take(self.prepared(self.pool))
+        self.take(self.prepared(pool))
         warn_of_bad(self._fitted.refused)
 
     @classmethod
@@ -170,15 +171,15 @@ class LoGo:
             PoolError, AdapterError: it was changed, and cannot be used any more; calls before used the old one.
         """
         check_mode(self.model)
-        if self.pool.version != self._seen:
+        if self.pool.value is not self._seen:
             with self._lock:
-                if self.pool.version != self._seen:
-                    known = len(self.pool.refused)
-                    prepared = self.prepared(self.pool)
+                pool = self.pool.value
+                if pool is not self._seen:
+                    prepared = self.prepared(pool)
                     for signal in self._scorers:  # a pool that cannot be scored changes nothing
                         self.calibrate(signal, prepared=prepared)
-                    self.take(prepared)
-                    warn_of_bad(prepared.fitted.refused[known:])
+                    self.take(prepared, pool)
+                    warn_of_bad(prepared.fitted.refused[len(pool.refused) :])
         return self._fitted
 
     @property
@@ -255,7 +256,6 @@ class LoGo:
             PoolError: an adapter does not fit.
         """
         with self._lock:
-            version = pool.version
             fitted = pool.fit(self._layout, model=self.model, on_bad_adapter=self._on_bad_adapter)
             fitted = fitted.acting(self.settings.activation, self.settings.when_not_invoked)
             plain = [adapter.name for adapter in fitted if adapter.activation.everywhere]
@@ -266,14 +266,14 @@ class LoGo:
                     UserWarning,
                     stacklevel=3,
                 )
-            return Prepared(pool, version, fitted, {})
+            return Prepared(pool.without(fitted.refused), fitted, {})
 
-    def take(self, prepared: Prepared) -> None:
-        """Replaces the pool by a prepared one."""
+    def take(self, prepared: Prepared, instead_of: AdapterPool | None = None) -> None:
+        """Replaces the pool by a prepared one; a change of the pool `instead_of` which it comes is kept."""
         with self._lock:
             self._earlier |= self._scorers
-            self._fitted, self.pool, self._scorers = prepared.fitted, prepared.pool, dict(prepared.scorers)
-            self._seen = self.pool.leave_out(self._fitted.refused, prepared.version)
+            self._fitted, self._seen, self._scorers = prepared.fitted, prepared.pool, dict(prepared.scorers)
+            self.pool.put(prepared.pool, instead_of)
             asked, activations = self.settings.probe_text, self._fitted.activations
             invoked = self._fitted.read_once and any(one.tokens for one in activations)
             self._probes_all = asked == "all" or (asked is None and invoked)
@@ -547,7 +547,7 @@ class LoGo:
             return self._scored(pool, pairs, [forced(entry, pool).mixture for entry in adapters], batch_size)
 
     def save_mixture(self, mixture: Forced, folder: str | Path) -> Path:
-        """Writes a mixture as one plain PEFT adapter; see `logo.adapters.export`.
+        """Writes a mixture as one plain PEFT adapter; see `logo.adapters.write`.
 
         Args:
             mixture: a `Selection`, or `{"name": weight, ...}`.
@@ -657,13 +657,12 @@ class Prepared:
     """A pool that an engine can take at once.
 
     Attributes:
-        pool: as it was given, with its `version`.
+        pool: as it was given, without adapters that do not fit.
         fitted: matched to the base model.
         scorers: of it, by the signals for which `LoGo.calibrate` has calibrated it.
     """
 
     pool: AdapterPool
-    version: int
     fitted: AdapterPool
     scorers: dict[str, Scorer]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,12 +51,12 @@ def is_repo_id(text: str) -> bool:
 
 def is_hub_id(text: str) -> bool:
     """Whether `text` looks like `namespace/name` and is not a folder that exists here."""
-    return is_repo_id(text) and not Path(text).is_dir()
+    return is_repo_id(text) and not os.path.isdir(text)
 
 
 def is_hub_spec(text: str) -> bool:
     """Whether `text` looks like `namespace/name[/folder...][@revision]` and is not a folder that exists here."""
-    return not Path(text).is_dir() and is_hub_id("/".join(text.partition("@")[0].split("/")[:2]))
+    return not os.path.isdir(text) and is_hub_id("/".join(text.partition("@")[0].split("/")[:2]))
 
 
 def split_hub_spec(text: str) -> tuple[str, str | None, str | None]:
@@ -205,10 +206,11 @@ def is_lasting(error: HubError) -> bool:
     connection that broke or a full disk, says nothing about it."""
     from huggingface_hub import errors
 
-    own = (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
-    own += (errors.RemoteEntryNotFoundError, errors.DisabledRepoError)  # type: ignore[assignment]
+    absent = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError)
     chain = list(causes(error))
-    return len(chain) == 1 or any(isinstance(link, own) for link in chain)
+    return len(chain) == 1 or any(
+        isinstance(link, (*absent, errors.GatedRepoError, errors.DisabledRepoError)) for link in chain
+    )
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

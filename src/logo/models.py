@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO = "demo"
+DEMO_K = 3  # adapters per prompt of the bundled pool, which has fewer than 20; its `pool.json` says so, too
 _LOADING = ("dtype", "torch_dtype", "device_map", "attn_implementation", "quantization_config", "revision", "token")
 OFFICIAL_MODELS = {
     "Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
@@ -263,39 +264,26 @@ def context_length(model: Any) -> int | None:
 
 
 def load_config(base_model: str, *, model_dir: str | Path | None = None) -> Any:
-    """The configuration of a base model; from the Hub only this small file is downloaded.
-
-    Raises:
-        ModelError, HubError: as `load_base`.
-    """
+    """The configuration of a base model; from the Hub only this small file is downloaded. Errors as `load_base`."""
     import transformers
 
     source = resolve_base(base_model, model_dir)
-    folder = str(download_model(source, config_only=True)) if is_hub_id(source) else source
     with loading(base_model, source):
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(fetch(source, config_only=True), trust_remote_code=False)
 
 
 def load_tokenizer(base_model: str, *, model_dir: str | Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model.
-
-    Raises:
-        ModelError, HubError: as `load_base`.
-    """
+    """The tokenizer of a base model. Errors as `load_base`."""
     import transformers
 
     source = resolve_base(base_model, model_dir)
     with loading(base_model, source):
-        folder = fetch(source)
-        return _padded(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False), base_model)
+        found = transformers.AutoTokenizer.from_pretrained(fetch(source), trust_remote_code=False)
+        return _padded(found, base_model)
 
 
 def load_skeleton(base_model: str, *, model_dir: str | Path | None = None) -> PreTrainedModel:
-    """A base model without weights, on the meta device, from its configuration alone.
-
-    Raises:
-        ModelError, HubError: as `load_base`.
-    """
+    """A base model without weights, on the meta device, from its configuration alone. Errors as `load_base`."""
     config = load_config(base_model, model_dir=model_dir)
     with loading(base_model, resolve_base(base_model, model_dir)):
         return skeleton(config)
@@ -323,10 +311,15 @@ def cached_heads(config: Any) -> tuple[int, int]:
     return getattr(text, "num_key_value_heads", None) or text.num_attention_heads, width
 
 
-def download_model(
-    repo_id: str, *, revision: str | None = None, token: str | bool | None = None, config_only: bool = False
-) -> Path:
-    """Downloads a base model (configuration, tokenizer, safetensors), and returns its local folder.
+def check_access(base_model: str, *, model_dir: str | Path | None = None) -> None:
+    """Checks that a base model exists and may be read, before anything large is downloaded. Errors as `load_base`."""
+    fetch(resolve_base(base_model, model_dir), config_only=True)
+
+
+def fetch(
+    source: str, *, revision: str | None = None, token: str | bool | None = None, config_only: bool = False
+) -> str:
+    """The local folder of a base model: `source` itself, or the snapshot of its Hub repository.
 
     Unlike transformers' own download it says within seconds that the Hub cannot be reached, and takes no pickles.
 
@@ -334,41 +327,20 @@ def download_model(
         config_only: download the configuration alone, which shows that the model may be read.
 
     Raises:
-        UsageError, HubError: as `logo.hub.download_files`.
-    """
-    check_revision(repo_id, revision)
-    wanted = ["config.json"] if config_only else _FILES
-    try:
-        return snapshot(
-            repo_id,
-            revision=revision,
-            token=token,
-            progress=not config_only,
-            allow_patterns=wanted,
-            ignore_patterns=_LEFT_OUT,
-        )
-    except Exception as error:  # the boundary, as in `download_files`
-        raise hub_error(repo_id, error, revision=revision) from error
-
-
-def check_access(base_model: str, *, model_dir: str | Path | None = None) -> None:
-    """Raises an error if a base model does not exist or may not be read, before anything large is downloaded.
-
-    Raises:
-        ModelError, HubError: as `load_base`.
-    """
-    source = resolve_base(base_model, model_dir)
-    if is_hub_id(source):
-        download_model(source, config_only=True)
-
-
-def fetch(source: str, *, revision: str | None = None, token: str | bool | None = None) -> str:
-    """The local folder of a base model: `source` itself, or the snapshot of its Hub repository.
-
-    Raises:
+        UsageError: a revision that could not exist.
         HubError: the Hub refused or could not be reached.
     """
-    return str(download_model(source, revision=revision, token=token)) if is_hub_id(source) else source
+    if not is_hub_id(source):
+        return source
+    check_revision(source, revision)
+    wanted: dict[str, Any] = {
+        "allow_patterns": ["config.json"] if config_only else _FILES,
+        "ignore_patterns": _LEFT_OUT,
+    }
+    try:
+        return str(snapshot(source, revision=revision, token=token, progress=not config_only, **wanted))
+    except Exception as error:  # the boundary, as in `logo.hub.download_files`
+        raise hub_error(source, error, revision=revision) from error
 
 
 @contextmanager

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from logo import plugins
-from logo.adapters.options import OnBadAdapter
-from logo.adapters.pool import DEFAULT_K, AdapterPool
+from logo.adapters.pool import DEFAULT_K, AdapterPool, officially_named, open_pool
+from logo.adapters.sources import OnBadAdapter, pool_sources, spec_of
 from logo.errors import UsageError, check_type, closest
 from logo.models import load_base
-from logo.pools import officially_named, open_pool, pool_place
 from logo.prompts import Truncation
 from logo.selection.settings import SelectionSettings
 
@@ -41,13 +40,13 @@ def opened(
     revision: str | None = None,
     token: str | bool | None = None,
     truncation: Truncation | None = None,
-    trust_remote_code: Literal[False] = False,
+    trust_remote_code: bool = False,
     on_bad_adapter: OnBadAdapter = "error",
     **options: Any,
 ) -> T:
     """See `LoGo.from_pretrained`; `make` is the class of the engine."""
     plugins.load_installed()
-    if not isinstance(base_model, (str, os.PathLike)) and hasattr(base_model, "generate"):
+    if hasattr(base_model, "generate"):
         raise UsageError("base_model: a loaded model has no name to open; give it to LoGo(model, tokenizer, pool)")
     check_type("base_model", base_model, (str, os.PathLike), "a Hub id, a folder or a short name")
     base_model = os.fspath(base_model)
@@ -68,7 +67,7 @@ def opened(
     local: dict[str, Any] = {name: options.pop(name) for name in LOCAL_OPTIONS if name in options}
     settings = SelectionSettings.of(**options)
     whence: dict[str, Any] = {"model_dir": model_dir, "revision": revision, "token": token}
-    named = None if pool is None or isinstance(pool, AdapterPool) else pool_place(pool, base_model).spec
+    named = None if pool is None or isinstance(pool, AdapterPool) else spec_of(pool_sources(pool, base_model))
     if engine != LOCAL:
         if official:
             raise UsageError("preset 'official' probes as the authors' script does: use the engine 'local'")

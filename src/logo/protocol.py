@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.core import Selection
 from logo.errors import LoGoError
 

@@ -53,11 +53,11 @@ def settings_of_vllm() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def logo() -> LoGo:
     """The library on the demo model and its pool, as the oracle."""
+    from logo.adapters.pool import open_pool
     from logo.models import load_base
-    from logo.pools import default_pool
 
     model, tokenizer = load_base("demo", device="cpu", dtype="float32")
-    return LoGo(model, tokenizer, default_pool("demo"))
+    return LoGo(model, tokenizer, open_pool(None, "demo"))
 
 
 @pytest.fixture(scope="module")

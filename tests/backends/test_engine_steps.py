@@ -11,9 +11,9 @@ import pytest
 from engines import Engines
 
 from logo import AdapterPool, LoGo
+from logo.adapters.pool import open_pool
 from logo.backends.vllm.recipe import Recipe
 from logo.models import load_base
-from logo.pools import default_pool
 from logo.selection.settings import SelectionSettings
 from test_engine import write_adapter
 
@@ -55,7 +55,7 @@ def test_calibrations_are_kept_where_the_library_keeps_them(
     step = {"do": "probe", "prompts": rows[:2], "signal": "calibrated"}
     [found] = engines.run(tmp_path, SLOTS, {"cache": cache, "signals": []}, step)
     model, tokenizer = load_base("demo", device="cpu", dtype="float32")
-    own = LoGo(model, tokenizer, default_pool("demo"), settings=SelectionSettings(cache=cache))
+    own = LoGo(model, tokenizer, open_pool(None, "demo"), settings=SelectionSettings(cache=cache))
     calibration = own.calibrate()
     assert calibration is not None and calibration.measured == 0
     assert found[0] == pytest.approx(list(own.select(rows[0]).scores.values()), rel=1e-4)
@@ -72,7 +72,7 @@ def test_adapters_of_any_rank_on_any_layers(engines: Engines, tmp_path: Path, ro
     ]
     for i, names in enumerate(targets):
         write_adapter(pool / f"t{i}", model, names, rank=2 * i + 1, seed=i)
-    logo = LoGo(model, tokenizer, AdapterPool.from_directory(pool))
+    logo = LoGo(model, tokenizer, AdapterPool.open(pool))
     wanted = [{}, *({name: 1.0} for name in logo.names), *mixtures(logo.names, 11, 3)]
     found = engines.run(
         tmp_path,

@@ -14,7 +14,7 @@ from test_engine_steps import SLOTS
 from vllm_server import ASSETS
 
 from logo import LoGo
-from logo.adapters.files import EXAMPLES
+from logo.adapters.peft import EXAMPLES
 from logo.evaluation.identity import engine_identity
 from tolerances import same_scores, same_selection
 

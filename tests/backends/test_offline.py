@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from logo import AdapterPool, LoGo, UsageError
-from logo.adapters.files import EXAMPLES
+from logo.adapters.peft import EXAMPLES
 from logo.backends.vllm.marks import probing
 from logo.core import Prompt
 from logo.errors import LoGoError, PoolError
@@ -339,13 +339,13 @@ def test_what_vllm_cannot_decode_is_refused_in_a_line(inside: Any, options: dict
 
 
 def test_a_pool_that_changes_is_refused(inside: Any, pool: Path) -> None:
-    removed = inside.pool.remove("ours/small")
+    before = inside.pool.value
+    inside.pool.remove("ours/small")
     try:
         with pytest.raises(UsageError, match="the pool of the engine 'vllm' cannot change"):
             inside.select("x")
     finally:
-        inside.pool.add(removed)
-        inside._version = inside.pool.version
+        inside.pool.value = before
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_what_cannot_be_opened_is_refused_in_a_line(base: Path, pool: Path, opti
 
 
 def test_a_pool_in_memory_has_to_be_a_folder(base: Path, pool: Path) -> None:
-    whole = AdapterPool.from_directory(pool)
+    whole = AdapterPool.open(pool)
     with pytest.raises(PoolError, match="expected all adapters in one folder"):
         LoGo.from_pretrained(str(base), whole.subset("ours/*"), engine="vllm")
 

@@ -9,15 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from vllm_server import ASSETS, Server, environment
 
 from logo import LoGo
+from logo.adapters.pool import open_pool
 from logo.models import load_base
-from logo.pools import default_pool
 
 USUAL = ("--max-loras", "16", "--max-lora-rank", "8", "--max-model-len", "256")
 
 
 def test_two_ranks_give_the_same_answers(serve: Callable[..., Server]) -> None:
     model, tokenizer = load_base("demo", device="cpu", dtype="float32")
-    logo = LoGo(model, tokenizer, default_pool("demo"))
+    logo = LoGo(model, tokenizer, open_pool(None, "demo"))
     files = sorted((ASSETS / "heldout").glob("*.jsonl"))
     rows = [json.loads(line)["context"] for file in files for line in file.read_text().splitlines()[:2]]
     env = environment(k=4) | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}

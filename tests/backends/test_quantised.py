@@ -18,8 +18,8 @@ from torch import Tensor
 from vllm_server import ASSETS
 
 from logo import LoGo
+from logo.adapters.pool import open_pool
 from logo.models import load_base
-from logo.pools import default_pool
 
 # The tolerance is a share of the largest score: four units in bfloat16's last place, because processors with matrix
 # instructions for bfloat16 round more often than others (0.0108 on one of them).
@@ -72,7 +72,7 @@ def test_a_quantised_base_model(engines: Engines, tmp_path: Path, rows: list[str
     packed, plain = written(tmp_path)
     logo = LoGo(
         *load_base(str(plain), device="cpu", dtype="float32"),
-        default_pool("demo"),
+        open_pool(None, "demo"),
     )
     count = 32
     wanted = [m if i % 8 else {} for i, m in enumerate(mixtures(logo.names, count))]

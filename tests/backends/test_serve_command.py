@@ -15,8 +15,8 @@ from vllm_server import ASSETS, KEY, Server, environment, free_port, started
 
 from browser import browser, needs_browser
 from logo import LoGo
+from logo.adapters.pool import open_pool
 from logo.models import load_base
-from logo.pools import default_pool
 from page_tools import BARS, PROMPT, USE, ask, completion, enter, errors
 from serving import Served
 
@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def logo() -> LoGo:
     model, tokenizer = load_base("demo", device="cpu", dtype="float32")
-    return LoGo(model, tokenizer, default_pool("demo"))
+    return LoGo(model, tokenizer, open_pool(None, "demo"))
 
 
 def test_it_answers_as_the_library_does(server: Server, logo: LoGo) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from logo.adapters.pool import open_pool
 from logo.backends.vllm import core, hooks, worker
 from logo.backends.vllm import router as router_module
 from logo.backends.vllm.core import WorkerError, WorkerFailure, values
@@ -25,7 +26,6 @@ from logo.backends.vllm.worker import Worker
 from logo.backends.vllm.wrapper import Tapped
 from logo.core import Prompt, Selection
 from logo.errors import AdapterError, ModelError, NotFinite, UsageError
-from logo.pools import default_pool
 from logo.protocol import MixtureRequest
 from logo.selection.settings import SelectionSettings
 
@@ -197,7 +197,7 @@ def test_a_new_adapter_is_loaded_before_anything_changes(made: Any, monkeypatch:
 
 @pytest.fixture(scope="module")
 def demo() -> KeyedPool:
-    return KeyedPool.of(default_pool("demo"))
+    return KeyedPool.of(open_pool(None, "demo"))
 
 
 def test_what_was_scored_answers_though_the_pool_changes_meanwhile(

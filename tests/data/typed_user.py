@@ -26,7 +26,7 @@ def opened() -> LoGo:
 
 
 def own_pool(folder: Path) -> AdapterPool:
-    return AdapterPool.from_directory(folder)
+    return AdapterPool.open(folder)
 
 
 def selected(engine: LoGo, prompts: Sequence[str]) -> tuple[Selection, list[Selection]]:
@@ -62,9 +62,8 @@ def explained(error: LoGoError) -> str:
 def wrong(engine: LoGo) -> None:
     """Each of these lines is an error to the type checker, so that nothing here is `Any` unnoticed."""
     engine.select(3)  # type: ignore[call-overload]
-    engine.generate("a prompt", max_new_tokens="many")  # type: ignore[call-overload]
     SelectionSettings(k="two")  # type: ignore[arg-type]
-    AdapterPool.from_directory(3)  # type: ignore[arg-type]
+    AdapterPool.open(3)  # type: ignore[arg-type]
 
 
 def main() -> None:

@@ -11,12 +11,11 @@ import json
 import random
 from pathlib import Path
 
-from logo.adapters.config import read_raw
-from logo.adapters.examples import examples_of, write_examples
-from logo.adapters.files import NOTES
+from logo.adapters.examples import FolderExamples, write_examples
+from logo.adapters.peft import NOTES, read_raw
 from logo.adapters.pool import AdapterPool
-from logo.adapters.writing import plain_tensors, save_adapter
-from logo.pools import DEMO_K
+from logo.adapters.write import plain_tensors, save_adapter
+from logo.models import DEMO_K
 from logo.training.pool import record_of
 from logo.training.recipe import Recipe, Recipes
 from logo.training.running import Wanted, train
@@ -58,8 +57,8 @@ def write_shipped(pool: Path, out: Path) -> None:
 
     The example prompts that `logo train` has left beside them go with them.
     """
-    for adapter in AdapterPool.from_directory(pool):
+    for adapter in AdapterPool.open(pool):
         tensors = {key: tensor.half() for key, tensor in plain_tensors(adapter.read()).items()}
         save_adapter(out / adapter.name, tensors, read_raw(adapter.folder) | {"base_model_name_or_path": BASE_NAME})
-        write_examples(out / adapter.name, examples_of(adapter.folder))
+        write_examples(out / adapter.name, FolderExamples(adapter.folder).prompts)
     (out / NOTES).write_text(json.dumps({"k": DEMO_K}, indent=2) + "\n", encoding="utf-8")

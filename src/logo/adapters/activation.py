@@ -5,21 +5,30 @@
     last:N          from the last N tokens of the prompt on (`activation` in `pool.json`)
 
 Tokens before that position are read by the base model alone, so they do not depend on the adapter.
+
+Of the notes in `pool.json` (training config, losses, ...), only `activation` and `k`, the adapters per prompt, have an
+effect on answers. A file that cannot be read gives a warning and counts as empty.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from logo.errors import UsageError, listed
+from logo.adapters.peft import NOTES
+from logo.errors import StorageError, UsageError, listed
+from logo.identity import content_stamp
 
 # What an adapter may do in a prompt that lacks its invocation tokens.
 OFF, ERROR = "off", "error"
 
+_LAST = re.compile(r"last:([1-9]\d{0,8})")  # with 0, no adapter would act on the token that gives the first answer
 _SHOWN = 5  # names of adapters in a message
 
 
@@ -28,7 +37,7 @@ class Activation:
     """Where one adapter acts.
 
     Attributes:
-        tokens: its invocation tokens; empty if it has none.
+        tokens: its invocation tokens; empty: it has none.
         last: N of `last:N`: it acts on the last N tokens of a prompt and on the answer; None: it is not of this kind.
         without: what an adapter does in a prompt that lacks its invocation tokens: `"off"`, nothing, as in PEFT;
             `"error"`; or `"last:N"`.
@@ -45,16 +54,11 @@ class Activation:
         Raises:
             UsageError: it is neither.
         """
-        match = re.fullmatch(r"last:(\d{1,9})", text) if isinstance(text, str) else None
+        match = _LAST.fullmatch(text) if isinstance(text, str) else None
         if text == "everywhere":
             return EVERYWHERE
         if match is None:
-            raise UsageError(f"activation: expected everywhere, invocation or last:N, found {text!r}")
-        if int(match[1]) == 0:
-            raise UsageError(
-                "activation last:0: no adapter would act on the prompt's last token, which gives the answer's first "
-                "token: expected last:1 or more"
-            )
+            raise UsageError(f"activation: expected everywhere, invocation or last:N, found {text!r}; N is 1 or more")
         return cls(last=int(match[1]))
 
     @property
@@ -113,12 +117,8 @@ def last_occurrence(prompt: Sequence[int], tokens: Sequence[int]) -> int | None:
 
 def check_without(value: str) -> str:
     """Raises UsageError unless `value` is `"off"`, `"error"` or `"last:N"`."""
-    if value not in (OFF, ERROR):
-        try:
-            if Activation.parse(value).everywhere:
-                raise UsageError("")
-        except UsageError:
-            raise UsageError(f"when_not_invoked: expected off, error or last:N, found {value!r}") from None
+    if value not in (OFF, ERROR) and not (isinstance(value, str) and _LAST.fullmatch(value)):
+        raise UsageError(f"when_not_invoked: expected off, error or last:N, found {value!r}")
     return value
 
 
@@ -151,15 +151,6 @@ def check_forced(forced: str | None) -> str | None:
     return forced
 
 
-def of_notes(said: Any) -> Activation:
-    """The activation that `pool.json` gives adapters without invocation tokens; None there means everywhere.
-
-    Raises:
-        UsageError: it is no activation.
-    """
-    return EVERYWHERE if said is None or said == "invocation" else Activation.parse(said)
-
-
 def earliest(activations: Iterable[Activation], prompt: Sequence[int]) -> int:
     """The first position of a prompt at which any adapter acts; the last position if none acts.
 
@@ -171,3 +162,74 @@ def earliest(activations: Iterable[Activation], prompt: Sequence[int]) -> int:
     lenient = {replace(one, without=OFF) if one.without == ERROR else one for one in activations}
     begins = [begin for one in lenient if (begin := one.begin(prompt)) is not None]
     return min(begins, default=len(prompt) - 1)
+
+
+def read_notes(root: Path) -> dict[str, Any]:
+    """The notes of a pool; empty if there are none."""
+    file = root / NOTES
+    try:
+        notes = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        warnings.warn(f"{file} is ignored, since it cannot be read: {error}", UserWarning, stacklevel=2)
+        return {}
+    if not isinstance(notes, dict):
+        warnings.warn(f"{file} is ignored: it must hold an object", UserWarning, stacklevel=2)
+        return {}
+    return notes
+
+
+def noted_k(root: Path) -> int | None:
+    """Adapters per prompt, if the notes of a pool say so.
+
+    Raises:
+        StorageError: they say something else than a number.
+    """
+    try:
+        return checked_k(read_notes(root), str(root / NOTES))
+    except UsageError as error:
+        raise StorageError(str(error)) from None
+
+
+def checked_k(said: Mapping[Any, Any], where: str) -> int | None:
+    """The entry `k`; None if there is none. Raises UsageError for anything but a number of adapters."""
+    k = said.get("k")
+    if k is not None and (type(k) is not int or k < 1):
+        raise UsageError(f"{where}: k: expected a number of adapters, found {k!r}")
+    return k
+
+
+def noted(folder: Path, own: Activation, top: Path | None = None) -> Activation:
+    """The activation of an adapter: its own, or that of the nearest `pool.json` between its folder and the pool's.
+
+    Args:
+        own: the activation that its configuration gives.
+        top: the pool's folder; None: the one above the adapter's, since it was opened by its own.
+
+    Raises:
+        StorageError: a `pool.json` names an activation that does not exist.
+    """
+    if not own.everywhere:
+        return own
+    if top is None:
+        folder = folder.absolute()
+        top = folder.parent
+    for above in (folder, *folder.parents):
+        try:
+            stamp = content_stamp(above / NOTES)
+        except OSError:
+            if above == top:
+                break
+        else:
+            return _noted(above, *stamp)
+    return own
+
+
+@lru_cache(maxsize=64)  # one file holds for all adapters of a pool
+def _noted(root: Path, *stamp: int) -> Activation:
+    said = read_notes(root).get("activation")
+    try:
+        return EVERYWHERE if said is None or said == "invocation" else Activation.parse(said)
+    except UsageError as error:
+        raise StorageError(f"{root / NOTES}: {error}") from error

@@ -2,8 +2,7 @@
 
     <adapter>/examples.jsonl        one JSON object per line: `{"prompt": "..."}`
 
-The base model describes an adapter's prompts by them (`logo.selection.examples`). Examples are read from the folder of
-the adapter, and are never sent anywhere.
+A prompt that is like them selects the adapter. They are read from its folder, and are never sent anywhere.
 """
 
 from __future__ import annotations
@@ -16,29 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.files import CONFIG, EXAMPLES
+from logo.adapters.peft import CONFIG, EXAMPLES
 from logo.errors import DataError
 from logo.files import replace_file
 
 # The most examples that are read; more hardly help (docs/how-selection-works.md), and the base model reads each once.
 MOST = 16
-
-
-def examples_of(folder: Path) -> tuple[str, ...]:
-    """The example prompts of the adapter in a folder, `MOST` at most; empty if it has none.
-
-    A file that cannot be read gives a warning and no examples, since the adapter can be used without.
-    """
-    if not (folder / CONFIG).is_file():  # an adapter that is in memory only
-        return ()
-    try:
-        found = read_examples(folder / EXAMPLES)
-    except FileNotFoundError:
-        return ()
-    except DataError as error:
-        warnings.warn(f"{error}; the examples are left out", UserWarning, stacklevel=2)
-        found = []
-    return tuple(found[:MOST])
 
 
 class FolderExamples:
@@ -52,8 +34,19 @@ class FolderExamples:
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
-        """`examples_of` the folder."""
-        return examples_of(self._folder)
+        """The prompts, `MOST` at most; empty if there are none.
+
+        A file that cannot be read gives a warning and no examples, since the adapter can be used without.
+        """
+        if not (self._folder / CONFIG).is_file():  # an adapter that is in memory only
+            return ()
+        try:
+            return tuple(read_examples(self._folder / EXAMPLES)[:MOST])
+        except FileNotFoundError:
+            return ()
+        except DataError as error:
+            warnings.warn(f"{error}; the examples are left out", UserWarning, stacklevel=2)
+            return ()
 
 
 def read_examples(file: Path) -> list[str]:
@@ -85,17 +78,15 @@ def read_examples(file: Path) -> list[str]:
     return prompts
 
 
-def write_examples(folder: Path, prompts: Sequence[str]) -> Path:
-    """Replaces the examples of the adapter in a folder, and returns the file.
+def write_examples(folder: Path, prompts: Sequence[str]) -> None:
+    """Replaces the examples of the adapter in a folder.
 
     A link is replaced itself: in the cache of the Hub, equal files of several adapters are links to one file.
 
     Raises:
         StorageError: it cannot be written.
     """
-    file = folder / EXAMPLES
-    replace_file(file, examples_text(prompts), follow=False)
-    return file
+    replace_file(folder / EXAMPLES, examples_text(prompts), follow=False)
 
 
 def examples_sha256(prompts: Sequence[str]) -> str:

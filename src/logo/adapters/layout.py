@@ -5,8 +5,10 @@ Paths and shapes are enough to check a pool against a model, so no model has to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def token_embedding(model: nn.Module) -> tuple[str, nn.Embedding] | None:
+def _token_embedding(model: nn.Module) -> tuple[str, nn.Embedding] | None:
     """Path and module of the embedding of a model's tokens; None if it has no plain one."""
     from torch import nn
 
@@ -56,7 +58,7 @@ def token_embedding(model: nn.Module) -> tuple[str, nn.Embedding] | None:
 
 def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module that an adapter may adapt: the linear ones, and the embedding of the tokens."""
-    embedding = token_embedding(model)
+    embedding = _token_embedding(model)
     return {**dict(linear_modules(model)), **(dict([embedding]) if embedding else {})}
 
 
@@ -73,24 +75,14 @@ class BaseLayout:
     shapes: Mapping[str, LinearShape]
     embeddings: Mapping[str, LinearShape] = field(default_factory=dict, kw_only=True)
     wrappers: frozenset[str] = _WRAPPERS
-    _by_core: dict[str, list[str]] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        by_core: dict[str, list[str]] = {}
-        for path in self.shapes:
-            by_core.setdefault(self._core(path), []).append(path)
-        object.__setattr__(self, "_by_core", by_core)
 
     @classmethod
     def of(cls, model: nn.Module) -> BaseLayout:
         """The layout of a model; it may live on the meta device."""
         shapes = {path: shape for path, m in linear_modules(model) if (shape := linear_shape(m)) is not None}
         prefix = getattr(model, "base_model_prefix", "")
-        found = token_embedding(model)
-        embeddings = {}
-        if found is not None:
-            path, module = found
-            embeddings[path] = LinearShape(module.num_embeddings, module.embedding_dim)
+        found = [one for one in [_token_embedding(model)] if one is not None]
+        embeddings = {path: LinearShape(one.num_embeddings, one.embedding_dim) for path, one in found}
         return cls(shapes, _WRAPPERS | ({prefix} if prefix else set()), embeddings=embeddings)
 
     def embedding(self, path: str) -> list[str]:
@@ -106,11 +98,15 @@ class BaseLayout:
         if path in self.shapes:
             return [path]
         candidates = self._by_core.get(self._core(path), [])
-        if len(candidates) > 1:
-            segments = path.split(".")
-            best = max(_common_suffix(segments, c.split(".")) for c in candidates)
-            candidates = [c for c in candidates if _common_suffix(segments, c.split(".")) == best]
-        return candidates
+        alike = [_common_suffix(path.split("."), one.split(".")) for one in candidates]
+        return [one for one, count in zip(candidates, alike, strict=True) if count == max(alike)]
+
+    @cached_property
+    def _by_core(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for path in self.shapes:
+            found.setdefault(self._core(path), []).append(path)
+        return found
 
     def _core(self, path: str) -> str:
         return core_path(path, self.wrappers)
@@ -125,10 +121,6 @@ def core_path(path: str, wrappers: frozenset[str] = _WRAPPERS) -> str:
     return ".".join(segments[start:])
 
 
-def _common_suffix(left: Iterable[str], right: Iterable[str]) -> int:
-    count = 0
-    for a, b in zip(reversed(list(left)), reversed(list(right)), strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+def _common_suffix(left: Sequence[str], right: Sequence[str]) -> int:
+    pairs = zip(reversed(left), reversed(right), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -1,8 +1,8 @@
-"""A manifest: a pool as a list in a file, with the place and the digest of each adapter.
+"""A manifest: a pool as a list in a file, with the source and the digest of each adapter.
 
     k: 3                            adapters per prompt; default: `AdapterPool.default_k`
     adapters:
-    - name: french                  default: as `gathering` names it
+    - name: french                  default: as `logo.adapters.sources` names it
       source: org/repo/folder       a Hub repository and a folder in it; or a folder, relative to the manifest
       revision: <commit>            default: the main branch
       sha256: <of the weight file>  default: not checked
@@ -14,21 +14,19 @@ error that says what has changed. In a manifest written by hand, `- org/repo` is
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from logo.adapters.activation import checked_k
+from logo.adapters.adapter import Adapter
 from logo.adapters.examples import MOST
-from logo.adapters.format import Adapter
-from logo.adapters.notes import checked_k
-from logo.adapters.places import Place, parse_places
 from logo.errors import AdapterError, StorageError, UsageError, closest
 from logo.files import replace_file
 
-_HEX = frozenset("0123456789abcdef")
+SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ class Entry:
     """One adapter of a manifest.
 
     Attributes:
-        source: a folder or a place on the Hub without its revision, as written.
-        name: of the adapter; None: the name that its place gives.
+        source: a folder or a source on the Hub without its revision, as written.
+        name: of the adapter; None: the name that its source gives.
         revision, sha256, examples: see above.
     """
 
@@ -47,32 +45,8 @@ class Entry:
     sha256: str | None = None
     examples: tuple[str, ...] | None = None
 
-    def place(self, manifest: Path) -> Place:
-        """Where the adapter is: a folder counts from the manifest's own.
-
-        Raises:
-            UsageError: it could not exist.
-        """
-        local = os.path.normpath(manifest.absolute().parent / os.path.expanduser(self.source))
-        if self.source.startswith((".", "/", "~")) or os.path.isdir(local):
-            if self.revision is not None:
-                raise UsageError(f"manifest {manifest}: {self.source!r} is a folder, which has no revision")
-            return Place("folder", local)
-        at = f"@{self.revision}" if self.revision else ""
-        [place] = parse_places([f"{self.source}{at}"])
-        if not place.on_hub:
-            raise UsageError(
-                f"manifest {manifest}: {self.source!r}: expected one folder (./folder) or one place on the Hub "
-                "(org/repo[/folder])"
-            )
-        return place
-
     def checked(self, adapter: Adapter) -> Adapter:
-        """The adapter with the entry's examples.
-
-        Raises:
-            AdapterError: its weights are not those of the entry.
-        """
+        """The adapter with the entry's examples. Raises AdapterError if its weights are not those of the entry."""
         if self.sha256 is not None and adapter.sha256 != self.sha256:
             again = (
                 f"{adapter.folder}: delete this damaged copy, and it is fetched again"
@@ -115,8 +89,7 @@ def read_manifest(file: Path) -> Manifest:
         raise UsageError(f"{where}: expected `adapters:`, a list of one or more, as `logo pool lock` writes it")
     _check_keys(where, said, ["k", "adapters"])
     entries = [_entry(one, f"{where}, entry {number}") for number, one in enumerate(said["adapters"], 1)]
-    names = Counter(entry.name for entry in entries if entry.name is not None)
-    for name, count in names.items():
+    for name, count in Counter(entry.name for entry in entries if entry.name is not None).items():
         if count > 1:
             raise UsageError(f"{where}: two adapters are called {name!r}; rename one of them")
     return Manifest(entries, checked_k(said, where))
@@ -136,32 +109,27 @@ def write_manifest(file: Path, manifest: Manifest) -> None:
         rows.append({k: list(v) if isinstance(v, tuple) else v for k, v in said.items() if v is not None})
     head = "# A pool of adapters, as `logo pool lock` found it. Open it with `--adapters THIS_FILE`.\n"
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    body: str = yaml.dump(
-        {**({"k": manifest.k} if manifest.k else {}), "adapters": rows},
-        Dumper=dumper,
-        sort_keys=False,
-        allow_unicode=True,
-        width=118,
-    )
+    content = {**({"k": manifest.k} if manifest.k else {}), "adapters": rows}
+    body: str = yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True, width=118)
     replace_file(file, (head + body).encode())
 
 
 def is_line(value: Any) -> bool:
-    """Whether a manifest can hold this as a name or a place: a text of one line."""
+    """Whether a manifest can hold this as a name or a source: a text of one line."""
     return isinstance(value, str) and bool(value.strip()) and value.isprintable()
 
 
 def _entry(said: Any, where: str) -> Entry:
     said = {"source": said} if isinstance(said, str) else said
     if not isinstance(said, dict):
-        raise UsageError(f"{where}: expected a place or an object with `source`, found {type(said).__name__}")
+        raise UsageError(f"{where}: expected a source or an object with `source`, found {type(said).__name__}")
     _check_keys(where, said, list(Entry.__dataclass_fields__))
     for key, value in {"source": None, **said}.items():
         if key == "examples":
             right = isinstance(value, list) and all(isinstance(one, str) and one.strip() for one in value)
             expected = "a list of texts"
         elif key == "sha256":
-            right = isinstance(value, str) and len(value) == 64 and _HEX.issuperset(value)
+            right = isinstance(value, str) and len(value) == 64 and set("0123456789abcdef").issuperset(value)
             expected = "64 hexadecimal digits"
         else:
             right, expected = is_line(value), "a text of one line"

@@ -11,8 +11,7 @@ from logo.cli.opening import open_engine
 from logo.cli.options import DEFAULT_SIGNAL, EngineOptions, Json, usual
 from logo.cli.output import bar, err, out, print_json, progress, weighty
 from logo.evaluation.metrics import em
-from logo.models import DEMO
-from logo.pools import DEMO_K
+from logo.models import DEMO, DEMO_K
 
 if TYPE_CHECKING:
     from logo.demo.show import Answer, TaskScore

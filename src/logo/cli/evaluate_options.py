@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from logo.adapters.pool import DEFAULT_K
+from logo.adapters.sources import default_k, pool_sources
 from logo.cli.choices import Context, Preset
 from logo.cli.opening import asked_k
 from logo.cli.options import OFFICIAL_SIGNAL, PROBE, EngineOptions, RunnerOptions, rare, usual
-from logo.pools import default_k
 
 if TYPE_CHECKING:
     from logo.baselines import Method
@@ -87,4 +88,5 @@ class Asked:
         """Adapters per prompt: the method's own number, else the user's, else the pool's."""
         if self.method is not None and self.method.picks is not None:
             return self.method.picks
-        return asked_k(self.engine, self.run.preset) or default_k(self.base_model, self.engine.adapters)
+        sources = pool_sources(self.engine.adapters, self.base_model, self.engine.model_dir)
+        return asked_k(self.engine, self.run.preset) or default_k(sources, DEFAULT_K)

@@ -43,7 +43,7 @@ def open_pool(options: EngineOptions, base_model: str, preset: Preset | None = N
 
     Adapters have no example prompts under `--examples ignore`.
     """
-    from logo import pools
+    from logo.adapters import pool as pools
 
     pool = pools.open_pool(
         options.adapters,

@@ -121,7 +121,7 @@ class EngineOptions:
         None,
         "Folder, Hub repo or manifest, several with commas (docs/adapter-pools.md).",
         "the base model's own",
-        metavar="PLACE",
+        metavar="SOURCE",
         repeated=True,
     )
     on_bad_adapter: OnBad = _pool("error", "If an adapter cannot be used: refuse the pool, or skip the adapter.")

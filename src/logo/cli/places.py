@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from logo.adapters.places import parse_places, places_text
+from logo.adapters.sources import parse_sources, spec_of
 from logo.backends.cluster import LOCAL, Layout
 from logo.cli.options import EngineOptions, changed, option
 from logo.errors import UsageError
@@ -89,7 +89,7 @@ def everywhere(options: EngineOptions) -> EngineOptions:
     for name in ("base_model", "adapters", "calibration_prompts", "model_dir", "cache"):
         value = getattr(options, name)
         if value and name == "adapters":
-            found[name] = places_text(parse_places(value))
+            found[name] = spec_of(parse_sources(value))
         elif value and (name in ("model_dir", "cache") or os.path.exists(value)):
             found[name] = type(value)(os.path.abspath(value))
     return replace(options, **found)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import warn_of_bad
+from logo.adapters.sources import pool_sources, spec_of
 from logo.cli.opening import open_pool, quiet_transformers, selection_settings
 from logo.cli.options import EngineOptions, changed
 from logo.cli.output import note, out
 from logo.cli.serve_options import ServerOptions
 from logo.errors import UsageError, need
 from logo.models import check_access, load_skeleton, loading, resolve_base
-from logo.pools import pool_place
 
 if TYPE_CHECKING:
     from logo.backends.vllm.launch import Launch
@@ -123,7 +123,7 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> L
     source = resolve_base(base_model, options.model_dir)
     check_access(base_model, model_dir=options.model_dir)
     settings = selection_settings(options)
-    place = pool_place(options.adapters, base_model, options.model_dir).spec
+    place = spec_of(pool_sources(options.adapters, base_model, options.model_dir))
     config = {
         **settings.changed,
         "signals": list(server.other_signals),

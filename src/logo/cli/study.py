@@ -231,11 +231,12 @@ def _arms(
     # The options are checked for all signals together, because one that only some of them read is right here.
     settings = selection_settings(replace(options, signal=signals[0]))
     first = open_base(options, base_model).engine(options, settings)
-    pool = first.pool if names is None else only(first.pool, names)
+    whole = first.pool.value
+    pool = whole if names is None else only(whole, names)
     base = Opened(first.model, first.tokenizer, pool)
     engines: dict[str, LoGo] = {}
     for signal in signals:
-        is_first = signal == signals[0] and pool is first.pool
+        is_first = signal == signals[0] and pool is whole
         engines[signal] = first if is_first else base.uncalibrated(options, replace(first.settings, signal=signal))
     return Arms(engines, contest, batch_size)
 

@@ -23,7 +23,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from logo import __version__
-from logo.adapters.options import OnBadAdapter
+from logo.adapters.pool import open_pool
+from logo.adapters.sources import OnBadAdapter
 from logo.decoding import batches_by_length
 from logo.engine import LoGo
 from logo.errors import UsageError, closest
@@ -32,7 +33,6 @@ from logo.evaluation.identity import pool_digests
 from logo.evaluation.ranks import Ranks
 from logo.models import check_access
 from logo.opening import LOADING_OPTIONS, LOCAL_OPTIONS
-from logo.pools import open_pool
 from logo.prompts import MAX_NEW_TOKENS
 from logo.scoring import Scored
 from logo.selection.settings import SelectionSettings

@@ -1,9 +1,9 @@
 """`AdapterCache`: the factors of adapters on the devices of a model, and side by side as a batch multiplies them.
 
-One half of the budget is for the factors of single adapters. A thread loads them, from host memory or disk, so a caller
-waits only for those that are not there yet; when the half is full, the adapter that was used longest ago gives way, but
-never one that is held. The other half is for the copies that a batch multiplies (`Stacks`): they hold adapters of the
-first half, so they cannot need more.
+One half of the budget is for single adapters. A thread reads their files, which the operating system keeps in memory
+while there is room, so a caller waits only for those that are not loaded yet. When the half is full, the adapter that
+was used longest ago gives way, but never one that is held. The other half is for the copies that a batch multiplies
+(`Stacks`): they are of adapters in the first half, so they cannot need more.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from logo.adapters.format import Adapter, LoraWeights
+from logo.adapters.adapter import Adapter, LoraWeights
 from logo.adapters.layout import adaptable_modules
 from logo.errors import CacheFull, NotFinite, check_type
 
@@ -59,11 +59,8 @@ class Resident:
     ready: Future[None] = field(default_factory=Future)
 
 
-@dataclass(frozen=True)
-class Hold:
-    """Adapters that stay in the cache until `AdapterCache.release`, in the order of the call."""
-
-    residents: tuple[Resident, ...]
+# Adapters that stay in the cache until `AdapterCache.release`, in the order of the call.
+Hold = tuple[Resident, ...]
 
 
 @dataclass(frozen=True)
@@ -97,40 +94,6 @@ class Stacks:
         return cls(tuple(residents), modules)
 
 
-class HostFiles:
-    """The tensors of the adapters that were read last, in host memory and in the dtype of their files.
-
-    Beside an accelerator an adapter that has given way is loaded again without reading its file. A model on the CPU
-    needs no such copies, since the operating system caches the pages of the files.
-
-    Args:
-        budget: bytes. An adapter that is larger is read but not kept.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.bytes = 0
-        self._kept: OrderedDict[Hashable, tuple[Mapping[str, LoraWeights], int]] = OrderedDict()
-
-    def read(self, adapter: Adapter) -> Mapping[str, LoraWeights]:
-        """As `Adapter.read`; called by one thread."""
-        if adapter.file in self._kept:
-            self._kept.move_to_end(adapter.file)
-            return self._kept[adapter.file][0]
-        weights = adapter.read()
-        if torch.cuda.is_available():  # an accelerator copies faster from pinned memory
-            weights = {
-                path: LoraWeights(one.A.pin_memory(), one.B.pin_memory(), one.scaling) for path, one in weights.items()
-            }
-        size = sum(one.A.nbytes + one.B.nbytes for one in weights.values())
-        if size <= self.budget:
-            self._kept[adapter.file] = weights, size
-            self.bytes += size
-            while self.bytes > self.budget:
-                self.bytes -= self._kept.popitem(last=False)[1][1]
-        return weights
-
-
 class AdapterCache:
     """The adapters of one model on its devices, of any pool.
 
@@ -138,15 +101,14 @@ class AdapterCache:
         modules: base module path -> linear module or embedding.
         dtype: of mixtures; scales are applied in float32 before the cast.
         budget: bytes for single adapters and for the copies that a batch multiplies, half for each.
-        host: keeps files in host memory; None: they are read each time.
+
+    Attributes:
+        bytes: memory of single adapters now.
     """
 
-    def __init__(
-        self, modules: Mapping[str, nn.Module], dtype: torch.dtype, budget: int, host: HostFiles | None = None
-    ) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype, budget: int) -> None:
         self.modules, self.dtype, self.budget = modules, dtype, budget
-        self._host = host
-        self._bytes = 0
+        self.bytes = 0
         self._residents: OrderedDict[Hashable, Resident] = OrderedDict()  # by file; the one used longest ago first
         self._leaving: deque[Hold] = deque()
         self._lock = threading.Lock()
@@ -155,22 +117,18 @@ class AdapterCache:
 
     @classmethod
     def of(cls, model: nn.Module, memory_gb: float | None) -> AdapterCache:
-        """The cache of a model; files are kept in host memory if the model computes elsewhere.
+        """The cache of a model.
 
         Args:
             memory_gb: the budget, in 10⁹ bytes; None: a share of the free memory (`ADAPTER_SHARE`).
         """
         if memory_gb is not None:
             check_type("adapter_memory_gb", memory_gb, Real, "a number")
-        modules, host = adaptable_modules(model), None
-        devices = {device_of(module) for module in modules.values()}
-        budget = int(ADAPTER_SHARE * free_bytes(devices) if memory_gb is None else memory_gb * 1e9)
-        if any(device.type != "cpu" for device in devices):
-            host = HostFiles(min(budget, int(ADAPTER_SHARE * free_bytes([torch.device("cpu")]))))
+        modules = adaptable_modules(model)
+        free = free_bytes(device_of(module) for module in modules.values())
+        budget = int(ADAPTER_SHARE * free if memory_gb is None else memory_gb * 1e9)
         dtype: torch.dtype = model.dtype  # type: ignore[assignment]
-        return cls(modules, dtype if dtype.is_floating_point else torch.float32, budget, host)
-
-    # -- holding ----------------------------------------------------------------------------------------------------
+        return cls(modules, dtype if dtype.is_floating_point else torch.float32, budget)
 
     @contextmanager
     def held(self, adapters: Sequence[Adapter]) -> Iterator[Hold]:
@@ -184,7 +142,7 @@ class AdapterCache:
         hold = self.reserve(adapters)
         try:
             # All are waited for, so that the state after a failure does not depend on timing.
-            failures = [resident.ready.exception() for resident in hold.residents]
+            failures = [resident.ready.exception() for resident in hold]
             for failure in failures:
                 if failure is not None:
                     raise failure
@@ -195,8 +153,8 @@ class AdapterCache:
     def reserve(self, adapters: Sequence[Adapter]) -> Hold:
         """Holds adapters without waiting: each `Resident.ready` says when it is loaded, or why it cannot be."""
         with self._locked():
-            hold = Hold(tuple(self._wanted(adapter) for adapter in adapters))
-            for resident in hold.residents:
+            hold = tuple(self._wanted(adapter) for adapter in adapters)
+            for resident in hold:
                 resident.users += 1
         return hold
 
@@ -206,11 +164,9 @@ class AdapterCache:
         Finalizers may call this, at any point of any thread: if the lock is taken, the next holder of it does the work.
         """
         self._leaving.append(hold)
-        if self._lock.acquire(blocking=False):
-            try:
-                self._release_all()
-            finally:
-                self._lock.release()
+        if not self._lock.locked():
+            with self._locked():
+                pass
 
     def prefetch(self, adapters: Iterable[Adapter]) -> None:
         """Begins to load these. An error is raised where they are held."""
@@ -225,18 +181,11 @@ class AdapterCache:
             for file in self._residents.keys() - files:
                 self._free_if_unused(self._residents.pop(file))
 
-    # -- reading ----------------------------------------------------------------------------------------------------
-
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters that are loaded, the one used longest ago first."""
         with self._locked():
             return tuple(one.adapter.name for one in self._residents.values() if one.ready.done())
-
-    @property
-    def bytes(self) -> int:
-        """Memory of single adapters, without copies."""
-        return self._bytes
 
     def stacks(self, hold: Hold, *, grows: bool = False) -> Stacks:
         """The loaded adapters of a hold side by side; called by the thread that runs the model.
@@ -245,7 +194,7 @@ class AdapterCache:
             grows: the result may contain others behind them, as many again at most, so that adapters that come and go
                 are seldom copied. The order of sums depends on what came before, then; without it, on the hold alone.
         """
-        residents, last = hold.residents, self._last
+        residents, last = hold, self._last
         if last is not None and last.residents == residents:
             return last
         if grows and last is not None:
@@ -259,20 +208,15 @@ class AdapterCache:
         self._last = Stacks.of(residents)
         return self._last
 
-    # -- loading: by one thread -------------------------------------------------------------------------------------
-
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        """Takes the lock, and ends the holds that were given back."""
         with self._lock:
-            self._release_all()
+            while self._leaving:
+                for resident in self._leaving.popleft():
+                    resident.users -= 1
+                    self._free_if_unused(resident)
             yield
-
-    def _release_all(self) -> None:
-        """Ends the holds that were given back. The lock is held."""
-        while self._leaving:
-            for resident in self._leaving.popleft().residents:
-                resident.users -= 1
-                self._free_if_unused(resident)
 
     def _wanted(self, adapter: Adapter) -> Resident:
         """The resident of an adapter; a new one is handed to the thread that loads. The lock is held."""
@@ -285,16 +229,15 @@ class AdapterCache:
         self._residents.move_to_end(adapter.file)
         return resident
 
-    @torch.no_grad()
     def _load(self, resident: Resident) -> None:
         try:
             adapter = resident.adapter
-            weights = adapter.read() if self._host is None else self._host.read(adapter)
+            weights = adapter.read()
             size = sum(one.A.numel() + one.B.numel() for one in weights.values()) * self.dtype.itemsize
             with self._locked():
                 self._make_room(adapter, size)
                 resident.bytes = size
-                self._bytes += size
+                self.bytes += size
             factors = {path: self._placed(adapter, path, one) for path, one in weights.items()}
             with self._locked():
                 resident.factors = factors
@@ -325,7 +268,7 @@ class AdapterCache:
 
     def _make_room(self, adapter: Adapter, size: int) -> None:
         """Frees what was used longest ago. The lock is held."""
-        while self._bytes + size > self.budget // 2:
+        while self.bytes + size > self.budget // 2:
             idle = next((one for one in self._residents.values() if one.ready.done() and not one.users), None)
             if idle is None:
                 others = sum(one.bytes > 0 for one in self._residents.values())
@@ -345,7 +288,7 @@ class AdapterCache:
             self._free(resident)
 
     def _free(self, resident: Resident) -> None:
-        self._bytes -= resident.bytes
+        self.bytes -= resident.bytes
         resident.bytes, resident.factors = 0, {}
 
 
@@ -361,7 +304,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 def free_bytes(devices: Iterable[torch.device]) -> int:
     """Free memory on these devices together; host memory for devices that are no GPUs."""
-    found = 0
-    for device in set(devices):
-        found += torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)
-    return found
+    return sum(
+        torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)
+        for device in set(devices)
+    )

@@ -91,7 +91,7 @@ class OpeningGates:
         self._count = 0  # columns that were read up to now
         self._columns: tuple[int, int] | None = None  # of the current forward pass; None: all gates are open
         self._kept: Tensor | None = None  # those of them that the output head gets, if they are not the last ones
-        self._made: dict[tuple[int, int, int], Gates] = {}
+        self._made: dict[int, Gates] = {}  # of the current pass, by the number of tokens
 
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
@@ -126,26 +126,21 @@ class OpeningGates:
         return said or self._count  # MiniMax's cache says 0 if the first layer is of linear attention
 
     def applied(self, stack: Stack, response: Tensor) -> Tensor:
-        """As `Gates.applied`."""
-        return self._now(response.shape[:-1].numel()).applied(stack, response)
-
-    def _now(self, tokens: int) -> Gates:
-        """The gates of so many tokens: all of the pass, or those columns of each row that an output head gets."""
+        """As `Gates.applied`, for all tokens of the pass or for those columns of each row that an output head gets."""
         if self._columns is None:
-            return self._open
-        rows, batch = len(self._weights), self._batch
+            return self._open.applied(stack, response)
+        rows, batch, tokens = len(self._weights), self._batch, response.shape[:-1].numel()
         if batch % rows or tokens % batch or tokens > batch * self._width:
             raise ValueError(f"gates for {rows} rows of {self._width} tokens cannot serve {tokens} tokens")
-        key = (batch, tokens, self._columns[1])
-        if key not in self._made:
+        if tokens not in self._made:
             count = tokens // batch
             columns = torch.arange(self._columns[1] - count, self._columns[1])
             if self._kept is not None and count < self._width:
                 columns = self._kept
             gates = torch.where(columns[:, None] >= self._begins[:, None], self._weights[:, None], 0.0)
             gates = gates.repeat_interleave(batch // rows, dim=0)  # (batch, columns, n)
-            self._made[key] = Gates(gates.flatten(0, 1), per_token=True)
-        return self._made[key]
+            self._made[tokens] = Gates(gates.flatten(0, 1), per_token=True)
+        return self._made[tokens].applied(stack, response)
 
 
 def low_rank(x: Tensor, stack: Stack, gates: Gates | OpeningGates) -> Tensor:

@@ -8,14 +8,14 @@ gated     every row has its own: all adapters of the batch are multiplied side b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from logo.adapters.activation import Activation
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.core import Form
 from logo.errors import UsageError
@@ -110,21 +110,16 @@ class Mixer:
                     with self._merger.active(key, lambda: self.cache.stacks(hold).modules, weights[0]):
                         yield "merged"
                     return
-                stacks = self.cache.stacks(hold).modules
+                gates: Gates | OpeningGates
                 if any(mixture.begins for mixture in mixtures):
                     begins = torch.tensor([[mixture.begins.get(name, 0) for name in names] for mixture in mixtures])
-                    opening = OpeningGates(weights, begins)
-                    hooks = {path: adding(stack, opening) for path, stack in stacks.items()}
-                    with opening.following(self._model), hooked(self.cache.modules, hooks):
-                        yield "gated"
-                    return
-                gates = Gates(weights[:1] if bool((weights == weights[0]).all()) else weights)
-                with hooked(self.cache.modules, {path: adding(stack, gates) for path, stack in stacks.items()}):
+                    gates = OpeningGates(weights, begins)
+                else:
+                    gates = Gates(weights[:1] if bool((weights == weights[0]).all()) else weights)
+                hooks = {path: adding(stack, gates) for path, stack in self.cache.stacks(hold).modules.items()}
+                following = gates.following(self._model) if isinstance(gates, OpeningGates) else nullcontext()
+                with following, hooked(self.cache.modules, hooks):
                     yield "gated"
-
-    def prefetch(self, pool: AdapterPool, names: Sequence[str]) -> None:
-        """Begins to load these adapters."""
-        self.cache.prefetch([pool[name] for name in names])
 
     def forget(self, pool: AdapterPool) -> None:
         """Drops everything that does not belong to this pool, after it has changed."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from logo.mixing.cache import AdapterCache, Hold, Resident, Stack
+from logo.mixing.cache import AdapterCache, Hold, Stack
 from logo.mixing.gates import Gates, adding, hooked
 from logo.mixing.mixer import Mixture
 
@@ -72,17 +72,15 @@ class Packed:
             Whether any token has a mixture.
         """
         self._stacks = {}  # frees the memory of the copies, should others be needed
-        used: dict[Resident, None] = {}
-        for held, *_ in step:
-            used |= dict.fromkeys(held.hold.residents if held else ())
+        used = dict.fromkeys(resident for held, *_ in step if held is not None for resident in held.hold)
         if not used:
             return False
-        stacks = self._cache.stacks(Hold(tuple(used)), grows=True)
+        stacks = self._cache.stacks(tuple(used), grows=True)
         place = {resident: column for column, resident in enumerate(stacks.residents)}
         weights, begins = ([[zero] * len(place) for _ in step] for zero in (0.0, 0))
         for row, (held, *_) in enumerate(step):
             if held is not None:
-                for resident, (name, weight) in zip(held.hold.residents, held.mixture.weights.items(), strict=True):
+                for resident, (name, weight) in zip(held.hold, held.mixture.weights.items(), strict=True):
                     weights[row][place[resident]] = weight
                     begins[row][place[resident]] = held.mixture.begins.get(name, 0)
         rows = torch.tensor(weights)

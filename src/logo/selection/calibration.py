@@ -28,8 +28,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from logo.adapters.activation import ERROR, OFF, earliest
-from logo.adapters.digests import adapter_key
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.adapters.layout import linear_shape
 from logo.errors import ModelError
 from logo.files import read_cached, write_cached
@@ -213,7 +212,7 @@ def calibrate(reading: Reading, plan: Plan, run: TextRunner) -> Calibration:
     """
     started, store, neutral_count = time.perf_counter(), reading.store, len(reading.texts.neutral)
     shape, candidates = (reading.signal.readings, len(reading.texts.rows)), plan.points
-    files = {adapter.name: f"{reading.key}/{adapter_key(adapter)}" for adapter in plan.adapters}
+    files = {adapter.name: f"{reading.key}/{adapter.key}" for adapter in plan.adapters}
     known = {name: dict(store.get(file, shape)) for name, file in files.items()}
     missing = {
         point: [a for a in plan.adapters if point.module in a.modules and point.module not in known[a.name]]

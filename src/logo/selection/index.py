@@ -15,8 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from logo.adapters.digests import adapter_key
-from logo.adapters.format import Adapter, LoraWeights
+from logo.adapters.adapter import Adapter, LoraWeights
 from logo.selection.points import Point
 from logo.selection.whitening import Whitening
 
@@ -163,7 +162,7 @@ def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[Sco
         AdapterError: an adapter that cannot be read.
     """
     every = {adapter.name: adapter for one in wanted for adapter in one.adapters}
-    keys = {name: adapter_key(adapter) for name, adapter in every.items()}
+    keys = {name: adapter.key for name, adapter in every.items()}
     building = [_Building(one, keys) for one in wanted]
     for done, (name, adapter) in enumerate(every.items(), start=1):
         if tell is not None and (done % _TOLD == 0 or done == len(every) > _TOLD):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.adapters.layout import linear_modules, linear_shape
 from logo.adapters.pool import AdapterPool
 from logo.errors import ModelError, PoolError, listed

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from logo.adapters.activation import earliest
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.files import cache_folder
 from logo.prefix_cache import PrefixCache

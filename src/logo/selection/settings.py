@@ -9,8 +9,8 @@ from os import PathLike
 from typing import Any, Literal, get_args
 
 from logo.adapters.activation import OFF, check_forced, check_without
-from logo.adapters.options import ExamplesUse
 from logo.adapters.pool import AdapterPool
+from logo.adapters.sources import ExamplesUse
 from logo.core import Options, ProbeText, Weighting, WhenUnsure
 from logo.errors import UsageError, check_type, closest
 from logo.selection.selector import UNSURE, check_k, known
@@ -128,9 +128,9 @@ class SelectionSettings:
             UsageError: an option that does not exist or cannot be used, or no candidate at all.
             PoolError: a candidate that is not in the pool.
         """
-        for name in given:
-            if name not in OPTIONS:
-                raise UsageError(f"unknown option {name!r}{closest(name, OPTIONS)}; known: {', '.join(OPTIONS)}")
+        for option in given:
+            if option not in OPTIONS:
+                raise UsageError(f"unknown option {option!r}{closest(option, OPTIONS)}; known: {', '.join(OPTIONS)}")
         among, k, weighting = given.get("candidates"), given.get("k"), given.get("weighting")
         candidates = None if among is None else _checked_candidates(among, pool)
         if k is not None:

@@ -41,7 +41,7 @@ class HeldMixture:
         Raises:
             LoGoError: an adapter that cannot be read, or no room for it.
         """
-        loop, waited = asyncio.get_running_loop(), self.mixture.hold.residents
+        loop, waited = asyncio.get_running_loop(), self.mixture.hold
         try:
             for ready in (resident.ready for resident in waited if not resident.ready.done()):
                 arrived = asyncio.Event()

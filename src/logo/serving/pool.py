@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.format import Adapter, open_adapter
+from logo.adapters.adapter import Adapter, open_adapter
 from logo.adapters.pool import AdapterPool
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
@@ -80,18 +80,18 @@ class ServedPool:
             LoGoError: the adapter cannot be used or the pool has one of that name; there is none of that name, or it is
                 the last one.
         """
-        later, adapter = copy(self._logo.pool), None
+        later, adapter = self._logo.pool.value, None
         if change.folder is None:
             later[change.name]  # raises with a did-you-mean
             if len(later) == 1:
                 raise UsageError(f"adapter {change.name!r} is the last one of the pool and cannot be removed")
-            later.remove(change.name)
+            later = later.remove(change.name)
         else:
             adapter = open_adapter(change.folder, change.name)
             adapter.verify()  # finds what is not finite
             if change.replace and change.name in later:
-                later.remove(change.name)
-            later.add(adapter)
+                later = later.remove(change.name)
+            later = later.add(adapter)
         refused: dict[str, LoGoError] = {}
         with self._paused():
             prepared = self._logo.prepared(later)

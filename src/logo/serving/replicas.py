@@ -25,7 +25,6 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from logo import plugins
-from logo.adapters.digests import key_of, pool_digest
 from logo.adapters.pool import AdapterPool
 from logo.api.asgi import answer_error
 from logo.api.errors import ApiError
@@ -81,7 +80,7 @@ class Plan:
 
 def digest(pool: AdapterPool) -> str:
     """The digest of names and contents of all adapters. Reads each file once."""
-    return pool_digest({adapter.name: key_of(adapter) for adapter in pool})
+    return pool.digest
 
 
 # -- in a process -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.core import Options, Prompt, Selection
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError

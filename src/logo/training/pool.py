@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save
 from torch import Tensor
 
-from logo.adapters.activation import Activation
-from logo.adapters.config import Refusal, read_config
+from logo.adapters.activation import Activation, noted, noted_k
 from logo.adapters.examples import examples_text
-from logo.adapters.files import CONFIG, EXAMPLES, NOTES, RECORD, SAFETENSORS
-from logo.adapters.notes import ADAPTERS, noted, noted_k
+from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, RECORD, SAFETENSORS, Refusal, parse_config, read_raw
 from logo.errors import StorageError, UsageError
 from logo.files import replace_file, replace_folder
 from logo.identity import file_sha256
@@ -110,7 +108,7 @@ def write_pool(root: Path, facts: Mapping[str, Any], names: Mapping[str, str]) -
     adapters = {path.relative_to(root).as_posix(): record_of(path) for path in _folders(root)}
     adapters = {name: record for name, record in adapters.items() if record is not None}
     k = noted_k(root)
-    whole = {**facts, ADAPTERS: adapters, "failed": dict(names), **({} if k is None else {"k": k})}
+    whole = {**facts, "adapters": adapters, "failed": dict(names), **({} if k is None else {"k": k})}
     replace_file(root / NOTES, (json.dumps(whole, indent=2) + "\n").encode())
 
 
@@ -143,7 +141,7 @@ def _activation(folder: Path, root: Path, record: Mapping[str, Any] | None) -> A
     if record is not None:
         return Activation(tuple(record[TOKENS])) if record[TOKENS] else Activation.parse(record["recipe"]["activation"])
     try:
-        return noted(folder, root, Activation(read_config(folder).invocation))
+        return noted(folder, Activation(parse_config(read_raw(folder)).invocation), root)
     except Refusal:
         return None
 

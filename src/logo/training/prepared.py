@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from logo.adapters.examples import examples_sha256
-from logo.adapters.files import CONFIG
+from logo.adapters.peft import CONFIG
 from logo.errors import DataError, UsageError
 from logo.identity import fingerprint
 from logo.training.examples import Example

@@ -14,8 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.activation import Activation
-from logo.adapters.notes import read_notes
+from logo.adapters.activation import Activation, read_notes
 from logo.errors import DataError, StorageError, UsageError
 from logo.files import remove_unfinished
 from logo.models import context_length, load_config, load_tokenizer, skeleton

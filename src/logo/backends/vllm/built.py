@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 
 
 def lora_model(number: int, adapter: Adapter, dtype: torch.dtype) -> Any:

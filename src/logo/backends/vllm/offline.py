@@ -20,7 +20,7 @@ import torch
 from transformers import TextStreamer
 
 from logo.adapters.layout import BaseLayout
-from logo.adapters.pool import AdapterPool
+from logo.adapters.pool import AdapterPool, CurrentPool
 from logo.backends.vllm.core import Core, Opened, new_key, outcomes, scores_of, texts_of, values
 from logo.backends.vllm.hooks import version
 from logo.backends.vllm.likelihood import scored, scoring
@@ -79,9 +79,9 @@ class VllmLoGo(LoGo):
         self.probe_context, self.prefix_cache, self._carried = "base", None, None
         self._checkpoint, self._generation_config = model.generation_config, None
         self.core = Core(llm.llm_engine.vllm_config)
-        self.pool = self._fitted = self.core.pool.adapters
-        self.pool.default_k = default_k or self.pool.default_k
-        self._version = self.pool.version
+        adapters = self.core.pool.adapters
+        self._fitted = AdapterPool(adapters, adapters.refused, default_k=default_k or adapters.default_k)
+        self.pool = CurrentPool(self._fitted)
         self._layout = BaseLayout.of(model)
         self._lock: Any = threading.RLock()
         self._requests = Requests(llm.llm_engine)
@@ -96,9 +96,9 @@ class VllmLoGo(LoGo):
     @property
     def fitted(self) -> AdapterPool:
         """The pool fitted to the base model, without adapters that do not fit (`on_bad_adapter="skip"`)."""
-        if self.pool.version != self._version:
+        if self.pool.value is not self._fitted:
             raise UsageError("the pool of the engine 'vllm' cannot change: open another engine, or use engine 'local'")
-        return self.pool
+        return self._fitted
 
     @property
     def points(self) -> tuple[str, ...]:
@@ -139,12 +139,12 @@ class VllmLoGo(LoGo):
         """
         if signal not in self._opened_signals:
             with self._lock:
-                plan(self.model, self.pool, self.settings, signal)  # raises the errors of the workers here
+                plan(self.model, self._fitted, self.settings, signal)  # raises the errors of the workers here
                 told = self._ask("logo_signal", signal)
                 while texts := texts_of(told):
                     told = self._ask("logo_calibrate", signal, texts, self._probe(texts, ""))
-                opened = Opened.of(signal, self.settings.reading(self.pool, signal), told[0])
-                default_k = min(self.pool.default_k, len(opened.names))
+                opened = Opened.of(signal, self.settings.reading(self._fitted, signal), told[0])
+                default_k = min(self._fitted.default_k, len(opened.names))
                 opened = replace(opened, selector=replace(opened.selector, default_k=default_k))
                 self._opened_signals[signal] = opened
         return self._opened_signals[signal]

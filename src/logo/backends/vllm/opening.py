@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from logo import plugins
 from logo.adapters.layout import BaseLayout
-from logo.adapters.options import OnBadAdapter
-from logo.adapters.pool import AdapterPool, warn_of_bad
+from logo.adapters.pool import AdapterPool, open_pool, warn_of_bad
+from logo.adapters.sources import OnBadAdapter, pool_sources, spec_of
 from logo.backends.vllm.slots import Slots
 from logo.errors import LoGoError, ModelError, PoolError, UsageError, need
 from logo.models import checked_dtype, checked_options, fetch, load_config, load_tokenizer, loading, resolve_base
-from logo.pools import open_pool, pool_place
 from logo.prompts import Prompts, Truncation
 from logo.selection.points import plan
 from logo.selection.settings import SelectionSettings
@@ -158,11 +157,12 @@ def _opened(
         examples=settings.examples,
         token=token,
     )
-    place = pool_place(named, base_model, model_dir)
-    if isinstance(token, str) and place.on_hub:  # vLLM's processes lack the token, so they open what was downloaded
+    sources = pool_sources(named, base_model, model_dir)
+    # vLLM's processes lack the token, so they open what was downloaded.
+    if isinstance(token, str) and any(one.on_hub for one in sources):
         with suppress(PoolError):
             return _folder_of(opened, on_bad_adapter), opened
-    return place.spec, opened
+    return spec_of(sources), opened
 
 
 def _folder_of(pool: AdapterPool, on_bad_adapter: OnBadAdapter) -> str:
@@ -174,7 +174,7 @@ def _folder_of(pool: AdapterPool, on_bad_adapter: OnBadAdapter) -> str:
     roots = {str(adapter.folder.absolute()).removesuffix(f"/{adapter.name}") for adapter in pool}
     if len(roots) == 1:
         [root] = roots
-        if AdapterPool.from_directory(root, on_bad_adapter=on_bad_adapter).names == pool.names:
+        if AdapterPool.open(root, on_bad_adapter=on_bad_adapter).names == pool.names:
             return root
     raise PoolError(
         "the engine 'vllm' opens the pool again in vLLM's processes: expected all adapters in one folder under their "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from logo.adapters.activation import OFF
-from logo.adapters.options import OnBadAdapter
+from logo.adapters.sources import OnBadAdapter
 from logo.errors import UsageError, closest
 from logo.selection.settings import SelectionSettings
 

@@ -7,15 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.digests import key_of, pool_digest
-from logo.adapters.format import Adapter, open_adapter
+from logo.adapters.adapter import Adapter, open_adapter
 from logo.adapters.layout import BaseLayout
-from logo.adapters.pool import AdapterPool
+from logo.adapters.pool import AdapterPool, open_pool
 from logo.backends.vllm.options import VllmOptions
 from logo.backends.vllm.recipe import Recipe
 from logo.core import Selection
 from logo.errors import LoGoError, PoolError, UsageError
-from logo.pools import open_pool
+from logo.identity import pool_digest
 from logo.selection.points import plan
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class KeyedPool:
     @classmethod
     def of(cls, adapters: AdapterPool, forced: str | None = None) -> KeyedPool:
         """Reads every adapter's file once, for its digest."""
-        keys = {adapter.name: key_of(adapter) for adapter in adapters}
+        keys = {adapter.name: adapter.key for adapter in adapters}
         return cls(adapters.acting(forced), keys, forced)
 
     @classmethod
@@ -72,7 +71,7 @@ class KeyedPool:
     @property
     def digest(self) -> str:
         """The digest of the pool's names and contents, which is equal in all processes with the same pool."""
-        return pool_digest(self.keys)
+        return pool_digest(self.keys.items())
 
     @property
     def by_key(self) -> dict[str, Adapter]:
@@ -98,7 +97,7 @@ class KeyedPool:
                 raise PoolError(f"the pool has an adapter {name!r} already")
             adapters[name] = open_adapter(folder, name).fit(layout)
             adapters[name].verify()  # finds what is not finite, also in layers that no signal reads
-            keys[name] = key_of(adapters[name])
+            keys[name] = adapters[name].key
         pool = AdapterPool(adapters.values(), self.adapters.refused, default_k=self.adapters.default_k)
         pool = pool.acting(self.forced)
         return replace(self, adapters=pool, keys={name: keys[name] for name in pool.names})

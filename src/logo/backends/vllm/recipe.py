@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from logo.adapters.activation import EVERYWHERE, Activation
-from logo.adapters.digests import KEY_DIGITS
 from logo.errors import UsageError
+from logo.identity import KEY_DIGITS
 
 SCHEME = "logo://"
 # vLLM's ids of adapters are signed integers of 32 bits, from 1 on.

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from logo.adapters.format import Adapter
+from logo.adapters.adapter import Adapter
 from logo.adapters.layout import BaseLayout
 from logo.cli.choices import OnBad
 from logo.cli.options import option

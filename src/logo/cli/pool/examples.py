@@ -10,8 +10,8 @@ from typing import Any
 
 from logo.adapters.examples import MOST, read_examples, write_examples
 from logo.adapters.manifest import read_manifest, write_manifest
-from logo.adapters.places import parse_places
 from logo.adapters.pool import AdapterPool
+from logo.adapters.sources import parse_sources
 from logo.cli.options import Json, argument, usual
 from logo.cli.output import note, out, print_json, verbatim
 from logo.cli.pool.common import AllowPickle, OnBadAdapter, tell_refused
@@ -56,7 +56,7 @@ class _Home:
 
 
 def examples(
-    place: str = argument(..., metavar="PLACE", help="Folder of adapters, at any depth, or a manifest."),
+    place: str = argument(..., metavar="SOURCE", help="Folder of adapters, at any depth, or a manifest."),
     name: str | None = argument(None, metavar="NAME", help="The adapter.", show_default="counts the examples of all"),
     file: Path | None = argument(
         None,
@@ -118,16 +118,16 @@ def examples(
 
 
 def _opened(text: str, allow_pickle: bool, on_bad: Any) -> _Home:
-    [only, *more] = parse_places(text)
+    [only, *more] = parse_sources(text)
     if more or only.on_hub:
         missing = "" if more else " (there is no such folder here)"
         raise UsageError(
             f"{text}: expected one folder or one manifest, in which the examples are stored{missing}; for a pool on "
             f"the Hub, make a manifest first: `logo pool lock {text} --out pool.yaml`"
         )
-    pool = AdapterPool.open([only.source], allow_pickle=allow_pickle, on_bad_adapter=on_bad)
+    pool = AdapterPool.open([only.where], allow_pickle=allow_pickle, on_bad_adapter=on_bad)
     tell_refused(pool.refused)
-    return _Home(pool, Path(only.source) if only.kind == "manifest" else None)
+    return _Home(pool, Path(only.where) if only.kind == "manifest" else None)
 
 
 def _logged(pool: AdapterPool, files: Sequence[Path]) -> dict[str, list[str]]:

@@ -10,22 +10,20 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.adapters.format import Adapter
-from logo.adapters.gathering import gather
-from logo.adapters.options import Fetching
-from logo.adapters.places import parse_places
+from logo.adapters.adapter import Adapter
+from logo.adapters.sources import gather, parse_sources
 from logo.cli.options import argument, usual
 from logo.cli.output import one_line, out, plain_table, print_json, size
 from logo.cli.pool.common import AllowPickle, divided, fitting, refusal, refusals
 from logo.errors import AdapterError, LeftOut, PoolError, listed
 
 if TYPE_CHECKING:
-    from logo.adapters.spectra import Size
+    from logo.adapters.publish import Size
 
 
 def inspect(
     folder: str = argument(
-        ..., metavar="PLACE", help="Folder of adapters, at any depth, or whatever `--adapters` takes."
+        ..., metavar="SOURCE", help="Folder of adapters, at any depth, or whatever `--adapters` takes."
     ),
     base_model: str | None = usual(
         None, "Also check that every adapter fits this base model (its configuration is enough)."
@@ -47,7 +45,7 @@ def inspect(
         refused += misfits
     sizes: dict[str, Size] = {}
     if spectra:
-        from logo.adapters.spectra import size_of
+        from logo.adapters.publish import size_of
 
         good, unread = divided(good, lambda adapter: sizes.update({adapter.name: size_of(adapter)}))
         refused += unread
@@ -67,10 +65,10 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _found(place: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter], list[AdapterError]]:
-    """The adapters of a place, and why others there cannot be used."""
+def _found(source: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter], list[AdapterError]]:
+    """The adapters of a source, and why others there cannot be used."""
     try:
-        found = gather(parse_places(place), Fetching(allow_pickle=allow_pickle), skip=True, verify=verify)
+        found = gather(parse_sources(source), allow_pickle=allow_pickle, skip=True, verify=verify)
     except PoolError:  # an empty folder is told as such
         return [], []
     return list(found.adapters), found.refused

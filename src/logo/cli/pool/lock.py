@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from logo.adapters.format import Adapter
-from logo.adapters.gathering import gather
-from logo.adapters.manifest import Entry, Manifest, is_line, read_manifest, write_manifest
-from logo.adapters.options import Fetching
-from logo.adapters.places import SUFFIXES, Place, parse_places
+from logo.adapters.adapter import Adapter
+from logo.adapters.manifest import SUFFIXES, Entry, Manifest, is_line, read_manifest, write_manifest
 from logo.adapters.pool import AdapterPool
-from logo.adapters.repos import list_repos
+from logo.adapters.sources import Source, gather, list_repos, parse_sources
 from logo.cli.options import Json, argument, usual
 from logo.cli.output import out, print_json
 from logo.cli.pool.common import AllowPickle, OnBadAdapter, divided, fitting, refusals, tell_refused
@@ -19,10 +16,10 @@ from logo.errors import AdapterError, UsageError
 
 
 def lock(
-    places: list[str] = argument(
+    sources: list[str] = argument(
         ...,
-        metavar="PLACE...",
-        help="One or several places, as `--adapters` takes them, or all repositories `org/prefix*` of an owner.",
+        metavar="SOURCE...",
+        help="One or several sources, as `--adapters` takes them, or all repositories `org/prefix*` of an owner.",
     ),
     output: Path = usual(Path("pool.yaml"), "The manifest, `.yaml`.", True, "--out", "-o", metavar="FILE"),
     base_model: str | None = usual(None, "Take only adapters that fit this base model (its configuration is enough)."),
@@ -34,7 +31,7 @@ def lock(
     on_bad_adapter: OnBadAdapter = "error",
     json: Json = False,
 ) -> None:
-    """Write a manifest of a pool: the place, the commit and the digest of each adapter.
+    """Write a manifest of a pool: the source, the commit and the digest of each adapter.
 
     Opening the manifest (`--adapters pool.yaml`) gives the same weights, or an error that names the change.
 
@@ -45,9 +42,9 @@ def lock(
     if output.exists() and not replaces:
         raise UsageError(f"--out {output}: exists already; choose another name, or add --replace")
     kept = {entry.name: entry.examples for entry in read_manifest(output).entries} if output.exists() else {}
-    asked = [place for text in places for place in _places(text)]
+    asked = [source for text in sources for source in _sources(text)]
     skip = on_bad_adapter == "skip"
-    found = gather(asked, Fetching(allow_pickle=allow_pickle), skip=skip, verify=True if skip else None)
+    found = gather(asked, allow_pickle=allow_pickle, skip=skip, verify=True if skip else None)
 
     def recorded(adapter: Adapter) -> None:
         source = _source(found.origins[adapter.name], output)
@@ -58,8 +55,8 @@ def lock(
     if base_model is not None:
         good, misfits = divided(good, fitting(base_model, model_dir))
         bad += misfits
-    where = ",".join(places)
-    pool = AdapterPool.from_survey(where, good, [*found.refused, *bad], on_bad_adapter=on_bad_adapter)
+    where = ",".join(sources)
+    pool = AdapterPool.found(where, good, [*found.refused, *bad], on_bad_adapter=on_bad_adapter)
     entries = []
     for adapter in pool:
         origin = found.origins[adapter.name]
@@ -74,15 +71,15 @@ def lock(
     out.print(f"{output}: {len(entries)} adapters" + (f", {commits} commits" if commits else ""), markup=False)
 
 
-def _places(text: str) -> list[Place]:
+def _sources(text: str) -> list[Source]:
     if "*" in text and not os.path.exists(text):
         return list_repos(text)
-    return list(parse_places(text))
+    return list(parse_sources(text))
 
 
-def _source(origin: Place, file: Path) -> str:
-    """The place of an adapter as a manifest writes it; folders are relative to the manifest, to move with it."""
+def _source(origin: Source, file: Path) -> str:
+    """The source of an adapter as a manifest writes it; folders are relative to the manifest, to move with it."""
     if origin.on_hub:
-        return "/".join(filter(None, (origin.source, origin.below)))
-    path = os.path.relpath(Path(origin.source).absolute(), file.absolute().parent)
+        return "/".join(filter(None, (origin.where, origin.below)))
+    path = os.path.relpath(Path(origin.where).absolute(), file.absolute().parent)
     return path if path.startswith(".") else f"./{path}"

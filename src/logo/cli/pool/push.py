@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from logo.adapters.files import NOTES
-from logo.adapters.format import own_name
-from logo.adapters.gathering import gather
-from logo.adapters.notes import checked
-from logo.adapters.options import Fetching
-from logo.adapters.places import Place
+from logo.adapters.adapter import own_name
+from logo.adapters.peft import NOTES
 from logo.adapters.pool import AdapterPool
+from logo.adapters.sources import Source, gather
 from logo.cli.options import Json, argument, usual
 from logo.cli.output import note, out, print_json, size
 from logo.cli.pool.common import Folder, OnBadAdapter, refusals, tell_refused
@@ -39,12 +36,12 @@ def push(
 
     Example: `logo pool push adapters/ org/my-loras --private --dry-run`
     """
-    from logo.adapters.publishing import Upload, stays_behind
-    from logo.adapters.publishing import push as send
+    from logo.adapters.publish import checked, contents_of, stays_behind
+    from logo.adapters.publish import push as send
 
     if (folder / NOTES).is_file():  # before its content is used
         checked(folder / NOTES, folder)
-    found = gather([Place("folder", str(folder))], Fetching(), verify=True)
+    found = gather([Source("folder", str(folder))], verify=True)
 
     def left(name: str) -> bool:  # never the folder that the user named
         return stays_behind(name) and name != own_name(folder)
@@ -53,13 +50,14 @@ def push(
     checkpoints = sorted(filter(left, names))
     kept = [one for one in found.adapters if not left(one.name)]
     bad = [one for one in found.refused if not left(one.name)]
-    pool = AdapterPool.from_survey(folder, kept, bad, on_bad_adapter=on_bad_adapter)
+    pool = AdapterPool.found(folder, kept, bad, on_bad_adapter=on_bad_adapter)
     tell_refused(pool.refused)
     if checkpoints:
         note(f"left out: {len(checkpoints)} checkpoints, such as {checkpoints[0]}")
-    upload = Upload.of(folder, list(pool), repo, path_in_repo, licence)
-    targets = dict(upload.targets)
-    address = None if dry_run else send(upload, private=private, message=message)
+    contents = contents_of(folder, list(pool), repo, path_in_repo, licence)
+    targets = {path: len(one) if isinstance(one, bytes) else one.stat().st_size for path, one in contents.items()}
+    message = message or f"{len(contents)} files of the pool {own_name(folder)}"
+    address = None if dry_run else send(repo, contents, private=private, message=message)
     if json:
         files = [{"path": path, "bytes": count} for path, count in targets.items()]
         report = {"repo": repo, "url": address, "files": files, "left_out": checkpoints}

@@ -7,21 +7,29 @@ when they are read.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from logo.adapters.activation import EVERYWHERE, Activation
-from logo.adapters.config import LoraConfig, Refusal, read_config
-from logo.adapters.examples import FolderExamples
-from logo.adapters.files import PICKLE, SAFETENSORS
-from logo.adapters.header import LoraModule, read_header
-from logo.adapters.layout import BaseLayout
-from logo.adapters.notes import noted_alone
-from logo.adapters.weights import PickleFile, SafetensorsFile, WeightFile, unreadable
+from logo.adapters.activation import EVERYWHERE, Activation, noted
+from logo.adapters.examples import FolderExamples, examples_sha256
+from logo.adapters.layout import BaseLayout, core_path
+from logo.adapters.peft import (
+    PICKLE,
+    SAFETENSORS,
+    LoraConfig,
+    LoraModule,
+    Refusal,
+    WeightFile,
+    parse_config,
+    read_header,
+    read_raw,
+    unreadable,
+)
 from logo.errors import AdapterError
+from logo.identity import adapter_digest, adapter_key
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +62,9 @@ class Adapter:
         file: the weight file.
         own_examples: the example prompts in its folder, which are shared by all that is derived from this object.
         activation: on which tokens it acts.
-        copies: key in the file -> parameter of the base model that it copies. `fit` compares copies with the base
-            model; before that no tensor is read.
+        copies: key in the file -> parameter of the base model that it copies. PEFT saves whole weights of
+            `modules_to_save`, and of embeddings and heads that it takes for changed (an adapted `lm_head`, a resized
+            vocabulary). Often they were not trained, which only `fit` shows, by a comparison with the base model.
         given_examples: example prompts in place of those in its folder; None: those in its folder.
     """
 
@@ -90,6 +99,11 @@ class Adapter:
         return sorted({path.rsplit(".", 1)[-1] for path in self.modules})
 
     @property
+    def scales(self) -> tuple[tuple[str, float], ...]:
+        """Module path and scale of every module, sorted."""
+        return tuple(sorted((path, module.scaling) for path, module in self.modules.items()))
+
+    @property
     def size(self) -> int:
         """Bytes of the weight file."""
         return self.file.path.stat().st_size
@@ -106,10 +120,15 @@ class Adapter:
         except OSError as error:
             raise AdapterError(self.name, unreadable(error, self.file.path)) from error
 
-    @property
-    def scales(self) -> tuple[tuple[str, float], ...]:
-        """Module path and scale of every module, sorted."""
-        return tuple(sorted((path, module.scaling) for path, module in self.modules.items()))
+    @cached_property
+    def digest(self) -> str:
+        """The digest of its weights, scales and activation, which decide its effect; errors as `sha256`."""
+        return adapter_digest(self.sha256, self.scales, self.activation.tokens, self.activation.last)
+
+    @cached_property
+    def key(self) -> str:
+        """The digest by which engines, workers and replicas agree on it: example prompts count, the name does not."""
+        return adapter_key(self.digest, examples_sha256(self.examples) if self.examples else None)
 
     def fit(self, layout: BaseLayout, model: nn.Module | None = None) -> Adapter:
         """The same adapter with its modules under the base model's own paths.
@@ -132,13 +151,11 @@ class Adapter:
                 among = f"may be any of {', '.join(sorted(targets)[:3])}" if targets else f"no such {what}"
                 problems.append(f"{path} ({among})")
                 continue
-            target = targets[0]
-            shape = (layout.embeddings if module.embedding else layout.shapes)[target]
-            if (module.in_features, module.out_features) != (shape.in_features, shape.out_features):
-                problems.append(
-                    f"{path} (adapter {module.in_features} -> {module.out_features}, "
-                    f"base {shape.in_features} -> {shape.out_features})"
-                )
+            [target] = targets
+            base = (layout.embeddings if module.embedding else layout.shapes)[target]
+            if (module.in_features, module.out_features) != (base.in_features, base.out_features):
+                own = f"adapter {module.in_features} -> {module.out_features}"
+                problems.append(f"{path} ({own}, base {base.in_features} -> {base.out_features})")
             elif target in fitted:
                 problems.append(f"{path} (a second entry for {target})")
             else:
@@ -150,31 +167,40 @@ class Adapter:
                 f"does not fit the base model: {len(problems)} of {len(self.modules)} modules do not match: "
                 f"{'; '.join(problems[:5])}{more}. Was it trained on another base model?",
             )
-        return replace(self, modules=fitted, copies=self._compared(model))
+        if self.copies:
+            self._compare(model)
+        return replace(self, modules=fitted, copies={})
 
-    def _compared(self, model: nn.Module | None) -> Mapping[str, str]:
-        """Compares the copies with the base model, and returns none; raises AdapterError if one differs."""
-        if not self.copies:
-            return self.copies
-        from logo.adapters.copies import different
-
+    def _compare(self, model: nn.Module | None) -> None:
+        """Raises AdapterError unless all copies of base weights equal the base model's own."""
         if model is None or any(parameter.is_meta for parameter in model.parameters()):
-            raise AdapterError(self.name, self._holds_weights())
-        try:
-            other = different(self.file, self.copies, model)
-        except Exception as error:  # safetensors raises its own Rust error type
-            raise AdapterError(self.name, unreadable(error, self.file.path)) from error
-        if other is not None:
-            raise AdapterError(
-                self.name, f"it replaces a weight of the base model, {other} (modules_to_save), which cannot be mixed"
-            )
-        return {}
+            self.check_compared()
+            return
+        own: dict[str, list[torch.Tensor]] = {}
+        for path, parameter in model.named_parameters(remove_duplicate=False):
+            own.setdefault(core_path(path), []).append(parameter)
+        for key, path in self.copies.items():
+            bases, copy = own.get(core_path(path), []), self._tensors([key])[key]
+            if len(bases) != 1:
+                found = f"{path}, which the base model does not have"
+            elif copy.shape != bases[0].shape:
+                found = f"{path} of shape {list(copy.shape)} instead of {list(bases[0].shape)}"
+            # Compared in the dtype of the base model, in which the copy would replace the weight.
+            elif not copy.to(bases[0].device, bases[0].dtype).equal(bases[0].detach()):
+                found = f"{path} with other values"
+            else:
+                continue
+            why = f"it replaces a weight of the base model, {found} (modules_to_save), which cannot be mixed"
+            raise AdapterError(self.name, why)
 
-    def _holds_weights(self) -> str:
-        return (
-            f"it holds full weights ({next(iter(self.copies))}), as modules_to_save or resized embeddings do; they "
-            "cannot be mixed unless they equal the base model's, which is checked when it is loaded"
-        )
+    def check_compared(self) -> None:
+        """Raises AdapterError if it holds copies of base weights that were not compared with the base model."""
+        if self.copies:
+            raise AdapterError(
+                self.name,
+                f"it holds full weights ({next(iter(self.copies))}), as modules_to_save or resized embeddings do; they "
+                "cannot be mixed unless they equal the base model's, which is checked when it is loaded",
+            )
 
     def read(self, modules: Iterable[str] | None = None) -> dict[str, LoraWeights]:
         """Reads the tensors of `modules` (default: all of them).
@@ -184,103 +210,68 @@ class Adapter:
                 copies that were not compared with the base model.
         """
         self.check_compared()
-        return self._read(modules)
+        return self.verify(modules)
 
-    def check_compared(self) -> None:
-        """Raises AdapterError if it holds copies of base weights that were not compared with the base model."""
-        if self.copies:
-            raise AdapterError(self.name, self._holds_weights())
-
-    def check_linear(self) -> None:
-        """Raises AdapterError unless it is `s B A` on linear modules, since no other kind can be written."""
-        for path, module in self.modules.items():
-            if module.embedding:
-                raise AdapterError(self.name, f"it adapts an embedding ({path}), which cannot be rewritten yet")
-        self.check_compared()
-
-    def verify(self) -> None:
-        """Reads all tensors of its modules.
-
-        Raises:
-            AdapterError: a tensor cannot be used.
-        """
-        self._read(None)
-
-    def _read(self, modules: Iterable[str] | None) -> dict[str, LoraWeights]:
+    def verify(self, modules: Iterable[str] | None = None) -> dict[str, LoraWeights]:
+        """As `read`, whether copies were compared or not, to find damage."""
         wanted = {path: self.modules[path] for path in (self.modules if modules is None else modules)}
-        keys = [key for m in wanted.values() for key in (m.key_a, m.key_b)]
-        try:
-            tensors = self.file.read(keys)
-        except Exception as error:  # safetensors raises its own Rust error type
-            raise AdapterError(self.name, unreadable(error, self.file.path)) from error
+        tensors = self._tensors([key for m in wanted.values() for key in (m.key_a, m.key_b)])
         for key, tensor in tensors.items():
             if not tensor.is_floating_point() or tensor.element_size() < 2:
-                raise AdapterError(
-                    self.name,
-                    f"tensor {key} is stored as {tensor.dtype}; expected float16, bfloat16, float32 or float64",
-                )
+                expected = "expected float16, bfloat16, float32 or float64"
+                raise AdapterError(self.name, f"tensor {key} is stored as {tensor.dtype}; {expected}")
             if not bool(tensor.isfinite().all()):
                 found = "NaN" if bool(tensor.isnan().any()) else "Inf"
                 raise AdapterError(self.name, f"tensor {key} holds {found}; the adapter is damaged")
         return {path: LoraWeights(tensors[m.key_a], tensors[m.key_b], m.scaling) for path, m in wanted.items()}
 
+    def _tensors(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+        try:
+            return self.file.read(keys)
+        except Exception as error:  # safetensors raises its own Rust error type
+            raise AdapterError(self.name, unreadable(error, self.file.path)) from error
 
-def open_adapter(folder: str | Path, name: str | None = None, *, allow_pickle: bool = False) -> Adapter:
+
+def open_adapter(
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    allow_pickle: bool = False,
+    top: Path | None = None,
+    unconverted: bool = False,
+) -> Adapter:
     """Opens a PEFT adapter folder: configuration and header only.
 
     Args:
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
         name: its name in the pool; default: the folder's own name.
         allow_pickle: also read `adapter_model.bin` (with `weights_only=True`) if there is no safetensors file.
+        top: the pool's folder, above which no `pool.json` applies; default: the folder above the adapter's.
+        unconverted: see `logo.adapters.peft.parse_config`.
 
     Raises:
         AdapterError: the folder cannot be read, or the adapter cannot be mixed; the reason says why.
-        StorageError: as `logo.adapters.notes.noted`.
+        StorageError: as `logo.adapters.activation.noted`.
     """
     folder = Path(folder)
     name = name if name is not None else own_name(folder)
     try:
-        adapter = adapter_of(name, folder, read_config(folder), weight_file(folder, allow_pickle))
+        config = parse_config(read_raw(folder), unconverted=unconverted)
+        try:
+            file = WeightFile.of(folder, allow_pickle)
+            shapes = file.shapes()
+        except Refusal:
+            raise
+        except Exception as error:  # safetensors raises its own Rust error type
+            used = folder / (SAFETENSORS if (folder / SAFETENSORS).exists() else PICKLE)
+            raise Refusal(unreadable(error, used)) from error
+        modules, copies = read_header(shapes, config)
     except Refusal as refusal:
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__
-    return replace(adapter, activation=noted_alone(folder, adapter.activation))
-
-
-def adapter_of(name: str, folder: Path, config: LoraConfig, file: WeightFile) -> Adapter:
-    """Makes an adapter from its configuration and the header of its weight file.
-
-    Raises:
-        Refusal: the header cannot be read, or the adapter cannot be mixed.
-    """
-    try:
-        shapes = file.shapes()
-    except Exception as error:  # safetensors raises its own Rust error type
-        raise Refusal(unreadable(error, file.path)) from error
-    # The order of patterns matters, but equality of configurations ignores it.
-    order = (*config.rank_pattern, "", *config.alpha_pattern)
-    config, modules, copies = read_header(tuple(shapes.items()), config, order)
-    acts = Activation(config.invocation)
-    return Adapter(name, folder, config, modules, file, FolderExamples(folder), acts, copies)
+    activation = noted(folder, Activation(config.invocation), top)
+    return Adapter(name, folder, config, modules, file, FolderExamples(folder), activation, copies)
 
 
 def own_name(folder: Path) -> str:
     """The name of a folder, also of `.`; of a link, the link's own name."""
     return os.path.basename(os.path.abspath(folder))
-
-
-def weight_file(folder: Path, allow_pickle: bool) -> SafetensorsFile | PickleFile:
-    """The weight file in a PEFT folder.
-
-    Raises:
-        Refusal: there is none, or only a pickle that may not be read.
-    """
-    if (folder / SAFETENSORS).is_file():
-        return SafetensorsFile(folder / SAFETENSORS)
-    if not (folder / PICKLE).is_file():
-        raise Refusal(f"{SAFETENSORS} is missing from {folder}")
-    if not allow_pickle:
-        raise Refusal(
-            f"its weights are pickled ({PICKLE}), and a pickle can run code; convert it to safetensors, "
-            "or pass --allow-pickle to read tensors only"
-        )
-    return PickleFile(folder / PICKLE)

@@ -1,0 +1,185 @@
+"""Writes adapters as plain PEFT folders, which any tool that reads LoRA adapters can use: mixtures, and conversions.
+
+A folder appears complete or not at all. A mixture is one adapter:
+
+    A = [A_1; A_2; ...]   (R, d_in)        B = [w_1 s_1 B_1, w_2 s_2 B_2, ...]   (d_out, R)        alpha = r = R
+
+so that `B A = Σ w_i s_i B_i A_i` exactly, for any ranks and targets. All adapters have to act on the same tokens, since
+one adapter cannot act on different ones.
+
+Adapters that were initialised with a part of the base weights (PiSSA, OLoRA, CorDA, LoRA-GA) train
+`W - s B_0 A_0 + s B A`, so on the untouched base their update is `s [B, -B_0] [A; A_0]`, a plain LoRA of twice the rank
+and the same scale. PEFT does the same with `path_initial_model_for_weight_conversion`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from logo.adapters.activation import EVERYWHERE, noted
+from logo.adapters.adapter import Adapter, LoraWeights, open_adapter
+from logo.adapters.layout import core_path
+from logo.adapters.peft import CONFIG, NOTES, SAFETENSORS, changed_base, read_raw
+from logo.errors import AdapterError, UsageError
+from logo.files import new_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
+    """Writes one PEFT folder in place, which may exist; for use inside `new_folder`."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / SAFETENSORS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def plain_tensors(weights: Mapping[str, LoraWeights]) -> dict[str, Tensor]:
+    """Factors under PEFT's keys; scales are left to the configuration."""
+    return {
+        f"base_model.model.{path}.lora_{side}.weight": tensor
+        for path, one in weights.items()
+        for side, tensor in (("A", one.A), ("B", one.B))
+    }
+
+
+def write_mixture(
+    parts: Sequence[tuple[Adapter, float]], folder: Path, linear: Collection[str], base_model: str | None = None
+) -> Path:
+    """Writes the weighted sum of adapters as one adapter, in float32.
+
+    Args:
+        parts: adapters fitted to the base model, with their weights; those of weight 0 are left out.
+        folder: must not exist yet, or be empty.
+        linear: paths of the base model's linear modules.
+        base_model: its name or folder, for the configuration.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: there is nothing to write, adapters act on different tokens, or the folder holds something already.
+        StorageError: it cannot be written.
+    """
+    parts = [(adapter, weight) for adapter, weight in parts if weight]
+    if not parts:
+        raise UsageError("the mixture has no adapter, so there is nothing to write")
+    activations = {adapter.activation for adapter, _ in parts}
+    if len(activations) > 1:
+        raise UsageError(
+            f"the mixture's adapters act on different tokens ({', '.join(sorted(map(str, activations)))}), which one "
+            "adapter cannot: leave some out, or force one activation on all (--activation)"
+        )
+    [activation] = activations
+    stacked = _stacked(parts)
+    ranks = {path: len(one.A) for path, one in stacked.items()}
+    [(rank, _)] = Counter(ranks.values()).most_common(1)
+    others = {re.escape(path): found for path, found in ranks.items() if found != rank}
+    config: dict[str, object] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model}
+    config |= {"inference_mode": True, "bias": "none", "lora_dropout": 0.0, "use_rslora": False}
+    config |= {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)}
+    config["target_modules"] = _targets(ranks, linear)
+    if activation.tokens:
+        config["alora_invocation_tokens"] = list(activation.tokens)
+    above = folder.absolute()
+    around = noted(above, EVERYWHERE, Path(above.anchor))  # a `pool.json` above the folder would apply to it
+    with new_folder(folder, "the mixture") as part:
+        save_adapter(part, plain_tensors(stacked), config)
+        # PEFT's configuration has no `last:N`.
+        if not activation.tokens and (activation.last is not None or around != EVERYWHERE):
+            (part / NOTES).write_text(json.dumps({"activation": str(activation)}, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def convert_initial(trained: Path, initial: Path, out: Path, *, allow_pickle: bool = False) -> None:
+    """Writes an adapter that was initialised with a part of the base weights as a plain one, with its settings.
+
+    Args:
+        trained: its folder.
+        initial: the folder of its state before training.
+        out: must not exist yet, or be empty.
+
+    Raises:
+        AdapterError: a folder cannot be used; the configuration names no such initialisation; or the initial state is
+            that of another adapter, or equal to the trained one.
+        UsageError, StorageError: as `new_folder`.
+    """
+    import torch
+
+    adapter, start = (open_adapter(one, allow_pickle=allow_pickle, unconverted=True) for one in (trained, initial))
+    config = read_raw(trained)
+    if changed_base(config) is None:
+        raise AdapterError(
+            adapter.name,
+            f"init_lora_weights is {config.get('init_lora_weights', True)!r}, which names no initialisation that "
+            "changed the base weights (PEFT writes true after a conversion); an adapter of this kind names it, such as "
+            "'pissa'",
+        )
+    weights = _linear(adapter)
+    first = {core_path(path): one for path, one in _linear(start).items()}
+    if first.keys() != {core_path(path) for path in weights}:
+        raise AdapterError(adapter.name, f"its initial adapter {initial} adapts other modules")
+    both: dict[str, LoraWeights] = {}
+    same = True
+    for path, one in weights.items():
+        before = first[core_path(path)]
+        alike = before.A.shape == one.A.shape and before.B.shape == one.B.shape
+        if not alike or not math.isclose(before.scaling, one.scaling, rel_tol=1e-9):
+            raise AdapterError(adapter.name, f"its initial adapter {initial} has another shape or scale at {path}")
+        same = same and torch.equal(one.A, before.A) and torch.equal(one.B, before.B)
+        # Different dtypes are promoted to the wider one.
+        both[path] = LoraWeights(torch.cat([one.A, before.A]), torch.cat([one.B, -before.B], dim=1), one.scaling)
+    if same:
+        why = f"its initial adapter {initial} is the same: give the adapter as it was before training"
+        raise AdapterError(adapter.name, why)
+    with new_folder(out, "the adapter") as part:
+        save_adapter(part, plain_tensors(both), config | _doubled(config))
+
+
+def _doubled(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings for twice the rank and the same scale: alpha grows by 2 with `alpha / r`, by √2 with `alpha / √r`."""
+    grown = math.sqrt(2) if config.get("use_rslora") else 2
+    return {
+        "init_lora_weights": True,
+        "r": 2 * config.get("r", 8),
+        "lora_alpha": grown * config.get("lora_alpha", 8),
+        "rank_pattern": {key: 2 * rank for key, rank in (config.get("rank_pattern") or {}).items()},
+        "alpha_pattern": {key: grown * alpha for key, alpha in (config.get("alpha_pattern") or {}).items()},
+    }
+
+
+def _linear(adapter: Adapter) -> dict[str, LoraWeights]:
+    """The factors of an adapter; raises AdapterError unless it is `s B A` on linear modules, since no other kind can be
+    written."""
+    for path, module in adapter.modules.items():
+        if module.embedding:
+            raise AdapterError(adapter.name, f"it adapts an embedding ({path}), which cannot be rewritten yet")
+    return adapter.read()
+
+
+def _stacked(parts: Sequence[tuple[Adapter, float]]) -> dict[str, LoraWeights]:
+    """The factors side by side, by module path."""
+    import torch
+
+    read = [(_linear(adapter), weight) for adapter, weight in parts]
+    stacked = {}
+    for path in dict.fromkeys(path for weights, _ in read for path in weights):
+        held = [(weights[path], weight) for weights, weight in read if path in weights]
+        b = torch.cat([w * one.scaled_b() for one, w in held], dim=1)
+        stacked[path] = LoraWeights(torch.cat([one.A.float() for one, _ in held]), b, 1.0)
+    return stacked
+
+
+def _targets(paths: Collection[str], linear: Collection[str]) -> list[str]:
+    """Module names if every module of these names is adapted, else full paths."""
+    names = {path.rsplit(".", 1)[-1] for path in paths}
+    named = {path for path in linear if path.rsplit(".", 1)[-1] in names}
+    return sorted(names if named == set(paths) else paths)
