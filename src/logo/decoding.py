@@ -139,7 +139,7 @@ def _check_values(config: GenerationConfig) -> None:
 
 def check_batch_size(batch_size: Any) -> None:
     """Raises UsageError unless it is a number of rows."""
-    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size <= 0:
+    if type(batch_size) is bool or not isinstance(batch_size, Integral) or batch_size <= 0:
         raise UsageError(f"batch_size: expected a whole number, 1 or more, found {batch_size!r:.60}")
 
 
