@@ -140,6 +140,27 @@ def test_a_call_may_ask_for_more(inside: Any, local: LoGo, rows: list[str], opti
     assert inside.reselect(scores, **options) == local.reselect(scores, **options)
 
 
+def test_a_probe_is_a_short_request_of_its_own(
+    inside: Any, local: LoGo, rows: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, lengths = inside.llm.llm_engine.engine_core.engine_core.scheduler, []
+    add = scheduler.add_request
+
+    def added(request: Any) -> None:
+        lengths.append(request.num_prompt_tokens)
+        add(request)
+
+    monkeypatch.setattr(scheduler, "add_request", added)
+    long = local.tokenizer(" ".join(rows))["input_ids"][:140]
+    for _ in range(2):  # the second time, its tokens are in the cache
+        for signal, read in (("calibrated", 64), ("norm", 140)):
+            lengths.clear()
+            found, expected = (one.select(long, signal=signal, max_new_tokens=6) for one in (inside, local))
+            same_selection(found, expected)
+            assert lengths == [read]
+        same_answers([inside.generate(long, max_new_tokens=6)], [local.generate(long, max_new_tokens=6)])
+
+
 # -- generating --------------------------------------------------------------------------------------------------------
 
 

@@ -88,7 +88,7 @@ class VllmLoGo(LoGo):
         pool = self.core.staged(None, self._ask("logo_stage", None))
         self._ask("logo_commit")
         self.core.commit(pool, {})
-        self._opened_signals: dict[str, Opened] = {}
+        self._scorers: dict[str, Any] = {}  # by signal, what is known of them here
         self._scorer(settings.signal)
 
     # -- what it is ----------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class VllmLoGo(LoGo):
         Raises:
             LoGoError: it cannot score this pool.
         """
-        if signal not in self._opened_signals:
+        if signal not in self._scorers:
             with self._lock:
                 plan(self.model, self._fitted, self.settings, signal)  # raises the errors of the workers here
                 told = self._ask("logo_signal", signal)
@@ -146,8 +146,8 @@ class VllmLoGo(LoGo):
                 opened = Opened.of(signal, self.settings.reading(self._fitted, signal), told[0])
                 default_k = min(self._fitted.default_k, len(opened.names))
                 opened = replace(opened, selector=replace(opened.selector, default_k=default_k))
-                self._opened_signals[signal] = opened
-        return self._opened_signals[signal]
+                self._scorers[signal] = opened
+        return self._scorers[signal]
 
     def _scores(self, scorer: Any, rows: Sequence[Prompt], among: Sequence[Any], batch_size: int) -> torch.Tensor:
         """Scores (rows, adapters) of prompts, which run as probes.
