@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -161,7 +161,7 @@ class Scorer:
         return self.probe.points
 
     @property
-    def sizes(self) -> Any:
+    def sizes(self) -> Mapping[str, float]:
         """Adapter name -> relative size (`logo.selection.confidence`); empty for signals without a calibration."""
         return self.selector.sizes
 
