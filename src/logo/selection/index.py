@@ -40,7 +40,6 @@ class ScoringIndex:
         point: where.
         sketch: of a whitening, its `Whitening.sketch` (m, d) and the sketch of the mean (m,).
         updates: (adapters,), `‖ΔW_i‖_F`.
-        keys: the digest of each adapter's content when it was read.
     """
 
     stacked: Tensor
@@ -50,7 +49,6 @@ class ScoringIndex:
     point: Point
     sketch: tuple[Tensor, Tensor] | None
     updates: Tensor
-    keys: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -127,8 +125,7 @@ class Wanted:
         point: where.
         device: where scores are computed.
         whitening: on the CPU; applied to hidden vectors before they are scored by their norm.
-        before: an index of the same point and whitening, whose rows are reused for the adapters that it has, by the
-            digests of their content.
+        before: an index of the same point and whitening, whose rows are reused for the adapters that it has.
     """
 
     adapters: Sequence[Adapter]
@@ -160,8 +157,7 @@ def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[Sco
         AdapterError: an adapter that cannot be read.
     """
     every = {adapter.name: adapter for one in wanted for adapter in one.adapters}
-    keys = {name: adapter.digest for name, adapter in every.items()}
-    building = [_Building(one, keys) for one in wanted]
+    building = [_Building(one) for one in wanted]
     for done, (name, adapter) in enumerate(every.items(), start=1):
         if tell is not None and (done % _TOLD == 0 or done == len(every) > _TOLD):
             tell(done, len(every))
@@ -176,22 +172,20 @@ def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[Sco
 class _Building:
     """An index under construction, whose rows come one adapter at a time."""
 
-    def __init__(self, wanted: Wanted, keys: dict[str, str]) -> None:
+    def __init__(self, wanted: Wanted) -> None:
         self.wanted, self._ranks, before = wanted, wanted.ranks, wanted.before
-        self._keys = [keys[adapter.name] for adapter in wanted.adapters]
         # Not every accelerator has QR.
         device = wanted.device if wanted.device.type == "cuda" else torch.device("cpu")
         self._whitening = None if wanted.whitening is None else wanted.whitening.to(device)
         width = wanted.adapters[0].modules[wanted.point.module].in_features
         self._stacked = torch.empty(sum(self._ranks), width, device=device)
         self._rows, self._updates = _rows(self._ranks), torch.empty(len(self._ranks), device=device)
-        known = (
-            {} if before is None else dict(zip(before.keys, zip(before.rows, before.updates, strict=True), strict=True))
-        )
+        # A file is an object that stands for one content: a file that was replaced is opened anew.
+        known = {} if before is None else {adapter.file: at for at, adapter in enumerate(before.adapters)}
         self.missing: dict[str, int] = {}  # the positions of adapters that have to be read
-        for at, (adapter, key) in enumerate(zip(wanted.adapters, self._keys, strict=True)):
-            if before is not None and key in known:
-                rows, self._updates[at] = known[key]
+        for at, adapter in enumerate(wanted.adapters):
+            if before is not None and adapter.file in known:
+                rows, self._updates[at] = before.rows[known[adapter.file]], before.updates[known[adapter.file]]
                 self._stacked[self._rows[at]] = before.stacked[rows].to(device)
             else:
                 self.missing[adapter.name] = at
@@ -209,7 +203,7 @@ class _Building:
             offset, rows = (self._stacked @ self._whitening.mean).to(device), one.whitening.sketch()
             sketch = rows.to(device), (rows @ one.whitening.mean).to(device)
         stacked, updates = self._stacked.to(device), self._updates.to(device)
-        return ScoringIndex(stacked, self._ranks, offset, one.adapters, one.point, sketch, updates, self._keys)
+        return ScoringIndex(stacked, self._ranks, offset, one.adapters, one.point, sketch, updates)
 
 
 def _rows(ranks: Sequence[int]) -> list[slice]:

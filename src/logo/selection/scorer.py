@@ -204,7 +204,7 @@ class Scorer:
         """
         signal = self.signal
         if self.prefix_cache is None:
-            rows = [windowed(row, signal.window) for row in rows]
+            rows = [row if len(row) <= self._longest else windowed(row, signal.window) for row in rows]
             ids, mask = padded(rows, self.probe.model.get_input_embeddings().weight.device)  # type: ignore[operator]
             picked, owners = pick(list(map(signal.begin, rows)), list(map(len, rows)), ids.shape[1])
             hidden = self.probe(ids, mask, picked.to(ids.device))

@@ -184,7 +184,8 @@ def get_signal(name: str) -> Signal:
         UsageError: there is none.
         PluginError: it is a plugin's, which cannot be imported.
     """
-    check_type("signal", name, str, "the name of a signal")
+    if not isinstance(name, str):
+        check_type("signal", name, str, "the name of a signal")
     return SIGNALS[name]
 
 
