@@ -184,9 +184,10 @@ def get_signal(name: str) -> Signal:
         UsageError: there is none.
         PluginError: it is a plugin's, which cannot be imported.
     """
-    if not isinstance(name, str):
-        check_type("signal", name, str, "the name of a signal")
-    return SIGNALS[name]
+    if name in SIGNALS:
+        return SIGNALS[name]
+    check_type("signal", name, str, "the name of a signal")
+    return SIGNALS[name]  # raises
 
 
 @register_signal("norm")
