@@ -263,7 +263,7 @@ class Loose:
     """An adapter of one module whose tensors are in memory."""
 
     def __init__(self, name: str, weights: LoraWeights) -> None:
-        self.name = name
+        self.name, self.file = name, name
         rank, in_features = weights.A.shape
         self.modules = {"layer.module": LoraModule("a", "b", rank, in_features, len(weights.B), weights.scaling)}
         self._weights = weights

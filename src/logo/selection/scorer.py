@@ -176,6 +176,12 @@ class Scorer:
         return self.prefix_cache is not None
 
     @cached_property
+    def _longest(self) -> float:
+        """The most tokens of a row that is read whole."""
+        window = self.signal.window
+        return math.inf if window == WHOLE else sum(window)
+
+    @cached_property
     def _cells(self) -> Tensor:
         """(responses,): where each response of `per_point` belongs in the flattened (adapters, readings)."""
         columns, cells = len(self.indices) * self.signal.readings, []
