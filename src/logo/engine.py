@@ -326,20 +326,14 @@ class LoGo:
         given, alone = several(prompts)
         check_batch_size(batch_size)
         with self._call() as pool:
-            call = self._options(pool, options)
+            call = self.settings.options(pool, options)
             rows = self.prompts.read(given, self.prompts.room(max_new_tokens))
             selections = self._selected(rows, call, batch_size)
         return selections[0] if alone else selections
 
     def options(self, **options: Any) -> Options:
         """Checks the options of one call, for `outcomes`; errors as `select`."""
-        return self._options(self.fitted, options)
-
-    def _options(self, pool: AdapterPool, given: Mapping[str, Any]) -> Options:
-        call = self.settings.options(pool, given)
-        if self.probe_context != "base":
-            _checked_context(self.probe_context, call.signal)
-        return call
+        return self.settings.options(self.fitted, options)
 
     def outcomes(
         self, rows: Sequence[Prompt], options: Sequence[Options], batch_size: int = 8
@@ -350,6 +344,9 @@ class LoGo:
             options: of `options`, one for each row; rows of one signal are probed together.
         """
         with self._call():
+            if self.probe_context != "base":
+                for signal in {call.signal for call in options}:
+                    _checked_context(self.probe_context, signal)
             if self.probe_context == "carry":
                 return [self._carry(row, call) for row, call in zip(rows, options, strict=True)]
             found: dict[int, Selection | LoGoError] = {}
@@ -407,7 +404,7 @@ class LoGo:
         """Scores (rows, adapters) of prompts, which are probed in batches."""
         active = self._fitted.names if self.probe_context == "pool" else ()
         probed = [self._probed(row) for row in rows]
-        scores = torch.empty(len(rows), len(scorer.names))
+        scores = torch.empty(len(rows), len(scorer.adapters))
         window = scorer.signal.window
         lengths = [len(row) if window == WHOLE else min(len(row), sum(window)) for row in probed]
         for batch in batches_by_length(lengths, batch_size, tokens=MAX_TOKENS):
@@ -524,7 +521,7 @@ class LoGo:
         """
         check_type("mixtures", mixtures, (list, tuple), "a list of mixtures")
         with self._call() as pool:
-            call = self._options(pool, options)
+            call = self.settings.options(pool, options)
             row, gold = encoded(self.prompts, prompt, completion)
             chosen = self._mixtures(pool, [row] * len(mixtures), mixtures, call, 1)
             pairs = [(row.ids, gold)] * len(mixtures)
@@ -597,7 +594,7 @@ class LoGo:
         for name, value in asked.items():
             if value is not None and name != "candidates" and isinstance(adapters, (Mapping, Selection)):
                 raise UsageError(f"{name} selects adapters, but `adapters` fixes the mixture: leave out one of the two")
-        call = self._options(pool, asked)
+        call = self.settings.options(pool, asked)
         config, most = options.pop("generation_config", None), options.pop("max_new_tokens", None)
         ends = (options.pop("stop_at_newline", False), options.pop("stop", ()))
         activation = options.pop("activation", None)
@@ -622,7 +619,7 @@ class LoGo:
 
     def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:
         """The indices of rows that are answered together."""
-        return batches_by_length(list(map(len, rows)), batch_size, padded=not reads_prompts(decoding.config))
+        return batches_by_length([len(row.ids) for row in rows], batch_size, padded=not reads_prompts(decoding.config))
 
     def _decode(
         self,

@@ -132,7 +132,8 @@ class Prompts:
         """
         if max_new_tokens is None:
             return min(MAX_NEW_TOKENS, (self.context or 2 * MAX_NEW_TOKENS) // 2)
-        check_type("max_new_tokens", max_new_tokens, numbers.Integral, "a whole number")
+        if type(max_new_tokens) is not int:
+            check_type("max_new_tokens", max_new_tokens, numbers.Integral, "a whole number")
         if max_new_tokens <= 0:
             raise UsageError(f"max_new_tokens: expected 1 or more, found {max_new_tokens}")
         return max_new_tokens

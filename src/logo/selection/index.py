@@ -65,7 +65,7 @@ class ScoringIndex:
 
     def norms(self, hidden: Tensor) -> Tensor:
         """`‖ΔW_i h‖₂` for hidden (rows, d), or `‖ΔW_i W (h - μ)‖₂` with a whitening; (rows, adapters), float32."""
-        hidden, size = hidden.to(self.device, torch.float32), max(1, _CHUNK // max(1, len(self.stacked)))
+        hidden, size = hidden.to(self.stacked.device, torch.float32), max(1, _CHUNK // max(1, len(self.stacked)))
         parts = []
         for part in [hidden] if len(hidden) <= size else torch.split(hidden, size):
             responses = self.stacked @ part.T  # (R, rows): CPU libraries are faster with the many rows on the left
@@ -73,7 +73,7 @@ class ScoringIndex:
                 responses -= self.offset[:, None]
             squares = responses.square_()
             if self._alike:
-                sums = squares.view(len(self), -1, len(part)).sum(dim=1)
+                sums = squares.view(len(self.ranks), -1, len(part)).sum(dim=1)
             else:
                 sums = torch.zeros(len(self), len(part), device=self.device).index_add_(0, self._owner, squares)
             parts.append(sums.sqrt_().T)
@@ -85,7 +85,7 @@ class ScoringIndex:
         if self.sketch is None:
             raise RuntimeError(f"the index at {self.point.name} has no whitening")
         rows, offset = self.sketch
-        squares = (hidden.to(self.device, torch.float32) @ rows.T - offset).square().sum(dim=1)
+        squares = (hidden.to(self.stacked.device, torch.float32) @ rows.T - offset).square().sum(dim=1)
         return self.norms(hidden) / squares.sqrt().clamp_min(_SHORTEST).sqrt()[:, None]
 
     def responses(self, hidden: Tensor) -> Iterator[Tensor]:

@@ -184,7 +184,7 @@ def get_signal(name: str) -> Signal:
         UsageError: there is none.
         PluginError: it is a plugin's, which cannot be imported.
     """
-    if name in SIGNALS:
+    if isinstance(name, str) and name in SIGNALS:
         return SIGNALS[name]
     check_type("signal", name, str, "the name of a signal")
     return SIGNALS[name]  # raises
