@@ -137,7 +137,7 @@ class Bench:
             long_name(tokens),
             {
                 "prefill": lambda: prefill(logo.model, row()),
-                "select": lambda: logo.select([row()], signal="calibrated"),
+                "select": lambda: logo.select([row()], signal="calibrated", max_new_tokens=new),
                 "base": lambda: answering(logo, [row()], new, [{}]),
                 "answered": lambda: answering(logo, [row()], new, signal="calibrated"),
             },

@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
-from logo.adapters.activation import EVERYWHERE
 from logo.adapters.adapter import LoraWeights
 from logo.adapters.peft import LoraModule
 from logo.selection.index import ScoringIndex, Wanted, read_indices
@@ -264,11 +263,11 @@ class Loose:
     """An adapter of one module whose tensors are in memory."""
 
     def __init__(self, name: str, weights: LoraWeights) -> None:
-        self.name = name
+        self.name, self.file = name, name
         rank, in_features = weights.A.shape
         self.modules = {"layer.module": LoraModule("a", "b", rank, in_features, len(weights.B), weights.scaling)}
         self._weights = weights
-        self.sha256, self.scales, self.activation = name, (), EVERYWHERE
+        self.digest = name
 
     def read(self, modules: Iterable[str]) -> dict[str, LoraWeights]:
         return dict.fromkeys(modules, self._weights)

@@ -117,8 +117,8 @@ def test_where_it_is_said(tmp_path: Path) -> None:
             "deep/one": "last:2",
         }
     assert pool.read_once and pool["invoked"].activation.tokens == tuple(INVOKE)
-    alone = AdapterPool()
-    assert str(alone.add(tmp_path / "pool" / "plain").activation) == "last:4"  # its pool's notes lie above it
+    [alone] = AdapterPool().add(tmp_path / "pool" / "plain")
+    assert str(alone.activation) == "last:4"  # its pool's notes lie above it
     notes(tmp_path / "pool", "everywhere")
     assert not AdapterPool.open(tmp_path / "pool").read_once
 

@@ -29,7 +29,7 @@ from synthetic import Sizes, base_model, prompts, random_mixtures, related_mixtu
 from tolerances import same_weights
 
 SMALL = Sizes(hidden=64, layers=3, heads=4, vocabulary=256, rank=2)
-SHORT = Lengths(prompt=8, asked=6, new=2, shared=70, own=4, known=70, rest=4)
+SHORT = Lengths(prompt=8, asked=6, new=2, known=70, rest=4)
 
 
 def test_every_ratio_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def pool(model: nn.Module, folder: Path, count: int = 4, names: tuple[str, ...] 
 @pytest.mark.slow
 def test_scores_are_the_formula(llama: nn.Module, tmp_path: Path) -> None:
     """Computed the long way: every text alone through the whole model, ΔW whole, whitening as a matrix."""
-    logo = engine(llama, pool(llama, tmp_path))
+    logo = engine(llama, pool(llama, tmp_path), window="whole")
     texts = logo.prompts.texts([*NEUTRAL, *REQUESTS, PROMPTS[2]])
     neutral = slice(len(NEUTRAL))
     expected = []
@@ -336,7 +336,7 @@ def test_a_refused_prompt_is_probed_once(llama: nn.Module, tmp_path: Path) -> No
     refusing = engine(llama, tmp_path, when_unsure="refuse", unsure_below=below)
     rows, passes = refusing.prompts.read(PROMPTS, room=None), []
     handle = llama.get_submodule("model.embed_tokens").register_forward_hook(lambda *_: passes.append(1))
-    found = Service(refusing, Memory(concurrent=4))._probed([*rows], [refusing.call_settings()] * len(rows))
+    found = Service(refusing, Memory(concurrent=4))._probed([*rows], [refusing.options()] * len(rows))
     handle.remove()
     assert [isinstance(one, Unsure) for one in found] == [(one.confidence or 0.0) < below for one in want]
     for one, other in zip(found, want, strict=True):
@@ -357,7 +357,6 @@ def test_texts_are_many_and_short() -> None:
         ({"weighting": "adaptive", "signal": "norm"}, "has no scale of its own; use 'linear'"),
         ({"when_unsure": "best"}, "when_unsure: expected one of mix, base, refuse"),
         ({"when_unsure": "base", "signal": "norm"}, "does not say how sure it is"),
-        ({"probe_context": "carry"}, "the base model read alone; use 'base'"),
         ({"signal": ["norm"]}, r"signal: expected the name of a signal, found \['norm'\]"),
         ({"signal": None}, "signal: expected the name of a signal, found None"),
         ({"calibration_prompts": ["one"]}, "expected 8 or more, found 1"),
@@ -369,7 +368,6 @@ def test_texts_are_many_and_short() -> None:
         ({"activation": 5}, "activation: expected everywhere, invocation or last:N, found 5"),
         ({"k": "3"}, "k: expected a whole number, found '3'"),
         ({"unsure_below": None}, "unsure_below: expected a number, found None"),
-        ({"prefix_cache_gb": "1"}, "prefix_cache_gb: expected a number, found '1'"),
     ],
     ids=lambda value: str(value)[:40],
 )

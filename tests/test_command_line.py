@@ -133,7 +133,7 @@ def selected(capsys: pytest.CaptureFixture[str], *options: str) -> Any:
 
 def test_a_file_says_what_options_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("signal: norm\nk: 2\nunsure_below: 0.4\ncandidate: [french, plural, capital]\nfold: null\n")
+    file.write_text("signal: norm\nk: 2\nunsure_below: 0.4\ncandidate: [french, plural, capital]\nmerge: null\n")
     among = [word for name in ("french", "plural", "capital") for word in ("--candidate", name)]
     asked = ("--signal", "norm", "--unsure-below", "0.4", *among)
     assert selected(capsys, "--config", str(file)) == selected(capsys, *asked, "-k", "2")

@@ -24,6 +24,7 @@ from logo import LoGo
 from logo.adapters.examples import write_examples
 from logo.backends.vllm.options import affecting_answers
 from logo.baselines import get_method
+from logo.decoding import call_config
 from logo.errors import ModelError, UsageError
 from logo.evaluation.differences import differences
 from logo.evaluation.identity import engine_identity, environment, order_dependence, pool_digests, rows_digest
@@ -59,7 +60,7 @@ def tiny_logo(llama: nn.Module, adapters: Path) -> LoGo:
 def test_sampling_is_seen_wherever_it_is_asked_for(generation: dict[str, Any], sampled: bool, tiny_logo: LoGo) -> None:
     """By what the engine would really generate with."""
     options = {name: generation[name] for name in ("do_sample", "temperature") if name in generation}
-    config = tiny_logo.prompts.generation_config(generation.get("generation_config"), 4, options)
+    config = call_config(tiny_logo.prompts, generation.get("generation_config"), options, 4)
     assert bool(config.do_sample) is sampled
     reason = order_dependence(tiny_logo, generation)
     assert (reason is not None) is sampled

@@ -56,7 +56,7 @@ def test_options_of_transformers_reach_it(base: Path, adapters: Path) -> None:
         ({"model_kwargs": {"trust_remote_code": True}}, "trust_remote_code cannot be set"),
         ({"model_kwargs": {"use_safetensors": False}}, "use_safetensors cannot be set"),
         ({"model_kwargs": {"dtype": "float16"}}, "model_kwargs: give 'dtype' as an option of its own"),
-        ({"preset": "oficial"}, "preset: expected 'official' or None, found 'oficial'"),
+        ({"preset": "oficial"}, "preset: expected one of 'official', None, found 'oficial'"),
     ):
         with pytest.raises(UsageError, match=message):
             open_(**options)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -38,6 +38,7 @@ def test_cut_at_the_first_of_them(text: str, stops: list[str]) -> None:
 @given(TEXT, st.lists(TEXT.filter(bool), max_size=3), st.lists(st.integers(1, 4), max_size=12))
 def test_pieces_end_before_the_first_of_them(text: str, stops: list[str], sizes: list[int]) -> None:
     """However the text is cut into pieces; and nothing is held back that cannot become a stop text any more."""
+    assume(not any(a != b and a in b for a in stops for b in stops))
     ends, passed, start = StopTexts(stops), "", 0
     for size in [*sizes, len(text)]:
         passed += ends.push(text[start : start + size])
@@ -46,7 +47,7 @@ def test_pieces_end_before_the_first_of_them(text: str, stops: list[str], sizes:
         if not ends.stopped:
             held = text[: min(start, len(text))][len(passed) :]
             assert not held or any(stop.startswith(held) for stop in stops)
-    assert passed + ends.finish() == cut_at(text, stops) or not any(a in b for a in stops for b in stops if a != b)
+    assert passed + ends.finish() == cut_at(text, stops)
 
 
 @given(TEXT, TEXT, TEXT.filter(bool))

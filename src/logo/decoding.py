@@ -139,7 +139,7 @@ def _check_values(config: GenerationConfig) -> None:
 
 def check_batch_size(batch_size: Any) -> None:
     """Raises UsageError unless it is a number of rows."""
-    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size <= 0:
+    if type(batch_size) is bool or not isinstance(batch_size, Integral) or batch_size <= 0:
         raise UsageError(f"batch_size: expected a whole number, 1 or more, found {batch_size!r:.60}")
 
 
@@ -181,11 +181,6 @@ class Decoding:
             raise UsageError(f"stop_at_newline: expected True, False or 'official', found {stop_at_newline!r:.60}")
         return cls(config, stop_at_newline, tuple(text for text in texts if text), activation)
 
-    @property
-    def ends(self) -> set[int]:
-        """Token ids that end an answer."""
-        return end_tokens(self.config)
-
     def rules(self, tokenizer: PreTrainedTokenizerBase) -> list[EndRule]:
         """Further rules that end an answer. They replace transformers' own, which also search the prompt for texts."""
         config = self.config
@@ -209,7 +204,7 @@ class Decoding:
             selections: the mixtures.
             seconds: of each row.
         """
-        ends, rules = self.ends, self.rules(tokenizer)
+        ends, rules = end_tokens(self.config), self.rules(tokenizer)
         answers = [cut_after_end(row, ends, rules) for row, _ in continued]
         texts = tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
         return [

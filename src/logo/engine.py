@@ -271,7 +271,8 @@ class LoGo:
     def take(self, prepared: Prepared, instead_of: AdapterPool | None = None) -> None:
         """Replaces the pool by a prepared one; a change of the pool `instead_of` which it comes is kept."""
         with self._lock:
-            self._earlier |= self._scorers
+            before = self._earlier | self._scorers
+            self._earlier = {signal: one for signal, one in before.items() if signal not in prepared.scorers}
             self._fitted, self._seen, self._scorers = prepared.fitted, prepared.pool, dict(prepared.scorers)
             self.pool.put(prepared.pool, instead_of)
             asked, activations = self.settings.probe_text, self._fitted.activations
@@ -312,7 +313,7 @@ class LoGo:
 
         Args:
             prompts: one prompt, or several (list in, list out): a string, a conversation (a list of messages with
-                `role` and `content`), token ids or a BatchEncoding; see `logo.prompts`.
+                `role` and `content`) or token ids; see `logo.prompts`.
             max_new_tokens: as in `generate`, so that a long prompt is cut in the same place.
             batch_size: prompts per probe; fewer if they are long, and one with `probe_context="carry"`.
             **options: `k`, `signal`, `weighting` and `candidates` for this call; see `logo.core.Options`.

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    # A BatchEncoding is a mapping, and messages are a sequence of mappings.
-    OnePrompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | Tensor | Mapping[str, Any]
+    OnePrompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | Tensor
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -29,7 +28,7 @@ MAX_NEW_TOKENS = 256
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # How far a calibration's texts are apart that make up one conversation; neighbours in the list are alike.
 _BEFORE, _ANSWER = 7, 13
-_EXPECTED = "a string, a list of messages, token ids or a BatchEncoding"
+_EXPECTED = "a string, a list of messages or token ids"
 
 
 @dataclass(frozen=True)
@@ -106,13 +105,13 @@ class Prompts:
             prompt = read(self.tokenizer, given, self.probe_text, self.vocabulary)
         except UsageError as error:
             raise UsageError(f"prompt {number}: {error}") from error
-        if not len(prompt):
+        if not prompt.ids:
             raise UsageError(f"prompt {number} is empty, and this tokenizer adds no token: expected some text")
-        if limit is None or len(prompt) <= limit:
+        if limit is None or len(prompt.ids) <= limit:
             return prompt
         right = self.truncation.side == "right"
         warnings.warn(
-            f"prompt {number} has {len(prompt)} tokens, more than the {limit} that fit: "
+            f"prompt {number} has {len(prompt.ids)} tokens, more than the {limit} that fit: "
             f"its {'end' if right else 'beginning'} is cut",
             UserWarning,
             stacklevel=4,
@@ -180,14 +179,12 @@ def several(prompts: Any) -> tuple[list[Any], bool]:
     """
     if isinstance(prompts, (str, Prompt)):
         return [prompts], True
-    if isinstance(prompts, Mapping):
-        return _rows(prompts)
-    listed = _listed(prompts)
+    listed = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # tensors and arrays
     if not isinstance(listed, Sequence) or isinstance(listed, (bytes, bytearray)):
         raise UsageError(f"prompt: expected {_EXPECTED}, or a list of these, found {type(prompts).__name__}")
     if not listed:
         raise UsageError("prompt: expected one prompt or more, found an empty list")
-    single = _is_number(listed[0]) or _is_message(listed[0])
+    single = _is_number(listed[0]) or isinstance(listed[0], Mapping)
     return ([listed], True) if single else (list(listed), False)
 
 
@@ -209,15 +206,10 @@ def read(
     if isinstance(prompt, str):
         ids = tuple(text_ids(tokenizer, prompt))
         return Prompt(ids, ids, prompt)
-    if isinstance(prompt, Mapping):
-        rows, _ = _rows(prompt)
-        if len(rows) != 1:
-            raise UsageError(f"expected a BatchEncoding of one prompt, found one of {len(rows)}; give them one by one")
-        [prompt] = rows
-    listed = _listed(prompt)
+    listed = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if not isinstance(listed, Sequence) or isinstance(listed, (bytes, bytearray)):
         raise UsageError(f"expected {_EXPECTED}, found {type(prompt).__name__}")
-    if listed and _is_message(listed[0]):
+    if listed and isinstance(listed[0], Mapping):
         return chat(tokenizer, listed, probe_text)
     if listed and isinstance(listed[0], str):
         raise UsageError("expected one prompt, found a list of texts; give them one by one")
@@ -331,7 +323,7 @@ def answer_lead(tokenizer: PreTrainedTokenizerBase, messages: Conversation, prom
 
 def is_conversation(prompt: Any) -> bool:
     """Whether a prompt is a list of messages."""
-    return isinstance(prompt, (list, tuple)) and bool(prompt) and _is_message(prompt[0])
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def asked_text(messages: Conversation, probe_text: ProbeText | None = None) -> str | None:
@@ -417,30 +409,6 @@ def _rendered(
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(encoding: Mapping[str, Any]) -> tuple[list[Any], bool]:
-    """The prompts of a BatchEncoding without padding, and whether it holds a single text."""
-    if "input_ids" not in encoding:
-        hint = "; put a message into a list" if "role" in encoding else ""
-        found = ", ".join(map(str, encoding))
-        raise UsageError(f"prompt: expected 'input_ids' in a BatchEncoding, found {found}{hint}")
-    ids, mask = _listed(encoding["input_ids"]), _listed(encoding.get("attention_mask"))
-    if not ids:
-        raise UsageError("prompt: expected one prompt or more, found an empty BatchEncoding")
-    if _is_number(ids[0]):
-        return [_kept(ids, mask)], True
-    masks = [None] * len(ids) if mask is None else mask
-    return [_kept(_listed(row), _listed(kept)) for row, kept in zip(ids, masks, strict=True)], False
-
-
-def _kept(ids: Sequence[Any], mask: Sequence[int] | None) -> list[Any]:
-    return list(ids) if mask is None else [i for i, kept in zip(ids, mask, strict=True) if kept]
-
-
-def _listed(value: Any) -> Any:
-    """Turns tensors and arrays into lists; anything else stays as it is."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
 def _token(value: Any, vocabulary: int | None) -> int:
     if not _is_number(value):
         raise UsageError(f"expected token ids, found {value!r:.60} among them")
@@ -453,7 +421,3 @@ def _token(value: Any, vocabulary: int | None) -> int:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and "input_ids" not in value

@@ -304,6 +304,8 @@ class CurrentPool:
                 self.value = value
 
     def __getattr__(self, name: str) -> Any:
+        if name == "value":  # of a copy that is not made yet
+            raise AttributeError(name)
         return getattr(self.value, name)
 
     def __len__(self) -> int:

@@ -275,6 +275,7 @@ def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
         name: {
             # `rule_of_weights` has the threshold where it matters.
             **{setting: value for setting, value in asdict(logo.settings).items() if setting != "unsure_below"},
+            "probe_context": logo.probe_context,
             **plugins_used(SIGNALS.source(name)),
             **rule_of_weights(logo),
             "k": logo.k,

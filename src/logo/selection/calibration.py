@@ -59,8 +59,7 @@ class Store:
     """Tensors by name, in the cache folder and in memory.
 
     Small ones are held in memory while a pool uses them, so that adapters can be added after files of others are gone;
-    and whatever the folder does not take, so that nothing is computed twice. What is missing or damaged in the folder
-    is computed again.
+    large ones only where the folder does not take them. What is missing or damaged in the folder is computed again.
 
     Args:
         folder: the cache folder; None: in memory only.
@@ -69,15 +68,15 @@ class Store:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._held: dict[str, dict[str, Tensor]] = {}
-        self._used: set[str] = set()
-        self._written: set[str] = set()
+        self._used: set[str] = set()  # since the last release
+        self._large: set[str] = set()
 
     def get(self, name: str, shape: tuple[int, ...] | None = None, *, hold: bool = True) -> dict[str, Tensor]:
         """The tensors of this name; empty if there are none.
 
         Args:
             shape: of every one of them, in float32; others count as damaged.
-            hold: whether to hold them in memory.
+            hold: whether to hold them in memory, too.
         """
         self._used.add(name)
         if name in self._held or self._folder is None:
@@ -94,23 +93,22 @@ class Store:
         tensors = read_cached(self._folder / f"{name}.safetensors", read) or {}
         if tensors and hold:
             self._held[name] = tensors
-            self._written.add(name)
         return tensors
 
     def put(self, name: str, tensors: Mapping[str, Tensor], *, hold: bool = True) -> None:
         """Stores all tensors of a name."""
         self._used.add(name)
         given, file = {key: tensor.contiguous() for key, tensor in tensors.items()}, f"{name}.safetensors"
-        if self._folder is not None and write_cached(self._folder, file, save(given)):
-            self._written.add(name)
-            if not hold:
-                return
-        self._held[name] = given
+        written = self._folder is not None and write_cached(self._folder, file, save(given))
+        if hold or not written:
+            self._held[name] = given
+        if not hold:
+            self._large.add(name)
 
     def release(self, key: str) -> None:
-        """Frees the memory of what is below a key, was not used since the last call, and is in the folder."""
+        """Frees the memory of what is below a key and was not used since the last call, except for large ones."""
         below = {name for name in (*self._held, *self._used) if name.startswith(f"{key}/")}
-        for name in below & self._held.keys() & self._written - self._used:
+        for name in (below & self._held.keys()) - self._used - self._large:
             del self._held[name]
         self._used -= below
 
@@ -212,7 +210,7 @@ def calibrate(reading: Reading, plan: Plan, run: TextRunner) -> Calibration:
     """
     started, store, neutral_count = time.perf_counter(), reading.store, len(reading.texts.neutral)
     shape, candidates = (reading.signal.readings, len(reading.texts.rows)), plan.points
-    files = {adapter.name: f"{reading.key}/{adapter.key}" for adapter in plan.adapters}
+    files = {adapter.name: f"{reading.key}/{adapter.digest}" for adapter in plan.adapters}
     known = {name: dict(store.get(file, shape)) for name, file in files.items()}
     missing = {
         point: [a for a in plan.adapters if point.module in a.modules and point.module not in known[a.name]]

@@ -7,7 +7,6 @@ responses `ΔW_i h`, which need `B_i`, are computed in bounded chunks for the si
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,35 +28,27 @@ _TOLD = 1000
 Tell = Callable[[int, int], None]  # (done, of how many)
 
 
+@dataclass(frozen=True, eq=False)
 class ScoringIndex:
     """All scorable adapters of a pool at one point.
 
-    Args:
+    Attributes:
         stacked: (R, d) float32, the rows `R_i A_i` of all adapters, whitened where there is a whitening.
         ranks: rows per adapter.
         offset: (R,): the stacked response to the mean hidden vector, which is subtracted from every response; None: 0.
         adapters: in pool order; they all touch the point.
         point: where.
         sketch: of a whitening, its `Whitening.sketch` (m, d) and the sketch of the mean (m,).
-        updates: (adapters,), `‖ΔW_i‖_F`; None: not known.
-        keys: the digest of each adapter's content when it was read.
+        updates: (adapters,), `‖ΔW_i‖_F`.
     """
 
-    def __init__(
-        self,
-        stacked: Tensor,
-        ranks: Sequence[int],
-        offset: Tensor | None,
-        adapters: Sequence[Adapter],
-        point: Point,
-        sketch: tuple[Tensor, Tensor] | None = None,
-        updates: Tensor | None = None,
-        keys: Sequence[str] = (),
-    ) -> None:
-        self.stacked, self.ranks, self.offset, self.sketch = stacked, tuple(ranks), offset, sketch
-        self.adapters, self.point, self.keys = tuple(adapters), point, tuple(keys)
-        self.updates = torch.full((len(ranks),), math.nan) if updates is None else updates
-        self._rank = self.ranks[0] if len(set(self.ranks)) == 1 else None  # None: they differ
+    stacked: Tensor
+    ranks: Sequence[int]
+    offset: Tensor | None
+    adapters: Sequence[Adapter]
+    point: Point
+    sketch: tuple[Tensor, Tensor] | None
+    updates: Tensor
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -81,8 +72,8 @@ class ScoringIndex:
             if self.offset is not None:
                 responses -= self.offset[:, None]
             squares = responses.square_()
-            if self._rank is not None:
-                sums = squares.view(len(self), self._rank, len(part)).sum(dim=1)
+            if self._alike:
+                sums = squares.view(len(self), -1, len(part)).sum(dim=1)
             else:
                 sums = torch.zeros(len(self), len(part), device=self.device).index_add_(0, self._owner, squares)
             parts.append(sums.sqrt_().T)
@@ -115,6 +106,11 @@ class ScoringIndex:
         return [_factors(adapter.read([module])[module], self.point, self.device) for adapter in self.adapters]
 
     @cached_property
+    def _alike(self) -> bool:
+        """Whether all adapters have the same number of rows."""
+        return len(set(self.ranks)) == 1
+
+    @cached_property
     def _owner(self) -> Tensor:
         """(R,): which adapter each row of `stacked` belongs to."""
         return torch.repeat_interleave(torch.arange(len(self)), torch.tensor(self.ranks)).to(self.device)
@@ -129,8 +125,7 @@ class Wanted:
         point: where.
         device: where scores are computed.
         whitening: on the CPU; applied to hidden vectors before they are scored by their norm.
-        before: an index of the same point and whitening, whose rows are reused for the adapters that it has, by the
-            digests of their content.
+        before: an index of the same point and whitening, whose rows are reused for the adapters that it has.
     """
 
     adapters: Sequence[Adapter]
@@ -162,8 +157,7 @@ def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[Sco
         AdapterError: an adapter that cannot be read.
     """
     every = {adapter.name: adapter for one in wanted for adapter in one.adapters}
-    keys = {name: adapter.key for name, adapter in every.items()}
-    building = [_Building(one, keys) for one in wanted]
+    building = [_Building(one) for one in wanted]
     for done, (name, adapter) in enumerate(every.items(), start=1):
         if tell is not None and (done % _TOLD == 0 or done == len(every) > _TOLD):
             tell(done, len(every))
@@ -178,22 +172,20 @@ def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[Sco
 class _Building:
     """An index under construction, whose rows come one adapter at a time."""
 
-    def __init__(self, wanted: Wanted, keys: dict[str, str]) -> None:
+    def __init__(self, wanted: Wanted) -> None:
         self.wanted, self._ranks, before = wanted, wanted.ranks, wanted.before
-        self._keys = [keys[adapter.name] for adapter in wanted.adapters]
         # Not every accelerator has QR.
         device = wanted.device if wanted.device.type == "cuda" else torch.device("cpu")
         self._whitening = None if wanted.whitening is None else wanted.whitening.to(device)
         width = wanted.adapters[0].modules[wanted.point.module].in_features
         self._stacked = torch.empty(sum(self._ranks), width, device=device)
         self._rows, self._updates = _rows(self._ranks), torch.empty(len(self._ranks), device=device)
-        known = (
-            {} if before is None else dict(zip(before.keys, zip(before.rows, before.updates, strict=True), strict=True))
-        )
+        # A file is an object that stands for one content: a file that was replaced is opened anew.
+        known = {} if before is None else {adapter.file: at for at, adapter in enumerate(before.adapters)}
         self.missing: dict[str, int] = {}  # the positions of adapters that have to be read
-        for at, (adapter, key) in enumerate(zip(wanted.adapters, self._keys, strict=True)):
-            if before is not None and key in known:
-                rows, self._updates[at] = known[key]
+        for at, adapter in enumerate(wanted.adapters):
+            if before is not None and adapter.file in known:
+                rows, self._updates[at] = before.rows[known[adapter.file]], before.updates[known[adapter.file]]
                 self._stacked[self._rows[at]] = before.stacked[rows].to(device)
             else:
                 self.missing[adapter.name] = at
@@ -211,7 +203,7 @@ class _Building:
             offset, rows = (self._stacked @ self._whitening.mean).to(device), one.whitening.sketch()
             sketch = rows.to(device), (rows @ one.whitening.mean).to(device)
         stacked, updates = self._stacked.to(device), self._updates.to(device)
-        return ScoringIndex(stacked, self._ranks, offset, one.adapters, one.point, sketch, updates, self._keys)
+        return ScoringIndex(stacked, self._ranks, offset, one.adapters, one.point, sketch, updates)
 
 
 def _rows(ranks: Sequence[int]) -> list[slice]:

@@ -6,7 +6,7 @@ No model is run.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,17 +103,15 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     found = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and _is_stack(module)
+        if isinstance(module, nn.ModuleList)
+        and 0 < len(module) == depth
+        and any(linear_shape(inside) is not None for inside in module[0].modules())
     ]
     # A vision or audio tower may happen to be as deep as the text model.
     found = [f for f in found if not any(word in f[0] for word in ("vision", "visual", "audio", "encoder"))] or found
     if not found:
         raise ModelError(f"no stack of {depth} decoder layers found in {type(model).__name__}")
     return min(found, key=lambda f: f[0].count("."))
-
-
-def _is_stack(blocks: nn.ModuleList) -> bool:
-    return len(blocks) > 0 and any(linear_shape(module) is not None for module in blocks[0].modules())
 
 
 def _query_rows(name: str, config: Any, module: nn.Module) -> tuple[int, ...] | None:
@@ -192,8 +190,14 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings, signa
             "use the signal 'calibrated', which reads the modules that adapters touch, or leave them out "
             "(--unscorable skip)"
         )
-    if reading.input == "residual":
-        _check_widths(model, points)
+    width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    for point in points:
+        shape = linear_shape(model.get_submodule(point.module))
+        if reading.input == "residual" and shape is not None and shape.in_features != width:
+            raise ModelError(
+                f"{point.module} takes {shape.in_features} features, the residual stream that the signal reads has "
+                f"{width}; use the signal 'calibrated'"
+            )
     left_out = set(lacking)
     return Plan(points, most, tuple(adapter for adapter in pool if adapter.name not in left_out))
 
@@ -211,14 +215,3 @@ def _later(points: tuple[Point, ...], first: int, pool: Iterable[Set[str]]) -> t
     lacking = (every & modules for modules in pool if len(late & modules) < min(LEAST_POINTS, len(every & modules)))
     chosen = late.union(*lacking)
     return tuple(point for point in points if point.module in chosen)
-
-
-def _check_widths(model: nn.Module, points: Sequence[Point]) -> None:
-    width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    for point in points:
-        shape = linear_shape(model.get_submodule(point.module))
-        if shape is not None and shape.in_features != width:
-            raise ModelError(
-                f"{point.module} takes {shape.in_features} features, the residual stream that the signal reads has "
-                f"{width}; use the signal 'calibrated'"
-            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -161,7 +161,7 @@ class Scorer:
         return self.probe.points
 
     @property
-    def sizes(self) -> Any:
+    def sizes(self) -> Mapping[str, float]:
         """Adapter name -> relative size (`logo.selection.confidence`); empty for signals without a calibration."""
         return self.selector.sizes
 
@@ -176,9 +176,10 @@ class Scorer:
         return self.prefix_cache is not None
 
     @cached_property
-    def _device(self) -> torch.device:
-        """Where the model takes its input."""
-        return self.probe.model.get_input_embeddings().weight.device  # type: ignore[operator,no-any-return]
+    def _longest(self) -> float:
+        """The most tokens of a row that is read whole."""
+        window = self.signal.window
+        return math.inf if window == WHOLE else sum(window)
 
     @cached_property
     def _cells(self) -> Tensor:
@@ -207,12 +208,12 @@ class Scorer:
             among: the names of the adapters that may be selected in each row (None: all of them), whose scores are
                 right; those of others may not be. Empty: all in every row.
         """
-        signal, device = self.signal, self._device
+        signal = self.signal
         if self.prefix_cache is None:
-            rows = [windowed(row, signal.window) for row in rows]
-            ids, mask = padded(rows, device)
+            rows = [row if len(row) <= self._longest else windowed(row, signal.window) for row in rows]
+            ids, mask = padded(rows, self.probe.model.get_input_embeddings().weight.device)  # type: ignore[operator]
             picked, owners = pick(list(map(signal.begin, rows)), list(map(len, rows)), ids.shape[1])
-            hidden = self.probe(ids, mask, picked.to(device))
+            hidden = self.probe(ids, mask, picked.to(ids.device))
         else:  # tokens on which adapters act are never cached
             ends = [earliest(signal.activations, row) for row in rows]
             read = partial(self._read_rest, rows)
@@ -221,23 +222,17 @@ class Scorer:
         if signal.token == "mean":
             means = {id(vectors): row_means(vectors, owners, len(rows)) for vectors in hidden}
             hidden, owners = [means[id(vectors)] for vectors in hidden], torch.arange(len(rows))
-        weights, described = late_weights(owners), self.described
-        counts = torch.bincount(owners, minlength=len(rows))[:, None].to(device)
-        late_counts = torch.bincount(owners, weights, minlength=len(rows))[:, None].to(device)
-        owners, weights = owners.to(device), weights[:, None].to(device)
-        even, late, descriptions = [], [], []
-        for index, vectors in zip(self.indices, hidden, strict=True):
-            values = signal(index, vectors).to(device)
-            even.append(row_sums(values, owners, len(rows)))
-            if signal.readings > 1:
-                late.append(row_sums(values * weights, owners, len(rows)))
-        for at in described:
-            vectors = hidden[at].to(device)
-            both = row_sums(vectors, owners, len(rows)) / counts, row_sums(vectors * weights, owners, len(rows))
-            descriptions.append(torch.stack([both[0], both[1] / late_counts], dim=1))
-        responses = torch.cat(even, dim=1) / counts
-        if late:
-            responses = torch.cat([responses, torch.cat(late, dim=1) / late_counts], dim=1)
+        weights, at, count = late_weights(owners), self.indices[0].device, len(self.indices)
+        even_counts = torch.bincount(owners, minlength=len(rows))[:, None].to(at)
+        late_counts = torch.bincount(owners, weights, minlength=len(rows))[:, None].to(at)
+        owners, weights, late = owners.to(at), weights[:, None].to(at), []
+        columns = [signal(index, vectors).to(at) for index, vectors in zip(self.indices, hidden, strict=True)]
+        columns += [hidden[point].to(at) for point in self.described]
+        even = [row_sums(column, owners, len(rows)) / even_counts for column in columns]
+        if signal.readings > 1 or self.examples is not None:
+            late = [row_sums(column * weights, owners, len(rows)) / late_counts for column in columns]
+        responses = torch.cat(even[:count] + (late[:count] if signal.readings > 1 else []), dim=1)
+        descriptions = [torch.stack(both, dim=1) for both in zip(even[count:], late[count:], strict=True)]
         return self.scores([finished(responses, signal.scale)], descriptions, tokens, among)
 
     def _read_rest(

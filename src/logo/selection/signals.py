@@ -184,8 +184,10 @@ def get_signal(name: str) -> Signal:
         UsageError: there is none.
         PluginError: it is a plugin's, which cannot be imported.
     """
+    if name in SIGNALS:
+        return SIGNALS[name]
     check_type("signal", name, str, "the name of a signal")
-    return SIGNALS[name]
+    return SIGNALS[name]  # raises
 
 
 @register_signal("norm")

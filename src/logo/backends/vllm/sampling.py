@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from logo.backends.vllm.requests import refused
 from logo.decoding import Decoding
+from logo.endings import end_tokens
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def parameters(decoding: Decoding, *, every_token: bool, seed: int | None = None
             min_tokens=config.min_new_tokens or 0,
             repetition_penalty=said("repetition_penalty"),
             ignore_eos=True,  # instead, `stop_token_ids` holds all end tokens
-            stop_token_ids=sorted(decoding.ends),
+            stop_token_ids=sorted(end_tokens(decoding.config)),
             logprobs=0,  # that of the drawn token, which is NaN if a mixture overflows
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if every_token else RequestOutputKind.FINAL_ONLY,
