@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -28,7 +29,7 @@ from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
 from logo.selection.texts import NEUTRAL, REQUESTS, Texts
 from logo.selection.whitening import Whitening
-from logo.selection.window import windowed
+from logo.selection.window import WHOLE, windowed
 
 # Texts, the tokens with which each has to end, and whether the forms of conversations vary -> token ids.
 Encode = Callable[[Sequence[str], Sequence[int], bool], list[list[int]]]
