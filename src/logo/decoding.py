@@ -55,11 +55,8 @@ _PLAIN = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_rep
 _PLAIN |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 # What a config leaves open, which the checkpoint says without a choice of how to decode.
 _OF_CHECKPOINT = ("bos_token_id", "eos_token_id", "pad_token_id", "stop_strings", "cache_implementation")
-# The least value of numbers; None: any number above 0.
-_LEAST: Mapping[str, int | None] = {
-    **dict.fromkeys(("temperature", "top_p", "repetition_penalty", "num_beams", "max_time")),
-    **{"top_k": 0, "min_new_tokens": 0},
-}
+_ABOVE_0 = ("temperature", "top_p", "repetition_penalty", "num_beams", "max_time")
+_FROM_0 = ("top_k", "min_new_tokens")
 _SAMPLING = ("temperature", "top_p", "top_k")
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 # Transformers' names of caches that hold what a plain one holds; Gemma's checkpoints use the last.
@@ -120,12 +117,12 @@ def call_config(
 
 
 def _check_values(config: GenerationConfig) -> None:
-    for name, least in _LEAST.items():
+    for name in (*_ABOVE_0, *_FROM_0):
         value = getattr(config, name)
         if value is None or (name in _SAMPLING and not config.do_sample):
             continue
-        if not isinstance(value, Real) or not (float(value) > 0 if least is None else float(value) >= least):
-            expected = "a number above 0" if least is None else f"{least} or more"
+        if not isinstance(value, Real) or float(value) < 0 or (name in _ABOVE_0 and not float(value) > 0):
+            expected = "a number above 0" if name in _ABOVE_0 else "0 or more"
             raise UsageError(f"{name}: expected {expected}, found {value!r:.60}")
     if config.do_sample and config.top_p is not None and config.top_p > 1:
         raise UsageError(f"top_p: expected a share above 0 and up to 1, found {config.top_p!r:.60}")

@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
@@ -87,7 +88,12 @@ class LoGo:
         prompts: turns prompts into token ids.
         adapter_cache: the adapters on the devices of the model.
         prefix_cache: None: the model keeps more than keys and values, so that prompts are read under their mixtures.
+        versions: of libraries that run the model, beside PyTorch and transformers.
+        engine_options: of what runs the model, as the user gave them, on which results depend; none in this process.
     """
+
+    versions: Mapping[str, str] = MappingProxyType({})
+    engine_options: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -109,7 +115,8 @@ class LoGo:
         check_usable(model)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings or SelectionSettings()
         self.pool = CurrentPool(pool)
-        self.probe_context = _checked_context(probe_context, self.settings.signal)
+        self.probe_context = probe_context
+        _check_context(probe_context, self.settings.signal)
         self._lock = lock_of(model)
         with self._lock:  # an answer of another engine sets the checkpoint's config aside
             self._checkpoint = model.generation_config
@@ -213,16 +220,6 @@ class LoGo:
         """The devices that compute."""
         return devices(self.model)
 
-    @property
-    def versions(self) -> dict[str, str]:
-        """Versions of libraries that run the model, beside PyTorch and transformers."""
-        return {}
-
-    @property
-    def engine_options(self) -> Mapping[str, Any]:
-        """Options of what runs the model, as the user gave them, on which results depend; none in this process."""
-        return {}
-
     def calibrate(
         self, signal: str | None = None, tell: Tell | None = None, prepared: Prepared | None = None
     ) -> Calibration | None:
@@ -275,6 +272,7 @@ class LoGo:
             self._earlier = {signal: one for signal, one in before.items() if signal not in prepared.scorers}
             self._fitted, self._seen, self._scorers = prepared.fitted, prepared.pool, dict(prepared.scorers)
             self.pool.put(prepared.pool, instead_of)
+            # An invocation usually opens the assistant's turn, and the answer reuses what the probe has read.
             asked, activations = self.settings.probe_text, self._fitted.activations
             invoked = self._fitted.read_once and any(one.tokens for one in activations)
             self._probes_all = asked == "all" or (asked is None and invoked)
@@ -344,17 +342,18 @@ class LoGo:
             options: of `options`, one for each row; rows of one signal are probed together.
         """
         with self._call():
-            if self.probe_context != "base":
-                for signal in {call.signal for call in options}:
-                    _checked_context(self.probe_context, signal)
-            if self.probe_context == "carry":
-                return [self._carry(row, call) for row, call in zip(rows, options, strict=True)]
             found: dict[int, Selection | LoGoError] = {}
-            for signal in dict.fromkeys(call.signal for call in options):
-                members = [i for i, call in enumerate(options) if call.signal == signal]
+            groups: dict[Any, list[int]] = {}  # rows of one signal, each alone if it depends on the one before
+            for i, call in enumerate(options):
+                groups.setdefault((call.signal, self.probe_context == "carry" and i), []).append(i)
+            for (signal, _), members in groups.items():
+                if self.probe_context != "base":
+                    _check_context(self.probe_context, signal)
                 scorer, among = self._scorer(signal), [options[i].candidates for i in members]
                 scores = self._scores(scorer, [rows[i] for i in members], among, batch_size)
                 found |= {i: scorer.selector.outcome(row, options[i]) for i, row in zip(members, scores, strict=True)}
+                last = found[members[-1]]
+                self._carried = last.adapters if isinstance(last, Selection) else self._carried
             return [found[i] for i in range(len(rows))]
 
     def reselect(self, scores: Selection | Mapping[str, float], **options: Any) -> Selection:
@@ -402,7 +401,9 @@ class LoGo:
 
     def _scores(self, scorer: Scorer, rows: Sequence[Prompt], among: Sequence[Any], batch_size: int) -> Tensor:
         """Scores (rows, adapters) of prompts, which are probed in batches."""
-        active = self._fitted.names if self.probe_context == "pool" else ()
+        active = self._fitted.names if self.probe_context != "base" else ()
+        if self.probe_context == "carry" and self._carried is not None:
+            active = tuple(name for name in self._carried if name in self._fitted)
         probed = [self._probed(row) for row in rows]
         scores = torch.empty(len(rows), len(scorer.adapters))
         window = scorer.signal.window
@@ -412,23 +413,7 @@ class LoGo:
                 scores[batch] = scorer([probed[i] for i in batch], [among[i] for i in batch])
         return scores
 
-    def _carry(self, row: Prompt, call: Options) -> Selection | LoGoError:
-        """Selects as the official code: adapters of the last selection are active at full scale while probing."""
-        pool, before, scorer = self._fitted, self._carried, self._scorer(call.signal)
-        active = pool.names if before is None else tuple(name for name in before if name in pool)
-        with self._mixer.active(pool, [Mixture(dict.fromkeys(active, 1.0))]):
-            [scores] = scorer([self._probed(row)], [call.candidates])
-        found = scorer.selector.outcome(scores, call)
-        if isinstance(found, Selection):
-            self._carried = found.adapters
-        return found
-
     def _probed(self, row: Prompt) -> Sequence[int]:
-        """The token ids of a prompt that are probed.
-
-        If no adapter acts everywhere, some have an invocation, and the settings leave it open, it is everything: the
-        invocation usually opens the assistant's turn, and the answer reuses what the probe has read.
-        """
         return row.ids if self._probes_all else row.probed
 
     # -- answering -------------------------------------------------------------------------------------------------
@@ -560,8 +545,7 @@ class LoGo:
         return write_mixture(parts, Path(folder), self._layout.shapes, self.model.config.name_or_path or None)
 
     def close(self) -> None:
-        """Ends processes that the engine has started, without which it cannot answer. The local engine has none, so it
-        releases nothing and still answers."""
+        """Ends processes that the engine has started, without which it cannot answer; the local engine has none."""
         return
 
     @contextmanager
@@ -583,12 +567,7 @@ class LoGo:
     def _checked(
         self, pool: AdapterPool, adapters: Forced | Sequence[Forced | None] | None, options: dict[str, Any]
     ) -> tuple[Options, Decoding]:
-        """The options of a call that answers, checked.
-
-        Raises:
-            UsageError: an option that does not exist or cannot be used; or one of the selection, although a mixture is
-                forced on every prompt.
-        """
+        """The options of a call that answers, checked; errors as `generate`."""
         options = dict(options)
         asked = {name: options.pop(name) for name in OPTIONS if name in options}
         for name, value in asked.items():
@@ -652,25 +631,15 @@ class LoGo:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A pool that an engine can take at once.
+    """A pool that an engine can take at once."""
 
-    Attributes:
-        pool: as it was given, without adapters that do not fit.
-        fitted: matched to the base model.
-        scorers: of it, by the signals for which `LoGo.calibrate` has calibrated it.
-    """
-
-    pool: AdapterPool
-    fitted: AdapterPool
-    scorers: dict[str, Scorer]
+    pool: AdapterPool  # as it was given, without adapters that do not fit
+    fitted: AdapterPool  # matched to the base model
+    scorers: dict[str, Scorer]  # by the signals for which `LoGo.calibrate` has calibrated it
 
 
 def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> list[Forced | None]:
-    """The mixtures that are forced on so many prompts.
-
-    Raises:
-        UsageError: it is no list, or has another length.
-    """
+    """The mixtures that are forced on so many prompts; UsageError for something else or a list of another length."""
     if adapters is None or isinstance(adapters, (Mapping, Selection)):
         return [adapters] * count
     check_type("adapters", adapters, (list, tuple), "{name: weight}, a Selection, or a list of these")
@@ -679,7 +648,7 @@ def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> l
     return list(adapters)
 
 
-def _checked_context(context: ProbeContext, signal: str) -> ProbeContext:
+def _check_context(context: ProbeContext, signal: str) -> None:
     if context not in get_args(ProbeContext):
         raise UsageError(f"probe_context: expected one of {', '.join(get_args(ProbeContext))}, found {context!r}")
     if context != "base" and get_signal(signal).scale != "raw":
@@ -687,4 +656,3 @@ def _checked_context(context: ProbeContext, signal: str) -> ProbeContext:
             f"probe_context {context!r}: the signal {signal!r} compares with neutral text that the base model "
             "read alone; use 'base'"
         )
-    return context

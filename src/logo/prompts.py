@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Conversation = Sequence[Mapping[str, Any]]
 
-_SOME_ANSWER = "An answer."
 MAX_NEW_TOKENS = 256
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # How far a calibration's texts are apart that make up one conversation; neighbours in the list are alike.
@@ -306,27 +305,6 @@ def written_answer(tokenizer: PreTrainedTokenizerBase, messages: Conversation, p
     return whole[len(prompt) :] if whole.startswith(prompt) else None
 
 
-def answer_lead(tokenizer: PreTrainedTokenizerBase, messages: Conversation, prompt: str) -> str | None:
-    """The text that the chat template writes between a prompt and the assistant's answer, often none or a space.
-
-    Args:
-        prompt: the text of `chat` for the messages.
-
-    Returns:
-        None if there is no template, if it accepts no answer here, or if it changes the prompt or the answer.
-    """
-    try:
-        written = written_answer(tokenizer, messages, prompt, _SOME_ANSWER)
-    except UsageError:  # such as one that expects the user to have spoken last
-        return None
-    return written.partition(_SOME_ANSWER)[0] if written is not None and _SOME_ANSWER in written else None
-
-
-def is_conversation(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages."""
-    return isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping)
-
-
 def asked_text(messages: Conversation, probe_text: ProbeText | None = None) -> str | None:
     """The text of a conversation that is probed (see `chat`); None if everything is.
 
@@ -338,7 +316,9 @@ def asked_text(messages: Conversation, probe_text: ProbeText | None = None) -> s
 
 def _asked(turns: Conversation, probe_text: ProbeText | None) -> str | None:
     said = [turn["content"] for turn in turns if turn["role"] == "user" and turn["content"].strip()]
-    if check_probe_text(probe_text) != "conversation":
+    if probe_text not in (None, *get_args(ProbeText)):
+        raise UsageError(f"probe_text: expected one of {', '.join(get_args(ProbeText))}, found {probe_text!r}")
+    if probe_text != "conversation":
         said = said[-1:]
     return None if probe_text == "all" or not said else "\n".join(said)
 
@@ -346,13 +326,6 @@ def _asked(turns: Conversation, probe_text: ProbeText | None) -> str | None:
 def plain(messages: Sequence[Mapping[str, Any]]) -> str:
     """The contents of messages, one per line, for base models without a template."""
     return "\n".join(message["content"] or "" for message in messages)
-
-
-def check_probe_text(probe_text: ProbeText | None) -> ProbeText | None:
-    """Raises UsageError unless it is one of the choices or None."""
-    if probe_text is not None and probe_text not in get_args(ProbeText):
-        raise UsageError(f"probe_text: expected one of {', '.join(get_args(ProbeText))}, found {probe_text!r}")
-    return probe_text
 
 
 def text_of(prompt: str | Conversation) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from logo.core import Prompt
 from logo.decoding import batches_by_length, input_device, padded
 from logo.errors import ModelError, UsageError
 from logo.mixing import Mixer, Mixture
-from logo.prompts import Prompts, answer_lead, is_conversation
+from logo.prompts import Prompts, written_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # The most tokens and the most logits (2 GB in float32) of one forward pass. A single row may have more.
 MAX_TOKENS = 16_384
 MAX_LOGITS = 2**29
+_SOME_ANSWER = "An answer."
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,12 @@ def encoded(prompts: Prompts, prompt: OnePrompt, completion: str) -> tuple[Promp
     tokenizer = prompts.tokenizer
     [whole] = prompts.read([prompt], room=None)
     text = tokenizer.decode(whole.ids) if whole.text is None else whole.text
-    lead = answer_lead(tokenizer, prompt, text) if is_conversation(prompt) else None  # type: ignore[arg-type]
     said = completion.strip() if isinstance(completion, str) else ""
-    if lead is not None and said:
-        text, completion = "", lead + said
+    if said and isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
+        with suppress(UsageError):  # such as of a template that expects the user to have spoken last
+            written = written_answer(tokenizer, prompt, text, _SOME_ANSWER) or ""  # type: ignore[arg-type]
+            if _SOME_ANSWER in written:
+                text, completion = "", written.partition(_SOME_ANSWER)[0] + said
     gold = completion_ids(tokenizer, text, completion, prompts.context)
     [row] = prompts.read([whole], room=len(gold))
     return row, gold

@@ -75,7 +75,8 @@ class VllmLoGo(LoGo):
         engine_options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.llm, self.model, self.tokenizer = llm, model, tokenizer
-        self.prompts, self.settings, self._engine_options = prompts, settings, engine_options
+        self.prompts, self.settings = prompts, settings
+        self.engine_options, self.versions = engine_options, {"vllm": version()}
         self.probe_context, self.prefix_cache, self._carried = "base", None, None
         self._checkpoint, self._generation_config = model.generation_config, None
         self.core = Core(llm.llm_engine.vllm_config)
@@ -112,14 +113,6 @@ class VllmLoGo(LoGo):
     @property
     def devices(self) -> tuple[torch.device, ...]:
         return (torch.device(self.llm.llm_engine.vllm_config.device_config.device),)
-
-    @property
-    def versions(self) -> dict[str, str]:
-        return {"vllm": version()}
-
-    @property
-    def engine_options(self) -> Mapping[str, Any]:
-        return self._engine_options
 
     def close(self) -> None:
         """Shuts vLLM down; the engine cannot be used afterwards."""
