@@ -122,7 +122,7 @@ def encoded(prompts: Prompts, prompt: OnePrompt, completion: str) -> tuple[Promp
     said = completion.strip() if isinstance(completion, str) else ""
     if said and isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
         with suppress(UsageError):  # such as of a template that expects the user to have spoken last
-            written = written_answer(tokenizer, prompt, text, _SOME_ANSWER) or ""  # type: ignore[arg-type]
+            written = written_answer(tokenizer, prompt, text, _SOME_ANSWER) or ""
             if _SOME_ANSWER in written:
                 text, completion = "", written.partition(_SOME_ANSWER)[0] + said
     gold = completion_ids(tokenizer, text, completion, prompts.context)
