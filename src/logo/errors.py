@@ -10,6 +10,7 @@ import difflib
 import fnmatch
 import heapq
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from itertools import islice
 from os.path import commonprefix
@@ -98,9 +99,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python or PyTorch says that memory, the host's or a GPU's, is exhausted."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("out of memory", "can't allocate memory")
-    )
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return "out of memory" in said or "can't allocate memory" in said
 
 
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
@@ -109,20 +109,14 @@ def check_type(name: str, value: object, kinds: type | tuple[type, ...], expecte
         raise UsageError(f"{name}: expected {expected}, found {' '.join(f'{value!r:.60}'.split())}")
 
 
-def installed(module: str) -> bool:
-    """Whether a library can be imported; it is not imported for that."""
-    try:
-        found = find_spec(module)
-    except (ImportError, ValueError):
-        return False
-    return found is not None and found.origin is not None  # without an origin: a folder that happens to have the name
-
-
 def need(user: str, *modules: str, extra: str | None = None) -> None:
     """Raises MissingLibrary unless all modules are installed; the arguments are those of `missing`."""
     for module in modules:
-        if not installed(module):
-            raise MissingLibrary(missing(user, module, extra))
+        with suppress(ImportError, ValueError):
+            found = find_spec(module)
+            if found is not None and found.origin is not None:  # without: a folder that happens to have the name
+                continue
+        raise MissingLibrary(missing(user, module, extra))
 
 
 def missing(user: str, module: str, extra: str | None = None) -> str:
@@ -150,10 +144,8 @@ def requested(request: str, names: Collection[str], unknown: Callable[[str], LoG
 
 
 def closest(name: object, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for a name that resembles a known one in whatever case, else an empty text.
-
-    Servers call it for whatever a client sends, so the work is bounded: nothing resembles a very long name, and only
-    the known names that begin most like it are compared.
+    """` (did you mean 'x'?)` for a name that resembles a known one in whatever case, else an empty text. The work is
+    bounded, since servers call it for whatever a client sends: of the known names those that begin alike are compared.
     """
     if not isinstance(name, str) or len(name) > 200:
         return ""

@@ -1,14 +1,13 @@
 """Writes a file or a folder whole or not at all, and keeps what would otherwise be computed again.
 
-What is written is made and synced beside its place, and then renamed. A process that dies leaves the old content, or
-the new, and perhaps a hidden sibling (`.{name}.new-*`). Only if it dies between two renames, the old content of a
-folder is in its sibling `.{name}.old-*`, from where it can be renamed back.
+What is written is made beside its place and then renamed. A process that dies leaves the old content, or the new, and
+perhaps a hidden sibling (`.{name}.new-*`). Only if it dies between two renames, the old content of a folder is in its
+sibling `.{name}.old-*`, from where it can be renamed back.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 import shutil
@@ -22,35 +21,27 @@ from typing import TypeVar
 from logo.errors import LoGoError, StorageError, UsageError
 
 _T = TypeVar("_T")
-_refusing: set[Path] = set()  # cache folders that cannot be written to and were named in a warning
 
 
-def replace_file(file: Path, content: bytes, *, follow: bool = True) -> None:
-    """Replaces the content of `file`; with `follow` that of a link's target, otherwise the link itself.
-
-    Raises:
-        StorageError: it cannot be written; the old file stays.
-    """
-    try:
-        _replace(file.resolve() if follow else file.parent.resolve() / file.name, content)
-    except OSError as error:
-        raise StorageError(f"file {str(file)!r}: cannot be written ({error.strerror or error})") from error
-
-
-def _replace(file: Path, content: bytes, *, sync: bool = True) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+def replace_file(file: Path, content: bytes, *, sync: bool = True) -> None:
+    """Replaces the content of `file`, which with `sync` outlasts a power cut; a link, as in the Hub's cache, becomes a
+    file of its own. Raises StorageError if it cannot be written; the old file stays."""
     new = _beside(file, "new")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with open(new, "wb") as stream:
             stream.write(content)
             if sync:
                 stream.flush()
                 os.fsync(stream.fileno())
         os.replace(new, file)
+        if sync:
+            sync_folder(file.parent)
+    except OSError as error:
+        raise StorageError(f"file {str(file)!r}: cannot be written ({error.strerror or error})") from error
     finally:
-        new.unlink(missing_ok=True)  # it was renamed if all went well
-    if sync:
-        sync_folder(file.parent)
+        with contextlib.suppress(OSError):  # it was renamed if all went well
+            new.unlink()
 
 
 @contextlib.contextmanager
@@ -59,8 +50,7 @@ def new_folder(folder: Path, *, replaced: Collection[str] | None = None) -> Iter
     if the block fails, it is removed and nothing has changed.
 
     Args:
-        replaced: names of earlier entries that go even if no new one has their name; others stay. None: `folder` must
-            not exist yet, or be empty.
+        replaced: earlier entries that go even if no new one has their name; others stay. None: there must be none.
 
     Raises:
         UsageError: `folder` holds something and must not, or is the current one.
@@ -75,7 +65,7 @@ def new_folder(folder: Path, *, replaced: Collection[str] | None = None) -> Iter
             if folder.samefile(os.curdir):
                 raise UsageError(f"{folder} is the current folder, which cannot be replaced; name another one")
         target = folder.resolve()
-        make_folder(target.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
         new = _beside(target, "new")
         new.mkdir()
         try:
@@ -100,11 +90,9 @@ def new_folder(folder: Path, *, replaced: Collection[str] | None = None) -> Iter
 
 def _swap(new: Path, folder: Path, replaced: Collection[str]) -> None:
     """Renames `new` to `folder`, and moves what is not replaced to it."""
-    if not folder.exists():
+    if not folder.is_dir():
         os.rename(new, folder)
         return
-    if not folder.is_dir():
-        raise NotADirectoryError
     old = _beside(folder, "old")
     os.rename(folder, old)
     try:
@@ -123,31 +111,12 @@ def _beside(path: Path, state: str) -> Path:
 
 
 def _unwritable(folder: Path, error: Exception) -> StorageError:
-    in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
-    reason = "a file is where a folder should be" if in_the_way else getattr(error, "strerror", None) or error
+    reason = getattr(error, "strerror", None) or error
     return StorageError(f"folder {str(folder)!r}: cannot be written ({reason}); make room there, or name another one")
 
 
-def remove_unfinished(root: Path) -> None:
-    """Removes what writers that died left below `root`. Only for whoever holds a lock against other writers there."""
-    for path in list(root.rglob(".*.new-*")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def make_folder(folder: Path) -> None:
-    """Creates a folder and its missing parents, and syncs them to disk."""
-    if not folder.is_dir():
-        make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
-
-
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Creates a folder if it is missing, and checks that files can be written there, before hours of work.
-
-    Raises:
-        StorageError: it cannot be made or written, or its disk is full.
-    """
+    """Creates a folder if it is missing, and raises StorageError unless it can be written, before hours of work."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
@@ -159,17 +128,13 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Syncs a folder's entries to disk, if the system can (Windows cannot open a folder)."""
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network drives do not support it
-            raise
-    finally:
-        os.close(descriptor)
+    """Syncs a folder's entries to disk where the system can; Windows and some network drives cannot."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -214,13 +179,12 @@ def read_cached(file: Path, read: Callable[[Path], _T]) -> _T | None:
 
 
 def write_cached(cache: Path, name: str, content: bytes) -> bool:
-    """Writes `cache/name`. Returns whether that was possible; if not, a warning tells once per folder."""
+    """Writes `cache/name`, or warns. Returns whether that was possible."""
     try:
-        _replace(cache / name, content, sync=False)  # what a power cut damages is computed again
+        replace_file(cache / name, content, sync=False)  # what a power cut damages is computed again
         return True
-    except OSError as error:
-        if cache not in _refusing:
-            _refusing.add(cache)
-            problem = f"nothing can be kept in {cache}: {error.strerror or error}; it is computed anew each time"
-            warnings.warn(f"{problem} (LOGO_CACHE names another folder)", stacklevel=3)
+    except StorageError as error:
+        problem = f"nothing can be kept in {cache}: {getattr(error.__cause__, 'strerror', None) or error}"
+        said = f"{problem}; it is computed anew each time (LOGO_CACHE names another folder)"
+        warnings.warn(said, stacklevel=3)  # the same text and line, so that Python shows it once
         return False

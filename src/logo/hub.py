@@ -57,8 +57,8 @@ def split_hub_spec(text: str) -> tuple[str, str | None, str | None]:
     """Repo id, subfolder and revision of `namespace/name[/folder...][@revision]`; raises UsageError for another form.
     The revision comes last and may contain slashes (`org/pool/tasks@refs/pr/4`)."""
     source, at, revision = text.partition("@")
-    parts = source.split("/")
-    repo_id, rest = "/".join(parts[:2]), "/".join(parts[2:])
+    parts = source.split("/", 2)
+    repo_id, rest = "/".join(parts[:2]), "".join(parts[2:])
     if not is_repo_id(repo_id) or (at and not revision):
         raise UsageError(f"{text!r} is neither a folder that exists nor a Hub repo (org/name[/folder][@revision])")
     check_revision(repo_id, revision or None)
@@ -110,10 +110,8 @@ def download_files(
     revision: str | None = None,
     **options: Any,
 ) -> Path:
-    """Downloads the files of a repository that match and are not in the cache, and returns its snapshot's folder.
-
-    Without a connection the cached copy is used, but only if it is known to be complete: a download that was
-    interrupted is an error, never a smaller snapshot.
+    """Downloads what matches and is not in the cache; returns the snapshot's folder. Offline the cached copy is used if
+    it is known to be complete: an interrupted download is an error, never a smaller snapshot.
 
     Args:
         patterns: globs of the files, in which `*` also matches `/`.
@@ -138,32 +136,24 @@ def download_files(
 
 
 def _listing(repo_id: str, folder: Path, options: dict[str, Any]) -> list[str]:
-    """Every path of the repository at the snapshot's commit, a listing that huggingface_hub keeps.
-
-    Without a connection it refuses a snapshot that lacks some of it, but lets one pass that has no listing, such as
-    single-file downloads (PEFT's, for one) leave behind: whether that is the whole pool nobody can tell.
-    """
+    """Every path of the repository at the snapshot's commit. huggingface_hub keeps this listing and refuses an offline
+    snapshot that lacks some of it, but not one without listing, as single-file downloads (PEFT's) leave behind."""
     from huggingface_hub import HfApi, constants, get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
-        found = get_cached_repo_tree(repo_id, revision=folder.name, cache_dir=options.get("cache_dir"))
-        return [file.path for file in found]
+        tree = get_cached_repo_tree(repo_id, revision=folder.name, cache_dir=options.get("cache_dir"))
+        return [file.path for file in tree]
     except CachedRepoTreeNotFoundError as error:
         if options.get("local_files_only") or constants.HF_HUB_OFFLINE:
-            raise HubError(
-                f"Hub repo {repo_id}: offline, and LoGo cannot tell whether its cached copy is complete; run this once "
-                f"with a connection, or, if you know that it is, pass its folder: {folder}"
-            ) from error
+            found = f"Hub repo {repo_id}: offline, and LoGo cannot tell whether its cached copy is complete"
+            raise HubError(f"{found}; run this online once, or, if you know that it is, pass: {folder}") from error
         return list(HfApi(token=options.get("token")).list_repo_files(repo_id, revision=folder.name))
 
 
 def hub_error(repo_id: str, error: BaseException, *, revision: str | None = None) -> HubError:
-    """What a failed download of `repo_id` means, and what to do about it.
-
-    Takes what `huggingface_hub` raises and what transformers makes of it (an `OSError` with the cause inside).
-    Nothing of a server's answer or of a request's headers is repeated, so a token cannot end up in the message.
-    """
+    """What a failed download of `repo_id` means, and what to do about it. Takes what `huggingface_hub` raises and what
+    transformers makes of it, and repeats nothing of a request's headers, so that no token ends up in the message."""
     from huggingface_hub import errors
 
     chain = list(causes(error))
@@ -177,14 +167,12 @@ def hub_error(repo_id: str, error: BaseException, *, revision: str | None = None
 
 
 def is_lasting(error: HubError) -> bool:
-    """Whether the repository itself is the reason: it is gated, gone, or holds no adapters. Anything else, such as a
-    connection that broke or a full disk, says nothing about it."""
+    """Whether the repository itself is the reason, as it is gated, gone, or holds no adapters; not the connection."""
     from huggingface_hub import errors
 
-    kinds = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError)
-    kinds += (errors.GatedRepoError, errors.DisabledRepoError)
-    chain = list(causes(error))
-    return len(chain) == 1 or any(isinstance(link, kinds) for link in chain)
+    absent = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError)
+    chain, closed = list(causes(error)), (errors.GatedRepoError, errors.DisabledRepoError)
+    return len(chain) == 1 or any(isinstance(link, (*absent, *closed)) for link in chain)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -227,8 +215,6 @@ def _reason(repo_id: str, error: BaseException, revision: str | None) -> str | N
             return f"its cached copy is incomplete, and {_reason(repo_id, cause, revision) or type(cause).__name__}"
         case errors.OfflineModeIsEnabled():
             return _OFFLINE
-        case errors.LocalTokenNotFoundError():
-            return f"a token is asked for but none is stored; {_LOG_IN}"
         case OSError(errno=int()):
             return f"the cache cannot be used ({error}); free some space, or set HF_HOME to another folder; {_AGAIN}"
     if any(base.__name__ == "TransportError" for base in type(error).__mro__):  # httpx (1.x) or httpx2 (2.x)

@@ -24,7 +24,7 @@ OFFICIAL_MODELS = {
     "Qwen2.5-7B": "Qwen/Qwen2.5-7B",
     "deepseek-llm-7b-base": "deepseek-ai/deepseek-llm-7b-base",
 }
-# Of a base model configuration, tokenizer and safetensors are fetched, but no pickles, other formats or adapters.
+# What is fetched of a base model: no pickles, other formats or adapters.
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
 
@@ -36,31 +36,25 @@ def demo_folder() -> Path:
 
 def resolve_base(name: str, model_dir: str | Path | None = None) -> str:
     """The folder or Hub id of a base model: `"demo"` is the bundled model, `model_dir/name` is used if it exists, and
-    the official short names stand for their Hub ids.
-
-    Raises:
-        ModelError: it is none of these, no folder with a model and no Hub id.
-    """
+    the official short names stand for their Hub ids. Raises ModelError for anything else."""
     if name == DEMO:
         return str(demo_folder() / "model")
     if model_dir is not None and (Path(model_dir) / name / "config.json").is_file():
         return str(Path(model_dir) / name)
     if name in OFFICIAL_MODELS:
         return OFFICIAL_MODELS[name]
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ModelError(f"base model {name}: the folder has no config.json; expected a Hugging Face model folder")
-    if Path(name).is_dir() or is_hub_id(name):
+    if is_hub_id(name) or (Path(name) / "config.json").is_file():
         return name
+    if Path(name).is_dir():
+        raise ModelError(f"base model {name}: the folder has no config.json; expected a Hugging Face model folder")
     known = (*OFFICIAL_MODELS, DEMO)
-    raise ModelError(
-        f"base model {name!r}: no such folder, and not a Hub id such as 'Qwen/Qwen2.5-7B'{closest(name, known)}; "
-        f"short names: {', '.join(known)}"
-    )
+    problem = f"base model {name!r}: no such folder, and not a Hub id such as 'Qwen/Qwen2.5-7B'"
+    raise ModelError(f"{problem}{closest(name, known)}; short names: {', '.join(known)}")
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`"auto"`: the first CUDA device, else Apple's, else the CPU; otherwise the device named. `--device` follows this
-    rule, too. Raises UsageError if the device does not exist here."""
+    """`"auto"`: the first CUDA device, else Apple's, else the CPU; otherwise the device named. Raises UsageError if it
+    does not exist here."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -74,7 +68,7 @@ def pick_device(device: str = "auto") -> torch.device:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", chosen.index or 0)
     if (chosen.type == "cuda" and chosen.index >= count) or (chosen.type == "mps" and not apple):
-        found = f"{count} GPU(s)" if count else "no GPU of Apple's" if chosen.type == "mps" else "no GPU"
+        found = f"{count} GPU(s)" if count else "no GPU"
         raise UsageError(f"device {device!r}: this machine has {found}; use device 'cpu' (--device cpu)")
     return chosen
 
@@ -98,24 +92,21 @@ def load_base(
         device: see `pick_device`; ignored with `device_map`.
         dtype: `"auto"` (the checkpoint's own on an accelerator, float32 on the CPU), a torch dtype or its name.
         device_map: `"auto"` distributes a model over several devices (accelerate).
-        model_kwargs, **options: for `AutoModelForCausalLM.from_pretrained`, such as `attn_implementation` and
-            `quantization_config`.
+        model_kwargs, **options: for `from_pretrained`, such as `attn_implementation` and `quantization_config`.
 
     Raises:
         UsageError: an option that cannot be used, or that would run the model's own code.
-        ModelError: the model cannot be found or loaded.
-        HubError: the Hub refused or could not be reached.
+        ModelError, HubError: the model cannot be found or loaded; the Hub refused or could not be reached.
     """
     import torch
     import transformers
 
     checked_options(model_kwargs or {})
-    on_cpu = False
-    if device_map is None:
-        target = pick_device(device)
-        on_cpu = target.type == "cpu"
-        # Loaded to the device at once, which takes half the host memory; quantised weights allow no other way.
-        device_map = None if on_cpu else {"": target}
+    target = pick_device(device) if device_map is None else None
+    on_cpu = target is not None and target.type == "cpu"
+    if target is not None and not on_cpu:
+        # To the device at once, which takes half the host memory; quantised weights allow no other way.
+        device_map = {"": target}
     kind = checked_dtype(dtype, torch.float32 if on_cpu else "auto")
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
     safely = {"use_safetensors": True, "trust_remote_code": False}
@@ -148,11 +139,8 @@ def checked_options(options: Mapping[str, Any]) -> None:
 
 
 class ModelLock:
-    """The lock under which a model runs; a mixture is active on the whole model, so its users take turns.
-
-    A thread may take it again. Only the code that is called while a mixture is active, such as a streamer, cannot run
-    the model for something else.
-    """
+    """The lock under which a model runs; a mixture is active on the whole model, so its users take turns. A thread may
+    take it again, but not run the model for something else while a mixture is active, as in a streamer."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -170,9 +158,7 @@ class ModelLock:
         Raises UsageError if this thread has activated a mixture, which would act in the block, too."""
         with self._lock:
             if self._mixed:
-                raise UsageError(
-                    "the model is in the middle of an answer with a mixture; call this once it is complete"
-                )
+                raise UsageError("the model is answering with a mixture; call this once the answer is complete")
             self._mixed = mixed
             try:
                 yield
@@ -180,7 +166,6 @@ class ModelLock:
                 self._mixed = False
 
 
-# One lock per model that is in memory. The keys are compared by identity, as modules are.
 _LOCKS: WeakKeyDictionary[Any, ModelLock] = WeakKeyDictionary()
 _MAKING = threading.Lock()
 
@@ -192,22 +177,20 @@ def lock_of(model: Any) -> ModelLock:
 
 
 def check_usable(model: PreTrainedModel) -> None:
-    """Raises UsageError for a model of the caller that contains layers of PEFT, or for which `check_mode` does."""
+    """Raises UsageError for a caller's model that contains layers of PEFT, or for which `check_mode` does."""
     if any(type(module).__module__.split(".")[0] == "peft" for module in model.modules()):
-        raise UsageError(
-            "the model contains layers of PEFT, whose adapter would act in every answer; give the base model: "
-            "`model.unload()` removes the adapter, and `model.merge_and_unload()` makes it a part of the base model"
-        )
+        found = "the model contains layers of PEFT, whose adapter would act in every answer"
+        raise UsageError(f"{found}; give the base model, as from `model.unload()` or `model.merge_and_unload()`")
     check_mode(model)
 
 
 def check_mode(model: PreTrainedModel) -> None:
     """Raises UsageError if the model is in training mode and has dropout, which makes scores and answers random."""
-    for module in model.modules():
+    for module in (module for module in model.modules() if module.training):
         # Dropout is a module, or a probability in a module that calls it as a function.
         rates = [value for name, value in vars(module).items() if "drop" in name]
         rates += [module.p] if "Dropout" in type(module).__name__ else []
-        if module.training and any(isinstance(rate, float) and rate > 0 for rate in rates):
+        if any(isinstance(rate, float) and rate > 0 for rate in rates):
             raise UsageError("the model is in training mode, so dropout changes answers; call model.eval() first")
 
 
@@ -242,8 +225,7 @@ def load_tokenizer(base_model: str, *, model_dir: str | Path | None = None) -> P
 
 
 def skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal LM of this configuration on the meta device, where it takes no memory, in its or another dtype. Raises
-    ModelError if transformers does not know it."""
+    """A causal LM of this configuration on the meta device, where it takes no memory, in its own or another dtype."""
     import torch
     import transformers
 
@@ -256,21 +238,14 @@ def skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
 def fetch(
     source: str, *, revision: str | None = None, token: str | bool | None = None, config_only: bool = False
 ) -> str:
-    """The local folder of a base model: `source` itself, or the snapshot of its Hub repository.
-
-    Unlike transformers' own download it says within seconds that the Hub cannot be reached, and takes no pickles.
-
-    Raises:
-        UsageError: a revision that could not exist.
-        HubError: the Hub refused or could not be reached.
-    """
+    """The local folder of a base model: `source` itself, or the snapshot of its Hub repository. Unlike transformers it
+    says within seconds that the Hub cannot be reached, and takes no pickles. Errors as `logo.hub.download_files`."""
     if not is_hub_id(source):
         return source
     check_revision(source, revision)
-    wanted = ["config.json"] if config_only else _FILES
-    options: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": _LEFT_OUT, "progress": not config_only}
+    wanted = {"allow_patterns": ["config.json"] if config_only else _FILES, "ignore_patterns": _LEFT_OUT}
     try:
-        return str(snapshot(source, revision=revision, token=token, **options))
+        return str(snapshot(source, progress=not config_only, revision=revision, token=token, **wanted))
     except Exception as error:  # the boundary, as in `logo.hub.download_files`
         raise hub_error(source, error, revision=revision) from error
 
@@ -321,14 +296,8 @@ def _hooks(module: Any) -> tuple[Any, ...]:
 
 
 def tensor_of(model: Any, name: str) -> torch.Tensor:
-    """A parameter or buffer of a model by its name.
-
-    One that accelerate has offloaded is read from the host or the disk. One that another process holds is read from the
-    checkpoint, and empty if the checkpoint does not have it (vLLM's skeleton).
-
-    Raises:
-        ModelError: it is neither in memory nor where accelerate keeps what is offloaded.
-    """
+    """A parameter or buffer of a model by its name: in memory, or read from where accelerate has offloaded it, or, of
+    vLLM's skeleton, from the checkpoint (empty if it is not there). Raises ModelError if it is nowhere."""
     path, _, own = name.rpartition(".")
     found: torch.Tensor = getattr(model.get_submodule(path), own)
     if hasattr(found, "read"):
@@ -341,6 +310,4 @@ def tensor_of(model: Any, name: str) -> torch.Tensor:
             with suppress(KeyError):
                 kept: Mapping[str, torch.Tensor] = getattr(hook, "weights_map", None) or {}
                 return kept[".".join(parts[cut:])]
-    raise ModelError(
-        f"base model: weight {name} is not in memory, nor offloaded; expected a model with all its weights"
-    )
+    raise ModelError(f"base model: weight {name} is not in memory, nor offloaded; expected all weights of the model")

@@ -27,7 +27,6 @@ from logo.errors import LoGoError, PluginError, UsageError, closest, is_out_of_m
 T = TypeVar("T")
 
 VARIABLE = "LOGO_PLUGINS"
-GROUP = "logo.plugins"
 
 
 @contextmanager
@@ -43,13 +42,8 @@ def running(plugin: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a plugin is defined.
-
-    Attributes:
-        place: `module:Object`.
-        digest: SHA-256 in hex of its top-level package, or of its one file.
-        folder: its module is imported from there; None where no other process can, as in a notebook.
-    """
+    """Where a plugin is defined (`module:Object`), the SHA-256 in hex of its file or top-level package, and the folder
+    that it is imported from, None where no other process can import it, as from a notebook."""
 
     place: str
     digest: str
@@ -60,17 +54,16 @@ class Source:
         """The source of a function or class."""
         name: str = definition.__module__
         file = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None)
-        folder = None
         if file is None:
             try:
                 text = inspect.getsource(definition).encode()
             except (OSError, TypeError):  # as in a prompt: nobody knows its text, and could notice a change
                 text = os.urandom(16)
-        else:
-            top = Path(file).absolute()
-            package = top.stem == "__init__"
-            text = b"".join(one.read_bytes() for one in (sorted(top.parent.rglob("*.py")) if package else [top]))
-            folder = None if name == "__main__" else str(top.parents[package])
+            return cls(_place(definition), hashlib.sha256(text).hexdigest(), None)
+        top = Path(file).absolute()
+        package = top.stem == "__init__"
+        text = b"".join(one.read_bytes() for one in (sorted(top.parent.rglob("*.py")) if package else [top]))
+        folder = None if name == "__main__" else str(top.parents[package])
         return cls(_place(definition), hashlib.sha256(text).hexdigest(), folder)
 
     def __str__(self) -> str:
@@ -115,14 +108,8 @@ _LOADED: dict[str, None] = {}
 
 
 def load(plugin: str, folder: str = "") -> None:
-    """Imports the module of a plugin (`module:Object`), which registers what is in it.
-
-    Args:
-        folder: where the module may be, if it is not installed.
-
-    Raises:
-        PluginError: the module cannot be imported, or does not register the object.
-    """
+    """Imports the module of a plugin (`module:Object`), which registers what is in it; if it is not installed, from
+    `folder`. Raises PluginError if it cannot be imported, or does not register the object."""
     module, _, name = plugin.partition(":")
     try:
         if folder and folder not in sys.path and importlib.util.find_spec(module.partition(".")[0]) is None:
@@ -139,19 +126,15 @@ def load(plugin: str, folder: str = "") -> None:
 def load_installed() -> None:
     """Imports the plugins that the environment and installed distributions name, unless that is done. Errors as `load`;
     UsageError if they are not named as they should be."""
-    for one in _words(os.environ.get(VARIABLE, "")):
-        plugin, _, folder = one.partition("@")
+    asked = [*_words(os.environ.get(VARIABLE, "")), *_installed()]
+    for plugin, _, folder in (one.partition("@") for one in asked):
         if plugin not in _LOADED:
             load(plugin, folder)
-    for entry in importlib.metadata.entry_points(group=GROUP):
-        if entry.value not in _LOADED:
-            load(entry.value)
 
 
 def named() -> list[str]:
     """The plugins of this process, as `module:Object`, that have to be named with `--plugin` to repeat its run."""
-    installed = {entry.value for entry in importlib.metadata.entry_points(group=GROUP)}
-    return [plugin for plugin in _LOADED if plugin not in installed]
+    return [plugin for plugin in _LOADED if plugin not in _installed()]
 
 
 def environment() -> dict[str, str]:
@@ -160,6 +143,10 @@ def environment() -> dict[str, str]:
     found = dict.fromkeys(_words(os.environ.get(VARIABLE, "")))
     found |= dict.fromkeys(f"{source.place}@{source.folder}" for source in sources if source.folder is not None)
     return {VARIABLE: shlex.join(found)} if found else {}
+
+
+def _installed() -> list[str]:
+    return [entry.value for entry in importlib.metadata.entry_points(group="logo.plugins")]
 
 
 def _words(text: str) -> list[str]:
