@@ -258,7 +258,7 @@ def test_gated(pool: Path, tmp_path: Path) -> None:
     assert accept in stranger.message and "not on the list" in stranger.message and log_in in stranger.message
     assert "does not accept this token" in invalid.message and "revoked" not in invalid.message
     assert "could not be formed" in broken.message and "check HF_TOKEN" in broken.message
-    assert "none is stored" in none.message and log_in in none.message
+    assert "hf auth login" in none.message
     assert {answer.error for answer in (anonymous, stranger, invalid, broken, none)} == {"HubError"}
     assert member.files == ["adapter_config.json", "adapter_model.safetensors"]
     assert again.folder == member.folder  # cached: which huggingface_hub serves without asking for the files again
@@ -359,11 +359,8 @@ def test_a_full_disk_and_a_cache_that_cannot_be_written(big: Path, tmp_path: Pat
         blocked = refusal(env, repo_id="org/big", cache_dir=str(occupied))
         elsewhere = fetch(env, repo_id="org/big", cache_dir=str(tmp_path / "elsewhere"))
     assert full.error == "HubError"
-    assert (
-        f"no space for the cache (File too large); free some, or set HF_HOME to another disk, then {AGAIN}"
-        in full.message
-    )
-    assert "the cache cannot be used" in blocked and str(occupied) in blocked and "writable folder" in blocked
+    assert "the cache cannot be used" in full.message and "File too large" in full.message and AGAIN in full.message
+    assert "the cache cannot be used" in blocked and str(occupied) in blocked and "set HF_HOME" in blocked
     assert elsewhere.folder is not None and tmp_path / "elsewhere" in elsewhere.folder.parents
 
 

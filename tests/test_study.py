@@ -471,7 +471,7 @@ def test_the_command_after_an_interruption(
         (["--limit", "0"], 2, "limit 0: expected at least 1 row"),
         (["--metric", "rouge"], 2, "--metric rouge: judges generated answers"),
         (["--save", "rows"], 2, "--save rows: expected a file to write, found a folder"),
-        (["--save", "rows/ad03.jsonl/x.json"], 1, "a file is where a folder should be"),
+        (["--save", "rows/ad03.jsonl/x.json"], 1, "cannot be written"),
         (["--adapters", "nowhere"], 1, "nowhere"),
     ],
 )

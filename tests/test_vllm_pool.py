@@ -20,7 +20,7 @@ from logo.backends.vllm.pool import KeyedPool, check_alike, described
 from logo.backends.vllm.workers import Workers
 from logo.core import Selection
 from logo.errors import AdapterError, PoolError, UsageError
-from logo.models import demo_folder, load_skeleton
+from logo.models import demo_folder, load_config, skeleton
 from make_adapters import edit_weights
 
 
@@ -54,7 +54,7 @@ def core() -> Core:
     options = VllmOptions.of(None, {POOL: str(demo_folder() / "adapters")})
     assert options is not None
     made: Any = object.__new__(Core)
-    made.skeleton = load_skeleton("demo")
+    made.skeleton = skeleton(load_config("demo"))
     made.options, made._layout = options, BaseLayout.of(made.skeleton)
     made.pool, made.signals, made.broken = KeyedPool.open(options, made.skeleton), (), None
     found: Core = made
@@ -126,7 +126,7 @@ def test_an_adapter_that_is_not_finite_cannot_be_added(tmp_path: Path, core: Cor
 
 
 def test_where_adapters_act_is_part_of_a_pool(tmp_path: Path) -> None:
-    model, layout = load_skeleton("demo"), BaseLayout.of(load_skeleton("demo"))
+    model, layout = skeleton(load_config("demo")), BaseLayout.of(skeleton(load_config("demo")))
     pool = tmp_path / "pool"
     for task in ("antonym", "capital"):
         copied(pool / task, task)

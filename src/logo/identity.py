@@ -1,7 +1,7 @@
 """Every digest: of files, adapters and pools, base models, tokenizers and settings; and versions of libraries.
 
 What is computed is kept under digests of what it was computed from, never under names or paths. Of a base model a
-sample of its weights is read, which is enough to tell two models apart at no cost.
+sample of its weights is read, since reading a large one whole takes long.
 """
 
 from __future__ import annotations
@@ -21,33 +21,23 @@ if TYPE_CHECKING:
 
 KEY_DIGITS = 16  # hexadecimal digits of an adapter's key, and of a pool's digest: 64 bits
 _ELSEWHERE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})  # of a configuration
+_LAST_CALL = ("padding", "truncation")  # of a tokenizer
 _SAMPLE, _CALIBRATED = 16, 64  # weights of each parameter, in the digest of weights and in that of calibrations
 _TEXT = "  It's 1,234 km  to Zürich\n\tand\u00a0back: e\u0301 \U0001f600"  # a text that tokenizers split differently
 
 Stamp = tuple[int, int, int, int, int]
 _known: dict[Stamp, str] = {}  # digests of files, so that each is hashed once
-_MOST_KNOWN = 2**16
 
 
 def content_stamp(path: str | os.PathLike[str]) -> Stamp:
-    """Size, modification time, inode, change time and device of a file, by which a change is noticed.
-
-    Writing to a file changes the change time even if its modification time is set back, as `rsync --inplace --times`
-    does.
-
-    Raises:
-        OSError: it cannot be found.
-    """
+    """Size, modification time, inode, change time and device of a file, by which a change is noticed. Writing changes
+    the change time even if the modification time is set back, as `rsync --inplace --times` does."""
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns, stat.st_dev
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """The hex digest that `sha256sum` prints for the file; read again only when it has changed.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """The hex digest that `sha256sum` prints for the file; read again only when it has changed."""
     stamp = content_stamp(path)
     if stamp in _known:
         return _known[stamp]
@@ -56,40 +46,26 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     if content_stamp(path) == stamp:  # else it was written to meanwhile
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
         _known[stamp] = digest.hexdigest()
     return digest.hexdigest()
 
 
 def adapter_digest(weights: str, scales: Sequence[tuple[str, float]], tokens: Sequence[int], last: int | None) -> str:
-    """The digest of what decides an adapter's effect.
-
-    Args:
-        weights: the digest of its weight file.
-        scales: path and scale of every module, sorted.
-        tokens, last: where it acts (`logo.adapters.activation`); nothing: everywhere.
-    """
+    """The digest of what decides an adapter's effect: the digest of its weight file, path and scale of every module,
+    sorted, and where it acts (`logo.adapters.activation`) unless that is everywhere."""
     where = f" {list(tokens)} {last}" if tokens or last is not None else ""
     return hashlib.sha256(f"{weights} {list(scales)}{where}".encode()).hexdigest()[:32]
 
 
 def adapter_key(digest: str, examples: str | None) -> str:
-    """The short digest of an adapter with its example prompts, which decide selections, too.
-
-    Args:
-        digest: see `adapter_digest`.
-        examples: the digest of its example prompts; None: it has none.
-    """
+    """The short digest of an adapter with that of its example prompts, if any, which decide selections, too."""
     return (digest if examples is None else hashlib.sha256(f"{digest} {examples}".encode()).hexdigest())[:KEY_DIGITS]
 
 
 def pool_digest(keys: Iterable[tuple[str, str]]) -> str:
     """The digest of a pool from the names and keys of its adapters, in pool order."""
-    digest = hashlib.sha256()
-    for name, key in keys:
-        digest.update(f"{len(name)} {name} {key}\n".encode())
-    return digest.hexdigest()[:KEY_DIGITS]
+    lines = "".join(f"{len(name)} {name} {key}\n" for name, key in keys)
+    return hashlib.sha256(lines.encode()).hexdigest()[:KEY_DIGITS]
 
 
 def fingerprint(content: Mapping[str, object]) -> str:
@@ -108,13 +84,11 @@ def library_versions() -> dict[str, str]:
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """The SHA-256 of a tokenizer (vocabulary, merges, normaliser, added and special tokens), in hex."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        whole = json.loads(backend.to_str())
-        # Padding and truncation of the last call do not count.
-        whole = {key: value for key, value in whole.items() if key not in ("padding", "truncation")}
-    else:
+    if backend is None:
         reads = tokenizer(_TEXT)["input_ids"]
         whole = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "reads": reads}
+    else:  # padding and truncation of the last call do not count
+        whole = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _LAST_CALL}
     return fingerprint({"tokenizer": whole, "special": tokenizer.special_tokens_map})
 
 
@@ -131,11 +105,7 @@ def _said(content: Any) -> Any:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """The digest of a few numbers of every stored tensor, also of offloaded ones.
-
-    Raises:
-        ModelError: a tensor is neither in memory nor where accelerate keeps what is offloaded.
-    """
+    """The digest of a few numbers of every stored tensor, also of offloaded ones; errors as `tensor_of`."""
     digest = hashlib.sha256()
     for name, _ in stored(model, shared=True):
         tensor = tensor_of(model, name)
@@ -144,11 +114,8 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def base_digest(model: nn.Module) -> str:
-    """The digest of a base model by which calibrations are kept: its configuration, and a sample of its weights.
-
-    A model without weights may carry a `sample` of each of its tensors, and in `others` a digest of what else its
-    checkpoint has; then the digest is that of the model in memory.
-    """
+    """The digest of a base model by which calibrations are kept: its configuration, and a sample of its weights. vLLM's
+    skeleton carries a `sample` of each tensor, and in `others` a digest of what else its checkpoint has."""
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}  # type: ignore[union-attr,operator]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in stored(model):
@@ -161,7 +128,7 @@ def base_digest(model: nn.Module) -> str:
 
 
 def sampled(tensor: Tensor, count: int = _CALIBRATED) -> Tensor:
-    """`count` numbers of a tensor, evenly spaced, float32 on the CPU: reading a large model whole takes long."""
+    """`count` numbers of a tensor, evenly spaced, float32 on the CPU."""
     import torch
 
     flat = tensor.detach().reshape(-1)

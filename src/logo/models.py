@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ OFFICIAL_MODELS = {
     "Qwen2.5-7B": "Qwen/Qwen2.5-7B",
     "deepseek-llm-7b-base": "deepseek-ai/deepseek-llm-7b-base",
 }
-# Files of a base model: configuration, tokenizer and safetensors, but no pickles, other formats or adapters.
+# What is fetched of a base model: no pickles, other formats or adapters.
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
 
@@ -35,57 +35,41 @@ def demo_folder() -> Path:
 
 
 def resolve_base(name: str, model_dir: str | Path | None = None) -> str:
-    """The folder or Hub id of a base model's name.
-
-    `"demo"` is the embedded model; `model_dir/name` is used if it exists; the official short names stand for their Hub
-    ids; anything else is a folder or a Hub id.
-
-    Raises:
-        ModelError: it is none of these.
-    """
+    """The folder or Hub id of a base model: `"demo"` is the bundled model, `model_dir/name` is used if it exists, and
+    the official short names stand for their Hub ids. Raises ModelError for anything else."""
     if name == DEMO:
         return str(demo_folder() / "model")
     if model_dir is not None and (Path(model_dir) / name / "config.json").is_file():
         return str(Path(model_dir) / name)
     if name in OFFICIAL_MODELS:
         return OFFICIAL_MODELS[name]
+    if is_hub_id(name) or (Path(name) / "config.json").is_file():
+        return name
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise ModelError(f"base model {name}: the folder has no config.json; expected a Hugging Face model folder")
-        return name
-    if is_hub_id(name):
-        return name
+        raise ModelError(f"base model {name}: the folder has no config.json; expected a Hugging Face model folder")
     known = (*OFFICIAL_MODELS, DEMO)
-    raise ModelError(
-        f"base model {name!r}: no such folder, and not a Hub id such as 'Qwen/Qwen2.5-7B'{closest(name, known)}; "
-        f"short names: {', '.join(known)}"
-    )
+    problem = f"base model {name!r}: no such folder, and not a Hub id such as 'Qwen/Qwen2.5-7B'"
+    raise ModelError(f"{problem}{closest(name, known)}; short names: {', '.join(known)}")
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`"auto"`: the first CUDA device, else Apple's, else the CPU; otherwise the device named. `--device` follows this
-    rule, too.
-
-    Raises:
-        UsageError: the device does not exist here.
-    """
+    """`"auto"`: the first CUDA device, else Apple's, else the CPU; otherwise the device named. Raises UsageError if it
+    does not exist here."""
     import torch
 
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    apple = torch.backends.mps.is_available()
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda:0")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda:0" if count else "mps" if apple else "cpu")
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
         raise UsageError(f"device {device!r}: expected 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'") from None
     if chosen.type == "cuda":
-        chosen, count = torch.device("cuda", chosen.index or 0), torch.cuda.device_count()
-        if chosen.index >= count:
-            found = f"{count} GPU(s)" if count else "no GPU"
-            raise UsageError(f"device {device!r}: this machine has {found}; use device 'cpu' (--device cpu)")
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError(f"device {device!r}: this machine has no GPU of Apple's; use device 'cpu' (--device cpu)")
+        chosen = torch.device("cuda", chosen.index or 0)
+    if (chosen.type == "cuda" and chosen.index >= count) or (chosen.type == "mps" and not apple):
+        found = f"{count} GPU(s)" if count else "no GPU"
+        raise UsageError(f"device {device!r}: this machine has {found}; use device 'cpu' (--device cpu)")
     return chosen
 
 
@@ -95,12 +79,11 @@ def load_base(
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
     device_map: str | dict[str, Any] | None = None,
-    attn_implementation: str | None = None,
-    quantization_config: Any = None,
     model_kwargs: Mapping[str, Any] | None = None,
     model_dir: str | Path | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal LM and its tokenizer: safetensors only, no remote code.
 
@@ -109,49 +92,29 @@ def load_base(
         device: see `pick_device`; ignored with `device_map`.
         dtype: `"auto"` (the checkpoint's own on an accelerator, float32 on the CPU), a torch dtype or its name.
         device_map: `"auto"` distributes a model over several devices (accelerate).
-        attn_implementation, quantization_config, model_kwargs: for `AutoModelForCausalLM.from_pretrained`; the last
-            has its other options by name.
+        model_kwargs, **options: for `from_pretrained`, such as `attn_implementation` and `quantization_config`.
 
     Raises:
         UsageError: an option that cannot be used, or that would run the model's own code.
-        ModelError: the model cannot be found or loaded.
-        HubError: the Hub refused or could not be reached.
+        ModelError, HubError: the model cannot be found or loaded; the Hub refused or could not be reached.
     """
     import torch
     import transformers
 
-    asked = {"attn_implementation": attn_implementation, "quantization_config": quantization_config}
-    options = {
-        **checked_options(model_kwargs or {}),
-        **{name: value for name, value in asked.items() if value is not None},
-    }
-    on_cpu = False
-    if device_map is None:
-        target = pick_device(device)
-        on_cpu = target.type == "cpu"
-        # Loaded to the device at once, which takes half the host memory; quantised weights allow no other way.
-        device_map = None if on_cpu else {"": target}
+    checked_options(model_kwargs or {})
+    target = pick_device(device) if device_map is None else None
+    on_cpu = target is not None and target.type == "cpu"
+    if target is not None and not on_cpu:
+        # To the device at once, which takes half the host memory; quantised weights allow no other way.
+        device_map = {"": target}
+    kind = checked_dtype(dtype, torch.float32 if on_cpu else "auto")
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
+    safely = {"use_safetensors": True, "trust_remote_code": False}
     with loading(base_model, source):
-        tokenizer = _padded(transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False), base_model)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=checked_dtype(dtype, torch.float32 if on_cpu else "auto"),
-            device_map=device_map,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **options,
+            source, dtype=kind, device_map=device_map, **options, **(model_kwargs or {}), **safely
         )
-    return model.eval().requires_grad_(False), tokenizer
-
-
-def _padded(tokenizer: PreTrainedTokenizerBase, base_model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer with a pad token."""
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise ModelError(f"base model {base_model}: its tokenizer has neither a pad nor an eos token")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return model.eval().requires_grad_(False), load_tokenizer(source)
 
 
 def checked_dtype(asked: str | torch.dtype, default: Any) -> Any:
@@ -166,22 +129,18 @@ def checked_dtype(asked: str | torch.dtype, default: Any) -> Any:
     return dtype
 
 
-def checked_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Checks options for transformers; those of `load_base` itself and those that run the model's code are refused."""
+def checked_options(options: Mapping[str, Any]) -> None:
+    """Raises UsageError for options that run the model's code, and for those that `load_base` has itself."""
     for name in options:
         if name in ("trust_remote_code", "use_safetensors", "weights_only"):
             raise UsageError(f"{name} cannot be set: a model's own code and its pickles are never run")
         if name in _LOADING:
             raise UsageError(f"model_kwargs: give {name!r} as an option of its own")
-    return options
 
 
 class ModelLock:
-    """The lock under which a model runs; a mixture is active on the whole model, so its users take turns.
-
-    A thread may take it again. Only the code that is called while a mixture is active, such as a streamer, cannot run
-    the model for something else.
-    """
+    """The lock under which a model runs; a mixture is active on the whole model, so its users take turns. A thread may
+    take it again, but not run the model for something else while a mixture is active, as in a streamer."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -195,17 +154,11 @@ class ModelLock:
 
     @contextmanager
     def running(self, *, mixed: bool = False) -> Iterator[None]:
-        """Holds the lock while the model runs; no mixture is active but the one that the block activates, if any.
-
-        Raises:
-            UsageError: this thread has activated a mixture, which would act in the block, too.
-        """
+        """Holds the lock while the model runs, with the mixture that the block activates or (`mixed` false) without.
+        Raises UsageError if this thread has activated a mixture, which would act in the block, too."""
         with self._lock:
             if self._mixed:
-                raise UsageError(
-                    "the model is answering with a mixture of adapters, and can compute nothing else in the middle of "
-                    "that: call this once the answer is complete"
-                )
+                raise UsageError("the model is answering with a mixture; call this once the answer is complete")
             self._mixed = mixed
             try:
                 yield
@@ -213,7 +166,6 @@ class ModelLock:
                 self._mixed = False
 
 
-# One lock per model that is in memory. The keys are compared by identity, as modules are.
 _LOCKS: WeakKeyDictionary[Any, ModelLock] = WeakKeyDictionary()
 _MAKING = threading.Lock()
 
@@ -225,46 +177,32 @@ def lock_of(model: Any) -> ModelLock:
 
 
 def check_usable(model: PreTrainedModel) -> None:
-    """Checks a model that the caller has loaded.
-
-    Raises:
-        UsageError: the model contains layers of PEFT, or has dropout in training mode.
-    """
+    """Raises UsageError for a caller's model that contains layers of PEFT, or for which `check_mode` does."""
     if any(type(module).__module__.split(".")[0] == "peft" for module in model.modules()):
-        raise UsageError(
-            "the model contains layers of PEFT, whose adapter would be mixed into every answer; give the base model: "
-            "`model.unload()` removes the adapter, and `model.merge_and_unload()` makes it a part of the base model"
-        )
+        found = "the model contains layers of PEFT, whose adapter would act in every answer"
+        raise UsageError(f"{found}; give the base model, as from `model.unload()` or `model.merge_and_unload()`")
     check_mode(model)
 
 
 def check_mode(model: PreTrainedModel) -> None:
     """Raises UsageError if the model is in training mode and has dropout, which makes scores and answers random."""
-    if any(module.training and _drops(module) for module in model.modules()):
-        raise UsageError(
-            "the model is in training mode, in which dropout changes scores and answers; call model.eval() first"
-        )
-
-
-def _drops(module: Any) -> bool:
-    """Whether a module drops values in training mode: dropout itself, or a module that calls it as a function."""
-    found = [value for name, value in vars(module).items() if "drop" in name]
-    found += [module.p] if "Dropout" in type(module).__name__ else []
-    return any(isinstance(value, float) and value > 0 for value in found)
+    for module in (module for module in model.modules() if module.training):
+        # Dropout is a module, or a probability in a module that calls it as a function.
+        rates = [value for name, value in vars(module).items() if "drop" in name]
+        rates += [module.p] if "Dropout" in type(module).__name__ else []
+        if any(isinstance(rate, float) and rate > 0 for rate in rates):
+            raise UsageError("the model is in training mode, so dropout changes answers; call model.eval() first")
 
 
 def context_length(model: Any) -> int | None:
     """The longest sequence that the model can read, in tokens; None if its configuration does not say."""
-    config = text_config(model)
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        value = getattr(config, key, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+    config = text_config(model)  # `max_seq_len`: of MPT
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 
 def load_config(base_model: str, *, model_dir: str | Path | None = None) -> Any:
-    """The configuration of a base model; from the Hub only this small file is downloaded. Errors as `load_base`."""
+    """The configuration of a base model; from the Hub only this small file is downloaded, which shows that the model
+    may be read. Errors as `load_base`."""
     import transformers
 
     source = resolve_base(base_model, model_dir)
@@ -273,72 +211,41 @@ def load_config(base_model: str, *, model_dir: str | Path | None = None) -> Any:
 
 
 def load_tokenizer(base_model: str, *, model_dir: str | Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model. Errors as `load_base`."""
+    """The tokenizer of a base model, with a pad token. Errors as `load_base`."""
     import transformers
 
     source = resolve_base(base_model, model_dir)
     with loading(base_model, source):
-        found = transformers.AutoTokenizer.from_pretrained(fetch(source), trust_remote_code=False)
-        return _padded(found, base_model)
-
-
-def load_skeleton(base_model: str, *, model_dir: str | Path | None = None) -> PreTrainedModel:
-    """A base model without weights, on the meta device, from its configuration alone. Errors as `load_base`."""
-    config = load_config(base_model, model_dir=model_dir)
-    with loading(base_model, resolve_base(base_model, model_dir)):
-        return skeleton(config)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(fetch(source), trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"base model {base_model}: its tokenizer has neither a pad nor an eos token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal LM of this configuration on the meta device, where it takes no memory.
-
-    Args:
-        dtype: of its parameters; None: that of the configuration.
-    """
+    """A causal LM of this configuration on the meta device, where it takes no memory, in its own or another dtype."""
     import torch
     import transformers
 
     options = {} if dtype is None else {"dtype": dtype}
-    with torch.device("meta"):
+    with loading(config.name_or_path, config.name_or_path), torch.device("meta"):
         model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, **options)
     return model.eval().requires_grad_(False)
-
-
-def cached_heads(config: Any) -> tuple[int, int]:
-    """Number and width of the heads of keys that a layer caches for a token; values have as many."""
-    text = config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads, width
-
-
-def check_access(base_model: str, *, model_dir: str | Path | None = None) -> None:
-    """Checks that a base model exists and may be read, before anything large is downloaded. Errors as `load_base`."""
-    fetch(resolve_base(base_model, model_dir), config_only=True)
 
 
 def fetch(
     source: str, *, revision: str | None = None, token: str | bool | None = None, config_only: bool = False
 ) -> str:
-    """The local folder of a base model: `source` itself, or the snapshot of its Hub repository.
-
-    Unlike transformers' own download it says within seconds that the Hub cannot be reached, and takes no pickles.
-
-    Args:
-        config_only: download the configuration alone, which shows that the model may be read.
-
-    Raises:
-        UsageError: a revision that could not exist.
-        HubError: the Hub refused or could not be reached.
-    """
+    """The local folder of a base model: `source` itself, or the snapshot of its Hub repository. Unlike transformers it
+    says within seconds that the Hub cannot be reached, and takes no pickles. Errors as `logo.hub.download_files`."""
     if not is_hub_id(source):
         return source
     check_revision(source, revision)
-    wanted: dict[str, Any] = {
-        "allow_patterns": ["config.json"] if config_only else _FILES,
-        "ignore_patterns": _LEFT_OUT,
-    }
+    wanted = {"allow_patterns": ["config.json"] if config_only else _FILES, "ignore_patterns": _LEFT_OUT}
     try:
-        return str(snapshot(source, revision=revision, token=token, progress=not config_only, **wanted))
+        return str(snapshot(source, progress=not config_only, revision=revision, token=token, **wanted))
     except Exception as error:  # the boundary, as in `logo.hub.download_files`
         raise hub_error(source, error, revision=revision) from error
 
@@ -359,17 +266,12 @@ def loading(base_model: str, source: str) -> Iterator[None]:
 
 def text_config(model: Any) -> Any:
     """The configuration of the text model, whose layers adapters change, also where it is part of a larger one."""
-    config: Any = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    return model.config.get_text_config()
 
 
 def stored(model: Any, *, shared: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a checkpoint by their names: the parameters, and the buffers in which quantised layers have their
-    weights. Other buffers follow from the configuration.
-
-    Args:
-        shared: whether a parameter that has several names comes under each of them.
-    """
+    """The tensors of a checkpoint by their names (`shared`: under each of several): the parameters, and the buffers in
+    which quantised layers have their weights. Other buffers follow from the configuration."""
     yield from model.named_parameters(remove_duplicate=not shared)
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(path, recurse=False):
@@ -381,39 +283,31 @@ def devices(model: PreTrainedModel) -> tuple[torch.device, ...]:
     """The devices that compute: those of the weights, and those to which accelerate moves offloaded ones."""
     import torch
 
-    found = {parameter.device for parameter in model.parameters() if parameter.device.type != "meta"}
+    found = {parameter.device for parameter in model.parameters()}
     targets = {getattr(hook, "execution_device", None) for module in model.modules() for hook in _hooks(module)}
-    return tuple(sorted(found | {torch.device(target) for target in targets if target is not None}, key=str))
+    found |= {torch.device(target) for target in targets if target is not None}
+    return tuple(sorted(found - {torch.device("meta")}, key=str))
 
 
-def _hooks(module: Any) -> Sequence[object]:
+def _hooks(module: Any) -> tuple[Any, ...]:
     """The hooks of accelerate on a module."""
     hook = getattr(module, "_hf_hook", None)
     return getattr(hook, "hooks", (hook,))
 
 
 def tensor_of(model: Any, name: str) -> torch.Tensor:
-    """A parameter or buffer of a model by its name.
-
-    If accelerate has offloaded it, it is read from the host or the disk. If another process holds it, it is read from
-    the checkpoint, and empty if the checkpoint does not have it.
-
-    Raises:
-        ModelError: it is neither in memory nor where accelerate keeps what is offloaded.
-    """
+    """A parameter or buffer of a model by its name: in memory, or read from where accelerate has offloaded it, or, of
+    vLLM's skeleton, from the checkpoint (empty if it is not there). Raises ModelError if it is nowhere."""
+    path, _, own = name.rpartition(".")
+    found: torch.Tensor = getattr(model.get_submodule(path), own)
+    if hasattr(found, "read"):
+        return found.read()  # type: ignore[no-any-return]
+    if found.device.type != "meta":
+        return found
     parts = name.split(".")
-    found: torch.Tensor = getattr(model.get_submodule(".".join(parts[:-1])), parts[-1])
-    read = getattr(found, "read", None)
-    if found.device.type != "meta" or read is not None:
-        return found if read is None else read()
     for cut in range(len(parts) - 1, -1, -1):  # the hook of the module or of one that contains it
         for hook in _hooks(model.get_submodule(".".join(parts[:cut]))):
-            kept = getattr(hook, "weights_map", None)
-            if kept is not None:
-                with suppress(KeyError):
-                    found = kept[".".join(parts[cut:])]
-                    return found
-    raise ModelError(
-        f"base model: weight {name} is not in memory, and accelerate does not keep it either; expected a model with "
-        "all its weights"
-    )
+            with suppress(KeyError):
+                kept: Mapping[str, torch.Tensor] = getattr(hook, "weights_map", None) or {}
+                return kept[".".join(parts[cut:])]
+    raise ModelError(f"base model: weight {name} is not in memory, nor offloaded; expected all weights of the model")

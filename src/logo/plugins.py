@@ -1,8 +1,7 @@
 """Plugins: signals, methods and metrics of others beside ours, by name.
 
-A module registers what is in it when it is imported, by `logo.register_signal` and its like. `load_installed` imports
-the modules that `LOGO_PLUGINS` and the entry points of the group `logo.plugins` name; every command, every process that
-one starts, and `LoGo.from_pretrained` call it first.
+A module registers what is in it when it is imported, by `logo.register_signal` and its like. Every command, every
+process that one starts, and `LoGo.from_pretrained` import first what `LOGO_PLUGINS` and entry points name.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from logo.errors import LoGoError, PluginError, UsageError, closest, is_out_of_m
 T = TypeVar("T")
 
 VARIABLE = "LOGO_PLUGINS"
-GROUP = "logo.plugins"
 
 
 @contextmanager
@@ -44,13 +42,8 @@ def running(plugin: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a plugin is defined.
-
-    Attributes:
-        place: `module:Object`.
-        digest: SHA-256 in hex of its top-level package, or of its one file.
-        folder: its module is imported from there; None where no other process can import it, as from a notebook.
-    """
+    """Where a plugin is defined (`module:Object`), the SHA-256 in hex of its file or top-level package, and the folder
+    that it is imported from, None where no other process can import it, as from a notebook."""
 
     place: str
     digest: str
@@ -60,36 +53,26 @@ class Source:
     def of(cls, definition: Any) -> Source:
         """The source of a function or class."""
         name: str = definition.__module__
-        file, top = (getattr(sys.modules.get(one), "__file__", None) for one in (name, name.partition(".")[0]))
-        digest, folder = hashlib.sha256(), None
-        if file is None or top is None:
+        file = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None)
+        if file is None:
             try:
-                digest.update(inspect.getsource(definition).encode())
+                text = inspect.getsource(definition).encode()
             except (OSError, TypeError):  # as in a prompt: nobody knows its text, and could notice a change
-                digest.update(os.urandom(16))
-        else:
-            whole = Path(top).stem == "__init__"
-            for one in sorted(Path(top).parent.rglob("*.py")) if whole else [Path(top)]:
-                digest.update(one.read_bytes())
-            folder = None if name == "__main__" else str(Path(top).absolute().parents[whole])
-        return cls(_place(definition), digest.hexdigest(), folder)
+                text = os.urandom(16)
+            return cls(_place(definition), hashlib.sha256(text).hexdigest(), None)
+        top = Path(file).absolute()
+        package = top.stem == "__init__"
+        text = b"".join(one.read_bytes() for one in (sorted(top.parent.rglob("*.py")) if package else [top]))
+        folder = None if name == "__main__" else str(top.parents[package])
+        return cls(_place(definition), hashlib.sha256(text).hexdigest(), folder)
 
     def __str__(self) -> str:
         return f"{self.place} {self.digest}"
 
 
 class Registry(dict[str, T]):
-    """The signals, methods or metrics, by name.
-
-    Args:
-        kind: a word for messages.
-
-    Attributes:
-        sources: of those that are plugins.
-
-    Raises:
-        UsageError: when a name is looked up that nobody registers.
-    """
+    """The signals, methods or metrics (`kind`, for messages) by name, and the `sources` of those that are plugins.
+    Raises UsageError when a name is looked up that nobody registers."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -99,14 +82,8 @@ class Registry(dict[str, T]):
         _REGISTRIES.append(self)
 
     def add(self, name: str, value: T, definition: Any) -> None:
-        """Registers a value. If a module is reloaded, its new definition replaces the old one of the same name.
-
-        Args:
-            definition: the function or class that the value comes from.
-
-        Raises:
-            UsageError: the name is taken, or cannot be one.
-        """
+        """Registers a value that comes from a function or class. If a module is reloaded, its new definition replaces
+        the old one. Raises UsageError for a name that is taken or cannot be one."""
         place = _place(definition)
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             raise UsageError(f"{self.kind} {name!r} ({place}): expected a name of letters, digits, '-' and '_'")
@@ -118,10 +95,8 @@ class Registry(dict[str, T]):
         self[name] = value
 
     def __missing__(self, name: str) -> T:
-        raise UsageError(
-            f"unknown {self.kind} {name!r}{closest(str(name), self)}; known: {', '.join(self)}; one of a plugin "
-            f"needs --plugin (or {VARIABLE})"
-        )
+        known = f"{closest(str(name), self)}; known: {', '.join(self)}"
+        raise UsageError(f"unknown {self.kind} {name!r}{known}; one of a plugin needs --plugin (or {VARIABLE})")
 
     def source(self, name: str) -> str | None:
         """The module, object and digest of a plugin, on which results depend; None for LoGo's own."""
@@ -133,15 +108,8 @@ _LOADED: dict[str, None] = {}
 
 
 def load(plugin: str, folder: str = "") -> None:
-    """Imports the module of a plugin, which registers what is in it.
-
-    Args:
-        plugin: `module:Object`.
-        folder: where the module may be, if it is not installed.
-
-    Raises:
-        PluginError: the module cannot be imported, or does not register the object.
-    """
+    """Imports the module of a plugin (`module:Object`), which registers what is in it; if it is not installed, from
+    `folder`. Raises PluginError if it cannot be imported, or does not register the object."""
     module, _, name = plugin.partition(":")
     try:
         if folder and folder not in sys.path and importlib.util.find_spec(module.partition(".")[0]) is None:
@@ -156,24 +124,17 @@ def load(plugin: str, folder: str = "") -> None:
 
 
 def load_installed() -> None:
-    """Imports the plugins that the environment and installed distributions name, unless that is done.
-
-    Raises:
-        PluginError, UsageError: one of them cannot be imported, or is not named as it should be.
-    """
-    for one in _words(os.environ.get(VARIABLE, "")):
-        plugin, _, folder = one.partition("@")
+    """Imports the plugins that the environment and installed distributions name, unless that is done. Errors as `load`;
+    UsageError if they are not named as they should be."""
+    asked = [*_words(os.environ.get(VARIABLE, "")), *_installed()]
+    for plugin, _, folder in (one.partition("@") for one in asked):
         if plugin not in _LOADED:
             load(plugin, folder)
-    for entry in importlib.metadata.entry_points(group=GROUP):
-        if entry.value not in _LOADED:
-            load(entry.value)
 
 
 def named() -> list[str]:
     """The plugins of this process, as `module:Object`, that have to be named with `--plugin` to repeat its run."""
-    installed = {entry.value for entry in importlib.metadata.entry_points(group=GROUP)}
-    return [plugin for plugin in _LOADED if plugin not in installed]
+    return [plugin for plugin in _LOADED if plugin not in _installed()]
 
 
 def environment() -> dict[str, str]:
@@ -182,6 +143,10 @@ def environment() -> dict[str, str]:
     found = dict.fromkeys(_words(os.environ.get(VARIABLE, "")))
     found |= dict.fromkeys(f"{source.place}@{source.folder}" for source in sources if source.folder is not None)
     return {VARIABLE: shlex.join(found)} if found else {}
+
+
+def _installed() -> list[str]:
+    return [entry.value for entry in importlib.metadata.entry_points(group="logo.plugins")]
 
 
 def _words(text: str) -> list[str]:

@@ -86,7 +86,7 @@ def write_examples(folder: Path, prompts: Sequence[str]) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    replace_file(folder / EXAMPLES, examples_text(prompts), follow=False)
+    replace_file(folder / EXAMPLES, examples_text(prompts))
 
 
 def examples_sha256(prompts: Sequence[str]) -> str:

@@ -91,7 +91,7 @@ def write_mixture(
         config["alora_invocation_tokens"] = list(activation.tokens)
     above = folder.absolute()
     around = noted(above, EVERYWHERE, Path(above.anchor))  # a `pool.json` above the folder would apply to it
-    with new_folder(folder, "the mixture") as part:
+    with new_folder(folder) as part:
         save_adapter(part, plain_tensors(stacked), config)
         # PEFT's configuration has no `last:N`.
         if not activation.tokens and (activation.last is not None or around != EVERYWHERE):
@@ -140,7 +140,7 @@ def convert_initial(trained: Path, initial: Path, out: Path, *, allow_pickle: bo
     if same:
         why = f"its initial adapter {initial} is the same: give the adapter as it was before training"
         raise AdapterError(adapter.name, why)
-    with new_folder(out, "the adapter") as part:
+    with new_folder(out) as part:
         save_adapter(part, plain_tensors(both), config | _doubled(config))
 
 

@@ -95,7 +95,7 @@ def prepare(
     found = chosen(names or list(own), list(known))
     if raw is not None and not raw.is_dir():
         raise UsageError(f"--from {raw}: expected a folder, found {'a file' if raw.exists() else 'nothing'}")
-    check_writable(data_dir, "--data-dir")
+    check_writable(data_dir)
     manifest = read_manifest(data_dir)
     request = Request(limit, train_limit, seed, raw)
     failed = 0

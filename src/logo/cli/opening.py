@@ -16,7 +16,7 @@ from logo.cli.expanded import given
 from logo.cli.options import DEFAULT_PREFIX_CACHE_GB, DEFAULT_SIGNAL, EngineOptions, RunnerOptions, changed
 from logo.cli.output import err, note, progress
 from logo.errors import StorageError, UsageError
-from logo.models import check_access, load_base, pick_device
+from logo.models import load_base, load_config, pick_device
 from logo.rows import text_lines
 from logo.selection.window import WHOLE, Window
 
@@ -145,7 +145,7 @@ def open_base(
         check: raises for a pool that cannot be used, before the base model is loaded.
     """
     quiet_transformers()
-    check_access(base_model, model_dir=options.model_dir)
+    load_config(base_model, model_dir=options.model_dir)  # may it be read?
     pool = open_pool(options, base_model, preset)
     if check is not None:
         check(pool)

@@ -50,7 +50,7 @@ def report(
         if file is not None and file.is_dir():
             raise UsageError(f"{option} {file}: expected a file to write, found a folder")
         if file is not None:
-            check_writable(file.parent, option)
+            check_writable(file.parent)
     started = time.perf_counter()
     analysis = analyse(read_runs(results, data_dir, metric), seed=seed)
     written = {output: page(analysis, title).encode("utf-8")}

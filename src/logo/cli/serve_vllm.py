@@ -18,7 +18,7 @@ from logo.cli.options import EngineOptions, changed
 from logo.cli.output import note, out
 from logo.cli.serve_options import ServerOptions
 from logo.errors import UsageError, need
-from logo.models import check_access, load_skeleton, loading, resolve_base
+from logo.models import load_config, loading, resolve_base, skeleton
 
 if TYPE_CHECKING:
     from logo.backends.vllm.launch import Launch
@@ -121,7 +121,7 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> L
 
     quiet_transformers()
     source = resolve_base(base_model, options.model_dir)
-    check_access(base_model, model_dir=options.model_dir)
+    load_config(base_model, model_dir=options.model_dir)  # may it be read?
     settings = selection_settings(options)
     place = spec_of(pool_sources(options.adapters, base_model, options.model_dir))
     config = {
@@ -166,7 +166,7 @@ def _slots(options: EngineOptions, base_model: str, server: ServerOptions) -> tu
     from logo.backends.vllm.slots import Slots
     from logo.selection.points import plan
 
-    model, settings = load_skeleton(base_model, model_dir=options.model_dir), selection_settings(options)
+    model, settings = skeleton(load_config(base_model, model_dir=options.model_dir)), selection_settings(options)
     pool = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)
     warn_of_bad(pool.refused)
     check_pool(server.model_name(base_model), pool.names)

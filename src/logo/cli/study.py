@@ -126,7 +126,7 @@ def study(
     compared = _signals(signals or engine.signal or SIGNALS)
     if save.is_dir():
         raise UsageError(f"--save {save}: expected a file to write, found a folder")
-    check_writable(save.parent, "--save")
+    check_writable(save.parent)
     if save.exists() and not overwrite and not is_begun(journal_of(save)):
         report_in(save)  # another file is refused before anything is loaded
     layout = layout_of(cluster, engine)

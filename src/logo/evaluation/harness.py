@@ -31,7 +31,7 @@ from logo.errors import UsageError, closest
 from logo.evaluation.documents import document_texts
 from logo.evaluation.identity import pool_digests
 from logo.evaluation.ranks import Ranks
-from logo.models import check_access
+from logo.models import load_config
 from logo.opening import LOADING_OPTIONS, LOCAL_OPTIONS
 from logo.prompts import MAX_NEW_TOKENS
 from logo.scoring import Scored
@@ -90,7 +90,7 @@ class LoGoLM(Ranks):
         settings = SelectionSettings(
             signal=signal, **{name: options.pop(name) for name in _SETTINGS.intersection(options)}
         )
-        check_access(base_model, model_dir=model_dir)
+        load_config(base_model, model_dir=model_dir)  # may it be read?
         pool = open_pool(
             adapters,
             base_model,

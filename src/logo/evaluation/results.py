@@ -2,7 +2,7 @@
 
 There are nine JSON files per dataset: six that the official script also writes, `run.json` with everything needed to
 repeat the run, `rows.json` with the answered rows, so that a report needs no data folder, and `metrics.json` with the
-scores of all answers together. They appear together or not at all: see `folders.replace_folder`.
+scores of all answers together. They appear together or not at all: see `logo.files.new_folder`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from logo.errors import StorageError, UsageError
 from logo.evaluation.corpus import extra_metrics, mean_of
 from logo.evaluation.metrics import Kind, by_measure, mean, metric_kind
 from logo.evaluation.runner import DatasetResult
-from logo.files import replace_folder
+from logo.files import new_folder
 from logo.identity import fingerprint
 from logo.recorded import without_secrets
 from logo.rows import Row
@@ -138,7 +138,9 @@ def write_results(folder: str | PurePath, files: Mapping[str, object]) -> None:
         TypeError, ValueError: a content that JSON cannot hold; nothing was touched.
     """
     texts = {name: json.dumps(content, indent=2 if name in _INDENTED else None) for name, content in files.items()}
-    replace_folder(Path(folder), texts, owned=RESULT_FILES)
+    with new_folder(Path(folder), replaced=RESULT_FILES) as new:
+        for name, text in texts.items():
+            (new / name).write_bytes(text.encode())
 
 
 def read_results(folder: str | PurePath) -> dict[str, Any]:

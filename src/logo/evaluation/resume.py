@@ -22,7 +22,6 @@ from logo.evaluation.differences import described, differences
 from logo.evaluation.jobs import Job
 from logo.evaluation.journal import Journal, written
 from logo.evaluation.standing import Standing, standing
-from logo.files import make_folder
 
 _KEEP_BOTH = "--run-name NAME keeps both"
 _METRIC = ("metric", "metric_plugin")  # the part of an identity that answers do not depend on
@@ -136,7 +135,7 @@ def open_journal(plan: Plan) -> Journal:
     """
     file = journal_of(plan.job.folder)
     try:
-        make_folder(file.parent)
+        file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"journal {str(file)!r}: cannot be made ({error.strerror or error})") from error
     return Journal(file, plan.run, fresh=plan.fresh)

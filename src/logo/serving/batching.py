@@ -24,7 +24,6 @@ from logo.endings import end_tokens
 from logo.errors import ModelError, UsageError
 from logo.mixing import AdapterCache
 from logo.mixing.packed import Packed, PackedMixture
-from logo.models import cached_heads
 from logo.prefix_cache import Page, PrefixCache
 from logo.protocol import Delta, GenerationFailed, GenerationTimeout, Sampling
 from logo.serving.memory import Memory, Plan
@@ -352,7 +351,8 @@ class Batching(Steps):
     def _blocks(self, memory: Memory, context: int | None) -> int:
         """The number of blocks: room for the usual length of every sequence and one full context, within the memory."""
         config = self._model.config.get_text_config()
-        heads, size = cached_heads(config)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         per_token: int = 2 * config.num_hidden_layers * heads * size * self._adapters.dtype.itemsize
         longest = context or _USUAL_LENGTH
         tokens = max(longest, memory.concurrent * min(longest, _USUAL_LENGTH))

@@ -20,7 +20,7 @@ from logo.adapters.activation import Activation, noted, noted_k
 from logo.adapters.examples import examples_text
 from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, RECORD, SAFETENSORS, Refusal, parse_config, read_raw
 from logo.errors import StorageError, UsageError
-from logo.files import replace_file, replace_folder
+from logo.files import new_folder, replace_file
 from logo.identity import file_sha256
 from logo.training.learner import DIVERGED, Course
 
@@ -58,7 +58,9 @@ def write_adapter(
     replaced = not own.is_file() or file_sha256(own) == (record_of(folder) or {}).get(WRITTEN)
     if replaced and examples:
         files[EXAMPLES] = examples_text(examples)
-    replace_folder(folder, files, owned=(EXAMPLES,) if replaced else (), option="--out")
+    with new_folder(folder, replaced=(EXAMPLES,) if replaced else ()) as new:
+        for name, content in files.items():
+            (new / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def record_of(folder: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,6 @@ from typing import Any
 
 from logo.adapters.activation import Activation, read_notes
 from logo.errors import DataError, StorageError, UsageError
-from logo.files import remove_unfinished
 from logo.models import context_length, load_config, load_tokenizer, skeleton
 from logo.prompts import asked_text
 from logo.training.activation import Settling, common
@@ -92,7 +92,8 @@ def train(
     check_names(wanted.found.tasks)
     failed = dict(wanted.found.refused)
     with alone(root):
-        remove_unfinished(root)
+        for left in list(root.rglob(".*.new-*")):  # by writers that died; the lock keeps others out
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         trainer = Trainer(wanted.opening)
         base = trainer.facts
         prepared = _prepared(wanted, base, failed)

@@ -15,7 +15,7 @@ from logo.cli.choices import OnBad
 from logo.cli.options import option
 from logo.cli.output import err
 from logo.errors import AdapterError
-from logo.models import load_skeleton
+from logo.models import load_config, skeleton
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of adapters, at any depth.")]
 AllowPickle = Annotated[bool, option("Also read adapter_model.bin (tensors only).")]
@@ -39,9 +39,9 @@ def divided(
 
 def fitting(base_model: str, model_dir: str) -> Callable[[Adapter], object]:
     """A check that raises AdapterError for an adapter that does not fit the base model, whose weights are not read."""
-    skeleton = load_skeleton(base_model, model_dir=model_dir)
-    layout = BaseLayout.of(skeleton)
-    return lambda adapter: adapter.fit(layout, skeleton)
+    model = skeleton(load_config(base_model, model_dir=model_dir))
+    layout = BaseLayout.of(model)
+    return lambda adapter: adapter.fit(layout, model)
 
 
 def tell_refused(refused: Iterable[AdapterError]) -> None:

@@ -18,7 +18,7 @@ from logo.evaluation.sources.manifest import Entry, add_to_manifest, metric_file
 from logo.evaluation.sources.places import Place, fetch, find_local
 from logo.evaluation.sources.readers import read_raw
 from logo.evaluation.sources.templates import Wording
-from logo.files import replace_folder
+from logo.files import new_folder
 from logo.rows import file_sha256
 
 
@@ -67,7 +67,9 @@ def prepare(
     folder = dataset_file(data_dir, declaration.name).parent
     if declaration.metric != metric_kind(declaration.name):
         texts["test.yaml"] = metric_file(declaration.metric)
-    replace_folder(folder, texts, owned=[*(f"{split}.jsonl" for split in SPLITS), "test.yaml"])
+    with new_folder(folder, replaced=[*(f"{split}.jsonl" for split in SPLITS), "test.yaml"]) as new:
+        for name, text in texts.items():
+            (new / name).write_bytes(text.encode())
     entry = _entry(declaration, data_dir, request, place, drawn, read)
     add_to_manifest(data_dir, declaration.name, entry)
     return entry
