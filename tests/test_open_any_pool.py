@@ -146,7 +146,7 @@ def test_a_manifest_of_all_repositories_that_are_called_so(hub: HubServer, tmp_p
     [damaged] = opened(env, {"places": manifest, "on_bad_adapter": "skip"})
     assert list(damaged.refused) == ["org/base_lora-boolq"] and "org/base_lora-boolq" not in damaged.names
     nobody = lock(env, tmp_path, "org/zzz-*", "-o", "none.yaml")
-    assert nobody.returncode == 1 and "no repository at" in nobody.stderr
+    assert nobody.returncode == 1 and "no repository matches" in nobody.stderr
 
 
 def test_a_pool_is_never_smaller_because_a_connection_broke(hub: HubServer, tmp_path: Path) -> None:

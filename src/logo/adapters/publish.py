@@ -7,37 +7,54 @@ pickles, no example prompts, no checkpoints, and no other files of the folder. U
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from statistics import fmean
-from typing import TYPE_CHECKING
 
-from logo.adapters.adapter import Adapter, LoraWeights, own_name
+from logo.adapters.adapter import Adapter, own_name
 from logo.adapters.peft import CONFIG, NOTES, RECORD, SAFETENSORS
-from logo.errors import HubError, StorageError, UsageError
+from logo.errors import HubError, UsageError
 from logo.hub import causes, clean_subfolder, hub_error, is_hub_id, is_repo_id
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 CARD = "README.md"
 # Folders of checkpoints, as training tools name them.
 _CHECKPOINT = re.compile(r"checkpoints?([-_.]?\d+)?", re.IGNORECASE)
-_MODELS = "hf_models/"  # the default folder of base models; `hf_models/Qwen2.5-7B` looks like a Hub id but is none
 _LOG_IN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
-_CHANGED = "it was changed meanwhile; run the same command again: what has arrived is not sent twice"
 _REFUSALS = {
     401: f"the Hub does not accept this token, or there is none; {_LOG_IN}",
     403: f"this token may not write there; use another one: {_LOG_IN}",
     404: f"not found, and this token may not create it; check the name, and {_LOG_IN}",
-    409: _CHANGED,
-    412: _CHANGED,
-    413: "the Hub refuses files of this size; see its limits on storage",
+    412: "it was changed meanwhile; run the same command again: what has arrived is not sent twice",
 }
+_CARD = """---
+{front}
+---
+
+# {title}
+
+LoRA adapters for {bases}, in PEFT's format.
+
+{table}
+
+With [LoGo](https://arxiv.org/abs/2511.07129), which picks and mixes the right adapters for every prompt:
+
+```sh
+logo generate "..." --base-model {base} --adapters {source}
+```
+
+One of them with PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "{repo}", subfolder="{inside}")
+```
+"""
 
 
 def contents_of(
@@ -53,29 +70,35 @@ def contents_of(
         licence: for a card that is made.
 
     Raises:
-        UsageError: the repository or the folder is not valid; no base model is known for the folder's name; a
-            file beside adapters is a link out of the pool or no JSON object; or a `pool.json` that applies to an
-            adapter is outside of the pool.
+        UsageError: the repository or the folder is not valid; no base model is known for the folder's name; a file
+            beside adapters is a link out of the pool; or a `pool.json` that applies to an adapter is outside of it.
     """
     if not is_repo_id(repo):
         raise UsageError(f"{repo!r} is not a Hub repo id; expected namespace/name")
-    folder = clean_subfolder(repo, (_official(root, adapters) if folder is None else folder).strip("/"))
-    homes = {adapter.name: _homes(adapter.folder, root) for adapter in adapters}
-    beside = [root / CARD, *dict.fromkeys(home / NOTES for found in (*homes.values(), [root]) for home in found)]
-    sent = [checked(file, root) for file in beside if file.is_file()]
+    bases = sorted({_base_model(adapter) for adapter in adapters} - {""})
+    if folder is None:
+        names = sorted({base.rsplit("/", 1)[-1] for base in bases})
+        if len(names) != 1:
+            found = f"several base models ({', '.join(names)})" if names else "no base model"
+            raise UsageError(f"the adapters name {found}; give the folder to write with --path-in-repo ('.': the top)")
+        folder = f"{names[0]}-loras-{own_name(root)}"
+    folder = clean_subfolder(repo, folder.strip("/"))
+    sent = [checked(root / CARD, root)] if (root / CARD).is_file() else []
     for adapter in adapters:
-        if adapter.activation.last is not None and not homes[adapter.name]:
+        above = [home for home in (adapter.folder, *adapter.folder.parents) if home.is_relative_to(root)]
+        notes = [checked(home / NOTES, root) for home in above if (home / NOTES).is_file()]
+        if adapter.activation.last is not None and not notes:
             raise UsageError(
                 f"{adapter.folder} acts on {adapter.activation} because of a {NOTES} in the folder above it, which "
                 f"would not be uploaded: push that folder, or copy its {NOTES} into this one"
             )
         # These two were read as an adapter. Other files may be links to anything, and are checked.
-        sent += [adapter.folder / CONFIG, adapter.folder / SAFETENSORS]
+        sent += [*notes, adapter.folder / CONFIG, adapter.folder / SAFETENSORS]
         if (adapter.folder / RECORD).is_file():
             sent.append(checked(adapter.folder / RECORD, root, adapter.folder))
     found: dict[str, Path | bytes] = {file.relative_to(root).as_posix(): file for file in sent}
     if CARD not in found:
-        found[CARD] = card_text(own_name(root), adapters, root, repo, folder, licence).encode()
+        found[CARD] = _card(adapters, root, repo, folder, licence, bases).encode()
     return {"/".join(filter(None, (folder, file))): found[file] for file in sorted(found)}
 
 
@@ -92,23 +115,13 @@ def checked(file: Path, *homes: Path) -> Path:
         homes: folders in which it may be. Links of the Hub's cache may lead to the cache's `blobs`.
 
     Raises:
-        UsageError: it is a link that leads out of these folders, or a `.json` without an object.
-        StorageError: it cannot be read.
+        UsageError: it is a link that leads out of these folders.
     """
     real = file.resolve()
     allowed = [home.resolve() for home in homes]
     allowed += [above.parent / "blobs" for one in allowed for above in one.parents if above.name == "snapshots"]
     if not any(real.is_relative_to(one) for one in allowed):
         raise UsageError(f"{file} is a link out of the pool, to {real}; put the file itself there, or remove the link")
-    if file.suffix == ".json":
-        try:
-            right = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
-        except OSError as error:
-            raise StorageError(f"{file}: cannot be read ({error.strerror or error})") from error
-        except (ValueError, RecursionError):
-            right = False
-        if not right:
-            raise UsageError(f"{file}: expected a JSON object, found something else; fix or remove it")
     return file
 
 
@@ -146,95 +159,44 @@ def push(repo: str, contents: Mapping[str, Path | bytes], *, message: str, priva
         for link in causes(error):
             if isinstance(link, HfHubHTTPError) and (reason := _REFUSALS.get(link.response.status_code)):
                 raise HubError(f"Hub repo {repo}: {reason}") from error
-            if isinstance(link, ValueError) and "metadata" in str(link):
-                raise HubError(f"Hub repo {repo}: the Hub does not accept the front matter of {CARD}") from error
         raise hub_error(repo, error) from error
     return f"{api.endpoint}/{repo}" + (f"/tree/main/{folder}" if folder else "")
 
 
-def card_text(title: str, adapters: Sequence[Adapter], root: Path, repo: str, folder: str, licence: str | None) -> str:
-    """The model card of a pool in Markdown with the Hub's front matter: its adapters, and how they are used."""
-    from huggingface_hub import ModelCard, ModelCardData
+def _card(
+    adapters: Sequence[Adapter], root: Path, repo: str, folder: str, licence: str | None, bases: Sequence[str]
+) -> str:
+    """The model card of a pool in Markdown with the Hub's front matter."""
+    from huggingface_hub import ModelCardData
 
-    bases = _base_models(adapters)
-    base = bases[0] if len(bases) == 1 else None
-    on_hub = base if base is not None and is_repo_id(base) else None
+    base = bases[0] if len(bases) == 1 else "BASE_MODEL"
+    on_hub = {"base_model": base, "base_model_relation": "adapter"} if is_repo_id(base) else {}
     tags = ["lora", "peft", "lora-pool", "logo"]
-    data = ModelCardData(
-        base_model=on_hub, library_name="peft", pipeline_tag="text-generation", tags=tags, license=licence
-    )
-    if on_hub is not None:
-        data["base_model_relation"] = "adapter"
-    many = f"{len(adapters)} LoRA adapters" if len(adapters) != 1 else "One LoRA adapter"
-    named = ", ".join(f"`{name}`" for name in bases) or "the base model that they were trained on"
+    front = ModelCardData(
+        library_name="peft", pipeline_tag="text-generation", tags=tags, license=licence, **on_hub
+    ).to_yaml()
     rows = ["| adapter | rank | targets | parameters |", "| --- | --- | --- | --- |"]
     for adapter in adapters:
         name, ranks = adapter.name.replace("|", "\\|"), "/".join(map(str, adapter.ranks))
         rows.append(f"| `{name}` | {ranks} | {', '.join(adapter.targets)} | {adapter.parameters:,} |")
-    below = adapters[0].folder.relative_to(root).as_posix()  # `.` if the pool is this one adapter
-    inside = "/".join(part for part in (folder, below) if part not in ("", "."))
-    source, shown = "/".join(filter(None, (repo, folder))), base or "BASE_MODEL"
-    return str(
-        ModelCard(
-            f"""---
-{data.to_yaml()}
----
-
-# {title}
-
-{many} for {named}, in PEFT's format.
-
-{chr(10).join(rows)}
-
-With [LoGo](https://arxiv.org/abs/2511.07129), which picks and mixes the right adapters for every prompt:
-
-```sh
-logo generate "..." --base-model {shown} --adapters {source}
-logo serve --base-model {shown} --adapters {source}
-```
-
-One of them with PEFT:
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{shown}")
-model = PeftModel.from_pretrained(model, "{repo}"{f', subfolder="{inside}"' if inside else ""})
-```
-"""
-        )
+    inside = Path(folder, adapters[0].folder.relative_to(root)).as_posix()
+    return _CARD.format(
+        front=front,
+        title=own_name(root),
+        bases=", ".join(f"`{name}`" for name in bases) or "the base model that they were trained on",
+        table="\n".join(rows),
+        base=base,
+        source="/".join(filter(None, (repo, folder))),
+        repo=repo,
+        inside="" if inside == "." else inside,
     )
 
 
-def _base_models(adapters: Sequence[Adapter]) -> list[str]:
-    """The distinct base models that adapters name: Hub ids, or the last parts of local folders."""
-    found: dict[str, str] = {}
-    for name in sorted({adapter.config.base_model for adapter in adapters if adapter.config.base_model}):
-        folder = name.rstrip("/")
-        last = folder.rsplit("/", 1)[-1]
-        on_hub = is_hub_id(folder) and not folder.startswith(_MODELS)
-        if last.casefold() not in found or on_hub:
-            found[last.casefold()] = folder if on_hub else last
-    return sorted(found.values())
-
-
-def _official(root: Path, adapters: Sequence[Adapter]) -> str:
-    bases = {name.rsplit("/", 1)[-1] for name in _base_models(adapters)}
-    if len(bases) != 1:
-        found = f"several base models ({', '.join(sorted(bases))})" if bases else "no base model"
-        raise UsageError(f"the adapters name {found}; give the folder to write with --path-in-repo ('.' for the top)")
-    return f"{bases.pop()}-loras-{own_name(root)}"
-
-
-def _homes(folder: Path, top: Path) -> list[Path]:
-    """The folders from an adapter's up to the pool's that have a `pool.json`, the nearest first."""
-    above = (folder, *folder.parents)
-    inside = above[: above.index(top) + 1] if top in above else above[:1]
-    return [home for home in inside if (home / NOTES).exists()]
-
-
-# -- sizes ----------------------------------------------------------------------------------------------------------
+def _base_model(adapter: Adapter) -> str:
+    """The base model that an adapter names: a Hub id, or the last part of a local folder; may be empty."""
+    named = (adapter.config.base_model or "").rstrip("/")
+    # `hf_models`, the default folder of base models, makes paths that look like Hub ids.
+    return named if is_hub_id(named) and not named.startswith("hf_models/") else named.rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True)
@@ -246,32 +208,21 @@ class Size:
 
 
 def size_of(adapter: Adapter) -> Size:
-    """Decomposes the updates of an adapter. Raises AdapterError if it cannot be read."""
-    spectra = [singular_values(one) for one in adapter.read().values()]
-    ranks = [effective_rank(values) for values in spectra if values.norm() > 0]
-    return Size(math.hypot(*(float(values.norm()) for values in spectra)), fmean(ranks) if ranks else 0.0)
+    """Decomposes the updates of an adapter. Raises AdapterError if it cannot be read.
 
-
-def singular_values(weights: LoraWeights) -> Tensor:
-    """The singular values of an update, descending, float64: `(k,)` with k the smallest side of the factors.
-
-    With `B = Q_B R_B` and `Aᵀ = Q_A R_A`, `ΔW = Q_B (s R_B R_Aᵀ) Q_Aᵀ`, so no matrix of ΔW's size is made.
+    With `B = Q_B R_B` and `Aᵀ = Q_A R_A`, `ΔW = Q_B (s R_B R_Aᵀ) Q_Aᵀ`, so no matrix of ΔW's size is made. The
+    effective rank of singular values σ is `exp(H)` with `H = -Σ q ln q` and `q = σ² / Σ σ²` (Roy and Vetterli, EUSIPCO
+    2007, use σ instead of σ²), between 1 and the rank.
     """
     import torch
 
-    left = torch.linalg.qr(weights.B.double(), mode="r").R  # (p, r)
-    right = torch.linalg.qr(weights.A.double().T, mode="r").R  # (q, r)
-    values: Tensor = torch.linalg.svdvals(weights.scaling * left @ right.T)
-    return values
-
-
-def effective_rank(values: Tensor) -> float:
-    """`exp(H)` with `H = -Σ q ln q` and `q = σ² / Σ σ²` (Roy and Vetterli, EUSIPCO 2007, use σ instead of σ²).
-
-    It is between 1 and the rank; 0 for an update of zeros.
-    """
-    import torch
-
-    energy = values.double() ** 2
-    total = energy.sum()
-    return float(torch.special.entr(energy / total).sum().exp()) if total > 0 else 0.0
+    energy, ranks = 0.0, list[float]()
+    for one in adapter.read().values():
+        left = torch.linalg.qr(one.B.double(), mode="r").R  # (p, r)
+        right = torch.linalg.qr(one.A.double().T, mode="r").R  # (q, r)
+        squares = torch.linalg.svdvals(one.scaling * left @ right.T) ** 2  # (min(p, q),)
+        total = float(squares.sum())
+        energy += total
+        if total > 0:
+            ranks.append(float(torch.special.entr(squares / total).sum().exp()))
+    return Size(math.sqrt(energy), fmean(ranks) if ranks else 0.0)
