@@ -72,11 +72,11 @@ def test_what_is_sent(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["pool", "push", str(pool), "org/loras", "--dry-run", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert sorted(file["path"] for file in said["files"]) == sorted(f"base-1B-loras-tasks/{file}" for file in FILES)
-    assert said["left_out"] == ["deep/b.v2/checkpoint-10"] and said["url"] is None
+    assert [one["name"] for one in said["refused"]] == ["deep/b.v2/checkpoint-10"] and said["url"] is None
     assert run(["pool", "push", str(pool), "org/loras", "--dry-run", "--path-in-repo", "."]) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines()[1].startswith(f"a[1]/{CONFIG}  ") and "nothing sent" in captured.out
-    assert "1 checkpoints" in captured.err
+    assert "refused deep/b.v2/checkpoint-10: it is a training checkpoint" in captured.err
 
 
 def test_a_pool_of_unknown_or_several_bases_says_where_to(tmp_path: Path) -> None:

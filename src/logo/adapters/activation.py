@@ -39,8 +39,7 @@ class Activation:
     Attributes:
         tokens: its invocation tokens; empty: it has none.
         last: N of `last:N`: it acts on the last N tokens of a prompt and on the answer; None: it is not of this kind.
-        without: what an adapter does in a prompt that lacks its invocation tokens: `"off"`, nothing, as in PEFT;
-            `"error"`; or `"last:N"`.
+        without: what it does in a prompt that lacks its tokens: `"off"`, nothing, as in PEFT; `"error"`; or `"last:N"`.
     """
 
     tokens: tuple[int, ...] = ()
@@ -68,8 +67,7 @@ class Activation:
     def begin(self, prompt: Sequence[int]) -> int | None:
         """The first position of a prompt at which the adapter acts; None: it acts neither there nor on the answer.
 
-        Raises:
-            UsageError: the prompt lacks the invocation tokens, and `without` is `"error"`.
+        Raises UsageError if the prompt lacks the invocation tokens and `without` is `"error"`.
         """
         if not self.tokens:
             return 0 if self.last is None else max(0, len(prompt) - self.last)
@@ -77,10 +75,8 @@ class Activation:
         if found is not None or self.without == OFF:
             return found
         if self.without == ERROR:
-            raise UsageError(
-                f"the prompt does not contain the invocation tokens {list(self.tokens)} that activate an adapter: "
-                "put them where the answer begins, or set --when-not-invoked to off or last:N"
-            )
+            found = f"the prompt does not contain the invocation tokens {list(self.tokens)} that activate an adapter"
+            raise UsageError(f"{found}: put them where the answer begins, or see --when-not-invoked")
         return Activation.parse(self.without).begin(prompt)
 
 
@@ -92,13 +88,9 @@ def warn_of_silent(names: Iterable[str], told: set[str]) -> None:
     found = [name for name in dict.fromkeys(names) if name not in told]
     told.update(found)
     if found:
-        warnings.warn(
-            f"a prompt lacks the invocation tokens of {listed(list(map(repr, found)), 5)}, so its answer is not "
-            "adapted, as in PEFT; if they open the assistant's turn, give prompts as chats (--chat); else see "
-            "--when-not-invoked",
-            UserWarning,
-            stacklevel=2,
-        )
+        lacks = f"a prompt lacks the invocation tokens of {listed(list(map(repr, found)), 5)}"
+        hint = "if they open the assistant's turn, give chats (--chat), else see --when-not-invoked"
+        warnings.warn(f"{lacks}, so its answer is not adapted, as in PEFT; {hint}", UserWarning, stacklevel=2)
 
 
 def last_occurrence(prompt: Sequence[int], tokens: Sequence[int]) -> int | None:
@@ -125,21 +117,13 @@ def check_forced(forced: str | None) -> str | None:
 
 
 def acting(activation: Activation, forced: str | None, without: str | None = None) -> Activation:
-    """An adapter's activation, changed as a user wants it for all adapters of a pool.
+    """An adapter's activation, changed as a user wants it for all adapters of a pool; None changes nothing.
 
-    Args:
-        forced: `"everywhere"` or `"last:N"` for every adapter; `"invocation"`: unchanged, but invocation tokens are
-            required. None: unchanged.
-        without: see `Activation.without`; None: unchanged.
-
-    Raises:
-        UsageError: `"invocation"` for an adapter without invocation tokens.
+    `forced` is `"everywhere"`, `"last:N"`, or `"invocation"`, which is no change, but raises UsageError without
+    invocation tokens. For `without` see `Activation`.
     """
     if forced == "invocation" and not activation.tokens:
-        raise UsageError(
-            "activation invocation: an adapter has no invocation tokens (alora_invocation_tokens in its "
-            "configuration); use last:N, or leave the option out"
-        )
+        raise UsageError("activation invocation: an adapter has no invocation tokens (alora_invocation_tokens)")
     if forced not in (None, "invocation"):
         activation = Activation.parse(forced)
     return replace(activation, without=without) if activation.tokens and without is not None else activation
@@ -158,8 +142,7 @@ def earliest(activations: Iterable[Activation], prompt: Sequence[int]) -> int:
 def read_notes(root: Path) -> dict[str, Any]:
     """The notes of a pool; empty if there are none, or, with a warning, if they cannot be read.
 
-    Raises:
-        StorageError: they name an activation that does not exist, or a `k` that is no number of adapters.
+    Raises StorageError if they name an activation that does not exist, or a `k` that is no number of adapters.
     """
     file = root / NOTES
     return _read_notes(file, *content_stamp(file)) if os.path.isfile(file) else {}
@@ -194,12 +177,8 @@ def checked_k(said: Mapping[Any, Any]) -> int | None:
 def noted(folder: Path, own: Activation, top: Path | None = None) -> Activation:
     """The activation of an adapter: its own, or that of the nearest `pool.json` between its folder and the pool's.
 
-    Args:
-        own: the activation that its configuration gives.
-        top: the pool's folder; None: the one above the adapter's, since it was opened by its own.
-
-    Raises:
-        StorageError: as `read_notes`.
+    `own` is what its configuration gives; without `top`, the pool's folder is the one above the adapter's. Errors as
+    `read_notes`.
     """
     if top is None:
         folder = folder.absolute()

@@ -120,12 +120,9 @@ class Adapter:
     def fit(self, layout: BaseLayout, model: nn.Module | None = None) -> Adapter:
         """The same adapter with its modules under the base model's own paths.
 
-        Args:
-            model: the base model. Adapters that hold copies of its weights or adapt its embedding do not fit without.
-
-        Raises:
-            AdapterError: a tensor matches no module of the base, or one of another shape (up to five are named); or a
-                copy differs from the base model's weight.
+        Without the `model`, adapters that hold copies of its weights or adapt its embedding do not fit. Raises
+        AdapterError if a tensor matches no module of the base, or one of another shape (up to five are named), or if a
+        copy differs from the base model's weight.
         """
         fitted: dict[str, LoraModule] = {}
         problems: list[str] = []
@@ -148,10 +145,9 @@ class Adapter:
                 fitted[targets[0]] = module
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            found = f"{len(problems)} of {len(self.modules)} modules do not match: {'; '.join(problems[:5])}{more}"
             raise AdapterError(
-                self.name,
-                f"does not fit the base model: {len(problems)} of {len(self.modules)} modules do not match: "
-                f"{'; '.join(problems[:5])}{more}. Was it trained on another base model?",
+                self.name, f"does not fit the base model: {found}. Was it trained on another base model?"
             )
         if model is None or any(parameter.is_meta for parameter in model.parameters()):
             self._check_no_copies()
@@ -180,18 +176,14 @@ class Adapter:
 
     def _check_no_copies(self) -> None:
         if self.copies:
-            raise AdapterError(
-                self.name,
-                f"it holds full weights ({next(iter(self.copies))}), as modules_to_save or resized embeddings do; they "
-                "cannot be mixed unless they equal the base model's, which is checked when it is loaded",
-            )
+            what = f"it holds full weights ({next(iter(self.copies))}; modules_to_save, or resized embeddings)"
+            raise AdapterError(self.name, f"{what}, which cannot be mixed unless they equal the base model's")
 
     def read(self, modules: Iterable[str] | None = None) -> dict[str, LoraWeights]:
         """Reads the tensors of `modules` (default: all of them).
 
-        Raises:
-            AdapterError: the file became unreadable; a tensor is not of a float type, or holds NaN or Inf; or there are
-                copies that were not compared with the base model.
+        Raises AdapterError if the file became unreadable, if a tensor is not of a float type or holds NaN or Inf, or if
+        there are copies that were not compared with the base model.
         """
         self._check_no_copies()
         return self.verify(modules)
@@ -202,8 +194,7 @@ class Adapter:
         tensors = self._tensors(key for m in wanted.values() for key in (m.key_a, m.key_b))
         for key, tensor in tensors.items():
             if not tensor.is_floating_point() or tensor.element_size() < 2:
-                expected = "expected float16, bfloat16, float32 or float64"
-                raise AdapterError(self.name, f"tensor {key} is stored as {tensor.dtype}; {expected}")
+                raise AdapterError(self.name, f"tensor {key} is stored as {tensor.dtype}; expected float16 to float64")
             if not bool(tensor.isfinite().all()):
                 found = "NaN" if bool(tensor.isnan().any()) else "Inf"
                 raise AdapterError(self.name, f"tensor {key} holds {found}; the adapter is damaged")
@@ -227,7 +218,6 @@ def open_adapter(
     """Opens a PEFT adapter folder: configuration and header only.
 
     Args:
-        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
         name: its name in the pool; default: the folder's own name.
         allow_pickle: also read `adapter_model.bin` (with `weights_only=True`) if there is no safetensors file.
         top: the pool's folder, above which no `pool.json` applies; default: the folder above the adapter's.
@@ -235,7 +225,7 @@ def open_adapter(
 
     Raises:
         AdapterError: the folder cannot be read, or the adapter cannot be mixed; the reason says why.
-        StorageError: as `logo.adapters.activation.noted`.
+        StorageError: its `pool.json` cannot be used.
     """
     folder = Path(folder)
     name = own_name(folder) if name is None else name

@@ -43,11 +43,8 @@ class Entry:
         """The adapter with the entry's examples. Raises AdapterError if its weights are not those of the entry."""
         if self.sha256 is not None and adapter.sha256 != self.sha256:
             again = "delete this damaged copy" if self.revision else "or write the manifest again (`logo pool lock`)"
-            raise AdapterError(
-                adapter.name,
-                f"{adapter.file.path} is not the one in the manifest: expected sha256 {self.sha256[:12]}..., found "
-                f"{adapter.sha256[:12]}...; {again}",
-            )
+            found = f"expected sha256 {self.sha256[:12]}..., found {adapter.sha256[:12]}...; {again}"
+            raise AdapterError(adapter.name, f"{adapter.file.path} is not the one in the manifest: {found}")
         return adapter if self.examples is None else replace(adapter, examples=self.examples[:MOST])
 
 

@@ -4,11 +4,11 @@ The tensor keys are the truth about what is adapted; the configuration gives ran
 weighted sum of plain low-rank products. An adapter with more than that (further trained weights, biases, ...) is
 refused with the name of the setting, since ignoring it would change answers.
 
-<pool>/pool.json                          what is known of the pool (`logo.adapters.activation`)
-<pool>/<adapter>/adapter_config.json      PEFT's configuration
-                 adapter_model.safetensors    PEFT's weights, or adapter_model.bin
-                 examples.jsonl           example prompts (`logo.adapters.examples`)
-                 training.json            how it was trained (`logo.training`)
+    <pool>/pool.json                            what is known of the pool (`logo.adapters.activation`)
+    <pool>/<adapter>/adapter_config.json        PEFT's configuration
+                     adapter_model.safetensors  PEFT's weights, or adapter_model.bin
+                     examples.jsonl             example prompts (`logo.adapters.examples`)
+                     training.json              how it was trained (`logo.training`)
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ _OTHER_TENSORS = {
 _TRAINED = re.compile(r"\.(?:lora_|trainable_tokens_)")  # no weight of the base model itself
 _LFS_POINTER = b"version https://git-lfs"
 
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+Tensor = tuple[str, tuple[int, ...]]  # key and shape
+Shapes = tuple[Tensor, ...]
 _T = TypeVar("_T", int, float)
 
 
@@ -136,13 +137,9 @@ def changed_base(raw: dict[str, Any]) -> str | None:
 
 
 def parse_config(raw: dict[str, Any], *, unconverted: bool = False) -> LoraConfig:
-    """Checks a configuration that was read from JSON.
+    """Checks a configuration; raises Refusal if it is malformed, or asks for something that cannot be mixed.
 
-    Args:
-        unconverted: accept an adapter whose initialisation changed the base weights, in order to convert it.
-
-    Raises:
-        Refusal: it is malformed, or asks for something that cannot be mixed.
+    `unconverted` adapters, whose initialisation changed the base weights, are only accepted in order to convert them.
     """
     if raw.get("peft_type") != "LORA":
         raise Refusal(f'peft_type is {_short(raw.get("peft_type"))}; only "LORA" adapters can be mixed')
@@ -151,15 +148,10 @@ def parse_config(raw: dict[str, Any], *, unconverted: bool = False) -> LoraConfi
             raise Refusal(reason.format(value=_short(raw[key])))
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower() == "loftq":
-        raise Refusal(
-            f"init_lora_weights is {_short(init)}, which also replaced the base weights by quantised ones, so that "
-            "the adapter alone is not the trained update; train it again with another initialisation"
-        )
+        raise Refusal(f"init_lora_weights is {_short(init)}, which also replaced the base weights by quantised ones")
     if changed_base(raw) is not None and not unconverted:
-        raise Refusal(
-            f"init_lora_weights is {_short(init)}, which also changed the base weights; convert it to a plain LoRA "
-            "first (`logo pool export --initial`, or PEFT's path_initial_model_for_weight_conversion)"
-        )
+        how = "`logo pool export --initial`, or PEFT's path_initial_model_for_weight_conversion"
+        raise Refusal(f"init_lora_weights is {_short(init)}, which also changed the base weights; convert it: {how}")
     base_model, rslora = raw.get("base_model_name_or_path"), raw.get("use_rslora")
     if rslora is not None and not isinstance(rslora, bool):
         raise _wrong("use_rslora", rslora, "true or false")
@@ -196,8 +188,7 @@ def _pattern(raw: dict[str, Any], key: str, number: Callable[[str, Any], _T]) ->
         try:
             re.compile(_as_peft(expression))
         except (re.error, OverflowError, RecursionError) as error:
-            found = f"{key} has the key {_short(expression)}, which is not a regular expression: {error}"
-            raise Refusal(found) from error
+            raise Refusal(f"{key} has the key {_short(expression)}, which is no regular expression: {error}") from error
     return tuple((expression, number(key, value)) for expression, value in given.items())
 
 
@@ -226,13 +217,12 @@ def _short(value: Any) -> str:
 class WeightFile:
     """The file of an adapter's tensors as it was when it was opened; a pickle is read with `weights_only=True`.
 
-    Attributes:
-        shapes: key and shape of every tensor, which are read on demand.
+    Its `shapes` are known at once, and its tensors are read on demand.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stamp = self._now()
+        self._stamp = content_stamp(path)
         self._digest: str | None = None  # of the content that it had when it was opened, where it is known
         if path.name == PICKLE:
             self.shapes: Shapes = tuple((key, tuple(tensor.shape)) for key, tensor in self._unpickled.items())
@@ -242,50 +232,39 @@ class WeightFile:
 
     @classmethod
     def of(cls, folder: Path, allow_pickle: bool) -> WeightFile:
-        """The weight file in a PEFT folder.
-
-        Raises:
-            Refusal: there is none, it cannot be read, or it is a pickle, which may not be read.
-        """
-        path = folder / (PICKLE if allow_pickle and not os.path.isfile(folder / SAFETENSORS) else SAFETENSORS)
+        """The weight file in a PEFT folder. Raises Refusal if there is none that can and may be read."""
+        path = folder / (SAFETENSORS if os.path.isfile(folder / SAFETENSORS) else PICKLE)
+        if not os.path.isfile(path):
+            raise Refusal(
+                f"{SAFETENSORS} is missing from {folder} (and {PICKLE}, which is fetched with --allow-pickle)"
+            )
+        if path.name == PICKLE and not allow_pickle:
+            what = f"its weights are pickled ({PICKLE}), and a pickle can run code"
+            raise Refusal(f"{what}; convert it to safetensors, or pass --allow-pickle to read tensors only")
         try:
             return cls(path)
-        except FileNotFoundError:
-            if not os.path.isfile(folder / PICKLE):
-                raise Refusal(f"{SAFETENSORS} is missing from {folder}") from None
-            raise Refusal(
-                f"its weights are pickled ({PICKLE}), and a pickle can run code; convert it to safetensors, "
-                "or pass --allow-pickle to read tensors only"
-            ) from None
         except Exception as error:  # safetensors raises its own Rust error type
             raise Refusal(unreadable(error, path)) from error
 
     def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
         """The tensors of these keys, on the CPU, in the dtype they are stored in.
 
-        Raises:
-            ValueError: the content is not the one that it had, so that the scales which were read with it and the
-                scores computed from it would be another adapter's.
+        Raises ValueError if the file changed: scales and scores that were read with it would be another adapter's.
         """
         if self.path.name == PICKLE:
             return {key: self._unpickled[key] for key in keys}
         with self._open("pt") as file:
-            # A new owner, mode or link changes the times, but not the content.
-            if self._now() != self._stamp and file_sha256(self.path) != self._digest:
+            # A new owner, mode or link changes the stamp, but not the content.
+            if content_stamp(self.path) != self._stamp and file_sha256(self.path) != self._digest:
                 raise ValueError("it has changed since it was opened; open the pool again")
             return {key: file.get_tensor(key) for key in keys}
 
     def sha256(self) -> str:
         """The digest of its content, as `sha256sum` prints it."""
         digest = file_sha256(self.path)
-        if self._now() == self._stamp:
+        if content_stamp(self.path) == self._stamp:
             self._digest = digest
         return digest
-
-    def _now(self) -> tuple[int, int, int]:
-        """Size and times, without the inode, which some network drives change on their own."""
-        size, modified, _, changed, _ = content_stamp(self.path)
-        return size, modified, changed
 
     def _open(self, framework: str) -> Any:
         from safetensors import safe_open
@@ -301,12 +280,10 @@ class WeightFile:
             loaded = torch.load(self.path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:  # torch's own text suggests weights_only=False, which runs the code
             raise ValueError("it holds objects other than tensors, or is damaged; no code in it was run") from error
-        if not isinstance(loaded, dict) or not all(
-            isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
-            for key, value in loaded.items()
-        ):
+        items = loaded.items() if isinstance(loaded, dict) else [(None, None)]
+        if not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided for k, v in items):
             raise ValueError("not a dictionary of dense tensors by name")
-        return {key: value.detach() for key, value in loaded.items()}  # parameters would carry gradients
+        return {key: value.detach() for key, value in items}  # parameters would carry gradients
 
 
 def unreadable(error: Exception, file: Path) -> str:
@@ -336,28 +313,23 @@ class LoraModule:
 
 
 def module_path(key_path: str) -> str:
-    """The module path of a tensor key, without the wrappers of training tools."""
+    """The path of a tensor key, without the wrappers of training tools."""
     return _INFIX.sub("", _PREFIX.sub("", key_path))
 
 
 @lru_cache(maxsize=256)
 def read_header(shapes: Shapes, config: LoraConfig) -> tuple[dict[str, LoraModule], dict[str, str]]:
-    """Modules and copies of base weights that the keys of a weight file name.
+    """The modules (path -> where its tensors are) and copies (key -> parameter of the base model) in a weight file.
 
-    Equal arguments give the same objects: a pool may have thousands of adapters of one training.
-
-    Returns:
-        module path -> where its tensors are; key -> parameter of the base model that it is a copy of, for tensors that
-        are whole weights, and the biases beside them.
-
-    Raises:
-        Refusal: the tensors are no LoRA that can be mixed, or not of the ranks that the configuration gives.
+    Copies are whole weights, and the biases beside them. Equal arguments give the same objects: a pool may have
+    thousands of adapters of one training. Raises Refusal if the tensors are no LoRA that can be mixed, or not of the
+    ranks that the configuration gives.
     """
     paths = {key: module_path(key) for key, _ in shapes}
     copies = {key: path for key, path in paths.items() if path.endswith(".weight") and not _TRAINED.search(key)}
     whole = {path.removesuffix("weight") + "bias" for path in copies.values()}
     copies |= {key: path for key, path in paths.items() if path in whole}
-    names, sides = set[str](), dict[str, dict[str, tuple[str, tuple[int, ...]]]]()
+    names, sides = set[str](), dict[str, dict[str, Tensor]]()
     for key, shape in shapes:
         if key in copies:
             continue
@@ -376,8 +348,7 @@ def read_header(shapes: Shapes, config: LoraConfig) -> tuple[dict[str, LoraModul
     return {path: _module(path, pair, config) for path, pair in sides.items()}, copies
 
 
-def _module(path: str, pair: dict[str, tuple[str, tuple[int, ...]]], config: LoraConfig) -> LoraModule:
-    """Checks the A and B of a module against each other and against the configuration."""
+def _module(path: str, pair: dict[str, Tensor], config: LoraConfig) -> LoraModule:
     if len(pair) != 2:
         raise Refusal(f"module {path} has no lora_{'B' if 'A' in pair else 'A'} tensor")
     (key_a, a), (key_b, b) = pair["A"], pair["B"]
@@ -386,9 +357,6 @@ def _module(path: str, pair: dict[str, tuple[str, tuple[int, ...]]], config: Lor
     embedding, other = (_EMBEDDING_KEY.match(key) is not None for key in (key_a, key_b))
     if embedding != other:
         raise Refusal(f"module {path} is adapted as an embedding and as a linear module: {key_a}, {key_b}")
-    if a[0] != config.rank(path):
-        raise Refusal(
-            f"{CONFIG} gives rank {config.rank(path)} to module {path}, but its tensors have rank {a[0]}; "
-            "the scale depends on it, so correct r or rank_pattern"
-        )
+    if a[0] != config.rank(path):  # on which the scale depends
+        raise Refusal(f"{CONFIG} gives rank {config.rank(path)} to module {path}, but its tensors have rank {a[0]}")
     return LoraModule(key_a, key_b, a[0], a[1], b[0], config.scaling(path, a[0]), embedding)

@@ -158,14 +158,11 @@ class AdapterPool:
     def add(self, adapter: Adapter | str | Path, name: str | None = None, *, allow_pickle: bool = False) -> AdapterPool:
         """The pool with one more adapter.
 
-        Args:
-            adapter: an adapter, a folder, or, if there is no such folder, a source on the Hub
-                (`namespace/name[/folder][@revision]`).
-            name: default: that of the adapter, the folder or the source.
+        `adapter` may be an adapter, a folder, or, if there is no such folder, a source on the Hub
+        (`namespace/name[/folder][@revision]`), after which it is named by default.
 
         Raises:
-            AdapterError: the folder cannot be used.
-            HubError: it cannot be downloaded.
+            AdapterError, HubError: it cannot be used or downloaded.
             PoolError: the pool has an adapter of that name already.
         """
         if isinstance(adapter, str) and is_hub_spec(adapter):
@@ -206,13 +203,9 @@ class AdapterPool:
     def fit(
         self, layout: BaseLayout, *, model: nn.Module | None = None, on_bad_adapter: OnBadAdapter = "error"
     ) -> AdapterPool:
-        """The pool with its adapters matched to a base model's modules.
+        """The pool with its adapters matched to a base model's modules; see `Adapter.fit`.
 
-        Args:
-            model: the base model. Adapters that hold copies of its weights do not fit without.
-
-        Raises:
-            PoolError: an adapter does not fit and `on_bad_adapter` is `"error"`, or none fits.
+        Raises PoolError if an adapter does not fit and `on_bad_adapter` is `"error"`, or if none fits.
         """
         made, refused = list[Adapter](), list[AdapterError]()
         known: dict[int, Adapter] = {}  # adapters that share their modules fit alike
@@ -236,12 +229,8 @@ class AdapterPool:
         return self._with(made, (*self.refused, *refused))
 
     def without(self, refused: Sequence[AdapterError]) -> AdapterPool:
-        """The pool without adapters that a base model refused; itself if it holds none of them.
-
-        Args:
-            refused: as `fit` gives it: those that this pool knows come first.
-        """
-        new = refused[len(self.refused) :]
+        """The pool without adapters that a base model refused, as `fit` gives them; itself if it holds none of them."""
+        new = refused[len(self.refused) :]  # those that this pool knows come first
         gone = {error.name for error in new}
         return self._with((one for one in self if one.name not in gone), (*self.refused, *new)) if new else self
 

@@ -8,7 +8,6 @@ pickles, no example prompts, no checkpoints, and no other files of the folder. U
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,8 +19,6 @@ from logo.errors import HubError, UsageError
 from logo.hub import causes, clean_subfolder, hub_error, is_hub_id, is_repo_id
 
 CARD = "README.md"
-# Folders of checkpoints, as training tools name them.
-_CHECKPOINT = re.compile(r"checkpoints?([-_.]?\d+)?", re.IGNORECASE)
 _LOG_IN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
 _REFUSALS = {
     401: f"the Hub does not accept this token, or there is none; {_LOG_IN}",
@@ -37,7 +34,9 @@ _CARD = """---
 
 LoRA adapters for {bases}, in PEFT's format.
 
-{table}
+| adapter | rank | targets | parameters |
+| --- | --- | --- | --- |
+{rows}
 
 With [LoGo](https://arxiv.org/abs/2511.07129), which picks and mixes the right adapters for every prompt:
 
@@ -60,14 +59,12 @@ model = PeftModel.from_pretrained(model, "{repo}", subfolder="{inside}")
 def contents_of(
     root: Path, adapters: Sequence[Adapter], repo: str, folder: str | None = None, licence: str | None = None
 ) -> dict[str, Path | bytes]:
-    """What is uploaded of these adapters and their pool: path in the repository -> the file, or what is to be in it.
-
-    A card is made if there is no `README.md`.
+    """What is uploaded of a pool: path in the repository -> the file, or what is to be in it.
 
     Args:
+        root: the folder of the pool. A card with this `licence` is made if it has no `README.md`.
         adapters: read from safetensors files.
-        folder: None: `{base}-loras-{name of the pool}`, as in the official collection.
-        licence: for a card that is made.
+        folder: in the repository; None: `{base}-loras-{name of the pool}`, as in the official collection.
 
     Raises:
         UsageError: the repository or the folder is not valid; no base model is known for the folder's name; a file
@@ -83,46 +80,28 @@ def contents_of(
             raise UsageError(f"the adapters name {found}; give the folder to write with --path-in-repo ('.': the top)")
         folder = f"{names[0]}-loras-{own_name(root)}"
     folder = clean_subfolder(repo, folder.strip("/"))
-    sent = [checked(root / CARD, root)] if (root / CARD).is_file() else []
+    sent, beside = list[Path](), [root / CARD]  # what was read as an adapter; and what may be a link to anything
     for adapter in adapters:
         above = [home for home in (adapter.folder, *adapter.folder.parents) if home.is_relative_to(root)]
-        notes = [checked(home / NOTES, root) for home in above if (home / NOTES).is_file()]
+        notes = [home / NOTES for home in above if (home / NOTES).is_file()]
         if adapter.activation.last is not None and not notes:
-            raise UsageError(
-                f"{adapter.folder} acts on {adapter.activation} because of a {NOTES} in the folder above it, which "
-                f"would not be uploaded: push that folder, or copy its {NOTES} into this one"
+            why = (
+                f"because of a {NOTES} in the folder above it, which would not be uploaded: push that, or copy it here"
             )
-        # These two were read as an adapter. Other files may be links to anything, and are checked.
-        sent += [*notes, adapter.folder / CONFIG, adapter.folder / SAFETENSORS]
-        if (adapter.folder / RECORD).is_file():
-            sent.append(checked(adapter.folder / RECORD, root, adapter.folder))
-    found: dict[str, Path | bytes] = {file.relative_to(root).as_posix(): file for file in sent}
-    if CARD not in found:
-        found[CARD] = _card(adapters, root, repo, folder, licence, bases).encode()
-    return {"/".join(filter(None, (folder, file))): found[file] for file in sorted(found)}
-
-
-def stays_behind(name: str) -> bool:
-    """Whether an adapter is not published: its folder, or one above it, is called as any training tool calls
-    checkpoints. Opening a pool leaves out less."""
-    return any(_CHECKPOINT.fullmatch(part) for part in name.split("/"))
-
-
-def checked(file: Path, *homes: Path) -> Path:
-    """Checks that a file beside adapters may be published with them, and returns it.
-
-    Args:
-        homes: folders in which it may be. Links of the Hub's cache may lead to the cache's `blobs`.
-
-    Raises:
-        UsageError: it is a link that leads out of these folders.
-    """
-    real = file.resolve()
-    allowed = [home.resolve() for home in homes]
-    allowed += [above.parent / "blobs" for one in allowed for above in one.parents if above.name == "snapshots"]
-    if not any(real.is_relative_to(one) for one in allowed):
-        raise UsageError(f"{file} is a link out of the pool, to {real}; put the file itself there, or remove the link")
-    return file
+            raise UsageError(f"{adapter.folder} acts on {adapter.activation} {why}")
+        sent += [adapter.folder / CONFIG, adapter.folder / SAFETENSORS]
+        beside += [*notes, adapter.folder / RECORD]
+    homes = [root.resolve(), *(adapter.folder.resolve() for adapter in adapters)]
+    # Links of the Hub's cache lead to its `blobs`.
+    homes += [above.parent / "blobs" for home in homes for above in home.parents if above.name == "snapshots"]
+    for file in filter(Path.is_file, beside):
+        if not any(file.resolve().is_relative_to(home) for home in homes):
+            raise UsageError(f"{file} is a link out of the pool; put the file itself there, or remove the link")
+        sent.append(file)
+    files: dict[str, Path | bytes] = {file.relative_to(root).as_posix(): file for file in sent}
+    if CARD not in files:
+        files[CARD] = _card(adapters, root, repo, folder, licence, bases).encode()
+    return {"/".join(filter(None, (folder, file))): files[file] for file in sorted(files)}
 
 
 def push(repo: str, contents: Mapping[str, Path | bytes], *, message: str, private: bool = False) -> str:
@@ -143,15 +122,13 @@ def push(repo: str, contents: Mapping[str, Path | bytes], *, message: str, priva
     api = HfApi(library_name="logo")
     [card] = [path for path in contents if PurePosixPath(path).name == CARD]
     folder = card.removesuffix(CARD).strip("/")
-    sent = dict(contents)
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo).private:
             raise HubError(f"Hub repo {repo}: it exists and is public, but --private was given; nothing was sent")
-        if folder and not api.file_exists(repo, CARD):
-            sent[CARD] = sent[card]
+        top = {CARD: contents[card]} if folder and not api.file_exists(repo, CARD) else {}
         # Not `upload_folder`, which lists the folder itself and does not follow links.
-        operations = [CommitOperationAdd(path, content) for path, content in sent.items()]
+        operations = [CommitOperationAdd(path, content) for path, content in {**contents, **top}.items()]
         api.create_commit(repo, operations, commit_message=message)
     except HubError:
         raise
@@ -170,21 +147,19 @@ def _card(
     from huggingface_hub import ModelCardData
 
     base = bases[0] if len(bases) == 1 else "BASE_MODEL"
-    on_hub = {"base_model": base, "base_model_relation": "adapter"} if is_repo_id(base) else {}
+    front: dict[str, str] = {"base_model": base, "base_model_relation": "adapter"} if is_repo_id(base) else {}
     tags = ["lora", "peft", "lora-pool", "logo"]
-    front = ModelCardData(
-        library_name="peft", pipeline_tag="text-generation", tags=tags, license=licence, **on_hub
-    ).to_yaml()
-    rows = ["| adapter | rank | targets | parameters |", "| --- | --- | --- | --- |"]
+    data = ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=tags, license=licence, **front)
+    rows = []
     for adapter in adapters:
         name, ranks = adapter.name.replace("|", "\\|"), "/".join(map(str, adapter.ranks))
         rows.append(f"| `{name}` | {ranks} | {', '.join(adapter.targets)} | {adapter.parameters:,} |")
     inside = Path(folder, adapters[0].folder.relative_to(root)).as_posix()
     return _CARD.format(
-        front=front,
+        front=data.to_yaml(),
         title=own_name(root),
         bases=", ".join(f"`{name}`" for name in bases) or "the base model that they were trained on",
-        table="\n".join(rows),
+        rows="\n".join(rows),
         base=base,
         source="/".join(filter(None, (repo, folder))),
         repo=repo,
@@ -216,13 +191,12 @@ def size_of(adapter: Adapter) -> Size:
     """
     import torch
 
-    energy, ranks = 0.0, list[float]()
+    energy, ranks = list[float](), list[float]()
     for one in adapter.read().values():
         left = torch.linalg.qr(one.B.double(), mode="r").R  # (p, r)
         right = torch.linalg.qr(one.A.double().T, mode="r").R  # (q, r)
         squares = torch.linalg.svdvals(one.scaling * left @ right.T) ** 2  # (min(p, q),)
-        total = float(squares.sum())
-        energy += total
-        if total > 0:
-            ranks.append(float(torch.special.entr(squares / total).sum().exp()))
-    return Size(math.sqrt(energy), fmean(ranks) if ranks else 0.0)
+        energy.append(float(squares.sum()))
+        if energy[-1] > 0:
+            ranks.append(float(torch.special.entr(squares / energy[-1]).sum().exp()))
+    return Size(math.sqrt(sum(energy)), fmean(ranks) if ranks else 0.0)

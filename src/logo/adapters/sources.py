@@ -18,14 +18,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from logo.adapters.activation import read_notes
 from logo.adapters.adapter import Adapter, open_adapter, own_name
 from logo.adapters.manifest import SUFFIXES, Entry, read_manifest
 from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, PICKLE, SAFETENSORS
-from logo.errors import AdapterError, HubError, LeftOut, PoolError, StorageError, UsageError, check_type, closest
+from logo.errors import AdapterError, HubError, LeftOut, PoolError, StorageError, UsageError, check_type
 from logo.hub import DownloadOptions, download_files, hub_error, is_hub_spec, is_lasting, split_hub_spec
 from logo.models import DEMO, OFFICIAL_MODELS, demo_folder
 
@@ -152,10 +152,7 @@ def _source(text: str) -> Source:
             raise UsageError(f"{text}: expected a folder of adapters or a manifest (.yaml), found another file")
         return Source("manifest", text)
     if "*" in text and not os.path.isdir(text):
-        raise UsageError(
-            f"{text!r}: a pool is opened from repositories by name; `logo pool lock {text!r}` lists those of an owner "
-            "in a manifest, which can be opened"
-        )
+        raise UsageError(f"{text!r}: `logo pool lock {text!r}` lists the repositories of an owner in a manifest")
     if is_hub_spec(text):
         repo, below, revision = split_hub_spec(text)
         return Source("repo", repo, below or "", revision)
@@ -206,7 +203,7 @@ def default_k(sources: Sequence[Source], otherwise: int) -> int:
     root = Path(source.where)
     if source.on_hub:
         file = glob.escape(_joined(source.below, NOTES))
-        root = download_files(source.where, [file], lambda files: None, revision=source.revision, progress=False)
+        root = download_files(source.where, [file], revision=source.revision, progress=False)
     return _noted_k(source, root) or otherwise
 
 
@@ -234,8 +231,10 @@ def gather(
         PoolError: a source holds no adapter.
     """
     asked = [one for source in sources for one in _asked(source, full=len(sources) > 1)]
+    skip = skip and len(asked) > 1
     roots = _fetch(asked, allow_pickle, skip, download)
     refused, adapters, origins = list[AdapterError](), dict[str, Adapter](), dict[str, Source]()
+    size = 0
     for one in asked:
         source, named = one.source, one.entry is not None and one.entry.name is not None
         root = roots[source.where, source.revision] if source.on_hub else Path(source.where)
@@ -243,9 +242,9 @@ def gather(
             if isinstance(root, HubError):
                 raise root
             top = root / source.below
-            paths, bad = _walk(top, single=named)
+            paths, bad = _walk(top, spec_of([source]), single=named)
         except (HubError, StorageError, PoolError) as error:
-            if one.entry is None and not isinstance(error, HubError):
+            if one.entry is None and not (skip and source.on_hub):
                 raise
             refused.append(AdapterError(one.name(source.below), str(error)))
             continue
@@ -255,7 +254,7 @@ def gather(
             folder, name = top / path, one.name(below)
             plain = re.sub(r"(^|/)alora$", r"\1lora", path)  # in a library of `NAME/BASE/lora` and `NAME/BASE/alora`
             try:
-                if path and not named and re.search(r"(^|/)checkpoint-\d+$", path):  # as the `Trainer` calls them
+                if path and not named and re.search(r"(^|/)checkpoint-\d+(/|$)", path):  # as the `Trainer` calls them
                     raise LeftOut(name, "it is a training checkpoint; to open it, name only its folder")
                 if plain != path and plain in paths:
                     why = f"it is the activated form of {plain!r}, which is used; to open it, name only its folder"
@@ -264,24 +263,18 @@ def gather(
                 if name in adapters:
                     both = f"{adapters[name].folder} and {folder}"
                     raise AdapterError(name, f"{both} have the same name; rename one of them")
+                size += adapter.size
+                if size <= _VERIFY_UP_TO if verify is None else verify:
+                    adapter.verify()
                 adapters[name] = adapter if one.entry is None else one.entry.checked(adapter)
             except AdapterError as error:
                 refused.append(error)
                 continue
             here = Source("folder", str(folder))
             origins[name] = Source("repo", source.where, below, root.name) if source.on_hub else here
-    if verify is None:
-        verify = sum(adapter.size for adapter in adapters.values()) <= _VERIFY_UP_TO
-    for adapter in [*adapters.values()] if verify else ():
-        try:
-            adapter.verify()
-        except AdapterError as error:
-            refused.append(error)
-            del adapters[adapter.name]
     k = None
     if len(sources) == 1:
-        whole = root if sources[0].on_hub and isinstance(root, Path) else Path(sources[0].where)
-        k = _noted_k(sources[0], whole)
+        k = _noted_k(sources[0], Path(sources[0].where) if sources[0].kind == "manifest" else root)
     return Gathered(list(adapters.values()), refused, origins, k)
 
 
@@ -303,12 +296,15 @@ def _asked(source: Source, full: bool) -> list[_Wanted]:
     return asked
 
 
-def _walk(root: Path, single: bool) -> tuple[list[str], list[AdapterError]]:
+def _walk(root: Path, where: str, single: bool) -> tuple[list[str], list[AdapterError]]:
     """The paths below `root` of folders that hold an adapter, sorted, and why others cannot be looked into.
 
     Hidden folders are skipped. Links are followed, after all real folders; a folder is found once, so that links in a
-    circle end. A dead link, and a folder that cannot be listed, may stand for adapters, so they are told. `single`: one
-    adapter is expected, which may have others below its folder.
+    circle end. A dead link, and a folder that cannot be listed, may stand for adapters, so they are told.
+
+    Args:
+        where: `root` in messages.
+        single: one adapter is expected, which may have others below its folder.
     """
     found, bad, seen, starts = list[str](), list[AdapterError](), set[tuple[int, int]](), [str(root)]
 
@@ -317,7 +313,7 @@ def _walk(root: Path, single: bool) -> tuple[list[str], list[AdapterError]]:
 
     def unreadable(error: OSError) -> None:
         if error.filename == str(root):
-            raise StorageError(f"adapter folder {root} cannot be read: {error.strerror}; check the path") from error
+            raise StorageError(f"adapter folder {where} cannot be read: {error.strerror}; check the path") from error
         bad.append(AdapterError(name(error.filename), f"the folder cannot be listed: {error.strerror}"))
 
     for start in starts:  # which grows
@@ -339,10 +335,9 @@ def _walk(root: Path, single: bool) -> tuple[list[str], list[AdapterError]]:
     if single:
         found = [path for path in found if not path] or found
         if len(found) != 1:
-            raise PoolError(f"expected one adapter in {root}, found {len(found)}")
+            raise PoolError(f"expected one adapter in {where}, found {len(found)}")
     if not found and not bad:
-        expected = f"expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth"
-        raise PoolError(f"no adapters in {root}: {expected}")
+        raise PoolError(f"no adapters in {where}: expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth")
     return found, bad
 
 
@@ -350,20 +345,16 @@ def _fetch(
     asked: Sequence[_Wanted], allow_pickle: bool, skip: bool, download: DownloadOptions
 ) -> dict[tuple[str, str | None], Path | HubError]:
     """The snapshot of every repository, or why it cannot be used. Each is downloaded once, several at a time."""
-    wanted: dict[tuple[str, str | None], list[_Wanted]] = {}
-    for one in asked:
-        if one.source.on_hub:
-            wanted.setdefault((one.source.where, one.source.revision), []).append(one)
+    wanted: dict[tuple[str, str | None], set[str]] = {}
+    for source in (one.source for one in asked if one.source.on_hub):
+        wanted.setdefault((source.where, source.revision), set()).add(source.below)
     options: dict[str, Any] = {**download, **({"max_workers": 2, "progress": False} if len(wanted) > 1 else {})}
 
     def fetch(repo: tuple[str, str | None]) -> Path | HubError:
-        folders = {one.source.below for one in wanted[repo]}
-        required = {one.source.below for one in wanted[repo] if one.entry is None}
         try:
-            return download_adapters(repo[0], folders, allow_pickle, repo[1], required, **options)
+            return download_adapters(repo[0], wanted[repo], allow_pickle, repo[1], **options)
         except HubError as error:
-            # A pool must not be smaller because a connection broke.
-            if skip and len(asked) > 1 and is_lasting(error):
+            if skip and is_lasting(error):  # a pool must not be smaller because a connection broke
                 return error
             raise
 
@@ -375,25 +366,14 @@ def _fetch(
 
 
 def download_adapters(
-    repo_id: str,
-    folders: Collection[str],
-    allow_pickle: bool = False,
-    revision: str | None = None,
-    required: Collection[str] | None = None,
-    **download: Any,
+    repo_id: str, folders: Collection[str], allow_pickle: bool = False, revision: str | None = None, **download: Any
 ) -> Path:
     """Downloads every adapter below some folders of a Hub repository, and returns the folder of its snapshot.
 
-    An empty text is the whole repository. The `required` folders (default: all) have to hold an adapter. Errors as
-    `logo.hub.download_files`.
+    An empty text is the whole repository. Errors as `logo.hub.download_files`.
     """
-
-    def check(files: list[str]) -> None:
-        for folder in folders if required is None else required:
-            _require_adapters(repo_id, folder, files, allow_pickle)
-
     patterns = [pattern for folder in folders for pattern in adapter_patterns(folder, allow_pickle)]
-    return download_files(repo_id, patterns, check, revision=revision, **download)
+    return download_files(repo_id, patterns, revision=revision, **download)
 
 
 def adapter_patterns(folder: str, allow_pickle: bool) -> list[str]:
@@ -403,24 +383,3 @@ def adapter_patterns(folder: str, allow_pickle: bool) -> list[str]:
     root = f"{escaped}/" if folder else ""
     above = [_joined(escaped.rpartition("/")[0], NOTES)] if folder else []
     return [pattern for name in names for pattern in (f"{root}{name}", f"{root}*/{name}")] + above
-
-
-def _require_adapters(repo_id: str, folder: str, files: list[str], allow_pickle: bool) -> None:
-    """Raises HubError unless a folder at or below this one has a configuration and weights."""
-    homes = [path.parent for path in map(PurePosixPath, files) if path.name == CONFIG]
-    inside = [home for home in homes if home.is_relative_to(folder)]
-    pickled = any(str(home / PICKLE) in files for home in inside)
-    if any(str(home / SAFETENSORS) in files for home in inside) or (allow_pickle and pickled):
-        return
-    where = f"its folder {folder!r}" if folder else "it"
-    if pickled:
-        problem = (
-            f"{where} has pickled adapters only ({PICKLE}), which may run code when they are read; convert them to "
-            "safetensors, or allow pickles if you trust the repo"
-        )
-    elif folder and not any(file.startswith(f"{folder}/") for file in files):
-        known = sorted({str(one) for home in homes for one in (home, *home.parents)})
-        problem = f"it has no folder {folder!r}{closest(folder, known)}"
-    else:
-        problem = f"{where} holds no adapter ({CONFIG} beside {SAFETENSORS}); check the repo, folder and revision"
-    raise HubError(f"Hub repo {repo_id}: {problem}")

@@ -70,9 +70,9 @@ def write_mixture(
         raise UsageError("the mixture has no adapter, so there is nothing to write")
     activations = {adapter.activation for adapter, _ in parts}
     if len(activations) > 1:
+        found = ", ".join(sorted(map(str, activations)))
         raise UsageError(
-            f"the mixture's adapters act on different tokens ({', '.join(sorted(map(str, activations)))}), which one "
-            "adapter cannot: leave some out, or force one activation on all (--activation)"
+            f"the mixture's adapters act on different tokens ({found}): force one activation (--activation)"
         )
     [activation] = activations
     stacked: dict[str, LoraWeights] = {}
@@ -121,11 +121,8 @@ def convert_initial(trained: Path, initial: Path, out: Path, *, allow_pickle: bo
     adapter, start = (open_adapter(one, allow_pickle=allow_pickle, unconverted=True) for one in (trained, initial))
     config = read_raw(trained)
     if changed_base(config) is None:
-        raise AdapterError(
-            adapter.name,
-            f"init_lora_weights is {config.get('init_lora_weights', True)!r}, which names no initialisation that "
-            "changed the base weights, such as 'pissa' (PEFT writes true after a conversion)",
-        )
+        init = f"init_lora_weights is {config.get('init_lora_weights', True)!r}"
+        raise AdapterError(adapter.name, f"{init}, which names no initialisation that changed the base weights")
     weights, first = _linear(adapter), {core_path(path): one for path, one in _linear(start).items()}
     if first.keys() != {core_path(path) for path in weights}:
         raise AdapterError(adapter.name, f"its initial adapter {initial} adapts other modules")
@@ -139,8 +136,9 @@ def convert_initial(trained: Path, initial: Path, out: Path, *, allow_pickle: bo
         # Different dtypes are promoted to the wider one.
         both[path] = LoraWeights(torch.cat([one.A, before.A]), torch.cat([one.B, -before.B], dim=1), one.scaling)
     if same:
-        why = f"its initial adapter {initial} is the same: give the adapter as it was before training"
-        raise AdapterError(adapter.name, why)
+        raise AdapterError(
+            adapter.name, f"its initial adapter {initial} is the same: give it as it was before training"
+        )
     # Twice the rank and the same scale: alpha grows by 2 with `alpha / r`, by √2 with `alpha / √r`.
     grown = math.sqrt(2) if config.get("use_rslora") else 2
     for key, pattern, factor in (("r", "rank_pattern", 2), ("lora_alpha", "alpha_pattern", grown)):
