@@ -146,7 +146,7 @@ def test_one_alone_answers_as_in_peft(name: str, tmp_path: Path) -> None:
     reference: Any = load_peft(tmp_path / "pool" / "a", tiny.model(name))
     logo = engine(tiny.model(name), tmp_path / "pool", k=1)
     prompts = [*invoked((9, 30, 70)), [*INVOKE, 5], *tiny.prompts([8])]  # the last one never invokes it
-    with pytest.warns(UserWarning, match="lacks its invocation tokens"):
+    with pytest.warns(UserWarning, match="lacks the invocation tokens of"):
         together = logo.generate(prompts, adapters={"a": 1.0}, max_new_tokens=8, batch_size=8)
     for prompt, answer in zip(prompts, together, strict=True):
         ids = torch.tensor([prompt])
@@ -315,11 +315,11 @@ def test_without_its_invocation(tmp_path: Path) -> None:
     model = tiny.model("llama", eos_token_id=None)
     folder = pool_of(tmp_path, model, alora_invocation_tokens=INVOKE)
     logo, [prompt] = engine(model, folder), tiny.prompts([12])
-    with pytest.warns(UserWarning, match="lacks its invocation tokens") as told:
+    with pytest.warns(UserWarning, match="lacks the invocation tokens of") as told:
         answers = [logo.generate(prompt, adapters={"t0": 1.0}, max_new_tokens=4) for _ in range(3)]
     assert len(told) == 1
     assert answers[0].token_ids == logo.generate(prompt, adapters={}, max_new_tokens=4).token_ids
-    with pytest.warns(UserWarning, match="^adapters 't1', 't2': a prompt lacks their invocation tokens") as told:
+    with pytest.warns(UserWarning, match="^a prompt lacks the invocation tokens of 't1', 't2', so") as told:
         logo.generate(prompt, adapters=dict.fromkeys(NAMES, 0.5), max_new_tokens=1)
     assert len(told) == 1
     instead = engine(model, folder, when_not_invoked="last:2").generate(prompt, adapters={"t0": 1.0}, max_new_tokens=4)

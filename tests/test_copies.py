@@ -41,7 +41,7 @@ def test_copies_of_the_base_are_left_out_and_answers_are_pefts(kind: str, tmp_pa
         pool["a"].read()
     with pytest.raises(PoolError, match="holds full weights"):
         pool.fit(BaseLayout.of(base))
-    with pytest.warns(UserWarning, match="'a': copies of base weights .* are left out"):
+    with pytest.warns(UserWarning, match="adapters a: copies of base weights .* are left out"):
         pool.fit(BaseLayout.of(base), model=base)
     with pytest.warns(UserWarning, match="are left out"):
         ours = Mixed(base, pool).logits([{"a": 1.0}], IDS)
@@ -66,21 +66,21 @@ def test_the_bias_of_a_copied_module_is_a_copy_too(kind: dict[str, Any], tmp_pat
     write_peft(tmp_path / "a", with_bias(), **kind)
     pool = AdapterPool.open(tmp_path)
     assert sorted(pool["a"].copies.values()) == ["lm_head.bias", "lm_head.weight"]
-    with pytest.warns(UserWarning, match="'a': copies of base weights .* are left out"):
+    with pytest.warns(UserWarning, match="adapters a: copies of base weights .* are left out"):
         pool.fit(BaseLayout.of(with_bias()), model=with_bias())
     bias = next(key for key in pool["a"].copies if key.endswith("bias"))
     edit_weights(tmp_path / "a", lambda w: w[bias].view(-1).__setitem__(3, 9.0))
-    with pytest.raises(PoolError, match=r"a weight of the base model, lm_head\.bias with other values"):
+    with pytest.raises(PoolError, match=r"a weight of the base model, lm_head\.bias, with other values"):
         AdapterPool.open(tmp_path).fit(BaseLayout.of(with_bias()), model=with_bias())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w[HEAD].view(-1).__setitem__(3, 9.0), "lm_head.weight with other values"),
-        (lambda w: w.update({HEAD: w[HEAD][:-1].clone()}), "lm_head.weight of shape"),
+        (lambda w: w[HEAD].view(-1).__setitem__(3, 9.0), "lm_head.weight, with other values"),
+        (lambda w: w.update({HEAD: w[HEAD][:-1].clone()}), "lm_head.weight, of shape"),
         (lambda w: w.update({"base_model.model.score.weight": torch.ones(2, 3)}), "score.weight, which the base model"),
-        (lambda w: w[HEAD].fill_(float("nan")), "lm_head.weight with other values"),
+        (lambda w: w[HEAD].fill_(float("nan")), "lm_head.weight, with other values"),
     ],
     ids=["trained", "resized", "another", "nan"],
 )

@@ -15,7 +15,7 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo
-from logo.adapters.examples import MOST, FolderExamples, write_examples
+from logo.adapters.examples import MOST, folder_examples, write_examples
 from logo.adapters.peft import EXAMPLES
 from logo.adapters.publish import contents_of
 from logo.adapters.sources import adapter_patterns
@@ -246,14 +246,14 @@ def test_a_file_that_makes_no_sense_is_a_warning(
 ) -> None:
     (folder / "t0" / EXAMPLES).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.warns(UserWarning, match=reason):
-        assert FolderExamples(folder / "t0").prompts == ()
+        assert folder_examples(folder / "t0") == ()
 
 
 def test_examples_are_few_and_have_no_answers(folder: Path) -> None:
     rows = [{"context": f"prompt {i}", "completion": "the answer"} for i in range(40)]
     (folder / "t0" / EXAMPLES).write_text("\n\n".join(map(json.dumps, rows)))
-    assert FolderExamples(folder / "t0").prompts == tuple(f"prompt {i}" for i in range(MOST))
-    assert FolderExamples(folder / "t1").prompts == FolderExamples(folder).prompts == ()
+    assert folder_examples(folder / "t0") == tuple(f"prompt {i}" for i in range(MOST))
+    assert folder_examples(folder / "t1") == folder_examples(folder) == ()
 
 
 def test_examples_of_one_adapter_do_not_become_those_of_another(folder: Path) -> None:
@@ -263,9 +263,7 @@ def test_examples_of_one_adapter_do_not_become_those_of_another(folder: Path) ->
     for name in ("t0", "t1"):
         (folder / name / EXAMPLES).symlink_to("../../blob")
     told(folder, t0="its own")
-    assert FolderExamples(folder / "t0").prompts == ("its own",) and FolderExamples(folder / "t1").prompts == (
-        "shared",
-    )
+    assert folder_examples(folder / "t0") == ("its own",) and folder_examples(folder / "t1") == ("shared",)
     assert blob.read_text() == '{"prompt": "shared"}\n' and not list((folder / "t0").glob(".*"))
 
 

@@ -122,8 +122,8 @@ def test_a_manifest_of_all_repositories_that_are_called_so(hub: HubServer, tmp_p
     assert "pools/all.yaml: 5 adapters, 4 commits" in done.stdout
     for name, reason in {
         "gated": "access is gated",
-        "nothing": "no adapter",
-        "pickled": "pickled adapters only",
+        "nothing": "no adapters in org/base_lora-nothing",
+        "pickled": "adapter_model.safetensors is missing",
     }.items():
         assert f"refused org/base_lora-{name}" in done.stderr and reason in done.stderr
     entries = {one["name"]: one for one in yaml.safe_load((tmp_path / "pools" / "all.yaml").read_text())["adapters"]}
@@ -146,7 +146,7 @@ def test_a_manifest_of_all_repositories_that_are_called_so(hub: HubServer, tmp_p
     [damaged] = opened(env, {"places": manifest, "on_bad_adapter": "skip"})
     assert list(damaged.refused) == ["org/base_lora-boolq"] and "org/base_lora-boolq" not in damaged.names
     nobody = lock(env, tmp_path, "org/zzz-*", "-o", "none.yaml")
-    assert nobody.returncode == 1 and "no repository at" in nobody.stderr
+    assert nobody.returncode == 1 and "no repository matches" in nobody.stderr
 
 
 def test_a_pool_is_never_smaller_because_a_connection_broke(hub: HubServer, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_library_has_plain_and_activated_forms(hub: HubServer, tmp_path: Path)
     assert everything.names == ["answerability/lora", "citations/lora"]
     assert "activated form of 'citations/lora'" in everything.refused["citations/alora"]
     assert activated.names == ["alora"] and activated.acting == ["invocation"]
-    assert none.error == "HubError" and "has no folder 'gone'" in none.message
+    assert none.error == "StorageError" and "org/library/gone cannot be read: No such file" in none.message
 
 
 def test_several_places_stand_in_front_of_names(hub: HubServer, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from logo.errors import UsageError
         ),
         ("org/a,org/a", [Source("repo", "org/a")]),
         ("a,b", [Source("folder", "a,b")]),  # a folder is called so
-        ("gone,a,b, here", [Source("folder", "gone"), Source("folder", "a,b"), Source("folder", "here")]),
     ],
 )
 def test_places(text: str, places: list[Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -102,20 +102,15 @@ def snapshot(repo_id: str, *, progress: bool = True, **options: Any) -> Path:
         logger.removeFilter(keep)
 
 
-def download_files(
-    repo_id: str,
-    patterns: list[str],
-    check: Callable[[list[str]], object],
-    *,
-    revision: str | None = None,
-    **options: Any,
-) -> Path:
-    """Downloads what matches and is not in the cache; returns the snapshot's folder. Offline the cached copy is used if
-    it is known to be complete: an interrupted download is an error, never a smaller snapshot.
+def download_files(repo_id: str, patterns: list[str], *, revision: str | None = None, **options: Any) -> Path:
+    """Downloads the files of a repository that match, and returns the folder of its snapshot.
+
+    Files that are in the cache already are not downloaded again. Without a connection the cached copy is used, but only
+    if it is known to be complete: a download that was interrupted is an error, never a smaller snapshot.
 
     Args:
         patterns: globs of the files, in which `*` also matches `/`.
-        check: is given every path of the repository at that commit; raises HubError if that is not what was expected.
+        revision: branch, tag or commit. None: the main branch.
         **options: see `DownloadOptions`.
 
     Raises:
@@ -127,7 +122,7 @@ def download_files(
     check_revision(repo_id, revision)
     try:
         folder = snapshot(repo_id, revision=revision, allow_patterns=patterns, **options)
-        check(_listing(repo_id, folder, options))
+        _check_complete(repo_id, folder, options)
     except HubError:
         raise
     except Exception as error:  # the boundary: httpx, xet and the file system each raise their own kinds
@@ -135,20 +130,25 @@ def download_files(
     return folder
 
 
-def _listing(repo_id: str, folder: Path, options: dict[str, Any]) -> list[str]:
-    """Every path of the repository at the snapshot's commit. huggingface_hub keeps this listing and refuses an offline
-    snapshot that lacks some of it, but not one without listing, as single-file downloads (PEFT's) leave behind."""
-    from huggingface_hub import HfApi, constants, get_cached_repo_tree
+def _check_complete(repo_id: str, folder: Path, options: dict[str, Any]) -> None:
+    """Raises HubError if nobody can tell, without a connection, whether a snapshot is complete.
+
+    huggingface_hub keeps the listing of a repository next to its snapshot and refuses, without a connection, a snapshot
+    that lacks some of it. But it lets pass a snapshot that has no listing, such as one that single-file downloads
+    (PEFT's, for one) left behind.
+    """
+    from huggingface_hub import constants, get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
+    if not (options.get("local_files_only") or constants.HF_HUB_OFFLINE):
+        return
     try:
-        tree = get_cached_repo_tree(repo_id, revision=folder.name, cache_dir=options.get("cache_dir"))
-        return [file.path for file in tree]
+        get_cached_repo_tree(repo_id, revision=folder.name, cache_dir=options.get("cache_dir"))
     except CachedRepoTreeNotFoundError as error:
-        if options.get("local_files_only") or constants.HF_HUB_OFFLINE:
-            found = f"Hub repo {repo_id}: offline, and LoGo cannot tell whether its cached copy is complete"
-            raise HubError(f"{found}; run this online once, or, if you know that it is, pass: {folder}") from error
-        return list(HfApi(token=options.get("token")).list_repo_files(repo_id, revision=folder.name))
+        raise HubError(
+            f"Hub repo {repo_id}: offline, and LoGo cannot tell whether its cached copy is complete; run the same "
+            f"command once with a connection, or, if you know that it is, pass its folder: {folder}"
+        ) from error
 
 
 def hub_error(repo_id: str, error: BaseException, *, revision: str | None = None) -> HubError:

@@ -11,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-from logo.adapters.examples import FolderExamples, write_examples
+from logo.adapters.examples import write_examples
 from logo.adapters.peft import NOTES, read_raw
 from logo.adapters.pool import AdapterPool
 from logo.adapters.write import plain_tensors, save_adapter
@@ -60,5 +60,5 @@ def write_shipped(pool: Path, out: Path) -> None:
     for adapter in AdapterPool.open(pool):
         tensors = {key: tensor.half() for key, tensor in plain_tensors(adapter.read()).items()}
         save_adapter(out / adapter.name, tensors, read_raw(adapter.folder) | {"base_model_name_or_path": BASE_NAME})
-        write_examples(out / adapter.name, FolderExamples(adapter.folder).prompts)
+        write_examples(out / adapter.name, adapter.examples)
     (out / NOTES).write_text(json.dumps({"k": DEMO_K}, indent=2) + "\n", encoding="utf-8")

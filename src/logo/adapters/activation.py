@@ -7,12 +7,13 @@
 Tokens before that position are read by the base model alone, so they do not depend on the adapter.
 
 Of the notes in `pool.json` (training config, losses, ...), only `activation` and `k`, the adapters per prompt, have an
-effect on answers. A file that cannot be read gives a warning and counts as empty.
+effect on answers.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +30,6 @@ from logo.identity import content_stamp
 OFF, ERROR = "off", "error"
 
 _LAST = re.compile(r"last:([1-9]\d{0,8})")  # with 0, no adapter would act on the token that gives the first answer
-_SHOWN = 5  # names of adapters in a message
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class Activation:
     Attributes:
         tokens: its invocation tokens; empty: it has none.
         last: N of `last:N`: it acts on the last N tokens of a prompt and on the answer; None: it is not of this kind.
-        without: what an adapter does in a prompt that lacks its invocation tokens: `"off"`, nothing, as in PEFT;
-            `"error"`; or `"last:N"`.
+        without: what it does in a prompt that lacks its tokens: `"off"`, nothing, as in PEFT; `"error"`; or `"last:N"`.
     """
 
     tokens: tuple[int, ...] = ()
@@ -49,11 +48,7 @@ class Activation:
 
     @classmethod
     def parse(cls, text: str) -> Activation:
-        """Parses `"everywhere"` or `"last:N"`.
-
-        Raises:
-            UsageError: it is neither.
-        """
+        """Parses `"everywhere"` or `"last:N"`. Raises UsageError if it is neither."""
         match = _LAST.fullmatch(text) if isinstance(text, str) else None
         if text == "everywhere":
             return EVERYWHERE
@@ -72,20 +67,17 @@ class Activation:
     def begin(self, prompt: Sequence[int]) -> int | None:
         """The first position of a prompt at which the adapter acts; None: it acts neither there nor on the answer.
 
-        Raises:
-            UsageError: the prompt lacks the invocation tokens, and `without` is `"error"`.
+        Raises UsageError if the prompt lacks the invocation tokens and `without` is `"error"`.
         """
-        if self.tokens:
-            found = last_occurrence(prompt, self.tokens)
-            if found is not None or self.without == OFF:
-                return found
-            if self.without == ERROR:
-                raise UsageError(
-                    f"the prompt does not contain the invocation tokens {list(self.tokens)} that activate an adapter: "
-                    "put them where the answer begins, or set --when-not-invoked to off or last:N"
-                )
-            return Activation.parse(self.without).begin(prompt)
-        return 0 if self.last is None else max(0, len(prompt) - self.last)
+        if not self.tokens:
+            return 0 if self.last is None else max(0, len(prompt) - self.last)
+        found = last_occurrence(prompt, self.tokens)
+        if found is not None or self.without == OFF:
+            return found
+        if self.without == ERROR:
+            found = f"the prompt does not contain the invocation tokens {list(self.tokens)} that activate an adapter"
+            raise UsageError(f"{found}: put them where the answer begins, or see --when-not-invoked")
+        return Activation.parse(self.without).begin(prompt)
 
 
 EVERYWHERE = Activation()
@@ -96,14 +88,9 @@ def warn_of_silent(names: Iterable[str], told: set[str]) -> None:
     found = [name for name in dict.fromkeys(names) if name not in told]
     told.update(found)
     if found:
-        shown = listed(list(map(repr, found)), _SHOWN)
-        who, whose = (f"adapter {shown}", "its") if len(found) == 1 else (f"adapters {shown}", "their")
-        warnings.warn(
-            f"{who}: a prompt lacks {whose} invocation tokens, so its answer is not adapted, as in PEFT; if they open "
-            "the assistant's turn, give prompts as chats (--chat); else see --when-not-invoked",
-            UserWarning,
-            stacklevel=2,
-        )
+        lacks = f"a prompt lacks the invocation tokens of {listed(list(map(repr, found)), 5)}"
+        hint = "if they open the assistant's turn, give chats (--chat), else see --when-not-invoked"
+        warnings.warn(f"{lacks}, so its answer is not adapted, as in PEFT; {hint}", UserWarning, stacklevel=2)
 
 
 def last_occurrence(prompt: Sequence[int], tokens: Sequence[int]) -> int | None:
@@ -122,28 +109,6 @@ def check_without(value: str) -> str:
     return value
 
 
-def acting(activation: Activation, forced: str | None, without: str | None = None) -> Activation:
-    """An adapter's activation, changed as a user wants it for all adapters of a pool.
-
-    Args:
-        forced: `"everywhere"` or `"last:N"` for every adapter; `"invocation"`: unchanged, but invocation tokens are
-            required. None: unchanged.
-        without: see `Activation.without`; None: unchanged.
-
-    Raises:
-        UsageError: `"invocation"` for an adapter without invocation tokens.
-    """
-    if forced == "invocation":
-        if not activation.tokens:
-            raise UsageError(
-                "activation invocation: an adapter has no invocation tokens (alora_invocation_tokens in its "
-                "configuration); use last:N, or leave the option out"
-            )
-    elif forced is not None:
-        activation = Activation.parse(forced)
-    return replace(activation, without=without) if activation.tokens and without is not None else activation
-
-
 def check_forced(forced: str | None) -> str | None:
     """Raises UsageError unless it is an activation that a user may force."""
     if forced is not None and forced != "invocation":
@@ -151,13 +116,23 @@ def check_forced(forced: str | None) -> str | None:
     return forced
 
 
+def acting(activation: Activation, forced: str | None, without: str | None = None) -> Activation:
+    """An adapter's activation, changed as a user wants it for all adapters of a pool; None changes nothing.
+
+    `forced` is `"everywhere"`, `"last:N"`, or `"invocation"`, which is no change, but raises UsageError without
+    invocation tokens. For `without` see `Activation`.
+    """
+    if forced == "invocation" and not activation.tokens:
+        raise UsageError("activation invocation: an adapter has no invocation tokens (alora_invocation_tokens)")
+    if forced not in (None, "invocation"):
+        activation = Activation.parse(forced)
+    return replace(activation, without=without) if activation.tokens and without is not None else activation
+
+
 def earliest(activations: Iterable[Activation], prompt: Sequence[int]) -> int:
-    """The first position of a prompt at which any adapter acts; the last position if none acts.
+    """The first position of a prompt at which any adapter of a pool acts; the last position if none acts.
 
     It is the number of tokens that the base model alone reads, which is never the whole prompt.
-
-    Args:
-        activations: of the adapters of a pool.
     """
     lenient = {replace(one, without=OFF) if one.without == ERROR else one for one in activations}
     begins = [begin for one in lenient if (begin := one.begin(prompt)) is not None]
@@ -165,71 +140,53 @@ def earliest(activations: Iterable[Activation], prompt: Sequence[int]) -> int:
 
 
 def read_notes(root: Path) -> dict[str, Any]:
-    """The notes of a pool; empty if there are none."""
+    """The notes of a pool; empty if there are none, or, with a warning, if they cannot be read.
+
+    Raises StorageError if they name an activation that does not exist, or a `k` that is no number of adapters.
+    """
     file = root / NOTES
+    return _read_notes(file, *content_stamp(file)) if os.path.isfile(file) else {}
+
+
+@lru_cache(maxsize=64)  # one file holds for all adapters of a pool
+def _read_notes(file: Path, *stamp: int) -> dict[str, Any]:
     try:
         notes = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
+        if not isinstance(notes, dict):
+            raise ValueError("it must hold an object")
     except (OSError, ValueError, RecursionError) as error:
-        warnings.warn(f"{file} is ignored, since it cannot be read: {error}", UserWarning, stacklevel=2)
+        warnings.warn(f"{file} is ignored, since it cannot be read: {error}", UserWarning, stacklevel=3)
         return {}
-    if not isinstance(notes, dict):
-        warnings.warn(f"{file} is ignored: it must hold an object", UserWarning, stacklevel=2)
-        return {}
+    try:
+        checked_k(notes)
+        if notes.get("activation") is not None:
+            check_forced(notes["activation"])
+    except UsageError as error:
+        raise StorageError(f"{file}: {error}") from error
     return notes
 
 
-def noted_k(root: Path) -> int | None:
-    """Adapters per prompt, if the notes of a pool say so.
-
-    Raises:
-        StorageError: they say something else than a number.
-    """
-    try:
-        return checked_k(read_notes(root), str(root / NOTES))
-    except UsageError as error:
-        raise StorageError(str(error)) from None
-
-
-def checked_k(said: Mapping[Any, Any], where: str) -> int | None:
+def checked_k(said: Mapping[Any, Any]) -> int | None:
     """The entry `k`; None if there is none. Raises UsageError for anything but a number of adapters."""
     k = said.get("k")
     if k is not None and (type(k) is not int or k < 1):
-        raise UsageError(f"{where}: k: expected a number of adapters, found {k!r}")
+        raise UsageError(f"k: expected a number of adapters, found {k!r}")
     return k
 
 
 def noted(folder: Path, own: Activation, top: Path | None = None) -> Activation:
     """The activation of an adapter: its own, or that of the nearest `pool.json` between its folder and the pool's.
 
-    Args:
-        own: the activation that its configuration gives.
-        top: the pool's folder; None: the one above the adapter's, since it was opened by its own.
-
-    Raises:
-        StorageError: a `pool.json` names an activation that does not exist.
+    `own` is what its configuration gives; without `top`, the pool's folder is the one above the adapter's. Errors as
+    `read_notes`.
     """
-    if not own.everywhere:
-        return own
     if top is None:
         folder = folder.absolute()
         top = folder.parent
-    for above in (folder, *folder.parents):
-        try:
-            stamp = content_stamp(above / NOTES)
-        except OSError:
-            if above == top:
-                break
-        else:
-            return _noted(above, *stamp)
+    for above in (folder, *folder.parents) if own.everywhere else ():
+        if os.path.isfile(above / NOTES):
+            said = read_notes(above).get("activation")
+            return own if said in (None, "invocation") else Activation.parse(said)
+        if above == top:
+            break
     return own
-
-
-@lru_cache(maxsize=64)  # one file holds for all adapters of a pool
-def _noted(root: Path, *stamp: int) -> Activation:
-    said = read_notes(root).get("activation")
-    try:
-        return EVERYWHERE if said is None or said == "invocation" else Activation.parse(said)
-    except UsageError as error:
-        raise StorageError(f"{root / NOTES}: {error}") from error

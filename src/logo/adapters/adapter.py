@@ -7,18 +7,16 @@ when they are read.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logo.adapters.activation import EVERYWHERE, Activation, noted
-from logo.adapters.examples import FolderExamples, examples_sha256
+from logo.adapters.examples import examples_sha256, folder_examples
 from logo.adapters.layout import BaseLayout, core_path
 from logo.adapters.peft import (
-    PICKLE,
-    SAFETENSORS,
     LoraConfig,
     LoraModule,
     Refusal,
@@ -60,12 +58,11 @@ class Adapter:
         modules: adapted module path -> where its tensors are. Paths are as in the file (known wrapper prefixes
             removed) until `fit` maps them to the base model's own.
         file: the weight file.
-        own_examples: the example prompts in its folder, which are shared by all that is derived from this object.
         activation: on which tokens it acts.
         copies: key in the file -> parameter of the base model that it copies. PEFT saves whole weights of
             `modules_to_save`, and of embeddings and heads that it takes for changed (an adapted `lm_head`, a resized
             vocabulary). Often they were not trained, which only `fit` shows, by a comparison with the base model.
-        given_examples: example prompts in place of those in its folder; None: those in its folder.
+        examples: its example prompts, as they were when it was opened; see `logo.adapters.examples`.
     """
 
     name: str
@@ -73,15 +70,9 @@ class Adapter:
     config: LoraConfig
     modules: Mapping[str, LoraModule]
     file: WeightFile
-    own_examples: FolderExamples = field(compare=False, repr=False)
     activation: Activation = EVERYWHERE
     copies: Mapping[str, str] = field(default_factory=dict)
-    given_examples: tuple[str, ...] | None = None
-
-    @property
-    def examples(self) -> tuple[str, ...]:
-        """Its example prompts; see `logo.adapters.examples`."""
-        return self.own_examples.prompts if self.given_examples is None else self.given_examples
+    examples: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -110,11 +101,7 @@ class Adapter:
 
     @cached_property
     def sha256(self) -> str:
-        """The digest of the weight file, as `sha256sum` prints it. Reads the whole file, once.
-
-        Raises:
-            AdapterError: the file became unreadable.
-        """
+        """The digest of the weight file, as `sha256sum` prints it. Raises AdapterError if it became unreadable."""
         try:
             return self.file.sha256()
         except OSError as error:
@@ -133,99 +120,87 @@ class Adapter:
     def fit(self, layout: BaseLayout, model: nn.Module | None = None) -> Adapter:
         """The same adapter with its modules under the base model's own paths.
 
-        Args:
-            model: the base model. Adapters that hold copies of its weights or adapt its embedding do not fit without.
-
-        Raises:
-            AdapterError: a tensor matches no module of the base, or one of another shape (up to five are named); or a
-                copy differs from the base model's weight.
+        Without the `model`, adapters that hold copies of its weights or adapt its embedding do not fit. Raises
+        AdapterError if a tensor matches no module of the base, or one of another shape (up to five are named), or if a
+        copy differs from the base model's weight.
         """
         fitted: dict[str, LoraModule] = {}
         problems: list[str] = []
         for path, module in self.modules.items():
             if module.embedding and model is None:
                 raise AdapterError(self.name, f"it adapts an embedding ({path}), which is not mixed here")
+            what = "embedding of tokens" if module.embedding else "linear module"
             targets = layout.embedding(path) if module.embedding else layout.matches(path)
             if len(targets) != 1:
-                what = "embedding of tokens" if module.embedding else "linear module"
                 among = f"may be any of {', '.join(sorted(targets)[:3])}" if targets else f"no such {what}"
                 problems.append(f"{path} ({among})")
                 continue
-            [target] = targets
-            base = (layout.embeddings if module.embedding else layout.shapes)[target]
+            base = (layout.embeddings if module.embedding else layout.shapes)[targets[0]]
             if (module.in_features, module.out_features) != (base.in_features, base.out_features):
                 own = f"adapter {module.in_features} -> {module.out_features}"
                 problems.append(f"{path} ({own}, base {base.in_features} -> {base.out_features})")
-            elif target in fitted:
-                problems.append(f"{path} (a second entry for {target})")
+            elif targets[0] in fitted:
+                problems.append(f"{path} (a second entry for {targets[0]})")
             else:
-                fitted[target] = module
+                fitted[targets[0]] = module
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            found = f"{len(problems)} of {len(self.modules)} modules do not match: {'; '.join(problems[:5])}{more}"
             raise AdapterError(
-                self.name,
-                f"does not fit the base model: {len(problems)} of {len(self.modules)} modules do not match: "
-                f"{'; '.join(problems[:5])}{more}. Was it trained on another base model?",
+                self.name, f"does not fit the base model: {found}. Was it trained on another base model?"
             )
-        if self.copies:
+        if model is None or any(parameter.is_meta for parameter in model.parameters()):
+            self._check_no_copies()
+        elif self.copies:
             self._compare(model)
         return replace(self, modules=fitted, copies={})
 
-    def _compare(self, model: nn.Module | None) -> None:
+    def _compare(self, model: nn.Module) -> None:
         """Raises AdapterError unless all copies of base weights equal the base model's own."""
-        if model is None or any(parameter.is_meta for parameter in model.parameters()):
-            self.check_compared()
-            return
         own: dict[str, list[torch.Tensor]] = {}
         for path, parameter in model.named_parameters(remove_duplicate=False):
             own.setdefault(core_path(path), []).append(parameter)
         for key, path in self.copies.items():
             bases, copy = own.get(core_path(path), []), self._tensors([key])[key]
             if len(bases) != 1:
-                found = f"{path}, which the base model does not have"
+                found = "which the base model does not have"
             elif copy.shape != bases[0].shape:
-                found = f"{path} of shape {list(copy.shape)} instead of {list(bases[0].shape)}"
+                found = f"of shape {list(copy.shape)} instead of {list(bases[0].shape)}"
             # Compared in the dtype of the base model, in which the copy would replace the weight.
             elif not copy.to(bases[0].device, bases[0].dtype).equal(bases[0].detach()):
-                found = f"{path} with other values"
+                found = "with other values"
             else:
                 continue
-            why = f"it replaces a weight of the base model, {found} (modules_to_save), which cannot be mixed"
+            why = f"it replaces a weight of the base model, {path}, {found} (modules_to_save), which cannot be mixed"
             raise AdapterError(self.name, why)
 
-    def check_compared(self) -> None:
-        """Raises AdapterError if it holds copies of base weights that were not compared with the base model."""
+    def _check_no_copies(self) -> None:
         if self.copies:
-            raise AdapterError(
-                self.name,
-                f"it holds full weights ({next(iter(self.copies))}), as modules_to_save or resized embeddings do; they "
-                "cannot be mixed unless they equal the base model's, which is checked when it is loaded",
-            )
+            what = f"it holds full weights ({next(iter(self.copies))}; modules_to_save, or resized embeddings)"
+            raise AdapterError(self.name, f"{what}, which cannot be mixed unless they equal the base model's")
 
     def read(self, modules: Iterable[str] | None = None) -> dict[str, LoraWeights]:
         """Reads the tensors of `modules` (default: all of them).
 
-        Raises:
-            AdapterError: the file became unreadable; a tensor is not of a float type, or holds NaN or Inf; or there are
-                copies that were not compared with the base model.
+        Raises AdapterError if the file became unreadable, if a tensor is not of a float type or holds NaN or Inf, or if
+        there are copies that were not compared with the base model.
         """
-        self.check_compared()
+        self._check_no_copies()
         return self.verify(modules)
 
     def verify(self, modules: Iterable[str] | None = None) -> dict[str, LoraWeights]:
         """As `read`, whether copies were compared or not, to find damage."""
         wanted = {path: self.modules[path] for path in (self.modules if modules is None else modules)}
-        tensors = self._tensors([key for m in wanted.values() for key in (m.key_a, m.key_b)])
+        tensors = self._tensors(key for m in wanted.values() for key in (m.key_a, m.key_b))
         for key, tensor in tensors.items():
             if not tensor.is_floating_point() or tensor.element_size() < 2:
-                expected = "expected float16, bfloat16, float32 or float64"
-                raise AdapterError(self.name, f"tensor {key} is stored as {tensor.dtype}; {expected}")
+                raise AdapterError(self.name, f"tensor {key} is stored as {tensor.dtype}; expected float16 to float64")
             if not bool(tensor.isfinite().all()):
                 found = "NaN" if bool(tensor.isnan().any()) else "Inf"
                 raise AdapterError(self.name, f"tensor {key} holds {found}; the adapter is damaged")
         return {path: LoraWeights(tensors[m.key_a], tensors[m.key_b], m.scaling) for path, m in wanted.items()}
 
-    def _tensors(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+    def _tensors(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
         try:
             return self.file.read(keys)
         except Exception as error:  # safetensors raises its own Rust error type
@@ -243,7 +218,6 @@ def open_adapter(
     """Opens a PEFT adapter folder: configuration and header only.
 
     Args:
-        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
         name: its name in the pool; default: the folder's own name.
         allow_pickle: also read `adapter_model.bin` (with `weights_only=True`) if there is no safetensors file.
         top: the pool's folder, above which no `pool.json` applies; default: the folder above the adapter's.
@@ -251,25 +225,18 @@ def open_adapter(
 
     Raises:
         AdapterError: the folder cannot be read, or the adapter cannot be mixed; the reason says why.
-        StorageError: as `logo.adapters.activation.noted`.
+        StorageError: its `pool.json` cannot be used.
     """
     folder = Path(folder)
-    name = name if name is not None else own_name(folder)
+    name = own_name(folder) if name is None else name
     try:
         config = parse_config(read_raw(folder), unconverted=unconverted)
-        try:
-            file = WeightFile.of(folder, allow_pickle)
-            shapes = file.shapes()
-        except Refusal:
-            raise
-        except Exception as error:  # safetensors raises its own Rust error type
-            used = folder / (SAFETENSORS if (folder / SAFETENSORS).exists() else PICKLE)
-            raise Refusal(unreadable(error, used)) from error
-        modules, copies = read_header(shapes, config)
+        file = WeightFile.of(folder, allow_pickle)
+        modules, copies = read_header(file.shapes, config)
     except Refusal as refusal:
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__
     activation = noted(folder, Activation(config.invocation), top)
-    return Adapter(name, folder, config, modules, file, FolderExamples(folder), activation, copies)
+    return Adapter(name, folder, config, modules, file, activation, copies, folder_examples(folder))
 
 
 def own_name(folder: Path) -> str:

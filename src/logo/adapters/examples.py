@@ -11,11 +11,10 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.peft import CONFIG, EXAMPLES
+from logo.adapters.peft import EXAMPLES
 from logo.errors import DataError
 from logo.files import replace_file
 
@@ -23,30 +22,15 @@ from logo.files import replace_file
 MOST = 16
 
 
-class FolderExamples:
-    """The example prompts of the adapter in a folder as they were at their first use.
-
-    Whoever has the adapter sees the same prompts, whatever is written to the folder later.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    @cached_property
-    def prompts(self) -> tuple[str, ...]:
-        """The prompts, `MOST` at most; empty if there are none.
-
-        A file that cannot be read gives a warning and no examples, since the adapter can be used without.
-        """
-        if not (self._folder / CONFIG).is_file():  # an adapter that is in memory only
-            return ()
-        try:
-            return tuple(read_examples(self._folder / EXAMPLES)[:MOST])
-        except FileNotFoundError:
-            return ()
-        except DataError as error:
-            warnings.warn(f"{error}; the examples are left out", UserWarning, stacklevel=2)
-            return ()
+def folder_examples(folder: Path) -> tuple[str, ...]:
+    """The first `MOST` prompts beside an adapter, which is used without if they cannot be read (with a warning)."""
+    try:
+        return tuple(read_examples(folder / EXAMPLES)[:MOST])
+    except FileNotFoundError:
+        return ()
+    except DataError as error:
+        warnings.warn(f"{error}; the examples are left out", UserWarning, stacklevel=2)
+        return ()
 
 
 def read_examples(file: Path) -> list[str]:
@@ -79,12 +63,9 @@ def read_examples(file: Path) -> list[str]:
 
 
 def write_examples(folder: Path, prompts: Sequence[str]) -> None:
-    """Replaces the examples of the adapter in a folder.
+    """Replaces the examples of the adapter in a folder. Raises StorageError if they cannot be written.
 
     A link is replaced itself: in the cache of the Hub, equal files of several adapters are links to one file.
-
-    Raises:
-        StorageError: it cannot be written.
     """
     replace_file(folder / EXAMPLES, examples_text(prompts))
 

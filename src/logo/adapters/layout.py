@@ -37,29 +37,23 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
 
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every linear module of the model with its dotted path."""
-    for path, module in model.named_modules():
-        if path and linear_shape(module) is not None:
-            yield path, module
+    return ((path, module) for path, module in model.named_modules() if path and linear_shape(module) is not None)
 
 
-def _token_embedding(model: nn.Module) -> tuple[str, nn.Embedding] | None:
-    """Path and module of the embedding of a model's tokens; None if it has no plain one."""
+def _token_embedding(model: nn.Module) -> dict[str, nn.Embedding]:
+    """Path and module of the embedding of a model's tokens; empty if it has no plain one."""
     from torch import nn
 
-    find = getattr(model, "get_input_embeddings", None)
     try:
-        wanted = None if find is None else find()
-    except (AttributeError, NotImplementedError):  # transformers' way to say that a model has none
-        return None
-    if not isinstance(wanted, nn.Embedding):
-        return None
-    return next(((path, wanted) for path, module in model.named_modules() if module is wanted), None)
+        wanted = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # of a plain module, and of a model of transformers that has none
+        return {}
+    return {path: m for path, m in model.named_modules() if m is wanted and isinstance(m, nn.Embedding)}
 
 
 def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module that an adapter may adapt: the linear ones, and the embedding of the tokens."""
-    embedding = _token_embedding(model)
-    return {**dict(linear_modules(model)), **(dict([embedding]) if embedding else {})}
+    return {**dict(linear_modules(model)), **_token_embedding(model)}
 
 
 @dataclass(frozen=True)
@@ -80,14 +74,15 @@ class BaseLayout:
     def of(cls, model: nn.Module) -> BaseLayout:
         """The layout of a model; it may live on the meta device."""
         shapes = {path: shape for path, m in linear_modules(model) if (shape := linear_shape(m)) is not None}
+        tokens = _token_embedding(model).items()
+        embeddings = {path: LinearShape(one.num_embeddings, one.embedding_dim) for path, one in tokens}
         prefix = getattr(model, "base_model_prefix", "")
-        found = [one for one in [_token_embedding(model)] if one is not None]
-        embeddings = {path: LinearShape(one.num_embeddings, one.embedding_dim) for path, one in found}
         return cls(shapes, _WRAPPERS | ({prefix} if prefix else set()), embeddings=embeddings)
 
     def embedding(self, path: str) -> list[str]:
         """The embeddings that `path` may mean."""
-        return [own for own in self.embeddings if self._core(own) == self._core(path)]
+        core = core_path(path, self.wrappers)
+        return [own for own in self.embeddings if core_path(own, self.wrappers) == core]
 
     def matches(self, path: str) -> list[str]:
         """The linear modules that `path` may mean: the longest dotted suffix, up to wrapper segments in front.
@@ -97,7 +92,7 @@ class BaseLayout:
         """
         if path in self.shapes:
             return [path]
-        candidates = self._by_core.get(self._core(path), [])
+        candidates = self._by_core.get(core_path(path, self.wrappers), [])
         alike = [_common_suffix(path.split("."), one.split(".")) for one in candidates]
         return [one for one, count in zip(candidates, alike, strict=True) if count == max(alike)]
 
@@ -105,11 +100,8 @@ class BaseLayout:
     def _by_core(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for path in self.shapes:
-            found.setdefault(self._core(path), []).append(path)
+            found.setdefault(core_path(path, self.wrappers), []).append(path)
         return found
-
-    def _core(self, path: str) -> str:
-        return core_path(path, self.wrappers)
 
 
 def core_path(path: str, wrappers: frozenset[str] = _WRAPPERS) -> str:

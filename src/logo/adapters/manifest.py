@@ -14,16 +14,16 @@ error that says what has changed. In a manifest written by hand, `- org/repo` is
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from logo.adapters.activation import checked_k
 from logo.adapters.adapter import Adapter
 from logo.adapters.examples import MOST
-from logo.errors import AdapterError, StorageError, UsageError, closest
+from logo.errors import AdapterError, StorageError, UsageError
 from logo.files import replace_file
 
 SUFFIXES = (".yaml", ".yml")
@@ -31,13 +31,7 @@ SUFFIXES = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class Entry:
-    """One adapter of a manifest.
-
-    Attributes:
-        source: a folder or a source on the Hub without its revision, as written.
-        name: of the adapter; None: the name that its source gives.
-        revision, sha256, examples: see above.
-    """
+    """One adapter of a manifest; see above."""
 
     source: str
     name: str | None = None
@@ -48,17 +42,10 @@ class Entry:
     def checked(self, adapter: Adapter) -> Adapter:
         """The adapter with the entry's examples. Raises AdapterError if its weights are not those of the entry."""
         if self.sha256 is not None and adapter.sha256 != self.sha256:
-            again = (
-                f"{adapter.folder}: delete this damaged copy, and it is fetched again"
-                if self.revision
-                else f"{self.source}; if the change is intended, write the manifest again (`logo pool lock`)"
-            )
-            raise AdapterError(
-                adapter.name,
-                f"{adapter.file.path.name} is not the one in the manifest: expected sha256 {self.sha256[:12]}..., "
-                f"found {adapter.sha256[:12]}... in {again}",
-            )
-        return adapter if self.examples is None else replace(adapter, given_examples=self.examples[:MOST])
+            again = "delete this damaged copy" if self.revision else "or write the manifest again (`logo pool lock`)"
+            found = f"expected sha256 {self.sha256[:12]}..., found {adapter.sha256[:12]}...; {again}"
+            raise AdapterError(adapter.name, f"{adapter.file.path} is not the one in the manifest: {found}")
+        return adapter if self.examples is None else replace(adapter, examples=self.examples[:MOST])
 
 
 @dataclass(frozen=True)
@@ -70,47 +57,32 @@ class Manifest:
 
 
 def read_manifest(file: Path) -> Manifest:
-    """Reads a manifest.
-
-    Raises:
-        StorageError: it cannot be read.
-        UsageError: it is no manifest, or something in it is not as it has to be; the entry is named.
-    """
+    """Reads a manifest. Raises StorageError if it cannot be read, and UsageError for what is not as it has to be."""
     import yaml
 
-    where = f"manifest {file}"
     try:
         said = yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except OSError as error:
-        raise StorageError(f"{where}: cannot be read: {error.strerror or error}") from error
+        raise StorageError(f"manifest {file}: cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: is not valid YAML: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(said, dict) or not isinstance(said.get("adapters"), list) or not said["adapters"]:
-        raise UsageError(f"{where}: expected `adapters:`, a list of one or more, as `logo pool lock` writes it")
-    _check_keys(where, said, ["k", "adapters"])
-    entries = [_entry(one, f"{where}, entry {number}") for number, one in enumerate(said["adapters"], 1)]
-    for name, count in Counter(entry.name for entry in entries if entry.name is not None).items():
-        if count > 1:
-            raise UsageError(f"{where}: two adapters are called {name!r}; rename one of them")
-    return Manifest(entries, checked_k(said, where))
+        text = " ".join(str(error).split())[:200]
+        raise UsageError(f"manifest {file}: is not valid YAML: {text}") from error
+    try:
+        return _manifest(said)
+    except UsageError as error:
+        raise UsageError(f"manifest {file}: {error}") from None
 
 
 def write_manifest(file: Path, manifest: Manifest) -> None:
-    """Writes the file that `read_manifest` reads as this manifest.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Writes the file that `read_manifest` reads as this manifest. Raises StorageError if it cannot be written."""
     import yaml
 
-    rows: list[dict[str, Any]] = []
-    for entry in manifest.entries:
-        said = {"name": entry.name, **{key: value for key, value in vars(entry).items() if key != "name"}}
-        rows.append({k: list(v) if isinstance(v, tuple) else v for k, v in said.items() if v is not None})
-    head = "# A pool of adapters, as `logo pool lock` found it. Open it with `--adapters THIS_FILE`.\n"
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    rows = [{"name": entry.name, **asdict(entry)} for entry in manifest.entries]
+    rows = [{k: list(v) if k == "examples" else v for k, v in row.items() if v is not None} for row in rows]
     content = {**({"k": manifest.k} if manifest.k else {}), "adapters": rows}
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     body: str = yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True, width=118)
+    head = "# A pool of adapters, as `logo pool lock` found it. Open it with `--adapters THIS_FILE`.\n"
     replace_file(file, (head + body).encode())
 
 
@@ -119,26 +91,34 @@ def is_line(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip()) and value.isprintable()
 
 
-def _entry(said: Any, where: str) -> Entry:
+def _manifest(said: Any) -> Manifest:
+    if not isinstance(said, dict) or not {"adapters"} <= said.keys() <= {"k", "adapters"}:
+        raise UsageError("expected `adapters:`, a list, and perhaps `k:`, as `logo pool lock` writes it")
+    if not isinstance(said["adapters"], list) or not said["adapters"]:
+        raise UsageError("expected `adapters:`, a list of one or more")
+    return Manifest([_entry(one, number) for number, one in enumerate(said["adapters"], 1)], checked_k(said))
+
+
+def _entry(said: Any, number: int) -> Entry:
+    """An entry, checked key by key, since a digest under a mistyped key would not be checked later."""
     said = {"source": said} if isinstance(said, str) else said
-    if not isinstance(said, dict):
-        raise UsageError(f"{where}: expected a source or an object with `source`, found {type(said).__name__}")
-    _check_keys(where, said, list(Entry.__dataclass_fields__))
+    if not isinstance(said, dict) or not said.keys() <= _KINDS.keys():
+        raise UsageError(f"entry {number}: expected a source or an object of {', '.join(_KINDS)}, found {said!r}")
     for key, value in {"source": None, **said}.items():
-        if key == "examples":
-            right = isinstance(value, list) and all(isinstance(one, str) and one.strip() for one in value)
-            expected = "a list of texts"
-        elif key == "sha256":
-            right = isinstance(value, str) and len(value) == 64 and set("0123456789abcdef").issuperset(value)
-            expected = "64 hexadecimal digits"
-        else:
-            right, expected = is_line(value), "a text of one line"
-        if not right:
-            raise UsageError(f"{where}: {key}: expected {expected}, found {value!r}")
-    return Entry(**{**said, **({"examples": tuple(said["examples"])} if "examples" in said else {})})
+        right, expected = _KINDS[key]
+        if not right(value):
+            raise UsageError(f"entry {number}: {key}: expected {expected}, found {value!r}")
+    return Entry(**{key: tuple(value) if key == "examples" else value for key, value in said.items()})
 
 
-def _check_keys(where: str, said: dict[Any, Any], known: Sequence[str]) -> None:
-    for key in said:
-        if key not in known:
-            raise UsageError(f"{where}: unknown key {key!r}{closest(str(key), known)}: expected {', '.join(known)}")
+_LINE = (is_line, "a text of one line")
+_KINDS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "source": _LINE,
+    "name": _LINE,
+    "revision": _LINE,
+    "sha256": (lambda one: isinstance(one, str) and re.fullmatch("[0-9a-f]{64}", one), "64 hexadecimal digits"),
+    "examples": (
+        lambda given: isinstance(given, list) and all(isinstance(one, str) and one.strip() for one in given),
+        "a list of texts",
+    ),
+}

@@ -4,20 +4,21 @@ The tensor keys are the truth about what is adapted; the configuration gives ran
 weighted sum of plain low-rank products. An adapter with more than that (further trained weights, biases, ...) is
 refused with the name of the setting, since ignoring it would change answers.
 
-<pool>/pool.json                          what is known of the pool (`logo.adapters.activation`)
-<pool>/<adapter>/adapter_config.json      PEFT's configuration
-                 adapter_model.safetensors    PEFT's weights, or adapter_model.bin
-                 examples.jsonl           example prompts (`logo.adapters.examples`)
-                 training.json            how it was trained (`logo.training`)
+    <pool>/pool.json                            what is known of the pool (`logo.adapters.activation`)
+    <pool>/<adapter>/adapter_config.json        PEFT's configuration
+                     adapter_model.safetensors  PEFT's weights, or adapter_model.bin
+                     examples.jsonl             example prompts (`logo.adapters.examples`)
+                     training.json              how it was trained (`logo.training`)
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -32,12 +33,13 @@ if TYPE_CHECKING:
 CONFIG, SAFETENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 EXAMPLES, NOTES, RECORD = "examples.jsonl", "pool.json", "training.json"
 
-# Settings of adapters that are not a plain `s B A`, each with the message for the user.
+# Settings that make more of an adapter than a plain `s B A`, unless they are off, each with the reason.
 _NOT_PLAIN = {
     "target_parameters": "it adapts raw parameters (target_parameters: {value}); only linear modules are supported",
     "trainable_token_indices": "it trains token embeddings (trainable_token_indices), which cannot be mixed",
     "use_dora": "it is a DoRA adapter (use_dora), whose effect is not linear in its weight, so that it cannot be mixed",
     "use_qalora": "QALoRA (use_qalora) pools its input by groups and is not a plain LoRA",
+    "bias": 'bias is {value}: it changes biases of the base model; only "none" can be mixed',
     "lora_bias": "it has a bias on lora_B (lora_bias); only bias-free adapters can be mixed",
     "layer_replication": "it replicates layers of the base model (layer_replication: {value})",
     "arrow_config": "it is an Arrow router (arrow_config), not a single adapter",
@@ -50,7 +52,7 @@ _NOT_PLAIN = {
 # Initialisations that also change the base weights, so that the adapter alone is not the trained update.
 _CHANGED_BASE = re.compile(r"(pissa|olora|corda|lora_ga)", re.IGNORECASE)
 _KNOWN = {
-    "alora_invocation_tokens", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
+    "alora_invocation_tokens", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
@@ -69,9 +71,11 @@ _OTHER_TENSORS = {
     r"\.bias$": "it holds biases of the base model ({key}), which cannot be mixed",
     r"": "tensor {key} is neither lora_A nor lora_B",
 }
+_TRAINED = re.compile(r"\.(?:lora_|trainable_tokens_)")  # no weight of the base model itself
 _LFS_POINTER = b"version https://git-lfs"
 
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+Tensor = tuple[str, tuple[int, ...]]  # key and shape
+Shapes = tuple[Tensor, ...]
 _T = TypeVar("_T", int, float)
 
 
@@ -79,16 +83,12 @@ class Refusal(ValueError):
     """Why an adapter folder cannot be used; the caller adds the adapter's name."""
 
 
-# -- configuration --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class LoraConfig:
     """The part of an adapter's configuration that its computation depends on.
 
     Attributes:
-        r: rank of modules that no key of `rank_pattern` matches.
-        alpha: alpha of modules that no key of `alpha_pattern` matches.
+        r, alpha: of modules that no key of the patterns matches.
         rslora: scale by `alpha / sqrt(r)` instead of `alpha / r`.
         rank_pattern, alpha_pattern: keys and values, in the order of the file.
         base_model: the base model that it names (information only, never compared).
@@ -116,11 +116,7 @@ class LoraConfig:
 
 
 def read_raw(folder: Path) -> dict[str, Any]:
-    """All settings in `adapter_config.json`, including those that this version does not know.
-
-    Raises:
-        Refusal: the file is missing or malformed.
-    """
+    """All settings in `adapter_config.json`, known or not. Raises Refusal if it is missing or malformed."""
     try:
         raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -141,45 +137,34 @@ def changed_base(raw: dict[str, Any]) -> str | None:
 
 
 def parse_config(raw: dict[str, Any], *, unconverted: bool = False) -> LoraConfig:
-    """Checks a configuration that was read from JSON.
+    """Checks a configuration; raises Refusal if it is malformed, or asks for something that cannot be mixed.
 
-    Args:
-        unconverted: accept an adapter whose initialisation changed the base weights, in order to convert it.
-
-    Raises:
-        Refusal: it is malformed, or asks for something that cannot be mixed.
+    `unconverted` adapters, whose initialisation changed the base weights, are only accepted in order to convert them.
     """
     if raw.get("peft_type") != "LORA":
         raise Refusal(f'peft_type is {_short(raw.get("peft_type"))}; only "LORA" adapters can be mixed')
-    for key, message in _NOT_PLAIN.items():
-        if raw.get(key):
-            raise Refusal(message.format(value=_short(raw[key])))
-    if raw.get("bias", "none") != "none":
-        raise Refusal(f'bias is {_short(raw["bias"])}: it changes biases of the base model; only "none" can be mixed')
+    for key, reason in _NOT_PLAIN.items():
+        if raw.get(key) and (key, raw[key]) != ("bias", "none"):
+            raise Refusal(reason.format(value=_short(raw[key])))
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower() == "loftq":
-        raise Refusal(
-            f"init_lora_weights is {_short(init)}, which also replaced the base weights by quantised ones, so that "
-            "the adapter alone is not the trained update; train it again with another initialisation"
-        )
+        raise Refusal(f"init_lora_weights is {_short(init)}, which also replaced the base weights by quantised ones")
     if changed_base(raw) is not None and not unconverted:
-        raise Refusal(
-            f"init_lora_weights is {_short(init)}, which also changed the base weights; convert it to a plain LoRA "
-            "first (`logo pool export --initial`, or PEFT's path_initial_model_for_weight_conversion)"
-        )
-    base_model, rslora, tokens = (
-        raw.get(key) for key in ("base_model_name_or_path", "use_rslora", "alora_invocation_tokens")
-    )
-    # PEFT builds an aLoRA from an empty list, too, and then fails.
+        how = "`logo pool export --initial`, or PEFT's path_initial_model_for_weight_conversion"
+        raise Refusal(f"init_lora_weights is {_short(init)}, which also changed the base weights; convert it: {how}")
+    base_model, rslora = raw.get("base_model_name_or_path"), raw.get("use_rslora")
+    if rslora is not None and not isinstance(rslora, bool):
+        raise _wrong("use_rslora", rslora, "true or false")
+    tokens = raw.get("alora_invocation_tokens")
     right = isinstance(tokens, list) and tokens and all(type(token) is int and token >= 0 for token in tokens)
-    _checked("alora_invocation_tokens", tokens, tokens is None or right, "a list of one token id or more")
-    _checked("use_rslora", rslora, rslora is None or isinstance(rslora, bool), "true or false")
+    if tokens is not None and not right:  # PEFT builds an aLoRA from an empty list, too, and then fails
+        raise _wrong("alora_invocation_tokens", tokens, "a list of one token id or more")
     return LoraConfig(
         r=_rank("r", raw.get("r", 8)),
         alpha=_alpha("lora_alpha", raw.get("lora_alpha", 8)),
         rslora=bool(rslora),
-        rank_pattern=tuple((key, _rank("rank_pattern", v)) for key, v in _pattern(raw, "rank_pattern")),
-        alpha_pattern=tuple((key, _alpha("alpha_pattern", v)) for key, v in _pattern(raw, "alpha_pattern")),
+        rank_pattern=_pattern(raw, "rank_pattern", _rank),
+        alpha_pattern=_pattern(raw, "alpha_pattern", _alpha),
         base_model=base_model if isinstance(base_model, str) else None,
         invocation=tuple(tokens or ()),
         unknown=tuple(sorted(set(raw) - _KNOWN)),
@@ -195,36 +180,33 @@ def _as_peft(key: str) -> str:
     return rf"(.*\.)?({key})$"
 
 
-def _pattern(raw: dict[str, Any], key: str) -> Iterable[tuple[str, Any]]:
-    value: dict[str, Any] = raw.get(key) or {}
-    _checked(key, value, isinstance(value, dict), "an object of pattern: number")
-    for expression in value:
+def _pattern(raw: dict[str, Any], key: str, number: Callable[[str, Any], _T]) -> tuple[tuple[str, _T], ...]:
+    given = raw.get(key) or {}
+    if not isinstance(given, dict):
+        raise _wrong(key, given, "an object of pattern: number")
+    for expression in given:
         try:
             re.compile(_as_peft(expression))
         except (re.error, OverflowError, RecursionError) as error:
-            found = f"{key} has the key {_short(expression)}, which is not a regular expression: {error}"
-            raise Refusal(found) from error
-    return value.items()
-
-
-def _checked(key: str, value: Any, right: object, expected: str) -> Any:
-    if not right:
-        raise Refusal(f"{key} must be {expected}, found {_short(value)}")
-    return value
+            raise Refusal(f"{key} has the key {_short(expression)}, which is no regular expression: {error}") from error
+    return tuple((expression, number(key, value)) for expression, value in given.items())
 
 
 def _rank(key: str, value: Any) -> int:
-    rank: int = _checked(key, value, type(value) is int and value > 0, "a positive whole number")
-    return rank
+    if type(value) is not int or value < 1:
+        raise _wrong(key, value, "a positive whole number")
+    return value
 
 
 def _alpha(key: str, value: Any) -> float:
-    try:
-        number = float(value) if type(value) in (int, float) else math.nan
-    except OverflowError:  # a whole number that no float can hold
-        number = math.inf
-    _checked(key, value, math.isfinite(number), "a finite number")
-    return number
+    with suppress(OverflowError):  # a whole number that no float can hold
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+    raise _wrong(key, value, "a finite number")
+
+
+def _wrong(key: str, value: Any, expected: str) -> Refusal:
+    return Refusal(f"{key} must be {expected}, found {_short(value)}")
 
 
 def _short(value: Any) -> str:
@@ -232,76 +214,63 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-# -- tensors --------------------------------------------------------------------------------------------------------
-
-
 class WeightFile:
-    """The file of an adapter's tensors, whose shapes are known at once and whose tensors are read on demand.
+    """The file of an adapter's tensors as it was when it was opened; a pickle is read with `weights_only=True`.
 
-    An object is a view of one file as it was when it was opened. A pickle (`.bin`) is read with `weights_only=True`.
+    Its `shapes` are known at once, and its tensors are read on demand.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stamp = content_stamp(path)
         self._digest: str | None = None  # of the content that it had when it was opened, where it is known
+        if path.name == PICKLE:
+            self.shapes: Shapes = tuple((key, tuple(tensor.shape)) for key, tensor in self._unpickled.items())
+            return
+        with self._open("numpy") as file:
+            self.shapes = tuple((key, tuple(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
 
     @classmethod
     def of(cls, folder: Path, allow_pickle: bool) -> WeightFile:
-        """The weight file in a PEFT folder. Raises Refusal if there is none, or only a pickle that may not be read."""
-        if (folder / SAFETENSORS).is_file():
-            return cls(folder / SAFETENSORS)
-        if not (folder / PICKLE).is_file():
-            raise Refusal(f"{SAFETENSORS} is missing from {folder}")
-        if not allow_pickle:
+        """The weight file in a PEFT folder. Raises Refusal if there is none that can and may be read."""
+        path = folder / (SAFETENSORS if os.path.isfile(folder / SAFETENSORS) else PICKLE)
+        if not os.path.isfile(path):
             raise Refusal(
-                f"its weights are pickled ({PICKLE}), and a pickle can run code; convert it to safetensors, "
-                "or pass --allow-pickle to read tensors only"
+                f"{SAFETENSORS} is missing from {folder} (and {PICKLE}, which is fetched with --allow-pickle)"
             )
-        return cls(folder / PICKLE)
-
-    def shapes(self) -> Shapes:
-        """Key and shape of every tensor."""
-        if self.path.name == PICKLE:
-            return tuple((key, tuple(tensor.shape)) for key, tensor in self._unpickled.items())
-        from safetensors import safe_open
-
-        self.path.open("rb").close()  # safetensors calls a file that may not be read a missing one
-        with safe_open(self.path, framework="numpy") as file:
-            return tuple((key, tuple(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
+        if path.name == PICKLE and not allow_pickle:
+            what = f"its weights are pickled ({PICKLE}), and a pickle can run code"
+            raise Refusal(f"{what}; convert it to safetensors, or pass --allow-pickle to read tensors only")
+        try:
+            return cls(path)
+        except Exception as error:  # safetensors raises its own Rust error type
+            raise Refusal(unreadable(error, path)) from error
 
     def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The tensors of these keys, on the CPU, in the dtype they are stored in."""
+        """The tensors of these keys, on the CPU, in the dtype they are stored in.
+
+        Raises ValueError if the file changed: scales and scores that were read with it would be another adapter's.
+        """
         if self.path.name == PICKLE:
             return {key: self._unpickled[key] for key in keys}
-        from safetensors import safe_open
-
-        self.path.open("rb").close()
-        with safe_open(self.path, framework="pt") as file:
-            self._check_unchanged()
+        with self._open("pt") as file:
+            # A new owner, mode or link changes the stamp, but not the content.
+            if content_stamp(self.path) != self._stamp and file_sha256(self.path) != self._digest:
+                raise ValueError("it has changed since it was opened; open the pool again")
             return {key: file.get_tensor(key) for key in keys}
 
     def sha256(self) -> str:
         """The digest of its content, as `sha256sum` prints it."""
-        if self._digest is None:
-            digest = file_sha256(self.path)
-            if content_stamp(self.path) != self._stamp:
-                return digest
+        digest = file_sha256(self.path)
+        if content_stamp(self.path) == self._stamp:
             self._digest = digest
-        return self._digest
+        return digest
 
-    def _check_unchanged(self) -> None:
-        """Raises ValueError if the file was replaced or rewritten, since the scales that were read with it and the
-        scores computed from it would then be another adapter's."""
-        now, before = content_stamp(self.path), self._stamp
-        if now == before:
-            return
-        # Size and time may have been set back; but a new owner, mode or link changes the change time, too, and some
-        # network drives change the inode on their own.
-        same = now[3] == before[3] or (self._digest is not None and file_sha256(self.path) == self._digest)
-        if now[:2] != before[:2] or not same:
-            raise ValueError("it has changed since it was opened; open the pool again")
-        self._stamp = now
+    def _open(self, framework: str) -> Any:
+        from safetensors import safe_open
+
+        self.path.open("rb").close()  # safetensors calls a file that may not be read a missing one
+        return safe_open(self.path, framework=framework)
 
     @cached_property
     def _unpickled(self) -> dict[str, torch.Tensor]:
@@ -311,12 +280,10 @@ class WeightFile:
             loaded = torch.load(self.path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:  # torch's own text suggests weights_only=False, which runs the code
             raise ValueError("it holds objects other than tensors, or is damaged; no code in it was run") from error
-        if not isinstance(loaded, dict) or not all(
-            isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
-            for key, value in loaded.items()
-        ):
+        items = loaded.items() if isinstance(loaded, dict) else [(None, None)]
+        if not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided for k, v in items):
             raise ValueError("not a dictionary of dense tensors by name")
-        return {key: value.detach() for key, value in loaded.items()}  # parameters would carry gradients
+        return {key: value.detach() for key, value in items}  # parameters would carry gradients
 
 
 def unreadable(error: Exception, file: Path) -> str:
@@ -327,9 +294,6 @@ def unreadable(error: Exception, file: Path) -> str:
     text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
     doubt = " (truncated or damaged?)" if type(error).__name__ == "SafetensorError" else ""
     return f"{file.name} cannot be read: {text}{doubt}"
-
-
-# -- modules --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -349,65 +313,50 @@ class LoraModule:
 
 
 def module_path(key_path: str) -> str:
-    """The module path of a tensor key, without the wrappers of training tools."""
+    """The path of a tensor key, without the wrappers of training tools."""
     return _INFIX.sub("", _PREFIX.sub("", key_path))
 
 
 @lru_cache(maxsize=256)
 def read_header(shapes: Shapes, config: LoraConfig) -> tuple[dict[str, LoraModule], dict[str, str]]:
-    """Modules and copies of base weights that the keys of a weight file name.
+    """The modules (path -> where its tensors are) and copies (key -> parameter of the base model) in a weight file.
 
-    Equal arguments give the same objects: a pool may have thousands of adapters of one training.
-
-    Returns:
-        module path -> where its tensors are; key -> parameter of the base model that it is a copy of, for tensors that
-        are whole weights.
-
-    Raises:
-        Refusal: the tensors are no LoRA that can be mixed, or not of the ranks that the configuration gives.
+    Copies are whole weights, and the biases beside them. Equal arguments give the same objects: a pool may have
+    thousands of adapters of one training. Raises Refusal if the tensors are no LoRA that can be mixed, or not of the
+    ranks that the configuration gives.
     """
-    whole = {key: module_path(key.removesuffix(".weight")) for key, _ in shapes if _is_whole(key)}
-    copies = {key: f"{path}.weight" for key, path in whole.items()}
-    for key in (key for key, _ in shapes if key.endswith(".bias")):  # saved beside such a weight
-        path = module_path(key.removesuffix(".bias"))
-        if path in whole.values():
-            copies[key] = f"{path}.bias"
-    adapted = {key: shape for key, shape in shapes if key not in copies}
-    matches = {key: _LORA_KEY.match(key) or _EMBEDDING_KEY.match(key) for key in adapted}
-    names = {match["adapter"] or "unnamed" for match in matches.values() if match}
-    if len(names) > 1:
-        raise Refusal(f"the file holds several adapters ({', '.join(sorted(names))}); save each in a folder of its own")
-    sides: dict[str, dict[str, str]] = {}
-    for key, match in matches.items():
+    paths = {key: module_path(key) for key, _ in shapes}
+    copies = {key: path for key, path in paths.items() if path.endswith(".weight") and not _TRAINED.search(key)}
+    whole = {path.removesuffix("weight") + "bias" for path in copies.values()}
+    copies |= {key: path for key, path in paths.items() if path in whole}
+    names, sides = set[str](), dict[str, dict[str, Tensor]]()
+    for key, shape in shapes:
+        if key in copies:
+            continue
+        match = _LORA_KEY.match(key) or _EMBEDDING_KEY.match(key)
         if match is None:
             raise Refusal(next(why for has, why in _OTHER_TENSORS.items() if re.search(has, key)).format(key=key))
+        names.add(match["adapter"] or "unnamed")
         pair = sides.setdefault(module_path(match["module"]), {})
-        if match["side"] in pair:
-            raise Refusal(f"two tensors for one module: {pair[match['side']]} and {key}")
-        pair[match["side"]] = key
+        if match["side"] in pair and len(names) == 1:
+            raise Refusal(f"two tensors for one module: {pair[match['side']][0]} and {key}")
+        pair[match["side"]] = key, shape
+    if len(names) > 1:
+        raise Refusal(f"the file holds several adapters ({', '.join(sorted(names))}); save each in a folder of its own")
     if not sides:
         raise Refusal("the file holds no LoRA tensors: it would do nothing")
-    return {path: _module(path, pair, adapted, config) for path, pair in sides.items()}, copies
+    return {path: _module(path, pair, config) for path, pair in sides.items()}, copies
 
 
-def _is_whole(key: str) -> bool:
-    """Whether a tensor is a weight of the base model itself."""
-    return key.endswith(".weight") and not re.search(r"\.(?:lora_|trainable_tokens_)", key)
-
-
-def _module(path: str, pair: dict[str, str], shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> LoraModule:
-    """Checks the A and B of a module against each other and against the configuration."""
+def _module(path: str, pair: dict[str, Tensor], config: LoraConfig) -> LoraModule:
     if len(pair) != 2:
         raise Refusal(f"module {path} has no lora_{'B' if 'A' in pair else 'A'} tensor")
-    a, b = shapes[pair["A"]], shapes[pair["B"]]
+    (key_a, a), (key_b, b) = pair["A"], pair["B"]
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a + b:
         raise Refusal(f"module {path} has lora_A {list(a)} and lora_B {list(b)}; expected (r, in) and (out, r)")
-    embedding = [_EMBEDDING_KEY.match(key) is not None for key in pair.values()]
-    if any(embedding) and not all(embedding):
-        raise Refusal(f"module {path} is adapted as an embedding and as a linear module: {', '.join(pair.values())}")
-    if a[0] != config.rank(path):
-        raise Refusal(
-            f"{CONFIG} gives rank {config.rank(path)} to module {path}, but its tensors have rank {a[0]}; "
-            "the scale depends on it, so correct r or rank_pattern"
-        )
-    return LoraModule(pair["A"], pair["B"], a[0], a[1], b[0], config.scaling(path, a[0]), all(embedding))
+    embedding, other = (_EMBEDDING_KEY.match(key) is not None for key in (key_a, key_b))
+    if embedding != other:
+        raise Refusal(f"module {path} is adapted as an embedding and as a linear module: {key_a}, {key_b}")
+    if a[0] != config.rank(path):  # on which the scale depends
+        raise Refusal(f"{CONFIG} gives rank {config.rank(path)} to module {path}, but its tensors have rank {a[0]}")
+    return LoraModule(key_a, key_b, a[0], a[1], b[0], config.scaling(path, a[0]), embedding)

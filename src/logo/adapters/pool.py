@@ -25,13 +25,12 @@ from logo.adapters.sources import (
     Source,
     download_adapters,
     gather,
-    no_adapters,
     official_folder,
     parse_sources,
     pool_sources,
     spec_of,
 )
-from logo.errors import AdapterError, LeftOut, PoolError, UsageError, closest
+from logo.errors import AdapterError, LeftOut, PoolError, closest, listed
 from logo.hub import is_hub_spec
 from logo.identity import pool_digest
 
@@ -57,7 +56,9 @@ class AdapterPool:
         ordered = sorted(adapters, key=lambda a: a.name)
         for before, adapter in itertools.pairwise(ordered):
             if before.name == adapter.name:
-                raise _taken(adapter.name)
+                raise PoolError(
+                    f"the pool already has an adapter {adapter.name!r}; remove it first, or use another name"
+                )
         self._adapters = {adapter.name: adapter for adapter in ordered}
         self.default_k = default_k
         self.refused: tuple[AdapterError, ...] = tuple(refused)
@@ -67,8 +68,7 @@ class AdapterPool:
     def open(cls, sources: str | Path | Sequence[str | Path], **options: Unpack[PoolOptions]) -> AdapterPool:
         """Opens a pool by name, as `--adapters` does: docs/adapter-pools.md.
 
-        What a repository holds is listed from the Hub. Downloads run in parallel; after an interruption only what is
-        missing is downloaded.
+        Downloads run in parallel; after an interruption only what is missing is downloaded.
 
         Args:
             sources: a folder, in which every folder at any depth that holds `adapter_config.json` or adapter weights is
@@ -91,8 +91,7 @@ class AdapterPool:
         bad: OnBadAdapter = given.pop("on_bad_adapter", "error")
         examples = given.pop("examples", "use")
         found = gather(sources, skip=bad == "skip", **given)
-        where = sources[0].where if len(sources) == 1 and not sources[0].on_hub else spec_of(sources)
-        pool = cls.found(where, found.adapters, found.refused, on_bad_adapter=bad, k=found.k)
+        pool = cls.found(spec_of(sources), found.adapters, found.refused, on_bad_adapter=bad, k=found.k)
         unknown = sorted({key for adapter in pool for key in adapter.config.unknown})
         if unknown:
             warnings.warn(f"{CONFIG}: unknown settings ignored: {', '.join(unknown)}", UserWarning, stacklevel=3)
@@ -111,11 +110,10 @@ class AdapterPool:
         """The pool of the adapters that were found somewhere; raises PoolError as `open`."""
         _refuse(refused, on_bad_adapter, str(where))
         pool = cls(adapters, refused, default_k=k or DEFAULT_K)
-        if len(pool):
-            return pool
-        if refused:
-            raise PoolError(f"no usable adapter in {where}: all {len(refused)} are refused; the first: {refused[0]}")
-        raise PoolError(no_adapters(where))
+        if not len(pool):
+            first = f": all {len(refused)} are refused; the first: {refused[0]}" if refused else ""
+            raise PoolError(f"no usable adapter in {where}{first}")
+        return pool
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,10 +130,9 @@ class AdapterPool:
         return name in self._adapters
 
     def __getitem__(self, name: str) -> Adapter:
-        try:
-            return self._adapters[name]
-        except KeyError:
-            raise PoolError(f"no adapter {name!r} in the pool of {len(self)}{closest(name, self.names)}") from None
+        if name not in self._adapters:
+            raise PoolError(f"no adapter {name!r} in the pool of {len(self)}{closest(name, self.names)}")
+        return self._adapters[name]
 
     def __repr__(self) -> str:
         head = ", ".join(self.names[:3]) + (", ..." if len(self) > 3 else "")
@@ -161,14 +158,11 @@ class AdapterPool:
     def add(self, adapter: Adapter | str | Path, name: str | None = None, *, allow_pickle: bool = False) -> AdapterPool:
         """The pool with one more adapter.
 
-        Args:
-            adapter: an adapter, a folder, or, if there is no such folder, a source on the Hub
-                (`namespace/name[/folder][@revision]`).
-            name: default: that of the adapter, the folder or the source.
+        `adapter` may be an adapter, a folder, or, if there is no such folder, a source on the Hub
+        (`namespace/name[/folder][@revision]`), after which it is named by default.
 
         Raises:
-            AdapterError: the folder cannot be used.
-            HubError: it cannot be downloaded.
+            AdapterError, HubError: it cannot be used or downloaded.
             PoolError: the pool has an adapter of that name already.
         """
         if isinstance(adapter, str) and is_hub_spec(adapter):
@@ -179,10 +173,7 @@ class AdapterPool:
             adapter = open_adapter(adapter, name, allow_pickle=allow_pickle)
         elif name is not None:
             adapter = replace(adapter, name=name)
-        if adapter.name in self:
-            raise _taken(adapter.name)
-        refused = (error for error in self.refused if error.name != adapter.name)
-        return self._with([*self, adapter], refused)
+        return self._with([*self, adapter], (error for error in self.refused if error.name != adapter.name))
 
     def remove(self, name: str) -> AdapterPool:
         """The pool without an adapter. Raises PoolError if there is none of that name."""
@@ -199,69 +190,47 @@ class AdapterPool:
             chosen.update(matches)
         return self._with((one for one in self if one.name in chosen), ())
 
-    def below(self, folder: str) -> AdapterPool:
-        """The pool with the names `{folder}/{name}`."""
-        return self._with(replace(adapter, name=f"{folder}/{adapter.name}") for adapter in self)
-
     def without_examples(self) -> AdapterPool:
         """The pool without example prompts."""
-        return self._with(replace(adapter, given_examples=()) for adapter in self)
+        return self._with(replace(adapter, examples=()) for adapter in self)
 
     def acting(self, forced: str | None, without: str | None = None) -> AdapterPool:
         """The pool with the activation that a user wants; see `logo.adapters.activation.acting`."""
         if forced is None and without in (None, OFF):
             return self
-        made = []
-        for adapter in self:
-            try:
-                made.append(replace(adapter, activation=acting(adapter.activation, forced, without)))
-            except UsageError as error:
-                raise UsageError(f"adapter {adapter.name!r}: {error}") from None
-        return self._with(made)
+        return self._with(replace(one, activation=acting(one.activation, forced, without)) for one in self)
 
     def fit(
         self, layout: BaseLayout, *, model: nn.Module | None = None, on_bad_adapter: OnBadAdapter = "error"
     ) -> AdapterPool:
-        """The pool with its adapters matched to a base model's modules.
+        """The pool with its adapters matched to a base model's modules; see `Adapter.fit`.
 
-        Args:
-            model: the base model. Adapters that hold copies of its weights do not fit without.
-
-        Raises:
-            PoolError: an adapter does not fit and `on_bad_adapter` is `"error"`, none fits at all, or there is none.
+        Raises PoolError if an adapter does not fit and `on_bad_adapter` is `"error"`, or if none fits.
         """
-        if not len(self):
-            raise PoolError("the pool is empty: there is no adapter to fit to the base model")
-        made, refused = dict[str, Adapter](), list[AdapterError]()
+        made, refused = list[Adapter](), list[AdapterError]()
         known: dict[int, Adapter] = {}  # adapters that share their modules fit alike
         for adapter in self:
             alike = None if adapter.copies else known.get(id(adapter.modules))
             try:
-                fit = adapter.fit(layout, model) if alike is None else replace(adapter, modules=alike.modules)
+                made.append(adapter.fit(layout, model) if alike is None else replace(adapter, modules=alike.modules))
+                known[id(adapter.modules)] = made[-1]
             except AdapterError as error:
                 refused.append(error)
-            else:
-                made[adapter.name] = known[id(adapter.modules)] = fit
         _refuse(refused, on_bad_adapter, "the pool")
-        if dropped := [adapter for adapter in self if adapter.copies and adapter.name in made]:
-            more = f" and {len(dropped) - 1} more adapters" if len(dropped) > 1 else ""
+        if not made:
+            first = f"; the first: {refused[0]}" if refused else ""
+            raise PoolError(f"none of the {len(self)} adapters fits the base model{first}")
+        if dropped := [one.name for one in made if self[one.name].copies]:
             warnings.warn(
-                f"adapter {dropped[0].name!r}{more}: copies of base weights "
-                f"({', '.join([*dropped[0].copies.values()][:3])}) equal those of the base model and are left out",
+                f"adapters {listed(dropped)}: copies of base weights equal those of the base model and are left out",
                 UserWarning,
                 stacklevel=2,
             )
-        if not made:
-            raise PoolError(f"none of the {len(self)} adapters fits the base model; the first: {refused[0]}")
-        return self._with(made.values(), (*self.refused, *refused))
+        return self._with(made, (*self.refused, *refused))
 
     def without(self, refused: Sequence[AdapterError]) -> AdapterPool:
-        """The pool without adapters that a base model refused; itself if it holds none of them.
-
-        Args:
-            refused: as `fit` gives it: those that this pool knows come first.
-        """
-        new = refused[len(self.refused) :]
+        """The pool without adapters that a base model refused, as `fit` gives them; itself if it holds none of them."""
+        new = refused[len(self.refused) :]  # those that this pool knows come first
         gone = {error.name for error in new}
         return self._with((one for one in self if one.name not in gone), (*self.refused, *new)) if new else self
 
@@ -272,10 +241,7 @@ class AdapterPool:
 class CurrentPool:
     """The pool that an engine uses from its next call on; `add` and `remove` put another one in its place.
 
-    It is read like the pool.
-
-    Attributes:
-        value: the pool.
+    It is read like the pool, which is its `value`.
     """
 
     def __init__(self, value: AdapterPool) -> None:
@@ -284,8 +250,7 @@ class CurrentPool:
 
     def add(self, adapter: Adapter | str | Path, name: str | None = None, *, allow_pickle: bool = False) -> Adapter:
         """Adds an adapter and returns it; arguments and errors as `AdapterPool.add`."""
-        added = AdapterPool().add(adapter, name, allow_pickle=allow_pickle)  # opened before others have to wait
-        [made] = added
+        [made] = AdapterPool().add(adapter, name, allow_pickle=allow_pickle)  # opened before others have to wait
         with self._changing:
             self.value = self.value.add(made)
         return made
@@ -332,37 +297,26 @@ def open_pool(
 
 
 def officially_named(pool: AdapterPool, base_model: str, adapters: str | None = None) -> AdapterPool:
-    """The published pool with the official script's names (`Llama-3.1-8B-loras-flanv2/flanv2.aeslc`); any other pool is
-    returned as it is.
-
-    Args:
-        adapters: the argument of `open_pool`.
-    """
+    """The published pool with the official script's names (`Llama-3.1-8B-loras-flanv2/flanv2.aeslc`), or any other pool
+    as it is; `adapters` is the argument of `open_pool`."""
     folder = official_folder(base_model)
     sources = () if adapters is None else parse_sources(adapters)
-    published = adapters is None or [Path(one.below or one.where).name for one in sources] == [folder]
-    return pool.below(folder) if folder is not None and published else pool
+    if folder is None or (adapters is not None and [Path(one.below or one.where).name for one in sources] != [folder]):
+        return pool
+    renamed = (replace(adapter, name=f"{folder}/{adapter.name}") for adapter in pool)
+    return AdapterPool(renamed, pool.refused, default_k=pool.default_k)
 
 
 def warn_of_bad(refused: Iterable[AdapterError]) -> None:
     """Warns of bad adapters that are left out of a pool, with the reasons of the first three."""
-    if bad := _bad(refused):
-        more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+    if bad := [str(error) for error in refused if not isinstance(error, LeftOut)]:
         count = f"{len(bad)} bad adapter{'s are' if len(bad) > 1 else ' is'}"
-        warnings.warn(f"{count} left out of the pool: {'; '.join(map(str, bad[:3]))}{more}", UserWarning, stacklevel=3)
-
-
-def _bad(refused: Iterable[AdapterError]) -> list[AdapterError]:
-    """Without those that are left out although nothing is wrong with them."""
-    return [error for error in refused if not isinstance(error, LeftOut)]
-
-
-def _taken(name: str) -> PoolError:
-    return PoolError(f"the pool already has an adapter {name!r}; remove it first or choose another name")
+        warnings.warn(f"{count} left out of the pool: {listed(bad)}", UserWarning, stacklevel=3)
 
 
 def _refuse(refused: Sequence[AdapterError], on_bad_adapter: OnBadAdapter, where: str) -> None:
-    bad = _bad(refused)
+    """Raises PoolError if an adapter is bad and none may be; those that are only left out are not."""
+    bad = [error for error in refused if not isinstance(error, LeftOut)]
     if bad and on_bad_adapter == "error":
         more = f" ({len(bad) - 1} more bad in {where})" if len(bad) > 1 else ""
         hint = "leave bad ones out with --on-bad-adapter skip (on_bad_adapter='skip'), or see `logo pool inspect`"

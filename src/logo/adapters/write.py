@@ -20,7 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from logo.adapters.activation import EVERYWHERE, noted
 from logo.adapters.adapter import Adapter, LoraWeights, open_adapter
@@ -44,17 +44,14 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[st
 
 def plain_tensors(weights: Mapping[str, LoraWeights]) -> dict[str, Tensor]:
     """Factors under PEFT's keys; scales are left to the configuration."""
-    return {
-        f"base_model.model.{path}.lora_{side}.weight": tensor
-        for path, one in weights.items()
-        for side, tensor in (("A", one.A), ("B", one.B))
-    }
+    sides = {f"base_model.model.{path}.lora_A.weight": one.A for path, one in weights.items()}
+    return sides | {f"base_model.model.{path}.lora_B.weight": one.B for path, one in weights.items()}
 
 
 def write_mixture(
     parts: Sequence[tuple[Adapter, float]], folder: Path, linear: Collection[str], base_model: str | None = None
 ) -> Path:
-    """Writes the weighted sum of adapters as one adapter, in float32.
+    """Writes the weighted sum of adapters as one adapter, in float32, and returns its folder.
 
     Args:
         parts: adapters fitted to the base model, with their weights; those of weight 0 are left out.
@@ -62,31 +59,38 @@ def write_mixture(
         linear: paths of the base model's linear modules.
         base_model: its name or folder, for the configuration.
 
-    Returns:
-        The folder.
-
     Raises:
         UsageError: there is nothing to write, adapters act on different tokens, or the folder holds something already.
         StorageError: it cannot be written.
     """
+    import torch
+
     parts = [(adapter, weight) for adapter, weight in parts if weight]
     if not parts:
         raise UsageError("the mixture has no adapter, so there is nothing to write")
     activations = {adapter.activation for adapter, _ in parts}
     if len(activations) > 1:
+        found = ", ".join(sorted(map(str, activations)))
         raise UsageError(
-            f"the mixture's adapters act on different tokens ({', '.join(sorted(map(str, activations)))}), which one "
-            "adapter cannot: leave some out, or force one activation on all (--activation)"
+            f"the mixture's adapters act on different tokens ({found}): force one activation (--activation)"
         )
     [activation] = activations
-    stacked = _stacked(parts)
+    stacked: dict[str, LoraWeights] = {}
+    for adapter, weight in parts:
+        for path, one in _linear(adapter).items():
+            a, b = one.A.float(), weight * one.scaled_b()
+            if path in stacked:
+                a, b = torch.cat([stacked[path].A, a]), torch.cat([stacked[path].B, b], dim=1)
+            stacked[path] = LoraWeights(a, b, 1.0)
     ranks = {path: len(one.A) for path, one in stacked.items()}
     [(rank, _)] = Counter(ranks.values()).most_common(1)
     others = {re.escape(path): found for path, found in ranks.items() if found != rank}
     config: dict[str, object] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model}
     config |= {"inference_mode": True, "bias": "none", "lora_dropout": 0.0, "use_rslora": False}
     config |= {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)}
-    config["target_modules"] = _targets(ranks, linear)
+    names = {path.rsplit(".", 1)[-1] for path in ranks}
+    named = {path for path in linear if path.rsplit(".", 1)[-1] in names}
+    config["target_modules"] = sorted(names if named == set(ranks) else ranks)  # full paths, if others are called so
     if activation.tokens:
         config["alora_invocation_tokens"] = list(activation.tokens)
     above = folder.absolute()
@@ -117,18 +121,12 @@ def convert_initial(trained: Path, initial: Path, out: Path, *, allow_pickle: bo
     adapter, start = (open_adapter(one, allow_pickle=allow_pickle, unconverted=True) for one in (trained, initial))
     config = read_raw(trained)
     if changed_base(config) is None:
-        raise AdapterError(
-            adapter.name,
-            f"init_lora_weights is {config.get('init_lora_weights', True)!r}, which names no initialisation that "
-            "changed the base weights (PEFT writes true after a conversion); an adapter of this kind names it, such as "
-            "'pissa'",
-        )
-    weights = _linear(adapter)
-    first = {core_path(path): one for path, one in _linear(start).items()}
+        init = f"init_lora_weights is {config.get('init_lora_weights', True)!r}"
+        raise AdapterError(adapter.name, f"{init}, which names no initialisation that changed the base weights")
+    weights, first = _linear(adapter), {core_path(path): one for path, one in _linear(start).items()}
     if first.keys() != {core_path(path) for path in weights}:
         raise AdapterError(adapter.name, f"its initial adapter {initial} adapts other modules")
-    both: dict[str, LoraWeights] = {}
-    same = True
+    both, same = dict[str, LoraWeights](), True
     for path, one in weights.items():
         before = first[core_path(path)]
         alike = before.A.shape == one.A.shape and before.B.shape == one.B.shape
@@ -138,48 +136,21 @@ def convert_initial(trained: Path, initial: Path, out: Path, *, allow_pickle: bo
         # Different dtypes are promoted to the wider one.
         both[path] = LoraWeights(torch.cat([one.A, before.A]), torch.cat([one.B, -before.B], dim=1), one.scaling)
     if same:
-        why = f"its initial adapter {initial} is the same: give the adapter as it was before training"
-        raise AdapterError(adapter.name, why)
-    with new_folder(out) as part:
-        save_adapter(part, plain_tensors(both), config | _doubled(config))
-
-
-def _doubled(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings for twice the rank and the same scale: alpha grows by 2 with `alpha / r`, by √2 with `alpha / √r`."""
+        raise AdapterError(
+            adapter.name, f"its initial adapter {initial} is the same: give it as it was before training"
+        )
+    # Twice the rank and the same scale: alpha grows by 2 with `alpha / r`, by √2 with `alpha / √r`.
     grown = math.sqrt(2) if config.get("use_rslora") else 2
-    return {
-        "init_lora_weights": True,
-        "r": 2 * config.get("r", 8),
-        "lora_alpha": grown * config.get("lora_alpha", 8),
-        "rank_pattern": {key: 2 * rank for key, rank in (config.get("rank_pattern") or {}).items()},
-        "alpha_pattern": {key: grown * alpha for key, alpha in (config.get("alpha_pattern") or {}).items()},
-    }
+    for key, pattern, factor in (("r", "rank_pattern", 2), ("lora_alpha", "alpha_pattern", grown)):
+        config[key] = factor * config.get(key, 8)
+        config[pattern] = {module: factor * value for module, value in (config.get(pattern) or {}).items()}
+    with new_folder(out) as part:
+        save_adapter(part, plain_tensors(both), config | {"init_lora_weights": True})
 
 
 def _linear(adapter: Adapter) -> dict[str, LoraWeights]:
-    """The factors of an adapter; raises AdapterError unless it is `s B A` on linear modules, since no other kind can be
-    written."""
+    """The factors of an adapter. Raises AdapterError unless it is `s B A` on linear modules, which alone is written."""
     for path, module in adapter.modules.items():
         if module.embedding:
             raise AdapterError(adapter.name, f"it adapts an embedding ({path}), which cannot be rewritten yet")
     return adapter.read()
-
-
-def _stacked(parts: Sequence[tuple[Adapter, float]]) -> dict[str, LoraWeights]:
-    """The factors side by side, by module path."""
-    import torch
-
-    read = [(_linear(adapter), weight) for adapter, weight in parts]
-    stacked = {}
-    for path in dict.fromkeys(path for weights, _ in read for path in weights):
-        held = [(weights[path], weight) for weights, weight in read if path in weights]
-        b = torch.cat([w * one.scaled_b() for one, w in held], dim=1)
-        stacked[path] = LoraWeights(torch.cat([one.A.float() for one, _ in held]), b, 1.0)
-    return stacked
-
-
-def _targets(paths: Collection[str], linear: Collection[str]) -> list[str]:
-    """Module names if every module of these names is adapted, else full paths."""
-    names = {path.rsplit(".", 1)[-1] for path in paths}
-    named = {path for path in linear if path.rsplit(".", 1)[-1] in names}
-    return sorted(names if named == set(paths) else paths)

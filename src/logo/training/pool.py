@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save
 from torch import Tensor
 
-from logo.adapters.activation import Activation, noted, noted_k
+from logo.adapters.activation import Activation, noted, read_notes
 from logo.adapters.examples import examples_text
 from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, RECORD, SAFETENSORS, Refusal, parse_config, read_raw
 from logo.errors import StorageError, UsageError
@@ -109,7 +109,7 @@ def write_pool(root: Path, facts: Mapping[str, Any], names: Mapping[str, str]) -
     """
     adapters = {path.relative_to(root).as_posix(): record_of(path) for path in _folders(root)}
     adapters = {name: record for name, record in adapters.items() if record is not None}
-    k = noted_k(root)
+    k = read_notes(root).get("k")
     whole = {**facts, "adapters": adapters, "failed": dict(names), **({} if k is None else {"k": k})}
     replace_file(root / NOTES, (json.dumps(whole, indent=2) + "\n").encode())
 

@@ -41,8 +41,10 @@ def lock(
         raise UsageError(f"--out {output}: expected a name that ends with {' or '.join(SUFFIXES)}")
     if output.exists() and not replaces:
         raise UsageError(f"--out {output}: exists already; choose another name, or add --replace")
-    kept = {entry.name: entry.examples for entry in read_manifest(output).entries} if output.exists() else {}
     asked = [source for text in sources for source in _sources(text)]
+    manifests = [Path(source.where) for source in asked if source.kind == "manifest"]
+    manifests += [output] if output.exists() else []
+    kept = {entry.name: entry.examples for file in manifests for entry in read_manifest(file).entries}
     skip = on_bad_adapter == "skip"
     found = gather(asked, allow_pickle=allow_pickle, skip=skip, verify=True if skip else None)
 
@@ -60,8 +62,8 @@ def lock(
     entries = []
     for adapter in pool:
         origin = found.origins[adapter.name]
-        examples = kept.get(adapter.name) or adapter.given_examples
-        entries.append(Entry(_source(origin, output), adapter.name, origin.revision, adapter.sha256, examples))
+        told = kept.get(adapter.name)
+        entries.append(Entry(_source(origin, output), adapter.name, origin.revision, adapter.sha256, told))
     write_manifest(output, Manifest(entries, found.k))
     if json:
         print_json({"out": str(output), "adapters": list(map(vars, entries)), "refused": refusals(pool.refused)})

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from logo.adapters.adapter import own_name
-from logo.adapters.peft import NOTES
 from logo.adapters.pool import AdapterPool
-from logo.adapters.sources import Source, gather
+from logo.adapters.sources import Source
 from logo.cli.options import Json, argument, usual
-from logo.cli.output import note, out, print_json, size
+from logo.cli.output import out, print_json, size
 from logo.cli.pool.common import Folder, OnBadAdapter, refusals, tell_refused
 
 
@@ -36,32 +35,19 @@ def push(
 
     Example: `logo pool push adapters/ org/my-loras --private --dry-run`
     """
-    from logo.adapters.publish import checked, contents_of, stays_behind
+    from logo.adapters.publish import contents_of
     from logo.adapters.publish import push as send
 
-    if (folder / NOTES).is_file():  # before its content is used
-        checked(folder / NOTES, folder)
-    found = gather([Source("folder", str(folder))], verify=True)
-
-    def left(name: str) -> bool:  # never the folder that the user named
-        return stays_behind(name) and name != own_name(folder)
-
-    names = [one.name for one in found.adapters] + [one.name for one in found.refused]
-    checkpoints = sorted(filter(left, names))
-    kept = [one for one in found.adapters if not left(one.name)]
-    bad = [one for one in found.refused if not left(one.name)]
-    pool = AdapterPool.found(folder, kept, bad, on_bad_adapter=on_bad_adapter)
+    pool = AdapterPool.opened([Source("folder", str(folder))], {"verify": True, "on_bad_adapter": on_bad_adapter})
     tell_refused(pool.refused)
-    if checkpoints:
-        note(f"left out: {len(checkpoints)} checkpoints, such as {checkpoints[0]}")
     contents = contents_of(folder, list(pool), repo, path_in_repo, licence)
     targets = {path: len(one) if isinstance(one, bytes) else one.stat().st_size for path, one in contents.items()}
     message = message or f"{len(contents)} files of the pool {own_name(folder)}"
     address = None if dry_run else send(repo, contents, private=private, message=message)
     if json:
         files = [{"path": path, "bytes": count} for path, count in targets.items()]
-        report = {"repo": repo, "url": address, "files": files, "left_out": checkpoints}
-        print_json({**report, "refused": refusals(pool.refused)})
+        report = {"repo": repo, "url": address, "files": files, "refused": refusals(pool.refused)}
+        print_json(report)
         return
     for path, count in targets.items() if dry_run else ():
         out.print(f"{path}  {size(count)}", markup=False)
