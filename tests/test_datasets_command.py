@@ -147,7 +147,7 @@ def test_a_wrong_call_is_one_line(
 def test_a_data_folder_that_cannot_be_is_said_first(capsys: pytest.CaptureFixture[str], raw: Path) -> None:
     Path("taken").write_text("")
     code, _, err = logo(capsys, "prepare", "anli.r1", "--from", str(raw), "--data-dir", "taken")
-    assert code == 1 and len(err.splitlines()) == 1 and "name another with --data-dir" in err
+    assert code == 1 and len(err.splitlines()) == 1 and "cannot be written" in err
 
 
 # --- the Hub
@@ -210,7 +210,7 @@ def test_from_the_hub_through_its_own_client(tmp_path: Path) -> None:
         offline = client(hub, tmp_path / "home", *again, HF_HUB_OFFLINE="1")
         assert offline.returncode == 1 and hub.requests == []
         [error, _] = offline.stderr.splitlines()
-        assert "wmt14.fr-en: Hub repo datasets/wmt/wmt14: not in the cache, and HF_HUB_OFFLINE=1 forbids" in error
+        assert "wmt14.fr-en: Hub repo datasets/wmt/wmt14: not in the cache, and offline" in error
     for split in ("test", "train"):
         made = dataset_file("again", "gem.e2e_nlg", split).read_bytes()
         assert made == dataset_file("data", "gem.e2e_nlg", split).read_bytes()

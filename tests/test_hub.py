@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from hub_server import FOREVER, GOOD_TOKEN, STRANGER_TOKEN, HubServer
 from logo.errors import HubError, UsageError
-from logo.hub import check_revision, clean_subfolder, download_files, hub_error, is_hub_id, split_hub_spec
+from logo.hub import check_revision, clean_subfolder, hub_error, is_hub_id, split_hub_spec
 from tolerances import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -363,8 +363,6 @@ def test_a_revision_that_git_would_refuse_is_refused(revision: str) -> None:
 )
 def test_what_is_no_repo_id(repo_id: str) -> None:
     assert not is_hub_id(repo_id)
-    with pytest.raises(UsageError, match="is not a Hub repo id"):
-        download_files(repo_id, [])
 
 
 @pytest.mark.parametrize(

@@ -21,21 +21,13 @@ _OFFLINE = "not in the cache, and offline (HF_HUB_OFFLINE=1 or local_files_only)
 
 
 class DownloadOptions(TypedDict, total=False):
-    """How files are downloaded from the Hub.
+    """How files are downloaded from the Hub."""
 
-    Attributes:
-        token: a Hub token; True for the stored one, False for none, None for `huggingface_hub`'s default.
-        cache_dir: where snapshots are kept. Default: `HF_HUB_CACHE`.
-        local_files_only: do not connect (`HF_HUB_OFFLINE=1` does the same for the whole process).
-        max_workers: files downloaded at the same time. Default: 8.
-        progress: show `huggingface_hub`'s progress bars. Default: True.
-    """
-
-    token: str | bool | None
-    cache_dir: str | Path | None
-    local_files_only: bool
-    max_workers: int
-    progress: bool
+    token: str | bool | None  # a Hub token; True: the stored one; False: none; None: `huggingface_hub`'s default
+    cache_dir: str | Path | None  # where snapshots are kept; default: `HF_HUB_CACHE`
+    local_files_only: bool  # do not connect (`HF_HUB_OFFLINE=1` does the same for the whole process)
+    max_workers: int  # files downloaded at the same time; default: 8
+    progress: bool  # show `huggingface_hub`'s progress bars; default: True
 
 
 def is_repo_id(text: str) -> bool:
@@ -80,9 +72,13 @@ def check_revision(repo_id: str, revision: str | None) -> None:
         raise UsageError(f"Hub repo {repo_id}: {revision!r} is not a branch, a tag or a commit")
 
 
-def snapshot(repo_id: str, *, progress: bool = True, **options: Any) -> Path:
-    """The folder that `huggingface_hub.snapshot_download` makes with these options. Its warning that no file matches is
-    dropped, because callers raise a clearer error."""
+def snapshot(repo_id: str, *, revision: str | None = None, progress: bool = True, **options: Any) -> Path:
+    """The folder that `huggingface_hub.snapshot_download` makes with these options.
+
+    Raises:
+        UsageError: no branch, tag or commit can have the name `revision`.
+        HubError: everything else.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
@@ -91,64 +87,41 @@ def snapshot(repo_id: str, *, progress: bool = True, **options: Any) -> Path:
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
     def keep(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("No files matched")
+        return not record.getMessage().startswith("No files matched")  # callers raise a clearer error
 
+    check_revision(repo_id, revision)
+    options |= {"revision": revision, "library_name": "logo", "tqdm_class": None if progress else Silent}
     logger = logging.getLogger("huggingface_hub._snapshot_download")
     logger.addFilter(keep)
     try:
-        bars = None if progress else Silent
-        return Path(snapshot_download(repo_id, library_name="logo", tqdm_class=bars, **options))
+        return Path(snapshot_download(repo_id, **options))
+    except Exception as error:  # the boundary: httpx, xet and the file system each raise their own kinds
+        raise hub_error(repo_id, error, revision=revision) from error
     finally:
         logger.removeFilter(keep)
 
 
-def download_files(repo_id: str, patterns: list[str], *, revision: str | None = None, **options: Any) -> Path:
-    """Downloads the files of a repository that match, and returns the folder of its snapshot.
-
-    Files that are in the cache already are not downloaded again. Without a connection the cached copy is used, but only
-    if it is known to be complete: a download that was interrupted is an error, never a smaller snapshot.
+def download_files(repo_id: str, patterns: list[str], **options: Any) -> Path:
+    """Downloads what matches and is not in the cache; returns the snapshot's folder. Offline the cached copy is used if
+    it is known to be complete: an interrupted download is an error, never a smaller snapshot.
 
     Args:
         patterns: globs of the files, in which `*` also matches `/`.
-        revision: branch, tag or commit. None: the main branch.
-        **options: see `DownloadOptions`.
-
-    Raises:
-        UsageError: the repo id or the revision has a form that cannot exist.
-        HubError: everything else.
-    """
-    if not is_repo_id(repo_id):
-        raise UsageError(f"{repo_id!r} is not a Hub repo id; expected namespace/name of letters, digits, '-', '_', '.'")
-    check_revision(repo_id, revision)
-    try:
-        folder = snapshot(repo_id, revision=revision, allow_patterns=patterns, **options)
-        _check_complete(repo_id, folder, options)
-    except HubError:
-        raise
-    except Exception as error:  # the boundary: httpx, xet and the file system each raise their own kinds
-        raise hub_error(repo_id, error, revision=revision) from error
-    return folder
-
-
-def _check_complete(repo_id: str, folder: Path, options: dict[str, Any]) -> None:
-    """Raises HubError if nobody can tell, without a connection, whether a snapshot is complete.
-
-    huggingface_hub keeps the listing of a repository next to its snapshot and refuses, without a connection, a snapshot
-    that lacks some of it. But it lets pass a snapshot that has no listing, such as one that single-file downloads
-    (PEFT's, for one) left behind.
+        **options: `revision`, and see `DownloadOptions`. Errors as `snapshot`.
     """
     from huggingface_hub import constants, get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-    if not (options.get("local_files_only") or constants.HF_HUB_OFFLINE):
-        return
-    try:
-        get_cached_repo_tree(repo_id, revision=folder.name, cache_dir=options.get("cache_dir"))
-    except CachedRepoTreeNotFoundError as error:
-        raise HubError(
-            f"Hub repo {repo_id}: offline, and LoGo cannot tell whether its cached copy is complete; run the same "
-            f"command once with a connection, or, if you know that it is, pass its folder: {folder}"
-        ) from error
+    folder = snapshot(repo_id, allow_patterns=patterns, **options)
+    # huggingface_hub keeps a listing and refuses an offline snapshot that lacks some of it, but not one without a
+    # listing, as downloads of single files (PEFT's) leave behind.
+    if options.get("local_files_only") or constants.HF_HUB_OFFLINE:
+        try:
+            get_cached_repo_tree(repo_id, revision=folder.name, cache_dir=options.get("cache_dir"))
+        except CachedRepoTreeNotFoundError as missing:
+            found = f"Hub repo {repo_id}: offline, and LoGo cannot tell whether its cached copy is complete"
+            raise HubError(f"{found}; run this online once, or, if you know that it is, pass: {folder}") from missing
+    return folder
 
 
 def hub_error(repo_id: str, error: BaseException, *, revision: str | None = None) -> HubError:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from logo.errors import LoGoError, ModelError, UsageError, closest
-from logo.hub import check_revision, hub_error, is_hub_id, snapshot
+from logo.hub import hub_error, is_hub_id, snapshot
 
 if TYPE_CHECKING:
     import torch
@@ -57,20 +57,18 @@ def pick_device(device: str = "auto") -> torch.device:
     does not exist here."""
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    apple = torch.backends.mps.is_available()
     if device == "auto":
-        return torch.device("cuda:0" if count else "mps" if apple else "cpu")
+        apple = torch.backends.mps.is_available()
+        return torch.device("cuda:0" if torch.cuda.is_available() else "mps" if apple else "cpu")
     try:
         chosen = torch.device(device)
-    except (RuntimeError, TypeError):
+        count = getattr(torch, chosen.type).device_count()
+    except (RuntimeError, TypeError, AttributeError):
         raise UsageError(f"device {device!r}: expected 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'") from None
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", chosen.index or 0)
-    if (chosen.type == "cuda" and chosen.index >= count) or (chosen.type == "mps" and not apple):
+    if (chosen.index or 0) >= count:
         found = f"{count} GPU(s)" if count else "no GPU"
         raise UsageError(f"device {device!r}: this machine has {found}; use device 'cpu' (--device cpu)")
-    return chosen
+    return torch.device("cuda:0") if device == "cuda" else chosen
 
 
 def load_base(
@@ -239,15 +237,11 @@ def fetch(
     source: str, *, revision: str | None = None, token: str | bool | None = None, config_only: bool = False
 ) -> str:
     """The local folder of a base model: `source` itself, or the snapshot of its Hub repository. Unlike transformers it
-    says within seconds that the Hub cannot be reached, and takes no pickles. Errors as `logo.hub.download_files`."""
+    says within seconds that the Hub cannot be reached, and takes no pickles. Errors as `logo.hub.snapshot`."""
     if not is_hub_id(source):
         return source
-    check_revision(source, revision)
     wanted = {"allow_patterns": ["config.json"] if config_only else _FILES, "ignore_patterns": _LEFT_OUT}
-    try:
-        return str(snapshot(source, progress=not config_only, revision=revision, token=token, **wanted))
-    except Exception as error:  # the boundary, as in `logo.hub.download_files`
-        raise hub_error(source, error, revision=revision) from error
+    return str(snapshot(source, progress=not config_only, revision=revision, token=token, **wanted))
 
 
 @contextmanager
