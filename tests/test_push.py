@@ -171,14 +171,6 @@ def test_a_refusal_is_one_line(hub: WritableHub, pool: Path, token: str | None, 
     assert (token or "x-no-token") not in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
-def test_a_hub_that_is_not_there(pool: Path) -> None:
-    with WritableHub() as hub:
-        pass
-    done = push(hub, pool, "org/loras")
-    assert done.returncode == 1 and "cannot be reached" in done.stderr
-
-
 def test_what_lies_in_linked_folders_is_sent_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "elsewhere", tensors(seed=1), base_model_name_or_path="org/base")
     write(tmp_path / "pool" / "a", base_model_name_or_path="org/base")

@@ -73,8 +73,8 @@ class Activation:
         if found is not None or self.without == OFF:
             return found
         if self.without == ERROR:
-            found = f"the prompt does not contain the invocation tokens {list(self.tokens)} that activate an adapter"
-            raise UsageError(f"{found}: put them where the answer begins, or see --when-not-invoked")
+            lacks = f"the prompt does not contain the invocation tokens {list(self.tokens)} that activate an adapter"
+            raise UsageError(f"{lacks}: put them where the answer begins, or see --when-not-invoked")
         return Activation.parse(self.without).begin(prompt)
 
 

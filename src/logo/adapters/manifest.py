@@ -107,7 +107,8 @@ def _entry(said: Any, number: int) -> Entry:
         right, expected = _KINDS[key]
         if not right(value):
             raise UsageError(f"entry {number}: {key}: expected {expected}, found {value!r}")
-    return Entry(**{key: tuple(value) if key == "examples" else value for key, value in said.items()})
+    fields: dict[str, Any] = {key: tuple(value) if key == "examples" else value for key, value in said.items()}
+    return Entry(**fields)
 
 
 _LINE = (is_line, "a text of one line")

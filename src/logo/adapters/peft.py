@@ -280,10 +280,10 @@ class WeightFile:
             loaded = torch.load(self.path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:  # torch's own text suggests weights_only=False, which runs the code
             raise ValueError("it holds objects other than tensors, or is damaged; no code in it was run") from error
-        items = loaded.items() if isinstance(loaded, dict) else [(None, None)]
-        if not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided for k, v in items):
+        items: dict[Any, Any] = loaded if isinstance(loaded, dict) else {None: loaded}
+        if not all(isinstance(k, str) and getattr(v, "layout", None) == torch.strided for k, v in items.items()):
             raise ValueError("not a dictionary of dense tensors by name")
-        return {key: value.detach() for key, value in items}  # parameters would carry gradients
+        return {key: value.detach() for key, value in items.items()}  # parameters would carry gradients
 
 
 def unreadable(error: Exception, file: Path) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from statistics import fmean
+from typing import Any
 
 from logo.adapters.adapter import Adapter, own_name
 from logo.adapters.peft import CONFIG, NOTES, RECORD, SAFETENSORS
@@ -147,7 +148,7 @@ def _card(
     from huggingface_hub import ModelCardData
 
     base = bases[0] if len(bases) == 1 else "BASE_MODEL"
-    front: dict[str, str] = {"base_model": base, "base_model_relation": "adapter"} if is_repo_id(base) else {}
+    front: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if is_repo_id(base) else {}
     tags = ["lora", "peft", "lora-pool", "logo"]
     data = ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=tags, license=licence, **front)
     rows = []

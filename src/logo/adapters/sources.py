@@ -84,7 +84,7 @@ def parse_sources(texts: str | os.PathLike[str] | Iterable[str | os.PathLike[str
         given = [texts] if isinstance(texts, os.PathLike) else list(texts)
         for one in given:
             check_type("pool", one, (str, os.PathLike), expected)
-        parts = list(map(os.fspath, given))
+        parts = [os.fspath(one) for one in given]
     if not parts or not all(parts):
         raise UsageError("no source of adapters: expected a folder, a manifest or a Hub repository; see --adapters")
     return tuple(dict.fromkeys(map(_source, parts)))
