@@ -158,8 +158,8 @@ def test_private_means_private(hub: WritableHub, pool: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("token", "outage", "said"),
     [
-        (None, None, "does not accept this token, or there is none; set HF_TOKEN"),
-        (STRANGER_TOKEN, None, "this token may not write there"),
+        (None, None, "does not accept this token, or there is none: set HF_TOKEN"),
+        (STRANGER_TOKEN, None, "this token may not do that"),
         (GOOD_TOKEN, 500, "answered with HTTP status 500"),
     ],
 )

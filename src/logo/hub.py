@@ -279,8 +279,8 @@ def _http_reason(repo_id: str, error: HfHubHTTPError, revision: str | None) -> s
         case errors.DisabledRepoError():
             return f"access is disabled by its owner or by the Hub; see {page}"
     meanings = {
-        401: f"the Hub does not accept this token; renew it: {_LOG_IN}",
-        403: f"this token may not read it; give it that right or use another one: {_LOG_IN}",
+        401: f"the Hub does not accept this token, or there is none: {_LOG_IN}",
+        403: f"this token may not do that; give it the right or use another one: {_LOG_IN}",
         429: f"the Hub answered 'too many requests'; wait some minutes ({_LOG_IN} for a higher limit), then {_AGAIN}",
     }
     return meanings.get(status, f"{constants.ENDPOINT} answered with HTTP status {status}; wait, then {_AGAIN}")

@@ -84,11 +84,13 @@ class AdapterPool:
         bad: OnBadAdapter = given.pop("on_bad_adapter", "error")
         examples = given.pop("examples", "use")
         adapters, refused, k = gather(sources, skip=bad == "skip", **given)
+        if examples == "ignore":
+            adapters = [replace(adapter, examples=()) for adapter in adapters]
         pool = cls.found(spec_of(sources), adapters, refused, bad, k)
         unknown = sorted({key for adapter in pool for key in adapter.config.unknown})
         if unknown:
             warnings.warn(f"{CONFIG}: unknown settings ignored: {', '.join(unknown)}", UserWarning, stacklevel=3)
-        return pool.without_examples() if examples == "ignore" else pool
+        return pool
 
     @classmethod
     def found(
@@ -169,10 +171,6 @@ class AdapterPool:
                 raise PoolError(f"no adapter matches {entry!r} in the pool of {len(self)}{closest(entry, self.names)}")
             chosen.update(matches)
         return self._with((one for one in self if one.name in chosen), ())
-
-    def without_examples(self) -> AdapterPool:
-        """The pool without example prompts."""
-        return self._with(replace(adapter, examples=()) for adapter in self)
 
     def acting(self, forced: str | None, without: str | None = None) -> AdapterPool:
         """The pool with the activation that a user wants; see `logo.adapters.activation.acting`."""
