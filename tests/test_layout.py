@@ -167,7 +167,7 @@ def test_another_base_model_is_refused_with_five_offenders_and_a_question(tmp_pa
     ) as caught:
         open_adapter(tmp_path / "for llama").fit(BaseLayout.of(tiny.model("gpt2")))
     assert str(caught.value).count("no such linear module") == 5
-    assert str(caught.value).endswith("and 1 more. Was it trained on another base model?")
+    assert str(caught.value).endswith("and 1 more. Was it trained on another one?")
 
 
 def test_an_ambiguous_module_is_refused_with_what_it_may_be(tmp_path: Path) -> None:

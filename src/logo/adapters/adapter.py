@@ -145,13 +145,11 @@ class Adapter:
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             found = f"{len(problems)} of {len(self.modules)} modules do not match: {'; '.join(problems[:5])}{more}"
-            raise AdapterError(
-                self.name, f"does not fit the base model: {found}. Was it trained on another base model?"
-            )
-        if model is None or any(parameter.is_meta for parameter in model.parameters()):
-            self._check_no_copies()
-        elif self.copies:
+            raise AdapterError(self.name, f"does not fit the base model: {found}. Was it trained on another one?")
+        if self.copies and model is not None and not any(parameter.is_meta for parameter in model.parameters()):
             self._compare(model)
+        else:
+            self._check_no_copies()
         return replace(self, modules=fitted, copies={})
 
     def _compare(self, model: nn.Module) -> None:

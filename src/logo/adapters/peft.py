@@ -235,9 +235,7 @@ class WeightFile:
         """The weight file in a PEFT folder. Raises Refusal if there is none that can and may be read."""
         path = folder / (SAFETENSORS if os.path.isfile(folder / SAFETENSORS) else PICKLE)
         if not os.path.isfile(path):
-            raise Refusal(
-                f"{SAFETENSORS} is missing from {folder} (and {PICKLE}, which is fetched with --allow-pickle)"
-            )
+            raise Refusal(f"{SAFETENSORS} is missing from {folder} ({PICKLE} is fetched with --allow-pickle only)")
         if path.name == PICKLE and not allow_pickle:
             what = f"its weights are pickled ({PICKLE}), and a pickle can run code"
             raise Refusal(f"{what}; convert it to safetensors, or pass --allow-pickle to read tensors only")

@@ -79,9 +79,7 @@ def contents_of(
         above = [home for home in (adapter.folder, *adapter.folder.parents) if home.is_relative_to(root)]
         notes = [home / NOTES for home in above if (home / NOTES).is_file()]
         if adapter.activation.last is not None and not notes:
-            why = (
-                f"because of a {NOTES} in the folder above it, which would not be uploaded: push that, or copy it here"
-            )
+            why = f"because of a {NOTES} in the folder above it, which is not uploaded: push that, or copy it here"
             raise UsageError(f"{adapter.folder} acts on {adapter.activation} {why}")
         sent += [adapter.folder / CONFIG, adapter.folder / SAFETENSORS]
         beside += [*notes, adapter.folder / RECORD]

@@ -92,10 +92,11 @@ def parse_sources(texts: str | os.PathLike[str] | Iterable[str | os.PathLike[str
 
 def spec_of(sources: Sequence[Source]) -> str:
     """The text that `parse_sources` reads as these sources in any working directory."""
-    texts = [_joined(one.where, one.below) if one.on_hub else os.path.abspath(one.where) for one in sources]
-    return ",".join(
-        f"{text}@{one.revision}" if one.revision else text for text, one in zip(texts, sources, strict=True)
-    )
+    texts = []
+    for one in sources:
+        where = one.where if one.on_hub else os.path.abspath(one.where)
+        texts.append(_joined(where, one.below) + (f"@{one.revision}" if one.revision else ""))
+    return ",".join(texts)
 
 
 def pool_sources(

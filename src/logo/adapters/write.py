@@ -126,9 +126,7 @@ def convert_initial(trained: Path, initial: Path, out: Path, *, allow_pickle: bo
         # Different dtypes are promoted to the wider one.
         both[path] = LoraWeights(torch.cat([one.A, before.A]), torch.cat([one.B, -before.B], dim=1), one.scaling)
     if same:
-        raise AdapterError(
-            adapter.name, f"its initial adapter {initial} is the same: give it as it was before training"
-        )
+        raise AdapterError(adapter.name, f"its initial adapter {initial} is the same: give that before training")
     # Twice the rank and the same scale: alpha grows by 2 with `alpha / r`, by √2 with `alpha / √r`.
     grown = math.sqrt(2) if config.get("use_rslora") else 2
     for key, pattern, factor in (("r", "rank_pattern", 2), ("lora_alpha", "alpha_pattern", grown)):
