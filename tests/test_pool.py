@@ -244,7 +244,7 @@ def test_what_is_no_folder_is_a_storage_error(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     for where, why in (("no", "No such file"), ("./f/no", "Not a directory"), ("x" * 300, "File name too long")):
         text = refused(lambda where=where: AdapterPool.open(where), StorageError)
-        assert text.startswith(f"no adapters in {tmp_path / where}: {why}; expected folders that hold {CONFIG}")
+        assert text.startswith(f"no adapters in {tmp_path / where}: {why}") and "expected folders" in text
     assert "found another file" in refused(lambda: AdapterPool.open(tmp_path / "f"), UsageError)
     (tmp_path / "sub").mkdir()
     text = refused(lambda: AdapterPool.open(tmp_path / "sub", on_bad_adapter="skip"))
