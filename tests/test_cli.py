@@ -187,7 +187,11 @@ def test_main_without_the_package_says_what_to_do(tmp_path: Path) -> None:
 
 
 BAD = {
-    "no such folder": (["select", "x", "--adapters", "/no/such"], 1, "adapter folder /no/such: expected a folder"),
+    "no such folder": (
+        ["select", "x", "--adapters", "/no/such"],
+        1,
+        "no adapters in /no/such: No such file or directory",
+    ),
     "k": (["select", "x", *ENGINE, "-k", "0"], 2, "expected 1 or more, found 0"),
     "empty prompt": (["generate", "  ", *ENGINE], 2, "prompt 1 is empty"),
     "option": (["select", "x", "--base-modle", "y"], 2, "--base-model"),
@@ -199,7 +203,7 @@ BAD = {
     "adapter": (["generate", "x", *ENGINE, "--adapter", "ad99"], 1, "did you mean 'ad0"),
     "context": (["generate", "x", *ENGINE, "--max-new-tokens", "5000"], 2, "context holds 4096 tokens"),
     "prompt file": (["select", "--prompts", "/no/such", *ENGINE], 1, "prompt file /no/such"),
-    "pool": (["pool", "inspect", "/no/such"], 1, "expected a folder, found nothing"),
+    "pool": (["pool", "inspect", "/no/such"], 1, "no adapters in /no/such: No such file"),
     "dtype": (["select", "x", *ENGINE, "--dtype", "int8"], 2, "expected 'auto', 'float32'"),
 }
 

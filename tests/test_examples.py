@@ -235,9 +235,9 @@ def test_an_adapter_of_zeros_without_examples_never_wins(llama: nn.Module, folde
     ("content", "reason"),
     [
         ("{", "line 1: expected a JSON object"),
-        ('{"prompt": "fine"}\n[1]', "line 2: expected an object with the text"),
-        ('{"prompt": 3}', "line 1: expected an object with the text"),
-        ('{"prompt": "  "}', "line 1: expected an object with the text"),
+        ('{"prompt": "fine"}\n[1]', "line 2: expected a JSON object with the text"),
+        ('{"prompt": 3}', "line 1: expected a JSON object with the text"),
+        ('{"prompt": "  "}', "line 1: expected a JSON object with the text"),
         (b"\xff\xfe", "cannot be read as UTF-8 text"),
     ],
 )

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from hub_server import FOREVER, GOOD_TOKEN, STRANGER_TOKEN, HubServer
 from logo.errors import HubError, UsageError
-from logo.hub import check_revision, clean_subfolder, hub_error, is_hub_id, split_hub_spec
+from logo.hub import check_revision, clean_subfolder, hub_error, is_hub_id
 from tolerances import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -363,20 +363,6 @@ def test_a_revision_that_git_would_refuse_is_refused(revision: str) -> None:
 )
 def test_what_is_no_repo_id(repo_id: str) -> None:
     assert not is_hub_id(repo_id)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("org/pool", ("org/pool", None, None)),
-        ("org/pool/", ("org/pool", None, None)),
-        ("org/pool/tasks/flan v2", ("org/pool", "tasks/flan v2", None)),
-        ("org/pool@v1.0", ("org/pool", None, "v1.0")),
-        ("org/pool/tasks/a@refs/pr/4", ("org/pool", "tasks/a", "refs/pr/4")),
-    ],
-)
-def test_specs(text: str, expected: tuple[str, str | None, str | None]) -> None:
-    assert split_hub_spec(text) == expected
 
 
 def test_an_unknown_error_is_one_line_without_secrets() -> None:

@@ -85,7 +85,7 @@ def test_as_peft_converts(tmp_path: Path, init: str, settings: dict[str, Any]) -
             {"weights": {key: value for key, value in tensors().items() if "q_proj" in key}},
             "adapts other modules",
         ),
-        ({"init_lora_weights": "pissa"}, {"weights": tensors(seed=0)}, "is the same: give the adapter as it was"),
+        ({"init_lora_weights": "pissa"}, {"weights": tensors(seed=0)}, "is the same: give that before training"),
         ({}, {}, "init_lora_weights is True, which names no initialisation that changed the base weights"),
         ({"init_lora_weights": "pissa", "use_dora": True}, {}, "it is a DoRA adapter"),
     ],

@@ -61,14 +61,6 @@ def test_below_the_wrappers_every_segment_has_to_agree(path: list[str], data: st
     assert there.matches(".".join(other)) == ([".".join(path)] if same else [])
 
 
-@calm
-@given(st.integers(1, 12), st.data())
-def test_every_path_of_a_model_matches_itself(count: int, data: st.DataObject) -> None:
-    there = layers(count)
-    path = data.draw(st.sampled_from(sorted(there.shapes)))
-    assert there.matches(path) == [path]
-
-
 @pytest.mark.parametrize(
     "path", ["q_proj", "self_attn.q_proj", "0.self_attn.q_proj", "ayers.0.self_attn.q_proj", "", "."]
 )
@@ -80,13 +72,10 @@ def test_a_path_that_is_too_short_to_tell_the_layer_matches_nothing(path: str) -
     ("base", "adapter"),
     [
         ("model.layers", "layers"),
-        ("layers", "model.layers"),
         ("model.language_model.layers", "model.layers"),
-        ("model.layers", "language_model.model.layers"),
         ("model.layers", "model.language_model.layers"),
         ("model.text_model.layers", "layers"),
         ("transformer.h", "h"),
-        ("h", "transformer.h"),
         ("model.layers", "module.base_model.model.model.layers"),
     ],
 )
@@ -178,7 +167,7 @@ def test_another_base_model_is_refused_with_five_offenders_and_a_question(tmp_pa
     ) as caught:
         open_adapter(tmp_path / "for llama").fit(BaseLayout.of(tiny.model("gpt2")))
     assert str(caught.value).count("no such linear module") == 5
-    assert str(caught.value).endswith("and 1 more. Was it trained on another base model?")
+    assert str(caught.value).endswith("and 1 more. Was it trained on another one?")
 
 
 def test_an_ambiguous_module_is_refused_with_what_it_may_be(tmp_path: Path) -> None:

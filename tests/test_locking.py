@@ -134,12 +134,6 @@ def test_names_that_a_manifest_cannot_hold(tmp_path: Path, capsys: pytest.Captur
     assert AdapterPool.open(manifest).names == ("plain",)
 
 
-def test_examples_are_no_part_of_the_key_of_calibrations(pool: Path) -> None:
-    key = AdapterPool.open("mine")["b"].digest
-    write_examples(pool / "b", ["three"])
-    assert AdapterPool.open("mine")["b"].digest == key
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -23,7 +23,7 @@ from logo.adapters.examples import write_examples
 from logo.adapters.layout import BaseLayout, LinearShape
 from logo.adapters.pool import DEFAULT_K, CurrentPool, open_pool
 from logo.adapters.sources import default_k, pool_sources
-from logo.errors import AdapterError, LoGoError, PoolError, StorageError, UsageError
+from logo.errors import LoGoError, PoolError, StorageError, UsageError
 from logo.models import DEMO_K, demo_folder
 from logo.selection.settings import SelectionSettings
 from logo.training.pool import write_pool
@@ -119,7 +119,7 @@ def test_the_digest_is_of_weights_scales_and_examples_not_of_folders(tmp_path: P
     write_examples(tmp_path / "told" / "x", ["a prompt"])
     found = {name: AdapterPool.open(tmp_path / name) for name in ("a", "b", "scaled", "other", "named", "told")}
     digests = {name: pool.digest for name, pool in found.items()}
-    assert digests["a"] == digests["b"] == found["told"].without_examples().digest
+    assert digests["a"] == digests["b"] == AdapterPool.open(tmp_path / "told", examples="ignore").digest
     assert len(set(digests.values())) == 5
     assert found["a"].acting("last:2").digest != digests["a"]
 
@@ -153,13 +153,6 @@ def test_a_change_is_not_lost_when_the_pool_before_it_is_replaced(one: Adapter) 
     assert current.value is before
 
 
-def test_adding_a_bad_folder_is_refused_and_changes_nothing(one: Adapter, tmp_path: Path) -> None:
-    current = CurrentPool(AdapterPool([one]))
-    pool = current.value
-    assert refused(lambda: current.add(tmp_path / "nowhere"), AdapterError).startswith("adapter 'nowhere': ")
-    assert current.value is pool
-
-
 def test_an_unknown_name_is_met_with_the_closest(one: Adapter) -> None:
     pool = AdapterPool(replace(one, name=name) for name in ("flanv2.wmt16", "flanv2.rte"))
     asked = refused(lambda: pool["flanv2.wnt16"])
@@ -174,14 +167,9 @@ def test_an_unknown_name_is_met_with_the_closest(one: Adapter) -> None:
 @pytest.mark.parametrize(
     ("asked", "chosen"),
     [
-        ("b", ("b",)),
-        (["b", "a"], ("a", "b")),
-        (["a", "a"], ("a",)),
-        ("t/*", ("t/x", "t/y")),
+        (["b", "a", "a"], ("a", "b")),
         (["t/*", "t/x", "?"], ("a", "b", "t/x", "t/y")),
-        ("*[xy]", ("t/x", "t/y")),
         ("odd[1]", ("odd[1]",)),
-        ("*", ("a", "b", "odd[1]", "t/x", "t/y")),
     ],
 )
 def test_a_subset_is_chosen_by_names_and_patterns(one: Adapter, asked: Any, chosen: tuple[str, ...]) -> None:
@@ -223,25 +211,17 @@ def test_two_folders_of_one_name_are_refused_by_name(tmp_path: Path) -> None:
     assert "rename one of them" in pool.refused[0].reason
 
 
-def test_links_in_a_circle_end(tmp_path: Path) -> None:
+def test_links_in_a_circle_end_and_dead_ones_are_named(tmp_path: Path) -> None:
     put(tmp_path, "a", "b/c")
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     (tmp_path / "b" / "itself").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "gone").symlink_to(tmp_path / "no such folder")
+    (tmp_path / ".hidden").symlink_to(tmp_path / "no such folder")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     pool = AdapterPool.open(tmp_path)
     assert pool.names == ("a", "b/c")
-    assert [error.name for error in pool.refused] == ["loop"]  # which leads nowhere
-
-
-def test_links_to_nothing_are_named(tmp_path: Path) -> None:
-    put(tmp_path, "a")
-    (tmp_path / "below").mkdir()
-    (tmp_path / "below" / "gone").symlink_to(tmp_path / "no such folder")
-    (tmp_path / ".hidden").symlink_to(tmp_path / "no such folder")
-    pool = AdapterPool.open(tmp_path)
-    assert pool.names == ("a",)
-    [left] = pool.refused
-    assert left.name == "below/gone" and f"to {tmp_path / 'no such folder'}, which cannot be reached" in left.reason
+    assert sorted(error.name for error in pool.refused) == ["b/gone", "loop"]
+    assert all("which cannot be reached" in error.reason for error in pool.refused)
 
 
 def test_a_real_folder_comes_before_every_link_to_it(tmp_path: Path) -> None:
@@ -264,16 +244,11 @@ def test_what_is_no_folder_is_a_storage_error(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     for where, why in (("no", "No such file"), ("./f/no", "Not a directory"), ("x" * 300, "File name too long")):
         text = refused(lambda where=where: AdapterPool.open(where), StorageError)
-        assert text.startswith(f"adapter folder {tmp_path / where} cannot be read: {why}") and text.endswith(
-            "; check the path"
-        )
+        assert text.startswith(f"no adapters in {tmp_path / where}: {why}") and "expected folders" in text
     assert "found another file" in refused(lambda: AdapterPool.open(tmp_path / "f"), UsageError)
-
-
-def test_a_folder_without_adapters_says_what_was_expected(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    text = refused(lambda: AdapterPool.open(tmp_path, on_bad_adapter="skip"))
-    assert text == f"no adapters in {tmp_path}: expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth"
+    text = refused(lambda: AdapterPool.open(tmp_path / "sub", on_bad_adapter="skip"))
+    assert text.startswith(f"no adapters in {tmp_path / 'sub'}: expected folders that hold {CONFIG} and {SAFETENSORS}")
 
 
 @pytest.fixture
@@ -296,35 +271,27 @@ def test_a_pool_that_may_not_be_entered_is_a_storage_error(shared: Path, below: 
     put(shared, "locked/group/b")
     lock(shared / "locked", shared)
     text = refused(lambda: AdapterPool.open(shared / "locked" / below), StorageError)
-    assert text == f"adapter folder {shared / 'locked' / below} cannot be read: Permission denied; check the path"
+    assert text.startswith(f"no adapters in {shared / 'locked' / below}: Permission denied; ")
 
 
 # ---- bad ones among good ones ---------------------------------------------------------------------------------------
 
 
-def test_one_bad_adapter_refuses_the_pool_naming_the_first_and_counting_the_others(drawer: Path) -> None:
+def test_one_bad_adapter_refuses_the_pool_or_is_skipped_with_its_reason(drawer: Path) -> None:
     text = refused(lambda: AdapterPool.open(drawer))
     assert text.startswith("adapter 'alora_of_nothing': alora_invocation_tokens must be")
-    assert f"({len(REFUSED) - 1} more bad in {drawer})" in text
-    assert text.endswith(
-        "leave bad ones out with --on-bad-adapter skip (on_bad_adapter='skip'), or see `logo pool inspect`"
-    )
-
-
-def test_skipping_keeps_the_good_one_and_every_reason(drawer: Path) -> None:
+    assert f"({len(REFUSED) - 1} more bad in {drawer}); leave bad ones out with --on-bad-adapter skip" in text
     pool = AdapterPool.open(drawer, on_bad_adapter="skip")
     assert pool.names == ("good",)
     assert sorted(error.name for error in pool.refused) == sorted(REFUSED)
-    assert all(isinstance(error, AdapterError) and error.reason for error in pool.refused)
 
 
 def test_training_checkpoints_are_left_out_unless_they_are_named(tmp_path: Path) -> None:
     put(tmp_path, "a", "a/checkpoint-50", "a/checkpoint-50x")
-    for place in (str(tmp_path), [str(tmp_path)]):
-        pool = AdapterPool.open(place)
-        assert pool.names == ("a", "a/checkpoint-50x")
-        [left] = pool.refused
-        assert left.name == "a/checkpoint-50" and "it is a training checkpoint" in left.reason
+    pool = AdapterPool.open(tmp_path)
+    assert pool.names == ("a", "a/checkpoint-50x")
+    [left] = pool.refused
+    assert left.name == "a/checkpoint-50" and "it is a training checkpoint" in left.reason
     assert AdapterPool.open(str(tmp_path / "a" / "checkpoint-50")).names == ("checkpoint-50",)
 
 

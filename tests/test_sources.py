@@ -51,7 +51,7 @@ def test_several_places_may_come_as_a_list(tmp_path: Path) -> None:
     [
         ("", "no source of adapters"),
         ("a,,b", "no source of adapters"),
-        ("org/prefix-*", r"`logo pool lock 'org/prefix-\*'` lists those of an owner in a manifest"),
+        ("org/prefix-*", r"`logo pool lock 'org/prefix-\*'` lists the repositories of an owner"),
         ("org/a@../x", "is not a branch"),
         ("notes.txt", "found another file"),
     ],

@@ -175,8 +175,8 @@ def _reason(repo_id: str, error: BaseException, revision: str | None) -> str | N
             return f"access is disabled by its owner or by the Hub; see {page}"
         case errors.HfHubHTTPError():
             meanings = {
-                401: f"the Hub does not accept this token; renew it: {_LOG_IN}",
-                403: f"this token may not read it; give it that right or use another one: {_LOG_IN}",
+                401: f"the Hub does not accept this token, or there is none: {_LOG_IN}",
+                403: f"this token may not do that; give it the right or use another one: {_LOG_IN}",
                 429: f"the Hub answered 'too many requests'; wait some minutes, then {_AGAIN}",
             }
             status = error.response.status_code

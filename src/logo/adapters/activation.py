@@ -4,10 +4,8 @@
     invocation      from the beginning of the last occurrence of its invocation tokens (`alora_invocation_tokens`)
     last:N          from the last N tokens of the prompt on (`activation` in `pool.json`)
 
-Tokens before that position are read by the base model alone, so they do not depend on the adapter.
-
-Of the notes in `pool.json` (training config, losses, ...), only `activation` and `k`, the adapters per prompt, have an
-effect on answers.
+Tokens before that position are read by the base model alone, so they do not depend on the adapter. Of the notes in
+`pool.json`, only `activation` and `k`, the adapters per prompt, have an effect on answers.
 """
 
 from __future__ import annotations
@@ -75,8 +73,8 @@ class Activation:
         if found is not None or self.without == OFF:
             return found
         if self.without == ERROR:
-            found = f"the prompt does not contain the invocation tokens {list(self.tokens)} that activate an adapter"
-            raise UsageError(f"{found}: put them where the answer begins, or see --when-not-invoked")
+            lacks = f"the prompt does not contain the invocation tokens {list(self.tokens)} that activate an adapter"
+            raise UsageError(f"{lacks}: put them where the answer begins, or see --when-not-invoked")
         return Activation.parse(self.without).begin(prompt)
 
 
@@ -102,18 +100,16 @@ def last_occurrence(prompt: Sequence[int], tokens: Sequence[int]) -> int | None:
     return None
 
 
-def check_without(value: str) -> str:
+def check_without(value: str) -> None:
     """Raises UsageError unless `value` is `"off"`, `"error"` or `"last:N"`."""
     if value not in (OFF, ERROR) and not (isinstance(value, str) and _LAST.fullmatch(value)):
         raise UsageError(f"when_not_invoked: expected off, error or last:N, found {value!r}")
-    return value
 
 
-def check_forced(forced: str | None) -> str | None:
-    """Raises UsageError unless it is an activation that a user may force."""
-    if forced is not None and forced != "invocation":
+def check_forced(forced: str | None) -> None:
+    """Raises UsageError unless it is an activation that a user may force, or None."""
+    if forced not in (None, "invocation"):
         Activation.parse(forced)
-    return forced
 
 
 def acting(activation: Activation, forced: str | None, without: str | None = None) -> Activation:
@@ -130,10 +126,8 @@ def acting(activation: Activation, forced: str | None, without: str | None = Non
 
 
 def earliest(activations: Iterable[Activation], prompt: Sequence[int]) -> int:
-    """The first position of a prompt at which any adapter of a pool acts; the last position if none acts.
-
-    It is the number of tokens that the base model alone reads, which is never the whole prompt.
-    """
+    """The first position of a prompt at which any adapter of a pool acts, before which the base model alone reads; the
+    last position if none acts."""
     lenient = {replace(one, without=OFF) if one.without == ERROR else one for one in activations}
     begins = [begin for one in lenient if (begin := one.begin(prompt)) is not None]
     return min(begins, default=len(prompt) - 1)
@@ -152,15 +146,14 @@ def read_notes(root: Path) -> dict[str, Any]:
 def _read_notes(file: Path, *stamp: int) -> dict[str, Any]:
     try:
         notes = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(notes, dict):
-            raise ValueError("it must hold an object")
     except (OSError, ValueError, RecursionError) as error:
-        warnings.warn(f"{file} is ignored, since it cannot be read: {error}", UserWarning, stacklevel=3)
+        notes = error
+    if not isinstance(notes, dict):
+        warnings.warn(f"{file} is ignored: expected a JSON object, found {notes!r}", UserWarning, stacklevel=3)
         return {}
     try:
         checked_k(notes)
-        if notes.get("activation") is not None:
-            check_forced(notes["activation"])
+        check_forced(notes.get("activation"))
     except UsageError as error:
         raise StorageError(f"{file}: {error}") from error
     return notes

@@ -53,16 +53,14 @@ class Adapter:
 
     Attributes:
         name: its name in the pool: free-form, dots and slashes included.
-        folder: the PEFT folder it was read from.
-        config: rank, alpha and patterns.
         modules: adapted module path -> where its tensors are. Paths are as in the file (known wrapper prefixes
             removed) until `fit` maps them to the base model's own.
-        file: the weight file.
         activation: on which tokens it acts.
         copies: key in the file -> parameter of the base model that it copies. PEFT saves whole weights of
-            `modules_to_save`, and of embeddings and heads that it takes for changed (an adapted `lm_head`, a resized
-            vocabulary). Often they were not trained, which only `fit` shows, by a comparison with the base model.
+            `modules_to_save`, and of embeddings and heads that it takes for changed. Often they were not trained, which
+            only `fit` shows, by a comparison with the base model.
         examples: its example prompts, as they were when it was opened; see `logo.adapters.examples`.
+        source, revision: the folder of a Hub repository, and the commit, from which it was downloaded.
     """
 
     name: str
@@ -73,6 +71,8 @@ class Adapter:
     activation: Activation = EVERYWHERE
     copies: Mapping[str, str] = field(default_factory=dict)
     examples: tuple[str, ...] = ()
+    source: str | None = None
+    revision: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -120,9 +120,8 @@ class Adapter:
     def fit(self, layout: BaseLayout, model: nn.Module | None = None) -> Adapter:
         """The same adapter with its modules under the base model's own paths.
 
-        Without the `model`, adapters that hold copies of its weights or adapt its embedding do not fit. Raises
-        AdapterError if a tensor matches no module of the base, or one of another shape (up to five are named), or if a
-        copy differs from the base model's weight.
+        Raises AdapterError if a tensor matches no module of the base, or one of another shape (up to five are named),
+        or if a copy differs. Without the `model`, adapters with copies or an adapted embedding do not fit.
         """
         fitted: dict[str, LoraModule] = {}
         problems: list[str] = []
@@ -146,13 +145,11 @@ class Adapter:
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             found = f"{len(problems)} of {len(self.modules)} modules do not match: {'; '.join(problems[:5])}{more}"
-            raise AdapterError(
-                self.name, f"does not fit the base model: {found}. Was it trained on another base model?"
-            )
-        if model is None or any(parameter.is_meta for parameter in model.parameters()):
-            self._check_no_copies()
-        elif self.copies:
+            raise AdapterError(self.name, f"does not fit the base model: {found}. Was it trained on another one?")
+        if self.copies and model is not None and not any(parameter.is_meta for parameter in model.parameters()):
             self._compare(model)
+        else:
+            self._check_no_copies()
         return replace(self, modules=fitted, copies={})
 
     def _compare(self, model: nn.Module) -> None:

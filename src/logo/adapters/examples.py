@@ -12,7 +12,6 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from logo.adapters.peft import EXAMPLES
 from logo.errors import DataError
@@ -36,9 +35,7 @@ def folder_examples(folder: Path) -> tuple[str, ...]:
 def read_examples(file: Path) -> list[str]:
     """The prompts in a file of JSON objects, one per line, with `prompt` (or `context`, as in evaluation rows).
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        DataError: it cannot be read, or a line is no such object.
+    Raises FileNotFoundError, or DataError if it cannot be read or a line is no such object.
     """
     try:
         # Not `splitlines`, since a JSON text may hold other separators of lines.
@@ -52,12 +49,12 @@ def read_examples(file: Path) -> list[str]:
         if not line.strip():
             continue
         try:
-            row: Any = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}, line {number}: expected a JSON object, found no JSON ({error})") from error
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
         prompt = row.get("prompt", row.get("context")) if isinstance(row, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
-            raise DataError(f'{file}, line {number}: expected an object with the text of a "prompt"')
+            raise DataError(f'{file}, line {number}: expected a JSON object with the text of a "prompt"')
         prompts.append(prompt)
     return prompts
 

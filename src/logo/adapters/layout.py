@@ -5,10 +5,10 @@ Paths and shapes are enough to check a pool against a model, so no model has to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import takewhile
+from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -87,13 +87,12 @@ class BaseLayout:
     def matches(self, path: str) -> list[str]:
         """The linear modules that `path` may mean: the longest dotted suffix, up to wrapper segments in front.
 
-        Everything below the wrappers has to agree, so layer 30 of one model never matches layer 3 of another. A path
-        fits only if exactly one module is returned.
+        Everything below the wrappers has to agree, so layer 30 of one model never matches layer 3 of another.
         """
         if path in self.shapes:
             return [path]
         candidates = self._by_core.get(core_path(path, self.wrappers), [])
-        alike = [_common_suffix(path.split("."), one.split(".")) for one in candidates]
+        alike = [len(commonprefix([path.split(".")[::-1], one.split(".")[::-1]])) for one in candidates]  # noqa: RUF071
         return [one for one, count in zip(candidates, alike, strict=True) if count == max(alike)]
 
     @cached_property
@@ -107,12 +106,6 @@ class BaseLayout:
 def core_path(path: str, wrappers: frozenset[str] = _WRAPPERS) -> str:
     """A module path without the wrappers in front, by which paths from different adapters are compared."""
     segments = path.split(".")
-    start = 0
-    while start < len(segments) - 1 and segments[start] in wrappers:
-        start += 1
-    return ".".join(segments[start:])
-
-
-def _common_suffix(left: Sequence[str], right: Sequence[str]) -> int:
-    pairs = zip(reversed(left), reversed(right), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    while len(segments) > 1 and segments[0] in wrappers:
+        segments = segments[1:]
+    return ".".join(segments)

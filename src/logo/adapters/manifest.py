@@ -9,7 +9,7 @@
       examples: [a prompt]          default: those in the adapter's folder (`logo.adapters.examples`); []: none
 
 `logo pool lock` writes revisions and digests, so that opening the manifest gives the same weights everywhere, or an
-error that says what has changed. In a manifest written by hand, `- org/repo` is enough for an adapter.
+error that says what has changed. By hand, `- org/repo` is enough for an adapter.
 """
 
 from __future__ import annotations
@@ -65,10 +65,13 @@ def read_manifest(file: Path) -> Manifest:
     except OSError as error:
         raise StorageError(f"manifest {file}: cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise UsageError(f"manifest {file}: is not valid YAML: {text}") from error
+        raise UsageError(f"manifest {file}: is not valid YAML: {' '.join(str(error).split())[:200]}") from error
     try:
-        return _manifest(said)
+        if not isinstance(said, dict) or not {"adapters"} <= said.keys() <= {"k", "adapters"}:
+            raise UsageError("expected `adapters:`, a list, and perhaps `k:`, as `logo pool lock` writes it")
+        if not isinstance(said["adapters"], list) or not said["adapters"]:
+            raise UsageError("expected `adapters:`, a list of one or more")
+        return Manifest([_entry(one, number) for number, one in enumerate(said["adapters"], 1)], checked_k(said))
     except UsageError as error:
         raise UsageError(f"manifest {file}: {error}") from None
 
@@ -88,15 +91,11 @@ def write_manifest(file: Path, manifest: Manifest) -> None:
 
 def is_line(value: Any) -> bool:
     """Whether a manifest can hold this as a name or a source: a text of one line."""
-    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
+    return _is_text(value) and value.isprintable()
 
 
-def _manifest(said: Any) -> Manifest:
-    if not isinstance(said, dict) or not {"adapters"} <= said.keys() <= {"k", "adapters"}:
-        raise UsageError("expected `adapters:`, a list, and perhaps `k:`, as `logo pool lock` writes it")
-    if not isinstance(said["adapters"], list) or not said["adapters"]:
-        raise UsageError("expected `adapters:`, a list of one or more")
-    return Manifest([_entry(one, number) for number, one in enumerate(said["adapters"], 1)], checked_k(said))
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _entry(said: Any, number: int) -> Entry:
@@ -108,7 +107,8 @@ def _entry(said: Any, number: int) -> Entry:
         right, expected = _KINDS[key]
         if not right(value):
             raise UsageError(f"entry {number}: {key}: expected {expected}, found {value!r}")
-    return Entry(**{key: tuple(value) if key == "examples" else value for key, value in said.items()})
+    fields: dict[str, Any] = {key: tuple(value) if key == "examples" else value for key, value in said.items()}
+    return Entry(**fields)
 
 
 _LINE = (is_line, "a text of one line")
@@ -117,8 +117,5 @@ _KINDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "name": _LINE,
     "revision": _LINE,
     "sha256": (lambda one: isinstance(one, str) and re.fullmatch("[0-9a-f]{64}", one), "64 hexadecimal digits"),
-    "examples": (
-        lambda given: isinstance(given, list) and all(isinstance(one, str) and one.strip() for one in given),
-        "a list of texts",
-    ),
+    "examples": (lambda all_: isinstance(all_, list) and all(map(_is_text, all_)), "a list of texts"),
 }

@@ -235,9 +235,7 @@ class WeightFile:
         """The weight file in a PEFT folder. Raises Refusal if there is none that can and may be read."""
         path = folder / (SAFETENSORS if os.path.isfile(folder / SAFETENSORS) else PICKLE)
         if not os.path.isfile(path):
-            raise Refusal(
-                f"{SAFETENSORS} is missing from {folder} (and {PICKLE}, which is fetched with --allow-pickle)"
-            )
+            raise Refusal(f"{SAFETENSORS} is missing from {folder} ({PICKLE} is fetched with --allow-pickle only)")
         if path.name == PICKLE and not allow_pickle:
             what = f"its weights are pickled ({PICKLE}), and a pickle can run code"
             raise Refusal(f"{what}; convert it to safetensors, or pass --allow-pickle to read tensors only")
@@ -280,10 +278,10 @@ class WeightFile:
             loaded = torch.load(self.path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:  # torch's own text suggests weights_only=False, which runs the code
             raise ValueError("it holds objects other than tensors, or is damaged; no code in it was run") from error
-        items = loaded.items() if isinstance(loaded, dict) else [(None, None)]
-        if not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided for k, v in items):
+        items: dict[Any, Any] = loaded if isinstance(loaded, dict) else {None: loaded}
+        if not all(isinstance(k, str) and getattr(v, "layout", None) == torch.strided for k, v in items.items()):
             raise ValueError("not a dictionary of dense tensors by name")
-        return {key: value.detach() for key, value in items}  # parameters would carry gradients
+        return {key: value.detach() for key, value in items.items()}  # parameters would carry gradients
 
 
 def unreadable(error: Exception, file: Path) -> str:

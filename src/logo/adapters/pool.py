@@ -6,7 +6,6 @@ Names are free-form; the order is always the sorted order of names. What changes
 from __future__ import annotations
 
 import fnmatch
-import itertools
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,22 +52,18 @@ class AdapterPool:
     def __init__(
         self, adapters: Iterable[Adapter] = (), refused: Iterable[AdapterError] = (), *, default_k: int = DEFAULT_K
     ) -> None:
-        ordered = sorted(adapters, key=lambda a: a.name)
-        for before, adapter in itertools.pairwise(ordered):
-            if before.name == adapter.name:
-                raise PoolError(
-                    f"the pool already has an adapter {adapter.name!r}; remove it first, or use another name"
-                )
-        self._adapters = {adapter.name: adapter for adapter in ordered}
+        self._adapters: dict[str, Adapter] = {}
+        for adapter in sorted(adapters, key=lambda one: one.name):
+            if adapter.name in self._adapters:
+                raise PoolError(f"the pool already has an adapter {adapter.name!r}; remove it, or choose another name")
+            self._adapters[adapter.name] = adapter
         self.default_k = default_k
         self.refused: tuple[AdapterError, ...] = tuple(refused)
-        self.activations: tuple[Activation, ...] = tuple(sorted({one.activation for one in ordered}, key=repr))
+        self.activations: tuple[Activation, ...] = tuple(sorted({one.activation for one in self}, key=repr))
 
     @classmethod
     def open(cls, sources: str | Path | Sequence[str | Path], **options: Unpack[PoolOptions]) -> AdapterPool:
         """Opens a pool by name, as `--adapters` does: docs/adapter-pools.md.
-
-        Downloads run in parallel; after an interruption only what is missing is downloaded.
 
         Args:
             sources: a folder, in which every folder at any depth that holds `adapter_config.json` or adapter weights is
@@ -77,9 +72,7 @@ class AdapterPool:
             **options: see `PoolOptions`.
 
         Raises:
-            UsageError: a source that could not exist.
-            StorageError: a folder or manifest cannot be read.
-            HubError: a repository is gated, missing or unreachable, or holds no adapters there.
+            UsageError, StorageError, HubError: a source could not exist, cannot be read or cannot be downloaded.
             PoolError: there is no usable adapter, or one is bad and `on_bad_adapter` is `"error"`.
         """
         return cls.opened(parse_sources(sources), options)
@@ -90,25 +83,21 @@ class AdapterPool:
         given: dict[str, Any] = {**options}
         bad: OnBadAdapter = given.pop("on_bad_adapter", "error")
         examples = given.pop("examples", "use")
-        found = gather(sources, skip=bad == "skip", **given)
-        pool = cls.found(spec_of(sources), found.adapters, found.refused, on_bad_adapter=bad, k=found.k)
+        adapters, refused, k = gather(sources, skip=bad == "skip", **given)
+        if examples == "ignore":
+            adapters = [replace(adapter, examples=()) for adapter in adapters]
+        pool = cls.found(spec_of(sources), adapters, refused, bad, k)
         unknown = sorted({key for adapter in pool for key in adapter.config.unknown})
         if unknown:
             warnings.warn(f"{CONFIG}: unknown settings ignored: {', '.join(unknown)}", UserWarning, stacklevel=3)
-        return pool.without_examples() if examples == "ignore" else pool
+        return pool
 
     @classmethod
     def found(
-        cls,
-        where: str | Path,
-        adapters: Iterable[Adapter],
-        refused: Sequence[AdapterError],
-        *,
-        on_bad_adapter: OnBadAdapter,
-        k: int | None = None,
+        cls, where: str, adapters: Iterable[Adapter], refused: Sequence[AdapterError], how: OnBadAdapter, k: int | None
     ) -> AdapterPool:
         """The pool of the adapters that were found somewhere; raises PoolError as `open`."""
-        _refuse(refused, on_bad_adapter, str(where))
+        _refuse(refused, how, where)
         pool = cls(adapters, refused, default_k=k or DEFAULT_K)
         if not len(pool):
             first = f": all {len(refused)} are refused; the first: {refused[0]}" if refused else ""
@@ -135,19 +124,15 @@ class AdapterPool:
         return self._adapters[name]
 
     def __repr__(self) -> str:
-        head = ", ".join(self.names[:3]) + (", ..." if len(self) > 3 else "")
-        return f"AdapterPool({len(self)} adapters: {head})"
+        return f"AdapterPool({len(self)} adapters: {listed(self.names)})"
 
     @cached_property
     def digest(self) -> str:
-        """The digest of names, adapters and their example prompts; equal in all processes with the same pool.
-
-        Reads every weight file once. Raises AdapterError if one became unreadable.
-        """
+        """The digest of names, adapters and example prompts, for which every weight file is read once; AdapterError."""
         return pool_digest((adapter.name, adapter.key) for adapter in self)
 
     def sha256(self) -> dict[str, str]:
-        """Name -> digest of the weight file, in pool order. Reads all files once."""
+        """Name -> digest of the weight file, in pool order."""
         return {adapter.name: adapter.sha256 for adapter in self}
 
     @property
@@ -158,12 +143,9 @@ class AdapterPool:
     def add(self, adapter: Adapter | str | Path, name: str | None = None, *, allow_pickle: bool = False) -> AdapterPool:
         """The pool with one more adapter.
 
-        `adapter` may be an adapter, a folder, or, if there is no such folder, a source on the Hub
-        (`namespace/name[/folder][@revision]`), after which it is named by default.
-
-        Raises:
-            AdapterError, HubError: it cannot be used or downloaded.
-            PoolError: the pool has an adapter of that name already.
+        It may be a folder, or, if there is no such folder, a source on the Hub (`namespace/name[/folder][@revision]`),
+        after which it is named by default. Raises AdapterError or HubError if it cannot be used or downloaded, and
+        PoolError if the pool has an adapter of that name already.
         """
         if isinstance(adapter, str) and is_hub_spec(adapter):
             [source] = parse_sources([adapter])
@@ -189,10 +171,6 @@ class AdapterPool:
                 raise PoolError(f"no adapter matches {entry!r} in the pool of {len(self)}{closest(entry, self.names)}")
             chosen.update(matches)
         return self._with((one for one in self if one.name in chosen), ())
-
-    def without_examples(self) -> AdapterPool:
-        """The pool without example prompts."""
-        return self._with(replace(adapter, examples=()) for adapter in self)
 
     def acting(self, forced: str | None, without: str | None = None) -> AdapterPool:
         """The pool with the activation that a user wants; see `logo.adapters.activation.acting`."""
@@ -221,11 +199,8 @@ class AdapterPool:
             first = f"; the first: {refused[0]}" if refused else ""
             raise PoolError(f"none of the {len(self)} adapters fits the base model{first}")
         if dropped := [one.name for one in made if self[one.name].copies]:
-            warnings.warn(
-                f"adapters {listed(dropped)}: copies of base weights equal those of the base model and are left out",
-                UserWarning,
-                stacklevel=2,
-            )
+            found = f"adapters {listed(dropped)}: copies of base weights equal those of the base model and are left out"
+            warnings.warn(found, UserWarning, stacklevel=2)
         return self._with(made, (*self.refused, *refused))
 
     def without(self, refused: Sequence[AdapterError]) -> AdapterPool:
@@ -297,8 +272,8 @@ def open_pool(
 
 
 def officially_named(pool: AdapterPool, base_model: str, adapters: str | None = None) -> AdapterPool:
-    """The published pool with the official script's names (`Llama-3.1-8B-loras-flanv2/flanv2.aeslc`), or any other pool
-    as it is; `adapters` is the argument of `open_pool`."""
+    """A published pool with the official script's names (`Llama-3.1-8B-loras-flanv2/flanv2.aeslc`), others as they are;
+    `adapters` is the argument of `open_pool`."""
     folder = official_folder(base_model)
     sources = () if adapters is None else parse_sources(adapters)
     if folder is None or (adapters is not None and [Path(one.below or one.where).name for one in sources] != [folder]):

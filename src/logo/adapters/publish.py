@@ -12,20 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from statistics import fmean
+from typing import Any
 
 from logo.adapters.adapter import Adapter, own_name
 from logo.adapters.peft import CONFIG, NOTES, RECORD, SAFETENSORS
 from logo.errors import HubError, UsageError
-from logo.hub import causes, clean_subfolder, hub_error, is_hub_id, is_repo_id
+from logo.hub import clean_subfolder, hub_error, is_hub_id, is_repo_id
 
 CARD = "README.md"
-_LOG_IN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
-_REFUSALS = {
-    401: f"the Hub does not accept this token, or there is none; {_LOG_IN}",
-    403: f"this token may not write there; use another one: {_LOG_IN}",
-    404: f"not found, and this token may not create it; check the name, and {_LOG_IN}",
-    412: "it was changed meanwhile; run the same command again: what has arrived is not sent twice",
-}
 _CARD = """---
 {front}
 ---
@@ -85,9 +79,7 @@ def contents_of(
         above = [home for home in (adapter.folder, *adapter.folder.parents) if home.is_relative_to(root)]
         notes = [home / NOTES for home in above if (home / NOTES).is_file()]
         if adapter.activation.last is not None and not notes:
-            why = (
-                f"because of a {NOTES} in the folder above it, which would not be uploaded: push that, or copy it here"
-            )
+            why = f"because of a {NOTES} in the folder above it, which is not uploaded: push that, or copy it here"
             raise UsageError(f"{adapter.folder} acts on {adapter.activation} {why}")
         sent += [adapter.folder / CONFIG, adapter.folder / SAFETENSORS]
         beside += [*notes, adapter.folder / RECORD]
@@ -107,17 +99,10 @@ def contents_of(
 def push(repo: str, contents: Mapping[str, Path | bytes], *, message: str, private: bool = False) -> str:
     """Creates the repository if there is none, uploads what has changed, and returns the address.
 
-    The card is also uploaded to the top of the repository, where the Hub shows it, unless there is one.
-
-    Args:
-        contents: see `contents_of`.
-        private: a new repository is private, and an existing one has to be.
-
-    Raises:
-        HubError: the Hub refuses, or cannot be reached; the message quotes no request and no response.
+    The card is also uploaded to the top of the repository, where the Hub shows it, unless there is one. A `private`
+    repository is made so, or has to be. Raises HubError if the Hub refuses or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi(library_name="logo")
     [card] = [path for path in contents if PurePosixPath(path).name == CARD]
@@ -133,9 +118,6 @@ def push(repo: str, contents: Mapping[str, Path | bytes], *, message: str, priva
     except HubError:
         raise
     except Exception as error:  # the boundary: httpx, xet and the file system each raise their own kinds
-        for link in causes(error):
-            if isinstance(link, HfHubHTTPError) and (reason := _REFUSALS.get(link.response.status_code)):
-                raise HubError(f"Hub repo {repo}: {reason}") from error
         raise hub_error(repo, error) from error
     return f"{api.endpoint}/{repo}" + (f"/tree/main/{folder}" if folder else "")
 
@@ -147,7 +129,7 @@ def _card(
     from huggingface_hub import ModelCardData
 
     base = bases[0] if len(bases) == 1 else "BASE_MODEL"
-    front: dict[str, str] = {"base_model": base, "base_model_relation": "adapter"} if is_repo_id(base) else {}
+    front: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if is_repo_id(base) else {}
     tags = ["lora", "peft", "lora-pool", "logo"]
     data = ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=tags, license=licence, **front)
     rows = []

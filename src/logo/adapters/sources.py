@@ -4,9 +4,8 @@
     pool.yaml                      a manifest (`logo.adapters.manifest`)
     org/repo[/folder][@revision]   a Hub repository, or a folder in it
 
-Several are separated by commas. The name of an adapter is its path below its source. If there are several sources,
-those on the Hub are put in front of the names of their adapters, so that no name depends on what other sources hold.
-An adapter that is a source itself is named after it.
+Several are separated by commas. An adapter is named by its path below its source, or after it if it is the source. If
+there are several, those on the Hub stand in front of the names, so that no name depends on what other sources hold.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -85,7 +84,7 @@ def parse_sources(texts: str | os.PathLike[str] | Iterable[str | os.PathLike[str
         given = [texts] if isinstance(texts, os.PathLike) else list(texts)
         for one in given:
             check_type("pool", one, (str, os.PathLike), expected)
-        parts = list(map(os.fspath, given))
+        parts = [os.fspath(one) for one in given]
     if not parts or not all(parts):
         raise UsageError("no source of adapters: expected a folder, a manifest or a Hub repository; see --adapters")
     return tuple(dict.fromkeys(map(_source, parts)))
@@ -93,10 +92,11 @@ def parse_sources(texts: str | os.PathLike[str] | Iterable[str | os.PathLike[str
 
 def spec_of(sources: Sequence[Source]) -> str:
     """The text that `parse_sources` reads as these sources in any working directory."""
-    texts = [_joined(one.where, one.below) if one.on_hub else os.path.abspath(one.where) for one in sources]
-    return ",".join(
-        f"{text}@{one.revision}" if one.revision else text for text, one in zip(texts, sources, strict=True)
-    )
+    texts = []
+    for one in sources:
+        where = one.where if one.on_hub else os.path.abspath(one.where)
+        texts.append(_joined(where, one.below) + (f"@{one.revision}" if one.revision else ""))
+    return ",".join(texts)
 
 
 def pool_sources(
@@ -164,21 +164,6 @@ def _joined(*parts: str) -> str:
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """The adapters that can be used, and why others cannot.
-
-    Attributes:
-        origins: name -> where the adapter is, with the commit of its repository.
-        k: adapters per prompt, if the pool says so; None also for a pool of several sources.
-    """
-
-    adapters: Sequence[Adapter]
-    refused: list[AdapterError]
-    origins: Mapping[str, Source]
-    k: int | None = None
-
-
-@dataclass(frozen=True)
 class _Wanted:
     """A source to look in, and the manifest's entry that names it."""
 
@@ -197,18 +182,18 @@ class _Wanted:
 
 def default_k(sources: Sequence[Source], otherwise: int) -> int:
     """Adapters per prompt of the pool of these sources, which is not opened; of a repository, `pool.json` is read."""
-    if len(sources) > 1:
-        return otherwise
-    [source] = sources
-    root = Path(source.where)
-    if source.on_hub:
+    source, root = sources[0], Path(sources[0].where)
+    if source.on_hub and len(sources) == 1:
         file = glob.escape(_joined(source.below, NOTES))
         root = download_files(source.where, [file], revision=source.revision, progress=False)
-    return _noted_k(source, root) or otherwise
+    return _noted_k(sources, root / source.below) or otherwise
 
 
-def _noted_k(source: Source, root: Path) -> int | None:
-    return read_manifest(root).k if source.kind == "manifest" else read_notes(root / source.below).get("k")
+def _noted_k(sources: Sequence[Source], top: Path) -> int | None:
+    """Adapters per prompt; several sources are another pool than the one that notes or a manifest are about."""
+    if len(sources) > 1:
+        return None
+    return read_manifest(Path(sources[0].where)).k if sources[0].kind == "manifest" else read_notes(top).get("k")
 
 
 def gather(
@@ -218,13 +203,13 @@ def gather(
     skip: bool = False,
     verify: bool | None = None,
     **download: Unpack[DownloadOptions],
-) -> Gathered:
-    """Downloads and opens every adapter of these sources.
+) -> tuple[list[Adapter], list[AdapterError], int | None]:
+    """Downloads and opens every adapter of these sources; for the options see `PoolOptions`.
 
-    Args:
-        allow_pickle, verify: see `PoolOptions`.
-        skip: repositories that cannot be used are added to `refused`; otherwise, or if it is the only one, the first
-            ends the search.
+    With `skip`, and several sources, repositories that cannot be used are refused, and do not end the search.
+
+    Returns:
+        The adapters that can be used; why others cannot; and the adapters per prompt, if one source says so.
 
     Raises:
         HubError, StorageError, UsageError: a repository, a folder or a manifest cannot be used.
@@ -233,8 +218,7 @@ def gather(
     asked = [one for source in sources for one in _asked(source, full=len(sources) > 1)]
     skip = skip and len(asked) > 1
     roots = _fetch(asked, allow_pickle, skip, download)
-    refused, adapters, origins = list[AdapterError](), dict[str, Adapter](), dict[str, Source]()
-    size = 0
+    refused, adapters, size, top = list[AdapterError](), dict[str, Adapter](), 0, Path(sources[0].where)
     for one in asked:
         source, named = one.source, one.entry is not None and one.entry.name is not None
         root = roots[source.where, source.revision] if source.on_hub else Path(source.where)
@@ -257,25 +241,19 @@ def gather(
                 if path and not named and re.search(r"(^|/)checkpoint-\d+(/|$)", path):  # as the `Trainer` calls them
                     raise LeftOut(name, "it is a training checkpoint; to open it, name only its folder")
                 if plain != path and plain in paths:
-                    why = f"it is the activated form of {plain!r}, which is used; to open it, name only its folder"
-                    raise LeftOut(name, why)
+                    raise LeftOut(name, f"it is the activated form of {plain!r}; to open it, name only its folder")
                 adapter = open_adapter(folder, name, allow_pickle=allow_pickle, top=top if path else None)
                 if name in adapters:
-                    both = f"{adapters[name].folder} and {folder}"
-                    raise AdapterError(name, f"{both} have the same name; rename one of them")
+                    raise AdapterError(name, f"{adapters[name].folder} has the same name; rename one of them")
                 size += adapter.size
                 if size <= _VERIFY_UP_TO if verify is None else verify:
                     adapter.verify()
+                if source.on_hub:
+                    adapter = replace(adapter, source=_joined(source.where, below), revision=root.name)
                 adapters[name] = adapter if one.entry is None else one.entry.checked(adapter)
             except AdapterError as error:
                 refused.append(error)
-                continue
-            here = Source("folder", str(folder))
-            origins[name] = Source("repo", source.where, below, root.name) if source.on_hub else here
-    k = None
-    if len(sources) == 1:
-        k = _noted_k(sources[0], Path(sources[0].where) if sources[0].kind == "manifest" else root)
-    return Gathered(list(adapters.values()), refused, origins, k)
+    return list(adapters.values()), refused, _noted_k(sources, top)
 
 
 def _asked(source: Source, full: bool) -> list[_Wanted]:
@@ -297,15 +275,13 @@ def _asked(source: Source, full: bool) -> list[_Wanted]:
 
 
 def _walk(root: Path, where: str, single: bool) -> tuple[list[str], list[AdapterError]]:
-    """The paths below `root` of folders that hold an adapter, sorted, and why others cannot be looked into.
+    """The paths below `root`, in messages `where`, of folders with an adapter, sorted, and what cannot be looked into.
 
     Hidden folders are skipped. Links are followed, after all real folders; a folder is found once, so that links in a
-    circle end. A dead link, and a folder that cannot be listed, may stand for adapters, so they are told.
-
-    Args:
-        where: `root` in messages.
-        single: one adapter is expected, which may have others below its folder.
+    circle end. A dead link, and a folder that cannot be listed, may stand for adapters, so they are told. A `single`
+    adapter may have others below its folder.
     """
+    expected = f"expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth"
     found, bad, seen, starts = list[str](), list[AdapterError](), set[tuple[int, int]](), [str(root)]
 
     def name(path: str) -> str:
@@ -313,7 +289,7 @@ def _walk(root: Path, where: str, single: bool) -> tuple[list[str], list[Adapter
 
     def unreadable(error: OSError) -> None:
         if error.filename == str(root):
-            raise StorageError(f"adapter folder {where} cannot be read: {error.strerror}; check the path") from error
+            raise StorageError(f"no adapters in {where}: {error.strerror}; {expected}") from error
         bad.append(AdapterError(name(error.filename), f"the folder cannot be listed: {error.strerror}"))
 
     for start in starts:  # which grows
@@ -332,12 +308,11 @@ def _walk(root: Path, where: str, single: bool) -> tuple[list[str], list[Adapter
                 if os.path.islink(path) and not os.path.exists(path):
                     bad.append(LeftOut(name(path), f"it is a link to {os.readlink(path)}, which cannot be reached"))
     found.sort(key=lambda path: path.split("/"))
-    if single:
-        found = [path for path in found if not path] or found
-        if len(found) != 1:
-            raise PoolError(f"expected one adapter in {where}, found {len(found)}")
+    found = [""] if single and "" in found else found
+    if single and len(found) != 1:
+        raise PoolError(f"expected one adapter in {where}, found {len(found)}")
     if not found and not bad:
-        raise PoolError(f"no adapters in {where}: expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth")
+        raise PoolError(f"no adapters in {where}: {expected}")
     return found, bad
 
 

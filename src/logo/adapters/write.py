@@ -55,7 +55,6 @@ def write_mixture(
 
     Args:
         parts: adapters fitted to the base model, with their weights; those of weight 0 are left out.
-        folder: must not exist yet, or be empty.
         linear: paths of the base model's linear modules.
         base_model: its name or folder, for the configuration.
 
@@ -70,10 +69,8 @@ def write_mixture(
         raise UsageError("the mixture has no adapter, so there is nothing to write")
     activations = {adapter.activation for adapter, _ in parts}
     if len(activations) > 1:
-        found = ", ".join(sorted(map(str, activations)))
-        raise UsageError(
-            f"the mixture's adapters act on different tokens ({found}): force one activation (--activation)"
-        )
+        different = ", ".join(sorted(map(str, activations)))
+        raise UsageError(f"the mixture's adapters act on different tokens ({different}): force one (--activation)")
     [activation] = activations
     stacked: dict[str, LoraWeights] = {}
     for adapter, weight in parts:
@@ -106,15 +103,8 @@ def write_mixture(
 def convert_initial(trained: Path, initial: Path, out: Path, *, allow_pickle: bool = False) -> None:
     """Writes an adapter that was initialised with a part of the base weights as a plain one, with its settings.
 
-    Args:
-        trained: its folder.
-        initial: the folder of its state before training.
-        out: must not exist yet, or be empty.
-
-    Raises:
-        AdapterError: a folder cannot be used; the configuration names no such initialisation; or the initial state is
-            that of another adapter, or equal to the trained one.
-        UsageError, StorageError: as `new_folder`.
+    Raises AdapterError if a folder cannot be used, the configuration names no such initialisation, or the `initial`
+    state, before training, is that of another adapter or equal to the trained one; and as `new_folder`.
     """
     import torch
 
@@ -136,9 +126,7 @@ def convert_initial(trained: Path, initial: Path, out: Path, *, allow_pickle: bo
         # Different dtypes are promoted to the wider one.
         both[path] = LoraWeights(torch.cat([one.A, before.A]), torch.cat([one.B, -before.B], dim=1), one.scaling)
     if same:
-        raise AdapterError(
-            adapter.name, f"its initial adapter {initial} is the same: give it as it was before training"
-        )
+        raise AdapterError(adapter.name, f"its initial adapter {initial} is the same: give that before training")
     # Twice the rank and the same scale: alpha grows by 2 with `alpha / r`, by √2 with `alpha / √r`.
     grown = math.sqrt(2) if config.get("use_rslora") else 2
     for key, pattern, factor in (("r", "rank_pattern", 2), ("lora_alpha", "alpha_pattern", grown)):

@@ -68,10 +68,10 @@ def inspect(
 def _found(source: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter], list[AdapterError]]:
     """The adapters of a source, and why others there cannot be used."""
     try:
-        found = gather(parse_sources(source), allow_pickle=allow_pickle, skip=True, verify=verify)
+        good, refused, _ = gather(parse_sources(source), allow_pickle=allow_pickle, skip=True, verify=verify)
     except PoolError:  # an empty folder is told as such
         return [], []
-    return list(found.adapters), found.refused
+    return good, refused
 
 
 def _report(

@@ -46,25 +46,21 @@ def lock(
     manifests += [output] if output.exists() else []
     kept = {entry.name: entry.examples for file in manifests for entry in read_manifest(file).entries}
     skip = on_bad_adapter == "skip"
-    found = gather(asked, allow_pickle=allow_pickle, skip=skip, verify=True if skip else None)
+    found, refused, k = gather(asked, allow_pickle=allow_pickle, skip=skip, verify=True if skip else None)
 
     def recorded(adapter: Adapter) -> None:
-        source = _source(found.origins[adapter.name], output)
+        source = _source(adapter, output)
         if bad := next((text for text in (adapter.name, source) if not is_line(text)), None):
             raise AdapterError(adapter.name, f"a manifest cannot hold {bad!r}: expected one line of printable text")
 
-    good, bad = divided(found.adapters, recorded)
+    good, bad = divided(found, recorded)
     if base_model is not None:
         good, misfits = divided(good, fitting(base_model, model_dir))
         bad += misfits
     where = ",".join(sources)
-    pool = AdapterPool.found(where, good, [*found.refused, *bad], on_bad_adapter=on_bad_adapter)
-    entries = []
-    for adapter in pool:
-        origin = found.origins[adapter.name]
-        told = kept.get(adapter.name)
-        entries.append(Entry(_source(origin, output), adapter.name, origin.revision, adapter.sha256, told))
-    write_manifest(output, Manifest(entries, found.k))
+    pool = AdapterPool.found(where, good, [*refused, *bad], on_bad_adapter, k)
+    entries = [Entry(_source(one, output), one.name, one.revision, one.sha256, kept.get(one.name)) for one in pool]
+    write_manifest(output, Manifest(entries, k))
     if json:
         print_json({"out": str(output), "adapters": list(map(vars, entries)), "refused": refusals(pool.refused)})
         return
@@ -79,9 +75,9 @@ def _sources(text: str) -> list[Source]:
     return list(parse_sources(text))
 
 
-def _source(origin: Source, file: Path) -> str:
+def _source(adapter: Adapter, file: Path) -> str:
     """The source of an adapter as a manifest writes it; folders are relative to the manifest, to move with it."""
-    if origin.on_hub:
-        return "/".join(filter(None, (origin.where, origin.below)))
-    path = os.path.relpath(Path(origin.where).absolute(), file.absolute().parent)
+    if adapter.source is not None:
+        return adapter.source
+    path = os.path.relpath(adapter.folder.absolute(), file.absolute().parent)
     return path if path.startswith(".") else f"./{path}"
