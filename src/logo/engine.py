@@ -196,7 +196,9 @@ class LoGo:
     @property
     def k(self) -> int:
         """Adapters per prompt: the setting, or the default of the pool as it is now."""
-        return min(self.fitted.default_k, len(self.scorer.names)) if self.settings.k is None else self.settings.k
+        return (
+            min(self.fitted.default_k, len(self.scorer.selector.names)) if self.settings.k is None else self.settings.k
+        )
 
     @property
     def points(self) -> tuple[str, ...]:
@@ -404,7 +406,7 @@ class LoGo:
         """Scores (rows, adapters) of prompts, which are probed in batches."""
         active = self._fitted.names if self.probe_context == "pool" else ()
         probed = [self._probed(row) for row in rows]
-        scores = torch.empty(len(rows), len(scorer.adapters))
+        scores = torch.empty(len(rows), len(scorer.selector.names))
         window = scorer.signal.window
         lengths = [len(row) if window == WHOLE else min(len(row), sum(window)) for row in probed]
         for batch in batches_by_length(lengths, batch_size, tokens=MAX_TOKENS):

@@ -56,13 +56,10 @@ _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Store:
-    """Tensors by name, in the cache folder and in memory.
+    """Tensors by name, in the cache folder (None: none) and in memory.
 
     Small ones are held in memory while a pool uses them, so that adapters can be added after files of others are gone;
     large ones only where the folder does not take them. What is missing or damaged in the folder is computed again.
-
-    Args:
-        folder: the cache folder; None: in memory only.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -72,12 +69,8 @@ class Store:
         self._large: set[str] = set()
 
     def get(self, name: str, shape: tuple[int, ...] | None = None, *, hold: bool = True) -> dict[str, Tensor]:
-        """The tensors of this name; empty if there are none.
-
-        Args:
-            shape: of every one of them, in float32; others count as damaged.
-            hold: whether to hold them in memory, too.
-        """
+        """The tensors of this name; empty if there are none. Those that are not float32 of a given shape are damaged;
+        `hold` says whether to hold them in memory, too."""
         self._used.add(name)
         if name in self._held or self._folder is None:
             return self._held.get(name, {})
@@ -85,9 +78,9 @@ class Store:
         def read(file: Path) -> dict[str, Tensor]:
             tensors: dict[str, Tensor] = load_file(file)
             for key, tensor in tensors.items():
-                if shape is not None and (tensor.shape != shape or tensor.dtype != torch.float32):
-                    found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-                    raise ValueError(f"{key!r}: expected float32 of shape {shape}, found {found}")
+                found = tensor.dtype, tuple(tensor.shape)
+                if shape is not None and found != (torch.float32, shape):
+                    raise ValueError(f"{key!r}: expected float32 of shape {shape}, found {found[0]} of {found[1]}")
             return tensors
 
         tensors = read_cached(self._folder / f"{name}.safetensors", read) or {}
@@ -120,7 +113,7 @@ class HiddenVectors:
     Attributes:
         hidden: (vectors, d) of all tokens that are read, including those before adapters act.
         owners: (vectors,) int64 on the CPU: the text that each belongs to.
-        acted: (vectors,) bool on the CPU: the vectors to which adapters respond; None: all of them.
+        acted: (vectors,) bool on the CPU: those to which adapters respond; None: all of them.
     """
 
     hidden: Tensor
@@ -141,12 +134,9 @@ TextRunner = Callable[[Sequence[Point], Texts, Signal], Iterator[HiddenVectors]]
 
 @dataclass(frozen=True)
 class Reading:
-    """What the base model reads for a calibration, and where the results are.
+    """What the base model (or a skeleton of it), with no adapter active, reads for a calibration.
 
     Attributes:
-        model: the base model, with no adapter active; or a skeleton of it.
-        signal: how texts are read.
-        texts: those of the calibration.
         store: holds responses, whitenings and descriptions.
         key: names them there, by a digest of the base model, the texts and the reading.
     """
@@ -160,8 +150,8 @@ class Reading:
     @classmethod
     def of(cls, model: nn.Module, signal: Signal, texts: Texts, store: Store) -> Reading:
         """The reading with its key."""
-        name = getattr(signal.score, "__name__", "")
-        how: list[Any] = [signal.input, signal.token, signal.scale, name, signal.readings, signal.window]
+        how: list[Any] = [signal.input, signal.token, signal.scale, getattr(signal.score, "__name__", "")]
+        how += [signal.readings, signal.window]
         if signal.plugin is not None:  # of a fused projection, one layer's query or all rows are read
             how += [signal.plugin, signal.layers]
         if signal.token == "tail":  # where adapters act in these texts; see `logo.adapters.activation.earliest`
@@ -202,12 +192,7 @@ class Calibration:
 
 
 def calibrate(reading: Reading, plan: Plan, run: TextRunner) -> Calibration:
-    """Calibrates adapters, with stored responses where there are any, and chooses the points to read.
-
-    Args:
-        plan: the adapters that are scored, and the points that may be read.
-        run: runs the base model.
-    """
+    """Calibrates the adapters of a plan, with stored responses where there are any, and chooses the points to read."""
     started, store, neutral_count = time.perf_counter(), reading.store, len(reading.texts.neutral)
     shape, candidates = (reading.signal.readings, len(reading.texts.rows)), plan.points
     files = {adapter.name: f"{reading.key}/{adapter.digest}" for adapter in plan.adapters}
@@ -224,13 +209,14 @@ def calibrate(reading: Reading, plan: Plan, run: TextRunner) -> Calibration:
     responses = torch.stack(
         [torch.stack([known[a.name].get(p.module, nothing) for p in candidates], dim=1) for a in plan.adapters]
     )  # (adapters, readings of a point, candidates, texts)
-    neutral, requests = responses[:, 0, :, :neutral_count], responses[:, 0, :, neutral_count:]
-    chosen = choose(neutral, requests, plan.most, ENOUGH) if plan.most else list(range(len(candidates)))
-    points, read = tuple(candidates[i] for i in chosen), responses[:, :, chosen].flatten(1, 2)
+    chosen: list[int] = list(range(len(candidates)))
     ranking: list[tuple[Point, float]] = []
     if plan.most:
+        neutral, requests = responses[:, 0, :, :neutral_count], responses[:, 0, :, neutral_count:]
+        chosen = choose(neutral, requests, plan.most, ENOUGH)
         values = contrast(neutral, requests).tolist()
         ranking = sorted(zip(candidates, values, strict=True), key=lambda entry: -entry[1])
+    points, read = tuple(candidates[i] for i in chosen), responses[:, :, chosen].flatten(1, 2)
     norms, seconds = _weight_norms(reading, points), time.perf_counter() - started
     parts = read[..., :neutral_count], read[..., neutral_count:]
     return Calibration(points, tuple(ranking), *parts, norms, len(measured), seconds)
@@ -259,26 +245,25 @@ def _measure(
     measured: dict[str, dict[str, Tensor]] = {}
     signal, rows = reading.signal, reading.texts.rows
     tokens = sum(map(len, rows))
+
+    def size(layer: Sequence[Point]) -> int:
+        shapes = [linear_shape(reading.model.get_submodule(point.module)) for point in layer]
+        return 4 * tokens * sum(shape.in_features for shape in shapes if shape is not None)
+
     # Whole layers, of which as many are read in one pass as their hidden vectors have room.
     by_layer = groupby(sorted(wanted, key=lambda point: point.layer), key=lambda point: point.layer)
-    layers = [list(points) for _, points in by_layer]
-    widths = {
-        point: getattr(linear_shape(reading.model.get_submodule(point.module)), "in_features", 0) for point in wanted
-    }
-    for group in portions(layers, lambda layer: 4 * tokens * sum(widths[point] for point in layer), _HELD_BYTES):
+    for group in portions([list(layer) for _, layer in by_layer], size, _HELD_BYTES):
         points = [point for layer in group for point in layer]
         read = dict(zip(points, run(points, reading.texts, signal), strict=True))
-        asked, latest = [], None  # points of one layer may read the same tensor
+        asked, shared = [], dict[int, Whitening]()  # by tensor, since points of one layer may read the same one
         for point, vectors in read.items():
             whitening = None
             if signal.scale == "whitened":
                 whitening = reading.whitening(point)
                 if whitening is None:
-                    if latest is None or latest[0] is not vectors.hidden:
-                        latest = vectors.hidden, _whitening(vectors, len(reading.texts.neutral))
-                    whitening = latest[1]
+                    whitening = shared.get(id(vectors.hidden)) or _whitening(vectors, len(reading.texts.neutral))
                     reading.store.put(f"{reading.key}/whitening/{point.module}", vars(whitening), hold=False)
-                latest = vectors.hidden, whitening
+                shared[id(vectors.hidden)] = whitening
             if wanted[point]:
                 asked.append(Wanted(wanted[point], point, vectors.hidden.device, whitening))
         # In as few passes over the adapters as memory allows.
@@ -287,9 +272,7 @@ def _measure(
                 hidden, owners = read[index.point].responding
                 values = signal(index, hidden)
                 means = [row_means(values, owners, len(rows), one) for one in (None, late_weights(owners))]
-                found = finished(
-                    torch.stack(means[: signal.readings]), signal.scale
-                ).cpu()  # (readings, texts, adapters)
+                found = finished(torch.stack(means[: signal.readings]), signal.scale).cpu()  # (readings, texts, n)
                 for adapter, response in zip(index.adapters, found.permute(2, 0, 1), strict=True):
                     measured.setdefault(adapter.name, {})[index.point.module] = response.clone()
     return measured
@@ -297,8 +280,7 @@ def _measure(
 
 def portions(items: Iterable[_T], size: Callable[[_T], float], most: float) -> Iterator[list[_T]]:
     """Neighbours in portions whose sizes sum to `most` at most, or of one item."""
-    part: list[_T] = []
-    held = 0.0
+    part, held = list[_T](), 0.0
     for item in items:
         one = size(item)
         if part and held + one > most:
@@ -323,8 +305,7 @@ def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: 
     probe, rows, tail = Probe(model, points, signal.input), texts.rows, signal.token == "tail"
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    parts: list[list[Tensor]] = []
-    owners, acted = [], []
+    parts, owners, acted = list[list[Tensor]](), [], []
     for start in range(0, len(order), _BATCH):
         batch = [rows[i] for i in order[start : start + _BATCH]]
         ids, mask = padded(batch, device)
@@ -355,17 +336,12 @@ def _weight_norms(reading: Reading, points: Sequence[Point]) -> tuple[float, ...
     finite = {module: torch.tensor(norm, dtype=torch.float64) for module, norm in norms.items() if math.isfinite(norm)}
     if finite:
         reading.store.put(name, {**known, **finite})
-    norms |= {module: float(norm) for module, norm in known.items()}
-    return tuple(norms[point.module] for point in points)
+    return tuple(norms.get(point.module, float(known.get(point.module, math.nan))) for point in points)
 
 
 def weight_norm(model: nn.Module, point: Point) -> float:
-    """`‖W‖_F` of the base model at a point; NaN if its weights are quantised or not at hand.
-
-    Args:
-        model: loaded, where accelerate may keep its weights elsewhere; or a skeleton, see
-            `logo.backends.vllm.skeleton`.
-    """
+    """`‖W‖_F` of the base model (or of a skeleton, see `logo.backends.vllm.skeleton`) at a point; NaN if its weights
+    are quantised or not at hand."""
     module = model.get_submodule(point.module)
     weight, shape = getattr(module, "weight", None), linear_shape(module)
     if weight is None or shape is None or type(weight) not in (nn.Parameter, Tensor):  # the types of quantised ones
@@ -377,11 +353,11 @@ def weight_norm(model: nn.Module, point: Point) -> float:
             weight = tensor_of(model, f"{point.module}.weight")
         except ModelError:  # kept by another library than accelerate
             return math.nan
-    transposed = type(module).__name__ == "Conv1D"
-    expected = (shape.out_features, shape.in_features)
-    if weight.shape != (expected[::-1] if transposed else expected):
+    if type(module).__name__ == "Conv1D":
+        weight = weight.T
+    if weight.shape != (shape.out_features, shape.in_features):
         return math.nan
     if point.rows is not None:
-        weight = weight.index_select(int(transposed), torch.tensor(point.rows, device=weight.device))
+        weight = weight[list(point.rows)]
     norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32)))
     return norm if 0 < norm < math.inf else math.nan

@@ -3,16 +3,12 @@
     margin      = best score - mean of the next five
     confidence  = 1 / (1 + exp(-steepness · (margin + BEST · best score - even)))
 
-The best score alone is weak evidence, since some prompts make every adapter respond. Nor is its distance to the second
-enough, since a near relative of the right adapter may come second; several adapters close behind are a reason for
-doubt. But a margin is worth more if the best score is high, because on prompts that are like neutral text all scores
-are near zero, and the margin of one is an accident.
-`steepness` and `even` belong to a kind of score. They were chosen on four pools of two base models, to tell prompts
-whose target adapter is in the pool from prompts without one; a pool at hand needs no labels.
-docs/how-selection-works.md shows how well that holds for other pools.
+Some prompts make every adapter respond, so the best score alone says little; and a near relative of the right adapter
+may come second, so a mean is taken. A margin is worth more if the best score is high: on prompts that are like neutral
+text, all scores are near zero. `steepness` and `even` belong to a kind of score, and were chosen on four pools of two
+base models; docs/how-selection-works.md shows how well that holds for other pools.
 
-How much of a prompt an unsure mixture leaves to the base model depends on the relative size of its adapters, that is
-how large their changes of the base model's weights are beside these weights:
+How much of a prompt an unsure mixture leaves to the base model depends on the relative size of its adapters:
 
     size_i = mean over the points that adapter i touches of ‖ΔW_i‖_F / ‖W‖_F        ΔW_i = s_i B_i A_i
 """
@@ -34,11 +30,9 @@ BEST = 0.1
 # Softmax temperatures, times the steepness: of a broad mixture, of one in which the best adapter has most of the weight
 # but related ones still help it, and of one in which it answers nearly alone.
 _BROAD, _HELPED, _ALONE = 7.0, 1.57, 0.31
-# If the adapters of the broadest mixture have this relative size, its weights sum to one half. Results depend on it, so
-# it is a part of their identity.
+# If the adapters of the broadest mixture have this relative size, its weights sum to one half.
 HALVED = 0.08
-# An adapter whose size is not known, such as one of a quantised base model, counts as one of this size. The weights of
-# the broadest mixture of such adapters sum to 0.73.
+# An adapter whose size is not known, such as one of a quantised base model, counts as one of this size.
 USUAL_SIZE = 0.03
 
 
@@ -78,9 +72,8 @@ class Evidence:
     def weight_sum(self, confidence: float, size: float) -> float:
         """The sum of a mixture's weights: 1 for a sure selection, less for an unsure one, the larger its adapters are.
 
-        Adapters that were not made for a prompt also disturb the base model, so an unsure mixture leaves a part to it.
-        Up to the first of `temperatures`, the sum is `1 / (1 + size / HALVED)`; up to the second, its logarithm is
-        linear in the confidence.
+        Adapters that were not made for a prompt also disturb the base model. Up to the first of `temperatures`, the sum
+        is `1 / (1 + size / HALVED)`; up to the second, its logarithm is linear in the confidence.
 
         Args:
             confidence: of the selection.
@@ -90,8 +83,7 @@ class Evidence:
         return float((1 + size / HALVED) ** (np.interp(confidence, (doubt, trust), (0, 1)) - 1))
 
 
-# For scores of responses. They are sometimes sure of the adapter of a related task, so the best adapter never answers
-# nearly alone.
+# For scores of responses, which are sometimes sure of the adapter of a related task: the best never answers alone.
 RESPONSES = Evidence(3.5, 1.1, ((0.25, _BROAD), (0.4, _HELPED)))
 # For scores to which example prompts contribute. A prompt that is worded unlike the examples has a low confidence, but
 # usually the right adapter comes first, so the mixture gets narrow at a lower confidence than above.

@@ -7,8 +7,7 @@ adapter i's examples,
 
     s_i(x) = mean over places of 1/2 (cos(W_even x_even, m_i,even) + cos(W_late x_late, m_i,late))
 
-It does not depend on how adapters were trained, and one example is enough. For an adapter j without examples, the
-similarity is estimated from its response (`logo.selection.reference`), so that all scores are on one scale:
+For an adapter j without examples, the similarity is estimated from its response, so that all scores are on one scale:
 
     s_j = s̄ + β (r_j - r̄)        r: scores of the responses; s̄, r̄: means over adapters with examples, the best left out
 
@@ -28,14 +27,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from logo.selection.calibration import Reading, TextRunner, portions
+from logo.selection.calibration import HiddenVectors, Reading, TextRunner, portions
 from logo.selection.points import Point
 from logo.selection.reference import late_weights, row_means
-from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 from logo.selection.whitening import Whitening
-
-Rows = Sequence[Sequence[int]]
 
 # The weight of a similarity beside the score of a response.
 GAIN = 12.0
@@ -51,12 +47,8 @@ _TOGETHER = 1024
 
 
 def described(hidden: Tensor, owners: Tensor, rows: int) -> Tensor:
-    """(rows, 2, d): the even and the late mean of each row's vectors.
-
-    Args:
-        hidden: (vectors, d); a row's vectors are in the order of its tokens.
-        owners: (vectors,): the row that each vector belongs to.
-    """
+    """(rows, 2, d): the even and the late mean of each row's vectors, of `hidden` (vectors, d); `owners` (vectors,) are
+    their rows, and a row's vectors are in the order of its tokens."""
     means = [row_means(hidden, owners, rows, weights) for weights in (None, late_weights(owners))]
     return torch.stack(means, dim=1)
 
@@ -94,12 +86,11 @@ class Examples:
         return total.cpu() / len(self.spaces)
 
     def scores(self, descriptions: Sequence[Tensor], responses: Tensor, among: Tensor | None = None) -> Tensor:
-        """Scores (rows, adapters) of responses and similarities together.
+        """Scores (rows, adapters) of similarities and the scores of responses (rows, adapters) together.
 
         Args:
-            responses: (rows, adapters), the scores of responses.
             among: (rows, adapters) bool: the adapters that may be selected, from which estimates are made and shares
-                are taken; others may have no score (-inf). None: all.
+                are taken; others have no score (-inf). None: all.
         """
         found = self.similarities(descriptions)
         if among is None:
@@ -112,12 +103,8 @@ class Examples:
 
 
 def combined(found: Tensor, responses: Tensor, known: Tensor) -> Tensor:
-    """Scores (rows, adapters) from similarities `found` (rows, adapters with examples) and the scores of responses.
-
-    Args:
-        responses: (rows, adapters).
-        known: (adapters,) bool: which have examples.
-    """
+    """Scores (rows, adapters) from similarities `found` (rows, adapters with examples) and the scores of responses
+    (rows, adapters); `known` (adapters,) says which have examples."""
     similar = found if known.all() else _filled(found, responses, known)
     return (1 - REPLACED * known.float().mean()) * responses + GAIN * similar
 
@@ -137,7 +124,7 @@ def _filled(found: Tensor, responses: Tensor, known: Tensor) -> Tensor:
 
 def examples_of(
     reading: Reading,
-    examples: Sequence[Rows],
+    examples: Sequence[Sequence[Sequence[int]]],
     points: Sequence[Point],
     devices: Sequence[torch.device],
     run: TextRunner,
@@ -149,21 +136,28 @@ def examples_of(
         examples: the token ids of each adapter's example prompts, in pool order; cut to the window.
         points: where prompts are read.
         devices: of each point, where descriptions are compared.
-        run: runs the base model. If it raises, what was read before is in the store.
     """
     known = torch.tensor([bool(rows) for rows in examples])
     if not known.any():
         return None
     store, modules = reading.store, [point.module for point in points]
 
-    def name(rows: Rows) -> str:
+    def name(rows: Sequence[Sequence[int]]) -> str:
         stated = json.dumps(["even and late", modules, [list(row) for row in rows]])
         return f"{reading.key}/described/{hashlib.sha256(stated.encode()).hexdigest()[:24]}"
 
-    ordinary = store.get(name(reading.texts.rows))
-    if not ordinary:
-        ordinary = _read(points, reading.texts, reading.signal, run)
-        store.put(name(reading.texts.rows), ordinary)
+    def read(texts: Texts) -> dict[str, Tensor]:
+        """The descriptions of texts by the number of the first point of each place: (rows, 2, d) on the CPU."""
+        first = dict[int, tuple[int, HiddenVectors]]()  # by tensor, since points of a layer may read the same one
+        for at, vectors in enumerate(run(points, texts, reading.signal)):
+            first.setdefault(id(vectors.hidden), (at, vectors))
+        rows = len(texts.rows)
+        return {str(at): described(*vectors.responding, rows).cpu() for at, vectors in first.values()}
+
+    own = name(reading.texts.rows)
+    if not store.get(own):
+        store.put(own, read(reading.texts))
+    ordinary = store.get(own)
     every = {name(rows): rows for rows in examples if rows}
     tokens = _HELD_BYTES // (4 * sum(place.shape[-1] for place in ordinary.values()))
     # They do not depend on what is stored, so that processes side by side read the same texts together.
@@ -171,12 +165,10 @@ def examples_of(
     for part in portions(every, lambda key: shares[key], 1.0):
         missing = {key: every[key] for key in part if not store.get(key)}
         if missing:
-            together = Texts([row for rows in missing.values() for row in rows], [])
-            found = _read(points, together, reading.signal, run)
-            first = 0
-            for key, rows in missing.items():
-                own = slice(first, first := first + len(rows))
-                store.put(key, {at: place[own].mean(dim=0, keepdim=True) for at, place in found.items()})
+            found = read(Texts([row for rows in missing.values() for row in rows], []))
+            places = {at: place.split([len(rows) for rows in missing.values()]) for at, place in found.items()}
+            for i, key in enumerate(missing):
+                store.put(key, {at: place[i].mean(dim=0, keepdim=True) for at, place in places.items()})
     means = [store.get(name(rows)) for rows in examples if rows]
     spaces, centres, numbers = [], [], sorted(map(int, ordinary))
     for at in numbers:
@@ -185,14 +177,3 @@ def examples_of(
         centres.append(whitened(space, torch.cat([one[str(at)] for one in means])).to(devices[at]))
         spaces.append(tuple(whitening.to(devices[at]) for whitening in space))
     return Examples(tuple(spaces), tuple(centres), known, tuple(numbers))
-
-
-def _read(points: Sequence[Point], texts: Texts, signal: Signal, run: TextRunner) -> dict[str, Tensor]:
-    """The descriptions of texts by the number of the first point of each place: (rows, 2, d), float32 on the CPU."""
-    found: dict[str, Tensor] = {}
-    seen: list[Tensor] = []  # points of a layer may read the same tensor, which is one place
-    for at, vectors in enumerate(run(points, texts, signal)):
-        if not any(vectors.hidden is other for other in seen):
-            seen.append(vectors.hidden)
-            found[str(at)] = described(*vectors.responding, len(texts.rows)).cpu()
-    return found

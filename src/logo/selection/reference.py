@@ -6,29 +6,24 @@ For adapter i, point p and text x with tokens t:
     z_ip(x) = (a_ip(x) - mean over neutral texts) / spread over neutral texts
     score_i(x) = trust_i · (mean over points of z_ip(x) - excess_i)
 
-A raw norm says how large an adapter is, and z how much more than usual it responds. Some adapters respond to almost any
-request. Their excess, by how much their typical z is above that of the other adapters, is subtracted; and the trust in
-an adapter is below 1 if its mean z varies more than that of others. The cache holds the `a_ip` of each adapter for the
-neutral texts and some unlabelled requests, from which everything else follows, for any pool.
-
-*Emphasis.* The topic of a prompt shows in all of its tokens; the task is often named by the last ones, and prompts of
-related adapters may differ there alone ("German:", "French:"). So a signal may have two *readings* of each point:
+The cache holds the `a_ip` of each adapter for the neutral texts and some unlabelled requests, from which everything
+else follows, for any pool. Related prompts may differ in their last tokens alone ("German:", "French:"), so a signal
+may have two *readings* of each point:
 
     even   mean_t x_t
     late   Σ_t f^(T - t) x_t / Σ_t f^(T - t)        f = `FADING`, T: the last token
 
 The even ones of all points come first, and the late ones after them have a smaller weight in the mean.
 
-*Chance.* The unit of scores is how far apart those of a pool's adapters lie by chance, on texts that none was made for.
-It depends on the pool, since a mean over many points varies less; and on the prompt, since a mean over few tokens
-varies more: on "Hi!" or "import os", some adapter would always have a margin. Neither needs labels. If n tokens of a
-text are read, the standard deviation of its scores over the adapters is roughly
+The unit of scores is how far apart those of a pool's adapters lie by chance, on texts that none was made for: a mean
+over many points varies less, and one over few tokens more. If n tokens of a text are read, the standard deviation of
+its scores over the adapters is roughly
 
     apart · √((1 + FEW / n) / (1 + FEW / USUAL))        apart: of the neutral texts
 
-and a prompt's scores are divided by it (if n is above `USUAL`, by `apart`), times `UNIT`. So a margin means the same in
-every pool (`logo.selection.confidence`). The ranking of a pool's adapters does not change. Scores to which example
-prompts contribute are not scaled: the similarities to examples have one unit in every pool.
+and a prompt's scores are divided by it (if n is above `USUAL`, by `apart`), times `UNIT`, so that a margin means the
+same in every pool. Scores to which example prompts contribute are not scaled. docs/how-selection-works.md has the
+reasons for all of this.
 """
 
 from __future__ import annotations
@@ -54,10 +49,9 @@ FADING = 0.75
 # The weight of the late reading of a point; the even one has weight 1.
 LATE_WEIGHT = 0.5
 # Fitted to the calibration texts of three pools of different base models, FEW was 4 to 11. With these tokenizers, the
-# texts have 13 to 15 tokens in the median. Scores depend on these numbers, so `SCORES` is raised when one changes.
+# texts have 13 to 15 tokens in the median.
 FEW, USUAL = 5.0, 13
-# What `apart` becomes by scaling. It is that of 43 adapters of one training config for Gemma 3 270M, whose scores stay
-# as they are.
+# What `apart` becomes by scaling: that of 43 adapters of one training config for Gemma 3 270M.
 UNIT = 0.33
 
 
@@ -68,11 +62,7 @@ def row_sums(values: Tensor, owners: Tensor, rows: int) -> Tensor:
 
 
 def row_means(values: Tensor, owners: Tensor, rows: int, weights: Tensor | None = None) -> Tensor:
-    """Means over the vectors of each row, 0 without any; arguments as `row_sums`.
-
-    Args:
-        weights: (vectors,), 1 for the last one of a row; None: equal weights.
-    """
+    """Means over the vectors of each row, 0 without any; `weights` (vectors,) are 1 for the last one of a row."""
     if weights is not None:
         values = values * weights.to(values.device)[:, None]
     counts = torch.bincount(owners, weights, minlength=rows).clamp_min(1)
@@ -80,11 +70,8 @@ def row_means(values: Tensor, owners: Tensor, rows: int, weights: Tensor | None 
 
 
 def late_weights(owners: Tensor) -> Tensor:
-    """The weight of each vector in the late mean of its row, (vectors,) float32: 1 for the row's last vector.
-
-    Args:
-        owners: (vectors,) int64, the row that each vector belongs to; a row's vectors are in the order of its tokens.
-    """
+    """The weight of each vector in the late mean of its row, (vectors,) float32: 1 for the row's last vector. `owners`
+    (vectors,) int64 are their rows; a row's vectors are in the order of its tokens."""
     order = owners.argsort(stable=True)
     ends = torch.bincount(owners).cumsum(0)[owners[order]]  # behind the last vector of each row, in sorted order
     behind = torch.empty_like(owners)
@@ -106,9 +93,10 @@ class Reference:
         spread: (adapters, points), positive.
         responds: (adapters, points), bool: the adapter touches the point, and its response there is not zero.
         excess: (adapters,): the median over requests of the mean z, less that of the adapters that respond; clipped.
+            Some adapters respond to almost any request.
         trust: (adapters,): the usual deviation of the mean z over texts, divided by the adapter's own, at most 1.
         weights: (points,) of the mean.
-        apart: how far apart scores lie by chance; see `factors`.
+        apart: how far apart scores lie by chance.
     """
 
     mean: Tensor
@@ -137,10 +125,10 @@ class Reference:
         weights = torch.ones(responds.shape[1]) if weights is None else weights
         zeros, ones = torch.zeros(len(known)), torch.ones(len(known))
         reference = cls(known.mean(dim=2), spread, responds, zeros, ones, weights)
-        mean_z, somewhere = reference._mean_z(every), responds.any(dim=1)
+        mean_z, somewhere, count = reference._mean_z(every), responds.any(dim=1), neutral.shape[2]
         if not somewhere.any():
             return reference
-        count, swing = neutral.shape[2], mean_z.std(dim=1)
+        swing = mean_z.std(dim=1)
         if mean_z.shape[1] > count:
             typical = mean_z[:, count:].median(dim=1).values
             zeros = (typical - typical[somewhere].median()).clamp(-_LARGEST_EXCESS, _LARGEST_EXCESS)
@@ -166,9 +154,8 @@ class Reference:
     def scores(self, responses: Tensor, among: Tensor | None = None) -> Tensor:
         """Scores (rows, adapters) of `a` (adapters, points, rows): trust times the difference of mean z and excess.
 
-        The mean runs over the points where the adapter responds. A mean over fewer points varies more, and some
-        adapters respond to many kinds of requests: the score of an adapter whose mean z varies more than usual is
-        scaled down accordingly. An adapter that responds nowhere gets the lowest score of the others.
+        The mean runs over the points where the adapter responds; one that responds nowhere gets the lowest score of the
+        others.
 
         Args:
             among: (rows, adapters) bool: the adapters that may be selected, which alone count as others; None: all.
@@ -187,27 +174,20 @@ class Reference:
 
     def _mean_z(self, responses: Tensor) -> Tensor:
         """The mean z, (adapters, rows)."""
-        counted = (self.responds * self.weights).sum(dim=1)  # (adapters,)
-        return (self.z(responses) * self.weights[:, None]).sum(dim=1) / counted.clamp_min(1e-6)[:, None]
+        counted = (self.responds * self.weights).sum(dim=1).clamp_min(1e-6)  # (adapters,)
+        return (self.z(responses) * self.weights[:, None]).sum(dim=1) / counted[:, None]
 
 
 def contrast(neutral: Tensor, requests: Tensor) -> Tensor:
-    """How differently adapters respond to different requests, per point; no labels are needed.
+    """How differently adapters respond to different requests: (points,), 0 where fewer than two adapters respond.
 
     It is the standard deviation of z over requests and adapters, after the mean of each adapter and of each request is
-    subtracted; 1 means that adapters differ on requests no more than on neutral texts.
-
-    Args:
-        neutral, requests: `a` (adapters, points, texts).
-
-    Returns:
-        (points,); 0 at points where fewer than two adapters respond.
+    subtracted; 1 means that adapters differ on requests no more than on neutral texts. Arguments as `choose`.
     """
     reference = Reference.of(neutral)
-    z = reference.z(requests)
-    result = torch.zeros(z.shape[1])
-    for point in range(z.shape[1]):
-        part = z[reference.responds[:, point], point]  # (adapters that respond, texts)
+    z, result = reference.z(requests), torch.zeros(requests.shape[1])
+    for point, responds in enumerate(reference.responds.T):
+        part = z[responds, point]  # (adapters that respond, texts)
         if len(part) > 1:
             part = part - part.mean(dim=1, keepdim=True)
             result[point] = (part - part.mean(dim=0)).std()

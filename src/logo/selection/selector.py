@@ -1,9 +1,8 @@
 """From scores to a `Selection`: the best adapters, and weights that follow from their scores.
 
 linear     w_i = score_i / Σ score                                    the paper (equation 4) and the authors' code
-adaptive   w_i ∝ exp(score_i / T), where T and the sum of the weights follow the confidence of the selection
-           (`logo.selection.confidence`): the less sure, the broader and the weaker. Adapters with less than `LEAST` of
-           the best one's weight are left out. The sum also follows the size of the adapters
+adaptive   w_i ∝ exp(score_i / T), where T and the sum of the weights follow the confidence of the selection and the
+           sizes of the adapters (`logo.selection.confidence`)
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from logo.core import Forced, Options, Selection
 from logo.errors import LoGoError, NotFinite, PoolError, Unsure, UsageError, check_type, closest
 from logo.selection.confidence import USUAL_SIZE, Evidence
 
-# Below this confidence a selection counts as unsure, unless the user says otherwise. Most prompts outside every task
-# are below it, and some prompts whose own adapter is hardly trained are only a little above it.
+# Below this confidence a selection counts as unsure, unless the user says otherwise: most prompts outside every task.
 UNSURE = 0.15
 # Adapters with less than this share of the best one's weight are left out, since each costs as much as one with more.
 LEAST = 0.01
@@ -36,8 +34,7 @@ class Selector:
         default_k: adapters per prompt where a call and the settings give no number.
         evidence: turns a margin of these scores into a confidence; None: they have no scale of their own, and the
             weighting is linear.
-        sizes: relative sizes of adapters (`logo.selection.confidence`), for the weighting `"adaptive"`; those that are
-            not known count as `USUAL_SIZE`.
+        sizes: relative sizes of adapters, for the weighting `"adaptive"`; others count as `USUAL_SIZE`.
     """
 
     names: tuple[str, ...]
@@ -81,7 +78,7 @@ class Selector:
             weights = torch.zeros(0)
         elif options.weighting == "linear" or evidence is None or confidence is None:
             # Scores below zero, which the official signals do not have, get weight 0. All-zero scores give uniform
-            # weights (paper, equation 4; the authors' code divides by zero there).
+            # weights (the authors' code divides by zero there).
             weights = top[:k].clamp_min(0)
             weights = weights / weights.sum() if weights.sum() > 0 else torch.full_like(weights, 1 / k)
         else:
@@ -118,11 +115,7 @@ def forced(entry: Forced, pool: AdapterPool, candidates: Collection[str] | None 
 
 
 def known(name: str, pool: AdapterPool, candidates: Collection[str] | None = None) -> str:
-    """Returns the name if it is in the pool, and among the candidates if there are any.
-
-    Raises:
-        PoolError: it is not. If there are candidates, the message names no other adapters.
-    """
+    """The name, if it is in the pool and among the candidates, else a PoolError, which names candidates only."""
     if candidates is not None and name not in candidates:
         raise PoolError(f"no adapter {name!r} among the {len(candidates)} candidates{closest(name, candidates)}")
     return pool[name].name
@@ -131,6 +124,5 @@ def known(name: str, pool: AdapterPool, candidates: Collection[str] | None = Non
 def check_k(k: int, pool_size: int) -> int:
     """`k`, or the pool's size where `k` is larger (with one warning)."""
     if k > pool_size:
-        message = f"k is {k} but the pool has {pool_size} adapters: all of them are used"
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warnings.warn(f"k is {k} but the pool has {pool_size} adapters: all of them are used", stacklevel=3)
     return min(k, pool_size)

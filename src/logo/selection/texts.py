@@ -1,12 +1,8 @@
 """The texts of a calibration: neutral ones, and unlabelled requests of many kinds, which are in `texts.json`.
 
-A calibrated signal compares each adapter's response to a prompt with its responses to the neutral texts. These were
-written for this purpose. They are short and spread over prose, questions, instructions, dialogue, code, lists, numbers
-and languages, so that no adapter was trained for many of them. The requests rank the points of a pool by how
-differently its adapters respond to different requests. They carry no label, answer or adapter name; users with prompts
-of their own give those instead (`--calibration-prompts`).
-
-The key of a stored calibration depends on all texts: if one changes, calibrations are computed again.
+The neutral ones were written for this purpose: short, and spread over prose, questions, instructions, dialogue, code,
+lists, numbers and languages, so that no adapter was trained for many of them. The requests carry no label, answer or
+adapter name; users with prompts of their own give those instead (`--calibration-prompts`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The window: the part of a prompt that is probed.
 
-Of a long text the probe reads the first and the last tokens as one short text, so that a selection costs the same for
-sixty tokens and for six thousand, and a long input does not drown the words that name the task.
+Of a long text the probe reads the first and the last tokens as one short text, so that a long input neither costs more
+nor drowns the words that name the task.
 """
 
 from __future__ import annotations
