@@ -46,7 +46,7 @@ from logo.selection.scorer import Scorer
 from logo.selection.selector import forced
 from logo.selection.settings import OPTIONS, SelectionSettings
 from logo.selection.signals import get_signal
-from logo.selection.window import WHOLE
+from logo.selection.texts import WHOLE
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -48,7 +48,7 @@ _T = TypeVar("_T")
 ENOUGH = 0.985
 # Bytes of hidden vectors that are held at once; the rest is read in further passes, each up to its own last layer.
 _HELD_BYTES = 2**30
-_BATCH = 16
+_BATCH, _CPU = 16, torch.device("cpu")
 # To be raised when the content of the stored files changes its meaning.
 _FORMAT = 5
 # Types whose values are the weights themselves; quantised weights have scales somewhere else.
@@ -169,17 +169,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The responses of a pool's adapters to neutral texts and requests at the points that are read.
+    """The responses of a pool's adapters to neutral texts and requests at the points that are read, best first.
 
     Attributes:
-        points: where prompts are read, best first.
         ranking: every candidate with its contrast, best first; empty if all points are read.
         neutral: `a` (adapters, readings, neutral texts): the even readings of all points, then the late ones if the
             signal has them; NaN if an adapter does not touch a point.
         requests: `a` of the requests likewise; of no requests if the signal uses neutral texts only.
         weight_norms: `‖W‖_F` of the base model at each point; NaN where it is not known.
         measured: the number of adapters whose responses were not stored.
-        seconds: duration of the calibration.
     """
 
     points: tuple[Point, ...]
@@ -227,8 +225,7 @@ def whitenings(reading: Reading, points: Sequence[Point], run: TextRunner) -> di
     if reading.signal.scale != "whitened":
         return {}
     _measure(reading, {point: [] for point in points if reading.whitening(point) is None}, run)
-    found = {point.module: reading.whitening(point) for point in points}
-    return {module: whitening for module, whitening in found.items() if whitening is not None}
+    return {point.module: found for point in points if (found := reading.whitening(point)) is not None}
 
 
 def _measure(
@@ -294,10 +291,9 @@ def portions(items: Iterable[_T], size: Callable[[_T], float], most: float) -> I
 
 def _whitening(vectors: HiddenVectors, neutral: int) -> Whitening:
     """The whitening of neutral texts; if adapters act on the last tokens only, that of these tokens in all texts."""
-    hidden, acted, cpu = vectors.hidden, vectors.acted, torch.device("cpu")
-    if acted is None:
-        return Whitening.of(hidden[(vectors.owners < neutral).to(hidden.device)]).to(cpu)
-    return Whitening.of_some(hidden, acted.to(hidden.device)).to(cpu)
+    if vectors.acted is None:
+        return Whitening.of(vectors.hidden[(vectors.owners < neutral).to(vectors.hidden.device)]).to(_CPU)
+    return Whitening.of_some(vectors.hidden, vectors.acted.to(vectors.hidden.device)).to(_CPU)
 
 
 def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
@@ -344,9 +340,8 @@ def weight_norm(model: nn.Module, point: Point) -> float:
     are quantised or not at hand."""
     module = model.get_submodule(point.module)
     weight, shape = getattr(module, "weight", None), linear_shape(module)
-    if weight is None or shape is None or type(weight) not in (nn.Parameter, Tensor):  # the types of quantised ones
-        return math.nan
-    if getattr(weight, "stored", weight.dtype) not in _PLAIN:
+    plain = type(weight) in (nn.Parameter, Tensor)  # quantised ones have types of their own, or integers
+    if weight is None or shape is None or not plain or getattr(weight, "stored", weight.dtype) not in _PLAIN:
         return math.nan
     if weight.is_meta:
         try:

@@ -62,22 +62,15 @@ class Evidence:
         return 1 / (1 + math.exp(-max(-60.0, min(60.0, self.steepness * (evidence - self.even)))))
 
     def temperature(self, confidence: float) -> float:
-        """The softmax temperature for a confidence, in units of the score: the surer the selection, the sharper.
-
-        Between two of `temperatures`, log T is linear in the confidence.
-        """
+        """The softmax temperature for a confidence, in units of the score; log T is linear between `temperatures`."""
         confidences, known = zip(*self.temperatures, strict=True)
         return math.exp(np.interp(confidence, confidences, np.log(known))) / self.steepness
 
     def weight_sum(self, confidence: float, size: float) -> float:
-        """The sum of a mixture's weights: 1 for a sure selection, less for an unsure one, the larger its adapters are.
+        """The sum of a mixture's weights, since adapters that were not made for a prompt disturb the base model.
 
-        Adapters that were not made for a prompt also disturb the base model. Up to the first of `temperatures`, the sum
-        is `1 / (1 + size / HALVED)`; up to the second, its logarithm is linear in the confidence.
-
-        Args:
-            confidence: of the selection.
-            size: the mean relative size of the mixture's adapters, weighted as the mixture is.
+        Up to the first of `temperatures`, it is `1 / (1 + size / HALVED)`; from there to 1 at the second, its logarithm
+        is linear in the confidence. `size` is the mean relative size of the adapters, weighted as the mixture is.
         """
         (doubt, _), (trust, _), *_ = self.temperatures
         return float((1 + size / HALVED) ** (np.interp(confidence, (doubt, trust), (0, 1)) - 1))
@@ -91,13 +84,8 @@ EXAMPLES = Evidence(1.2, 4.2, ((0.05, _BROAD), (0.15, _HELPED), (0.75, _HELPED),
 
 
 def relative_sizes(updates: Sequence[Tensor], weight_norms: Sequence[float], touched: Tensor) -> Tensor:
-    """The relative size of each adapter, (adapters,); `USUAL_SIZE` where it is not known.
-
-    Args:
-        updates: `‖ΔW_i‖_F` per point, each (adapters that touch it,).
-        weight_norms: `‖W‖_F` per point, NaN where it is not known.
-        touched: (adapters, points), bool.
-    """
+    """The relative size of each adapter, (adapters,); `USUAL_SIZE` where it is not known. Per point, `updates` has
+    `‖ΔW_i‖_F` of the adapters that touch it by `touched` (adapters, points), `weight_norms` `‖W‖_F` or NaN."""
     ratios = torch.full(touched.shape, torch.nan)
     for at, (update, norm) in enumerate(zip(updates, weight_norms, strict=True)):
         ratios[touched[:, at], at] = update.cpu() / norm

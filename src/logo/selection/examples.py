@@ -33,12 +33,8 @@ from logo.selection.reference import late_weights, row_means
 from logo.selection.texts import Texts
 from logo.selection.whitening import Whitening
 
-# The weight of a similarity beside the score of a response.
-GAIN = 12.0
-# The part of the weight of responses that similarities take over if all adapters have examples.
-REPLACED = 0.65
-# β: similarity per unit of a response's score.
-_SLOPE = 0.23
+# In the formula above; β is the similarity per unit of a response's score.
+GAIN, REPLACED, _SLOPE = 12.0, 0.65, 0.23
 # The usual similarity to the prompts of unrelated adapters; in s̄ it counts like so many adapters.
 _USUAL, _USUAL_WEIGHT = 0.23, 4
 # Hidden vectors of examples that are held at once, in bytes, and texts that are read together.
@@ -54,7 +50,7 @@ def described(hidden: Tensor, owners: Tensor, rows: int) -> Tensor:
 
 
 def whitened(spaces: Sequence[Whitening], descriptions: Tensor) -> Tensor:
-    """Descriptions (rows, 2, d) of one place, each kind of mean in its whitened space, as unit vectors (rows, 2, d)."""
+    """Descriptions (rows, 2, d) of one place, each kind of mean in its whitened space, as unit vectors."""
     given = descriptions.to(spaces[0].mean.device, torch.float32)
     folded = [space.fold(given[:, kind] - space.mean) for kind, space in enumerate(spaces)]
     return normalize(torch.stack(folded, dim=1), dim=2)
@@ -66,8 +62,7 @@ class Examples:
 
     Attributes:
         spaces: per place, the whitenings of both kinds of means.
-        centres: per place, the mean whitened description of each adapter's examples, as unit vectors: (adapters with
-            examples, 2, d), where the place's spaces are.
+        centres: per place, the mean whitened description of each adapter's examples: (adapters with examples, 2, d).
         known: (adapters,) bool: which adapters have examples, in pool order.
         points: per place, the number of the first point that is read there.
     """
@@ -86,12 +81,8 @@ class Examples:
         return total.cpu() / len(self.spaces)
 
     def scores(self, descriptions: Sequence[Tensor], responses: Tensor, among: Tensor | None = None) -> Tensor:
-        """Scores (rows, adapters) of similarities and the scores of responses (rows, adapters) together.
-
-        Args:
-            among: (rows, adapters) bool: the adapters that may be selected, from which estimates are made and shares
-                are taken; others have no score (-inf). None: all.
-        """
+        """Scores (rows, adapters) of similarities and the scores of responses (rows, adapters) together. `among` (rows,
+        adapters) bool says which adapters may be selected (None: all); others have no score (-inf)."""
         found = self.similarities(descriptions)
         if among is None:
             return combined(found, responses, self.known)
@@ -105,21 +96,16 @@ class Examples:
 def combined(found: Tensor, responses: Tensor, known: Tensor) -> Tensor:
     """Scores (rows, adapters) from similarities `found` (rows, adapters with examples) and the scores of responses
     (rows, adapters); `known` (adapters,) says which have examples."""
-    similar = found if known.all() else _filled(found, responses, known)
-    return (1 - REPLACED * known.float().mean()) * responses + GAIN * similar
-
-
-def _filled(found: Tensor, responses: Tensor, known: Tensor) -> Tensor:
-    """`s` of all adapters, (rows, adapters); of those without examples it is estimated from their responses."""
+    similar, others = found, found.shape[1] - 1
     if not known.any():
-        return _USUAL + _SLOPE * (responses - responses.mean(dim=1, keepdim=True))
-    own, best = responses[:, known], found.argmax(dim=1, keepdim=True)
-    others = found.shape[1] - 1
-    usual = (found.sum(1) - found.gather(1, best)[:, 0] + _USUAL_WEIGHT * _USUAL) / (others + _USUAL_WEIGHT)
-    level = (own.sum(1) - own.gather(1, best)[:, 0]) / others if others else responses.mean(dim=1)
-    every = usual[:, None] + _SLOPE * (responses - level[:, None])
-    every[:, known] = found
-    return every
+        similar = _USUAL + _SLOPE * (responses - responses.mean(dim=1, keepdim=True))
+    elif not known.all():
+        own, best = responses[:, known], found.argmax(dim=1, keepdim=True)
+        usual = (found.sum(1) - found.gather(1, best)[:, 0] + _USUAL_WEIGHT * _USUAL) / (others + _USUAL_WEIGHT)
+        level = (own.sum(1) - own.gather(1, best)[:, 0]) / others if others else responses.mean(dim=1)
+        similar = usual[:, None] + _SLOPE * (responses - level[:, None])
+        similar[:, known] = found
+    return (1 - REPLACED * known.float().mean()) * responses + GAIN * similar
 
 
 def examples_of(
@@ -134,7 +120,6 @@ def examples_of(
     Args:
         reading: its texts are the ordinary ones. Descriptions are kept in its store, or their mean; the texts never.
         examples: the token ids of each adapter's example prompts, in pool order; cut to the window.
-        points: where prompts are read.
         devices: of each point, where descriptions are compared.
     """
     known = torch.tensor([bool(rows) for rows in examples])

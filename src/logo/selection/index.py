@@ -115,7 +115,6 @@ class Wanted:
 
     Attributes:
         adapters: in pool order; they all touch the point.
-        point: where.
         device: where scores are computed.
         whitening: on the CPU; applied to hidden vectors before they are scored by their norm.
         before: an index of the same point and whitening, whose rows are reused for the adapters that it has.
@@ -139,6 +138,29 @@ class Wanted:
         """Memory of the stacked factors."""
         return 4 * sum(self.ranks) * self.adapters[0].modules[self.point.module].in_features
 
+    def begun(self) -> tuple[ScoringIndex, dict[str, int], Whitening | None]:
+        """The index with the rows that are known, the positions of the adapters that have to be read, and the whitening
+        where their rows are computed."""
+        adapters, before, whitening, sketch = self.adapters, self.before, self.whitening, None
+        if whitening is not None:
+            rows = whitening.sketch()
+            sketch = rows.to(self.device), (rows @ whitening.mean).to(self.device)
+            whitening = whitening.to(_with_qr(self.device))
+        width = adapters[0].modules[self.point.module].in_features
+        stacked = torch.empty(sum(self.ranks), width, device=self.device)
+        updates = torch.empty(len(adapters), device=self.device)
+        index = ScoringIndex(stacked, self.ranks, None, adapters, self.point, sketch, updates)
+        # A file is an object that stands for one content: a file that was replaced is opened anew.
+        known = {} if before is None else {adapter.file: at for at, adapter in enumerate(before.adapters)}
+        missing = {}
+        for at, adapter in enumerate(adapters):
+            if before is not None and adapter.file in known:
+                updates[at] = before.updates[known[adapter.file]]
+                stacked[index.rows[at]] = before.stacked[before.rows[known[adapter.file]]]
+            else:
+                missing[adapter.name] = at
+        return index, missing, whitening
+
 
 def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[ScoringIndex]:
     """Reads the tensors of every adapter at these points, and makes an index of each point; files are opened once.
@@ -150,54 +172,27 @@ def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[Sco
         AdapterError: an adapter that cannot be read.
     """
     every = {adapter.name: adapter for one in wanted for adapter in one.adapters}
-    building = [_Building(one) for one in wanted]
+    begun = [one.begun() for one in wanted]
     for done, (name, adapter) in enumerate(every.items(), start=1):
         if tell is not None and (done % _TOLD == 0 or done == len(every) > _TOLD):
             tell(done, len(every))
-        parts = [part for part in building if name in part.missing]
-        if parts:
-            weights = adapter.read([part.index.point.module for part in parts])
-            for part in parts:
-                part.add(name, weights[part.index.point.module])
-    return [part.finished() for part in building]
+        parts = [(index, missing[name], whitening) for index, missing, whitening in begun if name in missing]
+        weights = adapter.read([index.point.module for index, *_ in parts]) if parts else {}
+        for index, at, whitening in parts:
+            a, b = _factors(weights[index.point.module], index.point, _with_qr(index.device))
+            product = torch.linalg.qr(b, mode="r").R @ a
+            index.updates[at] = product.norm()
+            # A product of several adapters would make the last digits of one depend on the others.
+            index.stacked[index.rows[at]] = product if whitening is None else whitening.fold(product)
+    return [
+        index if whitening is None else replace(index, offset=index.stacked @ whitening.mean.to(index.device))
+        for index, _, whitening in begun
+    ]
 
 
-class _Building:
-    """An index under construction, whose rows come one adapter at a time."""
-
-    def __init__(self, wanted: Wanted) -> None:
-        adapters, before, whitening, sketch = wanted.adapters, wanted.before, wanted.whitening, None
-        width, device = adapters[0].modules[wanted.point.module].in_features, wanted.device
-        self._at = device if device.type == "cuda" else torch.device("cpu")  # not every accelerator has QR
-        self._whitening = None if whitening is None else whitening.to(self._at)
-        if whitening is not None:
-            rows = whitening.sketch()
-            sketch = rows.to(device), (rows @ whitening.mean).to(device)
-        stacked = torch.empty(sum(wanted.ranks), width, device=device)
-        updates = torch.empty(len(adapters), device=device)
-        self.index = ScoringIndex(stacked, wanted.ranks, None, adapters, wanted.point, sketch, updates)
-        # A file is an object that stands for one content: a file that was replaced is opened anew.
-        known = {} if before is None else {adapter.file: at for at, adapter in enumerate(before.adapters)}
-        self.missing: dict[str, int] = {}  # the positions of adapters that have to be read
-        for at, adapter in enumerate(adapters):
-            if before is not None and adapter.file in known:
-                updates[at] = before.updates[known[adapter.file]]
-                stacked[self.index.rows[at]] = before.stacked[before.rows[known[adapter.file]]]
-            else:
-                self.missing[adapter.name] = at
-
-    def add(self, name: str, weights: LoraWeights) -> None:
-        a, b = _factors(weights, self.index.point, self._at)
-        product, at = torch.linalg.qr(b, mode="r").R @ a, self.missing[name]
-        # A product of several adapters would make the last digits of one depend on the others.
-        self.index.stacked[self.index.rows[at]] = product if self._whitening is None else self._whitening.fold(product)
-        self.index.updates[at] = product.norm()
-
-    def finished(self) -> ScoringIndex:
-        if self._whitening is None:
-            return self.index
-        mean = self._whitening.mean.to(self.index.device)
-        return replace(self.index, offset=self.index.stacked @ mean)
+def _with_qr(device: torch.device) -> torch.device:
+    """The device, or the CPU: not every accelerator has QR."""
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _factors(weights: LoraWeights, point: Point, device: torch.device) -> tuple[Tensor, Tensor]:

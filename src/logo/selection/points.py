@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,14 +33,8 @@ _FEWEST_POINTS, _MOST_POINTS = 12, 48
 
 @dataclass(frozen=True)
 class Point:
-    """A place where a prompt is read and adapters are scored.
-
-    Attributes:
-        layer: index of the decoder layer.
-        layer_path: dotted path of that layer.
-        module: dotted path of the linear module whose adapters are scored.
-        rows: the output rows that are the query, if the module is a fused projection; None: all rows.
-    """
+    """A place where a prompt is read and adapters are scored: a linear module of a decoder layer, with dotted paths of
+    both, and the output rows that are the query if it is a fused projection (None: all rows)."""
 
     layer: int
     layer_path: str
@@ -138,10 +132,7 @@ class Plan(NamedTuple):
 
 
 def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings, signal: str | None = None) -> Plan:
-    """The plan of a signal; None: the settings' own.
-
-    Args:
-        pool: adapters fitted to the model.
+    """The plan of a signal (None: the settings' own) for a pool that is fitted to the model.
 
     Raises:
         ModelError: there is no such point in the model, or it cannot be read as the signal asks.
@@ -159,7 +150,12 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings, signa
             raise PoolError(f"no adapter touches a module in {where}; use the signal 'norm'")
         # If the whole model runs anyway, every point is read (docs/read-once.md says what choosing would cost there).
         if reading.chosen and not reading.activations:
-            points = _later(points, math.ceil(depth / 4), [set(adapter.modules) for adapter in pool])
+            # Hidden vectors of the first layers say little more than which words a prompt has: these layers are read
+            # only for adapters that touch few later points.
+            late = {point.module for point in points if point.layer >= math.ceil(depth / 4)}
+            owned = [{point.module for point in points} & set(adapter.modules) for adapter in pool]
+            read = late.union(*(some for some in owned if len(some & late) < min(LEAST_POINTS, len(some))))
+            points = tuple(point for point in points if point.module in read)
             touched = [a.modules[p.module] for a in pool for p in points if p.module in a.modules]
             each = sum(4 * module.rank * module.in_features for module in touched) / len(points)
             most = max(_FEWEST_POINTS, min(_MOST_POINTS, int(_INDEX_BYTES / each)))
@@ -182,15 +178,3 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings, signa
                 f"{width}; use the signal 'calibrated'"
             )
     return Plan(points, most, tuple(adapter for adapter in pool if modules & set(adapter.modules)))
-
-
-def _later(points: tuple[Point, ...], first: int, pool: Iterable[Set[str]]) -> tuple[Point, ...]:
-    """The points from layer `first` on, and every point of an adapter that touches fewer than `LEAST_POINTS` of those.
-
-    Hidden vectors of the first layers say little more than which words a prompt has. `pool` is the modules that each
-    adapter touches.
-    """
-    every, late = {point.module for point in points}, {point.module for point in points if point.layer >= first}
-    lacking = (every & modules for modules in pool if len(late & modules) < min(LEAST_POINTS, len(every & modules)))
-    chosen = late.union(*lacking)
-    return tuple(point for point in points if point.module in chosen)

@@ -53,17 +53,14 @@ class Probe:
         cache: DynamicCache | None = None,
         options: dict[str, Any] | None = None,
     ) -> list[Tensor]:
-        """Hidden vectors of some tokens of a batch of prompts.
+        """Hidden vectors of some tokens of a batch: one float32 tensor (vectors, d) per point, on the device of its
+        layer. Points that read the same vectors share one tensor.
 
         Args:
             input_ids: (rows, length), padded on the right, so that positions count from each row's first token.
             attention_mask: (rows, length), 1 on prompt tokens; with a cache, (rows, its length + length).
             picked: (vectors,) int64, the tokens that are read, as positions in the flattened `input_ids`; see `pick`.
             cache, options: of `run`.
-
-        Returns:
-            One float32 tensor (vectors, d) per point, on the device of the point's layer. Points that read the same
-            vectors share one tensor.
         """
         hidden: dict[str, Tensor] = {}
         latest: list[Tensor] = []  # the last tensor and its vectors, since q, k and v receive the same one
@@ -105,5 +102,4 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
     """(rows, length) ids and mask, padded on the right with each row's last token, which the mask hides."""
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return ids, mask
+    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)

@@ -89,11 +89,9 @@ class Reference:
     """The usual responses of each adapter, per point.
 
     Attributes:
-        mean: (adapters, points).
-        spread: (adapters, points), positive.
+        mean, spread: (adapters, points); spreads are positive.
         responds: (adapters, points), bool: the adapter touches the point, and its response there is not zero.
         excess: (adapters,): the median over requests of the mean z, less that of the adapters that respond; clipped.
-            Some adapters respond to almost any request.
         trust: (adapters,): the usual deviation of the mean z over texts, divided by the adapter's own, at most 1.
         weights: (points,) of the mean.
         apart: how far apart scores lie by chance.
@@ -109,13 +107,8 @@ class Reference:
 
     @classmethod
     def of(cls, neutral: Tensor, requests: Tensor | None = None, weights: Tensor | None = None) -> Reference:
-        """The reference that `a` (adapters, points, texts) gives; -inf or NaN means that there is no response.
-
-        Args:
-            neutral: `a` of neutral texts, which gives mean and spread.
-            requests: `a` of other texts, which give the excess, and count for trust, too.
-            weights: (points,) of the mean; None: equal weights.
-        """
+        """The reference that `a` (adapters, points, texts) gives; -inf or NaN means that there is no response. Neutral
+        texts give mean and spread, requests the excess, and both the trust."""
         every = neutral if requests is None else torch.cat([neutral, requests], dim=2)
         responds = every.isfinite().all(dim=2)
         known = torch.where(responds[:, :, None], neutral, torch.zeros(()))
@@ -152,16 +145,9 @@ class Reference:
         return torch.where(self.responds[:, :, None], z, torch.zeros(()))
 
     def scores(self, responses: Tensor, among: Tensor | None = None) -> Tensor:
-        """Scores (rows, adapters) of `a` (adapters, points, rows): trust times the difference of mean z and excess.
-
-        The mean runs over the points where the adapter responds; one that responds nowhere gets the lowest score of the
-        others.
-
-        Args:
-            among: (rows, adapters) bool: the adapters that may be selected, which alone count as others; None: all.
-        """
-        scores = self._compared(self._mean_z(responses))
-        heard = self.responds.any(dim=1)
+        """Scores (rows, adapters) of `a` (adapters, points, rows). An adapter that responds nowhere gets the lowest
+        score of the others, of those that may be selected by `among` (rows, adapters) bool (None: all)."""
+        scores, heard = self._compared(self._mean_z(responses)), self.responds.any(dim=1)
         if heard.any() and not heard.all():
             for row, asked in zip(scores, scores.new_ones(scores.shape) if among is None else among, strict=True):
                 others = heard & asked.bool()
@@ -199,7 +185,6 @@ def choose(neutral: Tensor, requests: Tensor, most: int, enough: float, each: in
 
     Args:
         neutral, requests: `a` (adapters, points, texts).
-        most: never more than these, unless too few of them would touch an adapter.
         enough: the agreement that suffices.
         each: at least so many points of every adapter are read, if it touches so many and `most` are not fewer.
     """

@@ -26,9 +26,8 @@ from logo.selection.reference import LATE_WEIGHT, Reference, finished, late_weig
 from logo.selection.selector import Selector
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
-from logo.selection.texts import NEUTRAL, REQUESTS, Texts
+from logo.selection.texts import NEUTRAL, REQUESTS, WHOLE, Texts, windowed
 from logo.selection.whitening import Whitening
-from logo.selection.window import WHOLE, windowed
 
 # Texts, the tokens with which each has to end, and whether the forms of conversations vary -> token ids.
 Encode = Callable[[Sequence[str], Sequence[int], bool], list[list[int]]]
@@ -39,7 +38,7 @@ class Scorer:
     """Scores the adapters of one state of a pool for batches of prompts, by one signal.
 
     Attributes:
-        signal: how prompts are read: the registered signal with the window and the activations of the pool.
+        signal: the registered signal with the window and the activations of the pool.
         indices: one per point that is read, of the adapters that touch it.
         probe: reads the hidden vectors of these points.
         calibration: what responses are compared with; None for signals of the scale `"raw"`.
@@ -80,16 +79,14 @@ class Scorer:
         for ever.
 
         Args:
-            model: the base model; with `run`, it may be a skeleton on the meta device.
-            pool: adapters fitted to it.
-            encode: texts to token ids, as prompts are encoded (`logo.prompts.Prompts.texts`).
-            run: runs texts through the base model; None: `model` itself runs. If it raises, what was read before is in
-                the store, and `open` may be called again with the same one.
+            model: the base model, to which the pool is fitted; with `run`, it may be a skeleton on the meta device.
+            encode: as prompts are encoded (`logo.prompts.Prompts.texts`).
+            run: runs texts; None: `model` itself does. If it raises, what was read before is in the store, and `open`
+                may be called again with the same one.
             device: where scores are computed; None: on the device of the hidden vectors.
             prefix_cache: for a pool whose adapters act only from a position on (`AdapterPool.read_once`); None: such a
                 pool is probed like any other, but its prompts are read whole.
-            before: the scorer of the same signal for an earlier state of the pool, of which is reused what belongs to
-                the same adapters by their content.
+            before: the scorer of the same signal for an earlier state of the pool, whose valid parts are reused.
             store: where calibrations are; None: that of `before`, or a new one in the folder of the settings.
             tell: called with 0 and the number of adapters first, and then as by `logo.selection.index.read_indices`.
 
@@ -208,10 +205,11 @@ class Scorer:
         self, rows: Sequence[Sequence[int]], ids: Tensor, mask: Tensor, cache: DynamicCache, options: dict[str, Any]
     ) -> tuple[list[Tensor], Tensor]:
         """Reads what is not cached of rows; see `PrefixCache.extend`. Returns hidden vectors and their owners."""
-        width, begin = ids.shape[1], self.signal.begin
-        counts = mask[:, : mask.shape[1] - width].sum(dim=1).tolist()
-        begins = [max(0, begin(row) - count) for row, count in zip(rows, counts, strict=True)]
-        picked, owners = pick(begins, [len(row) - count for row, count in zip(rows, counts, strict=True)], width)
+        width, begins, ends = ids.shape[1], [], []
+        for row, count in zip(rows, mask[:, : mask.shape[1] - width].sum(dim=1).tolist(), strict=True):
+            begins.append(max(0, self.signal.begin(row) - count))
+            ends.append(len(row) - count)
+        picked, owners = pick(begins, ends, width)
         return self.probe(ids, mask, picked.to(ids.device), cache, options), owners
 
     def scores(

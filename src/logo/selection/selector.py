@@ -7,7 +7,6 @@ adaptive   w_i ∝ exp(score_i / T), where T and the sum of the weights follow t
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -27,10 +26,9 @@ LEAST = 0.01
 
 @dataclass(frozen=True)
 class Selector:
-    """Makes selections from the scores of one signal.
+    """Makes selections from the scores of one signal, for the adapters of these names.
 
     Attributes:
-        names: the adapters that are scored, in pool order.
         default_k: adapters per prompt where a call and the settings give no number.
         evidence: turns a margin of these scores into a confidence; None: they have no scale of their own, and the
             weighting is linear.
@@ -99,12 +97,8 @@ class Selector:
 
 
 def forced(entry: Forced, pool: AdapterPool, candidates: Collection[str] | None = None) -> Selection:
-    """Checks what a user forces, and returns it as a selection.
-
-    Raises:
-        PoolError: an adapter is not in the pool, or not among the candidates.
-        UsageError: neither weights by name nor a selection, or a weight that is not a number between -1e6 and 1e6.
-    """
+    """What a user forces, as a selection. Raises PoolError: an adapter is not in the pool, or not among the candidates;
+    UsageError: neither weights by name nor a selection, or a weight that is not between -1e6 and 1e6."""
     check_type("adapters", entry, (Mapping, Selection), "{name: weight} or a Selection")
     selection = entry if isinstance(entry, Selection) else Selection.forced(entry)
     for name, weight in zip(selection.adapters, selection.weights, strict=True):
@@ -119,10 +113,3 @@ def known(name: str, pool: AdapterPool, candidates: Collection[str] | None = Non
     if candidates is not None and name not in candidates:
         raise PoolError(f"no adapter {name!r} among the {len(candidates)} candidates{closest(name, candidates)}")
     return pool[name].name
-
-
-def check_k(k: int, pool_size: int) -> int:
-    """`k`, or the pool's size where `k` is larger (with one warning)."""
-    if k > pool_size:
-        warnings.warn(f"k is {k} but the pool has {pool_size} adapters: all of them are used", stacklevel=3)
-    return min(k, pool_size)

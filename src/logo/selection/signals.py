@@ -18,12 +18,10 @@ from logo.core import Weighting
 from logo.errors import PluginError, UsageError, check_type
 from logo.plugins import Registry, running
 from logo.selection.index import ScoringIndex
-from logo.selection.window import WHOLE, Window
+from logo.selection.texts import WHOLE, Window
 
 ProbeInput = Literal["residual", "projection"]
 ProbeToken = Literal["last", "mean", "each", "tail"]
-# raw: the response itself · zscore: against the adapter's own responses to neutral text · whitened: likewise, of hidden
-# vectors from which is taken what all text has in common
 Scale = Literal["raw", "zscore", "whitened"]
 Layers = Literal["last", "early"]
 
@@ -43,8 +41,8 @@ class SignalFunction(Protocol):
         Returns:
             (n, adapters), float32, finite. A row depends on its own hidden vector alone. There is no unit: with the
             scale `"raw"` scores of different adapters are compared as they are; with `"zscore"` each with the same
-            adapter's mean and standard deviation on neutral text; with `"whitened"`, likewise, their logarithms, so
-            they have to be positive.
+            adapter's mean and standard deviation on neutral text; with `"whitened"`, likewise, the logarithms of
+            positive scores.
 
         Raises:
             LoGoError: what the user can fix; anything else is taken for a bug of the signal.
@@ -66,7 +64,8 @@ class Signal:
         token: `"last"`, the vector of the last prompt token; `"mean"`, the mean over all prompt tokens; `"each"`, the
             vectors of all prompt tokens but the first; or `"tail"`, those of the tokens on which adapters act. With the
             last two, scores are averaged over the tokens.
-        scale: what the responses are compared with.
+        scale: what responses are compared with: `"raw"`, those of others; `"zscore"`, the adapter's own responses to
+            neutral text; `"whitened"`, likewise, of whitened hidden vectors.
         chosen: use the points on which this pool's adapters differ most, instead of all.
         weighting: how scores become weights.
         late: responses are averaged with the last tokens counting most, too (`logo.selection.reference`).
@@ -104,12 +103,8 @@ class Signal:
         return max(begun, earliest(self.activations, ids)) if self.token == "tail" else begun
 
     def __call__(self, index: ScoringIndex, hidden: Tensor) -> Tensor:
-        """(n, adapters) for hidden (n, d).
-
-        Raises:
-            PluginError: a signal of others has returned something else, or a number that cannot be used.
-            RuntimeError: a signal of others has failed.
-        """
+        """(n, adapters) for hidden (n, d). Raises PluginError: a signal of others has returned something else, or a
+        number that cannot be used; RuntimeError: it has failed."""
         if self.plugin is None:
             return self.score(index, hidden)
         place = f"signal {self.plugin.partition(' ')[0]}"

@@ -11,6 +11,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+# (tokens of the beginning, tokens of the end), or all of the text.
+Window = tuple[int, int] | Literal["whole"]
+WHOLE: Literal["whole"] = "whole"
+USUAL_WINDOW = (32, 32)
 
 _KINDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 NEUTRAL: tuple[str, ...] = tuple(text for kind in _KINDS["neutral"].values() for text in kind)
@@ -33,3 +39,11 @@ class Texts:
     def rows(self) -> list[Sequence[int]]:
         """All of them, neutral ones first."""
         return [*self.neutral, *self.requests]
+
+
+def windowed(ids: Sequence[int], window: Window) -> Sequence[int]:
+    """The first and the last tokens of a text, as many as the window has of each; all of a text that is not longer."""
+    if window == WHOLE or len(ids) <= sum(window):
+        return ids
+    head, tail = window
+    return [*ids[:head], *ids[len(ids) - tail :]]

@@ -29,7 +29,7 @@ from logo.protocol import MixtureRequest
 from logo.selection.confidence import Evidence
 from logo.selection.selector import Selector, forced
 from logo.selection.signals import Signal
-from logo.selection.window import Window
+from logo.selection.texts import Window
 
 
 class WorkerError(LoGoError, RuntimeError):
