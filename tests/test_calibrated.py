@@ -22,8 +22,8 @@ from logo import AdapterPool, LoGo, SelectionSettings, UsageError
 from logo.adapters.adapter import Adapter
 from logo.errors import Unsure
 from logo.selection import calibration
-from logo.selection.confidence import RESPONSES
 from logo.selection.reference import UNIT, USUAL
+from logo.selection.selector import RESPONSES
 from logo.selection.texts import NEUTRAL, REQUESTS
 from logo.selection.whitening import Whitening
 from logo.serving.memory import Memory

@@ -134,12 +134,8 @@ TextRunner = Callable[[Sequence[Point], Texts, Signal], Iterator[HiddenVectors]]
 
 @dataclass(frozen=True)
 class Reading:
-    """What the base model (or a skeleton of it), with no adapter active, reads for a calibration.
-
-    Attributes:
-        store: holds responses, whitenings and descriptions.
-        key: names them there, by a digest of the base model, the texts and the reading.
-    """
+    """What the base model (or a skeleton of it), with no adapter active, reads for a calibration. The key names what is
+    in the store, by a digest of the base model, the texts and the reading."""
 
     model: nn.Module
     signal: Signal
@@ -150,8 +146,8 @@ class Reading:
     @classmethod
     def of(cls, model: nn.Module, signal: Signal, texts: Texts, store: Store) -> Reading:
         """The reading with its key."""
-        how: list[Any] = [signal.input, signal.token, signal.scale, getattr(signal.score, "__name__", "")]
-        how += [signal.readings, signal.window]
+        name = getattr(signal.score, "__name__", "")
+        how: list[Any] = [signal.input, signal.token, signal.scale, name, signal.readings, signal.window]
         if signal.plugin is not None:  # of a fused projection, one layer's query or all rows are read
             how += [signal.plugin, signal.layers]
         if signal.token == "tail":  # where adapters act in these texts; see `logo.adapters.activation.earliest`
@@ -175,7 +171,7 @@ class Calibration:
         ranking: every candidate with its contrast, best first; empty if all points are read.
         neutral: `a` (adapters, readings, neutral texts): the even readings of all points, then the late ones if the
             signal has them; NaN if an adapter does not touch a point.
-        requests: `a` of the requests likewise; of no requests if the signal uses neutral texts only.
+        requests: `a` of the requests likewise, of which there may be none.
         weight_norms: `‖W‖_F` of the base model at each point; NaN where it is not known.
         measured: the number of adapters whose responses were not stored.
     """
@@ -231,14 +227,8 @@ def whitenings(reading: Reading, points: Sequence[Point], run: TextRunner) -> di
 def _measure(
     reading: Reading, wanted: Mapping[Point, Sequence[Adapter]], run: TextRunner
 ) -> dict[str, dict[str, Tensor]]:
-    """Runs the texts through the base model and scores adapters at points; whitenings of these points are stored.
-
-    Args:
-        wanted: point -> adapters to score there; none: only the whitening is needed.
-
-    Returns:
-        adapter name -> module of the point -> `a` (readings, texts), neutral ones first.
-    """
+    """Scores adapters at the points where they are wanted (none: only the whitening, which is stored); returns adapter
+    name -> module of the point -> `a` (readings, texts), neutral ones first."""
     measured: dict[str, dict[str, Tensor]] = {}
     signal, rows = reading.signal, reading.texts.rows
     tokens = sum(map(len, rows))

@@ -37,7 +37,6 @@ class ScoringIndex:
         ranks: rows per adapter.
         offset: (R,): the stacked response to the mean hidden vector, which is subtracted from every response; None: 0.
         adapters: in pool order; they all touch the point.
-        point: where.
         sketch: of a whitening, its `Whitening.sketch` (m, d) and the sketch of the mean (m,).
         updates: (adapters,), `‖ΔW_i‖_F`.
     """
@@ -111,11 +110,9 @@ class ScoringIndex:
 
 @dataclass(frozen=True)
 class Wanted:
-    """An index that is to be read.
+    """An index that is to be read, of adapters in pool order that touch the point, for scores on a device.
 
     Attributes:
-        adapters: in pool order; they all touch the point.
-        device: where scores are computed.
         whitening: on the CPU; applied to hidden vectors before they are scored by their norm.
         before: an index of the same point and whitening, whose rows are reused for the adapters that it has.
     """
@@ -129,8 +126,7 @@ class Wanted:
     @property
     def ranks(self) -> list[int]:
         """Rows per adapter: the smaller side of the part of `B_i` that belongs to the point."""
-        module, rows = self.point.module, self.point.rows
-        shapes = [adapter.modules[module] for adapter in self.adapters]
+        shapes, rows = [adapter.modules[self.point.module] for adapter in self.adapters], self.point.rows
         return [min(shape.rank, shape.out_features if rows is None else len(rows)) for shape in shapes]
 
     @property
@@ -146,10 +142,10 @@ class Wanted:
             rows = whitening.sketch()
             sketch = rows.to(self.device), (rows @ whitening.mean).to(self.device)
             whitening = whitening.to(_with_qr(self.device))
-        width = adapters[0].modules[self.point.module].in_features
-        stacked = torch.empty(sum(self.ranks), width, device=self.device)
-        updates = torch.empty(len(adapters), device=self.device)
-        index = ScoringIndex(stacked, self.ranks, None, adapters, self.point, sketch, updates)
+        width, ranks = adapters[0].modules[self.point.module].in_features, self.ranks
+        stacked = torch.empty(sum(ranks), width, device=self.device)
+        updates = torch.empty(len(ranks), device=self.device)
+        index = ScoringIndex(stacked, ranks, None, adapters, self.point, sketch, updates)
         # A file is an object that stands for one content: a file that was replaced is opened anew.
         known = {} if before is None else {adapter.file: at for at, adapter in enumerate(before.adapters)}
         missing = {}
@@ -164,13 +160,7 @@ class Wanted:
 
 def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[ScoringIndex]:
     """Reads the tensors of every adapter at these points, and makes an index of each point; files are opened once.
-
-    Args:
-        tell: called with the number of adapters that are done and of all, after every thousand.
-
-    Raises:
-        AdapterError: an adapter that cannot be read.
-    """
+    `tell` is called with the number of adapters that are done and of all. Raises AdapterError: one cannot be read."""
     every = {adapter.name: adapter for one in wanted for adapter in one.adapters}
     begun = [one.begun() for one in wanted]
     for done, (name, adapter) in enumerate(every.items(), start=1):

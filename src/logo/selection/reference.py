@@ -40,10 +40,8 @@ from logo.selection.signals import Scale
 _LEAST_SPREAD = 0.25
 # To be raised when the same settings give other scores: results depend on it, so it is a part of their identity.
 SCORES = 5
-# Larger z are clipped, so that no point decides alone.
-_LARGEST_Z = 20.0
-# The excess is clipped, since the requests may be those that an adapter was made for.
-_LARGEST_EXCESS = 1.0
+# Larger z are clipped, so that no point decides alone; excesses, since adapters may have been made for the requests.
+_LARGEST_Z, _LARGEST_EXCESS = 20.0, 1.0
 # A token's weight divided by the next one's: the last three tokens have 58 % of the weight, the last ten 94 %.
 FADING = 0.75
 # The weight of the late reading of a point; the even one has weight 1.
@@ -116,23 +114,21 @@ class Reference:
         usual = torch.where(responds, spread, torch.nan).nanmedian(dim=0).values.nan_to_num(1.0)
         spread = spread.maximum((_LEAST_SPREAD * usual).clamp_min(1e-6))
         weights = torch.ones(responds.shape[1]) if weights is None else weights
-        zeros, ones = torch.zeros(len(known)), torch.ones(len(known))
-        reference = cls(known.mean(dim=2), spread, responds, zeros, ones, weights)
+        excess, ones = torch.zeros(len(known)), torch.ones(len(known))
+        reference = cls(known.mean(dim=2), spread, responds, excess, ones, weights)
         mean_z, somewhere, count = reference._mean_z(every), responds.any(dim=1), neutral.shape[2]
         if not somewhere.any():
             return reference
         swing = mean_z.std(dim=1)
         if mean_z.shape[1] > count:
             typical = mean_z[:, count:].median(dim=1).values
-            zeros = (typical - typical[somewhere].median()).clamp(-_LARGEST_EXCESS, _LARGEST_EXCESS)
+            excess = (typical - typical[somewhere].median()).clamp(-_LARGEST_EXCESS, _LARGEST_EXCESS)
         trust = (swing[somewhere].median().clamp_min(_LEAST_SPREAD) / swing.clamp_min(1e-6)).clamp(max=1.0)
-        reference = replace(reference, excess=zeros, trust=trust)
         # Not of the requests: adapters may have been made for them, so that their margins are no chance.
-        strangers = reference._compared(mean_z[:, :count])[:, somewhere]
-        if strangers.shape[1] < 2:
-            return reference
-        apart = float(strangers.var(dim=1).mean().sqrt())
-        return replace(reference, apart=max(apart, UNIT / 2))  # margins are at most doubled
+        strangers, apart = ((mean_z[:, :count] - excess[:, None]) * trust[:, None]).T[:, somewhere], UNIT
+        if strangers.shape[1] > 1:
+            apart = max(float(strangers.var(dim=1).mean().sqrt()), UNIT / 2)  # margins are at most doubled
+        return replace(reference, excess=excess, trust=trust, apart=apart)
 
     def factors(self, tokens: Tensor) -> Tensor:
         """What the scores of prompts with so many tokens (rows,) are multiplied by: float32 (rows,)."""
@@ -147,16 +143,13 @@ class Reference:
     def scores(self, responses: Tensor, among: Tensor | None = None) -> Tensor:
         """Scores (rows, adapters) of `a` (adapters, points, rows). An adapter that responds nowhere gets the lowest
         score of the others, of those that may be selected by `among` (rows, adapters) bool (None: all)."""
-        scores, heard = self._compared(self._mean_z(responses)), self.responds.any(dim=1)
+        scores = ((self._mean_z(responses) - self.excess[:, None]) * self.trust[:, None]).T
+        heard = self.responds.any(dim=1)
         if heard.any() and not heard.all():
             for row, asked in zip(scores, scores.new_ones(scores.shape) if among is None else among, strict=True):
                 others = heard & asked.bool()
                 row[~heard] = row[others if others.any() else heard].min()
         return scores
-
-    def _compared(self, mean_z: Tensor) -> Tensor:
-        """Scores (rows, adapters) of mean z (adapters, rows)."""
-        return ((mean_z - self.excess[:, None]) * self.trust[:, None]).T
 
     def _mean_z(self, responses: Tensor) -> Tensor:
         """The mean z, (adapters, rows)."""
@@ -167,8 +160,8 @@ class Reference:
 def contrast(neutral: Tensor, requests: Tensor) -> Tensor:
     """How differently adapters respond to different requests: (points,), 0 where fewer than two adapters respond.
 
-    It is the standard deviation of z over requests and adapters, after the mean of each adapter and of each request is
-    subtracted; 1 means that adapters differ on requests no more than on neutral texts. Arguments as `choose`.
+    It is the standard deviation of z over requests and adapters, after the mean of each of both is subtracted.
+    Arguments as `choose`; 1 means that adapters differ on requests no more than on neutral texts.
     """
     reference = Reference.of(neutral)
     z, result = reference.z(requests), torch.zeros(requests.shape[1])

@@ -17,13 +17,12 @@ from logo.adapters.pool import AdapterPool
 from logo.files import cache_folder
 from logo.prefix_cache import PrefixCache
 from logo.selection.calibration import Calibration, Reading, Store, TextRunner, calibrate, read_texts, whitenings
-from logo.selection.confidence import EXAMPLES, RESPONSES, relative_sizes
 from logo.selection.examples import Examples, examples_of
 from logo.selection.index import ScoringIndex, Tell, Wanted, read_indices
 from logo.selection.points import Point, plan
 from logo.selection.probe import Probe, padded, pick
 from logo.selection.reference import LATE_WEIGHT, Reference, finished, late_weights, row_means, row_sums
-from logo.selection.selector import Selector
+from logo.selection.selector import EXAMPLES, RESPONSES, Selector, relative_sizes
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
 from logo.selection.texts import NEUTRAL, REQUESTS, WHOLE, Texts, windowed
@@ -90,9 +89,7 @@ class Scorer:
             store: where calibrations are; None: that of `before`, or a new one in the folder of the settings.
             tell: called with 0 and the number of adapters first, and then as by `logo.selection.index.read_indices`.
 
-        Raises:
-            PoolError, UsageError, ModelError: the pool cannot be scored as the settings ask.
-            AdapterError: an adapter cannot be read.
+        Raises PoolError, UsageError or ModelError: the pool cannot be scored as the settings ask; AdapterError.
         """
         how, planned = settings.reading(pool, signal), plan(model, pool, settings, signal)
         adapters, points = planned.adapters, planned.points

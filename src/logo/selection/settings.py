@@ -20,7 +20,7 @@ from logo.selection.texts import USUAL_WINDOW, WHOLE, Window
 
 Unscorable = Literal["error", "skip"]
 
-# The options of one call that `SelectionSettings.options` checks.
+# Of one call: adapters per prompt, any registered signal, its weighting, the names that may be selected.
 OPTIONS = ("k", "signal", "weighting", "candidates")
 
 
@@ -33,7 +33,7 @@ class SelectionSettings:
         k: adapters per prompt; None: `AdapterPool.default_k`, or all of a smaller pool.
         weighting: how scores become weights: `"linear"` (official) or `"adaptive"`, see `logo.selection.selector`;
             None: the signal's own.
-        when_unsure: what answers a prompt for which no adapter seems to be made (`logo.selection.confidence`): `"mix"`,
+        when_unsure: what answers a prompt for which no adapter seems to be made (`logo.selection.selector`): `"mix"`,
             the mixture of the weighting; `"base"`, the base model alone; `"refuse"`, an error.
         unsure_below: the confidence below which a selection counts as unsure, for `when_unsure` and in a server's log.
         examples: whether example prompts of adapters are used (`logo.selection.examples`): `"use"` or `"ignore"`.
@@ -108,11 +108,8 @@ class SelectionSettings:
         return replace(tail, window=WHOLE, activations=pool.activations)
 
     def options(self, pool: AdapterPool, given: Mapping[str, Any]) -> Options:
-        """Checks the options of one call against the pool. What is not given, or None, is as in these settings.
-
-        Args:
-            given: `k`, adapters per prompt; `signal`, any registered one; `weighting`, for another signal than that of
-                these settings by default its own; `candidates`, the names of the adapters that may be selected.
+        """Checks the options of one call (`OPTIONS`) against the pool. What is not given, or None, is as in these
+        settings; but the weighting of another signal is its own.
 
         Raises:
             UsageError: an option that does not exist or cannot be used, or no candidate at all.
@@ -122,7 +119,12 @@ class SelectionSettings:
             if option not in OPTIONS:
                 raise UsageError(f"unknown option {option!r}{closest(option, OPTIONS)}; known: {', '.join(OPTIONS)}")
         among, k, weighting = given.get("candidates"), given.get("k"), given.get("weighting")
-        candidates = None if among is None else _checked_candidates(among, pool)
+        candidates: frozenset[str] | None = None
+        if among is not None:
+            check_type("candidates", among, (str, Collection), "names of adapters")
+            candidates = frozenset(known(name, pool) for name in ((among,) if isinstance(among, str) else among))
+            if not candidates:
+                raise UsageError("candidates: expected one adapter or more, found none; `adapters={}` uses none")
         if k is not None:
             _check_positive("k", k)
             if k > (size := len(pool if candidates is None else candidates)):
@@ -154,14 +156,6 @@ class SelectionSettings:
             if name not in every:
                 raise UsageError(f"unknown setting {name!r}{closest(name, every)}; known: {', '.join(every)}")
         return cls(**settings)
-
-
-def _checked_candidates(given: Any, pool: AdapterPool) -> frozenset[str]:
-    check_type("candidates", given, (str, Collection), "names of adapters")
-    names = frozenset(known(name, pool) for name in ((given,) if isinstance(given, str) else given))
-    if not names:
-        raise UsageError("candidates: expected one adapter or more, found none; `adapters={}` uses none")
-    return names
 
 
 def _check_positive(name: str, k: Any) -> None:

@@ -142,10 +142,7 @@ def register_signal(
     late: bool = False,
 ) -> Callable[[_S], _S]:
     """Registers a `SignalFunction` as the signal of this name; a decorator. The other arguments are those of `Signal`.
-
-    Raises:
-        UsageError: the name is taken, or an argument is none of its choices.
-    """
+    Raises UsageError: the name is taken, or an argument is none of its choices."""
     kinds: tuple[Any, ...] = (Layers, ProbeInput, ProbeToken, Scale, Weighting)
     options = {"layers": layers, "input": input, "token": token, "scale": scale, "weighting": weighting}
     for (option, value), kind in zip(options.items(), kinds, strict=True):

@@ -25,12 +25,8 @@ REQUESTS: tuple[str, ...] = tuple(text for kind in _KINDS["requests"].values() f
 
 @dataclass(frozen=True)
 class Texts:
-    """Token ids of the texts on which adapters are calibrated, each cut to the window.
-
-    Attributes:
-        neutral: texts that give the reference and the whitening.
-        requests: unlabelled prompts by which points are ranked; none if all points are read.
-    """
+    """Token ids of the texts on which adapters are calibrated, each cut to the window: the neutral ones give the
+    reference and the whitening, the requests rank points."""
 
     neutral: Sequence[Sequence[int]]
     requests: Sequence[Sequence[int]]

@@ -26,13 +26,8 @@ _NEGLIGIBLE = 0.02
 
 @dataclass(frozen=True)
 class Whitening:
-    """`W = I - V diag(1 - gain) Vᵀ`, in float32.
-
-    Attributes:
-        mean: `μ` (d,).
-        basis: `V` (d, n), orthonormal.
-        gain: (n,) in (0, 1): the factor by which each of these directions is multiplied.
-    """
+    """`W = I - V diag(1 - gain) Vᵀ`, in float32: mean `μ` (d,), orthonormal basis `V` (d, n), and gain (n,) in (0, 1),
+    the factor by which each of these directions is multiplied."""
 
     mean: Tensor
     basis: Tensor

@@ -53,7 +53,7 @@ def calibrate(engine: EngineOptions, json: Json = False) -> None:
 
 def _sizes(logo: LoGo, calibration: Calibration) -> str:
 
-    from logo.selection.confidence import USUAL_SIZE
+    from logo.selection.selector import USUAL_SIZE
 
     if _unknown(calibration):
         return f"unknown (the base model's weights are quantised or not at hand); each adapter counts as {USUAL_SIZE}"
