@@ -20,8 +20,7 @@ from logo.adapters.adapter import Adapter
 from logo.core import Prompt
 from logo.errors import LoGoError, NotFinite
 from logo.opening import LOCAL_OPTIONS
-from logo.selection.confidence import RESPONSES
-from logo.selection.selector import LEAST
+from logo.selection.selector import LEAST, RESPONSES
 from test_calibrated import PROMPTS, tokenizer
 from test_engine import ids_of, write_adapter
 from tiny import LONG

@@ -23,10 +23,10 @@ from logo.cli.run import run
 from logo.evaluation.arms import Arms
 from logo.evaluation.identity import digests
 from logo.selection import scorer
-from logo.selection.confidence import EXAMPLES as WITH_EXAMPLES
-from logo.selection.confidence import RESPONSES
 from logo.selection.examples import GAIN, REPLACED, Examples, described, whitened
 from logo.selection.reference import FADING
+from logo.selection.selector import EXAMPLES as WITH_EXAMPLES
+from logo.selection.selector import RESPONSES
 from logo.selection.whitening import Whitening
 from test_calibrated import PROMPTS, change, engine, pool
 from tolerances import same_scores, same_tensor

@@ -12,8 +12,18 @@ from hypothesis import strategies as st
 
 from logo.core import Options, Selection
 from logo.errors import ModelError, NotFinite, PoolError, Unsure
-from logo.selection.confidence import BEST, EXAMPLES, HALVED, RESPONSES, USUAL_SIZE, Evidence, relative_sizes
-from logo.selection.selector import LEAST, UNSURE, Selector
+from logo.selection.selector import (
+    BEST,
+    EXAMPLES,
+    HALVED,
+    LEAST,
+    RESPONSES,
+    UNSURE,
+    USUAL_SIZE,
+    Evidence,
+    Selector,
+    relative_sizes,
+)
 
 SCORES = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40)
 

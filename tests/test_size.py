@@ -52,8 +52,8 @@ def expected(logo: Any, scorer: Any = None) -> dict[str, float]:
 def test_a_size_is_the_mean_ratio_over_points(model: Any, folder: Path) -> None:
     logo = opened(model, folder, signal="calibrated")
     assert len(logo.scorer.points) > 1
-    assert logo.scorer.sizes == pytest.approx(expected(logo), rel=1e-5)
-    sizes = list(logo.scorer.sizes.values())
+    assert logo.scorer.selector.sizes == pytest.approx(expected(logo), rel=1e-5)
+    sizes = list(logo.scorer.selector.sizes.values())
     assert sizes == sorted(sizes) and sizes[3] > 2 * sizes[0]
 
 
@@ -65,9 +65,9 @@ def test_a_base_model_has_its_own_sizes(model: Any, folder: Path, tmp_path: Path
                 weight.mul_(10)
     for base in (model, larger):
         logo = opened(base, folder, signal="norm", cache=str(tmp_path))
-        assert not logo.scorer.sizes
+        assert not logo.scorer.selector.sizes
         scorer = logo._scorer("calibrated")
-        assert scorer.sizes == pytest.approx(expected(logo, scorer), rel=1e-5)
+        assert scorer.selector.sizes == pytest.approx(expected(logo, scorer), rel=1e-5)
 
 
 def test_sizes_follow_a_pool_that_changes(model: Any, folder: Path, tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ def test_sizes_follow_a_pool_that_changes(model: Any, folder: Path, tmp_path: Pa
     logo = opened(model, folder, signal="calibrated")
     logo.calibrate()
     logo.pool.add(tmp_path / "new")
-    assert "new" in logo.scorer.sizes
-    assert logo.scorer.sizes == pytest.approx(expected(logo), rel=1e-5)
+    assert "new" in logo.scorer.selector.sizes
+    assert logo.scorer.selector.sizes == pytest.approx(expected(logo), rel=1e-5)
 
 
 def test_fused_projections_count_by_the_rows_of_the_query() -> None:

@@ -18,7 +18,7 @@ import tiny
 import warm
 from logo import SelectionSettings, UsageError
 from logo.adapters.examples import write_examples
-from logo.selection.window import windowed
+from logo.selection.texts import windowed
 from test_calibrated import engine, pool
 from test_engine import write_adapter
 from tolerances import PATIENCE, same_scores, same_selection

@@ -47,7 +47,7 @@ from logo.selection.scorer import Scorer
 from logo.selection.selector import forced
 from logo.selection.settings import OPTIONS, SelectionSettings
 from logo.selection.signals import get_signal
-from logo.selection.window import WHOLE
+from logo.selection.texts import WHOLE
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -203,7 +203,9 @@ class LoGo:
     @property
     def k(self) -> int:
         """Adapters per prompt: the setting, or the default of the pool as it is now."""
-        return min(self.fitted.default_k, len(self.scorer.names)) if self.settings.k is None else self.settings.k
+        return (
+            min(self.fitted.default_k, len(self.scorer.selector.names)) if self.settings.k is None else self.settings.k
+        )
 
     @property
     def points(self) -> tuple[str, ...]:
@@ -405,7 +407,7 @@ class LoGo:
         if self.probe_context == "carry" and self._carried is not None:
             active = tuple(name for name in self._carried if name in self._fitted)
         probed = [self._probed(row) for row in rows]
-        scores = torch.empty(len(rows), len(scorer.adapters))
+        scores = torch.empty(len(rows), len(scorer.selector.names))
         window = scorer.signal.window
         lengths = [len(row) if window == WHOLE else min(len(row), sum(window)) for row in probed]
         for batch in batches_by_length(lengths, batch_size, tokens=MAX_TOKENS):

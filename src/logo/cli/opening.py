@@ -18,7 +18,7 @@ from logo.cli.output import err, note, progress
 from logo.errors import StorageError, UsageError
 from logo.models import load_base, load_config, pick_device
 from logo.rows import text_lines
-from logo.selection.window import WHOLE, Window
+from logo.selection.texts import WHOLE, Window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -265,7 +265,7 @@ def _reads(logo: LoGo) -> str:
         "each": "each token",
         "tail": f"the tokens on which the adapters act ({acts})",
     }[scorer.signal.token]
-    return f"{what}, at {len(scorer.points)} points" + (", once" if scorer.read_once else "")
+    return f"{what}, at {len(scorer.points)} points" + (", once" if scorer.prefix_cache is not None else "")
 
 
 def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:

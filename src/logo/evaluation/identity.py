@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from logo.identity import config_digest, fingerprint, library_versions, tokenizer_digest, weights_digest
 from logo.recorded import without_secrets
 from logo.rows import Row
-from logo.selection.confidence import EXAMPLES, HALVED, USUAL_SIZE
 from logo.selection.reference import SCORES
+from logo.selection.selector import EXAMPLES, HALVED, USUAL_SIZE
 from logo.selection.signals import SIGNALS
 
 if TYPE_CHECKING:

@@ -48,7 +48,7 @@ _T = TypeVar("_T")
 ENOUGH = 0.985
 # Bytes of hidden vectors that are held at once; the rest is read in further passes, each up to its own last layer.
 _HELD_BYTES = 2**30
-_BATCH = 16
+_BATCH, _CPU = 16, torch.device("cpu")
 # To be raised when the content of the stored files changes its meaning.
 _FORMAT = 5
 # Types whose values are the weights themselves; quantised weights have scales somewhere else.
@@ -56,13 +56,10 @@ _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Store:
-    """Tensors by name, in the cache folder and in memory.
+    """Tensors by name, in the cache folder (None: none) and in memory.
 
     Small ones are held in memory while a pool uses them, so that adapters can be added after files of others are gone;
     large ones only where the folder does not take them. What is missing or damaged in the folder is computed again.
-
-    Args:
-        folder: the cache folder; None: in memory only.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -72,12 +69,8 @@ class Store:
         self._large: set[str] = set()
 
     def get(self, name: str, shape: tuple[int, ...] | None = None, *, hold: bool = True) -> dict[str, Tensor]:
-        """The tensors of this name; empty if there are none.
-
-        Args:
-            shape: of every one of them, in float32; others count as damaged.
-            hold: whether to hold them in memory, too.
-        """
+        """The tensors of this name; empty if there are none. Those that are not float32 of a given shape are damaged;
+        `hold` says whether to hold them in memory, too."""
         self._used.add(name)
         if name in self._held or self._folder is None:
             return self._held.get(name, {})
@@ -85,9 +78,9 @@ class Store:
         def read(file: Path) -> dict[str, Tensor]:
             tensors: dict[str, Tensor] = load_file(file)
             for key, tensor in tensors.items():
-                if shape is not None and (tensor.shape != shape or tensor.dtype != torch.float32):
-                    found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-                    raise ValueError(f"{key!r}: expected float32 of shape {shape}, found {found}")
+                found = tensor.dtype, tuple(tensor.shape)
+                if shape is not None and found != (torch.float32, shape):
+                    raise ValueError(f"{key!r}: expected float32 of shape {shape}, found {found[0]} of {found[1]}")
             return tensors
 
         tensors = read_cached(self._folder / f"{name}.safetensors", read) or {}
@@ -120,7 +113,7 @@ class HiddenVectors:
     Attributes:
         hidden: (vectors, d) of all tokens that are read, including those before adapters act.
         owners: (vectors,) int64 on the CPU: the text that each belongs to.
-        acted: (vectors,) bool on the CPU: the vectors to which adapters respond; None: all of them.
+        acted: (vectors,) bool on the CPU: those to which adapters respond; None: all of them.
     """
 
     hidden: Tensor
@@ -141,15 +134,8 @@ TextRunner = Callable[[Sequence[Point], Texts, Signal], Iterator[HiddenVectors]]
 
 @dataclass(frozen=True)
 class Reading:
-    """What the base model reads for a calibration, and where the results are.
-
-    Attributes:
-        model: the base model, with no adapter active; or a skeleton of it.
-        signal: how texts are read.
-        texts: those of the calibration.
-        store: holds responses, whitenings and descriptions.
-        key: names them there, by a digest of the base model, the texts and the reading.
-    """
+    """What the base model (or a skeleton of it), with no adapter active, reads for a calibration. The key names what is
+    in the store, by a digest of the base model, the texts and the reading."""
 
     model: nn.Module
     signal: Signal
@@ -179,17 +165,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The responses of a pool's adapters to neutral texts and requests at the points that are read.
+    """The responses of a pool's adapters to neutral texts and requests at the points that are read, best first.
 
     Attributes:
-        points: where prompts are read, best first.
         ranking: every candidate with its contrast, best first; empty if all points are read.
         neutral: `a` (adapters, readings, neutral texts): the even readings of all points, then the late ones if the
             signal has them; NaN if an adapter does not touch a point.
-        requests: `a` of the requests likewise; of no requests if the signal uses neutral texts only.
+        requests: `a` of the requests likewise, of which there may be none.
         weight_norms: `‖W‖_F` of the base model at each point; NaN where it is not known.
         measured: the number of adapters whose responses were not stored.
-        seconds: duration of the calibration.
     """
 
     points: tuple[Point, ...]
@@ -202,12 +186,7 @@ class Calibration:
 
 
 def calibrate(reading: Reading, plan: Plan, run: TextRunner) -> Calibration:
-    """Calibrates adapters, with stored responses where there are any, and chooses the points to read.
-
-    Args:
-        plan: the adapters that are scored, and the points that may be read.
-        run: runs the base model.
-    """
+    """Calibrates the adapters of a plan, with stored responses where there are any, and chooses the points to read."""
     started, store, neutral_count = time.perf_counter(), reading.store, len(reading.texts.neutral)
     shape, candidates = (reading.signal.readings, len(reading.texts.rows)), plan.points
     files = {adapter.name: f"{reading.key}/{adapter.digest}" for adapter in plan.adapters}
@@ -224,13 +203,14 @@ def calibrate(reading: Reading, plan: Plan, run: TextRunner) -> Calibration:
     responses = torch.stack(
         [torch.stack([known[a.name].get(p.module, nothing) for p in candidates], dim=1) for a in plan.adapters]
     )  # (adapters, readings of a point, candidates, texts)
-    neutral, requests = responses[:, 0, :, :neutral_count], responses[:, 0, :, neutral_count:]
-    chosen = choose(neutral, requests, plan.most, ENOUGH) if plan.most else list(range(len(candidates)))
-    points, read = tuple(candidates[i] for i in chosen), responses[:, :, chosen].flatten(1, 2)
+    chosen: list[int] = list(range(len(candidates)))
     ranking: list[tuple[Point, float]] = []
     if plan.most:
+        neutral, requests = responses[:, 0, :, :neutral_count], responses[:, 0, :, neutral_count:]
+        chosen = choose(neutral, requests, plan.most, ENOUGH)
         values = contrast(neutral, requests).tolist()
         ranking = sorted(zip(candidates, values, strict=True), key=lambda entry: -entry[1])
+    points, read = tuple(candidates[i] for i in chosen), responses[:, :, chosen].flatten(1, 2)
     norms, seconds = _weight_norms(reading, points), time.perf_counter() - started
     parts = read[..., :neutral_count], read[..., neutral_count:]
     return Calibration(points, tuple(ranking), *parts, norms, len(measured), seconds)
@@ -241,44 +221,36 @@ def whitenings(reading: Reading, points: Sequence[Point], run: TextRunner) -> di
     if reading.signal.scale != "whitened":
         return {}
     _measure(reading, {point: [] for point in points if reading.whitening(point) is None}, run)
-    found = {point.module: reading.whitening(point) for point in points}
-    return {module: whitening for module, whitening in found.items() if whitening is not None}
+    return {point.module: found for point in points if (found := reading.whitening(point)) is not None}
 
 
 def _measure(
     reading: Reading, wanted: Mapping[Point, Sequence[Adapter]], run: TextRunner
 ) -> dict[str, dict[str, Tensor]]:
-    """Runs the texts through the base model and scores adapters at points; whitenings of these points are stored.
-
-    Args:
-        wanted: point -> adapters to score there; none: only the whitening is needed.
-
-    Returns:
-        adapter name -> module of the point -> `a` (readings, texts), neutral ones first.
-    """
+    """Scores adapters at the points where they are wanted (none: only the whitening, which is stored); returns adapter
+    name -> module of the point -> `a` (readings, texts), neutral ones first."""
     measured: dict[str, dict[str, Tensor]] = {}
     signal, rows = reading.signal, reading.texts.rows
     tokens = sum(map(len, rows))
+
+    def size(layer: Sequence[Point]) -> int:
+        shapes = [linear_shape(reading.model.get_submodule(point.module)) for point in layer]
+        return 4 * tokens * sum(shape.in_features for shape in shapes if shape is not None)
+
     # Whole layers, of which as many are read in one pass as their hidden vectors have room.
     by_layer = groupby(sorted(wanted, key=lambda point: point.layer), key=lambda point: point.layer)
-    layers = [list(points) for _, points in by_layer]
-    widths = {
-        point: getattr(linear_shape(reading.model.get_submodule(point.module)), "in_features", 0) for point in wanted
-    }
-    for group in portions(layers, lambda layer: 4 * tokens * sum(widths[point] for point in layer), _HELD_BYTES):
+    for group in portions([list(layer) for _, layer in by_layer], size, _HELD_BYTES):
         points = [point for layer in group for point in layer]
         read = dict(zip(points, run(points, reading.texts, signal), strict=True))
-        asked, latest = [], None  # points of one layer may read the same tensor
+        asked, shared = [], dict[int, Whitening]()  # by tensor, since points of one layer may read the same one
         for point, vectors in read.items():
             whitening = None
             if signal.scale == "whitened":
                 whitening = reading.whitening(point)
                 if whitening is None:
-                    if latest is None or latest[0] is not vectors.hidden:
-                        latest = vectors.hidden, _whitening(vectors, len(reading.texts.neutral))
-                    whitening = latest[1]
+                    whitening = shared.get(id(vectors.hidden)) or _whitening(vectors, len(reading.texts.neutral))
                     reading.store.put(f"{reading.key}/whitening/{point.module}", vars(whitening), hold=False)
-                latest = vectors.hidden, whitening
+                shared[id(vectors.hidden)] = whitening
             if wanted[point]:
                 asked.append(Wanted(wanted[point], point, vectors.hidden.device, whitening))
         # In as few passes over the adapters as memory allows.
@@ -287,9 +259,7 @@ def _measure(
                 hidden, owners = read[index.point].responding
                 values = signal(index, hidden)
                 means = [row_means(values, owners, len(rows), one) for one in (None, late_weights(owners))]
-                found = finished(
-                    torch.stack(means[: signal.readings]), signal.scale
-                ).cpu()  # (readings, texts, adapters)
+                found = finished(torch.stack(means[: signal.readings]), signal.scale).cpu()  # (readings, texts, n)
                 for adapter, response in zip(index.adapters, found.permute(2, 0, 1), strict=True):
                     measured.setdefault(adapter.name, {})[index.point.module] = response.clone()
     return measured
@@ -297,8 +267,7 @@ def _measure(
 
 def portions(items: Iterable[_T], size: Callable[[_T], float], most: float) -> Iterator[list[_T]]:
     """Neighbours in portions whose sizes sum to `most` at most, or of one item."""
-    part: list[_T] = []
-    held = 0.0
+    part, held = list[_T](), 0.0
     for item in items:
         one = size(item)
         if part and held + one > most:
@@ -312,10 +281,9 @@ def portions(items: Iterable[_T], size: Callable[[_T], float], most: float) -> I
 
 def _whitening(vectors: HiddenVectors, neutral: int) -> Whitening:
     """The whitening of neutral texts; if adapters act on the last tokens only, that of these tokens in all texts."""
-    hidden, acted, cpu = vectors.hidden, vectors.acted, torch.device("cpu")
-    if acted is None:
-        return Whitening.of(hidden[(vectors.owners < neutral).to(hidden.device)]).to(cpu)
-    return Whitening.of_some(hidden, acted.to(hidden.device)).to(cpu)
+    if vectors.acted is None:
+        return Whitening.of(vectors.hidden[(vectors.owners < neutral).to(vectors.hidden.device)]).to(_CPU)
+    return Whitening.of_some(vectors.hidden, vectors.acted.to(vectors.hidden.device)).to(_CPU)
 
 
 def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
@@ -323,8 +291,7 @@ def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: 
     probe, rows, tail = Probe(model, points, signal.input), texts.rows, signal.token == "tail"
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    parts: list[list[Tensor]] = []
-    owners, acted = [], []
+    parts, owners, acted = list[list[Tensor]](), [], []
     for start in range(0, len(order), _BATCH):
         batch = [rows[i] for i in order[start : start + _BATCH]]
         ids, mask = padded(batch, device)
@@ -355,33 +322,27 @@ def _weight_norms(reading: Reading, points: Sequence[Point]) -> tuple[float, ...
     finite = {module: torch.tensor(norm, dtype=torch.float64) for module, norm in norms.items() if math.isfinite(norm)}
     if finite:
         reading.store.put(name, {**known, **finite})
-    norms |= {module: float(norm) for module, norm in known.items()}
-    return tuple(norms[point.module] for point in points)
+    return tuple(norms.get(point.module, float(known.get(point.module, math.nan))) for point in points)
 
 
 def weight_norm(model: nn.Module, point: Point) -> float:
-    """`‖W‖_F` of the base model at a point; NaN if its weights are quantised or not at hand.
-
-    Args:
-        model: loaded, where accelerate may keep its weights elsewhere; or a skeleton, see
-            `logo.backends.vllm.skeleton`.
-    """
+    """`‖W‖_F` of the base model (or of a skeleton, see `logo.backends.vllm.skeleton`) at a point; NaN if its weights
+    are quantised or not at hand."""
     module = model.get_submodule(point.module)
     weight, shape = getattr(module, "weight", None), linear_shape(module)
-    if weight is None or shape is None or type(weight) not in (nn.Parameter, Tensor):  # the types of quantised ones
-        return math.nan
-    if getattr(weight, "stored", weight.dtype) not in _PLAIN:
+    plain = type(weight) in (nn.Parameter, Tensor)  # quantised ones have types of their own, or integers
+    if weight is None or shape is None or not plain or getattr(weight, "stored", weight.dtype) not in _PLAIN:
         return math.nan
     if weight.is_meta:
         try:
             weight = tensor_of(model, f"{point.module}.weight")
         except ModelError:  # kept by another library than accelerate
             return math.nan
-    transposed = type(module).__name__ == "Conv1D"
-    expected = (shape.out_features, shape.in_features)
-    if weight.shape != (expected[::-1] if transposed else expected):
+    if type(module).__name__ == "Conv1D":
+        weight = weight.T
+    if weight.shape != (shape.out_features, shape.in_features):
         return math.nan
     if point.rows is not None:
-        weight = weight.index_select(int(transposed), torch.tensor(point.rows, device=weight.device))
+        weight = weight[list(point.rows)]
     norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32)))
     return norm if 0 < norm < math.inf else math.nan

@@ -1,15 +1,15 @@
 """`ScoringIndex`: every adapter's response to a hidden vector at one point, in a few stacked products.
 
 With `s_i B_i = Q_i R_i` (QR), `‖ΔW_i h‖ = ‖R_i A_i h‖`, so norms need an (r, d) factor per adapter and no vector of the
-output's size. The factors of all adapters are in one matrix, so that a pool of any size takes one product. Whole
-responses `ΔW_i h`, which need `B_i`, are computed in bounded chunks for the signals that use them.
+output's size. The factors of all adapters are in one matrix, so that a pool of any size takes one product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -37,7 +37,6 @@ class ScoringIndex:
         ranks: rows per adapter.
         offset: (R,): the stacked response to the mean hidden vector, which is subtracted from every response; None: 0.
         adapters: in pool order; they all touch the point.
-        point: where.
         sketch: of a whitening, its `Whitening.sketch` (m, d) and the sketch of the mean (m,).
         updates: (adapters,), `‖ΔW_i‖_F`.
     """
@@ -61,7 +60,7 @@ class ScoringIndex:
     @cached_property
     def rows(self) -> list[slice]:
         """The rows of each adapter in `stacked`."""
-        return _rows(self.ranks)
+        return [slice(end - rank, end) for end, rank in zip(accumulate(self.ranks), self.ranks, strict=True)]
 
     def norms(self, hidden: Tensor) -> Tensor:
         """`‖ΔW_i h‖₂` for hidden (rows, d), or `‖ΔW_i W (h - μ)‖₂` with a whitening; (rows, adapters), float32."""
@@ -72,7 +71,7 @@ class ScoringIndex:
             if self.offset is not None:
                 responses -= self.offset[:, None]
             squares = responses.square_()
-            if self._alike:
+            if self._owner is None:
                 sums = squares.view(len(self.ranks), -1, len(part)).sum(dim=1)
             else:
                 sums = torch.zeros(len(self), len(part), device=self.device).index_add_(0, self._owner, squares)
@@ -80,8 +79,7 @@ class ScoringIndex:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def relative(self, hidden: Tensor) -> Tensor:
-        """`‖ΔW_i W (h - μ)‖₂ / √‖W (h - μ)‖₂`, for an index with a whitening; arguments as `norms`. The length of the
-        whitened vector is an estimate by the sketch."""
+        """`‖ΔW_i W (h - μ)‖₂ / √‖W (h - μ)‖₂`, the length estimated by the sketch; arguments as `norms`."""
         if self.sketch is None:
             raise RuntimeError(f"the index at {self.point.name} has no whitening")
         rows, offset = self.sketch
@@ -91,10 +89,7 @@ class ScoringIndex:
     def responses(self, hidden: Tensor) -> Iterator[Tensor]:
         """`ΔW_i h` for hidden (rows, d), in pool order: chunks (rows, adapters of the chunk, out), float32."""
         hidden = hidden.to(self.device, torch.float32)
-        if not len(self):
-            return
-        out = self._pairs[0][1].shape[0]
-        size = max(1, _CHUNK // (len(hidden) * out))
+        size = max(1, _CHUNK // (len(hidden) * self._pairs[0][1].shape[0]))
         for start in range(0, len(self), size):
             part = self._pairs[start : start + size]
             yield torch.stack([(hidden @ a.T) @ b.T for a, b in part], dim=1)
@@ -106,24 +101,18 @@ class ScoringIndex:
         return [_factors(adapter.read([module])[module], self.point, self.device) for adapter in self.adapters]
 
     @cached_property
-    def _alike(self) -> bool:
-        """Whether all adapters have the same number of rows."""
-        return len(set(self.ranks)) == 1
-
-    @cached_property
-    def _owner(self) -> Tensor:
-        """(R,): which adapter each row of `stacked` belongs to."""
+    def _owner(self) -> Tensor | None:
+        """(R,): which adapter each row of `stacked` belongs to; None: all have the same number of rows."""
+        if len(set(self.ranks)) == 1:
+            return None
         return torch.repeat_interleave(torch.arange(len(self)), torch.tensor(self.ranks)).to(self.device)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """An index that is to be read.
+    """An index that is to be read, of adapters in pool order that touch the point, for scores on a device.
 
     Attributes:
-        adapters: in pool order; they all touch the point.
-        point: where.
-        device: where scores are computed.
         whitening: on the CPU; applied to hidden vectors before they are scored by their norm.
         before: an index of the same point and whitening, whose rows are reused for the adapters that it has.
     """
@@ -136,9 +125,8 @@ class Wanted:
 
     @property
     def ranks(self) -> list[int]:
-        """Rows per adapter: the smaller side of `B_i`, or of the part of it that belongs to the point."""
-        module, rows = self.point.module, self.point.rows
-        shapes = [adapter.modules[module] for adapter in self.adapters]
+        """Rows per adapter: the smaller side of the part of `B_i` that belongs to the point."""
+        shapes, rows = [adapter.modules[self.point.module] for adapter in self.adapters], self.point.rows
         return [min(shape.rank, shape.out_features if rows is None else len(rows)) for shape in shapes]
 
     @property
@@ -146,70 +134,55 @@ class Wanted:
         """Memory of the stacked factors."""
         return 4 * sum(self.ranks) * self.adapters[0].modules[self.point.module].in_features
 
+    def begun(self) -> tuple[ScoringIndex, dict[str, int], Whitening | None]:
+        """The index with the rows that are known, the positions of the adapters that have to be read, and the whitening
+        where their rows are computed."""
+        adapters, before, whitening, sketch = self.adapters, self.before, self.whitening, None
+        if whitening is not None:
+            rows = whitening.sketch()
+            sketch = rows.to(self.device), (rows @ whitening.mean).to(self.device)
+            whitening = whitening.to(_with_qr(self.device))
+        width, ranks = adapters[0].modules[self.point.module].in_features, self.ranks
+        stacked = torch.empty(sum(ranks), width, device=self.device)
+        updates = torch.empty(len(ranks), device=self.device)
+        index = ScoringIndex(stacked, ranks, None, adapters, self.point, sketch, updates)
+        # A file is an object that stands for one content: a file that was replaced is opened anew.
+        known = {} if before is None else {adapter.file: at for at, adapter in enumerate(before.adapters)}
+        missing = {}
+        for at, adapter in enumerate(adapters):
+            if before is not None and adapter.file in known:
+                updates[at] = before.updates[known[adapter.file]]
+                stacked[index.rows[at]] = before.stacked[before.rows[known[adapter.file]]]
+            else:
+                missing[adapter.name] = at
+        return index, missing, whitening
+
 
 def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[ScoringIndex]:
     """Reads the tensors of every adapter at these points, and makes an index of each point; files are opened once.
-
-    Args:
-        tell: called with the number of adapters that are done and of all, after every thousand.
-
-    Raises:
-        AdapterError: an adapter that cannot be read.
-    """
+    `tell` is called with the number of adapters that are done and of all. Raises AdapterError: one cannot be read."""
     every = {adapter.name: adapter for one in wanted for adapter in one.adapters}
-    building = [_Building(one) for one in wanted]
+    begun = [one.begun() for one in wanted]
     for done, (name, adapter) in enumerate(every.items(), start=1):
         if tell is not None and (done % _TOLD == 0 or done == len(every) > _TOLD):
             tell(done, len(every))
-        parts = [part for part in building if name in part.missing]
-        if parts:
-            weights = adapter.read([part.wanted.point.module for part in parts])
-            for part in parts:
-                part.add(name, weights[part.wanted.point.module])
-    return [part.index() for part in building]
+        parts = [(index, missing[name], whitening) for index, missing, whitening in begun if name in missing]
+        weights = adapter.read([index.point.module for index, *_ in parts]) if parts else {}
+        for index, at, whitening in parts:
+            a, b = _factors(weights[index.point.module], index.point, _with_qr(index.device))
+            product = torch.linalg.qr(b, mode="r").R @ a
+            index.updates[at] = product.norm()
+            # A product of several adapters would make the last digits of one depend on the others.
+            index.stacked[index.rows[at]] = product if whitening is None else whitening.fold(product)
+    return [
+        index if whitening is None else replace(index, offset=index.stacked @ whitening.mean.to(index.device))
+        for index, _, whitening in begun
+    ]
 
 
-class _Building:
-    """An index under construction, whose rows come one adapter at a time."""
-
-    def __init__(self, wanted: Wanted) -> None:
-        self.wanted, self._ranks, before = wanted, wanted.ranks, wanted.before
-        # Not every accelerator has QR.
-        device = wanted.device if wanted.device.type == "cuda" else torch.device("cpu")
-        self._whitening = None if wanted.whitening is None else wanted.whitening.to(device)
-        width = wanted.adapters[0].modules[wanted.point.module].in_features
-        self._stacked = torch.empty(sum(self._ranks), width, device=device)
-        self._rows, self._updates = _rows(self._ranks), torch.empty(len(self._ranks), device=device)
-        # A file is an object that stands for one content: a file that was replaced is opened anew.
-        known = {} if before is None else {adapter.file: at for at, adapter in enumerate(before.adapters)}
-        self.missing: dict[str, int] = {}  # the positions of adapters that have to be read
-        for at, adapter in enumerate(wanted.adapters):
-            if before is not None and adapter.file in known:
-                rows, self._updates[at] = before.rows[known[adapter.file]], before.updates[known[adapter.file]]
-                self._stacked[self._rows[at]] = before.stacked[rows].to(device)
-            else:
-                self.missing[adapter.name] = at
-
-    def add(self, name: str, weights: LoraWeights) -> None:
-        a, b = _factors(weights, self.wanted.point, self._stacked.device)
-        product, at = torch.linalg.qr(b, mode="r").R @ a, self.missing[name]
-        # A product of several adapters would make the last digits of one depend on the others.
-        self._stacked[self._rows[at]] = product if self._whitening is None else self._whitening.fold(product)
-        self._updates[at] = product.norm()
-
-    def index(self) -> ScoringIndex:
-        one, device, offset, sketch = self.wanted, self.wanted.device, None, None
-        if one.whitening is not None and self._whitening is not None:
-            offset, rows = (self._stacked @ self._whitening.mean).to(device), one.whitening.sketch()
-            sketch = rows.to(device), (rows @ one.whitening.mean).to(device)
-        stacked, updates = self._stacked.to(device), self._updates.to(device)
-        return ScoringIndex(stacked, self._ranks, offset, one.adapters, one.point, sketch, updates)
-
-
-def _rows(ranks: Sequence[int]) -> list[slice]:
-    """The rows of each adapter in a stacked index."""
-    ends = torch.tensor(ranks, dtype=torch.int64).cumsum(0).tolist()
-    return [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
+def _with_qr(device: torch.device) -> torch.device:
+    """The device, or the CPU: not every accelerator has QR."""
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _factors(weights: LoraWeights, point: Point, device: torch.device) -> tuple[Tensor, Tensor]:

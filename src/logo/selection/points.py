@@ -1,14 +1,11 @@
-"""`Point`: where a model is read; `plan`: the points that a signal reads, and the adapters that can be scored there.
-
-No model is run.
-"""
+"""`Point`: where a model is read; `plan`: the points that a signal reads, and the adapters that can be scored there."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,23 +25,16 @@ QUERY_NAMES = ("q_proj", "query_proj", "wq", "query", "qkv_proj", "query_key_val
 LEAST_POINTS = 4
 # How far a probe runs, as a share of the layers, if the prompt is read again under its mixture.
 _DEPTH = 0.5
-# How many points a signal chooses at most: as many as an index of this size has room for, within these bounds. Small
-# pools can afford more, and where adapters touch many modules of a deep model, twelve points miss what tells near
-# relatives apart (docs/how-selection-works.md).
+# How many points a signal chooses at most: as many as an index of this size has room for, within these bounds. In deep
+# models, twelve points miss what tells near relatives apart (docs/how-selection-works.md).
 _INDEX_BYTES = 256e6
 _FEWEST_POINTS, _MOST_POINTS = 12, 48
 
 
 @dataclass(frozen=True)
 class Point:
-    """A place where a prompt is read and adapters are scored.
-
-    Attributes:
-        layer: index of the decoder layer.
-        layer_path: dotted path of that layer.
-        module: dotted path of the linear module whose adapters are scored.
-        rows: the output rows that are the query, if the module is a fused projection; None: all rows.
-    """
+    """A place where a prompt is read and adapters are scored: a linear module of a decoder layer, with dotted paths of
+    both, and the output rows that are the query if it is a fused projection (None: all rows)."""
 
     layer: int
     layer_path: str
@@ -64,14 +54,13 @@ def last_query(model: nn.Module) -> Point:
         ModelError: the layers or the projection cannot be found.
     """
     path, blocks = decoder_layers(model)
-    last = len(blocks) - 1
-    layer_path = f"{path}.{last}"
-    linears = {name: module for name, module in blocks[last].named_modules() if linear_shape(module) is not None}
+    layer_path = f"{path}.{len(blocks) - 1}"
+    linears = {name: shape for name, module in blocks[-1].named_modules() if (shape := linear_shape(module))}
     for name in QUERY_NAMES:
         matches = [inside for inside in linears if inside.rsplit(".", 1)[-1] == name]
         if len(matches) == 1:
-            rows = _query_rows(name, text_config(model), linears[matches[0]])
-            return Point(last, layer_path, f"{layer_path}.{matches[0]}", rows)
+            rows = _query_rows(name, text_config(model), linears[matches[0]].out_features)
+            return Point(len(blocks) - 1, layer_path, f"{layer_path}.{matches[0]}", rows)
     raise ModelError(
         f"no query projection among {', '.join(linears)} of {layer_path}; use the signal 'calibrated', which reads the "
         "modules that adapters touch"
@@ -79,10 +68,8 @@ def last_query(model: nn.Module) -> Point:
 
 
 def points_of(model: nn.Module, modules: Collection[str], depth: int) -> tuple[Point, ...]:
-    """The points of those modules in the first `depth` layers, in the model's order.
-
-    Modules of single experts are left out, since they see some of the tokens only.
-    """
+    """The points of those modules in the first `depth` layers, in the model's order, without those of single experts,
+    which see some of the tokens only."""
     path, _ = decoder_layers(model)
     linears = [module for module, _ in linear_modules(model) if module in modules and ".experts." not in module]
     return tuple(
@@ -114,37 +101,30 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return min(found, key=lambda f: f[0].count("."))
 
 
-def _query_rows(name: str, config: Any, module: nn.Module) -> tuple[int, ...] | None:
+def _query_rows(name: str, config: Any, out_features: int) -> tuple[int, ...] | None:
     """The output rows of a fused projection that make up the query; None if all of them do."""
     if name in ("q_proj", "query_proj", "wq", "query"):
         return None
-    shape = linear_shape(module)
-    assert shape is not None  # callers pass linear modules only
-    heads = config.num_attention_heads
+    rows, heads = torch.arange(out_features), config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    rows = torch.arange(shape.out_features)
+    by_head = name == "query_key_value" or config.model_type == "gpt_bigcode"
     if config.model_type == "codegen":  # (blocks, q v k, heads of the block * size)
-        return tuple(rows.view(4, 3, -1)[:, 0].flatten().tolist())
-    if name != "query_key_value" and config.model_type != "gpt_bigcode":  # Phi-3, GPT-2, MPT: all query heads first
-        return tuple(rows[: heads * size].tolist())
-    if getattr(config, "new_decoder_architecture", False):  # Falcon 40B: (kv heads, queries of the group + k + v, size)
+        rows = rows.view(4, 3, -1)[:, 0]
+    elif by_head and getattr(
+        config, "new_decoder_architecture", False
+    ):  # Falcon 40B: (kv heads, queries + k + v, size)
         groups = config.num_kv_heads
-        return tuple(rows.view(groups, heads // groups + 2, size)[:, :-2].flatten().tolist())
-    if getattr(config, "multi_query", False):  # Falcon 7B, StarCoder: all query heads, then one k and one v
-        return tuple(rows[: heads * size].tolist())
-    # GPT-NeoX, Bloom, GPTBigCode: (heads, q k v, size)
-    return tuple(rows.view(heads, 3, size)[:, 0].flatten().tolist())
+        rows = rows.view(groups, heads // groups + 2, size)[:, :-2]
+    elif by_head and not getattr(config, "multi_query", False):  # GPT-NeoX, Bloom, GPTBigCode: (heads, q k v, size)
+        rows = rows.view(heads, 3, size)[:, 0]
+    else:  # Phi-3, GPT-2, MPT, Falcon 7B, StarCoder: all query heads first
+        rows = rows[: heads * size]
+    return tuple(rows.flatten().tolist())
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is read, and what is scored.
-
-    Attributes:
-        points: the points that are read, or candidates for them.
-        most: how many of the candidates are chosen at most; 0: all points are read.
-        adapters: those that are scored, in pool order.
-    """
+class Plan(NamedTuple):
+    """The points that are read, or candidates for them, of which `most` are chosen at most (0: all points are read);
+    and the adapters that are scored, in pool order."""
 
     points: tuple[Point, ...]
     most: int
@@ -152,10 +132,7 @@ class Plan:
 
 
 def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings, signal: str | None = None) -> Plan:
-    """The plan of a signal; None: the settings' own.
-
-    Args:
-        pool: adapters fitted to the model.
+    """The plan of a signal (None: the settings' own) for a pool that is fitted to the model.
 
     Raises:
         ModelError: there is no such point in the model, or it cannot be read as the signal asks.
@@ -169,22 +146,24 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings, signa
         depth = max(1, math.floor((1.0 if reading.activations else _DEPTH) * layers))
         points = points_of(model, {module for adapter in pool for module in adapter.modules}, depth)
         if not points:
-            raise PoolError(
-                f"no adapter touches a module in the first {depth} of {layers} layers, where the probe stops; use the "
-                "signal 'norm'"
-            )
+            where = f"the first {depth} of {layers} layers, where the probe stops"
+            raise PoolError(f"no adapter touches a module in {where}; use the signal 'norm'")
         # If the whole model runs anyway, every point is read (docs/read-once.md says what choosing would cost there).
         if reading.chosen and not reading.activations:
-            points = _later(points, math.ceil(depth / 4), [set(adapter.modules) for adapter in pool])
+            # Hidden vectors of the first layers say little more than which words a prompt has: these layers are read
+            # only for adapters that touch few later points.
+            late = {point.module for point in points if point.layer >= math.ceil(depth / 4)}
+            owned = [{point.module for point in points} & set(adapter.modules) for adapter in pool]
+            read = late.union(*(some for some in owned if len(some & late) < min(LEAST_POINTS, len(some))))
+            points = tuple(point for point in points if point.module in read)
             touched = [a.modules[p.module] for a in pool for p in points if p.module in a.modules]
             each = sum(4 * module.rank * module.in_features for module in touched) / len(points)
             most = max(_FEWEST_POINTS, min(_MOST_POINTS, int(_INDEX_BYTES / each)))
     modules = {point.module for point in points}
     lacking = [adapter.name for adapter in pool if not modules & set(adapter.modules)]
     if lacking and (settings.unscorable == "error" or len(lacking) == len(pool)):
-        where = f"any of {len(modules)} probed modules"
-        if len(modules) <= 4:
-            where = f"the probed module {', '.join(sorted(modules))}"
+        few = f"the probed module {', '.join(sorted(modules))}"
+        where = few if len(modules) <= 4 else f"any of {len(modules)} probed modules"
         raise PoolError(
             f"{len(lacking)} of {len(pool)} adapters do not touch {where} and cannot be scored: {listed(lacking, 5)}; "
             "use the signal 'calibrated', which reads the modules that adapters touch, or leave them out "
@@ -198,20 +177,4 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings, signa
                 f"{point.module} takes {shape.in_features} features, the residual stream that the signal reads has "
                 f"{width}; use the signal 'calibrated'"
             )
-    left_out = set(lacking)
-    return Plan(points, most, tuple(adapter for adapter in pool if adapter.name not in left_out))
-
-
-def _later(points: tuple[Point, ...], first: int, pool: Iterable[Set[str]]) -> tuple[Point, ...]:
-    """The points from layer `first` on, and every point of an adapter that touches fewer than `LEAST_POINTS` of those.
-
-    Hidden vectors of the first layers say little more than which words a prompt has, so they miss prompts that are
-    worded differently from an adapter's training prompts.
-
-    Args:
-        pool: the modules that each adapter touches.
-    """
-    every, late = {point.module for point in points}, {point.module for point in points if point.layer >= first}
-    lacking = (every & modules for modules in pool if len(late & modules) < min(LEAST_POINTS, len(every & modules)))
-    chosen = late.union(*lacking)
-    return tuple(point for point in points if point.module in chosen)
+    return Plan(points, most, tuple(adapter for adapter in pool if modules & set(adapter.modules)))

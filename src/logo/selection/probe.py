@@ -6,7 +6,7 @@ A probe knows where to read, and nothing about adapters. To probe with adapters 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -24,11 +24,9 @@ class _Stop(Exception):
 
 
 class Probe:
-    """Reads the hidden vectors at fixed points of one model.
+    """Reads the hidden vectors at fixed points of one model, a Hugging Face causal LM.
 
     Args:
-        model: a Hugging Face causal LM.
-        points: where to read.
         read: `"residual"`, the residual stream that enters the layer, before its input norm (the official choice:
             `hidden_states[layer]`), or `"projection"`, what the point's own module receives.
         run: runs the model instead of its own forward pass, and does not stop at the last point:
@@ -43,7 +41,6 @@ class Probe:
         run: Callable[[Tensor, Tensor, DynamicCache, dict[str, Any]], None] | None = None,
     ) -> None:
         self.model, self.points, self._run = model, tuple(points), run
-        # Several modules of one layer may read the same vectors: there is one hook for each distinct place.
         self._places = [point.layer_path if read == "residual" else point.module for point in self.points]
         self._modules = {place: model.get_submodule(place) for place in dict.fromkeys(self._places)}
 
@@ -56,17 +53,14 @@ class Probe:
         cache: DynamicCache | None = None,
         options: dict[str, Any] | None = None,
     ) -> list[Tensor]:
-        """Hidden vectors of some tokens of a batch of prompts.
+        """Hidden vectors of some tokens of a batch: one float32 tensor (vectors, d) per point, on the device of its
+        layer. Points that read the same vectors share one tensor.
 
         Args:
             input_ids: (rows, length), padded on the right, so that positions count from each row's first token.
             attention_mask: (rows, length), 1 on prompt tokens; with a cache, (rows, its length + length).
             picked: (vectors,) int64, the tokens that are read, as positions in the flattened `input_ids`; see `pick`.
             cache, options: of `run`.
-
-        Returns:
-            One float32 tensor (vectors, d) per point, on the device of the point's layer. Points that read the same
-            vectors share one tensor.
         """
         hidden: dict[str, Tensor] = {}
         latest: list[Tensor] = []  # the last tensor and its vectors, since q, k and v receive the same one
@@ -80,19 +74,15 @@ class Probe:
             if self._run is None and len(hidden) == len(self._modules):
                 raise _Stop
 
-        handles = [
-            module.register_forward_pre_hook(partial(reader, place), with_kwargs=True)
-            for place, module in self._modules.items()
-        ]
-        try:
+        with ExitStack() as stack:
+            for place, module in self._modules.items():
+                hook = module.register_forward_pre_hook(partial(reader, place), with_kwargs=True)
+                stack.callback(hook.remove)
             if self._run is not None and cache is not None:
                 self._run(input_ids, attention_mask, cache, options or {})
             else:
                 with suppress(_Stop):
                     self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
         missing = ", ".join(place for place in self._modules if place not in hidden)
         if missing:
             raise ModelError(f"the forward pass of {type(self.model).__name__} never reached {missing}")
@@ -101,7 +91,7 @@ class Probe:
 
 def pick(begins: Sequence[int], ends: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
     """The tokens from `begins` up to `ends` of each row of a batch: their positions in the flattened (rows, width) ids,
-    and the row that each belongs to; (vectors,) int64 each, on the CPU."""
+    and their rows; (vectors,) int64 each, on the CPU."""
     counts = torch.tensor([end - begin for begin, end in zip(begins, ends, strict=True)])
     owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
     first = torch.tensor([row * width + begin for row, begin in enumerate(begins)]) - (counts.cumsum(0) - counts)
@@ -112,5 +102,4 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
     """(rows, length) ids and mask, padded on the right with each row's last token, which the mask hides."""
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return ids, mask
+    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)

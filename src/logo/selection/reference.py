@@ -6,29 +6,24 @@ For adapter i, point p and text x with tokens t:
     z_ip(x) = (a_ip(x) - mean over neutral texts) / spread over neutral texts
     score_i(x) = trust_i · (mean over points of z_ip(x) - excess_i)
 
-A raw norm says how large an adapter is, and z how much more than usual it responds. Some adapters respond to almost any
-request. Their excess, by how much their typical z is above that of the other adapters, is subtracted; and the trust in
-an adapter is below 1 if its mean z varies more than that of others. The cache holds the `a_ip` of each adapter for the
-neutral texts and some unlabelled requests, from which everything else follows, for any pool.
-
-*Emphasis.* The topic of a prompt shows in all of its tokens; the task is often named by the last ones, and prompts of
-related adapters may differ there alone ("German:", "French:"). So a signal may have two *readings* of each point:
+The cache holds the `a_ip` of each adapter for the neutral texts and some unlabelled requests, from which everything
+else follows, for any pool. Related prompts may differ in their last tokens alone ("German:", "French:"), so a signal
+may have two *readings* of each point:
 
     even   mean_t x_t
     late   Σ_t f^(T - t) x_t / Σ_t f^(T - t)        f = `FADING`, T: the last token
 
 The even ones of all points come first, and the late ones after them have a smaller weight in the mean.
 
-*Chance.* The unit of scores is how far apart those of a pool's adapters lie by chance, on texts that none was made for.
-It depends on the pool, since a mean over many points varies less; and on the prompt, since a mean over few tokens
-varies more: on "Hi!" or "import os", some adapter would always have a margin. Neither needs labels. If n tokens of a
-text are read, the standard deviation of its scores over the adapters is roughly
+The unit of scores is how far apart those of a pool's adapters lie by chance, on texts that none was made for: a mean
+over many points varies less, and one over few tokens more. If n tokens of a text are read, the standard deviation of
+its scores over the adapters is roughly
 
     apart · √((1 + FEW / n) / (1 + FEW / USUAL))        apart: of the neutral texts
 
-and a prompt's scores are divided by it (if n is above `USUAL`, by `apart`), times `UNIT`. So a margin means the same in
-every pool (`logo.selection.confidence`). The ranking of a pool's adapters does not change. Scores to which example
-prompts contribute are not scaled: the similarities to examples have one unit in every pool.
+and a prompt's scores are divided by it (if n is above `USUAL`, by `apart`), times `UNIT`, so that a margin means the
+same in every pool. Scores to which example prompts contribute are not scaled. docs/how-selection-works.md has the
+reasons for all of this.
 """
 
 from __future__ import annotations
@@ -45,19 +40,16 @@ from logo.selection.signals import Scale
 _LEAST_SPREAD = 0.25
 # To be raised when the same settings give other scores: results depend on it, so it is a part of their identity.
 SCORES = 5
-# Larger z are clipped, so that no point decides alone.
-_LARGEST_Z = 20.0
-# The excess is clipped, since the requests may be those that an adapter was made for.
-_LARGEST_EXCESS = 1.0
+# Larger z are clipped, so that no point decides alone; excesses, since adapters may have been made for the requests.
+_LARGEST_Z, _LARGEST_EXCESS = 20.0, 1.0
 # A token's weight divided by the next one's: the last three tokens have 58 % of the weight, the last ten 94 %.
 FADING = 0.75
 # The weight of the late reading of a point; the even one has weight 1.
 LATE_WEIGHT = 0.5
 # Fitted to the calibration texts of three pools of different base models, FEW was 4 to 11. With these tokenizers, the
-# texts have 13 to 15 tokens in the median. Scores depend on these numbers, so `SCORES` is raised when one changes.
+# texts have 13 to 15 tokens in the median.
 FEW, USUAL = 5.0, 13
-# What `apart` becomes by scaling. It is that of 43 adapters of one training config for Gemma 3 270M, whose scores stay
-# as they are.
+# What `apart` becomes by scaling: that of 43 adapters of one training config for Gemma 3 270M.
 UNIT = 0.33
 
 
@@ -68,11 +60,7 @@ def row_sums(values: Tensor, owners: Tensor, rows: int) -> Tensor:
 
 
 def row_means(values: Tensor, owners: Tensor, rows: int, weights: Tensor | None = None) -> Tensor:
-    """Means over the vectors of each row, 0 without any; arguments as `row_sums`.
-
-    Args:
-        weights: (vectors,), 1 for the last one of a row; None: equal weights.
-    """
+    """Means over the vectors of each row, 0 without any; `weights` (vectors,) are 1 for the last one of a row."""
     if weights is not None:
         values = values * weights.to(values.device)[:, None]
     counts = torch.bincount(owners, weights, minlength=rows).clamp_min(1)
@@ -80,11 +68,8 @@ def row_means(values: Tensor, owners: Tensor, rows: int, weights: Tensor | None 
 
 
 def late_weights(owners: Tensor) -> Tensor:
-    """The weight of each vector in the late mean of its row, (vectors,) float32: 1 for the row's last vector.
-
-    Args:
-        owners: (vectors,) int64, the row that each vector belongs to; a row's vectors are in the order of its tokens.
-    """
+    """The weight of each vector in the late mean of its row, (vectors,) float32: 1 for the row's last vector. `owners`
+    (vectors,) int64 are their rows; a row's vectors are in the order of its tokens."""
     order = owners.argsort(stable=True)
     ends = torch.bincount(owners).cumsum(0)[owners[order]]  # behind the last vector of each row, in sorted order
     behind = torch.empty_like(owners)
@@ -102,13 +87,12 @@ class Reference:
     """The usual responses of each adapter, per point.
 
     Attributes:
-        mean: (adapters, points).
-        spread: (adapters, points), positive.
+        mean, spread: (adapters, points); spreads are positive.
         responds: (adapters, points), bool: the adapter touches the point, and its response there is not zero.
         excess: (adapters,): the median over requests of the mean z, less that of the adapters that respond; clipped.
         trust: (adapters,): the usual deviation of the mean z over texts, divided by the adapter's own, at most 1.
         weights: (points,) of the mean.
-        apart: how far apart scores lie by chance; see `factors`.
+        apart: how far apart scores lie by chance.
     """
 
     mean: Tensor
@@ -121,13 +105,8 @@ class Reference:
 
     @classmethod
     def of(cls, neutral: Tensor, requests: Tensor | None = None, weights: Tensor | None = None) -> Reference:
-        """The reference that `a` (adapters, points, texts) gives; -inf or NaN means that there is no response.
-
-        Args:
-            neutral: `a` of neutral texts, which gives mean and spread.
-            requests: `a` of other texts, which give the excess, and count for trust, too.
-            weights: (points,) of the mean; None: equal weights.
-        """
+        """The reference that `a` (adapters, points, texts) gives; -inf or NaN means that there is no response. Neutral
+        texts give mean and spread, requests the excess, and both the trust."""
         every = neutral if requests is None else torch.cat([neutral, requests], dim=2)
         responds = every.isfinite().all(dim=2)
         known = torch.where(responds[:, :, None], neutral, torch.zeros(()))
@@ -135,23 +114,21 @@ class Reference:
         usual = torch.where(responds, spread, torch.nan).nanmedian(dim=0).values.nan_to_num(1.0)
         spread = spread.maximum((_LEAST_SPREAD * usual).clamp_min(1e-6))
         weights = torch.ones(responds.shape[1]) if weights is None else weights
-        zeros, ones = torch.zeros(len(known)), torch.ones(len(known))
-        reference = cls(known.mean(dim=2), spread, responds, zeros, ones, weights)
-        mean_z, somewhere = reference._mean_z(every), responds.any(dim=1)
+        excess, ones = torch.zeros(len(known)), torch.ones(len(known))
+        reference = cls(known.mean(dim=2), spread, responds, excess, ones, weights)
+        mean_z, somewhere, count = reference._mean_z(every), responds.any(dim=1), neutral.shape[2]
         if not somewhere.any():
             return reference
-        count, swing = neutral.shape[2], mean_z.std(dim=1)
+        swing = mean_z.std(dim=1)
         if mean_z.shape[1] > count:
             typical = mean_z[:, count:].median(dim=1).values
-            zeros = (typical - typical[somewhere].median()).clamp(-_LARGEST_EXCESS, _LARGEST_EXCESS)
+            excess = (typical - typical[somewhere].median()).clamp(-_LARGEST_EXCESS, _LARGEST_EXCESS)
         trust = (swing[somewhere].median().clamp_min(_LEAST_SPREAD) / swing.clamp_min(1e-6)).clamp(max=1.0)
-        reference = replace(reference, excess=zeros, trust=trust)
         # Not of the requests: adapters may have been made for them, so that their margins are no chance.
-        strangers = reference._compared(mean_z[:, :count])[:, somewhere]
-        if strangers.shape[1] < 2:
-            return reference
-        apart = float(strangers.var(dim=1).mean().sqrt())
-        return replace(reference, apart=max(apart, UNIT / 2))  # margins are at most doubled
+        strangers, apart = ((mean_z[:, :count] - excess[:, None]) * trust[:, None]).T[:, somewhere], UNIT
+        if strangers.shape[1] > 1:
+            apart = max(float(strangers.var(dim=1).mean().sqrt()), UNIT / 2)  # margins are at most doubled
+        return replace(reference, excess=excess, trust=trust, apart=apart)
 
     def factors(self, tokens: Tensor) -> Tensor:
         """What the scores of prompts with so many tokens (rows,) are multiplied by: float32 (rows,)."""
@@ -164,16 +141,9 @@ class Reference:
         return torch.where(self.responds[:, :, None], z, torch.zeros(()))
 
     def scores(self, responses: Tensor, among: Tensor | None = None) -> Tensor:
-        """Scores (rows, adapters) of `a` (adapters, points, rows): trust times the difference of mean z and excess.
-
-        The mean runs over the points where the adapter responds. A mean over fewer points varies more, and some
-        adapters respond to many kinds of requests: the score of an adapter whose mean z varies more than usual is
-        scaled down accordingly. An adapter that responds nowhere gets the lowest score of the others.
-
-        Args:
-            among: (rows, adapters) bool: the adapters that may be selected, which alone count as others; None: all.
-        """
-        scores = self._compared(self._mean_z(responses))
+        """Scores (rows, adapters) of `a` (adapters, points, rows). An adapter that responds nowhere gets the lowest
+        score of the others, of those that may be selected by `among` (rows, adapters) bool (None: all)."""
+        scores = ((self._mean_z(responses) - self.excess[:, None]) * self.trust[:, None]).T
         heard = self.responds.any(dim=1)
         if heard.any() and not heard.all():
             for row, asked in zip(scores, scores.new_ones(scores.shape) if among is None else among, strict=True):
@@ -181,33 +151,22 @@ class Reference:
                 row[~heard] = row[others if others.any() else heard].min()
         return scores
 
-    def _compared(self, mean_z: Tensor) -> Tensor:
-        """Scores (rows, adapters) of mean z (adapters, rows)."""
-        return ((mean_z - self.excess[:, None]) * self.trust[:, None]).T
-
     def _mean_z(self, responses: Tensor) -> Tensor:
         """The mean z, (adapters, rows)."""
-        counted = (self.responds * self.weights).sum(dim=1)  # (adapters,)
-        return (self.z(responses) * self.weights[:, None]).sum(dim=1) / counted.clamp_min(1e-6)[:, None]
+        counted = (self.responds * self.weights).sum(dim=1).clamp_min(1e-6)  # (adapters,)
+        return (self.z(responses) * self.weights[:, None]).sum(dim=1) / counted[:, None]
 
 
 def contrast(neutral: Tensor, requests: Tensor) -> Tensor:
-    """How differently adapters respond to different requests, per point; no labels are needed.
+    """How differently adapters respond to different requests: (points,), 0 where fewer than two adapters respond.
 
-    It is the standard deviation of z over requests and adapters, after the mean of each adapter and of each request is
-    subtracted; 1 means that adapters differ on requests no more than on neutral texts.
-
-    Args:
-        neutral, requests: `a` (adapters, points, texts).
-
-    Returns:
-        (points,); 0 at points where fewer than two adapters respond.
+    It is the standard deviation of z over requests and adapters, after the mean of each of both is subtracted.
+    Arguments as `choose`; 1 means that adapters differ on requests no more than on neutral texts.
     """
     reference = Reference.of(neutral)
-    z = reference.z(requests)
-    result = torch.zeros(z.shape[1])
-    for point in range(z.shape[1]):
-        part = z[reference.responds[:, point], point]  # (adapters that respond, texts)
+    z, result = reference.z(requests), torch.zeros(requests.shape[1])
+    for point, responds in enumerate(reference.responds.T):
+        part = z[responds, point]  # (adapters that respond, texts)
         if len(part) > 1:
             part = part - part.mean(dim=1, keepdim=True)
             result[point] = (part - part.mean(dim=0)).std()
@@ -219,7 +178,6 @@ def choose(neutral: Tensor, requests: Tensor, most: int, enough: float, each: in
 
     Args:
         neutral, requests: `a` (adapters, points, texts).
-        most: never more than these, unless too few of them would touch an adapter.
         enough: the agreement that suffices.
         each: at least so many points of every adapter are read, if it touches so many and `most` are not fewer.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -13,23 +13,20 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from logo.adapters.activation import earliest
-from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.files import cache_folder
 from logo.prefix_cache import PrefixCache
 from logo.selection.calibration import Calibration, Reading, Store, TextRunner, calibrate, read_texts, whitenings
-from logo.selection.confidence import EXAMPLES, RESPONSES, relative_sizes
 from logo.selection.examples import Examples, examples_of
 from logo.selection.index import ScoringIndex, Tell, Wanted, read_indices
 from logo.selection.points import Point, plan
 from logo.selection.probe import Probe, padded, pick
 from logo.selection.reference import LATE_WEIGHT, Reference, finished, late_weights, row_means, row_sums
-from logo.selection.selector import Selector
+from logo.selection.selector import EXAMPLES, RESPONSES, Selector, relative_sizes
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
-from logo.selection.texts import NEUTRAL, REQUESTS, Texts
+from logo.selection.texts import NEUTRAL, REQUESTS, WHOLE, Texts, windowed
 from logo.selection.whitening import Whitening
-from logo.selection.window import WHOLE, windowed
 
 # Texts, the tokens with which each has to end, and whether the forms of conversations vary -> token ids.
 Encode = Callable[[Sequence[str], Sequence[int], bool], list[list[int]]]
@@ -40,19 +37,17 @@ class Scorer:
     """Scores the adapters of one state of a pool for batches of prompts, by one signal.
 
     Attributes:
-        signal: how prompts are read: the registered signal with the window and the activations of the pool.
-        adapters: those that are scored, in pool order.
+        signal: the registered signal with the window and the activations of the pool.
         indices: one per point that is read, of the adapters that touch it.
         probe: reads the hidden vectors of these points.
         calibration: what responses are compared with; None for signals of the scale `"raw"`.
         examples: described example prompts; None: no adapter has any, or they are not used.
-        selector: makes selections from these scores.
+        selector: makes selections from these scores, and names the adapters that are scored.
         reading: what the calibration read; None without one.
-        prefix_cache: of prompts that are read once.
+        prefix_cache: of prompts that are read once, in whose prefill the probe is; None: they are read twice.
     """
 
     signal: Signal
-    adapters: tuple[Adapter, ...]
     indices: tuple[ScoringIndex, ...]
     probe: Probe
     calibration: Calibration | None
@@ -83,31 +78,23 @@ class Scorer:
         for ever.
 
         Args:
-            model: the base model; with `run`, it may be a skeleton on the meta device.
-            pool: adapters fitted to it.
-            settings: how to read and to score.
-            signal: the name of any registered signal.
-            encode: texts to token ids, as prompts are encoded (`logo.decoding.Prompts.texts`); for the texts of a
-                calibration and for example prompts.
-            run: runs texts through the base model; None: `model` itself runs. If it raises, what was read before is in
-                the store, and `open` may be called again with the same one.
+            model: the base model, to which the pool is fitted; with `run`, it may be a skeleton on the meta device.
+            encode: as prompts are encoded (`logo.prompts.Prompts.texts`).
+            run: runs texts; None: `model` itself does. If it raises, what was read before is in the store, and `open`
+                may be called again with the same one.
             device: where scores are computed; None: on the device of the hidden vectors.
-            prefix_cache: for a pool whose adapters act only from a position on (`AdapterPool.read_once`): the probe is
-                the prefill, too, whose keys and values are kept there. None: such a pool is probed like any other, but
-                its prompts are read whole.
-            before: the scorer of the same signal for an earlier state of the pool, of which is reused what belongs to
-                the same adapters by their content.
+            prefix_cache: for a pool whose adapters act only from a position on (`AdapterPool.read_once`); None: such a
+                pool is probed like any other, but its prompts are read whole.
+            before: the scorer of the same signal for an earlier state of the pool, whose valid parts are reused.
             store: where calibrations are; None: that of `before`, or a new one in the folder of the settings.
-            tell: called with 0 and the number of adapters before the pool is calibrated and indexed, and then as
-                `logo.selection.index.read_indices` calls it.
+            tell: called with 0 and the number of adapters first, and then as by `logo.selection.index.read_indices`.
 
-        Raises:
-            PoolError, UsageError, ModelError: the pool cannot be scored as the settings ask.
-            AdapterError: an adapter cannot be read.
+        Raises PoolError, UsageError or ModelError: the pool cannot be scored as the settings ask; AdapterError.
         """
         how, planned = settings.reading(pool, signal), plan(model, pool, settings, signal)
         adapters, points = planned.adapters, planned.points
         alike = before if before is not None and before.signal == how else None
+        earlier = None if before is None else before.reading
         if tell is not None:
             tell(0, len(adapters))
 
@@ -118,18 +105,17 @@ class Scorer:
         run = run or partial(read_texts, model)
         reading, calibration, examples, whitened = None, None, None, dict[str, Whitening]()
         if how.scale != "raw":
-            if before is not None and before.reading is not None:
-                store = store or before.reading.store
-            store = store or Store(cache_folder(settings.cache))
-            if alike is not None and alike.reading is not None:  # a template may write the time: texts are encoded once
-                reading = replace(alike.reading, model=model, store=store)
+            store = store or (earlier.store if earlier else Store(cache_folder(settings.cache)))
+            if alike is not None and earlier:  # a template may write the time: texts are encoded once
+                reading = replace(earlier, model=model, store=store)
             else:
                 requests = encoded(settings.calibration_prompts or REQUESTS) if how.chosen else []
                 reading = Reading.of(model, how, Texts(encoded(NEUTRAL, varied=True), requests), store)
             calibration = calibrate(reading, planned, run)
             points = calibration.points
             whitened = whitenings(reading, points, run)
-        devices = [device or _device_of(model, point) for point in points]
+        devices = [device or next(model.get_submodule(p.layer_path).parameters()).device for p in points]
+        devices = [torch.device("cpu") if one.type == "meta" else one for one in devices]  # offloaded, or a skeleton
         if reading is not None and how.scale == "whitened" and settings.examples == "use":
             rows = [encoded(prompts) if (prompts := adapter.examples) else [] for adapter in adapters]
             examples = examples_of(reading, rows, points, devices, run)
@@ -149,12 +135,7 @@ class Scorer:
         selector = Selector(names, pool.default_k, evidence, sizes)
         once = prefix_cache if how.activations else None
         probe = Probe(model, points, how.input, None if once is None else once.forward)
-        return cls(how, adapters, indices, probe, calibration, examples, selector, reading, once)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters that are scored, in pool order."""
-        return self.selector.names
+        return cls(how, indices, probe, calibration, examples, selector, reading, once)
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -162,35 +143,16 @@ class Scorer:
         return self.probe.points
 
     @property
-    def sizes(self) -> Mapping[str, float]:
-        """Adapter name -> relative size (`logo.selection.confidence`); empty for signals without a calibration."""
-        return self.selector.sizes
-
-    @property
     def described(self) -> tuple[int, ...]:
         """The numbers of the points at which prompts are described, to be compared with example prompts; () without."""
         return () if self.examples is None else self.examples.points
 
-    @property
-    def read_once(self) -> bool:
-        """Whether the probe is the prefill, too: it reads whole prompts and keeps their keys and values."""
-        return self.prefix_cache is not None
-
-    @cached_property
-    def _longest(self) -> float:
-        """The most tokens of a row that is read whole."""
-        window = self.signal.window
-        return math.inf if window == WHOLE else sum(window)
-
     @cached_property
     def _cells(self) -> Tensor:
         """(responses,): where each response of `per_point` belongs in the flattened (adapters, readings)."""
-        columns, cells = len(self.indices) * self.signal.readings, []
-        position = {name: i for i, name in enumerate(self.names)}
-        for column in range(columns):
-            index = self.indices[column % len(self.indices)]
-            cells += [position[adapter.name] * columns + column for adapter in index.adapters]
-        return torch.tensor(cells)
+        columns = [index.adapters for index in self.indices] * self.signal.readings
+        starts = {name: i * len(columns) for i, name in enumerate(self.selector.names)}
+        return torch.tensor([starts[adapter.name] + at for at, some in enumerate(columns) for adapter in some])
 
     @cached_property
     def _reference(self) -> Reference | None:
@@ -209,9 +171,9 @@ class Scorer:
             among: the names of the adapters that may be selected in each row (None: all of them), whose scores are
                 right; those of others may not be. Empty: all in every row.
         """
-        signal = self.signal
+        signal, most = self.signal, math.inf if self.signal.window == WHOLE else sum(self.signal.window)
         if self.prefix_cache is None:
-            rows = [row if len(row) <= self._longest else windowed(row, signal.window) for row in rows]
+            rows = [row if len(row) <= most else windowed(row, signal.window) for row in rows]
             ids, mask = padded(rows, self.probe.model.get_input_embeddings().weight.device)  # type: ignore[operator]
             picked, owners = pick(list(map(signal.begin, rows)), list(map(len, rows)), ids.shape[1])
             hidden = self.probe(ids, mask, picked.to(ids.device))
@@ -223,27 +185,28 @@ class Scorer:
         if signal.token == "mean":
             means = {id(vectors): row_means(vectors, owners, len(rows)) for vectors in hidden}
             hidden, owners = [means[id(vectors)] for vectors in hidden], torch.arange(len(rows))
-        weights, at, count = late_weights(owners), self.indices[0].device, len(self.indices)
+        weights, at = late_weights(owners), self.indices[0].device
         even_counts = torch.bincount(owners, minlength=len(rows))[:, None].to(at)
         late_counts = torch.bincount(owners, weights, minlength=len(rows))[:, None].to(at)
-        owners, weights, late = owners.to(at), weights[:, None].to(at), []
+        owners, weights = owners.to(at), weights[:, None].to(at)
         columns = [signal(index, vectors).to(at) for index, vectors in zip(self.indices, hidden, strict=True)]
-        columns += [hidden[point].to(at) for point in self.described]
-        even = [row_sums(column, owners, len(rows)) / even_counts for column in columns]
+        columns = [torch.cat(columns, dim=1), *(hidden[point].to(at) for point in self.described)]
+        even = late = [row_sums(column, owners, len(rows)) / even_counts for column in columns]
         if signal.readings > 1 or self.examples is not None:
             late = [row_sums(column * weights, owners, len(rows)) / late_counts for column in columns]
-        responses = torch.cat(even[:count] + (late[:count] if signal.readings > 1 else []), dim=1)
-        descriptions = [torch.stack(both, dim=1) for both in zip(even[count:], late[count:], strict=True)]
+        responses = torch.cat([even[0], late[0]][: signal.readings], dim=1)
+        descriptions = [torch.stack(both, dim=1) for both in zip(even[1:], late[1:], strict=True)]
         return self.scores([finished(responses, signal.scale)], descriptions, tokens, among)
 
     def _read_rest(
         self, rows: Sequence[Sequence[int]], ids: Tensor, mask: Tensor, cache: DynamicCache, options: dict[str, Any]
     ) -> tuple[list[Tensor], Tensor]:
         """Reads what is not cached of rows; see `PrefixCache.extend`. Returns hidden vectors and their owners."""
-        width, begin = ids.shape[1], self.signal.begin
-        counts = mask[:, : mask.shape[1] - width].sum(dim=1).tolist()
-        begins = [max(0, begin(row) - count) for row, count in zip(rows, counts, strict=True)]
-        picked, owners = pick(begins, [len(row) - count for row, count in zip(rows, counts, strict=True)], width)
+        width, begins, ends = ids.shape[1], [], []
+        for row, count in zip(rows, mask[:, : mask.shape[1] - width].sum(dim=1).tolist(), strict=True):
+            begins.append(max(0, self.signal.begin(row) - count))
+            ends.append(len(row) - count)
+        picked, owners = pick(begins, ends, width)
         return self.probe(ids, mask, picked.to(ids.device), cache, options), owners
 
     def scores(
@@ -257,20 +220,18 @@ class Scorer:
 
         Args:
             per_point: `a` (rows, adapters that touch the point) of the even readings of all points, then of the late
-                ones if the signal has them (`signal.readings`), or these side by side in fewer tensors; see
-                `logo.selection.reference`.
+                ones if the signal has them, or these side by side in fewer tensors.
             descriptions: (rows, 2, d) of each point in `described`: even and late means of the hidden vectors.
             tokens: (rows,), how many were read of each prompt.
             among: as in `__call__`.
         """
         responses = torch.cat(list(per_point), dim=1).cpu().T  # (responses, rows)
-        columns, count = len(self.indices) * self.signal.readings, len(self.names)
-        if self._reference is None:
-            owners = self._cells // columns  # a response that is not a number has to be seen
-            return row_means(responses, owners, count).T
-        asked = None
+        known, columns = self.selector.names, len(self.indices) * self.signal.readings
+        if self._reference is None:  # a response that is not a number has to be seen
+            return row_means(responses, self._cells // columns, len(known)).T
+        asked, count = None, len(known)
         if any(names is not None for names in among):
-            asked = torch.tensor([[names is None or name in names for name in self.names] for names in among])
+            asked = torch.tensor([[names is None or name in names for name in known] for names in among])
         every = torch.full((count * columns, responses.shape[1]), torch.nan)
         every[self._cells] = responses
         scores = self._reference.scores(every.view(count, columns, -1), asked)
@@ -279,9 +240,3 @@ class Scorer:
         if self.signal.token == "each" and self.examples is None:
             scores = scores * self._reference.factors(tokens)[:, None]
         return scores
-
-
-def _device_of(model: nn.Module, point: Point) -> torch.device:
-    """The device of the hidden vectors of a point, and so of its index."""
-    device = next(model.get_submodule(point.layer_path).parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device

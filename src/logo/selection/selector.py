@@ -1,43 +1,105 @@
-"""From scores to a `Selection`: the best adapters, and weights that follow from their scores.
+"""From scores to a `Selection`: the best adapters, how sure that is, and weights that follow from their scores.
 
 linear     w_i = score_i / Σ score                                    the paper (equation 4) and the authors' code
-adaptive   w_i ∝ exp(score_i / T), where T and the sum of the weights follow the confidence of the selection
-           (`logo.selection.confidence`): the less sure, the broader and the weaker. Adapters with less than `LEAST` of
-           the best one's weight are left out. The sum also follows the size of the adapters
+adaptive   w_i ∝ exp(score_i / T), where T and the sum of the weights follow the confidence of the selection, the
+           probability that the pool holds an adapter that was made for the prompt, and the sizes of the adapters:
+
+    margin      = best score - mean of the next five
+    confidence  = 1 / (1 + exp(-steepness · (margin + BEST · best score - even)))
+    size_i      = mean over the points that adapter i touches of ‖ΔW_i‖_F / ‖W‖_F        ΔW_i = s_i B_i A_i
+
+Some prompts make every adapter respond, so the best score alone says little; on prompts that are like neutral text, all
+scores are near zero, and margins mean less. `steepness` and `even` belong to a kind of score, and were chosen on four
+pools of two base models; docs/how-selection-works.md shows how well that holds for other pools.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from logo.adapters.pool import AdapterPool
 from logo.core import Forced, Options, Selection
 from logo.errors import LoGoError, NotFinite, PoolError, Unsure, UsageError, check_type, closest
-from logo.selection.confidence import USUAL_SIZE, Evidence
 
-# Below this confidence a selection counts as unsure, unless the user says otherwise. Most prompts outside every task
-# are below it, and some prompts whose own adapter is hardly trained are only a little above it.
+# How many adapters behind the best one the mean is taken over.
+FIELD = 5
+# What the best score counts beside its margin, which counts 1.
+BEST = 0.1
+# Softmax temperatures, times the steepness: of a broad mixture, of one in which the best adapter has most of the weight
+# but related ones still help it, and of one in which it answers nearly alone.
+_BROAD, _HELPED, _ALONE = 7.0, 1.57, 0.31
+# If the adapters of the broadest mixture have this relative size, its weights sum to one half.
+HALVED = 0.08
+# An adapter whose size is not known, such as one of a quantised base model, counts as one of this size.
+USUAL_SIZE = 0.03
+# Below this confidence a selection counts as unsure, unless the user says otherwise: most prompts outside every task.
 UNSURE = 0.15
 # Adapters with less than this share of the best one's weight are left out, since each costs as much as one with more.
 LEAST = 0.01
 
 
 @dataclass(frozen=True)
-class Selector:
-    """Makes selections from the scores of one signal.
+class Evidence:
+    """What a margin of one kind of score is worth.
 
     Attributes:
-        names: the adapters that are scored, in pool order.
+        steepness: how fast confidence grows with the margin and `BEST` times the best score.
+        even: the evidence at which it is one half.
+        temperatures: pairs of a confidence and the softmax temperature there, times the steepness. Up to the first
+            confidence, a broad mixture is the better guess.
+    """
+
+    steepness: float
+    even: float
+    temperatures: tuple[tuple[float, float], ...]
+
+    def confidence(self, ranked: Tensor) -> float:
+        """The confidence that scores (adapters,), sorted with the best first, give; 1/2 for a single adapter."""
+        if len(ranked) == 1:
+            return 0.5
+        if ranked[0] <= 0:  # nothing responds more than is usual
+            return 0.0
+        margin = float(ranked[0] - ranked[1 : 1 + FIELD].mean())
+        evidence = margin + BEST * float(ranked[0])
+        return 1 / (1 + math.exp(-max(-60.0, min(60.0, self.steepness * (evidence - self.even)))))
+
+    def temperature(self, confidence: float) -> float:
+        """The softmax temperature for a confidence, in units of the score; log T is linear between `temperatures`."""
+        confidences, known = zip(*self.temperatures, strict=True)
+        return math.exp(np.interp(confidence, confidences, np.log(known))) / self.steepness
+
+    def weight_sum(self, confidence: float, size: float) -> float:
+        """The sum of a mixture's weights, since adapters that were not made for a prompt disturb the base model.
+
+        Up to the first of `temperatures`, it is `1 / (1 + size / HALVED)`; from there to 1 at the second, its logarithm
+        is linear in the confidence. `size` is the mean relative size of the adapters, weighted as the mixture is.
+        """
+        (doubt, _), (trust, _), *_ = self.temperatures
+        return float((1 + size / HALVED) ** (np.interp(confidence, (doubt, trust), (0, 1)) - 1))
+
+
+# For scores of responses, which are sometimes sure of the adapter of a related task: the best never answers alone.
+RESPONSES = Evidence(3.5, 1.1, ((0.25, _BROAD), (0.4, _HELPED)))
+# For scores to which example prompts contribute. A prompt that is worded unlike the examples has a low confidence, but
+# usually the right adapter comes first, so the mixture gets narrow at a lower confidence than above.
+EXAMPLES = Evidence(1.2, 4.2, ((0.05, _BROAD), (0.15, _HELPED), (0.75, _HELPED), (0.8, _ALONE)))
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Makes selections from the scores of one signal, for the adapters of these names.
+
+    Attributes:
         default_k: adapters per prompt where a call and the settings give no number.
         evidence: turns a margin of these scores into a confidence; None: they have no scale of their own, and the
             weighting is linear.
-        sizes: relative sizes of adapters (`logo.selection.confidence`), for the weighting `"adaptive"`; those that are
-            not known count as `USUAL_SIZE`.
+        sizes: relative sizes of adapters, for the weighting `"adaptive"`; others count as `USUAL_SIZE`.
     """
 
     names: tuple[str, ...]
@@ -70,18 +132,15 @@ class Selector:
         unsure = confidence is not None and confidence < options.unsure_below
         named = dict(zip(names, scores.tolist(), strict=True))
         if unsure and options.when_unsure == "refuse":
-            raise Unsure(
-                f"no adapter of the pool seems to be made for this prompt (confidence {confidence:.2f}, expected "
-                f"{options.unsure_below:g} or more)",
-                named,
-                float(confidence or 0),
-            )
+            found = f"confidence {confidence:.2f}, expected {options.unsure_below:g} or more"
+            message = f"no adapter of the pool seems to be made for this prompt ({found})"
+            raise Unsure(message, named, float(confidence or 0))
         k = min(options.k or self.default_k, len(names))
         if unsure and options.when_unsure == "base":
             weights = torch.zeros(0)
         elif options.weighting == "linear" or evidence is None or confidence is None:
             # Scores below zero, which the official signals do not have, get weight 0. All-zero scores give uniform
-            # weights (paper, equation 4; the authors' code divides by zero there).
+            # weights (the authors' code divides by zero there).
             weights = top[:k].clamp_min(0)
             weights = weights / weights.sum() if weights.sum() > 0 else torch.full_like(weights, 1 / k)
         else:
@@ -102,12 +161,8 @@ class Selector:
 
 
 def forced(entry: Forced, pool: AdapterPool, candidates: Collection[str] | None = None) -> Selection:
-    """Checks what a user forces, and returns it as a selection.
-
-    Raises:
-        PoolError: an adapter is not in the pool, or not among the candidates.
-        UsageError: neither weights by name nor a selection, or a weight that is not a number between -1e6 and 1e6.
-    """
+    """What a user forces, as a selection. Raises PoolError: an adapter is not in the pool, or not among the candidates;
+    UsageError: neither weights by name nor a selection, or a weight that is not between -1e6 and 1e6."""
     check_type("adapters", entry, (Mapping, Selection), "{name: weight} or a Selection")
     selection = entry if isinstance(entry, Selection) else Selection.forced(entry)
     for name, weight in zip(selection.adapters, selection.weights, strict=True):
@@ -118,19 +173,16 @@ def forced(entry: Forced, pool: AdapterPool, candidates: Collection[str] | None 
 
 
 def known(name: str, pool: AdapterPool, candidates: Collection[str] | None = None) -> str:
-    """Returns the name if it is in the pool, and among the candidates if there are any.
-
-    Raises:
-        PoolError: it is not. If there are candidates, the message names no other adapters.
-    """
+    """The name, if it is in the pool and among the candidates, else a PoolError, which names candidates only."""
     if candidates is not None and name not in candidates:
         raise PoolError(f"no adapter {name!r} among the {len(candidates)} candidates{closest(name, candidates)}")
     return pool[name].name
 
 
-def check_k(k: int, pool_size: int) -> int:
-    """`k`, or the pool's size where `k` is larger (with one warning)."""
-    if k > pool_size:
-        message = f"k is {k} but the pool has {pool_size} adapters: all of them are used"
-        warnings.warn(message, UserWarning, stacklevel=3)
-    return min(k, pool_size)
+def relative_sizes(updates: Sequence[Tensor], weight_norms: Sequence[float], touched: Tensor) -> Tensor:
+    """The relative size of each adapter, (adapters,); `USUAL_SIZE` where it is not known. Per point, `updates` has
+    `‖ΔW_i‖_F` of the adapters that touch it by `touched` (adapters, points), `weight_norms` `‖W‖_F` or NaN."""
+    ratios = torch.full(touched.shape, torch.nan)
+    for at, (update, norm) in enumerate(zip(updates, weight_norms, strict=True)):
+        ratios[touched[:, at], at] = update.cpu() / norm
+    return ratios.nanmean(dim=1).nan_to_num(nan=USUAL_SIZE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
@@ -13,13 +14,13 @@ from logo.adapters.pool import AdapterPool
 from logo.adapters.sources import ExamplesUse
 from logo.core import Options, ProbeText, Weighting, WhenUnsure
 from logo.errors import UsageError, check_type, closest
-from logo.selection.selector import UNSURE, check_k, known
+from logo.selection.selector import UNSURE, known
 from logo.selection.signals import Signal, get_signal
-from logo.selection.window import USUAL_WINDOW, WHOLE, Window
+from logo.selection.texts import USUAL_WINDOW, WHOLE, Window
 
 Unscorable = Literal["error", "skip"]
 
-# The options of one call that `SelectionSettings.options` checks.
+# Of one call: adapters per prompt, any registered signal, its weighting, the names that may be selected.
 OPTIONS = ("k", "signal", "weighting", "candidates")
 
 
@@ -30,9 +31,9 @@ class SelectionSettings:
     Attributes:
         signal: `"calibrated"`, the official `"norm"` or `"entropy"`, or any other registered signal.
         k: adapters per prompt; None: `AdapterPool.default_k`, or all of a smaller pool.
-        weighting: how scores become weights: `"linear"` (official), or `"adaptive"`, a softmax that is sharper and
-            stronger the surer the selection is. See `logo.selection.selector`. None: the signal's own.
-        when_unsure: what answers a prompt for which no adapter seems to be made (`logo.selection.confidence`): `"mix"`,
+        weighting: how scores become weights: `"linear"` (official) or `"adaptive"`, see `logo.selection.selector`;
+            None: the signal's own.
+        when_unsure: what answers a prompt for which no adapter seems to be made (`logo.selection.selector`): `"mix"`,
             the mixture of the weighting; `"base"`, the base model alone; `"refuse"`, an error.
         unsure_below: the confidence below which a selection counts as unsure, for `when_unsure` and in a server's log.
         examples: whether example prompts of adapters are used (`logo.selection.examples`): `"use"` or `"ignore"`.
@@ -76,13 +77,10 @@ class SelectionSettings:
         check_type("unsure_below", self.unsure_below, Real, "a number")
         if not 0 <= self.unsure_below <= 1:
             raise UsageError(f"unsure_below: expected a confidence from 0 to 1, found {self.unsure_below}")
-        for name, choice in (
-            ("when_unsure", WhenUnsure),
-            ("examples", ExamplesUse),
-            ("probe_text", ProbeText),
-            ("unscorable", Unscorable),
-        ):
-            _check_choice(name, getattr(self, name), choice)
+        _check_choice("when_unsure", self.when_unsure, WhenUnsure)
+        _check_choice("examples", self.examples, ExamplesUse)
+        _check_choice("probe_text", self.probe_text, ProbeText)
+        _check_choice("unscorable", self.unscorable, Unscorable)
         if self.cache is not None:
             check_type("cache", self.cache, (str, PathLike), "a folder")
         object.__setattr__(self, "window", _checked_window(self.window))
@@ -95,19 +93,12 @@ class SelectionSettings:
         raw = get_signal(self.signal).scale == "raw"
         _check_weighting(self.weighting, self.signal, raw)
         if self.when_unsure != "mix" and raw:
-            raise UsageError(
-                f"when_unsure {self.when_unsure!r}: the signal {self.signal!r} does not say how sure it is"
-            )
+            unsure = f"when_unsure {self.when_unsure!r}"
+            raise UsageError(f"{unsure}: the signal {self.signal!r} does not say how sure it is")
 
     def reading(self, pool: AdapterPool | None = None, signal: str | None = None) -> Signal:
-        """A signal (None: the engine's own) as it reads a pool: the window, and the tokens on which adapters act.
-
-        Args:
-            pool: None: one whose adapters act everywhere.
-
-        Raises:
-            UsageError: there is no such signal.
-        """
+        """A registered signal (None: the engine's own) as it reads a pool (None: one whose adapters act everywhere):
+        the window, and the tokens on which adapters act."""
         found = get_signal(self.signal if signal is None else signal)
         window = self.window or (WHOLE if found.scale == "raw" else USUAL_WINDOW)
         if pool is None or not pool.read_once:
@@ -117,12 +108,8 @@ class SelectionSettings:
         return replace(tail, window=WHOLE, activations=pool.activations)
 
     def options(self, pool: AdapterPool, given: Mapping[str, Any]) -> Options:
-        """Checks the options of one call against the pool. What is not given, or None, is as in these settings.
-
-        Args:
-            given: `k`, adapters per prompt; `signal`, any registered one; `weighting`, default: as in these settings,
-                or, if the call names another signal, that signal's own; `candidates`, the names of the adapters that
-                may be selected.
+        """Checks the options of one call (`OPTIONS`) against the pool. What is not given, or None, is as in these
+        settings; but the weighting of another signal is its own.
 
         Raises:
             UsageError: an option that does not exist or cannot be used, or no candidate at all.
@@ -132,10 +119,17 @@ class SelectionSettings:
             if option not in OPTIONS:
                 raise UsageError(f"unknown option {option!r}{closest(option, OPTIONS)}; known: {', '.join(OPTIONS)}")
         among, k, weighting = given.get("candidates"), given.get("k"), given.get("weighting")
-        candidates = None if among is None else _checked_candidates(among, pool)
+        candidates: frozenset[str] | None = None
+        if among is not None:
+            check_type("candidates", among, (str, Collection), "names of adapters")
+            candidates = frozenset(known(name, pool) for name in ((among,) if isinstance(among, str) else among))
+            if not candidates:
+                raise UsageError("candidates: expected one adapter or more, found none; `adapters={}` uses none")
         if k is not None:
             _check_positive("k", k)
-            k = check_k(k, len(pool if candidates is None else candidates))
+            if k > (size := len(pool if candidates is None else candidates)):
+                warnings.warn(f"k is {k} but the pool has {size} adapters: all of them are used", stacklevel=3)
+                k = size
         name: str = self.signal if given.get("signal") is None else given["signal"]
         own, signal = name == self.signal, get_signal(name)
         _check_weighting(weighting, name, signal.scale == "raw")
@@ -157,20 +151,11 @@ class SelectionSettings:
     @classmethod
     def of(cls, **settings: Any) -> SelectionSettings:
         """Settings by keyword, with a did-you-mean for unknown ones."""
-        known_names = [field.name for field in fields(cls)]
+        every = [field.name for field in fields(cls)]
         for name in settings:
-            if name not in known_names:
-                hint = closest(name, known_names)
-                raise UsageError(f"unknown setting {name!r}{hint}; known: {', '.join(known_names)}")
+            if name not in every:
+                raise UsageError(f"unknown setting {name!r}{closest(name, every)}; known: {', '.join(every)}")
         return cls(**settings)
-
-
-def _checked_candidates(given: Any, pool: AdapterPool) -> frozenset[str]:
-    check_type("candidates", given, (str, Collection), "names of adapters")
-    names = frozenset(known(name, pool) for name in ((given,) if isinstance(given, str) else given))
-    if not names:
-        raise UsageError("candidates: expected one adapter or more, found none; `adapters={}` uses none")
-    return names
 
 
 def _check_positive(name: str, k: Any) -> None:
@@ -194,9 +179,7 @@ def _check_weighting(weighting: Any, signal: str, raw: bool) -> None:
 def _checked_window(window: Any) -> Window | None:
     if isinstance(window, list):  # as JSON has it
         window = tuple(window)
-    if window in (None, WHOLE):
-        return window  # type: ignore[no-any-return]
     numbers = isinstance(window, tuple) and len(window) == 2 and all(type(count) is int for count in window)
-    if not numbers or min(window) < 0 or sum(window) == 0:
+    if window not in (None, WHOLE) and (not numbers or min(window) < 0 or sum(window) == 0):
         raise UsageError(f"window: expected {WHOLE} or (first tokens, last tokens), found {window!r:.60}")
     return window  # type: ignore[no-any-return]

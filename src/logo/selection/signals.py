@@ -1,8 +1,7 @@
 """Signals: how strongly each adapter responds, as pure functions from an index and hidden vectors to scores.
 
-A signal is registered by name, together with what it reads; docs/extend.md shows how others register theirs. `norm` and
-`entropy` are those of the paper (arXiv 2511.07129, section 3) with the constants of the authors' code.
-docs/how-selection-works.md explains all of them.
+`norm` and `entropy` are those of the paper (arXiv 2511.07129, section 3) with the constants of the authors' code.
+docs/how-selection-works.md explains all signals, docs/extend.md how others register theirs.
 """
 
 from __future__ import annotations
@@ -19,12 +18,10 @@ from logo.core import Weighting
 from logo.errors import PluginError, UsageError, check_type
 from logo.plugins import Registry, running
 from logo.selection.index import ScoringIndex
-from logo.selection.window import WHOLE, Window
+from logo.selection.texts import WHOLE, Window
 
 ProbeInput = Literal["residual", "projection"]
 ProbeToken = Literal["last", "mean", "each", "tail"]
-# raw: the response itself · zscore: against the adapter's own responses to neutral text · whitened: likewise, of hidden
-# vectors from which is taken what all text has in common
 Scale = Literal["raw", "zscore", "whitened"]
 Layers = Literal["last", "early"]
 
@@ -36,16 +33,16 @@ class SignalFunction(Protocol):
         """One score for each hidden vector and each adapter; the adapters with the highest scores are selected.
 
         Args:
-            index: all adapters that touch one point (a linear module of one layer), in pool order: `len(index)` of
-                them. `index.norms(hidden)` gives `‖ΔW_i h‖₂` (n, adapters), `index.responses(hidden)` the vectors
-                `ΔW_i h` themselves, in chunks (n, adapters of the chunk, d_out). All are float32 on `index.device`.
+            index: the `len(index)` adapters that touch one point (a linear module of one layer), in pool order.
+                `index.norms(hidden)` gives `‖ΔW_i h‖₂` (n, adapters), `index.responses(hidden)` the vectors `ΔW_i h`
+                themselves, in chunks (n, adapters of the chunk, d_out). All are float32 on `index.device`.
             hidden: (n, d), vectors at this point, in the model's dtype: one per prompt, or one per token.
 
         Returns:
             (n, adapters), float32, finite. A row depends on its own hidden vector alone. There is no unit: with the
             scale `"raw"` scores of different adapters are compared as they are; with `"zscore"` each with the same
-            adapter's mean and standard deviation on neutral text; with `"whitened"`, likewise, their logarithms, so
-            they have to be positive.
+            adapter's mean and standard deviation on neutral text; with `"whitened"`, likewise, the logarithms of
+            positive scores.
 
         Raises:
             LoGoError: what the user can fix; anything else is taken for a bug of the signal.
@@ -67,7 +64,8 @@ class Signal:
         token: `"last"`, the vector of the last prompt token; `"mean"`, the mean over all prompt tokens; `"each"`, the
             vectors of all prompt tokens but the first; or `"tail"`, those of the tokens on which adapters act. With the
             last two, scores are averaged over the tokens.
-        scale: what the responses are compared with.
+        scale: what responses are compared with: `"raw"`, those of others; `"zscore"`, the adapter's own responses to
+            neutral text; `"whitened"`, likewise, of whitened hidden vectors.
         chosen: use the points on which this pool's adapters differ most, instead of all.
         weighting: how scores become weights.
         late: responses are averaged with the last tokens counting most, too (`logo.selection.reference`).
@@ -91,14 +89,13 @@ class Signal:
     @property
     def readings(self) -> int:
         """How often a point is read: once, or with two kinds of emphasis."""
-        return 2 if self.late and self.token == "each" else 1
+        return 1 + (self.late and self.token == "each")
 
     def begin(self, ids: Sequence[int]) -> int:
         """The position of the first token of a text that is read; all from there on are.
 
-        Where all tokens count, the first one of a longer text is not read. It sees no other token, and language models
-        use it as a sink of attention, whether it is a token that begins every text or a word: its hidden vectors are
-        very long, and in the middle layers hardly depend on the token (arXiv 2309.17453).
+        Where all tokens count, the first one of a longer text is not read: it is a sink of attention, whose hidden
+        vectors are very long and, in the middle layers, hardly depend on the token (arXiv 2309.17453).
         """
         if self.token == "last":
             return len(ids) - 1
@@ -106,41 +103,28 @@ class Signal:
         return max(begun, earliest(self.activations, ids)) if self.token == "tail" else begun
 
     def __call__(self, index: ScoringIndex, hidden: Tensor) -> Tensor:
-        """(n, adapters) for hidden (n, d).
-
-        Raises:
-            PluginError: a signal of others has returned something else, or a number that cannot be used.
-            RuntimeError: a signal of others has failed.
-        """
+        """(n, adapters) for hidden (n, d). Raises PluginError: a signal of others has returned something else, or a
+        number that cannot be used; RuntimeError: it has failed."""
         if self.plugin is None:
             return self.score(index, hidden)
-        place = self.plugin.partition(" ")[0]
-        with running(f"signal {place}"):
+        place = f"signal {self.plugin.partition(' ')[0]}"
+        with running(place):
             scores = self.score(index, hidden)
         shape, wanted = tuple(scores.shape) if isinstance(scores, Tensor) else None, (len(hidden), len(index))
         if shape != wanted:
             found = type(scores).__name__ if shape is None else shape
-            raise PluginError(f"signal {place}: expected scores (vectors, adapters) {wanted}, found {found}")
-        self._check_values(place, scores, hidden, index)
-        return scores.float()
-
-    def _check_values(self, place: str, scores: Tensor, hidden: Tensor, index: ScoringIndex) -> None:
-        """Raises PluginError for scores that no mean can be taken of. A calibration would take NaN for an adapter that
-        does not respond, and select as if nothing were wrong."""
-        bad = ~scores.isfinite()
+            raise PluginError(f"{place}: expected scores (vectors, adapters) {wanted}, found {found}")
+        # A calibration would take NaN for an adapter that does not respond, and select as if nothing were wrong. A
+        # hidden vector that overflows is not the signal's fault, and the selector says what to do about it.
+        bad, signed = ~scores.isfinite(), ""
         if self.scale == "whitened":
-            bad |= scores < 0
-        if not bad.any():
-            return
-        # A hidden vector that overflows is not the signal's fault, and the selector says what to do about it.
+            bad, signed = bad | (scores < 0), ", none below 0 (the scale 'whitened')"
         bad &= hidden.isfinite().all(dim=1, keepdim=True).to(bad.device)
         if bad.any():
             row, column = bad.nonzero()[0].tolist()
-            signed = ", none below 0 (the scale 'whitened')" if self.scale == "whitened" else ""
-            raise PluginError(
-                f"signal {place}: expected finite scores{signed}, found {float(scores[row, column])} for adapter "
-                f"{column + 1} of {len(index)}"
-            )
+            value = f"{float(scores[row, column])} for adapter {column + 1} of {len(index)}"
+            raise PluginError(f"{place}: expected finite scores{signed}, found {value}")
+        return scores.float()
 
 
 SIGNALS: Registry[Signal] = Registry("signal")
@@ -158,15 +142,12 @@ def register_signal(
     late: bool = False,
 ) -> Callable[[_S], _S]:
     """Registers a `SignalFunction` as the signal of this name; a decorator. The other arguments are those of `Signal`.
-
-    Raises:
-        UsageError: the name is taken, or an argument is none of its choices.
-    """
-    choices: list[tuple[str, str, Any]] = [("layers", layers, Layers), ("input", input, ProbeInput)]
-    choices += [("token", token, ProbeToken), ("scale", scale, Scale), ("weighting", weighting, Weighting)]
-    for option, value, choice in choices:
-        if value not in get_args(choice):
-            raise UsageError(f"signal {name!r}: {option}: expected one of {get_args(choice)}, found {value!r}")
+    Raises UsageError: the name is taken, or an argument is none of its choices."""
+    kinds: tuple[Any, ...] = (Layers, ProbeInput, ProbeToken, Scale, Weighting)
+    options = {"layers": layers, "input": input, "token": token, "scale": scale, "weighting": weighting}
+    for (option, value), kind in zip(options.items(), kinds, strict=True):
+        if value not in get_args(kind):
+            raise UsageError(f"signal {name!r}: {option}: expected one of {get_args(kind)}, found {value!r}")
 
     def add(score: _S) -> _S:
         made = Signal(score, layers, input, token, scale, chosen, weighting, late)
@@ -178,16 +159,10 @@ def register_signal(
 
 
 def get_signal(name: str) -> Signal:
-    """The signal of this name, ours or a plugin's.
-
-    Raises:
-        UsageError: there is none.
-        PluginError: it is a plugin's, which cannot be imported.
-    """
-    if isinstance(name, str) and name in SIGNALS:
-        return SIGNALS[name]
-    check_type("signal", name, str, "the name of a signal")
-    return SIGNALS[name]  # raises
+    """The signal of this name, ours or a plugin's. Raises UsageError: there is none."""
+    if not isinstance(name, str):
+        check_type("signal", name, str, "the name of a signal")
+    return SIGNALS[name]
 
 
 @register_signal("norm")

@@ -1,12 +1,8 @@
 """The texts of a calibration: neutral ones, and unlabelled requests of many kinds, which are in `texts.json`.
 
-A calibrated signal compares each adapter's response to a prompt with its responses to the neutral texts. These were
-written for this purpose. They are short and spread over prose, questions, instructions, dialogue, code, lists, numbers
-and languages, so that no adapter was trained for many of them. The requests rank the points of a pool by how
-differently its adapters respond to different requests. They carry no label, answer or adapter name; users with prompts
-of their own give those instead (`--calibration-prompts`).
-
-The key of a stored calibration depends on all texts: if one changes, calibrations are computed again.
+The neutral ones were written for this purpose: short, and spread over prose, questions, instructions, dialogue, code,
+lists, numbers and languages, so that no adapter was trained for many of them. The requests carry no label, answer or
+adapter name; users with prompts of their own give those instead (`--calibration-prompts`).
 """
 
 from __future__ import annotations
@@ -15,6 +11,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+# (tokens of the beginning, tokens of the end), or all of the text.
+Window = tuple[int, int] | Literal["whole"]
+WHOLE: Literal["whole"] = "whole"
+USUAL_WINDOW = (32, 32)
 
 _KINDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 NEUTRAL: tuple[str, ...] = tuple(text for kind in _KINDS["neutral"].values() for text in kind)
@@ -23,12 +25,8 @@ REQUESTS: tuple[str, ...] = tuple(text for kind in _KINDS["requests"].values() f
 
 @dataclass(frozen=True)
 class Texts:
-    """Token ids of the texts on which adapters are calibrated, each cut to the window.
-
-    Attributes:
-        neutral: texts that give the reference and the whitening.
-        requests: unlabelled prompts by which points are ranked; none if all points are read.
-    """
+    """Token ids of the texts on which adapters are calibrated, each cut to the window: the neutral ones give the
+    reference and the whitening, the requests rank points."""
 
     neutral: Sequence[Sequence[int]]
     requests: Sequence[Sequence[int]]
@@ -37,3 +35,11 @@ class Texts:
     def rows(self) -> list[Sequence[int]]:
         """All of them, neutral ones first."""
         return [*self.neutral, *self.requests]
+
+
+def windowed(ids: Sequence[int], window: Window) -> Sequence[int]:
+    """The first and the last tokens of a text, as many as the window has of each; all of a text that is not longer."""
+    if window == WHOLE or len(ids) <= sum(window):
+        return ids
+    head, tail = window
+    return [*ids[:head], *ids[len(ids) - tail :]]

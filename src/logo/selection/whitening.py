@@ -1,41 +1,33 @@
 """Whitening: removes from a hidden vector what all text has in common.
 
-Hidden vectors of a language model vary mostly along a few directions that say little about the prompt, and they have a
-large mean. An adapter's response `ΔW h` is dominated by both. With mean `μ` and covariance `C` of neutral tokens,
+Hidden vectors have a large mean, and vary mostly along a few directions that say little about the prompt. With mean `μ`
+and covariance `C` of neutral tokens,
 
     W = (C / m + λ) ^ -1/2, up to a constant        m = mean eigenvalue of C
 
 shrinks every direction in which neutral text varies much, so that `W (h - μ)` is what is particular about `h`. A
-whitening belongs to the base model and a point and is shared by all adapters. It costs nothing per prompt, because
-`T W` is computed once for the factor `T` of every adapter.
+whitening belongs to the base model and a point and is shared by all adapters.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 # λ: between 0.1 and 1 little changes (docs/how-selection-works.md).
 SHRINKAGE = 0.3
-
 # Rows of the random projection that estimates the length of a whitened vector.
 SKETCHED = 64
-
 # Directions that would shrink by less than this share are left as they are, which bounds the memory of a whitening.
 _NEGLIGIBLE = 0.02
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """`W = I - V diag(1 - gain) Vᵀ`, in float32.
-
-    Attributes:
-        mean: `μ` (d,).
-        basis: `V` (d, n), orthonormal.
-        gain: (n,) in (0, 1): the factor by which each of these directions is multiplied.
-    """
+    """`W = I - V diag(1 - gain) Vᵀ`, in float32: mean `μ` (d,), orthonormal basis `V` (d, n), and gain (n,) in (0, 1),
+    the factor by which each of these directions is multiplied."""
 
     mean: Tensor
     basis: Tensor
@@ -43,14 +35,10 @@ class Whitening:
 
     @classmethod
     def of(cls, hidden: Tensor) -> Whitening:
-        """The whitening of these hidden vectors (tokens, d).
-
-        A sample of fewer tokens than dimensions is enough: directions it does not span are left alone.
-        """
+        """The whitening of these hidden vectors (tokens, d); directions that they do not span are left alone."""
         hidden = hidden.float()
-        mean = hidden.mean(dim=0)
+        mean, (count, width) = hidden.mean(dim=0), hidden.shape
         centred = hidden - mean
-        count, width = centred.shape
         # The smaller of the two Gram matrices has all eigenvalues that are not zero.
         gram = centred.T @ centred if width <= count else centred @ centred.T
         # On the CPU, since not every accelerator has double precision.
@@ -66,26 +54,20 @@ class Whitening:
 
     @classmethod
     def of_some(cls, hidden: Tensor, some: Tensor) -> Whitening:
-        """The whitening of those hidden vectors (tokens, d) for which `some` (tokens,) is true.
-
-        If they are fewer than dimensions, they do not say in which directions they vary: then the mean is theirs, and
-        the directions are those of all tokens.
-        """
+        """The whitening of those hidden vectors (tokens, d) for which `some` (tokens,) is true. If they are fewer than
+        dimensions, the mean is theirs, and the directions are those of all tokens."""
         own = hidden[some].float()
         if len(own) >= hidden.shape[1]:
             return cls.of(own)
-        every = cls.of(hidden)
-        return cls(own.mean(dim=0), every.basis, every.gain)
+        return replace(cls.of(hidden), mean=own.mean(dim=0))
 
     def fold(self, factor: Tensor) -> Tensor:
         """`T W` for a factor `T` (r, d), so that `‖T W (h - μ)‖` takes one product and one offset."""
         return factor - (factor @ self.basis) * (1 - self.gain) @ self.basis.T
 
     def sketch(self) -> Tensor:
-        """(`SKETCHED`, d): `S W` with fixed random rows `S`, so that `‖S W (h - μ)‖` is nearly `‖W (h - μ)‖`.
-
-        The error has a standard deviation of 9 % and is the same for all adapters; the cost is that of one adapter.
-        """
+        """(`SKETCHED`, d): `S W` with fixed random rows `S`, so that `‖S W (h - μ)‖` is nearly `‖W (h - μ)‖`; the error
+        has a standard deviation of 9 % and is the same for all adapters."""
         rows = torch.randn(SKETCHED, len(self.mean), generator=torch.Generator().manual_seed(0)) / SKETCHED**0.5
         return self.fold(rows.to(self.mean.device))
 

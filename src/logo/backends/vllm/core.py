@@ -26,10 +26,9 @@ from logo.backends.vllm.taps import CHANGED
 from logo.core import Forced, Options, ProbeText, Selection
 from logo.errors import LoGoError, ModelError, NotFinite, UsageError
 from logo.protocol import MixtureRequest
-from logo.selection.confidence import Evidence
-from logo.selection.selector import Selector, forced
+from logo.selection.selector import Evidence, Selector, forced
 from logo.selection.signals import Signal
-from logo.selection.window import Window
+from logo.selection.texts import Window
 
 
 class WorkerError(LoGoError, RuntimeError):

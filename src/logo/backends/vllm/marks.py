@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from logo.selection.window import WHOLE, Window, windowed
+from logo.selection.texts import WHOLE, Window, windowed
 
 # Of a probe: the key by which its scores are fetched, the signal that gives them (empty: hidden vectors are kept to
 # calibrate), the names of the adapters that may be selected, without which all are scored, and the part of the prompt

@@ -36,7 +36,7 @@ from logo.prompts import Prompts
 from logo.scoring import Scored, continued_rows
 from logo.selection.points import plan
 from logo.selection.settings import SelectionSettings
-from logo.selection.window import WHOLE, Window
+from logo.selection.texts import WHOLE, Window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -53,11 +53,11 @@ def calibrate(engine: EngineOptions, json: Json = False) -> None:
 
 def _sizes(logo: LoGo, calibration: Calibration) -> str:
 
-    from logo.selection.confidence import USUAL_SIZE
+    from logo.selection.selector import USUAL_SIZE
 
     if _unknown(calibration):
         return f"unknown (the base model's weights are quantised or not at hand); each adapter counts as {USUAL_SIZE}"
-    sizes = list(logo.scorer.sizes.values())
+    sizes = list(logo.scorer.selector.sizes.values())
     return f"{sum(sizes) / len(sizes):.3f} on average, {min(sizes):.3f} to {max(sizes):.3f}"
 
 
@@ -81,6 +81,6 @@ def _report(logo: LoGo, calibration: Calibration) -> dict[str, Any]:
         "points": [point.name for point in calibration.points],
         "ranking": [{"point": point.name, "contrast": value} for point, value in calibration.ranking],
         "measured": calibration.measured,
-        "sizes": None if _unknown(calibration) else logo.scorer.sizes,
+        "sizes": None if _unknown(calibration) else logo.scorer.selector.sizes,
         "seconds": calibration.seconds,
     }
