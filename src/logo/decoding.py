@@ -457,7 +457,8 @@ class Decoder:
             ends = [earliest(pool.activations, row) for row in rows]
             start = min(pad + end for pad, end in zip(pads, ends, strict=True))  # before, no adapter acts in any row
             if start:
-                cache = self.prefix_cache.cache(rows, ends, [max(0, start - pad) for pad in pads])
+                with self.mixer.active(pool, ()):  # what is cached with a mixture in it would be wrong for ever
+                    cache = self.prefix_cache.cache(rows, ends, [max(0, start - pad) for pad in pads])
                 cache.batch_repeat_interleave(max(config.num_beams or 1, config.num_return_sequences or 1))
                 config.cache_implementation = None  # transformers takes either a cache or the name of one
                 known[cache_argument(self.model) or ""] = cache
