@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ from logo.opening import LOCAL_OPTIONS
 from logo.prefix_cache import PrefixCache
 from logo.selection import scorer
 from make_adapters import edit_config, load_peft, write, write_peft
-from test_engine import tokenizer, write_adapter
+from test_engine import Caller, tokenizer, write_adapter
 from tiny import read_tokens, words
-from tolerances import same_selection
+from tolerances import same_scores, same_selection
 
 INVOKE = [7, 8]
 QUERY = {"llama": "q_proj", "qwen2": "q_proj", "gemma3": "q_proj", "gpt2": "c_attn", "gpt_neox": "query_key_value"}
@@ -280,6 +281,18 @@ def test_a_stream_reads_its_prompt_once(tmp_path: Path) -> None:
         assert logo.prefix_cache.bytes == 0
         assert "".join(stream) == want.text
     assert seen == [100, 90, 90, 4, 1, 1] and logo.prefix_cache.bytes == 0
+
+
+def test_nothing_is_cached_while_a_mixture_is_active(tmp_path: Path) -> None:
+    model = tiny.model("llama", eos_token_id=None)
+    folder = notes(pool_of(tmp_path, model), "last:4")
+    logo, clean = engine(model, folder), engine(model, folder)
+    first, second = tiny.prompts([10, 60])
+    again = partial(logo.generate, second, adapters={"t0": 1.0}, max_new_tokens=3)
+    with pytest.raises(UsageError, match="call this once the answer is complete"):
+        logo.generate(first, adapters={"t1": 3.0}, max_new_tokens=4, streamer=cast(Any, Caller(again)))
+    assert again().token_ids == clean.generate(second, adapters={"t0": 1.0}, max_new_tokens=3).token_ids
+    assert logo.select(second).scores == same_scores(clean.select(second).scores)
 
 
 @pytest.mark.parametrize("signal", ["norm", "calibrated"])

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import TextIteratorStreamer, TextStreamer
 
 import tiny
-from logo import AdapterPool, LoGo, SelectionSettings, UsageError, opening
+from logo import AdapterPool, LoGo, LoGoError, SelectionSettings, UsageError, opening
 from logo.backends.vllm import opening as vllm_opening
 from logo.cli.run import run
 from logo.decoding import greedy_config
@@ -197,6 +197,10 @@ def test_a_streamer_is_ended_by_an_error_too(llama: nn.Module, adapters: Path) -
     list(pieces)  # comes to an end
     handle.remove()
     assert len(logo.generate(PROMPTS[0], adapters=selection, max_new_tokens=3).token_ids) == 3
+    for wrong in ({"adapters": {"nobody": 1.0}}, {"k": 0}, {"batch_size": 0}):  # nothing is generated at all
+        with pytest.raises(LoGoError):
+            logo.generate(PROMPTS[0], streamer=pieces, **cast(Any, wrong))
+        assert "".join(pieces) == ""
 
 
 def test_a_streamer_is_of_one_prompt(llama: nn.Module, adapters: Path) -> None:

@@ -148,6 +148,17 @@ def check_streamable(rows: int, config: GenerationConfig) -> None:
         raise UsageError(f"streaming: beam search changes sent tokens; leave out num_beams={config.num_beams}")
 
 
+@contextmanager
+def ended_by_errors(streamer: BaseStreamer | None) -> Iterator[None]:
+    """Ends a streamer after an error in the block, since another thread may wait for it."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            streamer.end()
+        raise
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How one call continues its prompts.
@@ -356,19 +367,14 @@ class Decoder:
             selections: their mixtures.
             decoding: how to decode.
             probed: seconds per row that selecting took.
-            streamer: for a single row; it is also ended after an error, since another thread may wait for it.
+            streamer: for a single row.
 
         Raises:
             CacheFull: the adapters of the batch do not fit into the memory for adapters.
             NotFinite: a mixture overflows.
         """
         started = time.perf_counter()
-        try:
-            tokens, form = self._continue(pool, rows, [one.mixture for one in selections], decoding, streamer=streamer)
-        except BaseException:
-            if streamer is not None:
-                streamer.end()
-            raise
+        tokens, form = self._continue(pool, rows, [one.mixture for one in selections], decoding, streamer=streamer)
         seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
         return decoding.generations(self.prompts.tokenizer, [(row, form) for row in tokens], selections, seconds)
 
@@ -454,7 +460,8 @@ class Decoder:
             ends = [earliest(pool.activations, row) for row in rows]
             start = min(pad + end for pad, end in zip(pads, ends, strict=True))  # before, no adapter acts in any row
             if start:
-                cache = self.prefix_cache.cache(rows, ends, [max(0, start - pad) for pad in pads])
+                with self.mixer.active(pool, ()):  # what is cached with a mixture in it would be wrong for ever
+                    cache = self.prefix_cache.cache(rows, ends, [max(0, start - pad) for pad in pads])
                 cache.batch_repeat_interleave(max(config.num_beams or 1, config.num_return_sequences or 1))
                 config.cache_implementation = None  # transformers takes either a cache or the name of one
                 known[cache_argument(self.model) or ""] = cache

@@ -31,6 +31,7 @@ from logo.decoding import (
     call_config,
     check_batch_size,
     check_streamable,
+    ended_by_errors,
     reads_prompts,
 )
 from logo.endings import cut_pieces
@@ -456,9 +457,9 @@ class LoGo:
             UsageError: a prompt that is empty or cannot be read, an option that does not exist or cannot be used.
             PoolError: as `select`; a forced adapter that is not in the pool, or not among the candidates.
         """
-        given, alone = several(prompts)
-        check_batch_size(batch_size)
-        with self._call() as pool:
+        with ended_by_errors(streamer), self._call() as pool:
+            given, alone = several(prompts)
+            check_batch_size(batch_size)
             call, decoding = self._checked(pool, adapters, options)
             rows = self.prompts.read(given, decoding.config.max_new_tokens)
             if streamer is not None:

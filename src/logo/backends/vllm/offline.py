@@ -202,7 +202,6 @@ class VllmLoGo(LoGo):
             key = self._answering(stack)
             group = stack.enter_context(self._requests.together())
             if streamer is not None:
-                stack.callback(streamer.end)
                 streamer.put(torch.tensor([rows[0]]))
             for ids, lora in zip(rows, loras, strict=True):
                 self._start(group, ids, lora, decoding, every_token=streamer is not None)
@@ -212,6 +211,8 @@ class VllmLoGo(LoGo):
             self._check_mixed(key, loras)
         for one, selection in zip(group.running, selections, strict=True):
             _check_finite(one, selection)
+        if streamer is not None:
+            streamer.end()
         seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
         forms = ["none" if lora is None else "gated" for lora in loras]
         continued: Any = [(one.tokens, form) for one, form in zip(group.running, forms, strict=True)]
