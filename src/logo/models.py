@@ -30,14 +30,14 @@ _LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
 
 
 def demo_folder() -> Path:
-    """The folder of the embedded model and its pool, inside the package."""
+    """The folder of the bundled model and its pool, inside the package."""
     return Path(__file__).parent / "demo" / "assets"
 
 
 def resolve_base(name: str, model_dir: str | Path | None = None) -> str:
     """The folder or Hub id of a base model's name.
 
-    `"demo"` is the embedded model; `model_dir/name` is used if it exists; the official short names stand for their Hub
+    `"demo"` is the bundled model; `model_dir/name` is used if it exists; the official short names stand for their Hub
     ids; anything else is a folder or a Hub id.
 
     Raises:
