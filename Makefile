@@ -1,5 +1,5 @@
 # Two commands do everything on a machine with git, make and python3:
-#   make demo   sets up .venv and shows the main job on the embedded model
+#   make demo   sets up .venv and shows the main job on the bundled model
 #   make test   sets up what tests need and runs them all
 # and one is for every day:
 #   make check  the same, but for the slow tests
@@ -24,7 +24,7 @@ PYTEST := $(BIN)/python -m pytest $(SPREAD)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
 help:
-	@echo "make demo         set up .venv and show LoGo on the embedded model"
+	@echo "make demo         set up .venv and show LoGo on the bundled model"
 	@echo "make check        linters, type checker and the fast tests"
 	@echo "make test         linters, type checker and the whole test suite"
 	@echo "make test-vllm    set up .venv-vllm and run the tests that start vLLM, on the CPU"
@@ -32,7 +32,7 @@ help:
 	@echo "make dist         build the wheel and the sdist into dist/"
 	@echo "make test-wheel   run the demo from the wheel in bare environments of the Pythons in WHEEL_PYTHONS"
 	@echo "make check-vllm-versions  download the known versions of vLLM and look for what LoGo relies on in them"
-	@echo "make demo-assets  rebuild the embedded model and its adapters from a seed (some 30 minutes on two cores)"
+	@echo "make demo-assets  rebuild the bundled model and its adapters from a seed (some 30 minutes on two cores)"
 	@echo "make clean        remove .venv and caches"
 
 $(BIN)/python:

@@ -290,8 +290,8 @@ def test_demo_measures_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None
 def test_without_a_base_model_the_demo_is_used_and_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["select", "What is 7 plus 5?", "--json"]) == 0
     captured = capsys.readouterr()
-    assert "using the embedded demo model" in captured.err
+    assert "using the bundled demo model" in captured.err
     assert 1 <= len(json.loads(captured.out)["adapters"]) <= 3
     assert run(["generate", "What is 7 plus 5?", "--base_model", "demo", "--adapter", "add_numbers", "--json"]) == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["text"].strip() == "12" and "using the embedded" not in captured.err
+    assert json.loads(captured.out)["text"].strip() == "12" and "using the bundled" not in captured.err

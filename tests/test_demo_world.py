@@ -1,4 +1,4 @@
-"""The embedded demo world: what its rows promise, its tokenizer, and the assets that ship."""
+"""The bundled demo world: what its rows promise, its tokenizer, and the assets that ship."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that were killed go on: real processes on the embedded model, kill -9 in the middle, the same bytes at last."""
+"""Runs that were killed go on: real processes on the bundled model, kill -9 in the middle, the same bytes at last."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Transcript:
 
     @property
     def why_not_run(self) -> str | None:
-        """What a machine with nothing but the embedded model lacks for it."""
+        """What a machine with nothing but the bundled model lacks for it."""
         named = MODEL.search(self.command)
         if named and named[1] != "demo":
             return f"needs the model {named[1]}"

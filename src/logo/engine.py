@@ -261,8 +261,8 @@ class LoGo:
             plain = [adapter.name for adapter in fitted if adapter.activation.everywhere]
             if plain and len(plain) < len(fitted):
                 warnings.warn(
-                    f"{len(plain)} of {len(fitted)} adapters act on every token ({listed(plain)}), so every prompt is "
-                    "read twice: reading it once needs activation in all adapters of a pool",
+                    f"{len(plain)} of {len(fitted)} adapters act on every token ({listed(plain)}), so the pool is "
+                    "probed like a plain one: reading prompts once needs activation in all of its adapters",
                     UserWarning,
                     stacklevel=3,
                 )

@@ -30,7 +30,7 @@ _LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
 
 
 def demo_folder() -> Path:
-    """The folder of the embedded model and its pool, inside the package."""
+    """The folder of the bundled model and its pool, inside the package."""
     return Path(__file__).parent / "demo" / "assets"
 
 

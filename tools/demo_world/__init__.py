@@ -1,4 +1,4 @@
-"""What the embedded demo world is made with: its tasks and their rows, the pretraining, the adapters, the measurement.
+"""What the bundled demo world is made with: its tasks and their rows, the pretraining, the adapters, the measurement.
 
     PYTHONPATH=tools python -m demo_world.build --out src/logo/demo/assets --seed 0     (`make demo-assets`)
 

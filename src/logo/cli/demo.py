@@ -1,4 +1,4 @@
-"""`logo demo`: the embedded model, side by side with and without its adapters."""
+"""`logo demo`: the bundled model, side by side with and without its adapters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def demo(
     limit: int | None = usual(None, "Held-out rows per task.", "all", min=1),
     json: Json = False,
 ) -> None:
-    """Answer prompts with the embedded model, side by side with its base model, and measure every task.
+    """Answer prompts with the bundled model, side by side with its base model, and measure every task.
 
     Example: `logo demo --limit 10`
     """
@@ -33,7 +33,7 @@ def demo(
     logo = open_engine(options, DEMO)
     if not json:
         out.print(
-            f"The embedded base model knows {len(logo.names)} skills but not which one you ask for; each adapter "
+            f"The bundled base model knows {len(logo.names)} skills but not which one you ask for; each adapter "
             f"unlocks one.\nFor every prompt LoGo mixes up to {n_selected_modules} adapters that respond most "
             f"(signal: {signal}).\n"
         )

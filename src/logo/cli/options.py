@@ -134,7 +134,7 @@ class EngineOptions:
         None, "Merge the mixture into a copy of the weights.", "float32: where faster", "--merge/--no-merge"
     )
     prefix_cache_gb: float | None = _probe(
-        None, "Memory for what is read before adapters act that act from a position on only, in GB.", "0.25", min=0.0
+        None, "Memory for prefixes of prompts, if adapters act from a position on only, in GB.", "0.25", min=0.0
     )
     signal: str | None = usual(None, "`calibrated`, `norm` or `entropy`.", "calibrated")
     n_selected_modules: int | None = usual(

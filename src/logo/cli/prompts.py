@@ -81,8 +81,8 @@ def forced(
 
 
 def or_demo(options: EngineOptions) -> str:
-    """The base model: the embedded demo where none is named (and says so)."""
+    """The base model: the bundled demo where none is named (and says so)."""
     if options.base_model is not None:
         return options.base_model
-    note("No --base-model given: using the embedded demo model.")
+    note("No --base-model given: using the bundled demo model.")
     return DEMO

@@ -31,8 +31,7 @@ OPEN = "Listening on {} without an API key: everybody who reaches it may use it.
 PLAIN_CHAT = "{% for m in messages %}{{ m.content }}{% if not loop.last %}\\n{% endif %}{% endfor %}"
 
 _CPU_CACHE_GB = 2.0
-# Tokens of a block of keys and values. The probe and the answer share whole blocks only, and both read the rest of the
-# prompt; vLLM's own size on CPUs is 128.
+# Tokens of a block of keys and values. Prompts share whole blocks only; vLLM's own size on CPUs is 128.
 _CPU_BLOCK = 32
 
 # Options that vLLM's server does not have, and what to use instead.

@@ -74,7 +74,7 @@ def study(
     limit: int | None = usual(None, "Only the first rows of each task.", "all"),
     protocol: str = rare(
         "own,left-out,unseen",
-        "own: each row's own adapter is in the pool; left-out: it is removed; unseen: tasks without an adapter.",
+        "own: each row's target adapter is in the pool; left-out: it is removed; unseen: tasks without an adapter.",
         metavar="own,left-out,unseen",
     ),
     generate: int | None = usual(
@@ -106,7 +106,7 @@ def study(
     seed: int = usual(0, "Random seed of the intervals and of methods.", min=0),
     json: Json = False,
 ) -> None:
-    """Compare signals on a pool: how often they find the own adapter, and how likely the gold answer is.
+    """Compare signals on a pool: how often they find the target adapter, and how likely the gold answer is.
 
     `--method lorahub,loraretriever` adds other methods, and `--generate N` generates answers; a second
     table then shows each relative to the oracle. Repeat the command to continue an interrupted study.

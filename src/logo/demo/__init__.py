@@ -1,4 +1,4 @@
-"""The embedded demo world: a tiny base model, a pool of single-task adapters and held-out rows, inside the package.
+"""The bundled demo world: a tiny base model, a pool of single-task adapters and held-out rows, inside the package.
 
 Nothing here imports torch. ``make demo-assets`` rebuilds the assets from ``tools/demo_world``.
 """
