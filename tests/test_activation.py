@@ -234,10 +234,10 @@ def test_mixtures_are_those_of_a_mask(name: str, kind: str, tmp_path: Path) -> N
     found = logo.generate(prompts, adapters=mixtures, max_new_tokens=6, batch_size=4)
     for prompt, mixture, answer in zip(prompts, mixtures, found, strict=True):
         assert list(answer.token_ids) == masked(model, logo.fitted, prompt, mixture, 6)
-    forced = logo.generate(prompts, adapters=mixtures, max_new_tokens=6, batch_size=4, activation="last:2")
-    late = logo.fitted.acting("last:2")
+    late = engine(model, folder, activation="last:2")
+    forced = late.generate(prompts, adapters=mixtures, max_new_tokens=6, batch_size=4)
     for prompt, mixture, answer in zip(prompts, mixtures, forced, strict=True):
-        assert list(answer.token_ids) == masked(model, late, prompt, mixture, 6)
+        assert list(answer.token_ids) == masked(model, late.fitted, prompt, mixture, 6)
 
 
 # -- reading once ------------------------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_without_its_invocation(tmp_path: Path) -> None:
         logo.generate(prompt, adapters=dict.fromkeys(NAMES, 0.5), max_new_tokens=1)
     assert len(told) == 1
     instead = engine(model, folder, when_not_invoked="last:2").generate(prompt, adapters={"t0": 1.0}, max_new_tokens=4)
-    forced = logo.generate(prompt, adapters={"t0": 1.0}, max_new_tokens=4, activation="last:2")
+    forced = engine(model, folder, activation="last:2").generate(prompt, adapters={"t0": 1.0}, max_new_tokens=4)
     assert instead.token_ids == forced.token_ids
     strict = engine(model, folder, when_not_invoked="error")
     assert len(strict.select(prompt).scores) == 3

@@ -141,4 +141,3 @@ def test_where_adapters_act_is_part_of_a_pool(tmp_path: Path) -> None:
             assert {str(adapter.activation) for adapter in found.adapters} == {said}
             recipe = found.recipe(Selection.forced({"antonym": 0.7, "capital": 0.3}))
             assert str(recipe).count(f"@{said}") == 2
-            assert found.recipe(Selection.forced({"antonym": 1.0}), "everywhere").activations == {}

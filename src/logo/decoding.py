@@ -167,16 +167,14 @@ class Decoding:
         config: the complete config of the call.
         stop_at_newline: see `at_newline`.
         stop: see `at_texts`; answers are cut before them.
-        activation: where all adapters act in this call; None: as in the pool.
     """
 
     config: GenerationConfig
     stop_at_newline: bool | str = False
     stop: tuple[str, ...] = ()
-    activation: str | None = None
 
     @classmethod
-    def of(cls, config: GenerationConfig, stop_at_newline: Any, stop: Any, activation: str | None) -> Decoding:
+    def of(cls, config: GenerationConfig, stop_at_newline: Any, stop: Any) -> Decoding:
         """Checks what a user gives.
 
         Raises:
@@ -187,7 +185,7 @@ class Decoding:
             raise UsageError(f"stop: expected a text or a list of texts, found {stop!r:.60}")
         if not isinstance(stop_at_newline, bool) and stop_at_newline != "official":
             raise UsageError(f"stop_at_newline: expected True, False or 'official', found {stop_at_newline!r:.60}")
-        return cls(config, stop_at_newline, tuple(text for text in texts if text), activation)
+        return cls(config, stop_at_newline, tuple(text for text in texts if text))
 
     def rules(self, tokenizer: PreTrainedTokenizerBase) -> list[EndRule]:
         """Further rules that end an answer. They replace transformers' own, which also search the prompt for texts."""
@@ -385,9 +383,8 @@ class Decoder:
 
         What is cached of the prompt when this is called is there when the stream begins, however much later.
         """
-        acting = pool.acting(decoding.activation)
-        cache = self.prefix_cache if self._reads_ahead(acting, decoding.config) else None
-        end = earliest(acting.activations, row)
+        cache = self.prefix_cache if self._reads_ahead(pool, decoding.config) else None
+        end = earliest(pool.activations, row)
         pages = [] if cache is None else cache.find(row, end)
 
         def generate(streamer: Any, cancelled: _Cancelled) -> None:
@@ -408,8 +405,6 @@ class Decoder:
         **options: Any,
     ) -> tuple[list[list[int]], Form]:
         """The new tokens of each row, also those behind its end, and the form of the mixtures."""
-        if decoding.activation is not None:
-            pool = pool.acting(decoding.activation)
         config, rules = copy.copy(decoding.config), decoding.rules(self.prompts.tokenizer)
         ids, mask = padded(rows, self.prompts.pad_id, "left", input_device(self.model))
         config.stop_strings = None  # the rules contain them

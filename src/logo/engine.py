@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from logo.adapters.activation import EVERYWHERE, check_forced
+from logo.adapters.activation import EVERYWHERE
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, CurrentPool, warn_of_bad
 from logo.adapters.sources import OnBadAdapter
@@ -450,8 +450,6 @@ class LoGo:
                     texts count.
                 stop_at_newline: end each answer after its first line; `"official"`: by the rule of the official code.
                 stop: end each answer before the first of these texts.
-                activation: where all adapters act in this call: `"everywhere"`, `"last:N"` or `"invocation"`; None: as
-                    the engine's settings say, else where each was trained to act.
 
         Raises:
             UsageError: a prompt that is empty or cannot be read, an option that does not exist or cannot be used.
@@ -579,11 +577,8 @@ class LoGo:
         call = self.settings.options(pool, asked)
         config, most = options.pop("generation_config", None), options.pop("max_new_tokens", None)
         ends = (options.pop("stop_at_newline", False), options.pop("stop", ()))
-        activation = options.pop("activation", None)
-        if activation is not None:
-            check_forced(activation)
         config = call_config(self.prompts, config or self._generation_config, options, most, self._checkpoint)
-        return call, Decoding.of(config, *ends, activation)
+        return call, Decoding.of(config, *ends)
 
     def _mixtures(
         self,

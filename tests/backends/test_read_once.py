@@ -93,8 +93,6 @@ def same_answers(found: Any, expected: Any) -> None:
 def test_what_the_probe_has_read_is_found_or_read_again(small: Any, local: LoGo, cached: list[int]) -> None:
     prompts = texts(local, 6, 180)
     expected = local.generate(prompts, max_new_tokens=6)
-    everywhere = local.generate(prompts, max_new_tokens=6, activation="everywhere")
-    assert [one.token_ids for one in everywhere] != [one.token_ids for one in expected]
     promised = (180 - LAST) // BLOCK * BLOCK
     for prompt, one in zip(prompts, expected, strict=True):
         cached.clear()

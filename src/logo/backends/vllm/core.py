@@ -178,21 +178,18 @@ class Core:
         return forced(adapters, self.pool.adapters)
 
     @contextmanager
-    def request(self, selection: Selection, activation: str | None = None) -> Iterator[Any]:
+    def request(self, selection: Selection) -> Iterator[Any]:
         """Yields vLLM's `LoRARequest` of a selection, None for the base model.
 
         The block has to begin before anything else runs after the selection, and to last as long as the answer: the
         adapters that were scored then stay in their slots, even if the pool changes.
-
-        Args:
-            activation: see `KeyedPool.recipe`.
 
         Raises:
             UsageError: as `KeyedPool.recipe`.
         """
         from vllm.lora.request import LoRARequest
 
-        recipe = self.pool.recipe(selection, activation)
+        recipe = self.pool.recipe(selection)
         if not recipe.parts:
             yield None
             return

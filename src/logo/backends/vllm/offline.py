@@ -181,7 +181,6 @@ class VllmLoGo(LoGo):
     def _checked(self, pool: AdapterPool, *given: Any) -> tuple[Options, Decoding]:
         call, decoding = super()._checked(pool, *given)
         check_config(decoding.config)
-        pool.acting(decoding.activation)  # raises UsageError if an adapter cannot have it
         return call, decoding
 
     def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:
@@ -198,7 +197,7 @@ class VllmLoGo(LoGo):
     ) -> list[Generation]:
         started = time.perf_counter()
         with ExitStack() as stack:
-            loras = [stack.enter_context(self.core.request(one, decoding.activation)) for one in selections]
+            loras = [stack.enter_context(self.core.request(one)) for one in selections]
             key = self._answering(stack)
             group = stack.enter_context(self._requests.together())
             if streamer is not None:
@@ -223,7 +222,7 @@ class VllmLoGo(LoGo):
     ) -> Generator[str]:
         said = _Pieces(self.tokenizer, skip_special_tokens=True)
         with ExitStack() as stack:
-            lora = stack.enter_context(self.core.request(selection, decoding.activation))
+            lora = stack.enter_context(self.core.request(selection))
             group = stack.enter_context(self._requests.together())
             key = new_key()
             with answering(key):

@@ -102,22 +102,18 @@ class KeyedPool:
         pool = pool.acting(self.forced)
         return replace(self, adapters=pool, keys={name: keys[name] for name in pool.names})
 
-    def recipe(self, selection: Selection, forced: str | None = None) -> Recipe:
+    def recipe(self, selection: Selection) -> Recipe:
         """The recipe of a selection; without adapters, it is the base model's and has no parts.
 
-        Args:
-            forced: where all adapters act; None: each acts where the pool says.
-
         Raises:
-            UsageError: a weight is too large; or see `logo.adapters.activation.acting`.
+            UsageError: a weight is too large.
         """
         for name, weight in selection.mixture.items():
             if not abs(weight) <= MOST_WEIGHT:
                 raise UsageError(
                     f"adapter {name!r}: expected a weight from {-MOST_WEIGHT:g} to {MOST_WEIGHT:g}, found {weight:g}"
                 )
-        pool = self.adapters.acting(forced)
-        where = {self.keys[name]: pool[name].activation for name in selection.mixture}
+        where = {self.keys[name]: self.adapters[name].activation for name in selection.mixture}
         return Recipe.of(((self.keys[name], weight) for name, weight in selection.mixture.items() if weight), where)
 
 
