@@ -42,9 +42,10 @@ class Entry:
     def checked(self, adapter: Adapter) -> Adapter:
         """The adapter with the entry's examples. Raises AdapterError if its weights are not those of the entry."""
         if self.sha256 is not None and adapter.sha256 != self.sha256:
-            again = "delete this damaged copy" if self.revision else "or write the manifest again (`logo pool lock`)"
-            found = f"expected sha256 {self.sha256[:12]}..., found {adapter.sha256[:12]}...; {again}"
-            raise AdapterError(adapter.name, f"{adapter.file.path} is not the one in the manifest: {found}")
+            again = f"{self.source}; if the change is intended, write the manifest again (`logo pool lock`)"
+            where = f"{adapter.folder}; delete this damaged copy" if self.revision else again
+            found = f"expected sha256 {self.sha256[:12]}..., found {adapter.sha256[:12]}... in {where}"
+            raise AdapterError(adapter.name, f"{adapter.file.path.name} is not the one in the manifest: {found}")
         return adapter if self.examples is None else replace(adapter, examples=self.examples[:MOST])
 
 
