@@ -151,7 +151,7 @@ def examples_of(
         missing = {key: every[key] for key in part if not store.get(key)}
         if missing:
             found = read(Texts([row for rows in missing.values() for row in rows], []))
-            places = {at: place.split([len(rows) for rows in missing.values()]) for at, place in found.items()}
+            places = {at: torch.split(place, [len(rows) for rows in missing.values()]) for at, place in found.items()}
             for i, key in enumerate(missing):
                 store.put(key, {at: place[i].mean(dim=0, keepdim=True) for at, place in places.items()})
     means = [store.get(name(rows)) for rows in examples if rows]

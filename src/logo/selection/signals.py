@@ -160,7 +160,7 @@ def register_signal(
 
 def get_signal(name: str) -> Signal:
     """The signal of this name, ours or a plugin's. Raises UsageError: there is none."""
-    if not isinstance(name, str):
+    if type(name) is not str:
         check_type("signal", name, str, "the name of a signal")
     return SIGNALS[name]
 
