@@ -204,9 +204,7 @@ class LoGo:
     @property
     def k(self) -> int:
         """Adapters per prompt: the setting, or the default of the pool as it is now."""
-        return (
-            min(self.fitted.default_k, len(self.scorer.selector.names)) if self.settings.k is None else self.settings.k
-        )
+        return self.settings.k or min(self.fitted.default_k, len(self.scorer.selector.names))
 
     @property
     def points(self) -> tuple[str, ...]:

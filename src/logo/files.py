@@ -21,6 +21,7 @@ from typing import TypeVar
 from logo.errors import LoGoError, StorageError, UsageError
 
 _T = TypeVar("_T")
+_refusing: set[Path] = set()  # cache folders that a warning has named
 
 
 def replace_file(file: Path, content: bytes, *, sync: bool = True) -> None:
@@ -179,12 +180,14 @@ def read_cached(file: Path, read: Callable[[Path], _T]) -> _T | None:
 
 
 def write_cached(cache: Path, name: str, content: bytes) -> bool:
-    """Writes `cache/name`, or warns. Returns whether that was possible."""
+    """Writes `cache/name`, or warns once of each cache. Returns whether that was possible."""
     try:
         replace_file(cache / name, content, sync=False)  # what a power cut damages is computed again
         return True
     except StorageError as error:
-        problem = f"nothing can be kept in {cache}: {getattr(error.__cause__, 'strerror', None) or error}"
-        said = f"{problem}; it is computed anew each time (LOGO_CACHE names another folder)"
-        warnings.warn(said, stacklevel=3)  # the same text and line, so that Python shows it once
+        if cache not in _refusing:
+            _refusing.add(cache)
+            problem = f"nothing can be kept in {cache}: {getattr(error.__cause__, 'strerror', None) or error}"
+            said = f"{problem}; it is computed anew each time (LOGO_CACHE names another folder)"
+            warnings.warn(said, stacklevel=3)
         return False

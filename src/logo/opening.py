@@ -85,7 +85,7 @@ def opened(
         return elsewhere
     if not isinstance(pool, AdapterPool):
         how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "token": token}
-        pool = open_pool(named, base_model, model_dir, examples=settings.examples, **how)
+        pool = open_pool(pool, base_model, model_dir, examples=settings.examples, **how)
     if official:
         pool = officially_named(pool, base_model, named)
         settings = replace(settings, k=min(DEFAULT_K, len(pool)) if settings.k is None else settings.k)

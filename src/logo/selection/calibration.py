@@ -338,11 +338,10 @@ def weight_norm(model: nn.Module, point: Point) -> float:
             weight = tensor_of(model, f"{point.module}.weight")
         except ModelError:  # kept by another library than accelerate
             return math.nan
-    if type(module).__name__ == "Conv1D":
-        weight = weight.T
-    if weight.shape != (shape.out_features, shape.in_features):
+    expected, transposed = (shape.out_features, shape.in_features), type(module).__name__ == "Conv1D"
+    if weight.shape != (expected[::-1] if transposed else expected):
         return math.nan
     if point.rows is not None:
-        weight = weight[list(point.rows)]
+        weight = weight.index_select(int(transposed), torch.tensor(point.rows, device=weight.device))
     norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32)))
     return norm if 0 < norm < math.inf else math.nan

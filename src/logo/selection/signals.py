@@ -158,9 +158,9 @@ def register_signal(
     return add
 
 
-def get_signal(name: Any) -> Signal:
-    """The signal of this name, ours or a plugin's. Raises UsageError if there is none."""
-    if not isinstance(name, str):
+def get_signal(name: str) -> Signal:
+    """The signal of this name, ours or a plugin's. Raises UsageError: there is none."""
+    if type(name) is not str:
         check_type("signal", name, str, "the name of a signal")
     return SIGNALS[name]
 
