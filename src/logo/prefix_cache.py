@@ -2,8 +2,7 @@
 
 If adapters act only from a position on, keys and values before it do not depend on the mixture. One pass of the base
 model is then the probe and the prefill, and its pages serve every mixture and every prompt with the same beginning. The
-key of a page is a digest of all tokens up to its end. The last page of a prompt ends where adapters begin to act; all
-others are whole.
+last page of a prompt ends where adapters begin to act; all others are whole.
 """
 
 from __future__ import annotations
@@ -111,7 +110,7 @@ class PrefixCache:
     ) -> Any:
         """Runs the base model over the tokens of each row that are not in the cache, and keeps their keys and values.
 
-        A beginning that all rows share is read once, before the rest.
+        A beginning that all rows share is read once, before the rest. Returns what `forward` returns.
 
         Args:
             rows: token ids; of each row at least one token is not in the cache.
@@ -119,9 +118,6 @@ class PrefixCache:
             forward: runs the model on the rest, with each row's first token that is not cached in the first column;
                 None: for its keys and values alone.
             fresh: read all tokens, also those that are in the cache.
-
-        Returns:
-            What `forward` returns.
         """
         with self.held():
             shared = 0 if fresh or len(rows) == 1 else _shared(rows, ends)
@@ -154,12 +150,9 @@ class PrefixCache:
             return returned
 
     def cache(self, rows: Sequence[Sequence[int]], ends: Sequence[int], counts: Sequence[int]) -> DynamicCache:
-        """Keys and values of the first `counts` tokens of each row, padded on the left.
+        """Keys and values of the first `counts` tokens of each row, padded on the left; its last page ends at `ends`.
 
         The base model reads what is not in the cache, so no mixture may be active.
-
-        Args:
-            ends: where the last page of each row ends, at `counts` or behind.
         """
         with self.held():
             cut = [tuple(row[:end]) for row, end in zip(rows, ends, strict=True)]
@@ -190,9 +183,8 @@ def reusable(model: nn.Module) -> bool:
     """
     if cache_argument(model) is None or getattr(model, "_is_stateful", False):
         return False
-    if not model._supports_default_dynamic_cache():  # type: ignore[operator]  # it has a cache class of its own
-        return False
-    return all(type(layer) in _PLAIN for layer in DynamicCache(config=model.config).layers)
+    own = not model._supports_default_dynamic_cache()  # type: ignore[operator]  # it has a cache class of its own
+    return not own and all(type(layer) in _PLAIN for layer in DynamicCache(config=model.config).layers)
 
 
 def cache_argument(model: nn.Module) -> str | None:
@@ -228,14 +220,13 @@ def _count(pages: Sequence[Page]) -> int:
 
 def _shared(rows: Sequence[Sequence[int]], ends: Sequence[int]) -> int:
     """The number of tokens in whole pages that all rows begin with."""
-    shortest, count = min(ends), 0
-    while count < shortest and all(row[count] == rows[0][count] for row in rows):
-        count += 1
+    shortest = min(ends)
+    count = next((i for i in range(shortest) if any(row[i] != rows[0][i] for row in rows)), shortest)
     return count // PAGE * PAGE
 
 
 def _keys(row: Sequence[int], end: int) -> list[bytes]:
-    """Digests of the pages of the first `end` tokens of a row; each page begins at a multiple of `PAGE`."""
+    """The key of each page of the first `end` tokens of a row: a digest of all tokens up to the end of the page."""
     digest, keys = hashlib.blake2b(digest_size=16), []
     for start, stop in pairwise([*range(0, end, PAGE), end]):
         digest.update(array("q", row[start:stop]))

@@ -113,7 +113,6 @@ def continued_rows(
     """The rows to compute in order to score each (prompt, completion) under its own mixture; equal ones are one row.
 
     Args:
-        pairs: token ids; the prompt's with special tokens.
         context: the model's context length in tokens; None if unknown.
         apart: whether pairs whose prompts end at different tokens need rows of their own, since adapters may act only
             from there on.
@@ -166,8 +165,8 @@ def score_pairs(
         batch = [rows[i] for i in numbers]
         golds = [one for row in batch for one in row.golds.values()]
         needed = sorted({start - 1 + i for start, gold in golds for i in range(len(gold))})  # whose logits are needed
-        if len(batch) > 1 and len(batch) * len(needed) * vocabulary > MAX_LOGITS:
-            half = len(batch) // 2
+        half = len(batch) // 2
+        if half and len(batch) * len(needed) * vocabulary > MAX_LOGITS:
             batches[:0] = [numbers[:half], numbers[half:]]
             continue
         ids, mask = padded([row.ids for row in batch], prompts.pad_id, "right", input_device(model))
@@ -181,10 +180,9 @@ def score_pairs(
 
 
 def logits_at(model: Any, ids: Tensor, needed: Sequence[int], mask: Tensor) -> Tensor:
-    """Logits (rows, needed, vocabulary) at these ascending positions of rows (rows, length).
+    """Logits (rows, needed, vocabulary) at these ascending positions of ids and mask (rows, length).
 
-    If the model can, it computes no others: with 262,000 tokens in a vocabulary, the logits of a whole prompt would be
-    the largest tensor by far. The mask (rows, length) is 0 on padding.
+    If the model can, it computes no others, since those of a whole prompt would be the largest tensor by far.
     """
     length, tail = ids.shape[1], ids.shape[1] - needed[0]
     parameter = inspect.signature(model.forward).parameters.get("logits_to_keep")

@@ -1,9 +1,8 @@
 """`AdapterCache`: the factors of adapters on the devices of a model, and side by side as a batch multiplies them.
 
-A thread reads the files, so a caller waits only for adapters that are not loaded yet. One half of the budget is for
-single adapters: when it is full, the one that was used longest ago gives way, but never one that is held. The other
-half is for the copies that a batch multiplies (`Stacks`): they are of adapters in the first half, so they never need
-more.
+A thread reads the files. One half of the budget is for single adapters: when it is full, the one that was used longest
+ago gives way, but never one that is held. The other half is for the copies that a batch multiplies (`Stacks`): they are
+of adapters in the first half, so they never need more.
 """
 
 from __future__ import annotations
@@ -56,15 +55,10 @@ Hold = tuple[Resident, ...]
 
 @dataclass(frozen=True)
 class Stacks:
-    """Some adapters side by side.
-
-    Attributes:
-        modules: module path -> the adapters that touch it. Modules that the same adapters touch with the same ranks
-            share one `owner` tensor per device.
-    """
+    """Some adapters side by side; on modules that the same ones touch with the same ranks they share an `owner`."""
 
     residents: Hold
-    modules: Mapping[str, Stack]
+    modules: Mapping[str, Stack]  # by module path
 
     @classmethod
     def of(cls, residents: Hold) -> Stacks:
@@ -90,19 +84,15 @@ class AdapterCache:
     Args:
         modules: base module path -> linear module or embedding.
         dtype: of mixtures; scales are applied in float32 before the cast.
-        budget: bytes, half of them for single adapters.
-
-    Attributes:
-        bytes: memory of single adapters now.
+        budget: bytes, half of them for single adapters, which take `bytes` now.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype, budget: int) -> None:
-        self.modules, self.dtype, self.budget = modules, dtype, budget
-        self.bytes = 0
+        self.modules, self.dtype, self.budget, self.bytes = modules, dtype, budget, 0
         self._residents: OrderedDict[Hashable, Resident] = OrderedDict()  # by file; the one used longest ago first
         self._leaving: deque[Hold] = deque()
         self._lock = threading.Lock()
-        self._loader: ThreadPoolExecutor | None = None
+        self._loader = ThreadPoolExecutor(1, "logo-adapters")  # begins its thread when it is needed
         self._last: Stacks | None = None
 
     @classmethod
@@ -142,7 +132,6 @@ class AdapterCache:
                 resident = self._residents.get(adapter.file)
                 if resident is None:
                     resident = self._residents[adapter.file] = Resident(adapter)
-                    self._loader = self._loader or ThreadPoolExecutor(1, "logo-adapters")
                     self._loader.submit(self._load, resident)
                 self._residents.move_to_end(adapter.file)
                 resident.users += 1
@@ -176,8 +165,8 @@ class AdapterCache:
         """The loaded adapters of a hold side by side; called by the thread that runs the model.
 
         Args:
-            grows: the result may contain others behind them, as many again at most, so that adapters that come and go
-                are seldom copied. The order of sums depends on what came before, then; without it, on the hold alone.
+            grows: the result may contain others too, as large at most, so that adapters that come and go are seldom
+                copied. The order of sums then depends on what came before; without it, on the hold alone.
         """
         last = () if self._last is None else self._last.residents
         others = [one for one in last if one not in set(hold)] if grows else []
@@ -263,9 +252,7 @@ def device_of(module: nn.Module) -> torch.device:
     hook_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if hook_device is not None:
         return torch.device(hook_device)
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def free_bytes(devices: Iterable[torch.device]) -> int:

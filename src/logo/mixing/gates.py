@@ -1,13 +1,13 @@
 """The gated LoRA on any linear module: `y = W x + B (g ⊙ (A x))`, with another gate `g` in every row or token.
 
-The base module is called as it is: a forward hook adds the low-rank term to its output while a mixture is active.
-Without an active mixture there is no hook, so outputs equal the base model's bit by bit.
+A forward hook adds the low-rank term to the output of the base module while a mixture is active. Without one there is
+no hook, so outputs equal the base model's bit by bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -74,11 +74,7 @@ class OpeningGates:
     """Gates that open at a position: `g(row, column) = w if column >= begin(row, adapter) else 0`.
 
     A column is a position in the batch, counted with padding and cached tokens; a hook on the model tells which columns
-    each pass reads. Once all gates are open, they are ordinary `Gates`, one per row.
-
-    Args:
-        weights: (rows, n).
-        begins: (rows, n) int64: the first column in which each adapter acts.
+    each pass reads. Weights and begins are (rows, n). Once all gates are open, they are ordinary `Gates`, one per row.
     """
 
     def __init__(self, weights: Tensor, begins: Tensor) -> None:
@@ -92,14 +88,10 @@ class OpeningGates:
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
         """Follows the forward passes of the model inside the block, to know which columns they read."""
-        if not bool(self._begins.any()):  # all gates are always open
+        with ExitStack() as stack:
+            if bool(self._begins.any()):  # otherwise all gates are always open
+                stack.callback(model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             yield
-            return
-        handle = model.register_forward_pre_hook(self._before, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         read = args[0] if args else kwargs.get("input_ids")
@@ -155,9 +147,7 @@ def added(
 @contextmanager
 def hooked(modules: Mapping[str, nn.Module], hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Forward hooks on modules, by path, inside the block."""
-    handles = [modules[path].register_forward_hook(hook) for path, hook in hooks.items()]
-    try:
+    with ExitStack() as stack:
+        for path, hook in hooks.items():
+            stack.callback(modules[path].register_forward_hook(hook).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,8 +1,7 @@
 """Merging: a mixture is added to the weights that it acts on, so that decoding costs what the base model costs.
 
-`W' = W + Σ_i w_i s_i B_i A_i` replaces `W` inside a block. `W` itself is never written to, and is restored when the
-block is left, also by an error. There is at most one copy, and none if it does not fit into memory. Quantised and
-offloaded modules cannot be merged, so they keep their gates.
+`W' = W + Σ_i w_i s_i B_i A_i` replaces `W` inside a block. `W` itself is never written to. There is at most one copy,
+and none if it does not fit into memory. Quantised and offloaded modules cannot be merged, so they keep their gates.
 """
 
 from __future__ import annotations
@@ -88,10 +87,8 @@ class Merger:
 def merged_weight(module: nn.Module, stack: Stack, weights: Tensor, out: Tensor | None = None) -> Tensor:
     """`W + B diag(w) A` in the layout of the module's weight.
 
-    Args:
-        module: a `mergeable` one.
-        weights: (n,), one per adapter that the stack's columns belong to.
-        out: memory to use if it fits; never the weight itself.
+    The module is a `mergeable` one, `weights` (n,) has one entry per adapter, and `out` is memory to use if it fits,
+    never that of the weight.
     """
     weight: Tensor = module.weight  # type: ignore[assignment]
     gate = weights.to(stack.A.device, stack.A.dtype)[stack.owner]  # (R,)

@@ -2,7 +2,7 @@
 
 none      no row has an adapter: nothing is changed and no hook is set
 merged    all rows have the same mixture: it is added to a copy of the weights
-gated     every row has its own: all adapters of the batch are multiplied side by side, with a gate for each row
+gated     all adapters of the batch are multiplied side by side, with a gate for each row
 """
 
 from __future__ import annotations
@@ -28,13 +28,10 @@ from logo.models import lock_of, text_config
 
 @dataclass(frozen=True)
 class Mixture:
-    """The mixture of one row: the weighted sum of adapters, each from a position on.
-
-    Attributes:
-        begins: the first column in which an adapter acts, counted with padding and cached tokens; 0 if it is missing.
-    """
+    """The mixture of one row: the weighted sum of adapters by name, each from a position on."""
 
     weights: Mapping[str, float] = field(default_factory=dict)
+    # The first column in which an adapter acts, counted with padding and cached tokens; 0 if it is missing.
     begins: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -66,8 +63,6 @@ class Mixer:
     """Mixes adapters of a fitted pool on one base model.
 
     Args:
-        model: the base model.
-        cache: its adapters.
         merge: whether one mixture for all rows is merged into the weights wherever that is possible; None: if it pays
             and the weights are not of half precision, where `W + ΔW` would be rounded and could change the answer.
     """

@@ -54,7 +54,7 @@ class Packed:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Adds the gated term to every module inside the block; adds nothing while no gates are set."""
+        """Adds the gated term to every module inside the block, while gates are set."""
         with hooked(self._cache.modules, {path: partial(self._add, path) for path in self._cache.modules}):
             yield
 
@@ -76,9 +76,10 @@ class Packed:
         place = {resident: column for column, resident in enumerate(stacks.residents)}
         weights, begins = ([[zero] * len(place) for _ in step] for zero in (0.0, 0))
         for row, (held, *_) in enumerate(step):
-            for resident, name in () if held is None else zip(held.hold, held.mixture.weights, strict=True):
-                weights[row][place[resident]] = held.mixture.weights[name]
-                begins[row][place[resident]] = held.mixture.begins.get(name, 0)
+            if held is not None:
+                for resident, (name, weight) in zip(held.hold, held.mixture.weights.items(), strict=True):
+                    weights[row][place[resident]] = weight
+                    begins[row][place[resident]] = held.mixture.begins.get(name, 0)
         rows, lengths = torch.tensor(weights), torch.tensor([tokens for _, tokens, *_ in step])
         gates = rows.repeat_interleave(lengths, dim=0)  # (tokens, adapters)
         if any(held is not None and first < held.last for held, _, _, first in step):
