@@ -62,7 +62,7 @@ class Failing(TorchFunctionMode):
 def failing(cache: AdapterCache, at: int) -> Iterator[None]:
     """In the thread that loads adapters."""
     mode = Failing(at)
-    cache.prefetch([adapter(0)])  # begins that thread
+    cache.release(cache.reserve([adapter(0)]))  # begins that thread
     assert cache._loader is not None
     cache._loader.submit(mode.__enter__).result()
     try:

@@ -145,7 +145,7 @@ def test_a_long_prompt_makes_room_for_the_completion(logo: LoGo) -> None:
     ("arguments", "message"),
     [
         ((PROMPT, "", [{}]), "completion '' has no tokens"),
-        ((PROMPT, 7, [{}]), "completion: expected a string, found int"),
+        ((PROMPT, 7, [{}]), "completion: expected a string, found 7"),
         ((PROMPT, " ".join(["w3"] * 128), [{}]), "the completion has 128 tokens, but the model's context holds 128"),
         ((PROMPT, GOLD, [{"a": float("nan")}]), "weight of adapter 'a'"),
         ((PROMPT, GOLD, [{"d": 1.0}]), "'d'"),

@@ -2,14 +2,14 @@
 
 If adapters act only from a position on, keys and values before it do not depend on the mixture. One pass of the base
 model is then the probe and the prefill, and its pages serve every mixture and every prompt with the same beginning. The
-key of a page is a digest of all tokens up to its end. The last page of a prompt ends where adapters begin to act; all
-others are whole.
+last page of a prompt ends where adapters begin to act; all others are whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,7 +27,6 @@ PAGE = 16
 # The layers of a cache that hold nothing but keys and values, or nothing: those of an earlier layer are used again.
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
 
-KeyValues = list[tuple[Tensor, Tensor]]
 # Runs the base model over ids (rows, width) with a mask of the cached and the new tokens, so that the cache grows by
 # the keys and values of all layers; the last argument has further arguments of the model's forward pass.
 Forward = Callable[[Tensor, Tensor, DynamicCache, dict[str, Any]], Any]
@@ -37,28 +36,22 @@ class _Stop(Exception):
     """Ends a forward pass at the model's head."""
 
 
-def _stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+def _stop(*args: Any) -> None:
     raise _Stop
 
 
 @dataclass(frozen=True)
 class Page:
-    """Consecutive tokens of one beginning.
+    """Consecutive tokens of one beginning: the keys and values of each layer, (heads, tokens, size) each."""
 
-    Attributes:
-        keys_values: per layer, (heads, tokens, size) each.
-    """
-
-    keys_values: KeyValues
+    keys_values: Sequence[tuple[Tensor, Tensor]]
 
     @property
     def tokens(self) -> int:
-        """The number of tokens."""
         return self.keys_values[0][0].shape[1]
 
     @property
     def bytes(self) -> int:
-        """Memory it takes."""
         return sum(tensor.nbytes for pair in self.keys_values for tensor in pair)
 
 
@@ -71,8 +64,7 @@ class PrefixCache:
 
     Attributes:
         bytes: what the pages take now.
-        found, read: since the start, tokens of prompts that were in the cache, and tokens that the base model had to
-            read.
+        found, read: since the start, tokens of prompts that were in the cache, and that the base model had to read.
     """
 
     def __init__(self, model: nn.Module, budget: int) -> None:
@@ -90,37 +82,35 @@ class PrefixCache:
             yield
         finally:
             self._holding -= 1
-            self._drop()
+            while not self._holding and self.bytes > self.budget:
+                self.bytes -= self._pages.popitem(last=False)[1].bytes
 
     def find(self, row: Sequence[int], end: int) -> list[Page]:
         """The cached pages of the first `end` tokens of a row, without a gap from the first token on."""
-        found = []
-        keys = [key for key, _, _ in _keys(row, end)]
-        for key in keys:
+        found = dict[bytes, Page]()
+        for key in _keys(row, end):
             page = self._pages.get(key)
             if page is None:
                 break
-            found.append(page)
-        self._use(keys[: len(found)])
-        return found
+            found[key] = page
+        for key in reversed(found):  # the first of them was used last, since without it no other is found
+            if key in self._pages:
+                self._pages.move_to_end(key)
+        return list(found.values())
 
     def put_back(self, row: Sequence[int], end: int, pages: Sequence[Page]) -> None:
-        """Keeps pages of `find` that were dropped since; inside `held`, or they may be dropped at once."""
-        for (key, _, _), page in zip(_keys(row, end), pages, strict=False):
+        """Keeps the first pages of a row, unless they are there; inside `held`, or they may be dropped at once."""
+        for key, page in zip(_keys(row, end), pages, strict=False):
             if key not in self._pages:
-                self._keep(key, page)
+                self._pages[key] = page
+                self.bytes += page.bytes
 
     def extend(
-        self,
-        rows: Sequence[Sequence[int]],
-        ends: Sequence[int],
-        forward: Forward | None = None,
-        *,
-        fresh: bool = False,
+        self, rows: Sequence[Sequence[int]], ends: Sequence[int], forward: Forward | None = None, *, fresh: bool = False
     ) -> Any:
         """Runs the base model over the tokens of each row that are not in the cache, and keeps their keys and values.
 
-        A beginning that all rows share is read once, before the rest.
+        A beginning that all rows share is read once, before the rest. Returns what `forward` returns.
 
         Args:
             rows: token ids; of each row at least one token is not in the cache.
@@ -128,35 +118,49 @@ class PrefixCache:
             forward: runs the model on the rest, with each row's first token that is not cached in the first column;
                 None: for its keys and values alone.
             fresh: read all tokens, also those that are in the cache.
-
-        Returns:
-            What `forward` returns.
         """
         with self.held():
-            if fresh:
-                return self._extend(rows, ends, forward or self.forward, [[] for _ in rows])
-            shared = _shared(rows, ends)
-            if len(rows) > 1 and shared > min(_count(self.find(row, shared)) for row in rows):
-                beginning = rows[0][:shared]
-                self._extend([beginning], [shared], self.forward, [self.find(beginning, shared)])
-            known = [self.find(row, end) for row, end in zip(rows, ends, strict=True)]
-            return self._extend(rows, ends, forward or self.forward, known)
+            shared = 0 if fresh or len(rows) == 1 else _shared(rows, ends)
+            if shared and any(_count(self.find(row, shared)) < shared for row in rows):
+                self.extend([rows[0][:shared]], [shared])
+            known = [[] if fresh else self.find(row, end) for row, end in zip(rows, ends, strict=True)]
+            counts = list(map(_count, known))
+            length, width = max(counts), max(len(row) - count for row, count in zip(rows, counts, strict=True))
+            device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+            ids = torch.zeros(len(rows), width, dtype=torch.int64)
+            mask = torch.zeros(len(rows), length + width, dtype=torch.int64)
+            for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                ids[i, : len(row) - count] = torch.tensor(row[count:])
+                mask[i, length - count : length - count + len(row)] = 1
+            cache, options = laid_out(known, counts) if length else DynamicCache(), dict[str, Any]()
+            if self._positions:
+                # The padding behind a row must not have positions beyond those that the model knows.
+                last = torch.tensor([len(row) - 1 for row in rows])[:, None]
+                options["position_ids"] = (torch.tensor(counts)[:, None] + torch.arange(width)).minimum(last).to(device)
+            returned = (forward or self.forward)(ids.to(device), mask.to(device), cache, options)
+            self.found += sum(counts)
+            self.read += sum(map(len, rows)) - sum(counts)
+            for i, (row, end, pages) in enumerate(zip(rows, ends, known, strict=True)):
+                for start in range(len(pages) * PAGE, end, PAGE):
+                    columns = slice(length - counts[i] + start, length - counts[i] + min(end, start + PAGE))
+                    pairs = [(layer.keys[i, :, columns], layer.values[i, :, columns]) for layer in cache.layers]
+                    pages.append(Page([(keys.clone(), values.clone()) for keys, values in pairs]))
+                self.put_back(row, end, pages)
+                self.find(row, end)  # marks them as used
+            return returned
 
     def cache(self, rows: Sequence[Sequence[int]], ends: Sequence[int], counts: Sequence[int]) -> DynamicCache:
-        """Keys and values of the first `counts` tokens of each row, padded on the left.
+        """Keys and values of the first `counts` tokens of each row, padded on the left; its last page ends at `ends`.
 
         The base model reads what is not in the cache, so no mixture may be active.
-
-        Args:
-            ends: where the last page of each row ends, at `counts` or behind.
         """
         with self.held():
-            pages = [self.find(row, end) for row, end in zip(rows, ends, strict=True)]
-            short = {tuple(rows[i][: ends[i]]): None for i, count in enumerate(counts) if _count(pages[i]) < count}
+            cut = [tuple(row[:end]) for row, end in zip(rows, ends, strict=True)]
+            both = zip(cut, counts, strict=True)
+            short = list(dict.fromkeys(row for row, count in both if _count(self.find(row, len(row))) < count))
             if short:
-                self.extend(list(short), list(map(len, short)))
-                pages = [self.find(row, end) for row, end in zip(rows, ends, strict=True)]
-            return laid_out(pages, counts)
+                self.extend(short, list(map(len, short)))
+            return laid_out([self.find(row, len(row)) for row in cut], counts)
 
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache, options: dict[str, Any]) -> None:
@@ -171,56 +175,6 @@ class PrefixCache:
             if handle is not None:
                 handle.remove()
 
-    def _extend(
-        self,
-        rows: Sequence[Sequence[int]],
-        ends: Sequence[int],
-        forward: Forward,
-        known: Sequence[Sequence[Page]],
-    ) -> Any:
-        counts = list(map(_count, known))
-        length, width = max(counts), max(len(row) - count for row, count in zip(rows, counts, strict=True))
-        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
-        ids = torch.zeros(len(rows), width, dtype=torch.int64)
-        mask = torch.zeros(len(rows), length + width, dtype=torch.int64)
-        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-            ids[i, : len(row) - count] = torch.tensor(row[count:])
-            mask[i, length - count : length - count + len(row)] = 1
-        cache = laid_out(known, counts) if length else DynamicCache()
-        options: dict[str, Any] = {}
-        if self._positions:
-            # The padding behind a row must not have positions beyond those that the model knows.
-            last = torch.tensor([len(row) - 1 for row in rows])[:, None]
-            options["position_ids"] = (torch.tensor(counts)[:, None] + torch.arange(width)).minimum(last).to(device)
-        returned = forward(ids.to(device), mask.to(device), cache, options)
-        self.found += sum(counts)
-        self.read += sum(map(len, rows)) - sum(counts)
-        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-            keys = _keys(row, ends[i])
-            for key, start, stop in keys:
-                if start >= count:
-                    shift = length - count
-                    self._keep(key, Page(_part(cache, i, start + shift, stop + shift)))
-            self._use([key for key, _, _ in keys])
-        return returned
-
-    def _keep(self, key: bytes, page: Page) -> None:
-        before = self._pages.pop(key, None)
-        if before is not None:
-            self.bytes -= before.bytes
-        self._pages[key] = page
-        self.bytes += page.bytes
-
-    def _use(self, keys: Sequence[bytes]) -> None:
-        """Marks pages of a row as used; the first of them was used last, since without it no other is found."""
-        for key in reversed(keys):
-            if key in self._pages:
-                self._pages.move_to_end(key)
-
-    def _drop(self) -> None:
-        while not self._holding and self.bytes > self.budget:
-            self.bytes -= self._pages.popitem(last=False)[1].bytes
-
 
 def reusable(model: nn.Module) -> bool:
     """Whether a model keeps nothing but keys and values of earlier tokens, in a plain cache.
@@ -229,9 +183,8 @@ def reusable(model: nn.Module) -> bool:
     """
     if cache_argument(model) is None or getattr(model, "_is_stateful", False):
         return False
-    if not model._supports_default_dynamic_cache():  # type: ignore[operator]  # it has a cache class of its own
-        return False
-    return all(type(layer) in _PLAIN for layer in DynamicCache(config=model.config).layers)
+    own = not model._supports_default_dynamic_cache()  # type: ignore[operator]  # it has a cache class of its own
+    return not own and all(type(layer) in _PLAIN for layer in DynamicCache(config=model.config).layers)
 
 
 def cache_argument(model: nn.Module) -> str | None:
@@ -240,26 +193,24 @@ def cache_argument(model: nn.Module) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in known), None)
 
 
-def joined(pages: Sequence[Page]) -> KeyValues:
-    """Keys and values of pages that follow each other: per layer, (heads, tokens, size)."""
-    layers = zip(*(page.keys_values for page in pages), strict=True)
-    return [(torch.cat([k for k, _ in layer], dim=1), torch.cat([v for _, v in layer], dim=1)) for layer in layers]
+def joined(pages: Sequence[Page]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys and values of pages that follow each other, layer by layer: (heads, tokens, size) each."""
+    for layer in zip(*(page.keys_values for page in pages), strict=True):
+        yield torch.cat([k for k, _ in layer], dim=1), torch.cat([v for _, v in layer], dim=1)
 
 
 def laid_out(pages: Sequence[Sequence[Page]], counts: Sequence[int]) -> DynamicCache:
     """The cache of a batch whose rows begin with these pages, cut to `counts` tokens and padded on the left."""
     cache, length = DynamicCache(), max(counts)
-    some = next(one for row in pages for one in row)
-    for layer, pair in enumerate(some.keys_values):
-        whole = []
-        for part, like in enumerate(pair):
-            made = []
-            for row, count in zip(pages, counts, strict=True):
-                pad = like.new_zeros(like.shape[0], length - count, like.shape[2])
-                read = torch.cat([pad, *(page.keys_values[layer][part] for page in row)], dim=1)
-                made.append(read[:, :length])
-            whole.append(torch.stack(made))
-        cache.update(whole[0], whole[1], layer)
+    some = next(page for row in pages for page in row)
+    zeros = [(torch.zeros_like(k[:, :1]), torch.zeros_like(v[:, :1])) for k, v in some.keys_values]
+    rows = []
+    for row, count in zip(pages, counts, strict=True):
+        padding = Page([(k.expand(-1, length - count, -1), v.expand(-1, length - count, -1)) for k, v in zeros])
+        rows.append(joined([padding, *row]))
+    for number, layer in enumerate(zip(*rows, strict=True)):
+        keys, values = (torch.stack([part[:, :length] for part in parts]) for parts in zip(*layer, strict=True))
+        cache.update(keys, values, number)
     return cache
 
 
@@ -269,23 +220,15 @@ def _count(pages: Sequence[Page]) -> int:
 
 def _shared(rows: Sequence[Sequence[int]], ends: Sequence[int]) -> int:
     """The number of tokens in whole pages that all rows begin with."""
-    shortest, count = min(ends), 0
-    while count < shortest and all(row[count] == rows[0][count] for row in rows):
-        count += 1
+    shortest = min(ends)
+    count = next((i for i in range(shortest) if any(row[i] != rows[0][i] for row in rows)), shortest)
     return count // PAGE * PAGE
 
 
-def _keys(row: Sequence[int], end: int) -> list[tuple[bytes, int, int]]:
-    """The pages of the first `end` tokens of a row: digest, first token, and the token behind the last one."""
+def _keys(row: Sequence[int], end: int) -> list[bytes]:
+    """The key of each page of the first `end` tokens of a row: a digest of all tokens up to the end of the page."""
     digest, keys = hashlib.blake2b(digest_size=16), []
     for start, stop in pairwise([*range(0, end, PAGE), end]):
-        digest.update(torch.tensor(row[start:stop]).numpy().tobytes())
-        keys.append((digest.digest(), start, stop))
+        digest.update(array("q", row[start:stop]))
+        keys.append(digest.digest())
     return keys
-
-
-def _part(cache: DynamicCache, row: int, start: int, stop: int) -> KeyValues:
-    """Copies of some columns of one row of a cache."""
-    return [
-        (layer.keys[row, :, start:stop].clone(), layer.values[row, :, start:stop].clone()) for layer in cache.layers
-    ]

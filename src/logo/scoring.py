@@ -1,5 +1,4 @@
-"""Scores gold completions, teacher-forced: exact match and likelihood of many, each after its own prompt and under its
-own mixture, in one forward pass a batch."""
+"""Scores gold completions, teacher-forced: exact match and likelihood, each under its own mixture, in batches."""
 
 from __future__ import annotations
 
@@ -16,13 +15,11 @@ from logo.adapters.activation import EVERYWHERE
 from logo.adapters.pool import AdapterPool
 from logo.core import Prompt
 from logo.decoding import batches_by_length, input_device, padded
-from logo.errors import ModelError, UsageError
+from logo.errors import ModelError, UsageError, check_type
 from logo.mixing import Mixer, Mixture
 from logo.prompts import Prompts, written_answer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from logo.prompts import OnePrompt
 
 # The most tokens and the most logits (2 GB in float32) of one forward pass. A single row may have more.
@@ -47,17 +44,15 @@ class Scored:
 
     @property
     def log_likelihood(self) -> float:
-        """The log likelihood of the whole completion, in nats."""
+        """Of the whole completion, in nats."""
         return -self.nll * self.tokens
 
 
 @dataclass
 class Continued:
-    """A row to compute: a prompt and all but the last token of its completion, under a mixture.
+    """A row to compute: the tokens of a prompt and of all but the last of its completion, under a mixture.
 
     Attributes:
-        ids: its tokens.
-        mixture: adapter name -> weight.
         golds: pair number -> (number of tokens of the prompt, tokens of the completion), which this row scores. Several
             completions of one token to one prompt share a row.
     """
@@ -71,11 +66,6 @@ class Continued:
         """The tokens of the prompt."""
         return self.ids[: next(start for start, _ in self.golds.values())]
 
-    @property
-    def scored(self) -> set[int]:
-        """The positions whose logits are needed: those before each token of a completion."""
-        return {start - 1 + i for start, gold in self.golds.values() for i in range(len(gold))}
-
 
 def joined(prompt: str, completion: str) -> str:
     """The completion with a space in front, unless prompt or completion have white space there already."""
@@ -83,49 +73,33 @@ def joined(prompt: str, completion: str) -> str:
     return completion if apart else f" {completion}"
 
 
-def completion_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, context: int | None = None
-) -> list[int]:
-    """The tokens of a completion after its prompt: `joined`, encoded on its own and without special tokens, so that
-    the prompt has the same tokens as when it is answered.
-
-    Args:
-        context: the model's context length in tokens; None if unknown.
-
-    Raises:
-        UsageError: the completion has no tokens, or fills the context.
-    """
-    if not isinstance(completion, str):
-        raise UsageError(f"completion: expected a string, found {type(completion).__name__}")
-    ids: list[int] = tokenizer(joined(prompt, completion), add_special_tokens=False)["input_ids"]
-    if not completion or not ids:
-        raise UsageError(f"completion {completion!r} has no tokens: expected some text to score")
-    if context is not None and len(ids) >= context:
-        raise UsageError(
-            f"the completion has {len(ids)} tokens, but the model's context holds {context}, the prompt's included: "
-            "shorten it"
-        )
-    return ids
-
-
 def encoded(prompts: Prompts, prompt: OnePrompt, completion: str) -> tuple[Prompt, list[int]]:
-    """A prompt and a completion as they are scored. If they exceed the context, the prompt is cut.
+    """A prompt and the tokens of a completion as they are scored. If they exceed the context, the prompt is cut.
 
-    The completion of a conversation has in front of it what the chat template writes between prompt and answer.
+    The completion is `joined` and encoded on its own, so that the prompt has the same tokens as when it is answered. In
+    a conversation it has in front of it what the chat template writes between prompt and answer.
 
     Raises:
         UsageError: an empty prompt, or a completion without tokens or too long.
     """
+    check_type("completion", completion, str, "a string")
     tokenizer = prompts.tokenizer
     [whole] = prompts.read([prompt], room=None)
     text = tokenizer.decode(whole.ids) if whole.text is None else whole.text
-    said = completion.strip() if isinstance(completion, str) else ""
+    said = completion.strip()
     if said and isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
         with suppress(UsageError):  # such as of a template that expects the user to have spoken last
             written = written_answer(tokenizer, prompt, text, _SOME_ANSWER) or ""
             if _SOME_ANSWER in written:
                 text, completion = "", written.partition(_SOME_ANSWER)[0] + said
-    gold = completion_ids(tokenizer, text, completion, prompts.context)
+    gold: list[int] = tokenizer(joined(text, completion), add_special_tokens=False)["input_ids"]
+    if not completion or not gold:
+        raise UsageError(f"completion {completion!r} has no tokens: expected some text to score")
+    if prompts.context is not None and len(gold) >= prompts.context:
+        raise UsageError(
+            f"the completion has {len(gold)} tokens, but the model's context holds {prompts.context}, the prompt's "
+            "included: shorten it"
+        )
     [row] = prompts.read([whole], room=len(gold))
     return row, gold
 
@@ -139,8 +113,6 @@ def continued_rows(
     """The rows to compute in order to score each (prompt, completion) under its own mixture; equal ones are one row.
 
     Args:
-        pairs: token ids; the prompt's with special tokens.
-        mixtures: one for each pair.
         context: the model's context length in tokens; None if unknown.
         apart: whether pairs whose prompts end at different tokens need rows of their own, since adapters may act only
             from there on.
@@ -185,16 +157,16 @@ def score_pairs(
     Raises:
         CacheFull: the adapters of a batch do not fit into the memory for adapters.
     """
-    late = pool.activations != (EVERYWHERE,)
-    rows = continued_rows(pairs, mixtures, prompts.context, apart=late)
+    rows = continued_rows(pairs, mixtures, prompts.context, apart=pool.activations != (EVERYWHERE,))
     vocabulary, scored = len(prompts.tokenizer), dict[int, Scored]()
     batches = list(batches_by_length([len(row.ids) for row in rows], batch_size, tokens=MAX_TOKENS))
     while batches:
         numbers = batches.pop(0)
         batch = [rows[i] for i in numbers]
-        needed = sorted({at for row in batch for at in row.scored})
-        if len(batch) > 1 and len(batch) * len(needed) * vocabulary > MAX_LOGITS:
-            half = len(batch) // 2
+        golds = [one for row in batch for one in row.golds.values()]
+        needed = sorted({start - 1 + i for start, gold in golds for i in range(len(gold))})  # whose logits are needed
+        half = len(batch) // 2
+        if half and len(batch) * len(needed) * vocabulary > MAX_LOGITS:
             batches[:0] = [numbers[:half], numbers[half:]]
             continue
         ids, mask = padded([row.ids for row in batch], prompts.pad_id, "right", input_device(model))
@@ -208,13 +180,9 @@ def score_pairs(
 
 
 def logits_at(model: Any, ids: Tensor, needed: Sequence[int], mask: Tensor) -> Tensor:
-    """Logits (rows, needed, vocabulary) at these ascending positions of rows (rows, length).
+    """Logits (rows, needed, vocabulary) at these ascending positions of ids and mask (rows, length).
 
-    If the model can, it computes no others: with 262,000 tokens in a vocabulary, the logits of a whole prompt would be
-    the largest tensor by far.
-
-    Args:
-        mask: (rows, length), 0 on padding.
+    If the model can, it computes no others, since those of a whole prompt would be the largest tensor by far.
     """
     length, tail = ids.shape[1], ids.shape[1] - needed[0]
     parameter = inspect.signature(model.forward).parameters.get("logits_to_keep")
@@ -228,11 +196,7 @@ def logits_at(model: Any, ids: Tensor, needed: Sequence[int], mask: Tensor) -> T
 
 
 def score_logits(logits: Tensor, gold: Tensor) -> Scored:
-    """The score of gold tokens (n,) whose logits are (n, vocabulary).
-
-    Raises:
-        ModelError: the likelihood is NaN or infinite.
-    """
+    """The score of gold tokens (n,) whose logits are (n, vocabulary); errors as `checked_nll`."""
     logits = logits.float()
     nll = checked_nll(float(torch.nn.functional.cross_entropy(logits, gold)))
     return Scored(bool((logits.argmax(dim=-1) == gold).all()), nll, len(gold))

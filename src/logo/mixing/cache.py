@@ -1,9 +1,8 @@
 """`AdapterCache`: the factors of adapters on the devices of a model, and side by side as a batch multiplies them.
 
-One half of the budget is for single adapters. A thread reads their files, which the operating system keeps in memory
-while there is room, so a caller waits only for those that are not loaded yet. When the half is full, the adapter that
-was used longest ago gives way, but never one that is held. The other half is for the copies that a batch multiplies
-(`Stacks`): they are of adapters in the first half, so they cannot need more.
+A thread reads the files. One half of the budget is for single adapters: when it is full, the one that was used longest
+ago gives way, but never one that is held. The other half is for the copies that a batch multiplies (`Stacks`): they are
+of adapters in the first half, so they never need more.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import threading
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
@@ -28,9 +27,6 @@ from logo.errors import CacheFull, NotFinite, check_type
 # The share of the free memory that adapters may have by default.
 ADAPTER_SHARE = 0.3
 
-# Module path -> A (r, d_in) and B (r, d_out) of one adapter.
-Factors = Mapping[str, tuple[Tensor, Tensor]]
-
 
 @dataclass(frozen=True)
 class Stack:
@@ -43,20 +39,14 @@ class Stack:
 
 @dataclass(eq=False)
 class Resident:
-    """An adapter in the cache, or on its way there.
-
-    Attributes:
-        factors: empty until it is loaded, and once its memory is free.
-        bytes: of them; counted from before they are allocated.
-        users: the number of holds on it.
-        ready: done when it is loaded, or failed with the error.
-    """
+    """An adapter in the cache, or on its way there."""
 
     adapter: Adapter
-    factors: Factors = field(default_factory=dict)
-    bytes: int = 0
-    users: int = 0
-    ready: Future[None] = field(default_factory=Future)
+    # Module path -> A (r, d_in) and B (r, d_out); empty until it is loaded, and once its memory is free.
+    factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    bytes: int = 0  # of the factors; counted from before they are allocated
+    users: int = 0  # the number of holds on it
+    ready: Future[None] = field(default_factory=Future)  # done when it is loaded, or failed with the error
 
 
 # Adapters that stay in the cache until `AdapterCache.release`, in the order of the call.
@@ -65,19 +55,13 @@ Hold = tuple[Resident, ...]
 
 @dataclass(frozen=True)
 class Stacks:
-    """Some adapters side by side.
+    """Some adapters side by side; on modules that the same ones touch with the same ranks they share an `owner`."""
 
-    Attributes:
-        residents: the adapters.
-        modules: module path -> those that touch it. Modules that the same adapters touch with the same ranks share one
-            `owner` tensor per device.
-    """
-
-    residents: tuple[Resident, ...]
-    modules: Mapping[str, Stack]
+    residents: Hold
+    modules: Mapping[str, Stack]  # by module path
 
     @classmethod
-    def of(cls, residents: Sequence[Resident]) -> Stacks:
+    def of(cls, residents: Hold) -> Stacks:
         """Copies the factors of loaded adapters; those of an adapter that is alone on a module are used as they are."""
         found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
         for i, resident in enumerate(residents):
@@ -91,7 +75,7 @@ class Stacks:
             if key not in owners:
                 owners[key] = torch.tensor(list(pairs)).repeat_interleave(torch.tensor(ranks)).to(A.device)
             modules[path] = Stack(A, B, owners[key])
-        return cls(tuple(residents), modules)
+        return cls(residents, modules)
 
 
 class AdapterCache:
@@ -100,28 +84,20 @@ class AdapterCache:
     Args:
         modules: base module path -> linear module or embedding.
         dtype: of mixtures; scales are applied in float32 before the cast.
-        budget: bytes for single adapters and for the copies that a batch multiplies, half for each.
-
-    Attributes:
-        bytes: memory of single adapters now.
+        budget: bytes, half of them for single adapters, which take `bytes` now.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype, budget: int) -> None:
-        self.modules, self.dtype, self.budget = modules, dtype, budget
-        self.bytes = 0
+        self.modules, self.dtype, self.budget, self.bytes = modules, dtype, budget, 0
         self._residents: OrderedDict[Hashable, Resident] = OrderedDict()  # by file; the one used longest ago first
         self._leaving: deque[Hold] = deque()
         self._lock = threading.Lock()
-        self._loader: ThreadPoolExecutor | None = None
+        self._loader = ThreadPoolExecutor(1, "logo-adapters")  # begins its thread when it is needed
         self._last: Stacks | None = None
 
     @classmethod
     def of(cls, model: nn.Module, memory_gb: float | None) -> AdapterCache:
-        """The cache of a model.
-
-        Args:
-            memory_gb: the budget, in 10⁹ bytes; None: a share of the free memory (`ADAPTER_SHARE`).
-        """
+        """The cache of a model; a budget in 10⁹ bytes, or None: a share of the free memory (`ADAPTER_SHARE`)."""
         if memory_gb is not None:
             check_type("adapter_memory_gb", memory_gb, Real, "a number")
         modules = adaptable_modules(model)
@@ -141,22 +117,26 @@ class AdapterCache:
         """
         hold = self.reserve(adapters)
         try:
-            # All are waited for, so that the state after a failure does not depend on timing.
-            failures = [resident.ready.exception() for resident in hold]
-            for failure in failures:
-                if failure is not None:
-                    raise failure
+            wait(resident.ready for resident in hold)  # all, so that what a failure leaves does not depend on timing
+            for resident in hold:
+                resident.ready.result()
             yield hold
         finally:
             self.release(hold)
 
     def reserve(self, adapters: Sequence[Adapter]) -> Hold:
         """Holds adapters without waiting: each `Resident.ready` says when it is loaded, or why it cannot be."""
+        hold = []
         with self._locked():
-            hold = tuple(self._wanted(adapter) for adapter in adapters)
-            for resident in hold:
+            for adapter in adapters:
+                resident = self._residents.get(adapter.file)
+                if resident is None:
+                    resident = self._residents[adapter.file] = Resident(adapter)
+                    self._loader.submit(self._load, resident)
+                self._residents.move_to_end(adapter.file)
                 resident.users += 1
-        return hold
+                hold.append(resident)
+        return tuple(hold)
 
     def release(self, hold: Hold) -> None:
         """Ends a hold; adapters that nobody holds may give way.
@@ -168,18 +148,12 @@ class AdapterCache:
             with self._locked():
                 pass
 
-    def prefetch(self, adapters: Iterable[Adapter]) -> None:
-        """Begins to load these. An error is raised where they are held."""
-        with self._locked():
-            for adapter in adapters:
-                self._wanted(adapter)
-
     def retain(self, files: Collection[Hashable]) -> None:
         """Frees the adapters of all other files; those that are held as soon as they are released."""
         with self._locked():
             self._last = None
             for file in self._residents.keys() - files:
-                self._free_if_unused(self._residents.pop(file))
+                self._free(self._residents.pop(file))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -191,21 +165,16 @@ class AdapterCache:
         """The loaded adapters of a hold side by side; called by the thread that runs the model.
 
         Args:
-            grows: the result may contain others behind them, as many again at most, so that adapters that come and go
-                are seldom copied. The order of sums depends on what came before, then; without it, on the hold alone.
+            grows: the result may contain others too, as large at most, so that adapters that come and go are seldom
+                copied. The order of sums then depends on what came before; without it, on the hold alone.
         """
-        residents, last = hold, self._last
-        if last is not None and last.residents == residents:
-            return last
-        if grows and last is not None:
-            others = [one for one in last.residents if one not in set(residents)]
-            size, more = (sum(one.bytes for one in some) for some in (residents, others))
-            if more <= size and set(residents) <= set(last.residents):
-                return last
-            others = [one for one in others if one.factors]
-            residents += tuple(others) if sum(one.bytes for one in others) <= size else ()
-        self._last = last = None  # frees the memory of the copies
-        self._last = Stacks.of(residents)
+        last = () if self._last is None else self._last.residents
+        others = [one for one in last if one not in set(hold)] if grows else []
+        if sum(one.bytes for one in others) > sum(one.bytes for one in hold):
+            others = []
+        if self._last is None or (last != hold and not (grows and set(last) == {*hold, *others})):
+            self._last = None  # frees the memory of the copies
+            self._last = Stacks.of((*hold, *(one for one in others if one.factors)))
         return self._last
 
     @contextmanager
@@ -215,19 +184,8 @@ class AdapterCache:
             while self._leaving:
                 for resident in self._leaving.popleft():
                     resident.users -= 1
-                    self._free_if_unused(resident)
+                    self._free(resident)
             yield
-
-    def _wanted(self, adapter: Adapter) -> Resident:
-        """The resident of an adapter; a new one is handed to the thread that loads. The lock is held."""
-        resident = self._residents.get(adapter.file)
-        if resident is None:
-            resident = self._residents[adapter.file] = Resident(adapter)
-            if self._loader is None:
-                self._loader = ThreadPoolExecutor(1, "logo-adapters")
-            self._loader.submit(self._load, resident)
-        self._residents.move_to_end(adapter.file)
-        return resident
 
     def _load(self, resident: Resident) -> None:
         try:
@@ -242,13 +200,14 @@ class AdapterCache:
             with self._locked():
                 resident.factors = factors
                 resident.ready.set_result(None)
-                self._free_if_unused(resident)
+                self._free(resident)
         except BaseException as error:  # raised where it is waited for; the next hold tries again
             traceback.clear_frames(error.__traceback__)  # so that the error does not keep tensors alive
             with self._locked():
                 if self._residents.get(resident.adapter.file) is resident:
                     del self._residents[resident.adapter.file]
-                self._free(resident)
+                self.bytes -= resident.bytes
+                resident.bytes = 0
             resident.ready.set_exception(error)
 
     def _placed(self, adapter: Adapter, path: str, weights: LoraWeights) -> tuple[Tensor, Tensor]:
@@ -278,18 +237,14 @@ class AdapterCache:
                     "batch multiplies: give it more (--adapter-memory-gb), select fewer adapters per prompt (-k), or "
                     "answer fewer prompts at once"
                 )
-            del self._residents[idle.adapter.file]
-            self._free(idle)
-
-    def _free_if_unused(self, resident: Resident) -> None:
-        """Frees a loaded adapter that nobody holds and that nobody can ask for any more. The lock is held."""
-        known = self._residents.get(resident.adapter.file) is resident
-        if not known and not resident.users and resident.ready.done():
-            self._free(resident)
+            self._free(self._residents.pop(idle.adapter.file))
 
     def _free(self, resident: Resident) -> None:
-        self.bytes -= resident.bytes
-        resident.bytes, resident.factors = 0, {}
+        """Frees an adapter, unless it is being loaded, is held, or can still be asked for. The lock is held."""
+        known = self._residents.get(resident.adapter.file) is resident
+        if not known and not resident.users and resident.ready.done():
+            self.bytes -= resident.bytes
+            resident.bytes, resident.factors = 0, {}
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -297,9 +252,7 @@ def device_of(module: nn.Module) -> torch.device:
     hook_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if hook_device is not None:
         return torch.device(hook_device)
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def free_bytes(devices: Iterable[torch.device]) -> int:

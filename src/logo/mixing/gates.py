@@ -1,13 +1,13 @@
 """The gated LoRA on any linear module: `y = W x + B (g ⊙ (A x))`, with another gate `g` in every row or token.
 
-The base module is called as it is: a forward hook adds the low-rank term to its output while a mixture is active.
-Without an active mixture there is no hook, so outputs equal the base model's bit by bit.
+A forward hook adds the low-rank term to the output of the base module while a mixture is active. Without one there is
+no hook, so outputs equal the base model's bit by bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -24,16 +24,14 @@ class Gates:
 
     Args:
         weights: (rows, n) on the host; with `per_token`, (tokens, n).
-        per_token: the rows of `weights` are tokens, in the order in which a packed or (rows, length) batch is laid
-            out in memory, instead of rows of the batch.
+        per_token: the rows of `weights` are tokens, as a packed or (rows, length) batch is laid out in memory.
 
     A batch dimension that is a multiple of `rows` (beam search, several return sequences, flattened tokens) repeats
     every row that many times. One row of weights serves any batch.
     """
 
     def __init__(self, weights: Tensor, *, per_token: bool = False) -> None:
-        self._weights = weights
-        self._per_token = per_token
+        self._weights, self._per_token = weights, per_token
         self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def applied(self, stack: Stack, response: Tensor) -> Tensor:
@@ -76,67 +74,50 @@ class OpeningGates:
     """Gates that open at a position: `g(row, column) = w if column >= begin(row, adapter) else 0`.
 
     A column is a position in the batch, counted with padding and cached tokens; a hook on the model tells which columns
-    each pass reads. Once all gates are open, they are ordinary `Gates`, one per row.
-
-    Args:
-        weights: (rows, n).
-        begins: (rows, n) int64: the first column in which each adapter acts.
+    each pass reads. Weights and begins are (rows, n). Once all gates are open, they are ordinary `Gates`, one per row.
     """
 
     def __init__(self, weights: Tensor, begins: Tensor) -> None:
         self._weights, self._begins = weights, begins
-        self._open = Gates(weights)
-        self._last = int(begins.max())
-        self._batch, self._width = len(weights), 0
-        self._count = 0  # columns that were read up to now
-        self._columns: tuple[int, int] | None = None  # of the current forward pass; None: all gates are open
+        self._open = Gates(weights[:1] if bool((weights == weights[0]).all()) else weights)
+        self._batch, self._count = len(weights), 0  # rows, and columns that were read up to now
+        self._columns: Tensor | None = None  # of the current forward pass; None: all gates are open
         self._kept: Tensor | None = None  # those of them that the output head gets, if they are not the last ones
         self._made: dict[int, Gates] = {}  # of the current pass, by the number of tokens
 
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
         """Follows the forward passes of the model inside the block, to know which columns they read."""
-        handle = model.register_forward_pre_hook(self._before, with_kwargs=True)
-        try:
+        with ExitStack() as stack:
+            if bool(self._begins.any()):  # otherwise all gates are always open
+                stack.callback(model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             yield
-        finally:
-            handle.remove()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         read = args[0] if args else kwargs.get("input_ids")
         if read is None:
             read = kwargs["inputs_embeds"]
-        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
-        seen = self._seen(cache)
-        self._batch, self._width = read.shape[:2]
-        self._count = seen + self._width
-        self._columns = None if seen >= self._last else (seen, seen + self._width)
+        cache, seen = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None), 0
+        if cache is not None:
+            with suppress(AttributeError, ValueError):  # linear attention keeps no columns
+                seen = int(cache.get_seq_length())
+            seen = seen or self._count  # MiniMax's cache says 0 if the first layer is of linear attention
+        self._batch, self._count = read.shape[0], seen + read.shape[1]
+        self._columns = None if seen >= int(self._begins.max()) else torch.arange(seen, self._count)
         kept = kwargs.get("logits_to_keep")
         self._kept = seen + kept.cpu() if isinstance(kept, Tensor) else None
         self._made.clear()
-
-    def _seen(self, cache: Any) -> int:
-        """The columns that earlier passes have read into a cache."""
-        if cache is None:
-            return 0
-        try:
-            said = int(cache.get_seq_length())
-        except (AttributeError, ValueError):  # linear attention keeps no columns
-            said = 0
-        return said or self._count  # MiniMax's cache says 0 if the first layer is of linear attention
 
     def applied(self, stack: Stack, response: Tensor) -> Tensor:
         """As `Gates.applied`, for all tokens of the pass or for those columns of each row that an output head gets."""
         if self._columns is None:
             return self._open.applied(stack, response)
         rows, batch, tokens = len(self._weights), self._batch, response.shape[:-1].numel()
-        if batch % rows or tokens % batch or tokens > batch * self._width:
-            raise ValueError(f"gates for {rows} rows of {self._width} tokens cannot serve {tokens} tokens")
+        width, count = len(self._columns), tokens // batch
+        if batch % rows or tokens % batch or count > width:
+            raise ValueError(f"gates for {rows} rows of {width} tokens cannot serve {tokens} tokens")
         if tokens not in self._made:
-            count = tokens // batch
-            columns = torch.arange(self._columns[1] - count, self._columns[1])
-            if self._kept is not None and count < self._width:
-                columns = self._kept
+            columns = self._columns[width - count :] if self._kept is None or count == width else self._kept
             gates = torch.where(columns[:, None] >= self._begins[:, None], self._weights[:, None], 0.0)
             gates = gates.repeat_interleave(batch // rows, dim=0)  # (batch, columns, n)
             self._made[tokens] = Gates(gates.flatten(0, 1), per_token=True)
@@ -152,25 +133,21 @@ def low_rank(x: Tensor, stack: Stack, gates: Gates | OpeningGates) -> Tensor:
     return gates.applied(stack, response) @ stack.B
 
 
-def adding(stack: Stack, gates: Gates | OpeningGates) -> Callable[..., Tensor]:
-    """A forward hook that adds the low-rank term to the output of a module."""
-
-    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        term = low_rank(inputs[0], stack, gates)
-        scale = getattr(module, "embed_scale", None)  # Gemma's embeddings multiply their output; PEFT does the same
-        term = (term if scale is None else term * scale).to(output.dtype)
-        # The output may be changed in place: it is new, and without gradients nobody else reads it.
-        return output + term if output.requires_grad else output.add_(term)
-
-    return add
+def added(
+    stack: Stack, gates: Gates | OpeningGates, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    """The output of a module and the low-rank term; with the first two arguments bound, a forward hook."""
+    term = low_rank(inputs[0], stack, gates)
+    scale = getattr(module, "embed_scale", None)  # Gemma's embeddings multiply their output; PEFT does the same
+    term = (term if scale is None else term * scale).to(output.dtype)
+    # The output may be changed in place: it is new, and without gradients nobody else reads it.
+    return output + term if output.requires_grad else output.add_(term)
 
 
 @contextmanager
 def hooked(modules: Mapping[str, nn.Module], hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Forward hooks on modules, by path, inside the block."""
-    handles = [modules[path].register_forward_hook(hook) for path, hook in hooks.items()]
-    try:
+    with ExitStack() as stack:
+        for path, hook in hooks.items():
+            stack.callback(modules[path].register_forward_hook(hook).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,12 +1,12 @@
 """Merging: a mixture is added to the weights that it acts on, so that decoding costs what the base model costs.
 
-`W' = W + Σ_i w_i s_i B_i A_i` replaces `W` inside a block. `W` itself is never written to, and is restored when the
-block is left, also by an error. There is at most one copy, and none if it does not fit into memory. Quantised and
-offloaded modules cannot be merged, so they keep their gates.
+`W' = W + Σ_i w_i s_i B_i A_i` replaces `W` inside a block. `W` itself is never written to. There is at most one copy,
+and none if it does not fit into memory. Quantised and offloaded modules cannot be merged, so they keep their gates.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -34,11 +34,7 @@ def mergeable(module: nn.Module) -> bool:
 
 
 class Merger:
-    """Merges mixtures into the modules of one base model, and keeps the merged copy for the next call.
-
-    Args:
-        modules: base module path -> linear module.
-    """
+    """Merges mixtures into the modules of one base model, by path, and keeps the merged copy for the next call."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
@@ -55,7 +51,12 @@ class Merger:
             weights: (n,), one per adapter of the stacks.
         """
         if self._key != key:
-            self._merge(stacks(), weights)
+            self._key, factors = None, stacks()  # None until the copy is complete
+            for path in self._merged.keys() - factors.keys():
+                del self._merged[path]
+            for path, stack in factors.items():
+                copy = merged_weight(self.modules[path], stack, weights, out=self._merged.get(path))
+                self._merged[path] = nn.Parameter(copy, requires_grad=False)
             self._key = key
         originals = {path: self.modules[path].weight for path in self._merged}
         try:
@@ -68,12 +69,12 @@ class Merger:
 
     def fits(self, paths: Collection[str]) -> bool:
         """Whether a copy of these modules' weights fits into memory, once the present copy is freed."""
-        needed: dict[torch.device, int] = {}
-        for copy in self._merged.values():
-            needed[copy.device] = needed.get(copy.device, 0) - copy.nbytes
+        needed: Counter[torch.device] = Counter()
         for path in paths:
             weight: Tensor = self.modules[path].weight  # type: ignore[assignment]
-            needed[weight.device] = needed.get(weight.device, 0) + weight.nbytes
+            needed[weight.device] += weight.nbytes
+        for copy in self._merged.values():
+            needed[copy.device] -= copy.nbytes
         return all(size <= _SHARE * free_bytes([device]) for device, size in needed.items() if size > 0)
 
     def forget(self) -> None:
@@ -81,24 +82,13 @@ class Merger:
         self._merged.clear()
         self._key = None
 
-    def _merge(self, stacks: Mapping[str, Stack], weights: Tensor) -> None:
-        self._key = None  # until the copy is complete
-        for path in self._merged.keys() - stacks.keys():
-            del self._merged[path]
-        for path, stack in stacks.items():
-            copy = merged_weight(self.modules[path], stack, weights, out=self._merged.get(path))
-            self._merged[path] = nn.Parameter(copy, requires_grad=False)
-
 
 @torch.no_grad()
 def merged_weight(module: nn.Module, stack: Stack, weights: Tensor, out: Tensor | None = None) -> Tensor:
     """`W + B diag(w) A` in the layout of the module's weight.
 
-    Args:
-        module: a `mergeable` one.
-        stack: the low-rank factors on it.
-        weights: (n,), one per adapter that the stack's columns belong to.
-        out: memory to use, of the weight's shape and dtype; never the weight itself.
+    The module is a `mergeable` one, `weights` (n,) has one entry per adapter, and `out` is memory to use if it fits,
+    never that of the weight.
     """
     weight: Tensor = module.weight  # type: ignore[assignment]
     gate = weights.to(stack.A.device, stack.A.dtype)[stack.owner]  # (R,)

@@ -2,14 +2,15 @@
 
 none      no row has an adapter: nothing is changed and no hook is set
 merged    all rows have the same mixture: it is added to a copy of the weights
-gated     every row has its own: all adapters of the batch are multiplied side by side, with a gate for each row
+gated     all adapters of the batch are multiplied side by side, with a gate for each row
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,22 +21,17 @@ from logo.adapters.pool import AdapterPool
 from logo.core import Form
 from logo.errors import UsageError
 from logo.mixing.cache import AdapterCache
-from logo.mixing.gates import Gates, OpeningGates, adding, hooked
+from logo.mixing.gates import OpeningGates, added, hooked
 from logo.mixing.merge import Merger, mergeable
 from logo.models import lock_of, text_config
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The mixture of one row: the weighted sum of adapters, each from a position on.
-
-    Attributes:
-        weights: adapter name -> weight.
-        begins: adapter name -> the first column in which it acts, counted with padding and cached tokens. Adapters that
-            are missing act everywhere.
-    """
+    """The mixture of one row: the weighted sum of adapters by name, each from a position on."""
 
     weights: Mapping[str, float] = field(default_factory=dict)
+    # The first column in which an adapter acts, counted with padding and cached tokens; 0 if it is missing.
     begins: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -45,7 +41,7 @@ class Mixture:
         Raises:
             UsageError: see `Activation.begin`; the message names the adapter.
         """
-        begins, known = dict[str, int](), dict[Activation, int | None]()
+        known = dict[Activation, int | None]()
         for name in weights:
             activation = pool[name].activation
             if activation not in known:
@@ -53,10 +49,9 @@ class Mixture:
                     known[activation] = activation.begin(prompt)
                 except UsageError as error:
                     raise UsageError(f"adapter {name!r}: {error}") from None
-            begin = known[activation]
-            if begin is not None:
-                begins[name] = begin
-        return cls({name: weights[name] for name in begins}, {name: begin for name, begin in begins.items() if begin})
+        found = {name: known[pool[name].activation] for name in weights}
+        acting = {name: weights[name] for name, begin in found.items() if begin is not None}
+        return cls(acting, {name: begin for name, begin in found.items() if begin})
 
     def shifted(self, pads: int, read: int = 0) -> Mixture:
         """The same in a row with so many columns of padding in front, the first `read` of which are read already."""
@@ -68,15 +63,12 @@ class Mixer:
     """Mixes adapters of a fitted pool on one base model.
 
     Args:
-        model: the base model.
-        cache: its adapters.
         merge: whether one mixture for all rows is merged into the weights wherever that is possible; None: if it pays
             and the weights are not of half precision, where `W + ΔW` would be rounded and could change the answer.
     """
 
     def __init__(self, model: nn.Module, cache: AdapterCache, merge: bool | None = None) -> None:
-        self.cache = cache
-        self.merge = merge
+        self.cache, self.merge = cache, merge
         self._model, self._lock, self._width = model, lock_of(model), text_config(model).hidden_size
         self._merger = Merger(cache.modules)
 
@@ -110,15 +102,10 @@ class Mixer:
                     with self._merger.active(key, lambda: self.cache.stacks(hold).modules, weights[0]):
                         yield "merged"
                     return
-                gates: Gates | OpeningGates
-                if any(mixture.begins for mixture in mixtures):
-                    begins = torch.tensor([[mixture.begins.get(name, 0) for name in names] for mixture in mixtures])
-                    gates = OpeningGates(weights, begins)
-                else:
-                    gates = Gates(weights[:1] if bool((weights == weights[0]).all()) else weights)
-                hooks = {path: adding(stack, gates) for path, stack in self.cache.stacks(hold).modules.items()}
-                following = gates.following(self._model) if isinstance(gates, OpeningGates) else nullcontext()
-                with following, hooked(self.cache.modules, hooks):
+                begins = torch.tensor([[mixture.begins.get(name, 0) for name in names] for mixture in mixtures])
+                gates = OpeningGates(weights, begins)
+                hooks = {path: partial(added, stack, gates) for path, stack in self.cache.stacks(hold).modules.items()}
+                with gates.following(self._model), hooked(self.cache.modules, hooks):
                     yield "gated"
 
     def forget(self, pool: AdapterPool) -> None:

@@ -1,22 +1,21 @@
 """Gates for sequences that are packed in one row of tokens, each with its own mixture, and that may change every step.
 
-    gate (tokens, adapters)      every token is gated by the mixture of its own sequence
-
-The output head may get one token per sequence only, and then has gates of its own. Not thread-safe: everything is
-called by the thread that runs the model.
+Every token is gated by the mixture of its own sequence. The output head may get one token per sequence only, and then
+has gates of its own. Not thread-safe: everything is called by the thread that runs the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from logo.mixing.cache import AdapterCache, Hold, Stack
-from logo.mixing.gates import Gates, adding, hooked
+from logo.mixing.gates import Gates, added, hooked
 from logo.mixing.mixer import Mixture
 
 
@@ -44,21 +43,19 @@ class Packed:
     """The mixtures of the current step.
 
     Args:
-        cache: the adapters of the model.
         head: path of the module that gets one row per sequence instead of all tokens: first, in order, the last tokens
             of sequences whose next token is drawn, then anything for the others. None: there is no such module.
     """
 
     def __init__(self, cache: AdapterCache, head: str | None = None) -> None:
-        self._cache = cache
-        self._head = head
+        self._cache, self._head = cache, head
         self._stacks: Mapping[str, Stack] = {}
         self._gates = self._head_gates = Gates(torch.zeros(1, 0))
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Adds the gated term to every module inside the block; adds nothing while no gates are set."""
-        with hooked(self._cache.modules, {path: self._hook(path) for path in self._cache.modules}):
+        """Adds the gated term to every module inside the block, while gates are set."""
+        with hooked(self._cache.modules, {path: partial(self._add, path) for path in self._cache.modules}):
             yield
 
     def gate(self, step: Sequence[tuple[PackedMixture | None, int, bool, int]]) -> bool:
@@ -83,8 +80,7 @@ class Packed:
                 for resident, (name, weight) in zip(held.hold, held.mixture.weights.items(), strict=True):
                     weights[row][place[resident]] = weight
                     begins[row][place[resident]] = held.mixture.begins.get(name, 0)
-        rows = torch.tensor(weights)
-        lengths = torch.tensor([tokens for _, tokens, *_ in step])
+        rows, lengths = torch.tensor(weights), torch.tensor([tokens for _, tokens, *_ in step])
         gates = rows.repeat_interleave(lengths, dim=0)  # (tokens, adapters)
         if any(held is not None and first < held.last for held, _, _, first in step):
             tokens_at = torch.cat([torch.arange(first, first + tokens) for _, tokens, _, first in step])
@@ -94,9 +90,6 @@ class Packed:
         self._stacks = stacks.modules
         return True
 
-    def _hook(self, path: str) -> Callable[..., Tensor | None]:
-        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            stack, gates = self._stacks.get(path), self._head_gates if path == self._head else self._gates
-            return None if stack is None else adding(stack, gates)(module, inputs, output)
-
-        return add
+    def _add(self, path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        stack, gates = self._stacks.get(path), self._head_gates if path == self._head else self._gates
+        return None if stack is None else added(stack, gates, module, inputs, output)
