@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from logo.errors import CacheFull
 from logo.mixing import AdapterCache, Mixture
-from logo.mixing.packed import Packed, PackedMixture
+from logo.serving.packed import Packed, PackedMixture
 from make_adapters import calm
 from test_adapter_cache import COLUMN, MODULES, WIDTH, adapter, factors, settled
 from tolerances import PATIENCE

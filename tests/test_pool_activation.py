@@ -13,9 +13,9 @@ import tiny
 from logo import AdapterPool
 from logo.adapters.activation import EVERYWHERE, Activation
 from logo.adapters.adapter import open_adapter
-from logo.adapters.publish import contents_of
 from logo.adapters.sources import adapter_patterns
 from logo.adapters.write import write_mixture
+from logo.cli.pool.publish import contents_of
 from logo.cli.run import run
 from logo.errors import UsageError
 from make_adapters import tensors, write

@@ -18,8 +18,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from hub_server import GOOD_TOKEN, STRANGER_TOKEN
 from hub_uploads import WritableHub
 from logo import AdapterPool
-from logo.adapters.publish import contents_of
-from logo.adapters.publish import push as send
+from logo.cli.pool.publish import contents_of
+from logo.cli.pool.publish import push as send
 from logo.cli.run import run
 from logo.errors import UsageError
 from make_adapters import CONFIG, REFUSED, SAFETENSORS, damage, tensors, write

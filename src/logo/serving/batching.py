@@ -23,10 +23,10 @@ from logo.decoding import greedy_config
 from logo.endings import end_tokens
 from logo.errors import ModelError, UsageError
 from logo.mixing import AdapterCache
-from logo.mixing.packed import Packed, PackedMixture
 from logo.prefix_cache import Page, PrefixCache
 from logo.protocol import Delta, GenerationFailed, GenerationTimeout, Sampling
 from logo.serving.memory import Memory, Plan
+from logo.serving.packed import Packed, PackedMixture
 from logo.serving.sampling import Drawing, next_tokens
 from logo.serving.steps import Steps, attach
 

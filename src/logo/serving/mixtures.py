@@ -13,7 +13,7 @@ from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
 from logo.core import Selection
 from logo.mixing import AdapterCache, Mixture
-from logo.mixing.packed import PackedMixture
+from logo.serving.packed import PackedMixture
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from logo.cli.pool.common import AllowPickle, divided, fitting, refusal, refusal
 from logo.errors import AdapterError, LeftOut, PoolError, listed
 
 if TYPE_CHECKING:
-    from logo.adapters.publish import Size
+    from logo.cli.pool.publish import Size
 
 
 def inspect(
@@ -45,7 +45,7 @@ def inspect(
         refused += misfits
     sizes: dict[str, Size] = {}
     if spectra:
-        from logo.adapters.publish import size_of
+        from logo.cli.pool.publish import size_of
 
         good, unread = divided(good, lambda adapter: sizes.update({adapter.name: size_of(adapter)}))
         refused += unread

@@ -35,8 +35,8 @@ def push(
 
     Example: `logo pool push adapters/ org/my-loras --private --dry-run`
     """
-    from logo.adapters.publish import contents_of
-    from logo.adapters.publish import push as send
+    from logo.cli.pool.publish import contents_of
+    from logo.cli.pool.publish import push as send
 
     pool = AdapterPool.opened([Source("folder", str(folder))], {"verify": True, "on_bad_adapter": on_bad_adapter})
     tell_refused(pool.refused)
