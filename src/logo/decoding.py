@@ -63,9 +63,6 @@ _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 _PLAIN_CACHES = (None, "dynamic", "dynamic_full", "hybrid")
 
 
-# -- the generation config of a call -----------------------------------------------------------------------------------
-
-
 def greedy_config(**options: Any) -> GenerationConfig:
     """Greedy decoding, or plain sampling with `do_sample=True`, with further options of `GenerationConfig`."""
     return GenerationConfig(**_PLAIN | options)
@@ -141,7 +138,7 @@ def check_batch_size(batch_size: Any) -> None:
 
 
 def check_streamable(rows: int, config: GenerationConfig) -> None:
-    """Raises UsageError unless an answer can be streamed: there is one, and it is made without beams."""
+    """Raises UsageError unless there is one answer, which is made without beams."""
     if rows != 1:
         raise UsageError(f"streaming: expected a single prompt, found {rows}; ask for them one by one")
     if (config.num_beams or 1) != 1:
@@ -203,13 +200,7 @@ class Decoding:
         selections: Sequence[Selection],
         seconds: Mapping[str, float],
     ) -> list[Generation]:
-        """Makes answers of rows of new tokens, each up to its end.
-
-        Args:
-            continued: new tokens, also those behind the end, and the form of the mixture.
-            selections: the mixtures.
-            seconds: of each row.
-        """
+        """Makes answers of rows of new tokens (also those behind the end) and the forms of their mixtures."""
         ends, rules = end_tokens(self.config), self.rules(tokenizer)
         answers = [cut_after_end(row, ends, rules) for row, _ in continued]
         texts = tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
@@ -219,14 +210,10 @@ class Decoding:
         ]
 
 
-# -- stopping and checking while tokens are generated ------------------------------------------------------------------
-
-
 class EndRows(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row of a batch by the same rules.
+    """Ends each row of a batch by rules on its new tokens, so that nothing in a prompt ends its answer.
 
     Args:
-        rules: on new tokens only, so that nothing in a prompt ends its answer.
         prompt_length: padded length of the prompts, where new tokens start.
         growing: each call adds one token to each row, unlike with beams, so that only this one is copied from the
             device. Otherwise every call copies all new tokens.
@@ -252,10 +239,7 @@ class EndRows(StoppingCriteria):  # type: ignore[misc]
 class _Finite(LogitsProcessor):  # type: ignore[misc]
     """Finds rows with a step whose largest logit is not finite, where argmax would silently return token 0.
 
-    Findings stay on the device until `rows` is called. Such logits become zeros, since sampling from NaN crashes a GPU.
-
-    Args:
-        stop: raise at the first such step, for streams.
+    Such logits become zeros, since sampling from NaN crashes a GPU. With `stop`, for streams, the first raises.
     """
 
     def __init__(self, *, stop: bool) -> None:
@@ -276,18 +260,11 @@ class _Finite(LogitsProcessor):  # type: ignore[misc]
         return int((~self._finite).nonzero()[0]) * rows // len(self._finite)
 
 
-# -- batches -----------------------------------------------------------------------------------------------------------
-
-
 def batches_by_length(
     lengths: Sequence[int], size: int, *, padded: bool = True, tokens: int | None = None
 ) -> Iterator[list[int]]:
-    """Indices in batches of at most `size`, longest first, so that rows of one batch need little padding.
-
-    Args:
-        padded: False: all rows of a batch have the same length.
-        tokens: the most tokens of a batch of several rows, with padding; None: any number.
-    """
+    """Indices in batches of at most `size`, longest first, so that rows of one batch need little padding; not `padded`,
+    they all have the same length. `tokens` are the most of a batch of several rows, with padding."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     alike = [order] if padded else [list(rows) for _, rows in itertools.groupby(order, key=lambda i: lengths[i])]
     for rows in alike:
@@ -326,9 +303,6 @@ def input_device(model: PreTrainedModel) -> torch.device:
     """The device of a model's input."""
     weight: Tensor = model.get_input_embeddings().weight
     return weight.device
-
-
-# -- decoding ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -498,11 +472,8 @@ class _Cancelled(StoppingCriteria):  # type: ignore[misc]
 
 
 def _streamed(tokenizer: PreTrainedTokenizerBase, generate: Callable[[Any, _Cancelled], None]) -> Generator[str]:
-    """Yields the text of a generation in pieces, while it runs in another thread.
-
-    Args:
-        generate: generates with a streamer and a stopping criterion that ends it when the reader has left.
-    """
+    """Yields the text of a generation in pieces, while it runs in another thread with a streamer and a criterion that
+    ends it when the reader has left."""
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     cancelled = _Cancelled()
     failure: list[BaseException] = []

@@ -208,7 +208,7 @@ class LoGo:
 
     @property
     def points(self) -> tuple[str, ...]:
-        """The points where prompts are read, such as `"4.v_proj"`. The pool is calibrated first if necessary."""
+        """Where prompts are read, such as `"4.v_proj"`; calibrates first if necessary."""
         return tuple(point.name for point in self.scorer.points)
 
     @property
@@ -529,11 +529,7 @@ class LoGo:
             return self._scored(pool, pairs, [forced(entry, pool).mixture for entry in adapters], batch_size)
 
     def save_mixture(self, mixture: Forced, folder: str | Path) -> Path:
-        """Writes a mixture as one plain PEFT adapter; see `logo.adapters.write`.
-
-        Args:
-            mixture: a `Selection`, or `{"name": weight, ...}`.
-            folder: must not exist yet, or be empty.
+        """Writes a mixture as one plain PEFT adapter to a new or empty folder; see `logo.adapters.write`.
 
         Raises:
             PoolError, UsageError: an adapter that is not in the pool, an empty mixture, or a folder that is in use.

@@ -172,11 +172,7 @@ class Prompts:
 
 
 def several(prompts: Any) -> tuple[list[Any], bool]:
-    """A list of prompts, and whether a single prompt was given instead of a list.
-
-    Raises:
-        UsageError: it is neither a prompt nor a list of prompts, or an empty list.
-    """
+    """A list of prompts, and whether a single prompt was given; UsageError for anything else, and an empty list."""
     if isinstance(prompts, (str, Prompt)):
         return [prompts], True
     listed = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # tensors and arrays
@@ -191,16 +187,8 @@ def several(prompts: Any) -> tuple[list[Any], bool]:
 def read(
     tokenizer: PreTrainedTokenizerBase, prompt: Any, probe_text: ProbeText | None = None, vocabulary: int | None = None
 ) -> Prompt:
-    """Reads one prompt of any kind.
-
-    Args:
-        prompt: a string, which gets the tokenizer's special tokens; messages, see `chat`; or token ids as they are.
-        probe_text: what of a conversation is probed; see `chat`. Strings and token ids are probed whole.
-        vocabulary: the number of tokens that the model knows; None: token ids are not checked.
-
-    Raises:
-        UsageError: it is none of these, or cannot be used.
-    """
+    """Reads one prompt: a string, which gets the tokenizer's special tokens; messages, see `chat`; or token ids as they
+    are, below `vocabulary` if that is known. Strings and token ids are probed whole. Raises UsageError for the rest."""
     if isinstance(prompt, Prompt):
         return prompt
     if isinstance(prompt, str):
@@ -243,9 +231,6 @@ def _begins_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> boo
     return bool(ids[0] == tokenizer.bos_token_id) and ids[0] not in ids[1:]
 
 
-# -- conversations -----------------------------------------------------------------------------------------------------
-
-
 def chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Conversation,
@@ -279,26 +264,13 @@ def chat(
 
 
 def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Conversation) -> str:
-    """A whole conversation, the last answer included, as the tokenizer's chat template writes it.
-
-    Raises:
-        UsageError: as `chat`.
-    """
+    """A whole conversation, the last answer included, as the chat template writes it; errors as `chat`."""
     return _rendered(tokenizer, checked_turns(messages), answer=False)
 
 
 def written_answer(tokenizer: PreTrainedTokenizerBase, messages: Conversation, prompt: str, answer: str) -> str | None:
-    """What the chat template writes behind a prompt if the assistant gives this answer, end marks included.
-
-    Args:
-        prompt: the text of `chat` for the messages.
-
-    Returns:
-        None if there is no template, or if it writes the prompt differently once there is an answer.
-
-    Raises:
-        UsageError: as `chat`.
-    """
+    """What the chat template writes behind a prompt (the text of `chat`) if the assistant gives this answer, end marks
+    included; None if there is no template, or if it changes the prompt then. Errors as `chat`."""
     if not tokenizer.chat_template:
         return None
     whole = conversation_text(tokenizer, [*messages, {"role": "assistant", "content": answer}])
@@ -306,11 +278,7 @@ def written_answer(tokenizer: PreTrainedTokenizerBase, messages: Conversation, p
 
 
 def asked_text(messages: Conversation, probe_text: ProbeText | None = None) -> str | None:
-    """The text of a conversation that is probed (see `chat`); None if everything is.
-
-    Raises:
-        UsageError: a message without content or with an unknown role.
-    """
+    """The text of a conversation that is probed (see `chat`); None if everything is. Errors as `checked_turns`."""
     return _asked(checked_turns(messages), probe_text)
 
 
@@ -334,11 +302,7 @@ def text_of(prompt: str | Conversation) -> str:
 
 
 def checked_turns(messages: Conversation) -> list[dict[str, Any]]:
-    """Messages, each with its content as one text.
-
-    Raises:
-        UsageError: a message without content or with an unknown role.
-    """
+    """Messages, each with its content as one text; UsageError if one has no content or an unknown role."""
     return [_turn(number, message) for number, message in enumerate(messages)]
 
 
@@ -378,9 +342,6 @@ def _rendered(
     except Exception as error:  # a template is a program and may raise anything
         reason = " ".join(str(error).split())
         raise UsageError(f"messages: the model's chat template refuses them: {reason}") from error
-
-
-# -- tokens ------------------------------------------------------------------------------------------------------------
 
 
 def _token(value: Any, vocabulary: int | None) -> int:
