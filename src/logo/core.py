@@ -66,7 +66,7 @@ class Selection:
     """The adapters that answer one prompt, with their weights and scores.
 
     Attributes:
-        adapters: names, best first. Empty: the base model alone.
+        adapters: names, best first; none: the base model alone.
         weights: parallel to `adapters`. They sum to 1; to less if an adaptive weighting has a low confidence, and
             to anything if the user forced them.
         scores: the score of every scored adapter, in pool order. Empty for a forced selection.
@@ -83,11 +83,7 @@ class Selection:
 
     @classmethod
     def forced(cls, weights: Mapping[str, float]) -> Selection:
-        """The selection that a user forces.
-
-        Raises:
-            UsageError: `weights` is no mapping, or a weight is no number.
-        """
+        """The selection that a user forces; UsageError unless it is a mapping to numbers."""
         try:
             return cls(tuple(weights), tuple(float(w) for w in weights.values()), {})
         except (AttributeError, TypeError, ValueError):

@@ -25,13 +25,9 @@ def end_tokens(config: GenerationConfig) -> set[int]:
 
 
 def at_newline(tokenizer: PreTrainedTokenizerBase, *, official: bool = False) -> EndRule:
-    """Ends an answer once its first line that is not blank is complete.
-
-    Args:
-        tokenizer: decodes tokens, to find newlines inside them.
-        official: end on the single token of "\\n" as the official code does, wherever it occurs; merged tokens such
-            as "\\n\\n" then do not end an answer, and a leading newline gives an empty one.
-    """
+    """Ends an answer once its first line that is not blank is complete; `official`: on the single token of "\\n" as the
+    official code does, wherever it occurs: merged tokens such as "\\n\\n" then do not end an answer, and a leading
+    newline gives an empty one."""
     if official:
         newline = tokenizer.encode("\n", add_special_tokens=False)[0]
         return lambda ids: ids[-1] == newline
@@ -62,16 +58,9 @@ def cut_at(text: str, stops: Sequence[str]) -> str:
 
 
 def cut_after_end(ids: list[int], end: set[int], rules: Sequence[EndRule] = ()) -> tuple[list[int], FinishReason]:
-    """A row's continuation up to and including the token that ends it, and why it ended: `"length"` if nothing did, so
-    that it was cut at the most new tokens or at `max_time`.
-
-    Tokens behind the end, which `generate` adds while other rows of the batch go on, are ignored.
-
-    Args:
-        ids: new tokens, also those behind the end.
-        end: token ids that end a row.
-        rules: further rules that end a row.
-    """
+    """A row's continuation up to and including the token that ends it (in `end`, or by a rule), and why it ended:
+    `"length"` if nothing did, so that it was cut at the most new tokens or at `max_time`. Tokens behind the end, which
+    `generate` adds while other rows of the batch go on, are ignored."""
     for i, token in enumerate(ids):
         if token in end or any(rule(ids[: i + 1]) for rule in rules):
             return ids[: i + 1], "stop"
@@ -79,10 +68,7 @@ def cut_after_end(ids: list[int], end: set[int], rules: Sequence[EndRule] = ()) 
 
 
 class StopTexts:
-    """Passes a text on in pieces, up to the first stop text, no part of which is ever passed on.
-
-    Args:
-        stops: the text ends before the first of these, which must not be empty.
+    """Passes a text on in pieces, up to the first stop text (not empty), no part of which is ever passed on.
 
     Attributes:
         known: the text so far.

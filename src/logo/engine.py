@@ -235,8 +235,7 @@ class LoGo:
             The calibration, which says where prompts are read; None for signals without one.
 
         Raises:
-            AdapterError: an adapter that cannot be read.
-            PoolError: adapters that the signal cannot score.
+            AdapterError, PoolError: an adapter that cannot be read, or that the signal cannot score.
         """
         with self._lock:
             signal = signal or self.settings.signal
@@ -248,11 +247,7 @@ class LoGo:
             return prepared.scorers[signal].calibration
 
     def prepared(self, pool: AdapterPool) -> Prepared:
-        """Fits another pool while this one is in use: nothing changes before `take`.
-
-        Raises:
-            PoolError: an adapter does not fit.
-        """
+        """Fits another pool while this one is in use: nothing changes before `take`. Errors as `LoGo`."""
         with self._lock:
             fitted = pool.fit(self._layout, model=self.model, on_bad_adapter=self._on_bad_adapter)
             fitted = fitted.acting(self.settings.activation, self.settings.when_not_invoked)
@@ -337,11 +332,7 @@ class LoGo:
     def outcomes(
         self, rows: Sequence[Prompt], options: Sequence[Options], batch_size: int = 8
     ) -> list[Selection | LoGoError]:
-        """One selection for each prompt that was read, or the error that its scores give.
-
-        Args:
-            options: of `options`, one for each row; rows of one signal are probed together.
-        """
+        """One selection for each prompt that was read, by its own `options`, or the error that its scores give."""
         with self._call():
             found: dict[int, Selection | LoGoError] = {}
             groups: dict[Any, list[int]] = {}  # rows of one signal, each alone if it depends on the one before
@@ -358,11 +349,10 @@ class LoGo:
             return [found[i] for i in range(len(rows))]
 
     def reselect(self, scores: Selection | Mapping[str, float], **options: Any) -> Selection:
-        """The selection that the scores of an earlier one give with other options.
+        """The selection that the scores of an earlier one give with other options of `select`.
 
         Args:
             scores: the earlier selection; or its scores alone, which are taken for those of the call's signal.
-            **options: options of `select`; the signal of an earlier selection cannot be changed.
 
         Raises:
             UsageError: a selection of another signal than the call's, or one without scores, which was forced.
@@ -476,10 +466,8 @@ class LoGo:
         return answers[0] if alone else [answers[i] for i in range(len(rows))]
 
     def stream(self, prompt: OnePrompt, *, adapters: Forced | None = None, **options: Any) -> Iterator[str]:
-        """Yields the answer to one prompt in pieces, which together are `generate(prompt).text`.
-
-        Leaving the loop ends the generation. Arguments as `generate`.
-        """
+        """Yields the answer to one prompt in pieces, which together are `generate(prompt).text`; arguments as there.
+        Leaving the loop ends the generation."""
         with self._call() as pool:
             call, decoding = self._checked(pool, adapters, options)
             check_streamable(1, decoding.config)
@@ -514,15 +502,12 @@ class LoGo:
     def score_pairs(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], adapters: Sequence[Forced], *, batch_size: int = 8
     ) -> list[Scored]:
-        """Scores completions, each after its own prompt and under its own mixture; rows share batches.
+        """Scores completions, each after its own prompt and under its own mixture; errors as `score`.
 
         Args:
             pairs: token ids of a prompt, special tokens included, and of its completion.
             adapters: one entry for each pair, as `adapters` of `generate`.
             batch_size: rows per forward pass.
-
-        Raises:
-            UsageError: a pair with an empty side or too long for the context, an adapter that is not in the pool.
         """
         check_batch_size(batch_size)
         with self._call() as pool:

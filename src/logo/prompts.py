@@ -121,14 +121,7 @@ class Prompts:
         return Prompt(ids, probed, prompt.text)
 
     def room(self, max_new_tokens: int | None) -> int:
-        """Tokens of the context that belong to the answer.
-
-        Args:
-            max_new_tokens: given by the caller; None: the smaller of 256 and half of the context.
-
-        Raises:
-            UsageError: no new tokens.
-        """
+        """Tokens of the context that belong to the answer; None: the smaller of 256 and half of the context."""
         if max_new_tokens is None:
             return min(MAX_NEW_TOKENS, (self.context or 2 * MAX_NEW_TOKENS) // 2)
         if type(max_new_tokens) is not int:
