@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 from logo import LoGo
 from logo.baselines.fixed import Oracle, OwnSelector, Random
 from logo.baselines.learned import LoraHub, each_alone
-from logo.baselines.method import Answering, Task
+from logo.baselines.method import Answering, Task, text_of
 from logo.cli.run import run
 from logo.demo import adapters_dir, heldout, model_dir
 from logo.errors import DataError
 from logo.evaluation.identity import rows_digest
 from logo.models import load_base
-from logo.prompts import text_of
 from logo.rows import Row, read_rows, row_of
 from logo.scoring import encoded
 from logo.training.examples import encode

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from logo.cli.output import check_writable
 from logo.errors import StorageError, UsageError
-from logo.files import check_writable, new_folder
+from logo.files import new_folder
 
 OLD = {"a.json": "[1]", "b.json": "[2]"}
 NEW = {"a.json": "[10]", "c.json": "[30]"}
@@ -103,7 +104,8 @@ LIMITED = """
     import resource, sys
     from pathlib import Path
     from logo.errors import StorageError
-    from logo.files import check_writable, new_folder
+    from logo.cli.output import check_writable
+    from logo.files import new_folder
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # no file may grow beyond this
     try:

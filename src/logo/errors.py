@@ -7,9 +7,8 @@ built-in error, so that `except ValueError` and `except OSError` work.
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import heapq
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from itertools import islice
@@ -129,18 +128,6 @@ def missing(user: str, module: str, extra: str | None = None) -> str:
 def listed(names: Sequence[str], most: int = 3) -> str:
     """Names in a line, the first few of many."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def requested(request: str, names: Collection[str], unknown: Callable[[str], LoGoError]) -> set[str]:
-    """Of `names`, those that a request means by names or patterns between commas; all for an empty one. Raises the
-    error that `unknown` makes of a part that means none."""
-    found: set[str] = set()
-    for item in [item.strip() for item in request.split(",") if item.strip()] or ["*"]:
-        matching = {name for name in names if name == item or fnmatch.fnmatchcase(name, item)}
-        if not matching:
-            raise unknown(item)
-        found |= matching
-    return found
 
 
 def closest(name: object, known: Iterable[str]) -> str:

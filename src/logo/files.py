@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -86,7 +85,7 @@ def new_folder(folder: Path, *, replaced: Collection[str] | None = None) -> Iter
     except LoGoError:
         raise
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
 
 
 def _swap(new: Path, folder: Path, replaced: Collection[str]) -> None:
@@ -111,21 +110,9 @@ def _beside(path: Path, state: str) -> Path:
     return path.with_name(f".{path.name}.{state}-{secrets.token_hex(8)}")
 
 
-def _unwritable(folder: Path, error: Exception) -> StorageError:
+def unwritable(folder: Path, error: Exception) -> StorageError:
     reason = getattr(error, "strerror", None) or error
     return StorageError(f"folder {str(folder)!r}: cannot be written ({reason}); make room there, or name another one")
-
-
-def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Creates a folder if it is missing, and raises StorageError unless it can be written, before hours of work."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(1 << 20))  # a disk with less room than this is full
-            probe.flush()
-            os.fsync(probe.fileno())
-    except OSError as error:
-        raise _unwritable(Path(folder), error) from error
 
 
 def sync_folder(folder: Path) -> None:

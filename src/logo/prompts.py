@@ -289,11 +289,6 @@ def plain(messages: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(message["content"] or "" for message in messages)
 
 
-def text_of(prompt: str | Conversation) -> str:
-    """The prompt as a text, for methods that compare texts: of a conversation, the contents of its messages."""
-    return prompt if isinstance(prompt, str) else plain(checked_turns(prompt))
-
-
 def checked_turns(messages: Conversation) -> list[dict[str, Any]]:
     """Messages, each with its content as one text; UsageError if one has no content or an unknown role."""
     return [_turn(number, message) for number, message in enumerate(messages)]

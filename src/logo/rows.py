@@ -9,15 +9,16 @@ used, so that an error on the last line is not found after hours of work.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.errors import DataError, StorageError, UsageError
+from logo.errors import DataError, LoGoError, StorageError, UsageError
 from logo.prompts import checked_turns, plain
 
 if TYPE_CHECKING:
@@ -248,3 +249,15 @@ def _shown(value: object) -> str:
         return "an object" if isinstance(value, dict) else "a list"
     text = json.dumps(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def requested(request: str, names: Collection[str], unknown: Callable[[str], LoGoError]) -> set[str]:
+    """Of `names`, those that a request means by names or patterns between commas; all for an empty one. Raises the
+    error that `unknown` makes of a part that means none."""
+    found: set[str] = set()
+    for item in [item.strip() for item in request.split(",") if item.strip()] or ["*"]:
+        matching = {name for name in names if name == item or fnmatch.fnmatchcase(name, item)}
+        if not matching:
+            raise unknown(item)
+        found |= matching
+    return found

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from logo.baselines.method import Method, Need, Prepared, Task, check_count, ranked, same_for_all
+from logo.baselines.method import Method, Need, Prepared, Task, check_count, ranked, same_for_all, text_of
 from logo.core import Selection
 from logo.engine import LoGo
 from logo.errors import DataError, UsageError, closest
-from logo.prompts import Conversation, text_of
+from logo.prompts import Conversation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,14 +17,14 @@ from logo.core import Generation, Selection
 from logo.engine import LoGo
 from logo.errors import PluginError, UsageError
 from logo.plugins import Registry, running
-from logo.prompts import Conversation
+from logo.prompts import Conversation, checked_turns, plain
 
 if TYPE_CHECKING:
     from logo.prompts import OnePrompt
 
 Need = Literal["train", "prompts", "samples"]
 # (prompts, batch size) -> one selection each. A prompt is a text, or a conversation if the row is one
-# (`logo.prompts.text_of` makes a text of both).
+# (`text_of` makes a text of both).
 Select = Callable[[Sequence[Any], int], list[Selection]]
 
 
@@ -240,3 +240,8 @@ def check_count(option: str, value: int) -> None:
     """Raises UsageError unless the value is 1 or more."""
     if value < 1:
         raise UsageError(f"{option}: expected 1 or more, found {value}")
+
+
+def text_of(prompt: str | Conversation) -> str:
+    """The prompt as a text, for methods that compare texts: of a conversation, the contents of its messages."""
+    return prompt if isinstance(prompt, str) else plain(checked_turns(prompt))

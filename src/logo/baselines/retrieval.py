@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from logo.baselines.embedding import DEFAULT_MODEL, embed, fetch
-from logo.baselines.method import Method, Need, Prepared, Task, check_count, ranked
+from logo.baselines.method import Method, Need, Prepared, Task, check_count, ranked, text_of
 from logo.core import Selection
 from logo.engine import LoGo
 from logo.errors import DataError, UsageError, listed
-from logo.prompts import Conversation, text_of
+from logo.prompts import Conversation
 
 Variant = Literal["mixture", "selection"]
 

@@ -13,11 +13,10 @@ from rich.text import Text
 
 from logo.cli.commands import Commands
 from logo.cli.options import option, usual
-from logo.cli.output import err, note, print_json, progress, screen
+from logo.cli.output import check_writable, err, note, print_json, progress, screen
 from logo.errors import DataError, LoGoError, UsageError
 from logo.evaluation.metrics import metric_kind
 from logo.evaluation.tables import counted
-from logo.files import check_writable
 
 if TYPE_CHECKING:
     from logo.evaluation.sources.declarations import Declaration

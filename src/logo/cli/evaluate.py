@@ -19,13 +19,12 @@ from logo.cli.expanded import command_line, given
 from logo.cli.methods import MethodOptions, make_method
 from logo.cli.opening import open_any
 from logo.cli.options import EngineOptions, Json, RunnerOptions
-from logo.cli.output import err, note, progress
+from logo.cli.output import check_writable, err, note, progress
 from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.scoreboard import Score, show
 from logo.cli.workers import WorkerOptions, layout_of, opened, progress_of
 from logo.errors import UsageError
 from logo.evaluation.metrics import checked_kind
-from logo.files import check_writable
 
 if TYPE_CHECKING:
     from logo.baselines import Method

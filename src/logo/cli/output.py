@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logo.evaluation import tables
-from logo.files import replace_file
+from logo.files import replace_file, unwritable
 
 if TYPE_CHECKING:
     from logo.core import Selection
@@ -213,3 +215,15 @@ def progress(disable: bool = False) -> Progress:
         redirect_stdout=sys.stdout.isatty(),
         disable=disable,
     )
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Creates a folder if it is missing, and raises StorageError unless it can be written, before hours of work."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(1 << 20))  # a disk with less room than this is full
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise unwritable(Path(folder), error) from error

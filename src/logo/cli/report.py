@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logo.cli.options import argument, usual
-from logo.cli.output import err, note, print_json
+from logo.cli.output import check_writable, err, note, print_json
 from logo.errors import UsageError
 from logo.evaluation.metrics import checked_kind
 from logo.evaluation.tables import counted
-from logo.files import check_writable, replace_file
+from logo.files import replace_file
 
 if TYPE_CHECKING:
     from logo.evaluation.report import Analysis

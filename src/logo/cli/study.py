@@ -20,13 +20,22 @@ from logo.cli.field_table import field_table
 from logo.cli.methods import MethodOptions
 from logo.cli.opening import Opened, open_base, open_pool, selection_settings
 from logo.cli.options import EngineOptions, Json, rare, usual
-from logo.cli.output import err, natural_width, note, print_json, progress, rich_table, screen, write_json
+from logo.cli.output import (
+    check_writable,
+    err,
+    natural_width,
+    note,
+    print_json,
+    progress,
+    rich_table,
+    screen,
+    write_json,
+)
 from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.prompts import or_demo
 from logo.cli.workers import WorkerOptions, layout_of, only, opened
 from logo.errors import UsageError
 from logo.evaluation.tables import Cell, Column, Table, number, numbers, row
-from logo.files import check_writable
 
 if TYPE_CHECKING:
     from logo.engine import LoGo

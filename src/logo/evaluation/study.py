@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from logo.baselines.registry import may_select_by_signal
-from logo.errors import DataError, StorageError, UsageError, closest, requested
+from logo.errors import DataError, StorageError, UsageError, closest
 from logo.evaluation.contest import Contest, Lesson, Lessons
 from logo.evaluation.differences import described, differences
 from logo.evaluation.identity import rows_digest
@@ -33,7 +33,7 @@ from logo.evaluation.results import versions
 from logo.evaluation.runner import summed
 from logo.evaluation.summary import Measured, summary
 from logo.evaluation.tables import counted
-from logo.rows import Row, read_rows
+from logo.rows import Row, read_rows, requested
 
 _REPLACED = "; --overwrite replaces it, another --save keeps both"
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logo.errors import DataError, StorageError, UsageError, closest, listed, need, requested
+from logo.errors import DataError, StorageError, UsageError, closest, listed, need
 from logo.hub import hub_error, is_hub_id
-from logo.rows import malformed, objects, row_of
+from logo.rows import malformed, objects, requested, row_of
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 # Other files that probably hold rows. They are not read, which is said, so that no task is missing unnoticed.

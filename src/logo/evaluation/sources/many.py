@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from logo.errors import DataError, closest, requested
+from logo.errors import DataError, closest
 from logo.evaluation.metrics import checked_kind
 from logo.evaluation.sources.declarations import Hub, Layout, usual_places
 from logo.evaluation.sources.places import fetch
 from logo.evaluation.sources.readers import read_raw
 from logo.evaluation.study import Task
-from logo.rows import Row, row_of
+from logo.rows import Row, requested, row_of
 
 _COLUMNS = (("inputs", "targets"), ("context", "completion"))
 _SPLIT = "test"
