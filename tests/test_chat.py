@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers, processors
 
 from demo_world.evaluate import NEUTRAL
 from logo import AdapterPool, LoGo, Selection, SelectionSettings, UsageError
@@ -256,6 +257,16 @@ def test_a_chat_is_read_whole_if_no_adapter_acts_everywhere(templated: Any, tmp_
         seen.clear()
         logo.generate(turns, max_new_tokens=1)
     assert seen == [len(chat(templated, turns)), len(ending)]
+
+
+def test_a_message_without_tokens_is_no_message(tokenizer: Any) -> None:
+    made = copy.deepcopy(tokenizer)
+    made.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    made.bos_token, made.backend_tokenizer.post_processor = None, processors.ByteLevel()
+    empty = {"role": "user", "content": "\u200b"}
+    assert text_ids(made, empty["content"]) == []
+    prompt = chat(made, [SYSTEM, empty])
+    assert prompt.probed == prompt.ids != ()
 
 
 def test_a_chat_is_probed_by_its_last_message_if_adapters_act_on_the_last_tokens(

@@ -409,6 +409,10 @@ def test_nothing_else_is_computed_while_a_mixture_is_active(llama: nn.Module, ad
     caller = Caller(calls[0])
     logo.generate(PROMPTS[0], adapters={}, max_new_tokens=4, streamer=cast(Any, caller))  # the base model alone
     assert caller.seen > 2 and logo.select(PROMPTS[1]) == expected
+    stream = logo.stream(PROMPTS[1], adapters={}, max_new_tokens=2)
+    with pytest.raises(UsageError, match="read it once the answer is complete"):  # it would wait for ever
+        logo.generate(PROMPTS[0], adapters={}, max_new_tokens=4, streamer=cast(Any, Caller(partial(next, stream))))
+    assert len([*logo.stream(PROMPTS[1], adapters={}, max_new_tokens=2)]) > 0
 
 
 def test_a_signal_that_is_asked_for_in_the_middle_of_an_answer_is_calibrated_after_it(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from logo.core import Form, Generation, Selection
 from logo.endings import EndRule, at_newline, at_texts, cut_after_end, cut_at, end_tokens
 from logo.errors import NotFinite, UsageError, check_type, closest, listed
 from logo.mixing import Mixer, Mixture
+from logo.models import ModelLock
 from logo.prefix_cache import PrefixCache, cache_argument
 from logo.prompts import Prompts
 
@@ -351,7 +352,7 @@ class Decoder:
         return decoding.generations(self.prompts.tokenizer, [(row, form) for row in tokens], selections, seconds)
 
     def stream(
-        self, pool: AdapterPool, row: Sequence[int], selection: Selection, decoding: Decoding, lock: Any
+        self, pool: AdapterPool, row: Sequence[int], selection: Selection, decoding: Decoding, lock: ModelLock
     ) -> Generator[str]:
         """Yields the text of one continuation in pieces; `lock` is held while it is generated in another thread.
 
@@ -367,7 +368,7 @@ class Decoder:
                     cache.put_back(row, end, pages)
                 self._continue(pool, [row], [selection.mixture], decoding, cancelled, streamer=streamer)
 
-        return _streamed(self.prompts.tokenizer, generate)
+        return _streamed(self.prompts.tokenizer, generate, lock)
 
     def _continue(
         self,
@@ -471,9 +472,12 @@ class _Cancelled(StoppingCriteria):  # type: ignore[misc]
         return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device)
 
 
-def _streamed(tokenizer: PreTrainedTokenizerBase, generate: Callable[[Any, _Cancelled], None]) -> Generator[str]:
-    """Yields the text of a generation in pieces, while it runs in another thread with a streamer and a criterion that
-    ends it when the reader has left."""
+def _streamed(
+    tokenizer: PreTrainedTokenizerBase, generate: Callable[[Any, _Cancelled], None], lock: ModelLock
+) -> Generator[str]:
+    """Yields the text of a generation in pieces, while it runs in another thread, which takes the lock, with a streamer
+    and a criterion that ends it when the reader has left. Raises UsageError if the reader holds the lock."""
+    lock.check_free()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     cancelled = _Cancelled()
     failure: list[BaseException] = []

@@ -150,6 +150,14 @@ class ModelLock:
     def __exit__(self, *error: object) -> None:
         self._lock.release()
 
+    def check_free(self) -> None:
+        """Raises UsageError if this thread holds it, so that waiting for another thread that takes it would not end."""
+        if self._lock._is_owned():  # type: ignore[attr-defined]  # as `threading.Condition` asks
+            raise UsageError(
+                "the model is answering in this thread, and a stream, which answers in another one, would wait for "
+                "that for ever: read it once the answer is complete"
+            )
+
     @contextmanager
     def running(self, *, mixed: bool = False) -> Iterator[None]:
         """Holds the lock while the model runs, with the mixture that the block activates or (`mixed` false) without.

@@ -242,7 +242,8 @@ def chat(
         messages: `{"role", "content"}`, oldest first; further fields are the template's. A content is a text or a list
             of text parts, or None in an assistant's turn.
         probe_text: what is probed: `"last_user"`, the last message of the user (the default); `"conversation"`, all
-            messages of the user; `"all"`, everything. Without a message of the user, everything is probed.
+            messages of the user; `"all"`, everything. Without a message of the user that has tokens, everything is
+            probed.
         variables: of the template, besides the messages.
 
     Raises:
@@ -253,7 +254,8 @@ def chat(
     templated = bool(tokenizer.chat_template)  # a template adds the special tokens itself
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"] if templated else text_ids(tokenizer, text))
     asked = _asked(turns, probe_text)
-    return Prompt(ids, ids if asked is None else tuple(text_ids(tokenizer, asked)), text)
+    probed = () if asked is None else tuple(text_ids(tokenizer, asked))  # some characters are no tokens
+    return Prompt(ids, probed or ids, text)
 
 
 def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Conversation) -> str:
