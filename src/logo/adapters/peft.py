@@ -316,6 +316,10 @@ class WeightFile:
             for key, value in loaded.items()
         ):
             raise ValueError("not a dictionary of dense tensors by name")
+        # The tensors stay in memory, so the digest has to be theirs, whatever is written to the file later.
+        self._digest = file_sha256(self.path)
+        if content_stamp(self.path) != self._stamp:
+            raise ValueError("it has changed while it was opened; open the pool again")
         return {key: value.detach() for key, value in loaded.items()}  # parameters would carry gradients
 
 
