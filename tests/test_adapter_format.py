@@ -337,6 +337,14 @@ def test_a_file_that_was_replaced_is_not_read_with_the_old_scale(tmp_path: Path)
     assert open_adapter(tmp_path).read()[PATH].scaling == 4
 
 
+def test_the_digest_of_a_pickle_is_that_of_the_tensors_that_were_read(tmp_path: Path) -> None:
+    adapter = open_adapter(pickled(tmp_path, tensors()), allow_pickle=True)
+    content, before = (tmp_path / PICKLE).read_bytes(), adapter.read()[PATH]
+    torch.save(tensors(seed=3), tmp_path / PICKLE)
+    assert torch.equal(adapter.read()[PATH].B, before.B)
+    assert adapter.sha256 == hashlib.sha256(content).hexdigest()  # a calibration would be kept under another one's
+
+
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,11 @@ from torch import nn
 from transformers import TextIteratorStreamer, TextStreamer
 
 import tiny
+<<<<<<< HEAD
 from logo import AdapterPool, LoGo, LoGoError, SelectionSettings, UsageError, opening
+=======
+from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError, opening
+>>>>>>> eyes2
 from logo.backends.vllm import opening as vllm_opening
 from logo.cli.run import run
 from logo.decoding import greedy_config
@@ -77,6 +82,18 @@ def test_the_token_is_also_that_of_the_pool(base: Path, adapters: Path, monkeypa
     assert asked == [("org/pool", "secret")] * 2
     assert Path(where) == adapters and len(pool) > 3  # what was downloaded, since vLLM's processes have no token
     assert vllm_opening._opened("org/pool", str(base), None, "error", settings, None)[0] == "org/pool"
+
+
+def test_vllms_processes_open_no_other_pool_than_the_given_one(base: Path, adapters: Path) -> None:
+    def opened(pool: AdapterPool, **settings: Any) -> str:
+        return vllm_opening._opened(pool, str(base), None, "error", SelectionSettings.of(cache="", **settings), None)[0]
+
+    pool = AdapterPool.open(adapters)
+    told = AdapterPool(replace(adapter, given_examples=("other",)) for adapter in pool)
+    assert Path(opened(pool)) == adapters == Path(opened(told, examples="ignore"))
+    for other in (told, pool.acting("last:2"), pool.subset(pool.names[1:])):
+        with pytest.raises(PoolError, match="expected all adapters in one folder"):
+            opened(other)
 
 
 def test_several_places_may_have_commas(base: Path, adapters: Path, tmp_path: Path) -> None:

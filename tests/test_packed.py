@@ -161,3 +161,15 @@ def test_gates_open_where_each_adapter_begins() -> None:
         rows = [{0: 0.5}, {0: 0.5}, {0: 0.5, 8: -1.0}, {0: 0.5, 8: -1.0}, {0: 0.5, 8: -1.0}]
         want = [module.weight @ row + module.bias + term(m, "one", row) for m, row in zip(rows, x[0], strict=True)]
         torch.testing.assert_close(module(x)[0], torch.stack(want), rtol=1e-4, atol=1e-4)
+
+
+def test_one_file_under_two_names_acts_with_the_sum_of_their_weights() -> None:
+    module = nn.Linear(WIDTH, WIDTH + 1)
+    cache = AdapterCache({"one": module}, torch.float32, 10**6)
+    packed, hold = Packed(cache), cache.reserve([adapter(0), adapter(0)])
+    assert [resident.ready.result(PATIENCE) for resident in hold] == [None, None]
+    x = torch.randn(1, 1, WIDTH)
+    with packed.hooks(), torch.no_grad():
+        packed.gate([(PackedMixture(hold, Mixture({"a": 0.5, "b": 0.25})), 1, True, 0)])
+        want = module.weight @ x[0, 0] + module.bias + term({0: 0.75}, "one", x[0, 0])
+        torch.testing.assert_close(module(x)[0, 0], want, rtol=1e-4, atol=1e-4)

@@ -78,7 +78,7 @@ class Packed:
         for row, (held, *_) in enumerate(step):
             if held is not None:
                 for resident, (name, weight) in zip(held.hold, held.mixture.weights.items(), strict=True):
-                    weights[row][place[resident]] = weight
+                    weights[row][place[resident]] += weight  # one file may have two names
                     begins[row][place[resident]] = held.mixture.begins.get(name, 0)
         rows, lengths = torch.tensor(weights), torch.tensor([tokens for _, tokens, *_ in step])
         gates = rows.repeat_interleave(lengths, dim=0)  # (tokens, adapters)

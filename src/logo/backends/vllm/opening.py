@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from logo import plugins
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, open_pool, warn_of_bad
-from logo.adapters.sources import OnBadAdapter, pool_sources, spec_of
+from logo.adapters.sources import ExamplesUse, OnBadAdapter, pool_sources, spec_of
 from logo.backends.vllm.slots import Slots
 from logo.errors import LoGoError, ModelError, PoolError, UsageError, need
 from logo.models import checked_dtype, checked_options, fetch, load_config, load_tokenizer, loading, resolve_base
@@ -147,7 +147,7 @@ def _opened(
 ) -> tuple[str, AdapterPool]:
     """The place from which vLLM's processes open the pool, and the opened pool."""
     if isinstance(pool, AdapterPool):
-        return _folder_of(pool, on_bad_adapter), pool
+        return _folder_of(pool, on_bad_adapter, settings.examples), pool
     named = None if pool is None else str(pool)
     opened = open_pool(
         named,
@@ -161,24 +161,26 @@ def _opened(
     # vLLM's processes lack the token, so they open what was downloaded.
     if isinstance(token, str) and any(one.on_hub for one in sources):
         with suppress(PoolError):
-            return _folder_of(opened, on_bad_adapter), opened
+            return _folder_of(opened, on_bad_adapter, settings.examples), opened
     return spec_of(sources), opened
 
 
-def _folder_of(pool: AdapterPool, on_bad_adapter: OnBadAdapter) -> str:
-    """The folder that holds exactly the adapters of an open pool.
+def _folder_of(pool: AdapterPool, on_bad_adapter: OnBadAdapter, examples: ExamplesUse) -> str:
+    """The folder that holds exactly the adapters of an open pool, as they are in it.
 
     Raises:
         PoolError: there is no such folder, so that vLLM's processes cannot open this pool.
     """
+    wanted = pool.without_examples() if examples == "ignore" else pool
     roots = {str(adapter.folder.absolute()).removesuffix(f"/{adapter.name}") for adapter in pool}
     if len(roots) == 1:
         [root] = roots
-        if AdapterPool.open(root, on_bad_adapter=on_bad_adapter).names == pool.names:
+        if AdapterPool.open(root, on_bad_adapter=on_bad_adapter, examples=examples).digest == wanted.digest:
             return root
     raise PoolError(
         "the engine 'vllm' opens the pool again in vLLM's processes: expected all adapters in one folder under their "
-        "names, and no others in it; give that folder or a Hub repository as the pool"
+        "names, with the example prompts and the activation that they have there, and no others in it; give that "
+        "folder, a manifest or a Hub repository as the pool"
     )
 
 
