@@ -18,11 +18,7 @@ from torch import nn
 from transformers import TextIteratorStreamer, TextStreamer
 
 import tiny
-<<<<<<< HEAD
-from logo import AdapterPool, LoGo, LoGoError, SelectionSettings, UsageError, opening
-=======
-from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError, opening
->>>>>>> eyes2
+from logo import AdapterPool, LoGo, LoGoError, PoolError, SelectionSettings, UsageError, opening
 from logo.backends.vllm import opening as vllm_opening
 from logo.cli.run import run
 from logo.decoding import greedy_config

@@ -281,15 +281,11 @@ class WeightFile:
         items: dict[Any, Any] = loaded if isinstance(loaded, dict) else {None: loaded}
         if not all(isinstance(k, str) and getattr(v, "layout", None) == torch.strided for k, v in items.items()):
             raise ValueError("not a dictionary of dense tensors by name")
-<<<<<<< HEAD
-        return {key: value.detach() for key, value in items.items()}  # parameters would carry gradients
-=======
         # The tensors stay in memory, so the digest has to be theirs, whatever is written to the file later.
         self._digest = file_sha256(self.path)
         if content_stamp(self.path) != self._stamp:
             raise ValueError("it has changed while it was opened; open the pool again")
-        return {key: value.detach() for key, value in loaded.items()}  # parameters would carry gradients
->>>>>>> eyes2
+        return {key: value.detach() for key, value in items.items()}  # parameters would carry gradients
 
 
 def unreadable(error: Exception, file: Path) -> str:
