@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +172,7 @@ def _folder_of(pool: AdapterPool, on_bad_adapter: OnBadAdapter, examples: Exampl
     Raises:
         PoolError: there is no such folder, so that vLLM's processes cannot open this pool.
     """
-    wanted = pool.without_examples() if examples == "ignore" else pool
+    wanted = AdapterPool(replace(one, examples=()) for one in pool) if examples == "ignore" else pool
     roots = {str(adapter.folder.absolute()).removesuffix(f"/{adapter.name}") for adapter in pool}
     if len(roots) == 1:
         [root] = roots
