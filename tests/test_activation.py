@@ -91,14 +91,11 @@ def test_what_is_no_activation(text: Any) -> None:
 
 
 def test_what_a_user_forces() -> None:
-    assert acting(Activation((1,)), "last:2", None) == Activation(last=2)
-    assert acting(Activation((1,)), "everywhere", "error") == EVERYWHERE
-    assert acting(Activation((1,)), "invocation", "last:2").without == "last:2"
+    assert acting(Activation((1,)), "last:2") == Activation(last=2)
+    assert acting(Activation((1,)), "everywhere") == EVERYWHERE
+    assert acting(Activation((1,)), "invocation") == Activation((1,))
     with pytest.raises(UsageError, match="no invocation tokens"):
         acting(EVERYWHERE, "invocation")
-    for text in ("everywhere", "sometimes", "last:0"):
-        with pytest.raises(UsageError, match="when_not_invoked"):
-            SelectionSettings(when_not_invoked=text)
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------
@@ -335,13 +332,6 @@ def test_without_its_invocation(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="^a prompt lacks the invocation tokens of 't1', 't2', so") as told:
         logo.generate(prompt, adapters=dict.fromkeys(NAMES, 0.5), max_new_tokens=1)
     assert len(told) == 1
-    instead = engine(model, folder, when_not_invoked="last:2").generate(prompt, adapters={"t0": 1.0}, max_new_tokens=4)
-    forced = engine(model, folder, activation="last:2").generate(prompt, adapters={"t0": 1.0}, max_new_tokens=4)
-    assert instead.token_ids == forced.token_ids
-    strict = engine(model, folder, when_not_invoked="error")
-    assert len(strict.select(prompt).scores) == 3
-    with pytest.raises(UsageError, match="adapter 't0': the prompt does not contain the invocation tokens"):
-        strict.generate(prompt, adapters={"t0": 1.0}, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("name", list(tiny.STATEFUL))
@@ -381,14 +371,14 @@ def test_calibrations_of_other_tokens_are_other_ones(tmp_path: Path, monkeypatch
     folder = pool_of(tmp_path / "pool", model, alora_invocation_tokens=INVOKE)
     edit_config(folder / "t1", alora_invocation_tokens=[9])
 
-    def opened(without: str, cache: str) -> LoGo:
-        chosen = {"when_not_invoked": without, "cache": cache, "calibration_prompts": some[20:]}
+    def opened(activation: str | None, cache: str) -> LoGo:
+        chosen = {"activation": activation, "cache": cache, "calibration_prompts": some[20:]}
         return engine(model, folder, signal="calibrated", **chosen)
 
     cache = str(tmp_path / "cache")
-    off, error, last = (opened(without, cache) for without in ("off", "error", "last:9"))
+    own, last = opened(None, cache), opened("last:9", cache)
     [prompt] = invoked((20,), tail=(9, 11, 12))
-    same_selection(off.select(prompt), error.select(prompt))
+    same_selection(own.select(prompt), opened(None, "").select(prompt))
     same_selection(last.select(prompt), opened("last:9", "").select(prompt))
 
 

@@ -364,7 +364,6 @@ def test_texts_are_many_and_short() -> None:
         ({"calibration_prompts": "a long text"}, "calibration_prompts: expected a list of texts"),
         ({"calibration_prompts": [5] * 8}, "calibration_prompts: expected texts, found 5"),
         ({"cache": 5}, "cache: expected a folder, found 5"),
-        ({"when_not_invoked": 5}, "when_not_invoked: expected off, error or last:N, found 5"),
         ({"activation": 5}, "activation: expected everywhere, invocation or last:N, found 5"),
         ({"k": "3"}, "k: expected a whole number, found '3'"),
         ({"unsure_below": None}, "unsure_below: expected a number, found None"),

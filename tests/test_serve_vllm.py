@@ -177,7 +177,6 @@ def test_what_vllms_server_cannot_do_is_refused(
         (["--served-model-name", "antonym"], "adapter 'antonym': the base model has the same name"),
         (["--signals", "nosuch"], "nosuch"),
         (["--probe-context", "pool"], "probe"),
-        (["--when-not-invoked", "error"], "leave out when_not_invoked"),
         (["--prefix-cache-gb", "2"], "vLLM caches prefixes itself"),
         (["--activation", "invocation"], "an adapter has no invocation tokens"),
     ],

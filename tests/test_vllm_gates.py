@@ -204,7 +204,6 @@ def test_options_come_from_both_places() -> None:
         ({"logo": {"max_body_mb": True}}, {POOL: "p"}, "max_body_mb"),
         ({"logo": {"signals": ["nosuch"]}}, {POOL: "p"}, "unknown signal 'nosuch'"),
         ({"logo": {"probe_context": "pool", "signal": "norm"}}, {POOL: "p"}, "unknown option"),
-        ({"logo": {"when_not_invoked": "error"}}, {POOL: "p"}, "leave out when_not_invoked"),
     ],
 )
 def test_options_that_cannot_be_used(additional: Any, environment: dict[str, str], expected: str) -> None:

@@ -250,7 +250,7 @@ class LoGo:
         """Fits another pool while this one is in use: nothing changes before `take`. Errors as `LoGo`."""
         with self._lock:
             fitted = pool.fit(self._layout, model=self.model, on_bad_adapter=self._on_bad_adapter)
-            fitted = fitted.acting(self.settings.activation, self.settings.when_not_invoked)
+            fitted = fitted.acting(self.settings.activation)
             plain = [adapter.name for adapter in fitted if adapter.activation.everywhere]
             if plain and len(plain) < len(fitted):
                 warnings.warn(

@@ -359,7 +359,6 @@ def test_a_pool_that_changes_is_refused(inside: Any, pool: Path) -> None:
         ({"device": "cpu"}, "device: the engine 'vllm' has no such option"),
         ({"adapter_memory_gb": 1.0}, "adapter_memory_gb: the engine 'vllm' has no such option"),
         ({"preset": "official"}, "preset 'official' probes as the authors' script does: use the engine 'local'"),
-        ({"when_not_invoked": "error"}, "inside vLLM an adapter does nothing in a prompt without its invocation"),
         ({"model_kwargs": {"trust_remote_code": True}}, "trust_remote_code cannot be set"),
         ({"model_kwargs": {"max_lora": 4}}, "model_kwargs: vllm.LLM refuses them: .*max_lora"),
         ({"model_kwargs": {"additional_config": {"logo": 1}}}, "expected 'logo' to be an object, found int"),

@@ -15,7 +15,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,6 @@ from typing import Any
 from logo.adapters.peft import NOTES
 from logo.errors import StorageError, UsageError, listed
 from logo.identity import content_stamp
-
-# What an adapter may do in a prompt that lacks its invocation tokens.
-OFF, ERROR = "off", "error"
 
 _LAST = re.compile(r"last:([1-9]\d{0,8})")  # with 0, no adapter would act on the token that gives the first answer
 
@@ -37,12 +34,10 @@ class Activation:
     Attributes:
         tokens: its invocation tokens; empty: it has none.
         last: N of `last:N`: it acts on the last N tokens of a prompt and on the answer; None: it is not of this kind.
-        without: what it does in a prompt that lacks its tokens: `"off"`, nothing, as in PEFT; `"error"`; or `"last:N"`.
     """
 
     tokens: tuple[int, ...] = ()
     last: int | None = None
-    without: str = OFF
 
     @classmethod
     def parse(cls, text: str) -> Activation:
@@ -63,19 +58,11 @@ class Activation:
         return "everywhere" if self.everywhere else "invocation" if self.tokens else f"last:{self.last}"
 
     def begin(self, prompt: Sequence[int]) -> int | None:
-        """The first position of a prompt at which the adapter acts; None: it acts neither there nor on the answer.
-
-        Raises UsageError if the prompt lacks the invocation tokens and `without` is `"error"`.
-        """
-        if not self.tokens:
-            return 0 if self.last is None else max(0, len(prompt) - self.last)
-        found = last_occurrence(prompt, self.tokens)
-        if found is not None or self.without == OFF:
-            return found
-        if self.without == ERROR:
-            lacks = f"the prompt does not contain the invocation tokens {list(self.tokens)} that activate an adapter"
-            raise UsageError(f"{lacks}: put them where the answer begins, or see --when-not-invoked")
-        return Activation.parse(self.without).begin(prompt)
+        """The first position of a prompt at which the adapter acts; None: it acts neither there nor on the answer, as
+        in PEFT, since the prompt lacks its invocation tokens."""
+        if self.tokens:
+            return last_occurrence(prompt, self.tokens)
+        return 0 if self.last is None else max(0, len(prompt) - self.last)
 
 
 EVERYWHERE = Activation()
@@ -87,7 +74,7 @@ def warn_of_silent(names: Iterable[str], told: set[str]) -> None:
     told.update(found)
     if found:
         lacks = f"a prompt lacks the invocation tokens of {listed(list(map(repr, found)), 5)}"
-        hint = "if they open the assistant's turn, give chats (--chat), else see --when-not-invoked"
+        hint = "if they open the assistant's turn, give chats (--chat)"
         warnings.warn(f"{lacks}, so its answer is not adapted, as in PEFT; {hint}", UserWarning, stacklevel=2)
 
 
@@ -100,36 +87,27 @@ def last_occurrence(prompt: Sequence[int], tokens: Sequence[int]) -> int | None:
     return None
 
 
-def check_without(value: str) -> None:
-    """Raises UsageError unless `value` is `"off"`, `"error"` or `"last:N"`."""
-    if value not in (OFF, ERROR) and not (isinstance(value, str) and _LAST.fullmatch(value)):
-        raise UsageError(f"when_not_invoked: expected off, error or last:N, found {value!r}")
-
-
 def check_forced(forced: str | None) -> None:
     """Raises UsageError unless it is an activation that a user may force, or None."""
     if forced not in (None, "invocation"):
         Activation.parse(forced)
 
 
-def acting(activation: Activation, forced: str | None, without: str | None = None) -> Activation:
+def acting(activation: Activation, forced: str | None) -> Activation:
     """An adapter's activation, changed as a user wants it for all adapters of a pool; None changes nothing.
 
     `forced` is `"everywhere"`, `"last:N"`, or `"invocation"`, which is no change, but raises UsageError without
-    invocation tokens. For `without` see `Activation`.
+    invocation tokens.
     """
     if forced == "invocation" and not activation.tokens:
         raise UsageError("activation invocation: an adapter has no invocation tokens (alora_invocation_tokens)")
-    if forced not in (None, "invocation"):
-        activation = Activation.parse(forced)
-    return replace(activation, without=without) if activation.tokens and without is not None else activation
+    return activation if forced is None or forced == "invocation" else Activation.parse(forced)
 
 
 def earliest(activations: Iterable[Activation], prompt: Sequence[int]) -> int:
     """The first position of a prompt at which any adapter of a pool acts, before which the base model alone reads; the
     last position if none acts."""
-    lenient = {replace(one, without=OFF) if one.without == ERROR else one for one in activations}
-    begins = [begin for one in lenient if (begin := one.begin(prompt)) is not None]
+    begins = [begin for one in activations if (begin := one.begin(prompt)) is not None]
     return min(begins, default=len(prompt) - 1)
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.activation import OFF, Activation, acting
+from logo.adapters.activation import Activation, acting
 from logo.adapters.adapter import Adapter, open_adapter
 from logo.adapters.layout import BaseLayout
 from logo.adapters.peft import CONFIG
@@ -172,11 +172,11 @@ class AdapterPool:
             chosen.update(matches)
         return self._with((one for one in self if one.name in chosen), ())
 
-    def acting(self, forced: str | None, without: str | None = None) -> AdapterPool:
+    def acting(self, forced: str | None) -> AdapterPool:
         """The pool with the activation that a user wants; see `logo.adapters.activation.acting`."""
-        if forced is None and without in (None, OFF):
+        if forced is None:
             return self
-        return self._with(replace(one, activation=acting(one.activation, forced, without)) for one in self)
+        return self._with(replace(one, activation=acting(one.activation, forced)) for one in self)
 
     def fit(
         self, layout: BaseLayout, *, model: nn.Module | None = None, on_bad_adapter: OnBadAdapter = "error"

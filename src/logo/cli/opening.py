@@ -78,7 +78,6 @@ def selection_settings(options: EngineOptions, preset: Preset | None = None) -> 
         window=_window(options.window),
         probe_text=options.probe_text,
         activation=options.activation,
-        when_not_invoked=options.when_not_invoked,
         calibration_prompts=_lines(options.calibration_prompts),
         cache=options.cache,
         unscorable=options.unscorable,

@@ -157,9 +157,6 @@ class EngineOptions:
         "as each was trained",
         metavar="everywhere|invocation|last:N",
     )
-    when_not_invoked: str = _probe(
-        "off", "What an adapter does for a prompt without its invocation tokens.", metavar="off|error|last:N"
-    )
     calibration_prompts: Path | None = _probe(
         None,
         "Unlabelled prompts, one per line, by which the calibration chooses points.",

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from logo.adapters.activation import ERROR, OFF, earliest
+from logo.adapters.activation import earliest
 from logo.adapters.adapter import Adapter
 from logo.adapters.layout import linear_shape
 from logo.errors import ModelError
@@ -151,7 +151,7 @@ class Reading:
         if signal.plugin is not None:  # of a fused projection, one layer's query or all rows are read
             how += [signal.plugin, signal.layers]
         if signal.token == "tail":  # where adapters act in these texts; see `logo.adapters.activation.earliest`
-            how += [[list(a.tokens), a.last, *({a.without} - {OFF, ERROR})] for a in signal.activations]
+            how += [[list(a.tokens), a.last] for a in signal.activations]
         rows = [[list(row) for row in part] for part in (texts.neutral, texts.requests)]
         parts = json.dumps([_FORMAT, SHRINKAGE, SKETCHED, FADING, how, rows, base_digest(model)])
         key = f"calibration/{hashlib.sha256(parts.encode()).hexdigest()[:24]}"

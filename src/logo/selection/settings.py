@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from os import PathLike
 from typing import Any, Literal, get_args
 
-from logo.adapters.activation import OFF, check_forced, check_without
+from logo.adapters.activation import check_forced
 from logo.adapters.pool import AdapterPool
 from logo.adapters.sources import ExamplesUse
 from logo.core import Options, ProbeText, Weighting, WhenUnsure
@@ -48,8 +48,7 @@ class SelectionSettings:
             such adapters, which can still be forced.
         activation: where all adapters act: `"everywhere"`, `"last:N"`, or `"invocation"`; None: each where it was
             trained to act. See `logo.adapters.activation`.
-        when_not_invoked: what an adapter does in a prompt without its invocation tokens: `"off"`, nothing, as in PEFT;
-            `"last:N"`; or `"error"`.
+
 
     Raises:
         UsageError: a value that cannot be used, or not with this signal.
@@ -67,12 +66,9 @@ class SelectionSettings:
     cache: str | None = None
     unscorable: Unscorable = "error"
     activation: str | None = None
-    when_not_invoked: str = OFF
 
     def __post_init__(self) -> None:
         check_forced(self.activation)
-        check_type("when_not_invoked", self.when_not_invoked, str, "off, error or last:N")
-        check_without(self.when_not_invoked)
         _check_positive("k", self.k)
         check_type("unsure_below", self.unsure_below, Real, "a number")
         if not 0 <= self.unsure_below <= 1:

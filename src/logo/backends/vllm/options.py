@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from logo.adapters.activation import OFF
 from logo.adapters.sources import OnBadAdapter
 from logo.errors import UsageError, closest
 from logo.selection.settings import SelectionSettings
@@ -95,11 +94,6 @@ class VllmOptions:
         made = cls(settings=settings, **options)
         for signal in made.all_signals:
             settings.reading(signal=signal)  # refuses one that does not exist
-        if settings.when_not_invoked != OFF:
-            raise UsageError(
-                "inside vLLM an adapter does nothing in a prompt without its invocation tokens: leave out "
-                "when_not_invoked"
-            )
         return made
 
     @property
