@@ -12,7 +12,7 @@ import inspect
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -166,21 +166,15 @@ class PrefixCache:
     def forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache, options: dict[str, Any]) -> None:
         """Runs the base model up to its head, which has nothing to add to keys and values; see `Forward`."""
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        handle = None if head is None else head.register_forward_pre_hook(_stop)
         options = {"use_cache": True, cache_argument(self.model) or "": cache, **options}
-        try:
-            with suppress(_Stop):
-                self.model(input_ids=ids, attention_mask=mask, **options)
-        finally:
-            if handle is not None:
-                handle.remove()
+        with suppress(_Stop), ExitStack() as stack:
+            if head is not None:
+                stack.callback(head.register_forward_pre_hook(_stop).remove)
+            self.model(input_ids=ids, attention_mask=mask, **options)
 
 
 def reusable(model: nn.Module) -> bool:
-    """Whether a model keeps nothing but keys and values of earlier tokens, in a plain cache.
-
-    Recurrent models also carry a state, and not all of them say so.
-    """
+    """Whether a model keeps only keys and values of earlier tokens; not all recurrent models say that they do not."""
     if cache_argument(model) is None or getattr(model, "_is_stateful", False):
         return False
     own = not model._supports_default_dynamic_cache()  # type: ignore[operator]  # it has a cache class of its own

@@ -50,21 +50,14 @@ class Scored:
 
 @dataclass
 class Continued:
-    """A row to compute: the tokens of a prompt and of all but the last of its completion, under a mixture.
-
-    Attributes:
-        golds: pair number -> (number of tokens of the prompt, tokens of the completion), which this row scores. Several
-            completions of one token to one prompt share a row.
-    """
+    """A row to compute: the tokens of a prompt and of all but the last of its completion, under a mixture."""
 
     ids: tuple[int, ...]
+    prompt: tuple[int, ...]
     mixture: Mapping[str, float]
+    # Pair number -> (number of tokens of the prompt, tokens of the completion). Several completions of one token to one
+    # prompt share a row.
     golds: dict[int, tuple[int, Sequence[int]]] = field(default_factory=dict)
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        """The tokens of the prompt."""
-        return self.ids[: next(start for start, _ in self.golds.values())]
 
 
 def joined(prompt: str, completion: str) -> str:
@@ -134,7 +127,7 @@ def continued_rows(
                 "shorten the prompt"
             )
         key = (ids, apart and len(prompt), frozenset((name, weight) for name, weight in mixture.items() if weight))
-        rows.setdefault(key, Continued(ids, mixture)).golds[number] = (len(prompt), gold)
+        rows.setdefault(key, Continued(ids, tuple(prompt), mixture)).golds[number] = (len(prompt), gold)
     return list(rows.values())
 
 
@@ -148,13 +141,14 @@ def score_pairs(
     mixtures: Sequence[Mapping[str, float]],
     batch_size: int,
 ) -> list[Scored]:
-    """Scores completions, each after its own prompt and under its own mixture; errors as `continued_rows`.
+    """Scores completions, each after its own prompt and under its own mixture.
 
     Args:
         model: a Hugging Face causal LM; prompts, mixer, pool: of it.
         batch_size: rows of one forward pass; fewer if they are long (`MAX_TOKENS`, `MAX_LOGITS`).
 
     Raises:
+        UsageError: see `continued_rows`.
         CacheFull: the adapters of a batch do not fit into the memory for adapters.
     """
     rows = continued_rows(pairs, mixtures, prompts.context, apart=pool.activations != (EVERYWHERE,))

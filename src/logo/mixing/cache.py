@@ -112,8 +112,7 @@ class AdapterCache:
 
         Raises:
             CacheFull: they do not fit beside the adapters that others hold.
-            AdapterError: one cannot be read.
-            NotFinite: one overflows the dtype.
+            AdapterError, NotFinite: one cannot be read, or overflows the dtype.
         """
         hold = self.reserve(adapters)
         try:

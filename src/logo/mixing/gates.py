@@ -23,11 +23,9 @@ class Gates:
     """The weight of each of n adapters, per row of the batch or per token.
 
     Args:
-        weights: (rows, n) on the host; with `per_token`, (tokens, n).
+        weights: (rows, n) on the host, or one row for any batch. A batch of a multiple of the rows (beam search,
+            several return sequences, flattened tokens) repeats every row that many times.
         per_token: the rows of `weights` are tokens, as a packed or (rows, length) batch is laid out in memory.
-
-    A batch dimension that is a multiple of `rows` (beam search, several return sequences, flattened tokens) repeats
-    every row that many times. One row of weights serves any batch.
     """
 
     def __init__(self, weights: Tensor, *, per_token: bool = False) -> None:
@@ -54,7 +52,7 @@ class Gates:
         """The gate, shaped to multiply `like`, and where it is 0; None if nowhere."""
         lead, rows = like.shape[:-1], len(self._weights)
         count = lead.numel() if self._per_token else lead[0]
-        if rows != 1 and (count % rows or (self._per_token and count != rows)):
+        if rows != 1 and (count != rows if self._per_token else count % rows):
             unit = "tokens" if self._per_token else "rows"
             raise ValueError(f"gates for {rows} {unit} cannot serve a batch of {count} {unit}")
         weights = self._weights.to(like.dtype)
@@ -63,10 +61,8 @@ class Gates:
         gate = placed.index_select(1, owner)  # (rows, R)
         if rows not in (1, count):
             gate = gate.repeat_interleave(count // rows, dim=0)
-        if not self._per_token:
-            gate = gate.view(-1, *[1] * (len(lead) - 1), len(owner))
-        elif rows != 1:
-            gate = gate.view(*lead, len(owner))
+        if rows != 1:  # a single row serves any shape
+            gate = gate.view(*(lead if self._per_token else (count, *[1] * (len(lead) - 1))), len(owner))
         return gate, None if bool(weights.all()) else gate == 0
 
 
@@ -94,9 +90,8 @@ class OpeningGates:
             yield
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        read = args[0] if args else kwargs.get("input_ids")
-        if read is None:
-            read = kwargs["inputs_embeds"]
+        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        read = next(one for one in given if one is not None)
         cache, seen = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None), 0
         if cache is not None:
             with suppress(AttributeError, ValueError):  # linear attention keeps no columns

@@ -24,7 +24,6 @@ def mergeable(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return (
         (type(module) is nn.Linear or type(module).__name__ == "Conv1D")
-        and weight is not None
         and type(weight) is nn.Parameter
         and weight.is_floating_point()
         and weight.element_size() > 1
@@ -43,12 +42,9 @@ class Merger:
 
     @contextmanager
     def active(self, key: Hashable, stacks: Callable[[], Mapping[str, Stack]], weights: Tensor) -> Iterator[None]:
-        """Adds one mixture to every adapted module inside the block.
+        """Adds one mixture, with weights (n,) of the adapters of the stacks, to `mergeable` modules inside the block.
 
-        Args:
-            key: identifies the adapters and their weights; not None.
-            stacks: gives the factors, on `mergeable` modules; not called for the mixture that was merged last.
-            weights: (n,), one per adapter of the stacks.
+        The mixture that was merged last is known by its key (adapters and weights; not None) and needs no stacks.
         """
         if self._key != key:
             self._key, factors = None, stacks()  # None until the copy is complete
@@ -85,10 +81,9 @@ class Merger:
 
 @torch.no_grad()
 def merged_weight(module: nn.Module, stack: Stack, weights: Tensor, out: Tensor | None = None) -> Tensor:
-    """`W + B diag(w) A` in the layout of the module's weight.
+    """`W + B diag(w) A` in the layout of the weight of a `mergeable` module, for weights (n,) of the adapters.
 
-    The module is a `mergeable` one, `weights` (n,) has one entry per adapter, and `out` is memory to use if it fits,
-    never that of the weight.
+    `out` is memory to use if it fits, never that of the weight.
     """
     weight: Tensor = module.weight  # type: ignore[assignment]
     gate = weights.to(stack.A.device, stack.A.dtype)[stack.owner]  # (R,)

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import nn
 
-from logo.adapters.activation import Activation
 from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.core import Form
@@ -41,15 +40,12 @@ class Mixture:
         Raises:
             UsageError: see `Activation.begin`; the message names the adapter.
         """
-        known = dict[Activation, int | None]()
+        begin, found = cache(lambda activation: activation.begin(prompt)), dict[str, int | None]()
         for name in weights:
-            activation = pool[name].activation
-            if activation not in known:
-                try:
-                    known[activation] = activation.begin(prompt)
-                except UsageError as error:
-                    raise UsageError(f"adapter {name!r}: {error}") from None
-        found = {name: known[pool[name].activation] for name in weights}
+            try:
+                found[name] = begin(pool[name].activation)
+            except UsageError as error:
+                raise UsageError(f"adapter {name!r}: {error}") from None
         acting = {name: weights[name] for name, begin in found.items() if begin is not None}
         return cls(acting, {name: begin for name, begin in found.items() if begin})
 
@@ -74,15 +70,12 @@ class Mixer:
 
     @contextmanager
     def active(self, pool: AdapterPool, mixtures: Sequence[Mixture], passes: float = 1) -> Iterator[Form]:
-        """Activates one mixture per row of the batch, or one for all rows, inside the block.
+        """Activates one mixture per row of the batch, or one for all rows, inside the block, which gets the form.
 
         Args:
             pool: fitted to the model.
             mixtures: of each row. A batch of a multiple of them repeats every row that many times.
             passes: forward passes that are expected inside the block; merging pays for many.
-
-        Yields:
-            The form, which depends on the arguments, the sizes and the dtype alone.
 
         Raises:
             UsageError: another mixture is active.
@@ -121,7 +114,7 @@ class Mixer:
         if not self.merge and 32 * passes < self._width:
             return False
         modules = {path: self.cache.modules[path] for adapter in adapters for path in adapter.modules}
-        if not all(mergeable(module) for module in modules.values()):
+        if not all(map(mergeable, modules.values())):
             return False
         exact = all(module.weight.element_size() >= 4 for module in modules.values())  # type: ignore[operator]
         return (bool(self.merge) or exact) and self._merger.fits(modules)

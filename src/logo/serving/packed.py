@@ -6,8 +6,8 @@ has gates of its own. Not thread-safe: everything is called by the thread that r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,17 +21,11 @@ from logo.mixing.mixer import Mixture
 
 @dataclass(frozen=True, eq=False)
 class PackedMixture:
-    """The mixture of one sequence, whose adapters have to be held while it is used.
+    """The mixture of one sequence, whose adapters have to be held while it is used."""
 
-    Attributes:
-        hold: the adapters of the mixture, in its order.
-        mixture: columns are positions in the sequence.
-        end: the number of tokens before any adapter of the pool acts, which the base model alone reads.
-    """
-
-    hold: Hold
-    mixture: Mixture
-    end: int = 0
+    hold: Hold  # the adapters of the mixture, in its order
+    mixture: Mixture  # columns are positions in the sequence
+    end: int = 0  # the number of tokens before any adapter of the pool acts, which the base model alone reads
 
     @property
     def last(self) -> int:
@@ -52,21 +46,16 @@ class Packed:
         self._stacks: Mapping[str, Stack] = {}
         self._gates = self._head_gates = Gates(torch.zeros(1, 0))
 
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
+    def hooks(self) -> AbstractContextManager[None]:
         """Adds the gated term to every module inside the block, while gates are set."""
-        with hooked(self._cache.modules, {path: partial(self._add, path) for path in self._cache.modules}):
-            yield
+        return hooked(self._cache.modules, {path: partial(self._add, path) for path in self._cache.modules})
 
     def gate(self, step: Sequence[tuple[PackedMixture | None, int, bool, int]]) -> bool:
-        """Sets the sequences of the next forward pass; the one before must have finished.
+        """Sets the sequences of the next forward pass, and says if any has a mixture; the one before must have ended.
 
         Args:
             step: for each sequence, in the order of the packed row: its mixture, its number of tokens, whether its
                 next token is drawn, and the position of its first token in the sequence. Empty: the base model alone.
-
-        Returns:
-            Whether any token has a mixture.
         """
         self._stacks = {}  # frees the memory of the copies, should others be needed
         used = dict.fromkeys(resident for held, *_ in step if held is not None for resident in held.hold)
