@@ -21,7 +21,7 @@ import tiny
 from logo import AdapterPool, LoGo, LoGoError, PoolError, SelectionSettings, UsageError, opening
 from logo.backends.vllm import opening as vllm_opening
 from logo.cli.run import run
-from logo.decoding import greedy_config
+from logo.decoding import call_config, greedy_config
 from logo.demo import heldout
 from logo.mixing.merge import mergeable
 from test_engine import PROMPTS, engine, tokenizer
@@ -85,7 +85,7 @@ def test_vllms_processes_open_no_other_pool_than_the_given_one(base: Path, adapt
         return vllm_opening._opened(pool, str(base), None, "error", SelectionSettings.of(cache="", **settings), None)[0]
 
     pool = AdapterPool.open(adapters)
-    told = AdapterPool(replace(adapter, given_examples=("other",)) for adapter in pool)
+    told = AdapterPool(replace(adapter, examples=("other",)) for adapter in pool)
     assert Path(opened(pool)) == adapters == Path(opened(told, examples="ignore"))
     for other in (told, pool.acting("last:2"), pool.subset(pool.names[1:])):
         with pytest.raises(PoolError, match="expected all adapters in one folder"):
@@ -170,7 +170,7 @@ def test_the_official_preset_is_that_of_the_command_line(tmp_path: Path) -> None
     assert logo.settings == SelectionSettings(signal="norm", k=16)
     assert logo.probe_context == "carry"
     assert (logo.prompts.truncation.limit, logo.prompts.truncation.side) == (2048, "right")
-    config = logo.prompts.generation_config(None, None, {})
+    config = call_config(logo.prompts, logo.model.generation_config, {})
     assert config.max_new_tokens == 256 and config.to_diff_dict() != greedy_config().to_diff_dict()
     answers = logo.generate([row["context"] for row in rows], batch_size=1)
     assert [list(one.selection.adapters) for one in answers] == kept("selected_loras.json")

@@ -174,7 +174,7 @@ def alone(logo: LoGo, rows: list[list[int]], requests: list[MixtureRequest], len
     results = []
     for ids, wanted in zip(rows, requests, strict=True):
         forced = wanted.adapters is not None
-        selection = Selection.forced(wanted.adapters or {}) if forced else logo.select(ids)
+        selection = Selection.forced(wanted.adapters or {}) if forced else logo.select(ids, max_new_tokens=length)
         [made] = logo._decode(logo.fitted, [ids], [selection], Decoding(config), 0.0, None)
         results.append((made.token_ids, made.finish_reason, selection.adapters))
     return results

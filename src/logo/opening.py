@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from logo import plugins
-from logo.adapters.pool import DEFAULT_K, AdapterPool, officially_named, open_pool
+from logo.adapters.pool import DEFAULT_K, AdapterPool, CurrentPool, officially_named, open_pool
 from logo.adapters.sources import OnBadAdapter, pool_sources, spec_of
 from logo.errors import UsageError, check_type, closest
 from logo.models import load_base
@@ -32,7 +32,7 @@ LOCAL_OPTIONS = ("probe_context", "adapter_memory_gb", "prefix_cache_gb", "merge
 def opened(
     make: Callable[..., T],
     base_model: str | os.PathLike[str],
-    pool: AdapterPool | str | Path | Sequence[str | Path] | None = None,
+    pool: AdapterPool | CurrentPool | str | Path | Sequence[str | Path] | None = None,
     *,
     engine: str = LOCAL,
     preset: Preset | None = None,
@@ -48,6 +48,7 @@ def opened(
     plugins.load_installed()
     if hasattr(base_model, "generate"):
         raise UsageError("base_model: a loaded model has no name to open; give it to LoGo(model, tokenizer, pool)")
+    pool = pool.value if isinstance(pool, CurrentPool) else pool
     check_type("base_model", base_model, (str, os.PathLike), "a Hub id, a folder or a short name")
     base_model = os.fspath(base_model)
     for what, value, known in (

@@ -18,7 +18,6 @@ from torch import nn
 from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.core import Form
-from logo.errors import UsageError
 from logo.mixing.cache import AdapterCache
 from logo.mixing.gates import OpeningGates, added, hooked
 from logo.mixing.merge import Merger, mergeable
@@ -35,17 +34,9 @@ class Mixture:
 
     @classmethod
     def of(cls, pool: AdapterPool, weights: Mapping[str, float], prompt: Sequence[int]) -> Mixture:
-        """A mixture for a prompt, whose tokens say where each adapter acts; those that do not act are left out.
-
-        Raises:
-            UsageError: see `Activation.begin`; the message names the adapter.
-        """
-        begin, found = cache(lambda activation: activation.begin(prompt)), dict[str, int | None]()
-        for name in weights:
-            try:
-                found[name] = begin(pool[name].activation)
-            except UsageError as error:
-                raise UsageError(f"adapter {name!r}: {error}") from None
+        """A mixture for a prompt, whose tokens say where each adapter acts; those that do not act are left out."""
+        begin = cache(lambda activation: activation.begin(prompt))
+        found = {name: begin(pool[name].activation) for name in weights}
         acting = {name: weights[name] for name, begin in found.items() if begin is not None}
         return cls(acting, {name: begin for name, begin in found.items() if begin})
 

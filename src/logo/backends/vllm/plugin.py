@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from logo import plugins
-from logo.errors import ModelError
+from logo.errors import ModelError, PluginError, UsageError
 
 # Why LoGo is not in this process; None if it is.
 refused: str | None = None
@@ -19,6 +19,6 @@ def register() -> None:
     try:
         plugins.load_installed()
         install()
-    except ModelError as error:
+    except (ModelError, PluginError, UsageError) as error:
         refused = str(error)
         logging.getLogger("vllm.logo").warning("%s", error)
