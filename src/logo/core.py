@@ -87,9 +87,8 @@ class Selection:
         try:
             return cls(tuple(weights), tuple(float(w) for w in weights.values()), {})
         except (AttributeError, TypeError, ValueError):
-            raise UsageError(
-                f"adapters: expected names with a number as the weight of each, found {weights!r:.60}"
-            ) from None
+            expected = "names with a number as the weight of each"
+            raise UsageError(f"adapters: expected {expected}, found {weights!r:.60}") from None
 
     @property
     def mixture(self) -> dict[str, float]:
@@ -98,12 +97,8 @@ class Selection:
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
-        return {
-            "adapters": list(self.adapters),
-            "weights": list(self.weights),
-            "scores": dict(self.scores),
-            "confidence": self.confidence,
-        }
+        found = {"adapters": list(self.adapters), "weights": list(self.weights), "scores": dict(self.scores)}
+        return {**found, "confidence": self.confidence}
 
 
 # What a user may force: weights by name, or a selection from before.
@@ -121,8 +116,7 @@ class Generation:
         finish_reason: `"stop"` (the model or a stop rule ended it) or `"length"` (it was cut: at the most new tokens,
             or at `max_time`).
         seconds: this prompt's share of the wall time: `{"probe", "generate"}`.
-        form: the form of the mixtures in its batch: `"merged"` into the weights, `"gated"` beside them, or `"none"`
-            without adapters.
+        form: how the mixtures of its batch acted.
     """
 
     text: str

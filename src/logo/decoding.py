@@ -456,7 +456,7 @@ def _without_checkpoint(model: PreTrainedModel) -> Iterator[None]:
 
 
 def overflow(mixture: Mapping[str, float]) -> NotFinite:
-    """The error for a mixture that overflows; it names the adapters with the largest weights."""
+    """The error for a mixture that overflows, with the names of the largest weights."""
     names = sorted(mixture, key=lambda name: -abs(mixture[name]))
     under = f"with the adapters {listed(list(map(repr, names)))}" if names else "with no adapter"
     return NotFinite(f"{OVERFLOW} ({under})")

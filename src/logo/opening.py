@@ -51,10 +51,8 @@ def opened(
     pool = pool.value if isinstance(pool, CurrentPool) else pool
     check_type("base_model", base_model, (str, os.PathLike), "a Hub id, a folder or a short name")
     base_model = os.fspath(base_model)
-    for what, value, known in (
-        ("preset", preset, (*get_args(Preset), None)),
-        ("engine", engine, (LOCAL, *ENGINES)),
-    ):
+    presets, engines = (*get_args(Preset), None), (LOCAL, *ENGINES)
+    for what, value, known in (("preset", preset, presets), ("engine", engine, engines)):
         if value not in known:
             expected = ", ".join(map(repr, known))
             raise UsageError(f"{what}: expected one of {expected}, found {value!r}{closest(str(value), ENGINES)}")
@@ -91,15 +89,7 @@ def opened(
         pool = officially_named(pool, base_model, named)
         settings = replace(settings, k=min(DEFAULT_K, len(pool)) if settings.k is None else settings.k)
     model, tokenizer = load_base(base_model, **loading, **whence)
-    logo: Any = make(
-        model,
-        tokenizer,
-        pool,
-        settings=settings,
-        generation_config=model.generation_config if official else None,
-        truncation=truncation,
-        on_bad_adapter=on_bad_adapter,
-        **local,
-    )
+    local |= {"settings": settings, "truncation": truncation, "on_bad_adapter": on_bad_adapter}
+    logo: Any = make(model, tokenizer, pool, generation_config=model.generation_config if official else None, **local)
     logo.calibrate()
     return logo  # type: ignore[no-any-return]
