@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -45,9 +45,8 @@ from logo.scoring import MAX_TOKENS, Scored, encoded, score_pairs
 from logo.selection.calibration import Calibration
 from logo.selection.index import Tell
 from logo.selection.scorer import Scorer
-from logo.selection.selector import forced
-from logo.selection.settings import OPTIONS, SelectionSettings
-from logo.selection.signals import get_signal
+from logo.selection.selector import for_each, forced
+from logo.selection.settings import OPTIONS, ProbeContext, SelectionSettings, check_context
 from logo.selection.texts import WHOLE
 
 if TYPE_CHECKING:
@@ -55,10 +54,6 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
     from logo.prompts import OnePrompt
-
-# Which adapters are active while probing: none; all, unscaled; or, as the official code runs, all for the first prompt,
-# then those that the last prompt selected.
-ProbeContext = Literal["base", "pool", "carry"]
 
 
 class LoGo:
@@ -117,7 +112,7 @@ class LoGo:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings or SelectionSettings()
         self.pool = CurrentPool(pool)
         self.probe_context = probe_context
-        _check_context(probe_context, self.settings.signal)
+        check_context(probe_context, self.settings.signal)
         self._lock = lock_of(model)
         with self._lock:  # an answer of another engine sets the checkpoint's config aside
             self._checkpoint = model.generation_config
@@ -339,8 +334,7 @@ class LoGo:
             for i, call in enumerate(options):
                 groups.setdefault((call.signal, self.probe_context == "carry" and i), []).append(i)
             for (signal, _), members in groups.items():
-                if self.probe_context != "base":
-                    _check_context(self.probe_context, signal)
+                check_context(self.probe_context, signal)
                 scorer, among = self._scorer(signal), [options[i].candidates for i in members]
                 scores = self._scores(scorer, [rows[i] for i in members], among, batch_size)
                 found |= {i: scorer.selector.outcome(row, options[i]) for i, row in zip(members, scores, strict=True)}
@@ -613,23 +607,3 @@ class Prepared:
     pool: AdapterPool  # as it was given, without adapters that do not fit
     fitted: AdapterPool  # matched to the base model
     scorers: dict[str, Scorer]  # by the signals for which `LoGo.calibrate` has calibrated it
-
-
-def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> list[Forced | None]:
-    """The mixtures that are forced on so many prompts; UsageError for something else or a list of another length."""
-    if adapters is None or isinstance(adapters, (Mapping, Selection)):
-        return [adapters] * count
-    check_type("adapters", adapters, (list, tuple), "{name: weight}, a Selection, or a list of these")
-    if len(adapters) != count:
-        raise UsageError(f"adapters: expected one entry for each of {count} prompts, found {len(adapters)}")
-    return list(adapters)
-
-
-def _check_context(context: ProbeContext, signal: str) -> None:
-    if context not in get_args(ProbeContext):
-        raise UsageError(f"probe_context: expected one of {', '.join(get_args(ProbeContext))}, found {context!r}")
-    if context != "base" and get_signal(signal).scale != "raw":
-        raise UsageError(
-            f"probe_context {context!r}: the signal {signal!r} compares with neutral text that the base model "
-            "read alone; use 'base'"
-        )

@@ -172,6 +172,16 @@ def forced(entry: Forced, pool: AdapterPool, candidates: Collection[str] | None 
     return selection
 
 
+def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> list[Forced | None]:
+    """The mixtures that are forced on so many prompts; UsageError for something else or a list of another length."""
+    if adapters is None or isinstance(adapters, (Mapping, Selection)):
+        return [adapters] * count
+    check_type("adapters", adapters, (list, tuple), "{name: weight}, a Selection, or a list of these")
+    if len(adapters) != count:
+        raise UsageError(f"adapters: expected one entry for each of {count} prompts, found {len(adapters)}")
+    return list(adapters)
+
+
 def known(name: str, pool: AdapterPool, candidates: Collection[str] | None = None) -> str:
     """The name, if it is in the pool and among the candidates, else a PoolError, which names candidates only."""
     if candidates is not None and name not in candidates:

@@ -19,6 +19,9 @@ from logo.selection.signals import Signal, get_signal
 from logo.selection.texts import USUAL_WINDOW, WHOLE, Window
 
 Unscorable = Literal["error", "skip"]
+# Which adapters are active while probing: none; all, unscaled; or, as the official code runs, all for the first prompt,
+# then those that the last prompt selected.
+ProbeContext = Literal["base", "pool", "carry"]
 
 # Of one call: adapters per prompt, any registered signal, its weighting, the names that may be selected.
 OPTIONS = ("k", "signal", "weighting", "candidates")
@@ -152,6 +155,17 @@ class SelectionSettings:
             if name not in every:
                 raise UsageError(f"unknown setting {name!r}{closest(name, every)}; known: {', '.join(every)}")
         return cls(**settings)
+
+
+def check_context(context: ProbeContext, signal: str) -> None:
+    """UsageError for a context that does not exist, or that the signal cannot be read in."""
+    if context not in get_args(ProbeContext):
+        raise UsageError(f"probe_context: expected one of {', '.join(get_args(ProbeContext))}, found {context!r}")
+    if context != "base" and get_signal(signal).scale != "raw":
+        raise UsageError(
+            f"probe_context {context!r}: the signal {signal!r} compares with neutral text that the base model "
+            "read alone; use 'base'"
+        )
 
 
 def _check_positive(name: str, k: Any) -> None:
