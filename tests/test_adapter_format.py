@@ -337,6 +337,13 @@ def test_a_file_that_was_replaced_is_not_read_with_the_old_scale(tmp_path: Path)
     assert open_adapter(tmp_path).read()[PATH].scaling == 4
 
 
+def test_the_digest_is_never_that_of_a_later_file(tmp_path: Path) -> None:
+    adapter = open_adapter(write(tmp_path))
+    write(tmp_path, tensors(seed=3))
+    with pytest.raises(AdapterError, match="has changed since it was opened; open the pool again"):
+        assert adapter.sha256
+
+
 def test_the_digest_of_a_pickle_is_that_of_the_tensors_that_were_read(tmp_path: Path) -> None:
     adapter = open_adapter(pickled(tmp_path, tensors()), allow_pickle=True)
     content, before = (tmp_path / PICKLE).read_bytes(), adapter.read()[PATH]

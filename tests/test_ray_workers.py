@@ -163,7 +163,7 @@ def test_processes_that_cannot_be_used_are_told_in_one_line() -> None:
 
 
 def test_a_pool_that_lacks_an_adapter_is_not_the_drivers() -> None:
-    own = Facts({}, library_versions(), {"a": "1"}, None, "cpu", {}, "norm", {}, 0.0)
+    own = Facts({}, library_versions(), {"a": "1"}, None, "cpu", "norm", {}, 0.0)
     assert differs({"a": "1"}, whole=True)(own, own) is None
     assert differs({"a": "1", "b": "2"}, whole=False)(own, own) is None  # it may leave out what it cannot use
     assert str(differs({"a": "1", "b": "2"}, whole=True)(own, own)).startswith("its pool lacks adapter 'b'")

@@ -80,7 +80,7 @@ class LoGo:
         UsageError: something else than a pool, or a model with layers of PEFT or with dropout in training mode.
 
     Attributes:
-        model, tokenizer, pool, settings, probe_context: the same.
+        model, tokenizer, pool, settings, probe_context, merge: the same.
         prompts: turns prompts into token ids.
         adapter_cache: the adapters on the devices of the model.
         prefix_cache: None: the model keeps more than keys and values, so that prompts are read under their mixtures.
@@ -111,7 +111,7 @@ class LoGo:
         check_usable(model)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings or SelectionSettings()
         self.pool = CurrentPool(pool)
-        self.probe_context = probe_context
+        self.probe_context, self.merge = probe_context, merge
         check_context(probe_context, self.settings.signal)
         self._lock = lock_of(model)
         with self._lock:  # an answer of another engine sets the checkpoint's config aside
@@ -205,11 +205,6 @@ class LoGo:
     def points(self) -> tuple[str, ...]:
         """Where prompts are read, such as `"4.v_proj"`; calibrates first if necessary."""
         return tuple(point.name for point in self.scorer.points)
-
-    @property
-    def merge(self) -> bool | None:
-        """Whether mixtures are merged into the weights, as it was asked for; None: where it pays."""
-        return self._mixer.merge
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -535,8 +530,8 @@ class LoGo:
 
     def _held(self, pool: AdapterPool) -> AbstractContextManager[Any]:
         """Inside the block, what the probe has read stays cached for the answer."""
-        late = self.prefix_cache is not None and pool.activations != (EVERYWHERE,)
-        return self.prefix_cache.held() if late and self.prefix_cache is not None else nullcontext()
+        cache = self.prefix_cache
+        return nullcontext() if cache is None or pool.activations == (EVERYWHERE,) else cache.held()
 
     def _checked(
         self, pool: AdapterPool, adapters: Forced | Sequence[Forced | None] | None, options: dict[str, Any]
@@ -554,12 +549,7 @@ class LoGo:
         return call, Decoding.of(config, *ends)
 
     def _mixtures(
-        self,
-        pool: AdapterPool,
-        rows: Sequence[Prompt],
-        wanted: Sequence[Forced | None],
-        call: Options,
-        batch_size: int,
+        self, pool: AdapterPool, rows: Sequence[Prompt], wanted: Sequence[Forced | None], call: Options, batch_size: int
     ) -> list[Selection]:
         """The mixture of each row: the forced one, or a selection."""
         done = {i: forced(entry, pool, call.candidates) for i, entry in enumerate(wanted) if entry is not None}

@@ -101,10 +101,10 @@ class Adapter:
 
     @cached_property
     def sha256(self) -> str:
-        """The digest of the weight file, as `sha256sum` prints it. Raises AdapterError if it became unreadable."""
+        """The digest of the weight file, as `sha256sum` prints it. AdapterError if it changed or cannot be read."""
         try:
             return self.file.sha256()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise AdapterError(self.name, unreadable(error, self.file.path)) from error
 
     @cached_property

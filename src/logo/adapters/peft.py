@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 CONFIG, SAFETENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 EXAMPLES, NOTES, RECORD = "examples.jsonl", "pool.json", "training.json"
+_CHANGED = "it has changed since it was opened; open the pool again"
 
 # Settings that make more of an adapter than a plain `s B A`, unless they are off, each with the reason.
 _NOT_PLAIN = {
@@ -254,15 +255,17 @@ class WeightFile:
         with self._open("pt") as file:
             # A new owner, mode or link changes the stamp, but not the content.
             if content_stamp(self.path) != self._stamp and file_sha256(self.path) != self._digest:
-                raise ValueError("it has changed since it was opened; open the pool again")
+                raise ValueError(_CHANGED)
             return {key: file.get_tensor(key) for key in keys}
 
     def sha256(self) -> str:
-        """The digest of its content, as `sha256sum` prints it."""
-        digest = file_sha256(self.path)
-        if content_stamp(self.path) == self._stamp:
+        """The digest of its content, as `sha256sum` prints it. Raises ValueError if the file changed before."""
+        if self._digest is None:
+            digest = file_sha256(self.path)
+            if content_stamp(self.path) != self._stamp:
+                raise ValueError(_CHANGED)
             self._digest = digest
-        return digest
+        return self._digest
 
     def _open(self, framework: str) -> Any:
         from safetensors import safe_open
@@ -284,7 +287,7 @@ class WeightFile:
         # The tensors stay in memory, so the digest has to be theirs, whatever is written to the file later.
         self._digest = file_sha256(self.path)
         if content_stamp(self.path) != self._stamp:
-            raise ValueError("it has changed while it was opened; open the pool again")
+            raise ValueError(_CHANGED)
         return {key: value.detach() for key, value in items.items()}  # parameters would carry gradients
 
 

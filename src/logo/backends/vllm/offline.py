@@ -78,6 +78,7 @@ class VllmLoGo(LoGo):
         self.prompts, self.settings = prompts, settings
         self.engine_options, self.versions = engine_options, {"vllm": version()}
         self.probe_context, self.prefix_cache, self._carried = "base", None, None
+        self.merge = None  # each adapter has a slot of vLLM, which decides
         self._checkpoint, self._generation_config = model.generation_config, None
         self.core = Core(llm.llm_engine.vllm_config)
         adapters = self.core.pool.adapters
@@ -105,10 +106,6 @@ class VllmLoGo(LoGo):
     def points(self) -> tuple[str, ...]:
         found: tuple[str, ...] = self._scorer(self.settings.signal).points
         return found
-
-    @property
-    def merge(self) -> None:
-        """Nothing is merged: each adapter has a slot of vLLM, which decides."""
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
