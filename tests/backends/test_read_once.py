@@ -122,13 +122,12 @@ def test_probes_that_are_put_back_begin_anew(small: Any, local: LoGo, put_back: 
     assert any(0 < tokens < 230 for tokens in put_back)  # in the middle of a prompt
 
 
-@pytest.mark.parametrize("last", [1, 9])
-def test_steps_that_end_among_the_tokens_on_which_adapters_act(small: Any, local: LoGo, last: int) -> None:
+def test_steps_that_end_among_the_tokens_on_which_adapters_act(small: Any, local: LoGo) -> None:
     """Prompts are read in steps of so many tokens, one prompt at a time."""
-    lengths = [STEP - 1, STEP, STEP + 1, STEP + 4, STEP + 8, STEP + 9, STEP + 10, 2 * STEP + 5]
+    lengths = [STEP - 1, STEP, *(STEP + some for some in range(1, LAST + 2)), 2 * STEP + 5]
     long = texts(local, 2, 2 * STEP + 5)[1]
     for length, mixture in zip(lengths, cycle(mixtures(local, 8)[1:4])):
-        options: dict[str, Any] = {"adapters": mixture, "max_new_tokens": 4, "activation": f"last:{last}"}
+        options: dict[str, Any] = {"adapters": mixture, "max_new_tokens": 4}
         same_answers(small.generate([long[-length:]], **options), local.generate([long[-length:]], **options))
 
 
