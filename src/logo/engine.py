@@ -90,6 +90,7 @@ class LoGo:
 
     versions: Mapping[str, str] = MappingProxyType({})
     engine_options: Mapping[str, Any] = MappingProxyType({})
+    _inside = 0  # calls that hold the lock, each within the one before
 
     def __init__(
         self,
@@ -177,7 +178,7 @@ class LoGo:
         if self.pool.value is not self._seen:
             with self._lock:
                 pool = self.pool.value
-                if pool is not self._seen:
+                if pool is not self._seen and not self._inside:  # a call ends on the pool on which it began
                     prepared = self.prepared(pool)
                     for signal in self._scorers:  # a pool that cannot be scored changes nothing
                         self.calibrate(signal, prepared=prepared)
@@ -522,11 +523,14 @@ class LoGo:
         """Holds the lock, for a call on the pool as it is now, which leaves no trace if it fails."""
         with self._lock:
             pool, carried = self.fitted, self._carried
+            self._inside += 1
             try:
                 yield pool
             except BaseException:
                 self._carried = carried
                 raise
+            finally:
+                self._inside -= 1
 
     def _held(self, pool: AdapterPool) -> AbstractContextManager[Any]:
         """Inside the block, what the probe has read stays cached for the answer."""
