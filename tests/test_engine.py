@@ -308,6 +308,28 @@ def test_the_pool_may_change(llama: nn.Module, adapters: Path, tmp_path: Path) -
     assert logo.select(PROMPTS[0]) == before
 
 
+def test_a_call_ends_on_the_pool_on_which_it_began(llama: nn.Module, adapters: Path, tmp_path: Path) -> None:
+    """Otherwise an adapter is selected by its scores, and another one of its name answers."""
+    for seed, folder in enumerate(("one", "other")):
+        write_adapter(tmp_path / folder / "big", llama, ("q_proj", "v_proj"), rank=2, seed=seed, scale=2.0)
+    logo = engine(llama, adapters)
+    logo.pool.add(tmp_path / "one" / "big")
+    expected = logo.generate(PROMPTS, batch_size=1, max_new_tokens=4)
+
+    def replaced(*_: Any) -> None:
+        hook.remove()
+        logo.pool.remove("big")
+        logo.pool.add(tmp_path / "other" / "big")
+
+    hook = llama.register_forward_pre_hook(replaced)
+    found = logo.generate(PROMPTS, batch_size=1, max_new_tokens=4)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    assert [one.selection for one in found] == [one.selection for one in expected]
+    assert (
+        logo.generate(PROMPTS, batch_size=1)[0].selection.scores != expected[0].selection.scores
+    )  # now it has changed
+
+
 def test_empty_prompts(llama: nn.Module, adapters: Path) -> None:
     assert len(engine(llama, adapters).generate("", max_new_tokens=2).token_ids) == 2  # the bos token is a prompt
     with pytest.raises(UsageError, match="prompt 2 is empty"):
