@@ -174,7 +174,8 @@ class LoGo:
         Raises:
             PoolError, AdapterError: it was changed, and cannot be used any more; calls before used the old one.
         """
-        check_mode(self.model)
+        if not self._inside:
+            check_mode(self.model)
         if self.pool.value is not self._seen:
             with self._lock:
                 pool = self.pool.value

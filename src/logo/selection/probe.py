@@ -92,10 +92,9 @@ class Probe:
 def pick(begins: Sequence[int], ends: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
     """The tokens from `begins` up to `ends` of each row of a batch: their positions in the flattened (rows, width) ids,
     and their rows; (vectors,) int64 each, on the CPU."""
-    counts = torch.tensor([end - begin for begin, end in zip(begins, ends, strict=True)])
-    owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    first = torch.tensor([row * width + begin for row, begin in enumerate(begins)]) - (counts.cumsum(0) - counts)
-    return torch.arange(len(owners)) + first[owners], owners
+    spans = list(enumerate(map(range, begins, ends)))
+    at = torch.tensor([row * width + position for row, span in spans for position in span], dtype=torch.int64)
+    return at, torch.tensor([row for row, span in spans for _ in span], dtype=torch.int64)
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

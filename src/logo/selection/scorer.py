@@ -181,19 +181,26 @@ class Scorer:
             ends = [earliest(signal.activations, row) for row in rows]
             read = partial(self._read_rest, rows)
             hidden, owners = self.prefix_cache.extend(rows, ends, read, fresh=signal.token == "mean")
-        tokens = torch.bincount(owners, minlength=len(rows))
+        return self._scored(hidden, owners, len(rows), among)
+
+    @torch.inference_mode()
+    def _scored(
+        self, hidden: Sequence[Tensor], owners: Tensor, rows: int, among: Sequence[Collection[str] | None]
+    ) -> Tensor:
+        """Scores of hidden vectors that belong to these rows (vectors,); without what gradients would need."""
+        signal, tokens = self.signal, torch.bincount(owners, minlength=rows)
         if signal.token == "mean":
-            means = {id(vectors): row_means(vectors, owners, len(rows)) for vectors in hidden}
-            hidden, owners = [means[id(vectors)] for vectors in hidden], torch.arange(len(rows))
+            means = {id(vectors): row_means(vectors, owners, rows) for vectors in hidden}
+            hidden, owners = [means[id(vectors)] for vectors in hidden], torch.arange(rows)
         weights, at = late_weights(owners), self.indices[0].device
-        even_counts = torch.bincount(owners, minlength=len(rows))[:, None].to(at)
-        late_counts = torch.bincount(owners, weights, minlength=len(rows))[:, None].to(at)
+        even_counts = torch.bincount(owners, minlength=rows)[:, None].to(at)
+        late_counts = torch.bincount(owners, weights, minlength=rows)[:, None].to(at)
         owners, weights = owners.to(at), weights[:, None].to(at)
         columns = [signal(index, vectors).to(at) for index, vectors in zip(self.indices, hidden, strict=True)]
         columns = [torch.cat(columns, dim=1), *(hidden[point].to(at) for point in self.described)]
-        even = late = [row_sums(column, owners, len(rows)) / even_counts for column in columns]
+        even = late = [row_sums(column, owners, rows) / even_counts for column in columns]
         if signal.readings > 1 or self.examples is not None:
-            late = [row_sums(column * weights, owners, len(rows)) / late_counts for column in columns]
+            late = [row_sums(column * weights, owners, rows) / late_counts for column in columns]
         responses = torch.cat([even[0], late[0]][: signal.readings], dim=1)
         descriptions = [torch.stack(both, dim=1) for both in zip(even[1:], late[1:], strict=True)]
         return self.scores([finished(responses, signal.scale)], descriptions, tokens, among)

@@ -59,14 +59,14 @@ class Evidence:
     even: float
     temperatures: tuple[tuple[float, float], ...]
 
-    def confidence(self, ranked: Tensor) -> float:
+    def confidence(self, ranked: Sequence[float]) -> float:
         """The confidence that scores (adapters,), sorted with the best first, give; 1/2 for a single adapter."""
         if len(ranked) == 1:
             return 0.5
         if ranked[0] <= 0:  # nothing responds more than is usual
             return 0.0
-        margin = float(ranked[0] - ranked[1 : 1 + FIELD].mean())
-        evidence = margin + BEST * float(ranked[0])
+        field = ranked[1 : 1 + FIELD]
+        evidence = float((1 + BEST) * ranked[0] - sum(field) / len(field))
         return 1 / (1 + math.exp(-max(-60.0, min(60.0, self.steepness * (evidence - self.even)))))
 
     def temperature(self, confidence: float) -> float:
@@ -115,42 +115,44 @@ class Selector:
             PoolError: no candidate has a score.
             Unsure: the confidence is too low, and `when_unsure` is `"refuse"`.
         """
-        scores, names, evidence = scores.detach().float().cpu(), self.names, self.evidence
+        names, evidence = self.names, self.evidence
+        named: dict[str, float] = dict(zip(names, scores.tolist(), strict=True))  # a few numbers are faster in Python
         if options.candidates is not None:
-            left = [i for i, name in enumerate(names) if name in options.candidates]
-            if not left:
+            named = {name: named[name] for name in names if name in options.candidates}
+            if not named:
                 raise PoolError(
                     f"none of the {len(options.candidates)} candidates touches what the signal {options.signal!r} "
                     "reads: name others, or force one (`adapters`)"
                 )
-            scores, names = scores[left], tuple(names[i] for i in left)
-        if not bool(scores.isfinite().all()):
-            bad = names[int((~scores.isfinite()).nonzero()[0])]
+        bad = next((name for name, score in named.items() if not math.isfinite(score)), None)
+        if bad is not None:
             raise NotFinite(f"the score of adapter {bad!r} is not finite: the hidden state or the adapter overflows")
-        top, order = torch.sort(scores, descending=True, stable=True)
+        order = sorted(named, key=named.__getitem__, reverse=True)  # equal ones stay in the order of the pool
+        top = [named[name] for name in order]
         confidence = None if evidence is None else evidence.confidence(top)
         unsure = confidence is not None and confidence < options.unsure_below
-        named = dict(zip(names, scores.tolist(), strict=True))
         if unsure and options.when_unsure == "refuse":
             found = f"confidence {confidence:.2f}, expected {options.unsure_below:g} or more"
             message = f"no adapter of the pool seems to be made for this prompt ({found})"
             raise Unsure(message, named, float(confidence or 0))
-        k = min(options.k or self.default_k, len(names))
+        k = min(options.k or self.default_k, len(order))
         if unsure and options.when_unsure == "base":
-            weights = torch.zeros(0)
+            weights = []
         elif options.weighting == "linear" or evidence is None or confidence is None:
             # Scores below zero, which the official signals do not have, get weight 0. All-zero scores give uniform
             # weights (the authors' code divides by zero there).
-            weights = top[:k].clamp_min(0)
-            weights = weights / weights.sum() if weights.sum() > 0 else torch.full_like(weights, 1 / k)
+            weights = [max(0.0, score) for score in top[:k]]
+            total = sum(weights)
+            weights = [one / total for one in weights] if total > 0 else [1 / k] * k
         else:
-            weights = (top[:k] / evidence.temperature(confidence)).softmax(dim=0)
-            weights = weights[weights >= LEAST * weights[0]]
-            weights = weights / weights.sum()
-            sized = [self.sizes.get(names[i], USUAL_SIZE) for i in order[: len(weights)].tolist()]
-            weights = weights * evidence.weight_sum(confidence, float(weights @ torch.tensor(sized)))
-        chosen = tuple(names[i] for i in order[: len(weights)].tolist())
-        return Selection(chosen, tuple(weights.tolist()), named, confidence, options.signal)
+            temperature = evidence.temperature(confidence)
+            weights = [math.exp((score - top[0]) / temperature) for score in top[:k]]
+            weights = [one for one in weights if one >= LEAST]  # the best one's is 1 here
+            total, sizes = sum(weights), [self.sizes.get(name, USUAL_SIZE) for name in order]
+            size = sum(weight * size for weight, size in zip(weights, sizes, strict=False)) / total
+            total /= evidence.weight_sum(confidence, size)
+            weights = [one / total for one in weights]
+        return Selection(tuple(order[: len(weights)]), tuple(weights), named, confidence, options.signal)
 
     def outcome(self, scores: Tensor, options: Options) -> Selection | LoGoError:
         """The selection of these scores (adapters,), or the error that they give."""
