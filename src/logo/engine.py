@@ -81,8 +81,7 @@ class LoGo:
 
     Attributes:
         model, tokenizer, pool, settings, probe_context, merge: the same.
-        prompts: turns prompts into token ids.
-        adapter_cache: the adapters on the devices of the model.
+        prompts, adapter_cache: token ids of prompts; the adapters on the devices of the model.
         prefix_cache: None: the model keeps more than keys and values, so that prompts are read under their mixtures.
         versions: of libraries that run the model, beside PyTorch and transformers.
         engine_options: of what runs the model, as the user gave them, on which results depend; none in this process.
@@ -331,7 +330,8 @@ class LoGo:
             for i, call in enumerate(options):
                 groups.setdefault((call.signal, self.probe_context == "carry" and i), []).append(i)
             for (signal, _), members in groups.items():
-                check_context(self.probe_context, signal)
+                if self.probe_context != "base":
+                    check_context(self.probe_context, signal)
                 scorer, among = self._scorer(signal), [options[i].candidates for i in members]
                 scores = self._scores(scorer, [rows[i] for i in members], among, batch_size)
                 found |= {i: scorer.selector.outcome(row, options[i]) for i, row in zip(members, scores, strict=True)}
@@ -363,8 +363,7 @@ class LoGo:
         unknown = [repr(name) for name in scores if name not in pool]
         if unknown:
             raise PoolError(f"reselect: expected scores of adapters in the pool, found those of {listed(unknown, 5)}")
-        # If its scorer is not there yet, the signal is calibrated now, once no mixture is active any more. Otherwise a
-        # loop over an open stream, which holds the lock, need not wait.
+        # A loop over an open stream, which holds the lock, waits only if the signal has to be calibrated first.
         selector = replace(self._scorer(call.signal).selector, names=tuple(scores))
         return selector(torch.tensor(list(scores.values())), call)
 
@@ -517,7 +516,6 @@ class LoGo:
 
     def close(self) -> None:
         """Ends processes that the engine has started, without which it cannot answer; the local engine has none."""
-        return
 
     @contextmanager
     def _call(self) -> Iterator[AdapterPool]:
@@ -527,11 +525,9 @@ class LoGo:
             self._inside += 1
             try:
                 yield pool
-            except BaseException:
-                self._carried = carried
-                raise
+                carried = self._carried
             finally:
-                self._inside -= 1
+                self._inside, self._carried = self._inside - 1, carried
 
     def _held(self, pool: AdapterPool) -> AbstractContextManager[Any]:
         """Inside the block, what the probe has read stays cached for the answer."""

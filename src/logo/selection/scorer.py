@@ -178,8 +178,7 @@ class Scorer:
             picked, owners = pick(list(map(signal.begin, rows)), list(map(len, rows)), ids.shape[1])
             hidden = self.probe(ids, mask, picked.to(ids.device))
         else:  # tokens on which adapters act are never cached
-            ends = [earliest(signal.activations, row) for row in rows]
-            read = partial(self._read_rest, rows)
+            ends, read = [earliest(signal.activations, row) for row in rows], partial(self._read_rest, rows)
             hidden, owners = self.prefix_cache.extend(rows, ends, read, fresh=signal.token == "mean")
         return self._scored(hidden, owners, len(rows), among)
 

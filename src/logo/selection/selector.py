@@ -115,10 +115,9 @@ class Selector:
             PoolError: no candidate has a score.
             Unsure: the confidence is too low, and `when_unsure` is `"refuse"`.
         """
-        names, evidence = self.names, self.evidence
-        named: dict[str, float] = dict(zip(names, scores.tolist(), strict=True))  # a few numbers are faster in Python
+        evidence, named = self.evidence, dict[str, float](zip(self.names, scores.tolist(), strict=True))
         if options.candidates is not None:
-            named = {name: named[name] for name in names if name in options.candidates}
+            named = {name: named[name] for name in named if name in options.candidates}
             if not named:
                 raise PoolError(
                     f"none of the {len(options.candidates)} candidates touches what the signal {options.signal!r} "
