@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from logo import Adapter, AdapterPool, LoGo, Selection
+from logo import Adapter, AdapterPool, LoGo, PoolError, Selection
 from logo.models import demo_folder
 
 PROMPTS = (
@@ -103,8 +103,8 @@ def asked(logo: LoGo, kind: str, signal: str, prompt: str) -> tuple[dict[str, fl
     chosen = logo.select(prompt, signal=signal)
     try:
         return facts(logo.reselect(chosen, k=1)), None
-    except Exception:
-        if CHANGED in chosen.scores and CHANGED not in logo.pool:  # it was removed between the two calls
+    except PoolError as error:
+        if CHANGED in chosen.scores and "those of 'changed'" in str(error):  # it was removed between the two calls
             return facts(chosen), None
         raise
 
