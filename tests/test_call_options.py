@@ -347,10 +347,10 @@ def test_a_batch_that_fails_leaves_nothing_for_the_next_probe(
     assert logo.generate(prompts[:3], max_new_tokens=2)[-1].selection == expected[2]
     decode = logo._decode
 
-    def failing(pool: Any, rows: Any, *others: Any) -> Any:
-        if len(rows) > 1:
+    def failing(batch: Any, streamer: Any) -> Any:
+        if len(batch.rows) > 1:
             raise UsageError("not so many")
-        return decode(pool, rows, *others)
+        return decode(batch, streamer)
 
     monkeypatch.setattr(logo, "_decode", failing)
     with pytest.raises(UsageError, match="not so many"):

@@ -23,8 +23,8 @@ from logo.cli.run import run
 from logo.evaluation.arms import Arms
 from logo.evaluation.identity import digests
 from logo.selection import scorer
-from logo.selection.examples import GAIN, REPLACED, Examples, described, whitened
-from logo.selection.reference import FADING
+from logo.selection.examples import GAIN, REPLACED, Examples
+from logo.selection.reference import FADING, both_means, emphasis
 from logo.selection.selector import EXAMPLES as WITH_EXAMPLES
 from logo.selection.selector import RESPONSES
 from logo.selection.whitening import Whitening
@@ -62,7 +62,7 @@ def test_a_description_is_the_even_and_the_late_mean(lengths: list[int], seed: i
     torch.manual_seed(seed)
     parts = [torch.randn(length, 3) for length in lengths]
     owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    found = described(torch.cat(parts), owners, len(lengths))
+    found = both_means(torch.cat(parts), owners, *emphasis(owners, len(lengths)))
     weights = [FADING ** torch.arange(length - 1, -1, -1.0) for length in lengths]
     late = [weight @ part / weight.sum() for weight, part in zip(weights, parts, strict=True)]
     expected = torch.stack([torch.stack([part.mean(dim=0), end]) for part, end in zip(parts, late, strict=True)])
@@ -77,8 +77,7 @@ def test_similarities_are_the_formula() -> None:
     torch.manual_seed(0)
     spaces = [spaces_of(torch.randn(30, 2, 5)) for _ in range(3)]  # three places
     examples, prompts = [torch.randn(4, 2, 5) for _ in range(3)], [torch.randn(6, 2, 5) for _ in range(3)]
-    centres = tuple(whitened(space, one) for space, one in zip(spaces, examples, strict=True))
-    found = Examples(tuple(spaces), centres, torch.ones(4, dtype=torch.bool), (0, 1, 2)).similarities(prompts)
+    found = Examples.of(spaces, examples, torch.ones(4, dtype=torch.bool), (0, 1, 2)).similarities(prompts)
     for row in range(6):
         for adapter in range(4):
             total = 0.0
@@ -141,12 +140,12 @@ def test_a_study_leaves_the_own_adapters_examples_out_with_it(llama: nn.Module, 
 def test_scores_among_candidates_are_those_of_a_pool_of_them(among: list[bool], seed: int) -> None:
     torch.manual_seed(seed)
     space, known = spaces_of(torch.randn(30, 2, 5)), torch.tensor([True, False, True, True, False])
-    centres, descriptions, responses = whitened(space, torch.randn(5, 2, 5)), [torch.randn(1, 2, 5)], torch.randn(1, 5)
+    means, descriptions, responses = torch.randn(5, 2, 5), [torch.randn(1, 2, 5)], torch.randn(1, 5)
     which = torch.tensor(among)
     if not bool((which & known).any()):
         return
-    found = Examples((space,), (centres[known],), known, (0,)).scores(descriptions, responses, which[None])
-    alone = Examples((space,), (centres[known & which],), known[which], (0,))
+    found = Examples.of([space], [means[known]], known, (0,)).scores(descriptions, responses, which[None])
+    alone = Examples.of([space], [means[known & which]], known[which], (0,))
     torch.testing.assert_close(found[:, which], alone.scores(descriptions, responses[:, which]))
     assert bool((found[:, ~which] == -torch.inf).all())
     share = int((which & known).sum()) / int(which.sum())

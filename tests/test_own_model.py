@@ -12,7 +12,7 @@ from torch import nn
 
 import tiny
 from logo import LoGo, UsageError
-from logo.models import check_mode
+from logo.models import check_mode, droppers
 from test_engine import engine, write_adapter
 from tolerances import PATIENCE, same_scores
 
@@ -60,8 +60,11 @@ def test_dropout_is_found_wherever_it_is(part: str) -> None:
     opt = tiny.model("opt", dropout=0.1)
     opt.get_submodule(part).train()
     with pytest.raises(UsageError, match="training mode"):
-        check_mode(cast(Any, opt))
-    check_mode(cast(Any, opt.eval()))
+        droppers(cast(Any, opt))
+    found = droppers(cast(Any, opt.eval()))
+    opt.get_submodule(part).train()
+    with pytest.raises(UsageError, match="training mode"):
+        check_mode(found)
 
 
 def test_a_loaded_model_is_no_name(llama: nn.Module) -> None:

@@ -257,7 +257,10 @@ def shared() -> Iterator[Path]:
         yield folder
 
 
-def test_a_folder_that_may_not_be_listed_is_refused_and_not_passed_over(shared: Path) -> None:
+def test_a_folder_that_may_not_be_listed_is_refused_and_not_passed_over(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGO_CACHE", str(shared / ".cache"))
     put(shared, "a", "group/b")
     AdapterPool.open(shared)  # imports everything before rights are gone
     lock(shared / "group", shared)

@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logo.selection.points import LEAST_POINTS
-from logo.selection.reference import FADING, FEW, UNIT, USUAL, Reference, choose, contrast, late_weights, row_means
+from logo.selection.reference import (
+    FADING,
+    FEW,
+    UNIT,
+    USUAL,
+    Reference,
+    both_means,
+    choose,
+    contrast,
+    emphasis,
+    row_means,
+)
 from tolerances import same_tensor
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(2, 12))
@@ -198,11 +209,15 @@ def test_a_pool_of_one_or_of_copies_has_no_deviation_to_divide_by() -> None:
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
 def test_late_weights_fall_towards_the_beginning_of_each_row(owners: list[int]) -> None:
     want = [FADING ** owners[i + 1 :].count(owner) for i, owner in enumerate(owners)]
-    assert late_weights(torch.tensor(owners)).tolist() == pytest.approx(want)
+    weights, sums = emphasis(torch.tensor(owners), 5)
+    assert weights.tolist() == [[1.0, pytest.approx(one)] for one in want]
+    for row in range(5):
+        assert sums[row].tolist() == pytest.approx(weights[torch.tensor(owners) == row].sum(dim=0).tolist())
 
 
 def test_late_means_follow_the_end_and_even_means_do_not() -> None:
     values, owners = torch.tensor([[8.0], [0.0], [0.0], [4.0]]), torch.tensor([0, 0, 0, 1])
     same_tensor(row_means(values, owners, 2).flatten(), torch.tensor([8 / 3, 4.0]))
-    late = row_means(values, owners, 2, late_weights(owners)).flatten()
+    even, late = both_means(values, owners, *emphasis(owners, 2))[:, :, 0].T
+    same_tensor(even, torch.tensor([8 / 3, 4.0]))
     same_tensor(late, torch.tensor([8 * FADING**2 / (1 + FADING + FADING**2), 4.0]))

@@ -19,7 +19,7 @@ import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.adapter import Adapter
 from logo.core import Prompt
-from logo.decoding import Decoding, call_config, greedy_config
+from logo.decoding import Batch, Decoding, call_config, greedy_config
 from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
 from logo.protocol import GenerationFailed, MixtureRequest, NotReady, Overloaded, Sampling
 from logo.serving import batching, steps
@@ -175,7 +175,7 @@ def alone(logo: LoGo, rows: list[list[int]], requests: list[MixtureRequest], len
     for ids, wanted in zip(rows, requests, strict=True):
         forced = wanted.adapters is not None
         selection = Selection.forced(wanted.adapters or {}) if forced else logo.select(ids, max_new_tokens=length)
-        [made] = logo._decode(logo.fitted, [ids], [selection], Decoding(config), 0.0, None)
+        [made] = logo._decode(Batch(logo.fitted, [ids], [selection], Decoding(config)), None)
         results.append((made.token_ids, made.finish_reason, selection.adapters))
     return results
 

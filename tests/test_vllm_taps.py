@@ -20,7 +20,7 @@ from logo.backends.vllm.taps import CHANGED, Taps
 from logo.errors import ModelError
 from logo.selection import signals
 from logo.selection.points import Point
-from logo.selection.reference import late_weights, row_means
+from logo.selection.reference import both_means, emphasis
 
 CPU = torch.device("cpu")
 READING = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token="each")
@@ -113,7 +113,7 @@ def test_chunks_are_summed_to_the_whole(lengths: list[int], cuts: list[int], lat
     for number, prompt in enumerate(prompts):
         read = prompt[int(len(prompt) > 1) :]
         owners = torch.zeros(len(read), dtype=torch.int64)
-        even, last = (row_means(read, owners, 1, kind)[0].tolist() for kind in (None, late_weights(owners)))
+        even, last = both_means(read, owners, *emphasis(owners, 1))[0].tolist()
         expected = [*even[:2] * 2, *last[:2] * 2] if late else [*even[:2], len(read)]
         expected += [*even, *last] if described and not late else []
         assert found[f"{number}"] == pytest.approx(expected, rel=1e-4)

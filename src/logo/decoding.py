@@ -33,7 +33,7 @@ from logo.core import Form, Generation, Selection
 from logo.endings import EndRule, at_newline, at_texts, cut_after_end, cut_at, end_tokens
 from logo.errors import NotFinite, UsageError, check_type, closest, listed
 from logo.mixing import Mixer, Mixture
-from logo.models import ModelLock
+from logo.models import ModelLock, lock_of
 from logo.prefix_cache import PrefixCache, cache_argument
 from logo.prompts import Prompts
 
@@ -199,14 +199,15 @@ class Decoding:
         tokenizer: PreTrainedTokenizerBase,
         continued: Sequence[tuple[list[int], Form]],
         selections: Sequence[Selection],
-        seconds: Mapping[str, float],
+        seconds: float,
     ) -> list[Generation]:
-        """Makes answers of rows of new tokens (also those behind the end) and the forms of their mixtures."""
+        """Makes answers of rows of new tokens (also those behind the end) and the forms of their mixtures; `seconds` is
+        what each row took."""
         ends, rules = end_tokens(self.config), self.rules(tokenizer)
         answers = [cut_after_end(row, ends, rules) for row, _ in continued]
         texts = tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
         return [
-            Generation(cut_at(text, self.stop), selection, tuple(ids), reason, dict(seconds), form)
+            Generation(cut_at(text, self.stop), selection, tuple(ids), reason, {"generate": seconds}, form)
             for text, selection, (ids, reason), (_, form) in zip(texts, selections, answers, continued, strict=True)
         ]
 
@@ -307,8 +308,30 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Prompts that are continued together, each under its own mixture.
+
+    Attributes:
+        pool: fitted to the model.
+        rows: token ids of the prompts.
+        selections: their mixtures.
+        decoding: how to decode.
+    """
+
+    pool: AdapterPool
+    rows: Sequence[Sequence[int]]
+    selections: Sequence[Selection]
+    decoding: Decoding
+
+    @property
+    def mixtures(self) -> list[dict[str, float]]:
+        """Adapter name -> weight, of each row."""
+        return [one.mixture for one in self.selections]
+
+
+@dataclass(frozen=True)
 class Decoder:
-    """Continues prompts with `model.generate`, each under its own mixture.
+    """Continues batches with `model.generate`.
 
     Attributes:
         model: a Hugging Face causal LM.
@@ -323,74 +346,51 @@ class Decoder:
     prefix_cache: PrefixCache | None = None
     _told: set[str] = field(default_factory=set)  # the adapters of which a warning says that they do not act
 
-    def __call__(
-        self,
-        pool: AdapterPool,
-        rows: Sequence[Sequence[int]],
-        selections: Sequence[Selection],
-        decoding: Decoding,
-        probed: float,
-        streamer: BaseStreamer | None = None,
-    ) -> list[Generation]:
-        """One answer per row of a batch. A row's answer does not depend on the other rows, up to rounding.
-
-        Args:
-            pool: fitted to the model.
-            rows: token ids of the prompts.
-            selections: their mixtures.
-            decoding: how to decode.
-            probed: seconds per row that selecting took.
-            streamer: for a single row.
+    def __call__(self, batch: Batch, streamer: BaseStreamer | None = None) -> list[Generation]:
+        """One answer per row, with a streamer for a batch of one. A row's answer does not depend on the other rows, up
+        to rounding.
 
         Raises:
             CacheFull: the adapters of the batch do not fit into the memory for adapters.
             NotFinite: a mixture overflows.
         """
         started = time.perf_counter()
-        tokens, form = self._continue(pool, rows, [one.mixture for one in selections], decoding, streamer=streamer)
-        seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
-        return decoding.generations(self.prompts.tokenizer, [(row, form) for row in tokens], selections, seconds)
+        tokens, form = self._continue(batch, streamer=streamer)
+        seconds, made = (time.perf_counter() - started) / len(tokens), [(row, form) for row in tokens]
+        return batch.decoding.generations(self.prompts.tokenizer, made, batch.selections, seconds)
 
-    def stream(
-        self, pool: AdapterPool, row: Sequence[int], selection: Selection, decoding: Decoding, lock: ModelLock
-    ) -> Generator[str]:
-        """Yields the text of one continuation in pieces; `lock` is held while it is generated in another thread.
+    def stream(self, batch: Batch) -> Generator[str]:
+        """Yields the text of the continuation of one row in pieces, while another thread generates it.
 
         What is cached of the prompt when this is called is there when the stream begins, however much later.
         """
-        cache = self.prefix_cache if self._reads_ahead(pool, decoding.config) else None
-        end = earliest(pool.activations, row)
+        lock = lock_of(self.model)
+        cache = self.prefix_cache if self._reads_ahead(batch.pool, batch.decoding.config) else None
+        [row] = batch.rows
+        end = earliest(batch.pool.activations, row)
         pages = [] if cache is None else cache.find(row, end)
 
         def generate(streamer: Any, cancelled: _Cancelled) -> None:
             with lock, nullcontext() if cache is None else cache.held():
                 if cache is not None:
                     cache.put_back(row, end, pages)
-                self._continue(pool, [row], [selection.mixture], decoding, cancelled, streamer=streamer)
+                self._continue(batch, cancelled, streamer=streamer)
 
         return _streamed(self.prompts.tokenizer, generate, lock)
 
-    def _continue(
-        self,
-        pool: AdapterPool,
-        rows: Sequence[Sequence[int]],
-        mixtures: Sequence[Mapping[str, float]],
-        decoding: Decoding,
-        *criteria: StoppingCriteria,
-        **options: Any,
-    ) -> tuple[list[list[int]], Form]:
+    def _continue(self, batch: Batch, *criteria: StoppingCriteria, **options: Any) -> tuple[list[list[int]], Form]:
         """The new tokens of each row, also those behind its end, and the form of the mixtures."""
-        config, rules = copy.copy(decoding.config), decoding.rules(self.prompts.tokenizer)
-        ids, mask = padded(rows, self.prompts.pad_id, "left", input_device(self.model))
+        pool, config, rules = batch.pool, copy.copy(batch.decoding.config), batch.decoding.rules(self.prompts.tokenizer)
+        ids, mask = padded(batch.rows, self.prompts.pad_id, "left", input_device(self.model))
         config.stop_strings = None  # the rules contain them
         if rules:
             growing = config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
             criteria = (*criteria, EndRows(rules, ids.shape[1], growing))
         finite = _Finite(stop=options.get("streamer") is not None)
         if pool.activations == (EVERYWHERE,):
-            acting = [Mixture(mixture) for mixture in mixtures]
+            acting = [Mixture(mixture) for mixture in batch.mixtures]
         else:
-            acting, known = self._late(pool, rows, mixtures, config)
+            acting, known = self._late(batch, config)
             options |= known
         passes = max(config.min_new_tokens or 0, config.max_new_tokens / 4)  # most answers are shorter than they may be
         with (
@@ -406,21 +406,16 @@ class Decoder:
                 logits_processor=LogitsProcessorList([finite]),
                 **options,
             )
-        bad = finite.first(len(rows))
+        bad = finite.first(len(batch.rows))
         if bad is not None:
-            raise overflow(mixtures[bad])
+            raise overflow(batch.mixtures[bad])
         sequences: Tensor = getattr(output, "sequences", output)  # an object with return_dict_in_generate
         return sequences[:, ids.shape[1] :].tolist(), form
 
-    def _late(
-        self,
-        pool: AdapterPool,
-        rows: Sequence[Sequence[int]],
-        mixtures: Sequence[Mapping[str, float]],
-        config: GenerationConfig,
-    ) -> tuple[list[Mixture], dict[str, Any]]:
+    def _late(self, batch: Batch, config: GenerationConfig) -> tuple[list[Mixture], dict[str, Any]]:
         """The mixtures of rows, padded on the left, some of whose adapters act from a position on only; and, if the
         base model alone reads what stands before, the argument with its keys and values."""
+        pool, rows, mixtures = batch.pool, batch.rows, batch.mixtures
         acting = [Mixture.of(pool, mixture, row) for mixture, row in zip(mixtures, rows, strict=True)]
         both = zip(mixtures, acting, strict=True)
         warn_of_silent((name for asked, one in both for name in asked if name not in one.weights), self._told)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from logo.adapters.sources import OnBadAdapter
 from logo.adapters.write import write_mixture
 from logo.core import Forced, Generation, Options, Prompt, Selection
 from logo.decoding import (
+    Batch,
     Decoder,
     Decoding,
     batches_by_length,
@@ -37,7 +38,7 @@ from logo.decoding import (
 from logo.endings import cut_pieces
 from logo.errors import LoGoError, PoolError, UsageError, check_type, listed
 from logo.mixing import AdapterCache, Mixer, Mixture
-from logo.models import check_mode, check_usable, context_length, devices, lock_of
+from logo.models import check_mode, context_length, devices, droppers, lock_of
 from logo.opening import Preset, opened
 from logo.prefix_cache import PrefixCache, reusable
 from logo.prompts import Prompts, Truncation, several
@@ -89,7 +90,6 @@ class LoGo:
 
     versions: Mapping[str, str] = MappingProxyType({})
     engine_options: Mapping[str, Any] = MappingProxyType({})
-    _inside = 0  # calls that hold the lock, each within the one before
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class LoGo:
     ) -> None:
         pool = pool.value if isinstance(pool, CurrentPool) else pool
         check_type("pool", pool, AdapterPool, "an AdapterPool, such as AdapterPool.open(SOURCE)")
-        check_usable(model)
+        self._droppers = droppers(model)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings or SelectionSettings()
         self.pool = CurrentPool(pool)
         self.probe_context, self.merge = probe_context, merge
@@ -124,7 +124,9 @@ class LoGo:
         self.adapter_cache = AdapterCache.of(model, adapter_memory_gb)
         self._mixer = Mixer(model, self.adapter_cache, merge)
         self.prefix_cache = PrefixCache(model, int(prefix_cache_gb * 1e9)) if reusable(model) else None
-        self._decoder = Decoder(model, self.prompts, self._mixer, self.prefix_cache)
+        decoder = Decoder(model, self.prompts, self._mixer, self.prefix_cache)
+        self._decode: Callable[[Batch, BaseStreamer | None], list[Generation]] = decoder
+        self._pieces: Callable[[Batch], Generator[str]] = decoder.stream
         self._carried: tuple[str, ...] | None = None  # the adapters that the last prompt selected
         self._scorers: dict[str, Scorer] = {}  # by signal, of the pool as it is
         self._earlier: dict[str, Scorer] = {}  # of an earlier pool, whose responses are reused
@@ -173,12 +175,11 @@ class LoGo:
         Raises:
             PoolError, AdapterError: it was changed, and cannot be used any more; calls before used the old one.
         """
-        if not self._inside:
-            check_mode(self.model)
+        check_mode(self._droppers)
         if self.pool.value is not self._seen:
             with self._lock:
                 pool = self.pool.value
-                if pool is not self._seen and not self._inside:  # a call ends on the pool on which it began
+                if pool is not self._seen:
                     prepared = self.prepared(pool)
                     for signal in self._scorers:  # a pool that cannot be scored changes nothing
                         self.calibrate(signal, prepared=prepared)
@@ -313,7 +314,7 @@ class LoGo:
         with self._call() as pool:
             call = self.settings.options(pool, options)
             rows = self.prompts.read(given, self.prompts.room(max_new_tokens))
-            selections = self._selected(rows, call, batch_size)
+            selections = self._mixtures(pool, rows, [None] * len(rows), call, batch_size)
         return selections[0] if alone else selections
 
     def options(self, **options: Any) -> Options:
@@ -324,20 +325,25 @@ class LoGo:
         self, rows: Sequence[Prompt], options: Sequence[Options], batch_size: int = 8
     ) -> list[Selection | LoGoError]:
         """One selection for each prompt that was read, by its own `options`, or the error that its scores give."""
-        with self._call():
-            found: dict[int, Selection | LoGoError] = {}
-            groups: dict[Any, list[int]] = {}  # rows of one signal, each alone if it depends on the one before
-            for i, call in enumerate(options):
-                groups.setdefault((call.signal, self.probe_context == "carry" and i), []).append(i)
-            for (signal, _), members in groups.items():
-                if self.probe_context != "base":
-                    check_context(self.probe_context, signal)
-                scorer, among = self._scorer(signal), [options[i].candidates for i in members]
-                scores = self._scores(scorer, [rows[i] for i in members], among, batch_size)
-                found |= {i: scorer.selector.outcome(row, options[i]) for i, row in zip(members, scores, strict=True)}
-                last = found[members[-1]]
-                self._carried = last.adapters if isinstance(last, Selection) else self._carried
-            return [found[i] for i in range(len(rows))]
+        with self._call() as pool:
+            return self._outcomes(pool, rows, options, batch_size)
+
+    def _outcomes(
+        self, pool: AdapterPool, rows: Sequence[Prompt], options: Sequence[Options], batch_size: int
+    ) -> list[Selection | LoGoError]:
+        found: dict[int, Selection | LoGoError] = {}
+        groups: dict[Any, list[int]] = {}  # rows of one signal, each alone if it depends on the one before
+        for i, call in enumerate(options):
+            groups.setdefault((call.signal, self.probe_context == "carry" and i), []).append(i)
+        for (signal, _), members in groups.items():
+            if self.probe_context != "base":
+                check_context(self.probe_context, signal)
+            scorer, among = self._scorer(signal), [options[i].candidates for i in members]
+            scores = self._scores(pool, scorer, [rows[i] for i in members], among, batch_size)
+            found |= {i: scorer.selector.outcome(row, options[i]) for i, row in zip(members, scores, strict=True)}
+            last = found[members[-1]]
+            self._carried = last.adapters if isinstance(last, Selection) else self._carried
+        return [found[i] for i in range(len(rows))]
 
     def reselect(self, scores: Selection | Mapping[str, float], **options: Any) -> Selection:
         """The selection that the scores of an earlier one give with other options of `select`.
@@ -372,25 +378,19 @@ class LoGo:
         with self._lock:
             self._carried = None
 
-    def _selected(self, rows: Sequence[Prompt], call: Options, batch_size: int) -> list[Selection]:
-        """One selection for each row; raises the first error."""
-        found = self.outcomes(rows, [call] * len(rows), batch_size)
-        for one in found:
-            if isinstance(one, LoGoError):
-                raise one
-        return found  # type: ignore[return-value]
-
-    def _scores(self, scorer: Scorer, rows: Sequence[Prompt], among: Sequence[Any], batch_size: int) -> Tensor:
+    def _scores(
+        self, pool: AdapterPool, scorer: Scorer, rows: Sequence[Prompt], among: Sequence[Any], batch_size: int
+    ) -> Tensor:
         """Scores (rows, adapters) of prompts, which are probed in batches."""
-        active = self._fitted.names if self.probe_context != "base" else ()
+        active = pool.names if self.probe_context != "base" else ()
         if self.probe_context == "carry" and self._carried is not None:
-            active = tuple(name for name in self._carried if name in self._fitted)
+            active = tuple(name for name in self._carried if name in pool)
         probed = [self._probed(row) for row in rows]
         scores = torch.empty(len(rows), len(scorer.selector.names))
         window = scorer.signal.window
         lengths = [len(row) if window == WHOLE else min(len(row), sum(window)) for row in probed]
         for batch in batches_by_length(lengths, batch_size, tokens=MAX_TOKENS):
-            with self._mixer.active(self._fitted, [Mixture(dict.fromkeys(active, 1.0))]):
+            with self._mixer.active(pool, [Mixture(dict.fromkeys(active, 1.0))]):
                 scores[batch] = scorer([probed[i] for i in batch], [among[i] for i in batch])
         return scores
 
@@ -451,7 +451,8 @@ class LoGo:
                     started, some = time.perf_counter(), [rows[i] for i in batch]
                     chosen = self._mixtures(pool, some, [wanted[i] for i in batch], call, batch_size)
                     each = probed + (time.perf_counter() - started) / len(batch)
-                    made = self._decode(pool, [row.ids for row in some], chosen, decoding, each, streamer)
+                    made = self._decode(Batch(pool, [row.ids for row in some], chosen, decoding), streamer)
+                made = [replace(one, seconds={"probe": each} | one.seconds) for one in made]
                 answers |= zip(batch, made, strict=True)
         return answers[0] if alone else [answers[i] for i in range(len(rows))]
 
@@ -464,7 +465,7 @@ class LoGo:
             [row] = self.prompts.read([prompt], decoding.config.max_new_tokens)
             with self._held(pool):
                 [selection] = self._mixtures(pool, [row], for_each(adapters, 1), call, 1)
-                pieces = self._pieces(pool, row.ids, selection, decoding)
+                pieces = self._pieces(Batch(pool, [row.ids], [selection], decoding))
         return cut_pieces(pieces, decoding.stop)
 
     def score(
@@ -521,13 +522,12 @@ class LoGo:
     def _call(self) -> Iterator[AdapterPool]:
         """Holds the lock, for a call on the pool as it is now, which leaves no trace if it fails."""
         with self._lock:
-            pool, carried = self.fitted, self._carried
-            self._inside += 1
+            carried = self._carried
             try:
-                yield pool
+                yield self.fitted
                 carried = self._carried
             finally:
-                self._inside, self._carried = self._inside - 1, carried
+                self._carried = carried
 
     def _held(self, pool: AdapterPool) -> AbstractContextManager[Any]:
         """Inside the block, what the probe has read stays cached for the answer."""
@@ -552,33 +552,20 @@ class LoGo:
     def _mixtures(
         self, pool: AdapterPool, rows: Sequence[Prompt], wanted: Sequence[Forced | None], call: Options, batch_size: int
     ) -> list[Selection]:
-        """The mixture of each row: the forced one, or a selection."""
+        """The mixture of each row: the forced one, or a selection. Raises the first error that scores give."""
         done = {i: forced(entry, pool, call.candidates) for i, entry in enumerate(wanted) if entry is not None}
         left = [i for i in range(len(rows)) if i not in done]
-        done |= zip(left, self._selected([rows[i] for i in left], call, batch_size), strict=True)
+        for i, one in zip(
+            left, self._outcomes(pool, [rows[i] for i in left], [call] * len(left), batch_size), strict=True
+        ):
+            if isinstance(one, LoGoError):
+                raise one
+            done[i] = one
         return [done[i] for i in range(len(rows))]
 
     def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:
         """The indices of rows that are answered together."""
         return batches_by_length([len(row.ids) for row in rows], batch_size, padded=not reads_prompts(decoding.config))
-
-    def _decode(
-        self,
-        pool: AdapterPool,
-        rows: Sequence[Sequence[int]],
-        selections: Sequence[Selection],
-        decoding: Decoding,
-        probed: float,
-        streamer: BaseStreamer | None,
-    ) -> list[Generation]:
-        """One answer for each row of token ids; `probed` are the seconds per row that selecting took."""
-        return self._decoder(pool, rows, selections, decoding, probed, streamer)
-
-    def _pieces(
-        self, pool: AdapterPool, row: Sequence[int], selection: Selection, decoding: Decoding
-    ) -> Generator[str]:
-        """One answer in pieces, not yet cut at stop texts."""
-        return self._decoder.stream(pool, row, selection, decoding, self._lock)
 
     def _scored(
         self,

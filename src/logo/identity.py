@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo import __version__
+from logo.files import cache_folder, read_cached, write_cached
 from logo.models import stored, tensor_of
 
 if TYPE_CHECKING:
@@ -25,8 +28,9 @@ _LAST_CALL = ("padding", "truncation")  # of a tokenizer
 _SAMPLE, _CALIBRATED = 16, 64  # weights of each parameter, in the digest of weights and in that of calibrations
 _TEXT = "  It's 1,234 km  to Zürich\n\tand\u00a0back: e\u0301 \U0001f600"  # a text that tokenizers split differently
 
+_SETTLED = 2e9  # ns after which a further change of a file gets another stamp on every file system
 Stamp = tuple[int, int, int, int, int]
-_known: dict[Stamp, str] = {}  # digests of files, so that each is hashed once
+_known: dict[tuple[str, Stamp], str] = {}  # what was found out of the content of files, in this process
 
 
 def content_stamp(path: str | os.PathLike[str]) -> Stamp:
@@ -36,18 +40,41 @@ def content_stamp(path: str | os.PathLike[str]) -> Stamp:
     return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns, stat.st_dev
 
 
+def of_content(path: str | os.PathLike[str], what: str, find: Callable[[], str]) -> str:
+    """What `find` says of a file's content, in one line; asked again only when the file has changed. Processes share it
+    in the user's cache, so that large pools open without being read."""
+    key = what, content_stamp(path)
+    if key not in _known:
+        folder, name = cache_folder(None), f"files/{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}"
+
+        def kept(file: Path) -> str:
+            said, known, end = file.read_text().partition(f"{what} ")[2].partition("\n")
+            if known != "\n" or end:
+                raise ValueError(f"expected one line about {what}")
+            return said
+
+        found = None if folder is None else read_cached(folder / name, kept)
+        if found is None:
+            found = find()
+            if content_stamp(path) != key[1]:  # it was written to meanwhile
+                return found
+            if folder is not None and time.time_ns() - key[1][3] > _SETTLED:
+                write_cached(folder, name, f"{what} {found}\n".encode())
+        _known[key] = found
+    return _known[key]
+
+
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """The hex digest that `sha256sum` prints for the file; read again only when it has changed."""
-    stamp = content_stamp(path)
-    if stamp in _known:
-        return _known[stamp]
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if content_stamp(path) == stamp:  # else it was written to meanwhile
-        _known[stamp] = digest.hexdigest()
-    return digest.hexdigest()
+    """The hex digest that `sha256sum` prints for the file."""
+
+    def find() -> str:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    return of_content(path, "sha256", find)
 
 
 def adapter_digest(weights: str, scales: Sequence[tuple[str, float]], tokens: Sequence[int], last: int | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from logo.hub import hub_error, is_hub_id, snapshot
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO = "demo"
@@ -182,22 +183,26 @@ def lock_of(model: Any) -> ModelLock:
         return _LOCKS.setdefault(model, ModelLock())
 
 
-def check_usable(model: PreTrainedModel) -> None:
-    """Raises UsageError for a caller's model that contains layers of PEFT, or for which `check_mode` does."""
+def droppers(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that would make scores and answers random in training mode, which is an UsageError (`check_mode`), as
+    is a model that contains layers of PEFT. Dropout is a module, or a probability that a module calls a function by."""
     if any(type(module).__module__.split(".")[0] == "peft" for module in model.modules()):
-        found = "the model contains layers of PEFT, whose adapter would act in every answer"
-        raise UsageError(f"{found}; give the base model, as from `model.unload()` or `model.merge_and_unload()`")
-    check_mode(model)
-
-
-def check_mode(model: PreTrainedModel) -> None:
-    """Raises UsageError if the model is in training mode and has dropout, which makes scores and answers random."""
-    for module in (module for module in model.modules() if module.training):
-        # Dropout is a module, or a probability in a module that calls it as a function.
+        problem = "the model contains layers of PEFT, whose adapter would act in every answer"
+        raise UsageError(f"{problem}; give the base model, as from `model.unload()` or `model.merge_and_unload()`")
+    found = []
+    for module in model.modules():
         rates = [value for name, value in vars(module).items() if "drop" in name]
         rates += [module.p] if "Dropout" in type(module).__name__ else []
         if any(isinstance(rate, float) and rate > 0 for rate in rates):
-            raise UsageError("the model is in training mode, so dropout changes answers; call model.eval() first")
+            found.append(module)
+    check_mode(found)
+    return found
+
+
+def check_mode(dropping: Sequence[nn.Module]) -> None:
+    """Raises UsageError if one of the `droppers` of a model is in training mode."""
+    if any(module.training for module in dropping):
+        raise UsageError("the model is in training mode, so dropout changes answers; call model.eval() first")
 
 
 def context_length(model: Any) -> int | None:

@@ -6,6 +6,7 @@ when they are read.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from logo.adapters.peft import (
     unreadable,
 )
 from logo.errors import AdapterError
-from logo.identity import adapter_digest, adapter_key
+from logo.identity import adapter_digest, adapter_key, of_content
 
 if TYPE_CHECKING:
     import torch
@@ -183,16 +184,19 @@ class Adapter:
         there are copies that were not compared with the base model.
         """
         self._check_no_copies()
-        return self.verify(modules)
+        return self._read(self.modules if modules is None else modules)
 
-    def verify(self, modules: Iterable[str] | None = None) -> dict[str, LoraWeights]:
-        """As `read`, whether copies were compared or not, to find damage."""
-        wanted = {path: self.modules[path] for path in (self.modules if modules is None else modules)}
+    def verify(self) -> None:
+        """Raises AdapterError as `read`, whether copies were compared or not; the same content is read only once."""
+        of_content(self.file.path, "is sound:", lambda: f"{len(self._read(self.modules))} modules")
+
+    def _read(self, modules: Iterable[str]) -> dict[str, LoraWeights]:
+        wanted = {path: self.modules[path] for path in modules}
         tensors = self._tensors(key for m in wanted.values() for key in (m.key_a, m.key_b))
         for key, tensor in tensors.items():
             if not tensor.is_floating_point() or tensor.element_size() < 2:
                 raise AdapterError(self.name, f"tensor {key} is stored as {tensor.dtype}; expected float16 to float64")
-            if not bool(tensor.isfinite().all()):
+            if not finite(tensor):
                 found = "NaN" if bool(tensor.isnan().any()) else "Inf"
                 raise AdapterError(self.name, f"tensor {key} holds {found}; the adapter is damaged")
         return {path: LoraWeights(tensors[m.key_a], tensors[m.key_b], m.scaling) for path, m in wanted.items()}
@@ -234,6 +238,11 @@ def open_adapter(
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__
     activation = noted(folder, Activation(config.invocation), top)
     return Adapter(name, folder, config, modules, file, activation, copies, folder_examples(folder))
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf: its sum says so at once, unless it overflows."""
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def own_name(folder: Path) -> str:

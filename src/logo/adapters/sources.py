@@ -16,7 +16,6 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +24,7 @@ from logo.adapters.adapter import Adapter, open_adapter, own_name
 from logo.adapters.manifest import SUFFIXES, Entry, read_manifest
 from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, PICKLE, SAFETENSORS
 from logo.errors import AdapterError, HubError, LeftOut, PoolError, StorageError, UsageError, check_type
-from logo.hub import DownloadOptions, download_files, hub_error, is_hub_spec, is_lasting, split_hub_spec
+from logo.hub import DownloadOptions, download_files, is_hub_spec, is_lasting, split_hub_spec
 from logo.models import DEMO, OFFICIAL_MODELS, demo_folder
 
 if TYPE_CHECKING:
@@ -123,27 +122,6 @@ def official_folder(base_model: str) -> str | None:
     """The folder of a base model's published adapters, on the Hub and in `--model_dir`; None if it is not official."""
     short = {full: name for name, full in OFFICIAL_MODELS.items()}.get(base_model, base_model)
     return f"{short}-loras-flanv2" if short in OFFICIAL_MODELS else None
-
-
-def list_repos(text: str) -> list[Source]:
-    """The repositories that match `org/prefix-*`, each at the commit of its main branch.
-
-    Raises UsageError if it is no such pattern, and HubError if none matches or the Hub cannot be reached.
-    """
-    from huggingface_hub import HfApi
-
-    owner, _, name = text.partition("/")
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.*-]+", text):
-        raise UsageError(f"{text!r}: `*` stands for a part of the names of an owner's repositories (org/prefix*)")
-    try:
-        longest = max(name.split("*"), key=len) or None
-        models = HfApi(library_name="logo").list_models(author=owner, search=longest, expand=["sha"])
-        found = {one.id: one.sha for one in models if fnmatchcase(one.id, text)}
-    except Exception as error:  # the boundary, as in `download_files`
-        raise hub_error(text, error) from error
-    if not found:
-        raise HubError(f"Hub repos {text}: no repository matches; check the name, and HF_TOKEN if they are private")
-    return [Source("repo", repo, "", found[repo]) for repo in sorted(found)]
 
 
 def _source(text: str) -> Source:

@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from logo.adapters.adapter import Adapter, LoraWeights
+from logo.adapters.adapter import Adapter, LoraWeights, finite
 from logo.adapters.layout import adaptable_modules
 from logo.errors import CacheFull, NotFinite, check_type
 
@@ -217,7 +217,7 @@ class AdapterCache:
             for found in (weights.A, weights.scaled_b().T)
         )
         # A gate of 0 hides what is not finite from other rows, but merging and the adapter's own rows would spread it.
-        if not (bool(A.isfinite().all()) and bool(B.isfinite().all())):
+        if not (finite(A) and finite(B)):
             raise NotFinite(
                 f"adapter {adapter.name!r}: module {path} overflows {self.dtype}, in which mixtures compute; load the "
                 "base model with a wider --dtype"

@@ -37,7 +37,7 @@ from logo.models import tensor_of
 from logo.selection.index import Wanted, read_indices
 from logo.selection.points import Plan, Point
 from logo.selection.probe import Probe, padded, pick
-from logo.selection.reference import FADING, choose, contrast, finished, late_weights, row_means
+from logo.selection.reference import FADING, both_means, choose, contrast, emphasis, finished, row_means
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 from logo.selection.whitening import SHRINKAGE, SKETCHED, Whitening
@@ -258,9 +258,9 @@ def _measure(
             for index in read_indices(part):
                 hidden, owners = read[index.point].responding
                 values = signal(index, hidden)
-                means = [row_means(values, owners, len(rows), one) for one in (None, late_weights(owners))]
-                found = finished(torch.stack(means[: signal.readings]), signal.scale).cpu()  # (readings, texts, n)
-                for adapter, response in zip(index.adapters, found.permute(2, 0, 1), strict=True):
+                means = both_means(values, owners, *emphasis(owners, len(rows)))[:, : signal.readings]
+                found = finished(means, signal.scale).cpu()  # (texts, readings, n)
+                for adapter, response in zip(index.adapters, found.permute(2, 1, 0), strict=True):
                     measured.setdefault(adapter.name, {})[index.point.module] = response.clone()
     return measured
 

@@ -22,6 +22,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from torch.nn.functional import normalize
 
 from logo.selection.calibration import HiddenVectors, Reading, TextRunner, portions
 from logo.selection.points import Point
-from logo.selection.reference import late_weights, row_means
+from logo.selection.reference import both_means, emphasis
 from logo.selection.texts import Texts
 from logo.selection.whitening import Whitening
 
@@ -42,18 +43,11 @@ _HELD_BYTES = 2**29
 _TOGETHER = 1024
 
 
-def described(hidden: Tensor, owners: Tensor, rows: int) -> Tensor:
-    """(rows, 2, d): the even and the late mean of each row's vectors, of `hidden` (vectors, d); `owners` (vectors,) are
-    their rows, and a row's vectors are in the order of its tokens."""
-    means = [row_means(hidden, owners, rows, weights) for weights in (None, late_weights(owners))]
-    return torch.stack(means, dim=1)
-
-
-def whitened(spaces: Sequence[Whitening], descriptions: Tensor) -> Tensor:
-    """Descriptions (rows, 2, d) of one place, each kind of mean in its whitened space, as unit vectors."""
-    given = descriptions.to(spaces[0].mean.device, torch.float32)
-    folded = [space.fold(given[:, kind] - space.mean) for kind, space in enumerate(spaces)]
-    return normalize(torch.stack(folded, dim=1), dim=2)
+def whitened(spaces: Whitening, descriptions: Sequence[Tensor]) -> Tensor:
+    """Descriptions (rows, 2, d) of places, each in a whitened space of its own of those stacked, as unit vectors
+    (2 places, rows, d)."""
+    given = torch.cat([one.to(spaces.mean.device, torch.float32) for one in descriptions], dim=1).transpose(0, 1)
+    return normalize(spaces.fold(given - spaces.mean), dim=2)
 
 
 @dataclass(frozen=True)
@@ -61,24 +55,38 @@ class Examples:
     """The described example prompts of a pool.
 
     Attributes:
-        spaces: per place, the whitenings of both kinds of means.
-        centres: per place, the mean whitened description of each adapter's examples: (adapters with examples, 2, d).
+        alike: places of one width on one device: their numbers, the whitenings of both kinds of their means, stacked,
+            and the mean whitened description of each adapter's examples (2 places, d, adapters with examples).
         known: (adapters,) bool: which adapters have examples, in pool order.
         points: per place, the number of the first point that is read there.
     """
 
-    spaces: tuple[tuple[Whitening, ...], ...]
-    centres: tuple[Tensor, ...]
+    alike: tuple[tuple[list[int], Whitening, Tensor], ...]
     known: Tensor
     points: tuple[int, ...]
 
+    @classmethod
+    def of(
+        cls, spaces: Sequence[Sequence[Whitening]], means: Sequence[Tensor], known: Tensor, points: Sequence[int]
+    ) -> Examples:
+        """From both whitenings of each place, and the mean description of each adapter's examples there (adapters with
+        examples, 2, d), on the device on which descriptions are compared."""
+        groups: dict[Any, list[int]] = {}
+        for i, mean in enumerate(means):
+            groups.setdefault((mean.device, mean.shape), []).append(i)
+        alike = []
+        for places in groups.values():
+            stacked = Whitening.stacked([one for i in places for one in spaces[i]])
+            # The mean of what is whitened is the whitened mean.
+            alike.append((places, stacked, whitened(stacked, [means[i] for i in places]).mT.contiguous()))
+        return cls(tuple(alike), known, tuple(points))
+
     def similarities(self, descriptions: Sequence[Tensor]) -> Tensor:
         """`s`: (rows, adapters with examples) on the CPU, of descriptions (rows, 2, d) per place."""
-        total = self.centres[0].new_zeros(len(descriptions[0]), len(self.centres[0]))
-        for spaces, centres, one in zip(self.spaces, self.centres, descriptions, strict=True):
-            cosines = torch.einsum("rkd,akd->kra", whitened(spaces, one), centres)
-            total += cosines.mean(dim=0).to(total.device)
-        return total.cpu() / len(self.spaces)
+        total = torch.zeros(())
+        for places, spaces, centres in self.alike:
+            total = total + (whitened(spaces, [descriptions[i] for i in places]) @ centres).sum(dim=0).cpu()
+        return total / (2 * len(descriptions))
 
     def scores(self, descriptions: Sequence[Tensor], responses: Tensor, among: Tensor | None = None) -> Tensor:
         """Scores (rows, adapters) of similarities and the scores of responses (rows, adapters) together. `among` (rows,
@@ -136,8 +144,11 @@ def examples_of(
         first = dict[int, tuple[int, HiddenVectors]]()  # by tensor, since points of a layer may read the same one
         for at, vectors in enumerate(run(points, texts, reading.signal)):
             first.setdefault(id(vectors.hidden), (at, vectors))
-        rows = len(texts.rows)
-        return {str(at): described(*vectors.responding, rows).cpu() for at, vectors in first.values()}
+        found = {}
+        for at, vectors in first.values():
+            hidden, owners = vectors.responding
+            found[str(at)] = both_means(hidden, owners, *emphasis(owners, len(texts.rows))).cpu()
+        return found
 
     own = name(reading.texts.rows)
     if not store.get(own):
@@ -155,10 +166,8 @@ def examples_of(
             for i, key in enumerate(missing):
                 store.put(key, {at: place[i].mean(dim=0, keepdim=True) for at, place in places.items()})
     means = [store.get(name(rows)) for rows in examples if rows]
-    spaces, centres, numbers = [], [], sorted(map(int, ordinary))
+    spaces, centres, numbers = list[list[Whitening]](), list[Tensor](), sorted(map(int, ordinary))
     for at in numbers:
-        space = tuple(Whitening.of(ordinary[str(at)][:, kind]) for kind in (0, 1))
-        # The mean of what is whitened is the whitened mean.
-        centres.append(whitened(space, torch.cat([one[str(at)] for one in means])).to(devices[at]))
-        spaces.append(tuple(whitening.to(devices[at]) for whitening in space))
-    return Examples(tuple(spaces), tuple(centres), known, tuple(numbers))
+        spaces.append([Whitening.of(ordinary[str(at)][:, kind]).to(devices[at]) for kind in (0, 1)])
+        centres.append(torch.cat([one[str(at)] for one in means]).to(devices[at]))
+    return Examples.of(spaces, centres, known, numbers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -178,6 +178,26 @@ def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[Sco
         index if whitening is None else replace(index, offset=index.stacked @ whitening.mean.to(index.device))
         for index, _, whitening in begun
     ]
+
+
+def joined(indices: Sequence[ScoringIndex]) -> tuple[list[ScoringIndex], list[tuple[int, ScoringIndex]]]:
+    """The same indices, where neighbours that read the same vectors (their whitenings are equal) are parts of one; and
+    these, each with the number of its first point. They have no `responses`."""
+    parts, every = list[ScoringIndex](), list[tuple[int, ScoringIndex]]()
+    for _, group in groupby(indices, key=lambda one: id(one) if one.sketch is None else one.sketch[1].tolist()):
+        some = list(group)
+        stacked, ranks = torch.cat([one.stacked for one in some]), [rank for one in some for rank in one.ranks]
+        offset = None if some[0].offset is None else torch.cat([one.offset for one in some if one.offset is not None])
+        adapters, updates = [one for index in some for one in index.adapters], torch.cat([one.updates for one in some])
+        every.append(
+            (
+                len(parts),
+                replace(some[0], stacked=stacked, ranks=ranks, offset=offset, adapters=adapters, updates=updates),
+            )
+        )
+        rows = torch.split(stacked, [len(one.stacked) for one in some])
+        parts += [replace(one, stacked=own) for one, own in zip(some, rows, strict=True)]
+    return parts, every
 
 
 def _with_qr(device: torch.device) -> torch.device:

@@ -29,6 +29,7 @@ reasons for all of this.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -59,22 +60,28 @@ def row_sums(values: Tensor, owners: Tensor, rows: int) -> Tensor:
     return sums.index_add_(0, owners.to(values.device), values)
 
 
-def row_means(values: Tensor, owners: Tensor, rows: int, weights: Tensor | None = None) -> Tensor:
-    """Means over the vectors of each row, 0 without any; `weights` (vectors,) are 1 for the last one of a row."""
-    if weights is not None:
-        values = values * weights.to(values.device)[:, None]
-    counts = torch.bincount(owners, weights, minlength=rows).clamp_min(1)
+def row_means(values: Tensor, owners: Tensor, rows: int) -> Tensor:
+    """Means over the vectors of each row, 0 without any; arguments as `row_sums`."""
+    counts = torch.bincount(owners, minlength=rows).clamp_min(1)
     return row_sums(values, owners, rows) / counts.to(values.device)[:, None]
 
 
-def late_weights(owners: Tensor) -> Tensor:
-    """The weight of each vector in the late mean of its row, (vectors,) float32: 1 for the row's last vector. `owners`
-    (vectors,) int64 are their rows; a row's vectors are in the order of its tokens."""
-    order = owners.argsort(stable=True)
-    ends = torch.bincount(owners).cumsum(0)[owners[order]]  # behind the last vector of each row, in sorted order
-    behind = torch.empty_like(owners)
-    behind[order] = ends - 1 - torch.arange(len(owners), device=owners.device)
-    return torch.full((), FADING) ** behind
+def emphasis(owners: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The weight of each vector in the even and in the late mean of its row (vectors, 2), 1 for the row's last vector;
+    and the sums of weights (rows, 2). `owners` (vectors,) are their rows, each in the order of its tokens."""
+    weights, before = list[list[float]](), dict[int, float]()
+    for row in reversed(owners.tolist()):  # in Python, since rows are windows of few tokens
+        late = before[row] = before.get(row, 1 / FADING) * FADING
+        weights.append([1.0, late])
+    found = torch.tensor(weights[::-1]).view(-1, 2)
+    return found, row_sums(found, owners, rows)
+
+
+def both_means(values: Tensor, owners: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
+    """The even and the late mean of each row's vectors, of `values` (vectors, n), with `emphasis`: (rows, 2, n)."""
+    parts = values[:, None] * weights.to(values.device)[:, :, None]
+    total = torch.zeros(len(sums), *parts.shape[1:], device=values.device)
+    return total.index_add_(0, owners.to(values.device), parts) / sums.to(values.device)[:, :, None]
 
 
 def finished(means: Tensor, scale: Scale) -> Tensor:
@@ -144,17 +151,27 @@ class Reference:
         """Scores (rows, adapters) of `a` (adapters, points, rows). An adapter that responds nowhere gets the lowest
         score of the others, of those that may be selected by `among` (rows, adapters) bool (None: all)."""
         scores = ((self._mean_z(responses) - self.excess[:, None]) * self.trust[:, None]).T
-        heard = self.responds.any(dim=1)
-        if heard.any() and not heard.all():
+        if self._some_silent:
+            heard = self.responds.any(dim=1)
             for row, asked in zip(scores, scores.new_ones(scores.shape) if among is None else among, strict=True):
                 others = heard & asked.bool()
                 row[~heard] = row[others if others.any() else heard].min()
         return scores
 
+    @cached_property
+    def _some_silent(self) -> bool:
+        heard = self.responds.any(dim=1)
+        return bool(heard.any()) and not bool(heard.all())
+
+    @cached_property
+    def _shares(self) -> Tensor:
+        """What each point counts in the mean of each adapter: (adapters, points), 0 where it does not respond."""
+        counted = self.responds * self.weights
+        return counted / counted.sum(dim=1, keepdim=True).clamp_min(1e-6)
+
     def _mean_z(self, responses: Tensor) -> Tensor:
         """The mean z, (adapters, rows)."""
-        counted = (self.responds * self.weights).sum(dim=1).clamp_min(1e-6)  # (adapters,)
-        return (self.z(responses) * self.weights[:, None]).sum(dim=1) / counted[:, None]
+        return (self.z(responses) * self._shares[:, :, None]).sum(dim=1)
 
 
 def contrast(neutral: Tensor, requests: Tensor) -> Tensor:

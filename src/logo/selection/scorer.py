@@ -18,10 +18,10 @@ from logo.files import cache_folder
 from logo.prefix_cache import PrefixCache
 from logo.selection.calibration import Calibration, Reading, Store, TextRunner, calibrate, read_texts, whitenings
 from logo.selection.examples import Examples, examples_of
-from logo.selection.index import ScoringIndex, Tell, Wanted, read_indices
+from logo.selection.index import ScoringIndex, Tell, Wanted, joined, read_indices
 from logo.selection.points import Point, plan
 from logo.selection.probe import Probe, padded, pick
-from logo.selection.reference import LATE_WEIGHT, Reference, finished, late_weights, row_means, row_sums
+from logo.selection.reference import LATE_WEIGHT, Reference, both_means, emphasis, finished, row_means
 from logo.selection.selector import EXAMPLES, RESPONSES, Selector, relative_sizes
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
@@ -39,6 +39,7 @@ class Scorer:
     Attributes:
         signal: the registered signal with the window and the activations of the pool.
         indices: one per point that is read, of the adapters that touch it.
+        joined: fewer indices with the same rows, each with the number of its first point.
         probe: reads the hidden vectors of these points.
         calibration: what responses are compared with; None for signals of the scale `"raw"`.
         examples: described example prompts; None: no adapter has any, or they are not used.
@@ -49,6 +50,7 @@ class Scorer:
 
     signal: Signal
     indices: tuple[ScoringIndex, ...]
+    joined: tuple[tuple[int, ScoringIndex], ...]
     probe: Probe
     calibration: Calibration | None
     examples: Examples | None
@@ -126,7 +128,10 @@ class Scorer:
             Wanted([a for a in adapters if p.module in a.modules], p, at, whitened.get(p.module), known.get(p))
             for p, at in zip(points, devices, strict=True)
         ]
-        indices, names, sizes = tuple(read_indices(wanted, tell)), tuple(adapter.name for adapter in adapters), {}
+        indices, names, sizes = read_indices(wanted, tell), tuple(adapter.name for adapter in adapters), {}
+        every = list(enumerate(indices))
+        if how.plugin is None:
+            indices, every = joined(indices)
         if calibration is not None:
             touched = torch.tensor([[point.module in a.modules for point in points] for a in adapters])
             found = relative_sizes([index.updates for index in indices], calibration.weight_norms, touched)
@@ -135,7 +140,7 @@ class Scorer:
         selector = Selector(names, pool.default_k, evidence, sizes)
         once = prefix_cache if how.activations else None
         probe = Probe(model, points, how.input, None if once is None else once.forward)
-        return cls(how, indices, probe, calibration, examples, selector, reading, once)
+        return cls(how, tuple(indices), tuple(every), probe, calibration, examples, selector, reading, once)
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -187,22 +192,16 @@ class Scorer:
         self, hidden: Sequence[Tensor], owners: Tensor, rows: int, among: Sequence[Collection[str] | None]
     ) -> Tensor:
         """Scores of hidden vectors that belong to these rows (vectors,); without what gradients would need."""
-        signal, tokens = self.signal, torch.bincount(owners, minlength=rows)
+        signal, at = self.signal, self.indices[0].device
         if signal.token == "mean":
             means = {id(vectors): row_means(vectors, owners, rows) for vectors in hidden}
             hidden, owners = [means[id(vectors)] for vectors in hidden], torch.arange(rows)
-        weights, at = late_weights(owners), self.indices[0].device
-        even_counts = torch.bincount(owners, minlength=rows)[:, None].to(at)
-        late_counts = torch.bincount(owners, weights, minlength=rows)[:, None].to(at)
-        owners, weights = owners.to(at), weights[:, None].to(at)
-        columns = [signal(index, vectors).to(at) for index, vectors in zip(self.indices, hidden, strict=True)]
+        weights, sums = emphasis(owners, rows)
+        columns = [signal(index, hidden[point]).to(at) for point, index in self.joined]
         columns = [torch.cat(columns, dim=1), *(hidden[point].to(at) for point in self.described)]
-        even = late = [row_sums(column, owners, rows) / even_counts for column in columns]
-        if signal.readings > 1 or self.examples is not None:
-            late = [row_sums(column * weights, owners, rows) / late_counts for column in columns]
-        responses = torch.cat([even[0], late[0]][: signal.readings], dim=1)
-        descriptions = [torch.stack(both, dim=1) for both in zip(even[1:], late[1:], strict=True)]
-        return self.scores([finished(responses, signal.scale)], descriptions, tokens, among)
+        responses, *descriptions = [both_means(column, owners, weights, sums) for column in columns]
+        per_point = finished(responses[:, : signal.readings].flatten(1), signal.scale)
+        return self.scores([per_point], descriptions, sums[:, 0], among)
 
     def _read_rest(
         self, rows: Sequence[Sequence[int]], ids: Tensor, mask: Tensor, cache: DynamicCache, options: dict[str, Any]

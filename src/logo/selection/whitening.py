@@ -11,10 +11,12 @@ whitening belongs to the base model and a point and is shared by all adapters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # λ: between 0.1 and 1 little changes (docs/how-selection-works.md).
 SHRINKAGE = 0.3
@@ -27,7 +29,7 @@ _NEGLIGIBLE = 0.02
 @dataclass(frozen=True)
 class Whitening:
     """`W = I - V diag(1 - gain) Vᵀ`, in float32: mean `μ` (d,), orthonormal basis `V` (d, n), and gain (n,) in (0, 1),
-    the factor by which each of these directions is multiplied."""
+    the factor by which each of these directions is multiplied. `stacked` ones have a dimension in front."""
 
     mean: Tensor
     basis: Tensor
@@ -61,9 +63,18 @@ class Whitening:
             return cls.of(own)
         return replace(cls.of(hidden), mean=own.mean(dim=0))
 
+    @classmethod
+    def stacked(cls, spaces: Sequence[Whitening]) -> Whitening:
+        """Several whitenings of one width: mean (s, 1, d), basis (s, d, n) and gain (s, 1, n); some do nothing."""
+        most = max(len(one.gain) for one in spaces)
+        bases = [pad(one.basis, (0, most - len(one.gain))) for one in spaces]
+        gains = [pad(one.gain, (0, most - len(one.gain)), value=1.0) for one in spaces]
+        means = [one.mean for one in spaces]
+        return cls(torch.stack(means)[:, None], torch.stack(bases), torch.stack(gains)[:, None])
+
     def fold(self, factor: Tensor) -> Tensor:
         """`T W` for a factor `T` (r, d), so that `‖T W (h - μ)‖` takes one product and one offset."""
-        return factor - (factor @ self.basis) * (1 - self.gain) @ self.basis.T
+        return factor - (factor @ self.basis) * (1 - self.gain) @ self.basis.mT
 
     def sketch(self) -> Tensor:
         """(`SKETCHED`, d): `S W` with fixed random rows `S`, so that `‖S W (h - μ)‖` is nearly `‖W (h - μ)‖`; the error

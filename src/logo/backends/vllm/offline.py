@@ -29,7 +29,7 @@ from logo.backends.vllm.pool import head_adapter
 from logo.backends.vllm.requests import Group, Requests, Running
 from logo.backends.vllm.sampling import check_config, parameters
 from logo.core import Generation, Options, Prompt, Selection
-from logo.decoding import Decoding, overflow
+from logo.decoding import Batch, Decoding, overflow
 from logo.engine import LoGo
 from logo.errors import ModelError, UsageError
 from logo.prompts import Prompts
@@ -139,7 +139,9 @@ class VllmLoGo(LoGo):
                 self._scorers[signal] = opened
         return self._scorers[signal]
 
-    def _scores(self, scorer: Any, rows: Sequence[Prompt], among: Sequence[Any], batch_size: int) -> torch.Tensor:
+    def _scores(
+        self, pool: AdapterPool, scorer: Any, rows: Sequence[Prompt], among: Sequence[Any], batch_size: int
+    ) -> torch.Tensor:
         """Scores (rows, adapters) of prompts, which run as probes.
 
         Raises:
@@ -183,15 +185,8 @@ class VllmLoGo(LoGo):
     def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:
         return [range(len(rows))]
 
-    def _decode(
-        self,
-        pool: AdapterPool,
-        rows: Sequence[Sequence[int]],
-        selections: Sequence[Selection],
-        decoding: Decoding,
-        probed: float,
-        streamer: BaseStreamer | None,
-    ) -> list[Generation]:
+    def _decode(self, batch: Batch, streamer: BaseStreamer | None) -> list[Generation]:
+        rows, selections, decoding = batch.rows, batch.selections, batch.decoding
         started = time.perf_counter()
         with ExitStack() as stack:
             loras = [stack.enter_context(self.core.request(one)) for one in selections]
@@ -209,14 +204,13 @@ class VllmLoGo(LoGo):
             _check_finite(one, selection)
         if streamer is not None:
             streamer.end()
-        seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
+        seconds = (time.perf_counter() - started) / len(rows)
         forms = ["none" if lora is None else "gated" for lora in loras]
         continued: Any = [(one.tokens, form) for one, form in zip(group.running, forms, strict=True)]
         return decoding.generations(self.tokenizer, continued, selections, seconds)
 
-    def _pieces(
-        self, pool: AdapterPool, row: Sequence[int], selection: Selection, decoding: Decoding
-    ) -> Generator[str]:
+    def _pieces(self, batch: Batch) -> Generator[str]:
+        [row], [selection], decoding = batch.rows, batch.selections, batch.decoding
         said = _Pieces(self.tokenizer, skip_special_tokens=True)
         with ExitStack() as stack:
             lora = stack.enter_context(self.core.request(selection))

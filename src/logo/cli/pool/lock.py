@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from logo.adapters.adapter import Adapter
 from logo.adapters.manifest import SUFFIXES, Entry, Manifest, is_line, read_manifest, write_manifest
 from logo.adapters.pool import AdapterPool
-from logo.adapters.sources import Source, gather, list_repos, parse_sources
+from logo.adapters.sources import Source, gather, parse_sources
 from logo.cli.options import Json, argument, usual
 from logo.cli.output import out, print_json
 from logo.cli.pool.common import AllowPickle, OnBadAdapter, divided, fitting, refusals, tell_refused
-from logo.errors import AdapterError, UsageError
+from logo.errors import AdapterError, HubError, UsageError
+from logo.hub import hub_error
 
 
 def lock(
@@ -71,7 +74,7 @@ def lock(
 
 def _sources(text: str) -> list[Source]:
     if "*" in text and not os.path.exists(text):
-        return list_repos(text)
+        return _repositories(text)
     return list(parse_sources(text))
 
 
@@ -81,3 +84,24 @@ def _source(adapter: Adapter, file: Path) -> str:
         return adapter.source
     path = os.path.relpath(adapter.folder.absolute(), file.absolute().parent)
     return path if path.startswith(".") else f"./{path}"
+
+
+def _repositories(text: str) -> list[Source]:
+    """The repositories that match `org/prefix-*`, each at the commit of its main branch.
+
+    Raises UsageError if it is no such pattern, and HubError if none matches or the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    owner, _, name = text.partition("/")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.*-]+", text):
+        raise UsageError(f"{text!r}: `*` stands for a part of the names of an owner's repositories (org/prefix*)")
+    try:
+        longest = max(name.split("*"), key=len) or None
+        models = HfApi(library_name="logo").list_models(author=owner, search=longest, expand=["sha"])
+        found = {one.id: one.sha for one in models if fnmatchcase(one.id, text)}
+    except Exception as error:  # the boundary, as in `download_files`
+        raise hub_error(text, error) from error
+    if not found:
+        raise HubError(f"Hub repos {text}: no repository matches; check the name, and HF_TOKEN if they are private")
+    return [Source("repo", repo, "", found[repo]) for repo in sorted(found)]
