@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +91,39 @@ def test_a_new_mode_is_no_change_of_weights_whose_digest_is_known(tmp_path: Path
     for i in range(2):
         touched(tmp_path / f"t{i}" / "adapter_model.safetensors", None)
     assert logo.generate("w3", adapters={"t1": 1.0}, max_new_tokens=1).token_ids
+
+
+ASKED = """
+import sys
+from logo.identity import of_content
+
+def find():
+    print("asked", end=" ")
+    return open(sys.argv[1]).read().strip()
+
+print(*(of_content(sys.argv[1], "says", find) for _ in range(2)))
+"""
+
+
+def asked(file: Path, cache: Path) -> str:
+    """What a new process says of a file's content, and whether it had to read it."""
+    env = {**os.environ, "LOGO_CACHE": str(cache)}
+    found = subprocess.run([sys.executable, "-c", ASKED, file], env=env, capture_output=True, text=True, check=True)
+    return found.stdout.strip() + (" (warned)" if "is damaged and computed anew" in found.stderr else "")
+
+
+def test_what_a_file_holds_is_found_out_once_by_all_processes(tmp_path: Path) -> None:
+    file, cache = tmp_path / "file", tmp_path / "cache"
+    file.write_text("one")
+    assert [asked(file, cache) for _ in range(2)] == ["asked one one"] * 2  # it may change without another stamp
+    while time.time_ns() - file.stat().st_ctime_ns < 2.1e9:
+        time.sleep(0.1)
+    assert [asked(file, cache) for _ in range(2)] == ["asked one one", "one one"]
+    [kept] = (cache / "files").iterdir()
+    kept.write_bytes(b"\0" * 8)  # as a power cut leaves it
+    assert [asked(file, cache) for _ in range(2)] == ["asked one one (warned)", "one one"]
+    touched(file, b"two")
+    assert asked(file, cache) == "asked two two"
 
 
 # -- the base model in the key of a calibration -----------------------------------------------------------------

@@ -22,7 +22,7 @@ def test_calibrating_shows_what_selecting_reads(tmp_path: Path, capsys: pytest.C
     report = answer(capsys, "pool", "calibrate", *cache)
     assert report["measured"] == 16
     assert list(report["sizes"]) == report["adapters"] and all(0.05 < size < 0.2 for size in report["sizes"].values())
-    assert 0 < len(report["points"]) <= len(report["ranking"]) and report["points"][0] == report["ranking"][0]["point"]
+    assert 0 < len(report["points"]) <= len(report["ranking"]) and report["ranking"][0]["point"] in report["points"]
     assert answer(capsys, "pool", "calibrate", *cache)["measured"] == 0
     chosen = answer(capsys, "select", "What is 7 plus 5?", *cache)
     assert chosen["adapters"][0] == "add_numbers"

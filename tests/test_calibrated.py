@@ -317,7 +317,7 @@ def test_the_points_of_highest_contrast_are_chosen(llama: nn.Module, tmp_path: P
     assert found is not None and {point.layer for point in found.points} <= {1, 2}
     assert len(found.ranking) == 7 * 2  # of the three layers that are probed, the first one is passed over
     values = [value for _, value in found.ranking]
-    assert values == sorted(values, reverse=True) and found.points[0] == found.ranking[0][0]
+    assert values == sorted(values, reverse=True) and found.ranking[0][0] in found.points
 
 
 def test_own_prompts_may_rank_the_points(llama: nn.Module, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -83,3 +84,17 @@ def test_passes_of_bounded_size_measure_the_same(model: Any, folder: Path, monke
     parts = opened(model, folder, signal="calibrated").calibrate()
     assert whole is not None and parts is not None and parts.points == whole.points
     torch.testing.assert_close(parts.neutral, whole.neutral, equal_nan=True)
+
+
+def test_points_that_read_the_same_vectors_are_scored_together(model: Any, folder: Path) -> None:
+    """q and v of a layer read the same ones, o reads others; the scores are those of each point alone."""
+    scorer = opened(model, folder, signal="calibrated").scorer
+    layers = [(point.layer, point.module.endswith("o_proj")) for point in scorer.points]
+    assert len(scorer.joined) < len(scorer.points)
+    assert [layers[at] for at, _ in scorer.joined] == [layer for layer, _ in itertools.groupby(layers)]
+    hidden = {layer: torch.randn(5, scorer.indices[0].stacked.shape[1]) for layer in layers}
+    alone = [scorer.signal(one, hidden[layer]) for one, layer in zip(scorer.indices, layers, strict=True)]
+    together = [scorer.signal(one, hidden[layers[at]]) for at, one in scorer.joined]
+    torch.testing.assert_close(torch.cat(together, dim=1), torch.cat(alone, dim=1))
+    for at, whole in scorer.joined:  # which take no memory of their own
+        assert scorer.indices[at].stacked.data_ptr() == whole.stacked.data_ptr()

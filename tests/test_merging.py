@@ -87,17 +87,17 @@ def test_generation_is_the_same_merged(tmp_path: Path, llama: nn.Module, adapter
     assert merged.generate(PROMPTS, max_new_tokens=6)  # different mixtures in one batch: gates
 
 
-def test_many_passes_are_merged_and_few_are_not(tmp_path: Path) -> None:
-    base = tiny.model("llama")  # 32 wide, so that one pass is worth it
+def test_many_tokens_are_merged_and_few_are_not(tmp_path: Path) -> None:
+    base = tiny.model("llama")  # 32 wide, so that 16 tokens are worth it
     mixed = Mixed(base, pool_of(base, tmp_path, ["q_proj"], ["q_proj"]), merge=None)
     one, other = Mixture({"a0": 1.0}), Mixture({"a1": 1.0})
 
-    def form(mixtures: list[Mixture], passes: float) -> str:
-        with mixed.mixer.active(mixed.pool, mixtures, passes) as found:
+    def form(mixtures: list[Mixture], tokens: float) -> str:
+        with mixed.mixer.active(mixed.pool, mixtures, tokens) as found:
             return found
 
-    assert [form([one], passes) for passes in (0.9, 1, 100)] == ["gated", "merged", "merged"]
-    assert form([one, one], 1) == "merged" and form([one, other], 100) == "gated"
+    assert [form([one], tokens) for tokens in (15, 16, 100)] == ["gated", "merged", "merged"]
+    assert form([one, one], 16) == "merged" and form([one, other], 100) == "gated"
     assert form([Mixture({"a0": 1.0}, {"a0": 3})], 100) == "gated"
     assert form([Mixture(), Mixture()], 100) == "none"
 

@@ -32,7 +32,7 @@ from logo.adapters.pool import AdapterPool
 from logo.core import Form, Generation, Selection
 from logo.endings import EndRule, at_newline, at_texts, cut_after_end, cut_at, end_tokens
 from logo.errors import NotFinite, UsageError, check_type, closest, listed
-from logo.mixing import Mixer, Mixture
+from logo.mixing import PASS, Mixer, Mixture
 from logo.models import ModelLock, lock_of
 from logo.prefix_cache import PrefixCache, cache_argument
 from logo.prompts import Prompts
@@ -393,8 +393,9 @@ class Decoder:
             acting, known = self._late(batch, config)
             options |= known
         passes = max(config.min_new_tokens or 0, config.max_new_tokens / 4)  # most answers are shorter than they may be
+        read = ids.shape[1] + PASS * passes
         with (
-            self.mixer.active(pool, acting, passes) as form,
+            self.mixer.active(pool, acting, read) as form,
             _without_checkpoint(self.model),
             torch.no_grad(),
         ):

@@ -245,12 +245,9 @@ class LoGo:
             fitted = fitted.acting(self.settings.activation)
             plain = [adapter.name for adapter in fitted if adapter.activation.everywhere]
             if plain and len(plain) < len(fitted):
-                warnings.warn(
-                    f"{len(plain)} of {len(fitted)} adapters act on every token ({listed(plain)}), so the pool is "
-                    "probed like a plain one: reading prompts once needs activation in all of its adapters",
-                    UserWarning,
-                    stacklevel=3,
-                )
+                found = f"{len(plain)} of {len(fitted)} adapters act on every token ({listed(plain)}), so the pool is"
+                once = "reading prompts once needs activation in all of its adapters"
+                warnings.warn(f"{found} probed like a plain one: {once}", UserWarning, stacklevel=3)
             return Prepared(pool.without(fitted.refused), fitted, {})
 
     def take(self, prepared: Prepared, instead_of: AdapterPool | None = None) -> None:
@@ -385,9 +382,8 @@ class LoGo:
         active = pool.names if self.probe_context != "base" else ()
         if self.probe_context == "carry" and self._carried is not None:
             active = tuple(name for name in self._carried if name in pool)
-        probed = [self._probed(row) for row in rows]
+        probed, window = [self._probed(row) for row in rows], scorer.signal.window
         scores = torch.empty(len(rows), len(scorer.selector.names))
-        window = scorer.signal.window
         lengths = [len(row) if window == WHOLE else min(len(row), sum(window)) for row in probed]
         for batch in batches_by_length(lengths, batch_size, tokens=MAX_TOKENS):
             with self._mixer.active(pool, [Mixture(dict.fromkeys(active, 1.0))]):
@@ -555,9 +551,8 @@ class LoGo:
         """The mixture of each row: the forced one, or a selection. Raises the first error that scores give."""
         done = {i: forced(entry, pool, call.candidates) for i, entry in enumerate(wanted) if entry is not None}
         left = [i for i in range(len(rows)) if i not in done]
-        for i, one in zip(
-            left, self._outcomes(pool, [rows[i] for i in left], [call] * len(left), batch_size), strict=True
-        ):
+        found = self._outcomes(pool, [rows[i] for i in left], [call] * len(left), batch_size)
+        for i, one in zip(left, found, strict=True):
             if isinstance(one, LoGoError):
                 raise one
             done[i] = one

@@ -322,11 +322,8 @@ def _rendered(
 ) -> str:
     """The text of a conversation; with `answer`, up to where the assistant's next turn begins."""
     try:
-        text = str(
-            tokenizer.apply_chat_template(
-                list(turns), add_generation_prompt=answer, tokenize=False, **(variables or {})
-            )
-        )
+        given = {**(variables or {}), "add_generation_prompt": answer, "tokenize": False}
+        text = str(tokenizer.apply_chat_template(list(turns), **given))
         text.encode("utf-8")  # half a surrogate pair can come from any field, and no tokenizer accepts it
         return text
     except Exception as error:  # a template is a program and may raise anything

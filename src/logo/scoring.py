@@ -164,12 +164,14 @@ def score_pairs(
             batches[:0] = [numbers[:half], numbers[half:]]
             continue
         ids, mask = padded([row.ids for row in batch], prompts.pad_id, "right", input_device(model))
-        with mixer.active(pool, [Mixture.of(pool, row.mixture, row.prompt) for row in batch]):
+        with mixer.active(pool, [Mixture.of(pool, row.mixture, row.prompt) for row in batch], ids.shape[1]):
             logits = logits_at(model, ids, needed, mask)
         for row, found in zip(batch, logits, strict=True):
             for number, (start, gold) in row.golds.items():
-                own = found[needed.index(start - 1) :][: len(gold)]
-                scored[number] = score_logits(own, torch.tensor(list(gold), device=found.device))
+                own = found[needed.index(start - 1) :][: len(gold)].float()  # (n, vocabulary)
+                right = torch.tensor(list(gold), device=own.device)
+                nll = checked_nll(float(torch.nn.functional.cross_entropy(own, right)))
+                scored[number] = Scored(bool((own.argmax(dim=-1) == right).all()), nll, len(gold))
     return [scored[number] for number in range(len(pairs))]
 
 
@@ -187,13 +189,6 @@ def logits_at(model: Any, ids: Tensor, needed: Sequence[int], mask: Tensor) -> T
     logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
     before = length - logits.shape[1]  # if the model returns the last positions only, so many stand before them
     return logits if logits.shape[1] == len(needed) else logits[:, [at - before for at in needed]]
-
-
-def score_logits(logits: Tensor, gold: Tensor) -> Scored:
-    """The score of gold tokens (n,) whose logits are (n, vocabulary); errors as `checked_nll`."""
-    logits = logits.float()
-    nll = checked_nll(float(torch.nn.functional.cross_entropy(logits, gold)))
-    return Scored(bool((logits.argmax(dim=-1) == gold).all()), nll, len(gold))
 
 
 def checked_nll(nll: float) -> float:

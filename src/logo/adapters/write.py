@@ -1,4 +1,4 @@
-"""Writes adapters as plain PEFT folders, which any tool that reads LoRA adapters can use: mixtures, and conversions.
+"""Writes adapters as plain PEFT folders, which any tool that reads LoRA adapters can use.
 
 A folder appears complete or not at all. A mixture is one adapter:
 
@@ -6,16 +6,11 @@ A folder appears complete or not at all. A mixture is one adapter:
 
 so that `B A = Σ w_i s_i B_i A_i` exactly, for any ranks and targets. All adapters have to act on the same tokens, since
 one adapter cannot act on different ones.
-
-Adapters that were initialised with a part of the base weights (PiSSA, OLoRA, CorDA, LoRA-GA) train
-`W - s B_0 A_0 + s B A`, so on the untouched base their update is `s [B, -B_0] [A; A_0]`, a plain LoRA of twice the rank
-and the same scale. PEFT does the same with `path_initial_model_for_weight_conversion`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -23,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logo.adapters.activation import EVERYWHERE, noted
-from logo.adapters.adapter import Adapter, LoraWeights, open_adapter
-from logo.adapters.layout import core_path
-from logo.adapters.peft import CONFIG, NOTES, SAFETENSORS, changed_base, read_raw
+from logo.adapters.adapter import Adapter, LoraWeights
+from logo.adapters.peft import CONFIG, NOTES, SAFETENSORS
 from logo.errors import AdapterError, UsageError
 from logo.files import new_folder
 
@@ -74,7 +68,7 @@ def write_mixture(
     [activation] = activations
     stacked: dict[str, LoraWeights] = {}
     for adapter, weight in parts:
-        for path, one in _linear(adapter).items():
+        for path, one in linear_weights(adapter).items():
             a, b = one.A.float(), weight * one.scaled_b()
             if path in stacked:
                 a, b = torch.cat([stacked[path].A, a]), torch.cat([stacked[path].B, b], dim=1)
@@ -100,43 +94,7 @@ def write_mixture(
     return folder
 
 
-def convert_initial(trained: Path, initial: Path, out: Path, *, allow_pickle: bool = False) -> None:
-    """Writes an adapter that was initialised with a part of the base weights as a plain one, with its settings.
-
-    Raises AdapterError if a folder cannot be used, the configuration names no such initialisation, or the `initial`
-    state, before training, is that of another adapter or equal to the trained one; and as `new_folder`.
-    """
-    import torch
-
-    adapter, start = (open_adapter(one, allow_pickle=allow_pickle, unconverted=True) for one in (trained, initial))
-    config = read_raw(trained)
-    if changed_base(config) is None:
-        init = f"init_lora_weights is {config.get('init_lora_weights', True)!r}"
-        raise AdapterError(adapter.name, f"{init}, which names no initialisation that changed the base weights")
-    weights, first = _linear(adapter), {core_path(path): one for path, one in _linear(start).items()}
-    if first.keys() != {core_path(path) for path in weights}:
-        raise AdapterError(adapter.name, f"its initial adapter {initial} adapts other modules")
-    both, same = dict[str, LoraWeights](), True
-    for path, one in weights.items():
-        before = first[core_path(path)]
-        alike = before.A.shape == one.A.shape and before.B.shape == one.B.shape
-        if not alike or not math.isclose(before.scaling, one.scaling, rel_tol=1e-9):
-            raise AdapterError(adapter.name, f"its initial adapter {initial} has another shape or scale at {path}")
-        same = same and torch.equal(one.A, before.A) and torch.equal(one.B, before.B)
-        # Different dtypes are promoted to the wider one.
-        both[path] = LoraWeights(torch.cat([one.A, before.A]), torch.cat([one.B, -before.B], dim=1), one.scaling)
-    if same:
-        raise AdapterError(adapter.name, f"its initial adapter {initial} is the same: give that before training")
-    # Twice the rank and the same scale: alpha grows by 2 with `alpha / r`, by √2 with `alpha / √r`.
-    grown = math.sqrt(2) if config.get("use_rslora") else 2
-    for key, pattern, factor in (("r", "rank_pattern", 2), ("lora_alpha", "alpha_pattern", grown)):
-        config[key] = factor * config.get(key, 8)
-        config[pattern] = {module: factor * value for module, value in (config.get(pattern) or {}).items()}
-    with new_folder(out) as part:
-        save_adapter(part, plain_tensors(both), config | {"init_lora_weights": True})
-
-
-def _linear(adapter: Adapter) -> dict[str, LoraWeights]:
+def linear_weights(adapter: Adapter) -> dict[str, LoraWeights]:
     """The factors of an adapter. Raises AdapterError unless it is `s B A` on linear modules, which alone is written."""
     for path, module in adapter.modules.items():
         if module.embedding:

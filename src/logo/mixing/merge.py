@@ -38,7 +38,7 @@ class Merger:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
         self._merged: dict[str, nn.Parameter] = {}
-        self._key: Hashable = None  # of the mixture that `_merged` holds
+        self._key: Hashable = None  # of the mixture that is merged
 
     @contextmanager
     def active(self, key: Hashable, stacks: Callable[[], Mapping[str, Stack]], weights: Tensor) -> Iterator[None]:

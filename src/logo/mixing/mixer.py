@@ -23,6 +23,8 @@ from logo.mixing.gates import OpeningGates, added, hooked
 from logo.mixing.merge import Merger, mergeable
 from logo.models import lock_of, text_config
 
+PASS = 16  # gates make a pass of one token as much slower as one of so many tokens
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -60,13 +62,14 @@ class Mixer:
         self._merger = Merger(cache.modules)
 
     @contextmanager
-    def active(self, pool: AdapterPool, mixtures: Sequence[Mixture], passes: float = 1) -> Iterator[Form]:
+    def active(self, pool: AdapterPool, mixtures: Sequence[Mixture], tokens: float = 0) -> Iterator[Form]:
         """Activates one mixture per row of the batch, or one for all rows, inside the block, which gets the form.
 
         Args:
             pool: fitted to the model.
             mixtures: of each row. A batch of a multiple of them repeats every row that many times.
-            passes: forward passes that are expected inside the block; merging pays for many.
+            tokens: that the model is expected to read of a row inside the block, where each pass that adds one token
+                counts as `PASS`; merging pays for many.
 
         Raises:
             UsageError: another mixture is active.
@@ -81,7 +84,7 @@ class Mixer:
             adapters = [pool[name] for name in names]
             weights = torch.tensor([[mixture.weights.get(name, 0.0) for name in names] for mixture in mixtures])
             with self.cache.held(adapters) as hold:
-                if self._merges(adapters, mixtures, passes):
+                if self._merges(adapters, mixtures, tokens):
                     key = tuple(adapter.file for adapter in adapters), tuple(weights[0].tolist())
                     with self._merger.active(key, lambda: self.cache.stacks(hold).modules, weights[0]):
                         yield "merged"
@@ -97,12 +100,12 @@ class Mixer:
         self._merger.forget()
         self.cache.retain({adapter.file for adapter in pool})
 
-    def _merges(self, adapters: Sequence[Adapter], mixtures: Sequence[Mixture], passes: float) -> bool:
-        """Whether these mixtures are one that is merged."""
+    def _merges(self, adapters: Sequence[Adapter], mixtures: Sequence[Mixture], tokens: float) -> bool:
+        """Whether these mixtures are one that is merged, whatever ran before, so that this changes no answer."""
         if self.merge is False or any(one.begins or one.weights != mixtures[0].weights for one in mixtures):
             return False
-        # Merging computes about as much as gating half as many tokens as the model is wide; a pass is worth 16.
-        if not self.merge and 32 * passes < self._width:
+        # Merging computes about as much as gating half as many tokens as the model is wide.
+        if not self.merge and 2 * tokens < self._width:
             return False
         modules = {path: self.cache.modules[path] for adapter in adapters for path in adapter.modules}
         if not all(map(mergeable, modules.values())):

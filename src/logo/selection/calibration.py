@@ -165,7 +165,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The responses of a pool's adapters to neutral texts and requests at the points that are read, best first.
+    """The responses of a pool's adapters to neutral texts and requests at the points that are read, in model order.
 
     Attributes:
         ranking: every candidate with its contrast, best first; empty if all points are read.
@@ -207,7 +207,7 @@ def calibrate(reading: Reading, plan: Plan, run: TextRunner) -> Calibration:
     ranking: list[tuple[Point, float]] = []
     if plan.most:
         neutral, requests = responses[:, 0, :, :neutral_count], responses[:, 0, :, neutral_count:]
-        chosen = choose(neutral, requests, plan.most, ENOUGH)
+        chosen = sorted(choose(neutral, requests, plan.most, ENOUGH))
         values = contrast(neutral, requests).tolist()
         ranking = sorted(zip(candidates, values, strict=True), key=lambda entry: -entry[1])
     points, read = tuple(candidates[i] for i in chosen), responses[:, :, chosen].flatten(1, 2)

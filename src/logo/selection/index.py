@@ -186,15 +186,11 @@ def joined(indices: Sequence[ScoringIndex]) -> tuple[list[ScoringIndex], list[tu
     parts, every = list[ScoringIndex](), list[tuple[int, ScoringIndex]]()
     for _, group in groupby(indices, key=lambda one: id(one) if one.sketch is None else one.sketch[1].tolist()):
         some = list(group)
-        stacked, ranks = torch.cat([one.stacked for one in some]), [rank for one in some for rank in one.ranks]
-        offset = None if some[0].offset is None else torch.cat([one.offset for one in some if one.offset is not None])
-        adapters, updates = [one for index in some for one in index.adapters], torch.cat([one.updates for one in some])
-        every.append(
-            (
-                len(parts),
-                replace(some[0], stacked=stacked, ranks=ranks, offset=offset, adapters=adapters, updates=updates),
-            )
-        )
+        offsets, updates = [one.offset for one in some if one.offset is not None], [one.updates for one in some]
+        stacked, offset = torch.cat([one.stacked for one in some]), torch.cat(offsets) if offsets else None
+        ranks, adapters = [n for one in some for n in one.ranks], [one for index in some for one in index.adapters]
+        whole = ScoringIndex(stacked, ranks, offset, adapters, some[0].point, some[0].sketch, torch.cat(updates))
+        every.append((len(parts), whole))
         rows = torch.split(stacked, [len(one.stacked) for one in some])
         parts += [replace(one, stacked=own) for one, own in zip(some, rows, strict=True)]
     return parts, every

@@ -110,10 +110,8 @@ def _query_rows(name: str, config: Any, out_features: int) -> tuple[int, ...] | 
     by_head = name == "query_key_value" or config.model_type == "gpt_bigcode"
     if config.model_type == "codegen":  # (blocks, q v k, heads of the block * size)
         rows = rows.view(4, 3, -1)[:, 0]
-    elif by_head and getattr(
-        config, "new_decoder_architecture", False
-    ):  # Falcon 40B: (kv heads, queries + k + v, size)
-        groups = config.num_kv_heads
+    elif by_head and getattr(config, "new_decoder_architecture", False):
+        groups = config.num_kv_heads  # Falcon 40B: (kv heads, queries + k + v, size)
         rows = rows.view(groups, heads // groups + 2, size)[:, :-2]
     elif by_head and not getattr(config, "multi_query", False):  # GPT-NeoX, Bloom, GPTBigCode: (heads, q k v, size)
         rows = rows.view(heads, 3, size)[:, 0]

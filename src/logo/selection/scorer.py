@@ -181,7 +181,8 @@ class Scorer:
             rows = [row if len(row) <= most else windowed(row, signal.window) for row in rows]
             ids, mask = padded(rows, self.probe.model.get_input_embeddings().weight.device)  # type: ignore[operator]
             picked, owners = pick(list(map(signal.begin, rows)), list(map(len, rows)), ids.shape[1])
-            hidden = self.probe(ids, mask, picked.to(ids.device))
+            with torch.inference_mode():  # nothing that is kept, unlike pages of the prefix cache
+                hidden = self.probe(ids, mask, picked.to(ids.device))
         else:  # tokens on which adapters act are never cached
             ends, read = [earliest(signal.activations, row) for row in rows], partial(self._read_rest, rows)
             hidden, owners = self.prefix_cache.extend(rows, ends, read, fresh=signal.token == "mean")

@@ -52,7 +52,6 @@ class SelectionSettings:
         activation: where all adapters act: `"everywhere"`, `"last:N"`, or `"invocation"`; None: each where it was
             trained to act. See `logo.adapters.activation`.
 
-
     Raises:
         UsageError: a value that cannot be used, or not with this signal.
     """

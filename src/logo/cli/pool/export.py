@@ -35,7 +35,7 @@ def export(
     if [prompt, mixture, initial].count(None) != 2:
         raise UsageError("expected one of: a prompt, which selects; --adapter NAME=WEIGHT; --initial DIR")
     if initial is not None:
-        from logo.adapters.write import convert_initial
+        from logo.cli.pool.initial import convert_initial
 
         if engine.adapters is None:
             raise UsageError("--initial: name the folder of the trained adapter with --adapters")
