@@ -21,9 +21,9 @@ import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.backends.vllm.skeleton import skeleton
 from logo.errors import AdapterError
-from logo.files import write_cached
+from logo.files import Store, write_cached
 from logo.identity import content_stamp
-from logo.selection.calibration import Reading, Store
+from logo.selection.calibration import Reading
 from logo.selection.signals import get_signal
 from logo.selection.texts import Texts
 from test_engine import tokenizer, write_adapter

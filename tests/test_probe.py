@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import tiny
 from logo.errors import ModelError
+from logo.models import padded
 from logo.selection.points import Point, decoder_layers, last_query, points_of
-from logo.selection.probe import Probe, padded, pick
+from logo.selection.probe import Probe, pick
 from logo.selection.signals import Signal, get_signal
 from tolerances import same_tensor
 

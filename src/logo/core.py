@@ -47,8 +47,7 @@ class Options:
         signal: the name of a registered signal.
         k: adapters per prompt at most; None: the default of the pool.
         weighting: how scores become weights (`logo.selection.selector`).
-        when_unsure: what answers a prompt for which no adapter seems to be made: the mixture, the base model or
-            nothing.
+        when_unsure: what answers a prompt for which no adapter seems to be made: mixture, base model or nothing.
         unsure_below: the confidence below which a selection counts as unsure.
         candidates: the adapters that may be selected; None: all that are scored.
     """
@@ -113,8 +112,7 @@ class Generation:
         text: the decoded continuation, special tokens removed, cut before a `stop` text.
         selection: the adapters that gave it.
         token_ids: the tokens of the continuation, with the end token.
-        finish_reason: `"stop"` (the model or a stop rule ended it) or `"length"` (it was cut: at the most new tokens,
-            or at `max_time`).
+        finish_reason: `"stop"` (by the model or a stop rule) or `"length"` (cut at the most new tokens or `max_time`).
         seconds: this prompt's share of the wall time: `{"probe", "generate"}`.
         form: how the mixtures of its batch acted.
     """

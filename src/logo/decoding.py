@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from logo.core import Form, Generation, Selection
 from logo.endings import EndRule, at_newline, at_texts, cut_after_end, cut_at, end_tokens
 from logo.errors import NotFinite, UsageError, check_type, closest, listed
 from logo.mixing import PASS, Mixer, Mixture
-from logo.models import ModelLock, lock_of
+from logo.models import ModelLock, input_device, lock_of, padded
 from logo.prefix_cache import PrefixCache, cache_argument
 from logo.prompts import Prompts
 
@@ -201,8 +201,7 @@ class Decoding:
         selections: Sequence[Selection],
         seconds: float,
     ) -> list[Generation]:
-        """Makes answers of rows of new tokens (also those behind the end) and the forms of their mixtures; `seconds` is
-        what each row took."""
+        """Makes answers of rows of new tokens (also those behind the end) and forms of mixtures; `seconds` per row."""
         ends, rules = end_tokens(self.config), self.rules(tokenizer)
         answers = [cut_after_end(row, ends, rules) for row, _ in continued]
         texts = tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
@@ -287,26 +286,6 @@ def reads_prompts(config: GenerationConfig) -> bool:
     return any(value not in (None, 1.0) for value in penalties) or any(counts)
 
 
-def padded(
-    rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(rows, length) ids and attention mask. Probing and scoring pad on the right, generating on the left."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, at] = torch.tensor(row)
-        mask[i, at] = 1
-    return ids.to(device), mask.to(device)
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """The device of a model's input."""
-    weight: Tensor = model.get_input_embeddings().weight
-    return weight.device
-
-
 @dataclass(frozen=True)
 class Batch:
     """Prompts that are continued together, each under its own mixture.
@@ -347,8 +326,7 @@ class Decoder:
     _told: set[str] = field(default_factory=set)  # the adapters of which a warning says that they do not act
 
     def __call__(self, batch: Batch, streamer: BaseStreamer | None = None) -> list[Generation]:
-        """One answer per row, with a streamer for a batch of one. A row's answer does not depend on the other rows, up
-        to rounding.
+        """One answer per row, which does not depend on the other rows, up to rounding; a streamer is for one row.
 
         Raises:
             CacheFull: the adapters of the batch do not fit into the memory for adapters.
@@ -381,7 +359,7 @@ class Decoder:
     def _continue(self, batch: Batch, *criteria: StoppingCriteria, **options: Any) -> tuple[list[list[int]], Form]:
         """The new tokens of each row, also those behind its end, and the form of the mixtures."""
         pool, config, rules = batch.pool, copy.copy(batch.decoding.config), batch.decoding.rules(self.prompts.tokenizer)
-        ids, mask = padded(batch.rows, self.prompts.pad_id, "left", input_device(self.model))
+        ids, mask = padded(batch.rows, input_device(self.model), self.prompts.pad_id, left=True)
         config.stop_strings = None  # the rules contain them
         if rules:
             growing = config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)

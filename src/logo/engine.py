@@ -63,8 +63,7 @@ class LoGo:
     Args:
         model: a Hugging Face causal LM, in eval mode. Its weights are never changed.
         tokenizer: the model's, with a pad token.
-        pool: the adapters. The engine's own may be changed later (`logo.pool.add`, `logo.pool.remove`): the next call
-            sees the change.
+        pool: the adapters. It may be changed later (`logo.pool.add`, `logo.pool.remove`), which the next call sees.
         settings: how prompts are read, scored and selected.
         generation_config: how calls decode that give no config; None: greedily.
         truncation: how prompts are cut that are too long.
@@ -420,8 +419,7 @@ class LoGo:
 
                 max_new_tokens: default: that of the generation config, else the smaller of 256 and half of the context.
                 generation_config: of transformers; default: the engine's own, which is greedy unless it was given
-                    another. What it leaves open is greedy, too: of the checkpoint's config only end tokens and stop
-                    texts count.
+                    another. What it leaves open is greedy, too, but for the checkpoint's end tokens and stop texts.
                 stop_at_newline: end each answer after its first line; `"official"`: by the rule of the official code.
                 stop: end each answer before the first of these texts.
 

@@ -35,8 +35,7 @@ class PluginError(LoGoError, ImportError):
 
 
 class AdapterError(LoGoError, ValueError):
-    """One adapter, of this `name` in its pool, that cannot be read, mixed or fitted to the base model; `reason` has no
-    name in it."""
+    """One adapter, of this `name` in its pool, that cannot be read, mixed or fitted; `reason` is without the name."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)

@@ -13,11 +13,14 @@ import secrets
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from logo.errors import LoGoError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _T = TypeVar("_T")
 _refusing: set[Path] = set()  # cache folders that a warning has named
@@ -178,3 +181,59 @@ def write_cached(cache: Path, name: str, content: bytes) -> bool:
             said = f"{problem}; it is computed anew each time (LOGO_CACHE names another folder)"
             warnings.warn(said, stacklevel=3)
         return False
+
+
+class Store:
+    """Tensors by name, in the cache folder (None: none) and in memory.
+
+    Small ones are held in memory while a pool uses them, so that adapters can be added after files of others are gone;
+    large ones only where the folder does not take them. What is missing or damaged in the folder is computed again.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._held: dict[str, dict[str, Tensor]] = {}
+        self._used: set[str] = set()  # since the last release
+        self._large: set[str] = set()
+
+    def get(self, name: str, shape: tuple[int, ...] | None = None, *, hold: bool | None = True) -> dict[str, Tensor]:
+        """The tensors of this name; empty if there are none. Those that are not float32 of a given shape are damaged;
+        `hold` says whether to hold them in memory, too."""
+        import torch
+        from safetensors.torch import load_file
+
+        self._used.add(name)
+        if name in self._held or self._folder is None:
+            return self._held.get(name, {})
+
+        def read(file: Path) -> dict[str, Tensor]:
+            tensors: dict[str, Tensor] = load_file(file)
+            for key, tensor in tensors.items():
+                found = tensor.dtype, tuple(tensor.shape)
+                if shape is not None and found != (torch.float32, shape):
+                    raise ValueError(f"{key!r}: expected float32 of shape {shape}, found {found[0]} of {found[1]}")
+            return tensors
+
+        tensors = read_cached(self._folder / f"{name}.safetensors", read) or {}
+        if tensors and hold:
+            self._held[name] = tensors
+        return tensors
+
+    def put(self, name: str, tensors: Mapping[str, Tensor], *, hold: bool | None = True) -> None:
+        """Stores all tensors of a name; with `hold` None in the folder only, if there is one that takes them."""
+        from safetensors.torch import save
+
+        self._used.add(name)
+        given, file = {key: tensor.contiguous() for key, tensor in tensors.items()}, f"{name}.safetensors"
+        written = self._folder is not None and write_cached(self._folder, file, save(given))
+        if hold or not (written or hold is None):
+            self._held[name] = given
+        if hold is False:
+            self._large.add(name)
+
+    def release(self, key: str) -> None:
+        """Frees the memory of what is below a key and was not used since the last call, except for large ones."""
+        below = {name for name in (*self._held, *self._used) if name.startswith(f"{key}/")}
+        for name in (below & self._held.keys()) - self._used - self._large:
+            del self._held[name]
+        self._used -= below

@@ -54,8 +54,7 @@ def resolve_base(name: str, model_dir: str | Path | None = None) -> str:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`"auto"`: the first CUDA device, else Apple's, else the CPU; otherwise the device named. Raises UsageError if it
-    does not exist here."""
+    """`"auto"`: the first CUDA device, else Apple's, else the CPU; or the device named (UsageError: it is not here)."""
     import torch
 
     if device == "auto":
@@ -294,6 +293,28 @@ def devices(model: PreTrainedModel) -> tuple[torch.device, ...]:
     targets = {getattr(hook, "execution_device", None) for module in model.modules() for hook in _hooks(module)}
     found |= {torch.device(target) for target in targets if target is not None}
     return tuple(sorted(found - {torch.device("meta")}, key=str))
+
+
+def input_device(model: Any) -> torch.device:
+    """The device of a model's input."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
+def padded(
+    rows: Sequence[Sequence[int]], device: torch.device, pad_id: int = 0, *, left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, length) ids and attention mask. Probing and scoring pad on the right, generating on the left."""
+    import torch
+
+    width = max(map(len, rows))
+
+    def filled(row: list[int], fill: int) -> list[int]:
+        pad = [fill] * (width - len(row))
+        return pad + row if left else row + pad
+
+    ids = torch.tensor([filled(list(row), pad_id) for row in rows], device=device)
+    return ids, torch.tensor([filled([1] * len(row), 0) for row in rows], device=device)
 
 
 def _hooks(module: Any) -> tuple[Any, ...]:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from logo.models import input_device
+
 # Tokens of a whole page. Prompts share whole pages, so up to so many tokens of a common beginning are read again.
 PAGE = 16
 # The layers of a cache that hold nothing but keys and values, or nothing: those of an earlier layer are used again.
@@ -126,7 +128,7 @@ class PrefixCache:
             known = [[] if fresh else self.find(row, end) for row, end in zip(rows, ends, strict=True)]
             counts = list(map(_count, known))
             length, width = max(counts), max(len(row) - count for row, count in zip(rows, counts, strict=True))
-            device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+            device = input_device(self.model)
             ids = torch.zeros(len(rows), width, dtype=torch.int64)
             mask = torch.zeros(len(rows), length + width, dtype=torch.int64)
             for i, (row, count) in enumerate(zip(rows, counts, strict=True)):

@@ -232,8 +232,7 @@ def chat(
 ) -> Prompt:
     """Reads a conversation up to where the assistant's next answer begins, by the tokenizer's chat template.
 
-    Base models have no template. For them the contents are joined, one per line, so that a single message is the same
-    prompt as its text.
+    Base models have no template: contents are joined, one per line, so that a single message is read as its text.
 
     The probed text is read as a prompt of its own. Within the conversation its tokens would attend to a system prompt,
     the template and earlier answers, and would select other adapters; see docs/chats.md.
@@ -242,8 +241,7 @@ def chat(
         messages: `{"role", "content"}`, oldest first; further fields are the template's. A content is a text or a list
             of text parts, or None in an assistant's turn.
         probe_text: what is probed: `"last_user"`, the last message of the user (the default); `"conversation"`, all
-            messages of the user; `"all"`, everything. Without a message of the user that has tokens, everything is
-            probed.
+            messages of the user; `"all"`, or if the user has said nothing that has tokens, everything.
         variables: of the template, besides the messages.
 
     Raises:

@@ -14,9 +14,10 @@ from torch import Tensor
 from logo.adapters.activation import EVERYWHERE
 from logo.adapters.pool import AdapterPool
 from logo.core import Prompt
-from logo.decoding import batches_by_length, input_device, padded
+from logo.decoding import batches_by_length
 from logo.errors import ModelError, UsageError, check_type
 from logo.mixing import Mixer, Mixture
+from logo.models import input_device, padded
 from logo.prompts import Prompts, written_answer
 
 if TYPE_CHECKING:
@@ -89,10 +90,8 @@ def encoded(prompts: Prompts, prompt: OnePrompt, completion: str) -> tuple[Promp
     if not completion or not gold:
         raise UsageError(f"completion {completion!r} has no tokens: expected some text to score")
     if prompts.context is not None and len(gold) >= prompts.context:
-        raise UsageError(
-            f"the completion has {len(gold)} tokens, but the model's context holds {prompts.context}, the prompt's "
-            "included: shorten it"
-        )
+        found = f"the completion has {len(gold)} tokens, but the model's context holds {prompts.context}"
+        raise UsageError(f"{found}, the prompt's included: shorten it")
     [row] = prompts.read([whole], room=len(gold))
     return row, gold
 
@@ -107,8 +106,7 @@ def continued_rows(
 
     Args:
         context: the model's context length in tokens; None if unknown.
-        apart: whether pairs whose prompts end at different tokens need rows of their own, since adapters may act only
-            from there on.
+        apart: whether pairs whose prompts end at different tokens need rows of their own, as adapters may act there.
 
     Raises:
         UsageError: unequal numbers of pairs and mixtures, or a pair with an empty side or too long for the context.
@@ -122,10 +120,8 @@ def continued_rows(
             raise UsageError(f"pair {number + 1}: the {side} has no tokens; expected at least one on either side")
         ids = (*prompt, *gold[:-1])  # the last gold token is only predicted, never read
         if context is not None and len(ids) > context:
-            raise UsageError(
-                f"pair {number + 1} has {len(ids) + 1} tokens, but the model reads {context} and predicts one more: "
-                "shorten the prompt"
-            )
+            found = f"pair {number + 1} has {len(ids) + 1} tokens, but the model reads {context} and predicts one more"
+            raise UsageError(f"{found}: shorten the prompt")
         key = (ids, apart and len(prompt), frozenset((name, weight) for name, weight in mixture.items() if weight))
         rows.setdefault(key, Continued(ids, tuple(prompt), mixture)).golds[number] = (len(prompt), gold)
     return list(rows.values())
@@ -163,7 +159,7 @@ def score_pairs(
         if half and len(batch) * len(needed) * vocabulary > MAX_LOGITS:
             batches[:0] = [numbers[:half], numbers[half:]]
             continue
-        ids, mask = padded([row.ids for row in batch], prompts.pad_id, "right", input_device(model))
+        ids, mask = padded([row.ids for row in batch], input_device(model), prompts.pad_id)
         with mixer.active(pool, [Mixture.of(pool, row.mixture, row.prompt) for row in batch], ids.shape[1]):
             logits = logits_at(model, ids, needed, mask)
         for row, found in zip(batch, logits, strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from logo.adapters.pool import open_pool
+from logo.adapters.pool import AdapterPool, open_pool
 from logo.backends.vllm import core, hooks, worker
 from logo.backends.vllm import router as router_module
 from logo.backends.vllm.core import WorkerError, WorkerFailure, values
@@ -276,7 +276,11 @@ def test_a_mixture_that_any_rank_could_not_make_is_an_error() -> None:
     made._probe, made.core = (lambda *_: ["bad"]), SimpleNamespace(probe_text=None)
     with pytest.raises(ModelError, match="the prompt could not be scored: out of memory"):
         made._scores(
-            SimpleNamespace(name="norm", signal=SelectionSettings().reading()), [Prompt.of_ids([1])], [None], 8
+            AdapterPool(),
+            SimpleNamespace(name="norm", signal=SelectionSettings().reading()),
+            [Prompt.of_ids([1])],
+            [None],
+            8,
         )
 
 

@@ -96,8 +96,7 @@ def check_forced(forced: str | None) -> None:
 def acting(activation: Activation, forced: str | None) -> Activation:
     """An adapter's activation, changed as a user wants it for all adapters of a pool; None changes nothing.
 
-    `forced` is `"everywhere"`, `"last:N"`, or `"invocation"`, which is no change, but raises UsageError without
-    invocation tokens.
+    `forced` is `"everywhere"`, `"last:N"`, or `"invocation"`: no change, but UsageError without invocation tokens.
     """
     if forced == "invocation" and not activation.tokens:
         raise UsageError("activation invocation: an adapter has no invocation tokens (alora_invocation_tokens)")
@@ -148,8 +147,7 @@ def checked_k(said: Mapping[Any, Any]) -> int | None:
 def noted(folder: Path, own: Activation, top: Path | None = None) -> Activation:
     """The activation of an adapter: its own, or that of the nearest `pool.json` between its folder and the pool's.
 
-    `own` is what its configuration gives; without `top`, the pool's folder is the one above the adapter's. Errors as
-    `read_notes`.
+    `own` is that of its configuration; without `top`, the pool's folder is above the adapter's. Errors as `read_notes`.
     """
     if top is None:
         folder = folder.absolute()

@@ -1,7 +1,6 @@
 """`Adapter`: a PEFT adapter folder, which modules of a base model it adapts, and its tensors.
 
-Opening an adapter reads its configuration and the header of its weight file. Tensors are read later, and are checked
-when they are read.
+Opening an adapter reads its configuration and the header of its weight file. Tensors are checked when they are read.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ what it depends on, so that the calibration of another pool of known adapters ta
 
     <cache>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a` per point, neutral texts first
     <cache>/calibration/<base model, texts and reading>/whitening/<module>.safetensors
+    <cache>/calibration/<base model, texts and reading>/rows/<adapter>.safetensors     those in indices, whitened
     <cache>/calibration/<base model, texts and reading>/weights.safetensors     `‖W‖_F` of the base model per point
     <cache>/calibration/<base model, texts and reading>/described/<texts>.safetensors     descriptions, or their mean
 """
@@ -20,23 +21,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from logo.adapters.activation import earliest
 from logo.adapters.adapter import Adapter
 from logo.adapters.layout import linear_shape
 from logo.errors import ModelError
-from logo.files import read_cached, write_cached
+from logo.files import Store
 from logo.identity import base_digest
-from logo.models import tensor_of
+from logo.models import input_device, padded, tensor_of
 from logo.selection.index import Wanted, read_indices
 from logo.selection.points import Plan, Point
-from logo.selection.probe import Probe, padded, pick
+from logo.selection.probe import Probe, pick
 from logo.selection.reference import FADING, both_means, choose, contrast, emphasis, finished, row_means
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
@@ -53,57 +52,6 @@ _BATCH, _CPU = 16, torch.device("cpu")
 _FORMAT = 5
 # Types whose values are the weights themselves; quantised weights have scales somewhere else.
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class Store:
-    """Tensors by name, in the cache folder (None: none) and in memory.
-
-    Small ones are held in memory while a pool uses them, so that adapters can be added after files of others are gone;
-    large ones only where the folder does not take them. What is missing or damaged in the folder is computed again.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
-        self._held: dict[str, dict[str, Tensor]] = {}
-        self._used: set[str] = set()  # since the last release
-        self._large: set[str] = set()
-
-    def get(self, name: str, shape: tuple[int, ...] | None = None, *, hold: bool = True) -> dict[str, Tensor]:
-        """The tensors of this name; empty if there are none. Those that are not float32 of a given shape are damaged;
-        `hold` says whether to hold them in memory, too."""
-        self._used.add(name)
-        if name in self._held or self._folder is None:
-            return self._held.get(name, {})
-
-        def read(file: Path) -> dict[str, Tensor]:
-            tensors: dict[str, Tensor] = load_file(file)
-            for key, tensor in tensors.items():
-                found = tensor.dtype, tuple(tensor.shape)
-                if shape is not None and found != (torch.float32, shape):
-                    raise ValueError(f"{key!r}: expected float32 of shape {shape}, found {found[0]} of {found[1]}")
-            return tensors
-
-        tensors = read_cached(self._folder / f"{name}.safetensors", read) or {}
-        if tensors and hold:
-            self._held[name] = tensors
-        return tensors
-
-    def put(self, name: str, tensors: Mapping[str, Tensor], *, hold: bool = True) -> None:
-        """Stores all tensors of a name."""
-        self._used.add(name)
-        given, file = {key: tensor.contiguous() for key, tensor in tensors.items()}, f"{name}.safetensors"
-        written = self._folder is not None and write_cached(self._folder, file, save(given))
-        if hold or not written:
-            self._held[name] = given
-        if not hold:
-            self._large.add(name)
-
-    def release(self, key: str) -> None:
-        """Frees the memory of what is below a key and was not used since the last call, except for large ones."""
-        below = {name for name in (*self._held, *self._used) if name.startswith(f"{key}/")}
-        for name in (below & self._held.keys()) - self._used - self._large:
-            del self._held[name]
-        self._used -= below
 
 
 @dataclass(frozen=True)
@@ -289,7 +237,7 @@ def _whitening(vectors: HiddenVectors, neutral: int) -> Whitening:
 def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
     """The `TextRunner` of a model in this process."""
     probe, rows, tail = Probe(model, points, signal.input), texts.rows, signal.token == "tail"
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(model)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     parts, owners, acted = list[list[Tensor]](), [], []
     for start in range(0, len(order), _BATCH):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from logo.adapters.adapter import Adapter, LoraWeights
+from logo.files import Store
 from logo.selection.points import Point
 from logo.selection.whitening import Whitening
 
@@ -158,22 +159,38 @@ class Wanted:
         return index, missing, whitening
 
 
-def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[ScoringIndex]:
+def read_indices(
+    wanted: Sequence[Wanted], tell: Tell | None = None, store: Store | None = None, key: str = ""
+) -> list[ScoringIndex]:
     """Reads the tensors of every adapter at these points, and makes an index of each point; files are opened once.
-    `tell` is called with the number of adapters that are done and of all. Raises AdapterError: one cannot be read."""
+
+    Args:
+        tell: called with the number of adapters that are done and of all.
+        store: where the rows of adapters are kept, below a key that belongs to the whitenings; None: nowhere.
+
+    Raises AdapterError: one cannot be read.
+    """
     every = {adapter.name: adapter for one in wanted for adapter in one.adapters}
     begun = [one.begun() for one in wanted]
     for done, (name, adapter) in enumerate(every.items(), start=1):
         if tell is not None and (done % _TOLD == 0 or done == len(every) > _TOLD):
             tell(done, len(every))
         parts = [(index, missing[name], whitening) for index, missing, whitening in begun if name in missing]
-        weights = adapter.read([index.point.module for index, *_ in parts]) if parts else {}
+        file = f"{key}/{adapter.digest}" if store and parts else ""
+        kept = store.get(file, hold=None) if store and parts else {}
+        new = [index.point.module for index, *_ in parts if index.point.module not in kept]
+        weights = adapter.read(new) if new else {}
         for index, at, whitening in parts:
-            a, b = _factors(weights[index.point.module], index.point, _with_qr(index.device))
-            product = torch.linalg.qr(b, mode="r").R @ a
-            index.updates[at] = product.norm()
-            # A product of several adapters would make the last digits of one depend on the others.
-            index.stacked[index.rows[at]] = product if whitening is None else whitening.fold(product)
+            module = index.point.module
+            if module in weights:
+                a, b = _factors(weights[module], index.point, _with_qr(index.device))
+                product = torch.linalg.qr(b, mode="r").R @ a
+                # A product of several adapters would make the last digits of one depend on the others.
+                kept[module] = product if whitening is None else whitening.fold(product)
+                kept[f"{module} size"] = product.norm()
+            index.stacked[index.rows[at]], index.updates[at] = kept[module], kept[f"{module} size"]
+        if store and new:
+            store.put(file, {name: tensor.cpu() for name, tensor in kept.items()}, hold=None)
     return [
         index if whitening is None else replace(index, offset=index.stacked @ whitening.mean.to(index.device))
         for index, _, whitening in begun

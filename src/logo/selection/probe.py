@@ -95,10 +95,3 @@ def pick(begins: Sequence[int], ends: Sequence[int], width: int) -> tuple[Tensor
     spans = list(enumerate(map(range, begins, ends)))
     at = torch.tensor([row * width + position for row, span in spans for position in span], dtype=torch.int64)
     return at, torch.tensor([row for row, span in spans for _ in span], dtype=torch.int64)
-
-
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(rows, length) ids and mask, padded on the right with each row's last token, which the mask hides."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=device)
-    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)

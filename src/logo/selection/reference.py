@@ -22,8 +22,7 @@ its scores over the adapters is roughly
     apart · √((1 + FEW / n) / (1 + FEW / USUAL))        apart: of the neutral texts
 
 and a prompt's scores are divided by it (if n is above `USUAL`, by `apart`), times `UNIT`, so that a margin means the
-same in every pool. Scores to which example prompts contribute are not scaled. docs/how-selection-works.md has the
-reasons for all of this.
+same in every pool. Scores to which example prompts contribute are not scaled. Reasons: docs/how-selection-works.md.
 """
 
 from __future__ import annotations

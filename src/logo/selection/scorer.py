@@ -14,13 +14,14 @@ from transformers import DynamicCache
 
 from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
-from logo.files import cache_folder
+from logo.files import Store, cache_folder
+from logo.models import input_device, padded
 from logo.prefix_cache import PrefixCache
-from logo.selection.calibration import Calibration, Reading, Store, TextRunner, calibrate, read_texts, whitenings
+from logo.selection.calibration import Calibration, Reading, TextRunner, calibrate, read_texts, whitenings
 from logo.selection.examples import Examples, examples_of
 from logo.selection.index import ScoringIndex, Tell, Wanted, joined, read_indices
 from logo.selection.points import Point, plan
-from logo.selection.probe import Probe, padded, pick
+from logo.selection.probe import Probe, pick
 from logo.selection.reference import LATE_WEIGHT, Reference, both_means, emphasis, finished, row_means
 from logo.selection.selector import EXAMPLES, RESPONSES, Selector, relative_sizes
 from logo.selection.settings import SelectionSettings
@@ -128,7 +129,8 @@ class Scorer:
             Wanted([a for a in adapters if p.module in a.modules], p, at, whitened.get(p.module), known.get(p))
             for p, at in zip(points, devices, strict=True)
         ]
-        indices, names, sizes = read_indices(wanted, tell), tuple(adapter.name for adapter in adapters), {}
+        kept = (None, "") if reading is None else (reading.store, f"{reading.key}/rows")
+        indices, names, sizes = read_indices(wanted, tell, *kept), tuple(adapter.name for adapter in adapters), {}
         every = list(enumerate(indices))
         if how.plugin is None:
             indices, every = joined(indices)
@@ -179,7 +181,7 @@ class Scorer:
         signal, most = self.signal, math.inf if self.signal.window == WHOLE else sum(self.signal.window)
         if self.prefix_cache is None:
             rows = [row if len(row) <= most else windowed(row, signal.window) for row in rows]
-            ids, mask = padded(rows, self.probe.model.get_input_embeddings().weight.device)  # type: ignore[operator]
+            ids, mask = padded(rows, input_device(self.probe.model))
             picked, owners = pick(list(map(signal.begin, rows)), list(map(len, rows)), ids.shape[1])
             with torch.inference_mode():  # nothing that is kept, unlike pages of the prefix cache
                 hidden = self.probe(ids, mask, picked.to(ids.device))

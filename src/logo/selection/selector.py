@@ -97,8 +97,7 @@ class Selector:
 
     Attributes:
         default_k: adapters per prompt where a call and the settings give no number.
-        evidence: turns a margin of these scores into a confidence; None: they have no scale of their own, and the
-            weighting is linear.
+        evidence: turns a margin of these scores into a confidence; None: they have no scale, the weighting is linear.
         sizes: relative sizes of adapters, for the weighting `"adaptive"`; others count as `USUAL_SIZE`.
     """
 

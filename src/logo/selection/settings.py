@@ -34,8 +34,7 @@ class SelectionSettings:
     Attributes:
         signal: `"calibrated"`, the official `"norm"` or `"entropy"`, or any other registered signal.
         k: adapters per prompt; None: `AdapterPool.default_k`, or all of a smaller pool.
-        weighting: how scores become weights: `"linear"` (official) or `"adaptive"`, see `logo.selection.selector`;
-            None: the signal's own.
+        weighting: `"linear"` (official) or `"adaptive"`, see `logo.selection.selector`; None: the signal's own.
         when_unsure: what answers a prompt for which no adapter seems to be made (`logo.selection.selector`): `"mix"`,
             the mixture of the weighting; `"base"`, the base model alone; `"refuse"`, an error.
         unsure_below: the confidence below which a selection counts as unsure, for `when_unsure` and in a server's log.
@@ -161,10 +160,8 @@ def check_context(context: ProbeContext, signal: str) -> None:
     if context not in get_args(ProbeContext):
         raise UsageError(f"probe_context: expected one of {', '.join(get_args(ProbeContext))}, found {context!r}")
     if context != "base" and get_signal(signal).scale != "raw":
-        raise UsageError(
-            f"probe_context {context!r}: the signal {signal!r} compares with neutral text that the base model "
-            "read alone; use 'base'"
-        )
+        why = f"the signal {signal!r} compares with neutral text that the base model read alone"
+        raise UsageError(f"probe_context {context!r}: {why}; use 'base'")
 
 
 def _check_positive(name: str, k: Any) -> None:

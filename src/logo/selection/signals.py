@@ -58,8 +58,7 @@ class Signal:
 
     Attributes:
         score: one score per hidden vector and adapter.
-        layers: `"last"`, the query projection of the last layer, or `"early"`, every adapted module of the first half
-            of the layers.
+        layers: `"last"`, the query projection of the last layer, or `"early"`, all adapted modules of the first half.
         input: see `logo.selection.probe.Probe`.
         token: `"last"`, the vector of the last prompt token; `"mean"`, the mean over all prompt tokens; `"each"`, the
             vectors of all prompt tokens but the first; or `"tail"`, those of the tokens on which adapters act. With the

@@ -20,9 +20,9 @@ from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
 from logo.backends.vllm.options import VllmOptions
 from logo.backends.vllm.taps import Taps
-from logo.files import cache_folder
+from logo.files import Store, cache_folder
 from logo.prompts import Prompts
-from logo.selection.calibration import HiddenVectors, Store
+from logo.selection.calibration import HiddenVectors
 from logo.selection.points import Point
 from logo.selection.scorer import Scorer
 from logo.selection.signals import Signal
