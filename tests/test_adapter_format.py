@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import tiny
 from logo.adapters.adapter import open_adapter
@@ -298,6 +299,34 @@ def test_a_pickle_is_read_when_it_is_allowed(tmp_path: Path) -> None:
     write(tmp_path)  # safetensors win over a pickle beside them
     (tmp_path / PICKLE).write_bytes(b"never read")
     assert set(open_adapter(tmp_path, allow_pickle=True).read()) == set(LLAMA)
+
+
+def test_what_is_verified_is_what_was_opened(tmp_path: Path) -> None:
+    """A verdict of what is in the file now says nothing of what was in it, nor of a pickle in memory."""
+    for name, file in (("plain", "adapter_model.safetensors"), ("pickled", "adapter_model.bin")):
+        folder = write(tmp_path / name, tensors())
+        bad = {key: torch.full_like(tensor, torch.nan) for key, tensor in tensors().items()}
+        if name == "pickled":
+            (folder / "adapter_model.safetensors").unlink()
+            torch.save(bad, folder / file)
+        adapter = open_adapter(folder, allow_pickle=True)
+        if name == "pickled":
+            torch.save(tensors(), folder / file)
+            with pytest.raises(AdapterError, match="holds NaN"):
+                adapter.verify()
+            continue
+        save_file(bad, folder / file)
+        with pytest.raises(AdapterError, match="it has changed since it was opened"):
+            adapter.verify()
+        (folder / file).unlink()
+        with pytest.raises(AdapterError, match="No such file"):
+            adapter.verify()
+
+
+def test_invocation_tokens_are_tokens_of_the_base_model(tmp_path: Path) -> None:
+    adapter = open_adapter(write(tmp_path, tensors(), alora_invocation_tokens=[10**6]))
+    with pytest.raises(AdapterError, match=r"its invocation tokens are \[1000000\]; the base model knows \d+ tokens"):
+        adapter.fit(BaseLayout.of(tiny.model("llama")))
 
 
 def test_a_pickle_that_runs_code_does_not_run_and_nobody_is_told_how_to(tmp_path: Path) -> None:

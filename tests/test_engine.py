@@ -330,6 +330,24 @@ def test_a_call_ends_on_the_pool_on_which_it_began(llama: nn.Module, adapters: P
     )  # now it has changed
 
 
+def test_selecting_cuts_prompts_where_answering_does(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters, generation_config=GenerationConfig(max_new_tokens=100))
+    long = " ".join(f"w{3 + i % 80}" for i in range(60))  # the context of 128 leaves 28 tokens
+    with pytest.warns(UserWarning, match="28 that fit"):
+        assert logo.select(long) == logo.generate(long).selection
+
+
+def test_an_earlier_call_decides_nothing_about_a_changed_pool(llama: nn.Module, adapters: Path, tmp_path: Path) -> None:
+    """`norm` reads the last q_proj, which the new adapter lacks; the engine's own signal reads what it has."""
+    write_adapter(tmp_path / "new", llama, ("k_proj",), rank=2, seed=9)
+    logo = engine(llama, adapters, signal="calibrated")
+    logo.select(PROMPTS[0], signal="norm")
+    logo.pool.add(tmp_path / "new")
+    assert "new" in logo.select(PROMPTS[0]).scores
+    with pytest.raises(PoolError, match="do not touch"):
+        logo.select(PROMPTS[0], signal="norm")
+
+
 def test_empty_prompts(llama: nn.Module, adapters: Path) -> None:
     assert len(engine(llama, adapters).generate("", max_new_tokens=2).token_ids) == 2  # the bos token is a prompt
     with pytest.raises(UsageError, match="prompt 2 is empty"):

@@ -91,6 +91,12 @@ def test_similarities_are_the_formula() -> None:
 # -- in an engine ------------------------------------------------------------------------------------------------------
 
 
+def test_an_example_that_no_tokenizer_accepts_is_left_out_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / EXAMPLES).write_text('{"prompt": "a"}\n{"prompt": "\\ud800"}\n')
+    with pytest.warns(UserWarning, match=r"line 2: expected .*; the examples are left out"):
+        assert folder_examples(tmp_path) == ()
+
+
 def test_an_example_is_recognised_whatever_the_weights_say(llama: nn.Module, folder: Path) -> None:
     examples = dict(zip(["t0", "t1", "t2", "t3"], PROMPTS, strict=False))
     logo = engine(llama, told(folder, **examples))

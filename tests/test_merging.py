@@ -141,3 +141,14 @@ def test_every_answer_says_how_its_mixture_acted(llama: nn.Module, adapters: Pat
     logo = engine(llama, adapters)
     assert logo.generate(PROMPTS[0], adapters={}, max_new_tokens=2).form == "none"
     assert {answer.form for answer in logo.generate(PROMPTS, max_new_tokens=60)} == {"gated"}  # of one batch
+
+
+def test_a_call_in_inference_mode_changes_no_later_one(llama: nn.Module, adapters: Path) -> None:
+    """The copy that it leaves is written to by the next mixture."""
+    logo = engine(llama, adapters, merge=True)
+    one, other, *_ = ({name: 1.0} for name in logo.names)
+    expected = logo.generate(PROMPTS[0], adapters=one, max_new_tokens=4)
+    with torch.inference_mode():
+        logo.generate(PROMPTS[0], adapters=other, max_new_tokens=4)
+    assert logo.generate(PROMPTS[0], adapters=one, max_new_tokens=4).token_ids == expected.token_ids
+    assert "".join(logo.stream(PROMPTS[0], adapters=other, max_new_tokens=4))

@@ -67,6 +67,21 @@ def test_dropout_is_found_wherever_it_is(part: str) -> None:
         check_mode(found)
 
 
+def test_noise_of_routers_is_found(llama: nn.Module) -> None:
+    """It makes mixtures of experts as random in training mode as dropout does."""
+    model = cast(Any, llama)
+    layer = model.get_submodule("model.layers.0.mlp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer, "router_jitter_noise", 0.01, raising=False)
+        layer.train()
+        try:
+            with pytest.raises(UsageError, match="training mode"):
+                droppers(model)
+        finally:
+            layer.eval()
+    assert not droppers(model)
+
+
 def test_a_loaded_model_is_no_name(llama: nn.Module) -> None:
     with pytest.raises(UsageError, match=r"base_model: .*LoGo\(model, tokenizer, pool\)"):
         LoGo.from_pretrained(cast(Any, llama))

@@ -11,13 +11,13 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool
-from logo.adapters.activation import EVERYWHERE, Activation
+from logo.adapters.activation import EVERYWHERE, Activation, read_notes
 from logo.adapters.adapter import open_adapter
 from logo.adapters.sources import adapter_patterns
 from logo.adapters.write import write_mixture
 from logo.cli.pool.publish import contents_of
 from logo.cli.run import run
-from logo.errors import UsageError
+from logo.errors import StorageError, UsageError
 from make_adapters import tensors, write
 
 LAST = {"activation": "last:4"}
@@ -45,6 +45,20 @@ def pool(tmp_path: Path) -> Path:
     note(root / "plain", recipe="of its own")  # the nearest one, which says nothing of it
     (root / "broken" / "pool.json").write_text("{")
     return root
+
+
+def test_notes_that_cannot_be_read_now_are_no_missing_ones(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them, adapters would act on other tokens: now, and by the cache later."""
+
+    def failing(*_: object, **__: object) -> str:
+        raise OSError(24, "Too many open files")
+
+    note(pool, **LAST)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", failing)
+        with pytest.raises(StorageError, match=r"pool\.json: cannot be read: Too many open files"):
+            read_notes(pool)
+    assert read_notes(pool) == LAST
 
 
 EXPECTED = {

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from logo import LoGo, decoding
+from logo import LoGo
 from logo.decoding import EndRows
 from logo.demo import model_dir
 from logo.endings import StopTexts, at_texts, cut_at
@@ -55,7 +52,7 @@ def test_a_row_ends_when_its_answer_holds_the_text(prompt: str, answer: str, sto
     """Token by token: it ends at the first token that completes the text, and what the prompt holds does not count."""
     start = TOKENIZER(prompt)["input_ids"]
     tokens = TOKENIZER(answer, add_special_tokens=False)["input_ids"]
-    criterion = EndRows([at_texts(TOKENIZER, [stop])], len(start), growing=True)
+    criterion = EndRows([at_texts(TOKENIZER, [stop])], len(start))
     seen = [bool(criterion(torch.tensor([start + tokens[: n + 1]]))[0]) for n in range(len(tokens))]
     if stop in answer:
         first = next(n for n in range(len(tokens)) if stop in TOKENIZER.decode(tokens[: n + 1]))
@@ -80,30 +77,3 @@ def test_without_texts_nothing_changes(logo: LoGo) -> None:
     assert [a.token_ids for a in logo.generate(PROMPTS, max_new_tokens=8, stop=["", "never"])] == [
         a.token_ids for a in plain
     ]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"do_sample": True, "top_k": 5}, {"num_beams": 3}, {"num_beams": 2, "do_sample": True, "temperature": 3.0}],
-    ids=str,
-)
-def test_rules_see_what_they_see_when_all_is_read(
-    logo: LoGo, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where beams change places from step to step."""
-
-    def seen() -> list[tuple[int, ...]]:
-        rows: list[tuple[int, ...]] = []
-
-        def rule(ids: Sequence[int]) -> bool:
-            rows.append(tuple(ids))
-            return len(ids) > 9 and ids[3] % 2 == 0
-
-        monkeypatch.setattr(decoding, "at_texts", lambda tokenizer, stops: rule)
-        torch.manual_seed(0)
-        logo.generate(PROMPTS, max_new_tokens=12, stop=["never"], **options)
-        return rows
-
-    found = seen()
-    monkeypatch.setattr(decoding, "EndRows", lambda rules, length, growing: EndRows(rules, length, False))
-    assert found == seen()

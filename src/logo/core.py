@@ -66,8 +66,7 @@ class Selection:
 
     Attributes:
         adapters: names, best first; none: the base model alone.
-        weights: parallel to `adapters`. They sum to 1; to less if an adaptive weighting has a low confidence, and
-            to anything if the user forced them.
+        weights: parallel to `adapters`. They sum to 1; to less under a low confidence, to anything if they are forced.
         scores: the score of every scored adapter, in pool order. Empty for a forced selection.
         confidence: the probability that the pool holds an adapter that was made for this prompt; None for a forced
             selection, and for signals whose scores have no scale of their own.

@@ -212,29 +212,15 @@ class Decoding:
 
 
 class EndRows(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row of a batch by rules on its new tokens, so that nothing in a prompt ends its answer.
+    """Ends each row of a batch by rules on its new tokens, those from `prompt_length` on, which counts padding; so
+    nothing in a prompt ends its answer."""
 
-    Args:
-        prompt_length: padded length of the prompts, where new tokens start.
-        growing: each call adds one token to each row, unlike with beams, so that only this one is copied from the
-            device. Otherwise every call copies all new tokens.
-    """
-
-    def __init__(self, rules: Sequence[EndRule], prompt_length: int, growing: bool) -> None:
-        self._rules, self._prompt_length, self._growing = rules, prompt_length, growing
-        self._rows: list[list[int]] = []  # the new tokens so far
+    def __init__(self, rules: Sequence[EndRule], prompt_length: int) -> None:
+        self._rules, self._prompt_length = rules, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
-        new = input_ids[:, self._prompt_length :]
-        if self._growing and self._rows and new.shape == (len(self._rows), len(self._rows[0]) + 1):
-            for row, token in zip(self._rows, new[:, -1].tolist(), strict=True):
-                row.append(token)
-        else:
-            self._rows = new.tolist()
-        done = [any(rule(row) for rule in self._rules) for row in self._rows]
-        if not any(done):  # made on the device, without a copy
-            return torch.zeros(len(done), dtype=torch.bool, device=input_ids.device)
-        return torch.tensor(done, device=input_ids.device)
+        rows = input_ids[:, self._prompt_length :].tolist()
+        return torch.tensor([any(rule(row) for rule in self._rules) for row in rows], device=input_ids.device)
 
 
 class _Finite(LogitsProcessor):  # type: ignore[misc]
@@ -362,8 +348,7 @@ class Decoder:
         ids, mask = padded(batch.rows, input_device(self.model), self.prompts.pad_id, left=True)
         config.stop_strings = None  # the rules contain them
         if rules:
-            growing = config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-            criteria = (*criteria, EndRows(rules, ids.shape[1], growing))
+            criteria = (*criteria, EndRows(rules, ids.shape[1]))
         finite = _Finite(stop=options.get("streamer") is not None)
         if pool.activations == (EVERYWHERE,):
             acting = [Mixture(mixture) for mixture in batch.mixtures]

@@ -25,9 +25,8 @@ def end_tokens(config: GenerationConfig) -> set[int]:
 
 
 def at_newline(tokenizer: PreTrainedTokenizerBase, *, official: bool = False) -> EndRule:
-    """Ends an answer once its first line that is not blank is complete; `official`: on the single token of "\\n" as the
-    official code does, wherever it occurs: merged tokens such as "\\n\\n" then do not end an answer, and a leading
-    newline gives an empty one."""
+    """Ends an answer once its first line that is not blank is complete; `official`: at the single token of "\\n", as
+    the official code: not at merged ones such as "\\n\\n", and a leading newline gives an empty answer."""
     if official:
         newline = tokenizer.encode("\n", add_special_tokens=False)[0]
         return lambda ids: ids[-1] == newline

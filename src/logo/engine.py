@@ -180,8 +180,8 @@ class LoGo:
                 pool = self.pool.value
                 if pool is not self._seen:
                     prepared = self.prepared(pool)
-                    for signal in self._scorers:  # a pool that cannot be scored changes nothing
-                        self.calibrate(signal, prepared=prepared)
+                    if self.settings.signal in self._scorers:  # a pool that cannot be scored changes nothing
+                        self.calibrate(prepared=prepared)
                     self.take(prepared, pool)
                     warn_of_bad(prepared.fitted.refused[len(pool.refused) :])
         return self._fitted
@@ -301,15 +301,15 @@ class LoGo:
             **options: `k`, `signal`, `weighting` and `candidates` for this call; see `logo.core.Options`.
 
         Raises:
-            UsageError: a prompt that is empty or cannot be read, an answer that alone would fill the context, or an
-                option that cannot be used.
+            UsageError: a prompt or an option that cannot be used, or an answer that alone would fill the context.
             PoolError: a candidate that is not in the pool, or adapters that the call's signal cannot score.
         """
         given, alone = several(prompts)
         check_batch_size(batch_size)
         with self._call() as pool:
             call = self.settings.options(pool, options)
-            rows = self.prompts.read(given, self.prompts.room(max_new_tokens))
+            usual = getattr(self._generation_config, "max_new_tokens", None)
+            rows = self.prompts.read(given, self.prompts.room(max_new_tokens or usual))
             selections = self._mixtures(pool, rows, [None] * len(rows), call, batch_size)
         return selections[0] if alone else selections
 
@@ -468,8 +468,7 @@ class LoGo:
         """Scores a gold completion under each of several mixtures, teacher-forced; see `logo.scoring`.
 
         Args:
-            mixtures: as `adapters` of `generate`: `{}` is the base model alone, None is the prompt's own selection.
-                Equal ones are computed once.
+            mixtures: as `adapters` of `generate`, each computed once: `{}` is the base model, None the own selection.
             **options: options of `select`.
 
         Raises:

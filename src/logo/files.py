@@ -148,10 +148,12 @@ def locked(folder: Path) -> Iterator[None]:
 def cache_folder(cache: str | Path | None) -> Path | None:
     """The folder that a `cache` argument means: `""` is none; None is the user's, that is `$LOGO_CACHE`, else `logo` in
     `$XDG_CACHE_HOME` or `~/.cache`. Files in it are named after digests of what they were computed from."""
+    cache = os.environ.get("LOGO_CACHE") if cache is None else cache
     if cache is not None:
         return Path(cache) if cache != "" else None
-    own = os.environ.get("LOGO_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logo"
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logo"
+    return None
 
 
 def read_cached(file: Path, read: Callable[[Path], _T]) -> _T | None:

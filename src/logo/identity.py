@@ -43,22 +43,23 @@ def content_stamp(path: str | os.PathLike[str]) -> Stamp:
 def of_content(path: str | os.PathLike[str], what: str, find: Callable[[], str]) -> str:
     """What `find` says of a file's content, in one line; asked again only when the file has changed. Processes share it
     in the user's cache, so that large pools open without being read."""
-    key = what, content_stamp(path)
+    stamp, now = content_stamp(path), time.time_ns()
+    key = what, stamp
     if key not in _known:
         folder, name = cache_folder(None), f"files/{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}"
 
         def kept(file: Path) -> str:
-            said, known, end = file.read_text().partition(f"{what} ")[2].partition("\n")
-            if known != "\n" or end:
+            said = file.read_text()
+            if not (said.startswith(f"{what} ") and said.endswith("\n")):
                 raise ValueError(f"expected one line about {what}")
-            return said
+            return said[len(what) + 1 : -1]
 
         found = None if folder is None else read_cached(folder / name, kept)
         if found is None:
             found = find()
-            if content_stamp(path) != key[1]:  # it was written to meanwhile
-                return found
-            if folder is not None and time.time_ns() - key[1][3] > _SETTLED:
+            if content_stamp(path) != stamp or now - max(stamp[1], stamp[3]) < _SETTLED:
+                return found  # it was written to meanwhile, or may have been without another stamp
+            if folder is not None:
                 write_cached(folder, name, f"{what} {found}\n".encode())
         _known[key] = found
     return _known[key]

@@ -25,6 +25,8 @@ OFFICIAL_MODELS = {
     "Qwen2.5-7B": "Qwen/Qwen2.5-7B",
     "deepseek-llm-7b-base": "deepseek-ai/deepseek-llm-7b-base",
 }
+# In names of what makes a model random in training mode: probabilities of dropout, and noise of routers of experts.
+_RANDOM = ("drop", "jitter", "noise")
 # What is fetched of a base model: no pickles, other formats or adapters.
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
@@ -190,7 +192,7 @@ def droppers(model: PreTrainedModel) -> list[nn.Module]:
         raise UsageError(f"{problem}; give the base model, as from `model.unload()` or `model.merge_and_unload()`")
     found = []
     for module in model.modules():
-        rates = [value for name, value in vars(module).items() if "drop" in name]
+        rates = [value for name, value in vars(module).items() if any(word in name for word in _RANDOM)]
         rates += [module.p] if "Dropout" in type(module).__name__ else []
         if any(isinstance(rate, float) and rate > 0 for rate in rates):
             found.append(module)
@@ -201,7 +203,7 @@ def droppers(model: PreTrainedModel) -> list[nn.Module]:
 def check_mode(dropping: Sequence[nn.Module]) -> None:
     """Raises UsageError if one of the `droppers` of a model is in training mode."""
     if any(module.training for module in dropping):
-        raise UsageError("the model is in training mode, so dropout changes answers; call model.eval() first")
+        raise UsageError("the model is in training mode, so dropout or noise changes answers; call model.eval() first")
 
 
 def context_length(model: Any) -> int | None:

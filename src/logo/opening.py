@@ -26,7 +26,7 @@ LOCAL = "local"
 ENGINES = {"vllm": "logo.backends.vllm.opening"}
 # Options of `from_pretrained` that load the base model, and those of `LoGo` beside them; all others are settings.
 LOADING_OPTIONS = ("device", "dtype", "device_map", "attn_implementation", "quantization_config", "model_kwargs")
-LOCAL_OPTIONS = ("probe_context", "adapter_memory_gb", "prefix_cache_gb", "merge")
+LOCAL_OPTIONS = ("generation_config", "probe_context", "adapter_memory_gb", "prefix_cache_gb", "merge")
 
 
 def opened(
@@ -90,6 +90,8 @@ def opened(
         settings = replace(settings, k=min(DEFAULT_K, len(pool)) if settings.k is None else settings.k)
     model, tokenizer = load_base(base_model, **loading, **whence)
     local |= {"settings": settings, "truncation": truncation, "on_bad_adapter": on_bad_adapter}
-    logo: Any = make(model, tokenizer, pool, generation_config=model.generation_config if official else None, **local)
+    if official and local.get("generation_config") is None:
+        local["generation_config"] = model.generation_config
+    logo: Any = make(model, tokenizer, pool, **local)
     logo.calibrate()
     return logo  # type: ignore[no-any-return]

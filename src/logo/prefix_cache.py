@@ -117,8 +117,7 @@ class PrefixCache:
         Args:
             rows: token ids; of each row at least one token is not in the cache.
             ends: how many tokens of each row are kept.
-            forward: runs the model on the rest, with each row's first token that is not cached in the first column;
-                None: for its keys and values alone.
+            forward: runs the model on the rest, each row's from the first column on; None: for keys and values alone.
             fresh: read all tokens, also those that are in the cache.
         """
         with self.held():

@@ -111,9 +111,9 @@ def earliest(activations: Iterable[Activation], prompt: Sequence[int]) -> int:
 
 
 def read_notes(root: Path) -> dict[str, Any]:
-    """The notes of a pool; empty if there are none, or, with a warning, if they cannot be read.
+    """The notes of a pool; empty if there are none, or, with a warning, if they are no JSON object.
 
-    Raises StorageError if they name an activation that does not exist, or a `k` that is no number of adapters.
+    Raises StorageError if they cannot be read, name an activation that does not exist, or a `k` that is no number.
     """
     file = root / NOTES
     return _read_notes(file, *content_stamp(file)) if os.path.isfile(file) else {}
@@ -123,7 +123,9 @@ def read_notes(root: Path) -> dict[str, Any]:
 def _read_notes(file: Path, *stamp: int) -> dict[str, Any]:
     try:
         notes = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:  # without them, adapters would act on other tokens
+        raise StorageError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         notes = error
     if not isinstance(notes, dict):
         warnings.warn(f"{file} is ignored: expected a JSON object, found {notes!r}", UserWarning, stacklevel=3)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from logo.adapters.peft import (
     unreadable,
 )
 from logo.errors import AdapterError
-from logo.identity import adapter_digest, adapter_key, of_content
+from logo.identity import adapter_digest, adapter_key
 
 if TYPE_CHECKING:
     import torch
@@ -102,10 +102,7 @@ class Adapter:
     @cached_property
     def sha256(self) -> str:
         """The digest of the weight file, as `sha256sum` prints it. AdapterError if it changed or cannot be read."""
-        try:
-            return self.file.sha256()
-        except (OSError, ValueError) as error:
-            raise AdapterError(self.name, unreadable(error, self.file.path)) from error
+        return self._told(self.file.sha256)
 
     @cached_property
     def digest(self) -> str:
@@ -146,6 +143,10 @@ class Adapter:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             found = f"{len(problems)} of {len(self.modules)} modules do not match: {'; '.join(problems[:5])}{more}"
             raise AdapterError(self.name, f"does not fit the base model: {found}. Was it trained on another one?")
+        known = max((one.in_features for one in layout.embeddings.values()), default=math.inf)
+        if any(token >= known for token in self.activation.tokens):
+            found = f"{list(self.activation.tokens)}; the base model knows {known} tokens"
+            raise AdapterError(self.name, f"does not fit the base model: its invocation tokens are {found}")
         if self.copies and model is not None and not any(parameter.is_meta for parameter in model.parameters()):
             self._compare(model)
         else:
@@ -187,7 +188,15 @@ class Adapter:
 
     def verify(self) -> None:
         """Raises AdapterError as `read`, whether copies were compared or not; the same content is read only once."""
-        of_content(self.file.path, "is sound:", lambda: f"{len(self._read(self.modules))} modules")
+        self._told(lambda: self.file.once("is sound:", lambda: f"{len(self._read(self.modules))} modules"))
+
+    def _told(self, ask: Callable[[], str]) -> str:
+        try:
+            return ask()
+        except AdapterError:
+            raise
+        except (OSError, ValueError) as error:
+            raise AdapterError(self.name, unreadable(error, self.file.path)) from error
 
     def _read(self, modules: Iterable[str]) -> dict[str, LoraWeights]:
         wanted = {path: self.modules[path] for path in modules}

@@ -50,6 +50,7 @@ def read_examples(file: Path) -> list[str]:
             continue
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair, which no tokenizer accepts
         except (ValueError, RecursionError):
             row = None
         prompt = row.get("prompt", row.get("context")) if isinstance(row, dict) else None
@@ -60,10 +61,7 @@ def read_examples(file: Path) -> list[str]:
 
 
 def write_examples(folder: Path, prompts: Sequence[str]) -> None:
-    """Replaces the examples of the adapter in a folder. Raises StorageError if they cannot be written.
-
-    A link is replaced itself: in the cache of the Hub, equal files of several adapters are links to one file.
-    """
+    """Replaces the examples of the adapter in a folder, or a link to a file of several. Raises StorageError."""
     replace_file(folder / EXAMPLES, examples_text(prompts))
 
 

@@ -25,7 +25,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from logo.identity import content_stamp, file_sha256
+from logo.identity import content_stamp, file_sha256, of_content
 
 if TYPE_CHECKING:
     import torch
@@ -261,11 +261,17 @@ class WeightFile:
     def sha256(self) -> str:
         """The digest of its content, as `sha256sum` prints it. Raises ValueError if the file changed before."""
         if self._digest is None:
-            digest = file_sha256(self.path)
-            if content_stamp(self.path) != self._stamp:
-                raise ValueError(_CHANGED)
-            self._digest = digest
+            self._digest = self._unchanged(file_sha256(self.path))
         return self._digest
+
+    def once(self, what: str, find: Callable[[], str]) -> str:
+        """`of_content` of what it held when it was opened; ValueError if the file changed. A pickle's is in memory."""
+        return find() if self.path.name == PICKLE else self._unchanged(of_content(self.path, what, find))
+
+    def _unchanged(self, found: str) -> str:
+        if content_stamp(self.path) != self._stamp:
+            raise ValueError(_CHANGED)
+        return found
 
     def _open(self, framework: str) -> Any:
         from safetensors import safe_open
@@ -285,9 +291,7 @@ class WeightFile:
         if not all(isinstance(k, str) and getattr(v, "layout", None) == torch.strided for k, v in items.items()):
             raise ValueError("not a dictionary of dense tensors by name")
         # The tensors stay in memory, so the digest has to be theirs, whatever is written to the file later.
-        self._digest = file_sha256(self.path)
-        if content_stamp(self.path) != self._stamp:
-            raise ValueError(_CHANGED)
+        self._digest = self._unchanged(file_sha256(self.path))
         return {key: value.detach() for key, value in items.items()}  # parameters would carry gradients
 
 
@@ -327,8 +331,7 @@ def read_header(shapes: Shapes, config: LoraConfig) -> tuple[dict[str, LoraModul
     """The modules (path -> where its tensors are) and copies (key -> parameter of the base model) in a weight file.
 
     Copies are whole weights, and the biases beside them. Equal arguments give the same objects: a pool may have
-    thousands of adapters of one training. Raises Refusal if the tensors are no LoRA that can be mixed, or not of the
-    ranks that the configuration gives.
+    thousands of adapters of one training. Raises Refusal for tensors that cannot be mixed, or of other ranks.
     """
     paths = {key: module_path(key) for key, _ in shapes}
     copies = {key: path for key, path in paths.items() if path.endswith(".weight") and not _TRAINED.search(key)}

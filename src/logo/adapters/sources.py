@@ -42,8 +42,7 @@ class PoolOptions(DownloadOptions, total=False):
     """How a pool is downloaded and opened; see also `logo.hub.DownloadOptions`.
 
     Attributes:
-        on_bad_adapter: `"error"` refuses the pool at the first sight of a bad adapter; `"skip"` leaves bad adapters out
-            and keeps the reasons in `refused`.
+        on_bad_adapter: `"error"` refuses a pool with a bad adapter; `"skip"` leaves it out, the reason is in `refused`.
         allow_pickle: also download and read pickled weights (`adapter_model.bin`), if there is no safetensors file.
         verify: read all tensors now and check them for NaN and Inf. Default: if the pool is small (256 MiB).
         examples: under `"ignore"`, the adapters have no example prompts.

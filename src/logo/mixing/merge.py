@@ -50,9 +50,10 @@ class Merger:
             self._key, factors = None, stacks()  # None until the copy is complete
             for path in self._merged.keys() - factors.keys():
                 del self._merged[path]
-            for path, stack in factors.items():
-                copy = merged_weight(self.modules[path], stack, weights, out=self._merged.get(path))
-                self._merged[path] = nn.Parameter(copy, requires_grad=False)
+            with torch.inference_mode(False):  # a caller's inference tensors could not be written to later
+                for path, stack in factors.items():
+                    copy = merged_weight(self.modules[path], stack, weights, out=self._merged.get(path))
+                    self._merged[path] = nn.Parameter(copy, requires_grad=False)
             self._key = key
         originals = {path: self.modules[path].weight for path in self._merged}
         try:

@@ -40,9 +40,8 @@ class SignalFunction(Protocol):
 
         Returns:
             (n, adapters), float32, finite. A row depends on its own hidden vector alone. There is no unit: with the
-            scale `"raw"` scores of different adapters are compared as they are; with `"zscore"` each with the same
-            adapter's mean and standard deviation on neutral text; with `"whitened"`, likewise, the logarithms of
-            positive scores.
+            scale `"raw"`, scores of adapters are compared as they are; with `"zscore"`, each with its own mean and
+            standard deviation on neutral text; with `"whitened"`, likewise, the logarithms of positive scores.
 
         Raises:
             LoGoError: what the user can fix; anything else is taken for a bug of the signal.
