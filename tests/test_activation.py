@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.activation import EVERYWHERE, Activation, acting, earliest, last_occurrence
 from logo.errors import AdapterError, StorageError, UsageError
 from logo.opening import LOCAL_OPTIONS
-from logo.prefix_cache import PrefixCache
+from logo.prefix_cache import PrefixCache, reusable
 from logo.selection import scorer
 from make_adapters import edit_config, load_peft, write, write_peft
 from test_engine import Caller, tokenizer, write_adapter
@@ -207,6 +208,31 @@ def masked(model: nn.Module, pool: AdapterPool, prompt: list[int], mixture: dict
 
 
 MIXTURES: list[dict[str, float]] = [{"t0": 0.7, "t1": 0.5}, {"t1": 0.4, "t2": 0.9}, {"t2": 1.0}, {}]
+
+
+def test_points_that_every_text_reaches_alike_do_not_count(tmp_path: Path) -> None:
+    """Behind an invocation, the first layer reads the same in every text: only rounding errors differ there."""
+    demo = LoGo.from_pretrained("demo")
+    for adapter in demo.fitted:
+        shutil.copytree(adapter.folder, tmp_path / adapter.name)
+        file = tmp_path / adapter.name / "adapter_config.json"
+        ends = demo.tokenizer(":", add_special_tokens=False)["input_ids"]
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"alora_invocation_tokens": ends}))
+    settings = SelectionSettings.of(examples="ignore")
+    one, other = (LoGo(demo.model, demo.tokenizer, AdapterPool.open(tmp_path), settings=settings) for _ in range(2))
+    prompts = [f"{text}:" for text in ("Translate to French: the cat", "What is 3 plus 5?", "Sort: 5 2 9 1")]
+    for alone, together in zip(map(one.select, prompts), other.select(prompts), strict=True):
+        assert alone.scores == pytest.approx(together.scores, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["default", "longrope", "dynamic"])
+def test_keys_whose_angles_depend_on_the_length_are_not_kept(kind: str) -> None:
+    parts: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0}
+    if kind != "default":
+        parts |= {"factor": 4.0, "original_max_position_embeddings": 32}
+    parts |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if kind == "longrope" else {}
+    model = tiny.model("llama", rope_parameters=parts)
+    assert reusable(model) == (kind == "default")
 
 
 @pytest.mark.parametrize("kind", ["last:4", "last:70", "invocation", "mixed"])

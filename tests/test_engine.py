@@ -386,13 +386,21 @@ def test_beam_search_keeps_rows_apart(llama: nn.Module, adapters: Path) -> None:
     assert [a.token_ids for a in logo.generate(PROMPTS, max_new_tokens=5, num_beams=3, batch_size=5)] == alone
 
 
-def test_device_map_auto_as_accelerate_does_it(llama: nn.Module, adapters: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("embedding", ["cpu", "disk"])
+def test_device_map_auto_as_accelerate_does_it(
+    llama: nn.Module, adapters: Path, tmp_path: Path, embedding: str
+) -> None:
     """Dispatched by accelerate with part of the model off the device: same answers."""
     import transformers
 
     expected = engine(llama, adapters).generate(PROMPTS, max_new_tokens=6)
     llama.save_pretrained(tmp_path / "model")
-    split = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}
+    split = {
+        "model.embed_tokens": embedding,
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.layers.2": "cpu",
+    }
     split |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map=split, offload_folder=str(tmp_path / "off"), dtype=torch.float32

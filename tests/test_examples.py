@@ -29,6 +29,7 @@ from logo.selection.selector import EXAMPLES as WITH_EXAMPLES
 from logo.selection.selector import RESPONSES
 from logo.selection.whitening import Whitening
 from test_calibrated import PROMPTS, change, engine, pool
+from test_engine import write_adapter
 from tolerances import same_scores, same_tensor
 
 
@@ -159,6 +160,16 @@ def test_scores_among_candidates_are_those_of_a_pool_of_them(among: list[bool], 
         descriptions, responses[:, which]
     )
     assert float(responses_count[0, known[which]][0]) == pytest.approx(1 - REPLACED * share, abs=1e-4)
+
+
+def test_points_that_read_one_tensor_are_one_place_whatever_stands_between_them(tmp_path: Path) -> None:
+    """In parallel attention, the MLP receives what the query does, and dense, which is between them, something else."""
+    falcon = tiny.model("falcon", num_hidden_layers=6)
+    for i in range(3):
+        write_adapter(tmp_path / f"t{i}", falcon, ("query_key_value", "dense", "dense_h_to_4h"), rank=2, seed=i)
+    logo = engine(falcon, told(tmp_path, t0=PROMPTS[0], t1=PROMPTS[1]))
+    kinds = [(point.layer, point.module.endswith(".dense")) for point in logo.scorer.points]
+    assert len(logo.scorer.described) == len(set(kinds)) < len(kinds)
 
 
 def test_adapters_with_and_without_examples_are_in_one_pool(llama: nn.Module, folder: Path) -> None:

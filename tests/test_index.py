@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+import make_adapters
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.peft import WeightFile
 from logo.selection import calibration
+from logo.selection.index import joined
+from logo.selection.whitening import Whitening
 from test_engine import tokenizer, write_adapter
 
 
@@ -84,6 +87,16 @@ def test_passes_of_bounded_size_measure_the_same(model: Any, folder: Path, monke
     parts = opened(model, folder, signal="calibrated").calibrate()
     assert whole is not None and parts is not None and parts.points == whole.points
     torch.testing.assert_close(parts.neutral, whole.neutral, equal_nan=True)
+
+
+def test_points_of_dead_inputs_are_not_one_place() -> None:
+    """Their whitenings look alike, since nothing is in them, but the vectors are of other widths."""
+    both = [
+        make_adapters.index_of([(torch.zeros(2, width), torch.zeros(4, 2))], Whitening.of(torch.zeros(9, width)))
+        for width in (6, 8)
+    ]
+    parts, every = joined(both)
+    assert [at for at, _ in every] == [0, 1] and [one.stacked.shape[1] for one in parts] == [6, 8]
 
 
 def test_points_that_read_the_same_vectors_are_scored_together(model: Any, folder: Path) -> None:

@@ -12,8 +12,8 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
-from logo.mixing import Mixture
 from logo.mixing.merge import mergeable
+from logo.mixing.mixer import Mixture
 from test_engine import PROMPTS, engine, tokenizer, write_adapter
 from test_mixing import Mixed, Quantised, peft_model, save
 from tolerances import same_tensor

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import tiny
 from logo import AdapterPool
 from logo.adapters.layout import BaseLayout
-from logo.mixing import AdapterCache, Mixer, Mixture
-from logo.mixing.cache import Stack
+from logo.mixing.cache import AdapterCache, Stack
 from logo.mixing.gates import Gates, low_rank
+from logo.mixing.mixer import Mixer, Mixture
 from tolerances import same_tensor
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from logo.errors import CacheFull
-from logo.mixing import AdapterCache, Mixture
+from logo.mixing.cache import AdapterCache
+from logo.mixing.mixer import Mixture
 from logo.serving.packed import Packed, PackedMixture
 from make_adapters import calm
 from test_adapter_cache import COLUMN, MODULES, WIDTH, adapter, factors, settled

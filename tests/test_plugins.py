@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from logo import LoGo, PluginError, UsageError, plugins
 from logo.baselines import get_method
@@ -220,6 +221,31 @@ def test_a_metric_says_a_number_from_0_to_1(site: Path) -> None:
 # -- what is recorded --------------------------------------------------------------------------------------------------
 
 
+def test_two_signals_of_one_definition_have_calibrations_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def power(exponent: float) -> Any:
+        def score(index: Any, hidden: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():  # what a signal computes may need gradients
+                vectors = hidden.clone().requires_grad_()
+                torch.autograd.grad((index.stacked @ vectors.T).square().sum(), vectors)
+            return index.norms(hidden) ** exponent
+
+        return score
+
+    for kind in ("_places", "sources"):
+        monkeypatch.setattr(SIGNALS, kind, dict(getattr(SIGNALS, kind)))
+    found = {}
+    for name, exponent in (("half", 0.5), ("cube", 3.0)):
+        register_signal(name, layers="early", input="projection", token="each", scale="zscore")(power(exponent))
+        for cache in ("", str(tmp_path)):
+            found[name, cache] = LoGo.from_pretrained("demo", signal=name, k=2, cache=cache).select(PROMPT).scores
+        monkeypatch.delitem(SIGNALS, name)
+    assert found["half", str(tmp_path)] == pytest.approx(found["half", ""])
+    assert found["cube", str(tmp_path)] == pytest.approx(found["cube", ""])
+    assert found["half", ""] != pytest.approx(found["cube", ""])
+
+
 def test_a_changed_signal_reads_no_old_calibration(tmp_path: Path) -> None:
     """In processes, as users change their files: three calibrations, of which the last is the first one's again."""
     file, cache = tmp_path / "plug_changing.py", tmp_path / "cache"
@@ -239,7 +265,7 @@ def test_a_changed_signal_reads_no_old_calibration(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
     assert said[0] == said[2] != said[1]
-    assert re.fullmatch(r"-?\d\S* plug_changing:quiet [0-9a-f]{64}\n", said[0])
+    assert re.fullmatch(r"-?\d\S* plug_changing:quiet [0-9a-f]{64} quiet\n", said[0])
     assert len(list((cache / "calibration").iterdir())) == 2
 
 
@@ -247,7 +273,7 @@ def test_the_identity_of_a_run_names_code_of_others_only(site: Path) -> None:
     assert "plugins" not in engine_identity(LoGo.from_pretrained("demo", k=2, signal="norm"), "demo", {})
     assert "plugin" not in get_method("random").as_dict()
     engine = LoGo.from_pretrained("demo", k=2, signal="quiet")
-    assert engine_identity(engine, "demo", {})["plugins"] == [str(SIGNALS.sources["quiet"])]
+    assert engine_identity(engine, "demo", {})["plugins"] == [SIGNALS.source("quiet")]
     assert get_method("third").as_dict()["plugin"].startswith("plug_others:Third ")
 
 

@@ -32,7 +32,7 @@ from logo.adapters.pool import AdapterPool
 from logo.core import Form, Generation, Selection
 from logo.endings import EndRule, at_newline, at_texts, cut_after_end, cut_at, end_tokens
 from logo.errors import NotFinite, UsageError, check_type, closest, listed
-from logo.mixing import PASS, Mixer, Mixture
+from logo.mixing.mixer import PASS, Mixer, Mixture
 from logo.models import ModelLock, input_device, lock_of, padded
 from logo.prefix_cache import PrefixCache, cache_argument
 from logo.prompts import Prompts

@@ -37,7 +37,8 @@ from logo.decoding import (
 )
 from logo.endings import cut_pieces
 from logo.errors import LoGoError, PoolError, UsageError, check_type, listed
-from logo.mixing import AdapterCache, Mixer, Mixture
+from logo.mixing.cache import AdapterCache
+from logo.mixing.mixer import Mixer, Mixture
 from logo.models import check_mode, context_length, devices, droppers, lock_of
 from logo.opening import Preset, opened
 from logo.prefix_cache import PrefixCache, reusable
@@ -72,7 +73,7 @@ class LoGo:
             memory. Half of it is for loaded adapters, half for the copies that a batch multiplies.
         prefix_cache_gb: memory for what the base model reads before adapters act that act from a position on only.
         merge: add a mixture that all rows of a batch share to a copy of the weights, so that decoding costs what the
-            base model costs. None: for long answers, unless that rounds to half precision; see `logo.mixing.Mixer`.
+            base model costs. None: for long answers, unless that rounds to half precision; see `logo.mixing.mixer`.
         on_bad_adapter: what to do with adapters that do not fit the base model.
 
     Raises:

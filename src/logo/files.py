@@ -198,25 +198,14 @@ class Store:
         self._used: set[str] = set()  # since the last release
         self._large: set[str] = set()
 
-    def get(self, name: str, shape: tuple[int, ...] | None = None, *, hold: bool | None = True) -> dict[str, Tensor]:
-        """The tensors of this name; empty if there are none. Those that are not float32 of a given shape are damaged;
-        `hold` says whether to hold them in memory, too."""
-        import torch
+    def get(self, name: str, *, hold: bool | None = True) -> dict[str, Tensor]:
+        """The tensors of this name, which are held in memory, too, if asked; empty if there are none."""
         from safetensors.torch import load_file
 
         self._used.add(name)
         if name in self._held or self._folder is None:
             return self._held.get(name, {})
-
-        def read(file: Path) -> dict[str, Tensor]:
-            tensors: dict[str, Tensor] = load_file(file)
-            for key, tensor in tensors.items():
-                found = tensor.dtype, tuple(tensor.shape)
-                if shape is not None and found != (torch.float32, shape):
-                    raise ValueError(f"{key!r}: expected float32 of shape {shape}, found {found[0]} of {found[1]}")
-            return tensors
-
-        tensors = read_cached(self._folder / f"{name}.safetensors", read) or {}
+        tensors: dict[str, Tensor] = read_cached(self._folder / f"{name}.safetensors", load_file) or {}
         if tensors and hold:
             self._held[name] = tensors
         return tensors

@@ -41,8 +41,7 @@ def content_stamp(path: str | os.PathLike[str]) -> Stamp:
 
 
 def of_content(path: str | os.PathLike[str], what: str, find: Callable[[], str]) -> str:
-    """What `find` says of a file's content, in one line; asked again only when the file has changed. Processes share it
-    in the user's cache, so that large pools open without being read."""
+    """What `find` says of a file's content, in one line, asked once by all processes until the file has changed."""
     stamp, now = content_stamp(path), time.time_ns()
     key = what, stamp
     if key not in _known:

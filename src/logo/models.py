@@ -299,8 +299,17 @@ def devices(model: PreTrainedModel) -> tuple[torch.device, ...]:
 
 def input_device(model: Any) -> torch.device:
     """The device of a model's input."""
-    device: torch.device = model.get_input_embeddings().weight.device
-    return device
+    return device_of(model.get_input_embeddings())
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device on which a module computes; under accelerate's offloading its weights are elsewhere."""
+    import torch
+
+    offloaded = [device for hook in _hooks(module) if (device := getattr(hook, "execution_device", None)) is not None]
+    if offloaded:
+        return torch.device(offloaded[0])
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def padded(

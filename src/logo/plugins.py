@@ -99,8 +99,8 @@ class Registry(dict[str, T]):
         raise UsageError(f"unknown {self.kind} {name!r}{known}; one of a plugin needs --plugin (or {VARIABLE})")
 
     def source(self, name: str) -> str | None:
-        """The module, object and digest of a plugin, on which results depend; None for LoGo's own."""
-        return str(self.sources[name]) if name in self.sources else None
+        """The definition and name of a plugin (one may have several), on which results depend; None for LoGo's own."""
+        return f"{self.sources[name]} {name}" if name in self.sources else None
 
 
 _REGISTRIES: list[Registry[Any]] = []

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from logo.models import input_device
+from logo.models import input_device, text_config
 
 # Tokens of a whole page. Prompts share whole pages, so up to so many tokens of a common beginning are read again.
 PAGE = 16
@@ -177,6 +177,9 @@ class PrefixCache:
 def reusable(model: nn.Module) -> bool:
     """Whether a model keeps only keys and values of earlier tokens; not all recurrent models say that they do not."""
     if cache_argument(model) is None or getattr(model, "_is_stateful", False):
+        return False
+    # With these, keys are turned by other angles once a prompt is longer.
+    if any(kind in str(getattr(text_config(model), "rope_parameters", "")) for kind in ("dynamic", "longrope")):
         return False
     own = not model._supports_default_dynamic_cache()  # type: ignore[operator]  # it has a cache class of its own
     return not own and all(type(layer) in _PLAIN for layer in DynamicCache(config=model.config).layers)

@@ -16,7 +16,7 @@ from logo.adapters.pool import AdapterPool
 from logo.core import Prompt
 from logo.decoding import batches_by_length
 from logo.errors import ModelError, UsageError, check_type
-from logo.mixing import Mixer, Mixture
+from logo.mixing.mixer import Mixer, Mixture
 from logo.models import input_device, padded
 from logo.prompts import Prompts, written_answer
 

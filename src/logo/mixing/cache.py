@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from logo.adapters.adapter import Adapter, LoraWeights, finite
 from logo.adapters.layout import adaptable_modules
 from logo.errors import CacheFull, NotFinite, check_type
+from logo.models import device_of
 
 # The share of the free memory that adapters may have by default.
 ADAPTER_SHARE = 0.3
@@ -244,14 +245,6 @@ class AdapterCache:
         if not known and not resident.users and resident.ready.done():
             self.bytes -= resident.bytes
             resident.bytes, resident.factors = 0, {}
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """The device on which a module computes; under accelerate's offloading its weights are elsewhere."""
-    hook_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if hook_device is not None:
-        return torch.device(hook_device)
-    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def free_bytes(devices: Iterable[torch.device]) -> int:

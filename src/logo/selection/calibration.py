@@ -138,7 +138,7 @@ def calibrate(reading: Reading, plan: Plan, run: TextRunner) -> Calibration:
     started, store, neutral_count = time.perf_counter(), reading.store, len(reading.texts.neutral)
     shape, candidates = (reading.signal.readings, len(reading.texts.rows)), plan.points
     files = {adapter.name: f"{reading.key}/{adapter.digest}" for adapter in plan.adapters}
-    known = {name: dict(store.get(file, shape)) for name, file in files.items()}
+    known = {name: dict(store.get(file)) for name, file in files.items()}
     missing = {
         point: [a for a in plan.adapters if point.module in a.modules and point.module not in known[a.name]]
         for point in candidates

@@ -166,8 +166,12 @@ def examples_of(
             for i, key in enumerate(missing):
                 store.put(key, {at: place[i].mean(dim=0, keepdim=True) for at, place in places.items()})
     means = [store.get(name(rows)) for rows in examples if rows]
-    spaces, centres, numbers = list[list[Whitening]](), list[Tensor](), sorted(map(int, ordinary))
-    for at in numbers:
+    spaces, centres, numbers = list[list[Whitening]](), list[Tensor](), list[int]()
+    for at in sorted(map(int, ordinary)):
+        # Points that read the same vectors are one place, whether the runner gives them one tensor or not.
+        if any(ordinary[str(at)].equal(ordinary[str(other)]) for other in numbers):
+            continue
+        numbers.append(at)
         spaces.append([Whitening.of(ordinary[str(at)][:, kind]).to(devices[at]) for kind in (0, 1)])
         centres.append(torch.cat([one[str(at)] for one in means]).to(devices[at]))
     return Examples.of(spaces, centres, known, numbers)

@@ -201,7 +201,9 @@ def joined(indices: Sequence[ScoringIndex]) -> tuple[list[ScoringIndex], list[tu
     """The same indices, where neighbours that read the same vectors (their whitenings are equal) are parts of one; and
     these, each with the number of its first point. They have no `responses`."""
     parts, every = list[ScoringIndex](), list[tuple[int, ScoringIndex]]()
-    for _, group in groupby(indices, key=lambda one: id(one) if one.sketch is None else one.sketch[1].tolist()):
+    for _, group in groupby(
+        indices, key=lambda at: (at.stacked.shape[1], (at.sketch and at.sketch[1].tolist()) or id(at))
+    ):
         some = list(group)
         offsets, updates = [one.offset for one in some if one.offset is not None], [one.updates for one in some]
         stacked, offset = torch.cat([one.stacked for one in some]), torch.cat(offsets) if offsets else None

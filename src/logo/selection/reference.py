@@ -22,7 +22,8 @@ its scores over the adapters is roughly
     apart · √((1 + FEW / n) / (1 + FEW / USUAL))        apart: of the neutral texts
 
 and a prompt's scores are divided by it (if n is above `USUAL`, by `apart`), times `UNIT`, so that a margin means the
-same in every pool. Scores to which example prompts contribute are not scaled. Reasons: docs/how-selection-works.md.
+same in every pool. Not scaled are scores to which example prompts contribute, and those of the tokens alone on which
+adapters act. Reasons: docs/how-selection-works.md.
 """
 
 from __future__ import annotations

@@ -32,6 +32,9 @@ from logo.selection.whitening import Whitening
 # Texts, the tokens with which each has to end, and whether the forms of conversations vary -> token ids.
 Encode = Callable[[Sequence[str], Sequence[int], bool], list[list[int]]]
 
+# Responses whose logarithms differ less over all texts are rounding errors.
+_CONSTANT = 1e-4
+
 
 @dataclass(frozen=True)
 class Scorer:
@@ -166,11 +169,13 @@ class Scorer:
         if self.calibration is None:
             return None
         neutral, requests = self.calibration.neutral, self.calibration.requests
+        if self.signal.scale == "whitened":  # logarithms; what never changes, as behind an invocation, says nothing
+            constant = torch.cat([neutral, requests], dim=2).std(dim=2) < _CONSTANT
+            neutral = neutral.masked_fill(constant[:, :, None], torch.nan)
         weights = torch.ones(neutral.shape[1])
         weights[len(self.indices) :] = LATE_WEIGHT
         return Reference.of(neutral, requests, weights)
 
-    @torch.no_grad()
     def __call__(self, rows: Sequence[Sequence[int]], among: Sequence[Collection[str] | None] = ()) -> Tensor:
         """Scores (rows, adapters), float32 on the CPU, of prompts as token ids; each is cut to the window here.
 
@@ -179,22 +184,23 @@ class Scorer:
                 right; those of others may not be. Empty: all in every row.
         """
         signal, most = self.signal, math.inf if self.signal.window == WHOLE else sum(self.signal.window)
-        if self.prefix_cache is None:
-            rows = [row if len(row) <= most else windowed(row, signal.window) for row in rows]
-            ids, mask = padded(rows, input_device(self.probe.model))
-            picked, owners = pick(list(map(signal.begin, rows)), list(map(len, rows)), ids.shape[1])
-            with torch.inference_mode():  # nothing that is kept, unlike pages of the prefix cache
+        # Plugins may need gradients of their own, and pages that are kept must not be inference tensors.
+        kept = signal.plugin is not None or self.prefix_cache is not None
+        with torch.no_grad() if kept else torch.inference_mode():
+            if self.prefix_cache is None:
+                rows = [row if len(row) <= most else windowed(row, signal.window) for row in rows]
+                ids, mask = padded(rows, input_device(self.probe.model))
+                picked, owners = pick(list(map(signal.begin, rows)), list(map(len, rows)), ids.shape[1])
                 hidden = self.probe(ids, mask, picked.to(ids.device))
-        else:  # tokens on which adapters act are never cached
-            ends, read = [earliest(signal.activations, row) for row in rows], partial(self._read_rest, rows)
-            hidden, owners = self.prefix_cache.extend(rows, ends, read, fresh=signal.token == "mean")
-        return self._scored(hidden, owners, len(rows), among)
+            else:  # tokens on which adapters act are never cached
+                ends, read = [earliest(signal.activations, row) for row in rows], partial(self._read_rest, rows)
+                hidden, owners = self.prefix_cache.extend(rows, ends, read, fresh=signal.token == "mean")
+            return self._scored(hidden, owners, len(rows), among)
 
-    @torch.inference_mode()
     def _scored(
         self, hidden: Sequence[Tensor], owners: Tensor, rows: int, among: Sequence[Collection[str] | None]
     ) -> Tensor:
-        """Scores of hidden vectors that belong to these rows (vectors,); without what gradients would need."""
+        """Scores of hidden vectors that belong to these rows (vectors,)."""
         signal, at = self.signal, self.indices[0].device
         if signal.token == "mean":
             means = {id(vectors): row_means(vectors, owners, rows) for vectors in hidden}

@@ -129,7 +129,8 @@ class SelectionSettings:
                 k = size
         name: str = self.signal if given.get("signal") is None else given["signal"]
         own, signal = name == self.signal, get_signal(name)
-        _check_weighting(weighting, name, signal.scale == "raw")
+        if weighting is not None:
+            _check_weighting(weighting, name, signal.scale == "raw")
         # Settings for the scores of one signal do not apply to those of another.
         return Options(
             signal=name,

@@ -22,7 +22,7 @@ from logo.core import FinishReason
 from logo.decoding import greedy_config
 from logo.endings import end_tokens
 from logo.errors import ModelError, UsageError
-from logo.mixing import AdapterCache
+from logo.mixing.cache import AdapterCache
 from logo.prefix_cache import Page, PrefixCache
 from logo.protocol import Delta, GenerationFailed, GenerationTimeout, Sampling
 from logo.serving.memory import Memory, Plan

@@ -12,7 +12,8 @@ from functools import partial
 from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
 from logo.core import Selection
-from logo.mixing import AdapterCache, Mixture
+from logo.mixing.cache import AdapterCache
+from logo.mixing.mixer import Mixture
 from logo.serving.packed import PackedMixture
 
 

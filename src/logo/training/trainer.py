@@ -10,8 +10,7 @@ from typing import Any
 from logo.adapters.layout import linear_shape
 from logo.errors import ModelError, UsageError
 from logo.identity import config_digest, library_versions, tokenizer_digest, weights_digest
-from logo.mixing.cache import device_of
-from logo.models import load_base, load_config, skeleton
+from logo.models import device_of, load_base, load_config, skeleton
 from logo.training.learner import Course, Learner, transposed
 from logo.training.passes import Base
 from logo.training.pool import course_record, write_adapter
