@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.adapter import Adapter
 from logo.core import Prompt
-from logo.decoding import Batch, Decoding, call_config, greedy_config
+from logo.decoding import Batch, Decoding, call_config
 from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
 from logo.protocol import GenerationFailed, MixtureRequest, NotReady, Overloaded, Sampling
 from logo.serving import batching
@@ -163,7 +164,7 @@ def test_adapters_on_the_output_head_answer_as_alone_and_as_in_peft(
     for i, (ids, wanted, (tokens, *_)) in enumerate(zip(rows, requests, found, strict=True)):
         assert tokens == alone(logo, [ids], [wanted], 9 + i)[0][0]
     wrapped = load_peft(tmp_path / "t2", tiny.model(architecture, tie_word_embeddings=False)).eval()
-    config = greedy_config(max_new_tokens=11, pad_token_id=2)
+    config = GenerationConfig(do_sample=False, max_new_tokens=11, pad_token_id=2)
     ids = torch.tensor([rows[2]])
     want = wrapped.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
     assert found[2][0] == tuple(want[0, len(rows[2]) :].tolist())
@@ -258,7 +259,7 @@ def test_a_step_that_fails_ends_one_sequence_and_no_other(adapters: Path) -> Non
 
     def refuse(module: nn.Module, inputs: Any, options: Any) -> None:
         ids = options["input_ids"] if "input_ids" in options else inputs[0]
-        if options.get("cache") is not None and bool((ids == POISON).any()):
+        if options.get("use_cache") and bool((ids == POISON).any()):
             raise torch.OutOfMemoryError("no room for this one")
 
     async def use(service: Service) -> Any:

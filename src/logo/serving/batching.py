@@ -29,7 +29,7 @@ from logo.decoding import OVERFLOW
 from logo.endings import end_tokens
 from logo.errors import ModelError, NotFinite, UsageError
 from logo.mixing.cache import AdapterCache
-from logo.models import input_device
+from logo.models import input_device, text_config
 from logo.prefix_cache import PrefixCache, cache_argument, laid_out, reusable
 from logo.protocol import Delta, GenerationFailed, GenerationTimeout, Sampling
 from logo.serving.memory import Memory, Plan
@@ -100,11 +100,13 @@ class Batching:
         context: int | None,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
-        if not reusable(model):
-            raise ModelError(
-                f"{type(model).__name__} cannot be served: it keeps more of earlier tokens than keys and values, or "
-                "turns them by angles that depend on the length; use LoGo.generate"
-            )
+        if not reusable(model, longer=False):
+            kept = "it keeps more of earlier tokens than keys and values"
+            raise ModelError(f"{type(model).__name__} cannot be served: {kept}; use LoGo.generate")
+        if not reusable(model):  # a long row would turn the keys of the others in its batch
+            parts = text_config(model)
+            first = (parts.rope_parameters or {}).get("original_max_position_embeddings")
+            context = min(context or first, first or parts.max_position_embeddings)
         self._model, self._adapters, self._prefix_cache = model, adapters, prefix_cache
         self._concurrent, self._device = memory.concurrent, input_device(model)
         self._packed, self._rows = Packed(adapters), Rows()
@@ -281,8 +283,8 @@ class Batching:
                 if isinstance(token, Exception):
                     self._leave(job)
                     self._fail(job, token)
-                elif self._told(job, token):
-                    self._leave(job)
+                else:
+                    self._add(job, token)
 
     def _fits(self, job: _Job) -> bool:
         """Whether there is room for one more row, as long as it may become."""
@@ -308,7 +310,7 @@ class Batching:
             [token] = self._drawn(logits, [job])
             if isinstance(token, Exception):
                 raise token
-            if not self._told(job, token):
+            if self._add(job, token):
                 self._rows.join(job.cache)
                 self._active.append(job)
             job.cache = None
@@ -351,15 +353,16 @@ class Batching:
             job.drawing.count += 1
         return [NotFinite(OVERFLOW) if token == NO_TOKEN else token for token in tokens]
 
-    def _told(self, job: _Job, token: int) -> bool:
-        """Tells the caller of a token; whether it is the last one."""
+    def _add(self, job: _Job, token: int) -> bool:
+        """Adds a token to an answer, and says whether it goes on; if not, it leaves before the caller hears of it."""
         job.tokens.append(token)
         ended = token in self._ends
-        reason: FinishReason | None = "stop" if ended else None
-        if not ended and len(job.tokens) == job.drawing.sampling.max_tokens:
-            reason = "length"
+        full = len(job.tokens) == job.drawing.sampling.max_tokens
+        reason: FinishReason | None = "stop" if ended else "length" if full else None
+        if reason is not None and job in self._active:
+            self._leave(job)
         job.tell(Delta((token,), reason))
-        return reason is not None
+        return reason is None
 
     def _leave(self, job: _Job) -> None:
         """Removes a row; the last one takes its place."""
