@@ -262,8 +262,9 @@ class Batching:
         """Reads some of the prompts that wait, and gives every row one token."""
         for job in [one for one in self._active if one.left]:
             self._leave(job)
-        for job in [one for one in self._waiting if one.left]:
-            self._waiting.remove(job)
+        with self._change:  # callers add jobs
+            for job in [one for one in self._waiting if one.left]:
+                self._waiting.remove(job)
         left = _STEP_TOKENS
         while left > 0 and self._waiting and self._fits(self._waiting[0]):
             job = self._waiting[0]
@@ -275,10 +276,13 @@ class Batching:
             left -= read
             if job.tokens or job.left:
                 self._waiting.popleft()
-        if self._active:
-            self._rows.make_room()
-            jobs, tokens = list(self._active), self._decode(0, len(self._active))
-            self._rows.columns += 1
+        if jobs := list(self._active):
+            try:
+                self._rows.make_room()
+                tokens = self._decode(0, len(jobs))
+                self._rows.columns += 1
+            except Exception as error:
+                tokens = [error] * len(jobs)
             for job, token in zip(jobs, tokens, strict=True):
                 if isinstance(token, Exception):
                     self._leave(job)
