@@ -4,7 +4,7 @@
 
 Starts `logo serve` for each arm, or measures the server at `--url`. The same requests go to LoGo, to the base model
 alone and, one at a time, to LoGo. What follows `--` are options for `logo serve`. The exit code is 1 if a request
-fails, a compared answer differs, or the server keeps blocks of its KV cache.
+fails, a compared answer differs, or the server keeps a part of its KV cache.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from logo.errors import LoGoError
 
 ARMS = ("logo", "base", "one-by-one")
 MEMORY = "process_resident_memory_bytes"
-KV_BLOCKS = "logo:kv_blocks_used"
+KV_TOKENS = "logo:kv_tokens_used"
 
 _WARM_UP = 16  # requests before each load, which do not count
 _SETTLED = 10.0  # seconds in which a server has to free what the load used
@@ -68,9 +68,9 @@ class Load:
         for kind, count in self.summary.errors.items():
             first = next(answer.message for answer in self.answers if answer.error == kind)
             yield f"{arm}: {count} × {kind}: {first}"
-        kept = self.after.get(KV_BLOCKS, 0.0) - self.before.get(KV_BLOCKS, 0.0)
+        kept = self.after.get(KV_TOKENS, 0.0) - self.before.get(KV_TOKENS, 0.0)
         if kept > 0:
-            yield f"{arm}: {kept:g} blocks of the KV cache more in use than before the load"
+            yield f"{arm}: the keys and values of {kept:g} tokens more in use than before the load"
 
 
 async def measure(endpoint: Endpoint, arm: str, asks: Sequence[Ask], concurrency: int, timeout: float) -> Load:
@@ -89,7 +89,7 @@ async def measure(endpoint: Endpoint, arm: str, asks: Sequence[Ask], concurrency
         answers, seconds = await run_load(endpoint, model, asks, concurrency=concurrency, timeout=timeout)
         cpu, end = time.process_time() - cpu, time.perf_counter() + _SETTLED
         after = await _metrics(client)
-        while after.get(KV_BLOCKS, 0.0) > before.get(KV_BLOCKS, 0.0) and time.perf_counter() < end:
+        while after.get(KV_TOKENS, 0.0) > before.get(KV_TOKENS, 0.0) and time.perf_counter() < end:
             await asyncio.sleep(0.1)
             after = await _metrics(client)
         return Load(answers, seconds, before, after, cpu)
@@ -117,7 +117,7 @@ async def _metrics(client: httpx.AsyncClient) -> dict[str, float]:
         text = (await client.get("/metrics", timeout=60.0)).text
     except httpx.HTTPError:
         return {}
-    return {name: value for name in (MEMORY, KV_BLOCKS) if (value := metric(text, name)) is not None}
+    return {name: value for name in (MEMORY, KV_TOKENS) if (value := metric(text, name)) is not None}
 
 
 def make_asks(prompts: Sequence[str], count: int, max_tokens: tuple[int, int], seed: int) -> list[Ask]:
@@ -198,7 +198,7 @@ def _show(loads: dict[str, Load]) -> None:
         # If much of the wall time, the clients are the bottleneck.
         "CPU seconds of the clients": [f"{load.client_cpu:,.1f}" for load in loads.values()],
         "server: MB before / after": [_both(load, MEMORY, 1e6) for load in loads.values()],
-        "server: KV blocks before / after": [_both(load, KV_BLOCKS, 1) for load in loads.values()],
+        "server: KV tokens before / after": [_both(load, KV_TOKENS, 1) for load in loads.values()],
     }
     print(f"{'':<36}" + "".join(f"{arm:>22}" for arm in loads))
     for name, cells in rows.items():

@@ -21,7 +21,7 @@ import tiny
 from logo import AdapterPool, LoGo, LoGoError, PoolError, SelectionSettings, UsageError, opening
 from logo.backends.vllm import opening as vllm_opening
 from logo.cli.run import run
-from logo.decoding import call_config, greedy_config
+from logo.decoding import call_config
 from logo.demo import heldout
 from logo.mixing.merge import mergeable
 from test_engine import PROMPTS, engine, tokenizer
@@ -171,7 +171,8 @@ def test_the_official_preset_is_that_of_the_command_line(tmp_path: Path) -> None
     assert logo.probe_context == "carry"
     assert (logo.prompts.truncation.limit, logo.prompts.truncation.side) == (2048, "right")
     config = call_config(logo.prompts, logo.model.generation_config, {})
-    assert config.max_new_tokens == 256 and config.to_diff_dict() != greedy_config().to_diff_dict()
+    plain = call_config(logo.prompts, None, {})
+    assert config.max_new_tokens == 256 and config.to_diff_dict() != plain.to_diff_dict()
     answers = logo.generate([row["context"] for row in rows], batch_size=1)
     assert [list(one.selection.adapters) for one in answers] == kept("selected_loras.json")
     assert [one.text.strip().split("\n")[0] for one in answers] == kept("predictions.json")

@@ -168,7 +168,7 @@ def test_the_pool_and_the_figures_are_told(tmp_path: Path) -> None:
         loading = await client.post("/v1/load_lora_adapter", json={"lora_name": "c", "lora_path": "c"})
         assert loading.status_code == 200 and "c" in engine.adapters
         lines = (await client.get("/metrics")).text.splitlines()
-        assert {"logo:kv_blocks 8.0", "logo:adapters_stacked 2.0", "logo:adapter_bytes 10.0"} <= set(lines)
+        assert {"logo:kv_tokens 8.0", "logo:adapters_stacked 2.0", "logo:adapter_bytes 10.0"} <= set(lines)
         assert (await client.get("/health")).status_code == (await client.get("/ready")).status_code == 200
 
     asked(use, adapter_changes=tmp_path)

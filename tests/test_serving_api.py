@@ -321,7 +321,7 @@ def test_who_hangs_up_is_forgotten(tmp_path: Path) -> None:
 
 def load(server: Served) -> list[float]:
     """What is running, waiting and held."""
-    return figures(server, "num_requests_running", "num_requests_waiting", "kv_blocks_used")
+    return figures(server, "num_requests_running", "num_requests_waiting", "kv_tokens_used")
 
 
 def generated(server: Served) -> float:

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from logo.protocol import Sampling
-from logo.serving.sampling import Drawing, next_tokens
-from logo.serving.steps import NO_TOKEN
+from logo.serving.sampling import NO_TOKEN, Drawing, next_tokens
 from make_adapters import calm
 
 VOCABULARY = 12

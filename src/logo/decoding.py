@@ -64,11 +64,6 @@ _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 _PLAIN_CACHES = (None, "dynamic", "dynamic_full", "hybrid")
 
 
-def greedy_config(**options: Any) -> GenerationConfig:
-    """Greedy decoding, or plain sampling with `do_sample=True`, with further options of `GenerationConfig`."""
-    return GenerationConfig(**_PLAIN | options)
-
-
 def call_config(
     prompts: Prompts,
     config: GenerationConfig | None,
@@ -78,7 +73,7 @@ def call_config(
 ) -> GenerationConfig:
     """A copy of a config (None: an empty one) with the options of a call applied.
 
-    What neither says is as in `greedy_config`; of the checkpoint's config, only end tokens and stop texts count.
+    What neither says is greedy or plain sampling; of the checkpoint's config, only end tokens and stop texts count.
 
     Raises:
         UsageError: an option that does not exist or cannot be used here, a config that transformers refuses or whose

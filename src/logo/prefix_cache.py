@@ -174,12 +174,15 @@ class PrefixCache:
             self.model(input_ids=ids, attention_mask=mask, **options)
 
 
-def reusable(model: nn.Module) -> bool:
-    """Whether a model keeps only keys and values of earlier tokens; not all recurrent models say that they do not."""
+def reusable(model: nn.Module, *, longer: bool = True) -> bool:
+    """Whether a model keeps only keys and values of earlier tokens (not all recurrent models say that they do not), and
+    the same ones if the prompt gets `longer`."""
     if cache_argument(model) is None or getattr(model, "_is_stateful", False):
         return False
-    # With these, keys are turned by other angles once a prompt is longer.
-    if any(kind in str(getattr(text_config(model), "rope_parameters", "")) for kind in ("dynamic", "longrope")):
+    # With these, keys are turned by other angles once a prompt is longer than the model's first context.
+    if longer and any(
+        kind in str(getattr(text_config(model), "rope_parameters", "")) for kind in ("dynamic", "longrope")
+    ):
         return False
     own = not model._supports_default_dynamic_cache()  # type: ignore[operator]  # it has a cache class of its own
     return not own and all(type(layer) in _PLAIN for layer in DynamicCache(config=model.config).layers)

@@ -125,7 +125,7 @@ class Figures:
 
     Attributes:
         running, waiting: answers that are being generated; requests that are not yet.
-        kv_used, kv_total: blocks of keys and values.
+        kv_used, kv_total: tokens whose keys and values are in memory, padding included; the most.
         adapters: loaded adapters.
         adapter_bytes, adapter_budget: memory of their columns, and the most that they may have.
         steps: forward passes with and without a mixture: `{"gate", "base"}`.

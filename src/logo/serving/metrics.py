@@ -92,9 +92,9 @@ class _State(Collector):
         gauges: dict[str, tuple[str, float]] = {
             "num_requests_running": ("Answers that are being generated.", now.running),
             "num_requests_waiting": ("Requests that wait to be probed or generated.", now.waiting),
-            "kv_blocks_used": ("Blocks of keys and values in use.", now.kv_used),
-            "kv_blocks": ("Blocks of keys and values in all.", now.kv_total),
-            "kv_cache_usage_perc": ("Share of the blocks in use, 1 is all.", now.kv_used / now.kv_total),
+            "kv_tokens_used": ("Tokens whose keys and values are in memory.", now.kv_used),
+            "kv_tokens": ("The most tokens whose keys and values may be.", now.kv_total),
+            "kv_cache_usage_perc": ("Share of these tokens in use, 1 is all.", now.kv_used / now.kv_total),
             "prefix_cache_bytes": ("Memory of what prompts begin with, where they are read once.", now.prefix_bytes),
             "pool_adapters": ("Adapters in the pool.", len(service.pool.adapters)),
             "adapters_stacked": ("Adapters whose tensors are ready to be mixed.", now.adapters),

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from logo.protocol import Sampling
-from logo.serving.steps import NO_TOKEN
+
+NO_TOKEN = -1  # of a row that is not finite
 
 
 @dataclass

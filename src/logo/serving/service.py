@@ -27,7 +27,7 @@ from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.protocol import Delta, Figures, MixtureRequest, NotReady, Overloaded, Sampling
 from logo.selection.selector import forced, known
-from logo.serving.batching import Batching
+from logo.serving.batching import STOPPED, Batching
 from logo.serving.memory import Memory
 from logo.serving.mixtures import HeldMixture, mixed
 from logo.serving.pool import Change, ServedPool
@@ -35,7 +35,6 @@ from logo.serving.pool import Change, ServedPool
 _log = logging.getLogger("logo.serving")
 
 T = TypeVar("T")
-STOPPED = "generation has stopped; restart the server"
 
 
 @dataclass
@@ -184,7 +183,7 @@ class Service:
     def figures(self) -> Figures:
         """The present state in numbers."""
         batching, adapters = self.batching, self.logo.adapter_cache
-        used, total = batching.kv_blocks
+        used, total = batching.kv_tokens
         waiting = len(self._line) + batching.waiting
         return Figures(
             batching.running,

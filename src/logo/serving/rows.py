@@ -1,0 +1,108 @@
+"""`Rows`: the keys and values of sequences that are decoded together, which join and leave at any step.
+
+One tensor per layer, (rows, heads, columns, size). Every row ends in the same column, so that a step of all of them is
+a plain batch that is padded on the left. The tensors are copied only when they have to grow, or when too many columns
+in front are padding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+# Columns that are made when there is none left.
+_MORE = 128
+
+
+class _Layer(DynamicLayer):  # type: ignore[misc]
+    """What a step of some rows sees of one layer. Rows alone know how many columns there are."""
+
+    def __init__(self, rows: Rows, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.dtype, self.device, self._rows = keys.dtype, keys.device, rows
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Writes the new column; all columns up to it, (rows, heads, columns + 1, size)."""
+        at = self._rows.columns
+        self.keys[:, :, at : at + 1], self.values[:, :, at : at + 1] = key_states, value_states
+        return self.keys[:, :, : at + 1], self.values[:, :, : at + 1]
+
+    def get_seq_length(self, *_: Any) -> int:
+        """The columns before the step."""
+        return self._rows.columns
+
+
+class Rows:
+    """See above.
+
+    Attributes:
+        columns: how many columns are filled, padding included; whoever has computed a step adds one.
+    """
+
+    def __init__(self) -> None:
+        self.columns = 0
+        self._starts: list[int] = []  # the first column of each row that is no padding
+        self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values
+        self._seen: dict[tuple[int, int], Cache] = {}
+
+    def join(self, cache: DynamicCache) -> None:
+        """Adds the keys and values of one sequence as the last row."""
+        length, count = cache.get_seq_length(), len(self._starts)
+        if not self._layers:
+            self._layers = [(one.keys[:0, :, :0], one.values[:0, :, :0]) for one in cache.layers]
+        if length > self.columns or count == len(self._layers[0][0]):
+            self._lay_out(max(count + 1, min(2 * count, count + 16)), length)
+        for pair, layer in zip(self._layers, cache.layers, strict=True):
+            for own, new in zip(pair, (layer.keys, layer.values), strict=True):
+                own[count].zero_()  # what is masked must be finite
+                own[count, :, self.columns - length : self.columns] = new[0]
+        self._starts.append(self.columns - length)
+
+    def leave(self, row: int) -> None:
+        """Removes a row; the last one takes its place."""
+        last = len(self._starts) - 1
+        if row != last:
+            for own in (tensor for pair in self._layers for tensor in pair):
+                own[row] = own[last]
+            self._starts[row] = self._starts[last]
+        self._starts.pop()
+        if not self._starts:
+            self.columns, self._layers = 0, []
+            self._seen.clear()
+
+    def make_room(self) -> None:
+        """Makes room for one more column."""
+        if self.columns == self._layers[0][0].shape[2]:
+            self._lay_out(len(self._layers[0][0]))
+
+    def _lay_out(self, rows: int, length: int = 0) -> None:
+        """Copies everything into larger tensors, for so many rows, without padding in front of the longest row."""
+        before = self.columns
+        self.columns = max([length, *(before - start for start in self._starts)])
+        moved, size = self.columns - before, self.columns + _MORE
+        layers = []
+        for pair in self._layers:
+            made = []
+            for own in pair:
+                new = own.new_zeros(rows, own.shape[1], size, own.shape[3])
+                for row, start in enumerate(self._starts):
+                    new[row, :, start + moved : self.columns] = own[row, :, start:before]
+                made.append(new)
+            layers.append((made[0], made[1]))
+        self._layers, self._starts = layers, [start + moved for start in self._starts]
+        self._seen.clear()
+
+    def seen(self, begin: int, end: int) -> tuple[Tensor, Tensor, Cache]:
+        """For a step of these rows: the mask (rows, columns + 1), positions (rows, 1), and the cache."""
+        if (begin, end) not in self._seen:
+            self._seen = {
+                (begin, end): Cache(layers=[_Layer(self, k[begin:end], v[begin:end]) for k, v in self._layers])
+            }
+        starts = torch.tensor(self._starts[begin:end])[:, None]
+        mask = (torch.arange(self.columns + 1) >= starts).long()
+        return mask, self.columns - starts, self._seen[begin, end]
