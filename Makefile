@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 3
 SPREAD := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 WHEEL_PYTHONS ?= python3.10 python3.12 python3.13
-# vLLM has an environment of its own: it needs an older transformers than `logo serve` does.
+# vLLM has an environment of its own, with the older transformers that it needs; our own server runs in both.
 VLLM_VENV := .venv-vllm
 VLLM_WHEELS ?= $(VLLM_VENV)-wheels
 # More options for pip.
@@ -76,7 +76,7 @@ test: lint
 	$(PYTEST)
 
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest $(SPREAD) tests/backends tests/test_vllm_kernels.py
+	$(VLLM_VENV)/bin/python -m pytest $(SPREAD) tests/backends tests/test_vllm_kernels.py tests/test_serving_engine.py
 
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
