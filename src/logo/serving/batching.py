@@ -1,6 +1,6 @@
 """`Batching`: a loop over the model's forward pass that generates for many callers at once, each with its own mixture.
 
-    waiting -> prefill, in parts, between steps -> a row of `Rows` -> one token per row and step -> Delta, ...
+    waiting -> prefill, together or in parts, between steps -> rows of `Rows` -> a token per row and step -> Delta, ...
 
 Rows join and leave between steps. Their keys and values are in one tensor per layer, in which every row ends in the
 same column, so that a step is a plain batch of the model. If adapters act only from a position on, keys and values
@@ -29,7 +29,7 @@ from logo.decoding import OVERFLOW
 from logo.endings import end_tokens
 from logo.errors import ModelError, NotFinite, UsageError
 from logo.mixing.cache import AdapterCache
-from logo.models import input_device, text_config
+from logo.models import input_device, padded, text_config
 from logo.prefix_cache import PrefixCache, cache_argument, laid_out, reusable
 from logo.protocol import Delta, GenerationFailed, GenerationTimeout, Sampling
 from logo.serving.memory import Memory, Plan
@@ -266,15 +266,9 @@ class Batching:
             for job in [one for one in self._waiting if one.left]:
                 self._waiting.remove(job)
         left = _STEP_TOKENS
-        while left > 0 and self._waiting and self._fits(self._waiting[0]):
-            job = self._waiting[0]
-            try:
-                read = self._prefill(job, left)
-            except Exception as error:  # the server has to go on after any error
-                self._fail(job, error)
-                read = 0
-            left -= read
-            if job.tokens or job.left:
+        while left > 0 and (jobs := self._next(left)):
+            left -= self._read(jobs, left)
+            while self._waiting and (self._waiting[0].tokens or self._waiting[0].left):
                 self._waiting.popleft()
         if jobs := list(self._active):
             try:
@@ -290,35 +284,65 @@ class Batching:
                 else:
                     self._add(job, token)
 
-    def _fits(self, job: _Job) -> bool:
-        """Whether there is room for one more row, as long as it may become."""
-        longest = max(one.most for one in (job, *self._active))
-        return len(self._active) < self._concurrent and (len(self._active) + 1) * longest <= self._tokens
+    def _next(self, most: int) -> list[_Job]:
+        """The prompts that are read next: one, or several that are short, if there is room for as many rows, as long as
+        they may become."""
+        jobs, widest, longest = list[_Job](), 0, max((one.most for one in self._active), default=0)
+        for job in list(self._waiting)[: self._concurrent - len(self._active)]:
+            widest, longest = max(widest, len(job.prompt)), max(longest, job.most)
+            known = job.cache is not None or job.mixture.end > 0
+            together = not known and (len(jobs) + 1) * widest <= most
+            if (len(self._active) + len(jobs) + 1) * longest > self._tokens or (jobs and not together):
+                break
+            jobs.append(job)
+            if not together:
+                break
+        return jobs
 
-    def _prefill(self, job: _Job, most: int) -> int:
-        """Reads so many tokens of a prompt, and returns their number; at its end, draws a token and adds the row."""
-        if job.cache is None:
-            pages = [] if self._prefix_cache is None else self._prefix_cache.find(job.prompt, job.mixture.end)
-            count = sum(page.tokens for page in pages)
-            self.found, self.missed = self.found + count, self.missed + job.mixture.end - count
-            job.cache = laid_out([pages], [count]) if count else DynamicCache()
-        start = job.cache.get_seq_length()
-        part = job.prompt[start : start + most]
-        end = start + len(part)
+    def _read(self, jobs: Sequence[_Job], most: int) -> int:
+        """Reads prompts to the end, where they become rows, or so many tokens of one; returns the number of tokens.
+        After an error, they are read in halves."""
+        try:
+            return self._prefill(jobs, most)
+        except Exception as error:  # the server has to go on after any error
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+                return 0
+            traceback.clear_frames(error.__traceback__)
+        half = len(jobs) // 2
+        return self._read(jobs[:half], most) + self._read(jobs[half:], most)
+
+    def _prefill(self, jobs: Sequence[_Job], most: int) -> int:
+        cache = jobs[0].cache or self._beginning(jobs[0])
+        start = cache.get_seq_length()
+        parts = [job.prompt[start : start + most] for job in jobs]
+        width = max(map(len, parts))
+        pads = torch.tensor([width - len(part) for part in parts])[:, None]
+        mask = (torch.arange(start + width) >= pads).long()
+        positions = (start + torch.arange(width) - pads).clamp_min(0)
         self._gated = None
-        with self._packed.opening(self._model, job.mixture):
-            logits = self._forward(
-                [part], torch.ones(1, end, dtype=torch.int64), torch.arange(start, end)[None], job.cache
-            )
-        if end == len(job.prompt):
-            [token] = self._drawn(logits, [job])
-            if isinstance(token, Exception):
-                raise token
-            if self._add(job, token):
-                self._rows.join(job.cache)
-                self._active.append(job)
+        with self._packed.opening(self._model, [job.mixture for job in jobs], pads):
+            logits = self._forward(padded(parts, self._device, left=True)[0], mask, positions, cache)
+        if start + width < len(jobs[0].prompt):
+            jobs[0].cache = cache
+            return width
+        joining = list[tuple[int, int]]()
+        for i, (job, token) in enumerate(zip(jobs, self._drawn(logits, jobs), strict=True)):
             job.cache = None
-        return len(part)
+            if isinstance(token, Exception):
+                self._fail(job, token)
+            elif self._add(job, token):
+                joining.append((i, len(job.prompt)))
+        self._rows.join(cache, joining)
+        self._active += [jobs[i] for i, _ in joining]
+        return len(jobs) * width
+
+    def _beginning(self, job: _Job) -> DynamicCache:
+        """What is cached of a prompt, up to where adapters begin to act."""
+        pages = [] if self._prefix_cache is None else self._prefix_cache.find(job.prompt, job.mixture.end)
+        count = sum(page.tokens for page in pages)
+        self.found, self.missed = self.found + count, self.missed + job.mixture.end - count
+        return laid_out([pages], [count]) if count else DynamicCache()
 
     def _decode(self, begin: int, end: int) -> list[int | Exception]:
         """The next token of each of these rows. After an error they are computed in halves, so that only a row that
@@ -329,7 +353,8 @@ class Batching:
                 self._gated = None
                 self._packed.gate([job.mixture for job in jobs])
                 self._gated = jobs
-            return self._drawn(self._forward([job.tokens[-1:] for job in jobs], *self._rows.seen(begin, end)), jobs)
+            last = torch.tensor([job.tokens[-1:] for job in jobs], device=self._device)
+            return self._drawn(self._forward(last, *self._rows.seen(begin, end)), jobs)
         except Exception as error:
             if len(jobs) == 1:
                 return [error]
@@ -337,7 +362,7 @@ class Batching:
         half = (begin + end) // 2
         return self._decode(begin, half) + self._decode(half, end)
 
-    def _forward(self, ids: Sequence[Sequence[int]], mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Logits (rows, vocabulary) behind the last token of each row, float32."""
         self.steps["gate" if self._packed.mixed else "base"] += 1
         device, options = self._device, dict[str, Any]()
@@ -346,7 +371,7 @@ class Batching:
         if "logits_to_keep" in self._arguments:
             options["logits_to_keep"] = 1
         options |= {cache_argument(self._model) or "": cache, "use_cache": True}
-        found = self._model(input_ids=torch.tensor(ids, device=device), attention_mask=mask.to(device), **options)
+        found = self._model(input_ids=ids, attention_mask=mask.to(device), **options)
         logits: Tensor = found.logits[:, -1].float()
         return logits
 

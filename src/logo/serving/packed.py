@@ -55,14 +55,16 @@ class Packed:
             self._gates, self._stacks = Gates(weights), stacks.modules
 
     @contextmanager
-    def opening(self, model: nn.Module, row: PackedMixture) -> Iterator[None]:
-        """Sets the mixture of one prompt inside the block."""
+    def opening(self, model: nn.Module, rows: Sequence[PackedMixture], pads: Tensor) -> Iterator[None]:
+        """Sets the mixtures of prompts inside the block, with so many columns of padding in front (rows, 1)."""
         self.clear()
-        if not row.hold:
+        used = tuple(dict.fromkeys(resident for row in rows for resident in row.hold))
+        if not used:
             yield
             return
-        stacks = Stacks.of(tuple(dict.fromkeys(row.hold)))
-        gates = OpeningGates(*_placed(stacks, [row]))
+        stacks = Stacks.of(used)
+        weights, begins = _placed(stacks, rows)
+        gates = OpeningGates(weights, torch.where(begins > 0, begins + pads, 0))
         self._gates, self._stacks = gates, stacks.modules
         try:
             with gates.following(model):

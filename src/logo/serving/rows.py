@@ -7,6 +7,7 @@ in front are padding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 # Columns that are made when there is none left.
-_MORE = 128
+_MORE = 32
 
 
 class _Layer(DynamicLayer):  # type: ignore[misc]
@@ -50,25 +51,28 @@ class Rows:
         self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values
         self._seen: dict[tuple[int, int], Cache] = {}
 
-    def join(self, cache: DynamicCache) -> None:
-        """Adds the keys and values of one sequence as the last row."""
-        length, count = cache.get_seq_length(), len(self._starts)
+    def join(self, cache: DynamicCache, rows: Sequence[tuple[int, int]]) -> None:
+        """Adds rows of a batch that is padded on the left, each with its number of tokens, behind the last row."""
+        if not rows:
+            return
+        before, longest = len(self._starts), max(length for _, length in rows)
         if not self._layers:
             self._layers = [(one.keys[:0, :, :0], one.values[:0, :, :0]) for one in cache.layers]
-        if length > self.columns or count == len(self._layers[0][0]):
-            self._lay_out(max(count + 1, min(2 * count, count + 16)), length)
+        if longest > self.columns or before + len(rows) > len(self._layers[0][0]):
+            self._lay_out(max(before + len(rows), min(2 * before, before + 16)), longest)
         for pair, layer in zip(self._layers, cache.layers, strict=True):
             for own, new in zip(pair, (layer.keys, layer.values), strict=True):
-                own[count].zero_()  # what is masked must be finite
-                own[count, :, self.columns - length : self.columns] = new[0]
-        self._starts.append(self.columns - length)
+                for at, (row, length) in enumerate(rows, start=before):
+                    own[at, :, : self.columns - length] = 0  # what is masked must be finite
+                    own[at, :, self.columns - length : self.columns] = new[row, :, new.shape[2] - length :]
+        self._starts += [self.columns - length for _, length in rows]
 
     def leave(self, row: int) -> None:
         """Removes a row; the last one takes its place."""
         last = len(self._starts) - 1
         if row != last:
             for own in (tensor for pair in self._layers for tensor in pair):
-                own[row] = own[last]
+                own[row, :, : self.columns] = own[last, :, : self.columns]
             self._starts[row] = self._starts[last]
         self._starts.pop()
         if not self._starts:
@@ -76,8 +80,8 @@ class Rows:
             self._seen.clear()
 
     def make_room(self) -> None:
-        """Makes room for one more column."""
-        if self.columns == self._layers[0][0].shape[2]:
+        """Makes room for one more column; half of the columns may be padding in all rows, and then they are dropped."""
+        if self.columns == self._layers[0][0].shape[2] or min(self._starts) > max(_MORE, self.columns // 2):
             self._lay_out(len(self._layers[0][0]))
 
     def _lay_out(self, rows: int, length: int = 0) -> None:
