@@ -56,6 +56,7 @@ class _Job:
     loop: asyncio.AbstractEventLoop
     outputs: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
     left: bool = False  # the caller does not listen any more
+    ended: bool = False  # its row, if it has one, is not needed any more
     tokens: list[int] = field(default_factory=list)  # of the answer
     cache: DynamicCache | None = None  # of the part of the prompt that is read
 
@@ -63,11 +64,6 @@ class _Job:
     def most(self) -> int:
         """The most tokens of prompt and answer."""
         return len(self.prompt) + self.drawing.sampling.max_tokens
-
-    def tell(self, said: Delta | Exception) -> None:
-        """Hands something to the caller; from any thread."""
-        with suppress(RuntimeError):  # the event loop has ended, and nobody listens
-            self.loop.call_soon_threadsafe(self.outputs.put_nowait, said)
 
 
 class Batching:
@@ -117,6 +113,7 @@ class Batching:
         self._change = threading.Condition()
         self._pausing, self._stepping, self._stopped = 0, False, False
         self._thread: threading.Thread | None = None
+        self._said: list[tuple[_Job, Delta | Exception]] = []  # what callers have not heard yet
         self._gated: Sequence[_Job] | None = None  # the rows whose gates are set
         self.steps, self.found, self.missed = {"base": 0, "gate": 0}, 0, 0
         self.plan = Plan.of(model, adapters.budget, memory)
@@ -180,7 +177,7 @@ class Batching:
     @property
     def running(self) -> int:
         """The number of sequences that are being generated."""
-        return len(self._active)
+        return sum(not job.ended for job in list(self._active))
 
     @property
     def waiting(self) -> int:
@@ -190,7 +187,7 @@ class Batching:
     @property
     def kv_tokens(self) -> tuple[int, int]:
         """How many tokens' keys and values are in use, padding included, and how many have room."""
-        return len(self._active) * self._rows.columns, self._tokens
+        return self.running * self._rows.columns, self._tokens
 
     async def generate(
         self, prompt: Sequence[int], mixture: PackedMixture, sampling: Sampling, deadline: float | None = None
@@ -246,8 +243,8 @@ class Batching:
             with self._change:
                 self._stopped, self._stepping = True, False
                 self._change.notify_all()
-            for job in (*self._active, *self._waiting):
-                job.tell(ModelError(STOPPED))
+            self._said += [(job, ModelError(STOPPED)) for job in (*self._active, *self._waiting)]
+            self._hand_out()
 
     def _begun(self) -> bool:
         """Waits until there is something to do, and nobody else uses the model; false once generation has stopped."""
@@ -260,8 +257,8 @@ class Batching:
 
     def _step(self) -> None:
         """Reads some of the prompts that wait, and gives every row one token."""
-        for job in [one for one in self._active if one.left]:
-            self._leave(job)
+        for job in self._active:
+            job.ended = job.ended or job.left
         with self._change:  # callers add jobs
             for job in [one for one in self._waiting if one.left]:
                 self._waiting.remove(job)
@@ -270,6 +267,8 @@ class Batching:
             left -= self._read(jobs, left)
             while self._waiting and (self._waiting[0].tokens or self._waiting[0].left):
                 self._waiting.popleft()
+            self._hand_out()
+        self._compact()
         if jobs := list(self._active):
             try:
                 self._rows.make_room()
@@ -279,20 +278,23 @@ class Batching:
                 tokens = [error] * len(jobs)
             for job, token in zip(jobs, tokens, strict=True):
                 if isinstance(token, Exception):
-                    self._leave(job)
                     self._fail(job, token)
                 else:
                     self._add(job, token)
+        if not self._waiting:
+            self._compact()
+        self._hand_out()
 
     def _next(self, most: int) -> list[_Job]:
         """The prompts that are read next: one, or several that are short, if there is room for as many rows, as long as
         they may become."""
-        jobs, widest, longest = list[_Job](), 0, max((one.most for one in self._active), default=0)
-        for job in list(self._waiting)[: self._concurrent - len(self._active)]:
+        jobs, widest, running = list[_Job](), 0, [one for one in self._active if not one.ended]
+        longest = max((one.most for one in running), default=0)
+        for job in list(self._waiting)[: self._concurrent - len(running)]:
             widest, longest = max(widest, len(job.prompt)), max(longest, job.most)
             known = job.cache is not None or job.mixture.end > 0
             together = not known and (len(jobs) + 1) * widest <= most
-            if (len(self._active) + len(jobs) + 1) * longest > self._tokens or (jobs and not together):
+            if (len(running) + len(jobs) + 1) * longest > self._tokens or (jobs and not together):
                 break
             jobs.append(job)
             if not together:
@@ -333,8 +335,12 @@ class Batching:
                 self._fail(job, token)
             elif self._add(job, token):
                 joining.append((i, len(job.prompt)))
-        self._rows.join(cache, joining)
-        self._active += [jobs[i] for i, _ in joining]
+        if joining:
+            places = [i for i, job in enumerate(self._active) if job.ended][: len(joining)]
+            places += range(len(self._active), len(self._active) + len(joining) - len(places))
+            self._rows.join(cache, joining, places)
+            for place, (i, _) in zip(places, joining, strict=True):
+                self._active[place : place + 1] = [jobs[i]]
         return len(jobs) * width
 
     def _beginning(self, job: _Job) -> DynamicCache:
@@ -388,22 +394,37 @@ class Batching:
         ended = token in self._ends
         full = len(job.tokens) == job.drawing.sampling.max_tokens
         reason: FinishReason | None = "stop" if ended else "length" if full else None
-        if reason is not None and job in self._active:
-            self._leave(job)
-        job.tell(Delta((token,), reason))
+        job.ended = reason is not None
+        self._said.append((job, Delta((token,), reason)))
         return reason is None
 
-    def _leave(self, job: _Job) -> None:
-        """Removes a row; the last one takes its place."""
-        at = self._active.index(job)
-        self._rows.leave(at)
-        self._active[at] = self._active[-1]
-        self._active.pop()
+    def _compact(self) -> None:
+        """Drops rows that are not needed any more; the last ones take their places."""
+        for at in reversed(range(len(self._active))):
+            if self._active[at].ended:
+                self._rows.drop(at)
+                self._active[at] = self._active[-1]
+                self._active.pop()
+
+    def _hand_out(self) -> None:
+        """Tells callers what has happened to their answers, all of an event loop at once."""
+        loops: dict[asyncio.AbstractEventLoop, list[tuple[_Job, Delta | Exception]]] = {}
+        for job, said in self._said:
+            loops.setdefault(job.loop, []).append((job, said))
+        self._said = []
+        for loop, some in loops.items():
+            with suppress(RuntimeError):  # it has ended, and nobody listens
+                loop.call_soon_threadsafe(_put, some)
 
     def _fail(self, job: _Job, error: Exception) -> None:
         _log.warning("an answer cannot be generated: %s", type(error).__name__, exc_info=error)
         traceback.clear_frames(error.__traceback__)
-        job.left, job.cache = True, None
-        job.tell(error)
+        job.left, job.ended, job.cache = True, True, None
+        self._said.append((job, error))
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _put(said: Sequence[tuple[_Job, Delta | Exception]]) -> None:
+    for job, one in said:
+        job.outputs.put_nowait(one)

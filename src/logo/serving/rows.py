@@ -51,23 +51,26 @@ class Rows:
         self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values
         self._seen: dict[tuple[int, int], Cache] = {}
 
-    def join(self, cache: DynamicCache, rows: Sequence[tuple[int, int]]) -> None:
-        """Adds rows of a batch that is padded on the left, each with its number of tokens, behind the last row."""
-        if not rows:
-            return
-        before, longest = len(self._starts), max(length for _, length in rows)
+    def join(self, cache: DynamicCache, rows: Sequence[tuple[int, int]], places: Sequence[int]) -> None:
+        """Puts rows of a batch that is padded on the left, each with its number of tokens, in the places of rows that
+        are not needed any more, or behind the last one."""
+        count, longest = max(len(self._starts), *(place + 1 for place in places)), max(length for _, length in rows)
         if not self._layers:
             self._layers = [(one.keys[:0, :, :0], one.values[:0, :, :0]) for one in cache.layers]
-        if longest > self.columns or before + len(rows) > len(self._layers[0][0]):
-            self._lay_out(max(before + len(rows), min(2 * before, before + 16)), longest)
+        self._starts += [self.columns] * (count - len(self._starts))
+        for place in places:
+            self._starts[place] = self.columns
+        if longest > self.columns or count > len(self._layers[0][0]):
+            self._lay_out(count + min(count, 16), longest)
         for pair, layer in zip(self._layers, cache.layers, strict=True):
             for own, new in zip(pair, (layer.keys, layer.values), strict=True):
-                for at, (row, length) in enumerate(rows, start=before):
-                    own[at, :, : self.columns - length] = 0  # what is masked must be finite
-                    own[at, :, self.columns - length : self.columns] = new[row, :, new.shape[2] - length :]
-        self._starts += [self.columns - length for _, length in rows]
+                for place, (row, length) in zip(places, rows, strict=True):
+                    own[place, :, : self.columns - length] = 0  # what is masked must be finite
+                    own[place, :, self.columns - length : self.columns] = new[row, :, new.shape[2] - length :]
+        for place, (_, length) in zip(places, rows, strict=True):
+            self._starts[place] = self.columns - length
 
-    def leave(self, row: int) -> None:
+    def drop(self, row: int) -> None:
         """Removes a row; the last one takes its place."""
         last = len(self._starts) - 1
         if row != last:
@@ -94,7 +97,7 @@ class Rows:
             made = []
             for own in pair:
                 new = own.new_zeros(rows, own.shape[1], size, own.shape[3])
-                for row, start in enumerate(self._starts):
+                for row, start in enumerate(self._starts[: len(own)]):
                     new[row, :, start + moved : self.columns] = own[row, :, start:before]
                 made.append(new)
             layers.append((made[0], made[1]))
