@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 # The most tokens of a prompt that are read between two steps of the rows, which wait meanwhile.
 _STEP_TOKENS = 512
 STOPPED = "generation has stopped; restart the server"
+_ALIKE = 0.7  # the length of a prompt divided by that of a longer one that is read beside it, at least
 _log = logging.getLogger("logo.serving")
 
 
@@ -265,8 +266,10 @@ class Batching:
         left = _STEP_TOKENS
         while left > 0 and (jobs := self._next(left)):
             left -= self._read(jobs, left)
-            while self._waiting and (self._waiting[0].tokens or self._waiting[0].left):
-                self._waiting.popleft()
+            with self._change:
+                for job in jobs:
+                    if job.tokens or job.left:
+                        self._waiting.remove(job)
             self._hand_out()
         self._compact()
         if jobs := list(self._active):
@@ -286,18 +289,26 @@ class Batching:
         self._hand_out()
 
     def _next(self, most: int) -> list[_Job]:
-        """The prompts that are read next: one, or several that are short, if there is room for as many rows, as long as
-        they may become."""
-        jobs, widest, running = list[_Job](), 0, [one for one in self._active if not one.ended]
-        longest = max((one.most for one in running), default=0)
-        for job in list(self._waiting)[: self._concurrent - len(running)]:
-            widest, longest = max(widest, len(job.prompt)), max(longest, job.most)
-            known = job.cache is not None or job.mixture.end > 0
-            together = not known and (len(jobs) + 1) * widest <= most
-            if (len(running) + len(jobs) + 1) * longest > self._tokens or (jobs and not together):
+        """The prompts that are read next: the first, and if it is short, others that are about as long, so that they
+        need little padding; as many as there is room for, as long as they may become."""
+        running = [one for one in self._active if not one.ended]
+        jobs, longest = list[_Job](), max((one.most for one in running), default=0)
+        with self._change:
+            waiting = list(self._waiting)
+        for job in waiting:
+            length, longest_now = len(job.prompt), max(longest, job.most)
+            rows = len(running) + len(jobs) + 1
+            if rows > self._concurrent or rows * longest_now > self._tokens:
                 break
+            if jobs:
+                widest = max(length, *(len(one.prompt) for one in jobs))
+                if job.mixture.end or (len(jobs) + 1) * widest > most or length < _ALIKE * widest:
+                    continue
+                if min(len(one.prompt) for one in jobs) < _ALIKE * widest:
+                    continue
             jobs.append(job)
-            if not together:
+            longest = longest_now
+            if job.cache is not None or job.mixture.end or length > most:
                 break
         return jobs
 
