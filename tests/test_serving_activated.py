@@ -68,7 +68,7 @@ def test_a_prompt_is_read_once(tmp_path: Path) -> None:
                 await answer(service, prompt, wanted, Sampling(3))
         return seen
 
-    assert served(logo, use) == [100, 4, 1, 1, 4, 4, 1, 1]
+    assert served(logo, use) == [100, 3, 1, 1, 1, 4, 3, 1, 1, 1]
 
 
 def test_what_was_dropped_is_read_again_and_counted(tmp_path: Path) -> None:
@@ -82,5 +82,5 @@ def test_what_was_dropped_is_read_again_and_counted(tmp_path: Path) -> None:
         return seen, tokens, service.figures
 
     seen, tokens, figures = served(logo, use)
-    assert seen == [100, 100, 1, 1] and figures.prefix_tokens == {"found": 0, "missed": 96}
+    assert seen == [100, 99, 1, 1, 1] and figures.prefix_tokens == {"found": 0, "missed": 96}
     assert tokens == alone(logo, [prompt], [MixtureRequest()], 3)[0][0]

@@ -2,9 +2,10 @@
 
     waiting -> prefill, together or in parts, between steps -> rows of `Rows` -> a token per row and step -> Delta, ...
 
-Rows join and leave between steps. Their keys and values are in one tensor per layer, in which every row ends in the
-same column, so that a step is a plain batch of the model. If adapters act only from a position on, keys and values
-before it come from the prefix cache.
+Rows join and leave between steps. Prefilling stops before the output head and leaves the last token of a prompt to the
+first step of its row. Keys and values are in one tensor per layer, in which every row ends in the same column, so that
+a step is a plain batch of the model. If adapters act only from a position on, what is before it comes from the prefix
+cache.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class _Job:
     outputs: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
     left: bool = False  # the caller does not listen any more
     ended: bool = False  # its row, if it has one, is not needed any more
+    begun: bool = False  # it has a row
     tokens: list[int] = field(default_factory=list)  # of the answer
     cache: DynamicCache | None = None  # of the part of the prompt that is read
 
@@ -107,6 +109,7 @@ class Batching:
         self._model, self._adapters, self._prefix_cache = model, adapters, prefix_cache
         self._concurrent, self._device = memory.concurrent, input_device(model)
         self._packed, self._rows = Packed(adapters), Rows()
+        self._reader = prefix_cache or PrefixCache(model, 0)
         self._ends = end_tokens(model.generation_config)
         self._arguments = inspect.signature(model.forward).parameters
         self._waiting: deque[_Job] = deque()
@@ -140,6 +143,10 @@ class Batching:
     def start(self) -> None:
         """Starts the thread that generates, unless it runs already."""
         if self._thread is None:
+            with torch.inference_mode():
+                cache = DynamicCache()
+                self._reader.forward(torch.tensor([[0]], device=self._device), torch.ones(1, 1).long(), cache, {})
+                self._rows.shape(cache)
             self._stopped = False
             self._thread = threading.Thread(target=self._run, name="logo-generate", daemon=True)
             self._thread.start()
@@ -268,7 +275,7 @@ class Batching:
             left -= self._read(jobs, left)
             with self._change:
                 for job in jobs:
-                    if job.tokens or job.left:
+                    if job.begun or job.left:
                         self._waiting.remove(job)
             self._hand_out()
         self._compact()
@@ -328,30 +335,25 @@ class Batching:
     def _prefill(self, jobs: Sequence[_Job], most: int) -> int:
         cache = jobs[0].cache or self._beginning(jobs[0])
         start = cache.get_seq_length()
-        parts = [job.prompt[start : start + most] for job in jobs]
+        parts = [job.prompt[start : len(job.prompt) - 1][:most] for job in jobs]
         width = max(map(len, parts))
-        pads = torch.tensor([width - len(part) for part in parts])[:, None]
-        mask = (torch.arange(start + width) >= pads).long()
-        positions = (start + torch.arange(width) - pads).clamp_min(0)
-        self._gated = None
-        with self._packed.opening(self._model, [job.mixture for job in jobs], pads):
-            logits = self._forward(padded(parts, self._device, left=True)[0], mask, positions, cache)
-        if start + width < len(jobs[0].prompt):
+        if width:
+            pads = torch.tensor([width - len(part) for part in parts])[:, None]
+            mask = (torch.arange(start + width) >= pads).long().to(self._device)
+            ids, positions = padded(parts, self._device, left=True)[0], start + torch.arange(width) - pads
+            self._gated = None
+            with self._packed.opening(self._model, [job.mixture for job in jobs], pads):
+                self._count()
+                self._reader.forward(ids, mask, cache, self._placed(positions.clamp_min(0)))
+        if start + width < len(jobs[0].prompt) - 1:
             jobs[0].cache = cache
             return width
-        joining = list[tuple[int, int]]()
-        for i, (job, token) in enumerate(zip(jobs, self._drawn(logits, jobs), strict=True)):
-            job.cache = None
-            if isinstance(token, Exception):
-                self._fail(job, token)
-            elif self._add(job, token):
-                joining.append((i, len(job.prompt)))
-        if joining:
-            places = [i for i, job in enumerate(self._active) if job.ended][: len(joining)]
-            places += range(len(self._active), len(self._active) + len(joining) - len(places))
-            self._rows.join(cache, joining, places)
-            for place, (i, _) in zip(places, joining, strict=True):
-                self._active[place : place + 1] = [jobs[i]]
+        places = [i for i, job in enumerate(self._active) if job.ended][: len(jobs)]
+        places += range(len(self._active), len(self._active) + len(jobs) - len(places))
+        self._rows.join(cache, [len(job.prompt) - 1 for job in jobs], places)
+        for place, job in zip(places, jobs, strict=True):
+            self._active[place : place + 1] = [job]
+            job.cache, job.begun = None, True
         return len(jobs) * width
 
     def _beginning(self, job: _Job) -> DynamicCache:
@@ -370,8 +372,12 @@ class Batching:
                 self._gated = None
                 self._packed.gate([job.mixture for job in jobs])
                 self._gated = jobs
-            last = torch.tensor([job.tokens[-1:] for job in jobs], device=self._device)
-            return self._drawn(self._forward(last, *self._rows.seen(begin, end)), jobs)
+            ids = torch.tensor([[(job.tokens or job.prompt)[-1]] for job in jobs], device=self._device)
+            mask, positions, cache = self._rows.seen(begin, end)
+            options = {**self._placed(positions), cache_argument(self._model) or "": cache, "use_cache": True}
+            self._count()
+            found = self._model(input_ids=ids, attention_mask=mask.to(self._device), **options)
+            return self._drawn(found.logits[:, -1].float(), jobs)
         except Exception as error:
             if len(jobs) == 1:
                 return [error]
@@ -379,18 +385,11 @@ class Batching:
         half = (begin + end) // 2
         return self._decode(begin, half) + self._decode(half, end)
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Logits (rows, vocabulary) behind the last token of each row, float32."""
+    def _placed(self, positions: Tensor) -> dict[str, Any]:
+        return {"position_ids": positions.to(self._device)} if "position_ids" in self._arguments else {}
+
+    def _count(self) -> None:
         self.steps["gate" if self._packed.mixed else "base"] += 1
-        device, options = self._device, dict[str, Any]()
-        if "position_ids" in self._arguments:
-            options["position_ids"] = positions.to(device)
-        if "logits_to_keep" in self._arguments:
-            options["logits_to_keep"] = 1
-        options |= {cache_argument(self._model) or "": cache, "use_cache": True}
-        found = self._model(input_ids=ids, attention_mask=mask.to(device), **options)
-        logits: Tensor = found.logits[:, -1].float()
-        return logits
 
     def _drawn(self, logits: Tensor, jobs: Sequence[_Job]) -> list[int | Exception]:
         """The next token of each job, or an error if its logits are not finite."""
@@ -399,15 +398,14 @@ class Batching:
             job.drawing.count += 1
         return [NotFinite(OVERFLOW) if token == NO_TOKEN else token for token in tokens]
 
-    def _add(self, job: _Job, token: int) -> bool:
-        """Adds a token to an answer, and says whether it goes on; if not, it leaves before the caller hears of it."""
+    def _add(self, job: _Job, token: int) -> None:
+        """Adds a token to an answer."""
         job.tokens.append(token)
         ended = token in self._ends
         full = len(job.tokens) == job.drawing.sampling.max_tokens
         reason: FinishReason | None = "stop" if ended else "length" if full else None
         job.ended = reason is not None
         self._said.append((job, Delta((token,), reason)))
-        return reason is None
 
     def _compact(self) -> None:
         """Drops rows that are not needed any more; the last ones take their places."""

@@ -51,23 +51,27 @@ class Rows:
         self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values
         self._seen: dict[tuple[int, int], Cache] = {}
 
-    def join(self, cache: DynamicCache, rows: Sequence[tuple[int, int]], places: Sequence[int]) -> None:
-        """Puts rows of a batch that is padded on the left, each with its number of tokens, in the places of rows that
-        are not needed any more, or behind the last one."""
-        count, longest = max(len(self._starts), *(place + 1 for place in places)), max(length for _, length in rows)
-        if not self._layers:
-            self._layers = [(one.keys[:0, :, :0], one.values[:0, :, :0]) for one in cache.layers]
+    def shape(self, cache: DynamicCache) -> None:
+        """Takes the shapes of layers from a cache of the model."""
+        self._layers = [(one.keys[:0, :, :0].clone(), one.values[:0, :, :0].clone()) for one in cache.layers]
+
+    def join(self, cache: DynamicCache, lengths: Sequence[int], places: Sequence[int]) -> None:
+        """Puts the rows of a batch that is padded on the left, of so many tokens each, in the places of rows that are
+        not needed any more, or behind the last one."""
+        count, longest = max(len(self._starts), *(place + 1 for place in places)), max(lengths)
         self._starts += [self.columns] * (count - len(self._starts))
         for place in places:
             self._starts[place] = self.columns
         if longest > self.columns or count > len(self._layers[0][0]):
             self._lay_out(count + min(count, 16), longest)
-        for pair, layer in zip(self._layers, cache.layers, strict=True):
-            for own, new in zip(pair, (layer.keys, layer.values), strict=True):
-                for place, (row, length) in zip(places, rows, strict=True):
+        for number, pair in enumerate(self._layers):
+            for which, own in enumerate(pair):
+                for row, (place, length) in enumerate(zip(places, lengths, strict=True)):
                     own[place, :, : self.columns - length] = 0  # what is masked must be finite
-                    own[place, :, self.columns - length : self.columns] = new[row, :, new.shape[2] - length :]
-        for place, (_, length) in zip(places, rows, strict=True):
+                    if length:
+                        new = (cache.layers[number].keys, cache.layers[number].values)[which]
+                        own[place, :, self.columns - length : self.columns] = new[row, :, new.shape[2] - length :]
+        for place, length in zip(places, lengths, strict=True):
             self._starts[place] = self.columns - length
 
     def drop(self, row: int) -> None:
@@ -79,7 +83,8 @@ class Rows:
             self._starts[row] = self._starts[last]
         self._starts.pop()
         if not self._starts:
-            self.columns, self._layers = 0, []
+            self.columns = 0
+            self._layers = [(keys[:0, :, :0].clone(), values[:0, :, :0].clone()) for keys, values in self._layers]
             self._seen.clear()
 
     def make_room(self) -> None:
