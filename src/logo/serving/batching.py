@@ -144,8 +144,8 @@ class Batching:
         """Starts the thread that generates, unless it runs already."""
         if self._thread is None:
             with torch.inference_mode():
-                cache = DynamicCache()
-                self._reader.forward(torch.tensor([[0]], device=self._device), torch.ones(1, 1).long(), cache, {})
+                cache, one = DynamicCache(), torch.ones(1, 1, dtype=torch.int64, device=self._device)
+                self._reader.forward(one, one, cache, {})
                 self._rows.shape(cache)
             self._stopped = False
             self._thread = threading.Thread(target=self._run, name="logo-generate", daemon=True)
