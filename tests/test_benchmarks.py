@@ -106,7 +106,7 @@ def test_a_server_under_load(
         *("logo_vs_base", "logo_vs_base_requests", "logo_vs_one_by_one", "logo_vs_one_by_one_requests")
     ]
     for arm in report["arms"].values():
-        assert arm["before"] and arm["after"][load.KV_BLOCKS] <= arm["before"][load.KV_BLOCKS]
+        assert arm["before"] and arm["after"][load.KV_TOKENS] <= arm["before"][load.KV_TOKENS]
         assert arm["first_token"] and arm["inter_token"] and arm["end_to_end"]
     assert "requests/s" in capsys.readouterr().out
 
