@@ -1,6 +1,6 @@
 """`Batching`: a loop over the model's forward pass that generates for many callers at once, each with its own mixture.
 
-    waiting -> prefill, together or in parts, between steps -> rows of `Rows` -> a token per row and step -> Delta, ...
+    waiting -> prefill, together or in parts, between steps -> `BatchedCache` -> a token per row and step -> Delta, ...
 
 Rows join and leave between steps. Prefilling stops before the output head and leaves the last token of a prompt to the
 first step of its row. Keys and values are in one tensor per layer, in which every row ends in the same column, so that
@@ -33,9 +33,9 @@ from logo.mixing.cache import AdapterCache
 from logo.models import input_device, padded, text_config
 from logo.prefix_cache import PrefixCache, cache_argument, laid_out, reusable
 from logo.protocol import Delta, GenerationFailed, GenerationTimeout, Sampling
+from logo.serving.batched_cache import BatchedCache
 from logo.serving.memory import Memory, Plan
 from logo.serving.packed import Packed, PackedMixture
-from logo.serving.rows import Rows
 from logo.serving.sampling import NO_TOKEN, Drawing, next_tokens
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Batching:
             context = min(context or first, first or parts.max_position_embeddings)
         self._model, self._adapters, self._prefix_cache = model, adapters, prefix_cache
         self._concurrent, self._device = memory.concurrent, input_device(model)
-        self._packed, self._rows = Packed(adapters), Rows()
+        self._packed, self._rows = Packed(adapters), BatchedCache()
         self._reader = prefix_cache or PrefixCache(model, 0)
         self._ends = end_tokens(model.generation_config)
         self._arguments = inspect.signature(model.forward).parameters

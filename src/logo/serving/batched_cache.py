@@ -1,4 +1,4 @@
-"""`Rows`: the keys and values of sequences that are decoded together, which join and leave at any step.
+"""`BatchedCache`: the keys and values of sequences that are decoded together, which join and leave at any step.
 
 One tensor per layer, (rows, heads, columns, size). Every row ends in the same column, so that a step of all of them is
 a plain batch that is padded on the left. The tensors are copied only when they have to grow, or when too many columns
@@ -20,25 +20,25 @@ _MORE = 32
 
 
 class _Layer(DynamicLayer):  # type: ignore[misc]
-    """What a step of some rows sees of one layer. Rows alone know how many columns there are."""
+    """What a step of some rows sees of one layer. The cache alone knows how many columns there are."""
 
-    def __init__(self, rows: Rows, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, cache: BatchedCache, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.keys, self.values, self.is_initialized = keys, values, True
-        self.dtype, self.device, self._rows = keys.dtype, keys.device, rows
+        self.dtype, self.device, self._cache = keys.dtype, keys.device, cache
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Writes the new column; all columns up to it, (rows, heads, columns + 1, size)."""
-        at = self._rows.columns
+        at = self._cache.columns
         self.keys[:, :, at : at + 1], self.values[:, :, at : at + 1] = key_states, value_states
         return self.keys[:, :, : at + 1], self.values[:, :, : at + 1]
 
     def get_seq_length(self, *_: Any) -> int:
         """The columns before the step."""
-        return self._rows.columns
+        return self._cache.columns
 
 
-class Rows:
+class BatchedCache:
     """See above.
 
     Attributes:
