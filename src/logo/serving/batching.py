@@ -121,10 +121,10 @@ class Batching:
         self._gated: Sequence[_Job] | None = None  # the rows whose gates are set
         self.steps, self.found, self.missed = {"base": 0, "gate": 0}, 0, 0
         self.plan = Plan.of(model, adapters.budget, memory)
-        self._tokens = self._room(context)
+        self._tokens = self._room()
         self.context = self._tokens if context is None else min(context, self._tokens)
 
-    def _room(self, context: int | None) -> int:
+    def _room(self) -> int:
         """How many tokens' keys and values have room, padding included."""
         config = self._model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
