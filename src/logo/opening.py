@@ -23,7 +23,7 @@ OFFICIAL_TRUNCATION = Truncation(2048, "right")
 LOCAL = "local"
 # Engines beside the one of this process: name -> the module with `open_engine`. These modules are above this one and
 # large, so they are imported on demand.
-ENGINES = {"vllm": "logo.backends.vllm.opening"}
+ENGINES = {"vllm": "logo.vllm.offline"}
 # Options of `from_pretrained` that load the base model, and those of `LoGo` beside them; all others are settings.
 LOADING_OPTIONS = ("device", "dtype", "device_map", "attn_implementation", "quantization_config", "model_kwargs")
 LOCAL_OPTIONS = ("generation_config", "probe_context", "adapter_memory_gb", "prefix_cache_gb", "merge")

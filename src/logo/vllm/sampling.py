@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from logo.backends.vllm.requests import refused
 from logo.decoding import Decoding
 from logo.endings import end_tokens
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 # Options that are translated into vLLM's, or handled by LoGo.
 _KNOWN = frozenset(
@@ -63,15 +64,15 @@ def check_config(config: GenerationConfig) -> None:
             )
 
 
-def parameters(decoding: Decoding, *, every_token: bool, seed: int | None = None) -> Any:
+def parameters(decoding: Decoding, tokenizer: PreTrainedTokenizerBase, begun: int, seed: int | None) -> Any:
     """vLLM's `SamplingParams` for a decoding.
 
     Args:
-        every_token: whether vLLM reports every token as it comes, or only whole answers.
+        tokenizer: the model's.
+        begun: how many tokens of the answer there are already, behind the prompt.
         seed: for the draws of one answer.
     """
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
 
     config = decoding.config
 
@@ -84,15 +85,31 @@ def parameters(decoding: Decoding, *, every_token: bool, seed: int | None = None
         top_k = min(said("top_k"), 2**31 - 1)
         drawn = {"temperature": said("temperature"), "top_p": said("top_p"), "top_k": top_k, "seed": seed}
         drawn |= {} if config.min_p is None else {"min_p": config.min_p}
+    texts = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
+    # Where one of these texts ends, an answer may have ended; the rules of the decoding say whether it has.
+    texts += [*decoding.stop, *(["\n"] if decoding.stop_at_newline else [])]
     with refused("these options"):
         return SamplingParams(
             **drawn,
-            max_tokens=config.max_new_tokens,
-            min_tokens=config.min_new_tokens or 0,
+            max_tokens=config.max_new_tokens - begun,
+            min_tokens=max(0, (config.min_new_tokens or 0) - begun),
             repetition_penalty=said("repetition_penalty"),
             ignore_eos=True,  # instead, `stop_token_ids` holds all end tokens
             stop_token_ids=sorted(end_tokens(decoding.config)),
             logprobs=0,  # that of the drawn token, which is NaN if a mixture overflows
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA if every_token else RequestOutputKind.FINAL_ONLY,
+            stop=texts or None,
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,  # a stop text may be a special token
+            detokenize=bool(texts),
         )
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Converts vLLM's refusal of a request into a UsageError."""
+    import vllm.exceptions
+
+    try:
+        yield
+    except (ValueError, vllm.exceptions.VLLMClientError) as error:
+        raise UsageError(f"vLLM refuses {what}: {' '.join(str(error).split())}") from error

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from logo import plugins
-from logo.backends.vllm.options import NO_USAGE, OPTIONS, POOL
-from logo.backends.vllm.slots import Slots
 from logo.errors import UsageError
+from logo.vllm.options import NO_USAGE, OPTIONS, POOL
 
 MODULE = "vllm.entrypoints.openai.api_server"
-ROUTER = "logo.backends.vllm.Router"
+EXTENSION = "logo.vllm.worker.Extension"
+PLUGINS = "VLLM_PLUGINS"  # vLLM loads routes of plugins that are named there, and of the other plugins only those
 API_KEY = "VLLM_API_KEY"
 RUST = "VLLM_USE_RUST_FRONTEND"
 DUAL_STREAM = "VLLM_LORA_ENABLE_DUAL_STREAM"
@@ -32,39 +32,39 @@ class Launch:
     Attributes:
         model: a folder or a Hub id.
         name: name of the base model alone.
-        slots: vLLM's, for the pool.
+        slots: `--max-loras`, how many adapters answer at a time.
+        rank, targets: `--max-lora-rank` and `--lora-target-modules`.
         pool: for `LOGO_POOL`.
         options: for `LOGO_OPTIONS`.
         host, port: address to listen on.
         api_key: required of clients; None: vLLM's own variable, if it is set.
         flags: further flags of ours.
-        middlewares: around vLLM's app, outside of the router.
         given: the user's flags, which override all others.
     """
 
     model: str
     name: str
-    slots: Slots
+    slots: int
+    rank: int
+    targets: Sequence[str]
     pool: str
     options: Mapping[str, Any]
     host: str
     port: int
     api_key: str | None = field(default=None, repr=False)
     flags: Sequence[str] = ()
-    middlewares: Sequence[str] = ()
     given: Sequence[str] = ()
 
     @property
     def command(self) -> list[str]:
         """The program and its arguments. There is no secret among them."""
-        around = [part for path in (ROUTER, *self.middlewares) for part in ("--middleware", path)]
         return [
             *(sys.executable, "-m", MODULE),
             *("--model", self.model, "--served-model-name", self.name),
             *("--host", self.host, "--port", str(self.port)),
-            *self.slots.flags,
+            *("--enable-lora", "--max-loras", str(self.slots), "--max-lora-rank", str(self.rank)),
+            *("--lora-target-modules", *self.targets, "--worker-extension-cls", EXTENSION),
             *self.flags,
-            *around,
             *self.given,  # of a flag that is given twice, vLLM takes the last
         ]
 
@@ -82,7 +82,9 @@ class Launch:
                 f"most {_LONGEST:,}: give fewer --calibration-prompts"
             )
         usage = os.environ.get(NO_USAGE, "1")  # a user may ask for vLLM's reports
-        return {POOL: self.pool, OPTIONS: options, NO_USAGE: usage, **plugins.environment()}
+        named = [name for name in (*os.environ.get(PLUGINS, "").split(","), "logo") if name]
+        own = {POOL: self.pool, OPTIONS: options, NO_USAGE: usage, PLUGINS: ",".join(dict.fromkeys(named))}
+        return own | plugins.environment()
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """The whole environment of the server."""
@@ -97,6 +99,6 @@ class Launch:
 def check_environment(environment: Mapping[str, str]) -> None:
     """Raises UsageError where vLLM would start a server that has no place for LoGo."""
     if environment.get(RUST, "0").strip() not in ("", "0"):
-        raise UsageError(f"{RUST} is set: vLLM's Rust frontend does not run the middleware that LoGo needs; unset it")
+        raise UsageError(f"{RUST} is set: vLLM's Rust frontend does not load the routes that LoGo needs; unset it")
     if environment.get(DUAL_STREAM, "0").strip() not in ("", "0"):
         raise UsageError(f"{DUAL_STREAM} is set: it hides layers from LoGo's probe; unset it")

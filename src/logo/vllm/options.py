@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from logo.adapters.sources import OnBadAdapter
 from logo.errors import UsageError, closest
 from logo.selection.settings import SelectionSettings
-
-Products = Literal["auto", "kernels", "plain"]
 
 # Environment variables: one with the pool, and one with all other options as JSON.
 POOL, OPTIONS = "LOGO_POOL", "LOGO_OPTIONS"
@@ -36,21 +34,19 @@ class VllmOptions:
 
     Attributes:
         pool: a folder of adapters, or a Hub repository `org/name[/folder][@revision]`.
-        products: what computes gated products. `"kernels"`: Triton kernels, which skip adapters that no token of a
-            block has; `"plain"`: PyTorch; `"auto"`: kernels on GPUs with Triton.
         signals: those that requests may ask for besides the settings' own.
         adapter_changes: whether requests may change the pool; `VLLM_ALLOW_RUNTIME_LORA_UPDATING` allows it, too.
         on_bad_adapter: what to do with adapters that do not fit the base model.
-        max_body_mb: the largest body, in 10⁶ bytes, of requests that the router reads. Pictures are part of bodies.
+        hosts: the names of hosts under which the server may be asked, so that a page whose name was given this
+            machine's address cannot ask it; empty: any.
         settings: how prompts are read, scored and selected.
     """
 
     pool: str
-    products: Products = "auto"
     signals: tuple[str, ...] = ("norm",)
     adapter_changes: bool = False
     on_bad_adapter: OnBadAdapter = "error"
-    max_body_mb: float = 32.0
+    hosts: tuple[str, ...] = ()
     settings: SelectionSettings = field(default_factory=SelectionSettings)
 
     @classmethod
@@ -81,16 +77,11 @@ class VllmOptions:
             raise UsageError(f"LoGo needs a pool: set {POOL} to a folder of adapters or a Hub repository")
         settings = SelectionSettings.of(**{name: value for name, value in given.items() if name not in own})
         options = {name: value for name, value in given.items() if name in own}
-        for name, choices in (("products", Products), ("on_bad_adapter", OnBadAdapter)):
-            if name in options and options[name] not in get_args(choices):
-                raise UsageError(f"{name}: expected one of {', '.join(get_args(choices))}, found {options[name]!r}")
-        size = options.get("max_body_mb", 1.0)
-        if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0.001 <= size <= 1e6:
-            raise UsageError(f"max_body_mb: expected a number from 0.001 to 1000000, found {size!r}")
+        if (how := options.get("on_bad_adapter", "error")) not in get_args(OnBadAdapter):
+            raise UsageError(f"on_bad_adapter: expected one of {', '.join(get_args(OnBadAdapter))}, found {how!r}")
         if not isinstance(options.get("adapter_changes", False), bool):
             raise UsageError(f"adapter_changes: expected true or false, found {options['adapter_changes']!r}")
-        if "signals" in options:
-            options["signals"] = tuple(options["signals"])
+        options |= {name: tuple(options[name]) for name in ("signals", "hosts") if name in options}
         made = cls(settings=settings, **options)
         for signal in made.all_signals:
             settings.reading(signal=signal)  # refuses one that does not exist

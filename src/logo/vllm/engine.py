@@ -1,0 +1,478 @@
+"""`Engine`: one vLLM engine with a pool, as seen from the process that talks to it; the server and the offline engine.
+
+    token ids -> probes in vLLM -> scores from the workers -> Selection -> slots -> LoRARequest
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from logo.adapters.layout import BaseLayout
+from logo.adapters.pool import AdapterPool
+from logo.core import Options, ProbeText, Selection
+from logo.errors import LoGoError, ModelError, NotFinite, PoolError, UsageError
+from logo.selection.selector import Evidence, Selector
+from logo.selection.signals import Signal
+from logo.selection.texts import windowed
+from logo.vllm import plugin
+from logo.vllm.patches import options_of
+from logo.vllm.pool import check_rank, pool_of, scoring_signals
+from logo.vllm.requests import Mix, Probe, lora_request
+from logo.vllm.skeleton import skeleton
+from logo.vllm.slots import Slots
+from logo.vllm.taps import UNREAD
+
+# The largest weight of an adapter in a request, in absolute value: far above any that makes sense, and far below those
+# with which sound adapters overflow.
+MOST_WEIGHT = 16.0
+# How often a prompt is probed that ran in a captured graph, which reads nothing.
+_TRIES = 3
+
+
+class WorkerError(LoGoError, RuntimeError):
+    """An error in one of vLLM's workers."""
+
+
+class Backend(Protocol):
+    """What runs requests in vLLM, and calls its workers."""
+
+    async def call(self, name: str, *args: Any) -> list[dict[str, Any]]:
+        """Calls a method of `logo.vllm.worker.Extension` on every worker."""
+
+    async def run(self, rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
+        """Runs `(token ids, SamplingParams, LoRARequest or None)`, and returns vLLM's last output of each."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is known outside of vLLM's workers of the scorer of a signal there.
+
+    Attributes:
+        name: of the signal.
+        signal: how prompts are read.
+        points: where prompts are read.
+        selector: makes selections from its scores.
+        calibration: none, since the workers have it.
+    """
+
+    name: str
+    signal: Signal
+    points: tuple[str, ...]
+    selector: Selector
+    calibration: None = None
+
+    @classmethod
+    def of(cls, name: str, signal: Signal, told: Mapping[str, Any]) -> Opened:
+        """From the reply of a worker, see `logo.vllm.worker.Worker.signal`."""
+        facts = told["selector"]
+        evidence = None if facts["evidence"] is None else Evidence(**facts["evidence"])
+        selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
+        return cls(name, signal, tuple(told["points"]), selector)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A pool that prompts are selected from, and the scorers that vLLM's workers have of it, by signal."""
+
+    pool: AdapterPool
+    opened: Mapping[str, Opened]
+
+
+class Engine:
+    """One vLLM engine with a pool.
+
+    Args:
+        backend: runs requests and calls workers.
+        vllm_config: of the engine.
+
+    Attributes:
+        options: LoGo's.
+        served: what prompts are selected from now; a request keeps the one that it began with.
+
+    Raises:
+        LoGoError: there is no pool, or it does not fit; or vLLM was started without what LoGo needs.
+    """
+
+    def __init__(self, backend: Backend, vllm_config: Any) -> None:
+        options = options_of(vllm_config)
+        if options is None:
+            raise UsageError("LoGo needs a pool: set LOGO_POOL to a folder of adapters or a Hub repository")
+        if vllm_config.lora_config is None:
+            raise UsageError("LoGo needs vLLM's support for adapters: start vLLM with --enable-lora")
+        if plugin.refused is not None:
+            raise ModelError(plugin.refused)
+        if not getattr(vllm_config.parallel_config, "worker_extension_cls", ""):
+            raise UsageError("LoGo needs its part of vLLM's workers: pass --worker-extension-cls logo.vllm.worker.Extension")
+        if getattr(vllm_config.parallel_config, "_api_process_count", 1) > 1:
+            raise UsageError("LoGo fills vLLM's slots from one process: leave out --api-server-count")
+        model, self._lora = vllm_config.model_config, vllm_config.lora_config
+        self._backend, self.options, self.run = backend, options, backend.run
+        self.skeleton = skeleton(model.model, model.dtype, model.revision)
+        self.layout = BaseLayout.of(self.skeleton)
+        self.served = Served(pool_of(options, self.skeleton), {})
+        self.slots = Slots(self._lora.max_loras, self._load)
+        self._changing = asyncio.Lock()
+        self._users: Counter[str] = Counter()  # requests in progress, by the digest of their pool
+        self._coming = ""  # digest of the pool that is being opened
+        self._waiting: dict[str, asyncio.Future[Any]] = {}  # by key of a probe
+        self._taking: asyncio.Task[None] | None = None
+
+    # -- opening and changing --------------------------------------------------------------------------------------
+
+    async def open(self, signals: Sequence[str] | None = None) -> None:
+        """Calibrates the pool in all workers; afterwards prompts can be selected for.
+
+        Args:
+            signals: those that are opened; None: all that the options name and that can score the pool.
+        """
+        pool = self.served.pool
+        check_rank(pool, self._lora.max_lora_rank)
+        self.served = await self._opened(pool, signals)
+
+    async def change(self, kind: str, name: str, folder: str = "") -> None:
+        """Adds, replaces or removes an adapter in all workers or in none; answers continue meanwhile.
+
+        Args:
+            kind: `"add"`, `"replace"` or `"remove"`.
+
+        Raises:
+            LoGoError: the change cannot be made.
+        """
+        change = (kind, name) if kind == "remove" else (kind, name, folder)
+        async with self._changing:
+            before = self.served.pool
+            pool = await asyncio.to_thread(pool_of, self.options, self.skeleton, before, change)
+            check_rank(pool, self._lora.max_lora_rank)
+            self._coming = pool.digest
+            try:
+                for number, digest in enumerate(await self.call("logo_pool", before.digest, list(change))):
+                    if digest != pool.digest:
+                        raise PoolError(
+                            f"worker {number} has another pool than this process ({digest}, not {pool.digest}): put "
+                            "the same files on every machine and try again"
+                        )
+                served = await self._opened(pool, None)
+                self.served = served
+            finally:
+                self._coming = ""
+                await self._drop(pool.digest)  # after an error
+            await self._drop(before.digest)
+
+    async def _opened(self, pool: AdapterPool, signals: Sequence[str] | None) -> Served:
+        opened = {}
+        for signal in scoring_signals(self.options, self.skeleton, pool) if signals is None else signals:
+            texts, keys = list[list[int]](), list[str]()
+            while True:
+                told = await self.call("logo_signal", pool.digest, signal, texts, keys)
+                texts = next((one["texts"] for one in told if one["texts"]), [])
+                if not texts:
+                    break
+                keys = await self._probe(pool.digest, "", texts, [None] * len(texts))
+            opened[signal] = Opened.of(signal, self.options.settings.reading(pool, signal), told[0])
+        return Served(pool, opened)
+
+    async def signal(self, served: Served, signal: str) -> Served:
+        """The pool with one more signal, which is opened in the workers first."""
+        return replace(served, opened={**served.opened, **(await self._opened(served.pool, [signal])).opened})
+
+    @asynccontextmanager
+    async def using(self) -> AsyncIterator[Served]:
+        """Yields the pool as it is now. Inside the block, vLLM's workers keep it, even if it changes meanwhile."""
+        served = self.served
+        digest = served.pool.digest
+        self._users[digest] += 1
+        try:
+            yield served
+        finally:
+            self._users[digest] -= 1
+            await self._drop(digest)
+
+    async def _drop(self, digest: str) -> None:
+        """Has the workers forget a pool, if nobody selects from it any more."""
+        if digest not in (self.served.pool.digest, self._coming) and not self._users[digest]:
+            del self._users[digest]
+            await asyncio.shield(self.call("logo_drop", digest))
+
+    async def call(self, name: str, *args: Any) -> list[dict[str, Any]]:
+        """Calls a method of `logo.vllm.worker.Extension` on every worker."""
+
+    async def run(self, rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
+        """Runs `(token ids, SamplingParams, LoRARequest or None)`, and returns vLLM's last output of each."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is known outside of vLLM's workers of the scorer of a signal there.
+
+    Attributes:
+        name: of the signal.
+        signal: how prompts are read.
+        points: where prompts are read.
+        selector: makes selections from its scores.
+        calibration: none, since the workers have it.
+    """
+
+    name: str
+    signal: Signal
+    points: tuple[str, ...]
+    selector: Selector
+    calibration: None = None
+
+    @classmethod
+    def of(cls, name: str, signal: Signal, told: Mapping[str, Any]) -> Opened:
+        """From the reply of a worker, see `logo.vllm.worker.Worker.signal`."""
+        facts = told["selector"]
+        evidence = None if facts["evidence"] is None else Evidence(**facts["evidence"])
+        selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
+        return cls(name, signal, tuple(told["points"]), selector)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A pool that prompts are selected from, and the scorers that vLLM's workers have of it, by signal."""
+
+    pool: AdapterPool
+    opened: Mapping[str, Opened]
+
+
+class Engine:
+    """One vLLM engine with a pool.
+
+    Args:
+        backend: runs requests and calls workers.
+        vllm_config: of the engine.
+
+    Attributes:
+        options: LoGo's.
+        served: what prompts are selected from now; a request keeps the one that it began with.
+
+    Raises:
+        LoGoError: there is no pool, or it does not fit; or vLLM was started without what LoGo needs.
+    """
+
+    def __init__(self, backend: Backend, vllm_config: Any) -> None:
+        options = options_of(vllm_config)
+        if options is None:
+            raise UsageError("LoGo needs a pool: set LOGO_POOL to a folder of adapters or a Hub repository")
+        if vllm_config.lora_config is None:
+            raise UsageError("LoGo needs vLLM's support for adapters: start vLLM with --enable-lora")
+        if plugin.refused is not None:
+            raise ModelError(plugin.refused)
+        if not getattr(vllm_config.parallel_config, "worker_extension_cls", ""):
+            raise UsageError("LoGo needs its part of vLLM's workers: pass --worker-extension-cls logo.vllm.worker.Extension")
+        if getattr(vllm_config.parallel_config, "_api_process_count", 1) > 1:
+            raise UsageError("LoGo fills vLLM's slots from one process: leave out --api-server-count")
+        model, self._lora = vllm_config.model_config, vllm_config.lora_config
+        self._backend, self.options, self.run = backend, options, backend.run
+        self.skeleton = skeleton(model.model, model.dtype, model.revision)
+        self.layout = BaseLayout.of(self.skeleton)
+        self.served = Served(pool_of(options, self.skeleton), {})
+        self.slots = Slots(self._lora.max_loras, self._load)
+        self._changing = asyncio.Lock()
+        self._users: Counter[str] = Counter()  # requests in progress, by the digest of their pool
+        self._coming = ""  # digest of the pool that is being opened
+        self._waiting: dict[str, asyncio.Future[Any]] = {}  # by key of a probe
+        self._taking: asyncio.Task[None] | None = None
+
+    # -- opening and changing --------------------------------------------------------------------------------------
+
+    async def open(self, signals: Sequence[str] | None = None) -> None:
+        """Calibrates the pool in all workers; afterwards prompts can be selected for.
+
+        Args:
+            signals: those that are opened; None: all that the options name and that can score the pool.
+        """
+        pool = self.served.pool
+        check_rank(pool, self._lora.max_lora_rank)
+        self.served = await self._opened(pool, signals)
+
+    async def change(self, kind: str, name: str, folder: str = "") -> None:
+        """Adds, replaces or removes an adapter in all workers or in none; answers continue meanwhile.
+
+        Args:
+            kind: `"add"`, `"replace"` or `"remove"`.
+
+        Raises:
+            LoGoError: the change cannot be made.
+        """
+        change = (kind, name) if kind == "remove" else (kind, name, folder)
+        async with self._changing:
+            before = self.served.pool
+            pool = await asyncio.to_thread(pool_of, self.options, self.skeleton, before, change)
+            check_rank(pool, self._lora.max_lora_rank)
+            self._coming = pool.digest
+            try:
+                for number, digest in enumerate(await self.call("logo_pool", before.digest, list(change))):
+                    if digest != pool.digest:
+                        raise PoolError(
+                            f"worker {number} has another pool than this process ({digest}, not {pool.digest}): put "
+                            "the same files on every machine and try again"
+                        )
+                served = await self._opened(pool, None)
+                self.served = served
+            finally:
+                self._coming = ""
+                await self._drop(pool.digest)  # after an error
+            await self._drop(before.digest)
+
+    async def _opened(self, pool: AdapterPool, signals: Sequence[str] | None) -> Served:
+        opened = {}
+        for signal in scoring_signals(self.options, self.skeleton, pool) if signals is None else signals:
+            texts, keys = list[list[int]](), list[str]()
+            while True:
+                told = await self.call("logo_signal", pool.digest, signal, texts, keys)
+                texts = next((one["texts"] for one in told if one["texts"]), [])
+                if not texts:
+                    break
+                keys = await self._probe(pool.digest, "", texts, [None] * len(texts))
+            opened[signal] = Opened.of(signal, self.options.settings.reading(pool, signal), told[0])
+        return Served(pool, opened)
+
+    async def signal(self, served: Served, signal: str) -> Served:
+        """The pool with one more signal, which is opened in the workers first."""
+        return replace(served, opened={**served.opened, **(await self._opened(served.pool, [signal])).opened})
+
+    async def _drop(self, digest: str) -> None:
+        """Has the workers forget a pool that is not selected from any more, once none of its probes runs."""
+        if digest in self._left and not self._scoring.get(digest) and digest != self.served.pool.digest:
+            self._left.discard(digest)
+            await self.call("logo_drop", digest)
+
+    async def call(self, name: str, *args: Any) -> list[Any]:
+        """Calls a method of `logo.vllm.worker.Extension` on every worker, and returns their values.
+
+        Raises:
+            WorkerError, or the LoGoError that a worker met.
+        """
+        from logo import errors
+
+        answers = await self._backend.call(name, *args)
+        for answer in answers:
+            if "error" in answer:
+                raise getattr(errors, answer.get("kind", ""), WorkerError)(str(answer["error"]))
+        return [answer["value"] for answer in answers]
+
+    async def _load(self, into: list[tuple[int, str]]) -> None:
+        await self.call("logo_load", into)
+
+    # -- selecting -----------------------------------------------------------------------------------------------
+
+    @property
+    def k(self) -> int:
+        """Adapters per mixture, for calls that do not give k."""
+        return self.options.settings.k or min(self.served.pool.default_k, len(self.served.pool))
+
+    @property
+    def probe_text(self) -> ProbeText | None:
+        """The part of a conversation that is probed, see `SelectionSettings.probe_text`."""
+        asked, pool = self.options.settings.probe_text, self.served.pool
+        return "all" if asked is None and pool.read_once and any(one.tokens for one in pool.activations) else asked
+
+    async def select(self, served: Served, row: Sequence[int], call: Options) -> Selection:
+        """The selection for a prompt; errors as `LoGo.select`.
+
+        Args:
+            served: the pool that it is made from.
+            row: token ids of what is probed.
+            call: the options of the call, checked against that pool.
+        """
+        [scores] = await self.scores(served, call.signal, [row], [call.candidates])
+        return served.opened[call.signal].selector(torch.tensor(scores), call)
+
+    async def scores(
+        self,
+        served: Served,
+        signal: str,
+        rows: Sequence[Sequence[int]],
+        among: Sequence[Collection[str] | None],
+    ) -> list[list[float]]:
+        """Scores of the adapters of a pool for prompts, which run as probes; arguments as `Scorer`.
+
+        Raises:
+            NotFinite: a score overflowed.
+            ModelError: a prompt could not be scored.
+        """
+        digest, window = served.pool.digest, served.opened[signal].signal.window
+        cut = [windowed(row, window) for row in rows]
+        left, found = list(range(len(rows))), dict[int, Any]()
+        for _ in range(_TRIES):
+            keys = await self._probe(digest, signal, [cut[i] for i in left], [among[i] for i in left])
+            found |= dict(zip(left, await self._take(keys), strict=True))
+            left = [i for i in left if isinstance(found[i], str) and found[i].startswith(UNREAD)]
+            if not left:
+                break
+        for outcome in found.values():
+            if isinstance(outcome, str):
+                raise (NotFinite if "finite" in outcome else ModelError)(f"a prompt could not be scored: {outcome}")
+        return [found[i] for i in range(len(rows))]
+
+    async def _probe(
+        self, digest: str, signal: str, rows: Sequence[Sequence[int]], among: Sequence[Collection[str] | None]
+    ) -> list[str]:
+        """Runs prompts as probes, and returns the keys of their results."""
+        from vllm import SamplingParams
+
+        probes = [
+            Probe(uuid.uuid4().hex, digest, signal, None if names is None else tuple(sorted(names))) for names in among
+        ]
+        once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        await self.run([(row, once, lora_request(one)) for row, one in zip(rows, probes, strict=True)])
+        return [one.key for one in probes]
+
+    async def _take(self, keys: Sequence[str]) -> list[Any]:
+        """The outcomes of these probes; callers that wait share one call of the workers."""
+        loop = asyncio.get_running_loop()
+        mine = [self._waiting.setdefault(key, loop.create_future()) for key in keys]
+        if self._taking is None or self._taking.done():
+            self._taking = asyncio.create_task(self._take_all())
+        return list(await asyncio.gather(*mine))
+
+    async def _take_all(self) -> None:
+        while self._waiting:
+            waiting, self._waiting = self._waiting, {}
+            try:
+                first, *others = await self.call("logo_scores", list(waiting))
+            except Exception as error:  # all of these waiters get it; new ones may have come
+                for future in waiting.values():
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for key, future in waiting.items():
+                if not future.done():  # the client may have left
+                    # The first failure that any worker reports, else the scores of the first worker.
+                    failed = [one[key] for one in (first, *others) if isinstance(one[key], str)]
+                    future.set_result(failed[0] if failed else first[key])
+
+    # -- mixing --------------------------------------------------------------------------------------------------
+
+    def mix(self, served: Served, selection: Selection, prompt: int | None = None) -> Mix:
+        """The mixture of a selection, with the adapters of the pool that it was made from.
+
+        Args:
+            prompt: the number of tokens of the prompt, if a completion that is scored follows it.
+
+        Raises:
+            UsageError: a weight is too large.
+        """
+        weights = []
+        for name, weight in selection.mixture.items():
+            if not abs(weight) <= MOST_WEIGHT:
+                most = f"expected a weight from {-MOST_WEIGHT:g} to {MOST_WEIGHT:g}"
+                raise UsageError(f"adapter {name!r}: {most}, found {weight:g}")
+            adapter = served.pool[name]
+            weights.append((adapter.key, weight, adapter.activation))
+        return Mix.of(weights, prompt)
+
+    @asynccontextmanager
+    async def held(self, mixes: Sequence[Mix]) -> AsyncIterator[list[Any]]:
+        """Yields vLLM's `LoRARequest` of each mixture (None: the base model alone), whose adapters are in slots."""
+        async with self.slots.held({key for mix in mixes for key in mix.keys}):
+            yield [lora_request(mix) if mix.parts else None for mix in mixes]

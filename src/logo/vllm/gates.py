@@ -1,0 +1,145 @@
+"""Gated products over vLLM's adapter slots.
+
+    y += ((x Aᵀ) ⊙ gate) B        A (slots, rank, d_in)   B (slots, rank, d_out)   gate (tokens, slots)
+
+One token's gate is its request's mixture: a weight at the slot of each adapter. The inputs of a step are written into
+fixed buffers before the model runs, and the product over all slots does not branch on data, so that it runs alike
+eagerly, compiled and in a captured graph. On a CPU, which does not capture, only slots that are open are multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Rows of one request from which on they are multiplied by themselves, so that they meet only their own adapters.
+_ALONE = 16
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive rows of a step that belong to one request.
+
+    Attributes:
+        row: the first of them.
+        gate: (rows, slots) float32 on the CPU.
+    """
+
+    row: int
+    gate: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of a step that are multiplied together.
+
+    Attributes:
+        rows: consecutive ones, or (n,) int64.
+        slots: (s,) int64, those that some of the rows opens.
+        gate: (n, s).
+    """
+
+    rows: slice | Tensor
+    slots: Tensor
+    gate: Tensor
+
+    @classmethod
+    def of(cls, rows: slice | Tensor, gate: Tensor) -> Group:
+        """The group of these rows, given their gates (n, slots), some of which are open."""
+        slots = (gate != 0).any(dim=0).nonzero()[:, 0]
+        return cls(rows, slots, gate[:, slots])
+
+    def add(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
+        """Adds the product to the group's rows of `y` (tokens, d_out); other arguments as `gated`."""
+        at = self.slots
+        picked = slice(int(at), int(at) + 1) if len(at) == 1 else at  # one slot needs no copy
+        made = gated(x[self.rows], a[picked], b[picked], self.gate).to(y.dtype)
+        if isinstance(self.rows, slice):
+            y[self.rows].add_(made)
+        else:
+            y.index_add_(0, self.rows, made)
+
+
+class StepGates:
+    """The gates of the current step.
+
+    Args:
+        tokens, requests: the most that a step may have.
+        slots: the number of adapter slots.
+        device: where the model runs.
+        dtype: of the adapters.
+
+    Attributes:
+        tokens: (tokens, slots), the gate of every token.
+        sampled: (requests, slots), of every token whose logits are computed.
+        groups: on a CPU, what has open gates in `tokens`; `sampled_groups`: in `sampled`.
+    """
+
+    def __init__(self, tokens: int, requests: int, slots: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.tokens = torch.zeros(tokens, slots, device=device, dtype=dtype)
+        self.sampled = torch.zeros(requests, slots, device=device, dtype=dtype)
+        self.groups: tuple[Group, ...] = ()
+        self.sampled_groups: tuple[Group, ...] = ()
+        self._written = [0, 0]
+
+    def write(self, tokens: Sequence[Rows], sampled: Sequence[Rows]) -> None:
+        """Sets the gates of a step; rows that are not given have none."""
+        on_cpu = self.tokens.device.type == "cpu"
+        both = (self.tokens, tokens), (self.sampled, sampled)
+        self.groups, self.sampled_groups = [
+            _grouped(some, buffer.dtype) if on_cpu else () for buffer, some in both
+        ]
+        for i, (buffer, some) in enumerate(both):
+            end = max((one.row + len(one.gate) for one in some), default=0)
+            if on_cpu or not (end or self._written[i]):
+                continue
+            whole = torch.zeros(max(end, self._written[i]), buffer.shape[1])  # also what a longer step has left
+            for one in some:
+                whole[one.row : one.row + len(one.gate)] = one.gate
+            buffer[: len(whole)] = whole.to(buffer.device, buffer.dtype)
+            self._written[i] = end
+
+
+def _grouped(rows: Sequence[Rows], dtype: torch.dtype) -> tuple[Group, ...]:
+    """The rows that have open gates: long requests each alone, all others together."""
+    groups, short = [], []
+    for one in rows:
+        if not bool(one.gate.any()):
+            continue
+        if len(one.gate) >= _ALONE:
+            groups.append(Group.of(slice(one.row, one.row + len(one.gate)), one.gate.to(dtype)))
+        else:
+            short.append(one)
+    if short:
+        every = torch.cat([torch.arange(one.row, one.row + len(one.gate)) for one in short])
+        groups.append(Group.of(every, torch.cat([one.gate for one in short]).to(dtype)))
+    return tuple(groups)
+
+
+def gated(x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+    """`((x Aᵀ) ⊙ gate) B`, (tokens, d_out) in the type of the adapters.
+
+    A closed gate gives 0, even if `x Aᵀ` is not finite, so an adapter that overflows affects only its own rows.
+
+    Args:
+        x: (tokens, d_in).
+        a: (slots, rank, d_in).
+        b: (slots, rank, d_out), scale folded in.
+        gate: (tokens, slots).
+    """
+    count, rank, _ = a.shape
+    shrunk = (x.to(a.dtype) @ a.flatten(0, 1).T).view(-1, count, rank)
+    weights = gate.unsqueeze(-1)
+    opened = torch.where(weights != 0, shrunk * weights, 0).view(-1, count * rank)
+    return opened @ b.flatten(0, 1)
+
+
+def turned(b: Tensor) -> Tensor:
+    """Zeros of the shape of vLLM's stacked B, `(slots, 1, d_out, rank)`, stored in memory as `(slots, 1, rank, d_out)`.
+
+    vLLM writes adapters into it as into its own tensor; `gated` multiplies it without a copy.
+    """
+    return b.new_zeros(b.shape[0], b.shape[1], b.shape[3], b.shape[2]).transpose(2, 3)

@@ -1,0 +1,220 @@
+"""What vLLM's linear layers call instead of its own LoRA kernels: the tap of the layer, then the gated product.
+
+A compiled or captured model runs no Python between its operators. Products work there, because they read fixed buffers;
+a tap is Python and does not. It is therefore an operator of PyTorch, at which vLLM splits the model as it does at
+attention, so that only the parts between are compiled and captured. Graphs of the whole model, which vLLM uses where
+every request has one token in a step, have no splits; a prompt that was probed in one fails (`Taps`), and is probed
+again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+
+from logo.errors import ModelError
+from logo.vllm.gates import Group, StepGates, gated
+from logo.vllm.taps import Gather, Taps
+
+# If set, vLLM captures models without the compiler that knows splitting operators, and breaks them at attention alone.
+_BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
+
+_OPERATOR = "logo::tap"
+
+# Operators take only tensors, numbers and strings, so they find taps by their index in this list.
+_TAPS: list[tuple[Taps, Gather | None]] = []
+
+
+@torch.library.custom_op(_OPERATOR, mutates_args=("seen",))
+def tap(entering: Tensor, seen: Tensor, number: int, place: str) -> None:
+    """Calls `Taps.tap`, if something is read at the place in the current step.
+
+    Args:
+        entering: (rows, d), what enters the place.
+        seen: (1,), declared to be changed, since a compiler removes code without a visible effect.
+        number: index in `_TAPS`.
+        place: as `Taps.tap`.
+    """
+    taps, gather = _TAPS[number]
+    if taps.active(place):
+        taps.tap(place, entering, gather)
+
+
+@tap.register_fake
+def _(entering: Tensor, seen: Tensor, number: int, place: str) -> None:
+    return None
+
+
+def is_compiled(vllm_config: Any) -> bool:
+    """Whether the Python code of layers runs once for all steps, because it is compiled or captured."""
+    found = [getattr(vllm_config.compilation_config, name, None) for name in ("mode", "cudagraph_mode")]
+    return any(getattr(one, "value", one) for one in found)
+
+
+def split(vllm_config: Any, said: Iterable[str]) -> None:
+    """Splits the model at the taps, after vLLM has completed its configuration and before the model runs first.
+
+    Args:
+        said: what the compiled model depends on. vLLM finds compiled models in its cache by the configuration, and one
+            that was compiled without LoGo or for another pool lacks the products or the taps.
+    """
+    operators = getattr(vllm_config.compilation_config, "splitting_ops", None)
+    if operators and os.environ.get(_BREAKABLE, "0") in ("", "0") and _OPERATOR not in operators:
+        operators.append(_OPERATOR)
+    additional = getattr(vllm_config, "additional_config", None) or {}
+    if not isinstance(additional, dict):
+        raise ModelError(f"expected additional_config to be an object, found {type(additional).__name__}")
+    vllm_config.additional_config = {**additional, "logo_compiled": list(said)}
+
+
+class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
+    """Implements vLLM's interface for LoRA products by gated products.
+
+    Args:
+        max_num_batched_tokens, max_batches, device: as vLLM gives them.
+        gates: the gates of the current step.
+    """
+
+    def __init__(
+        self, max_num_batched_tokens: int, max_batches: int, device: torch.device, gates: StepGates
+    ) -> None:
+        super().__init__(max_num_batched_tokens, max_batches, device)
+        self._embeddings_indices.zero_()  # the embedding layer always reads slot 0, which is zeros
+        self.gates = gates
+
+    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
+        """Called by vLLM for another mapping of tokens to adapters; the worker has written the gates."""
+
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        used: Sequence[bool] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds each slice's product to its columns of `y` (tokens, d_out), in place.
+
+        Args:
+            used: the slices that some adapter acts on; None: all.
+        """
+        factors = [(a[:, 0], b[:, 0].transpose(1, 2)) for a, b in zip(lora_a_stacked, lora_b_stacked, strict=True)]
+        if not self._eager():
+            # All columns are changed at once: if one part of a tensor is changed in place and another part leaves the
+            # compiled graph, inductor loses the tensor's shape.
+            gate = self.gates.tokens[: x.shape[0]]
+            y.add_(torch.cat([gated(x, a, b, gate) for a, b in factors], dim=1).to(y.dtype))
+            return
+        start = 0
+        for i, ((a, b), width) in enumerate(zip(factors, output_slices, strict=True)):
+            if used is None or used[i]:
+                _add(self.gates.groups, y[:, start : start + width], x, a, b)
+            start += width
+
+    def add_lora_logits(
+        self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **kwargs: Any
+    ) -> None:
+        """Adds the product of the output head to `y`, for the tokens whose logits are computed."""
+        a, b = lora_a_stacked[:, 0], lora_b_stacked[:, 0].transpose(1, 2)
+        part = y[:, : b.shape[2]]
+        if self._eager():
+            _add(self.gates.sampled_groups, part, x, a, b)
+        else:
+            part.add_(gated(x, a, b, self.gates.sampled[: x.shape[0]]).to(y.dtype))
+
+    def _eager(self) -> bool:
+        """Whether Python may branch on the current step; compiled or captured code is traced once for all steps."""
+        return self.gates.tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, **kwargs: Any) -> None:
+        """Does nothing, since pools with adapters of embeddings are refused when they are opened."""
+
+    def add_shrink(self, *args: Any, **kwargs: Any) -> None:
+        """Part of vLLM's interface; no layer that `multiplied` lets through calls it, so this raises ModelError."""
+        raise ModelError("LoGo multiplies both factors of an adapter in one call, and this layer asks for one of them")
+
+    add_expand = apply_lora_full_linear = add_shrink
+
+
+def _add(groups: Sequence[Group], y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
+    for group in groups:
+        group.add(y, x, a, b)
+
+
+def multiplied(layer: nn.Module) -> bool:
+    """Whether a layer that vLLM has wrapped only calls products that `GatedWrapper` implements; experts do not."""
+    from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    return isinstance(layer, (BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA))
+
+
+class _Tap:
+    """The tap of one place, called eagerly or as an operator.
+
+    Args:
+        place: path in the model.
+        taps: read the hidden vectors.
+        gather: joins the parts of the input that the ranks hold; None: each rank holds all of it.
+        device: where the model runs.
+    """
+
+    def __init__(self, place: str, taps: Taps, gather: Gather | None, device: torch.device) -> None:
+        self._place, self._taps, self._gather, self._number = place, taps, gather, len(_TAPS)
+        self._seen = torch.zeros(1, device=device)
+        _TAPS.append((taps, gather))
+
+    def __call__(self, entering: Callable[[], Tensor]) -> None:
+        if torch.compiler.is_compiling():
+            tap(entering(), self._seen, self._number, self._place)
+        elif self._taps.active(self._place):
+            self._taps.tap(self._place, entering(), self._gather)
+
+
+class Tapped:
+    """The wrapper of one layer: calls the layer's tap, then the shared wrapper.
+
+    Args:
+        inner: the wrapper that all layers share.
+        place, taps, gather: as `_Tap`.
+        read: whether some signal reads the layer; a compiled model has taps only there, since each one splits it.
+
+    Attributes:
+        used: the layer's slices that some adapter acts on; None: unknown, so all of them are multiplied.
+    """
+
+    def __init__(self, inner: Any, place: str, taps: Taps, gather: Gather | None, read: bool) -> None:
+        self._inner, self._read = inner, read
+        self._tap = _Tap(place, taps, gather, inner.device)
+        self.used: tuple[bool, ...] | None = None
+
+    def add_lora_linear(self, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Calls the tap, then `GatedWrapper.add_lora_linear`."""
+        if self._read or not torch.compiler.is_compiling():
+            self._tap(lambda: x)
+        return self._inner.add_lora_linear(y, x, *args, used=self.used, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class Residual:
+    """A hook before a decoder layer: the tap of the residual stream that enters it; arguments as `_Tap`."""
+
+    def __init__(self, place: str, taps: Taps, device: torch.device) -> None:
+        self._tap = _Tap(place, taps, None, device)
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """vLLM gives its decoder layers `(positions, hidden_states, residual)`."""
+        given = {**dict(zip(("positions", "hidden_states", "residual"), args, strict=False)), **kwargs}
+        hidden, residual = given["hidden_states"], given.get("residual")
+        self._tap(lambda: hidden if residual is None else hidden + residual)

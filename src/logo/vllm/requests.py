@@ -1,0 +1,131 @@
+"""What a request is to LoGo inside vLLM: a mixture of adapters, or a probe. The path of its `LoRARequest` says so.
+
+    {"mix": [["d1f0a3…", 0.25, null], ["77b2c9…", 0.75, 4]]}       key of an adapter's content, weight, where it acts
+    {"probe": "5f…", "pool": "a3…", "signal": "calibrated", "among": null}
+
+vLLM keys cached keys and values by this path. It holds digests of adapters instead of their names, so an adapter that is
+replaced under its name never meets keys and values of the old one; and a probe's path is its own, so a probe finds
+nothing in the cache and computes all of its tokens. Clients cannot write such paths: they choose models by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from logo.adapters.activation import EVERYWHERE, Activation
+
+# The name of every `LoRARequest` of ours: vLLM's metrics have a label for each name, so mixtures must not have their own.
+NAME = "logo"
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A mixture.
+
+    Attributes:
+        parts: key of an adapter, its weight, and where it acts; every key once, the highest weight first.
+        prompt: the number of tokens of the prompt, if a completion that is scored follows it; None: all are prompt.
+    """
+
+    parts: tuple[tuple[str, float, Activation], ...]
+    prompt: int | None = None
+
+    @classmethod
+    def of(cls, weights: Iterable[tuple[str, float, Activation]], prompt: int | None = None) -> Mix:
+        """The mixture of these adapters; weights of adapters with equal content are added."""
+        summed: dict[tuple[str, Activation], float] = {}
+        for key, weight, where in weights:
+            summed[key, where] = summed.get((key, where), 0.0) + weight
+        # Nine digits, as in the path, represent every float32 exactly.
+        parts = [(key, float(f"{weight:.9g}"), where) for (key, where), weight in summed.items() if weight]
+        return cls(tuple(sorted(parts, key=lambda part: (-part[1], part[0]))), prompt)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of its adapters."""
+        return tuple(key for key, _, _ in self.parts)
+
+    @property
+    def path(self) -> str:
+        """The path that `parse` reads."""
+        parts = [[key, weight, _written(where)] for key, weight, where in self.parts]
+        return json.dumps({"mix": parts} if self.prompt is None else {"mix": parts, "prompt": self.prompt})
+
+    def begins(self, prompt: Sequence[int]) -> tuple[int | None, ...]:
+        """The position of a prompt from which each adapter acts; None: it acts nowhere."""
+        prompt = prompt[: self.prompt]
+        return tuple(where.begin(prompt) for _, _, where in self.parts)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt whose hidden vectors are read, and which no adapter acts on.
+
+    Attributes:
+        key: under which its scores are kept until they are taken.
+        pool: the digest of the pool that is scored.
+        signal: that scores it; empty: its hidden vectors are kept, to calibrate.
+        among: names of the adapters that may be selected, others may have no score (-inf); None: all.
+    """
+
+    key: str
+    pool: str
+    signal: str
+    among: tuple[str, ...] | None = None
+
+    @property
+    def path(self) -> str:
+        """The path that `parse` reads."""
+        return json.dumps({"probe": self.key, "pool": self.pool, "signal": self.signal, "among": self.among})
+
+
+@lru_cache(maxsize=4096)
+def parse(path: str) -> Mix | Probe | None:
+    """What the path of a `LoRARequest` says; None: the request is not ours."""
+    said: Any = json.loads(path) if path.startswith("{") else {}
+    if "probe" in said:
+        among = said["among"]
+        return Probe(said["probe"], said["pool"], said["signal"], None if among is None else tuple(among))
+    if "mix" in said:
+        parts = tuple((key, weight, _read(where)) for key, weight, where in said["mix"])
+        return Mix(parts, said.get("prompt"))
+    return None
+
+
+def lora_request(made: Mix | Probe) -> Any:
+    """The `LoRARequest` by which vLLM's engine gets it.
+
+    All have the same id: vLLM's scheduler limits how many ids a batch has by the number of slots, but what needs slots
+    here are adapters, not mixtures. Workers give each request an id of its own.
+    """
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(NAME, 1, made.path)
+
+
+def cached_as(path: str, begins: Sequence[int | None], end: int) -> str | None:
+    """The path by which vLLM keys a cached block of a request; None: the block is the base model's.
+
+    Tokens before any adapter acts are computed by the base model, so that all requests share them. Keys and values
+    behind depend on where adapters begin to act, even if the tokens are the same.
+
+    Args:
+        begins: what `Mix.begins` says of the request's prompt.
+        end: the position behind the block's last token.
+    """
+    if end <= min((begin for begin in begins if begin is not None), default=end):
+        return None
+    return f"{path} {begins}"
+
+
+def _written(where: Activation) -> Any:
+    """An activation in JSON: null, the N of `last:N`, or invocation tokens."""
+    return list(where.tokens) or where.last
+
+
+def _read(said: Any) -> Activation:
+    return Activation(tuple(said)) if isinstance(said, list) else EVERYWHERE if said is None else Activation(last=said)
