@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
-from logo.backends.vllm.skeleton import skeleton
+from logo.vllm.skeleton import skeleton
 from logo.errors import AdapterError
 from logo.files import Store, write_cached
 from logo.identity import content_stamp

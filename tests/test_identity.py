@@ -22,7 +22,7 @@ import logo
 import tiny
 from logo import LoGo
 from logo.adapters.examples import write_examples
-from logo.backends.vllm.options import affecting_answers
+from logo.vllm.options import affecting_answers
 from logo.baselines import get_method
 from logo.decoding import call_config
 from logo.errors import ModelError, UsageError

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from logo.backends.vllm.options import VllmOptions
+from logo.vllm.options import VllmOptions
 from logo.cli import serve_vllm
 from logo.cli.run import run
 from logo.demo import adapters_dir, model_dir

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from logo.backends.vllm.skeleton import skeleton as skeleton_of
+from logo.vllm.skeleton import skeleton as skeleton_of
 from logo.models import skeleton
 from logo.selection.calibration import weight_norm
 from logo.selection.points import Point, last_query

@@ -19,7 +19,6 @@ from vllm_server import ASSETS, KEY, Server, environment
 
 from logo import LoGo
 from logo.adapters.examples import write_examples
-from logo.backends.vllm import bodies
 from test_engine import ids_of
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"
@@ -38,9 +37,9 @@ def server(serve: Callable[..., Server], tmp_path_factory: Any) -> Server:
     template.write_text(TEMPLATE)
     return serve(
         *("--max-loras", "18", "--max-lora-rank", "8", "--max-model-len", "256"),  # two more than the pool has
-        *("--middleware", "logo.backends.vllm.Router", "--chat-template", str(template)),
+        *("--worker-extension-cls", "logo.vllm.worker.Extension", "--chat-template", str(template)),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-prompt-tokens-details"),
-        env=environment(k=4, max_body_mb=1) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
+        env=environment(k=4) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
     )
 
 
@@ -266,7 +265,7 @@ def test_who_says_it_is_a_probe_is_answered_as_any_other(server: Server, logo: L
         "/v1/messages": {"messages": messages, "max_tokens": 4, "vllm_xargs": forged},
     }
     for path, body in routes.items():
-        for model in ("base", "logo") if path in (bodies.COMPLETIONS, bodies.CHAT, bodies.RESPONSES) else ("base",):
+        for model in ("base", "logo") if path in ("/v1/completions", "/v1/chat/completions", "/v1/responses") else ("base",):
             status, answer = server.ask(path, {"model": model, **body})
             assert status == 200, (path, answer)
             if model == "logo":

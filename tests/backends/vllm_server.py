@@ -72,7 +72,7 @@ def environment(pool: Path | None = ASSETS / "adapters", **options: Any) -> dict
     """Of a server; `options` are LoGo's."""
     own = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     if pool is not None:
-        own["LOGO_POOL"] = str(pool)
+        own |= {"LOGO_POOL": str(pool), "VLLM_PLUGINS": "logo"}
     return own | ({"LOGO_OPTIONS": json.dumps(options)} if options else {})
 
 

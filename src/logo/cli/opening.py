@@ -217,7 +217,7 @@ def _vllm_options(runner: RunnerOptions) -> dict[str, Any]:
         return {}
     if runner.engine != "vllm":
         raise UsageError("--vllm-options is only for the engine 'vllm'; add --engine vllm or leave it out")
-    from logo.backends.vllm.options import json_object
+    from logo.vllm.options import json_object
 
     return json_object(text, "--vllm-options")
 

@@ -16,7 +16,7 @@ from logo.cli.places import PROCESSES, Cpus, Gpus, Ray, absolute, everywhere, pr
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
-    from logo.backends.vllm.launch import Launch
+    from logo.vllm.launch import Launch
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from logo.errors import UsageError, need
 from logo.models import load_config, loading, resolve_base, skeleton
 
 if TYPE_CHECKING:
-    from logo.backends.vllm.launch import Launch
+    from logo.vllm.launch import Launch
     from logo.backends.vllm.slots import Slots
 
 FRONT = "logo.serving.front.Front"
@@ -62,7 +62,7 @@ def serve(
     Args:
         several: called instead with the command and further environment variables, to serve from replicas.
     """
-    from logo.backends.vllm.launch import API_KEY, check_environment
+    from logo.vllm.launch import API_KEY, check_environment
 
     _refuse(options, server, alone=several is None)
     check_environment(os.environ)
@@ -115,8 +115,8 @@ def _refuse(options: EngineOptions, server: ServerOptions, *, alone: bool) -> No
 
 
 def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> Launch:
-    from logo.backends.vllm.launch import Launch
-    from logo.backends.vllm.options import VllmOptions
+    from logo.vllm.launch import Launch
+    from logo.vllm.options import VllmOptions
 
     quiet_transformers()
     source = resolve_base(base_model, options.model_dir)

@@ -274,7 +274,7 @@ def _weight_norms(reading: Reading, points: Sequence[Point]) -> tuple[float, ...
 
 
 def weight_norm(model: nn.Module, point: Point) -> float:
-    """`‖W‖_F` of the base model (or of a skeleton, see `logo.backends.vllm.skeleton`) at a point; NaN if its weights
+    """`‖W‖_F` of the base model (or of a skeleton, see `logo.vllm.skeleton`) at a point; NaN if its weights
     are quantised or not at hand."""
     module = model.get_submodule(point.module)
     weight, shape = getattr(module, "weight", None), linear_shape(module)

@@ -176,6 +176,14 @@ class Scorer:
         weights[len(self.indices) :] = LATE_WEIGHT
         return Reference.of(neutral, requests, weights)
 
+    def calibrated(self, text: int, tokens: int) -> list[float]:
+        """The scores of the adapters for one neutral text of the calibration, of which so many tokens are read, from
+        its stored responses and without example prompts."""
+        assert self.calibration is not None
+        responses = self.calibration.neutral[:, :, text].flatten()[self._cells]
+        found: list[float] = self.scores([responses[None]], [], torch.tensor([tokens]))[0].tolist()
+        return found
+
     def __call__(self, rows: Sequence[Sequence[int]], among: Sequence[Collection[str] | None] = ()) -> Tensor:
         """Scores (rows, adapters), float32 on the CPU, of prompts as token ids; each is cut to the window here.
 

@@ -29,7 +29,7 @@ from logo.adapters.pool import AdapterPool
 from logo.api.asgi import answer_error
 from logo.api.errors import ApiError
 from logo.backends.cluster import LOCAL, Layout, WorkersError, connect, imported, process_resources
-from logo.backends.vllm.launch import API_KEY, Launch
+from logo.vllm.launch import API_KEY, Launch
 from logo.errors import LoGoError
 
 _log = logging.getLogger("logo.serving")

@@ -201,151 +201,6 @@ class Engine:
             del self._users[digest]
             await asyncio.shield(self.call("logo_drop", digest))
 
-    async def call(self, name: str, *args: Any) -> list[dict[str, Any]]:
-        """Calls a method of `logo.vllm.worker.Extension` on every worker."""
-
-    async def run(self, rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
-        """Runs `(token ids, SamplingParams, LoRARequest or None)`, and returns vLLM's last output of each."""
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What is known outside of vLLM's workers of the scorer of a signal there.
-
-    Attributes:
-        name: of the signal.
-        signal: how prompts are read.
-        points: where prompts are read.
-        selector: makes selections from its scores.
-        calibration: none, since the workers have it.
-    """
-
-    name: str
-    signal: Signal
-    points: tuple[str, ...]
-    selector: Selector
-    calibration: None = None
-
-    @classmethod
-    def of(cls, name: str, signal: Signal, told: Mapping[str, Any]) -> Opened:
-        """From the reply of a worker, see `logo.vllm.worker.Worker.signal`."""
-        facts = told["selector"]
-        evidence = None if facts["evidence"] is None else Evidence(**facts["evidence"])
-        selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
-        return cls(name, signal, tuple(told["points"]), selector)
-
-
-@dataclass(frozen=True)
-class Served:
-    """A pool that prompts are selected from, and the scorers that vLLM's workers have of it, by signal."""
-
-    pool: AdapterPool
-    opened: Mapping[str, Opened]
-
-
-class Engine:
-    """One vLLM engine with a pool.
-
-    Args:
-        backend: runs requests and calls workers.
-        vllm_config: of the engine.
-
-    Attributes:
-        options: LoGo's.
-        served: what prompts are selected from now; a request keeps the one that it began with.
-
-    Raises:
-        LoGoError: there is no pool, or it does not fit; or vLLM was started without what LoGo needs.
-    """
-
-    def __init__(self, backend: Backend, vllm_config: Any) -> None:
-        options = options_of(vllm_config)
-        if options is None:
-            raise UsageError("LoGo needs a pool: set LOGO_POOL to a folder of adapters or a Hub repository")
-        if vllm_config.lora_config is None:
-            raise UsageError("LoGo needs vLLM's support for adapters: start vLLM with --enable-lora")
-        if plugin.refused is not None:
-            raise ModelError(plugin.refused)
-        if not getattr(vllm_config.parallel_config, "worker_extension_cls", ""):
-            raise UsageError("LoGo needs its part of vLLM's workers: pass --worker-extension-cls logo.vllm.worker.Extension")
-        if getattr(vllm_config.parallel_config, "_api_process_count", 1) > 1:
-            raise UsageError("LoGo fills vLLM's slots from one process: leave out --api-server-count")
-        model, self._lora = vllm_config.model_config, vllm_config.lora_config
-        self._backend, self.options, self.run = backend, options, backend.run
-        self.skeleton = skeleton(model.model, model.dtype, model.revision)
-        self.layout = BaseLayout.of(self.skeleton)
-        self.served = Served(pool_of(options, self.skeleton), {})
-        self.slots = Slots(self._lora.max_loras, self._load)
-        self._changing = asyncio.Lock()
-        self._users: Counter[str] = Counter()  # requests in progress, by the digest of their pool
-        self._coming = ""  # digest of the pool that is being opened
-        self._waiting: dict[str, asyncio.Future[Any]] = {}  # by key of a probe
-        self._taking: asyncio.Task[None] | None = None
-
-    # -- opening and changing --------------------------------------------------------------------------------------
-
-    async def open(self, signals: Sequence[str] | None = None) -> None:
-        """Calibrates the pool in all workers; afterwards prompts can be selected for.
-
-        Args:
-            signals: those that are opened; None: all that the options name and that can score the pool.
-        """
-        pool = self.served.pool
-        check_rank(pool, self._lora.max_lora_rank)
-        self.served = await self._opened(pool, signals)
-
-    async def change(self, kind: str, name: str, folder: str = "") -> None:
-        """Adds, replaces or removes an adapter in all workers or in none; answers continue meanwhile.
-
-        Args:
-            kind: `"add"`, `"replace"` or `"remove"`.
-
-        Raises:
-            LoGoError: the change cannot be made.
-        """
-        change = (kind, name) if kind == "remove" else (kind, name, folder)
-        async with self._changing:
-            before = self.served.pool
-            pool = await asyncio.to_thread(pool_of, self.options, self.skeleton, before, change)
-            check_rank(pool, self._lora.max_lora_rank)
-            self._coming = pool.digest
-            try:
-                for number, digest in enumerate(await self.call("logo_pool", before.digest, list(change))):
-                    if digest != pool.digest:
-                        raise PoolError(
-                            f"worker {number} has another pool than this process ({digest}, not {pool.digest}): put "
-                            "the same files on every machine and try again"
-                        )
-                served = await self._opened(pool, None)
-                self.served = served
-            finally:
-                self._coming = ""
-                await self._drop(pool.digest)  # after an error
-            await self._drop(before.digest)
-
-    async def _opened(self, pool: AdapterPool, signals: Sequence[str] | None) -> Served:
-        opened = {}
-        for signal in scoring_signals(self.options, self.skeleton, pool) if signals is None else signals:
-            texts, keys = list[list[int]](), list[str]()
-            while True:
-                told = await self.call("logo_signal", pool.digest, signal, texts, keys)
-                texts = next((one["texts"] for one in told if one["texts"]), [])
-                if not texts:
-                    break
-                keys = await self._probe(pool.digest, "", texts, [None] * len(texts))
-            opened[signal] = Opened.of(signal, self.options.settings.reading(pool, signal), told[0])
-        return Served(pool, opened)
-
-    async def signal(self, served: Served, signal: str) -> Served:
-        """The pool with one more signal, which is opened in the workers first."""
-        return replace(served, opened={**served.opened, **(await self._opened(served.pool, [signal])).opened})
-
-    async def _drop(self, digest: str) -> None:
-        """Has the workers forget a pool that is not selected from any more, once none of its probes runs."""
-        if digest in self._left and not self._scoring.get(digest) and digest != self.served.pool.digest:
-            self._left.discard(digest)
-            await self.call("logo_drop", digest)
-
     async def call(self, name: str, *args: Any) -> list[Any]:
         """Calls a method of `logo.vllm.worker.Extension` on every worker, and returns their values.
 
@@ -393,8 +248,10 @@ class Engine:
         signal: str,
         rows: Sequence[Sequence[int]],
         among: Sequence[Collection[str] | None],
+        *,
+        plain: bool = False,
     ) -> list[list[float]]:
-        """Scores of the adapters of a pool for prompts, which run as probes; arguments as `Scorer`.
+        """Scores of the adapters of a pool for prompts, which run as probes; arguments as `Scorer` and `Probe`.
 
         Raises:
             NotFinite: a score overflowed.
@@ -404,7 +261,7 @@ class Engine:
         cut = [windowed(row, window) for row in rows]
         left, found = list(range(len(rows))), dict[int, Any]()
         for _ in range(_TRIES):
-            keys = await self._probe(digest, signal, [cut[i] for i in left], [among[i] for i in left])
+            keys = await self._probe(digest, signal, [cut[i] for i in left], [among[i] for i in left], plain)
             found |= dict(zip(left, await self._take(keys), strict=True))
             left = [i for i in left if isinstance(found[i], str) and found[i].startswith(UNREAD)]
             if not left:
@@ -415,13 +272,19 @@ class Engine:
         return [found[i] for i in range(len(rows))]
 
     async def _probe(
-        self, digest: str, signal: str, rows: Sequence[Sequence[int]], among: Sequence[Collection[str] | None]
+        self,
+        digest: str,
+        signal: str,
+        rows: Sequence[Sequence[int]],
+        among: Sequence[Collection[str] | None],
+        plain: bool = False,
     ) -> list[str]:
         """Runs prompts as probes, and returns the keys of their results."""
         from vllm import SamplingParams
 
         probes = [
-            Probe(uuid.uuid4().hex, digest, signal, None if names is None else tuple(sorted(names))) for names in among
+            Probe(uuid.uuid4().hex, digest, signal, None if names is None else tuple(sorted(names)), plain)
+            for names in among
         ]
         once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
         await self.run([(row, once, lora_request(one)) for row, one in zip(rows, probes, strict=True)])

@@ -1,7 +1,7 @@
 """What a request is to LoGo inside vLLM: a mixture of adapters, or a probe. The path of its `LoRARequest` says so.
 
     {"mix": [["d1f0a3…", 0.25, null], ["77b2c9…", 0.75, 4]]}       key of an adapter's content, weight, where it acts
-    {"probe": "5f…", "pool": "a3…", "signal": "calibrated", "among": null}
+    {"probe": ["5f…", "a3…", "calibrated", null, false]}           see `Probe`
 
 vLLM keys cached keys and values by this path. It holds digests of adapters instead of their names, so an adapter that is
 replaced under its name never meets keys and values of the old one; and a probe's path is its own, so a probe finds
@@ -70,17 +70,19 @@ class Probe:
         pool: the digest of the pool that is scored.
         signal: that scores it; empty: its hidden vectors are kept, to calibrate.
         among: names of the adapters that may be selected, others may have no score (-inf); None: all.
+        plain: whether example prompts do not count.
     """
 
     key: str
     pool: str
     signal: str
     among: tuple[str, ...] | None = None
+    plain: bool = False
 
     @property
     def path(self) -> str:
         """The path that `parse` reads."""
-        return json.dumps({"probe": self.key, "pool": self.pool, "signal": self.signal, "among": self.among})
+        return json.dumps({"probe": [self.key, self.pool, self.signal, self.among, self.plain]})
 
 
 @lru_cache(maxsize=4096)
@@ -88,8 +90,8 @@ def parse(path: str) -> Mix | Probe | None:
     """What the path of a `LoRARequest` says; None: the request is not ours."""
     said: Any = json.loads(path) if path.startswith("{") else {}
     if "probe" in said:
-        among = said["among"]
-        return Probe(said["probe"], said["pool"], said["signal"], None if among is None else tuple(among))
+        key, pool, signal, among, plain = said["probe"]
+        return Probe(key, pool, signal, None if among is None else tuple(among), plain)
     if "mix" in said:
         parts = tuple((key, weight, _read(where)) for key, weight, where in said["mix"])
         return Mix(parts, said.get("prompt"))

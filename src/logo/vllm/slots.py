@@ -50,12 +50,8 @@ class Slots:
             UsageError: there can never be room for them.
             LoGoError: one cannot be loaded.
         """
+        self.check(keys)
         wanted = frozenset(keys)
-        if len(wanted) > self.count:
-            raise UsageError(
-                f"this mixture has {len(wanted)} adapters, and vLLM has {self.count} slots for them: ask for a smaller "
-                f"k, or start vLLM with --max-loras {len(wanted)} or more"
-            )
         if self._waiting or not self._fits(wanted):
             entry = _Waiting(wanted)
             self._waiting.append(entry)
@@ -73,6 +69,14 @@ class Slots:
         finally:
             self._users -= Counter(wanted)
             self._serve()
+
+    def check(self, keys: Collection[str]) -> None:
+        """Raises UsageError if there can never be room for these adapters together."""
+        if len(keys) > self.count:
+            raise UsageError(
+                f"this mixture has {len(keys)} adapters, and vLLM has {self.count} slots for them: ask for a smaller "
+                f"k, or start vLLM with --max-loras {len(keys)} or more"
+            )
 
     def _fits(self, keys: frozenset[str]) -> bool:
         return len(keys | self._users.keys()) <= self.count

@@ -303,7 +303,8 @@ def _scores(one: _Reading, scorer: Scorer) -> list[float]:
         responses = [signal(index, mean[:1]) for index, mean in zip(scorer.indices, responses, strict=True)]
     # The readings of all points: the even ones, then the late ones.
     per_point = [finished(mean[kind : kind + 1], signal.scale) for kind in range(signal.readings) for mean in responses]
-    descriptions = [one.means[len(scorer.points) + i][None] for i in range(len(scorer.described))]
+    described = 0 if one.span.probe.plain else len(scorer.described)
+    descriptions = [one.means[len(scorer.points) + i][None] for i in range(described)]
     if signal.token == "mean":  # where one vector of a prompt is scored, it is both means of the description
         descriptions = [mean[:, :1].expand(-1, 2, -1) for mean in descriptions]
     read = torch.tensor([len(one.span.prompt) - one.first])

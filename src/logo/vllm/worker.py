@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -43,6 +44,8 @@ log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look
 
 # The ids that this worker gives to requests begin here, behind those that vLLM itself uses to warm up.
 _FIRST = 2**20
+# Adapters that are remembered, those of all pools that are in use among them.
+_REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Worker:
         self._layout = BaseLayout.of(self._skeleton)
         pool = pool_of(options, self._skeleton)
         self._pools: dict[str, AdapterPool] = {pool.digest: pool}
+        # By key, also of pools that nobody selects from any more: a mixture may still wait for a slot.
+        self._known: OrderedDict[str, Adapter] = OrderedDict((adapter.key, adapter) for adapter in pool)
         self._scorers: dict[tuple[str, str], Scorer] = {}  # by digest of the pool, and signal
         tokens, requests = manager.max_num_batched_tokens, manager.max_num_seqs
         self._gates = StepGates(tokens + 7, max(tokens, requests), lora.max_loras, manager.device, self._dtype)
@@ -252,12 +257,11 @@ class Worker:
         Raises:
             AdapterError: one cannot be read; its slot is empty then.
         """
-        by_key = {adapter.key: adapter for pool in self._pools.values() for adapter in pool}
         for slot, key in into:
             number = slot + 1
             self._slots = {known: other for known, other in self._slots.items() if other != number}
             self._adapters.remove_adapter(number)
-            made = self._lora_model(number, by_key[key])
+            made = self._lora_model(number, self._known[key])
             self._adapters.add_adapter(made)
             self._adapters.activate_adapter(number)
             made.loras.clear()  # the slot holds it now
@@ -293,6 +297,9 @@ class Worker:
             raise UsageError(f"this pool is probed at {where}, which the server cannot read: restart it with this pool")
         self._check_layers(pool)
         self._pools[pool.digest] = pool
+        self._known |= {adapter.key: adapter for adapter in pool}
+        while len(self._known) > max(_REMEMBERED, len(pool)):
+            self._known.popitem(last=False)
         return pool.digest
 
     def signal(self, digest: str, signal: str, texts: Sequence[Sequence[int]], keys: Sequence[str]) -> dict[str, Any]:
@@ -330,6 +337,15 @@ class Worker:
         self._note_used()
         points = [point.name for point in scorer.points]
         return {"texts": [], "points": points, "selector": asdict(scorer.selector)}
+
+    def expected(self, digest: str, signal: str) -> tuple[list[int], list[float]] | None:
+        """The first text of the calibration, as token ids, and the scores of the adapters that its responses give; None
+        for a signal without a calibration."""
+        scorer = self._scorers[digest, signal]
+        if scorer.calibration is None or scorer.reading is None:
+            return None
+        [text, *_] = scorer.reading.texts.neutral
+        return list(text), scorer.calibrated(0, len(text) - scorer.signal.begin(text))
 
     def drop(self, digest: str) -> None:
         """Forgets a pool that nobody selects from any more; its adapters stay in their slots until these are needed."""
@@ -404,4 +420,5 @@ class Extension:
     logo_pool = _told(Worker.pool)
     logo_signal = _told(Worker.signal)
     logo_drop = _told(Worker.drop)
+    logo_expected = _told(Worker.expected)
     logo_scores = _told(lambda own, keys: own.taps.take(keys))

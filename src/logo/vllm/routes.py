@@ -1,0 +1,432 @@
+"""LoGo's routes in vLLM's server (entry point `vllm.endpoint_plugins`), in place of vLLM's own of the same paths.
+
+    vLLM's request class -> the prompts' texts -> Selection -> vLLM's serving object -> the reply, with the field `logo`
+
+vLLM authenticates, parses, renders, generates and streams. A route chooses the mixture of each prompt, and lets vLLM's
+own serving object answer through an engine client that adds the `LoRARequest` of the prompt (`_Mixing`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import logging
+import time
+from argparse import Namespace
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from vllm import envs
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
+
+from logo.api.errors import ApiError, bad_request
+from logo.api.names import AUTO, Models
+from logo.api.replies import AdapterCard, AdapterList, Mixture, SelectionReply
+from logo.api.requests import LoadAdapter, LogoOptions, ModelRequest, SelectRequest, UnloadAdapter, checked
+from logo.core import Selection
+from logo.errors import LoGoError, UsageError
+from logo.prompts import asked_text, read
+from logo.protocol import Card
+from logo.selection.selector import forced
+from logo.vllm.engine import Engine, Served
+from logo.vllm.metrics import Counts
+from logo.vllm.pool import head_adapter
+from logo.vllm.requests import Mix
+from logo.vllm.selftest import check
+
+log = logging.getLogger("vllm.logo")
+
+
+class Routes:
+    """The plugin, see `vllm.plugins.endpoint_plugins.interface.EndpointPlugin`."""
+
+    name = "logo"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Replaces vLLM's routes, if the server has a pool."""
+        import os
+
+        from logo.vllm.options import VllmOptions
+
+        options = VllmOptions.of(None, os.environ)
+        app.state.logo = None
+        app.exception_handler(ApiError)(_refusal)
+        app.exception_handler(LoGoError)(_refusal)
+        if options is not None and options.hosts:
+            app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(options.hosts))
+        posted: dict[str, Any] = {
+            "/v1/completions": _completion,
+            "/v1/chat/completions": _chat,
+            "/v1/responses": _response,
+            "/v1/logo/select": _select,
+        }
+        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING or (options is not None and options.adapter_changes):
+            posted |= {"/v1/load_lora_adapter": _load, "/v1/unload_lora_adapter": _unload}
+        for path, route in posted.items():
+            app.post(path, dependencies=[Depends(validate_json_request)])(with_cancellation(load_aware_call(route)))
+        app.get("/v1/models")(_models)
+        app.get("/v1/logo/adapters")(_adapters)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Opens the pool, and ends the start with one line if that fails."""
+        try:
+            state.logo = await Logo.opened(engine_client, state)
+        except LoGoError as error:
+            log.error("LoGo: %s", error)
+            raise SystemExit(1) from None
+
+
+class _Online:
+    """vLLM's engine client as the backend of an `Engine`."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    async def call(self, name: str, *args: Any) -> list[dict[str, Any]]:
+        """See `Backend`."""
+        found: list[dict[str, Any]] = await self._client.collective_rpc(name, args=args)
+        return found
+
+    async def run(self, rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
+        """See `Backend`."""
+        return list(await asyncio.gather(*(self._one(*row) for row in rows)))
+
+    async def _one(self, ids: Sequence[int], parameters: Any, lora: Any) -> Any:
+        import uuid
+
+        last, number = None, f"logo-{uuid.uuid4().hex}"
+        prompt = {"prompt_token_ids": list(ids)}
+        async for last in self._client.generate(prompt, parameters, number, lora_request=lora):
+            pass
+        return last
+
+
+class _Mixing:
+    """vLLM's engine client for one request, whose prompts have these mixtures."""
+
+    def __init__(self, client: Any, engine: Engine, mixes: Sequence[Mix]) -> None:
+        self._client, self._engine, self._mixes = client, engine, mixes
+
+    async def generate(
+        self, prompt: Any, params: Any, request_id: str, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        """As the client's, after the adapters of the prompt's mixture have slots. vLLM numbers the prompts of a request
+        at the end of their ids."""
+        number = int(request_id.rpartition("-")[2]) if len(self._mixes) > 1 else 0
+        async with self._engine.held([self._mixes[number]]) as [lora]:
+            kwargs["lora_request"] = lora
+            async for output in self._client.generate(prompt, params, request_id, *args, **kwargs):
+                yield output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The selection for one prompt, see `logo.protocol.SelectedMixture`."""
+
+    selection: Selection
+    probe_ms: float = 0.0
+    queue_ms: float = 0.0  # vLLM's queue is part of the probe
+
+
+class Logo:
+    """LoGo in a server, as `app.state.logo`.
+
+    Args:
+        engine: opened.
+        state: of vLLM's app.
+    """
+
+    def __init__(self, engine: Engine, state: Any) -> None:
+        self.engine, self._state, self.counts = engine, state, Counts()
+        self.base: str = state.openai_serving_models.base_model_paths[0].name
+        self.change = engine.change
+
+    @classmethod
+    async def opened(cls, client: Any, state: Any) -> Logo:
+        """Opens the pool in the engine of a server; raises LoGoError."""
+        started, models = time.perf_counter(), state.openai_serving_models
+        if models.lora_requests or models.lora_resolvers:
+            raise UsageError("LoGo fills all of vLLM's slots: put the adapters of --lora-modules and resolvers into the pool")
+        engine = Engine(_Online(client), client.vllm_config)
+        await engine.open()
+        await check(engine)
+        count, signal = len(engine.served.pool), engine.options.settings.signal
+        log.info("LoGo: %d adapters, signal %s, ready in %.1f s", count, signal, time.perf_counter() - started)
+        return cls(engine, state)
+
+    @property
+    def names(self) -> Models:
+        """The names that requests may give as `model` now."""
+        served = self.engine.served
+        return Models(self.base, served.pool.names, tuple(served.opened))
+
+    async def choose(
+        self, model: str, options: LogoOptions | None, rows: Callable[[], AsyncIterator[Sequence[int]]]
+    ) -> tuple[list[Chosen], list[Mix]]:
+        """The mixture of each prompt of a request.
+
+        Args:
+            model: the name that the request gives.
+            options: its field `logo`.
+            rows: the token ids that are probed of each prompt.
+
+        Raises:
+            ApiError, LoGoError: there is no such model, or the options cannot be used.
+        """
+        engine = self.engine
+        async with engine.using() as served:
+            wanted = Models(self.base, served.pool.names, tuple(served.opened)).mixture_request(model, options)
+            probed = [row async for row in rows()]
+            if wanted.adapters is not None:
+                one = Chosen(forced(wanted.adapters, served.pool))
+                chosen = [one] * len(probed)
+            else:
+                call = engine.options.settings.options(served.pool, wanted.options)
+                chosen = list(await asyncio.gather(*(self._chosen(served, row, call) for row in probed)))
+            mixes = [engine.mix(served, one.selection) for one in chosen]
+        for mix in mixes:
+            engine.slots.check(mix.keys)
+        return chosen, mixes
+
+    async def _chosen(self, served: Served, row: Sequence[int], call: Any) -> Chosen:
+        started = time.perf_counter()
+        selection = await self.engine.select(served, row, call)
+        seconds = time.perf_counter() - started
+        self.counts.selected(selection, seconds)
+        return Chosen(selection, 1000 * seconds)
+
+    async def answer(self, request: Any, raw: Request, serving: str, method: str, rows: Any, count: int) -> Response:
+        """Has vLLM answer a request with the mixtures of its prompts.
+
+        Args:
+            request: parsed by vLLM's class.
+            serving: the name of vLLM's serving object in the app's state.
+            method: of that object.
+            rows: as `choose`.
+            count: the number of prompts; the field `logo` of a reply to several is a list.
+        """
+        state = raw.app.state
+        handler = getattr(state, serving)
+        if handler is None:
+            raise ApiError(501, "this model does not answer requests of this kind", "invalid_request_error")
+        asked, extra = request.model or self.base, request.model_extra or {}
+        misplaced = {name: extra[name] for name in LogoOptions.model_fields if name in extra}
+        found = checked(ModelRequest, {"model": asked, "logo": extra.get("logo"), **misplaced})
+        chosen, mixes = await self.choose(asked, found.logo, rows)
+        own = copy.copy(handler)
+        own.engine_client = _Mixing(handler.engine_client, self.engine, mixes)
+        own.models = copy.copy(handler.models)
+        own.models.model_name = lambda lora_request=None: asked
+        request.model = self.base
+        for one in chosen:
+            self.counts.answered(one.selection)
+        made = await getattr(own, method)(request, raw)
+        if isinstance(made, ErrorResponse):
+            return JSONResponse(made.model_dump(), made.error.code)
+        told = [Mixture.of(one).model_dump() for one in chosen]
+        field = json.dumps(told if count > 1 else told[0])
+        if hasattr(made, "model_dump"):
+            return JSONResponse({**made.model_dump(mode="json", by_alias=True), "logo": json.loads(field)})
+        return StreamingResponse(_told(made, field), media_type="text/event-stream")
+
+
+async def _told(events: AsyncIterator[Any], field: str) -> AsyncIterator[str]:
+    """The events of a stream, the first of which gets the field `logo`."""
+    first = True
+    async for event in events:
+        if not isinstance(event, str):  # of `/v1/responses`
+            data = event.model_dump_json(by_alias=True)
+            event = f"event: {getattr(event, 'type', 'unknown')}\ndata: {data}\n\n"
+        if first and "data: {" in event:
+            event, first = event.replace("data: {", f'data: {{"logo": {field}, ', 1), False
+        yield event
+
+
+def _logo(raw: Request) -> Logo:
+    found = raw.app.state.logo
+    if found is None:
+        raise ApiError(503, "LoGo is not open in this server", "server_error")
+    return found  # type: ignore[no-any-return]
+
+
+# -- answering ---------------------------------------------------------------------------------------------------------
+
+
+async def _completion(request: CompletionRequest, raw_request: Request) -> Response:
+    """`POST /v1/completions`"""
+    given, logo = request.prompt, _logo(raw_request)
+    several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
+    prompts = list(given) if several else [given]
+    if given is None or given == [] or given == "":
+        raise bad_request("prompt: expected a text or token ids, found none", "prompt")
+    if several and request.use_beam_search:
+        raise bad_request("use_beam_search: expected one prompt, found several", "use_beam_search")
+    _check_scored(logo, request.prompt_logprobs, request.logprobs if request.echo else None)
+
+    async def rows() -> AsyncIterator[Sequence[int]]:
+        for prompt in prompts:
+            yield read(_tokenizer(raw_request), prompt).ids
+
+    return await logo.answer(
+        request, raw_request, "openai_serving_completion", "create_completion", rows, len(prompts)
+    )
+
+
+async def _chat(request: ChatCompletionRequest, raw_request: Request) -> Response:
+    """`POST /v1/chat/completions`"""
+    logo = _logo(raw_request)
+    _check_scored(logo, request.prompt_logprobs, request.top_logprobs if request.echo else None)
+    rows = partial(_conversation, logo, request, request.messages, raw_request)
+    return await logo.answer(request, raw_request, "openai_serving_chat", "create_chat_completion", rows, 1)
+
+
+async def _response(request: ResponsesRequest, raw_request: Request) -> Response:
+    """`POST /v1/responses`"""
+    if request.background:
+        raise bad_request("background: no mixture answers in the background; leave it out", "background")
+    said, logo = request.input, _logo(raw_request)
+    turns: list[Any] = [{"role": "user", "content": said}] if isinstance(said, str) else list(said)
+    turns = [turn if isinstance(turn, dict) else turn.model_dump() for turn in turns]
+    messages = [{"role": turn["role"], "content": _texts(turn.get("content"))} for turn in turns if "role" in turn]
+    first = [{"role": "system", "content": request.instructions}] if request.instructions else []
+    asked = ChatCompletionRequest(model=logo.base, messages=[*first, *messages])
+    rows = partial(_conversation, logo, asked, asked.messages, raw_request)
+    return await logo.answer(request, raw_request, "openai_serving_responses", "create_responses", rows, 1)
+
+
+async def _conversation(
+    logo: Logo, request: ChatCompletionRequest, messages: Sequence[Any], raw: Request
+) -> AsyncIterator[Sequence[int]]:
+    """What is probed of a conversation, which is often less than all of it."""
+    try:
+        text = asked_text([dict(message) for message in messages], logo.engine.probe_text)
+    except UsageError:  # such as pictures, or parts that we do not know: vLLM reads or refuses these
+        text = None
+    if text is not None:
+        yield read(_tokenizer(raw), text).ids
+        return
+    yield await _rendered(request, raw)
+
+
+async def _rendered(request: ChatCompletionRequest, raw: Request) -> Sequence[int]:
+    """The token ids of a whole conversation, as vLLM's template writes it."""
+    found = await raw.app.state.online_renderer.render_chat(copy.copy(request))
+    if isinstance(found, ErrorResponse):
+        raise ApiError(found.error.code, found.error.message, "invalid_request_error", found.error.param)
+    [given] = found[1]
+    ids: Sequence[int] = given["prompt_token_ids"]
+    return ids
+
+
+def _texts(content: Any) -> Any:
+    """The texts of a list of parts, joined; anything else is returned unchanged."""
+    if not isinstance(content, list):
+        return content or ""
+    return "".join(part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str))
+
+
+def _check_scored(logo: Logo, *asked: Any) -> None:
+    """Raises ApiError where log probabilities of a prompt are asked for, and vLLM cannot compute them."""
+    head = head_adapter(logo.engine.served.pool)
+    if head is not None and any(one is not None for one in asked):
+        raise bad_request(
+            f"prompt_logprobs: adapter {head!r} acts on the output head, which vLLM applies to the last token of a "
+            "prompt alone; leave out prompt_logprobs, or echo with logprobs",
+            "prompt_logprobs",
+        )
+
+
+def _tokenizer(raw: Request) -> Any:
+    return raw.app.state.engine_client.renderer.tokenizer
+
+
+# -- the pool ----------------------------------------------------------------------------------------------------------
+
+
+async def _select(request: SelectRequest, raw_request: Request) -> Response:
+    """`POST /v1/logo/select`"""
+    logo = _logo(raw_request)
+    if request.prompt is not None:
+        whole = read(_tokenizer(raw_request), request.prompt).ids
+        rows: Any = partial(_given, whole)
+    else:
+        messages = [message.model_dump(exclude_none=True) for message in request.messages or ()]
+        asked = ChatCompletionRequest(
+            model=logo.base, messages=messages, chat_template_kwargs=request.chat_template_kwargs
+        )
+        whole = await _rendered(asked, raw_request)
+        rows = partial(_conversation, logo, asked, asked.messages, raw_request)
+    [chosen], _ = await logo.choose(request.model, request.logo, rows)
+    return JSONResponse(SelectionReply.of(chosen, len(whole)).model_dump())
+
+
+async def _given(ids: Sequence[int]) -> AsyncIterator[Sequence[int]]:
+    yield ids
+
+
+async def _load(request: LoadAdapter, raw_request: Request) -> Response:
+    """`POST /v1/load_lora_adapter`: adds an adapter to the pool, or replaces it there."""
+    logo = _logo(raw_request)
+    logo.names.check_new(request.lora_name, replace=request.load_inplace)
+    kind = "replace" if request.lora_name in logo.engine.served.pool else "add"
+    await _changed(logo.change(kind, request.lora_name, request.lora_path))
+    return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
+
+
+async def _unload(request: UnloadAdapter, raw_request: Request) -> Response:
+    """`POST /v1/unload_lora_adapter`"""
+    logo = _logo(raw_request)
+    logo.names.check_there(request.lora_name)
+    await _changed(logo.change("remove", request.lora_name))
+    return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' removed successfully.")
+
+
+async def _changed(change: Any) -> None:
+    """Waits for a change, which goes on if its client leaves; an adapter that cannot be used is the client's error."""
+    try:
+        await asyncio.shield(change)
+    except LoGoError as error:
+        raise bad_request(" ".join(str(error).split())) from error
+
+
+async def _models(raw_request: Request) -> Response:
+    """`GET /v1/models`"""
+    logo = _logo(raw_request)
+    listed = (await raw_request.app.state.openai_serving_models.show_available_models()).model_dump()
+    base = listed["data"][0]
+    about = {**base, "owned_by": "logo", "root": logo.base}
+    roles = [(AUTO, "auto", None), *((name, "adapter", logo.base) for name in logo.engine.served.pool.names)]
+    cards = [{**about, "id": name, "parent": parent, "logo": {"role": role}} for name, role, parent in roles]
+    own = [{**card, "logo": {"role": "base"}} for card in listed["data"]]
+    return JSONResponse({**listed, "data": [*own, *cards]})
+
+
+async def _adapters(raw_request: Request) -> Response:
+    """`GET /v1/logo/adapters`"""
+    logo = _logo(raw_request)
+    engine, chosen = logo.engine, logo.counts.chosen
+    cards = [AdapterCard.of(Card.of(adapter), chosen[adapter.name]) for adapter in engine.served.pool]
+    signals = list(engine.served.opened)
+    made = AdapterList(base_model=logo.base, default_k=engine.k, signal=signals[0], signals=signals, data=cards)
+    return JSONResponse(made.model_dump())
+
+
+async def _refusal(request: Request, error: Exception) -> Response:
+    found = ApiError.of(error)
+    if found.status >= 500:
+        log.error("LoGo: %s", error, exc_info=error)
+    return JSONResponse(found.body(), found.status, dict(found.headers))

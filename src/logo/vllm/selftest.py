@@ -1,0 +1,58 @@
+"""What LoGo asks of vLLM when a server starts: whether what it relies on still means what it meant.
+
+A function that is replaced may keep its name and its parameters, and be called with something else in another version.
+A text of the pool's calibration has to get the scores that its stored responses give; a probe has to be answered as the
+base model answers; and an adapter has to change the answer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from logo.core import Selection
+from logo.errors import ModelError
+from logo.vllm.engine import Engine
+from logo.vllm.requests import Probe, lora_request
+
+# How far scores may be apart: those of fitting adapters are about ten times as large. Rounding in 16 bits is below.
+_SCORES = 0.5
+# How far log probabilities of the base model may be apart in two requests, and how far an adapter has to move them.
+_NOISE, _EFFECT = 0.05, 1e-5
+
+
+async def check(engine: Engine) -> None:
+    """Asks; raises ModelError, which says what is wrong."""
+    from vllm import SamplingParams
+
+    served = engine.served
+    signal = next(iter(served.opened))
+    [known, *_] = await engine.call("logo_expected", served.pool.digest, signal)
+    text = [1, 2, 3] if known is None else known[0]
+    if known is not None:
+        [found] = await engine.scores(served, signal, [text], [None], plain=True)
+        apart = max(abs(one - other) for one, other in zip(found, known[1], strict=True))
+        if not apart <= _SCORES:
+            raise _changed(f"a text of the calibration has scores that are {apart:.2g} away from those it had")
+    sizes = served.opened[signal].selector.sizes
+    name = max(served.pool.names, key=lambda one: sizes.get(one, 0.0))
+    once = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1, ignore_eos=True)
+    silent = lora_request(Probe("selftest", served.pool.digest, signal))
+    async with engine.held([engine.mix(served, Selection.forced({name: 1.0}))]) as [lora]:
+        outputs = await engine.run([(text, once, one) for one in (None, silent, lora)])
+    await engine.call("logo_scores", ["selftest"])
+    base, probe, mixed = (_logprobs(output) for output in outputs)
+    if probe.keys() != base.keys() or not max(abs(base[token] - probe[token]) for token in base) <= _NOISE:
+        raise _changed("a probe is not answered as by the base model")
+    same = mixed.keys() == base.keys() and max(abs(base[token] - mixed[token]) for token in base) <= _EFFECT
+    if same and sizes.get(name, 1.0) > 0:
+        raise _changed(f"adapter {name!r} does not change the answer")
+
+
+def _logprobs(output: Any) -> dict[int, float]:
+    return {token: one.logprob for token, one in output.outputs[0].logprobs[0].items()}
+
+
+def _changed(what: str) -> ModelError:
+    from logo.vllm.patches import version
+
+    return ModelError(f"LoGo does not work with this vLLM ({version()}): {what}; see docs/vllm.md for known versions")
