@@ -12,7 +12,6 @@ import pytest
 from vllm_server import ASSETS
 
 from logo import LoGo
-from logo.backends.vllm.requests import Running
 from tolerances import WEIGHTS, same_selection
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
@@ -56,17 +55,17 @@ def mixtures(local: LoGo, count: int) -> list[dict[str, float]]:
 
 
 @pytest.fixture
-def cached(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def cached(small: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of every request that ends: how many of its tokens came from the cache."""
     found: list[int] = []
-    take = Running.take
+    run = small.engine.run
 
-    def takes(self: Running, output: Any) -> None:
-        take(self, output)
-        if self.done:
-            found.append(output.num_cached_tokens)
+    async def counted(rows: Any) -> Any:
+        outputs = await run(rows)
+        found.extend(output.num_cached_tokens for output in outputs)
+        return outputs
 
-    monkeypatch.setattr(Running, "take", takes)
+    monkeypatch.setattr(small.engine, "run", counted)
     return found
 
 

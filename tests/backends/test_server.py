@@ -213,9 +213,9 @@ def test_nothing_answers_without_a_key(server: Server, rows: list[str]) -> None:
     "path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/logo/select", "/v1/load_lora_adapter"]
 )
 def test_nothing_is_read_without_a_key(server: Server, path: str) -> None:
-    for key, length, status in ((None, 10_000, 401), ("another", 10_000, 401), (KEY, 10_000_000, 413)):
-        found, said = sent(server, path, key, f"Content-Length: {length}")  # and never a byte of it
-        assert found == status, said
+    for key in (None, "another"):
+        found, said = sent(server, path, key, "Content-Length: 10000")  # and never a byte of it
+        assert found == 401, said
     assert sent(server, "/v1/completions", KEY, "Content-Length: 2", b"{}")[0] == 400
 
 

@@ -118,6 +118,11 @@ class Engine:
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
         self.layout = BaseLayout.of(self.skeleton)
         self.served = Served(pool_of(options, self.skeleton), {})
+        if self.k > self._lora.max_loras:
+            raise UsageError(
+                f"--max-loras is {self._lora.max_loras}, but up to {self.k} adapters answer a prompt: pass --max-loras "
+                f"{self.k} or more, or a smaller k"
+            )
         self.slots = Slots(self._lora.max_loras, self._load)
         self._changing = asyncio.Lock()
         self._users: Counter[str] = Counter()  # requests in progress, by the digest of their pool
@@ -286,7 +291,8 @@ class Engine:
             Probe(uuid.uuid4().hex, digest, signal, None if names is None else tuple(sorted(names)), plain)
             for names in among
         ]
-        once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        # Hidden vectors of tokens whose keys and values come from the cache would not be computed.
+        once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True)
         await self.run([(row, once, lora_request(one)) for row, one in zip(rows, probes, strict=True)])
         return [one.key for one in probes]
 

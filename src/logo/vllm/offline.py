@@ -40,7 +40,7 @@ from logo.vllm.engine import Engine
 from logo.vllm.launch import EXTENSION
 from logo.vllm.options import NO_USAGE, VllmOptions, affecting_answers
 from logo.vllm.patches import version
-from logo.vllm.pool import head_adapter, rank_of, targets_of
+from logo.vllm.pool import head_adapter, rank_of, slots_of, targets_of
 from logo.vllm.requests import Mix
 from logo.vllm.sampling import check_config, parameters, refused
 from logo.vllm.skeleton import skeleton
@@ -107,7 +107,8 @@ def open_engine(
     warn_of_bad(fitted.refused)
     fitted = fitted.acting(settings.activation)
     plan(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
-    config = {"k": min(settings.k or fitted.default_k, len(fitted)), **settings.changed, **own}
+    k = min(settings.k or fitted.default_k, len(fitted))
+    config = {"k": k, **settings.changed, **own}
     config |= {"pool": place, "on_bad_adapter": on_bad_adapter, "signals": _usable(model, fitted, settings)}
     VllmOptions.of({"logo": config}, {})  # raises the errors of vLLM's processes here
     model.generation_config = _generation_config(source) or model.generation_config
@@ -123,7 +124,7 @@ def open_engine(
     flags: dict[str, Any] = {
         "model": source,
         "dtype": computed,
-        "max_loras": len(fitted),
+        "max_loras": slots_of(fitted, k),
         "max_lora_rank": rank_of(fitted),
         "lora_target_modules": list(targets_of(fitted)),
         "generation_config": "vllm",  # every request has its own decoding options

@@ -32,7 +32,7 @@ from typing import Any
 from logo.errors import ModelError
 from logo.vllm.launch import check_environment
 from logo.vllm.options import VllmOptions
-from logo.vllm.requests import NAME, Mix, cached_as, parse
+from logo.vllm.requests import NAME, Probe, cached_as, parse
 
 log = logging.getLogger("vllm.logo")
 
@@ -163,13 +163,15 @@ def _block_hash(original: Any, request: Any, start_token_idx: int, end_token_idx
 
 def _begins(request: Any, path: str) -> tuple[int | None, ...] | None:
     """Where the adapters of a request begin to act, which is found once; None if all act everywhere, or are not ours."""
+    found: tuple[int | None, ...] | None
     if not hasattr(request, "logo_begins"):
-        asked = parse(path)
-        late = isinstance(asked, Mix) and not all(where.everywhere for _, _, where in asked.parts)
-        prompt = request.prompt_token_ids or [-1] * request.num_prompt_tokens
-        request.logo_begins = asked.begins(prompt) if late and isinstance(asked, Mix) else None
-    found: tuple[int | None, ...] | None = request.logo_begins
-    return found
+        asked, found = parse(path), None
+        if isinstance(asked, Probe):
+            found = ()  # no adapter acts
+        elif asked is not None and not all(where.everywhere for _, _, where in asked.parts):
+            found = asked.begins(request.prompt_token_ids or [-1] * request.num_prompt_tokens)
+        request.logo_begins = found
+    return request.logo_begins  # type: ignore[no-any-return]
 
 
 _MANAGER = "vllm.lora.worker_manager"

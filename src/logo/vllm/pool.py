@@ -22,6 +22,10 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `--max-lora-rank`."""
 
 
+MOST_SLOTS = 64
+"""How many slots vLLM is given where the user does not say; each takes memory for an adapter of the largest rank."""
+
+
 def pool_of(
     options: VllmOptions, model: PreTrainedModel, before: AdapterPool | None = None, change: Sequence[str] = ()
 ) -> AdapterPool:
@@ -81,6 +85,11 @@ def rank_of(pool: AdapterPool) -> int:
     if rank is None:
         raise UsageError(f"adapter {largest.name!r} has rank {max(largest.ranks)}, but vLLM allows at most {RANKS[-1]}")
     return rank
+
+
+def slots_of(pool: AdapterPool, k: int) -> int:
+    """The `--max-loras` for a pool: all of a small one, and of a large one as many as answers in progress may need."""
+    return min(len(pool), max(k, MOST_SLOTS))
 
 
 def targets_of(pool: AdapterPool) -> tuple[str, ...]:

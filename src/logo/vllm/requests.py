@@ -4,8 +4,8 @@
     {"probe": ["5f…", "a3…", "calibrated", null, false]}           see `Probe`
 
 vLLM keys cached keys and values by this path. It holds digests of adapters instead of their names, so an adapter that is
-replaced under its name never meets keys and values of the old one; and a probe's path is its own, so a probe finds
-nothing in the cache and computes all of its tokens. Clients cannot write such paths: they choose models by name.
+replaced under its name never meets keys and values of the old one. What a probe has read is the base model's, and is
+shared with whoever asks it. Clients cannot write such paths: they choose models by name.
 """
 
 from __future__ import annotations

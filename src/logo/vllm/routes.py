@@ -12,7 +12,10 @@ import asyncio
 import copy
 import json
 import logging
+import math
+import os
 import time
+import uuid
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,14 +25,14 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from vllm import envs
+from vllm import SamplingParams, envs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
 
-from logo.api.errors import ApiError, bad_request
+from logo.api.errors import ApiError, bad_request, failed
 from logo.api.names import AUTO, Models
 from logo.api.replies import AdapterCard, AdapterList, Mixture, SelectionReply
 from logo.api.requests import LoadAdapter, LogoOptions, ModelRequest, SelectRequest, UnloadAdapter, checked
@@ -40,11 +43,17 @@ from logo.protocol import Card
 from logo.selection.selector import forced
 from logo.vllm.engine import Engine, Served
 from logo.vllm.metrics import Counts
+from logo.vllm.options import VllmOptions
 from logo.vllm.pool import head_adapter
 from logo.vllm.requests import Mix
 from logo.vllm.selftest import check
 
 log = logging.getLogger("vllm.logo")
+
+NOT_FINITE = (
+    "the model's logits are NaN, so nothing can be generated from them: an adapter, or the base model, is too large "
+    "for the model's dtype; leave that adapter out, or use float32"
+)
 
 
 class Routes:
@@ -55,10 +64,6 @@ class Routes:
 
     def attach_router(self, app: FastAPI) -> None:
         """Replaces vLLM's routes, if the server has a pool."""
-        import os
-
-        from logo.vllm.options import VllmOptions
-
         options = VllmOptions.of(None, os.environ)
         app.state.logo = None
         app.exception_handler(ApiError)(_refusal)
@@ -103,8 +108,6 @@ class _Online:
         return list(await asyncio.gather(*(self._one(*row) for row in rows)))
 
     async def _one(self, ids: Sequence[int], parameters: Any, lora: Any) -> Any:
-        import uuid
-
         last, number = None, f"logo-{uuid.uuid4().hex}"
         prompt = {"prompt_token_ids": list(ids)}
         async for last in self._client.generate(prompt, parameters, number, lora_request=lora):
@@ -126,8 +129,22 @@ class _Mixing:
         number = int(request_id.rpartition("-")[2]) if len(self._mixes) > 1 else 0
         async with self._engine.held([self._mixes[number]]) as [lora]:
             kwargs["lora_request"] = lora
+            begun = False
             async for output in self._client.generate(prompt, params, request_id, *args, **kwargs):
+                # vLLM draws token 0 where logits are NaN, which may be a good token, too.
+                begins = lora is not None and not begun and any(one.token_ids for one in output.outputs)
+                if begins and any(one.token_ids[:1] == [0] for one in output.outputs):
+                    await self._check(prompt, request_id, lora)
+                begun = begun or begins
                 yield output
+
+    async def _check(self, prompt: Any, request_id: str, lora: Any) -> None:
+        """Raises ApiError if the logits behind a prompt are NaN."""
+        once = SamplingParams(max_tokens=1, temperature=0.0, logprobs=0, detokenize=False)
+        async for output in self._client.generate(prompt, once, f"{request_id}-again", lora_request=lora):
+            [drawn] = output.outputs[0].logprobs
+            if any(math.isnan(one.logprob) for one in drawn.values()):
+                raise failed(NOT_FINITE, "not_finite")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
