@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
-from logo.vllm.skeleton import skeleton
 from logo.errors import AdapterError
 from logo.files import Store, write_cached
 from logo.identity import content_stamp
 from logo.selection.calibration import Reading
 from logo.selection.signals import get_signal
 from logo.selection.texts import Texts
+from logo.vllm.skeleton import skeleton
 from test_engine import tokenizer, write_adapter
 from tolerances import same_selection
 

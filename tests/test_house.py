@@ -27,7 +27,7 @@ LAYERS = [
     {"scoring"},
     {"engine", "protocol"},
     {"api"},
-    {"backends", "baselines"},
+    {"backends", "baselines", "vllm"},
     {"evaluation", "training", "serving"},
     {"demo"},
     {"cli"},

@@ -22,7 +22,6 @@ import logo
 import tiny
 from logo import LoGo
 from logo.adapters.examples import write_examples
-from logo.vllm.options import affecting_answers
 from logo.baselines import get_method
 from logo.decoding import call_config
 from logo.errors import ModelError, UsageError
@@ -34,6 +33,7 @@ from logo.evaluation.session import Session
 from logo.identity import tokenizer_digest, weights_digest
 from logo.rows import Row
 from logo.selection.reference import SCORES
+from logo.vllm.options import affecting_answers
 from test_engine import engine
 
 # -- sampling ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from transformers import TextIteratorStreamer, TextStreamer
 
 import tiny
 from logo import AdapterPool, LoGo, LoGoError, PoolError, SelectionSettings, UsageError, opening
-from logo.backends.vllm import opening as vllm_opening
 from logo.cli.run import run
 from logo.decoding import call_config
 from logo.demo import heldout
@@ -71,18 +70,13 @@ def test_the_token_is_also_that_of_the_pool(base: Path, adapters: Path, monkeypa
         return AdapterPool.open(adapters, **options)
 
     monkeypatch.setattr(opening, "open_pool", open_pool)
-    monkeypatch.setattr(vllm_opening, "open_pool", open_pool)
     LoGo.from_pretrained(base, "org/pool", device="cpu", k=3, unscorable="skip", signal="norm", token="secret")
-    settings = SelectionSettings.of(cache="")
-    where, pool = vllm_opening._opened("org/pool", str(base), None, "error", settings, "secret")
-    assert asked == [("org/pool", "secret")] * 2
-    assert Path(where) == adapters and len(pool) > 3  # what was downloaded, since vLLM's processes have no token
-    assert vllm_opening._opened("org/pool", str(base), None, "error", settings, None)[0] == "org/pool"
+    assert asked == [("org/pool", "secret")]
 
 
-def test_vllms_processes_open_no_other_pool_than_the_given_one(base: Path, adapters: Path) -> None:
+def test_vllms_processes_open_no_other_pool_than_the_given_one(adapters: Path) -> None:
     def opened(pool: AdapterPool, **settings: Any) -> str:
-        return vllm_opening._opened(pool, str(base), None, "error", SelectionSettings.of(cache="", **settings), None)[0]
+        return _folder_of(pool, SelectionSettings.of(cache="", **settings), "error")
 
     pool = AdapterPool.open(adapters)
     told = AdapterPool(replace(adapter, examples=("other",)) for adapter in pool)

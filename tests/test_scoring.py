@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 import make_adapters
 import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
-from logo.backends.vllm import likelihood
 from logo.scoring import joined
+from logo.vllm.offline import _scored
 from test_engine import ids_of, tokenizer, write_adapter
 from tolerances import same_scores
 
@@ -89,7 +89,7 @@ def test_of_tokens_of_one_likelihood_the_first_matches_exactly_in_both_engines(
     if named != gold:
         place[named] = SimpleNamespace(logprob=float(first[named]), rank=1)
     made = SimpleNamespace(logprobs=[{0: SimpleNamespace(logprob=float(last[0]), rank=1)}], token_ids=[0])
-    found = likelihood.scored(SimpleNamespace(prompt_logprobs=[None, place], outputs=[made]), [gold, 0])
+    found = _scored(SimpleNamespace(prompt_logprobs=[None, place], outputs=[made]), [gold, 0])
     assert found.exact_match == exact
     assert found.nll == pytest.approx(nll)
 

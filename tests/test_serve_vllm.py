@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from logo.vllm.options import VllmOptions
 from logo.cli import serve_vllm
 from logo.cli.run import run
 from logo.demo import adapters_dir, model_dir
 from logo.selection.settings import SelectionSettings
+from logo.vllm.options import VllmOptions
 
 SERVE = ["serve", "--engine", "vllm", "--base-model", "demo"]
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from logo.vllm.skeleton import skeleton as skeleton_of
 from logo.models import skeleton
 from logo.selection.calibration import weight_norm
 from logo.selection.points import Point, last_query
+from logo.vllm.skeleton import skeleton as skeleton_of
 from test_engine import write_adapter
 from test_index import opened, write_pool
 

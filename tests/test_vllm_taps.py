@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logo.backends.vllm import taps as module
-from logo.backends.vllm.marks import Span, is_probe, span
-from logo.backends.vllm.taps import CHANGED, Taps
 from logo.errors import ModelError
 from logo.selection import signals
 from logo.selection.points import Point
 from logo.selection.reference import both_means, emphasis
+from logo.vllm import taps as module
+from logo.vllm.requests import Probe
+from logo.vllm.taps import Span, Taps
 
 CPU = torch.device("cpu")
 READING = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token="each")
-RUNNING = ("",)  # the id of every request in these tests
+POOL = "d1"  # the digest of the pool
 
 
 class Index:
@@ -63,24 +62,30 @@ class Describing(Scorer):
         return torch.cat([super().scores(per_point, [], tokens, among), description.flatten(1)], dim=1)
 
 
-@pytest.fixture
-def taps() -> Taps:
-    made = Taps(lambda point, read: point.module, CPU)
-    made.score("calibrated", Scorer("a", "b"))  # type: ignore[arg-type]
+def scored(made: Taps, signal: str, scorer: Any) -> Taps:
+    made.score({(POOL, signal): scorer})
     return made
 
 
-def step(made: Taps, entering: Tensor, *spans: Span, places: str = "ab", running: Any = RUNNING) -> None:
+@pytest.fixture
+def taps() -> Taps:
+    return scored(Taps(lambda point, read: point.module, CPU), "calibrated", Scorer("a", "b"))
+
+
+def span(key: str, row: int, start: int, count: int, total: int, signal: str = "calibrated", among: Any = None) -> Span:
+    return Span(Probe(key, POOL, signal, among), range(total), row, start, count)
+
+
+def step(made: Taps, entering: Tensor, *spans: Span, places: str = "ab") -> None:
     """Runs a step, in which these rows enter every place."""
-    made.begin(spans, running)
+    made.begin(spans)
     for place in places:
         made.tap(place, entering)
 
 
 def test_each_prompt_is_scored_among_its_own_adapters(taps: Taps) -> None:
     rows = torch.rand(6, 4)
-    among = Span("q", "calibrated", 3, 0, 3, range(3), among=("two",))
-    step(taps, rows, Span("p", "calibrated", 0, 0, 3, range(3)), among)
+    step(taps, rows, span("p", 0, 0, 3, 3), span("q", 3, 0, 3, 3, among=("two",)))
     found = taps.take(["p", "q"])
     assert found["p"] == pytest.approx([*rows[1:3].mean(dim=0)[:2].tolist(), 2], rel=1e-5)
     assert found["q"] == pytest.approx([-torch.inf, rows[4:, 1].mean().item(), 2], rel=1e-5)
@@ -99,16 +104,16 @@ def test_chunks_are_summed_to_the_whole(lengths: list[int], cuts: list[int], lat
     scorer = (Describing if described else Scorer)("a", "b", late=late)
     if late:
         scorer.scores = lambda per_point, *_: torch.cat(list(per_point), dim=1)  # type: ignore[method-assign]
-    made.score("calibrated", scorer)  # type: ignore[arg-type]
+    scored(made, "calibrated", scorer)
     prompts = [torch.rand(length, 4) for length in lengths]
     for start, end in itertools.pairwise(sorted({0, *(c for c in cuts if c < max(lengths)), max(lengths)})):
         spans, rows = [], 0
         for number, prompt in enumerate(prompts):
             count = min(end, len(prompt)) - start
             if count > 0:
-                spans.append(Span(f"{number}", "calibrated", rows, start, count, range(len(prompt))))
+                spans.append(span(f"{number}", rows, start, count, len(prompt)))
                 rows += count
-        step(made, torch.cat([prompts[int(one.key)][start:end] for one in spans]), *spans)
+        step(made, torch.cat([prompts[int(one.probe.key)][start:end] for one in spans]), *spans)
     found = made.take([f"{number}" for number in range(len(prompts))])
     for number, prompt in enumerate(prompts):
         read = prompt[int(len(prompt) > 1) :]
@@ -124,11 +129,11 @@ def test_what_cannot_be_scored_says_why(taps: Taps) -> None:
     step(
         taps,
         torch.rand(5, 4),
-        Span("cached", "calibrated", 0, 4, 2, range(6)),
-        Span("half", "calibrated", 2, 0, 3, range(6)),
+        span("cached", 0, 4, 2, 6),
+        span("half", 2, 0, 3, 6),
     )
     # One row too few: an index error, which must not leave the tap.
-    spans = [Span("unknown", "nosignal", 0, 0, 1, range(1)), Span("wide", "calibrated", 1, 0, 2, range(2))]
+    spans = [span("unknown", 0, 0, 1, 1, "nosignal"), span("wide", 1, 0, 2, 2)]
     step(taps, torch.rand(2, 4), *spans, places="a")
     found = taps.take(["cached", "half", "unknown", "wide"])
     assert found["cached"] == "the model was run without the first 4 tokens of the prompt"
@@ -144,11 +149,11 @@ def test_the_texts_of_a_calibration_are_kept_as_they_are_read(taps: Taps) -> Non
     step(
         taps,
         torch.cat([text[:3], short]),
-        Span("long", "", 0, 0, 3, range(5)),
-        Span("short", "", 3, 0, 1, range(1)),
+        span("long", 0, 0, 3, 5, ""),
+        span("short", 3, 0, 1, 1, ""),
         places="abc",
     )
-    step(taps, text[3:], Span("long", "", 0, 3, 2, range(5)), places="abc")
+    step(taps, text[3:], span("long", 0, 3, 2, 5, ""), places="abc")
     long, alone = taps.end_calibration(["long", "short"])
     assert list(long) == list(alone) == ["c"] and not taps.active("c")
     assert torch.equal(long["c"], text[1:]) and torch.equal(alone["c"], short)
@@ -158,51 +163,42 @@ def test_the_texts_of_a_calibration_are_kept_as_they_are_read(taps: Taps) -> Non
 
 def test_a_prompt_that_was_put_back_is_read_again(taps: Taps) -> None:
     first, again = torch.rand(2, 4), torch.rand(3, 4)
-    step(taps, first, Span("p", "calibrated", 0, 0, 2, range(3)))
-    step(taps, again, Span("p", "calibrated", 0, 0, 3, range(3)))
+    step(taps, first, span("p", 0, 0, 2, 3))
+    step(taps, again, span("p", 0, 0, 3, 3))
     assert taps.take(["p"])["p"] == pytest.approx([*again[1:].mean(dim=0)[:2].tolist(), 2], rel=1e-5)
 
 
-def test_what_is_known_of_probes_is_freed_when_they_end(taps: Taps) -> None:
-    """An aborted probe, and one whose scores nobody takes."""
-    spans = [Span(key, "calibrated", 4 * i, 0, 4, range(6), request=key) for i, key in enumerate(("aborted", "whole"))]
-    step(taps, torch.rand(8, 4), *spans, running={"aborted", "whole"})
-    assert set(taps._probes) == {"aborted", "whole"}
-    step(taps, torch.rand(2, 4), Span("whole", "calibrated", 0, 4, 2, range(6), request="whole"), running={"whole"})
-    assert set(taps._probes) == {"whole"}
-    taps.begin([], {})
-    assert not taps._probes
+def test_what_is_known_of_an_aborted_probe_is_freed(taps: Taps) -> None:
+    step(taps, torch.rand(8, 4), span("aborted", 0, 0, 4, 6), span("whole", 4, 0, 4, 4))
+    taps.drop("aborted")
+    taps.drop("whole")  # has ended, and its scores were not taken yet
+    taps.begin([])
     found = taps.take(["aborted", "whole"])
     assert found["aborted"] == "the prompt was not run as a probe" and isinstance(found["whole"], list)
 
 
-def test_a_prompt_that_runs_while_the_pool_changes_is_not_scored(taps: Taps) -> None:
-    done, half = Span("done", "calibrated", 0, 0, 2, range(2)), Span("half", "calibrated", 2, 0, 2, range(4))
-    step(taps, torch.rand(4, 4), done, half)
-    taps.begin([], RUNNING)  # scores the first one
-    taps.score("calibrated", Scorer("a", "b"))  # type: ignore[arg-type]
-    step(taps, torch.rand(2, 4), Span("half", "calibrated", 0, 2, 2, range(4)))
-    assert taps.take(["done", "half"]) == {"done": CHANGED, "half": CHANGED}
+def test_a_prompt_is_scored_by_the_pool_that_it_names(taps: Taps) -> None:
+    other = Scorer("a")
+    taps.score({(POOL, "calibrated"): Scorer("a", "b"), ("d2", "calibrated"): other})  # type: ignore[dict-item]
+    rows = torch.rand(4, 4)
+    step(taps, rows, span("p", 0, 0, 2, 2), replace(span("q", 2, 0, 2, 2), probe=Probe("q", "d2", "calibrated")))
+    found = taps.take(["p", "q"])
+    assert found["p"] == pytest.approx([*rows[1, :2].tolist(), 1]) and not isinstance(found["q"], str)
+    assert "nothing is read" in str(_gone(taps)["r"])
 
 
-def test_the_rows_of_a_request() -> None:
-    parameters = SimpleNamespace(extra_args={"logo_probe": "k", "logo_signal": "norm", "logo_among": ["a"]})
-    prompt = [1, 5, 6, 7]
-    assert span(parameters, prompt, "r", 3, 0, 2) == Span("k", "norm", 3, 0, 2, prompt, "r", ("a",))
-    rest = Span("k", "norm", 0, 2, 2, prompt, "r", ("a",))
-    assert span(parameters, prompt, "r", 0, 2, 5) == rest  # what follows is answer
-    assert span(parameters, prompt, "r", 0, 4, 1) is None
-    assert span(object(), prompt, "r", 0, 0, 4) is None
-    assert is_probe(parameters) and not is_probe(object())
+def _gone(taps: Taps) -> dict[str, Any]:
+    step(taps, torch.rand(2, 4), replace(span("r", 0, 0, 2, 2), probe=Probe("r", "d3", "calibrated")))
+    return taps.take(["r"])
 
 
 @pytest.mark.parametrize("token", ["last", "mean"])
 def test_what_is_read_alone_is_described_alone(taps: Taps, token: Any) -> None:
     """As the library does: where one vector of a prompt is read, it is both of its means."""
-    taps.score("norm", Describing("a", "b", token=token))  # type: ignore[arg-type]
+    scored(taps, "norm", Describing("a", "b", token=token))
     prompt = torch.rand(5, 4)
-    step(taps, prompt[:3], Span("p", "norm", 0, 0, 3, range(5)))
-    step(taps, prompt[3:], Span("p", "norm", 0, 3, 2, range(5)))
+    step(taps, prompt[:3], span("p", 0, 0, 3, 5, "norm"))
+    step(taps, prompt[3:], span("p", 0, 3, 2, 5, "norm"))
     read = (prompt[-1] if token == "last" else prompt.mean(dim=0)).tolist()
     count = 1 if token == "last" else 5
     assert taps.take(["p"])["p"] == pytest.approx([*read[:2], count, *read, *read], rel=1e-5)
@@ -210,7 +206,7 @@ def test_what_is_read_alone_is_described_alone(taps: Taps, token: Any) -> None:
 
 def test_a_tap_that_was_left_out_is_noticed(taps: Taps) -> None:
     for start, places in ((0, "ab"), (3, "a")):  # in the second chunk, the model runs as a graph without it
-        step(taps, torch.rand(3, 4), Span("p", "calibrated", 0, start, 3, range(6)), places=places)
+        step(taps, torch.rand(3, 4), span("p", 0, start, 3, 6), places=places)
     assert taps.take(["p"])["p"] == "the model was run without reading 0.b"
 
 
@@ -226,7 +222,7 @@ def test_a_step_that_could_not_be_begun_is_missed(taps: Taps, monkeypatch: pytes
                 if start == failing:
                     patch.setattr(module.torch, "full", fails)
                 with pytest.raises(RuntimeError) if start == failing else nullcontext():
-                    taps.begin([Span(key, "calibrated", 0, start, 3, range(9))], RUNNING)
+                    taps.begin([span(key, 0, start, 3, 9)])
             for place in ("a", "b"):
                 taps.tap(place, torch.rand(3, 4))
     middle = "the model was run without the first 6 tokens of the prompt"

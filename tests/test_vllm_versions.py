@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from logo.backends.vllm.needs import HOOKS, HOOKS_V2, KNOWN, RELIED, Attributes, Call, Flags, Function
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import vllm_versions as versions
+from vllm_needs import HOOKS, KNOWN, RELIED, Attributes, Call, Flags, Function
 
 BASE = """
 from dataclasses import dataclass
@@ -94,6 +93,6 @@ def test_a_wheel_that_is_here_is_not_downloaded(tmp_path: Path, monkeypatch: pyt
 
 def test_every_hook_has_a_title_of_its_own() -> None:
     titles = [f"{kind} {versions.title(need)}" for kind, need in versions.needs()]
-    assert len(titles) == len(HOOKS) + len(HOOKS_V2) + len(RELIED)
+    assert len(titles) == len(HOOKS) + len(RELIED)
     assert len(set(titles)) == len(titles)
     assert list(KNOWN) == sorted(KNOWN, key=lambda version: tuple(map(int, version.split("."))))

@@ -1,4 +1,4 @@
-"""Looks in the sources of vLLM's versions for everything that LoGo relies on (`logo.backends.vllm.needs`).
+"""Looks in the sources of vLLM's versions for everything that LoGo relies on (`vllm_needs`).
 
 Wheels are downloaded and read, never installed or run: `make check-vllm-versions`.
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from logo.backends.vllm.needs import HOOKS, HOOKS_V2, KNOWN, RELIED, Attributes, Call, Flags, Function
+from vllm_needs import HOOKS, KNOWN, RELIED, Attributes, Call, Flags, Function
 
 Need = Function | Attributes | Call | Flags
 Read = Callable[[str], "str | None"]  # a path inside the wheel -> its text; None: there is none
@@ -181,8 +181,7 @@ def title(need: Need) -> str:
 def needs() -> list[tuple[str, Need]]:
     """All needs, each with its kind, which says how LoGo uses it."""
     return [
-        *(("wrapped", need) for need in HOOKS.values()),
-        *(("wrapped, V2", need) for need in HOOKS_V2.values()),
+        *(("replaced", need) for need in HOOKS),
         *(("relied on", need) for need in RELIED),
     ]
 

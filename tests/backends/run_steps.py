@@ -31,7 +31,7 @@ class Steps:
     """An engine, and what it does."""
 
     def __init__(self, job: Any) -> None:
-        flags = {"enforce_eager": True, "max_model_len": 256, **job["flags"]}
+        flags = {"enforce_eager": True, "max_model_len": 512, **job["flags"]}
         pretend.compilers()
         pretend.functions()
         settings = dict(job["logo"])

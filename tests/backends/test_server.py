@@ -265,7 +265,9 @@ def test_who_says_it_is_a_probe_is_answered_as_any_other(server: Server, logo: L
         "/v1/messages": {"messages": messages, "max_tokens": 4, "vllm_xargs": forged},
     }
     for path, body in routes.items():
-        for model in ("base", "logo") if path in ("/v1/completions", "/v1/chat/completions", "/v1/responses") else ("base",):
+        for model in (
+            ("base", "logo") if path in ("/v1/completions", "/v1/chat/completions", "/v1/responses") else ("base",)
+        ):
             status, answer = server.ask(path, {"model": model, **body})
             assert status == 200, (path, answer)
             if model == "logo":

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,12 @@ from logo.errors import UsageError, need
 from logo.models import load_config, loading, resolve_base, skeleton
 
 if TYPE_CHECKING:
+    from logo.adapters.pool import AdapterPool
     from logo.vllm.launch import Launch
-    from logo.backends.vllm.slots import Slots
 
-FRONT = "logo.serving.front.Front"
 OPEN = "Listening on {} without an API key: everybody who reaches it may use it. --api-key requires one."
+
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 # vLLM interprets the escape sequence.
 PLAIN_CHAT = "{% for m in messages %}{{ m.content }}{% if not loop.last %}\\n{% endif %}{% endfor %}"
@@ -45,7 +46,9 @@ INSTEAD = {
     "key_adapters": "vLLM cannot bind API keys to adapters",
     "max_queue": "vLLM lets any number of requests wait; --max-concurrent limits those that run",
     "request_timeout": "a proxy in front of vLLM can end requests",
-    "allow_adapter_changes": "set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and leave room with `-- --max-loras N`",
+    "allow_adapter_changes": "set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+    "max_body_mb": "a proxy in front of vLLM can limit bodies",
+    "open_metrics": "vLLM shows its metrics without a key; a proxy can keep them to itself",
     "log_prompts": "vLLM logs prompts itself: `-- --enable-log-requests`",
     "log_json": "set VLLM_LOGGING_CONFIG_PATH to a configuration of Python's logging",
 }
@@ -55,12 +58,12 @@ def serve(
     options: EngineOptions,
     base_model: str,
     server: ServerOptions,
-    several: Callable[[Launch, Mapping[str, str]], Any] | None = None,
+    several: Callable[[Launch], Any] | None = None,
 ) -> Any:
     """Replaces this process by vLLM's server; with `--dry-run`, prints what would be started.
 
     Args:
-        several: called instead with the command and further environment variables, to serve from replicas.
+        several: called instead with the command, to serve from replicas.
     """
     from logo.vllm.launch import API_KEY, check_environment
 
@@ -68,25 +71,23 @@ def serve(
     check_environment(os.environ)
     if not server.dry_run:
         need("--engine vllm", "vllm")
-    from logo.serving.front import FrontSettings
     from logo.serving.guards import GuardSettings, is_loopback
 
     # Raises for invalid keys and origins.
     GuardSettings(server.host, server.api_keys, cors_origins=tuple(server.cors or ()))
     if not server.api_keys and not os.environ.get(API_KEY) and not is_loopback(server.host):
         note(OPEN.format(server.host))
-    more = FrontSettings(server.host, tuple(server.allow_host or ()), server.open_metrics).environment()
     launch = _launch(options, base_model, server)
     if server.dry_run:
-        out.print(launch.shown(more), markup=False)
+        out.print(launch.shown(), markup=False)
         if launch.api_key is not None:
             note(f"{API_KEY} is set too; it is not shown.")
         if several is not None:
             note("With --replicas, each replica runs such an engine, and one address serves them all.")
         return None
     if several is not None:
-        return several(launch, more)
-    environment = launch.environment({**os.environ, **more})
+        return several(launch)
+    environment = launch.environment(os.environ)
     sys.stdout.flush()
     sys.stderr.flush()
     # From here on, vLLM handles signals and sets the exit code.
@@ -117,6 +118,7 @@ def _refuse(options: EngineOptions, server: ServerOptions, *, alone: bool) -> No
 def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> Launch:
     from logo.vllm.launch import Launch
     from logo.vllm.options import VllmOptions
+    from logo.vllm.pool import rank_of, slots_of, targets_of
 
     quiet_transformers()
     source = resolve_base(base_model, options.model_dir)
@@ -127,12 +129,14 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> L
         **settings.changed,
         "signals": list(server.other_signals),
         **({"on_bad_adapter": "skip"} if options.on_bad_adapter == "skip" else {}),
-        **({} if server.max_body_mb is None else {"max_body_mb": server.max_body_mb}),
+        **({"hosts": hosts} if (hosts := _hosts(server)) else {}),
     }
     VllmOptions.of({"logo": {**config, "pool": place}}, {})  # refuses what vLLM's workers would refuse
     on_cpu = _on_cpu()
     dtype = options.dtype if options.dtype not in (None, "auto") else "float32" if on_cpu else "auto"
-    slots, k = _slots(options, base_model, server)
+    fitted, k = _fitted(options, base_model, server)
+    slots = slots_of(fitted, k)
+    note(f"{len(fitted)} adapters, {slots} slots of rank {rank_of(fitted)}")
     template = _chat_template(base_model, source)
     cache = server.kv_cache_gb if server.kv_cache_gb is not None else _CPU_CACHE_GB if on_cpu else None
     flags = [
@@ -148,21 +152,28 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> L
         model=str(Path(source).absolute()) if Path(source).is_dir() else source,
         name=server.model_name(base_model),
         slots=slots,
+        rank=rank_of(fitted),
+        targets=targets_of(fitted),
         pool=place,
         options={**config, "k": k},
         host=server.host,
         port=server.port,
         api_key=server.api_keys[0] if server.api_keys else None,
         flags=flags,
-        middlewares=(FRONT,),
         given=tuple(server.arguments or ()),
     )
 
 
-def _slots(options: EngineOptions, base_model: str, server: ServerOptions) -> tuple[Slots, int]:
-    """The slots for this pool, which are printed; and adapters per mixture."""
+def _hosts(server: ServerOptions) -> list[str]:
+    """The names under which a server that only this machine reaches may be asked; empty: any."""
+    from logo.serving.guards import is_loopback
+
+    return [*LOCAL_HOSTS, *(server.allow_host or ())] if is_loopback(server.host) else list(server.allow_host or ())
+
+
+def _fitted(options: EngineOptions, base_model: str, server: ServerOptions) -> tuple[AdapterPool, int]:
+    """The pool, which can be served with these options; and adapters per mixture."""
     from logo.api.names import check_pool
-    from logo.backends.vllm.slots import Slots
     from logo.selection.points import plan
 
     model, settings = skeleton(load_config(base_model, model_dir=options.model_dir)), selection_settings(options)
@@ -171,9 +182,7 @@ def _slots(options: EngineOptions, base_model: str, server: ServerOptions) -> tu
     check_pool(server.model_name(base_model), pool.names)
     pool = pool.acting(settings.activation)
     plan(model, pool, settings)  # refuses a pool that cannot be scored, before vLLM is started
-    slots = Slots.of(pool)
-    note(f"{slots.count} adapters in slots of rank {slots.rank}")
-    return slots, min(settings.k or pool.default_k, slots.count)
+    return pool, min(settings.k or pool.default_k, len(pool))
 
 
 def _on_cpu() -> bool:

@@ -29,8 +29,8 @@ from logo.adapters.pool import AdapterPool
 from logo.api.asgi import answer_error
 from logo.api.errors import ApiError
 from logo.backends.cluster import LOCAL, Layout, WorkersError, connect, imported, process_resources
-from logo.vllm.launch import API_KEY, Launch
 from logo.errors import LoGoError
+from logo.vllm.launch import API_KEY, Launch
 
 _log = logging.getLogger("logo.serving")
 

@@ -1,6 +1,6 @@
 """`Engine`: one vLLM engine with a pool, as seen from the process that talks to it; the server and the offline engine.
 
-    token ids -> probes in vLLM -> scores from the workers -> Selection -> slots -> LoRARequest
+token ids -> probes in vLLM -> scores from the workers -> Selection -> slots -> LoRARequest
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ class Engine:
         if plugin.refused is not None:
             raise ModelError(plugin.refused)
         if not getattr(vllm_config.parallel_config, "worker_extension_cls", ""):
-            raise UsageError("LoGo needs its part of vLLM's workers: pass --worker-extension-cls logo.vllm.worker.Extension")
+            raise UsageError(
+                "LoGo needs its part of vLLM's workers: pass --worker-extension-cls logo.vllm.worker.Extension"
+            )
         if getattr(vllm_config.parallel_config, "_api_process_count", 1) > 1:
             raise UsageError("LoGo fills vLLM's slots from one process: leave out --api-server-count")
         model, self._lora = vllm_config.model_config, vllm_config.lora_config

@@ -89,9 +89,7 @@ class StepGates:
         """Sets the gates of a step; rows that are not given have none."""
         on_cpu = self.tokens.device.type == "cpu"
         both = (self.tokens, tokens), (self.sampled, sampled)
-        self.groups, self.sampled_groups = [
-            _grouped(some, buffer.dtype) if on_cpu else () for buffer, some in both
-        ]
+        self.groups, self.sampled_groups = [_grouped(some, buffer.dtype) if on_cpu else () for buffer, some in both]
         for i, (buffer, some) in enumerate(both):
             end = max((one.row + len(one.gate) for one in some), default=0)
             if on_cpu or not (end or self._written[i]):

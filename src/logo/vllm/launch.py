@@ -90,9 +90,9 @@ class Launch:
         """The whole environment of the server."""
         return {**inherited, **self.variables, **({} if self.api_key is None else {API_KEY: self.api_key})}
 
-    def shown(self, variables: Mapping[str, str]) -> str:
-        """The command line for a shell, without secrets. `variables`: further environment variables to show."""
-        said = [f"{name}={shlex.quote(value)}" for name, value in {**self.variables, **variables}.items()]
+    def shown(self) -> str:
+        """The command line for a shell, without secrets."""
+        said = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
         return " ".join([*said, shlex.join(self.command)])
 
 

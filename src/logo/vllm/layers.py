@@ -80,9 +80,7 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         gates: the gates of the current step.
     """
 
-    def __init__(
-        self, max_num_batched_tokens: int, max_batches: int, device: torch.device, gates: StepGates
-    ) -> None:
+    def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device, gates: StepGates) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device)
         self._embeddings_indices.zero_()  # the embedding layer always reads slot 0, which is zeros
         self.gates = gates

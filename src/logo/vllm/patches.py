@@ -148,7 +148,9 @@ def _set_active_adapters(original: Any, self: Any, requests: Any, mapping: Any) 
     return None
 
 
-def _block_hash(original: Any, request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any) -> Any:
+def _block_hash(
+    original: Any, request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any
+) -> Any:
     own = request.lora_request
     begins = None if own is None else _begins(request, own.lora_path)
     if begins is None:
@@ -182,7 +184,9 @@ PATCHES = (
         ("self", "model", "vllm_config"),
         _create_lora_manager,
     ),
-    Patch("vllm.v1.worker.worker_base", "WorkerWrapperBase", "execute_model", ("self", "scheduler_output"), _execute_model),
+    Patch(
+        "vllm.v1.worker.worker_base", "WorkerWrapperBase", "execute_model", ("self", "scheduler_output"), _execute_model
+    ),
     Patch(_MANAGER, "WorkerLoRAManager", "set_active_adapters", ("self", "requests", "mapping"), _set_active_adapters),
     Patch(
         *("vllm.v1.core.kv_cache_utils", "", "generate_block_hash_extra_keys"),

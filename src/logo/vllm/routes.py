@@ -177,7 +177,9 @@ class Logo:
         """Opens the pool in the engine of a server; raises LoGoError."""
         started, models = time.perf_counter(), state.openai_serving_models
         if models.lora_requests or models.lora_resolvers:
-            raise UsageError("LoGo fills all of vLLM's slots: put the adapters of --lora-modules and resolvers into the pool")
+            raise UsageError(
+                "LoGo fills all of vLLM's slots: put the adapters of --lora-modules and resolvers into the pool"
+            )
         engine = Engine(_Online(client), client.vllm_config)
         await engine.open()
         await check(engine)
@@ -298,9 +300,7 @@ async def _completion(request: CompletionRequest, raw_request: Request) -> Respo
         for prompt in prompts:
             yield read(_tokenizer(raw_request), prompt).ids
 
-    return await logo.answer(
-        request, raw_request, "openai_serving_completion", "create_completion", rows, len(prompts)
-    )
+    return await logo.answer(request, raw_request, "openai_serving_completion", "create_completion", rows, len(prompts))
 
 
 async def _chat(request: ChatCompletionRequest, raw_request: Request) -> Response:

@@ -244,7 +244,10 @@ class Worker:
                 many = int((np.asarray(mapping.prompt_mapping) == number).sum())
                 sampled.append(Rows(drawn[number], gate[-1:].expand(many, -1)))
         self._gates.write(tokens, sampled)
-        self.taps.begin(spans)
+        try:
+            self.taps.begin(spans)
+        except Exception as error:  # such as exhausted memory: these prompts get no scores, and all others go on
+            log.error("LoGo: the prompts of a step cannot be read", exc_info=error)
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
@@ -370,7 +373,9 @@ class Worker:
             raise _TextsNeeded(points, texts.rows, signal)
         acted = None
         if signal.token == "tail":  # whether adapters act on each token that is read
-            acts = [torch.arange(int(len(row) > 1), len(row)) >= earliest(signal.activations, row) for row in texts.rows]
+            acts = [
+                torch.arange(int(len(row) > 1), len(row)) >= earliest(signal.activations, row) for row in texts.rows
+            ]
             acted = torch.cat(acts)
         found = {}
         for place in dict.fromkeys(places):

@@ -1,0 +1,287 @@
+"""The parts of the vLLM backend that need no vLLM: products over slots, slots, mixtures of requests, options."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from logo.adapters.activation import EVERYWHERE, Activation
+from logo.adapters.pool import open_pool
+from logo.errors import LoGoError, UsageError
+from logo.vllm import patches
+from logo.vllm.gates import Rows, StepGates, gated, turned
+from logo.vllm.options import OPTIONS, POOL, VllmOptions
+from logo.vllm.pool import check_rank, rank_of, slots_of, targets_of
+from logo.vllm.requests import Mix, Probe, parse
+from logo.vllm.slots import Slots
+
+CPU = torch.device("cpu")
+KEYS = st.text("0123456789abcdef", min_size=16, max_size=16)
+ACTIVATIONS = st.one_of(
+    st.just(EVERYWHERE),
+    st.builds(lambda last: Activation(last=last), st.integers(1, 40)),
+    st.builds(lambda tokens: Activation(tuple(tokens)), st.lists(st.integers(0, 2), min_size=1, max_size=2)),
+)
+
+
+# -- products ---------------------------------------------------------------------------------------------------------
+
+
+def factors(slots: int, rank: int, inside: int, outside: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A as vLLM keeps it, B as `turned` lays it out; the same values both ways."""
+    torch.manual_seed(seed)
+    a, b = torch.randn(slots, 1, rank, inside), torch.randn(slots, 1, outside, rank)
+    kept = turned(b)
+    kept.copy_(b)
+    assert kept.shape == b.shape and kept[:, 0].transpose(1, 2).is_contiguous()
+    return a[:, 0], kept[:, 0].transpose(1, 2)
+
+
+@given(
+    counts=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    slots=st.integers(1, 5),
+    rank=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None)
+def test_every_token_gets_its_own_mixture(counts: list[int], slots: int, rank: int, seed: int) -> None:
+    """Of requests that are read, some longer than others, and of some that have no adapter."""
+    a, b = factors(slots, rank, 6, 7, seed)
+    tokens = sum(counts)
+    x, y = torch.randn(tokens, 6), torch.randn(tokens, 7)
+    gate, rows, at = torch.zeros(tokens, slots), [], 0
+    for number, count in enumerate(counts):
+        if number % 3:
+            gate[at : at + count] = torch.rand(count, slots) * (torch.rand(count, slots) > 0.5)
+            rows.append(Rows(at, gate[at : at + count].clone()))
+        at += count
+    gates = StepGates(128, 16, slots, CPU, torch.float32)
+    gates.write(rows, ())
+    expected = y + torch.einsum("ts,srd,td,sro->to", gate, a, x, b)
+    found = y.clone()
+    for group in gates.groups:
+        group.add(found, x, a, b)
+    assert torch.allclose(found, expected, atol=1e-4)
+    base = ~(gate != 0).any(dim=1)
+    assert torch.equal(found[base], y[base])  # to the bit
+    assert torch.allclose(y + gated(x, a, b, gate), expected, atol=1e-4)  # as compiled layers multiply
+
+
+def test_an_adapter_that_overflows_spoils_no_other_row() -> None:
+    a, b = factors(2, 2, 4, 4)
+    a[1] = torch.inf
+    gates = StepGates(8, 8, 2, CPU, torch.float32)
+    gates.write([Rows(0, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))], ())
+    y = torch.zeros(2, 4)
+    for group in gates.groups:
+        group.add(y, torch.ones(2, 4), a, b)
+    assert y[0].isfinite().all() and not y[1].isfinite().all()
+
+
+# -- slots ------------------------------------------------------------------------------------------------------------
+
+
+class Loaded:
+    """What is in the slots, as vLLM's workers would have it."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, str] = {}
+        self.bad: set[str] = set()
+
+    async def __call__(self, into: list[tuple[int, str]]) -> None:
+        await asyncio.sleep(0)
+        for slot, key in into:
+            if key in self.bad:
+                raise LoGoError(f"{key} cannot be read")
+            self.slots[slot] = key
+
+
+@given(count=st.integers(2, 5), most=st.integers(1, 2), seed=st.integers(0, 10_000))
+@settings(deadline=None)
+def test_a_mixture_has_its_slots_as_long_as_it_answers(count: int, most: int, seed: int) -> None:
+    drawn, loaded, inside = random.Random(seed), Loaded(), list[frozenset[str]]()
+
+    async def answer(slots: Slots) -> None:
+        keys = frozenset(drawn.sample("abcdefgh", drawn.randint(0, most)))
+        async with slots.held(keys):
+            inside.append(keys)
+            for _ in range(drawn.randint(0, 4)):
+                assert keys <= set(loaded.slots.values())
+                assert len(frozenset().union(*inside)) <= count
+                await asyncio.sleep(0)
+            inside.remove(keys)
+
+    async def whole() -> None:
+        slots = Slots(count, loaded)
+        await asyncio.wait_for(asyncio.gather(*(answer(slots) for _ in range(40))), 30)
+        async with slots.held(frozenset("abcdefgh"[:count])):  # nothing is held any more
+            pass
+
+    asyncio.run(whole())
+    asyncio.run(leaving(count, drawn))
+
+
+async def leaving(count: int, drawn: random.Random) -> None:
+    """Clients leave while they wait, load or answer; others are served all the same."""
+    slots = Slots(count, Loaded())
+
+    async def answer() -> None:
+        async with slots.held(frozenset(drawn.sample("abcdefgh", 2))):
+            await asyncio.sleep(0.001)
+
+    tasks = [asyncio.create_task(answer()) for _ in range(30)]
+    for task in drawn.sample(tasks, 15):
+        await asyncio.sleep(0)
+        task.cancel()
+    await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)
+    async with slots.held(frozenset("abcdefgh"[:count])):
+        pass
+
+
+def test_the_first_that_waits_is_not_passed_for_ever() -> None:
+    async def run() -> None:
+        slots, order = Slots(2, Loaded()), list[str]()
+
+        async def answer(keys: str, name: str) -> None:
+            async with slots.held(frozenset(keys)):
+                order.append(name)
+                await asyncio.sleep(0)
+
+        tasks = [asyncio.create_task(answer("ab", "first"))]
+        await asyncio.sleep(0)
+        tasks += [asyncio.create_task(answer("cd", "waits"))]
+        tasks += [asyncio.create_task(answer("a", f"{i}")) for i in range(100)]
+        await asyncio.wait_for(asyncio.gather(*tasks), 30)
+        assert order.index("waits") <= 40
+
+    asyncio.run(run())
+
+
+def test_an_adapter_that_cannot_be_loaded_fails_alone() -> None:
+    async def run() -> None:
+        loaded = Loaded()
+        loaded.bad = {"a"}
+        slots = Slots(2, loaded)
+
+        async def answer(keys: str) -> str:
+            async with slots.held(frozenset(keys)):
+                return keys
+
+        found = await asyncio.gather(answer("a"), answer("b"), answer("a"), answer("c"), return_exceptions=True)
+        assert [str(one) for one in found] == ["a cannot be read", "b", "a cannot be read", "c"]
+        loaded.bad = set()
+        assert await answer("a") == "a"
+        with pytest.raises(UsageError, match="this mixture has 3 adapters, and vLLM has 2 slots"):
+            await answer("abc")
+
+    asyncio.run(run())
+
+
+def test_slots_follow_from_the_pool() -> None:
+    pool = open_pool(None, "demo")  # 16 adapters of rank 8
+    assert (slots_of(pool, 3), rank_of(pool), targets_of(pool)) == (16, 8, ("q_proj", "v_proj"))
+    with pytest.raises(UsageError, match="adapter 'add_numbers' has rank 8: pass --max-lora-rank 8 or more"):
+        check_rank(pool, 4)
+
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.dictionaries(KEYS, st.tuples(st.floats(-16, 16, width=32), ACTIVATIONS), min_size=1, max_size=20))
+def test_a_mixture_is_read_as_it_was_written(mixture: dict[str, tuple[float, Activation]]) -> None:
+    made = Mix.of((key, weight, where) for key, (weight, where) in mixture.items())
+    assert parse(made.path) == made
+    written = {key: (torch.tensor(weight).item(), where) for key, weight, where in made.parts}
+    assert written == {key: found for key, found in mixture.items() if found[0]}  # every float32 survives
+    assert Mix.of((key, weight, where) for key, (weight, where) in reversed(mixture.items())).path == made.path
+    key, (weight, where) = next(iter(mixture.items()))  # adapters with equal content are one
+    twice = Mix.of([(key, 1.0, where), (key, 2.0, where)])
+    assert twice.parts == ((key, 3.0, where),)
+    probe = Probe(key, "pool", "norm", ("a", "b"), True)
+    assert parse(probe.path) == probe and parse("/a/folder") is None
+
+
+def request(path: str, prompt: list[int]) -> Any:
+    """vLLM's `Request`, as far as its blocks are keyed by it."""
+    return SimpleNamespace(lora_request=Lora("logo", 1, path), prompt_token_ids=prompt, num_prompt_tokens=len(prompt))
+
+
+class Lora:
+    """vLLM's `LoRARequest`, as far as it is read."""
+
+    def __init__(self, name: str, number: int, path: str) -> None:
+        self.lora_name, self.lora_int_id, self.lora_path = name, number, path
+
+
+def block_key(asked: Any, end: int) -> str | None:
+    """The path by which a block is keyed; None: as the base model's."""
+
+    def original(one: Any, start: int, end: int) -> str | None:
+        return None if one.lora_request is None else str(one.lora_request.lora_path)
+
+    found: str | None = patches._block_hash(original, asked, end - 16, end)
+    assert asked.lora_request is not None
+    return found
+
+
+def test_blocks_before_adapters_act_are_the_base_models() -> None:
+    late = Mix.of([("a", 0.7, Activation(last=4)), ("b", 0.3, Activation(last=4))])  # from position 36 on
+    asked, other = request(late.path, [1] * 40), request(late.path, [1] * 41)
+    assert [block_key(asked, end) for end in (16, 32, 36)] == [None] * 3
+    assert block_key(asked, 37) not in (None, late.path)
+    # The same tokens, but a prompt that ends elsewhere: other keys and values behind the beginning.
+    assert block_key(asked, 48) != block_key(other, 48)
+    silent = Mix.of([("a", 1.0, Activation((9,)))])
+    assert block_key(request(silent.path, [1] * 40), 48) is None
+    plain = Mix.of([("a", 1.0, EVERYWHERE)])
+    assert block_key(request(plain.path, [1] * 40), 16) == plain.path
+    assert block_key(request(Probe("k", "p", "norm").path, [1] * 40), 48) is None
+    assert block_key(request("/a/folder", [1] * 40), 16) == "/a/folder"
+    scored = Mix.of([("a", 1.0, Activation(last=2))], prompt=6)  # three tokens of a completion follow
+    assert scored.begins([1] * 9) == (4,)
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_options_come_from_both_places() -> None:
+    assert VllmOptions.of(None, {}) is None and VllmOptions.of({"other": 1}, {}) is None
+    made = VllmOptions.of({"logo": {"k": 3}}, {POOL: "pool", OPTIONS: json.dumps({"k": 2, "signal": "norm"})})
+    assert made is not None
+    assert (made.pool, made.settings.k, made.settings.signal) == ("pool", 3, "norm")
+    assert made.all_signals == ("norm",)
+
+
+@pytest.mark.parametrize(
+    ("additional", "environment", "expected"),
+    [
+        ({"logo": {"pol": "x"}}, {}, "unknown option 'pol' of LoGo (did you mean 'pool'?)"),
+        ({"logo": 3}, {}, "expected 'logo' to be an object, found int"),
+        ({"logo": {"k": 2}}, {}, "LoGo needs a pool: set LOGO_POOL"),
+        ({}, {OPTIONS: "{", POOL: "p"}, "LOGO_OPTIONS: expected a JSON object"),
+        ({"logo": {"adapter_changes": "yes"}}, {POOL: "p"}, "adapter_changes"),
+        ({"logo": {"signals": ["nosuch"]}}, {POOL: "p"}, "unknown signal 'nosuch'"),
+        ({"logo": {"probe_context": "pool", "signal": "norm"}}, {POOL: "p"}, "unknown option"),
+    ],
+)
+def test_options_that_cannot_be_used(additional: Any, environment: dict[str, str], expected: str) -> None:
+    with pytest.raises(UsageError) as error:
+        VllmOptions.of(additional, environment)
+    assert expected in str(error.value)
+
+
+def test_vllm_is_not_imported_by_what_everybody_imports() -> None:
+    source = Path(__file__).parent.parent / "src" / "logo"
+    files = [path for path in source.rglob("*.py") if "vllm" not in path.parts]
+    lines = [line for path in files for line in path.read_text().splitlines()]
+    assert not any(line.startswith(("import vllm", "from vllm")) for line in lines)
