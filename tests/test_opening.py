@@ -23,6 +23,7 @@ from logo.cli.run import run
 from logo.decoding import call_config
 from logo.demo import heldout
 from logo.mixing.merge import mergeable
+from logo.vllm.offline import _folder_of
 from test_engine import PROMPTS, engine, tokenizer
 from tolerances import same_selection
 

@@ -204,7 +204,7 @@ def test_a_mixture_is_read_as_it_was_written(mixture: dict[str, tuple[float, Act
     written = {key: (torch.tensor(weight).item(), where) for key, weight, where in made.parts}
     assert written == {key: found for key, found in mixture.items() if found[0]}  # every float32 survives
     assert Mix.of((key, weight, where) for key, (weight, where) in reversed(mixture.items())).path == made.path
-    key, (weight, where) = next(iter(mixture.items()))  # adapters with equal content are one
+    key, (_, where) = next(iter(mixture.items()))  # adapters with equal content are one
     twice = Mix.of([(key, 1.0, where), (key, 2.0, where)])
     assert twice.parts == ((key, 3.0, where),)
     probe = Probe(key, "pool", "norm", ("a", "b"), True)

@@ -19,7 +19,7 @@ def test_an_answer_that_overflows_is_an_error(serve: Callable[..., Server], tmp_
     shutil.copytree(ASSETS / "adapters" / "antonym", tmp_path / "pool" / "antonym")
     write_adapter(tmp_path / "pool" / "overflows", model, ("q_proj", "v_proj"), rank=2, seed=3, scale=1e20)
     flags = ("--max-loras", "2", "--max-lora-rank", "8", "--max-model-len", "128")
-    server = serve(*flags, "--worker-extension-cls", "logo.vllm.worker.Extension", env=environment(tmp_path / "pool"))
+    server = serve(*flags, env=environment(tmp_path / "pool"))
     asked = {"model": "logo", "prompt": "the opposite of hot is", "max_tokens": 50, "temperature": 0}
     assert server.ask("/v1/completions", {**asked, "model": "antonym"})[0] == 200
     for mixture in ({"overflows": 1.0}, {"antonym": 0.5, "overflows": 0.5}):

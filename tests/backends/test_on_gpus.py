@@ -28,7 +28,7 @@ def test_scores_and_tokens_are_the_librarys(
     rows: list[str],
 ) -> None:
     environment, compilation = KINDS[kind]
-    flags = SLOTS | {"max_num_batched_tokens": 48, "max_num_seqs": 8, "max_model_len": 128}
+    flags = SLOTS | {"max_num_batched_tokens": 48, "max_num_seqs": 8}
     if compilation:
         flags |= {"enforce_eager": False, "compilation_config": {"mode": 3, **compilation}}
     count = 24

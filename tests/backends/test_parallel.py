@@ -21,9 +21,7 @@ def test_two_ranks_give_the_same_answers(serve: Callable[..., Server]) -> None:
     files = sorted((ASSETS / "heldout").glob("*.jsonl"))
     rows = [json.loads(line)["context"] for file in files for line in file.read_text().splitlines()[:2]]
     env = environment(k=4) | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    server = serve(
-        *USUAL, "--tensor-parallel-size", "2", "--worker-extension-cls", "logo.vllm.worker.Extension", env=env
-    )
+    server = serve(*USUAL, "--tensor-parallel-size", "2", env=env)
 
     def ask(row: str) -> tuple[list[str], str]:
         status, answer = server.ask(

@@ -37,7 +37,7 @@ def server(serve: Callable[..., Server], tmp_path_factory: Any) -> Server:
     template.write_text(TEMPLATE)
     return serve(
         *("--max-loras", "18", "--max-lora-rank", "8", "--max-model-len", "256"),  # two more than the pool has
-        *("--worker-extension-cls", "logo.vllm.worker.Extension", "--chat-template", str(template)),
+        *("--chat-template", str(template)),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-prompt-tokens-details"),
         env=environment(k=4) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
     )

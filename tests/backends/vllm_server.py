@@ -54,6 +54,7 @@ def command(*flags: str, model: Path = ASSETS / "model") -> list[str]:
     """The API server of vLLM's wheel for CPUs, which has no `vllm` command."""
     module = "vllm.entrypoints.openai.api_server"
     usual = ["--served-model-name", "base", "--enable-lora", "--dtype", "float32", "--enforce-eager"]
+    usual += ["--worker-extension-cls", "logo.vllm.worker.Extension"]
     return [sys.executable, "-m", module, "--model", str(model), *usual, *flags]
 
 

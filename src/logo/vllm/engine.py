@@ -23,6 +23,7 @@ from logo.selection.selector import Evidence, Selector
 from logo.selection.signals import Signal
 from logo.selection.texts import windowed
 from logo.vllm import plugin
+from logo.vllm.launch import EXTENSION
 from logo.vllm.patches import options_of
 from logo.vllm.pool import check_rank, pool_of, scoring_signals
 from logo.vllm.requests import Mix, Probe, lora_request
@@ -110,9 +111,7 @@ class Engine:
         if plugin.refused is not None:
             raise ModelError(plugin.refused)
         if not getattr(vllm_config.parallel_config, "worker_extension_cls", ""):
-            raise UsageError(
-                "LoGo needs its part of vLLM's workers: pass --worker-extension-cls logo.vllm.worker.Extension"
-            )
+            raise UsageError("LoGo needs its part of vLLM's workers: pass --worker-extension-cls " + EXTENSION)
         if getattr(vllm_config.parallel_config, "_api_process_count", 1) > 1:
             raise UsageError("LoGo fills vLLM's slots from one process: leave out --api-server-count")
         model, self._lora = vllm_config.model_config, vllm_config.lora_config

@@ -313,8 +313,8 @@ class VllmLoGo(LoGo):
                 "token's alone; use the engine 'local'"
             )
         once: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
-        # The last gold token is only predicted, never read. Of the others, vLLM gives the log probability of each and of
-        # one of the most likely ones in its place.
+        # The last gold token is only predicted, never read. Of the others, vLLM gives the log probability of each and
+        # of one of the most likely ones in its place.
         asked = [
             SamplingParams(**once, prompt_logprobs=1 if len(gold) > 1 else None, logprob_token_ids=[gold[-1]])
             for _, gold in pairs

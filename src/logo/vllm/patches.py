@@ -4,8 +4,8 @@
 function is replaced only if its parameters are those that ours was written for; whether they still mean the same is
 what the self-test at start finds out (`logo.vllm.selftest`).
 
-    LRUCacheWorkerLoRAManager.create_lora_manager   opens the pool when a worker's model is wrapped, and puts our wrapper
-        into its layers. Relied on: it runs before the model runs for the first time; the manager has `modules`,
+    LRUCacheWorkerLoRAManager.create_lora_manager   opens the pool when a worker's model is wrapped, and puts our
+        wrapper into its layers. Relied on: it runs before the model runs for the first time; the manager has `modules`,
         `packed_modules`, `punica_wrapper_mapping` and `lora_index_to_id` then.
     WorkerWrapperBase.execute_model                 notes the requests of a step. Relied on: it is called before every
         step with the scheduler's output, which says of each request its prompt, its `LoRARequest`, how many tokens were
@@ -164,7 +164,7 @@ def _block_hash(
 
 
 def _begins(request: Any, path: str) -> tuple[int | None, ...] | None:
-    """Where the adapters of a request begin to act, which is found once; None if all act everywhere, or are not ours."""
+    """Where the adapters of a request begin to act, found once; None if all act everywhere, or if it is not ours."""
     found: tuple[int | None, ...] | None
     if not hasattr(request, "logo_begins"):
         asked, found = parse(path), None

@@ -1,4 +1,4 @@
-"""The pool in vLLM's processes: opened and changed alike in all of them, fitted to the base model without its weights."""
+"""The pool in vLLM's processes: opened and changed alike in all, and fitted to the base model without its weights."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     {"mix": [["d1f0a3…", 0.25, null], ["77b2c9…", 0.75, 4]]}       key of an adapter's content, weight, where it acts
     {"probe": ["5f…", "a3…", "calibrated", null, false]}           see `Probe`
 
-vLLM keys cached keys and values by this path. It holds digests of adapters instead of their names, so an adapter that is
-replaced under its name never meets keys and values of the old one. What a probe has read is the base model's, and is
+vLLM keys cached keys and values by this path. It holds digests of adapters instead of their names, so an adapter that
+is replaced under its name never meets keys and values of the old one. What a probe has read is the base model's, and is
 shared with whoever asks it. Clients cannot write such paths: they choose models by name.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from logo.adapters.activation import EVERYWHERE, Activation
 
-# The name of every `LoRARequest` of ours: vLLM's metrics have a label for each name, so mixtures must not have their own.
+# The name of every `LoRARequest` of ours: vLLM's metrics have a label for each name, which mixtures must not have.
 NAME = "logo"
 
 

@@ -108,11 +108,9 @@ class _Online:
         return list(await asyncio.gather(*(self._one(*row) for row in rows)))
 
     async def _one(self, ids: Sequence[int], parameters: Any, lora: Any) -> Any:
-        last, number = None, f"logo-{uuid.uuid4().hex}"
-        prompt = {"prompt_token_ids": list(ids)}
-        async for last in self._client.generate(prompt, parameters, number, lora_request=lora):
-            pass
-        return last
+        prompt, number = {"prompt_token_ids": list(ids)}, f"logo-{uuid.uuid4().hex}"
+        outputs = [one async for one in self._client.generate(prompt, parameters, number, lora_request=lora)]
+        return outputs[-1]
 
 
 class _Mixing:

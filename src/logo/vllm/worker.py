@@ -1,4 +1,4 @@
-"""LoGo in one worker of vLLM: which rows of a step are probed, which mixtures the others have, and the adapters in slots.
+"""LoGo in one worker of vLLM: which rows of a step are probed, which mixtures others have, and the adapters in slots.
 
 vLLM calls it before every step (`logo.vllm.patches`). The process that talks to the engine calls it between steps, by
 `collective_rpc` and the methods of `Extension`. It decides nothing: that process says which adapter goes into which
