@@ -60,20 +60,20 @@ def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None
     assert "--enable-lora" in command
     assert (value(command, "--max-loras"), value(command, "--max-lora-rank")) == ("16", "8")
     at = command.index("--lora-target-modules")
-    assert command[at + 1 : at + 4] == ["q_proj", "v_proj", "--dtype"]
+    assert command[at + 1 : at + 3] == ["q_proj", "v_proj"]
     assert value(command, "--dtype") == "float32"  # on a CPU
     assert value(command, "--max-num-seqs") == "64"
     assert value(command, "--kv-cache-memory-bytes") == "2000000000"
     assert value(command, "--block-size") == "32"
     assert value(command, "--allowed-origins") == "[]"
     assert value(command, "--chat-template").startswith("{{ bos_token }}{% for")  # the demo's tokenizer has none
-    around = [command[i + 1] for i, word in enumerate(command) if word == "--middleware"]
-    assert around == ["logo.backends.vllm.Router", "logo.serving.front.Front"]  # the last one is outermost
+    assert value(command, "--worker-extension-cls") == "logo.vllm.worker.Extension"
+    assert variables["VLLM_PLUGINS"] == "logo"
     assert variables["LOGO_POOL"] == str(adapters_dir())
     assert variables["VLLM_NO_USAGE_STATS"] == "1"
-    assert json.loads(variables["LOGO_OPTIONS"]) == {"signals": [], "k": 3}
-    assert json.loads(variables["LOGO_FRONT"]) == {"host": "127.0.0.1", "allow_hosts": [], "open_metrics": False}
-    assert "16 adapters in slots of rank 8" in said
+    hosts = ["localhost", "127.0.0.1", "[::1]"]
+    assert json.loads(variables["LOGO_OPTIONS"]) == {"signals": [], "k": 3, "hosts": hosts}
+    assert "16 adapters, 16 slots of rank 8" in said
 
 
 def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -89,6 +89,7 @@ def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str],
         pool=str(adapters_dir()),
         signals=("entropy", "norm"),
         on_bad_adapter="skip",
+        hosts=("localhost", "127.0.0.1", "[::1]"),
         settings=SelectionSettings(signal="norm", k=5, weighting="linear", unscorable="skip"),
     )
     variables, _, _ = dry(capsys, "--calibration-prompts", str(prompts), "--cache", "")
@@ -102,7 +103,7 @@ def test_what_both_servers_understand(capsys: pytest.CaptureFixture[str]) -> Non
         capsys,
         *("--host", "0.0.0.0", "--port", "8080", "--served-model-name", "base", "--dtype", "bfloat16"),
         *("--max-concurrent", "7", "--kv-cache-gb", "0.5", "--max-model-len", "256", "--cors", "https://ok.test"),
-        *("--max-body-mb", "3", "--allow-host", "logo.test", "--open-metrics"),
+        *("--allow-host", "logo.test"),
         *("--", "--seed", "3", "--max-num-seqs", "9"),
     )
     assert (value(command, "--host"), value(command, "--port")) == ("0.0.0.0", "8080")
@@ -110,9 +111,7 @@ def test_what_both_servers_understand(capsys: pytest.CaptureFixture[str]) -> Non
     assert (value(command, "--max-model-len"), value(command, "--kv-cache-memory-bytes")) == ("256", "500000000")
     assert value(command, "--allowed-origins") == '["https://ok.test"]'
     assert command[-4:] == ["--seed", "3", "--max-num-seqs", "9"]  # behind ours, so that it counts
-    assert json.loads(variables["LOGO_OPTIONS"])["max_body_mb"] == 3
-    front = json.loads(variables["LOGO_FRONT"])
-    assert front == {"host": "0.0.0.0", "allow_hosts": ["logo.test"], "open_metrics": True}
+    assert json.loads(variables["LOGO_OPTIONS"])["hosts"] == ["logo.test"]
     assert "Listening on 0.0.0.0 without an API key" in said
 
 
@@ -154,6 +153,7 @@ def test_a_key_is_never_on_the_command_line(
         (["--request-timeout", "3"], "proxy"),
         (["--allow-adapter-changes", "pool"], "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
         (["--log-json"], "VLLM_LOGGING_CONFIG_PATH"),
+        (["--max-body-mb", "3"], "proxy"),
         (["--port", "0"], "give a port"),
         (["--", "--api-server-count", "2"], "vllm serve"),
         (["--", "--api_key=secret-1"], "give it before `--`"),
@@ -199,7 +199,7 @@ def test_the_rust_frontend_is_refused(
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
     dry(capsys)
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", said)
-    assert "VLLM_USE_RUST_FRONTEND is set: vLLM's Rust frontend does not run the middleware that LoGo needs" in refused(
+    assert "VLLM_USE_RUST_FRONTEND is set: vLLM's Rust frontend does not load the routes that LoGo needs" in refused(
         capsys
     )
     monkeypatch.delenv("VLLM_USE_RUST_FRONTEND")

@@ -274,7 +274,7 @@ class VllmLoGo(LoGo):
         tokens: list[list[int]] = [[] for _ in batch.rows]
         left, mixes = list(range(len(tokens))), [self.engine.mix(self.engine.served, one) for one in batch.selections]
         while left:  # a row whose text only looked like an end goes on
-            asked = [parameters(decoding, self.tokenizer, len(tokens[i]), seeds[i]) for i in left]
+            asked = [parameters(decoding, len(tokens[i]), seeds[i]) for i in left]
             rows = [[*batch.rows[i], *tokens[i]] for i in left]
             for i, output in zip(left, self._run(rows, asked, [mixes[i] for i in left]), strict=True):
                 [made] = output.outputs

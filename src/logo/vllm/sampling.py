@@ -11,7 +11,7 @@ from logo.endings import end_tokens
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig
 
 # Options that are translated into vLLM's, or handled by LoGo.
 _KNOWN = frozenset(
@@ -64,11 +64,10 @@ def check_config(config: GenerationConfig) -> None:
             )
 
 
-def parameters(decoding: Decoding, tokenizer: PreTrainedTokenizerBase, begun: int, seed: int | None) -> Any:
+def parameters(decoding: Decoding, begun: int, seed: int | None) -> Any:
     """vLLM's `SamplingParams` for a decoding.
 
     Args:
-        tokenizer: the model's.
         begun: how many tokens of the answer there are already, behind the prompt.
         seed: for the draws of one answer.
     """
