@@ -48,7 +48,7 @@ _FIRST = 2**20
 _REMEMBERED = 4096
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Request:
     """A running request of ours.
 
@@ -57,12 +57,14 @@ class _Request:
         asked: what its path says.
         prompt: its token ids.
         begins: of a mixture, the position from which each adapter acts; None: nowhere.
+        settled: of a mixture, the gate (1, slots) of all tokens from now on; None: it depends on the token.
     """
 
     number: int
     asked: Mix | Probe
     prompt: Sequence[int]
     begins: tuple[int | None, ...] = ()
+    settled: Tensor | None = None
 
 
 class _TextsNeeded(Exception):
@@ -222,27 +224,30 @@ class Worker:
                 of one request follow each other.
         """
         tokens, sampled, spans = [], [], list[Span]()
-        ids, at, counts = np.unique(np.asarray(mapping.index_mapping), return_index=True, return_counts=True)
-        drawn = dict(zip(*map(np.ndarray.tolist, _first(mapping.prompt_mapping)), strict=True))
-        place = {number: slot for slot, number in enumerate(self._adapters.lora_index_to_id) if number is not None}
-        for number, row, count in zip(ids.tolist(), at.tolist(), counts.tolist(), strict=True):
-            if number not in self._step:
+        ids, drawn = np.asarray(mapping.index_mapping), np.asarray(mapping.prompt_mapping)
+        place = {number: slot for slot, number in enumerate(self._adapters.lora_index_to_id)}
+        for number, (found, start) in self._step.items():
+            rows, last = np.flatnonzero(ids == number), np.flatnonzero(drawn == number)
+            if not len(rows):  # vLLM warms up
                 continue
-            found, start = self._step[number]
+            row, count = int(rows[0]), len(rows)
             if isinstance(found.asked, Probe):
-                read = min(count, len(found.prompt) - start)
-                if read > 0:
+                if (read := min(count, len(found.prompt) - start)) > 0:
                     spans.append(Span(found.asked, found.prompt, row, start, read))
                 continue
-            positions = torch.arange(start, start + count)
-            gate = torch.zeros(count, self._gates.tokens.shape[1])
-            for (key, weight, _), begin in zip(found.asked.parts, found.begins, strict=True):
-                if begin is not None:
-                    gate[:, place[self._slots[key]]] += weight * (positions >= begin)
+            gate = found.settled
+            if gate is None:
+                positions = torch.arange(start, start + count)
+                gate = torch.zeros(count, self._gates.tokens.shape[1])
+                for (key, weight, _), begin in zip(found.asked.parts, found.begins, strict=True):
+                    if begin is not None:
+                        gate[:, place[self._slots[key]]] += weight * (positions >= begin)
+                if all(begin is None or begin <= start for begin in found.begins):
+                    found.settled = gate[:1]  # its adapters stay in their slots while it runs
+            gate = gate.expand(count, -1)
             tokens.append(Rows(row, gate))
-            if number in drawn:  # a request has more than one such row only if tokens were guessed
-                many = int((np.asarray(mapping.prompt_mapping) == number).sum())
-                sampled.append(Rows(drawn[number], gate[-1:].expand(many, -1)))
+            if len(last):  # more than one only where tokens were guessed
+                sampled.append(Rows(int(last[0]), gate[-1:].expand(len(last), -1)))
         self._gates.write(tokens, sampled)
         try:
             self.taps.begin(spans)
@@ -390,12 +395,6 @@ class Worker:
 
         tokenizer = AutoTokenizer.from_pretrained(self._tokenizer, trust_remote_code=False)
         return Prompts(tokenizer, min(context_length(self._skeleton) or self._max_tokens, self._max_tokens))
-
-
-def _first(ids: Sequence[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The different ids, and the first place of each."""
-    found, at = np.unique(np.asarray(ids), return_index=True)
-    return found, at
 
 
 def _told(method: Callable[..., Any]) -> Callable[..., Any]:
