@@ -216,11 +216,11 @@ def test_sampling_follows_the_seed_of_pytorch(inside: Any, rows: list[str]) -> N
     assert sampled(1, rows[:4]) != sampled(2, rows[:4])
 
 
-def test_answers_come_whole(inside: Any) -> None:
-    with pytest.raises(UsageError, match="the engine 'vllm' has no streams"):
-        list(inside.stream("x", max_new_tokens=2))
-    with pytest.raises(UsageError, match="the engine 'vllm' has no streams"):
-        inside.generate("x", max_new_tokens=2, streamer=TextStreamer(inside.tokenizer))
+def test_a_stream_has_one_piece(inside: Any, rows: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    whole = inside.generate(rows[0], max_new_tokens=10)
+    assert list(inside.stream(rows[0], max_new_tokens=10)) == [whole.text]
+    inside.generate(rows[0], max_new_tokens=10, streamer=TextStreamer(inside.tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out.strip() == whole.text.strip()
 
 
 def test_weights_that_would_overflow_are_refused(inside: Any, rows: list[str]) -> None:

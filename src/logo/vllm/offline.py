@@ -3,7 +3,7 @@
     prompts -> token ids -> probes in vLLM's workers -> scores -> Selection -> LLM.generate -> Generation
 
 Scores and mixtures are computed by the same workers as in the server (`logo.vllm.worker`), and vLLM schedules the rows
-of a call. Answers come whole: streams are for the server.
+of a call. Answers come whole: a stream has one piece.
 """
 
 from __future__ import annotations
@@ -262,11 +262,10 @@ class VllmLoGo(LoGo):
         return [range(len(rows))]
 
     def _pieces(self, batch: Batch) -> Generator[str]:
-        raise UsageError("the engine 'vllm' has no streams: call generate, or use `logo serve --engine vllm`")
+        [answer] = self._decode(batch, None)
+        yield answer.text
 
     def _decode(self, batch: Batch, streamer: BaseStreamer | None) -> list[Generation]:
-        if streamer is not None:
-            self._pieces(batch)
         started, decoding = time.perf_counter(), batch.decoding
         rules, ends = decoding.rules(self.tokenizer), end_tokens(decoding.config)
         # Each answer has a seed of its own, which is drawn from PyTorch's generator, as in the local engine.
@@ -283,6 +282,11 @@ class VllmLoGo(LoGo):
                     raise overflow(batch.selections[i].mixture)
                 tokens[i] += made.token_ids
             left = [i for i in left if not _done(tokens[i], decoding, ends, rules)]
+        if streamer is not None:
+            streamer.put(torch.tensor([batch.rows[0]]))
+            for token in tokens[0]:
+                streamer.put(torch.tensor([token]))
+            streamer.end()
         seconds = (time.perf_counter() - started) / len(tokens)
         continued: Any = [(one, "gated" if mix.parts else "none") for one, mix in zip(tokens, mixes, strict=True)]
         return decoding.generations(self.tokenizer, continued, batch.selections, seconds)
