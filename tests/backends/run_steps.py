@@ -36,7 +36,8 @@ class Steps:
         pretend.functions()
         settings = dict(job["logo"])
         base, pool = job["model"], settings.pop("pool")
-        made: Any = LoGo.from_pretrained(base, pool, engine="vllm", dtype="float32", model_kwargs=flags, **settings)
+        settings |= {"dtype": flags.pop("dtype", "float32"), "engine": "vllm"}
+        made: Any = LoGo.from_pretrained(base, pool, model_kwargs=flags, **settings)
         self.logo, self._cached = made, list[int]()
         run = made.engine.run
 

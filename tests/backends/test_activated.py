@@ -183,7 +183,7 @@ def test_the_server_answers_what_the_local_engine_does(
     server = serve(
         *("--model", base),
         *("--max-loras", "16", "--max-lora-rank", "8", "--max-model-len", "512", "--block-size", str(BLOCK)),
-        *("--enable-prompt-tokens-details"),
+        "--enable-prompt-tokens-details",
         env=environment(tmp_path / "pool", **chosen),
     )
     invoked = [prompt for prompt in prompts if local.pool[local.names[0]].activation.begin(prompt) is not None]

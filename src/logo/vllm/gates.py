@@ -71,14 +71,19 @@ class StepGates:
         slots: the number of adapter slots.
         device: where the model runs.
         dtype: of the adapters.
+        eager: whether layers run in Python in every step, on a CPU.
 
     Attributes:
-        tokens: (tokens, slots), the gate of every token.
-        sampled: (requests, slots), of every token whose logits are computed.
-        groups: on a CPU, what has open gates in `tokens`; `sampled_groups`: in `sampled`.
+        eager: the same.
+        tokens: (tokens, slots), the gate of every token, unless eager.
+        sampled: (requests, slots), of every token whose logits are computed, unless eager.
+        groups: what has open gates in `tokens`, if eager; `sampled_groups`: in `sampled`.
     """
 
-    def __init__(self, tokens: int, requests: int, slots: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, tokens: int, requests: int, slots: int, device: torch.device, dtype: torch.dtype, *, eager: bool
+    ) -> None:
+        self.eager = eager
         self.tokens = torch.zeros(tokens, slots, device=device, dtype=dtype)
         self.sampled = torch.zeros(requests, slots, device=device, dtype=dtype)
         self.groups: tuple[Group, ...] = ()
@@ -87,12 +92,11 @@ class StepGates:
 
     def write(self, tokens: Sequence[Rows], sampled: Sequence[Rows]) -> None:
         """Sets the gates of a step; rows that are not given have none."""
-        on_cpu = self.tokens.device.type == "cpu"
         both = (self.tokens, tokens), (self.sampled, sampled)
-        self.groups, self.sampled_groups = [_grouped(some, buffer.dtype) if on_cpu else () for buffer, some in both]
+        self.groups, self.sampled_groups = [_grouped(some, buffer.dtype) if self.eager else () for buffer, some in both]
         for i, (buffer, some) in enumerate(both):
             end = max((one.row + len(one.gate) for one in some), default=0)
-            if on_cpu or not (end or self._written[i]):
+            if self.eager or not (end or self._written[i]):
                 continue
             whole = torch.zeros(max(end, self._written[i]), buffer.shape[1])  # also what a longer step has left
             for one in some:

@@ -106,7 +106,7 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
             used: the slices that some adapter acts on; None: all.
         """
         factors = [(a[:, 0], b[:, 0].transpose(1, 2)) for a, b in zip(lora_a_stacked, lora_b_stacked, strict=True)]
-        if not self._eager():
+        if not self.gates.eager:
             # All columns are changed at once: if one part of a tensor is changed in place and another part leaves the
             # compiled graph, inductor loses the tensor's shape.
             gate = self.gates.tokens[: x.shape[0]]
@@ -124,14 +124,10 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         """Adds the product of the output head to `y`, for the tokens whose logits are computed."""
         a, b = lora_a_stacked[:, 0], lora_b_stacked[:, 0].transpose(1, 2)
         part = y[:, : b.shape[2]]
-        if self._eager():
+        if self.gates.eager:
             _add(self.gates.sampled_groups, part, x, a, b)
         else:
             part.add_(gated(x, a, b, self.gates.sampled[: x.shape[0]]).to(y.dtype))
-
-    def _eager(self) -> bool:
-        """Whether Python may branch on the current step; compiled or captured code is traced once for all steps."""
-        return self.gates.tokens.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, **kwargs: Any) -> None:
         """Does nothing, since pools with adapters of embeddings are refused when they are opened."""

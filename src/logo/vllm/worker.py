@@ -57,7 +57,7 @@ class _Request:
         asked: what its path says.
         prompt: its token ids.
         begins: of a mixture, the position from which each adapter acts; None: nowhere.
-        settled: of a mixture, the gate (1, slots) of all tokens from now on; None: it depends on the token.
+        settled: of a mixture, the gate (1, slots) of tokens on which all adapters act that ever do; None: not known.
     """
 
     number: int
@@ -101,14 +101,17 @@ class Worker:
         self._known: OrderedDict[str, Adapter] = OrderedDict((adapter.key, adapter) for adapter in pool)
         self._scorers: dict[tuple[str, str], Scorer] = {}  # by digest of the pool, and signal
         tokens, requests = manager.max_num_batched_tokens, manager.max_num_seqs
-        self._gates = StepGates(tokens + 7, max(tokens, requests), lora.max_loras, manager.device, self._dtype)
+        # Compiled layers keep the slices and the taps that they were compiled with; a changed pool may need others.
+        self._compiled = is_compiled(vllm_config)
+        sizes = (tokens + 7, max(tokens, requests), lora.max_loras)
+        self._gates = StepGates(
+            *sizes, manager.device, self._dtype, eager=manager.device.type == "cpu" and not self._compiled
+        )
         self.taps = Taps(self._place_of, manager.device)
         self._numbers = itertools.count(_FIRST)
         self._requests: dict[str, _Request] = {}  # by vLLM's id of the request
         self._step: dict[int, tuple[_Request, int]] = {}  # by number: the position of its first token in this step
         self._slots: dict[str, int] = {}  # key of an adapter -> id in vLLM's manager
-        # Compiled layers keep the slices and the taps that they were compiled with; a changed pool may need others.
-        self._compiled = is_compiled(vllm_config)
         self._places = self._read_at(pool)
         split(vllm_config, sorted(map(str, self._places)))
         self._max_tokens, self._tokenizer = model_config.max_model_len - 1, model_config.tokenizer
@@ -235,14 +238,14 @@ class Worker:
                 if (read := min(count, len(found.prompt) - start)) > 0:
                     spans.append(Span(found.asked, found.prompt, row, start, read))
                 continue
-            gate = found.settled
-            if gate is None:
+            gate, settled = found.settled, max((begin or 0 for begin in found.begins), default=0)
+            if gate is None or start < settled:  # one that was put back begins anew
                 positions = torch.arange(start, start + count)
                 gate = torch.zeros(count, self._gates.tokens.shape[1])
                 for (key, weight, _), begin in zip(found.asked.parts, found.begins, strict=True):
                     if begin is not None:
                         gate[:, place[self._slots[key]]] += weight * (positions >= begin)
-                if all(begin is None or begin <= start for begin in found.begins):
+                if start >= settled:
                     found.settled = gate[:1]  # its adapters stay in their slots while it runs
             gate = gate.expand(count, -1)
             tokens.append(Rows(row, gate))
