@@ -76,7 +76,7 @@ def test_the_page_shows_what_vllm_answers(server: Server, logo: LoGo, tmp_path: 
         for model in ("logo", "demo", "upper_case"):
             text, mixture = completion(served, model)
             assert ask(window, PROMPT, model=model) == text
-            assert [row[0] for row in window.run(BARS)] == mixture["adapters"]
+            assert [row[0] for row in window.run(BARS)] == ([] if model == "demo" else mixture["adapters"])
         window.run("document.getElementById('chat').checked = true")
         ask(window, PROMPT, model="logo")
         assert [row[0] for row in window.run(BARS)] == list(logo.select(PROMPT).adapters)

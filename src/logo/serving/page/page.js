@@ -79,7 +79,7 @@ async function ask() {
     ...(isChat ? { messages: [{ role: "user", content: text }] } : { prompt: text }),
     max_tokens: Number(at("longest").value), temperature: 0, stream: true, stream_options: { include_usage: true },
   };
-  at("answer").textContent = at("trouble").textContent = "";
+  for (const id of ["answer", "trouble", "confidence", "mixture"]) at(id).replaceChildren();
   at("answer").setAttribute("aria-busy", "true"); // a screen reader speaks when it is complete
   at("status").textContent = "Selecting …";
   at("stop").disabled = false;
@@ -89,7 +89,7 @@ async function ask() {
     let tokens = 0;
     for await (const { logo, choices, usage } of events(answer)) {
       if (own !== running) return;
-      if (logo) showMixture(logo);
+      if (logo ?? body.model === base) showMixture(logo || { adapters: [], weights: [] }); // vLLM says nothing of its base
       if (usage) tokens = usage.completion_tokens;
       const piece = choices[0]?.text ?? choices[0]?.delta?.content ?? "";
       if (piece) write(piece);
