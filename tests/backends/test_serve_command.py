@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from vllm_server import ASSETS, KEY, Server, environment, free_port, started
 from browser import browser, needs_browser
 from logo import LoGo
 from logo.adapters.pool import open_pool
+from logo.cli.run import run
 from logo.models import load_base
 from page_tools import BARS, PROMPT, TEXT, ask, completion, enter
 from serving import Served
@@ -84,6 +87,20 @@ def test_the_page_shows_what_vllm_answers(server: Server, logo: LoGo, tmp_path: 
         ask(window, "word " * 600)
         assert "512" in window.run(TEXT, "trouble")
         assert not [message for message in window.messages() if "Content Security Policy" in message]
+
+
+def test_verify_measures_log_probabilities(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def verified(*options: str) -> tuple[int, dict[str, Any]]:
+        code = run(["verify", server.url, "--base-model", "demo", "--api-key", KEY, "--json", "--limit", "1", *options])
+        return code, json.loads(capsys.readouterr().out)
+
+    code, found = verified()
+    assert code == 0 and found["ok"] and found["measure"] == "nats per token"
+    assert all(row["error"] < 1e-3 and row["effect"] > 0.1 for row in found["rows"][1:])
+    changed = shutil.copytree(ASSETS / "adapters", tmp_path / "changed")
+    shutil.copy(ASSETS / "adapters" / "plural" / "adapter_model.safetensors", changed / "antonym")
+    code, found = verified("--adapters", str(changed))
+    assert code == 1 and [row["adapter"] for row in found["rows"] if row["verdict"] != "ok"] == ["antonym"]
 
 
 def test_signals_and_exit_codes_are_vllms(server: Server) -> None:

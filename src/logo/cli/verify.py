@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +26,13 @@ from logo.selection.texts import REQUESTS
 if TYPE_CHECKING:
     from logo.engine import LoGo
 
-PROMPTS, TOKENS = 4, 8  # per adapter; per answer at most
+TOKENS = 8  # of an answer at most
 # An adapter's answers may be so many times as far from the library's as those of the base model are, or as far as the
 # least at any rate. A base model whose answers are farther than the largest is another one.
 TIMES, LEAST, LARGEST = 3.0, 0.01, 0.3
 WEIGHTS = 1e-3  # how far the weights of a selection may be apart
-# The tokens of an answer, their mean log-probability (0 if it is not told), and the mixture that gave it.
-Answer = tuple[tuple[int, ...], float, dict[str, float]]
+Mixture = dict[str, float]
+Answer = tuple[tuple[int, ...], float, Mixture]  # tokens, their mean log-probability (0 if it is not told), who gave it
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,15 @@ class Server:
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON with which a request is answered; LoGoError if there is no such answer."""
-        import urllib.error
-        import urllib.request  # slow to import, and every command imports this file
+        from urllib.request import HTTPError, ProxyHandler, Request, build_opener  # slow: not for every command
 
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         data = None if body is None else jsons.dumps(body).encode()
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        direct = build_opener(ProxyHandler({}))
         try:
-            with direct.open(urllib.request.Request(self.url + path, data, headers), timeout=600.0) as answer:
+            with direct.open(Request(self.url + path, data, headers), timeout=600.0) as answer:
                 return jsons.load(answer)
-        except urllib.error.HTTPError as error:
+        except HTTPError as error:
             with error, suppress(ValueError, KeyError, TypeError):
                 said = error.read().decode(errors="replace")
                 said = str(jsons.loads(said)["error"]["message"])
@@ -96,10 +95,8 @@ class Check:
             found = one_line(str(reply), 300)
             raise LoGoError(f"server {self.server.url}: expected token_ids, found {found}") from None
 
-    def distances(
-        self, prompts: Sequence[str], mixtures: Sequence[dict[str, float]], answers: Sequence[Answer]
-    ) -> list[tuple[float, float]]:
-        """How far each answer is from the library's and from its base model's; see `measure` below."""
+    def distances(self, prompts: list[str], mixtures: list[Mixture], answers: list[Answer]) -> list[tuple[float, ...]]:
+        """How far each answer is from the library's and from its base model's; `measure` below has the unit."""
         twice, every = [*answers, *answers], [*mixtures, *({} for _ in mixtures)]
         if self.logprobs:
             ids = [prompt.ids for prompt in self.logo.prompts.read(prompts, TOKENS)] * 2
@@ -119,7 +116,8 @@ class Check:
         """
         cases: list[tuple[str | None, str]] = [(None, text) for text in prompts]
         # In turns, so that requests that are answered together are for different adapters.
-        cases += [(name, texts[i]) for i in range(PROMPTS) for name, texts in own.items() if i < len(texts)]
+        turns = zip_longest(*own.values())
+        cases += [(name, text) for turn in turns for name, text in zip(own, turn, strict=True) if text]
         asked, mixtures = [text for _, text in cases], [{} if name is None else {name: 1.0} for name, _ in cases]
         alone = [self.answer(text, {"model": name or self.base}) for name, text in cases]
         forced = ({"model": "logo", "logo": {"adapters": mixture}} for mixture in mixtures)
@@ -133,7 +131,8 @@ class Check:
             given, wanted = [answers[i][2] for answers in (alone, loaded) for i in at], mixtures[at[0]]
             by = next((mixture for mixture in given if mixture != wanted), wanted)
             found = {"other adapters": by != wanted, "other answers": error > allowed}
-            found |= {"other answers under load": under_load > allowed, "no effect seen": name and effect <= floor}
+            found["other answers under load"] = under_load > allowed
+            found["no effect seen"] = name is not None and effect <= floor
             verdict = next((text for text, is_so in found.items() if is_so), "ok")
             numbers = {"effect": effect, "error": error, "under_load": under_load, "allowed": allowed}
             yield {"adapter": name, **numbers, "answered_by": list(by), "verdict": verdict}
@@ -143,9 +142,9 @@ class Check:
         replies = self.workers.map(lambda text: self.server.ask("/v1/logo/select", {"prompt": text}), prompts)
         for prompt, reply, wanted in zip(prompts, replies, self.logo.select(prompts), strict=True):
             found = dict(zip(reply["adapters"], reply["weights"], strict=True))
-            same = tuple(found) == wanted.adapters
-            if not same or any(abs(found[name] - weight) > WEIGHTS for name, weight in wanted.mixture.items()):
-                yield f"{one_line(prompt)!r} selects {found} instead of {wanted.mixture}"
+            if [*found] != [*wanted.adapters] or any(abs(found[n] - w) > WEIGHTS for n, w in wanted.mixture.items()):
+                shown = [{name: round(weight, 4) for name, weight in one.items()} for one in (found, wanted.mixture)]
+                yield "{!r} selects {} instead of {}".format(one_line(prompt), *shown)
 
 
 def _apart(one: Sequence[int], other: Sequence[int]) -> float:
@@ -157,7 +156,7 @@ def _apart(one: Sequence[int], other: Sequence[int]) -> float:
 def verify(
     engine: EngineOptions,
     url: str = argument(..., help="The server's address, such as http://localhost:8000."),
-    limit: int | None = usual(None, "Check the first N adapters only.", "all", min=1),
+    limit: int = usual(4, "Prompts of each adapter: its examples, or else requests of many kinds.", min=1),
     concurrency: int = usual(32, "Requests at a time, of different adapters.", min=1, max=512),
     api_key: str | None = usual(None, "Key of the server; or set $LOGO_API_KEY.", False),
     json: Json = False,
@@ -174,12 +173,12 @@ def verify(
     server = Server(url.rstrip("/").removesuffix("/v1"), api_key or os.environ.get("LOGO_API_KEY"))
     known, found = server.ask("/v1/models"), server.ask("/v1/logo/adapters")
     served = {card["id"] for card in found["data"]} & {card["id"] for card in known["data"]}
-    base, common = found["base_model"], REQUESTS[:: len(REQUESTS) // PROMPTS][:PROMPTS]
+    base, common = found["base_model"], REQUESTS[:: max(1, len(REQUESTS) // limit)][:limit]
     with closing(open_engine(engine, or_demo(engine))) as logo, ThreadPoolExecutor(concurrency) as workers:
         wrong = [f"not on the server: {name}" for name in logo.names if name not in served]
         wrong += [f"not in the pool: {name}" for name in sorted(served.difference(logo.names))]
-        asked = [name for name in logo.names if name in served][:limit]
-        own = {name: logo.fitted[name].examples[:PROMPTS] or common for name in asked}
+        asked = [name for name in logo.names if name in served]
+        own = {name: logo.fitted[name].examples[:limit] or common for name in asked}
         prompts = list(dict.fromkeys(text for texts in own.values() for text in texts)) or list(common)
         check = Check(server, logo, base, workers, server.has_logprobs(base))
         note(f"asking {server.url}: {len(asked)} adapters, {concurrency} requests at a time")
