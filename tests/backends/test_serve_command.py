@@ -83,9 +83,9 @@ def test_the_page_shows_what_vllm_answers(server: Server, logo: LoGo, tmp_path: 
         window.run("document.getElementById('chat').checked = true")
         ask(window, PROMPT, model="logo")
         assert [row[0] for row in window.run(BARS)] == list(logo.select(PROMPT).adapters)
-        assert window.run(TEXT, "trouble") == ""
+        assert window.run(TEXT, "error") == ""
         ask(window, "word " * 600)
-        assert "512" in window.run(TEXT, "trouble")
+        assert "512" in window.run(TEXT, "error")
         assert not [message for message in window.messages() if "Content Security Policy" in message]
 
 

@@ -57,10 +57,10 @@ async function* events(answer) {
   }
 }
 
-/** Shows an error as one line; without a valid key, asks for one. */
-function fail(error) {
+/** Shows an error as one line in its place; without a valid key, asks for one. */
+function fail(error, place) {
   const refused = error.status === 401;
-  at("trouble").textContent = refused && !key ? "" : error.message;
+  at(refused ? "trouble" : place).textContent = refused && !key ? "" : error.message;
   at("key-form").hidden = !refused;
   at("inside").hidden = refused || !base;
   if (refused) at("key").focus();
@@ -79,7 +79,7 @@ async function ask() {
     ...(isChat ? { messages: [{ role: "user", content: text }] } : { prompt: text }),
     max_tokens: Number(at("longest").value), temperature: 0, stream: true, stream_options: { include_usage: true },
   };
-  for (const id of ["answer", "trouble", "confidence", "mixture"]) at(id).replaceChildren();
+  for (const id of ["answer", "error", "trouble", "confidence", "mixture"]) at(id).replaceChildren();
   at("answer").setAttribute("aria-busy", "true"); // a screen reader speaks when it is complete
   at("status").textContent = "Selecting …";
   at("stop").disabled = false;
@@ -98,7 +98,7 @@ async function ask() {
     end = `${number(tokens)} tokens in ${((performance.now() - began) / 1000).toFixed(2)} s${end}`;
   } catch (error) {
     end = own.signal.aborted ? "Stopped." : "";
-    if (!own.signal.aborted) fail(error);
+    if (!own.signal.aborted) fail(error, "error");
   } finally {
     own.abort(); // a stream that is left early ends on the server, too
     if (own === running) {
@@ -151,7 +151,7 @@ async function load() {
     at("key-form").hidden = true;
     at("inside").hidden = false;
   } catch (error) {
-    fail(error);
+    fail(error, "trouble");
   }
 }
 
