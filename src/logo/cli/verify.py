@@ -30,8 +30,10 @@ TOKENS = 8  # of an answer at most
 # An adapter's answers may be so many times as far from the library's as those of the base model are, or as far as the
 # least at any rate. A base model whose answers are farther than the largest is another one.
 TIMES, LEAST, LARGEST = 3.0, 0.01, 0.3
+VERDICTS = ("other adapters", "other answers", "other answers under load", "no effect seen")
 WEIGHTS = 1e-3  # how far the weights of a selection may be apart
 Mixture = dict[str, float]
+Gaps = list[tuple[float, ...]]
 Answer = tuple[tuple[int, ...], float, Mixture]  # tokens, their mean log-probability (0 if it is not told), who gave it
 
 
@@ -92,21 +94,22 @@ class Check:
             mean = fmean(choice["logprobs"]["token_logprobs"]) if self.logprobs else 0.0
             return tuple(choice["token_ids"]), mean, dict(zip(mixed["adapters"], mixed["weights"], strict=True))
         except (KeyError, TypeError, ValueError):
-            found = one_line(str(reply), 300)
-            raise LoGoError(f"server {self.server.url}: expected token_ids, found {found}") from None
+            raise LoGoError(f"server {self.server.url}: expected token_ids, found {one_line(str(reply))}") from None
 
-    def distances(self, prompts: list[str], mixtures: list[Mixture], answers: list[Answer]) -> list[tuple[float, ...]]:
-        """How far each answer is from the library's and from its base model's; `measure` below has the unit."""
-        twice, every = [*answers, *answers], [*mixtures, *({} for _ in mixtures)]
+    def distances(self, prompts: list[str], mixtures: list[Mixture], alone: list[Answer], loaded: list[Answer]) -> Gaps:
+        """How far each answer is from the library's, from its base model's, and under load from the library's."""
+        answers, count = [*alone, *alone, *loaded], len(prompts)
         if self.logprobs:
-            ids = [prompt.ids for prompt in self.logo.prompts.read(prompts, TOKENS)] * 2
-            pairs = [(prompt, tokens) for prompt, (tokens, _, _) in zip(ids, twice, strict=True)]
-            scored = self.logo.score_pairs(pairs, every)
-            gaps = [abs(mean + one.nll) for (_, mean, _), one in zip(twice, scored, strict=True)]
+            ids = [prompt.ids for prompt in self.logo.prompts.read(prompts, TOKENS)] * 3
+            pairs = [(prompt, tokens) for prompt, (tokens, _, _) in zip(ids, answers, strict=True)]
+            scored = self.logo.score_pairs(pairs, [*mixtures, *({} for _ in prompts), *mixtures])
+            gaps = [abs(mean + one.nll) for (_, mean, _), one in zip(answers, scored, strict=True)]
         else:
-            made = self.logo.generate([*prompts, *prompts], adapters=every, max_new_tokens=TOKENS)
-            gaps = [_apart(tokens, one.token_ids) for (tokens, _, _), one in zip(twice, made, strict=True)]
-        return [*zip(gaps[: len(answers)], gaps[len(answers) :], strict=True)]
+            own = [one.token_ids for one in self.logo.generate(prompts, adapters=mixtures, max_new_tokens=TOKENS)]
+            base = {text: ids for text, mixture, ids in zip(prompts, mixtures, own, strict=True) if not mixture}
+            wanted = [*own, *(base[text] for text in prompts), *own]
+            gaps = [_apart(tokens, ids) for (tokens, _, _), ids in zip(answers, wanted, strict=True)]
+        return [*zip(gaps[:count], gaps[count : 2 * count], gaps[2 * count :], strict=True)]
 
     def rows(self, own: Mapping[str, Sequence[str]], prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
         """What is found of the base model (None) on all prompts, and of adapters on their own.
@@ -122,18 +125,16 @@ class Check:
         alone = [self.answer(text, {"model": name or self.base}) for name, text in cases]
         forced = ({"model": "logo", "logo": {"adapters": mixture}} for mixture in mixtures)
         loaded = list(self.workers.map(self.answer, asked, forced))
-        one, many = (self.distances(asked, mixtures, answers) for answers in (alone, loaded))
-        floor = fmean(error for error, _ in one[: len(prompts)] + many[: len(prompts)])  # of the base model
+        gaps = self.distances(asked, mixtures, alone, loaded)
+        floor = fmean(error for one, _, many in gaps[: len(prompts)] for error in (one, many))  # of the base model
         for name in (None, *own):
             at = [i for i, case in enumerate(cases) if case[0] == name]
-            error, effect, under_load = (fmean(gaps) for gaps in zip(*((*one[i], many[i][0]) for i in at), strict=True))
+            error, effect, under_load = map(fmean, zip(*(gaps[i] for i in at), strict=True))
             allowed = max(LEAST, TIMES * floor) if name else LARGEST
             given, wanted = [answers[i][2] for answers in (alone, loaded) for i in at], mixtures[at[0]]
             by = next((mixture for mixture in given if mixture != wanted), wanted)
-            found = {"other adapters": by != wanted, "other answers": error > allowed}
-            found["other answers under load"] = under_load > allowed
-            found["no effect seen"] = name is not None and effect <= floor
-            verdict = next((text for text, is_so in found.items() if is_so), "ok")
+            found = (by != wanted, error > allowed, under_load > allowed, name is not None and effect <= floor)
+            verdict = next((text for text, is_so in zip(VERDICTS, found, strict=True) if is_so), "ok")
             numbers = {"effect": effect, "error": error, "under_load": under_load, "allowed": allowed}
             yield {"adapter": name, **numbers, "answered_by": list(by), "verdict": verdict}
 
@@ -177,11 +178,10 @@ def verify(
     with closing(open_engine(engine, or_demo(engine))) as logo, ThreadPoolExecutor(concurrency) as workers:
         wrong = [f"not on the server: {name}" for name in logo.names if name not in served]
         wrong += [f"not in the pool: {name}" for name in sorted(served.difference(logo.names))]
-        asked = [name for name in logo.names if name in served]
-        own = {name: logo.fitted[name].examples[:limit] or common for name in asked}
+        own = {name: logo.fitted[name].examples[:limit] or common for name in logo.names if name in served}
         prompts = list(dict.fromkeys(text for texts in own.values() for text in texts)) or list(common)
         check = Check(server, logo, base, workers, server.has_logprobs(base))
-        note(f"asking {server.url}: {len(asked)} adapters, {concurrency} requests at a time")
+        note(f"asking {server.url}: {len(own)} adapters, {concurrency} requests at a time")
         rows, different = list(check.rows(own, prompts)), list(check.selections(prompts))
     wrong += different
     ok = not wrong and {row["verdict"] for row in rows} <= {"ok", "no effect seen"}
