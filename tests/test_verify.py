@@ -62,11 +62,11 @@ def test_a_server_that_answers_as_the_library(
     code, found = verified(server, pool, capsys)
     assert code == 0 and found["ok"] and found["wrong"] == [] and found["selections"] == 16
     base, *rows = found["rows"]
-    assert base["adapter"] is None and base["answered_by"] == [] and base["error"] == base["under_load"] == 0
+    assert base["adapter"] is None and base["answered_by"] == [] and base["error"] < 1e-4
     assert [row["adapter"] for row in rows] == list(NAMES)
     for row in rows:
         assert row["answered_by"] == [row["adapter"]] and row["verdict"] == "ok"
-        assert row["error"] == row["under_load"] == 0 < row["effect"]
+        assert max(row["error"], row["under_load"]) < 1e-4 < 0.1 < row["effect"]
     monkeypatch.setenv("LOGO_API_KEY", KEY)
     assert run(["verify", f"{server.url}/v1/", "--base-model", "demo", "--adapters", str(pool), "--limit", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()

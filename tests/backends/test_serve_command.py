@@ -95,7 +95,7 @@ def test_verify_measures_log_probabilities(server: Server, tmp_path: Path, capsy
         return code, json.loads(capsys.readouterr().out)
 
     code, found = verified()
-    assert code == 0 and found["ok"] and found["measure"] == "nats per token"
+    assert code == 0 and found["ok"] and found["measure"] == "nats per token, by log-probabilities"
     assert all(row["error"] < 1e-3 and row["effect"] > 0.1 for row in found["rows"][1:])
     changed = shutil.copytree(ASSETS / "adapters", tmp_path / "changed")
     shutil.copy(ASSETS / "adapters" / "plural" / "adapter_model.safetensors", changed / "antonym")

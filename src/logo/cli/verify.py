@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from itertools import takewhile, zip_longest
+from itertools import zip_longest
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 TOKENS = 8  # of an answer at most
 # An adapter's answers may be so many times as far from the library's as those of the base model are, or as far as the
 # least at any rate. A base model whose answers are farther than the largest is another one.
-TIMES, LEAST, LARGEST = 3.0, 0.01, 0.3
+TIMES, LEAST, LARGEST = 3.0, {True: 0.01, False: 0.1}, 0.3  # the least: with log-probabilities, and without
 VERDICTS = ("other adapters", "other answers", "other answers under load", "no effect seen")
+ROUNDING = 1e-4  # nats, which are nothing
 WEIGHTS = 1e-3  # how far the weights of a selection may be apart
 Mixture = dict[str, float]
 Gaps = list[tuple[float, ...]]
@@ -97,18 +98,21 @@ class Check:
             raise LoGoError(f"server {self.server.url}: expected token_ids, found {one_line(str(reply))}") from None
 
     def distances(self, prompts: list[str], mixtures: list[Mixture], alone: list[Answer], loaded: list[Answer]) -> Gaps:
-        """How far each answer is from the library's, from its base model's, and under load from the library's."""
+        """How far each answer is from the library's, from its base model's, and under load from the library's: by its
+        log-probability where the server tells it, else by how much likelier the library finds an answer of its own."""
         answers, count = [*alone, *alone, *loaded], len(prompts)
+        every = [*mixtures, *({} for _ in prompts), *mixtures]
+        ids = [prompt.ids for prompt in self.logo.prompts.read(prompts, TOKENS)] * 3
+        scored = self.logo.score_pairs([(one, tokens) for one, (tokens, _, _) in zip(ids, answers, strict=True)], every)
         if self.logprobs:
-            ids = [prompt.ids for prompt in self.logo.prompts.read(prompts, TOKENS)] * 3
-            pairs = [(prompt, tokens) for prompt, (tokens, _, _) in zip(ids, answers, strict=True)]
-            scored = self.logo.score_pairs(pairs, [*mixtures, *({} for _ in prompts), *mixtures])
             gaps = [abs(mean + one.nll) for (_, mean, _), one in zip(answers, scored, strict=True)]
         else:
             own = [one.token_ids for one in self.logo.generate(prompts, adapters=mixtures, max_new_tokens=TOKENS)]
-            base = {text: ids for text, mixture, ids in zip(prompts, mixtures, own, strict=True) if not mixture}
-            wanted = [*own, *(base[text] for text in prompts), *own]
-            gaps = [_apart(tokens, ids) for (tokens, _, _), ids in zip(answers, wanted, strict=True)]
+            base = {text: tokens for text, mixture, tokens in zip(prompts, mixtures, own, strict=True) if not mixture}
+            best = self.logo.score_pairs(
+                [*zip(ids, [*own, *(base[text] for text in prompts), *own], strict=True)], every
+            )
+            gaps = [max(0.0, one.nll - other.nll) for one, other in zip(scored, best, strict=True)]
         return [*zip(gaps[:count], gaps[count : 2 * count], gaps[2 * count :], strict=True)]
 
     def rows(self, own: Mapping[str, Sequence[str]], prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -127,10 +131,11 @@ class Check:
         loaded = list(self.workers.map(self.answer, asked, forced))
         gaps = self.distances(asked, mixtures, alone, loaded)
         floor = fmean(error for one, _, many in gaps[: len(prompts)] for error in (one, many))  # of the base model
+        floor = max(floor, ROUNDING)
         for name in (None, *own):
             at = [i for i, case in enumerate(cases) if case[0] == name]
             error, effect, under_load = map(fmean, zip(*(gaps[i] for i in at), strict=True))
-            allowed = max(LEAST, TIMES * floor) if name else LARGEST
+            allowed = max(LEAST[self.logprobs], TIMES * floor) if name else LARGEST
             given, wanted = [answers[i][2] for answers in (alone, loaded) for i in at], mixtures[at[0]]
             by = next((mixture for mixture in given if mixture != wanted), wanted)
             found = (by != wanted, error > allowed, under_load > allowed, name is not None and effect <= floor)
@@ -146,11 +151,6 @@ class Check:
             if [*found] != [*wanted.adapters] or any(abs(found[n] - w) > WEIGHTS for n, w in wanted.mixture.items()):
                 shown = [{name: round(weight, 4) for name, weight in one.items()} for one in (found, wanted.mixture)]
                 yield "{!r} selects {} instead of {}".format(one_line(prompt), *shown)
-
-
-def _apart(one: Sequence[int], other: Sequence[int]) -> float:
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return 1 - len(list(same)) / max(len(one), len(other), 1)
 
 
 @expanded
@@ -185,7 +185,7 @@ def verify(
         rows, different = list(check.rows(own, prompts)), list(check.selections(prompts))
     wrong += different
     ok = not wrong and {row["verdict"] for row in rows} <= {"ok", "no effect seen"}
-    measure = "nats per token" if check.logprobs else "share of an answer that follows the first difference"
+    measure = "nats per token, " + ("by log-probabilities" if check.logprobs else "by the tokens alone")
     if json:
         print_json({"ok": ok, "measure": measure, "rows": rows, "selections": len(prompts), "wrong": wrong})
     else:
