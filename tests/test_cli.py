@@ -55,7 +55,7 @@ def test_help_is_light() -> None:
 
 
 COMMANDS = [
-    *("demo", "generate", "select", "serve", "train", "evaluate"),
+    *("demo", "generate", "select", "serve", "verify", "train", "evaluate"),
     *("eval run", "eval compare", "eval report", "eval study", "eval lm-eval", "data list", "data prepare"),
     *("pool inspect", "pool calibrate", "pool examples", "pool lock", "pool export", "pool push"),
 ]

@@ -1,47 +1,27 @@
-"""The page at `/` of a real server, in a real browser: asked, searched, read, at two widths and by keys alone."""
+"""The page at `/` of a real server, in a real browser."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 
 import logo.serving
 from browser import Browser, browser, needs_browser
+from http_server import eventually
 from logo.demo import adapters_dir
-from page_tools import BARS, PROMPT, ROWS, SET, USE, ask, completion, enter, errors, give_key
-from serving import Served, served
+from page_tools import BARS, PROMPT, SET, TEXT, ask, completion, enter, give_key
+from serving import Served, endless, served
 
-browses = needs_browser
 pytestmark = pytest.mark.slow
 
-PAGE = Path(logo.serving.__file__).parent / "page"
-# Every piece of text that can be seen, with its contrast to what lies behind it.
-CONTRASTS = """
-  const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
-  const light = (colour) => {
-    const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    const [r, g, b] = numbers(colour).map((v) => linear(v / 255));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const ground = (node) => {
-    const colour = getComputedStyle(node).backgroundColor;
-    return numbers(colour)[3] === 0 ? ground(node.parentElement) : colour;
-  };
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  const found = [];
-  for (let text = walker.nextNode(); text; text = walker.nextNode()) {
-    const node = text.parentElement;
-    if (!text.data.trim() || !node.checkVisibility({ visibilityProperty: true })) continue;
-    const [a, b] = [light(getComputedStyle(node).color), light(ground(node))].sort((x, y) => y - x);
-    found.push([text.data, (a + 0.05) / (b + 0.05)]);
-  }
-  return found;
-"""
+KEY = "right-key"
+EVIL = ("<img src=x onerror=document.title=1>", "a\"b'c&lt;", "\u202eTxeT\u202c")
 
 
 @pytest.fixture(scope="module")
@@ -56,177 +36,115 @@ def demo() -> Iterator[Served]:
         yield server
 
 
-def check_bars(rows: list[list[Any]], names: list[str], values: list[float]) -> None:
-    """The rows name these values in this order, and their bars are as long in proportion."""
-    assert [name for name, _, _ in rows] == names
-    widest = max(width for _, width, _ in rows)
-    assert widest > 50
-    for (_, width, text), value in zip(rows, values, strict=True):
-        assert abs(width / widest - max(value, 0) / max(values)) < 0.015  # no bar is narrower than it can be seen
-        assert text == "<0.001" if 0 <= value < 0.0005 else abs(float(text) - value) < 0.0006
+def test_it_is_small_and_writes_text_only_as_text() -> None:
+    files = {file.name: file.read_text("utf-8") for file in (Path(logo.serving.__file__).parent / "page").iterdir()}
+    assert sum(len(text.splitlines()) for text in files.values()) <= 400
+    for name, text in files.items():
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|style=|cssText", text), name
 
 
-def test_the_page_is_small_and_writes_text_only_as_text() -> None:
-    files = sorted(PAGE.iterdir())
-    assert sum(file.stat().st_size for file in files) < 60_000
-    for file in files:
-        text = file.read_text(encoding="utf-8")
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|style=|cssText", text), file
-        assert len(text.splitlines()) <= 400
-        loaded = re.findall(r"(?:src|import|stylesheet\" href)[^\n]*?[\"'](https?:[^\"']*)", text)
-        assert loaded == [], file  # everything comes from the server itself
-
-
-@browses
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_it_fits_is_readable_and_says_nothing_on_the_console(
-    window: Browser, demo: Served, width: int, dark: bool
-) -> None:
-    enter(window, demo, width, dark=dark)
-    window.run("document.querySelector('#examples button').click()")
-    window.wait("return !document.getElementById('scores').hidden && document.getElementById('stop').hidden")
-    window.run(USE, "plural")
-    assert window.messages() == []
-    assert window.run("return [document.documentElement.scrollWidth, document.body.scrollWidth]") == [width] * 2
-    outside = "node.getBoundingClientRect().right > innerWidth + 0.5 || node.getBoundingClientRect().left < -0.5"
-    seen = "[...document.querySelectorAll('main *, footer *')].filter(node => node.checkVisibility())"
-    assert window.run(f"return {seen}.filter(node => {outside}).map(node => node.outerHTML)") == []
-    ground, ink = window.run(
-        "const style = getComputedStyle(document.body); return [style.backgroundColor, style.color]"
-        ".map(colour => colour.match(/\\d+/g).map(Number).reduce((a, b) => a + b))"
-    )
-    assert (ground < ink) == dark and abs(ground - ink) > 400
-    contrasts = window.run(CONTRASTS)
-    assert len(contrasts) > 100
-    assert [(text, ratio) for text, ratio in contrasts if ratio < 4.5] == []
-    height = window.run("return document.querySelector('#send').getBoundingClientRect().height")
-    assert height >= 36  # a finger finds it
-    window.emulate(width - 30, dark=dark)
-    assert window.run("return document.documentElement.scrollWidth") == width - 30
-
-
-@browses
-def test_both_answers_are_the_apis_and_come_piece_by_piece(window: Browser, demo: Served) -> None:
+@needs_browser
+def test_the_answer_streams_in_and_its_adapters_are_the_apis(window: Browser, demo: Served) -> None:
     before = {adapter["id"]: adapter["selected"] for adapter in demo.get("/v1/logo/adapters")["data"]}
     enter(window, demo)
     window.run(
-        "window.pieces = 0; new MutationObserver(() => window.pieces++).observe("
-        "document.querySelector('#base .text'), { characterData: true, subtree: true })"
+        "window.pieces = window.shift = 0; new MutationObserver(() => window.pieces++).observe("
+        "document.getElementById('answer'), { childList: true });"
+        "new PerformanceObserver(list => list.getEntries().forEach(entry => { window.shift += entry.value; }))"
+        ".observe({ type: 'layout-shift' })"
     )
-    shown = ask(window, PROMPT)
-    base, _ = completion(demo, "demo")
-    text, mixture = completion(demo, "logo")
-    assert shown == (base, text) and base != text
-    assert window.run("return window.pieces") > 3
-    check_bars(window.run(BARS, "#logo .bars"), mixture["adapters"], mixture["weights"])
-    assert window.run(BARS, "#base .bars") == []
-    stages = window.run("return [...document.querySelectorAll('.stages dd')].map(node => node.textContent)")
-    spent = r"[\d.]+ m?s"
-    forms = [spent, f"{spent}|none", spent, r"[\d,]+/s", spent, r"\d+"]
-    assert all(re.fullmatch(form, stage) for form, stage in zip(forms * 2, stages, strict=True)), stages
-    assert stages[1] == "none" != stages[7]  # the base model selects nothing
-    said = window.run("return document.getElementById('said').textContent")
-    assert text in said and base in said
-
-    after = {adapter["id"]: adapter["selected"] for adapter in demo.get("/v1/logo/adapters")["data"]}
-    best = mixture["adapters"][0]
-    assert after[best] > before[best]
-    told = "[...document.querySelectorAll('.pool tbody tr')].find(row => row.dataset.adapter === arguments[0])"
-    window.wait(f"return Number({told}.querySelectorAll('.num')[4].textContent) > arguments[1]", best, before[best])
+    for model in ("logo", "upper_case", "demo"):
+        window.run("window.pieces = 0")
+        text, mixture = completion(demo, model)
+        assert ask(window, PROMPT, model=model, longest=64) == text
+        assert window.run("return window.pieces") > 2
+        rows = window.run(BARS)
+        assert [name for name, *_ in rows] == mixture["adapters"]
+        for (_, shown, width), weight in zip(rows, mixture["weights"], strict=True):
+            assert abs(shown - weight) < 0.0006
+            assert abs(width / rows[0][2] - weight / mixture["weights"][0]) < 0.02
+        if model == "logo":
+            assert window.run(TEXT, "confidence") == f"Confidence {mixture['confidence']:.2f}"
+            [best, *_] = mixture["adapters"]
+    assert window.run("return window.shift") < 0.01
+    assert window.messages() == []
+    row = "[...document.querySelectorAll('#pool tr')].find(row => row.querySelector('th').textContent === arguments[0])"
+    counted = f"return Number({row}.querySelectorAll('td')[1].textContent) === arguments[1]"
+    window.wait(counted, best, before[best] + 2)  # by the API, and by the page
 
 
-@browses
-def test_keys_alone_are_enough(window: Browser, demo: Served) -> None:
-    enter(window, demo)
-    window.press("Tab")
-    assert window.run("return document.activeElement.textContent") == "Skip to the prompt"
-    window.press("Enter")
-    window.wait("return document.activeElement.id === 'prompt'")
+@needs_browser
+def test_stop_ends_the_answer_here_and_on_the_server(window: Browser, tmp_path: Path) -> None:
+    pool = ("--adapters", str(adapters_dir()), "--signal", "norm")
+    with served("--base-model", str(endless(tmp_path / "endless")), *pool) as server:
+        enter(window, server)
+        window.run(
+            "const stop = document.getElementById('stop'); "
+            "new MutationObserver((_, seen) => { seen.disconnect(); stop.focus(); stop.click(); }).observe("
+            "document.getElementById('answer'), { characterData: true, childList: true, subtree: true })"
+        )
+        text = ask(window, PROMPT, longest=450)
+        assert window.run(TEXT, "status") == "Stopped."
+        assert window.run("return document.activeElement.id") == "prompt"  # a disabled button would lose the focus
+        whole, _ = completion(server, "logo", max_tokens=450)
+        assert whole.startswith(text) and len(text) < len(whole)
+        eventually(lambda: "logo:num_requests_running 0.0" in server.text("/metrics"))
+        assert window.run(TEXT, "answer") == text and window.messages() == []
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
+def test_it_fits_has_names_for_all_controls_and_takes_keys(
+    window: Browser, demo: Served, width: int, dark: bool
+) -> None:
+    enter(window, demo, width, dark=dark)
+    assert window.run("return document.documentElement.scrollWidth <= innerWidth")
+    ground = window.run("return getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground))) < 300) == dark
+    nodes = window.devtools("Accessibility.getFullAXTree", {})["nodes"]
+    roles = ("textbox", "combobox", "spinbutton", "checkbox", "searchbox", "button", "region")
+    names = [n["name"]["value"] for n in nodes if not n["ignored"] and n["role"]["value"] in roles]
+    assert "Prompt" in names and "Use antonym alone" in names and all(names)
+    window.run(SET, "search", "per")
+    assert window.run(TEXT, "count") == "1 of 16 adapters"
+    window.run("document.querySelector('#pool button').click(); document.getElementById('prompt').focus()")
+    assert window.run("return document.getElementById('model').value") == "upper_case"
     for key in "hello":
         window.press(key)
-    window.press("Enter")  # a new line, not yet sent
-    typed = "return [document.getElementById('prompt').value, document.getElementById('answers').hidden]"
-    assert window.run(typed) == ["hello\n", True]
     window.press("Enter", control=True)
-    window.wait("return !document.getElementById('answers').hidden && document.getElementById('stop').hidden")
-    assert window.run("return document.activeElement.id") == "prompt"
-
-    # From here to the end of the page: every control once, in order, each with an outline.
-    # They are looked up each time, because the page renders its pool anew once the answer is counted.
-    controls = "[...document.querySelectorAll('a, button, input, select, textarea')]"
-    inside = f"{controls}.filter(node => node.checkVisibility())"
-    total = window.run(f"return {inside}.length")
-    where = f"return {inside}.indexOf(document.activeElement)"
-    outlined = "const s = getComputedStyle(document.activeElement); return s.outlineStyle + ' ' + s.outlineWidth"
-    for place in range(window.run(where) + 1, total):
-        window.press("Tab")
-        assert window.run(where) == place
-        assert window.run(outlined) == "solid 2px"
-    window.press("Tab", shift=True)
-    assert window.run(where) == total - 2
+    window.wait("return document.getElementById('status').textContent.includes('tokens in')")
+    assert window.run(BARS)[0][0] == "upper_case"
+    with pytest.raises(HTTPError) as caught:
+        completion(demo, "upper_case", "hello", max_tokens=100_000)
+    with caught.value as answer:
+        said = json.load(answer)["error"]["message"]
+    ask(window, "hello", longest=100_000)
+    assert window.run(TEXT, "error") == said and "\n" not in said
+    ask(window, "hello", longest=8)
+    assert window.run(TEXT, "error") == ""
 
 
-# -- a server with a key, and adapters with hostile names --
-
-KEY = "right-key"
-EVIL = ("<img src=x onerror=document.title=1>", "a\"b'c&lt;", "\u202eTxeT\u202c")
-
-
-@pytest.fixture(scope="module")
-def strange(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    pool = tmp_path_factory.mktemp("pool")
+@needs_browser
+def test_a_key_is_asked_for_and_hostile_names_stay_text(window: Browser, tmp_path: Path) -> None:
     for name in (*EVIL, "antonym"):
-        shutil.copytree(adapters_dir() / "antonym", pool / name)
-    with served("--base-model", "demo", "--adapters", str(pool), "--signal", "norm", key=KEY) as server:
-        yield server
-
-
-@browses
-def test_a_wrong_key_is_refused_and_a_right_one_kept_in_this_tab(window: Browser, strange: Served) -> None:
-    window.emulate(390)
-    window.visit(f"{strange.url}/")
-    window.run("sessionStorage.clear()")  # of what an earlier test left in this tab
-    window.visit(f"{strange.url}/")
-    hidden = "return ['key', 'ask', 'pool'].map(id => document.getElementById(id).hidden)"
-    assert window.run(hidden) == [False, True, True]
-    assert window.run("return document.activeElement.id") == "key-text"
-    give_key(window, "wrong-key")
-    window.wait("return document.getElementById('key-trouble').textContent !== ''")
-    assert errors(window) == ["This key was refused. Please check it."]
-    give_key(window, "ключ")  # what no header can hold
-    window.wait("return document.getElementById('key-trouble').textContent.includes('plain letters')")
-    give_key(window, KEY)
-    window.wait("return document.activeElement.id === 'prompt'")
-    assert window.run(hidden) == [True, False, False]
-    assert window.run("return [localStorage.length, document.cookie, location.search + location.hash]") == [0, "", ""]
-    window.visit(f"{strange.url}/")
-    assert window.run(hidden) == [True, False, False]
-    assert window.run("return document.getElementById('spec').hidden")  # a link cannot bring the key along
-    window.run("document.getElementById('forget').click()")
-    window.wait("return document.activeElement?.id === 'key-text'")
-    assert window.run("return sessionStorage.length") == 0
-    messages = window.messages()
-    assert messages and all("401" in message for message in messages)  # the browser's own lines, and no others
-
-
-@browses
-def test_hostile_text_stays_text(window: Browser, strange: Served) -> None:
-    enter(window, strange, 390)
-    title = window.run("return document.title")
-    prompt = f"{EVIL[0]}<script>document.title='x'</script>"
-    ask(window, prompt, max_tokens=8, k=4)
-    assert errors(window) == []
-    assert window.run("return document.getElementById('asked').textContent") == prompt
-    assert set(EVIL) <= {name for name, _, _ in window.run(BARS, "#logo .bars")}
-    assert set(EVIL) <= {name for name, _, _ in window.run(BARS, "#scores table")}
-    window.run(SET, "search", "tXEt")
-    assert window.run(ROWS) == [EVIL[2]]
-    window.run(SET, "search", EVIL[0])
-    assert window.run(ROWS) == [EVIL[0]]
-    window.run(USE, EVIL[0])
-    ask(window, prompt)
-    assert window.run("return document.getElementById('logo-title').textContent") == EVIL[0]
-    assert window.run("return [document.title, document.querySelectorAll('img, main script').length]") == [title, 0]
-    assert window.run("return document.documentElement.scrollWidth") == 390
-    assert window.messages() == []
+        shutil.copytree(adapters_dir() / "antonym", tmp_path / name)
+    with served("--base-model", "demo", "--adapters", str(tmp_path), "--signal", "norm", key=KEY) as server:
+        window.visit(f"{server.url}/")
+        shown = "return ['key-form', 'inside'].map(id => document.getElementById(id).checkVisibility())"
+        assert window.run(shown) == [True, False] and window.run(TEXT, "trouble") == ""
+        assert window.run("return document.activeElement.id") == "key"
+        give_key(window, "wrong-key")
+        window.wait("return document.getElementById('trouble').textContent.includes('API key')")
+        assert window.run(shown) == [True, False]
+        enter(window, server)
+        assert window.run(shown) == [False, True]
+        assert window.run("return [localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+        prompt = f"{EVIL[0]}<script>document.title='x'</script>"
+        assert ask(window, prompt, longest=8) == completion(server, "logo", prompt, max_tokens=8)[0]
+        assert set(EVIL) <= {name for name, *_ in window.run(BARS)}
+        assert set(EVIL) < set(window.run("return [...document.querySelectorAll('#pool th')].map(n => n.textContent)"))
+        ask(window, prompt, model=EVIL[0])
+        assert [name for name, *_ in window.run(BARS)] == [EVIL[0]]
+        assert window.run("return document.title") == "demo · LoGo"
+        assert window.run("return document.querySelectorAll('img, main script').length") == 0
+        assert window.messages() == []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import sys
 import urllib.error
@@ -16,6 +18,7 @@ from vllm_server import ASSETS, KEY, Server, environment, free_port, started
 
 from logo import LoGo
 from logo.adapters.pool import open_pool
+from logo.cli.run import run
 from logo.models import load_base
 
 PROMPT = "What is the opposite of hot?"
@@ -67,6 +70,20 @@ def test_a_pool_changes_only_where_vllm_allows_it(server: Server) -> None:
         "/v1/load_lora_adapter", {"lora_name": "new", "lora_path": str(ASSETS / "adapters" / "antonym")}
     )
     assert status == 404
+
+
+def test_verify_measures_log_probabilities(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def verified(*options: str) -> tuple[int, dict[str, Any]]:
+        code = run(["verify", server.url, "--base-model", "demo", "--api-key", KEY, "--json", "--limit", "1", *options])
+        return code, json.loads(capsys.readouterr().out)
+
+    code, found = verified()
+    assert code == 0 and found["ok"] and found["measure"] == "nats per token, by log-probabilities"
+    assert all(row["error"] < 1e-3 and row["effect"] > 0.1 for row in found["rows"][1:])
+    changed = shutil.copytree(ASSETS / "adapters", tmp_path / "changed")
+    shutil.copy(ASSETS / "adapters" / "plural" / "adapter_model.safetensors", changed / "antonym")
+    code, found = verified("--adapters", str(changed))
+    assert code == 1 and [row["adapter"] for row in found["rows"] if row["verdict"] != "ok"] == ["antonym"]
 
 
 def test_signals_and_exit_codes_are_vllms(server: Server) -> None:

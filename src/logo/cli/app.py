@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from logo import __version__, plugins
-from logo.cli import datasets, demo, evaluate, evaluations, generate, pool, select, serve, train
+from logo.cli import datasets, demo, evaluate, evaluations, generate, pool, select, serve, train, verify
 from logo.cli.commands import Commands
 from logo.cli.expanded import expanded
 from logo.cli.options import EVALUATING
@@ -74,6 +74,7 @@ app.command("demo", rich_help_panel=ANSWER)(demo.demo)
 app.command("generate", rich_help_panel=ANSWER)(generate.generate)
 app.command("select", rich_help_panel=ANSWER)(select.select)
 app.command("serve", rich_help_panel=ANSWER)(serve.serve)
+app.command("verify", rich_help_panel=ANSWER)(verify.verify)
 app.command("train", rich_help_panel=ADAPTERS)(train.train)
 app.add_typer(pool.app, name="pool", rich_help_panel=ADAPTERS)
 app.add_typer(evaluations.app, name="eval", rich_help_panel=MEASURE)

@@ -1,237 +1,214 @@
-// The page: what is asked, of whom, and where the answers go.
+// The server's page: asks one model, shows its answer as it streams and the adapters that gave it, and lists the pool.
+// Whatever comes from the server is written with textContent or as a text node, never as HTML: names are untrusted.
 
-import { Answer } from "./answer.js";
-import { hasKey, json, setKey, Trouble } from "./api.js";
-import { at, button, plural } from "./dom.js";
-import { examples } from "./examples.js";
-import { Pool } from "./pool.js";
-import { scoresFailed, showScores } from "./scores.js";
+const AUTO = "logo"; // the model for which the prompt selects the adapters
+const ROWS = 200; // of the pool that are shown at once
+const COLUMNS = [["id", "Adapter"], ["rank", "Rank"], ["selected", "Selected"]];
 
-const RETRY_MS = 3000;
+const at = (id) => document.getElementById(id);
+const number = new Intl.NumberFormat("en").format;
+const compare = new Intl.Collator("en", { numeric: true }).compare;
 
-const answers = {
-  base: new Answer(at("base"), "Base model", redraw),
-  logo: new Answer(at("logo"), "LoGo", redraw),
-};
-const pool = new Pool(force);
-const server = { auto: "logo", base: "", k: 0, signal: "" };
-let forced = null;
-let running = null;
-let retry = 0;
+let key = ""; // of the API, in memory only
+let base = "";
+let adapters = []; // of /v1/logo/adapters
+let order = { by: "id", down: false };
+let running = null; // the AbortController of the answer that is streaming
 
-// -- loading ---------------------------------------------------------------------------------------------------------
-
-async function load() {
-  clearTimeout(retry);
-  try {
-    const [models, adapters] = await Promise.all([json("v1/models"), json("v1/logo/adapters")]);
-    server.auto = models.data.find(({ logo }) => logo?.role === "auto").id;
-    server.base = adapters.base_model;
-    describe(models.data, adapters);
-    show(["ask", "pool"], ["key", "trouble"]);
-  } catch (error) {
-    if (!(error instanceof Trouble)) throw error;
-    if (error.status === 401) return askKey();
-    trouble(error);
-  } finally {
-    document.documentElement.dataset.ready = "yes";
-  }
+function make(name, { className = "", text = "", ...attributes } = {}, ...children) {
+  const node = document.createElement(name);
+  node.className = className;
+  node.textContent = text;
+  for (const [attribute, value] of Object.entries(attributes)) node.setAttribute(attribute, value);
+  node.append(...children);
+  return node;
 }
 
-function describe(models, { base_model: name, default_k: k, signal, data }) {
-  Object.assign(server, { k, signal });
-  document.title = `${name} · LoGo`;
-  at("name").textContent = name;
-  at("k").placeholder = String(k);
-  const room = models[0]?.max_model_len;
-  if (room) at("max-tokens").max = String(room);
-  at("forget").hidden = !hasKey();
-  at("spec").hidden = hasKey(); // a link cannot bring the key along
-  fill(data);
-  const shown = examples(data.map((adapter) => adapter.id));
-  at("examples").replaceChildren(...shown.map((text) => button(text, () => {
-    at("prompt").value = text;
-    at("ask-form").requestSubmit();
-  })));
-  json("version").then(({ version }) => { at("version").textContent = `· version ${version} ·`; }).catch(() => {});
-}
+// -- the server ------------------------------------------------------------------------------------------------------
 
-function fill(adapters) {
-  pool.update(adapters);
-  const picks = Math.min(server.k, adapters.length);
-  const those = picks === 1 ? "the one that fits best" : `those that fit best, ${picks} at most, and is answered with their mixture`;
-  at("about").textContent = `${plural(adapters.length, "adapter")} in the pool. Every prompt picks ${those}.`;
-}
-
-function show(seen, unseen = []) {
-  for (const id of seen) at(id).hidden = false;
-  for (const id of unseen) at(id).hidden = true;
-}
-
-function trouble(error) {
-  const box = at("trouble");
-  box.hidden = false;
-  if (box.firstChild?.textContent !== error.message) {
-    box.replaceChildren(document.createTextNode(error.message), " ", button("Try again", load));
-  }
-  if (error.isPassing) retry = setTimeout(load, RETRY_MS);
-}
-
-function askKey() {
-  show(["key"], ["trouble", "ask", "pool"]);
-  at("key-trouble").textContent = hasKey() ? "This key was refused. Please check it." : "";
-  at("forget").hidden = true;
-  at("key-text").focus();
-}
-
-at("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const text = at("key-text").value.trim();
-  if (!/^[\x21-\x7e]+$/.test(text)) {
-    at("key-trouble").textContent = "A key has no spaces and only plain letters, digits and signs.";
-    return;
-  }
-  setKey(text);
-  load().then(() => {
-    if (at("ask").hidden) return;
-    at("key-text").value = "";
-    at("prompt").focus();
+/** Sends a request, and throws what is wrong as one line; `status` is HTTP's. */
+async function send(path, { body, signal } = {}) {
+  const headers = { ...(key && { Authorization: `Bearer ${key}` }), ...(body && { "Content-Type": "application/json" }) };
+  const options = { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body), cache: "no-store" };
+  const answer = await fetch(path, options).catch((error) => {
+    throw signal?.aborted ? error : new Error("The server cannot be reached. Is it still running?");
   });
-});
+  if (answer.ok) return answer;
+  const said = await answer.json().catch(() => ({})); // something between us and the server may answer with no JSON
+  const line = said.error?.message ?? `The server answered ${answer.status} ${answer.statusText}`;
+  throw Object.assign(new Error(line), { status: answer.status });
+}
 
-at("forget").addEventListener("click", () => {
-  setKey("");
-  location.reload();
-});
+/** The objects of a stream of server-sent events, up to its [DONE]. */
+async function* events(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ;) {
+    const { value, done } = await reader.read();
+    if (done) throw new Error("The connection ended before the answer did.");
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines.filter((one) => one.startsWith("data:"))) {
+      const data = line.slice(5).trim();
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new Error(event.error.message);
+      yield event;
+    }
+  }
+}
+
+/** Shows an error as one line in its place; without a valid key, asks for one. */
+function fail(error, place) {
+  const refused = error.status === 401;
+  at(refused ? "trouble" : place).textContent = refused && !key ? "" : error.message;
+  at("key-form").hidden = !refused;
+  at("inside").hidden = refused || !base;
+  if (refused) at("key").focus();
+}
 
 // -- asking ----------------------------------------------------------------------------------------------------------
 
-function request(model) {
-  const text = at("prompt").value;
-  const isChat = at("mode").value === "chat";
-  const input = isChat ? { messages: [{ role: "user", content: text }] } : { prompt: text };
-  const options = at("k").value ? { logo: { k: Number(at("k").value) } } : {};
-  const select = { ...input, ...options };
-  const body = {
-    model,
-    ...input,
-    ...(model === server.auto ? options : {}),
-    max_tokens: Number(at("max-tokens").value),
-    temperature: Number(at("temperature").value),
-    stream: true,
-    return_token_ids: true,
-  };
-  return { path: isChat ? "v1/chat/completions" : "v1/completions", body, select };
-}
-
 async function ask() {
-  if (running) return;
-  running = new AbortController();
-  const { signal } = running;
-  const right = request(forced ?? server.auto);
-  const left = request(server.base);
-  answers.base.note.textContent = server.base;
-  answers.logo.title.textContent = forced ?? "LoGo";
-  answers.logo.note.textContent = forced === null ? "the adapters that fit" : "this adapter only";
-  at("asked").textContent = at("prompt").value;
-  at("said").textContent = "";
-  show(["answers"]);
-  at("scores").classList.add("stale");
-  busy(true);
-  bringIntoView(at("answers"));
-  let selecting = null;
-  const headed = () => { selecting = select(right.select, signal); };
+  running?.abort();
+  const own = running = new AbortController();
+  const began = performance.now();
+  const text = at("prompt").value;
+  const isChat = at("chat").checked;
+  const body = {
+    model: at("model").value,
+    ...(isChat ? { messages: [{ role: "user", content: text }] } : { prompt: text }),
+    max_tokens: Number(at("longest").value), temperature: 0, stream: true, stream_options: { include_usage: true },
+  };
+  for (const id of ["answer", "error", "trouble", "confidence", "mixture"]) at(id).replaceChildren();
+  at("answer").setAttribute("aria-busy", "true"); // a screen reader speaks when it is complete
+  at("status").textContent = "Selecting …";
+  at("stop").disabled = false;
+  let end = "";
   try {
-    const both = await Promise.all([
-      answers.base.ask(left.path, left.body, { signal }),
-      answers.logo.ask(right.path, right.body, { signal, headed }),
-    ]);
-    await selecting;
-    if (signal.aborted) at("said").textContent = "Stopped.";
-    else if (!both.includes(null)) {
-      at("said").textContent = `${forced ?? "LoGo"} answers: ${both[1]} The base model answers: ${both[0]}`;
+    const answer = await send(isChat ? "v1/chat/completions" : "v1/completions", { body, signal: own.signal });
+    let tokens = 0;
+    for await (const { logo, choices, usage } of events(answer)) {
+      if (own !== running) return;
+      if (logo ?? body.model === base) showMixture(logo || { adapters: [], weights: [] }); // vLLM says nothing of its base
+      if (usage) tokens = usage.completion_tokens;
+      const piece = choices[0]?.text ?? choices[0]?.delta?.content ?? "";
+      if (piece) write(piece);
+      if (choices[0]?.finish_reason === "length") end = "; cut at max tokens";
     }
+    end = `${number(tokens)} tokens in ${((performance.now() - began) / 1000).toFixed(2)} s${end}`;
   } catch (error) {
-    running.abort();
-    if (!(error instanceof Trouble)) throw error;
-    askKey(); // the only one that comes here: the key is no longer good
+    end = own.signal.aborted ? "Stopped." : "";
+    if (!own.signal.aborted) fail(error, "error");
   } finally {
-    if (selecting === null) show([], ["scores"]); // those of an earlier prompt
-    busy(false);
-    running = null;
-    refresh();
+    own.abort(); // a stream that is left early ends on the server, too
+    if (own === running) {
+      running = null;
+      at("status").textContent = end;
+      at("answer").setAttribute("aria-busy", "false");
+      if (document.activeElement === at("stop")) at("prompt").focus();
+      at("stop").disabled = true;
+      if (at("key-form").hidden) load(); // how often adapters were selected has changed
+    }
   }
 }
 
-async function select(body, signal) {
+function write(piece) {
+  const box = at("answer");
+  const isAtEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
+  at("status").textContent = "Answering …";
+  box.append(box.textContent ? piece : piece.trimStart());
+  if (isAtEnd) box.scrollTop = box.scrollHeight;
+}
+
+function showMixture({ adapters: names, weights, confidence }) {
+  const widest = Math.max(...weights.map(Math.abs)) || 1;
+  at("mixture").replaceChildren(...names.map((name, i) => {
+    const bar = make("span", { "aria-hidden": "true" });
+    bar.style.width = `${(Math.abs(weights[i]) / widest) * 100}%`;
+    return make("tr", {},
+      make("th", { scope: "row" }, make("bdi", { text: name }), bar),
+      make("td", { className: "number", text: weights[i].toFixed(3) }));
+  }));
+  const sure = typeof confidence === "number" ? `Confidence ${confidence.toFixed(2)}` : "";
+  at("confidence").textContent = names.length ? sure : "None: the base model alone.";
+}
+
+// -- the pool --------------------------------------------------------------------------------------------------------
+
+async function load() {
   try {
-    showScores(await json("v1/logo/select", { body, signal }), server.signal);
-    show(["scores"]);
+    const found = await (await send("v1/logo/adapters")).json();
+    ({ base_model: base, data: adapters } = found);
+    document.title = `${base} · LoGo`;
+    at("name").textContent = base;
+    at("about").textContent = `Every prompt picks from ${number(adapters.length)} adapters, ` +
+      `by the signal ${found.signal}, up to ${number(Math.min(found.default_k, adapters.length))} at a time.`;
+    const chosen = at("model").value || AUTO;
+    const names = [[AUTO, `${AUTO} (the prompt selects)`], [base, `${base} (no adapter)`], ...adapters.map(({ id }) => [id, id])];
+    at("model").replaceChildren(...names.map(([value, text]) => make("option", { value, text })));
+    at("model").value = names.some(([value]) => value === chosen) ? chosen : AUTO;
+    showPool();
+    at("key-form").hidden = true;
+    at("inside").hidden = false;
   } catch (error) {
-    if (signal.aborted) return show([], ["scores"]); // those of an earlier prompt
-    if (!(error instanceof Trouble)) throw error;
-    scoresFailed(error.message);
-    show(["scores"]);
-  } finally {
-    at("scores").classList.remove("stale");
+    fail(error, "trouble");
   }
 }
 
-async function refresh() {
-  try {
-    const { data } = await json("v1/logo/adapters");
-    fill(data);
-    if (forced !== null && !data.some((adapter) => adapter.id === forced)) force(null);
-  } catch {
-    // the next answer will say what is wrong
+function showPool() {
+  const wanted = at("search").value.trim().toLowerCase();
+  const found = adapters.filter(({ id }) => id.toLowerCase().includes(wanted));
+  const { by, down } = order;
+  found.sort((a, b) => (down ? -1 : 1) * (by === "id" ? compare(a.id, b.id) : a[by] - b[by]) || compare(a.id, b.id));
+  for (const head of at("heads").children) {
+    if (head.dataset.by === by) head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    else head.removeAttribute("aria-sort");
   }
+  const shown = found.slice(0, ROWS);
+  const more = found.length > ROWS ? `, the first ${ROWS} shown` : "";
+  at("count").textContent = `${number(found.length)} of ${number(adapters.length)} adapters${more}`;
+  const focused = at("pool").contains(document.activeElement) ? document.activeElement.value : null;
+  at("pool").replaceChildren(...shown.map(({ id, rank, selected }) => make("tr",
+    id === at("model").value ? { "aria-current": "true" } : {},
+    make("th", { scope: "row" }, make("bdi", { text: id })),
+    make("td", { className: "number", text: number(rank) }),
+    make("td", { className: "number", text: number(selected) }),
+    make("td", { className: "act" }, make("button", { type: "button", value: id, text: "Use", "aria-label": `Use ${id} alone` })))));
+  if (focused !== null) [...at("pool").querySelectorAll("button")].find(({ value }) => value === focused)?.focus();
 }
 
-function busy(isBusy) {
-  const [hidden, seen] = isBusy ? ["send", "stop"] : ["stop", "send"];
-  const wasFocused = document.activeElement === at(hidden);
-  at(seen).hidden = false;
-  if (wasFocused) at(seen).focus();
-  at(hidden).hidden = true;
-}
+at("heads").append(...COLUMNS.map(([by, text]) => {
+  const button = make("button", { type: "button", text });
+  button.addEventListener("click", () => {
+    order = { by, down: order.by === by ? !order.down : by !== "id" };
+    showPool();
+  });
+  return make("th", { scope: "col", className: by === "id" ? "" : "number", "data-by": by }, button);
+}), make("th", { scope: "col", className: "act" }, make("span", { className: "unseen", text: "Use" })));
 
-function bringIntoView(node) {
-  const { top } = node.getBoundingClientRect();
-  if (top > innerHeight * 0.7) node.scrollIntoView({ block: "start" });
-}
-
-function redraw() {
-  const both = Object.values(answers);
-  const whole = Math.max(...both.map((answer) => answer.length));
-  for (const answer of both) answer.drawStrip(whole);
-}
-
-function force(name) {
-  forced = name;
-  pool.setForced(name);
-  at("forced-name").textContent = name ?? "";
-  at("forced").hidden = name === null;
-  at("said").textContent = name === null ? "LoGo chooses again." : `Only ${name} will answer.`;
-  if (name !== null) at("prompt").focus();
-}
-
-at("ask-form").addEventListener("submit", (event) => {
+at("pool").addEventListener("click", ({ target }) => {
+  if (!(target instanceof HTMLButtonElement)) return;
+  at("model").value = target.value;
+  showPool();
+});
+at("model").addEventListener("change", showPool);
+at("search").addEventListener("input", showPool);
+at("stop").addEventListener("click", () => running?.abort());
+at("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   ask();
 });
-at("stop").addEventListener("click", () => running?.abort());
-at("unforce").addEventListener("click", () => {
-  force(null);
-  at("prompt").focus();
-});
-at("prompt").addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || event.isComposing) return;
+at("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  at("ask-form").requestSubmit();
+  key = at("key").value.trim();
+  at("key").value = "";
+  load().then(() => at("key-form").hidden && at("prompt").focus());
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort();
+  if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || event.target !== at("prompt")) return;
+  event.preventDefault();
+  at("ask").requestSubmit();
 });
 
-if (/Mac|iPhone|iPad/.test(navigator.platform)) at("modifier").textContent = "⌘";
-load();
+load().finally(() => { document.documentElement.dataset.ready = "yes"; });
