@@ -85,7 +85,6 @@ def test_a_quantised_base_model(engines: Engines, tmp_path: Path, rows: list[str
             values = torch.tensor(list(expected.scores.values()))
             error = float((torch.tensor(own) - values).abs().max() / values.abs().max())
             assert error <= TOLERANCE, signal
-    assert not any(made["failed"])
     answers = logo.generate(rows[:count], adapters=wanted, max_new_tokens=4, batch_size=8)
     same = [own == list(answer.token_ids) for own, answer in zip(made["tokens"], answers, strict=True)]
     base = logo.generate(rows[:count], adapters=[{}] * count, max_new_tokens=4, batch_size=8)

@@ -32,6 +32,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
 
+from logo.adapters.pool import AdapterPool
 from logo.api.errors import ApiError, bad_request, failed
 from logo.api.names import AUTO, Models
 from logo.api.replies import AdapterCard, AdapterList, Mixture, SelectionReply
@@ -184,6 +185,11 @@ class Logo:
         count, signal = len(engine.served.pool), engine.options.settings.signal
         log.info("LoGo: %d adapters, signal %s, ready in %.1f s", count, signal, time.perf_counter() - started)
         return cls(engine, state)
+
+    @property
+    def pool(self) -> AdapterPool:
+        """What prompts are selected from now."""
+        return self.engine.served.pool
 
     @property
     def names(self) -> Models:
@@ -356,7 +362,7 @@ def _texts(content: Any) -> Any:
 
 def _check_scored(logo: Logo, *asked: Any) -> None:
     """Raises ApiError where log probabilities of a prompt are asked for, and vLLM cannot compute them."""
-    head = head_adapter(logo.engine.served.pool)
+    head = head_adapter(logo.pool)
     if head is not None and any(one is not None for one in asked):
         raise bad_request(
             f"prompt_logprobs: adapter {head!r} acts on the output head, which vLLM applies to the last token of a "
@@ -397,7 +403,7 @@ async def _load(request: LoadAdapter, raw_request: Request) -> Response:
     """`POST /v1/load_lora_adapter`: adds an adapter to the pool, or replaces it there."""
     logo = _logo(raw_request)
     logo.names.check_new(request.lora_name, replace=request.load_inplace)
-    kind = "replace" if request.lora_name in logo.engine.served.pool else "add"
+    kind = "replace" if request.lora_name in logo.pool else "add"
     await _changed(logo.change(kind, request.lora_name, request.lora_path))
     return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
 
@@ -424,7 +430,7 @@ async def _models(raw_request: Request) -> Response:
     listed = (await raw_request.app.state.openai_serving_models.show_available_models()).model_dump()
     base = listed["data"][0]
     about = {**base, "owned_by": "logo", "root": logo.base}
-    roles = [(AUTO, "auto", None), *((name, "adapter", logo.base) for name in logo.engine.served.pool.names)]
+    roles = [(AUTO, "auto", None), *((name, "adapter", logo.base) for name in logo.pool.names)]
     cards = [{**about, "id": name, "parent": parent, "logo": {"role": role}} for name, role, parent in roles]
     own = [{**card, "logo": {"role": "base"}} for card in listed["data"]]
     return JSONResponse({**listed, "data": [*own, *cards]})
@@ -434,7 +440,7 @@ async def _adapters(raw_request: Request) -> Response:
     """`GET /v1/logo/adapters`"""
     logo = _logo(raw_request)
     engine, chosen = logo.engine, logo.counts.chosen
-    cards = [AdapterCard.of(Card.of(adapter), chosen[adapter.name]) for adapter in engine.served.pool]
+    cards = [AdapterCard.of(Card.of(adapter), chosen[adapter.name]) for adapter in logo.pool]
     signals = list(engine.served.opened)
     made = AdapterList(base_model=logo.base, default_k=engine.k, signal=signals[0], signals=signals, data=cards)
     return JSONResponse(made.model_dump())
