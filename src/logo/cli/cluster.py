@@ -93,12 +93,12 @@ def serve(
     front: Mapping[str, str],
 ) -> None:
     """Serves from replicas until a signal comes; `front`: further environment variables for vLLM's server."""
-    from logo.cluster.replicas import Plan, serve_replicas, vllm_engine
+    from logo.cluster.replicas import Plan, serve_replicas, vllm_app
 
-    open_ = functools.partial(vllm_engine, launch.command[3:])  # after `python -m MODULE`
+    open_ = functools.partial(vllm_app, launch.command[3:])  # after `python -m MODULE`
     variables = {**launch.environment({}), **front}
     found = expected(layout, engine, base_model)
-    serve_replicas(layout, lambda options: Plan(open_, variables, found, layout.count, options), address, note)
+    serve_replicas(layout, lambda options: Plan(open_, variables, found, layout.count, options), *address, note)
 
 
 def everywhere(options: EngineOptions) -> EngineOptions:

@@ -62,7 +62,8 @@ def evaluate(
     engine = as_evaluated(engine)
     if runner.engine == "vllm":
         # vLLM schedules rows itself, so it gets many at once, unless the user says how many.
-        run = replace(run, batch_size=run.batch_size if "batch_size" in given() else VLLM_BATCH)
+        several = max(1, VLLM_BATCH // (cluster.workers or 1))
+        run = replace(run, batch_size=run.batch_size if "batch_size" in given() else several)
     asked = Asked(engine, runner, run, _method(method, engine, run), base_model, command_line())
     layout = cluster.layout(engine)
     if layout is not None and asked.carries:
@@ -197,7 +198,6 @@ def _in_workers(layout: Layout, asked: Asked, stack: ExitStack) -> Evaluation:
         batch_size=run.batch_size,
         max_new_tokens=run.max_new_tokens,
         method=asked.method,
-        count=layout.count if asked.runner.engine == "vllm" else None,
     )
 
 

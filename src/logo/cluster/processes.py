@@ -14,17 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from logo import plugins
 from logo.errors import LoGoError, UsageError, need
+from logo.evaluation.differences import described, differences
 
 if TYPE_CHECKING:
     from logo.adapters.pool import AdapterPool
 
 AUTO, LOCAL = "auto", "local"
-
-# Bytes of Ray's object store on this machine, which holds rows and answers only.
-_STORE = 256_000_000
-
-# Seconds within which the node of a given address has to accept a connection; Ray itself tries for minutes.
-_CONNECT = 5.0
+_STORE = 256_000_000  # bytes of Ray's object store on this machine, which holds rows and answers only
+_CONNECT = 5.0  # seconds within which the node of an address has to accept a connection; Ray itself tries for minutes
 
 
 class ClusterError(LoGoError, RuntimeError):
@@ -56,37 +53,29 @@ class Layout:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the command has found, and every process has to find, too: the same files and libraries.
+    """What the command has found, and every process has to find, too.
 
     Attributes:
         pool: opens the pool, in any working directory.
-        digest: of that pool.
-        versions: of libraries on which results depend.
+        found: the pool's digest, and the versions of libraries on which results depend.
     """
 
     pool: Callable[[], AdapterPool]
-    digest: str
-    versions: dict[str, str]
+    found: dict[str, str]
 
     @classmethod
     def of(cls, pool: Callable[[], AdapterPool]) -> Expected:
         """What this process finds."""
         from logo.identity import library_versions
 
-        return cls(pool, pool().digest, library_versions())
+        return cls(pool, {"pool": pool().digest, **library_versions()})
 
     def check(self) -> None:
         """Raises ClusterError where this process finds something else."""
-        from logo.identity import library_versions
-
-        for name, version in library_versions().items():
-            if self.versions.get(name) != version:
-                raise ClusterError(f"a process has {name} {version}, and the command has {self.versions.get(name)}")
-        found = self.pool().digest
-        if found != self.digest:
+        if different := differences(self.found, self.of(self.pool).found):
             raise ClusterError(
-                f"a process finds other adapters or example prompts than the command (the pool's digest is {found}, "
-                f"not {self.digest}): put the same files in both places"
+                f"a process finds something else than the command: {described(different)}; put the same adapters, "
+                "example prompts and libraries in both places"
             )
 
 
@@ -101,15 +90,18 @@ def connected(layout: Layout) -> Iterator[dict[str, Any]]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports without the user's consent
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 s are too few on a busy machine
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")  # long; what follows is said
+    local = layout.address == LOCAL
+    if local:  # all of it listens on the loopback interface alone, as by default on other systems than Linux
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     need("work in several processes", "ray")
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    local = layout.address == LOCAL
     cpus = max(1, (os.cpu_count() or 1) // layout.count) if local else 1
     try:
-        if local:  # it listens on the loopback interface alone, and more processes than cores share them
-            here = {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": _STORE}
+        if local:  # more processes than cores share them
+            here = {"include_dashboard": False, "object_store_memory": _STORE}
             ray.init(address=LOCAL, num_cpus=cpus * layout.count, **here, **quiet)
         else:
             if layout.address != AUTO:
@@ -118,10 +110,9 @@ def connected(layout: Layout) -> Iterator[dict[str, Any]]:
             ray.init(address=layout.address, **quiet)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # RayError: a wrong token
         where = "no cluster was found" if layout.address == AUTO else f"{layout.address} does not answer"
-        said = " ".join(str(error).split())[:200]
         raise ClusterError(
-            f"Ray: {where} ({said}). Start one with `ray start --head`; if it asks for a token, set "
-            "RAY_AUTH_MODE=token here and copy its ~/.ray/auth_token"
+            f"Ray: {where} ({' '.join(str(error).split())[:200]}). Start one with `ray start --head`; if it asks for a "
+            "token, set RAY_AUTH_MODE=token here and copy its ~/.ray/auth_token"
         ) from None
     try:
         there = ray.cluster_resources().get("GPU", 0.0)

@@ -3,7 +3,6 @@
     missing rows -> blocks of one batch each -> any worker -> answered batches -> the journal of their dataset
 
 Blocks are cut where one process would cut its batches, so that a row is in the same batch and its result is bit-equal.
-Finished blocks are recorded at once, in any order.
 """
 
 from __future__ import annotations
@@ -69,26 +68,13 @@ class Answerer:
 
 
 class InWorkers(Evaluation):
-    """Datasets answered by workers.
-
-    Args:
-        workers: with an open `Answerer`.
-        seed, batch_size, max_new_tokens, method: as in `Evaluation`, and in the sessions of the workers.
-        count: of workers, where the engine makes batches of its own, so that a dataset is divided equally among them;
-            None: every worker gets one batch after the other, cut as one process would cut them.
-    """
+    """Datasets answered by workers with an open `Answerer`; the other arguments are those of `Evaluation`, and of the
+    sessions of the workers."""
 
     def __init__(
-        self,
-        workers: Workers[Answerer],
-        *,
-        seed: int,
-        batch_size: int,
-        max_new_tokens: int,
-        method: Method | None,
-        count: int | None = None,
+        self, workers: Workers[Answerer], *, seed: int, batch_size: int, max_new_tokens: int, method: Method | None
     ) -> None:
-        self._workers, self._count = workers, count
+        self._workers = workers
         self.seed, self.batch_size, self.max_new_tokens, self.method = seed, batch_size, max_new_tokens, method
 
     @property
@@ -109,22 +95,17 @@ class InWorkers(Evaluation):
     def results(
         self, plans: Sequence[Plan], on_progress: Report | None = None
     ) -> Iterator[tuple[Plan, dict[str, object]]]:
-        """As `Evaluation.results`; the next dataset begins while the last blocks of the one before are being answered.
-
-        Raises:
-            ClusterError: as `Workers.map`.
-        """
+        """As `Evaluation.results`, with the errors of `Workers.map`, too; the next dataset begins while the last blocks
+        of the one before are being answered."""
         report = on_progress or (lambda one, done: None)
-        held: dict[Underway, list[AnsweredBatch]] = {}  # of datasets of which no row has an answer yet
-        begun = set[Underway]()  # those of which something may be recorded
+        held: dict[Underway, list[AnsweredBatch]] = {}  # what may not be recorded yet
+        begun = set[Underway]()  # of which something was recorded
         with ExitStack() as stack:
-            for dataset, (batches, found_out) in self._workers.map(self._blocks(plans, stack), Answerer.answer):
-                dataset.found_out = found_out
-                if dataset not in begun and not dataset.answered.proven:
-                    batches = held.pop(dataset, []) + batches
-                    if not self._may_be_recorded(dataset, batches):
-                        held[dataset] = batches
-                        continue
+            for dataset, (found, dataset.found_out) in self._workers.map(self._blocks(plans, stack), Answerer.answer):
+                batches = held.pop(dataset, []) + found
+                if dataset not in begun and self._may_be_all(dataset, batches):
+                    held[dataset] = batches
+                    continue
                 begun.add(dataset)
                 for batch in batches:
                     dataset.answered.add(batch)
@@ -134,31 +115,26 @@ class InWorkers(Evaluation):
                     dataset.close()
                     yield dataset.plan, files
 
-    def _may_be_recorded(self, dataset: Underway, batches: Sequence[AnsweredBatch]) -> bool:
-        """Whether the first answers of a dataset are not refusals for one and the same reason, or all that there are. A
-        run that cannot work fails in every row, and ends before anything is recorded, as in a single process.
-
-        Raises:
-            LoGoError: they are as many refusals for one reason as a batch.
-        """
-        errors = [instance.error for batch in batches for instance in batch.instances]
-        if not errors or errors[0] is None or len(set(errors)) > 1:
-            return True
+    def _may_be_all(self, dataset: Underway, batches: Sequence[AnsweredBatch]) -> bool:
+        """Whether the first answers of a dataset are refusals for one reason, as all others may be. A run that cannot
+        work ends before anything is recorded, as in a single process: LoGoError when they are as many as a batch."""
         rows = len(dataset.plan.job.rows)
+        errors = [instance.error for batch in batches for instance in batch.instances]
+        if dataset.answered.proven or not errors or errors[0] is None or len(set(errors)) > 1:
+            return False
         if len(errors) >= max(2, min(self.batch_size, rows)):
             raise LoGoError(errors[0])
-        return len(errors) == rows - len(dataset.answered)
+        return len(errors) < rows - len(dataset.answered)
 
     def _blocks(self, plans: Sequence[Plan], stack: ExitStack) -> Iterator[tuple[Underway, tuple[Any, ...]]]:
         """The missing blocks of all datasets; a dataset is begun when its first block is asked for."""
         for plan in plans:
-            dataset, rows = stack.enter_context(closing(Underway(self, plan))), len(plan.job.rows)
+            dataset = stack.enter_context(closing(Underway(self, plan)))
             job, learnt = self._workers.shared(plan.job), self._workers.shared(dataset.learnt)
-            size = self.batch_size if self._count is None else max(1, min(self.batch_size, -(-rows // self._count)))
             for missing in dataset.answered.missing or [range(0)]:
                 # If no row is missing, one block without rows still makes the result be written.
-                for start in range(missing.start, max(missing.stop, 1), size):
-                    yield dataset, (job, learnt, range(start, min(start + size, missing.stop)))
+                for start in range(missing.start, max(missing.stop, 1), self.batch_size):
+                    yield dataset, (job, learnt, range(start, min(start + self.batch_size, missing.stop)))
 
 
 class MeasuredInWorkers:
@@ -173,11 +149,8 @@ class MeasuredInWorkers:
         return self._workers.map(((lesson, (lesson,)) for lesson in lessons), Arms.learnt)
 
     def __call__(self, rows: Iterable[tuple[Task, int]], lessons: Lessons) -> Iterator[Measured]:
-        """Records of rows; errors as of `Arms.__call__` and `Workers.map`.
-
-        Raises:
-            UsageError: rows depend on those before them.
-        """
+        """Records of rows; errors as of `Arms.__call__` and `Workers.map`, and UsageError where rows depend on those
+        before them."""
         if self.facts.in_order:
             raise UsageError("workers: a signal's selection depends on the prompts before; measure in one process")
         known = self._workers.shared(lessons)

@@ -20,11 +20,8 @@ from logo.evaluation.differences import described, differences
 H = TypeVar("H")  # what an actor has opened
 K = TypeVar("K")
 
-# How often Ray repeats a call whose actor has died.
-_RETRIES = 2
-
-# Fields of an engine's facts in which equal engines may differ.
-_OWN = ("device", "loading", "options")
+_RETRIES = 2  # how often Ray repeats a call whose actor has died
+_OWN = ("device", "loading", "options")  # fields of an engine's facts in which equal engines may differ
 
 
 class Worker:
@@ -54,29 +51,26 @@ class Workers(Generic[H]):
 
         self._ray = ray
         self._opening = {actor.call.remote(facts): actor for actor in actors}
-        self._open: list[Any] = []
+        self._open, self._warned = list[Any](), set[str]()
         [first], _ = ray.wait(list(self._opening), num_returns=1)
         self.facts = self._got(first)
         self._open.append(self._opening.pop(first))
 
     def shared(self, value: object) -> Any:
-        """A large argument of many items, for `map` to send to each machine once."""
+        """A large argument of many items, which is sent to each machine once."""
         return self._ray.put(value)
 
     def ask(self, what: Callable[..., Any], *args: Any) -> Any:
-        """`what(held, *args)`, by an actor that is open, after what it does now; errors as of `map`."""
+        """`what(held, *args)` of an open actor, after what that one does now; errors as of `map`."""
         return self._got(self._open[0].call.remote(what, *args))
 
     def map(self, work: Iterable[tuple[K, tuple[Any, ...]]], what: Callable[..., Any]) -> Iterator[tuple[K, Any]]:
         """Each key with `what(held, *args)`, in the order in which they are done; the next item is taken when an actor
         is free. `ask` may be called meanwhile.
 
-        Args:
-            work: keys with arguments, of which those that `shared` returned are sent as their values.
-
         Raises:
             ClusterError: an item was repeated in vain, or an actor that opens differs from the first one.
-            Exception: what `what` raised, or what an actor raised that opened.
+            Exception: what `what` raised, or an actor that opened.
         """
         source, running, idle = iter(work), dict[Any, tuple[Any, K]](), list(self._open)
         while True:
@@ -106,11 +100,13 @@ class Workers(Generic[H]):
         except self._ray.exceptions.RayError as error:
             reason = " ".join(str(error).split())[:300]
             raise ClusterError(
-                f"a worker died {_RETRIES + 1} times over the same work ({type(error).__name__}: {reason}). What is "
-                "done is kept: repeat the command to continue, with less for each process if memory was short"
+                f"a worker died {_RETRIES + 1} times over the same work ({reason}). What is done is kept: repeat the "
+                "command to continue, with less for each process if memory was short"
             ) from error
         for text in said:
-            warnings.warn(text, UserWarning, stacklevel=1)  # always from here, so that Python gives it once
+            if text not in self._warned:
+                self._warned.add(text)
+                warnings.warn(text, UserWarning, stacklevel=3)
         return value
 
 
@@ -118,12 +114,8 @@ class Workers(Generic[H]):
 def opened(
     layout: Layout, expected: Expected, open_: Callable[[], H], facts: Callable[[H], Any]
 ) -> Iterator[Workers[H]]:
-    """Starts workers, and gives them when the first one is open.
-
-    Args:
-        expected: what each of them has to find.
-        open_: called once in each of them.
-        facts: a dataclass that describes what one has opened, which has to be that of the first one.
+    """Starts workers, each of which has to find what is `expected` and calls `open_` once, and gives them when the
+    first one is open. `facts` makes a dataclass that describes what one has opened.
 
     Raises:
         MissingLibrary, ClusterError: as `connected`; or a worker finds something else.
