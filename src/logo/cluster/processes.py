@@ -5,6 +5,7 @@ Ray itself is imported in `connected` only.
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -95,8 +96,7 @@ def connected(layout: Layout) -> Iterator[dict[str, Any]]:
     if local:  # all of it listens on the loopback interface alone, as by default on other systems than Linux
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     need("work in several processes", "ray")
-    import ray
-
+    ray: Any = importlib.import_module("ray")
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     cpus = max(1, (os.cpu_count() or 1) // layout.count) if local else 1
     try:

@@ -142,8 +142,8 @@ class Replica:
                 last = self._changed[name] = [uuid4().hex, folder]
         failure = await self._changes.put.remote(name, last) if done else None
         if failure is not None:
-            message = f"adapter {name!r}: changed here, but not in every replica: {failure}; unload it, or try again"
-            error = {"message": message, "type": "server_error", "param": None, "code": "not_everywhere"}
+            said = f"adapter {name!r}: changed here, but not in every replica: {failure}; unload it, or try again"
+            error = {"message": said, "type": "server_error", "param": None, "code": "not_everywhere"}
             return await JSONResponse({"error": error}, 500)(scope, receive, send)
         for message in answer:
             await send(message)
@@ -181,11 +181,12 @@ def application(plan: Plan, changed: Changed) -> Any:
     """The application for Ray Serve, after these changes of the pool."""
     from ray import serve
 
+    deployment: Any = serve.deployment
     common: dict[str, Any] = {"user_config": {"changed": dict(changed)}, "logging_config": {"enable_access_log": False}}
     common |= {"version": "1", "_internal": True, "max_ongoing_requests": _ROOM}
     small = {**plan.options, "num_cpus": 0, "num_gpus": 0}
-    changes: Any = serve.deployment(Changes).options(name="Changes", ray_actor_options=small, **common)
-    replicas: Any = serve.deployment(serve.ingress()(Replica)).options(
+    changes = deployment(Changes).options(name="Changes", ray_actor_options=small, **common)
+    replicas = deployment(serve.ingress()(Replica)).options(
         name="LoGo",
         num_replicas=plan.count,
         graceful_shutdown_timeout_s=_DRAIN,
@@ -240,7 +241,7 @@ def serve_replicas(
             while APPLICATION in serve.status().applications and time.monotonic() < end:
                 time.sleep(_LOOK)
             if layout.address != LOCAL:
-                serve.shutdown()
+                serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _watch(serve: Any, expected: int, url: str, say: Callable[[str], None]) -> None:

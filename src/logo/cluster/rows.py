@@ -101,7 +101,8 @@ class InWorkers(Evaluation):
         held: dict[Underway, list[AnsweredBatch]] = {}  # what may not be recorded yet
         begun = set[Underway]()  # of which something was recorded
         with ExitStack() as stack:
-            for dataset, (found, dataset.found_out) in self._workers.map(self._blocks(plans, stack), Answerer.answer):
+            for dataset, (found, found_out) in self._workers.map(self._blocks(plans, stack), Answerer.answer):
+                dataset.found_out = found_out
                 batches = held.pop(dataset, []) + found
                 if dataset not in begun and self._may_be_all(dataset, batches):
                     held[dataset] = batches
