@@ -74,10 +74,12 @@ async def vllm_app(flags: Sequence[str]) -> Starlette:
 
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(list(flags))
     validate_parsed_serve_args(args)
-    client = await build_async_engine_client(args).__aenter__()  # ends with the process
+    engine = build_async_engine_client(args)
+    client = await engine.__aenter__()
     tasks = await client.get_supported_tasks()
     app: Starlette = build_app(args, tasks, client.model_config)
     await init_app_state(client, app.state, args, tasks)
+    app.state.engine = engine  # which ends the client when nobody holds it any more
     app.state.server = SimpleNamespace()  # told to exit when the engine dies, which `check_health` notices
     return app
 

@@ -27,33 +27,36 @@ _OWN = ("device", "loading", "options")  # fields of an engine's facts in which 
 class Worker:
     """The actor. It opens in its first call and not when it is made, so that Ray counts a death while opening, too."""
 
-    def __init__(self, expected: Expected, open_: Callable[[], Any]) -> None:
-        self._expected, self._open, self._held = expected, open_, None
+    def __init__(self, expected: Expected, open_: Callable[[], Any], facts: Callable[[Any], Any]) -> None:
+        self._expected, self._open, self._facts, self._held = expected, open_, facts, None
 
-    def call(self, what: Callable[..., Any], *args: Any) -> tuple[Any, tuple[str, ...]]:
-        """The value of `what(held, *args)`, and what it warned of, each once."""
+    def call(self, what: Callable[..., Any], *args: Any) -> tuple[Any, Any, list[str]]:
+        """The value of `what(held, *args)`; the facts of `held`, if this call has opened it, else None; and what was
+        warned of."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
+            found = None
             if self._held is None:
                 plugins.load_installed()
                 self._expected.check()
                 self._held = self._open()
+                found = self._facts(self._held)
             value = what(self._held, *args)
-        said = dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, UserWarning))
-        return value, tuple(said)
+        return value, found, [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
 
 
 class Workers(Generic[H]):
-    """Actors that have each opened the same thing; `facts`: those of what they have opened."""
+    """Actors that have each opened the same thing, the first of them now; `facts`: those of what they have opened."""
 
-    def __init__(self, actors: Iterable[Any], facts: Callable[[H], Any]) -> None:
+    def __init__(self, actors: Iterable[Any]) -> None:
         import ray
 
         self._ray = ray
-        self._opening = {actor.call.remote(facts): actor for actor in actors}
+        self.facts: Any = None
+        self._opening = {actor.call.remote(_nothing): actor for actor in actors}
         self._open, self._warned = list[Any](), set[str]()
         [first], _ = ray.wait(list(self._opening), num_returns=1)
-        self.facts = self._got(first)
+        self._got(first)
         self._open.append(self._opening.pop(first))
 
     def shared(self, value: object) -> Any:
@@ -69,7 +72,7 @@ class Workers(Generic[H]):
         is free. `ask` may be called meanwhile.
 
         Raises:
-            ClusterError: an item was repeated in vain, or an actor that opens differs from the first one.
+            ClusterError: an item was repeated in vain, or what an actor has opened differs from the first one.
             Exception: what `what` raised, or an actor that opened.
         """
         source, running, idle = iter(work), dict[Any, tuple[Any, K]](), list(self._open)
@@ -86,15 +89,14 @@ class Workers(Generic[H]):
                 idle.append(actor)
                 yield key, value
             else:
-                if found := differences(_compared(self.facts), _compared(self._got(done))):
-                    raise ClusterError(f"a worker differs from the first one: {described(found)}")
+                self._got(done)
                 self._open.append(self._opening.pop(done))
                 idle.append(self._open[-1])
 
     def _got(self, reference: Any) -> Any:
         """The value of a call. A warning that several actors report is given once."""
         try:
-            value, said = self._ray.get(reference)
+            value, facts, said = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except self._ray.exceptions.RayError as error:
@@ -107,6 +109,10 @@ class Workers(Generic[H]):
             if text not in self._warned:
                 self._warned.add(text)
                 warnings.warn(text, UserWarning, stacklevel=3)
+        if facts is not None:
+            self.facts = self.facts or facts
+            if found := differences(_compared(self.facts), _compared(facts)):
+                raise ClusterError(f"a worker differs from the first one: {described(found)}")
         return value
 
 
@@ -125,7 +131,11 @@ def opened(
         import ray
 
         made: Any = ray.remote(Worker).options(max_restarts=-1, max_task_retries=_RETRIES, **options)
-        yield Workers([made.remote(expected, open_) for _ in range(layout.count)], facts)
+        yield Workers([made.remote(expected, open_, facts) for _ in range(layout.count)])
+
+
+def _nothing(held: object) -> None:
+    """What an actor is asked first, to open."""
 
 
 def _compared(facts: Any) -> dict[str, Any]:
