@@ -90,13 +90,13 @@ def serve(
     layout: Layout,
     address: tuple[str, int],
     launch: Launch,
-    front: Mapping[str, str],
+    front: Mapping[str, str] | None = None,
 ) -> None:
     """Serves from replicas until a signal comes; `front`: further environment variables for vLLM's server."""
     from logo.cluster.replicas import Plan, serve_replicas, vllm_app
 
     open_ = functools.partial(vllm_app, launch.command[3:])  # after `python -m MODULE`
-    variables = {**launch.environment({}), **front}
+    variables = {**launch.environment({}), **(front or {})}
     found = expected(layout, engine, base_model)
     serve_replicas(layout, lambda options: Plan(open_, variables, found, layout.count, options), *address, note)
 

@@ -121,34 +121,37 @@ class Replica:
         return app
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request: by vLLM's app, and a change that was done by it when it is done in every replica."""
-        path = scope["path"].rstrip("/") if scope["type"] == "http" else ""
-        if path not in (LOAD, UNLOAD):
+        if scope["type"] != "http" or scope["path"].rstrip("/") not in (LOAD, UNLOAD):
             return await self._app(scope, receive, send)
         body = await Request(scope, receive).body()
+        for message in await asyncio.shield(self._change(scope, body)):  # which goes on if the client leaves
+            await send(message)
+
+    async def _change(self, scope: Scope, body: bytes) -> list[Message]:
+        """The answer of vLLM's app to a request that changes its pool, when all replicas have changed theirs."""
         answer: list[Message] = []
 
-        async def again() -> Message:
+        async def receive() -> Message:
             return {"type": "http.request", "body": body, "more_body": False}
 
-        async def keep(message: Message) -> None:
+        async def send(message: Message) -> None:
             answer.append(message)
 
         async with self._changing:
-            await self._app(scope, again, keep)
-            done = bool(answer) and answer[0]["status"] == 200
-            if done:
-                asked = json.loads(body)
-                name, folder = asked["lora_name"], asked["lora_path"] if path == LOAD else None
-                folder = os.path.abspath(folder) if folder is not None and os.path.isdir(folder) else folder
-                last = self._changed[name] = [uuid4().hex, folder]
-        failure = await self._changes.put.remote(name, last) if done else None
+            await self._app(scope, receive, send)
+            if not answer or answer[0]["status"] != 200:
+                return answer
+            asked = json.loads(body)
+            name, folder = asked["lora_name"], asked["lora_path"] if scope["path"].startswith(LOAD) else None
+            folder = os.path.abspath(folder) if folder is not None and os.path.isdir(folder) else folder
+            last = self._changed[name] = [uuid4().hex, folder]
+        failure = await self._changes.put.remote(name, last)
         if failure is not None:
+            answer.clear()
             said = f"adapter {name!r}: changed here, but not in every replica: {failure}; unload it, or try again"
             error = {"message": said, "type": "server_error", "param": None, "code": "not_everywhere"}
-            return await JSONResponse({"error": error}, 500)(scope, receive, send)
-        for message in answer:
-            await send(message)
+            await JSONResponse({"error": error}, 500)(scope, receive, send)
+        return answer
 
 
 class Changes:
