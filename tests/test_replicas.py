@@ -52,6 +52,11 @@ class State:
         self.pool = SimpleNamespace(names=left if kind == "remove" else (*left, name))
 
 
+async def client_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 async def small_app() -> Starlette:
     state = State()
 
@@ -66,10 +71,15 @@ async def small_app() -> Starlette:
         return JSONResponse("done")
 
     async def change(request: Request) -> Response:
+        name = (await request.json())["lora_name"]
+        left = asyncio.create_task(client_left(request))  # as vLLM looks for it
+        await asyncio.sleep(0)
         try:
-            state.put("add" if request.url.path == LOAD else "remove", (await request.json())["lora_name"])
+            state.put("add" if request.url.path == LOAD else "remove", name)
         except PoolError as error:
             return JSONResponse(str(error), 400)
+        finally:
+            left.cancel()
         return JSONResponse("done")
 
     changes = [Route(path, change, methods=["POST"]) for path in (LOAD, UNLOAD)]

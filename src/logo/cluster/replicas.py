@@ -130,9 +130,10 @@ class Replica:
     async def _change(self, scope: Scope, body: bytes) -> list[Message]:
         """The answer of vLLM's app to a request that changes its pool, when all replicas have changed theirs."""
         answer: list[Message] = []
+        requests = iter([{"type": "http.request", "body": body, "more_body": False}])
 
         async def receive() -> Message:
-            return {"type": "http.request", "body": body, "more_body": False}
+            return next(requests, None) or await asyncio.Future[Message]()  # it never hears that the client has left
 
         async def send(message: Message) -> None:
             answer.append(message)
