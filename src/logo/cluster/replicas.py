@@ -269,6 +269,8 @@ def _watch(serve: Any, expected: int, url: str, say: Callable[[str], None]) -> N
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, signal.SIG_DFL)  # the second one ends this process, and what it has started with it
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(0)
 
 
