@@ -108,4 +108,3 @@ def test_the_version_stands_in_one_place(capsys: pytest.CaptureFixture[str]) -> 
     assert run(["--version"]) == 0
     assert capsys.readouterr().out == f"logo {__version__}\n"
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
-    assert f":{__version__}\n" in (ROOT / "deploy" / "rayservice.yaml").read_text()

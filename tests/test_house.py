@@ -27,7 +27,7 @@ LAYERS = [
     {"scoring"},
     {"engine", "protocol"},
     {"api"},
-    {"backends", "baselines", "vllm"},
+    {"baselines", "vllm"},
     {"evaluation", "training", "serving"},
     {"demo"},
     {"cli"},

@@ -1,145 +1,166 @@
-"""Replicas through Ray Serve, with a Ray that only pretends: when the command ends, what a replica opens and refuses,
-and how many processes there is room for."""
+"""Replicas through Ray Serve: real Ray, and a small app in place of vLLM's, which says what pool it has."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import json
+import os
 import signal
+import subprocess
 import sys
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
-from functools import partial
-from types import ModuleType, SimpleNamespace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from http_server import eventually
 from logo import AdapterPool
-from logo.backends.cluster import Layout, ProcessResources, process_resources
 from logo.cli.run import run
+from logo.cluster.processes import Expected, Layout
+from logo.cluster.replicas import LOAD, UNLOAD, Plan, serve_replicas
 from logo.demo import adapters_dir
-from logo.errors import LoGoError
-from logo.serving import replicas
-from logo.serving.replicas import APPLICATION, Fixed, Plan, Replica, serve_replicas
+from logo.errors import LoGoError, PoolError
+
+PORT, FOLDER = 18730, "LOGO_TEST_FOLDER"
 
 
-class Serving(ModuleType):
-    """Ray Serve with one application, which is there for `lasts` looks after it was deleted."""
+class State:
+    """LoGo's part of the app; the adapter "here" can be added by a request only, as if other nodes lacked its files."""
 
-    lasts = 3
+    pool = SimpleNamespace(names=("start",))
 
-    def __init__(self, calls: list[str]) -> None:
-        super().__init__("ray.serve")
-        self.calls, self.running, self.deleted = calls, 0, False
-        self.applications: dict[str, Any] = {}
-        self.schema = SimpleNamespace(LoggingConfig=lambda **options: None)
-        self.RunTarget = lambda *parts: None
-        self.start = lambda **options: None
-        self.looked: list[int] = []  # signals that come at the next looks
+    async def change(self, kind: str, name: str, folder: str | None) -> None:
+        if name == "here" and kind == "add":
+            raise LoGoError("no such folder")
+        self.put(kind, name)
 
-    def run_many(self, targets: Any, **options: Any) -> None:
-        self.running = 1
-        self.applications[APPLICATION] = SimpleNamespace(message="", status="RUNNING")
+    def put(self, kind: str, name: str) -> None:
+        names = self.pool.names
+        if (name in names) == (kind == "add"):
+            raise PoolError(f"{kind} {name}")
+        left = tuple(one for one in names if one != name)
+        self.pool = SimpleNamespace(names=left if kind == "remove" else (*left, name))
 
-    def status(self) -> Any:
-        if self.deleted:
-            self.calls.append("look")
-            self.lasts -= 1
-        if self.lasts < 0:
-            self.applications.pop(APPLICATION, None)
-        for one in self.applications.values():
-            one.deployments = {"LoGo": SimpleNamespace(replica_states={"RUNNING": self.running}, message="")}
-        if self.applications and self.looked and (number := self.looked.pop(0)):
-            signal.raise_signal(number)
-        return SimpleNamespace(applications=self.applications, proxies={})
 
-    def delete(self, name: str, _blocking: bool = True) -> None:
-        if _blocking:
-            raise TimeoutError("not deleted after 60s")
-        self.deleted = True
-        self.calls.append("delete")
+async def client_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def small_app() -> Starlette:
+    state = State()
+
+    async def pool(request: Request) -> Response:
+        return JSONResponse([os.getpid(), sorted(state.pool.names)])
+
+    async def slow(request: Request) -> Response:
+        folder = Path(os.environ[FOLDER])
+        (folder / "begun").touch()
+        while not (folder / "go").exists():
+            await asyncio.sleep(0.05)
+        return JSONResponse("done")
+
+    async def change(request: Request) -> Response:
+        name = (await request.json())["lora_name"]
+        left = asyncio.create_task(client_left(request))  # as vLLM looks for it
+        await asyncio.sleep(0)
+        try:
+            state.put("add" if request.url.path == LOAD else "remove", name)
+        except PoolError as error:
+            return JSONResponse(str(error), 400)
+        finally:
+            left.cancel()
+        return JSONResponse("done")
+
+    changes = [Route(path, change, methods=["POST"]) for path in (LOAD, UNLOAD)]
+    app = Starlette(routes=[Route("/pool", pool), Route("/slow", slow), *changes])
+    app.state.logo, app.state.engine_client = state, SimpleNamespace(errored=False)
+    return app
+
+
+def serve() -> None:
+    expected = Expected.of(functools.partial(AdapterPool.open, adapters_dir()))
+    plan = functools.partial(Plan, small_app, {FOLDER: sys.argv[1]}, expected, 2)
+    serve_replicas(Layout(2), plan, "127.0.0.1", PORT, functools.partial(print, flush=True))
+
+
+def ask(path: str, name: str | None = None) -> tuple[int, Any]:
+    data = None if name is None else json.dumps({"lora_name": name, "lora_path": "anywhere"}).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def pools() -> dict[int, list[str]]:
+    """Process -> adapters, of those that answer some requests."""
+    return {process: names for _, (process, names) in (ask("/pool") for _ in range(30))}
 
 
 @pytest.fixture
-def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
-    calls: list[str] = []
-    ray: Any = ModuleType("ray")
-    ray.serve = made = Serving(calls)
-    ray.shutdown = lambda: calls.append("shutdown")
-    for name, module in {"ray": ray, "ray.serve": made, "ray.serve.schema": made.schema}.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    for name in ("connect", "application"):
-        monkeypatch.setattr(replicas, name, lambda *parts: None)
-    monkeypatch.setattr(replicas, "imported", lambda: ray)
-    monkeypatch.setattr(replicas, "process_resources", lambda *parts: ProcessResources(1, 1, 1, 0.0))
-    monkeypatch.setattr(replicas, "_LOOK", 0.01)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield made
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def server(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen([sys.executable, __file__, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
 
 
-def served() -> None:
-    plan: Any = None
-    serve_replicas(plan, Layout(1), None, ("h", 1), lambda url: None, lambda said: None)
+def wait_for(server: subprocess.Popen[str], line: str) -> None:
+    assert server.stdout is not None
+    said = []
+    while not said or said[-1] != line:
+        said.append(server.stdout.readline().strip())
+        assert said[-1], said
 
 
-def test_the_command_waits_until_what_was_accepted_has_ended(serving: Serving) -> None:
-    serving.looked = [signal.SIGTERM]
-    served()
-    # As long as the replicas may take, not as long as Ray waits by itself.
-    assert serving.calls == ["delete", *["look"] * 4, "shutdown"]
+@pytest.mark.slow
+def test_a_change_reaches_every_replica_and_those_that_start_later(
+    server: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    both = "2 of 2 replicas take requests"
+    wait_for(server, f"Serving on http://127.0.0.1:{PORT}")
+    wait_for(server, both)
+    processes = set(pools())
+    assert len(processes) == 2
+    assert ask(LOAD, "new") == (200, "done")
+    assert ask(LOAD, "other") == (200, "done") and ask(UNLOAD, "other") == (200, "done")
+    assert pools() == {process: ["new", "start"] for process in processes}  # none was started again
+    assert ask(UNLOAD, "start") == (200, "done")
+    assert [ask(LOAD, "new") for _ in range(4)] == [(400, "add new")] * 4  # as its app says
 
+    os.kill(min(processes), signal.SIGKILL)
+    wait_for(server, both)
+    eventually(lambda: list(pools().values()) == [["new"]] * 2)
 
-def test_ray_ends_though_replicas_do_not(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas, "_DRAIN", 0.05)
-    serving.looked, serving.lasts = [signal.SIGINT], 10**6
-    with pytest.raises(KeyboardInterrupt):
-        served()
-    assert serving.calls[-1] == "shutdown"
+    status, said = ask(LOAD, "here")
+    assert status == 500 and said["error"]["message"] == (
+        "adapter 'here': changed here, but not in every replica: no such folder; unload it, or try again"
+    )
+    assert list(pools().values()) == [["here", "new"]]  # the other one does not answer with another pool
+    assert ask(UNLOAD, "here") == (200, "done")
+    wait_for(server, both)
+    eventually(lambda: list(pools().values()) == [["new"]] * 2)
 
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_does_not_wait(serving: Serving, number: signal.Signals) -> None:
-    serving.looked, serving.lasts = [signal.SIGINT, number], 10**6
-    with pytest.raises(SystemExit) as caught:
-        served()
-    assert caught.value.code == 128 + number
-    assert serving.calls == ["delete", "look", "shutdown"]
-
-
-# -- a replica --------------------------------------------------------------------------------------------------------
-
-
-def test_a_replica_that_finds_another_pool_does_not_start() -> None:
-    launch: Any = None
-    found = partial(AdapterPool.open, adapters_dir())
-    other = AdapterPool(adapter for adapter in found() if adapter.name != "french")
-    with pytest.raises(LoGoError, match="finds other adapters or example prompts"):
-        asyncio.run(Replica.__init__(Replica.__new__(Replica), Plan(launch, {}, found, replicas.digest(other), 1)))
-
-
-def test_what_concerns_one_replica_alone_is_refused() -> None:
-    async def there(request: Request) -> Response:
-        return PlainTextResponse("there")
-
-    paths = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics", "/v1/models")
-    app = Starlette(routes=[Route(path, there, methods=["GET", "POST"]) for path in paths])
-
-    async def use() -> list[httpx.Response]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(Fixed(app)), base_url="http://test") as client:
-            return [await client.post(path, json={"lora_name": "french"}) for path in (*paths, "/ready")]
-
-    answers = asyncio.run(use())
-    assert [answer.status_code for answer in answers] == [409, 409, 404, 200, 200]
-    for answer in answers[:2]:
-        assert answer.json()["error"]["message"] == (
-            "the pool of a server with replicas is the one that it was started with; change its adapters and restart it"
-        )
+    answers: list[tuple[int, Any]] = []
+    client = threading.Thread(target=lambda: answers.append(ask("/slow")))
+    client.start()
+    eventually((tmp_path / "begun").exists)
+    server.send_signal(signal.SIGTERM)
+    assert server.poll() is None  # it waits for what it has accepted
+    (tmp_path / "go").touch()
+    client.join()
+    assert answers == [(200, "done")] and server.wait() == 0
 
 
 def test_our_own_server_is_one_process(capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,13 +168,5 @@ def test_our_own_server_is_one_process(capsys: pytest.CaptureFixture[str]) -> No
     assert "several replicas are only for --engine vllm" in " ".join(capsys.readouterr().err.split())
 
 
-# -- their number -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("gpus", "count"), [(0.1, 10), (0.2, 5), (0.3, 3), (0.5, 2), (1.0, 1), (1 / 3, 3), (1 / 7, 7)])
-@pytest.mark.parametrize("address", ["local", "auto"])
-def test_processes_that_share_a_gpu_fill_it(gpus: float, count: int, address: str) -> None:
-    node = {"Alive": True, "Resources": {"GPU": 1.0, "CPU": 64.0}}
-    ray: Any = SimpleNamespace(nodes=lambda: [node])
-    found = process_resources(ray, Layout(address=address, gpus=gpus, cpus=1))
-    assert (found.count, found.room) == (count, count)
+if __name__ == "__main__":
+    serve()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import configparser
-import importlib
 import json
 import os
 import re
@@ -15,14 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-
 from logo.backends.vllm.needs import KNOWN
-from logo.cli import serve_vllm
+
 from logo.cli.app import app
-from logo.cli.serve_ray import application, flags_of
-from logo.serving.front import FrontSettings
-from logo.serving.replicas import digest
 from serving import served
 from tolerances import PATIENCE
 
@@ -80,45 +74,6 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
         timeout=PATIENCE,
     )
     assert found.returncode == 0, found.stderr
-
-
-def test_the_ray_service_is_one_that_ray_serve_takes() -> None:
-    """What it says of applications passes Ray's own schema, and its arguments are options of `logo serve`."""
-    schema = pytest.importorskip("ray.serve.schema")
-    manifest = yaml.safe_load((ROOT / "deploy" / "rayservice.yaml").read_text())
-    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
-    config = schema.ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
-    [application] = config.applications
-    module, name = application.import_path.split(":")
-    assert callable(getattr(importlib.import_module(module), name))
-    flags = [
-        flag for option, value in application.args.items() for flag in flags_of(f"--{option.replace('_', '-')}", value)
-    ]
-    assert parsed(["serve", *flags]).params["autoscale"] == (2, 8)
-    groups = [manifest["spec"]["rayClusterConfig"][name] for name in ("headGroupSpec",)]
-    groups += manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    for group in groups:  # every mount has its volume, and every container the key
-        spec = group["template"]["spec"]
-        for container in spec["containers"]:
-            assert {mount["name"] for mount in container["volumeMounts"]} == {one["name"] for one in spec["volumes"]}
-            assert "LOGO_API_KEY" in {one["name"] for one in container["env"]}
-
-
-def test_ray_serve_is_given_what_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray")
-    monkeypatch.setenv("LOGO_API_KEY", "secret")
-    monkeypatch.setattr(serve_vllm, "need", lambda *libraries: None)  # nothing is started
-    options = {"autoscale": [2, 3], "max_concurrent": 7, "signals": "norm", "open_metrics": True}
-    deployment = application({"base_model": "demo", **options})._bound_deployment
-    bounds = deployment._deployment_config.autoscaling_config
-    assert (bounds.min_replicas, bounds.max_replicas, bounds.target_ongoing_requests) == (2, 3, 7)
-    [plan] = deployment.init_args
-    front = FrontSettings.of(plan.front)
-    assert plan.launch.api_key == "secret" and front.open_metrics and plan.launch.options["signals"] == ["norm"]
-    assert not front.host.startswith("127.")  # else requests for other names would be refused
-    assert plan.digest == digest(plan.pool()) and "secret" not in repr(plan)
-    with pytest.raises(Exception, match="No such option: --max-concurent"):
-        application({"base_model": "demo", "max_concurent": 7})
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.vllm"])

@@ -1,32 +1,29 @@
-"""Replicas of vLLM's server through Ray Serve: the real command, two engines, one address."""
+"""Replicas of vLLM's server through Ray Serve: the real command, two engines, one address and one pool."""
 
 from __future__ import annotations
 
 import os
 import signal
-import urllib.error
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
+from vllm_server import ASSETS, KEY, Server, environment, free_port, started
 
 from http_server import eventually
-from local_server import LocalServer
-from serving import Served
 
-pytest.importorskip("vllm")
 pytest.importorskip("ray")
 
 pytestmark = pytest.mark.slow
 
-KEY = "a-key-of-ours"
-START = 900.0
-BODY = {"model": "logo", "prompt": "What is 7 plus 5?", "temperature": 0}
+CODE = "import sys; from logo.cli.run import run; sys.exit(run(sys.argv[1:]))"
 
 
-def replicas(server: LocalServer) -> list[psutil.Process]:
+def replicas(server: Server) -> list[psutil.Process]:
     """Their processes."""
-    found = psutil.Process(server.pid).children(recursive=True)
-    return [one for one in found if any("ServeReplica:logo" in word for word in _title(one))]
+    found = psutil.Process(server.process.pid).children(recursive=True)
+    return [one for one in found if any("ServeReplica:logo:LoGo" in word for word in _title(one))]
 
 
 def _title(process: psutil.Process) -> list[str]:
@@ -36,38 +33,41 @@ def _title(process: psutil.Process) -> list[str]:
         return []
 
 
-def test_two_engines_answer_at_one_address_and_are_replaced() -> None:
-    environment = {
-        "LOGO_API_KEY": KEY,
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-    }
+def test_two_engines_have_one_pool_at_one_address_and_are_replaced(tmp_path: Path) -> None:
+    port = free_port()
     options = ["--replicas", "2", "--engine", "vllm", "--base-model", "demo", "--kv-cache-gb", "0.2"]
-    options += ["--", "--enforce-eager", "--max-model-len", "256"]
-    process = LocalServer(options, environment, start=START, stop=START)
-    with process:
-        server = Served(process.url, KEY)
-        eventually(lambda: len(replicas(process)) == 2)
-        for _ in range(8):
-            found = server.post("/v1/completions", BODY)
-            assert found["choices"][0]["text"] == " 12" and found["logo"]["adapters"][0] == "add_numbers"
-        lines = [line for line in server.text("/v1/completions", {**BODY, "stream": True}).splitlines() if line]
-        assert len(lines) > 3 and lines[-1] == "data: [DONE]"
-        with pytest.raises(urllib.error.HTTPError, match="409") as caught:
-            server.text("/v1/load_lora_adapter", {"lora_name": "new", "lora_path": "anywhere"})
-        caught.value.close()
+    asked = [sys.executable, "-c", CODE, "serve", "--port", str(port), *options]
+    asked += ["--", "--enforce-eager", "--max-model-len", "256"]
+    variables = {**environment(None), "LOGO_API_KEY": KEY, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    del variables["VLLM_CPU_KVCACHE_SPACE"]  # --kv-cache-gb says it
+    body = {"prompt": "What is 7 plus 5?", "temperature": 0, "max_tokens": 8}
 
-        first, other = replicas(process)
+    def answers(model: str) -> list[tuple[int, str | None]]:
+        found = [server.ask("/v1/completions", {**body, "model": model}) for _ in range(8)]
+        return [(status, answer["choices"][0]["text"] if status == 200 else None) for status, answer in found]
+
+    with started(asked, port, variables, tmp_path / "log") as server:
+        eventually(lambda: "2 of 2 replicas take requests" in server.log.read_text())
+        assert answers("logo") == [(200, " 12")] * 8
+        change = {"lora_name": "sums", "lora_path": str(ASSETS / "adapters" / "add_numbers")}
+        assert server.ask("/v1/load_lora_adapter", change, key=None)[0] == 401
+        assert server.ask("/v1/load_lora_adapter", change)[0] == 200
+        assert answers("sums") == [(200, " 12")] * 8  # whichever answers
+
+        first, other = replicas(server)
         engine = first.children(recursive=True)
         assert engine
         os.kill(first.pid, signal.SIGKILL)
         _, left = psutil.wait_procs(engine, 30)
         assert not left  # it holds the memory that the next one needs
-        eventually(lambda: {one.pid for one in replicas(process)} - {first.pid, other.pid})
-        assert server.post("/v1/completions", BODY)["choices"][0]["text"] == " 12"
-        ours = psutil.Process(process.pid).children(recursive=True)
-    assert process.exit_code == 0, process.said
+        eventually(lambda: len({one.pid for one in replicas(server)} - {first.pid, other.pid}) == 1)
+        eventually(lambda: server.log.read_text().count("2 of 2 replicas take requests") == 2)
+        assert answers("sums") == [(200, " 12")] * 8  # the new one has it, too
+        assert server.ask("/v1/unload_lora_adapter", {"lora_name": "sums"})[0] == 200
+        assert answers("sums") == [(404, None)] * 8
+
+        ours = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(600) == 0, server.log.read_text()
     _, left = psutil.wait_procs(ours, 30)
     assert not left  # not even an engine

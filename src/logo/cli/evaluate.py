@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -10,29 +11,28 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from rich.progress import TaskID
 
-from logo.backends.cluster import Layout
 from logo.cli.belonging import check_method_options
+from logo.cli.cluster import WorkerOptions, absolute, anywhere, everywhere, expected
 from logo.cli.evaluate_options import Asked, RunOptions, as_evaluated
 from logo.cli.expanded import command_line, given
 from logo.cli.methods import MethodOptions, make_method
 from logo.cli.opening import open_any
 from logo.cli.options import EngineOptions, Json, RunnerOptions
 from logo.cli.output import check_writable, err, note, progress
-from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.scoreboard import Score, show
-from logo.cli.workers import WorkerOptions, layout_of, opened, progress_of
+from logo.cluster.processes import Layout
 from logo.errors import UsageError
 from logo.evaluation.metrics import checked_kind
 
 if TYPE_CHECKING:
     from logo.baselines import Method
+    from logo.cluster.rows import Answerer
     from logo.engine import LoGo
     from logo.evaluation.jobs import Job
     from logo.evaluation.resume import Plan
     from logo.evaluation.session import Evaluation, Session
-    from logo.evaluation.workers import Answerer, Incomplete, InWorkers
 
 OFFICIAL_BASE = "Llama-3.1-8B"
 VLLM_BATCH = 256
@@ -62,9 +62,10 @@ def evaluate(
     engine = as_evaluated(engine)
     if runner.engine == "vllm":
         # vLLM schedules rows itself, so it gets many at once, unless the user says how many.
-        run = replace(run, batch_size=run.batch_size if "batch_size" in given() else VLLM_BATCH)
+        several = max(1, VLLM_BATCH // (cluster.workers or 1))
+        run = replace(run, batch_size=run.batch_size if "batch_size" in given() else several)
     asked = Asked(engine, runner, run, _method(method, engine, run), base_model, command_line())
-    layout = layout_of(cluster, engine)
+    layout = cluster.layout(engine)
     if layout is not None and asked.carries:
         raise UsageError("workers: with --probe-context carry each row depends on the one before; use one process")
     jobs = _jobs(asked)
@@ -74,37 +75,29 @@ def evaluate(
             session = _open(asked)
             stack.enter_context(closing(session.logo))
         else:
-            session = _in_workers(layout, asked)
-            stack.enter_context(session.workers)
-        plans = session.plans(jobs, overwrite=run.overwrite)
-        scores, lost = _answered(session, plans, json=json)
-    if lost is not None:
-        err.print(f"logo: error: {lost}", markup=False)
-    if scores:
-        show(scores, json=json)
-    if lost is not None:
-        raise typer.Exit(1)
+            session = _in_workers(layout, asked, stack)
+        scores = _answered(session, session.plans(jobs, overwrite=run.overwrite), json=json)
+    show(scores, json=json)
 
 
-def _answered(session: Evaluation, plans: Sequence[Plan], *, json: bool) -> tuple[list[Score], Incomplete | None]:
-    """The scores of all datasets, printed as they come; and the error about rows that lost workers left unanswered."""
-    from logo.evaluation.workers import Incomplete
-
+def _answered(session: Evaluation, plans: Sequence[Plan], *, json: bool) -> list[Score]:
+    """The scores of all datasets, printed as they come."""
     for plan in plans:
         if plan.note and not plan.done:
             note(f"{plan.job.dataset} is answered again: {plan.note}")
     scores: list[Score] = []
-    lost = None
     with progress(disable=not err.is_terminal) as bar:
-        results = session.results([plan for plan in plans if not plan.done], progress_of(bar, session, plans))
+        tasks: dict[int, TaskID] = {}
+
+        def advanced(plan: Plan, count: int) -> None:
+            if id(plan) not in tasks:
+                tasks[id(plan)] = bar.add_task(plan.job.dataset, total=len(plan.job.rows))
+            bar.update(tasks[id(plan)], completed=count)
+
+        results = session.results([plan for plan in plans if not plan.done], advanced)
         for plan in plans:
             try:
                 score = _stored(plan) if plan.done else Score.of(*next(results))
-            except Incomplete as error:  # `results` raises it at its end
-                lost = error
-                continue
-            except StopIteration:  # `results` has ended: some dataset is incomplete
-                continue
             except KeyboardInterrupt:
                 note("Finished rows are kept: repeat the command to continue.")
                 raise
@@ -112,7 +105,7 @@ def _answered(session: Evaluation, plans: Sequence[Plan], *, json: bool) -> tupl
             if not json:
                 heading = [score.dataset] if len(plans) > 1 else []
                 print(*heading, score.line, score.folder, sep="\n", flush=True)
-    return scores, lost
+    return scores
 
 
 def _method(options: MethodOptions, engine: EngineOptions, run: RunOptions) -> Method | None:
@@ -189,28 +182,28 @@ def _open(asked: Asked) -> Session:
     )
 
 
-def _in_workers(layout: Layout, asked: Asked) -> InWorkers:
-    from logo.evaluation.workers import InWorkers, facts_of
+def _in_workers(layout: Layout, asked: Asked, stack: ExitStack) -> Evaluation:
+    from logo.cluster.rows import InWorkers
+    from logo.cluster.workers import opened
 
     run = asked.run
     there = replace(
         asked, engine=everywhere(asked.engine), method=anywhere(asked.method), base_model=absolute(asked.base_model)
     )
-    open_ = functools.partial(_answerer, there)
-    workers = opened(layout, asked.engine, asked.base_model, open_, facts_of, run.preset)
+    found = expected(layout, asked.engine, asked.base_model, run.preset)
+    facts = operator.attrgetter("facts")
     return InWorkers(
-        workers,
+        stack.enter_context(opened(layout, found, functools.partial(_answerer, there), facts)),
         seed=run.seed,
         batch_size=run.batch_size,
         max_new_tokens=run.max_new_tokens,
         method=asked.method,
-        shared=asked.runner.engine == "vllm",
     )
 
 
 def _answerer(asked: Asked) -> Answerer:
-    """The session that a worker process opens."""
-    from logo.evaluation.workers import Answerer
+    """What a worker opens."""
+    from logo.cluster.rows import Answerer
 
     return Answerer(_open(asked))
 

@@ -6,7 +6,7 @@ import functools
 import logging
 from typing import Any
 
-from logo.cli import serve_ray, serve_vllm
+from logo.cli import cluster, serve_vllm
 from logo.cli.belonging import check_selection_options
 from logo.cli.expanded import expanded
 from logo.cli.opening import open_engine, selection_settings
@@ -21,7 +21,7 @@ MAX_BODY_MB = 1.0
 
 
 @expanded
-def serve(server: ServerOptions, engine: EngineOptions, replicas: serve_ray.ReplicaOptions) -> Any:
+def serve(server: ServerOptions, engine: EngineOptions, replicas: cluster.ReplicaOptions) -> Any:
     """Serve a base model and a pool as one OpenAI-compatible endpoint.
 
     `model: "logo"` selects adapters for every request, an adapter's name forces it, the base model's name uses none.
@@ -30,7 +30,7 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: serve_ray.Repl
     application/json' -d '{"model": "logo", "prompt": "What is 7 plus 5?"}'`
     """
     check_selection_options([selection_settings(engine)])
-    layout = serve_ray.layout_of(replicas, engine)
+    layout = replicas.layout(engine)
     if server.server == "vllm":
         base_model = or_demo(engine)
         server.model_name(base_model)  # raises before anything slow happens
@@ -39,12 +39,10 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: serve_ray.Repl
         from logo.serving.running import listening, released
 
         address = released(listening(server.host, server.port))
-        several = functools.partial(
-            serve_ray.serve, engine, base_model, replicas, layout, address, server.max_concurrent
-        )
+        several = functools.partial(cluster.serve, engine, base_model, layout, address)
         return serve_vllm.serve(engine, base_model, server, several)
     if layout is not None:
-        raise UsageError("several replicas are only for --engine vllm; add it, or leave out --replicas and --ray")
+        raise UsageError("several replicas are only for --engine vllm; add it, or leave out --replicas")
     arguments = [f"argument {argument!r}" for argument in server.arguments or ()]
     for flag in (*changed(server, "max_model_len", "dry_run").values(), *arguments):
         raise UsageError(f"{flag} is only for --engine vllm")

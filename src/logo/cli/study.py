@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.backends.cluster import Layout
 from logo.cli.belonging import check_method_options, check_selection_options
+from logo.cli.cluster import WorkerOptions, absolute, anywhere, everywhere, expected
 from logo.cli.contests import contest_of, methods_of, tasks_of
 from logo.cli.expanded import command_line, expanded
 from logo.cli.field_table import WIDTH as FIELD_WIDTH
@@ -31,18 +31,17 @@ from logo.cli.output import (
     screen,
     write_json,
 )
-from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.prompts import or_demo
-from logo.cli.workers import WorkerOptions, layout_of, only, opened
-from logo.errors import UsageError
+from logo.cluster.processes import Layout
+from logo.errors import DataError, UsageError
 from logo.evaluation.tables import Cell, Column, Table, number, numbers, row
 
 if TYPE_CHECKING:
+    from logo.adapters.pool import AdapterPool
     from logo.engine import LoGo
     from logo.evaluation.arms import Arms
     from logo.evaluation.contest import Contest, Lesson
     from logo.evaluation.study import Measuring, Study, Task
-    from logo.evaluation.workers import MeasuredInWorkers
 
 Names = tuple[str, ...] | None  # of adapters; None: all of the pool
 
@@ -123,7 +122,6 @@ def study(
     Example: `logo eval study --base-model M --adapters DIR --rows ROWS --limit 8 --save study.json`
     """
     from logo.evaluation.study import cut, is_begun, journal_of, report_in, study_so_far
-    from logo.evaluation.workers import MeasuredInWorkers
 
     if so_far:
         _show(study_so_far(journal_of(save), seed).report, json=json)
@@ -138,7 +136,7 @@ def study(
     check_writable(save.parent)
     if save.exists() and not overwrite and not is_begun(journal_of(save)):
         report_in(save)  # another file is refused before anything is loaded
-    layout = layout_of(cluster, engine)
+    layout = cluster.layout(engine)
     base_model = or_demo(engine)
     every = tasks_of(rows, tasks, prompt_end, lambda: open_pool(engine, base_model).names)
     found, held = cut(every, limit, hold_out)
@@ -155,10 +153,8 @@ def study(
         measuring: Measuring = (
             opener(engine, base_model, contest)
             if layout is None
-            else _in_workers(layout, engine, base_model, contest, opener, names)
+            else _in_workers(layout, engine, base_model, contest, opener, stack)
         )
-        if isinstance(measuring, MeasuredInWorkers):
-            stack.enter_context(measuring.workers)
         _say_what(found, measuring.facts.names)
         for name, of_signal in measuring.facts.settings["signals"].items():
             if of_signal["activations"]:  # for plain adapters, the documentation says it
@@ -215,14 +211,21 @@ def _signals(text: str) -> list[str]:
 
 
 def _in_workers(
-    layout: Layout, options: EngineOptions, base_model: str, contest: Contest, arms: Callable[..., Arms], names: Names
-) -> MeasuredInWorkers:
-    from logo.evaluation.workers import MeasuredInWorkers
+    layout: Layout,
+    options: EngineOptions,
+    base_model: str,
+    contest: Contest,
+    arms: Callable[..., Arms],
+    stack: ExitStack,
+) -> Measuring:
+    from logo.cluster.rows import MeasuredInWorkers
+    from logo.cluster.workers import opened
 
     methods = {label: one for label, method in contest.methods.items() if (one := anywhere(method)) is not None}
     there = replace(contest, methods=methods)
     open_ = functools.partial(arms, everywhere(options), absolute(base_model), there)
-    return MeasuredInWorkers(opened(layout, options, base_model, open_, operator.attrgetter("facts"), among=names))
+    workers = opened(layout, expected(layout, options, base_model), open_, operator.attrgetter("facts"))
+    return MeasuredInWorkers(stack.enter_context(workers))
 
 
 def _arms(
@@ -241,13 +244,21 @@ def _arms(
     settings = selection_settings(replace(options, signal=signals[0]))
     first = open_base(options, base_model).engine(options, settings)
     whole = first.pool.value
-    pool = whole if names is None else only(whole, names)
+    pool = whole if names is None else _only(whole, names)
     base = Opened(first.model, first.tokenizer, pool)
     engines: dict[str, LoGo] = {}
     for signal in signals:
         is_first = signal == signals[0] and pool is whole
         engines[signal] = first if is_first else base.uncalibrated(options, replace(first.settings, signal=signal))
     return Arms(engines, contest, batch_size)
+
+
+def _only(pool: AdapterPool, names: Sequence[str]) -> AdapterPool:
+    """The adapters of these names, as far as the pool has them; DataError where it has none."""
+    found = [name for name in pool.names if name in set(names)]
+    if not found:
+        raise DataError(f"pool: expected adapters named like the rows' tasks ({', '.join(names[:3])}, ...), found none")
+    return pool.subset(found)
 
 
 def _say_what(tasks: Sequence[Task], names: Sequence[str]) -> None:

@@ -1,1 +1,0 @@
-"""Other engines inside which LoGo runs, and processes."""

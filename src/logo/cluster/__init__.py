@@ -1,0 +1,1 @@
+"""What uses Ray: the rows of an evaluation (`workers`, `rows`), and replicas of vLLM's server (`replicas`)."""

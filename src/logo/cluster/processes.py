@@ -1,0 +1,126 @@
+"""Where processes run, on this machine or on a Ray cluster, and what each of them has to find there.
+
+Ray itself is imported in `connected` only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from logo import plugins
+from logo.errors import LoGoError, UsageError, need
+from logo.evaluation.differences import described, differences
+
+if TYPE_CHECKING:
+    from logo.adapters.pool import AdapterPool
+
+AUTO, LOCAL = "auto", "local"
+_STORE = 256_000_000  # bytes of Ray's object store on this machine, which holds rows and answers only
+_CONNECT = 5.0  # seconds within which the node of an address has to accept a connection; Ray itself tries for minutes
+
+
+class ClusterError(LoGoError, RuntimeError):
+    """Processes cannot be started, have died, or differ from each other."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The number of processes, their place and their GPUs.
+
+    Attributes:
+        count: number of processes.
+        address: `"local"`: this machine alone; `"auto"`: the cluster that this machine belongs to; else its HOST:PORT.
+        gpus: of each process; None: one if there are GPUs, else none.
+    """
+
+    count: int
+    address: str = LOCAL
+    gpus: float | None = None
+
+    def __post_init__(self) -> None:
+        host, _, port = self.address.rpartition(":")
+        if self.address not in (AUTO, LOCAL) and not (host and port.isdigit()):
+            raise UsageError(f"--ray {self.address}: expected auto, local or HOST:PORT")
+
+    def __str__(self) -> str:
+        return "on this machine" if self.address == LOCAL else f"on the Ray cluster {self.address}"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the command has found, and every process has to find, too.
+
+    Attributes:
+        pool: opens the pool, in any working directory.
+        found: the pool's digest, and the versions of libraries on which results depend.
+    """
+
+    pool: Callable[[], AdapterPool]
+    found: dict[str, str]
+
+    @classmethod
+    def of(cls, pool: Callable[[], AdapterPool]) -> Expected:
+        """What this process finds."""
+        from logo.identity import library_versions
+
+        return cls(pool, {"pool": pool().digest, **library_versions()})
+
+    def check(self) -> None:
+        """Raises ClusterError where this process finds something else."""
+        if different := differences(self.found, self.of(self.pool).found):
+            raise ClusterError(
+                f"a process finds something else than the command: {described(different)}; put the same adapters, "
+                "example prompts and libraries in both places"
+            )
+
+
+@contextmanager
+def connected(layout: Layout) -> Iterator[dict[str, Any]]:
+    """Connects this process to Ray, starting one for a local layout, and gives the options of each process: its CPUs,
+    GPUs and environment variables. Processes end with the connection.
+
+    Raises:
+        MissingLibrary: Ray is not installed.
+        ClusterError: no cluster answers, or it has no room.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports without the user's consent
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 s are too few on a busy machine
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")  # long; what follows is said
+    local = layout.address == LOCAL
+    if local:  # all of it listens on the loopback interface alone, as by default on other systems than Linux
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    need("work in several processes", "ray")
+    ray: Any = importlib.import_module("ray")
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    cpus = max(1, (os.cpu_count() or 1) // layout.count) if local else 1
+    try:
+        if local:  # more processes than cores share them
+            here = {"include_dashboard": False, "object_store_memory": _STORE}
+            ray.init(address=LOCAL, num_cpus=cpus * layout.count, **here, **quiet)
+        else:
+            if layout.address != AUTO:
+                host, _, port = layout.address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=_CONNECT).close()
+            ray.init(address=layout.address, **quiet)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # RayError: a wrong token
+        where = "no cluster was found" if layout.address == AUTO else f"{layout.address} does not answer"
+        raise ClusterError(
+            f"Ray: {where} ({' '.join(str(error).split())[:200]}). Start one with `ray start --head`; if it asks for a "
+            "token, set RAY_AUTH_MODE=token here and copy its ~/.ray/auth_token"
+        ) from None
+    try:
+        there = ray.cluster_resources().get("GPU", 0.0)
+        gpus = float(there > 0) if layout.gpus is None else layout.gpus
+        count = layout.count if local else 1  # further machines may join a cluster, and further processes start then
+        if count * gpus > there + 1e-6:
+            raise ClusterError(f"no room for {count} processes with {gpus:g} GPUs each: there are {there:g} GPUs")
+        variables = {"OMP_NUM_THREADS": str(cpus), **plugins.environment()}
+        yield {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": variables}}
+    finally:
+        ray.shutdown()
