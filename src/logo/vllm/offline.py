@@ -109,7 +109,7 @@ def open_engine(
     plan(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
     k = min(settings.k or fitted.default_k, len(fitted))
     config = {"k": k, **settings.changed, **own}
-    config |= {"pool": place, "on_bad_adapter": on_bad_adapter, "signals": _usable(model, fitted, settings)}
+    config |= {"pool": place, "on_bad_adapter": on_bad_adapter, "signals": list(SIGNALS)}
     VllmOptions.of({"logo": config}, {})  # raises the errors of vLLM's processes here
     model.generation_config = _generation_config(source) or model.generation_config
     signal = SIGNALS.sources.get(settings.signal)
@@ -415,18 +415,6 @@ def _folder_of(pool: AdapterPool, settings: SelectionSettings, on_bad_adapter: O
         "names, with the example prompts and the activation that they have there, and no others in it; give that "
         "folder, a manifest or a Hub repository as the pool"
     )
-
-
-def _usable(model: Any, pool: AdapterPool, settings: SelectionSettings) -> Sequence[str]:
-    """The signals that a call may ask for: those that can score this pool."""
-    usable = []
-    for signal in SIGNALS:
-        try:
-            plan(model, pool, settings, signal)
-        except LoGoError:  # raised again when a call asks for this signal
-            continue
-        usable.append(signal)
-    return usable
 
 
 def _generation_config(source: str) -> Any:

@@ -110,25 +110,23 @@ def _check(vllm_config: Any) -> None:
     """Raises an error if this vLLM configuration is one that LoGo does not support."""
     check_environment(os.environ)
     parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
-    refused = {
-        "--pipeline-parallel-size: layers are read in one process; use --tensor-parallel-size": (
-            parallel.pipeline_parallel_size > 1
+    refused = (
+        ("--pipeline-parallel-size", parallel.pipeline_parallel_size > 1, "layers are read in one process"),
+        ("--data-parallel-size", parallel.data_parallel_size > 1, "one engine is asked for scores"),
+        (
+            *("--prefill-context-parallel-size", getattr(parallel, "prefill_context_parallel_size", 1) > 1),
+            "whole prompts are read in one process",
         ),
-        "--data-parallel-size: one engine is asked for scores; run several servers": parallel.data_parallel_size > 1,
-        "--prefill-context-parallel-size: whole prompts are read in one process": (
-            getattr(parallel, "prefill_context_parallel_size", 1) > 1
+        ("--enable-dbo and --ubatch-size", getattr(parallel, "use_ubatching", False), "gates are of whole batches"),
+        ("--fully-sharded-loras", lora.fully_sharded_loras, "adapters are multiplied whole on every rank"),
+        (
+            *("--enable-tower-connector-lora", getattr(lora, "enable_tower_connector_lora", False)),
+            "adapters of the language model alone are mixed",
         ),
-        "--enable-dbo and --ubatch-size: the gates of whole batches are written": getattr(
-            parallel, "use_ubatching", False
-        ),
-        "--fully-sharded-loras: adapters are multiplied whole on every rank": lora.fully_sharded_loras,
-        "--enable-tower-connector-lora: adapters of the language model alone are mixed": getattr(
-            lora, "enable_tower_connector_lora", False
-        ),
-    }
-    for what, given in refused.items():
+    )
+    for option, given, why in refused:
         if given:
-            raise ModelError(f"LoGo cannot work with {what}")
+            raise ModelError(f"LoGo cannot work with {option}: {why}; leave it out")
 
 
 def _execute_model(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:

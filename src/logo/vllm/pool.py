@@ -72,7 +72,7 @@ def scoring_signals(options: VllmOptions, model: PreTrainedModel, pool: AdapterP
         try:
             plan(model, pool, options.settings, signal)
         except LoGoError as error:
-            log.warning("LoGo: requests cannot ask for the signal %r: %s", signal, error)
+            log.info("LoGo: requests cannot ask for the signal %r: %s", signal, error)
         else:
             usable.append(signal)
     return tuple(usable)
