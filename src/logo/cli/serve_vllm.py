@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from logo.backends.vllm.launch import Launch
     from logo.backends.vllm.slots import Slots
 
-FRONT = "logo.serving.front.Front"
+FRONT = "logo.backends.vllm.front.Front"
 OPEN = "Listening on {} without an API key: everybody who reaches it may use it. --api-key requires one."
 
 # vLLM interprets the escape sequence.
@@ -68,14 +68,15 @@ def serve(
     check_environment(os.environ)
     if not server.dry_run:
         need("--engine vllm", "vllm")
-    from logo.serving.front import FrontSettings
-    from logo.serving.guards import GuardSettings, is_loopback
+    from logo.backends.vllm.front import FrontSettings
+    from logo.serve.guards import GuardSettings, is_loopback
 
     # Raises for invalid keys and origins.
     GuardSettings(server.host, server.api_keys, cors_origins=tuple(server.cors or ()))
     if not server.api_keys and not os.environ.get(API_KEY) and not is_loopback(server.host):
         note(OPEN.format(server.host))
-    more = FrontSettings(server.host, tuple(server.allow_host or ()), server.open_metrics).environment()
+    hosts, origins = tuple(server.allow_host or ()), tuple(server.cors or ())
+    more = FrontSettings(server.host, hosts, server.open_metrics, origins).environment()
     launch = _launch(options, base_model, server)
     if server.dry_run:
         out.print(launch.shown(more), markup=False)
@@ -161,9 +162,9 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> L
 
 def _slots(options: EngineOptions, base_model: str, server: ServerOptions) -> tuple[Slots, int]:
     """The slots for this pool, which are printed; and adapters per mixture."""
-    from logo.api.names import check_pool
     from logo.backends.vllm.slots import Slots
     from logo.selection.points import plan
+    from logo.serve.names import check_pool
 
     model, settings = skeleton(load_config(base_model, model_dir=options.model_dir)), selection_settings(options)
     pool = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import hashlib
 
-from logo.api.asgi import App, Scope, Send, answer
-from logo.backends.vllm.asgi import ask
+from logo.backends.vllm.asgi import App, Scope, Send, answer, ask
 
 # Headers that identify a client.
 _CREDENTIALS = (b"authorization", b"proxy-authorization", b"x-api-key", b"api-key", b"cookie")

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from logo.api.asgi import App, Receive, Scope, Send
-from logo.api.errors import ApiError, failed
-from logo.api.replies import Mixture
-from logo.backends.vllm.asgi import asking, run, sending
+from logo.backends.vllm.asgi import App, Receive, Scope, Send, asking, run, sending
 from logo.backends.vllm.bodies import Body
 from logo.backends.vllm.core import new_key
 from logo.backends.vllm.marks import answering
@@ -24,11 +21,13 @@ from logo.backends.vllm.rewriting import Rewriting
 from logo.backends.vllm.several import merged, merged_stream
 from logo.backends.vllm.workers import Workers
 from logo.core import Selection
+from logo.serve.bodies import Mixture
+from logo.serve.errors import ApiError, failed
 
 
 @dataclass(frozen=True)
 class RoutedMixture:
-    """The selection for one prompt, see `logo.protocol.SelectedMixture`.
+    """The selection for one prompt, see `logo.serve.bodies.SelectedMixture`.
 
     Attributes:
         request: vLLM's `LoRARequest`, see `Core.request`; None: the base model's.

@@ -8,9 +8,26 @@ from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from logo.api.asgi import App, Message, Receive, Scope, Send
+from starlette.types import ASGIApp as App
+from starlette.types import Message, Receive, Scope, Send
+
+from logo.serve.errors import ApiError
 
 _T = TypeVar("_T")
+
+
+async def answer(send: Send, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    """Sends a complete JSON response."""
+    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    others = [(k, v) for k, v in headers if k.lower() not in (b"content-type", b"content-length")]
+    await send({"type": "http.response.start", "status": status, "headers": [*own, *others]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def answer_error(send: Send, error: ApiError) -> None:
+    """Sends an error as a complete JSON response."""
+    headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    await answer(send, error.status, error.content(), headers)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from logo.adapters.layout import BaseLayout
-from logo.api.names import Models
 from logo.backends.vllm import plugin
 from logo.backends.vllm.options import VllmOptions
 from logo.backends.vllm.pool import Change, KeyedPool, check_alike, scoring_signals
@@ -25,10 +24,10 @@ from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.taps import CHANGED
 from logo.core import Forced, Options, ProbeText, Selection
 from logo.errors import LoGoError, ModelError, NotFinite, UsageError
-from logo.protocol import MixtureRequest
 from logo.selection.selector import Evidence, Selector, forced
 from logo.selection.signals import Signal
 from logo.selection.texts import Window
+from logo.serve.names import MixtureRequest, Models
 
 
 class WorkerError(LoGoError, RuntimeError):

@@ -6,10 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from logo.api.names import AUTO
-from logo.api.replies import AdapterCard, AdapterList
 from logo.backends.vllm.core import Core
-from logo.protocol import Card
+from logo.serve.bodies import AdapterCard, AdapterList, Card
+from logo.serve.names import AUTO
 
 
 def adapter_list(core: Core, base: str, selected: Mapping[str, int]) -> AdapterList:

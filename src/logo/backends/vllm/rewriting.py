@@ -6,8 +6,8 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from logo.api.asgi import Message, Send, answer_error
-from logo.api.errors import ApiError
+from logo.backends.vllm.asgi import Message, Send, answer_error
+from logo.serve.errors import ApiError
 
 
 class Rewriting:

@@ -18,15 +18,10 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeVar
 
-from logo.api.asgi import App, BodyLimit, Receive, Scope, Send, answer, answer_error
-from logo.api.errors import ApiError, bad_request, failed, shown_line, unavailable
-from logo.api.names import AUTO, Models
-from logo.api.replies import SelectionReply
-from logo.api.requests import LoadAdapter, LogoOptions, ModelRequest, SelectRequest, UnloadAdapter, checked
 from logo.backends.vllm import bodies
 from logo.backends.vllm.admission import Admission
 from logo.backends.vllm.answering import Answering, RoutedMixture
-from logo.backends.vllm.asgi import ask, body_of, sending, together
+from logo.backends.vllm.asgi import App, Receive, Scope, Send, answer, answer_error, ask, body_of, sending, together
 from logo.backends.vllm.bodies import CHAT, COMPLETIONS, Body
 from logo.backends.vllm.core import Core, WorkerError, new_key, scores_of
 from logo.backends.vllm.listing import adapter_list, model_cards
@@ -38,7 +33,18 @@ from logo.backends.vllm.rewriting import Rewriting
 from logo.backends.vllm.several import Refused
 from logo.backends.vllm.workers import Workers
 from logo.errors import AdapterError, LoGoError, UsageError
-from logo.protocol import MixtureRequest
+from logo.serve.bodies import (
+    LoadAdapter,
+    LogoOptions,
+    ModelRequest,
+    SelectionReply,
+    SelectRequest,
+    UnloadAdapter,
+    checked,
+)
+from logo.serve.errors import ApiError, bad_request, failed, shown_line, unavailable
+from logo.serve.guards import BodyLimit
+from logo.serve.names import AUTO, MixtureRequest, Models
 
 _B = TypeVar("_B", LoadAdapter, UnloadAdapter)
 _Handler = Callable[[str, Scope, Receive, Send], Awaitable[None]]

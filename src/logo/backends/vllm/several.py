@@ -9,10 +9,9 @@ import json
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from logo.api.asgi import Message, Send, answer, answer_error
-from logo.api.errors import ApiError
-from logo.backends.vllm.asgi import Answer, together
+from logo.backends.vllm.asgi import Answer, Message, Send, answer, answer_error, together
 from logo.errors import LoGoError
+from logo.serve.errors import ApiError
 
 # Runs one of the requests, and sends its response to the given `send`.
 Run = Callable[[Send], Coroutine[Any, Any, None]]

@@ -1,0 +1,348 @@
+"""From the prompts of a request to OpenAI's objects, the same way for both endpoints, streamed or not.
+
+body -> Call -> Chosen per prompt -> Chunk, Chunk, ... -> an object, or events
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from logo.core import FinishReason, Prompt, Selection
+from logo.errors import Unsure
+from logo.prompts import MAX_NEW_TOKENS, chat, read
+from logo.serve.batching import Ask
+from logo.serve.bodies import ChatRequest, CompletionRequest, Message, Mixture
+from logo.serve.errors import ApiError, bad_request, client_left, timed_out
+from logo.serve.logs import entry, request_id
+from logo.serve.metrics import Metrics
+from logo.serve.names import MixtureRequest, Models, Patterns
+from logo.serve.packed import Chosen
+from logo.serve.sampling import Sampling
+from logo.serve.service import Service
+from logo.serve.text import Text
+
+_T = TypeVar("_T")
+_log = logging.getLogger("logo.serve")
+
+_LONG = 10_000  # characters that take a few milliseconds to tokenize
+_COMPLETION = 16  # tokens of a completion without 'max_tokens', as in OpenAI's API
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request for text, read and checked: all that answering it needs.
+
+    Attributes:
+        body: the request.
+        prompts: its prompts.
+        wanted: the mixture that it requests.
+        sampling: how the first answer to a prompt is decoded; the seeds of the others are the numbers that follow its.
+        began: when it came, by `time.perf_counter`.
+        logged: the fields of its line in the log.
+    """
+
+    body: ChatRequest | CompletionRequest
+    prompts: tuple[Prompt, ...]
+    wanted: MixtureRequest
+    sampling: Sampling
+    began: float
+    logged: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New text (whole characters) and tokens of one answer, and why it ended; None until it does. Answers to the first
+    prompt come first. The text of a token may be in a later chunk."""
+
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason | None
+
+
+class Answers:
+    """Answers requests.
+
+    Args:
+        service: selects and generates.
+        base_model: the name under which the base model alone answers.
+        timeout: the most seconds for a request, including its waiting; None: no limit.
+        log_prompts: whether prompts may be logged.
+    """
+
+    def __init__(self, service: Service, base_model: str, timeout: float | None, log_prompts: bool) -> None:
+        self.service, self.metrics, self.base_model = service, Metrics(service), base_model
+        self._tokenizer, self._vocabulary = service.logo.tokenizer, service.logo.model.get_input_embeddings().weight
+        self._timeout, self._log_prompts = timeout, log_prompts
+
+    # -- reading requests ------------------------------------------------------------------------------------------
+
+    def models(self, patterns: Patterns | None) -> Models:
+        """The models of a request whose API key is bound to these adapters; None: the whole pool."""
+        return Models(self.base_model, self.service.usable(patterns), self.service.signals, patterns)
+
+    async def call(
+        self, body: ChatRequest | CompletionRequest, wanted: MixtureRequest, began: float, logged: dict[str, Any]
+    ) -> Call:
+        """Reads a request for text.
+
+        Raises:
+            ApiError, UsageError: it cannot be answered.
+        """
+        if isinstance(body, ChatRequest):
+            prompts = [await self.conversation(body.messages, body.chat_template_kwargs)]
+            most, usual, blamed = body.max_completion_tokens or body.max_tokens, MAX_NEW_TOKENS, "messages"
+        else:
+            prompts = await self.encoded(body.prompts)
+            most, usual, blamed = body.max_tokens, _COMPLETION, "prompt"
+        named = ("max_completion_tokens", "max_tokens")
+        blamed = next((name for name in named if getattr(body, name, None) is not None), blamed)
+        logged["prompt_tokens"] = sum(map(len, prompts))
+        sampling = Sampling(self.room(prompts, most, blamed, usual), body.temperature, body.top_p, body.seed)
+        return Call(body, tuple(prompts), wanted, sampling, began, logged)
+
+    async def encoded(self, prompts: Sequence[str | Sequence[int]]) -> list[Prompt]:
+        """Reads prompts.
+
+        Raises:
+            ApiError: a prompt without tokens, or an id that the model does not know.
+        """
+        known = len(self._vocabulary)
+        for ids in (one for one in prompts if not isinstance(one, str)):
+            if not 0 <= min(ids) <= max(ids) < known:
+                found = min(ids) if min(ids) < 0 else max(ids)
+                raise bad_request(f"prompt: expected token ids from 0 to {known - 1}, found {found}", "prompt")
+        size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        rows = await _beside(size, lambda: [read(self._tokenizer, prompt) for prompt in prompts])
+        if not all(rows):
+            raise bad_request("prompt: expected a text, found an empty one", "prompt")
+        return rows
+
+    async def conversation(self, messages: Sequence[Message], variables: Mapping[str, Any] | None) -> Prompt:
+        """Reads a conversation; `variables` are for the model's template.
+
+        Raises:
+            ApiError: it has no tokens, or a variable has the name of an argument of `apply_chat_template`.
+            UsageError: the model's template refuses it.
+        """
+        turns, variables = [message.turn for message in messages], variables or {}
+        for name in inspect.signature(self._tokenizer.apply_chat_template).parameters:
+            if name in variables:
+                raise bad_request(
+                    f"chat_template_kwargs: expected variables of the chat template, found {name!r}; leave it out",
+                    "chat_template_kwargs",
+                )
+        size, probed = sum(len(turn["content"] or "") for turn in turns), self.service.logo.settings.probe_text
+        prompt = await _beside(size, lambda: chat(self._tokenizer, turns, probed, variables))
+        if not prompt.ids:
+            raise bad_request("messages: expected a text, found an empty one", "messages")
+        return prompt
+
+    def room(self, prompts: Sequence[Prompt], most: int | None, param: str, usual: int = _COMPLETION) -> int:
+        """The most new tokens of the answers.
+
+        Args:
+            most: what the request asks for; None: the usual number, or as many as there is room for.
+            param: the field that an error names.
+
+        Raises:
+            ApiError: they do not fit behind the longest prompt.
+        """
+        context, longest = self.service.batching.context, max(map(len, prompts))
+        asked = min(usual, context - longest) if most is None else most
+        if longest >= context or asked > context - longest:
+            raise bad_request(
+                f"this model's context holds {context} tokens: found {longest} in the prompt and {max(asked, 1)} for "
+                "the answer; send a shorter prompt or ask for fewer tokens",
+                param,
+                "context_length_exceeded",
+            )
+        return asked
+
+    # -- answering -------------------------------------------------------------------------------------------------
+
+    async def choose(
+        self, prompts: Sequence[Prompt], wanted: MixtureRequest, began: float, logged: dict[str, Any]
+    ) -> list[Chosen]:
+        """Selects the mixture of each prompt; they are probed together.
+
+        Raises:
+            ApiError: the request has timed out.
+            LoGoError: as `Service.choose`.
+        """
+
+        async def choosing() -> list[Chosen | BaseException]:
+            # A coroutine, since nobody retrieves the exception of a future of `gather` that is cancelled in `wait_for`.
+            asked = (self.service.choose(prompt, wanted) for prompt in prompts)
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+        try:
+            found = await asyncio.wait_for(choosing(), self.left(began))
+        except asyncio.TimeoutError:
+            raise timed_out(self._timeout or 0) from None
+        logged["selections"] = entries = list[dict[str, Any]]()
+        below, tokenizer = self.service.logo.settings.unsure_below, self._tokenizer if self._log_prompts else None
+        for prompt, one in zip(prompts, found, strict=True):
+            if isinstance(one, Unsure):
+                selection, took = Selection((), (), dict(one.scores), one.confidence), {}
+            elif isinstance(one, BaseException):
+                continue
+            else:
+                selection, took = (
+                    one.selection,
+                    {"probe_ms": round(one.probe_ms, 1), "queue_ms": round(one.queue_ms, 1)},
+                )
+                if one.probe_ms:
+                    self.metrics.probe.observe(one.probe_ms / 1e3)
+            if selection.confidence is not None:
+                self.metrics.confidence.observe(selection.confidence)
+            entries.append({**entry(prompt, selection, below, tokenizer), **took})
+        chosen = [one for one in found if isinstance(one, Chosen)]
+        for error in found:
+            if isinstance(error, BaseException):
+                for one in chosen:
+                    one.release()
+                raise error
+        return chosen
+
+    async def chunks(self, call: Call, chosen: Sequence[Chosen]) -> AsyncGenerator[Chunk, None]:
+        """Yields the answers of a request in chunks as they come. Leaving the loop ends them.
+
+        Raises:
+            ApiError: the time is up.
+            Exception: what failed.
+        """
+        seed, left, n = call.sampling.seed, self.left(call.began), call.body.n
+        each = [call.sampling if seed is None else replace(call.sampling, seed=seed + choice) for choice in range(n)]
+        asked = [Ask(p.ids, one, way) for p, one in zip(call.prompts, chosen, strict=True) for way in each]
+        deadline = None if left is None else asyncio.get_running_loop().time() + left
+        texts, before = [Text(self._tokenizer, call.body.stops) for _ in asked], [call.began] * len(asked)
+        self.metrics.prompt_tokens.inc(sum(len(one.ids) for one in asked))
+        with self.counting(len(asked), call.began) as unended:
+            try:
+                async with aclosing(self.service.generate(asked, deadline)) as deltas:
+                    async for job, delta in deltas:
+                        text, now = texts[job.index], time.perf_counter()
+                        count = text.taken
+                        shown, reason, new = text.push(delta.tokens), delta.finish_reason, text.taken - count
+                        self._time(new, count, now, before[job.index], call)
+                        before[job.index] = now
+                        shown += text.finish() if reason is not None else ""
+                        if text.stopped:
+                            reason, job.left = "stop", True
+                        if reason is not None:
+                            unended.discard(job.index)
+                            self.metrics.success.labels(reason).inc()
+                            self.metrics.end_to_end.observe(now - call.began)
+                        yield Chunk(job.index, shown, delta.tokens[:new], reason)
+            except TimeoutError:
+                raise timed_out(self._timeout or 0) from None
+
+    def _time(self, new: int, count: int, now: float, before: float, call: Call) -> None:
+        """Counts new tokens of an answer that had `count`."""
+        self.metrics.generation_tokens.inc(new)
+        call.logged["completion_tokens"] = call.logged.get("completion_tokens", 0) + new
+        if new and not count:
+            self.metrics.first_token.observe(now - call.began)
+            call.logged.setdefault("first_token_ms", round(1e3 * (now - call.began), 1))
+        for _ in range(new if count else 0):
+            self.metrics.inter_token.observe((now - before) / new)
+
+    @contextmanager
+    def counting(self, count: int, began: float) -> Iterator[set[int]]:
+        """Counts the answers that the block does not end, which gets their numbers, by the code of the error: what the
+        client did wrong is no failure."""
+        unended = set(range(count))
+        try:
+            yield unended
+        except BaseException as error:
+            left = client_left() if self.left(began) != 0 else timed_out(0)  # the client is there, but does not read
+            answer = left if isinstance(error, (asyncio.CancelledError, GeneratorExit)) else ApiError.of(error)
+            if answer.status > 404 or isinstance(error, Unsure):
+                self.metrics.failure.labels(answer.code).inc(len(unended))
+            raise
+
+    def left(self, began: float) -> float | None:
+        """The seconds that are left to a request; None: no limit."""
+        return None if self._timeout is None else max(0.0, began + self._timeout - time.perf_counter())
+
+    # -- OpenAI's objects ------------------------------------------------------------------------------------------
+
+    async def whole(self, call: Call, chosen: Sequence[Chosen]) -> dict[str, Any]:
+        """The answer of a request that is not streamed."""
+        choices = [_choice(call, Chunk(i, "", (), None)) for i in range(len(chosen) * call.body.n)]
+        texts, tokens = [""] * len(choices), [list[int]() for _ in choices]
+        async with aclosing(self.chunks(call, chosen)) as chunks:
+            async for one in chunks:
+                texts[one.index] += one.text
+                tokens[one.index] += one.tokens
+                if one.finish_reason is not None:
+                    ended = Chunk(one.index, texts[one.index], tuple(tokens[one.index]), one.finish_reason)
+                    choices[one.index] = _choice(call, ended)
+        return {**_head(call), "choices": choices, "usage": _usage(call), "logo": _mixtures(chosen)}
+
+    async def events(self, call: Call, chosen: Sequence[Chosen]) -> AsyncGenerator[bytes, None]:
+        """The answer of a request that is streamed; an error is an event, since the status was sent already."""
+        head, numbers = _head(call), range(len(chosen) * call.body.n)
+        begun = [_choice(call, Chunk(i, "", (), None), begins=True) for i in numbers]
+        yield _event({**head, "choices": begun, "logo": _mixtures(chosen)})
+        try:
+            async with aclosing(self.chunks(call, chosen)) as chunks:
+                async for chunk in chunks:
+                    if chunk.text or chunk.finish_reason or call.body.return_token_ids:
+                        yield _event({**head, "choices": [_choice(call, chunk)]})
+        except Exception as error:
+            _log.warning("a stream failed: %s", error, exc_info=error)
+            yield ApiError.of(error, request_id.get()).event()
+        else:
+            if call.body.stream_options is not None and call.body.stream_options.include_usage:
+                yield _event({**head, "choices": [], "usage": _usage(call)})
+        yield b"data: [DONE]\n\n"
+
+
+def _head(call: Call) -> dict[str, Any]:
+    is_chat = isinstance(call.body, ChatRequest)
+    kind = "text_completion" if not is_chat else "chat.completion.chunk" if call.body.stream else "chat.completion"
+    name = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+    return {"id": name, "object": kind, "created": int(time.time()), "model": call.body.model}
+
+
+def _choice(call: Call, chunk: Chunk, begins: bool = False) -> dict[str, Any]:
+    """One answer, or a piece of it; `begins`: the first one."""
+    said: dict[str, Any] = {"text": chunk.text}
+    if isinstance(call.body, ChatRequest) and call.body.stream:
+        said = {"delta": {**({"role": "assistant"} if begins else {}), "content": chunk.text}}
+    elif isinstance(call.body, ChatRequest):
+        said = {"message": {"role": "assistant", "content": chunk.text, "refusal": None}}
+    ids = {"token_ids": list(chunk.tokens)} if call.body.return_token_ids else {}
+    return {"index": chunk.index, **said, "logprobs": None, "finish_reason": chunk.finish_reason, **ids}
+
+
+def _usage(call: Call) -> dict[str, int]:
+    """The counts of tokens; each prompt is counted once, however many answers it has."""
+    prompt, completion = call.logged["prompt_tokens"], call.logged.get("completion_tokens", 0)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _mixtures(chosen: Sequence[Chosen]) -> Any:
+    """The mixture of a single prompt, or a list for several."""
+    found = [Mixture.of(one).model_dump() for one in chosen]
+    return found[0] if len(found) == 1 else found
+
+
+def _event(reply: Mapping[str, Any]) -> bytes:
+    return b"data: " + json.dumps(reply, ensure_ascii=False).encode() + b"\n\n"
+
+
+async def _beside(size: int, work: Callable[[], _T]) -> _T:
+    """Runs `work`, in a thread for long texts, so that other requests are answered meanwhile."""
+    return await asyncio.to_thread(work) if size > _LONG else work()

@@ -1,0 +1,208 @@
+"""`Models`: the names that requests may give as `model`, in our own server and in vLLM, and what API keys may use.
+
+`logo` selects; the base model's name is the base model alone; an adapter's name is that adapter; `a:0.7+b:0.3` is this
+mixture of two.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from logo.errors import StorageError, UsageError, closest
+from logo.serve.bodies import LogoOptions
+from logo.serve.errors import bad_request, model_not_found, not_found, shown
+
+AUTO = "logo"
+"""The model name for which the prompt selects the adapters."""
+
+Patterns = tuple[str, ...]
+"""Names of adapters, or patterns of them such as `team-a/*`."""
+
+
+@dataclass(frozen=True)
+class MixtureRequest:
+    """The mixture that a request wants: forced, or to be selected.
+
+    Attributes:
+        adapters: forced: name -> weight, `{}` is the base model alone; None: select.
+        options: those of `LoGo.options`, in place of the server's.
+        usable: the adapters to which the request's API key is bound; None: the whole pool.
+    """
+
+    adapters: Mapping[str, float] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    usable: Patterns | None = None
+
+
+def check_pool(base: str, adapters: Collection[str]) -> None:
+    """Checks that every adapter of a pool can be requested by its name.
+
+    Raises:
+        UsageError: an adapter has the name of another model, which would answer in its place.
+    """
+    if AUTO in adapters:
+        raise UsageError(
+            f"adapter {AUTO!r}: requests for this name select adapters, so nobody could ask for it; rename its folder"
+        )
+    if base in adapters:
+        raise UsageError(
+            f"adapter {base!r}: the base model has the same name, so nobody could ask for the adapter; give the base "
+            "model another one (--served-model-name)"
+        )
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a request.
+
+    Attributes:
+        base: the name of the base model alone.
+        adapters: names of the adapters that the request may use.
+        signals: the signals that it may use.
+        patterns: the adapters to which its API key is bound; None: the whole pool.
+    """
+
+    base: str
+    adapters: Collection[str]
+    signals: Collection[str]
+    patterns: Patterns | None = None
+
+    def mixture_request(self, model: str, options: LogoOptions | None) -> MixtureRequest:
+        """The mixture that a model's name and the field `logo` request.
+
+        Raises:
+            ApiError: there is no such model or adapter, or the options do not fit it.
+        """
+        options = options or LogoOptions()
+        forced = None if model == AUTO else {} if model == self.base else self._weighted(model)
+        for field_name in ("adapters", "candidates"):
+            for name in getattr(options, field_name) or ():
+                self._check(name, f"logo.{field_name}")
+        if options.adapters is not None:
+            return MixtureRequest(options.adapters, usable=self.patterns)
+        if options.signal is not None and options.signal not in self.signals:
+            raise bad_request(
+                f"logo.signal: expected one of {', '.join(self.signals)}, which this server was started with, "
+                f"found {shown(options.signal)}",
+                "logo.signal",
+            )
+        if forced is None:
+            return MixtureRequest(None, options.selecting, self.patterns)
+        if options.selecting:
+            said = ", ".join(map(repr, options.selecting))
+            raise bad_request(f"logo: model {shown(model)} does not select adapters; leave out {said}", "logo")
+        return MixtureRequest(forced, usable=self.patterns)
+
+    def _weighted(self, model: str) -> dict[str, float]:
+        """The mixture that the name of an adapter, or of several with their weights, means."""
+        if model in self.adapters:
+            return {model: 1.0}
+        found: dict[str, float] = {}
+        for name, text in _terms(model, self.adapters):
+            self._check(name, "model")
+            try:
+                weight = float(text or "")
+            except ValueError:
+                weight = float("nan")
+            if not -1e6 < weight < 1e6:
+                raise bad_request(
+                    f"model: expected a weight between -1e6 and 1e6 behind adapter {shown(name)}, as in 'a:0.7+b:0.3', "
+                    f"found {'none' if text is None else shown(text)}",
+                    "model",
+                )
+            if name in found:
+                raise bad_request(f"model: expected each adapter once, found {shown(name)} twice", "model")
+            found[name] = weight
+        return found
+
+    def _check(self, name: str, param: str) -> None:
+        if name not in self.adapters:
+            known = (AUTO, self.base, *self.adapters) if param == "model" else self.adapters
+            raise model_not_found(name, closest(name, known), param)
+
+    def check_new(self, name: str, *, replace: bool) -> None:
+        """Checks that an adapter of this name may be added.
+
+        Args:
+            replace: whether an adapter of the same name may be replaced.
+
+        Raises:
+            ApiError: the name is reserved, or there is such an adapter.
+        """
+        if name in (AUTO, self.base):
+            raise bad_request(f"lora_name: {shown(name)} is the name of another model", "lora_name")
+        if name in self.adapters and not replace:
+            raise bad_request(f"The lora adapter {shown(name)} has already been loaded.", "lora_name")
+
+    def check_there(self, name: str) -> None:
+        """Checks that an adapter of this name can be removed.
+
+        Raises:
+            ApiError: there is none.
+        """
+        if name not in self.adapters:
+            hint = closest(name, self.adapters)
+            raise not_found(f"The lora adapter {shown(name)} cannot be found.{hint}", "lora_name")
+
+
+def _terms(model: str, adapters: Collection[str]) -> Iterator[tuple[str, str | None]]:
+    """The adapters and weights of `a:0.7+b:0.3`; a term without a weight has None. Names may hold ':' and '+'."""
+    pieces, start = model.split("+"), 0
+    while start < len(pieces):
+        # The longest run of pieces whose name is an adapter's; else the piece alone, which is then told as unknown.
+        ends = range(min(len(pieces), start + 8), start, -1)
+        runs = [(end, *_term("+".join(pieces[start:end]), adapters)) for end in ends]
+        end, name, weight = next((run for run in runs if run[1] in adapters), runs[-1])
+        yield name, weight
+        start = end
+
+
+def _term(text: str, adapters: Collection[str]) -> tuple[str, str | None]:
+    if text in adapters:
+        return text, None
+    name, colon, weight = text.rpartition(":")
+    return (name, weight) if colon else (text, None)
+
+
+# -- API keys that may only use some adapters ----------------------------------------------------------------------
+
+
+def read_key_adapters(file: Path) -> dict[str, Patterns]:
+    """Reads a JSON file: API key -> names of adapters, or patterns such as `"team-a/*"`.
+
+    Raises:
+        StorageError: it cannot be read.
+        UsageError: it is malformed. The message never shows a key.
+    """
+    expected = f'--key-adapters {file}: expected JSON such as {{"KEY": ["team-a/*", "translate"]}}'
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"--key-adapters {file}: cannot be read: {error.strerror or error}") from error
+    except ValueError:
+        raise UsageError(f"{expected}, found no JSON") from None
+    if not isinstance(found, dict) or not found:
+        raise UsageError(f"{expected}, found {'an empty object' if found == {} else type(found).__name__}")
+    for number, names in enumerate(found.values(), 1):
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+            raise UsageError(f"{expected}, found no list of names for key number {number}")
+    return {key: tuple(names) for key, names in found.items()}
+
+
+def usable(names: Iterable[str], patterns: Patterns | None) -> list[str]:
+    """The names that match the patterns; None: all."""
+    if patterns is None:
+        return list(names)
+    return [name for name in names if any(name == p or fnmatchcase(name, p) for p in patterns)]
+
+
+def unmatched(names: Iterable[str], keys: Mapping[str, Patterns]) -> list[str]:
+    """The distinct patterns that no adapter matches, in order."""
+    listed = list(names)
+    patterns = dict.fromkeys(pattern for own in keys.values() for pattern in own)
+    return [pattern for pattern in patterns if not usable(listed, (pattern,))]
