@@ -23,7 +23,7 @@ from logo.core import Prompt
 from logo.decoding import Batch, Decoding, call_config
 from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
 from logo.serve import batching
-from logo.serve.batching import Ask
+from logo.serve.batching import Job
 from logo.serve.errors import ApiError, NotReady
 from logo.serve.memory import Memory
 from logo.serve.names import MixtureRequest
@@ -62,7 +62,7 @@ async def answer(
     tokens: list[int] = []
     reason = None
     try:
-        async for _, delta in service.generate([Ask(ids, chosen, sampling)]):
+        async for _, delta in service.generate([Job(ids, chosen, sampling)]):
             tokens += delta.tokens
             reason = delta.finish_reason
     finally:
@@ -235,7 +235,7 @@ def test_who_leaves_early_frees_what_it_held(llama: nn.Module, adapters: Path) -
 
     async def leave(service: Service, ids: list[int], after: int) -> None:
         chosen = await service.choose(Prompt.of_ids(ids), MixtureRequest())
-        async with aclosing(service.generate([Ask(ids, chosen, Sampling(90))])) as deltas:
+        async with aclosing(service.generate([Job(ids, chosen, Sampling(90))])) as deltas:
             seen = 0
             async for _, delta in deltas:
                 seen += len(delta.tokens)
@@ -298,7 +298,7 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
 
     async def use(service: Service) -> Any:
         chosen = await service.choose(Prompt.of_ids(ids), wanted)
-        deltas = service.generate([Ask(ids, chosen, Sampling(30))])
+        deltas = service.generate([Job(ids, chosen, Sampling(30))])
         first = (await anext(deltas))[1].tokens
         waiting = await service.choose(Prompt.of_ids(ids), wanted)  # selected, not begun
         await service.remove("t1")
@@ -308,7 +308,7 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
         await service.add(tmp_path / "other", "t1")
         new = await answer(service, ids, wanted, Sampling(30))
         rest = [token async for _, delta in deltas for token in delta.tokens]
-        more = service.generate([Ask(ids, waiting, Sampling(30))])
+        more = service.generate([Job(ids, waiting, Sampling(30))])
         held = [token async for _, delta in more for token in delta.tokens]
         return (
             (*first, *rest),

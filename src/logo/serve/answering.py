@@ -14,12 +14,12 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from logo.core import FinishReason, Prompt, Selection
 from logo.errors import Unsure
 from logo.prompts import MAX_NEW_TOKENS, chat, read
-from logo.serve.batching import Ask
+from logo.serve.batching import Job
 from logo.serve.bodies import ChatRequest, CompletionRequest, Message, Mixture
 from logo.serve.errors import ApiError, bad_request, client_left, timed_out
 from logo.serve.logs import entry, request_id
@@ -58,15 +58,14 @@ class Call:
     logged: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """New text (whole characters) and tokens of one answer, and why it ended; None until it does. Answers to the first
     prompt come first. The text of a token may be in a later chunk."""
 
     index: int
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: FinishReason | None
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
 
 
 class Answers:
@@ -222,28 +221,29 @@ class Answers:
             Exception: what failed.
         """
         seed, left, n = call.sampling.seed, self.left(call.began), call.body.n
-        each = [call.sampling if seed is None else replace(call.sampling, seed=seed + choice) for choice in range(n)]
-        asked = [Ask(p.ids, one, way) for p, one in zip(call.prompts, chosen, strict=True) for way in each]
+        ways = [call.sampling if seed is None else replace(call.sampling, seed=seed + choice) for choice in range(n)]
+        jobs = [Job(p.ids, one, way) for p, one in zip(call.prompts, chosen, strict=True) for way in ways]
         deadline = None if left is None else asyncio.get_running_loop().time() + left
-        texts, before = [Text(self._tokenizer, call.body.stops) for _ in asked], [call.began] * len(asked)
-        self.metrics.prompt_tokens.inc(sum(len(one.ids) for one in asked))
-        with self.counting(len(asked), call.began) as unended:
+        # Of each answer: its number, its text, and when its last tokens came.
+        state = {job: [i, Text(self._tokenizer, call.body.stops), call.began] for i, job in enumerate(jobs)}
+        self.metrics.prompt_tokens.inc(sum(len(job.prompt) for job in jobs))
+        with self.counting(len(jobs), call.began) as unended:
             try:
-                async with aclosing(self.service.generate(asked, deadline)) as deltas:
+                async with aclosing(self.service.generate(jobs, deadline)) as deltas:
                     async for job, delta in deltas:
-                        text, now = texts[job.index], time.perf_counter()
-                        count = text.taken
+                        index, text, before = state[job]
+                        count, now = text.taken, time.perf_counter()
                         shown, reason, new = text.push(delta.tokens), delta.finish_reason, text.taken - count
-                        self._time(new, count, now, before[job.index], call)
-                        before[job.index] = now
+                        self._time(new, count, now, before, call)
+                        state[job][2] = now
                         shown += text.finish() if reason is not None else ""
                         if text.stopped:
                             reason, job.left = "stop", True
                         if reason is not None:
-                            unended.discard(job.index)
+                            unended.discard(index)
                             self.metrics.success.labels(reason).inc()
                             self.metrics.end_to_end.observe(now - call.began)
-                        yield Chunk(job.index, shown, delta.tokens[:new], reason)
+                        yield Chunk(index, shown, delta.tokens[:new], reason)
             except TimeoutError:
                 raise timed_out(self._timeout or 0) from None
 
@@ -279,21 +279,16 @@ class Answers:
 
     async def whole(self, call: Call, chosen: Sequence[Chosen]) -> dict[str, Any]:
         """The answer of a request that is not streamed."""
-        choices = [_choice(call, Chunk(i, "", (), None)) for i in range(len(chosen) * call.body.n)]
-        texts, tokens = [""] * len(choices), [list[int]() for _ in choices]
+        answers = [Chunk(i) for i in range(len(chosen) * call.body.n)]
         async with aclosing(self.chunks(call, chosen)) as chunks:
-            async for one in chunks:
-                texts[one.index] += one.text
-                tokens[one.index] += one.tokens
-                if one.finish_reason is not None:
-                    ended = Chunk(one.index, texts[one.index], tuple(tokens[one.index]), one.finish_reason)
-                    choices[one.index] = _choice(call, ended)
+            async for i, text, tokens, reason in chunks:
+                answers[i] = Chunk(i, answers[i].text + text, answers[i].tokens + tokens, reason)
+        choices = [_choice(call, one) for one in answers]
         return {**_head(call), "choices": choices, "usage": _usage(call), "logo": _mixtures(chosen)}
 
     async def events(self, call: Call, chosen: Sequence[Chosen]) -> AsyncGenerator[bytes, None]:
         """The answer of a request that is streamed; an error is an event, since the status was sent already."""
-        head, numbers = _head(call), range(len(chosen) * call.body.n)
-        begun = [_choice(call, Chunk(i, "", (), None), begins=True) for i in numbers]
+        head, begun = _head(call), [_choice(call, Chunk(i), begins=True) for i in range(len(chosen) * call.body.n)]
         yield _event({**head, "choices": begun, "logo": _mixtures(chosen)})
         try:
             async with aclosing(self.chunks(call, chosen)) as chunks:

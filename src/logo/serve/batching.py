@@ -13,12 +13,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import secrets
 import threading
 import traceback
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,15 +49,6 @@ _log = logging.getLogger("logo.serve")
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One answer that is wanted: the token ids of the prompt, its mixture, and how it is decoded."""
-
-    ids: Sequence[int]
-    chosen: Chosen
-    sampling: Sampling
-
-
-@dataclass(frozen=True)
 class Delta:
     """The new token ids of an answer, and why it ended; None until it does."""
 
@@ -67,15 +58,13 @@ class Delta:
 
 @dataclass(eq=False)
 class Job:
-    """One answer: what is asked, and how far it is. Callers may set `left`, and read `index` alone."""
+    """One answer: token ids of its prompt, its mixture and sampling; and, for the loop alone, how far it is."""
 
-    index: int  # of the answer in its call of `generate`
     prompt: Sequence[int]
     chosen: Chosen
     sampling: Sampling
-    loop: asyncio.AbstractEventLoop
-    outputs: asyncio.Queue[tuple[Job | None, Delta | Exception]]
-    left: bool = False  # the caller does not listen any more
+    left: bool = False  # the caller, who may set this, does not listen any more
+    outputs: asyncio.Queue[tuple[Job | None, Delta | Exception]] = field(default_factory=asyncio.Queue)
     ended: bool = False  # its row, if it has one, is not needed any more
     begun: bool = False  # it has a row
     tokens: list[int] = field(default_factory=list)  # of the answer
@@ -133,7 +122,8 @@ class Batching:
         self._change = threading.Condition()
         self._pausing, self._stepping, self._stopped = 0, False, False
         self._thread: threading.Thread | None = None
-        self._said: list[tuple[Job, Delta | Exception]] = []  # what callers have not heard yet
+        self._said: list[tuple[Job, Delta | Exception]] = []  # what callers have not heard yet ...
+        self._loop: asyncio.AbstractEventLoop | None = None  # ... and where they are
         self._gated: Sequence[Job] | None = None  # the rows whose gates are set
         self.missed = 0
         self.plan = Plan.of(model, adapters.budget, memory, 0 if prefix_cache is None else prefix_cache.budget)
@@ -204,7 +194,7 @@ class Batching:
         return self.running * self._rows.columns, self._tokens
 
     async def generate(
-        self, asked: Sequence[Ask], deadline: float | None = None
+        self, jobs: Sequence[Job], deadline: float | None = None
     ) -> AsyncGenerator[tuple[Job, Delta], None]:
         """Yields the tokens of answers as they come. A job that is set `left` ends; leaving the loop ends all of them.
 
@@ -215,12 +205,10 @@ class Batching:
             TimeoutError: the deadline has passed.
             NotReady, or what a step of one of the answers raised.
         """
-        loop, outputs = asyncio.get_running_loop(), asyncio.Queue[tuple[Job | None, Delta | Exception]]()
-        jobs = [
-            Job(index, one.ids, one.chosen, _seeded(one.sampling), loop, outputs) for index, one in enumerate(asked)
-        ]
-        late = TimeoutError("the answer exceeded the time limit of a request")
-        timer = None if deadline is None else loop.call_at(deadline, outputs.put_nowait, (None, late))
+        self._loop, outputs = asyncio.get_running_loop(), jobs[0].outputs
+        for job in jobs:
+            job.outputs = outputs
+        timer = None if deadline is None else self._loop.call_at(deadline, outputs.put_nowait, (None, TimeoutError()))
         with self._change:
             if not self.alive:
                 raise NotReady(STOPPED)
@@ -228,15 +216,16 @@ class Batching:
             self._change.notify_all()
         try:
             while not all(job.left for job in jobs):
-                said, failure, found = [await outputs.get()], None, dict[Job, Delta]()
+                said, found = [await outputs.get()], dict[Job, Delta]()
+                failure: Exception | None = None
                 while not outputs.empty():  # what came meanwhile is passed on together
                     said.append(outputs.get_nowait())
-                for job, one in said:
+                for whose, one in said:
                     if isinstance(one, Exception):
                         failure = failure or one
-                    elif job is not None:
-                        before = found[job].tokens if job in found else ()
-                        found[job] = Delta((*before, *one.tokens), one.finish_reason)
+                    elif whose is not None:
+                        before = found[whose].tokens if whose in found else ()
+                        found[whose] = Delta((*before, *one.tokens), one.finish_reason)
                 for job, delta in found.items():
                     if not job.left:
                         yield job, delta
@@ -284,22 +273,19 @@ class Batching:
         while left > 0 or (len(self._waiting) > self.running and not self._pausing):
             if not (jobs := self._next(most := left if left > 0 else _STEP_TOKENS)):
                 break
-            left -= self._read(jobs, most)
+            left -= self._in_halves(jobs, partial(self._prefill, most))
             self._drop_waiting()
             self._hand_out()
         self._compact()
-        if jobs := list(self._active):
+        if self._active:
             try:
                 self._rows.make_room()
-                tokens = self._decode(0, len(jobs))
-                self._rows.columns += 1
             except Exception as error:
-                tokens = [error] * len(jobs)
-            for job, token in zip(jobs, tokens, strict=True):
-                if isinstance(token, Exception):
-                    self._fail(job, token)
-                else:
-                    self._add(job, token)
+                for job in self._active:
+                    self._fail(job, error)
+            else:
+                self._in_halves(list(self._active), self._decode)
+                self._rows.columns += 1
         if not self._waiting:
             self._compact()
         self._hand_out()
@@ -329,20 +315,21 @@ class Batching:
                 break
         return jobs
 
-    def _read(self, jobs: Sequence[Job], most: int) -> int:
-        """Reads prompts to the end, where they become rows, or so many tokens of one; returns the number of tokens.
-        After an error, they are read in halves."""
+    def _in_halves(self, jobs: Sequence[Job], work: Callable[[Sequence[Job]], Sequence[int]]) -> int:
+        """The number of tokens that `work` reads of these jobs, or adds to them (one each). After an error they are
+        taken in halves, so that only a job that fails alone ends: the server has to go on after any error."""
         try:
-            return self._prefill(jobs, most)
-        except Exception as error:  # the server has to go on after any error
+            return sum(work(jobs))
+        except Exception as error:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
                 return 0
-            traceback.clear_frames(error.__traceback__)
+            traceback.clear_frames(error.__traceback__)  # they hold memory that the next attempt may need
         half = len(jobs) // 2
-        return self._read(jobs[:half], most) + self._read(jobs[half:], most)
+        return self._in_halves(jobs[:half], work) + self._in_halves(jobs[half:], work)
 
-    def _prefill(self, jobs: Sequence[Job], most: int) -> int:
+    def _prefill(self, most: int, jobs: Sequence[Job]) -> Sequence[int]:
+        """Reads prompts to the end, where they become rows, or so many tokens of one."""
         cache = jobs[0].cache or self._beginning(jobs[0])
         start = cache.get_seq_length()
         parts = [job.prompt[start : len(job.prompt) - 1][:most] for job in jobs]
@@ -356,14 +343,14 @@ class Batching:
                 self._reader.forward(ids, mask, cache, self._placed(positions.clamp_min(0)))
         if start + width < len(jobs[0].prompt) - 1:
             jobs[0].cache = cache
-            return width
+            return [width]
         places = [i for i, job in enumerate(self._active) if job.ended][: len(jobs)]
         places += range(len(self._active), len(self._active) + len(jobs) - len(places))
         self._rows.join(cache, [len(job.prompt) - 1 for job in jobs], places)
         for place, job in zip(places, jobs, strict=True):
             self._active[place : place + 1] = [job]
             job.cache, job.begun = None, True
-        return len(jobs) * width
+        return [width] * len(jobs)
 
     def _beginning(self, job: Job) -> DynamicCache:
         """What is cached of a prompt, up to where adapters begin to act."""
@@ -372,28 +359,24 @@ class Batching:
         self.missed += job.chosen.end - count
         return laid_out([pages], [count]) if count else DynamicCache()
 
-    def _decode(self, begin: int, end: int) -> list[int | Exception]:
-        """The next token of each of these rows. After an error they are computed in halves, so that only a row that
-        fails alone ends."""
-        jobs = self._active[begin:end]
-        try:
-            if self._gated != jobs:
-                self._gated = None
-                self._packed.gate([job.chosen for job in jobs])
-                self._gated = jobs
-            ids = torch.tensor([[(job.tokens or job.prompt)[-1]] for job in jobs], device=self._device)
-            mask, positions, cache = self._rows.seen(begin, end)
-            options = {**self._placed(positions), cache_argument(self._model) or "": cache, "use_cache": True}
-            found = self._model(input_ids=ids, attention_mask=mask.to(self._device), **options)
-            draws = [Draw(job.sampling, len(job.tokens)) for job in jobs]
-            tokens = next_tokens(found.logits[:, -1].float(), draws).tolist()
-            return [NotFinite(OVERFLOW) if token == NO_TOKEN else token for token in tokens]
-        except Exception as error:
-            if len(jobs) == 1:
-                return [error]
-            traceback.clear_frames(error.__traceback__)  # they hold memory that the next attempt may need
-        half = (begin + end) // 2
-        return self._decode(begin, half) + self._decode(half, end)
+    def _decode(self, jobs: Sequence[Job]) -> Sequence[int]:
+        """Gives each of these rows, which follow one another, its next token."""
+        if self._gated != jobs:
+            self._gated = None
+            self._packed.gate([job.chosen for job in jobs])
+            self._gated = jobs
+        begin = self._active.index(jobs[0])
+        ids = torch.tensor([[(job.tokens or job.prompt)[-1]] for job in jobs], device=self._device)
+        mask, positions, cache = self._rows.seen(begin, begin + len(jobs))
+        options = {**self._placed(positions), cache_argument(self._model) or "": cache, "use_cache": True}
+        found = self._model(input_ids=ids, attention_mask=mask.to(self._device), **options)
+        draws = [Draw(job.sampling, len(job.tokens)) for job in jobs]
+        for job, token in zip(jobs, next_tokens(found.logits[:, -1].float(), draws).tolist(), strict=True):
+            if token == NO_TOKEN:
+                self._fail(job, NotFinite(OVERFLOW))
+            else:
+                self._add(job, token)
+        return [1] * len(jobs)
 
     def _placed(self, positions: Tensor) -> dict[str, Any]:
         return {"position_ids": positions.to(self._device)} if "position_ids" in self._arguments else {}
@@ -415,14 +398,11 @@ class Batching:
                 self._active.pop()
 
     def _hand_out(self) -> None:
-        """Tells callers what has happened to their answers, all of an event loop at once."""
-        loops: dict[asyncio.AbstractEventLoop, list[tuple[Job, Delta | Exception]]] = {}
-        for job, said in self._said:
-            loops.setdefault(job.loop, []).append((job, said))
-        self._said = []
-        for loop, some in loops.items():
+        """Tells callers what has happened to their answers."""
+        said, self._said = self._said, []
+        if said and self._loop is not None:
             with suppress(RuntimeError):  # it has ended, and nobody listens
-                loop.call_soon_threadsafe(_put, some)
+                self._loop.call_soon_threadsafe(_put, said)
 
     def _fail(self, job: Job, error: Exception) -> None:
         _log.warning("an answer cannot be generated: %s", type(error).__name__, exc_info=error)
@@ -431,10 +411,6 @@ class Batching:
         self._said.append((job, error))
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _seeded(sampling: Sampling) -> Sampling:
-    return sampling if sampling.seed is not None else replace(sampling, seed=secrets.randbits(64))
 
 
 def _put(said: Sequence[tuple[Job, Delta | Exception]]) -> None:

@@ -2,12 +2,13 @@
 
 A sequence's tokens depend on its own seed and not on the other sequences of its steps: the noise of its n-th draw comes
 from a generator that is seeded with the sequence's seed and n. Drawing changes no state, so that a step that is
-computed again draws the same tokens.
+computed again draws the same tokens (if the sequence has a seed).
 """
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -45,12 +46,13 @@ class Sampling:
 class Draw(NamedTuple):
     """The draw of a sequence's token with this number, counted from 0."""
 
-    sampling: Sampling  # with a seed, unless it is greedy
+    sampling: Sampling
     number: int
 
     def add_noise(self, row: Tensor) -> None:
         """Fills a row (vocabulary,) with exponential noise."""
-        digest = hashlib.blake2b(f"{self.sampling.seed} {self.number}".encode(), digest_size=8).digest()
+        seed = secrets.randbits(64) if self.sampling.seed is None else self.sampling.seed
+        digest = hashlib.blake2b(f"{seed} {self.number}".encode(), digest_size=8).digest()
         generator = torch.Generator(row.device).manual_seed(int.from_bytes(digest, "big") % 2**63)
         row.exponential_(generator=generator)
 

@@ -26,7 +26,7 @@ from logo.core import Options, Prompt, Selection
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.selection.selector import forced, known
-from logo.serve.batching import STOPPED, Ask, Batching, Delta, Job
+from logo.serve.batching import STOPPED, Batching, Delta, Job
 from logo.serve.bodies import Card
 from logo.serve.errors import NotReady, too_many
 from logo.serve.memory import Memory
@@ -170,11 +170,11 @@ class Service:
         await chosen.loaded()  # here, so that nobody else waits for adapters that are not loaded yet
         return chosen
 
-    def generate(self, asked: Sequence[Ask], deadline: float | None = None) -> AsyncGenerator[tuple[Job, Delta], None]:
+    def generate(self, jobs: Sequence[Job], deadline: float | None = None) -> AsyncGenerator[tuple[Job, Delta], None]:
         """See `Batching.generate`."""
-        for name in (name for one in asked for name in one.chosen.selection.adapters):
+        for name in (name for job in jobs for name in job.chosen.selection.adapters):
             self.selected[name] = self.selected.get(name, 0) + 1
-        return self.batching.generate(asked, deadline)
+        return self.batching.generate(jobs, deadline)
 
     def _choose(self) -> None:
         """Takes requests that wait and selects for all of them together; runs in the thread that selects."""
