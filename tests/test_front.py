@@ -14,8 +14,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from http_server import serving
-from logo.serving.front import FOLDER, Front, FrontSettings
-from logo.serving.guards import CONTENT_SECURITY_POLICY
+from logo.backends.vllm.front import Front, FrontSettings
+from logo.serve.guards import FOLDER, HEADERS
 
 KEY = "s3cret"
 
@@ -49,7 +49,7 @@ def test_the_page_is_answered_and_all_else_goes_on(client: Callable[..., httpx.C
     asked = client()
     page = asked.get("/")
     assert page.content == (FOLDER / "index.html").read_bytes()
-    assert page.headers["content-security-policy"] == CONTENT_SECURITY_POLICY
+    assert page.headers["content-security-policy"] == HEADERS["Content-Security-Policy"]
     for file in ("page.js", "page.css"):
         assert asked.get(f"/page/{file}").content == (FOLDER / file).read_bytes()
     assert asked.head("/").status_code == 200

@@ -28,7 +28,7 @@ LAYERS = [
     {"engine", "protocol"},
     {"api"},
     {"backends", "baselines"},
-    {"evaluation", "training", "serving"},
+    {"evaluation", "training", "serve"},
     {"demo"},
     {"cli"},
 ]

@@ -21,8 +21,8 @@ from logo.backends.vllm.needs import KNOWN
 from logo.cli import serve_vllm
 from logo.cli.app import app
 from logo.cli.serve_ray import application, flags_of
-from logo.serving.front import FrontSettings
-from logo.serving.replicas import digest
+from logo.backends.vllm.front import FrontSettings
+from logo.serve.replicas import digest
 from serving import served
 from tolerances import PATIENCE
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import logo.serving
+import logo.serve
 from browser import Browser, browser, needs_browser
 from logo.demo import adapters_dir
 from page_tools import BARS, PROMPT, ROWS, SET, USE, ask, completion, enter, errors, give_key
@@ -19,7 +19,7 @@ from serving import Served, served
 browses = needs_browser
 pytestmark = pytest.mark.slow
 
-PAGE = Path(logo.serving.__file__).parent / "page"
+PAGE = Path(logo.serve.__file__).parent / "page"
 # Every piece of text that can be seen, with its contrast to what lies behind it.
 CONTRASTS = """
   const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);

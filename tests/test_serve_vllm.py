@@ -68,7 +68,7 @@ def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None
     assert value(command, "--allowed-origins") == "[]"
     assert value(command, "--chat-template").startswith("{{ bos_token }}{% for")  # the demo's tokenizer has none
     around = [command[i + 1] for i, word in enumerate(command) if word == "--middleware"]
-    assert around == ["logo.backends.vllm.Router", "logo.serving.front.Front"]  # the last one is outermost
+    assert around == ["logo.backends.vllm.Router", "logo.backends.vllm.front.Front"]  # the last one is outermost
     assert variables["LOGO_POOL"] == str(adapters_dir())
     assert variables["VLLM_NO_USAGE_STATS"] == "1"
     assert json.loads(variables["LOGO_OPTIONS"]) == {"signals": [], "k": 3}

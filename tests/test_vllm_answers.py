@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from logo.api.asgi import Message, Receive, Scope, Send, answer
-from logo.api.errors import ApiError, failed
-from logo.backends.vllm.asgi import run, together
+from starlette.types import Message, Receive, Scope, Send
+from logo.serve.errors import ApiError, failed
+from logo.backends.vllm.asgi import answer, run, together
 from logo.backends.vllm.rewriting import Rewriting
 from logo.backends.vllm.several import Refused, merged, merged_stream
 

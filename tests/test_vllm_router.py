@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from logo.api.asgi import Message, Receive, Scope, Send, answer
-from logo.api.names import Models
+from starlette.types import Message, Receive, Scope, Send
+from logo.serve.names import Models
+from logo.backends.vllm.asgi import answer
 from logo.backends.vllm import router as router_module
 from logo.backends.vllm.router import Router
 

@@ -105,7 +105,7 @@ def test_the_wheel_has_what_runs_and_nothing_else(built: Path) -> None:
     meta = {name for name in names if not name.startswith("logo/")}
     assert {name.partition("/")[0] for name in meta} == {f"{NAME}.dist-info"}
     assert not [name for name in names if name.endswith(".pyc") or "/test_" in name or name.startswith("tests/")]
-    assert {"logo/py.typed", "logo/demo/assets/world.json", "logo/serving/page/index.html"} <= names
+    assert {"logo/py.typed", "logo/demo/assets/world.json", "logo/serve/page/index.html"} <= names
     assert any(name.startswith("logo/demo/assets/adapters/") and name.endswith(".safetensors") for name in names)
 
 

@@ -26,7 +26,7 @@ from logo.backends.vllm.worker import Worker
 from logo.backends.vllm.wrapper import Tapped
 from logo.core import Prompt, Selection
 from logo.errors import AdapterError, ModelError, NotFinite, UsageError
-from logo.protocol import MixtureRequest
+from logo.serve.names import MixtureRequest
 from logo.selection.settings import SelectionSettings
 
 KEYS = [f"{i:016x}" for i in range(4)]

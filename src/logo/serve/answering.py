@@ -299,7 +299,7 @@ class Answers:
             _log.warning("a stream failed: %s", error, exc_info=error)
             yield ApiError.of(error, request_id.get()).event()
         else:
-            if call.body.stream_options is not None and call.body.stream_options.include_usage:
+            if call.body.stream_options.include_usage:
                 yield _event({**head, "choices": [], "usage": _usage(call)})
         yield b"data: [DONE]\n\n"
 

@@ -22,21 +22,8 @@ from starlette.types import Receive, Scope, Send
 
 from logo import __version__
 from logo.errors import AdapterError, LoGoError, PoolError, closest
+from logo.serve import bodies
 from logo.serve.answering import Answers
-from logo.serve.bodies import (
-    AdapterCard,
-    AdapterList,
-    Body,
-    ChatRequest,
-    CompletionRequest,
-    LoadAdapter,
-    SelectionReply,
-    SelectRequest,
-    UnloadAdapter,
-    checked,
-    model_card,
-    read_json,
-)
 from logo.serve.errors import (
     ApiError,
     bad_request,
@@ -48,11 +35,11 @@ from logo.serve.errors import (
     shown_line,
 )
 from logo.serve.guards import PAGE_ROUTES, response
-from logo.serve.names import AUTO, Patterns
+from logo.serve.names import AUTO, Models
 from logo.serve.service import Service
 
 _T = TypeVar("_T")
-_B = TypeVar("_B", bound=Body)
+_B = TypeVar("_B", bound=bodies.Body)
 _log = logging.getLogger("logo.serve")
 
 GRACE = 5.0
@@ -88,13 +75,9 @@ def create_app(service: Service, settings: AppSettings) -> Starlette:
             await service.close()
 
     kinds = (ApiError, HTTPException, LoGoError, MemoryError, Exception)
-    app = Starlette(
-        routes=[*PAGE_ROUTES, *_ROUTES, *(_CHANGES if settings.adapter_changes is not None else ())],
-        lifespan=lifespan,
-        exception_handlers=dict.fromkeys(kinds, _failed),
-    )
-    timeout, prompts = settings.request_timeout, settings.log_prompts
-    app.state.answers = Answers(service, settings.base_model, timeout, prompts)
+    routes = [*PAGE_ROUTES, *_ROUTES, *(_CHANGES if settings.adapter_changes is not None else ())]
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=dict.fromkeys(kinds, _failed))
+    app.state.answers = Answers(service, settings.base_model, settings.request_timeout, settings.log_prompts)
     app.state.created, app.state.folder = int(time.time()), settings.adapter_changes
     return app
 
@@ -111,75 +94,71 @@ def _answers(request: Request) -> Answers:
     return found
 
 
-def _patterns(request: Request) -> Patterns | None:
-    """The adapters to which the request's API key is bound; see `logo.serve.guards.Access`."""
-    return getattr(request.state, "adapters", None)
-
-
-async def _parsed(request: Request, kind: type[_B]) -> _B:
-    """The body of a request. It has to be called JSON, which a web page elsewhere cannot send unasked."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise bad_request("expected a JSON object and 'Content-Type: application/json', found another type of content")
-    return checked(kind, read_json(await request.body()))
-
-
-async def unless_left(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """Runs `work`, and cancels it if the client disconnects meanwhile.
-
-    Raises:
-        ApiError: the client has disconnected.
-    """
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise client_left()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-# -- generating ----------------------------------------------------------------------------------------------------
-
-
-async def completions(request: Request) -> Response:
-    """Continues prompts, each with the mixture of adapters that it selects."""
-    body = await _parsed(request, CompletionRequest)
-    return await _text(request, body, len(body.prompts))
-
-
-async def chat_completions(request: Request) -> Response:
-    """Answers a conversation with the mixture of adapters that it selects."""
-    return await _text(request, await _parsed(request, ChatRequest), 1)
-
-
-async def _text(request: Request, body: CompletionRequest | ChatRequest, count: int) -> Response:
-    answers, began, logged = _answers(request), time.perf_counter(), _logged(request)
-    logged["model"] = body.model
-    wanted = answers.models(_patterns(request)).mixture_request(body.model, body.logo)
-    with ExitStack() as held:
-        with answers.counting(count * body.n, began):
-            held.enter_context(answers.service.admitted(count * body.n))
-            call = await answers.call(body, wanted, began, logged)
-            chosen = await unless_left(request, answers.choose(call.prompts, wanted, began, logged))
-        for one in chosen:
-            held.callback(one.release)
-        if body.stream:
-            return Streamed(answers.events(call, chosen), held.pop_all(), answers.left(began))
-        return JSONResponse(await unless_left(request, answers.whole(call, chosen)))
+def _models(request: Request) -> Models:
+    """The models that the request's API key may use; see `logo.serve.guards.Access`."""
+    return _answers(request).models(getattr(request.state, "adapters", None))
 
 
 def _logged(request: Request) -> dict[str, Any]:
     """The fields of the request's line in the log; see `logo.serve.guards.Observed`."""
     found: dict[str, Any] = getattr(request.state, "logged", {})
     return found
+
+
+async def _parsed(request: Request, kind: type[_B]) -> _B:
+    """The body of a request. It has to be called JSON, which a web page elsewhere cannot send unasked."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise bad_request("expected a JSON object and 'Content-Type: application/json', found another type of content")
+    return bodies.checked(kind, bodies.read_json(await request.body()))
+
+
+async def _unless_left(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """Runs `work`, and cancels it if the client disconnects meanwhile, which raises an ApiError."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(left())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()  # type: ignore[return-value]
+        raise client_left()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# -- generating and selecting --------------------------------------------------------------------------------------
+
+
+async def completions(request: Request) -> Response:
+    """Continues prompts, each with the mixture of adapters that it selects."""
+    body = await _parsed(request, bodies.CompletionRequest)
+    return await _text(request, body, len(body.prompts))
+
+
+async def chat_completions(request: Request) -> Response:
+    """Answers a conversation with the mixture of adapters that it selects."""
+    return await _text(request, await _parsed(request, bodies.ChatRequest), 1)
+
+
+async def _text(request: Request, body: bodies.CompletionRequest | bodies.ChatRequest, count: int) -> Response:
+    answers, began, logged = _answers(request), time.perf_counter(), _logged(request)
+    logged["model"] = body.model
+    wanted = _models(request).mixture_request(body.model, body.logo)
+    with ExitStack() as held:
+        with answers.counting(count * body.n, began):
+            held.enter_context(answers.service.admitted(count * body.n))
+            call = await answers.call(body, wanted, began, logged)
+            chosen = await _unless_left(request, answers.choose(call.prompts, wanted, began, logged))
+        for one in chosen:
+            held.callback(one.release)
+        if body.stream:
+            return Streamed(answers.events(call, chosen), held.pop_all(), answers.left(began))
+        return JSONResponse(await _unless_left(request, answers.whole(call, chosen)))
 
 
 class Streamed(StreamingResponse):
@@ -202,72 +181,58 @@ class Streamed(StreamingResponse):
                     _log.warning("a stream was ended, since its client does not read it")
 
 
-# -- selecting and the pool ----------------------------------------------------------------------------------------
-
-
 async def select(request: Request) -> Response:
     """Selects the adapters that would answer a prompt, with their weights and the scores of all."""
-    body = await _parsed(request, SelectRequest)
-    answers, began = _answers(request), time.perf_counter()
-    wanted = answers.models(_patterns(request)).mixture_request(body.model, body.logo)
+    body, answers, began = await _parsed(request, bodies.SelectRequest), _answers(request), time.perf_counter()
+    wanted = _models(request).mixture_request(body.model, body.logo)
     with answers.service.admitted():
         if body.prompt is not None:
             prompts = await answers.encoded([body.prompt])
         else:
             prompts = [await answers.conversation(body.messages or [], body.chat_template_kwargs)]
         answers.room(prompts, None, "prompt" if body.messages is None else "messages")
-        [chosen] = await unless_left(request, answers.choose(prompts, wanted, began, _logged(request)))
+        [chosen] = await _unless_left(request, answers.choose(prompts, wanted, began, _logged(request)))
         chosen.release()
-    return JSONResponse(SelectionReply.of(chosen, len(prompts[0])).model_dump())
+    return JSONResponse(bodies.SelectionReply.of(chosen, len(prompts[0])).model_dump())
+
+
+# -- the pool ------------------------------------------------------------------------------------------------------
 
 
 async def adapters(request: Request) -> Response:
     """Lists the adapters of the pool that the API key may use."""
-    answers = _answers(request)
-    service, names = answers.service, answers.service.usable(_patterns(request))
-    listed = AdapterList(
-        base_model=answers.base_model,
+    service, names = _answers(request).service, _models(request).adapters
+    cards = {name: card for name, card in service.adapters.items() if name in names}
+    listed = bodies.AdapterList(
+        base_model=_answers(request).base_model,
         default_k=service.logo.k,
         signal=service.signals[0],
         signals=list(service.signals),
-        data=[
-            AdapterCard.of(card, service.selected.get(name, 0))
-            for name, card in service.adapters.items()
-            if name in names
-        ],
+        data=[bodies.AdapterCard.of(card, service.selected.get(name, 0)) for name, card in cards.items()],
     )
     return JSONResponse(listed.model_dump())
 
 
 async def models(request: Request) -> Response:
-    """Lists the names that requests may give as `model`."""
-    return JSONResponse({"object": "list", "data": [*_cards(request).values()]})
-
-
-async def model(request: Request) -> Response:
-    """One of the models that `/v1/models` lists."""
-    name, cards = request.path_params["name"], _cards(request)
-    if name not in cards:
-        raise model_not_found(name, closest(name, cards))
-    return JSONResponse(cards[name])
-
-
-def _cards(request: Request) -> dict[str, Any]:
-    """The models that the API key may use, by name."""
-    answers = _answers(request)
-    base, about = answers.base_model, {"max_model_len": answers.service.batching.context}
-    about["created"] = request.app.state.created
-    cards: dict[str, Any] = {
-        AUTO: model_card(AUTO, base, "auto", **about),
-        base: model_card(base, base, "base", **about),
-    }
-    names = answers.service.usable(_patterns(request))
-    return cards | {name: model_card(name, base, "adapter", **about) for name in names}
+    """Lists the names that requests may give as `model`, or tells of one."""
+    known, length, asked = _models(request), _answers(request).service.batching.context, request.path_params.get("name")
+    roles = {AUTO: "auto", known.base: "base", **dict.fromkeys(known.adapters, "adapter")}
+    about = {"object": "model", "created": request.app.state.created, "owned_by": "logo", "max_model_len": length}
+    parents = {name: known.base if role == "adapter" else None for name, role in roles.items()}
+    cards = [
+        {"id": name, **about, "root": name if parents[name] else known.base, "parent": parents[name], "permission": []}
+        | {"logo": {"role": role}}
+        for name, role in roles.items()
+        if asked in (None, name)
+    ]
+    if not cards:
+        raise model_not_found(str(asked), closest(asked, roles))
+    return JSONResponse({"object": "list", "data": cards} if asked is None else cards[0])
 
 
 async def load(request: Request) -> Response:
     """Adds an adapter to the pool, from below the server's folder; if a check fails, nothing changes."""
-    body, answers = await _parsed(request, LoadAdapter), _answers(request)
+    body, answers = await _parsed(request, bodies.LoadAdapter), _answers(request)
     folder = _inside(request.app.state.folder, body.lora_path)
     answers.models(None).check_new(body.lora_name, replace=body.load_inplace)
     try:
@@ -281,7 +246,7 @@ async def load(request: Request) -> Response:
 
 async def unload(request: Request) -> Response:
     """Removes an adapter from the pool; requests that have selected it are still answered with it."""
-    body, answers = await _parsed(request, UnloadAdapter), _answers(request)
+    body, answers = await _parsed(request, bodies.UnloadAdapter), _answers(request)
     answers.models(None).check_there(body.lora_name)
     try:
         await answers.service.remove(body.lora_name)
@@ -291,18 +256,12 @@ async def unload(request: Request) -> Response:
 
 
 def _inside(root: Path, path: str) -> Path:
-    """Resolves the folder that a client names, absolute or relative to `root`.
-
-    Raises:
-        ApiError: it is outside of `root`, or is no folder.
-    """
+    """The folder that a client names, absolute or relative to `root`; ApiError unless it is one inside of `root`."""
     try:
         found = (root / path).resolve()
         is_folder = found.is_dir()
     except (OSError, RuntimeError, ValueError):  # too long a path, or links in a circle
-        raise bad_request(
-            f"lora_path: expected a path, found {shown(path)}, which leads nowhere", "lora_path"
-        ) from None
+        raise bad_request(f"lora_path: expected a path, found {shown(path)}", "lora_path") from None
     if not found.is_relative_to(root.resolve()):
         expected = "expected a folder inside the one this server was given"
         raise forbidden(f"lora_path: {expected}, found {shown(path)}", "lora_path")
@@ -314,16 +273,11 @@ def _inside(root: Path, path: str) -> Path:
 # -- the server itself ---------------------------------------------------------------------------------------------
 
 
-async def health(request: Request) -> Response:
-    """Answers 200 as long as answers can be generated, else 503."""
-    alive = _answers(request).service.batching.alive
-    return PlainTextResponse("ok" if alive else "generation has stopped", 200 if alive else 503)
-
-
-async def ready(request: Request) -> Response:
-    """Answers 200 as long as requests are accepted, else 503."""
-    is_ready = _answers(request).service.ready
-    return PlainTextResponse("ok" if is_ready else "not taking requests", 200 if is_ready else 503)
+async def state(request: Request) -> Response:
+    """200 as long as answers can be generated (`/health`) or requests are accepted (`/ready`), else 503."""
+    service = _answers(request).service
+    fine = service.ready if request.url.path == "/ready" else service.batching.alive
+    return PlainTextResponse("ok" if fine else "not generating or not taking requests", 200 if fine else 503)
 
 
 async def versions(request: Request) -> Response:
@@ -342,9 +296,9 @@ _ROUTES = (
     Route("/v1/logo/select", select, methods=["POST"]),
     Route("/v1/logo/adapters", adapters),
     Route("/v1/models", models),
-    Route("/v1/models/{name:path}", model),
-    Route("/health", health),
-    Route("/ready", ready),
+    Route("/v1/models/{name:path}", models),
+    Route("/health", state),
+    Route("/ready", state),
     Route("/version", versions),
     Route("/metrics", metrics),
 )

@@ -87,8 +87,7 @@ class Batching:
         prefix_cache: of what the base model reads, for adapters that act from a position on only.
 
     Attributes:
-        context: the same, within the memory for keys and values.
-        plan: of the memory.
+        context: the same, within the memory for keys and values, which is as in `plan`.
         missed: tokens of prompts whose cached keys and values had been dropped when an answer began.
 
     Raises:
@@ -126,8 +125,8 @@ class Batching:
         self._loop: asyncio.AbstractEventLoop | None = None  # ... and where they are
         self._gated: Sequence[Job] | None = None  # the rows whose gates are set
         self.missed = 0
-        self.plan = Plan.of(model, adapters.budget, memory, 0 if prefix_cache is None else prefix_cache.budget)
-        self._tokens = self.plan.tokens(model, adapters.dtype)
+        self.plan = Plan.of(model, adapters.budget, memory)
+        self._tokens = self.plan.tokens(model, adapters.dtype, 0 if prefix_cache is None else prefix_cache.budget)
         self.context = self._tokens if context is None else min(context, self._tokens)
 
     # -- what the service asks -------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ refused by name (`UNSUPPORTED`); any other unknown one is kept in `model_extra`,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
+from typing_extensions import Self
 
 from logo.adapters.adapter import Adapter
 from logo.core import Selection, Weighting
@@ -27,7 +27,7 @@ Name = Annotated[str, Field(min_length=1, max_length=200)]
 Count = Annotated[int, Field(ge=1, le=_MOST)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Tokens = Annotated[list[int], Field(min_length=1, fail_fast=True)]
-Several = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
+Several = Field(min_length=1, fail_fast=True)
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -78,7 +78,8 @@ def validation_message(error: ValidationError, body: Any) -> tuple[str, str | No
 
     Of several errors it is that of the branch of a union that came furthest.
     """
-    worst = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
+    errors = error.errors(include_url=False)
+    worst = max(errors, key=lambda one: (len(one["loc"]), [step for step in one["loc"] if isinstance(step, int)]))
     place, path = body, ""
     for step in (*worst["loc"], *filter(None, [worst.get("ctx", {}).get("field")])):
         if isinstance(step, int):
@@ -103,18 +104,11 @@ class LogoOptions(Body):
     """Field `logo` of a request: a mixture of the client's own, or other settings of the selection.
 
     Unknown fields are refused here: they can only be slips, and would mean another mixture than the one wanted.
-
-    Attributes:
-        adapters: adapter -> weight: exactly this mixture. An empty object: the base model alone.
-        k: how many adapters are mixed.
-        signal: the signal that scores adapters.
-        weighting: how scores become weights.
-        candidates: choose among these adapters only.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    adapters: dict[str, Annotated[Number, Field(gt=-1e6, lt=1e6)]] | None = None
+    adapters: dict[str, Annotated[Number, Field(gt=-1e6, lt=1e6)]] | None = None  # {}: the base model alone
     k: Count | None = None
     signal: str | None = None
     weighting: Weighting | None = None
@@ -161,20 +155,12 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
-    name: str | None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Message:
-        if self.content is None and self.role != "assistant":
-            raise _refused(f"expected 'content' in a message of role {self.role!r}, found none")
-        return self
 
     @property
     def turn(self) -> dict[str, Any]:
         """The message for the chat template; the parts of its content follow each other as they are."""
         text = self.content if not isinstance(self.content, list) else "".join(part.text for part in self.content)
-        further = {**(self.model_extra or {}), **({} if self.name is None else {"name": self.name})}
-        return {**further, "role": self.role, "content": text}
+        return {**(self.model_extra or {}), "role": self.role, "content": text}
 
 
 Messages = Annotated[list[Message], Field(min_length=1)]
@@ -248,7 +234,7 @@ class StreamOptions(Body):
 
 
 class _Generation(ModelRequest):
-    """The fields that both endpoints share; `stream_options` has no effect without `stream`, nor has `user`."""
+    """The fields that both endpoints share."""
 
     temperature: Annotated[Number, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
@@ -256,9 +242,8 @@ class _Generation(ModelRequest):
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = False
-    user: str | None = None
     max_tokens: Count | None = None
 
     adds_special_tokens: ClassVar[bool]  # the only value that vLLM's 'add_special_tokens' may have
@@ -287,6 +272,12 @@ class CompletionRequest(_Generation):
 
     prompt: str | Annotated[list[str], Several] | Tokens | Annotated[list[Tokens], Several]
 
+    @model_validator(mode="after")
+    def _not_too_many(self) -> CompletionRequest:
+        if len(self.prompts) > MAX_PROMPTS:
+            raise _refused(f"expected at most {MAX_PROMPTS} prompts, found {len(self.prompts)}", "prompt")
+        return self
+
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts as a list of texts or token ids."""
@@ -295,7 +286,7 @@ class CompletionRequest(_Generation):
 
 
 class ChatRequest(_Generation):
-    """Body of `POST /v1/chat/completions`; `max_tokens` is the old name of `max_completion_tokens`."""
+    """Body of `POST /v1/chat/completions`; `max_tokens` is `max_completion_tokens` by its old name."""
 
     adds_special_tokens = False  # a template writes them itself
 
@@ -303,41 +294,26 @@ class ChatRequest(_Generation):
     chat_template_kwargs: dict[str, Any] | None = None
     max_completion_tokens: Count | None = None
 
-    @model_validator(mode="after")
-    def _one_meaning(self) -> ChatRequest:
-        old, new = self.max_tokens, self.max_completion_tokens
-        if old is not None and new is not None and old != new:
-            raise _refused("expected this or 'max_completion_tokens', found both and different", "max_tokens")
-        return self
-
 
 # -- replies -------------------------------------------------------------------------------------------------------
 
 
 class SelectedMixture(Protocol):
-    """The mixture of one prompt: what was selected, how many ms it waited to be probed, and how long the probe took,
-    which prompts may share (0 if nothing was selected)."""
+    """The mixture of one prompt, for the two replies below."""
 
     @property
     def selection(self) -> Selection: ...
 
     @property
-    def queue_ms(self) -> float: ...
+    def queue_ms(self) -> float: ...  # how long the prompt waited to be probed
 
     @property
-    def probe_ms(self) -> float: ...
+    def probe_ms(self) -> float: ...  # how long the probe took, which prompts may share; 0 if nothing was selected
 
 
 class Mixture(BaseModel):
-    """Top-level `logo` of a reply: the mixture that answered the prompt.
-
-    Attributes:
-        adapters: best first; empty: the base model alone.
-        weights: parallel to `adapters`.
-        confidence: the probability that the pool holds an adapter made for the prompt; None: nothing is known of it.
-        probe_ms: how long the selection took.
-        queue_ms: how long the request waited to be probed.
-    """
+    """Top-level `logo` of a reply: the mixture that answered the prompt, best adapter first; none is the base model
+    alone. `confidence` is the probability that the pool holds an adapter made for the prompt; None: it is unknown."""
 
     adapters: list[str]
     weights: list[float]
@@ -346,14 +322,16 @@ class Mixture(BaseModel):
     queue_ms: float
 
     @classmethod
-    def of(cls, chosen: SelectedMixture) -> Mixture:
+    def of(cls, chosen: SelectedMixture, **more: Any) -> Self:
         """The mixture that was selected for a prompt."""
+        found = chosen.selection
         return cls(
-            adapters=list(chosen.selection.adapters),
-            weights=list(chosen.selection.weights),
-            confidence=chosen.selection.confidence,
+            adapters=list(found.adapters),
+            weights=list(found.weights),
+            confidence=found.confidence,
             probe_ms=round(chosen.probe_ms, 3),
             queue_ms=round(chosen.queue_ms, 3),
+            **more,
         )
 
 
@@ -365,9 +343,9 @@ class SelectionReply(Mixture):
     tokens: int
 
     @classmethod
-    def of(cls, chosen: SelectedMixture, tokens: int) -> SelectionReply:  # type: ignore[override]
+    def of(cls, chosen: SelectedMixture, tokens: int) -> Self:  # type: ignore[override]
         """The reply about the selection for a prompt of `tokens` tokens."""
-        return cls(**Mixture.of(chosen).model_dump(), scores=dict(chosen.selection.scores), tokens=tokens)
+        return super().of(chosen, scores=dict(chosen.selection.scores), tokens=tokens)
 
 
 class Card(BaseModel):
@@ -384,7 +362,7 @@ class Card(BaseModel):
     @classmethod
     def of(cls, adapter: Adapter) -> Card:
         """The card of an adapter; reads the size of its file."""
-        return cls(
+        return Card(
             id=adapter.name,
             rank=max(adapter.ranks),
             parameters=adapter.parameters,
@@ -414,10 +392,3 @@ class AdapterList(BaseModel):
     signal: str
     signals: list[str]
     data: list[AdapterCard]
-
-
-def model_card(name: str, base: str, role: str, **about: Any) -> Mapping[str, Any]:
-    """An entry of `GET /v1/models`; `role`: the prompt selects, the base model alone, or one adapter."""
-    parent = base if role == "adapter" else None
-    card = {"id": name, "object": "model", "owned_by": "logo", "root": name if parent else base, "parent": parent}
-    return {**card, "permission": [], **about, "logo": {"role": role}}

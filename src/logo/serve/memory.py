@@ -28,48 +28,37 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on a model's devices: of the weights, the most for adapters, for keys and values (`shared` of them for what
-    prompts begin with), and what is free beside the model."""
+    """Bytes on a model's devices: of the weights, the most for adapters and for keys and values, and what is free."""
 
     model: int
     adapters: int
     kv: int
-    shared: int
     free: int
 
     @classmethod
-    def of(cls, model: Any, adapters: int, memory: Memory, shared: int = 0) -> Plan:
-        """Plans the memory of a server.
-
-        Raises:
-            UsageError: it needs more than there is.
-        """
-        devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    def of(cls, model: Any, adapters: int, memory: Memory) -> Plan:
+        """Plans the memory of a server; UsageError: it needs more than there is."""
+        tensors = [*model.parameters(), *model.buffers()]
+        devices = {tensor.device for tensor in tensors}
         free = free_bytes(devices)
-        on_cpu = devices == {torch.device("cpu")}
-        usual = min(_USUAL, _CPU_SHARE * free) if on_cpu else _SHARE * free
+        usual = min(_USUAL, _CPU_SHARE * free) if devices == {torch.device("cpu")} else _SHARE * free
         kv = usual if memory.kv_cache_gb is None else 1e9 * memory.kv_cache_gb
-        taken = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        plan = cls(taken, adapters, int(kv), shared, free)
+        plan = cls(sum(tensor.nbytes for tensor in tensors), adapters, int(kv), free)
         if adapters + plan.kv > free:
-            raise UsageError(
-                f"{plan.line}: adapters and keys and values together do not fit; lower --adapter-memory-gb or "
-                "--kv-cache-gb"
-            )
-        if shared >= plan.kv:
-            raise UsageError(
-                f"{shared / 1e9:.2f} GB for prompt prefixes (--prefix-cache-gb) leave nothing of the "
-                f"{plan.kv / 1e9:.2f} GB for keys and values (--kv-cache-gb)"
-            )
+            together = "adapters and keys and values together do not fit"
+            raise UsageError(f"{plan.line}: {together}; lower --adapter-memory-gb or --kv-cache-gb")
         return plan
 
-    def tokens(self, model: Any, dtype: torch.dtype) -> int:
-        """How many tokens' keys and values have room, padding included."""
+    def tokens(self, model: Any, dtype: torch.dtype, shared: int) -> int:
+        """How many tokens' keys and values have room, padding included, beside so many bytes for what prompts begin
+        with; UsageError: none."""
+        if shared >= self.kv:
+            parts = f"{shared / 1e9:.2f} GB for prompt prefixes (--prefix-cache-gb)"
+            raise UsageError(f"{parts} leave nothing of the {self.kv / 1e9:.2f} GB for keys and values (--kv-cache-gb)")
         config = text_config(model)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        each: int = 2 * config.num_hidden_layers * heads * size * dtype.itemsize
-        return max(1, (self.kv - self.shared) // each)
+        return max(1, (self.kv - shared) // (2 * config.num_hidden_layers * heads * size * dtype.itemsize))
 
     @property
     def line(self) -> str:

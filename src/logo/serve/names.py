@@ -6,15 +6,16 @@ mixture of two.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from logo.errors import StorageError, UsageError, closest
-from logo.serve.bodies import LogoOptions
+from logo.serve.bodies import LogoOptions, Name
 from logo.serve.errors import bad_request, model_not_found, not_found, shown
 
 AUTO = "logo"
@@ -23,16 +24,14 @@ AUTO = "logo"
 Patterns = tuple[str, ...]
 """Names of adapters, or patterns of them such as `team-a/*`."""
 
+_NAMES = Annotated[list[Name], Field(min_length=1)]
+_KEYS = TypeAdapter(Annotated[dict[str, _NAMES], Field(min_length=1)])
+
 
 @dataclass(frozen=True)
 class MixtureRequest:
-    """The mixture that a request wants: forced, or to be selected.
-
-    Attributes:
-        adapters: forced: name -> weight, `{}` is the base model alone; None: select.
-        options: those of `LoGo.options`, in place of the server's.
-        usable: the adapters to which the request's API key is bound; None: the whole pool.
-    """
+    """The mixture that a request wants: forced (name -> weight; `{}` is the base model alone), or, with None, selected
+    with these options of `LoGo.options`. `usable`: the adapters to which its API key is bound; None: the whole pool."""
 
     adapters: Mapping[str, float] | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -46,14 +45,10 @@ def check_pool(base: str, adapters: Collection[str]) -> None:
         UsageError: an adapter has the name of another model, which would answer in its place.
     """
     if AUTO in adapters:
-        raise UsageError(
-            f"adapter {AUTO!r}: requests for this name select adapters, so nobody could ask for it; rename its folder"
-        )
+        raise UsageError(f"adapter {AUTO!r}: this model selects, so nobody could ask for the adapter; rename its folder")
     if base in adapters:
-        raise UsageError(
-            f"adapter {base!r}: the base model has the same name, so nobody could ask for the adapter; give the base "
-            "model another one (--served-model-name)"
-        )
+        why = "the base model has the same name, so nobody could ask for the adapter; give it another one"
+        raise UsageError(f"adapter {base!r}: {why} (--served-model-name)")
 
 
 @dataclass(frozen=True)
@@ -103,18 +98,11 @@ class Models:
         if model in self.adapters:
             return {model: 1.0}
         found: dict[str, float] = {}
-        for name, text in _terms(model, self.adapters):
+        for name, weight in _terms(model, self.adapters):
             self._check(name, "model")
-            try:
-                weight = float(text or "")
-            except ValueError:
-                weight = float("nan")
-            if not -1e6 < weight < 1e6:
-                raise bad_request(
-                    f"model: expected a weight between -1e6 and 1e6 behind adapter {shown(name)}, as in 'a:0.7+b:0.3', "
-                    f"found {'none' if text is None else shown(text)}",
-                    "model",
-                )
+            if weight is None or not -1e6 < weight < 1e6:
+                where = f"behind adapter {shown(name)}, as in 'a:0.7+b:0.3'"
+                raise bad_request(f"model: expected a weight between -1e6 and 1e6 {where}, found {shown(model)}", "model")
             if name in found:
                 raise bad_request(f"model: expected each adapter once, found {shown(name)} twice", "model")
             found[name] = weight
@@ -126,47 +114,38 @@ class Models:
             raise model_not_found(name, closest(name, known), param)
 
     def check_new(self, name: str, *, replace: bool) -> None:
-        """Checks that an adapter of this name may be added.
-
-        Args:
-            replace: whether an adapter of the same name may be replaced.
-
-        Raises:
-            ApiError: the name is reserved, or there is such an adapter.
-        """
+        """Raises ApiError unless an adapter of this name may be added, or `replace` one of the same name."""
         if name in (AUTO, self.base):
             raise bad_request(f"lora_name: {shown(name)} is the name of another model", "lora_name")
         if name in self.adapters and not replace:
             raise bad_request(f"The lora adapter {shown(name)} has already been loaded.", "lora_name")
 
     def check_there(self, name: str) -> None:
-        """Checks that an adapter of this name can be removed.
-
-        Raises:
-            ApiError: there is none.
-        """
+        """Raises ApiError unless there is an adapter of this name, which may be removed."""
         if name not in self.adapters:
             hint = closest(name, self.adapters)
             raise not_found(f"The lora adapter {shown(name)} cannot be found.{hint}", "lora_name")
 
 
-def _terms(model: str, adapters: Collection[str]) -> Iterator[tuple[str, str | None]]:
-    """The adapters and weights of `a:0.7+b:0.3`; a term without a weight has None. Names may hold ':' and '+'."""
+def _terms(model: str, adapters: Collection[str]) -> Iterator[tuple[str, float | None]]:
+    """The adapters and weights of `a:0.7+b:0.3`; None: no weight. Names and weights may hold ':' and '+'."""
     pieces, start = model.split("+"), 0
     while start < len(pieces):
-        # The longest run of pieces whose name is an adapter's; else the piece alone, which is then told as unknown.
         ends = range(min(len(pieces), start + 8), start, -1)
         runs = [(end, *_term("+".join(pieces[start:end]), adapters)) for end in ends]
-        end, name, weight = next((run for run in runs if run[1] in adapters), runs[-1])
+        known = [run for run in runs if run[1] in adapters]  # the longest first, those with a weight before others
+        start, name, weight = min(known, key=lambda run: run[2] is None, default=runs[-1])
         yield name, weight
-        start = end
 
 
-def _term(text: str, adapters: Collection[str]) -> tuple[str, str | None]:
-    if text in adapters:
-        return text, None
+def _term(text: str, adapters: Collection[str]) -> tuple[str, float | None]:
     name, colon, weight = text.rpartition(":")
-    return (name, weight) if colon else (text, None)
+    if text in adapters or not colon:
+        return text, None
+    try:
+        return name, float(weight)
+    except ValueError:
+        return name, None
 
 
 # -- API keys that may only use some adapters ----------------------------------------------------------------------
@@ -179,18 +158,13 @@ def read_key_adapters(file: Path) -> dict[str, Patterns]:
         StorageError: it cannot be read.
         UsageError: it is malformed. The message never shows a key.
     """
-    expected = f'--key-adapters {file}: expected JSON such as {{"KEY": ["team-a/*", "translate"]}}'
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = _KEYS.validate_json(file.read_bytes())
     except OSError as error:
         raise StorageError(f"--key-adapters {file}: cannot be read: {error.strerror or error}") from error
-    except ValueError:
-        raise UsageError(f"{expected}, found no JSON") from None
-    if not isinstance(found, dict) or not found:
-        raise UsageError(f"{expected}, found {'an empty object' if found == {} else type(found).__name__}")
-    for number, names in enumerate(found.values(), 1):
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
-            raise UsageError(f"{expected}, found no list of names for key number {number}")
+    except ValidationError as error:
+        expected = 'expected JSON such as {"KEY": ["team-a/*", "translate"]}'
+        raise UsageError(f"--key-adapters {file}: {expected}, found: {error.errors()[0]['msg']}") from None
     return {key: tuple(names) for key, names in found.items()}
 
 
