@@ -32,7 +32,7 @@ KEY, TEAM, NOBODY = "secret-operator", "secret-team", "secret-nobody"
 PATTERNS = ["add_numbers", "count_*", "f*_name", "*_letter", "new/*"]
 TEAMS = ["add_numbers", "count_letters", "count_words", "find_name", "first_letter", "last_letter"]
 PROMPTS = ["What is 7 plus 5?", "Reverse the word: house", "What is the opposite of hot?", "Spell the word: tree"]
-WORDS = "house tree river stone green bread light chair paper cloud".split()
+WORDS = ["house", "tree", "river", "stone", "green", "bread", "light", "chair", "paper", "cloud"]
 MANY = [f"{PROMPTS[i % 4].rpartition(' ')[0]} {WORDS[i // 4 % 10]}{i // 40 or ''}" for i in range(200)]
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
@@ -211,12 +211,13 @@ def test_adapters_can_be_forced(model: str, logo: Any, mixture: Any, server: Ser
 
 
 def test_a_selection_is_the_librarys(server: Server, library: LoGo) -> None:
+    messages, some = [{"role": "user", "content": PROMPTS[0]}], {"k": 2, "candidates": TEAMS}
     for body, want in (
         ({"prompt": PROMPTS[2]}, library.select(PROMPTS[2])),
         ({"prompt": ids_of(library, PROMPTS[:1])[0]}, library.select(PROMPTS[0])),
-        ({"messages": [{"role": "user", "content": PROMPTS[0]}]}, library.select([[{"role": "user", "content": PROMPTS[0]}]])[0]),
-        ({"prompt": PROMPTS[2], "logo": {"k": 2, "candidates": TEAMS}}, library.select(PROMPTS[2], k=2, candidates=TEAMS)),
-    ):  # fmt: skip
+        ({"messages": messages}, library.select([messages])[0]),
+        ({"prompt": PROMPTS[2], "logo": some}, library.select(PROMPTS[2], **some)),
+    ):
         found = server.ask("/v1/logo/select", body).raise_for_status().json()
         assert found["adapters"] == list(want.adapters) and found["weights"] == same_weights(want.weights)
         assert found["scores"] == same_scores(want.scores) and found["confidence"] == pytest.approx(want.confidence)
@@ -255,7 +256,7 @@ COMPLETION = {"model": "logo", "prompt": "x"}
 @pytest.mark.parametrize(
     ("path", "body", "status", "said"),
     [
-        ("completions", {**COMPLETION, "model": "antonyms"}, 404, "'antonyms' does not exist (did you mean 'antonym'?)"),
+        ("completions", {**COMPLETION, "model": "antonyms"}, 404, "'antonyms' does not exist (did you mean 'antonym'"),
         ("completions", {**COMPLETION, "model": "antonym:0.7+frenh:0.3"}, 404, "'frenh' does not exist"),
         ("completions", {**COMPLETION, "model": "antonym+french"}, 400, "weight"),
         ("chat/completions", {"model": "nope", "messages": [{"role": "user", "content": "x"}]}, 404, "nope"),

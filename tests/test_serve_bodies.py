@@ -94,13 +94,28 @@ def test_what_a_request_asks_for(body: dict[str, Any], wanted: MixtureRequest) -
             for text in ("+sums", ":", ":x", ":nan", ":1e6")
         ),
         ({"model": "sums:1+sums:1"}, 400, "model", "model: expected each adapter once, found 'sums' twice"),
-        ({"model": AUTO, "logo": {"adapters": {"sum": 1}}}, 404, "logo.adapters", "The model 'sum' does not exist (did"),
+        (
+            {"model": AUTO, "logo": {"adapters": {"sum": 1}}},
+            404,
+            "logo.adapters",
+            "The model 'sum' does not exist (did",
+        ),
         ({"model": AUTO, "logo": {"candidates": ["zz"]}}, 404, "logo.candidates", "The model 'zz' does not exist"),
         ({"model": AUTO, "logo": {"k": 0}}, 400, "logo.k", "logo.k: Input should be greater than or equal to 1"),
         ({"model": AUTO, "logo": {"kk": 1}}, 400, "logo.kk", "logo.kk: Extra inputs are not permitted"),
         ({"model": AUTO, "logo": {"k": 1, "adapters": {}}}, 400, "logo", "logo: expected either 'adapters' (this mixt"),
-        ({"model": AUTO, "logo": {"signal": "x"}}, 400, "logo.signal", "logo.signal: expected one of norm, calibrated, "),
-        ({"model": "tiny", "logo": {"k": 2}}, 400, "logo", "logo: model 'tiny' does not select adapters; leave out 'k'"),
+        (
+            {"model": AUTO, "logo": {"signal": "x"}},
+            400,
+            "logo.signal",
+            "logo.signal: expected one of norm, calibrated, ",
+        ),
+        (
+            {"model": "tiny", "logo": {"k": 2}},
+            400,
+            "logo",
+            "logo: model 'tiny' does not select adapters; leave out 'k'",
+        ),
     ],
 )
 def test_what_is_refused(body: dict[str, Any], status: int, param: str, message: str) -> None:
@@ -244,7 +259,9 @@ def test_what_resembles_an_unknown_name_is_found_with_bounded_work(
     assert len(compared) <= 100 and all(len(one) <= 200 for one in compared)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"a": ["x"], "secret": "x"}', '{"secret": []}', '{"secret": [1]}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"a": ["x"], "secret": "x"}', '{"secret": []}', '{"secret": [1]}']
+)
 def test_a_file_of_keys_that_cannot_be_used(content: str, tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     file.write_text(content)

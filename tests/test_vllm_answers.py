@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import pytest
-
 from starlette.types import Message, Receive, Scope, Send
-from logo.serve.errors import ApiError, failed
+
 from logo.backends.vllm.asgi import answer, run, together
 from logo.backends.vllm.rewriting import Rewriting
 from logo.backends.vllm.several import Refused, merged, merged_stream
+from logo.serve.errors import ApiError, failed
 
 SCOPE: Scope = {"type": "http"}
 ERROR = failed("the mixture could not be made", "mixture_failed")

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
 from starlette.types import Message, Receive, Scope, Send
-from logo.serve.names import Models
-from logo.backends.vllm.asgi import answer
+
 from logo.backends.vllm import router as router_module
+from logo.backends.vllm.asgi import answer
 from logo.backends.vllm.router import Router
+from logo.serve.names import Models
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -26,8 +26,8 @@ from logo.backends.vllm.worker import Worker
 from logo.backends.vllm.wrapper import Tapped
 from logo.core import Prompt, Selection
 from logo.errors import AdapterError, ModelError, NotFinite, UsageError
-from logo.serve.names import MixtureRequest
 from logo.selection.settings import SelectionSettings
+from logo.serve.names import MixtureRequest
 
 KEYS = [f"{i:016x}" for i in range(4)]
 

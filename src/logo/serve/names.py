@@ -45,7 +45,9 @@ def check_pool(base: str, adapters: Collection[str]) -> None:
         UsageError: an adapter has the name of another model, which would answer in its place.
     """
     if AUTO in adapters:
-        raise UsageError(f"adapter {AUTO!r}: this model selects, so nobody could ask for the adapter; rename its folder")
+        raise UsageError(
+            f"adapter {AUTO!r}: this model selects, so nobody could ask for the adapter; rename its folder"
+        )
     if base in adapters:
         why = "the base model has the same name, so nobody could ask for the adapter; give it another one"
         raise UsageError(f"adapter {base!r}: {why} (--served-model-name)")
@@ -102,7 +104,9 @@ class Models:
             self._check(name, "model")
             if weight is None or not -1e6 < weight < 1e6:
                 where = f"behind adapter {shown(name)}, as in 'a:0.7+b:0.3'"
-                raise bad_request(f"model: expected a weight between -1e6 and 1e6 {where}, found {shown(model)}", "model")
+                raise bad_request(
+                    f"model: expected a weight between -1e6 and 1e6 {where}, found {shown(model)}", "model"
+                )
             if name in found:
                 raise bad_request(f"model: expected each adapter once, found {shown(name)} twice", "model")
             found[name] = weight
