@@ -60,9 +60,9 @@ class Call:
 
 class Chunk(NamedTuple):
     """New text (whole characters) and tokens of one answer, and why it ended; None until it does. Answers to the first
-    prompt come first. The text of a token may be in a later chunk."""
+    prompt have the first numbers. The text of a token may be in a later chunk."""
 
-    index: int
+    number: int
     text: str = ""
     tokens: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
@@ -188,30 +188,32 @@ class Answers:
             found = await asyncio.wait_for(choosing(), self.left(began))
         except asyncio.TimeoutError:
             raise timed_out(self._timeout or 0) from None
-        logged["selections"] = entries = list[dict[str, Any]]()
-        below, tokenizer = self.service.logo.settings.unsure_below, self._tokenizer if self._log_prompts else None
-        for prompt, one in zip(prompts, found, strict=True):
-            if isinstance(one, Unsure):
-                selection, took = Selection((), (), dict(one.scores), one.confidence), {}
-            elif isinstance(one, BaseException):
-                continue
-            else:
-                selection, took = (
-                    one.selection,
-                    {"probe_ms": round(one.probe_ms, 1), "queue_ms": round(one.queue_ms, 1)},
-                )
-                if one.probe_ms:
-                    self.metrics.probe.observe(one.probe_ms / 1e3)
-            if selection.confidence is not None:
-                self.metrics.confidence.observe(selection.confidence)
-            entries.append({**entry(prompt, selection, below, tokenizer), **took})
         chosen = [one for one in found if isinstance(one, Chosen)]
+        logged["selections"] = [self._noted(*pair) for pair in zip(prompts, found, strict=True)]
         for error in found:
             if isinstance(error, BaseException):
                 for one in chosen:
                     one.release()
                 raise error
         return chosen
+
+    def _noted(self, prompt: Prompt, found: Chosen | BaseException) -> dict[str, Any] | None:
+        """Counts a selection; the entry of the log about it, also where it is too unsure to answer."""
+        if isinstance(found, Chosen):
+            selection, took = (
+                found.selection,
+                {"probe_ms": round(found.probe_ms, 1), "queue_ms": round(found.queue_ms, 1)},
+            )
+            if found.probe_ms:
+                self.metrics.probe.observe(found.probe_ms / 1e3)
+        elif isinstance(found, Unsure):
+            selection, took = Selection((), (), dict(found.scores), found.confidence), {}
+        else:
+            return None
+        if selection.confidence is not None:
+            self.metrics.confidence.observe(selection.confidence)
+        below, tokenizer = self.service.logo.settings.unsure_below, self._tokenizer if self._log_prompts else None
+        return {**entry(prompt, selection, below, tokenizer), **took}
 
     async def chunks(self, call: Call, chosen: Sequence[Chosen]) -> AsyncGenerator[Chunk, None]:
         """Yields the answers of a request in chunks as they come. Leaving the loop ends them.
@@ -224,26 +226,26 @@ class Answers:
         ways = [call.sampling if seed is None else replace(call.sampling, seed=seed + choice) for choice in range(n)]
         jobs = [Job(p.ids, one, way) for p, one in zip(call.prompts, chosen, strict=True) for way in ways]
         deadline = None if left is None else asyncio.get_running_loop().time() + left
-        # Of each answer: its number, its text, and when its last tokens came.
-        state = {job: [i, Text(self._tokenizer, call.body.stops), call.began] for i, job in enumerate(jobs)}
+        texts = {job: (number, Text(self._tokenizer, call.body.stops)) for number, job in enumerate(jobs)}
+        before = dict.fromkeys(jobs, call.began)  # when the last tokens of each came
         self.metrics.prompt_tokens.inc(sum(len(job.prompt) for job in jobs))
         with self.counting(len(jobs), call.began) as unended:
             try:
                 async with aclosing(self.service.generate(jobs, deadline)) as deltas:
                     async for job, delta in deltas:
-                        index, text, before = state[job]
-                        count, now = text.taken, time.perf_counter()
-                        shown, reason, new = text.push(delta.tokens), delta.finish_reason, text.taken - count
-                        self._time(new, count, now, before, call)
-                        state[job][2] = now
+                        (number, text), now = texts[job], time.perf_counter()
+                        count, shown, reason = text.taken, text.push(delta.tokens), delta.finish_reason
+                        new = text.taken - count
+                        self._time(new, count, now, before[job], call)
+                        before[job] = now
                         shown += text.finish() if reason is not None else ""
                         if text.stopped:
                             reason, job.left = "stop", True
                         if reason is not None:
-                            unended.discard(index)
+                            unended.discard(number)
                             self.metrics.success.labels(reason).inc()
                             self.metrics.end_to_end.observe(now - call.began)
-                        yield Chunk(index, shown, delta.tokens[:new], reason)
+                        yield Chunk(number, shown, delta.tokens[:new], reason)
             except TimeoutError:
                 raise timed_out(self._timeout or 0) from None
 
@@ -319,7 +321,7 @@ def _choice(call: Call, chunk: Chunk, begins: bool = False) -> dict[str, Any]:
     elif isinstance(call.body, ChatRequest):
         said = {"message": {"role": "assistant", "content": chunk.text, "refusal": None}}
     ids = {"token_ids": list(chunk.tokens)} if call.body.return_token_ids else {}
-    return {"index": chunk.index, **said, "logprobs": None, "finish_reason": chunk.finish_reason, **ids}
+    return {"index": chunk.number, **said, "logprobs": None, "finish_reason": chunk.finish_reason, **ids}
 
 
 def _usage(call: Call) -> dict[str, int]:

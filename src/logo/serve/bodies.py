@@ -282,7 +282,7 @@ class CompletionRequest(_Generation):
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts as a list of texts or token ids."""
         one: Any = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if one else self.prompt  # type: ignore[list-item,return-value]
+        return [self.prompt] if one else self.prompt  # type: ignore[return-value]
 
 
 class ChatRequest(_Generation):

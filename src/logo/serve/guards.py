@@ -14,6 +14,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,12 +244,12 @@ class Access:
         scheme, _, key = given[0].strip().partition(" ")
         digest = _digest(key.strip().encode("latin-1"))
         # All are compared, so that the time does not depend on how much of a key is right.
-        found = [patterns for known, patterns in self._keys if hmac.compare_digest(digest, known)]
-        if scheme.lower() != "bearer" or not found:
+        known = [patterns for one, patterns in self._keys if hmac.compare_digest(digest, one)]
+        if scheme.lower() != "bearer" or not known:
             raise unauthorized("another")
-        if found[0] is not None and path in WHOLE_POOL:
+        if known[0] is not None and path in WHOLE_POOL:
             raise forbidden("this API key is bound to some adapters and may not use a route of the whole pool")
-        return found[0]
+        return known[0]
 
     def _own(self, origin: str, hosts: list[str]) -> bool:
         """Whether a page of this origin may change something: this server's own (also behind a proxy), or one of
@@ -265,8 +266,7 @@ class BodyLimit:
     reset it, and the client would lose the answer.
     """
 
-    PATIENCE = 10.0  # seconds
-    QUIET = 1.0  # it is not waited for more after this many seconds without data
+    PATIENCE, QUIET = 10.0, 1.0  # seconds in all, and without data
     THROWN_AWAY = 64 * 2**20  # bytes
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
@@ -280,24 +280,23 @@ class BodyLimit:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
+            end = time.monotonic() + self.PATIENCE
+            while message.get("more_body", False) and self.limit < seen < self.THROWN_AWAY:
+                try:
+                    message = await asyncio.wait_for(receive(), min(self.QUIET, max(0.0, end - time.monotonic())))
+                except asyncio.TimeoutError:  # not the built-in TimeoutError before Python 3.11
+                    break
+                seen += len(message.get("body", b""))
             if seen > self.limit:
-                await self._throw_away(receive, message)
                 raise too_large(self.limit)
             return message
 
         if announced.isdigit() and (len(announced) > 18 or int(announced) > self.limit):
-            await self._throw_away(receive, {"more_body": True})
+            seen = self.limit
+            with suppress(ApiError):
+                await counted()
             return await response(too_large(self.limit))(scope, receive, send)
         await self.app(scope, counted, send)
-
-    async def _throw_away(self, receive: Receive, message: Message) -> None:
-        seen, end = 0, time.monotonic() + self.PATIENCE
-        while message.get("more_body", False) and seen < self.THROWN_AWAY and time.monotonic() < end:
-            try:
-                message = await asyncio.wait_for(receive(), self.QUIET)
-            except asyncio.TimeoutError:  # not the built-in TimeoutError before Python 3.11
-                return
-            seen += len(message.get("body", b""))
 
 
 def _digest(key: bytes) -> bytes:

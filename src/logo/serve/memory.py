@@ -58,7 +58,8 @@ class Plan:
         config = text_config(model)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return max(1, (self.kv - shared) // (2 * config.num_hidden_layers * heads * size * dtype.itemsize))
+        each: int = 2 * config.num_hidden_layers * heads * size * dtype.itemsize
+        return max(1, (self.kv - shared) // each)
 
     @property
     def line(self) -> str:

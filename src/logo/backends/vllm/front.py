@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
@@ -45,7 +46,7 @@ class FrontSettings:
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> FrontSettings:
         """Reads the settings from the environment."""
-        stored = json.loads(environment.get(FRONT) or "{}")
+        stored: dict[str, Any] = json.loads(environment.get(FRONT) or "{}")
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
 
 
