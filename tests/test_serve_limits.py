@@ -23,7 +23,8 @@ from local_server import LocalServer
 from logo import LoGo
 from logo.demo import adapters_dir
 from logo.serve import app as app_module
-from logo.serve.app import AppSettings, create_app
+from logo.serve.answering import AppSettings
+from logo.serve.app import create_app
 from logo.serve.memory import Memory
 from logo.serve.service import Service
 from serving import endless

@@ -6,6 +6,7 @@ body -> Call -> Chosen per prompt -> Chunk, Chunk, ... -> an object, or events
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import inspect
 import json
 import logging
@@ -14,6 +15,8 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
+from heapq import nlargest
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from logo.core import FinishReason, Prompt, Selection
@@ -22,7 +25,7 @@ from logo.prompts import MAX_NEW_TOKENS, chat, read
 from logo.serve.batching import Job
 from logo.serve.bodies import ChatRequest, CompletionRequest, Message, Mixture
 from logo.serve.errors import ApiError, bad_request, client_left, timed_out
-from logo.serve.logs import entry, request_id
+from logo.serve.logs import request_id
 from logo.serve.metrics import Metrics
 from logo.serve.names import MixtureRequest, Models, Patterns
 from logo.serve.packed import Chosen
@@ -33,8 +36,27 @@ from logo.serve.text import Text
 _T = TypeVar("_T")
 _log = logging.getLogger("logo.serve")
 
+# The scores of a selection that are logged, the highest ones; the most tokens of a prompt.
+_LEADING, _LOGGED = 5, 200
 _LONG = 10_000  # characters that take a few milliseconds to tokenize
 _COMPLETION = 16  # tokens of a completion without 'max_tokens', as in OpenAI's API
+
+
+@dataclass(frozen=True)
+class AppSettings:
+    """The settings of a server's app.
+
+    Attributes:
+        base_model: the name under which the base model alone answers.
+        request_timeout: the most seconds for a request, including its waiting; None: no limit.
+        adapter_changes: a folder from which adapters may be added while it runs; None: the pool cannot be changed.
+        log_prompts: whether prompts are logged.
+    """
+
+    base_model: str
+    request_timeout: float | None = 600.0
+    adapter_changes: Path | None = None
+    log_prompts: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,19 +91,12 @@ class Chunk(NamedTuple):
 
 
 class Answers:
-    """Answers requests.
+    """Answers requests with a service."""
 
-    Args:
-        service: selects and generates.
-        base_model: the name under which the base model alone answers.
-        timeout: the most seconds for a request, including its waiting; None: no limit.
-        log_prompts: whether prompts may be logged.
-    """
-
-    def __init__(self, service: Service, base_model: str, timeout: float | None, log_prompts: bool) -> None:
-        self.service, self.metrics, self.base_model = service, Metrics(service), base_model
+    def __init__(self, service: Service, settings: AppSettings) -> None:
+        self.service, self.metrics, self.base_model = service, Metrics(service), settings.base_model
         self._tokenizer, self._vocabulary = service.logo.tokenizer, service.logo.model.get_input_embeddings().weight
-        self._timeout, self._log_prompts = timeout, log_prompts
+        self._timeout, self._log_prompts = settings.request_timeout, settings.log_prompts
 
     # -- reading requests ------------------------------------------------------------------------------------------
 
@@ -198,22 +213,31 @@ class Answers:
         return chosen
 
     def _noted(self, prompt: Prompt, found: Chosen | BaseException) -> dict[str, Any] | None:
-        """Counts a selection; the entry of the log about it, also where it is too unsure to answer."""
-        if isinstance(found, Chosen):
-            selection, took = (
-                found.selection,
-                {"probe_ms": round(found.probe_ms, 1), "queue_ms": round(found.queue_ms, 1)},
-            )
-            if found.probe_ms:
-                self.metrics.probe.observe(found.probe_ms / 1e3)
-        elif isinstance(found, Unsure):
-            selection, took = Selection((), (), dict(found.scores), found.confidence), {}
+        """Counts a selection, also one that is too unsure to answer; the entry of the log about it, with a hash of the
+        prompt, by which equal ones are found."""
+        if isinstance(found, Unsure):
+            selection, times = Selection((), (), dict(found.scores), found.confidence), {}
+        elif isinstance(found, Chosen):
+            selection = found.selection
+            times = {"probe_ms": round(found.probe_ms, 1), "queue_ms": round(found.queue_ms, 1)}
+            self.metrics.probe.observe(found.probe_ms / 1e3)
         else:
             return None
-        if selection.confidence is not None:
-            self.metrics.confidence.observe(selection.confidence)
-        below, tokenizer = self.service.logo.settings.unsure_below, self._tokenizer if self._log_prompts else None
-        return {**entry(prompt, selection, below, tokenizer), **took}
+        scores, confidence = selection.scores, selection.confidence
+        noted: dict[str, Any] = {
+            "prompt_sha256": hashlib.sha256(" ".join(map(str, prompt.ids)).encode()).hexdigest()[:16],
+            "adapters": list(selection.adapters),
+            "weights": [round(weight, 4) for weight in selection.weights],
+            "scores": {name: round(scores[name], 3) for name in nlargest(_LEADING, scores, scores.__getitem__)},
+        }
+        if confidence is not None:
+            self.metrics.confidence.observe(confidence)
+            unsure = confidence < self.service.logo.settings.unsure_below
+            noted |= {"confidence": round(confidence, 4), "unsure": unsure}
+        if self._log_prompts:
+            text = self._tokenizer.decode(prompt.probed[:_LOGGED], skip_special_tokens=True)
+            noted |= {"prompt": text, "cut": len(prompt.probed) > _LOGGED}
+        return noted | times
 
     async def chunks(self, call: Call, chosen: Sequence[Chosen]) -> AsyncGenerator[Chunk, None]:
         """Yields the answers of a request in chunks as they come. Leaving the loop ends them.

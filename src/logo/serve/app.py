@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from logo import __version__
 from logo.errors import AdapterError, LoGoError, PoolError, closest
 from logo.serve import bodies
-from logo.serve.answering import Answers
+from logo.serve.answering import Answers, AppSettings
 from logo.serve.errors import (
     ApiError,
     bad_request,
@@ -46,23 +45,6 @@ GRACE = 5.0
 """Seconds that a client has, after the time limit of its request, to read what was generated."""
 
 
-@dataclass(frozen=True)
-class AppSettings:
-    """The settings of a server's app.
-
-    Attributes:
-        base_model: the name under which the base model alone answers.
-        request_timeout: the most seconds for a request, including its waiting; None: no limit.
-        adapter_changes: a folder from which adapters may be added while it runs; None: the pool cannot be changed.
-        log_prompts: whether prompts are logged.
-    """
-
-    base_model: str
-    request_timeout: float | None = 600.0
-    adapter_changes: Path | None = None
-    log_prompts: bool = False
-
-
 def create_app(service: Service, settings: AppSettings) -> Starlette:
     """The app, which starts and ends the service; `logo.serve.guards.guard` is to be put around it."""
 
@@ -77,7 +59,7 @@ def create_app(service: Service, settings: AppSettings) -> Starlette:
     kinds = (ApiError, HTTPException, LoGoError, MemoryError, Exception)
     routes = [*PAGE_ROUTES, *_ROUTES, *(_CHANGES if settings.adapter_changes is not None else ())]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=dict.fromkeys(kinds, _failed))
-    app.state.answers = Answers(service, settings.base_model, settings.request_timeout, settings.log_prompts)
+    app.state.answers = Answers(service, settings)
     app.state.created, app.state.folder = int(time.time()), settings.adapter_changes
     return app
 

@@ -6,45 +6,17 @@ is written during a request has its id.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import sys
 from contextvars import ContextVar
 from datetime import datetime, timezone
-from heapq import nlargest
 from typing import Any
-
-from logo.core import Prompt, Selection
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The request that is being answered; None outside of any."""
 
 access = logging.getLogger("logo.access")
-
-# The scores of a selection that are logged, the highest ones; the most tokens of a prompt.
-LEADING, TOKENS = 5, 200
-
-
-def entry(prompt: Prompt, selection: Selection, unsure_below: float, tokenizer: Any = None) -> dict[str, Any]:
-    """The selection of one prompt as JSON, with a hash of the prompt, by which equal ones are found.
-
-    Args:
-        unsure_below: the confidence below which the selection counts as unsure.
-        tokenizer: writes the prompt, or the beginning of it; None: prompts may not be logged.
-    """
-    found: dict[str, Any] = {
-        "prompt_sha256": hashlib.sha256(" ".join(map(str, prompt.ids)).encode()).hexdigest()[:16],
-        "adapters": list(selection.adapters),
-        "weights": [round(weight, 4) for weight in selection.weights],
-        "scores": {name: round(s, 3) for name, s in nlargest(LEADING, selection.scores.items(), lambda one: one[1])},
-    }
-    if selection.confidence is not None:
-        found |= {"confidence": round(selection.confidence, 4), "unsure": selection.confidence < unsure_below}
-    if tokenizer is not None:
-        found["prompt"] = tokenizer.decode(prompt.probed[:TOKENS], skip_special_tokens=True)
-        found |= {"cut": True} if len(prompt.probed) > TOKENS else {}
-    return found
 
 
 class RequestIds(logging.Filter):

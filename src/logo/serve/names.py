@@ -1,12 +1,13 @@
 """`Models`: the names that requests may give as `model`, in our own server and in vLLM, and what API keys may use.
 
-`logo` selects; the base model's name is the base model alone; an adapter's name is that adapter; `a:0.7+b:0.3` is this
-mixture of two.
+`logo` selects; the base model's name is the base model alone; an adapter's name is that adapter; `a:0.7+b:0.3` is a
+mixture of two, whose names may hold a ':' and no '+'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -100,16 +101,17 @@ class Models:
         if model in self.adapters:
             return {model: 1.0}
         found: dict[str, float] = {}
-        for name, weight in _terms(model, self.adapters):
+        for term in model.split("+"):
+            name, colon, text = term.rpartition(":")
+            name = name if colon else term
             self._check(name, "model")
-            if weight is None or not -1e6 < weight < 1e6:
-                where = f"behind adapter {shown(name)}, as in 'a:0.7+b:0.3'"
-                raise bad_request(
-                    f"model: expected a weight between -1e6 and 1e6 {where}, found {shown(model)}", "model"
-                )
-            if name in found:
-                raise bad_request(f"model: expected each adapter once, found {shown(name)} twice", "model")
-            found[name] = weight
+            try:
+                found[name] = float(text) if colon and name not in found else math.nan
+            except ValueError:
+                found[name] = math.nan
+            if not -1e6 < found[name] < 1e6:
+                expected = "expected each adapter once, with a weight between -1e6 and 1e6, as in 'a:0.7+b:0.3'"
+                raise bad_request(f"model: {expected}, found {shown(term)}", "model")
         return found
 
     def _check(self, name: str, param: str) -> None:
@@ -129,27 +131,6 @@ class Models:
         if name not in self.adapters:
             hint = closest(name, self.adapters)
             raise not_found(f"The lora adapter {shown(name)} cannot be found.{hint}", "lora_name")
-
-
-def _terms(model: str, adapters: Collection[str]) -> Iterator[tuple[str, float | None]]:
-    """The adapters and weights of `a:0.7+b:0.3`; None: no weight. Names and weights may hold ':' and '+'."""
-    pieces, start = model.split("+"), 0
-    while start < len(pieces):
-        ends = range(min(len(pieces), start + 8), start, -1)
-        runs = [(end, *_term("+".join(pieces[start:end]), adapters)) for end in ends]
-        known = [run for run in runs if run[1] in adapters]  # the longest first, those with a weight before others
-        start, name, weight = min(known, key=lambda run: run[2] is None, default=runs[-1])
-        yield name, weight
-
-
-def _term(text: str, adapters: Collection[str]) -> tuple[str, float | None]:
-    name, colon, weight = text.rpartition(":")
-    if text in adapters or not colon:
-        return text, None
-    try:
-        return name, float(weight)
-    except ValueError:
-        return name, None
 
 
 # -- API keys that may only use some adapters ----------------------------------------------------------------------

@@ -13,8 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from logo.adapters.activation import earliest
-from logo.adapters.pool import AdapterPool
 from logo.core import Selection
 from logo.mixing.cache import AdapterCache, Hold, Stack, Stacks
 from logo.mixing.gates import Gates, OpeningGates, added, hooked
@@ -23,8 +21,8 @@ from logo.mixing.mixer import Mixture
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """The mixture of one prompt. Its adapters are held from here on, so that the prompt is answered with them even if
-    the pool changes; they are loaded once `loaded` has returned.
+    """The mixture of one prompt. Its adapters are held, so that the prompt is answered with them even if the pool
+    changes, until `release` is called (or the garbage collector does it); they are loaded once `loaded` has returned.
 
     Attributes:
         selection: names, weights, scores.
@@ -33,8 +31,6 @@ class Chosen:
         queue_ms: how long the prompt waited to be probed.
         probe_ms: how long the probe took, which prompts may share; 0 if nothing was selected.
         hold: the adapters of the mixture, in its order.
-        release: to be called when the mixture is no longer needed, so that its adapters may be evicted. The garbage
-            collector does so otherwise.
     """
 
     selection: Selection
@@ -48,26 +44,6 @@ class Chosen:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "release", weakref.finalize(self, self.cache.release, self.hold))
-
-    @classmethod
-    def of(
-        cls,
-        cache: AdapterCache,
-        pool: AdapterPool,
-        selection: Selection,
-        prompt: Sequence[int],
-        queue_ms: float,
-        probe_ms: float,
-    ) -> Chosen:
-        """Holds the adapters of a selection from a pool that is fitted to the model; they begin to load.
-
-        Raises:
-            UsageError: see `Mixture.of`.
-        """
-        weights = {name: weight for name, weight in selection.mixture.items() if weight}
-        mixture = Mixture.of(pool, weights, prompt)
-        hold, end = cache.reserve([pool[name] for name in mixture.weights]), earliest(pool.activations, prompt)
-        return cls(selection, mixture, end, queue_ms, probe_ms, hold, cache)
 
     async def loaded(self) -> None:
         """Waits until the adapters are loaded; after an error or a cancellation they are not held any more.

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from logo.errors import UsageError
-from logo.serve.app import GRACE, AppSettings, create_app
+from logo.serve.answering import AppSettings
+from logo.serve.app import GRACE, create_app
 from logo.serve.guards import GuardSettings, guard
 
 if TYPE_CHECKING:

@@ -20,11 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from logo.adapters.activation import earliest
 from logo.adapters.adapter import open_adapter
 from logo.adapters.pool import AdapterPool
 from logo.core import Options, Prompt, Selection
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
+from logo.mixing.mixer import Mixture
 from logo.selection.selector import forced, known
 from logo.serve.batching import STOPPED, Batching, Delta, Job
 from logo.serve.bodies import Card
@@ -193,22 +195,26 @@ class Service:
                 batch = [(one, error) for one, _ in batch]
         took = 1e3 * (time.perf_counter() - began)
         for one, asked in batch:
-            queued, probing = 1e3 * (began - one.since), took if one.future in probed else 0.0
             try:
                 if isinstance(asked, Exception):
                     raise asked
-                pool, selection = self.logo.fitted, probed.get(one.future)
-                if isinstance(selection, Exception):
-                    raise selection
-                if selection is None:
-                    selection = forced(one.wanted.adapters or {}, pool, asked.candidates)
-                cache = self.logo.adapter_cache
-                one.future.set_result(Chosen.of(cache, pool, selection, one.prompt.ids, queued, probing))
+                chosen = probed.get(one.future) or forced(one.wanted.adapters or {}, self.logo.fitted, asked.candidates)
+                if isinstance(chosen, Exception):
+                    raise chosen
+                times = 1e3 * (began - one.since), took if one.future in probed else 0.0
+                one.future.set_result(self._held(chosen, one.prompt.ids, *times))
             except Exception as error:
                 if not isinstance(error, LoGoError):
                     _log.exception("a request cannot be given its mixture")
                 # The traceback's frames refer to mixtures of the batch's other requests, which would stay held.
                 one.future.set_exception(error.with_traceback(None))
+
+    def _held(self, selection: Selection, ids: Sequence[int], queue_ms: float, probe_ms: float) -> Chosen:
+        """The mixture of a selection, whose adapters begin to load; UsageError: see `Mixture.of`."""
+        pool, cache = self.logo.fitted, self.logo.adapter_cache
+        mixture = Mixture.of(pool, {name: weight for name, weight in selection.mixture.items() if weight}, ids)
+        hold = cache.reserve([pool[name] for name in mixture.weights])
+        return Chosen(selection, mixture, earliest(pool.activations, ids), queue_ms, probe_ms, hold, cache)
 
     def _taken(self, count: int) -> list[tuple[_Waiting, Options | Exception]]:
         """At most `count` requests of the line, with their options or what is wrong with them."""
@@ -248,22 +254,13 @@ class Service:
     # -- the pool --------------------------------------------------------------------------------------------------
 
     async def add(self, folder: Path, name: str, *, replace: bool = False) -> None:
-        """Opens an adapter folder and adds it to the pool; after an error nothing has changed.
-
-        Args:
-            replace: whether it may replace an adapter of this name.
-
-        Raises:
-            LoGoError: the adapter cannot be used or scored, or the pool has one of that name.
-        """
+        """Opens an adapter folder and adds it to the pool, or replaces the adapter of this name; after a LoGoError, as
+        when it cannot be used or scored, or is there already, nothing has changed."""
         await self._in_thread(partial(self._add, folder, name, replace))
 
     async def remove(self, name: str) -> None:
-        """Removes an adapter from the pool; requests that have selected it are still answered with it.
-
-        Raises:
-            LoGoError: there is none of that name, or it is the last one.
-        """
+        """Removes an adapter from the pool, but not the last one, which raises a LoGoError; requests that have selected
+        it are still answered with it."""
         await self._in_thread(partial(self._remove, name))
 
     async def _in_thread(self, call: Any) -> None:

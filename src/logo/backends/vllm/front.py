@@ -46,8 +46,9 @@ class FrontSettings:
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> FrontSettings:
         """Reads the settings from the environment."""
-        stored: dict[str, Any] = json.loads(environment.get(FRONT) or "{}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+        stored: Any = json.loads(environment.get(FRONT) or "{}")
+        several = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
+        return cls(**{**stored, **several})
 
 
 class Front:
