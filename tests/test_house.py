@@ -25,10 +25,10 @@ LAYERS = [
     {"mixing", "selection"},
     {"decoding", "opening"},
     {"scoring"},
-    {"engine", "protocol"},
-    {"api"},
+    {"engine"},
+    {"serve"},
     {"backends", "baselines"},
-    {"evaluation", "training", "serve"},
+    {"evaluation", "training"},
     {"demo"},
     {"cli"},
 ]

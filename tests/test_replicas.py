@@ -23,8 +23,8 @@ from logo.backends.cluster import Layout, ProcessResources, process_resources
 from logo.cli.run import run
 from logo.demo import adapters_dir
 from logo.errors import LoGoError
-from logo.serve import replicas
-from logo.serve.replicas import APPLICATION, Fixed, Plan, Replica, serve_replicas
+from logo.backends import replicas
+from logo.backends.replicas import APPLICATION, Fixed, Plan, Replica, serve_replicas
 
 
 class Serving(ModuleType):

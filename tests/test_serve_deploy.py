@@ -22,7 +22,7 @@ from logo.backends.vllm.needs import KNOWN
 from logo.cli import serve_vllm
 from logo.cli.app import app
 from logo.cli.serve_ray import application, flags_of
-from logo.serve.replicas import digest
+from logo.backends.replicas import digest
 from serving import served
 from tolerances import PATIENCE
 

@@ -148,7 +148,7 @@ def test_the_authors_command_runs_with_the_core_alone(bare: Bare, tmp_path: Path
 # What commands need beyond the core, with the library that is named first and the extra that brings it.
 BEYOND = {
     "eval lm-eval --tasks x": ("lm-eval", "eval"),
-    "serve --base-model demo": ("fastapi", "serve"),
+    "serve --base-model demo": ("starlette", "serve"),
     "serve --base-model demo --engine vllm": ("vllm", "vllm"),
     "train --rows tasks --base-model demo -o made": ("peft", "train"),
 }

@@ -69,10 +69,10 @@ def serve(
 
     Args:
         concurrent: the number of requests that keep a replica busy.
-        launch, front: see `logo.serve.replicas.Plan`.
+        launch, front: see `logo.backends.replicas.Plan`.
     """
-    from logo.serve.replicas import Plan, digest, serve_replicas
-    from logo.serve.replicas import application as build
+    from logo.backends.replicas import Plan, digest, serve_replicas
+    from logo.backends.replicas import application as build
 
     opened = functools.partial(open_pool, everywhere(engine), absolute(base_model))
     plan = Plan(launch, front, opened, digest(opened()), concurrent)
