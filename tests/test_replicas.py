@@ -19,12 +19,12 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from logo import AdapterPool
+from logo.backends import replicas
 from logo.backends.cluster import Layout, ProcessResources, process_resources
+from logo.backends.replicas import APPLICATION, Fixed, Plan, Replica, serve_replicas
 from logo.cli.run import run
 from logo.demo import adapters_dir
 from logo.errors import LoGoError
-from logo.backends import replicas
-from logo.backends.replicas import APPLICATION, Fixed, Plan, Replica, serve_replicas
 
 
 class Serving(ModuleType):

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import yaml
 
+from logo.backends.replicas import digest
 from logo.backends.vllm.front import FrontSettings
 from logo.backends.vllm.needs import KNOWN
 from logo.cli import serve_vllm
 from logo.cli.app import app
 from logo.cli.serve_ray import application, flags_of
-from logo.backends.replicas import digest
 from serving import served
 from tolerances import PATIENCE
 

@@ -307,7 +307,7 @@ class OutOfMemoryError(RuntimeError):
         (KeyError("secret"), 500, "the server failed to answer (request id r1)"),
         (OutOfMemoryError("CUDA out of memory: secret"), 503, "out of memory for this request"),
         (MemoryError(), 503, "out of memory for this request"),
-        (too_many(2.4), 429, "too many requests are waiting; try again in 3 s"),
+        (too_many(3), 429, "too many requests are waiting; try again in 3 s"),
     ],
 )
 def test_every_failure_has_an_answer(cause: Exception, status: int, said: str) -> None:

@@ -33,16 +33,7 @@ class NotReady(LoGoError, RuntimeError):
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """An error answer.
-
-    Attributes:
-        status: the HTTP status.
-        message: one line for people.
-        type: OpenAI's type: `invalid_request_error`, `rate_limit_error` or `server_error`.
-        param: the wrong field.
-        code: a word for programs.
-        headers: further headers of the answer.
-    """
+    """An error answer: the HTTP status, one line for people, OpenAI's type, the wrong field, a word for programs."""
 
     status: int
     message: str
@@ -82,7 +73,7 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def content(self) -> bytes:
-        """The JSON as bytes, in ASCII, so that any text can be encoded."""
+        """The same as bytes, in ASCII, so that any text can be encoded."""
         return json.dumps(self.body()).encode("ascii")
 
     def event(self) -> bytes:
@@ -122,16 +113,15 @@ def too_large(limit: int) -> ApiError:
     return ApiError(413, message, INVALID, code="request_too_large", headers={"Connection": "close"})
 
 
-def too_many(retry_after: float) -> ApiError:
+def too_many(retry_after: int) -> ApiError:
     """429: the queue is full; the client may try again after so many seconds."""
-    seconds = _seconds(retry_after)
-    message = f"too many requests are waiting; try again in {seconds} s"
-    return ApiError(429, message, "rate_limit_error", code="queue_full", headers={"Retry-After": str(seconds)})
+    message = f"too many requests are waiting; try again in {retry_after} s"
+    return ApiError(429, message, "rate_limit_error", code="queue_full", headers={"Retry-After": str(retry_after)})
 
 
 def unavailable(message: str, retry_after: float | None = None, *, closing: bool = False) -> ApiError:
     """503: the server is draining (`closing` closes the connection), busy or out of memory."""
-    headers = {} if retry_after is None else {"Retry-After": str(_seconds(retry_after))}
+    headers = {} if retry_after is None else {"Retry-After": str(math.ceil(retry_after))}
     headers |= {"Connection": "close"} if closing else {}
     return ApiError(503, message, SERVER, code="unavailable", headers=headers)
 
@@ -172,8 +162,3 @@ def plain(text: str, most: int = 80) -> str:
     """A text cut to so many characters, with line breaks, control characters and surrogates escaped."""
     cut = text if len(text) <= most else text[: most - 1] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
-
-
-def _seconds(retry_after: float) -> int:
-    """Whole seconds, for `Retry-After`."""
-    return max(1, math.ceil(retry_after))

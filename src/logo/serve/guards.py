@@ -75,13 +75,13 @@ class GuardSettings:
     Attributes:
         host: the server's address. On loopback, requests for other host names are refused, against DNS rebinding: a web
             page can make its own name point to 127.0.0.1, but the browser sends that name as `Host`.
-        api_keys: keys of the API. Without keys, here or below, the API is open.
-        key_adapters: keys that may only use some adapters: key -> names or patterns.
+        api_keys: keys of the API. Without keys, here or in `key_adapters`, the API is open.
         max_body_bytes: the most bytes of a body.
         allow_hosts: further host names of a server on loopback, such as those of a proxy. On any other address they
             are, if given, the only names besides loopback's.
         cors_origins: web pages of these origins may use the API; `*` means all. Pages elsewhere may change nothing.
         open_metrics: whether `/metrics` needs no key.
+        key_adapters: keys that may only use some adapters: key -> names or patterns.
 
     Raises:
         UsageError: an empty key or one that no header can hold, or an invalid origin.
@@ -101,22 +101,16 @@ class GuardSettings:
                 raise UsageError(f"{option}: expected keys of printable ASCII characters without spaces")
         for origin in self.cors_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise UsageError(
-                    f"--cors: expected '*' or an origin such as https://example.org, found {shown(origin)}"
-                )
+                expected = "expected '*' or an origin such as https://example.org"
+                raise UsageError(f"--cors: {expected}, found {shown(origin)}")
 
 
 def guard(app: ASGIApp, settings: GuardSettings) -> ASGIApp:
     """The app with all layers, for uvicorn."""
     app = Access(BodyLimit(app, settings.max_body_bytes), settings)
     if settings.cors_origins:
-        app = CORSMiddleware(
-            app,
-            settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
-            expose_headers=["X-Request-Id", "Retry-After"],
-        )
+        told = ["X-Request-Id", "Retry-After"]  # OpenAI's client for browsers sends a dozen headers of its own
+        app = CORSMiddleware(app, settings.cors_origins, ["GET", "POST"], ["*"], expose_headers=told)
     return Observed(app)
 
 

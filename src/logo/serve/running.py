@@ -86,21 +86,10 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    service: Service,
-    settings: AppSettings,
-    guards: GuardSettings,
-    taken: socket.socket,
-    started: Callable[[], None] = lambda: None,
+    service: Service, settings: AppSettings, guards: GuardSettings, taken: socket.socket, started: Callable[[], None]
 ) -> None:
-    """Serves until a signal comes, and then until accepted requests have ended.
-
-    Args:
-        taken: the socket.
-        started: called when requests are accepted.
-
-    Raises:
-        ModelError: the model cannot be served.
-    """
+    """Serves on a socket until a signal comes, and then until accepted requests have ended; calls `started` when
+    requests are accepted."""
     limit = settings.request_timeout
     config = uvicorn.Config(
         guard(create_app(service, settings), guards),

@@ -36,7 +36,7 @@ from logo.serve.names import MixtureRequest, Patterns, usable
 from logo.serve.packed import Chosen
 
 _log = logging.getLogger("logo.serve")
-_RETRY_AFTER = 1.0  # seconds
+_RETRY_AFTER = 1  # seconds
 
 
 @dataclass(frozen=True, eq=False)
