@@ -72,7 +72,12 @@ def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None
     assert variables["LOGO_POOL"] == str(adapters_dir())
     assert variables["VLLM_NO_USAGE_STATS"] == "1"
     assert json.loads(variables["LOGO_OPTIONS"]) == {"signals": [], "k": 3}
-    assert json.loads(variables["LOGO_FRONT"]) == {"host": "127.0.0.1", "allow_hosts": [], "open_metrics": False}
+    assert json.loads(variables["LOGO_FRONT"]) == {
+        "host": "127.0.0.1",
+        "allow_hosts": [],
+        "open_metrics": False,
+        "cors_origins": [],
+    }
     assert "16 adapters in slots of rank 8" in said
 
 
@@ -112,7 +117,12 @@ def test_what_both_servers_understand(capsys: pytest.CaptureFixture[str]) -> Non
     assert command[-4:] == ["--seed", "3", "--max-num-seqs", "9"]  # behind ours, so that it counts
     assert json.loads(variables["LOGO_OPTIONS"])["max_body_mb"] == 3
     front = json.loads(variables["LOGO_FRONT"])
-    assert front == {"host": "0.0.0.0", "allow_hosts": ["logo.test"], "open_metrics": True}
+    assert front == {
+        "host": "0.0.0.0",
+        "allow_hosts": ["logo.test"],
+        "open_metrics": True,
+        "cors_origins": ["https://ok.test"],
+    }
     assert "Listening on 0.0.0.0 without an API key" in said
 
 
