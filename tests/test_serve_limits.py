@@ -177,7 +177,9 @@ def test_head_is_answered_like_get_without_a_body(engine: LoGo) -> None:
             assert answer.headers["content-type"] == httpx.get(url + path).headers["content-type"]
         for path, status, said in (("/v1/completions", 405, "Method Not Allowed"), ("/nothing", 404, "Not Found")):
             answer = httpx.get(url + path)
-            assert answer.status_code == status and answer.json()["error"]["message"] == f"{said}: GET '{path}'"
+            error = answer.json()["error"]
+            assert (answer.status_code, error["message"]) == (status, f"{said}: GET '{path}'")
+            assert error["code"] == said.lower().replace(" ", "_")
 
 
 def test_adapters_that_do_not_fit_into_memory_are_told_with_what_helps() -> None:

@@ -204,7 +204,8 @@ class Answers:
         except asyncio.TimeoutError:
             raise timed_out(self._timeout or 0) from None
         chosen = [one for one in found if isinstance(one, Chosen)]
-        logged["selections"] = [self._noted(*pair) for pair in zip(prompts, found, strict=True)]
+        noted = [self._noted(prompt, one) for prompt, one in zip(prompts, found, strict=True)]
+        logged["selections"] = [one for one in noted if one is not None]
         for error in found:
             if isinstance(error, BaseException):
                 for one in chosen:
@@ -220,7 +221,8 @@ class Answers:
         elif isinstance(found, Chosen):
             selection = found.selection
             times = {"probe_ms": round(found.probe_ms, 1), "queue_ms": round(found.queue_ms, 1)}
-            self.metrics.probe.observe(found.probe_ms / 1e3)
+            if found.probe_ms:
+                self.metrics.probe.observe(found.probe_ms / 1e3)
         else:
             return None
         scores, confidence = selection.scores, selection.confidence

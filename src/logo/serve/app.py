@@ -30,6 +30,7 @@ from logo.serve.errors import (
     forbidden,
     model_not_found,
     not_found,
+    plain,
     shown,
     shown_line,
 )
@@ -129,7 +130,7 @@ async def chat_completions(request: Request) -> Response:
 
 async def _text(request: Request, body: bodies.CompletionRequest | bodies.ChatRequest, count: int) -> Response:
     answers, began, logged = _answers(request), time.perf_counter(), _logged(request)
-    logged["model"] = body.model
+    logged["model"] = plain(body.model)
     wanted = _models(request).mixture_request(body.model, body.logo)
     with ExitStack() as held:
         with answers.counting(count * body.n, began):

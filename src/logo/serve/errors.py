@@ -63,7 +63,7 @@ class ApiError(Exception):
         if isinstance(error, NotFinite):
             return failed(str(error), "not_finite")
         if isinstance(error, (NotReady, CacheFull)):  # there may be room once other requests are done
-            return unavailable(shown_line(str(error)), retry_after=1)
+            return unavailable(shown_line(str(error)), retry_after=1, closing=isinstance(error, NotReady))
         if is_out_of_memory(error):
             return unavailable("out of memory for this request; send a shorter prompt or ask for fewer tokens")
         return internal(request_id)

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -125,7 +126,7 @@ def is_loopback(host: str) -> bool:
 def response(error: BaseException) -> Response:
     """The HTTP response to any exception, those of Starlette among them."""
     if isinstance(error, HTTPException):
-        kind, code = SERVER if error.status_code >= 500 else INVALID, error.detail.lower().replace(" ", "_")
+        kind, code = SERVER if error.status_code >= 500 else INVALID, HTTPStatus(error.status_code).name.lower()
         error = ApiError(error.status_code, error.detail, kind, code=code, headers=error.headers or {})
     answer = ApiError.of(error, request_id.get())
     return Response(answer.content(), answer.status, answer.headers, "application/json")

@@ -191,7 +191,7 @@ class Service:
                     rows = [(one, a) for one, a in batch if isinstance(a, Options) and one.wanted.adapters is None]
                     found = self._probed([one.prompt for one, _ in rows], [asked for _, asked in rows])
                     probed = {one.future: selection for (one, _), selection in zip(rows, found, strict=True)}
-            except NotReady as error:
+            except Exception as error:  # generation cannot be paused: it has ended
                 batch = [(one, error) for one, _ in batch]
         took = 1e3 * (time.perf_counter() - began)
         for one, asked in batch:
