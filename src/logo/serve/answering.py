@@ -61,23 +61,14 @@ class AppSettings:
 
 @dataclass(frozen=True)
 class Call:
-    """A request for text, read and checked: all that answering it needs.
-
-    Attributes:
-        body: the request.
-        prompts: its prompts.
-        wanted: the mixture that it requests.
-        sampling: how the first answer to a prompt is decoded; the seeds of the others are the numbers that follow its.
-        began: when it came, by `time.perf_counter`.
-        logged: the fields of its line in the log.
-    """
+    """A request for text, read and checked: all that answering it needs."""
 
     body: ChatRequest | CompletionRequest
     prompts: tuple[Prompt, ...]
     wanted: MixtureRequest
-    sampling: Sampling
-    began: float
-    logged: dict[str, Any]
+    sampling: Sampling  # of the first answer to a prompt; the seeds of the others are the numbers that follow its
+    began: float  # when the request came, by `time.perf_counter`
+    logged: dict[str, Any]  # the fields of its line in the log
 
 
 class Chunk(NamedTuple):
@@ -107,11 +98,7 @@ class Answers:
     async def call(
         self, body: ChatRequest | CompletionRequest, wanted: MixtureRequest, began: float, logged: dict[str, Any]
     ) -> Call:
-        """Reads a request for text.
-
-        Raises:
-            ApiError, UsageError: it cannot be answered.
-        """
+        """Reads a request for text; ApiError or UsageError: it cannot be answered."""
         if isinstance(body, ChatRequest):
             prompts = [await self.conversation(body.messages, body.chat_template_kwargs)]
             most, usual, blamed = body.max_completion_tokens or body.max_tokens, MAX_NEW_TOKENS, "messages"
@@ -125,11 +112,7 @@ class Answers:
         return Call(body, tuple(prompts), wanted, sampling, began, logged)
 
     async def encoded(self, prompts: Sequence[str | Sequence[int]]) -> list[Prompt]:
-        """Reads prompts.
-
-        Raises:
-            ApiError: a prompt without tokens, or an id that the model does not know.
-        """
+        """Reads prompts; ApiError: one has no tokens, or an id that the model does not know."""
         known = len(self._vocabulary)
         for ids in (one for one in prompts if not isinstance(one, str)):
             if not 0 <= min(ids) <= max(ids) < known:
@@ -162,15 +145,8 @@ class Answers:
         return prompt
 
     def room(self, prompts: Sequence[Prompt], most: int | None, param: str, usual: int = _COMPLETION) -> int:
-        """The most new tokens of the answers.
-
-        Args:
-            most: what the request asks for; None: the usual number, or as many as there is room for.
-            param: the field that an error names.
-
-        Raises:
-            ApiError: they do not fit behind the longest prompt.
-        """
+        """The most new tokens of the answers: what the request asks for; None: the usual number, or as many as there is
+        room for. ApiError about the field `param`: they do not fit behind the longest prompt."""
         context, longest = self.service.batching.context, max(map(len, prompts))
         asked = min(usual, context - longest) if most is None else most
         if longest >= context or asked > context - longest:
@@ -187,12 +163,8 @@ class Answers:
     async def choose(
         self, prompts: Sequence[Prompt], wanted: MixtureRequest, began: float, logged: dict[str, Any]
     ) -> list[Chosen]:
-        """Selects the mixture of each prompt; they are probed together.
-
-        Raises:
-            ApiError: the request has timed out.
-            LoGoError: as `Service.choose`.
-        """
+        """Selects the mixture of each prompt; they are probed together. Errors as `Service.choose`; ApiError: the time
+        is up."""
 
         async def choosing() -> list[Chosen | BaseException]:
             # A coroutine, since nobody retrieves the exception of a future of `gather` that is cancelled in `wait_for`.

@@ -136,7 +136,7 @@ async def _text(request: Request, body: bodies.CompletionRequest | bodies.ChatRe
         with answers.counting(count * body.n, began):
             held.enter_context(answers.service.admitted(count * body.n))
             call = await answers.call(body, wanted, began, logged)
-            chosen = await _unless_left(request, answers.choose(call.prompts, wanted, began, logged))
+            chosen = await _unless_left(request, answers.choose(call.prompts, call.wanted, began, logged))
         for one in chosen:
             held.callback(one.release)
         if body.stream:

@@ -40,11 +40,7 @@ class MixtureRequest:
 
 
 def check_pool(base: str, adapters: Collection[str]) -> None:
-    """Checks that every adapter of a pool can be requested by its name.
-
-    Raises:
-        UsageError: an adapter has the name of another model, which would answer in its place.
-    """
+    """Raises UsageError if an adapter of a pool has the name of another model, which would answer in its place."""
     if AUTO in adapters:
         raise UsageError(
             f"adapter {AUTO!r}: this model selects, so nobody could ask for the adapter; rename its folder"

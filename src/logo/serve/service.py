@@ -159,12 +159,8 @@ class Service:
     # -- selecting and generating ----------------------------------------------------------------------------------
 
     async def choose(self, prompt: Prompt, wanted: MixtureRequest) -> Chosen:
-        """The mixture for a prompt, with its adapters loaded.
-
-        Raises:
-            LoGoError: an adapter or signal that does not exist, a weight or k that cannot be used, an adapter that
-                cannot be read, no room for it.
-        """
+        """The mixture for a prompt, with its adapters loaded; LoGoError: an adapter or signal that does not exist, a
+        weight or k that cannot be used, an adapter that cannot be read, no room for it."""
         future = Future[Chosen]()
         self._line.append(_Waiting(prompt, wanted, time.perf_counter(), future))
         self._worker.submit(self._choose)  # for all that wait by then, so that later calls may find none
