@@ -76,7 +76,7 @@ test: lint
 	$(PYTEST)
 
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest $(SPREAD) tests/backends tests/test_serving_engine.py
+	$(VLLM_VENV)/bin/python -m pytest $(SPREAD) tests/backends tests/test_serve_engine.py
 
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from logo.serving.logs import RequestIds
+from logo.serve.logs import RequestIds
 from tolerances import PATIENCE
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from logo.api.errors import ApiError
 from logo.errors import LoGoError, is_out_of_memory
 from logo.plugins import running
+from logo.serve.errors import ApiError
 
 EXHAUSTED = [
     MemoryError(),

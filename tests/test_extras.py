@@ -17,8 +17,8 @@ from logo.errors import EXTRAS, LoGoError, MissingLibrary, need
 from project import PROJECT, ROOT
 
 SRC = ROOT / "src" / "logo"
-# What libraries of ours bring of their own accord and are made of: transformers, its tokenizers; FastAPI, starlette.
-BROUGHT = {"tokenizers": "transformers", "pydantic_core": "pydantic", "starlette": "fastapi", "tqdm": "transformers"}
+# What libraries of ours bring of their own accord and are made of: transformers, its tokenizers.
+BROUGHT = {"tokenizers": "transformers", "pydantic_core": "pydantic", "tqdm": "transformers"}
 BROUGHT |= {"cma": "nevergrad", "triton": "torch", "typing_extensions": "torch", "markupsafe": "jinja2"}
 
 

@@ -71,8 +71,8 @@ def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None
     assert variables["VLLM_PLUGINS"] == "logo"
     assert variables["LOGO_POOL"] == str(adapters_dir())
     assert variables["VLLM_NO_USAGE_STATS"] == "1"
-    hosts = ["localhost", "127.0.0.1", "[::1]"]
-    assert json.loads(variables["LOGO_OPTIONS"]) == {"signals": [], "k": 3, "hosts": hosts}
+    hosts = ["127.0.0.1", "localhost", "::1"]
+    assert json.loads(variables["LOGO_OPTIONS"]) == {"signals": [], "k": 3, "hosts": hosts, "origins": []}
     assert "16 adapters, 16 slots of rank 8" in said
 
 
@@ -89,7 +89,8 @@ def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str],
         pool=str(adapters_dir()),
         signals=("entropy", "norm"),
         on_bad_adapter="skip",
-        hosts=("localhost", "127.0.0.1", "[::1]"),
+        hosts=("127.0.0.1", "localhost", "::1"),
+        origins=(),
         settings=SelectionSettings(signal="norm", k=5, weighting="linear", unscorable="skip"),
     )
     variables, _, _ = dry(capsys, "--calibration-prompts", str(prompts), "--cache", "")
@@ -111,7 +112,8 @@ def test_what_both_servers_understand(capsys: pytest.CaptureFixture[str]) -> Non
     assert (value(command, "--max-model-len"), value(command, "--kv-cache-memory-bytes")) == ("256", "500000000")
     assert value(command, "--allowed-origins") == '["https://ok.test"]'
     assert command[-4:] == ["--seed", "3", "--max-num-seqs", "9"]  # behind ours, so that it counts
-    assert json.loads(variables["LOGO_OPTIONS"])["hosts"] == ["logo.test"]
+    asked = json.loads(variables["LOGO_OPTIONS"])
+    assert (asked["hosts"], asked["origins"]) == (["logo.test"], ["https://ok.test"])
     assert "Listening on 0.0.0.0 without an API key" in said
 
 

@@ -105,7 +105,7 @@ def test_the_wheel_has_what_runs_and_nothing_else(built: Path) -> None:
     meta = {name for name in names if not name.startswith("logo/")}
     assert {name.partition("/")[0] for name in meta} == {f"{NAME}.dist-info"}
     assert not [name for name in names if name.endswith(".pyc") or "/test_" in name or name.startswith("tests/")]
-    assert {"logo/py.typed", "logo/demo/assets/world.json", "logo/serving/page/index.html"} <= names
+    assert {"logo/py.typed", "logo/demo/assets/world.json", "logo/serve/page/index.html"} <= names
     assert any(name.startswith("logo/demo/assets/adapters/") and name.endswith(".safetensors") for name in names)
 
 
@@ -148,7 +148,7 @@ def test_the_authors_command_runs_with_the_core_alone(bare: Bare, tmp_path: Path
 # What commands need beyond the core, with the library that is named first and the extra that brings it.
 BEYOND = {
     "eval lm-eval --tasks x": ("lm-eval", "eval"),
-    "serve --base-model demo": ("fastapi", "serve"),
+    "serve --base-model demo": ("starlette", "serve"),
     "serve --base-model demo --engine vllm": ("vllm", "vllm"),
     "train --rows tasks --base-model demo -o made": ("peft", "train"),
 }

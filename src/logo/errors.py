@@ -16,7 +16,7 @@ from os.path import commonprefix
 
 # Libraries that only some commands need -> the extra of pyproject.toml that installs them.
 EXTRAS: Mapping[str, str] = {
-    "datasets": "eval", "fastapi": "serve", "httpx": "serve", "jinja2": "eval", "lm_eval": "eval",
+    "datasets": "eval", "httpx": "serve", "jinja2": "eval", "lm_eval": "eval",
     "nevergrad": "eval", "peft": "train", "prometheus_client": "serve", "pydantic": "serve", "ray": "ray",
     "sentence_transformers": "eval", "starlette": "serve", "uvicorn": "serve", "vllm": "vllm",
 }  # fmt: skip

@@ -36,7 +36,7 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: cluster.Replic
         server.model_name(base_model)  # raises before anything slow happens
         if layout is None:
             return serve_vllm.serve(engine, base_model, server)
-        from logo.serving.running import listening, released
+        from logo.serve.running import listening, released
 
         address = released(listening(server.host, server.port))
         several = functools.partial(cluster.serve, engine, base_model, layout, address)
@@ -51,7 +51,7 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: cluster.Replic
             f"{flag} is not for this server, in which sequences with different mixtures share batches and nothing is "
             "merged; leave it out"
         )
-    need("the server", "fastapi", "uvicorn", "prometheus_client")
+    need("the server", "starlette", "uvicorn", "prometheus_client")
     if server.log_prompts and not server.log_json:
         raise UsageError("--log-prompts: prompts are only logged as JSON; add --log-json")
     folder = None if server.allow_adapter_changes is None else server.allow_adapter_changes.resolve()
@@ -59,10 +59,10 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: cluster.Replic
         raise StorageError(
             f"--allow-adapter-changes {server.allow_adapter_changes}: expected a folder, found none; create it first"
         )
-    from logo.serving.guards import GuardSettings, is_loopback
-    from logo.serving.keys import read_key_adapters, unmatched
-    from logo.serving.logs import configure
-    from logo.serving.running import address_of, listening
+    from logo.serve.guards import GuardSettings, is_loopback
+    from logo.serve.logs import configure
+    from logo.serve.names import read_key_adapters, unmatched
+    from logo.serve.running import address_of, listening
 
     bound = {} if server.key_adapters is None else read_key_adapters(server.key_adapters)
     guards = GuardSettings(
@@ -76,19 +76,19 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: cluster.Replic
     )
     configure(log_json=server.log_json)
     # A log that programs read is JSON from its first line to its last.
-    tell = logging.getLogger("logo.serving").info if server.log_json else note
+    tell = logging.getLogger("logo.serve").info if server.log_json else note
     if not guards.api_keys and not bound and not is_loopback(server.host):
         tell(OPEN.format(server.host))
     taken = listening(server.host, server.port)
     base_model = or_demo(engine)
     name = server.model_name(base_model)
 
-    from logo.api.names import check_pool
     from logo.selection.signals import get_signal
-    from logo.serving.app import AppSettings
-    from logo.serving.memory import Memory
-    from logo.serving.running import serve as run
-    from logo.serving.service import Service
+    from logo.serve.answering import AppSettings
+    from logo.serve.memory import Memory
+    from logo.serve.names import check_pool
+    from logo.serve.running import serve as run
+    from logo.serve.service import Service
 
     signals = server.other_signals
     for signal in signals:

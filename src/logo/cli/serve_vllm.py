@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 OPEN = "Listening on {} without an API key: everybody who reaches it may use it. --api-key requires one."
 
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-
 # vLLM interprets the escape sequence.
 PLAIN_CHAT = "{% for m in messages %}{{ m.content }}{% if not loop.last %}\\n{% endif %}{% endfor %}"
 
@@ -71,7 +69,7 @@ def serve(
     check_environment(os.environ)
     if not server.dry_run:
         need("--engine vllm", "vllm")
-    from logo.serving.guards import GuardSettings, is_loopback
+    from logo.serve.guards import GuardSettings, is_loopback
 
     # Raises for invalid keys and origins.
     GuardSettings(server.host, server.api_keys, cors_origins=tuple(server.cors or ()))
@@ -116,6 +114,7 @@ def _refuse(options: EngineOptions, server: ServerOptions, *, alone: bool) -> No
 
 
 def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> Launch:
+    from logo.serve.guards import LOOPBACK, is_loopback
     from logo.vllm.launch import Launch
     from logo.vllm.options import VllmOptions
     from logo.vllm.pool import rank_of, slots_of, targets_of
@@ -129,7 +128,8 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> L
         **settings.changed,
         "signals": list(server.other_signals),
         **({"on_bad_adapter": "skip"} if options.on_bad_adapter == "skip" else {}),
-        **({"hosts": hosts} if (hosts := _hosts(server)) else {}),
+        "hosts": [*(LOOPBACK if is_loopback(server.host) else ()), *(server.allow_host or ())],
+        "origins": server.cors or [],
     }
     VllmOptions.of({"logo": {**config, "pool": place}}, {})  # refuses what vLLM's workers would refuse
     on_cpu = _on_cpu()
@@ -164,17 +164,10 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> L
     )
 
 
-def _hosts(server: ServerOptions) -> list[str]:
-    """The names under which a server that only this machine reaches may be asked; empty: any."""
-    from logo.serving.guards import is_loopback
-
-    return [*LOCAL_HOSTS, *(server.allow_host or ())] if is_loopback(server.host) else list(server.allow_host or ())
-
-
 def _fitted(options: EngineOptions, base_model: str, server: ServerOptions) -> tuple[AdapterPool, int]:
     """The pool, which can be served with these options; and adapters per mixture."""
-    from logo.api.names import check_pool
     from logo.selection.points import plan
+    from logo.serve.names import check_pool
 
     model, settings = skeleton(load_config(base_model, model_dir=options.model_dir)), selection_settings(options)
     pool = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)

@@ -37,8 +37,7 @@ class VllmOptions:
         signals: those that requests may ask for besides the settings' own.
         adapter_changes: whether requests may change the pool; `VLLM_ALLOW_RUNTIME_LORA_UPDATING` allows it, too.
         on_bad_adapter: what to do with adapters that do not fit the base model.
-        hosts: the names of hosts under which the server may be asked, so that a page whose name was given this
-            machine's address cannot ask it; empty: any.
+        hosts, origins: see `logo.serve.guards.GuardSettings`.
         settings: how prompts are read, scored and selected.
     """
 
@@ -47,6 +46,7 @@ class VllmOptions:
     adapter_changes: bool = False
     on_bad_adapter: OnBadAdapter = "error"
     hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ("*",)
     settings: SelectionSettings = field(default_factory=SelectionSettings)
 
     @classmethod
@@ -81,7 +81,7 @@ class VllmOptions:
             raise UsageError(f"on_bad_adapter: expected one of {', '.join(get_args(OnBadAdapter))}, found {how!r}")
         if not isinstance(options.get("adapter_changes", False), bool):
             raise UsageError(f"adapter_changes: expected true or false, found {options['adapter_changes']!r}")
-        options |= {name: tuple(options[name]) for name in ("signals", "hosts") if name in options}
+        options |= {name: tuple(options[name]) for name in ("signals", "hosts", "origins") if name in options}
         made = cls(settings=settings, **options)
         for signal in made.all_signals:
             settings.reading(signal=signal)  # refuses one that does not exist

@@ -24,7 +24,6 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from vllm import SamplingParams, envs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -33,15 +32,26 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
 
 from logo.adapters.pool import AdapterPool
-from logo.api.errors import ApiError, bad_request, failed
-from logo.api.names import AUTO, Models
-from logo.api.replies import AdapterCard, AdapterList, Mixture, SelectionReply
-from logo.api.requests import LoadAdapter, LogoOptions, ModelRequest, SelectRequest, UnloadAdapter, checked
 from logo.core import Selection
 from logo.errors import LoGoError, UsageError
 from logo.prompts import asked_text, read
-from logo.protocol import Card
 from logo.selection.selector import forced
+from logo.serve.bodies import (
+    AdapterCard,
+    AdapterList,
+    Card,
+    LoadAdapter,
+    LogoOptions,
+    Mixture,
+    ModelRequest,
+    SelectionReply,
+    SelectRequest,
+    UnloadAdapter,
+    checked,
+)
+from logo.serve.errors import ApiError, bad_request, failed
+from logo.serve.guards import Access, GuardSettings
+from logo.serve.names import AUTO, Models
 from logo.vllm.engine import Engine, Served
 from logo.vllm.metrics import Counts
 from logo.vllm.options import VllmOptions
@@ -69,8 +79,8 @@ class Routes:
         app.state.logo = None
         app.exception_handler(ApiError)(_refusal)
         app.exception_handler(LoGoError)(_refusal)
-        if options is not None and options.hosts:
-            app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(options.hosts))
+        if options is not None:  # vLLM asks for keys, but neither for the host nor for the origin
+            app.add_middleware(Access, settings=GuardSettings("", (), 0, options.hosts, options.origins))
         posted: dict[str, Any] = {
             "/v1/completions": _completion,
             "/v1/chat/completions": _chat,
@@ -151,7 +161,7 @@ class _Mixing:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The selection for one prompt, see `logo.protocol.SelectedMixture`."""
+    """The selection for one prompt, see `logo.serve.bodies.SelectedMixture`."""
 
     selection: Selection
     probe_ms: float = 0.0

@@ -1,1 +1,0 @@
-"""Request and answer bodies that our own server and vLLM with LoGo share."""

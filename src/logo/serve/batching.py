@@ -1,0 +1,417 @@
+"""`Batching`: a loop over the model's forward pass that generates for many callers at once, each with its own mixture.
+
+    waiting -> prefill, together or in parts, between steps -> `BatchedCache` -> a token per row and step -> Delta, ...
+
+Rows join and leave between steps. Prefilling stops before the output head and leaves the last token of a prompt to the
+first step of its row. Keys and values are in one tensor per layer, in which every row ends in the same column, so that
+a step is a plain batch of the model. If adapters act only from a position on, what is before it comes from the prefix
+cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import threading
+import traceback
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from logo.core import FinishReason
+from logo.decoding import OVERFLOW
+from logo.endings import end_tokens
+from logo.errors import ModelError, NotFinite
+from logo.mixing.cache import AdapterCache
+from logo.models import input_device, padded, text_config
+from logo.prefix_cache import PrefixCache, cache_argument, laid_out, reusable
+from logo.serve.batched_cache import BatchedCache
+from logo.serve.errors import NotReady
+from logo.serve.memory import Memory, Plan
+from logo.serve.packed import Chosen, Packed
+from logo.serve.sampling import NO_TOKEN, Draw, Sampling, next_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The most tokens of a prompt that are read between two steps of the rows, which wait meanwhile.
+_STEP_TOKENS = 512
+STOPPED = "generation has stopped; restart the server"
+_ALIKE = 0.7  # the length of a prompt divided by that of a longer one that is read beside it, at least
+_log = logging.getLogger("logo.serve")
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The new token ids of an answer, and why it ended; None until it does."""
+
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(eq=False)
+class Job:
+    """One answer: token ids of its prompt, its mixture and sampling; and, for the loop alone, how far it is."""
+
+    prompt: Sequence[int]
+    chosen: Chosen
+    sampling: Sampling
+    left: bool = False  # the caller, who may set this, does not listen any more
+    outputs: asyncio.Queue[tuple[Job | None, Delta | Exception]] = field(default_factory=asyncio.Queue)
+    ended: bool = False  # its row, if it has one, is not needed any more
+    begun: bool = False  # it has a row
+    tokens: list[int] = field(default_factory=list)  # of the answer
+    cache: DynamicCache | None = None  # of the part of the prompt that is read
+
+    @property
+    def most(self) -> int:
+        """The most tokens of prompt and answer."""
+        return len(self.prompt) + self.sampling.max_tokens
+
+
+class Batching:
+    """Generates for many callers at once, in a thread of its own.
+
+    Args:
+        model: a causal LM that keeps only keys and values of earlier tokens.
+        adapters: the cache of its adapters.
+        memory: see `Memory`.
+        context: the most tokens of a prompt and its answer; None if the model has no limit.
+        prefix_cache: of what the base model reads, for adapters that act from a position on only.
+
+    Attributes:
+        context: the same, within the memory for keys and values, which is as in `plan`.
+        missed: tokens of prompts whose cached keys and values had been dropped when an answer began.
+
+    Raises:
+        ModelError: the model keeps something else of earlier tokens.
+        UsageError: the requested memory is more than there is.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapters: AdapterCache,
+        memory: Memory,
+        context: int | None,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
+        if not reusable(model, longer=False):
+            kept = "it keeps more of earlier tokens than keys and values"
+            raise ModelError(f"{type(model).__name__} cannot be served: {kept}; use LoGo.generate")
+        if not reusable(model):  # a long row would turn the keys of the others in its batch
+            parts = text_config(model)
+            first = (parts.rope_parameters or {}).get("original_max_position_embeddings")
+            context = min(context or first, first or parts.max_position_embeddings)
+        self._model, self._prefix_cache = model, prefix_cache
+        self._concurrent, self._device = memory.concurrent, input_device(model)
+        self._packed, self._rows = Packed(adapters), BatchedCache()
+        self._reader = prefix_cache or PrefixCache(model, 0)
+        self._ends = end_tokens(model.generation_config)
+        self._arguments = inspect.signature(model.forward).parameters
+        self._waiting: list[Job] = []  # replaced or extended under the lock
+        self._active: list[Job] = []  # the job of each row
+        self._change = threading.Condition()
+        self._pausing, self._stepping, self._stopped = 0, False, False
+        self._thread: threading.Thread | None = None
+        self._said: list[tuple[Job, Delta | Exception]] = []  # what callers have not heard yet ...
+        self._loop: asyncio.AbstractEventLoop | None = None  # ... and where they are
+        self._gated: Sequence[Job] | None = None  # the rows whose gates are set
+        self.missed = 0
+        self.plan = Plan.of(model, adapters.budget, memory)
+        self._tokens = self.plan.tokens(model, adapters.dtype, 0 if prefix_cache is None else prefix_cache.budget)
+        self.context = self._tokens if context is None else min(context, self._tokens)
+
+    # -- what the service asks -------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the thread that generates, unless it runs already."""
+        if self._thread is None:
+            with torch.inference_mode():
+                cache, one = DynamicCache(), torch.ones(1, 1, dtype=torch.int64, device=self._device)
+                self._reader.forward(one, one, cache, {})
+                self._rows.shape(cache)
+            self._stopped = False
+            self._thread = threading.Thread(target=self._run, name="logo-generate", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Ends all generation, and the thread."""
+        with self._change:
+            self._stopped = True
+            self._change.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that generates is running."""
+        return self._thread is not None and self._thread.is_alive() and not self._stopped
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block the caller may use the model: sequences wait, and no mixture is active.
+
+        Raises:
+            NotReady: generation has stopped.
+        """
+        with self._change:
+            self._pausing += 1
+            self._change.wait_for(lambda: not self._stepping)
+        try:
+            if self._stopped:
+                raise NotReady(STOPPED)
+            self._packed.clear()
+            self._gated = None
+            yield
+        finally:
+            with self._change:
+                self._pausing -= 1
+                self._change.notify_all()
+
+    @property
+    def running(self) -> int:
+        """The number of sequences that are being generated."""
+        return sum(not job.ended for job in list(self._active))
+
+    @property
+    def waiting(self) -> int:
+        """The number of sequences that wait."""
+        return len(self._waiting)
+
+    @property
+    def kv_tokens(self) -> tuple[int, int]:
+        """How many tokens' keys and values are in use, padding included, and how many have room."""
+        return self.running * self._rows.columns, self._tokens
+
+    async def generate(
+        self, jobs: Sequence[Job], deadline: float | None = None
+    ) -> AsyncGenerator[tuple[Job, Delta], None]:
+        """Yields the tokens of answers as they come. A job that is set `left` ends; leaving the loop ends all of them.
+
+        Args:
+            deadline: on the event loop's clock; None: no deadline.
+
+        Raises:
+            TimeoutError: the deadline has passed.
+            NotReady, or what a step of one of the answers raised.
+        """
+        self._loop, outputs = asyncio.get_running_loop(), jobs[0].outputs
+        for job in jobs:
+            job.outputs = outputs
+        timer = None if deadline is None else self._loop.call_at(deadline, outputs.put_nowait, (None, TimeoutError()))
+        with self._change:
+            if not self.alive:
+                raise NotReady(STOPPED)
+            self._waiting += jobs
+            self._change.notify_all()
+        try:
+            while not all(job.left for job in jobs):
+                said, found = [await outputs.get()], dict[Job, Delta]()
+                failure: Exception | None = None
+                while not outputs.empty():  # what came meanwhile is passed on together
+                    said.append(outputs.get_nowait())
+                for whose, one in said:
+                    if isinstance(one, Exception):
+                        failure = failure or one
+                    elif whose is not None:
+                        before = found[whose].tokens if whose in found else ()
+                        found[whose] = Delta((*before, *one.tokens), one.finish_reason)
+                for job, delta in found.items():
+                    if not job.left:
+                        yield job, delta
+                        job.left = job.left or delta.finish_reason is not None
+                if failure is not None:
+                    raise failure
+        finally:
+            if timer is not None:
+                timer.cancel()
+            with self._change:
+                for job in jobs:
+                    job.left = True
+                self._change.notify_all()
+
+    # -- the thread that generates ---------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with self._packed.hooks(), torch.inference_mode():
+                while self._begun():
+                    self._step()
+        finally:
+            with self._change:
+                self._stopped, self._stepping = True, False
+                self._change.notify_all()
+            self._said += [(job, NotReady(STOPPED)) for job in (*self._active, *self._waiting)]
+            self._hand_out()
+
+    def _begun(self) -> bool:
+        """Waits until there is something to do, and nobody else uses the model; false once generation has stopped."""
+        with self._change:
+            self._stepping = False
+            self._change.notify_all()
+            self._change.wait_for(lambda: self._stopped or (not self._pausing and bool(self._waiting or self._active)))
+            self._stepping = not self._stopped
+            return self._stepping
+
+    def _step(self) -> None:
+        """Reads some of the prompts that wait, and gives every row one token."""
+        for job in self._active:
+            job.ended = job.ended or job.left
+        self._drop_waiting()
+        left = _STEP_TOKENS
+        # While more wait than run, as after a burst, reading goes on: the first tokens of all come sooner.
+        while left > 0 or (len(self._waiting) > self.running and not self._pausing):
+            if not (jobs := self._next(most := left if left > 0 else _STEP_TOKENS)):
+                break
+            left -= self._in_halves(jobs, partial(self._prefill, most))
+            self._drop_waiting()
+            self._hand_out()
+        self._compact()
+        if self._active:
+            try:
+                self._rows.make_room()
+            except Exception as error:
+                for job in self._active:
+                    self._fail(job, error)
+            else:
+                self._in_halves(list(self._active), self._decode)
+                self._rows.columns += 1
+        if not self._waiting:
+            self._compact()
+        self._hand_out()
+
+    def _drop_waiting(self) -> None:
+        """Those that do not wait any more leave the line."""
+        with self._change:  # callers add jobs
+            self._waiting = [job for job in self._waiting if not (job.begun or job.ended or job.left)]
+
+    def _next(self, most: int) -> list[Job]:
+        """The prompts that are read next: the first, and if it is short, others that are about as long, so that they
+        need little padding; as many as there is room for, as long as they may become."""
+        running = [one for one in self._active if not one.ended]
+        jobs, longest = list[Job](), max((one.most for one in running), default=0)
+        for job in list(self._waiting):
+            length, longest_now = len(job.prompt), max(longest, job.most)
+            rows = len(running) + len(jobs) + 1
+            if rows > self._concurrent or rows * longest_now > self._tokens:
+                break
+            if jobs:
+                lengths = [length, *(len(one.prompt) for one in jobs)]
+                if job.chosen.end or len(lengths) * max(lengths) > most or min(lengths) < _ALIKE * max(lengths):
+                    continue
+            jobs.append(job)
+            longest = longest_now
+            if job.cache is not None or job.chosen.end or length > most:
+                break
+        return jobs
+
+    def _in_halves(self, jobs: Sequence[Job], work: Callable[[Sequence[Job]], Sequence[int]]) -> int:
+        """The number of tokens that `work` reads of these jobs, or adds to them (one each). After an error they are
+        taken in halves, so that only a job that fails alone ends: the server has to go on after any error."""
+        try:
+            return sum(work(jobs))
+        except Exception as error:
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+                return 0
+            traceback.clear_frames(error.__traceback__)  # they hold memory that the next attempt may need
+        half = len(jobs) // 2
+        return self._in_halves(jobs[:half], work) + self._in_halves(jobs[half:], work)
+
+    def _prefill(self, most: int, jobs: Sequence[Job]) -> Sequence[int]:
+        """Reads prompts to the end, where they become rows, or so many tokens of one."""
+        cache = jobs[0].cache or self._beginning(jobs[0])
+        start = cache.get_seq_length()
+        parts = [job.prompt[start : len(job.prompt) - 1][:most] for job in jobs]
+        width = max(map(len, parts))
+        if width:
+            pads = torch.tensor([width - len(part) for part in parts])[:, None]
+            mask = (torch.arange(start + width) >= pads).long().to(self._device)
+            ids, positions = padded(parts, self._device, left=True)[0], start + torch.arange(width) - pads
+            self._gated = None
+            with self._packed.opening(self._model, [job.chosen for job in jobs], pads):
+                self._reader.forward(ids, mask, cache, self._placed(positions.clamp_min(0)))
+        if start + width < len(jobs[0].prompt) - 1:
+            jobs[0].cache = cache
+            return [width]
+        places = [i for i, job in enumerate(self._active) if job.ended][: len(jobs)]
+        places += range(len(self._active), len(self._active) + len(jobs) - len(places))
+        self._rows.join(cache, [len(job.prompt) - 1 for job in jobs], places)
+        for place, job in zip(places, jobs, strict=True):
+            self._active[place : place + 1] = [job]
+            job.cache, job.begun = None, True
+        return [width] * len(jobs)
+
+    def _beginning(self, job: Job) -> DynamicCache:
+        """What is cached of a prompt, up to where adapters begin to act."""
+        pages = [] if self._prefix_cache is None else self._prefix_cache.find(job.prompt, job.chosen.end)
+        count = sum(page.tokens for page in pages)
+        self.missed += job.chosen.end - count
+        return laid_out([pages], [count]) if count else DynamicCache()
+
+    def _decode(self, jobs: Sequence[Job]) -> Sequence[int]:
+        """Gives each of these rows, which follow one another, its next token."""
+        if self._gated != jobs:
+            self._gated = None
+            self._packed.gate([job.chosen for job in jobs])
+            self._gated = jobs
+        begin = self._active.index(jobs[0])
+        ids = torch.tensor([[(job.tokens or job.prompt)[-1]] for job in jobs], device=self._device)
+        mask, positions, cache = self._rows.seen(begin, begin + len(jobs))
+        options = {**self._placed(positions), cache_argument(self._model) or "": cache, "use_cache": True}
+        found = self._model(input_ids=ids, attention_mask=mask.to(self._device), **options)
+        draws = [Draw(job.sampling, len(job.tokens)) for job in jobs]
+        for job, token in zip(jobs, next_tokens(found.logits[:, -1].float(), draws).tolist(), strict=True):
+            if token == NO_TOKEN:
+                self._fail(job, NotFinite(OVERFLOW))
+            else:
+                self._add(job, token)
+        return [1] * len(jobs)
+
+    def _placed(self, positions: Tensor) -> dict[str, Any]:
+        return {"position_ids": positions.to(self._device)} if "position_ids" in self._arguments else {}
+
+    def _add(self, job: Job, token: int) -> None:
+        """Adds a token to an answer."""
+        job.tokens.append(token)
+        full = len(job.tokens) == job.sampling.max_tokens
+        reason: FinishReason | None = "stop" if token in self._ends else "length" if full else None
+        job.ended = reason is not None
+        self._said.append((job, Delta((token,), reason)))
+
+    def _compact(self) -> None:
+        """Drops rows that are not needed any more; the last ones take their places."""
+        for at in reversed(range(len(self._active))):
+            if self._active[at].ended:
+                self._rows.drop(at)
+                self._active[at] = self._active[-1]
+                self._active.pop()
+
+    def _hand_out(self) -> None:
+        """Tells callers what has happened to their answers."""
+        said, self._said = self._said, []
+        if said and self._loop is not None:
+            with suppress(RuntimeError):  # it has ended, and nobody listens
+                self._loop.call_soon_threadsafe(_put, said)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        _log.warning("an answer cannot be generated: %s", type(error).__name__, exc_info=error)
+        traceback.clear_frames(error.__traceback__)
+        job.ended, job.cache = True, None
+        self._said.append((job, error))
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _put(said: Sequence[tuple[Job, Delta | Exception]]) -> None:
+    for job, one in said:
+        job.outputs.put_nowait((job, one))

@@ -1,0 +1,394 @@
+"""The bodies of requests, checked without knowledge of models or the pool, and LoGo's part of replies.
+
+They have OpenAI's fields, vLLM's `return_token_ids`, and our `logo`. What is wrong is said in pydantic's words. A field
+that is null counts as missing, as OpenAI's clients expect. A field that would change the answer but is not supported is
+refused by name (`UNSUPPORTED`); any other unknown one is kept in `model_extra`, as in vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import Self
+
+from logo.adapters.adapter import Adapter
+from logo.core import Selection, Weighting
+from logo.serve.errors import bad_request, plain
+
+_MOST = 2**31 - 1  # above any vocabulary and context
+MAX_PROMPTS = 64
+MAX_CHOICES = 16
+MAX_STOPS = 4  # OpenAI's
+
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Tokens = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+Several = Field(min_length=1, fail_fast=True)
+StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def read_json(raw: bytes) -> Any:
+    """Parses a body.
+
+    Raises:
+        ApiError: it is no JSON, or holds what only Python's parser takes: NaN, infinity, half a surrogate pair.
+    """
+    try:
+        found = json.loads(raw)
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise bad_request(f"the body is not JSON that can be read: {plain(str(error), 200)}") from None
+    return found
+
+
+class Body(BaseModel):
+    """Base of all objects in requests."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
+
+
+_B = TypeVar("_B", bound=Body)
+
+
+def checked(kind: type[_B], body: Any) -> _B:
+    """The request that a parsed body is.
+
+    Raises:
+        ApiError: it is not valid.
+    """
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise bad_request(*validation_message(error, body)) from None
+
+
+def validation_message(error: ValidationError, body: Any) -> tuple[str, str | None]:
+    """One of pydantic's errors as a line, `messages[0].role: Field required`, and its field (None: the whole body).
+
+    Of several errors it is that of the branch of a union that came furthest.
+    """
+    errors = error.errors(include_url=False)
+    worst = max(errors, key=lambda one: (len(one["loc"]), [step for step in one["loc"] if isinstance(step, int)]))
+    place, path = body, ""
+    for step in (*worst["loc"], *filter(None, [worst.get("ctx", {}).get("field")])):
+        if isinstance(step, int):
+            path += f"[{step}]"
+            place = place[step] if isinstance(place, list) and step < len(place) else None
+        elif isinstance(place, dict) and (step in place or worst["type"] == "missing"):
+            path += f".{plain(step)}" if path else plain(step)
+            place = place.get(step)
+        # Else it is the name of the branch, which pydantic adds.
+    return f"{path or 'body'}: {worst['msg']}", path or None
+
+
+def _refused(message: str, field: str | None = None) -> PydanticCustomError:
+    """A validation error about the checked object or one `field` of it."""
+    return PydanticCustomError("logo", "{message}", {"message": message, "field": field})
+
+
+# -- requests ------------------------------------------------------------------------------------------------------
+
+
+class LogoOptions(Body):
+    """Field `logo` of a request: a mixture of the client's own, or other settings of the selection.
+
+    Unknown fields are refused here: they can only be slips, and would mean another mixture than the one wanted.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    adapters: dict[str, Annotated[Number, Field(gt=-1e6, lt=1e6)]] | None = None  # {}: the base model alone
+    k: Count | None = None
+    signal: str | None = None
+    weighting: Weighting | None = None
+    candidates: Annotated[list[str], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> LogoOptions:
+        if self.adapters is not None and self.selecting:
+            found = next(iter(self.selecting))
+            raise _refused(f"expected either 'adapters' (this mixture) or {found!r} (select), found both")
+        return self
+
+    @property
+    def selecting(self) -> dict[str, Any]:
+        """The given fields that set the selection, which are all except `adapters`."""
+        return {name: value for name, value in self if name != "adapters" and value is not None}
+
+
+class ModelRequest(Body):
+    """What LoGo reads of any request: `model` is `logo`, an adapter's or the base model's name, or weighted adapters
+    such as `a:0.7+b:0.3`."""
+
+    model: str
+    logo: LogoOptions | None = None
+
+    @model_validator(mode="after")
+    def _options_in_their_place(self) -> ModelRequest:
+        """Refuses options of `logo` beside it, since a client that sends these wants them to have an effect."""
+        for name, value in (self.model_extra or {}).items():
+            if value is not None and name in LogoOptions.model_fields:
+                raise _refused(f'expected inside the field \'logo\': write "logo": {{"{name}": ...}}', name)
+        return self
+
+
+class TextPart(Body):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One turn of a conversation; unknown fields (`tool_calls`, ...) are kept for the chat template."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """The message for the chat template; the parts of its content follow each other as they are."""
+        text = self.content if not isinstance(self.content, list) else "".join(part.text for part in self.content)
+        return {**(self.model_extra or {}), "role": self.role, "content": text}
+
+
+Messages = Annotated[list[Message], Field(min_length=1)]
+
+
+class SelectRequest(ModelRequest):
+    """Body of `POST /v1/logo/select`: one prompt, or one conversation."""
+
+    model: str = "logo"
+    prompt: str | Tokens | None = None
+    messages: Messages | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_input(self) -> SelectRequest:
+        if (self.prompt is None) == (self.messages is None):
+            found = "none" if self.prompt is None else "both"
+            raise _refused(f"expected either 'prompt' or 'messages', found {found}")
+        return self
+
+
+class UnloadAdapter(Body):
+    """Body of `POST /v1/unload_lora_adapter`."""
+
+    lora_name: Name
+
+
+class LoadAdapter(UnloadAdapter):
+    """Body of `POST /v1/load_lora_adapter`: a folder inside the server's folder for this, and whether the adapter may
+    replace one of its name."""
+
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    load_inplace: bool = False
+
+    @model_validator(mode="after")
+    def _safe(self) -> LoadAdapter:
+        parts = self.lora_name.split("/")
+        if not self.lora_name.isprintable() or "\\" in self.lora_name or not all(parts) or {".", ".."} & set(parts):
+            expected = "expected printable characters, '/' only between them and no '..'"
+            raise _refused(f"{expected}, found others", "lora_name")
+        if "\0" in self.lora_path:
+            raise _refused("expected a path, found one with a zero byte", "lora_path")
+        return self
+
+
+# Field -> the values that have no effect, so that they are accepted.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens"), (0,)),
+    **dict.fromkeys(("best_of", "repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words", "documents"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("echo", "logprobs", "use_beam_search", "ignore_eos", "include_stop_str_in_output"), (False,)),
+    **dict.fromkeys(("return_tokens_as_token_ids", "continue_final_message"), (False,)),
+    **dict.fromkeys(("skip_special_tokens", "add_generation_prompt"), (True,)),
+    **dict.fromkeys(("audio", "web_search_options", "reasoning_effort", "top_logprobs", "prompt_logprobs"), ()),
+    **dict.fromkeys(("allowed_token_ids", "truncate_prompt_tokens", "structured_outputs", "lora_request"), ()),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "chat_template"), ()),
+    "logit_bias": ({}, []),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "top_k": (0, -1),
+    "verbosity": ("medium",),
+}
+
+
+class StreamOptions(Body):
+    """Field `stream_options` of a request: whether a stream ends with a chunk that has the counts of tokens."""
+
+    include_usage: bool = False
+
+
+class _Generation(ModelRequest):
+    """The fields that both endpoints share."""
+
+    temperature: Annotated[Number, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    return_token_ids: bool = False
+    max_tokens: Count | None = None
+
+    adds_special_tokens: ClassVar[bool]  # the only value that vLLM's 'add_special_tokens' may have
+
+    @model_validator(mode="after")
+    def _nothing_unsupported(self) -> _Generation:
+        known = {**UNSUPPORTED, "add_special_tokens": (self.adds_special_tokens,)}
+        for name, value in (self.model_extra or {}).items():
+            fine = known.get(name)
+            if value is None or fine is None:
+                continue
+            if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in fine):
+                raise _refused("not supported by this server; use --engine vllm, or leave it out", name)
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts before which an answer ends."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class CompletionRequest(_Generation):
+    """Body of `POST /v1/completions`; `prompt` is a text, several, the token ids of one, or of several."""
+
+    adds_special_tokens = True
+
+    prompt: str | Annotated[list[str], Several] | Tokens | Annotated[list[Tokens], Several]
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> CompletionRequest:
+        if len(self.prompts) > MAX_PROMPTS:
+            raise _refused(f"expected at most {MAX_PROMPTS} prompts, found {len(self.prompts)}", "prompt")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts as a list of texts or token ids."""
+        one: Any = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else self.prompt  # type: ignore[return-value]
+
+
+class ChatRequest(_Generation):
+    """Body of `POST /v1/chat/completions`; `max_tokens` is `max_completion_tokens` by its old name."""
+
+    adds_special_tokens = False  # a template writes them itself
+
+    messages: Messages
+    chat_template_kwargs: dict[str, Any] | None = None
+    max_completion_tokens: Count | None = None
+
+
+# -- replies -------------------------------------------------------------------------------------------------------
+
+
+class SelectedMixture(Protocol):
+    """The mixture of one prompt, for the two replies below."""
+
+    @property
+    def selection(self) -> Selection: ...
+
+    @property
+    def queue_ms(self) -> float: ...  # how long the prompt waited to be probed
+
+    @property
+    def probe_ms(self) -> float: ...  # how long the probe took, which prompts may share; 0 if nothing was selected
+
+
+class Mixture(BaseModel):
+    """Top-level `logo` of a reply: the mixture that answered the prompt, best adapter first; none is the base model
+    alone. `confidence` is the probability that the pool holds an adapter made for the prompt; None: it is unknown."""
+
+    adapters: list[str]
+    weights: list[float]
+    confidence: float | None
+    probe_ms: float
+    queue_ms: float
+
+    @classmethod
+    def of(cls, chosen: SelectedMixture, **more: Any) -> Self:
+        """The mixture that was selected for a prompt."""
+        found = chosen.selection
+        return cls(
+            adapters=list(found.adapters),
+            weights=list(found.weights),
+            confidence=found.confidence,
+            probe_ms=round(chosen.probe_ms, 3),
+            queue_ms=round(chosen.queue_ms, 3),
+            **more,
+        )
+
+
+class SelectionReply(Mixture):
+    """Answer of `POST /v1/logo/select`, with the score of every adapter in pool order (none for a forced mixture) and
+    the number of tokens of the prompt."""
+
+    scores: dict[str, float]
+    tokens: int
+
+    @classmethod
+    def of(cls, chosen: SelectedMixture, tokens: int) -> Self:  # type: ignore[override]
+        """The reply about the selection for a prompt of `tokens` tokens."""
+        return super().of(chosen, scores=dict(chosen.selection.scores), tokens=tokens)
+
+
+class Card(BaseModel):
+    """What users see of an adapter: the largest rank of its modules, its parameters, modules and bytes, and the last
+    parts of the names of its modules, each once (`targets`)."""
+
+    id: str
+    rank: int
+    parameters: int
+    modules: int
+    targets: list[str]
+    size_bytes: int
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Card:
+        """The card of an adapter; reads the size of its file."""
+        return Card(
+            id=adapter.name,
+            rank=max(adapter.ranks),
+            parameters=adapter.parameters,
+            modules=len(adapter.modules),
+            targets=sorted({path.rpartition(".")[2] for path in adapter.modules}),
+            size_bytes=adapter.size,
+        )
+
+
+class AdapterCard(Card):
+    """A card, and how often the adapter was selected since the server started."""
+
+    selected: int
+
+    @classmethod
+    def of(cls, card: Card, selected: int) -> AdapterCard:  # type: ignore[override]
+        """The reply about an adapter, from its card and the number of its selections."""
+        return cls(**card.model_dump(), selected=selected)
+
+
+class AdapterList(BaseModel):
+    """Answer of `GET /v1/logo/adapters`; `signals` is what requests may give as `signal`."""
+
+    object: Literal["list"] = "list"
+    base_model: str
+    default_k: int
+    signal: str
+    signals: list[str]
+    data: list[AdapterCard]

@@ -1,0 +1,78 @@
+"""The log: one line per request, as text or JSON, with its route and its result.
+
+No line holds a header, a body, a query string or a key, and prompts only if the operator wants that. Every record that
+is written during a request has its id.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from contextvars import ContextVar
+from datetime import datetime, timezone
+from typing import Any
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""The request that is being answered; None outside of any."""
+
+access = logging.getLogger("logo.access")
+
+
+class RequestIds(logging.Filter):
+    """Adds the id of the current request to records."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.request_id = request_id.get() or "-"
+        return True
+
+
+class Lines(logging.Formatter):
+    """Text lines; those of requests with their fields, but for `selections`, which are for programs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        fields = {k: v for k, v in getattr(record, "fields", {}).items() if k not in ("method", "path", "status")}
+        return " ".join([line, *(f"{name}={json.dumps(v)}" for name, v in fields.items() if name != "selections")])
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per record: time, level, logger, request id, then the record's fields or its message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
+        if (name := getattr(record, "request_id", "-")) != "-":
+            entry["request_id"] = name
+        fields = getattr(record, "fields", None)
+        entry |= fields if fields is not None else {"message": record.getMessage()}
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+def configure(log_json: bool) -> None:
+    """Sets up the loggers of this package, uvicorn and asyncio, to stderr.
+
+    Give uvicorn `log_config=None, access_log=False`.
+
+    Args:
+        log_json: one JSON object per line.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(RequestIds())
+    handler.setFormatter(JsonLines() if log_json else Lines("%(asctime)s %(levelname)s %(request_id)s %(message)s"))
+    # Not `dictConfig`, which closes all handlers, and some of these close their stream.
+    for name, own, number in (
+        ("logo", [handler], logging.INFO),
+        ("uvicorn", [handler], logging.WARNING),
+        ("uvicorn.error", [], logging.WARNING),
+        ("uvicorn.access", [], logging.CRITICAL),
+        ("asyncio", [handler], logging.WARNING),
+    ):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = own
+        logger.setLevel(number)

@@ -1,0 +1,163 @@
+"""`Models`: the names that requests may give as `model`, in our own server and in vLLM, and what API keys may use.
+
+`logo` selects; the base model's name is the base model alone; an adapter's name is that adapter; `a:0.7+b:0.3` is a
+mixture of two, whose names may hold a ':' and no '+'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from logo.errors import StorageError, UsageError, closest
+from logo.serve.bodies import LogoOptions, Name
+from logo.serve.errors import bad_request, model_not_found, not_found, shown
+
+AUTO = "logo"
+"""The model name for which the prompt selects the adapters."""
+
+Patterns = tuple[str, ...]
+"""Names of adapters, or patterns of them such as `team-a/*`."""
+
+_NAMES = Annotated[list[Name], Field(min_length=1)]
+_KEYS = TypeAdapter(Annotated[dict[str, _NAMES], Field(min_length=1)])
+
+
+@dataclass(frozen=True)
+class MixtureRequest:
+    """The mixture that a request wants: forced (name -> weight; `{}` is the base model alone), or, with None, selected
+    with these options of `LoGo.options`. `usable`: the adapters to which its API key is bound; None: the whole pool."""
+
+    adapters: Mapping[str, float] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    usable: Patterns | None = None
+
+
+def check_pool(base: str, adapters: Collection[str]) -> None:
+    """Raises UsageError if an adapter of a pool has the name of another model, which would answer in its place."""
+    if AUTO in adapters:
+        raise UsageError(
+            f"adapter {AUTO!r}: this model selects, so nobody could ask for the adapter; rename its folder"
+        )
+    if base in adapters:
+        why = "the base model has the same name, so nobody could ask for the adapter; give it another one"
+        raise UsageError(f"adapter {base!r}: {why} (--served-model-name)")
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a request.
+
+    Attributes:
+        base: the name of the base model alone.
+        adapters: names of the adapters that the request may use.
+        signals: the signals that it may use.
+        patterns: the adapters to which its API key is bound; None: the whole pool.
+    """
+
+    base: str
+    adapters: Collection[str]
+    signals: Collection[str]
+    patterns: Patterns | None = None
+
+    def mixture_request(self, model: str, options: LogoOptions | None) -> MixtureRequest:
+        """The mixture that a model's name and the field `logo` request.
+
+        Raises:
+            ApiError: there is no such model or adapter, or the options do not fit it.
+        """
+        options = options or LogoOptions()
+        forced = None if model == AUTO else {} if model == self.base else self._weighted(model)
+        for field_name in ("adapters", "candidates"):
+            for name in getattr(options, field_name) or ():
+                self._check(name, f"logo.{field_name}")
+        if options.adapters is not None:
+            return MixtureRequest(options.adapters, usable=self.patterns)
+        if options.signal is not None and options.signal not in self.signals:
+            raise bad_request(
+                f"logo.signal: expected one of {', '.join(self.signals)}, which this server was started with, "
+                f"found {shown(options.signal)}",
+                "logo.signal",
+            )
+        if forced is None:
+            return MixtureRequest(None, options.selecting, self.patterns)
+        if options.selecting:
+            said = ", ".join(map(repr, options.selecting))
+            raise bad_request(f"logo: model {shown(model)} does not select adapters; leave out {said}", "logo")
+        return MixtureRequest(forced, usable=self.patterns)
+
+    def _weighted(self, model: str) -> dict[str, float]:
+        """The mixture that the name of an adapter, or of several with their weights, means."""
+        if model in self.adapters:
+            return {model: 1.0}
+        found: dict[str, float] = {}
+        for term in model.split("+"):
+            name, colon, text = term.rpartition(":")
+            name = name if colon else term
+            self._check(name, "model")
+            try:
+                found[name] = float(text) if colon and name not in found else math.nan
+            except ValueError:
+                found[name] = math.nan
+            if not -1e6 < found[name] < 1e6:
+                expected = "expected each adapter once, with a weight between -1e6 and 1e6, as in 'a:0.7+b:0.3'"
+                raise bad_request(f"model: {expected}, found {shown(term)}", "model")
+        return found
+
+    def _check(self, name: str, param: str) -> None:
+        if name not in self.adapters:
+            known = (AUTO, self.base, *self.adapters) if param == "model" else self.adapters
+            raise model_not_found(name, closest(name, known), param)
+
+    def check_new(self, name: str, *, replace: bool) -> None:
+        """Raises ApiError unless an adapter of this name may be added, or `replace` one of the same name."""
+        if name in (AUTO, self.base):
+            raise bad_request(f"lora_name: {shown(name)} is the name of another model", "lora_name")
+        if name in self.adapters and not replace:
+            raise bad_request(f"The lora adapter {shown(name)} has already been loaded.", "lora_name")
+
+    def check_there(self, name: str) -> None:
+        """Raises ApiError unless there is an adapter of this name, which may be removed."""
+        if name not in self.adapters:
+            hint = closest(name, self.adapters)
+            raise not_found(f"The lora adapter {shown(name)} cannot be found.{hint}", "lora_name")
+
+
+# -- API keys that may only use some adapters ----------------------------------------------------------------------
+
+
+def read_key_adapters(file: Path) -> dict[str, Patterns]:
+    """Reads a JSON file: API key -> names of adapters, or patterns such as `"team-a/*"`.
+
+    Raises:
+        StorageError: it cannot be read.
+        UsageError: it is malformed. The message never shows a key.
+    """
+    try:
+        found = _KEYS.validate_json(file.read_bytes())
+    except OSError as error:
+        raise StorageError(f"--key-adapters {file}: cannot be read: {error.strerror or error}") from error
+    except ValidationError as error:
+        expected = 'expected JSON such as {"KEY": ["team-a/*", "translate"]}'
+        raise UsageError(f"--key-adapters {file}: {expected}, found: {error.errors()[0]['msg']}") from None
+    return {key: tuple(names) for key, names in found.items()}
+
+
+def usable(names: Iterable[str], patterns: Patterns | None) -> list[str]:
+    """The names that match the patterns; None: all."""
+    if patterns is None:
+        return list(names)
+    return [name for name in names if any(name == p or fnmatchcase(name, p) for p in patterns)]
+
+
+def unmatched(names: Iterable[str], keys: Mapping[str, Patterns]) -> list[str]:
+    """The distinct patterns that no adapter matches, in order."""
+    listed = list(names)
+    patterns = dict.fromkeys(pattern for own in keys.values() for pattern in own)
+    return [pattern for pattern in patterns if not usable(listed, (pattern,))]

@@ -1,0 +1,114 @@
+"""Runs a server: binds the port, loads the model, serves; SIGTERM lets accepted requests end."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from logo.errors import UsageError
+from logo.serve.answering import AppSettings
+from logo.serve.app import GRACE, create_app
+from logo.serve.guards import GuardSettings, guard
+
+if TYPE_CHECKING:
+    from logo.serve.service import Service
+
+# Seconds between the signal and the end of listening.
+_FAREWELL = 1.0
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket bound to this address, before anything slow happens; port 0 is any free port.
+
+    Raises:
+        UsageError: the address cannot be used.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        taken = socket.socket(family, kind, protocol)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port") from error
+    return taken
+
+
+def address_of(taken: socket.socket) -> str:
+    """`http://host:port` of a socket."""
+    host, port = taken.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def released(taken: socket.socket) -> tuple[str, int]:
+    """Host and port of a socket, which is closed, so that another process can listen there."""
+    host, port = taken.getsockname()[:2]
+    taken.close()
+    return host, port
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which drains the service before it ends."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service = service
+        self._started = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts to listen."""
+        await super().startup(sockets)
+        if self.started:
+            self._started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuses new requests with 503 and a closed connection for a moment, then stops listening.
+
+        Without that moment, a kept connection could be reset while the client sends its next request.
+        """
+        if not self.force_exit:
+            await asyncio.sleep(_FAREWELL)
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A second signal ends the server at once."""
+        self._service.draining = True
+        super().handle_exit(sig, frame)
+
+
+def serve(
+    service: Service, settings: AppSettings, guards: GuardSettings, taken: socket.socket, started: Callable[[], None]
+) -> None:
+    """Serves on a socket until a signal comes, and then until accepted requests have ended; calls `started` when
+    requests are accepted."""
+    limit = settings.request_timeout
+    config = uvicorn.Config(
+        guard(create_app(service, settings), guards),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_keep_alive=30,
+        # Accepted requests have ended by then, and what remains are clients that do not read.
+        timeout_graceful_shutdown=None if limit is None else math.ceil(limit + GRACE),
+    )
+    # uvicorn raises the signal again at the end, although ending on a signal is no failure.
+    signal.signal(signal.SIGTERM, _leave)
+    service.batching.start()  # so that an error here is one line, not a traceback of uvicorn
+    try:
+        Server(config, service, started).run(sockets=[taken])
+    finally:
+        service.batching.stop()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)

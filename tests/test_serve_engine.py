@@ -1,0 +1,488 @@
+"""Sequences that share steps: each is answered as if it were alone, while others join, leave or fail."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+import tiny
+from logo import AdapterPool, LoGo, SelectionSettings
+from logo.adapters.adapter import Adapter
+from logo.core import Prompt
+from logo.decoding import Batch, Decoding, call_config
+from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
+from logo.serve import batching
+from logo.serve.batching import Job
+from logo.serve.errors import ApiError, NotReady
+from logo.serve.memory import Memory
+from logo.serve.names import MixtureRequest
+from logo.serve.packed import Chosen
+from logo.serve.sampling import Sampling
+from logo.serve.service import Service
+from make_adapters import load_peft, write_peft
+from test_engine import engine, tokenizer, write_adapter
+from tolerances import PATIENCE, same_scores
+
+pytestmark = pytest.mark.slow
+
+_T = TypeVar("_T")
+POISON = 77
+
+
+def served(logo: LoGo, use: Callable[[Service], Awaitable[_T]], **options: Any) -> _T:
+    """What `use` makes of a running service."""
+
+    async def run() -> _T:
+        memory = options.pop("memory", None) or Memory(concurrent=options.pop("concurrent", 8))
+        service = Service(logo, memory, **options)
+        service.batching.start()
+        try:
+            return await use(service)
+        finally:
+            await service.close()
+
+    return asyncio.run(run())
+
+
+async def answer(
+    service: Service, ids: list[int], wanted: MixtureRequest, sampling: Sampling
+) -> tuple[tuple[int, ...], str, Chosen]:
+    chosen = await service.choose(Prompt.of_ids(ids), wanted)
+    tokens: list[int] = []
+    reason = None
+    try:
+        async for _, delta in service.generate([Job(ids, chosen, sampling)]):
+            tokens += delta.tokens
+            reason = delta.finish_reason
+    finally:
+        chosen.release()
+    assert reason is not None
+    return tuple(tokens), reason, chosen
+
+
+def test_where_memory_is_short_sequences_wait_and_come_out_the_same(llama: nn.Module, adapters: Path) -> None:
+    """Each begins once there is room for as long as it may become."""
+    logo = engine(llama, adapters, unscorable="skip")
+    rows = tiny.prompts([20, 25, 30, 22, 18, 27], seed=8)
+    per_token = 2 * 3 * 2 * 8 * 4
+
+    async def use(service: Service) -> Any:
+        assert service.batching.kv_tokens[1] <= 160
+        found = await asyncio.gather(*(answer(service, ids, MixtureRequest(), Sampling(60)) for ids in rows))
+        return found, await settled(service)
+
+    found, after = served(logo, use, memory=Memory(6, 160 * per_token / 1e9))
+    assert [entry[0] for entry in found] == [
+        entry[0] for entry in alone(logo, rows, [MixtureRequest()] * len(rows), 60)
+    ]
+    assert after == (0, 0, 0)
+
+
+async def settled(service: Service) -> tuple[int, int, int]:
+    """Blocks, running and waiting sequences, once the generating thread has heard of everything."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        found = (service.batching.kv_tokens[0], service.batching.running, service.waiting)
+        if found == (0, 0, 0):
+            break
+        await asyncio.sleep(0.02)
+    return found
+
+
+WISHES = [
+    MixtureRequest(),
+    MixtureRequest(adapters={}),
+    MixtureRequest(adapters={"tasks/t0": 1.0}),
+    MixtureRequest(adapters={"tasks/t1": 0.3, "tasks/t4": -2.0}),
+]
+
+
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gemma3", "mistral", "gpt2", "phi3", "gpt_neox", "opt", "falcon", "codegen"]
+)
+def test_answers_are_those_of_generating_alone(architecture: str, tmp_path: Path) -> None:
+    """Also where windows slide, where prompts are longer than a step, and where more come than fit a step."""
+    model = tiny.model(architecture)
+    fused = {"gpt_neox": "query_key_value", "falcon": "query_key_value", "codegen": "qkv_proj"}
+    names = {"gpt2": "c_attn", "phi3": "qkv_proj", **fused}.get(architecture, "q_proj")
+    for i in range(5):
+        write_adapter(tmp_path / "tasks" / f"t{i}", model, (names, "down_proj"), rank=i + 1, seed=i)
+    logo = engine(model, tmp_path)
+    rows = tiny.prompts([1, 3, 40, 9, 2, 70, 5, 12, 30, 4, 6, 90], seed=4)
+    requests = [WISHES[i % len(WISHES)] for i in range(len(rows))]
+    lengths = [1 + 7 * i % 23 for i in range(len(rows))]
+
+    async def use(service: Service) -> list[Any]:
+        jobs = (
+            answer(service, ids, wanted, Sampling(length))
+            for ids, wanted, length in zip(rows, requests, lengths, strict=True)
+        )
+        return [*await asyncio.gather(*jobs), await settled(service)]
+
+    *found, after = served(logo, use, concurrent=5)
+    assert after == (0, 0, 0)
+    for ids, wanted, length, (tokens, reason, chosen) in zip(rows, requests, lengths, found, strict=True):
+        [want] = alone(logo, [ids], [wanted], length)
+        assert (tokens, reason) == (want[0], want[1])
+        assert chosen.selection.adapters == want[2]
+
+
+@pytest.mark.parametrize("step", [512, 16], ids=["whole prompts", "prompts in parts"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_adapters_on_the_output_head_answer_as_alone_and_as_in_peft(
+    architecture: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head is given one token of each sequence, in steps that read prompts and in others."""
+    monkeypatch.setattr(batching, "_STEP_TOKENS", step)
+    model = tiny.model(architecture, tie_word_embeddings=False)
+    names = ["lm_head", {"gpt2": "c_attn"}.get(architecture, "q_proj")]
+    for i in range(4):
+        base = tiny.model(architecture, tie_word_embeddings=False)
+        targets = names if i else names[1:]
+        save = {"save_embedding_layers": False}
+        write_peft(tmp_path / f"t{i}", base, save=save, seed=i, r=i + 1, lora_alpha=8, target_modules=targets)
+    logo = engine(model, tmp_path)
+    rows = tiny.prompts([1, 3, 40, 9, 2, 70, 5, 12], seed=4)
+    requests = [MixtureRequest(adapters={f"t{i % 4}": 1.0, f"t{(i + 1) % 4}": 0.5 * (i % 2)}) for i in range(len(rows))]
+
+    async def use(service: Service) -> list[Any]:
+        jobs = (
+            answer(service, ids, wanted, Sampling(9 + i))
+            for i, (ids, wanted) in enumerate(zip(rows, requests, strict=True))
+        )
+        return await asyncio.gather(*jobs)
+
+    found = served(logo, use, concurrent=5)
+    for i, (ids, wanted, (tokens, *_)) in enumerate(zip(rows, requests, found, strict=True)):
+        assert tokens == alone(logo, [ids], [wanted], 9 + i)[0][0]
+    wrapped = load_peft(tmp_path / "t2", tiny.model(architecture, tie_word_embeddings=False)).eval()
+    config = GenerationConfig(do_sample=False, max_new_tokens=11, pad_token_id=2)
+    ids = torch.tensor([rows[2]])
+    want = wrapped.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    assert found[2][0] == tuple(want[0, len(rows[2]) :].tolist())
+
+
+def alone(logo: LoGo, rows: list[list[int]], requests: list[MixtureRequest], length: int) -> list[tuple[Any, ...]]:
+    """One by one, by the engine's own decoder."""
+    from logo.core import Selection
+
+    config = call_config(logo.prompts, None, {"pad_token_id": 2}, length, logo.model.generation_config)
+    results = []
+    for ids, wanted in zip(rows, requests, strict=True):
+        forced = wanted.adapters is not None
+        selection = Selection.forced(wanted.adapters or {}) if forced else logo.select(ids, max_new_tokens=length)
+        [made] = logo._decode(Batch(logo.fitted, [ids], [selection], Decoding(config)), None)
+        results.append((made.token_ids, made.finish_reason, selection.adapters))
+    return results
+
+
+def test_requests_that_come_while_a_step_ends_share_one_probe(
+    llama: nn.Module, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the one that was cancelled before the step ended."""
+    logo = engine(llama, adapters, unscorable="skip")
+    rows = tiny.prompts([20, 25, 30, 22], seed=8)
+    alone = logo.select(rows)
+    probed: list[int] = []
+    select = logo.outcomes
+
+    def counted(some: list[Any], *arguments: Any, **options: Any) -> Any:
+        probed.append(len(some))
+        return select(some, *arguments, **options)
+
+    async def use(service: Service) -> list[Chosen]:
+        paused, waits, ended = service.batching.paused, threading.Event(), threading.Event()
+
+        @contextmanager
+        def slowly() -> Iterator[None]:
+            waits.set()
+            assert ended.wait(PATIENCE)
+            with paused():
+                yield
+
+        monkeypatch.setattr(service.batching, "paused", slowly)
+        monkeypatch.setattr(logo, "outcomes", counted)
+        asked = [asyncio.create_task(service.choose(Prompt.of_ids(rows[0]), MixtureRequest()))]
+        await asyncio.to_thread(waits.wait, PATIENCE)
+        asked += [asyncio.create_task(service.choose(Prompt.of_ids(ids), MixtureRequest())) for ids in rows[1:]]
+        await asyncio.sleep(0)
+        asked.pop().cancel()
+        await asyncio.sleep(0)
+        ended.set()
+        return await asyncio.gather(*asked)
+
+    found = served(logo, use)
+    assert probed == [3]
+    for chosen, want in zip(found, alone, strict=False):
+        assert chosen.selection.adapters == want.adapters
+        chosen.release()
+
+
+def test_who_leaves_early_frees_what_it_held(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters, unscorable="skip")
+    rows = tiny.prompts([5, 8, 7, 30], seed=2)
+
+    async def leave(service: Service, ids: list[int], after: int) -> None:
+        chosen = await service.choose(Prompt.of_ids(ids), MixtureRequest())
+        async with aclosing(service.generate([Job(ids, chosen, Sampling(90))])) as deltas:
+            seen = 0
+            async for _, delta in deltas:
+                seen += len(delta.tokens)
+                if seen >= after:
+                    return
+
+    async def use(service: Service) -> Any:
+        kept = answer(service, rows[3], MixtureRequest(), Sampling(40))
+        results = await asyncio.gather(kept, *(leave(service, ids, n) for n, ids in enumerate(rows[:3], start=1)))
+        return results[0][0], await settled(service)
+
+    tokens, after = served(logo, use)
+    assert tokens == alone(logo, [rows[3]], [MixtureRequest()], 40)[0][0]
+    assert after == (0, 0, 0)
+
+
+def test_a_step_that_fails_ends_one_sequence_and_no_other(adapters: Path) -> None:
+    model = tiny.model("llama")
+    logo = engine(model, adapters, unscorable="skip")
+    good = tiny.prompts([6, 11, 3], seed=3)
+    good = [[i if i != POISON else 5 for i in row] for row in good]
+    want = alone(logo, good, [MixtureRequest()] * 3, 25)
+    bad = [4, POISON, 5]
+
+    def refuse(module: nn.Module, inputs: Any, options: Any) -> None:
+        ids = options["input_ids"] if "input_ids" in options else inputs[0]
+        if options.get("use_cache") and bool((ids == POISON).any()):
+            raise torch.OutOfMemoryError("no room for this one")
+
+    async def use(service: Service) -> Any:
+        handle = model.register_forward_pre_hook(refuse, with_kwargs=True)
+        try:
+            jobs = [answer(service, ids, MixtureRequest(), Sampling(25)) for ids in good]
+            jobs.insert(1, answer(service, bad, MixtureRequest(), Sampling(25)))
+            found = await asyncio.gather(*jobs, return_exceptions=True)
+            return found, await settled(service), service.batching.alive
+        finally:
+            handle.remove()
+
+    found, after, alive = served(logo, use)
+    error = found.pop(1)
+    assert isinstance(error, torch.OutOfMemoryError)
+    assert [entry[0] for entry in found] == [entry[0] for entry in want]
+    assert alive
+    assert after == (0, 0, 0)
+
+
+def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: nn.Module, tmp_path: Path) -> None:
+    for i in range(3):
+        write_adapter(tmp_path / "pool" / f"t{i}", llama, ("q_proj", "v_proj"), rank=2, seed=i)
+    write_adapter(tmp_path / "other", llama, ("q_proj", "v_proj"), rank=3, seed=9)
+    ids = tiny.prompts([6], seed=5)[0]
+    wanted = MixtureRequest(adapters={"t1": 1.0})
+    before = alone(engine(llama, tmp_path / "pool"), [ids], [wanted], 30)[0][0]
+    shutil.copytree(tmp_path / "pool", tmp_path / "changed")
+    shutil.rmtree(tmp_path / "changed" / "t1")
+    shutil.copytree(tmp_path / "other", tmp_path / "changed" / "t1")
+    later = alone(engine(llama, tmp_path / "changed"), [ids], [wanted], 30)[0][0]
+    assert before != later
+
+    async def use(service: Service) -> Any:
+        chosen = await service.choose(Prompt.of_ids(ids), wanted)
+        deltas = service.generate([Job(ids, chosen, Sampling(30))])
+        first = (await anext(deltas))[1].tokens
+        waiting = await service.choose(Prompt.of_ids(ids), wanted)  # selected, not begun
+        await service.remove("t1")
+        shutil.rmtree(tmp_path / "pool" / "t1")
+        with pytest.raises(PoolError, match="t1"):
+            await service.choose(Prompt.of_ids(ids), wanted)
+        await service.add(tmp_path / "other", "t1")
+        new = await answer(service, ids, wanted, Sampling(30))
+        rest = [token async for _, delta in deltas for token in delta.tokens]
+        more = service.generate([Job(ids, waiting, Sampling(30))])
+        held = [token async for _, delta in more for token in delta.tokens]
+        return (
+            (*first, *rest),
+            tuple(held),
+            new[0],
+            (await service.choose(Prompt.of_ids(ids), MixtureRequest())).selection.scores,
+        )
+
+    begun, held, new, scores = served(engine(llama, tmp_path / "pool", k=2), use)
+    assert begun == held == before
+    assert new == later
+    fresh = engine(llama, tmp_path / "changed", k=2).select(ids).scores
+    assert scores == same_scores(fresh)
+
+
+@pytest.mark.parametrize("on_bad", ["error", "skip"])
+@pytest.mark.parametrize("fault", ["nan", "shape", "unscorable", "taken", "pickle"])
+def test_an_adapter_that_cannot_be_used_changes_nothing(
+    fault: str, on_bad: str, llama: nn.Module, tmp_path: Path
+) -> None:
+    for i in range(3):
+        write_adapter(tmp_path / "pool" / f"t{i}", llama, ("q_proj",), rank=2, seed=i)
+    bad = tmp_path / "bad"
+    names = ("down_proj",) if fault == "unscorable" else ("q_proj",)
+    maker = tiny.model("llama", hidden_size=64) if fault == "shape" else llama
+    write_adapter(bad, maker, names, rank=2, seed=7, scale=float("nan") if fault == "nan" else 0.2)
+    if fault == "pickle":
+        (bad / "adapter_model.safetensors").rename(bad / "adapter_model.bin")
+    ids = tiny.prompts([6], seed=5)[0]
+    settings = SelectionSettings("norm", k=3)
+    pool = AdapterPool.open(tmp_path / "pool")
+    logo = LoGo(llama, tokenizer(), pool, settings=settings, on_bad_adapter=on_bad)
+
+    async def use(service: Service) -> Any:
+        before = (await service.choose(Prompt.of_ids(ids), MixtureRequest())).selection
+        with pytest.raises((AdapterError, PoolError)):
+            await service.add(bad, "t1" if fault == "taken" else "new")
+        return (
+            before,
+            (await service.choose(Prompt.of_ids(ids), MixtureRequest())).selection,
+            tuple(service.adapters),
+        )
+
+    before, after, names_after = served(logo, use)
+    assert before == after
+    assert names_after == ("t0", "t1", "t2")
+
+
+def test_no_request_waits_for_an_adapter_that_another_one_loads(
+    llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests with loaded adapters are selected for and answered while one is still being read."""
+    for i in range(3):
+        write_adapter(tmp_path / f"t{i}", llama, ("q_proj",), rank=2, seed=i)
+    logo = engine(llama, tmp_path, k=1)
+    ids = tiny.prompts([6], seed=5)[0]
+    reading, may = threading.Event(), threading.Event()
+    ordinary = Adapter.read
+
+    def slow(adapter: Adapter, *modules: Any) -> Any:
+        if adapter.name == "t0":
+            reading.set()
+            assert may.wait(PATIENCE)
+        return ordinary(adapter, *modules)
+
+    async def use(service: Service) -> Any:
+        warm, cold = MixtureRequest(adapters={"t1": 1.0}), MixtureRequest(adapters={"t0": 1.0})
+        await answer(service, ids, warm, Sampling(2))  # loads it
+        monkeypatch.setattr(Adapter, "read", slow)
+        waiting = [asyncio.create_task(answer(service, ids, cold, Sampling(2))) for _ in range(2)]
+        try:
+            assert await asyncio.to_thread(reading.wait, PATIENCE)
+            waiting.pop().cancel()  # the other one is not concerned
+            await asyncio.wait_for(answer(service, ids, warm, Sampling(2)), PATIENCE)
+            selected = MixtureRequest(options={"candidates": ["t1"]})
+            await asyncio.wait_for(answer(service, ids, selected, Sampling(2)), PATIENCE)
+            assert not waiting[0].done()
+        finally:
+            may.set()
+        [tokens, *_] = await waiting[0]
+        return tokens, await settled(service), [one.users for one in logo.adapter_cache._residents.values()]
+
+    tokens, after, users = served(logo, use)
+    assert tokens == alone(logo, [ids], [MixtureRequest(adapters={"t0": 1.0})], 2)[0][0]
+    assert after == (0, 0, 0) and not any(users)
+
+
+def test_the_last_adapter_stays(llama: nn.Module, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "pool" / "t0", llama, ("q_proj",), rank=2, seed=0)
+
+    async def use(service: Service) -> None:
+        with pytest.raises(UsageError, match="is the last one of the pool and cannot be removed"):
+            await service.remove("t0")
+
+    served(engine(llama, tmp_path / "pool", k=1), use)
+
+
+def test_wishes_are_heard(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters, unscorable="skip")
+    ids = tiny.prompts([6], seed=5)[0]
+
+    async def use(service: Service) -> Any:
+        chosen = [
+            await service.choose(Prompt.of_ids(ids), wanted)
+            for wanted in (
+                MixtureRequest(),
+                MixtureRequest(options={"k": 1}),
+                MixtureRequest(options={"signal": "entropy"}),
+            )
+        ]
+        for wanted in (
+            MixtureRequest(options={"signal": "nrm"}),
+            MixtureRequest(adapters={"tasks/t9": 1.0}),
+            MixtureRequest(adapters={"tasks/t0": float("inf")}),
+        ):
+            with pytest.raises(LoGoError):
+                await service.choose(Prompt.of_ids(ids), wanted)
+        return chosen
+
+    plain, one, entropy = served(logo, use, signals=["entropy"])
+    assert len(plain.selection.adapters) == 3
+    assert one.selection.adapters == plain.selection.adapters[:1]
+    assert one.selection.weights == (1.0,)
+    want = engine(llama, adapters, signal="entropy", unscorable="skip").select(ids)
+    assert entropy.selection.adapters == want.adapters
+
+
+def test_no_more_are_taken_than_there_is_room_for(llama: nn.Module, adapters: Path) -> None:
+    async def use(service: Service) -> None:
+        with service.admitted(10), pytest.raises(ApiError, match="too many requests"), service.admitted(1):
+            pass
+        with pytest.raises(UsageError, match=r"asks for 11 answers, .* at most 10 at a time"), service.admitted(11):
+            pass  # waiting would be of no use
+        with service.admitted(10):
+            pass
+        service.draining = True
+        with pytest.raises(NotReady), service.admitted():
+            pass
+
+    served(engine(llama, adapters, unscorable="skip"), use, max_queue=2)
+
+
+def test_a_model_that_keeps_a_state_is_refused_at_the_start(tmp_path: Path) -> None:
+    model = tiny.model("mamba")
+    write_adapter(tmp_path / "t0", model, ("in_proj",), rank=2, seed=0)
+    with pytest.raises(ModelError, match="MambaForCausalLM cannot be served: it keeps more"):
+        Service(engine(model, tmp_path, k=1, signal="calibrated"), Memory(concurrent=2))
+
+
+def test_an_adapter_that_a_served_signal_cannot_score_is_not_added(llama: nn.Module, tmp_path: Path) -> None:
+    for i in range(3):
+        write_adapter(tmp_path / "pool" / f"t{i}", llama, ("q_proj", "v_proj"), rank=2, seed=i)
+    write_adapter(tmp_path / "values", llama, ("v_proj",), rank=2, seed=7)
+    ids = Prompt.of_ids(tiny.prompts([6], seed=5)[0])
+
+    async def use(service: Service) -> Any:
+        with pytest.raises(PoolError, match="values"):
+            await service.add(tmp_path / "values", "values")
+        for signal in ("norm", "calibrated"):
+            chosen = await service.choose(ids, MixtureRequest(options={"signal": signal}))
+            assert "values" not in chosen.selection.scores
+        return tuple(service.adapters)
+
+    logo = engine(llama, tmp_path / "pool", signal="calibrated", k=2)
+    assert served(logo, use, signals=["norm"]) == ("t0", "t1", "t2")
+
+
+def test_where_generation_has_stopped_nothing_is_taken(llama: nn.Module, adapters: Path) -> None:
+    async def use(service: Service) -> None:
+        service.batching.stop()
+        with pytest.raises(NotReady, match="start"), service.admitted():
+            pass
+        for _ in range(2):  # whoever was taken before hears of it, and nobody waits for ever
+            with pytest.raises(NotReady, match="generation has stopped"):
+                await asyncio.wait_for(service.choose(tiny.prompts([20], seed=8)[0], MixtureRequest()), PATIENCE)
+
+    served(engine(llama, adapters, unscorable="skip"), use)
