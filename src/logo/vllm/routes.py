@@ -17,9 +17,8 @@ import os
 import time
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -208,7 +207,7 @@ class Logo:
         return Models(self.base, served.pool.names, tuple(served.opened))
 
     async def choose(
-        self, model: str, options: LogoOptions | None, rows: Callable[[], AsyncIterator[Sequence[int]]]
+        self, model: str, options: LogoOptions | None, rows: Sequence[Sequence[int]]
     ) -> tuple[list[Chosen], list[Mix]]:
         """The mixture of each prompt of a request.
 
@@ -223,13 +222,11 @@ class Logo:
         engine = self.engine
         async with engine.using() as served:
             wanted = Models(self.base, served.pool.names, tuple(served.opened)).mixture_request(model, options)
-            probed = [row async for row in rows()]
             if wanted.adapters is not None:
-                one = Chosen(forced(wanted.adapters, served.pool))
-                chosen = [one] * len(probed)
+                chosen = [Chosen(forced(wanted.adapters, served.pool))] * len(rows)
             else:
                 call = engine.options.settings.options(served.pool, wanted.options)
-                chosen = list(await asyncio.gather(*(self._chosen(served, row, call) for row in probed)))
+                chosen = list(await asyncio.gather(*(self._chosen(served, row, call) for row in rows)))
             mixes = [engine.mix(served, one.selection) for one in chosen]
         for mix in mixes:
             engine.slots.check(mix.keys)
@@ -242,18 +239,25 @@ class Logo:
         self.counts.selected(selection, seconds)
         return Chosen(selection, 1000 * seconds)
 
-    async def answer(self, request: Any, raw: Request, serving: str, method: str, rows: Any, count: int) -> Response:
+    async def answer(
+        self,
+        request: Any,
+        raw: Request,
+        serving: str,
+        method: str,
+        rows: Sequence[Sequence[int]],
+        several: bool = False,
+    ) -> Response:
         """Has vLLM answer a request with the mixtures of its prompts.
 
         Args:
             request: parsed by vLLM's class.
-            serving: the name of vLLM's serving object in the app's state.
-            method: of that object.
+            by: the name of vLLM's serving object in the app's state, and of its method.
             rows: as `choose`.
-            count: the number of prompts; the field `logo` of a reply to several is a list.
+            several: whether the field `logo` of the reply is a list.
         """
         state = raw.app.state
-        handler = getattr(state, serving)
+        handler = getattr(state, by[0])
         if handler is None:
             raise ApiError(501, "this model does not answer requests of this kind", "invalid_request_error")
         asked, extra = request.model or self.base, request.model_extra or {}
@@ -267,11 +271,11 @@ class Logo:
         request.model = self.base
         for one in chosen:
             self.counts.answered(one.selection)
-        made = await getattr(own, method)(request, raw)
+        made = await getattr(own, by[1])(request, raw)
         if isinstance(made, ErrorResponse):
             return JSONResponse(made.model_dump(), made.error.code)
         told = [Mixture.of(one).model_dump() for one in chosen]
-        field = json.dumps(told if count > 1 else told[0])
+        field = json.dumps(told if several else told[0])
         if hasattr(made, "model_dump"):
             return JSONResponse({**made.model_dump(mode="json", by_alias=True), "logo": json.loads(field)})
         return StreamingResponse(_told(made, field), media_type="text/event-stream")
@@ -309,20 +313,17 @@ async def _completion(request: CompletionRequest, raw_request: Request) -> Respo
     if several and request.use_beam_search:
         raise bad_request("use_beam_search: expected one prompt, found several", "use_beam_search")
     _check_scored(logo, request.prompt_logprobs, request.logprobs if request.echo else None)
-
-    async def rows() -> AsyncIterator[Sequence[int]]:
-        for prompt in prompts:
-            yield read(_tokenizer(raw_request), prompt).ids
-
-    return await logo.answer(request, raw_request, "openai_serving_completion", "create_completion", rows, len(prompts))
+    rows = [read(_tokenizer(raw_request), prompt).ids for prompt in prompts]
+    by = ("openai_serving_completion", "create_completion")
+    return await logo.answer(request, raw_request, by, rows, several)
 
 
 async def _chat(request: ChatCompletionRequest, raw_request: Request) -> Response:
     """`POST /v1/chat/completions`"""
     logo = _logo(raw_request)
     _check_scored(logo, request.prompt_logprobs, request.top_logprobs if request.echo else None)
-    rows = partial(_conversation, logo, request, request.messages, raw_request)
-    return await logo.answer(request, raw_request, "openai_serving_chat", "create_chat_completion", rows, 1)
+    row = await _conversation(logo, request, raw_request)
+    return await logo.answer(request, raw_request, ("openai_serving_chat", "create_chat_completion"), [row])
 
 
 async def _response(request: ResponsesRequest, raw_request: Request) -> Response:
@@ -335,32 +336,26 @@ async def _response(request: ResponsesRequest, raw_request: Request) -> Response
     messages = [{"role": turn["role"], "content": _texts(turn.get("content"))} for turn in turns if "role" in turn]
     first = [{"role": "system", "content": request.instructions}] if request.instructions else []
     asked = ChatCompletionRequest(model=logo.base, messages=[*first, *messages])
-    rows = partial(_conversation, logo, asked, asked.messages, raw_request)
-    return await logo.answer(request, raw_request, "openai_serving_responses", "create_responses", rows, 1)
+    row = await _conversation(logo, asked, raw_request)
+    return await logo.answer(request, raw_request, ("openai_serving_responses", "create_responses"), [row])
 
 
-async def _conversation(
-    logo: Logo, request: ChatCompletionRequest, messages: Sequence[Any], raw: Request
-) -> AsyncIterator[Sequence[int]]:
+async def _conversation(logo: Logo, request: ChatCompletionRequest, raw: Request) -> tuple[int, ...]:
     """What is probed of a conversation, which is often less than all of it."""
     try:
-        text = asked_text([dict(message) for message in messages], logo.engine.probe_text)
+        text = asked_text([dict(message) for message in request.messages], logo.engine.probe_text)
     except UsageError:  # such as pictures, or parts that we do not know: vLLM reads or refuses these
         text = None
-    if text is not None:
-        yield read(_tokenizer(raw), text).ids
-        return
-    yield await _rendered(request, raw)
+    return await _rendered(request, raw) if text is None else read(_tokenizer(raw), text).ids
 
 
-async def _rendered(request: ChatCompletionRequest, raw: Request) -> Sequence[int]:
+async def _rendered(request: ChatCompletionRequest, raw: Request) -> tuple[int, ...]:
     """The token ids of a whole conversation, as vLLM's template writes it."""
     found = await raw.app.state.online_renderer.render_chat(copy.copy(request))
     if isinstance(found, ErrorResponse):
         raise ApiError(found.error.code, found.error.message, "invalid_request_error", found.error.param)
     [given] = found[1]
-    ids: Sequence[int] = given["prompt_token_ids"]
-    return ids
+    return tuple(given["prompt_token_ids"])
 
 
 def _texts(content: Any) -> Any:
@@ -392,21 +387,14 @@ async def _select(request: SelectRequest, raw_request: Request) -> Response:
     """`POST /v1/logo/select`"""
     logo = _logo(raw_request)
     if request.prompt is not None:
-        whole = read(_tokenizer(raw_request), request.prompt).ids
-        rows: Any = partial(_given, whole)
+        row = whole = read(_tokenizer(raw_request), request.prompt).ids
     else:
-        messages = [message.model_dump(exclude_none=True) for message in request.messages or ()]
-        asked = ChatCompletionRequest(
-            model=logo.base, messages=messages, chat_template_kwargs=request.chat_template_kwargs
-        )
-        whole = await _rendered(asked, raw_request)
-        rows = partial(_conversation, logo, asked, asked.messages, raw_request)
-    [chosen], _ = await logo.choose(request.model, request.logo, rows)
+        messages: Any = [message.turn for message in request.messages or ()]
+        given = {"messages": messages, "chat_template_kwargs": request.chat_template_kwargs}
+        asked = ChatCompletionRequest(model=logo.base, **given)
+        row, whole = await _conversation(logo, asked, raw_request), await _rendered(asked, raw_request)
+    [chosen], _ = await logo.choose(request.model, request.logo, [row])
     return JSONResponse(SelectionReply.of(chosen, len(whole)).model_dump())
-
-
-async def _given(ids: Sequence[int]) -> AsyncIterator[Sequence[int]]:
-    yield ids
 
 
 async def _load(request: LoadAdapter, raw_request: Request) -> Response:

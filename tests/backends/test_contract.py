@@ -1,0 +1,117 @@
+"""The contract of servers (`server_contract.py`) on vLLM's, as far as it has what is asked.
+
+vLLM has one key and no tenants, protects `/v1` alone, reads bodies of any size, takes adapters from anywhere and logs in
+its own way. What is left of these tests is here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+from vllm_server import environment, free_port, started
+
+from logo import LoGo
+from server_contract import (
+    COMPLETION,
+    KEY,
+    LOAD,
+    UNLOAD,
+    Server,
+    completion,
+    eventually,
+    refused,
+    write_changes,
+)
+
+__all__ = [name for name in dir() if name.startswith("test_")]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("changes")
+    changes, code = write_changes(folder), "import sys; from logo.cli.run import run; sys.exit(run(sys.argv[1:]))"
+
+    def start(*options: str, key: str = "") -> AbstractContextManager[Any]:
+        raise NotImplementedError
+
+    asked = ["serve", "--engine", "vllm", "--base-model", "demo", "--port", str(port := free_port())]
+    asked += ["--kv-cache-gb", "0.5", "--", "--enforce-eager", "--enable-auto-tool-choice"]
+    asked += ["--tool-call-parser", "hermes"]
+    env = {**environment(None), "LOGO_API_KEY": KEY, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    del env["VLLM_CPU_KVCACHE_SPACE"]
+    log = tmp_path_factory.mktemp("log") / "log"
+    with started([sys.executable, "-c", code, *asked], port, env, log) as running:
+        able, said = frozenset({"tools", "schema"}), log.read_text
+        yield Server(running.url, "demo", "vllm", able, changes, said, start, KEY)
+
+
+@pytest.fixture(scope="module")
+def library() -> LoGo:
+    return LoGo.from_pretrained("demo", device="cpu")
+
+
+def test_a_key_is_asked_for(server: Server) -> None:
+    for key in ("", "another", KEY + "x"):
+        for path in ("/v1/models", "/v1/logo/adapters"):
+            assert replace(server, key=key).ask(path).status_code == 401
+        assert replace(server, key=key).ask("/v1/completions", COMPLETION).status_code == 401
+    assert replace(server, key="").ask("/health").status_code == 200 and KEY not in server.said()
+
+
+def test_a_page_of_another_origin_changes_nothing(server: Server) -> None:
+    before = server.ask("/v1/models").json()
+    for path, body in ((UNLOAD, {"lora_name": "antonym"}), (LOAD, {"lora_name": "new", "lora_path": "/good"})):
+        for origin in ("https://elsewhere.test", "http://localhost:1", "null"):
+            assert server.ask(path, body, Origin=origin).status_code == 403
+        for kind in ("text/plain", "application/x-www-form-urlencoded"):  # what browsers send without asking first
+            answer = server.ask(path, b'{"lora_name": "antonym", "lora_path": "x"}', **{"Content-Type": kind})
+            assert answer.status_code in (400, 415)
+    assert server.ask("/v1/models", Host="elsewhere.test").status_code == 403
+    assert [one["id"] for one in server.ask("/v1/models").json()["data"]] == [one["id"] for one in before["data"]]
+
+
+def test_adapters_come_and_go_under_load(server: Server, library: LoGo) -> None:
+    """Whoever asked meanwhile is answered as without the change."""
+    want = library.generate("What is 7 plus 5?", adapters={"antonym": 1.0}, max_new_tokens=12).text
+    french = library.generate("What is 7 plus 5?", adapters={"french": 1.0}, max_new_tokens=8).text
+    ask: Callable[[int], bool] = lambda _: (
+        completion(server, model="antonym", max_tokens=12)["choices"][0]["text"] == want
+    )
+    with ThreadPoolExecutor(8) as pool:
+        asked = pool.map(ask, range(64))
+        for _ in range(3):
+            body = {"lora_name": "new/one", "lora_path": str(server.changes / "good")}
+            server.ask(LOAD, body).raise_for_status()
+            assert completion(server, model="new/one")["choices"][0]["text"] == french
+            assert "new/one" in server.ask("/v1/logo/select", {"prompt": "x"}).json()["scores"]
+            refused(server.ask(LOAD, body), 400)
+            server.ask(UNLOAD, {"lora_name": "new/one"}).raise_for_status()
+            refused(server.ask("/v1/completions", {**COMPLETION, "model": "new/one"}), 404)
+        refused(server.ask(UNLOAD, {"lora_name": "new/one"}), 404)
+        assert all(asked)
+    before = [one["id"] for one in server.ask("/v1/logo/adapters").json()["data"]]
+    for name, path in (("new", server.changes / "bad"), ("new", server.changes / "nothing"), ("logo", "good")):
+        refused(server.ask(LOAD, {"lora_name": name, "lora_path": str(path)}), 400)
+    assert [one["id"] for one in server.ask("/v1/logo/adapters").json()["data"]] == before
+
+
+def test_who_hangs_up_is_forgotten(server: Server) -> None:
+    body = {"model": "antonym", "prompt": "The", "max_tokens": 400, "n": 4, "ignore_eos": True, "stream": True}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for _ in range(20):  # a busy machine may look only when all of it has been answered
+        before = server.generated()
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=300) as answer:
+            next(answer.iter_lines())
+        eventually(lambda: server.busy() == 0)
+        if server.generated() < before + 4 * 400:
+            break
+    else:
+        raise AssertionError("every answer was generated to its end")
+    assert completion(server)["choices"]
