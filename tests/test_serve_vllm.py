@@ -71,8 +71,8 @@ def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None
     assert variables["VLLM_PLUGINS"] == "logo"
     assert variables["LOGO_POOL"] == str(adapters_dir())
     assert variables["VLLM_NO_USAGE_STATS"] == "1"
-    hosts = ["127.0.0.1", "localhost", "::1"]
-    assert json.loads(variables["LOGO_OPTIONS"]) == {"signals": [], "k": 3, "hosts": hosts, "origins": []}
+    found = json.loads(variables["LOGO_OPTIONS"])
+    assert found == {"signals": [], "k": 3, "host": "127.0.0.1", "hosts": [], "origins": []}
     assert "16 adapters, 16 slots of rank 8" in said
 
 
@@ -89,7 +89,7 @@ def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str],
         pool=str(adapters_dir()),
         signals=("entropy", "norm"),
         on_bad_adapter="skip",
-        hosts=("127.0.0.1", "localhost", "::1"),
+        host="127.0.0.1",
         origins=(),
         settings=SelectionSettings(signal="norm", k=5, weighting="linear", unscorable="skip"),
     )

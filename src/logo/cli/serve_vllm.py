@@ -114,7 +114,6 @@ def _refuse(options: EngineOptions, server: ServerOptions, *, alone: bool) -> No
 
 
 def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> Launch:
-    from logo.serve.guards import LOOPBACK, is_loopback
     from logo.vllm.launch import Launch
     from logo.vllm.options import VllmOptions
     from logo.vllm.pool import rank_of, slots_of, targets_of
@@ -128,7 +127,8 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> L
         **settings.changed,
         "signals": list(server.other_signals),
         **({"on_bad_adapter": "skip"} if options.on_bad_adapter == "skip" else {}),
-        "hosts": [*(LOOPBACK if is_loopback(server.host) else ()), *(server.allow_host or ())],
+        "host": server.host,
+        "hosts": server.allow_host or [],
         "origins": server.cors or [],
     }
     VllmOptions.of({"logo": {**config, "pool": place}}, {})  # refuses what vLLM's workers would refuse

@@ -37,7 +37,7 @@ class VllmOptions:
         signals: those that requests may ask for besides the settings' own.
         adapter_changes: whether requests may change the pool; `VLLM_ALLOW_RUNTIME_LORA_UPDATING` allows it, too.
         on_bad_adapter: what to do with adapters that do not fit the base model.
-        hosts, origins: see `logo.serve.guards.GuardSettings`.
+        host: the server's address, if it is known; `hosts`, `origins`: see `logo.serve.guards.GuardSettings`.
         settings: how prompts are read, scored and selected.
     """
 
@@ -45,6 +45,7 @@ class VllmOptions:
     signals: tuple[str, ...] = ("norm",)
     adapter_changes: bool = False
     on_bad_adapter: OnBadAdapter = "error"
+    host: str = ""
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ("*",)
     settings: SelectionSettings = field(default_factory=SelectionSettings)

@@ -79,7 +79,7 @@ class Routes:
         app.exception_handler(ApiError)(_refusal)
         app.exception_handler(LoGoError)(_refusal)
         if options is not None:  # vLLM asks for keys, but neither for the host nor for the origin
-            app.add_middleware(Access, settings=GuardSettings("", (), 0, options.hosts, options.origins))
+            app.add_middleware(Access, settings=GuardSettings(options.host, (), 0, options.hosts, options.origins))
         posted: dict[str, Any] = {
             "/v1/completions": _completion,
             "/v1/chat/completions": _chat,
@@ -240,13 +240,7 @@ class Logo:
         return Chosen(selection, 1000 * seconds)
 
     async def answer(
-        self,
-        request: Any,
-        raw: Request,
-        serving: str,
-        method: str,
-        rows: Sequence[Sequence[int]],
-        several: bool = False,
+        self, request: Any, raw: Request, by: tuple[str, str], rows: Sequence[Sequence[int]], several: bool = False
     ) -> Response:
         """Has vLLM answer a request with the mixtures of its prompts.
 
