@@ -19,7 +19,7 @@ from project import PROJECT, ROOT
 SRC = ROOT / "src" / "logo"
 # What libraries of ours bring of their own accord and are made of: transformers, its tokenizers.
 BROUGHT = {"tokenizers": "transformers", "pydantic_core": "pydantic", "tqdm": "transformers"}
-BROUGHT |= {"cma": "nevergrad", "triton": "torch", "typing_extensions": "torch", "markupsafe": "jinja2"}
+BROUGHT |= {"cma": "nevergrad", "fastapi": "vllm", "typing_extensions": "torch", "markupsafe": "jinja2"}
 
 
 def extra(name: str) -> set[str]:
