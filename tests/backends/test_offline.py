@@ -219,7 +219,8 @@ def test_sampling_follows_the_seed_of_pytorch(inside: Any, rows: list[str]) -> N
 def test_a_stream_has_one_piece(inside: Any, rows: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     whole = inside.generate(rows[0], max_new_tokens=10)
     assert list(inside.stream(rows[0], max_new_tokens=10)) == [whole.text]
-    inside.generate(rows[0], max_new_tokens=10, streamer=TextStreamer(inside.tokenizer, skip_prompt=True))
+    shown = TextStreamer(inside.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    inside.generate(rows[0], max_new_tokens=10, streamer=shown)
     assert capsys.readouterr().out.strip() == whole.text.strip()
 
 

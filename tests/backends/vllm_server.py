@@ -38,13 +38,14 @@ class Server:
     log: Path
 
     def ask(self, path: str, body: Any = None, key: str | None = KEY) -> tuple[int, Any]:
-        """Status and JSON of an answer."""
+        """Status and JSON of an answer, or its text if it is something else."""
         headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}{path}", data, headers)
         try:
             with urllib.request.urlopen(request, timeout=300) as answer:
-                return answer.status, json.load(answer)
+                said = answer.read().decode()
+                return answer.status, json.loads(said) if said[:1] in ("{", "[") else said
         except urllib.error.HTTPError as error:
             text = error.read()
             return error.code, json.loads(text) if text else None
