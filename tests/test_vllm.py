@@ -187,6 +187,33 @@ def test_an_adapter_that_cannot_be_loaded_fails_alone() -> None:
     asyncio.run(run())
 
 
+def test_a_slot_that_is_being_filled_is_not_given_away() -> None:
+    """Its client has left, and others ask for the slot, and for the adapter again."""
+
+    async def run() -> None:
+        loaded, go = Loaded(), asyncio.Event()
+
+        async def slowly(into: list[tuple[int, str]]) -> None:
+            await go.wait()
+            await loaded(into)
+
+        slots = Slots(1, slowly)
+
+        async def answer(key: str) -> str:
+            async with slots.held({key}):
+                return loaded.slots[0]
+
+        left = asyncio.create_task(answer("a"))
+        await asyncio.sleep(0)
+        left.cancel()
+        others = [asyncio.create_task(answer(key)) for key in "bab"]
+        await asyncio.sleep(0)
+        go.set()
+        assert await asyncio.wait_for(asyncio.gather(*others), 30) == ["b", "a", "b"]
+
+    asyncio.run(run())
+
+
 def test_slots_follow_from_the_pool() -> None:
     pool = open_pool(None, "demo")  # 16 adapters of rank 8
     assert (slots_of(pool, 3), rank_of(pool), targets_of(pool)) == (16, 8, ("q_proj", "v_proj"))

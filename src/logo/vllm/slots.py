@@ -79,7 +79,7 @@ class Slots:
             )
 
     def _fits(self, keys: frozenset[str]) -> bool:
-        return len(keys | self._users.keys()) <= self.count
+        return len(keys | self._users.keys() | self._loading.keys()) <= self.count
 
     def _admit(self, keys: frozenset[str]) -> None:
         """Gives slots to adapters that have none, and begins to load these."""
@@ -90,7 +90,8 @@ class Slots:
                 self._slot_of.move_to_end(key)
                 continue
             if not self._free:
-                oldest = next(known for known in self._slot_of if not self._users[known])
+                used = self._users.keys() | self._loading.keys()
+                oldest = next(known for known in self._slot_of if known not in used)
                 self._free.append(self._slot_of.pop(oldest))
             self._slot_of[key] = self._free.pop()
             new.append(key)
@@ -107,6 +108,7 @@ class Slots:
         finally:
             for key in keys:
                 del self._loading[key]
+            self._serve()  # whoever asked for these may have left
 
     def _serve(self) -> None:
         """Admits those that wait, as far as there is room."""
