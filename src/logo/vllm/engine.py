@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 
-from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
 from logo.core import Options, ProbeText, Selection
 from logo.errors import LoGoError, ModelError, NotFinite, PoolError, UsageError
@@ -117,7 +116,6 @@ class Engine:
         model, self._lora = vllm_config.model_config, vllm_config.lora_config
         self._backend, self.options, self.run = backend, options, backend.run
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
-        self.layout = BaseLayout.of(self.skeleton)
         self.served = Served(pool_of(options, self.skeleton), {})
         if self.k > self._lora.max_loras:
             raise UsageError(

@@ -200,7 +200,6 @@ class VllmLoGo(LoGo):
         self._layout = BaseLayout.of(model)
         self._lock: Any = threading.RLock()
         self.engine = Engine(_Offline(llm), llm.llm_engine.vllm_config)
-        self._default_k = default_k
         _wait(self.engine.open([settings.signal]))
         adapters = self.engine.served.pool
         self._fitted = AdapterPool(adapters, adapters.refused, default_k=default_k or adapters.default_k)

@@ -200,10 +200,9 @@ class Logo:
         """What prompts are selected from now."""
         return self.engine.served.pool
 
-    @property
-    def names(self) -> Models:
-        """The names that requests may give as `model` now."""
-        served = self.engine.served
+    def names(self, served: Served | None = None) -> Models:
+        """The names that requests may give as `model`, for a pool (None: as it is now)."""
+        served = served or self.engine.served
         return Models(self.base, served.pool.names, tuple(served.opened))
 
     async def choose(
@@ -221,7 +220,7 @@ class Logo:
         """
         engine = self.engine
         async with engine.using() as served:
-            wanted = Models(self.base, served.pool.names, tuple(served.opened)).mixture_request(model, options)
+            wanted = self.names(served).mixture_request(model, options)
             if wanted.adapters is not None:
                 chosen = [Chosen(forced(wanted.adapters, served.pool))] * len(rows)
             else:
@@ -394,7 +393,7 @@ async def _select(request: SelectRequest, raw_request: Request) -> Response:
 async def _load(request: LoadAdapter, raw_request: Request) -> Response:
     """`POST /v1/load_lora_adapter`: adds an adapter to the pool, or replaces it there."""
     logo = _logo(raw_request)
-    logo.names.check_new(request.lora_name, replace=request.load_inplace)
+    logo.names().check_new(request.lora_name, replace=request.load_inplace)
     kind = "replace" if request.lora_name in logo.pool else "add"
     await _changed(logo.change(kind, request.lora_name, request.lora_path))
     return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
@@ -403,7 +402,7 @@ async def _load(request: LoadAdapter, raw_request: Request) -> Response:
 async def _unload(request: UnloadAdapter, raw_request: Request) -> Response:
     """`POST /v1/unload_lora_adapter`"""
     logo = _logo(raw_request)
-    logo.names.check_there(request.lora_name)
+    logo.names().check_there(request.lora_name)
     await _changed(logo.change("remove", request.lora_name))
     return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' removed successfully.")
 

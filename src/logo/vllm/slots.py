@@ -1,8 +1,8 @@
 """`Slots`: which adapter is in which of vLLM's slots. Slots are reused least recently used.
 
-A mixture holds the slots of its adapters while it answers. One that finds no free slots waits; those that wait are
-served in the order in which they came, except that a mixture all of whose adapters are in use may pass the first one,
-which takes nothing from it, a few times.
+A mixture holds the slots of its adapters while it answers. One that finds no free slots waits. Those that wait are
+served in the order in which they came, with one exception: a mixture whose adapters all answer already takes no slot,
+so it may overtake the first one, a limited number of times.
 """
 
 from __future__ import annotations
