@@ -12,6 +12,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Errors are one line on stderr; `--debug`, anywhere on
     the line, adds the traceback.
     """
-    from logo.cli.run import run
+    from logo.cli.app import run
 
     sys.exit(run(list(sys.argv[1:] if argv is None else argv)))

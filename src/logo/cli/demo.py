@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from rich.table import Table
 from rich.text import Text
 
 from logo.cli.opening import open_engine
-from logo.cli.options import DEFAULT_SIGNAL, EngineOptions, Json, usual
+from logo.cli.options import EngineOptions, positive, said
 from logo.cli.output import bar, err, out, print_json, progress, weighty
 from logo.evaluation.metrics import em
-from logo.models import DEMO, DEMO_K
+from logo.models import DEMO
 
 if TYPE_CHECKING:
     from logo.demo.show import Answer, TaskScore
+    from logo.engine import LoGo
 
 
-def demo(
-    signal: str = usual(DEFAULT_SIGNAL, "Signal that answers: `calibrated`, `norm` or `entropy`."),
-    n_selected_modules: int = usual(DEMO_K, "Adapters selected per prompt.", True, "--n-selected-modules", "-k"),
-    limit: int | None = usual(None, "Held-out rows per task.", "all", min=1),
-    json: Json = False,
-) -> None:
+def demo(*, limit: Annotated[int | None, said("all", validator=positive)] = None, json: bool = False) -> None:
     """Answer prompts with the bundled model, side by side with its base model, and measure every task.
 
-    Example: `logo demo --limit 10`
+    Example: logo demo --limit 10
+
+    Args:
+        limit: Held-out rows of each task.
+        json: Print JSON instead.
     """
     from logo.demo import show
 
-    options = EngineOptions(signal=signal, n_selected_modules=n_selected_modules, device="cpu")
-    logo = open_engine(options, DEMO)
+    logo = open_engine(EngineOptions(device="cpu"), DEMO)
     if not json:
         out.print(
             f"The bundled base model knows {len(logo.names)} skills but not which one you ask for; each adapter "
-            f"unlocks one.\nFor every prompt LoGo mixes up to {n_selected_modules} adapters that respond most "
-            f"(signal: {signal}).\n"
+            f"unlocks one.\nFor every prompt LoGo mixes up to {logo.k} adapters that respond most.\n"
         )
     answers = show.answers(logo)
     if not json:
         out.print(_side_by_side(answers))
-        if logo.scorer.signal.weighting == "adaptive":
-            out.print("Where no adapter clearly fits, weights sum to less than 1: the rest is the base model's.\n")
+        out.print("Where no adapter clearly fits, weights sum to less than 1: the rest is the base model's.\n")
     results: list[TaskScore] = []
     with progress(disable=json or not err.is_terminal) as shown:
         task = shown.add_task("held-out rows", total=len(logo.names))
@@ -50,7 +47,7 @@ def demo(
             shown.advance(task)
     average = show.average(results)
     if json:
-        print_json(_report(answers, results, average, options))
+        print_json(_report(logo, answers, results, average))
         return
     out.print(_table(results, average))
     out.print(
@@ -106,24 +103,18 @@ def _table(results: list[TaskScore], average: dict[str, float]) -> Table:
 
 
 def _report(
-    answers: list[Answer], results: list[TaskScore], average: dict[str, float], options: EngineOptions
+    logo: LoGo, answers: list[Answer], results: list[TaskScore], average: dict[str, float]
 ) -> dict[str, object]:
-    signal = str(options.signal)
+    signal = logo.settings.signal
     return {
         "signal": signal,
-        "k": options.n_selected_modules,
+        "k": logo.k,
         "prompts": [
-            {
-                "task": a.task,
-                "prompt": a.prompt,
-                "gold": a.gold,
-                "base": a.base,
-                "logo": a.logo,
-                **a.selection.as_dict(),
-            }
+            {"task": a.task, "prompt": a.prompt, "gold": a.gold, "base": a.base, "logo": a.logo}
+            | dict(a.selection.as_dict())
             for a in answers
         ],
-        # `logo` is what LoGo answered with: the signal asked for.
+        # `logo` is what LoGo answered with.
         "tasks": {r.task: {"rows": r.rows, **r.exact_match, "logo": r.exact_match[signal]} for r in results},
         "average": {**average, "logo": average[signal]},
     }

@@ -1,235 +1,297 @@
-"""`logo eval run` and the official `logo evaluate`: datasets through the engine, with official metrics and files."""
+"""`logo eval run` and the official `logo evaluate`: datasets through an engine, with official metrics and files."""
 
 from __future__ import annotations
 
-import functools
-import operator
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from rich.progress import TaskID
+from cyclopts import Group, Parameter
 
-from logo.cli.belonging import check_method_options
-from logo.cli.cluster import WorkerOptions, absolute, anywhere, everywhere, expected
-from logo.cli.evaluate_options import Asked, RunOptions, as_evaluated
-from logo.cli.expanded import command_line, given
-from logo.cli.methods import MethodOptions, make_method
-from logo.cli.opening import open_any
-from logo.cli.options import EngineOptions, Json, RunnerOptions
-from logo.cli.output import check_writable, err, note, progress
-from logo.cli.scoreboard import Score, show
-from logo.cluster.processes import Layout
+from logo.adapters.pool import DEFAULT_K
+from logo.adapters.sources import default_k, pool_sources
+from logo.cli.opening import MODEL_DIR, device_of, quiet_transformers
+from logo.cli.options import (
+    Context,
+    Engine,
+    EngineOptions,
+    MethodOptions,
+    WorkerOptions,
+    device_name,
+    joined,
+    not_negative,
+    positive,
+    said,
+    written,
+)
+from logo.cli.output import check_writable, err, note, print_json, progress, screen, plain_table
+from logo.cli.prompts import or_demo
 from logo.errors import UsageError
-from logo.evaluation.metrics import checked_kind
 
 if TYPE_CHECKING:
-    from logo.baselines import Method
-    from logo.cluster.rows import Answerer
-    from logo.engine import LoGo
-    from logo.evaluation.jobs import Job
-    from logo.evaluation.resume import Plan
-    from logo.evaluation.session import Evaluation, Session
+    from logo.evaluation.answer import Opening
+    from logo.evaluation.run import Done
+    from logo.evaluation.datasets import Dataset
 
-OFFICIAL_BASE = "Llama-3.1-8B"
-VLLM_BATCH = 256
-
-# The help of `logo evaluate`, which stays as it is: the official script's names and defaults.
-OFFICIAL = """Evaluate on datasets, with the option names of the official script.
-
-Example: `logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1-8B --gpu 0`
-"""
+VLLM_BATCH = 256  # rows that vLLM gets at once, since it schedules them itself
+SHOWN = 20  # rows without an answer that are named
+ROWS = Group("Rows and results", sort_key=2)
 
 
-def evaluate(
-    engine: EngineOptions,
-    runner: RunnerOptions,
-    run: RunOptions,
-    method: MethodOptions,
-    cluster: WorkerOptions,
-    json: Json = False,
-) -> None:
+@Parameter(name="*", group=ROWS)
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """Which rows, how they are answered, and where results are written."""
+
+    dataset: Annotated[str, said("all in the data folder")] = ""
+    """Name, list `a,b` or pattern `bbh.*`."""
+
+    rows: Annotated[Path, Parameter(name=("--rows", "--data-dir"))] = Path("data")
+    """Folder of main/sub/test.jsonl, or of NAME.jsonl."""
+
+    train_rows: Annotated[Path | None, said("train.jsonl beside test.jsonl")] = None
+    """Folder of NAME.jsonl with training rows, for methods that learn."""
+
+    metric: Annotated[str | None, said("NAME.yaml beside NAME.jsonl, else by the dataset's name")] = None
+    """Of all datasets: em, em_multi, em_first, bleu, rouge or a plugin's."""
+
+    limit: Annotated[int | None, said("all", validator=positive)] = None
+    """Only the first rows of each dataset."""
+
+    batch_size: Annotated[int, Parameter(validator=positive)] = 1
+    """Prompts per forward pass."""
+
+    max_new_tokens: Annotated[int, Parameter(validator=positive)] = 256
+    """Longest answer, in tokens."""
+
+    result_dir: str = "results"
+    """Folder for result folders."""
+
+    run_name: str = ""
+    """Added to the result folder's name, to keep several runs beside each other."""
+
+    overwrite: bool = False
+    """Start again, replacing finished rows and a result of another run."""
+
+    seed: Annotated[int, Parameter(validator=not_negative)] = 0
+    """Random seed; part of the result folder's name."""
+
+    def found(self, official: bool = False) -> list[Dataset]:
+        """The datasets, every row checked; with the official script's form of each metric, if asked."""
+        from logo.evaluation.datasets import find_datasets
+        from logo.evaluation.metrics import checked_kind
+
+        metric = None if self.metric is None else checked_kind(self.metric, "--metric")
+        how: dict[str, Any] = {"limit": self.limit, "metric": metric, "train_rows": self.train_rows}
+        return find_datasets(self.rows, self.dataset, official=official, **how)
+
+
+def run(
+    *,
+    rows: RowOptions = RowOptions(),
+    method: MethodOptions = MethodOptions(),
+    runner: Annotated[Engine, Parameter(name="--engine")] = "local",
+    workers: WorkerOptions = WorkerOptions(),
+    json: bool = False,
+    engine: EngineOptions = EngineOptions(),
+) -> int:
     """Evaluate on datasets, with one result folder for each.
 
     Repeat the command to continue an interrupted run; finished datasets are not answered again.
 
-    Example: `logo eval run --dataset bbh.boolean_expressions --base-model Llama-3.1-8B`
+    Example: logo eval run --dataset bbh.boolean_expressions --base-model Llama-3.1-8B
+
+    Args:
+        runner: What runs the model: this process, or vLLM.
+        json: Print scores and folders as JSON.
     """
-    base_model = engine.base_model or OFFICIAL_BASE
-    engine = as_evaluated(engine)
-    if runner.engine == "vllm":
-        # vLLM schedules rows itself, so it gets many at once, unless the user says how many.
-        several = max(1, VLLM_BATCH // (cluster.workers or 1))
-        run = replace(run, batch_size=run.batch_size if "batch_size" in given() else several)
-    asked = Asked(engine, runner, run, _method(method, engine, run), base_model, command_line())
-    layout = cluster.layout(engine)
-    if layout is not None and asked.carries:
-        raise UsageError("workers: with --probe-context carry each row depends on the one before; use one process")
-    jobs = _jobs(asked)
-    with ExitStack() as stack:
-        session: Evaluation
-        if layout is None:
-            session = _open(asked)
-            stack.enter_context(closing(session.logo))
-        else:
-            session = _in_workers(layout, asked, stack)
-        scores = _answered(session, session.plans(jobs, overwrite=run.overwrite), json=json)
-    show(scores, json=json)
+    from logo.evaluation.answer import Opening
 
-
-def _answered(session: Evaluation, plans: Sequence[Plan], *, json: bool) -> list[Score]:
-    """The scores of all datasets, printed as they come."""
-    for plan in plans:
-        if plan.note and not plan.done:
-            note(f"{plan.job.dataset} is answered again: {plan.note}")
-    scores: list[Score] = []
-    with progress(disable=not err.is_terminal) as bar:
-        tasks: dict[int, TaskID] = {}
-
-        def advanced(plan: Plan, count: int) -> None:
-            if id(plan) not in tasks:
-                tasks[id(plan)] = bar.add_task(plan.job.dataset, total=len(plan.job.rows))
-            bar.update(tasks[id(plan)], completed=count)
-
-        results = session.results([plan for plan in plans if not plan.done], advanced)
-        for plan in plans:
-            try:
-                score = _stored(plan) if plan.done else Score.of(*next(results))
-            except KeyboardInterrupt:
-                note("Finished rows are kept: repeat the command to continue.")
-                raise
-            scores.append(score)
-            if not json:
-                heading = [score.dataset] if len(plans) > 1 else []
-                print(*heading, score.line, score.folder, sep="\n", flush=True)
-    return scores
-
-
-def _method(options: MethodOptions, engine: EngineOptions, run: RunOptions) -> Method | None:
-    """The method; None for the engine's own selection."""
-    from logo.evaluation.results import LOGO
-
-    method = make_method(options, k=engine.n_selected_modules, seed=run.seed)
-    check_method_options([method])
-    return None if method.name == LOGO else method
-
-
-def _jobs(asked: Asked) -> list[Job]:
-    """The datasets that the options name, with their rows. Errors in data and result folders are raised here, before
-    the long part of the work; warns about datasets that are missing."""
-    from logo.evaluation.jobs import find_jobs
-    from logo.evaluation.results import LOGO, run_folder
-
-    run, method = asked.run, asked.method
-    label = LOGO if method is None else method.name
-    folder = run_folder(
-        run.result_dir, asked.base_model, str(asked.engine.signal), asked.k, run.seed, label, run.run_name
-    )
-    jobs, missing = find_jobs(
-        folder,
-        run.dataset,
-        data_dir=run.data_dir,
-        rows=run.rows,
-        train_rows=run.train_rows,
-        limit=run.limit,
-        metric=None if run.metric is None else checked_kind(run.metric, "--metric"),
-        official=asked.official,
-    )
-    if missing:
-        err.print(f"logo: warning: not in {run.data_dir}, left out: {', '.join(missing)}", markup=False)
-    first = [job.dataset for job in jobs if job.metric == "em_first"]
-    if first:
-        err.print(
-            f"logo: warning: {', '.join(first)}: answers are compared with the first gold text only, as the official "
-            "script does; --metric em_multi accepts any of them",
-            markup=False,
-        )
-    for place in (Path(run.result_dir), folder):
-        if place != folder or folder.exists():
-            check_writable(place)
-    return jobs
-
-
-def _open(asked: Asked) -> Session:
-    from logo.evaluation.identity import pool_digests
-    from logo.evaluation.results import LOGO
-    from logo.evaluation.session import Session
-    from logo.opening import OFFICIAL_TRUNCATION
-
-    run, method, base_model = asked.run, asked.method, asked.base_model
-    started = time.perf_counter()
-    truncation = OFFICIAL_TRUNCATION if asked.official else None
-    how: Any = {"preset": run.preset, "probe_context": run.probe_context, "truncation": truncation}
-    logo = open_any(asked.engine, asked.runner, base_model, **how)
-    pool = pool_digests(logo)
-    loading = time.perf_counter() - started
-    options = {"base_model": base_model, **asdict(asked.engine), **asdict(asked.runner), **asdict(run)}
-    named = {"method": LOGO if method is None else method.name}
-    return Session(
-        logo,
-        base_model,
-        pool=pool,
-        seed=run.seed,
-        batch_size=run.batch_size,
-        max_new_tokens=run.max_new_tokens,
-        generation=_generation_options(logo, asked.official, run.generation_early_stop),
-        options={**options, **resolved(logo), **named, "command": asked.command},
-        loading=loading,
-        method=method,
-    )
-
-
-def _in_workers(layout: Layout, asked: Asked, stack: ExitStack) -> Evaluation:
-    from logo.cluster.rows import InWorkers
-    from logo.cluster.workers import opened
-
-    run = asked.run
-    there = replace(
-        asked, engine=everywhere(asked.engine), method=anywhere(asked.method), base_model=absolute(asked.base_model)
-    )
-    found = expected(layout, asked.engine, asked.base_model, run.preset)
-    facts = operator.attrgetter("facts")
-    return InWorkers(
-        stack.enter_context(opened(layout, found, functools.partial(_answerer, there), facts)),
-        seed=run.seed,
-        batch_size=run.batch_size,
-        max_new_tokens=run.max_new_tokens,
-        method=asked.method,
-    )
-
-
-def _answerer(asked: Asked) -> Answerer:
-    """What a worker opens."""
-    from logo.cluster.rows import Answerer
-
-    return Answerer(_open(asked))
-
-
-def _stored(plan: Plan) -> Score:
-    """The score of a dataset that was finished before; prints a note about it."""
-    from logo.evaluation.results import read_results
-
-    under = f"; it was answered under other versions or on another kind of device: {plan.note}" if plan.note else ""
-    note(f"{plan.job.dataset} is done already (--overwrite answers it again){under}")
-    return Score(plan.job.dataset, plan.job.folder, read_results(plan.job.folder), skipped=True)
-
-
-def _generation_options(logo: LoGo, official: bool, early_stop: bool) -> dict[str, Any]:
-    if not official:
-        return {"stop_at_newline": early_stop}
-    return {"stop_at_newline": "official" if early_stop else False, "generation_config": logo.model.generation_config}
-
-
-def resolved(logo: LoGo) -> dict[str, Any]:
-    """The settings as they were used, presets applied."""
-    points = list(logo.points)
-    return {
-        **asdict(logo.settings),
-        "probe_context": logo.probe_context,
-        "k": logo.k,
-        "points": points,
-        "dtype": str(logo.model.dtype).removeprefix("torch."),
+    base_model = or_demo(engine)
+    command = written("eval run", rows, method, engine) | ({} if runner == "local" else {"engine": runner})
+    options: dict[str, Any] = {
+        **{"engine": runner, "k": engine.n_selected_modules, "signal": engine.signal or "calibrated"},
+        **{"when_unsure": engine.when_unsure, "probe_text": engine.probe_text},
+        **{"on_bad_adapter": engine.on_bad_adapter, "dtype": engine.dtype or "auto", "model_dir": MODEL_DIR},
+        **({"device": device_of(engine.device)} if runner == "local" else {}),
     }
+    made = method.make(engine.n_selected_modules, rows.seed)
+    opening = Opening(base_model, engine.adapters, options, made, rows.max_new_tokens, rows.seed)
+    return answered(opening, rows, workers, command, json=json)
+
+
+def evaluate(
+    *,
+    dataset: Annotated[str, said("all in the data folder")] = "",
+    base_model: str = "Llama-3.1-8B",
+    gpu: Annotated[str, Parameter(name=("--gpu", "--device"), converter=device_name, n_tokens=1)] = "auto",
+    selection_strategy: str = "norm",
+    n_selected_modules: Annotated[
+        int, Parameter(name=("--n-selected-modules", "-k"), validator=positive)
+    ] = DEFAULT_K,
+    seed: Annotated[int, Parameter(validator=not_negative)] = 0,
+    generation_early_stop: bool = False,
+    data_dir: str = "./data",
+    model_dir: str = MODEL_DIR,
+    result_dir: str = "results",
+    save_dir: str = "",
+    adapters: Annotated[str | None, said("the base model's own", converter=joined, n_tokens=1)] = None,
+    limit: Annotated[int | None, said("all", validator=positive)] = None,
+    max_new_tokens: Annotated[int, Parameter(validator=positive)] = 256,
+    batch_size: Annotated[int, Parameter(validator=positive)] = 1,
+    probe_context: Annotated[Context | None, said("base; with the preset: carry")] = None,
+    preset: Literal["official"] | None = None,
+    overwrite: bool = False,
+    json: bool = False,
+) -> int:
+    """Evaluate on datasets, with the option names and defaults of the official script.
+
+    Example: logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1-8B --gpu 0
+
+    Args:
+        dataset: Name, list `a,b` or pattern `bbh.*`.
+        base_model: Hub id, folder or short name.
+        gpu: GPU number, if there is one; -1 is the CPU.
+        selection_strategy: `norm`, `entropy` or another signal.
+        n_selected_modules: Adapters selected per prompt.
+        seed: Random seed; part of the result folder's name.
+        generation_early_stop: Stop generating at the first newline.
+        data_dir: Rows are read from DIR/main/sub/test.jsonl.
+        model_dir: Folder that is searched first for base models and adapters.
+        result_dir: Folder for result folders.
+        save_dir: Accepted for the official command line; not used.
+        adapters: Folder, Hub repo or manifest of adapters; several with commas.
+        limit: Only the first rows of each dataset.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Prompts per forward pass.
+        probe_context: Adapters active while probing: none, the whole pool, or as the official script runs.
+        preset: `official`: read and cut prompts exactly as the authors' script does.
+        overwrite: Start again, replacing finished rows and a result of another run.
+        json: Print scores and folders as JSON.
+    """
+    from logo.evaluation.answer import Opening
+
+    rows = RowOptions(
+        dataset=dataset,
+        rows=Path(data_dir),
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        result_dir=result_dir,
+        overwrite=overwrite,
+        seed=seed,
+    )
+    options: dict[str, Any] = {"preset": preset, "signal": selection_strategy, "k": n_selected_modules}
+    options |= {"device": device_of(gpu), "model_dir": model_dir}
+    options |= {} if probe_context is None else {"probe_context": probe_context}
+    opening = Opening(base_model, adapters, options, None, max_new_tokens, seed, generation_early_stop)
+    return answered(opening, rows, WorkerOptions(), {"name": "evaluate", "options": vars(rows)}, json=json)
+
+
+def answered(
+    opening: Opening, rows: RowOptions, workers: WorkerOptions, command: dict[str, Any], *, json: bool = False
+) -> int:
+    """Answers datasets, and prints the official line and the folder of each as it is done; returns the exit code."""
+    from logo.evaluation.results import run_folder
+    from logo.evaluation.run import evaluate, warn_of_copies
+
+    official = opening.options.get("preset") == "official"
+    method, batch_size = opening.method, rows.batch_size
+    if opening.options.get("engine") == "vllm" and batch_size == 1:
+        batch_size = max(1, VLLM_BATCH // (workers.workers or 1))
+    k = opening.options["k"] or default_k(pool_sources(opening.pool, opening.base_model, MODEL_DIR), DEFAULT_K)
+    label = ("logo", k) if method is None else (method.name, k if method.picks is None else method.picks)
+    signal = str(opening.options["signal"])
+    folder = run_folder(rows.result_dir, opening.base_model, signal, label[1], rows.seed, label[0], rows.run_name)
+    datasets = rows.found(official)
+    for one in datasets:
+        warn_of_copies(one, method)
+    for place in (Path(rows.result_dir), *([folder] if folder.exists() else [])):
+        check_writable(place)
+    quiet_transformers()
+    scored: list[dict[str, Any]] = []
+    with ExitStack() as stack, progress(disable=not err.is_terminal) as bar:
+        began = time.perf_counter()
+        facts, work = _opened(opening, workers, stack)
+        loading, tasks = time.perf_counter() - began, dict[str, Any]()
+
+        def tell(dataset: Dataset, done: int) -> None:
+            if dataset.name not in tasks:
+                tasks[dataset.name] = bar.add_task(dataset.name, total=len(dataset.rows))
+            bar.update(tasks[dataset.name], completed=done)
+
+        how: dict[str, Any] = {"method": method, "batch_size": batch_size, "overwrite": rows.overwrite}
+        how |= {"loading": loading, "command": command, "tell": tell}
+        try:
+            for done in evaluate(datasets, folder, facts, work, **how):
+                scored.append(_score(done))
+                if not json:
+                    heading = [done.dataset] if len(datasets) > 1 else []
+                    print(*heading, scored[-1]["line"], done.folder, sep="\n", flush=True)
+        except KeyboardInterrupt:
+            note("Finished rows are kept: repeat the command to continue.")
+            raise
+    return show(scored, json=json)
+
+
+def _opened(opening: Opening, workers: WorkerOptions, stack: ExitStack) -> Any:
+    """The facts of the engine, and what answers blocks of rows: in this process, or in workers."""
+    from logo.evaluation.run import check_workers, in_this_process
+
+    if workers.workers is None:
+        answerer = opening()
+        stack.enter_context(closing(answerer.logo))
+        return answerer.facts, in_this_process(answerer)
+    from logo.cli.cluster import in_workers
+
+    facts, work = stack.enter_context(in_workers(opening, workers))
+    check_workers(facts)
+    return facts, work
+
+
+def _score(done: Done) -> dict[str, Any]:
+    """What is told of a result, read from its files."""
+    from logo.evaluation.metrics import summary_line
+    from logo.evaluation.results import lines, read_run
+
+    if done.skipped:
+        note(f"{done.dataset} is done already (--overwrite answers it again)")
+    run, found = read_run(done.folder), list(lines(done.folder))
+    return {
+        "dataset": done.dataset,
+        "line": summary_line(run["metric"], [one["value"] for one in found]),
+        "scores": run["scores"],
+        "rows": len(found),
+        "errors": [{"row": one["index"] + 1, "message": one["error"]} for one in found if one["error"]],
+        "seconds": run["duration"],
+        "skipped": done.skipped,
+        "folder": str(done.folder),
+    }
+
+
+def show(scored: Sequence[dict[str, Any]], *, json: bool) -> int:
+    """Prints what follows the official lines: a table of several datasets, and rows without an answer; the exit code is
+    1 if there are any."""
+    from logo.evaluation.metrics import LABELS
+
+    if json:
+        print_json(scored)
+    else:
+        shown = plain_table("dataset", ">rows", "metric", ">score", ">95 % interval", ">seconds")
+        for one in scored:
+            begin, end = [one["dataset"], str(one["rows"])], [f"{one['seconds']:.1f}"]
+            for name, score in one["scores"].items():
+                if name != "extra":
+                    ends = "-" if score["interval"] is None else "{:.2f} to {:.2f}".format(*(100 * x for x in score["interval"]))
+                    shown.add_row(*begin, LABELS.get(name, name), f"{100 * score['value']:.2f}", ends, *end)
+                    begin, end = ["", ""], [""]
+        screen(100, stderr=True).print(shown)
+    errors = [(one["dataset"], error) for one in scored for error in one["errors"]]
+    for dataset, error in errors[:SHOWN]:
+        err.print(f"logo: error: {dataset} row {error['row']} has no answer: {error['message']}", markup=False)
+    if len(errors) > SHOWN:
+        err.print(f"logo: error: and {len(errors) - SHOWN} more rows; rows.jsonl in each folder names all")
+    return int(bool(errors))

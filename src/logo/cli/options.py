@@ -1,75 +1,55 @@
-"""Options that several commands share, defined once; `logo.cli.opening` makes an engine of them.
+"""Options that several commands share; `logo.cli.opening` makes an engine of them.
 
-An option is the default of a parameter or of a dataclass's field, as in `rounds: int = usual(5, "Measured rounds.")`; a
-type that several commands share has the option in its annotation. A command takes a dataclass of options as one
-parameter. `logo.cli.expanded` tells Typer of all of them.
+Options that belong together are a frozen dataclass, whose fields a command gets as one parameter.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from cyclopts import Group, Parameter, Token
+from cyclopts.validators import Number
 
-from logo.cli.choices import Engine, Examples, OnBad, ProbeText, Weights, WhenUnsure
+from logo import plugins
+from logo.errors import UsageError
+from logo.recorded import without_secrets
 
-POOL = "Pool"
-PROBE = "Probe and selection"
-DEVICE = "Device"
-RARE = "Rarely needed"
+if TYPE_CHECKING:
+    from logo.baselines import Method
 
-DEFAULT_SIGNAL = "calibrated"
-OFFICIAL_SIGNAL = "norm"
-DEFAULT_PREFIX_CACHE_GB = 0.25
+OnBad = Literal["error", "skip"]
+Context = Literal["base", "pool", "carry"]
+ProbeText = Literal["all", "last-user", "conversation"]
+WhenUnsure = Literal["mix", "base", "refuse"]
+Engine = Literal["local", "vllm"]
 
+SELECTION = Group("Selection", sort_key=3)
+POOL = Group("Model and pool", sort_key=4)
 
-def option(help: str, shown: str | bool = True, *names: str, panel: str | None = None, **more: Any) -> Any:
-    """What `--help` says of an option, in the annotation of a type that several commands share, such as `Json`.
-
-    Args:
-        shown: what the option is where it is not given; True: its default.
-        names: None are needed for `--<the parameter's name>`.
-    """
-    return typer.Option(..., *names, help=help, show_default=shown, rich_help_panel=panel, **more)
-
-
-def usual(default: Any, help: str, shown: str | bool = True, *names: str, repeated: bool = False, **more: Any) -> Any:
-    """An option that `--help` shows, as the default of a command's parameter or of a dataclass's field.
-
-    Args:
-        default: `...` for an option that has to be given. An option whose default is False has no `--no-` form, unless
-            `names` say so.
-        repeated: whether it may be given several times; its values are joined with commas.
-        shown, names, more: as `option`.
-    """
-    return field(default=default, metadata={"option": option(help, shown, *names, **more), "repeated": repeated})
+positive = Number(gte=1)
+not_negative = Number(gte=0)
 
 
-def rare(default: Any, help: str, shown: str | bool = True, *names: str, panel: str = RARE, **more: Any) -> Any:
-    """An option that few need, which `--help` shows below the others."""
-    return usual(default, help, shown, *names, panel=panel, **more)
+def said(default: str, *, of: Group | None = None, **more: Any) -> Parameter:
+    """An option whose default is told in words."""
+    return Parameter(show_default=default, group=of, **more)
 
 
-def argument(default: Any, **more: Any) -> Any:
-    """An argument; `...` for one that has to be given."""
-    return field(default=default, metadata={"option": typer.Argument(**more)})
+def joined(kind: type, tokens: Sequence[Token]) -> str:
+    """Several sources, which may be given one by one, as one text with commas."""
+    return ",".join(token.value for token in tokens)
 
 
-def device_name(text: str) -> str:
-    """The checked value of `--device`. A number is that of a GPU, as with the official `--gpu`; -1 is the CPU.
-
-    Raises:
-        typer.BadParameter: the text is not a device.
-    """
-    if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?|\d+", text):
-        return "auto" if text == "0" else text
-    if text == "-1":
-        return "cpu"
-    raise typer.BadParameter(f"expected auto, cpu, cuda, cuda:N or mps, found {text!r}")
+def device_name(kind: type, tokens: Sequence[Token]) -> str:
+    """The checked value of `--device`. A number is that of a GPU, as with the official `--gpu`; -1 is the CPU."""
+    text = tokens[-1].value
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?|\d+|-1|spread", text):
+        raise ValueError(f"expected auto, cpu, cuda, cuda:N, mps or spread, found {text!r}")
+    return {"0": "auto", "-1": "cpu"}.get(text, text)
 
 
 def changed(options: Any, *names: str) -> dict[str, str]:
@@ -79,120 +59,113 @@ def changed(options: Any, *names: str) -> dict[str, str]:
         options: a dataclass of options.
         names: of its fields; none: all of them.
     """
-    found = {}
-    for one in fields(options):
-        value = getattr(options, one.name)
-        if value != one.default and (not names or one.name in names):
-            found[one.name] = f"--{'no-' if value is False else ''}{one.name.replace('_', '-')}"
+    wanted = (one for one in fields(options) if not names or one.name in names)
+    return {one.name: f"--{one.name.replace('_', '-')}" for one in wanted if getattr(options, one.name) != one.default}
+
+
+def written(name: str, *options: Any) -> dict[str, Any]:
+    """What a command writes beside its results, for `--config`: its name, the options of these dataclasses that do not
+    have their defaults, without secrets, and the plugins."""
+    values = {name: getattr(group, name) for group in options for name in changed(group)}
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+    made = {"name": name, "options": without_secrets(plain)}
+    return {**made, "plugins": named} if (named := plugins.named()) else made
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PoolOptions:
+    """Which model, and which pool."""
+
+    base_model: Annotated[str | None, said("demo", of=POOL)] = None
+    """Hub id, folder or short name."""
+
+    adapters: Annotated[str | None, said("the base model's own", of=POOL, converter=joined, n_tokens=1)] = None
+    """Folder, Hub repo or manifest of adapters; several with commas."""
+
+    on_bad_adapter: Annotated[OnBad, Parameter(group=POOL)] = "error"
+    """If an adapter cannot be used: refuse the pool, or skip the adapter."""
+
+    allow_pickle: Annotated[bool, Parameter(group=POOL)] = False
+    """Also read adapter_model.bin (tensors only)."""
+
+    device: Annotated[str, Parameter(group=POOL, converter=device_name, n_tokens=1)] = "auto"
+    """auto, cpu, mps, cuda, cuda:N, or spread: over all GPUs."""
+
+    dtype: Annotated[str | None, said("the model's", of=POOL)] = None
+    """float32, bfloat16, float16 or auto."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(PoolOptions):
+    """The same, and how adapters are selected."""
+
+    signal: Annotated[str | None, said("calibrated", of=SELECTION)] = None
+    """`calibrated`, `norm` or `entropy`."""
+
+    n_selected_modules: Annotated[
+        int | None, said("20; demo: 3", of=SELECTION, name=("--n-selected-modules", "-k"), validator=positive)
+    ] = None
+    """The most adapters of a prompt."""
+
+    when_unsure: Annotated[WhenUnsure, Parameter(group=SELECTION)] = "mix"
+    """What answers if the selection is unsure: a mixture, the base model alone, or nothing."""
+
+    probe_text: Annotated[ProbeText | None, said("last-user", of=SELECTION)] = None
+    """The part of a conversation that is read: the user's last message, all of the user's, or everything."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """Several processes that answer rows."""
+
+    workers: Annotated[int | None, said("this process", validator=positive)] = None
+    """Processes that answer, each with the model (needs Ray)."""
+
+    ray: str = "local"
+    """Where they are: `local`: this machine; `auto`: the Ray cluster that this machine is part of; or its HOST:PORT."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """Which method selects, and its own options."""
+
+    method: str = "logo"
+    """`logo`, `base`, `uniform`, `random`, `target`, `best-single`, `lorahub`, `loraretriever`, `arrow` or a plugin's."""
+
+    method_args: str | None = None
+    """Options of the method, such as `rows=16,budget=40` or `embedding_model=DIR`."""
+
+    def make(self, k: int | None, seed: int) -> Method | None:
+        """The method; None for the engine's own selection.
+
+        Raises:
+            UsageError: there is no such method or option, or an option cannot be used.
+        """
+        from logo.baselines import get_method
+
+        if self.method == "logo":
+            if self.method_args:
+                raise UsageError("--method-args is for --method; the method is logo, whose options are --signal and -k")
+            return None
+        return get_method(self.method, k=k, seed=seed, **arguments(self.method_args or ""))
+
+
+def arguments(text: str) -> dict[str, Any]:
+    """`a=1,b=x` as names and values, which are read as YAML.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise UsageError(f"--method-args {part!r}: expected NAME=VALUE, several with commas")
+        found[name.strip().replace("-", "_")] = yaml.safe_load(value)
     return found
-
-
-_pool = functools.partial(rare, panel=POOL)
-_probe = functools.partial(rare, panel=PROBE)
-
-Json = Annotated[bool, option("Print JSON instead.")]
-Candidates = Annotated[
-    list[str] | None,
-    option("Select among these adapters only (repeatable).", True, "--candidate", metavar="NAME", panel=PROBE),
-]
-Device = Annotated[
-    str, option("auto: the first GPU, if there is one.", False, metavar="auto|cpu|cuda[:N]", callback=device_name)
-]
-DeviceMap = Annotated[str | None, option("`auto` spreads a large model over several GPUs.", "none", panel=DEVICE)]
-ModelDir = Annotated[str, option("Folder that is searched first for base models and adapters.", panel=DEVICE)]
-
-
-# What `logo evaluate` calls an option, as the official script does, with its placeholder and text in the help.
-OFFICIAL: dict[str, tuple[tuple[str, ...], str | None, str | None]] = {
-    "signal": (("--selection-strategy", "--signal"), None, None),
-    "device": (("--gpu", "--device"), "N", "GPU number, if there is one; -1 is the CPU."),
-}
-
-# Defaults that the help of `logo eval run` and `logo evaluate` shows instead of those below.
-EVALUATING = {"base_model": "Llama-3.1-8B", "signal": OFFICIAL_SIGNAL}
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Which model, which pool, how to probe and select. None: the preset's value, else the default shown."""
-
-    base_model: str | None = usual(None, "Hub id, folder or short name.", "demo")
-    adapters: str | None = usual(
-        None,
-        "Folder, Hub repo or manifest, several with commas (docs/adapter-pools.md).",
-        "the base model's own",
-        metavar="SOURCE",
-        repeated=True,
-    )
-    on_bad_adapter: OnBad = _pool("error", "If an adapter cannot be used: refuse the pool, or skip the adapter.")
-    unscorable: OnBad = _pool("error", "If an adapter lacks the probed module: refuse the pool, or skip the adapter.")
-    allow_pickle: bool = _pool(False, "Also read adapter_model.bin (tensors only).")
-    adapter_memory_gb: float | None = _pool(
-        None, "Memory for adapters on the model's device, in GB.", "0.3 of what the model leaves free", min=0.0
-    )
-    merge: bool | None = _pool(
-        None, "Merge the mixture into a copy of the weights.", "float32: where faster", "--merge/--no-merge"
-    )
-    prefix_cache_gb: float | None = _probe(
-        None, "Memory for prefixes of prompts, if adapters act from a position on only, in GB.", "0.25", min=0.0
-    )
-    signal: str | None = usual(None, "`calibrated`, `norm` or `entropy`.", "calibrated")
-    n_selected_modules: int | None = usual(
-        None, "Adapters selected per prompt.", "20; demo: 3", "--n-selected-modules", "-k"
-    )
-    window: str | None = _probe(
-        None,
-        "How much of a prompt is probed: its first and last tokens (`32,32`), or `whole`.",
-        "32,32; norm, entropy: whole",
-        metavar="HEAD,TAIL",
-    )
-    probe_text: ProbeText | None = _probe(
-        None,
-        "Which part of a conversation is read: the user's last message, all of the user's, or everything.",
-        "last_user; adapters with an invocation: all",
-    )
-    activation: str | None = _probe(
-        None,
-        "Tokens on which all adapters act, instead of those that they were trained for.",
-        "as each was trained",
-        metavar="everywhere|invocation|last:N",
-    )
-    calibration_prompts: Path | None = _probe(
-        None,
-        "Unlabelled prompts, one per line, by which the calibration chooses points.",
-        "built-in ones",
-        metavar="FILE",
-    )
-    cache: str | None = _probe(
-        None,
-        "Cache folder for what is computed once per pool; '' disables it.",
-        "$LOGO_CACHE or ~/.cache/logo",
-        metavar="DIR",
-    )
-    weighting: Weights | None = _probe(None, "How scores become weights.", "the signal's; official: linear")
-    when_unsure: WhenUnsure = _probe(
-        "mix",
-        "What answers if the selection is unsure: a mixture of adapters, the base model alone, or nothing.",
-    )
-    unsure_below: float = _probe(0.15, "The confidence below which a selection is unsure.")
-    examples: Examples = _probe(
-        "use", "Compare prompts with the example prompts of adapters that have some (`logo pool examples`)."
-    )
-    device: Device = "auto"
-    dtype: str | None = usual(None, "float32, bfloat16, float16 or auto.", False)
-    device_map: DeviceMap = None
-    model_dir: ModelDir = "./hf_models"
-
-
-@dataclass(frozen=True)
-class RunnerOptions:
-    """Options for the engine that runs the model."""
-
-    engine: Engine = usual("local", "This process, or vLLM (docs/vllm.md).")
-    vllm_options: str | None = rare(
-        None,
-        'With `--engine vllm`: options of `vllm.LLM`, such as `{"max_model_len": 4096}`.',
-        "none",
-        metavar="JSON",
-        panel=DEVICE,
-    )

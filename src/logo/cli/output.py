@@ -26,7 +26,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from logo.evaluation import tables
 from logo.files import replace_file, unwritable
 
 if TYPE_CHECKING:
@@ -55,46 +54,6 @@ def one_line(text: str, length: int = 80) -> str:
     """Foreign text as one line of at most `length` characters, without control characters."""
     shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return shown if len(shown) <= length else f"{shown[: length - 1]}…"
-
-
-def rich_table(found: tables.Table, *, intervals: bool = True) -> Table:
-    """A table of results for a terminal, with intervals in columns of their own, or else below their numbers.
-
-    Args:
-        intervals: False leaves out those below their numbers.
-    """
-    shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for column in found.columns:
-        justify: Literal["left", "right"] = "right" if column.numeric else "left"
-        shown.add_column(column.name, justify=justify, no_wrap=not column.wraps, overflow="fold")
-        if column.interval:
-            shown.add_column(column.interval, justify="right", no_wrap=True)
-    for section, rows in found.sections:
-        if section:
-            shown.add_row()
-            shown.add_row(Text(section, style="dim"))
-        for row in rows:
-            cells = zip(found.columns, row.cells, strict=True)
-            shown.add_row(*(text for column, cell in cells for text in _fields(column, cell, intervals)))
-    shown.caption = Text(found.note, "table.caption") if found.note else None
-    shown.caption_justify = "left"
-    return shown
-
-
-def _fields(column: tables.Column, cell: tables.Cell | None, intervals: bool) -> Iterator[Text]:
-    """The text of a cell, and that of its interval where it has one."""
-    nothing = Text("-", style="dim")
-    if cell is None:
-        yield from [nothing, nothing] if column.interval else [nothing]
-        return
-    text = Text("" if cell.repeats else cell.text, {"bold": "bold", "faint": "dim"}.get(cell.emphasis, ""))
-    if column.interval:
-        yield text
-        yield Text(" to ".join(cell.ends), style="dim") if cell.ends else nothing if cell.text else Text("")
-    elif cell.ends and intervals:
-        yield Text.assemble(text, "\n", (cell.interval, "dim"))
-    else:
-        yield text
 
 
 def plain_table(*headings: str) -> Table:

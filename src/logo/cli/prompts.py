@@ -3,68 +3,71 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Container
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from logo.cli.options import EngineOptions, option
+from cyclopts import Parameter
+
+from logo.cli.options import PoolOptions
 from logo.cli.output import note
 from logo.errors import StorageError, UsageError
 from logo.models import DEMO
 from logo.rows import text_lines
 
-PromptsFile = Annotated[Path | None, option("A file with one prompt per line.", metavar="FILE")]
-Chat = Annotated[bool, option("Each prompt is a user's message.")]
-System = Annotated[str | None, option("A system message before it; implies --chat.", metavar="TEXT")]
+
+@dataclass(frozen=True)
+class Asked:
+    """The prompts as `texts`, and as the model is asked: the same, or a conversation for each."""
+
+    texts: list[str]
+    turns: list[Any]
 
 
-def read_prompts(arguments: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts to answer; `-` reads one from stdin. Blank lines of the file are skipped.
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """Further prompts, and how they are asked."""
 
-    Raises:
-        UsageError: there is none, or an argument is empty.
-        StorageError: the file cannot be read.
-    """
-    prompts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in arguments or []]
-    if file is not None:
-        try:
-            prompts += [line for line in text_lines(file) if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise StorageError(f"prompt file {file}: cannot be read: {error}") from error
-    if not prompts:
-        raise UsageError("no prompt: give one in quotes, '-' to read it from stdin, or --prompts with one per line")
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt.strip():
-            raise UsageError(f"prompt {number} is empty: expected some text")
-    return prompts
+    prompts: Annotated[Path | None, Parameter(name="--prompts")] = None
+    """A file with one prompt per line."""
+
+    chat: bool = False
+    """Each prompt is a user's message."""
+
+    system: str | None = None
+    """A system message before it; implies --chat."""
+
+    def read(self, arguments: Sequence[str]) -> Asked:
+        """The prompts to answer; `-` reads one from stdin. Blank lines of the file are skipped.
+
+        Raises:
+            UsageError: there is none, or an argument is empty.
+            StorageError: the file cannot be read.
+        """
+        texts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in arguments]
+        if self.prompts is not None:
+            try:
+                texts += [line for line in text_lines(self.prompts) if line.strip()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise StorageError(f"prompt file {self.prompts}: cannot be read: {error}") from error
+        if not texts:
+            raise UsageError("no prompt: give one in quotes, '-' to read it from stdin, or --prompts with one per line")
+        for number, text in enumerate(texts, start=1):
+            if not text.strip():
+                raise UsageError(f"prompt {number} is empty: expected some text")
+        if not self.chat and self.system is None:
+            return Asked(texts, list(texts))
+        before = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return Asked(texts, [[*before, {"role": "user", "content": text}] for text in texts])
 
 
-def as_asked(prompts: list[str], chat: bool, system: str | None) -> list[Any]:
-    """The prompts, or with `--chat` and `--system` a conversation for each, of which it is the user's message."""
-    if not chat and system is None:
-        return list(prompts)
-    before = [] if system is None else [{"role": "system", "content": system}]
-    return [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
-
-
-def forced(
-    adapter: list[str] | None, base_only: bool = False, names: Container[str] | None = None
-) -> dict[str, float] | None:
-    """The mixture that `--adapter NAME=WEIGHT` and `--base-only` name; None: it is selected.
-
-    Args:
-        names: of the pool: such a name is not split at its `=`. None: they are not known yet, so that the mixture only
-            says whether there is one.
-    """
-    if base_only:
-        if adapter:
-            raise UsageError("--base-only and --adapter exclude each other: give one of them")
-        return {}
-    if not adapter:
-        return None
+def forced(adapters: Sequence[str], names: Container[str]) -> dict[str, float]:
+    """The mixture that `--adapter NAME=WEIGHT`, several times, names; a name of the pool is not split at its `=`."""
     weights: dict[str, float] = {}
-    for entry in adapter:
-        name, _, weight = (entry, "", "1") if entry in (names or ()) else entry.rpartition("=")
+    for entry in adapters:
+        name, _, weight = (entry, "", "1") if entry in names else entry.rpartition("=")
         try:
             value = float(weight) if name else 1.0
         except ValueError:
@@ -72,7 +75,7 @@ def forced(
                 f"--adapter {entry!r}: expected NAME or NAME=WEIGHT with a number; "
                 f"an adapter of this name is {f'{entry}=1'!r}"
             ) from None
-        if (name := name or entry) in weights and names is not None:
+        if (name := name or entry) in weights:
             raise UsageError(
                 f"--adapter {name!r}: given with the weights {weights[name]:g} and {value:g}; give it once"
             )
@@ -80,7 +83,7 @@ def forced(
     return weights
 
 
-def or_demo(options: EngineOptions) -> str:
+def or_demo(options: PoolOptions) -> str:
     """The base model: the bundled demo where none is named (and says so)."""
     if options.base_model is not None:
         return options.base_model

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json as jsons
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from cyclopts import Parameter
 from rich.text import Text
 
-from logo.cli.expanded import expanded
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, Json, argument, usual
+from logo.cli.options import EngineOptions, positive
 from logo.cli.output import BASE_ALONE, natural_width, note, one_line, out, plain_table, print_json, screen
 from logo.cli.prompts import or_demo
 from logo.errors import LoGoError, UsageError
@@ -153,25 +151,33 @@ class Check:
                 yield "{!r} selects {} instead of {}".format(one_line(prompt), *shown)
 
 
-@expanded
 def verify(
-    engine: EngineOptions,
-    url: str = argument(..., help="The server's address, such as http://localhost:8000."),
-    limit: int = usual(4, "Prompts of each adapter: its examples, or else requests of many kinds.", min=1),
-    concurrency: int = usual(32, "Requests at a time, of different adapters.", min=1, max=512),
-    api_key: str | None = usual(None, "Key of the server; or set $LOGO_API_KEY.", False),
-    json: Json = False,
-) -> None:
+    url: str,
+    /,
+    *,
+    limit: Annotated[int, Parameter(validator=positive)] = 4,
+    concurrency: Annotated[int, Parameter(validator=positive)] = 32,
+    api_key: Annotated[str | None, Parameter(env_var="LOGO_API_KEY")] = None,
+    json: bool = False,
+    engine: EngineOptions = EngineOptions(),
+) -> int:
     """Check that a running server answers with this base model and these adapters.
 
     Each adapter has to change answers, to answer where it is named, also among requests for others, and to give the
     library's answers; selections have to be the library's. The exit code is 1 if something is wrong.
 
-    Example: `logo verify http://localhost:8000 --base-model demo`
+    Example: logo verify http://localhost:8000 --base-model demo
+
+    Args:
+        url: The server's address, such as http://localhost:8000.
+        limit: Prompts of each adapter: its examples, or else requests of many kinds.
+        concurrency: Requests at a time, of different adapters.
+        api_key: Key of the server.
+        json: Print JSON instead.
     """
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"URL {url}: expected an address that begins with http:// or https://")
-    server = Server(url.rstrip("/").removesuffix("/v1"), api_key or os.environ.get("LOGO_API_KEY"))
+    server = Server(url.rstrip("/").removesuffix("/v1"), api_key)
     known, found = server.ask("/v1/models"), server.ask("/v1/logo/adapters")
     served = {card["id"] for card in found["data"]} & {card["id"] for card in known["data"]}
     base, common = found["base_model"], REQUESTS[:: max(1, len(REQUESTS) // limit)][:limit]
@@ -197,4 +203,4 @@ def verify(
         screen(natural_width(table)).print(table)
         summary = f"numbers: {measure}; {len(prompts)} selections, {len(different)} of them not the library's"
         out.print(Text("\n".join([summary, *wrong])))
-    raise typer.Exit(0 if ok else 1)
+    return 0 if ok else 1

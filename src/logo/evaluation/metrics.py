@@ -3,14 +3,19 @@
 Exact match: strip, lower, drop every ".", compare. BLEU: nltk's sentence BLEU-4 with uniform weights, smoothing method
 1, tokens at white space, one reference. ROUGE: rouge_score with its stemmer, F-measure. A dataset's metric is the one
 that the run was given, else the one declared beside its rows, else that of its name's first part. `run.json` records
-it, and `recorded_kind` reads it. Values are fractions of one; only `summary_line` uses percent.
+it. Values are fractions of one; only `summary_line` uses percent.
 nltk and rouge_score are imported at the first use, or by `load`.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import re
+import string
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Protocol, SupportsFloat, TypeVar
@@ -102,13 +107,6 @@ def checked_kind(text: object, where: str) -> Kind:
     return kind
 
 
-def recorded_kind(run: Mapping[str, Any], dataset: str) -> Kind:
-    """The metric of a result, by its `run.json`, or by the dataset's name if that has none. Reading a result imports no
-    plugin: its metric is known by its name."""
-    found = run.get("metric")
-    return found if isinstance(found, str) and found else metric_kind(dataset)
-
-
 def first_line(text: str) -> str:
     """The answer in a decoded continuation: stripped, then its first line (`str.splitlines`), '' if there is none.
 
@@ -195,12 +193,14 @@ def measure(kind: Kind, prediction: str, completion: str | Sequence[str]) -> Val
     return number
 
 
-def judged(kind: Kind, prediction: str, completion: str | Sequence[str], *, failed: bool) -> Value:
-    """The value of an answer. A row that has `failed` has none, and its value is zero, although an empty answer can be
-    right; raises as `measure`."""
-    if not failed:
-        return measure(kind, prediction, completion)
+def zero(kind: Kind) -> Value:
+    """The value of a row without an answer; an empty answer could be right."""
     return dict.fromkeys(measures(kind), 0.0) if kind == "rouge" else 0
+
+
+def judge(kind: Kind, prediction: str, completion: str | Sequence[str], *, failed: bool) -> Value:
+    """The value of a stored answer; raises as `measure`."""
+    return zero(kind) if failed else measure(kind, prediction, completion)
 
 
 def load(kind: Kind) -> None:
@@ -260,3 +260,69 @@ def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(list(_ROUGE.values()), use_stemmer=True)
+
+
+# -- measures of whole datasets, which other work reports beside the official ones -------------------------------------
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_SCRIPTS = {"CJK": "zh", "HIRAGANA": "char", "KATAKANA": "char", "THAI": "char", "LAO": "char", "KHMER": "char"}
+
+
+def extra(kind: Kind, predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Exact match and token F1 by the rules of SQuAD v1.1 (0 to 1), for answers; or corpus BLEU and chrF (0 to 100)
+    with their signatures (sacrebleu), and for texts from data ROUGE of the best gold text. Empty for a plugin's metric.
+
+    Args:
+        predictions: one answer per row; '' is a wrong one.
+        golds: all gold texts of each row, which count as references.
+    """
+    if kind not in KINDS:
+        return {}
+    pairs = list(zip(predictions, golds, strict=True))
+    if kind.startswith("em"):
+        exact = [max(float(squad(answer) == squad(gold)) for gold in texts) for answer, texts in pairs]
+        return {
+            "exact_match": fmean(exact),
+            "f1": fmean(max(token_f1(answer, gold) for gold in texts) for answer, texts in pairs),
+        }
+    from sacrebleu import BLEU, CHRF
+
+    found: dict[str, Any] = {}
+    if kind == "rouge":
+        best = [[rouge(answer, gold) for gold in texts] for answer, texts in pairs]
+        found = {name: fmean(max(one[name] for one in each) for each in best) for name in _ROUGE}
+    streams = [list(column) for column in itertools.zip_longest(*golds)]  # all first gold texts, all second ones, ...
+    # `force` turns off the warning about texts that look tokenized.
+    for name, metric in (("bleu", BLEU(tokenize=tokenizer_for(golds), force=True)), ("chrf", CHRF())):
+        found[name] = float(metric.corpus_score(list(predictions), streams).score)
+        found[f"{name}_signature"] = str(metric.get_signature())
+    return found
+
+
+def token_f1(prediction: str, gold: str) -> float:
+    """The harmonic mean of precision and recall of the answer's words after `squad`, in [0, 1]."""
+    answer, right = squad(prediction).split(), squad(gold).split()
+    if not answer or not right:
+        return float(answer == right)
+    common = sum((Counter(answer) & Counter(right)).values())
+    return 2 * common / (len(answer) + len(right))
+
+
+def squad(text: str) -> str:
+    """The text in lower case, without ASCII punctuation, without `a`, `an` and `the`, and with single blanks. Articles
+    stay where nothing else is left, so that the choice "(A)" is not the same as no answer."""
+    plain = text.lower().translate(_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", plain).split() or plain.split())
+
+
+def tokenizer_for(golds: Sequence[Sequence[str]]) -> str:
+    """sacrebleu's tokenizer for these gold texts, by the letters of all together: `13a`, `zh` for Chinese, `char` for
+    other scripts without spaces."""
+    scripts: Counter[str] = Counter()
+    for letter in filter(str.isalpha, (letter for texts in golds for text in texts for letter in text)):
+        script = "" if letter < "\u0e00" else unicodedata.name(letter, "").partition(" ")[0]
+        scripts[_SCRIPTS.get(script, "13a")] += 1
+    if 2 * scripts["13a"] >= scripts.total():
+        return "13a"
+    return "char" if 10 * scripts["char"] > scripts["zh"] else "zh"  # Japanese mixes Chinese characters and kana

@@ -1,228 +1,382 @@
-"""The result files of one dataset: their folder and their content.
+"""Result folders: written whole, continued where a run was interrupted, and read as one table.
 
-There are nine JSON files per dataset: six that the official script also writes, `run.json` with everything needed to
-repeat the run, `rows.json` with the answered rows, so that a report needs no data folder, and `metrics.json` with the
-scores of all answers together. They appear together or not at all: see `logo.files.new_folder`.
+    {result_dir}/{base}_selection_{signal}_n_{k}_seed_{seed}/{dataset}/
+        eval_results, predictions, selected_loras, weights, metric_dict, time_dict (.json)   as the official script
+        run.json      what the answers depend on, every option, scores with intervals, versions
+        rows.jsonl    a line per row: index, prompt, completion, references, target (the adapter that it names),
+                      prediction, value, error, selected, weights, scores, confidence, form, seconds
+
+An unfinished result is a hidden folder beside its place with `run.json` and the lines so far, in any order.
 """
 
 from __future__ import annotations
 
 import json
-import platform
+import os
 import re
-from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
-from importlib import metadata
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from logo import __version__
-from logo.errors import StorageError, UsageError
-from logo.evaluation.corpus import extra_metrics, mean_of
-from logo.evaluation.metrics import Kind, by_measure, mean, metric_kind
-from logo.evaluation.runner import DatasetResult
-from logo.files import new_folder
-from logo.identity import fingerprint
-from logo.recorded import without_secrets
-from logo.rows import Row
+from logo.errors import DataError, StorageError, UsageError
+from logo.evaluation.metrics import by_measure, measures, metric_kind
+from logo.files import new_folder, replace_file
 
-_RUN_NAME = re.compile(r"[^\W_]([\w.+=-]{0,62}[^\W_])?")
-LOGO = "logo"  # the method that is not a baseline
+if TYPE_CHECKING:
+    import pandas
 
-RESULT_FILES = (
-    "eval_results.json",
-    "predictions.json",
-    "selected_loras.json",
-    "weights.json",
-    "metric_dict.json",
-    "time_dict.json",
-    "run.json",
-    "rows.json",
-    "metrics.json",
+OFFICIAL = ("eval_results", "predictions", "selected_loras", "weights", "metric_dict", "time_dict")
+RUN, ROWS = "run.json", "rows.jsonl"
+FILES = (*(f"{name}.json" for name in OFFICIAL), RUN, ROWS)
+MARK = "eval_results.json"  # a folder with this file is the result of one dataset
+
+_FOLDER = re.compile(
+    r"(?P<base>.+)_(?:selection|method)_(?P<method>[A-Za-z0-9-]+)_n_(?P<k>\d+)_seed_(?P<seed>\d+)(?:_(?P<name>.+))?"
 )
-_INDENTED = frozenset({"run.json", "metrics.json"})  # for reading; the others are as the official script writes them
-
-_LIBRARIES = ("torch", "transformers", "huggingface_hub", "nltk", "rouge_score", "sacrebleu")  # in run.json
+_NAME = re.compile(r"[^\W_]([\w.+=-]{0,62}[^\W_])?")
 
 
 def run_folder(
-    result_dir: str | PurePath,
-    base_model: str | PurePath,
-    strategy: str,
-    k: int,
-    seed: int,
-    method: str = LOGO,
-    run_name: str | None = None,
+    result_dir: str | Path, base_model: str, strategy: str, k: int, seed: int, method: str = "logo", name: str = ""
 ) -> Path:
-    """`{result_dir}/{base}_selection_{strategy}_n_{k}_seed_{seed}`, base being the last part of the model's Hub id,
-    folder (a slash at its end does not matter) or name. With another method it is
-    `{base}_method_{method}_n_{k}_seed_{seed}`; a run's own name follows after `_`.
+    """The folder of a run: `{base}_selection_{strategy}_n_{k}_seed_{seed}`, base being the last part of the model's
+    name, or `{base}_method_{method}_...`; a run's own name follows after `_`.
 
     Raises:
         UsageError: the run's name cannot be part of a folder's name.
     """
-    if run_name is not None and not _RUN_NAME.fullmatch(run_name):
-        raise UsageError(
-            f"--run-name {run_name!r}: expected up to 64 letters, digits and any of . _ - + = , beginning and ending "
-            "with a letter or a digit"
-        )
+    if name and not _NAME.fullmatch(name):
+        allowed = "letters, digits and any of . _ - + = , beginning and ending with a letter or a digit"
+        raise UsageError(f"--run-name {name!r}: expected up to 64 {allowed}")
     base = PurePath(base_model).name
     if base in ("", ".."):  # '.', '..', 'models/..': the folder's own name says more
         base = Path(base_model).resolve().name or "model"
-    chosen = f"selection_{strategy}" if method == LOGO else f"method_{method}"
-    own = "" if run_name is None else f"_{run_name}"
-    return Path(result_dir) / f"{base}_{chosen}_n_{k}_seed_{seed}{own}"
+    chosen = f"selection_{strategy}" if method == "logo" else f"method_{method}"
+    return Path(result_dir) / f"{base}_{chosen}_n_{k}_seed_{seed}{f'_{name}' if name else ''}"
 
 
-def result_files(
-    result: DatasetResult,
-    rows: Sequence[Row],
-    *,
-    strategy: str,
-    loading_seconds: float,
-    run: Mapping[str, object],
-    seed: int = 0,
-) -> dict[str, object]:
-    """The content of all files by name.
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+class Partial:
+    """The unfinished result of one dataset; held by one process at a time.
 
     Args:
-        rows: that were answered, parallel to the result.
+        folder: where the result will be.
+        identity: all that it depends on, as JSON.
+        fresh: forget what an earlier process has done.
+
+    Attributes:
+        records: of rows, by index, as far as they are done.
+
+    Raises:
+        UsageError: what is there was left by another run, or another process works on it.
+        StorageError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, fresh: bool = False) -> None:
+        self.folder, self._home = folder, partial_of(folder)
+        self.records: dict[int, dict[str, Any]] = {}
+        try:
+            self._home.mkdir(parents=True, exist_ok=True)
+            # Unbuffered, so that closing does not try again what could not be written.
+            self._file = open(self._home / ROWS, "a+b", buffering=0)  # noqa: SIM115 - closed by `close`
+        except OSError as error:
+            raise _unusable(self._home, error) from error
+        try:
+            _lock(self._file.fileno(), self._home)
+            self._begin(identity, fresh)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _begin(self, identity: Mapping[str, Any], fresh: bool) -> None:
+        self._file.seek(0)
+        *lines, cut = self._file.readall().split(b"\n")  # the last one was cut off, or is empty
+        if fresh or not lines:
+            self._file.truncate(0)
+            replace_file(self._home / RUN, json.dumps({"identity": identity}, indent=2).encode())
+            return
+        if found := differences(identity, read_run(self._home)["identity"]):
+            raise UsageError(
+                f"{self._home} was left by an unfinished run with other settings, pool, rows or versions "
+                f"({described(found)}); repeat that run to finish it, or begin again with --overwrite"
+            )
+        self._file.truncate(sum(len(line) + 1 for line in lines))
+        self.records = {one["index"]: one for one in map(json.loads, lines)}
+
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Writes records, and returns when they are on the disk.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
+        try:
+            rest = memoryview(b"".join(json.dumps(one).encode() + b"\n" for one in records))
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _unusable(self._home, error) from error
+        self.records |= {one["index"]: dict(one) for one in records}
+
+    def finish(self, contents: Mapping[str, object]) -> None:
+        """Writes the result, all or nothing, in the place of an earlier one; files of other names are kept there.
+
+        Raises:
+            StorageError: the folder cannot be written or the disk is full; nothing has changed then.
+        """
+        with new_folder(self.folder, replaced=FILES) as new:
+            for name, content in contents.items():
+                (new / name).write_text(json.dumps(content, indent=2 if name == RUN else None), encoding="utf-8")
+            lines = (json.dumps(self.records[index]) for index in sorted(self.records))
+            (new / ROWS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        shutil.rmtree(self._home, ignore_errors=True)  # while this process still holds it
+
+    def close(self) -> None:
+        """Releases the folder for other processes."""
+        self._file.close()
+
+
+def partial_of(folder: Path) -> Path:
+    """The folder of an unfinished result."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def is_done(folder: Path, identity: Mapping[str, Any], partial: Mapping[str, Any]) -> bool:
+    """Whether the result of this run is there already.
+
+    Args:
+        partial: its identity while it is unfinished, which has the environment, too.
+
+    Raises:
+        UsageError: the result of another run is there, or something that cannot be read.
+        StorageError: it cannot be read.
+    """
+    home = partial_of(folder)
+    if (home / RUN).exists() and not differences(partial, read_run(home)["identity"]):
+        return False  # begun, perhaps to replace what is there
+    if not (folder / MARK).exists():
+        return False
+    if not (folder / RUN).exists():
+        raise UsageError(f"{folder} holds a result without a {RUN} that says which run it is of; --overwrite replaces it")
+    found = differences(identity, read_run(folder)["identity"])
+    if found:
+        judged = {name for name, *_ in found} <= {"metric", "metric_plugin"}
+        again = f"; `logo eval report {folder} --metric {identity['metric']}` judges its answers anew" if judged else ""
+        raise UsageError(
+            f"{folder} holds the result of another run: {described(found)}{again}; --overwrite replaces it, --run-name "
+            "NAME keeps both"
+        )
+    return all((folder / name).exists() for name in FILES)
+
+
+def official_files(
+    records: Sequence[Mapping[str, Any]], strategy: str, loading: float, pool: Sequence[str]
+) -> dict[str, object]:
+    """The content of the six files that the official script writes.
+
+    Args:
+        records: of all rows, in order.
         strategy: the signal's name, the one key of `metric_dict.json`.
-        loading_seconds: wall time of loading the model and the pool.
-        run: what `run_record` returned; the names of the score columns are added to it, and how many rows' mixtures
-            were folded or gated.
-        seed: of the intervals in `metrics.json`.
+        loading: wall seconds of loading model and pool.
+        pool: names of the adapters in pool order; those that were scored are the columns of `metric_dict.json`.
     """
-    return {
-        "eval_results.json": result.eval_results,
-        "predictions.json": result.predictions,
-        "selected_loras.json": result.selected,
-        "weights.json": result.weights,
-        "metric_dict.json": {strategy: result.scores},
-        "time_dict.json": {"loading": loading_seconds, **result.seconds},
-        "run.json": {**run, "score_columns": result.scored, "forms": result.forms},
-        "rows.json": [row.as_dict() for row in rows],
-        "metrics.json": metrics_record(result, [row.golds for row in rows], seed=seed),
-    }
+    columns = columns_of(records, pool)
+    seconds: dict[str, float] = {}
+    for one in records:
+        for stage, value in one["seconds"].items():
+            seconds[stage] = seconds.get(stage, 0.0) + value
+    contents = (
+        [one["value"] for one in records],
+        [one["prediction"] for one in records],
+        [one["selected"] for one in records],
+        [one["weights"] for one in records],
+        {strategy: [[one["scores"].get(name) for name in columns] for one in records]},
+        {"loading": loading, **seconds},
+    )
+    return {f"{name}.json": content for name, content in zip(OFFICIAL, contents, strict=True)}
 
 
-def metrics_record(result: DatasetResult, golds: Sequence[Sequence[str]], *, seed: int = 0) -> dict[str, object]:
-    """What `metrics.json` holds: means of the official metric and the measures of `logo.evaluation.corpus`, each with
-    its 95 % interval as far as it has one, the rows that have no answer, and how sure each selection was where that is
-    known.
+def columns_of(records: Sequence[Mapping[str, Any]], pool: Sequence[str]) -> list[str]:
+    """The adapters that any row scored, in pool order."""
+    scored = {name for one in records for name in one["scores"]}
+    return [name for name in pool if name in scored]
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read(paths: Sequence[Path], metric: str | None = None) -> pandas.DataFrame:
+    """All results at or below some folders as one table, a line per row of a dataset.
+
+    Its columns are those of `rows.jsonl`; `run`, `base`, `method`, `k` and `seed`, from `run.json` and the folder's
+    name; `dataset`, `metric`; and `score`, the primary measure of `value` (ROUGE-L of three). What the official script
+    has written has no prompts, gold texts and confidences. `attrs["runs"]` has the `run.json` by run and dataset.
 
     Args:
-        golds: all gold texts of each row.
-        seed: of the intervals that are drawn.
+        metric: judges the stored answers anew; None: the values are those that the run has written.
+
+    Raises:
+        UsageError: there is no result.
+        DataError, StorageError: a file is not what a run writes, or cannot be read.
     """
-    columns = by_measure(result.metric, result.eval_results)
-    intervals = {key: mean_of(column).interval(seed=[seed]) for key, column in columns.items()}
-    extra = extra_metrics(result.dataset, result.predictions, golds, metric=result.metric, seed=seed)
-    return {
-        "official": mean(result.metric, result.eval_results),
-        "official_intervals": {key: interval for key, interval in intervals.items() if interval is not None},
-        "extra": extra.values,
-        "extra_intervals": extra.intervals,
-        "signatures": extra.signatures,
-        "errors": [{"index": index, "message": message} for index, message in sorted(result.errors.items())],
-        **({"confidence": result.confidences} if result.confidences else {}),
+    import pandas
+
+    from logo.evaluation.metrics import judge
+
+    found: list[dict[str, Any]] = []
+    runs: dict[str, dict[str, Any]] = {}
+    for folder in dict.fromkeys(one for path in paths for one in find(path)):
+        run, about = _about(folder)
+        kind = metric or about["metric"]
+        runs.setdefault(about["run"], {})[about["dataset"]] = run
+        for line in lines(folder):
+            if metric is not None:
+                if "completion" not in line:
+                    raise DataError(f"{folder}: expected {ROWS} with gold texts to judge by, found none")
+                line["value"] = judge(kind, line["prediction"], line["completion"], failed=bool(line.get("error")))
+            primary = by_measure(kind, [line["value"]])[measures(kind)[-1]]
+            found.append({**about, "metric": kind, **line, "score": primary[0]})
+    table = pandas.DataFrame(found)
+    table.attrs["runs"] = runs
+    return table
+
+
+def find(path: Path) -> list[Path]:
+    """The folders with results at or below a folder, by name; hidden ones are another process's work in progress.
+
+    Raises:
+        UsageError: there is none.
+    """
+    marked = sorted(file.parent for file in path.rglob(MARK))
+    below = [one for one in marked if not any(part.startswith(".") for part in one.relative_to(path).parts)]
+    if not below:
+        what = "none" if path.is_dir() else "a file" if path.exists() else "no such folder"
+        raise UsageError(f"results {str(path)!r}: expected a folder with {MARK} in it or below, found {what}")
+    return below
+
+
+def _about(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The `run.json` of a result, empty if there is none, and the columns that are the same for all of its rows."""
+    run = read_run(folder) if (folder / RUN).exists() else {}
+    full = folder.resolve()
+    named = next((above for above in full.parents if _FOLDER.fullmatch(above.name)), full.parent)
+    matched = _FOLDER.fullmatch(named.name)
+    parts: Mapping[str, Any] = matched.groupdict() if matched else {}
+    dataset = run.get("dataset", {}).get("name") or full.relative_to(named).as_posix()
+    said = run.get("identity", {})
+    method = said.get("method", {}).get("method") or parts.get("method")
+    signal = said.get("settings", {}).get("signal")
+    return run, {
+        "run": named.name,
+        "base": said.get("base_model") or parts.get("base"),
+        "method": signal if method == "logo" and signal else method,
+        "k": int(parts["k"]) if parts else said.get("settings", {}).get("k"),
+        "seed": int(parts["seed"]) if parts else said.get("seed"),
+        "dataset": dataset,
+        "metric": run.get("metric") or metric_kind(dataset),
     }
 
 
-def write_results(folder: str | PurePath, files: Mapping[str, object]) -> None:
-    """Write the files into the folder, all or none. An earlier result there stays until the new one is complete; files
-    of other names (notes, plots) are kept.
-
-    Raises:
-        StorageError: the folder cannot be written or the disk is full; nothing has changed then.
-        TypeError, ValueError: a content that JSON cannot hold; nothing was touched.
-    """
-    texts = {name: json.dumps(content, indent=2 if name in _INDENTED else None) for name, content in files.items()}
-    with new_folder(Path(folder), replaced=RESULT_FILES) as new:
-        for name, text in texts.items():
-            (new / name).write_bytes(text.encode())
-
-
-def read_results(folder: str | PurePath) -> dict[str, Any]:
-    """The content of a folder's result files by name; other files are ignored.
-
-    Raises:
-        StorageError: a file is missing or cannot be read.
-    """
-    files = {}
-    for name in RESULT_FILES:
-        file = Path(folder) / name
-        try:
-            files[name] = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise StorageError(
-                f"result {str(folder)!r}: expected the file {name}, found none; answer it again with --overwrite"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise StorageError(
-                f"result {str(folder)!r}: {name} cannot be read ({error}); answer it again with --overwrite"
-            ) from None
-    return files
+def lines(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of `rows.jsonl`, or as much as the official files say of rows."""
+    if (folder / ROWS).exists():
+        for number, line in enumerate(_text(folder / ROWS).splitlines(), start=1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{folder / ROWS}:{number}: expected a JSON object, found {error}") from error
+        return
+    files = {name: _json(folder / f"{name}.json") for name in OFFICIAL}
+    about = read_run(folder) if (folder / RUN).exists() else {}
+    try:
+        [scores] = files["metric_dict"].values()
+        columns = about.get("score_columns") or [str(place) for place in range(len(scores[0]) if scores else 0)]
+        keys = ("value", "prediction", "selected", "weights")
+        rows = zip(*(files[name] for name in OFFICIAL[:4]), scores, strict=True)
+        for index, (*fields, row) in enumerate(rows):
+            known = dict(zip(columns, row, strict=True))
+            yield {"index": index, **dict(zip(keys, fields, strict=True)), "scores": known, "error": None}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"{folder}: expected the files of the official script, of equally many rows: {error}") from error
 
 
-def run_record(
-    *,
-    options: Mapping[str, object],
-    pool: Mapping[str, str],
-    dataset: str,
-    metric: Kind | None = None,
-    data_file: str | PurePath,
-    data_sha256: str,
-    rows: int,
-    device: str,
-    started: datetime,
-    seconds: float,
-    identity: Mapping[str, object] | None = None,
-    found_out: Mapping[str, object] | None = None,
-    environment: Mapping[str, object] | None = None,
-) -> dict[str, object]:
-    """The content of `run.json`: enough to repeat the run and to recognise it.
-
-    Args:
-        options: every option by name; those that carry a secret (`token`, ...) are left out, and values that JSON
-            does not know are written as text.
-        pool: sha256 by adapter name, in pool order.
-        metric: by which the dataset was judged; None: by its name.
-        data_file: the dataset's file; `data_sha256`: its digest when the rows were read.
-        rows: how many were evaluated.
-        device: in words, for example `cuda:0 (NVIDIA H100)` or `cpu`.
-        started: when this dataset began, with a time zone; `seconds`: how long it took.
-        identity: what the results depend on (`logo.evaluation.identity`); with the pool it makes the fingerprint by
-            which the same run is known again.
-        found_out: what the method found out about the dataset before its first prompt.
-        environment: what the rows were answered on, see `logo.evaluation.identity.environment`.
-    """
-    plain: dict[str, Any] = without_secrets(json.loads(json.dumps(dict(options), default=str)))
-    return {
-        "date": started.astimezone(timezone.utc).isoformat(timespec="seconds"),
-        "duration": seconds,
-        "dataset": {"name": dataset, "file": str(data_file), "sha256": data_sha256, "rows": rows},
-        "metric": metric or metric_kind(dataset),
-        "options": plain,
-        "pool": dict(pool),
-        "identity": dict(identity or {}),
-        "fingerprint": fingerprint({**(identity or {}), "pool": dict(pool)}),
-        "found_out": dict(found_out or {}),
-        "environment": dict(environment or {}),
-        "device": device,
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str | None]:
-    """The versions that a result depends on, from the installed distributions, so that nothing heavy is imported; None
-    for one that is not installed.
-    """
-    found: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
-    found["logo"] = __version__
-    for library in _LIBRARIES:
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            found[library] = None
+def read_run(folder: Path) -> dict[str, Any]:
+    """The `run.json` of a result; UsageError if it is none."""
+    found = _json(folder / RUN)
+    if not isinstance(found, dict) or not isinstance(found.get("identity"), dict):
+        raise UsageError(f"{folder / RUN}: expected what a run writes, found something else; --overwrite replaces it")
     return found
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(_text(file))
+    except ValueError as error:
+        raise DataError(f"{file}: expected JSON, found {error}") from error
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{file}: expected the file, found none; answer the dataset again with --overwrite") from None
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read ({error.strerror or error})") from error
+
+
+def _unusable(folder: Path, error: OSError) -> StorageError:
+    return StorageError(f"result folder {str(folder)!r}: cannot be written ({error.strerror or error})")
+
+
+def _lock(descriptor: int, home: Path) -> None:
+    """Keeps two processes from answering every row twice; closing the file releases the lock."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"{home}: another process works on this run; wait for it or end it") from None
+    except OSError:
+        return  # some network drives have no locks
+
+
+# -- differences of two runs, in words ---------------------------------------------------------------------------------
+
+Difference = tuple[str, object, object]  # name, value on the one side and on the other
+
+
+def differences(one: Mapping[str, object], other: Mapping[str, object]) -> list[Difference]:
+    """The entries that differ, by dotted name; None stands for a missing one. If the number of rows differs, their
+    digest is left out."""
+    found = [pair for pair in _pairs("", one, other) if pair[1] != pair[2]]
+    names = {name for name, _, _ in found}
+    return [pair for pair in found if not (pair[0].endswith("_sha256") and pair[0].removesuffix("_sha256") in names)]
+
+
+def described(found: Sequence[Difference], most: int = 5) -> str:
+    """The differences in a few words, from the other side: `settings.k is 5, not 2`."""
+    named = [
+        f"{name} is {_short(theirs)}{' instead of' if ours is None else ', not'} {_short(ours)}"
+        for name, ours, theirs in found[:most]
+    ]
+    return "; ".join([*named, *([f"and {len(found) - most} more"] if len(found) > most else [])])
+
+
+def _pairs(prefix: str, one: Mapping[str, object], other: Mapping[str, object]) -> Iterator[Difference]:
+    for key in dict.fromkeys((*one, *other)):
+        ours, theirs = one.get(key), other.get(key)
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            yield from _pairs(f"{prefix}{key}.", ours, theirs)
+        else:
+            yield f"{prefix}{key}", ours, theirs
+
+
+def _short(value: object, longest: int = 20) -> str:
+    text = "not given" if value is None else json.dumps(value)
+    return text if len(text) <= longest else f"{text[:longest]}..."

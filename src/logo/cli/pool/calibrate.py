@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.belonging import check_selection_options
-from logo.cli.expanded import expanded
-from logo.cli.opening import open_base, selection_settings
-from logo.cli.options import EngineOptions, Json
+from logo.cli.opening import open_engine
+from logo.cli.options import EngineOptions
 from logo.cli.output import bar, err, note, out, plain_table, print_json
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError
@@ -21,21 +19,20 @@ if TYPE_CHECKING:
     from logo.selection.calibration import Calibration
 
 
-@expanded
-def calibrate(engine: EngineOptions, json: Json = False) -> None:
+def calibrate(*, json: bool = False, engine: EngineOptions = EngineOptions()) -> None:
     """Run the calibration of a pool on neutral text, and choose the points where prompts are read.
 
     Other commands do this when they open a pool for the first time. This command does it in advance and prints the
     points and how large the adapters are beside the base model's weights.
 
-    Example: `logo pool calibrate --base-model Qwen/Qwen2.5-7B --adapters my/adapters`
+    Example: logo pool calibrate --base-model Qwen/Qwen2.5-7B --adapters my/adapters
+
+    Args:
+        json: Print JSON instead.
     """
-    settings = selection_settings(engine)
-    check_selection_options([settings])
-    base_model = or_demo(engine)
-    with err.status("Loading and calibrating ...") as status:
-        logo = open_base(engine, base_model).uncalibrated(engine, settings)
-        calibration = logo.calibrate(tell=lambda done, of: status.update(f"Indexing adapters: {done} of {of} ..."))
+    with err.status("Loading and calibrating ..."):
+        logo = open_engine(engine, or_demo(engine))
+        calibration = logo.calibrate()
     if calibration is None:
         raise UsageError(f"the signal {logo.settings.signal!r} needs no calibration; `calibrated` does")
     if json:
@@ -52,7 +49,6 @@ def calibrate(engine: EngineOptions, json: Json = False) -> None:
 
 
 def _sizes(logo: LoGo, calibration: Calibration) -> str:
-
     from logo.selection.selector import USUAL_SIZE
 
     if _unknown(calibration):

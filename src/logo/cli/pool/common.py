@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.text import Text
 
 from logo.adapters.adapter import Adapter
 from logo.adapters.layout import BaseLayout
-from logo.cli.choices import OnBad
-from logo.cli.options import option
+from logo.cli.opening import MODEL_DIR
 from logo.cli.output import err
 from logo.errors import AdapterError
 from logo.models import load_config, skeleton
-
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of adapters, at any depth.")]
-AllowPickle = Annotated[bool, option("Also read adapter_model.bin (tensors only).")]
-OnBadAdapter = Annotated[OnBad, option("If an adapter cannot be used: refuse the pool, or skip the adapter.")]
 
 
 def divided(
@@ -37,9 +30,9 @@ def divided(
     return good, bad
 
 
-def fitting(base_model: str, model_dir: str) -> Callable[[Adapter], object]:
+def fitting(base_model: str) -> Callable[[Adapter], object]:
     """A check that raises AdapterError for an adapter that does not fit the base model, whose weights are not read."""
-    model = skeleton(load_config(base_model, model_dir=model_dir))
+    model = skeleton(load_config(base_model, model_dir=MODEL_DIR))
     layout = BaseLayout.of(model)
     return lambda adapter: adapter.fit(layout, model)
 

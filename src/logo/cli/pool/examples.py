@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from json import loads
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from logo.adapters.examples import MOST, read_examples, write_examples
 from logo.adapters.manifest import read_manifest, write_manifest
 from logo.adapters.pool import AdapterPool
 from logo.adapters.sources import parse_sources
-from logo.cli.options import Json, argument, usual
+from logo.cli.options import said
 from logo.cli.output import note, out, print_json, verbatim
-from logo.cli.pool.common import AllowPickle, OnBadAdapter, tell_refused
 from logo.errors import DataError, StorageError, UsageError
 from logo.files import locked
 
@@ -56,34 +55,34 @@ class _Home:
 
 
 def examples(
-    place: str = argument(..., metavar="SOURCE", help="Folder of adapters, at any depth, or a manifest."),
-    name: str | None = argument(None, metavar="NAME", help="The adapter.", show_default="counts the examples of all"),
-    file: Path | None = argument(
-        None,
-        metavar="FILE",
-        help="The example prompts: a JSON object per line with a `prompt` (or `context`); answers are not "
-        "stored. The first 16 replace the adapter's present examples.",
-        show_default="prints the present ones",
-    ),
-    from_log: list[Path] | None = usual(
-        None,
-        "Give adapters without examples 3 to 8 prompts of requests that named them: a log of `logo serve --log-json "
-        "--log-prompts`, or a JSON object per line with `prompt` and `adapter` (repeatable).",
-        metavar="FILE",
-    ),
-    allow_pickle: AllowPickle = False,
-    on_bad_adapter: OnBadAdapter = "error",
-    json: Json = False,
+    place: str,
+    name: Annotated[str | None, said("counts the examples of all")] = None,
+    file: Annotated[Path | None, said("prints the present ones")] = None,
+    /,
+    *,
+    from_log: list[Path] | None = None,
+    allow_pickle: bool = False,
+    json: bool = False,
 ) -> None:
     """Print or store example prompts of adapters. A prompt that is like an adapter's examples selects the adapter.
 
     Examples have no answers. They are stored beside the adapter, or in the manifest.
 
-    Example: `logo pool examples adapters/ antonyms prompts.jsonl`
+    Example: logo pool examples adapters/ antonyms prompts.jsonl
+
+    Args:
+        place: Folder of adapters, at any depth, or a manifest.
+        name: The adapter.
+        file: The example prompts: a JSON object per line with a `prompt` (or `context`); answers are not stored. The
+            first 16 replace the adapter's present examples.
+        from_log: Give adapters without examples 3 to 8 prompts of requests that named them: a log of `logo serve
+            --log-json --log-prompts`, or a JSON object per line with `prompt` and `adapter` (repeatable).
+        allow_pickle: Also read adapter_model.bin (tensors only).
+        json: Print JSON instead.
     """
     if from_log and name is not None:
         raise UsageError("--from-log gives examples to all adapters that a log names: leave NAME out")
-    home = _opened(place, allow_pickle, on_bad_adapter)
+    home = _opened(place, allow_pickle)
     pool = home.pool
     if name is None:
         found = _logged(pool, from_log or [])
@@ -117,7 +116,7 @@ def examples(
         verbatim(prompt)
 
 
-def _opened(text: str, allow_pickle: bool, on_bad: Any) -> _Home:
+def _opened(text: str, allow_pickle: bool) -> _Home:
     [only, *more] = parse_sources(text)
     if more or only.on_hub:
         missing = "" if more else " (there is no such folder here)"
@@ -125,8 +124,7 @@ def _opened(text: str, allow_pickle: bool, on_bad: Any) -> _Home:
             f"{text}: expected one folder or one manifest, in which the examples are stored{missing}; for a pool on "
             f"the Hub, make a manifest first: `logo pool lock {text} --out pool.yaml`"
         )
-    pool = AdapterPool.open([only.where], allow_pickle=allow_pickle, on_bad_adapter=on_bad)
-    tell_refused(pool.refused)
+    pool = AdapterPool.open([only.where], allow_pickle=allow_pickle)
     return _Home(pool, Path(only.where) if only.kind == "manifest" else None)
 
 

@@ -6,15 +6,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.table import Table
 from rich.text import Text
 
 from logo.adapters.adapter import Adapter
 from logo.adapters.sources import gather, parse_sources
-from logo.cli.options import argument, usual
 from logo.cli.output import one_line, out, plain_table, print_json, size
-from logo.cli.pool.common import AllowPickle, divided, fitting, refusal, refusals
+from logo.cli.pool.common import divided, fitting, refusal, refusals
 from logo.errors import AdapterError, LeftOut, PoolError, listed
 
 if TYPE_CHECKING:
@@ -22,26 +20,30 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    folder: str = argument(
-        ..., metavar="SOURCE", help="Folder of adapters, at any depth, or whatever `--adapters` takes."
-    ),
-    base_model: str | None = usual(
-        None, "Also check that every adapter fits this base model (its configuration is enough)."
-    ),
-    model_dir: str = usual("./hf_models", "Folder that is searched first for the base model."),
-    allow_pickle: AllowPickle = False,
-    verify: bool = usual(True, "Read all tensors and check them for NaN and Inf."),
-    check: bool = usual(False, "Exit with 1 if anything would be refused, or nothing is usable."),
-    spectra: bool = usual(False, "Also print the norm and the mean effective rank of every adapter's updates."),
-    json: bool = usual(False, "Print JSON, with the sha256 of every adapter."),
-) -> None:
+    folder: str,
+    /,
+    *,
+    base_model: str | None = None,
+    allow_pickle: bool = False,
+    check: bool = False,
+    spectra: bool = False,
+    json: bool = False,
+) -> int:
     """List the adapters of a pool, and those that would be refused, with the reason.
 
-    Example: `logo pool inspect adapters/ --base-model Qwen/Qwen2.5-7B --spectra`
+    Example: logo pool inspect adapters/ --base-model Qwen/Qwen2.5-7B --spectra
+
+    Args:
+        folder: Folder of adapters, at any depth, or whatever `--adapters` takes.
+        base_model: Also check that every adapter fits this base model (its configuration is enough).
+        allow_pickle: Also read adapter_model.bin (tensors only).
+        check: Exit with 1 if anything would be refused, or nothing is usable.
+        spectra: Also print the norm and the mean effective rank of every adapter's updates.
+        json: Print JSON, with the sha256 of every adapter.
     """
-    good, refused = _found(folder, allow_pickle, verify)
+    good, refused = _found(folder, allow_pickle)
     if base_model is not None:
-        good, misfits = divided(good, fitting(base_model, model_dir))
+        good, misfits = divided(good, fitting(base_model))
         refused += misfits
     sizes: dict[str, Size] = {}
     if spectra:
@@ -61,14 +63,13 @@ def inspect(
             out.print(refusal(bad))
         total = size(sum(adapter.size for adapter in good))
         out.print(f"{folder}: {len(good)} usable ({total}), {len(refused)} refused", markup=False)
-    if check and not (good and all(isinstance(bad, LeftOut) for bad in refused)):
-        raise typer.Exit(1)
+    return int(check and not (good and all(isinstance(bad, LeftOut) for bad in refused)))
 
 
-def _found(source: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter], list[AdapterError]]:
+def _found(source: str, allow_pickle: bool) -> tuple[list[Adapter], list[AdapterError]]:
     """The adapters of a source, and why others there cannot be used."""
     try:
-        good, refused, _ = gather(parse_sources(source), allow_pickle=allow_pickle, skip=True, verify=verify)
+        good, refused, _ = gather(parse_sources(source), allow_pickle=allow_pickle, skip=True, verify=True)
     except PoolError:  # an empty folder is told as such
         return [], []
     return good, refused

@@ -11,65 +11,69 @@ from logo.adapters.adapter import Adapter
 from logo.adapters.manifest import SUFFIXES, Entry, Manifest, is_line, read_manifest, write_manifest
 from logo.adapters.pool import AdapterPool
 from logo.adapters.sources import Source, gather, parse_sources
-from logo.cli.options import Json, argument, usual
+from logo.cli.options import OnBad
 from logo.cli.output import out, print_json
-from logo.cli.pool.common import AllowPickle, OnBadAdapter, divided, fitting, refusals, tell_refused
+from logo.cli.pool.common import divided, fitting, refusals, tell_refused
 from logo.errors import AdapterError, HubError, UsageError
 from logo.hub import hub_error
 
 
 def lock(
-    sources: list[str] = argument(
-        ...,
-        metavar="SOURCE...",
-        help="One or several sources, as `--adapters` takes them, or all repositories `org/prefix*` of an owner.",
-    ),
-    output: Path = usual(Path("pool.yaml"), "The manifest, `.yaml`.", True, "--out", "-o", metavar="FILE"),
-    base_model: str | None = usual(None, "Take only adapters that fit this base model (its configuration is enough)."),
-    model_dir: str = usual("./hf_models", "Folder that is searched first for the base model."),
-    replaces: bool = usual(
-        False, "Replace an existing manifest, of which example prompts are kept.", True, "--replace"
-    ),
-    allow_pickle: AllowPickle = False,
-    on_bad_adapter: OnBadAdapter = "error",
-    json: Json = False,
+    *sources: str,
+    save: Path = Path("pool.yaml"),
+    base_model: str | None = None,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    on_bad_adapter: OnBad = "error",
+    json: bool = False,
 ) -> None:
     """Write a manifest of a pool: the source, the commit and the digest of each adapter.
 
     Opening the manifest (`--adapters pool.yaml`) gives the same weights, or an error that names the change.
 
-    Example: `logo pool lock 'org/my-loras-*' --out pool.yaml --on-bad-adapter skip`
+    Example: logo pool lock 'org/my-loras-*' --save pool.yaml --on-bad-adapter skip
+
+    Args:
+        sources: One or several sources, as `--adapters` takes them, or all repositories `org/prefix*` of an owner.
+        save: The manifest to write, `.yaml`.
+        base_model: Take only adapters that fit this base model (its configuration is enough).
+        overwrite: Replace an existing manifest, of which example prompts are kept.
+        allow_pickle: Also read adapter_model.bin (tensors only).
+        on_bad_adapter: If an adapter cannot be used: refuse the pool, or skip the adapter.
+        json: Print JSON instead.
     """
-    if output.suffix not in SUFFIXES:
-        raise UsageError(f"--out {output}: expected a name that ends with {' or '.join(SUFFIXES)}")
-    if output.exists() and not replaces:
-        raise UsageError(f"--out {output}: exists already; choose another name, or add --replace")
+    if not sources:
+        raise UsageError("no source: name a folder of adapters, a Hub repository or a manifest")
+    if save.suffix not in SUFFIXES:
+        raise UsageError(f"--save {save}: expected a name that ends with {' or '.join(SUFFIXES)}")
+    if save.exists() and not overwrite:
+        raise UsageError(f"--save {save}: exists already; choose another name, or add --overwrite")
     asked = [source for text in sources for source in _sources(text)]
     manifests = [Path(source.where) for source in asked if source.kind == "manifest"]
-    manifests += [output] if output.exists() else []
+    manifests += [save] if save.exists() else []
     kept = {entry.name: entry.examples for file in manifests for entry in read_manifest(file).entries}
     skip = on_bad_adapter == "skip"
     found, refused, k = gather(asked, allow_pickle=allow_pickle, skip=skip, verify=True if skip else None)
 
     def recorded(adapter: Adapter) -> None:
-        source = _source(adapter, output)
+        source = _source(adapter, save)
         if bad := next((text for text in (adapter.name, source) if not is_line(text)), None):
             raise AdapterError(adapter.name, f"a manifest cannot hold {bad!r}: expected one line of printable text")
 
     good, bad = divided(found, recorded)
     if base_model is not None:
-        good, misfits = divided(good, fitting(base_model, model_dir))
+        good, misfits = divided(good, fitting(base_model))
         bad += misfits
     where = ",".join(sources)
     pool = AdapterPool.found(where, good, [*refused, *bad], on_bad_adapter, k)
-    entries = [Entry(_source(one, output), one.name, one.revision, one.sha256, kept.get(one.name)) for one in pool]
-    write_manifest(output, Manifest(entries, k))
+    entries = [Entry(_source(one, save), one.name, one.revision, one.sha256, kept.get(one.name)) for one in pool]
+    write_manifest(save, Manifest(entries, k))
     if json:
-        print_json({"out": str(output), "adapters": list(map(vars, entries)), "refused": refusals(pool.refused)})
+        print_json({"file": str(save), "adapters": list(map(vars, entries)), "refused": refusals(pool.refused)})
         return
     tell_refused(pool.refused)
     commits = len({entry.revision for entry in entries if entry.revision})
-    out.print(f"{output}: {len(entries)} adapters" + (f", {commits} commits" if commits else ""), markup=False)
+    out.print(f"{save}: {len(entries)} adapters" + (f", {commits} commits" if commits else ""), markup=False)
 
 
 def _sources(text: str) -> list[Source]:

@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
 from logo.adapters.adapter import own_name
 from logo.adapters.pool import AdapterPool
 from logo.adapters.sources import Source
-from logo.cli.options import Json, argument, usual
+from logo.cli.options import OnBad, said
 from logo.cli.output import out, print_json, size
-from logo.cli.pool.common import Folder, OnBadAdapter, refusals, tell_refused
+from logo.cli.pool.common import refusals, tell_refused
 
 
 def push(
-    folder: Folder,
-    repo: str = argument(..., metavar="REPO", help="`namespace/name`; created if it does not exist."),
-    path_in_repo: str | None = usual(
-        None,
-        "Folder in the repository; `.` for its top.",
-        "{base model}-loras-{DIR}, as in the official collection",
-        metavar="FOLDER",
-    ),
-    licence: str | None = usual(
-        None, "The licence in the card that is made, by the Hub's name, such as apache-2.0.", True, "--license"
-    ),
-    private: bool = usual(False, "Make the repository private."),
-    message: str | None = usual(None, "Commit message.", "the number of files"),
-    dry_run: bool = usual(False, "List the files; send nothing."),
-    on_bad_adapter: OnBadAdapter = "error",
-    json: Json = False,
+    folder: Path,
+    repo: str,
+    /,
+    *,
+    path_in_repo: Annotated[str | None, said("{base model}-loras-{DIR}, as in the official collection")] = None,
+    licence: Annotated[str | None, Parameter(name="--license")] = None,
+    private: bool = False,
+    dry_run: bool = False,
+    on_bad_adapter: OnBad = "error",
+    json: bool = False,
 ) -> None:
     """Upload a pool to the Hub: safetensors adapters, their configurations and pool.json; no pickles or checkpoints.
 
     A model card is made if the folder has no README.md. The token is HF_TOKEN, or the one that `hf auth login` stored.
     Files that the Hub already has are not sent again.
 
-    Example: `logo pool push adapters/ org/my-loras --private --dry-run`
+    Example: logo pool push adapters/ org/my-loras --private --dry-run
+
+    Args:
+        folder: Folder of adapters, at any depth.
+        repo: `namespace/name`; created if it does not exist.
+        path_in_repo: Folder in the repository; `.` for its top.
+        licence: The licence in the card that is made, by the Hub's name, such as apache-2.0.
+        private: Make the repository private.
+        dry_run: List the files; send nothing.
+        on_bad_adapter: If an adapter cannot be used: refuse the pool, or skip the adapter.
+        json: Print JSON instead.
     """
     from logo.cli.pool.publish import contents_of
     from logo.cli.pool.publish import push as send
@@ -42,7 +51,7 @@ def push(
     tell_refused(pool.refused)
     contents = contents_of(folder, list(pool), repo, path_in_repo, licence)
     targets = {path: len(one) if isinstance(one, bytes) else one.stat().st_size for path, one in contents.items()}
-    message = message or f"{len(contents)} files of the pool {own_name(folder)}"
+    message = f"{len(contents)} files of the pool {own_name(folder)}"
     address = None if dry_run else send(repo, contents, private=private, message=message)
     if json:
         files = [{"path": path, "bytes": count} for path, count in targets.items()]

@@ -1,0 +1,162 @@
+"""`evaluate`: datasets through an `Answerer`, each into a result folder.
+
+    datasets -> done already, unfinished or new -> blocks of missing rows -> `Answerer.answer` -> rows.jsonl -> files
+
+Blocks are answered in this process, or by workers (`logo.cluster`), which get the same blocks in any order.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from logo.baselines.method import Method
+from logo.errors import LoGoError, UsageError
+from logo.evaluation.answer import Answerer, Facts, dataset_identity
+from logo.evaluation.metrics import by_measure, extra, load
+from logo.evaluation.results import RUN, Partial, columns_of, is_done, official_files
+from logo.evaluation.statistics import scores
+from logo.recorded import versions
+
+if TYPE_CHECKING:
+    from logo.evaluation.datasets import Dataset
+
+Block = tuple["Dataset", range]
+Answered = tuple[list[dict[str, Any]], Mapping[str, Any]]  # the records of a block, and what the method found out
+Work = Callable[[Iterable[Block]], Iterable[tuple[Block, Answered]]]  # blocks -> each with what came of it
+
+
+@dataclass(frozen=True)
+class Done:
+    """The result of one dataset, in `folder`; `skipped`: it was there before."""
+
+    dataset: str
+    folder: Path
+    skipped: bool
+
+
+def in_this_process(answerer: Answerer) -> Work:
+    """Answers blocks one after the other."""
+    return lambda blocks: ((block, answerer.answer(*block)) for block in blocks)
+
+
+def evaluate(
+    datasets: Sequence[Dataset],
+    folder: Path,
+    facts: Facts,
+    work: Work,
+    *,
+    method: Method | None = None,
+    batch_size: int = 1,
+    overwrite: bool = False,
+    loading: float = 0.0,
+    command: Mapping[str, Any] | None = None,
+    tell: Callable[[Dataset, int], None] = lambda dataset, done: None,
+) -> Iterator[Done]:
+    """Answers datasets that are not done yet, and yields each when its result is there.
+
+    Args:
+        folder: of the run; results are in `folder / dataset`.
+        facts: of the engine that answers; `work`: answers blocks of rows with it; `method`: selects for it.
+        batch_size: rows that are answered together.
+        overwrite: begin again, also where there is a result.
+        loading: seconds that opening the engine took.
+        command: of the user, for `run.json`.
+        tell: called with a dataset and the number of its rows that are done.
+
+    Raises:
+        UsageError: a result or an unfinished one is another run's, or another process works on it; before anything is
+            answered.
+        LoGoError: the first rows (a whole batch, at least two) are refused for the same reason.
+        StorageError: a result cannot be written.
+    """
+    plans = []
+    for dataset in datasets:
+        identity = {**facts.identity, **dataset_identity(dataset, method)}
+        begun = {**identity, "environment": dict(facts.environment)}
+        place = folder / dataset.name
+        plans.append((dataset, identity, begun, not overwrite and is_done(place, identity, begun)))
+        load(dataset.metric)
+    for dataset, identity, begun, done in plans:
+        place = folder / dataset.name
+        if not done:
+            started = datetime.now(timezone.utc)
+            # Rows that depend on those before them cannot be continued in the middle.
+            with closing(Partial(place, begun, fresh=overwrite or facts.order is not None)) as partial:
+                found_out = _answer(dataset, partial, work, batch_size, tell)
+                records = [partial.records[index] for index in range(len(dataset.rows))]
+                pool = list(facts.identity["pool"])
+                run = {
+                    **{"date": started.isoformat(timespec="seconds"), "device": facts.device},
+                    "duration": sum(one["seconds"]["inference"] for one in records),
+                    "dataset": {"name": dataset.name, "file": str(dataset.file), "rows": len(dataset.rows)},
+                    **{"metric": dataset.metric, "scores": _scores(dataset, records)},
+                    **{"command": dict(command or {}), "settings": dict(facts.settings), "identity": identity},
+                    **{"environment": dict(facts.environment), "versions": versions(), "found_out": dict(found_out)},
+                    "score_columns": columns_of(records, pool),
+                }
+                partial.finish({**official_files(records, facts.signal, loading, pool), RUN: run})
+        yield Done(dataset.name, place, done)
+
+
+def _scores(dataset: Dataset, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The official measures with intervals, and those that other work reports beside them."""
+    official = scores(by_measure(dataset.metric, [one["value"] for one in records]))
+    golds = [row.golds for row in dataset.rows]
+    return {**official, "extra": extra(dataset.metric, [one["prediction"] for one in records], golds)}
+
+
+def _answer(
+    dataset: Dataset, partial: Partial, work: Work, batch_size: int, tell: Callable[[Dataset, int], None]
+) -> Mapping[str, Any]:
+    """Answers the missing rows; returns what the method found out about the dataset."""
+    held: list[dict[str, Any]] = []  # until a row has an answer: the run may fail in all of them
+    found_out: Mapping[str, Any] = {}
+    tell(dataset, len(partial.records))
+    for _, (records, found) in work((dataset, block) for block in blocks(dataset, partial.records, batch_size)):
+        held, found_out = [*held, *records], found
+        if not partial.records and len({one["error"] for one in held}) == 1 and held[0]["error"] is not None:
+            if len(held) >= max(2, min(batch_size, len(dataset.rows))):
+                raise LoGoError(f"dataset {dataset.name!r}: {held[0]['error']}")
+            if len(held) < len(dataset.rows):
+                continue
+        partial.add(held)
+        held = []
+        tell(dataset, len(partial.records))
+    return found_out
+
+
+def blocks(dataset: Dataset, known: Mapping[int, object], size: int) -> Iterator[range]:
+    """The rows of a dataset that are not known, in blocks of at most `size`, cut where a run without known rows cuts
+    them."""
+    for start in range(0, len(dataset.rows), size):
+        missing = [index for index in range(start, min(start + size, len(dataset.rows))) if index not in known]
+        while missing:
+            end = next((n for n, index in enumerate(missing) if index != missing[0] + n), len(missing))
+            yield range(missing[0], missing[0] + end)
+            missing = missing[end:]
+
+
+def warn_of_copies(dataset: Dataset, method: Method | None) -> None:
+    """Warns if a method learns from rows that are tested, too."""
+    if method is None or "train" not in method.needs:
+        return
+    tested = {row.context for row in dataset.rows}
+    if shared := sum(row.context in tested for row in dataset.train):
+        warnings.warn(
+            f"dataset {dataset.name!r}: {shared} of {len(dataset.train)} training rows are test rows too, and method "
+            f"{method.name!r} chose by them: the result may be too good",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def check_workers(facts: Facts) -> None:
+    """Raises UsageError where rows depend on those before them, so that several processes cannot answer them."""
+    if facts.order is not None:
+        raise UsageError(f"workers: a row's result must not depend on other rows, but {facts.order}")
