@@ -50,6 +50,28 @@ def key_of(row: Example) -> str:
     return found
 
 
+def tested_too(train: Sequence[Example], tested: Sequence[Example]) -> int:
+    """The number of training rows whose context is that of a test row."""
+    contexts = {row.context for row in tested}
+    return sum(row.context in contexts for row in train)
+
+
+def overlap(where: str, train: Sequence[Example], tested: Sequence[Example], methods: Sequence[str]) -> str:
+    """The warning that training rows are test rows, too; "" if none is.
+
+    Args:
+        where: what is tested, such as `dataset 'x'`.
+        methods: those that choose adapters by them.
+    """
+    if not (shared := tested_too(train, tested)):
+        return ""
+    return (
+        f"{where}: {shared} of {len(train)} training rows are test rows too (they have the same context), and "
+        f"{'methods' if methods[1:] else 'method'} {', '.join(map(repr, methods))} chose by them: the result may be "
+        "too good"
+    )
+
+
 @dataclass(frozen=True)
 class Task:
     """One dataset, as far as a method may look at it.

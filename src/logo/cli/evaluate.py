@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from logo.baselines import Method
     from logo.cluster.rows import Answerer
     from logo.engine import LoGo
-    from logo.evaluation.jobs import Job
+    from logo.evaluation.datasets import Dataset
     from logo.evaluation.resume import Plan
     from logo.evaluation.session import Evaluation, Session
 
@@ -68,7 +68,7 @@ def evaluate(
     layout = cluster.layout(engine)
     if layout is not None and asked.carries:
         raise UsageError("workers: with --probe-context carry each row depends on the one before; use one process")
-    jobs = _jobs(asked)
+    folder, jobs = _jobs(asked)
     with ExitStack() as stack:
         session: Evaluation
         if layout is None:
@@ -76,7 +76,7 @@ def evaluate(
             stack.enter_context(closing(session.logo))
         else:
             session = _in_workers(layout, asked, stack)
-        scores = _answered(session, session.plans(jobs, overwrite=run.overwrite), json=json)
+        scores = _answered(session, session.plans(jobs, folder, overwrite=run.overwrite), json=json)
     show(scores, json=json)
 
 
@@ -84,14 +84,14 @@ def _answered(session: Evaluation, plans: Sequence[Plan], *, json: bool) -> list
     """The scores of all datasets, printed as they come."""
     for plan in plans:
         if plan.note and not plan.done:
-            note(f"{plan.job.dataset} is answered again: {plan.note}")
+            note(f"{plan.job.name} is answered again: {plan.note}")
     scores: list[Score] = []
     with progress(disable=not err.is_terminal) as bar:
         tasks: dict[int, TaskID] = {}
 
         def advanced(plan: Plan, count: int) -> None:
             if id(plan) not in tasks:
-                tasks[id(plan)] = bar.add_task(plan.job.dataset, total=len(plan.job.rows))
+                tasks[id(plan)] = bar.add_task(plan.job.name, total=len(plan.job.rows))
             bar.update(tasks[id(plan)], completed=count)
 
         results = session.results([plan for plan in plans if not plan.done], advanced)
@@ -117,10 +117,10 @@ def _method(options: MethodOptions, engine: EngineOptions, run: RunOptions) -> M
     return None if method.name == LOGO else method
 
 
-def _jobs(asked: Asked) -> list[Job]:
-    """The datasets that the options name, with their rows. Errors in data and result folders are raised here, before
-    the long part of the work; warns about datasets that are missing."""
-    from logo.evaluation.jobs import find_jobs
+def _jobs(asked: Asked) -> tuple[Path, list[Dataset]]:
+    """The run's folder, and the datasets that the options name. Errors in data and result folders are raised here,
+    before the long part of the work."""
+    from logo.evaluation.datasets import find_datasets
     from logo.evaluation.results import LOGO, run_folder
 
     run, method = asked.run, asked.method
@@ -128,19 +128,17 @@ def _jobs(asked: Asked) -> list[Job]:
     folder = run_folder(
         run.result_dir, asked.base_model, str(asked.engine.signal), asked.k, run.seed, label, run.run_name
     )
-    jobs, missing = find_jobs(
-        folder,
+    if run.rows is not None and run.data_dir != RunOptions.data_dir:
+        raise UsageError(f"--data_dir {run.data_dir} and --rows {run.rows}: expected one of them, found both")
+    jobs = find_datasets(
+        run.data_dir if run.rows is None else run.rows,
         run.dataset,
-        data_dir=run.data_dir,
-        rows=run.rows,
         train_rows=run.train_rows,
         limit=run.limit,
         metric=None if run.metric is None else checked_kind(run.metric, "--metric"),
         official=asked.official,
     )
-    if missing:
-        err.print(f"logo: warning: not in {run.data_dir}, left out: {', '.join(missing)}", markup=False)
-    first = [job.dataset for job in jobs if job.metric == "em_first"]
+    first = [job.name for job in jobs if job.metric == "em_first"]
     if first:
         err.print(
             f"logo: warning: {', '.join(first)}: answers are compared with the first gold text only, as the official "
@@ -150,7 +148,7 @@ def _jobs(asked: Asked) -> list[Job]:
     for place in (Path(run.result_dir), folder):
         if place != folder or folder.exists():
             check_writable(place)
-    return jobs
+    return folder, jobs
 
 
 def _open(asked: Asked) -> Session:
@@ -213,8 +211,8 @@ def _stored(plan: Plan) -> Score:
     from logo.evaluation.results import read_results
 
     under = f"; it was answered under other versions or on another kind of device: {plan.note}" if plan.note else ""
-    note(f"{plan.job.dataset} is done already (--overwrite answers it again){under}")
-    return Score(plan.job.dataset, plan.job.folder, read_results(plan.job.folder), skipped=True)
+    note(f"{plan.job.name} is done already (--overwrite answers it again){under}")
+    return Score(plan.job.name, plan.folder, read_results(plan.folder), skipped=True)
 
 
 def _generation_options(logo: LoGo, official: bool, early_stop: bool) -> dict[str, Any]:

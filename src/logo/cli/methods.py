@@ -80,12 +80,12 @@ def make_method(
 
 
 def _samples(options: MethodOptions) -> dict[str, tuple[str, ...]]:
-    from logo.evaluation.study import find_tasks
+    from logo.evaluation.datasets import find_datasets
 
     if options.adapter_samples is None:
         raise UsageError(
             f"--method {options.method} compares prompts with samples of each adapter's training task: "
             "expected --adapter-samples DIR with NAME.jsonl for every adapter"
         )
-    tasks = find_tasks(options.adapter_samples, limit=options.samples_per_adapter)
+    tasks = find_datasets(options.adapter_samples, limit=options.samples_per_adapter, answers=False)
     return {task.name: tuple(row.context for row in task.rows) for task in tasks}

@@ -38,7 +38,7 @@ class Score:
     @classmethod
     def of(cls, plan: Plan, files: Mapping[str, Any]) -> Score:
         """The score of a dataset that this command has just answered."""
-        return cls(plan.job.dataset, plan.job.folder, files)
+        return cls(plan.job.name, plan.folder, files)
 
     @property
     def rows(self) -> int:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from logo.cli.belonging import check_method_options, check_selection_options
 from logo.cli.cluster import WorkerOptions, absolute, anywhere, everywhere, expected
-from logo.cli.contests import contest_of, methods_of, tasks_of
+from logo.cli.contests import contest_of, methods_of
 from logo.cli.expanded import command_line, expanded
 from logo.cli.field_table import WIDTH as FIELD_WIDTH
 from logo.cli.field_table import field_table
 from logo.cli.methods import MethodOptions
-from logo.cli.opening import Opened, open_base, open_pool, selection_settings
+from logo.cli.opening import Opened, open_base, selection_settings
 from logo.cli.options import EngineOptions, Json, rare, usual
 from logo.cli.output import (
     check_writable,
@@ -34,6 +34,7 @@ from logo.cli.output import (
 from logo.cli.prompts import or_demo
 from logo.cluster.processes import Layout
 from logo.errors import DataError, UsageError
+from logo.evaluation.datasets import find_datasets
 from logo.evaluation.tables import Cell, Column, Table, number, numbers, row
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
     from logo.engine import LoGo
     from logo.evaluation.arms import Arms
     from logo.evaluation.contest import Contest, Lesson
-    from logo.evaluation.study import Measuring, Study, Task
+    from logo.evaluation.datasets import Dataset
+    from logo.evaluation.study import Measuring, Study
 
 Names = tuple[str, ...] | None  # of adapters; None: all of the pool
 
@@ -68,8 +70,8 @@ def study(
     cluster: WorkerOptions,
     rows: str = usual(
         ...,
-        "Folder of NAME.jsonl, or Hub dataset `org/name[@revision]`; NAME is the adapter whose rows they are.",
-        metavar="DIR_OR_REPO",
+        "Folder of NAME.jsonl, or of main/sub/test.jsonl; NAME is the adapter whose rows they are.",
+        metavar="DIR",
     ),
     save: Path = usual(..., "The JSON file to write all numbers to.", metavar="FILE"),
     signals: str | None = usual(
@@ -107,7 +109,6 @@ def study(
         min=0,
     ),
     own_adapters_only: bool = rare(False, "Leave adapters without rows of their own out of the pool."),
-    prompt_end: str = rare("", "Text after every prompt of a Hub dataset; `\\n` is a new line.", "nothing"),
     batch_size: int = usual(8, "Answers that are generated at once.", min=1),
     overwrite: bool = rare(False, "Begin again, and replace a report that --save names."),
     so_far: bool = usual(False, "Show the results so far of an unfinished study."),
@@ -138,12 +139,11 @@ def study(
         report_in(save)  # another file is refused before anything is loaded
     layout = cluster.layout(engine)
     base_model = or_demo(engine)
-    every = tasks_of(rows, tasks, prompt_end, lambda: open_pool(engine, base_model).names)
-    found, held = cut(every, limit, hold_out)
+    found, held = cut(find_datasets(rows, tasks, train_rows=train_rows), limit, hold_out)
     methods = methods_of(method, engine.n_selected_modules, seed, held)
     check_method_options(list(methods.values()), selects=True)
     check_selection_options([replace(selection_settings(engine), signal=signal) for signal in compared])
-    contest = contest_of(found, protocol, generate, methods, metric, train_rows, held)
+    contest = contest_of(found, protocol, generate, methods, metric, {} if train_rows else held)
     names = tuple(task.name for task in found) if own_adapters_only else None
     opener = functools.partial(_arms, signals=compared, batch_size=batch_size, names=names)
     started = time.perf_counter()
@@ -261,7 +261,7 @@ def _only(pool: AdapterPool, names: Sequence[str]) -> AdapterPool:
     return pool.subset(found)
 
 
-def _say_what(tasks: Sequence[Task], names: Sequence[str]) -> None:
+def _say_what(tasks: Sequence[Dataset], names: Sequence[str]) -> None:
     adapters = set(names)
     own = sum(task.name in adapters for task in tasks)
     note(f"adapters: {len(adapters)} · tasks with an adapter of their own: {own} · unseen tasks: {len(tasks) - own}")
@@ -271,7 +271,7 @@ def _say_what(tasks: Sequence[Task], names: Sequence[str]) -> None:
 
 def _measure(
     measuring: Measuring,
-    tasks: Sequence[Task],
+    tasks: Sequence[Dataset],
     save: Path,
     settings: Mapping[str, object],
     contest: Contest,

@@ -17,12 +17,11 @@ from logo.cluster.workers import Workers
 from logo.errors import LoGoError, UsageError
 from logo.evaluation.arms import Arms
 from logo.evaluation.contest import Lesson, Lessons
-from logo.evaluation.jobs import Job
+from logo.evaluation.datasets import Dataset
 from logo.evaluation.resume import Plan
 from logo.evaluation.runner import AnsweredBatch, answers, placed
 from logo.evaluation.session import Evaluation, Facts, Session, Underway
 from logo.evaluation.study import Facts as StudyFacts
-from logo.evaluation.study import Task
 from logo.evaluation.summary import Measured
 
 if TYPE_CHECKING:
@@ -37,24 +36,24 @@ class Answerer:
     def __init__(self, session: Session) -> None:
         self.session = session
         self._engine: Session | Answering = session
-        self._of: Path | None = None  # the dataset that `_engine` answers
+        self._of: str | None = None  # the dataset that `_engine` answers
 
     @property
     def facts(self) -> Facts:
         return self.session.facts
 
-    def learn(self, job: Job) -> dict[str, Any]:
+    def learn(self, job: Dataset) -> dict[str, Any]:
         """What the method of the session learns about a dataset."""
         self._of = None
         return self.session.learn(job)
 
     def answer(
-        self, job: Job, learnt: Mapping[str, Any] | None, block: range
+        self, job: Dataset, learnt: Mapping[str, Any] | None, block: range
     ) -> tuple[list[AnsweredBatch], Mapping[str, Any] | None]:
         """The answered batches of a block of a dataset's rows, where a refusal is that of its row alone; and what the
         method has found out about the dataset."""
-        if job.folder != self._of:
-            self._engine, self._of = self.session.answering(job, learnt), job.folder
+        if job.name != self._of:
+            self._engine, self._of = self.session.answering(job, learnt), job.name
         batches = answers(
             self._engine,
             job.rows[block.start : block.stop],
@@ -82,13 +81,13 @@ class InWorkers(Evaluation):
         found: Facts = self._workers.facts
         return found
 
-    def plans(self, jobs: Sequence[Job], *, overwrite: bool = False) -> list[Plan]:
+    def plans(self, jobs: Sequence[Dataset], folder: Path, *, overwrite: bool = False) -> list[Plan]:
         """As `Evaluation.plans`; UsageError, too, where rows depend on those before them."""
         if self.facts.order is not None:
             raise UsageError(f"workers: a row's result must not depend on other rows, but {self.facts.order}")
-        return super().plans(jobs, overwrite=overwrite)
+        return super().plans(jobs, folder, overwrite=overwrite)
 
-    def learn(self, job: Job) -> dict[str, Any]:
+    def learn(self, job: Dataset) -> dict[str, Any]:
         learnt: dict[str, Any] = self._workers.ask(Answerer.learn, job)
         return learnt
 
@@ -149,7 +148,7 @@ class MeasuredInWorkers:
         """Each lesson with the state that its method has learnt; errors as of `Arms.learn` and `Workers.map`."""
         return self._workers.map(((lesson, (lesson,)) for lesson in lessons), Arms.learnt)
 
-    def __call__(self, rows: Iterable[tuple[Task, int]], lessons: Lessons) -> Iterator[Measured]:
+    def __call__(self, rows: Iterable[tuple[Dataset, int]], lessons: Lessons) -> Iterator[Measured]:
         """Records of rows; errors as of `Arms.__call__` and `Workers.map`, and UsageError where rows depend on those
         before them."""
         if self.facts.in_order:

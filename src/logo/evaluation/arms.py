@@ -18,7 +18,8 @@ from logo.errors import DataError, UsageError
 from logo.evaluation.contest import LEFT_OUT, OWN, Contest, Lesson, Lessons
 from logo.evaluation.identity import digests, environment, order_dependence, plugins_used, pool_digests, rule_of_weights
 from logo.evaluation.metrics import first_line, measure, measures
-from logo.evaluation.study import Facts, Task
+from logo.evaluation.datasets import Dataset
+from logo.evaluation.study import Facts
 from logo.evaluation.summary import KINDS, Measured
 from logo.rows import Row
 from logo.selection.signals import SIGNALS
@@ -92,7 +93,7 @@ class Arms:
             return method.learn(self._logo, self._task(lesson.of, lesson.about))
         raise RuntimeError(f"method {lesson.method!r} learns nothing")
 
-    def __call__(self, rows: Iterable[tuple[Task, int]], lessons: Lessons) -> Iterator[Measured]:
+    def __call__(self, rows: Iterable[tuple[Dataset, int]], lessons: Lessons) -> Iterator[Measured]:
         """Measures rows of tasks, in order.
 
         Args:

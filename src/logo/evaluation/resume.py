@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from logo.errors import StorageError, UsageError
+from logo.evaluation.datasets import Dataset
 from logo.evaluation.differences import described, differences
-from logo.evaluation.jobs import Job
 from logo.evaluation.journal import Journal, written
 from logo.evaluation.standing import Standing, standing
 
@@ -32,7 +32,8 @@ class Plan:
     """What has to be done for one job.
 
     Attributes:
-        job: the job.
+        job: the dataset.
+        folder: of its result.
         identity: what its result depends on (`logo.evaluation.identity`), without the pool.
         pool: SHA-256 by name of the adapters in use.
         environment: the environment of this process.
@@ -42,7 +43,8 @@ class Plan:
         note: what the user should know about an existing result of this run, in words.
     """
 
-    job: Job
+    job: Dataset
+    folder: Path
     identity: Mapping[str, Any]
     pool: Mapping[str, str]
     environment: Mapping[str, str]
@@ -65,7 +67,8 @@ class Plan:
 
 
 def plan(
-    job: Job,
+    job: Dataset,
+    folder: Path,
     identity: Mapping[str, Any],
     pool: Mapping[str, str],
     environment: Mapping[str, str],
@@ -76,6 +79,7 @@ def plan(
     """What is to be done about a job.
 
     Args:
+        folder: of its result.
         identity: what its rows depend on, without the pool.
         pool: SHA-256 by name of the adapters in use.
         environment: what this process runs on.
@@ -87,25 +91,25 @@ def plan(
         StorageError: what is there cannot be read.
     """
     if overwrite:
-        return Plan(job, identity, pool, environment, replaces=True, fresh=True)
-    there, file = standing(job.folder), journal_of(job.folder)
+        return Plan(job, folder, identity, pool, environment, replaces=True, fresh=True)
+    there, file = standing(folder), journal_of(folder)
     begun = written(file)
     begun = begun if begun is not None and begun.records else None  # an empty journal blocks nothing
     replaces = begun is not None and bool(begun.run.get("replaces"))
-    made = Plan(job, identity, pool, environment, replaces, fresh=in_order or begun is None)
+    made = Plan(job, folder, identity, pool, environment, replaces, fresh=in_order or begun is None)
     found = [] if begun is None else differences(made.run, begun.run)
     if there is not None and not there.missing and there.other(made.asked) is None and (begun is None or found):
-        return Plan(job, identity, pool, environment, done=True, note=_under_others(there, environment))
+        return Plan(job, folder, identity, pool, environment, done=True, note=_under_others(there, environment))
     if found:
         raise UsageError(
-            f"dataset {job.dataset!r}: {file} was left by an unfinished run with other settings, pool or rows, or "
+            f"dataset {job.name!r}: {file} was left by an unfinished run with other settings, pool or rows, or "
             f"under other versions ({described(found)}); repeat that run to finish it, or begin again with "
             f"--overwrite; {_KEEP_BOTH}"
         )
     check_place(made)
     if there is not None and there.missing:
-        note = f"{job.folder} lacks {', '.join(there.missing)}"
-        return Plan(job, identity, pool, environment, replaces, fresh=made.fresh, note=note)
+        note = f"{folder} lacks {', '.join(there.missing)}"
+        return Plan(job, folder, identity, pool, environment, replaces, fresh=made.fresh, note=note)
     return made
 
 
@@ -116,14 +120,14 @@ def check_place(plan: Plan) -> None:
         UsageError: something else is there; names the differences.
         StorageError: it cannot be read.
     """
-    there = None if plan.replaces else standing(plan.job.folder)
+    there = None if plan.replaces else standing(plan.folder)
     other = None if there is None else there.other(plan.asked)
     if there is None or other is None:
         return
     judged = ""
     if there.problem is None and {name for name, *_ in differences(plan.asked, there.asked)} <= set(_METRIC):
         judged = f"; its answers are judged anew by `logo eval report {there.folder} --metric {plan.job.metric}`"
-    raise UsageError(f"dataset {plan.job.dataset!r}: {other}{judged}; --overwrite replaces it, {_KEEP_BOTH}")
+    raise UsageError(f"dataset {plan.job.name!r}: {other}{judged}; --overwrite replaces it, {_KEEP_BOTH}")
 
 
 def open_journal(plan: Plan) -> Journal:
@@ -133,7 +137,7 @@ def open_journal(plan: Plan) -> Journal:
         UsageError: another process is on this job, or the journal is of another run.
         StorageError: it cannot be written.
     """
-    file = journal_of(plan.job.folder)
+    file = journal_of(plan.folder)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -16,11 +16,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.baselines.method import Answering, Learned, Task
+from logo.baselines.method import Answering, Learned, Task, overlap, tested_too
+from logo.evaluation.datasets import Dataset
 from logo.evaluation.identity import engine_identity, environment, order_dependence, rows_digest
-from logo.evaluation.jobs import Job, overlap, trained_and_tested
 from logo.evaluation.metrics import METRICS
 from logo.evaluation.results import LOGO, result_files, run_record, write_results
 from logo.evaluation.resume import Plan, check_place, journal_of, open_journal, plan
@@ -94,13 +95,14 @@ class Evaluation(ABC):
         """
 
     @abstractmethod
-    def learn(self, job: Job) -> dict[str, Any]:
+    def learn(self, job: Dataset) -> dict[str, Any]:
         """What the method learns about a dataset from its training rows."""
 
-    def plans(self, jobs: Sequence[Job], *, overwrite: bool = False) -> list[Plan]:
+    def plans(self, jobs: Sequence[Dataset], folder: Path, *, overwrite: bool = False) -> list[Plan]:
         """What has to be done for each job, determined before the first one begins.
 
         Args:
+            folder: of the run; the result of a dataset goes into the folder of its name below it.
             overwrite: begin again, even where there is a result.
 
         Raises:
@@ -109,13 +111,14 @@ class Evaluation(ABC):
             DataError: training rows are missing or malformed.
         """
         for job in jobs:
-            said = self.learns and overlap(f"dataset {job.dataset!r}", job.train, job.rows, [self.name])
+            said = self.learns and overlap(f"dataset {job.name!r}", job.train, job.rows, [self.name])
             if said:
                 warnings.warn(said, UserWarning, stacklevel=2)
         facts = self.facts
         return [
             plan(
                 job,
+                folder / job.name,
                 self.identity(job),
                 facts.pool,
                 facts.environment,
@@ -145,7 +148,7 @@ class Evaluation(ABC):
         """Whether the method uses labelled training rows."""
         return isinstance(self.method, Learned)
 
-    def identity(self, job: Job) -> dict[str, Any]:
+    def identity(self, job: Dataset) -> dict[str, Any]:
         """The identity of a job's rows, without the pool."""
         return {
             **self.facts.identity,
@@ -153,7 +156,7 @@ class Evaluation(ABC):
             "method": {"method": LOGO} if self.method is None else self.method.as_dict(),
             "seed": self.seed,
             "max_new_tokens": self.max_new_tokens,
-            "dataset": job.dataset,
+            "dataset": job.name,
             "metric": job.metric,
             **({} if METRICS.source(job.metric) is None else {"metric_plugin": METRICS.source(job.metric)}),
             "rows": len(job.rows),
@@ -186,7 +189,7 @@ class Underway:
         self._journal = open_journal(plan)
         try:
             self.learnt = self._learnt() if evaluation.learns else None
-            self.answered = Answered(job.dataset, job.rows, evaluation.batch_size, job.metric, self._journal)
+            self.answered = Answered(job.name, job.rows, evaluation.batch_size, job.metric, self._journal)
         except BaseException:  # the method or a plugin's metric has failed
             self.close()
             raise
@@ -215,11 +218,11 @@ class Underway:
         job, facts, result = self.plan.job, self._evaluation.facts, self.answered.result()
         found_out = dict(self.found_out or {})
         if self.found_out is not None and self._evaluation.learns:
-            found_out["train_rows_also_tested"] = trained_and_tested(job)
+            found_out["train_rows_also_tested"] = tested_too(job.train, job.rows)
         record = run_record(
             options=facts.options,
             pool=facts.pool,
-            dataset=job.dataset,
+            dataset=job.name,
             metric=job.metric,
             data_file=job.file,
             data_sha256=job.sha256,
@@ -240,8 +243,8 @@ class Underway:
             seed=self._evaluation.seed,
         )
         check_place(self.plan)
-        write_results(job.folder, files)
-        journal_of(job.folder).unlink(missing_ok=True)  # while this process still has it
+        write_results(self.plan.folder, files)
+        journal_of(self.plan.folder).unlink(missing_ok=True)  # while this process still has it
         return files
 
 
@@ -301,14 +304,14 @@ class Session(Evaluation):
                 files = dataset.write()
             yield one, files
 
-    def learn(self, job: Job) -> dict[str, Any]:
+    def learn(self, job: Dataset) -> dict[str, Any]:
         method = self.method
         if not isinstance(method, Learned):
             raise RuntimeError("this session's method learns nothing")
         self._begin()
         return method.learn(self.logo, self._task(job, job.train))
 
-    def answering(self, job: Job, learnt: Mapping[str, Any] | None = None) -> Session | Answering:
+    def answering(self, job: Dataset, learnt: Mapping[str, Any] | None = None) -> Session | Answering:
         """The session or method that answers a dataset, without state of earlier datasets.
 
         Args:
@@ -329,9 +332,9 @@ class Session(Evaluation):
         device = self.logo.devices[0]
         return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
-    def _task(self, job: Job, train: Sequence[Row] = ()) -> Task:
+    def _task(self, job: Dataset, train: Sequence[Row] = ()) -> Task:
         return Task(
-            job.dataset,
+            job.name,
             prompts=[row.context for row in job.rows],
             train=train,
             adapters=[row.adapter for row in job.rows],

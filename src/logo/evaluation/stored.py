@@ -21,7 +21,8 @@ from logo.evaluation.corpus import extra_metrics
 from logo.evaluation.datasets import dataset_file
 from logo.evaluation.intervals import Interval, Values
 from logo.evaluation.metrics import Kind, Value, by_measure, judged, mean, measures, recorded_kind
-from logo.rows import Row, file_sha256, read_rows
+from logo.identity import file_sha256
+from logo.rows import Row, read_rows
 
 MARK = "eval_results.json"  # a folder with this file is the result of one dataset
 RUN = "run.json"
@@ -214,7 +215,7 @@ def _prompts(
             if file_sha256(candidate) == data["sha256"]:
                 return tuple(read_rows(candidate, rows)), ""
             changed = True
-        except (DataError, StorageError):
+        except (DataError, OSError):
             continue
     state = "has changed since" if changed else "is not there any more"
     return None, f"the result holds no prompts, and its data file {data.get('file')} {state}"

@@ -14,44 +14,27 @@ continue after an interruption.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from logo.baselines.registry import may_select_by_signal
-from logo.errors import DataError, StorageError, UsageError, closest
+from logo.errors import StorageError, UsageError
 from logo.evaluation.contest import Contest, Lesson, Lessons
+from logo.evaluation.datasets import Dataset
 from logo.evaluation.differences import described, differences
 from logo.evaluation.identity import rows_digest
 from logo.evaluation.journal import Journal, written
-from logo.evaluation.metrics import Kind
 from logo.evaluation.relative import relative
 from logo.evaluation.reliability import reliability
 from logo.evaluation.results import versions
 from logo.evaluation.runner import summed
 from logo.evaluation.summary import Measured, summary
 from logo.evaluation.tables import counted
-from logo.rows import Row, read_rows, requested
+from logo.rows import Row
 
 _REPLACED = "; --overwrite replaces it, another --save keeps both"
-
-
-@dataclass(frozen=True)
-class Task:
-    """The rows of one task.
-
-    Attributes:
-        name: the name of its adapter, if there is one.
-        file: the file of the rows.
-        metric: the metric of generated answers that the data declares, or None.
-    """
-
-    name: str
-    file: Path
-    rows: tuple[Row, ...]
-    metric: Kind | None = None
 
 
 @dataclass(frozen=True)
@@ -69,47 +52,9 @@ class Study:
     note: str = ""
 
 
-def find_tasks(folder: str | os.PathLike[str], request: str = "", limit: int | None = None) -> list[Task]:
-    """The tasks in a folder of JSONL files, sorted by name, every line checked.
-
-    Names are relative paths without `.jsonl`, as adapters are named by their relative paths; hidden files are left
-    alone.
-
-    Args:
-        request: names or patterns (`glue*`), separated by commas; empty: all.
-        limit: only the first rows of each.
-
-    Raises:
-        DataError: no such folder, no files, no such task, or a malformed line (names the file and the line).
-        UsageError: a limit below 1.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        found = "a file" if root.exists() else "nothing"
-        raise DataError(f"rows folder {str(root)!r}: expected a folder with NAME.jsonl files, found {found}")
-    files = {path.relative_to(root).as_posix().removesuffix(".jsonl"): path for path in root.rglob("*.jsonl")}
-    names = sorted(name for name in files if not any(part.startswith(".") for part in name.split("/")))
-    if not names:
-        raise DataError(f"rows folder {str(root)!r}: expected files NAME.jsonl, found none{_instead(root)}")
-    chosen = requested(
-        request, names, lambda item: DataError(f"task {item!r}: no such file in {str(root)!r}{closest(item, names)}")
-    )
-    return [Task(name, files[name], tuple(read_rows(files[name], limit))) for name in sorted(chosen)]
-
-
-def _instead(root: Path) -> str:
-    """What a folder without rows holds that looks like rows, and what makes rows of it; "" if there is nothing."""
-    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*")):
-        if name.endswith(".jsonl.gz"):
-            return f", only {name!r}; unpack it first"
-        if name.endswith((".csv", ".tsv", ".json", ".parquet")):
-            return f", only {name!r}; `logo data prepare --source` makes rows of it (docs/datasets.md)"
-    return ""
-
-
 def cut(
-    tasks: Sequence[Task], limit: int | None = None, hold_out: int = 0
-) -> tuple[list[Task], dict[str, tuple[Row, ...]]]:
+    tasks: Sequence[Dataset], limit: int | None = None, hold_out: int = 0
+) -> tuple[list[Dataset], dict[str, tuple[Row, ...]]]:
     """The tasks with their first rows, and by name the last `hold_out` rows of each, which are not among these.
 
     Raises:
@@ -158,13 +103,13 @@ class Measuring(Protocol):
     def learn(self, lessons: Iterable[Lesson]) -> Iterator[tuple[Lesson, Mapping[str, Any]]]:
         """Each lesson with the state that its method has learnt, in any order."""
 
-    def __call__(self, rows: Iterable[tuple[Task, int]], lessons: Lessons) -> Iterator[Measured]:
+    def __call__(self, rows: Iterable[tuple[Dataset, int]], lessons: Lessons) -> Iterator[Measured]:
         """A record for each row of a task, in any order."""
 
 
 def study(
     measuring: Measuring,
-    tasks: Sequence[Task],
+    tasks: Sequence[Dataset],
     journal_file: Path,
     *,
     settings: Mapping[str, object],
@@ -180,7 +125,7 @@ def study(
 
     Args:
         measuring: measures rows.
-        tasks: what `find_tasks` found.
+        tasks: of a folder (`logo.evaluation.datasets.find_datasets`).
         journal_file: see `logo.evaluation.journal`; stays until the caller removes it, after writing the report.
         settings: what was asked for, to be recorded. What it holds under `base_model` must not change in a resumed
             study; nor may the pool, the rows, the contest and the engines' settings.
@@ -309,7 +254,7 @@ def _written_before(file: Path, run: Mapping[str, Any]) -> Study:
     return Study(report, (), described(differences(now, then)))
 
 
-def asked_of(tasks: Sequence[Task], contest: Contest, names: Collection[str]) -> list[Task]:
+def asked_of(tasks: Sequence[Dataset], contest: Contest, names: Collection[str]) -> list[Dataset]:
     """The tasks whose rows a contest measures, with a pool of these adapters.
 
     Raises:
@@ -333,7 +278,7 @@ def journal_of(report: Path) -> Path:
 
 
 def _identity(
-    facts: Facts, tasks: Sequence[Task], settings: Mapping[str, object], more: Sequence[str]
+    facts: Facts, tasks: Sequence[Dataset], settings: Mapping[str, object], more: Sequence[str]
 ) -> dict[str, object]:
     """Everything that a row's record depends on; `more`: settings that count beside the usual ones."""
     return {
