@@ -140,7 +140,9 @@ def _checked(where: str, value: Any, kind: type) -> dict[str, Any]:
             raise DataError(f"{where}{key}: expected {expected}, found {_shown(inner)}")
     if missing := [key for key, needed in known.items() if needed and key not in value]:
         raise DataError(f"{where}{missing[0]}: expected this key beside {', '.join(value)}, found none")
-    return {key: inner.strip() if key not in ("source", "fields", *_TEMPLATES) else inner for key, inner in value.items()}
+    return {
+        key: inner.strip() if key not in ("source", "fields", *_TEMPLATES) else inner for key, inner in value.items()
+    }
 
 
 _TEMPLATES = ("context", "completion", "references", "draw_by")  # whose blanks matter
