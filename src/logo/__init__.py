@@ -24,8 +24,7 @@ from logo.errors import (
 if TYPE_CHECKING:
     from logo.adapters.adapter import Adapter, LoraWeights
     from logo.adapters.pool import AdapterPool
-    from logo.baselines.method import Method, Prepared, Task
-    from logo.baselines.registry import register_method
+    from logo.baselines import Prepared, Task, register_method
     from logo.core import Generation, Selection
     from logo.engine import LoGo
     from logo.evaluation.metrics import MetricFunction, register_metric
@@ -43,17 +42,16 @@ _LAZY = {
     "Generation": "logo.core",
     "LoGo": "logo.engine",
     "LoraWeights": "logo.adapters.adapter",
-    "Method": "logo.baselines.method",
     "MetricFunction": "logo.evaluation.metrics",
-    "Prepared": "logo.baselines.method",
+    "Prepared": "logo.baselines",
     "Scored": "logo.scoring",
     "ScoringIndex": "logo.selection.index",
     "Selection": "logo.core",
     "SelectionSettings": "logo.selection.settings",
     "SignalFunction": "logo.selection.signals",
-    "Task": "logo.baselines.method",
+    "Task": "logo.baselines",
     "Truncation": "logo.prompts",
-    "register_method": "logo.baselines.registry",
+    "register_method": "logo.baselines",
     "register_metric": "logo.evaluation.metrics",
     "register_signal": "logo.selection.signals",
 }
@@ -68,7 +66,6 @@ __all__ = [
     "LoGo",
     "LoGoError",
     "LoraWeights",
-    "Method",
     "MetricFunction",
     "MissingLibrary",
     "ModelError",

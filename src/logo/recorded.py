@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
+
+from logo import __version__
 
 # The last words of names whose values nobody may read in results, such as `hf_token` and `api_key`.
 _SECRETS = frozenset({"token", "key", "secret", "password", "credentials"})
@@ -33,3 +37,15 @@ def _shown(name: str, value: Any) -> Any:
 
 def _secret(name: object) -> bool:
     return str(name).replace("-", "_").lower().rpartition("_")[2] in _SECRETS
+
+
+def versions() -> dict[str, str | None]:
+    """The versions that a result depends on, from the installed distributions; None for one that is not there."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    found["logo"] = __version__
+    for library in ("torch", "transformers", "huggingface_hub", "nltk", "rouge_score", "sacrebleu"):
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = None
+    return found

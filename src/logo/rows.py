@@ -3,16 +3,15 @@
 Every line of a JSONL file is an object with a `context` (the prompt) and a `completion` (the gold text, or a list of
 texts that all count as right). Instead of a `context` it may have the `messages` of a conversation, which end with the
 assistant's gold answer, unless there is another `completion`. It may have `references` (all gold texts, if the official
-metric reads only one) and an `adapter` (the one made for such rows). A file is checked whole before its first row is
-used, so that an error on the last line is not found after hours of work.
+metric reads only one) and an `adapter` (the one made for such rows). Where only prompts are needed, a gold text may be
+missing. A file is checked whole before its first row is used, so that an error on the last line is not found after
+hours of work.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +26,6 @@ if TYPE_CHECKING:
 _SHOWN = 60  # characters of a wrong value that a message shows
 _EXPECTED = '{"context": text, "completion": text or list of texts}'
 _CHAT = 'a prompt in "messages", and its gold answer as the last message, of the assistant, or as "completion"'
-_OPTIONAL = '"references", if there are any, to be a list of texts and "adapter" a name'
-
-
-def text_lines(file: Path) -> list[str]:
-    """The lines of a text file in UTF-8, with or without a byte order mark.
-
-    Only line ends separate them, so a line may hold form feeds and Unicode's own separators of lines.
-
-    Raises:
-        OSError, UnicodeDecodeError: it cannot be read.
-    """
-    lines = file.read_text(encoding="utf-8-sig").split("\n")
-    return lines if lines[-1] else lines[:-1]
 
 
 @dataclass(frozen=True)
@@ -48,7 +34,7 @@ class Row:
 
     Attributes:
         context: the prompt as a text; of a conversation the contents of its messages, one per line.
-        completion: its gold text, or all gold texts that count as right.
+        completion: its gold text, or all gold texts that count as right; an empty tuple: it has none.
         references: all gold texts, if the data has more than the official metric reads.
         adapter: the adapter made for such rows, if the data names it.
         messages: the conversation before the answer; empty: the prompt is a text.
@@ -78,12 +64,27 @@ class Row:
 
     def as_dict(self) -> dict[str, object]:
         """The row as an object of a data file, without empty fields."""
-        row: dict[str, object] = {"context": self.context, "completion": self.completion}
-        return row | {key: value for key in ("references", "adapter", "messages") if (value := getattr(self, key))}
+        names = ("context", "completion", "references", "adapter", "messages")
+        return {name: value for name in names if (value := getattr(self, name))}
 
 
-def read_rows(file: Path, limit: int | None = None) -> list[Row]:
+def text_lines(file: Path) -> list[str]:
+    """The lines of a text file in UTF-8, with or without a byte order mark.
+
+    Only line ends separate them, so a line may hold form feeds and Unicode's own separators of lines.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read.
+    """
+    lines = file.read_text(encoding="utf-8-sig").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def read_rows(file: Path, limit: int | None = None, *, answers: bool = True) -> list[Row]:
     """All rows of a file, or the first `limit` of them, after every line was checked.
+
+    Args:
+        answers: False: a row may be a prompt without gold texts.
 
     Raises:
         DataError: no such file, an empty one, or a malformed line (the message starts with `file:line`).
@@ -92,8 +93,7 @@ def read_rows(file: Path, limit: int | None = None) -> list[Row]:
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit {limit}: expected at least 1 row; leave it out for all rows")
-    rows = [row_of(value, f"{file}:{number}") for number, value in objects(file)]
-    return rows[:limit]
+    return [row_of(value, f"{file}:{number}", answers=answers) for number, value in objects(file)][:limit]
 
 
 def objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -105,7 +105,13 @@ def objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     blank = 0  # the first of the blank lines before this one, which may only be at the end of the file
     empty = True
-    for number, line in enumerate(_read(file).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    try:
+        content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{file}: expected a file, found none; put it there or name another folder") from None
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             blank = blank or number
             continue
@@ -115,25 +121,6 @@ def objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, _object(f"{file}:{number}", line)
     if empty:
         raise DataError(f"{file}: expected one JSON object per line, found an empty file")
-
-
-def file_sha256(file: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, in hex, which a result records.
-
-    Raises:
-        DataError: no such file.
-        StorageError: it cannot be read.
-    """
-    return hashlib.sha256(_read(Path(file))).hexdigest()
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{file}: expected a file, found none; put it there or change --data_dir") from None
-    except OSError as error:
-        raise StorageError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
 
 
 def _object(where: str, line: bytes) -> dict[str, Any]:
@@ -150,96 +137,83 @@ def _object(where: str, line: bytes) -> dict[str, Any]:
     return value
 
 
-def row_of(value: Mapping[str, Any], where: str) -> Row:
-    """Makes a row of an object.
-
-    Args:
-        where: the file and the line, for errors.
-
-    Raises:
-        DataError: a field is missing, empty or of another kind.
-    """
-    try:
-        value, messages = _conversation(value) if value.get("messages") is not None else (value, ())
-        for key in ("context", "completion"):
-            if key not in value:
-                raise _Wrong(f"no {key!r}, only {_shown(', '.join(map(str, value)))}")
-        return _checked(value, messages)
-    except _Wrong as wrong:
-        raise malformed(where, wrong.found, wrong.expected) from None
-    except UsageError as error:  # a message that is none; it says what was expected
-        raise DataError(f"{where}: {error}; fix or delete the line") from None
-
-
 def malformed(where: str, found: str, expected: str = _EXPECTED) -> DataError:
     """The error for a malformed line; `where`: the file and the line."""
     return DataError(f"{where}: expected {expected}, found {found}; fix or delete the line")
 
 
-class _Wrong(Exception):
-    """A malformed value of a row."""
+def row_of(value: Mapping[str, Any], where: str, *, answers: bool = True) -> Row:
+    """Makes a row of an object.
 
-    def __init__(self, found: str, expected: str = _EXPECTED) -> None:
-        super().__init__(found)
-        self.found, self.expected = found, expected
+    Args:
+        where: the file and the line, for errors.
+        answers: False: it may have no gold text.
+
+    Raises:
+        DataError: a field is missing, empty or of another kind.
+    """
+    turns: tuple[Mapping[str, Any], ...] = ()
+    if value.get("messages") is not None:
+        value, turns = _conversation(value, where, answers)
+    for key in ("context", "completion") if answers else ("context",):
+        if key not in value:
+            raise malformed(where, f"no {key!r}, only {_shown(', '.join(map(str, value)))}")
+    # Table formats write null for a missing value, and real datasets have blank references.
+    gold, more, adapter = value.get("completion"), value.get("references"), value.get("adapter")
+    if isinstance(more, list) and more:
+        more = [text for text in more if not isinstance(text, str) or text.strip()] or None
+    return Row(
+        _text(where, "'context'", value["context"]),
+        () if gold is None and not answers else _text_or_texts(where, "'completion'", gold),
+        () if more is None else _texts(where, "'references'", more),
+        None if adapter is None else _text(where, "'adapter'", adapter),
+        turns,
+    )
 
 
-def _conversation(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
+def _conversation(
+    row: Mapping[str, Any], where: str, answers: bool
+) -> tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
     """A row with messages as one with a context and a completion; and the messages before the answer.
 
     If the last message is the assistant's and there is no other completion, it is the completion.
     """
     given = row["messages"]
     if not isinstance(given, (list, tuple)) or not given:
-        raise _Wrong("no messages" if given in ([], ()) else _shown(given), _CHAT)
-    turns = checked_turns(given)
+        raise malformed(where, "no messages" if given in ([], ()) else _shown(given), _CHAT)
+    try:
+        turns = checked_turns(given)
+    except UsageError as error:  # it says what was expected
+        raise DataError(f"{where}: {error}; fix or delete the line") from None
     completion, last = row.get("completion"), turns[-1]
     answer = last["content"] if last["role"] == "assistant" else None
-    if completion in (None, answer):
+    if completion in (None, answer) and (answers or answer is not None):
         turns, completion = turns[:-1], answer
         if not turns or answer is None or not answer.strip():
-            raise _Wrong(f"{len(given)} message(s), the last one of the {last['role']}, and no completion", _CHAT)
+            found = f"{len(given)} message(s), the last one of the {last['role']}, and no completion"
+            raise malformed(where, found, _CHAT)
     if turns[-1]["role"] == "assistant":  # the model would be asked to answer an answer
-        raise _Wrong(f"two answers: {_shown(turns[-1]['content'])} and {_shown(completion)}", _CHAT)
+        raise malformed(where, f"two answers: {_shown(turns[-1]['content'])} and {_shown(completion)}", _CHAT)
     return {**row, "context": plain(turns), "completion": completion}, tuple(turns)
 
 
-def _checked(row: Mapping[str, object], messages: tuple[Mapping[str, Any], ...]) -> Row:
-    context = _text("'context'", row["context"])
-    found = row["completion"]
-    completion = _texts("'completion'", found) if isinstance(found, list) else _text("'completion'", found)
-    try:  # table formats write null for a missing value
-        references = () if row.get("references") is None else _references(row["references"])
-        adapter = None if row.get("adapter") is None else _text("'adapter'", row["adapter"])
-    except _Wrong as wrong:
-        raise _Wrong(wrong.found, _OPTIONAL) from None
-    return Row(context, completion, references, adapter, messages)
+def _text_or_texts(where: str, name: str, value: object) -> str | tuple[str, ...]:
+    return _texts(where, name, value) if isinstance(value, list) else _text(where, name, value)
 
 
-def _references(value: object) -> tuple[str, ...]:
-    """References without blank ones, which real datasets have."""
-    if isinstance(value, list) and value:
-        value = [text for text in value if not isinstance(text, str) or text.strip()]
-        if not value:
-            return ()
-    return _texts("'references'", value)
+def _texts(where: str, name: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise malformed(where, f"{name} is {'an empty list' if value == [] else _shown(value)}")
+    return tuple(_text(where, f"{name}[{index}]", text) for index, text in enumerate(value))
 
 
-def _texts(name: str, value: object) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise _Wrong(f"{name} is {_shown(value)}")
-    if not value:
-        raise _Wrong(f"{name} is an empty list")
-    return tuple(_text(f"{name}[{index}]", text) for index, text in enumerate(value))
-
-
-def _text(name: str, value: object) -> str:
+def _text(where: str, name: str, value: object) -> str:
     if not isinstance(value, str):
-        raise _Wrong(f"{name} is {_shown(value)}")
+        raise malformed(where, f"{name} is {_shown(value)}")
     if not value.strip():
-        raise _Wrong(f"{name} is empty")
+        raise malformed(where, f"{name} is empty")
     if any("\ud800" <= character <= "\udfff" for character in value):  # no tokenizer accepts these
-        raise _Wrong(f"{name} holds half of a surrogate pair: {_shown(value)}")
+        raise malformed(where, f"{name} holds half of a surrogate pair: {_shown(value)}")
     return value
 
 
@@ -251,13 +225,17 @@ def _shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def requested(request: str, names: Collection[str], unknown: Callable[[str], LoGoError]) -> set[str]:
-    """Of `names`, those that a request means by names or patterns between commas; all for an empty one. Raises the
-    error that `unknown` makes of a part that means none."""
-    found: set[str] = set()
+def requested(request: str, names: Collection[str], unknown: Callable[[str], LoGoError]) -> list[str]:
+    """Of `names`, those that a request means, in its order.
+
+    Args:
+        request: names, patterns (`bbh.*`) or first parts of names (`bbh`) between commas; empty: all.
+        unknown: makes the error that is raised for a part that means none.
+    """
+    found: dict[str, None] = {}
     for item in [item.strip() for item in request.split(",") if item.strip()] or ["*"]:
-        matching = {name for name in names if name == item or fnmatch.fnmatchcase(name, item)}
-        if not matching:
+        matching = [name for name in names if fnmatch.fnmatchcase(name, item) or name.partition(".")[0] == item]
+        if item not in names and not matching:
             raise unknown(item)
-        found |= matching
-    return found
+        found |= dict.fromkeys([item] if item in names else matching)
+    return list(found)

@@ -1,53 +1,43 @@
-"""`Method`: how adapters are chosen for the prompts of a dataset, and `Answering`, which answers with what it chooses.
+"""What a method is: how adapters are chosen for the prompts of a dataset, as a function with a decorator.
 
-A method holds its options and no other state. What it finds out about a dataset, once and before the first prompt, is
-in the `Prepared` that it makes from a `Task`. This module knows datasets only as texts.
+    @logo.register_method(needs="train", source="arXiv 2307.13269")
+    def mine(logo: LoGo, task: Task, *, rows: int = 5, seed: int = 0) -> Prepared: ...
+
+The function finds out what has to be known about a dataset before its first prompt. Its keyword arguments are the
+method's options; `k`, the most adapters of a prompt, and `seed`, of everything random, are given if it has them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from abc import ABC, abstractmethod
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from logo.core import Generation, Selection
-from logo.engine import LoGo
-from logo.errors import PluginError, UsageError
+from logo.core import Selection
+from logo.errors import PluginError, UsageError, closest
 from logo.plugins import Registry, running
-from logo.prompts import Conversation, checked_turns, plain
+from logo.prompts import checked_turns, plain
 
 if TYPE_CHECKING:
-    from logo.prompts import OnePrompt
+    from logo.engine import LoGo
+    from logo.prompts import Conversation
 
-Need = Literal["train", "prompts", "samples"]
-# (prompts, batch size) -> one selection each. A prompt is a text, or a conversation if the row is one
-# (`text_of` makes a text of both).
+Need = Literal["train", "examples", ""]
+# (prompts, batch size) -> one selection each, which does not depend on the other prompts of the call.
 Select = Callable[[Sequence[Any], int], list[Selection]]
 
 
 class Example(Protocol):
-    """A labelled row; of several gold texts the first is used. A row of a conversation has a `prompt`, too: its
-    messages."""
+    """A labelled row; of several gold texts the first is used. `prompt` is what a model is given: the text of
+    `context`, or the messages of a conversation."""
 
     @property
     def context(self) -> str: ...
     @property
     def completion(self) -> str | tuple[str, ...]: ...
-
-
-def prompt_of(row: Example) -> str | Conversation:
-    """What a model is given of a row: its text, or the messages of a conversation."""
-    found: str | Conversation = getattr(row, "prompt", row.context)
-    return found
-
-
-def key_of(row: Example) -> str:
-    """The prompt of a row as one text that tells it from others; see `logo.rows.Row.key`."""
-    found: str = getattr(row, "key", row.context)
-    return found
+    @property
+    def prompt(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -55,17 +45,17 @@ class Task:
     """One dataset, as far as a method may look at it.
 
     Attributes:
-        name: `main.sub`.
-        prompts: the texts of all test rows' prompts, in dataset order; for methods that need `"prompts"`.
-        train: labelled rows that are not among them; for methods that need `"train"`.
-        adapters: the adapter that each test row names as its own, parallel to `prompts`; empty: none does.
+        name: of the dataset.
+        prompts: the texts of all test rows' prompts, in dataset order.
+        train: returns labelled rows that are not among them; DataError if there are none.
+        targets: the adapter that each test row names as its own, parallel to `prompts`.
         among: a method chooses among these adapters only; empty: among the whole pool.
     """
 
     name: str
     prompts: Sequence[str] = ()
-    train: Sequence[Example] = ()
-    adapters: Sequence[str | None] = ()
+    train: Callable[[], Sequence[Example]] = tuple
+    targets: Sequence[str | None] = ()
     among: Sequence[str] = ()
 
     def candidates(self, logo: LoGo) -> tuple[str, ...]:
@@ -79,169 +69,148 @@ class Prepared:
     """A method that knows its dataset.
 
     Attributes:
-        select: returns a selection for each prompt, which does not depend on the other prompts of the call; None: the
-            engine selects.
+        select: returns a selection for each prompt (`text_of` makes a text of any); None: the engine selects.
         record: what the method found out, for JSON: weights, tables, seeds.
     """
 
     select: Select | None
-    record: dict[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method(ABC):
-    """How adapters are chosen and weighted. Each kind is a subclass with options of its own.
+@dataclass(frozen=True)
+class Described:
+    """A registered function, what it `needs` of a dataset or pool, where it is from, and the adapters per prompt at
+    most, if that is fixed."""
 
-    Attributes:
-        seed: of everything random. The same seed, dataset and pool always give the same selections.
+    function: Callable[..., Prepared]
+    needs: Need
+    source: str
+    picks: int | None
+
+
+METHODS: Registry[Described] = Registry("method")
+
+
+def register_method(
+    *, needs: Need = "", source: str = "", picks: int | None = None, name: str = ""
+) -> Callable[[Callable[..., Prepared]], Callable[..., Prepared]]:
+    """Registers a function as the method of its name, with `-` for `_`; a decorator.
+
+    Args:
+        needs: `"train"`: labelled rows; `"examples"`: example prompts of every adapter.
+        source: a citation.
+        picks: adapters per prompt at most; None: its option `k`, or else the engine decides.
+        name: another name.
 
     Raises:
-        UsageError: an option that cannot be used.
+        UsageError: the name is taken.
     """
 
-    name: ClassVar[str]
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    """What `prepare` looks at: labelled train rows, all test prompts, samples of what each adapter was made for."""
+    def add(function: Callable[..., Prepared]) -> Callable[..., Prepared]:
+        described = Described(function, needs, source, picks)
+        METHODS.add(name or function.__name__.replace("_", "-"), described, function)
+        return function
 
-    seed: int = 0
+    return add
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with its options."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> Need:
+        """What it looks at beside the prompt."""
+        return METHODS[self.name].needs
 
     @property
     def picks(self) -> int | None:
-        """Adapters per prompt at most; None where the pool, the data or the engine decides."""
-        return None
+        """Adapters per prompt at most; None where the engine decides."""
+        known: int | None = self.options.get("k")
+        return METHODS[self.name].picks if known is None else known
 
-    @abstractmethod
+    def as_dict(self) -> dict[str, Any]:
+        """Name and options for JSON, and the plugin that it comes from."""
+        plugin = METHODS.source(self.name)
+        return {"method": self.name, **self.options, **({} if plugin is None else {"plugin": plugin})}
+
     def prepare(self, logo: LoGo, task: Task) -> Prepared:
         """Finds out what has to be known about a dataset before its first prompt.
 
         Raises:
-            UsageError, DataError: the task or an option lacks what the method needs.
+            UsageError, DataError: the task or the pool lacks what the method needs.
+            PluginError, RuntimeError: a plugin has returned something else than it should, or has failed.
         """
+        function = METHODS[self.name].function
+        if METHODS.source(self.name) is None:
+            return function(logo, task, **self.options)
+        with running(f"method {self.name!r}"):
+            found: object = function(logo, task, **self.options)
+        if not isinstance(found, Prepared):
+            raise PluginError(f"method {self.name!r}: expected it to return Prepared, found {found!r:.60}")
+        own = found.select
+        if own is None:
+            return found
 
-    def check(self) -> None:
-        """Raises LoGoError if this machine lacks something that the method needs; each process checks it first."""
-        return
+        def select(prompts: Sequence[Any], batch_size: int) -> list[Selection]:
+            with running(f"method {self.name!r}"):
+                chosen = list(own(prompts, batch_size))
+            if len(chosen) != len(prompts):
+                expected = f"one selection for each of {len(prompts)} prompts, found {len(chosen)}"
+                raise PluginError(f"method {self.name!r}: expected {expected}")
+            return chosen
 
-    def check_pool(self, names: Sequence[str]) -> None:
-        """Raises DataError if the method lacks data about one of these adapters, such as samples of its inputs."""
-        return
-
-    def as_dict(self) -> dict[str, Any]:
-        """Name and options for JSON."""
-        source = METHODS.source(self.name)
-        said = {"method": self.name, **dataclasses.asdict(self)}
-        return said if source is None else {**said, "plugin": source}
-
-
-METHODS: Registry[type[Method]] = Registry("method")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Learned(Method):
-    """A method that learns from labelled rows of the dataset; what it learnt can be kept and used again."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"train"})
-
-    @abstractmethod
-    def learn(self, logo: LoGo, task: Task) -> dict[str, Any]:
-        """Learns about a dataset and returns the result as JSON, to be kept for reuse; errors as in `prepare`."""
-
-    @abstractmethod
-    def recall(self, learnt: Mapping[str, Any]) -> Prepared:
-        """The prepared method, from the result of an earlier `learn`."""
-
-    def prepare(self, logo: LoGo, task: Task) -> Prepared:
-        return self.recall(self.learn(logo, task))
+        return Prepared(select, found.record)
 
 
-def prepared_by(method: Method, logo: LoGo, task: Task) -> Prepared:
-    """`method.prepare(logo, task)`. What a method of a plugin does wrong, now or later, is told with its name.
+def get_method(name: str, *, k: int | None = None, seed: int = 0, **options: Any) -> Method:
+    """The method of this name with these options.
 
     Raises:
-        PluginError: a plugin has returned something else than `Prepared`, or another number of selections than prompts.
-        RuntimeError: a plugin has failed.
+        UsageError: there is no such method or option, or an option is of another kind.
     """
-    if METHODS.source(method.name) is None:
-        return method.prepare(logo, task)
-    with running(f"method {method.name!r}"):
-        prepared: object = method.prepare(logo, task)
-    if not isinstance(prepared, Prepared):
-        raise PluginError(f"method {method.name!r}: `prepare` has to return Prepared, found {prepared!r:.60}")
-    own = prepared.select
-    if own is None:
-        return prepared
-
-    def select(prompts: Sequence[str], batch_size: int) -> list[Selection]:
-        with running(f"method {method.name!r}"):
-            found = list(own(prompts, batch_size))
-        if len(found) != len(prompts):
-            raise PluginError(
-                f"method {method.name!r}: expected one selection for each of {len(prompts)} prompts, found {len(found)}"
-            )
-        return found
-
-    return dataclasses.replace(prepared, select=select)
+    parameters = inspect.signature(METHODS[name].function).parameters.values()
+    known = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+    if k is not None and "k" not in known:
+        raise UsageError(f"method {name!r} has no number of adapters; leave out -k")
+    own = {"seed": seed, **({} if k is None else {"k": k}), **options}
+    for option, value in options.items():
+        if option not in known:
+            has = f"it has: {', '.join(known)}" if known else "it has none"
+            raise UsageError(f"method {name!r} has no option {option!r}{closest(option, known)}; {has}")
+        if isinstance(known[option], int) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UsageError(f"method {name!r}: {option}: expected a whole number of 1 or more, found {value!r}")
+    return Method(name, {**known, **{option: value for option, value in own.items() if option in known}})
 
 
-class Answering:
-    """An engine for one dataset: selects by a method and answers with what it selects.
-
-    Attributes:
-        record: what the method found out about the dataset, for JSON.
-
-    Args:
-        logo: the engine.
-        method: the method, which is prepared for the task unless `prepared` is given.
-        prepared: the result of an earlier preparation for the task.
-        **options: options of `LoGo.generate`, for every prompt.
-    """
-
-    def __init__(
-        self, logo: LoGo, method: Method, task: Task, *, prepared: Prepared | None = None, **options: Any
-    ) -> None:
-        self._logo = logo
-        self._prepared = prepared_by(method, logo, task) if prepared is None else prepared
-        self._options = options
-        self.record = self._prepared.record
-
-    def select(self, prompts: Sequence[OnePrompt], batch_size: int = 8) -> list[Selection]:
-        """One selection for each prompt."""
-        if self._prepared.select is None:
-            return self._logo.select(list(prompts), batch_size=batch_size)
-        return self._prepared.select(prompts, batch_size)
-
-    def generate(self, prompts: Sequence[OnePrompt], *, max_new_tokens: int, batch_size: int) -> list[Generation]:
-        """One answer for each prompt; its seconds of `"probe"` are its share of the time that selecting took."""
-        started = time.perf_counter()
-        select = self._prepared.select
-        selections = None if select is None else select(prompts, batch_size)
-        probe = (time.perf_counter() - started) / max(1, len(prompts))
-        answers = self._logo.generate(
-            list(prompts), adapters=selections, max_new_tokens=max_new_tokens, batch_size=batch_size, **self._options
-        )
-        if selections is None:
-            return answers
-        return [dataclasses.replace(answer, seconds={**answer.seconds, "probe": probe}) for answer in answers]
+def get_methods(names: Sequence[str], options: Mapping[str, Any], seed: int = 0) -> dict[str, Method]:
+    """Several methods by name, each with those of the options that it has; errors as `get_method`, also for an option
+    that none of them has."""
+    known = {name: inspect.signature(METHODS[name].function).parameters for name in names}
+    for option in options:
+        if not any(option in parameters for parameters in known.values()):
+            raise UsageError(f"method option {option!r}: none of {', '.join(names) or 'the methods'} has it")
+    return {
+        name: get_method(name, seed=seed, **{key: value for key, value in options.items() if key in parameters})
+        for name, parameters in known.items()
+    }
 
 
-def same_for_all(weights: dict[str, float], scores: dict[str, float] | None = None) -> Select:
-    """A `Select` that returns one selection, best first, for every prompt."""
-    selection = ranked(weights, scores)
-    return lambda prompts, batch_size: [selection] * len(prompts)
-
-
-def ranked(weights: dict[str, float], scores: dict[str, float] | None = None) -> Selection:
+def ranked(weights: Mapping[str, float], scores: Mapping[str, float] | None = None) -> Selection:
     """The selection with these weights, highest first, ties in their order."""
     order = sorted(weights, key=lambda name: -weights[name])
     return Selection(tuple(order), tuple(weights[name] for name in order), dict(scores or {}))
 
 
-def check_count(option: str, value: int) -> None:
-    """Raises UsageError unless the value is 1 or more."""
-    if value < 1:
-        raise UsageError(f"{option}: expected 1 or more, found {value}")
+def same_for_all(weights: Mapping[str, float]) -> Select:
+    """Selects the same for every prompt."""
+    selection = ranked(weights)
+    return lambda prompts, batch_size: [selection] * len(prompts)
 
 
 def text_of(prompt: str | Conversation) -> str:
-    """The prompt as a text, for methods that compare texts: of a conversation, the contents of its messages."""
+    """The prompt as a text: of a conversation, the contents of its messages."""
     return prompt if isinstance(prompt, str) else plain(checked_turns(prompt))

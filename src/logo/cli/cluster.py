@@ -1,126 +1,71 @@
-"""Options of commands that run in several processes, on this machine or on a Ray cluster."""
+"""Several processes, on this machine or on a Ray cluster, from the options of a command."""
 
 from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from logo.adapters.sources import parse_sources, spec_of
-from logo.cli.choices import Preset
-from logo.cli.opening import open_pool
-from logo.cli.options import EngineOptions, changed, option, usual
+from logo.adapters.sources import pool_sources, spec_of
 from logo.cli.output import note
-from logo.cluster.processes import LOCAL, Expected, Layout
+from logo.cluster.processes import Expected, Layout
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
-    from logo.baselines import Method
-    from logo.vllm.launch import Launch
+    from collections.abc import Callable, Iterator
 
-PANEL = "Several processes"
-
-Ray = Annotated[
-    str | None,
-    option(
-        "`local`: this machine; `auto`: the Ray cluster that this machine is part of; or its HOST:PORT.",
-        "local",
-        metavar="WHERE",
-        panel=PANEL,
-    ),
-]
-Gpus = Annotated[
-    float | None, option("GPUs per process.", "1 if there are GPUs, else 0", metavar="G", min=0.0, panel=PANEL)
-]
+    from logo.cli.options import WorkerOptions
+    from logo.evaluation.answer import Opening
 
 
-@dataclass(frozen=True)
-class WorkerOptions:
-    """Several processes that answer rows."""
+def expected(layout: Layout, pool: str, base_model: str, **options: Any) -> Expected:
+    """What every process has to find: the pool that these `options` of `open_pool` open here. Says that they start."""
+    from logo.adapters.pool import open_pool
 
-    workers: int | None = usual(
-        None, "Processes that answer, each with the model (needs Ray).", False, metavar="N", min=1
-    )
-    ray: Ray = None
-    gpus_per_worker: Gpus = None
-
-    def layout(self, engine: EngineOptions) -> Layout | None:
-        """The workers that the options ask for; None: this process answers."""
-        return _layout(self, engine, "workers", "gpus_per_worker")
-
-
-@dataclass(frozen=True)
-class ReplicaOptions:
-    """Several replicas of a server."""
-
-    replicas: int | None = usual(
-        None, "With --engine vllm: processes that answer, each with the model (needs Ray).", False, metavar="N", min=1
-    )
-    ray: Ray = None
-    gpus_per_replica: Gpus = None
-
-    def layout(self, engine: EngineOptions) -> Layout | None:
-        """The replicas that the options ask for; None: one process serves."""
-        return _layout(self, engine, "replicas", "gpus_per_replica")
-
-
-def _layout(options: Any, engine: EngineOptions, what: str, gpus: str) -> Layout | None:
-    """The processes that options ask for; UsageError for an option without those that it belongs to."""
-    count = getattr(options, what)
-    if count is None:
-        for flag in changed(options).values():
-            raise UsageError(f"{flag} needs --{what}; add that")
-        return None
-    for flag in changed(engine, "device", "device_map").values():
-        raise UsageError(f"{flag}: {what} get their devices from Ray; use --{gpus.replace('_', '-')}")
-    return Layout(count, options.ray or LOCAL, getattr(options, gpus))
-
-
-def expected(layout: Layout, engine: EngineOptions, base_model: str, preset: Preset | None = None) -> Expected:
-    """What every process has to find: the pool that these options open here. Says that the processes start."""
     note(f"starting {layout.count} processes {layout}")
-    return Expected.of(functools.partial(open_pool, everywhere(engine), absolute(base_model), preset))
+    return Expected.of(functools.partial(open_pool, pool, base_model, **options))
 
 
-def serve(
-    engine: EngineOptions,
-    base_model: str,
-    layout: Layout,
-    address: tuple[str, int],
-    launch: Launch,
-) -> None:
-    """Serves from replicas until a signal comes."""
-    from logo.cluster.replicas import Plan, serve_replicas, vllm_app
-
-    open_ = functools.partial(vllm_app, launch.command[3:])  # after `python -m MODULE`
-    variables = launch.environment({})
-    found = expected(layout, engine, base_model)
-    serve_replicas(layout, lambda options: Plan(open_, variables, found, layout.count, options), *address, note)
-
-
-def everywhere(options: EngineOptions) -> EngineOptions:
-    """The options with absolute paths, for a process with another working directory. A text that may also be a name on
-    the Hub is a path if it exists; folders that are searched or created need not exist."""
-    found: dict[str, Any] = {}
-    for name in ("base_model", "adapters", "calibration_prompts", "model_dir", "cache"):
-        value = getattr(options, name)
-        if value and name == "adapters":
-            found[name] = spec_of(parse_sources(value))
-        elif value and (name in ("model_dir", "cache") or os.path.exists(value)):
-            found[name] = type(value)(os.path.abspath(value))
-    return replace(options, **found)
+def anywhere(opening: Opening) -> Opening:
+    """The same with absolute paths, for a process with another working directory. A text that may also be a name on the
+    Hub is a path if it exists."""
+    sources = pool_sources(opening.pool, opening.base_model, opening.options.get("model_dir"))
+    method = opening.method
+    if method is not None:
+        paths = {name: absolute(value) for name, value in method.options.items() if isinstance(value, str)}
+        method = replace(method, options={**method.options, **paths})
+    options = {**opening.options, "model_dir": os.path.abspath(opening.options.get("model_dir") or ".")}
+    return replace(
+        opening, base_model=absolute(opening.base_model), pool=spec_of(sources), method=method, options=options
+    )
 
 
 def absolute(name: str) -> str:
-    """A model's name for a process with another working directory: a path that exists becomes absolute."""
-    return os.path.abspath(name) if os.path.exists(name) else name
+    """A name, which becomes an absolute path if it is a path that exists."""
+    return os.path.abspath(name) if name and os.path.exists(name) else name
 
 
-def anywhere(method: Method | None) -> Method | None:
-    """The method with absolute paths, for a process with another working directory."""
-    from logo.baselines.retrieval import LoraRetriever
+@contextmanager
+def in_workers(
+    opening: Opening,
+    options: WorkerOptions,
+    answer: Callable[..., Any],
+    made: Callable[[Opening], Callable[[], Any]] = lambda there: there,
+) -> Iterator[tuple[Any, Any]]:
+    """The facts of what workers have opened, and what divides blocks of rows among them.
 
-    if not isinstance(method, LoraRetriever):
-        return method
-    return replace(method, embedding_model=absolute(method.embedding_model))
+    Args:
+        answer: what one of them does with a block.
+        made: what opens in each process.
+    """
+    from logo.cluster.workers import in_workers as started
+
+    if opening.options.get("device", "auto") not in ("auto", None):
+        raise UsageError("--device: workers get their devices from Ray; leave it out")
+    layout, there = Layout(options.workers or 1, options.ray), anywhere(opening)
+    pool = {name: there.options[name] for name in ("on_bad_adapter",) if name in there.options}
+    found = expected(layout, str(there.pool), there.base_model, model_dir=there.options["model_dir"], **pool)
+    with started(layout, found, made(there), answer) as opened:
+        yield opened

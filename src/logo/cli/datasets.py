@@ -6,232 +6,161 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.progress import Progress, TaskID
-from rich.table import Table
+from cyclopts import Parameter
 from rich.text import Text
 
-from logo.cli.commands import Commands
-from logo.cli.options import option, usual
-from logo.cli.output import check_writable, err, note, print_json, progress, screen
-from logo.errors import DataError, LoGoError, UsageError
+from logo.cli.options import not_negative, positive
+from logo.cli.output import check_writable, err, note, plain_table, print_json, screen
+from logo.errors import DataError, LoGoError, UsageError, closest
+from logo.evaluation.datasets import dataset_file, dataset_files, declared_metric
 from logo.evaluation.metrics import metric_kind
-from logo.evaluation.tables import counted
+from logo.rows import requested
 
 if TYPE_CHECKING:
     from logo.evaluation.sources.declarations import Declaration
-    from logo.evaluation.sources.manifest import Entry
-    from logo.evaluation.sources.prepare import Request
-
-app = Commands(no_args_is_help=True)
 
 WIDTH = 160  # of the table where there is no terminal to fit
 
-DataDir = Annotated[Path, option("Folder of {main}/{sub}/{test,train}.jsonl.", metavar="DIR")]
-Source = Annotated[
-    list[Path] | None, option("Your own dataset's declaration; may be given several times.", metavar="FILE.yaml")
-]
-Names = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="NAME", help="Names or patterns: `bbh.*`, `anli`, `wmt14.fr-en`.", show_default="all"),
-]
 
+def listed(*names: str, data_dir: Path = Path("data"), source: list[Path] | None = None, json: bool = False) -> None:
+    """List the datasets, and how many rows of each are there.
 
-@app.callback()
-def datasets() -> None:
-    """List datasets, and prepare them from their sources."""
+    Example: logo data list gem --data-dir data
 
-
-@app.command("list")
-def list_datasets(
-    names: Names = None,
-    data_dir: DataDir = Path("./data"),
-    source: Source = None,
-    json: bool = usual(False, "Print JSON, with homepages, citations and notes."),
-) -> None:
-    """List the datasets, and how many rows of each are prepared.
-
-    Example: `logo data list gem --data-dir ./data`
+    Args:
+        names: Names or patterns: `bbh.*`, `anli`, `wmt14.fr-en`; none: all.
+        data_dir: Folder of main/sub/test.jsonl and train.jsonl.
+        source: Your own dataset's declaration, FILE.yaml (repeatable).
+        json: Print JSON, with homepages, citations and notes.
     """
-    from logo.evaluation.sources.loading import chosen, packaged
-    from logo.evaluation.sources.manifest import read_manifest
-
-    known, manifest = {**packaged(), **_declared(source)}, read_manifest(data_dir)
-    there = _present(data_dir)
-    found = chosen(names or [], [*known, *(name for name in there if name not in known)])
-    rows = [_row(name, known.get(name), manifest.get(name), data_dir) for name in found]
+    known = _declared(source)
+    try:
+        there, official = dataset_files(data_dir)
+    except DataError:  # no folder, or nothing in it
+        there, official = {}, True
+    rows = [
+        _row(name, known.get(name), data_dir)
+        for name in _chosen(names, [*known, *(name for name in there if official and name not in known)])
+    ]
     if json:
         print_json(rows)
         return
-    screen(WIDTH).print(_table(rows))
+    table = plain_table("dataset", "group", "metric", ">test", ">train", "source", "licence")
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in rows:
+        cells = ("name", "group", "metric", "rows", "train_rows", "source", "licence")
+        table.add_row(*(Text("-" if row[cell] is None else str(row[cell])) for cell in cells))
+    screen(WIDTH).print(table)
     prepared = sum(row["rows"] is not None for row in rows)
     note(f"{len(rows)} datasets, {prepared} with rows in {data_dir}; `logo data prepare NAME` prepares more")
 
 
-@app.command("prepare")
 def prepare(
-    names: Names = None,
-    data_dir: DataDir = Path("./data"),
-    limit: int = usual(150, "Test rows of each dataset.", min=1),
-    train_limit: int = usual(300, "Train rows, none of them a test row; 0: no file.", min=0),
-    seed: int = usual(0, "Random seed of the draw; it gives the same rows everywhere."),
-    raw: Path | None = usual(None, "Local copies of the sources' files.", "the Hub", "--from", metavar="DIR"),
-    source: Source = None,
-    force: bool = usual(False, "Replace files that are there."),
-) -> None:
+    *names: str,
+    data_dir: Path = Path("data"),
+    limit: Annotated[int, Parameter(validator=positive)] = 150,
+    train_limit: Annotated[int, Parameter(validator=not_negative)] = 300,
+    seed: int = 0,
+    source: list[Path] | None = None,
+    overwrite: bool = False,
+) -> int:
     """Fetch datasets from their sources and draw test and train rows, as prompts with gold answers.
 
     With --source and no NAME, only those files' datasets. One that fails does not stop the others (exit code 1).
 
-    Example: `logo data prepare "bbh.*" anli --data-dir ./data --limit 150`
-    """
-    from logo.evaluation.sources.loading import chosen, packaged
-    from logo.evaluation.sources.manifest import read_manifest
-    from logo.evaluation.sources.prepare import Request
+    Example: logo data prepare "bbh.*" anli --limit 150
 
-    own = _declared(source)
-    known = {**packaged(), **own}  # the user's own take the place of ours
-    found = chosen(names or list(own), list(known))
-    if raw is not None and not raw.is_dir():
-        raise UsageError(f"--from {raw}: expected a folder, found {'a file' if raw.exists() else 'nothing'}")
+    Args:
+        names: Names or patterns: `bbh.*`, `anli`, `wmt14.fr-en`; none: all.
+        data_dir: Folder of main/sub/test.jsonl and train.jsonl.
+        limit: Test rows of each dataset.
+        train_limit: Train rows, none of them a test row; 0: no file.
+        seed: Random seed of the draw; it gives the same rows everywhere.
+        source: Your own dataset's declaration, FILE.yaml (repeatable).
+        overwrite: Replace files that are there.
+    """
+    from logo.evaluation.sources.prepare import Draw, record_of
+    from logo.evaluation.sources.prepare import prepare as prepare_one
+
+    known = _declared(source)
+    found = _chosen(names, [*known] if names or not source else [*known][-len(source) :])
     check_writable(data_dir)
-    manifest = read_manifest(data_dir)
-    request = Request(limit, train_limit, seed, raw)
-    failed = 0
-    with progress(disable=not err.is_terminal) as bar:
-        task = bar.add_task("datasets", total=len(found))
-        for name in found:
-            kept = None if force else _kept(data_dir, name, manifest.get(name), request)
-            if kept is not None:
-                print(kept, flush=True)
-            else:
-                failed += not _prepare(known[name], data_dir, request, bar, task)
-            bar.advance(task)
-        bar.update(task, description="datasets")
+    draw, failed = Draw(limit, train_limit, seed), 0
+    for name in found:
+        try:
+            if dataset_file(data_dir, name).exists() and not overwrite:
+                print(_kept(name, record_of(data_dir, name), vars(draw)), flush=True)
+                continue
+            print(_made(name, prepare_one(known[name], data_dir, draw, progress=err.is_terminal)), flush=True)
+        except LoGoError as error:
+            failed += 1
+            err.print(f"logo: error: {' '.join(str(error).split())}", markup=False)
     if failed:
         err.print(f"logo: {failed} of {len(found)} datasets could not be prepared", markup=False)
-        raise typer.Exit(1)
+    return int(bool(failed))
 
 
 def _declared(files: Sequence[Path] | None) -> dict[str, Declaration]:
-    """The user's own declarations by name."""
-    from logo.evaluation.sources.loading import load_declaration
+    """The package's declarations by name, then the user's own, which take the place of ours."""
+    from logo.evaluation.sources.declarations import load_declaration, packaged
 
-    own: dict[str, Declaration] = {}
-    for file in files or []:
-        made = load_declaration(file)
-        if made.name in own:
-            raise UsageError(f"--source {file}: declares {made.name!r}, as another --source does; leave one out")
-        own[made.name] = made
-    return own
+    own = [load_declaration(file) for file in files or []]
+    mine = {made.name: made for made in own}
+    if len(mine) < len(own):
+        raise UsageError(f"--source: expected declarations of different datasets, found {len(own)} of {len(mine)}")
+    return {name: made for name, made in packaged().items() if name not in mine} | mine
 
 
-def _present(data_dir: Path) -> tuple[str, ...]:
-    from logo.evaluation.datasets import find_datasets
+def _chosen(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    def unknown(item: str) -> UsageError:
+        return UsageError(f"dataset {item!r}: not declared{closest(item, known)}; `logo data list` shows all")
 
-    try:
-        return find_datasets(data_dir).names
-    except DataError:  # no folder, or nothing in it
-        return ()
+    return requested(",".join(names or []), known, unknown)
 
 
-def _row(name: str, declaration: Declaration | None, entry: Entry | None, data_dir: Path) -> dict[str, Any]:
-    """A dataset's entry in the list, from its declaration or else from its entry in the manifest."""
-    from logo.evaluation.datasets import dataset_file
-    from logo.evaluation.jobs import declared_metric
-
-    made = entry or {}
+def _row(name: str, declaration: Declaration | None, data_dir: Path) -> dict[str, Any]:
+    """A dataset's entry in the list."""
     usual = declaration.metric if declaration else metric_kind(name)
-    origin = made.get("source", {})
-    counts = _counts(data_dir, name)
+    counts = {}
+    for split in ("test", "train"):
+        file = dataset_file(data_dir, name, split)
+        lines = file.read_bytes().split(b"\n") if file.exists() else []
+        counts[split] = sum(1 for line in lines if line.strip()) or None
     return {
         "name": name,
         "group": declaration.group if declaration else "own",
         "metric": declared_metric(dataset_file(data_dir, name)) or usual,
-        "rows": counts.get("test"),
-        "train_rows": counts.get("train"),
-        "prepared": entry is not None,
-        "source": declaration.source if declaration else origin.get("repo") or origin.get("homepage") or None,
-        "licence": declaration.licence if declaration else made.get("licence"),
-        "homepage": declaration.homepage if declaration else origin.get("homepage"),
-        "citation": declaration.citation if declaration else made.get("citation"),
-        "notes": declaration.notes if declaration else "",
+        "rows": counts["test"],
+        "train_rows": counts["train"],
+        "source": declaration.source.repo if declaration else None,
+        **{key: getattr(declaration, key, None) for key in ("licence", "homepage", "citation", "notes")},
     }
 
 
-def _counts(data_dir: Path, name: str) -> dict[str, int]:
-    """Split -> number of rows, for the files that exist."""
-    from logo.evaluation.datasets import dataset_file
-
-    found = {}
-    for split in ("test", "train"):
-        try:
-            text = dataset_file(data_dir, name, split).read_bytes()
-        except OSError:
-            continue
-        found[split] = sum(1 for line in text.split(b"\n") if line.strip())
-    return found
+def _kept(name: str, record: Mapping[str, Any] | None, asked: Mapping[str, int]) -> str:
+    """The line that says why nothing is done for a dataset whose rows are there."""
+    if record is None:
+        return f"{name}: kept; its rows were not prepared by this command (--overwrite replaces them)"
+    before = record["asked"]
+    options = f"--limit {before['rows']}, --train-limit {before['train_rows']}, --seed {before['seed']}"
+    other = "" if before == asked else f" of {options} (--overwrite draws anew)"
+    return f"{name}: kept, {_counted(record)}{other}"
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("dataset", "group", "metric", "test", "train", "source", "licence"):
-        table.add_column(heading, justify="right" if heading in ("test", "train") else "left", overflow="fold")
-    for row in rows:
-        counts = ["-" if row[key] is None else str(row[key]) for key in ("rows", "train_rows")]
-        cells = [str(row[key] or "-") for key in ("source", "licence")]
-        table.add_row(*map(Text, (row["name"], row["group"], row["metric"], *counts, *cells)))
-    return table
-
-
-def _kept(data_dir: Path, name: str, entry: Entry | None, request: Request) -> str | None:
-    """The line that says why nothing is done, if the dataset's files are there already."""
-    from logo.evaluation.sources.declarations import SPLITS
-    from logo.evaluation.sources.manifest import counts, state
-
-    found = state(data_dir, name, SPLITS, entry)
-    if found is None:
-        return None
-    if entry is None or found != "whole":
-        reason = "its files are not in the manifest" if entry is None else "its files are not as the manifest says"
-        return f"{name}: kept; {reason} (--force replaces them)"
-    asked = {"rows": request.rows, "train_rows": request.train_rows, "seed": request.seed}
-    other = "" if entry.get("asked") == asked else f" of {_asked(entry)} (--force draws anew)"
-    return f"{name}: kept, {_rows(counts(entry))}{other}"
-
-
-def _asked(entry: Entry) -> str:
-    asked = entry.get("asked", {})
-    names = {"rows": "limit", "train_rows": "train-limit"}
-    return ", ".join(f"--{names.get(key, key)} {value}" for key, value in asked.items())
-
-
-def _rows(counts: Mapping[str, int]) -> str:
-    return " + ".join(f"{count} {split}" for split, count in counts.items()) + " rows"
-
-
-def _prepare(declaration: Declaration, data_dir: Path, request: Request, bar: Progress, task: TaskID) -> bool:
-    """Prepares one dataset and prints the outcome; returns whether it succeeded."""
-    from logo.evaluation.sources.manifest import counts
-    from logo.evaluation.sources.prepare import prepare as prepare_one
-
-    def say(stage: str) -> None:
-        bar.update(task, description=f"{declaration.name}: {stage}")
-
-    try:
-        entry = prepare_one(declaration, data_dir, request, say)
-    except LoGoError as error:
-        message = " ".join(str(error).split())
-        prefix = "" if declaration.name in message else f"{declaration.name}: "
-        err.print(f"logo: error: {prefix}{message}", markup=False)
-        return False
-    made, others = counts(entry), entry["other_golds"]
-    short = made["test"] < request.rows or made.get("train", request.train_rows) < request.train_rows
+def _made(name: str, record: Mapping[str, Any]) -> str:
+    """The line that says what was drawn."""
+    made, asked = record["rows"], record["asked"]
+    short = made["test"] < asked["rows"] or made.get("train", asked["train_rows"]) < asked["train_rows"]
+    others = record["other_golds"]
     extra = [
         *(["all that the source has"] if short else []),
-        *([f"{entry['unusable_rows']} source rows without text left out"] if entry["unusable_rows"] else []),
-        *([f"{counted(others, 'row')} with an earlier prompt and another gold text left out"] if others else []),
-        *([str(entry["source"]["commit"])[:8]] if entry["source"].get("commit") else []),
+        *([f"{record['unusable_rows']} source rows without text left out"] if record["unusable_rows"] else []),
+        *([f"{others} rows with an earlier prompt and another gold text left out"] if others else []),
+        *([record["source"]["commit"][:8]] if record["source"]["commit"] else []),
     ]
-    print(f"{declaration.name}: {_rows(made)}" + (f" ({'; '.join(extra)})" if extra else ""), flush=True)
-    return True
+    return f"{name}: {_counted(record)}" + (f" ({'; '.join(extra)})" if extra else "")
+
+
+def _counted(record: Mapping[str, Any]) -> str:
+    return " + ".join(f"{count} {split}" for split, count in record["rows"].items()) + " rows"

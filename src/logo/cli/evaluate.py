@@ -172,6 +172,7 @@ def evaluate(
         overwrite: Start again, replacing finished rows and a result of another run.
         json: Print scores and folders as JSON.
     """
+    given = {name: value for name, value in locals().items() if value is not None and name != "json"}
     from logo.evaluation.answer import Opening
 
     rows = RowOptions(
@@ -188,7 +189,7 @@ def evaluate(
     options |= {"device": device_of(gpu), "model_dir": model_dir}
     options |= {} if probe_context is None else {"probe_context": probe_context}
     opening = Opening(base_model, adapters, options, None, max_new_tokens, seed, generation_early_stop)
-    return answered(opening, rows, WorkerOptions(), {"name": "evaluate", "options": vars(rows)}, json=json)
+    return answered(opening, rows, WorkerOptions(), {"name": "evaluate", "options": given}, json=json)
 
 
 def answered(
@@ -247,7 +248,9 @@ def _opened(opening: Opening, workers: WorkerOptions, stack: ExitStack) -> Any:
         return answerer.facts, in_this_process(answerer)
     from logo.cli.cluster import in_workers
 
-    facts, work = stack.enter_context(in_workers(opening, workers))
+    from logo.evaluation.answer import Answerer
+
+    facts, work = stack.enter_context(in_workers(opening, workers, Answerer.answer))
     check_workers(facts)
     return facts, work
 

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
-from logo.cli.options import argument
+from cyclopts import Parameter
+
 from logo.errors import need
 
 MODEL = "logo"
 _SUBCOMMANDS = frozenset({"run", "ls", "validate"})
 _NAMES_A_MODEL = ("--model", "-M", "--config", "-C")
 
-# All arguments are the harness's, also those that look like options of ours.
-CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
-
-def lm_eval(
-    arguments: list[str] | None = argument(
-        None,
-        metavar="ARGUMENTS",
-        help="Arguments of `lm_eval`; `logo eval lm-eval run --help` shows them.",
-        show_default=False,
-    ),
-) -> None:
+def lm_eval(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
     """Run lm-evaluation-harness with `--model logo`: one selection per document, for any task.
 
     `--model_args` are `base_model=..., adapters=..., k=..., signal=...` and all other settings of selection.
 
-    Example: `logo eval lm-eval --model_args base_model=demo --tasks my_task --include_path tasks --batch_size 8`
+    Example: logo eval lm-eval --model_args base_model=demo --tasks my_task --include_path tasks --batch_size 8
+
+    Args:
+        arguments: Arguments of `lm_eval`; `logo eval lm-eval run --help` shows them.
     """
     need("this command", "lm_eval")
     from lm_eval.__main__ import cli_evaluate
@@ -36,7 +31,7 @@ def lm_eval(
     if MODEL not in model_registry:
         model_registry.register(MODEL, target="logo.evaluation.harness:LoGoLM")
     before = sys.argv
-    sys.argv = ["lm_eval", *completed(arguments or [])]  # from which the harness reads its arguments
+    sys.argv = ["lm_eval", *completed(list(arguments))]  # from which the harness reads its arguments
     try:
         cli_evaluate()
     finally:

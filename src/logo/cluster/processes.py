@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from logo import plugins
 from logo.errors import LoGoError, UsageError, need
-from logo.evaluation.differences import described, differences
+from logo.evaluation.results import described, differences
 
 if TYPE_CHECKING:
     from logo.adapters.pool import AdapterPool

@@ -15,13 +15,13 @@ from typing import Any, Generic, TypeVar
 
 from logo import plugins
 from logo.cluster.processes import ClusterError, Expected, Layout, connected
-from logo.evaluation.differences import described, differences
+from logo.evaluation.results import described, differences
 
 H = TypeVar("H")  # what an actor has opened
 K = TypeVar("K")
 
 _RETRIES = 2  # how often Ray repeats a call whose actor has died
-_OWN = ("device", "loading", "options")  # fields of an engine's facts in which equal engines may differ
+_OWN = ("device",)  # fields of an engine's facts in which equal engines may differ
 
 
 class Worker:
@@ -63,13 +63,9 @@ class Workers(Generic[H]):
         """A large argument of many items, which is sent to each machine once."""
         return self._ray.put(value)
 
-    def ask(self, what: Callable[..., Any], *args: Any) -> Any:
-        """`what(held, *args)` of an open actor, after what that one does now; errors as of `map`."""
-        return self._got(self._open[0].call.remote(what, *args))
-
     def map(self, work: Iterable[tuple[K, tuple[Any, ...]]], what: Callable[..., Any]) -> Iterator[tuple[K, Any]]:
         """Each key with `what(held, *args)`, in the order in which they are done; the next item is taken when an actor
-        is free. `ask` may be called meanwhile.
+        is free.
 
         Raises:
             ClusterError: an item was repeated in vain, or what an actor has opened differs from the first one.
@@ -117,11 +113,12 @@ class Workers(Generic[H]):
 
 
 @contextmanager
-def opened(
-    layout: Layout, expected: Expected, open_: Callable[[], H], facts: Callable[[H], Any]
-) -> Iterator[Workers[H]]:
-    """Starts workers, each of which has to find what is `expected` and calls `open_` once, and gives them when the
-    first one is open. `facts` makes a dataclass that describes what one has opened.
+def in_workers(
+    layout: Layout, expected: Expected, open_: Callable[[], H], answer: Callable[[H, Any, range], Any]
+) -> Iterator[tuple[Any, Callable[[Iterable[Any]], Iterator[Any]]]]:
+    """Starts workers, each of which has to find what is `expected` and calls `open_` once. Gives, when the first one is
+    open, the `facts` of what it has opened, and a function that divides blocks (dataset, rows) among them and yields
+    each with what `answer` makes of it, in the order in which they are done.
 
     Raises:
         MissingLibrary, ClusterError: as `connected`; or a worker finds something else.
@@ -131,7 +128,24 @@ def opened(
         import ray
 
         made: Any = ray.remote(Worker).options(max_restarts=-1, max_task_retries=_RETRIES, **options)
-        yield Workers([made.remote(expected, open_, facts) for _ in range(layout.count)])
+        workers: Workers[H] = Workers([made.remote(expected, open_, _facts_of) for _ in range(layout.count)])
+
+        def work(blocks: Iterable[Any]) -> Iterator[Any]:
+            shared: dict[str, Any] = {}  # a dataset is sent to each machine once
+
+            def sent() -> Iterator[tuple[Any, tuple[Any, ...]]]:
+                for dataset, rows in blocks:
+                    if dataset.name not in shared:
+                        shared[dataset.name] = workers.shared(dataset)
+                    yield (dataset, rows), (shared[dataset.name], rows)
+
+            return workers.map(sent(), answer)
+
+        yield workers.facts, work
+
+
+def _facts_of(held: Any) -> Any:
+    return held.facts
 
 
 def _nothing(held: object) -> None:

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from logo.baselines.method import Method, Prepared, Task, prepared_by
+from logo.baselines.method import Method, Prepared, Task
 from logo.errors import HubError, LoGoError, StorageError
 from logo.evaluation.metrics import METRICS, Value, first_line, measure, zero
 from logo.identity import config_digest, fingerprint, library_versions, tokenizer_digest, weights_digest
@@ -103,7 +103,7 @@ class Answerer:
 
             torch.manual_seed(self.seed)
             self.logo.restart()
-            prepared = Prepared(None) if self.method is None else prepared_by(self.method, self.logo, task_of(dataset))
+            prepared = Prepared(None) if self.method is None else self.method.prepare(self.logo, task_of(dataset))
             self._prepared = dataset.name, prepared
         return self._prepared[1]
 
@@ -143,7 +143,8 @@ class Answerer:
 def task_of(dataset: Dataset, among: Sequence[str] = ()) -> Task:
     """A dataset as a method may look at it; `among`: the adapters it may choose, empty: all."""
     rows = dataset.rows
-    return Task(dataset.name, [row.context for row in rows], dataset.train, [row.adapter for row in rows], among)
+    texts, targets = [row.context for row in rows], [row.adapter for row in rows]
+    return Task(dataset.name, texts, lambda: dataset.train, targets, among)
 
 
 def record(
@@ -206,7 +207,7 @@ def dataset_identity(dataset: Dataset, method: Method | None) -> dict[str, Any]:
     """What values depend on beside the engine: the rows, their metric, and the training rows of a method that learns."""
     plugin = METRICS.source(dataset.metric)
     rows = {"rows": len(dataset.rows), "rows_sha256": rows_digest(dataset.rows)}
-    learns = method is not None and "train" in method.needs
+    learns = method is not None and method.needs == "train"
     return {
         **{"dataset": dataset.name, **rows, "metric": dataset.metric},
         **({} if plugin is None else {"metric_plugin": plugin}),

@@ -1,56 +1,73 @@
-"""Which datasets exist in a data folder, and the rows of one of them.
+"""The datasets of a folder, each with its rows, its metric and its training rows: one loader for all that reads rows.
 
-A dataset is the file `{data_dir}/{main}/{sub}/{split}.jsonl`, named `main.sub`: the first dot separates, `sub` may
-hold more of them. `logo.rows` describes a line, and `metrics` scores a prediction.
+A folder has one of two layouts. In the official one a dataset is `{folder}/{main}/{sub}/test.jsonl`, with training rows
+in `train.jsonl` beside it, and is called `main.sub` (the first dot separates, `sub` may hold more of them). In a flat
+one it is `{folder}/NAME.jsonl`, where NAME may be a path, as adapters are named by theirs. `logo.rows` describes a
+line. `metric: NAME` in a YAML file beside the rows, of the same name, declares how answers are judged.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 
-from logo.errors import DataError, UsageError, closest
+from logo.errors import DataError, StorageError, UsageError, closest, listed
+from logo.evaluation.metrics import Kind, checked_kind, metric_kind, official_kind
+from logo.identity import file_sha256
+from logo.rows import Row, read_rows, requested
 
-OFFICIAL: tuple[str, ...] = (
-    "bbh.boolean_expressions",
-    "bbh.causal_judgement",
-    "bbh.formal_fallacies",
-    "bbh.navigate",
-    "bbh.object_counting",
-    "bbh.sports_understanding",
-    "bbh.web_of_lies",
-    "bbh.word_sorting",
-    "wmt14.fr-en",
-    "wmt14.en-fr",
-    "wmt16.de-en",
-    "wmt16.en-de",
-    "wmt16.ro-en",
-    "wmt16.en-ro",
-    "gem.common_gen",
-    "gem.dart",
-    "gem.e2e_nlg",
-    "gem.web_nlg",
-    "ai2_arc.ARC-Challenge",
-    "ai2_arc.ARC-Easy",
-    "nq.natural-questions",
-    "tqa.rc",
-    "anli.r1",
-    "anli.r2",
-    "anli.r3",
-    "glue.qnli",
+OFFICIAL: tuple[str, ...] = tuple(
+    """
+    bbh.boolean_expressions bbh.causal_judgement bbh.formal_fallacies bbh.navigate bbh.object_counting
+    bbh.sports_understanding bbh.web_of_lies bbh.word_sorting
+    wmt14.fr-en wmt14.en-fr wmt16.de-en wmt16.en-de wmt16.ro-en wmt16.en-ro
+    gem.common_gen gem.dart gem.e2e_nlg gem.web_nlg
+    ai2_arc.ARC-Challenge ai2_arc.ARC-Easy nq.natural-questions tqa.rc anli.r1 anli.r2 anli.r3 glue.qnli
+    """.split()
 )
 """The names of the official dataset list, in its order."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """The datasets a request stands for: `names` to run, in order, and the `missing` official ones it also meant."""
+class Dataset:
+    """The rows of one dataset.
 
-    names: tuple[str, ...]
-    missing: tuple[str, ...] = ()
+    Attributes:
+        name: `main.sub`, or in a flat folder the path without `.jsonl`; the name of its adapter, if there is one.
+        file: the file of the rows.
+        rows: those that were asked for.
+        metric: how answers are judged.
+        sha256: of the file's bytes when it was read, in hex; "": the rows are of no file.
+        train_file: the file of the training rows, which need not exist; None if there is none.
+    """
+
+    name: str
+    file: Path
+    rows: tuple[Row, ...]
+    metric: Kind = "em"
+    sha256: str = ""
+    train_file: Path | None = None
+
+    @cached_property
+    def train(self) -> tuple[Row, ...]:
+        """The training rows, for methods that learn from them. They are read once, so that a run records those that it
+        has used, even if the file changes meanwhile.
+
+        Raises:
+            DataError: there is no such file, or it has a malformed line.
+        """
+        if self.train_file is None or not self.train_file.is_file():
+            raise DataError(
+                f"dataset {self.name!r}: training rows are needed, expected the file "
+                f"{self.train_file or f'{self.name}.jsonl in a folder of them'}, found none; name another folder with "
+                "--train-rows"
+            )
+        return tuple(read_rows(self.train_file))
 
 
 def dataset_file(data_dir: str | os.PathLike[str], dataset: str, split: str = "test") -> Path:
@@ -68,75 +85,117 @@ def dataset_file(data_dir: str | os.PathLike[str], dataset: str, split: str = "t
     return Path(data_dir) / main / sub / f"{split}.jsonl"
 
 
-def find_datasets(data_dir: str | os.PathLike[str], request: str = "") -> Found:
-    """Resolve what a user typed: '' (everything), a name, a pattern (`bbh.*`), or a comma-separated list of both.
+def find_datasets(
+    folder: str | os.PathLike[str],
+    request: str = "",
+    *,
+    limit: int | None = None,
+    metric: Kind | None = None,
+    official: bool = False,
+    train_rows: str | os.PathLike[str] | None = None,
+    answers: bool = True,
+) -> list[Dataset]:
+    """The datasets that a request means, every line of them checked: official names in the official order, then the
+    others sorted; a list keeps its own order. Warns of official datasets that a pattern meant, if only some are there.
 
-    Order: official names in the official order, then the others sorted; a list keeps the order it was typed in.
-    '' and patterns skip official names that are absent from the folder and report them as `missing`.
+    Args:
+        request: names, patterns (`bbh.*`) or first parts of names (`bbh`), separated by commas; empty: all.
+        limit: only the first rows of each; training rows are not limited.
+        metric: of all datasets; None: the one declared beside the rows, else by the dataset's name.
+        official: use the official script's form of each metric (`metrics.official_kind`), unless `metric` is given.
+        train_rows: folder of `NAME.jsonl` with training rows, instead of `train.jsonl` beside `test.jsonl`.
+        answers: False: rows may be prompts without gold texts.
 
     Raises:
-        DataError: no such folder or dataset, or nothing found.
-        UsageError: a list without a name in it.
+        DataError: no such folder or dataset, nothing found, or a malformed line (names the file and the line).
+        StorageError: a file cannot be read.
+        UsageError: a limit below 1, or a list without a name in it.
     """
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise DataError(
-            f"data folder {str(root)!r}: expected a folder with {{main}}/{{sub}}/test.jsonl files, found "
-            f"{'a file' if root.exists() else 'nothing'}; name it with --data_dir"
+    root = Path(folder)
+    files, official_layout = dataset_files(root)
+
+    def unknown(item: str) -> DataError:
+        absent = next((name for name in OFFICIAL if fnmatchcase(name, item) or name.startswith(f"{item}.")), None)
+        if official_layout and absent is not None:
+            expected = f"expected the file {dataset_file(root, absent)}, found none; `logo data prepare` fetches it"
+            return DataError(f"dataset {item!r}: {expected}")
+        known = [*files, *(OFFICIAL if official_layout else ())]
+        return DataError(f"dataset {item!r}: not in {root}{closest(item, known)}; there are {listed([*files], 5)}")
+
+    if request and not request.replace(",", " ").strip():
+        raise UsageError(f"datasets {request!r}: expected names separated by commas, found none")
+    names = requested(request, files, unknown)
+    if official_layout and (missing := _missing(request, files)):
+        warnings.warn(f"not in {root}, left out: {', '.join(missing)}", UserWarning, stacklevel=2)
+    found = []
+    for name in names:
+        file = files[name]
+        train = file.with_name("train.jsonl") if official_layout else None
+        kind = metric or declared_metric(file) or metric_kind(name)
+        found.append(
+            Dataset(
+                name,
+                file,
+                rows=tuple(read_rows(file, limit, answers=answers)),
+                metric=official_kind(kind) if official and metric is None else kind,
+                sha256=file_sha256(file),
+                train_file=train if train_rows is None else Path(train_rows) / f"{name}.jsonl",
+            )
         )
-    present = _present(root)
-    items = [item.strip() for item in request.split(",") if item.strip()]
-    if not items:
-        if request.strip():
-            raise UsageError(f"datasets {request!r}: expected names separated by commas, found none")
-        items = ["*"]
-    names: dict[str, None] = {}  # an ordered set
-    missing: dict[str, None] = {}
-    for item in items:
-        found = _matching(root, item, present) if _is_pattern(item) else _named(root, item, present)
-        names |= dict.fromkeys(found.names)
-        missing |= dict.fromkeys(found.missing)
-    return Found(tuple(names), tuple(missing))
+    return found
 
 
-def _present(root: Path) -> list[str]:
-    """Names of the datasets in a folder, official ones first. Folders that no name can reach are passed over."""
-    files = root.glob("*/*/test.jsonl")
-    parts = {(file.parent.parent.name, file.parent.name) for file in files if file.is_file()}
-    names = {f"{main}.{sub}" for main, sub in parts if "." not in main and not sub.startswith(".")}
-    return [name for name in OFFICIAL if name in names] + sorted(names.difference(OFFICIAL))
+def dataset_files(root: Path) -> tuple[dict[str, Path], bool]:
+    """The files of a folder's datasets by name, in order, and whether its layout is the official one. Hidden files are
+    passed over, and so are folders that no name can reach.
+
+    Raises:
+        DataError: no such folder, or no such file in it.
+    """
+    expected = "expected a folder with {main}/{sub}/test.jsonl or NAME.jsonl files"
+    if not root.is_dir():
+        raise DataError(f"rows folder {str(root)!r}: {expected}, found {'a file' if root.exists() else 'nothing'}")
+    there = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
+    there = {name: path for name, path in there.items() if not any(part[0] == "." for part in name.split("/"))}
+    parts = {name: name.split("/") for name in there if name.endswith("/test.jsonl") and name.count("/") == 2}
+    nested = {f"{main}.{sub}": there[name] for name, (main, sub, _) in parts.items() if "." not in main}
+    if nested:
+        order = [*(name for name in OFFICIAL if name in nested), *sorted(nested.keys() - {*OFFICIAL})]
+        return {name: nested[name] for name in order}, True
+    flat = {name.removesuffix(".jsonl"): path for name, path in there.items() if name.endswith(".jsonl")}
+    if not flat:
+        raise DataError(f"rows folder {str(root)!r}: {expected}, found {listed([*there], 5) or 'none'}")
+    return dict(sorted(flat.items())), False
 
 
-def _is_pattern(item: str) -> bool:
-    return any(sign in item for sign in "*?[")
+def _missing(request: str, there: Collection[str]) -> list[str]:
+    """The official names that a request's patterns mean and that are not there; none if no official name is there."""
+    patterns = [item.strip() for item in request.split(",") if item.strip()] or ["*"]
+    meant = [name for name in OFFICIAL if any(fnmatchcase(name, item) for item in patterns)]
+    return [name for name in meant if name not in there] if any(name in there for name in meant) else []
 
 
-def _matching(root: Path, pattern: str, present: Sequence[str]) -> Found:
-    names = tuple(name for name in present if fnmatch.fnmatchcase(name, pattern))
-    missing = tuple(name for name in OFFICIAL if fnmatch.fnmatchcase(name, pattern) and name not in present)
-    if names:
-        return Found(names, missing)
-    if missing:
-        raise _absent(root, missing[0])
-    raise DataError(f"datasets {pattern!r}: no dataset in {str(root)!r} matches; `logo data list` shows what is there")
+def declared_metric(file: Path) -> Kind | None:
+    """The metric that is declared beside a file of rows: `metric: rouge` in NAME.yaml beside NAME.jsonl; None: none.
 
+    Raises:
+        DataError: the file holds something else.
+        StorageError: it cannot be read.
+    """
+    import yaml
 
-def _named(root: Path, name: str, present: Sequence[str]) -> Found:
-    if name in present:
-        return Found((name,))
-    if name in OFFICIAL:
-        raise _absent(root, name)
-    hint = _did_you_mean(name, [*OFFICIAL, *(other for other in present if other not in OFFICIAL)])
-    file = dataset_file(root, name) if "." in name else root / "{main}" / "{sub}" / "test.jsonl"
-    raise DataError(f"dataset {name!r}: unknown, expected a file {file}, found none{hint}")
-
-
-def _absent(root: Path, name: str) -> DataError:
-    file = dataset_file(root, name)
-    return DataError(f"dataset {name!r}: expected the file {file}, found none; put it there or change --data_dir")
-
-
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
-    if any(other.startswith(f"{name}.") for other in known):
-        return f" (did you mean '{name}.*'?)"
-    return closest(name, known) or "; `logo data list` shows what is there"
+    beside = file.with_suffix(".yaml")
+    try:
+        content = yaml.safe_load(beside.read_bytes()) if beside.exists() else {}
+    except OSError as error:
+        raise StorageError(f"{beside}: cannot be read ({error.strerror or error}); check its permissions") from error
+    except yaml.YAMLError as error:
+        raise DataError(f"{beside}: expected 'metric: NAME', found invalid YAML: {error}") from None
+    if content == {}:
+        return None
+    if not isinstance(content, dict) or set(content) != {"metric"}:
+        raise DataError(f"{beside}: expected 'metric: NAME' and nothing else, found {str(content)[:60]!r}")
+    try:
+        return checked_kind(content["metric"], str(beside))
+    except UsageError as error:
+        raise DataError(str(error)) from None

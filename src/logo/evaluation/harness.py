@@ -1,8 +1,8 @@
 """LoGo as a model of lm-evaluation-harness, so that every task of the harness can use per-document mixtures.
 
 The harness makes three kinds of requests: the likelihood of a continuation after a context, the likelihood of a whole
-text, and the generation after a context. Adapters are selected once per document for all its requests, whatever their
-contexts (`logo.evaluation.documents`); a text without context is its own document. Tokenisation is that of the
+text, and the generation after a context. Likelihoods can be compared only under the same mixture, so adapters are
+selected once per document for all its requests, whatever their contexts (`common_text`). Tokenisation is that of the
 harness's `hf` models, so that numbers can be compared. Importing this module registers the model as `logo`; see
 `logo.cli.lm_eval`.
 """
@@ -10,56 +10,49 @@ harness's `hf` models, so that numbers can be compared. Importing this module re
 from __future__ import annotations
 
 import hashlib
-import inspect
+import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 import torch
+from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from logo import __version__
-from logo.adapters.pool import open_pool
-from logo.adapters.sources import OnBadAdapter
-from logo.decoding import batches_by_length
+from logo.core import Selection
 from logo.engine import LoGo
-from logo.errors import UsageError, closest
-from logo.evaluation.documents import document_texts
+from logo.errors import UsageError
 from logo.evaluation.identity import pool_digests
-from logo.evaluation.ranks import Ranks
-from logo.models import load_config
-from logo.opening import LOADING_OPTIONS, LOCAL_OPTIONS
 from logo.prompts import MAX_NEW_TOKENS
 from logo.scoring import Scored
-from logo.selection.settings import SelectionSettings
 
 UNKNOWN_CONTEXT = 2048  # tokens, where a model does not say how many it reads
 _BATCHES = 8  # batches between two steps of a progress bar; rows are sorted by length, so more make no difference
+_WORD = re.compile(r"\s*\S+")
 
+T = TypeVar("T")
 Mixture = Mapping[str, float]
+Tokens = list[int]
 
 
 @register_model("logo")  # type: ignore[misc, untyped-decorator, unused-ignore]
-class LoGoLM(Ranks):
+class LoGoLM(TemplateLM):  # type: ignore[misc]
     """A base model and a pool of adapters, mixed per document.
 
     Args:
-        base_model: as `logo --base-model`: a Hub id, a folder, `demo`, or an official short name.
+        base_model: a Hub id, a folder, `demo`, or an official short name.
         adapters: a folder, or a Hub repository `org/name[/folder][@revision]`; None: the base model's own.
-        k: adapters per document; None: the pool's own number, which is 20 (demo: 3), or all of a smaller pool.
-        signal: what scores adapters.
         batch_size: rows per forward pass, each with its own mixture.
-        device: `auto`, `cpu`, `cuda:0`, ..., if this process is alone; several processes get one each. The harness
-            passes `cuda:0` by default, which counts as `auto` on a machine without a GPU.
+        device: the harness passes `cuda:0` by default, which counts as `auto` on a machine without a GPU.
         max_gen_toks: new tokens if a task does not set them; None: 256, or half of the context if that is less.
-        model_dir: folder that is searched first for base models and adapters.
-        on_bad_adapter: `error`, or `skip` those that cannot be used.
-        allow_pickle: read `adapter_model.bin` too, tensors only.
-        options: all other options of `LoGo.from_pretrained` and `SelectionSettings`, by name.
+        options: of `LoGo.from_pretrained`, by name: `k`, `signal`, `dtype`, ...
 
     Raises:
         UsageError: an option that does not exist or cannot be used.
@@ -71,49 +64,30 @@ class LoGoLM(Ranks):
         base_model: str = "",
         adapters: str | None = None,
         *,
-        k: int | None = None,
-        signal: str = "calibrated",
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
         max_gen_toks: int | None = None,
-        model_dir: str = "./hf_models",
-        on_bad_adapter: OnBadAdapter = "error",
-        allow_pickle: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
-        _check_options(options)
         if not base_model:
             raise UsageError("--model_args: expected base_model=..., a Hub id, a folder or demo; found none")
-        self.batch_size = _batch_size(batch_size)
-        settings = SelectionSettings(
-            signal=signal, **{name: options.pop(name) for name in _SETTINGS.intersection(options)}
-        )
-        load_config(base_model, model_dir=model_dir)  # may it be read?
-        pool = open_pool(
-            adapters,
-            base_model,
-            model_dir,
-            on_bad_adapter=on_bad_adapter,
-            allow_pickle=allow_pickle,
-            examples=settings.examples,
-            verify=True if on_bad_adapter == "skip" else None,
-        )
-        self.logo = LoGo.from_pretrained(
-            base_model,
-            pool,
-            device=_device(device) if self.accelerator is None else str(self.accelerator.device),
-            model_dir=model_dir,
-            on_bad_adapter=on_bad_adapter,
-            **options,
-            **{**vars(settings), "k": k},
-        )
-        self._device = self.logo.model.device
+        if "token" in options:
+            raise UsageError("--model_args: token would be written to the results; set HF_TOKEN instead")
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise UsageError(f"--batch_size {batch_size}: expected a number, 1 or more; LoGo does not find it itself")
+        self.batch_size = int(batch_size)
+        no_gpu = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
+        options = {"model_dir": "./hf_models", "device": "auto" if no_gpu else device} | options
+        try:
+            self.logo = LoGo.from_pretrained(base_model, adapters, **options)
+        except UsageError as error:
+            raise UsageError(f"--model_args: {error}") from None
         self._revision = options.get("revision") or "main"
         self._max_gen_toks = max_gen_toks
-        self._mixtures: dict[tuple[str, int | None], Mixture] = {}  # by `_keys`
-        self._documents: list[str] = []  # parallel to the requests that are being scored
+        self._weights: Counter[str] = Counter()  # sums over all selections
+        self._selections = 0
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
@@ -148,44 +122,39 @@ class LoGoLM(Ranks):
         """New tokens, if a task does not set them."""
         return self._max_gen_toks or min(MAX_NEW_TOKENS, self.max_length // 2)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> Tokens:
         """Token ids of a text. By default, special tokens are added unless the text begins with the prefix token."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
-        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        ids: Tokens = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the base model's tokenizer writes it."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
+        how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **how))
 
     # -- what the harness asks ----------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log likelihood of each continuation in nats, and whether it is what greedy decoding would write; all requests
         about one document under one mixture."""
-        self._documents = document_texts(requests)
+        self._texts = document_texts(requests)
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return found
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: Sequence[tuple[tuple[str, str], Tokens, Tokens]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """`loglikelihood`, which calls this with the same requests.
-
-        Args:
-            requests: (context, continuation) as text, and the token ids of both.
-        """
-        mixtures = self._select(self._documents, disable_tqdm)
-        pairs = [(self._cut(context, len(following)), following) for _, context, following in requests]
-        scored = self._score(pairs, mixtures, disable_tqdm)
+        """`loglikelihood`, which calls this with the same requests, as texts and as token ids."""
+        pairs = []
+        for _texts, context, following in requests:
+            room = self.max_length + 1 - len(following)  # the last token is not read
+            if room < 1:
+                found = f"a continuation has {len(following)} tokens, but the model reads {self.max_length} at once"
+                raise UsageError(found)
+            pairs.append((context[-room:], following))
+        scored = self._scored(pairs, self._selected(self._texts, disable_tqdm), disable_tqdm)
         answers = [(found.log_likelihood, found.exact_match) for found in scored]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request[0], answer)
@@ -197,170 +166,135 @@ class LoGoLM(Ranks):
         Adapters are selected once per text, on the text itself.
         """
         texts = [request.args[0] for request in requests]
-        mixtures = self._select(texts, disable_tqdm)
-        pairs: list[tuple[list[int], list[int]]] = []
-        owners: list[int] = []
+        parts: list[tuple[int, tuple[Tokens, Tokens]]] = []  # number of the text, context and continuation
         for number, text in enumerate(texts):
-            windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            parts = [make_disjoint_window(window) for window in windows]
-            pairs += parts
-            owners += [number] * len(parts)
+            windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            parts += [(number, make_disjoint_window(window)) for window in windows]
+        mixtures = self._selected(texts, disable_tqdm)
+        scored = self._scored([pair for _, pair in parts], [mixtures[number] for number, _ in parts], disable_tqdm)
         totals = [0.0] * len(texts)
-        scored = self._score(pairs, [mixtures[owner] for owner in owners], disable_tqdm)
-        for owner, found in zip(owners, scored, strict=True):
-            totals[owner] += found.log_likelihood
+        for (number, _), found in zip(parts, scored, strict=True):
+            totals[number] += found.log_likelihood
         for text, total in zip(texts, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The generation after each context, up to the first of its `until` texts; greedy unless the task samples."""
-        contexts = [request.args[0] for request in requests]
         groups: dict[str, list[int]] = {}  # options as JSON -> requests that have them
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
         answers: dict[int, str] = {}
-        with tqdm(total=len(contexts), desc="Generating", disable=disable_tqdm) as bar:
-            for numbers in groups.values():
-                asked = requests[numbers[0]].args[1]
-                options = self._decoding(asked)
-                wanted = [contexts[number] for number in numbers]
-                mixtures = dict(
-                    zip(numbers, self._select(wanted, disable_tqdm, options["max_new_tokens"]), strict=True)
-                )
-                for part in batches_by_length(list(map(len, wanted)), self.batch_size * _BATCHES):
-                    chosen = [numbers[i] for i in part]
-                    found = self.logo.generate(
-                        [contexts[i] for i in chosen],
-                        adapters=[mixtures[i] for i in chosen],
-                        batch_size=self.batch_size,
-                        **options,
-                    )
-                    for number, answer in zip(chosen, found, strict=True):
-                        answers[number] = answer.text
-                        self.cache_hook.add_partial("generate_until", (contexts[number], asked), answer.text)
-                    bar.update(len(part))
-        return [answers[number] for number in range(len(contexts))]
+        for numbers in groups.values():
+            asked = requests[numbers[0]].args[1]
+            options = self._decoding(asked)
+            numbers.sort(key=lambda number: -len(requests[number].args[0]))
+            for part in self._parts(numbers, "Generating", disable_tqdm):
+                contexts = [requests[number].args[0] for number in part]
+                found = self.logo.generate(contexts, batch_size=self.batch_size, **options)
+                self._count([answer.selection for answer in found])
+                for number, context, answer in zip(part, contexts, found, strict=True):
+                    answers[number] = answer.text
+                    self.cache_hook.add_partial("generate_until", (context, asked), answer.text)
+        return [answers[number] for number in range(len(requests))]
 
     def get_model_info(self) -> dict[str, Any]:
         """The facts for the harness's record: the base model, the pool, and the settings of the mixture."""
-        pool = pool_digests(self.logo)
-        used = list(self._mixtures.values())
-        weights = {name: sum(mixture.get(name, 0.0) for mixture in used) / max(1, len(used)) for name in pool}
-        points = list(self.logo.points)
+        pool, model = pool_digests(self.logo), self.logo.model
+        means = {name: round(self._weights[name] / self._selections, 6) for name in pool if self._weights[name]}
         return {
-            "model_num_parameters": self.logo.model.num_parameters(),
-            "model_dtype": self.logo.model.dtype,
+            "model_num_parameters": model.num_parameters(),
+            "model_dtype": model.dtype,
             "model_revision": self._revision,
-            "model_sha": getattr(self.logo.model.config, "_commit_hash", None) or "",
+            "model_sha": getattr(model.config, "_commit_hash", None) or "",
             "peft_sha": hashlib.sha256(json.dumps(pool).encode()).hexdigest(),
             "logo": {
                 "version": __version__,
-                "settings": {**asdict(self.logo.settings), "k": self.logo.k, "points": points},
+                "settings": {**asdict(self.logo.settings), "k": self.logo.k, "points": list(self.logo.points)},
                 "pool": pool,
-                "texts": len({text for text, _ in self._mixtures}),
-                "mean_weights": {name: round(weight, 6) for name, weight in weights.items() if weight},
+                "selections": self._selections,
+                "mean_weights": means,
             },
         }
 
     # -- how ----------------------------------------------------------------------------------------------------------
 
-    def _select(self, texts: Sequence[str], quiet: bool, max_new_tokens: int = 1) -> list[Mixture]:
-        """The mixture of each text; those that were seen before are not selected again.
+    def _selected(self, texts: Sequence[str], quiet: bool) -> list[Mixture]:
+        """The mixture of each text; equal texts are selected once."""
+        found: dict[str, Mixture] = {}
+        for part in self._parts(list(dict.fromkeys(texts)), "Selecting adapters", quiet):
+            selections = self.logo.select(part, max_new_tokens=1, batch_size=self.batch_size)
+            self._count(selections)
+            found |= {text: selection.mixture for text, selection in zip(part, selections, strict=True)}
+        return [found[text] for text in texts]
 
-        Args:
-            max_new_tokens: length of the answers, for which a text that is too long is cut to leave room.
-        """
-        keys = self._keys(list(dict.fromkeys(texts)), max_new_tokens)
-        new = [text for text, key in keys.items() if key not in self._mixtures]
-        with tqdm(total=len(new), desc="Selecting adapters", disable=quiet or not new) as bar:
-            step = self.batch_size * _BATCHES
-            for start in range(0, len(new), step):
-                part = new[start : start + step]
-                selections = self.logo.select(part, max_new_tokens=max_new_tokens, batch_size=self.batch_size)
-                self._mixtures |= {keys[text]: found.mixture for text, found in zip(part, selections, strict=True)}
-                bar.update(len(part))
-        return [self._mixtures[keys[text]] for text in texts]
+    def _count(self, selections: Sequence[Selection]) -> None:
+        self._selections += len(selections)
+        for selection in selections:
+            self._weights.update(selection.mixture)
 
-    def _keys(self, texts: Sequence[str], max_new_tokens: int) -> dict[str, tuple[str, int | None]]:
-        """What the mixture of each text depends on: the text, and, if the text is cut to leave room for the answer, the
-        answer's length."""
-        context = self.logo.prompts.context
-        if context is None:
-            return {text: (text, None) for text in texts}
-        whole = self.logo.prompts.read(texts, room=None)
-        cut = [len(prompt) + max_new_tokens > context for prompt in whole]
-        return {text: (text, max_new_tokens if is_cut else None) for text, is_cut in zip(texts, cut, strict=True)}
-
-    def _score(
-        self, pairs: Sequence[tuple[list[int], list[int]]], mixtures: Sequence[Mixture], quiet: bool
+    def _scored(
+        self, pairs: Sequence[tuple[Tokens, Tokens]], mixtures: Sequence[Mixture], quiet: bool
     ) -> list[Scored]:
         scored: dict[int, Scored] = {}
-        with tqdm(total=len(pairs), desc="Scoring", disable=quiet) as bar:
-            # Continuations of one context stay together, so that those of a single token are one row.
-            order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0]))
-            step = self.batch_size * _BATCHES
-            for part in (order[start : start + step] for start in range(0, len(order), step)):
-                found = self.logo.score_pairs(
-                    [pairs[i] for i in part], [mixtures[i] for i in part], batch_size=self.batch_size
-                )
-                scored |= zip(part, found, strict=True)
-                bar.update(len(part))
+        # Continuations of one context stay together, so that those of a single token are one row.
+        order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0]))
+        for part in self._parts(order, "Scoring", quiet):
+            chosen = [pairs[i] for i in part], [mixtures[i] for i in part]
+            scored |= zip(part, self.logo.score_pairs(*chosen, batch_size=self.batch_size), strict=True)
         return [scored[number] for number in range(len(pairs))]
+
+    def _parts(self, items: Sequence[T], said: str, quiet: bool) -> Iterator[list[T]]:
+        """The items, some batches at a time, with a progress bar."""
+        step = self.batch_size * _BATCHES
+        with tqdm(total=len(items), desc=said, disable=quiet) as bar:
+            for start in range(0, len(items), step):
+                yield list(items[start : start + step])
+                bar.update(len(items[start : start + step]))
 
     def _decoding(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The options of `LoGo.generate` that do what a task asks."""
         options: dict[str, Any] = dict(normalize_gen_kwargs(dict(asked), self.max_gen_toks))
-        options["stop"] = options.pop("until")
-        options["max_new_tokens"] = options.pop("max_gen_toks")
-        options.pop("max_length", None)
+        options |= {"stop": options.pop("until"), "max_new_tokens": options.pop("max_gen_toks")}
+        dropped = {"max_length"}
         if not (options.get("do_sample") and options.get("temperature", 1.0)):
-            options["do_sample"] = False  # and the options of sampling are dropped
-            options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
-        return options
-
-    def _cut(self, context: list[int], following: int) -> list[int]:
-        """The end of a context, which leaves room for `following` more tokens, the last of which is not read."""
-        room = self.max_length + 1 - following
-        if room < 1:
-            raise UsageError(f"a continuation has {following} tokens, but the model reads {self.max_length} at once")
-        return context[-room:]
+            options["do_sample"] = False
+            dropped |= {"temperature", "top_p", "top_k"}
+        return {name: value for name, value in options.items() if name not in dropped}
 
 
-_SETTINGS = {field.name for field in fields(SelectionSettings)} - {"k", "signal"}
+def document_texts(requests: Sequence[Any]) -> list[str]:
+    """For each request the text that selects for its document.
 
-
-# Parameters of `LoGo.from_pretrained` and `LoGoLM` that are no options of the harness. A preset is none, because the
-# defaults here would override its settings.
-_NO_OPTIONS = {"self", "pool", "settings", "options", "truncation", "token", "preset"}
-
-
-def _check_options(options: Iterable[str]) -> None:
-    """Refuses unknown names and suggests the closest one. A Hub token is refused too, because these options are written
-    to the results.
+    Args:
+        requests: instances of the harness, each with a task's name, the number of a document, and (context,
+            continuation) as arguments. One without a number is a document of its own.
     """
-    engine = inspect.signature(LoGo.from_pretrained).parameters
-    own = inspect.signature(LoGoLM.__init__).parameters
-    known = sorted({*_SETTINGS, *engine, *LOADING_OPTIONS, *LOCAL_OPTIONS, *own} - _NO_OPTIONS)
-    for name in options:
-        if name not in known:
-            raise UsageError(f"--model_args: unknown option {name!r}{closest(name, known)}; known: {', '.join(known)}")
+    documents: dict[object, list[tuple[str, str]]] = {}
+    keys = [i if each.doc_id is None else (each.task_name, each.doc_id) for i, each in enumerate(requests)]
+    for key, request in zip(keys, requests, strict=True):
+        documents.setdefault(key, []).append(request.args[:2])
+    chosen = {key: common_text(pairs) for key, pairs in documents.items()}
+    return [chosen[key] for key in keys]
 
 
-def _device(asked: str | None) -> str:
-    return "auto" if asked is None or (asked.startswith("cuda") and not torch.cuda.is_available()) else asked
+def common_text(pairs: Sequence[tuple[str, str]]) -> str:
+    """The common text of the requests of one document, given as (context, continuation), so that none is favoured:
+    Winogrande puts each of two names into the blank and asks for the likelihood of the rest of the sentence.
+
+    It is the words with which all contexts begin. Empty contexts are ignored, because a likelihood without context may
+    be requested too; if no context has text, the continuations are used. If the texts begin with different words, it is
+    the words with which all requests end, continuations included, and if these differ too, the first text.
+    """
+    texts = [context for context, _ in pairs if context.strip()] or [continuation for _, continuation in pairs]
+    if len(set(texts)) == 1:
+        return texts[0]
+    begin = _common([_WORD.findall(text) for text in texts])
+    end = _common([_WORD.findall(context + continuation)[::-1] for context, continuation in pairs])[::-1]
+    return "".join(begin) or "".join(end).lstrip() or texts[0]
 
 
-def _batch_size(asked: int | str) -> int:
-    try:
-        size = int(asked)
-    except ValueError:
-        size = 0
-    if size < 1:
-        raise UsageError(f"--batch_size {asked}: expected a number, 1 or more; LoGo does not find it automatically")
-    return size
+def _common(lists: Sequence[list[str]]) -> list[str]:
+    """The common beginning of all lists."""
+    alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*lists, strict=False))
+    return [column[0] for column in alike]

@@ -145,11 +145,14 @@ def partial_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
-def is_done(folder: Path, identity: Mapping[str, Any], partial: Mapping[str, Any]) -> bool:
+def is_done(
+    folder: Path, identity: Mapping[str, Any], partial: Mapping[str, Any], files: Sequence[str] = FILES
+) -> bool:
     """Whether the result of this run is there already.
 
     Args:
         partial: its identity while it is unfinished, which has the environment, too.
+        files: that a result has, the first of which says that there is one.
 
     Raises:
         UsageError: the result of another run is there, or something that cannot be read.
@@ -158,7 +161,7 @@ def is_done(folder: Path, identity: Mapping[str, Any], partial: Mapping[str, Any
     home = partial_of(folder)
     if (home / RUN).exists() and not differences(partial, read_run(home)["identity"]):
         return False  # begun, perhaps to replace what is there
-    if not (folder / MARK).exists():
+    if not (folder / files[0]).exists():
         return False
     if not (folder / RUN).exists():
         raise UsageError(f"{folder} holds a result without a {RUN} that says which run it is of; --overwrite replaces it")
@@ -170,7 +173,7 @@ def is_done(folder: Path, identity: Mapping[str, Any], partial: Mapping[str, Any
             f"{folder} holds the result of another run: {described(found)}{again}; --overwrite replaces it, --run-name "
             "NAME keeps both"
         )
-    return all((folder / name).exists() for name in FILES)
+    return all((folder / name).exists() for name in files)
 
 
 def official_files(

@@ -144,7 +144,7 @@ def blocks(dataset: Dataset, known: Mapping[int, object], size: int) -> Iterator
 
 def warn_of_copies(dataset: Dataset, method: Method | None) -> None:
     """Warns if a method learns from rows that are tested, too."""
-    if method is None or "train" not in method.needs:
+    if method is None or method.needs != "train":
         return
     tested = {row.context for row in dataset.rows}
     if shared := sum(row.context in tested for row in dataset.train):

@@ -124,7 +124,7 @@ def find_tasks(source: str, *, only: str = "", columns: Sequence[str] = USUAL_CO
     return Found(tuple(tasks), refused, tuple(count))
 
 
-def _chosen(names: Mapping[str, int], only: str) -> set[str]:
+def _chosen(names: Mapping[str, int], only: str) -> list[str]:
     return requested(only, names, lambda item: UsageError(f"task {item!r}: not found{closest(item, names)}"))
 
 

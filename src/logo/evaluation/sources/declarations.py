@@ -1,38 +1,59 @@
-"""Declarations of datasets: where the rows are, in which form, and how prompt and gold text are made from a row."""
+"""Declarations of datasets, read from small YAML files: where the rows are, and templates of prompts and gold texts.
+
+Every value in such a file is text or a mapping of texts (`no` is the word no, `1` the character 1), nothing in it can
+run code, and a key that is not known is an error. `docs/datasets.md` describes the keys; the declarations of this
+package are beside this module, in `files`.
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
-from logo.evaluation.metrics import Kind
+from logo.errors import DataError, StorageError, UsageError, closest
+from logo.evaluation.datasets import OFFICIAL, dataset_file
+from logo.evaluation.metrics import Kind, checked_kind, metric_kind
 
+FILES = Path(__file__).parent / "files"
 SPLITS = ("test", "train")
-
-Files = tuple[str, ...]
-"""The files of a split below a root: patterns, of which the first that matches is used."""
+_LOCAL = (".", "/")  # how the name of a local folder begins
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a source ships its rows.
+class Source:
+    """Where a dataset's rows are.
 
     Attributes:
-        files: by split, "test" and perhaps "train".
-        fields: Jinja2 expressions by the name that templates use; a name that is not here is a column of the row.
+        repo: a dataset repository on the Hub, or a local folder, which begins with `.` or `/`.
+        test: the split whose rows become test rows, or the path of its file; `train` likewise, "": no train rows.
+        revision: of the repository.
+        config: its configuration.
     """
 
-    files: Mapping[str, Files]
-    fields: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Hub:
-    """A dataset repository on the Hub, with the revision and the configuration that are used."""
-
     repo: str
+    test: str
+    train: str = ""
     revision: str = "main"
     config: str = "default"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder on this machine."""
+        return self.repo.startswith(_LOCAL)
+
+    def files(self, split: str) -> tuple[str, ...]:
+        """Patterns of a split's files, of which the first that matches is used: its own path, or where `push_to_hub`
+        and the Hub's conversion to Parquet put them."""
+        name = getattr(self, split)
+        if Path(name).suffix:
+            return (name,)
+        config = self.config
+        places = (f"{config}/{name}-*.parquet", f"{config}/{name}/*.parquet", f"{config}/*-{name}.parquet")
+        return (*places, f"data/{name}-*.parquet", f"{name}-*.parquet") if config == "default" else places
 
 
 @dataclass(frozen=True)
@@ -40,32 +61,93 @@ class Declaration:
     """One dataset.
 
     Attributes:
-        hub: where its files are; None: only in local folders.
-        layout: how its rows are shipped.
-        templates: Jinja2 templates: "context", "completion", "draw_by" (what the seeded draw looks at; datasets that
-            share it draw the same instances) and perhaps "references".
-        sha256: of the file it was read from.
+        context, completion: Jinja2 templates of the prompt and the gold text.
+        references: a template of further gold texts; "": none.
+        draw_by: a template of what the seeded draw looks at, "": the prompt; datasets that share it draw the same rows.
+        fields: Jinja2 expressions by the name that templates use; a name that is not here is a column of the row.
+        metric: "": by the dataset's name.
+        sha256: of the file that it was read from.
     """
 
     name: str
-    group: str
-    metric: Kind
     licence: str
-    homepage: str
-    citation: str
-    notes: str
-    hub: Hub | None
-    layout: Layout
-    templates: Mapping[str, str]
-    sha256: str
+    source: Source
+    context: str
+    completion: str
+    references: str = ""
+    draw_by: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    metric: Kind = ""
+    group: str = "own"
+    homepage: str = ""
+    citation: str = ""
+    notes: str = ""
+    sha256: str = ""
 
-    @property
-    def source(self) -> str:
-        """Where its rows come from, in short."""
-        return self.hub.repo if self.hub is not None else self.homepage or "local files"
+
+@functools.cache
+def packaged() -> Mapping[str, Declaration]:
+    """The declarations that are part of the package, official names first."""
+    found = {made.name: made for made in map(load_declaration, sorted(FILES.glob("*.yaml")))}
+    order = [*OFFICIAL, *(name for name in found if name not in OFFICIAL)]
+    return {name: found[name] for name in order}
 
 
-def usual_places(config: str, split: str) -> tuple[str, ...]:
-    """Where Parquet files of a split are in a repository: as `push_to_hub` writes them, or as the Hub converts them."""
-    places = (f"{config}/{split}-*.parquet", f"{config}/{split}/*.parquet", f"{config}/*-{split}.parquet")
-    return (*places, f"data/{split}-*.parquet", f"{split}-*.parquet") if config == "default" else places
+def load_declaration(file: Path) -> Declaration:
+    """Read and check one declaration. Its templates are compiled when rows are made.
+
+    Raises:
+        DataError: it is no YAML, or no declaration; the message names the key, what was expected and what was found.
+        StorageError: it cannot be read.
+    """
+    import yaml
+
+    try:
+        content = file.read_bytes()
+        value = yaml.load(content, yaml.BaseLoader)
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read ({error.strerror or error}); check the path") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or type(error).__name__
+        at = f" (line {mark.line + 1})" if mark else ""
+        raise DataError(f"{file}: expected YAML in UTF-8, found {problem}{at}; fix the file") from None
+    try:
+        top = _checked("", value, Declaration)
+        source = Source(**_checked("source.", top["source"], Source))
+        if source.is_local:  # relative to its file
+            source = Source(**{**vars(source), "repo": str((file.parent / source.repo).absolute())})
+        dataset_file("", top["name"])
+        metric = checked_kind(top.get("metric", metric_kind(top["name"])), "metric")
+        sha256 = hashlib.sha256(content).hexdigest()
+        return Declaration(**{"draw_by": top["context"], **top, "source": source, "metric": metric, "sha256": sha256})
+    except (DataError, UsageError) as error:
+        raise DataError(f"{file}: {error}; fix the file") from None
+
+
+def _checked(where: str, value: Any, kind: type) -> dict[str, Any]:
+    """The keys of a mapping as the arguments of a dataclass: all that it needs, none that it does not know, each a text
+    except for `source` and `fields`."""
+    known = {one.name: one.default is MISSING and one.default_factory is MISSING for one in fields(kind)}
+    known.pop("sha256", None)
+    if not isinstance(value, dict):
+        raise DataError(f"{where}expected the keys {', '.join(known)}, found {_shown(value)}")
+    for key, inner in value.items():
+        if key not in known:
+            raise DataError(f"{where}{key}: expected one of {', '.join(known)}{closest(key, known)}")
+        texts = [inner] if key not in ("fields", "source") else list(inner.values()) if isinstance(inner, dict) else []
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            expected = "text" if key not in ("fields", "source") else "a mapping of names to texts"
+            raise DataError(f"{where}{key}: expected {expected}, found {_shown(inner)}")
+    if missing := [key for key, needed in known.items() if needed and key not in value]:
+        raise DataError(f"{where}{missing[0]}: expected this key beside {', '.join(value)}, found none")
+    return {
+        key: inner.strip() if key not in ("source", "fields", *_TEMPLATES) else inner for key, inner in value.items()
+    }
+
+
+_TEMPLATES = ("context", "completion", "references", "draw_by")  # whose blanks matter
+
+
+def _shown(value: Any) -> str:
+    kind = "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else None
+    return kind or (f"{value!r:.60}" if value else "nothing")

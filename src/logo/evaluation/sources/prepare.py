@@ -1,139 +1,229 @@
-"""Preparing a dataset: find its raw files, make instances, draw, write both splits and the manifest's entry."""
+"""Preparing a dataset: fetch the files of its splits, make instances of their rows, draw, and write what was drawn.
+
+The draw depends only on an instance's text and the seed: instances are ordered by a hash of both, and the first ones
+are taken. So the same seed draws the same rows on every machine, in whatever order a source ships them; fewer rows are
+a part of more rows; and further rows do not change the order. No random generator is used, since generators may change.
+
+Only the files of the declared splits are fetched, whatever else a repository has (`load_dataset` of a repository would
+fetch every split: the training rows of WMT, too), and loading scripts are never run, since nothing but data is looked
+at. Downloads, cache, offline use, tokens and the `HF_*` variables are `huggingface_hub`'s.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from logo.errors import DataError
+from logo.errors import DataError, HubError, StorageError, listed, need
 from logo.evaluation.datasets import dataset_file
 from logo.evaluation.metrics import metric_kind
-from logo.evaluation.sources.declarations import SPLITS, Declaration
-from logo.evaluation.sources.instances import Instance, Instances, draw, make_instances
-from logo.evaluation.sources.manifest import Entry, add_to_manifest, metric_file
-from logo.evaluation.sources.places import Place, fetch, find_local
-from logo.evaluation.sources.readers import read_raw
-from logo.evaluation.sources.templates import Wording
+from logo.evaluation.sources.declarations import SPLITS, Declaration, Source
+from logo.evaluation.sources.templates import RowError, wording
 from logo.files import new_folder
-from logo.rows import file_sha256
+from logo.hub import hub_error, snapshot
+
+RECORD = "source.json"  # beside the rows: what they were made from
 
 
 @dataclass(frozen=True)
-class Request:
-    """How much of every dataset is drawn, and from where.
-
-    Attributes:
-        raw: a folder with local copies; None: the Hub.
-    """
+class Draw:
+    """How many test and train rows of a dataset are drawn, and the seed of the draw."""
 
     rows: int = 150
     train_rows: int = 300
     seed: int = 0
-    raw: Path | None = None
 
 
-def prepare(
-    declaration: Declaration, data_dir: Path, request: Request, on_stage: Callable[[str], None] = lambda stage: None
-) -> Entry:
-    """Write `{data_dir}/{main}/{sub}/{test,train}.jsonl` and return the entry that the manifest now has.
+@dataclass(frozen=True)
+class Instance:
+    """A prompt, its gold text (or the texts that all count as right), all references, and what the draw looks at."""
+
+    context: str
+    completion: str | tuple[str, ...]
+    references: tuple[str, ...]
+    key: str
+
+    @property
+    def line(self) -> str:
+        """The line of a data file."""
+        row: dict[str, Any] = {"context": self.context, "completion": self.completion}
+        return json.dumps(row | ({"references": self.references} if self.references else {}), ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Instances:
+    """The instances of a split, and how many raw rows lack a text, or had an earlier prompt and another gold text."""
+
+    items: tuple[Instance, ...]
+    unusable: int
+    other_golds: int
+
+
+def prepare(declaration: Declaration, data_dir: Path, draw: Draw, *, progress: bool = False) -> dict[str, Any]:
+    """Write `{data_dir}/{main}/{sub}/{test,train}.jsonl` and what they were made from, which is returned.
 
     Existing files are replaced together at the end; if an error occurs, they stay.
 
     Args:
-        on_stage: called with a description of each step.
+        progress: show the progress of downloads.
 
     Raises:
-        DataError: raw files that are missing or do not fit the declaration.
+        DataError: files that are missing or do not fit the declaration.
         HubError: they cannot be fetched.
         StorageError: they cannot be read, or the result not written.
     """
-    wanted = [split for split in SPLITS if split == "test" or request.train_rows > 0]
-    on_stage("finding files" if request.raw is not None else "fetching")
-    place = _place(declaration, request, wanted)
+    wanted = [split for split in SPLITS if split == "test" or (declaration.source.train and draw.train_rows)]
+    root, files = _fetched(declaration, wanted, progress)
     try:
-        drawn, read = _drawn(declaration, place, request, on_stage)
+        found = {name: _instances(declaration, _rows(root, name)) for name in dict.fromkeys(files.values())}
     except DataError as error:
-        if place.commit is None:
-            raise
-        raise DataError(f"{error} (in {declaration.source} at commit {place.commit})") from error
-    texts = {
-        f"{split}.jsonl": "".join(json.dumps(item.row(), ensure_ascii=False) + "\n" for item in items)
-        for split, items in drawn.items()
+        at = "" if declaration.source.is_local else f" (in {declaration.source.repo} at commit {root.name})"
+        raise DataError(f"dataset {declaration.name!r}: {error}{at}; fix the declaration") from None
+    drawn = {"test": drawn_from(found[files["test"]].items, draw.rows, draw.seed)}
+    if "train" in files:  # of one split, train rows are drawn from those that the test draw leaves
+        drawn["train"] = drawn_from(found[files["train"]].items, draw.train_rows, draw.seed, without=drawn["test"])
+    record = {
+        "source": {**asdict(declaration.source), "commit": None if declaration.source.is_local else root.name},
+        **{key: getattr(declaration, key) for key in ("homepage", "licence", "citation")},
+        "declaration_sha256": declaration.sha256,
+        "asked": asdict(draw),
+        "rows": {split: len(items) for split, items in drawn.items() if items},
+        "unusable_rows": sum(instances.unusable for instances in found.values()),
+        "other_golds": sum(instances.other_golds for instances in found.values()),
     }
-    folder = dataset_file(data_dir, declaration.name).parent
+    texts = {f"{split}.jsonl": "".join(item.line for item in items) for split, items in drawn.items() if items}
+    texts[RECORD] = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
     if declaration.metric != metric_kind(declaration.name):
-        texts["test.yaml"] = metric_file(declaration.metric)
-    with new_folder(folder, replaced=[*(f"{split}.jsonl" for split in SPLITS), "test.yaml"]) as new:
+        texts["test.yaml"] = f"metric: {declaration.metric}\n"
+    folder = dataset_file(data_dir, declaration.name).parent
+    with new_folder(folder, replaced=["test.jsonl", "train.jsonl", "test.yaml", RECORD]) as new:
         for name, text in texts.items():
             (new / name).write_bytes(text.encode())
-    entry = _entry(declaration, data_dir, request, place, drawn, read)
-    add_to_manifest(data_dir, declaration.name, entry)
-    return entry
+    return record
 
 
-def _place(declaration: Declaration, request: Request, splits: Sequence[str]) -> Place:
-    if request.raw is not None:
-        return find_local(declaration, request.raw, splits)
-    if declaration.hub is None:
-        raise DataError(
-            f"dataset {declaration.name!r}: it has no source on the Hub; name its raw files with --from DIR"
-        )
-    return fetch(declaration.hub, declaration.layout, splits)
+def record_of(data_dir: Path, name: str) -> dict[str, Any] | None:
+    """What `prepare` returned for the rows that are there; None: they were not prepared, or are not there.
+
+    Raises:
+        DataError: the file holds something else.
+        StorageError: it cannot be read.
+    """
+    file = dataset_file(data_dir, name).with_name(RECORD)
+    try:
+        record = json.loads(file.read_bytes()) if file.exists() else None
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
+    except ValueError:
+        record = ""
+    if record is not None and not (isinstance(record, dict) and {"asked", "rows", "source"} <= record.keys()):
+        raise DataError(f"{file}: expected what `logo data prepare` writes, found something else; remove it")
+    return record
 
 
-def _drawn(
-    declaration: Declaration, place: Place, request: Request, on_stage: Callable[[str], None]
-) -> tuple[dict[str, list[Instance]], list[Instances]]:
-    """The rows of each split, and all instances that they were drawn from."""
-    wording = Wording(declaration)
-    found: dict[str, Instances] = {}
-    for split, names in place.names.items():
-        same = next((known for known in found if place.names[known] == names), None)
-        if same is not None:  # train rows are drawn from those that the test draw leaves
-            found[split] = found[same]
+def drawn_from(
+    instances: Sequence[Instance], count: int, seed: int, without: Iterable[Instance] = ()
+) -> list[Instance]:
+    """The first `count` instances in the order of the seed, or all if there are fewer; none whose prompt or whose
+    key is one of `without`."""
+    taken = [(instance.context, instance.key) for instance in without]
+    contexts, keys = {context for context, _ in taken}, {key for _, key in taken}
+    rest = [instance for instance in instances if instance.context not in contexts and instance.key not in keys]
+
+    def place(instance: Instance) -> tuple[bytes, str]:
+        return hashlib.sha256(f"{seed}\n{instance.key}".encode()).digest(), instance.context
+
+    return sorted(rest, key=place)[:count]
+
+
+def _fetched(
+    declaration: Declaration, splits: Sequence[str], progress: bool
+) -> tuple[Path, dict[str, tuple[str, ...]]]:
+    """The folder of a source, which on the Hub has the commit's name, and the files of each split below it."""
+    source = declaration.source
+    patterns = {split: source.files(split) for split in splits}
+    if source.is_local:
+        root = Path(source.repo)
+    else:
+        every = [pattern for split in splits for pattern in patterns[split]]
+        options = {"repo_type": "dataset", "revision": source.revision, "allow_patterns": every}
+        try:
+            root = snapshot(source.repo, progress=progress, **options)
+        except HubError as error:
+            said = hub_error(f"datasets/{source.repo}", error, revision=source.revision)  # as in the page's address
+            raise HubError(f"dataset {declaration.name!r}: {said}") from error
+    found = {split: _matching(root, patterns[split]) for split in splits}
+    for split, names in found.items():
+        if not names:
+            where = root if source.is_local else f"{source.repo} at revision {source.revision!r}"
+            expected = f"expected a file {' or '.join(patterns[split])} of {split} rows, found none"
+            raise DataError(f"dataset {declaration.name!r}: {where}: {expected}; fix the declaration")
+    return root, found
+
+
+def _matching(root: Path, patterns: Sequence[str]) -> tuple[str, ...]:
+    """The files that the first pattern finds which finds any."""
+    every = (sorted(path.relative_to(root).as_posix() for path in root.glob(pattern)) for pattern in patterns)
+    return tuple(next(filter(None, every), []))
+
+
+def _rows(root: Path, names: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of Parquet or JSON files, each with its place, in order."""
+    need("preparing datasets", "datasets")
+    from datasets import Dataset
+
+    ending = Path(names[0]).suffix
+    readers = {".parquet": Dataset.from_parquet, ".json": Dataset.from_json, ".jsonl": Dataset.from_json}
+    if ending not in readers:
+        raise DataError(f"{names[0]}: expected a file that ends in {listed([*readers])}, found {ending or 'none'}")
+    try:  # not with `load_dataset`, which reports every use to a server; this is the reader inside it
+        rows = readers[ending]([str(root / name) for name in names], streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield f"{names[0]}: row {number}", row
+    except Exception as error:  # the boundary: pyarrow and datasets each raise their own kinds
+        said = " ".join(f"{error.__cause__ or error!r:.200}".split())
+        raise DataError(f"{names[0]}: cannot be read as {ending.removeprefix('.')} ({said})") from error
+
+
+def _instances(declaration: Declaration, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Instances:
+    """Fill the templates from every row. Rows with the same prompt are one instance: with the references of all if the
+    declaration has references, else with the gold text of the first row.
+
+    Raises:
+        DataError: a row that does not fit the declaration (names the file and the row), or no usable row at all.
+    """
+    texts_of = wording(declaration)
+    found: dict[str, Instance] = {}
+    unusable = other_golds = 0
+    for where, row in rows:
+        try:
+            texts = texts_of(row)
+        except RowError as error:
+            raise DataError(f"{where}: {error}") from None
+        completion = texts["completion"] if texts else ()
+        golds, context = _merged(completion), str(texts["context"]) if texts else ""
+        if not texts or not golds or not context.strip():
+            unusable += 1
             continue
-        on_stage(f"reading {split}")
-        found[split] = make_instances(declaration.name, wording, read_raw(place.root, names))
-    drawn = {"test": draw(found["test"].items, request.rows, request.seed)}
-    if "train" in found:
-        train = draw(found["train"].items, request.train_rows, request.seed, without=drawn["test"])
-        if train:  # a data file has at least one row
-            drawn["train"] = train
-    return drawn, list({id(instances): instances for instances in found.values()}.values())
+        references = _merged(golds, texts["references"]) if "references" in texts else ()
+        gold = golds[0] if isinstance(completion, str) else golds
+        instance = Instance(context, gold, references, str(texts["draw_by"]))
+        if (known := found.get(instance.context)) is None:
+            found[instance.context] = instance
+        elif instance.references:
+            found[instance.context] = replace(known, references=_merged(known.references, instance.references))
+        else:
+            other_golds += not set(_merged(instance.completion)) <= set(_merged(known.completion))
+    if not found:
+        raise DataError(f"none of {unusable} rows has a prompt and a gold text; is this the right split?")
+    return Instances(tuple(found.values()), unusable, other_golds)
 
 
-def _entry(
-    declaration: Declaration,
-    data_dir: Path,
-    request: Request,
-    place: Place,
-    drawn: dict[str, list[Instance]],
-    read: Sequence[Instances],
-) -> Entry:
-    hub = declaration.hub
-    source: dict[str, Any] = {"homepage": declaration.homepage}
-    if request.raw is None and hub is not None:
-        source |= {"repo": hub.repo, "revision": hub.revision, "commit": place.commit, "config": hub.config}
-    source["files"] = {
-        split: [{"path": name, "sha256": file_sha256(place.root / name)} for name in names]
-        for split, names in place.names.items()
-    }
-    return {
-        "files": {
-            split: {"sha256": file_sha256(dataset_file(data_dir, declaration.name, split)), "rows": len(items)}
-            for split, items in drawn.items()
-        },
-        "source": source,
-        "metric": declaration.metric,
-        "licence": declaration.licence,
-        "citation": declaration.citation,
-        "declaration_sha256": declaration.sha256,
-        "asked": {"rows": request.rows, "train_rows": request.train_rows, "seed": request.seed},
-        "unusable_rows": sum(instances.unusable for instances in read),
-        "other_golds": sum(instances.other_golds for instances in read),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+def _merged(*texts: str | Iterable[str]) -> tuple[str, ...]:
+    """All texts that are not blank, each once."""
+    flat = (text for part in texts for text in ([part] if isinstance(part, str) else part))
+    return tuple(dict.fromkeys(text for text in flat if text.strip()))

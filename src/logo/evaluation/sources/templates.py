@@ -19,8 +19,10 @@ from logo.evaluation.sources.declarations import Declaration
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SHOWN = 8  # columns worth listing in a message
 _SOLE = re.compile(r"\s*\{\{(.*?)\}\}\s*", re.DOTALL)
+_WRONG = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 _Made = Callable[[Mapping[str, Any]], Any]
+Texts = dict[str, str | list[str]]
 
 
 class RowError(ValueError):
@@ -31,49 +33,41 @@ class _Blank(Exception):
     """A template has a value that is null or empty."""
 
 
-class Wording:
-    """The fields and templates of a declaration, compiled.
+def wording(declaration: Declaration) -> Callable[[Mapping[str, Any]], Texts | None]:
+    """What makes the texts of a row, or raises RowError: `context`, `draw_by`, `completion` and perhaps `references`,
+    the last two as lists where one expression is all of the template. None: a value in a template is null or empty.
 
     Raises:
-        DataError: one of them is not Jinja2; the message shows it.
+        DataError: a field or a template is not Jinja2; the message shows it.
     """
+    environment = _Environment(undefined=StrictUndefined, finalize=_shown, keep_trailing_newline=True)
+    environment.filters |= {"join": _join, "lettered": _lettered}
+    environment.globals["letters"] = _LETTERS
+    # No random filters: the same row always gives the same texts.
+    del environment.filters["random"], environment.globals["lipsum"]
+    try:
+        fields = {key: _expression(environment, text) for key, text in declaration.fields.items()}
+        templates = {key: environment.from_string(getattr(declaration, key)).render for key in ("context", "draw_by")}
+        for key in ("completion", "references") if declaration.references else ("completion",):
+            templates[key] = _text_or_texts(environment, getattr(declaration, key))
+    except TemplateSyntaxError as error:
+        expected = f"expected Jinja2, found {error.source!r:.60} ({error.message}); fix the declaration"
+        raise DataError(f"dataset {declaration.name!r}: {expected}") from None
 
-    def __init__(self, declaration: Declaration) -> None:
-        environment = _Environment(undefined=StrictUndefined, finalize=_shown, keep_trailing_newline=True)
-        environment.filters |= {"join": _join, "lettered": _lettered}
-        environment.globals["letters"] = _LETTERS
-        # No random filters: the same row always gives the same texts.
-        del environment.filters["random"], environment.globals["lipsum"]
-        try:
-            self._fields = {key: _expression(environment, text) for key, text in declaration.layout.fields.items()}
-            self._templates = {
-                key: (_texts if key in ("completion", "references") else _text)(environment, text)
-                for key, text in declaration.templates.items()
-            }
-        except TemplateSyntaxError as error:
-            raise DataError(
-                f"dataset {declaration.name!r}: expected Jinja2, found {error.source!r:.60} ({error.message}); "
-                "fix the declaration"
-            ) from None
-
-    def of(self, row: Mapping[str, Any]) -> dict[str, str | list[str]] | None:
-        """The text of each template, or the texts of a list where one expression is all of `completion` or
-        `references`; None: a value in a template is null or empty.
-
-        Raises:
-            RowError: a field or a template cannot be made of the row.
-        """
+    def texts(row: Mapping[str, Any]) -> Texts | None:
         columns = {"row": row, **row}
-        values = columns | {name: _called(name, field, columns) for name, field in self._fields.items()}
-        found: dict[str, str | list[str]] = {}
-        for key, template in self._templates.items():
+        values = columns | {name: _called(name, made, columns) for name, made in fields.items()}
+        found: Texts = {}
+        for key, made in templates.items():
             try:
-                found[key] = _called(key, template, values)
+                found[key] = _called(key, made, values)
             except _Blank:
                 if key != "references":
                     return None
                 found[key] = []
         return found
+
+    return texts
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -110,10 +104,6 @@ def _lettered(values: Iterable[object] | None) -> list[str]:
     return [f"({_LETTERS[i % len(_LETTERS)]}) {_as_text(value)}" for i, value in enumerate(values or ())]
 
 
-def _text(environment: _Environment, text: str) -> _Made:
-    return environment.from_string(text).render
-
-
 def _expression(environment: _Environment, text: str) -> _Made:
     compiled = environment.compile_expression(text, undefined_to_none=False)
 
@@ -126,10 +116,10 @@ def _expression(environment: _Environment, text: str) -> _Made:
     return value
 
 
-def _texts(environment: _Environment, text: str) -> _Made:
+def _text_or_texts(environment: _Environment, text: str) -> _Made:
     sole, body = _SOLE.fullmatch(text), environment.parse(text).body
     if sole is None or len(body) != 1 or len(getattr(body[0], "nodes", ())) != 1:
-        return _text(environment, text)
+        return environment.from_string(text).render
     value = _expression(environment, sole[1])
 
     def texts(values: Mapping[str, Any]) -> str | list[str]:
@@ -142,14 +132,6 @@ def _texts(environment: _Environment, text: str) -> _Made:
 def _called(key: str, made: _Made, values: Mapping[str, Any]) -> Any:
     try:
         return made(values)
-    except (
-        TemplateError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
+    except _WRONG as error:
         names = [repr(name) for name in values if name != "row"]
         raise RowError(f"{key!r}: {error}; the row has {listed(names, _SHOWN) or 'nothing'}") from None

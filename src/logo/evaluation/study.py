@@ -1,0 +1,351 @@
+"""A study: which signal or method finds the right adapters of a pool, and what that is worth.
+
+The rows of `DIR/NAME.jsonl` belong to the adapter of that name, the *target adapter* of the task, or to none. There are
+three protocols, those of the literature:
+
+    in-pool       the target adapter is in the pool
+    removed       the same rows, with that adapter left out
+    out-of-pool   tasks that never had an adapter
+
+On each row every arm, a signal of the engine or a method, selects a mixture. Where the row has a gold text, it is scored
+under each mixture, teacher-forced, and answers are generated if asked. A row is one line of `rows.jsonl`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from logo.baselines.method import Method, Prepared
+from logo.errors import DataError, UsageError, closest
+from logo.evaluation.answer import Answerer, Facts, Opening, dataset_identity, task_of
+from logo.evaluation.metrics import by_measure, first_line, measure, measures
+from logo.evaluation.results import ROWS, RUN, Partial, is_done, read_run
+from logo.evaluation.run import Work
+from logo.evaluation.statistics import DRAWS, FEWEST, auroc, calibration_error, over_tasks
+from logo.rows import Row
+
+if TYPE_CHECKING:
+    from logo.core import Selection
+    from logo.evaluation.datasets import Dataset
+
+IN_POOL, REMOVED, OUT_OF_POOL = "in-pool", "removed", "out-of-pool"
+PROTOCOLS = (IN_POOL, REMOVED, OUT_OF_POOL)
+ALWAYS = ("target", "uniform", "base")  # methods that every study of gold texts has
+SIGNALS = ("calibrated", "norm", "entropy")
+Mixture = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What is compared on every row, and how.
+
+    Attributes:
+        signals: of the engine, the first of which methods may use.
+        methods: label -> method; those of `ALWAYS` are added.
+        protocols: some of `PROTOCOLS`.
+        new_tokens: length of generated answers; None: gold texts are only scored.
+    """
+
+    signals: tuple[str, ...] = SIGNALS
+    methods: Mapping[str, Method] = field(default_factory=dict)
+    protocols: tuple[str, ...] = PROTOCOLS
+    new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.protocols:
+            if name not in PROTOCOLS:
+                raise UsageError(f"protocol {name!r}{closest(name, PROTOCOLS)}; known: {', '.join(PROTOCOLS)}")
+        if not (self.signals and self.protocols):
+            raise UsageError("study: expected at least one signal and one protocol, found none")
+
+    def of(self, task: str, names: Sequence[str]) -> tuple[str, ...]:
+        """The protocols of a task's rows, with a pool of these adapters."""
+        mine = (IN_POOL, *((REMOVED,) if len(names) > 1 else ())) if task in names else (OUT_OF_POOL,)
+        return tuple(one for one in mine if one in self.protocols)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The contest as JSON."""
+        methods = {label: method.as_dict() for label, method in self.methods.items()}
+        return {**vars(self), "methods": methods}
+
+
+@dataclass(frozen=True)
+class StudyOpening:
+    """What makes a `Measurer`, in this process or another one."""
+
+    opening: Opening
+    contest: Contest
+
+    def __call__(self) -> Measurer:
+        """Loads the model and the pool; errors of `LoGo.from_pretrained`."""
+        return Measurer(self.opening(), self.contest)
+
+
+class Measurer:
+    """Measures rows on one engine.
+
+    Args:
+        answerer: the engine; its method is not used.
+        contest: what is compared.
+    """
+
+    def __init__(self, answerer: Answerer, contest: Contest) -> None:
+        self._answerer, self._contest, self._logo = answerer, contest, answerer.logo
+        self._methods = {name: Method(name) for name in ALWAYS} | dict(contest.methods)
+        self._prepared: dict[tuple[str, str, str], Prepared] = {}  # by method, task and protocol
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What a study records of the engine and the contest."""
+        facts = self._answerer.facts
+        identity = {name: value for name, value in facts.identity.items() if name not in ("method", "max_new_tokens")}
+        return replace(facts, identity={**identity, "contest": self._contest.as_dict()})
+
+    def close(self) -> None:
+        """Ends the engine's processes, if it has some."""
+        self._logo.close()
+
+    def measure(self, task: Dataset, block: range) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
+        """The records of rows of a task.
+
+        Raises:
+            DataError: a row cannot be scored (names the file and the line).
+        """
+        return [self._record(task, index) for index in block], {}
+
+    def _record(self, task: Dataset, index: int) -> dict[str, Any]:
+        row, names, arms = task.rows[index], self._logo.names, list[dict[str, Any]]()
+        seconds: dict[str, float] = {}
+        for protocol in self._contest.of(task.name, names):
+            among = [name for name in names if name != task.name] if protocol == REMOVED else None
+            for label in self._labels(protocol, row):
+                began = time.perf_counter()
+                chosen = self._selected(label, protocol, task, row, among)
+                seconds[label] = seconds.get(label, 0.0) + time.perf_counter() - began
+                arm = {"protocol": protocol, "arm": label, "selected": list(chosen.adapters)}
+                arm |= {"weights": list(chosen.weights), "confidence": chosen.confidence}
+                if chosen.scores:
+                    arm["first"] = max(chosen.scores, key=chosen.scores.__getitem__)
+                    arm["rank"] = rank(chosen.scores, task.name) if protocol == IN_POOL else None
+                arms.append(arm)
+        if row.completion:
+            try:
+                self._judge(arms, task, row)
+            except UsageError as error:
+                raise DataError(f"{task.file}:{index + 1}: {error}") from error
+        return {"task": task.name, "row": index, "prompt": row.prompt, "arms": arms, "seconds": seconds}
+
+    def _labels(self, protocol: str, row: Row) -> list[str]:
+        """What selects for a row: without a gold text, only what looks at the prompt is of interest."""
+        methods = [*self._methods] if row.completion else [*self._contest.methods]
+        return [*self._contest.signals, *(name for name in methods if name != "target" or protocol == IN_POOL)]
+
+    def _selected(
+        self, label: str, protocol: str, task: Dataset, row: Row, among: Sequence[str] | None
+    ) -> Selection:
+        if label in self._contest.signals:
+            return self._logo.select(row.prompt, signal=label, candidates=among)
+        key = label, task.name, protocol
+        if key not in self._prepared:
+            unnamed = replace(task, rows=tuple(replace(one, adapter=None) for one in task.rows))
+            self._prepared[key] = self._methods[label].prepare(self._logo, task_of(unnamed, among or ()))
+        select = self._prepared[key].select
+        if select is None:
+            return self._logo.select(row.prompt, candidates=among)
+        [chosen] = select([row.prompt], 1)
+        if among is not None and (others := [name for name in chosen.adapters if name not in among]):
+            raise UsageError(f"method {label!r} chose {others[0]!r}: use task.candidates(logo), which leaves it out")
+        return chosen
+
+    def _judge(self, arms: Sequence[dict[str, Any]], task: Dataset, row: Row) -> None:
+        """Scores every arm, and generates its answer if asked; equal mixtures share one."""
+        gold = row.completion if isinstance(row.completion, str) else row.completion[0]
+        mixtures = {tuple(zip(arm["selected"], arm["weights"], strict=True)): arm for arm in arms}
+        keys = list(mixtures)
+        scored = dict(zip(keys, self._logo.score(row.prompt, gold, [dict(key) for key in keys]), strict=True))
+        texts: dict[Any, str] = {}
+        if self._contest.new_tokens is not None:
+            how: dict[str, Any] = {"max_new_tokens": self._contest.new_tokens, "stop_at_newline": True}
+            made = self._logo.generate([row.prompt] * len(keys), adapters=[dict(key) for key in keys], **how)
+            texts = {key: first_line(one.text) for key, one in zip(keys, made, strict=True)}
+        for arm in arms:
+            key = tuple(zip(arm["selected"], arm["weights"], strict=True))
+            arm |= {"exact_match": float(scored[key].exact_match), "nll": scored[key].nll}
+            if texts:
+                value = measure(task.metric, texts[key], row.completion)
+                [score] = by_measure(task.metric, [value])[measures(task.metric)[-1]]
+                arm |= {"prediction": texts[key], "score": score}
+
+
+def rank(scores: Mapping[str, float], target: str) -> int | None:
+    """The rank of an adapter by its score, from 1; ties count against it; None: it has no score."""
+    return None if target not in scores else sum(score >= scores[target] for score in scores.values())
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+def study(
+    tasks: Sequence[Dataset],
+    folder: Path,
+    facts: Facts,
+    work: Work,
+    *,
+    contest: Contest,
+    overwrite: bool = False,
+    command: Mapping[str, Any] | None = None,
+    tell: Callable[[str], None] = lambda task: None,
+) -> dict[str, Any]:
+    """Measures the rows that are not measured yet, writes `run.json` and `rows.jsonl`, and returns the report.
+
+    Args:
+        facts: of the `Measurer` that measures; `work`: divides blocks of rows among such.
+        tell: called with a task's name after each of its rows, those that were known included.
+
+    Raises:
+        UsageError: the study in the folder is another one, or the contest asks for no row.
+        DataError: a row cannot be scored (names the file and the line).
+    """
+    names = list(facts.identity["pool"])
+    asked = [task for task in tasks if contest.of(task.name, names)]
+    if not asked:
+        own = sum(task.name in names for task in tasks)
+        raise UsageError(
+            f"protocols {', '.join(contest.protocols)}: they ask for none of these rows: {own} of {len(tasks)} tasks "
+            "have an adapter of their name"
+        )
+    identity = {**facts.identity, "tasks": {task.name: dataset_identity(task, None) for task in asked}}
+    begun = {**identity, "environment": dict(facts.environment)}
+    if not overwrite and is_done(folder, identity, begun, files=(RUN, ROWS)):
+        report: dict[str, Any] = read_run(folder)["report"]
+        return report
+    # The first rows of all tasks come first, so that an unfinished study is a smaller study of all tasks.
+    order = sorted(((task, row) for task in asked for row in range(len(task.rows))), key=lambda one: one[1])
+    numbers = {(task.name, row): number for number, (task, row) in enumerate(order)}
+    began = datetime.now(timezone.utc)
+    with closing(Partial(folder, begun, fresh=overwrite or facts.order is not None)) as partial:
+        for record in partial.records.values():
+            tell(record["task"])
+        missing = ((task, range(row, row + 1)) for task, row in order if numbers[task.name, row] not in partial.records)
+        for _, (records, _) in work(missing):
+            partial.add([{"index": numbers[one["task"], one["row"]], **one} for one in records])
+            for one in records:
+                tell(one["task"])
+        report = summary(list(partial.records.values()))
+        run = {
+            **{"date": began.isoformat(timespec="seconds"), "device": facts.device, "report": report},
+            **{"command": dict(command or {}), "settings": dict(facts.settings)},
+            **{"identity": identity, "environment": dict(facts.environment)},
+        }
+        partial.finish({RUN: run})
+    return report
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+Tasks = dict[str, list[float]]  # task -> a number of each row
+
+
+def summary(records: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
+    """The report of measured rows, as JSON: `protocols`, with the metrics of each arm; `confidence` by signal; the most
+    frequent `confusions`; `tasks` and `rows`.
+
+    A metric's `value` is the mean over tasks of their rows' means, and its 95 % `interval` says how much it would vary
+    with other tasks. Metrics are `top1`, `top3` and `mrr` of the target adapter's rank; `exact_match` (teacher-forced)
+    and `nll` (nats per token) of gold texts; `score` of generated answers; and `of_target`, the mean of `score`, or
+    else of `exact_match`, divided by that of the target adapter alone on the same tasks.
+    """
+    columns: dict[tuple[str, str], dict[str, Tasks]] = {}
+    for record in records:
+        for arm in record["arms"]:
+            own = columns.setdefault((arm["protocol"], arm["arm"]), {})
+            for metric, value in _metrics(arm).items():
+                own.setdefault(metric, {}).setdefault(record["task"], []).append(value)
+    protocols: dict[str, dict[str, Any]] = {}
+    quality = "score" if any("score" in own for own in columns.values()) else "exact_match"
+    target = columns.get((IN_POOL, "target"), {}).get(quality, {})
+    for (protocol, arm), own in columns.items():
+        found = {metric: _mean(tasks, seed) for metric, tasks in own.items()}
+        if protocol != OUT_OF_POOL and quality in own and target:
+            found["of_target"] = _ratio(own[quality], target, seed)
+        protocols.setdefault(protocol, {})[arm] = found
+    signals = dict.fromkeys(arm for _, arm in columns)
+    return {
+        "protocols": protocols,
+        "confidence": {name: said for name in signals if (said := _confidence(columns, name)) is not None},
+        "confusions": confusions(records),
+        "tasks": len({record["task"] for record in records}),
+        "rows": len(records),
+    }
+
+
+def _metrics(arm: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of one arm on one row."""
+    found = {name: arm[name] for name in ("exact_match", "nll", "score", "confidence") if arm.get(name) is not None}
+    if arm["protocol"] == IN_POOL and "first" in arm:
+        place = arm["rank"] or float("inf")
+        found |= {"top1": float(place <= 1), "top3": float(place <= 3), "mrr": 1 / place}
+    return found
+
+
+def _mean(tasks: Tasks, seed: int) -> dict[str, Any]:
+    means = [sum(values) / len(values) for values in tasks.values()]
+    return {"value": sum(means) / len(means), "interval": over_tasks(means, seed)}
+
+
+def _ratio(tasks: Tasks, target: Tasks, seed: int) -> dict[str, Any]:
+    """The ratio of two means over the same tasks, whose interval draws tasks for both."""
+    pairs = np.array([[np.mean(tasks[name]), np.mean(target[name])] for name in tasks])  # (tasks, 2)
+    whole = pairs.mean(axis=0)
+    if not whole[1]:
+        return {"value": None, "interval": None}
+    places = np.random.default_rng(seed).integers(len(pairs), size=(DRAWS, len(pairs)))
+    drawn = pairs[places].mean(axis=1)  # (draws, 2)
+    ratios = drawn[drawn[:, 1] > 0, 0] / drawn[drawn[:, 1] > 0, 1]
+    ends = [float(end) for end in np.percentile(ratios, [2.5, 97.5])] if len(pairs) >= FEWEST else None
+    return {"value": float(whole[0] / whole[1]), "interval": ends}
+
+
+def _confidence(columns: Mapping[tuple[str, str], Mapping[str, Tasks]], signal: str) -> dict[str, Any] | None:
+    """How well the confidence of a signal tells rows whose target adapter is in the pool from others: its mean by
+    protocol, AUROC against each of the others, and the calibration error; None: it has none."""
+    values = {
+        protocol: [one for rows in columns.get((protocol, signal), {}).get("confidence", {}).values() for one in rows]
+        for protocol in PROTOCOLS
+    }
+    own, others = values[IN_POOL], [*values[REMOVED], *values[OUT_OF_POOL]]
+    if not own:
+        return None
+    truth = [True] * len(own) + [False] * len(others)
+    return {
+        "mean": {protocol: sum(some) / len(some) for protocol, some in values.items() if some},
+        "auroc": {protocol: auroc(own, values[protocol]) for protocol in (REMOVED, OUT_OF_POOL) if values[protocol]},
+        "error": calibration_error([*own, *others], truth) if others else None,
+    }
+
+
+def confusions(records: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """By arm, the pairs of a task and another adapter that comes first on its rows, most rows first."""
+    counts: dict[str, Counter[tuple[str, str]]] = {}
+    rows = Counter(record["task"] for record in records)
+    for record in records:
+        for arm in record["arms"]:
+            if arm["protocol"] == IN_POOL and arm.get("first") not in (None, record["task"]):
+                counts.setdefault(arm["arm"], Counter())[record["task"], arm["first"]] += 1
+    return {
+        name: [
+            {"task": task, "first": first, "rows": count, "of": rows[task]}
+            for (task, first), count in found.most_common()
+        ]
+        for name, found in counts.items()
+    }
