@@ -8,7 +8,7 @@ from typing import Literal
 
 from logo.errors import UsageError
 
-ProbeText = Literal["all", "last_user", "conversation"]
+ProbeText = Literal["all", "last-user", "conversation"]
 Weighting = Literal["linear", "adaptive"]
 WhenUnsure = Literal["mix", "base", "refuse"]
 FinishReason = Literal["stop", "length"]

@@ -240,7 +240,7 @@ def chat(
     Args:
         messages: `{"role", "content"}`, oldest first; further fields are the template's. A content is a text or a list
             of text parts, or None in an assistant's turn.
-        probe_text: what is probed: `"last_user"`, the last message of the user (the default); `"conversation"`, all
+        probe_text: what is probed: `"last-user"`, the last message of the user (the default); `"conversation"`, all
             messages of the user; `"all"`, or if the user has said nothing that has tokens, everything.
         variables: of the template, besides the messages.
 

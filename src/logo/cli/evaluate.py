@@ -27,14 +27,13 @@ from logo.cli.options import (
     said,
     written,
 )
-from logo.cli.output import check_writable, err, note, print_json, progress, screen, plain_table
+from logo.cli.output import check_writable, err, note, plain_table, print_json, progress, screen
 from logo.cli.prompts import or_demo
-from logo.errors import UsageError
 
 if TYPE_CHECKING:
     from logo.evaluation.answer import Opening
-    from logo.evaluation.run import Done
     from logo.evaluation.datasets import Dataset
+    from logo.evaluation.run import Done
 
 VLLM_BATCH = 256  # rows that vLLM gets at once, since it schedules them itself
 SHOWN = 20  # rows without an answer that are named
@@ -114,7 +113,7 @@ def run(
     command = written("eval run", rows, method, engine) | ({} if runner == "local" else {"engine": runner})
     options: dict[str, Any] = {
         **{"engine": runner, "k": engine.n_selected_modules, "signal": engine.signal or "calibrated"},
-        **{"when_unsure": engine.when_unsure, "probe_text": engine.probe_text},
+        "when_unsure": engine.when_unsure,
         **{"on_bad_adapter": engine.on_bad_adapter, "dtype": engine.dtype or "auto", "model_dir": MODEL_DIR},
         **({"device": device_of(engine.device)} if runner == "local" else {}),
     }
@@ -129,9 +128,7 @@ def evaluate(
     base_model: str = "Llama-3.1-8B",
     gpu: Annotated[str, Parameter(name=("--gpu", "--device"), converter=device_name, n_tokens=1)] = "auto",
     selection_strategy: str = "norm",
-    n_selected_modules: Annotated[
-        int, Parameter(name=("--n-selected-modules", "-k"), validator=positive)
-    ] = DEFAULT_K,
+    n_selected_modules: Annotated[int, Parameter(name=("--n-selected-modules", "-k"), validator=positive)] = DEFAULT_K,
     seed: Annotated[int, Parameter(validator=not_negative)] = 0,
     generation_early_stop: bool = False,
     data_dir: str = "./data",
@@ -247,7 +244,6 @@ def _opened(opening: Opening, workers: WorkerOptions, stack: ExitStack) -> Any:
         stack.enter_context(closing(answerer.logo))
         return answerer.facts, in_this_process(answerer)
     from logo.cli.cluster import in_workers
-
     from logo.evaluation.answer import Answerer
 
     facts, work = stack.enter_context(in_workers(opening, workers, Answerer.answer))
@@ -288,7 +284,11 @@ def show(scored: Sequence[dict[str, Any]], *, json: bool) -> int:
             begin, end = [one["dataset"], str(one["rows"])], [f"{one['seconds']:.1f}"]
             for name, score in one["scores"].items():
                 if name != "extra":
-                    ends = "-" if score["interval"] is None else "{:.2f} to {:.2f}".format(*(100 * x for x in score["interval"]))
+                    ends = (
+                        "-"
+                        if score["interval"] is None
+                        else "{:.2f} to {:.2f}".format(*(100 * x for x in score["interval"]))
+                    )
                     shown.add_row(*begin, LABELS.get(name, name), f"{100 * score['value']:.2f}", ends, *end)
                     begin, end = ["", ""], [""]
         screen(100, stderr=True).print(shown)

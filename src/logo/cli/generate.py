@@ -23,7 +23,6 @@ def generate(
     *prompt: str,
     prompts: PromptOptions = PromptOptions(),
     max_new_tokens: Annotated[int | None, said("256, or half of the context", validator=positive)] = None,
-    batch_size: Annotated[int, Parameter(validator=positive)] = 8,
     adapter: Annotated[list[str] | None, said("selected")] = None,
     base_only: bool = False,
     candidate: Annotated[list[str] | None, said("all")] = None,
@@ -39,7 +38,6 @@ def generate(
     Args:
         prompt: One or more prompts; `-` reads one from stdin.
         max_new_tokens: Longest answer, in tokens.
-        batch_size: Prompts per forward pass.
         adapter: Use this adapter, NAME or NAME=WEIGHT (repeatable).
         base_only: Use no adapter at all.
         candidate: Select among these adapters only (repeatable).
@@ -53,7 +51,7 @@ def generate(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "candidates": candidate}
     if temperature > 0:
         options |= {"do_sample": True, "temperature": temperature, "top_k": 0}
-    with closing(open_engine(engine, or_demo(engine))) as logo:
+    with closing(open_engine(engine, or_demo(engine), prompts.probe_text)) as logo:
         mixture = {} if base_only else forced(adapter, logo.pool) if adapter else None
         if temperature > 0:
             import torch
@@ -62,7 +60,7 @@ def generate(
         if len(asked.texts) == 1 and not json and sys.stdout.isatty():
             _stream(logo, asked.turns[0], mixture, **options)
             return
-        answers = logo.generate(asked.turns, adapters=mixture, batch_size=batch_size, **options)
+        answers = logo.generate(asked.turns, adapters=mixture, **options)
     if json:
         records = [_record(text, answer) for text, answer in zip(asked.texts, answers, strict=True)]
         print_json(records[0] if len(records) == 1 else records)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.pool import AdapterPool
-from logo.cli.options import EngineOptions, PoolOptions
+from logo.cli.options import EngineOptions, PoolOptions, ProbeText
 from logo.cli.output import err, note, progress
 from logo.models import load_base, load_config, pick_device
 
@@ -23,7 +22,7 @@ DEFAULT_SIGNAL = "calibrated"
 QUIET = 20.0  # seconds after which a command without a terminal says what it waits for
 
 
-def open_pool(options: PoolOptions, base_model: str) -> AdapterPool:
+def open_pool(options: PoolOptions, base_model: str, allow_pickle: bool = False) -> AdapterPool:
     """The pool that the options name, or the base model's own."""
     from logo.adapters import pool as pools
 
@@ -32,21 +31,24 @@ def open_pool(options: PoolOptions, base_model: str) -> AdapterPool:
         base_model,
         MODEL_DIR,
         on_bad_adapter=options.on_bad_adapter,
-        allow_pickle=options.allow_pickle,
+        allow_pickle=allow_pickle,
         # To leave damaged adapters out, they have to be found before the first prompt, not in the middle of a run.
         verify=True if options.on_bad_adapter == "skip" else None,
     )
 
 
-def selection_settings(options: EngineOptions) -> SelectionSettings:
-    """The settings of probe and selection; raises for values that cannot be used, before a model is loaded."""
+def selection_settings(options: PoolOptions, probe_text: ProbeText | None = None) -> SelectionSettings:
+    """The settings of probe and selection, the usual ones if the options have none; raises for values that cannot be
+    used, before a model is loaded."""
     from logo.selection.settings import SelectionSettings
 
+    if not isinstance(options, EngineOptions):
+        return SelectionSettings()
     return SelectionSettings(
         signal=options.signal or DEFAULT_SIGNAL,
         k=options.n_selected_modules,
         when_unsure=options.when_unsure,
-        probe_text=options.probe_text,
+        probe_text=probe_text,
     )
 
 
@@ -76,34 +78,32 @@ class Opened:
         return logo
 
 
-def open_base(
-    options: PoolOptions, base_model: str, check: Callable[[AdapterPool], object] | None = None
-) -> Opened:
-    """Opens the pool and loads the base model.
-
-    Args:
-        check: raises for a pool that cannot be used, before the base model is loaded.
-    """
+def open_base(options: PoolOptions, base_model: str, allow_pickle: bool = False) -> Opened:
+    """Opens the pool and loads the base model."""
     quiet_transformers()
     load_config(base_model, model_dir=MODEL_DIR)  # may it be read?
-    pool = open_pool(options, base_model)
-    if check is not None:
-        check(pool)
+    pool = open_pool(options, base_model, allow_pickle)
     spread = options.device == "spread"
     model, tokenizer = load_base(
         base_model,
         device="auto" if spread else device_of(options.device),
-        dtype=options.dtype or "auto",
+        dtype=getattr(options, "dtype", None) or "auto",
         device_map="auto" if spread else None,
         model_dir=MODEL_DIR,
     )
     return Opened(model, tokenizer, pool)
 
 
-def open_engine(options: EngineOptions, base_model: str, **further: Any) -> LoGo:
+def open_engine(
+    options: PoolOptions,
+    base_model: str,
+    probe_text: ProbeText | None = None,
+    allow_pickle: bool = False,
+    **further: Any,
+) -> LoGo:
     """Loads the base model and the pool, and returns an engine on them with `further` options of `LoGo`."""
-    settings = selection_settings(options)
-    return open_base(options, base_model).engine(settings, **further)
+    settings = selection_settings(options, probe_text)
+    return open_base(options, base_model, allow_pickle).engine(settings, **further)
 
 
 def device_of(name: str) -> str:

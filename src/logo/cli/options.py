@@ -36,7 +36,7 @@ not_negative = Number(gte=0)
 
 def said(default: str, *, of: Group | None = None, **more: Any) -> Parameter:
     """An option whose default is told in words."""
-    return Parameter(show_default=default, group=of, **more)
+    return Parameter(show_default=default, **more, **({} if of is None else {"group": of}))
 
 
 def joined(kind: type, tokens: Sequence[Token]) -> str:
@@ -86,14 +86,8 @@ class PoolOptions:
     on_bad_adapter: Annotated[OnBad, Parameter(group=POOL)] = "error"
     """If an adapter cannot be used: refuse the pool, or skip the adapter."""
 
-    allow_pickle: Annotated[bool, Parameter(group=POOL)] = False
-    """Also read adapter_model.bin (tensors only)."""
-
     device: Annotated[str, Parameter(group=POOL, converter=device_name, n_tokens=1)] = "auto"
     """auto, cpu, mps, cuda, cuda:N, or spread: over all GPUs."""
-
-    dtype: Annotated[str | None, said("the model's", of=POOL)] = None
-    """float32, bfloat16, float16 or auto."""
 
 
 @Parameter(name="*")
@@ -112,8 +106,8 @@ class EngineOptions(PoolOptions):
     when_unsure: Annotated[WhenUnsure, Parameter(group=SELECTION)] = "mix"
     """What answers if the selection is unsure: a mixture, the base model alone, or nothing."""
 
-    probe_text: Annotated[ProbeText | None, said("last-user", of=SELECTION)] = None
-    """The part of a conversation that is read: the user's last message, all of the user's, or everything."""
+    dtype: Annotated[str | None, said("the model's", of=POOL)] = None
+    """float32, bfloat16, float16 or auto."""
 
 
 @Parameter(name="*")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from logo.cli.options import PoolOptions
+from logo.cli.options import PoolOptions, ProbeText, said
 from logo.cli.output import note
 from logo.errors import StorageError, UsageError
 from logo.models import DEMO
@@ -38,6 +38,9 @@ class PromptOptions:
 
     system: str | None = None
     """A system message before it; implies --chat."""
+
+    probe_text: Annotated[ProbeText | None, said("last-user")] = None
+    """The part of a conversation that is read: the user's last message, all of the user's, or everything."""
 
     def read(self, arguments: Sequence[str]) -> Asked:
         """The prompts to answer; `-` reads one from stdin. Blank lines of the file are skipped.

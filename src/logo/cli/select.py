@@ -14,10 +14,10 @@ from logo.cli.prompts import PromptOptions, or_demo
 
 def select(
     *prompt: str,
-    prompts: PromptOptions = PromptOptions(),  # noqa: B008 - frozen
+    prompts: PromptOptions = PromptOptions(),
     candidate: list[str] | None = None,
     json: bool = False,
-    engine: EngineOptions = EngineOptions(),  # noqa: B008
+    engine: EngineOptions = EngineOptions(),
 ) -> None:
     """Show which adapters a prompt selects, with their weights and scores.
 
@@ -31,7 +31,7 @@ def select(
         json: Print JSON instead.
     """
     asked = prompts.read(prompt)
-    with closing(open_engine(engine, or_demo(engine))) as logo:
+    with closing(open_engine(engine, or_demo(engine), prompts.probe_text)) as logo:
         selections = logo.select(asked.turns, candidates=candidate)
         k, unsure_below = logo.k, logo.settings.unsure_below
     if json:

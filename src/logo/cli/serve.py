@@ -2,55 +2,41 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from typing import Any
+from typing import Annotated
 
-from logo.cli import cluster, serve_vllm
-from logo.cli.belonging import check_selection_options
-from logo.cli.expanded import expanded
-from logo.cli.opening import open_engine, selection_settings
+from cyclopts import Parameter
+
+from logo.cli import serve_vllm
+from logo.cli.opening import open_engine
 from logo.cli.options import EngineOptions, changed
 from logo.cli.output import note
 from logo.cli.prompts import or_demo
 from logo.cli.serve_options import ServerOptions
-from logo.cli.serve_vllm import OPEN
 from logo.errors import StorageError, UsageError, need
 
-MAX_BODY_MB = 1.0
+MAX_BODY = 1_000_000  # bytes of a request
 
 
-@expanded
-def serve(server: ServerOptions, engine: EngineOptions, replicas: cluster.ReplicaOptions) -> Any:
+def serve(
+    *vllm_flags: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    server: ServerOptions = ServerOptions(),
+    engine: EngineOptions = EngineOptions(),
+) -> None:
     """Serve a base model and a pool as one OpenAI-compatible endpoint.
 
     `model: "logo"` selects adapters for every request, an adapter's name forces it, the base model's name uses none.
 
-    Example: `logo serve --base-model demo`, then `curl localhost:8000/v1/completions -H 'Content-Type:
-    application/json' -d '{"model": "logo", "prompt": "What is 7 plus 5?"}'`
-    """
-    check_selection_options([selection_settings(engine)])
-    layout = replicas.layout(engine)
-    if server.server == "vllm":
-        base_model = or_demo(engine)
-        server.model_name(base_model)  # raises before anything slow happens
-        if layout is None:
-            return serve_vllm.serve(engine, base_model, server)
-        from logo.serve.running import listening, released
+    Example: logo serve --base-model demo
 
-        address = released(listening(server.host, server.port))
-        several = functools.partial(cluster.serve, engine, base_model, layout, address)
-        return serve_vllm.serve(engine, base_model, server, several)
-    if layout is not None:
-        raise UsageError("several replicas are only for --engine vllm; add it, or leave out --replicas")
-    arguments = [f"argument {argument!r}" for argument in server.arguments or ()]
-    for flag in (*changed(server, "max_model_len", "dry_run").values(), *arguments):
+    Args:
+        vllm_flags: With --engine vllm, after `--`: further flags for vLLM.
+    """
+    if server.server == "vllm":
+        serve_vllm.serve(engine, server, vllm_flags)
+        return
+    for flag in (*changed(server, "replicas", "ray", "dry_run").values(), *vllm_flags):
         raise UsageError(f"{flag} is only for --engine vllm")
-    for flag in changed(engine, "merge").values():
-        raise UsageError(
-            f"{flag} is not for this server, in which sequences with different mixtures share batches and nothing is "
-            "merged; leave it out"
-        )
     need("the server", "starlette", "uvicorn", "prometheus_client")
     if server.log_prompts and not server.log_json:
         raise UsageError("--log-prompts: prompts are only logged as JSON; add --log-json")
@@ -68,38 +54,32 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: cluster.Replic
     guards = GuardSettings(
         server.host,
         server.api_keys,
-        int((server.max_body_mb or MAX_BODY_MB) * 1e6),
+        MAX_BODY,
         tuple(server.allow_host or ()),
         tuple(server.cors or ()),
-        server.open_metrics,
-        bound,
+        key_adapters=bound,
     )
     configure(log_json=server.log_json)
     # A log that programs read is JSON from its first line to its last.
     tell = logging.getLogger("logo.serve").info if server.log_json else note
     if not guards.api_keys and not bound and not is_loopback(server.host):
-        tell(OPEN.format(server.host))
+        tell(serve_vllm.OPEN.format(server.host))
     taken = listening(server.host, server.port)
     base_model = or_demo(engine)
     name = server.model_name(base_model)
 
-    from logo.selection.signals import get_signal
     from logo.serve.answering import AppSettings
     from logo.serve.memory import Memory
     from logo.serve.names import check_pool
     from logo.serve.running import serve as run
     from logo.serve.service import Service
 
-    signals = server.other_signals
-    for signal in signals:
-        get_signal(signal)  # raises before anything slow happens
     settings = AppSettings(name, server.request_timeout or None, folder, server.log_prompts)
-    logo = open_engine(engine, base_model)
+    logo = open_engine(engine, base_model, server.probe_text, adapter_memory_gb=server.adapter_memory_gb)
     check_pool(name, logo.names)
     for pattern in unmatched(logo.names, bound):
         tell(f"--key-adapters: no adapter matches {pattern!r} now")
     memory = Memory(server.max_concurrent, server.kv_cache_gb)
-    service = Service(logo, memory, signals=signals, max_queue=server.max_queue)
+    service = Service(logo, memory, signals=("norm",))
     tell(service.batching.plan.line)
     run(service, settings, guards, taken, lambda: tell(f"Serving on {address_of(taken)}"))
-    return None

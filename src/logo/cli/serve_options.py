@@ -1,85 +1,88 @@
-"""Options of `logo serve` for the server itself; `logo.cli.serve` runs it."""
+"""Options of `logo serve` for the server itself."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from logo.cli.choices import Engine
-from logo.cli.options import argument, rare, usual
+from cyclopts import Group, Parameter
+from cyclopts.validators import Number
+
+from logo.cli.options import Engine, ProbeText, not_negative, positive, said
 from logo.errors import UsageError
 
-NETWORK = "Network"
-LIMITS = "Limits"
-CHANGES = "Changes and logs"
-VLLM = "With --engine vllm"
+NETWORK = Group("Network", sort_key=1)
+LIMITS = Group("Limits", sort_key=2)
+CHANGES = Group("Changes and logs", sort_key=2)
 
 
-@dataclass(frozen=True)
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """The network, limits, changes and logs of a server, and what only vLLM's own reads."""
+    """The network, limits, changes and logs of a server."""
 
-    host: str = usual("127.0.0.1", "Address to listen on.")
-    port: int = usual(8000, "Port to listen on; 0: any free port.", min=0, max=65535)
-    api_key: list[str] | None = usual(None, "Clients need one of these (repeatable); or set $LOGO_API_KEY.")
-    key_adapters: Path | None = rare(
-        None,
-        'API keys bound to adapters: JSON such as {"KEY": ["team-a/*", "translate"]}.',
-        metavar="FILE",
-        panel=NETWORK,
-    )
-    allow_host: list[str] | None = rare(None, "Further host name that the server answers to.", panel=NETWORK)
-    cors: list[str] | None = rare(
-        None, "Origin whose web pages may send requests (repeatable).", metavar="ORIGIN", panel=NETWORK
-    )
-    open_metrics: bool = rare(False, "Serve /metrics without a key.", panel=NETWORK)
-    served_model_name: str | None = rare(
-        None, "Model name to request the base model alone.", "the last part of --base-model", panel=NETWORK
-    )
-    signals: str | None = rare(
-        None,
-        "Signals that requests may ask for; the pool is calibrated for each before the server starts.",
-        "the one of --signal",
-        metavar="SIGNAL,...",
-        panel=LIMITS,
-    )
-    max_concurrent: int = usual(64, "Answers that are generated at the same time.", min=1, max=512)
-    max_queue: int = rare(256, "Further answers that may wait; more get status 429.", min=0, panel=LIMITS)
-    request_timeout: float = rare(600.0, "Seconds that a request may take; 0: no limit.", min=0.0, panel=LIMITS)
-    max_body_mb: float | None = rare(
-        None, "Largest size of a request, in 10⁶ bytes.", "1, or 32 with --engine vllm", min=0.001, panel=LIMITS
-    )
-    kv_cache_gb: float | None = usual(
-        None, "Memory for keys and values, in 10⁹ bytes.", "CPU: 2; GPU: half the free memory", min=0.001
-    )
-    allow_adapter_changes: Path | None = usual(
-        None, "Folder from which requests may add adapters to the pool.", False, metavar="DIR"
-    )
-    log_json: bool = usual(False, "Log one JSON object per line.")
-    log_prompts: bool = rare(
-        False,
-        "With --log-json: log prompts, too (the first 200 tokens).",
-        panel=CHANGES,
-    )
-    server: Engine = usual("local", "This process, or vLLM's own server with LoGo inside.", True, "--engine")
-    max_model_len: int | None = rare(
-        None, "Maximum tokens of a prompt and its answer.", "the model's", min=1, panel=VLLM
-    )
-    dry_run: bool = rare(False, "Print what would be started, without secrets.", panel=VLLM)
-    arguments: list[str] | None = argument(
-        None, metavar="[-- VLLM_FLAGS]", help="With --engine vllm: further flags for vLLM.", show_default=False
-    )
+    host: Annotated[str, Parameter(group=NETWORK)] = "127.0.0.1"
+    """Address to listen on."""
+
+    port: Annotated[int, Parameter(group=NETWORK, validator=Number(gte=0, lte=65535))] = 8000
+    """Port to listen on; 0: any free port."""
+
+    api_key: Annotated[list[str] | None, Parameter(group=NETWORK, env_var="LOGO_API_KEY")] = None
+    """Clients need one of these (repeatable)."""
+
+    key_adapters: Annotated[Path | None, Parameter(group=NETWORK)] = None
+    """API keys bound to adapters: a file of JSON such as {"KEY": ["team-a/*", "translate"]}."""
+
+    allow_host: Annotated[list[str] | None, Parameter(group=NETWORK)] = None
+    """Further host name that the server answers to (repeatable)."""
+
+    cors: Annotated[list[str] | None, Parameter(group=NETWORK)] = None
+    """Origin whose web pages may send requests (repeatable)."""
+
+    served_model_name: Annotated[str | None, said("the last part of --base-model", of=NETWORK)] = None
+    """Model name to request the base model alone."""
+
+    max_concurrent: Annotated[int, Parameter(group=LIMITS, validator=Number(gte=1, lte=512))] = 64
+    """Answers that are generated at the same time."""
+
+    request_timeout: Annotated[float, Parameter(group=LIMITS, validator=not_negative)] = 600.0
+    """Seconds that a request may take; 0: no limit."""
+
+    kv_cache_gb: Annotated[float | None, said("CPU: 2; GPU: half the free memory", of=LIMITS)] = None
+    """Memory for keys and values, in 10⁹ bytes."""
+
+    adapter_memory_gb: Annotated[float | None, said("0.3 of what the model leaves free", of=LIMITS)] = None
+    """Memory for adapters on the model's device, in 10⁹ bytes."""
+
+    allow_adapter_changes: Annotated[Path | None, Parameter(group=CHANGES)] = None
+    """Folder from which requests may add adapters to the pool."""
+
+    log_json: Annotated[bool, Parameter(group=CHANGES)] = False
+    """Log one JSON object per line."""
+
+    log_prompts: Annotated[bool, Parameter(group=CHANGES)] = False
+    """With --log-json: log prompts, too (the first 200 tokens)."""
+
+    probe_text: Annotated[ProbeText | None, said("last-user", of=LIMITS)] = None
+    """The part of a conversation that is read: the user's last message, all of the user's, or everything."""
+
+    server: Annotated[Engine, Parameter(name="--engine")] = "local"
+    """What serves: this process, or vLLM's own server with LoGo inside."""
+
+    replicas: Annotated[int | None, said("one", validator=positive)] = None
+    """With --engine vllm: processes that answer, each with the model (needs Ray)."""
+
+    ray: str = "local"
+    """Where they are: `local`: this machine; `auto`: the Ray cluster that this machine is part of; or its HOST:PORT."""
+
+    dry_run: bool = False
+    """With --engine vllm: print what would be started, without secrets."""
 
     @property
     def api_keys(self) -> tuple[str, ...]:
-        """The keys of clients, from the command line or else from the environment."""
-        return tuple(self.api_key or ()) or tuple(filter(None, [os.environ.get("LOGO_API_KEY")]))
-
-    @property
-    def other_signals(self) -> tuple[str, ...]:
-        """The signals of `--signals`."""
-        return tuple(name.strip() for name in (self.signals or "").split(",") if name.strip())
+        """The keys of clients."""
+        return tuple(self.api_key or ())
 
     def model_name(self, base_model: str) -> str:
         """Name of the base model alone in requests."""

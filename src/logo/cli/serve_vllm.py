@@ -1,21 +1,23 @@
-"""`logo serve --engine vllm`: works out vLLM's arguments, and becomes vLLM's own server."""
+"""`logo serve --engine vllm`: works out vLLM's arguments, and becomes vLLM's own server, or several behind Ray Serve."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import warn_of_bad
 from logo.adapters.sources import pool_sources, spec_of
-from logo.cli.opening import open_pool, quiet_transformers, selection_settings
+from logo.cli.opening import MODEL_DIR, open_pool, quiet_transformers, selection_settings
 from logo.cli.options import EngineOptions, changed
 from logo.cli.output import note, out
+from logo.cli.prompts import or_demo
 from logo.cli.serve_options import ServerOptions
 from logo.errors import UsageError, need
 from logo.models import load_config, loading, resolve_base, skeleton
@@ -35,37 +37,27 @@ _CPU_BLOCK = 32
 
 # Options that vLLM's server does not have, and what to use instead.
 INSTEAD = {
-    "allow_pickle": "vLLM's processes only read safetensors",
+    "device": "set CUDA_VISIBLE_DEVICES, or use `-- --tensor-parallel-size N`",
     "adapter_memory_gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
-    "merge": "vLLM keeps adapters in slots",
-    "prefix_cache_gb": "vLLM caches prefixes itself",
-    "device": "set CUDA_VISIBLE_DEVICES",
-    "device_map": "use `-- --tensor-parallel-size N`",
     "key_adapters": "vLLM cannot bind API keys to adapters",
-    "max_queue": "vLLM lets any number of requests wait; --max-concurrent limits those that run",
     "request_timeout": "a proxy in front of vLLM can end requests",
     "allow_adapter_changes": "set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
-    "max_body_mb": "a proxy in front of vLLM can limit bodies",
-    "open_metrics": "vLLM shows its metrics without a key; a proxy can keep them to itself",
     "log_prompts": "vLLM logs prompts itself: `-- --enable-log-requests`",
     "log_json": "set VLLM_LOGGING_CONFIG_PATH to a configuration of Python's logging",
 }
 
 
-def serve(
-    options: EngineOptions,
-    base_model: str,
-    server: ServerOptions,
-    several: Callable[[Launch], Any] | None = None,
-) -> Any:
-    """Replaces this process by vLLM's server; with `--dry-run`, prints what would be started.
+def serve(options: EngineOptions, server: ServerOptions, flags: Sequence[str]) -> None:
+    """Replaces this process by vLLM's server, or starts replicas of it; with `--dry-run`, prints what would be started.
 
     Args:
-        several: called instead with the command, to serve from replicas.
+        flags: of the user, for vLLM.
     """
     from logo.vllm.launch import API_KEY, check_environment
 
-    _refuse(options, server, alone=several is None)
+    base_model = or_demo(options)
+    server.model_name(base_model)  # raises before anything slow happens
+    _refuse(options, server, flags)
     check_environment(os.environ)
     if not server.dry_run:
         need("--engine vllm", "vllm")
@@ -75,32 +67,32 @@ def serve(
     GuardSettings(server.host, server.api_keys, cors_origins=tuple(server.cors or ()))
     if not server.api_keys and not os.environ.get(API_KEY) and not is_loopback(server.host):
         note(OPEN.format(server.host))
-    launch = _launch(options, base_model, server)
+    launch = _launch(options, base_model, server, flags)
     if server.dry_run:
         out.print(launch.shown(), markup=False)
         if launch.api_key is not None:
             note(f"{API_KEY} is set too; it is not shown.")
-        if several is not None:
+        if server.replicas is not None:
             note("With --replicas, each replica runs such an engine, and one address serves them all.")
-        return None
-    if several is not None:
-        return several(launch)
-    environment = launch.environment(os.environ)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # From here on, vLLM handles signals and sets the exit code.
-    os.execvpe(launch.command[0], launch.command, environment)
+    elif server.replicas is not None:
+        _replicas(options, base_model, server, launch)
+    else:
+        environment = launch.environment(os.environ)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # From here on, vLLM handles signals and sets the exit code.
+        os.execvpe(launch.command[0], launch.command, environment)
 
 
-def _refuse(options: EngineOptions, server: ServerOptions, *, alone: bool) -> None:
+def _refuse(options: EngineOptions, server: ServerOptions, given: Sequence[str]) -> None:
     """Raises UsageError for options that vLLM's server does not support."""
     for name, flag in {**changed(options, *INSTEAD), **changed(server, *INSTEAD)}.items():
         raise UsageError(f"{flag} is not for --engine vllm: {INSTEAD[name]}")
-    if server.port == 0 and alone:
+    if server.port == 0 and server.replicas is None:
         raise UsageError("--port 0 is not for --engine vllm, which does not report the port that it chose: give a port")
     if len(server.api_keys) > 1:
         raise UsageError(f"--engine vllm takes one --api-key, found {len(server.api_keys)}: give one")
-    flags = {flag.split("=")[0].replace("_", "-") for flag in server.arguments or () if flag.startswith("-")}
+    flags = {flag.split("=")[0].replace("_", "-") for flag in given if flag.startswith("-")}
     if "--api-key" in flags:
         raise UsageError(
             "--api-key after `--` would be visible in the list of processes and in the output of --dry-run: give it "
@@ -113,19 +105,33 @@ def _refuse(options: EngineOptions, server: ServerOptions, *, alone: bool) -> No
         )
 
 
-def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> Launch:
+def _replicas(options: EngineOptions, base_model: str, server: ServerOptions, launch: Launch) -> None:
+    """Serves from replicas until a signal comes."""
+    from logo.cli.cluster import absolute, expected
+    from logo.cluster.processes import Layout
+    from logo.cluster.replicas import Plan, serve_replicas, vllm_app
+    from logo.serve.running import listening, released
+
+    layout = Layout(server.replicas or 1, server.ray)
+    address = released(listening(server.host, server.port))
+    open_ = functools.partial(vllm_app, launch.command[3:])  # after `python -m MODULE`
+    pool = {"model_dir": os.path.abspath(MODEL_DIR), "on_bad_adapter": options.on_bad_adapter}
+    found = expected(layout, launch.pool, absolute(base_model), **pool)
+    variables = launch.environment({})
+    serve_replicas(layout, lambda how: Plan(open_, variables, found, layout.count, how), *address, note)
+
+
+def _launch(options: EngineOptions, base_model: str, server: ServerOptions, given: Sequence[str]) -> Launch:
     from logo.vllm.launch import Launch
     from logo.vllm.options import VllmOptions
     from logo.vllm.pool import rank_of, slots_of, targets_of
 
     quiet_transformers()
-    source = resolve_base(base_model, options.model_dir)
-    load_config(base_model, model_dir=options.model_dir)  # may it be read?
-    settings = selection_settings(options)
-    place = spec_of(pool_sources(options.adapters, base_model, options.model_dir))
+    source = resolve_base(base_model, MODEL_DIR)
+    load_config(base_model, model_dir=MODEL_DIR)  # may it be read?
+    place = spec_of(pool_sources(options.adapters, base_model, MODEL_DIR))
     config = {
-        **settings.changed,
-        "signals": list(server.other_signals),
+        **selection_settings(options, server.probe_text).changed,
         **({"on_bad_adapter": "skip"} if options.on_bad_adapter == "skip" else {}),
         "host": server.host,
         "hosts": server.allow_host or [],
@@ -142,7 +148,6 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> L
     flags = [
         *("--dtype", str(dtype)),
         *("--max-num-seqs", str(server.max_concurrent)),
-        *(() if server.max_model_len is None else ("--max-model-len", str(server.max_model_len))),
         *(() if cache is None else ("--kv-cache-memory-bytes", str(int(cache * 1e9)))),
         *(("--block-size", str(_CPU_BLOCK)) if on_cpu else ()),
         *("--allowed-origins", json.dumps(server.cors or [])),
@@ -160,7 +165,7 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> L
         port=server.port,
         api_key=server.api_keys[0] if server.api_keys else None,
         flags=flags,
-        given=tuple(server.arguments or ()),
+        given=tuple(given),
     )
 
 
@@ -169,11 +174,10 @@ def _fitted(options: EngineOptions, base_model: str, server: ServerOptions) -> t
     from logo.selection.points import plan
     from logo.serve.names import check_pool
 
-    model, settings = skeleton(load_config(base_model, model_dir=options.model_dir)), selection_settings(options)
+    model, settings = skeleton(load_config(base_model, model_dir=MODEL_DIR)), selection_settings(options)
     pool = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)
     warn_of_bad(pool.refused)
     check_pool(server.model_name(base_model), pool.names)
-    pool = pool.acting(settings.activation)
     plan(model, pool, settings)  # refuses a pool that cannot be scored, before vLLM is started
     return pool, min(settings.k or pool.default_k, len(pool))
 

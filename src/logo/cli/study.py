@@ -12,8 +12,19 @@ from cyclopts import Group, Parameter
 from rich.text import Text
 
 from logo.cli.opening import MODEL_DIR, device_of, quiet_transformers
-from logo.cli.options import PoolOptions, WorkerOptions, arguments, not_negative, positive, said
-from logo.cli.output import check_writable, err, note, one_line, out, plain_table, print_json, progress, screen
+from logo.cli.options import PoolOptions, WorkerOptions, arguments, positive, said
+from logo.cli.output import (
+    check_writable,
+    err,
+    natural_width,
+    note,
+    one_line,
+    out,
+    plain_table,
+    print_json,
+    progress,
+    screen,
+)
 from logo.cli.prompts import or_demo
 
 if TYPE_CHECKING:
@@ -47,7 +58,6 @@ def study(
     protocols: str = "in-pool,removed,out-of-pool",
     generate: Annotated[int | None, said("gold texts are scored only", validator=positive)] = None,
     metric: Annotated[str | None, said("NAME.yaml beside NAME.jsonl, else by the task's name")] = None,
-    seed: Annotated[int, Parameter(validator=not_negative)] = 0,
     workers: WorkerOptions = WorkerOptions(),
     json: bool = False,
     pool: PoolOptions = PoolOptions(),
@@ -71,7 +81,6 @@ def study(
         protocols: in-pool: each row's target adapter is there; removed: it is left out; out-of-pool: tasks without one.
         generate: Also generate answers of up to N new tokens, and judge them.
         metric: How generated answers are judged, in all tasks.
-        seed: Random seed of methods.
         json: Print the report as JSON.
     """
     from logo.baselines import get_methods
@@ -82,7 +91,7 @@ def study(
     from logo.evaluation.study import study as run_study
     from logo.selection.signals import get_signal
 
-    compared = get_methods([name for name in listed(methods) if name not in ALWAYS], arguments(method_args or ""), seed)
+    compared = get_methods([name for name in listed(methods) if name not in ALWAYS], arguments(method_args or ""))
     for name in listed(signals):
         get_signal(name)
     contest = Contest(tuple(listed(signals)), compared, tuple(listed(protocols)), generate)
@@ -92,10 +101,10 @@ def study(
     quiet_transformers()
     base_model = or_demo(pool)
     options: dict[str, Any] = {"signal": contest.signals[0], "on_bad_adapter": pool.on_bad_adapter}
-    options |= {"dtype": pool.dtype or "auto", "model_dir": MODEL_DIR, "device": device_of(pool.device)}
+    options |= {"model_dir": MODEL_DIR, "device": device_of(pool.device)}
     command = {"name": "eval study", "options": {"rows": str(rows), "signals": signals, "methods": methods}}
     with ExitStack() as stack, progress(disable=not err.is_terminal) as bar:
-        opening = StudyOpening(Opening(base_model, pool.adapters, options, seed=seed), contest)
+        opening = StudyOpening(Opening(base_model, pool.adapters, options), contest)
         facts, work = _opened(opening, workers, stack)
         names = list(facts.identity["pool"])
         note(f"adapters: {len(names)} · tasks with an adapter of their own: {sum(t.name in names for t in found)}")
@@ -143,7 +152,7 @@ def _show(report: Mapping[str, Any]) -> None:
         table = plain_table(protocol, *(f">{COLUMNS[name]}" for name in metrics))
         for arm, found in arms.items():
             table.add_row(arm, *(_cell(found.get(name)) for name in metrics))
-        screen(140).print(table, "")
+        screen(natural_width(table)).print(table, "")
     note("Means of the tasks' means; 95 % intervals, over tasks, in brackets.")
     for signal, found in report["confidence"].items():
         values = [f"AUROC {value:.2f} against {name}" for name, value in found["auroc"].items()]

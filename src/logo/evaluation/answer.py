@@ -147,9 +147,7 @@ def task_of(dataset: Dataset, among: Sequence[str] = ()) -> Task:
     return Task(dataset.name, texts, lambda: dataset.train, targets, among)
 
 
-def record(
-    index: int, row: Row, answer: Generation | LoGoError, metric: str, seconds: float
-) -> dict[str, Any]:
+def record(index: int, row: Row, answer: Generation | LoGoError, metric: str, seconds: float) -> dict[str, Any]:
     """The line of `rows.jsonl` for a row: see `logo.evaluation.results`."""
     known: dict[str, Any] = {"index": index, "prompt": row.prompt, "completion": row.completion}
     known |= {"references": row.references, "target": row.adapter}

@@ -22,13 +22,34 @@ from logo.identity import file_sha256
 from logo.rows import Row, read_rows, requested
 
 OFFICIAL: tuple[str, ...] = tuple(
-    """
-    bbh.boolean_expressions bbh.causal_judgement bbh.formal_fallacies bbh.navigate bbh.object_counting
-    bbh.sports_understanding bbh.web_of_lies bbh.word_sorting
-    wmt14.fr-en wmt14.en-fr wmt16.de-en wmt16.en-de wmt16.ro-en wmt16.en-ro
-    gem.common_gen gem.dart gem.e2e_nlg gem.web_nlg
-    ai2_arc.ARC-Challenge ai2_arc.ARC-Easy nq.natural-questions tqa.rc anli.r1 anli.r2 anli.r3 glue.qnli
-    """.split()
+    [
+        "bbh.boolean_expressions",
+        "bbh.causal_judgement",
+        "bbh.formal_fallacies",
+        "bbh.navigate",
+        "bbh.object_counting",
+        "bbh.sports_understanding",
+        "bbh.web_of_lies",
+        "bbh.word_sorting",
+        "wmt14.fr-en",
+        "wmt14.en-fr",
+        "wmt16.de-en",
+        "wmt16.en-de",
+        "wmt16.ro-en",
+        "wmt16.en-ro",
+        "gem.common_gen",
+        "gem.dart",
+        "gem.e2e_nlg",
+        "gem.web_nlg",
+        "ai2_arc.ARC-Challenge",
+        "ai2_arc.ARC-Easy",
+        "nq.natural-questions",
+        "tqa.rc",
+        "anli.r1",
+        "anli.r2",
+        "anli.r3",
+        "glue.qnli",
+    ]
 )
 """The names of the official dataset list, in its order."""
 

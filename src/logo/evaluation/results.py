@@ -164,7 +164,9 @@ def is_done(
     if not (folder / files[0]).exists():
         return False
     if not (folder / RUN).exists():
-        raise UsageError(f"{folder} holds a result without a {RUN} that says which run it is of; --overwrite replaces it")
+        raise UsageError(
+            f"{folder} holds a result without a {RUN} that says which run it is of; --overwrite replaces it"
+        )
     found = differences(identity, read_run(folder)["identity"])
     if found:
         judged = {name for name, *_ in found} <= {"metric", "metric_plugin"}
@@ -304,7 +306,9 @@ def lines(folder: Path) -> Iterator[dict[str, Any]]:
             known = dict(zip(columns, row, strict=True))
             yield {"index": index, **dict(zip(keys, fields, strict=True)), "scores": known, "error": None}
     except (AttributeError, TypeError, ValueError) as error:
-        raise DataError(f"{folder}: expected the files of the official script, of equally many rows: {error}") from error
+        raise DataError(
+            f"{folder}: expected the files of the official script, of equally many rows: {error}"
+        ) from error
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -134,9 +134,7 @@ def paired(datasets: Sequence[tuple[Values, Values]], seed: int = 0) -> Paired:
         how: dict[str, Any] = {"permutation_type": "samples", "n_resamples": SWAPS, "alternative": "greater"}
         how |= {"batch": max(1, _BATCH // len(signs)), "rng": np.random.default_rng(seed)}
         p = float(permutation_test((signs, -signs), apart, vectorized=True, **how).pvalue)
-    return Paired(
-        sum(map(len, gaps)), means[0], means[1], around, better, worse, MCNEMAR if exact else RANDOMISED, p
-    )
+    return Paired(sum(map(len, gaps)), means[0], means[1], around, better, worse, MCNEMAR if exact else RANDOMISED, p)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -180,6 +178,5 @@ def calibration_error(confidence: Sequence[float], truth: Sequence[bool], bins: 
 def scores(measures: Mapping[str, Sequence[float]], seed: int = 0) -> dict[str, dict[str, Any]]:
     """The mean of each measure's values and its interval, as JSON."""
     return {
-        name: {"value": float(np.mean(values)), "interval": interval(values, seed)}
-        for name, values in measures.items()
+        name: {"value": float(np.mean(values)), "interval": interval(values, seed)} for name, values in measures.items()
     }

@@ -7,8 +7,8 @@ three protocols, those of the literature:
     removed       the same rows, with that adapter left out
     out-of-pool   tasks that never had an adapter
 
-On each row every arm, a signal of the engine or a method, selects a mixture. Where the row has a gold text, it is scored
-under each mixture, teacher-forced, and answers are generated if asked. A row is one line of `rows.jsonl`.
+On each row every arm, a signal of the engine or a method, selects a mixture. Where the row has a gold text, it is
+scored under each mixture, teacher-forced, and answers are generated if asked. A row is one line of `rows.jsonl`.
 """
 
 from __future__ import annotations
@@ -150,9 +150,7 @@ class Measurer:
         methods = [*self._methods] if row.completion else [*self._contest.methods]
         return [*self._contest.signals, *(name for name in methods if name != "target" or protocol == IN_POOL)]
 
-    def _selected(
-        self, label: str, protocol: str, task: Dataset, row: Row, among: Sequence[str] | None
-    ) -> Selection:
+    def _selected(self, label: str, protocol: str, task: Dataset, row: Row, among: Sequence[str] | None) -> Selection:
         if label in self._contest.signals:
             return self._logo.select(row.prompt, signal=label, candidates=among)
         key = label, task.name, protocol

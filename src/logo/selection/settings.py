@@ -41,9 +41,9 @@ class SelectionSettings:
         examples: whether example prompts of adapters are used (`logo.selection.examples`): `"use"` or `"ignore"`.
         window: how many of the first and of the last tokens of a text are read, `(32, 32)`; or `"whole"`. None:
             `"whole"` for signals of the paper's kind (scale `"raw"`), `(32, 32)` for all others.
-        probe_text: the part of a conversation that is probed: the `"last_user"` message, all messages of the user
+        probe_text: the part of a conversation that is probed: the `"last-user"` message, all messages of the user
             (`"conversation"`), or `"all"`; see `logo.prompts.chat`. None: `"all"` if no adapter of the pool acts
-            everywhere and some have an invocation, else `"last_user"`.
+            everywhere and some have an invocation, else `"last-user"`.
         calibration_prompts: unlabelled prompts, like those to come, by which points are ranked; None: our own.
         cache: folder for calibrations; `""`: no cache; None: the user's cache.
         unscorable: `"error"` refuses a pool with adapters that do not touch what is probed; `"skip"` never selects

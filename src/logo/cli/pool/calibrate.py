@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions
+from logo.cli.options import PoolOptions
 from logo.cli.output import bar, err, note, out, plain_table, print_json
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from logo.selection.calibration import Calibration
 
 
-def calibrate(*, json: bool = False, engine: EngineOptions = EngineOptions()) -> None:
+def calibrate(*, json: bool = False, pool: PoolOptions = PoolOptions()) -> None:
     """Run the calibration of a pool on neutral text, and choose the points where prompts are read.
 
     Other commands do this when they open a pool for the first time. This command does it in advance and prints the
@@ -31,7 +31,7 @@ def calibrate(*, json: bool = False, engine: EngineOptions = EngineOptions()) ->
         json: Print JSON instead.
     """
     with err.status("Loading and calibrating ..."):
-        logo = open_engine(engine, or_demo(engine))
+        logo = open_engine(pool, or_demo(pool))
         calibration = logo.calibrate()
     if calibration is None:
         raise UsageError(f"the signal {logo.settings.signal!r} needs no calibration; `calibrated` does")

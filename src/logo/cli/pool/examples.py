@@ -61,7 +61,6 @@ def examples(
     /,
     *,
     from_log: list[Path] | None = None,
-    allow_pickle: bool = False,
     json: bool = False,
 ) -> None:
     """Print or store example prompts of adapters. A prompt that is like an adapter's examples selects the adapter.
@@ -77,12 +76,11 @@ def examples(
             first 16 replace the adapter's present examples.
         from_log: Give adapters without examples 3 to 8 prompts of requests that named them: a log of `logo serve
             --log-json --log-prompts`, or a JSON object per line with `prompt` and `adapter` (repeatable).
-        allow_pickle: Also read adapter_model.bin (tensors only).
         json: Print JSON instead.
     """
     if from_log and name is not None:
         raise UsageError("--from-log gives examples to all adapters that a log names: leave NAME out")
-    home = _opened(place, allow_pickle)
+    home = _opened(place)
     pool = home.pool
     if name is None:
         found = _logged(pool, from_log or [])
@@ -116,7 +114,7 @@ def examples(
         verbatim(prompt)
 
 
-def _opened(text: str, allow_pickle: bool) -> _Home:
+def _opened(text: str) -> _Home:
     [only, *more] = parse_sources(text)
     if more or only.on_hub:
         missing = "" if more else " (there is no such folder here)"
@@ -124,7 +122,7 @@ def _opened(text: str, allow_pickle: bool) -> _Home:
             f"{text}: expected one folder or one manifest, in which the examples are stored{missing}; for a pool on "
             f"the Hub, make a manifest first: `logo pool lock {text} --out pool.yaml`"
         )
-    pool = AdapterPool.open([only.where], allow_pickle=allow_pickle)
+    pool = AdapterPool.open([only.where])
     return _Home(pool, Path(only.where) if only.kind == "manifest" else None)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, said
+from logo.cli.options import PoolOptions, said
 from logo.cli.output import note, out, selection_line
 from logo.cli.prompts import PromptOptions, forced, or_demo
 from logo.errors import UsageError
@@ -19,7 +19,8 @@ def export(
     save: Path,
     adapter: Annotated[list[str] | None, said("selected")] = None,
     initial: Path | None = None,
-    engine: EngineOptions = EngineOptions(),
+    allow_pickle: bool = False,
+    pool: PoolOptions = PoolOptions(),
 ) -> None:
     """Write a mixture as one plain PEFT adapter, for any tool that reads LoRA adapters.
 
@@ -31,17 +32,18 @@ def export(
         adapter: Write these adapters instead, NAME or NAME=WEIGHT (repeatable).
         initial: Write the adapter in the folder `--adapters` instead, of PiSSA, OLoRA, CorDA or LoRA-GA, as plain LoRA
             of twice the rank: the folder of its state before training.
+        allow_pickle: Also read adapter_model.bin (tensors only).
     """
     if [prompt, adapter, initial].count(None) != 2:
         raise UsageError("expected one of: a prompt, which selects; --adapter NAME=WEIGHT; --initial DIR")
     if initial is not None:
         from logo.cli.pool.initial import convert_initial
 
-        if engine.adapters is None:
+        if pool.adapters is None:
             raise UsageError("--initial: name the folder of the trained adapter with --adapters")
-        convert_initial(Path(engine.adapters), initial, save, allow_pickle=engine.allow_pickle)
+        convert_initial(Path(pool.adapters), initial, save, allow_pickle=allow_pickle)
     else:
-        logo = open_engine(engine, or_demo(engine))
+        logo = open_engine(pool, or_demo(pool), allow_pickle=allow_pickle)
         if prompt is not None:
             [text] = PromptOptions().read([prompt]).texts
             mixture: Any = logo.select(text)

@@ -23,7 +23,6 @@ def lock(
     save: Path = Path("pool.yaml"),
     base_model: str | None = None,
     overwrite: bool = False,
-    allow_pickle: bool = False,
     on_bad_adapter: OnBad = "error",
     json: bool = False,
 ) -> None:
@@ -38,7 +37,6 @@ def lock(
         save: The manifest to write, `.yaml`.
         base_model: Take only adapters that fit this base model (its configuration is enough).
         overwrite: Replace an existing manifest, of which example prompts are kept.
-        allow_pickle: Also read adapter_model.bin (tensors only).
         on_bad_adapter: If an adapter cannot be used: refuse the pool, or skip the adapter.
         json: Print JSON instead.
     """
@@ -53,7 +51,7 @@ def lock(
     manifests += [save] if save.exists() else []
     kept = {entry.name: entry.examples for file in manifests for entry in read_manifest(file).entries}
     skip = on_bad_adapter == "skip"
-    found, refused, k = gather(asked, allow_pickle=allow_pickle, skip=skip, verify=True if skip else None)
+    found, refused, k = gather(asked, skip=skip, verify=True if skip else None)
 
     def recorded(adapter: Adapter) -> None:
         source = _source(adapter, save)
