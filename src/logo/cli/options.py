@@ -36,7 +36,7 @@ not_negative = Number(gte=0)
 
 def said(default: str, *, of: Group | None = None, **more: Any) -> Parameter:
     """An option whose default is told in words."""
-    return Parameter(show_default=default, **more, **({} if of is None else {"group": of}))
+    return Parameter(show_default=default, **(more if of is None else more | {"group": of}))
 
 
 def joined(kind: type, tokens: Sequence[Token]) -> str:
@@ -128,7 +128,7 @@ class MethodOptions:
     """Which method selects, and its own options."""
 
     method: str = "logo"
-    """`logo`, `base`, `uniform`, `random`, `target`, `best-single`, `lorahub`, `loraretriever`, `arrow` or a plugin's."""
+    """`logo`, `base`, `uniform`, `random`, `target`, `best-single`, `lorahub`, `loraretriever` or a plugin's."""
 
     method_args: str | None = None
     """Options of the method, such as `rows=16,budget=40` or `embedding_model=DIR`."""

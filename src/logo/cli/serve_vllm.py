@@ -1,4 +1,4 @@
-"""`logo serve --engine vllm`: works out vLLM's arguments, and becomes vLLM's own server, or several behind Ray Serve."""
+"""`logo serve --engine vllm`: works out vLLM's arguments, and becomes vLLM's own server, or several of them."""
 
 from __future__ import annotations
 

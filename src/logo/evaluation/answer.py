@@ -202,7 +202,7 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
 
 
 def dataset_identity(dataset: Dataset, method: Method | None) -> dict[str, Any]:
-    """What values depend on beside the engine: the rows, their metric, and the training rows of a method that learns."""
+    """What values depend on beside the engine: the rows, their metric, and training rows if a method learns."""
     plugin = METRICS.source(dataset.metric)
     rows = {"rows": len(dataset.rows), "rows_sha256": rows_digest(dataset.rows)}
     learns = method is not None and method.needs == "train"

@@ -21,35 +21,12 @@ from logo.evaluation.metrics import Kind, checked_kind, metric_kind, official_ki
 from logo.identity import file_sha256
 from logo.rows import Row, read_rows, requested
 
-OFFICIAL: tuple[str, ...] = tuple(
-    [
-        "bbh.boolean_expressions",
-        "bbh.causal_judgement",
-        "bbh.formal_fallacies",
-        "bbh.navigate",
-        "bbh.object_counting",
-        "bbh.sports_understanding",
-        "bbh.web_of_lies",
-        "bbh.word_sorting",
-        "wmt14.fr-en",
-        "wmt14.en-fr",
-        "wmt16.de-en",
-        "wmt16.en-de",
-        "wmt16.ro-en",
-        "wmt16.en-ro",
-        "gem.common_gen",
-        "gem.dart",
-        "gem.e2e_nlg",
-        "gem.web_nlg",
-        "ai2_arc.ARC-Challenge",
-        "ai2_arc.ARC-Easy",
-        "nq.natural-questions",
-        "tqa.rc",
-        "anli.r1",
-        "anli.r2",
-        "anli.r3",
-        "glue.qnli",
-    ]
+OFFICIAL: tuple[str, ...] = (
+    *(f"bbh.{name}" for name in ("boolean_expressions", "causal_judgement", "formal_fallacies", "navigate")),
+    *(f"bbh.{name}" for name in ("object_counting", "sports_understanding", "web_of_lies", "word_sorting")),
+    *("wmt14.fr-en", "wmt14.en-fr", "wmt16.de-en", "wmt16.en-de", "wmt16.ro-en", "wmt16.en-ro"),
+    *("gem.common_gen", "gem.dart", "gem.e2e_nlg", "gem.web_nlg", "ai2_arc.ARC-Challenge", "ai2_arc.ARC-Easy"),
+    *("nq.natural-questions", "tqa.rc", "anli.r1", "anli.r2", "anli.r3", "glue.qnli"),
 )
 """The names of the official dataset list, in its order."""
 

@@ -94,7 +94,7 @@ class Partial:
 
     def _begin(self, identity: Mapping[str, Any], fresh: bool) -> None:
         self._file.seek(0)
-        *lines, cut = self._file.readall().split(b"\n")  # the last one was cut off, or is empty
+        *lines, _ = self._file.readall().split(b"\n")  # the last one was cut off, or is empty
         if fresh or not lines:
             self._file.truncate(0)
             replace_file(self._home / RUN, json.dumps({"identity": identity}, indent=2).encode())

@@ -128,7 +128,9 @@ def paired(datasets: Sequence[tuple[Values, Values]], seed: int = 0) -> Paired:
     else:
 
         def apart(signs: Values, _: Values, axis: int) -> Values:
-            return np.round(np.abs(signs @ weighted) / np.abs(weighted).sum(), 9)  # equal up to rounding is equal
+            return np.asarray(
+                np.round(np.abs(signs @ weighted) / np.abs(weighted).sum(), 9)
+            )  # equal up to rounding is equal
 
         signs = np.ones(len(weighted))
         how: dict[str, Any] = {"permutation_type": "samples", "n_resamples": SWAPS, "alternative": "greater"}

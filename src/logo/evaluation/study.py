@@ -132,7 +132,7 @@ class Measurer:
                 began = time.perf_counter()
                 chosen = self._selected(label, protocol, task, row, among)
                 seconds[label] = seconds.get(label, 0.0) + time.perf_counter() - began
-                arm = {"protocol": protocol, "arm": label, "selected": list(chosen.adapters)}
+                arm: dict[str, Any] = {"protocol": protocol, "arm": label, "selected": list(chosen.adapters)}
                 arm |= {"weights": list(chosen.weights), "confidence": chosen.confidence}
                 if chosen.scores:
                     arm["first"] = max(chosen.scores, key=chosen.scores.__getitem__)
