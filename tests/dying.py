@@ -23,7 +23,7 @@ Dying = Callable[[int, Sequence[str], Path], int]
 # that one dies, its command, the folder of its results and a file for the number of steps. Answers with how it ended.
 _PARENT = """
 import io, json, os, signal, sys
-from logo.cli.run import run
+from logo.cli.app import run
 {imports}
 
 def count(last, root):

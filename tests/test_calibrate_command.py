@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from logo.cli.run import run
+from logo.cli.app import run
 from tolerances import same_scores
 
 

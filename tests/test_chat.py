@@ -17,7 +17,7 @@ from tokenizers import normalizers, processors
 
 from demo_world.evaluate import NEUTRAL
 from logo import AdapterPool, LoGo, Selection, SelectionSettings, UsageError
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.core import Prompt
 from logo.demo import adapters_dir, heldout, model_dir
 from logo.models import load_base

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.selection.selector import UNSURE
 from tolerances import PATIENCE
 from warm import python
@@ -44,7 +44,7 @@ def read(folder: Path) -> dict[str, Any]:
 def test_help_is_light() -> None:
     """No torch, no transformers for --help; every command explains itself with an example."""
     code = (
-        "import sys; from logo.cli.run import run; code = run(['--help']); "
+        "import sys; from logo.cli.app import run; code = run(['--help']); "
         "heavy = [m for m in ('torch', 'transformers', 'huggingface_hub', 'nltk', 'safetensors') if m in sys.modules]; "
         "assert not heavy, heavy; sys.exit(code)"
     )

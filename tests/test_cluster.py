@@ -20,7 +20,7 @@ from logo.baselines.fixed import Uniform
 from logo.baselines.retrieval import LoraRetriever
 from logo.cli.cluster import anywhere, everywhere
 from logo.cli.options import EngineOptions
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.cluster.processes import ClusterError, Expected, Layout
 from logo.cluster.workers import Workers, opened
 from logo.demo import adapters_dir, heldout
@@ -219,7 +219,7 @@ def test_a_cluster_that_cannot_be_used_is_told_in_one_line() -> None:
 
 ALONE = """
 import sys
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.cluster.processes import Layout, connected
 
 run(["--help"])

@@ -14,7 +14,7 @@ from logo import LoGo
 from logo.cli import belonging
 from logo.cli.app import app
 from logo.cli.opening import device_of
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.errors import UsageError
 
 DEMO = ["--base-model", "demo", "--device", "cpu"]

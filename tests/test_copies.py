@@ -12,7 +12,7 @@ from torch import nn
 import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings
 from logo.adapters.layout import BaseLayout
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.errors import AdapterError
 from make_adapters import edit_config, edit_weights, load_peft, write_peft
 from test_engine import tokenizer

@@ -16,7 +16,7 @@ import pytest
 from answering import load_rows
 from hub_server import GOOD_TOKEN, Commit, HubServer, Repo
 from hub_sources import write_hub
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.evaluation.datasets import OFFICIAL, dataset_file
 from logo.evaluation.sources.loading import packaged
 from logo.evaluation.sources.manifest import NAME, read_manifest
@@ -80,7 +80,7 @@ def test_the_list_knows_what_is_prepared_and_what_is_there_besides(
 
 def test_listing_imports_no_library_of_models_or_data() -> None:
     code = (
-        "import sys; from logo.cli.run import run; assert run(['data', 'list']) == 0; "
+        "import sys; from logo.cli.app import run; assert run(['data', 'list']) == 0; "
         "assert not {'torch', 'transformers', 'datasets', 'pyarrow', 'huggingface_hub'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE, capture_output=True)

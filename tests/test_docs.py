@@ -19,7 +19,7 @@ from bare_environments import TRIED
 from local_server import LocalServer
 from logo.cli import output
 from logo.cli.app import app
-from logo.cli.run import plugins_first, run
+from logo.cli.app import run
 from make_adapters import write_drawer
 from tolerances import PATIENCE
 from transcripts import difference, files, transcripts

@@ -19,7 +19,7 @@ from logo.adapters.examples import MOST, folder_examples, write_examples
 from logo.adapters.peft import EXAMPLES
 from logo.adapters.sources import adapter_patterns
 from logo.cli.pool.publish import contents_of
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.evaluation.arms import Arms
 from logo.evaluation.identity import digests
 from logo.selection import scorer

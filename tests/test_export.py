@@ -12,7 +12,7 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, StorageError, UsageError
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.mixing.mixer import Mixture
 from make_adapters import load_peft, lora_layers
 from test_engine import PROMPTS, engine, ids_of, write_adapter

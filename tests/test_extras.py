@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from logo import __version__
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.errors import EXTRAS, LoGoError, MissingLibrary, need
 from project import PROJECT, ROOT
 

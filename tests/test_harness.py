@@ -19,7 +19,7 @@ import make_adapters
 import tiny
 from logo import UsageError
 from logo.cli.lm_eval import completed
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.models import demo_folder
 from test_engine import tokenizer
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from logo.cli.run import run
+from logo.cli.app import run
 from make_adapters import CONFIG, SAFETENSORS, load_peft, lora_layers, tensors, write
 from tolerances import same_tensor
 

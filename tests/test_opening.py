@@ -19,7 +19,7 @@ from transformers import TextIteratorStreamer, TextStreamer
 
 import tiny
 from logo import AdapterPool, LoGo, LoGoError, PoolError, SelectionSettings, UsageError, opening
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.decoding import call_config
 from logo.demo import heldout
 from logo.mixing.merge import mergeable

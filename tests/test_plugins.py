@@ -18,7 +18,7 @@ import torch
 from logo import LoGo, PluginError, UsageError, plugins
 from logo.baselines import get_method
 from logo.baselines.registry import METHODS, register_method
-from logo.cli.run import plugins_first, run
+from logo.cli.app import run
 from logo.evaluation.identity import engine_identity
 from logo.evaluation.metrics import METRICS, checked_kind, measure, measures
 from logo.plugins import Registry, Source

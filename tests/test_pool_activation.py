@@ -16,7 +16,7 @@ from logo.adapters.adapter import open_adapter
 from logo.adapters.sources import adapter_patterns
 from logo.adapters.write import write_mixture
 from logo.cli.pool.publish import contents_of
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.errors import StorageError, UsageError
 from make_adapters import tensors, write
 

@@ -14,7 +14,7 @@ import tiny
 from logo import AdapterPool
 from logo.adapters.adapter import open_adapter
 from logo.adapters.examples import write_examples
-from logo.cli.run import run
+from logo.cli.app import run
 from make_adapters import Q, V, edit_weights, tensors, write, write_drawer, write_peft
 
 

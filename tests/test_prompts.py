@@ -15,7 +15,7 @@ from torch import nn
 
 import tiny
 from logo import Truncation, UsageError
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.decoding import call_config
 from logo.prompts import chat, cut_left
 from test_engine import PROMPTS, engine, ids_of, tokenizer, write_adapter

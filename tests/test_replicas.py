@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from http_server import eventually
 from logo import AdapterPool
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.cluster.processes import Expected, Layout
 from logo.cluster.replicas import LOAD, UNLOAD, Plan, serve_replicas
 from logo.demo import adapters_dir

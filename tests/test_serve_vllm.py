@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from logo.cli import serve_vllm
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.demo import adapters_dir, model_dir
 from logo.selection.settings import SelectionSettings
 from logo.vllm.options import VllmOptions

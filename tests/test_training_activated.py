@@ -17,7 +17,7 @@ import tiny
 from learning import ATTENTION, command, contents, examples, gap, learn, rows, task, write_base, write_rows
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.activation import Activation
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.errors import DataError
 from logo.models import load_tokenizer
 from logo.training.activation import Settling

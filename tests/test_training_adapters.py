@@ -18,7 +18,7 @@ import tiny
 from hub_server import HubServer
 from learning import command, contents, rows, write_base, write_rows
 from logo import AdapterPool
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.training.learner import Learner
 from tolerances import PATIENCE
 from warm import python

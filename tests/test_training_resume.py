@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from learning import command, contents, rows, write_base, write_rows
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.training.learner import Learner
 from logo.training.running import LOCK, alone
 from tolerances import PATIENCE

@@ -16,7 +16,7 @@ from torch import nn
 
 import tiny
 from learning import command, examples, learn, learner, rows, task, write_base, write_rows
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.training.prepared import split
 from logo.training.recipe import Recipe
 

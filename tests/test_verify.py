@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from http_server import serving
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.demo import adapters_dir, model_dir
 from serving import Served, served
 

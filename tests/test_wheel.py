@@ -154,7 +154,7 @@ BEYOND = {
 }
 RUN = """
 import contextlib, io, json, sys
-from logo.cli.run import run
+from logo.cli.app import run
 said = {}
 for line in json.loads(sys.argv[1]):
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):

@@ -29,7 +29,7 @@ del test_what_cannot_be_added_changes_nothing, test_each_request_is_a_line_of_js
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("changes")
-    changes, code = write_changes(folder), "import sys; from logo.cli.run import run; sys.exit(run(sys.argv[1:]))"
+    changes, code = write_changes(folder), "import sys; from logo.cli.app import run; sys.exit(run(sys.argv[1:]))"
 
     def start(*options: str, key: str = "") -> AbstractContextManager[Any]:
         raise NotImplementedError

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.demo import heldout
 from tolerances import PATIENCE, same_scores, same_weights
 

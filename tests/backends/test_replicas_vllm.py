@@ -17,7 +17,7 @@ pytest.importorskip("ray")
 
 pytestmark = pytest.mark.slow
 
-CODE = "import sys; from logo.cli.run import run; sys.exit(run(sys.argv[1:]))"
+CODE = "import sys; from logo.cli.app import run; sys.exit(run(sys.argv[1:]))"
 
 
 def replicas(server: Server) -> list[psutil.Process]:

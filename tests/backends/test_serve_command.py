@@ -18,7 +18,7 @@ from vllm_server import ASSETS, KEY, Server, environment, free_port, started
 
 from logo import LoGo
 from logo.adapters.pool import open_pool
-from logo.cli.run import run
+from logo.cli.app import run
 from logo.models import load_base
 
 PROMPT = "What is the opposite of hot?"
@@ -27,7 +27,7 @@ PROMPT = "What is the opposite of hot?"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     port = free_port()
-    code = "import sys; from logo.cli.run import run; sys.exit(run(sys.argv[1:]))"
+    code = "import sys; from logo.cli.app import run; sys.exit(run(sys.argv[1:]))"
     asked = ["serve", "--engine", "vllm", "--base-model", "demo", "--port", str(port), "--kv-cache-gb", "0.5"]
     env = {**environment(None), "LOGO_API_KEY": KEY}
     del env["VLLM_CPU_KVCACHE_SPACE"]  # --kv-cache-gb says it

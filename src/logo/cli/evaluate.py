@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -284,8 +285,8 @@ def show(scored: Sequence[dict[str, Any]], *, json: bool) -> int:
             begin, end = [one["dataset"], str(one["rows"])], [f"{one['seconds']:.1f}"]
             for name, score in one["scores"].items():
                 if name != "extra":
-                    low, high = score["interval"] or (None, None)
-                    ends = "-" if low is None else f"{100 * low:.2f} to {100 * high:.2f}"
+                    low, high = score["interval"] or (math.nan, math.nan)
+                    ends = "-" if math.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
                     shown.add_row(*begin, LABELS.get(name, name), f"{100 * score['value']:.2f}", ends, *end)
                     begin, end = ["", ""], [""]
         screen(100, stderr=True).print(shown)
