@@ -20,7 +20,7 @@ from logo.cli.run import run
 from logo.demo import heldout
 from logo.errors import DataError
 from logo.evaluation.comparison import compare
-from logo.evaluation.jobs import declared_metric
+from logo.evaluation.datasets import declared_metric
 from logo.evaluation.metrics import KINDS, measure, measures, official_kind, recorded_kind
 from logo.evaluation.report import analyse, summary
 from logo.evaluation.runs import read_run, read_runs

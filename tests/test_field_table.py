@@ -27,10 +27,11 @@ from logo.cli.run import run
 from logo.demo import heldout
 from logo.evaluation.arms import Arms
 from logo.evaluation.contest import LEFT_OUT, OWN, UNSEEN, Contest, Lesson
+from logo.evaluation.datasets import Dataset, find_datasets
 from logo.evaluation.journal import Journal
 from logo.evaluation.metrics import first_line, measure
 from logo.evaluation.relative import relative
-from logo.evaluation.study import Task, find_tasks, journal_of, study, study_so_far
+from logo.evaluation.study import journal_of, study, study_so_far
 from logo.evaluation.summary import Measured
 from test_baselines import SAMPLES, sentences  # noqa: F401 - a fixture
 from test_study import Engines, engines, rows, write_rows  # noqa: F401 - fixtures
@@ -51,14 +52,14 @@ def methods(sentences: str) -> dict[str, Method]:  # noqa: F811
     }
 
 
-def asking(tasks: list[Task], methods: Mapping[str, Method], **options: Any) -> Contest:
+def asking(tasks: list[Dataset], methods: Mapping[str, Method], **options: Any) -> Contest:
     known = {one.name: MethodTask(one.name, [row.context for row in one.rows], one.rows) for one in tasks}
     return Contest(**{"new_tokens": NEW, "methods": methods, "tasks": known, "metrics": {"t3": "rouge"}, **options})
 
 
 @pytest.fixture(scope="module")
 def done(engines: Engines, rows: Path, methods: dict[str, Method], tmp_path_factory: pytest.TempPathFactory) -> Any:  # noqa: F811
-    journal, tasks = tmp_path_factory.mktemp("out") / "journal", find_tasks(rows)
+    journal, tasks = tmp_path_factory.mktemp("out") / "journal", find_datasets(rows)
     contest = asking(tasks, methods)
     return study(Arms(engines, contest), tasks, journal, settings={"base_model": "tiny"}, contest=contest)
 
@@ -66,7 +67,7 @@ def done(engines: Engines, rows: Path, methods: dict[str, Method], tmp_path_fact
 # -- what is measured -------------------------------------------------------------------------------------------
 
 
-def answered(logo: LoGo, method: Method, task: Task, contest: Contest, kind: str) -> tuple[list[str], list[float]]:
+def answered(logo: LoGo, method: Method, task: Dataset, contest: Contest, kind: str) -> tuple[list[str], list[float]]:
     """What a method says to a task's rows, asked as `logo evaluate` asks it, and what that is worth."""
     answering = Answering(logo, method, contest.tasks[task.name], stop_at_newline=True)
     made = answering.generate([row.context for row in task.rows], max_new_tokens=NEW, batch_size=3)
@@ -84,7 +85,7 @@ def test_methods_answer_as_they_do_everywhere(
     methods: dict[str, Method],
 ) -> None:
     """With every adapter there, and, without a row's own, as an engine that never had it."""
-    logo, tasks = engines["norm"], find_tasks(rows)
+    logo, tasks = engines["norm"], find_datasets(rows)
     contest, method = asking(tasks, methods), methods[label]
     for task in tasks:
         kind = "rouge" if task.name == "t3" else "em"
@@ -106,7 +107,7 @@ def test_methods_answer_as_they_do_everywhere(
 def test_signals_and_mixtures_answer_too(done: Any, engines: Engines, rows: Path) -> None:  # noqa: F811
     logo = engines["entropy"]
     for row in done.rows:
-        prompt = next(task for task in find_tasks(rows) if task.name == row.task).rows[row.index].context
+        prompt = next(task for task in find_datasets(rows) if task.name == row.task).rows[row.index].context
         options: dict[str, Any] = {"max_new_tokens": NEW, "stop_at_newline": True}
         said = row.predictions["answers"]
         assert said["signals"]["entropy"] == first_line(logo.generate(prompt, **options).text)
@@ -138,7 +139,7 @@ def test_what_the_report_has_more(done: Any, methods: dict[str, Method]) -> None
 
 @pytest.mark.parametrize("protocols", [(OWN,), (LEFT_OUT,), (UNSEEN,), (OWN, UNSEEN)])
 def test_protocols(protocols: tuple[str, ...], done: Any, engines: Engines, rows: Path, tmp_path: Path) -> None:  # noqa: F811
-    tasks = find_tasks(rows)
+    tasks = find_datasets(rows)
     contest = asking(tasks, {"random": get_method("random", k=2)}, protocols=protocols)
     found = study(Arms(engines, contest), tasks, tmp_path / "journal", settings={}, contest=contest).report
     assert set(found["tasks"]) == ({"other"} if UNSEEN in protocols else set()) | (
@@ -181,7 +182,7 @@ def test_the_signal_that_a_plugins_method_gets_is_recorded(
         def prepare(self, logo: LoGo, task: MethodTask) -> Prepared:
             return Prepared(lambda prompts, size: logo.select(list(prompts), candidates=task.candidates(logo)))
 
-    tasks, file = find_tasks(rows, "t3"), tmp_path / "study.json"
+    tasks, file = find_datasets(rows, "t3"), tmp_path / "study.json"
 
     def run_study(given: Engines, method: str, **how: Any) -> dict[str, Any]:
         contest = asking(tasks, {method: get_method(method)}, new_tokens=None)
@@ -295,7 +296,7 @@ def test_nothing_is_learnt_or_answered_twice(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tasks, asked, learnt = find_tasks(rows), list[str](), list[Lesson]()
+    tasks, asked, learnt = find_datasets(rows), list[str](), list[Lesson]()
     contest = asking(tasks, methods)
     generate, learn = LoGo.generate, Arms.learnt
 
@@ -454,7 +455,7 @@ def test_what_there_is_so_far(
         (["--method", "lorahup"], 2, "unknown method 'lorahup' (did you mean 'lorahub'?)"),
         (["--method", "loraretriever/all"], 2, "loraretriever/VARIANT with one of mixture, selection"),
         (["--method", "random/3"], 2, "method 'random/3': expected a name"),
-        (["--method", "lorahub"], 2, "'lorahub' learns from labelled rows: name a folder"),
+        (["--method", "lorahub"], 2, "the method learns from training rows; name a folder"),
         (["--method", "lorahub", "--train-rows", "nowhere"], 1, "expected the file nowhere/antonym.jsonl, found none"),
         (["--method", "loraretriever"], 2, "expected --adapter-samples DIR"),
         (["--protocol", "own,unsen"], 2, "protocol 'unsen' (did you mean 'unseen'?)"),

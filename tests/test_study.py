@@ -19,10 +19,12 @@ from logo import AdapterPool, DataError, LoGo, SelectionSettings, StorageError, 
 from logo.cli.output import write_json
 from logo.cli.run import run
 from logo.evaluation.arms import Arms, rank_metrics
+from logo.evaluation.datasets import Dataset, find_datasets
 from logo.evaluation.intervals import FEWEST
-from logo.evaluation.study import Study, find_tasks, journal_of, study
+from logo.evaluation.study import Study, cut, journal_of, study
 from logo.evaluation.summary import section
 from logo.files import replace_file
+from logo.rows import Row
 from test_engine import tokenizer, write_adapter
 from tolerances import same_scores
 
@@ -69,7 +71,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory, engines: Engines) -> Path:
 @pytest.fixture(scope="module")
 def report(engines: Engines, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     journal = tmp_path_factory.mktemp("out") / "journal"
-    return study(Arms(engines), find_tasks(rows), journal, settings={"base_model": "tiny"}).report
+    return study(Arms(engines), find_datasets(rows), journal, settings={"base_model": "tiny"}).report
 
 
 def entries(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -107,7 +109,7 @@ def test_numbers_are_means_of_task_means(engines: Engines, rows: Path, report: d
     """Everything once more, row by row, through the public calls."""
     for signal, logo in engines.items():
         means: dict[str, list[float]] = {metric: [] for metric in METRICS}
-        for task in find_tasks(rows, "t*"):
+        for task in find_datasets(rows, "t*"):
             found: dict[str, list[float]] = {metric: [] for metric in METRICS}
             for row in task.rows:
                 selection = logo.select(row.context)
@@ -131,7 +133,7 @@ def test_left_out_is_a_pool_without_the_adapter(engines: Engines, rows: Path, re
             smaller = logo.pool.subset([other for other in logo.names if other != name])
             without = LoGo(logo.model, logo.tokenizer, smaller, settings=logo.settings)
             nll = []
-            for row in find_tasks(rows, name)[0].rows:
+            for row in find_datasets(rows, name)[0].rows:
                 gold = row.completion if isinstance(row.completion, str) else row.completion[0]
                 nll.append(without.score(row.context, gold, [without.select(row.context)])[0].nll)
             left_out = report["tasks"][name]["left_out"]["signals"][signal]
@@ -153,7 +155,7 @@ def test_all_mixtures_of_a_row_are_scored_together(
         return score(prompt, completion, mixtures)
 
     monkeypatch.setattr(logo, "score", spy)
-    study(Arms(engines), find_tasks(rows, "t3,other", 1), tmp_path / "journal", settings={})
+    study(Arms(engines), find_datasets(rows, "other,t3", limit=1), tmp_path / "journal", settings={})
     other, own = asked
     assert len(other) == 4 and other[2:] == [dict.fromkeys(logo.names, 0.2), {}]
     assert own[2:5] == [{"t3": 1.0}, dict.fromkeys(logo.names, 0.2), {}]
@@ -165,14 +167,14 @@ def test_all_mixtures_of_a_row_are_scored_together(
 def test_parts_without_rows_are_null(
     engines: Engines, rows: Path, tmp_path: Path, request_: str, missing: list[str]
 ) -> None:
-    report = study(Arms(engines), find_tasks(rows, request_, 1), tmp_path / "journal", settings={}).report
+    report = study(Arms(engines), find_datasets(rows, request_, limit=1), tmp_path / "journal", settings={}).report
     assert [part for part in ("signals", "mixtures", "left_out", "unseen") if report[part] is None] == missing
 
 
 def test_a_pool_of_one_has_nothing_left(engines: Engines, rows: Path, tmp_path: Path) -> None:
     logo = engines["norm"]
     one = LoGo(logo.model, logo.tokenizer, logo.pool.subset(["t1"]), settings=SelectionSettings("norm", k=1))
-    report = study(Arms({"norm": one}), find_tasks(rows, "t1", 1), tmp_path / "journal", settings={}).report
+    report = study(Arms({"norm": one}), find_datasets(rows, "t1", limit=1), tmp_path / "journal", settings={}).report
     assert report["left_out"] is None and report["signals"]["norm"]["top1"] == 1.0
 
 
@@ -188,7 +190,7 @@ def interrupted(engines: Engines, rows: Path, journal: Path, after: int) -> None
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        study(Arms(engines), find_tasks(rows), journal, settings={"base_model": "tiny"}, on_progress=stop)
+        study(Arms(engines), find_datasets(rows), journal, settings={"base_model": "tiny"}, on_progress=stop)
 
 
 def test_a_killed_study_goes_on(
@@ -208,7 +210,7 @@ def test_a_killed_study_goes_on(
 
     monkeypatch.setattr(engines["norm"], "score", spy)
     progress: list[str] = []
-    tasks = find_tasks(rows)
+    tasks = find_datasets(rows)
     again = study(Arms(engines), tasks, journal, settings={"base_model": "tiny"}, on_progress=progress.append).report
     assert len(scored) == 12 - 7 and len(progress) == 12
     assert set(again["seconds"]) == set(report["seconds"])
@@ -223,9 +225,9 @@ def test_another_study_is_not_mixed_in(
     interrupted(engines, rows, journal, after=2)
     before = journal.read_bytes()
     for other, tasks, settings in (
-        (engines, find_tasks(rows, limit=3), {"base_model": "tiny"}),
-        (engines, find_tasks(rows), {"base_model": "tiny2"}),
-        ({"norm": engines["norm"]}, find_tasks(rows), {"base_model": "tiny"}),
+        (engines, find_datasets(rows, limit=3), {"base_model": "tiny"}),
+        (engines, find_datasets(rows), {"base_model": "tiny2"}),
+        ({"norm": engines["norm"]}, find_datasets(rows), {"base_model": "tiny"}),
     ):
         with pytest.raises(UsageError, match="left by a run with other settings, pool or rows"):
             study(Arms(other), tasks, journal, settings=settings)
@@ -235,16 +237,16 @@ def test_another_study_is_not_mixed_in(
     carry = SelectionSettings("norm", k=2)
     with pytest.raises(UsageError, match=r"signals\.norm\.probe_context"):
         in_order = {"norm": LoGo(logo.model, logo.tokenizer, logo.pool, settings=carry, probe_context="carry")}
-        study(Arms(in_order), find_tasks(rows), journal, settings={"base_model": "tiny"})
+        study(Arms(in_order), find_datasets(rows), journal, settings={"base_model": "tiny"})
     merged = {
         name: LoGo(one.model, one.tokenizer, one.pool, settings=one.settings, merge=True)
         for name, one in engines.items()
     }
     with pytest.raises(UsageError, match="merge is not given, not true"):
-        study(Arms(merged), find_tasks(rows), journal, settings={"base_model": "tiny"})
+        study(Arms(merged), find_datasets(rows), journal, settings={"base_model": "tiny"})
     monkeypatch.setattr("logo.evaluation.arms.environment", lambda logo: {"torch": "99"})
     with pytest.raises(UsageError, match=r'environment\.torch is ".*", not "99"'):
-        study(Arms(engines), find_tasks(rows), journal, settings={"base_model": "tiny"})
+        study(Arms(engines), find_datasets(rows), journal, settings={"base_model": "tiny"})
     assert journal.read_bytes() == before
 
 
@@ -256,9 +258,9 @@ def test_where_order_matters_nothing_is_resumed(engines: Engines, rows: Path, tm
         settings = SelectionSettings("norm", k=2)
         return {"norm": LoGo(logo.model, logo.tokenizer, logo.pool, settings=settings, probe_context="carry")}
 
-    whole = study(Arms(carry()), find_tasks(rows), journal, settings={"base_model": "tiny"}).report
+    whole = study(Arms(carry()), find_datasets(rows), journal, settings={"base_model": "tiny"}).report
     interrupted(carry(), rows, journal, after=5)
-    again = study(Arms(carry()), find_tasks(rows), journal, settings={"base_model": "tiny"}).report
+    again = study(Arms(carry()), find_datasets(rows), journal, settings={"base_model": "tiny"}).report
     assert again["signals"] == whole["signals"] and again["unseen"] == whole["unseen"]
 
 
@@ -268,7 +270,7 @@ def test_a_finished_report_is_neither_measured_again_nor_replaced(
     file, journal = tmp_path / "study.json", tmp_path / "journal"
 
     def run_study(limit: int | None = None, **how: Any) -> Study:
-        tasks = find_tasks(rows, "t1,other", limit)
+        tasks = find_datasets(rows, "t1,other", limit=limit)
         return study(Arms(engines), tasks, journal, settings={"base_model": "tiny"}, finished=file, **how)
 
     whole = run_study()
@@ -357,15 +359,16 @@ def test_without_rows_there_are_no_means() -> None:
 # -- rows -------------------------------------------------------------------------------------------------------
 
 
-def test_tasks_are_named_like_adapters(tmp_path: Path) -> None:
-    write_rows(tmp_path, "flan.b", [("x", "y")] * 3)
-    write_rows(tmp_path / "group", "a", [("x", ["y", "z"])])
-    write_rows(tmp_path / ".hidden", "c", [("x", "y")])
-    (tmp_path / "notes.txt").write_text("no rows")
-    tasks = find_tasks(tmp_path, limit=2)
-    assert [(task.name, len(task.rows)) for task in tasks] == [("flan.b", 2), ("group/a", 1)]
-    assert [task.name for task in find_tasks(tmp_path, "group/*")] == ["group/a"]
-    assert [task.name for task in find_tasks(tmp_path, "group/a, flan.b")] == ["flan.b", "group/a"]
+def test_held_out_rows_are_the_last_ones() -> None:
+    some = tuple(Row(f"w{i}", "w9") for i in range(6))
+    task = Dataset("t", Path("x"), some)
+    [asked], held = cut([task], 3, 2)
+    assert asked.rows == some[:3] and held == {"t": some[4:]}
+    [asked], held = cut([task], None, 2)
+    assert asked.rows == some[:4]
+    assert cut([asked], None, 0) == ([asked], {})
+    with pytest.raises(UsageError, match="hold-out 6: task 't' has 6 rows, expected more"):
+        cut([task], None, 6)
 
 
 # -- the command ------------------------------------------------------------------------------------------------
@@ -460,12 +463,11 @@ def test_the_command_after_an_interruption(
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
-        (["--rows", "nowhere"], 1, "rows folder 'nowhere': expected a folder with NAME.jsonl files, found nothing"),
-        (["--rows", "empty"], 1, "rows folder 'empty': expected files NAME.jsonl, found none"),
-        (["--rows", "packed"], 1, "expected files NAME.jsonl, found none, only 'ad03.jsonl.gz'; unpack it first"),
-        (["--rows", "table"], 1, "only 'ad03.csv'; `logo data prepare --source` makes rows of it (docs/datasets.md)"),
+        (["--rows", "nowhere"], 1, "or NAME.jsonl files, found nothing"),
+        (["--rows", "empty"], 1, "or NAME.jsonl files, found none"),
+        (["--rows", "packed"], 1, "or NAME.jsonl files, found ad03.jsonl.gz"),
         (["--rows", "bad"], 1, "bad/ad03.jsonl:2: expected"),
-        (["--tasks", "ad04"], 1, "task 'ad04': no such file in 'rows' (did you mean 'ad0"),
+        (["--tasks", "ad04"], 1, "dataset 'ad04': not in rows (did you mean 'ad0"),
         (["--signals", "nrom"], 2, "unknown signal 'nrom' (did you mean 'norm'?)"),
         (["--signals", ","], 2, "signals ',': expected names separated by commas, found none"),
         (["--limit", "0"], 2, "limit 0: expected at least 1 row"),
@@ -486,9 +488,8 @@ def test_what_goes_wrong_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    for folder, name in (("packed", "ad03.jsonl.gz"), ("table", "ad03.csv")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / name).touch()
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "ad03.jsonl.gz").touch()
     bad = write_rows(tmp_path / "bad", "ad03", [("x", "y")])
     bad.write_text(bad.read_text() + "{}\n")
     command = [
@@ -522,4 +523,4 @@ def test_no_own_tasks_is_a_warning(some_rows: Path, tmp_path: Path, capsys: pyte
 def test_a_row_that_cannot_be_scored_is_named(engines: Engines, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows", "t1", [("w3", "w4"), ("w3", " ".join(["w4"] * 200))])
     with pytest.raises(DataError, match=rf"{file}:2: the completion has 200 tokens"):
-        study(Arms(engines), find_tasks(tmp_path / "rows"), tmp_path / "journal", settings={})
+        study(Arms(engines), find_datasets(tmp_path / "rows"), tmp_path / "journal", settings={})

@@ -16,9 +16,9 @@ from logo.baselines.method import Learned, Prepared, prepared_by
 from logo.baselines.method import Task as MethodTask
 from logo.errors import DataError, UsageError
 from logo.evaluation.contest import LEFT_OUT, OWN, Contest, Lesson, Lessons
+from logo.evaluation.datasets import Dataset
 from logo.evaluation.identity import digests, environment, order_dependence, plugins_used, pool_digests, rule_of_weights
 from logo.evaluation.metrics import first_line, measure, measures
-from logo.evaluation.datasets import Dataset
 from logo.evaluation.study import Facts
 from logo.evaluation.summary import KINDS, Measured
 from logo.rows import Row

@@ -233,9 +233,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         for selection in selections:
             self._weights.update(selection.mixture)
 
-    def _scored(
-        self, pairs: Sequence[tuple[Tokens, Tokens]], mixtures: Sequence[Mixture], quiet: bool
-    ) -> list[Scored]:
+    def _scored(self, pairs: Sequence[tuple[Tokens, Tokens]], mixtures: Sequence[Mixture], quiet: bool) -> list[Scored]:
         scored: dict[int, Scored] = {}
         # Continuations of one context stay together, so that those of a single token are one row.
         order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0]))

@@ -21,7 +21,7 @@ from typing import Any
 from logo.errors import DataError, HubError, StorageError, listed, need
 from logo.evaluation.datasets import dataset_file
 from logo.evaluation.metrics import metric_kind
-from logo.evaluation.sources.declarations import SPLITS, Declaration, Source
+from logo.evaluation.sources.declarations import SPLITS, Declaration
 from logo.evaluation.sources.templates import RowError, wording
 from logo.files import new_folder
 from logo.hub import hub_error, snapshot
