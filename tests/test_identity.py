@@ -25,9 +25,9 @@ from logo.adapters.examples import write_examples
 from logo.baselines import get_method
 from logo.decoding import call_config
 from logo.errors import ModelError, UsageError
+from logo.evaluation.datasets import find_datasets
 from logo.evaluation.differences import differences
 from logo.evaluation.identity import engine_identity, environment, order_dependence, pool_digests, rows_digest
-from logo.evaluation.jobs import find_jobs
 from logo.evaluation.resume import journal_of
 from logo.evaluation.session import Session
 from logo.identity import tokenizer_digest, weights_digest
@@ -69,11 +69,11 @@ def test_sampling_is_seen_wherever_it_is_asked_for(generation: dict[str, Any], s
 
 def test_a_sampled_run_begins_again(tiny_logo: LoGo, tmp_path: Path) -> None:
     session, jobs = opened(tiny_logo, tmp_path, generation={"do_sample": True, "temperature": 2.0})
-    files = session.run(session.plans(jobs)[0])
+    files = session.run(session.plans(jobs, tmp_path)[0])
     again, other = opened(tiny_logo, tmp_path / "again", generation={"do_sample": True, "temperature": 2.0})
     with pytest.raises(KeyboardInterrupt):
-        again.run(again.plans(other)[0], stop_after(2))
-    [plan] = again.plans(other)
+        again.run(again.plans(other, tmp_path / "again")[0], stop_after(2))
+    [plan] = again.plans(other, tmp_path / "again")
     assert plan.fresh and again.run(plan)["predictions.json"] == files["predictions.json"]
 
 
@@ -311,7 +311,7 @@ def opened(tiny_logo: LoGo, results: Path, **options: Any) -> tuple[Session, lis
     lines = (json.dumps({"context": f"w{i} w{i + 1}", "completion": "w9"}) for i in range(3, 9))
     (rows / "x.jsonl").write_text("\n".join(lines))
     session = Session(tiny_logo, "M", pool={"t0": "00"}, seed=0, batch_size=1, max_new_tokens=3, **options)
-    return session, find_jobs(results / "M_selection_norm_n_2_seed_0", rows=rows)[0]
+    return session, find_datasets(rows)
 
 
 def stop_after(count: int) -> Callable[[int], None]:
@@ -342,13 +342,13 @@ def test_a_finished_result_stays_one_under_other_versions(
 ) -> None:
     begun = under(monkeypatch)
     session, jobs = opened(tiny_logo, tmp_path)
-    files: Any = session.run(session.plans(jobs)[0])
-    assert files["run.json"]["environment"] == begun and session.plans(jobs)[0].note == ""
+    files: Any = session.run(session.plans(jobs, tmp_path)[0])
+    assert files["run.json"]["environment"] == begun and session.plans(jobs, tmp_path)[0].note == ""
     under(monkeypatch, torch="3.0.0", device="NVIDIA H100")
     session, jobs = opened(tiny_logo, tmp_path)
-    [plan] = session.plans(jobs)
+    [plan] = session.plans(jobs, tmp_path)
     assert plan.done and plan.note == "torch 2.13.0 (now 3.0.0), device cpu (now NVIDIA H100)"
-    assert not session.plans(jobs, overwrite=True)[0].done
+    assert not session.plans(jobs, tmp_path, overwrite=True)[0].done
 
 
 @pytest.mark.parametrize("name", ["torch", "transformers", "logo", "device"])
@@ -358,16 +358,16 @@ def test_a_run_does_not_go_on_under_other_versions(
     under(monkeypatch)
     session, jobs = opened(tiny_logo, tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        session.run(session.plans(jobs)[0], stop_after(2))
-    before = journal_of(jobs[0].folder).read_bytes()
+        session.run(session.plans(jobs, tmp_path)[0], stop_after(2))
+    before = journal_of(tmp_path / jobs[0].name).read_bytes()
     under(monkeypatch, **{name: "other"})
     session, jobs = opened(tiny_logo, tmp_path)
     with pytest.raises(UsageError, match=rf'under other versions \(environment\.{name} is ".*", not "other"\); repeat'):
-        session.plans(jobs)
-    assert journal_of(jobs[0].folder).read_bytes() == before
+        session.plans(jobs, tmp_path)
+    assert journal_of(tmp_path / jobs[0].name).read_bytes() == before
     under(monkeypatch)
     session, jobs = opened(tiny_logo, tmp_path)
-    [plan] = session.plans(jobs)
+    [plan] = session.plans(jobs, tmp_path)
     assert not plan.fresh and session.run(plan)["run.json"]["environment"] == dict(plan.environment)  # type: ignore[index]
 
 
@@ -377,7 +377,7 @@ def test_training_rows_are_recorded_as_they_were_read(tiny_logo: LoGo, tmp_path:
     train.write_text('{"context": "w44 w45 w46", "completion": "w7"}')
     method = get_method("best-single", rows=1)
     session, [job] = opened(tiny_logo, tmp_path, method=method)
-    [plan] = session.plans([replace(job, train_file=train)])
+    [plan] = session.plans([replace(job, train_file=train)], tmp_path)
 
     def changed(done: int) -> None:
         train.write_text('{"context": "w42 w43", "completion": "w10"}')

@@ -33,7 +33,9 @@ def listed(*names: str, data_dir: Path = Path("data"), source: list[Path] | None
         source: Your own dataset's declaration, FILE.yaml (repeatable).
         json: Print JSON, with homepages, citations and notes.
     """
-    known = _declared(source)
+    from logo.evaluation.sources.declarations import packaged
+
+    known = {**packaged(), **_declared(source)}
     try:
         there, official = dataset_files(data_dir)
     except DataError:  # no folder, or nothing in it
@@ -80,11 +82,13 @@ def prepare(
         source: Your own dataset's declaration, FILE.yaml (repeatable).
         overwrite: Replace files that are there.
     """
+    from logo.evaluation.sources.declarations import packaged
     from logo.evaluation.sources.prepare import Draw, record_of
     from logo.evaluation.sources.prepare import prepare as prepare_one
 
-    known = _declared(source)
-    found = _chosen(names, [*known] if names or not source else [*known][-len(source) :])
+    own = _declared(source)
+    known = {**packaged(), **own}  # the user's own take the place of ours
+    found = _chosen(names or list(own), list(known))
     check_writable(data_dir)
     draw, failed = Draw(limit, train_limit, seed), 0
     for name in found:
@@ -102,14 +106,10 @@ def prepare(
 
 
 def _declared(files: Sequence[Path] | None) -> dict[str, Declaration]:
-    """The package's declarations by name, then the user's own, which take the place of ours."""
-    from logo.evaluation.sources.declarations import load_declaration, packaged
+    """The user's own declarations by name; the last of one name counts."""
+    from logo.evaluation.sources.declarations import load_declaration
 
-    own = [load_declaration(file) for file in files or []]
-    mine = {made.name: made for made in own}
-    if len(mine) < len(own):
-        raise UsageError(f"--source: expected declarations of different datasets, found {len(own)} of {len(mine)}")
-    return {name: made for name, made in packaged().items() if name not in mine} | mine
+    return {made.name: made for made in map(load_declaration, files or [])}
 
 
 def _chosen(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:

@@ -22,12 +22,12 @@ from logo.identity import file_sha256
 from logo.rows import Row, read_rows, requested
 
 OFFICIAL: tuple[str, ...] = (
-    *(f"bbh.{name}" for name in ("boolean_expressions", "causal_judgement", "formal_fallacies", "navigate")),
-    *(f"bbh.{name}" for name in ("object_counting", "sports_understanding", "web_of_lies", "word_sorting")),
-    *("wmt14.fr-en", "wmt14.en-fr", "wmt16.de-en", "wmt16.en-de", "wmt16.ro-en", "wmt16.en-ro"),
-    *("gem.common_gen", "gem.dart", "gem.e2e_nlg", "gem.web_nlg", "ai2_arc.ARC-Challenge", "ai2_arc.ARC-Easy"),
-    *("nq.natural-questions", "tqa.rc", "anli.r1", "anli.r2", "anli.r3", "glue.qnli"),
-)
+    "bbh.boolean_expressions", "bbh.causal_judgement", "bbh.formal_fallacies", "bbh.navigate", "bbh.object_counting",
+    "bbh.sports_understanding", "bbh.web_of_lies", "bbh.word_sorting",
+    "wmt14.fr-en", "wmt14.en-fr", "wmt16.de-en", "wmt16.en-de", "wmt16.ro-en", "wmt16.en-ro",
+    "gem.common_gen", "gem.dart", "gem.e2e_nlg", "gem.web_nlg", "ai2_arc.ARC-Challenge", "ai2_arc.ARC-Easy",
+    "nq.natural-questions", "tqa.rc", "anli.r1", "anli.r2", "anli.r3", "glue.qnli",
+)  # fmt: skip
 """The names of the official dataset list, in its order."""
 
 
@@ -57,13 +57,15 @@ class Dataset:
         has used, even if the file changes meanwhile.
 
         Raises:
+            UsageError: no folder of them was named.
             DataError: there is no such file, or it has a malformed line.
         """
-        if self.train_file is None or not self.train_file.is_file():
+        needs = f"dataset {self.name!r}: the method learns from training rows"
+        if self.train_file is None:
+            raise UsageError(f"{needs}; name a folder that has {self.name}.jsonl with --train-rows")
+        if not self.train_file.is_file():
             raise DataError(
-                f"dataset {self.name!r}: training rows are needed, expected the file "
-                f"{self.train_file or f'{self.name}.jsonl in a folder of them'}, found none; name another folder with "
-                "--train-rows"
+                f"{needs}, expected the file {self.train_file}, found none; --train-rows names another folder"
             )
         return tuple(read_rows(self.train_file))
 

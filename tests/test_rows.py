@@ -1,9 +1,11 @@
-"""Finding datasets and reading their rows, most of it about input that is not as it should be."""
+"""The datasets of a folder and their rows, most of it about input that is not as it should be."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,18 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from answering import load_rows
+from logo.baselines import get_method
+from logo.cli.contests import contest_of
 from logo.errors import DataError, StorageError, UsageError
-from logo.evaluation.datasets import OFFICIAL, dataset_file, find_datasets
-from logo.rows import Row, file_sha256, read_rows
+from logo.evaluation.datasets import OFFICIAL, Dataset, dataset_file, find_datasets
+from logo.evaluation.session import Session
+from logo.rows import Row, read_rows
+from test_engine import engine
 
 BBH = Path(__file__).parent / "data"
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "logo"
 GOOD = '{"context": "Q: 1 + 1\\nA:", "completion": "2"}'
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
@@ -100,8 +106,9 @@ def test_malformed_references_and_adapters_are_named(tmp_path: Path, value: str,
     with pytest.raises(DataError) as caught:
         load_rows(tmp_path, "mine.rows")
     message = str(caught.value)
-    assert message.startswith(f'{file}:2: expected "references", if there are any, to be a list of texts')
-    assert found in message and message.endswith("fix or delete the line")
+    assert (
+        message.startswith(f"{file}:2: expected ") and found in message and message.endswith("fix or delete the line")
+    )
 
 
 def test_the_official_rows() -> None:
@@ -204,11 +211,23 @@ def test_a_folder_in_place_of_the_file(tmp_path: Path) -> None:
         load_rows(tmp_path, "mine.rows")
 
 
-def test_sha256(tmp_path: Path) -> None:
-    file = put(tmp_path, "mine.rows")
-    assert file_sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest()
-    with pytest.raises(DataError, match="expected a file"):
-        file_sha256(tmp_path / "none")
+def test_prompts_may_come_without_gold_texts(tmp_path: Path) -> None:
+    lines = [
+        '{"context": "a"}',
+        '{"context": "b", "completion": "c"}',
+        '{"messages": [{"role": "user", "content": "d"}]}',
+    ]
+    lines.append('{"messages": [{"role": "user", "content": "e"}, {"role": "assistant", "content": "f"}]}')
+    file = tmp_path / "x.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"x\.jsonl:1: .* no 'completion', only \"context\""):
+        read_rows(file)
+    rows = read_rows(file, answers=False)
+    assert [(row.context, row.golds) for row in rows] == [("a", ()), ("b", ("c",)), ("d", ()), ("e", ("f",))]
+    assert rows[0].as_dict() == {"context": "a"} and len(rows[3].messages) == 1
+    file.write_text('{"completion": "c"}')
+    with pytest.raises(DataError, match=r"x\.jsonl:1: .* no 'context'"):
+        read_rows(file, answers=False)
 
 
 # --- names
@@ -236,12 +255,19 @@ def test_no_name_leads_out_of_the_folder(name: str) -> None:
     assert file.parent.parent.parent == root
 
 
+def names(folder: Path, request: str = "") -> list[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [found.name for found in find_datasets(folder, request)]
+
+
 @pytest.mark.parametrize("name", ["../x.y", "x...", "x..", ".x", "x.", "/etc.d", "x.a/b", "x.\\b", "..", "a/../b.c"])
 def test_names_that_would_escape_are_refused(tmp_path: Path, name: str) -> None:
     put(tmp_path, "bbh.navigate")
-    for call in (load_rows, find_datasets):
-        with pytest.raises(DataError, match=r"expected a name like 'bbh\.navigate'"):
-            call(tmp_path, name)
+    with pytest.raises(DataError, match=r"expected a name like 'bbh\.navigate'"):
+        load_rows(tmp_path, name)
+    with pytest.raises(DataError, match=r"not in .*; there are bbh\.navigate"):
+        find_datasets(tmp_path, name)
 
 
 def test_everything_in_official_order_then_the_rest(tmp_path: Path) -> None:
@@ -251,21 +277,37 @@ def test_everything_in_official_order_then_the_rest(tmp_path: Path) -> None:
     put(tmp_path / ".cache", "x.y")
     (tmp_path / "zoo" / ".hidden").mkdir()
     (tmp_path / "zoo" / ".hidden" / "test.jsonl").write_text(GOOD)
-    found = find_datasets(tmp_path)
-    assert found.names == ("bbh.navigate", "bbh.word_sorting", "glue.qnli", "alpha.c", "zoo.a.1", "zoo.b")
-    assert found.missing == tuple(name for name in OFFICIAL if name not in found.names)
-    assert all(load_rows(tmp_path, name) for name in found.names)
+    with pytest.warns(UserWarning, match=r"left out: bbh\.boolean_expressions, .*gem\.dart"):
+        found = find_datasets(tmp_path)
+    assert [one.name for one in found] == [
+        "bbh.navigate",
+        "bbh.word_sorting",
+        "glue.qnli",
+        "alpha.c",
+        "zoo.a.1",
+        "zoo.b",
+    ]
+    one = found[0]
+    assert one == Dataset(
+        "bbh.navigate",
+        tmp_path / "bbh/navigate/test.jsonl",
+        (Row("Q: 1 + 1\nA:", "2"),),
+        "em",
+        hashlib.sha256(one.file.read_bytes()).hexdigest(),
+        tmp_path / "bbh/navigate/train.jsonl",
+    )
 
 
 def test_names_lists_and_patterns(tmp_path: Path) -> None:
     for name in ("bbh.navigate", "bbh.word_sorting", "anli.r1", "anli.r2", "anli.r3", "zoo.b"):
         put(tmp_path, name)
-    assert find_datasets(tmp_path, "zoo.b").names == ("zoo.b",)
-    assert find_datasets(tmp_path, "zoo.b, bbh.navigate,").names == ("zoo.b", "bbh.navigate")
-    assert find_datasets(tmp_path, "bbh.*").names == ("bbh.navigate", "bbh.word_sorting")
-    assert "bbh.web_of_lies" in find_datasets(tmp_path, "bbh.*").missing
-    assert find_datasets(tmp_path, "anli.r[13]").missing == ()
-    assert find_datasets(tmp_path, "anli.r3,anli.*,zoo.?").names == ("anli.r3", "anli.r1", "anli.r2", "zoo.b")
+    assert names(tmp_path, "zoo.b") == names(tmp_path, "zoo") == ["zoo.b"]
+    assert names(tmp_path, "zoo.b, bbh.navigate,") == ["zoo.b", "bbh.navigate"]
+    assert names(tmp_path, "bbh.*") == names(tmp_path, "bbh") == ["bbh.navigate", "bbh.word_sorting"]
+    assert names(tmp_path, "anli.r3,anli.*,zoo.?") == ["anli.r3", "anli.r1", "anli.r2", "zoo.b"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # all that was meant is there
+        assert len(find_datasets(tmp_path, "anli.r[13]")) == 2 and len(find_datasets(tmp_path, "zoo.*")) == 1
 
 
 @pytest.mark.parametrize(
@@ -276,14 +318,13 @@ def test_names_lists_and_patterns(tmp_path: Path) -> None:
         ("BBH.Navigate", "did you mean 'bbh.navigate'"),
         ("arc-easy", "'ai2_arc.ARC-Easy'"),
         ("zoo.lion", "did you mean 'zoo.lions'"),
-        ("bbh", "did you mean 'bbh.*'?"),
         ("bbh/navigate", "did you mean 'bbh.navigate'"),
-        ("qqqqqq.zzzzzz", "qqqqqq/zzzzzz/test.jsonl, found none; `logo data list` shows what is there"),
-        ("bbh.web_of_lies", "expected the file {root}/bbh/web_of_lies/test.jsonl, found none; put it there"),
+        ("qqqqqq.zzzzzz", "not in {root}; there are bbh.navigate, zoo.lions"),
+        ("bbh.web_of_lies", "expected the file {root}/bbh/web_of_lies/test.jsonl, found none; `logo data prepare`"),
         ("gem.*", "expected the file {root}/gem/common_gen/test.jsonl, found none"),
-        ("nothing.*", "no dataset in '{root}' matches"),
-        ("../*", "no dataset in '{root}' matches"),
-        ("bbh.navigate,nope", "dataset 'nope': unknown"),
+        ("wmt14", "expected the file {root}/wmt14/fr-en/test.jsonl, found none"),
+        ("nothing.*", "not in {root}; there are"),
+        ("bbh.navigate,nope", "dataset 'nope': not in"),
     ],
 )
 def test_unknown_and_absent_datasets(tmp_path: Path, request_: str, message: str) -> None:
@@ -296,26 +337,102 @@ def test_unknown_and_absent_datasets(tmp_path: Path, request_: str, message: str
 
 
 def test_a_list_of_nothing_is_a_usage_error(tmp_path: Path) -> None:
+    put(tmp_path, "zoo.lions")
     with pytest.raises(UsageError, match="expected names separated by commas"):
         find_datasets(tmp_path, " , ")
 
 
-def test_data_folders_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"found nothing; name it with --data_dir"):
+def test_folders_without_rows(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"NAME\.jsonl files, found nothing"):
         find_datasets(tmp_path / "none")
-    (tmp_path / "file").write_text("")
+    (tmp_path / "rows.csv").write_text("")
     with pytest.raises(DataError, match="found a file"):
-        find_datasets(tmp_path / "file")
-    with pytest.raises(DataError, match=r"bbh/boolean_expressions/test\.jsonl, found none"):
+        find_datasets(tmp_path / "rows.csv")
+    with pytest.raises(DataError, match=r"NAME\.jsonl files, found rows\.csv"):
         find_datasets(tmp_path)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not on this machine")
-def test_every_shared_file_loads() -> None:
-    found = find_datasets(SHARED)
-    assert found.missing == ()
-    assert found.names[:26] == OFFICIAL
-    for name in found.names:
-        assert load_rows(SHARED, name), name
-    answers = {type(row.completion) for row in load_rows(SHARED, "nq.natural-questions")}
-    assert answers == {tuple}
+def test_a_flat_folder(tmp_path: Path) -> None:
+    """Named as adapters are, by their paths."""
+    for name in ("b", "a", "deep/c", ".hidden/d"):
+        flat(tmp_path / f"{name}.jsonl", "1", "2")
+    found = find_datasets(tmp_path, limit=1)
+    assert [(one.name, one.rows, one.train_file) for one in found] == [
+        (name, (Row("q0", "1"),), None) for name in ("a", "b", "deep/c")
+    ]
+    assert names(tmp_path, "b,a") == ["b", "a"] and names(tmp_path, "*c") == ["deep/c"]
+    with pytest.raises(DataError, match="dataset 'd': not in .*; there are a, b, deep/c"):
+        find_datasets(tmp_path, "d")
+
+
+# --- metrics and training rows
+
+
+def flat(file: Path, *completions: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(
+        "\n".join(json.dumps({"context": f"q{i}", "completion": text}) for i, text in enumerate(completions))
+    )
+    return file
+
+
+def test_the_metric_is_the_one_asked_for_or_declared_or_the_names(tmp_path: Path) -> None:
+    for name in ("nq.natural-questions", "wmt14.fr-en", "mine.x"):
+        put(tmp_path, name)
+    (tmp_path / "mine/x/test.yaml").write_text("metric: rouge\n")
+
+    def metrics(**options: Any) -> list[str]:
+        return [one.metric for one in find_datasets(tmp_path, "nq,wmt14,mine", **options)]
+
+    assert metrics() == ["em_multi", "bleu", "rouge"]
+    assert metrics(official=True) == ["em_first", "bleu", "rouge"]
+    assert metrics(metric="em_multi", official=True) == ["em_multi"] * 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("metric: blue\n", r"mine\.yaml: expected a metric \(em, .*found 'blue' \(did you mean 'bleu'"),
+        ("metric: em\nother: 1\n", r"mine\.yaml: expected 'metric: NAME' and nothing else, found"),
+        ("- em\n", r"mine\.yaml: expected 'metric: NAME' and nothing else, found"),
+        ("metric: [", r"mine\.yaml: expected 'metric: NAME', found invalid YAML"),
+    ],
+)
+def test_what_declares_no_metric_is_said(tmp_path: Path, content: str, message: str) -> None:
+    flat(tmp_path / "mine.jsonl", "1")
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(DataError, match=message):
+        find_datasets(tmp_path)
+
+
+def test_training_rows(tmp_path: Path) -> None:
+    put(tmp_path / "data", "mine.x")
+    flat(tmp_path / "rows/x.jsonl", "1")
+    flat(tmp_path / "train/x.jsonl", "3", "4")
+    [found] = find_datasets(tmp_path / "data")
+    with pytest.raises(DataError, match=r"training rows, expected the file .*train\.jsonl, found none"):
+        _ = found.train
+    flat(tmp_path / "data/mine/x/train.jsonl", "2")
+    assert found.train == (Row("q0", "2"),)
+    [found] = find_datasets(tmp_path / "rows")
+    with pytest.raises(UsageError, match=r"a folder that has x\.jsonl with --train-rows"):
+        _ = found.train
+    [found] = find_datasets(tmp_path / "rows", train_rows=tmp_path / "train", limit=1)
+    assert found.train == (Row("q0", "3"), Row("q1", "4"))  # a limit is for what is evaluated
+
+
+def test_rows_that_choose_adapters_and_are_test_rows_too_are_said(
+    tmp_path: Path, llama: nn.Module, adapters: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a run, and by a study of held-out rows."""
+    flat(tmp_path / "rows" / "x.jsonl", "1", "2", "3")
+    [found] = find_datasets(tmp_path / "rows", train_rows=tmp_path / "rows")
+    method = get_method("best-single")
+    session = Session(engine(llama, adapters, k=2), "M", {}, seed=0, batch_size=1, max_new_tokens=2, method=method)
+    said = "3 of 3 training rows are test rows too (they have the same context), and method 'best-single' chose by them"
+    with pytest.warns(UserWarning, match=re.escape(f"dataset 'x': {said}")):
+        session.plans([found], tmp_path / "run")
+    contest_of([found], "own", None, {"best-single": method}, None, {"x": found.rows})
+    assert f"logo: warning: task 'x': {said}: the result may be too good" in " ".join(capsys.readouterr().err.split())
+    contest_of([found], "own", None, {"best-single": method}, None, {"x": [Row("q9", "1")]})
+    assert "warning" not in capsys.readouterr().err

@@ -1,0 +1,457 @@
+"""`logo data`: every declaration of the package from a Hub, one's own, templates, the draw, and what goes wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from answering import load_rows
+from hub_server import GOOD_TOKEN, Commit, HubServer, Repo
+from hub_sources import write_hub
+from logo import register_metric
+from logo.cli.run import run
+from logo.errors import DataError, MissingLibrary
+from logo.evaluation.datasets import OFFICIAL, dataset_file, find_datasets
+from logo.evaluation.metrics import metric_kind
+from logo.evaluation.sources.declarations import Declaration, Source, load_declaration, packaged
+from logo.evaluation.sources.prepare import Draw, Instance, drawn_from, prepare, record_of
+from logo.evaluation.sources.templates import wording
+from tolerances import PATIENCE
+from warm import python
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def logo(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = run(["data", *arguments])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out, captured.err
+
+
+def lines(name: str, split: str = "test", data: Path = Path("data")) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in dataset_file(data, name, split).read_text("utf-8").splitlines()]
+
+
+# --- the declarations of the package
+
+
+def test_there_is_one_for_every_official_name_and_code_task() -> None:
+    assert tuple(packaged())[: len(OFFICIAL)] == OFFICIAL
+    others = list(packaged())[len(OFFICIAL) :]
+    assert len(others) == 13 and all(name.startswith("code_x_glue.") for name in others)
+    for name, made in packaged().items():
+        assert (made.name, made.metric) == (name, metric_kind(name))
+        assert "/" in made.source.repo and made.source.train and made.citation and made.licence
+        assert made.homepage.startswith("https://") and bool(made.references) == (made.metric == "rouge")
+
+
+def served(hub: HubServer, folder: Path) -> None:
+    """Put tiny files in the schema of every source on the Hub, at the revisions that the declarations name."""
+    for name, made in packaged().items():
+        at = write_hub(folder, name)
+        hub.add(f"datasets/{made.source.repo}", at, made.source.revision)
+        if re.fullmatch("[0-9a-f]{40}", made.source.revision):
+            commit = replace(Commit.of(at), sha=made.source.revision)
+            hub.repos[f"datasets/{made.source.repo}"] = Repo({made.source.revision: commit})
+
+
+def client(hub: HubServer, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "http"))}
+    return subprocess.run(
+        [*python(), "-c", "from logo.cli import main; main()", "data", *arguments],
+        env=inherited | hub.env(Path("home").absolute()) | environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+
+@pytest.mark.slow
+def test_all_from_the_hub_through_its_own_client(tmp_path: Path) -> None:
+    """The same bytes as ever for the same rows of the sources, one that is refused, and what is in the cache."""
+    command = ("prepare", "--limit", "5", "--train-limit", "4")
+    with HubServer({}) as hub:
+        served(hub, tmp_path / "hub")
+        anli = tmp_path / "hub/facebook/anli"
+        (anli / "anli.py").write_text("raise SystemExit('a loading script was run')")
+        hub.repos["datasets/lukaemon/bbh"].gated = True
+        refused = client(hub, *command)
+        assert refused.returncode == 1
+        assert len(refused.stdout.splitlines()) == 39 - 8
+        *errors, last = refused.stderr.splitlines()
+        assert len(errors) == 8 and last == "logo: 8 of 39 datasets could not be prepared"
+        start = "logo: error: dataset 'bbh.boolean_expressions': Hub repo datasets/lukaemon/bbh: access is gated;"
+        assert errors[0].startswith(start) and f"{hub.url}/datasets/lukaemon/bbh" in errors[0]
+        assert not [name for name in hub.fetched() if not name.endswith(".parquet")]  # only the files of the splits
+        allowed = client(hub, *command, HF_TOKEN=GOOD_TOKEN)
+        assert allowed.returncode == 0, allowed.stderr
+        assert len(re.findall(r": 5 test \+ 4 train rows \(", allowed.stdout)) == 8
+        assert len(re.findall(r": kept, 5 test \+ 4 train rows\n", allowed.stdout)) == 31
+        hub.clear()
+        again = ("prepare", "gem.dart", "mine.x", "--source", "mine.yaml", "--data-dir", "again", *command[1:])
+        Path("mine.yaml").write_text(MINE.replace("{repo: ., test: rows.jsonl}", "{repo: wmt/wmt9, test: test}"))
+        offline = client(hub, *again, HF_HUB_OFFLINE="1")
+        assert offline.returncode == 1 and hub.requests == []
+        assert "dataset 'mine.x': Hub repo datasets/wmt/wmt9: not in the cache, and offline" in offline.stderr
+    files = sorted(Path("data").rglob("*.jsonl"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to('data').as_posix()}\n".encode() + file.read_bytes())
+    # As 6474f39 wrote them.
+    assert (len(files), digest.hexdigest()) == (78, "9360943852a283ee9e1801e48d3dfb1c3277fdf498916b92b9e3437a8729d167")
+    assert lines("gem.dart", data=Path("again")) == lines("gem.dart")
+    source = (record_of(Path("data"), "anli.r1") or {})["source"]
+    assert source["commit"] == source["revision"] == packaged()["anli.r1"].source.revision
+    for name in packaged():
+        for split, count in (("test", 5), ("train", 4)):
+            rows = load_rows("data", name, split=split)
+            assert len({row.context for row in rows}) == count
+            assert all(isinstance(row.completion, tuple) == (metric_kind(name) == "em_multi") for row in rows)
+        assert not {row["context"] for row in lines(name)} & {row["context"] for row in lines(name, "train")}
+    english = [row["context"].splitlines()[2].removeprefix("English: ") for row in lines("wmt14.en-fr")]
+    assert english == [row["completion"] for row in lines("wmt14.fr-en")]  # both directions draw the same sentences
+
+
+@pytest.mark.slow
+def test_a_hub_without_the_files_or_without_the_repository(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "old.csv").write_text("a\n")
+    with HubServer({}) as hub:
+        commit = packaged()["anli.r1"].source.revision
+        hub.repos["datasets/facebook/anli"] = Repo({commit: replace(Commit.of(tmp_path / "empty"), sha=commit)})
+        found = client(hub, "prepare", "anli.r1", "tqa")
+    none, absent, _ = found.stderr.splitlines()
+    assert f"facebook/anli at revision {commit!r}: expected a file plain_text/test_r1-*.parquet or " in none
+    assert "dataset 'tqa.rc': Hub repo datasets/mandarjoshi/trivia_qa: not found at" in absent
+    assert found.returncode == 1
+
+
+def test_boolean_expressions_are_laid_out_as_the_official_rows() -> None:
+    official = load_rows(Path(__file__).parent / "data", "bbh.boolean_expressions")
+    head, tail = "Evaluate the result of a random Boolean expression.\n\nQ: ", "\nA:"
+    rows = [{"input": row.context.removeprefix(head).removesuffix(tail), "target": row.completion} for row in official]
+    texts = wording(packaged()["bbh.boolean_expressions"])
+    made = [(found["context"], found["completion"]) for row in rows if (found := texts(row))]
+    assert made == [(row.context, row.completion) for row in official]
+
+
+# --- the draw
+
+
+def made(*numbers: int) -> list[Instance]:
+    return [Instance(f"Q{i}", "a", (), f"Q{i}") for i in numbers]
+
+
+def test_the_draw_is_the_same_everywhere() -> None:
+    """A change of these would change everybody's rows."""
+    assert [one.context for one in drawn_from(made(*range(20)), 5, 0)] == ["Q6", "Q2", "Q10", "Q7", "Q15"]
+    assert [one.context for one in drawn_from(made(*range(20)), 5, 7)] == ["Q8", "Q17", "Q14", "Q19", "Q16"]
+
+
+def test_the_draw_does_not_depend_on_order_or_on_other_rows() -> None:
+    every = made(*range(200))
+    drawn = drawn_from(every, 50, 3)
+    random.Random(0).shuffle(every)
+    assert drawn_from(every, 50, 3) == drawn
+    assert drawn_from(every[:100], 50, 3) == [i for i in drawn_from(every, 200, 3) if i in every[:100]][:50]
+    rest = drawn_from(every, 200, 3, without=drawn)
+    assert len(rest) == 150 and not {i.context for i in rest} & {i.context for i in drawn}
+
+
+# --- a declaration of one's own
+
+MINE = """
+name: mine.x
+licence: none
+source: {repo: ., test: rows.jsonl}
+context: "Q: {{ q }}"
+completion: "{{ a }}"
+"""
+
+
+def declared(text: str = MINE) -> Declaration:
+    Path("mine.yaml").write_text(text, encoding="utf-8")
+    return load_declaration(Path("mine.yaml"))
+
+
+def put(*rows: dict[str, Any], file: str = "rows.jsonl") -> None:
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_rows_of_one_prompt_are_one_with_the_references_of_all() -> None:
+    put({"q": "a", "a": "x", "r": ["y", "x"]}, {"q": "b", "a": "", "r": []}, {"q": "a", "a": "z", "r": None})
+    record = prepare(declared(MINE + 'references: "{{ r }}"\n'), Path("data"), Draw())
+    assert lines("mine.x") == [{"context": "Q: a", "completion": "x", "references": ["x", "y", "z"]}]
+    assert (record["unusable_rows"], record["other_golds"], record["rows"]) == (1, 0, {"test": 1})
+
+
+def test_without_references_the_first_gold_text_stays_and_others_are_counted() -> None:
+    put({"q": "a", "a": "x"}, {"q": "a", "a": "x"}, {"q": "a", "a": "y"})
+    record = prepare(declared(), Path("data"), Draw())
+    assert lines("mine.x") == [{"context": "Q: a", "completion": "x"}] and record["other_golds"] == 1
+
+
+def test_train_rows_of_the_same_split_are_those_that_test_rows_leave() -> None:
+    put(*({"q": f"{i}", "a": "x"} for i in range(8)))
+    text = MINE.replace("test: rows.jsonl", "test: rows.jsonl, train: rows.jsonl")
+    assert prepare(declared(text), Path("data"), Draw(6, 4))["rows"] == {"test": 6, "train": 2}
+    assert len({row["context"] for row in lines("mine.x") + lines("mine.x", "train")}) == 8
+    assert prepare(declared(text), Path("data"), Draw(6, 0))["rows"] == {"test": 6}
+    assert not dataset_file("data", "mine.x", "train").exists()
+
+
+def test_a_metric_that_the_name_does_not_say_is_written_beside_the_rows(plugins_forgotten: None) -> None:
+    """And goes with it when another one is declared."""
+    register_metric("length")(lambda prediction, golds: float(len(prediction)))
+    put({"q": "a", "a": "x"})
+    for metric in ("rouge", "em", "length"):
+        prepare(declared(f"{MINE}metric: {metric}\n"), Path("data"), Draw())
+        [found] = find_datasets("data")
+        assert found.metric == metric and found.file.with_suffix(".yaml").exists() == (metric != "em")
+
+
+def test_what_does_not_fit_is_named_and_what_is_there_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    put({"q": "a", "a": "x"})
+    prepare(declared(), Path("data"), Draw())
+    before = dataset_file("data", "mine.x").read_bytes()
+    for rows, message in (
+        ([{"q": "a", "b": "x"}], r"rows\.jsonl: row 1: 'completion': 'a' is undefined; the row has 'q', 'b'; fix"),
+        ([{"q": "a", "a": None}], "none of 1 rows has a prompt and a gold text; is this the right split"),
+    ):
+        put(*rows)
+        with pytest.raises(DataError, match=f"dataset 'mine.x': {message}"):
+            prepare(declared(), Path("data"), Draw())
+    Path("rows.jsonl").write_text('{"q": "a"')
+    with pytest.raises(DataError, match=r"'mine\.x': rows\.jsonl: cannot be read as jsonl \("):
+        prepare(declared(), Path("data"), Draw())
+    with pytest.raises(DataError, match=r"rows\.txt: expected a file that ends in \.parquet, \.json, \.jsonl"):
+        Path("rows.txt").touch()
+        prepare(declared(MINE.replace("jsonl", "txt")), Path("data"), Draw())
+    with pytest.raises(DataError, match=r"expected a file no\.jsonl of test rows, found none; fix the declaration"):
+        prepare(declared(MINE.replace("rows.jsonl", "no.jsonl")), Path("data"), Draw())
+    assert dataset_file("data", "mine.x").read_bytes() == before
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    put({"q": "a", "a": "x"})
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingLibrary, match=r'needs datasets, which is not installed: pip install ".*\[eval\]"'):
+        prepare(declared(), Path("data"), Draw())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("name: mine.x", "name: mine", "dataset 'mine': expected a name like 'bbh.navigate'"),
+        ("name: mine.x", "name: ../x.y", "dataset '../x.y': expected a name like"),
+        ("licence: none\n", "", "licence: expected this key beside name, source, context, completion, found none"),
+        ("licence: none", "license: none", r"license: expected one of name, .* \(did you mean 'licence'\?\)"),
+        ("licence: none", "licence: [a]", "licence: expected text, found a list"),
+        ("licence: none", "licence: ' '", "licence: expected text, found ' '"),
+        ("licence: none", "licence: none\nmetric: blue", r"metric: expected a metric \(em, .*found 'blue'"),
+        ("licence: none", "licence: none\nsha256: a", "sha256: expected one of"),
+        ("licence: none", "licence: !!python/object/apply:os.system [echo]", "licence: expected text, found a list"),
+        ("test: rows.jsonl", "dev: rows.jsonl", "source.dev: expected one of repo, test, train"),
+        ("{repo: ., test: rows.jsonl}", "{repo: a/b}", "source.test: expected this key beside repo, found none"),
+        ("{repo: ., test: rows.jsonl}", "rows.jsonl", "source: expected a mapping of names to texts, found 'rows"),
+        ("context:", "fields: {q: {from: x}}\ncontext:", "fields: expected a mapping of names to texts"),
+        ('"{{ a }}"', '""', "completion: expected text, found nothing"),
+        ("source: {", "source: [{", r"mine.yaml: expected YAML in UTF-8, found .*\(line "),
+        (MINE, "- a", "expected the keys name, licence, .*, found a list"),
+        (MINE, "[" * 5000, "mine.yaml"),
+        (MINE, "\x00", "mine.yaml"),
+    ],
+)
+def test_a_mistake_in_a_declaration_is_named(old: str, new: str, message: str) -> None:
+    assert old in MINE
+    with pytest.raises(DataError, match=message) as caught:
+        declared(MINE.replace(old, new))
+    assert str(caught.value).startswith("mine.yaml: ") and "\n" not in str(caught.value)
+
+
+def test_words_that_yaml_would_turn_into_values_stay_words() -> None:
+    found = declared(MINE + "fields: {a: no, b: 007, c: 2020-01-01}\ngroup: yes\nnotes: null\n")
+    assert found.fields == {"a": "no", "b": "007", "c": "2020-01-01"} and (found.group, found.notes) == ("yes", "null")
+    assert found.draw_by == found.context == "Q: {{ q }}" and found.metric == "em"
+
+
+# --- templates
+
+ROW: dict[str, Any] = {
+    "q": "What?",
+    "n": 2,
+    "none": None,
+    "no items": [],
+    "answer": {"value": "a", "aliases": ["b ", "a"]},
+    "choices": [{"text": "x", "label": "A"}, {"text": " y", "label": "B"}],
+    "set": "dog#tree# run",
+    "triples": [["s", "r", "o"], ["t", "r", "p"]],
+}
+
+
+def texts_of(row: dict[str, Any], context: str, completion: str = "x", made: str = "'x'", references: str = "") -> Any:
+    source = Source("a/b", "test")
+    return wording(Declaration("mine.x", "none", source, context, completion, references, context, {"made": made}))(row)
+
+
+@pytest.mark.parametrize(
+    ("expression", "text"),
+    [
+        ("q", "What?"),
+        ("n", "2"),
+        ("row['n'] + 0.5", "2.5"),
+        ("answer.aliases[1]", "a"),
+        ("choices | map(attribute='text') | lettered | join(';')", "(A) x;(B) y"),
+        ("([answer.value] + answer.aliases) | join", "aba"),
+        ("set.split('#') | join(', ')", "dog, tree, run"),
+        ("letters[(choices | map(attribute='label') | list).index('B')]", "B"),
+        ("{2: 'two'}[n]", "two"),
+        ("triples | map('join', '-') | join('; ')", "s-r-o; t-r-p"),
+        ("triples | sum(start=[]) | unique | join", "srotp"),
+        ("'{{ x }}{% for %}<&>'", "{{ x }}{% for %}<&>"),
+    ],
+)
+def test_fields_are_expressions(expression: str, text: str) -> None:
+    assert texts_of(ROW, "= {{ made }}", made=expression)["context"] == f"= {text}"
+
+
+def test_one_expression_may_be_a_list() -> None:
+    found = texts_of(ROW, "Q", "{{ answer.aliases + ['', 'a'] }}", references="{{ q }}")
+    assert (found["completion"], found["references"]) == (["b", "a", "", "a"], "What?")
+    assert texts_of(ROW, "Q", "{{ answer.value }}{{ q }}")["completion"] == "aWhat?"
+
+
+@pytest.mark.parametrize("blank", ["none", "none.deeper[0].still", "row['no items']", "''", "none | join(',')"])
+def test_a_row_that_lacks_a_text_is_left_out(blank: str) -> None:
+    for texts in (("Q: {{ q }}", "{{ made }}"), ("Q: {{ made }}", "x"), ("Q", "a: {{ made }}")):
+        found = texts_of(ROW, *texts, made=blank)
+        assert found is None or found["completion"] == []
+    assert not texts_of(ROW, "Q", "a", blank, "{{ made }}")["references"]
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("quest", "'made': 'quest' is undefined; the row has 'q', 'n', 'none', 'no items', 'answer', "),
+        ("answer.val", "'made': 'dict object' has no attribute 'val'"),
+        ("triples[7]", "'made': list object has no element 7"),
+        ("{1: 'a'}[n]", "'made': dict object has no element 2"),
+        ("'ABC'.index(q)", "'made': substring not found"),
+        ("answer", "'context': expected text, found {'value': .*; `join` makes text of a list"),
+        ("q +", r"dataset 'mine\.x': expected Jinja2, found 'q \+' .*; fix the declaration"),
+        ("[1, 2] | random", "No filter named 'random'"),
+        ("q.__class__", "'made': .*unsafe"),
+        ("cycler.__init__.__globals__.os.system('x')", "'made': .*unsafe"),
+        ("'{0.__class__}'.format(q)", "'made': .*unsafe"),
+        ("triples.append(1)", "'made': .*unsafe"),
+    ],
+)
+def test_what_a_template_must_not_or_cannot_is_named(expression: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        texts_of(ROW, "{{ made }}", made=expression)
+    assert "\n" not in str(caught.value)
+
+
+# --- the command
+
+
+def test_it_lists_all_and_what_is_there_besides(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = logo(capsys, "list")
+    found = out.splitlines()
+    assert code == 0 and len(found) == 1 + 39 and "39 datasets, 0 with rows in data" in err
+    assert found[0].split() == ["dataset", "group", "metric", "test", "train", "source", "licence"]
+    assert [line.split()[0] for line in found[1:27]] == list(OFFICIAL)
+    assert found[1].split() == ["bbh.boolean_expressions", "bbh", "em", "-", "-", "lukaemon/bbh", "MIT"]
+    own = dataset_file("data", "mine.rows")
+    own.parent.mkdir(parents=True)
+    own.write_text('{"context": "a", "completion": "b"}\n')
+    rows = json.loads(logo(capsys, "list", "anli.r1", "mine.*", "--json")[1])
+    assert [(row["name"], row["rows"], row["licence"]) for row in rows] == [
+        ("anli.r1", None, "CC BY-NC 4.0"),
+        ("mine.rows", 1, None),
+    ]
+
+
+def test_listing_imports_no_library_of_models_or_data() -> None:
+    code = (
+        "import sys; from logo.cli.run import run; assert run(['data', 'list']) == 0; "
+        "assert not {'torch', 'transformers', 'datasets', 'pyarrow', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE, capture_output=True)
+
+
+def test_prepare_keeps_what_is_there_until_told(capsys: pytest.CaptureFixture[str]) -> None:
+    put(*({"q": f"{i}", "a": "x"} for i in range(20)))
+    declared(MINE.replace("test: rows.jsonl", "test: rows.jsonl, train: rows.jsonl"))
+    command = ["prepare", "--source", "mine.yaml", "--limit", "5", "--train-limit", "4"]
+    assert logo(capsys, *command) == (0, "mine.x: 5 test + 4 train rows\n", "")
+    first = lines("mine.x")
+    assert logo(capsys, *command)[1] == "mine.x: kept, 5 test + 4 train rows\n"
+    said = "mine.x: kept, 5 test + 4 train rows of --limit 5, --train-limit 4, --seed 0 (--overwrite draws anew)\n"
+    assert logo(capsys, *command, "--seed", "1")[1] == said and lines("mine.x") == first
+    assert logo(capsys, *command, "--seed", "1", "--overwrite")[0] == 0 and lines("mine.x") != first
+    dataset_file("data", "mine.x").with_name("source.json").unlink()
+    assert "kept; its rows were not prepared by this command (--overwrite" in logo(capsys, *command)[1]
+    dataset_file("data", "mine.x").with_name("source.json").write_text("[]")
+    assert logo(capsys, *command)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["prepare", "bbh.navigat"], 2, "dataset 'bbh.navigat': not declared (did you mean 'bbh.navigate'?)"),
+        (["prepare", "--limit", "0"], 2, "--limit"),
+        (["prepare", "--source", "no.yaml"], 1, "no.yaml: cannot be read (No such file or directory)"),
+        (["list", "nothing"], 2, "dataset 'nothing': not declared"),
+        (["prepare", "anli.r1", "--data-dir", "taken"], 1, "cannot be written"),
+    ],
+)
+def test_a_wrong_call_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    Path("taken").write_text("")
+    found, out, err = logo(capsys, *arguments)
+    assert (found, out) == (code, "")
+    assert len(err.splitlines()) == 1 and err.startswith("logo: error: ") and message in err
+
+
+def test_the_examples_of_the_page_work(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs/datasets.md").read_text()
+    yaml, jsonl = (re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)[0] for language in ("yaml", "json"))
+    Path("capitals.yaml").write_text(yaml)
+    Path("capitals.jsonl").write_text(jsonl + '{"country": "France", "capital": "Lyon"}\n')
+    [line] = re.findall(r"^    logo data (prepare --source capitals.*)$", page, flags=re.MULTILINE)
+    code, out, err = logo(capsys, *line.split())
+    more = "all that the source has; 1 row with an earlier prompt and another gold text left out"
+    assert (code, out) == (0, f"mine.capitals: 3 test + 1 train rows ({more})\n"), err
+    assert {
+        (row["context"], row["completion"]) for row in lines("mine.capitals") + lines("mine.capitals", "train")
+    } == {
+        (f"Question: What is the capital of {country}?\nAnswer:", city)
+        for country, city in [("France", "Paris"), ("Japan", "Tokyo"), ("Peru", "Lima"), ("Kenya", "Nairobi")]
+    }
+
+
+def test_an_own_declaration_takes_the_place_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    write_hub(Path(), "anli.r1")
+    ours = (ROOT / "src/logo/evaluation/sources/files/anli.r1.yaml").read_text()
+    Path("mended.yaml").write_text(ours.replace("Does this", "Can this").replace("facebook/anli", "./facebook/anli"))
+    command = ["prepare", "--source", "mended.yaml", "--limit", "2", "--train-limit", "0"]
+    assert logo(capsys, *command) == (0, "anli.r1: 2 test rows\n", "")
+    assert all("Can this paragraph" in row["context"] for row in lines("anli.r1"))
