@@ -43,7 +43,8 @@ def _shown(default: Any) -> Any:
 _SETTINGS: dict[str, Any] = {
     "help_format": "markdown",
     "help_formatter": DefaultFormatter(panel_spec=PanelSpec(box=Box("    \n" * 8), padding=(0, 0))),  # without frames
-    "default_parameter": Parameter(negative=(), show_default=_shown),
+    "suppress_keyboard_interrupt": False,
+    "default_parameter": Parameter(negative=(), show_default=_shown, allow_repeating=True),
 }
 app = App(
     "logo",

@@ -108,13 +108,14 @@ def open_engine(
 
 def device_of(name: str) -> str:
     """The device that `--device` names, by the rule of the library. A bare number is a GPU's, as with the official
-    `--gpu`, and means `auto` on a machine without numbered GPUs.
+    `--gpu`, and means `auto` on a machine without numbered GPUs; 0 always does, and -1 is the CPU.
 
     Raises:
         UsageError: a device that is not there.
     """
     import torch
 
+    name = {"0": "auto", "-1": "cpu"}.get(name, name)
     if name.isdigit():
         name = f"cuda:{name}" if torch.cuda.is_available() else "auto"
     return str(pick_device(name))

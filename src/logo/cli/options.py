@@ -45,11 +45,11 @@ def joined(kind: type, tokens: Sequence[Token]) -> str:
 
 
 def device_name(kind: type, tokens: Sequence[Token]) -> str:
-    """The checked value of `--device`. A number is that of a GPU, as with the official `--gpu`; -1 is the CPU."""
+    """The checked value of `--device`, of which `logo.cli.opening.device_of` makes a device."""
     text = tokens[-1].value
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?|\d+|-1|spread", text):
         raise ValueError(f"expected auto, cpu, cuda, cuda:N, mps or spread, found {text!r}")
-    return {"0": "auto", "-1": "cpu"}.get(text, text)
+    return text
 
 
 def changed(options: Any, *names: str) -> dict[str, str]:
