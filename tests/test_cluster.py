@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from logo.baselines.retrieval import LoraRetriever
 
 from logo import AdapterPool
 from logo.baselines.fixed import Uniform
-from logo.baselines.retrieval import LoraRetriever
+from logo.cli.app import run
 from logo.cli.cluster import anywhere, everywhere
 from logo.cli.options import EngineOptions
-from logo.cli.app import run
 from logo.cluster.processes import ClusterError, Expected, Layout
 from logo.cluster.workers import Workers, opened
 from logo.demo import adapters_dir, heldout

@@ -12,9 +12,8 @@ from typer.main import get_command
 
 from logo import LoGo
 from logo.cli import belonging
-from logo.cli.app import app
+from logo.cli.app import app, run
 from logo.cli.opening import device_of
-from logo.cli.app import run
 from logo.errors import UsageError
 
 DEMO = ["--base-model", "demo", "--device", "cpu"]

@@ -18,8 +18,7 @@ import typer
 from bare_environments import TRIED
 from local_server import LocalServer
 from logo.cli import output
-from logo.cli.app import app
-from logo.cli.app import run
+from logo.cli.app import app, run
 from make_adapters import write_drawer
 from tolerances import PATIENCE
 from transcripts import difference, files, transcripts

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logo.evaluation.arms import Arms
+from logo.evaluation.identity import digests
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,10 +20,8 @@ from logo import AdapterPool, LoGo
 from logo.adapters.examples import MOST, folder_examples, write_examples
 from logo.adapters.peft import EXAMPLES
 from logo.adapters.sources import adapter_patterns
-from logo.cli.pool.publish import contents_of
 from logo.cli.app import run
-from logo.evaluation.arms import Arms
-from logo.evaluation.identity import digests
+from logo.cli.pool.publish import contents_of
 from logo.selection import scorer
 from logo.selection.examples import GAIN, REPLACED, Examples
 from logo.selection.reference import FADING, both_means, emphasis

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import make_adapters
 import tiny
 from logo import UsageError
-from logo.cli.lm_eval import completed
 from logo.cli.app import run
+from logo.cli.lm_eval import completed
 from logo.models import demo_folder
 from test_engine import tokenizer
 

@@ -25,14 +25,12 @@ from logo.adapters.examples import write_examples
 from logo.baselines import get_method
 from logo.decoding import call_config
 from logo.errors import ModelError, UsageError
-from logo.evaluation.datasets import find_datasets
-from logo.evaluation.differences import differences
-from logo.evaluation.identity import engine_identity, environment, order_dependence, pool_digests, rows_digest
-from logo.evaluation.resume import journal_of
-from logo.evaluation.session import Session
+from logo.evaluation.answer import Answerer, engine_identity, order_dependence, rows_digest
+from logo.evaluation.datasets import Dataset, find_datasets
+from logo.evaluation.results import differences
+from logo.evaluation.run import evaluate, in_this_process
 from logo.identity import tokenizer_digest, weights_digest
 from logo.rows import Row
-from logo.selection.reference import SCORES
 from logo.vllm.options import affecting_answers
 from test_engine import engine
 
@@ -64,17 +62,7 @@ def test_sampling_is_seen_wherever_it_is_asked_for(generation: dict[str, Any], s
     assert bool(config.do_sample) is sampled
     reason = order_dependence(tiny_logo, generation)
     assert (reason is not None) is sampled
-    assert reason is None or reason.endswith("asks for sampling")
-
-
-def test_a_sampled_run_begins_again(tiny_logo: LoGo, tmp_path: Path) -> None:
-    session, jobs = opened(tiny_logo, tmp_path, generation={"do_sample": True, "temperature": 2.0})
-    files = session.run(session.plans(jobs, tmp_path)[0])
-    again, other = opened(tiny_logo, tmp_path / "again", generation={"do_sample": True, "temperature": 2.0})
-    with pytest.raises(KeyboardInterrupt):
-        again.run(again.plans(other, tmp_path / "again")[0], stop_after(2))
-    [plan] = again.plans(other, tmp_path / "again")
-    assert plan.fresh and again.run(plan)["predictions.json"] == files["predictions.json"]
+    assert reason is None or reason == "answers are sampled"
 
 
 # -- tokenizers -------------------------------------------------------------------------------------------------
@@ -134,37 +122,25 @@ def test_the_tokenizer_is_part_of_the_identity(tiny_logo: LoGo) -> None:
     json.dumps(identity)
 
 
-def test_the_adapters_scales_are_part_of_the_identity(tiny_logo: LoGo, adapters: Path, tmp_path: Path) -> None:
-    """Another `lora_alpha` beside the same weights."""
-    shutil.copytree(adapters, tmp_path / "pool")
-    file = next((tmp_path / "pool").rglob("adapter_config.json"))
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
-    other = engine(tiny_logo.model, tmp_path / "pool", k=2)
-    assert pool_digests(other) == pool_digests(tiny_logo)
-    found = differences(engine_identity(tiny_logo, "M", {}), engine_identity(other, "M", {}))
-    assert [name for name, _, _ in found] == ["scales"]
-
-
 @pytest.mark.filterwarnings("ignore:.*adapters act on every token")
-def test_where_adapters_act_is_part_of_the_identity(tiny_logo: LoGo, adapters: Path, tmp_path: Path) -> None:
-    """Unless all of them act everywhere; `pool.json` says it beside the same weights, or an adapter's configuration."""
-    plain = engine_identity(tiny_logo, "M", {})
-    assert "activations" not in plain
+def test_the_pool_is_part_of_the_identity(tiny_logo: LoGo, adapters: Path, tmp_path: Path) -> None:
+    """Weights, scales, where adapters act, and example prompts, adapter by adapter."""
     shutil.copytree(adapters, tmp_path / "pool")
     file = next((tmp_path / "pool").rglob("adapter_config.json"))
     config = json.loads(file.read_text())
-    found = [plain]
-    for tokens in ([5, 6], [5, 7]):
-        file.write_text(json.dumps(config | {"alora_invocation_tokens": tokens}))
-        found.append(engine_identity(engine(tiny_logo.model, tmp_path / "pool", k=2), "M", {}))
-    file.write_text(json.dumps(config))
-    (tmp_path / "pool" / "pool.json").write_text(json.dumps({"activation": "last:1"}))
-    late = engine(tiny_logo.model, tmp_path / "pool", k=2)
-    found.append(engine_identity(late, "M", {}))
-    assert pool_digests(late) == pool_digests(tiny_logo)
+
+    def pool(**changes: Any) -> dict[str, str]:
+        file.write_text(json.dumps(config | changes))
+        found: dict[str, str] = engine_identity(engine(tiny_logo.model, tmp_path / "pool", k=2), "M", {})["pool"]
+        return found
+
+    plain = engine_identity(tiny_logo, "M", {})["pool"]
+    assert pool() == plain
+    found = [plain, pool(lora_alpha=2 * config["lora_alpha"]), pool(alora_invocation_tokens=[5, 6])]
+    write_examples(file.parent, ["w1 w2 w3"])
+    found.append(pool())
     for before, now in itertools.combinations(found, 2):
-        assert [name for name, _, _ in differences(before, now)] == ["activations"]
+        assert len([name for name in before if before[name] != now[name]]) == 1
 
 
 def test_given_options_of_vllm_are_part_of_the_identity(tiny_logo: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,24 +155,6 @@ def test_given_options_of_vllm_are_part_of_the_identity(tiny_logo: LoGo, monkeyp
         now = engine_identity(tiny_logo, "M", {})
         assert [name for name, _, _ in differences(plain, now)] == expected
         assert now.get("engine_options", {}) == {name: options[name] for name in options if name in list(given)[:2]}
-
-
-def test_the_version_of_the_scores_is_part_of_the_identity(tiny_logo: LoGo, llama: nn.Module, adapters: Path) -> None:
-    """Where all tokens are read; what the paper's signals read has not changed since."""
-    calibrated = engine(llama, adapters, signal="calibrated")
-    assert engine_identity(calibrated, "base", {})["scores"] == SCORES
-    assert "scores" not in engine_identity(tiny_logo, "base", {})
-
-
-def test_temperatures_are_part_of_the_identity_if_examples_count(
-    llama: nn.Module, adapters: Path, tmp_path: Path
-) -> None:
-    plain = engine_identity(engine(llama, adapters, signal="calibrated"), "base", {})
-    shutil.copytree(adapters, tmp_path / "pool")
-    write_examples(next(tmp_path.rglob("adapter_config.json")).parent, ["w1 w2 w3"])
-    taught = engine_identity(engine(llama, tmp_path / "pool", signal="calibrated"), "base", {})
-    assert {name for name, _, _ in differences(plain, taught)} == {"examples", "settings.temperatures"}
-    json.dumps(taught)
 
 
 def test_the_configuration_and_the_end_are_part_of_the_identity(
@@ -296,37 +254,30 @@ def test_weights_that_nobody_has(llama: nn.Module) -> None:
 # -- versions and devices ---------------------------------------------------------------------------------------
 
 
-def test_the_environment(tiny_logo: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert environment(tiny_logo) == {
+def answerer(tiny_logo: LoGo, **options: Any) -> Answerer:
+    return Answerer(tiny_logo, "M", max_new_tokens=3, **options)
+
+
+def evaluated(one: Answerer, rows: Path, folder: Path, **options: Any) -> list[Any]:
+    datasets = find_datasets(rows)
+    return list(evaluate(datasets, folder, one.facts, in_this_process(one), method=one.method, **options))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    lines = (json.dumps({"context": f"w{i} w{i + 1}", "completion": "w9"}) for i in range(3, 9))
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "x.jsonl").write_text("\n".join(lines))
+    return tmp_path / "rows"
+
+
+def test_the_environment(tiny_logo: LoGo) -> None:
+    assert answerer(tiny_logo).facts.environment == {
         "logo": logo.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": "cpu",
     }
-
-
-def opened(tiny_logo: LoGo, results: Path, **options: Any) -> tuple[Session, list[Any]]:
-    rows = results / "data"
-    rows.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"context": f"w{i} w{i + 1}", "completion": "w9"}) for i in range(3, 9))
-    (rows / "x.jsonl").write_text("\n".join(lines))
-    session = Session(tiny_logo, "M", pool={"t0": "00"}, seed=0, batch_size=1, max_new_tokens=3, **options)
-    return session, find_datasets(rows)
-
-
-def stop_after(count: int) -> Callable[[int], None]:
-    def report(done: int) -> None:
-        if done == count:
-            raise KeyboardInterrupt
-
-    return report
-
-
-def under(monkeypatch: pytest.MonkeyPatch, **changes: str) -> dict[str, str]:
-    """Sessions opened from here on run in another environment."""
-    other = {"logo": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0", "device": "cpu", **changes}
-    monkeypatch.setattr("logo.evaluation.session.environment", lambda logo: other)
-    return other
 
 
 def test_the_version_that_a_generation_config_names_is_no_part_of_the_identity(tiny_logo: LoGo) -> None:
@@ -337,51 +288,50 @@ def test_the_version_that_a_generation_config_names_is_no_part_of_the_identity(t
     assert first != engine_identity(tiny_logo, "M", {"generation_config": GenerationConfig()})
 
 
-def test_a_finished_result_stays_one_under_other_versions(
-    tiny_logo: LoGo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun = under(monkeypatch)
-    session, jobs = opened(tiny_logo, tmp_path)
-    files: Any = session.run(session.plans(jobs, tmp_path)[0])
-    assert files["run.json"]["environment"] == begun and session.plans(jobs, tmp_path)[0].note == ""
-    under(monkeypatch, torch="3.0.0", device="NVIDIA H100")
-    session, jobs = opened(tiny_logo, tmp_path)
-    [plan] = session.plans(jobs, tmp_path)
-    assert plan.done and plan.note == "torch 2.13.0 (now 3.0.0), device cpu (now NVIDIA H100)"
-    assert not session.plans(jobs, tmp_path, overwrite=True)[0].done
+def test_a_sampled_run_begins_again(tiny_logo: LoGo, rows: Path, tmp_path: Path) -> None:
+    sampled = {"do_sample": True, "temperature": 2.0}
+    evaluated(answerer(tiny_logo, generation=sampled), rows, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(answerer(tiny_logo, generation=sampled), rows, tmp_path / "cut", tell=stop_after(2))
+    evaluated(answerer(tiny_logo, generation=sampled), rows, tmp_path / "cut")
+    whole, cut = ((tmp_path / name / "x" / "predictions.json").read_text() for name in ("whole", "cut"))
+    assert whole == cut and len(set(json.loads(cut))) > 1
+
+
+def stop_after(count: int) -> Callable[[Dataset, int], None]:
+    def tell(dataset: Dataset, done: int) -> None:
+        if done == count:
+            raise KeyboardInterrupt
+
+    return tell
 
 
 @pytest.mark.parametrize("name", ["torch", "transformers", "logo", "device"])
-def test_a_run_does_not_go_on_under_other_versions(
-    name: str, tiny_logo: LoGo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_does_not_go_on_under_other_versions_but_stays_finished(
+    name: str, tiny_logo: LoGo, rows: Path, tmp_path: Path
 ) -> None:
-    under(monkeypatch)
-    session, jobs = opened(tiny_logo, tmp_path)
+    begun = answerer(tiny_logo)
     with pytest.raises(KeyboardInterrupt):
-        session.run(session.plans(jobs, tmp_path)[0], stop_after(2))
-    before = journal_of(tmp_path / jobs[0].name).read_bytes()
-    under(monkeypatch, **{name: "other"})
-    session, jobs = opened(tiny_logo, tmp_path)
-    with pytest.raises(UsageError, match=rf'under other versions \(environment\.{name} is ".*", not "other"\); repeat'):
-        session.plans(jobs, tmp_path)
-    assert journal_of(tmp_path / jobs[0].name).read_bytes() == before
-    under(monkeypatch)
-    session, jobs = opened(tiny_logo, tmp_path)
-    [plan] = session.plans(jobs, tmp_path)
-    assert not plan.fresh and session.run(plan)["run.json"]["environment"] == dict(plan.environment)  # type: ignore[index]
+        evaluated(begun, rows, tmp_path / "r", tell=stop_after(2))
+    other = answerer(tiny_logo)
+    other.facts = replace(other.facts, environment={**other.facts.environment, name: "other"})  # type: ignore[misc]
+    with pytest.raises(UsageError, match=rf'environment\.{name} is ".*", not "other"\); repeat'):
+        evaluated(other, rows, tmp_path / "r")
+    assert [one.skipped for one in evaluated(begun, rows, tmp_path / "r")] == [False]
+    assert [one.skipped for one in evaluated(other, rows, tmp_path / "r")] == [True]
 
 
-def test_training_rows_are_recorded_as_they_were_read(tiny_logo: LoGo, tmp_path: Path) -> None:
+def test_training_rows_are_recorded_as_they_were_read(tiny_logo: LoGo, rows: Path, tmp_path: Path) -> None:
     """A file that changes while rows are answered is not what the method has learnt from."""
     train = tmp_path / "train.jsonl"
     train.write_text('{"context": "w44 w45 w46", "completion": "w7"}')
-    method = get_method("best-single", rows=1)
-    session, [job] = opened(tiny_logo, tmp_path, method=method)
-    [plan] = session.plans([replace(job, train_file=train)], tmp_path)
+    [dataset] = (replace(one, train_file=train) for one in find_datasets(rows))
+    one = answerer(tiny_logo, method=get_method("best-single", rows=1))
 
-    def changed(done: int) -> None:
+    def changed(dataset: Dataset, done: int) -> None:
         train.write_text('{"context": "w42 w43", "completion": "w10"}')
 
-    files: Any = session.run(plan, changed)
-    assert files["run.json"]["identity"]["train_sha256"] == plan.identity["train_sha256"]
-    assert plan.identity["train_sha256"] == rows_digest([Row("w44 w45 w46", "w7")])
+    how: Any = {"method": one.method, "tell": changed}
+    list(evaluate([dataset], tmp_path / "r", one.facts, in_this_process(one), **how))
+    identity = json.loads((tmp_path / "r" / "x" / "run.json").read_text())["identity"]
+    assert identity["train_sha256"] == rows_digest([Row("w44 w45 w46", "w7")])

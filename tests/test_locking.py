@@ -12,9 +12,9 @@ from logo import AdapterPool, PoolError
 from logo.adapters.examples import write_examples
 from logo.adapters.manifest import Manifest, read_manifest
 from logo.adapters.sources import default_k, parse_sources
+from logo.cli.app import run
 from logo.cli.opening import open_pool
 from logo.cli.options import EngineOptions
-from logo.cli.app import run
 from logo.errors import UsageError
 from make_adapters import write_peft
 

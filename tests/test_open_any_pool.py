@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from logo.cli.expanded import expanded
 from typer.testing import CliRunner
 
 from hub_server import FOREVER, GOOD_TOKEN, HubServer
-from logo.cli.expanded import expanded
 from logo.cli.options import EngineOptions
 from test_hub import SOURCE, write_adapter
 from tolerances import PATIENCE

@@ -10,9 +10,9 @@ import pytest
 
 from logo import UsageError
 from logo.cli import generate as generate_module
+from logo.cli.app import run
 from logo.cli.output import BASE_ALONE, selection_line
 from logo.cli.prompts import forced, read_prompts
-from logo.cli.app import run
 from logo.core import Selection
 
 CODE = "def f(x):\n\treturn x[':key:'] + '[bold]' + ':100:'"

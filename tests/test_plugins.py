@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from logo.baselines.registry import METHODS, register_method
+from logo.evaluation.identity import engine_identity
 
 from logo import LoGo, PluginError, UsageError, plugins
 from logo.baselines import get_method
-from logo.baselines.registry import METHODS, register_method
 from logo.cli.app import run
-from logo.evaluation.identity import engine_identity
 from logo.evaluation.metrics import METRICS, checked_kind, measure, measures
 from logo.plugins import Registry, Source
 from logo.selection.signals import SIGNALS, get_signal, register_signal

@@ -15,8 +15,8 @@ from logo.adapters.activation import EVERYWHERE, Activation, read_notes
 from logo.adapters.adapter import open_adapter
 from logo.adapters.sources import adapter_patterns
 from logo.adapters.write import write_mixture
-from logo.cli.pool.publish import contents_of
 from logo.cli.app import run
+from logo.cli.pool.publish import contents_of
 from logo.errors import StorageError, UsageError
 from make_adapters import tensors, write
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from logo.cli.run import run
 
 from answering import load_rows
 from hub_server import GOOD_TOKEN, Commit, HubServer, Repo
 from hub_sources import write_hub
 from logo import register_metric
-from logo.cli.run import run
 from logo.errors import DataError, MissingLibrary
 from logo.evaluation.datasets import OFFICIAL, dataset_file, find_datasets
 from logo.evaluation.metrics import metric_kind

@@ -18,9 +18,9 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from hub_server import GOOD_TOKEN, STRANGER_TOKEN
 from hub_uploads import WritableHub
 from logo import AdapterPool
+from logo.cli.app import run
 from logo.cli.pool.publish import contents_of
 from logo.cli.pool.publish import push as send
-from logo.cli.app import run
 from logo.errors import UsageError
 from make_adapters import CONFIG, REFUSED, SAFETENSORS, damage, tensors, write
 from tolerances import PATIENCE

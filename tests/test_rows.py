@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from logo.cli.contests import contest_of
+from logo.evaluation.session import Session
 from torch import nn
 
 from answering import load_rows
 from logo.baselines import get_method
-from logo.cli.contests import contest_of
 from logo.errors import DataError, StorageError, UsageError
 from logo.evaluation.datasets import OFFICIAL, Dataset, dataset_file, find_datasets
-from logo.evaluation.session import Session
 from logo.rows import Row, read_rows
 from test_engine import engine
 
@@ -361,7 +361,7 @@ def test_a_flat_folder(tmp_path: Path) -> None:
         (name, (Row("q0", "1"),), None) for name in ("a", "b", "deep/c")
     ]
     assert names(tmp_path, "b,a") == ["b", "a"] and names(tmp_path, "*c") == ["deep/c"]
-    with pytest.raises(DataError, match="dataset 'd': not in .*; there are a, b, deep/c"):
+    with pytest.raises(DataError, match=r"dataset .d.: not in .*; there are a, b, deep/c"):
         find_datasets(tmp_path, "d")
 
 

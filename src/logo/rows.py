@@ -153,6 +153,8 @@ def row_of(value: Mapping[str, Any], where: str, *, answers: bool = True) -> Row
         DataError: a field is missing, empty or of another kind.
     """
     turns: tuple[Mapping[str, Any], ...] = ()
+    if "prompt" in value and "context" not in value:  # as other tools call it
+        value = {**value, "context": value["prompt"]}
     if value.get("messages") is not None:
         value, turns = _conversation(value, where, answers)
     for key in ("context", "completion") if answers else ("context",):

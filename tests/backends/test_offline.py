@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from logo.evaluation.identity import engine_identity, environment
 from transformers import GenerationConfig, TextStreamer
 
 from logo import AdapterPool, LoGo, UsageError
 from logo.adapters.peft import EXAMPLES
 from logo.errors import LoGoError, PoolError
-from logo.evaluation.identity import engine_identity, environment
 from logo.models import demo_folder, load_base
 from test_engine import write_adapter
 from tolerances import same_scores, same_selection
