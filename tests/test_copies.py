@@ -106,5 +106,5 @@ def test_the_bases_dtype_decides(tmp_path: Path) -> None:
 def test_a_manifest_leaves_it_as_it_is(tmp_path: Path) -> None:
     write_peft(tmp_path / "pool" / "a", modules_to_save=["lm_head"])
     edit_config(tmp_path / "pool" / "a", modules_to_save=None)  # the tensors tell
-    assert run(["pool", "lock", str(tmp_path / "pool"), "-o", str(tmp_path / "pool.yaml")]) == 0
+    assert run(["pool", "lock", str(tmp_path / "pool"), "--save", str(tmp_path / "pool.yaml")]) == 0
     assert AdapterPool.open(tmp_path / "pool.yaml")["a"].copies

@@ -94,14 +94,14 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(llama: nn.Module, 
 
 def test_the_command_writes_what_a_prompt_selects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompt, place = "What is 7 plus 5?", ["--base-model", "demo", "--device", "cpu"]
-    assert run(["pool", "export", prompt, *place, "-o", str(tmp_path / "pool" / "sums")]) == 0
+    assert run(["pool", "export", prompt, *place, "--save", str(tmp_path / "pool" / "sums")]) == 0
     assert "add_numbers" in capsys.readouterr().err
     demo = LoGo.from_pretrained("demo", device="cpu", signal="calibrated")
     answer = demo.generate(prompt)
     other = LoGo.from_pretrained("demo", tmp_path / "pool", device="cpu")
     assert other.generate(prompt, adapters={"sums": 1.0}).token_ids == answer.token_ids
     forced = ["--adapter", "french=0.5", "--adapter", "plural"]
-    assert run(["pool", "export", *forced, *place, "-o", str(tmp_path / "two")]) == 0
-    assert run(["pool", "export", *forced, *place, "-o", str(tmp_path / "two")]) == 2
-    assert run(["pool", "export", prompt, *forced, *place, "-o", str(tmp_path / "three")]) == 2
+    assert run(["pool", "export", *forced, *place, "--save", str(tmp_path / "two")]) == 0
+    assert run(["pool", "export", *forced, *place, "--save", str(tmp_path / "two")]) == 2
+    assert run(["pool", "export", prompt, *forced, *place, "--save", str(tmp_path / "three")]) == 2
     assert "expected one of: a prompt, which selects; --adapter NAME=WEIGHT" in capsys.readouterr().err

@@ -21,7 +21,7 @@ IDS = torch.tensor([tiny.prompts([9])[0]])
 
 
 def convert(root: Path, *more: str) -> int:
-    line = ["--adapters", str(root / "trained"), "--initial", str(root / "initial"), "-o", str(root / "out")]
+    line = ["--adapters", str(root / "trained"), "--initial", str(root / "initial"), "--save", str(root / "out")]
     return run(["pool", "export", *line, *more])
 
 
@@ -104,5 +104,5 @@ def test_what_cannot_be_converted(
 def test_one_thing_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert(tmp_path, "a prompt") == 2
     assert "expected one of: a prompt, which selects" in capsys.readouterr().err
-    assert run(["pool", "export", "--initial", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
+    assert run(["pool", "export", "--initial", str(tmp_path), "--save", str(tmp_path / "out")]) == 2
     assert "name the folder of the trained adapter with --adapters" in capsys.readouterr().err

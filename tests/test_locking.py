@@ -14,7 +14,7 @@ from logo.adapters.manifest import Manifest, read_manifest
 from logo.adapters.sources import default_k, parse_sources
 from logo.cli.app import run
 from logo.cli.opening import open_pool
-from logo.cli.options import EngineOptions
+from logo.cli.options import PoolOptions
 from logo.errors import UsageError
 from make_adapters import write_peft
 
@@ -34,7 +34,7 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def locked(*places: str) -> Manifest:
     """The manifest of these places, written over an earlier one."""
-    assert run(["pool", "lock", *(places or ["mine"]), "--out", "pool.yaml", "--replace"]) == 0
+    assert run(["pool", "lock", *(places or ["mine"]), "--save", "pool.yaml", "--overwrite"]) == 0
     return read_manifest(Path("pool.yaml"))
 
 
@@ -62,7 +62,7 @@ def test_a_manifest_gives_the_same_weights_or_says_what_changed(pool: Path, caps
     assert AdapterPool.open("pool.yaml", on_bad_adapter="skip").names == ("b", "c")
     locked()
     assert AdapterPool.open("pool.yaml").names == NAMES
-    assert run(["pool", "lock", "mine", "--out", "pool.yaml"]) == 2
+    assert run(["pool", "lock", "mine", "--save", "pool.yaml"]) == 2
     assert "exists already; choose another name, or add --replace" in capsys.readouterr().err
 
 
@@ -82,7 +82,7 @@ def test_example_prompts_of_a_manifest(pool: Path, capsys: pytest.CaptureFixture
     assert AdapterPool.open("pool.yaml")["a"].examples == ("hello",)
     for place in ("mine", "pool.yaml"):
         assert [entry.examples for entry in locked(place).entries] == [("hello",), None, None]
-    opened = open_pool(EngineOptions(adapters="pool.yaml", examples="ignore"), "demo")
+    opened = open_pool(PoolOptions(adapters="pool.yaml"), "demo")
     assert [adapter.examples for adapter in opened] == [(), (), ()]
     Path("hand.yaml").write_text("adapters: [./mine/a, {source: ./mine/b, name: b, examples: []}]")
     assert AdapterPool.open("hand.yaml")["b"].examples == ()
@@ -99,7 +99,7 @@ def test_the_same_pool_has_one_k_however_it_is_named(pool: Path) -> None:
         assert default_k(parse_sources(place), 20) == 2  # known before the pool is opened
     assert AdapterPool.open(["mine/a", "mine/b"]).default_k == 20  # another pool
     (pool / "pool.json").write_text('{"k": "many"}')
-    assert run(["pool", "lock", "mine", "--out", "other.yaml"]) == 1
+    assert run(["pool", "lock", "mine", "--save", "other.yaml"]) == 1
 
 
 @pytest.mark.parametrize("entry", ["./gone", "{source: ./gone, name: gone}"])
@@ -117,7 +117,7 @@ def test_a_manifest_names_the_place_of_the_adapter_that_was_opened(tmp_path: Pat
         write_peft(tmp_path / place / "x", seed=ord(place[1]))
     (tmp_path / "pa" / "x" / "adapter_config.json").write_text("{")
     places = [str(tmp_path / "pa"), str(tmp_path / "pb")]
-    assert run(["pool", "lock", *places, "-o", str(tmp_path / "pool.yaml"), *SKIP]) == 0
+    assert run(["pool", "lock", *places, "--save", str(tmp_path / "pool.yaml"), *SKIP]) == 0
     [adapter] = AdapterPool.open(tmp_path / "pool.yaml")
     assert (adapter.name, adapter.folder) == ("x", tmp_path / "pb" / "x")
 
@@ -126,7 +126,7 @@ def test_names_that_a_manifest_cannot_hold(tmp_path: Path, capsys: pytest.Captur
     for name in ("plain", "two\nlines"):
         write_peft(tmp_path / "pool" / name)
     manifest = tmp_path / "pool.yaml"
-    line = ["pool", "lock", str(tmp_path / "pool"), "--out", str(manifest)]
+    line = ["pool", "lock", str(tmp_path / "pool"), "--save", str(manifest)]
     assert run(line) == 1 and not manifest.exists()
     assert r"adapter 'two\nlines': a manifest cannot hold 'two\nlines'" in capsys.readouterr().err
     assert run([*line, *SKIP, "--json"]) == 0

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
-from logo.cli.expanded import expanded
-from typer.testing import CliRunner
 
 from hub_server import FOREVER, GOOD_TOKEN, HubServer
+from logo.cli.app import app
 from logo.cli.options import EngineOptions
 from test_hub import SOURCE, write_adapter
 from tolerances import PATIENCE
@@ -114,7 +112,7 @@ def test_a_manifest_of_all_repositories_that_are_called_so(hub: HubServer, tmp_p
     env = hub.env(tmp_path / "home")
     write_adapter(tmp_path / "mine" / "french", 50)
     (tmp_path / "pools").mkdir()
-    line = ("org/base_lora-*", "mine", "-o", "pools/all.yaml")
+    line = ("org/base_lora-*", "mine", "--save", "pools/all.yaml")
     strict = lock(env, tmp_path, *line)
     assert strict.returncode == 1 and "access is gated" in strict.stderr
     done = lock(env, tmp_path, *line, "--on-bad-adapter", "skip")
@@ -145,7 +143,7 @@ def test_a_manifest_of_all_repositories_that_are_called_so(hub: HubServer, tmp_p
         blob.write_bytes(blob.read_bytes() + b" ")
     [damaged] = opened(env, {"places": manifest, "on_bad_adapter": "skip"})
     assert list(damaged.refused) == ["org/base_lora-boolq"] and "org/base_lora-boolq" not in damaged.names
-    nobody = lock(env, tmp_path, "org/zzz-*", "-o", "none.yaml")
+    nobody = lock(env, tmp_path, "org/zzz-*", "--save", "none.yaml")
     assert nobody.returncode == 1 and "no repository matches" in nobody.stderr
 
 
@@ -206,17 +204,11 @@ def test_a_manifest_by_hand(hub: HubServer, tmp_path: Path) -> None:
     assert len([file for file in hub.fetched(".safetensors") if "citations" in file]) == 2
 
 
-SEEN: list[EngineOptions] = []
-
-
-def take(engine: EngineOptions) -> None:
-    SEEN.append(engine)
-
-
 def test_the_command_line_takes_the_option_again() -> None:
-    app = typer.Typer()
-    app.command()(expanded(take))
-    for arguments in ([], ["--adapters", "a"], ["--adapters", "a", "--adapters", "org/b,c"]):
-        result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 0, result.output
-    assert [one.adapters for one in SEEN] == [None, "a", "a,org/b,c"]
+    for arguments, expected in (
+        ([], None),
+        (["--adapters", "a"], "a"),
+        (["--adapters", "a", "--adapters", "org/b,c"], "a,org/b,c"),
+    ):
+        _, bound, _ = app.parse_args(["select", "x", *arguments], exit_on_error=False, print_error=False)
+        assert bound.arguments.get("engine", EngineOptions()).adapters == expected

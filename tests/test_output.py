@@ -12,7 +12,7 @@ from logo import UsageError
 from logo.cli import generate as generate_module
 from logo.cli.app import run
 from logo.cli.output import BASE_ALONE, selection_line
-from logo.cli.prompts import forced, read_prompts
+from logo.cli.prompts import PromptOptions, forced
 from logo.core import Selection
 
 CODE = "def f(x):\n\treturn x[':key:'] + '[bold]' + ':100:'"
@@ -23,7 +23,7 @@ def test_an_answer_is_printed_as_it_is(monkeypatch: pytest.MonkeyPatch, capsys: 
     chosen = Selection(("[a]",), (1.0,), {"[a]": 1.0})
     answer = SimpleNamespace(text=f"{CODE}\n", selection=chosen, token_ids=[1], finish_reason="stop", seconds={})
     engine = SimpleNamespace(generate=lambda *_, **__: [answer], close=lambda: None, k=1)
-    monkeypatch.setattr(generate_module, "open_any", lambda *_, **__: engine)
+    monkeypatch.setattr(generate_module, "open_engine", lambda *_, **__: engine)
     assert run(["generate", "Hello", "--base-model", "demo"]) == 0
     shown = capsys.readouterr()
     assert shown.out == f"{CODE}\n" and "[a] 1.00" in shown.err
@@ -33,27 +33,26 @@ def test_a_line_of_a_file_of_prompts_ends_where_a_line_ends(tmp_path: Path) -> N
     """Not at a form feed or one of Unicode's separators; and a byte order mark belongs to no prompt."""
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffone\u2028still one\x0c\x85\r\ntwo\n".encode())
-    assert read_prompts(None, file) == ["one\u2028still one\x0c\x85", "two"]
+    assert PromptOptions(prompts=file).read([]).texts == ["one\u2028still one\x0c\x85", "two"]
     file.write_text("one\n \ntwo\n\n")
-    assert read_prompts(None, file) == ["one", "two"]
+    assert PromptOptions(prompts=file).read([]).texts == ["one", "two"]
     file.write_text("\n\n")
     with pytest.raises(UsageError, match="no prompt"):
-        read_prompts(None, file)
+        PromptOptions(prompts=file).read([])
 
 
 def test_an_adapter_has_one_weight() -> None:
-    assert forced(["a=1", "b", "c=d=0.5"]) == {"a": 1.0, "b": 1.0, "c=d": 0.5}
+    assert forced(["a=1", "b", "c=d=0.5"], []) == {"a": 1.0, "b": 1.0, "c=d": 0.5}
     assert forced(["lr=0.1", "lr=0.2"], names=["lr=0.1", "lr=0.2"]) == {"lr=0.1": 1.0, "lr=0.2": 1.0}
-    assert forced(["lr=0.1", "lr=0.2"])  # the names of the pool may be these
     with pytest.raises(UsageError, match=r"--adapter 'a': given with the weights 1 and 0\.5; give it once"):
         forced(["a=1", "a=0.5"], names=["a"])
 
 
 def test_the_name_of_an_adapter_may_look_like_a_weight() -> None:
     assert forced(["eq=1", "a=0.5"], names=("eq=1", "a")) == {"eq=1": 1.0, "a": 0.5}
-    assert forced(["eq=1=0.5"], names=("eq=1",)) == forced(["eq=1=0.5"]) == {"eq=1": 0.5}
+    assert forced(["eq=1=0.5"], names=("eq=1",)) == forced(["eq=1=0.5"], ()) == {"eq=1": 0.5}
     with pytest.raises(UsageError, match="an adapter of this name is 'eq=x=1'"):
-        forced(["eq=x"])
+        forced(["eq=x"], ())
 
 
 @pytest.mark.parametrize(

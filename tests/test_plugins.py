@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from logo.baselines.registry import METHODS, register_method
-from logo.evaluation.identity import engine_identity
 
 from logo import LoGo, PluginError, UsageError, plugins
 from logo.baselines import get_method
+from logo.baselines.method import METHODS, register_method
 from logo.cli.app import run
+from logo.evaluation.answer import engine_identity
 from logo.evaluation.metrics import METRICS, checked_kind, measure, measures
 from logo.plugins import Registry, Source
 from logo.selection.signals import SIGNALS, get_signal, register_signal
@@ -42,23 +42,17 @@ def quiet(index, hidden):
     return index.norms(hidden).sqrt()
 """
 OTHERS = """
-from dataclasses import dataclass
-from logo import Method, Prepared, Selection, register_method, register_metric
+from logo import Prepared, Selection, register_method, register_metric
 
 @register_metric("length")
 def length(prediction, golds):
     return min(1.0, len(prediction) / 100)
 
-@register_method
-@dataclass(frozen=True, kw_only=True)
-class Third(Method):
+@register_method()
+def third(logo, task, *, k: int = 1):
     "The third adapter."
-    name = "third"
-    k: int = 1
-
-    def prepare(self, logo, task):
-        name = task.candidates(logo)[2]
-        return Prepared(lambda prompts, size: [Selection.forced({name: 1.0}) for _ in prompts])
+    name = task.candidates(logo)[2]
+    return Prepared(lambda prompts, size: [Selection.forced({name: 1.0}) for _ in prompts])
 """
 
 
@@ -78,7 +72,7 @@ def installed(site: Path, distribution: str, *entries: str, **modules: str) -> P
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A distribution with a signal, a metric and a method, in Python's path."""
-    entries = ("plug_signals:quiet", "plug_others:Third")
+    entries = ("plug_signals:quiet", "plug_others:third")
     found = installed(tmp_path / "site", "plug-good", *entries, plug_signals=SIGNAL, plug_others=OTHERS)
     monkeypatch.syspath_prepend(str(found))
     return found
@@ -104,8 +98,8 @@ def test_what_is_installed_is_imported_once_and_not_when_a_name_is_looked_up(sit
     ):
         get_signal("quite")
     assert get_signal("quiet").scale == "zscore"
-    third: Any = get_method("third", k=4)
-    assert checked_kind("length", "here") == "length" and third.k == 4 and measures("length") == ("length",)
+    third = get_method("third", k=4)
+    assert checked_kind("length", "here") == "length" and third.picks == 4 and measures("length") == ("length",)
 
 
 def test_a_plugin_that_cannot_be_imported_is_one_line(
@@ -133,8 +127,8 @@ def test_our_names_are_taken(registry: Registry[Any]) -> None:
 def test_names_and_choices_are_checked(site: Path) -> None:
     with pytest.raises(UsageError, match=r"signal 'x': token: expected one of \('last', .*found 'all'"):
         register_signal("x", token="all")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"method '' .*expected a name"):
-        register_method(type("Nameless", (), {}))  # type: ignore[type-var]
+    with pytest.raises(UsageError, match=r"method 'no name' .*expected a name"):
+        register_method(name="no name")(lambda logo, task: None)  # type: ignore[arg-type,return-value]
     (site / "plug_second.py").write_text(SIGNAL)
     plugins.load("plug_signals:quiet")
     with pytest.raises(PluginError, match=r"plug_second:quiet.*the name is taken by plug_signals:quiet"):
@@ -250,9 +244,9 @@ def test_a_changed_signal_reads_no_old_calibration(tmp_path: Path) -> None:
     """In processes, as users change their files: three calibrations, of which the last is the first one's again."""
     file, cache = tmp_path / "plug_changing.py", tmp_path / "cache"
     code = (
-        "import sys; from logo import LoGo; from logo.evaluation.identity import engine_identity; import plug_changing;"
+        "import sys; from logo import LoGo; from logo.evaluation.answer import engine_identity; import plug_changing;"
         f"engine = LoGo.from_pretrained('demo', signal='quiet', k=2, cache={str(cache)!r});"
-        f"print(engine.select({PROMPT!r}).scores['antonym'], *engine_identity(engine, 'demo', {{}})['plugins'])"
+        f"print(engine.select({PROMPT!r}).scores['antonym'], engine_identity(engine, 'demo', {{}})['plugin'])"
     )
     said = []
     # The last process iterates over sets in an order of its own, which forks of one process do not.
@@ -270,11 +264,11 @@ def test_a_changed_signal_reads_no_old_calibration(tmp_path: Path) -> None:
 
 
 def test_the_identity_of_a_run_names_code_of_others_only(site: Path) -> None:
-    assert "plugins" not in engine_identity(LoGo.from_pretrained("demo", k=2, signal="norm"), "demo", {})
+    assert "plugin" not in engine_identity(LoGo.from_pretrained("demo", k=2, signal="norm"), "demo", {})
     assert "plugin" not in get_method("random").as_dict()
     engine = LoGo.from_pretrained("demo", k=2, signal="quiet")
-    assert engine_identity(engine, "demo", {})["plugins"] == [SIGNALS.source("quiet")]
-    assert get_method("third").as_dict()["plugin"].startswith("plug_others:Third ")
+    assert engine_identity(engine, "demo", {})["plugin"] == SIGNALS.source("quiet")
+    assert get_method("third").as_dict()["plugin"].startswith("plug_others:third ")
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -291,12 +285,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sys.path[:] = [place for place in sys.path if place not in ("", ".")]
     monkeypatch.chdir(folder)
     return folder
-
-
-def test_an_option_may_stand_anywhere() -> None:
-    line = ["serve", "--plugin", "a:b", "-k", "3", "--plugin=c:d", "--", "--plugin", "vllm:s"]
-    assert plugins_first(line) == ["--plugin", "a:b", "--plugin=c:d", "serve", "-k", "3", "--", "--plugin", "vllm:s"]
-    assert plugins_first(["select", "--plugin"]) == ["--plugin", "select"]
 
 
 def test_select_with_a_signal_of_this_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,17 +314,21 @@ def test_a_plugin_that_cannot_be_used(
     assert re.search(message, one_line(capsys))
 
 
-def test_a_run_with_a_plugin_can_be_repeated_from_its_file(here: Path, tmp_path: Path) -> None:
-    first, again = tmp_path / "first.json", tmp_path / "again.json"
-    asked = ["generate", PROMPT, "--base-model", "demo", "-k", "2", "--signal", "quiet", "--max-new-tokens", "2"]
-    named = ["--plugin", "plug_here:quiet"]
-    assert run([*asked, *named, "--save", str(first)]) == 0
-    assert json.loads(first.read_text())["command"]["plugins"] == ["plug_here:quiet"]
-    repeated = [*python(), "-m", "logo.cli", "generate", PROMPT, *named, "--config", str(first), "--save", str(again)]
+def test_a_run_with_a_plugin_can_be_repeated_from_its_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["eval", "run", "--base-model", "demo", "-k", "2", "--signal", "quiet", "--max-new-tokens", "2"]
+    asked += ["--rows", ROWS, "--dataset", "antonym", "--limit", "2", "--metric", "length"]
+    named = ["--plugin", "plug_here:quiet", "--plugin=plug_more:length"]
+    assert run([*asked, *named, "--result-dir", "first"]) == 0
+    [file] = here.glob("first/*/*/run.json")
+    about = json.loads(file.read_text())
+    assert about["command"]["plugins"] == ["plug_here:quiet", "plug_more:length"] and set(about["scores"]) >= {"length"}
+    repeated = [*python(), "-m", "logo.cli", "eval", "run", *named, "--config", str(file), "--result-dir", "again"]
     done = subprocess.run(repeated, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
-    [one], [other] = (json.loads(file.read_text())["answers"] for file in (first, again))
-    assert one["adapters"] == other["adapters"] and other["scores"] == same_scores(one["scores"])
+    [again] = here.glob("again/*/*/run.json")
+    assert again.with_name("predictions.json").read_bytes() == file.with_name("predictions.json").read_bytes()
+    unnamed = ["eval", "run", "--config", str(file), "--result-dir", "third"]
+    assert subprocess.run([*python(), "-m", "logo.cli", *unnamed], capture_output=True).returncode == 2
 
 
 # -- other processes ---------------------------------------------------------------------------------------------------
@@ -373,11 +365,11 @@ def test_a_server_scores_by_it_and_takes_no_other_from_a_request(here: Path) -> 
     plugins.load("plug_here:quiet", str(here))
     expected = LoGo.from_pretrained("demo", signal="quiet", k=2).select(PROMPT)
     body = {"model": "logo", "prompt": PROMPT, "max_tokens": 1}
-    with served("--base-model", "demo", "-k", "2", "--signals", "quiet", "--plugin", "plug_here:quiet") as server:
+    with served("--base-model", "demo", "-k", "2", "--signal", "quiet", "--plugin", "plug_here:quiet") as server:
         answer = server.post("/v1/completions", {**body, "logo": {"signal": "quiet"}})
         assert answer["logo"]["adapters"] == list(expected.adapters)
         assert answer["logo"]["weights"] == same_weights(list(expected.weights))
         with pytest.raises(urllib.error.HTTPError) as refused:
             server.post("/v1/completions", {**body, "logo": {"signal": "plug_more:length"}})
         assert refused.value.code == 400
-        assert "expected one of calibrated, quiet" in json.load(refused.value)["error"]["message"]
+        assert "expected one of quiet, norm" in json.load(refused.value)["error"]["message"]

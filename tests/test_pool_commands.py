@@ -75,7 +75,7 @@ def test_inspect_tells_what_would_be_refused(tmp_path: Path, capsys: pytest.Capt
 
 def test_nobody_is_left_out_without_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_drawer(tmp_path / "pool", ("nan", "kasa"))
-    further = {"push": ["org/x", "--dry-run", "--path-in-repo", "."], "lock": ["-o", str(tmp_path / "pool.yaml")]}
+    further = {"push": ["org/x", "--dry-run", "--path-in-repo", "."], "lock": ["--save", str(tmp_path / "pool.yaml")]}
     for command, more in further.items():
         assert run(["pool", command, str(root), *more]) == 1
         assert "--on-bad-adapter skip" in capsys.readouterr().err
@@ -120,4 +120,4 @@ def test_examples_of_requests_that_named_their_adapter(
 
 def test_examples_need_a_place_where_they_can_be_stored(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["pool", "examples", "org/loras"]) == 2
-    assert "make a manifest first: `logo pool lock org/loras --out pool.yaml`" in capsys.readouterr().err
+    assert "make a manifest first: `logo pool lock org/loras --save pool.yaml`" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -13,16 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from logo.cli.contests import contest_of
-from logo.evaluation.session import Session
-from torch import nn
 
 from answering import load_rows
-from logo.baselines import get_method
 from logo.errors import DataError, StorageError, UsageError
 from logo.evaluation.datasets import OFFICIAL, Dataset, dataset_file, find_datasets
 from logo.rows import Row, read_rows
-from test_engine import engine
 
 BBH = Path(__file__).parent / "data"
 GOOD = '{"context": "Q: 1 + 1\\nA:", "completion": "2"}'
@@ -419,20 +413,3 @@ def test_training_rows(tmp_path: Path) -> None:
         _ = found.train
     [found] = find_datasets(tmp_path / "rows", train_rows=tmp_path / "train", limit=1)
     assert found.train == (Row("q0", "3"), Row("q1", "4"))  # a limit is for what is evaluated
-
-
-def test_rows_that_choose_adapters_and_are_test_rows_too_are_said(
-    tmp_path: Path, llama: nn.Module, adapters: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """By a run, and by a study of held-out rows."""
-    flat(tmp_path / "rows" / "x.jsonl", "1", "2", "3")
-    [found] = find_datasets(tmp_path / "rows", train_rows=tmp_path / "rows")
-    method = get_method("best-single")
-    session = Session(engine(llama, adapters, k=2), "M", {}, seed=0, batch_size=1, max_new_tokens=2, method=method)
-    said = "3 of 3 training rows are test rows too (they have the same context), and method 'best-single' chose by them"
-    with pytest.warns(UserWarning, match=re.escape(f"dataset 'x': {said}")):
-        session.plans([found], tmp_path / "run")
-    contest_of([found], "own", None, {"best-single": method}, None, {"x": found.rows})
-    assert f"logo: warning: task 'x': {said}: the result may be too good" in " ".join(capsys.readouterr().err.split())
-    contest_of([found], "own", None, {"best-single": method}, None, {"x": [Row("q9", "1")]})
-    assert "warning" not in capsys.readouterr().err

@@ -11,11 +11,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from logo.cli.app import app
+from logo.cli.serve_options import ServerOptions
 from serving import served
 from tolerances import PATIENCE
 
@@ -31,14 +31,11 @@ def run(*command: str, **environment: str) -> str:
     ).stdout
 
 
-def parsed(arguments: list[str]) -> Any:
-    """Raises if these are no arguments of `logo`."""
-    import typer
-
-    node = typer.main.get_command(app)
-    context = node.make_context("logo", arguments)
-    name, found, rest = node.resolve_command(context, [*context._protected_args, *context.args])  # type: ignore[attr-defined]
-    return found.make_context(name, rest, parent=context)
+def parsed(arguments: list[str]) -> ServerOptions:
+    """The options of a server; raises if these are no arguments of `logo`."""
+    _, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    found: ServerOptions = bound.arguments.get("server", ServerOptions())
+    return found
 
 
 @pytest.mark.slow
@@ -60,9 +57,9 @@ def test_the_unit_starts_the_server_and_gives_it_time_to_end() -> None:
     service = unit["Service"]
     command = shlex.split(service["ExecStart"])
     assert command[0].endswith("/bin/logo")
-    context = parsed(command[1:])
-    assert context.params["host"] == "127.0.0.1"  # what is not asked for is not open to the network
-    assert float(service["TimeoutStopSec"]) > context.params["request_timeout"]
+    options = parsed(command[1:])
+    assert options.host == "127.0.0.1"  # what is not asked for is not open to the network
+    assert float(service["TimeoutStopSec"]) > options.request_timeout
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")
@@ -91,8 +88,8 @@ def test_the_dockerfile_starts_the_server_on_the_port_that_it_opens(name: str) -
     said = {word: json.loads(arguments) for word, arguments in re.findall(r"^(ENTRYPOINT|CMD) (\[.*\])$", text, re.M)}
     command = [*said["ENTRYPOINT"], *said["CMD"]]
     assert command[0] == "logo"
-    options = parsed(command[1:]).params
-    assert (options["host"], f"EXPOSE {options['port']}") == ("0.0.0.0", re.findall(r"^EXPOSE.*$", text, re.M)[0])
-    assert f"127.0.0.1:{options['port']}/health" in text
+    options = parsed(command[1:])
+    assert (options.host, f"EXPOSE {options.port}") == ("0.0.0.0", re.findall(r"^EXPOSE.*$", text, re.M)[0])
+    assert f"127.0.0.1:{options.port}/health" in text
     [version] = re.findall(r"^FROM vllm/vllm-openai:v(\d+\.\d+)", text, re.M) or [""]
-    assert (options["server"], version in KNOWN) == (("vllm", True) if "vllm" in name else ("local", False))
+    assert (options.server, version in KNOWN) == (("vllm", True) if "vllm" in name else ("local", False))

@@ -55,6 +55,7 @@ app = App(
     **_SETTINGS,
 )
 _ANSWER, _ADAPTERS, _MEASURE = (Group(name, sort_key=n) for n, name in enumerate(("Answer", "Adapters", "Measure")))
+app.register_install_completion_command()
 
 
 def _group(name: str, help: str, group: Group) -> App:
@@ -79,10 +80,10 @@ _eval.command(lm_eval.lm_eval, help_flags=())
 _data.command(datasets.listed, name="list")
 _data.command(datasets.prepare)
 
-_ANYWHERE = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-_ANYWHERE.add_argument("--debug", action="store_true")
-_ANYWHERE.add_argument("--plugin", action="append", default=[])
-_ANYWHERE.add_argument("--config", type=Path)
+ANYWHERE = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+ANYWHERE.add_argument("--debug", action="store_true")
+ANYWHERE.add_argument("--plugin", action="append", default=[])
+ANYWHERE.add_argument("--config", type=Path)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -90,7 +91,7 @@ def run(argv: Sequence[str]) -> int:
     argv = list(argv)
     end = argv.index("--") if "--" in argv else len(argv)  # what follows is for another program
     end = 0 if argv[:2] == ["eval", "lm-eval"] else end  # likewise
-    anywhere, own = _ANYWHERE.parse_known_args(argv[:end])
+    anywhere, own = ANYWHERE.parse_known_args(argv[:end])
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows '?'
         if isinstance(stream, io.TextIOWrapper):

@@ -45,7 +45,7 @@ class _Home:
             if unnamed:
                 raise UsageError(
                     f"manifest {self.manifest}: no entry has the name {unnamed[0]!r}, so it has no place for examples; "
-                    f"write the names with `logo pool lock {self.manifest} --out {self.manifest} --replace`"
+                    f"write the names with `logo pool lock {self.manifest} --save {self.manifest} --overwrite`"
                 )
             entries = [
                 replace(entry, examples=tuple(examples[entry.name])) if entry.name in examples else entry  # type: ignore[index]
@@ -120,7 +120,7 @@ def _opened(text: str) -> _Home:
         missing = "" if more else " (there is no such folder here)"
         raise UsageError(
             f"{text}: expected one folder or one manifest, in which the examples are stored{missing}; for a pool on "
-            f"the Hub, make a manifest first: `logo pool lock {text} --out pool.yaml`"
+            f"the Hub, make a manifest first: `logo pool lock {text} --save pool.yaml`"
         )
     pool = AdapterPool.open([only.where])
     return _Home(pool, Path(only.where) if only.kind == "manifest" else None)
