@@ -14,17 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from logo.baselines.retrieval import LoraRetriever
 
 from logo import AdapterPool
-from logo.baselines.fixed import Uniform
+from logo.baselines import get_method
 from logo.cli.app import run
-from logo.cli.cluster import anywhere, everywhere
-from logo.cli.options import EngineOptions
+from logo.cli.cluster import anywhere
 from logo.cluster.processes import ClusterError, Expected, Layout
-from logo.cluster.workers import Workers, opened
+from logo.cluster.workers import in_workers
 from logo.demo import adapters_dir, heldout
 from logo.errors import ModelError
+from logo.evaluation.answer import Opening
+from logo.evaluation.results import lines, read_run
 from tolerances import PATIENCE
 
 ray = pytest.importorskip("ray")
@@ -35,10 +35,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plugins_forgotten")]
 # A metric that ends the process as often as a file says, at one row; and a method that refuses prompts.
 PLUGIN = """
 import os, signal
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from logo import Method, Prepared, Selection, register_method, register_metric
+from logo import Prepared, Selection, register_method, register_metric
 from logo.errors import UsageError
 
 FOLDER = Path(__file__).parent
@@ -51,18 +49,14 @@ def deadly(prediction, golds):
         os.kill(os.getpid(), signal.SIGKILL)
     return float(prediction in golds)
 
-@register_method
-@dataclass(frozen=True, kw_only=True)
-class Refusing(Method):
-    name = "refusing"
-
-    def prepare(self, logo, task):
-        refused = set((FOLDER / "refused").read_text().splitlines())
-        def choose(prompts, batch_size):
-            if refused & {"all", *prompts}:
-                raise UsageError("this prompt is refused")
-            return [Selection.forced({logo.names[0]: 1.0}) for _ in prompts]
-        return Prepared(choose)
+@register_method()
+def refusing(logo, task):
+    refused = set((FOLDER / "refused").read_text().splitlines())
+    def choose(prompts, batch_size):
+        if refused & {"all", *prompts}:
+            raise UsageError("this prompt is refused")
+        return [Selection.forced({logo.names[0]: 1.0}) for _ in prompts]
+    return Prepared(choose)
 """
 
 
@@ -79,14 +73,17 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def evaluate(out: Path | str, *more: str) -> int:
-    asked = ["evaluate", "--base-model", "demo", "--rows", "rows", "--batch-size", "2", "--max-new-tokens", "6"]
+    asked = ["eval", "run", "--base-model", "demo", "--rows", "rows", "--batch-size", "2", "--max-new-tokens", "6"]
     return run([*asked, "--result-dir", str(out), "--plugin", "of_test_cluster:deadly", *more])
 
 
-def files(out: Path | str) -> dict[str, bytes]:
+def files(out: Path | str) -> dict[str, object]:
     """What has to be the same, whoever answered."""
-    found = {str(path.relative_to(out)): path for path in Path(out).rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if path.name not in ("run.json", "time_dict.json")}
+    found = {str(path.relative_to(out)): path for path in Path(out).rglob("*.json*") if ".partial" not in str(path)}
+    timed = ("run.json", "time_dict.json", "rows.jsonl")
+    made: dict[str, object] = {name: path.read_bytes() for name, path in found.items() if path.name not in timed}
+    rows = {name: path for name, path in found.items() if path.name == "rows.jsonl"}
+    return made | {name: [{**one, "seconds": 0} for one in lines(path.parent)] for name, path in rows.items()}
 
 
 def test_two_workers_write_the_files_of_one_process_though_one_is_killed(
@@ -118,31 +115,24 @@ def test_refused_rows_are_those_of_one_process(rows: Path, capsys: pytest.Captur
             code = evaluate(name, "--method", "refusing", "--overwrite", "--batch-size", "1", *more)
             said.append((code > 0, [line for line in capsys.readouterr().err.splitlines() if "refused" in line]))
         assert said[0] == said[1] and files("one") == files("two")
-    assert said[0][1] == ["logo: error: this prompt is refused"]
+    [line] = said[0][1]
+    assert line.startswith("logo: error: dataset ") and line.endswith(": this prompt is refused")
 
 
 def test_a_study_is_that_of_one_process(rows: Path) -> None:
     asked = ["eval", "study", "--base-model", "demo", "--rows", "rows", "--limit", "2", "--signals", "norm"]
-    asked += ["--method", "best-single", "--hold-out", "2", "--shots", "2"]
-    reports = []
+    asked += ["--methods", "best-single", "--train-rows", "rows", "--method-args", "rows=2"]
     for name, more in (("one", []), ("two", ["--workers", "2"])):
-        assert run([*asked, "--save", f"{name}.json", *more]) == 0
-        report = json.loads(Path(f"{name}.json").read_text())
-        reports.append({key: value for key, value in report.items() if key not in ("seconds", "command")})
-    assert reports[0] == reports[1]
+        assert run([*asked, "--save", name, *more]) == 0
+    one, two = (read_run(Path(name)) for name in ("one", "two"))
+    assert one["report"] == two["report"] and one["identity"] == two["identity"]
 
 
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (
-            ["--workers", "1", "--probe-context", "carry"],
-            "with --probe-context carry each row depends on the one before",
-        ),
         (["--workers", "1", "--device", "cuda:1"], "--device: workers get their devices from Ray"),
         (["--workers", "1", "--ray", "nowhere"], "--ray nowhere: expected auto, local or HOST:PORT"),
-        (["--gpus-per-worker", "1"], "--gpus-per-worker needs --workers"),
-        (["--ray", "auto"], "--ray needs --workers"),
     ],
 )
 def test_what_workers_cannot_do(more: list[str], expected: str, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,25 +149,33 @@ class Facts:
     device: str = "cpu"
 
 
-def alike() -> Facts:
+@dataclass(frozen=True)
+class Held:
+    """What a worker has opened."""
+
+    facts: Facts
+
+
+def alike() -> Held:
     warnings.warn("said while opening", UserWarning, stacklevel=2)
-    return Facts(1, device=str(os.getpid()))  # equal engines may be on different devices
+    return Held(Facts(1, device=str(os.getpid())))  # equal engines may be on different devices
 
 
-def unlike() -> Facts:
-    return Facts(os.getpid())
+def unlike() -> Held:
+    return Held(Facts(os.getpid()))
 
 
-def itself(facts: Facts) -> Facts:
-    return facts
-
-
-def refused() -> Facts:
+def refused() -> Held:
     raise ModelError("no model here")
 
 
-def tripled(facts: Facts, number: int) -> int:
-    return 3 * number
+@dataclass(frozen=True)
+class Named:
+    name: str
+
+
+def tripled(held: Held, dataset: Named, rows: range) -> int:
+    return 3 * rows.start
 
 
 EXPECTED = functools.partial(Expected.of, functools.partial(AdapterPool.open, adapters_dir()))
@@ -188,10 +186,11 @@ TWO = Layout(2)
 
 def workers(open_: object, expected: Expected | None = None, layout: Layout = TWO) -> Iterator[tuple[int, int]]:
     """Numbers without end, and their triples."""
-    with opened(layout, expected or EXPECTED(), open_, itself) as found:  # type: ignore[arg-type]
-        made: Workers[Facts] = found
-        assert made.ask(tripled, 5) == 15
-        yield from made.map(((number, (number,)) for number in itertools.count()), tripled)
+    blocks = ((Named("x"), range(number, number + 1)) for number in itertools.count())
+    with in_workers(layout, expected or EXPECTED(), open_, tripled) as (facts, work):  # type: ignore[arg-type]
+        assert isinstance(facts, Facts)
+        for (_, rows), found in work(blocks):
+            yield rows.start, found
 
 
 def test_every_worker_has_to_find_what_the_command_found() -> None:
@@ -239,10 +238,10 @@ def test_paths_mean_the_same_in_another_working_directory(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     for name in ("base", "encoder"):
         Path(name).mkdir()
-    found = everywhere(EngineOptions(base_model="base", adapters="org/pool", cache="kept"))
-    assert (found.base_model, found.adapters) == (str(tmp_path / "base"), "org/pool")
-    assert (found.model_dir, found.cache) == (str(tmp_path / "hf_models"), str(tmp_path / "kept"))  # not there yet
-    there = LoraRetriever(embedding_model=str(tmp_path / "encoder"))
-    assert anywhere(LoraRetriever(embedding_model="encoder")) == there
-    for same in (LoraRetriever(embedding_model="org/encoder"), Uniform(), None):
-        assert anywhere(same) == same
+    retriever = get_method("loraretriever", embedding_model="encoder")
+    found = anywhere(Opening("base", "org/pool", {"model_dir": "hf_models"}, retriever))
+    assert (found.base_model, found.pool) == (str(tmp_path / "base"), "org/pool")
+    assert found.options["model_dir"] == str(tmp_path / "hf_models")  # not there yet
+    assert found.method == get_method("loraretriever", embedding_model=str(tmp_path / "encoder"))
+    elsewhere = get_method("loraretriever", embedding_model="org/encoder")
+    assert anywhere(Opening("org/base", "org/pool", {}, elsewhere)).method == elsewhere
