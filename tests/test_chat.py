@@ -187,7 +187,8 @@ def test_a_chat_is_one_prompt_through_python_the_command_line_and_the_server(
     answer = logo.generate(messages, max_new_tokens=20)
 
     def command(name: str) -> dict[str, Any]:
-        assert run([name, QUESTION, "--system", SYSTEM["content"], *place, "--max-new-tokens", "20", "--json"]) == 0
+        more = ["--max-new-tokens", "20"] if name == "generate" else []
+        assert run([name, QUESTION, "--system", SYSTEM["content"], *place, *more, "--json"]) == 0
         found: dict[str, Any] = json.loads(capsys.readouterr().out)
         return found
 

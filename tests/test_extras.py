@@ -97,7 +97,7 @@ def test_an_import_that_nobody_foresaw_is_explained_too(
     def late(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("No module named 'peft'", name="peft")
 
-    monkeypatch.setattr("logo.cli.run.app", late)
+    monkeypatch.setattr("logo.cli.demo.open_engine", late)
     assert run(["demo"]) == 1
     line = 'logo: error: this command needs peft, which is not installed: pip install "lora-on-the-go[train]"\n'
     assert capsys.readouterr().err == line

