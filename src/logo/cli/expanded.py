@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
 import inspect
@@ -55,8 +56,10 @@ def expanded(command: _F, *, official: bool = False, defaults: Mapping[str, str]
     own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
     parameters = [_parameter(p.name, hints[p.name], p.default) for p in own]
     for group in groups.values():
-        of_fields = _hints(group)
-        parameters += [_parameter(f.name, of_fields[f.name], f, official, defaults) for f in fields(group)]
+        of_fields, words = _hints(group), _words(group)
+        parameters += [
+            _parameter(f.name, of_fields[f.name], f, official, defaults, words.get(f.name)) for f in fields(group)
+        ]
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> Any:
@@ -93,17 +96,36 @@ def _hints(group: type) -> dict[str, Any]:
     return found
 
 
+def _words(group: type) -> dict[str, str]:
+    """Field -> the docstring below it, which a dataclass of the library has instead of an option."""
+    [made] = ast.parse(inspect.cleandoc(inspect.getsource(group))).body
+    body = made.body if isinstance(made, ast.ClassDef) else []
+    return {
+        ast.unparse(above.target): ast.literal_eval(below.value)
+        for above, below in zip(body, body[1:], strict=False)
+        if isinstance(above, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
+
+
 def _parameter(
-    name: str, hint: Any, of: Any, official: bool = False, defaults: Mapping[str, str] = MappingProxyType({})
+    name: str,
+    hint: Any,
+    of: Any,
+    official: bool = False,
+    defaults: Mapping[str, str] = MappingProxyType({}),
+    words: str | None = None,
 ) -> inspect.Parameter:
     """A parameter for Typer.
 
     Args:
         of: a field, or the default of a parameter, which is a field if the option is not in the annotation.
         official, defaults: as `expanded`.
+        words: what the help says of a field without an option.
     """
     default, metadata = (of.default, of.metadata) if isinstance(of, Field) else (of, {})
     option = metadata.get("option")
+    if option is None and words is not None:
+        option = typer.Option(..., help=words, show_default="none" if default is None else True)
     if option is None and get_origin(hint) is Annotated:
         hint, option = hint.__origin__, hint.__metadata__[0]
     if option is not None:
