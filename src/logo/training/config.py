@@ -75,10 +75,12 @@ class TrainingConfig:
         for name, (expected, right) in _LIMITS.items():
             if not right(getattr(self, name)):
                 raise UsageError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
-        if self.activation not in ("everywhere", ASSISTANT) and not self.activation.startswith("last:"):
-            raise UsageError(f"activation: expected everywhere, last:N or {ASSISTANT}, found {self.activation!r}")
         if self.activation != ASSISTANT:
-            Activation.parse(self.activation)
+            try:
+                Activation.parse(self.activation)
+            except UsageError:
+                expected = f"everywhere, last:N (N is 1 or more) or {ASSISTANT}"
+                raise UsageError(f"activation: expected {expected}, found {self.activation!r}") from None
 
     def length(self, rows: int) -> int:
         """The number of optimiser steps for this number of rows."""

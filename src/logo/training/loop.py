@@ -25,32 +25,38 @@ _WARMUP, _CLIP = 0.03, 1.0
 
 @dataclass(frozen=True)
 class Base:
-    """The frozen base model, in evaluation mode and without gradients of its own.
-
-    Attributes:
-        head: its output head.
-        pad: padding token.
-        vocabulary: number of tokens that the model predicts.
-        device: where rows are read.
-    """
+    """The frozen base model, in evaluation mode and without gradients of its own, and its tokenizer."""
 
     model: Any
     tokenizer: Any
-    head: nn.Module
-    pad: int
-    vocabulary: int
-    device: torch.device
 
     @classmethod
     def load(cls, base_model: str, device: str = "auto", model_dir: str | None = None) -> Base:
-        """Loads a base model: in bfloat16 on an accelerator, in float32 on the CPU. Errors as `load_base`."""
+        """Loads a base model: in bfloat16 on an accelerator, in float32 on the CPU.
+
+        Raises:
+            ModelError, HubError, UsageError: as `load_base`; ModelError if it is no language model.
+        """
         dtype = "float32" if pick_device(device).type == "cpu" else "bfloat16"
-        model, tokenizer = load_base(base_model, device=device, dtype=dtype, model_dir=model_dir)
-        head = model.get_output_embeddings()
-        if head is None:
+        base = cls(*load_base(base_model, device=device, dtype=dtype, model_dir=model_dir))
+        if base.head is None:
             raise ModelError(f"base model {base_model}: expected a language model with an output head")
-        pad, vocabulary = int(tokenizer.pad_token_id), int(head.weight.shape[0])
-        return cls(model, tokenizer, head, pad, vocabulary, device_of(model.get_input_embeddings()))
+        return base
+
+    @property
+    def head(self) -> Any:
+        """The output head."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens that the model predicts."""
+        return int(self.head.weight.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows are read."""
+        return device_of(self.model.get_input_embeddings())
 
 
 @dataclass(frozen=True)
@@ -163,11 +169,9 @@ def fit(base: Base, task: Task, config: TrainingConfig, tell: Callable[[int, flo
 
 def _check_targets(base: Base, layers: Mapping[str, Any], config: TrainingConfig) -> None:
     """Raises UsageError for layers that cannot be trained here, or mixed afterwards."""
-    head = base.head
     for name, layer in layers.items():
-        module = layer.get_base_layer()
-        if module is head or linear_shape(module) is None:
-            what = "the output head" if module is head else "not a linear module"
+        if layer is base.head or linear_shape(layer.get_base_layer()) is None:
+            what = "the output head" if layer is base.head else "not a linear module"
             raise UsageError(f"targets {config.targets}: {name} is {what}, which cannot be trained here; leave it out")
 
 
@@ -209,7 +213,7 @@ def summed(base: Base, layers: Collection[Any], rows: Sequence[Example], weight:
     total = 0.0
     for part in passes(rows, base.vocabulary):
         length = len(part[0]) - 1  # the longest; a row's last token is only predicted, never read
-        ids = torch.full((len(part), length), base.pad)
+        ids = torch.full((len(part), length), int(base.tokenizer.pad_token_id))
         mask = torch.zeros(len(part), length, dtype=torch.int64)
         positions: list[int] = []
         for number, row in enumerate(part):
