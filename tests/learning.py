@@ -31,9 +31,7 @@ def examples(count: int, seed: int = 0, longest: int = 14) -> tuple[Example, ...
     return tuple(made)
 
 
-def learn(
-    model: nn.Module, config: TrainingConfig, some: Sequence[Example], name: str = "task", **how: Any
-) -> Fitted:
+def learn(model: nn.Module, config: TrainingConfig, some: Sequence[Example], name: str = "task", **how: Any) -> Fitted:
     """Learns rows, and leaves the model as it was."""
     return fit(Base(model, tokenizer()), Task(name, *split(name, config, some)), config, **how)
 

@@ -67,7 +67,7 @@ class TrainingConfig:
     patience: int = 3
     """Stop a task after so many measurements without a lower held-out loss; 0: never."""
     activation: str = "everywhere"
-    """Where adapters act: `everywhere`, `last:N` (the last N tokens of a prompt), `assistant` (the assistant's turn)."""
+    """Where adapters act: `everywhere`, `last:N` (the last N tokens of prompts), `assistant` (the assistant's turn)."""
     examples: int = 4
     """Store the first N prompts of a task, without answers, beside its adapter: prompts like them select it."""
 

@@ -60,7 +60,7 @@ def train(
     planned: Callable[[Mapping[str, int], int], None] = lambda steps, done: None,
     tell: Callable[[str, int, float], None] = lambda task, step, loss: None,
 ) -> Trained:
-    """Trains an adapter for every file of rows that has none in the pool yet. A task that fails does not stop the others.
+    """Trains an adapter for every file of rows that has none in the pool yet. Tasks that fail do not stop the others.
 
     Args:
         rows: folder of TASK.jsonl and TASK.csv, at any depth.
@@ -163,7 +163,9 @@ def _write(folder: Path, base_model: str, task: Task, fitted: Fitted, record: Re
     fitted.config.base_model_name_or_path, fitted.config.inference_mode = base_model, True
     fitted.config.alora_invocation_tokens = list(task.invocation) or None
     # Sets in one order in every process.
-    values = {name: sorted(value) if isinstance(value, set) else value for name, value in fitted.config.to_dict().items()}
+    values = {
+        name: sorted(value) if isinstance(value, set) else value for name, value in fitted.config.to_dict().items()
+    }
     activation = record["config"]["activation"]
     note = activation_note(folder, Activation(task.invocation) if task.invocation else Activation.parse(activation))
     with new_folder(folder, replaced=(EXAMPLES, NOTES)) as new:

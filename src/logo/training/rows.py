@@ -1,8 +1,7 @@
 """A task: a file of rows, and its rows as tokens: the prompt as at inference, and the completion to learn.
 
-A row is `{"context": ..., "completion": ...}`, or `{"messages": [...]}` of which the last one is the assistant's answer;
-a CSV file has the columns `context` and `completion`. A task of which one row cannot be used is refused, with the file
-and the row.
+A row is `{"context": ..., "completion": ...}`, or `{"messages": [...]}` that end with the assistant's answer; a CSV file
+has the columns `context` and `completion`. If a row cannot be used, its task is refused, with the file and the row.
 """
 
 from __future__ import annotations
@@ -217,7 +216,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
 
 
 def shortened(tokenizer: PreTrainedTokenizerBase, row: Example, most: int) -> Example:
-    """A row of at most `most` tokens, whose prompt loses its beginning. Raises DataError if the completion is longer."""
+    """A row of at most `most` tokens, whose prompt loses its beginning; DataError if the completion has no room."""
     room = most - row.completion
     if room < 1:
         raise DataError(
