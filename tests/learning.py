@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor, nn
 
 import tiny
@@ -82,3 +83,8 @@ def command(base_model: Path, tasks: Path, pool: Path, *more: str) -> list[str]:
 def contents(root: Path) -> dict[str, bytes]:
     """All files below a folder."""
     return {str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*")) if file.is_file()}
+
+
+def record(folder: Path) -> Any:
+    """What the `logo.yaml` of an adapter says."""
+    return yaml.safe_load((folder / "logo.yaml").read_text())

@@ -23,9 +23,7 @@ from logo.evaluation.identity import rows_digest
 from logo.models import load_base
 from logo.rows import Row, read_rows, row_of
 from logo.scoring import encoded
-from logo.training.examples import encode
-from logo.training.tasks import Pair
-from logo.training.tasks import Task as TrainingTask
+from logo.training.rows import encoded as as_trained
 from test_chat import MARKED, with_template
 
 TEXT = st.text(st.characters(max_codepoint=127), min_size=1, max_size=8).filter(str.strip)
@@ -149,8 +147,7 @@ def test_a_completion_is_scored_as_it_was_trained(logo: LoGo, template: str) -> 
     logo.tokenizer.chat_template = template or None
     try:
         prompt, gold = encoded(logo.prompts, row.prompt, str(row.completion))
-        task = TrainingTask("t", "t.jsonl", (Pair(row.messages, str(row.completion)),))
-        [trained] = encode(logo.tokenizer, task, 512).rows
+        trained = as_trained(logo.tokenizer, row)
     finally:
         logo.tokenizer.chat_template = known
     assert list(trained.ids[: trained.prompt]) == list(prompt.ids)

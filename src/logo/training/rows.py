@@ -1,7 +1,7 @@
 """A task: a file of rows, and its rows as tokens: the prompt as at inference, and the completion to learn.
 
-A row is `{"context": ..., "completion": ...}`, or `{"messages": [...]}` that end with the assistant's answer; a CSV file
-has the columns `context` and `completion`. If a row cannot be used, its task is refused, with the file and the row.
+A row is `{"context": ..., "completion": ...}`, or `{"messages": [...]}` that end with the assistant's answer; a CSV
+file has the columns `context` and `completion`. If a row cannot be used, its task is refused, with file and row.
 """
 
 from __future__ import annotations
