@@ -28,7 +28,7 @@ from logo.training.rows import Example, Task, split
 
 STEPS = 20
 KINDS = ("llama", "gpt2", "qwen2")  # gpt2 keeps weights transposed (Conv1D); qwen2 ties its output head to the input
-USUAL = TrainingConfig(r=3, alpha=6, lr=3e-3, steps=STEPS, batch_size=4, held_out=0.0, evaluations=4)
+USUAL = TrainingConfig(r=3, alpha=6, lr=3e-3, steps=STEPS, batch_size=4, held_out=0.0, evaluations=4, weight_decay=0.01)
 
 
 def collated(rows: Sequence[Example], late: bool) -> dict[str, Any]:
@@ -63,9 +63,9 @@ def by_trainer(
         max_steps=STEPS,
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.lr,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.schedule, config.schedule),
         warmup_steps=round(0.03 * STEPS),
-        weight_decay=0.0,
+        weight_decay=config.weight_decay,
         max_grad_norm=1.0,
         logging_steps=1,
         train_sampling_strategy="sequential",
@@ -100,11 +100,12 @@ def check_equal(
     assert all(float((found.tensors[name] - begun[name]).norm()) > 1e-3 for name in begun)
 
 
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_is_the_one_that_peft_and_the_trainer_make(kind: str, wide: bool, tmp_path: Path) -> None:
+def test_an_adapter_is_the_one_that_peft_and_the_trainer_make(kind: str, schedule: Any, tmp_path: Path) -> None:
     """The same rows in the same order, AdamW, the same schedule and clipping, in float32. Batches divide the rows."""
-    config = replace(USUAL, targets="all-linear" if wide else ATTENTION[kind], rslora=wide)
+    wide = schedule == "linear"
+    config = replace(USUAL, targets="all-linear" if wide else ATTENTION[kind], rslora=wide, schedule=schedule)
     check_equal(kind, config, examples(24, seed=3), tmp_path)
 
 

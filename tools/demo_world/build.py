@@ -109,7 +109,9 @@ def measure(
     return {"average": average, "signal_top1": top1, "exact_match": tables}
 
 
-def build(out: Path, seed: int, pretraining: PretrainConfig, config: TrainingConfig, *, keep_base: bool = False) -> None:
+def build(
+    out: Path, seed: int, pretraining: PretrainConfig, config: TrainingConfig, *, keep_base: bool = False
+) -> None:
     """Build all assets from ``seed`` and put them at ``out``, replacing what is there.
 
     ``keep_base``: but for the base model that stands there, whose files are copied.

@@ -6,6 +6,7 @@ import ast
 import copy
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import Field, fields, is_dataclass
@@ -102,7 +103,7 @@ def _words(group: type) -> dict[str, str]:
     body = made.body if isinstance(made, ast.ClassDef) else []
     return {
         ast.unparse(above.target): ast.literal_eval(below.value)
-        for above, below in zip(body, body[1:], strict=False)
+        for above, below in itertools.pairwise(body)
         if isinstance(above, ast.AnnAssign) and isinstance(below, ast.Expr)
     }
 

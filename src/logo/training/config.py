@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from logo.adapters.activation import Activation
 from logo.errors import UsageError
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
+Schedule = Literal["cosine", "linear", "constant"]
 ALL_LINEAR = "all-linear"
 ASSISTANT = "assistant"  # a value of `activation`
 
@@ -25,6 +26,8 @@ _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("r", "batch_size", "evaluations"), ("1 or more", lambda value: value >= 1)),
     **dict.fromkeys(("patience", "examples"), ("0 or more", lambda value: value >= 0)),
     **dict.fromkeys(("alpha", "lr", "epochs"), ("a number above 0", lambda value: 0 < value < math.inf)),
+    "weight_decay": ("0 or more", lambda value: 0 <= value < math.inf),
+    "schedule": (f"one of {', '.join(get_args(Schedule))}", lambda value: value in get_args(Schedule)),
     "steps": ("1 or more", lambda value: value is None or value >= 1),
     "max_length": ("2 or more", lambda value: value >= 2),
     "held_out": ("a share from 0 to below 1", lambda value: 0 <= value < 1),
@@ -49,7 +52,11 @@ class TrainingConfig:
     targets: str = "q_proj,v_proj"
     """Names of the linear modules that are adapted, or `all-linear`."""
     lr: float = 2e-4
-    """Peak learning rate; it rises over the first 3 % of the steps and then falls as a cosine."""
+    """Peak learning rate, to which it rises over the first 3 % of the steps."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after that."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
     epochs: float = 3.0
     """Passes over the rows."""
     steps: int | None = None

@@ -112,7 +112,7 @@ def fit(base: Base, task: Task, config: TrainingConfig, tell: Callable[[int, flo
     """
     from peft import get_peft_model, get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
-    from transformers import get_cosine_schedule_with_warmup
+    from transformers import get_scheduler
 
     try:
         wrapped = get_peft_model(base.model, config.lora(base.model))
@@ -125,9 +125,10 @@ def fit(base: Base, task: Task, config: TrainingConfig, tell: Callable[[int, flo
         named = ((name, factor) for name, factor in wrapped.named_parameters() if factor.requires_grad)
         factors = dict(sorted(named, key=lambda one: (".lora_B." in one[0], one[0])))
         _initialise(factors, f"{config.seed} {task.name}")
-        optimizer = torch.optim.AdamW(factors.values(), lr=config.lr, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(factors.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         steps = config.length(len(task.learned))
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(_WARMUP * steps), steps)
+        kind = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+        schedule = get_scheduler(kind, optimizer, round(_WARMUP * steps), steps)
         count = min(config.evaluations, steps)
         measured_at = {round(steps * (number + 1) / count) for number in range(count)}
         measured: list[Measured] = []

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def train(
     planned({name: config.length(len(task.learned)) for name, (task, _) in todo.items()}, len(done))
     for name, (task, made_from) in todo.items():
         try:
-            fitted = fit(base, task, config, lambda step, loss, name=name: tell(name, step, loss))
+            fitted = fit(base, task, config, partial(tell, name))
         except NotFinite as error:
             failed[name] = str(error)
         except RuntimeError as error:
@@ -126,9 +127,14 @@ def _facts(task: Task, file: Path) -> dict[str, Any]:
 
 def _result(fitted: Fitted) -> dict[str, Any]:
     best = fitted.best
-    found = {"steps": fitted.steps, "early": fitted.early, "best_step": best.step, "train_loss": round(best.train, 6)}
-    found["held_out_loss"] = None if best.held_out is None else round(best.held_out, 6)
-    return {**found, "measured": [asdict(one) for one in fitted.measured]}
+    return {
+        "steps": fitted.steps,
+        "early": fitted.early,
+        "best_step": best.step,
+        "train_loss": round(best.train, 6),
+        "held_out_loss": None if best.held_out is None else round(best.held_out, 6),
+        "measured": [asdict(one) for one in fitted.measured],
+    }
 
 
 def _standing(folder: Path) -> Record | None:

@@ -142,7 +142,8 @@ def read_task(
     """
     rows = list(_csv(file)) if file.suffix == ".csv" else read_rows(file)
     most = config.max_length if context is None else min(config.max_length, context)
-    found, cut, invocation = [], 0, ()
+    found, cut = list[Example](), 0
+    invocation: tuple[int, ...] = ()
     for number, row in enumerate(rows, start=1):
         try:
             whole = encoded(tokenizer, row)
@@ -161,7 +162,7 @@ def read_task(
     asked = (asked_text(row.messages) if row.messages else row.context for row in rows[: config.examples])
     learned, held_out = split(name, config, found)
     copies = len(rows) - len(learned) - len(held_out)
-    return Task(name, learned, held_out, copies, cut, tuple(invocation), tuple(text for text in asked if text))
+    return Task(name, learned, held_out, copies, cut, invocation, tuple(text for text in asked if text))
 
 
 def _csv(file: Path) -> Iterator[Row]:
