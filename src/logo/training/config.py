@@ -66,17 +66,17 @@ class TrainingConfig:
     max_length: int = 1024
     """Tokens of a row; longer prompts lose their beginning."""
     seed: int = 0
-    """Seed of the initial factors, the order of the rows and the choice of held-out rows."""
+    """Seed of initial factors, order of rows and choice of held-out rows."""
     held_out: float = 0.1
-    """Share of the rows on which the loss is measured instead, at most 64 rows."""
+    """Share of the rows to measure the loss on instead, at most 64 rows."""
     evaluations: int = 10
     """How often the held-out loss is measured; the best adapter is kept."""
     patience: int = 3
-    """Stop a task after so many measurements without a lower held-out loss; 0: never."""
+    """Stop after so many measurements without a lower held-out loss; 0: never."""
     activation: str = "everywhere"
-    """Where adapters act: `everywhere`, `last:N` (the last N tokens of prompts), `assistant` (the assistant's turn)."""
+    """Adapters act `everywhere`, on the prompt's `last:N` tokens, or from the `assistant`'s turn on."""
     examples: int = 4
-    """Store the first N prompts of a task, without answers, beside its adapter: prompts like them select it."""
+    """Store the first N prompts beside an adapter: prompts like them select it."""
 
     def __post_init__(self) -> None:
         for name, (expected, right) in _LIMITS.items():

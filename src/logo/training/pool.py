@@ -91,19 +91,18 @@ def train(
     for name, file in files.items():
         try:
             task = read_task(name, file, base.tokenizer, config, context_length(base.model))
-        except DataError as error:
+        except (DataError, StorageError) as error:
             failed[name] = str(error)
             continue
         made_from = {"config": asdict(config), "base": of_base, "rows": _facts(task, file)}
         standing = _standing(out / name)
-        if standing is not None and not _difference(standing, made_from):
-            done[name] = standing
-        elif standing is None or overwrite:
+        difference = "" if standing is None else _difference(standing, made_from)
+        if difference and not overwrite:
+            raise UsageError(f"{out / name}: {difference}; name another --out, or replace it with --overwrite")
+        if standing is None or difference:
             todo[name] = task, made_from
         else:
-            raise UsageError(
-                f"{out / name}: {_difference(standing, made_from)}; name another --out, or replace it with --overwrite"
-            )
+            done[name] = standing
     planned({name: config.length(len(task.learned)) for name, (task, _) in todo.items()}, len(done))
     for name, (task, made_from) in todo.items():
         try:
