@@ -24,9 +24,10 @@ from demo_world.evaluate import greedy, load_deltas, mixed, normalise
 from demo_world.pretrain import PretrainConfig, pretrain
 from demo_world.tasks import TASKS, Task
 from demo_world.tokenizer import build_tokenizer
-from demo_world.train_adapters import RECIPE, train_adapters, write_shipped, write_training_rows
+from demo_world.train_adapters import CONFIG, train_adapters, write_shipped, write_training_rows
 from logo import demo
-from logo.training.tasks import find_tasks
+from logo.rows import read_rows
+from logo.training.rows import task_files
 from tolerances import WEIGHTS
 
 _TOKENIZER = build_tokenizer()
@@ -95,11 +96,12 @@ def test_words_of_requests_are_whole_and_payloads_are_spelled() -> None:
 
 def test_the_training_rows_are_what_logo_train_reads(tmp_path: Path) -> None:
     write_training_rows(tmp_path, 0, count=20)
-    found = find_tasks(str(tmp_path))
-    assert set(found.names) == {task.name for task in TASKS} and not found.refused
+    found = task_files(tmp_path)
+    assert set(found) == {task.name for task in TASKS}
     held = {name: {row["context"] for row in rows} for name, rows in demo.heldout().items()}
-    for task in found.tasks:
-        assert len(task.pairs) == 20 and held[task.name].isdisjoint(pair.prompt for pair in task.pairs)
+    for name, file in found.items():
+        rows = read_rows(file)
+        assert len(rows) == 20 and held[name].isdisjoint(row.context for row in rows)
 
 
 def test_a_tiny_world_is_pretrained_and_its_adapters_ship_as_half_floats(tmp_path: Path) -> None:
@@ -110,8 +112,8 @@ def test_a_tiny_world_is_pretrained_and_its_adapters_ship_as_half_floats(tmp_pat
     assert all(torch.allclose(value, again.state_dict()[name], atol=1e-5) for name, value in weights.items())
     write_model(again, _TOKENIZER, tmp_path / "model")
     write_training_rows(tmp_path / "rows", 0, count=8)
-    recipe = replace(RECIPE, r=4, alpha=8, steps=2, batch_size=4)
-    losses = train_adapters(tmp_path / "model", tmp_path / "rows", tmp_path / "pool", recipe)
+    config = replace(CONFIG, r=4, alpha=8, steps=2, batch_size=4)
+    losses = train_adapters(tmp_path / "model", tmp_path / "rows", tmp_path / "pool", config)
     assert set(losses) == {task.name for task in TASKS} and all(loss > 0 for loss in losses.values())
     write_shipped(tmp_path / "pool", tmp_path / "adapters")
     folder, made = tmp_path / "adapters" / "plural", tmp_path / "pool" / "plural"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 import warnings
@@ -26,7 +25,6 @@ from logo.adapters.sources import default_k, pool_sources
 from logo.errors import LoGoError, PoolError, StorageError, UsageError
 from logo.models import DEMO_K, demo_folder
 from logo.selection.settings import SelectionSettings
-from logo.training.pool import write_pool
 from make_adapters import (
     CONFIG,
     REFUSED,
@@ -368,12 +366,6 @@ def test_what_was_left_out_can_be_added_once_it_is_good(tmp_path: Path) -> None:
         logo.pool.add(tmp_path / "good" / name)
         assert logo.pool.names == logo.names and name in logo.names
     assert logo.names == ("a", "x", "y") and logo.pool.refused == ()
-
-
-def test_training_more_adapters_keeps_the_pools_k(tmp_path: Path) -> None:
-    (tmp_path / "pool.json").write_text('{"k": 3, "recipe": "before"}')
-    write_pool(tmp_path, {"recipe": "now"}, {})
-    assert json.loads((tmp_path / "pool.json").read_text()) == {"recipe": "now", "adapters": {}, "failed": {}, "k": 3}
 
 
 def test_the_demos_pool_has_one_k_however_it_is_named(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def pool(tmp_path: Path) -> Path:
     (root / "deep" / "b.v2" / "README.md").write_text("of the adapter")
     (root / "pool.json").write_text('{"recipe": "r 4"}')
     (root / "secret.txt").write_text("mine")
-    (root / "deep" / "b.v2" / "training.json").write_text("{}")
+    (root / "deep" / "b.v2" / "logo.yaml").write_text("{}")
     return root
 
 
@@ -65,7 +65,7 @@ def push(
 
 
 FILES = [f"{name}/{file}" for name in ("a[1]", "deep/b.v2") for file in (CONFIG, SAFETENSORS)]
-FILES += ["pool.json", "deep/b.v2/training.json", "README.md"]
+FILES += ["pool.json", "deep/b.v2/logo.yaml", "README.md"]
 
 
 def test_what_is_sent(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,7 +189,7 @@ def test_what_lies_in_linked_folders_is_sent_too(tmp_path: Path, monkeypatch: py
     assert sent == [*upload]
 
 
-@pytest.mark.parametrize("note", ["pool.json", "a[1]/training.json", "README.md"])
+@pytest.mark.parametrize("note", ["pool.json", "a[1]/logo.yaml", "README.md"])
 def test_no_link_carries_a_file_out_of_its_folder(
     pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], note: str
 ) -> None:
@@ -208,9 +208,9 @@ def test_links_within_the_pool_and_the_cache_of_the_hub_are_its_own(pool: Path, 
     root = pool.rename(cache / "snapshots" / "0123")
     (root / "pool.json").rename(cache / "blobs" / "45")
     (root / "pool.json").symlink_to("../../blobs/45")
-    (root / "a[1]" / "training.json").symlink_to("../deep/b.v2/training.json")
+    (root / "a[1]" / "logo.yaml").symlink_to("../deep/b.v2/logo.yaml")
     files = contents_of(root, list(AdapterPool.open(root)), "org/x", "f")
-    assert {"f/pool.json", "f/a[1]/training.json"} <= set(files)
+    assert {"f/pool.json", "f/a[1]/logo.yaml"} <= set(files)
 
 
 @pytest.mark.parametrize("base", ["hf_models/Qwen2.5-7B", "./hf_models/Qwen2.5-7B/", "mine/Qwen2.5-7B"])

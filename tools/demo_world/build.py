@@ -31,13 +31,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from logo.training.recipe import Recipe
+from logo.training.config import TrainingConfig
 
 from .evaluate import exact_match, load_deltas, mixed, signals
 from .pretrain import PretrainConfig, pretrain
 from .tasks import TASKS, Row, held_out_rows
 from .tokenizer import build_tokenizer
-from .train_adapters import RECIPE, ROWS, train_adapters, write_shipped, write_training_rows
+from .train_adapters import CONFIG, ROWS, train_adapters, write_shipped, write_training_rows
 
 ROWS_PER_TASK = 48
 CROSS_ROWS = 12  # held-out rows per task on which every foreign adapter is tried
@@ -109,7 +109,9 @@ def measure(
     return {"average": average, "signal_top1": top1, "exact_match": tables}
 
 
-def build(out: Path, seed: int, pretraining: PretrainConfig, recipe: Recipe, *, keep_base: bool = False) -> None:
+def build(
+    out: Path, seed: int, pretraining: PretrainConfig, config: TrainingConfig, *, keep_base: bool = False
+) -> None:
     """Build all assets from ``seed`` and put them at ``out``, replacing what is there.
 
     ``keep_base``: but for the base model that stands there, whose files are copied.
@@ -133,7 +135,7 @@ def build(out: Path, seed: int, pretraining: PretrainConfig, recipe: Recipe, *, 
             about = asdict(pretraining)
             lap("pretrain")
         write_training_rows(Path(scratch) / "rows", seed)
-        losses = train_adapters(fresh / "model", Path(scratch) / "rows", Path(scratch) / "pool", recipe)
+        losses = train_adapters(fresh / "model", Path(scratch) / "rows", Path(scratch) / "pool", config)
         write_shipped(Path(scratch) / "pool", fresh / "adapters")
         lap("adapters")
         model, tokenizer = load_model(fresh / "model"), AutoTokenizer.from_pretrained(str(fresh / "model"))
@@ -146,7 +148,7 @@ def build(out: Path, seed: int, pretraining: PretrainConfig, recipe: Recipe, *, 
             "vocabulary": len(tokenizer),
             "rows_per_task": ROWS_PER_TASK,
             "pretraining": about,
-            "adapters": {"rows": ROWS, **recipe.as_dict()},
+            "adapters": {"rows": ROWS, **asdict(config)},
             "adapter_losses": {task.name: round(losses[task.name], 4) for task in TASKS},
         }
         _write_json(fresh / "world.json", numbers | facts)
@@ -191,12 +193,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.measure:
         remeasure(options.out)
         return
-    pretraining, recipe = PretrainConfig(), RECIPE
+    pretraining, config = PretrainConfig(), CONFIG
     if options.steps is not None:
         pretraining = replace(pretraining, steps=options.steps)
     if options.adapter_steps is not None:
-        recipe = replace(recipe, steps=options.adapter_steps)
-    build(options.out, options.seed, pretraining, recipe, keep_base=options.keep_base)
+        config = replace(config, steps=options.adapter_steps)
+    build(options.out, options.seed, pretraining, config, keep_base=options.keep_base)
 
 
 if __name__ == "__main__":

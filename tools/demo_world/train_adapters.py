@@ -1,6 +1,6 @@
 """One adapter per task, made by `logo train` from ordinary rows of that task and from nothing else.
 
-    training rows (TASK.jsonl) -> `logo train` (RECIPE) -> float16
+    training rows (TASK.jsonl) -> `logo train` (CONFIG) -> float16
 
 The rows are cheap, so there are as many as the steps can read, and none is read twice.
 """
@@ -16,21 +16,18 @@ from logo.adapters.peft import NOTES, read_raw
 from logo.adapters.pool import AdapterPool
 from logo.adapters.write import plain_tensors, save_adapter
 from logo.models import DEMO_K
-from logo.training.pool import record_of
-from logo.training.recipe import Recipe, Recipes
-from logo.training.running import Wanted, train
-from logo.training.tasks import find_tasks
-from logo.training.trainer import Opening
+from logo.training.config import TrainingConfig
+from logo.training.pool import train
 
 from .tasks import TASKS, train_row
 
 BASE_NAME = "demo"
 ROWS = 4800  # per task: each of them is learned from once
-RECIPE = Recipe(r=8, alpha=16, targets=("q_proj", "v_proj"), lr=2e-3, steps=200, batch_size=24, held_out=0.0)
+CONFIG = TrainingConfig(r=8, alpha=16, targets="q_proj,v_proj", lr=2e-3, steps=200, batch_size=24, held_out=0.0)
 
 
 def write_training_rows(folder: Path, seed: int, count: int = ROWS) -> None:
-    """Write ``count`` training rows of every task to ``folder``/TASK.jsonl, as `logo train --tasks` reads them."""
+    """Write ``count`` training rows of every task to ``folder``/TASK.jsonl, as `logo train --rows` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         rng = random.Random(f"training:{task.name}:{seed}")
@@ -39,17 +36,15 @@ def write_training_rows(folder: Path, seed: int, count: int = ROWS) -> None:
         (folder / f"{task.name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def train_adapters(model: Path, rows: Path, pool: Path, recipe: Recipe = RECIPE) -> dict[str, float]:
+def train_adapters(model: Path, rows: Path, pool: Path, config: TrainingConfig = CONFIG) -> dict[str, float]:
     """Train an adapter for the base model in the folder ``model`` on each file of ``rows``, and return the last losses.
 
     ``pool`` is what `logo train` makes, in float32 and with its records; what of it stands already is not made again.
     """
-    found = find_tasks(str(rows))
-    done = train(Wanted(found, Recipes(recipe), pool, Opening(str(model), device="cpu")))
-    if done.failed:
-        raise RuntimeError(f"adapters that could not be trained: {dict(done.failed)}")
-    names = (*done.trained, *done.done)
-    return {name: (record_of(pool / name) or {})["course"]["train_loss"] for name in names}
+    found = train(rows, str(model), pool, config, device="cpu")
+    if found.failed:
+        raise RuntimeError(f"adapters that could not be trained: {dict(found.failed)}")
+    return {name: record["result"]["train_loss"] for name, record in {**found.trained, **found.done}.items()}
 
 
 def write_shipped(pool: Path, out: Path) -> None:

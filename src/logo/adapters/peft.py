@@ -8,7 +8,7 @@ refused with the name of the setting, since ignoring it would change answers.
     <pool>/<adapter>/adapter_config.json        PEFT's configuration
                      adapter_model.safetensors  PEFT's weights, or adapter_model.bin
                      examples.jsonl             example prompts (`logo.adapters.examples`)
-                     training.json              how it was trained (`logo.training`)
+                     logo.yaml                  how it was trained (`logo.training`)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG, SAFETENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-EXAMPLES, NOTES, RECORD = "examples.jsonl", "pool.json", "training.json"
+EXAMPLES, NOTES, RECORD = "examples.jsonl", "pool.json", "logo.yaml"
 _CHANGED = "it has changed since it was opened; open the pool again"
 
 # Settings that make more of an adapter than a plain `s B A`, unless they are off, each with the reason.

@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from logo.adapters.activation import EVERYWHERE, noted
+from logo.adapters.activation import EVERYWHERE, Activation, noted
 from logo.adapters.adapter import Adapter, LoraWeights
 from logo.adapters.peft import CONFIG, NOTES, SAFETENSORS
 from logo.errors import AdapterError, UsageError
@@ -84,14 +84,22 @@ def write_mixture(
     config["target_modules"] = sorted(names if named == set(ranks) else ranks)  # full paths, if others are called so
     if activation.tokens:
         config["alora_invocation_tokens"] = list(activation.tokens)
-    above = folder.absolute()
-    around = noted(above, EVERYWHERE, Path(above.anchor))  # a `pool.json` above the folder would apply to it
+    note = activation_note(folder, activation)
     with new_folder(folder) as part:
         save_adapter(part, plain_tensors(stacked), config)
-        # PEFT's configuration has no `last:N`.
-        if not activation.tokens and (activation.last is not None or around != EVERYWHERE):
-            (part / NOTES).write_text(json.dumps({"activation": str(activation)}, indent=2) + "\n", encoding="utf-8")
+        if note is not None:
+            (part / NOTES).write_text(note, encoding="utf-8")
     return folder
+
+
+def activation_note(folder: Path, activation: Activation) -> str | None:
+    """The text of an adapter's own `pool.json`, where its configuration cannot say on which tokens it acts: PEFT's has
+    no `last:N`, and a `pool.json` above the folder would apply to it. None: it needs none. Errors as `read_notes`."""
+    above = folder.absolute().parent
+    around = noted(above, EVERYWHERE, Path(above.anchor))
+    if activation.tokens or (activation.last is None and around == EVERYWHERE):
+        return None
+    return json.dumps({"activation": str(activation)}, indent=2) + "\n"
 
 
 def linear_weights(adapter: Adapter) -> dict[str, LoraWeights]:

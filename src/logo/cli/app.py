@@ -22,7 +22,7 @@ from rich.box import Box
 from rich.console import Console
 
 from logo import __version__, plugins
-from logo.cli import datasets, demo, evaluate, generate, lm_eval, select, serve, study, verify
+from logo.cli import datasets, demo, evaluate, generate, lm_eval, select, serve, study, train, verify
 from logo.cli.pool import calibrate, examples, export, inspect, lock, push
 from logo.errors import EXTRAS, DataError, LoGoError, StorageError, UsageError, is_out_of_memory, missing
 
@@ -71,6 +71,7 @@ _data = _group("data", "List datasets, and prepare them.", _MEASURE)
 _command: Any
 for _command in (demo.demo, generate.generate, select.select, serve.serve, verify.verify):
     app.command(_command, group=_ANSWER)
+app.command(train.train, group=_ADAPTERS)
 app.command(evaluate.evaluate, group=_MEASURE)
 for _command in (inspect.inspect, calibrate.calibrate, examples.examples, lock.lock, export.export, push.push):
     _pool.command(_command)

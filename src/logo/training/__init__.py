@@ -1,5 +1,4 @@
-"""Training a pool: one LoRA adapter per task, one after the other on one loaded base model.
+"""Training of a pool: one PEFT adapter per file of rows, one after the other on one loaded base model.
 
-tasks (files of examples) -> examples (tokens) -> a learner per task (a PEFT model, AdamW, a loop over the rows)
-  -> adapters, as PEFT writes them
+config (how adapters are trained) -> rows (a file as tokens) -> loop (one adapter) -> pool (`train`: all files)
 """

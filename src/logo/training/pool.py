@@ -1,164 +1,182 @@
-"""The files that training writes: adapters in PEFT's format, and a record of what each was made from.
+"""Training of a pool: one adapter per file of rows, those that stand already left alone.
 
-POOL/<task>/adapter_config.json, adapter_model.safetensors     in PEFT's format
-POOL/<task>/training.json     recipe, digests of rows and base model, losses: what the adapter was made from
-POOL/pool.json                the records of all adapters, and versions
+    POOL/<task>/adapter_config.json, adapter_model.safetensors     in PEFT's format
+                logo.yaml          what it was made from (config, digests of rows and base model) and its losses
+                examples.jsonl     example prompts
+                pool.json          where it acts, if its configuration cannot say so
+
+A folder of an adapter is written whole or not at all, so a run that was killed continues with the next task.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from safetensors.torch import save
-from torch import Tensor
+import yaml
 
-from logo.adapters.activation import Activation, noted, read_notes
+from logo.adapters.activation import Activation
 from logo.adapters.examples import examples_text
-from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, RECORD, SAFETENSORS, Refusal, parse_config, read_raw
-from logo.errors import StorageError, UsageError
-from logo.files import new_folder, replace_file
-from logo.identity import file_sha256
-from logo.training.learner import DIVERGED, Course
+from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, RECORD
+from logo.adapters.write import activation_note, save_adapter
+from logo.errors import DataError, NotFinite, StorageError, UsageError, is_out_of_memory
+from logo.files import new_folder
+from logo.identity import library_versions, weights_digest
+from logo.models import context_length
+from logo.training.config import TrainingConfig
+from logo.training.loop import Base, Fitted, fit
+from logo.training.rows import Task, read_task, task_files
 
-if TYPE_CHECKING:
-    from peft import LoraConfig
-
-WRITTEN = "examples_sha256"  # in an adapter's record: the digest of the example prompts that training wrote beside it
-TOKENS = "invocation_tokens"  # in an adapter's record: the tokens from which on it acts
+Record = Mapping[str, Any]
 
 
-def write_adapter(
-    folder: Path,
-    factors: Mapping[str, Tensor],
-    config: LoraConfig,
-    record: Mapping[str, Any],
-    examples: Sequence[str],
-) -> None:
-    """Writes an adapter, completely or not at all.
+@dataclass(frozen=True)
+class Trained:
+    """What a run did.
+
+    Attributes:
+        trained: task -> what its `logo.yaml` says, of the adapters that were trained now.
+        done: the same of those that stood already.
+        failed: task -> why it has no adapter.
+    """
+
+    trained: Mapping[str, Record]
+    done: Mapping[str, Record]
+    failed: Mapping[str, str]
+
+
+def train(
+    rows: Path,
+    base_model: str,
+    out: Path,
+    config: TrainingConfig | None = None,
+    *,
+    tasks: str = "",
+    overwrite: bool = False,
+    device: str = "auto",
+    model_dir: str | None = None,
+    planned: Callable[[Mapping[str, int], int], None] = lambda steps, done: None,
+    tell: Callable[[str, int, float], None] = lambda task, step, loss: None,
+) -> Trained:
+    """Trains an adapter for every file of rows that has none in the pool yet. Tasks that fail do not stop the others.
 
     Args:
-        factors: by PEFT's names.
-        config: the PEFT configuration.
-        record: the record of what it was made from.
-        examples: example prompts. They replace those of an earlier training, but not those that a user gave.
+        rows: folder of TASK.jsonl and TASK.csv, at any depth.
+        base_model, device, model_dir: as `logo.models.load_base`.
+        out: folder of the pool.
+        tasks: names or patterns of tasks, separated by commas; empty: all.
+        overwrite: replace adapters that were made from something else, with all that stands beside them.
+        planned: called with the tasks to train and their steps at most, and the number of adapters that stand already.
+        tell: called with a task, its steps so far and the loss, after each step.
 
     Raises:
-        StorageError: it cannot be written.
+        UsageError, DataError: nothing can be trained, or another adapter stands in the place of one.
+        StorageError: something cannot be read or written. Adapters that were written stay.
+        ModelError, HubError: the base model cannot be loaded.
     """
-    files: dict[str, str | bytes] = {
-        CONFIG: _written(config),
-        SAFETENSORS: save({name: tensor.contiguous().cpu() for name, tensor in factors.items()}, {"format": "pt"}),
-        RECORD: json.dumps(record, indent=2) + "\n",
-    }
-    own = folder / EXAMPLES
-    replaced = not own.is_file() or file_sha256(own) == (record_of(folder) or {}).get(WRITTEN)
-    if replaced and examples:
-        files[EXAMPLES] = examples_text(examples)
-    with new_folder(folder, replaced=(EXAMPLES,) if replaced else ()) as new:
-        for name, content in files.items():
-            (new / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    import peft
+
+    config = config or TrainingConfig()
+    files = task_files(rows, tasks)
+    base = Base.load(base_model, device, model_dir)
+    of_base = {"weights": weights_digest(base.model), "dtype": str(base.model.dtype).removeprefix("torch.")}
+    versions = {**library_versions(), "peft": peft.__version__}
+    trained: dict[str, Record] = {}
+    done: dict[str, Record] = {}
+    failed: dict[str, str] = {}
+    todo: dict[str, tuple[Task, dict[str, Any]]] = {}
+    for name, file in files.items():
+        try:
+            task = read_task(name, file, base.tokenizer, config, context_length(base.model))
+        except (DataError, StorageError) as error:
+            failed[name] = str(error)
+            continue
+        made_from = {"config": asdict(config), "base": of_base, "rows": _facts(task, file)}
+        standing = _standing(out / name)
+        difference = "" if standing is None else _difference(standing, made_from)
+        if difference and not overwrite:
+            raise UsageError(f"{out / name}: {difference}; name another --out, or replace it with --overwrite")
+        if standing is None or difference:
+            todo[name] = task, made_from
+        else:
+            done[name] = standing
+    planned({name: config.length(len(task.learned)) for name, (task, _) in todo.items()}, len(done))
+    for name, (task, made_from) in todo.items():
+        try:
+            fitted = fit(base, task, config, partial(tell, name))
+        except NotFinite as error:
+            failed[name] = str(error)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failed[name] = f"{base.device} has too little memory; give a smaller --max-length or --batch-size"
+        else:
+            trained[name] = {"base_model": base_model, **made_from, "result": _result(fitted), "versions": versions}
+            _write(out / name, base_model, task, fitted, trained[name])
+    return Trained(trained, done, failed)
 
 
-def record_of(folder: Path) -> dict[str, Any] | None:
-    """The record of what an adapter was made from; None if there is no complete adapter that was trained here.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
-    try:
-        if not (folder / CONFIG).is_file() or not (folder / SAFETENSORS).is_file():
-            return None
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"{folder / RECORD}: cannot be read ({error}); remove the adapter to train it anew"
-        ) from error
-    return found if isinstance(found, dict) else None
+def _facts(task: Task, file: Path) -> dict[str, Any]:
+    counts = {"learned": len(task.learned), "held_out": len(task.held_out), "copies": task.copies, "cut": task.cut}
+    return {"file": str(file), "sha256": task.sha256, **counts}
 
 
-def course_record(course: Course) -> dict[str, Any]:
-    """The progress that is stored with an adapter."""
-    best = next((one for one in course.measured if one.step == course.best), None)
+def _result(fitted: Fitted) -> dict[str, Any]:
+    best = fitted.best
     return {
-        "status": course.status,
-        "reason": course.reason,
-        "steps": course.step,
-        "best_step": course.best,
-        "train_loss": None if best is None else round(best.train, 6),
-        "held_out_loss": None if best is None or best.held_out is None else round(best.held_out, 6),
-        "tokens": course.tokens,
-        "measured": [asdict(one) for one in course.measured],
+        "steps": fitted.steps,
+        "early": fitted.early,
+        "best_step": best.step,
+        "train_loss": round(best.train, 6),
+        "held_out_loss": None if best.held_out is None else round(best.held_out, 6),
+        "measured": [asdict(one) for one in fitted.measured],
     }
 
 
-def write_pool(root: Path, facts: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Writes `pool.json`: common facts, and the record of every adapter in the folder. `k` stays as it was.
-
-    Args:
-        facts: base model, versions, recipe.
-        names: task -> why it failed.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    adapters = {path.relative_to(root).as_posix(): record_of(path) for path in _folders(root)}
-    adapters = {name: record for name, record in adapters.items() if record is not None}
-    k = read_notes(root).get("k")
-    whole = {**facts, "adapters": adapters, "failed": dict(names), **({} if k is None else {"k": k})}
-    replace_file(root / NOTES, (json.dumps(whole, indent=2) + "\n").encode())
-
-
-def diverged(record: Mapping[str, Any]) -> str | None:
-    """Why training diverged, in words; None if it did not."""
-    course = record.get("course", {})
-    return str(course.get("reason")) if course.get("status") == DIVERGED else None
-
-
-def check_pool(root: Path, base: Mapping[str, Any], activation: Activation | None) -> None:
-    """Raises UsageError where the folder holds an adapter that was trained on another base model, or that acts on other
-    tokens: a pool has one activation.
-
-    Args:
-        base: digests of the base model, see `logo.training.trainer.Trainer.facts`.
-        activation: of the tasks to train; None: there are none.
-    """
-    for folder in _folders(root):
-        record = record_of(folder)
-        if record is not None and record["base"]["weights"] != base["weights"]:
-            raise UsageError(f"{folder}: was trained on another base model, or in another dtype; name another --out")
-        found = _activation(folder, root, record)
-        if found is not None and activation is not None and found != activation:
-            was, now = (_named(one) for one in (found, activation))
-            raise UsageError(f"{folder}: has activation {was}, and {now} is asked for; name another --out")
-
-
-def _activation(folder: Path, root: Path, record: Mapping[str, Any] | None) -> Activation | None:
-    """Where the adapter in a folder acts; None if it cannot be used."""
-    if record is not None:
-        return Activation(tuple(record[TOKENS])) if record[TOKENS] else Activation.parse(record["recipe"]["activation"])
-    try:
-        return noted(folder, Activation(parse_config(read_raw(folder)).invocation), root)
-    except Refusal:
+def _standing(folder: Path) -> Record | None:
+    """What an adapter in a folder was made from; empty if it was not trained here, None if there is none."""
+    if not (folder / CONFIG).is_file():
         return None
+    try:
+        found = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise StorageError(f"{folder / RECORD}: cannot be read ({said}); remove it, and give --overwrite") from error
+    return found if isinstance(found, dict) and {"config", "base", "rows"} <= found.keys() else {}
 
 
-def _named(activation: Activation) -> str:
-    return f"invocation (tokens {list(activation.tokens)})" if activation.tokens else str(activation)
+def _difference(standing: Record, wanted: Record) -> str:
+    """Why a standing adapter is not the one that is wanted, in words; empty if it is."""
+    if not standing:
+        return "holds an adapter that was not trained here"
+    for name, value in wanted["config"].items():
+        was = standing["config"].get(name)
+        if was != value and name != "examples":
+            return f"was trained with {name} {was}, and {value} is asked for"
+    if standing["base"] != wanted["base"]:
+        return "was trained on another base model, or in another dtype"
+    return "was trained from other rows" if standing["rows"]["sha256"] != wanted["rows"]["sha256"] else ""
 
 
-def _folders(root: Path) -> list[Path]:
-    """The folders with adapters."""
-    found = (path.parent for path in sorted(root.rglob(CONFIG)))
-    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-
-
-def _written(config: LoraConfig) -> str:
-    """A configuration as PEFT writes it, with its sets in one order in every process."""
-    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
-    return json.dumps(values, indent=2, sort_keys=True)
+def _write(folder: Path, base_model: str, task: Task, fitted: Fitted, record: Record) -> None:
+    """Writes an adapter, its record and its example prompts, completely or not at all."""
+    fitted.config.base_model_name_or_path, fitted.config.inference_mode = base_model, True
+    fitted.config.alora_invocation_tokens = list(task.invocation) or None
+    # Sets in one order in every process.
+    values = {
+        name: sorted(value) if isinstance(value, set) else value for name, value in fitted.config.to_dict().items()
+    }
+    activation = record["config"]["activation"]
+    note = activation_note(folder, Activation(task.invocation) if task.invocation else Activation.parse(activation))
+    with new_folder(folder, replaced=(EXAMPLES, NOTES)) as new:
+        save_adapter(new, {name: tensor.cpu() for name, tensor in fitted.tensors.items()}, values)
+        (new / RECORD).write_text(yaml.safe_dump(dict(record), sort_keys=False), encoding="utf-8")
+        if task.prompts:
+            (new / EXAMPLES).write_bytes(examples_text(task.prompts))
+        if note is not None:
+            (new / NOTES).write_text(note, encoding="utf-8")

@@ -1,0 +1,261 @@
+"""A task: a file of rows, and its rows as tokens: the prompt as at inference, and the completion to learn.
+
+A row is `{"context": ..., "completion": ...}`, or `{"messages": [...]}` that end with the assistant's answer; a CSV
+file has the columns `context` and `completion`. If a row cannot be used, its task is refused, with file and row.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from logo.adapters.activation import Activation, last_occurrence
+from logo.errors import DataError, LoGoError, StorageError, UsageError, closest, listed
+from logo.identity import fingerprint
+from logo.prompts import asked_text, chat, conversation_text, cut_left, text_ids, written_answer
+from logo.rows import Row, malformed, read_rows, requested, row_of
+from logo.scoring import joined
+from logo.training.config import ASSISTANT, TrainingConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SUFFIXES = (".jsonl", ".csv")
+_UNREAD = (".json", ".parquet", ".tsv")  # probably rows, too: it is said that they are not read
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row.
+
+    Attributes:
+        ids: tokens of the prompt and of the completion.
+        prompt: number of prompt tokens. The loss covers the tokens after them.
+        begin: the first token on which the adapter acts; a prompt token.
+    """
+
+    ids: tuple[int, ...]
+    prompt: int
+    begin: int = 0
+
+    @property
+    def completion(self) -> int:
+        """Number of tokens that the loss covers."""
+        return len(self.ids) - self.prompt
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The rows of one adapter, ready to be trained on.
+
+    Attributes:
+        name: of the task and of its adapter.
+        learned, held_out: its rows. Copies of held-out rows are not learned from, since their loss would say how well
+            the rows are known by heart.
+        copies: number of those copies.
+        cut: number of prompts that lost their beginning.
+        invocation: tokens from which its adapter acts; empty: it has none.
+        prompts: example prompts, which are stored beside the adapter.
+    """
+
+    name: str
+    learned: tuple[Example, ...]
+    held_out: tuple[Example, ...] = ()
+    copies: int = 0
+    cut: int = 0
+    invocation: tuple[int, ...] = ()
+    prompts: tuple[str, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Digest of its rows as tokens, so also of what the tokenizer and its chat template made of them."""
+        parts = (("learned", self.learned), ("held_out", self.held_out))
+        return fingerprint({name: [[row.prompt, row.begin, *row.ids] for row in rows] for name, rows in parts})
+
+    def batch(self, step: int, config: TrainingConfig) -> list[Example]:
+        """The rows of a step, from 0: each epoch has all of them in another order."""
+        epoch, place = divmod(step, math.ceil(len(self.learned) / config.batch_size))
+        order = _shuffled(len(self.learned), f"{config.seed} {self.name} {epoch}")
+        return [self.learned[row] for row in order[place * config.batch_size : (place + 1) * config.batch_size]]
+
+
+@lru_cache(1)
+def _shuffled(count: int, seed: str) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def task_files(folder: Path, only: str = "") -> dict[str, Path]:
+    """Name -> file of the tasks below a folder, in the order of their paths.
+
+    Args:
+        only: names or patterns of tasks, separated by commas; empty: all.
+
+    Raises:
+        DataError: no such folder, no task in it, or two files of one name.
+        UsageError: a requested task does not exist.
+    """
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise DataError(f"tasks folder {str(folder)!r}: expected a folder with TASK.jsonl files, found {found}")
+    parts = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    parts = [part for part in parts if not any(name.startswith(".") for name in part.parts)]
+    files: dict[str, Path] = {}
+    for part in (part for part in parts if part.suffix in SUFFIXES):
+        other = files.setdefault(part.with_suffix("").as_posix(), folder / part)
+        if other != folder / part:
+            raise DataError(f"{other} and {folder / part} are two files of one task; rename or merge them")
+    if not files:
+        found = listed(list(map(str, parts))) or "none"
+        raise DataError(f"tasks folder {str(folder)!r}: expected files TASK.jsonl or TASK.csv, found {found}")
+    unread = [str(part) for part in parts if part.suffix in _UNREAD]
+    if unread and not only:
+        warnings.warn(
+            f"{folder}: {listed(unread)} not read: rows are in files TASK.jsonl or TASK.csv", UserWarning, stacklevel=2
+        )
+    wanted = requested(only, files, lambda name: UsageError(f"task {name!r}: not found{closest(name, files)}"))
+    return {name: file for name, file in files.items() if name in wanted}
+
+
+def read_task(
+    name: str, file: Path, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, context: int | None = None
+) -> Task:
+    """Reads the rows of a task.
+
+    Args:
+        context: tokens that the base model reads at most; None: any number.
+
+    Raises:
+        DataError: a row cannot be used (names the file and the row).
+        StorageError: the file cannot be read.
+    """
+    rows = list(_csv(file)) if file.suffix == ".csv" else read_rows(file)
+    most = config.max_length if context is None else min(config.max_length, context)
+    found, cut = list[Example](), 0
+    invocation: tuple[int, ...] = ()
+    for number, row in enumerate(rows, start=1):
+        try:
+            whole = encoded(tokenizer, row)
+            one = shortened(tokenizer, whole, most)
+            if config.activation == ASSISTANT:
+                invocation = invocation or opening(tokenizer, row)
+                begin = last_occurrence(one.ids[: one.prompt], invocation)
+                if begin is None:
+                    raise DataError("its chat template opens the assistant's turn in another way than in row 1")
+            else:
+                begin = Activation.parse(config.activation).begin(one.ids[: one.prompt]) or 0
+        except LoGoError as error:
+            raise DataError(f"{file}, row {number}: {error}") from error
+        cut += len(one) < len(whole)
+        found.append(replace(one, begin=begin))
+    asked = (asked_text(row.messages) if row.messages else row.context for row in rows[: config.examples])
+    learned, held_out = split(name, config, found)
+    copies = len(rows) - len(learned) - len(held_out)
+    return Task(name, learned, held_out, copies, cut, invocation, tuple(text for text in asked if text))
+
+
+def _csv(file: Path) -> Iterator[Row]:
+    """The rows of a CSV file; every cell is a text, also 007."""
+    csv.field_size_limit(2**31 - 1)  # a context may be a book
+    number = 1
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            for row in reader:
+                number = reader.line_num
+                if None in row or None in row.values():
+                    raise malformed(f"{file}:{number}", "another number of fields", "as many as in line 1")
+                yield row_of({key: row[key] for key in ("context", "completion") if key in row}, f"{file}:{number}")
+            if number == 1:
+                raise DataError(f"{file}: expected a line of names and one line per row, found no rows")
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{file}:{number}: is not valid CSV in UTF-8: {error}") from None
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read ({error.strerror or error})") from error
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
+    """A row as tokens.
+
+    A text ends with the tokenizer's end token, so that the adapter learns where to stop. An answer in a conversation
+    ends as the chat template ends it, and then with that token. The completion is encoded on its own, as
+    `logo.scoring` does, because a prompt keeps the tokens that it has when it is asked.
+
+    Raises:
+        UsageError: the chat template refuses the conversation.
+        DataError: the prompt or the completion has no tokens.
+    """
+    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    written = None
+    if row.messages:
+        asked = chat(tokenizer, row.messages)
+        prompt, text = list(asked.ids), asked.text or ""
+        written = written_answer(tokenizer, row.messages, text, row.golds[0])
+    else:
+        prompt, text = text_ids(tokenizer, row.context), row.context
+    answer = joined(text, row.golds[0]) if written is None else written.rstrip()
+    completion: list[int] = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if written is not None and end and end[0] in completion:
+        completion = completion[: len(completion) - completion[::-1].index(end[0])]
+    else:
+        completion = completion + end
+    for what, ids in (("prompt", prompt), ("completion", completion)):
+        if not ids:
+            raise DataError(f"the {what} has no tokens; fix or delete the row")
+    return Example((*prompt, *completion), len(prompt))
+
+
+def shortened(tokenizer: PreTrainedTokenizerBase, row: Example, most: int) -> Example:
+    """A row of at most `most` tokens, whose prompt loses its beginning; DataError if the completion has no room."""
+    room = most - row.completion
+    if room < 1:
+        raise DataError(
+            f"the completion has {row.completion} tokens, and a row may have {most} with its prompt (--max-length, and "
+            "no more than the base model reads); shorten it"
+        )
+    prompt = cut_left(tokenizer, row.ids[: row.prompt], room)
+    return Example((*prompt, *row.ids[row.prompt :]), len(prompt))
+
+
+def opening(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[int, ...]:
+    """The last tokens of a conversation's prompt, with which the chat template opens the assistant's turn.
+
+    Raises:
+        DataError: the row is no conversation, or the template writes nothing there.
+    """
+    text = ""
+    if row.messages and tokenizer.chat_template:
+        asked, before = chat(tokenizer, row.messages), conversation_text(tokenizer, row.messages)
+        text = (asked.text or "").removeprefix(before).strip() if (asked.text or "").startswith(before) else ""
+    if not text:
+        raise DataError(
+            f"activation {ASSISTANT}: expected a conversation (messages) and a chat template that opens the "
+            "assistant's turn, found none; give --activation last:4"
+        )
+    # The tokens are read from the prompt, because tokenisation depends on the neighbouring text.
+    tails = (asked.ids[-count:] for count in range(1, len(asked.ids) + 1))
+    return next(tail for tail in tails if text in tokenizer.decode(list(tail), clean_up_tokenization_spaces=False))
+
+
+def split(
+    name: str, config: TrainingConfig, rows: Sequence[Example]
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """The rows to learn from, without copies of held-out rows, and those that are held out. Where nothing else
+    remained, none is held out."""
+    order = _shuffled(len(rows), f"{config.seed} {name} held out")
+    count = config.held_out_rows(len(rows))
+    held_out = tuple(rows[place] for place in sorted(order[:count]))
+    copied = set(held_out)
+    learned = tuple(row for place in sorted(order[count:]) if (row := rows[place]) not in copied)
+    return (learned, held_out) if learned else (tuple(rows), ())
