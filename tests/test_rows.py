@@ -361,7 +361,7 @@ def test_a_flat_folder(tmp_path: Path) -> None:
         (name, (Row("q0", "1"),), None) for name in ("a", "b", "deep/c")
     ]
     assert names(tmp_path, "b,a") == ["b", "a"] and names(tmp_path, "*c") == ["deep/c"]
-    with pytest.raises(DataError, match="dataset 'd': not in .*; there are a, b, deep/c"):
+    with pytest.raises(DataError, match=r"dataset 'd': not in .*; there are a, b, deep/c"):
         find_datasets(tmp_path, "d")
 
 
