@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from answering import load_rows
 from logo.baselines import get_method
 from logo.cli.contests import contest_of
 from logo.errors import DataError, StorageError, UsageError
-from logo.evaluation.datasets import OFFICIAL, Dataset, dataset_file, find_datasets
+from logo.evaluation.datasets import Dataset, dataset_file, find_datasets
 from logo.evaluation.session import Session
 from logo.rows import Row, read_rows
 from test_engine import engine
@@ -111,21 +110,6 @@ def test_malformed_references_and_adapters_are_named(tmp_path: Path, value: str,
     )
 
 
-def test_the_official_rows() -> None:
-    rows = load_rows(BBH, "bbh.boolean_expressions")
-    assert len(rows) == 8
-    assert rows[0].context.startswith("Evaluate the result of a random Boolean expression.\n\nQ: ")
-    assert {row.completion for row in rows} == {"True", "False"}
-    assert load_rows(BBH, "bbh.boolean_expressions", 3) == rows[:3]
-
-
-def test_another_split(tmp_path: Path) -> None:
-    put(tmp_path, "mine.rows", split="train")
-    assert load_rows(tmp_path, "mine.rows", split="train") == [Row("Q: 1 + 1\nA:", "2")]
-    with pytest.raises(DataError, match=r"test\.jsonl: expected a file, found none"):
-        load_rows(tmp_path, "mine.rows")
-
-
 @pytest.mark.parametrize(
     ("line", "found"),
     [
@@ -168,13 +152,6 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str | bytes, found: str
     assert message.endswith("fix or delete the line")
     assert len(message.splitlines()) == 1
     assert len(message) < len(str(file)) + 300
-
-
-def test_the_first_of_several_empty_lines_is_named(tmp_path: Path) -> None:
-    file = put(tmp_path, "mine.rows", f"{GOOD}\n\n \n\n{GOOD}\n")
-    with pytest.raises(DataError) as caught:
-        load_rows(tmp_path, "mine.rows")
-    assert str(caught.value).startswith(f"{file}:2: ")
 
 
 @given(st.binary(max_size=40))
@@ -231,12 +208,6 @@ def test_prompts_may_come_without_gold_texts(tmp_path: Path) -> None:
 
 
 # --- names
-
-
-def test_the_official_list() -> None:
-    assert len(OFFICIAL) == len(set(OFFICIAL)) == 26
-    mains = Counter(name.partition(".")[0] for name in OFFICIAL)
-    assert mains == Counter(bbh=8, wmt14=2, wmt16=4, gem=4, ai2_arc=2, nq=1, tqa=1, anli=3, glue=1)
 
 
 def test_a_name_is_a_file() -> None:
@@ -314,16 +285,11 @@ def test_names_lists_and_patterns(tmp_path: Path) -> None:
     ("request_", "message"),
     [
         ("bbh.navigat", "did you mean 'bbh.navigate'"),
-        ("boolean_expressions", "did you mean 'bbh.boolean_expressions'"),
         ("BBH.Navigate", "did you mean 'bbh.navigate'"),
-        ("arc-easy", "'ai2_arc.ARC-Easy'"),
         ("zoo.lion", "did you mean 'zoo.lions'"),
         ("bbh/navigate", "did you mean 'bbh.navigate'"),
         ("qqqqqq.zzzzzz", "not in {root}; there are bbh.navigate, zoo.lions"),
-        ("bbh.web_of_lies", "expected the file {root}/bbh/web_of_lies/test.jsonl, found none; `logo data prepare`"),
-        ("gem.*", "expected the file {root}/gem/common_gen/test.jsonl, found none"),
-        ("wmt14", "expected the file {root}/wmt14/fr-en/test.jsonl, found none"),
-        ("nothing.*", "not in {root}; there are"),
+        ("gem.*", "not in {root}; there are bbh.navigate, zoo.lions; `logo data prepare` fetches official ones"),
         ("bbh.navigate,nope", "dataset 'nope': not in"),
     ],
 )

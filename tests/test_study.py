@@ -464,7 +464,7 @@ def test_the_command_after_an_interruption(
     ("change", "code", "message"),
     [
         (["--rows", "nowhere"], 1, "or NAME.jsonl files, found nothing"),
-        (["--rows", "empty"], 1, "or NAME.jsonl files, found none"),
+        (["--rows", "empty"], 1, "or NAME.jsonl files, found no files"),
         (["--rows", "packed"], 1, "or NAME.jsonl files, found ad03.jsonl.gz"),
         (["--rows", "bad"], 1, "bad/ad03.jsonl:2: expected"),
         (["--tasks", "ad04"], 1, "dataset 'ad04': not in rows (did you mean 'ad0"),
