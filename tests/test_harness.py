@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import make_adapters
 import tiny
@@ -174,23 +172,6 @@ def test_all_requests_about_a_document_are_scored_under_one_mixture(base: Path, 
             assert total == same_scores(expected.log_likelihood)
     alone = model.loglikelihood([Instance("loglikelihood", {}, ("", rest), 0)], disable_tqdm=True)
     assert answers[2] != alone[0]  # that is a document of its own, selected on its continuation
-
-
-WORDS = st.lists(st.sampled_from(["a", "b", "cc", "the"]), min_size=1, max_size=5).map(" ".join)
-
-
-@given(st.lists(st.tuples(WORDS | st.just(""), WORDS.map(" {}".format)), min_size=1, max_size=4), st.randoms())
-def test_what_a_document_is_selected_on_favours_no_request(pairs: list[tuple[str, str]], random: Any) -> None:
-    """It is the same whatever their order, unless they share neither their first word nor their last."""
-    text, mixed = common_text(pairs), random.sample(pairs, len(pairs))
-    texts = [context for context, _ in pairs if context] or [continuation for _, continuation in pairs]
-    begin = {each.split()[0] for each in texts}
-    end = {(context + continuation).split()[-1] for context, continuation in pairs}
-    if len(begin) == 1 or len(end) == 1:
-        assert common_text(mixed) == text and text.strip()
-        assert all(each.startswith(text) for each in texts) or all((c + f).endswith(text) for c, f in pairs)
-    else:
-        assert text == texts[0]
 
 
 @pytest.mark.parametrize(
