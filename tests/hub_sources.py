@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from logo.evaluation.sources.declarations import packaged
+
 Rows = list[dict[str, Any]]
 
 
@@ -99,47 +101,18 @@ HUB: dict[str, Callable[[int], dict[str, Any]]] = {
     "glue.qnli": lambda i: {"question": f"How many is {i}?", "sentence": f'He said "{i}".', "label": i % 2, "idx": i},
 }
 
-# Where the Hub keeps the splits of each declaration: repository, folder of the configuration, split names.
-PLACES: dict[str, tuple[str, str, str, str]] = {
-    "bbh": ("lukaemon/bbh", "{sub}", "test", "test"),
-    "wmt14": ("wmt/wmt14", "fr-en", "test", "validation"),
-    "wmt16": ("wmt/wmt16", "{foreign}-en", "test", "validation"),
-    "ai2_arc": ("allenai/ai2_arc", "{sub}", "test", "train"),
-    "anli": ("facebook/anli", "plain_text", "test_{sub}", "train_{sub}"),
-    "nq": ("google-research-datasets/nq_open", "nq_open", "validation", "train"),
-    "tqa": ("mandarjoshi/trivia_qa", "rc.nocontext", "validation", "train"),
-    "glue": ("nyu-mll/glue", "qnli", "validation", "train"),
-    "gem.common_gen": ("allenai/common_gen", "data", "validation", "train"),
-    "gem.dart": ("GEM/dart", "default", "test", "validation"),
-    "gem.e2e_nlg": ("GEM/e2e_nlg", "default", "test", "validation"),
-    "gem.web_nlg": ("GEM/web_nlg", "en", "test", "validation"),
-    "code_to_text": ("google/code_x_glue_ct_code_to_text", "{last}", "test", "validation"),
-    "text_to_text": ("google/code_x_glue_tt_text_to_text", "{foreign}_en", "test", "validation"),
-    "text_to_code": ("google/code_x_glue_tc_text_to_code", "data", "validation", "train"),
-    "code_to_code": ("google/code_x_glue_cc_code_to_code_trans", "data", "test", "validation"),
-    "code_refinement": ("google/code_x_glue_cc_code_refinement", "small", "test", "validation"),
-}
-
-
-def place(name: str) -> tuple[str, str, str, str]:
-    main, _, sub = name.partition(".")
-    key = next(key for key in (name, sub.rpartition("_")[0], main) if key in PLACES)
-    last = sub.rpartition("_")[2]
-    foreign = next((part for part in last.split("-") if part != "en"), "")
-    repo, *rest = (part.format(sub=sub, last=last, foreign=foreign) for part in PLACES[key])
-    config, test, train = rest
-    return repo, config, test, train
-
 
 def write_hub(root: Path, name: str, count: int = 12) -> Path:
-    """The repository's Parquet files; returns its folder. Where splits are the same, there is one file."""
+    """The repository's Parquet files, where its declaration says; returns its folder. Where splits are the same, there
+    is one file."""
     import pyarrow
     import pyarrow.parquet
 
-    repo, config, test, train = place(name)
-    for split, first in {test: 0, train: 1000 if train != test else 0}.items():
-        folder, converted = root / repo / config, repo.startswith("GEM/")
+    source = packaged()[name].source
+    for split, first in {source.test: 0, source.train: 1000 if source.train != source.test else 0}.items():
+        converted = source.repo.startswith("GEM/")  # to Parquet, by the Hub itself
+        folder = root / source.repo / (source.config if converted or source.config != "default" else "data")
         file = folder / split / "0000.parquet" if converted else folder / f"{split}-00000-of-00001.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(hub_rows(name, count, first)), file)
-    return root / repo
+    return root / source.repo

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import make_adapters
 import tiny
@@ -156,15 +154,6 @@ def test_batches_change_nothing_and_contexts_are_selected_once(
     assert sorted(probed) == sorted(asked)
 
 
-def test_each_continuation_is_scored_under_its_contexts_own_mixture(base: Path, pools: Path) -> None:
-    model = LoGoLM(str(base), str(pools / "three"), signal="norm", k=2, batch_size=4, device="cpu")
-    answers = model.loglikelihood(requests("loglikelihood", PAIRS[:3]), disable_tqdm=True)
-    mixture = model.logo.select(PAIRS[0][0]).mixture
-    for (context, following), (total, _) in zip(PAIRS, answers, strict=False):
-        [expected] = model.logo.score(context, following, [mixture])
-        assert total == same_scores(expected.log_likelihood)
-
-
 def test_all_requests_about_a_document_are_scored_under_one_mixture(base: Path, pools: Path) -> None:
     """As Winogrande asks: other contexts, one continuation; and a likelihood without context beside them."""
     model = LoGoLM(str(base), str(pools / "three"), signal="norm", k=2, batch_size=4, device="cpu")
@@ -183,23 +172,6 @@ def test_all_requests_about_a_document_are_scored_under_one_mixture(base: Path, 
             assert total == same_scores(expected.log_likelihood)
     alone = model.loglikelihood([Instance("loglikelihood", {}, ("", rest), 0)], disable_tqdm=True)
     assert answers[2] != alone[0]  # that is a document of its own, selected on its continuation
-
-
-WORDS = st.lists(st.sampled_from(["a", "b", "cc", "the"]), min_size=1, max_size=5).map(" ".join)
-
-
-@given(st.lists(st.tuples(WORDS | st.just(""), WORDS.map(" {}".format)), min_size=1, max_size=4), st.randoms())
-def test_what_a_document_is_selected_on_favours_no_request(pairs: list[tuple[str, str]], random: Any) -> None:
-    """It is the same whatever their order, unless they share neither their first word nor their last."""
-    text, mixed = common_text(pairs), random.sample(pairs, len(pairs))
-    texts = [context for context, _ in pairs if context] or [continuation for _, continuation in pairs]
-    begin = {each.split()[0] for each in texts}
-    end = {(context + continuation).split()[-1] for context, continuation in pairs}
-    if len(begin) == 1 or len(end) == 1:
-        assert common_text(mixed) == text and text.strip()
-        assert all(each.startswith(text) for each in texts) or all((c + f).endswith(text) for c, f in pairs)
-    else:
-        assert text == texts[0]
 
 
 @pytest.mark.parametrize(
@@ -354,21 +326,6 @@ doc_to_choice: "{{[completion, 'yes', 'no', '7']}}"
 metric_list:
   - metric: acc
 """
-# As the harness writes Winogrande: doc_to_text says which choice is right, the choices are the contexts.
-BLANK = """
-task: demo_blank
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: data/blank.jsonl
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{answer}}"
-doc_to_target: "{{rest}}"
-doc_to_choice: "{{[start + one, start + two]}}"
-metric_list:
-  - metric: acc
-"""
 
 
 @pytest.mark.slow
@@ -386,15 +343,12 @@ def test_the_harness_and_logo_evaluate_agree(
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "generated.yaml").write_text(GENERATED)
     (tmp_path / "tasks" / "chosen.yaml").write_text(CHOSEN)
-    (tmp_path / "tasks" / "blank.yaml").write_text(BLANK)
-    blanks = [{"start": f"Say {w} and ", "one": "yes", "two": "no", "rest": "again.", "answer": 0} for w in "abc"]
-    (tmp_path / "data" / "blank.jsonl").write_text("\n".join(map(json.dumps, blanks)))
     monkeypatch.chdir(tmp_path)
     ours = ["evaluate", "--dataset", "demo.mixed", "--base_model", "demo", "--signal", "calibrated"]
     assert run([*ours, "--max_new_tokens", "12", "--batch_size", "8", "--device", "cpu", "--json"]) == 0
     [summary] = json.loads(capsys.readouterr().out)
     asked = ("eval", "lm-eval", "--model_args", "base_model=demo,signal=calibrated", "--include_path", "tasks")
-    asked += ("--tasks", "demo_generated,demo_chosen,demo_blank", "--batch_size", "8", "--log_samples")
+    asked += ("--tasks", "demo_generated,demo_chosen", "--batch_size", "8", "--log_samples")
     assert run([*asked, "--output_path", "out"]) == 0
     said = capsys.readouterr().out
     [results] = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("results_*.json")]
@@ -403,9 +357,9 @@ def test_the_harness_and_logo_evaluate_agree(
     assert results["results"]["demo_chosen"]["acc,none"] > 0.8
     logo = results["config"]["logo"]
     assert logo["settings"]["k"] == 3
-    assert logo["selections"] == 2 * len(rows) + len(blanks)
+    assert logo["selections"] == 2 * len(rows)
     predictions = json.loads((Path(tmp_path / summary["folder"]) / "predictions.json").read_text())
-    for task, metric, count in (("chosen", "acc", 32), ("blank", "acc", 3), ("generated", "exact_match", 32)):
+    for task, metric, count in (("chosen", "acc", 32), ("generated", "exact_match", 32)):
         [file] = (tmp_path / "out").rglob(f"samples_demo_{task}_*.jsonl")
         samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
         assert [sample["doc_id"] for sample in samples] == list(range(count))

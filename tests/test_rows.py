@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from answering import load_rows
 from logo.errors import DataError, StorageError, UsageError
-from logo.evaluation.datasets import OFFICIAL, Dataset, dataset_file, find_datasets
+from logo.evaluation.datasets import Dataset, dataset_file, find_datasets
 from logo.rows import Row, read_rows
 
 BBH = Path(__file__).parent / "data"
@@ -35,7 +34,18 @@ def put(root: Path, dataset: str, content: str | bytes = GOOD + "\n", split: str
 
 
 @given(
-    rows=st.lists(st.tuples(TEXT, TEXT | st.lists(TEXT, min_size=1, max_size=3)), min_size=1, max_size=6),
+    rows=st.lists(
+        st.fixed_dictionaries(
+            {"context": TEXT, "completion": TEXT | st.lists(TEXT, min_size=1, max_size=3)},
+            optional={
+                "references": st.none() | st.lists(TEXT, min_size=1, max_size=3),
+                "adapter": st.none() | TEXT,
+                "more": st.just(1),
+            },
+        ),
+        min_size=1,
+        max_size=5,
+    ),
     ascii_only=st.booleans(),
     end=st.sampled_from(["", "\n", "\r\n", "\n\n \n"]),
     bom=st.booleans(),
@@ -43,38 +53,21 @@ def put(root: Path, dataset: str, content: str | bytes = GOOD + "\n", split: str
 )
 def test_rows_come_back_as_they_were_written(
     tmp_path_factory: pytest.TempPathFactory,
-    rows: list[tuple[str, str | list[str]]],
+    rows: list[dict[str, Any]],
     ascii_only: bool,
     end: str,
     bom: bool,
     limit: int | None,
 ) -> None:
-    lines = [json.dumps({"context": a, "completion": b, "more": 1}, ensure_ascii=ascii_only) for a, b in rows]
+    lines = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
     root = tmp_path_factory.mktemp("data")
     put(root, "mine.rows", b"\xef\xbb\xbf" * bom + ("\n".join(lines) + end).encode())
-    expected = [Row(a, b if isinstance(b, str) else tuple(b)) for a, b in rows]
-    assert load_rows(root, "mine.rows", limit) == expected[:limit]
-
-
-@given(
-    rows=st.lists(
-        st.fixed_dictionaries(
-            {"context": TEXT, "completion": TEXT | st.lists(TEXT, min_size=1, max_size=3)},
-            optional={"references": st.none() | st.lists(TEXT, min_size=1, max_size=3), "adapter": st.none() | TEXT},
-        ),
-        min_size=1,
-        max_size=5,
-    )
-)
-def test_references_and_adapters(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> None:
-    root = tmp_path_factory.mktemp("data")
-    put(root, "mine.rows", "\n".join(map(json.dumps, rows)))
-    for given_, row in zip(rows, load_rows(root, "mine.rows"), strict=True):
-        present = {key: value for key, value in given_.items() if value is not None}
+    found = load_rows(root, "mine.rows", limit)
+    assert len(found) == len(rows[:limit])
+    for given_, row in zip(rows, found, strict=False):
+        present = {key: value for key, value in given_.items() if value is not None and key != "more"}
         assert json.loads(json.dumps(row.as_dict())) == present
-        assert (list(row.references), row.adapter) == (present.get("references", []), present.get("adapter"))
-        completion = present["completion"]
-        first = [completion] if isinstance(completion, str) else completion
+        first = [present["completion"]] if isinstance(present["completion"], str) else present["completion"]
         assert list(row.golds) == list(dict.fromkeys([*first, *present.get("references", [])]))
 
 
@@ -103,21 +96,6 @@ def test_malformed_references_and_adapters_are_named(tmp_path: Path, value: str,
     assert (
         message.startswith(f"{file}:2: expected ") and found in message and message.endswith("fix or delete the line")
     )
-
-
-def test_the_official_rows() -> None:
-    rows = load_rows(BBH, "bbh.boolean_expressions")
-    assert len(rows) == 8
-    assert rows[0].context.startswith("Evaluate the result of a random Boolean expression.\n\nQ: ")
-    assert {row.completion for row in rows} == {"True", "False"}
-    assert load_rows(BBH, "bbh.boolean_expressions", 3) == rows[:3]
-
-
-def test_another_split(tmp_path: Path) -> None:
-    put(tmp_path, "mine.rows", split="train")
-    assert load_rows(tmp_path, "mine.rows", split="train") == [Row("Q: 1 + 1\nA:", "2")]
-    with pytest.raises(DataError, match=r"test\.jsonl: expected a file, found none"):
-        load_rows(tmp_path, "mine.rows")
 
 
 @pytest.mark.parametrize(
@@ -162,13 +140,6 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str | bytes, found: str
     assert message.endswith("fix or delete the line")
     assert len(message.splitlines()) == 1
     assert len(message) < len(str(file)) + 300
-
-
-def test_the_first_of_several_empty_lines_is_named(tmp_path: Path) -> None:
-    file = put(tmp_path, "mine.rows", f"{GOOD}\n\n \n\n{GOOD}\n")
-    with pytest.raises(DataError) as caught:
-        load_rows(tmp_path, "mine.rows")
-    assert str(caught.value).startswith(f"{file}:2: ")
 
 
 @given(st.binary(max_size=40))
@@ -225,12 +196,6 @@ def test_prompts_may_come_without_gold_texts(tmp_path: Path) -> None:
 
 
 # --- names
-
-
-def test_the_official_list() -> None:
-    assert len(OFFICIAL) == len(set(OFFICIAL)) == 26
-    mains = Counter(name.partition(".")[0] for name in OFFICIAL)
-    assert mains == Counter(bbh=8, wmt14=2, wmt16=4, gem=4, ai2_arc=2, nq=1, tqa=1, anli=3, glue=1)
 
 
 def test_a_name_is_a_file() -> None:
@@ -308,16 +273,11 @@ def test_names_lists_and_patterns(tmp_path: Path) -> None:
     ("request_", "message"),
     [
         ("bbh.navigat", "did you mean 'bbh.navigate'"),
-        ("boolean_expressions", "did you mean 'bbh.boolean_expressions'"),
         ("BBH.Navigate", "did you mean 'bbh.navigate'"),
-        ("arc-easy", "'ai2_arc.ARC-Easy'"),
         ("zoo.lion", "did you mean 'zoo.lions'"),
         ("bbh/navigate", "did you mean 'bbh.navigate'"),
         ("qqqqqq.zzzzzz", "not in {root}; there are bbh.navigate, zoo.lions"),
-        ("bbh.web_of_lies", "expected the file {root}/bbh/web_of_lies/test.jsonl, found none; `logo data prepare`"),
-        ("gem.*", "expected the file {root}/gem/common_gen/test.jsonl, found none"),
-        ("wmt14", "expected the file {root}/wmt14/fr-en/test.jsonl, found none"),
-        ("nothing.*", "not in {root}; there are"),
+        ("gem.*", "not in {root}; there are bbh.navigate, zoo.lions; `logo data prepare` fetches official ones"),
         ("bbh.navigate,nope", "dataset 'nope': not in"),
     ],
 )
@@ -355,7 +315,7 @@ def test_a_flat_folder(tmp_path: Path) -> None:
         (name, (Row("q0", "1"),), None) for name in ("a", "b", "deep/c")
     ]
     assert names(tmp_path, "b,a") == ["b", "a"] and names(tmp_path, "*c") == ["deep/c"]
-    with pytest.raises(DataError, match=r"dataset .d.: not in .*; there are a, b, deep/c"):
+    with pytest.raises(DataError, match=r"dataset 'd': not in .*; there are a, b, deep/c"):
         find_datasets(tmp_path, "d")
 
 

@@ -164,9 +164,10 @@ def row_of(value: Mapping[str, Any], where: str, *, answers: bool = True) -> Row
     gold, more, adapter = value.get("completion"), value.get("references"), value.get("adapter")
     if isinstance(more, list) and more:
         more = [text for text in more if not isinstance(text, str) or text.strip()] or None
+    read: Callable[[str, str, object], str | tuple[str, ...]] = _texts if isinstance(gold, list) else _text
     return Row(
         _text(where, "'context'", value["context"]),
-        () if gold is None and not answers else _text_or_texts(where, "'completion'", gold),
+        () if gold is None and not answers else read(where, "'completion'", gold),
         () if more is None else _texts(where, "'references'", more),
         None if adapter is None else _text(where, "'adapter'", adapter),
         turns,
@@ -197,10 +198,6 @@ def _conversation(
     if turns[-1]["role"] == "assistant":  # the model would be asked to answer an answer
         raise malformed(where, f"two answers: {_shown(turns[-1]['content'])} and {_shown(completion)}", _CHAT)
     return {**row, "context": plain(turns), "completion": completion}, tuple(turns)
-
-
-def _text_or_texts(where: str, name: str, value: object) -> str | tuple[str, ...]:
-    return _texts(where, name, value) if isinstance(value, list) else _text(where, name, value)
 
 
 def _texts(where: str, name: str, value: object) -> tuple[str, ...]:

@@ -83,20 +83,20 @@ def prepare(
         overwrite: Replace files that are there.
     """
     from logo.evaluation.sources.declarations import packaged
-    from logo.evaluation.sources.prepare import Draw, record_of
     from logo.evaluation.sources.prepare import prepare as prepare_one
 
     own = _declared(source)
     known = {**packaged(), **own}  # the user's own take the place of ours
     found = _chosen(names or list(own), list(known))
     check_writable(data_dir)
-    draw, failed = Draw(limit, train_limit, seed), 0
+    options: dict[str, Any] = {"rows": limit, "train_rows": train_limit, "seed": seed, "progress": err.is_terminal}
+    failed = 0
     for name in found:
         try:
             if dataset_file(data_dir, name).exists() and not overwrite:
-                print(_kept(name, record_of(data_dir, name), vars(draw)), flush=True)
+                print(f"{name}: kept, its rows are there (--overwrite draws anew)", flush=True)
                 continue
-            print(_made(name, prepare_one(known[name], data_dir, draw, progress=err.is_terminal)), flush=True)
+            print(_made(name, prepare_one(known[name], data_dir, **options)), flush=True)
         except LoGoError as error:
             failed += 1
             err.print(f"logo: error: {' '.join(str(error).split())}", markup=False)
@@ -136,16 +136,6 @@ def _row(name: str, declaration: Declaration | None, data_dir: Path) -> dict[str
         "source": declaration.source.repo if declaration else None,
         **{key: getattr(declaration, key, None) for key in ("licence", "homepage", "citation", "notes")},
     }
-
-
-def _kept(name: str, record: Mapping[str, Any] | None, asked: Mapping[str, int]) -> str:
-    """The line that says why nothing is done for a dataset whose rows are there."""
-    if record is None:
-        return f"{name}: kept; its rows were not prepared by this command (--overwrite replaces them)"
-    before = record["asked"]
-    options = f"--limit {before['rows']}, --train-limit {before['train_rows']}, --seed {before['seed']}"
-    other = "" if before == asked else f" of {options} (--overwrite draws anew)"
-    return f"{name}: kept, {_counted(record)}{other}"
 
 
 def _made(name: str, record: Mapping[str, Any]) -> str:

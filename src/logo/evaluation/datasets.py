@@ -115,12 +115,8 @@ def find_datasets(
     files, official_layout = dataset_files(root)
 
     def unknown(item: str) -> DataError:
-        absent = next((name for name in OFFICIAL if fnmatchcase(name, item) or name.startswith(f"{item}.")), None)
-        if official_layout and absent is not None:
-            expected = f"expected the file {dataset_file(root, absent)}, found none; `logo data prepare` fetches it"
-            return DataError(f"dataset {item!r}: {expected}")
-        known = [*files, *(OFFICIAL if official_layout else ())]
-        return DataError(f"dataset {item!r}: not in {root}{closest(item, known)}; there are {listed([*files], 5)}")
+        there = f"there are {listed([*files], 5)}; `logo data prepare` fetches official ones"
+        return DataError(f"dataset {item!r}: not in {root}{closest(item, files)}; {there}")
 
     if request and not request.replace(",", " ").strip():
         raise UsageError(f"datasets {request!r}: expected names separated by commas, found none")
@@ -152,20 +148,21 @@ def dataset_files(root: Path) -> tuple[dict[str, Path], bool]:
     Raises:
         DataError: no such folder, or no such file in it.
     """
-    expected = "expected a folder with {main}/{sub}/test.jsonl or NAME.jsonl files"
-    if not root.is_dir():
-        raise DataError(f"rows folder {str(root)!r}: {expected}, found {'a file' if root.exists() else 'nothing'}")
-    there = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
-    there = {name: path for name, path in there.items() if not any(part[0] == "." for part in name.split("/"))}
-    parts = {name: name.split("/") for name in there if name.endswith("/test.jsonl") and name.count("/") == 2}
-    nested = {f"{main}.{sub}": there[name] for name, (main, sub, _) in parts.items() if "." not in main}
+    paths = [(path.parent.parent.name, path.parent.name, path) for path in root.glob("*/*/test.jsonl")]
+    nested = {f"{main}.{sub}": path for main, sub, path in paths if "." not in main and sub[0] != "."}
     if nested:
         order = [*(name for name in OFFICIAL if name in nested), *sorted(nested.keys() - {*OFFICIAL})]
         return {name: nested[name] for name in order}, True
-    flat = {name.removesuffix(".jsonl"): path for name, path in there.items() if name.endswith(".jsonl")}
+    flat = {path.relative_to(root).as_posix().removesuffix(".jsonl"): path for path in root.rglob("*.jsonl")}
+    flat = {name: flat[name] for name in sorted(flat) if not any(part[0] == "." for part in name.split("/"))}
     if not flat:
-        raise DataError(f"rows folder {str(root)!r}: {expected}, found {listed([*there], 5) or 'none'}")
-    return dict(sorted(flat.items())), False
+        there = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+        found = listed(there, 5) or ("no files" if root.is_dir() else "a file" if root.exists() else "nothing")
+        expected = "expected a folder with {main}/{sub}/test.jsonl or NAME.jsonl files"
+        raise DataError(
+            f"{str(root)!r}: {expected}, found {found}; name another one, or `logo data prepare` writes one"
+        )
+    return flat, False
 
 
 def _missing(request: str, there: Collection[str]) -> list[str]:

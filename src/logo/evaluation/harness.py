@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,6 +74,8 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if not base_model:
             raise UsageError("--model_args: expected base_model=..., a Hub id, a folder or demo; found none")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError("lm-eval: expected one process; start it without torchrun and accelerate launch")
         if "token" in options:
             raise UsageError("--model_args: token would be written to the results; set HF_TOKEN instead")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -88,8 +91,6 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         self._max_gen_toks = max_gen_toks
         self._weights: Counter[str] = Counter()  # sums over all selections
         self._selections = 0
-
-    # -- tokens -------------------------------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> Any:
@@ -133,8 +134,6 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         """A conversation as the base model's tokenizer writes it."""
         how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **how))
-
-    # -- what the harness asks ----------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log likelihood of each continuation in nats, and whether it is what greedy decoding would write; all requests
@@ -216,8 +215,6 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
                 "mean_weights": means,
             },
         }
-
-    # -- how ----------------------------------------------------------------------------------------------------------
 
     def _selected(self, texts: Sequence[str], quiet: bool) -> list[Mixture]:
         """The mixture of each text; equal texts are selected once."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from logo.evaluation.metrics import Kind, checked_kind, metric_kind
 
 FILES = Path(__file__).parent / "files"
 SPLITS = ("test", "train")
-_LOCAL = (".", "/")  # how the name of a local folder begins
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Source:
     @property
     def is_local(self) -> bool:
         """Whether it is a folder on this machine."""
-        return self.repo.startswith(_LOCAL)
+        return self.repo.startswith((".", "/"))
 
     def files(self, split: str) -> tuple[str, ...]:
         """Patterns of a split's files, of which the first that matches is used: its own path, or where `push_to_hub`
@@ -108,14 +107,14 @@ def load_declaration(file: Path) -> Declaration:
     except OSError as error:
         raise StorageError(f"{file}: cannot be read ({error.strerror or error}); check the path") from error
     except (yaml.YAMLError, RecursionError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or type(error).__name__
-        at = f" (line {mark.line + 1})" if mark else ""
-        raise DataError(f"{file}: expected YAML in UTF-8, found {problem}{at}; fix the file") from None
+        mark = getattr(error, "problem_mark", None)
+        said = f"{getattr(error, 'problem', None)} (line {mark.line + 1})" if mark else type(error).__name__
+        raise DataError(f"{file}: expected YAML in UTF-8, found {said}; fix the file") from None
     try:
         top = _checked("", value, Declaration)
         source = Source(**_checked("source.", top["source"], Source))
-        if source.is_local:  # relative to its file
-            source = Source(**{**vars(source), "repo": str((file.parent / source.repo).absolute())})
+        if source.is_local:
+            source = replace(source, repo=str((file.parent / source.repo).absolute()))
         dataset_file("", top["name"])
         metric = checked_kind(top.get("metric", metric_kind(top["name"])), "metric")
         sha256 = hashlib.sha256(content).hexdigest()
@@ -126,28 +125,18 @@ def load_declaration(file: Path) -> Declaration:
 
 def _checked(where: str, value: Any, kind: type) -> dict[str, Any]:
     """The keys of a mapping as the arguments of a dataclass: all that it needs, none that it does not know, each a text
-    except for `source` and `fields`."""
-    known = {one.name: one.default is MISSING and one.default_factory is MISSING for one in fields(kind)}
-    known.pop("sha256", None)
+    except for `source` and `fields`, which are mappings of texts."""
+    known = {one.name: one.default is one.default_factory is MISSING for one in fields(kind) if one.name != "sha256"}
     if not isinstance(value, dict):
-        raise DataError(f"{where}expected the keys {', '.join(known)}, found {_shown(value)}")
+        raise DataError(f"{where}expected the keys {', '.join(known)}, found {value!r:.60}")
     for key, inner in value.items():
         if key not in known:
             raise DataError(f"{where}{key}: expected one of {', '.join(known)}{closest(key, known)}")
-        texts = [inner] if key not in ("fields", "source") else list(inner.values()) if isinstance(inner, dict) else []
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            expected = "text" if key not in ("fields", "source") else "a mapping of names to texts"
-            raise DataError(f"{where}{key}: expected {expected}, found {_shown(inner)}")
+        nested = key in ("fields", "source")
+        texts = inner.values() if nested and isinstance(inner, dict) else [None if nested else inner]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            expected = "a mapping of names to texts" if nested else "text"
+            raise DataError(f"{where}{key}: expected {expected}, found {inner!r:.60}")
     if missing := [key for key, needed in known.items() if needed and key not in value]:
         raise DataError(f"{where}{missing[0]}: expected this key beside {', '.join(value)}, found none")
-    return {
-        key: inner.strip() if key not in ("source", "fields", *_TEMPLATES) else inner for key, inner in value.items()
-    }
-
-
-_TEMPLATES = ("context", "completion", "references", "draw_by")  # whose blanks matter
-
-
-def _shown(value: Any) -> str:
-    kind = "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else None
-    return kind or (f"{value!r:.60}" if value else "nothing")
+    return value

@@ -16,26 +16,17 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from logo.errors import DataError, HubError, StorageError, listed, need
+from logo.errors import DataError, HubError, listed, need
 from logo.evaluation.datasets import dataset_file
 from logo.evaluation.metrics import metric_kind
 from logo.evaluation.sources.declarations import SPLITS, Declaration
-from logo.evaluation.sources.templates import RowError, wording
+from logo.evaluation.sources.templates import wording
 from logo.files import new_folder
 from logo.hub import hub_error, snapshot
 
 RECORD = "source.json"  # beside the rows: what they were made from
-
-
-@dataclass(frozen=True)
-class Draw:
-    """How many test and train rows of a dataset are drawn, and the seed of the draw."""
-
-    rows: int = 150
-    train_rows: int = 300
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,8 +45,7 @@ class Instance:
         return json.dumps(row | ({"references": self.references} if self.references else {}), ensure_ascii=False) + "\n"
 
 
-@dataclass(frozen=True)
-class Instances:
+class Instances(NamedTuple):
     """The instances of a split, and how many raw rows lack a text, or had an earlier prompt and another gold text."""
 
     items: tuple[Instance, ...]
@@ -63,34 +53,42 @@ class Instances:
     other_golds: int
 
 
-def prepare(declaration: Declaration, data_dir: Path, draw: Draw, *, progress: bool = False) -> dict[str, Any]:
-    """Write `{data_dir}/{main}/{sub}/{test,train}.jsonl` and what they were made from, which is returned.
-
-    Existing files are replaced together at the end; if an error occurs, they stay.
+def prepare(
+    declaration: Declaration,
+    data_dir: Path,
+    *,
+    rows: int = 150,
+    train_rows: int = 300,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Write `{data_dir}/{main}/{sub}/{test,train}.jsonl` and, in `source.json`, what they were made from, which is
+    returned. Existing files are replaced together at the end; if an error occurs, they stay.
 
     Args:
+        rows, train_rows: how many are drawn; 0 train rows: no file of them.
         progress: show the progress of downloads.
 
     Raises:
         DataError: files that are missing or do not fit the declaration.
         HubError: they cannot be fetched.
-        StorageError: they cannot be read, or the result not written.
+        StorageError: the result cannot be written.
     """
-    wanted = [split for split in SPLITS if split == "test" or (declaration.source.train and draw.train_rows)]
+    wanted = [split for split in SPLITS if split == "test" or (declaration.source.train and train_rows)]
     root, files = _fetched(declaration, wanted, progress)
     try:
         found = {name: _instances(declaration, _rows(root, name)) for name in dict.fromkeys(files.values())}
     except DataError as error:
         at = "" if declaration.source.is_local else f" (in {declaration.source.repo} at commit {root.name})"
         raise DataError(f"dataset {declaration.name!r}: {error}{at}; fix the declaration") from None
-    drawn = {"test": drawn_from(found[files["test"]].items, draw.rows, draw.seed)}
+    drawn = {"test": drawn_from(found[files["test"]].items, rows, seed)}
     if "train" in files:  # of one split, train rows are drawn from those that the test draw leaves
-        drawn["train"] = drawn_from(found[files["train"]].items, draw.train_rows, draw.seed, without=drawn["test"])
+        drawn["train"] = drawn_from(found[files["train"]].items, train_rows, seed, without=drawn["test"])
     record = {
         "source": {**asdict(declaration.source), "commit": None if declaration.source.is_local else root.name},
         **{key: getattr(declaration, key) for key in ("homepage", "licence", "citation")},
         "declaration_sha256": declaration.sha256,
-        "asked": asdict(draw),
+        "asked": {"rows": rows, "train_rows": train_rows, "seed": seed},
         "rows": {split: len(items) for split, items in drawn.items() if items},
         "unusable_rows": sum(instances.unusable for instances in found.values()),
         "other_golds": sum(instances.other_golds for instances in found.values()),
@@ -103,25 +101,6 @@ def prepare(declaration: Declaration, data_dir: Path, draw: Draw, *, progress: b
     with new_folder(folder, replaced=["test.jsonl", "train.jsonl", "test.yaml", RECORD]) as new:
         for name, text in texts.items():
             (new / name).write_bytes(text.encode())
-    return record
-
-
-def record_of(data_dir: Path, name: str) -> dict[str, Any] | None:
-    """What `prepare` returned for the rows that are there; None: they were not prepared, or are not there.
-
-    Raises:
-        DataError: the file holds something else.
-        StorageError: it cannot be read.
-    """
-    file = dataset_file(data_dir, name).with_name(RECORD)
-    try:
-        record = json.loads(file.read_bytes()) if file.exists() else None
-    except OSError as error:
-        raise StorageError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
-    except ValueError:
-        record = ""
-    if record is not None and not (isinstance(record, dict) and {"asked", "rows", "source"} <= record.keys()):
-        raise DataError(f"{file}: expected what `logo data prepare` writes, found something else; remove it")
     return record
 
 
@@ -150,9 +129,10 @@ def _fetched(
         root = Path(source.repo)
     else:
         every = [pattern for split in splits for pattern in patterns[split]]
-        options = {"repo_type": "dataset", "revision": source.revision, "allow_patterns": every}
         try:
-            root = snapshot(source.repo, progress=progress, **options)
+            root = snapshot(
+                source.repo, revision=source.revision, progress=progress, repo_type="dataset", allow_patterns=every
+            )
         except HubError as error:
             said = hub_error(f"datasets/{source.repo}", error, revision=source.revision)  # as in the page's address
             raise HubError(f"dataset {declaration.name!r}: {said}") from error
@@ -202,7 +182,7 @@ def _instances(declaration: Declaration, rows: Iterable[tuple[str, Mapping[str, 
     for where, row in rows:
         try:
             texts = texts_of(row)
-        except RowError as error:
+        except DataError as error:
             raise DataError(f"{where}: {error}") from None
         completion = texts["completion"] if texts else ()
         golds, context = _merged(completion), str(texts["context"]) if texts else ""

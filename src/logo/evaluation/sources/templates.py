@@ -25,16 +25,12 @@ _Made = Callable[[Mapping[str, Any]], Any]
 Texts = dict[str, str | list[str]]
 
 
-class RowError(ValueError):
-    """A row that does not fit its declaration; the message says how. Callers add the file and the row."""
-
-
 class _Blank(Exception):
     """A template has a value that is null or empty."""
 
 
 def wording(declaration: Declaration) -> Callable[[Mapping[str, Any]], Texts | None]:
-    """What makes the texts of a row, or raises RowError: `context`, `draw_by`, `completion` and perhaps `references`,
+    """What makes the texts of a row, or raises DataError: `context`, `draw_by`, `completion` and perhaps `references`,
     the last two as lists where one expression is all of the template. None: a value in a template is null or empty.
 
     Raises:
@@ -51,8 +47,7 @@ def wording(declaration: Declaration) -> Callable[[Mapping[str, Any]], Texts | N
         for key in ("completion", "references") if declaration.references else ("completion",):
             templates[key] = _text_or_texts(environment, getattr(declaration, key))
     except TemplateSyntaxError as error:
-        expected = f"expected Jinja2, found {error.source!r:.60} ({error.message}); fix the declaration"
-        raise DataError(f"dataset {declaration.name!r}: {expected}") from None
+        raise DataError(f"expected Jinja2, found {error.source!r:.60} ({error.message})") from None
 
     def texts(row: Mapping[str, Any]) -> Texts | None:
         columns = {"row": row, **row}
@@ -85,7 +80,7 @@ def _as_text(value: object) -> str:
         return str(value).strip()  # an undefined name raises Jinja2's error
     if value is None:
         return ""
-    raise RowError(f"expected text, found {value!r:.60}; `join` makes text of a list")
+    raise DataError(f"expected text, found {value!r:.60}; `join` makes text of a list")
 
 
 def _shown(value: object) -> str:
@@ -134,4 +129,4 @@ def _called(key: str, made: _Made, values: Mapping[str, Any]) -> Any:
         return made(values)
     except _WRONG as error:
         names = [repr(name) for name in values if name != "row"]
-        raise RowError(f"{key!r}: {error}; the row has {listed(names, _SHOWN) or 'nothing'}") from None
+        raise DataError(f"{key!r}: {error}; the row has {listed(names, _SHOWN) or 'nothing'}") from None
