@@ -1,4 +1,4 @@
-"""Result folders for the report's tests: real ones of the demo model, and synthetic ones of any content."""
+"""Result folders for tests of comparisons and reports, as a run writes them, of any content."""
 
 from __future__ import annotations
 
@@ -7,61 +7,55 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
+from logo.evaluation.metrics import measure, metric_kind
+from logo.evaluation.results import OFFICIAL, RUN, Partial, official_files
 
-import logo.demo
-from logo.cli.run import run
-
-HELDOUT = Path(logo.demo.__file__).parent / "assets" / "heldout"
-TASKS = ("antonym", "capital", "plural")
-ROWS = 6
-SIGNALS = ("norm", "entropy")
-_made: list[Path] = []
-
-
-def demo_results(factory: pytest.TempPathFactory) -> Path:
-    """Two runs on three datasets of six rows, made once by `logo evaluate`: a folder with `data` and `results`."""
-    if not _made:
-        root = factory.mktemp("demo-results")
-        for task in TASKS:
-            rows = (HELDOUT / f"{task}.jsonl").read_text().splitlines(keepends=True)[:ROWS]
-            file = root / "data" / "demo" / task / "test.jsonl"
-            file.parent.mkdir(parents=True)
-            file.write_text("".join(rows))
-        for signal in SIGNALS:
-            where = ["--data_dir", str(root / "data"), "--result_dir", str(root / "results")]
-            how = ["--base-model", "demo", "-k", "3", "--signal", signal, "--batch-size", "6"]
-            assert run(["evaluate", *how, *where, "--max_new_tokens", "8", "--device", "cpu"]) == 0
-        _made.append(root)
-    return _made[0]
+LEFT, RIGHT = "m_selection_norm_n_2_seed_0", "m_selection_calibrated_n_2_seed_0"
 
 
 def write_result(
     folder: Path,
-    values: Sequence[object],
+    answers: Sequence[str],
+    golds: Sequence[str | list[str]],
     *,
-    predictions: Sequence[str] | None = None,
-    selected: Sequence[Sequence[str]] | None = None,
-    weights: Sequence[Sequence[float]] | None = None,
-    scores: Mapping[str, Sequence[Sequence[float | None]]] | None = None,
-    rows: Sequence[Mapping[str, Any]] | None = None,
-    run_json: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, Any] | None = None,
-    seconds: Mapping[str, float] | None = None,
+    official: bool = False,
+    more: Mapping[str, Any] | None = None,
+    **columns: Sequence[Any],
 ) -> Path:
-    """One dataset's folder; what is not given is as simple as it can be, or left out if it is optional."""
-    count = len(values)
-    contents: dict[str, object] = {
-        "eval_results": values,
-        "predictions": [f"answer {i}" for i in range(count)] if predictions is None else predictions,
-        "selected_loras": [["a", "b"]] * count if selected is None else selected,
-        "weights": [[0.75, 0.25]] * count if weights is None else weights,
-        "metric_dict": {"norm": [[3.0, 1.0]] * count} if scores is None else scores,
-        "time_dict": {"loading": 1.0, "inference": 2.0} if seconds is None else seconds,
-    }
-    optional = {"rows": rows, "run": run_json, "metrics": metrics}
-    contents |= {name: content for name, content in optional.items() if content is not None}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
+    """The result of one dataset, whose name is the folder's, judged by its metric.
+
+    Args:
+        official: write the six files of the official script only.
+        more: of `run.json`.
+        columns: of `rows.jsonl`, instead of the simplest ones.
+    """
+    kind = metric_kind(folder.name)
+    records = [
+        {"index": index, "prompt": f"question {index}", "completion": gold, "references": None, "target": None}
+        | {"prediction": answer, "value": measure(kind, answer, gold), "error": None, "selected": ["a", "b"]}
+        | {"weights": [0.75, 0.25], "scores": {"a": 3.0, "b": 1.0}, "confidence": 0.5, "form": "weights"}
+        | {"seconds": {"inference": 0.1}, **{name: values[index] for name, values in columns.items()}}
+        for index, (answer, gold) in enumerate(zip(answers, golds, strict=True))
+    ]
+    files = official_files(records, "norm", 1.0, sorted({name for one in records for name in one["scores"]}))
+    if official:
+        folder.mkdir(parents=True)
+        for name in OFFICIAL:
+            (folder / f"{name}.json").write_text(json.dumps(files[f"{name}.json"]))
+        return folder
+    identity = {"base_model": "m", "seed": 0, "metric": kind}
+    partial = Partial(folder, identity)
+    partial.add(records)
+    partial.finish({**files, RUN: {"identity": identity, "dataset": {"name": folder.name}, "metric": kind, **(more or {})}})
+    partial.close()
     return folder
+
+
+def two_runs(root: Path, **more: Any) -> tuple[Path, Path]:
+    """B is right on all rows of bbh.one and on half of bbh.two, A on two rows of each; their translations are alike."""
+    golds = ["yes", "no"] * 4
+    for name, one, two in ((LEFT, 2, 2), (RIGHT, 8, 4)):
+        write_result(root / name / "bbh.one", golds[:one] + ["maybe"] * (8 - one), golds, **more)
+        write_result(root / name / "bbh.two", golds[:two] + ["maybe"] * (8 - two), golds, **more)
+        write_result(root / name / "wmt16.en-de", ["das ist ein kleines Haus"], ["das ist ein Haus"], **more)
+    return root / LEFT, root / RIGHT

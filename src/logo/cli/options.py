@@ -36,7 +36,7 @@ not_negative = Number(gte=0)
 
 def said(default: str, *, of: Group | None = None, **more: Any) -> Parameter:
     """An option whose default is told in words."""
-    return Parameter(show_default=default, group=of, **more)
+    return Parameter(show_default=default, **({} if of is None else {"group": of}), **more)
 
 
 def joined(kind: type, tokens: Sequence[Token]) -> str:

@@ -115,56 +115,48 @@ def compare(table: pandas.DataFrame, *, seed: int = 0, strict: bool = True) -> C
     first, *others = runs
     if strict and not others:
         raise UsageError(f"expected two runs or more to compare, found one, {first}")
-    lines, notes = [], []
+    lines: list[Compared] = []
+    notes: list[str] = []
     for other in others:
-        pairs: dict[str, tuple[dict[str, Values], ...]] = {}
-        for name, left, message in _matched(runs[first], runs[other], (first, other)):
-            if left and strict:
-                raise DataError(message)
-            notes += [message] if message else []
-            if not left:
-                pairs[name] = values_of(runs[first][name]), values_of(runs[other][name])
-        for name, measure, members in lines_of({name: list(a) for name, (a, _) in pairs.items()}):
+        a, b = runs[first], runs[other]
+        common = [name for name in a if name in b]
+        unlike = {name: said for name in common if (said := _unlike(a[name], b[name], (first, other)))}
+        refused = [f"dataset {name!r}: {said}" for name, said in unlike.items()]
+        if not common:
+            refused = [f"no dataset in common: {first} has {listed(list(a))}, {other} has {listed(list(b))}"]
+        if strict and refused:
+            raise DataError(refused[0])
+        notes += refused
+        notes += [f"only {run} has {listed(only)}" for run, only in _alone({first: a, other: b}) if common]
+        pairs = {name: (values_of(a[name]), values_of(b[name])) for name in common if name not in unlike}
+        if unchecked := [name for name in pairs if not (_has_texts(a[name]) and _has_texts(b[name]))]:
+            notes.append(f"{first} or {other} has no prompts: rows of {listed(unchecked)} are taken to be the same")
+        for name, measure, members in lines_of({name: list(one) for name, (one, _) in pairs.items()}):
             found = paired([(pairs[one][0][measure], pairs[one][1][measure]) for one in members], seed)
             lines.append(Compared(first, other, name, measure, len(members), found))
     corrected = zip(lines, holm([one.found.p for one in lines]), strict=True)
     return Comparison(tuple(replace(one, found=replace(one.found, p_holm=p)) for one, p in corrected), tuple(notes))
 
 
-def _matched(a: Mapping[str, Any], b: Mapping[str, Any], runs: Sequence[str]) -> Iterator[tuple[str, bool, str]]:
-    """The datasets of both runs: name, whether it has to be left out, and what there is to say of it."""
-    common = [name for name in a if name in b]
-    if not common:
-        yield "", True, f"no dataset in common: {runs[0]} has {listed(list(a))}, {runs[1]} has {listed(list(b))}"
-        return
-    for run, one, other in ((runs[0], a, b), (runs[1], b, a)):
-        if only := [name for name in one if name not in other]:
-            yield "", False, f"only in {run}: {listed(only)}"
-    for name in common:
-        x, y = a[name], b[name]
-        kinds = [rows["metric"].iloc[0] for rows in (x, y)]
-        asked = f"dataset {name!r}: expected"
-        if measures(kinds[0]) != measures(kinds[1]):
-            both = f"{kinds[0]} in {runs[0]} and {kinds[1]} in {runs[1]}"
-            yield name, True, f"{asked} one metric, found {both}; --metric judges the stored answers of both anew"
-        elif message := _other_rows(x, y, runs):
-            yield name, True, f"{asked} the same rows, found {message}; answer the same data with the same --limit"
-        elif all(_has_texts(rows) for rows in (x, y)):
-            yield name, False, ""
-        else:
-            yield name, False, f"dataset {name!r}: a result without prompts cannot be checked to be of the same rows"
+def _alone(runs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
+    """The datasets that one of two runs has alone."""
+    for run, datasets in runs.items():
+        if only := [name for name in datasets if not all(name in other for other in runs.values())]:
+            yield run, only
 
 
-def _other_rows(a: pandas.DataFrame, b: pandas.DataFrame, runs: Sequence[str]) -> str:
-    """How the rows of two results differ; empty if they do not, or nothing is known of them."""
-    if len(a) != len(b):
-        return f"{len(a)} in {runs[0]} and {len(b)} in {runs[1]}"
-    if _has_texts(a) and _has_texts(b):
-        for column in ("prompt", "completion"):
-            for number, (x, y) in enumerate(zip(a[column], b[column], strict=True), start=1):
-                if x != y:
-                    return f"row {number} with the {column} {str(x)!r:.60} in {runs[0]} and {str(y)!r:.60} in {runs[1]}"
-    return ""
+def _unlike(a: pandas.DataFrame, b: pandas.DataFrame, runs: Sequence[str]) -> str:
+    """Why results of one dataset cannot be compared; empty if they can."""
+    (x, *_), (y, *_) = a["metric"], b["metric"]
+    if measures(x) != measures(y):
+        both = f"{x} in {runs[0]} and {y} in {runs[1]}"
+        return f"expected one metric, found {both}; --metric judges the stored answers of both anew"
+    differ = f"{len(a)} in {runs[0]} and {len(b)} in {runs[1]}" if len(a) != len(b) else ""
+    for what in ("prompt", "completion") if not differ and _has_texts(a) and _has_texts(b) else ():
+        for number, (ours, theirs) in enumerate(zip(a[what], b[what], strict=True), start=1):
+            if not differ and ours != theirs:
+                differ = f"row {number} with the {what} {ours!r:.60} in {runs[0]} and {theirs!r:.60} in {runs[1]}"
+    return f"expected the same rows, found {differ}; answer the same data with the same --limit" if differ else ""
 
 
 def _has_texts(rows: pandas.DataFrame) -> bool:
