@@ -79,11 +79,9 @@ def analyse(table: pandas.DataFrame, *, seed: int = 0) -> Report:
                 counts = len(members), sum(map(len, known))
                 scores.append((run, name, measure, *counts, float(np.mean(means)), low, high))
     chosen = table[["run", "dataset", "selected", "weights"]].explode(["selected", "weights"]).dropna()
-    keys = ["run", "dataset"]
-    shares = chosen.astype({"weights": float}).groupby([*keys, "selected"], sort=False)["weights"].sum()
-    weights = (
-        (shares / table.groupby(keys, sort=False).size()).rename_axis([*keys, "adapter"]).reset_index(name="weight")
-    )
+    shares = chosen.astype({"weights": float}).groupby(["run", "dataset", "selected"], sort=False)["weights"].sum()
+    shares = shares / table.groupby(["run", "dataset"], sort=False).size()
+    weights = shares.rename_axis(["run", "dataset", "adapter"]).reset_index(name="weight")
     return Report(table, pandas.DataFrame(scores, columns=SCORES), compare(table, seed=seed, strict=False), weights)
 
 
@@ -104,14 +102,14 @@ def frames(report: Report) -> dict[str, pandas.DataFrame]:
 
 
 def results_table(report: Report) -> pandas.DataFrame:
-    """Scores in percent with intervals, as texts: a line for each dataset or group and measure, a column for each run."""
-    shown = report.scores.assign(
-        cell=[_percent(*one) for one in report.scores[["score", "low", "high"]].itertuples(index=False)]
-    )
-    shown["dataset"] = [_counted(*one) for one in shown[["name", "datasets"]].itertuples(index=False)]
-    lines = list(dict.fromkeys(shown[["dataset", "measure"]].itertuples(index=False, name=None)))
-    wide = shown.pivot(index=["dataset", "measure"], columns="run", values="cell")
-    return wide.reindex(index=lines, columns=report.runs).fillna("-").reset_index().rename_axis(columns=None)
+    """Scores in percent with intervals, as texts: a line for each dataset or group and measure, a column per run."""
+    import pandas
+
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for run, name, measure, datasets, _, *numbers in report.scores.itertuples(index=False, name=None):
+        lines.setdefault((_counted(name, datasets), measure), {})[run] = _percent(*numbers)
+    found = [(*line, *(cells.get(run, "-") for run in report.runs)) for line, cells in lines.items()]
+    return pandas.DataFrame(found, columns=["dataset", "measure", *report.runs])
 
 
 def comparisons_table(report: Report) -> pandas.DataFrame:
@@ -130,14 +128,14 @@ def comparisons_table(report: Report) -> pandas.DataFrame:
 
 def latex(report: Report) -> str:
     """The results and the comparison as LaTeX tables (package booktabs)."""
-    results, compared = results_table(report), comparisons_table(report).drop(columns="marked")
-    said = f"Comparisons in percent with 95 % intervals; p corrected by Holm's method over {len(compared)} lines."
-    captions = {"results": "Results in percent with 95 % intervals.", "comparisons": said}
-    made = []
-    for (name, caption), frame in zip(captions.items(), (results, compared), strict=True):
-        if len(frame):
-            how: dict[str, Any] = {"index": False, "escape": True, "label": f"tab:{name}"}
-            made.append(frame.to_latex(caption=caption.replace("%", r"\%"), **how).replace("−", "$-$"))
+    compared = comparisons_table(report).drop(columns="marked")
+    holm = f"p corrected by Holm's method over {len(compared)} lines"
+    tables = {"Results": results_table(report), f"Comparisons ({holm})": compared}
+    how: dict[str, Any] = {"index": False, "escape": True}
+    made = [
+        frame.to_latex(caption=rf"{said}, in percent with 95 \% intervals", **how).replace("−", "$-$")
+        for said, frame in tables.items()
+    ]
     return "\n".join(made)
 
 
@@ -204,7 +202,7 @@ def _scores_chart(report: Report, order: Sequence[str]) -> altair.LayerChart:
 
     shown = report.scores.drop_duplicates(["run", "name"], keep="last")
     shown = shown.assign(**{end: 100 * shown[end].astype(float) for end in ("score", "low", "high")})
-    base = altair.Chart(shown, height=altair.Step(max(8, 24 // len(report.runs)))).encode(
+    base = altair.Chart(shown, height=max(24, 8 * len(report.runs)) * len(order)).encode(
         y=altair.Y("name:N", sort=order, title=None),
         yOffset=altair.YOffset("run:N", sort=report.runs),
         color=altair.Color("run:N", sort=report.runs),
@@ -228,7 +226,7 @@ def _adapters_chart(weights: pandas.DataFrame, order: Sequence[str]) -> altair.C
         altair.Scale(scheme="redblue", domainMid=0) if (weights["weight"] < 0).any() else altair.Scale(scheme="blues")
     )
     return (
-        altair.Chart(weights, height=altair.Step(16))
+        altair.Chart(weights, height=16 * weights["adapter"].nunique())
         .mark_rect()
         .encode(
             x=altair.X("dataset:N", sort=order, title=None, axis=altair.Axis(labelAngle=-60)),
@@ -254,7 +252,7 @@ def _confidence_chart(rows: pandas.DataFrame) -> altair.Chart:
         altair.Chart(bars.value_counts().reset_index(name="rows"), height=180)
         .mark_bar()
         .encode(
-            x=altair.X("start:Q", bin="binned", title="confidence"),
+            x=altair.X("start:Q", bin="binned", title="confidence", scale=altair.Scale(domain=[edges[0], edges[-1]])),
             x2="end:Q",
             y=altair.Y("rows:Q"),
             color=altair.Color("answer:N", title=None, scale=colours),
