@@ -46,7 +46,9 @@ def write_result(
     identity = {"base_model": "m", "seed": 0, "metric": kind}
     partial = Partial(folder, identity)
     partial.add(records)
-    partial.finish({**files, RUN: {"identity": identity, "dataset": {"name": folder.name}, "metric": kind, **(more or {})}})
+    partial.finish(
+        {**files, RUN: {"identity": identity, "dataset": {"name": folder.name}, "metric": kind, **(more or {})}}
+    )
     partial.close()
     return folder
 

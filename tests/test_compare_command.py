@@ -103,12 +103,6 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_groups_of_the_paper() -> None:
-    names = ["code_x_glue.x", "mine/a.b", "tqa.rc", "bbh.a", "wmt16.de-en", "nq.open", "bbh.b"]
-    assert list(grouped(names).items()) == [
-        ("BIG-Bench Hard", ["bbh.a", "bbh.b"]),
-        ("Translation", ["wmt16.de-en"]),
-        ("Closed-Book QA", ["tqa.rc", "nq.open"]),
-        ("Code", ["code_x_glue.x"]),
-        ("mine", ["mine/a.b"]),
-    ]
-    assert len(GROUPS) == 6
+    found = grouped(["code_x_glue.x", "mine/a.b", "tqa.rc", "bbh.a", "wmt16.de-en", "nq.open", "bbh.b"])
+    assert list(found) == ["BIG-Bench Hard", "Translation", "Closed-Book QA", "Code", "mine"] and len(GROUPS) == 6
+    assert found["Closed-Book QA"] == ["tqa.rc", "nq.open"] and found["BIG-Bench Hard"] == ["bbh.a", "bbh.b"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm, permutation_test
 
 import equal_runs
-from logo.evaluation.statistics import ALPHA, FEWEST, MCNEMAR, RANDOMISED, SWAPS, Values, holm, interval, of_mean, paired
+from logo.evaluation.statistics import FEWEST, MCNEMAR, RANDOMISED, SWAPS, Values, holm, interval, of_mean, paired
 
 # Differences that are smaller than rounding count as none, so values are a thousandth apart.
 VALUES = st.one_of(st.integers(0, 1), st.integers(0, 1000).map(lambda n: n / 1000))
@@ -47,15 +47,6 @@ def test_the_interval_of_graded_rows() -> None:
     assert interval(values[: FEWEST - 1]) is None and interval([0.5] * 50) is None  # nothing is known, nothing is said
 
 
-@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6))
-def test_the_interval_of_a_mean_is_narrower_than_its_parts(parts: list[tuple[float, float, float]]) -> None:
-    values, ends = [value for value, *_ in parts], [(value - below, value + above) for value, below, above in parts]
-    found = of_mean(values, ends)
-    assert found is not None and found[0] <= np.mean(values) + 1e-12 and found[1] >= np.mean(values) - 1e-12
-    assert found[1] - found[0] <= np.mean([high - low for low, high in ends]) + 1e-9
-    assert of_mean(values, [*ends[:-1], None]) is None
-
-
 def test_means_over_datasets_are_covered() -> None:
     """Of datasets with 20 rows each, almost all of them right."""
     random, shares, held = np.random.default_rng(0), (0.97, 0.9, 0.6), 0
@@ -66,9 +57,8 @@ def test_means_over_datasets_are_covered() -> None:
     assert 0.92 <= held / 400 <= 0.99
 
 
-@pytest.mark.parametrize(("only_a", "only_b"), [(0.02, 0.05), (0.0, 0.04), (0.05, 0.6)])
-def test_differences_are_covered(only_a: float, only_b: float) -> None:
-    random, held = np.random.default_rng(1), 0
+def test_differences_are_covered() -> None:
+    random, held, only_a, only_b = np.random.default_rng(1), 0, 0.02, 0.05
     for _ in range(300):
         draws = random.random(48)
         found = paired([((draws < only_a) * 1.0, ((only_a <= draws) & (draws < only_a + only_b)) * 1.0)]).interval
@@ -90,20 +80,13 @@ def test_swapping_the_runs_turns_every_number_around(runs: list[list[tuple[float
     assert (same.difference, same.p, same.better, same.worse) == (0, 1, 0, 0)
 
 
-@pytest.mark.parametrize(("better", "worse", "p"), [(0, 0, 1), (1, 0, 1), (5, 0, 2 / 2**5), (3, 3, 1), (8, 1, 20 / 2**9)])
+@pytest.mark.parametrize(("better", "worse", "p"), [(0, 0, 1), (1, 0, 1), (5, 0, 1 / 16), (3, 3, 1), (8, 1, 5 / 128)])
 def test_mcnemar_by_hand(better: int, worse: int, p: float) -> None:
     """Ties, of which there are five here, say nothing; swapping half-right rows is the same test."""
     rows = [(0.0, 1.0)] * better + [(1.0, 0.0)] * worse + [(1.0, 1.0)] * 5
     found, swapped = paired([sides(rows)]), paired([sides([(a / 2, b / 2) for a, b in rows])])
     assert (found.test, found.p) == (MCNEMAR, pytest.approx(p))
     assert (swapped.test, swapped.p) == (RANDOMISED, pytest.approx(p))
-
-
-@pytest.mark.parametrize("shift", [0.0, 0.4, 0.8])
-def test_a_few_rows_are_swapped_in_every_way(shift: float) -> None:
-    a, b = normal(11, shift, seed=2)
-    ways = [abs(np.dot(signs, b - a)) for signs in itertools.product((-1, 1), repeat=11)]
-    assert paired([(a, b)]).p == pytest.approx(np.mean(np.array(ways) >= abs((b - a).sum()) - 1e-9))
 
 
 def test_many_rows_are_swapped_at_random_as_scipy_does() -> None:
@@ -137,5 +120,4 @@ def test_holm_rejects_step_by_step(p: list[float]) -> None:
 
 def test_equal_runs_rarely_look_different() -> None:
     """At most one comparison in twenty may mark anything; `benchmarks/equal_runs.py` repeats it 1,000 times."""
-    marked = sum(equal_runs.marks_anything(seed, rows=12) for seed in range(25))
-    assert marked <= 2 * ALPHA * 25
+    assert sum(equal_runs.marks_anything(seed, rows=12) for seed in range(25)) <= 2

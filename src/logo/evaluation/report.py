@@ -71,8 +71,7 @@ def analyse(table: pandas.DataFrame, *, seed: int = 0) -> Report:
     scores = []
     for name, measure, members in lines_of(measured):
         for run in dict.fromkeys(run for run, _ in parts):
-            found = [parts.get((run, one), {}).get(measure) for one in members]
-            known = [one for one in found if one is not None]
+            known = [parts[run, one][measure] for one in members if measure in parts.get((run, one), {})]
             if len(known) == len(members):
                 means = [float(one.mean()) for one in known]
                 low, high = of_mean(means, [interval(one, seed) for one in known]) or (None, None)
@@ -146,6 +145,7 @@ def _percent(value: float, low: float | None = None, high: float | None = None, 
 
 
 def _counted(name: str, datasets: int) -> str:
+    """`Translation (6)`."""
     return name if datasets == 1 else f"{name} ({datasets})"
 
 
@@ -182,7 +182,7 @@ def _charts(report: Report) -> dict[str, dict[str, Any]]:
     import altair
 
     order = list(dict.fromkeys(report.scores["name"]))
-    found: dict[str, altair.Chart | altair.LayerChart] = {"results": _scores_chart(report, order)}
+    found: dict[str, altair.Chart | altair.LayerChart] = {"results": _scores_chart(report)}
     heaviest = report.weights.assign(weight=report.weights["weight"].abs()).groupby("adapter")["weight"].sum()
     kept = set(heaviest.nlargest(MOST_ADAPTERS).index)
     for number, run in enumerate(report.runs):
@@ -196,23 +196,20 @@ def _charts(report: Report) -> dict[str, dict[str, Any]]:
         return {name: chart.properties(width="container").to_dict() for name, chart in found.items()}
 
 
-def _scores_chart(report: Report, order: Sequence[str]) -> altair.LayerChart:
-    """A dot and its interval for each run and dataset or group, of the primary measure (ROUGE-L of three)."""
+def _scores_chart(report: Report) -> altair.LayerChart:
+    """A dot and its interval for each run and line of the results, of ROUGE those of ROUGE-L."""
     import altair
 
-    shown = report.scores.drop_duplicates(["run", "name"], keep="last")
-    shown = shown.assign(**{end: 100 * shown[end].astype(float) for end in ("score", "low", "high")})
-    base = altair.Chart(shown, height=max(24, 8 * len(report.runs)) * len(order)).encode(
-        y=altair.Y("name:N", sort=order, title=None),
+    shown = report.scores[~report.scores["measure"].isin(["rouge-1", "rouge-2"])].copy()
+    shown[["score", "low", "high"]] = (100 * shown[["score", "low", "high"]].astype(float)).round(2)
+    named = shown[["name", "datasets", "measure"]].itertuples(index=False, name=None)
+    shown["line"] = [f"{_counted(name, datasets)} {measure}" for name, datasets, measure in named]
+    lines = list(dict.fromkeys(shown["line"]))
+    base = altair.Chart(shown, height=max(24, 8 * len(report.runs)) * len(lines)).encode(
+        y=altair.Y("line:N", sort=lines, title=None),
         yOffset=altair.YOffset("run:N", sort=report.runs),
         color=altair.Color("run:N", sort=report.runs),
-        tooltip=[
-            "run:N",
-            "name:N",
-            "measure:N",
-            "rows:Q",
-            *(altair.Tooltip(f"{x}:Q", format=".2f") for x in shown[-3:]),
-        ],
+        tooltip=["run:N", "line:N", "rows:Q", "score:Q", "low:Q", "high:Q"],
     )
     across = altair.X("low:Q", title="percent", scale=altair.Scale(domain=[0, 100]))
     return base.mark_rule(strokeWidth=2).encode(x=across, x2="high:Q") + base.mark_circle(opacity=1).encode(x="score:Q")
@@ -222,18 +219,14 @@ def _adapters_chart(weights: pandas.DataFrame, order: Sequence[str]) -> altair.C
     """The heat map of a run: the mean weight of adapters by dataset."""
     import altair
 
-    signed = (
-        altair.Scale(scheme="redblue", domainMid=0) if (weights["weight"] < 0).any() else altair.Scale(scheme="blues")
-    )
-    return (
-        altair.Chart(weights, height=16 * weights["adapter"].nunique())
-        .mark_rect()
-        .encode(
-            x=altair.X("dataset:N", sort=order, title=None, axis=altair.Axis(labelAngle=-60)),
-            y=altair.Y("adapter:N", title=None),
-            color=altair.Color("weight:Q", title="mean weight", scale=signed),
-            tooltip=["adapter:N", "dataset:N", altair.Tooltip("weight:Q", format=".3f")],
-        )
+    colours: dict[str, Any] = {"scheme": "redblue", "domainMid": 0}
+    colours = colours if (weights["weight"] < 0).any() else {"scheme": "blues"}
+    chart = altair.Chart(weights.round({"weight": 3}), height=16 * weights["adapter"].nunique()).mark_rect()
+    return chart.encode(
+        x=altair.X("dataset:N", sort=order, title=None, axis=altair.Axis(labelAngle=-60)),
+        y=altair.Y("adapter:N", title=None),
+        color=altair.Color("weight:Q", title="mean weight", scale=altair.Scale(**colours)),
+        tooltip=["adapter:N", "dataset:N", "weight:Q"],
     )
 
 
@@ -243,26 +236,16 @@ def _confidence_chart(rows: pandas.DataFrame) -> altair.Chart:
     import pandas
 
     values = rows["confidence"].astype(float)
-    edges = np.linspace(min(0.0, values.min()), max(1.0, values.max()), BINS + 1)
+    edges = np.linspace(min(0.0, values.min()), max(1.0, values.max()), BINS + 1).round(4)
     places = np.clip(np.digitize(values, edges) - 1, 0, BINS - 1)
     verdicts = np.select([rows["score"] == 1, rows["score"] == 0], ["right", "wrong"], "in part")
     bars = pandas.DataFrame({"start": edges[places], "end": edges[places + 1], "answer": verdicts})
     colours = altair.Scale(domain=["right", "in part", "wrong"], range=["#2a9d8f", "#e9c46a", "#d1495b"])
-    return (
-        altair.Chart(bars.value_counts().reset_index(name="rows"), height=180)
-        .mark_bar()
-        .encode(
-            x=altair.X("start:Q", bin="binned", title="confidence", scale=altair.Scale(domain=[edges[0], edges[-1]])),
-            x2="end:Q",
-            y=altair.Y("rows:Q"),
-            color=altair.Color("answer:N", title=None, scale=colours),
-            tooltip=[
-                "answer:N",
-                "rows:Q",
-                altair.Tooltip("start:Q", format=".2f"),
-                altair.Tooltip("end:Q", format=".2f"),
-            ],
-        )
+    across = altair.X("start:Q", bin="binned", title="confidence", scale=altair.Scale(domain=[edges[0], edges[-1]]))
+    chart = altair.Chart(bars.value_counts().reset_index(name="rows"), height=180).mark_bar()
+    colour = altair.Color("answer:N", title=None, scale=colours)
+    return chart.encode(
+        x=across, x2="end:Q", y="rows:Q", color=colour, tooltip=["answer:N", "rows:Q", "start:Q", "end:Q"]
     )
 
 

@@ -131,7 +131,7 @@ def paired(datasets: Sequence[tuple[Values, Values]], seed: int = 0) -> Paired:
 
 
 def _swapped(gaps: Values, seed: int) -> float:
-    """The share of swaps of gaps (rows,) whose sum is as far from zero as theirs: of all if those are few, else drawn."""
+    """The share of swaps of gaps (rows,) whose sum is as far from zero as theirs; of all swaps if they are few."""
     # Ten times as fast as `scipy.stats.permutation_test`, whose samples are sorted row by row.
     least = abs(gaps.sum()) - 1e-9 * np.abs(gaps).sum()  # equal up to rounding is equal
     if 2 ** len(gaps) <= SWAPS + 1:
