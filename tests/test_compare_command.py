@@ -47,9 +47,7 @@ def test_two_runs_by_dataset_and_group(tmp_path: Path, capsys: pytest.CaptureFix
     assert [one["difference"] for one in back] == pytest.approx([-one["difference"] for one in found])
 
 
-def test_three_runs_are_compared_with_the_first_and_corrected_together(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_three_runs_are_corrected_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = two_runs(tmp_path / "one")
     third, _ = two_runs(tmp_path / "two")  # called as the first one is
     found = compared(a, b, third, capsys=capsys)
