@@ -16,9 +16,10 @@ from os.path import commonprefix
 
 # Libraries that only some commands need -> the extra of pyproject.toml that installs them.
 EXTRAS: Mapping[str, str] = {
-    "datasets": "eval", "httpx": "serve", "jinja2": "eval", "lm_eval": "eval",
-    "nevergrad": "eval", "peft": "train", "prometheus_client": "serve", "pydantic": "serve", "ray": "ray",
-    "sentence_transformers": "eval", "starlette": "serve", "uvicorn": "serve", "vllm": "vllm",
+    "altair": "eval", "datasets": "eval", "httpx": "serve", "jinja2": "eval", "lm_eval": "eval",
+    "nevergrad": "eval", "pandas": "eval", "peft": "train", "prometheus_client": "serve", "pydantic": "serve",
+    "ray": "ray", "sentence_transformers": "eval", "starlette": "serve", "uvicorn": "serve", "vl_convert": "eval",
+    "vllm": "vllm",
 }  # fmt: skip
 
 

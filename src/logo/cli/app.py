@@ -22,7 +22,7 @@ from rich.box import Box
 from rich.console import Console
 
 from logo import __version__, plugins
-from logo.cli import datasets, demo, evaluate, generate, lm_eval, select, serve, study, train, verify
+from logo.cli import compare, datasets, demo, evaluate, generate, lm_eval, report, select, serve, study, train, verify
 from logo.cli.pool import calibrate, examples, export, inspect, lock, push
 from logo.errors import EXTRAS, DataError, LoGoError, StorageError, UsageError, is_out_of_memory, missing
 
@@ -75,7 +75,7 @@ app.command(train.train, group=_ADAPTERS)
 app.command(evaluate.evaluate, group=_MEASURE)
 for _command in (inspect.inspect, calibrate.calibrate, examples.examples, lock.lock, export.export, push.push):
     _pool.command(_command)
-for _command in (evaluate.run, study.study):
+for _command in (evaluate.run, compare.compare, report.report, study.study):
     _eval.command(_command)
 _eval.command(lm_eval.lm_eval, help_flags=())
 _data.command(datasets.listed, name="list")

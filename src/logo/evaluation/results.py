@@ -11,12 +11,13 @@ An unfinished result is a hidden folder beside its place with `run.json` and the
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -234,8 +235,10 @@ def read(paths: Sequence[Path], metric: str | None = None) -> pandas.DataFrame:
 
     found: list[dict[str, Any]] = []
     runs: dict[str, dict[str, Any]] = {}
-    for folder in dict.fromkeys(one for path in paths for one in find(path)):
-        run, about = _about(folder)
+    folders = {folder: _run_of(folder) for path in paths for folder in find(path)}
+    names = _names(folders.values())
+    for folder, above in folders.items():
+        run, about = _about(folder, above, names[above])
         kind = metric or about["metric"]
         runs.setdefault(about["run"], {})[about["dataset"]] = run
         for line in lines(folder):
@@ -244,6 +247,8 @@ def read(paths: Sequence[Path], metric: str | None = None) -> pandas.DataFrame:
                     raise DataError(f"{folder}: expected {ROWS} with gold texts to judge by, found none")
                 line["value"] = judge(kind, line["prediction"], line["completion"], failed=bool(line.get("error")))
             primary = by_measure(kind, [line["value"]])[measures(kind)[-1]]
+            if not primary:
+                raise DataError(f"{folder}: expected values of the metric {kind}, found {line['value']!r:.60}")
             found.append({**about, "metric": kind, **line, "score": primary[0]})
     table = pandas.DataFrame(found)
     table.attrs["runs"] = runs
@@ -264,19 +269,33 @@ def find(path: Path) -> list[Path]:
     return below
 
 
-def _about(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _run_of(folder: Path) -> Path:
+    """The folder of the run that a result is of."""
+    full = folder.resolve()
+    return next((above for above in full.parents if _FOLDER.fullmatch(above.name)), full.parent)
+
+
+def _names(runs: Iterable[Path]) -> dict[Path, str]:
+    """The names of runs' folders, with as many folders above as tell them from others that are called the same."""
+    distinct, found = list(dict.fromkeys(runs)), {}
+    for one in distinct:
+        same = [other for other in distinct if other.name == one.name]
+        depth = next(n for n in itertools.count(1) if len({other.parts[-n:] for other in same}) == len(same))
+        found[one] = "/".join(one.parts[-depth:])
+    return found
+
+
+def _about(folder: Path, above: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The `run.json` of a result, empty if there is none, and the columns that are the same for all of its rows."""
     run = read_run(folder) if (folder / RUN).exists() else {}
-    full = folder.resolve()
-    named = next((above for above in full.parents if _FOLDER.fullmatch(above.name)), full.parent)
-    matched = _FOLDER.fullmatch(named.name)
+    matched = _FOLDER.fullmatch(above.name)
     parts: Mapping[str, Any] = matched.groupdict() if matched else {}
-    dataset = run.get("dataset", {}).get("name") or full.relative_to(named).as_posix()
+    dataset = run.get("dataset", {}).get("name") or folder.resolve().relative_to(above).as_posix()
     said = run.get("identity", {})
     method = said.get("method", {}).get("method") or parts.get("method")
     signal = said.get("settings", {}).get("signal")
     return run, {
-        "run": named.name,
+        "run": name,
         "base": said.get("base_model") or parts.get("base"),
         "method": signal if method == "logo" and signal else method,
         "k": int(parts["k"]) if parts else said.get("settings", {}).get("k"),

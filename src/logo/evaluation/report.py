@@ -1,0 +1,273 @@
+"""One self-contained page of results, and its tables as CSV and LaTeX.
+
+    table of rows -> `analyse` -> `Report`: scores, comparison, weights of adapters -> `page`, `frames`, `latex`
+
+The page works offline: charts are Altair's, drawn by the Vega that is written into the page once. Every text of a run
+reaches it as escaped HTML or as JSON, which its script shows as text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from logo.errors import listed
+from logo.evaluation.compare import Comparison, compare, lines_of, values_of
+from logo.evaluation.statistics import ALPHA, interval, of_mean
+
+if TYPE_CHECKING:
+    import altair
+    import pandas
+
+MOST_ADAPTERS = 40  # in a heat map
+BINS = 20  # of confidences
+SCORES = ("run", "name", "measure", "datasets", "rows", "score", "low", "high")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page shows.
+
+    Attributes:
+        table: all rows, as `results.read` returns them.
+        scores: a line for each run and dataset, or group of several: `SCORES`, fractions of one, with the ends of the
+            95 % interval. A run has the mean of a group if it has all of the group's datasets.
+        comparison: of each run with the first.
+        weights: run, dataset, adapter, and the mean weight that rows gave it.
+    """
+
+    table: pandas.DataFrame
+    scores: pandas.DataFrame
+    comparison: Comparison
+    weights: pandas.DataFrame
+
+    @property
+    def runs(self) -> list[str]:
+        """The runs' names, in order."""
+        return list(dict.fromkeys(self.table["run"]))
+
+
+def analyse(table: pandas.DataFrame, *, seed: int = 0) -> Report:
+    """Finds out what a page shows.
+
+    Args:
+        table: as `results.read` returns it.
+        seed: of intervals and tests.
+    """
+    import pandas
+
+    unknown = [name for name in ("prompt", "completion", "confidence", "error") if name not in table]
+    table = table.assign(**dict.fromkeys(unknown)).astype(object)
+    table = table.where(table.notna(), None)
+    parts = {key: values_of(rows) for key, rows in table.groupby(["run", "dataset"], sort=False)}
+    measured: dict[str, dict[str, None]] = {}
+    for (_, dataset), values in parts.items():
+        measured.setdefault(dataset, {}).update(dict.fromkeys(values))
+    scores = []
+    for name, measure, members in lines_of(measured):
+        for run in dict.fromkeys(run for run, _ in parts):
+            known = [parts[run, one][measure] for one in members if measure in parts.get((run, one), {})]
+            if len(known) == len(members):
+                means = [float(one.mean()) for one in known]
+                low, high = of_mean(means, [interval(one, seed) for one in known]) or (None, None)
+                counts = len(members), sum(map(len, known))
+                scores.append((run, name, measure, *counts, float(np.mean(means)), low, high))
+    chosen = table[["run", "dataset", "selected", "weights"]].explode(["selected", "weights"]).dropna()
+    shares = chosen.astype({"weights": float}).groupby(["run", "dataset", "selected"], sort=False)["weights"].sum()
+    shares = shares / table.groupby(["run", "dataset"], sort=False).size()
+    weights = shares.rename_axis(["run", "dataset", "adapter"]).reset_index(name="weight")
+    return Report(table, pandas.DataFrame(scores, columns=SCORES), compare(table, seed=seed, strict=False), weights)
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def frames(report: Report) -> dict[str, pandas.DataFrame]:
+    """The numbers by the name of their table, for CSV: `results`, `comparisons`, `adapters` and `rows`."""
+    import pandas
+
+    lines = []
+    for line in report.comparison.lines:
+        low, high = line.found.interval or (None, None)
+        lines.append({**line.as_json(), "low": low, "high": high})
+    compared = pandas.DataFrame(lines).drop(columns="interval", errors="ignore")
+    rows = report.table.map(lambda one: json.dumps(one, ensure_ascii=False) if isinstance(one, list | dict) else one)
+    return {"results": report.scores, "comparisons": compared, "adapters": report.weights, "rows": rows}
+
+
+def results_table(report: Report) -> pandas.DataFrame:
+    """Scores in percent with intervals, as texts: a line for each dataset or group and measure, a column per run."""
+    import pandas
+
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for run, name, measure, datasets, _, *numbers in report.scores.itertuples(index=False, name=None):
+        lines.setdefault((_counted(name, datasets), measure), {})[run] = _percent(*numbers)
+    found = [(*line, *(cells.get(run, "-") for run in report.runs)) for line, cells in lines.items()]
+    return pandas.DataFrame(found, columns=["dataset", "measure", *report.runs])
+
+
+def comparisons_table(report: Report) -> pandas.DataFrame:
+    """The comparison in percent, as texts; `marked` says which lines are significant."""
+    import pandas
+
+    columns = ["A", "B", "dataset", "measure", "rows", "mean A", "mean B", "B − A", "better", "worse", "p", "p Holm"]
+    lines = []
+    for line in report.comparison.lines:
+        one = line.found
+        numbers = one.rows, _percent(one.a), _percent(one.b), _percent(one.difference, *(one.interval or ()), sign="+")
+        tested = one.better, one.worse, f"{one.p:.4f}", f"{one.p_holm:.4f}", one.is_marked
+        lines.append((line.a, line.b, _counted(line.name, line.datasets), line.measure, *numbers, *tested))
+    return pandas.DataFrame(lines, columns=[*columns, "marked"])
+
+
+def latex(report: Report) -> str:
+    """The results and the comparison as LaTeX tables (package booktabs)."""
+    compared = comparisons_table(report).drop(columns="marked")
+    holm = f"p corrected by Holm's method over {len(compared)} lines"
+    tables = {"Results": results_table(report), f"Comparisons ({holm})": compared}
+    how: dict[str, Any] = {"index": False, "escape": True}
+    made = [
+        frame.to_latex(caption=rf"{said}, in percent with 95 \% intervals", **how).replace("−", "$-$")
+        for said, frame in tables.items()
+    ]
+    return "\n".join(made)
+
+
+def _percent(value: float, low: float | None = None, high: float | None = None, sign: str = "") -> str:
+    """`71.33 [65.2, 77.0]`."""
+    ends = "" if low is None or high is None or np.isnan(low) else f" [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+    return f"{100 * value:{sign}.2f}{ends}"
+
+
+def _counted(name: str, datasets: int) -> str:
+    """`Translation (6)`."""
+    return name if datasets == 1 else f"{name} ({datasets})"
+
+
+# -- page --------------------------------------------------------------------------------------------------------------
+
+
+def page(report: Report, title: str | None = None) -> str:
+    """The page as HTML; its heading names the runs unless there is a `title`."""
+    import altair
+    import jinja2
+    import vl_convert
+
+    table, runs = report.table, report.runs
+    failed = int(table["error"].notna().sum())
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html.j2").render(
+        title=title or f"LoGo: {listed(runs)}",
+        runs=runs,
+        counts={"run": len(runs), "dataset": table["dataset"].nunique(), "row": len(table)},
+        notes=[*report.comparison.notes, *([f"{failed} rows have no answer, and count as wrong"] if failed else [])],
+        results=results_table(report),
+        compared=comparisons_table(report),
+        alpha=ALPHA,
+        most=MOST_ADAPTERS,
+        charts=_charts(report),
+        data=_rows(report),
+        vega=vl_convert.javascript_bundle(vl_version=altair.SCHEMA_VERSION[1:].rpartition(".")[0]),
+    )
+
+
+def _charts(report: Report) -> dict[str, dict[str, Any]]:
+    """Vega-Lite specifications by the place where they belong: `results`, `adapters-N` and `confidence-N` of run N."""
+    import altair
+
+    order = list(dict.fromkeys(report.scores["name"]))
+    found: dict[str, altair.Chart | altair.LayerChart] = {"results": _scores_chart(report)}
+    heaviest = report.weights.assign(weight=report.weights["weight"].abs()).groupby("adapter")["weight"].sum()
+    kept = set(heaviest.nlargest(MOST_ADAPTERS).index)
+    for number, run in enumerate(report.runs):
+        weights = report.weights[(report.weights["run"] == run) & report.weights["adapter"].isin(kept)]
+        sure = report.table[(report.table["run"] == run) & report.table["confidence"].notna()]
+        if len(weights):
+            found[f"adapters-{number}"] = _adapters_chart(weights, order)
+        if len(sure):
+            found[f"confidence-{number}"] = _confidence_chart(sure)
+    with altair.data_transformers.enable("default", max_rows=None):
+        return {name: chart.properties(width="container").to_dict() for name, chart in found.items()}
+
+
+def _scores_chart(report: Report) -> altair.LayerChart:
+    """A dot and its interval for each run and line of the results, of ROUGE those of ROUGE-L."""
+    import altair
+
+    shown = report.scores[~report.scores["measure"].isin(["rouge-1", "rouge-2"])].copy()
+    shown[["score", "low", "high"]] = (100 * shown[["score", "low", "high"]].astype(float)).round(2)
+    named = shown[["name", "datasets", "measure"]].itertuples(index=False, name=None)
+    shown["line"] = [f"{_counted(name, datasets)} {measure}" for name, datasets, measure in named]
+    lines = list(dict.fromkeys(shown["line"]))
+    base = altair.Chart(shown, height=max(24, 8 * len(report.runs)) * len(lines)).encode(
+        y=altair.Y("line:N", sort=lines, title=None),
+        yOffset=altair.YOffset("run:N", sort=report.runs),
+        color=altair.Color("run:N", sort=report.runs),
+        tooltip=["run:N", "line:N", "rows:Q", "score:Q", "low:Q", "high:Q"],
+    )
+    across = altair.X("low:Q", title="percent", scale=altair.Scale(domain=[0, 100]))
+    return base.mark_rule(strokeWidth=2).encode(x=across, x2="high:Q") + base.mark_circle(opacity=1).encode(x="score:Q")
+
+
+def _adapters_chart(weights: pandas.DataFrame, order: Sequence[str]) -> altair.Chart:
+    """The heat map of a run: the mean weight of adapters by dataset."""
+    import altair
+
+    colours: dict[str, Any] = {"scheme": "redblue", "domainMid": 0}
+    colours = colours if (weights["weight"] < 0).any() else {"scheme": "blues"}
+    chart = altair.Chart(weights.round({"weight": 3}), height=16 * weights["adapter"].nunique()).mark_rect()
+    return chart.encode(
+        x=altair.X("dataset:N", sort=order, title=None, axis=altair.Axis(labelAngle=-60)),
+        y=altair.Y("adapter:N", title=None),
+        color=altair.Color("weight:Q", title="mean weight", scale=altair.Scale(**colours)),
+        tooltip=["adapter:N", "dataset:N", "weight:Q"],
+    )
+
+
+def _confidence_chart(rows: pandas.DataFrame) -> altair.Chart:
+    """The histogram of a run's confidences, by whether the answers are right."""
+    import altair
+    import pandas
+
+    values = rows["confidence"].astype(float)
+    edges = np.linspace(min(0.0, values.min()), max(1.0, values.max()), BINS + 1).round(4)
+    places = np.clip(np.digitize(values, edges) - 1, 0, BINS - 1)
+    verdicts = np.select([rows["score"] == 1, rows["score"] == 0], ["right", "wrong"], "in part")
+    bars = pandas.DataFrame({"start": edges[places], "end": edges[places + 1], "answer": verdicts})
+    colours = altair.Scale(domain=["right", "in part", "wrong"], range=["#2a9d8f", "#e9c46a", "#d1495b"])
+    across = altair.X("start:Q", bin="binned", title="confidence", scale=altair.Scale(domain=[edges[0], edges[-1]]))
+    chart = altair.Chart(bars.value_counts().reset_index(name="rows"), height=180).mark_bar()
+    colour = altair.Color("answer:N", title=None, scale=colours)
+    return chart.encode(
+        x=across, x2="end:Q", y="rows:Q", color=colour, tooltip=["answer:N", "rows:Q", "start:Q", "end:Q"]
+    )
+
+
+def _rows(report: Report) -> dict[str, list[Any]]:
+    """Every row as a list of cells: texts that runs share, such as prompts, are written once, and cells are their
+    numbers."""
+    texts: dict[str, int] = {}
+    found = []
+    for one in report.table.to_dict("records"):
+        weighted = zip(one["selected"], one["weights"], strict=False)
+        cells = (
+            *(one["run"], one["dataset"], _text(one["prompt"]), _text(one["completion"]), one["prediction"]),
+            ", ".join(f"{name} {weight:.2f}" for name, weight in weighted),
+            one["error"] or "",
+        )
+        numbers = one["index"] + 1, round(100 * one["score"], 2), one["confidence"]
+        found.append([*(texts.setdefault(cell, len(texts)) for cell in cells), *numbers])
+    return {"texts": list(texts), "rows": found}
+
+
+def _text(value: Any) -> str:
+    """A prompt or gold text: a text, a chat's messages, or several texts."""
+    if isinstance(value, list):
+        return "\n".join(f"{one['role']}: {one['content']}" if isinstance(one, dict) else str(one) for one in value)
+    return str(value or "")

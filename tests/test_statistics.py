@@ -1,0 +1,123 @@
+"""Intervals and tests against closed forms, against scipy, and by simulation."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm, permutation_test
+
+import equal_runs
+from logo.evaluation.statistics import FEWEST, MCNEMAR, RANDOMISED, SWAPS, Values, holm, interval, of_mean, paired
+
+# Differences that are smaller than rounding count as none, so values are a thousandth apart.
+VALUES = st.one_of(st.integers(0, 1), st.integers(0, 1000).map(lambda n: n / 1000))
+RUNS = st.lists(st.tuples(VALUES, VALUES), min_size=1, max_size=12)
+
+
+def sides(values: list[tuple[float, float]]) -> tuple[Values, Values]:
+    return np.array([a for a, _ in values], dtype=float), np.array([b for _, b in values], dtype=float)
+
+
+def normal(rows: int, shift: float, seed: int = 0) -> tuple[Values, Values]:
+    a, noise = np.random.default_rng(seed).normal(size=(2, rows))
+    return a, a + noise + shift
+
+
+@given(st.integers(1, 300).flatmap(lambda rows: st.tuples(st.integers(0, rows), st.just(rows))))
+@settings(max_examples=60)
+def test_wilson_by_its_formula(counts: tuple[int, int]) -> None:
+    right, rows = counts
+    share, z = right / rows, norm.ppf(0.975)
+    middle = (share + z**2 / (2 * rows)) / (1 + z**2 / rows)
+    half = z / (1 + z**2 / rows) * np.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
+    found = interval([1.0] * right + [0.0] * (rows - right))
+    assert found == pytest.approx((middle - half, middle + half), abs=1e-9) and found is not None
+    assert found[0] < found[1]  # also where all rows are right
+
+
+def test_the_interval_of_graded_rows() -> None:
+    values = np.random.default_rng(1).random(400)
+    half = norm.ppf(0.975) * values.std() / 20
+    assert interval(values) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.005)
+    assert interval(values, 1) == interval(values, 1) != interval(values, 2)
+    assert interval(values[: FEWEST - 1]) is None and interval([0.5] * 50) is None  # nothing is known, nothing is said
+
+
+def test_means_over_datasets_are_covered() -> None:
+    """Of datasets with 20 rows each, almost all of them right."""
+    random, shares, held = np.random.default_rng(0), (0.97, 0.9, 0.6), 0
+    for _ in range(400):
+        rows = [(random.random(20) < share).astype(float) for share in shares]
+        found = of_mean([float(one.mean()) for one in rows], [interval(one) for one in rows])
+        held += found is not None and found[0] <= np.mean(shares) <= found[1]
+    assert 0.92 <= held / 400 <= 0.99
+
+
+def test_differences_are_covered() -> None:
+    random, held, only_a, only_b = np.random.default_rng(1), 0, 0.02, 0.05
+    for _ in range(300):
+        draws = random.random(48)
+        found = paired([((draws < only_a) * 1.0, ((only_a <= draws) & (draws < only_a + only_b)) * 1.0)]).interval
+        held += found is not None and found[0] <= only_b - only_a <= found[1]
+    assert held / 300 >= 0.92
+
+
+@given(st.lists(RUNS, min_size=1, max_size=3))
+@settings(max_examples=30)
+def test_swapping_the_runs_turns_every_number_around(runs: list[list[tuple[float, float]]]) -> None:
+    pairs = [sides(values) for values in runs]
+    there, back = paired(pairs), paired([(b, a) for a, b in pairs])
+    assert (back.a, back.b, back.difference) == pytest.approx((there.b, there.a, -there.difference))
+    assert (back.better, back.worse, back.p, back.test) == (there.worse, there.better, there.p, there.test)
+    assert (there.interval is None) == (back.interval is None)
+    if there.interval is not None and back.interval is not None:
+        assert back.interval == pytest.approx((-there.interval[1], -there.interval[0]), abs=1e-9)
+    same = paired([(a, a) for a, _ in pairs])
+    assert (same.difference, same.p, same.better, same.worse) == (0, 1, 0, 0)
+
+
+@pytest.mark.parametrize(("better", "worse", "p"), [(0, 0, 1), (1, 0, 1), (5, 0, 1 / 16), (3, 3, 1), (8, 1, 5 / 128)])
+def test_mcnemar_by_hand(better: int, worse: int, p: float) -> None:
+    """Ties, of which there are five here, say nothing; swapping half-right rows is the same test."""
+    rows = [(0.0, 1.0)] * better + [(1.0, 0.0)] * worse + [(1.0, 1.0)] * 5
+    found, swapped = paired([sides(rows)]), paired([sides([(a / 2, b / 2) for a, b in rows])])
+    assert (found.test, found.p) == (MCNEMAR, pytest.approx(p))
+    assert (swapped.test, swapped.p) == (RANDOMISED, pytest.approx(p))
+
+
+def test_many_rows_are_swapped_at_random_as_scipy_does() -> None:
+    a, b = normal(40, 0.4, seed=2)
+    how = {"permutation_type": "samples", "n_resamples": 20_000, "rng": np.random.default_rng(5)}
+    expected = permutation_test((a, b), lambda x, y, axis: np.mean(x - y, axis=axis), **how).pvalue
+    found = paired([(a, b)])
+    assert found.p == pytest.approx(expected, abs=0.01) and (found.p * (SWAPS + 1)) % 1 == pytest.approx(0, abs=1e-6)
+    assert paired([(a, b)], seed=1) == paired([(a, b)], seed=1) != paired([(a, b)], seed=2)
+    assert paired([normal(60, 3.0)]).p == 1 / (SWAPS + 1)  # never 0
+
+
+def test_over_datasets_it_is_the_mean_of_their_differences() -> None:
+    long, short = normal(300, 0.5), normal(20, -0.1, seed=1)
+    found, alone = paired([long, short]), [paired([one]).difference for one in (long, short)]
+    assert found.difference == pytest.approx(np.mean(alone)) and found.rows == 320
+    for pairs in ([], [(long[0], short[0])], [(long[0][:0], long[0][:0])]):
+        with pytest.raises(ValueError, match="the same rows of each"):
+            paired(pairs)
+
+
+@given(st.lists(st.floats(1e-6, 1), max_size=8))
+def test_holm_rejects_step_by_step(p: list[float]) -> None:
+    """The smallest is tested at a/m, the next at a/(m-1), ... until one fails."""
+    corrected = holm(p)
+    for level in (0.01, 0.05, 0.3):
+        steps = (value * (len(p) - number) <= level for number, value in enumerate(sorted(p)))
+        assert sum(value <= level for value in corrected) == len(list(itertools.takewhile(bool, steps)))
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # as statsmodels' multipletests
+
+
+def test_equal_runs_rarely_look_different() -> None:
+    """At most one comparison in twenty may mark anything; `benchmarks/equal_runs.py` repeats it 1,000 times."""
+    assert sum(equal_runs.marks_anything(seed, rows=12) for seed in range(25)) <= 2
