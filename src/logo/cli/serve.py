@@ -84,7 +84,7 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: cluster.Replic
     name = server.model_name(base_model)
 
     from logo.selection.signals import get_signal
-    from logo.serve.answering import AppSettings
+    from logo.serve.app import AppSettings
     from logo.serve.memory import Memory
     from logo.serve.names import check_pool
     from logo.serve.running import serve as run

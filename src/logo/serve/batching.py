@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 # The most tokens of a prompt that are read between two steps of the rows, which wait meanwhile.
 _STEP_TOKENS = 512
 STOPPED = "generation has stopped; restart the server"
-_ALIKE = 0.7  # the length of a prompt divided by that of a longer one that is read beside it, at least
 _log = logging.getLogger("logo.serve")
 
 
@@ -58,17 +57,20 @@ class Delta:
 
 @dataclass(eq=False)
 class Job:
-    """One answer: token ids of its prompt, its mixture and sampling; and, for the loop alone, how far it is."""
+    """One answer: token ids of its prompt, its mixture and sampling; how far it is, which the loop alone changes; and
+    what its caller says."""
 
     prompt: Sequence[int]
     chosen: Chosen
     sampling: Sampling
-    left: bool = False  # the caller, who may set this, does not listen any more
-    outputs: asyncio.Queue[tuple[Job | None, Delta | Exception]] = field(default_factory=asyncio.Queue)
-    ended: bool = False  # its row, if it has one, is not needed any more
-    begun: bool = False  # it has a row
     tokens: list[int] = field(default_factory=list)  # of the answer
+    reason: FinishReason | None = None  # why it ended ...
+    error: Exception | None = None  # ... or failed
+    begun: bool = False  # it has a row
+    ended: bool = False  # its row, if it has one, is not needed any more
     cache: DynamicCache | None = None  # of the part of the prompt that is read
+    news: asyncio.Event = field(default_factory=asyncio.Event)  # set in the caller's thread
+    left: bool = False  # the caller, who may set this, does not listen any more
 
     @property
     def most(self) -> int:
@@ -80,19 +82,14 @@ class Batching:
     """Generates for many callers at once, in a thread of its own.
 
     Args:
-        model: a causal LM that keeps only keys and values of earlier tokens.
-        adapters: the cache of its adapters.
-        memory: see `Memory`.
-        context: the most tokens of a prompt and its answer; None if the model has no limit.
+        model: a causal LM; ModelError if it keeps anything but keys and values of earlier tokens.
+        memory: UsageError if that is more than there is.
+        context: the most tokens of a prompt and its answer; None if the model has no limit. As an attribute, it is
+            within the memory for keys and values, too.
         prefix_cache: of what the base model reads, for adapters that act from a position on only.
 
     Attributes:
-        context: the same, within the memory for keys and values, which is as in `plan`.
         missed: tokens of prompts whose cached keys and values had been dropped when an answer began.
-
-    Raises:
-        ModelError: the model keeps something else of earlier tokens.
-        UsageError: the requested memory is more than there is.
     """
 
     def __init__(
@@ -110,24 +107,24 @@ class Batching:
             parts = text_config(model)
             first = (parts.rope_parameters or {}).get("original_max_position_embeddings")
             context = min(context or first, first or parts.max_position_embeddings)
+        self.plan = Plan.of(model, adapters.budget, memory)
+        self._tokens = self.plan.tokens(model, adapters.dtype, 0 if prefix_cache is None else prefix_cache.budget)
+        self.context = self._tokens if context is None else min(context, self._tokens)
+        self.missed = 0
         self._model, self._prefix_cache = model, prefix_cache
         self._concurrent, self._device = memory.concurrent, input_device(model)
-        self._packed, self._rows = Packed(adapters), BatchedCache()
         self._reader = prefix_cache or PrefixCache(model, 0)
         self._ends = end_tokens(model.generation_config)
-        self._arguments = inspect.signature(model.forward).parameters
+        self._positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._packed, self._rows = Packed(adapters), BatchedCache(DynamicCache())
+        self._gated: Sequence[Job] | None = None  # the rows whose gates are set
         self._waiting: list[Job] = []  # replaced or extended under the lock
         self._active: list[Job] = []  # the job of each row
         self._change = threading.Condition()
         self._pausing, self._stepping, self._stopped = 0, False, False
         self._thread: threading.Thread | None = None
-        self._said: list[tuple[Job, Delta | Exception]] = []  # what callers have not heard yet ...
+        self._news: list[Job] = []  # whose callers have not heard yet ...
         self._loop: asyncio.AbstractEventLoop | None = None  # ... and where they are
-        self._gated: Sequence[Job] | None = None  # the rows whose gates are set
-        self.missed = 0
-        self.plan = Plan.of(model, adapters.budget, memory)
-        self._tokens = self.plan.tokens(model, adapters.dtype, 0 if prefix_cache is None else prefix_cache.budget)
-        self.context = self._tokens if context is None else min(context, self._tokens)
 
     # -- what the service asks -------------------------------------------------------------------------------------
 
@@ -137,8 +134,7 @@ class Batching:
             with torch.inference_mode():
                 cache, one = DynamicCache(), torch.ones(1, 1, dtype=torch.int64, device=self._device)
                 self._reader.forward(one, one, cache, {})
-                self._rows.shape(cache)
-            self._stopped = False
+                self._rows = BatchedCache(cache)
             self._thread = threading.Thread(target=self._run, name="logo-generate", daemon=True)
             self._thread.start()
 
@@ -149,7 +145,6 @@ class Batching:
             self._change.notify_all()
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
 
     @property
     def alive(self) -> bool:
@@ -158,11 +153,8 @@ class Batching:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside the block the caller may use the model: sequences wait, and no mixture is active.
-
-        Raises:
-            NotReady: generation has stopped.
-        """
+        """Inside the block the caller may use the model: sequences wait, and no mixture is active. NotReady: generation
+        has stopped."""
         with self._change:
             self._pausing += 1
             self._change.wait_for(lambda: not self._stepping)
@@ -197,40 +189,36 @@ class Batching:
     ) -> AsyncGenerator[tuple[Job, Delta], None]:
         """Yields the tokens of answers as they come. A job that is set `left` ends; leaving the loop ends all of them.
 
-        Args:
-            deadline: on the event loop's clock; None: no deadline.
-
-        Raises:
-            TimeoutError: the deadline has passed.
-            NotReady, or what a step of one of the answers raised.
+        Raises TimeoutError after the deadline, on the event loop's clock; NotReady; what a step of an answer raised.
         """
-        self._loop, outputs = asyncio.get_running_loop(), jobs[0].outputs
+        self._loop, news = asyncio.get_running_loop(), jobs[0].news
         for job in jobs:
-            job.outputs = outputs
-        timer = None if deadline is None else self._loop.call_at(deadline, outputs.put_nowait, (None, TimeoutError()))
+            job.news = news
         with self._change:
             if not self.alive:
                 raise NotReady(STOPPED)
             self._waiting += jobs
             self._change.notify_all()
+        failures, heard = list[Exception](), dict.fromkeys(jobs, 0)
+
+        def late() -> None:
+            failures.append(TimeoutError())
+            news.set()
+
+        timer = None if deadline is None else self._loop.call_at(deadline, late)
         try:
             while not all(job.left for job in jobs):
-                said, found = [await outputs.get()], dict[Job, Delta]()
-                failure: Exception | None = None
-                while not outputs.empty():  # what came meanwhile is passed on together
-                    said.append(outputs.get_nowait())
-                for whose, one in said:
-                    if isinstance(one, Exception):
-                        failure = failure or one
-                    elif whose is not None:
-                        before = found[whose].tokens if whose in found else ()
-                        found[whose] = Delta((*before, *one.tokens), one.finish_reason)
-                for job, delta in found.items():
-                    if not job.left:
-                        yield job, delta
-                        job.left = job.left or delta.finish_reason is not None
-                if failure is not None:
-                    raise failure
+                await news.wait()
+                news.clear()
+                for job in (job for job in jobs if not job.left):
+                    reason, tokens = job.reason, tuple(job.tokens[heard[job] :])  # a reason comes after its token
+                    if tokens or reason is not None:
+                        heard[job] += len(tokens)
+                        yield job, Delta(tokens, reason)
+                        job.left = job.left or reason is not None
+                failures += [job.error for job in jobs if job.error is not None and not job.left]
+                if failures:
+                    raise failures[0]
         finally:
             if timer is not None:
                 timer.cancel()
@@ -250,7 +238,9 @@ class Batching:
             with self._change:
                 self._stopped, self._stepping = True, False
                 self._change.notify_all()
-            self._said += [(job, NotReady(STOPPED)) for job in (*self._active, *self._waiting)]
+            for job in (*self._active, *self._waiting):
+                job.error = job.error or NotReady(STOPPED)
+                self._news.append(job)
             self._hand_out()
 
     def _begun(self) -> bool:
@@ -277,14 +267,8 @@ class Batching:
             self._hand_out()
         self._compact()
         if self._active:
-            try:
-                self._rows.make_room()
-            except Exception as error:
-                for job in self._active:
-                    self._fail(job, error)
-            else:
-                self._in_halves(list(self._active), self._decode)
-                self._rows.columns += 1
+            self._in_halves(list(self._active), self._decode)
+            self._rows.columns += 1
         if not self._waiting:
             self._compact()
         self._hand_out()
@@ -295,22 +279,20 @@ class Batching:
             self._waiting = [job for job in self._waiting if not (job.begun or job.ended or job.left)]
 
     def _next(self, most: int) -> list[Job]:
-        """The prompts that are read next: the first, and if it is short, others that are about as long, so that they
-        need little padding; as many as there is room for, as long as they may become."""
+        """The prompts that are read next: the first, and if it is short, others beside it, up to so many tokens with
+        padding; as many as there is room for, as long as they may become."""
         running = [one for one in self._active if not one.ended]
         jobs, longest = list[Job](), max((one.most for one in running), default=0)
         for job in list(self._waiting):
-            length, longest_now = len(job.prompt), max(longest, job.most)
-            rows = len(running) + len(jobs) + 1
+            rows, longest_now = len(running) + len(jobs) + 1, max(longest, job.most)
             if rows > self._concurrent or rows * longest_now > self._tokens:
                 break
-            if jobs:
-                lengths = [length, *(len(one.prompt) for one in jobs)]
-                if job.chosen.end or len(lengths) * max(lengths) > most or min(lengths) < _ALIKE * max(lengths):
-                    continue
+            alone = job.cache is not None or job.chosen.end > 0 or len(job.prompt) > most
+            if jobs and (alone or (len(jobs) + 1) * max(len(one.prompt) for one in (*jobs, job)) > most):
+                continue
             jobs.append(job)
             longest = longest_now
-            if job.cache is not None or job.chosen.end or length > most:
+            if alone:
                 break
         return jobs
 
@@ -360,6 +342,7 @@ class Batching:
 
     def _decode(self, jobs: Sequence[Job]) -> Sequence[int]:
         """Gives each of these rows, which follow one another, its next token."""
+        self._rows.make_room()
         if self._gated != jobs:
             self._gated = None
             self._packed.gate([job.chosen for job in jobs])
@@ -378,15 +361,15 @@ class Batching:
         return [1] * len(jobs)
 
     def _placed(self, positions: Tensor) -> dict[str, Any]:
-        return {"position_ids": positions.to(self._device)} if "position_ids" in self._arguments else {}
+        return {"position_ids": positions.to(self._device)} if self._positions else {}
 
     def _add(self, job: Job, token: int) -> None:
         """Adds a token to an answer."""
         job.tokens.append(token)
         full = len(job.tokens) == job.sampling.max_tokens
-        reason: FinishReason | None = "stop" if token in self._ends else "length" if full else None
-        job.ended = reason is not None
-        self._said.append((job, Delta((token,), reason)))
+        job.reason = "stop" if token in self._ends else "length" if full else None
+        job.ended = job.reason is not None
+        self._news.append(job)
 
     def _compact(self) -> None:
         """Drops rows that are not needed any more; the last ones take their places."""
@@ -397,21 +380,17 @@ class Batching:
                 self._active.pop()
 
     def _hand_out(self) -> None:
-        """Tells callers what has happened to their answers."""
-        said, self._said = self._said, []
-        if said and self._loop is not None:
+        """Wakes the callers of answers that have got on."""
+        events = {job.news for job in self._news}
+        self._news = []
+        if events and self._loop is not None:
             with suppress(RuntimeError):  # it has ended, and nobody listens
-                self._loop.call_soon_threadsafe(_put, said)
+                self._loop.call_soon_threadsafe(lambda: [event.set() for event in events])
 
     def _fail(self, job: Job, error: Exception) -> None:
         _log.warning("an answer cannot be generated: %s", type(error).__name__, exc_info=error)
         traceback.clear_frames(error.__traceback__)
-        job.ended, job.cache = True, None
-        self._said.append((job, error))
+        job.error, job.ended, job.cache = error, True, None
+        self._news.append(job)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _put(said: Sequence[tuple[Job, Delta | Exception]]) -> None:
-    for job, one in said:
-        job.outputs.put_nowait((job, one))

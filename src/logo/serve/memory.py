@@ -11,7 +11,7 @@ from logo.errors import UsageError
 from logo.mixing.cache import free_bytes
 from logo.models import text_config
 
-# The default for keys and values: this much on a CPU, where other programs need memory, too, ...
+# The default for keys and values: so much on a CPU, where other programs need memory, too, ...
 _USUAL = 2e9
 # ... and never more than these shares of the memory that is free beside the model; adapters get 0.3 of it.
 _CPU_SHARE, _SHARE = 0.3, 0.5
@@ -42,9 +42,9 @@ class Plan:
         devices = {tensor.device for tensor in tensors}
         free = free_bytes(devices)
         usual = min(_USUAL, _CPU_SHARE * free) if devices == {torch.device("cpu")} else _SHARE * free
-        kv = usual if memory.kv_cache_gb is None else 1e9 * memory.kv_cache_gb
-        plan = cls(sum(tensor.nbytes for tensor in tensors), adapters, int(kv), free)
-        if adapters + plan.kv > free:
+        kv = int(usual if memory.kv_cache_gb is None else 1e9 * memory.kv_cache_gb)
+        plan = cls(sum(tensor.nbytes for tensor in tensors), adapters, kv, free)
+        if adapters + kv > free:
             together = "adapters and keys and values together do not fit"
             raise UsageError(f"{plan.line}: {together}; lower --adapter-memory-gb or --kv-cache-gb")
         return plan
@@ -58,8 +58,7 @@ class Plan:
         config = text_config(model)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        each: int = 2 * config.num_hidden_layers * heads * size * dtype.itemsize
-        return max(1, (self.kv - shared) // each)
+        return max(1, (self.kv - shared) // (2 * config.num_hidden_layers * heads * size * dtype.itemsize))
 
     @property
     def line(self) -> str:

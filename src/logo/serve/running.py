@@ -6,6 +6,7 @@ import asyncio
 import math
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -13,8 +14,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from logo.errors import UsageError
-from logo.serve.answering import AppSettings
-from logo.serve.app import GRACE, create_app
+from logo.serve.app import GRACE, AppSettings, create_app
 from logo.serve.guards import GuardSettings, guard
 
 if TYPE_CHECKING:
@@ -25,11 +25,7 @@ _FAREWELL = 1.0
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket bound to this address, before anything slow happens; port 0 is any free port.
-
-    Raises:
-        UsageError: the address cannot be used.
-    """
+    """A socket bound to this address, before anything slow happens; port 0 is any free port. Raises UsageError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -57,12 +53,11 @@ def released(taken: socket.socket) -> tuple[str, int]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which drains the service before it ends."""
+    """uvicorn's server, which drains the service before it ends, and calls `started` when requests are accepted."""
 
     def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
         super().__init__(config)
-        self._service = service
-        self._started = started
+        self._service, self._started = service, started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to listen."""
@@ -71,10 +66,8 @@ class Server(uvicorn.Server):
             self._started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuses new requests with 503 and a closed connection for a moment, then stops listening.
-
-        Without that moment, a kept connection could be reset while the client sends its next request.
-        """
+        """Refuses new requests with 503 for a moment, then stops listening; without that moment, a kept connection
+        could be reset while the client sends its next request."""
         if not self.force_exit:
             await asyncio.sleep(_FAREWELL)
         await super().shutdown(sockets)
@@ -88,8 +81,7 @@ class Server(uvicorn.Server):
 def serve(
     service: Service, settings: AppSettings, guards: GuardSettings, taken: socket.socket, started: Callable[[], None]
 ) -> None:
-    """Serves on a socket until a signal comes, and then until accepted requests have ended; calls `started` when
-    requests are accepted."""
+    """Serves on a socket until a signal comes, and then until accepted requests have ended."""
     limit = settings.request_timeout
     config = uvicorn.Config(
         guard(create_app(service, settings), guards),
@@ -102,13 +94,6 @@ def serve(
         timeout_graceful_shutdown=None if limit is None else math.ceil(limit + GRACE),
     )
     # uvicorn raises the signal again at the end, although ending on a signal is no failure.
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     service.batching.start()  # so that an error here is one line, not a traceback of uvicorn
-    try:
-        Server(config, service, started).run(sockets=[taken])
-    finally:
-        service.batching.stop()
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(0)
+    Server(config, service, started).run(sockets=[taken])

@@ -36,17 +36,15 @@ from logo.errors import LoGoError, UsageError
 from logo.prompts import asked_text, read
 from logo.selection.selector import forced
 from logo.serve.bodies import (
-    AdapterCard,
-    AdapterList,
-    Card,
     LoadAdapter,
     LogoOptions,
-    Mixture,
     ModelRequest,
-    SelectionReply,
     SelectRequest,
     UnloadAdapter,
+    adapter_card,
+    adapter_list,
     checked,
+    mixture_reply,
 )
 from logo.serve.errors import ApiError, bad_request, failed
 from logo.serve.guards import Access, GuardSettings
@@ -160,11 +158,10 @@ class _Mixing:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The selection for one prompt, see `logo.serve.bodies.SelectedMixture`."""
+    """The selection for one prompt, and how long its probe took, of which vLLM's queue is a part."""
 
     selection: Selection
     probe_ms: float = 0.0
-    queue_ms: float = 0.0  # vLLM's queue is part of the probe
 
 
 class Logo:
@@ -267,7 +264,7 @@ class Logo:
         made = await getattr(own, by[1])(request, raw)
         if isinstance(made, ErrorResponse):
             return JSONResponse(made.model_dump(), made.error.code)
-        told = [Mixture.of(one).model_dump() for one in chosen]
+        told = [mixture_reply(one.selection, one.probe_ms, 0.0) for one in chosen]
         field = json.dumps(told if several else told[0])
         if hasattr(made, "model_dump"):
             return JSONResponse({**made.model_dump(mode="json", by_alias=True), "logo": json.loads(field)})
@@ -387,7 +384,8 @@ async def _select(request: SelectRequest, raw_request: Request) -> Response:
         asked = ChatCompletionRequest(model=logo.base, **given)
         row, whole = await _conversation(logo, asked, raw_request), await _rendered(asked, raw_request)
     [chosen], _ = await logo.choose(request.model, request.logo, [row])
-    return JSONResponse(SelectionReply.of(chosen, len(whole)).model_dump())
+    found = mixture_reply(chosen.selection, chosen.probe_ms, 0.0)
+    return JSONResponse({**found, "scores": chosen.selection.scores, "tokens": len(whole)})
 
 
 async def _load(request: LoadAdapter, raw_request: Request) -> Response:
@@ -430,11 +428,8 @@ async def _models(raw_request: Request) -> Response:
 async def _adapters(raw_request: Request) -> Response:
     """`GET /v1/logo/adapters`"""
     logo = _logo(raw_request)
-    engine, chosen = logo.engine, logo.counts.chosen
-    cards = [AdapterCard.of(Card.of(adapter), chosen[adapter.name]) for adapter in logo.pool]
-    signals = list(engine.served.opened)
-    made = AdapterList(base_model=logo.base, default_k=engine.k, signal=signals[0], signals=signals, data=cards)
-    return JSONResponse(made.model_dump())
+    cards, signals = map(adapter_card, logo.pool), tuple(logo.engine.served.opened)
+    return JSONResponse(adapter_list(logo.base, logo.engine.k, signals, cards, logo.counts.chosen))
 
 
 async def _refusal(request: Request, error: Exception) -> Response:

@@ -3,16 +3,13 @@
 
 const AUTO = "logo"; // the model for which the prompt selects the adapters
 const ROWS = 200; // of the pool that are shown at once
-const COLUMNS = [["id", "Adapter"], ["rank", "Rank"], ["selected", "Selected"]];
 
 const at = (id) => document.getElementById(id);
 const number = new Intl.NumberFormat("en").format;
-const compare = new Intl.Collator("en", { numeric: true }).compare;
 
 let key = ""; // of the API, in memory only
 let base = "";
 let adapters = []; // of /v1/logo/adapters
-let order = { by: "id", down: false };
 let running = null; // the AbortController of the answer that is streaming
 
 function make(name, { className = "", text = "", ...attributes } = {}, ...children) {
@@ -158,40 +155,19 @@ async function load() {
 function showPool() {
   const wanted = at("search").value.trim().toLowerCase();
   const found = adapters.filter(({ id }) => id.toLowerCase().includes(wanted));
-  const { by, down } = order;
-  found.sort((a, b) => (down ? -1 : 1) * (by === "id" ? compare(a.id, b.id) : a[by] - b[by]) || compare(a.id, b.id));
-  for (const head of at("heads").children) {
-    if (head.dataset.by === by) head.setAttribute("aria-sort", down ? "descending" : "ascending");
-    else head.removeAttribute("aria-sort");
-  }
   const shown = found.slice(0, ROWS);
   const more = found.length > ROWS ? `, the first ${ROWS} shown` : "";
   at("count").textContent = `${number(found.length)} of ${number(adapters.length)} adapters${more}`;
-  const focused = at("pool").contains(document.activeElement) ? document.activeElement.value : null;
-  at("pool").replaceChildren(...shown.map(({ id, rank, selected }) => make("tr",
-    id === at("model").value ? { "aria-current": "true" } : {},
+  at("pool").replaceChildren(...shown.map(({ id, rank, selected }) => make("tr", {},
     make("th", { scope: "row" }, make("bdi", { text: id })),
     make("td", { className: "number", text: number(rank) }),
     make("td", { className: "number", text: number(selected) }),
     make("td", { className: "act" }, make("button", { type: "button", value: id, text: "Use", "aria-label": `Use ${id} alone` })))));
-  if (focused !== null) [...at("pool").querySelectorAll("button")].find(({ value }) => value === focused)?.focus();
 }
 
-at("heads").append(...COLUMNS.map(([by, text]) => {
-  const button = make("button", { type: "button", text });
-  button.addEventListener("click", () => {
-    order = { by, down: order.by === by ? !order.down : by !== "id" };
-    showPool();
-  });
-  return make("th", { scope: "col", className: by === "id" ? "" : "number", "data-by": by }, button);
-}), make("th", { scope: "col", className: "act" }, make("span", { className: "unseen", text: "Use" })));
-
 at("pool").addEventListener("click", ({ target }) => {
-  if (!(target instanceof HTMLButtonElement)) return;
-  at("model").value = target.value;
-  showPool();
+  if (target instanceof HTMLButtonElement) at("model").value = target.value;
 });
-at("model").addEventListener("change", showPool);
 at("search").addEventListener("input", showPool);
 at("stop").addEventListener("click", () => running?.abort());
 at("ask").addEventListener("submit", (event) => {
