@@ -1,4 +1,4 @@
-"""Keys and values of rows that join and leave: whatever fails leaves the others as they are, and memory is given back."""
+"""Keys and values of rows that join and leave: what fails harms no other row, and memory is given back."""
 
 from __future__ import annotations
 

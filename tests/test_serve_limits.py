@@ -24,7 +24,7 @@ from logo import LoGo
 from logo.demo import adapters_dir
 from logo.serve import app as app_module
 from logo.serve.app import AppSettings, create_app
-from logo.serve.memory import Memory
+from logo.serve.batching import Memory
 from logo.serve.service import Service
 from serving import endless
 from tolerances import PATIENCE
@@ -69,7 +69,7 @@ def test_more_than_there_is_room_for_are_refused_and_counted(engine: LoGo) -> No
         answer = await client.post("/v1/completions", json={**body, "n": 4})  # waiting would be of no use
         assert answer.status_code == 400 and "at most 6 at a time" in answer.json()["error"]["message"]
         text = (await client.get("/metrics")).text
-        assert failures(text) == {"queue_full": 2.0}
+        assert failures(text) == {"queue_full": 2.0, "invalid": 1.0}
         assert re.search(r'^logo:request_success_total{finished_reason="\w+"} 6.0$', text, re.M)
         assert "logo:num_requests_running 0.0" in text and "logo:kv_tokens_used 0.0" in text
         assert 'logo:adapter_selected_total{adapter="add_numbers"} 6.0' in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from functools import cache
 from typing import Any
@@ -64,15 +63,6 @@ def test_pieces_of_text_in_bytes_are_the_text_up_to_a_stop(words: str, stops: li
     assert "".join(pieces) == cut_at(words, stops)
     assert text.stopped == any(stop in words for stop in stops)
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
-
-
-def test_an_incomplete_character_at_the_end_is_shown_though_the_text_before_it_is_cleaned_up() -> None:
-    """Decoded as a whole, the blank in front of the full stop is gone, which was shown already."""
-    tokenizer = copy.deepcopy(by_bytes())
-    tokenizer.clean_up_tokenization_spaces = True
-    ids = [*tokenizer("a .b")["input_ids"], tokenizer("é")["input_ids"][0]]
-    pieces, _ = shown(tokenizer, [[one] for one in ids], [])
-    assert "".join(pieces) == "a .b\N{REPLACEMENT CHARACTER}"
 
 
 @calm

@@ -36,9 +36,10 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: cluster.Replic
         server.model_name(base_model)  # raises before anything slow happens
         if layout is None:
             return serve_vllm.serve(engine, base_model, server)
-        from logo.serve.running import listening, released
+        from logo.serve.running import listening
 
-        address = released(listening(server.host, server.port))
+        with listening(server.host, server.port) as free:  # another process will listen there
+            address = free.getsockname()[:2]
         several = functools.partial(cluster.serve, engine, base_model, layout, address)
         return serve_vllm.serve(engine, base_model, server, several)
     if layout is not None:
@@ -85,7 +86,7 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: cluster.Replic
 
     from logo.selection.signals import get_signal
     from logo.serve.app import AppSettings
-    from logo.serve.memory import Memory
+    from logo.serve.batching import Memory
     from logo.serve.names import check_pool
     from logo.serve.running import serve as run
     from logo.serve.service import Service

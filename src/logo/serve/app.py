@@ -28,21 +28,11 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from logo.core import FinishReason, Prompt
-from logo.errors import AdapterError, LoGoError, PoolError, Unsure, closest
+from logo.errors import AdapterError, LoGoError, Unsure, closest
 from logo.prompts import MAX_NEW_TOKENS, chat, read
 from logo.serve import bodies
 from logo.serve.batching import Job
-from logo.serve.errors import (
-    ApiError,
-    bad_request,
-    failed,
-    forbidden,
-    model_not_found,
-    not_found,
-    plain,
-    shown,
-    shown_line,
-)
+from logo.serve.errors import ApiError, bad_request, failed, model_not_found, not_found, plain, shown, shown_line
 from logo.serve.guards import PAGE, response
 from logo.serve.logs import request_id
 from logo.serve.metrics import Metrics
@@ -54,12 +44,11 @@ from logo.serve.text import Text
 
 _T = TypeVar("_T")
 _Asking = bodies.CompletionRequest | bodies.ChatRequest | bodies.SelectRequest
+_Route = Callable[[Request], Coroutine[Any, Any, Response]]
 _B = TypeVar("_B", bound=bodies.Body)
 _log = logging.getLogger("logo.serve")
 
-GRACE = 5.0
-"""Seconds that a client has, after the time limit of its request, to read what was generated."""
-
+GRACE = 5.0  # seconds that a client has, after the time limit of its request, to read what was generated
 _LOGGED = 200  # the most tokens of a prompt that are logged
 _LONG = 10_000  # characters that take a few milliseconds to tokenize
 _COMPLETION = 16  # tokens of a completion without 'max_tokens', as in OpenAI's API
@@ -68,27 +57,24 @@ _FILES = Path(__file__).parent / "page"
 
 @dataclass(frozen=True)
 class AppSettings:
-    """The settings of a server's app: the name under which the base model alone answers, the most seconds for a request
-    (None: no limit), the folder from which adapters may be added (None: the pool cannot be changed), and whether
-    prompts are logged."""
+    """The settings of a server's app."""
 
-    base_model: str
-    request_timeout: float | None = 600.0
-    adapter_changes: Path | None = None
+    base_model: str  # the name under which the base model alone answers
+    request_timeout: float | None = 600.0  # the most seconds for a request; None: no limit
+    adapter_changes: Path | None = None  # from which adapters may be added; None: the pool cannot be changed
     log_prompts: bool = False
 
 
 @dataclass(frozen=True)
 class Call:
-    """A request for text with all that answering it needs. Its first choice has this sampling; the seeds of the others
-    are the numbers that follow its. `began` is of `time.perf_counter`, `logged` becomes its line in the log."""
+    """A request for text with all that answering it needs."""
 
     body: bodies.ChatRequest | bodies.CompletionRequest
     prompts: Sequence[Prompt]
     chosen: Sequence[Chosen]
-    sampling: Sampling
-    began: float
-    logged: dict[str, Any]
+    sampling: Sampling  # of the first choice; the seeds of the others are the numbers that follow its
+    began: float  # by `time.perf_counter`
+    logged: dict[str, Any]  # its line in the log
 
 
 class Chunk(NamedTuple):
@@ -116,9 +102,9 @@ def create_app(service: Service, settings: AppSettings) -> Starlette:
     routes: list[Mount | Route] = [
         Route("/", api.page),
         Mount(PAGE.rstrip("/"), StaticFiles(directory=_FILES)),
-        Route("/v1/completions", api.completions, methods=post),
-        Route("/v1/chat/completions", api.chat_completions, methods=post),
-        Route("/v1/logo/select", api.select, methods=post),
+        Route("/v1/completions", api.posted(bodies.CompletionRequest, api.text), methods=post),
+        Route("/v1/chat/completions", api.posted(bodies.ChatRequest, api.text), methods=post),
+        Route("/v1/logo/select", api.posted(bodies.SelectRequest, api.select), methods=post),
         Route("/v1/logo/adapters", api.adapters),
         Route("/v1/models", api.models),
         Route("/v1/models/{name:path}", api.models),
@@ -127,8 +113,9 @@ def create_app(service: Service, settings: AppSettings) -> Starlette:
         Route("/metrics", api.scraped),
     ]
     if settings.adapter_changes is not None:
-        routes.append(Route("/v1/load_lora_adapter", api.load, methods=post))
-        routes.append(Route("/v1/unload_lora_adapter", api.unload, methods=post))
+        load, unload = api.posted(bodies.LoadAdapter, api.load), api.posted(bodies.UnloadAdapter, api.unload)
+        routes.append(Route("/v1/load_lora_adapter", load, methods=post))
+        routes.append(Route("/v1/unload_lora_adapter", unload, methods=post))
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=dict.fromkeys(kinds, api.failed))
 
 
@@ -140,13 +127,32 @@ class _Api:
         self._tokenizer, self._timeout = service.logo.tokenizer, settings.request_timeout
         self._known, self._created = len(service.logo.model.get_input_embeddings().weight), int(time.time())
 
-    # -- reading requests ------------------------------------------------------------------------------------------
+    def posted(self, kind: type[_B], answer: Callable[[Request, _B], Coroutine[Any, Any, Response]]) -> _Route:
+        """A route that answers bodies of this kind, until the client leaves, which cancels the answer."""
 
-    async def _parsed(self, request: Request, kind: type[_B]) -> _B:
-        """The body of a request. It has to be called JSON, which a web page elsewhere cannot send unasked."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise bad_request("expected a JSON object and 'Content-Type: application/json', found another content type")
-        return bodies.checked(kind, bodies.read_json(await request.body()))
+        async def route(request: Request) -> Response:
+            # A web page elsewhere cannot send JSON that is called so without asking first.
+            if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+                raise bad_request("expected a JSON object and 'Content-Type: application/json', found another type")
+            body = bodies.checked(kind, bodies.read_json(await request.body()))
+
+            async def watch() -> None:
+                while (await request.receive())["type"] != "http.disconnect":
+                    pass
+                working.cancel()
+
+            working = asyncio.ensure_future(answer(request, body))
+            watching = asyncio.ensure_future(watch())
+            try:
+                return await working
+            except asyncio.CancelledError:
+                if not watching.done():  # somebody else has cancelled both
+                    raise
+                raise bad_request("the client has left", None, "client_left", 499) from None  # as in nginx's logs
+            finally:
+                watching.cancel()
+
+        return route
 
     def _models(self, request: Request) -> Models:
         """The models that the request's API key may use."""
@@ -193,13 +199,11 @@ class _Api:
             raise bad_request(said, blamed, "context_length_exceeded")
         return asked
 
-    # -- selecting -------------------------------------------------------------------------------------------------
-
     async def _choose(
         self, prompts: Sequence[Prompt], wanted: MixtureRequest, began: float, logged: dict[str, Any]
     ) -> list[Chosen]:
-        """Selects the mixture of each prompt; they are probed together. Errors as `Service.choose`; ApiError: the time
-        is up."""
+        """Selects the mixture of each prompt; they are probed together. ApiError: the time is up; else as
+        `Service.choose`."""
 
         async def choosing() -> list[Chosen | BaseException]:
             # A coroutine, since nobody retrieves the exception of a future of `gather` that is cancelled in `wait_for`.
@@ -220,8 +224,7 @@ class _Api:
         return chosen
 
     def _noted(self, prompt: Prompt, found: Chosen | BaseException) -> dict[str, Any]:
-        """Counts a selection, also one that is too unsure to answer; the entry of the log about it, with a hash of the
-        prompt, by which equal ones are found."""
+        """Counts a selection, also one that is too unsure to answer; the entry of the log about it."""
         if not isinstance(found, (Chosen, Unsure)):
             return {}
         told, mixture = (found.selection, found.selection.mixture) if isinstance(found, Chosen) else (found, {})
@@ -232,8 +235,7 @@ class _Api:
         }
         if told.confidence is not None:
             self.metrics.confidence.observe(told.confidence)
-            unsure = told.confidence < self.service.logo.settings.unsure_below
-            noted |= {"confidence": round(told.confidence, 4), "unsure": unsure}
+            noted["confidence"] = round(told.confidence, 4)
         if self.settings.log_prompts:
             text = self._tokenizer.decode(prompt.probed[:_LOGGED], skip_special_tokens=True)
             noted |= {"prompt": text, "cut": len(prompt.probed) > _LOGGED}
@@ -243,29 +245,18 @@ class _Api:
                 self.metrics.probe.observe(found.probe_ms / 1e3)
         return noted
 
-    # -- answering -------------------------------------------------------------------------------------------------
-
-    async def completions(self, request: Request) -> Response:
-        """Continues prompts, each with the mixture of adapters that it selects."""
-        body = await self._parsed(request, bodies.CompletionRequest)
-        return await _unless_left(request, self._text(request, body, len(body.prompts)))
-
-    async def chat_completions(self, request: Request) -> Response:
-        """Answers a conversation with the mixture of adapters that it selects."""
-        body = await self._parsed(request, bodies.ChatRequest)
-        return await _unless_left(request, self._text(request, body, 1))
-
-    async def _text(
-        self, request: Request, body: bodies.CompletionRequest | bodies.ChatRequest, count: int
-    ) -> Response:
-        began, logged = time.perf_counter(), _logged(request)
+    async def text(self, request: Request, body: bodies.CompletionRequest | bodies.ChatRequest) -> Response:
+        """Continues prompts or answers a conversation, each with the mixture of adapters that it selects."""
+        began, logged = time.perf_counter(), getattr(request.state, "logged", {})
         logged["model"] = plain(body.model)
         wanted = self._models(request).mixture_request(body.model, body.logo)
         with ExitStack() as held:
-            held.enter_context(self.service.admitted(count * body.n))
-            prompts = await (
-                self._conversation(body) if isinstance(body, bodies.ChatRequest) else self._encoded(body.prompts)
-            )
+            if isinstance(body, bodies.ChatRequest):
+                held.enter_context(self.service.admitted(body.n))
+                prompts = await self._conversation(body)
+            else:
+                held.enter_context(self.service.admitted(len(body.prompts) * body.n))
+                prompts = await self._encoded(body.prompts)
             logged["prompt_tokens"] = sum(map(len, prompts))
             sampling = Sampling(self._room(body, prompts), body.temperature, body.top_p, body.seed)
             chosen = await self._choose(prompts, wanted, began, logged)
@@ -277,21 +268,20 @@ class _Api:
             return JSONResponse(await self._whole(call))
 
     async def _chunks(self, call: Call) -> AsyncGenerator[Chunk, None]:
-        """Yields the answers of a request in chunks as they come; ApiError: the time is up. Leaving the loop ends
-        them."""
+        """Yields answers in chunks as they come; ApiError: the time is up. Leaving the loop ends them."""
         seed, left, metrics, logged = call.sampling.seed, self._left(call.began), self.metrics, call.logged
         ways = [replace(call.sampling, seed=None if seed is None else seed + choice) for choice in range(call.body.n)]
         jobs = [Job(p.ids, one, way) for p, one in zip(call.prompts, call.chosen, strict=True) for way in ways]
-        texts = {job: (number, Text(self._tokenizer, call.body.stops)) for number, job in enumerate(jobs)}
+        texts = {job: (number, Text(self._tokenizer, call.body.stop)) for number, job in enumerate(jobs)}
         before = dict.fromkeys(jobs, call.began)  # when the last tokens of each came
         deadline = None if left is None else asyncio.get_running_loop().time() + left
         metrics.prompt_tokens.inc(sum(len(job.prompt) for job in jobs))
         logged["completion_tokens"] = 0
         try:
-            async with aclosing(self.service.generate(jobs, deadline)) as deltas:
-                async for job, delta in deltas:
+            async with aclosing(self.service.generate(jobs, deadline)) as news:
+                async for job, tokens, reason in news:
                     (number, text), now = texts[job], time.perf_counter()
-                    count, shown, reason = text.taken, text.push(delta.tokens), delta.finish_reason
+                    count, shown = text.taken, text.push(tokens)
                     new = text.taken - count
                     logged["completion_tokens"] += new
                     metrics.generation_tokens.inc(new)
@@ -307,7 +297,7 @@ class _Api:
                     if reason is not None:
                         metrics.success.labels(reason).inc()
                         metrics.end_to_end.observe(now - call.began)
-                    yield Chunk(number, shown, delta.tokens[:new], reason)
+                    yield Chunk(number, shown, tokens[:new], reason)
         except TimeoutError:
             raise self._late() from None
 
@@ -331,8 +321,9 @@ class _Api:
                         yield _event({**head, "choices": [_choice(call, chunk)]})
         except Exception as error:
             _log.warning("a stream failed: %s", error, exc_info=error)
-            self._count(error)
-            yield _event(ApiError.of(error, request_id.get()).body())
+            answer = ApiError.of(error, request_id.get())
+            self.metrics.failure.labels(answer.code or "invalid").inc()
+            yield _event(answer.body())
         else:
             if call.body.stream_options.include_usage:
                 yield _event({**head, "choices": [], "usage": _usage(call)})
@@ -345,23 +336,17 @@ class _Api:
     def _late(self) -> ApiError:
         return failed(f"not answered within {self._timeout:g} s, the limit of this server", "timeout", 504)
 
-    async def select(self, request: Request) -> Response:
+    async def select(self, request: Request, body: bodies.SelectRequest) -> Response:
         """Selects the adapters that would answer a prompt, with their weights, the scores of all (none for a forced
         mixture) and the number of the prompt's tokens."""
-        body = await self._parsed(request, bodies.SelectRequest)
-        return await _unless_left(request, self._selected(request, body))
-
-    async def _selected(self, request: Request, body: bodies.SelectRequest) -> Response:
         wanted, began = self._models(request).mixture_request(body.model, body.logo), time.perf_counter()
         with self.service.admitted():
             prompts = await (self._conversation(body) if body.prompt is None else self._encoded([body.prompt]))
             self._room(body, prompts)
-            [one] = await self._choose(prompts, wanted, began, _logged(request))
+            [one] = await self._choose(prompts, wanted, began, getattr(request.state, "logged", {}))
             one.release()
         found = bodies.mixture_reply(one.selection, one.probe_ms, one.queue_ms)
         return JSONResponse({**found, "scores": one.selection.scores, "tokens": len(prompts[0])})
-
-    # -- the pool --------------------------------------------------------------------------------------------------
 
     async def adapters(self, request: Request) -> Response:
         """Lists the adapters of the pool that the API key may use."""
@@ -383,44 +368,29 @@ class _Api:
             raise model_not_found(str(asked), closest(asked, roles))
         return JSONResponse({"object": "list", "data": cards} if asked is None else cards[0])
 
-    async def load(self, request: Request) -> Response:
+    async def load(self, request: Request, body: bodies.LoadAdapter) -> Response:
         """Adds an adapter to the pool, from below the server's folder; if a check fails, nothing changes."""
-        body = await self._parsed(request, bodies.LoadAdapter)
         folder = _inside(self.settings.adapter_changes or Path(), body.lora_path)
         self._models(request).check_new(body.lora_name, replace=body.load_inplace)
         try:
             await self.service.add(folder, body.lora_name, replace=body.load_inplace)
         except AdapterError as error:
-            if error.name != body.lora_name:  # another adapter of the pool
-                raise
             raise bad_request(shown_line(str(error)), "lora_path") from error
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    async def unload(self, request: Request) -> Response:
+    async def unload(self, request: Request, body: bodies.UnloadAdapter) -> Response:
         """Removes an adapter from the pool; requests that have selected it are still answered with it."""
-        body = await self._parsed(request, bodies.UnloadAdapter)
         self._models(request).check_there(body.lora_name)
-        try:
-            await self.service.remove(body.lora_name)
-        except PoolError as error:  # another request removed it meanwhile
-            raise not_found(str(error), "lora_name") from error
+        await self.service.remove(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
-
-    # -- the server itself -----------------------------------------------------------------------------------------
 
     async def failed(self, request: Request, error: Exception) -> Response:
         """The answer to any exception. One that is unexpected is raised again, so that it is logged."""
         if isinstance(error, HTTPException):
             error.detail += f": {request.method} {shown(request.scope['path'])}"
         else:
-            self._count(error)
+            self.metrics.failure.labels(ApiError.of(error).code or "invalid").inc()
         return response(error)
-
-    def _count(self, error: Exception) -> None:
-        """Counts a request that failed, by the code of the error; what the client did wrong is no failure."""
-        answer = ApiError.of(error)
-        if answer.status > 404 or isinstance(error, Unsure):
-            self.metrics.failure.labels(answer.code).inc()
 
     async def page(self, request: Request) -> Response:
         """The page, which asks for a key itself."""
@@ -437,10 +407,8 @@ class _Api:
 
 
 class Streamed(StreamingResponse):
-    """Sends events; everything that the request holds is released when they end in any way.
-
-    They also end if the client does not read them, `GRACE` seconds after the time that is `left`.
-    """
+    """Sends events; what the request holds is released when they end in any way, as also if the client does not read
+    them, `GRACE` seconds after the time that is `left`."""
 
     def __init__(self, events: AsyncGenerator[bytes, None], held: ExitStack, left: float | None) -> None:
         self._events, self._held, self._limit = events, held, None if left is None else left + GRACE
@@ -456,29 +424,6 @@ class Streamed(StreamingResponse):
                     _log.warning("a stream was ended, since its client does not read it")
 
 
-def _logged(request: Request) -> dict[str, Any]:
-    return getattr(request.state, "logged", {})
-
-
-async def _unless_left(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """Runs `work`, and cancels it if the client disconnects meanwhile, which raises an ApiError."""
-
-    async def left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(left())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            return tasks[0].result()  # type: ignore[return-value]
-        raise bad_request("the client has left", None, "client_left", 499)  # as in nginx's logs
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 async def _beside(size: int, work: Callable[[], _T]) -> _T:
     """Runs `work`, in a thread for long texts, so that other requests are answered meanwhile."""
     return await asyncio.to_thread(work) if size > _LONG else work()
@@ -492,14 +437,11 @@ def _inside(root: Path, path: str) -> Path:
     except (OSError, RuntimeError, ValueError):  # too long a path, or links in a circle
         raise bad_request(f"lora_path: expected a path, found {shown(path)}", "lora_path") from None
     if not found.is_relative_to(root.resolve()):
-        expected = "expected a folder inside the one this server was given"
-        raise forbidden(f"lora_path: {expected}, found {shown(path)}", "lora_path")
+        said = f"lora_path: expected a folder inside the one this server was given, found {shown(path)}"
+        raise bad_request(said, "lora_path", "forbidden", 403)
     if not is_folder:
         raise not_found(f"lora_path: expected a folder, found none at {shown(path)}", "lora_path")
     return found
-
-
-# -- OpenAI's objects ----------------------------------------------------------------------------------------------
 
 
 def _head(call: Call) -> dict[str, Any]:

@@ -1,9 +1,4 @@
-"""`BatchedCache`: the keys and values of sequences that are decoded together, which join and leave at any step.
-
-One tensor per layer, (rows, heads, columns, size). Every row ends in the same column, so that a step of all of them is
-a plain batch that is padded on the left. The tensors are copied only when they have to grow, or when too many columns
-in front are padding.
-"""
+"""`BatchedCache`: the keys and values of sequences that are decoded together, which join and leave at any step."""
 
 from __future__ import annotations
 
@@ -39,17 +34,12 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
 
 
 class BatchedCache:
-    """See above; whatever fails for want of memory leaves the rows as they were.
-
-    Args:
-        cache: of the model, whose layers have its shapes.
-
-    Attributes:
-        columns: how many columns are filled, padding included; whoever has computed a step adds one.
-    """
+    """One tensor per layer, (rows, heads, columns, size), of the shapes of `cache`. Every row ends in the same column:
+    a step of all of them is a plain batch that is padded on the left. The tensors are copied only when they have to
+    grow, or too many columns in front are padding; where memory is short, the rows stay as they were."""
 
     def __init__(self, cache: DynamicCache) -> None:
-        self.columns = 0
+        self.columns = 0  # that are filled, padding included; whoever has computed a step adds one
         self._starts: list[int] = []  # the first column of each row that is no padding
         self._layers = [(one.keys[:0, :, :0].clone(), one.values[:0, :, :0].clone()) for one in cache.layers]
         self._seen: dict[tuple[int, int], Cache] = {}

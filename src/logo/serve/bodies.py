@@ -8,24 +8,23 @@ refused by name (`UNSUPPORTED`); any other unknown one is kept in `model_extra`,
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from logo.adapters.adapter import Adapter
 from logo.core import Selection, Weighting
 from logo.serve.errors import bad_request, plain
 
-MAX_PROMPTS = 64
-
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]  # above any vocabulary and context
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Tokens = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 Several = Field(min_length=1, fail_fast=True)
-StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+StopTexts = tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...]
 
 
 def read_json(raw: bytes) -> Any:
@@ -65,9 +64,9 @@ def checked(kind: type[_B], body: Any) -> _B:
     worst = max(errors, key=lambda one: (len(one["loc"]), [step for step in one["loc"] if isinstance(step, int)]))
     place, path = body, ""
     for step in (*worst["loc"], *filter(None, [worst.get("ctx", {}).get("field")])):
-        if isinstance(step, int):
+        if isinstance(step, int) and isinstance(place, list):
             path += f"[{step}]"
-            place = place[step] if isinstance(place, list) and step < len(place) else None
+            place = place[step] if step < len(place) else None
         elif isinstance(place, dict) and (step in place or worst["type"] == "missing"):
             path += f".{plain(step)}" if path else plain(step)
             place = place.get(step)
@@ -78,9 +77,6 @@ def checked(kind: type[_B], body: Any) -> _B:
 def _refused(message: str, field: str | None = None) -> PydanticCustomError:
     """A validation error about the checked object or one `field` of it."""
     return PydanticCustomError("logo", "{message}", {"message": message, "field": field})
-
-
-# -- requests ------------------------------------------------------------------------------------------------------
 
 
 class LogoOptions(Body):
@@ -144,15 +140,12 @@ class Message(Body):
         return {**(self.model_extra or {}), "role": self.role, "content": text}
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
-
-
 class SelectRequest(ModelRequest):
     """Body of `POST /v1/logo/select`: one prompt, or one conversation."""
 
     model: str = "logo"
     prompt: str | Tokens | None = None
-    messages: Messages | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -219,7 +212,8 @@ class _Generation(ModelRequest):
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     n: Annotated[int, Field(ge=1, le=16)] = 1
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    # The texts before which an answer ends.
+    stop: Annotated[StopTexts, Field(max_length=4), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)] = ()
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = False
@@ -233,11 +227,6 @@ class _Generation(ModelRequest):
                 raise _refused("not supported by this server; use --engine vllm, or leave it out", name)
         return self
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The texts before which an answer ends."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
 
 class CompletionRequest(_Generation):
     """Body of `POST /v1/completions`; `prompt` is a text, several, the token ids of one, or of several."""
@@ -247,8 +236,8 @@ class CompletionRequest(_Generation):
 
     @model_validator(mode="after")
     def _not_too_many(self) -> CompletionRequest:
-        if len(self.prompts) > MAX_PROMPTS:
-            raise _refused(f"expected at most {MAX_PROMPTS} prompts, found {len(self.prompts)}", "prompt")
+        if len(self.prompts) > 64:
+            raise _refused(f"expected at most 64 prompts, found {len(self.prompts)}", "prompt")
         return self
 
     @property
@@ -261,13 +250,10 @@ class CompletionRequest(_Generation):
 class ChatRequest(_Generation):
     """Body of `POST /v1/chat/completions`; `max_tokens` is `max_completion_tokens` by its old name."""
 
-    messages: Messages
+    messages: Annotated[list[Message], Field(min_length=1)]
     chat_template_kwargs: dict[str, Any] | None = None
     max_completion_tokens: Count | None = None
     add_special_tokens: Literal[False] = False  # a template writes them itself
-
-
-# -- replies -------------------------------------------------------------------------------------------------------
 
 
 def mixture_reply(selection: Selection, probe_ms: float, queue_ms: float) -> dict[str, Any]:
@@ -284,8 +270,7 @@ def mixture_reply(selection: Selection, probe_ms: float, queue_ms: float) -> dic
 
 
 def adapter_card(adapter: Adapter) -> dict[str, Any]:
-    """What users see of an adapter: the largest rank of its modules, its parameters, modules and bytes, and the last
-    parts of the names of its modules, each once (`targets`). Reads the size of its file."""
+    """What users see of an adapter; `targets` are the last parts of the names of its modules. Reads its file's size."""
     return {
         "id": adapter.name,
         "rank": max(adapter.ranks),
@@ -297,10 +282,10 @@ def adapter_card(adapter: Adapter) -> dict[str, Any]:
 
 
 def adapter_list(
-    base: str, k: int, signals: Sequence[str], cards: Iterable[Mapping[str, Any]], selected: Mapping[str, int]
+    base: str, k: int, signals: Sequence[str], cards: Iterable[Mapping[str, Any]], selected: Counter[str]
 ) -> dict[str, Any]:
     """Answer of `GET /v1/logo/adapters`: the cards of adapters with how often each was `selected` since the server
     started, and the signals that requests may ask for, the usual one first."""
-    data = [{**card, "selected": selected.get(card["id"], 0)} for card in cards]
+    data = [{**card, "selected": selected[card["id"]]} for card in cards]
     about = {"base_model": base, "default_k": k, "signal": signals[0], "signals": list(signals)}
     return {"object": "list", **about, "data": data}

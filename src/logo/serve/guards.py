@@ -33,18 +33,14 @@ from logo.serve.names import Patterns
 
 _log, _access = logging.getLogger("logo.serve"), logging.getLogger("logo.access")
 
-PAGE = "/page/"
-"""Where the page's files are. They and `OPEN_PATHS` need no key: what a browser loads before it can ask for one."""
-OPEN_PATHS = ("/", "/health", "/ready")
-
-WHOLE_POOL = ("/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-"""What a key that is bound to some adapters may not use."""
-
-PROBES = ("/health", "/ready", "/metrics")
-"""Machines request these every few seconds; successes are logged at level debug."""
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
+PAGE = "/page/"  # where the page's files are
+# Need no key, as the page's files: what a browser loads before it can ask for one.
+_OPEN = ("/", "/health", "/ready")
+# What a key that is bound to some adapters may not use.
+_WHOLE_POOL = ("/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+# Machines request these every few seconds; successes are logged at level debug.
+_PROBES = ("/health", "/ready", "/metrics")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # They keep browsers from guessing types, leaking addresses and running foreign scripts.
 _HEADERS = {
     "Content-Security-Policy": (
@@ -118,13 +114,9 @@ def response(error: BaseException) -> Response:
 
 
 class Observed:
-    """Gives every request an id, a line in the log, and an answer if nothing else has given one.
-
-    The id is the client's `X-Request-Id` if that is valid, else a new one; it is in the response and in all log records
-    of the request. Routes may set fields of the line in `request.state.logged` at any time before the answer ends. A
-    client that hung up before is marked `disconnected`, an answer that broke off otherwise `incomplete`: then the
-    connection is closed, so that the client notices. Websockets are refused, since no route has them.
-    """
+    """Gives every request an id (the client's `X-Request-Id` if that is valid), a line in the log, whose fields routes
+    set in `request.state.logged`, and an answer if nothing else has given one. A client that hung up is marked
+    `disconnected`, an answer that broke off otherwise `incomplete`: its connection is closed, so that it is noticed."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -167,28 +159,26 @@ class Observed:
             fields = {"method": plain(scope["method"]), "path": path, "status": status, "ms": took, **logged}
             if gone or not ended:
                 fields["disconnected" if gone else "incomplete"] = True
-            level = logging.DEBUG if path in PROBES and status < 400 else logging.INFO
+            level = logging.DEBUG if path in _PROBES and status < 400 else logging.INFO
             _access.log(level, "%s %s %s", fields["method"], path, status, extra={"fields": fields})
             request_id.reset(token)
 
 
 class Access:
     """Refuses requests for other hosts, changes that a web page of another origin asks for, and requests without a key.
-
-    Routes find the adapters to which the key is bound in `request.state.adapters` (None: all).
-    """
+    Routes find the adapters to which the key is bound in `request.state.adapters` (None: all)."""
 
     def __init__(self, app: ASGIApp, settings: GuardSettings) -> None:
         self.app = app
         guarded = is_loopback(settings.host) or settings.allow_hosts
-        self._hosts = {_host(name) for name in (*LOOPBACK, settings.host, *settings.allow_hosts)} if guarded else None
+        self._hosts = {_host(name) for name in (*_LOOPBACK, settings.host, *settings.allow_hosts)} if guarded else None
         self._allowed = {_host(name) for name in settings.allow_hosts}
         self._origins = frozenset(settings.cors_origins)
         # A key in both is bound.
         every = {**dict.fromkeys(settings.api_keys, None), **settings.key_adapters}
         # Digests, which are of equal length, so that comparing does not reveal the lengths of keys.
         self._keys = [(hashlib.sha256(key.encode()).digest(), patterns) for key, patterns in every.items()]
-        self._open = frozenset((*OPEN_PATHS, *(("/metrics",) if settings.open_metrics else ())))
+        self._open = frozenset((*_OPEN, *(("/metrics",) if settings.open_metrics else ())))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -219,7 +209,7 @@ class Access:
             found = "another" if len(given) == 1 else "none"
             said = f"expected a valid API key as 'Authorization: Bearer KEY', found {found}"
             raise bad_request(said, None, "invalid_api_key", 401, {"WWW-Authenticate": "Bearer"})
-        if known[0] is not None and path in WHOLE_POOL:
+        if known[0] is not None and path in _WHOLE_POOL:
             raise forbidden("this API key is bound to some adapters and may not use a route of the whole pool")
         return known[0]
 
@@ -231,12 +221,8 @@ class Access:
 
 
 class BodyLimit:
-    """Answers 413 to bodies above a limit, as an `ApiError` that the app gets while it reads: at once if the length is
-    announced, else when the limit is passed.
-
-    What the client still sends is read for a short while first: to close the connection under a client that sends would
-    reset it, and the client would lose the answer.
-    """
+    """Answers 413 to bodies above a limit, as an `ApiError` that the app gets while it reads. What the client still
+    sends is read first, within limits: to close the connection under it would reset it, and lose the answer."""
 
     QUIET, THROWN_AWAY = 1.0, 64 * 2**20  # seconds without data, bytes
 
@@ -252,19 +238,16 @@ class BodyLimit:
             message = await receive() if seen <= self.limit else {"more_body": True}
             seen += len(message.get("body", b""))
             if seen > self.limit:
-                await self._thrown_away(message, receive)
+                thrown_away = 0
+                with suppress(asyncio.TimeoutError):  # not the built-in TimeoutError before Python 3.11
+                    while message.get("more_body", False) and thrown_away < self.THROWN_AWAY:
+                        message = await asyncio.wait_for(receive(), self.QUIET)
+                        thrown_away += max(1, len(message.get("body", b"")))
                 said = f"expected a body of at most {self.limit} bytes, found more"
                 raise bad_request(said, None, "request_too_large", 413, {"Connection": "close"})
             return message
 
         await self.app(scope, counted, send)
-
-    async def _thrown_away(self, message: Message, receive: Receive) -> None:
-        size = 0
-        with suppress(asyncio.TimeoutError):  # not the built-in TimeoutError before Python 3.11
-            while message.get("more_body", False) and size < self.THROWN_AWAY:
-                message = await asyncio.wait_for(receive(), self.QUIET)
-                size += max(1, len(message.get("body", b"")))
 
 
 def _host(header: str) -> str:

@@ -13,8 +13,8 @@ from contextvars import ContextVar
 from datetime import datetime, timezone
 from typing import Any
 
+# The request that is being answered; None outside of any.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""The request that is being answered; None outside of any."""
 
 
 class RequestIds(logging.Filter):

@@ -27,10 +27,8 @@ class Metrics(Collector):
         of = self.registry
         self.prompt_tokens = Counter("logo:prompt_tokens", "Prompt tokens that were read.", registry=of)
         self.generation_tokens = Counter("logo:generation_tokens", "Tokens that were generated.", registry=of)
-        ended = "Answers that ended, by reason."
-        self.success = Counter("logo:request_success", ended, ["finished_reason"], registry=of)
-        failed = "Answers that did not end, by the code of the error."
-        self.failure = Counter("logo:request_failure", failed, ["reason"], registry=of)
+        self.success = Counter("logo:request_success", "Answers that ended.", ["finished_reason"], registry=of)
+        self.failure = Counter("logo:request_failure", "Requests that failed, by code.", ["reason"], registry=of)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...] = _SHORT) -> Histogram:
             return Histogram(f"logo:{name}", text, buckets=buckets, registry=of)
@@ -39,8 +37,7 @@ class Metrics(Collector):
         self.inter_token = histogram("inter_token_latency_seconds", "Between the tokens of an answer.")
         self.end_to_end = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _LONG)
         self.probe = histogram("probe_seconds", "Probing, together with others.")
-        sure = "The probability that the pool holds an adapter made for the prompt."
-        self.confidence = histogram("selection_confidence", sure, _TENTHS)
+        self.confidence = histogram("selection_confidence", "That the pool has an adapter for the prompt.", _TENTHS)
         batching, adapters = service.batching, service.logo.adapter_cache
         for name, text, value in (
             ("num_requests_running", "Answers that are being generated.", lambda: batching.running),
@@ -48,7 +45,6 @@ class Metrics(Collector):
             ("kv_tokens_used", "Tokens whose keys and values are in memory.", lambda: batching.kv_tokens[0]),
             ("kv_tokens", "The most tokens whose keys and values may be.", lambda: batching.kv_tokens[1]),
             ("adapter_bytes", "Memory of adapters.", lambda: adapters.bytes),
-            ("prefix_missed", "Tokens of prompts that had to be read twice.", lambda: batching.missed),
         ):
             Gauge(f"logo:{name}", text, registry=of).set_function(value)
         of.register(self)
@@ -58,5 +54,5 @@ class Metrics(Collector):
         """How often each adapter of the pool was selected."""
         found = CounterMetricFamily("logo:adapter_selected", "Answers an adapter had a part in.", labels=["adapter"])
         for name in list(self._service.adapters):
-            found.add_metric([name], self._service.selected.get(name, 0))
+            found.add_metric([name], self._service.selected[name])
         yield found

@@ -21,14 +21,9 @@ from logo.errors import StorageError, UsageError, closest
 from logo.serve.bodies import LogoOptions, Name
 from logo.serve.errors import bad_request, model_not_found, not_found, shown
 
-AUTO = "logo"
-"""The model name for which the prompt selects the adapters."""
-
-Patterns = tuple[str, ...]
-"""Names of adapters, or patterns of them such as `team-a/*`."""
-
-_NAMES = Annotated[list[Name], Field(min_length=1)]
-_KEYS = TypeAdapter(Annotated[dict[str, _NAMES], Field(min_length=1)])
+AUTO = "logo"  # the model for which the prompt selects the adapters
+Patterns = tuple[str, ...]  # names of adapters, or patterns of them such as `team-a/*`
+_KEYS = TypeAdapter(Annotated[dict[str, Annotated[list[Name], Field(min_length=1)]], Field(min_length=1)])
 
 
 @dataclass(frozen=True)
@@ -53,13 +48,12 @@ def check_pool(base: str, adapters: Collection[str]) -> None:
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a request: the name of the base model alone, the adapters and the signals that it may use, and the
-    adapters to which its API key is bound (None: the whole pool)."""
+    """The models that a request may use."""
 
-    base: str
+    base: str  # the name of the base model alone
     adapters: Collection[str]
     signals: Collection[str]
-    patterns: Patterns | None = None
+    patterns: Patterns | None = None  # the adapters to which its API key is bound; None: the whole pool
 
     def mixture_request(self, model: str, options: LogoOptions | None) -> MixtureRequest:
         """The mixture that a model's name and the field `logo` request; ApiError: there is no such model or adapter, or

@@ -22,16 +22,11 @@ from logo.mixing.mixer import Mixture
 class Chosen:
     """The mixture of one prompt. Its adapters are held, so that the prompt is answered with them even if the pool
     changes, until `release` is called (or the garbage collector does it); they are loaded once `loaded` has returned.
-
-    Attributes:
-        mixture: the adapters that act on the prompt, which are in `hold` in this order; from which position on.
-        end: the number of tokens before any adapter of the pool acts, which the base model alone reads.
-        queue_ms, probe_ms: see `logo.serve.bodies.mixture_reply`.
-    """
+    For the times see `logo.serve.bodies.mixture_reply`."""
 
     selection: Selection
-    mixture: Mixture
-    end: int
+    mixture: Mixture  # of the adapters that act on the prompt, which are in `hold` in this order
+    end: int  # the number of tokens before any adapter of the pool acts, which the base model alone reads
     queue_ms: float
     probe_ms: float
     hold: Hold

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import signal
 import socket
@@ -19,9 +18,6 @@ from logo.serve.guards import GuardSettings, guard
 
 if TYPE_CHECKING:
     from logo.serve.service import Service
-
-# Seconds between the signal and the end of listening.
-_FAREWELL = 1.0
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -45,13 +41,6 @@ def address_of(taken: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def released(taken: socket.socket) -> tuple[str, int]:
-    """Host and port of a socket, which is closed, so that another process can listen there."""
-    host, port = taken.getsockname()[:2]
-    taken.close()
-    return host, port
-
-
 class Server(uvicorn.Server):
     """uvicorn's server, which drains the service before it ends, and calls `started` when requests are accepted."""
 
@@ -64,13 +53,6 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._started()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuses new requests with 503 for a moment, then stops listening; without that moment, a kept connection
-        could be reset while the client sends its next request."""
-        if not self.force_exit:
-            await asyncio.sleep(_FAREWELL)
-        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A second signal ends the server at once."""

@@ -1,8 +1,7 @@
 """Draws the next token of every sequence of a step, for all of them in the same few calls.
 
-A sequence's tokens depend on its own seed and not on the other sequences of its steps: the noise of its n-th draw comes
-from a generator that is seeded with the sequence's seed and n. Drawing changes no state, so that a step that is
-computed again draws the same tokens (if the sequence has a seed).
+The noise of a sequence's n-th draw comes from a generator that is seeded with its own seed and n, so that its tokens do
+not depend on the other sequences, and a step that is computed again draws the same.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,13 +27,13 @@ from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.mixing.mixer import Mixture
 from logo.selection.selector import forced, known
-from logo.serve.batching import STOPPED, Batching, Delta, Job
+from logo.serve.batching import STOPPED, Batching, Job, Memory, News
 from logo.serve.bodies import adapter_card
 from logo.serve.errors import ApiError, NotReady
-from logo.serve.memory import Memory
 from logo.serve.names import MixtureRequest, Patterns, usable
 from logo.serve.packed import Chosen
 
+_PROBED = 16  # the most prompts of a probe
 _log = logging.getLogger("logo.serve")
 
 
@@ -55,38 +55,24 @@ class Service:
             order of prompts.
         signals: further signals that requests may ask for; PoolError: adapters that one of them cannot score.
         max_queue: answers that may wait beside the running ones.
-        probe_batch: prompts per probe.
-
-    Attributes:
-        adapters: the cards of the adapters that requests may use now, by name; replaced as a whole.
-        selected: number of answers in which each adapter took part.
-        draining: whether new requests are refused.
-        signals: those that requests may ask for, the engine's own first.
     """
 
-    def __init__(
-        self, logo: LoGo, memory: Memory, *, signals: Sequence[str] = (), max_queue: int = 256, probe_batch: int = 16
-    ) -> None:
+    def __init__(self, logo: LoGo, memory: Memory, *, signals: Sequence[str] = (), max_queue: int = 256) -> None:
         if logo.probe_context != "base":
             why = "a server probes prompts together and in any order"
             raise UsageError(f"probe_context {logo.probe_context!r}: {why}; use 'base'")
         shared = logo.prefix_cache if logo.fitted.read_once else None
         self.logo = logo
         self.batching = Batching(logo.model, logo.adapter_cache, memory, logo.prompts.context, shared)
-        self._room, self._open, self._probe_batch = memory.concurrent + max_queue, 0, probe_batch
-        self.signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))
+        self._room, self._open = memory.concurrent + max_queue, 0
+        self.signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))  # the engine's own first
         for signal in self.signals:
-            try:
-                logo.calibrate(signal)
-            except PoolError as error:
-                raise PoolError(f"signal {signal!r}: {error}") from error
+            logo.calibrate(signal)
         self._worker = ThreadPoolExecutor(1, "logo-select")
         self._line: deque[_Waiting] = deque()  # two threads may use its two ends
-        self.draining = False
-        self.selected: dict[str, int] = {}
-        self.adapters = {one.name: adapter_card(one) for one in logo.fitted}
-
-    # -- life ------------------------------------------------------------------------------------------------------
+        self.draining = False  # new requests are refused
+        self.selected = Counter[str]()  # answers in which each adapter took part
+        self.adapters = {one.name: adapter_card(one) for one in logo.fitted}  # replaced as a whole
 
     async def close(self) -> None:
         """Ends everything; requests in flight fail."""
@@ -126,8 +112,6 @@ class Service:
         finally:
             self._open -= count
 
-    # -- selecting and generating ----------------------------------------------------------------------------------
-
     async def choose(self, prompt: Prompt, wanted: MixtureRequest) -> Chosen:
         """The mixture for a prompt, with its adapters loaded; LoGoError: an adapter or signal that does not exist, a
         weight or k that cannot be used, an adapter that cannot be read, no room for it."""
@@ -138,21 +122,20 @@ class Service:
         await chosen.loaded()  # here, so that nobody else waits for adapters that are not loaded yet
         return chosen
 
-    def generate(self, jobs: Sequence[Job], deadline: float | None = None) -> AsyncGenerator[tuple[Job, Delta], None]:
+    def generate(self, jobs: Sequence[Job], deadline: float | None = None) -> AsyncGenerator[News, None]:
         """See `Batching.generate`."""
-        for name in (name for job in jobs for name in job.chosen.selection.adapters):
-            self.selected[name] = self.selected.get(name, 0) + 1
+        self.selected.update(name for job in jobs for name in job.chosen.selection.adapters)
         return self.batching.generate(jobs, deadline)
 
     def _choose(self) -> None:
         """Takes requests that wait and selects for all of them together; runs in the thread that selects."""
-        batch, found = self._taken(self._probe_batch), dict[_Waiting, Selection | Exception]()
+        batch, found = self._taken(_PROBED), dict[_Waiting, Selection | Exception]()
         began = time.perf_counter()
         if any(one.wanted.adapters is None for one, _ in batch):
             try:
                 with self.batching.paused():
                     # Requests that came while the step before this pause was computed share its probe.
-                    batch += self._taken(self._probe_batch - len(batch))
+                    batch += self._taken(_PROBED - len(batch))
                     began = time.perf_counter()
                     rows = [(one, call) for one, call in batch if one.wanted.adapters is None]
                     made = self._probed([one.prompt for one, _ in rows], [call for _, call in rows])
@@ -200,14 +183,12 @@ class Service:
     def _probed(self, rows: list[Prompt], asked: list[Options]) -> list[Selection | Exception]:
         """The selection of each prompt, or the error that it failed with. Generation is paused meanwhile."""
         try:
-            return [*self.logo.outcomes(rows, asked, self._probe_batch)]
+            return [*self.logo.outcomes(rows, asked, _PROBED)]
         except Exception as error:
             if len(rows) == 1:
                 return [error]
         # One prompt that cannot be scored must not make the others fail, so each is scored alone.
         return [found for row, one in zip(rows, asked, strict=True) for found in self._probed([row], [one])]
-
-    # -- the pool --------------------------------------------------------------------------------------------------
 
     async def add(self, folder: Path, name: str, *, replace: bool = False) -> None:
         """Opens an adapter folder and adds it to the pool, or replaces the adapter of this name; after a LoGoError, as

@@ -14,12 +14,8 @@ _INCOMPLETE = "�"  # bytes of an incomplete character decode to it
 
 
 class Text:
-    """The text of one answer in pieces, which together are the decoded answer, cut at a stop text.
-
-    Args:
-        tokenizer: special tokens are left out.
-        stops: the text ends before the first of these, which may hold special tokens.
-    """
+    """The text of one answer in pieces, which together are the decoded answer without special tokens, up to the first
+    of the `stops`, which may hold special tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops, self._text = tokenizer, bool(stops), StopTexts(stops)
