@@ -362,7 +362,7 @@ class _Api:
         cards = []
         for name in roles if asked is None else {asked} & roles.keys():
             root, parent = (name, known.base) if roles[name] == "adapter" else (known.base, None)
-            own = {"root": root, "parent": parent, "permission": [], "logo": {"role": roles[name]}}
+            own: dict[str, Any] = {"root": root, "parent": parent, "permission": [], "logo": {"role": roles[name]}}
             cards.append({"id": name, **about, **own})
         if not cards:
             raise model_not_found(str(asked), closest(asked, roles))

@@ -84,7 +84,7 @@ class Plan:
         config = text_config(model)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return max(1, (self.kv - shared) // (2 * config.num_hidden_layers * heads * size * dtype.itemsize))
+        return max(1, int((self.kv - shared) // (2 * config.num_hidden_layers * heads * size * dtype.itemsize)))
 
     @property
     def line(self) -> str:
@@ -405,7 +405,7 @@ class Batching:
         self._news = []
         if events and self._loop is not None:
             with suppress(RuntimeError):  # it has ended, and nobody listens
-                self._loop.call_soon_threadsafe(lambda: [event.set() for event in events])
+                self._loop.call_soon_threadsafe(lambda: list(map(asyncio.Event.set, events)))
 
     def _fail(self, job: Job, error: Exception) -> None:
         """Ends an answer that cannot be generated."""

@@ -235,7 +235,7 @@ class BodyLimit:
 
         async def counted() -> Message:
             nonlocal seen
-            message = await receive() if seen <= self.limit else {"more_body": True}
+            message: Message = await receive() if seen <= self.limit else {"more_body": True}
             seen += len(message.get("body", b""))
             if seen > self.limit:
                 thrown_away = 0

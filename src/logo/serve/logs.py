@@ -52,8 +52,7 @@ class JsonLines(logging.Formatter):
 
 
 def configure(log_json: bool) -> None:
-    """Sends the lines of this package, uvicorn and asyncio to stderr, as JSON objects or as text. Give uvicorn
-    `log_config=None, access_log=False`."""
+    """Sends the lines of this package, uvicorn (without a log of its own) and asyncio to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(RequestIds())
     handler.setFormatter(JsonLines() if log_json else Lines("%(asctime)s %(levelname)s %(request_id)s %(message)s"))
