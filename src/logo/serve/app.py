@@ -350,8 +350,8 @@ class _Api:
 
     async def adapters(self, request: Request) -> Response:
         """Lists the adapters of the pool that the API key may use."""
-        service, known = self.service, self._models(request)
-        cards = [card for name, card in service.adapters.items() if name in known.adapters]
+        service, known, all_cards = self.service, self._models(request), self.service.adapters
+        cards = [all_cards[name] for name in known.adapters if name in all_cards]
         return JSONResponse(bodies.adapter_list(known.base, service.logo.k, service.signals, cards, service.selected))
 
     async def models(self, request: Request) -> Response:

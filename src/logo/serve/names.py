@@ -123,7 +123,7 @@ def read_key_adapters(file: Path) -> dict[str, Patterns]:
     return {key: tuple(names) for key, names in found.items()}
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def usable(names: tuple[str, ...], patterns: Patterns) -> tuple[str, ...]:
     """The names that match the patterns."""
     return tuple(name for name in names if any(name == one or fnmatchcase(name, one) for one in patterns))
