@@ -179,6 +179,10 @@ def test_an_adapter_that_cannot_be_loaded_fails_alone() -> None:
 
         found = await asyncio.gather(answer("a"), answer("b"), answer("a"), answer("c"), return_exceptions=True)
         assert [str(one) for one in found] == ["a cannot be read", "b", "a cannot be read", "c"]
+        # Whoever wants one that is loaded beside it has to have it all the same.
+        found = await asyncio.gather(answer("ad"), answer("d"), return_exceptions=True)
+        assert [str(one) for one in found] == ["a cannot be read", "d"]
+        assert "d" in loaded.slots.values()
         loaded.bad = set()
         assert await answer("a") == "a"
         with pytest.raises(UsageError, match="this mixture has 3 adapters, and vLLM has 2 slots"):

@@ -11,7 +11,7 @@ import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from logo.errors import UsageError
 
@@ -20,9 +20,9 @@ _PASSES = 32
 
 
 @dataclass(eq=False)
-class _Waiting:
+class _Asked:
     keys: frozenset[str]
-    admitted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    admitted: asyncio.Future[None]
     passed: int = 0
 
 
@@ -40,7 +40,7 @@ class Slots:
         self._slot_of: OrderedDict[str, int] = OrderedDict()  # key -> slot, the latest used last
         self._users: Counter[str] = Counter()  # answers in progress of each adapter
         self._loading: dict[str, asyncio.Task[None]] = {}
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[_Asked] = []
 
     @asynccontextmanager
     async def held(self, keys: Collection[str]) -> AsyncIterator[None]:
@@ -51,23 +51,16 @@ class Slots:
             LoGoError: one cannot be loaded.
         """
         self.check(keys)
-        wanted = frozenset(keys)
-        if self._waiting or not self._fits(wanted):
-            entry = _Waiting(wanted)
-            self._waiting.append(entry)
-            try:
-                await entry.admitted
-            except asyncio.CancelledError:
-                self._left(entry)
-                raise
-        else:
-            self._admit(wanted)
+        asked = _Asked(frozenset(keys), asyncio.get_running_loop().create_future())
+        self._waiting.append(asked)
+        self._serve()
         try:
-            while some := [self._loading[key] for key in wanted if key in self._loading]:
-                await asyncio.shield(asyncio.gather(*some))
+            await asked.admitted
+            await self._filled(asked.keys)
             yield
         finally:
-            self._users -= Counter(wanted)
+            if not asked.admitted.cancelled():  # else its client has left while it waited
+                self._users -= Counter(asked.keys)
             self._serve()
 
     def check(self, keys: Collection[str]) -> None:
@@ -78,12 +71,41 @@ class Slots:
                 f"k, or start vLLM with --max-loras {len(keys)} or more"
             )
 
+    def _serve(self) -> None:
+        """Admits those that wait, as far as there is room."""
+        self._waiting = [one for one in self._waiting if not one.admitted.done()]
+        while self._waiting and self._fits(self._waiting[0].keys):
+            self._admit(self._waiting[0])
+        for one in self._waiting[1:]:
+            first = self._waiting[0]
+            if first.passed >= _PASSES:
+                break
+            if one.keys <= self._users.keys():
+                first.passed += 1
+                self._admit(one)
+
     def _fits(self, keys: frozenset[str]) -> bool:
         return len(keys | self._users.keys() | self._loading.keys()) <= self.count
 
-    def _admit(self, keys: frozenset[str]) -> None:
-        """Gives slots to adapters that have none, and begins to load these."""
-        self._users.update(keys)
+    def _admit(self, asked: _Asked) -> None:
+        self._waiting.remove(asked)
+        self._users.update(asked.keys)
+        asked.admitted.set_result(None)
+
+    async def _filled(self, keys: frozenset[str]) -> None:
+        """Waits until these adapters, which were admitted, are in slots. Where others load one of them beside an
+        adapter that cannot be loaded, it is loaded again."""
+        while True:
+            own = self._begun(keys)
+            some = {self._loading[key] for key in keys if key in self._loading}
+            if not some:
+                return
+            await asyncio.wait(some)
+            if own is not None:
+                own.result()  # raises its error
+
+    def _begun(self, keys: frozenset[str]) -> asyncio.Task[None] | None:
+        """Gives slots to adapters that have none, and begins to load these; None: all of them have slots."""
         new = []
         for key in sorted(keys):
             if key in self._slot_of:
@@ -95,9 +117,11 @@ class Slots:
                 self._free.append(self._slot_of.pop(oldest))
             self._slot_of[key] = self._free.pop()
             new.append(key)
-        if new:
-            task = asyncio.create_task(self._fill(new))
-            self._loading |= dict.fromkeys(new, task)
+        if not new:
+            return None
+        task = asyncio.create_task(self._fill(new))
+        self._loading |= dict.fromkeys(new, task)
+        return task
 
     async def _fill(self, keys: list[str]) -> None:
         try:
@@ -109,29 +133,3 @@ class Slots:
             for key in keys:
                 del self._loading[key]
             self._serve()  # whoever asked for these may have left
-
-    def _serve(self) -> None:
-        """Admits those that wait, as far as there is room."""
-        while self._waiting and self._fits(self._waiting[0].keys):
-            self._take(self._waiting[0])
-        for entry in self._waiting[1:]:
-            first = self._waiting[0]
-            if first.passed >= _PASSES:
-                break
-            if entry.keys <= self._users.keys():
-                first.passed += 1
-                self._take(entry)
-
-    def _take(self, entry: _Waiting) -> None:
-        self._waiting.remove(entry)
-        if not entry.admitted.done():
-            self._admit(entry.keys)
-            entry.admitted.set_result(None)
-
-    def _left(self, entry: _Waiting) -> None:
-        """A client has left while its mixture waited, or just when it was admitted."""
-        if entry in self._waiting:
-            self._waiting.remove(entry)
-        elif entry.admitted.done() and not entry.admitted.cancelled():
-            self._users -= Counter(entry.keys)
-        self._serve()
