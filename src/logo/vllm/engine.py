@@ -173,13 +173,17 @@ class Engine:
     async def _opened(self, pool: AdapterPool, signals: Sequence[str] | None) -> Served:
         opened = {}
         for signal in scoring_signals(self.options, self.skeleton, pool) if signals is None else signals:
-            texts, keys = list[list[int]](), list[str]()
+            texts, keys, fresh = list[list[int]](), list[str](), False
             while True:
-                told = await self.call("logo_signal", pool.digest, signal, texts, keys)
-                texts = next((one["texts"] for one in told if one["texts"]), [])
-                if not texts:
+                told = await self.call("logo_signal", pool.digest, signal, texts, keys, fresh)
+                asked = [(one["texts"], one["points"]) for one in told]
+                apart = any(one != asked[0] for one in asked)  # caches of ranks differ, and all have to run together
+                if apart and fresh:
+                    raise ModelError("vLLM's workers want to read different texts: give all of them the same files")
+                fresh, texts = apart, [] if apart else asked[0][0]
+                if not texts and not apart:
                     break
-                keys = await self._probe(pool.digest, "", texts, [None] * len(texts))
+                keys = await self._probe(pool.digest, "", texts, [None] * len(texts)) if texts else []
             opened[signal] = Opened.of(signal, self.options.settings.reading(pool, signal), told[0])
         return Served(pool, opened)
 

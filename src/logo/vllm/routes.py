@@ -3,7 +3,7 @@
     vLLM's request class -> the prompts' texts -> Selection -> vLLM's serving object -> the reply, with the field `logo`
 
 vLLM authenticates, parses, renders, generates and streams. A route chooses the mixture of each prompt, and lets vLLM's
-own serving object answer through an engine client that adds the `LoRARequest` of the prompt (`_Mixing`).
+own serving object answer through an engine client that adds the `LoRARequest` of the prompt (`Mixing`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +124,7 @@ class _Online:
         return outputs[-1]
 
 
-class _Mixing:
+class Mixing:
     """vLLM's engine client for one request, whose prompts have these mixtures."""
 
     def __init__(self, client: Any, engine: Engine, mixes: Sequence[Mix]) -> None:
@@ -138,13 +139,15 @@ class _Mixing:
         async with self._engine.held([self._mixes[number]]) as [lora]:
             kwargs["lora_request"] = lora
             begun = False
-            async for output in self._client.generate(prompt, params, request_id, *args, **kwargs):
-                # vLLM draws token 0 where logits are NaN, which may be a good token, too.
-                begins = lora is not None and not begun and any(one.token_ids for one in output.outputs)
-                if begins and any(one.token_ids[:1] == [0] for one in output.outputs):
-                    await self._check(prompt, request_id, lora)
-                begun = begun or begins
-                yield output
+            # vLLM has to hear that a client has left before others get its slots, where it would go on to compute.
+            async with aclosing(self._client.generate(prompt, params, request_id, *args, **kwargs)) as outputs:
+                async for output in outputs:
+                    # vLLM draws token 0 where logits are NaN, which may be a good token, too.
+                    begins = lora is not None and not begun and any(one.token_ids for one in output.outputs)
+                    if begins and any(one.token_ids[:1] == [0] for one in output.outputs):
+                        await self._check(prompt, request_id, lora)
+                    begun = begun or begins
+                    yield output
 
     async def _check(self, prompt: Any, request_id: str, lora: Any) -> None:
         """Raises ApiError if the logits behind a prompt are NaN."""
@@ -258,7 +261,7 @@ class Logo:
         found = checked(ModelRequest, {"model": asked, "logo": extra.get("logo"), **misplaced})
         chosen, mixes = await self.choose(asked, found.logo, rows)
         own = copy.copy(handler)
-        own.engine_client = _Mixing(handler.engine_client, self.engine, mixes)
+        own.engine_client = Mixing(handler.engine_client, self.engine, mixes)
         own.models = copy.copy(handler.models)
         own.models.model_name = lambda lora_request=None: asked
         request.model = self.base

@@ -1,8 +1,7 @@
 """LoGo in one worker of vLLM: which rows of a step are probed, which mixtures others have, and the adapters in slots.
 
 vLLM calls it before every step (`logo.vllm.patches`). The process that talks to the engine calls it between steps, by
-`collective_rpc` and the methods of `Extension`. It decides nothing: that process says which adapter goes into which
-slot, which pool a probe is scored by, and when a pool is no longer needed.
+the methods of `Extension`, and decides which adapter goes into which slot and when a pool is no longer needed.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look
 
 # The ids that this worker gives to requests begin here, behind those that vLLM itself uses to warm up.
 _FIRST = 2**20
-# Adapters that are remembered, those of all pools that are in use among them.
+# How many adapters are remembered that the latest pool does not have: mixtures with them may still wait for slots.
 _REMEMBERED = 4096
 
 
@@ -68,17 +67,7 @@ class _Request:
 
 
 class _TextsNeeded(Exception):
-    """Hidden vectors are missing, so that the model has to run texts first.
-
-    Attributes:
-        points: where the texts are read.
-        rows: the texts to run, as token ids.
-        signal: how they are read.
-    """
-
-    def __init__(self, points: Sequence[Point], rows: Sequence[Sequence[int]], signal: Signal) -> None:
-        super().__init__()
-        self.points, self.rows, self.signal = tuple(points), rows, signal
+    """The model has to run texts first, the argument `(token ids, names of the points where they are read)`."""
 
 
 class Worker:
@@ -94,19 +83,17 @@ class Worker:
         model_config, lora = vllm_config.model_config, vllm_config.lora_config
         self._options, self._manager, self._dtype = options, manager, lora.lora_dtype
         self._skeleton = skeleton(model_config.model, model_config.dtype, model_config.revision)
-        self._layout = BaseLayout.of(self._skeleton)
         pool = pool_of(options, self._skeleton)
         self._pools: dict[str, AdapterPool] = {pool.digest: pool}
-        # By key, also of pools that nobody selects from any more: a mixture may still wait for a slot.
-        self._known: OrderedDict[str, Adapter] = OrderedDict((adapter.key, adapter) for adapter in pool)
+        self._known: OrderedDict[str, Adapter] = OrderedDict()  # by key, those of the latest pool last
+        self._remember(pool)
         self._scorers: dict[tuple[str, str], Scorer] = {}  # by digest of the pool, and signal
         tokens, requests = manager.max_num_batched_tokens, manager.max_num_seqs
         # Compiled layers keep the slices and the taps that they were compiled with; a changed pool may need others.
         self._compiled = is_compiled(vllm_config)
-        sizes = (tokens + 7, max(tokens, requests), lora.max_loras)
-        self._gates = StepGates(
-            *sizes, manager.device, self._dtype, eager=manager.device.type == "cpu" and not self._compiled
-        )
+        eager = manager.device.type == "cpu" and not self._compiled
+        sizes = tokens + 7, max(tokens, requests), lora.max_loras
+        self._gates = StepGates(*sizes, manager.device, self._dtype, eager=eager)
         self.taps = Taps(self._place_of, manager.device)
         self._numbers = itertools.count(_FIRST)
         self._requests: dict[str, _Request] = {}  # by vLLM's id of the request
@@ -308,25 +295,37 @@ class Worker:
             raise UsageError(f"this pool is probed at {where}, which the server cannot read: restart it with this pool")
         self._check_layers(pool)
         self._pools[pool.digest] = pool
-        self._known |= {adapter.key: adapter for adapter in pool}
-        while len(self._known) > max(_REMEMBERED, len(pool)):
-            self._known.popitem(last=False)
+        self._remember(pool)
         return pool.digest
 
-    def signal(self, digest: str, signal: str, texts: Sequence[Sequence[int]], keys: Sequence[str]) -> dict[str, Any]:
+    def _remember(self, pool: AdapterPool) -> None:
+        for adapter in pool:
+            self._known[adapter.key] = adapter
+            self._known.move_to_end(adapter.key)
+        while len(self._known) > len(pool) + _REMEMBERED:
+            self._known.popitem(last=False)
+
+    def signal(
+        self, digest: str, signal: str, texts: Sequence[Sequence[int]], keys: Sequence[str], fresh: bool
+    ) -> dict[str, Any]:
         """Opens the scorer of a signal for one of the pools, or says which texts the model has to run before.
 
         A calibration needs the hidden vectors of texts, and a worker cannot start forward passes of its own. So this is
         called again and again, with the texts that the last call returned and the keys of the probes that ran them. The
         first texts are those of the calibration, then the example prompts of adapters.
 
+        Args:
+            fresh: whether to read all texts anew, since other workers lack what this one may have stored.
+
         Returns:
-            `texts`: the texts to run next, as token ids, often none; without any, what other processes need to know of
-            the scorer (`logo.vllm.engine.Opened`).
+            `texts` and `points`: the texts to run next, as token ids, and where they are read; without any, where the
+            scorer reads, and its `selector` (`logo.vllm.engine.Opened`).
 
         Raises:
             ModelError: a text was not read whole.
         """
+        if fresh:
+            self._store, self._kept = Store(None), {}
         for text, vectors in zip(texts, self.taps.end_calibration(keys), strict=True):
             self._kept.setdefault(tuple(text), {}).update(vectors)
         before = self._scorers.get((digest, signal)) or next(
@@ -337,8 +336,8 @@ class Worker:
         try:
             scorer = Scorer.open(*given, run=self._vectors, **how)
         except _TextsNeeded as needed:
-            self.taps.start_calibration(needed.points, needed.signal)
-            return {"texts": [list(row) for row in needed.rows]}
+            [(rows, points)] = needed.args
+            return {"texts": rows, "points": points}
         except BaseException:
             self._kept = {}
             raise
@@ -365,8 +364,8 @@ class Worker:
         self.taps.score(self._scorers)
 
     def _note_used(self) -> None:
-        """Tells the layers on which of their slices any pool acts; they keep multiplying all (None) if compiled."""
-        touched = {module for pool in self._pools.values() for adapter in pool for module in adapter.modules}
+        """Tells the layers on which of their slices adapters act; they keep multiplying all (None) if compiled."""
+        touched = {module for adapter in self._known.values() for module in adapter.modules}
         for path, layer in self._adapters.modules.items():
             parts = self._adapters.packed_modules.get(path, [path])
             known = not self._compiled and getattr(layer, "n_slices", 0) == len(parts)
@@ -378,13 +377,13 @@ class Worker:
         rows = [self._kept.get(tuple(row), {}) for row in texts.rows]
         places = [self._place_of(point, signal.input) for point in points]
         if any(place not in row for row in rows for place in places):
-            raise _TextsNeeded(points, texts.rows, signal)
+            self.taps.start_calibration(points, signal)
+            raise _TextsNeeded(([list(row) for row in texts.rows], [point.name for point in points]))
         acted = None
         if signal.token == "tail":  # whether adapters act on each token that is read
-            acts = [
-                torch.arange(int(len(row) > 1), len(row)) >= earliest(signal.activations, row) for row in texts.rows
-            ]
-            acted = torch.cat(acts)
+            begins = [earliest(signal.activations, row) for row in texts.rows]
+            acts = [torch.arange(int(len(row) > 1), len(row)) for row in texts.rows]
+            acted = torch.cat([read >= begin for read, begin in zip(acts, begins, strict=True)])
         found = {}
         for place in dict.fromkeys(places):
             parts = [row[place].mean(dim=0, keepdim=True) if signal.token == "mean" else row[place] for row in rows]
