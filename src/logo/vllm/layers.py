@@ -27,26 +27,22 @@ _BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 _OPERATOR = "logo::tap"
 
 # Operators take only tensors, numbers and strings, so they find taps by their index in this list.
-_TAPS: list[tuple[Taps, Gather | None]] = []
+_TAPS: list[_Tap] = []
 
 
 @torch.library.custom_op(_OPERATOR, mutates_args=("seen",))
-def tap(entering: Tensor, seen: Tensor, number: int, place: str) -> None:
-    """Calls `Taps.tap`, if something is read at the place in the current step.
+def tap(entering: Tensor, seen: Tensor, number: int) -> None:
+    """Reads what enters a place (rows, d), if something is read there in the current step.
 
     Args:
-        entering: (rows, d), what enters the place.
         seen: (1,), declared to be changed, since a compiler removes code without a visible effect.
         number: index in `_TAPS`.
-        place: as `Taps.tap`.
     """
-    taps, gather = _TAPS[number]
-    if taps.active(place):
-        taps.tap(place, entering, gather)
+    _TAPS[number].read(lambda: entering)
 
 
 @tap.register_fake
-def _(entering: Tensor, seen: Tensor, number: int, place: str) -> None:
+def _(entering: Tensor, seen: Tensor, number: int) -> None:
     return None
 
 
@@ -133,7 +129,7 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         """Does nothing, since pools with adapters of embeddings are refused when they are opened."""
 
     def add_shrink(self, *args: Any, **kwargs: Any) -> None:
-        """Part of vLLM's interface; no layer that `multiplied` lets through calls it, so this raises ModelError."""
+        """Raises ModelError; no layer that `multiplied` lets through calls it."""
         raise ModelError("LoGo multiplies both factors of an adapter in one call, and this layer asks for one of them")
 
     add_expand = apply_lora_full_linear = add_shrink
@@ -158,19 +154,23 @@ class _Tap:
     Args:
         place: path in the model.
         taps: read the hidden vectors.
-        gather: joins the parts of the input that the ranks hold; None: each rank holds all of it.
         device: where the model runs.
+        gather: joins the parts of the input that the ranks hold; None: each rank holds all of it.
     """
 
-    def __init__(self, place: str, taps: Taps, gather: Gather | None, device: torch.device) -> None:
+    def __init__(self, place: str, taps: Taps, device: torch.device, gather: Gather | None = None) -> None:
         self._place, self._taps, self._gather, self._number = place, taps, gather, len(_TAPS)
         self._seen = torch.zeros(1, device=device)
-        _TAPS.append((taps, gather))
+        _TAPS.append(self)
 
     def __call__(self, entering: Callable[[], Tensor]) -> None:
         if torch.compiler.is_compiling():
-            tap(entering(), self._seen, self._number, self._place)
-        elif self._taps.active(self._place):
+            tap(entering(), self._seen, self._number)
+        else:
+            self.read(entering)
+
+    def read(self, entering: Callable[[], Tensor]) -> None:
+        if self._taps.active(self._place):
             self._taps.tap(self._place, entering(), self._gather)
 
 
@@ -187,8 +187,7 @@ class Tapped:
     """
 
     def __init__(self, inner: Any, place: str, taps: Taps, gather: Gather | None, read: bool) -> None:
-        self._inner, self._read = inner, read
-        self._tap = _Tap(place, taps, gather, inner.device)
+        self._inner, self._read, self._tap = inner, read, _Tap(place, taps, inner.device, gather)
         self.used: tuple[bool, ...] | None = None
 
     def add_lora_linear(self, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -201,14 +200,14 @@ class Tapped:
         return getattr(self._inner, name)
 
 
-class Residual:
-    """A hook before a decoder layer: the tap of the residual stream that enters it; arguments as `_Tap`."""
+def tap_residual(layer: nn.Module, place: str, taps: Taps, device: torch.device) -> None:
+    """Puts a tap before a decoder layer, of the residual stream that enters it; arguments as `_Tap`."""
+    tapped = _Tap(place, taps, device)
 
-    def __init__(self, place: str, taps: Taps, device: torch.device) -> None:
-        self._tap = _Tap(place, taps, None, device)
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """vLLM gives its decoder layers `(positions, hidden_states, residual)`."""
+    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # vLLM gives its decoder layers these three.
         given = {**dict(zip(("positions", "hidden_states", "residual"), args, strict=False)), **kwargs}
         hidden, residual = given["hidden_states"], given.get("residual")
-        self._tap(lambda: hidden if residual is None else hidden + residual)
+        tapped(lambda: hidden if residual is None else hidden + residual)
+
+    layer.register_forward_pre_hook(before, with_kwargs=True)

@@ -32,12 +32,12 @@ from logo.selection.scorer import Scorer
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 from logo.vllm.gates import Rows, StepGates, turned
-from logo.vllm.layers import GatedWrapper, Residual, Tapped, is_compiled, multiplied, split
+from logo.vllm.layers import GatedWrapper, Tapped, is_compiled, multiplied, split, tap_residual
 from logo.vllm.options import VllmOptions
 from logo.vllm.pool import pool_of, scoring_signals
 from logo.vllm.requests import NAME, Mix, Probe, parse
 from logo.vllm.skeleton import skeleton
-from logo.vllm.taps import Span, Taps
+from logo.vllm.taps import Span, Taps, TextReader
 
 log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look like theirs
 
@@ -67,7 +67,7 @@ class _Request:
 
 
 class _TextsNeeded(Exception):
-    """The model has to run texts first, the argument `(token ids, names of the points where they are read)`."""
+    """The model has to run texts first. The arguments say how they are read, and are their token ids."""
 
 
 class Worker:
@@ -87,7 +87,6 @@ class Worker:
         self._pools: dict[str, AdapterPool] = {pool.digest: pool}
         self._known: OrderedDict[str, Adapter] = OrderedDict()  # by key, those of the latest pool last
         self._remember(pool)
-        self._scorers: dict[tuple[str, str], Scorer] = {}  # by digest of the pool, and signal
         tokens, requests = manager.max_num_batched_tokens, manager.max_num_seqs
         # Compiled layers keep the slices and the taps that they were compiled with; a changed pool may need others.
         self._compiled = is_compiled(vllm_config)
@@ -150,7 +149,7 @@ class Worker:
             except AttributeError:
                 found = type(model).__name__
                 raise ModelError(f"vLLM's {found} has no layer {path}, which is probed: use another signal") from None
-            layer.register_forward_pre_hook(Residual(path, self.taps, device), with_kwargs=True)
+            tap_residual(layer, path, self.taps, device)
 
     def _check_layers(self, pool: AdapterPool) -> None:
         for adapter in pool:
@@ -326,24 +325,26 @@ class Worker:
         """
         if fresh:
             self._store, self._kept = Store(None), {}
-        for text, vectors in zip(texts, self.taps.end_calibration(keys), strict=True):
+        for text, (key, vectors) in zip(texts, self.taps.take(keys).items(), strict=True):
+            if not isinstance(vectors, dict):
+                raise ModelError(f"calibration text {key}: {vectors}")
             self._kept.setdefault(tuple(text), {}).update(vectors)
-        before = self._scorers.get((digest, signal)) or next(
-            (one for (_, name), one in reversed(self._scorers.items()) if name == signal), None
-        )
+        scorers: Any = {which: one for which, one in self.taps.readers.items() if which[1]}
+        earlier = (one for (_, name), one in reversed(scorers.items()) if name == signal)
+        before = scorers.get((digest, signal)) or next(earlier, None)
         given = self._skeleton, self._pools[digest], self._options.settings, signal, self._prompts.texts
         how: dict[str, Any] = {"device": self._manager.device, "before": before, "store": self._store}
         try:
             scorer = Scorer.open(*given, run=self._vectors, **how)
         except _TextsNeeded as needed:
-            [(rows, points)] = needed.args
-            return {"texts": rows, "points": points}
+            read, rows = needed.args
+            self.taps.read_by({**scorers, (digest, ""): read})
+            return {"texts": [list(row) for row in rows], "points": [point.name for point in read.points]}
         except BaseException:
             self._kept = {}
             raise
         self._kept = {}
-        self._scorers[digest, signal] = scorer
-        self.taps.score(self._scorers)
+        self.taps.read_by({**scorers, (digest, signal): scorer})
         self._note_used()
         points = [point.name for point in scorer.points]
         return {"texts": [], "points": points, "selector": asdict(scorer.selector)}
@@ -351,7 +352,7 @@ class Worker:
     def expected(self, digest: str, signal: str) -> tuple[list[int], list[float]] | None:
         """The first text of the calibration, as token ids, and the scores of the adapters that its responses give; None
         for a signal without a calibration."""
-        scorer = self._scorers[digest, signal]
+        scorer: Any = self.taps.readers[digest, signal]
         if scorer.calibration is None or scorer.reading is None:
             return None
         [text, *_] = scorer.reading.texts.neutral
@@ -360,8 +361,7 @@ class Worker:
     def drop(self, digest: str) -> None:
         """Forgets a pool that nobody selects from any more; its adapters stay in their slots until these are needed."""
         self._pools.pop(digest, None)
-        self._scorers = {which: one for which, one in self._scorers.items() if which[0] != digest}
-        self.taps.score(self._scorers)
+        self.taps.read_by({which: one for which, one in self.taps.readers.items() if which[0] != digest})
 
     def _note_used(self) -> None:
         """Tells the layers on which of their slices adapters act; they keep multiplying all (None) if compiled."""
@@ -377,8 +377,7 @@ class Worker:
         rows = [self._kept.get(tuple(row), {}) for row in texts.rows]
         places = [self._place_of(point, signal.input) for point in points]
         if any(place not in row for row in rows for place in places):
-            self.taps.start_calibration(points, signal)
-            raise _TextsNeeded(([list(row) for row in texts.rows], [point.name for point in points]))
+            raise _TextsNeeded(TextReader(tuple(points), signal), texts.rows)
         acted = None
         if signal.token == "tail":  # whether adapters act on each token that is read
             begins = [earliest(signal.activations, row) for row in texts.rows]
