@@ -19,9 +19,9 @@ from logo.adapters.activation import EVERYWHERE, Activation
 from logo.adapters.pool import open_pool
 from logo.errors import LoGoError, UsageError
 from logo.vllm import patches
-from logo.vllm.gates import Rows, StepGates, gated, turned
+from logo.vllm.gates import StepGates, gated, turned
 from logo.vllm.options import OPTIONS, POOL, VllmOptions
-from logo.vllm.pool import check_rank, rank_of, slots_of, targets_of
+from logo.vllm.pool import rank_of, slots_of, targets_of
 from logo.vllm.requests import Mix, Probe, parse
 from logo.vllm.slots import Slots
 
@@ -63,7 +63,7 @@ def test_every_token_gets_its_own_mixture(counts: list[int], slots: int, rank: i
     for number, count in enumerate(counts):
         if number % 3:
             gate[at : at + count] = torch.rand(count, slots) * (torch.rand(count, slots) > 0.5)
-            rows.append(Rows(at, gate[at : at + count].clone()))
+            rows.append((at, gate[at : at + count].clone()))
         at += count
     gates = StepGates(128, 16, slots, CPU, torch.float32, eager=True)
     gates.write(rows, ())
@@ -81,7 +81,7 @@ def test_an_adapter_that_overflows_spoils_no_other_row() -> None:
     a, b = factors(2, 2, 4, 4)
     a[1] = torch.inf
     gates = StepGates(8, 8, 2, CPU, torch.float32, eager=True)
-    gates.write([Rows(0, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))], ())
+    gates.write([(0, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))], ())
     y = torch.zeros(2, 4)
     for group in gates.groups:
         group.add(y, torch.ones(2, 4), a, b)
@@ -222,7 +222,7 @@ def test_slots_follow_from_the_pool() -> None:
     pool = open_pool(None, "demo")  # 16 adapters of rank 8
     assert (slots_of(pool, 3), rank_of(pool), targets_of(pool)) == (16, 8, ("q_proj", "v_proj"))
     with pytest.raises(UsageError, match="adapter 'add_numbers' has rank 8: pass --max-lora-rank 8 or more"):
-        check_rank(pool, 4)
+        rank_of(pool, 4)
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------

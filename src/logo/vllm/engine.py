@@ -24,7 +24,7 @@ from logo.selection.texts import windowed
 from logo.vllm import plugin
 from logo.vllm.launch import EXTENSION
 from logo.vllm.patches import options_of
-from logo.vllm.pool import check_rank, pool_of, scoring_signals
+from logo.vllm.pool import pool_of, rank_of, scoring_signals
 from logo.vllm.requests import Mix, Probe, lora_request
 from logo.vllm.skeleton import skeleton
 from logo.vllm.slots import Slots
@@ -138,7 +138,7 @@ class Engine:
             signals: those that are opened; None: all that the options name and that can score the pool.
         """
         pool = self.served.pool
-        check_rank(pool, self._lora.max_lora_rank)
+        rank_of(pool, self._lora.max_lora_rank)
         self.served = await self._opened(pool, signals)
 
     async def change(self, kind: str, name: str, folder: str = "") -> None:
@@ -154,7 +154,7 @@ class Engine:
         async with self._changing:
             before = self.served.pool
             pool = await asyncio.to_thread(pool_of, self.options, self.skeleton, before, change)
-            check_rank(pool, self._lora.max_lora_rank)
+            rank_of(pool, self._lora.max_lora_rank)
             self._coming = pool.digest
             try:
                 for number, digest in enumerate(await self.call("logo_pool", before.digest, list(change))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
@@ -10,6 +11,8 @@ from typing import Any, get_args
 from logo.adapters.sources import OnBadAdapter
 from logo.errors import UsageError, closest
 from logo.selection.settings import SelectionSettings
+
+log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look like theirs
 
 # Environment variables: one with the pool, and one with all other options as JSON.
 POOL, OPTIONS = "LOGO_POOL", "LOGO_OPTIONS"
@@ -57,16 +60,13 @@ class VllmOptions:
         Raises:
             UsageError: an option that does not exist or cannot be used.
         """
-        given: dict[str, Any] = {}
-        if environment.get(OPTIONS):
-            given |= json_object(environment[OPTIONS], OPTIONS)
+        given: dict[str, Any] = json_object(environment[OPTIONS], OPTIONS) if environment.get(OPTIONS) else {}
         if environment.get(POOL):
             given["pool"] = environment[POOL]
-        inside = (additional or {}).get("logo")
-        if inside is not None:
-            if not isinstance(inside, Mapping):
-                raise UsageError(f"additional_config: expected 'logo' to be an object, found {type(inside).__name__}")
-            given |= inside
+        inside = (additional or {}).get("logo") or {}
+        if not isinstance(inside, Mapping):
+            raise UsageError(f"additional_config: expected 'logo' to be an object, found {type(inside).__name__}")
+        given |= inside
         if not given:
             return None
         own = {f.name for f in fields(cls)} - {"settings"}
@@ -78,10 +78,11 @@ class VllmOptions:
             raise UsageError(f"LoGo needs a pool: set {POOL} to a folder of adapters or a Hub repository")
         settings = SelectionSettings.of(**{name: value for name, value in given.items() if name not in own})
         options = {name: value for name, value in given.items() if name in own}
-        if (how := options.get("on_bad_adapter", "error")) not in get_args(OnBadAdapter):
-            raise UsageError(f"on_bad_adapter: expected one of {', '.join(get_args(OnBadAdapter))}, found {how!r}")
-        if not isinstance(options.get("adapter_changes", False), bool):
-            raise UsageError(f"adapter_changes: expected true or false, found {options['adapter_changes']!r}")
+        for name, fine in (("on_bad_adapter", get_args(OnBadAdapter)), ("adapter_changes", (True, False))):
+            if options.get(name, fine[0]) not in fine:
+                raise UsageError(
+                    f"{name}: expected one of {', '.join(map(str, fine)).lower()}, found {options[name]!r}"
+                )
         options |= {name: tuple(options[name]) for name in ("signals", "hosts", "origins") if name in options}
         made = cls(settings=settings, **options)
         for signal in made.all_signals:
@@ -95,15 +96,10 @@ class VllmOptions:
 
 
 def affecting_answers(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `vllm.LLM` that can change an answer by more than rounding.
-
-    Those in `_NO_MATTER` cannot, nor can LoGo's own options for vLLM's processes.
-    """
+    """The arguments of `vllm.LLM` that can change an answer by more than rounding, without LoGo's own options."""
     counted = {name: value for name, value in given.items() if name not in _NO_MATTER}
-    additional = {
-        name: value for name, value in (counted.pop("additional_config", None) or {}).items() if name != "logo"
-    }
-    return counted | ({"additional_config": additional} if additional else {})
+    others = {name: value for name, value in (counted.pop("additional_config", None) or {}).items() if name != "logo"}
+    return counted | ({"additional_config": others} if others else {})
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-import logging
 import math
 import os
 import time
@@ -54,12 +53,10 @@ from logo.serve.guards import Access, GuardSettings
 from logo.serve.names import AUTO, Models
 from logo.vllm.engine import Engine, Served
 from logo.vllm.metrics import Counts
-from logo.vllm.options import VllmOptions
+from logo.vllm.options import VllmOptions, log
 from logo.vllm.pool import head_adapter
 from logo.vllm.requests import Mix
 from logo.vllm.selftest import check
-
-log = logging.getLogger("vllm.logo")
 
 NOT_FINITE = (
     "the model's logits are NaN, so nothing can be generated from them: an adapter, or the base model, is too large "

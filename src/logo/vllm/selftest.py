@@ -7,8 +7,6 @@ base model answers; and an adapter has to change the answer.
 
 from __future__ import annotations
 
-from typing import Any
-
 from logo.core import Selection
 from logo.errors import ModelError
 from logo.vllm.engine import Engine
@@ -41,16 +39,16 @@ async def check(engine: Engine) -> None:
     async with engine.held([engine.mix(served, Selection.forced({name: 1.0}))]) as [lora]:
         outputs = await engine.run([(text, once, one) for one in (None, silent, lora)])
     await engine.call("logo_scores", ["selftest"])
-    base, probe, mixed = (_logprobs(output) for output in outputs)
-    if probe.keys() != base.keys() or not max(abs(base[token] - probe[token]) for token in base) <= _NOISE:
+    said = ({token: one.logprob for token, one in output.outputs[0].logprobs[0].items()} for output in outputs)
+    base, probe, mixed = said
+
+    def within(found: dict[int, float], most: float) -> bool:
+        return found.keys() == base.keys() and max(abs(base[token] - found[token]) for token in base) <= most
+
+    if not within(probe, _NOISE):
         raise _changed("a probe is not answered as by the base model")
-    same = mixed.keys() == base.keys() and max(abs(base[token] - mixed[token]) for token in base) <= _EFFECT
-    if same and sizes.get(name, 1.0) > 0:
+    if within(mixed, _EFFECT) and sizes.get(name, 1.0) > 0:
         raise _changed(f"adapter {name!r} does not change the answer")
-
-
-def _logprobs(output: Any) -> dict[int, float]:
-    return {token: one.logprob for token, one in output.outputs[0].logprobs[0].items()}
 
 
 def _changed(what: str) -> ModelError:

@@ -30,13 +30,13 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
-    """A causal LM on the meta device. Each parameter has a function `read`, which reads it from the checkpoint, a
-    `sample` of its values, and the type `stored` there; if the checkpoint lacks its name, there is no sample and no
-    type, and `read` returns an empty tensor. The model then has a digest `others` of what the checkpoint has instead.
+    """A causal LM on the meta device, in the dtype that the engine computes in. Each parameter has a function `read`,
+    which reads it from the checkpoint, a `sample` of its values, and the type `stored` there; if the checkpoint lacks
+    its name, there is no sample and no type, and `read` returns an empty tensor. The model then has a digest `others`
+    of what the checkpoint has instead.
 
     Args:
         source: a folder, or a Hub repository whose files were fetched before.
-        dtype: what the engine computes in.
 
     Raises:
         ModelError: transformers does not know the model, or its files cannot be read.
@@ -55,8 +55,7 @@ def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> Pr
         if name in samples:
             file, sample, tensor.stored = samples[name]
             kind = dtype if tensor.is_floating_point() else tensor.dtype
-            tensor.sample = sample.to(kind).float()
-            tensor.read = functools.partial(_tensor, file, name, kind)
+            tensor.sample, tensor.read = sample.to(kind).float(), functools.partial(_tensor, file, name, kind)
     if names - samples.keys():
         model.others = _others(Path(folder), {name: one for name, one in samples.items() if name not in names})
     return model

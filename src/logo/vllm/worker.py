@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from logo.adapters.activation import earliest
 from logo.adapters.adapter import Adapter
-from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
 from logo.errors import LoGoError, ModelError, UsageError
 from logo.files import Store, cache_folder
@@ -31,15 +29,13 @@ from logo.selection.points import Point, plan
 from logo.selection.scorer import Scorer
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
-from logo.vllm.gates import Rows, StepGates, turned
+from logo.vllm.gates import StepGates, turned
 from logo.vllm.layers import GatedWrapper, Tapped, is_compiled, multiplied, split, tap_residual
-from logo.vllm.options import VllmOptions
+from logo.vllm.options import VllmOptions, log
 from logo.vllm.pool import pool_of, scoring_signals
 from logo.vllm.requests import NAME, Mix, Probe, parse
 from logo.vllm.skeleton import skeleton
 from logo.vllm.taps import Span, Taps, TextReader
-
-log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look like theirs
 
 # The ids that this worker gives to requests begin here, behind those that vLLM itself uses to warm up.
 _FIRST = 2**20
@@ -234,9 +230,9 @@ class Worker:
                 if start >= settled:
                     found.settled = gate[:1]  # its adapters stay in their slots while it runs
             gate = gate.expand(count, -1)
-            tokens.append(Rows(row, gate))
+            tokens.append((row, gate))
             if len(last):  # more than one only where tokens were guessed
-                sampled.append(Rows(int(last[0]), gate[-1:].expand(len(last), -1)))
+                sampled.append((int(last[0]), gate[-1:].expand(len(last), -1)))
         self._gates.write(tokens, sampled)
         try:
             self.taps.begin(spans)
