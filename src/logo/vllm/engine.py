@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from logo import errors
 from logo.adapters.pool import AdapterPool
 from logo.core import Options, ProbeText, Selection
 from logo.errors import LoGoError, ModelError, NotFinite, PoolError, UsageError
@@ -53,29 +54,13 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Opened:
-    """What is known outside of vLLM's workers of the scorer of a signal there.
+    """What is known outside of vLLM's workers of the scorer of a signal there, which see `logo.selection.scorer`."""
 
-    Attributes:
-        name: of the signal.
-        signal: how prompts are read.
-        points: where prompts are read.
-        selector: makes selections from its scores.
-        calibration: none, since the workers have it.
-    """
-
-    name: str
+    name: str  # of the signal
     signal: Signal
     points: tuple[str, ...]
     selector: Selector
-    calibration: None = None
-
-    @classmethod
-    def of(cls, name: str, signal: Signal, told: Mapping[str, Any]) -> Opened:
-        """From the reply of a worker, see `logo.vllm.worker.Worker.signal`."""
-        facts = told["selector"]
-        evidence = None if facts["evidence"] is None else Evidence(**facts["evidence"])
-        selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
-        return cls(name, signal, tuple(told["points"]), selector)
+    calibration: None = None  # the workers have it
 
 
 @dataclass(frozen=True)
@@ -102,27 +87,27 @@ class Engine:
     """
 
     def __init__(self, backend: Backend, vllm_config: Any) -> None:
+        model, lora, parallel = vllm_config.model_config, vllm_config.lora_config, vllm_config.parallel_config
         options = options_of(vllm_config)
         if options is None:
             raise UsageError("LoGo needs a pool: set LOGO_POOL to a folder of adapters or a Hub repository")
-        if vllm_config.lora_config is None:
+        if lora is None:
             raise UsageError("LoGo needs vLLM's support for adapters: start vLLM with --enable-lora")
         if plugin.refused is not None:
             raise ModelError(plugin.refused)
-        if not getattr(vllm_config.parallel_config, "worker_extension_cls", ""):
+        if not parallel.worker_extension_cls:
             raise UsageError("LoGo needs its part of vLLM's workers: pass --worker-extension-cls " + EXTENSION)
-        if getattr(vllm_config.parallel_config, "_api_process_count", 1) > 1:
+        if parallel._api_process_count > 1:
             raise UsageError("LoGo fills vLLM's slots from one process: leave out --api-server-count")
-        model, self._lora = vllm_config.model_config, vllm_config.lora_config
-        self._backend, self.options, self.run = backend, options, backend.run
+        self._backend, self.options, self.run, self._rank = backend, options, backend.run, lora.max_lora_rank
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
         self.served = Served(pool_of(options, self.skeleton), {})
-        if self.k > self._lora.max_loras:
+        if self.k > lora.max_loras:
             raise UsageError(
-                f"--max-loras is {self._lora.max_loras}, but up to {self.k} adapters answer a prompt: pass --max-loras "
+                f"--max-loras is {lora.max_loras}, but up to {self.k} adapters answer a prompt: pass --max-loras "
                 f"{self.k} or more, or a smaller k"
             )
-        self.slots = Slots(self._lora.max_loras, self._load)
+        self.slots = Slots(lora.max_loras, lambda into: self.call("logo_load", into))
         self._changing = asyncio.Lock()
         self._users: Counter[str] = Counter()  # requests in progress, by the digest of their pool
         self._coming = ""  # digest of the pool that is being opened
@@ -138,7 +123,7 @@ class Engine:
             signals: those that are opened; None: all that the options name and that can score the pool.
         """
         pool = self.served.pool
-        rank_of(pool, self._lora.max_lora_rank)
+        rank_of(pool, self._rank)
         self.served = await self._opened(pool, signals)
 
     async def change(self, kind: str, name: str, folder: str = "") -> None:
@@ -154,7 +139,7 @@ class Engine:
         async with self._changing:
             before = self.served.pool
             pool = await asyncio.to_thread(pool_of, self.options, self.skeleton, before, change)
-            rank_of(pool, self._lora.max_lora_rank)
+            rank_of(pool, self._rank)
             self._coming = pool.digest
             try:
                 for number, digest in enumerate(await self.call("logo_pool", before.digest, list(change))):
@@ -184,7 +169,11 @@ class Engine:
                 if not texts and not apart:
                     break
                 keys = await self._probe(pool.digest, "", texts, [None] * len(texts)) if texts else []
-            opened[signal] = Opened.of(signal, self.options.settings.reading(pool, signal), told[0])
+            facts = told[0]["selector"]
+            evidence = facts["evidence"] and Evidence(**facts["evidence"])
+            selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
+            how = self.options.settings.reading(pool, signal)
+            opened[signal] = Opened(signal, how, tuple(told[0]["points"]), selector)
         return Served(pool, opened)
 
     async def signal(self, served: Served, signal: str) -> Served:
@@ -215,16 +204,11 @@ class Engine:
         Raises:
             WorkerError, or the LoGoError that a worker met.
         """
-        from logo import errors
-
         answers = await self._backend.call(name, *args)
         for answer in answers:
             if "error" in answer:
                 raise getattr(errors, answer.get("kind", ""), WorkerError)(str(answer["error"]))
         return [answer["value"] for answer in answers]
-
-    async def _load(self, into: list[tuple[int, str]]) -> None:
-        await self.call("logo_load", into)
 
     # -- selecting -----------------------------------------------------------------------------------------------
 
@@ -266,10 +250,10 @@ class Engine:
             ModelError: a prompt could not be scored.
         """
         digest, window = served.pool.digest, served.opened[signal].signal.window
-        cut = [windowed(row, window) for row in rows]
         left, found = list(range(len(rows))), dict[int, Any]()
         for _ in range(_TRIES):
-            keys = await self._probe(digest, signal, [cut[i] for i in left], [among[i] for i in left], plain)
+            cut = [windowed(rows[i], window) for i in left]
+            keys = await self._probe(digest, signal, cut, [among[i] for i in left], plain)
             found |= dict(zip(left, await self._take(keys), strict=True))
             left = [i for i in left if isinstance(found[i], str) and found[i].startswith(UNREAD)]
             if not left:
@@ -290,10 +274,8 @@ class Engine:
         """Runs prompts as probes, and returns the keys of their results."""
         from vllm import SamplingParams
 
-        probes = [
-            Probe(uuid.uuid4().hex, digest, signal, None if names is None else tuple(sorted(names)), plain)
-            for names in among
-        ]
+        asked = [None if names is None else tuple(sorted(names)) for names in among]
+        probes = [Probe(uuid.uuid4().hex, digest, signal, names, plain) for names in asked]
         # Hidden vectors of tokens whose keys and values come from the cache would not be computed.
         once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True)
         await self.run([(row, once, lora_request(one)) for row, one in zip(rows, probes, strict=True)])
@@ -301,8 +283,7 @@ class Engine:
 
     async def _take(self, keys: Sequence[str]) -> list[Any]:
         """The outcomes of these probes; callers that wait share one call of the workers."""
-        loop = asyncio.get_running_loop()
-        mine = [self._waiting.setdefault(key, loop.create_future()) for key in keys]
+        mine = [self._waiting.setdefault(key, asyncio.get_running_loop().create_future()) for key in keys]
         if self._taking is None or self._taking.done():
             self._taking = asyncio.create_task(self._take_all())
         return list(await asyncio.gather(*mine))
@@ -311,7 +292,7 @@ class Engine:
         while self._waiting:
             waiting, self._waiting = self._waiting, {}
             try:
-                first, *others = await self.call("logo_scores", list(waiting))
+                told = await self.call("logo_scores", list(waiting))
             except Exception as error:  # all of these waiters get it; new ones may have come
                 for future in waiting.values():
                     if not future.done():
@@ -320,8 +301,7 @@ class Engine:
             for key, future in waiting.items():
                 if not future.done():  # the client may have left
                     # The first failure that any worker reports, else the scores of the first worker.
-                    failed = [one[key] for one in (first, *others) if isinstance(one[key], str)]
-                    future.set_result(failed[0] if failed else first[key])
+                    future.set_result(next((one[key] for one in told if isinstance(one[key], str)), told[0][key]))
 
     # -- mixing --------------------------------------------------------------------------------------------------
 

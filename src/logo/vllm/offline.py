@@ -9,6 +9,7 @@ of a call. Answers come whole: a stream has one piece.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import threading
 import time
@@ -16,7 +17,6 @@ from collections.abc import Coroutine, Generator, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -38,7 +38,7 @@ from logo.selection.settings import SelectionSettings
 from logo.selection.signals import SIGNALS
 from logo.vllm.engine import Engine
 from logo.vllm.launch import EXTENSION
-from logo.vllm.options import NO_USAGE, VllmOptions, affecting_answers
+from logo.vllm.options import NO_USAGE, POOL, VllmOptions, affecting_answers
 from logo.vllm.patches import version
 from logo.vllm.pool import head_adapter, rank_of, slots_of, targets_of
 from logo.vllm.requests import Mix
@@ -80,21 +80,17 @@ def open_engine(
         UsageError: an option that it does not have.
         LoGoError: the base model or the pool cannot be opened.
     """
-    if others.get("probe_context", "base") != "base":
-        raise UsageError("inside vLLM prompts are probed by the base model alone: leave out probe_context")
-    for name in others.keys() - {"probe_context"}:
-        raise UsageError(f"{name}: the engine 'vllm' has no such option; give those of vllm.LLM in model_kwargs")
+    for name, value in others.items():
+        if name != "probe_context":
+            raise UsageError(f"{name}: the engine 'vllm' has no such option; give those of vllm.LLM in model_kwargs")
+        if value != "base":
+            raise UsageError("inside vLLM prompts are probed by the base model alone: leave out probe_context")
     need("engine 'vllm'", "vllm")
     checked_options(model_kwargs)
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
     computed = checked_dtype(dtype, _own_dtype(source))
     if isinstance(token, str):
         os.environ.setdefault("HF_TOKEN", token)  # vLLM's processes open the pool again
-    given = dict(model_kwargs)
-    additional = dict(given.pop("additional_config", None) or {})
-    own = additional.get("logo", {})
-    if not isinstance(own, Mapping):
-        raise UsageError(f"additional_config: expected 'logo' to be an object, found {type(own).__name__}")
     if isinstance(pool, AdapterPool):
         place, opened = _folder_of(pool, settings, on_bad_adapter), pool
     else:
@@ -108,10 +104,10 @@ def open_engine(
     fitted = fitted.acting(settings.activation)
     plan(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
     k = min(settings.k or fitted.default_k, len(fitted))
-    config = {"k": k, **settings.changed, **own}
-    config |= {"pool": place, "on_bad_adapter": on_bad_adapter, "signals": list(SIGNALS)}
-    VllmOptions.of({"logo": config}, {})  # raises the errors of vLLM's processes here
-    model.generation_config = _generation_config(source) or model.generation_config
+    additional = dict(model_kwargs.get("additional_config") or {})
+    VllmOptions.of(additional, {POOL: place})  # raises the errors of vLLM's processes here
+    config = {"k": k, **settings.changed, **additional.get("logo", {}), "pool": place}
+    additional["logo"] = {**config, "on_bad_adapter": on_bad_adapter, "signals": list(SIGNALS)}
     signal = SIGNALS.sources.get(settings.signal)
     if signal is not None and signal.folder is None:
         where = signal.place.partition(":")[0]
@@ -128,19 +124,13 @@ def open_engine(
         "max_lora_rank": rank_of(fitted),
         "lora_target_modules": list(targets_of(fitted)),
         "generation_config": "vllm",  # every request has its own decoding options
-        **given,
-        "enable_lora": True,
-        "worker_extension_cls": EXTENSION,
-        "additional_config": {**additional, "logo": config},
+        **model_kwargs,
+        **{"enable_lora": True, "worker_extension_cls": EXTENSION, "additional_config": additional},
     }
+    model.generation_config = _generation_config(source) or model.generation_config
     llm, tokenizer = _started(base_model, flags), load_tokenizer(source)
-    prompts = Prompts(
-        tokenizer,
-        llm.llm_engine.vllm_config.model_config.max_model_len,
-        truncation or Truncation(),
-        probe_text=settings.probe_text,
-        vocabulary=model.get_input_embeddings().weight.shape[0],
-    )
+    limits = llm.llm_engine.vllm_config.model_config.max_model_len, truncation or Truncation(), settings.probe_text
+    prompts = Prompts(tokenizer, *limits, model.get_input_embeddings().weight.shape[0])
     return VllmLoGo(llm, model, tokenizer, prompts, settings, opened.default_k, affecting_answers(model_kwargs))
 
 
@@ -171,10 +161,9 @@ class VllmLoGo(LoGo):
     Args:
         llm: vLLM's `LLM`, opened with a pool.
         model: the base model without its weights.
-        tokenizer: the model's, with a pad token.
-        prompts: reads prompts with this tokenizer.
+        tokenizer, prompts: the model's, with a pad token; and what reads prompts with it.
         settings: how prompts are read, scored and selected.
-        default_k: adapters per prompt if neither a call nor the settings give k; None: the pool's own number.
+        default_k: adapters per prompt if neither a call nor the settings give k.
         engine_options: arguments of `vllm.LLM` that the user gave, and on which results depend.
 
     Raises:
@@ -188,8 +177,8 @@ class VllmLoGo(LoGo):
         tokenizer: PreTrainedTokenizerBase,
         prompts: Prompts,
         settings: SelectionSettings,
-        default_k: int | None = None,
-        engine_options: Mapping[str, Any] = MappingProxyType({}),
+        default_k: int,
+        engine_options: Mapping[str, Any],
     ) -> None:
         self.llm, self.model, self.tokenizer = llm, model, tokenizer
         self.prompts, self.settings = prompts, settings
@@ -202,7 +191,7 @@ class VllmLoGo(LoGo):
         self.engine = Engine(_Offline(llm), llm.llm_engine.vllm_config)
         _wait(self.engine.open([settings.signal]))
         adapters = self.engine.served.pool
-        self._fitted = AdapterPool(adapters, adapters.refused, default_k=default_k or adapters.default_k)
+        self._fitted = AdapterPool(adapters, adapters.refused, default_k=default_k)
         self.pool = CurrentPool(self._fitted)
 
     # -- what it is ----------------------------------------------------------------------------------------------
@@ -246,8 +235,7 @@ class VllmLoGo(LoGo):
         probed, found = [row.ids if whole else row.probed for row in rows], list[list[float]]()
         for start in range(0, len(rows), _PROBED):
             part = slice(start, start + _PROBED)
-            served = self.engine.served
-            found += _wait(self.engine.scores(served, scorer.name, probed[part], among[part]))
+            found += _wait(self.engine.scores(self.engine.served, scorer.name, probed[part], among[part]))
         return torch.tensor(found)
 
     # -- answering -----------------------------------------------------------------------------------------------
@@ -276,9 +264,9 @@ class VllmLoGo(LoGo):
             rows = [[*batch.rows[i], *tokens[i]] for i in left]
             for i, output in zip(left, self._run(rows, asked, [mixes[i] for i in left]), strict=True):
                 [made] = output.outputs
-                chosen = (made.logprobs[place][token].logprob for place, token in enumerate(made.token_ids))
-                if not all(value == value and value != -float("inf") for value in chosen):
-                    raise overflow(batch.selections[i].mixture)
+                for token, place in zip(made.token_ids, made.logprobs, strict=True):
+                    if not math.isfinite(place[token].logprob):
+                        raise overflow(batch.selections[i].mixture)
                 tokens[i] += made.token_ids
             left = [i for i in left if not _done(tokens[i], decoding, ends, rules)]
         if streamer is not None:
@@ -315,15 +303,17 @@ class VllmLoGo(LoGo):
                 f"score: adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last "
                 "token's alone; use the engine 'local'"
             )
-        once: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
         # The last gold token is only predicted, never read. Of the others, vLLM gives the log probability of each and
         # of one of the most likely ones in its place.
+        once: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
         asked = [
             SamplingParams(**once, prompt_logprobs=1 if len(gold) > 1 else None, logprob_token_ids=[gold[-1]])
             for _, gold in pairs
         ]
-        served, chosen = self.engine.served, [Selection.forced(mixture) for mixture in mixtures]
-        mixes = [self.engine.mix(served, one, len(ids)) for (ids, _), one in zip(pairs, chosen, strict=True)]
+        mixes = [
+            self.engine.mix(self.engine.served, Selection.forced(mixture), len(ids))
+            for mixture, (ids, _) in zip(mixtures, pairs, strict=True)
+        ]
         outputs = self._run([[*ids, *gold[:-1]] for ids, gold in pairs], asked, mixes)
         return [_scored(output, gold) for output, (_, gold) in zip(outputs, pairs, strict=True)]
 
@@ -371,12 +361,7 @@ def _scored(output: Any, gold: Sequence[int]) -> Scored:
 
 
 def _started(base_model: str, options: dict[str, Any]) -> Any:
-    """vLLM's `LLM`.
-
-    Raises:
-        UsageError: an option that `vllm.LLM` does not have or cannot use.
-        ModelError: vLLM cannot run the base model.
-    """
+    """vLLM's `LLM`; raises UsageError for an option that it refuses, ModelError if it cannot run the base model."""
     from vllm import LLM
 
     try:

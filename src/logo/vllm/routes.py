@@ -35,19 +35,7 @@ from logo.core import Selection
 from logo.errors import LoGoError, UsageError
 from logo.prompts import asked_text, read
 from logo.selection.selector import forced
-from logo.serve.bodies import (
-    AdapterCard,
-    AdapterList,
-    Card,
-    LoadAdapter,
-    LogoOptions,
-    Mixture,
-    ModelRequest,
-    SelectionReply,
-    SelectRequest,
-    UnloadAdapter,
-    checked,
-)
+from logo.serve import bodies
 from logo.serve.errors import ApiError, bad_request, failed
 from logo.serve.guards import Access, GuardSettings
 from logo.serve.names import AUTO, Models
@@ -108,17 +96,16 @@ class _Online:
 
     async def call(self, name: str, *args: Any) -> list[dict[str, Any]]:
         """See `Backend`."""
-        found: list[dict[str, Any]] = await self._client.collective_rpc(name, args=args)
-        return found
+        return await self._client.collective_rpc(name, args=args)  # type: ignore[no-any-return]
 
     async def run(self, rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
         """See `Backend`."""
-        return list(await asyncio.gather(*(self._one(*row) for row in rows)))
 
-    async def _one(self, ids: Sequence[int], parameters: Any, lora: Any) -> Any:
-        prompt, number = {"prompt_token_ids": list(ids)}, f"logo-{uuid.uuid4().hex}"
-        outputs = [one async for one in self._client.generate(prompt, parameters, number, lora_request=lora)]
-        return outputs[-1]
+        async def one(ids: Sequence[int], parameters: Any, lora: Any) -> Any:
+            prompt, number = {"prompt_token_ids": list(ids)}, f"logo-{uuid.uuid4().hex}"
+            return [one async for one in self._client.generate(prompt, parameters, number, lora_request=lora)][-1]
+
+        return list(await asyncio.gather(*(one(*row) for row in rows)))
 
 
 class Mixing:
@@ -135,15 +122,14 @@ class Mixing:
         number = int(request_id.rpartition("-")[2]) if len(self._mixes) > 1 else 0
         async with self._engine.held([self._mixes[number]]) as [lora]:
             kwargs["lora_request"] = lora
-            begun = False
+            unsure = lora is not None
             # vLLM has to hear that a client has left before others get its slots, where it would go on to compute.
             async with aclosing(self._client.generate(prompt, params, request_id, *args, **kwargs)) as outputs:
                 async for output in outputs:
-                    # vLLM draws token 0 where logits are NaN, which may be a good token, too.
-                    begins = lora is not None and not begun and any(one.token_ids for one in output.outputs)
-                    if begins and any(one.token_ids[:1] == [0] for one in output.outputs):
+                    drawn = [one.token_ids[0] for one in output.outputs if one.token_ids] if unsure else []
+                    if 0 in drawn:  # vLLM draws token 0 where logits are NaN, which may be a good token, too
                         await self._check(prompt, request_id, lora)
-                    begun = begun or begins
+                    unsure = unsure and not drawn
                     yield output
 
     async def _check(self, prompt: Any, request_id: str, lora: Any) -> None:
@@ -168,17 +154,11 @@ class Chosen:
 
 
 class Logo:
-    """LoGo in a server, as `app.state.logo`.
-
-    Args:
-        engine: opened.
-        state: of vLLM's app.
-    """
+    """LoGo in a server, as `app.state.logo`: an open engine, and the state of vLLM's app."""
 
     def __init__(self, engine: Engine, state: Any) -> None:
-        self.engine, self._state, self.counts = engine, state, Counts()
+        self.engine, self.counts = engine, Counts()
         self.base: str = state.openai_serving_models.base_model_paths[0].name
-        self.change = engine.change
 
     @classmethod
     async def opened(cls, client: Any, state: Any) -> Logo:
@@ -191,8 +171,8 @@ class Logo:
         engine = Engine(_Online(client), client.vllm_config)
         await engine.open()
         await check(engine)
-        count, signal = len(engine.served.pool), engine.options.settings.signal
-        log.info("LoGo: %d adapters, signal %s, ready in %.1f s", count, signal, time.perf_counter() - started)
+        seconds, signal = time.perf_counter() - started, engine.options.settings.signal
+        log.info("LoGo: %d adapters, signal %s, ready in %.1f s", len(engine.served.pool), signal, seconds)
         return cls(engine, state)
 
     @property
@@ -206,7 +186,7 @@ class Logo:
         return Models(self.base, served.pool.names, tuple(served.opened))
 
     async def choose(
-        self, model: str, options: LogoOptions | None, rows: Sequence[Sequence[int]]
+        self, model: str, options: bodies.LogoOptions | None, rows: Sequence[Sequence[int]]
     ) -> tuple[list[Chosen], list[Mix]]:
         """The mixture of each prompt of a request.
 
@@ -249,17 +229,15 @@ class Logo:
             rows: as `choose`.
             several: whether the field `logo` of the reply is a list.
         """
-        state = raw.app.state
-        handler = getattr(state, by[0])
+        handler = getattr(raw.app.state, by[0])
         if handler is None:
             raise ApiError(501, "this model does not answer requests of this kind", "invalid_request_error")
         asked, extra = request.model or self.base, request.model_extra or {}
-        misplaced = {name: extra[name] for name in LogoOptions.model_fields if name in extra}
-        found = checked(ModelRequest, {"model": asked, "logo": extra.get("logo"), **misplaced})
+        misplaced = {name: extra[name] for name in bodies.LogoOptions.model_fields if name in extra}
+        found = bodies.checked(bodies.ModelRequest, {"model": asked, "logo": extra.get("logo"), **misplaced})
         chosen, mixes = await self.choose(asked, found.logo, rows)
         own = copy.copy(handler)
-        own.engine_client = Mixing(handler.engine_client, self.engine, mixes)
-        own.models = copy.copy(handler.models)
+        own.engine_client, own.models = Mixing(handler.engine_client, self.engine, mixes), copy.copy(handler.models)
         own.models.model_name = lambda lora_request=None: asked
         request.model = self.base
         for one in chosen:
@@ -267,11 +245,11 @@ class Logo:
         made = await getattr(own, by[1])(request, raw)
         if isinstance(made, ErrorResponse):
             return JSONResponse(made.model_dump(), made.error.code)
-        told = [Mixture.of(one).model_dump() for one in chosen]
-        field = json.dumps(told if several else told[0])
+        told = [bodies.Mixture.of(one).model_dump() for one in chosen]
+        field = told if several else told[0]
         if hasattr(made, "model_dump"):
-            return JSONResponse({**made.model_dump(mode="json", by_alias=True), "logo": json.loads(field)})
-        return StreamingResponse(_told(made, field), media_type="text/event-stream")
+            return JSONResponse({**made.model_dump(mode="json", by_alias=True), "logo": field})
+        return StreamingResponse(_told(made, json.dumps(field)), media_type="text/event-stream")
 
 
 async def _told(events: AsyncIterator[Any], field: str) -> AsyncIterator[str]:
@@ -301,7 +279,7 @@ async def _completion(request: CompletionRequest, raw_request: Request) -> Respo
     given, logo = request.prompt, _logo(raw_request)
     several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
     prompts = list(given) if several else [given]
-    if given is None or given == [] or given == "":
+    if not given:
         raise bad_request("prompt: expected a text or token ids, found none", "prompt")
     if several and request.use_beam_search:
         raise bad_request("use_beam_search: expected one prompt, found several", "use_beam_search")
@@ -376,7 +354,7 @@ def _tokenizer(raw: Request) -> Any:
 # -- the pool ----------------------------------------------------------------------------------------------------------
 
 
-async def _select(request: SelectRequest, raw_request: Request) -> Response:
+async def _select(request: bodies.SelectRequest, raw_request: Request) -> Response:
     """`POST /v1/logo/select`"""
     logo = _logo(raw_request)
     if request.prompt is not None:
@@ -387,23 +365,23 @@ async def _select(request: SelectRequest, raw_request: Request) -> Response:
         asked = ChatCompletionRequest(model=logo.base, **given)
         row, whole = await _conversation(logo, asked, raw_request), await _rendered(asked, raw_request)
     [chosen], _ = await logo.choose(request.model, request.logo, [row])
-    return JSONResponse(SelectionReply.of(chosen, len(whole)).model_dump())
+    return JSONResponse(bodies.SelectionReply.of(chosen, len(whole)).model_dump())
 
 
-async def _load(request: LoadAdapter, raw_request: Request) -> Response:
+async def _load(request: bodies.LoadAdapter, raw_request: Request) -> Response:
     """`POST /v1/load_lora_adapter`: adds an adapter to the pool, or replaces it there."""
     logo = _logo(raw_request)
     logo.names().check_new(request.lora_name, replace=request.load_inplace)
     kind = "replace" if request.lora_name in logo.pool else "add"
-    await _changed(logo.change(kind, request.lora_name, request.lora_path))
+    await _changed(logo.engine.change(kind, request.lora_name, request.lora_path))
     return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
 
 
-async def _unload(request: UnloadAdapter, raw_request: Request) -> Response:
+async def _unload(request: bodies.UnloadAdapter, raw_request: Request) -> Response:
     """`POST /v1/unload_lora_adapter`"""
     logo = _logo(raw_request)
     logo.names().check_there(request.lora_name)
-    await _changed(logo.change("remove", request.lora_name))
+    await _changed(logo.engine.change("remove", request.lora_name))
     return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' removed successfully.")
 
 
@@ -431,9 +409,9 @@ async def _adapters(raw_request: Request) -> Response:
     """`GET /v1/logo/adapters`"""
     logo = _logo(raw_request)
     engine, chosen = logo.engine, logo.counts.chosen
-    cards = [AdapterCard.of(Card.of(adapter), chosen[adapter.name]) for adapter in logo.pool]
+    cards = [bodies.AdapterCard.of(bodies.Card.of(adapter), chosen[adapter.name]) for adapter in logo.pool]
     signals = list(engine.served.opened)
-    made = AdapterList(base_model=logo.base, default_k=engine.k, signal=signals[0], signals=signals, data=cards)
+    made = bodies.AdapterList(base_model=logo.base, default_k=engine.k, signal=signals[0], signals=signals, data=cards)
     return JSONResponse(made.model_dump())
 
 
