@@ -46,7 +46,7 @@ class Backend(Protocol):
     """What runs requests in vLLM, and calls its workers."""
 
     async def call(self, name: str, *args: Any) -> list[dict[str, Any]]:
-        """Calls a method of `logo.vllm.worker.Extension` on every worker."""
+        """Calls `logo.vllm.worker.Extension.logo` on every worker."""
 
     async def run(self, rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
         """Runs `(token ids, SamplingParams, LoRARequest or None)`, and returns vLLM's last output of each."""
@@ -107,7 +107,7 @@ class Engine:
                 f"--max-loras is {lora.max_loras}, but up to {self.k} adapters answer a prompt: pass --max-loras "
                 f"{self.k} or more, or a smaller k"
             )
-        self.slots = Slots(lora.max_loras, lambda into: self.call("logo_load", into))
+        self.slots = Slots(lora.max_loras, lambda into: self.call("load", into))
         self._changing = asyncio.Lock()
         self._users: Counter[str] = Counter()  # requests in progress, by the digest of their pool
         self._coming = ""  # digest of the pool that is being opened
@@ -142,7 +142,7 @@ class Engine:
             rank_of(pool, self._rank)
             self._coming = pool.digest
             try:
-                for number, digest in enumerate(await self.call("logo_pool", before.digest, list(change))):
+                for number, digest in enumerate(await self.call("pool", before.digest, list(change))):
                     if digest != pool.digest:
                         raise PoolError(
                             f"worker {number} has another pool than this process ({digest}, not {pool.digest}): put "
@@ -160,7 +160,7 @@ class Engine:
         for signal in scoring_signals(self.options, self.skeleton, pool) if signals is None else signals:
             texts, keys, fresh = list[list[int]](), list[str](), False
             while True:
-                told = await self.call("logo_signal", pool.digest, signal, texts, keys, fresh)
+                told = await self.call("signal", pool.digest, signal, texts, keys, fresh)
                 asked = [(one["texts"], one["points"]) for one in told]
                 apart = any(one != asked[0] for one in asked)  # caches of ranks differ, and all have to run together
                 if apart and fresh:
@@ -196,10 +196,10 @@ class Engine:
         """Has the workers forget a pool, if nobody selects from it any more."""
         if digest not in (self.served.pool.digest, self._coming) and not self._users[digest]:
             del self._users[digest]
-            await asyncio.shield(self.call("logo_drop", digest))
+            await asyncio.shield(self.call("drop", digest))
 
     async def call(self, name: str, *args: Any) -> list[Any]:
-        """Calls a method of `logo.vllm.worker.Extension` on every worker, and returns their values.
+        """Calls a method of `logo.vllm.worker.Worker` on every worker, and returns their values.
 
         Raises:
             WorkerError, or the LoGoError that a worker met.
@@ -292,7 +292,7 @@ class Engine:
         while self._waiting:
             waiting, self._waiting = self._waiting, {}
             try:
-                told = await self.call("logo_scores", list(waiting))
+                told = await self.call("scores", list(waiting))
             except Exception as error:  # all of these waiters get it; new ones may have come
                 for future in waiting.values():
                     if not future.done():

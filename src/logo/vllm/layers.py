@@ -9,6 +9,7 @@ again.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ _BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 _OPERATOR = "logo::tap"
 
 # Operators take only tensors, numbers and strings, so they find taps by their index in this list.
-_TAPS: list[_Tap] = []
+_TAPS: list[Tap] = []
 
 
 @torch.library.custom_op(_OPERATOR, mutates_args=("seen",))
@@ -69,17 +70,30 @@ def split(vllm_config: Any, said: Iterable[str]) -> None:
 
 
 class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
-    """Implements vLLM's interface for LoRA products by gated products.
+    """Implements vLLM's interface for LoRA products by gated products, after the tap of the layer.
 
     Args:
         max_num_batched_tokens, max_batches, device: as vLLM gives them.
         gates: the gates of the current step.
+
+    Attributes:
+        tap: of what enters the layer; None: there is none.
+        used: the layer's slices that some adapter acts on; None: unknown, so all of them are multiplied.
     """
+
+    tap: Tap | None = None
+    used: tuple[bool, ...] | None = None
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device, gates: StepGates) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device)
         self._embeddings_indices.zero_()  # the embedding layer always reads slot 0, which is zeros
         self.gates = gates
+
+    def of_layer(self, tap: Tap) -> GatedWrapper:
+        """The wrapper of one layer, which shares all tensors with this one."""
+        made = copy.copy(self)
+        made.tap = tap
+        return made
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         """Called by vLLM for another mapping of tokens to adapters; the worker has written the gates."""
@@ -92,15 +106,11 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         lora_b_stacked: tuple[Tensor, ...],
         scale: float,
         output_slices: tuple[int, ...],
-        *,
-        used: Sequence[bool] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds each slice's product to its columns of `y` (tokens, d_out), in place.
-
-        Args:
-            used: the slices that some adapter acts on; None: all.
-        """
+        """Adds each slice's product to its columns of `y` (tokens, d_out), in place."""
+        if self.tap is not None:
+            self.tap(lambda: x)
         factors = [(a[:, 0], b[:, 0].transpose(1, 2)) for a, b in zip(lora_a_stacked, lora_b_stacked, strict=True)]
         if not self.gates.eager:
             # All columns are changed at once: if one part of a tensor is changed in place and another part leaves the
@@ -110,7 +120,7 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
             return
         start = 0
         for i, ((a, b), width) in enumerate(zip(factors, output_slices, strict=True)):
-            if used is None or used[i]:
+            if self.used is None or self.used[i]:
                 _add(self.gates.groups, y[:, start : start + width], x, a, b)
             start += width
 
@@ -148,7 +158,7 @@ def multiplied(layer: nn.Module) -> bool:
     return isinstance(layer, (BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA))
 
 
-class _Tap:
+class Tap:
     """The tap of one place, called eagerly or as an operator.
 
     Args:
@@ -156,53 +166,31 @@ class _Tap:
         taps: read the hidden vectors.
         device: where the model runs.
         gather: joins the parts of the input that the ranks hold; None: each rank holds all of it.
+        read: whether some signal reads it; a compiled model has taps only there, since each one splits it.
     """
 
-    def __init__(self, place: str, taps: Taps, device: torch.device, gather: Gather | None = None) -> None:
-        self._place, self._taps, self._gather, self._number = place, taps, gather, len(_TAPS)
+    def __init__(
+        self, place: str, taps: Taps, device: torch.device, gather: Gather | None = None, read: bool = True
+    ) -> None:
+        self._place, self._taps, self._gather, self._read, self._number = place, taps, gather, read, len(_TAPS)
         self._seen = torch.zeros(1, device=device)
         _TAPS.append(self)
 
     def __call__(self, entering: Callable[[], Tensor]) -> None:
-        if torch.compiler.is_compiling():
-            tap(entering(), self._seen, self._number)
-        else:
+        if not torch.compiler.is_compiling():
             self.read(entering)
+        elif self._read:
+            tap(entering(), self._seen, self._number)
 
     def read(self, entering: Callable[[], Tensor]) -> None:
+        """Reads what enters the place, if something is read there in the current step."""
         if self._taps.active(self._place):
             self._taps.tap(self._place, entering(), self._gather)
 
 
-class Tapped:
-    """The wrapper of one layer: calls the layer's tap, then the shared wrapper.
-
-    Args:
-        inner: the wrapper that all layers share.
-        place, taps, gather: as `_Tap`.
-        read: whether some signal reads the layer; a compiled model has taps only there, since each one splits it.
-
-    Attributes:
-        used: the layer's slices that some adapter acts on; None: unknown, so all of them are multiplied.
-    """
-
-    def __init__(self, inner: Any, place: str, taps: Taps, gather: Gather | None, read: bool) -> None:
-        self._inner, self._read, self._tap = inner, read, _Tap(place, taps, inner.device, gather)
-        self.used: tuple[bool, ...] | None = None
-
-    def add_lora_linear(self, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Calls the tap, then `GatedWrapper.add_lora_linear`."""
-        if self._read or not torch.compiler.is_compiling():
-            self._tap(lambda: x)
-        return self._inner.add_lora_linear(y, x, *args, used=self.used, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-
 def tap_residual(layer: nn.Module, place: str, taps: Taps, device: torch.device) -> None:
-    """Puts a tap before a decoder layer, of the residual stream that enters it; arguments as `_Tap`."""
-    tapped = _Tap(place, taps, device)
+    """Puts a tap before a decoder layer, of the residual stream that enters it; arguments as `Tap`."""
+    tapped = Tap(place, taps, device)
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # vLLM gives its decoder layers these three.

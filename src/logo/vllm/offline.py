@@ -142,7 +142,7 @@ class _Offline:
 
     async def call(self, name: str, *args: Any) -> list[dict[str, Any]]:
         """See `Backend`."""
-        found: list[dict[str, Any]] = self._llm.collective_rpc(name, args=args)
+        found: list[dict[str, Any]] = self._llm.collective_rpc("logo", args=(name, *args))
         return found
 
     async def run(self, rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:

@@ -96,7 +96,7 @@ class _Online:
 
     async def call(self, name: str, *args: Any) -> list[dict[str, Any]]:
         """See `Backend`."""
-        return await self._client.collective_rpc(name, args=args)  # type: ignore[no-any-return]
+        return await self._client.collective_rpc("logo", args=(name, *args))  # type: ignore[no-any-return]
 
     async def run(self, rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
         """See `Backend`."""

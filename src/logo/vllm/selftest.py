@@ -24,7 +24,7 @@ async def check(engine: Engine) -> None:
 
     served = engine.served
     signal = next(iter(served.opened))
-    [known, *_] = await engine.call("logo_expected", served.pool.digest, signal)
+    [known, *_] = await engine.call("expected", served.pool.digest, signal)
     text = [1, 2, 3] if known is None else known[0]
     if known is not None:
         [found] = await engine.scores(served, signal, [text], [None], plain=True)
@@ -38,7 +38,7 @@ async def check(engine: Engine) -> None:
     silent = lora_request(Probe("selftest", served.pool.digest, signal))
     async with engine.held([engine.mix(served, Selection.forced({name: 1.0}))]) as [lora]:
         outputs = await engine.run([(text, once, one) for one in (None, silent, lora)])
-    await engine.call("logo_scores", ["selftest"])
+    await engine.call("scores", ["selftest"])
     said = ({token: one.logprob for token, one in output.outputs[0].logprobs[0].items()} for output in outputs)
     base, probe, mixed = said
 

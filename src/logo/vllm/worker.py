@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from logo.selection.scorer import Scorer
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 from logo.vllm.gates import StepGates, turned
-from logo.vllm.layers import GatedWrapper, Tapped, is_compiled, multiplied, split, tap_residual
+from logo.vllm.layers import GatedWrapper, Tap, is_compiled, multiplied, split, tap_residual
 from logo.vllm.options import VllmOptions, log
 from logo.vllm.pool import pool_of, scoring_signals
 from logo.vllm.requests import NAME, Mix, Probe, parse
@@ -58,7 +58,7 @@ class _Request:
     number: int
     asked: Mix | Probe
     prompt: Sequence[int]
-    begins: tuple[int | None, ...] = ()
+    begins: tuple[int | None, ...]
     settled: Tensor | None = None
 
 
@@ -131,21 +131,19 @@ class Worker:
                     f"LoGo cannot apply adapters to {path} ({type(layer).__name__}): leave out the adapters that act "
                     "on it; if none does, pass --lora-target-modules with the modules that the pool acts on"
                 )
-            b = getattr(layer, "lora_b_stacked", None)
-            if isinstance(b, tuple):
+            if isinstance(b := getattr(layer, "lora_b_stacked", None), tuple):
                 layer.lora_b_stacked = tuple(turned(part) for part in b)
             if hasattr(layer, "punica_wrapper"):
                 base = getattr(layer, "base_layer", None)
                 parted = getattr(base, "input_is_parallel", False) and getattr(base, "tp_size", 1) > 1
                 gather = tensor_model_parallel_all_gather if parted else None
-                layer.punica_wrapper = Tapped(wrapper, path, self.taps, gather, path in read)
+                layer.punica_wrapper = wrapper.of_layer(Tap(path, self.taps, device, gather, path in read))
         for path in sorted(path for how, path in self._places if how == "residual"):
             try:
-                layer = model.get_submodule(path)
+                tap_residual(model.get_submodule(path), path, self.taps, device)
             except AttributeError:
                 found = type(model).__name__
                 raise ModelError(f"vLLM's {found} has no layer {path}, which is probed: use another signal") from None
-            tap_residual(layer, path, self.taps, device)
 
     def _check_layers(self, pool: AdapterPool) -> None:
         for adapter in pool:
@@ -186,7 +184,8 @@ class Worker:
                 self.taps.drop(ended.asked.key)
         self._step = {}
         for new in scheduled.scheduled_new_reqs:
-            asked = None if new.lora_request is None else parse(new.lora_request.lora_path)
+            lora = new.lora_request
+            asked = None if lora is None else parse(lora.lora_path)
             if asked is None:
                 continue
             if new.req_id not in self._requests:
@@ -194,7 +193,7 @@ class Worker:
                 begins = asked.begins(prompt) if isinstance(asked, Mix) else ()
                 self._requests[new.req_id] = _Request(next(self._numbers), asked, prompt, begins)
             found = self._requests[new.req_id]
-            new.lora_request = type(new.lora_request)(NAME, found.number, new.lora_request.lora_path)
+            new.lora_request = type(lora)(NAME, found.number, lora.lora_path)
             self._step[found.number] = found, new.num_computed_tokens
         cached = scheduled.scheduled_cached_reqs
         for name, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
@@ -250,26 +249,22 @@ class Worker:
         Raises:
             AdapterError: one cannot be read; its slot is empty then.
         """
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.lora_weights import LoRALayerWeights
+
         for slot, key in into:
-            number = slot + 1
+            number, adapter = slot + 1, self._known[key]
             self._slots = {known: other for known, other in self._slots.items() if other != number}
             self._adapters.remove_adapter(number)
-            made = self._lora_model(number, self._known[key])
+            loras = {}
+            for module, weights in adapter.read().items():
+                a, b = weights.A.to(self._dtype), weights.scaled_b().to(self._dtype)
+                loras[module] = LoRALayerWeights(module, len(a), 1, a, b, scaling=1.0)  # else B would be scaled again
+            made = LoRAModel(number, max(adapter.ranks), loras)
             self._adapters.add_adapter(made)
             self._adapters.activate_adapter(number)
             made.loras.clear()  # the slot holds it now
             self._slots[key] = number
-
-    def _lora_model(self, number: int, adapter: Adapter) -> Any:
-        """An adapter as vLLM's `LoRAModel`, with its scale folded into B."""
-        from vllm.lora.lora_model import LoRAModel
-        from vllm.lora.lora_weights import LoRALayerWeights
-
-        loras = {}
-        for module, weights in adapter.read().items():
-            a, b = weights.A.to(self._dtype), weights.scaled_b().to(self._dtype)
-            loras[module] = LoRALayerWeights(module, len(a), 1, a, b, scaling=1.0)  # else B would be multiplied again
-        return LoRAModel(number, max(adapter.ranks), loras)
 
     # -- pools ---------------------------------------------------------------------------------------------------
 
@@ -277,8 +272,7 @@ class Worker:
         """Opens a changed pool beside those that are in use, and returns its digest.
 
         Args:
-            before: digest of the pool that is changed.
-            change: see `logo.vllm.pool.pool_of`.
+            before: digest of the pool that is changed; `change`: see `logo.vllm.pool.pool_of`.
 
         Raises:
             LoGoError: the change cannot be made; nothing has changed.
@@ -310,11 +304,11 @@ class Worker:
         first texts are those of the calibration, then the example prompts of adapters.
 
         Args:
-            fresh: whether to read all texts anew, since other workers lack what this one may have stored.
+            fresh: whether to read all texts anew, since other workers lack what this one has stored.
 
         Returns:
             `texts` and `points`: the texts to run next, as token ids, and where they are read; without any, where the
-            scorer reads, and its `selector` (`logo.vllm.engine.Opened`).
+            scorer reads, and its `selector`.
 
         Raises:
             ModelError: a text was not read whole.
@@ -342,8 +336,11 @@ class Worker:
         self._kept = {}
         self.taps.read_by({**scorers, (digest, signal): scorer})
         self._note_used()
-        points = [point.name for point in scorer.points]
-        return {"texts": [], "points": points, "selector": asdict(scorer.selector)}
+        return {"texts": [], "points": [one.name for one in scorer.points], "selector": asdict(scorer.selector)}
+
+    def scores(self, keys: Sequence[str]) -> dict[str, Any]:
+        """See `Taps.take`."""
+        return self.taps.take(keys)
 
     def expected(self, digest: str, signal: str) -> tuple[list[int], list[float]] | None:
         """The first text of the calibration, as token ids, and the scores of the adapters that its responses give; None
@@ -365,7 +362,7 @@ class Worker:
         for path, layer in self._adapters.modules.items():
             parts = self._adapters.packed_modules.get(path, [path])
             known = not self._compiled and getattr(layer, "n_slices", 0) == len(parts)
-            if isinstance(getattr(layer, "punica_wrapper", None), Tapped):
+            if hasattr(layer, "punica_wrapper"):
                 layer.punica_wrapper.used = tuple(part in touched for part in parts) if known else None
 
     def _vectors(self, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
@@ -394,32 +391,21 @@ class Worker:
         return Prompts(tokenizer, min(context_length(self._skeleton) or self._max_tokens, self._max_tokens))
 
 
-def _told(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a method's value, or the text of its error: an exception would leave the replies of other ranks in
-    vLLM's queues, where the next calls would find them."""
+class Extension:
+    """What `--worker-extension-cls logo.vllm.worker.Extension` adds to vLLM's workers, for `collective_rpc`."""
 
-    @functools.wraps(method)
-    def call(self: Any, *args: Any) -> dict[str, Any]:
+    model_runner: Any
+
+    def logo(self, name: str, *args: Any) -> dict[str, Any]:
+        """Calls a method of `Worker`. Returns its value, or the text of its error: an exception would leave the replies
+        of other ranks in vLLM's queues, where the next calls would find them."""
         own = getattr(getattr(self.model_runner, "lora_manager", None), "logo", None)
         if own is None:
             return {"error": "LoGo is not in this worker: start vLLM with --enable-lora, and name a pool in LOGO_POOL"}
         try:
-            return {"value": method(own, *args)}
+            return {"value": getattr(own, name)(*args)}
         except LoGoError as error:
             return {"error": str(error), "kind": type(error).__name__}
         except Exception as error:
-            log.error("LoGo: %s failed", method.__name__, exc_info=error)
+            log.error("LoGo: %s failed", name, exc_info=error)
             return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-
-    return call
-
-
-class Extension:
-    """What `--worker-extension-cls logo.vllm.worker.Extension` adds to vLLM's workers, for `collective_rpc`."""
-
-    logo_load = _told(Worker.load)
-    logo_pool = _told(Worker.pool)
-    logo_signal = _told(Worker.signal)
-    logo_drop = _told(Worker.drop)
-    logo_expected = _told(Worker.expected)
-    logo_scores = _told(lambda own, keys: own.taps.take(keys))
