@@ -34,6 +34,8 @@ from logo.vllm.taps import UNREAD
 # The largest weight of an adapter in a request, in absolute value: far above any that makes sense, and far below those
 # with which sound adapters overflow.
 MOST_WEIGHT = 16.0
+Rows = Sequence[Sequence[int]]
+Among = Sequence[Collection[str] | None]
 # How often a prompt is probed that ran in a captured graph, which reads nothing.
 _TRIES = 3
 
@@ -54,7 +56,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Opened:
-    """What is known outside of vLLM's workers of the scorer of a signal there, which see `logo.selection.scorer`."""
+    """What is known outside of vLLM's workers of the scorer of a signal there."""
 
     name: str  # of the signal
     signal: Signal
@@ -117,24 +119,14 @@ class Engine:
     # -- opening and changing --------------------------------------------------------------------------------------
 
     async def open(self, signals: Sequence[str] | None = None) -> None:
-        """Calibrates the pool in all workers; afterwards prompts can be selected for.
-
-        Args:
-            signals: those that are opened; None: all that the options name and that can score the pool.
-        """
-        pool = self.served.pool
-        rank_of(pool, self._rank)
-        self.served = await self._opened(pool, signals)
+        """Calibrates the pool in all workers, for these signals (None: all that the options name and that can score
+        it); afterwards prompts can be selected for."""
+        rank_of(self.served.pool, self._rank)
+        self.served = await self._opened(self.served.pool, signals)
 
     async def change(self, kind: str, name: str, folder: str = "") -> None:
-        """Adds, replaces or removes an adapter in all workers or in none; answers continue meanwhile.
-
-        Args:
-            kind: `"add"`, `"replace"` or `"remove"`.
-
-        Raises:
-            LoGoError: the change cannot be made.
-        """
+        """Changes the pool (see `pool_of`) in all workers or in none; answers continue meanwhile. LoGoError: it cannot
+        be changed so."""
         change = (kind, name) if kind == "remove" else (kind, name, folder)
         async with self._changing:
             before = self.served.pool
@@ -142,14 +134,12 @@ class Engine:
             rank_of(pool, self._rank)
             self._coming = pool.digest
             try:
-                for number, digest in enumerate(await self.call("pool", before.digest, list(change))):
-                    if digest != pool.digest:
-                        raise PoolError(
-                            f"worker {number} has another pool than this process ({digest}, not {pool.digest}): put "
-                            "the same files on every machine and try again"
-                        )
-                served = await self._opened(pool, None)
-                self.served = served
+                if any(digest != pool.digest for digest in await self.call("pool", before.digest, list(change))):
+                    raise PoolError(
+                        "vLLM's workers have another pool than this process: put the same files on every machine and "
+                        "try again"
+                    )
+                self.served = await self._opened(pool, None)
             finally:
                 self._coming = ""
                 await self._drop(pool.digest)  # after an error
@@ -199,11 +189,8 @@ class Engine:
             await asyncio.shield(self.call("drop", digest))
 
     async def call(self, name: str, *args: Any) -> list[Any]:
-        """Calls a method of `logo.vllm.worker.Worker` on every worker, and returns their values.
-
-        Raises:
-            WorkerError, or the LoGoError that a worker met.
-        """
+        """Calls a method of `logo.vllm.worker.Worker` on every worker, and returns their values; raises the LoGoError
+        that one has met, or WorkerError."""
         answers = await self._backend.call(name, *args)
         for answer in answers:
             if "error" in answer:
@@ -224,24 +211,13 @@ class Engine:
         return "all" if asked is None and pool.read_once and any(one.tokens for one in pool.activations) else asked
 
     async def select(self, served: Served, row: Sequence[int], call: Options) -> Selection:
-        """The selection for a prompt; errors as `LoGo.select`.
-
-        Args:
-            served: the pool that it is made from.
-            row: token ids of what is probed.
-            call: the options of the call, checked against that pool.
-        """
+        """The selection for a prompt (token ids of what is probed) from a pool, with options that were checked against
+        it; errors as `LoGo.select`."""
         [scores] = await self.scores(served, call.signal, [row], [call.candidates])
         return served.opened[call.signal].selector(torch.tensor(scores), call)
 
     async def scores(
-        self,
-        served: Served,
-        signal: str,
-        rows: Sequence[Sequence[int]],
-        among: Sequence[Collection[str] | None],
-        *,
-        plain: bool = False,
+        self, served: Served, signal: str, rows: Rows, among: Among, plain: bool = False
     ) -> list[list[float]]:
         """Scores of the adapters of a pool for prompts, which run as probes; arguments as `Scorer` and `Probe`.
 
@@ -263,14 +239,7 @@ class Engine:
                 raise (NotFinite if "finite" in outcome else ModelError)(f"a prompt could not be scored: {outcome}")
         return [found[i] for i in range(len(rows))]
 
-    async def _probe(
-        self,
-        digest: str,
-        signal: str,
-        rows: Sequence[Sequence[int]],
-        among: Sequence[Collection[str] | None],
-        plain: bool = False,
-    ) -> list[str]:
+    async def _probe(self, digest: str, signal: str, rows: Rows, among: Among, plain: bool = False) -> list[str]:
         """Runs prompts as probes, and returns the keys of their results."""
         from vllm import SamplingParams
 

@@ -41,10 +41,8 @@ class Span:
     """The rows of one step that are tokens of a probed prompt.
 
     Attributes:
-        probe: what is asked of it.
-        prompt: its token ids, all of them.
-        row: the first row.
-        start: the position of that token in the prompt.
+        probe, prompt: what is asked of it, and its token ids, all of them.
+        row, start: the first row, and the position of that token in the prompt.
         count: the number of rows.
     """
 
@@ -80,14 +78,13 @@ class _Reading:
     Attributes:
         span: its rows in the latest step.
         reader: of the pool and the signal; None: there is none.
-        first: the position of the first token that is read.
-        seen: the number of tokens that have been run.
+        first, seen: the position of the first token that is read; the number of tokens that have been run.
         failure: why there are no scores; None if nothing has failed.
         means: number -> (2, n): the mean over its tokens so far, weighted evenly and with emphasis on the end. The
             numbers of the scorer's points have responses (n: adapters), or hidden vectors if their mean is scored;
             those after them the hidden vectors where prompts are described.
         kept: place -> hidden vectors (tokens, d) of each step, of a text of a calibration.
-        added: the numbers to which the current step has added.
+        added: the numbers of points that the current step has read.
     """
 
     span: Span
@@ -102,14 +99,8 @@ class _Reading:
 
 @dataclass(frozen=True)
 class _Step:
-    """The rows of the current step that one reader reads.
-
-    Attributes:
-        readings: that they belong to.
-        rows: (n,) int64 on the model's device.
-        owners: (n,) int64: the index in `readings` of each row.
-        weights: (2, n) float32: of each row in the two means of its prompt.
-    """
+    """The rows (n,) of the current step that one reader reads, on the model's device; the indices in `readings` of the
+    prompts that they belong to, (n,); and their weights in the two means of their prompts, (2, n)."""
 
     readings: tuple[_Reading, ...]
     rows: Tensor
@@ -128,7 +119,7 @@ class _Step:
             read = total - one.first
             late = torch.full((), FADING) ** (total - 1 - positions) * (1 - FADING) / (1 - FADING**read)
             weights.append(torch.stack([torch.full_like(late, 1 / read), late]))
-        parts = (torch.cat(rows), torch.cat(owners), torch.cat(weights, dim=1))
+        parts = torch.cat(rows), torch.cat(owners), torch.cat(weights, dim=1)
         return cls(tuple(readings), *(part.to(device) for part in parts))
 
     def add(self, number: int, values: Tensor) -> None:
@@ -220,10 +211,10 @@ class Taps:
         captured graph has left a tap out, since their scores would be wrong without any sign of it."""
         steps, self._steps = self._steps, {}
         for one in (one for step in steps.values() for one in step.readings):
-            added, one.added = one.added, set()
             points = () if one.reader is None else one.reader.points
-            if silent := [point.name for i, point in enumerate(points) if i not in added]:
+            if silent := [point.name for i, point in enumerate(points) if i not in one.added]:
                 one.failure = one.failure or f"{UNREAD} {', '.join(silent)}"
+            one.added.clear()
         for key, one in [(key, one) for key, one in self._readings.items() if one.seen == len(one.span.prompt)]:
             del self._readings[key]
             self._found[key] = self._outcome(one)
