@@ -90,7 +90,7 @@ def test_workers_with_different_caches_read_the_same_texts(inside: Any) -> None:
     from logo.vllm.engine import Engine
 
     two = Two(inside.engine)
-    opened = Engine(two, inside.llm.llm_engine.vllm_config)
+    opened = Engine(two.call, two.run, inside.llm.llm_engine.vllm_config)
     expected = asyncio.run(scores(inside.engine))
     asyncio.run(opened.open(["calibrated"]))
     assert two.asked[:2] == [False, True] and len(two.asked) > 2  # texts were run, although the first had all of them

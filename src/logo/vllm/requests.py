@@ -23,15 +23,10 @@ NAME = "logo"
 
 @dataclass(frozen=True)
 class Mix:
-    """A mixture.
+    """A mixture."""
 
-    Attributes:
-        parts: key of an adapter, its weight, and where it acts; every key once, the highest weight first.
-        prompt: the number of tokens of the prompt, if a completion that is scored follows it; None: all are prompt.
-    """
-
-    parts: tuple[tuple[str, float, Activation], ...]
-    prompt: int | None = None
+    parts: tuple[tuple[str, float, Activation], ...]  # key of an adapter, weight, where it acts; the highest first
+    prompt: int | None = None  # the number of tokens of the prompt, if a completion that is scored follows it
 
     @classmethod
     def of(cls, weights: Iterable[tuple[str, float, Activation]], prompt: int | None = None) -> Mix:
@@ -62,21 +57,13 @@ class Mix:
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt whose hidden vectors are read, and which no adapter acts on.
+    """A prompt whose hidden vectors are read, and which no adapter acts on."""
 
-    Attributes:
-        key: under which its scores are kept until they are taken.
-        pool: the digest of the pool that is scored.
-        signal: that scores it; empty: its hidden vectors are kept, to calibrate.
-        among: names of the adapters that may be selected, others may have no score (-inf); None: all.
-        plain: whether example prompts do not count.
-    """
-
-    key: str
-    pool: str
-    signal: str
-    among: tuple[str, ...] | None = None
-    plain: bool = False
+    key: str  # under which its scores are kept until they are taken
+    pool: str  # the digest of the pool that is scored
+    signal: str  # that scores it; empty: its hidden vectors are kept, to calibrate
+    among: tuple[str, ...] | None = None  # the adapters that may be selected, others may have no score (-inf)
+    plain: bool = False  # whether example prompts do not count
 
     @property
     def path(self) -> str:

@@ -88,24 +88,17 @@ class Routes:
             raise SystemExit(1) from None
 
 
-class _Online:
-    """vLLM's engine client as the backend of an `Engine`."""
+def _engine(client: Any) -> Engine:
+    """The engine of a server, which is not open yet."""
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
-
-    async def call(self, name: str, *args: Any) -> list[dict[str, Any]]:
-        """See `Backend`."""
-        return await self._client.collective_rpc("logo", args=(name, *args))  # type: ignore[no-any-return]
-
-    async def run(self, rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
-        """See `Backend`."""
-
-        async def one(ids: Sequence[int], parameters: Any, lora: Any) -> Any:
-            prompt, number = {"prompt_token_ids": list(ids)}, f"logo-{uuid.uuid4().hex}"
-            return [one async for one in self._client.generate(prompt, parameters, number, lora_request=lora)][-1]
-
+    async def run(rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
         return list(await asyncio.gather(*(one(*row) for row in rows)))
+
+    async def one(ids: Sequence[int], parameters: Any, lora: Any) -> Any:
+        prompt, number = {"prompt_token_ids": list(ids)}, f"logo-{uuid.uuid4().hex}"
+        return [one async for one in client.generate(prompt, parameters, number, lora_request=lora)][-1]
+
+    return Engine(lambda *args: client.collective_rpc("logo", args=args), run, client.vllm_config)
 
 
 class Mixing:
@@ -154,26 +147,24 @@ class Chosen:
 
 
 class Logo:
-    """LoGo in a server, as `app.state.logo`: an open engine, and the state of vLLM's app."""
+    """LoGo in a server, as `app.state.logo`: an open engine, and the name of the base model alone."""
 
-    def __init__(self, engine: Engine, state: Any) -> None:
-        self.engine, self.counts = engine, Counts()
-        self.base: str = state.openai_serving_models.base_model_paths[0].name
+    def __init__(self, engine: Engine, base: str) -> None:
+        self.engine, self.base, self.counts = engine, base, Counts()
 
     @classmethod
     async def opened(cls, client: Any, state: Any) -> Logo:
         """Opens the pool in the engine of a server; raises LoGoError."""
         started, models = time.perf_counter(), state.openai_serving_models
         if models.lora_requests or models.lora_resolvers:
-            raise UsageError(
-                "LoGo fills all of vLLM's slots: put the adapters of --lora-modules and resolvers into the pool"
-            )
-        engine = Engine(_Online(client), client.vllm_config)
+            what = "put the adapters of --lora-modules and resolvers into the pool"
+            raise UsageError(f"LoGo fills all of vLLM's slots: {what}")
+        engine = _engine(client)
         await engine.open()
         await check(engine)
         seconds, signal = time.perf_counter() - started, engine.options.settings.signal
         log.info("LoGo: %d adapters, signal %s, ready in %.1f s", len(engine.served.pool), signal, seconds)
-        return cls(engine, state)
+        return cls(engine, models.base_model_paths[0].name)
 
     @property
     def pool(self) -> AdapterPool:
@@ -188,12 +179,7 @@ class Logo:
     async def choose(
         self, model: str, options: bodies.LogoOptions | None, rows: Sequence[Sequence[int]]
     ) -> tuple[list[Chosen], list[Mix]]:
-        """The mixture of each prompt of a request.
-
-        Args:
-            model: the name that the request gives.
-            options: its field `logo`.
-            rows: the token ids that are probed of each prompt.
+        """The mixture of each prompt of a request, of which these token ids are probed.
 
         Raises:
             ApiError, LoGoError: there is no such model, or the options cannot be used.
@@ -226,7 +212,7 @@ class Logo:
         Args:
             request: parsed by vLLM's class.
             by: the name of vLLM's serving object in the app's state, and of its method.
-            rows: as `choose`.
+            rows: the token ids that are probed of each prompt.
             several: whether the field `logo` of the reply is a list.
         """
         handler = getattr(raw.app.state, by[0])
@@ -265,10 +251,9 @@ async def _told(events: AsyncIterator[Any], field: str) -> AsyncIterator[str]:
 
 
 def _logo(raw: Request) -> Logo:
-    found = raw.app.state.logo
-    if found is None:
+    if raw.app.state.logo is None:
         raise ApiError(503, "LoGo is not open in this server", "server_error")
-    return found  # type: ignore[no-any-return]
+    return raw.app.state.logo  # type: ignore[no-any-return]
 
 
 # -- answering ---------------------------------------------------------------------------------------------------------
@@ -277,14 +262,13 @@ def _logo(raw: Request) -> Logo:
 async def _completion(request: CompletionRequest, raw_request: Request) -> Response:
     """`POST /v1/completions`"""
     given, logo = request.prompt, _logo(raw_request)
-    several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
-    prompts = list(given) if several else [given]
     if not given:
         raise bad_request("prompt: expected a text or token ids, found none", "prompt")
+    several = isinstance(given, list) and not isinstance(given[0], int)
     if several and request.use_beam_search:
         raise bad_request("use_beam_search: expected one prompt, found several", "use_beam_search")
     _check_scored(logo, request.prompt_logprobs, request.logprobs if request.echo else None)
-    rows = [read(_tokenizer(raw_request), prompt).ids for prompt in prompts]
+    rows = [read(_tokenizer(raw_request), prompt).ids for prompt in (given if several else [given])]
     by = ("openai_serving_completion", "create_completion")
     return await logo.answer(request, raw_request, by, rows, several)
 
@@ -338,8 +322,7 @@ def _texts(content: Any) -> Any:
 
 def _check_scored(logo: Logo, *asked: Any) -> None:
     """Raises ApiError where log probabilities of a prompt are asked for, and vLLM cannot compute them."""
-    head = head_adapter(logo.pool)
-    if head is not None and any(one is not None for one in asked):
+    if (head := head_adapter(logo.pool)) is not None and any(one is not None for one in asked):
         raise bad_request(
             f"prompt_logprobs: adapter {head!r} acts on the output head, which vLLM applies to the last token of a "
             "prompt alone; leave out prompt_logprobs, or echo with logprobs",
@@ -397,22 +380,20 @@ async def _models(raw_request: Request) -> Response:
     """`GET /v1/models`"""
     logo = _logo(raw_request)
     listed = (await raw_request.app.state.openai_serving_models.show_available_models()).model_dump()
-    base = listed["data"][0]
-    about = {**base, "owned_by": "logo", "root": logo.base}
+    own = [{**card, "logo": {"role": "base"}} for card in listed["data"]]
+    about = {**listed["data"][0], "owned_by": "logo", "root": logo.base}
     roles = [(AUTO, "auto", None), *((name, "adapter", logo.base) for name in logo.pool.names)]
     cards = [{**about, "id": name, "parent": parent, "logo": {"role": role}} for name, role, parent in roles]
-    own = [{**card, "logo": {"role": "base"}} for card in listed["data"]]
     return JSONResponse({**listed, "data": [*own, *cards]})
 
 
 async def _adapters(raw_request: Request) -> Response:
     """`GET /v1/logo/adapters`"""
     logo = _logo(raw_request)
-    engine, chosen = logo.engine, logo.counts.chosen
+    chosen, signals = logo.counts.chosen, list(logo.engine.served.opened)
     cards = [bodies.AdapterCard.of(bodies.Card.of(adapter), chosen[adapter.name]) for adapter in logo.pool]
-    signals = list(engine.served.opened)
-    made = bodies.AdapterList(base_model=logo.base, default_k=engine.k, signal=signals[0], signals=signals, data=cards)
-    return JSONResponse(made.model_dump())
+    about = {"base_model": logo.base, "default_k": logo.engine.k, "signal": signals[0], "signals": signals}
+    return JSONResponse(bodies.AdapterList(**about, data=cards).model_dump())
 
 
 async def _refusal(request: Request, error: Exception) -> Response:

@@ -1,9 +1,5 @@
-"""The base model as transformers knows it, without its weights: module paths, shapes and a digest.
-
-Pools are fitted to it and points are found in it, as the local engine does with a loaded model. A sample of each weight
-is read from the checkpoint, so that calibrations are cached under the same digest as in the local engine if the
-checkpoint has transformers' names.
-"""
+"""The base model as transformers knows it, without its weights: module paths, shapes, and a sample of each weight from
+the checkpoint, so that calibrations are cached under the local engine's digest where it has transformers' names."""
 
 from __future__ import annotations
 
@@ -77,12 +73,11 @@ def _samples(folder: Path) -> Mapping[str, tuple[Path, Tensor, torch.dtype]]:
     index = folder / _INDEX
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {_WEIGHTS}
     samples: dict[str, tuple[Path, Tensor, torch.dtype]] = {}
-    for name in sorted(names):
-        if (folder / name).is_file():
-            with safe_open(folder / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    tensor = file.get_tensor(key)
-                    samples[key] = folder / name, sampled(tensor), tensor.dtype
+    for path in sorted(folder / name for name in names if (folder / name).is_file()):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(key)
+                samples[key] = path, sampled(tensor), tensor.dtype
     return samples
 
 

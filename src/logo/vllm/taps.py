@@ -38,19 +38,13 @@ Gather = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Span:
-    """The rows of one step that are tokens of a probed prompt.
+    """The rows of one step that are tokens of a probed prompt."""
 
-    Attributes:
-        probe, prompt: what is asked of it, and its token ids, all of them.
-        row, start: the first row, and the position of that token in the prompt.
-        count: the number of rows.
-    """
-
-    probe: Probe
-    prompt: Sequence[int]
-    row: int
-    start: int
-    count: int
+    probe: Probe  # what is asked of it
+    prompt: Sequence[int]  # its token ids, all of them
+    row: int  # the first row
+    start: int  # the position of that token in the prompt
+    count: int  # the number of rows
 
     @property
     def end(self) -> int:
@@ -76,36 +70,29 @@ class _Reading:
     """What is known of a prompt while it is probed.
 
     Attributes:
-        span: its rows in the latest step.
-        reader: of the pool and the signal; None: there is none.
-        first, seen: the position of the first token that is read; the number of tokens that have been run.
-        failure: why there are no scores; None if nothing has failed.
         means: number -> (2, n): the mean over its tokens so far, weighted evenly and with emphasis on the end. The
             numbers of the scorer's points have responses (n: adapters), or hidden vectors if their mean is scored;
             those after them the hidden vectors where prompts are described.
-        kept: place -> hidden vectors (tokens, d) of each step, of a text of a calibration.
-        added: the numbers of points that the current step has read.
     """
 
-    span: Span
-    reader: Reader | None
-    first: int
-    seen: int
-    failure: str | None = None
+    span: Span  # its rows in the latest step
+    reader: Reader | None  # of the pool and the signal; None: there is none
+    first: int  # the position of the first token that is read
+    seen: int  # the number of tokens that have been run
+    failure: str | None = None  # why there are no scores; None: nothing has failed
     means: dict[int, Tensor] = field(default_factory=dict)
-    kept: dict[str, list[Tensor]] = field(default_factory=dict)
-    added: set[int] = field(default_factory=set)
+    kept: dict[str, list[Tensor]] = field(default_factory=dict)  # of a text: place -> (tokens, d) of each step
+    added: set[int] = field(default_factory=set)  # the numbers of points that the current step has read
 
 
 @dataclass(frozen=True)
 class _Step:
-    """The rows (n,) of the current step that one reader reads, on the model's device; the indices in `readings` of the
-    prompts that they belong to, (n,); and their weights in the two means of their prompts, (2, n)."""
+    """The rows of the current step that one reader reads."""
 
-    readings: tuple[_Reading, ...]
-    rows: Tensor
-    owners: Tensor
-    weights: Tensor
+    readings: tuple[_Reading, ...]  # that they belong to
+    rows: Tensor  # (n,) int64 on the model's device
+    owners: Tensor  # (n,) int64: the index in `readings` of each row
+    weights: Tensor  # (2, n) float32: of each row in the two means of its prompt
 
     @classmethod
     def of(cls, readings: Sequence[_Reading], device: torch.device) -> _Step:

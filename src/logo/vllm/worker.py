@@ -45,21 +45,13 @@ _REMEMBERED = 4096
 
 @dataclass
 class _Request:
-    """A running request of ours.
+    """A running request of ours."""
 
-    Attributes:
-        number: its id among adapters, in this worker.
-        asked: what its path says.
-        prompt: its token ids.
-        begins: of a mixture, the position from which each adapter acts; None: nowhere.
-        settled: of a mixture, the gate (1, slots) of tokens on which all adapters act that ever do; None: not known.
-    """
-
-    number: int
-    asked: Mix | Probe
-    prompt: Sequence[int]
-    begins: tuple[int | None, ...]
-    settled: Tensor | None = None
+    number: int  # its id among adapters, in this worker
+    asked: Mix | Probe  # what its path says
+    prompt: Sequence[int]  # its token ids
+    begins: tuple[int | None, ...]  # of a mixture, the position from which each adapter acts; None: nowhere
+    settled: Tensor | None = None  # of a mixture, the gate (1, slots) where all adapters act that ever do, once known
 
 
 class _TextsNeeded(Exception):
