@@ -101,15 +101,10 @@ def _grouped(rows: Sequence[Rows], dtype: torch.dtype) -> tuple[Group, ...]:
 
 
 def gated(x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
-    """`((x Aᵀ) ⊙ gate) B`, (tokens, d_out) in the type of the adapters.
+    """`((x Aᵀ) ⊙ gate) B`, (tokens, d_out) in the type of the adapters, of x (tokens, d_in), A (slots, rank, d_in),
+    B (slots, rank, d_out) with the scale folded in, and gate (tokens, slots).
 
     A closed gate gives 0, even if `x Aᵀ` is not finite, so an adapter that overflows affects only its own rows.
-
-    Args:
-        x: (tokens, d_in).
-        a: (slots, rank, d_in).
-        b: (slots, rank, d_out), scale folded in.
-        gate: (tokens, slots).
     """
     count, rank, _ = a.shape
     shrunk = (x.to(a.dtype) @ a.flatten(0, 1).T).view(-1, count, rank)

@@ -33,12 +33,8 @@ _TAPS: list[Tap] = []
 
 @torch.library.custom_op(_OPERATOR, mutates_args=("seen",))
 def tap(entering: Tensor, seen: Tensor, number: int) -> None:
-    """Reads what enters a place (rows, d), if something is read there in the current step.
-
-    Args:
-        seen: (1,), declared to be changed, since a compiler removes code without a visible effect.
-        number: index in `_TAPS`.
-    """
+    """Calls `Tap.read` of the tap with this number. `seen`, (1,), is declared to be changed, since a compiler removes
+    code without a visible effect."""
     _TAPS[number].read(lambda: entering)
 
 
@@ -54,12 +50,8 @@ def is_compiled(vllm_config: Any) -> bool:
 
 
 def split(vllm_config: Any, said: Iterable[str]) -> None:
-    """Splits the model at the taps, after vLLM has completed its configuration and before the model runs first.
-
-    Args:
-        said: what the compiled model depends on. vLLM finds compiled models in its cache by the configuration, and one
-            that was compiled without LoGo or for another pool lacks the products or the taps.
-    """
+    """Splits the model at the taps, after vLLM has completed its configuration and before the model runs first. `said`:
+    what the compiled model depends on, since vLLM finds it in its cache by the configuration."""
     operators = getattr(vllm_config.compilation_config, "splitting_ops", None)
     if operators and os.environ.get(_BREAKABLE, "0") in ("", "0") and _OPERATOR not in operators:
         operators.append(_OPERATOR)
@@ -70,19 +62,11 @@ def split(vllm_config: Any, said: Iterable[str]) -> None:
 
 
 class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
-    """Implements vLLM's interface for LoRA products by gated products, after the tap of the layer.
+    """Implements vLLM's interface for LoRA products by gated products, after the tap of the layer; `gates`: of the
+    current step."""
 
-    Args:
-        max_num_batched_tokens, max_batches, device: as vLLM gives them.
-        gates: the gates of the current step.
-
-    Attributes:
-        tap: of what enters the layer; None: there is none.
-        used: the layer's slices that some adapter acts on; None: unknown, so all of them are multiplied.
-    """
-
-    tap: Tap | None = None
-    used: tuple[bool, ...] | None = None
+    tap: Tap | None = None  # of what enters the layer
+    used: tuple[bool, ...] | None = None  # the layer's slices that some adapter acts on; None: unknown, perhaps all
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device, gates: StepGates) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device)

@@ -2,8 +2,7 @@
 
     prompts -> token ids -> probes in vLLM's workers -> scores -> Selection -> LLM.generate -> Generation
 
-Scores and mixtures are computed by the same workers as in the server (`logo.vllm.worker`), and vLLM schedules the rows
-of a call. Answers come whole: a stream has one piece.
+Scores and mixtures are computed by the same workers as in the server. Answers come whole: a stream has one piece.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import threading
 import time
 from collections.abc import Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -76,8 +76,7 @@ def open_engine(
 
     Raises:
         MissingLibrary: vLLM is not installed.
-        UsageError: an option that it does not have.
-        LoGoError: the base model or the pool cannot be opened.
+        LoGoError: an option that it does not have; the base model or the pool cannot be opened.
     """
     for name, value in others.items():
         if name != "probe_context":
@@ -112,18 +111,12 @@ def open_engine(
     additional["logo"] = {**config, "on_bad_adapter": on_bad_adapter, "signals": list(SIGNALS)}
     signal = SIGNALS.sources.get(settings.signal)
     if signal is not None and signal.folder is None:
-        where = signal.place.partition(":")[0]
-        raise UsageError(
-            f"signal {settings.signal!r} is defined in {where}, which vLLM's processes cannot import: put it into a "
-            "module of its own"
-        )
+        found = f"signal {settings.signal!r} is defined in {signal.place.partition(':')[0]}"
+        raise UsageError(f"{found}, which vLLM's processes cannot import: put it into a module of its own")
     os.environ.update(plugins.environment())  # vLLM's processes inherit it
     os.environ.setdefault(NO_USAGE, "1")
     flags: dict[str, Any] = {
-        "model": source,
-        "dtype": computed,
-        "max_loras": slots_of(fitted, k),
-        "max_lora_rank": rank_of(fitted),
+        **{"model": source, "dtype": computed, "max_loras": slots_of(fitted, k), "max_lora_rank": rank_of(fitted)},
         "lora_target_modules": list(targets_of(fitted)),
         "generation_config": "vllm",  # every request has its own decoding options
         **model_kwargs,
@@ -159,8 +152,7 @@ class VllmLoGo(LoGo):
     Args:
         llm: vLLM's `LLM`, opened with a pool.
         model: the base model without its weights.
-        prompts: reads prompts.
-        settings: how prompts are read, scored and selected.
+        prompts, settings: read prompts; and say how they are read, scored and selected.
         default_k: adapters per prompt if neither a call nor the settings give k.
         options: arguments of `vllm.LLM` that the user gave, and on which results depend.
 
@@ -223,8 +215,7 @@ class VllmLoGo(LoGo):
     ) -> torch.Tensor:
         whole = self.engine.probe_text == "all"
         probed, found = [row.ids if whole else row.probed for row in rows], list[list[float]]()
-        for start in range(0, len(rows), _PROBED):
-            part = slice(start, start + _PROBED)
+        for part in (slice(start, start + _PROBED) for start in range(0, len(rows), _PROBED)):
             found += _wait(self.engine.scores(self.engine.served, scorer.name, probed[part], among[part]))
         return torch.tensor(found)
 
@@ -290,10 +281,10 @@ class VllmLoGo(LoGo):
         # Checks the pairs. vLLM needs room for one more token behind a prompt, even if none is requested.
         continued_rows(pairs, mixtures, (self.prompts.context or 0) - 1)
         if (head := head_adapter(pool)) is not None:
-            raise UsageError(
-                f"score: adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last "
-                "token's alone; use the engine 'local'"
+            what = (
+                f"adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last token's alone"
             )
+            raise UsageError(f"score: {what}; use the engine 'local'")
         # The last gold token is only predicted, never read. Of the others, vLLM gives the log probability of each and
         # of one of the most likely ones in its place.
         once: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
@@ -382,8 +373,5 @@ def _generation_config(source: str) -> Any:
     """The generation config of the checkpoint; None if it has none."""
     from transformers import GenerationConfig
 
-    with loading(source, source):
-        try:
-            return GenerationConfig.from_pretrained(source)
-        except OSError:
-            return None
+    with loading(source, source), suppress(OSError):
+        return GenerationConfig.from_pretrained(source)

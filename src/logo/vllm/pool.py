@@ -24,10 +24,9 @@ _MOST_SLOTS = 64
 def pool_of(
     options: VllmOptions, model: PreTrainedModel, before: AdapterPool | None = None, change: Sequence[str] = ()
 ) -> AdapterPool:
-    """The pool that the options name, or another one after a change; which stays as it is.
+    """The pool that the options name, fitted to the base model (a skeleton will do); or another one after a change.
 
     Args:
-        model: the base model, to which it is fitted; a skeleton will do.
         before: the pool that is changed; None: it is opened.
         change: `("add", name, folder)`, `("replace", name, folder)` or `("remove", name)`.
 
@@ -73,14 +72,7 @@ def scoring_signals(options: VllmOptions, model: PreTrainedModel, pool: AdapterP
 
 
 def rank_of(pool: AdapterPool, most: int = _RANKS[-1]) -> int:
-    """The `--max-lora-rank` that a pool needs.
-
-    Args:
-        most: what was given as such.
-
-    Raises:
-        UsageError: that is too small.
-    """
+    """The `--max-lora-rank` that a pool needs; UsageError if it is above the one that was given."""
     largest = max(pool, key=lambda adapter: max(adapter.ranks))
     needed = max(largest.ranks)
     found = next((rank for rank in _RANKS if rank >= needed), None)

@@ -66,12 +66,8 @@ class Routes:
         app.exception_handler(LoGoError)(_refusal)
         if options is not None:  # vLLM asks for keys, but neither for the host nor for the origin
             app.add_middleware(Access, settings=GuardSettings(options.host, (), 0, options.hosts, options.origins))
-        posted: dict[str, Any] = {
-            "/v1/completions": _completion,
-            "/v1/chat/completions": _chat,
-            "/v1/responses": _response,
-            "/v1/logo/select": _select,
-        }
+        posted: dict[str, Any] = {"/v1/completions": _completion, "/v1/chat/completions": _chat}
+        posted |= {"/v1/responses": _response, "/v1/logo/select": _select}
         if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING or (options is not None and options.adapter_changes):
             posted |= {"/v1/load_lora_adapter": _load, "/v1/unload_lora_adapter": _unload}
         for path, route in posted.items():
@@ -289,9 +285,9 @@ async def _response(request: ResponsesRequest, raw_request: Request) -> Response
     turns: list[Any] = [{"role": "user", "content": said}] if isinstance(said, str) else list(said)
     turns = [turn if isinstance(turn, dict) else turn.model_dump() for turn in turns]
     messages = [{"role": turn["role"], "content": _texts(turn.get("content"))} for turn in turns if "role" in turn]
-    first = [{"role": "system", "content": request.instructions}] if request.instructions else []
-    asked = ChatCompletionRequest(model=logo.base, messages=[*first, *messages])
-    row = await _conversation(logo, asked, raw_request)
+    if request.instructions:
+        messages.insert(0, {"role": "system", "content": request.instructions})
+    row = await _conversation(logo, ChatCompletionRequest(model=logo.base, messages=messages), raw_request)
     return await logo.answer(request, raw_request, ("openai_serving_responses", "create_responses"), [row])
 
 
@@ -323,11 +319,9 @@ def _texts(content: Any) -> Any:
 def _check_scored(logo: Logo, *asked: Any) -> None:
     """Raises ApiError where log probabilities of a prompt are asked for, and vLLM cannot compute them."""
     if (head := head_adapter(logo.pool)) is not None and any(one is not None for one in asked):
-        raise bad_request(
-            f"prompt_logprobs: adapter {head!r} acts on the output head, which vLLM applies to the last token of a "
-            "prompt alone; leave out prompt_logprobs, or echo with logprobs",
-            "prompt_logprobs",
-        )
+        found = f"adapter {head!r} acts on the output head, which vLLM applies to the last token of a prompt alone"
+        advice = "leave out prompt_logprobs, or echo with logprobs"
+        raise bad_request(f"prompt_logprobs: {found}; {advice}", "prompt_logprobs")
 
 
 def _tokenizer(raw: Request) -> Any:

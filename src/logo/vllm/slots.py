@@ -1,8 +1,7 @@
 """`Slots`: which adapter is in which of vLLM's slots. Slots are reused least recently used.
 
-A mixture holds the slots of its adapters while it answers. One that finds no free slots waits. Those that wait are
-served in the order in which they came, with one exception: a mixture whose adapters all answer already takes no slot,
-so it may overtake the first one, a limited number of times.
+A mixture holds the slots of its adapters while it answers. Those that find no free slots wait, and are served in turn.
+But a mixture whose adapters all answer already may overtake the first one, a limited number of times.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from logo.errors import UsageError
 
@@ -39,7 +39,7 @@ class Slots:
         self._free = list(reversed(range(count)))
         self._slot_of: OrderedDict[str, int] = OrderedDict()  # key -> slot, the latest used last
         self._users: Counter[str] = Counter()  # answers in progress of each adapter
-        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._loading: dict[str, Any] = {}  # key -> the task that loads it
         self._waiting: list[_Asked] = []
 
     @asynccontextmanager
@@ -66,10 +66,8 @@ class Slots:
     def check(self, keys: Collection[str]) -> None:
         """Raises UsageError if there can never be room for these adapters together."""
         if len(keys) > self.count:
-            raise UsageError(
-                f"this mixture has {len(keys)} adapters, and vLLM has {self.count} slots for them: ask for a smaller "
-                f"k, or start vLLM with --max-loras {len(keys)} or more"
-            )
+            found = f"this mixture has {len(keys)} adapters, and vLLM has {self.count} slots for them"
+            raise UsageError(f"{found}: ask for a smaller k, or start vLLM with --max-loras {len(keys)} or more")
 
     def _serve(self) -> None:
         """Admits those that wait, as far as there is room."""
@@ -96,7 +94,13 @@ class Slots:
         """Waits until these adapters, which were admitted, are in slots. Where others load one of them beside an
         adapter that cannot be loaded, it is loaded again."""
         while True:
-            own = self._begun(keys)
+            new = sorted(keys - self._slot_of.keys())
+            for key in keys - {*new}:
+                self._slot_of.move_to_end(key)
+            for key in new:
+                self._slot_of[key] = self._free_slot()
+            own = asyncio.create_task(self._fill(new)) if new else None
+            self._loading |= dict.fromkeys(new, own)
             some = {self._loading[key] for key in keys if key in self._loading}
             if not some:
                 return
@@ -104,24 +108,11 @@ class Slots:
             if own is not None:
                 own.result()  # raises its error
 
-    def _begun(self, keys: frozenset[str]) -> asyncio.Task[None] | None:
-        """Gives slots to adapters that have none, and begins to load these; None: all of them have slots."""
-        new = []
-        for key in sorted(keys):
-            if key in self._slot_of:
-                self._slot_of.move_to_end(key)
-                continue
-            if not self._free:
-                used = self._users.keys() | self._loading.keys()
-                oldest = next(known for known in self._slot_of if known not in used)
-                self._free.append(self._slot_of.pop(oldest))
-            self._slot_of[key] = self._free.pop()
-            new.append(key)
-        if not new:
-            return None
-        task = asyncio.create_task(self._fill(new))
-        self._loading |= dict.fromkeys(new, task)
-        return task
+    def _free_slot(self) -> int:
+        if self._free:
+            return self._free.pop()
+        used = self._users.keys() | self._loading.keys()
+        return self._slot_of.pop(next(known for known in self._slot_of if known not in used))
 
     async def _fill(self, keys: list[str]) -> None:
         try:

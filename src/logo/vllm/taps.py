@@ -128,7 +128,7 @@ class _Step:
 
 
 class Taps:
-    """Reads hidden vectors at the places that some scorer needs.
+    """Reads hidden vectors at the places that some reader needs.
 
     Args:
         place_of: maps a point of the base model and `Signal.input` to the place in vLLM's model where it is read.

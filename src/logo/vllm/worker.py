@@ -59,13 +59,7 @@ class _TextsNeeded(Exception):
 
 
 class Worker:
-    """LoGo's part of one vLLM worker, attached to the worker's LoRA manager.
-
-    Args:
-        manager: vLLM's manager of the adapters of one worker, before its model is wrapped.
-        vllm_config: of the engine.
-        options: LoGo's options.
-    """
+    """LoGo's part of one vLLM worker, attached to the worker's LoRA manager before its model is wrapped."""
 
     def __init__(self, manager: Any, vllm_config: Any, options: VllmOptions) -> None:
         model_config, lora = vllm_config.model_config, vllm_config.lora_config
@@ -119,10 +113,9 @@ class Worker:
         manager.punica_wrapper_mapping = dict.fromkeys(manager.punica_wrapper_mapping, wrapper)
         for path, layer in manager.modules.items():
             if not multiplied(layer):
-                raise ModelError(
-                    f"LoGo cannot apply adapters to {path} ({type(layer).__name__}): leave out the adapters that act "
-                    "on it; if none does, pass --lora-target-modules with the modules that the pool acts on"
-                )
+                found = f"LoGo cannot apply adapters to {path} ({type(layer).__name__})"
+                also = "if none does, pass --lora-target-modules with the modules that the pool acts on"
+                raise ModelError(f"{found}: leave out the adapters that act on it; {also}")
             if isinstance(b := getattr(layer, "lora_b_stacked", None), tuple):
                 layer.lora_b_stacked = tuple(turned(part) for part in b)
             if hasattr(layer, "punica_wrapper"):
@@ -165,11 +158,8 @@ class Worker:
     # -- every step ----------------------------------------------------------------------------------------------
 
     def begin(self, scheduled: Any) -> None:
-        """Notes the requests of a step, and gives each of ours an id of its own, by which `write_gates` finds its rows.
-
-        Args:
-            scheduled: vLLM's `SchedulerOutput`.
-        """
+        """Notes the requests of a step (vLLM's `SchedulerOutput`), and gives each of ours an id of its own, by which
+        `write_gates` finds its rows."""
         for gone in scheduled.finished_req_ids:
             ended = self._requests.pop(gone, None)
             if ended is not None and isinstance(ended.asked, Probe):
@@ -193,12 +183,8 @@ class Worker:
                 self._step[known.number] = known, computed
 
     def write_gates(self, mapping: Any) -> None:
-        """Sets the gates of the step, and the rows that the taps read.
-
-        Args:
-            mapping: vLLM's `LoRAMapping`: the id of every token, and of every token whose logits are computed. Tokens
-                of one request follow each other.
-        """
+        """Sets the gates of the step, and the rows that the taps read, by vLLM's `LoRAMapping`: the id of every token,
+        and of every token whose logits are computed. Tokens of one request follow each other."""
         tokens, sampled, spans = [], [], list[Span]()
         ids, drawn = np.asarray(mapping.index_mapping), np.asarray(mapping.prompt_mapping)
         place = {number: slot for slot, number in enumerate(self._adapters.lora_index_to_id)}
@@ -233,10 +219,7 @@ class Worker:
     # -- adapters ------------------------------------------------------------------------------------------------
 
     def load(self, into: Sequence[tuple[int, str]]) -> None:
-        """Puts adapters into slots that no request in progress uses.
-
-        Args:
-            into: numbers of slots from 0 on, and the key of the adapter for each.
+        """Puts adapters, by key, into slots that no request in progress uses, which are numbered from 0 on.
 
         Raises:
             AdapterError: one cannot be read; its slot is empty then.
@@ -261,14 +244,8 @@ class Worker:
     # -- pools ---------------------------------------------------------------------------------------------------
 
     def pool(self, before: str, change: Sequence[str]) -> str:
-        """Opens a changed pool beside those that are in use, and returns its digest.
-
-        Args:
-            before: digest of the pool that is changed; `change`: see `logo.vllm.pool.pool_of`.
-
-        Raises:
-            LoGoError: the change cannot be made; nothing has changed.
-        """
+        """Opens a pool that comes from another (its digest) by a change (see `pool_of`), beside those that are in use,
+        and returns its digest. LoGoError: the change cannot be made; nothing has changed."""
         pool = pool_of(self._options, self._skeleton, self._pools[before], change)
         unread = self._read_at(pool) - self._places
         if unread and (self._compiled or any(how == "residual" for how, _ in unread)):
@@ -300,10 +277,7 @@ class Worker:
 
         Returns:
             `texts` and `points`: the texts to run next, as token ids, and where they are read; without any, where the
-            scorer reads, and its `selector`.
-
-        Raises:
-            ModelError: a text was not read whole.
+            scorer reads, and its `selector`. ModelError: a text was not read whole.
         """
         if fresh:
             self._store, self._kept = Store(None), {}
@@ -366,8 +340,8 @@ class Worker:
         acted = None
         if signal.token == "tail":  # whether adapters act on each token that is read
             begins = [earliest(signal.activations, row) for row in texts.rows]
-            acts = [torch.arange(int(len(row) > 1), len(row)) for row in texts.rows]
-            acted = torch.cat([read >= begin for read, begin in zip(acts, begins, strict=True)])
+            pairs = zip(texts.rows, begins, strict=True)
+            acted = torch.cat([torch.arange(int(len(row) > 1), len(row)) >= begin for row, begin in pairs])
         found = {}
         for place in dict.fromkeys(places):
             parts = [row[place].mean(dim=0, keepdim=True) if signal.token == "mean" else row[place] for row in rows]
