@@ -238,7 +238,7 @@ def test_a_mixture_is_read_as_it_was_written(mixture: dict[str, tuple[float, Act
     key, (_, where) = next(iter(mixture.items()))  # adapters with equal content are one
     twice = Mix.of([(key, 1.0, where), (key, 2.0, where)])
     assert twice.parts == ((key, 3.0, where),)
-    probe = Probe(key, "pool", "norm", ("a", "b"), True)
+    probe = Probe(key, "pool", "norm", ("a", "b"), True, True)
     assert parse(probe.path) == probe and parse("/a/folder") is None
 
 
@@ -277,6 +277,8 @@ def test_blocks_before_adapters_act_are_the_base_models() -> None:
     plain = Mix.of([("a", 1.0, EVERYWHERE)])
     assert block_key(request(plain.path, [1] * 40), 16) == plain.path
     assert block_key(request(Probe("k", "p", "norm").path, [1] * 40), 48) is None
+    alone = Probe("k", "p", "norm", alone=True).path  # whose key nobody else has
+    assert block_key(request(alone, [1] * 40), 16) == alone
     assert block_key(request("/a/folder", [1] * 40), 16) == "/a/folder"
     scored = Mix.of([("a", 1.0, Activation(last=2))], prompt=6)  # three tokens of a completion follow
     assert scored.begins([1] * 9) == (4,)

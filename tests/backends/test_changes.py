@@ -33,7 +33,12 @@ def late(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def inside() -> Iterator[Any]:
-    options = {"enforce_eager": True, "lora_target_modules": ["q_proj", "k_proj", "v_proj"], "max_loras": 4}
+    options = {
+        "enforce_eager": True,
+        "block_size": 16,
+        "lora_target_modules": ["q_proj", "k_proj", "v_proj"],
+        "max_loras": 4,
+    }
     made: Any = LoGo.from_pretrained("demo", engine="vllm", model_kwargs=options)
     yield made
     made.close()
@@ -70,6 +75,21 @@ def test_a_mixture_answers_as_chosen_whatever_becomes_of_its_pool(
             await answers(engine.mix(engine.served, Selection.forced({name: 1.0})))
 
     asyncio.run(whole())
+
+
+def test_what_a_client_reads_alone_is_found_by_nobody(inside: Any) -> None:
+    """As where a request has a salt for vLLM's cache."""
+    from vllm import SamplingParams
+
+    engine, once = inside.engine, SamplingParams(max_tokens=1, temperature=0.0)
+
+    async def cached(row: list[int], alone: bool) -> int:
+        await engine.select(engine.served, row, engine.options.settings.options(engine.served.pool, {}), alone)
+        [output] = await engine.run([(row, once, None)])
+        return int(output.num_cached_tokens)
+
+    assert asyncio.run(cached([7, *PROMPT], alone=True)) == 0
+    assert asyncio.run(cached([8, *PROMPT], alone=False)) == 32
 
 
 class Two:

@@ -98,10 +98,8 @@ class Engine:
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
         self.served = Served(pool_of(options, self.skeleton), {})
         if self.k > lora.max_loras:
-            raise UsageError(
-                f"--max-loras is {lora.max_loras}, but up to {self.k} adapters answer a prompt: pass --max-loras "
-                f"{self.k} or more, or a smaller k"
-            )
+            most = f"--max-loras is {lora.max_loras}, but up to {self.k} adapters answer a prompt"
+            raise UsageError(f"{most}: pass --max-loras {self.k} or more, or a smaller k")
         self.slots = Slots(lora.max_loras, lambda into: self.call("load", into))
         self._changing = asyncio.Lock()
         self._users: Counter[str] = Counter()  # requests in progress, by the digest of their pool
@@ -128,10 +126,8 @@ class Engine:
             self._coming = pool.digest
             try:
                 if any(digest != pool.digest for digest in await self.call("pool", before.digest, list(change))):
-                    raise PoolError(
-                        "vLLM's workers have another pool than this process: put the same files on every machine and "
-                        "try again"
-                    )
+                    what = "vLLM's workers have another pool than this process"
+                    raise PoolError(f"{what}: put the same files on every machine and try again")
                 self.served = await self._opened(pool, None)
             finally:
                 self._coming = ""
@@ -203,15 +199,13 @@ class Engine:
         asked, pool = self.options.settings.probe_text, self.served.pool
         return "all" if asked is None and pool.read_once and any(one.tokens for one in pool.activations) else asked
 
-    async def select(self, served: Served, row: Sequence[int], call: Options) -> Selection:
+    async def select(self, served: Served, row: Sequence[int], call: Options, alone: bool = False) -> Selection:
         """The selection for a prompt (token ids of what is probed) from a pool, with options that were checked against
         it; errors as `LoGo.select`."""
-        [scores] = await self.scores(served, call.signal, [row], [call.candidates])
+        [scores] = await self.scores(served, call.signal, [row], [call.candidates], alone=alone)
         return served.opened[call.signal].selector(torch.tensor(scores), call)
 
-    async def scores(
-        self, served: Served, signal: str, rows: Rows, among: Among, plain: bool = False
-    ) -> list[list[float]]:
+    async def scores(self, served: Served, signal: str, rows: Rows, among: Among, **how: bool) -> list[list[float]]:
         """Scores of the adapters of a pool for prompts, which run as probes; arguments as `Scorer` and `Probe`.
 
         Raises:
@@ -222,7 +216,7 @@ class Engine:
         left, found = list(range(len(rows))), dict[int, Any]()
         for _ in range(_TRIES):
             cut = [windowed(rows[i], window) for i in left]
-            keys = await self._probe(digest, signal, cut, [among[i] for i in left], plain)
+            keys = await self._probe(digest, signal, cut, [among[i] for i in left], **how)
             found |= dict(zip(left, await self._take(keys), strict=True))
             left = [i for i in left if isinstance(found[i], str) and found[i].startswith(UNREAD)]
             if not left:
@@ -232,12 +226,12 @@ class Engine:
                 raise (NotFinite if "finite" in outcome else ModelError)(f"a prompt could not be scored: {outcome}")
         return [found[i] for i in range(len(rows))]
 
-    async def _probe(self, digest: str, signal: str, rows: Rows, among: Among, plain: bool = False) -> list[str]:
+    async def _probe(self, digest: str, signal: str, rows: Rows, among: Among, **how: bool) -> list[str]:
         """Runs prompts as probes, and returns the keys of their results."""
         from vllm import SamplingParams
 
         asked = [None if names is None else tuple(sorted(names)) for names in among]
-        probes = [Probe(uuid.uuid4().hex, digest, signal, names, plain) for names in asked]
+        probes = [Probe(uuid.uuid4().hex, digest, signal, names, **how) for names in asked]
         # Hidden vectors of tokens whose keys and values come from the cache would not be computed.
         once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True)
         await self.run([(row, once, lora_request(one)) for row, one in zip(rows, probes, strict=True)])

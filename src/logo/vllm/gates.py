@@ -50,15 +50,10 @@ class Group:
 
 
 class StepGates:
-    """The gates of the current step.
-
-    Args:
-        tokens, requests, slots: the most that a step may have, and the number of adapter slots.
-        device, dtype: where the model runs, and of the adapters.
-        eager: whether layers run in Python in every step, on a CPU.
+    """The gates of the current step, which has at most so many tokens and requests.
 
     Attributes:
-        eager: the same.
+        eager: whether layers run in Python in every step, on a CPU.
         tokens, sampled: the gate (tokens, slots) of every token, and of every token whose logits are computed; unless
             eager.
         groups, sampled_groups: the rows of both that have open gates, if eager.

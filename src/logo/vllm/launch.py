@@ -44,7 +44,7 @@ class Launch:
 
     @property
     def command(self) -> list[str]:
-        """The program and its arguments. There is no secret among them."""
+        """The program and its arguments, without secrets."""
         return [
             *(sys.executable, "-m", MODULE),
             *("--model", self.model, "--served-model-name", self.name),

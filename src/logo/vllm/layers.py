@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from logo.errors import ModelError
-from logo.vllm.gates import Group, StepGates, gated
+from logo.vllm.gates import StepGates, gated
 from logo.vllm.taps import Gather, Taps
 
 # If set, vLLM captures models without the compiler that knows splitting operators, and breaks them at attention alone.
@@ -105,7 +105,8 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         start = 0
         for i, ((a, b), width) in enumerate(zip(factors, output_slices, strict=True)):
             if self.used is None or self.used[i]:
-                _add(self.gates.groups, y[:, start : start + width], x, a, b)
+                for group in self.gates.groups:
+                    group.add(y[:, start : start + width], x, a, b)
             start += width
 
     def add_lora_logits(
@@ -115,7 +116,8 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         a, b = lora_a_stacked[:, 0], lora_b_stacked[:, 0].transpose(1, 2)
         part = y[:, : b.shape[2]]
         if self.gates.eager:
-            _add(self.gates.sampled_groups, part, x, a, b)
+            for group in self.gates.sampled_groups:
+                group.add(part, x, a, b)
         else:
             part.add_(gated(x, a, b, self.gates.sampled[: x.shape[0]]).to(y.dtype))
 
@@ -127,11 +129,6 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         raise ModelError("LoGo multiplies both factors of an adapter in one call, and this layer asks for one of them")
 
     add_expand = apply_lora_full_linear = add_shrink
-
-
-def _add(groups: Sequence[Group], y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
-    for group in groups:
-        group.add(y, x, a, b)
 
 
 def multiplied(layer: nn.Module) -> bool:

@@ -84,6 +84,7 @@ def open_engine(
         if value != "base":
             raise UsageError("inside vLLM prompts are probed by the base model alone: leave out probe_context")
     need("engine 'vllm'", "vllm")
+    from vllm import LLM
     from vllm.platforms import current_platform
 
     checked_options(model_kwargs)
@@ -123,7 +124,16 @@ def open_engine(
         **{"enable_lora": True, "worker_extension_cls": EXTENSION, "additional_config": additional},
     }
     model.generation_config = _generation_config(source) or model.generation_config
-    llm, vocabulary = _started(base_model, flags), model.get_input_embeddings().weight.shape[0]
+    try:
+        llm = LLM(**flags)
+    except LoGoError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, TypeError):
+            raise UsageError(f"model_kwargs: vllm.LLM refuses them: {reason}") from error
+        raise ModelError(f"base model {base_model}: vLLM cannot run it: {reason}") from error
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     limits = llm.llm_engine.vllm_config.model_config.max_model_len, truncation or Truncation(), settings.probe_text
     prompts = Prompts(load_tokenizer(source), *limits, vocabulary)
     return VllmLoGo(llm, model, prompts, settings, opened.default_k, affecting_answers(model_kwargs))
@@ -281,21 +291,16 @@ class VllmLoGo(LoGo):
         # Checks the pairs. vLLM needs room for one more token behind a prompt, even if none is requested.
         continued_rows(pairs, mixtures, (self.prompts.context or 0) - 1)
         if (head := head_adapter(pool)) is not None:
-            what = (
-                f"adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last token's alone"
-            )
+            what = f"adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last token alone"
             raise UsageError(f"score: {what}; use the engine 'local'")
         # The last gold token is only predicted, never read. Of the others, vLLM gives the log probability of each and
         # of one of the most likely ones in its place.
         once: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
-        asked = [
-            SamplingParams(**once, prompt_logprobs=1 if len(gold) > 1 else None, logprob_token_ids=[gold[-1]])
-            for _, gold in pairs
-        ]
-        mixes = [
-            self.engine.mix(self.engine.served, Selection.forced(mixture), len(ids))
-            for mixture, (ids, _) in zip(mixtures, pairs, strict=True)
-        ]
+        asked, mixes, served = [], [], self.engine.served
+        for (ids, gold), mixture in zip(pairs, mixtures, strict=True):
+            several = 1 if len(gold) > 1 else None
+            asked.append(SamplingParams(**once, prompt_logprobs=several, logprob_token_ids=[gold[-1]]))
+            mixes.append(self.engine.mix(served, Selection.forced(mixture), len(ids)))
         outputs = self._run([[*ids, *gold[:-1]] for ids, gold in pairs], asked, mixes)
         return [_scored(output, gold) for output, (_, gold) in zip(outputs, pairs, strict=True)]
 
@@ -335,21 +340,6 @@ def _scored(output: Any, gold: Sequence[int]) -> Scored:
     return Scored(exact, checked_nll(-total / len(gold)), len(gold))
 
 
-def _started(base_model: str, options: dict[str, Any]) -> Any:
-    """vLLM's `LLM`; raises UsageError for an option that it refuses, ModelError if it cannot run the base model."""
-    from vllm import LLM
-
-    try:
-        return LLM(**options)
-    except LoGoError:
-        raise
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        if isinstance(error, TypeError):
-            raise UsageError(f"model_kwargs: vllm.LLM refuses them: {reason}") from error
-        raise ModelError(f"base model {base_model}: vLLM cannot run it: {reason}") from error
-
-
 def _folder_of(pool: AdapterPool, settings: SelectionSettings, on_bad_adapter: OnBadAdapter) -> str:
     """The folder that holds exactly the adapters of an open pool, as they are in it.
 
@@ -357,11 +347,10 @@ def _folder_of(pool: AdapterPool, settings: SelectionSettings, on_bad_adapter: O
         PoolError: there is no such folder, so that vLLM's processes cannot open this pool.
     """
     wanted = AdapterPool(replace(one, examples=()) for one in pool) if settings.examples == "ignore" else pool
+    how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "examples": settings.examples}
     roots = {str(adapter.folder.absolute()).removesuffix(f"/{adapter.name}") for adapter in pool}
-    if len(roots) == 1:
-        [root] = roots
-        if AdapterPool.open(root, on_bad_adapter=on_bad_adapter, examples=settings.examples).digest == wanted.digest:
-            return root
+    if len(roots) == 1 and AdapterPool.open(*roots, **how).digest == wanted.digest:
+        return roots.pop()
     raise PoolError(
         "the engine 'vllm' opens the pool again in vLLM's processes: expected all adapters in one folder under their "
         "names, with the example prompts and the activation that they have there, and no others in it; give that "

@@ -94,15 +94,11 @@ def affecting_answers(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:
-    """A JSON object that a user has written; `where` names the option in errors.
-
-    Raises:
-        UsageError: it is none.
-    """
+    """A JSON object that a user has written; `where` names the option in errors. UsageError: it is none."""
     try:
-        found = json.loads(text)
+        found, why = json.loads(text), ""
     except ValueError as error:
-        raise UsageError(f"{where}: expected a JSON object, found {text!r:.60} ({error})") from error
+        found, why = None, f" ({error})"
     if not isinstance(found, dict):
-        raise UsageError(f"{where}: expected a JSON object, found {text!r:.60}")
+        raise UsageError(f"{where}: expected a JSON object, found {text!r:.60}{why}")
     return found

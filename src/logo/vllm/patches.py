@@ -86,16 +86,6 @@ def _create_lora_manager(original: Any, self: Any, model: Any, vllm_config: Any)
         return original(self, model, vllm_config)
     from logo.vllm.worker import Worker
 
-    _check(vllm_config)
-    worker = Worker(self, vllm_config, options)
-    wrapped = original(self, model, vllm_config)
-    worker.attach(wrapped)
-    self.logo = worker
-    return wrapped
-
-
-def _check(vllm_config: Any) -> None:
-    """Raises an error if this vLLM configuration is one that LoGo does not support."""
     check_environment(os.environ)
     parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
     refused = {
@@ -109,6 +99,11 @@ def _check(vllm_config: Any) -> None:
     for option, (given, why) in refused.items():
         if given:
             raise ModelError(f"LoGo cannot work with {option}: {why}; leave it out")
+    worker = Worker(self, vllm_config, options)
+    wrapped = original(self, model, vllm_config)
+    worker.attach(wrapped)
+    self.logo = worker
+    return wrapped
 
 
 def _execute_model(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +140,7 @@ def _begins(request: Any, path: str) -> tuple[int | None, ...] | None:
     if not hasattr(request, "logo_begins"):
         asked, request.logo_begins = parse(path), None
         if isinstance(asked, Probe):
-            request.logo_begins = ()  # no adapter acts
+            request.logo_begins = None if asked.alone else ()  # no adapter acts
         elif asked is not None and not all(where.everywhere for _, _, where in asked.parts):
             request.logo_begins = asked.begins(request.prompt_token_ids or [-1] * request.num_prompt_tokens)
     return request.logo_begins  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """What a request is to LoGo inside vLLM: a mixture of adapters, or a probe. The path of its `LoRARequest` says so.
 
     {"mix": [["d1f0a3…", 0.25, [], null], ["77b2c9…", 0.75, [], 4]]}    key of an adapter, weight, where it acts
-    {"probe": ["5f…", "a3…", "calibrated", null, false]}                see `Probe`
+    {"probe": ["5f…", "a3…", "calibrated", null, false, false]}         see `Probe`
 
 vLLM keys cached keys and values by this path. It holds digests of adapters instead of their names, so an adapter that
 is replaced under its name never meets keys and values of the old one. Clients cannot write such paths.
@@ -64,6 +64,7 @@ class Probe:
     signal: str  # that scores it; empty: its hidden vectors are kept, to calibrate
     among: tuple[str, ...] | None = None  # the adapters that may be selected, others may have no score (-inf)
     plain: bool = False  # whether example prompts do not count
+    alone: bool = False  # whether nobody may find its keys and values in vLLM's cache
 
     @property
     def path(self) -> str:
@@ -76,8 +77,8 @@ def parse(path: str) -> Mix | Probe | None:
     """What the path of a `LoRARequest` says; None: the request is not ours."""
     said: Any = json.loads(path) if path.startswith("{") else {}
     if "probe" in said:
-        *about, among, plain = said["probe"]
-        return Probe(*about, None if among is None else tuple(among), plain)
+        *about, among, plain, alone = said["probe"]
+        return Probe(*about, None if among is None else tuple(among), plain, alone)
     if "mix" in said:
         parts = ((key, weight, Activation(tuple(tokens), last)) for key, weight, tokens, last in said["mix"])
         return Mix(tuple(parts), said.get("prompt"))

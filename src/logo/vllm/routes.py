@@ -31,7 +31,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
 
 from logo.adapters.pool import AdapterPool
-from logo.core import Selection
+from logo.core import Options, Selection
 from logo.errors import LoGoError, UsageError
 from logo.prompts import asked_text, read
 from logo.selection.selector import forced
@@ -125,8 +125,7 @@ class Mixing:
         """Raises ApiError if the logits behind a prompt are NaN."""
         once = SamplingParams(max_tokens=1, temperature=0.0, logprobs=0, detokenize=False)
         async for output in self._client.generate(prompt, once, f"{request_id}-again", lora_request=lora):
-            [drawn] = output.outputs[0].logprobs
-            if any(math.isnan(one.logprob) for one in drawn.values()):
+            if any(math.isnan(one.logprob) for one in output.outputs[0].logprobs[0].values()):
                 raise failed(NOT_FINITE, "not_finite")
 
     def __getattr__(self, name: str) -> Any:
@@ -173,9 +172,9 @@ class Logo:
         return Models(self.base, served.pool.names, tuple(served.opened))
 
     async def choose(
-        self, model: str, options: bodies.LogoOptions | None, rows: Sequence[Sequence[int]]
+        self, model: str, options: bodies.LogoOptions | None, rows: Sequence[Sequence[int]], alone: bool = False
     ) -> tuple[list[Chosen], list[Mix]]:
-        """The mixture of each prompt of a request, of which these token ids are probed.
+        """The mixture of each prompt of a request, of which these token ids are probed; `alone`: as `Probe`.
 
         Raises:
             ApiError, LoGoError: there is no such model, or the options cannot be used.
@@ -187,15 +186,15 @@ class Logo:
                 chosen = [Chosen(forced(wanted.adapters, served.pool))] * len(rows)
             else:
                 call = engine.options.settings.options(served.pool, wanted.options)
-                chosen = list(await asyncio.gather(*(self._chosen(served, row, call) for row in rows)))
+                chosen = list(await asyncio.gather(*(self._chosen(served, row, call, alone) for row in rows)))
             mixes = [engine.mix(served, one.selection) for one in chosen]
         for mix in mixes:
             engine.slots.check(mix.keys)
         return chosen, mixes
 
-    async def _chosen(self, served: Served, row: Sequence[int], call: Any) -> Chosen:
+    async def _chosen(self, served: Served, row: Sequence[int], call: Options, alone: bool) -> Chosen:
         started = time.perf_counter()
-        selection = await self.engine.select(served, row, call)
+        selection = await self.engine.select(served, row, call, alone)
         seconds = time.perf_counter() - started
         self.counts.selected(selection, seconds)
         return Chosen(selection, 1000 * seconds)
@@ -217,7 +216,7 @@ class Logo:
         asked, extra = request.model or self.base, request.model_extra or {}
         misplaced = {name: extra[name] for name in bodies.LogoOptions.model_fields if name in extra}
         found = bodies.checked(bodies.ModelRequest, {"model": asked, "logo": extra.get("logo"), **misplaced})
-        chosen, mixes = await self.choose(asked, found.logo, rows)
+        chosen, mixes = await self.choose(asked, found.logo, rows, request.cache_salt is not None)
         own = copy.copy(handler)
         own.engine_client, own.models = Mixing(handler.engine_client, self.engine, mixes), copy.copy(handler.models)
         own.models.model_name = lambda lora_request=None: asked

@@ -44,10 +44,8 @@ def check_config(config: GenerationConfig) -> None:
     for name, value in vars(config).items():
         fine = name.startswith("_") or name in _KNOWN or value is None or value is False
         if not fine and value != _DEFAULTS.get(name):
-            raise UsageError(
-                f"generation option {name!r} ({value!r:.40}): the engine 'vllm' cannot do that; leave it out, or use "
-                "the engine 'local'"
-            )
+            found = f"generation option {name!r} ({value!r:.40}): the engine 'vllm' cannot do that"
+            raise UsageError(f"{found}; leave it out, or use the engine 'local'")
 
 
 def parameters(decoding: Decoding, begun: int, seed: int | None) -> Any:
@@ -63,9 +61,8 @@ def parameters(decoding: Decoding, begun: int, seed: int | None) -> Any:
 
     drawn: dict[str, Any] = {"temperature": 0.0}
     if config.do_sample:
-        top_k = min(said("top_k"), 2**31 - 1)
-        drawn = {"temperature": said("temperature"), "top_p": said("top_p"), "top_k": top_k, "seed": seed}
-        drawn |= {} if config.min_p is None else {"min_p": config.min_p}
+        drawn = {name: said(name) for name in ("temperature", "top_p")} | {"seed": seed}
+        drawn |= {"top_k": min(said("top_k"), 2**31 - 1), "min_p": config.min_p or 0.0}
     texts = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
     # Where one of these texts ends, an answer may have ended; the rules of the decoding say whether it has.
     texts += [*decoding.stop, *(["\n"] if decoding.stop_at_newline else [])]

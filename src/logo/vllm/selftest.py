@@ -1,6 +1,5 @@
 """What LoGo asks of vLLM when a server starts: whether what it relies on still means what it meant.
 
-A function that is replaced may keep its name and its parameters, and be called with something else in another version.
 A text of the pool's calibration has to get the scores that its stored responses give; a probe has to be answered as the
 base model answers; and an adapter has to change the answer.
 """
@@ -10,6 +9,7 @@ from __future__ import annotations
 from logo.core import Selection
 from logo.errors import ModelError
 from logo.vllm.engine import Engine
+from logo.vllm.patches import version
 from logo.vllm.requests import Probe, lora_request
 
 # How far scores may be apart: those of fitting adapters are about ten times as large. Rounding in 16 bits is below.
@@ -52,6 +52,4 @@ async def check(engine: Engine) -> None:
 
 
 def _changed(what: str) -> ModelError:
-    from logo.vllm.patches import version
-
     return ModelError(f"LoGo does not work with this vLLM ({version()}): {what}; see docs/vllm.md for known versions")

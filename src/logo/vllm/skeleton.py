@@ -26,13 +26,10 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
-    """A causal LM on the meta device, in the dtype that the engine computes in. Each parameter has a function `read`,
-    which reads it from the checkpoint, a `sample` of its values, and the type `stored` there; if the checkpoint lacks
-    its name, there is no sample and no type, and `read` returns an empty tensor. The model then has a digest `others`
-    of what the checkpoint has instead.
-
-    Args:
-        source: a folder, or a Hub repository whose files were fetched before.
+    """A causal LM on the meta device, in the dtype that the engine computes in; `source`: a folder, or a Hub repository
+    whose files were fetched before. Each parameter has a function `read`, which reads it from the checkpoint, a
+    `sample` of its values, and the type `stored` there; if the checkpoint lacks its name, there is no sample and no
+    type, and `read` returns an empty tensor. The model then has a digest `others` of what the checkpoint has instead.
 
     Raises:
         ModelError: transformers does not know the model, or its files cannot be read.
@@ -84,7 +81,6 @@ def _samples(folder: Path) -> Mapping[str, tuple[Path, Tensor, torch.dtype]]:
 def _tensor(file: Path, name: str, dtype: torch.dtype) -> Tensor:
     try:
         with safe_open(file, framework="pt") as opened:
-            found: Tensor = opened.get_tensor(name)
+            return opened.get_tensor(name).to(dtype)  # type: ignore[no-any-return]
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file}: {name} cannot be read: {error}") from error
-    return found.to(dtype)

@@ -76,6 +76,7 @@ class Worker:
         sizes = tokens + 7, max(tokens, requests), lora.max_loras
         self._gates = StepGates(*sizes, manager.device, self._dtype, eager=eager)
         self.taps = Taps(self._place_of, manager.device)
+        self.scores = self.taps.take
         self._numbers = itertools.count(_FIRST)
         self._requests: dict[str, _Request] = {}  # by vLLM's id of the request
         self._step: dict[int, tuple[_Request, int]] = {}  # by number: the position of its first token in this step
@@ -90,10 +91,6 @@ class Worker:
 
     # -- vLLM's model --------------------------------------------------------------------------------------------
 
-    @property
-    def _adapters(self) -> Any:
-        return self._manager._adapter_manager
-
     def attach(self, model: nn.Module) -> None:
         """Puts our wrapper, with a tap, into every layer that vLLM has wrapped.
 
@@ -102,7 +99,8 @@ class Worker:
         """
         from vllm.distributed import tensor_model_parallel_all_gather
 
-        manager, device = self._adapters, self._manager.device
+        self._adapters = manager = self._manager._adapter_manager
+        device = self._manager.device
         self._modules: dict[str, str] = {}  # module path in adapters -> path of vLLM's layer
         for path in manager.modules:
             self._modules |= dict.fromkeys(manager.packed_modules.get(path, [path]), path)
@@ -149,10 +147,9 @@ class Worker:
 
     def _layer(self, module: str, why: str) -> str:
         if module not in self._modules:
-            raise ModelError(
-                f"{why} {module}, but vLLM's {type(self._adapters.model).__name__} has no layer there that takes "
-                f"adapters; it has {', '.join(sorted({path.rpartition('.')[2] for path in self._modules}))}"
-            )
+            has = ", ".join(sorted({path.rpartition(".")[2] for path in self._modules}))
+            found = f"{why} {module}, but vLLM's {type(self._adapters.model).__name__} has no layer there"
+            raise ModelError(f"{found} that takes adapters; it has {has}")
         return self._modules[module]
 
     # -- every step ----------------------------------------------------------------------------------------------
@@ -303,10 +300,6 @@ class Worker:
         self.taps.read_by({**scorers, (digest, signal): scorer})
         self._note_used()
         return {"texts": [], "points": [one.name for one in scorer.points], "selector": asdict(scorer.selector)}
-
-    def scores(self, keys: Sequence[str]) -> dict[str, Any]:
-        """See `Taps.take`."""
-        return self.taps.take(keys)
 
     def expected(self, digest: str, signal: str) -> tuple[list[int], list[float]] | None:
         """The first text of the calibration, as token ids, and the scores of the adapters that its responses give; None
