@@ -77,8 +77,8 @@ def parse(path: str) -> Mix | Probe | None:
     """What the path of a `LoRARequest` says; None: the request is not ours."""
     said: Any = json.loads(path) if path.startswith("{") else {}
     if "probe" in said:
-        *about, among, plain, alone = said["probe"]
-        return Probe(*about, None if among is None else tuple(among), plain, alone)
+        key, pool, signal, among, plain, alone = said["probe"]
+        return Probe(key, pool, signal, None if among is None else tuple(among), plain, alone)
     if "mix" in said:
         parts = ((key, weight, Activation(tuple(tokens), last)) for key, weight, tokens, last in said["mix"])
         return Mix(tuple(parts), said.get("prompt"))

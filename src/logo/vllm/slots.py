@@ -34,7 +34,7 @@ class Slots:
         load: puts adapters into slots: `(slot, key), ...`. If it raises, the slots are empty.
     """
 
-    def __init__(self, count: int, load: Callable[[list[tuple[int, str]]], Awaitable[None]]) -> None:
+    def __init__(self, count: int, load: Callable[[list[tuple[int, str]]], Awaitable[Any]]) -> None:
         self.count, self._load = count, load
         self._free = list(reversed(range(count)))
         self._slot_of: OrderedDict[str, int] = OrderedDict()  # key -> slot, the latest used last
