@@ -88,15 +88,12 @@ def _create_lora_manager(original: Any, self: Any, model: Any, vllm_config: Any)
 
     check_environment(os.environ)
     parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
-    tower = getattr(lora, "enable_tower_connector_lora", False)
+    tower, parted = getattr(lora, "enable_tower_connector_lora", False), getattr(parallel, "use_ubatching", False)
     refused = {
         "--pipeline-parallel-size": (parallel.pipeline_parallel_size > 1, "layers are read in one process"),
         "--data-parallel-size": (parallel.data_parallel_size > 1, "one engine is asked for scores"),
-        "--prefill-context-parallel-size": (
-            parallel.prefill_context_parallel_size > 1,
-            "prompts are read in one process",
-        ),
-        "--enable-dbo and --ubatch-size": (getattr(parallel, "use_ubatching", False), "gates are of whole batches"),
+        "--prefill-context-parallel-size": (parallel.prefill_context_parallel_size > 1, "prompts are read whole"),
+        "--enable-dbo and --ubatch-size": (parted, "gates are of whole batches"),
         "--fully-sharded-loras": (lora.fully_sharded_loras, "adapters are multiplied whole on every rank"),
         "--enable-tower-connector-lora": (tower, "adapters of the language model alone are mixed"),
     }
