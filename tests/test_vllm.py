@@ -167,6 +167,25 @@ def test_the_first_that_waits_is_not_passed_for_ever() -> None:
     asyncio.run(run())
 
 
+def test_the_base_model_alone_waits_for_nobody() -> None:
+    async def run() -> None:
+        slots = Slots(1, Loaded())
+
+        async def answer(keys: str) -> None:
+            async with slots.held(keys):
+                pass
+
+        async with slots.held("a"):
+            waits = asyncio.create_task(answer("b"))
+            await asyncio.sleep(0)
+            for _ in range(100):
+                await asyncio.wait_for(answer(""), 30)
+            assert not waits.done()
+        await asyncio.wait_for(waits, 30)
+
+    asyncio.run(run())
+
+
 def test_an_adapter_that_cannot_be_loaded_fails_alone() -> None:
     async def run() -> None:
         loaded = Loaded()
