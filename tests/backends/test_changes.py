@@ -35,7 +35,7 @@ def late(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inside() -> Iterator[Any]:
     options = {
         "enforce_eager": True,
-        "block_size": 16,
+        "block_size": 32,
         "lora_target_modules": ["q_proj", "k_proj", "v_proj"],
         "max_loras": 4,
     }
