@@ -145,7 +145,7 @@ class Logo:
     """LoGo in a server, as `app.state.logo`: an open engine, and the name of the base model alone."""
 
     def __init__(self, engine: Engine, base: str) -> None:
-        self.engine, self.base, self.counts = engine, base, Counts()
+        self.engine, self.base, self.counts, self.change = engine, base, Counts(), engine.change
 
     @classmethod
     async def opened(cls, client: Any, state: Any) -> Logo:
@@ -349,7 +349,7 @@ async def _load(request: bodies.LoadAdapter, raw_request: Request) -> Response:
     logo = _logo(raw_request)
     logo.names().check_new(request.lora_name, replace=request.load_inplace)
     kind = "replace" if request.lora_name in logo.pool else "add"
-    await _changed(logo.engine.change(kind, request.lora_name, request.lora_path))
+    await _changed(logo.change(kind, request.lora_name, request.lora_path))
     return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
 
 
@@ -357,7 +357,7 @@ async def _unload(request: bodies.UnloadAdapter, raw_request: Request) -> Respon
     """`POST /v1/unload_lora_adapter`"""
     logo = _logo(raw_request)
     logo.names().check_there(request.lora_name)
-    await _changed(logo.engine.change("remove", request.lora_name))
+    await _changed(logo.change("remove", request.lora_name))
     return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' removed successfully.")
 
 
