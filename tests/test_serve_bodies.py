@@ -181,8 +181,8 @@ def test_values_that_change_nothing_are_taken() -> None:
 
 
 def test_readings_of_a_request() -> None:
-    assert checked(CompletionRequest, COMPLETION | {"stop": "a"}).stops == ("a",)
-    assert checked(CompletionRequest, COMPLETION | {"stop": ["a", "b"]}).stops == ("a", "b")
+    assert checked(CompletionRequest, COMPLETION | {"stop": "a"}).stop == ("a",)
+    assert checked(CompletionRequest, COMPLETION | {"stop": ["a", "b"]}).stop == ("a", "b")
     for prompt, want in (("a", ["a"]), ([1, 2], [[1, 2]]), (["a", "b"], ["a", "b"]), ([[1], [2]], [[1], [2]])):
         assert checked(CompletionRequest, COMPLETION | {"prompt": prompt}).prompts == want
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "me"}

@@ -23,9 +23,8 @@ from logo.core import Prompt
 from logo.decoding import Batch, Decoding, call_config
 from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
 from logo.serve import batching
-from logo.serve.batching import Job
+from logo.serve.batching import Job, Memory
 from logo.serve.errors import ApiError, NotReady
-from logo.serve.memory import Memory
 from logo.serve.names import MixtureRequest
 from logo.serve.packed import Chosen
 from logo.serve.sampling import Sampling
@@ -62,9 +61,9 @@ async def answer(
     tokens: list[int] = []
     reason = None
     try:
-        async for _, delta in service.generate([Job(ids, chosen, sampling)]):
-            tokens += delta.tokens
-            reason = delta.finish_reason
+        async for _, new, why in service.generate([Job(ids, chosen, sampling)]):
+            tokens += new
+            reason = why
     finally:
         chosen.release()
     assert reason is not None
@@ -237,8 +236,8 @@ def test_who_leaves_early_frees_what_it_held(llama: nn.Module, adapters: Path) -
         chosen = await service.choose(Prompt.of_ids(ids), MixtureRequest())
         async with aclosing(service.generate([Job(ids, chosen, Sampling(90))])) as deltas:
             seen = 0
-            async for _, delta in deltas:
-                seen += len(delta.tokens)
+            async for _, new, _ in deltas:
+                seen += len(new)
                 if seen >= after:
                     return
 
@@ -299,7 +298,7 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
     async def use(service: Service) -> Any:
         chosen = await service.choose(Prompt.of_ids(ids), wanted)
         deltas = service.generate([Job(ids, chosen, Sampling(30))])
-        first = (await anext(deltas))[1].tokens
+        first = (await anext(deltas))[1]
         waiting = await service.choose(Prompt.of_ids(ids), wanted)  # selected, not begun
         await service.remove("t1")
         shutil.rmtree(tmp_path / "pool" / "t1")
@@ -307,9 +306,9 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
             await service.choose(Prompt.of_ids(ids), wanted)
         await service.add(tmp_path / "other", "t1")
         new = await answer(service, ids, wanted, Sampling(30))
-        rest = [token async for _, delta in deltas for token in delta.tokens]
+        rest = [token async for _, new, _ in deltas for token in new]
         more = service.generate([Job(ids, waiting, Sampling(30))])
-        held = [token async for _, delta in more for token in delta.tokens]
+        held = [token async for _, new, _ in more for token in new]
         return (
             (*first, *rest),
             tuple(held),

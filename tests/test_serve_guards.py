@@ -22,7 +22,7 @@ from starlette.types import Message
 from http_server import eventually, log_of, raw, serving
 from logo.errors import AdapterError, DataError, NotFinite, PoolError, StorageError, UsageError
 from logo.serve import logs
-from logo.serve.errors import ApiError, too_many
+from logo.serve.errors import ApiError, failed
 from logo.serve.guards import GuardSettings, guard, response
 
 KEYS, LIMIT = ("key-one", "key-two"), 10_000
@@ -146,6 +146,7 @@ def test_pages_of_other_origins_may_read_and_change_nothing(client: httpx.Client
         ("https://evil.test", 403),
         ("http://localhost:1", 403),
         ("null", 403),
+        ("http://[", 403),
     ):
         assert client.post("/v1/echo", json={}, headers={"Origin": origin}).status_code == status, origin
     names = "authorization,content-type,x-stainless-lang"  # as OpenAI's client asks for them
@@ -307,7 +308,7 @@ class OutOfMemoryError(RuntimeError):
         (KeyError("secret"), 500, "the server failed to answer (request id r1)"),
         (OutOfMemoryError("CUDA out of memory: secret"), 503, "out of memory for this request"),
         (MemoryError(), 503, "out of memory for this request"),
-        (too_many(3), 429, "too many requests are waiting; try again in 3 s"),
+        (failed("too long", "timeout", 504), 504, "too long"),
     ],
 )
 def test_every_failure_has_an_answer(cause: Exception, status: int, said: str) -> None:

@@ -23,9 +23,8 @@ from local_server import LocalServer
 from logo import LoGo
 from logo.demo import adapters_dir
 from logo.serve import app as app_module
-from logo.serve.answering import AppSettings
-from logo.serve.app import create_app
-from logo.serve.memory import Memory
+from logo.serve.app import AppSettings, create_app
+from logo.serve.batching import Memory
 from logo.serve.service import Service
 from serving import endless
 from tolerances import PATIENCE
@@ -55,7 +54,7 @@ def asked(service: Service, use: Callable[[httpx.AsyncClient], Awaitable[Any]], 
 
 
 def failures(text: str) -> dict[str, float]:
-    """Code -> the number of answers that `/metrics` counts."""
+    """Code -> the number of requests that `/metrics` counts."""
     found = re.findall(r'^logo:request_failure_total{reason="(.+)"} (.+)$', text, re.M)
     return {reason: float(count) for reason, count in found}
 
@@ -70,7 +69,7 @@ def test_more_than_there_is_room_for_are_refused_and_counted(engine: LoGo) -> No
         answer = await client.post("/v1/completions", json={**body, "n": 4})  # waiting would be of no use
         assert answer.status_code == 400 and "at most 6 at a time" in answer.json()["error"]["message"]
         text = (await client.get("/metrics")).text
-        assert failures(text) == {"queue_full": 12.0}
+        assert failures(text) == {"queue_full": 2.0, "invalid": 1.0}
         assert re.search(r'^logo:request_success_total{finished_reason="\w+"} 6.0$', text, re.M)
         assert "logo:num_requests_running 0.0" in text and "logo:kv_tokens_used 0.0" in text
         assert 'logo:adapter_selected_total{adapter="add_numbers"} 6.0' in text
@@ -86,7 +85,7 @@ def test_a_request_that_takes_too_long_is_ended_and_counted(
         body = {"model": "demo", "prompt": PROMPT, "max_tokens": 480, "n": 2}
         answer = await client.post("/v1/completions", json=body)
         assert answer.status_code == 504 and "the limit of this server" in answer.json()["error"]["message"]
-        assert failures((await client.get("/metrics")).text) == {"timeout": 2.0}
+        assert failures((await client.get("/metrics")).text) == {"timeout": 1.0}
 
     if waits == "to be chosen for":
         service = Service(engine, Memory())
@@ -125,7 +124,7 @@ def test_a_client_that_does_not_read_holds_nothing_beyond_the_time_limit(
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
         await app(scope, receive, send)
         assert len(sent) == 3 and sent[-1]["more_body"]
-        assert failures((await client.get("/metrics")).text) == {"timeout": 1.0}
+        assert "logo:num_requests_running 0.0" in (await client.get("/metrics")).text
 
     asked(Service(engine, Memory()), use, request_timeout=5.0)  # enough for a busy machine to begin
 
@@ -171,7 +170,7 @@ def test_variables_of_the_chat_template_reach_it(engine: LoGo, monkeypatch: pyte
 
 def test_head_is_answered_like_get_without_a_body(engine: LoGo) -> None:
     with serving(create_app(Service(engine, Memory()), AppSettings("demo"))) as url:
-        for path in ("/health", "/ready", "/version", "/metrics", "/v1/models", "/v1/models/french", "/"):
+        for path in ("/health", "/ready", "/metrics", "/v1/models", "/v1/models/french", "/"):
             answer = httpx.head(url + path)
             assert answer.status_code == 200 and answer.content == b"", path
             assert answer.headers["content-type"] == httpx.get(url + path).headers["content-type"]

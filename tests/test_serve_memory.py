@@ -7,14 +7,14 @@ from torch import nn
 
 from logo.errors import UsageError
 from logo.mixing.cache import ADAPTER_SHARE
-from logo.serve import memory
-from logo.serve.memory import Memory, Plan
+from logo.serve import batching
+from logo.serve.batching import Memory, Plan
 
 
 @pytest.fixture(autouse=True)
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gigabyte is free."""
-    monkeypatch.setattr(memory, "free_bytes", lambda devices: 10**9)
+    monkeypatch.setattr(batching, "free_bytes", lambda devices: 10**9)
 
 
 def test_defaults_fit_beside_each_other() -> None:

@@ -19,9 +19,9 @@ from logo.adapters.activation import EVERYWHERE, Activation
 from logo.adapters.pool import open_pool
 from logo.errors import LoGoError, UsageError
 from logo.vllm import patches
-from logo.vllm.gates import Rows, StepGates, gated, turned
+from logo.vllm.gates import StepGates, gated, turned
 from logo.vllm.options import OPTIONS, POOL, VllmOptions
-from logo.vllm.pool import check_rank, rank_of, slots_of, targets_of
+from logo.vllm.pool import rank_of, slots_of, targets_of
 from logo.vllm.requests import Mix, Probe, parse
 from logo.vllm.slots import Slots
 
@@ -63,7 +63,7 @@ def test_every_token_gets_its_own_mixture(counts: list[int], slots: int, rank: i
     for number, count in enumerate(counts):
         if number % 3:
             gate[at : at + count] = torch.rand(count, slots) * (torch.rand(count, slots) > 0.5)
-            rows.append(Rows(at, gate[at : at + count].clone()))
+            rows.append((at, gate[at : at + count].clone()))
         at += count
     gates = StepGates(128, 16, slots, CPU, torch.float32, eager=True)
     gates.write(rows, ())
@@ -81,7 +81,7 @@ def test_an_adapter_that_overflows_spoils_no_other_row() -> None:
     a, b = factors(2, 2, 4, 4)
     a[1] = torch.inf
     gates = StepGates(8, 8, 2, CPU, torch.float32, eager=True)
-    gates.write([Rows(0, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))], ())
+    gates.write([(0, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))], ())
     y = torch.zeros(2, 4)
     for group in gates.groups:
         group.add(y, torch.ones(2, 4), a, b)
@@ -167,6 +167,25 @@ def test_the_first_that_waits_is_not_passed_for_ever() -> None:
     asyncio.run(run())
 
 
+def test_the_base_model_alone_waits_for_nobody() -> None:
+    async def run() -> None:
+        slots = Slots(1, Loaded())
+
+        async def answer(keys: str) -> None:
+            async with slots.held(keys):
+                pass
+
+        async with slots.held("a"):
+            waits = asyncio.create_task(answer("b"))
+            await asyncio.sleep(0)
+            for _ in range(100):
+                await asyncio.wait_for(answer(""), 30)
+            assert not waits.done()
+        await asyncio.wait_for(waits, 30)
+
+    asyncio.run(run())
+
+
 def test_an_adapter_that_cannot_be_loaded_fails_alone() -> None:
     async def run() -> None:
         loaded = Loaded()
@@ -179,6 +198,10 @@ def test_an_adapter_that_cannot_be_loaded_fails_alone() -> None:
 
         found = await asyncio.gather(answer("a"), answer("b"), answer("a"), answer("c"), return_exceptions=True)
         assert [str(one) for one in found] == ["a cannot be read", "b", "a cannot be read", "c"]
+        # Whoever wants one that is loaded beside it has to have it all the same.
+        found = await asyncio.gather(answer("ad"), answer("d"), return_exceptions=True)
+        assert [str(one) for one in found] == ["a cannot be read", "d"]
+        assert "d" in loaded.slots.values()
         loaded.bad = set()
         assert await answer("a") == "a"
         with pytest.raises(UsageError, match="this mixture has 3 adapters, and vLLM has 2 slots"):
@@ -218,7 +241,7 @@ def test_slots_follow_from_the_pool() -> None:
     pool = open_pool(None, "demo")  # 16 adapters of rank 8
     assert (slots_of(pool, 3), rank_of(pool), targets_of(pool)) == (16, 8, ("q_proj", "v_proj"))
     with pytest.raises(UsageError, match="adapter 'add_numbers' has rank 8: pass --max-lora-rank 8 or more"):
-        check_rank(pool, 4)
+        rank_of(pool, 4)
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------
@@ -234,7 +257,7 @@ def test_a_mixture_is_read_as_it_was_written(mixture: dict[str, tuple[float, Act
     key, (_, where) = next(iter(mixture.items()))  # adapters with equal content are one
     twice = Mix.of([(key, 1.0, where), (key, 2.0, where)])
     assert twice.parts == ((key, 3.0, where),)
-    probe = Probe(key, "pool", "norm", ("a", "b"), True)
+    probe = Probe(key, "pool", "norm", ("a", "b"), True, True)
     assert parse(probe.path) == probe and parse("/a/folder") is None
 
 
@@ -273,6 +296,8 @@ def test_blocks_before_adapters_act_are_the_base_models() -> None:
     plain = Mix.of([("a", 1.0, EVERYWHERE)])
     assert block_key(request(plain.path, [1] * 40), 16) == plain.path
     assert block_key(request(Probe("k", "p", "norm").path, [1] * 40), 48) is None
+    alone = Probe("k", "p", "norm", alone=True).path  # whose key nobody else has
+    assert block_key(request(alone, [1] * 40), 16) == alone
     assert block_key(request("/a/folder", [1] * 40), 16) == "/a/folder"
     scored = Mix.of([("a", 1.0, Activation(last=2))], prompt=6)  # three tokens of a completion follow
     assert scored.begins([1] * 9) == (4,)

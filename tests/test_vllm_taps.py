@@ -13,13 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logo.errors import ModelError
 from logo.selection import signals
 from logo.selection.points import Point
 from logo.selection.reference import both_means, emphasis
 from logo.vllm import taps as module
 from logo.vllm.requests import Probe
-from logo.vllm.taps import Span, Taps
+from logo.vllm.taps import Span, Taps, TextReader
 
 CPU = torch.device("cpu")
 READING = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token="each")
@@ -63,7 +62,7 @@ class Describing(Scorer):
 
 
 def scored(made: Taps, signal: str, scorer: Any) -> Taps:
-    made.score({(POOL, signal): scorer})
+    made.read_by({(POOL, signal): scorer})
     return made
 
 
@@ -144,7 +143,7 @@ def test_what_cannot_be_scored_says_why(taps: Taps) -> None:
 
 
 def test_the_texts_of_a_calibration_are_kept_as_they_are_read(taps: Taps) -> None:
-    taps.start_calibration([Point(0, "layers.0", "c")], READING)
+    taps.read_by({**taps.readers, (POOL, ""): TextReader((Point(0, "layers.0", "c"),), READING)})
     text, short = torch.rand(5, 4), torch.rand(1, 4)
     step(
         taps,
@@ -154,11 +153,10 @@ def test_the_texts_of_a_calibration_are_kept_as_they_are_read(taps: Taps) -> Non
         places="abc",
     )
     step(taps, text[3:], span("long", 0, 3, 2, 5, ""), places="abc")
-    long, alone = taps.end_calibration(["long", "short"])
+    long, alone = taps.take(["long", "short"]).values()
+    assert isinstance(long, dict) and isinstance(alone, dict)
     assert list(long) == list(alone) == ["c"] and not taps.active("c")
     assert torch.equal(long["c"], text[1:]) and torch.equal(alone["c"], short)
-    with pytest.raises(ModelError, match="text other: the prompt was not run"):
-        taps.end_calibration(["other"])
 
 
 def test_a_prompt_that_was_put_back_is_read_again(taps: Taps) -> None:
@@ -179,7 +177,7 @@ def test_what_is_known_of_an_aborted_probe_is_freed(taps: Taps) -> None:
 
 def test_a_prompt_is_scored_by_the_pool_that_it_names(taps: Taps) -> None:
     other = Scorer("a")
-    taps.score({(POOL, "calibrated"): Scorer("a", "b"), ("d2", "calibrated"): other})  # type: ignore[dict-item]
+    taps.read_by({(POOL, "calibrated"): Scorer("a", "b"), ("d2", "calibrated"): other})  # type: ignore[dict-item]
     rows = torch.rand(4, 4)
     step(taps, rows, span("p", 0, 0, 2, 2), replace(span("q", 2, 0, 2, 2), probe=Probe("q", "d2", "calibrated")))
     found = taps.take(["p", "q"])

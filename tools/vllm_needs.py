@@ -131,7 +131,7 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
         "LRUCacheLoRAModelManager",
         (
             *("modules", "packed_modules", "lora_index_to_id"),
-            *("add_adapter", "activate_adapter", "remove_adapter", "pin_adapter"),
+            *("add_adapter", "activate_adapter", "remove_adapter"),
         ),
     ),
     Function(
@@ -197,7 +197,14 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
         for name in ("validate_json_request", "with_cancellation", "load_aware_call")
     ),
     Function("vllm.entrypoints.openai.models.serving", "OpenAIServingModels", "model_name", ("self", "lora_request")),
-    Attributes(("vllm.config.parallel",), "ParallelConfig", ("_api_process_count",)),
+    Attributes(
+        ("vllm.config.parallel",),
+        "ParallelConfig",
+        (
+            *("_api_process_count", "worker_extension_cls", "pipeline_parallel_size", "data_parallel_size"),
+            "prefill_context_parallel_size",
+        ),
+    ),
     Attributes(_MODELS, "OpenAIServingModels", ("lora_requests", "base_model_paths")),
     Attributes(("vllm.config.vllm", "vllm.config"), "VllmConfig", ("additional_config", "lora_config", "model_config")),
     Function("vllm.v1.engine.async_llm", "AsyncLLM", "collective_rpc", ("self", "method", "args"), positional=False),

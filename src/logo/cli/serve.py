@@ -68,8 +68,8 @@ def serve(
     base_model = or_demo(engine)
     name = server.model_name(base_model)
 
-    from logo.serve.answering import AppSettings
-    from logo.serve.memory import Memory
+    from logo.serve.app import AppSettings
+    from logo.serve.batching import Memory
     from logo.serve.names import check_pool
     from logo.serve.running import serve as run
     from logo.serve.service import Service

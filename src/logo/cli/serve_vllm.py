@@ -110,10 +110,11 @@ def _replicas(options: EngineOptions, base_model: str, server: ServerOptions, la
     from logo.cli.cluster import absolute, expected
     from logo.cluster.processes import Layout
     from logo.cluster.replicas import Plan, serve_replicas, vllm_app
-    from logo.serve.running import listening, released
+    from logo.serve.running import listening
 
     layout = Layout(server.replicas or 1, server.ray)
-    address = released(listening(server.host, server.port))
+    with listening(server.host, server.port) as free:  # another process will listen there
+        address = free.getsockname()[:2]
     open_ = functools.partial(vllm_app, launch.command[3:])  # after `python -m MODULE`
     pool = {"model_dir": os.path.abspath(MODEL_DIR), "on_bad_adapter": options.on_bad_adapter}
     found = expected(layout, launch.pool, absolute(base_model), **pool)

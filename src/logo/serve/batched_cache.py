@@ -1,9 +1,4 @@
-"""`BatchedCache`: the keys and values of sequences that are decoded together, which join and leave at any step.
-
-One tensor per layer, (rows, heads, columns, size). Every row ends in the same column, so that a step of all of them is
-a plain batch that is padded on the left. The tensors are copied only when they have to grow, or when too many columns
-in front are padding.
-"""
+"""`BatchedCache`: the keys and values of sequences that are decoded together, which join and leave at any step."""
 
 from __future__ import annotations
 
@@ -15,8 +10,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-# Columns that are made when there is none left.
-_MORE = 32
+_MORE = 32  # columns that are made when there is none left
+_SPARE = 16  # the most rows that are made beside those in use, so that not every new one copies all
 
 
 class _Layer(DynamicLayer):  # type: ignore[misc]
@@ -39,38 +34,31 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
 
 
 class BatchedCache:
-    """See above.
+    """One tensor per layer, (rows, heads, columns, size), of the shapes of `cache`. Every row ends in the same column:
+    a step of all of them is a plain batch that is padded on the left. The tensors are copied only when they have to
+    grow, or too many columns in front are padding; where memory is short, the rows stay as they were."""
 
-    Attributes:
-        columns: how many columns are filled, padding included; whoever has computed a step adds one.
-    """
-
-    def __init__(self) -> None:
-        self.columns = 0
+    def __init__(self, cache: DynamicCache) -> None:
+        self.columns = 0  # that are filled, padding included; whoever has computed a step adds one
         self._starts: list[int] = []  # the first column of each row that is no padding
-        self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values
-        self._seen: dict[tuple[int, int], Cache] = {}
-
-    def shape(self, cache: DynamicCache) -> None:
-        """Takes the shapes of layers from a cache of the model."""
         self._layers = [(one.keys[:0, :, :0].clone(), one.values[:0, :, :0].clone()) for one in cache.layers]
+        self._seen: dict[tuple[int, int], Cache] = {}
 
     def join(self, cache: DynamicCache, lengths: Sequence[int], places: Sequence[int]) -> None:
         """Puts the rows of a batch that is padded on the left, of so many tokens each, in the places of rows that are
         not needed any more, or behind the last one."""
         count, longest = max(len(self._starts), *(place + 1 for place in places)), max(lengths)
-        self._starts += [self.columns] * (count - len(self._starts))
-        for place in places:
-            self._starts[place] = self.columns
         if longest > self.columns or count > len(self._layers[0][0]):
-            self._lay_out(count + min(count, 16), longest)
+            self._lay_out(count, longest, places)
         for number, pair in enumerate(self._layers):
             for which, own in enumerate(pair):
                 for row, (place, length) in enumerate(zip(places, lengths, strict=True)):
-                    own[place, :, : self.columns - length] = 0  # what is masked must be finite
+                    start = self.columns - length
+                    own[place, :, :start] = 0  # what is masked must be finite
                     if length:
                         new = (cache.layers[number].keys, cache.layers[number].values)[which]
-                        own[place, :, self.columns - length : self.columns] = new[row, :, new.shape[2] - length :]
+                        own[place, :, start : self.columns] = new[row, :, new.shape[2] - length :]
+        self._starts += [0] * (count - len(self._starts))
         for place, length in zip(places, lengths, strict=True):
             self._starts[place] = self.columns - length
 
@@ -90,31 +78,29 @@ class BatchedCache:
     def make_room(self) -> None:
         """Makes room for one more column; half of the columns may be padding in all rows, and then they are dropped."""
         if self.columns == self._layers[0][0].shape[2] or min(self._starts) > max(_MORE, self.columns // 2):
-            self._lay_out(len(self._layers[0][0]))
+            self._lay_out(len(self._starts))
 
-    def _lay_out(self, rows: int, length: int = 0) -> None:
-        """Copies everything into larger tensors, for so many rows, without padding in front of the longest row."""
-        before = self.columns
-        self.columns = max([length, *(before - start for start in self._starts)])
-        moved, size = self.columns - before, self.columns + _MORE
-        layers = []
+    def _lay_out(self, count: int, length: int = 0, new: Sequence[int] = ()) -> None:
+        """Copies all rows but `new` ones into tensors for so many, without padding in front of the longest row."""
+        kept = [(row, start) for row, start in enumerate(self._starts) if row not in new]
+        columns = max([length, *(self.columns - start for _, start in kept)])
+        moved, layers = columns - self.columns, []
         for pair in self._layers:
             made = []
             for own in pair:
-                new = own.new_zeros(rows, own.shape[1], size, own.shape[3])
-                for row, start in enumerate(self._starts[: len(own)]):
-                    new[row, :, start + moved : self.columns] = own[row, :, start:before]
-                made.append(new)
+                tensor = own.new_zeros(count + min(count, _SPARE), own.shape[1], columns + _MORE, own.shape[3])
+                for row, start in kept:
+                    tensor[row, :, start + moved : columns] = own[row, :, start : self.columns]
+                made.append(tensor)
             layers.append((made[0], made[1]))
-        self._layers, self._starts = layers, [start + moved for start in self._starts]
+        self._layers, self.columns, self._starts = layers, columns, [start + moved for start in self._starts]
         self._seen.clear()
 
     def seen(self, begin: int, end: int) -> tuple[Tensor, Tensor, Cache]:
         """For a step of these rows: the mask (rows, columns + 1), positions (rows, 1), and the cache."""
         if (begin, end) not in self._seen:
-            self._seen = {
-                (begin, end): Cache(layers=[_Layer(self, k[begin:end], v[begin:end]) for k, v in self._layers])
-            }
+            layers = [_Layer(self, keys[begin:end], values[begin:end]) for keys, values in self._layers]
+            self._seen = {(begin, end): Cache(layers=layers)}
         starts = torch.tensor(self._starts[begin:end])[:, None]
         mask = (torch.arange(self.columns + 1) >= starts).long()
         return mask, self.columns - starts, self._seen[begin, end]

@@ -3,9 +3,7 @@
     waiting -> prefill, together or in parts, between steps -> `BatchedCache` -> a token per row and step -> Delta, ...
 
 Rows join and leave between steps. Prefilling stops before the output head and leaves the last token of a prompt to the
-first step of its row. Keys and values are in one tensor per layer, in which every row ends in the same column, so that
-a step is a plain batch of the model. If adapters act only from a position on, what is before it comes from the prefix
-cache.
+first step of its row. If adapters act only from a position on, what is before it comes from the prefix cache.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,47 +26,94 @@ from transformers import DynamicCache
 from logo.core import FinishReason
 from logo.decoding import OVERFLOW
 from logo.endings import end_tokens
-from logo.errors import ModelError, NotFinite
-from logo.mixing.cache import AdapterCache
+from logo.errors import ModelError, NotFinite, UsageError
+from logo.mixing.cache import AdapterCache, free_bytes
 from logo.models import input_device, padded, text_config
 from logo.prefix_cache import PrefixCache, cache_argument, laid_out, reusable
 from logo.serve.batched_cache import BatchedCache
 from logo.serve.errors import NotReady
-from logo.serve.memory import Memory, Plan
 from logo.serve.packed import Chosen, Packed
 from logo.serve.sampling import NO_TOKEN, Draw, Sampling, next_tokens
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 # The most tokens of a prompt that are read between two steps of the rows, which wait meanwhile.
 _STEP_TOKENS = 512
+# The default for keys and values: so many bytes on a CPU, where other programs need memory, too, and at most this share
+# of what is free beside the model, of which adapters get 0.3; on other devices the second share.
+_USUAL, _CPU_SHARE, _SHARE = 2e9, 0.3, 0.5
 STOPPED = "generation has stopped; restart the server"
-_ALIKE = 0.7  # the length of a prompt divided by that of a longer one that is read beside it, at least
 _log = logging.getLogger("logo.serve")
 
 
 @dataclass(frozen=True)
-class Delta:
-    """The new token ids of an answer, and why it ended; None until it does."""
+class Memory:
+    """The limits of sequences: the most of one step, and memory (10⁹ bytes) for keys and values on the model's device;
+    None: a share of the free memory."""
 
-    tokens: tuple[int, ...]
-    finish_reason: FinishReason | None
+    concurrent: int = 64
+    kv_cache_gb: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on a model's devices: of the weights, the most for adapters and for keys and values, and what is free."""
+
+    model: int
+    adapters: int
+    kv: int
+    free: int
+
+    @classmethod
+    def of(cls, model: Any, adapters: int, memory: Memory) -> Plan:
+        """Plans the memory of a server; UsageError: it needs more than there is."""
+        tensors = [*model.parameters(), *model.buffers()]
+        devices = {tensor.device for tensor in tensors}
+        free = free_bytes(devices)
+        usual = min(_USUAL, _CPU_SHARE * free) if devices == {torch.device("cpu")} else _SHARE * free
+        kv = int(usual if memory.kv_cache_gb is None else 1e9 * memory.kv_cache_gb)
+        plan = cls(sum(tensor.nbytes for tensor in tensors), adapters, kv, free)
+        if adapters + kv > free:
+            together = "adapters and keys and values together do not fit"
+            raise UsageError(f"{plan.line}: {together}; lower --adapter-memory-gb or --kv-cache-gb")
+        return plan
+
+    def tokens(self, model: Any, dtype: torch.dtype, shared: int) -> int:
+        """How many tokens have room, padding included, beside `shared` bytes for prompt prefixes; UsageError: none."""
+        if shared >= self.kv:
+            rest = f"leave nothing of the {self.kv / 1e9:.2f} GB for keys and values (--kv-cache-gb)"
+            raise UsageError(f"{shared / 1e9:.2f} GB for prompt prefixes (--prefix-cache-gb) {rest}")
+        config = text_config(model)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return max(1, int((self.kv - shared) // (2 * config.num_hidden_layers * heads * size * dtype.itemsize)))
+
+    @property
+    def line(self) -> str:
+        """The plan in one line."""
+        model, adapters, kv, free = (f"{size / 1e9:.2f} GB" for size in (self.model, self.adapters, self.kv, self.free))
+        most = f"up to {adapters} of adapters · up to {kv} of keys and values"
+        return f"Memory: model {model} · {most} · {free} free beside the model"
+
+
+# An answer, its new token ids, and why it ended; None until it does.
+News = tuple["Job", tuple[int, ...], FinishReason | None]
 
 
 @dataclass(eq=False)
 class Job:
-    """One answer: token ids of its prompt, its mixture and sampling; and, for the loop alone, how far it is."""
+    """One answer: token ids of its prompt, its mixture and sampling; how far it is, which the loop alone changes; and
+    what its caller says."""
 
     prompt: Sequence[int]
     chosen: Chosen
     sampling: Sampling
-    left: bool = False  # the caller, who may set this, does not listen any more
-    outputs: asyncio.Queue[tuple[Job | None, Delta | Exception]] = field(default_factory=asyncio.Queue)
-    ended: bool = False  # its row, if it has one, is not needed any more
-    begun: bool = False  # it has a row
     tokens: list[int] = field(default_factory=list)  # of the answer
+    reason: FinishReason | None = None  # why it ended ...
+    error: Exception | None = None  # ... or failed
+    begun: bool = False  # it has a row
+    ended: bool = False  # its row, if it has one, is not needed any more
     cache: DynamicCache | None = None  # of the part of the prompt that is read
+    news: asyncio.Event = field(default_factory=asyncio.Event)  # set in the caller's thread
+    left: bool = False  # the caller, who may set this, does not listen any more
 
     @property
     def most(self) -> int:
@@ -77,31 +122,15 @@ class Job:
 
 
 class Batching:
-    """Generates for many callers at once, in a thread of its own.
+    """Generates for many callers at once, in a thread of its own. ModelError: the model keeps anything but keys and
+    values of earlier tokens; UsageError: there is less memory.
 
-    Args:
-        model: a causal LM that keeps only keys and values of earlier tokens.
-        adapters: the cache of its adapters.
-        memory: see `Memory`.
-        context: the most tokens of a prompt and its answer; None if the model has no limit.
-        prefix_cache: of what the base model reads, for adapters that act from a position on only.
-
-    Attributes:
-        context: the same, within the memory for keys and values, which is as in `plan`.
-        missed: tokens of prompts whose cached keys and values had been dropped when an answer began.
-
-    Raises:
-        ModelError: the model keeps something else of earlier tokens.
-        UsageError: the requested memory is more than there is.
+    `context` is the most tokens of a prompt and its answer (None: the model has no limit), as an attribute within the
+    memory for keys and values, too. `prefix_cache`: for adapters that act from a position on only.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        adapters: AdapterCache,
-        memory: Memory,
-        context: int | None,
-        prefix_cache: PrefixCache | None = None,
+        self, model: Any, adapters: AdapterCache, memory: Memory, context: int | None, prefix_cache: PrefixCache | None
     ) -> None:
         if not reusable(model, longer=False):
             kept = "it keeps more of earlier tokens than keys and values"
@@ -110,26 +139,23 @@ class Batching:
             parts = text_config(model)
             first = (parts.rope_parameters or {}).get("original_max_position_embeddings")
             context = min(context or first, first or parts.max_position_embeddings)
+        self.plan = Plan.of(model, adapters.budget, memory)
+        self._tokens = self.plan.tokens(model, adapters.dtype, 0 if prefix_cache is None else prefix_cache.budget)
+        self.context = self._tokens if context is None else min(context, self._tokens)
         self._model, self._prefix_cache = model, prefix_cache
         self._concurrent, self._device = memory.concurrent, input_device(model)
-        self._packed, self._rows = Packed(adapters), BatchedCache()
         self._reader = prefix_cache or PrefixCache(model, 0)
         self._ends = end_tokens(model.generation_config)
-        self._arguments = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._packed, self._rows = Packed(adapters), BatchedCache(DynamicCache())
+        self._gated: Sequence[Job] | None = None  # the rows whose gates are set
         self._waiting: list[Job] = []  # replaced or extended under the lock
         self._active: list[Job] = []  # the job of each row
         self._change = threading.Condition()
         self._pausing, self._stepping, self._stopped = 0, False, False
         self._thread: threading.Thread | None = None
-        self._said: list[tuple[Job, Delta | Exception]] = []  # what callers have not heard yet ...
+        self._news: list[Job] = []  # whose callers have not heard yet ...
         self._loop: asyncio.AbstractEventLoop | None = None  # ... and where they are
-        self._gated: Sequence[Job] | None = None  # the rows whose gates are set
-        self.missed = 0
-        self.plan = Plan.of(model, adapters.budget, memory)
-        self._tokens = self.plan.tokens(model, adapters.dtype, 0 if prefix_cache is None else prefix_cache.budget)
-        self.context = self._tokens if context is None else min(context, self._tokens)
-
-    # -- what the service asks -------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Starts the thread that generates, unless it runs already."""
@@ -137,8 +163,7 @@ class Batching:
             with torch.inference_mode():
                 cache, one = DynamicCache(), torch.ones(1, 1, dtype=torch.int64, device=self._device)
                 self._reader.forward(one, one, cache, {})
-                self._rows.shape(cache)
-            self._stopped = False
+                self._rows = BatchedCache(cache)
             self._thread = threading.Thread(target=self._run, name="logo-generate", daemon=True)
             self._thread.start()
 
@@ -149,20 +174,16 @@ class Batching:
             self._change.notify_all()
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
 
     @property
     def alive(self) -> bool:
-        """Whether the thread that generates is running."""
+        """Whether answers can be generated."""
         return self._thread is not None and self._thread.is_alive() and not self._stopped
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside the block the caller may use the model: sequences wait, and no mixture is active.
-
-        Raises:
-            NotReady: generation has stopped.
-        """
+        """Inside the block the caller may use the model: sequences wait, and no mixture is active. NotReady: generation
+        has stopped."""
         with self._change:
             self._pausing += 1
             self._change.wait_for(lambda: not self._stepping)
@@ -179,7 +200,7 @@ class Batching:
 
     @property
     def running(self) -> int:
-        """The number of sequences that are being generated."""
+        """The number of answers that are being generated."""
         return sum(not job.ended for job in list(self._active))
 
     @property
@@ -192,45 +213,39 @@ class Batching:
         """How many tokens' keys and values are in use, padding included, and how many have room."""
         return self.running * self._rows.columns, self._tokens
 
-    async def generate(
-        self, jobs: Sequence[Job], deadline: float | None = None
-    ) -> AsyncGenerator[tuple[Job, Delta], None]:
+    async def generate(self, jobs: Sequence[Job], deadline: float | None = None) -> AsyncGenerator[News, None]:
         """Yields the tokens of answers as they come. A job that is set `left` ends; leaving the loop ends all of them.
 
-        Args:
-            deadline: on the event loop's clock; None: no deadline.
-
-        Raises:
-            TimeoutError: the deadline has passed.
-            NotReady, or what a step of one of the answers raised.
+        Raises TimeoutError after the deadline, on the event loop's clock; NotReady; what a step of an answer raised.
         """
-        self._loop, outputs = asyncio.get_running_loop(), jobs[0].outputs
+        self._loop, news = asyncio.get_running_loop(), jobs[0].news
         for job in jobs:
-            job.outputs = outputs
-        timer = None if deadline is None else self._loop.call_at(deadline, outputs.put_nowait, (None, TimeoutError()))
+            job.news = news
         with self._change:
             if not self.alive:
                 raise NotReady(STOPPED)
             self._waiting += jobs
             self._change.notify_all()
+        failures, heard = list[Exception](), dict.fromkeys(jobs, 0)
+
+        def late() -> None:
+            failures.append(TimeoutError())
+            news.set()
+
+        timer = None if deadline is None else self._loop.call_at(deadline, late)
         try:
             while not all(job.left for job in jobs):
-                said, found = [await outputs.get()], dict[Job, Delta]()
-                failure: Exception | None = None
-                while not outputs.empty():  # what came meanwhile is passed on together
-                    said.append(outputs.get_nowait())
-                for whose, one in said:
-                    if isinstance(one, Exception):
-                        failure = failure or one
-                    elif whose is not None:
-                        before = found[whose].tokens if whose in found else ()
-                        found[whose] = Delta((*before, *one.tokens), one.finish_reason)
-                for job, delta in found.items():
-                    if not job.left:
-                        yield job, delta
-                        job.left = job.left or delta.finish_reason is not None
-                if failure is not None:
-                    raise failure
+                await news.wait()
+                news.clear()
+                for job in (job for job in jobs if not job.left):
+                    reason, tokens = job.reason, tuple(job.tokens[heard[job] :])  # in this order
+                    if tokens or reason is not None:
+                        heard[job] += len(tokens)
+                        yield job, tokens, reason
+                        job.left = job.left or reason is not None
+                failures += [job.error for job in jobs if job.error is not None and not job.left]
+                if failures:
+                    raise failures[0]
         finally:
             if timer is not None:
                 timer.cancel()
@@ -238,8 +253,6 @@ class Batching:
                 for job in jobs:
                     job.left = True
                 self._change.notify_all()
-
-    # -- the thread that generates ---------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
@@ -250,7 +263,9 @@ class Batching:
             with self._change:
                 self._stopped, self._stepping = True, False
                 self._change.notify_all()
-            self._said += [(job, NotReady(STOPPED)) for job in (*self._active, *self._waiting)]
+            for job in (*self._active, *self._waiting):
+                job.error = job.error or NotReady(STOPPED)
+                self._news.append(job)
             self._hand_out()
 
     def _begun(self) -> bool:
@@ -277,14 +292,8 @@ class Batching:
             self._hand_out()
         self._compact()
         if self._active:
-            try:
-                self._rows.make_room()
-            except Exception as error:
-                for job in self._active:
-                    self._fail(job, error)
-            else:
-                self._in_halves(list(self._active), self._decode)
-                self._rows.columns += 1
+            self._in_halves(list(self._active), self._decode)
+            self._rows.columns += 1
         if not self._waiting:
             self._compact()
         self._hand_out()
@@ -295,30 +304,28 @@ class Batching:
             self._waiting = [job for job in self._waiting if not (job.begun or job.ended or job.left)]
 
     def _next(self, most: int) -> list[Job]:
-        """The prompts that are read next: the first, and if it is short, others that are about as long, so that they
-        need little padding; as many as there is room for, as long as they may become."""
+        """The prompts that are read next: the first, and if it is short, others beside it, up to so many tokens with
+        padding; as many as there is room for, as long as they may become."""
         running = [one for one in self._active if not one.ended]
         jobs, longest = list[Job](), max((one.most for one in running), default=0)
         for job in list(self._waiting):
-            length, longest_now = len(job.prompt), max(longest, job.most)
-            rows = len(running) + len(jobs) + 1
+            rows, longest_now = len(running) + len(jobs) + 1, max(longest, job.most)
             if rows > self._concurrent or rows * longest_now > self._tokens:
                 break
-            if jobs:
-                lengths = [length, *(len(one.prompt) for one in jobs)]
-                if job.chosen.end or len(lengths) * max(lengths) > most or min(lengths) < _ALIKE * max(lengths):
-                    continue
+            alone = job.cache is not None or job.chosen.end > 0 or len(job.prompt) > most
+            if jobs and (alone or (len(jobs) + 1) * max(len(one.prompt) for one in (*jobs, job)) > most):
+                continue
             jobs.append(job)
             longest = longest_now
-            if job.cache is not None or job.chosen.end or length > most:
+            if alone:
                 break
         return jobs
 
-    def _in_halves(self, jobs: Sequence[Job], work: Callable[[Sequence[Job]], Sequence[int]]) -> int:
-        """The number of tokens that `work` reads of these jobs, or adds to them (one each). After an error they are
-        taken in halves, so that only a job that fails alone ends: the server has to go on after any error."""
+    def _in_halves(self, jobs: Sequence[Job], work: Callable[[Sequence[Job]], int]) -> int:
+        """The number of tokens that `work` reads of these jobs. After an error they are taken in halves, so that only a
+        job that fails alone ends: the server has to go on after any error."""
         try:
-            return sum(work(jobs))
+            return work(jobs)
         except Exception as error:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
@@ -327,7 +334,7 @@ class Batching:
         half = len(jobs) // 2
         return self._in_halves(jobs[:half], work) + self._in_halves(jobs[half:], work)
 
-    def _prefill(self, most: int, jobs: Sequence[Job]) -> Sequence[int]:
+    def _prefill(self, most: int, jobs: Sequence[Job]) -> int:
         """Reads prompts to the end, where they become rows, or so many tokens of one."""
         cache = jobs[0].cache or self._beginning(jobs[0])
         start = cache.get_seq_length()
@@ -342,24 +349,24 @@ class Batching:
                 self._reader.forward(ids, mask, cache, self._placed(positions.clamp_min(0)))
         if start + width < len(jobs[0].prompt) - 1:
             jobs[0].cache = cache
-            return [width]
+            return width
         places = [i for i, job in enumerate(self._active) if job.ended][: len(jobs)]
         places += range(len(self._active), len(self._active) + len(jobs) - len(places))
         self._rows.join(cache, [len(job.prompt) - 1 for job in jobs], places)
         for place, job in zip(places, jobs, strict=True):
             self._active[place : place + 1] = [job]
             job.cache, job.begun = None, True
-        return [width] * len(jobs)
+        return width * len(jobs)
 
     def _beginning(self, job: Job) -> DynamicCache:
         """What is cached of a prompt, up to where adapters begin to act."""
         pages = [] if self._prefix_cache is None else self._prefix_cache.find(job.prompt, job.chosen.end)
         count = sum(page.tokens for page in pages)
-        self.missed += job.chosen.end - count
         return laid_out([pages], [count]) if count else DynamicCache()
 
-    def _decode(self, jobs: Sequence[Job]) -> Sequence[int]:
+    def _decode(self, jobs: Sequence[Job]) -> int:
         """Gives each of these rows, which follow one another, its next token."""
+        self._rows.make_room()
         if self._gated != jobs:
             self._gated = None
             self._packed.gate([job.chosen for job in jobs])
@@ -373,20 +380,16 @@ class Batching:
         for job, token in zip(jobs, next_tokens(found.logits[:, -1].float(), draws).tolist(), strict=True):
             if token == NO_TOKEN:
                 self._fail(job, NotFinite(OVERFLOW))
-            else:
-                self._add(job, token)
-        return [1] * len(jobs)
+                continue
+            job.tokens.append(token)  # a reason comes later, so that no caller sees it without its token
+            full = len(job.tokens) == job.sampling.max_tokens
+            job.reason = "stop" if token in self._ends else "length" if full else None
+            job.ended = job.reason is not None
+            self._news.append(job)
+        return len(jobs)
 
     def _placed(self, positions: Tensor) -> dict[str, Any]:
-        return {"position_ids": positions.to(self._device)} if "position_ids" in self._arguments else {}
-
-    def _add(self, job: Job, token: int) -> None:
-        """Adds a token to an answer."""
-        job.tokens.append(token)
-        full = len(job.tokens) == job.sampling.max_tokens
-        reason: FinishReason | None = "stop" if token in self._ends else "length" if full else None
-        job.ended = reason is not None
-        self._said.append((job, Delta((token,), reason)))
+        return {"position_ids": positions.to(self._device)} if self._takes_positions else {}
 
     def _compact(self) -> None:
         """Drops rows that are not needed any more; the last ones take their places."""
@@ -397,21 +400,18 @@ class Batching:
                 self._active.pop()
 
     def _hand_out(self) -> None:
-        """Tells callers what has happened to their answers."""
-        said, self._said = self._said, []
-        if said and self._loop is not None:
+        """Wakes the callers of answers that have got on."""
+        events = {job.news for job in self._news}
+        self._news = []
+        if events and self._loop is not None:
             with suppress(RuntimeError):  # it has ended, and nobody listens
-                self._loop.call_soon_threadsafe(_put, said)
+                self._loop.call_soon_threadsafe(lambda: list(map(asyncio.Event.set, events)))
 
     def _fail(self, job: Job, error: Exception) -> None:
+        """Ends an answer that cannot be generated."""
         _log.warning("an answer cannot be generated: %s", type(error).__name__, exc_info=error)
         traceback.clear_frames(error.__traceback__)
-        job.ended, job.cache = True, None
-        self._said.append((job, error))
+        job.error, job.ended, job.cache = error, True, None
+        self._news.append(job)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _put(said: Sequence[tuple[Job, Delta | Exception]]) -> None:
-    for job, one in said:
-        job.outputs.put_nowait((job, one))

@@ -8,35 +8,28 @@ refused by name (`UNSUPPORTED`); any other unknown one is kept in `model_extra`,
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
-from typing_extensions import Self
 
 from logo.adapters.adapter import Adapter
 from logo.core import Selection, Weighting
 from logo.serve.errors import bad_request, plain
 
-_MOST = 2**31 - 1  # above any vocabulary and context
-MAX_PROMPTS = 64
-MAX_CHOICES = 16
-MAX_STOPS = 4  # OpenAI's
-
 Name = Annotated[str, Field(min_length=1, max_length=200)]
-Count = Annotated[int, Field(ge=1, le=_MOST)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]  # above any vocabulary and context
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Tokens = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 Several = Field(min_length=1, fail_fast=True)
-StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+StopTexts = tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...]
 
 
 def read_json(raw: bytes) -> Any:
-    """Parses a body.
-
-    Raises:
-        ApiError: it is no JSON, or holds what only Python's parser takes: NaN, infinity, half a surrogate pair.
-    """
+    """Parses a body; ApiError: it is no JSON, or holds what only Python's parser takes: NaN, infinity, half a surrogate
+    pair."""
     try:
         found = json.loads(raw)
         json.dumps(found, ensure_ascii=False, allow_nan=False).encode("utf-8")
@@ -62,34 +55,23 @@ _B = TypeVar("_B", bound=Body)
 
 
 def checked(kind: type[_B], body: Any) -> _B:
-    """The request that a parsed body is.
-
-    Raises:
-        ApiError: it is not valid.
-    """
+    """The request that a parsed body is; ApiError: it is not valid, in pydantic's words, such as `messages[0].role:
+    Field required`. Of several errors it is that of the branch of a union that came furthest."""
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        raise bad_request(*validation_message(error, body)) from None
-
-
-def validation_message(error: ValidationError, body: Any) -> tuple[str, str | None]:
-    """One of pydantic's errors as a line, `messages[0].role: Field required`, and its field (None: the whole body).
-
-    Of several errors it is that of the branch of a union that came furthest.
-    """
-    errors = error.errors(include_url=False)
+        errors = error.errors(include_url=False)
     worst = max(errors, key=lambda one: (len(one["loc"]), [step for step in one["loc"] if isinstance(step, int)]))
     place, path = body, ""
     for step in (*worst["loc"], *filter(None, [worst.get("ctx", {}).get("field")])):
-        if isinstance(step, int):
+        if isinstance(step, int) and isinstance(place, list):
             path += f"[{step}]"
-            place = place[step] if isinstance(place, list) and step < len(place) else None
+            place = place[step] if step < len(place) else None
         elif isinstance(place, dict) and (step in place or worst["type"] == "missing"):
             path += f".{plain(step)}" if path else plain(step)
             place = place.get(step)
         # Else it is the name of the branch, which pydantic adds.
-    return f"{path or 'body'}: {worst['msg']}", path or None
+    raise bad_request(f"{path or 'body'}: {worst['msg']}", path or None)
 
 
 def _refused(message: str, field: str | None = None) -> PydanticCustomError:
@@ -97,14 +79,9 @@ def _refused(message: str, field: str | None = None) -> PydanticCustomError:
     return PydanticCustomError("logo", "{message}", {"message": message, "field": field})
 
 
-# -- requests ------------------------------------------------------------------------------------------------------
-
-
 class LogoOptions(Body):
-    """Field `logo` of a request: a mixture of the client's own, or other settings of the selection.
-
-    Unknown fields are refused here: they can only be slips, and would mean another mixture than the one wanted.
-    """
+    """Field `logo` of a request: a mixture of the client's own, or other settings of the selection. Unknown fields are
+    refused here: they can only be slips, and would mean another mixture than the one wanted."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -163,15 +140,12 @@ class Message(Body):
         return {**(self.model_extra or {}), "role": self.role, "content": text}
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
-
-
 class SelectRequest(ModelRequest):
     """Body of `POST /v1/logo/select`: one prompt, or one conversation."""
 
     model: str = "logo"
     prompt: str | Tokens | None = None
-    messages: Messages | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -192,7 +166,7 @@ class LoadAdapter(UnloadAdapter):
     """Body of `POST /v1/load_lora_adapter`: a folder inside the server's folder for this, and whether the adapter may
     replace one of its name."""
 
-    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    lora_path: Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]+$")]
     load_inplace: bool = False
 
     @model_validator(mode="after")
@@ -201,8 +175,6 @@ class LoadAdapter(UnloadAdapter):
         if not self.lora_name.isprintable() or "\\" in self.lora_name or not all(parts) or {".", ".."} & set(parts):
             expected = "expected printable characters, '/' only between them and no '..'"
             raise _refused(f"{expected}, found others", "lora_name")
-        if "\0" in self.lora_path:
-            raise _refused("expected a path, found one with a zero byte", "lora_path")
         return self
 
 
@@ -238,44 +210,34 @@ class _Generation(ModelRequest):
 
     temperature: Annotated[Number, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    n: Annotated[int, Field(ge=1, le=16)] = 1
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    # The texts before which an answer ends.
+    stop: Annotated[StopTexts, Field(max_length=4), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)] = ()
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = False
     max_tokens: Count | None = None
 
-    adds_special_tokens: ClassVar[bool]  # the only value that vLLM's 'add_special_tokens' may have
-
     @model_validator(mode="after")
     def _nothing_unsupported(self) -> _Generation:
-        known = {**UNSUPPORTED, "add_special_tokens": (self.adds_special_tokens,)}
         for name, value in (self.model_extra or {}).items():
-            fine = known.get(name)
-            if value is None or fine is None:
-                continue
+            fine = (None, *UNSUPPORTED.get(name, (value,)))
             if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in fine):
                 raise _refused("not supported by this server; use --engine vllm, or leave it out", name)
         return self
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The texts before which an answer ends."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 class CompletionRequest(_Generation):
     """Body of `POST /v1/completions`; `prompt` is a text, several, the token ids of one, or of several."""
 
-    adds_special_tokens = True
-
     prompt: str | Annotated[list[str], Several] | Tokens | Annotated[list[Tokens], Several]
+    add_special_tokens: Literal[True] = True
 
     @model_validator(mode="after")
     def _not_too_many(self) -> CompletionRequest:
-        if len(self.prompts) > MAX_PROMPTS:
-            raise _refused(f"expected at most {MAX_PROMPTS} prompts, found {len(self.prompts)}", "prompt")
+        if len(self.prompts) > 64:
+            raise _refused(f"expected at most 64 prompts, found {len(self.prompts)}", "prompt")
         return self
 
     @property
@@ -288,107 +250,42 @@ class CompletionRequest(_Generation):
 class ChatRequest(_Generation):
     """Body of `POST /v1/chat/completions`; `max_tokens` is `max_completion_tokens` by its old name."""
 
-    adds_special_tokens = False  # a template writes them itself
-
-    messages: Messages
+    messages: Annotated[list[Message], Field(min_length=1)]
     chat_template_kwargs: dict[str, Any] | None = None
     max_completion_tokens: Count | None = None
+    add_special_tokens: Literal[False] = False  # a template writes them itself
 
 
-# -- replies -------------------------------------------------------------------------------------------------------
+def mixture_reply(selection: Selection, probe_ms: float, queue_ms: float) -> dict[str, Any]:
+    """Top-level `logo` of a reply: the mixture that answered the prompt, best adapter first (none: the base model
+    alone), how long its probe took, which prompts may share (0: nothing was selected), and how long it waited for it.
+    `confidence` is the probability that the pool holds an adapter made for the prompt; None: it is unknown."""
+    return {
+        "adapters": list(selection.adapters),
+        "weights": list(selection.weights),
+        "confidence": selection.confidence,
+        "probe_ms": round(probe_ms, 3),
+        "queue_ms": round(queue_ms, 3),
+    }
 
 
-class SelectedMixture(Protocol):
-    """The mixture of one prompt, for the two replies below."""
-
-    @property
-    def selection(self) -> Selection: ...
-
-    @property
-    def queue_ms(self) -> float: ...  # how long the prompt waited to be probed
-
-    @property
-    def probe_ms(self) -> float: ...  # how long the probe took, which prompts may share; 0 if nothing was selected
-
-
-class Mixture(BaseModel):
-    """Top-level `logo` of a reply: the mixture that answered the prompt, best adapter first; none is the base model
-    alone. `confidence` is the probability that the pool holds an adapter made for the prompt; None: it is unknown."""
-
-    adapters: list[str]
-    weights: list[float]
-    confidence: float | None
-    probe_ms: float
-    queue_ms: float
-
-    @classmethod
-    def of(cls, chosen: SelectedMixture, **more: Any) -> Self:
-        """The mixture that was selected for a prompt."""
-        found = chosen.selection
-        return cls(
-            adapters=list(found.adapters),
-            weights=list(found.weights),
-            confidence=found.confidence,
-            probe_ms=round(chosen.probe_ms, 3),
-            queue_ms=round(chosen.queue_ms, 3),
-            **more,
-        )
+def adapter_card(adapter: Adapter) -> dict[str, Any]:
+    """What users see of an adapter; `targets` are the last parts of the names of its modules. Reads its file's size."""
+    return {
+        "id": adapter.name,
+        "rank": max(adapter.ranks),
+        "parameters": adapter.parameters,
+        "modules": len(adapter.modules),
+        "targets": sorted({path.rpartition(".")[2] for path in adapter.modules}),
+        "size_bytes": adapter.size,
+    }
 
 
-class SelectionReply(Mixture):
-    """Answer of `POST /v1/logo/select`, with the score of every adapter in pool order (none for a forced mixture) and
-    the number of tokens of the prompt."""
-
-    scores: dict[str, float]
-    tokens: int
-
-    @classmethod
-    def of(cls, chosen: SelectedMixture, tokens: int) -> Self:  # type: ignore[override]
-        """The reply about the selection for a prompt of `tokens` tokens."""
-        return super().of(chosen, scores=dict(chosen.selection.scores), tokens=tokens)
-
-
-class Card(BaseModel):
-    """What users see of an adapter: the largest rank of its modules, its parameters, modules and bytes, and the last
-    parts of the names of its modules, each once (`targets`)."""
-
-    id: str
-    rank: int
-    parameters: int
-    modules: int
-    targets: list[str]
-    size_bytes: int
-
-    @classmethod
-    def of(cls, adapter: Adapter) -> Card:
-        """The card of an adapter; reads the size of its file."""
-        return Card(
-            id=adapter.name,
-            rank=max(adapter.ranks),
-            parameters=adapter.parameters,
-            modules=len(adapter.modules),
-            targets=sorted({path.rpartition(".")[2] for path in adapter.modules}),
-            size_bytes=adapter.size,
-        )
-
-
-class AdapterCard(Card):
-    """A card, and how often the adapter was selected since the server started."""
-
-    selected: int
-
-    @classmethod
-    def of(cls, card: Card, selected: int) -> AdapterCard:  # type: ignore[override]
-        """The reply about an adapter, from its card and the number of its selections."""
-        return cls(**card.model_dump(), selected=selected)
-
-
-class AdapterList(BaseModel):
-    """Answer of `GET /v1/logo/adapters`; `signals` is what requests may give as `signal`."""
-
-    object: Literal["list"] = "list"
-    base_model: str
-    default_k: int
-    signal: str
-    signals: list[str]
-    data: list[AdapterCard]
+def adapter_list(
+    base: str, k: int, signals: Sequence[str], cards: Iterable[Mapping[str, Any]], selected: Counter[str]
+) -> dict[str, Any]:
+    """Answer of `GET /v1/logo/adapters`: the cards of adapters with how often each was `selected` since the server
+    started, and the signals that requests may ask for, the usual one first."""
+    data = [{**card, "selected": selected[card["id"]]} for card in cards]
+    about = {"base_model": base, "default_k": k, "signal": signals[0], "signals": list(signals)}
+    return {"object": "list", **about, "data": data}

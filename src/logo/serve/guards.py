@@ -17,45 +17,32 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logo.errors import UsageError
-from logo.serve.errors import INVALID, SERVER, ApiError, forbidden, plain, shown, too_large, unauthorized
-from logo.serve.logs import access, request_id
+from logo.serve.errors import ApiError, bad_request, forbidden, plain, shown
+from logo.serve.logs import request_id
 from logo.serve.names import Patterns
 
-_log = logging.getLogger("logo.serve")
+_log, _access = logging.getLogger("logo.serve"), logging.getLogger("logo.access")
 
-OPEN_PATHS = ("/", "/health", "/ready", "/version")
-"""What needs no key, besides the page's files: what a browser loads before it can ask for one, and probes."""
-
-PAGE, FOLDER = "/page/", Path(__file__).parent / "page"
-
-
-async def _page(request: Request) -> Response:
-    return FileResponse(FOLDER / "index.html")
-
-
-PAGE_ROUTES = (Route("/", _page), Mount(PAGE.rstrip("/"), StaticFiles(directory=FOLDER), name="page"))
-"""Of the page, for any app."""
-
-WHOLE_POOL = ("/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-"""What a key that is bound to some adapters may not use."""
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-HEADERS = {
+PAGE = "/page/"  # where the page's files are
+# Need no key, as the page's files: what a browser loads before it can ask for one.
+_OPEN = ("/", "/health", "/ready")
+# What a key that is bound to some adapters may not use.
+_WHOLE_POOL = ("/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+# Machines request these every few seconds; successes are logged at level debug.
+_PROBES = ("/health", "/ready", "/metrics")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# They keep browsers from guessing types, leaking addresses and running foreign scripts.
+_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self' data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -63,29 +50,24 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-"""They keep browsers from guessing types, leaking addresses and running foreign scripts."""
-
+_KEY = re.compile(r"[!-~]+")
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # without a path, as browsers send it
 
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """The settings of the layers.
+    """The settings of the layers; UsageError: an empty key or one that no header can hold, or an invalid origin.
 
     Attributes:
         host: the server's address. On loopback, requests for other host names are refused, against DNS rebinding: a web
             page can make its own name point to 127.0.0.1, but the browser sends that name as `Host`.
-        api_keys: keys of the API. Without keys, here or in `key_adapters`, the API is open.
-        max_body_bytes: the most bytes of a body.
+        api_keys: without keys, here or in `key_adapters`, the API is open.
         allow_hosts: further host names of a server on loopback, such as those of a proxy. On any other address they
             are, if given, the only names besides loopback's.
         cors_origins: web pages of these origins may use the API; `*` means all. Pages elsewhere may change nothing.
         open_metrics: whether `/metrics` needs no key.
         key_adapters: keys that may only use some adapters: key -> names or patterns.
-
-    Raises:
-        UsageError: an empty key or one that no header can hold, or an invalid origin.
     """
 
     host: str = "127.0.0.1"
@@ -98,12 +80,12 @@ class GuardSettings:
 
     def __post_init__(self) -> None:
         for option, keys in (("--api-key", self.api_keys), ("--key-adapters", self.key_adapters)):
-            if not all(key and key.isascii() and key.isprintable() and " " not in key for key in keys):
+            if not all(_KEY.fullmatch(key) for key in keys):
                 raise UsageError(f"{option}: expected keys of printable ASCII characters without spaces")
         for origin in self.cors_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
-                expected = "expected '*' or an origin such as https://example.org"
-                raise UsageError(f"--cors: {expected}, found {shown(origin)}")
+                found = shown(origin)
+                raise UsageError(f"--cors: expected '*' or an origin such as https://example.org, found {found}")
 
 
 def guard(app: ASGIApp, settings: GuardSettings) -> ASGIApp:
@@ -117,32 +99,24 @@ def guard(app: ASGIApp, settings: GuardSettings) -> ASGIApp:
 
 def is_loopback(host: str) -> bool:
     """Whether a server at this address can only be reached from its own machine."""
-    try:
+    with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
+    return host.lower() == "localhost"
 
 
 def response(error: BaseException) -> Response:
     """The HTTP response to any exception, those of Starlette among them."""
     if isinstance(error, HTTPException):
-        kind, code = SERVER if error.status_code >= 500 else INVALID, HTTPStatus(error.status_code).name.lower()
-        error = ApiError(error.status_code, error.detail, kind, code=code, headers=error.headers or {})
+        code = HTTPStatus(error.status_code).name.lower()
+        error = bad_request(error.detail, None, code, error.status_code, error.headers)
     answer = ApiError.of(error, request_id.get())
     return Response(answer.content(), answer.status, answer.headers, "application/json")
 
 
 class Observed:
-    """Gives every request an id, a line in the log, and an answer if nothing else has given one.
-
-    The id is the client's `X-Request-Id` if that is valid, else a new one; it is in the response and in all log records
-    of the request. Routes may set fields of the line in `request.state.logged` at any time before the answer ends. A
-    client that hung up before is marked `disconnected`, an answer that broke off otherwise `incomplete`: then the
-    connection is closed, so that the client notices. Websockets are refused, since no route has them.
-    """
-
-    # Machines request these every few seconds; successes are logged at level debug.
-    PROBES = ("/health", "/ready", "/metrics")
+    """Gives every request an id (the client's `X-Request-Id` if that is valid), a line in the log, whose fields routes
+    set in `request.state.logged`, and an answer if nothing else has given one. A client that hung up is marked
+    `disconnected`, an answer that broke off otherwise `incomplete`: its connection is closed, so that it is noticed."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -155,17 +129,15 @@ class Observed:
         started, status, ended, gone = time.perf_counter(), 0, False, False
         given = Headers(scope=scope).getlist("x-request-id")
         name = given[0] if len(given) == 1 and _SANE_ID.fullmatch(given[0]) else f"req-{uuid.uuid4().hex}"
-        logged: dict[str, Any] = {}
-        scope.setdefault("state", {})["logged"] = logged
+        logged = scope.setdefault("state", {})["logged"] = dict[str, Any]()
         token = request_id.set(name)
 
         async def watched(message: Message) -> None:
             nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message).update({**HEADERS, "X-Request-Id": name})
-            elif message["type"] == "http.response.body":
-                ended = not message.get("more_body", False)
+                MutableHeaders(scope=message).update({**_HEADERS, "X-Request-Id": name})
+            ended = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         async def heard() -> Message:
@@ -183,31 +155,30 @@ class Observed:
             if not status:
                 await response(error)(scope, receive, watched)
         finally:
-            took, path = 1e3 * (time.perf_counter() - started), plain(scope["path"])
-            fields = {"method": plain(scope["method"]), "path": path, "status": status, "ms": round(took, 1), **logged}
+            took, path = round(1e3 * (time.perf_counter() - started), 1), plain(scope["path"])
+            fields = {"method": plain(scope["method"]), "path": path, "status": status, "ms": took, **logged}
             if gone or not ended:
                 fields["disconnected" if gone else "incomplete"] = True
-            level = logging.DEBUG if scope["path"] in self.PROBES and status < 400 else logging.INFO
-            access.log(level, "%s %s %s", scope["method"], path, status, extra={"fields": fields})
+            level = logging.DEBUG if path in _PROBES and status < 400 else logging.INFO
+            _access.log(level, "%s %s %s", fields["method"], path, status, extra={"fields": fields})
             request_id.reset(token)
 
 
 class Access:
     """Refuses requests for other hosts, changes that a web page of another origin asks for, and requests without a key.
-
-    Routes find the adapters to which the key is bound in `request.state.adapters` (None: all).
-    """
+    Routes find the adapters to which the key is bound in `request.state.adapters` (None: all)."""
 
     def __init__(self, app: ASGIApp, settings: GuardSettings) -> None:
         self.app = app
         guarded = is_loopback(settings.host) or settings.allow_hosts
-        self._hosts = {_host(name) for name in (*LOOPBACK, settings.host, *settings.allow_hosts)} if guarded else None
+        self._hosts = {_host(name) for name in (*_LOOPBACK, settings.host, *settings.allow_hosts)} if guarded else None
         self._allowed = {_host(name) for name in settings.allow_hosts}
         self._origins = frozenset(settings.cors_origins)
         # A key in both is bound.
         every = {**dict.fromkeys(settings.api_keys, None), **settings.key_adapters}
-        self._keys = [(_digest(key.encode()), patterns) for key, patterns in every.items()]
-        self._open = frozenset((*OPEN_PATHS, *(("/metrics",) if settings.open_metrics else ())))
+        # Digests, which are of equal length, so that comparing does not reveal the lengths of keys.
+        self._keys = [(hashlib.sha256(key.encode()).digest(), patterns) for key, patterns in every.items()]
+        self._open = frozenset((*_OPEN, *(("/metrics",) if settings.open_metrics else ())))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -218,11 +189,7 @@ class Access:
         await self.app(scope, receive, send)
 
     def checked(self, scope: Scope) -> Patterns | None:
-        """The adapters to which the key of a request is bound.
-
-        Raises:
-            ApiError: it is refused.
-        """
+        """The adapters to which the key of a request is bound; ApiError: it is refused."""
         headers, path = Headers(scope=scope), scope["path"].removeprefix(scope.get("root_path", ""))
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
         if self._hosts is not None and (len(hosts) != 1 or _host(hosts[0]) not in self._hosts):
@@ -234,69 +201,53 @@ class Access:
         if opened or not self._keys:
             return None
         given = headers.getlist("authorization")
-        if len(given) != 1:
-            raise unauthorized()
-        scheme, _, key = given[0].strip().partition(" ")
-        digest = _digest(key.strip().encode("latin-1"))
+        scheme, _, key = (given[0] if len(given) == 1 else "").strip().partition(" ")
+        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
         # All are compared, so that the time does not depend on how much of a key is right.
         known = [patterns for one, patterns in self._keys if hmac.compare_digest(digest, one)]
         if scheme.lower() != "bearer" or not known:
-            raise unauthorized("another")
-        if known[0] is not None and path in WHOLE_POOL:
+            found = "another" if len(given) == 1 else "none"
+            said = f"expected a valid API key as 'Authorization: Bearer KEY', found {found}"
+            raise bad_request(said, None, "invalid_api_key", 401, {"WWW-Authenticate": "Bearer"})
+        if known[0] is not None and path in _WHOLE_POOL:
             raise forbidden("this API key is bound to some adapters and may not use a route of the whole pool")
         return known[0]
 
     def _own(self, origin: str, hosts: list[str]) -> bool:
         """Whether a page of this origin may change something: this server's own (also behind a proxy), or one of
         `--cors`."""
-        at = urlsplit(origin).netloc.lower()
+        at = origin.partition("://")[2].lower()
         return (bool(at) and (at in hosts or _host(at) in self._allowed)) or bool({origin, "*"} & self._origins)
 
 
 class BodyLimit:
-    """Answers 413 to bodies above a limit: at once if the length is announced, else when the limit is passed, as an
-    `ApiError` that the app gets while it reads.
+    """Answers 413 to bodies above a limit, as an `ApiError` that the app gets while it reads. What the client still
+    sends is read first, within limits: to close the connection under it would reset it, and lose the answer."""
 
-    What the client still sends is read for a short while first: to close the connection under a client that sends would
-    reset it, and the client would lose the answer.
-    """
-
-    PATIENCE, QUIET = 10.0, 1.0  # seconds in all, and without data
-    THROWN_AWAY = 64 * 2**20  # bytes
+    QUIET, THROWN_AWAY = 1.0, 64 * 2**20  # seconds without data, bytes
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app = app
-        self.limit = limit
+        self.app, self.limit = app, limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        announced, seen = Headers(scope=scope).get("content-length", "0") if scope["type"] == "http" else "0", 0
+        announced = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
+        seen = self.limit + 1 if announced.isdecimal() and int(announced[:18]) > self.limit else 0
 
         async def counted() -> Message:
             nonlocal seen
-            message = await receive()
+            message: Message = await receive() if seen <= self.limit else {"more_body": True}
             seen += len(message.get("body", b""))
-            end = time.monotonic() + self.PATIENCE
-            while message.get("more_body", False) and self.limit < seen < self.THROWN_AWAY:
-                try:
-                    message = await asyncio.wait_for(receive(), min(self.QUIET, max(0.0, end - time.monotonic())))
-                except asyncio.TimeoutError:  # not the built-in TimeoutError before Python 3.11
-                    break
-                seen += len(message.get("body", b""))
             if seen > self.limit:
-                raise too_large(self.limit)
+                thrown_away = 0
+                with suppress(asyncio.TimeoutError):  # not the built-in TimeoutError before Python 3.11
+                    while message.get("more_body", False) and thrown_away < self.THROWN_AWAY:
+                        message = await asyncio.wait_for(receive(), self.QUIET)
+                        thrown_away += max(1, len(message.get("body", b"")))
+                said = f"expected a body of at most {self.limit} bytes, found more"
+                raise bad_request(said, None, "request_too_large", 413, {"Connection": "close"})
             return message
 
-        if announced.isdigit() and (len(announced) > 18 or int(announced) > self.limit):
-            seen = self.limit
-            with suppress(ApiError):
-                await counted()
-            return await response(too_large(self.limit))(scope, receive, send)
         await self.app(scope, counted, send)
-
-
-def _digest(key: bytes) -> bytes:
-    """A digest of equal length for all keys, so that comparing does not reveal their lengths."""
-    return hashlib.sha256(key).digest()
 
 
 def _host(header: str) -> str:

@@ -13,10 +13,8 @@ from contextvars import ContextVar
 from datetime import datetime, timezone
 from typing import Any
 
+# The request that is being answered; None outside of any.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""The request that is being answered; None outside of any."""
-
-access = logging.getLogger("logo.access")
 
 
 class RequestIds(logging.Filter):
@@ -31,9 +29,9 @@ class Lines(logging.Formatter):
     """Text lines; those of requests with their fields, but for `selections`, which are for programs."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record)
-        fields = {k: v for k, v in getattr(record, "fields", {}).items() if k not in ("method", "path", "status")}
-        return " ".join([line, *(f"{name}={json.dumps(v)}" for name, v in fields.items() if name != "selections")])
+        told = ("method", "path", "status", "selections")
+        more = [f"{k}={json.dumps(v)}" for k, v in getattr(record, "fields", {}).items() if k not in told]
+        return " ".join([super().format(record), *more])
 
 
 class JsonLines(logging.Formatter):
@@ -47,32 +45,19 @@ class JsonLines(logging.Formatter):
         }
         if (name := getattr(record, "request_id", "-")) != "-":
             entry["request_id"] = name
-        fields = getattr(record, "fields", None)
-        entry |= fields if fields is not None else {"message": record.getMessage()}
+        entry |= getattr(record, "fields", None) or {"message": record.getMessage()}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, default=str)
 
 
 def configure(log_json: bool) -> None:
-    """Sets up the loggers of this package, uvicorn and asyncio, to stderr.
-
-    Give uvicorn `log_config=None, access_log=False`.
-
-    Args:
-        log_json: one JSON object per line.
-    """
+    """Sends the lines of this package, uvicorn (without a log of its own) and asyncio to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(RequestIds())
     handler.setFormatter(JsonLines() if log_json else Lines("%(asctime)s %(levelname)s %(request_id)s %(message)s"))
     # Not `dictConfig`, which closes all handlers, and some of these close their stream.
-    for name, own, number in (
-        ("logo", [handler], logging.INFO),
-        ("uvicorn", [handler], logging.WARNING),
-        ("uvicorn.error", [], logging.WARNING),
-        ("uvicorn.access", [], logging.CRITICAL),
-        ("asyncio", [handler], logging.WARNING),
-    ):
+    for name, level in (("logo", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING)):
         logger = logging.getLogger(name)
-        logger.handlers[:] = own
-        logger.setLevel(number)
+        logger.handlers[:] = [handler]
+        logger.setLevel(level)

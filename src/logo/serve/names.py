@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,14 +21,9 @@ from logo.errors import StorageError, UsageError, closest
 from logo.serve.bodies import LogoOptions, Name
 from logo.serve.errors import bad_request, model_not_found, not_found, shown
 
-AUTO = "logo"
-"""The model name for which the prompt selects the adapters."""
-
-Patterns = tuple[str, ...]
-"""Names of adapters, or patterns of them such as `team-a/*`."""
-
-_NAMES = Annotated[list[Name], Field(min_length=1)]
-_KEYS = TypeAdapter(Annotated[dict[str, _NAMES], Field(min_length=1)])
+AUTO = "logo"  # the model for which the prompt selects the adapters
+Patterns = tuple[str, ...]  # names of adapters, or patterns of them such as `team-a/*`
+_KEYS = TypeAdapter(Annotated[dict[str, Annotated[list[Name], Field(min_length=1)]], Field(min_length=1)])
 
 
 @dataclass(frozen=True)
@@ -41,56 +38,41 @@ class MixtureRequest:
 
 def check_pool(base: str, adapters: Collection[str]) -> None:
     """Raises UsageError if an adapter of a pool has the name of another model, which would answer in its place."""
-    if AUTO in adapters:
-        raise UsageError(
-            f"adapter {AUTO!r}: this model selects, so nobody could ask for the adapter; rename its folder"
-        )
-    if base in adapters:
-        why = "the base model has the same name, so nobody could ask for the adapter; give it another one"
-        raise UsageError(f"adapter {base!r}: {why} (--served-model-name)")
+    for name, what, then in (
+        (AUTO, "this model selects", "rename its folder"),
+        (base, "the base model has the same name", "give it another one (--served-model-name)"),
+    ):
+        if name in adapters:
+            raise UsageError(f"adapter {name!r}: {what}, so nobody could ask for the adapter; {then}")
 
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a request.
+    """The models that a request may use."""
 
-    Attributes:
-        base: the name of the base model alone.
-        adapters: names of the adapters that the request may use.
-        signals: the signals that it may use.
-        patterns: the adapters to which its API key is bound; None: the whole pool.
-    """
-
-    base: str
+    base: str  # the name of the base model alone
     adapters: Collection[str]
     signals: Collection[str]
-    patterns: Patterns | None = None
+    patterns: Patterns | None = None  # the adapters to which its API key is bound; None: the whole pool
 
     def mixture_request(self, model: str, options: LogoOptions | None) -> MixtureRequest:
-        """The mixture that a model's name and the field `logo` request.
-
-        Raises:
-            ApiError: there is no such model or adapter, or the options do not fit it.
-        """
+        """The mixture that a model's name and the field `logo` request; ApiError: there is no such model or adapter, or
+        the options do not fit it."""
         options = options or LogoOptions()
         forced = None if model == AUTO else {} if model == self.base else self._weighted(model)
-        for field_name in ("adapters", "candidates"):
-            for name in getattr(options, field_name) or ():
-                self._check(name, f"logo.{field_name}")
-        if options.adapters is not None:
-            return MixtureRequest(options.adapters, usable=self.patterns)
+        for param in ("adapters", "candidates"):
+            for name in getattr(options, param) or ():
+                self._check(name, f"logo.{param}")
         if options.signal is not None and options.signal not in self.signals:
-            raise bad_request(
-                f"logo.signal: expected one of {', '.join(self.signals)}, which this server was started with, "
-                f"found {shown(options.signal)}",
-                "logo.signal",
-            )
-        if forced is None:
-            return MixtureRequest(None, options.selecting, self.patterns)
-        if options.selecting:
+            known = f"{', '.join(self.signals)}, which this server was started with"
+            said = f"logo.signal: expected one of {known}, found {shown(options.signal)}"
+            raise bad_request(said, "logo.signal")
+        if forced is not None and options.selecting:
             said = ", ".join(map(repr, options.selecting))
             raise bad_request(f"logo: model {shown(model)} does not select adapters; leave out {said}", "logo")
-        return MixtureRequest(forced, usable=self.patterns)
+        if options.adapters is not None:
+            forced = options.adapters
+        return MixtureRequest(forced, options.selecting, self.patterns)
 
     def _weighted(self, model: str) -> dict[str, float]:
         """The mixture that the name of an adapter, or of several with their weights, means."""
@@ -99,15 +81,14 @@ class Models:
         found: dict[str, float] = {}
         for term in model.split("+"):
             name, colon, text = term.rpartition(":")
-            name = name if colon else term
+            name, weight = name if colon else term, math.nan
             self._check(name, "model")
-            try:
-                found[name] = float(text) if colon and name not in found else math.nan
-            except ValueError:
-                found[name] = math.nan
-            if not -1e6 < found[name] < 1e6:
+            with suppress(ValueError):
+                weight = float(text) if colon and name not in found else math.nan
+            if not -1e6 < weight < 1e6:
                 expected = "expected each adapter once, with a weight between -1e6 and 1e6, as in 'a:0.7+b:0.3'"
                 raise bad_request(f"model: {expected}, found {shown(term)}", "model")
+            found[name] = weight
         return found
 
     def _check(self, name: str, param: str) -> None:
@@ -129,16 +110,9 @@ class Models:
             raise not_found(f"The lora adapter {shown(name)} cannot be found.{hint}", "lora_name")
 
 
-# -- API keys that may only use some adapters ----------------------------------------------------------------------
-
-
 def read_key_adapters(file: Path) -> dict[str, Patterns]:
-    """Reads a JSON file: API key -> names of adapters, or patterns such as `"team-a/*"`.
-
-    Raises:
-        StorageError: it cannot be read.
-        UsageError: it is malformed. The message never shows a key.
-    """
+    """Reads a JSON file: API key -> names of adapters, or patterns such as `"team-a/*"`. StorageError, or UsageError if
+    it is malformed, whose message never shows a key."""
     try:
         found = _KEYS.validate_json(file.read_bytes())
     except OSError as error:
@@ -149,15 +123,13 @@ def read_key_adapters(file: Path) -> dict[str, Patterns]:
     return {key: tuple(names) for key, names in found.items()}
 
 
-def usable(names: Iterable[str], patterns: Patterns | None) -> list[str]:
-    """The names that match the patterns; None: all."""
-    if patterns is None:
-        return list(names)
-    return [name for name in names if any(name == p or fnmatchcase(name, p) for p in patterns)]
+@lru_cache(maxsize=512)
+def usable(names: tuple[str, ...], patterns: Patterns) -> tuple[str, ...]:
+    """The names that match the patterns."""
+    return tuple(name for name in names if any(name == one or fnmatchcase(name, one) for one in patterns))
 
 
 def unmatched(names: Iterable[str], keys: Mapping[str, Patterns]) -> list[str]:
     """The distinct patterns that no adapter matches, in order."""
-    listed = list(names)
-    patterns = dict.fromkeys(pattern for own in keys.values() for pattern in own)
+    listed, patterns = tuple(names), dict.fromkeys(pattern for own in keys.values() for pattern in own)
     return [pattern for pattern in patterns if not usable(listed, (pattern,))]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,19 +22,11 @@ from logo.mixing.mixer import Mixture
 class Chosen:
     """The mixture of one prompt. Its adapters are held, so that the prompt is answered with them even if the pool
     changes, until `release` is called (or the garbage collector does it); they are loaded once `loaded` has returned.
-
-    Attributes:
-        selection: names, weights, scores.
-        mixture: those that act on the prompt; columns are positions in the sequence.
-        end: the number of tokens before any adapter of the pool acts, which the base model alone reads.
-        queue_ms: how long the prompt waited to be probed.
-        probe_ms: how long the probe took, which prompts may share; 0 if nothing was selected.
-        hold: the adapters of the mixture, in its order.
-    """
+    For the times see `logo.serve.bodies.mixture_reply`."""
 
     selection: Selection
-    mixture: Mixture
-    end: int
+    mixture: Mixture  # of the adapters that act on the prompt, which are in `hold` in this order
+    end: int  # the number of tokens before any adapter of the pool acts, which the base model alone reads
     queue_ms: float
     probe_ms: float
     hold: Hold
@@ -46,29 +37,16 @@ class Chosen:
         object.__setattr__(self, "release", weakref.finalize(self, self.cache.release, self.hold))
 
     async def loaded(self) -> None:
-        """Waits until the adapters are loaded; after an error or a cancellation they are not held any more.
-
-        Raises:
-            LoGoError: an adapter that cannot be read, or no room for it.
-        """
-        loop = asyncio.get_running_loop()
+        """Waits until the adapters are loaded; LoGoError: one cannot be read, or has no room. After an error or a
+        cancellation they are not held any more."""
         try:
-            for ready in (resident.ready for resident in self.hold if not resident.ready.done()):
-                arrived = asyncio.Event()
-                # Not `wrap_future`, which passes a cancellation of this request on to all that wait for the adapter.
-                ready.add_done_callback(partial(_tell, loop, arrived))
-                await arrived.wait()
-            for error in (resident.ready.exception() for resident in self.hold):
-                if error is not None:
-                    raise error.with_traceback(None)  # one object, for all requests with the adapter
-        except BaseException:
+            for resident in self.hold:
+                if not resident.ready.done():  # others may wait for it, too: they are not cancelled with this request
+                    await asyncio.shield(asyncio.wrap_future(resident.ready))
+                resident.ready.result()
+        except BaseException as error:
             self.release()
-            raise
-
-
-def _tell(loop: asyncio.AbstractEventLoop, arrived: asyncio.Event, ready: Future[None]) -> None:
-    with suppress(RuntimeError):  # the loop has ended, and nobody waits
-        loop.call_soon_threadsafe(arrived.set)
+            raise error.with_traceback(None)  # noqa: B904  # one object, for all requests with the adapter
 
 
 class Packed:
@@ -91,21 +69,15 @@ class Packed:
     def gate(self, rows: Sequence[Chosen]) -> None:
         """Sets the mixtures of a batch of rows, in which all adapters act."""
         self.clear()  # frees the memory of the copies, should others be needed
-        used = tuple(dict.fromkeys(resident for row in rows for resident in row.hold))
-        if used:
+        if used := _used(rows):
             stacks = self._cache.stacks(used, grows=True)
-            weights, _ = _placed(stacks, rows)
-            self._gates, self._stacks = Gates(weights), stacks.modules
+            self._gates, self._stacks = Gates(_placed(stacks, rows)[0]), stacks.modules
 
     @contextmanager
     def opening(self, model: nn.Module, rows: Sequence[Chosen], pads: Tensor) -> Iterator[None]:
         """Sets the mixtures of prompts inside the block, with so many columns of padding in front (rows, 1)."""
         self.clear()
-        used = tuple(dict.fromkeys(resident for row in rows for resident in row.hold))
-        if not used:
-            yield
-            return
-        stacks = Stacks.of(used)
+        stacks = Stacks.of(_used(rows))
         weights, begins = _placed(stacks, rows)
         gates = OpeningGates(weights, torch.where(begins > 0, begins + pads, 0))
         self._gates, self._stacks = gates, stacks.modules
@@ -118,6 +90,10 @@ class Packed:
     def _add(self, path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         stack = self._stacks.get(path)
         return None if stack is None else added(stack, self._gates, module, inputs, output)
+
+
+def _used(rows: Sequence[Chosen]) -> Hold:
+    return tuple(dict.fromkeys(resident for row in rows for resident in row.hold))
 
 
 def _placed(stacks: Stacks, rows: Sequence[Chosen]) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -13,23 +13,15 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from logo.errors import UsageError
-from logo.serve.answering import AppSettings
-from logo.serve.app import GRACE, create_app
+from logo.serve.app import GRACE, AppSettings, create_app
 from logo.serve.guards import GuardSettings, guard
 
 if TYPE_CHECKING:
     from logo.serve.service import Service
 
-# Seconds between the signal and the end of listening.
-_FAREWELL = 1.0
-
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket bound to this address, before anything slow happens; port 0 is any free port.
-
-    Raises:
-        UsageError: the address cannot be used.
-    """
+    """A socket bound to this address, before anything slow happens; port 0 is any free port. Raises UsageError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -49,35 +41,18 @@ def address_of(taken: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def released(taken: socket.socket) -> tuple[str, int]:
-    """Host and port of a socket, which is closed, so that another process can listen there."""
-    host, port = taken.getsockname()[:2]
-    taken.close()
-    return host, port
-
-
 class Server(uvicorn.Server):
-    """uvicorn's server, which drains the service before it ends."""
+    """uvicorn's server, which drains the service before it ends, and calls `started` when requests are accepted."""
 
     def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
         super().__init__(config)
-        self._service = service
-        self._started = started
+        self._service, self._started = service, started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to listen."""
         await super().startup(sockets)
         if self.started:
             self._started()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuses new requests with 503 and a closed connection for a moment, then stops listening.
-
-        Without that moment, a kept connection could be reset while the client sends its next request.
-        """
-        if not self.force_exit:
-            await asyncio.sleep(_FAREWELL)
-        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A second signal ends the server at once."""
@@ -88,8 +63,7 @@ class Server(uvicorn.Server):
 def serve(
     service: Service, settings: AppSettings, guards: GuardSettings, taken: socket.socket, started: Callable[[], None]
 ) -> None:
-    """Serves on a socket until a signal comes, and then until accepted requests have ended; calls `started` when
-    requests are accepted."""
+    """Serves on a socket until a signal comes, and then until accepted requests have ended."""
     limit = settings.request_timeout
     config = uvicorn.Config(
         guard(create_app(service, settings), guards),
@@ -102,13 +76,6 @@ def serve(
         timeout_graceful_shutdown=None if limit is None else math.ceil(limit + GRACE),
     )
     # uvicorn raises the signal again at the end, although ending on a signal is no failure.
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     service.batching.start()  # so that an error here is one line, not a traceback of uvicorn
-    try:
-        Server(config, service, started).run(sockets=[taken])
-    finally:
-        service.batching.stop()
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(0)
+    Server(config, service, started).run(sockets=[taken])

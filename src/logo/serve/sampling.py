@@ -1,8 +1,7 @@
 """Draws the next token of every sequence of a step, for all of them in the same few calls.
 
-A sequence's tokens depend on its own seed and not on the other sequences of its steps: the noise of its n-th draw comes
-from a generator that is seeded with the sequence's seed and n. Drawing changes no state, so that a step that is
-computed again draws the same tokens (if the sequence has a seed).
+The noise of a sequence's n-th draw comes from a generator that is seeded with its own seed and n, so that its tokens do
+not depend on the other sequences, and a step that is computed again draws the same.
 """
 
 from __future__ import annotations
@@ -23,14 +22,8 @@ _GREEDY = 1e-5
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one answer is decoded.
-
-    Attributes:
-        max_tokens: the most new tokens.
-        temperature: 0 is greedy.
-        top_p: the share of the probability mass that is sampled from.
-        seed: of this answer's draws; None: random.
-    """
+    """How one answer is decoded: the most new tokens, the temperature (0 is greedy), the share of the probability mass
+    that is sampled from, and the seed of its draws (None: random)."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -58,27 +51,19 @@ class Draw(NamedTuple):
 
 
 def next_tokens(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """One token per row (rows,), without waiting for the device; `NO_TOKEN` for a row that is not finite.
-
-    Args:
-        scores: (rows, vocabulary) float32 logits.
-        draws: one per row.
-    """
+    """One token per row (rows,) from float32 logits (rows, vocabulary), without waiting for the device; `NO_TOKEN` for
+    a row that is not finite."""
     best = scores.max(dim=-1)  # NaN counts as the largest
     tokens = best.indices
-    sampled = [row for row, draw in enumerate(draws) if not draw.sampling.greedy]
-    if sampled:
+    if sampled := [row for row, draw in enumerate(draws) if not draw.sampling.greedy]:
         rows = torch.tensor(sampled).to(scores.device, non_blocking=True)
         tokens = tokens.index_copy(0, rows, _sampled(scores[rows], [draws[row] for row in sampled]))
     return torch.where(best.values.isfinite(), tokens, NO_TOKEN)
 
 
 def _sampled(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Draws a token from the distribution of each row: (rows,).
-
-    The token with the largest quotient of probability and exponential noise is such a draw. All rows take the same few
-    calls; only the noise is filled row by row.
-    """
+    """Draws a token from the distribution of each row (rows,): the one with the largest quotient of probability and
+    exponential noise is such a draw. Only the noise is filled row by row."""
     ways = torch.tensor([[draw.sampling.temperature, draw.sampling.top_p] for draw in draws])
     temperature, top_p = ways.to(scores.device, non_blocking=True).T[:, :, None]  # (rows, 1) each
     scores = scores / temperature

@@ -11,12 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,14 @@ from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.mixing.mixer import Mixture
 from logo.selection.selector import forced, known
-from logo.serve.batching import STOPPED, Batching, Delta, Job
-from logo.serve.bodies import Card
-from logo.serve.errors import NotReady, too_many
-from logo.serve.memory import Memory
+from logo.serve.batching import STOPPED, Batching, Job, Memory, News
+from logo.serve.bodies import adapter_card
+from logo.serve.errors import ApiError, NotReady
 from logo.serve.names import MixtureRequest, Patterns, usable
 from logo.serve.packed import Chosen
 
+_PROBED = 16  # the most prompts of a probe
 _log = logging.getLogger("logo.serve")
-_RETRY_AFTER = 1  # seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,59 +51,28 @@ class Service:
     """One base model and its pool, calibrated for every signal that requests may use.
 
     Args:
-        logo: the engine; its own `generate` must not be used while the service runs.
-        memory: for running sequences.
-        signals: further signals that requests may ask for; the pool is calibrated for each now.
-        max_queue: requests that may wait beside the running ones.
-        probe_batch: prompts per probe.
-
-    Attributes:
-        adapters: the adapters that requests may use now, by name, with what users see of each; replaced as a whole.
-        selected: number of answers in which each adapter took part.
-        draining: whether new requests are refused.
-        signals: those that requests may ask for, the engine's own first.
-
-    Raises:
-        UsageError: the engine's selections depend on the order of prompts.
-        PoolError: adapters that one of the signals cannot score.
+        logo: the engine, which nobody else may use while the service runs; UsageError: its selections depend on the
+            order of prompts.
+        signals: further signals that requests may ask for; PoolError: adapters that one of them cannot score.
+        max_queue: answers that may wait beside the running ones.
     """
 
-    def __init__(
-        self,
-        logo: LoGo,
-        memory: Memory,
-        *,
-        signals: Sequence[str] = (),
-        max_queue: int = 256,
-        probe_batch: int = 16,
-    ) -> None:
+    def __init__(self, logo: LoGo, memory: Memory, *, signals: Sequence[str] = (), max_queue: int = 256) -> None:
         if logo.probe_context != "base":
-            raise UsageError(
-                f"probe_context {logo.probe_context!r}: a server probes prompts together and in any order; use 'base'"
-            )
+            why = "a server probes prompts together and in any order"
+            raise UsageError(f"probe_context {logo.probe_context!r}: {why}; use 'base'")
+        shared = logo.prefix_cache if logo.fitted.read_once else None
         self.logo = logo
-        self.batching = Batching(
-            logo.model,
-            logo.adapter_cache,
-            memory,
-            logo.prompts.context,
-            logo.prefix_cache if logo.fitted.read_once else None,
-        )
-        self._room, self._open, self._probe_batch = memory.concurrent + max_queue, 0, probe_batch
-        self.signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))
+        self.batching = Batching(logo.model, logo.adapter_cache, memory, logo.prompts.context, shared)
+        self._room, self._open = memory.concurrent + max_queue, 0
+        self.signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))  # the engine's own first
         for signal in self.signals:
-            try:
-                logo.calibrate(signal)
-            except PoolError as error:
-                raise PoolError(f"signal {signal!r}: {error}") from error
+            logo.calibrate(signal)
         self._worker = ThreadPoolExecutor(1, "logo-select")
         self._line: deque[_Waiting] = deque()  # two threads may use its two ends
-        self.draining = False
-        self.selected: dict[str, int] = {}
-        self.adapters = {one.name: Card.of(one) for one in logo.fitted}
-        self._bound: dict[Patterns, list[str]] = {}
-
-    # -- life ------------------------------------------------------------------------------------------------------
+        self.draining = False  # new requests are refused
+        self.selected = Counter[str]()  # answers in which each adapter took part
+        self.adapters = {one.name: adapter_card(one) for one in logo.fitted}  # replaced as a whole
 
     async def close(self) -> None:
         """Ends everything; requests in flight fail."""
@@ -125,38 +92,25 @@ class Service:
 
     def usable(self, patterns: Patterns | None) -> Collection[str]:
         """The names of the adapters that an API key may use which is bound to these patterns; None: all."""
-        if patterns is None:
-            return self.adapters
-        bound = self._bound  # replaced when the pool changes
-        if patterns not in bound:
-            bound[patterns] = usable(self.adapters, patterns)
-        return bound[patterns]
+        return self.adapters if patterns is None else usable(tuple(self.adapters), patterns)
 
     @contextmanager
     def admitted(self, count: int = 1) -> Iterator[None]:
-        """Within the block, room for this many answers is reserved.
-
-        Raises:
-            ApiError: the queue is full.
-            NotReady: no requests are accepted.
-            UsageError: there can never be room.
-        """
+        """Within the block, room for this many answers is reserved; ApiError: the queue is full; NotReady: no requests
+        are accepted; UsageError: there can never be room."""
         if not self.ready:
             raise NotReady("the server is shutting down" if self.draining else STOPPED)
         if count > self._room:
-            raise UsageError(
-                f"this request asks for {count} answers, and this server takes at most {self._room} at a time; send "
-                "fewer prompts, or a smaller n"
-            )
+            said = f"this request asks for {count} answers, and this server takes at most {self._room} at a time"
+            raise UsageError(f"{said}; send fewer prompts, or a smaller n")
         if self._open + count > self._room:
-            raise too_many(_RETRY_AFTER)
+            said = "too many requests are waiting; try again in 1 s"
+            raise ApiError(429, said, "rate_limit_error", None, "queue_full", {"Retry-After": "1"})
         self._open += count
         try:
             yield
         finally:
             self._open -= count
-
-    # -- selecting and generating ----------------------------------------------------------------------------------
 
     async def choose(self, prompt: Prompt, wanted: MixtureRequest) -> Chosen:
         """The mixture for a prompt, with its adapters loaded; LoGoError: an adapter or signal that does not exist, a
@@ -168,42 +122,34 @@ class Service:
         await chosen.loaded()  # here, so that nobody else waits for adapters that are not loaded yet
         return chosen
 
-    def generate(self, jobs: Sequence[Job], deadline: float | None = None) -> AsyncGenerator[tuple[Job, Delta], None]:
+    def generate(self, jobs: Sequence[Job], deadline: float | None = None) -> AsyncGenerator[News, None]:
         """See `Batching.generate`."""
-        for name in (name for job in jobs for name in job.chosen.selection.adapters):
-            self.selected[name] = self.selected.get(name, 0) + 1
+        self.selected.update(name for job in jobs for name in job.chosen.selection.adapters)
         return self.batching.generate(jobs, deadline)
 
     def _choose(self) -> None:
         """Takes requests that wait and selects for all of them together; runs in the thread that selects."""
-        batch = self._taken(self._probe_batch)
-        began, probed = time.perf_counter(), dict[Future[Chosen], Selection | Exception]()
-        if any(isinstance(asked, Options) and one.wanted.adapters is None for one, asked in batch):
+        batch, found = self._taken(_PROBED), dict[_Waiting, Selection | Exception]()
+        began = time.perf_counter()
+        if any(one.wanted.adapters is None for one, _ in batch):
             try:
                 with self.batching.paused():
                     # Requests that came while the step before this pause was computed share its probe.
-                    batch += self._taken(self._probe_batch - len(batch))
+                    batch += self._taken(_PROBED - len(batch))
                     began = time.perf_counter()
-                    rows = [(one, a) for one, a in batch if isinstance(a, Options) and one.wanted.adapters is None]
-                    found = self._probed([one.prompt for one, _ in rows], [asked for _, asked in rows])
-                    probed = {one.future: selection for (one, _), selection in zip(rows, found, strict=True)}
+                    rows = [(one, call) for one, call in batch if one.wanted.adapters is None]
+                    made = self._probed([one.prompt for one, _ in rows], [call for _, call in rows])
+                    found = {one: selection for (one, _), selection in zip(rows, made, strict=True)}
             except Exception as error:  # generation cannot be paused: it has ended
-                batch = [(one, error) for one, _ in batch]
+                found = {one: error for one, _ in batch}
         took = 1e3 * (time.perf_counter() - began)
-        for one, asked in batch:
-            try:
-                if isinstance(asked, Exception):
-                    raise asked
-                chosen = probed.get(one.future) or forced(one.wanted.adapters or {}, self.logo.fitted, asked.candidates)
+        for one, call in batch:
+            with _told(one.future):
+                chosen = found.get(one) or forced(one.wanted.adapters or {}, self.logo.fitted, call.candidates)
                 if isinstance(chosen, Exception):
                     raise chosen
-                times = 1e3 * (began - one.since), took if one.future in probed else 0.0
+                times = 1e3 * (began - one.since), took if one in found else 0.0
                 one.future.set_result(self._held(chosen, one.prompt.ids, *times))
-            except Exception as error:
-                if not isinstance(error, LoGoError):
-                    _log.exception("a request cannot be given its mixture")
-                # The traceback's frames refer to mixtures of the batch's other requests, which would stay held.
-                one.future.set_exception(error.with_traceback(None))
 
     def _held(self, selection: Selection, ids: Sequence[int], queue_ms: float, probe_ms: float) -> Chosen:
         """The mixture of a selection, whose adapters begin to load; UsageError: see `Mixture.of`."""
@@ -212,55 +158,47 @@ class Service:
         hold = cache.reserve([pool[name] for name in mixture.weights])
         return Chosen(selection, mixture, earliest(pool.activations, ids), queue_ms, probe_ms, hold, cache)
 
-    def _taken(self, count: int) -> list[tuple[_Waiting, Options | Exception]]:
-        """At most `count` requests of the line, with their options or what is wrong with them."""
-        taken: list[_Waiting] = []
-        with suppress(IndexError):
-            while len(taken) < count:
-                waiting = self._line.popleft()
-                if waiting.future.set_running_or_notify_cancel():
-                    taken.append(waiting)
-        return [(one, self._asked(one.wanted)) for one in taken]
+    def _taken(self, count: int) -> list[tuple[_Waiting, Options]]:
+        """At most `count` requests of the line, with their options; those whose options are wrong are told so."""
+        taken: list[tuple[_Waiting, Options]] = []
+        while self._line and len(taken) < count:
+            waiting = self._line.popleft()
+            if waiting.future.set_running_or_notify_cancel():
+                with _told(waiting.future):
+                    taken.append((waiting, self._options(waiting.wanted)))
+        return taken
 
-    def _asked(self, wanted: MixtureRequest) -> Options | Exception:
+    def _options(self, wanted: MixtureRequest) -> Options:
         """A request's options, checked against the pool as it is now."""
-        try:
-            options, pool = wanted.options.copy(), self.logo.fitted
-            if wanted.usable is not None and wanted.adapters != {}:
-                names = self.usable(wanted.usable)
-                if not names:
-                    raise PoolError("none of the adapters that this API key may use is in the pool")
-                options["candidates"] = [known(name, pool, names) for name in options.get("candidates") or names]
-            if k := options.get("k"):  # a larger k means all adapters; a client's k gives no warning in the server
-                options["k"] = min(k, len(options.get("candidates") or pool))
-            return self.logo.options(**options)
-        except Exception as error:  # raised for the request that waits
-            return error
+        options, pool = wanted.options.copy(), self.logo.fitted
+        if wanted.usable is not None and wanted.adapters != {}:
+            names = self.usable(wanted.usable)
+            if not names:
+                raise PoolError("none of the adapters that this API key may use is in the pool")
+            options["candidates"] = [known(name, pool, names) for name in options.get("candidates") or names]
+        if k := options.get("k"):  # a larger k means all adapters; a client's k gives no warning in the server
+            options["k"] = min(k, len(options.get("candidates") or pool))
+        return self.logo.options(**options)
 
     def _probed(self, rows: list[Prompt], asked: list[Options]) -> list[Selection | Exception]:
         """The selection of each prompt, or the error that it failed with. Generation is paused meanwhile."""
         try:
-            return [*self.logo.outcomes(rows, asked, self._probe_batch)]
+            return [*self.logo.outcomes(rows, asked, _PROBED)]
         except Exception as error:
             if len(rows) == 1:
                 return [error]
         # One prompt that cannot be scored must not make the others fail, so each is scored alone.
         return [found for row, one in zip(rows, asked, strict=True) for found in self._probed([row], [one])]
 
-    # -- the pool --------------------------------------------------------------------------------------------------
-
     async def add(self, folder: Path, name: str, *, replace: bool = False) -> None:
         """Opens an adapter folder and adds it to the pool, or replaces the adapter of this name; after a LoGoError, as
         when it cannot be used or scored, or is there already, nothing has changed."""
-        await self._in_thread(partial(self._add, folder, name, replace))
+        await asyncio.get_running_loop().run_in_executor(self._worker, self._add, folder, name, replace)
 
     async def remove(self, name: str) -> None:
         """Removes an adapter from the pool, but not the last one, which raises a LoGoError; requests that have selected
         it are still answered with it."""
-        await self._in_thread(partial(self._remove, name))
-
-    async def _in_thread(self, call: Any) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._worker, call)
+        await asyncio.get_running_loop().run_in_executor(self._worker, self._remove, name)
 
     def _add(self, folder: Path, name: str, replace: bool) -> None:
         pool, adapter = self.logo.pool.value, open_adapter(folder, name)
@@ -280,11 +218,22 @@ class Service:
             prepared = self.logo.prepared(later)
             for signal in self.signals:
                 self.logo.calibrate(signal, prepared=prepared)
-        if new is not None and new not in prepared.fitted:  # an engine that skips adapters that do not fit
-            raise next(error for error in prepared.fitted.refused if error.name == new)
-        # Cards are made once, since files may be removed later, and before the change, since reading one may fail.
-        cards = {one.name: self.adapters.get(one.name) if one.name != new else None for one in prepared.fitted}
-        made = {name: card or Card.of(prepared.fitted[name]) for name, card in cards.items()}
-        with self.batching.paused():
+            if new is not None and new not in prepared.fitted:  # an engine that skips adapters that do not fit
+                raise next(error for error in prepared.fitted.refused if error.name == new)
+            # Cards are kept, since files may be removed later, and made before the change, since reading one may fail.
+            kept = {name: card for name, card in self.adapters.items() if name != new}
+            cards = {one.name: kept.get(one.name) or adapter_card(one) for one in prepared.fitted}
             self.logo.take(prepared)
-        self.adapters, self._bound = made, {}
+        self.adapters = cards
+
+
+@contextmanager
+def _told(future: Future[Any]) -> Iterator[None]:
+    """Whoever waits is told what the block raises."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, LoGoError):
+            _log.exception("a request cannot be given its mixture")
+        # The traceback's frames refer to mixtures of the batch's other requests, which would stay held.
+        future.set_exception(error.with_traceback(None))

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from logo import errors
 from logo.adapters.pool import AdapterPool
 from logo.core import Options, ProbeText, Selection
 from logo.errors import LoGoError, ModelError, NotFinite, PoolError, UsageError
@@ -24,7 +25,7 @@ from logo.selection.texts import windowed
 from logo.vllm import plugin
 from logo.vllm.launch import EXTENSION
 from logo.vllm.patches import options_of
-from logo.vllm.pool import check_rank, pool_of, scoring_signals
+from logo.vllm.pool import pool_of, rank_of, scoring_signals
 from logo.vllm.requests import Mix, Probe, lora_request
 from logo.vllm.skeleton import skeleton
 from logo.vllm.slots import Slots
@@ -33,6 +34,10 @@ from logo.vllm.taps import UNREAD
 # The largest weight of an adapter in a request, in absolute value: far above any that makes sense, and far below those
 # with which sound adapters overflow.
 MOST_WEIGHT = 16.0
+Rows = Sequence[Sequence[int]]
+Among = Sequence[Collection[str] | None]
+Call = Callable[..., Awaitable[list[dict[str, Any]]]]
+Run = Callable[[Sequence[tuple[Sequence[int], Any, Any]]], Awaitable[list[Any]]]
 # How often a prompt is probed that ran in a captured graph, which reads nothing.
 _TRIES = 3
 
@@ -41,41 +46,15 @@ class WorkerError(LoGoError, RuntimeError):
     """An error in one of vLLM's workers."""
 
 
-class Backend(Protocol):
-    """What runs requests in vLLM, and calls its workers."""
-
-    async def call(self, name: str, *args: Any) -> list[dict[str, Any]]:
-        """Calls a method of `logo.vllm.worker.Extension` on every worker."""
-
-    async def run(self, rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
-        """Runs `(token ids, SamplingParams, LoRARequest or None)`, and returns vLLM's last output of each."""
-
-
 @dataclass(frozen=True)
 class Opened:
-    """What is known outside of vLLM's workers of the scorer of a signal there.
+    """What is known outside of vLLM's workers of the scorer of a signal there."""
 
-    Attributes:
-        name: of the signal.
-        signal: how prompts are read.
-        points: where prompts are read.
-        selector: makes selections from its scores.
-        calibration: none, since the workers have it.
-    """
-
-    name: str
+    name: str  # of the signal
     signal: Signal
     points: tuple[str, ...]
     selector: Selector
-    calibration: None = None
-
-    @classmethod
-    def of(cls, name: str, signal: Signal, told: Mapping[str, Any]) -> Opened:
-        """From the reply of a worker, see `logo.vllm.worker.Worker.signal`."""
-        facts = told["selector"]
-        evidence = None if facts["evidence"] is None else Evidence(**facts["evidence"])
-        selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
-        return cls(name, signal, tuple(told["points"]), selector)
+    calibration: None = None  # the workers have it
 
 
 @dataclass(frozen=True)
@@ -90,7 +69,8 @@ class Engine:
     """One vLLM engine with a pool.
 
     Args:
-        backend: runs requests and calls workers.
+        call: calls `logo.vllm.worker.Extension.logo` on every worker.
+        run: runs `(token ids, SamplingParams, LoRARequest or None)`, and returns vLLM's last output of each.
         vllm_config: of the engine.
 
     Attributes:
@@ -101,28 +81,26 @@ class Engine:
         LoGoError: there is no pool, or it does not fit; or vLLM was started without what LoGo needs.
     """
 
-    def __init__(self, backend: Backend, vllm_config: Any) -> None:
+    def __init__(self, call: Call, run: Run, vllm_config: Any) -> None:
+        model, lora, parallel = vllm_config.model_config, vllm_config.lora_config, vllm_config.parallel_config
         options = options_of(vllm_config)
         if options is None:
             raise UsageError("LoGo needs a pool: set LOGO_POOL to a folder of adapters or a Hub repository")
-        if vllm_config.lora_config is None:
+        if lora is None:
             raise UsageError("LoGo needs vLLM's support for adapters: start vLLM with --enable-lora")
         if plugin.refused is not None:
             raise ModelError(plugin.refused)
-        if not getattr(vllm_config.parallel_config, "worker_extension_cls", ""):
+        if not parallel.worker_extension_cls:
             raise UsageError("LoGo needs its part of vLLM's workers: pass --worker-extension-cls " + EXTENSION)
-        if getattr(vllm_config.parallel_config, "_api_process_count", 1) > 1:
+        if parallel._api_process_count > 1:
             raise UsageError("LoGo fills vLLM's slots from one process: leave out --api-server-count")
-        model, self._lora = vllm_config.model_config, vllm_config.lora_config
-        self._backend, self.options, self.run = backend, options, backend.run
+        self._call, self.options, self.run, self._rank = call, options, run, lora.max_lora_rank
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
         self.served = Served(pool_of(options, self.skeleton), {})
-        if self.k > self._lora.max_loras:
-            raise UsageError(
-                f"--max-loras is {self._lora.max_loras}, but up to {self.k} adapters answer a prompt: pass --max-loras "
-                f"{self.k} or more, or a smaller k"
-            )
-        self.slots = Slots(self._lora.max_loras, self._load)
+        if self.k > lora.max_loras:
+            most = f"--max-loras is {lora.max_loras}, but up to {self.k} adapters answer a prompt"
+            raise UsageError(f"{most}: pass --max-loras {self.k} or more, or a smaller k")
+        self.slots = Slots(lora.max_loras, lambda into: self.call("load", into))
         self._changing = asyncio.Lock()
         self._users: Counter[str] = Counter()  # requests in progress, by the digest of their pool
         self._coming = ""  # digest of the pool that is being opened
@@ -132,39 +110,25 @@ class Engine:
     # -- opening and changing --------------------------------------------------------------------------------------
 
     async def open(self, signals: Sequence[str] | None = None) -> None:
-        """Calibrates the pool in all workers; afterwards prompts can be selected for.
-
-        Args:
-            signals: those that are opened; None: all that the options name and that can score the pool.
-        """
-        pool = self.served.pool
-        check_rank(pool, self._lora.max_lora_rank)
-        self.served = await self._opened(pool, signals)
+        """Calibrates the pool in all workers, for these signals (None: all that the options name and that can score
+        it); afterwards prompts can be selected for."""
+        rank_of(self.served.pool, self._rank)
+        self.served = await self._opened(self.served.pool, signals)
 
     async def change(self, kind: str, name: str, folder: str = "") -> None:
-        """Adds, replaces or removes an adapter in all workers or in none; answers continue meanwhile.
-
-        Args:
-            kind: `"add"`, `"replace"` or `"remove"`.
-
-        Raises:
-            LoGoError: the change cannot be made.
-        """
+        """Changes the pool (see `pool_of`) in all workers or in none; answers continue meanwhile. LoGoError: it cannot
+        be changed so."""
         change = (kind, name) if kind == "remove" else (kind, name, folder)
         async with self._changing:
             before = self.served.pool
             pool = await asyncio.to_thread(pool_of, self.options, self.skeleton, before, change)
-            check_rank(pool, self._lora.max_lora_rank)
+            rank_of(pool, self._rank)
             self._coming = pool.digest
             try:
-                for number, digest in enumerate(await self.call("logo_pool", before.digest, list(change))):
-                    if digest != pool.digest:
-                        raise PoolError(
-                            f"worker {number} has another pool than this process ({digest}, not {pool.digest}): put "
-                            "the same files on every machine and try again"
-                        )
-                served = await self._opened(pool, None)
-                self.served = served
+                if any(digest != pool.digest for digest in await self.call("pool", before.digest, list(change))):
+                    what = "vLLM's workers have another pool than this process"
+                    raise PoolError(f"{what}: put the same files on every machine and try again")
+                self.served = await self._opened(pool, None)
             finally:
                 self._coming = ""
                 await self._drop(pool.digest)  # after an error
@@ -173,14 +137,22 @@ class Engine:
     async def _opened(self, pool: AdapterPool, signals: Sequence[str] | None) -> Served:
         opened = {}
         for signal in scoring_signals(self.options, self.skeleton, pool) if signals is None else signals:
-            texts, keys = list[list[int]](), list[str]()
+            texts, keys, fresh = list[list[int]](), list[str](), False
             while True:
-                told = await self.call("logo_signal", pool.digest, signal, texts, keys)
-                texts = next((one["texts"] for one in told if one["texts"]), [])
-                if not texts:
+                told = await self.call("signal", pool.digest, signal, texts, keys, fresh)
+                asked = [(one["texts"], one["points"]) for one in told]
+                apart = any(one != asked[0] for one in asked)  # caches of ranks differ, and all have to run together
+                if apart and fresh:
+                    raise ModelError("vLLM's workers want to read different texts: give all of them the same files")
+                fresh, texts = apart, [] if apart else asked[0][0]
+                if not texts and not apart:
                     break
-                keys = await self._probe(pool.digest, "", texts, [None] * len(texts))
-            opened[signal] = Opened.of(signal, self.options.settings.reading(pool, signal), told[0])
+                keys = await self._probe(pool.digest, "", texts, [None] * len(texts)) if texts else []
+            facts = told[0]["selector"]
+            evidence = facts["evidence"] and Evidence(**facts["evidence"])
+            selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
+            how = self.options.settings.reading(pool, signal)
+            opened[signal] = Opened(signal, how, tuple(told[0]["points"]), selector)
         return Served(pool, opened)
 
     async def signal(self, served: Served, signal: str) -> Served:
@@ -203,24 +175,16 @@ class Engine:
         """Has the workers forget a pool, if nobody selects from it any more."""
         if digest not in (self.served.pool.digest, self._coming) and not self._users[digest]:
             del self._users[digest]
-            await asyncio.shield(self.call("logo_drop", digest))
+            await asyncio.shield(self.call("drop", digest))
 
     async def call(self, name: str, *args: Any) -> list[Any]:
-        """Calls a method of `logo.vllm.worker.Extension` on every worker, and returns their values.
-
-        Raises:
-            WorkerError, or the LoGoError that a worker met.
-        """
-        from logo import errors
-
-        answers = await self._backend.call(name, *args)
+        """Calls a method of `logo.vllm.worker.Worker` on every worker, and returns their values; raises the LoGoError
+        that one has met, or WorkerError."""
+        answers = await self._call(name, *args)
         for answer in answers:
             if "error" in answer:
                 raise getattr(errors, answer.get("kind", ""), WorkerError)(str(answer["error"]))
         return [answer["value"] for answer in answers]
-
-    async def _load(self, into: list[tuple[int, str]]) -> None:
-        await self.call("logo_load", into)
 
     # -- selecting -----------------------------------------------------------------------------------------------
 
@@ -235,26 +199,13 @@ class Engine:
         asked, pool = self.options.settings.probe_text, self.served.pool
         return "all" if asked is None and pool.read_once and any(one.tokens for one in pool.activations) else asked
 
-    async def select(self, served: Served, row: Sequence[int], call: Options) -> Selection:
-        """The selection for a prompt; errors as `LoGo.select`.
-
-        Args:
-            served: the pool that it is made from.
-            row: token ids of what is probed.
-            call: the options of the call, checked against that pool.
-        """
-        [scores] = await self.scores(served, call.signal, [row], [call.candidates])
+    async def select(self, served: Served, row: Sequence[int], call: Options, alone: bool = False) -> Selection:
+        """The selection for a prompt (token ids of what is probed) from a pool, with options that were checked against
+        it; errors as `LoGo.select`."""
+        [scores] = await self.scores(served, call.signal, [row], [call.candidates], alone=alone)
         return served.opened[call.signal].selector(torch.tensor(scores), call)
 
-    async def scores(
-        self,
-        served: Served,
-        signal: str,
-        rows: Sequence[Sequence[int]],
-        among: Sequence[Collection[str] | None],
-        *,
-        plain: bool = False,
-    ) -> list[list[float]]:
+    async def scores(self, served: Served, signal: str, rows: Rows, among: Among, **how: bool) -> list[list[float]]:
         """Scores of the adapters of a pool for prompts, which run as probes; arguments as `Scorer` and `Probe`.
 
         Raises:
@@ -262,10 +213,10 @@ class Engine:
             ModelError: a prompt could not be scored.
         """
         digest, window = served.pool.digest, served.opened[signal].signal.window
-        cut = [windowed(row, window) for row in rows]
         left, found = list(range(len(rows))), dict[int, Any]()
         for _ in range(_TRIES):
-            keys = await self._probe(digest, signal, [cut[i] for i in left], [among[i] for i in left], plain)
+            cut = [windowed(rows[i], window) for i in left]
+            keys = await self._probe(digest, signal, cut, [among[i] for i in left], **how)
             found |= dict(zip(left, await self._take(keys), strict=True))
             left = [i for i in left if isinstance(found[i], str) and found[i].startswith(UNREAD)]
             if not left:
@@ -275,21 +226,12 @@ class Engine:
                 raise (NotFinite if "finite" in outcome else ModelError)(f"a prompt could not be scored: {outcome}")
         return [found[i] for i in range(len(rows))]
 
-    async def _probe(
-        self,
-        digest: str,
-        signal: str,
-        rows: Sequence[Sequence[int]],
-        among: Sequence[Collection[str] | None],
-        plain: bool = False,
-    ) -> list[str]:
+    async def _probe(self, digest: str, signal: str, rows: Rows, among: Among, **how: bool) -> list[str]:
         """Runs prompts as probes, and returns the keys of their results."""
         from vllm import SamplingParams
 
-        probes = [
-            Probe(uuid.uuid4().hex, digest, signal, None if names is None else tuple(sorted(names)), plain)
-            for names in among
-        ]
+        asked = [None if names is None else tuple(sorted(names)) for names in among]
+        probes = [Probe(uuid.uuid4().hex, digest, signal, names, **how) for names in asked]
         # Hidden vectors of tokens whose keys and values come from the cache would not be computed.
         once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True)
         await self.run([(row, once, lora_request(one)) for row, one in zip(rows, probes, strict=True)])
@@ -297,8 +239,7 @@ class Engine:
 
     async def _take(self, keys: Sequence[str]) -> list[Any]:
         """The outcomes of these probes; callers that wait share one call of the workers."""
-        loop = asyncio.get_running_loop()
-        mine = [self._waiting.setdefault(key, loop.create_future()) for key in keys]
+        mine = [self._waiting.setdefault(key, asyncio.get_running_loop().create_future()) for key in keys]
         if self._taking is None or self._taking.done():
             self._taking = asyncio.create_task(self._take_all())
         return list(await asyncio.gather(*mine))
@@ -307,7 +248,7 @@ class Engine:
         while self._waiting:
             waiting, self._waiting = self._waiting, {}
             try:
-                first, *others = await self.call("logo_scores", list(waiting))
+                told = await self.call("scores", list(waiting))
             except Exception as error:  # all of these waiters get it; new ones may have come
                 for future in waiting.values():
                     if not future.done():
@@ -316,8 +257,7 @@ class Engine:
             for key, future in waiting.items():
                 if not future.done():  # the client may have left
                     # The first failure that any worker reports, else the scores of the first worker.
-                    failed = [one[key] for one in (first, *others) if isinstance(one[key], str)]
-                    future.set_result(failed[0] if failed else first[key])
+                    future.set_result(next((one[key] for one in told if isinstance(one[key], str)), told[0][key]))
 
     # -- mixing --------------------------------------------------------------------------------------------------
 

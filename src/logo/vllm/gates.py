@@ -19,28 +19,14 @@ from torch import Tensor
 _ALONE = 16
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Consecutive rows of a step that belong to one request.
-
-    Attributes:
-        row: the first of them.
-        gate: (rows, slots) float32 on the CPU.
-    """
-
-    row: int
-    gate: Tensor
+# Consecutive rows of a step that belong to one request: the first of them, and their gate (rows, slots) on the CPU.
+Rows = tuple[int, Tensor]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a step that are multiplied together.
-
-    Attributes:
-        rows: consecutive ones, or (n,) int64.
-        slots: (s,) int64, those that some of the rows opens.
-        gate: (n, s).
-    """
+    """Rows of a step that are multiplied together: (n,) int64 or a slice, the slots (s,) int64 that some of them opens,
+    and their gate (n, s)."""
 
     rows: slice | Tensor
     slots: Tensor
@@ -64,28 +50,20 @@ class Group:
 
 
 class StepGates:
-    """The gates of the current step.
-
-    Args:
-        tokens, requests: the most that a step may have.
-        slots: the number of adapter slots.
-        device: where the model runs.
-        dtype: of the adapters.
-        eager: whether layers run in Python in every step, on a CPU.
+    """The gates of the current step, which has at most so many tokens and requests.
 
     Attributes:
-        eager: the same.
-        tokens: (tokens, slots), the gate of every token, unless eager.
-        sampled: (requests, slots), of every token whose logits are computed, unless eager.
-        groups: what has open gates in `tokens`, if eager; `sampled_groups`: in `sampled`.
+        eager: whether layers run in Python in every step, on a CPU.
+        tokens, sampled: the gate (tokens, slots) of every token, and of every token whose logits are computed; unless
+            eager.
+        groups, sampled_groups: the rows of both that have open gates, if eager.
     """
 
     def __init__(
         self, tokens: int, requests: int, slots: int, device: torch.device, dtype: torch.dtype, *, eager: bool
     ) -> None:
         self.eager = eager
-        self.tokens = torch.zeros(tokens, slots, device=device, dtype=dtype)
-        self.sampled = torch.zeros(requests, slots, device=device, dtype=dtype)
+        self.tokens, self.sampled = (torch.zeros(n, slots, device=device, dtype=dtype) for n in (tokens, requests))
         self.groups: tuple[Group, ...] = ()
         self.sampled_groups: tuple[Group, ...] = ()
         self._written = [0, 0]
@@ -93,44 +71,35 @@ class StepGates:
     def write(self, tokens: Sequence[Rows], sampled: Sequence[Rows]) -> None:
         """Sets the gates of a step; rows that are not given have none."""
         both = (self.tokens, tokens), (self.sampled, sampled)
-        self.groups, self.sampled_groups = [_grouped(some, buffer.dtype) if self.eager else () for buffer, some in both]
+        if self.eager:
+            self.groups, self.sampled_groups = (_grouped(some, buffer.dtype) for buffer, some in both)
+            return
         for i, (buffer, some) in enumerate(both):
-            end = max((one.row + len(one.gate) for one in some), default=0)
-            if self.eager or not (end or self._written[i]):
-                continue
+            end = max((row + len(gate) for row, gate in some), default=0)
             whole = torch.zeros(max(end, self._written[i]), buffer.shape[1])  # also what a longer step has left
-            for one in some:
-                whole[one.row : one.row + len(one.gate)] = one.gate
-            buffer[: len(whole)] = whole.to(buffer.device, buffer.dtype)
+            for row, gate in some:
+                whole[row : row + len(gate)] = gate
+            if len(whole):
+                buffer[: len(whole)] = whole.to(buffer.device, buffer.dtype)
             self._written[i] = end
 
 
 def _grouped(rows: Sequence[Rows], dtype: torch.dtype) -> tuple[Group, ...]:
     """The rows that have open gates: long requests each alone, all others together."""
-    groups, short = [], []
-    for one in rows:
-        if not bool(one.gate.any()):
-            continue
-        if len(one.gate) >= _ALONE:
-            groups.append(Group.of(slice(one.row, one.row + len(one.gate)), one.gate.to(dtype)))
-        else:
-            short.append(one)
+    opened = [(row, gate.to(dtype)) for row, gate in rows if bool(gate.any())]
+    groups = [Group.of(slice(row, row + len(gate)), gate) for row, gate in opened if len(gate) >= _ALONE]
+    short = [(torch.arange(row, row + len(gate)), gate) for row, gate in opened if len(gate) < _ALONE]
     if short:
-        every = torch.cat([torch.arange(one.row, one.row + len(one.gate)) for one in short])
-        groups.append(Group.of(every, torch.cat([one.gate for one in short]).to(dtype)))
+        every, gates = map(torch.cat, zip(*short, strict=True))
+        groups.append(Group.of(every, gates))
     return tuple(groups)
 
 
 def gated(x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
-    """`((x Aᵀ) ⊙ gate) B`, (tokens, d_out) in the type of the adapters.
+    """`((x Aᵀ) ⊙ gate) B`, (tokens, d_out) in the type of the adapters, of x (tokens, d_in), A (slots, rank, d_in),
+    B (slots, rank, d_out) with the scale folded in, and gate (tokens, slots).
 
     A closed gate gives 0, even if `x Aᵀ` is not finite, so an adapter that overflows affects only its own rows.
-
-    Args:
-        x: (tokens, d_in).
-        a: (slots, rank, d_in).
-        b: (slots, rank, d_out), scale folded in.
-        gate: (tokens, slots).
     """
     count, rank, _ = a.shape
     shrunk = (x.to(a.dtype) @ a.flatten(0, 1).T).view(-1, count, rank)

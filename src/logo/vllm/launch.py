@@ -18,8 +18,6 @@ MODULE = "vllm.entrypoints.openai.api_server"
 EXTENSION = "logo.vllm.worker.Extension"
 PLUGINS = "VLLM_PLUGINS"  # vLLM loads routes of plugins that are named there, and of the other plugins only those
 API_KEY = "VLLM_API_KEY"
-RUST = "VLLM_USE_RUST_FRONTEND"
-DUAL_STREAM = "VLLM_LORA_ENABLE_DUAL_STREAM"
 
 # The longest environment variable of a process on Linux, in bytes, less some room for its name.
 _LONGEST = 128 * 1024 - 64
@@ -27,37 +25,26 @@ _LONGEST = 128 * 1024 - 64
 
 @dataclass(frozen=True)
 class Launch:
-    """The command and the environment that start a vLLM server.
+    """The command and the environment that start a vLLM server."""
 
-    Attributes:
-        model: a folder or a Hub id.
-        name: name of the base model alone.
-        slots: `--max-loras`, how many adapters answer at a time.
-        rank, targets: `--max-lora-rank` and `--lora-target-modules`.
-        pool: for `LOGO_POOL`.
-        options: for `LOGO_OPTIONS`.
-        host, port: address to listen on.
-        api_key: required of clients; None: vLLM's own variable, if it is set.
-        flags: further flags of ours.
-        given: the user's flags, which override all others.
-    """
-
-    model: str
-    name: str
-    slots: int
-    rank: int
-    targets: Sequence[str]
-    pool: str
-    options: Mapping[str, Any]
+    model: str  # a folder or a Hub id
+    name: str  # of the base model alone
+    slots: int  # `--max-loras`, how many adapters answer at a time
+    rank: int  # `--max-lora-rank`
+    targets: Sequence[str]  # `--lora-target-modules`
+    pool: str  # for `LOGO_POOL`
+    options: Mapping[str, Any]  # for `LOGO_OPTIONS`
     host: str
     port: int
-    api_key: str | None = field(default=None, repr=False)
-    flags: Sequence[str] = ()
-    given: Sequence[str] = ()
+    api_key: str | None = field(
+        default=None, repr=False
+    )  # required of clients; None: vLLM's own variable, if it is set
+    flags: Sequence[str] = ()  # further flags of ours
+    given: Sequence[str] = ()  # the user's flags, which override all others
 
     @property
     def command(self) -> list[str]:
-        """The program and its arguments. There is no secret among them."""
+        """The program and its arguments, without secrets."""
         return [
             *(sys.executable, "-m", MODULE),
             *("--model", self.model, "--served-model-name", self.name),
@@ -70,17 +57,11 @@ class Launch:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment variables to add, without secrets.
-
-        Raises:
-            UsageError: the options are longer than an environment variable may be.
-        """
+        """The environment variables to add, without secrets; UsageError if the options are too long for one."""
         options = json.dumps(dict(self.options), ensure_ascii=False)
-        if len(options.encode()) > _LONGEST:
-            raise UsageError(
-                f"the options of LoGo take {len(options.encode()):,} bytes, but an environment variable may have at "
-                f"most {_LONGEST:,}: give fewer --calibration-prompts"
-            )
+        if (length := len(options.encode())) > _LONGEST:
+            most = f"an environment variable may have at most {_LONGEST:,}"
+            raise UsageError(f"the options of LoGo take {length:,} bytes, but {most}: give fewer --calibration-prompts")
         usage = os.environ.get(NO_USAGE, "1")  # a user may ask for vLLM's reports
         named = [name for name in (*os.environ.get(PLUGINS, "").split(","), "logo") if name]
         own = {POOL: self.pool, OPTIONS: options, NO_USAGE: usage, PLUGINS: ",".join(dict.fromkeys(named))}
@@ -98,7 +79,10 @@ class Launch:
 
 def check_environment(environment: Mapping[str, str]) -> None:
     """Raises UsageError where vLLM would start a server that has no place for LoGo."""
-    if environment.get(RUST, "0").strip() not in ("", "0"):
-        raise UsageError(f"{RUST} is set: vLLM's Rust frontend does not load the routes that LoGo needs; unset it")
-    if environment.get(DUAL_STREAM, "0").strip() not in ("", "0"):
-        raise UsageError(f"{DUAL_STREAM} is set: it hides layers from LoGo's probe; unset it")
+    why = {
+        "VLLM_USE_RUST_FRONTEND": "vLLM's Rust frontend does not load the routes that LoGo needs",
+        "VLLM_LORA_ENABLE_DUAL_STREAM": "it hides layers from LoGo's probe",
+    }
+    for name, reason in why.items():
+        if environment.get(name, "0").strip() not in ("", "0"):
+            raise UsageError(f"{name} is set: {reason}; unset it")

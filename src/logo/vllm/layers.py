@@ -9,8 +9,9 @@ again.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from logo.errors import ModelError
-from logo.vllm.gates import Group, StepGates, gated
+from logo.vllm.gates import StepGates, gated
 from logo.vllm.taps import Gather, Taps
 
 # If set, vLLM captures models without the compiler that knows splitting operators, and breaks them at attention alone.
@@ -27,26 +28,18 @@ _BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 _OPERATOR = "logo::tap"
 
 # Operators take only tensors, numbers and strings, so they find taps by their index in this list.
-_TAPS: list[tuple[Taps, Gather | None]] = []
+_TAPS: list[Tap] = []
 
 
 @torch.library.custom_op(_OPERATOR, mutates_args=("seen",))
-def tap(entering: Tensor, seen: Tensor, number: int, place: str) -> None:
-    """Calls `Taps.tap`, if something is read at the place in the current step.
-
-    Args:
-        entering: (rows, d), what enters the place.
-        seen: (1,), declared to be changed, since a compiler removes code without a visible effect.
-        number: index in `_TAPS`.
-        place: as `Taps.tap`.
-    """
-    taps, gather = _TAPS[number]
-    if taps.active(place):
-        taps.tap(place, entering, gather)
+def tap(entering: Tensor, seen: Tensor, number: int) -> None:
+    """Calls `Tap.read` of the tap with this number. `seen`, (1,), is declared to be changed, since a compiler removes
+    code without a visible effect."""
+    _TAPS[number].read(lambda: entering)
 
 
 @tap.register_fake
-def _(entering: Tensor, seen: Tensor, number: int, place: str) -> None:
+def _(entering: Tensor, seen: Tensor, number: int) -> None:
     return None
 
 
@@ -57,12 +50,8 @@ def is_compiled(vllm_config: Any) -> bool:
 
 
 def split(vllm_config: Any, said: Iterable[str]) -> None:
-    """Splits the model at the taps, after vLLM has completed its configuration and before the model runs first.
-
-    Args:
-        said: what the compiled model depends on. vLLM finds compiled models in its cache by the configuration, and one
-            that was compiled without LoGo or for another pool lacks the products or the taps.
-    """
+    """Splits the model at the taps, after vLLM has completed its configuration and before the model runs first. `said`:
+    what the compiled model depends on, since vLLM finds it in its cache by the configuration."""
     operators = getattr(vllm_config.compilation_config, "splitting_ops", None)
     if operators and os.environ.get(_BREAKABLE, "0") in ("", "0") and _OPERATOR not in operators:
         operators.append(_OPERATOR)
@@ -73,17 +62,22 @@ def split(vllm_config: Any, said: Iterable[str]) -> None:
 
 
 class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
-    """Implements vLLM's interface for LoRA products by gated products.
+    """Implements vLLM's interface for LoRA products by gated products, after the tap of the layer; `gates`: of the
+    current step."""
 
-    Args:
-        max_num_batched_tokens, max_batches, device: as vLLM gives them.
-        gates: the gates of the current step.
-    """
+    tap: Tap | None = None  # of what enters the layer
+    used: tuple[bool, ...] | None = None  # the layer's slices that some adapter acts on; None: unknown, perhaps all
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device, gates: StepGates) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device)
         self._embeddings_indices.zero_()  # the embedding layer always reads slot 0, which is zeros
         self.gates = gates
+
+    def of_layer(self, tap: Tap) -> GatedWrapper:
+        """The wrapper of one layer, which shares all tensors with this one."""
+        made = copy.copy(self)
+        made.tap = tap
+        return made
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         """Called by vLLM for another mapping of tokens to adapters; the worker has written the gates."""
@@ -96,15 +90,11 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         lora_b_stacked: tuple[Tensor, ...],
         scale: float,
         output_slices: tuple[int, ...],
-        *,
-        used: Sequence[bool] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds each slice's product to its columns of `y` (tokens, d_out), in place.
-
-        Args:
-            used: the slices that some adapter acts on; None: all.
-        """
+        """Adds each slice's product to its columns of `y` (tokens, d_out), in place."""
+        if self.tap is not None:
+            self.tap(lambda: x)
         factors = [(a[:, 0], b[:, 0].transpose(1, 2)) for a, b in zip(lora_a_stacked, lora_b_stacked, strict=True)]
         if not self.gates.eager:
             # All columns are changed at once: if one part of a tensor is changed in place and another part leaves the
@@ -114,8 +104,9 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
             return
         start = 0
         for i, ((a, b), width) in enumerate(zip(factors, output_slices, strict=True)):
-            if used is None or used[i]:
-                _add(self.gates.groups, y[:, start : start + width], x, a, b)
+            if self.used is None or self.used[i]:
+                for group in self.gates.groups:
+                    group.add(y[:, start : start + width], x, a, b)
             start += width
 
     def add_lora_logits(
@@ -125,7 +116,8 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         a, b = lora_a_stacked[:, 0], lora_b_stacked[:, 0].transpose(1, 2)
         part = y[:, : b.shape[2]]
         if self.gates.eager:
-            _add(self.gates.sampled_groups, part, x, a, b)
+            for group in self.gates.sampled_groups:
+                group.add(part, x, a, b)
         else:
             part.add_(gated(x, a, b, self.gates.sampled[: x.shape[0]]).to(y.dtype))
 
@@ -133,15 +125,10 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         """Does nothing, since pools with adapters of embeddings are refused when they are opened."""
 
     def add_shrink(self, *args: Any, **kwargs: Any) -> None:
-        """Part of vLLM's interface; no layer that `multiplied` lets through calls it, so this raises ModelError."""
+        """Raises ModelError; no layer that `multiplied` lets through calls it."""
         raise ModelError("LoGo multiplies both factors of an adapter in one call, and this layer asks for one of them")
 
     add_expand = apply_lora_full_linear = add_shrink
-
-
-def _add(groups: Sequence[Group], y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
-    for group in groups:
-        group.add(y, x, a, b)
 
 
 def multiplied(layer: nn.Module) -> bool:
@@ -152,63 +139,44 @@ def multiplied(layer: nn.Module) -> bool:
     return isinstance(layer, (BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA))
 
 
-class _Tap:
+class Tap:
     """The tap of one place, called eagerly or as an operator.
 
     Args:
         place: path in the model.
         taps: read the hidden vectors.
-        gather: joins the parts of the input that the ranks hold; None: each rank holds all of it.
         device: where the model runs.
+        gather: joins the parts of the input that the ranks hold; None: each rank holds all of it.
+        read: whether some signal reads it; a compiled model has taps only there, since each one splits it.
     """
 
-    def __init__(self, place: str, taps: Taps, gather: Gather | None, device: torch.device) -> None:
-        self._place, self._taps, self._gather, self._number = place, taps, gather, len(_TAPS)
+    def __init__(
+        self, place: str, taps: Taps, device: torch.device, gather: Gather | None = None, read: bool = True
+    ) -> None:
+        self._place, self._taps, self._gather, self._read, self._number = place, taps, gather, read, len(_TAPS)
         self._seen = torch.zeros(1, device=device)
-        _TAPS.append((taps, gather))
+        _TAPS.append(self)
 
     def __call__(self, entering: Callable[[], Tensor]) -> None:
-        if torch.compiler.is_compiling():
-            tap(entering(), self._seen, self._number, self._place)
-        elif self._taps.active(self._place):
+        if not torch.compiler.is_compiling():
+            self.read(entering)
+        elif self._read:
+            tap(entering(), self._seen, self._number)
+
+    def read(self, entering: Callable[[], Tensor]) -> None:
+        """Reads what enters the place, if something is read there in the current step."""
+        if self._taps.active(self._place):
             self._taps.tap(self._place, entering(), self._gather)
 
 
-class Tapped:
-    """The wrapper of one layer: calls the layer's tap, then the shared wrapper.
+def tap_residual(layer: nn.Module, place: str, taps: Taps, device: torch.device) -> None:
+    """Puts a tap before a decoder layer, of the residual stream that enters it; arguments as `Tap`."""
+    tapped = Tap(place, taps, device)
 
-    Args:
-        inner: the wrapper that all layers share.
-        place, taps, gather: as `_Tap`.
-        read: whether some signal reads the layer; a compiled model has taps only there, since each one splits it.
-
-    Attributes:
-        used: the layer's slices that some adapter acts on; None: unknown, so all of them are multiplied.
-    """
-
-    def __init__(self, inner: Any, place: str, taps: Taps, gather: Gather | None, read: bool) -> None:
-        self._inner, self._read = inner, read
-        self._tap = _Tap(place, taps, gather, inner.device)
-        self.used: tuple[bool, ...] | None = None
-
-    def add_lora_linear(self, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Calls the tap, then `GatedWrapper.add_lora_linear`."""
-        if self._read or not torch.compiler.is_compiling():
-            self._tap(lambda: x)
-        return self._inner.add_lora_linear(y, x, *args, used=self.used, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-
-class Residual:
-    """A hook before a decoder layer: the tap of the residual stream that enters it; arguments as `_Tap`."""
-
-    def __init__(self, place: str, taps: Taps, device: torch.device) -> None:
-        self._tap = _Tap(place, taps, None, device)
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """vLLM gives its decoder layers `(positions, hidden_states, residual)`."""
+    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # vLLM gives its decoder layers these three.
         given = {**dict(zip(("positions", "hidden_states", "residual"), args, strict=False)), **kwargs}
         hidden, residual = given["hidden_states"], given.get("residual")
-        self._tap(lambda: hidden if residual is None else hidden + residual)
+        tapped(lambda: hidden if residual is None else hidden + residual)
+
+    layer.register_forward_pre_hook(before, with_kwargs=True)

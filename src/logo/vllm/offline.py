@@ -2,21 +2,21 @@
 
     prompts -> token ids -> probes in vLLM's workers -> scores -> Selection -> LLM.generate -> Generation
 
-Scores and mixtures are computed by the same workers as in the server (`logo.vllm.worker`), and vLLM schedules the rows
-of a call. Answers come whole: a stream has one piece.
+Scores and mixtures are computed by the same workers as in the server. Answers come whole: a stream has one piece.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import threading
 import time
 from collections.abc import Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -27,7 +27,7 @@ from logo.adapters.pool import AdapterPool, CurrentPool, open_pool, warn_of_bad
 from logo.adapters.sources import OnBadAdapter, pool_sources, spec_of
 from logo.core import Generation, Options, Prompt, Selection
 from logo.decoding import Batch, Decoding, overflow
-from logo.endings import EndRule, end_tokens
+from logo.endings import cut_after_end, end_tokens
 from logo.engine import LoGo
 from logo.errors import LoGoError, ModelError, PoolError, UsageError, need
 from logo.models import checked_dtype, checked_options, fetch, load_config, load_tokenizer, loading, resolve_base
@@ -38,7 +38,7 @@ from logo.selection.settings import SelectionSettings
 from logo.selection.signals import SIGNALS
 from logo.vllm.engine import Engine
 from logo.vllm.launch import EXTENSION
-from logo.vllm.options import NO_USAGE, VllmOptions, affecting_answers
+from logo.vllm.options import NO_USAGE, POOL, VllmOptions, affecting_answers
 from logo.vllm.patches import version
 from logo.vllm.pool import head_adapter, rank_of, slots_of, targets_of
 from logo.vllm.requests import Mix
@@ -46,7 +46,6 @@ from logo.vllm.sampling import check_config, parameters, refused
 from logo.vllm.skeleton import skeleton
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
 T = TypeVar("T")
@@ -77,24 +76,23 @@ def open_engine(
 
     Raises:
         MissingLibrary: vLLM is not installed.
-        UsageError: an option that it does not have.
-        LoGoError: the base model or the pool cannot be opened.
+        LoGoError: an option that it does not have; the base model or the pool cannot be opened.
     """
-    if others.get("probe_context", "base") != "base":
-        raise UsageError("inside vLLM prompts are probed by the base model alone: leave out probe_context")
-    for name in others.keys() - {"probe_context"}:
-        raise UsageError(f"{name}: the engine 'vllm' has no such option; give those of vllm.LLM in model_kwargs")
+    for name, value in others.items():
+        if name != "probe_context":
+            raise UsageError(f"{name}: the engine 'vllm' has no such option; give those of vllm.LLM in model_kwargs")
+        if value != "base":
+            raise UsageError("inside vLLM prompts are probed by the base model alone: leave out probe_context")
     need("engine 'vllm'", "vllm")
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
     checked_options(model_kwargs)
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
-    computed = checked_dtype(dtype, _own_dtype(source))
+    own = torch.float32 if current_platform.is_cpu() else getattr(load_config(source), "dtype", None) or torch.float32
+    computed = checked_dtype(dtype, own)
     if isinstance(token, str):
         os.environ.setdefault("HF_TOKEN", token)  # vLLM's processes open the pool again
-    given = dict(model_kwargs)
-    additional = dict(given.pop("additional_config", None) or {})
-    own = additional.get("logo", {})
-    if not isinstance(own, Mapping):
-        raise UsageError(f"additional_config: expected 'logo' to be an object, found {type(own).__name__}")
     if isinstance(pool, AdapterPool):
         place, opened = _folder_of(pool, settings, on_bad_adapter), pool
     else:
@@ -108,59 +106,52 @@ def open_engine(
     fitted = fitted.acting(settings.activation)
     plan(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
     k = min(settings.k or fitted.default_k, len(fitted))
-    config = {"k": k, **settings.changed, **own}
-    config |= {"pool": place, "on_bad_adapter": on_bad_adapter, "signals": list(SIGNALS)}
-    VllmOptions.of({"logo": config}, {})  # raises the errors of vLLM's processes here
-    model.generation_config = _generation_config(source) or model.generation_config
+    additional = dict(model_kwargs.get("additional_config") or {})
+    VllmOptions.of(additional, {POOL: place})  # raises the errors of vLLM's processes here
+    config = {"k": k, **settings.changed, **additional.get("logo", {}), "pool": place}
+    additional["logo"] = {**config, "on_bad_adapter": on_bad_adapter, "signals": list(SIGNALS)}
     signal = SIGNALS.sources.get(settings.signal)
     if signal is not None and signal.folder is None:
-        where = signal.place.partition(":")[0]
-        raise UsageError(
-            f"signal {settings.signal!r} is defined in {where}, which vLLM's processes cannot import: put it into a "
-            "module of its own"
-        )
+        found = f"signal {settings.signal!r} is defined in {signal.place.partition(':')[0]}"
+        raise UsageError(f"{found}, which vLLM's processes cannot import: put it into a module of its own")
     os.environ.update(plugins.environment())  # vLLM's processes inherit it
     os.environ.setdefault(NO_USAGE, "1")
     flags: dict[str, Any] = {
-        "model": source,
-        "dtype": computed,
-        "max_loras": slots_of(fitted, k),
-        "max_lora_rank": rank_of(fitted),
+        **{"model": source, "dtype": computed, "max_loras": slots_of(fitted, k), "max_lora_rank": rank_of(fitted)},
         "lora_target_modules": list(targets_of(fitted)),
         "generation_config": "vllm",  # every request has its own decoding options
-        **given,
-        "enable_lora": True,
-        "worker_extension_cls": EXTENSION,
-        "additional_config": {**additional, "logo": config},
+        **model_kwargs,
+        **{"enable_lora": True, "worker_extension_cls": EXTENSION, "additional_config": additional},
     }
-    llm, tokenizer = _started(base_model, flags), load_tokenizer(source)
-    prompts = Prompts(
-        tokenizer,
-        llm.llm_engine.vllm_config.model_config.max_model_len,
-        truncation or Truncation(),
-        probe_text=settings.probe_text,
-        vocabulary=model.get_input_embeddings().weight.shape[0],
-    )
-    return VllmLoGo(llm, model, tokenizer, prompts, settings, opened.default_k, affecting_answers(model_kwargs))
+    model.generation_config = _generation_config(source) or model.generation_config
+    try:
+        llm = LLM(**flags)
+    except LoGoError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, TypeError):
+            raise UsageError(f"model_kwargs: vllm.LLM refuses them: {reason}") from error
+        raise ModelError(f"base model {base_model}: vLLM cannot run it: {reason}") from error
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    limits = llm.llm_engine.vllm_config.model_config.max_model_len, truncation or Truncation(), settings.probe_text
+    prompts = Prompts(load_tokenizer(source), *limits, vocabulary)
+    return VllmLoGo(llm, model, prompts, settings, opened.default_k, affecting_answers(model_kwargs))
 
 
-class _Offline:
-    """`vllm.LLM` as the backend of an `Engine`; nothing that is awaited here waits for another task."""
+def _engine(llm: Any) -> Engine:
+    """The engine of `vllm.LLM`, which is not open yet; nothing that is awaited in it waits for another task."""
 
-    def __init__(self, llm: Any) -> None:
-        self._llm = llm
+    async def call(*args: Any) -> list[dict[str, Any]]:
+        return llm.collective_rpc("logo", args=args)  # type: ignore[no-any-return]
 
-    async def call(self, name: str, *args: Any) -> list[dict[str, Any]]:
-        """See `Backend`."""
-        found: list[dict[str, Any]] = self._llm.collective_rpc(name, args=args)
-        return found
+    async def run(rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
+        ids, sampling, loras = map(list, zip(*rows, strict=True))
+        with refused(f"prompts of up to {max(map(len, ids))} tokens"):
+            prompts = [{"prompt_token_ids": list(row)} for row in ids]
+            return list(llm.generate(prompts, sampling, use_tqdm=False, lora_request=loras))
 
-    async def run(self, rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
-        """See `Backend`; raises UsageError where vLLM refuses a prompt."""
-        prompts = [{"prompt_token_ids": list(ids)} for ids, _, _ in rows]
-        sampling, loras = [one for _, one, _ in rows], [lora for _, _, lora in rows]
-        with refused(f"prompts of up to {max(len(ids) for ids, _, _ in rows)} tokens"):
-            return list(self._llm.generate(prompts, sampling, use_tqdm=False, lora_request=loras))
+    return Engine(call, run, llm.llm_engine.vllm_config)
 
 
 class VllmLoGo(LoGo):
@@ -171,38 +162,29 @@ class VllmLoGo(LoGo):
     Args:
         llm: vLLM's `LLM`, opened with a pool.
         model: the base model without its weights.
-        tokenizer: the model's, with a pad token.
-        prompts: reads prompts with this tokenizer.
-        settings: how prompts are read, scored and selected.
-        default_k: adapters per prompt if neither a call nor the settings give k; None: the pool's own number.
-        engine_options: arguments of `vllm.LLM` that the user gave, and on which results depend.
+        prompts, settings: read prompts; and say how they are read, scored and selected.
+        default_k: adapters per prompt if neither a call nor the settings give k.
+        options: arguments of `vllm.LLM` that the user gave, and on which results depend.
 
     Raises:
         LoGoError: the pool does not fit, or cannot be scored.
     """
 
     def __init__(
-        self,
-        llm: Any,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Prompts,
-        settings: SelectionSettings,
-        default_k: int | None = None,
-        engine_options: Mapping[str, Any] = MappingProxyType({}),
+        self, llm: Any, model: Any, prompts: Prompts, settings: SelectionSettings, default_k: int, options: Any
     ) -> None:
-        self.llm, self.model, self.tokenizer = llm, model, tokenizer
+        self.llm, self.model, self.tokenizer = llm, model, prompts.tokenizer
         self.prompts, self.settings = prompts, settings
-        self.engine_options, self.versions = engine_options, {"vllm": version()}
+        self.engine_options, self.versions = options, {"vllm": version()}
         self.probe_context, self.prefix_cache, self._carried = "base", None, None
         self.merge = None  # mixtures are computed in vLLM's slots
         self._checkpoint, self._generation_config = model.generation_config, None
         self._layout = BaseLayout.of(model)
         self._lock: Any = threading.RLock()
-        self.engine = Engine(_Offline(llm), llm.llm_engine.vllm_config)
+        self.engine = _engine(llm)
         _wait(self.engine.open([settings.signal]))
-        adapters = self.engine.served.pool
-        self._fitted = AdapterPool(adapters, adapters.refused, default_k=default_k or adapters.default_k)
+        served = self.engine.served.pool
+        self._fitted = AdapterPool(served, served.refused, default_k=default_k)
         self.pool = CurrentPool(self._fitted)
 
     # -- what it is ----------------------------------------------------------------------------------------------
@@ -216,8 +198,7 @@ class VllmLoGo(LoGo):
 
     @property
     def points(self) -> tuple[str, ...]:
-        found: tuple[str, ...] = self._scorer(self.settings.signal).points
-        return found
+        return self._scorer(self.settings.signal).points  # type: ignore[no-any-return]
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -244,10 +225,8 @@ class VllmLoGo(LoGo):
     ) -> torch.Tensor:
         whole = self.engine.probe_text == "all"
         probed, found = [row.ids if whole else row.probed for row in rows], list[list[float]]()
-        for start in range(0, len(rows), _PROBED):
-            part = slice(start, start + _PROBED)
-            served = self.engine.served
-            found += _wait(self.engine.scores(served, scorer.name, probed[part], among[part]))
+        for part in (slice(start, start + _PROBED) for start in range(0, len(rows), _PROBED)):
+            found += _wait(self.engine.scores(self.engine.served, scorer.name, probed[part], among[part]))
         return torch.tensor(found)
 
     # -- answering -----------------------------------------------------------------------------------------------
@@ -276,11 +255,12 @@ class VllmLoGo(LoGo):
             rows = [[*batch.rows[i], *tokens[i]] for i in left]
             for i, output in zip(left, self._run(rows, asked, [mixes[i] for i in left]), strict=True):
                 [made] = output.outputs
-                chosen = (made.logprobs[place][token].logprob for place, token in enumerate(made.token_ids))
-                if not all(value == value and value != -float("inf") for value in chosen):
-                    raise overflow(batch.selections[i].mixture)
+                for token, place in zip(made.token_ids, made.logprobs, strict=True):
+                    if not math.isfinite(place[token].logprob):
+                        raise overflow(batch.selections[i].mixture)
                 tokens[i] += made.token_ids
-            left = [i for i in left if not _done(tokens[i], decoding, ends, rules)]
+            left = [i for i in left if len(tokens[i]) < decoding.config.max_new_tokens]
+            left = [i for i in left if cut_after_end(tokens[i], ends, rules)[1] == "length"]
         if streamer is not None:
             streamer.put(torch.tensor([batch.rows[0]]))
             for token in tokens[0]:
@@ -311,19 +291,16 @@ class VllmLoGo(LoGo):
         # Checks the pairs. vLLM needs room for one more token behind a prompt, even if none is requested.
         continued_rows(pairs, mixtures, (self.prompts.context or 0) - 1)
         if (head := head_adapter(pool)) is not None:
-            raise UsageError(
-                f"score: adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last "
-                "token's alone; use the engine 'local'"
-            )
-        once: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
+            what = f"adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last token alone"
+            raise UsageError(f"score: {what}; use the engine 'local'")
         # The last gold token is only predicted, never read. Of the others, vLLM gives the log probability of each and
         # of one of the most likely ones in its place.
-        asked = [
-            SamplingParams(**once, prompt_logprobs=1 if len(gold) > 1 else None, logprob_token_ids=[gold[-1]])
-            for _, gold in pairs
-        ]
-        served, chosen = self.engine.served, [Selection.forced(mixture) for mixture in mixtures]
-        mixes = [self.engine.mix(served, one, len(ids)) for (ids, _), one in zip(pairs, chosen, strict=True)]
+        once: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
+        asked, mixes, served = [], [], self.engine.served
+        for (ids, gold), mixture in zip(pairs, mixtures, strict=True):
+            several = 1 if len(gold) > 1 else None
+            asked.append(SamplingParams(**once, prompt_logprobs=several, logprob_token_ids=[gold[-1]]))
+            mixes.append(self.engine.mix(served, Selection.forced(mixture), len(ids)))
         outputs = self._run([[*ids, *gold[:-1]] for ids, gold in pairs], asked, mixes)
         return [_scored(output, gold) for output, (_, gold) in zip(outputs, pairs, strict=True)]
 
@@ -336,13 +313,6 @@ def _wait(task: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(task)
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, task).result()
-
-
-def _done(tokens: Sequence[int], decoding: Decoding, ends: set[int], rules: Sequence[EndRule]) -> bool:
-    """Whether an answer has ended; vLLM also stops where its text only looks like an end."""
-    if len(tokens) >= decoding.config.max_new_tokens or tokens[-1] in ends:
-        return True
-    return any(rule(tokens[:count]) for count in range(1, len(tokens) + 1) for rule in rules)
 
 
 def _parts(mixes: Sequence[Mix], slots: int) -> Iterator[slice]:
@@ -370,33 +340,6 @@ def _scored(output: Any, gold: Sequence[int]) -> Scored:
     return Scored(exact, checked_nll(-total / len(gold)), len(gold))
 
 
-def _started(base_model: str, options: dict[str, Any]) -> Any:
-    """vLLM's `LLM`.
-
-    Raises:
-        UsageError: an option that `vllm.LLM` does not have or cannot use.
-        ModelError: vLLM cannot run the base model.
-    """
-    from vllm import LLM
-
-    try:
-        return LLM(**options)
-    except LoGoError:
-        raise
-    except TypeError as error:
-        raise UsageError(f"model_kwargs: vllm.LLM refuses them: {' '.join(str(error).split())}") from error
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"base model {base_model}: vLLM cannot run it: {reason}") from error
-
-
-def _own_dtype(source: str) -> Any:
-    """The checkpoint's own dtype on an accelerator, float32 on a CPU."""
-    from vllm.platforms import current_platform
-
-    return torch.float32 if current_platform.is_cpu() else getattr(load_config(source), "dtype", None) or torch.float32
-
-
 def _folder_of(pool: AdapterPool, settings: SelectionSettings, on_bad_adapter: OnBadAdapter) -> str:
     """The folder that holds exactly the adapters of an open pool, as they are in it.
 
@@ -404,11 +347,10 @@ def _folder_of(pool: AdapterPool, settings: SelectionSettings, on_bad_adapter: O
         PoolError: there is no such folder, so that vLLM's processes cannot open this pool.
     """
     wanted = AdapterPool(replace(one, examples=()) for one in pool) if settings.examples == "ignore" else pool
+    how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "examples": settings.examples}
     roots = {str(adapter.folder.absolute()).removesuffix(f"/{adapter.name}") for adapter in pool}
-    if len(roots) == 1:
-        [root] = roots
-        if AdapterPool.open(root, on_bad_adapter=on_bad_adapter, examples=settings.examples).digest == wanted.digest:
-            return root
+    if len(roots) == 1 and AdapterPool.open(*roots, **how).digest == wanted.digest:
+        return roots.pop()
     raise PoolError(
         "the engine 'vllm' opens the pool again in vLLM's processes: expected all adapters in one folder under their "
         "names, with the example prompts and the activation that they have there, and no others in it; give that "
@@ -420,8 +362,5 @@ def _generation_config(source: str) -> Any:
     """The generation config of the checkpoint; None if it has none."""
     from transformers import GenerationConfig
 
-    with loading(source, source):
-        try:
-            return GenerationConfig.from_pretrained(source)
-        except OSError:
-            return None
+    with loading(source, source), suppress(OSError):
+        return GenerationConfig.from_pretrained(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
@@ -10,6 +11,8 @@ from typing import Any, get_args
 from logo.adapters.sources import OnBadAdapter
 from logo.errors import UsageError, closest
 from logo.selection.settings import SelectionSettings
+
+log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look like theirs
 
 # Environment variables: one with the pool, and one with all other options as JSON.
 POOL, OPTIONS = "LOGO_POOL", "LOGO_OPTIONS"
@@ -30,25 +33,16 @@ _NO_MATTER = frozenset(
 
 @dataclass(frozen=True)
 class VllmOptions:
-    """The options of every process of one vLLM server.
+    """The options of every process of one vLLM server."""
 
-    Attributes:
-        pool: a folder of adapters, or a Hub repository `org/name[/folder][@revision]`.
-        signals: those that requests may ask for besides the settings' own.
-        adapter_changes: whether requests may change the pool; `VLLM_ALLOW_RUNTIME_LORA_UPDATING` allows it, too.
-        on_bad_adapter: what to do with adapters that do not fit the base model.
-        host: the server's address, if it is known; `hosts`, `origins`: see `logo.serve.guards.GuardSettings`.
-        settings: how prompts are read, scored and selected.
-    """
-
-    pool: str
-    signals: tuple[str, ...] = ("norm",)
-    adapter_changes: bool = False
-    on_bad_adapter: OnBadAdapter = "error"
-    host: str = ""
-    hosts: tuple[str, ...] = ()
+    pool: str  # a folder of adapters, or a Hub repository `org/name[/folder][@revision]`
+    signals: tuple[str, ...] = ("norm",)  # those that requests may ask for besides the settings' own
+    adapter_changes: bool = False  # whether requests may change the pool, as with `VLLM_ALLOW_RUNTIME_LORA_UPDATING`
+    on_bad_adapter: OnBadAdapter = "error"  # what to do with adapters that do not fit the base model
+    host: str = ""  # the server's address, if it is known
+    hosts: tuple[str, ...] = ()  # these two: see `logo.serve.guards.GuardSettings`
     origins: tuple[str, ...] = ("*",)
-    settings: SelectionSettings = field(default_factory=SelectionSettings)
+    settings: SelectionSettings = field(default_factory=SelectionSettings)  # how prompts are read and selected for
 
     @classmethod
     def of(cls, additional: Mapping[str, Any] | None, environment: Mapping[str, str]) -> VllmOptions | None:
@@ -57,16 +51,13 @@ class VllmOptions:
         Raises:
             UsageError: an option that does not exist or cannot be used.
         """
-        given: dict[str, Any] = {}
-        if environment.get(OPTIONS):
-            given |= json_object(environment[OPTIONS], OPTIONS)
+        given: dict[str, Any] = json_object(environment[OPTIONS], OPTIONS) if environment.get(OPTIONS) else {}
         if environment.get(POOL):
             given["pool"] = environment[POOL]
-        inside = (additional or {}).get("logo")
-        if inside is not None:
-            if not isinstance(inside, Mapping):
-                raise UsageError(f"additional_config: expected 'logo' to be an object, found {type(inside).__name__}")
-            given |= inside
+        inside = (additional or {}).get("logo") or {}
+        if not isinstance(inside, Mapping):
+            raise UsageError(f"additional_config: expected 'logo' to be an object, found {type(inside).__name__}")
+        given |= inside
         if not given:
             return None
         own = {f.name for f in fields(cls)} - {"settings"}
@@ -78,10 +69,11 @@ class VllmOptions:
             raise UsageError(f"LoGo needs a pool: set {POOL} to a folder of adapters or a Hub repository")
         settings = SelectionSettings.of(**{name: value for name, value in given.items() if name not in own})
         options = {name: value for name, value in given.items() if name in own}
-        if (how := options.get("on_bad_adapter", "error")) not in get_args(OnBadAdapter):
-            raise UsageError(f"on_bad_adapter: expected one of {', '.join(get_args(OnBadAdapter))}, found {how!r}")
-        if not isinstance(options.get("adapter_changes", False), bool):
-            raise UsageError(f"adapter_changes: expected true or false, found {options['adapter_changes']!r}")
+        for name, fine in (("on_bad_adapter", get_args(OnBadAdapter)), ("adapter_changes", (True, False))):
+            if options.get(name, fine[0]) not in fine:
+                raise UsageError(
+                    f"{name}: expected one of {', '.join(map(str, fine)).lower()}, found {options[name]!r}"
+                )
         options |= {name: tuple(options[name]) for name in ("signals", "hosts", "origins") if name in options}
         made = cls(settings=settings, **options)
         for signal in made.all_signals:
@@ -95,27 +87,18 @@ class VllmOptions:
 
 
 def affecting_answers(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `vllm.LLM` that can change an answer by more than rounding.
-
-    Those in `_NO_MATTER` cannot, nor can LoGo's own options for vLLM's processes.
-    """
+    """The arguments of `vllm.LLM` that can change an answer by more than rounding, without LoGo's own options."""
     counted = {name: value for name, value in given.items() if name not in _NO_MATTER}
-    additional = {
-        name: value for name, value in (counted.pop("additional_config", None) or {}).items() if name != "logo"
-    }
-    return counted | ({"additional_config": additional} if additional else {})
+    others = {name: value for name, value in (counted.pop("additional_config", None) or {}).items() if name != "logo"}
+    return counted | ({"additional_config": others} if others else {})
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:
-    """A JSON object that a user has written; `where` names the option in errors.
-
-    Raises:
-        UsageError: it is none.
-    """
+    """A JSON object that a user has written; `where` names the option in errors. UsageError: it is none."""
     try:
-        found = json.loads(text)
+        found, why = json.loads(text), ""
     except ValueError as error:
-        raise UsageError(f"{where}: expected a JSON object, found {text!r:.60} ({error})") from error
+        found, why = None, f" ({error})"
     if not isinstance(found, dict):
-        raise UsageError(f"{where}: expected a JSON object, found {text!r:.60}")
+        raise UsageError(f"{where}: expected a JSON object, found {text!r:.60}{why}")
     return found

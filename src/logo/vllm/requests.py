@@ -1,22 +1,21 @@
 """What a request is to LoGo inside vLLM: a mixture of adapters, or a probe. The path of its `LoRARequest` says so.
 
-    {"mix": [["d1f0a3…", 0.25, null], ["77b2c9…", 0.75, 4]]}       key of an adapter's content, weight, where it acts
-    {"probe": ["5f…", "a3…", "calibrated", null, false]}           see `Probe`
+    {"mix": [["d1f0a3…", 0.25, [], null], ["77b2c9…", 0.75, [], 4]]}    key of an adapter, weight, where it acts
+    {"probe": ["5f…", "a3…", "calibrated", null, false, false]}         see `Probe`
 
 vLLM keys cached keys and values by this path. It holds digests of adapters instead of their names, so an adapter that
-is replaced under its name never meets keys and values of the old one. What a probe has read is the base model's, and is
-shared with whoever asks it. Clients cannot write such paths: they choose models by name.
+is replaced under its name never meets keys and values of the old one. Clients cannot write such paths.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from typing import Any
 
-from logo.adapters.activation import EVERYWHERE, Activation
+from logo.adapters.activation import Activation
 
 # The name of every `LoRARequest` of ours: vLLM's metrics have a label for each name, which mixtures must not have.
 NAME = "logo"
@@ -24,15 +23,10 @@ NAME = "logo"
 
 @dataclass(frozen=True)
 class Mix:
-    """A mixture.
+    """A mixture."""
 
-    Attributes:
-        parts: key of an adapter, its weight, and where it acts; every key once, the highest weight first.
-        prompt: the number of tokens of the prompt, if a completion that is scored follows it; None: all are prompt.
-    """
-
-    parts: tuple[tuple[str, float, Activation], ...]
-    prompt: int | None = None
+    parts: tuple[tuple[str, float, Activation], ...]  # key of an adapter, weight, where it acts; the highest first
+    prompt: int | None = None  # the number of tokens of the prompt, if a completion that is scored follows it
 
     @classmethod
     def of(cls, weights: Iterable[tuple[str, float, Activation]], prompt: int | None = None) -> Mix:
@@ -46,13 +40,13 @@ class Mix:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of its adapters."""
+        """Of its adapters."""
         return tuple(key for key, _, _ in self.parts)
 
     @property
     def path(self) -> str:
         """The path that `parse` reads."""
-        parts = [[key, weight, _written(where)] for key, weight, where in self.parts]
+        parts = [[key, weight, where.tokens, where.last] for key, weight, where in self.parts]
         return json.dumps({"mix": parts} if self.prompt is None else {"mix": parts, "prompt": self.prompt})
 
     def begins(self, prompt: Sequence[int]) -> tuple[int | None, ...]:
@@ -63,26 +57,19 @@ class Mix:
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt whose hidden vectors are read, and which no adapter acts on.
+    """A prompt whose hidden vectors are read, and which no adapter acts on."""
 
-    Attributes:
-        key: under which its scores are kept until they are taken.
-        pool: the digest of the pool that is scored.
-        signal: that scores it; empty: its hidden vectors are kept, to calibrate.
-        among: names of the adapters that may be selected, others may have no score (-inf); None: all.
-        plain: whether example prompts do not count.
-    """
-
-    key: str
-    pool: str
-    signal: str
-    among: tuple[str, ...] | None = None
-    plain: bool = False
+    key: str  # under which its scores are kept until they are taken
+    pool: str  # the digest of the pool that is scored
+    signal: str  # that scores it; empty: its hidden vectors are kept, to calibrate
+    among: tuple[str, ...] | None = None  # the adapters that may be selected, others may have no score (-inf)
+    plain: bool = False  # whether example prompts do not count
+    alone: bool = False  # whether nobody may find its keys and values in vLLM's cache
 
     @property
     def path(self) -> str:
         """The path that `parse` reads."""
-        return json.dumps({"probe": [self.key, self.pool, self.signal, self.among, self.plain]})
+        return json.dumps({"probe": astuple(self)})
 
 
 @lru_cache(maxsize=4096)
@@ -90,19 +77,19 @@ def parse(path: str) -> Mix | Probe | None:
     """What the path of a `LoRARequest` says; None: the request is not ours."""
     said: Any = json.loads(path) if path.startswith("{") else {}
     if "probe" in said:
-        key, pool, signal, among, plain = said["probe"]
-        return Probe(key, pool, signal, None if among is None else tuple(among), plain)
+        key, pool, signal, among, plain, alone = said["probe"]
+        return Probe(key, pool, signal, None if among is None else tuple(among), plain, alone)
     if "mix" in said:
-        parts = tuple((key, weight, _read(where)) for key, weight, where in said["mix"])
-        return Mix(parts, said.get("prompt"))
+        parts = ((key, weight, Activation(tuple(tokens), last)) for key, weight, tokens, last in said["mix"])
+        return Mix(tuple(parts), said.get("prompt"))
     return None
 
 
 def lora_request(made: Mix | Probe) -> Any:
     """The `LoRARequest` by which vLLM's engine gets it.
 
-    All have the same id: vLLM's scheduler limits how many ids a batch has by the number of slots, but what needs slots
-    here are adapters, not mixtures. Workers give each request an id of its own.
+    All have the same id, by which vLLM's scheduler limits the adapters of a batch: slots are ours to count. Workers
+    give each request an id of its own.
     """
     from vllm.lora.request import LoRARequest
 
@@ -110,10 +97,8 @@ def lora_request(made: Mix | Probe) -> Any:
 
 
 def cached_as(path: str, begins: Sequence[int | None], end: int) -> str | None:
-    """The path by which vLLM keys a cached block of a request; None: the block is the base model's.
-
-    Tokens before any adapter acts are computed by the base model, so that all requests share them. Keys and values
-    behind depend on where adapters begin to act, even if the tokens are the same.
+    """The path by which vLLM keys a cached block of a request; None: the block is the base model's, which has computed
+    all tokens before any adapter acts. Keys and values behind depend on where adapters begin to act, too.
 
     Args:
         begins: what `Mix.begins` says of the request's prompt.
@@ -122,12 +107,3 @@ def cached_as(path: str, begins: Sequence[int | None], end: int) -> str | None:
     if end <= min((begin for begin in begins if begin is not None), default=end):
         return None
     return f"{path} {begins}"
-
-
-def _written(where: Activation) -> Any:
-    """An activation in JSON: null, the N of `last:N`, or invocation tokens."""
-    return list(where.tokens) or where.last
-
-
-def _read(said: Any) -> Activation:
-    return Activation(tuple(said)) if isinstance(said, list) else EVERYWHERE if said is None else Activation(last=said)

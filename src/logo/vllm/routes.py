@@ -3,7 +3,7 @@
     vLLM's request class -> the prompts' texts -> Selection -> vLLM's serving object -> the reply, with the field `logo`
 
 vLLM authenticates, parses, renders, generates and streams. A route chooses the mixture of each prompt, and lets vLLM's
-own serving object answer through an engine client that adds the `LoRARequest` of the prompt (`_Mixing`).
+own serving object answer through an engine client that adds the `LoRARequest` of the prompt (`Mixing`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-import logging
 import math
 import os
 import time
 import uuid
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,34 +31,20 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
 
 from logo.adapters.pool import AdapterPool
-from logo.core import Selection
+from logo.core import Options, Selection
 from logo.errors import LoGoError, UsageError
 from logo.prompts import asked_text, read
 from logo.selection.selector import forced
-from logo.serve.bodies import (
-    AdapterCard,
-    AdapterList,
-    Card,
-    LoadAdapter,
-    LogoOptions,
-    Mixture,
-    ModelRequest,
-    SelectionReply,
-    SelectRequest,
-    UnloadAdapter,
-    checked,
-)
+from logo.serve import bodies
 from logo.serve.errors import ApiError, bad_request, failed
 from logo.serve.guards import Access, GuardSettings
 from logo.serve.names import AUTO, Models
 from logo.vllm.engine import Engine, Served
 from logo.vllm.metrics import Counts
-from logo.vllm.options import VllmOptions
+from logo.vllm.options import VllmOptions, log
 from logo.vllm.pool import head_adapter
 from logo.vllm.requests import Mix
 from logo.vllm.selftest import check
-
-log = logging.getLogger("vllm.logo")
 
 NOT_FINITE = (
     "the model's logits are NaN, so nothing can be generated from them: an adapter, or the base model, is too large "
@@ -80,12 +66,8 @@ class Routes:
         app.exception_handler(LoGoError)(_refusal)
         if options is not None:  # vLLM asks for keys, but neither for the host nor for the origin
             app.add_middleware(Access, settings=GuardSettings(options.host, (), 0, options.hosts, options.origins))
-        posted: dict[str, Any] = {
-            "/v1/completions": _completion,
-            "/v1/chat/completions": _chat,
-            "/v1/responses": _response,
-            "/v1/logo/select": _select,
-        }
+        posted: dict[str, Any] = {"/v1/completions": _completion, "/v1/chat/completions": _chat}
+        posted |= {"/v1/responses": _response, "/v1/logo/select": _select}
         if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING or (options is not None and options.adapter_changes):
             posted |= {"/v1/load_lora_adapter": _load, "/v1/unload_lora_adapter": _unload}
         for path, route in posted.items():
@@ -102,28 +84,20 @@ class Routes:
             raise SystemExit(1) from None
 
 
-class _Online:
-    """vLLM's engine client as the backend of an `Engine`."""
+def _engine(client: Any) -> Engine:
+    """The engine of a server, which is not open yet."""
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+    async def run(rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
+        return list(await asyncio.gather(*(one(*row) for row in rows)))
 
-    async def call(self, name: str, *args: Any) -> list[dict[str, Any]]:
-        """See `Backend`."""
-        found: list[dict[str, Any]] = await self._client.collective_rpc(name, args=args)
-        return found
-
-    async def run(self, rows: Sequence[tuple[Sequence[int], Any, Any]]) -> list[Any]:
-        """See `Backend`."""
-        return list(await asyncio.gather(*(self._one(*row) for row in rows)))
-
-    async def _one(self, ids: Sequence[int], parameters: Any, lora: Any) -> Any:
+    async def one(ids: Sequence[int], parameters: Any, lora: Any) -> Any:
         prompt, number = {"prompt_token_ids": list(ids)}, f"logo-{uuid.uuid4().hex}"
-        outputs = [one async for one in self._client.generate(prompt, parameters, number, lora_request=lora)]
-        return outputs[-1]
+        return [one async for one in client.generate(prompt, parameters, number, lora_request=lora)][-1]
+
+    return Engine(lambda *args: client.collective_rpc("logo", args=args), run, client.vllm_config)
 
 
-class _Mixing:
+class Mixing:
     """vLLM's engine client for one request, whose prompts have these mixtures."""
 
     def __init__(self, client: Any, engine: Engine, mixes: Sequence[Mix]) -> None:
@@ -137,21 +111,21 @@ class _Mixing:
         number = int(request_id.rpartition("-")[2]) if len(self._mixes) > 1 else 0
         async with self._engine.held([self._mixes[number]]) as [lora]:
             kwargs["lora_request"] = lora
-            begun = False
-            async for output in self._client.generate(prompt, params, request_id, *args, **kwargs):
-                # vLLM draws token 0 where logits are NaN, which may be a good token, too.
-                begins = lora is not None and not begun and any(one.token_ids for one in output.outputs)
-                if begins and any(one.token_ids[:1] == [0] for one in output.outputs):
-                    await self._check(prompt, request_id, lora)
-                begun = begun or begins
-                yield output
+            unsure = lora is not None
+            # vLLM has to hear that a client has left before others get its slots, where it would go on to compute.
+            async with aclosing(self._client.generate(prompt, params, request_id, *args, **kwargs)) as outputs:
+                async for output in outputs:
+                    drawn = [one.token_ids[0] for one in output.outputs if one.token_ids] if unsure else []
+                    if 0 in drawn:  # vLLM draws token 0 where logits are NaN, which may be a good token, too
+                        await self._check(prompt, request_id, lora)
+                    unsure = unsure and not drawn
+                    yield output
 
     async def _check(self, prompt: Any, request_id: str, lora: Any) -> None:
         """Raises ApiError if the logits behind a prompt are NaN."""
         once = SamplingParams(max_tokens=1, temperature=0.0, logprobs=0, detokenize=False)
         async for output in self._client.generate(prompt, once, f"{request_id}-again", lora_request=lora):
-            [drawn] = output.outputs[0].logprobs
-            if any(math.isnan(one.logprob) for one in drawn.values()):
+            if any(math.isnan(one.logprob) for one in output.outputs[0].logprobs[0].values()):
                 raise failed(NOT_FINITE, "not_finite")
 
     def __getattr__(self, name: str) -> Any:
@@ -160,40 +134,31 @@ class _Mixing:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The selection for one prompt, see `logo.serve.bodies.SelectedMixture`."""
+    """The selection for one prompt, and how long its probe took, of which vLLM's queue is a part."""
 
     selection: Selection
     probe_ms: float = 0.0
-    queue_ms: float = 0.0  # vLLM's queue is part of the probe
 
 
 class Logo:
-    """LoGo in a server, as `app.state.logo`.
+    """LoGo in a server, as `app.state.logo`: an open engine, and the name of the base model alone."""
 
-    Args:
-        engine: opened.
-        state: of vLLM's app.
-    """
-
-    def __init__(self, engine: Engine, state: Any) -> None:
-        self.engine, self._state, self.counts = engine, state, Counts()
-        self.base: str = state.openai_serving_models.base_model_paths[0].name
-        self.change = engine.change
+    def __init__(self, engine: Engine, base: str) -> None:
+        self.engine, self.base, self.counts, self.change = engine, base, Counts(), engine.change
 
     @classmethod
     async def opened(cls, client: Any, state: Any) -> Logo:
         """Opens the pool in the engine of a server; raises LoGoError."""
         started, models = time.perf_counter(), state.openai_serving_models
         if models.lora_requests or models.lora_resolvers:
-            raise UsageError(
-                "LoGo fills all of vLLM's slots: put the adapters of --lora-modules and resolvers into the pool"
-            )
-        engine = Engine(_Online(client), client.vllm_config)
+            what = "put the adapters of --lora-modules and resolvers into the pool"
+            raise UsageError(f"LoGo fills all of vLLM's slots: {what}")
+        engine = _engine(client)
         await engine.open()
         await check(engine)
-        count, signal = len(engine.served.pool), engine.options.settings.signal
-        log.info("LoGo: %d adapters, signal %s, ready in %.1f s", count, signal, time.perf_counter() - started)
-        return cls(engine, state)
+        seconds, signal = time.perf_counter() - started, engine.options.settings.signal
+        log.info("LoGo: %d adapters, signal %s, ready in %.1f s", len(engine.served.pool), signal, seconds)
+        return cls(engine, models.base_model_paths[0].name)
 
     @property
     def pool(self) -> AdapterPool:
@@ -206,14 +171,9 @@ class Logo:
         return Models(self.base, served.pool.names, tuple(served.opened))
 
     async def choose(
-        self, model: str, options: LogoOptions | None, rows: Sequence[Sequence[int]]
+        self, model: str, options: bodies.LogoOptions | None, rows: Sequence[Sequence[int]], alone: bool = False
     ) -> tuple[list[Chosen], list[Mix]]:
-        """The mixture of each prompt of a request.
-
-        Args:
-            model: the name that the request gives.
-            options: its field `logo`.
-            rows: the token ids that are probed of each prompt.
+        """The mixture of each prompt of a request, of which these token ids are probed; `alone`: as `Probe`.
 
         Raises:
             ApiError, LoGoError: there is no such model, or the options cannot be used.
@@ -225,15 +185,15 @@ class Logo:
                 chosen = [Chosen(forced(wanted.adapters, served.pool))] * len(rows)
             else:
                 call = engine.options.settings.options(served.pool, wanted.options)
-                chosen = list(await asyncio.gather(*(self._chosen(served, row, call) for row in rows)))
+                chosen = list(await asyncio.gather(*(self._chosen(served, row, call, alone) for row in rows)))
             mixes = [engine.mix(served, one.selection) for one in chosen]
         for mix in mixes:
             engine.slots.check(mix.keys)
         return chosen, mixes
 
-    async def _chosen(self, served: Served, row: Sequence[int], call: Any) -> Chosen:
+    async def _chosen(self, served: Served, row: Sequence[int], call: Options, alone: bool) -> Chosen:
         started = time.perf_counter()
-        selection = await self.engine.select(served, row, call)
+        selection = await self.engine.select(served, row, call, alone)
         seconds = time.perf_counter() - started
         self.counts.selected(selection, seconds)
         return Chosen(selection, 1000 * seconds)
@@ -246,20 +206,18 @@ class Logo:
         Args:
             request: parsed by vLLM's class.
             by: the name of vLLM's serving object in the app's state, and of its method.
-            rows: as `choose`.
+            rows: the token ids that are probed of each prompt.
             several: whether the field `logo` of the reply is a list.
         """
-        state = raw.app.state
-        handler = getattr(state, by[0])
+        handler = getattr(raw.app.state, by[0])
         if handler is None:
             raise ApiError(501, "this model does not answer requests of this kind", "invalid_request_error")
         asked, extra = request.model or self.base, request.model_extra or {}
-        misplaced = {name: extra[name] for name in LogoOptions.model_fields if name in extra}
-        found = checked(ModelRequest, {"model": asked, "logo": extra.get("logo"), **misplaced})
-        chosen, mixes = await self.choose(asked, found.logo, rows)
+        misplaced = {name: extra[name] for name in bodies.LogoOptions.model_fields if name in extra}
+        found = bodies.checked(bodies.ModelRequest, {"model": asked, "logo": extra.get("logo"), **misplaced})
+        chosen, mixes = await self.choose(asked, found.logo, rows, request.cache_salt is not None)
         own = copy.copy(handler)
-        own.engine_client = _Mixing(handler.engine_client, self.engine, mixes)
-        own.models = copy.copy(handler.models)
+        own.engine_client, own.models = Mixing(handler.engine_client, self.engine, mixes), copy.copy(handler.models)
         own.models.model_name = lambda lora_request=None: asked
         request.model = self.base
         for one in chosen:
@@ -267,11 +225,11 @@ class Logo:
         made = await getattr(own, by[1])(request, raw)
         if isinstance(made, ErrorResponse):
             return JSONResponse(made.model_dump(), made.error.code)
-        told = [Mixture.of(one).model_dump() for one in chosen]
-        field = json.dumps(told if several else told[0])
+        told = [bodies.mixture_reply(one.selection, one.probe_ms, 0.0) for one in chosen]
+        field = told if several else told[0]
         if hasattr(made, "model_dump"):
-            return JSONResponse({**made.model_dump(mode="json", by_alias=True), "logo": json.loads(field)})
-        return StreamingResponse(_told(made, field), media_type="text/event-stream")
+            return JSONResponse({**made.model_dump(mode="json", by_alias=True), "logo": field})
+        return StreamingResponse(_told(made, json.dumps(field)), media_type="text/event-stream")
 
 
 async def _told(events: AsyncIterator[Any], field: str) -> AsyncIterator[str]:
@@ -287,10 +245,9 @@ async def _told(events: AsyncIterator[Any], field: str) -> AsyncIterator[str]:
 
 
 def _logo(raw: Request) -> Logo:
-    found = raw.app.state.logo
-    if found is None:
+    if raw.app.state.logo is None:
         raise ApiError(503, "LoGo is not open in this server", "server_error")
-    return found  # type: ignore[no-any-return]
+    return raw.app.state.logo  # type: ignore[no-any-return]
 
 
 # -- answering ---------------------------------------------------------------------------------------------------------
@@ -299,14 +256,13 @@ def _logo(raw: Request) -> Logo:
 async def _completion(request: CompletionRequest, raw_request: Request) -> Response:
     """`POST /v1/completions`"""
     given, logo = request.prompt, _logo(raw_request)
-    several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
-    prompts = list(given) if several else [given]
-    if given is None or given == [] or given == "":
+    if not given:
         raise bad_request("prompt: expected a text or token ids, found none", "prompt")
+    several = isinstance(given, list) and not isinstance(given[0], int)
     if several and request.use_beam_search:
         raise bad_request("use_beam_search: expected one prompt, found several", "use_beam_search")
     _check_scored(logo, request.prompt_logprobs, request.logprobs if request.echo else None)
-    rows = [read(_tokenizer(raw_request), prompt).ids for prompt in prompts]
+    rows = [read(_tokenizer(raw_request), prompt).ids for prompt in (given if several else [given])]
     by = ("openai_serving_completion", "create_completion")
     return await logo.answer(request, raw_request, by, rows, several)
 
@@ -327,9 +283,9 @@ async def _response(request: ResponsesRequest, raw_request: Request) -> Response
     turns: list[Any] = [{"role": "user", "content": said}] if isinstance(said, str) else list(said)
     turns = [turn if isinstance(turn, dict) else turn.model_dump() for turn in turns]
     messages = [{"role": turn["role"], "content": _texts(turn.get("content"))} for turn in turns if "role" in turn]
-    first = [{"role": "system", "content": request.instructions}] if request.instructions else []
-    asked = ChatCompletionRequest(model=logo.base, messages=[*first, *messages])
-    row = await _conversation(logo, asked, raw_request)
+    if request.instructions:
+        messages.insert(0, {"role": "system", "content": request.instructions})
+    row = await _conversation(logo, ChatCompletionRequest(model=logo.base, messages=messages), raw_request)
     return await logo.answer(request, raw_request, ("openai_serving_responses", "create_responses"), [row])
 
 
@@ -360,13 +316,10 @@ def _texts(content: Any) -> Any:
 
 def _check_scored(logo: Logo, *asked: Any) -> None:
     """Raises ApiError where log probabilities of a prompt are asked for, and vLLM cannot compute them."""
-    head = head_adapter(logo.pool)
-    if head is not None and any(one is not None for one in asked):
-        raise bad_request(
-            f"prompt_logprobs: adapter {head!r} acts on the output head, which vLLM applies to the last token of a "
-            "prompt alone; leave out prompt_logprobs, or echo with logprobs",
-            "prompt_logprobs",
-        )
+    if (head := head_adapter(logo.pool)) is not None and any(one is not None for one in asked):
+        found = f"adapter {head!r} acts on the output head, which vLLM applies to the last token of a prompt alone"
+        advice = "leave out prompt_logprobs, or echo with logprobs"
+        raise bad_request(f"prompt_logprobs: {found}; {advice}", "prompt_logprobs")
 
 
 def _tokenizer(raw: Request) -> Any:
@@ -376,7 +329,7 @@ def _tokenizer(raw: Request) -> Any:
 # -- the pool ----------------------------------------------------------------------------------------------------------
 
 
-async def _select(request: SelectRequest, raw_request: Request) -> Response:
+async def _select(request: bodies.SelectRequest, raw_request: Request) -> Response:
     """`POST /v1/logo/select`"""
     logo = _logo(raw_request)
     if request.prompt is not None:
@@ -387,10 +340,11 @@ async def _select(request: SelectRequest, raw_request: Request) -> Response:
         asked = ChatCompletionRequest(model=logo.base, **given)
         row, whole = await _conversation(logo, asked, raw_request), await _rendered(asked, raw_request)
     [chosen], _ = await logo.choose(request.model, request.logo, [row])
-    return JSONResponse(SelectionReply.of(chosen, len(whole)).model_dump())
+    found = bodies.mixture_reply(chosen.selection, chosen.probe_ms, 0.0)
+    return JSONResponse({**found, "scores": chosen.selection.scores, "tokens": len(whole)})
 
 
-async def _load(request: LoadAdapter, raw_request: Request) -> Response:
+async def _load(request: bodies.LoadAdapter, raw_request: Request) -> Response:
     """`POST /v1/load_lora_adapter`: adds an adapter to the pool, or replaces it there."""
     logo = _logo(raw_request)
     logo.names().check_new(request.lora_name, replace=request.load_inplace)
@@ -399,7 +353,7 @@ async def _load(request: LoadAdapter, raw_request: Request) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
 
 
-async def _unload(request: UnloadAdapter, raw_request: Request) -> Response:
+async def _unload(request: bodies.UnloadAdapter, raw_request: Request) -> Response:
     """`POST /v1/unload_lora_adapter`"""
     logo = _logo(raw_request)
     logo.names().check_there(request.lora_name)
@@ -419,22 +373,18 @@ async def _models(raw_request: Request) -> Response:
     """`GET /v1/models`"""
     logo = _logo(raw_request)
     listed = (await raw_request.app.state.openai_serving_models.show_available_models()).model_dump()
-    base = listed["data"][0]
-    about = {**base, "owned_by": "logo", "root": logo.base}
+    own = [{**card, "logo": {"role": "base"}} for card in listed["data"]]
+    about = {**listed["data"][0], "owned_by": "logo", "root": logo.base}
     roles = [(AUTO, "auto", None), *((name, "adapter", logo.base) for name in logo.pool.names)]
     cards = [{**about, "id": name, "parent": parent, "logo": {"role": role}} for name, role, parent in roles]
-    own = [{**card, "logo": {"role": "base"}} for card in listed["data"]]
     return JSONResponse({**listed, "data": [*own, *cards]})
 
 
 async def _adapters(raw_request: Request) -> Response:
     """`GET /v1/logo/adapters`"""
     logo = _logo(raw_request)
-    engine, chosen = logo.engine, logo.counts.chosen
-    cards = [AdapterCard.of(Card.of(adapter), chosen[adapter.name]) for adapter in logo.pool]
-    signals = list(engine.served.opened)
-    made = AdapterList(base_model=logo.base, default_k=engine.k, signal=signals[0], signals=signals, data=cards)
-    return JSONResponse(made.model_dump())
+    cards, signals = map(bodies.adapter_card, logo.pool), tuple(logo.engine.served.opened)
+    return JSONResponse(bodies.adapter_list(logo.base, logo.engine.k, signals, cards, logo.counts.chosen))
 
 
 async def _refusal(request: Request, error: Exception) -> Response:

@@ -13,17 +13,13 @@ from logo.errors import UsageError
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-# Options that are translated into vLLM's, or handled by LoGo.
+# Options that are translated into vLLM's, or handled by LoGo; and those without an effect on answers here: ids of other
+# tokens, caches, what `generate` returns, and details of beam search and of assistant models, which are refused by
+# options of their own.
 _KNOWN = frozenset(
     {
         *("do_sample", "eos_token_id", "max_new_tokens", "min_new_tokens", "min_p", "repetition_penalty"),
         *("stop_strings", "temperature", "top_k", "top_p"),
-    }
-)
-# Options without an effect on answers here: ids of other tokens, caches, what `generate` returns, and details of beam
-# search and of assistant models, which are refused by options of their own.
-_IDLE = frozenset(
-    {
         *("assistant_confidence_threshold", "assistant_lookbehind", "bos_token_id", "cache_config"),
         *("cache_implementation", "compile_config", "continuous_batching_config", "decoder_start_token_id"),
         *("disable_compile", "early_stopping", "length_penalty", "low_memory", "max_cache_len", "max_length"),
@@ -35,42 +31,26 @@ _IDLE = frozenset(
 )
 # The defaults of transformers, for options that neither the call nor the checkpoint sets.
 _DEFAULTS = {
-    "diversity_penalty": 0.0,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "no_repeat_ngram_size": 0,
-    "num_beam_groups": 1,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "temperature": 1.0,
-    "token_healing": False,
+    **dict.fromkeys(("diversity_penalty", "epsilon_cutoff", "eta_cutoff"), 0.0),
+    **dict.fromkeys(("encoder_repetition_penalty", "repetition_penalty", "temperature", "top_p", "typical_p"), 1.0),
+    **dict.fromkeys(("encoder_no_repeat_ngram_size", "no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("num_beam_groups", "num_beams"), 1),
     "top_k": 50,
-    "top_p": 1.0,
-    "typical_p": 1.0,
 }
 
 
 def check_config(config: GenerationConfig) -> None:
     """Raises UsageError if a config asks for something that vLLM cannot do."""
     for name, value in vars(config).items():
-        if name.startswith("_") or name in _KNOWN or name in _IDLE:
-            continue
-        if value is not None and value is not False and value != _DEFAULTS.get(name):
-            raise UsageError(
-                f"generation option {name!r} ({value!r:.40}): the engine 'vllm' cannot do that; leave it out, or use "
-                "the engine 'local'"
-            )
+        fine = name.startswith("_") or name in _KNOWN or value is None or value is False
+        if not fine and value != _DEFAULTS.get(name):
+            found = f"generation option {name!r} ({value!r:.40}): the engine 'vllm' cannot do that"
+            raise UsageError(f"{found}; leave it out, or use the engine 'local'")
 
 
 def parameters(decoding: Decoding, begun: int, seed: int | None) -> Any:
-    """vLLM's `SamplingParams` for a decoding.
-
-    Args:
-        begun: how many tokens of the answer there are already, behind the prompt.
-        seed: for the draws of one answer.
-    """
+    """vLLM's `SamplingParams` for a decoding, of whose answer so many tokens have begun, behind the prompt; `seed`: for
+    the draws of one answer."""
     from vllm import SamplingParams
 
     config = decoding.config
@@ -81,9 +61,8 @@ def parameters(decoding: Decoding, begun: int, seed: int | None) -> Any:
 
     drawn: dict[str, Any] = {"temperature": 0.0}
     if config.do_sample:
-        top_k = min(said("top_k"), 2**31 - 1)
-        drawn = {"temperature": said("temperature"), "top_p": said("top_p"), "top_k": top_k, "seed": seed}
-        drawn |= {} if config.min_p is None else {"min_p": config.min_p}
+        drawn = {name: said(name) for name in ("temperature", "top_p")} | {"seed": seed}
+        drawn |= {"top_k": min(said("top_k"), 2**31 - 1), "min_p": config.min_p or 0.0}
     texts = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
     # Where one of these texts ends, an answer may have ended; the rules of the decoding say whether it has.
     texts += [*decoding.stop, *(["\n"] if decoding.stop_at_newline else [])]

@@ -1,17 +1,15 @@
 """What LoGo asks of vLLM when a server starts: whether what it relies on still means what it meant.
 
-A function that is replaced may keep its name and its parameters, and be called with something else in another version.
 A text of the pool's calibration has to get the scores that its stored responses give; a probe has to be answered as the
 base model answers; and an adapter has to change the answer.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from logo.core import Selection
 from logo.errors import ModelError
 from logo.vllm.engine import Engine
+from logo.vllm.patches import version
 from logo.vllm.requests import Probe, lora_request
 
 # How far scores may be apart: those of fitting adapters are about ten times as large. Rounding in 16 bits is below.
@@ -26,7 +24,7 @@ async def check(engine: Engine) -> None:
 
     served = engine.served
     signal = next(iter(served.opened))
-    [known, *_] = await engine.call("logo_expected", served.pool.digest, signal)
+    [known, *_] = await engine.call("expected", served.pool.digest, signal)
     text = [1, 2, 3] if known is None else known[0]
     if known is not None:
         [found] = await engine.scores(served, signal, [text], [None], plain=True)
@@ -40,20 +38,18 @@ async def check(engine: Engine) -> None:
     silent = lora_request(Probe("selftest", served.pool.digest, signal))
     async with engine.held([engine.mix(served, Selection.forced({name: 1.0}))]) as [lora]:
         outputs = await engine.run([(text, once, one) for one in (None, silent, lora)])
-    await engine.call("logo_scores", ["selftest"])
-    base, probe, mixed = (_logprobs(output) for output in outputs)
-    if probe.keys() != base.keys() or not max(abs(base[token] - probe[token]) for token in base) <= _NOISE:
+    await engine.call("scores", ["selftest"])
+    said = ({token: one.logprob for token, one in output.outputs[0].logprobs[0].items()} for output in outputs)
+    base, probe, mixed = said
+
+    def within(found: dict[int, float], most: float) -> bool:
+        return found.keys() == base.keys() and max(abs(base[token] - found[token]) for token in base) <= most
+
+    if not within(probe, _NOISE):
         raise _changed("a probe is not answered as by the base model")
-    same = mixed.keys() == base.keys() and max(abs(base[token] - mixed[token]) for token in base) <= _EFFECT
-    if same and sizes.get(name, 1.0) > 0:
+    if within(mixed, _EFFECT) and sizes.get(name, 1.0) > 0:
         raise _changed(f"adapter {name!r} does not change the answer")
 
 
-def _logprobs(output: Any) -> dict[int, float]:
-    return {token: one.logprob for token, one in output.outputs[0].logprobs[0].items()}
-
-
 def _changed(what: str) -> ModelError:
-    from logo.vllm.patches import version
-
     return ModelError(f"LoGo does not work with this vLLM ({version()}): {what}; see docs/vllm.md for known versions")

@@ -1,9 +1,5 @@
-"""The base model as transformers knows it, without its weights: module paths, shapes and a digest.
-
-Pools are fitted to it and points are found in it, as the local engine does with a loaded model. A sample of each weight
-is read from the checkpoint, so that calibrations are cached under the same digest as in the local engine if the
-checkpoint has transformers' names.
-"""
+"""The base model as transformers knows it, without its weights: module paths, shapes, and a sample of each weight from
+the checkpoint, so that calibrations are cached under the local engine's digest where it has transformers' names."""
 
 from __future__ import annotations
 
@@ -30,13 +26,10 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
-    """A causal LM on the meta device. Each parameter has a function `read`, which reads it from the checkpoint, a
+    """A causal LM on the meta device, in the dtype that the engine computes in; `source`: a folder, or a Hub repository
+    whose files were fetched before. Each parameter has a function `read`, which reads it from the checkpoint, a
     `sample` of its values, and the type `stored` there; if the checkpoint lacks its name, there is no sample and no
     type, and `read` returns an empty tensor. The model then has a digest `others` of what the checkpoint has instead.
-
-    Args:
-        source: a folder, or a Hub repository whose files were fetched before.
-        dtype: what the engine computes in.
 
     Raises:
         ModelError: transformers does not know the model, or its files cannot be read.
@@ -55,8 +48,7 @@ def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> Pr
         if name in samples:
             file, sample, tensor.stored = samples[name]
             kind = dtype if tensor.is_floating_point() else tensor.dtype
-            tensor.sample = sample.to(kind).float()
-            tensor.read = functools.partial(_tensor, file, name, kind)
+            tensor.sample, tensor.read = sample.to(kind).float(), functools.partial(_tensor, file, name, kind)
     if names - samples.keys():
         model.others = _others(Path(folder), {name: one for name, one in samples.items() if name not in names})
     return model
@@ -78,19 +70,17 @@ def _samples(folder: Path) -> Mapping[str, tuple[Path, Tensor, torch.dtype]]:
     index = folder / _INDEX
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {_WEIGHTS}
     samples: dict[str, tuple[Path, Tensor, torch.dtype]] = {}
-    for name in sorted(names):
-        if (folder / name).is_file():
-            with safe_open(folder / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    tensor = file.get_tensor(key)
-                    samples[key] = folder / name, sampled(tensor), tensor.dtype
+    for path in sorted(folder / name for name in names if (folder / name).is_file()):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(key)
+                samples[key] = path, sampled(tensor), tensor.dtype
     return samples
 
 
 def _tensor(file: Path, name: str, dtype: torch.dtype) -> Tensor:
     try:
         with safe_open(file, framework="pt") as opened:
-            found: Tensor = opened.get_tensor(name)
+            return opened.get_tensor(name).to(dtype)  # type: ignore[no-any-return]
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file}: {name} cannot be read: {error}") from error
-    return found.to(dtype)

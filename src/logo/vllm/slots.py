@@ -1,8 +1,7 @@
 """`Slots`: which adapter is in which of vLLM's slots. Slots are reused least recently used.
 
-A mixture holds the slots of its adapters while it answers. One that finds no free slots waits. Those that wait are
-served in the order in which they came, with one exception: a mixture whose adapters all answer already takes no slot,
-so it may overtake the first one, a limited number of times.
+A mixture holds the slots of its adapters while it answers. Those that find no free slots wait, and are served in turn.
+But a mixture whose adapters all answer already may overtake the first one, a limited number of times.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from logo.errors import UsageError
 
@@ -20,9 +20,9 @@ _PASSES = 32
 
 
 @dataclass(eq=False)
-class _Waiting:
+class _Asked:
     keys: frozenset[str]
-    admitted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    admitted: asyncio.Future[None]
     passed: int = 0
 
 
@@ -34,13 +34,13 @@ class Slots:
         load: puts adapters into slots: `(slot, key), ...`. If it raises, the slots are empty.
     """
 
-    def __init__(self, count: int, load: Callable[[list[tuple[int, str]]], Awaitable[None]]) -> None:
+    def __init__(self, count: int, load: Callable[[list[tuple[int, str]]], Awaitable[Any]]) -> None:
         self.count, self._load = count, load
         self._free = list(reversed(range(count)))
         self._slot_of: OrderedDict[str, int] = OrderedDict()  # key -> slot, the latest used last
         self._users: Counter[str] = Counter()  # answers in progress of each adapter
-        self._loading: dict[str, asyncio.Task[None]] = {}
-        self._waiting: list[_Waiting] = []
+        self._loading: dict[str, Any] = {}  # key -> the task that loads it
+        self._waiting: list[_Asked] = []
 
     @asynccontextmanager
     async def held(self, keys: Collection[str]) -> AsyncIterator[None]:
@@ -50,54 +50,72 @@ class Slots:
             UsageError: there can never be room for them.
             LoGoError: one cannot be loaded.
         """
+        if not keys:  # the base model alone waits for nobody
+            yield
+            return
         self.check(keys)
-        wanted = frozenset(keys)
-        if self._waiting or not self._fits(wanted):
-            entry = _Waiting(wanted)
-            self._waiting.append(entry)
-            try:
-                await entry.admitted
-            except asyncio.CancelledError:
-                self._left(entry)
-                raise
-        else:
-            self._admit(wanted)
+        asked = _Asked(frozenset(keys), asyncio.get_running_loop().create_future())
+        self._waiting.append(asked)
+        self._serve()
         try:
-            while some := [self._loading[key] for key in wanted if key in self._loading]:
-                await asyncio.shield(asyncio.gather(*some))
+            await asked.admitted
+            await self._filled(asked.keys)
             yield
         finally:
-            self._users -= Counter(wanted)
+            if not asked.admitted.cancelled():  # else its client has left while it waited
+                self._users -= Counter(asked.keys)
             self._serve()
 
     def check(self, keys: Collection[str]) -> None:
         """Raises UsageError if there can never be room for these adapters together."""
         if len(keys) > self.count:
-            raise UsageError(
-                f"this mixture has {len(keys)} adapters, and vLLM has {self.count} slots for them: ask for a smaller "
-                f"k, or start vLLM with --max-loras {len(keys)} or more"
-            )
+            found = f"this mixture has {len(keys)} adapters, and vLLM has {self.count} slots for them"
+            raise UsageError(f"{found}: ask for a smaller k, or start vLLM with --max-loras {len(keys)} or more")
+
+    def _serve(self) -> None:
+        """Admits those that wait, as far as there is room."""
+        self._waiting = [one for one in self._waiting if not one.admitted.done()]
+        while self._waiting and self._fits(self._waiting[0].keys):
+            self._admit(self._waiting[0])
+        for one in self._waiting[1:]:
+            first = self._waiting[0]
+            if first.passed >= _PASSES:
+                break
+            if one.keys <= self._users.keys():
+                first.passed += 1
+                self._admit(one)
 
     def _fits(self, keys: frozenset[str]) -> bool:
         return len(keys | self._users.keys() | self._loading.keys()) <= self.count
 
-    def _admit(self, keys: frozenset[str]) -> None:
-        """Gives slots to adapters that have none, and begins to load these."""
-        self._users.update(keys)
-        new = []
-        for key in sorted(keys):
-            if key in self._slot_of:
+    def _admit(self, asked: _Asked) -> None:
+        self._waiting.remove(asked)
+        self._users.update(asked.keys)
+        asked.admitted.set_result(None)
+
+    async def _filled(self, keys: frozenset[str]) -> None:
+        """Waits until these adapters, which were admitted, are in slots. Where others load one of them beside an
+        adapter that cannot be loaded, it is loaded again."""
+        while True:
+            new = sorted(keys - self._slot_of.keys())
+            for key in keys - {*new}:
                 self._slot_of.move_to_end(key)
-                continue
-            if not self._free:
-                used = self._users.keys() | self._loading.keys()
-                oldest = next(known for known in self._slot_of if known not in used)
-                self._free.append(self._slot_of.pop(oldest))
-            self._slot_of[key] = self._free.pop()
-            new.append(key)
-        if new:
-            task = asyncio.create_task(self._fill(new))
-            self._loading |= dict.fromkeys(new, task)
+            for key in new:
+                self._slot_of[key] = self._free_slot()
+            own = asyncio.create_task(self._fill(new)) if new else None
+            self._loading |= dict.fromkeys(new, own)
+            some = {self._loading[key] for key in keys if key in self._loading}
+            if not some:
+                return
+            await asyncio.wait(some)
+            if own is not None:
+                own.result()  # raises its error
+
+    def _free_slot(self) -> int:
+        if self._free:
+            return self._free.pop()
+        used = self._users.keys() | self._loading.keys()
+        return self._slot_of.pop(next(known for known in self._slot_of if known not in used))
 
     async def _fill(self, keys: list[str]) -> None:
         try:
@@ -109,29 +127,3 @@ class Slots:
             for key in keys:
                 del self._loading[key]
             self._serve()  # whoever asked for these may have left
-
-    def _serve(self) -> None:
-        """Admits those that wait, as far as there is room."""
-        while self._waiting and self._fits(self._waiting[0].keys):
-            self._take(self._waiting[0])
-        for entry in self._waiting[1:]:
-            first = self._waiting[0]
-            if first.passed >= _PASSES:
-                break
-            if entry.keys <= self._users.keys():
-                first.passed += 1
-                self._take(entry)
-
-    def _take(self, entry: _Waiting) -> None:
-        self._waiting.remove(entry)
-        if not entry.admitted.done():
-            self._admit(entry.keys)
-            entry.admitted.set_result(None)
-
-    def _left(self, entry: _Waiting) -> None:
-        """A client has left while its mixture waited, or just when it was admitted."""
-        if entry in self._waiting:
-            self._waiting.remove(entry)
-        elif entry.admitted.done() and not entry.admitted.cancelled():
-            self._users -= Counter(entry.keys)
-        self._serve()

@@ -2,10 +2,10 @@
 
     spans of the step -> (the model calls `tap` at every place that is read) -> means per prompt -> scores
 
-A place is a linear module of vLLM's model, or a decoder layer whose residual stream is read. Nothing here knows how
-requests are scheduled: the worker says which rows of the next step belong to which prompt. The tokens of a prompt are
-weighted by their positions, so what the steps of a prompt give just adds up. Nothing here may raise while the model
-runs, since that would end the engine; an error becomes the answer to its prompt.
+A place is a linear module of vLLM's model, or a decoder layer whose residual stream is read. The worker says which rows
+of the next step belong to which prompt. The tokens of a prompt are weighted by their positions, so what the steps of a
+prompt give just adds up. Nothing here may raise while the model runs, since that would end the engine; an error becomes
+the answer to its prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from logo.errors import ModelError
 from logo.selection.points import Point
 from logo.selection.reference import FADING, finished
 from logo.selection.scorer import Scorer
@@ -30,27 +29,22 @@ _MOST_WAITING = 4096
 # How the failure of a prompt begins that ran in a captured graph without taps; another run may read it.
 UNREAD = "the model was run without reading"
 
+# The scores of a prompt per adapter (-inf for adapters that were not to be selected), the hidden vectors of a text of a
+# calibration (tokens, d) on the CPU by place, or why there is neither.
+Outcome = list[float] | dict[str, Tensor] | str
 # Joins the parts of hidden vectors (rows, d / ranks) that the ranks of a tensor parallel group hold to (rows, d).
 Gather = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Span:
-    """The rows of one step that are tokens of a probed prompt.
+    """The rows of one step that are tokens of a probed prompt."""
 
-    Attributes:
-        probe: what is asked of it.
-        prompt: its token ids, all of them.
-        row: the first row.
-        start: the position of that token in the prompt.
-        count: the number of rows.
-    """
-
-    probe: Probe
-    prompt: Sequence[int]
-    row: int
-    start: int
-    count: int
+    probe: Probe  # what is asked of it
+    prompt: Sequence[int]  # its token ids, all of them
+    row: int  # the first row
+    start: int  # the position of that token in the prompt
+    count: int  # the number of rows
 
     @property
     def end(self) -> int:
@@ -58,48 +52,47 @@ class Span:
         return self.start + self.count
 
 
+@dataclass(frozen=True)
+class TextReader:
+    """Reads probes without a signal, which are texts of a calibration: their hidden vectors at these points are kept,
+    of the tokens that the signal reads."""
+
+    points: tuple[Point, ...]
+    signal: Signal
+    described: tuple[int, ...] = ()
+
+
+Reader = Scorer | TextReader
+
+
 @dataclass
 class _Reading:
     """What is known of a prompt while it is probed.
 
     Attributes:
-        span: its rows in the latest step.
-        scorer: of the pool and the signal; None: a text of a calibration.
-        first: the position of the first token that is read.
-        seen: the number of tokens that have been run.
         means: number -> (2, n): the mean over its tokens so far, weighted evenly and with emphasis on the end. The
             numbers of the scorer's points have responses (n: adapters), or hidden vectors if their mean is scored;
             those after them the hidden vectors where prompts are described.
-        kept: place -> hidden vectors (tokens, d) of each step, of a text of a calibration.
-        added: the numbers to which the current step has added.
-        failure: why there are no scores; None if nothing has failed.
     """
 
-    span: Span
-    scorer: Scorer | None
-    first: int
-    seen: int
+    span: Span  # its rows in the latest step
+    reader: Reader | None  # of the pool and the signal; None: there is none
+    first: int  # the position of the first token that is read
+    seen: int  # the number of tokens that have been run
+    failure: str | None = None  # why there are no scores; None: nothing has failed
     means: dict[int, Tensor] = field(default_factory=dict)
-    kept: dict[str, list[Tensor]] = field(default_factory=dict)
-    added: set[int] = field(default_factory=set)
-    failure: str | None = None
+    kept: dict[str, list[Tensor]] = field(default_factory=dict)  # of a text: place -> (tokens, d) of each step
+    added: set[int] = field(default_factory=set)  # the numbers of points that the current step has read
 
 
 @dataclass(frozen=True)
 class _Step:
-    """The rows of the current step that one scorer reads.
+    """The rows of the current step that one reader reads."""
 
-    Attributes:
-        readings: that they belong to.
-        rows: (n,) int64 on the model's device.
-        owners: (n,) int64: the index in `readings` of each row.
-        weights: (2, n) float32: of each row in the two means of its prompt.
-    """
-
-    readings: tuple[_Reading, ...]
-    rows: Tensor
-    owners: Tensor
-    weights: Tensor
+    readings: tuple[_Reading, ...]  # that they belong to
+    rows: Tensor  # (n,) int64 on the model's device
+    owners: Tensor  # (n,) int64: the index in `readings` of each row
+    weights: Tensor  # (2, n) float32: of each row in the two means of its prompt
 
     @classmethod
     def of(cls, readings: Sequence[_Reading], device: torch.device) -> _Step:
@@ -113,7 +106,7 @@ class _Step:
             read = total - one.first
             late = torch.full((), FADING) ** (total - 1 - positions) * (1 - FADING) / (1 - FADING**read)
             weights.append(torch.stack([torch.full_like(late, 1 / read), late]))
-        parts = (torch.cat(rows), torch.cat(owners), torch.cat(weights, dim=1))
+        parts = torch.cat(rows), torch.cat(owners), torch.cat(weights, dim=1)
         return cls(tuple(readings), *(part.to(device) for part in parts))
 
     def add(self, number: int, values: Tensor) -> None:
@@ -126,11 +119,16 @@ class _Step:
             before = one.means.get(number)
             # A view would keep the sums of all prompts of the step.
             one.means[number] = sums[:, i].clone() if before is None else before + sums[:, i]
-            one.added.add(number)
+
+    def keep(self, place: str, values: Tensor) -> None:
+        """Keeps the values (n, d) of the rows, which entered this place."""
+        values, owners = values.cpu(), self.owners.cpu()
+        for number, one in enumerate(self.readings):
+            one.kept.setdefault(place, []).append(values[owners == number])
 
 
 class Taps:
-    """Reads hidden vectors at the places that some scorer needs.
+    """Reads hidden vectors at the places that some reader needs.
 
     Args:
         place_of: maps a point of the base model and `Signal.input` to the place in vLLM's model where it is read.
@@ -140,50 +138,23 @@ class Taps:
     def __init__(self, place_of: Callable[[Point, str], str], device: torch.device) -> None:
         self.place_of = place_of
         self._device = device
-        self._scorers: dict[tuple[str, str], Scorer] = {}  # by digest of the pool, and signal
-        # place -> for each scorer that reads there, the numbers of its points and of its descriptions
-        self._wanted: dict[str, list[tuple[Scorer, tuple[int, ...], tuple[int, ...]]]] = {}
-        # While texts of a calibration run: how they are read, and where.
-        self._calibrating: tuple[Signal, frozenset[str]] | None = None
-        self._texts: dict[str, dict[str, Tensor]] = {}  # of those that were read: place -> hidden vectors
+        self.readers: Mapping[tuple[str, str], Reader] = {}  # by digest of the pool, and signal
+        # place -> for each reader that reads there, the numbers of its points and of its descriptions
+        self._wanted: dict[str, list[tuple[Reader, tuple[int, ...], tuple[int, ...]]]] = {}
         self._readings: dict[str, _Reading] = {}  # of prompts that run
-        self._found: OrderedDict[str, list[float] | str] = OrderedDict()  # outcomes of those that were run whole
-        self._steps: dict[int, _Step] = {}  # by the identity of the scorer, 0: of a calibration
+        self._found: OrderedDict[str, Outcome] = OrderedDict()  # of those that were run whole
+        self._steps: dict[int, _Step] = {}  # by the identity of the reader
 
-    def score(self, scorers: Mapping[tuple[str, str], Scorer]) -> None:
-        """Replaces the scorers, by which prompts are scored from now on."""
-        self._scorers, self._wanted = dict(scorers), {}
-        for known in self._scorers.values():
+    def read_by(self, readers: Mapping[tuple[str, str], Reader]) -> None:
+        """Replaces the readers (by digest of the pool, and signal), by which prompts are read from now on."""
+        self.readers, self._wanted = dict(readers), {}
+        for reader in self.readers.values():
             places: dict[str, list[int]] = {}
-            for i, point in enumerate(known.points):
-                places.setdefault(self.place_of(point, known.signal.input), []).append(i)
+            for i, point in enumerate(reader.points):
+                places.setdefault(self.place_of(point, reader.signal.input), []).append(i)
             for place, points in places.items():
-                numbers = tuple(number for number, point in enumerate(known.described) if point in points)
-                self._wanted.setdefault(place, []).append((known, tuple(points), numbers))
-
-    # -- calibrating ---------------------------------------------------------------------------------------------
-
-    def start_calibration(self, points: Sequence[Point], signal: Signal) -> None:
-        """Keeps the hidden vectors of probes without a signal at these points, until `end_calibration` is called."""
-        self._texts = {}
-        self._calibrating = signal, frozenset(self.place_of(point, signal.input) for point in points)
-
-    def end_calibration(self, keys: Sequence[str]) -> list[Mapping[str, Tensor]]:
-        """Ends `start_calibration`, and drops these texts. Returns for each of them, by place, the hidden vectors of
-        the tokens that the signal reads (tokens, d) on the CPU; nothing without `start_calibration`.
-
-        Raises:
-            ModelError: a text was not read whole, or not everywhere.
-        """
-        for key, found in self.take(keys).items():
-            if isinstance(found, str):
-                raise ModelError(f"calibration text {key}: {found}")
-        places = frozenset() if self._calibrating is None else self._calibrating[1]
-        texts, self._texts, self._calibrating = self._texts, {}, None
-        for key in keys:
-            if silent := places - texts.get(key, {}).keys():
-                raise ModelError(f"calibration text {key}: {UNREAD} {', '.join(silent)}")
-        return [texts.get(key, {}) for key in keys]
+                numbers = tuple(number for number, point in enumerate(reader.described) if point in points)
+                self._wanted.setdefault(place, []).append((reader, tuple(points), numbers))
 
     # -- while the model runs ------------------------------------------------------------------------------------
 
@@ -197,7 +168,7 @@ class Taps:
                 found = self._readings[span.probe.key] = self._begun(span)
             found.span = span
             if found.failure is None and span.end > found.first:
-                reading.setdefault(0 if found.scorer is None else id(found.scorer), []).append(found)
+                reading.setdefault(id(found.reader), []).append(found)
         for which, some in reading.items():
             self._steps[which] = _Step.of(some, self._device)
         for span in spans:  # last, so that after an error above, no prompt counts as read
@@ -211,82 +182,74 @@ class Taps:
 
     def _begun(self, span: Span) -> _Reading:
         """A prompt whose first tokens are run now."""
-        asked, total, calibrating = span.probe, len(span.prompt), self._calibrating
-        scorer = self._scorers.get((asked.pool, asked.signal)) if asked.signal else None
-        if scorer is not None:
-            found = _Reading(span, scorer, scorer.signal.begin(span.prompt), span.start)
-        elif not asked.signal and calibrating is not None:
-            how = calibrating[0]  # of texts whose tail is scored, what stands before that is read, too
-            found = _Reading(span, None, int(total > 1) if how.token == "tail" else how.begin(span.prompt), span.start)
-        else:
-            found = _Reading(span, None, 0, span.start)
+        asked, total = span.probe, len(span.prompt)
+        reader = self.readers.get((asked.pool, asked.signal))
+        if reader is None:
             what = f"the signal {asked.signal!r} of this pool" if asked.signal else "a calibration"
-            found.failure = f"nothing is read for {what} here"
-        if span.start:
-            found.failure = f"the model was run without the first {span.start} tokens of the prompt"
-        return found
+            return _Reading(span, None, 0, span.start, f"nothing is read for {what} here")
+        # Of texts whose tail is scored, what stands before that is read, too.
+        whole = isinstance(reader, TextReader) and reader.signal.token == "tail"
+        first = int(total > 1) if whole else reader.signal.begin(span.prompt)
+        missing = f"the model was run without the first {span.start} tokens of the prompt" if span.start else None
+        return _Reading(span, reader, first, span.start, missing)
 
     def _end_step(self) -> None:
         """Scores the prompts that the last step has completed, and drops them. Prompts fail here if a compiler or a
         captured graph has left a tap out, since their scores would be wrong without any sign of it."""
         steps, self._steps = self._steps, {}
         for one in (one for step in steps.values() for one in step.readings):
-            added, one.added = one.added, set()
-            points = () if one.scorer is None else one.scorer.points  # without a scorer, of a calibration
-            if silent := [point.name for i, point in enumerate(points) if i not in added]:
+            points = () if one.reader is None else one.reader.points
+            if silent := [point.name for i, point in enumerate(points) if i not in one.added]:
                 one.failure = one.failure or f"{UNREAD} {', '.join(silent)}"
+            one.added.clear()
         for key, one in [(key, one) for key, one in self._readings.items() if one.seen == len(one.span.prompt)]:
             del self._readings[key]
             self._found[key] = self._outcome(one)
-            if one.kept:
-                self._texts[key] = {place: torch.cat(parts) for place, parts in one.kept.items()}
         while len(self._found) > _MOST_WAITING:
             self._found.popitem(last=False)
 
-    def _outcome(self, one: _Reading) -> list[float] | str:
-        if one.failure is not None or one.scorer is None:
-            return one.failure or []
+    def _outcome(self, one: _Reading) -> Outcome:
+        if one.failure is not None or one.reader is None:
+            return one.failure or ""
         try:
-            return _scores(one, one.scorer)
+            if isinstance(one.reader, TextReader):
+                return {place: torch.cat(parts) for place, parts in one.kept.items()}
+            return _scores(one, one.reader)
         except Exception as error:  # one prompt's failure is its own
             return f"{type(error).__name__}: {error}"
 
     def active(self, place: str) -> bool:
         """Whether anything is read at this place in the current step."""
-        if not self._steps:
-            return False
-        return any(id(scorer) in self._steps for scorer, *_ in self._wanted.get(place, ())) or (
-            0 in self._steps and self._calibrating is not None and place in self._calibrating[1]
-        )
+        return bool(self._steps) and any(id(reader) in self._steps for reader, *_ in self._wanted.get(place, ()))
 
     def tap(self, place: str, entering: Tensor, gather: Gather | None = None) -> None:
         """Called by the model with the hidden vectors that enter a place: (rows, d), or this rank's part of them."""
         try:
-            if 0 in self._steps and self._calibrating is not None and place in self._calibrating[1]:
-                step = self._steps[0]
-                hidden, owners = _picked(entering, step.rows, gather).cpu(), step.owners.cpu()
-                for number, one in enumerate(step.readings):
-                    one.kept.setdefault(place, []).append(hidden[owners == number])
-            for scorer, points, described in self._wanted.get(place, ()):
-                found = self._steps.get(id(scorer))
+            for reader, points, described in self._wanted.get(place, ()):
+                found = self._steps.get(id(reader))
                 if found is None:
                     continue
-                hidden, means = _picked(entering, found.rows, gather), scorer.signal.token == "mean"
-                for i in points:
-                    found.add(i, hidden if means else scorer.signal(scorer.indices[i], hidden))
-                for number in described:
-                    found.add(len(scorer.points) + number, hidden)
+                hidden = _picked(entering, found.rows, gather)
+                if isinstance(reader, TextReader):
+                    found.keep(place, hidden)
+                else:
+                    for i in points:
+                        means = reader.signal.token == "mean"
+                        found.add(i, hidden if means else reader.signal(reader.indices[i], hidden))
+                    for number in described:
+                        found.add(len(reader.points) + number, hidden)
+                for one in found.readings:
+                    one.added.update(points)
         except Exception as error:  # raising here would end the engine and every answer with it
             for one in (one for step in self._steps.values() for one in step.readings):
                 one.failure = one.failure or f"{type(error).__name__}: {error}"
 
     # -- afterwards ----------------------------------------------------------------------------------------------
 
-    def take(self, keys: Sequence[str]) -> dict[str, list[float] | str]:
-        """The scores of these prompts per adapter (-inf for adapters that were not to be selected), or why there are
-        none. Prompts that were taken are dropped."""
+    def take(self, keys: Sequence[str]) -> dict[str, Outcome]:
+        """The outcomes of these prompts, which are dropped."""
         self._end_step()
-        taken: dict[str, list[float] | str] = {}
+        taken: dict[str, Outcome] = {}
         for key in keys:
             one = self._readings.pop(key, None)
             missing = "the prompt was not run as a probe"

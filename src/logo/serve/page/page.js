@@ -2,29 +2,20 @@
 // Whatever comes from the server is written with textContent or as a text node, never as HTML: names are untrusted.
 
 const AUTO = "logo"; // the model for which the prompt selects the adapters
-const ROWS = 200; // of the pool that are shown at once
-const COLUMNS = [["id", "Adapter"], ["rank", "Rank"], ["selected", "Selected"]];
 
 const at = (id) => document.getElementById(id);
-const number = new Intl.NumberFormat("en").format;
-const compare = new Intl.Collator("en", { numeric: true }).compare;
 
 let key = ""; // of the API, in memory only
 let base = "";
 let adapters = []; // of /v1/logo/adapters
-let order = { by: "id", down: false };
 let running = null; // the AbortController of the answer that is streaming
 
 function make(name, { className = "", text = "", ...attributes } = {}, ...children) {
-  const node = document.createElement(name);
-  node.className = className;
-  node.textContent = text;
+  const node = Object.assign(document.createElement(name), { className, textContent: text });
   for (const [attribute, value] of Object.entries(attributes)) node.setAttribute(attribute, value);
   node.append(...children);
   return node;
 }
-
-// -- the server ------------------------------------------------------------------------------------------------------
 
 /** Sends a request, and throws what is wrong as one line; `status` is HTTP's. */
 async function send(path, { body, signal } = {}) {
@@ -66,8 +57,6 @@ function fail(error, place) {
   if (refused) at("key").focus();
 }
 
-// -- asking ----------------------------------------------------------------------------------------------------------
-
 async function ask() {
   running?.abort();
   const own = running = new AbortController();
@@ -90,12 +79,11 @@ async function ask() {
     for await (const { logo, choices, usage } of events(answer)) {
       if (own !== running) return;
       if (logo ?? body.model === base) showMixture(logo || { adapters: [], weights: [] }); // vLLM says nothing of its base
-      if (usage) tokens = usage.completion_tokens;
-      const piece = choices[0]?.text ?? choices[0]?.delta?.content ?? "";
-      if (piece) write(piece);
+      tokens = usage?.completion_tokens ?? tokens;
+      write(choices[0]?.text ?? choices[0]?.delta?.content ?? "");
       if (choices[0]?.finish_reason === "length") end = "; cut at max tokens";
     }
-    end = `${number(tokens)} tokens in ${((performance.now() - began) / 1000).toFixed(2)} s${end}`;
+    end = `${tokens} tokens in ${((performance.now() - began) / 1000).toFixed(2)} s${end}`;
   } catch (error) {
     end = own.signal.aborted ? "Stopped." : "";
     if (!own.signal.aborted) fail(error, "error");
@@ -113,6 +101,7 @@ async function ask() {
 }
 
 function write(piece) {
+  if (!piece) return;
   const box = at("answer");
   const isAtEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
   at("status").textContent = "Answering …";
@@ -125,15 +114,12 @@ function showMixture({ adapters: names, weights, confidence }) {
   at("mixture").replaceChildren(...names.map((name, i) => {
     const bar = make("span", { "aria-hidden": "true" });
     bar.style.width = `${(Math.abs(weights[i]) / widest) * 100}%`;
-    return make("tr", {},
-      make("th", { scope: "row" }, make("bdi", { text: name }), bar),
-      make("td", { className: "number", text: weights[i].toFixed(3) }));
+    const weight = make("td", { className: "number", text: weights[i].toFixed(3) });
+    return make("tr", {}, make("th", { scope: "row" }, make("bdi", { text: name }), bar), weight);
   }));
   const sure = typeof confidence === "number" ? `Confidence ${confidence.toFixed(2)}` : "";
   at("confidence").textContent = names.length ? sure : "None: the base model alone.";
 }
-
-// -- the pool --------------------------------------------------------------------------------------------------------
 
 async function load() {
   try {
@@ -141,8 +127,8 @@ async function load() {
     ({ base_model: base, data: adapters } = found);
     document.title = `${base} · LoGo`;
     at("name").textContent = base;
-    at("about").textContent = `Every prompt picks from ${number(adapters.length)} adapters, ` +
-      `by the signal ${found.signal}, up to ${number(Math.min(found.default_k, adapters.length))} at a time.`;
+    at("about").textContent = `Every prompt picks from ${adapters.length} adapters, by the signal ${found.signal}, ` +
+      `up to ${Math.min(found.default_k, adapters.length)} at a time.`;
     const chosen = at("model").value || AUTO;
     const names = [[AUTO, `${AUTO} (the prompt selects)`], [base, `${base} (no adapter)`], ...adapters.map(({ id }) => [id, id])];
     at("model").replaceChildren(...names.map(([value, text]) => make("option", { value, text })));
@@ -158,57 +144,33 @@ async function load() {
 function showPool() {
   const wanted = at("search").value.trim().toLowerCase();
   const found = adapters.filter(({ id }) => id.toLowerCase().includes(wanted));
-  const { by, down } = order;
-  found.sort((a, b) => (down ? -1 : 1) * (by === "id" ? compare(a.id, b.id) : a[by] - b[by]) || compare(a.id, b.id));
-  for (const head of at("heads").children) {
-    if (head.dataset.by === by) head.setAttribute("aria-sort", down ? "descending" : "ascending");
-    else head.removeAttribute("aria-sort");
-  }
-  const shown = found.slice(0, ROWS);
-  const more = found.length > ROWS ? `, the first ${ROWS} shown` : "";
-  at("count").textContent = `${number(found.length)} of ${number(adapters.length)} adapters${more}`;
-  const focused = at("pool").contains(document.activeElement) ? document.activeElement.value : null;
-  at("pool").replaceChildren(...shown.map(({ id, rank, selected }) => make("tr",
-    id === at("model").value ? { "aria-current": "true" } : {},
+  at("count").textContent = `${found.length} of ${adapters.length} adapters`;
+  at("pool").replaceChildren(...found.map(({ id, rank, selected }) => make("tr", {},
     make("th", { scope: "row" }, make("bdi", { text: id })),
-    make("td", { className: "number", text: number(rank) }),
-    make("td", { className: "number", text: number(selected) }),
+    make("td", { className: "number", text: rank }),
+    make("td", { className: "number", text: selected }),
     make("td", { className: "act" }, make("button", { type: "button", value: id, text: "Use", "aria-label": `Use ${id} alone` })))));
-  if (focused !== null) [...at("pool").querySelectorAll("button")].find(({ value }) => value === focused)?.focus();
 }
 
-at("heads").append(...COLUMNS.map(([by, text]) => {
-  const button = make("button", { type: "button", text });
-  button.addEventListener("click", () => {
-    order = { by, down: order.by === by ? !order.down : by !== "id" };
-    showPool();
+function on(id, event, then) {
+  at(id).addEventListener(event, (seen) => {
+    if (event === "submit") seen.preventDefault();
+    then(seen);
   });
-  return make("th", { scope: "col", className: by === "id" ? "" : "number", "data-by": by }, button);
-}), make("th", { scope: "col", className: "act" }, make("span", { className: "unseen", text: "Use" })));
+}
 
-at("pool").addEventListener("click", ({ target }) => {
-  if (!(target instanceof HTMLButtonElement)) return;
-  at("model").value = target.value;
-  showPool();
-});
-at("model").addEventListener("change", showPool);
-at("search").addEventListener("input", showPool);
-at("stop").addEventListener("click", () => running?.abort());
-at("ask").addEventListener("submit", (event) => {
-  event.preventDefault();
-  ask();
-});
-at("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
+on("pool", "click", ({ target }) => { at("model").value = target.value || at("model").value; });
+on("search", "input", showPool);
+on("stop", "click", () => running?.abort());
+on("ask", "submit", ask);
+on("key-form", "submit", () => {
   key = at("key").value.trim();
   at("key").value = "";
   load().then(() => at("key-form").hidden && at("prompt").focus());
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort();
-  if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || event.target !== at("prompt")) return;
-  event.preventDefault();
-  at("ask").requestSubmit();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target === at("prompt")) at("ask").requestSubmit();
 });
 
 load().finally(() => { document.documentElement.dataset.ready = "yes"; });

@@ -1,0 +1,154 @@
+"""What must hold while a pool changes, clients leave and workers disagree, in an engine of this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from logo import LoGo
+from logo.core import Selection
+from logo.models import demo_folder, load_base
+from test_engine import write_adapter
+
+pytest.importorskip("vllm.lora", reason="needs vLLM: make test-vllm")
+
+pytestmark = pytest.mark.usefixtures("settings_of_vllm")
+PROMPT = list(range(5, 40))
+
+
+@pytest.fixture(scope="module")
+def late(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that acts where those of the demo do not."""
+    model, _ = load_base("demo", device="cpu", dtype="float32")
+    folder = tmp_path_factory.mktemp("adapters") / "late"
+    write_adapter(folder, model, ("k_proj",), rank=2, seed=1, scale=2.0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inside() -> Iterator[Any]:
+    options = {
+        "enforce_eager": True,
+        "block_size": 32,
+        "lora_target_modules": ["q_proj", "k_proj", "v_proj"],
+        "max_loras": 4,
+    }
+    made: Any = LoGo.from_pretrained("demo", engine="vllm", model_kwargs=options)
+    yield made
+    made.close()
+
+
+def test_a_mixture_answers_as_chosen_whatever_becomes_of_its_pool(
+    inside: Any, late: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its adapter leaves the pool, whose other adapters stay; and those are not forgotten for newer ones."""
+    from vllm import SamplingParams
+
+    from logo.vllm import worker
+
+    monkeypatch.setattr(worker, "_REMEMBERED", 2)
+    engine, once = inside.engine, SamplingParams(max_tokens=1, temperature=0.0, logprobs=3)
+
+    async def answers(mix: Any) -> dict[int, float]:
+        async with engine.held([mix]) as [lora]:
+            [output] = await engine.run([([*PROMPT, *PROMPT], once, lora)])
+        return {token: one.logprob for token, one in output.outputs[0].logprobs[0].items()}
+
+    async def whole() -> None:
+        base = await answers(engine.mix(engine.served, Selection.forced({})))
+        await engine.change("add", "late", str(late))
+        chosen = engine.mix(engine.served, Selection.forced({"late": 1.0}))
+        expected = await answers(chosen)
+        assert expected != base
+        await engine.change("remove", "late")
+        await engine.change("add", "again", str(demo_folder() / "adapters" / "plural"))
+        inside.llm.reset_prefix_cache()
+        assert await answers(chosen) == expected
+        await engine.change("remove", "again")
+        for name in engine.served.pool.names:
+            await answers(engine.mix(engine.served, Selection.forced({name: 1.0})))
+
+    asyncio.run(whole())
+
+
+def test_what_a_client_reads_alone_is_found_by_nobody(inside: Any) -> None:
+    """As where a request has a salt for vLLM's cache."""
+    from vllm import SamplingParams
+
+    engine, once = inside.engine, SamplingParams(max_tokens=1, temperature=0.0)
+
+    async def cached(row: list[int], alone: bool) -> int:
+        await engine.select(engine.served, row, engine.options.settings.options(engine.served.pool, {}), alone)
+        [output] = await engine.run([(row, once, None)])
+        return int(output.num_cached_tokens)
+
+    assert asyncio.run(cached([7, *PROMPT], alone=True)) == 0
+    assert asyncio.run(cached([8, *PROMPT], alone=False)) == 32
+
+
+class Two:
+    """vLLM as an engine calls it, with a second worker that has nothing in its cache."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine, self.run, self.asked = engine, engine.run, list[bool]()
+
+    async def call(self, name: str, *args: Any) -> list[dict[str, Any]]:
+        first = {"value": (await self._engine.call(name, *args))[0]}
+        if name != "signal":
+            return [first, first]
+        self.asked.append(args[-1])
+        return [first, first if len(self.asked) > 1 else {"value": {"texts": [[1, 2, 3]], "points": ["0.q_proj"]}}]
+
+
+def test_workers_with_different_caches_read_the_same_texts(inside: Any) -> None:
+    from logo.vllm.engine import Engine
+
+    two = Two(inside.engine)
+    opened = Engine(two.call, two.run, inside.llm.llm_engine.vllm_config)
+    expected = asyncio.run(scores(inside.engine))
+    asyncio.run(opened.open(["calibrated"]))
+    assert two.asked[:2] == [False, True] and len(two.asked) > 2  # texts were run, although the first had all of them
+    assert asyncio.run(scores(opened)) == [pytest.approx(expected[0], rel=1e-4)]
+
+
+async def scores(engine: Any) -> list[list[float]]:
+    found: list[list[float]] = await engine.scores(engine.served, "calibrated", [PROMPT], [None])
+    return found
+
+
+def test_slots_are_free_only_after_vllm_has_heard_that_a_client_left() -> None:
+    from logo.vllm.requests import Mix
+    from logo.vllm.routes import Mixing
+
+    heard: list[str] = []
+
+    class Client:
+        async def generate(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            try:
+                while True:
+                    yield SimpleNamespace(outputs=[])
+            finally:
+                await asyncio.sleep(0)
+                heard.append("vLLM")
+
+    @asynccontextmanager
+    async def held(mixes: Sequence[Mix]) -> AsyncIterator[list[Any]]:
+        try:
+            yield [None]
+        finally:
+            heard.append("slots")
+
+    async def leave() -> None:
+        engine: Any = SimpleNamespace(held=held)
+        outputs = Mixing(Client(), engine, [Mix(())]).generate("x", None, "request")
+        await anext(outputs)
+        await outputs.aclose()
+
+    asyncio.run(leave())
+    assert heard == ["vLLM", "slots"]
