@@ -114,12 +114,12 @@ def _replicas(options: EngineOptions, base_model: str, server: ServerOptions, la
 
     layout = Layout(server.replicas or 1, server.ray)
     with listening(server.host, server.port) as free:  # another process will listen there
-        address = free.getsockname()[:2]
+        host, port = free.getsockname()[:2]
     open_ = functools.partial(vllm_app, launch.command[3:])  # after `python -m MODULE`
     pool = {"model_dir": os.path.abspath(MODEL_DIR), "on_bad_adapter": options.on_bad_adapter}
     found = expected(layout, launch.pool, absolute(base_model), **pool)
     variables = launch.environment({})
-    serve_replicas(layout, lambda how: Plan(open_, variables, found, layout.count, how), *address, note)
+    serve_replicas(layout, lambda how: Plan(open_, variables, found, layout.count, how), host, port, note)
 
 
 def _launch(options: EngineOptions, base_model: str, server: ServerOptions, given: Sequence[str]) -> Launch:
