@@ -11,9 +11,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from typer.main import get_command
+from cyclopts import App
 
 from logo.cli.app import app
 
@@ -23,12 +22,18 @@ def lines(files: list[Path]) -> int:
     return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
 
-def commands(group: Any) -> Iterator[Any]:
+def commands(group: App) -> Iterator[App]:
     """The commands of a group and of the groups in it."""
-    if not hasattr(group, "commands"):
-        yield group
-    for one in getattr(group, "commands", {}).values():
-        yield from commands(one)
+    for command in (group[name] for name in group if not name.startswith("-")):
+        if command.default_command is not None:
+            yield command
+        yield from commands(command)
+
+
+def options(command: App) -> int:
+    """The number of a command's options; a dataclass of options is none itself."""
+    found = [one for one in command.assemble_argument_collection() if not list(one.children)]
+    return sum(any(name.startswith("-") for name in one.names) for one in found)
 
 
 def main(folder: Path) -> None:
@@ -37,8 +42,8 @@ def main(folder: Path) -> None:
     benchmarks = sorted((folder / "benchmarks").rglob("*.py"))
     docs = [folder / "README.md", *sorted((folder / "docs").rglob("*.md"))]
     words = sum(len(page.read_text(encoding="utf-8").split()) for page in docs)
-    found = list(commands(get_command(app)))
-    slots = sum(one.param_type_name == "option" for command in found for one in command.params)
+    found = list(commands(app))
+    slots = sum(map(options, found))
     print(f"source      {lines(source):7,} lines in {len(source)} files")
     print(f"benchmarks  {lines(benchmarks):7,} lines in {len(benchmarks)} files")
     print(f"tests       {lines(tests):7,} lines in {len(tests)} files")

@@ -74,11 +74,6 @@ def with_links_of_the_site(markdown: str, page: str, add: Callable[[str], None])
 
 def help_of_commands() -> str:
     """The help of every command as a page."""
-    from typer.cli import get_docs_for_click
-    from typer.main import get_command
-
     from logo.cli.app import app
 
-    command = get_command(app)
-    with command.make_context("logo", [], resilient_parsing=True) as context:
-        return get_docs_for_click(obj=command, ctx=context, name="logo", title="Commands")
+    return app.generate_docs(output_format="markdown", recursive=True)
