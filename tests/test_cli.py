@@ -110,10 +110,11 @@ def best(scores: dict[str, float], count: int) -> list[str]:
 @pytest.mark.slow
 def test_prompts_from_stdin_and_a_file_on_a_terminal_without_unicode(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
-    asked = ["select", "-", "--prompts", str(tmp_path / "prompts.txt"), *ENGINE, "-k", "1"]
-    done = logo(*asked, input="zero\n", env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0 and done.stderr == "" and "?" in done.stdout
-    assert [line for line in done.stdout.split() if line in ("zero", "one", "two")] == ["zero", "one", "two"]
+    for file, expected in (("-", ["zero", "one two"]), (str(tmp_path / "prompts.txt"), ["zero", "one", "two"])):
+        asked = ["select", "zero", "--prompts", file, *ENGINE, "-k", "1"]
+        done = logo(*asked, input="one two\n", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        assert done.returncode == 0 and done.stderr == "" and "?" in done.stdout
+        assert [line for line in done.stdout.splitlines() if line in ("zero", "one", "two", "one two")] == expected
 
 
 def test_generate(capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,7 +115,8 @@ def test_official_names_are_read_from_files_of_the_official_command(
 ) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"selection_strategy": "norm", "gpu": -1, "n_selected_modules": 2}))
-    how = ["--base-model", "demo", *ROWS, "--limit", "1", "--max-new-tokens", "2", "--result-dir", str(tmp_path)]
+    how = ["--base-model", "demo", "--data-dir", *ROWS[1:], "--limit", "1", "--max-new-tokens", "2"]
+    how += ["--result-dir", str(tmp_path)]
     said(capsys, "evaluate", "--config", str(file), *how)
     [run_file] = tmp_path.rglob("*/run.json")
     assert run_file.parent.parent.name == "demo_selection_norm_n_2_seed_0"

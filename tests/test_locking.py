@@ -13,8 +13,6 @@ from logo.adapters.examples import write_examples
 from logo.adapters.manifest import Manifest, read_manifest
 from logo.adapters.sources import default_k, parse_sources
 from logo.cli.app import run
-from logo.cli.opening import open_pool
-from logo.cli.options import PoolOptions
 from logo.errors import UsageError
 from make_adapters import write_peft
 
@@ -63,7 +61,7 @@ def test_a_manifest_gives_the_same_weights_or_says_what_changed(pool: Path, caps
     locked()
     assert AdapterPool.open("pool.yaml").names == NAMES
     assert run(["pool", "lock", "mine", "--save", "pool.yaml"]) == 2
-    assert "exists already; choose another name, or add --replace" in capsys.readouterr().err
+    assert "exists already; choose another name, or add --overwrite" in capsys.readouterr().err
 
 
 def test_an_entry_without_a_name_is_opened_as_its_folder_is(pool: Path) -> None:
@@ -82,8 +80,6 @@ def test_example_prompts_of_a_manifest(pool: Path, capsys: pytest.CaptureFixture
     assert AdapterPool.open("pool.yaml")["a"].examples == ("hello",)
     for place in ("mine", "pool.yaml"):
         assert [entry.examples for entry in locked(place).entries] == [("hello",), None, None]
-    opened = open_pool(PoolOptions(adapters="pool.yaml"), "demo")
-    assert [adapter.examples for adapter in opened] == [(), (), ()]
     Path("hand.yaml").write_text("adapters: [./mine/a, {source: ./mine/b, name: b, examples: []}]")
     assert AdapterPool.open("hand.yaml")["b"].examples == ()
     capsys.readouterr()

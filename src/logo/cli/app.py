@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -60,7 +61,7 @@ app.register_install_completion_command()
 
 def _group(name: str, help: str, group: Group) -> App:
     """A group of commands of that name."""
-    made = App(name, help=help, group=group, version_flags=(), **_SETTINGS)
+    made = App(name, help=help, help_epilogue="", group=group, version_flags=(), **_SETTINGS)
     app.command(made)
     return made
 
@@ -70,9 +71,9 @@ _eval = _group("eval", "Evaluate on datasets; compare and report results.", _MEA
 _data = _group("data", "List datasets, and prepare them.", _MEASURE)
 _command: Any
 for _command in (demo.demo, generate.generate, select.select, serve.serve, verify.verify):
-    app.command(_command, group=_ANSWER)
-app.command(train.train, group=_ADAPTERS)
-app.command(evaluate.evaluate, group=_MEASURE)
+    app.command(_command, group=_ANSWER, help_epilogue="")
+app.command(train.train, group=_ADAPTERS, help_epilogue="")
+app.command(evaluate.evaluate, group=_MEASURE, help_epilogue="")
 for _command in (inspect.inspect, calibrate.calibrate, examples.examples, lock.lock, export.export, push.push):
     _pool.command(_command)
 for _command in (evaluate.run, compare.compare, report.report, study.study):
@@ -102,7 +103,10 @@ def run(argv: Sequence[str]) -> int:
         for one in anywhere.plugin:
             plugins.load(one, os.getcwd())
         plugins.load_installed()
-        tokens = [*own, *argv[end:]]
+        rest = argv[end:]
+        if own[:1] == ["serve"] and rest:
+            rest = ["--vllm-flags", shlex.join(rest[1:])]
+        tokens = [*own, *rest]
         app.config = [] if anywhere.config is None else [_options_in(anywhere.config, app.parse_commands(tokens)[0])]
         console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
         how: dict[str, Any] = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}

@@ -22,7 +22,6 @@ from logo.cli.options import (
     MethodOptions,
     WorkerOptions,
     device_name,
-    joined,
     not_negative,
     positive,
     said,
@@ -52,11 +51,11 @@ class RowOptions:
     rows: Annotated[Path, Parameter(name=("--rows", "--data-dir"))] = Path("data")
     """Folder of main/sub/test.jsonl, or of NAME.jsonl."""
 
-    train_rows: Annotated[Path | None, said("train.jsonl beside test.jsonl")] = None
-    """Folder of NAME.jsonl with training rows, for methods that learn."""
+    train_rows: Annotated[Path | None, said("beside test.jsonl")] = None
+    """Folder of NAME.jsonl to learn from."""
 
-    metric: Annotated[str | None, said("NAME.yaml beside NAME.jsonl, else by the dataset's name")] = None
-    """Of all datasets: em, em_multi, em_first, bleu, rouge or a plugin's."""
+    metric: Annotated[str | None, said("of each dataset")] = None
+    """em, em_multi, em_first, bleu, rouge or a plugin's."""
 
     limit: Annotated[int | None, said("all", validator=positive)] = None
     """Only the first rows of each dataset."""
@@ -70,8 +69,8 @@ class RowOptions:
     result_dir: str = "results"
     """Folder for result folders."""
 
-    run_name: str = ""
-    """Added to the result folder's name, to keep several runs beside each other."""
+    run_name: Annotated[str, said("none")] = ""
+    """Added to the result folder's name."""
 
     overwrite: bool = False
     """Start again, replacing finished rows and a result of another run."""
@@ -119,7 +118,7 @@ def run(
         **({"device": device_of(engine.device)} if runner == "local" else {}),
     }
     made = method.make(engine.n_selected_modules, rows.seed)
-    opening = Opening(base_model, engine.adapters, options, made, rows.max_new_tokens, rows.seed)
+    opening = Opening(base_model, engine.sources, options, made, rows.max_new_tokens, rows.seed)
     return answered(opening, rows, workers, command, json=json)
 
 
@@ -136,7 +135,7 @@ def evaluate(
     model_dir: str = MODEL_DIR,
     result_dir: str = "results",
     save_dir: str = "",
-    adapters: Annotated[str | None, said("the base model's own", converter=joined, n_tokens=1)] = None,
+    adapters: Annotated[str | None, said("the base model's own")] = None,
     limit: Annotated[int | None, said("all", validator=positive)] = None,
     max_new_tokens: Annotated[int, Parameter(validator=positive)] = 256,
     batch_size: Annotated[int, Parameter(validator=positive)] = 1,

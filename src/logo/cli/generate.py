@@ -36,7 +36,7 @@ def generate(
     Example: logo generate "What is 7 plus 5?"
 
     Args:
-        prompt: One or more prompts; `-` reads one from stdin.
+        prompt: One or more prompts.
         max_new_tokens: Longest answer, in tokens.
         adapter: Use this adapter, NAME or NAME=WEIGHT (repeatable).
         base_only: Use no adapter at all.

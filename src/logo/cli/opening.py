@@ -27,7 +27,7 @@ def open_pool(options: PoolOptions, base_model: str, allow_pickle: bool = False)
     from logo.adapters import pool as pools
 
     return pools.open_pool(
-        options.adapters,
+        options.sources,
         base_model,
         MODEL_DIR,
         on_bad_adapter=options.on_bad_adapter,

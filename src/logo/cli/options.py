@@ -27,8 +27,7 @@ ProbeText = Literal["all", "last-user", "conversation"]
 WhenUnsure = Literal["mix", "base", "refuse"]
 Engine = Literal["local", "vllm"]
 
-SELECTION = Group("Selection", sort_key=3)
-POOL = Group("Model and pool", sort_key=4)
+POOL = Group("Model, pool and selection", sort_key=4)
 
 positive = Number(gte=1)
 not_negative = Number(gte=0)
@@ -37,11 +36,6 @@ not_negative = Number(gte=0)
 def said(default: str, *, of: Group | None = None, **more: Any) -> Parameter:
     """An option whose default is told in words."""
     return Parameter(show_default=default, **(more if of is None else more | {"group": of}))
-
-
-def joined(kind: type, tokens: Sequence[Token]) -> str:
-    """Several sources, which may be given one by one, as one text with commas."""
-    return ",".join(token.value for token in tokens)
 
 
 def device_name(kind: type, tokens: Sequence[Token]) -> str:
@@ -80,14 +74,19 @@ class PoolOptions:
     base_model: Annotated[str | None, said("demo", of=POOL)] = None
     """Hub id, folder or short name."""
 
-    adapters: Annotated[str | None, said("the base model's own", of=POOL, converter=joined, n_tokens=1)] = None
-    """Folder, Hub repo or manifest of adapters; several with commas."""
+    adapters: Annotated[list[str] | None, said("the base model's own", of=POOL)] = None
+    """Folder, Hub repo or manifest; several with commas."""
 
-    on_bad_adapter: Annotated[OnBad, Parameter(group=POOL)] = "error"
-    """If an adapter cannot be used: refuse the pool, or skip the adapter."""
+    on_bad_adapter: Annotated[OnBad, Parameter(group=POOL, show_default=False)] = "error"
+    """Refuse a pool with a bad adapter, or skip the adapter."""
 
     device: Annotated[str, Parameter(group=POOL, converter=device_name, n_tokens=1)] = "auto"
     """auto, cpu, mps, cuda, cuda:N, or spread: over all GPUs."""
+
+    @property
+    def sources(self) -> str | None:
+        """The sources of `adapters` as one text."""
+        return None if self.adapters is None else ",".join(self.adapters)
 
 
 @Parameter(name="*")
@@ -95,16 +94,16 @@ class PoolOptions:
 class EngineOptions(PoolOptions):
     """The same, and how adapters are selected."""
 
-    signal: Annotated[str | None, said("calibrated", of=SELECTION)] = None
+    signal: Annotated[str | None, said("calibrated", of=POOL)] = None
     """`calibrated`, `norm` or `entropy`."""
 
     n_selected_modules: Annotated[
-        int | None, said("20; demo: 3", of=SELECTION, name=("--n-selected-modules", "-k"), validator=positive)
+        int | None, said("20; demo: 3", of=POOL, name=("--n-selected-modules", "-k"), validator=positive)
     ] = None
     """The most adapters of a prompt."""
 
-    when_unsure: Annotated[WhenUnsure, Parameter(group=SELECTION)] = "mix"
-    """What answers if the selection is unsure: a mixture, the base model alone, or nothing."""
+    when_unsure: Annotated[WhenUnsure, Parameter(group=POOL, show_default=False)] = "mix"
+    """If unsure, answer by a mixture, by the base model, or not at all."""
 
     dtype: Annotated[str | None, said("the model's", of=POOL)] = None
     """float32, bfloat16, float16 or auto."""
@@ -119,7 +118,7 @@ class WorkerOptions:
     """Processes that answer, each with the model (needs Ray)."""
 
     ray: str = "local"
-    """Where they are: `local`: this machine; `auto`: the Ray cluster that this machine is part of; or its HOST:PORT."""
+    """Where they are: local, auto (the Ray cluster of this machine) or HOST:PORT."""
 
 
 @Parameter(name="*")
@@ -128,7 +127,7 @@ class MethodOptions:
     """Which method selects, and its own options."""
 
     method: str = "logo"
-    """`logo`, `base`, `uniform`, `random`, `target`, `best-single`, `lorahub`, `loraretriever` or a plugin's."""
+    """logo, base, uniform, random, target, best-single, lorahub or loraretriever."""
 
     method_args: str | None = None
     """Options of the method, such as `rows=16,budget=40` or `embedding_model=DIR`."""

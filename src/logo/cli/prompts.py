@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from logo.cli.options import PoolOptions, ProbeText, said
+from logo.cli.options import PoolOptions, ProbeText
 from logo.cli.output import note
 from logo.errors import StorageError, UsageError
 from logo.models import DEMO
@@ -30,8 +30,8 @@ class Asked:
 class PromptOptions:
     """Further prompts, and how they are asked."""
 
-    prompts: Annotated[Path | None, Parameter(name="--prompts")] = None
-    """A file with one prompt per line."""
+    prompts: Annotated[Path | None, Parameter(name="--prompts", allow_leading_hyphen=True)] = None
+    """A file with one prompt per line; `-`: one prompt from stdin."""
 
     chat: bool = False
     """Each prompt is a user's message."""
@@ -39,24 +39,26 @@ class PromptOptions:
     system: str | None = None
     """A system message before it; implies --chat."""
 
-    probe_text: Annotated[ProbeText | None, said("last-user")] = None
-    """The part of a conversation that is read: the user's last message, all of the user's, or everything."""
+    probe_text: Annotated[ProbeText, Parameter(show_default=False)] = "last-user"
+    """The part of a conversation that is read."""
 
     def read(self, arguments: Sequence[str]) -> Asked:
-        """The prompts to answer; `-` reads one from stdin. Blank lines of the file are skipped.
+        """The prompts to answer. Blank lines of the file are skipped.
 
         Raises:
             UsageError: there is none, or an argument is empty.
             StorageError: the file cannot be read.
         """
-        texts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in arguments]
-        if self.prompts is not None:
+        texts = list(arguments)
+        if str(self.prompts) == "-":
+            texts.append(sys.stdin.read().rstrip("\n"))
+        elif self.prompts is not None:
             try:
                 texts += [line for line in text_lines(self.prompts) if line.strip()]
             except (OSError, UnicodeDecodeError) as error:
                 raise StorageError(f"prompt file {self.prompts}: cannot be read: {error}") from error
         if not texts:
-            raise UsageError("no prompt: give one in quotes, '-' to read it from stdin, or --prompts with one per line")
+            raise UsageError("no prompt: give one in quotes, or --prompts FILE with one per line")
         for number, text in enumerate(texts, start=1):
             if not text.strip():
                 raise UsageError(f"prompt {number} is empty: expected some text")

@@ -26,7 +26,7 @@ def select(
     Example: logo select "What is 7 plus 5?" -k 5
 
     Args:
-        prompt: One or more prompts; `-` reads one from stdin.
+        prompt: One or more prompts.
         candidate: Select among these adapters only (repeatable).
         json: Print JSON instead.
     """

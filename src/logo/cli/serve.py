@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from typing import Annotated
-
-from cyclopts import Parameter
 
 from logo.cli import serve_vllm
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, changed
+from logo.cli.options import EngineOptions, changed, said
 from logo.cli.output import note
 from logo.cli.prompts import or_demo
 from logo.cli.serve_options import ServerOptions
@@ -19,7 +18,8 @@ MAX_BODY = 1_000_000  # bytes of a request
 
 
 def serve(
-    *vllm_flags: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    *,
+    vllm_flags: Annotated[str, said("none", allow_leading_hyphen=True)] = "",
     server: ServerOptions = ServerOptions(),
     engine: EngineOptions = EngineOptions(),
 ) -> None:
@@ -30,12 +30,12 @@ def serve(
     Example: logo serve --base-model demo
 
     Args:
-        vllm_flags: With --engine vllm, after `--`: further flags for vLLM.
+        vllm_flags: With --engine vllm: flags for vLLM, which may also follow after `--`.
     """
     if server.server == "vllm":
-        serve_vllm.serve(engine, server, vllm_flags)
+        serve_vllm.serve(engine, server, shlex.split(vllm_flags))
         return
-    for flag in (*changed(server, "replicas", "ray", "dry_run").values(), *vllm_flags):
+    for flag in (*changed(server, "replicas", "ray", "dry_run").values(), *shlex.split(vllm_flags)):
         raise UsageError(f"{flag} is only for --engine vllm")
     need("the server", "starlette", "uvicorn", "prometheus_client")
     if server.log_prompts and not server.log_json:

@@ -12,9 +12,8 @@ from cyclopts.validators import Number
 from logo.cli.options import Engine, ProbeText, not_negative, positive, said
 from logo.errors import UsageError
 
-NETWORK = Group("Network", sort_key=1)
+NETWORK = Group("Network and logs", sort_key=1)
 LIMITS = Group("Limits", sort_key=2)
-CHANGES = Group("Changes and logs", sort_key=2)
 
 
 @Parameter(name="*")
@@ -32,7 +31,7 @@ class ServerOptions:
     """Clients need one of these (repeatable)."""
 
     key_adapters: Annotated[Path | None, Parameter(group=NETWORK)] = None
-    """API keys bound to adapters: a file of JSON such as {"KEY": ["team-a/*", "translate"]}."""
+    """Keys bound to adapters: JSON such as {"KEY": ["team-a/*", "translate"]}."""
 
     allow_host: Annotated[list[str] | None, Parameter(group=NETWORK)] = None
     """Further host name that the server answers to (repeatable)."""
@@ -52,29 +51,29 @@ class ServerOptions:
     kv_cache_gb: Annotated[float | None, said("CPU: 2; GPU: half the free memory", of=LIMITS)] = None
     """Memory for keys and values, in 10⁹ bytes."""
 
-    adapter_memory_gb: Annotated[float | None, said("0.3 of what the model leaves free", of=LIMITS)] = None
-    """Memory for adapters on the model's device, in 10⁹ bytes."""
+    adapter_memory_gb: Annotated[float | None, said("0.3 of what is free", of=LIMITS)] = None
+    """Memory for adapters, in 10⁹ bytes."""
 
-    allow_adapter_changes: Annotated[Path | None, Parameter(group=CHANGES)] = None
+    allow_adapter_changes: Annotated[Path | None, Parameter(group=NETWORK)] = None
     """Folder from which requests may add adapters to the pool."""
 
-    log_json: Annotated[bool, Parameter(group=CHANGES)] = False
+    log_json: Annotated[bool, Parameter(group=NETWORK)] = False
     """Log one JSON object per line."""
 
-    log_prompts: Annotated[bool, Parameter(group=CHANGES)] = False
+    log_prompts: Annotated[bool, Parameter(group=NETWORK)] = False
     """With --log-json: log prompts, too (the first 200 tokens)."""
 
-    probe_text: Annotated[ProbeText | None, said("last-user", of=LIMITS)] = None
-    """The part of a conversation that is read: the user's last message, all of the user's, or everything."""
+    probe_text: Annotated[ProbeText, Parameter(group=LIMITS, show_default=False)] = "last-user"
+    """The part of a conversation that is read."""
 
     server: Annotated[Engine, Parameter(name="--engine")] = "local"
-    """What serves: this process, or vLLM's own server with LoGo inside."""
+    """This process, or vLLM's own server."""
 
     replicas: Annotated[int | None, said("one", validator=positive)] = None
-    """With --engine vllm: processes that answer, each with the model (needs Ray)."""
+    """With --engine vllm: how many processes answer (needs Ray)."""
 
     ray: str = "local"
-    """Where they are: `local`: this machine; `auto`: the Ray cluster that this machine is part of; or its HOST:PORT."""
+    """Where they are: local, auto (the Ray cluster of this machine) or HOST:PORT."""
 
     dry_run: bool = False
     """With --engine vllm: print what would be started, without secrets."""

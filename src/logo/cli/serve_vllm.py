@@ -130,7 +130,7 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     quiet_transformers()
     source = resolve_base(base_model, MODEL_DIR)
     load_config(base_model, model_dir=MODEL_DIR)  # may it be read?
-    place = spec_of(pool_sources(options.adapters, base_model, MODEL_DIR))
+    place = spec_of(pool_sources(options.sources, base_model, MODEL_DIR))
     config = {
         **selection_settings(options, server.probe_text).changed,
         **({"on_bad_adapter": "skip"} if options.on_bad_adapter == "skip" else {}),

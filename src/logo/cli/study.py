@@ -104,7 +104,7 @@ def study(
     options |= {"model_dir": MODEL_DIR, "device": device_of(pool.device)}
     command = {"name": "eval study", "options": {"rows": str(rows), "signals": signals, "methods": methods}}
     with ExitStack() as stack, progress(disable=not err.is_terminal) as bar:
-        opening = StudyOpening(Opening(base_model, pool.adapters, options), contest)
+        opening = StudyOpening(Opening(base_model, pool.sources, options), contest)
         facts, work = _opened(opening, workers, stack)
         names = list(facts.identity["pool"])
         note(f"adapters: {len(names)} · tasks with an adapter of their own: {sum(t.name in names for t in found)}")

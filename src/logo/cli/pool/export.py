@@ -39,9 +39,9 @@ def export(
     if initial is not None:
         from logo.cli.pool.initial import convert_initial
 
-        if pool.adapters is None:
+        if pool.sources is None:
             raise UsageError("--initial: name the folder of the trained adapter with --adapters")
-        convert_initial(Path(pool.adapters), initial, save, allow_pickle=allow_pickle)
+        convert_initial(Path(pool.sources), initial, save, allow_pickle=allow_pickle)
     else:
         logo = open_engine(pool, or_demo(pool), allow_pickle=allow_pickle)
         if prompt is not None:
