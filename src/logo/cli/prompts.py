@@ -39,7 +39,7 @@ class PromptOptions:
     system: str | None = None
     """A system message before it; implies --chat."""
 
-    probe_text: Annotated[ProbeText, Parameter(show_default=False)] = "last-user"
+    probe_text: Annotated[ProbeText | None, Parameter(show_default=False)] = None
     """The part of a conversation that is read."""
 
     def read(self, arguments: Sequence[str]) -> Asked:

@@ -63,7 +63,7 @@ class ServerOptions:
     log_prompts: Annotated[bool, Parameter(group=NETWORK)] = False
     """With --log-json: log prompts, too (the first 200 tokens)."""
 
-    probe_text: Annotated[ProbeText, Parameter(group=LIMITS, show_default=False)] = "last-user"
+    probe_text: Annotated[ProbeText | None, Parameter(group=LIMITS, show_default=False)] = None
     """The part of a conversation that is read."""
 
     server: Annotated[Engine, Parameter(name="--engine")] = "local"
