@@ -36,7 +36,8 @@ not_negative = Number(gte=0)
 
 def said(default: str, *, of: Group | None = None, **more: Any) -> Parameter:
     """An option whose default is told in words."""
-    return Parameter(show_default=default, **({} if of is None else {"group": of}), **more)
+    more |= {} if of is None else {"group": of}  # a group of None is none at all: such options are not shown
+    return Parameter(show_default=default, **more)
 
 
 def joined(kind: type, tokens: Sequence[Token]) -> str:
