@@ -67,5 +67,5 @@ def _show(comparison: Comparison) -> None:
     tests = " and ".join(sorted({line.found.test for line in comparison.lines}))
     note(
         "In percent; groups are means of datasets. better, worse: rows on which B's value is higher or lower than A's. "
-        f"p: two-sided ({tests}); p Holm: corrected for all {len(comparison.lines)} lines; bold: below {ALPHA}."
+        f"p: two-sided ({tests}); p Holm: corrected for {len(comparison.lines)} together; bold: below {ALPHA}."
     )

@@ -80,7 +80,7 @@ def analyse(table: pandas.DataFrame, *, seed: int = 0) -> Report:
     chosen = table[["run", "dataset", "selected", "weights"]].explode(["selected", "weights"]).dropna()
     shares = chosen.astype({"weights": float}).groupby(["run", "dataset", "selected"], sort=False)["weights"].sum()
     shares = shares / table.groupby(["run", "dataset"], sort=False).size()
-    weights = shares.rename_axis(["run", "dataset", "adapter"]).reset_index(name="weight")
+    weights = shares.dropna().rename_axis(["run", "dataset", "adapter"]).reset_index(name="weight")
     return Report(table, pandas.DataFrame(scores, columns=SCORES), compare(table, seed=seed, strict=False), weights)
 
 
@@ -129,12 +129,13 @@ def comparisons_table(report: Report) -> pandas.DataFrame:
 def latex(report: Report) -> str:
     """The results and the comparison as LaTeX tables (package booktabs)."""
     compared = comparisons_table(report).drop(columns="marked")
-    holm = f"p corrected by Holm's method over {len(compared)} lines"
+    holm = f"p Holm: corrected for {len(compared)} together"
     tables = {"Results": results_table(report), f"Comparisons ({holm})": compared}
     how: dict[str, Any] = {"index": False, "escape": True}
     made = [
         frame.to_latex(caption=rf"{said}, in percent with 95 \% intervals", **how).replace("−", "$-$")
         for said, frame in tables.items()
+        if len(frame)
     ]
     return "\n".join(made)
 
