@@ -121,7 +121,7 @@ def comparisons_table(report: Report) -> pandas.DataFrame:
     for line in report.comparison.lines:
         one = line.found
         numbers = one.rows, _percent(one.a), _percent(one.b), _percent(one.difference, one.interval, "+")
-        tested = one.better, one.worse, f"{one.p:.4f}", f"{one.p_holm:.4f}", one.is_marked
+        tested = one.better, one.worse, f"{one.p:.3g}", f"{one.p_holm:.3g}", one.is_marked
         lines.append((line.a, line.b, _counted(line.name, line.datasets), line.measure, *numbers, *tested))
     return pandas.DataFrame(lines, columns=[*columns, "marked"])
 
