@@ -34,7 +34,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="only the first rows of each dataset")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
     parser.add_argument("--batch_size", type=int, default=1, help="prompts per forward pass")
-    parser.add_argument("--probe_context", choices=("base", "pool", "carry"), default="carry", help="adapters in probes")
+    parser.add_argument(
+        "--probe_context", choices=("base", "pool", "carry"), default="carry", help="adapters in probes"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a result of another run")
     return parser
 

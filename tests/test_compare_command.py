@@ -60,7 +60,7 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["eval", "compare", *map(str, two_runs(tmp_path))]) == 0
     said = capsys.readouterr()
     assert re.search(r"bbh\.one +em +8 +25\.00 +100\.00 +\+75\.00 +\[\+", said.out)
-    assert "BIG-Bench Hard (2)" in said.out and "all 4 lines" in said.err
+    assert "BIG-Bench Hard (2)" in said.out and "corrected for 4 together" in said.err
 
 
 def test_another_metric_judges_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,11 +61,11 @@ def _show(comparison: Comparison) -> None:
             ends = "-" if one.interval is None else "[{:+.2f}, {:+.2f}]".format(*(100 * end for end in one.interval))
             name = one_line(line.name) if line.datasets == 1 else f"{one_line(line.name)} ({line.datasets})"
             numbers = f"{100 * one.a:.2f}", f"{100 * one.b:.2f}", Text(f"{100 * one.difference:+.2f}", style=style)
-            tested = str(one.better), str(one.worse), f"{one.p:.4f}", Text(f"{one.p_holm:.4f}", style=style)
+            tested = str(one.better), str(one.worse), f"{one.p:.3g}", Text(f"{one.p_holm:.3g}", style=style)
             table.add_row(Text(name), line.measure, str(one.rows), *numbers, Text(ends, style="dim"), *tested)
         screen(max(WIDTH, natural_width(table))).print(table, "")
     tests = " and ".join(sorted({line.found.test for line in comparison.lines}))
     note(
         "In percent; groups are means of datasets. better, worse: rows on which B's value is higher or lower than A's. "
-        f"p: two-sided ({tests}); p Holm: corrected for all {len(comparison.lines)} lines; bold: below {ALPHA}."
+        f"p: two-sided ({tests}); p Holm: corrected for {len(comparison.lines)} together; bold: below {ALPHA}."
     )

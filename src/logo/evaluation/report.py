@@ -80,7 +80,7 @@ def analyse(table: pandas.DataFrame, *, seed: int = 0) -> Report:
     chosen = table[["run", "dataset", "selected", "weights"]].explode(["selected", "weights"]).dropna()
     shares = chosen.astype({"weights": float}).groupby(["run", "dataset", "selected"], sort=False)["weights"].sum()
     shares = shares / table.groupby(["run", "dataset"], sort=False).size()
-    weights = shares.rename_axis(["run", "dataset", "adapter"]).reset_index(name="weight")
+    weights = shares.dropna().rename_axis(["run", "dataset", "adapter"]).reset_index(name="weight")
     return Report(table, pandas.DataFrame(scores, columns=SCORES), compare(table, seed=seed, strict=False), weights)
 
 
@@ -105,8 +105,9 @@ def results_table(report: Report) -> pandas.DataFrame:
     import pandas
 
     lines: dict[tuple[str, str], dict[str, str]] = {}
-    for run, name, measure, datasets, _, *numbers in report.scores.itertuples(index=False, name=None):
-        lines.setdefault((_counted(name, datasets), measure), {})[run] = _percent(*numbers)
+    for run, name, measure, datasets, _, score, *ends in report.scores.itertuples(index=False, name=None):
+        cell = _percent(score, None if pandas.isna(ends[0]) else ends)
+        lines.setdefault((_counted(name, datasets), measure), {})[run] = cell
     found = [(*line, *(cells.get(run, "-") for run in report.runs)) for line, cells in lines.items()]
     return pandas.DataFrame(found, columns=["dataset", "measure", *report.runs])
 
@@ -119,8 +120,8 @@ def comparisons_table(report: Report) -> pandas.DataFrame:
     lines = []
     for line in report.comparison.lines:
         one = line.found
-        numbers = one.rows, _percent(one.a), _percent(one.b), _percent(one.difference, *(one.interval or ()), sign="+")
-        tested = one.better, one.worse, f"{one.p:.4f}", f"{one.p_holm:.4f}", one.is_marked
+        numbers = one.rows, _percent(one.a), _percent(one.b), _percent(one.difference, one.interval, "+")
+        tested = one.better, one.worse, f"{one.p:.3g}", f"{one.p_holm:.3g}", one.is_marked
         lines.append((line.a, line.b, _counted(line.name, line.datasets), line.measure, *numbers, *tested))
     return pandas.DataFrame(lines, columns=[*columns, "marked"])
 
@@ -128,19 +129,20 @@ def comparisons_table(report: Report) -> pandas.DataFrame:
 def latex(report: Report) -> str:
     """The results and the comparison as LaTeX tables (package booktabs)."""
     compared = comparisons_table(report).drop(columns="marked")
-    holm = f"p corrected by Holm's method over {len(compared)} lines"
+    holm = f"p Holm: corrected for {len(compared)} together"
     tables = {"Results": results_table(report), f"Comparisons ({holm})": compared}
     how: dict[str, Any] = {"index": False, "escape": True}
     made = [
         frame.to_latex(caption=rf"{said}, in percent with 95 \% intervals", **how).replace("−", "$-$")
         for said, frame in tables.items()
+        if len(frame)
     ]
     return "\n".join(made)
 
 
-def _percent(value: float, low: float | None = None, high: float | None = None, sign: str = "") -> str:
+def _percent(value: float, interval: Sequence[float] | None = None, sign: str = "") -> str:
     """`71.33 [65.2, 77.0]`."""
-    ends = "" if low is None or high is None or np.isnan(low) else f" [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+    ends = "" if interval is None else " [{:{}.1f}, {:{}.1f}]".format(100 * interval[0], sign, 100 * interval[1], sign)
     return f"{100 * value:{sign}.2f}{ends}"
 
 
@@ -173,7 +175,9 @@ def page(report: Report, title: str | None = None) -> str:
         most=MOST_ADAPTERS,
         charts=_charts(report),
         data=_rows(report),
-        vega=vl_convert.javascript_bundle(vl_version=altair.SCHEMA_VERSION[1:].rpartition(".")[0]),
+        vega=vl_convert.javascript_bundle(
+            "window.vegaEmbed = vegaEmbed;", altair.SCHEMA_VERSION[1:].rpartition(".")[0]
+        ),
     )
 
 
