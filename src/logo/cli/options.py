@@ -35,17 +35,8 @@ not_negative = Number(gte=0)
 
 def said(default: str, *, of: Group | None = None, **more: Any) -> Parameter:
     """An option whose default is told in words."""
-<<<<<<< HEAD
-    return Parameter(show_default=default, **(more if of is None else more | {"group": of}))
-=======
     more |= {} if of is None else {"group": of}  # a group of None is none at all: such options are not shown
     return Parameter(show_default=default, **more)
-
-
-def joined(kind: type, tokens: Sequence[Token]) -> str:
-    """Several sources, which may be given one by one, as one text with commas."""
-    return ",".join(token.value for token in tokens)
->>>>>>> report46
 
 
 def device_name(kind: type, tokens: Sequence[Token]) -> str:
