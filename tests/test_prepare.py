@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from logo.cli.run import run
 
 from answering import load_rows
 from hub_server import GOOD_TOKEN, Commit, HubServer, Repo
 from hub_sources import write_hub
 from logo import register_metric
+from logo.cli.app import run
 from logo.errors import DataError, MissingLibrary
 from logo.evaluation.datasets import OFFICIAL, dataset_file, find_datasets
 from logo.evaluation.metrics import metric_kind
@@ -394,7 +394,7 @@ def test_it_lists_all_and_what_is_there_besides(capsys: pytest.CaptureFixture[st
 
 def test_listing_imports_no_library_of_models_or_data() -> None:
     code = (
-        "import sys; from logo.cli.run import run; assert run(['data', 'list']) == 0; "
+        "import sys; from logo.cli.app import run; assert run(['data', 'list']) == 0; "
         "assert not {'torch', 'transformers', 'datasets', 'pyarrow', 'huggingface_hub'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE, capture_output=True)

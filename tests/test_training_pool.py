@@ -11,13 +11,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from logo.cli.run import run
 from safetensors.torch import load_file
 
 import tiny
 from learning import command, contents, record, rows, write_base, write_rows
 from logo import AdapterPool
 from logo.adapters.activation import Activation
+from logo.cli.app import run
 
 CONFIGS: dict[str, list[str]] = {
     "llama": ["--targets", "q_proj,v_proj"],

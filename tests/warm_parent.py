@@ -36,7 +36,7 @@ TORCH = Imports(
     (
         *("torch._dynamo.convert_frame", "torch.distributed.tensor", "torch.fx.experimental.symbolic_shapes"),
         *("torch.utils.checkpoint", "scipy.optimize", "numpy", "yaml", "jinja2", "PIL.Image", "regex", "psutil"),
-        *("pydantic", "asyncio", "typer", "http.client", "email.message"),
+        *("pydantic", "asyncio", "cyclopts", "http.client", "email.message"),
     ),
     ("PYTHON", "LANG", "LC_", "OMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH", "CUDA"),
 )
