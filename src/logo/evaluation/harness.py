@@ -30,7 +30,6 @@ from logo import __version__
 from logo.core import Selection
 from logo.engine import LoGo
 from logo.errors import UsageError
-from logo.evaluation.identity import pool_digests
 from logo.prompts import MAX_NEW_TOKENS
 from logo.scoring import Scored
 
@@ -199,7 +198,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """The facts for the harness's record: the base model, the pool, and the settings of the mixture."""
-        pool, model = pool_digests(self.logo), self.logo.model
+        pool, model = self.logo.pool.sha256(), self.logo.model
         means = {name: round(self._weights[name] / self._selections, 6) for name in pool if self._weights[name]}
         return {
             "model_num_parameters": model.num_parameters(),

@@ -13,6 +13,7 @@ scored under each mixture, teacher-forced, and answers are generated if asked. A
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -109,7 +110,8 @@ class Measurer:
         """What a study records of the engine and the contest."""
         facts = self._answerer.facts
         identity = {name: value for name, value in facts.identity.items() if name not in ("method", "max_new_tokens")}
-        return replace(facts, identity={**identity, "contest": self._contest.as_dict()})
+        contest = json.loads(json.dumps(self._contest.as_dict()))
+        return replace(facts, identity={**identity, "contest": contest})
 
     def close(self) -> None:
         """Ends the engine's processes, if it has some."""
