@@ -48,8 +48,8 @@ def main(base_model: str, adapters: str, folder: str, count: int) -> None:
         print(f"{label:28} {shares}   of {len(chats)}", flush=True)
 
     flat = [(name, row) for name in rows for row in rows[name][:count]]
-    tell("one message", [(name, [user(row["context"])]) for name, row in flat], "last_user", "all")
-    tell("after a system prompt", [(name, [system, user(row["context"])]) for name, row in flat], "last_user", "all")
+    tell("one message", [(name, [user(row["context"])]) for name, row in flat], "last-user", "all")
+    tell("after a system prompt", [(name, [system, user(row["context"])]) for name, row in flat], "last-user", "all")
     same, brief, other = [], [], []
     for name in rows:
         for first, second in zip(rows[name][:count], rows[name][count:], strict=True):
@@ -58,9 +58,9 @@ def main(base_model: str, adapters: str, folder: str, count: int) -> None:
             brief.append((name, [*turns, user(f"And this one?\n{without_instruction(second['context'])}")]))
             stranger = drawn.choice([known for known in rows if known != name])
             other.append((stranger, [*turns, user(drawn.choice(rows[stranger])["context"])]))
-    tell("second turn, same task", same, "last_user", "conversation", "all")
-    tell("second turn, brief", brief, "last_user", "conversation", "all")
-    tell("second turn, other task", other, "last_user", "conversation", "all")
+    tell("second turn, same task", same, "last-user", "conversation", "all")
+    tell("second turn, brief", brief, "last-user", "conversation", "all")
+    tell("second turn, other task", other, "last-user", "conversation", "all")
 
 
 def user(text: str) -> dict[str, str]:
