@@ -103,10 +103,11 @@ def test_the_python_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str
 def test_the_numbers_of_the_readme_are_those_of_the_pages() -> None:
     readme = " ".join((ROOT / "README.md").read_text().split())
     study = (ROOT / "docs" / "concepts" / "why-calibrated.md").read_text()
-    rows = {line.split()[0]: re.findall(r"(?<= )[\d.]+|-(?= )", line) for line in study.splitlines() if "  0." in line}
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in study.splitlines() if "| 0." in line]
+    rows = {name: re.findall(r"(?:\d\.\d\d|-)(?= |$)", "  ".join(rest)) for name, *rest in cells}
     first, _, after = readme.partition("```")
     assert f"**{round(float(rows['calibrated'][0]) * 100)} %**" in first
-    assert [rows[name][3] for name in ("calibrated", "oracle", "uniform")] == re.findall(r"(?<= )0\.\d\d", first)
+    assert [rows[name][3] for name in ("calibrated", "target", "uniform")] == re.findall(r"(?<= )0\.\d\d", first)
     averages = re.findall(r"\d\.\d\d", re.search(r"│ average .*", (ROOT / "docs" / "demo-world.md").read_text())[0])
     assert averages == re.findall(r"0\.\d\d", after.partition("held-out rows")[2].partition("table")[0])
 
