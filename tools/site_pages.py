@@ -76,4 +76,5 @@ def help_of_commands() -> str:
     """The help of every command as a page."""
     from logo.cli.app import app
 
-    return app.generate_docs(output_format="markdown", recursive=True)
+    made: str = app.generate_docs(output_format="markdown", recursive=True)
+    return made.replace("#logo-install-completion", "#logo---install-completion")  # as the site calls that heading
