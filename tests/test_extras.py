@@ -18,7 +18,12 @@ from project import PROJECT, ROOT
 
 SRC = ROOT / "src" / "logo"
 # What libraries of ours bring of their own accord and are made of: transformers, its tokenizers.
-BROUGHT = {"tokenizers": "transformers", "pydantic_core": "pydantic", "tqdm": "transformers"}
+BROUGHT = {
+    "tokenizers": "transformers",
+    "pydantic_core": "pydantic",
+    "tqdm": "transformers",
+    "vl_convert": "vl-convert-python",
+}
 BROUGHT |= {"cma": "nevergrad", "fastapi": "vllm", "typing_extensions": "torch", "markupsafe": "jinja2"}
 
 
