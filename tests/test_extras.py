@@ -55,8 +55,10 @@ def test_what_is_imported_is_declared() -> None:
     distributions = packages_distributions()
     for module, path in imported().items():
         owner = BROUGHT.get(module, module)
-        names = {one.replace("_", "-").lower() for one in distributions.get(owner, [owner])}
-        assert names & (extra("") | extra(EXTRAS.get(owner, ""))) or EXTRAS.get(owner) == "vllm", path
+        names = {one.replace("_", "-").lower() for one in distributions.get(module, [owner])}
+        assert names & (extra("") | extra(EXTRAS.get(module, EXTRAS.get(owner, "")))) or EXTRAS.get(owner) == "vllm", (
+            path
+        )
 
 
 def test_the_extra_that_is_named_brings_the_library() -> None:

@@ -100,7 +100,7 @@ def open_engine(
     return open_base(options, base_model, allow_pickle).engine(settings, **further)
 
 
-def placed(device: str) -> dict[str, str]:
+def placed(device: str) -> dict[str, Any]:
     """The options of `LoGo.from_pretrained` for the value of `--device`; none for `auto`. Errors as `device_of`."""
     if device in ("auto", "spread"):
         return {} if device == "auto" else {"device_map": "auto"}
