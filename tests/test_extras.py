@@ -18,12 +18,7 @@ from project import PROJECT, ROOT
 
 SRC = ROOT / "src" / "logo"
 # What libraries of ours bring of their own accord and are made of: transformers, its tokenizers.
-BROUGHT = {
-    "tokenizers": "transformers",
-    "pydantic_core": "pydantic",
-    "tqdm": "transformers",
-    "vl_convert": "vl-convert-python",
-}
+BROUGHT = {"tokenizers": "transformers", "pydantic_core": "pydantic", "tqdm": "transformers"}
 BROUGHT |= {"cma": "nevergrad", "fastapi": "vllm", "typing_extensions": "torch", "markupsafe": "jinja2"}
 
 
@@ -55,15 +50,14 @@ def test_what_is_imported_is_declared() -> None:
     distributions = packages_distributions()
     for module, path in imported().items():
         owner = BROUGHT.get(module, module)
-        names = {one.replace("_", "-").lower() for one in distributions.get(module, [owner])}
-        assert names & (extra("") | extra(EXTRAS.get(module, EXTRAS.get(owner, "")))) or EXTRAS.get(owner) == "vllm", (
-            path
-        )
+        names = {one.replace("_", "-").lower() for one in distributions.get(owner, [owner])}
+        assert names & (extra("") | extra(EXTRAS.get(owner, ""))) or EXTRAS.get(owner) == "vllm", path
 
 
 def test_the_extra_that_is_named_brings_the_library() -> None:
     for module, name in EXTRAS.items():
-        owner = BROUGHT.get(module, module).replace("_", "-")
+        named = {"vl_convert": "vl-convert-python"}  # where the distribution is called otherwise
+        owner = BROUGHT.get(module, named.get(module, module)).replace("_", "-")
         assert owner in extra(name) and owner not in extra(""), module
 
 
