@@ -86,7 +86,7 @@ def test_what_is_probed_is_the_prompt_that_the_users_text_would_be(
     messages = [{"role": role, "content": text} for role, text in turns]
     said = [text for role, text in turns if role == "user" and text.strip()]
     last, whole, everything = (chat(asked, messages, probe) for probe in (None, "conversation", "all"))  # type: ignore[arg-type]
-    assert last == chat(asked, messages, "last_user")
+    assert last == chat(asked, messages, "last-user")
     assert last.ids == whole.ids == everything.ids == everything.probed
     assert last.probed == (read(asked, said[-1]).ids if said else last.ids)
     assert whole.probed == (read(asked, "\n".join(said)).ids if said else last.ids)
@@ -241,7 +241,7 @@ def test_a_chat_is_read_whole_if_no_adapter_acts_everywhere(templated: Any, tmp_
     for config in (tmp_path / "pool").glob("*/adapter_config.json"):
         edit_config(config.parent, alora_invocation_tokens=ending)
     model, _ = load_base("demo")
-    for chosen, same in ((None, True), ("all", True), ("last_user", False)):
+    for chosen, same in ((None, True), ("all", True), ("last-user", False)):
         settings = SelectionSettings.of(signal="calibrated", probe_text=chosen)
         logo = LoGo(model, templated, AdapterPool.open(tmp_path / "pool"), settings=settings)
         turns = [SYSTEM, *TALK, {"role": "user", "content": "What is the plural of mouse?"}]

@@ -211,4 +211,4 @@ def test_the_command_line_takes_the_option_again() -> None:
         (["--adapters", "a", "--adapters", "org/b,c"], "a,org/b,c"),
     ):
         _, bound, _ = app.parse_args(["select", "x", *arguments], exit_on_error=False, print_error=False)
-        assert bound.arguments.get("engine", EngineOptions()).adapters == expected
+        assert bound.arguments.get("engine", EngineOptions()).sources == expected

@@ -144,10 +144,10 @@ def test_a_pool_goes_to_the_hub_and_comes_back(hub: WritableHub, pool: Path, tmp
 
 @pytest.mark.slow
 def test_private_means_private(hub: WritableHub, pool: Path, tmp_path: Path) -> None:
-    done = push(hub, pool, "org/hidden", "--private", "--path-in-repo", ".", "--message", "first")
+    done = push(hub, pool, "org/hidden", "--private", "--path-in-repo", ".")
     assert done.returncode == 0, done.stderr
     assert hub.repos["org/hidden"].private and sorted(hub.files("org/hidden")) == sorted(FILES)
-    assert hub.messages == ["first"]
+    assert hub.messages == ["7 files of the pool tasks"]
     assert push(hub, pool, "org/hidden", "--private", "--path-in-repo", "more").returncode == 0
     hub.add("org/open", tmp_path / "nothing")
     done = push(hub, pool, "org/open", "--private")

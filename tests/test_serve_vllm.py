@@ -77,14 +77,14 @@ def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("-k", "5", "--signal", "norm", "--when-unsure", "base", "--on-bad-adapter", "skip")
+    asked = ("-k", "5", "--signal", "norm", "--on-bad-adapter", "skip")
     variables, _, _ = dry(capsys, *asked, "--probe-text", "all")
     assert VllmOptions.of(None, variables) == VllmOptions(
         pool=str(adapters_dir()),
         on_bad_adapter="skip",
         host="127.0.0.1",
         origins=(),
-        settings=SelectionSettings(signal="norm", k=5, when_unsure="base", probe_text="all"),
+        settings=SelectionSettings(signal="norm", k=5, probe_text="all"),
     )
 
 

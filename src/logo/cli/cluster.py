@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from logo.adapters.sources import pool_sources, spec_of
 from logo.cli.output import note
 from logo.cluster.processes import Expected, Layout
-from logo.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,8 +61,6 @@ def in_workers(
     """
     from logo.cluster.workers import in_workers as started
 
-    if opening.options.get("device", "auto") not in ("auto", None):
-        raise UsageError("--device: workers get their devices from Ray; leave it out")
     layout, there = Layout(options.workers or 1, options.ray), anywhere(opening)
     pool = {name: there.options[name] for name in ("on_bad_adapter",) if name in there.options}
     found = expected(layout, str(there.pool), there.base_model, model_dir=there.options["model_dir"], **pool)

@@ -146,7 +146,11 @@ def _made(name: str, record: Mapping[str, Any]) -> str:
     extra = [
         *(["all that the source has"] if short else []),
         *([f"{record['unusable_rows']} source rows without text left out"] if record["unusable_rows"] else []),
-        *([f"{others} row{'s' * (others > 1)} with an earlier prompt and another gold text left out"] if others else []),
+        *(
+            [f"{others} row{'s' * (others > 1)} with an earlier prompt and another gold text left out"]
+            if others
+            else []
+        ),
         *([record["source"]["commit"][:8]] if record["source"]["commit"] else []),
     ]
     return f"{name}: {_counted(record)}" + (f" ({'; '.join(extra)})" if extra else "")

@@ -14,7 +14,7 @@ from cyclopts import Group, Parameter
 
 from logo.adapters.pool import DEFAULT_K
 from logo.adapters.sources import default_k, pool_sources
-from logo.cli.opening import MODEL_DIR, device_of, quiet_transformers
+from logo.cli.opening import MODEL_DIR, placed, quiet_transformers
 from logo.cli.options import (
     Context,
     Engine,
@@ -109,13 +109,14 @@ def run(
     """
     from logo.evaluation.answer import Opening
 
+    workers.check(engine.device)
     base_model = or_demo(engine)
     command = written("eval run", rows, method, engine) | ({} if runner == "local" else {"engine": runner})
     options: dict[str, Any] = {
         **{"engine": runner, "k": engine.n_selected_modules, "signal": engine.signal or "calibrated"},
         "when_unsure": engine.when_unsure,
         **{"on_bad_adapter": engine.on_bad_adapter, "dtype": engine.dtype or "auto", "model_dir": MODEL_DIR},
-        **({"device": device_of(engine.device)} if runner == "local" else {}),
+        **placed(engine.device),
     }
     made = method.make(engine.n_selected_modules, rows.seed)
     opening = Opening(base_model, engine.sources, options, made, rows.max_new_tokens, rows.seed)
@@ -183,7 +184,7 @@ def evaluate(
         seed=seed,
     )
     options: dict[str, Any] = {"preset": preset, "signal": selection_strategy, "k": n_selected_modules}
-    options |= {"device": device_of(gpu), "model_dir": model_dir}
+    options |= {"model_dir": model_dir, **placed(gpu)}
     options |= {} if probe_context is None else {"probe_context": probe_context}
     opening = Opening(base_model, adapters, options, None, max_new_tokens, seed, generation_early_stop)
     return answered(opening, rows, WorkerOptions(), {"name": "evaluate", "options": given}, json=json)

@@ -24,6 +24,11 @@ def lm_eval(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) ->
     Args:
         arguments: Arguments of `lm_eval`; `logo eval lm-eval run --help` shows them.
     """
+    if not arguments or arguments[0] in ("--help", "-h"):
+        from logo.cli.app import app
+
+        app.help_print(["eval", "lm-eval"])
+        return
     need("this command", "lm_eval")
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import model_registry

@@ -83,14 +83,8 @@ def open_base(options: PoolOptions, base_model: str, allow_pickle: bool = False)
     quiet_transformers()
     load_config(base_model, model_dir=MODEL_DIR)  # may it be read?
     pool = open_pool(options, base_model, allow_pickle)
-    spread = options.device == "spread"
-    model, tokenizer = load_base(
-        base_model,
-        device="auto" if spread else device_of(options.device),
-        dtype=getattr(options, "dtype", None) or "auto",
-        device_map="auto" if spread else None,
-        model_dir=MODEL_DIR,
-    )
+    dtype = getattr(options, "dtype", None) or "auto"
+    model, tokenizer = load_base(base_model, dtype=dtype, model_dir=MODEL_DIR, **placed(options.device))
     return Opened(model, tokenizer, pool)
 
 
@@ -104,6 +98,13 @@ def open_engine(
     """Loads the base model and the pool, and returns an engine on them with `further` options of `LoGo`."""
     settings = selection_settings(options, probe_text)
     return open_base(options, base_model, allow_pickle).engine(settings, **further)
+
+
+def placed(device: str) -> dict[str, Any]:
+    """The options of `LoGo.from_pretrained` for the value of `--device`; none for `auto`. Errors as `device_of`."""
+    if device in ("auto", "spread"):
+        return {} if device == "auto" else {"device_map": "auto"}
+    return {"device": device_of(device)}
 
 
 def device_of(name: str) -> str:

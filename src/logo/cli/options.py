@@ -121,6 +121,11 @@ class WorkerOptions:
     ray: str = "local"
     """Where they are: local, auto (the Ray cluster of this machine) or HOST:PORT."""
 
+    def check(self, device: str) -> None:
+        """Raises UsageError for a `--device` beside workers."""
+        if self.workers is not None and device != "auto":
+            raise UsageError("--device: workers get their devices from Ray; leave it out")
+
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)

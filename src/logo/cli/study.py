@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 from rich.text import Text
 
-from logo.cli.opening import MODEL_DIR, device_of, quiet_transformers
+from logo.cli.opening import MODEL_DIR, placed, quiet_transformers
 from logo.cli.options import PoolOptions, WorkerOptions, arguments, positive, said
 from logo.cli.output import (
     check_writable,
@@ -94,6 +94,7 @@ def study(
     compared = get_methods([name for name in listed(methods) if name not in ALWAYS], arguments(method_args or ""))
     for name in listed(signals):
         get_signal(name)
+    workers.check(pool.device)
     contest = Contest(tuple(listed(signals)), compared, tuple(listed(protocols)), generate)
     kind = None if metric is None else checked_kind(metric, "--metric")
     found = find_datasets(rows, tasks, limit=limit, metric=kind, train_rows=train_rows, answers=False)
@@ -101,7 +102,7 @@ def study(
     quiet_transformers()
     base_model = or_demo(pool)
     options: dict[str, Any] = {"signal": contest.signals[0], "on_bad_adapter": pool.on_bad_adapter}
-    options |= {"model_dir": MODEL_DIR, "device": device_of(pool.device)}
+    options |= {"model_dir": MODEL_DIR, **placed(pool.device)}
     command = {"name": "eval study", "options": {"rows": str(rows), "signals": signals, "methods": methods}}
     with ExitStack() as stack, progress(disable=not err.is_terminal) as bar:
         opening = StudyOpening(Opening(base_model, pool.sources, options), contest)

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from rich.text import Text
 
 from logo.cli.opening import open_engine
-from logo.cli.options import PoolOptions, positive
+from logo.cli.options import EngineOptions, PoolOptions, positive
 from logo.cli.output import BASE_ALONE, natural_width, note, one_line, out, plain_table, print_json, screen
 from logo.cli.prompts import or_demo
 from logo.errors import LoGoError, UsageError
@@ -180,8 +180,11 @@ def verify(
     server = Server(url.rstrip("/").removesuffix("/v1"), api_key)
     known, found = server.ask("/v1/models"), server.ask("/v1/logo/adapters")
     served = {card["id"] for card in found["data"]} & {card["id"] for card in known["data"]}
+    # The server says by which signal it selects, and how many.
+    said = {"signal": found["signal"], "n_selected_modules": found["default_k"]}
+    engine = EngineOptions(**vars(pool), **said)
     base, common = found["base_model"], REQUESTS[:: max(1, len(REQUESTS) // limit)][:limit]
-    with closing(open_engine(pool, or_demo(pool))) as logo, ThreadPoolExecutor(concurrency) as workers:
+    with closing(open_engine(engine, or_demo(pool))) as logo, ThreadPoolExecutor(concurrency) as workers:
         wrong = [f"not on the server: {name}" for name in logo.names if name not in served]
         wrong += [f"not in the pool: {name}" for name in sorted(served.difference(logo.names))]
         own = {name: logo.fitted[name].examples[:limit] or common for name in logo.names if name in served}

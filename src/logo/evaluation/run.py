@@ -116,12 +116,13 @@ def _answer(
 ) -> Mapping[str, Any]:
     """Answers the missing rows; returns what the method found out about the dataset."""
     held: list[dict[str, Any]] = []  # until a row has an answer: the run may fail in all of them
+    first = set(range(max(2, min(batch_size, len(dataset.rows)))))  # workers answer in any order
     found_out: Mapping[str, Any] = {}
     tell(dataset, len(partial.records))
     for _, (records, found) in work((dataset, block) for block in blocks(dataset, partial.records, batch_size)):
         held, found_out = [*held, *records], found
         if not partial.records and len({one["error"] for one in held}) == 1 and held[0]["error"] is not None:
-            if len(held) >= max(2, min(batch_size, len(dataset.rows))):
+            if {one["index"] for one in held} >= first:
                 raise LoGoError(f"dataset {dataset.name!r}: {held[0]['error']}")
             if len(held) < len(dataset.rows):
                 continue
