@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logo.evaluation.arms import Arms
 from logo.evaluation.identity import digests
 from safetensors.torch import load_file
 from torch import nn
@@ -22,6 +21,10 @@ from logo.adapters.peft import EXAMPLES
 from logo.adapters.sources import adapter_patterns
 from logo.cli.app import run
 from logo.cli.pool.publish import contents_of
+from logo.evaluation.answer import Answerer
+from logo.evaluation.datasets import Dataset
+from logo.evaluation.study import REMOVED, Contest, Measurer
+from logo.rows import Row
 from logo.selection import scorer
 from logo.selection.examples import GAIN, REPLACED, Examples
 from logo.selection.reference import FADING, both_means, emphasis
@@ -137,8 +140,9 @@ def test_scores_among_candidates_do_not_depend_on_examples_of_others(
 def test_a_study_leaves_the_own_adapters_examples_out_with_it(llama: nn.Module, folder: Path) -> None:
     """They do not count in the estimates of adapters without examples."""
     logo, prompt = engine(llama, told(folder, t0="a", t1=PROMPTS[0])), PROMPTS[0]
-    arms = Arms({"calibrated": logo})._arms({"calibrated": logo.select(prompt)}, "t1", prompt)
-    [found] = [arm.confidence for arm in arms if (arm.part, arm.kind) == ("left_out", "signals")]
+    task = Dataset("t1", Path("t1.jsonl"), (Row(prompt, ()),))
+    [record], _ = Measurer(Answerer(logo, "M"), Contest(("calibrated",))).measure(task, range(1))
+    [found] = [arm["confidence"] for arm in record["arms"] if arm["protocol"] == REMOVED]
     assert found == pytest.approx(logo.select(prompt, candidates=["t0", "t2", "t3"]).confidence, abs=1e-4)
 
 

@@ -165,7 +165,7 @@ def test_a_change_reaches_every_replica_and_those_that_start_later(
 
 def test_our_own_server_is_one_process(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", "--base-model", "demo", "--port", "0", "--replicas", "2"]) == 2
-    assert "several replicas are only for --engine vllm" in " ".join(capsys.readouterr().err.split())
+    assert "--replicas is only for --engine vllm" in " ".join(capsys.readouterr().err.split())
 
 
 if __name__ == "__main__":

@@ -141,8 +141,8 @@ def test_the_authors_command_runs_with_the_core_alone(bare: Bare, tmp_path: Path
     said = done(bare.python, ROOT / "main.py", *asked, "--max_new_tokens", "2", cwd=tmp_path)
     assert all(label in said for label in scored.values())
     for dataset in scored:
-        [metrics] = tmp_path.glob(f"results/*/{dataset}/metrics.json")
-        assert json.loads(metrics.read_text())["extra"]
+        [record] = tmp_path.glob(f"results/*/{dataset}/run.json")
+        assert json.loads(record.read_text())["scores"]["extra"]
 
 
 # What commands need beyond the core, with the library that is named first and the extra that brings it.
@@ -150,7 +150,7 @@ BEYOND = {
     "eval lm-eval --tasks x": ("lm-eval", "eval"),
     "serve --base-model demo": ("starlette", "serve"),
     "serve --base-model demo --engine vllm": ("vllm", "vllm"),
-    "train --rows tasks --base-model demo -o made": ("peft", "train"),
+    "train --rows tasks --base-model demo --out made": ("peft", "train"),
 }
 RUN = """
 import contextlib, io, json, sys
