@@ -4,8 +4,8 @@
     python tools/reworded.py ROWS OUT --cut     every task, with the instruction (the first paragraph) cut off
 
 ROWS has a file NAME.jsonl of `{"context": ..., "completion": ...}` rows per task, whose contexts are an instruction, an
-empty line, and `Field: text` lines of which the last is left open. `logo eval study --protocol own` measures the result
-(docs/how-selection-works.md).
+empty line, and `Field: text` lines of which the last is left open. `logo eval study --protocols in-pool` measures the
+result (docs/how-selection-works.md).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The README's picture: how often signals find the right adapter, and what answers are worth, as a study measured it.
 
-    PYTHONPATH=src python tools/signals_picture.py study.json docs/images/signals.svg
+    PYTHONPATH=src python tools/signals_picture.py study docs/images/signals.svg
 
-Reads what `logo eval study --signals calibrated,norm,entropy --save study.json` wrote. Text becomes paths, so that it
+Reads what `logo eval study --signals calibrated,norm,entropy --save study` wrote. Text becomes paths, so that it
 looks the same everywhere.
 """
 
@@ -23,7 +23,7 @@ LABELS = {
     "calibrated": "LoGo",
     "norm": "paper: norm",
     "entropy": "paper: entropy",
-    "oracle": "right adapter",
+    "target": "right adapter",
     "uniform": "all alike",
     "base": "no adapter",
     "chance": "chance",
@@ -36,22 +36,18 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("picture", type=Path)
     args = parser.parse_args()
-    study = json.loads(args.study.read_text())
-    found = {name: study["signals"][name]["top1"] for name in ("calibrated", "norm", "entropy")}
-    found["chance"] = 1 / len(study["pool"])
-    worth = {name: arm["exact_match"] for name, arm in arms(study).items()}
-    order = ("oracle", "calibrated", "uniform", "norm", "entropy", "base")
+    study = json.loads((args.study / "run.json").read_text())
+    arms = study["report"]["protocols"]["in-pool"]
+    found = {name: arms[name]["top1"]["value"] for name in ("calibrated", "norm", "entropy")}
+    found["chance"] = 1 / len(study["identity"]["pool"])
+    worth = {name: arm["exact_match"]["value"] for name, arm in arms.items()}
+    order = ("target", "calibrated", "uniform", "norm", "entropy", "base")
     plt.rcParams |= {"svg.fonttype": "path", "svg.hashsalt": "logo", "font.size": 13}
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 2.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04)
     bars(left, found, "finds the right adapter", limit=1.0)
     bars(right, {name: worth[name] for name in order}, "answers exactly", limit=None)
     figure.savefig(args.picture, metadata={"Date": None}, facecolor="white")
-
-
-def arms(study: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Name of each signal and mixture -> its metrics on the tasks that have an adapter of their own."""
-    return study["signals"] | study["mixtures"]
 
 
 def bars(axes: Any, values: dict[str, float], title: str, limit: float | None) -> None:

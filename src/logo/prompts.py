@@ -235,7 +235,7 @@ def chat(
     Base models have no template: contents are joined, one per line, so that a single message is read as its text.
 
     The probed text is read as a prompt of its own. Within the conversation its tokens would attend to a system prompt,
-    the template and earlier answers, and would select other adapters; see docs/chats.md.
+    the template and earlier answers, and would select other adapters; see docs/answering.md.
 
     Args:
         messages: `{"role", "content"}`, oldest first; further fields are the template's. A content is a text or a list

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from logo.evaluation.identity import engine_identity
 from vllm_server import ASSETS
 
 from logo import LoGo
 from logo.adapters.peft import EXAMPLES
+from logo.evaluation.answer import engine_identity
 from tolerances import same_selection
 
 pytest.importorskip("vllm.lora", reason="needs vLLM: make test-vllm")

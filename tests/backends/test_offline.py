@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from logo.evaluation.identity import engine_identity, environment
 from transformers import GenerationConfig, TextStreamer
 
 from logo import AdapterPool, LoGo, UsageError
 from logo.adapters.peft import EXAMPLES
 from logo.errors import LoGoError, PoolError
+from logo.evaluation.answer import Answerer, engine_identity
 from logo.models import demo_folder, load_base
 from test_engine import write_adapter
 from tolerances import same_scores, same_selection
@@ -112,8 +112,8 @@ def test_a_run_has_the_same_identity_and_says_in_which_environment_it_ran(inside
     found, expected = (engine_identity(one, "base", {"stop_at_newline": True}) for one in (inside, local))
     assert found.pop("engine_options") == {"max_model_len": 160}
     assert found == expected
-    here = environment(local)
-    assert environment(inside) == {**here, "vllm": environment(inside)["vllm"]}
+    here, there = (Answerer(one, "base").facts.environment for one in (local, inside))
+    assert there == {**here, "vllm": there["vllm"]}
     assert "vllm" not in here
 
 

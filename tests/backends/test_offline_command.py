@@ -1,11 +1,8 @@
-"""`logo evaluate`, `generate` and `select` with `--engine vllm`: what they write is what the local engine gives."""
+"""`logo eval run --engine vllm`: what it writes is what the local engine gives."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +11,13 @@ import pytest
 
 from logo.cli.app import run
 from logo.demo import heldout
-from tolerances import PATIENCE, same_scores, same_weights
+from tolerances import same_scores, same_weights
 
 pytest.importorskip("vllm.lora", reason="needs vLLM: make test-vllm")
 
-DEMO = ("--base-model", "demo", "--device", "cpu")
-# vLLM has no --device: this leaves it to vLLM again.
-ANY = ("--engine", "vllm", "--device", "auto")
-INSIDE = (*ANY, "--vllm-options", json.dumps({"enforce_eager": True}))
+DEMO = ("--base-model", "demo")
+ANY = ("--engine", "vllm")
+INSIDE = (*ANY, "--engine-args", "enforce_eager=true")
 FILES = ("eval_results", "predictions", "selected_loras")
 
 
@@ -35,15 +31,6 @@ def settings_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
 
-def as_process(*arguments: str, **variables: str) -> str:
-    """What the command prints in a process of its own."""
-    command = [sys.executable, "-c", "from logo.cli import main; main()", *arguments]
-    own = {**os.environ, **variables}
-    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
@@ -53,7 +40,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluating(results: Path, rows: Path, *arguments: str) -> tuple[str, ...]:
-    asked = ("evaluate", *DEMO, "--rows", str(rows), "--result-dir", str(results), "--max-new-tokens", "8")
+    asked = ("eval", "run", *DEMO, "--rows", str(rows), "--result-dir", str(results), "--max-new-tokens", "8")
     return (*asked, *arguments)
 
 
@@ -79,11 +66,11 @@ def same_results(found: Path, expected: Path, datasets: Sequence[str] = ("antony
         scores, others = (next(iter(read(place, "metric_dict").values())) for place in (one, other))
         for mine, theirs in zip(scores, others, strict=True):
             assert mine == same_scores(theirs)
-        assert read(one, "run")["options"]["engine"] == "vllm"
+        assert read(one, "run")["command"]["options"]["engine"] == "vllm"
 
 
 def test_results_are_those_of_the_local_engine(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("--signal", "calibrated", "--generation-early-stop")
+    asked = ("--signal", "calibrated")
     expected = evaluated(tmp_path / "local", rows, *asked)
     same_results(evaluated(tmp_path / "vllm", rows, *asked, *INSIDE), expected)
     capsys.readouterr()
@@ -104,13 +91,9 @@ def test_methods_answer_through_vllm_too(rows: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--probe-context", "carry"), "inside vLLM prompts are probed by the base model alone"),
-        (("--preset", "official"), "preset 'official' probes as the authors' script does"),
-        (("--device", "cuda:1"), "--device: the engine 'vllm' has no such option; set CUDA_VISIBLE_DEVICES"),
-        (("--allow-pickle",), "--allow-pickle: the engine 'vllm' has no such option"),
-        (("--merge",), "--merge: the engine 'vllm' has no such option; nothing is merged there"),
-        (("--vllm-options", "[1]"), "--vllm-options: expected a JSON object, found '[1]'"),
-        (("--vllm-options", '{"max_lora": 1}'), "model_kwargs: vllm.LLM refuses them"),
+        (("--device", "cpu"), "device: the engine 'vllm' has no such option"),
+        (("--engine-args", "max_lora=1"), "model_kwargs: vllm.LLM refuses them"),
+        (("--engine-args", "eager"), "--engine-args 'eager': expected NAME=VALUE"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -123,16 +106,6 @@ def test_what_cannot_run_there_is_refused_in_a_line(
     assert not [file for file in (tmp_path / "results").rglob("*") if file.is_file()]
 
 
-def test_selecting_in_a_process_of_its_own_says_the_same(capfd: pytest.CaptureFixture[str]) -> None:
-    asked = ("select", "What is 7 plus 5?", "Give the plural of cat.", *DEMO, "--json")
-    assert run(asked) == 0
-    expected = json.loads(capfd.readouterr().out)
-    found = json.loads(as_process(*asked, *INSIDE, VLLM_ENABLE_V1_MULTIPROCESSING="1"))
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine["adapters"] == theirs["adapters"]
-        assert mine["scores"] == same_scores(theirs["scores"])
-
-
-def test_options_of_vllm_belong_to_vllm(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["select", "x", *DEMO, "--vllm-options", "{}"]) == 2
-    assert "--vllm-options is only for the engine 'vllm'; add --engine vllm or leave" in capsys.readouterr().err
+def test_options_of_vllm_belong_to_vllm(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(evaluating(tmp_path / "r", rows, "--engine-args", "max_model_len=64")) == 2
+    assert "--engine-args is only for --engine vllm; leave it out" in capsys.readouterr().err

@@ -236,10 +236,10 @@ class WeightFile:
         """The weight file in a PEFT folder. Raises Refusal if there is none that can and may be read."""
         path = folder / (SAFETENSORS if os.path.isfile(folder / SAFETENSORS) else PICKLE)
         if not os.path.isfile(path):
-            raise Refusal(f"{SAFETENSORS} is missing from {folder} ({PICKLE} is fetched with --allow-pickle only)")
+            raise Refusal(f"{SAFETENSORS} is missing from {folder} ({PICKLE} is fetched with allow_pickle only)")
         if path.name == PICKLE and not allow_pickle:
             what = f"its weights are pickled ({PICKLE}), and a pickle can run code"
-            raise Refusal(f"{what}; convert it to safetensors, or pass --allow-pickle to read tensors only")
+            raise Refusal(f"{what}; `logo pool export --allow-pickle` reads tensors only and writes safetensors")
         try:
             return cls(path)
         except Exception as error:  # safetensors raises its own Rust error type

@@ -52,8 +52,8 @@ def demo(*, limit: Annotated[int | None, said("all", validator=positive)] = None
     out.print(_table(results, average))
     out.print(
         "\nbase: no adapter · uniform: an equal mixture of all adapters · norm: selected per prompt as in the paper ·\n"
-        "calibrated: selected per prompt by LoGo's own signal · oracle: the task's own adapter.\n"
-        "Only the oracle is told the task. No adapter was trained on these wordings, or on these inputs of its task.\n"
+        "calibrated: selected per prompt by LoGo's own signal · target: the task's own adapter.\n"
+        "Only target is told the task. No adapter was trained on these wordings, or on these inputs of its task.\n"
         'Your turn: logo generate "What is 7 plus 5?"'
     )
 

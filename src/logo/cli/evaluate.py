@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -21,6 +22,7 @@ from logo.cli.options import (
     EngineOptions,
     MethodOptions,
     WorkerOptions,
+    arguments,
     device_name,
     not_negative,
     positive,
@@ -93,6 +95,7 @@ def run(
     rows: RowOptions = RowOptions(),
     method: MethodOptions = MethodOptions(),
     runner: Annotated[Engine, Parameter(name="--engine")] = "local",
+    engine_args: Annotated[str, said("none")] = "",
     workers: WorkerOptions = WorkerOptions(),
     json: bool = False,
     engine: EngineOptions = EngineOptions(),
@@ -105,19 +108,29 @@ def run(
 
     Args:
         runner: What runs the model: this process, or vLLM.
+        engine_args: With --engine vllm: options of vllm.LLM, such as `max_model_len=4096,enforce_eager=true`.
         json: Print scores and folders as JSON.
     """
     from logo.evaluation.answer import Opening
 
     workers.check(engine.device)
     base_model = or_demo(engine)
-    command = written("eval run", rows, method, engine) | ({} if runner == "local" else {"engine": runner})
+    command = written("eval run", rows, method, engine)
+    command["options"] |= {} if runner == "local" else {"engine": runner}
     options: dict[str, Any] = {
         **{"engine": runner, "k": engine.n_selected_modules, "signal": engine.signal or "calibrated"},
         "when_unsure": engine.when_unsure,
         **{"on_bad_adapter": engine.on_bad_adapter, "dtype": engine.dtype or "auto", "model_dir": MODEL_DIR},
         **placed(engine.device),
     }
+    if runner == "vllm":  # set before it is imported, so that its messages stay out of this command's output
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    if engine_args:
+        if runner != "vllm":
+            raise UsageError("--engine-args is only for --engine vllm; leave it out")
+        options["model_kwargs"] = arguments("--engine-args", engine_args)
+        command["options"]["engine_args"] = engine_args
     made = method.make(engine.n_selected_modules, rows.seed)
     opening = Opening(base_model, engine.sources, options, made, rows.max_new_tokens, rows.seed)
     return answered(opening, rows, workers, command, json=json)
@@ -258,7 +271,8 @@ def _score(done: Done) -> dict[str, Any]:
     from logo.evaluation.results import lines, read_run
 
     if done.skipped:
-        note(f"{done.dataset} is done already (--overwrite answers it again)")
+        under = f"; it was answered under other versions or on another device: {done.note}" if done.note else ""
+        note(f"{done.dataset} is done already (--overwrite answers it again){under}")
     run, found = read_run(done.folder), list(lines(done.folder))
     return {
         "dataset": done.dataset,

@@ -150,11 +150,11 @@ class MethodOptions:
             if self.method_args:
                 raise UsageError("--method-args is for --method; the method is logo, whose options are --signal and -k")
             return None
-        return get_method(self.method, k=k, seed=seed, **arguments(self.method_args or ""))
+        return get_method(self.method, k=k, seed=seed, **arguments("--method-args", self.method_args or ""))
 
 
-def arguments(text: str) -> dict[str, Any]:
-    """`a=1,b=x` as names and values, which are read as YAML.
+def arguments(option: str, text: str) -> dict[str, Any]:
+    """The value `a=1,b=x` of an option as names and values, which are read as YAML.
 
     Raises:
         UsageError: it is something else.
@@ -165,6 +165,6 @@ def arguments(text: str) -> dict[str, Any]:
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
         if not equals:
-            raise UsageError(f"--method-args {part!r}: expected NAME=VALUE, several with commas")
+            raise UsageError(f"{option} {part!r}: expected NAME=VALUE, several with commas")
         found[name.strip().replace("-", "_")] = yaml.safe_load(value)
     return found

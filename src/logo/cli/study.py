@@ -91,7 +91,9 @@ def study(
     from logo.evaluation.study import study as run_study
     from logo.selection.signals import get_signal
 
-    compared = get_methods([name for name in listed(methods) if name not in ALWAYS], arguments(method_args or ""))
+    compared = get_methods(
+        [name for name in listed(methods) if name not in ALWAYS], arguments("--method-args", method_args or "")
+    )
     for name in listed(signals):
         get_signal(name)
     workers.check(pool.device)

@@ -39,7 +39,7 @@ class TaskScore:
 
     task: str
     rows: int
-    exact_match: Mapping[str, float]  # base, uniform, each signal, oracle -> 0..1
+    exact_match: Mapping[str, float]  # base, uniform, each signal, target -> 0..1
 
 
 def answers(logo: LoGo) -> list[Answer]:
@@ -78,7 +78,7 @@ def scores(logo: LoGo, rows_per_task: int | None = None, on_task: Callable[[str]
             "base": [{}] * len(rows),
             "uniform": [uniform] * len(rows),
             **{name: engine.select(prompts, batch_size=BATCH_SIZE) for name, engine in engines.items()},
-            "oracle": [{task: 1.0}] * len(rows),
+            "target": [{task: 1.0}] * len(rows),
         }
         golds = [row["completion"] for row in rows]
         matches = {

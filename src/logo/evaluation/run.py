@@ -19,7 +19,7 @@ from logo.baselines.method import Method
 from logo.errors import LoGoError, UsageError
 from logo.evaluation.answer import Answerer, Facts, dataset_identity
 from logo.evaluation.metrics import by_measure, extra, load
-from logo.evaluation.results import RUN, Partial, columns_of, is_done, official_files
+from logo.evaluation.results import RUN, Partial, columns_of, differences, is_done, official_files, read_run
 from logo.evaluation.statistics import scores
 from logo.recorded import versions
 
@@ -33,11 +33,13 @@ Work = Callable[[Iterable[Block]], Iterable[tuple[Block, Answered]]]  # blocks -
 
 @dataclass(frozen=True)
 class Done:
-    """The result of one dataset, in `folder`; `skipped`: it was there before."""
+    """The result of one dataset, in `folder`; `skipped`: it was there before, and `note` says under which other
+    versions."""
 
     dataset: str
     folder: Path
     skipped: bool
+    note: str = ""
 
 
 def in_this_process(answerer: Answerer) -> Work:
@@ -101,7 +103,8 @@ def evaluate(
                     "score_columns": columns_of(records, pool),
                 }
                 partial.finish({**official_files(records, facts.signal, loading, pool), RUN: run})
-        yield Done(dataset.name, place, done)
+        other = differences(facts.environment, read_run(place)["environment"]) if done else []
+        yield Done(dataset.name, place, done, ", ".join(f"{name} {there} (now {here})" for name, here, there in other))
 
 
 def _scores(dataset: Dataset, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

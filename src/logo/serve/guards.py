@@ -66,7 +66,6 @@ class GuardSettings:
         allow_hosts: further host names of a server on loopback, such as those of a proxy. On any other address they
             are, if given, the only names besides loopback's.
         cors_origins: web pages of these origins may use the API; `*` means all. Pages elsewhere may change nothing.
-        open_metrics: whether `/metrics` needs no key.
         key_adapters: keys that may only use some adapters: key -> names or patterns.
     """
 
@@ -75,7 +74,6 @@ class GuardSettings:
     max_body_bytes: int = 1_000_000
     allow_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
-    open_metrics: bool = False
     key_adapters: Mapping[str, Patterns] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -178,7 +176,6 @@ class Access:
         every = {**dict.fromkeys(settings.api_keys, None), **settings.key_adapters}
         # Digests, which are of equal length, so that comparing does not reveal the lengths of keys.
         self._keys = [(hashlib.sha256(key.encode()).digest(), patterns) for key, patterns in every.items()]
-        self._open = frozenset((*_OPEN, *(("/metrics",) if settings.open_metrics else ())))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -197,7 +194,7 @@ class Access:
             raise forbidden(f"Host: expected a name of this server, found {found}; see --allow-host")
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and not all(self._own(one, hosts) for one in origins):
             raise forbidden(f"Origin: expected this server's page, found {shown(origins[0])}; see --cors")
-        opened = path in self._open or (path.startswith(PAGE) and ".." not in path.split("/"))
+        opened = path in _OPEN or (path.startswith(PAGE) and ".." not in path.split("/"))
         if opened or not self._keys:
             return None
         given = headers.getlist("authorization")

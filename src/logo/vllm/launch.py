@@ -61,7 +61,7 @@ class Launch:
         options = json.dumps(dict(self.options), ensure_ascii=False)
         if (length := len(options.encode())) > _LONGEST:
             most = f"an environment variable may have at most {_LONGEST:,}"
-            raise UsageError(f"the options of LoGo take {length:,} bytes, but {most}: give fewer --calibration-prompts")
+            raise UsageError(f"the options of LoGo take {length:,} bytes, but {most}: give fewer calibration prompts")
         usage = os.environ.get(NO_USAGE, "1")  # a user may ask for vLLM's reports
         named = [name for name in (*os.environ.get(PLUGINS, "").split(","), "logo") if name]
         own = {POOL: self.pool, OPTIONS: options, NO_USAGE: usage, PLUGINS: ",".join(dict.fromkeys(named))}
