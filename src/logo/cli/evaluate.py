@@ -31,6 +31,7 @@ from logo.cli.options import (
 )
 from logo.cli.output import check_writable, err, note, plain_table, print_json, progress, screen
 from logo.cli.prompts import or_demo
+from logo.errors import UsageError
 
 if TYPE_CHECKING:
     from logo.evaluation.answer import Opening
