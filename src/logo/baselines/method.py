@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from logo.core import Selection
@@ -71,10 +71,12 @@ class Prepared:
     Attributes:
         select: returns a selection for each prompt (`text_of` makes a text of any); None: the engine selects.
         record: what the method found out, for JSON: weights, tables, seeds.
+        engine: answers instead of the engine that was given; of a method that changes the model.
     """
 
     select: Select | None
     record: Mapping[str, Any] = field(default_factory=dict)
+    engine: LoGo | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Method:
                 raise PluginError(f"method {self.name!r}: expected {expected}")
             return chosen
 
-        return Prepared(select, found.record)
+        return replace(found, select=select)
 
 
 def get_method(name: str, *, k: int | None = None, seed: int = 0, **options: Any) -> Method:

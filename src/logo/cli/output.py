@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from logo.files import replace_file, unwritable
+from logo.files import unwritable
 
 if TYPE_CHECKING:
     from logo.core import Selection
@@ -80,15 +80,6 @@ def print_json(value: Any) -> None:
     """Prints a value to stdout as one JSON document."""
     json.dump(value, sys.stdout, ensure_ascii=False, indent=2)
     sys.stdout.write("\n")
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Writes a value to a JSON file, completely or not at all.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
-    replace_file(file, (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
 
 
 def size(count: int) -> str:

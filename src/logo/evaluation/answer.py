@@ -103,6 +103,7 @@ class Answerer:
 
             torch.manual_seed(self.seed)
             self.logo.restart()
+            self._prepared = None  # which may hold a model
             prepared = Prepared(None) if self.method is None else self.method.prepare(self.logo, task_of(dataset))
             self._prepared = dataset.name, prepared
         return self._prepared[1]
@@ -137,7 +138,7 @@ class Answerer:
         prompts = [row.prompt for row in rows]
         selections = None if prepared.select is None else prepared.select(prompts, len(prompts))
         options = {"max_new_tokens": self.max_new_tokens, "batch_size": max(1, len(prompts)), **self.generation}
-        return self.logo.generate(prompts, adapters=selections, **options)
+        return (prepared.engine or self.logo).generate(prompts, adapters=selections, **options)
 
 
 def task_of(dataset: Dataset, among: Sequence[str] = ()) -> Task:

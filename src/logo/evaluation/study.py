@@ -159,6 +159,8 @@ class Measurer:
         if key not in self._prepared:
             unnamed = replace(task, rows=tuple(replace(one, adapter=None) for one in task.rows))
             self._prepared[key] = self._methods[label].prepare(self._logo, task_of(unnamed, among or ()))
+            if self._prepared[key].engine is not None:
+                raise UsageError(f"method {label!r} answers with a model of its own: compare it by `logo eval run`")
         select = self._prepared[key].select
         if select is None:
             return self._logo.select(row.prompt, candidates=among)

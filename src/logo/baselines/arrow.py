@@ -1,0 +1,39 @@
+"""`arrow` (arXiv 2405.11157): PEFT's router, which weights the adapters of a pool anew for every token and module."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from logo.adapters.activation import EVERYWHERE
+from logo.baselines.method import Prepared, Task, register_method, same_for_all
+from logo.errors import UsageError, listed
+
+if TYPE_CHECKING:
+    from logo.engine import LoGo
+
+
+@register_method(source="Ostapenko et al., Arrow, arXiv 2405.11157", picks=0)
+def arrow(logo: LoGo, task: Task, *, top_k: int = 3, temperature: float = 1.0) -> Prepared:
+    """PEFT's `create_arrow_model` over the pool: a copy of the base model, in which each adapted module gives a token
+    to the `top_k` adapters whose first direction it is most along, weighted by a softmax at `temperature`.
+
+    Raises:
+        UsageError: the adapters differ in rank or modules, act on some tokens only, or the model runs in vLLM.
+    """
+    from peft import ArrowConfig, create_arrow_model
+
+    from logo.engine import LoGo
+
+    names = task.candidates(logo)
+    if later := [name for name in names if logo.pool[name].activation != EVERYWHERE]:
+        raise UsageError(f"method 'arrow': expected adapters that act on every token, found {listed(later, 5)}")
+    if any(weight.is_meta for weight in logo.model.parameters()):
+        raise UsageError("method 'arrow' changes the model itself: use --engine local")
+    engine = LoGo(copy.deepcopy(logo.model), logo.tokenizer, logo.pool.subset(names), settings=logo.settings)
+    config = ArrowConfig(top_k=min(top_k, len(names)), router_temperature=temperature, rng_seed=0)
+    try:
+        create_arrow_model(engine.model, [str(logo.pool[name].folder) for name in names], config).eval()
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"method 'arrow': PEFT refuses this pool: {error}") from error
+    return Prepared(same_for_all({}), engine=engine)
