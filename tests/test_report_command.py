@@ -42,7 +42,7 @@ def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("results")
     two_runs(root)
-    report(root, "--save", root / "r.html", "--title", "Two <runs>")
+    report(root, "--save", root / "r.html")
     return root / "r.html"
 
 
@@ -55,7 +55,10 @@ def test_it_fits_its_window_without_errors(window: Browser, page: Path, width: i
     window.messages()
     window.open(page)
     assert window.messages() == []
-    assert window.run("return [document.title, document.documentElement.scrollWidth]") == ["Two <runs>", width]
+    assert window.run("return [document.title, document.documentElement.scrollWidth]") == [
+        f"LoGo: {LEFT}, {RIGHT}",
+        width,
+    ]
     charts = window.run("return [...document.querySelectorAll('.chart svg')].map(svg => svg.clientWidth)")
     assert len(charts) == 5 and all(width / 2 < each <= width for each in charts)
     style = "const style = getComputedStyle(document.body); return [style.backgroundColor, style.color]"
@@ -95,12 +98,10 @@ def test_hostile_text_stays_text(window: Browser, tmp_path: Path) -> None:
     for name in (LEFT, RIGHT):
         said = {"dataset": {"name": EVIL[1]}, "metric": "em"}
         write_result(tmp_path / name / "bbh.x", EVIL, EVIL, more=said, **columns)
-    report(
-        tmp_path, "--save", tmp_path / "r.html", "--title", EVIL[1], "--csv", tmp_path, "--latex", tmp_path / "t.tex"
-    )
+    report(tmp_path, "--save", tmp_path / "r.html", "--csv", tmp_path, "--latex", tmp_path / "t.tex")
     window.open(tmp_path / "r.html")
     title, images = window.run("return [document.title, document.querySelectorAll('img').length]")
-    assert (title, images) == (EVIL[1], 0) and window.messages() == []
+    assert (title, images) == (f"LoGo: {LEFT}, {RIGHT}", 0) and window.messages() == []
     assert window.run(COLUMN, "answer") == EVIL * 2 and window.run(COLUMN, "prompt") == EVIL * 2
     with open(tmp_path / "rows.csv", newline="", encoding="utf-8") as file:
         assert [one["prediction"] for one in csv.DictReader(file)] == EVIL * 2

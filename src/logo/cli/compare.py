@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Parameter
 from rich.text import Text
 
-from logo.cli.options import not_negative, said
+from logo.cli.options import said
 from logo.cli.output import natural_width, note, one_line, out, plain_table, print_json, screen
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ def compare(
     /,
     *,
     metric: Annotated[str | None, said("as the runs did")] = None,
-    seed: Annotated[int, Parameter(validator=not_negative)] = 0,
     json: bool = False,
 ) -> None:
     """Compare runs row by row with the first: differences, intervals, and a test whether they could be chance.
@@ -32,14 +30,13 @@ def compare(
     Args:
         runs: Two folders of runs or more, or one that holds them.
         metric: Judge the stored answers anew, of all datasets.
-        seed: Random seed of intervals and tests.
         json: Print the lines as JSON.
     """
     from logo.evaluation.compare import compare as compare_runs
     from logo.evaluation.metrics import checked_kind
     from logo.evaluation.results import read
 
-    found = compare_runs(read(runs, None if metric is None else checked_kind(metric, "--metric")), seed=seed)
+    found = compare_runs(read(runs, None if metric is None else checked_kind(metric, "--metric")))
     for one in found.notes:
         note(f"Note: {one}")
     if json:

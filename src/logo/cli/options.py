@@ -133,7 +133,7 @@ class MethodOptions:
     """Which method selects, and its own options."""
 
     method: str = "logo"
-    """logo, base, uniform, random, target, best-single, lorahub or loraretriever."""
+    """logo, base, uniform, random, target, best-single, lorahub, loraretriever or arrow."""
 
     method_args: str | None = None
     """Options of the method, such as `rows=16,budget=40` or `embedding_model=DIR`."""

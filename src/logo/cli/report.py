@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
-
-from logo.cli.options import not_negative, said
+from logo.cli.options import said
 from logo.cli.output import check_writable, note, print_json
 from logo.errors import UsageError
 from logo.files import replace_file
@@ -21,8 +19,6 @@ def report(
     csv: Annotated[Path | None, said("no CSV")] = None,
     latex: Annotated[Path | None, said("no LaTeX")] = None,
     metric: Annotated[str | None, said("as the runs did")] = None,
-    title: Annotated[str | None, said("the runs' names")] = None,
-    seed: Annotated[int, Parameter(validator=not_negative)] = 0,
     json: bool = False,
 ) -> None:
     """Make one self-contained page of results: intervals, comparisons, adapters, confidence, every row.
@@ -35,8 +31,6 @@ def report(
         csv: Folder to write the tables to, as CSV.
         latex: File to write the tables to, as LaTeX.
         metric: Judge the stored answers anew, of all datasets.
-        title: The page's heading.
-        seed: Random seed of intervals and tests.
         json: Print scores, comparisons and the written files as JSON.
     """
     from logo.evaluation.metrics import checked_kind
@@ -49,8 +43,8 @@ def report(
             raise UsageError(f"{option} {file}: expected a file to write, found a folder")
         if file is not None:
             check_writable(file.parent)
-    found = analyse(read(results, None if metric is None else checked_kind(metric, "--metric")), seed=seed)
-    written = {save: page(found, title)}
+    found = analyse(read(results, None if metric is None else checked_kind(metric, "--metric")))
+    written = {save: page(found)}
     if latex is not None:
         written[latex] = as_latex(found)
     if csv is not None:

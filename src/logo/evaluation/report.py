@@ -154,8 +154,8 @@ def _counted(name: str, datasets: int) -> str:
 # -- page --------------------------------------------------------------------------------------------------------------
 
 
-def page(report: Report, title: str | None = None) -> str:
-    """The page as HTML; its heading names the runs unless there is a `title`."""
+def page(report: Report) -> str:
+    """The page as HTML; its heading names the runs."""
     import altair
     import jinja2
     import vl_convert
@@ -165,7 +165,7 @@ def page(report: Report, title: str | None = None) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("report.html.j2").render(
-        title=title or f"LoGo: {listed(runs)}",
+        title=f"LoGo: {listed(runs)}",
         runs=runs,
         counts={"run": len(runs), "dataset": table["dataset"].nunique(), "row": len(table)},
         notes=[*report.comparison.notes, *([f"{failed} rows have no answer, and count as wrong"] if failed else [])],
