@@ -56,7 +56,7 @@ def test_it_fits_its_window_without_errors(window: Browser, page: Path, width: i
     window.open(page)
     assert window.messages() == []
     assert window.run("return [document.title, document.documentElement.scrollWidth]") == [
-        f"LoGo: {LEFT}, {RIGHT}",
+        f"LoGo: {RIGHT}, {LEFT}",
         width,
     ]
     charts = window.run("return [...document.querySelectorAll('.chart svg')].map(svg => svg.clientWidth)")
@@ -101,7 +101,7 @@ def test_hostile_text_stays_text(window: Browser, tmp_path: Path) -> None:
     report(tmp_path, "--save", tmp_path / "r.html", "--csv", tmp_path, "--latex", tmp_path / "t.tex")
     window.open(tmp_path / "r.html")
     title, images = window.run("return [document.title, document.querySelectorAll('img').length]")
-    assert (title, images) == (f"LoGo: {LEFT}, {RIGHT}", 0) and window.messages() == []
+    assert (title, images) == (f"LoGo: {RIGHT}, {LEFT}", 0) and window.messages() == []
     assert window.run(COLUMN, "answer") == EVIL * 2 and window.run(COLUMN, "prompt") == EVIL * 2
     with open(tmp_path / "rows.csv", newline="", encoding="utf-8") as file:
         assert [one["prediction"] for one in csv.DictReader(file)] == EVIL * 2
