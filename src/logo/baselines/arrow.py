@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from logo.adapters.activation import EVERYWHERE
 from logo.baselines.method import Prepared, Task, register_method, same_for_all
-from logo.errors import UsageError, listed
+from logo.errors import UsageError, listed, need
 
 if TYPE_CHECKING:
     from logo.engine import LoGo
@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 
 @register_method(source="Ostapenko et al., Arrow, arXiv 2405.11157", picks=0)
 def arrow(logo: LoGo, task: Task, *, top_k: int = 3, temperature: float = 1.0) -> Prepared:
-    """PEFT's `create_arrow_model` over the pool: a copy of the base model, in which each adapted module gives a token
-    to the `top_k` adapters whose first direction it is most along, weighted by a softmax at `temperature`.
+    """A copy of the base model that routes by PEFT's `create_arrow_model`. In each adapted module, a token `h` gets the
+    `top_k` adapters with the largest `|v · h|`, weighted by a softmax of these at `temperature`; `v` is the first right
+    singular vector of the adapter's `B A` there.
 
     Raises:
         UsageError: the adapters differ in rank or modules, act on some tokens only, or the model runs in vLLM.
+        MissingLibrary: without the extra `train`.
     """
+    need("method 'arrow'", "peft")
     from peft import ArrowConfig, create_arrow_model
 
     from logo.engine import LoGo
