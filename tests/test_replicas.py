@@ -27,7 +27,7 @@ from http_server import eventually
 from logo import AdapterPool
 from logo.cli.app import run
 from logo.cluster.processes import Expected, Layout
-from logo.cluster.replicas import LOAD, UNLOAD, Plan, serve_replicas
+from logo.cluster.replicas import LOAD, UNLOAD, ReplicaPlan, serve_replicas
 from logo.demo import adapters_dir
 from logo.errors import LoGoError, PoolError
 
@@ -90,7 +90,7 @@ async def small_app() -> Starlette:
 
 def serve() -> None:
     expected = Expected.of(functools.partial(AdapterPool.open, adapters_dir()))
-    plan = functools.partial(Plan, small_app, {FOLDER: sys.argv[1]}, expected, 2)
+    plan = functools.partial(ReplicaPlan, small_app, {FOLDER: sys.argv[1]}, expected, 2)
     serve_replicas(Layout(2), plan, "127.0.0.1", PORT, functools.partial(print, flush=True))
 
 

@@ -214,7 +214,7 @@ class LoGo:
         return devices(self.model)
 
     def calibrate(
-        self, signal: str | None = None, tell: Tell | None = None, prepared: Prepared | None = None
+        self, signal: str | None = None, tell: Tell | None = None, prepared: Fitted | None = None
     ) -> Calibration | None:
         """Calibrates adapters that are not cached, and indexes all, which the first selection would do otherwise.
 
@@ -238,7 +238,7 @@ class LoGo:
                 prepared.scorers[signal] = self._opened(prepared.fitted, signal, tell)
             return prepared.scorers[signal].calibration
 
-    def prepared(self, pool: AdapterPool) -> Prepared:
+    def prepared(self, pool: AdapterPool) -> Fitted:
         """Fits another pool while this one is in use: nothing changes before `take`. Errors as `LoGo`."""
         with self._lock:
             fitted = pool.fit(self._layout, model=self.model, on_bad_adapter=self._on_bad_adapter)
@@ -248,9 +248,9 @@ class LoGo:
                 found = f"{len(plain)} of {len(fitted)} adapters act on every token ({listed(plain)}), so the pool is"
                 once = "reading prompts once needs activation in all of its adapters"
                 warnings.warn(f"{found} probed like a plain one: {once}", UserWarning, stacklevel=3)
-            return Prepared(pool.without(fitted.refused), fitted, {})
+            return Fitted(pool.without(fitted.refused), fitted, {})
 
-    def take(self, prepared: Prepared, instead_of: AdapterPool | None = None) -> None:
+    def take(self, prepared: Fitted, instead_of: AdapterPool | None = None) -> None:
         """Replaces the pool by a prepared one; a change of the pool `instead_of` which it comes is kept."""
         with self._lock:
             before = self._earlier | self._scorers
@@ -572,7 +572,7 @@ class LoGo:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Fitted:
     """A pool that an engine can take at once."""
 
     pool: AdapterPool  # as it was given, without adapters that do not fit

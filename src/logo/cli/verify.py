@@ -37,7 +37,7 @@ Answer = tuple[tuple[int, ...], float, Mixture]  # tokens, their mean log-probab
 
 
 @dataclass(frozen=True)
-class Server:
+class Endpoint:
     """A server with LoGo's API."""
 
     url: str
@@ -78,7 +78,7 @@ class Server:
 class Check:
     """Asks a server, whose name of the base model is `base`, and the library the same."""
 
-    server: Server
+    server: Endpoint
     logo: LoGo
     base: str
     workers: ThreadPoolExecutor
@@ -177,7 +177,7 @@ def verify(
     """
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"URL {url}: expected an address that begins with http:// or https://")
-    server = Server(url.rstrip("/").removesuffix("/v1"), api_key)
+    server = Endpoint(url.rstrip("/").removesuffix("/v1"), api_key)
     known, found = server.ask("/v1/models"), server.ask("/v1/logo/adapters")
     served = {card["id"] for card in found["data"]} & {card["id"] for card in known["data"]}
     # The server says by which signal it selects, and how many.

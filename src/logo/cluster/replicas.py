@@ -48,7 +48,7 @@ Changed = Mapping[str, Sequence[Any]]  # name -> [mark, folder or None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReplicaPlan:
     """The settings of each replica.
 
     Attributes:
@@ -90,7 +90,7 @@ async def vllm_app(flags: Sequence[str]) -> Starlette:
 class Replica:
     """A replica; `changes` is the handle of `Changes`. ClusterError where it finds something else than the command."""
 
-    async def __init__(self, plan: Plan, changes: Any) -> None:  # type: ignore[misc]
+    async def __init__(self, plan: ReplicaPlan, changes: Any) -> None:  # type: ignore[misc]
         os.environ.update(plan.variables)  # before vLLM is imported
         await asyncio.to_thread(plan.expected.check)
         self._app, self._changes = await plan.open(), changes
@@ -158,7 +158,7 @@ class Replica:
 class Changes:
     """The one process that changes the pool of all replicas, one change after the other."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ReplicaPlan) -> None:
         self._plan, self._changed = plan, dict[str, Sequence[Any]]()
         self._changing = asyncio.Lock()
 
@@ -183,7 +183,7 @@ class Changes:
 # -- the application --------------------------------------------------------------------------------------------------
 
 
-def application(plan: Plan, changed: Changed) -> Any:
+def application(plan: ReplicaPlan, changed: Changed) -> Any:
     """The application for Ray Serve, after these changes of the pool."""
     from ray import serve
 
@@ -205,7 +205,11 @@ def application(plan: Plan, changed: Changed) -> Any:
 
 
 def serve_replicas(
-    layout: Layout, plan_of: Callable[[Mapping[str, Any]], Plan], host: str, port: int, say: Callable[[str], None]
+    layout: Layout,
+    plan_of: Callable[[Mapping[str, Any]], ReplicaPlan],
+    host: str,
+    port: int,
+    say: Callable[[str], None],
 ) -> None:
     """Serves until SIGTERM or Ctrl-C, and then until accepted requests have ended; a second signal does not wait.
 

@@ -54,7 +54,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Bytes on a model's devices: of the weights, the most for adapters and for keys and values, and what is free."""
 
     model: int
@@ -63,7 +63,7 @@ class Plan:
     free: int
 
     @classmethod
-    def of(cls, model: Any, adapters: int, memory: Memory) -> Plan:
+    def of(cls, model: Any, adapters: int, memory: Memory) -> MemoryPlan:
         """Plans the memory of a server; UsageError: it needs more than there is."""
         tensors = [*model.parameters(), *model.buffers()]
         devices = {tensor.device for tensor in tensors}
@@ -139,7 +139,7 @@ class Batching:
             parts = text_config(model)
             first = (parts.rope_parameters or {}).get("original_max_position_embeddings")
             context = min(context or first, first or parts.max_position_embeddings)
-        self.plan = Plan.of(model, adapters.budget, memory)
+        self.plan = MemoryPlan.of(model, adapters.budget, memory)
         self._tokens = self.plan.tokens(model, adapters.dtype, 0 if prefix_cache is None else prefix_cache.budget)
         self.context = self._tokens if context is None else min(context, self._tokens)
         self._model, self._prefix_cache = model, prefix_cache

@@ -47,7 +47,7 @@ class WorkerError(LoGoError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenSignal:
     """What is known outside of vLLM's workers of the scorer of a signal there."""
 
     name: str  # of the signal
@@ -62,7 +62,7 @@ class Served:
     """A pool that prompts are selected from, and the scorers that vLLM's workers have of it, by signal."""
 
     pool: AdapterPool
-    opened: Mapping[str, Opened]
+    opened: Mapping[str, OpenSignal]
 
 
 class Engine:
@@ -152,7 +152,7 @@ class Engine:
             evidence = facts["evidence"] and Evidence(**facts["evidence"])
             selector = Selector(tuple(facts["names"]), facts["default_k"], evidence, facts["sizes"])
             how = self.options.settings.reading(pool, signal)
-            opened[signal] = Opened(signal, how, tuple(told[0]["points"]), selector)
+            opened[signal] = OpenSignal(signal, how, tuple(told[0]["points"]), selector)
         return Served(pool, opened)
 
     async def signal(self, served: Served, signal: str) -> Served:
