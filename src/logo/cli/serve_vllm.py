@@ -109,7 +109,7 @@ def _replicas(options: EngineOptions, base_model: str, server: ServerOptions, la
     """Serves from replicas until a signal comes."""
     from logo.cli.cluster import absolute, expected
     from logo.cluster.processes import Layout
-    from logo.cluster.replicas import Plan, serve_replicas, vllm_app
+    from logo.cluster.replicas import ReplicaPlan, serve_replicas, vllm_app
     from logo.serve.running import listening
 
     layout = Layout(server.replicas or 1, server.ray)
@@ -119,7 +119,7 @@ def _replicas(options: EngineOptions, base_model: str, server: ServerOptions, la
     pool = {"model_dir": os.path.abspath(MODEL_DIR), "on_bad_adapter": options.on_bad_adapter}
     found = expected(layout, launch.pool, absolute(base_model), **pool)
     variables = launch.environment({})
-    serve_replicas(layout, lambda how: Plan(open_, variables, found, layout.count, how), host, port, note)
+    serve_replicas(layout, lambda how: ReplicaPlan(open_, variables, found, layout.count, how), host, port, note)
 
 
 def _launch(options: EngineOptions, base_model: str, server: ServerOptions, given: Sequence[str]) -> Launch:
