@@ -17,7 +17,9 @@ from torch import Tensor
 
 # Rows of one request from which on they are multiplied by themselves, so that they meet only their own adapters.
 _ALONE = 16
-
+# A slot between open ones is multiplied with them if that costs less than a copy of the open ones: copying a number
+# takes as long as this many multiplications.
+_COPY = 32
 
 # Consecutive rows of a step that belong to one request: the first of them, and their gate (rows, slots) on the CPU.
 Rows = tuple[int, Tensor]
@@ -25,28 +27,39 @@ Rows = tuple[int, Tensor]
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a step that are multiplied together: (n,) int64 or a slice, the slots (s,) int64 that some of them opens,
-    and their gate (n, s)."""
+    """Rows of a step that are multiplied together: (n,) int64 or a slice, the slots (int64 or a slice) that are
+    multiplied, and the gate (n, slots) of the rows at these slots; `closed`: where it is 0, None if nowhere."""
 
     rows: slice | Tensor
-    slots: Tensor
+    slots: slice | Tensor
     gate: Tensor
+    closed: Tensor | None
 
     @classmethod
     def of(cls, rows: slice | Tensor, gate: Tensor) -> Group:
         """The group of these rows, given their gates (n, slots), some of which are open."""
-        slots = (gate != 0).any(dim=0).nonzero()[:, 0]
-        return cls(rows, slots, gate[:, slots])
+        slots: slice | Tensor = (opened := (gate != 0).any(dim=0).nonzero()[:, 0])
+        first, end = int(opened[0]), int(opened[-1]) + 1
+        if len(gate) * (end - first - len(opened)) <= _COPY * len(opened):
+            slots = slice(first, end)
+        picked = gate[:, slots]
+        closed = picked == 0
+        return cls(rows, slots, picked, closed if bool(closed.any()) else None)
 
     def add(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
         """Adds the product to the group's rows of `y` (tokens, d_out); other arguments as `gated`."""
-        at = self.slots
-        picked = slice(int(at), int(at) + 1) if len(at) == 1 else at  # one slot needs no copy
-        made = gated(x[self.rows], a[picked], b[picked], self.gate).to(y.dtype)
-        if isinstance(self.rows, slice):
-            y[self.rows].add_(made)
+        a, b = a[self.slots], b[self.slots].flatten(0, 1)
+        shrunk = (x[self.rows].to(a.dtype) @ a.flatten(0, 1).T).view(-1, *a.shape[:2])
+        shrunk *= self.gate[..., None]
+        if self.closed is not None:
+            shrunk.masked_fill_(self.closed[..., None], 0)  # not finite, perhaps
+        opened = shrunk.flatten(1)
+        if not isinstance(self.rows, slice):
+            y.index_add_(0, self.rows, (opened @ b).to(y.dtype))
+        elif y.dtype == b.dtype:
+            y[self.rows].addmm_(opened, b)
         else:
-            y.index_add_(0, self.rows, made)
+            y[self.rows] += (opened @ b).to(y.dtype)
 
 
 class StepGates:
@@ -91,7 +104,8 @@ def _grouped(rows: Sequence[Rows], dtype: torch.dtype) -> tuple[Group, ...]:
     short = [(torch.arange(row, row + len(gate)), gate) for row, gate in opened if len(gate) < _ALONE]
     if short:
         every, gates = map(torch.cat, zip(*short, strict=True))
-        groups.append(Group.of(every, gates))
+        first, end = int(every[0]), int(every[-1]) + 1
+        groups.append(Group.of(slice(first, end) if bool((every.diff() == 1).all()) else every, gates))
     return tuple(groups)
 
 
