@@ -76,7 +76,7 @@ def write_rows(file: Path, some: Sequence[Mapping[str, Any]]) -> Path:
 def command(base_model: Path, tasks: Path, pool: Path, *more: str) -> list[str]:
     """A short training."""
     where = ["--base-model", str(base_model), "--rows", str(tasks), "--out", str(pool), "--device", "cpu"]
-    config = ["--r", "2", "--lr", "5e-3", "--steps", "6", "--batch-size", "4", "--evaluations", "3"]
+    config = ["--r", "2", "--lr", "5e-3", "--steps", "6", "--batch-size", "4"]
     return ["train", *where, *config, *more]
 
 

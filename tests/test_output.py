@@ -33,9 +33,9 @@ def test_a_line_of_a_file_of_prompts_ends_where_a_line_ends(tmp_path: Path) -> N
     """Not at a form feed or one of Unicode's separators; and a byte order mark belongs to no prompt."""
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffone\u2028still one\x0c\x85\r\ntwo\n".encode())
-    assert PromptOptions(prompts=file).read([]).texts == ["one\u2028still one\x0c\x85", "two"]
+    assert PromptOptions(prompts=file).read([])[0] == ["one\u2028still one\x0c\x85", "two"]
     file.write_text("one\n \ntwo\n\n")
-    assert PromptOptions(prompts=file).read([]).texts == ["one", "two"]
+    assert PromptOptions(prompts=file).read([])[0] == ["one", "two"]
     file.write_text("\n\n")
     with pytest.raises(UsageError, match="no prompt"):
         PromptOptions(prompts=file).read([])

@@ -98,21 +98,21 @@ def test_hostile_text_stays_text(window: Browser, tmp_path: Path) -> None:
     for name in (LEFT, RIGHT):
         said = {"dataset": {"name": EVIL[1]}, "metric": "em"}
         write_result(tmp_path / name / "bbh.x", EVIL, EVIL, more=said, **columns)
-    report(tmp_path, "--save", tmp_path / "r.html", "--csv", tmp_path, "--latex", tmp_path / "t.tex")
+    report(tmp_path, "--save", tmp_path / "r.html", "--save", tmp_path / "csv", "--save", tmp_path / "t.tex")
     window.open(tmp_path / "r.html")
     title, images = window.run("return [document.title, document.querySelectorAll('img').length]")
     assert (title, images) == (f"LoGo: {RIGHT}, {LEFT}", 0) and window.messages() == []
     assert window.run(COLUMN, "answer") == EVIL * 2 and window.run(COLUMN, "prompt") == EVIL * 2
-    with open(tmp_path / "rows.csv", newline="", encoding="utf-8") as file:
+    with open(tmp_path / "csv" / "rows.csv", newline="", encoding="utf-8") as file:
         assert [one["prediction"] for one in csv.DictReader(file)] == EVIL * 2
-    weights = pandas.read_csv(tmp_path / "adapters.csv")
+    weights = pandas.read_csv(tmp_path / "csv" / "adapters.csv")
     assert set(weights["adapter"]) == set(EVIL) and set(weights["weight"].round(6)) == {0.5, 0.3, 0.2}
 
 
 def test_numbers_of_the_page_as_json_csv_and_latex(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two_runs(tmp_path)
     page, tables, tex = tmp_path / "r.html", tmp_path / "csv", tmp_path / "t.tex"
-    report(tmp_path, "--save", page, "--csv", tables, "--latex", tex, "--json")
+    report(tmp_path, "--save", page, "--save", tables, "--save", tex, "--json")
     found = json.loads(capsys.readouterr().out)
     assert found["files"][str(page)] == page.stat().st_size < 1_500_000
     scores = {(one["run"], one["name"]): one for one in found["scores"]}
@@ -141,7 +141,7 @@ def test_group_means_are_of_all_datasets_or_none(tmp_path: Path, capsys: pytest.
 
 def test_results_of_the_official_script_and_another_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two_runs(tmp_path / "theirs", official=True)
-    report(tmp_path / "theirs", "--save", tmp_path / "r.html", "--csv", tmp_path, "--json")
+    report(tmp_path / "theirs", "--save", tmp_path / "r.html", "--save", tmp_path / "csv", "--json")
     found = json.loads(capsys.readouterr().out)
     assert len(found["scores"]) == 8 and len(found["comparisons"]) == 4 and "has no prompts" in found["notes"][0]
     assert (tmp_path / "r.html").read_text().count("The results say nothing of it.") == 2  # no confidences
@@ -156,5 +156,5 @@ def test_runs_on_other_rows_are_shown_and_not_compared(tmp_path: Path, capsys: p
     report(tmp_path, "--save", tmp_path / "r.html")
     assert f"found 11 in {RIGHT} and 12 in {LEFT}" in capsys.readouterr().err
     assert "There are no two runs on the same rows." in (tmp_path / "r.html").read_text()
-    assert run(["eval", "report", str(tmp_path), "--save", str(tmp_path)]) == 2
-    assert "expected a file to write, found a folder" in capsys.readouterr().err
+    assert run(["eval", "report", str(tmp_path), "--save", str(tmp_path / "page.pdf")]) == 2
+    assert "expected FILE.html, FILE.tex, or a folder without a suffix" in capsys.readouterr().err

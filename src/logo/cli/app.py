@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import shlex
 import sys
 import traceback
 import warnings
@@ -103,10 +102,7 @@ def run(argv: Sequence[str]) -> int:
         for one in anywhere.plugin:
             plugins.load(one, os.getcwd())
         plugins.load_installed()
-        rest = argv[end:]
-        if own[:1] == ["serve"] and rest:
-            rest = ["--vllm-flags", shlex.join(rest[1:])]
-        tokens = [*own, *rest]
+        tokens = [*own, *argv[end:]]
         app.config = [] if anywhere.config is None else [_options_in(anywhere.config, app.parse_commands(tokens)[0])]
         console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
         how: dict[str, Any] = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}

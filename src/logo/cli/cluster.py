@@ -47,22 +47,12 @@ def absolute(name: str) -> str:
 
 
 @contextmanager
-def in_workers(
-    opening: Opening,
-    options: WorkerOptions,
-    answer: Callable[..., Any],
-    made: Callable[[Opening], Callable[[], Any]] = lambda there: there,
-) -> Iterator[tuple[Any, Any]]:
-    """The facts of what workers have opened, and what divides blocks of rows among them.
-
-    Args:
-        answer: what one of them does with a block.
-        made: what opens in each process.
-    """
+def in_workers(opening: Opening, options: WorkerOptions, answer: Callable[..., Any]) -> Iterator[tuple[Any, Any]]:
+    """The facts of what workers have opened, and what divides blocks of rows among them; `answer`: what one of them
+    does with a block."""
     from logo.cluster.workers import in_workers as started
 
     layout, there = Layout(options.workers or 1, options.ray), anywhere(opening)
-    pool = {name: there.options[name] for name in ("on_bad_adapter",) if name in there.options}
-    found = expected(layout, str(there.pool), there.base_model, model_dir=there.options["model_dir"], **pool)
-    with started(layout, found, made(there), answer) as opened:
+    found = expected(layout, str(there.pool), there.base_model, model_dir=there.options["model_dir"])
+    with started(layout, found, there, answer) as opened:
         yield opened

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
+from rich.bar import Bar
 from rich.table import Table
 from rich.text import Text
 
 from logo.cli.opening import open_engine
 from logo.cli.options import EngineOptions, positive, said
-from logo.cli.output import bar, err, out, print_json, progress, weighty
+from logo.cli.output import err, out, plain_table, print_json, progress, weighty
 from logo.evaluation.metrics import em
 from logo.models import DEMO
 
@@ -76,15 +77,14 @@ def _judged(text: str, gold: str) -> Text:
     return Text(("✓ " if right else "✗ ") + text, style="green" if right else "red")
 
 
-def _bars(answer: Answer) -> Text:
+def _bars(answer: Answer) -> Table:
     shown = weighty(answer.selection)
-    heaviest = max(shown.values())
-    width = max(map(len, shown))
-    lines = [
-        Text(f"{name:<{width}} {weight:.2f} {bar(weight / heaviest, 8)}", style="bold" if name == answer.task else "")
-        for name, weight in shown.items()
-    ]
-    return Text("\n").join(lines)
+    table = plain_table("", "", "")
+    table.show_header = False
+    for name, weight in shown.items():
+        row = name, f"{weight:.2f}", Bar(max(shown.values()), 0, weight, width=8)
+        table.add_row(*row, style="bold" if name == answer.task else "")
+    return table
 
 
 def _table(results: list[TaskScore], average: dict[str, float]) -> Table:

@@ -120,8 +120,7 @@ def run(
     command["options"] |= {} if runner == "local" else {"engine": runner}
     options: dict[str, Any] = {
         **{"engine": runner, "k": engine.n_selected_modules, "signal": engine.signal or "calibrated"},
-        "when_unsure": engine.when_unsure,
-        **{"on_bad_adapter": engine.on_bad_adapter, "dtype": engine.dtype or "auto", "model_dir": MODEL_DIR},
+        **{"when_unsure": engine.when_unsure, "dtype": engine.dtype or "auto", "model_dir": MODEL_DIR},
         **placed(engine.device),
     }
     if runner == "vllm":  # set before it is imported, so that its messages stay out of this command's output

@@ -15,7 +15,6 @@ from logo.cli.prompts import PromptOptions, forced, or_demo
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
-    from logo.core import Generation
     from logo.engine import LoGo
 
 
@@ -25,7 +24,6 @@ def generate(
     max_new_tokens: Annotated[int | None, said("256, or half of the context", validator=positive)] = None,
     adapter: Annotated[list[str] | None, said("selected")] = None,
     base_only: bool = False,
-    candidate: Annotated[list[str] | None, said("all")] = None,
     temperature: Annotated[float, Parameter(validator=not_negative)] = 0.0,
     seed: int = 0,
     json: bool = False,
@@ -40,15 +38,14 @@ def generate(
         max_new_tokens: Longest answer, in tokens.
         adapter: Use this adapter, NAME or NAME=WEIGHT (repeatable).
         base_only: Use no adapter at all.
-        candidate: Select among these adapters only (repeatable).
         temperature: Of sampling; 0 is greedy decoding.
         seed: Random seed of sampling.
         json: Print JSON instead.
     """
     if adapter and base_only:
         raise UsageError("--base-only and --adapter exclude each other: give one of them")
-    asked = prompts.read(prompt)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "candidates": candidate}
+    texts, asked = prompts.read(prompt)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if temperature > 0:
         options |= {"do_sample": True, "temperature": temperature, "top_k": 0}
     with closing(open_engine(engine, or_demo(engine), prompts.probe_text)) as logo:
@@ -57,12 +54,16 @@ def generate(
             import torch
 
             torch.manual_seed(seed)
-        if len(asked.texts) == 1 and not json and sys.stdout.isatty():
-            _stream(logo, asked.turns[0], mixture, **options)
+        if len(texts) == 1 and not json and sys.stdout.isatty():
+            _stream(logo, asked[0], mixture, **options)
             return
-        answers = logo.generate(asked.turns, adapters=mixture, **options)
+        answers = logo.generate(asked, adapters=mixture, **options)
     if json:
-        records = [_record(text, answer) for text, answer in zip(asked.texts, answers, strict=True)]
+        records = [
+            {"prompt": text, "text": one.text, **one.selection.as_dict()}
+            | {"tokens": len(one.token_ids), "finish_reason": one.finish_reason, "seconds": one.seconds}
+            for text, one in zip(texts, answers, strict=True)
+        ]
         print_json(records[0] if len(records) == 1 else records)
         return
     for answer in answers:
@@ -75,23 +76,10 @@ def _stream(logo: LoGo, prompt: Any, mixture: Any, **options: Any) -> None:
     from logo.core import Selection
 
     if mixture is None:
-        selection = mixture = logo.select(
-            prompt, max_new_tokens=options["max_new_tokens"], candidates=options["candidates"]
-        )
+        selection = mixture = logo.select(prompt, max_new_tokens=options["max_new_tokens"])
     else:
         selection = Selection.forced(mixture)
     for number, piece in enumerate(logo.stream(prompt, adapters=mixture, **options)):
         print(piece if number else piece.lstrip(), end="", flush=True)
     print()
     note(f"  {selection_line(selection)}")
-
-
-def _record(prompt: str, answer: Generation) -> dict[str, object]:
-    return {
-        "prompt": prompt,
-        "text": answer.text,
-        **answer.selection.as_dict(),
-        "tokens": len(answer.token_ids),
-        "finish_reason": answer.finish_reason,
-        "seconds": answer.seconds,
-    }

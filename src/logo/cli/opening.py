@@ -26,15 +26,7 @@ def open_pool(options: PoolOptions, base_model: str, allow_pickle: bool = False)
     """The pool that the options name, or the base model's own."""
     from logo.adapters import pool as pools
 
-    return pools.open_pool(
-        options.sources,
-        base_model,
-        MODEL_DIR,
-        on_bad_adapter=options.on_bad_adapter,
-        allow_pickle=allow_pickle,
-        # To leave damaged adapters out, they have to be found before the first prompt, not in the middle of a run.
-        verify=True if options.on_bad_adapter == "skip" else None,
-    )
+    return pools.open_pool(options.sources, base_model, MODEL_DIR, allow_pickle=allow_pickle)
 
 
 def selection_settings(options: PoolOptions, probe_text: ProbeText | None = None) -> SelectionSettings:

@@ -78,9 +78,6 @@ class PoolOptions:
     adapters: Annotated[list[str] | None, said("the base model's own", of=POOL)] = None
     """Folder, Hub repo or manifest; several with commas."""
 
-    on_bad_adapter: Annotated[OnBad, Parameter(group=POOL, show_default=False)] = "error"
-    """Refuse a pool with a bad adapter, or skip the adapter."""
-
     device: Annotated[str, Parameter(group=POOL, converter=device_name, n_tokens=1)] = "auto"
     """auto, cpu, mps, cuda, cuda:N, or spread: over all GPUs."""
 

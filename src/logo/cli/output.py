@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.bar import Bar
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import (
@@ -82,32 +83,14 @@ def print_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
-def size(count: int) -> str:
-    """A number of bytes, in units of 10⁹, 10⁶ or 10³."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} bytes"
-
-
-def bar(share: float, width: int = BAR) -> str:
-    """A bar for a share between 0 and 1, to an eighth of a character."""
-    eighths = round(max(0.0, min(1.0, share)) * width * 8)
-    blocks = " ▏▎▍▌▋▊▉"
-    return "█" * (eighths // 8) + (blocks[eighths % 8] if eighths % 8 else "")
-
-
 def selection_table(selection: Selection, others: int = 0) -> Table:
     """Selected adapters, best first, with bars for their weights, or a row that says that the base model answers alone.
 
     Args:
         others: how many adapters are listed after the selected ones: those with the next highest scores.
     """
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("adapter", overflow="fold")
-    table.add_column("weight", justify="right")
-    table.add_column("", min_width=BAR)
-    table.add_column("score", justify="right")
+    table = plain_table("adapter", ">weight", "", ">score")
+    table.columns[0].overflow = "fold"
     heaviest = max(selection.weights, default=1.0)
     rows = list(zip(selection.adapters, selection.weights, strict=True))
     if not rows:
@@ -115,7 +98,7 @@ def selection_table(selection: Selection, others: int = 0) -> Table:
     for name, weight in rows:
         score = selection.scores.get(name)
         shown = "forced" if score is None else f"{score:.4g}"
-        table.add_row(Text(name), f"{weight:.3f}", Text(bar(weight / heaviest), style="cyan"), shown)
+        table.add_row(Text(name), f"{weight:.3f}", Bar(heaviest, 0, weight, width=BAR, color="cyan"), shown)
     left = [name for name in selection.scores if name not in selection.adapters]
     for name in sorted(left, key=selection.scores.__getitem__, reverse=True)[:others]:
         table.add_row(Text(name), "-", "", f"{selection.scores[name]:.4g}", style="dim")

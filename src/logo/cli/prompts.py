@@ -17,14 +17,6 @@ from logo.models import DEMO
 from logo.rows import text_lines
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The prompts as `texts`, and as the model is asked: the same, or a conversation for each."""
-
-    texts: list[str]
-    turns: list[Any]
-
-
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
@@ -42,8 +34,9 @@ class PromptOptions:
     probe_text: Annotated[ProbeText | None, Parameter(show_default=False)] = None
     """The part of a conversation that is read."""
 
-    def read(self, arguments: Sequence[str]) -> Asked:
-        """The prompts to answer. Blank lines of the file are skipped.
+    def read(self, arguments: Sequence[str]) -> tuple[list[str], list[Any]]:
+        """The prompts to answer, and as the model is asked: the same, or a conversation for each. Blank lines of the
+        file are skipped.
 
         Raises:
             UsageError: there is none, or an argument is empty.
@@ -63,9 +56,9 @@ class PromptOptions:
             if not text.strip():
                 raise UsageError(f"prompt {number} is empty: expected some text")
         if not self.chat and self.system is None:
-            return Asked(texts, list(texts))
+            return texts, list(texts)
         before = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return Asked(texts, [[*before, {"role": "user", "content": text}] for text in texts])
+        return texts, [[*before, {"role": "user", "content": text}] for text in texts]
 
 
 def forced(adapters: Sequence[str], names: Container[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""`logo eval report`: results as one page, and their tables as CSV and LaTeX."""
+"""`logo eval report`: results as one page, or their tables as CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -15,41 +15,35 @@ def report(
     results: list[Path],
     /,
     *,
-    save: Path,
-    csv: Annotated[Path | None, said("no CSV")] = None,
-    latex: Annotated[Path | None, said("no LaTeX")] = None,
+    save: list[Path],
     metric: Annotated[str | None, said("as the runs did")] = None,
     json: bool = False,
 ) -> None:
     """Make one self-contained page of results: intervals, comparisons, adapters, confidence, every row.
 
-    Example: logo eval report results --save report.html --latex tables.tex
+    Example: logo eval report results --save report.html --save tables.tex
 
     Args:
         results: Folders of runs or of single datasets, or one that holds several runs.
-        save: The page to write.
-        csv: Folder to write the tables to, as CSV.
-        latex: File to write the tables to, as LaTeX.
+        save: What to write (repeatable): the page, FILE.html; its tables, FILE.tex, or FOLDER/ with CSV.
         metric: Judge the stored answers anew, of all datasets.
         json: Print scores, comparisons and the written files as JSON.
     """
     from logo.evaluation.metrics import checked_kind
-    from logo.evaluation.report import analyse, frames, page
-    from logo.evaluation.report import latex as as_latex
+    from logo.evaluation.report import analyse, frames, latex, page
     from logo.evaluation.results import read
 
-    for option, file in (("--save", save), ("--latex", latex)):
-        if file is not None and file.is_dir():
-            raise UsageError(f"{option} {file}: expected a file to write, found a folder")
-        if file is not None:
-            check_writable(file.parent)
+    for path in save:
+        if path.suffix not in (".html", ".tex", "") or (path.suffix and path.is_dir()):
+            raise UsageError(f"--save {path}: expected FILE.html, FILE.tex, or a folder without a suffix for CSV")
+        check_writable(path.parent if path.suffix else path)
     found = analyse(read(results, None if metric is None else checked_kind(metric, "--metric")))
-    written = {save: page(found)}
-    if latex is not None:
-        written[latex] = as_latex(found)
-    if csv is not None:
-        check_writable(csv)
-        written |= {csv / f"{name}.csv": frame.to_csv(index=False) for name, frame in frames(found).items()}
+    written: dict[Path, str] = {}
+    for path in save:
+        if path.suffix:
+            written[path] = page(found) if path.suffix == ".html" else latex(found)
+        else:
+            written |= {path / f"{name}.csv": frame.to_csv(index=False) for name, frame in frames(found).items()}
     for file, content in written.items():
         replace_file(file, content.encode("utf-8"))
     for one in found.comparison.notes:

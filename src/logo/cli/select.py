@@ -15,7 +15,6 @@ from logo.cli.prompts import PromptOptions, or_demo
 def select(
     *prompt: str,
     prompts: PromptOptions = PromptOptions(),
-    candidate: list[str] | None = None,
     json: bool = False,
     engine: EngineOptions = EngineOptions(),
 ) -> None:
@@ -27,19 +26,18 @@ def select(
 
     Args:
         prompt: One or more prompts.
-        candidate: Select among these adapters only (repeatable).
         json: Print JSON instead.
     """
-    asked = prompts.read(prompt)
+    texts, asked = prompts.read(prompt)
     with closing(open_engine(engine, or_demo(engine), prompts.probe_text)) as logo:
-        selections = logo.select(asked.turns, candidates=candidate)
+        selections = logo.select(asked)
         k, unsure_below = logo.k, logo.settings.unsure_below
     if json:
-        records = [{"prompt": p, **selection.as_dict()} for p, selection in zip(asked.texts, selections, strict=True)]
+        records = [{"prompt": p, **selection.as_dict()} for p, selection in zip(texts, selections, strict=True)]
         print_json(records[0] if len(records) == 1 else records)
         return
-    for text, selection in zip(asked.texts, selections, strict=True):
-        if len(asked.texts) > 1:
+    for text, selection in zip(texts, selections, strict=True):
+        if len(texts) > 1:
             out.print(Text(f"\n{text}", "bold"))
         out.print(selection_table(selection, others=k - len(selection.adapters)))
         if selection.confidence is not None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import shlex
-from typing import Annotated
 
 from logo.cli import serve_vllm
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, changed, said
+from logo.cli.options import EngineOptions, changed
 from logo.cli.output import note
 from logo.cli.prompts import or_demo
 from logo.cli.serve_options import ServerOptions
@@ -18,8 +16,7 @@ MAX_BODY = 1_000_000  # bytes of a request
 
 
 def serve(
-    *,
-    vllm_flags: Annotated[str, said("none", allow_leading_hyphen=True)] = "",
+    *vllm_flags: str,
     server: ServerOptions = ServerOptions(),
     engine: EngineOptions = EngineOptions(),
 ) -> None:
@@ -30,16 +27,14 @@ def serve(
     Example: logo serve --base-model demo
 
     Args:
-        vllm_flags: With --engine vllm: flags for vLLM, which may also follow after `--`.
+        vllm_flags: With --engine vllm: flags for vLLM, after `--`.
     """
     if server.server == "vllm":
-        serve_vllm.serve(engine, server, shlex.split(vllm_flags))
+        serve_vllm.serve(engine, server, vllm_flags)
         return
-    for flag in (*changed(server, "replicas", "ray", "dry_run").values(), *shlex.split(vllm_flags)):
+    for flag in (*changed(server, "replicas", "ray", "dry_run").values(), *vllm_flags):
         raise UsageError(f"{flag} is only for --engine vllm")
     need("the server", "starlette", "uvicorn", "prometheus_client")
-    if server.log_prompts and not server.log_json:
-        raise UsageError("--log-prompts: prompts are only logged as JSON; add --log-json")
     folder = None if server.allow_adapter_changes is None else server.allow_adapter_changes.resolve()
     if folder is not None and not folder.is_dir():
         raise StorageError(
@@ -59,9 +54,9 @@ def serve(
         tuple(server.cors or ()),
         key_adapters=bound,
     )
-    configure(log_json=server.log_json)
+    configure(log_json=server.log != "text")
     # A log that programs read is JSON from its first line to its last.
-    tell = logging.getLogger("logo.serve").info if server.log_json else note
+    tell = note if server.log == "text" else logging.getLogger("logo.serve").info
     if not guards.api_keys and not bound and not is_loopback(server.host):
         tell(serve_vllm.OPEN.format(server.host))
     taken = listening(server.host, server.port)
@@ -74,7 +69,7 @@ def serve(
     from logo.serve.running import serve as run
     from logo.serve.service import Service
 
-    settings = AppSettings(name, server.request_timeout or None, folder, server.log_prompts)
+    settings = AppSettings(name, adapter_changes=folder, log_prompts=server.log == "prompts")
     logo = open_engine(engine, base_model, server.probe_text, adapter_memory_gb=server.adapter_memory_gb)
     check_pool(name, logo.names)
     for pattern in unmatched(logo.names, bound):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
-from logo.cli.options import Engine, ProbeText, not_negative, positive, said
+from logo.cli.options import Engine, ProbeText, positive, said
 from logo.errors import UsageError
 
+Log = Literal["text", "json", "prompts"]
 NETWORK = Group("Network and logs", sort_key=1)
 LIMITS = Group("Limits", sort_key=2)
 
@@ -45,9 +46,6 @@ class ServerOptions:
     max_concurrent: Annotated[int, Parameter(group=LIMITS, validator=Number(gte=1, lte=512))] = 64
     """Answers that are generated at the same time."""
 
-    request_timeout: Annotated[float, Parameter(group=LIMITS, validator=not_negative)] = 600.0
-    """Seconds that a request may take; 0: no limit."""
-
     kv_cache_gb: Annotated[float | None, said("CPU: 2; GPU: half the free memory", of=LIMITS)] = None
     """Memory for keys and values, in 10⁹ bytes."""
 
@@ -57,11 +55,8 @@ class ServerOptions:
     allow_adapter_changes: Annotated[Path | None, Parameter(group=NETWORK)] = None
     """Folder from which requests may add adapters to the pool."""
 
-    log_json: Annotated[bool, Parameter(group=NETWORK)] = False
-    """Log one JSON object per line."""
-
-    log_prompts: Annotated[bool, Parameter(group=NETWORK)] = False
-    """With --log-json: log prompts, too (the first 200 tokens)."""
+    log: Annotated[Log, Parameter(group=NETWORK)] = "text"
+    """Text, one JSON object per line, or such lines with the prompts' first 200 tokens."""
 
     probe_text: Annotated[ProbeText | None, Parameter(group=LIMITS, show_default=False)] = None
     """The part of a conversation that is read."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.layout import BaseLayout
-from logo.adapters.pool import warn_of_bad
 from logo.adapters.sources import pool_sources, spec_of
 from logo.cli.opening import MODEL_DIR, open_pool, quiet_transformers, selection_settings
 from logo.cli.options import EngineOptions, changed
@@ -40,10 +39,8 @@ INSTEAD = {
     "device": "set CUDA_VISIBLE_DEVICES, or use `-- --tensor-parallel-size N`",
     "adapter_memory_gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
     "key_adapters": "vLLM cannot bind API keys to adapters",
-    "request_timeout": "a proxy in front of vLLM can end requests",
     "allow_adapter_changes": "set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
-    "log_prompts": "vLLM logs prompts itself: `-- --enable-log-requests`",
-    "log_json": "set VLLM_LOGGING_CONFIG_PATH to a configuration of Python's logging",
+    "log": "set VLLM_LOGGING_CONFIG_PATH, or use `-- --enable-log-requests` for prompts",
 }
 
 
@@ -116,8 +113,7 @@ def _replicas(options: EngineOptions, base_model: str, server: ServerOptions, la
     with listening(server.host, server.port) as free:  # another process will listen there
         host, port = free.getsockname()[:2]
     open_ = functools.partial(vllm_app, launch.command[3:])  # after `python -m MODULE`
-    pool = {"model_dir": os.path.abspath(MODEL_DIR), "on_bad_adapter": options.on_bad_adapter}
-    found = expected(layout, launch.pool, absolute(base_model), **pool)
+    found = expected(layout, launch.pool, absolute(base_model), model_dir=os.path.abspath(MODEL_DIR))
     variables = launch.environment({})
     serve_replicas(layout, lambda how: ReplicaPlan(open_, variables, found, layout.count, how), host, port, note)
 
@@ -133,7 +129,6 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     place = spec_of(pool_sources(options.sources, base_model, MODEL_DIR))
     config = {
         **selection_settings(options, server.probe_text).changed,
-        **({"on_bad_adapter": "skip"} if options.on_bad_adapter == "skip" else {}),
         "host": server.host,
         "hosts": server.allow_host or [],
         "origins": server.cors or [],
@@ -176,8 +171,7 @@ def _fitted(options: EngineOptions, base_model: str, server: ServerOptions) -> t
     from logo.serve.names import check_pool
 
     model, settings = skeleton(load_config(base_model, model_dir=MODEL_DIR)), selection_settings(options)
-    pool = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)
-    warn_of_bad(pool.refused)
+    pool = open_pool(options, base_model).fit(BaseLayout.of(model))
     check_pool(server.model_name(base_model), pool.names)
     plan(model, pool, settings)  # refuses a pool that cannot be scored, before vLLM is started
     return pool, min(settings.k or pool.default_k, len(pool))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 from rich.text import Text
 
 from logo.cli.opening import MODEL_DIR, placed, quiet_transformers
-from logo.cli.options import PoolOptions, WorkerOptions, arguments, positive, said
+from logo.cli.options import PoolOptions, arguments, positive, said
 from logo.cli.output import (
     check_writable,
     err,
@@ -26,9 +25,6 @@ from logo.cli.output import (
     screen,
 )
 from logo.cli.prompts import or_demo
-
-if TYPE_CHECKING:
-    from logo.evaluation.study import StudyOpening
 
 ROWS = Group("Rows and results", sort_key=2)
 COLUMNS = {
@@ -58,7 +54,6 @@ def study(
     protocols: str = "in-pool,removed,out-of-pool",
     generate: Annotated[int | None, said("gold texts are scored only", validator=positive)] = None,
     metric: Annotated[str | None, said("NAME.yaml beside NAME.jsonl, else by the task's name")] = None,
-    workers: WorkerOptions = WorkerOptions(),
     json: bool = False,
     pool: PoolOptions = PoolOptions(),
 ) -> None:
@@ -87,7 +82,7 @@ def study(
     from logo.evaluation.answer import Opening
     from logo.evaluation.datasets import find_datasets
     from logo.evaluation.metrics import checked_kind
-    from logo.evaluation.study import ALWAYS, Contest, StudyOpening
+    from logo.evaluation.study import ALWAYS, Contest, Measurer
     from logo.evaluation.study import study as run_study
     from logo.selection.signals import get_signal
 
@@ -96,27 +91,23 @@ def study(
     )
     for name in listed(signals):
         get_signal(name)
-    workers.check(pool.device)
     contest = Contest(tuple(listed(signals)), compared, tuple(listed(protocols)), generate)
     kind = None if metric is None else checked_kind(metric, "--metric")
     found = find_datasets(rows, tasks, limit=limit, metric=kind, train_rows=train_rows, answers=False)
     check_writable(save.parent)
     quiet_transformers()
     base_model = or_demo(pool)
-    options: dict[str, Any] = {"signal": contest.signals[0], "on_bad_adapter": pool.on_bad_adapter}
-    options |= {"model_dir": MODEL_DIR, **placed(pool.device)}
+    options = {"signal": contest.signals[0], "model_dir": MODEL_DIR, **placed(pool.device)}
     command = {"name": "eval study", "options": {"rows": str(rows), "signals": signals, "methods": methods}}
-    with ExitStack() as stack, progress(disable=not err.is_terminal) as bar:
-        opening = StudyOpening(Opening(base_model, pool.sources, options), contest)
-        facts, work = _opened(opening, workers, stack)
-        names = list(facts.identity["pool"])
+    opening = Opening(base_model, pool.sources, options)
+    with closing(Measurer(opening(), contest)) as measurer, progress(disable=not err.is_terminal) as bar:
+        names = list(measurer.facts.identity["pool"])
         note(f"adapters: {len(names)} · tasks with an adapter of their own: {sum(t.name in names for t in found)}")
         measured = bar.add_task("rows", total=sum(len(task.rows) for task in found))
-        how: dict[str, Any] = {"contest": contest, "overwrite": overwrite, "command": command}
+        how: dict[str, Any] = {"overwrite": overwrite, "command": command}
+        how["tell"] = lambda name: bar.update(measured, advance=1, description=name)
         try:
-            report = run_study(
-                found, save, facts, work, tell=lambda name: bar.update(measured, advance=1, description=name), **how
-            )
+            report = run_study(found, save, measurer, **how)
         except KeyboardInterrupt:
             note("Finished rows are kept: repeat the command to continue.")
             raise
@@ -130,22 +121,6 @@ def study(
 def listed(text: str) -> list[str]:
     """The names of a list `a,b`, each once."""
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _opened(opening: StudyOpening, workers: WorkerOptions, stack: ExitStack) -> Any:
-    """The facts of a measurer, and what divides blocks of rows: in this process, or among workers."""
-    from logo.evaluation.run import check_workers
-    from logo.evaluation.study import Measurer
-
-    if workers.workers is None:
-        measurer = stack.enter_context(closing(opening()))
-        return measurer.facts, lambda blocks: ((block, measurer.measure(*block)) for block in blocks)
-    from logo.cli.cluster import in_workers
-
-    there = lambda one: replace(opening, opening=one)  # noqa: E731 - short
-    facts, work = stack.enter_context(in_workers(opening.opening, workers, Measurer.measure, there))
-    check_workers(facts)
-    return facts, work
 
 
 def _show(report: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from logo.engine import LoGo
 
 TOKENS = 8  # of an answer at most
+AT_ONCE = 32  # requests, of different adapters
 # An adapter's answers may be so many times as far from the library's as those of the base model are, or as far as the
 # least at any rate. A base model whose answers are farther than the largest is another one.
 TIMES, LEAST, LARGEST = 3.0, {True: 0.01, False: 0.1}, 0.3  # the least: with log-probabilities, and without
@@ -156,7 +157,6 @@ def verify(
     /,
     *,
     limit: Annotated[int, Parameter(validator=positive)] = 4,
-    concurrency: Annotated[int, Parameter(validator=positive)] = 32,
     api_key: Annotated[str | None, Parameter(env_var="LOGO_API_KEY")] = None,
     json: bool = False,
     pool: PoolOptions = PoolOptions(),
@@ -171,7 +171,6 @@ def verify(
     Args:
         url: The server's address, such as http://localhost:8000.
         limit: Prompts of each adapter: its examples, or else requests of many kinds.
-        concurrency: Requests at a time, of different adapters.
         api_key: Key of the server.
         json: Print JSON instead.
     """
@@ -184,13 +183,13 @@ def verify(
     said = {"signal": found["signal"], "n_selected_modules": found["default_k"]}
     engine = EngineOptions(**vars(pool), **said)
     base, common = found["base_model"], REQUESTS[:: max(1, len(REQUESTS) // limit)][:limit]
-    with closing(open_engine(engine, or_demo(pool))) as logo, ThreadPoolExecutor(concurrency) as workers:
+    with closing(open_engine(engine, or_demo(pool))) as logo, ThreadPoolExecutor(AT_ONCE) as workers:
         wrong = [f"not on the server: {name}" for name in logo.names if name not in served]
         wrong += [f"not in the pool: {name}" for name in sorted(served.difference(logo.names))]
         own = {name: logo.fitted[name].examples[:limit] or common for name in logo.names if name in served}
         prompts = list(dict.fromkeys(text for texts in own.values() for text in texts)) or list(common)
         check = Check(server, logo, base, workers, server.has_logprobs(base))
-        note(f"asking {server.url}: {len(own)} adapters, {concurrency} requests at a time")
+        note(f"asking {server.url}: {len(own)} adapters, {AT_ONCE} requests at a time")
         rows, different = list(check.rows(own, prompts)), list(check.selections(prompts))
     wrong += different
     ok = not wrong and {row["verdict"] for row in rows} <= {"ok", "no effect seen"}

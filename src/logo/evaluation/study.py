@@ -28,10 +28,9 @@ import numpy as np
 
 from logo.baselines.method import Method, Prepared
 from logo.errors import DataError, UsageError, closest
-from logo.evaluation.answer import Answerer, Facts, Opening, dataset_identity, task_of
+from logo.evaluation.answer import Answerer, Facts, dataset_identity, task_of
 from logo.evaluation.metrics import by_measure, first_line, measure, measures
 from logo.evaluation.results import ROWS, RUN, Partial, is_done, read_run
-from logo.evaluation.run import Work
 from logo.evaluation.statistics import DRAWS, FEWEST, auroc, calibration_error, over_tasks
 from logo.rows import Row
 
@@ -80,18 +79,6 @@ class Contest:
         return {**vars(self), "methods": methods}
 
 
-@dataclass(frozen=True)
-class StudyOpening:
-    """What makes a `Measurer`, in this process or another one."""
-
-    opening: Opening
-    contest: Contest
-
-    def __call__(self) -> Measurer:
-        """Loads the model and the pool; errors of `LoGo.from_pretrained`."""
-        return Measurer(self.opening(), self.contest)
-
-
 class Measurer:
     """Measures rows on one engine.
 
@@ -101,7 +88,7 @@ class Measurer:
     """
 
     def __init__(self, answerer: Answerer, contest: Contest) -> None:
-        self._answerer, self._contest, self._logo = answerer, contest, answerer.logo
+        self._answerer, self.contest, self._logo = answerer, contest, answerer.logo
         self._methods = {name: Method(name) for name in ALWAYS} | dict(contest.methods)
         self._prepared: dict[tuple[str, str, str], Prepared] = {}  # by method, task and protocol
 
@@ -110,25 +97,18 @@ class Measurer:
         """What a study records of the engine and the contest."""
         facts = self._answerer.facts
         identity = {name: value for name, value in facts.identity.items() if name not in ("method", "max_new_tokens")}
-        contest = json.loads(json.dumps(self._contest.as_dict()))
+        contest = json.loads(json.dumps(self.contest.as_dict()))
         return replace(facts, identity={**identity, "contest": contest})
 
     def close(self) -> None:
         """Ends the engine's processes, if it has some."""
         self._logo.close()
 
-    def measure(self, task: Dataset, block: range) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
-        """The records of rows of a task.
-
-        Raises:
-            DataError: a row cannot be scored (names the file and the line).
-        """
-        return [self._record(task, index) for index in block], {}
-
-    def _record(self, task: Dataset, index: int) -> dict[str, Any]:
+    def measure(self, task: Dataset, index: int) -> dict[str, Any]:
+        """The record of a row of a task; DataError, which names the file and the line, if it cannot be scored."""
         row, names, arms = task.rows[index], self._logo.names, list[dict[str, Any]]()
         seconds: dict[str, float] = {}
-        for protocol in self._contest.of(task.name, names):
+        for protocol in self.contest.of(task.name, names):
             among = [name for name in names if name != task.name] if protocol == REMOVED else None
             for label in self._labels(protocol, row):
                 began = time.perf_counter()
@@ -149,11 +129,11 @@ class Measurer:
 
     def _labels(self, protocol: str, row: Row) -> list[str]:
         """What selects for a row: without a gold text, only what looks at the prompt is of interest."""
-        methods = [*self._methods] if row.completion else [*self._contest.methods]
-        return [*self._contest.signals, *(name for name in methods if name != "target" or protocol == IN_POOL)]
+        methods = [*self._methods] if row.completion else [*self.contest.methods]
+        return [*self.contest.signals, *(name for name in methods if name != "target" or protocol == IN_POOL)]
 
     def _selected(self, label: str, protocol: str, task: Dataset, row: Row, among: Sequence[str] | None) -> Selection:
-        if label in self._contest.signals:
+        if label in self.contest.signals:
             return self._logo.select(row.prompt, signal=label, candidates=among)
         key = label, task.name, protocol
         if key not in self._prepared:
@@ -176,8 +156,8 @@ class Measurer:
         keys = list(mixtures)
         scored = dict(zip(keys, self._logo.score(row.prompt, gold, [dict(key) for key in keys]), strict=True))
         texts: dict[Any, str] = {}
-        if self._contest.new_tokens is not None:
-            how: dict[str, Any] = {"max_new_tokens": self._contest.new_tokens, "stop_at_newline": True}
+        if self.contest.new_tokens is not None:
+            how: dict[str, Any] = {"max_new_tokens": self.contest.new_tokens, "stop_at_newline": True}
             made = self._logo.generate([row.prompt] * len(keys), adapters=[dict(key) for key in keys], **how)
             texts = {key: first_line(one.text) for key, one in zip(keys, made, strict=True)}
         for arm in arms:
@@ -200,10 +180,8 @@ def rank(scores: Mapping[str, float], target: str) -> int | None:
 def study(
     tasks: Sequence[Dataset],
     folder: Path,
-    facts: Facts,
-    work: Work,
+    measurer: Measurer,
     *,
-    contest: Contest,
     overwrite: bool = False,
     command: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] = lambda task: None,
@@ -211,13 +189,13 @@ def study(
     """Measures the rows that are not measured yet, writes `run.json` and `rows.jsonl`, and returns the report.
 
     Args:
-        facts: of the `Measurer` that measures; `work`: divides blocks of rows among such.
         tell: called with a task's name after each of its rows, those that were known included.
 
     Raises:
         UsageError: the study in the folder is another one, or the contest asks for no row.
         DataError: a row cannot be scored (names the file and the line).
     """
+    facts, contest = measurer.facts, measurer.contest
     names = list(facts.identity["pool"])
     asked = [task for task in tasks if contest.of(task.name, names)]
     if not asked:
@@ -233,16 +211,14 @@ def study(
         return report
     # The first rows of all tasks come first, so that an unfinished study is a smaller study of all tasks.
     order = sorted(((task, row) for task in asked for row in range(len(task.rows))), key=lambda one: one[1])
-    numbers = {(task.name, row): number for number, (task, row) in enumerate(order)}
     began = datetime.now(timezone.utc)
     with closing(Partial(folder, begun, fresh=overwrite or facts.order is not None)) as partial:
         for record in partial.records.values():
             tell(record["task"])
-        missing = ((task, range(row, row + 1)) for task, row in order if numbers[task.name, row] not in partial.records)
-        for _, (records, _) in work(missing):
-            partial.add([{"index": numbers[one["task"], one["row"]], **one} for one in records])
-            for one in records:
-                tell(one["task"])
+        for number, (task, row) in enumerate(order):
+            if number not in partial.records:
+                partial.add([{"index": number, **measurer.measure(task, row)}])
+                tell(task.name)
         report = summary(list(partial.records.values()))
         run = {
             **{"date": began.isoformat(timespec="seconds"), "device": facts.device, "report": report},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from logo.adapters.activation import Activation
 from logo.errors import UsageError
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
-Schedule = Literal["cosine", "linear", "constant"]
 ALL_LINEAR = "all-linear"
 ASSISTANT = "assistant"  # a value of `activation`
 
@@ -23,11 +22,9 @@ FEWEST_TO_HOLD_OUT = 10
 MOST_HELD_OUT = 64
 
 _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("r", "batch_size", "evaluations"), ("1 or more", lambda value: value >= 1)),
+    **dict.fromkeys(("r", "batch_size"), ("1 or more", lambda value: value >= 1)),
     **dict.fromkeys(("patience", "examples"), ("0 or more", lambda value: value >= 0)),
     **dict.fromkeys(("alpha", "lr", "epochs"), ("a number above 0", lambda value: 0 < value < math.inf)),
-    "weight_decay": ("0 or more", lambda value: 0 <= value < math.inf),
-    "schedule": (f"one of {', '.join(get_args(Schedule))}", lambda value: value in get_args(Schedule)),
     "steps": ("1 or more", lambda value: value is None or value >= 1),
     "max_length": ("2 or more", lambda value: value >= 2),
     "held_out": ("a share from 0 to below 1", lambda value: 0 <= value < 1),
@@ -52,11 +49,7 @@ class TrainingConfig:
     targets: str = "q_proj,v_proj"
     """Names of the linear modules that are adapted, or `all-linear`."""
     lr: float = 2e-4
-    """Peak learning rate, to which it rises over the first 3 % of the steps."""
-    schedule: Schedule = "cosine"
-    """How the learning rate falls after that."""
-    weight_decay: float = 0.0
-    """Weight decay of AdamW."""
+    """Peak learning rate; it rises over the first 3 % of the steps, and falls like a cosine."""
     epochs: float = 3.0
     """Passes over the rows."""
     steps: int | None = None
@@ -69,10 +62,8 @@ class TrainingConfig:
     """Seed of initial factors, order of rows and choice of held-out rows."""
     held_out: float = 0.1
     """Share of the rows to measure the loss on instead, at most 64 rows."""
-    evaluations: int = 10
-    """How often the held-out loss is measured; the best adapter is kept."""
     patience: int = 3
-    """Stop after so many measurements without a lower held-out loss; 0: never."""
+    """Stop after so many of 10 measurements without a lower held-out loss; 0: never."""
     activation: str = "everywhere"
     """Adapters act `everywhere`, on the prompt's `last:N` tokens, or from the `assistant`'s turn on."""
     examples: int = 4

@@ -21,6 +21,7 @@ from logo.training.rows import Example, Task
 PASS_TOKENS = 2048  # tokens of a forward pass, padding included; a single row is never cut
 MAX_LOGITS = 2**27  # values of a pass: 0.5 GB in float32, and twice as much again in the backward pass
 _WARMUP, _CLIP = 0.03, 1.0
+_MEASURED = 10  # times, if there are as many steps
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,10 @@ def fit(base: Base, task: Task, config: TrainingConfig, tell: Callable[[int, flo
         named = ((name, factor) for name, factor in wrapped.named_parameters() if factor.requires_grad)
         factors = dict(sorted(named, key=lambda one: (".lora_B." in one[0], one[0])))
         _initialise(factors, f"{config.seed} {task.name}")
-        optimizer = torch.optim.AdamW(factors.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(factors.values(), lr=config.lr, weight_decay=0.0, fused=True)
         steps = config.length(len(task.learned))
-        kind = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-        schedule = get_scheduler(kind, optimizer, round(_WARMUP * steps), steps)
-        count = min(config.evaluations, steps)
+        schedule = get_scheduler("cosine", optimizer, round(_WARMUP * steps), steps)
+        count = min(_MEASURED, steps)
         measured_at = {round(steps * (number + 1) / count) for number in range(count)}
         measured: list[Measured] = []
         recent: list[tuple[float, int]] = []  # loss and completion tokens of each step since the last measurement

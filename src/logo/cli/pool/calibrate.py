@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from rich.bar import Bar
 from rich.table import Table
 from rich.text import Text
 
 from logo.cli.opening import open_engine
 from logo.cli.options import PoolOptions
-from logo.cli.output import bar, err, note, out, plain_table, print_json
+from logo.cli.output import BAR, err, note, out, plain_table, print_json
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError
 
@@ -30,13 +33,16 @@ def calibrate(*, json: bool = False, pool: PoolOptions = PoolOptions()) -> None:
     Args:
         json: Print JSON instead.
     """
+    from logo.selection.selector import USUAL_SIZE
+
     with err.status("Loading and calibrating ..."):
         logo = open_engine(pool, or_demo(pool))
         calibration = logo.calibrate()
     if calibration is None:
         raise UsageError(f"the signal {logo.settings.signal!r} needs no calibration; `calibrated` does")
+    sizes = None if all(map(math.isnan, calibration.weight_norms)) else logo.scorer.selector.sizes
     if json:
-        print_json(_report(logo, calibration))
+        print_json(_report(logo, calibration, sizes))
         return
     if calibration.ranking:
         out.print(_table(calibration))
@@ -45,20 +51,11 @@ def calibrate(*, json: bool = False, pool: PoolOptions = PoolOptions()) -> None:
         f"{len(logo.names)} adapters at {len(calibration.points)} points in {calibration.seconds:.1f} s "
         f"({calibration.measured} calibrated now, {known} known already)"
     )
-    note(f"size of the adapters: {_sizes(logo, calibration)}")
-
-
-def _sizes(logo: LoGo, calibration: Calibration) -> str:
-    from logo.selection.selector import USUAL_SIZE
-
-    if _unknown(calibration):
-        return f"unknown (the base model's weights are quantised or not at hand); each adapter counts as {USUAL_SIZE}"
-    sizes = list(logo.scorer.selector.sizes.values())
-    return f"{sum(sizes) / len(sizes):.3f} on average, {min(sizes):.3f} to {max(sizes):.3f}"
-
-
-def _unknown(calibration: Calibration) -> bool:
-    return all(map(math.isnan, calibration.weight_norms))
+    if sizes is None:
+        said = f"unknown (the base model's weights are quantised or not at hand); each counts as {USUAL_SIZE}"
+    else:
+        said = f"{fmean(sizes.values()):.3f} on average, {min(sizes.values()):.3f} to {max(sizes.values()):.3f}"
+    note(f"size of the adapters: {said}")
 
 
 def _table(calibration: Calibration) -> Table:
@@ -66,17 +63,17 @@ def _table(calibration: Calibration) -> Table:
     most = max((value for _, value in calibration.ranking), default=0.0) or 1.0
     for point, value in calibration.ranking:
         read = "✓" if point in calibration.points else ""
-        table.add_row(Text(point.name), f"{value:.2f}", Text(bar(value / most), style="cyan"), read)
+        table.add_row(Text(point.name), f"{value:.2f}", Bar(most, 0, value, width=BAR, color="cyan"), read)
     return table
 
 
-def _report(logo: LoGo, calibration: Calibration) -> dict[str, Any]:
+def _report(logo: LoGo, calibration: Calibration, sizes: Mapping[str, float] | None) -> dict[str, Any]:
     return {
         "signal": logo.settings.signal,
         "adapters": list(logo.names),
         "points": [point.name for point in calibration.points],
         "ranking": [{"point": point.name, "contrast": value} for point, value in calibration.ranking],
         "measured": calibration.measured,
-        "sizes": None if _unknown(calibration) else logo.scorer.selector.sizes,
+        "sizes": sizes,
         "seconds": calibration.seconds,
     }

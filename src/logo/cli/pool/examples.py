@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from json import loads
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,39 +19,6 @@ from logo.files import locked
 
 FROM_LOG = 8  # examples of an adapter that are taken from a log
 LEAST = 3  # fewer prompts may be trials
-
-
-@dataclass(frozen=True)
-class _Home:
-    """A pool, and where the examples of its adapters are stored: beside each, or in the manifest."""
-
-    pool: AdapterPool
-    manifest: Path | None
-
-    def store(self, examples: Mapping[str, Sequence[str]]) -> None:
-        """Stores examples by adapter. Comments in a manifest are lost.
-
-        Raises:
-            UsageError: the manifest has no entry with the name of an adapter, since one without a name stands for it.
-            StorageError: a file cannot be written.
-        """
-        if self.manifest is None:
-            for name, prompts in examples.items():
-                write_examples(self.pool[name].folder, prompts)
-            return
-        with locked(self.manifest.absolute().parent):  # another process may give examples, too
-            manifest = read_manifest(self.manifest)
-            unnamed = sorted(examples.keys() - {entry.name for entry in manifest.entries})
-            if unnamed:
-                raise UsageError(
-                    f"manifest {self.manifest}: no entry has the name {unnamed[0]!r}, so it has no place for examples; "
-                    f"write the names with `logo pool lock {self.manifest} --save {self.manifest} --overwrite`"
-                )
-            entries = [
-                replace(entry, examples=tuple(examples[entry.name])) if entry.name in examples else entry  # type: ignore[index]
-                for entry in manifest.entries
-            ]
-            write_manifest(self.manifest, replace(manifest, entries=entries))
 
 
 def examples(
@@ -75,16 +42,15 @@ def examples(
         file: The example prompts: a JSON object per line with a `prompt` (or `context`); answers are not stored. The
             first 16 replace the adapter's present examples.
         from_log: Give adapters without examples 3 to 8 prompts of requests that named them: a log of `logo serve
-            --log-json --log-prompts`, or a JSON object per line with `prompt` and `adapter` (repeatable).
+            --log prompts`, or a JSON object per line with `prompt` and `adapter` (repeatable).
         json: Print JSON instead.
     """
     if from_log and name is not None:
         raise UsageError("--from-log gives examples to all adapters that a log names: leave NAME out")
-    home = _opened(place)
-    pool = home.pool
+    pool, manifest = _opened(place)
     if name is None:
         found = _logged(pool, from_log or [])
-        home.store(found)
+        _store(pool, manifest, found)
         counts = {adapter.name: len(found.get(adapter.name, adapter.examples)) for adapter in pool}
         if json:
             print_json(counts)
@@ -102,7 +68,7 @@ def examples(
         if not prompts:
             raise DataError(f"{file}: expected one prompt or more, found none")
         kept = tuple(prompts[:MOST])
-        home.store({name: kept})
+        _store(pool, manifest, {name: kept})
     if json:
         print_json({name: list(kept)})
         return
@@ -114,7 +80,8 @@ def examples(
         verbatim(prompt)
 
 
-def _opened(text: str) -> _Home:
+def _opened(text: str) -> tuple[AdapterPool, Path | None]:
+    """A pool, and the manifest in which its examples are stored; None: they are beside each adapter."""
     [only, *more] = parse_sources(text)
     if more or only.on_hub:
         missing = "" if more else " (there is no such folder here)"
@@ -122,8 +89,30 @@ def _opened(text: str) -> _Home:
             f"{text}: expected one folder or one manifest, in which the examples are stored{missing}; for a pool on "
             f"the Hub, make a manifest first: `logo pool lock {text} --save pool.yaml`"
         )
-    pool = AdapterPool.open([only.where])
-    return _Home(pool, Path(only.where) if only.kind == "manifest" else None)
+    return AdapterPool.open([only.where]), Path(only.where) if only.kind == "manifest" else None
+
+
+def _store(pool: AdapterPool, manifest: Path | None, examples: Mapping[str, Sequence[str]]) -> None:
+    """Stores examples by adapter: beside each, or in the manifest, whose comments are lost.
+
+    Raises:
+        UsageError: the manifest has no entry with the name of an adapter, since one without a name stands for it.
+        StorageError: a file cannot be written.
+    """
+    if manifest is None:
+        for name, prompts in examples.items():
+            write_examples(pool[name].folder, prompts)
+        return
+    with locked(manifest.absolute().parent):  # another process may give examples, too
+        found = read_manifest(manifest)
+        if unnamed := sorted(examples.keys() - {entry.name for entry in found.entries}):
+            raise UsageError(
+                f"manifest {manifest}: no entry has the name {unnamed[0]!r}, so it has no place for examples; "
+                f"write the names with `logo pool lock {manifest} --save {manifest} --overwrite`"
+            )
+        given = {name: tuple(prompts) for name, prompts in examples.items()}
+        entries = [replace(one, examples=given.get(one.name or "", one.examples)) for one in found.entries]
+        write_manifest(manifest, replace(found, entries=entries))
 
 
 def _logged(pool: AdapterPool, files: Sequence[Path]) -> dict[str, list[str]]:
@@ -134,7 +123,7 @@ def _logged(pool: AdapterPool, files: Sequence[Path]) -> dict[str, list[str]]:
         if not rows:
             raise DataError(
                 f'{file}: expected JSON objects with a "prompt" and an "adapter", one per line, or the log of `logo '
-                "serve --log-json --log-prompts`, found no prompt that names its adapter"
+                "serve --log prompts`, found no prompt that names its adapter"
             )
         for prompt, adapter in rows:  # prompts that differ in case or blanks only count as one
             named.setdefault(" ".join(prompt.split()).casefold(), {})[adapter] = prompt

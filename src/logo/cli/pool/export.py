@@ -45,7 +45,7 @@ def export(
     else:
         logo = open_engine(pool, or_demo(pool), allow_pickle=allow_pickle)
         if prompt is not None:
-            [text] = PromptOptions().read([prompt]).texts
+            [text], _ = PromptOptions().read([prompt])
             mixture: Any = logo.select(text)
             note(f"  {selection_line(mixture)}")
         else:

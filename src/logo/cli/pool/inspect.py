@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
 from logo.adapters.adapter import Adapter
 from logo.adapters.sources import gather, parse_sources
-from logo.cli.output import one_line, out, plain_table, print_json, size
+from logo.cli.output import one_line, out, plain_table, print_json
 from logo.cli.pool.common import divided, fitting, refusal, refusals
 from logo.errors import AdapterError, LeftOut, PoolError, listed
 
@@ -24,24 +25,22 @@ def inspect(
     /,
     *,
     base_model: str | None = None,
-    allow_pickle: bool = False,
-    check: bool = False,
     spectra: bool = False,
     json: bool = False,
 ) -> int:
     """List the adapters of a pool, and those that would be refused, with the reason.
+
+    The exit code is 1 if anything would be refused, or nothing is usable.
 
     Example: logo pool inspect adapters/ --base-model Qwen/Qwen2.5-7B --spectra
 
     Args:
         folder: Folder of adapters, at any depth, or whatever `--adapters` takes.
         base_model: Also check that every adapter fits this base model (its configuration is enough).
-        allow_pickle: Also read adapter_model.bin (tensors only).
-        check: Exit with 1 if anything would be refused, or nothing is usable.
         spectra: Also print the norm and the mean effective rank of every adapter's updates.
         json: Print JSON, with the sha256 of every adapter.
     """
-    good, refused = _found(folder, allow_pickle)
+    good, refused = _found(folder)
     if base_model is not None:
         good, misfits = divided(good, fitting(base_model))
         refused += misfits
@@ -61,15 +60,15 @@ def inspect(
             out.print(Text.assemble(("activation ", "yellow"), f"{activation}: {listed(names, 8)}"))
         for bad in refused:
             out.print(refusal(bad))
-        total = size(sum(adapter.size for adapter in good))
+        total = decimal(sum(adapter.size for adapter in good))
         out.print(f"{folder}: {len(good)} usable ({total}), {len(refused)} refused", markup=False)
-    return int(check and not (good and all(isinstance(bad, LeftOut) for bad in refused)))
+    return int(not (good and all(isinstance(bad, LeftOut) for bad in refused)))
 
 
-def _found(source: str, allow_pickle: bool) -> tuple[list[Adapter], list[AdapterError]]:
+def _found(source: str) -> tuple[list[Adapter], list[AdapterError]]:
     """The adapters of a source, and why others there cannot be used."""
     try:
-        good, refused, _ = gather(parse_sources(source), allow_pickle=allow_pickle, skip=True, verify=True)
+        good, refused, _ = gather(parse_sources(source), skip=True, verify=True)
     except PoolError:  # an empty folder is told as such
         return [], []
     return good, refused
@@ -119,7 +118,7 @@ def _table(adapters: Sequence[Adapter], sizes: Mapping[str, Size]) -> Table:
             str(len(adapter.modules)),
             ", ".join(adapter.targets),
             f"{adapter.parameters:,}",
-            size(adapter.size),
+            decimal(adapter.size),
             *((f"{found.norm:.3g}", f"{found.effective_rank:.1f}") if found else ()),
         )
     return table

@@ -51,12 +51,12 @@ model = PeftModel.from_pretrained(model, "{repo}", subfolder="{inside}")
 
 
 def contents_of(
-    root: Path, adapters: Sequence[Adapter], repo: str, folder: str | None = None, licence: str | None = None
+    root: Path, adapters: Sequence[Adapter], repo: str, folder: str | None = None
 ) -> dict[str, Path | bytes]:
     """What is uploaded of a pool: path in the repository -> the file, or what is to be in it.
 
     Args:
-        root: the folder of the pool. A card with this `licence` is made if it has no `README.md`.
+        root: the folder of the pool. A card is made if it has no `README.md`.
         adapters: read from safetensors files.
         folder: in the repository; None: `{base}-loras-{name of the pool}`, as in the official collection.
 
@@ -92,7 +92,7 @@ def contents_of(
         sent.append(file)
     files: dict[str, Path | bytes] = {file.relative_to(root).as_posix(): file for file in sent}
     if CARD not in files:
-        files[CARD] = _card(adapters, root, repo, folder, licence, bases).encode()
+        files[CARD] = _card(adapters, root, repo, folder, bases).encode()
     return {"/".join(filter(None, (folder, file))): files[file] for file in sorted(files)}
 
 
@@ -122,16 +122,14 @@ def push(repo: str, contents: Mapping[str, Path | bytes], *, message: str, priva
     return f"{api.endpoint}/{repo}" + (f"/tree/main/{folder}" if folder else "")
 
 
-def _card(
-    adapters: Sequence[Adapter], root: Path, repo: str, folder: str, licence: str | None, bases: Sequence[str]
-) -> str:
+def _card(adapters: Sequence[Adapter], root: Path, repo: str, folder: str, bases: Sequence[str]) -> str:
     """The model card of a pool in Markdown with the Hub's front matter."""
     from huggingface_hub import ModelCardData
 
     base = bases[0] if len(bases) == 1 else "BASE_MODEL"
     front: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if is_repo_id(base) else {}
     tags = ["lora", "peft", "lora-pool", "logo"]
-    data = ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=tags, license=licence, **front)
+    data = ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=tags, **front)
     rows = []
     for adapter in adapters:
         name, ranks = adapter.name.replace("|", "\\|"), "/".join(map(str, adapter.ranks))

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from rich.filesize import decimal
 
 from logo.adapters.adapter import own_name
 from logo.adapters.pool import AdapterPool
 from logo.adapters.sources import Source
-from logo.cli.options import OnBad, said
-from logo.cli.output import out, print_json, size
-from logo.cli.pool.common import refusals, tell_refused
+from logo.cli.options import said
+from logo.cli.output import out, print_json
 
 
 def push(
@@ -21,10 +20,8 @@ def push(
     /,
     *,
     path_in_repo: Annotated[str | None, said("{base model}-loras-{DIR}, as in the official collection")] = None,
-    licence: Annotated[str | None, Parameter(name="--license")] = None,
     private: bool = False,
     dry_run: bool = False,
-    on_bad_adapter: OnBad = "error",
     json: bool = False,
 ) -> None:
     """Upload a pool to the Hub: safetensors adapters, their configurations and pool.json; no pickles or checkpoints.
@@ -38,27 +35,23 @@ def push(
         folder: Folder of adapters, at any depth.
         repo: `namespace/name`; created if it does not exist.
         path_in_repo: Folder in the repository; `.` for its top.
-        licence: The licence in the card that is made, by the Hub's name, such as apache-2.0.
         private: Make the repository private.
         dry_run: List the files; send nothing.
-        on_bad_adapter: If an adapter cannot be used: refuse the pool, or skip the adapter.
         json: Print JSON instead.
     """
     from logo.cli.pool.publish import contents_of
     from logo.cli.pool.publish import push as send
 
-    pool = AdapterPool.opened([Source("folder", str(folder))], {"verify": True, "on_bad_adapter": on_bad_adapter})
-    tell_refused(pool.refused)
-    contents = contents_of(folder, list(pool), repo, path_in_repo, licence)
+    pool = AdapterPool.opened([Source("folder", str(folder))], {"verify": True})
+    contents = contents_of(folder, list(pool), repo, path_in_repo)
     targets = {path: len(one) if isinstance(one, bytes) else one.stat().st_size for path, one in contents.items()}
     message = f"{len(contents)} files of the pool {own_name(folder)}"
     address = None if dry_run else send(repo, contents, private=private, message=message)
     if json:
         files = [{"path": path, "bytes": count} for path, count in targets.items()]
-        report = {"repo": repo, "url": address, "files": files, "refused": refusals(pool.refused)}
-        print_json(report)
+        print_json({"repo": repo, "url": address, "files": files})
         return
     for path, count in targets.items() if dry_run else ():
-        out.print(f"{path}  {size(count)}", markup=False)
-    total = f"{len(pool)} adapters, {len(targets)} files, {size(sum(targets.values()))}"
+        out.print(f"{path}  {decimal(count)}", markup=False)
+    total = f"{len(pool)} adapters, {len(targets)} files, {decimal(sum(targets.values()))}"
     out.print(f"{repo}: {total}, nothing sent" if address is None else f"{address}: {total}", markup=False)
