@@ -76,7 +76,7 @@ def test_options_are_few() -> None:
             found += slots(command)
         return found
 
-    assert len(COMMANDS) == 20 and slots(app) <= 210
+    assert len(COMMANDS) == 20 and slots(app) <= 180
 
 
 def test_the_shell_completes_commands_and_options(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_select_lists_k_adapters_also_if_one_answers_alone(capsys: pytest.Captur
     alone, found = shown("What is 7 plus 5?")
     assert found["adapters"] == ["add_numbers"] and [row[0] for row in alone] == best(found["scores"], 4)
     assert alone[0][1] == "1.000" and [row[1] for row in alone[1:]] == ["-"] * 3
-    base, found = shown("Bake a cake", "--when-unsure", "base", "--candidate", "plural", "--candidate", "french")
+    base, found = shown("Bake a cake", "--when-unsure", "base")
     assert not found["adapters"] and base[0] == ["base", "model", "alone"]
     assert [row[:2] for row in base[1:]] == [[name, "-"] for name in best(found["scores"], 4)]
 
@@ -133,17 +133,6 @@ def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
         assert run(sampled) == 0
         texts.add(json.loads(capsys.readouterr().out)["text"])
     assert len(texts) == 1
-
-
-def test_candidates(capsys: pytest.CaptureFixture[str]) -> None:
-    among = ["--candidate", "ad03", "--candidate", "ad05", "--json"]
-    assert run(["select", "Hello", *ENGINE, *among]) == 0
-    selected = json.loads(capsys.readouterr().out)
-    assert sorted(selected["adapters"]) == sorted(selected["scores"]) == ["ad03", "ad05"]
-    assert run(["generate", "Hello", *ENGINE, "--max_new_tokens", "2", *among]) == 0
-    assert json.loads(capsys.readouterr().out)["adapters"] == selected["adapters"]
-    assert run(["generate", "Hello", *ENGINE, "--adapter", "ad04", *among]) == 1
-    assert "no adapter 'ad04' among the 2 candidates" in " ".join(capsys.readouterr().err.split())
 
 
 def test_main_without_the_package_says_what_to_do(tmp_path: Path) -> None:

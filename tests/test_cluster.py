@@ -1,4 +1,4 @@
-"""Rows of evaluations and studies answered by Ray actors: real Ray and whole commands, beside one process."""
+"""Rows of evaluations answered by Ray actors: real Ray and whole commands, beside one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from logo.cluster.workers import in_workers
 from logo.demo import adapters_dir, heldout
 from logo.errors import ModelError
 from logo.evaluation.answer import Opening
-from logo.evaluation.results import lines, read_run
+from logo.evaluation.results import lines
 from tolerances import PATIENCE
 
 ray = pytest.importorskip("ray")
@@ -119,20 +119,11 @@ def test_refused_rows_are_those_of_one_process(rows: Path, capsys: pytest.Captur
     assert line.startswith("logo: error: dataset ") and line.endswith(": this prompt is refused")
 
 
-def test_a_study_is_that_of_one_process(rows: Path) -> None:
-    asked = ["eval", "study", "--base-model", "demo", "--rows", "rows", "--limit", "2", "--signals", "norm"]
-    asked += ["--methods", "best-single", "--train-rows", "rows", "--method-args", "rows=2"]
-    for name, more in (("one", []), ("two", ["--workers", "2"])):
-        assert run([*asked, "--save", name, *more]) == 0
-    one, two = (read_run(Path(name)) for name in ("one", "two"))
-    assert one["report"] == two["report"] and one["identity"] == two["identity"]
-
-
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
         (["--workers", "1", "--device", "cuda:1"], "--device: workers get their devices from Ray"),
-        (["--workers", "1", "--ray", "nowhere"], "--ray nowhere: expected auto, local or HOST:PORT"),
+        (["--workers", "1", "--ray", "nowhere"], "Ray cluster nowhere: expected auto, local or HOST:PORT"),
     ],
 )
 def test_what_workers_cannot_do(more: list[str], expected: str, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from logo import LoGo
 from logo.cli.app import run
 from logo.cli.opening import device_of
+from logo.demo import adapters_dir
 from logo.errors import UsageError
 
 DEMO = ["--base-model", "demo", "--device", "cpu"]
@@ -97,9 +98,9 @@ def selected(capsys: pytest.CaptureFixture[str], *options: str) -> Any:
 
 def test_a_file_says_what_options_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("signal: norm\nn_selected_modules: 2\ncandidate: [french, plural, capital]\nsystem: null\n")
-    among = [word for name in ("french", "plural", "capital") for word in ("--candidate", name)]
-    asked = ("--signal", "norm", *among)
+    some = [str(adapters_dir() / name) for name in ("french", "plural", "capital")]
+    file.write_text(f"signal: norm\nn_selected_modules: 2\nadapters: [{', '.join(some)}]\nsystem: null\n")
+    asked = ("--signal", "norm", *(word for place in some for word in ("--adapters", place)))
     assert selected(capsys, "--config", str(file)) == selected(capsys, *asked, "-k", "2")
     # The command line counts more than the file, in any order.
     three = selected(capsys, *asked, "-k", "3")
@@ -174,7 +175,7 @@ def test_the_file_of_a_run_gives_no_leave_to_replace_its_result(
         (["serve", "--replicas", "2"], "--replicas is only for --engine vllm"),
         (["serve", "--", "--max-model-len", "9"], "--max-model-len is only for --engine vllm"),
         (["serve", "--engine", "vllm", "--max-queue", "2"], "Unknown option: --max-queue"),
-        (["serve", "--engine", "vllm", "--log-json"], "--log-json is not for --engine vllm: set VLLM_LOGGING_CONFIG"),
+        (["serve", "--engine", "vllm", "--log", "json"], "--log is not for --engine vllm: set VLLM_LOGGING_CONFIG"),
     ],
 )
 def test_an_option_of_something_else_is_an_error(

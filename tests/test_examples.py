@@ -140,7 +140,7 @@ def test_a_study_leaves_the_own_adapters_examples_out_with_it(llama: nn.Module, 
     """They do not count in the estimates of adapters without examples."""
     logo, prompt = engine(llama, told(folder, t0="a", t1=PROMPTS[0])), PROMPTS[0]
     task = Dataset("t1", Path("t1.jsonl"), (Row(prompt, ()),))
-    [record], _ = Measurer(Answerer(logo, "M"), Contest(("calibrated",))).measure(task, range(1))
+    record = Measurer(Answerer(logo, "M"), Contest(("calibrated",))).measure(task, 0)
     [found] = [arm["confidence"] for arm in record["arms"] if arm["protocol"] == REMOVED]
     assert found == pytest.approx(logo.select(prompt, candidates=["t0", "t2", "t3"]).confidence, abs=1e-4)
 

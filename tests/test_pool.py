@@ -281,7 +281,7 @@ def test_a_pool_that_may_not_be_entered_is_a_storage_error(shared: Path, below: 
 def test_one_bad_adapter_refuses_the_pool_or_is_skipped_with_its_reason(drawer: Path) -> None:
     text = refused(lambda: AdapterPool.open(drawer))
     assert text.startswith("adapter 'alora_of_nothing': alora_invocation_tokens must be")
-    assert f"({len(REFUSED) - 1} more bad in {drawer}); leave bad ones out with --on-bad-adapter skip" in text
+    assert f"({len(REFUSED) - 1} more bad in {drawer}); `logo pool lock --on-bad-adapter skip` leaves bad" in text
     pool = AdapterPool.open(drawer, on_bad_adapter="skip")
     assert pool.names == ("good",)
     assert sorted(error.name for error in pool.refused) == sorted(REFUSED)

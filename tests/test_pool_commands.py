@@ -28,9 +28,9 @@ def pool(tmp_path: Path) -> Path:
     return root
 
 
-def output(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+def output(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> Any:
     capsys.readouterr()
-    assert run(["pool", *map(str, arguments), "--json"]) == 0
+    assert run(["pool", *map(str, arguments), "--json"]) == code
     return json.loads(capsys.readouterr().out)
 
 
@@ -60,28 +60,27 @@ def test_inspect_says_how_large_updates_are(pool: Path, capsys: pytest.CaptureFi
 def test_inspect_tells_what_would_be_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_drawer(tmp_path / "pool", ("nan", "kasa"))
     write_peft(tmp_path / "pool" / "whole", tiny.model("llama"), modules_to_save=["lm_head"])
-    found = output(capsys, "inspect", tmp_path / "pool", "--spectra")
+    found = output(capsys, "inspect", tmp_path / "pool", "--spectra", code=1)
     assert [one["name"] for one in found["adapters"]] == ["good"]
     reasons = {one["name"]: one["reason"] for one in found["refused"]}
     assert list(reasons) == ["kasa", "nan", "whole"] and "it holds full weights" in reasons["whole"]
-    assert run(["pool", "inspect", str(tmp_path / "pool"), "--check"]) == 1
+    assert run(["pool", "inspect", str(tmp_path / "pool")]) == 1
     (tmp_path / "empty").mkdir()
-    assert run(["pool", "inspect", str(tmp_path / "empty")]) == 0
+    assert run(["pool", "inspect", str(tmp_path / "empty")]) == 1
     assert "0 usable" in capsys.readouterr().out
-    assert run(["pool", "inspect", str(tmp_path / "empty"), "--check"]) == 1
     write_peft(tmp_path / "empty" / "plain")
-    assert run(["pool", "inspect", str(tmp_path / "empty"), "--check"]) == 0
+    assert run(["pool", "inspect", str(tmp_path / "empty")]) == 0
 
 
 def test_nobody_is_left_out_without_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_drawer(tmp_path / "pool", ("nan", "kasa"))
-    further = {"push": ["org/x", "--dry-run", "--path-in-repo", "."], "lock": ["--save", str(tmp_path / "pool.yaml")]}
-    for command, more in further.items():
-        assert run(["pool", command, str(root), *more]) == 1
-        assert "--on-bad-adapter skip" in capsys.readouterr().err
-        assert run(["pool", command, str(root), *more, "--on-bad-adapter", "skip", "--json"]) == 0
-        told = json.loads(capsys.readouterr().out)["refused"]
-        assert sorted(one["name"] for one in told) == ["kasa", "nan"] and all(one["reason"] for one in told)
+    assert run(["pool", "push", str(root), "org/x", "--dry-run", "--path-in-repo", "."]) == 1
+    locking = ["pool", "lock", str(root), "--save", str(tmp_path / "pool.yaml")]
+    assert run(locking) == 1
+    assert "--on-bad-adapter skip" in capsys.readouterr().err
+    assert run([*locking, "--on-bad-adapter", "skip", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["refused"]
+    assert sorted(one["name"] for one in told) == ["kasa", "nan"] and all(one["reason"] for one in told)
     assert run(["pool", "examples", str(root)]) == 1
     assert "refused" not in capsys.readouterr().out
 

@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     (folder / "changes").mkdir()
     changes, keys = write_changes(folder / "changes"), write_keys(folder)
-    options = ("--key-adapters", str(keys), "--allow-adapter-changes", str(changes), "--log-json")
+    options = ("--key-adapters", str(keys), "--allow-adapter-changes", str(changes), "--log", "json")
     with started(changes, "--base-model", "demo", *options, key=KEY) as running:
         yield running
 

@@ -16,6 +16,7 @@ import pytest
 
 from logo.cli.app import app
 from logo.cli.serve_options import ServerOptions
+from logo.serve.app import AppSettings
 from serving import served
 from tolerances import PATIENCE
 
@@ -59,7 +60,7 @@ def test_the_unit_starts_the_server_and_gives_it_time_to_end() -> None:
     assert command[0].endswith("/bin/logo")
     options = parsed(command[1:])
     assert options.host == "127.0.0.1"  # what is not asked for is not open to the network
-    assert float(service["TimeoutStopSec"]) > options.request_timeout
+    assert float(service["TimeoutStopSec"]) > AppSettings("demo").request_timeout
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")

@@ -194,7 +194,7 @@ def test_adapters_that_do_not_fit_into_memory_are_told_with_what_helps() -> None
 
 
 def test_prompts_are_logged_where_the_operator_wants_that() -> None:
-    options = ["--base-model", "demo", "--log-json", "--log-prompts"]
+    options = ["--base-model", "demo", "--log", "prompts"]
     with LocalServer(options, {"LOGO_API_KEY": ""}, start=PATIENCE, stop=PATIENCE, program=logo()) as running:
         httpx.post(f"{running.url}/v1/completions", json={"model": "logo", "prompt": PROMPT}).raise_for_status()
     [line] = [json.loads(one) for one in running.said.splitlines() if "/v1/completions" in one]

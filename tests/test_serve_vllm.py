@@ -77,11 +77,10 @@ def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("-k", "5", "--signal", "norm", "--on-bad-adapter", "skip")
+    asked = ("-k", "5", "--signal", "norm")
     variables, _, _ = dry(capsys, *asked, "--probe-text", "all")
     assert VllmOptions.of(None, variables) == VllmOptions(
         pool=str(adapters_dir()),
-        on_bad_adapter="skip",
         host="127.0.0.1",
         origins=(),
         settings=SelectionSettings(signal="norm", k=5, probe_text="all"),
@@ -137,9 +136,8 @@ def test_a_key_is_never_on_the_command_line(
         (["--device", "cuda:1"], "CUDA_VISIBLE_DEVICES"),
         (["--adapter-memory-gb", "1"], "--max-loras"),
         (["--key-adapters", "keys.json"], "cannot bind API keys"),
-        (["--request-timeout", "3"], "proxy"),
         (["--allow-adapter-changes", "pool"], "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
-        (["--log-json"], "VLLM_LOGGING_CONFIG_PATH"),
+        (["--log", "json"], "VLLM_LOGGING_CONFIG_PATH"),
         (["--port", "0"], "give a port"),
         (["--", "--api-server-count", "2"], "vllm serve"),
         (["--", "--api_key=secret-1"], "give it before `--`"),

@@ -227,7 +227,7 @@ def test_a_task_that_diverges_or_has_no_memory_does_not_stop_the_others(
     assert run(command(base_model, tasks, tmp_path / "pool")) == 1
     lines = " ".join(capsys.readouterr().out.split())
     assert "failed a: cpu has too little memory; give a smaller --max-length or --batch-size" in lines
-    assert "failed b: at step 2 its loss is nan; give a lower --lr" in lines
+    assert "failed b: at step 1 its sum of factors is nan; give a lower --lr" in lines
     assert AdapterPool.open(tmp_path / "pool").names == ("d/e",)
     assert run(command(base_model, tasks, tmp_path / "none", "--targets", "q_prj")) == 2  # which no task survives
     assert capsys.readouterr().err.splitlines()[-1].startswith("logo: error: targets q_prj: ")

@@ -294,5 +294,5 @@ def _refuse(refused: Sequence[AdapterError], on_bad_adapter: OnBadAdapter, where
     bad = [error for error in refused if not isinstance(error, LeftOut)]
     if bad and on_bad_adapter == "error":
         more = f" ({len(bad) - 1} more bad in {where})" if len(bad) > 1 else ""
-        hint = "leave bad ones out with --on-bad-adapter skip (on_bad_adapter='skip'), or see `logo pool inspect`"
+        hint = "`logo pool lock --on-bad-adapter skip` leaves bad ones out (Python: on_bad_adapter='skip')"
         raise PoolError(f"{bad[0]}{more}; {hint}")

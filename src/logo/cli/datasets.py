@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.text import Text
 
-from logo.cli.options import positive
+from logo.cli.options import not_negative, positive
 from logo.cli.output import check_writable, err, note, plain_table, print_json, screen
 from logo.errors import DataError, LoGoError, UsageError, closest
 from logo.evaluation.datasets import dataset_file, dataset_files, declared_metric
@@ -62,6 +62,7 @@ def prepare(
     *names: str,
     data_dir: Path = Path("data"),
     limit: Annotated[int, Parameter(validator=positive)] = 150,
+    train_limit: Annotated[int, Parameter(validator=not_negative)] = 300,
     seed: int = 0,
     source: list[Path] | None = None,
     overwrite: bool = False,
@@ -75,7 +76,8 @@ def prepare(
     Args:
         names: Names or patterns: `bbh.*`, `anli`, `wmt14.fr-en`; none: all.
         data_dir: Folder of main/sub/test.jsonl and train.jsonl.
-        limit: Test rows of each dataset; twice as many train rows are drawn, none of them a test row.
+        limit: Test rows of each dataset.
+        train_limit: Train rows, none of them a test row; 0: no file.
         seed: Random seed of the draw; it gives the same rows everywhere.
         source: Your own dataset's declaration, FILE.yaml (repeatable).
         overwrite: Replace files that are there.
@@ -87,7 +89,7 @@ def prepare(
     known = {**packaged(), **own}  # the user's own take the place of ours
     found = _chosen(names or list(own), list(known))
     check_writable(data_dir)
-    options: dict[str, Any] = {"rows": limit, "train_rows": 2 * limit, "seed": seed, "progress": err.is_terminal}
+    options: dict[str, Any] = {"rows": limit, "train_rows": train_limit, "seed": seed, "progress": err.is_terminal}
     failed = 0
     for name in found:
         try:

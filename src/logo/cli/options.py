@@ -115,7 +115,7 @@ class WorkerOptions:
     workers: Annotated[int | None, said("this process", validator=positive)] = None
     """Processes that answer, each with the model (needs Ray)."""
 
-    ray: str = "local"
+    ray: Annotated[str, Parameter(env_var="RAY_ADDRESS")] = "local"
     """Where they are: local, auto (the Ray cluster of this machine) or HOST:PORT."""
 
     def check(self, device: str) -> None:

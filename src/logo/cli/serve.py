@@ -32,7 +32,7 @@ def serve(
     if server.server == "vllm":
         serve_vllm.serve(engine, server, vllm_flags)
         return
-    for flag in (*changed(server, "replicas", "ray", "dry_run").values(), *vllm_flags):
+    for flag in (*changed(server, "replicas", "dry_run").values(), *vllm_flags):
         raise UsageError(f"{flag} is only for --engine vllm")
     need("the server", "starlette", "uvicorn", "prometheus_client")
     folder = None if server.allow_adapter_changes is None else server.allow_adapter_changes.resolve()

@@ -65,10 +65,7 @@ class ServerOptions:
     """This process, or vLLM's own server."""
 
     replicas: Annotated[int | None, said("one", validator=positive)] = None
-    """With --engine vllm: how many processes answer (needs Ray)."""
-
-    ray: str = "local"
-    """Where they are: local, auto (the Ray cluster of this machine) or HOST:PORT."""
+    """With --engine vllm: how many processes answer (needs Ray; on its cluster RAY_ADDRESS, if set)."""
 
     dry_run: bool = False
     """With --engine vllm: print what would be started, without secrets."""

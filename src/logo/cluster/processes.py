@@ -46,7 +46,7 @@ class Layout:
     def __post_init__(self) -> None:
         host, _, port = self.address.rpartition(":")
         if self.address not in (AUTO, LOCAL) and not (host and port.isdigit()):
-            raise UsageError(f"--ray {self.address}: expected auto, local or HOST:PORT")
+            raise UsageError(f"Ray cluster {self.address}: expected auto, local or HOST:PORT")
 
     def __str__(self) -> str:
         return "on this machine" if self.address == LOCAL else f"on the Ray cluster {self.address}"

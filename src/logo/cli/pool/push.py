@@ -12,6 +12,7 @@ from logo.adapters.pool import AdapterPool
 from logo.adapters.sources import Source
 from logo.cli.options import said
 from logo.cli.output import out, print_json
+from logo.cli.pool.common import refusals, tell_refused
 
 
 def push(
@@ -43,13 +44,14 @@ def push(
     from logo.cli.pool.publish import push as send
 
     pool = AdapterPool.opened([Source("folder", str(folder))], {"verify": True})
+    tell_refused(pool.refused)
     contents = contents_of(folder, list(pool), repo, path_in_repo)
     targets = {path: len(one) if isinstance(one, bytes) else one.stat().st_size for path, one in contents.items()}
     message = f"{len(contents)} files of the pool {own_name(folder)}"
     address = None if dry_run else send(repo, contents, private=private, message=message)
     if json:
         files = [{"path": path, "bytes": count} for path, count in targets.items()]
-        print_json({"repo": repo, "url": address, "files": files})
+        print_json({"repo": repo, "url": address, "files": files, "refused": refusals(pool.refused)})
         return
     for path, count in targets.items() if dry_run else ():
         out.print(f"{path}  {decimal(count)}", markup=False)
