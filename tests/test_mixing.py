@@ -88,7 +88,7 @@ class Mixed:
 
     def __init__(self, base: Any, pool: AdapterPool, merge: bool | None = False) -> None:
         self.base, self.pool = base, pool.fit(BaseLayout.of(base), model=base)
-        self.mixer = Mixer(base, AdapterCache.of(base, 1.0), merge)
+        self.mixer = Mixer(base, AdapterCache.of(base, BaseLayout.of(base), 1.0), merge)
 
     def logits(self, rows: Sequence[Mapping[str, float]], ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Of prompts, each under its own mixture, or all under one."""

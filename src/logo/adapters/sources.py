@@ -25,7 +25,7 @@ from logo.adapters.manifest import SUFFIXES, Entry, read_manifest
 from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, PICKLE, SAFETENSORS
 from logo.errors import AdapterError, HubError, LeftOut, PoolError, StorageError, UsageError, check_type
 from logo.hub import DownloadOptions, download_files, is_hub_spec, is_lasting, split_hub_spec
-from logo.models import DEMO, OFFICIAL_MODELS, demo_folder
+from logo.models import DEMO, DEMO_FOLDER, OFFICIAL_MODELS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -108,7 +108,7 @@ def pool_sources(
     if adapters is not None:
         return parse_sources(adapters)
     if base_model == DEMO:
-        return (Source("folder", str(demo_folder() / "adapters")),)
+        return (Source("folder", str(DEMO_FOLDER / "adapters")),)
     folder = official_folder(base_model)
     if folder is None:
         raise UsageError(f"base model {base_model!r} has no adapters of its own: name a pool (--adapters)")

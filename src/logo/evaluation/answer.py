@@ -75,21 +75,25 @@ class Answerer:
     @cached_property
     def facts(self) -> Facts:
         """What a result records of this."""
+        import torch
+
         logo = self.logo
+        kinds = {torch.cuda.get_device_name(one) if one.type == "cuda" else one.type for one in logo.devices}
+        device = ", ".join(sorted(kinds))
         method = {"method": LOGO} if self.method is None else self.method.as_dict()
         return Facts(
             identity={
                 **engine_identity(logo, self.base_model, self.generation),
                 **{"method": method, "seed": self.seed, "max_new_tokens": self.max_new_tokens},
             },
-            environment={**library_versions(), **logo.versions, "device": ", ".join(sorted(_devices(logo)))},
+            environment={**library_versions(), **logo.versions, "device": device},
             settings={
                 **asdict(logo.settings),
                 **{"k": logo.k, "points": list(logo.points), "probe_context": logo.probe_context},
             },
             signal=logo.settings.signal,
             order=order_dependence(logo, self.generation),
-            device=f"{logo.devices[0]} ({', '.join(sorted(_devices(logo)))})",
+            device=f"{logo.devices[0]} ({device})",
         )
 
     def begin(self, dataset: Dataset) -> Prepared:
@@ -125,20 +129,17 @@ class Answerer:
 
     def _answers(self, prepared: Prepared, rows: Sequence[Row]) -> list[Generation | LoGoError]:
         """An answer to each row, or why there is none: if rows are refused together, each is asked alone."""
+        prompts = [row.prompt for row in rows]
+        options = {"max_new_tokens": self.max_new_tokens, "batch_size": max(1, len(prompts)), **self.generation}
         try:
-            return list(self._generate(prepared, rows))
+            selections = None if prepared.select is None else prepared.select(prompts, len(prompts))
+            return list((prepared.engine or self.logo).generate(prompts, adapters=selections, **options))
         except (StorageError, HubError):
             raise
         except LoGoError as error:
             if len(rows) == 1:
                 return [error.with_traceback(None)]
         return [one for row in rows for one in self._answers(prepared, [row])]
-
-    def _generate(self, prepared: Prepared, rows: Sequence[Row]) -> Sequence[Generation]:
-        prompts = [row.prompt for row in rows]
-        selections = None if prepared.select is None else prepared.select(prompts, len(prompts))
-        options = {"max_new_tokens": self.max_new_tokens, "batch_size": max(1, len(prompts)), **self.generation}
-        return (prepared.engine or self.logo).generate(prompts, adapters=selections, **options)
 
 
 def task_of(dataset: Dataset, among: Sequence[str] = ()) -> Task:
@@ -227,12 +228,6 @@ def order_dependence(logo: LoGo, generation: Mapping[str, Any]) -> str | None:
     if generation.get("do_sample", False if config is None else config.do_sample):
         return "answers are sampled"
     return None
-
-
-def _devices(logo: LoGo) -> set[str]:
-    import torch
-
-    return {torch.cuda.get_device_name(one) if one.type == "cuda" else one.type for one in logo.devices}
 
 
 @dataclass(frozen=True)

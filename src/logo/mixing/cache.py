@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from logo.adapters.adapter import Adapter, LoraWeights, finite
-from logo.adapters.layout import adaptable_modules
+from logo.adapters.layout import BaseLayout
 from logo.errors import CacheFull, NotFinite, check_type
 from logo.models import device_of
 
@@ -97,11 +97,12 @@ class AdapterCache:
         self._last: Stacks | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, memory_gb: float | None) -> AdapterCache:
-        """The cache of a model; a budget in 10⁹ bytes, or None: a share of the free memory (`ADAPTER_SHARE`)."""
+    def of(cls, model: nn.Module, layout: BaseLayout, memory_gb: float | None) -> AdapterCache:
+        """The cache of a model of this layout; a budget in 10⁹ bytes, or None: a share of the free memory
+        (`ADAPTER_SHARE`)."""
         if memory_gb is not None:
             check_type("adapter_memory_gb", memory_gb, Real, "a number")
-        modules = adaptable_modules(model)
+        modules = {path: model.get_submodule(path) for path in (*layout.shapes, *layout.embeddings)}
         free = free_bytes(device_of(module) for module in modules.values())
         budget = int(ADAPTER_SHARE * free if memory_gb is None else memory_gb * 1e9)
         dtype: torch.dtype = model.dtype  # type: ignore[assignment]

@@ -74,11 +74,6 @@ class Merger:
             needed[copy.device] -= copy.nbytes
         return all(size <= _SHARE * free_bytes([device]) for device, size in needed.items() if size > 0)
 
-    def forget(self) -> None:
-        """Frees the memory of the copy."""
-        self._merged.clear()
-        self._key = None
-
 
 @torch.no_grad()
 def merged_weight(module: nn.Module, stack: Stack, weights: Tensor, out: Tensor | None = None) -> Tensor:

@@ -97,7 +97,7 @@ class Mixer:
 
     def forget(self, pool: AdapterPool) -> None:
         """Drops everything that does not belong to this pool, after it has changed."""
-        self._merger.forget()
+        self._merger = Merger(self.cache.modules)  # frees the memory of the merged copy
         self.cache.retain({adapter.file for adapter in pool})
 
     def _merges(self, adapters: Sequence[Adapter], mixtures: Sequence[Mixture], tokens: float) -> bool:
