@@ -434,7 +434,7 @@ class LoGo:
             rows = self.prompts.read(given, decoding.config.max_new_tokens)
             if streamer is not None:
                 check_streamable(len(rows), decoding.config)
-            wanted, probed = for_each(adapters, len(rows)), 0.0
+            wanted, probed = for_each(adapters, len(rows), pool, call.candidates), 0.0
             if self.probe_context == "carry":  # in the order of the prompts
                 started = time.perf_counter()
                 wanted = [*self._mixtures(pool, rows, wanted, call, batch_size)]
@@ -458,7 +458,8 @@ class LoGo:
             check_streamable(1, decoding.config)
             [row] = self.prompts.read([prompt], decoding.config.max_new_tokens)
             with self._held(pool):
-                [selection] = self._mixtures(pool, [row], for_each(adapters, 1), call, 1)
+                wanted = for_each(adapters, 1, pool, call.candidates)
+                [selection] = self._mixtures(pool, [row], wanted, call, 1)
                 pieces = self._pieces(Batch(pool, [row.ids], [selection], decoding))
         return cut_pieces(pieces, decoding.stop)
 
@@ -479,7 +480,8 @@ class LoGo:
         with self._call() as pool:
             call = self.settings.options(pool, options)
             row, gold = encoded(self.prompts, prompt, completion)
-            chosen = self._mixtures(pool, [row] * len(mixtures), mixtures, call, 1)
+            wanted = for_each(mixtures, len(mixtures), pool, call.candidates)
+            chosen = self._mixtures(pool, [row] * len(mixtures), wanted, call, 1)
             pairs = [(row.ids, gold)] * len(mixtures)
             return self._scored(pool, pairs, [one.mixture for one in chosen], max(1, len(mixtures)))
 
@@ -543,10 +545,15 @@ class LoGo:
         return call, Decoding.of(config, *ends)
 
     def _mixtures(
-        self, pool: AdapterPool, rows: Sequence[Prompt], wanted: Sequence[Forced | None], call: Options, batch_size: int
+        self,
+        pool: AdapterPool,
+        rows: Sequence[Prompt],
+        wanted: Sequence[Selection | None],
+        call: Options,
+        batch_size: int,
     ) -> list[Selection]:
         """The mixture of each row: the forced one, or a selection. Raises the first error that scores give."""
-        done = {i: forced(entry, pool, call.candidates) for i, entry in enumerate(wanted) if entry is not None}
+        done = {i: one for i, one in enumerate(wanted) if one is not None}
         left = [i for i in range(len(rows)) if i not in done]
         found = self._outcomes(pool, [rows[i] for i in left], [call] * len(left), batch_size)
         for i, one in zip(left, found, strict=True):

@@ -237,7 +237,7 @@ def open_adapter(
     name = own_name(folder) if name is None else name
     try:
         config = parse_config(read_raw(folder), unconverted=unconverted)
-        file = WeightFile.of(folder, allow_pickle)
+        file = WeightFile(folder, allow_pickle)
         modules, copies = read_header(file.shapes, config)
     except Refusal as refusal:
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__

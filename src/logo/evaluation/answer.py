@@ -96,11 +96,13 @@ class Answerer:
             device=f"{logo.devices[0]} ({device})",
         )
 
-    def begin(self, dataset: Dataset) -> Prepared:
-        """The method, which knows the dataset; learns if it has to.
+    def answer(self, dataset: Dataset, block: range) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
+        """The records of some consecutive rows, which are answered together; and what the method found out about the
+        dataset, of which it learns first if it has to. A row that is refused has an error and no answer.
 
         Raises:
             UsageError, DataError: the dataset lacks what the method needs.
+            StorageError, HubError, RuntimeError: the engine fails for other reasons than a row.
         """
         if self._prepared is None or self._prepared[0] != dataset.name:
             import torch
@@ -108,18 +110,9 @@ class Answerer:
             torch.manual_seed(self.seed)
             self.logo.restart()
             self._prepared = None  # which may hold a model
-            prepared = Prepared(None) if self.method is None else self.method.prepare(self.logo, task_of(dataset))
-            self._prepared = dataset.name, prepared
-        return self._prepared[1]
-
-    def answer(self, dataset: Dataset, block: range) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
-        """The records of some consecutive rows, which are answered together; and what the method found out about the
-        dataset. A row that is refused has an error and no answer.
-
-        Raises:
-            StorageError, HubError, RuntimeError: the engine fails for other reasons than a row.
-        """
-        prepared = self.begin(dataset)
+            learnt = Prepared(None) if self.method is None else self.method.prepare(self.logo, task_of(dataset))
+            self._prepared = dataset.name, learnt
+        prepared = self._prepared[1]
         rows = dataset.rows[block.start : block.stop]
         began = time.perf_counter()
         answers = self._answers(prepared, rows)
@@ -183,7 +176,7 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
         said = {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
         options["generation_config"] = {name: value for name, value in said.items() if name != "transformers_version"}
     plugin, configured = SIGNALS.source(logo.settings.signal), getattr(logo.model, "generation_config", None)
-    settings = asdict(logo.settings)
+    settings, pool = asdict(logo.settings), logo.pool.value
     found = {
         "base_model": PurePath(base_model).name,
         "weights": weights_digest(logo.model),
@@ -191,7 +184,7 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
         "eos_token_id": None if configured is None else configured.eos_token_id,
         "tokenizer": tokenizer_digest(logo.tokenizer),
         "dtype": str(logo.model.dtype).removeprefix("torch."),
-        "pool": {name: logo.pool[name].key for name in logo.names},
+        "pool": {name: pool[name].key for name in logo.names},
         "settings": {name: value for name, value in settings.items() if name != "cache"}
         | {"probe_context": logo.probe_context, "k": logo.k, "points": list(logo.points), "merge": logo.merge},
         "truncation": asdict(logo.prompts.truncation),

@@ -62,6 +62,10 @@ _BY_NAME: Mapping[str, Kind] = {
     "glue": "em",
     "code_x_glue": "bleu",
 }
+# What the official script computes where its table of metrics says something else. Of several gold texts it sees only
+# the first: the loader of its rows turns the list of a row into as many lists of one text, and the row's one answer is
+# compared with the first of them.
+OFFICIAL_KINDS: Mapping[Kind, Kind] = {"em_multi": "em_first"}
 _ROUGE = {"rouge-1": "rouge1", "rouge-2": "rouge2", "rouge-L": "rougeL"}  # our key: rouge_score's
 LABELS = {
     "em": "Accuracy",
@@ -78,15 +82,6 @@ def metric_kind(dataset: str) -> Kind:
     unknown names.
     """
     return _BY_NAME.get(dataset.partition(".")[0], "em")
-
-
-def official_kind(kind: Kind) -> Kind:
-    """The metric that the official script computes where its table of metrics says `kind`.
-
-    Of several gold texts it sees only the first: the loader of its rows turns the list of a row into as many lists of
-    one text, and the row's one answer is compared with the first of them.
-    """
-    return "em_first" if kind == "em_multi" else kind
 
 
 def checked_kind(text: object, where: str) -> Kind:
@@ -129,7 +124,7 @@ def em_multi(prediction: str, completion: str | Sequence[str]) -> int:
 
 
 def em_first(prediction: str, completion: str | Sequence[str]) -> int:
-    """1 if the prediction equals the first of the gold texts: see `official_kind`."""
+    """1 if the prediction equals the first of the gold texts: see `OFFICIAL_KINDS`."""
     return em(prediction, _first(completion))
 
 

@@ -8,7 +8,7 @@ gated     all adapters of the batch are multiplied side by side, with a gate for
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 
@@ -19,7 +19,7 @@ from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.core import Form
 from logo.mixing.cache import AdapterCache
-from logo.mixing.gates import OpeningGates, added, hooked
+from logo.mixing.gates import Gates, OpeningGates, added, hooked
 from logo.mixing.merge import Merger, mergeable
 from logo.models import lock_of, text_config
 
@@ -75,6 +75,8 @@ class Mixer:
             UsageError: another mixture is active.
             CacheFull: the adapters do not fit into the memory for adapters.
         """
+        if all(mixture == mixtures[0] for mixture in mixtures):
+            mixtures = mixtures[:1]  # which acts on all rows
         used = {name for mixture in mixtures for name in mixture.weights}
         names = [name for name in pool.names if name in used]
         with self._lock.running(mixed=bool(names)):
@@ -89,10 +91,14 @@ class Mixer:
                     with self._merger.active(key, lambda: self.cache.stacks(hold).modules, weights[0]):
                         yield "merged"
                     return
-                begins = torch.tensor([[mixture.begins.get(name, 0) for name in names] for mixture in mixtures])
-                gates = OpeningGates(weights, begins)
+                gates: Gates | OpeningGates = Gates(weights)
+                following: AbstractContextManager[None] = nullcontext()
+                if any(mixture.begins for mixture in mixtures):
+                    begins = torch.tensor([[mixture.begins.get(name, 0) for name in names] for mixture in mixtures])
+                    gates = opening = OpeningGates(weights, begins)
+                    following = opening.following(self._model)
                 hooks = {path: partial(added, stack, gates) for path, stack in self.cache.stacks(hold).modules.items()}
-                with gates.following(self._model), hooked(self.cache.modules, hooks):
+                with following, hooked(self.cache.modules, hooks):
                     yield "gated"
 
     def forget(self, pool: AdapterPool) -> None:
@@ -102,7 +108,7 @@ class Mixer:
 
     def _merges(self, adapters: Sequence[Adapter], mixtures: Sequence[Mixture], tokens: float) -> bool:
         """Whether these mixtures are one that is merged, whatever ran before, so that this changes no answer."""
-        if self.merge is False or any(one.begins or one.weights != mixtures[0].weights for one in mixtures):
+        if self.merge is False or len(mixtures) > 1 or mixtures[0].begins:
             return False
         # Merging computes about as much as gating half as many tokens as the model is wide.
         if not self.merge and 2 * tokens < self._width:
