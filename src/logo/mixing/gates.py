@@ -68,8 +68,9 @@ class Gates:
 class OpeningGates:
     """Gates that open at a position: `g(row, column) = w if column >= begin(row, adapter) else 0`.
 
-    A column is a position in the batch, counted with padding and cached tokens; a hook on the model tells which columns
-    each pass reads. Weights and begins are (rows, n). Once all gates are open, they are ordinary `Gates`, one per row.
+    A column is a position in the batch, counted with padding and cached tokens; `follow`, a hook on the model, is told
+    which columns each pass reads. Weights and begins are (rows, n). Once all gates are open, they are ordinary `Gates`,
+    one per row.
     """
 
     def __init__(self, weights: Tensor, begins: Tensor) -> None:
@@ -80,16 +81,8 @@ class OpeningGates:
         self._kept: Tensor | None = None  # those of them that the output head gets, if they are not the last ones
         self._made: dict[int, Gates] = {}  # of the current pass, by the number of tokens
 
-    @contextmanager
-    def following(self, model: nn.Module) -> Iterator[None]:
-        """Follows the forward passes of the model inside the block, to know which columns they read."""
-        hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def follow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Takes note of the columns that a forward pass of the model is about to read."""
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         read = next(one for one in given if one is not None)
         cache, seen = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None), 0
@@ -117,6 +110,20 @@ class OpeningGates:
             gates = gates.repeat_interleave(batch // rows, dim=0)  # (batch, columns, n)
             self._made[tokens] = Gates(gates.flatten(0, 1), per_token=True)
         return self._made[tokens].applied(stack, response)
+
+
+@contextmanager
+def opening(model: nn.Module, weights: Tensor, begins: Tensor) -> Iterator[Gates | OpeningGates]:
+    """`OpeningGates` that follow the forward passes of the model inside the block; `Gates` if all are always open."""
+    if not begins.any():
+        yield Gates(weights)
+        return
+    gates = OpeningGates(weights, begins)
+    hook = model.register_forward_pre_hook(gates.follow, with_kwargs=True)
+    try:
+        yield gates
+    finally:
+        hook.remove()
 
 
 def added(

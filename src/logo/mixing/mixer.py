@@ -8,7 +8,7 @@ gated     all adapters of the batch are multiplied side by side, with a gate for
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 
@@ -19,7 +19,7 @@ from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.core import Form
 from logo.mixing.cache import AdapterCache
-from logo.mixing.gates import Gates, OpeningGates, added, hooked
+from logo.mixing.gates import added, hooked, opening
 from logo.mixing.merge import Merger, mergeable
 from logo.models import lock_of, text_config
 
@@ -91,15 +91,12 @@ class Mixer:
                     with self._merger.active(key, lambda: self.cache.stacks(hold).modules, weights[0]):
                         yield "merged"
                     return
-                gates: Gates | OpeningGates = Gates(weights)
-                following: AbstractContextManager[None] = nullcontext()
-                if any(mixture.begins for mixture in mixtures):
-                    begins = torch.tensor([[mixture.begins.get(name, 0) for name in names] for mixture in mixtures])
-                    gates = opening = OpeningGates(weights, begins)
-                    following = opening.following(self._model)
-                hooks = {path: partial(added, stack, gates) for path, stack in self.cache.stacks(hold).modules.items()}
-                with following, hooked(self.cache.modules, hooks):
-                    yield "gated"
+                begins = torch.tensor([[mixture.begins.get(name, 0) for name in names] for mixture in mixtures])
+                stacks = self.cache.stacks(hold).modules
+                with opening(self._model, weights, begins) as gates:
+                    hooks = {path: partial(added, stack, gates) for path, stack in stacks.items()}
+                    with hooked(self.cache.modules, hooks):
+                        yield "gated"
 
     def forget(self, pool: AdapterPool) -> None:
         """Drops everything that does not belong to this pool, after it has changed."""
