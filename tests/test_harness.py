@@ -16,7 +16,7 @@ import tiny
 from logo import UsageError
 from logo.cli.app import run
 from logo.cli.lm_eval import completed
-from logo.models import demo_folder
+from logo.models import DEMO_FOLDER
 from test_engine import tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -335,7 +335,7 @@ def test_the_harness_and_logo_evaluate_agree(
     rows = [
         line
         for name in ("add_numbers", "antonym", "french", "reverse_word")
-        for line in (demo_folder() / "heldout" / f"{name}.jsonl").read_text().splitlines()[:8]
+        for line in (DEMO_FOLDER / "heldout" / f"{name}.jsonl").read_text().splitlines()[:8]
     ]
     data = tmp_path / "data" / "demo" / "mixed" / "test.jsonl"
     data.parent.mkdir(parents=True)

@@ -18,7 +18,7 @@ import tiny
 from logo import AdapterPool
 from logo.adapters.layout import BaseLayout
 from logo.mixing.cache import AdapterCache, Stack
-from logo.mixing.gates import Gates, low_rank
+from logo.mixing.gates import Gates, added
 from logo.mixing.mixer import Mixer, Mixture
 from tolerances import same_tensor
 
@@ -88,7 +88,7 @@ class Mixed:
 
     def __init__(self, base: Any, pool: AdapterPool, merge: bool | None = False) -> None:
         self.base, self.pool = base, pool.fit(BaseLayout.of(base), model=base)
-        self.mixer = Mixer(base, AdapterCache.of(base, 1.0), merge)
+        self.mixer = Mixer(base, AdapterCache.of(base, BaseLayout.of(base), 1.0), merge)
 
     def logits(self, rows: Sequence[Mapping[str, float]], ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Of prompts, each under its own mixture, or all under one."""
@@ -167,6 +167,11 @@ def test_base_is_bit_equal_before_between_and_after(tmp_path: Path) -> None:
     same_tensor(mixed[1], plain[1])  # a row with no mixture, in a batch where another has one
     assert all(torch.equal(value, base.state_dict()[name]) for name, value in before.items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+
+
+def low_rank(x: torch.Tensor, stack: Stack, gates: Gates) -> torch.Tensor:
+    """What the hook adds to an output of zeros."""
+    return added(stack, gates, nn.Identity(), (x,), torch.zeros(*x.shape[:-1], stack.B.shape[1]))
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 300])

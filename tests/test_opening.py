@@ -18,7 +18,8 @@ from torch import nn
 from transformers import TextIteratorStreamer, TextStreamer
 
 import tiny
-from logo import AdapterPool, LoGo, LoGoError, PoolError, SelectionSettings, UsageError, opening
+from logo import AdapterPool, LoGo, LoGoError, PoolError, SelectionSettings, UsageError
+from logo.adapters.sources import spec_of
 from logo.cli.app import run
 from logo.decoding import call_config
 from logo.demo import heldout
@@ -64,13 +65,13 @@ def test_options_of_transformers_reach_it(base: Path, adapters: Path) -> None:
 
 
 def test_the_token_is_also_that_of_the_pool(base: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+    asked, found = list[Any](), AdapterPool.open(adapters)
 
-    def open_pool(named: Any, *_: Any, token: Any = None, **options: Any) -> AdapterPool:
-        asked.append((named, token))
-        return AdapterPool.open(adapters, **options)
+    def opened(sources: Any, options: Any) -> AdapterPool:
+        asked.append((spec_of(sources), options["token"]))
+        return found
 
-    monkeypatch.setattr(opening, "open_pool", open_pool)
+    monkeypatch.setattr(AdapterPool, "opened", opened)
     LoGo.from_pretrained(base, "org/pool", device="cpu", k=3, unscorable="skip", signal="norm", token="secret")
     assert asked == [("org/pool", "secret")]
 

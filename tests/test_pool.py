@@ -23,7 +23,7 @@ from logo.adapters.layout import BaseLayout, LinearShape
 from logo.adapters.pool import DEFAULT_K, CurrentPool, open_pool
 from logo.adapters.sources import default_k, pool_sources
 from logo.errors import LoGoError, PoolError, StorageError, UsageError
-from logo.models import DEMO_K, demo_folder
+from logo.models import DEMO_FOLDER, DEMO_K
 from logo.selection.settings import SelectionSettings
 from make_adapters import (
     CONFIG,
@@ -369,7 +369,7 @@ def test_what_was_left_out_can_be_added_once_it_is_good(tmp_path: Path) -> None:
 
 
 def test_the_demos_pool_has_one_k_however_it_is_named(tmp_path: Path) -> None:
-    folder = demo_folder() / "adapters"
+    folder = DEMO_FOLDER / "adapters"
     pools = [open_pool(place, "demo") for place in (None, folder, str(folder), [folder])]
     pools.append(AdapterPool.open(folder))
     assert [pool.default_k for pool in pools] == 5 * [DEMO_K] == 5 * [3]

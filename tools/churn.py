@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from logo import Adapter, AdapterPool, LoGo, PoolError, Selection
-from logo.models import demo_folder
+from logo.models import DEMO_FOLDER
 
 PROMPTS = (
     "Give the word garden in all capitals.",
@@ -46,7 +46,7 @@ CLOSE = 1e-3
 
 def pools() -> tuple[AdapterPool, list[Adapter]]:
     """The bundled pool without two of its adapters, and those two under one name."""
-    every = AdapterPool.open(demo_folder() / "adapters")
+    every = AdapterPool.open(DEMO_FOLDER / "adapters")
     first, second, *others = every
     return every.subset([one.name for one in others]), [replace(one, name=CHANGED) for one in (first, second)]
 

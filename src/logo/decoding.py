@@ -218,20 +218,20 @@ class EndRows(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor([any(rule(row) for rule in self._rules) for row in rows], device=input_ids.device)
 
 
+@dataclass(eq=False)
 class _Finite(LogitsProcessor):  # type: ignore[misc]
     """Finds rows with a step whose largest logit is not finite, where argmax would silently return token 0.
 
     Such logits become zeros, since sampling from NaN crashes a GPU. With `stop`, for streams, the first raises.
     """
 
-    def __init__(self, *, stop: bool) -> None:
-        self._stop = stop
-        self._finite: Tensor | None = None
+    stop: bool
+    _finite: Tensor | None = field(default=None, init=False)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         finite = scores.max(dim=-1).values.isfinite()  # (rows,)
         self._finite = finite if self._finite is None else self._finite & finite
-        if self._stop and not bool(self._finite.all()):
+        if self.stop and not bool(self._finite.all()):
             raise NotFinite(OVERFLOW)
         return scores.masked_fill(~finite[:, None], 0.0)
 
@@ -283,11 +283,6 @@ class Batch:
     selections: Sequence[Selection]
     decoding: Decoding
 
-    @property
-    def mixtures(self) -> list[dict[str, float]]:
-        """Adapter name -> weight, of each row."""
-        return [one.mixture for one in self.selections]
-
 
 @dataclass(frozen=True)
 class Decoder:
@@ -330,7 +325,7 @@ class Decoder:
         pages = [] if cache is None else cache.find(row, end)
 
         def generate(streamer: Any, cancelled: _Cancelled) -> None:
-            with lock, nullcontext() if cache is None else cache.held():
+            with lock.lock, nullcontext() if cache is None else cache.held():
                 if cache is not None:
                     cache.put_back(row, end, pages)
                 self._continue(batch, cancelled, streamer=streamer)
@@ -346,7 +341,7 @@ class Decoder:
             criteria = (*criteria, EndRows(rules, ids.shape[1]))
         finite = _Finite(stop=options.get("streamer") is not None)
         if pool.activations == (EVERYWHERE,):
-            acting = [Mixture(mixture) for mixture in batch.mixtures]
+            acting = [Mixture(one.mixture) for one in batch.selections]
         else:
             acting, known = self._late(batch, config)
             options |= known
@@ -367,14 +362,14 @@ class Decoder:
             )
         bad = finite.first(len(batch.rows))
         if bad is not None:
-            raise overflow(batch.mixtures[bad])
+            raise overflow(batch.selections[bad].mixture)
         sequences: Tensor = getattr(output, "sequences", output)  # an object with return_dict_in_generate
         return sequences[:, ids.shape[1] :].tolist(), form
 
     def _late(self, batch: Batch, config: GenerationConfig) -> tuple[list[Mixture], dict[str, Any]]:
         """The mixtures of rows, padded on the left, some of whose adapters act from a position on only; and, if the
         base model alone reads what stands before, the argument with its keys and values."""
-        pool, rows, mixtures = batch.pool, batch.rows, batch.mixtures
+        pool, rows, mixtures = batch.pool, batch.rows, [one.mixture for one in batch.selections]
         acting = [Mixture.of(pool, mixture, row) for mixture, row in zip(mixtures, rows, strict=True)]
         both = zip(mixtures, acting, strict=True)
         warn_of_silent((name for asked, one in both for name in asked if name not in one.weights), self._told)

@@ -6,6 +6,7 @@ prompts.read -> Prompt -> Scorer -> scores -> Selector -> Selection -> Mixer.act
 from __future__ import annotations
 
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -113,7 +114,8 @@ class LoGo:
         self.pool = CurrentPool(pool)
         self.probe_context, self.merge = probe_context, merge
         check_context(probe_context, self.settings.signal)
-        self._lock = lock_of(model)
+        self._turns = lock_of(model)
+        self._lock: threading.RLock = self._turns.lock
         with self._lock:  # an answer of another engine sets the checkpoint's config aside
             self._checkpoint = model.generation_config
         vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -121,7 +123,7 @@ class LoGo:
         self.prompts = Prompts(tokenizer, *limits)
         self._generation_config, self._on_bad_adapter = generation_config, on_bad_adapter
         self._layout = BaseLayout.of(model)
-        self.adapter_cache = AdapterCache.of(model, adapter_memory_gb)
+        self.adapter_cache = AdapterCache.of(model, self._layout, adapter_memory_gb)
         self._mixer = Mixer(model, self.adapter_cache, merge)
         self.prefix_cache = PrefixCache(model, int(prefix_cache_gb * 1e9)) if reusable(model) else None
         decoder = Decoder(model, self.prompts, self._mixer, self.prefix_cache)
@@ -234,7 +236,7 @@ class LoGo:
             if prepared is None:
                 self.fitted  # noqa: B018
                 return self._scorer(signal, tell).calibration
-            with self._lock.running():
+            with self._turns.running():
                 prepared.scorers[signal] = self._opened(prepared.fitted, signal, tell)
             return prepared.scorers[signal].calibration
 
@@ -272,7 +274,7 @@ class LoGo:
     def _scorer(self, signal: str, tell: Tell | None = None) -> Scorer:
         """The scorer of a signal. If it has to be calibrated, the base model runs, and no adapter may be active."""
         if signal not in self._scorers:
-            with self._lock.running():  # a calibration with adapters mixed in would be wrong for ever
+            with self._turns.running():  # a calibration with adapters mixed in would be wrong for ever
                 if signal not in self._scorers:
                     self._scorers[signal] = self._opened(self._fitted, signal, tell)
                     self._earlier.pop(signal, None)
@@ -382,16 +384,13 @@ class LoGo:
         active = pool.names if self.probe_context != "base" else ()
         if self.probe_context == "carry" and self._carried is not None:
             active = tuple(name for name in self._carried if name in pool)
-        probed, window = [self._probed(row) for row in rows], scorer.signal.window
+        probed, window = [row.ids if self._probes_all else row.probed for row in rows], scorer.signal.window
         scores = torch.empty(len(rows), len(scorer.selector.names))
         lengths = [len(row) if window == WHOLE else min(len(row), sum(window)) for row in probed]
         for batch in batches_by_length(lengths, batch_size, tokens=MAX_TOKENS):
             with self._mixer.active(pool, [Mixture(dict.fromkeys(active, 1.0))]):
                 scores[batch] = scorer([probed[i] for i in batch], [among[i] for i in batch])
         return scores
-
-    def _probed(self, row: Prompt) -> Sequence[int]:
-        return row.ids if self._probes_all else row.probed
 
     # -- answering -------------------------------------------------------------------------------------------------
 
@@ -435,7 +434,7 @@ class LoGo:
             rows = self.prompts.read(given, decoding.config.max_new_tokens)
             if streamer is not None:
                 check_streamable(len(rows), decoding.config)
-            wanted, probed = for_each(adapters, len(rows)), 0.0
+            wanted, probed = for_each(adapters, len(rows), pool, call.candidates), 0.0
             if self.probe_context == "carry":  # in the order of the prompts
                 started = time.perf_counter()
                 wanted = [*self._mixtures(pool, rows, wanted, call, batch_size)]
@@ -459,7 +458,8 @@ class LoGo:
             check_streamable(1, decoding.config)
             [row] = self.prompts.read([prompt], decoding.config.max_new_tokens)
             with self._held(pool):
-                [selection] = self._mixtures(pool, [row], for_each(adapters, 1), call, 1)
+                wanted = for_each(adapters, 1, pool, call.candidates)
+                [selection] = self._mixtures(pool, [row], wanted, call, 1)
                 pieces = self._pieces(Batch(pool, [row.ids], [selection], decoding))
         return cut_pieces(pieces, decoding.stop)
 
@@ -480,7 +480,8 @@ class LoGo:
         with self._call() as pool:
             call = self.settings.options(pool, options)
             row, gold = encoded(self.prompts, prompt, completion)
-            chosen = self._mixtures(pool, [row] * len(mixtures), mixtures, call, 1)
+            wanted = for_each(mixtures, len(mixtures), pool, call.candidates)
+            chosen = self._mixtures(pool, [row] * len(mixtures), wanted, call, 1)
             pairs = [(row.ids, gold)] * len(mixtures)
             return self._scored(pool, pairs, [one.mixture for one in chosen], max(1, len(mixtures)))
 
@@ -544,10 +545,15 @@ class LoGo:
         return call, Decoding.of(config, *ends)
 
     def _mixtures(
-        self, pool: AdapterPool, rows: Sequence[Prompt], wanted: Sequence[Forced | None], call: Options, batch_size: int
+        self,
+        pool: AdapterPool,
+        rows: Sequence[Prompt],
+        wanted: Sequence[Selection | None],
+        call: Options,
+        batch_size: int,
     ) -> list[Selection]:
         """The mixture of each row: the forced one, or a selection. Raises the first error that scores give."""
-        done = {i: forced(entry, pool, call.candidates) for i, entry in enumerate(wanted) if entry is not None}
+        done = {i: one for i, one in enumerate(wanted) if one is not None}
         left = [i for i in range(len(rows)) if i not in done]
         found = self._outcomes(pool, [rows[i] for i in left], [call] * len(left), batch_size)
         for i, one in zip(left, found, strict=True):

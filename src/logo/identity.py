@@ -84,9 +84,11 @@ def adapter_digest(weights: str, scales: Sequence[tuple[str, float]], tokens: Se
     return hashlib.sha256(f"{weights} {list(scales)}{where}".encode()).hexdigest()[:32]
 
 
-def adapter_key(digest: str, examples: str | None) -> str:
+def adapter_key(digest: str, examples: bytes | None) -> str:
     """The short digest of an adapter with that of its example prompts, if any, which decide selections, too."""
-    return (digest if examples is None else hashlib.sha256(f"{digest} {examples}".encode()).hexdigest())[:KEY_DIGITS]
+    if examples is not None:
+        digest = hashlib.sha256(f"{digest} {hashlib.sha256(examples).hexdigest()}".encode()).hexdigest()
+    return digest[:KEY_DIGITS]
 
 
 def pool_digest(keys: Iterable[tuple[str, str]]) -> str:

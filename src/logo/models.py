@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parent / "demo" / "assets"  # of the bundled model and its pool
 DEMO_K = 3  # adapters per prompt of the bundled pool, which has fewer than 20; its `pool.json` says so, too
 _LOADING = ("dtype", "torch_dtype", "device_map", "attn_implementation", "quantization_config", "revision", "token")
 OFFICIAL_MODELS = {
@@ -32,16 +34,11 @@ _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
 
 
-def demo_folder() -> Path:
-    """The folder of the bundled model and its pool, inside the package."""
-    return Path(__file__).parent / "demo" / "assets"
-
-
 def resolve_base(name: str, model_dir: str | Path | None = None) -> str:
     """The folder or Hub id of a base model: `"demo"` is the bundled model, `model_dir/name` is used if it exists, and
     the official short names stand for their Hub ids. Raises ModelError for anything else."""
     if name == DEMO:
-        return str(demo_folder() / "model")
+        return str(DEMO_FOLDER / "model")
     if model_dir is not None and (Path(model_dir) / name / "config.json").is_file():
         return str(Path(model_dir) / name)
     if name in OFFICIAL_MODELS:
@@ -138,23 +135,17 @@ def checked_options(options: Mapping[str, Any]) -> None:
             raise UsageError(f"model_kwargs: give {name!r} as an option of its own")
 
 
+@dataclass(eq=False)
 class ModelLock:
     """The lock under which a model runs; a mixture is active on the whole model, so its users take turns. A thread may
     take it again, but not run the model for something else while a mixture is active, as in a streamer."""
 
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._mixed = False
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    _mixed: bool = False
 
     def check_free(self) -> None:
         """Raises UsageError if this thread holds it, so that waiting for another thread that takes it would not end."""
-        if self._lock._is_owned():  # type: ignore[attr-defined]  # as `threading.Condition` asks
+        if self.lock._is_owned():  # type: ignore[attr-defined]  # as `threading.Condition` asks
             raise UsageError(
                 "the model is answering in this thread, and a stream, which answers in another one, would wait for "
                 "that for ever: read it once the answer is complete"
@@ -164,7 +155,7 @@ class ModelLock:
     def running(self, *, mixed: bool = False) -> Iterator[None]:
         """Holds the lock while the model runs, with the mixture that the block activates or (`mixed` false) without.
         Raises UsageError if this thread has activated a mixture, which would act in the block, too."""
-        with self._lock:
+        with self.lock:
             if self._mixed:
                 raise UsageError("the model is answering with a mixture; call this once the answer is complete")
             self._mixed = mixed
@@ -319,13 +310,13 @@ def padded(
     import torch
 
     width = max(map(len, rows))
-
-    def filled(row: list[int], fill: int) -> list[int]:
-        pad = [fill] * (width - len(row))
-        return pad + row if left else row + pad
-
-    ids = torch.tensor([filled(list(row), pad_id) for row in rows], device=device)
-    return ids, torch.tensor([filled([1] * len(row), 0) for row in rows], device=device)
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if left else slice(len(row))
+        ids[i, columns] = torch.tensor(row)
+        mask[i, columns] = 1
+    return ids.to(device), mask.to(device)
 
 
 def _hooks(module: Any) -> tuple[Any, ...]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from logo import plugins
-from logo.adapters.pool import DEFAULT_K, AdapterPool, CurrentPool, officially_named, open_pool
-from logo.adapters.sources import OnBadAdapter, pool_sources, spec_of
+from logo.adapters.pool import DEFAULT_K, AdapterPool, CurrentPool, officially_named
+from logo.adapters.sources import OnBadAdapter, PoolOptions, parse_sources, pool_sources, spec_of
 from logo.errors import UsageError, check_type, closest
 from logo.models import load_base
 from logo.prompts import Truncation
@@ -66,13 +66,12 @@ def opened(
     local: dict[str, Any] = {name: options.pop(name) for name in LOCAL_OPTIONS if name in options}
     settings = SelectionSettings.of(**options)
     whence: dict[str, Any] = {"model_dir": model_dir, "revision": revision, "token": token}
-    named = None if pool is None or isinstance(pool, AdapterPool) else spec_of(pool_sources(pool, base_model))
     if engine != LOCAL:
         if official:
             raise UsageError("preset 'official' probes as the authors' script does: use the engine 'local'")
         elsewhere: T = importlib.import_module(ENGINES[engine]).open_engine(
             base_model,
-            pool if isinstance(pool, AdapterPool) else named,
+            pool if pool is None or isinstance(pool, AdapterPool) else spec_of(parse_sources(pool)),
             settings=settings,
             truncation=truncation,
             on_bad_adapter=on_bad_adapter,
@@ -82,11 +81,13 @@ def opened(
             **whence,
         )
         return elsewhere
+    sources = None
     if not isinstance(pool, AdapterPool):
-        how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "token": token}
-        pool = open_pool(pool, base_model, model_dir, examples=settings.examples, **how)
+        sources = pool_sources(pool, base_model, model_dir)
+        how: PoolOptions = {"on_bad_adapter": on_bad_adapter, "token": token, "examples": settings.examples}
+        pool = AdapterPool.opened(sources, how)
     if official:
-        pool = officially_named(pool, base_model, named)
+        pool = officially_named(pool, base_model, sources)
         settings = replace(settings, k=min(DEFAULT_K, len(pool)) if settings.k is None else settings.k)
     model, tokenizer = load_base(base_model, **loading, **whence)
     local |= {"settings": settings, "truncation": truncation, "on_bad_adapter": on_bad_adapter}

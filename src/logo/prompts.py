@@ -173,7 +173,7 @@ def several(prompts: Any) -> tuple[list[Any], bool]:
         raise UsageError(f"prompt: expected {_EXPECTED}, or a list of these, found {type(prompts).__name__}")
     if not listed:
         raise UsageError("prompt: expected one prompt or more, found an empty list")
-    single = _is_number(listed[0]) or isinstance(listed[0], Mapping)
+    single = isinstance(listed[0], (numbers.Integral, Mapping))
     return ([listed], True) if single else (list(listed), False)
 
 
@@ -330,14 +330,10 @@ def _rendered(
 
 
 def _token(value: Any, vocabulary: int | None) -> int:
-    if not _is_number(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise UsageError(f"expected token ids, found {value!r:.60} among them")
     token = int(value)
     if token < 0 or (vocabulary is not None and token >= vocabulary):
         known = "0 or more" if vocabulary is None else f"from 0 to {vocabulary - 1}, which the model knows"
         raise UsageError(f"expected token ids {known}, found {token}")
     return token
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

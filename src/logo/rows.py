@@ -117,24 +117,20 @@ def objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         if blank:
             raise malformed(f"{file}:{blank}", "an empty line between rows")
-        empty = False
-        yield number, _object(f"{file}:{number}", line)
+        empty, where = False, f"{file}:{number}"
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise malformed(where, f"bytes that are not UTF-8 at column {error.start + 1}") from None
+        except json.JSONDecodeError as error:
+            raise malformed(where, f"invalid JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:  # also an integer of thousands of digits, or very deep nesting
+            raise malformed(where, f"unreadable JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise malformed(where, _shown(value))
+        yield number, value
     if empty:
         raise DataError(f"{file}: expected one JSON object per line, found an empty file")
-
-
-def _object(where: str, line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise malformed(where, f"bytes that are not UTF-8 at column {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise malformed(where, f"invalid JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits, or very deep nesting
-        raise malformed(where, f"unreadable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise malformed(where, _shown(value))
-    return value
 
 
 def malformed(where: str, found: str, expected: str = _EXPECTED) -> DataError:

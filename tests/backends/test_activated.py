@@ -15,7 +15,7 @@ from vllm_server import ASSETS, Server, environment
 
 from logo import LoGo
 from logo.core import Selection
-from logo.models import demo_folder, load_base
+from logo.models import DEMO_FOLDER, load_base
 from make_adapters import edit_config
 from test_engine import ids_of, write_adapter
 from tolerances import WEIGHTS, same_scores, same_selection
@@ -50,7 +50,7 @@ def invoking() -> list[int]:
 def prompts(invoking: list[int]) -> list[list[int]]:
     """Of 20 to 200 tokens."""
     _, tokenizer = load_base("demo", device="cpu")
-    files = sorted((demo_folder() / "heldout").glob("*.jsonl"))
+    files = sorted((DEMO_FOLDER / "heldout").glob("*.jsonl"))
     rows = [json.loads(line)["context"] for file in files for line in file.read_text().splitlines()[:3]]
     ids = [tokenizer("\n".join(rows[i : i + 1 + i % 12]))["input_ids"][: 150 + 4 * i] for i in range(8)]
     return [row[:-2] + (invoking if i % 2 == 0 else []) + row[-2:] for i, row in enumerate(ids)]

@@ -13,7 +13,7 @@ import pytest
 
 from logo import LoGo
 from logo.core import Selection
-from logo.models import demo_folder, load_base
+from logo.models import DEMO_FOLDER, load_base
 from test_engine import write_adapter
 
 pytest.importorskip("vllm.lora", reason="needs vLLM: make test-vllm")
@@ -67,7 +67,7 @@ def test_a_mixture_answers_as_chosen_whatever_becomes_of_its_pool(
         expected = await answers(chosen)
         assert expected != base
         await engine.change("remove", "late")
-        await engine.change("add", "again", str(demo_folder() / "adapters" / "plural"))
+        await engine.change("add", "again", str(DEMO_FOLDER / "adapters" / "plural"))
         inside.llm.reset_prefix_cache()
         assert await answers(chosen) == expected
         await engine.change("remove", "again")

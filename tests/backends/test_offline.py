@@ -15,7 +15,7 @@ from logo import AdapterPool, LoGo, UsageError
 from logo.adapters.peft import EXAMPLES
 from logo.errors import LoGoError, PoolError
 from logo.evaluation.answer import Answerer, engine_identity
-from logo.models import demo_folder, load_base
+from logo.models import DEMO_FOLDER, load_base
 from test_engine import write_adapter
 from tolerances import same_scores, same_selection
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("settings_of_vllm")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model with a shorter context, so that both engines read as much, and with a chat template."""
     folder = tmp_path_factory.mktemp("base")
-    for file in (demo_folder() / "model").iterdir():
+    for file in (DEMO_FOLDER / "model").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT}))
@@ -44,10 +44,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pool(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapters of different ranks on different modules, the demo's beside ours, half of them without examples."""
     folder = tmp_path_factory.mktemp("pool")
-    without = sorted((demo_folder() / "adapters").rglob(EXAMPLES))[::2]
-    for file in (demo_folder() / "adapters").rglob("*"):
+    without = sorted((DEMO_FOLDER / "adapters").rglob(EXAMPLES))[::2]
+    for file in (DEMO_FOLDER / "adapters").rglob("*"):
         if file.is_file() and file not in without:
-            place = folder / file.relative_to(demo_folder() / "adapters")
+            place = folder / file.relative_to(DEMO_FOLDER / "adapters")
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(file.read_bytes())
     model, _ = load_base(str(base), device="cpu")
@@ -73,7 +73,7 @@ def inside(base: Path, pool: Path) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def rows() -> list[str]:
     """Two held-out prompts of each of the demo's tasks."""
-    files = sorted((demo_folder() / "heldout").glob("*.jsonl"))
+    files = sorted((DEMO_FOLDER / "heldout").glob("*.jsonl"))
     return [json.loads(line)["context"] for file in files for line in file.read_text().splitlines()[:2]]
 
 

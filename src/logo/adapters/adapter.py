@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logo.adapters.activation import EVERYWHERE, Activation, noted
-from logo.adapters.examples import examples_sha256, folder_examples
+from logo.adapters.examples import examples_text, folder_examples
 from logo.adapters.layout import BaseLayout, core_path
 from logo.adapters.peft import (
     LoraConfig,
@@ -90,11 +91,6 @@ class Adapter:
         return sorted({path.rsplit(".", 1)[-1] for path in self.modules})
 
     @property
-    def scales(self) -> tuple[tuple[str, float], ...]:
-        """Module path and scale of every module, sorted."""
-        return tuple(sorted((path, module.scaling) for path, module in self.modules.items()))
-
-    @property
     def size(self) -> int:
         """Bytes of the weight file."""
         return self.file.path.stat().st_size
@@ -102,17 +98,19 @@ class Adapter:
     @cached_property
     def sha256(self) -> str:
         """The digest of the weight file, as `sha256sum` prints it. AdapterError if it changed or cannot be read."""
-        return self._told(self.file.sha256)
+        with self._reading():
+            return self.file.sha256()
 
     @cached_property
     def digest(self) -> str:
         """The digest of its weights, scales and activation, which decide its effect; errors as `sha256`."""
-        return adapter_digest(self.sha256, self.scales, self.activation.tokens, self.activation.last)
+        scales = sorted((path, module.scaling) for path, module in self.modules.items())
+        return adapter_digest(self.sha256, scales, self.activation.tokens, self.activation.last)
 
     @cached_property
     def key(self) -> str:
         """The digest by which engines, workers and replicas agree on it: example prompts count, the name does not."""
-        return adapter_key(self.digest, examples_sha256(self.examples) if self.examples else None)
+        return adapter_key(self.digest, examples_text(self.examples) if self.examples else None)
 
     def fit(self, layout: BaseLayout, model: nn.Module | None = None) -> Adapter:
         """The same adapter with its modules under the base model's own paths.
@@ -159,7 +157,8 @@ class Adapter:
         for path, parameter in model.named_parameters(remove_duplicate=False):
             own.setdefault(core_path(path), []).append(parameter)
         for key, path in self.copies.items():
-            bases, copy = own.get(core_path(path), []), self._tensors([key])[key]
+            with self._reading():
+                bases, copy = own.get(core_path(path), []), self.file.read([key])[key]
             if len(bases) != 1:
                 found = "which the base model does not have"
             elif copy.shape != bases[0].shape:
@@ -188,19 +187,23 @@ class Adapter:
 
     def verify(self) -> None:
         """Raises AdapterError as `read`, whether copies were compared or not; the same content is read only once."""
-        self._told(lambda: self.file.once("is sound:", lambda: f"{len(self._read(self.modules))} modules"))
+        with self._reading():
+            self.file.once("is sound:", lambda: f"{len(self._read(self.modules))} modules")
 
-    def _told(self, ask: Callable[[], str]) -> str:
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Names the adapter and its file in errors of reading it."""
         try:
-            return ask()
+            yield
         except AdapterError:
             raise
-        except (OSError, ValueError) as error:
+        except Exception as error:  # safetensors raises its own Rust error type
             raise AdapterError(self.name, unreadable(error, self.file.path)) from error
 
     def _read(self, modules: Iterable[str]) -> dict[str, LoraWeights]:
         wanted = {path: self.modules[path] for path in modules}
-        tensors = self._tensors(key for m in wanted.values() for key in (m.key_a, m.key_b))
+        with self._reading():
+            tensors = self.file.read(key for m in wanted.values() for key in (m.key_a, m.key_b))
         for key, tensor in tensors.items():
             if not tensor.is_floating_point() or tensor.element_size() < 2:
                 raise AdapterError(self.name, f"tensor {key} is stored as {tensor.dtype}; expected float16 to float64")
@@ -208,12 +211,6 @@ class Adapter:
                 found = "NaN" if bool(tensor.isnan().any()) else "Inf"
                 raise AdapterError(self.name, f"tensor {key} holds {found}; the adapter is damaged")
         return {path: LoraWeights(tensors[m.key_a], tensors[m.key_b], m.scaling) for path, m in wanted.items()}
-
-    def _tensors(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-        try:
-            return self.file.read(keys)
-        except Exception as error:  # safetensors raises its own Rust error type
-            raise AdapterError(self.name, unreadable(error, self.file.path)) from error
 
 
 def open_adapter(
@@ -240,7 +237,7 @@ def open_adapter(
     name = own_name(folder) if name is None else name
     try:
         config = parse_config(read_raw(folder), unconverted=unconverted)
-        file = WeightFile.of(folder, allow_pickle)
+        file = WeightFile(folder, allow_pickle)
         modules, copies = read_header(file.shapes, config)
     except Refusal as refusal:
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__

@@ -40,29 +40,13 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((path, module) for path, module in model.named_modules() if path and linear_shape(module) is not None)
 
 
-def _token_embedding(model: nn.Module) -> dict[str, nn.Embedding]:
-    """Path and module of the embedding of a model's tokens; empty if it has no plain one."""
-    from torch import nn
-
-    try:
-        wanted = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # of a plain module, and of a model of transformers that has none
-        return {}
-    return {path: m for path, m in model.named_modules() if m is wanted and isinstance(m, nn.Embedding)}
-
-
-def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module that an adapter may adapt: the linear ones, and the embedding of the tokens."""
-    return {**dict(linear_modules(model)), **_token_embedding(model)}
-
-
 @dataclass(frozen=True)
 class BaseLayout:
-    """Paths and shapes of a base model's linear modules.
+    """Paths and shapes of what an adapter may adapt: a base model's linear modules, and the embedding of its tokens.
 
     Attributes:
-        shapes: module path -> shape.
-        embeddings: path -> shape of the embedding of its tokens.
+        shapes: path -> shape of every linear module.
+        embeddings: path -> shape of the embedding; empty if there is no plain one.
         wrappers: path segments that may be missing or extra at the front of an adapter's path.
     """
 
@@ -73,9 +57,15 @@ class BaseLayout:
     @classmethod
     def of(cls, model: nn.Module) -> BaseLayout:
         """The layout of a model; it may live on the meta device."""
+        from torch import nn
+
         shapes = {path: shape for path, m in linear_modules(model) if (shape := linear_shape(m)) is not None}
-        tokens = _token_embedding(model).items()
-        embeddings = {path: LinearShape(one.num_embeddings, one.embedding_dim) for path, one in tokens}
+        try:
+            tokens = model.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):  # of a plain module, and of a model of transformers without one
+            tokens = None
+        plain = {path: m for path, m in model.named_modules() if m is tokens and isinstance(m, nn.Embedding)}
+        embeddings = {path: LinearShape(m.num_embeddings, m.embedding_dim) for path, m in plain.items()}
         prefix = getattr(model, "base_model_prefix", "")
         return cls(shapes, _WRAPPERS | ({prefix} if prefix else set()), embeddings=embeddings)
 

@@ -216,32 +216,27 @@ def _short(value: Any) -> str:
 
 
 class WeightFile:
-    """The file of an adapter's tensors as it was when it was opened; a pickle is read with `weights_only=True`.
+    """The file of the tensors in a PEFT folder as it was when it was opened; a pickle is read with `weights_only=True`.
 
-    Its `shapes` are known at once, and its tensors are read on demand.
+    Its `shapes` are known at once, and its tensors are read on demand. Raises Refusal if there is none that can and may
+    be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stamp = content_stamp(path)
-        self._digest: str | None = None  # of the content that it had when it was opened, where it is known
-        if path.name == PICKLE:
-            self.shapes: Shapes = tuple((key, tuple(tensor.shape)) for key, tensor in self._unpickled.items())
-            return
-        with self._open("numpy") as file:
-            self.shapes = tuple((key, tuple(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
-
-    @classmethod
-    def of(cls, folder: Path, allow_pickle: bool) -> WeightFile:
-        """The weight file in a PEFT folder. Raises Refusal if there is none that can and may be read."""
-        path = folder / (SAFETENSORS if os.path.isfile(folder / SAFETENSORS) else PICKLE)
+    def __init__(self, folder: Path, allow_pickle: bool) -> None:
+        self.path = path = folder / (SAFETENSORS if os.path.isfile(folder / SAFETENSORS) else PICKLE)
         if not os.path.isfile(path):
             raise Refusal(f"{SAFETENSORS} is missing from {folder} ({PICKLE} is fetched with allow_pickle only)")
         if path.name == PICKLE and not allow_pickle:
             what = f"its weights are pickled ({PICKLE}), and a pickle can run code"
             raise Refusal(f"{what}; `logo pool export --allow-pickle` reads tensors only and writes safetensors")
+        self._digest: str | None = None  # of the content that it had when it was opened, where it is known
         try:
-            return cls(path)
+            self._stamp = content_stamp(path)
+            if path.name == PICKLE:
+                self.shapes: Shapes = tuple((key, tuple(tensor.shape)) for key, tensor in self._unpickled.items())
+                return
+            with self._open("numpy") as file:
+                self.shapes = tuple((key, tuple(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
         except Exception as error:  # safetensors raises its own Rust error type
             raise Refusal(unreadable(error, path)) from error
 

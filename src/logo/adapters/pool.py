@@ -9,7 +9,7 @@ import fnmatch
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,15 +213,15 @@ class AdapterPool:
         return AdapterPool(adapters, self.refused if refused is None else refused, default_k=self.default_k)
 
 
+@dataclass(eq=False, repr=False)
 class CurrentPool:
     """The pool that an engine uses from its next call on; `add` and `remove` put another one in its place.
 
     It is read like the pool, which is its `value`.
     """
 
-    def __init__(self, value: AdapterPool) -> None:
-        self.value = value
-        self._changing = threading.Lock()
+    value: AdapterPool
+    _changing: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def add(self, adapter: Adapter | str | Path, name: str | None = None, *, allow_pickle: bool = False) -> Adapter:
         """Adds an adapter and returns it; arguments and errors as `AdapterPool.add`."""
@@ -271,12 +271,11 @@ def open_pool(
     return AdapterPool.opened(pool_sources(adapters, base_model, model_dir), options)
 
 
-def officially_named(pool: AdapterPool, base_model: str, adapters: str | None = None) -> AdapterPool:
+def officially_named(pool: AdapterPool, base_model: str, sources: Sequence[Source] | None = None) -> AdapterPool:
     """A published pool with the official script's names (`Llama-3.1-8B-loras-flanv2/flanv2.aeslc`), others as they are;
-    `adapters` is the argument of `open_pool`."""
+    `sources` are those of the pool, None if they are not known."""
     folder = official_folder(base_model)
-    sources = () if adapters is None else parse_sources(adapters)
-    if folder is None or (adapters is not None and [Path(one.below or one.where).name for one in sources] != [folder]):
+    if folder is None or (sources is not None and [Path(one.below or one.where).name for one in sources] != [folder]):
         return pool
     renamed = (replace(adapter, name=f"{folder}/{adapter.name}") for adapter in pool)
     return AdapterPool(renamed, pool.refused, default_k=pool.default_k)

@@ -25,7 +25,7 @@ from logo.adapters.manifest import SUFFIXES, Entry, read_manifest
 from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, PICKLE, SAFETENSORS
 from logo.errors import AdapterError, HubError, LeftOut, PoolError, StorageError, UsageError, check_type
 from logo.hub import DownloadOptions, download_files, is_hub_spec, is_lasting, split_hub_spec
-from logo.models import DEMO, OFFICIAL_MODELS, demo_folder
+from logo.models import DEMO, DEMO_FOLDER, OFFICIAL_MODELS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -108,7 +108,7 @@ def pool_sources(
     if adapters is not None:
         return parse_sources(adapters)
     if base_model == DEMO:
-        return (Source("folder", str(demo_folder() / "adapters")),)
+        return (Source("folder", str(DEMO_FOLDER / "adapters")),)
     folder = official_folder(base_model)
     if folder is None:
         raise UsageError(f"base model {base_model!r} has no adapters of its own: name a pool (--adapters)")
@@ -194,7 +194,7 @@ def gather(
     """
     asked = [one for source in sources for one in _asked(source, full=len(sources) > 1)]
     skip = skip and len(asked) > 1
-    roots = _fetch(asked, allow_pickle, skip, download)
+    roots = _fetch(asked, allow_pickle, skip, download) if any(one.source.on_hub for one in asked) else {}
     refused, adapters, size, top = list[AdapterError](), dict[str, Adapter](), 0, Path(sources[0].where)
     for one in asked:
         source, named = one.source, one.entry is not None and one.entry.name is not None
@@ -261,13 +261,11 @@ def _walk(root: Path, where: str, single: bool) -> tuple[list[str], list[Adapter
     expected = f"expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth"
     found, bad, seen, starts = list[str](), list[AdapterError](), set[tuple[int, int]](), [str(root)]
 
-    def name(path: str) -> str:
-        return os.path.relpath(path, root).replace(os.sep, "/")
-
     def unreadable(error: OSError) -> None:
         if error.filename == str(root):
             raise StorageError(f"no adapters in {where}: {error.strerror}; {expected}") from error
-        bad.append(AdapterError(name(error.filename), f"the folder cannot be listed: {error.strerror}"))
+        name = Path(error.filename).relative_to(root).as_posix()
+        bad.append(AdapterError(name, f"the folder cannot be listed: {error.strerror}"))
 
     for start in starts:  # which grows
         for current, folders, files in os.walk(start, onerror=unreadable):
@@ -279,11 +277,12 @@ def _walk(root: Path, where: str, single: bool) -> tuple[list[str], list[Adapter
             folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
             starts += [path for folder in folders if os.path.islink(path := os.path.join(current, folder))]
             if not {CONFIG, SAFETENSORS, PICKLE}.isdisjoint(files):
-                found.append("" if current == str(root) else name(current))
+                found.append("" if current == str(root) else Path(current).relative_to(root).as_posix())
                 continue
-            for path in (os.path.join(current, file) for file in sorted(files) if not file.startswith(".")):
-                if os.path.islink(path) and not os.path.exists(path):
-                    bad.append(LeftOut(name(path), f"it is a link to {os.readlink(path)}, which cannot be reached"))
+            for link in (Path(current, file) for file in sorted(files) if not file.startswith(".")):
+                if os.path.islink(link) and not os.path.exists(link):
+                    name = link.relative_to(root).as_posix()
+                    bad.append(LeftOut(name, f"it is a link to {os.readlink(link)}, which cannot be reached"))
     found.sort(key=lambda path: path.split("/"))
     found = [""] if single and "" in found else found
     if single and len(found) != 1:

@@ -75,28 +75,34 @@ class Answerer:
     @cached_property
     def facts(self) -> Facts:
         """What a result records of this."""
+        import torch
+
         logo = self.logo
+        kinds = {torch.cuda.get_device_name(one) if one.type == "cuda" else one.type for one in logo.devices}
+        device = ", ".join(sorted(kinds))
         method = {"method": LOGO} if self.method is None else self.method.as_dict()
         return Facts(
             identity={
                 **engine_identity(logo, self.base_model, self.generation),
                 **{"method": method, "seed": self.seed, "max_new_tokens": self.max_new_tokens},
             },
-            environment={**library_versions(), **logo.versions, "device": ", ".join(sorted(_devices(logo)))},
+            environment={**library_versions(), **logo.versions, "device": device},
             settings={
                 **asdict(logo.settings),
                 **{"k": logo.k, "points": list(logo.points), "probe_context": logo.probe_context},
             },
             signal=logo.settings.signal,
             order=order_dependence(logo, self.generation),
-            device=f"{logo.devices[0]} ({', '.join(sorted(_devices(logo)))})",
+            device=f"{logo.devices[0]} ({device})",
         )
 
-    def begin(self, dataset: Dataset) -> Prepared:
-        """The method, which knows the dataset; learns if it has to.
+    def answer(self, dataset: Dataset, block: range) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
+        """The records of some consecutive rows, which are answered together; and what the method found out about the
+        dataset, of which it learns first if it has to. A row that is refused has an error and no answer.
 
         Raises:
             UsageError, DataError: the dataset lacks what the method needs.
+            StorageError, HubError, RuntimeError: the engine fails for other reasons than a row.
         """
         if self._prepared is None or self._prepared[0] != dataset.name:
             import torch
@@ -104,18 +110,9 @@ class Answerer:
             torch.manual_seed(self.seed)
             self.logo.restart()
             self._prepared = None  # which may hold a model
-            prepared = Prepared(None) if self.method is None else self.method.prepare(self.logo, task_of(dataset))
-            self._prepared = dataset.name, prepared
-        return self._prepared[1]
-
-    def answer(self, dataset: Dataset, block: range) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
-        """The records of some consecutive rows, which are answered together; and what the method found out about the
-        dataset. A row that is refused has an error and no answer.
-
-        Raises:
-            StorageError, HubError, RuntimeError: the engine fails for other reasons than a row.
-        """
-        prepared = self.begin(dataset)
+            learnt = Prepared(None) if self.method is None else self.method.prepare(self.logo, task_of(dataset))
+            self._prepared = dataset.name, learnt
+        prepared = self._prepared[1]
         rows = dataset.rows[block.start : block.stop]
         began = time.perf_counter()
         answers = self._answers(prepared, rows)
@@ -125,20 +122,17 @@ class Answerer:
 
     def _answers(self, prepared: Prepared, rows: Sequence[Row]) -> list[Generation | LoGoError]:
         """An answer to each row, or why there is none: if rows are refused together, each is asked alone."""
+        prompts = [row.prompt for row in rows]
+        options = {"max_new_tokens": self.max_new_tokens, "batch_size": max(1, len(prompts)), **self.generation}
         try:
-            return list(self._generate(prepared, rows))
+            selections = None if prepared.select is None else prepared.select(prompts, len(prompts))
+            return list((prepared.engine or self.logo).generate(prompts, adapters=selections, **options))
         except (StorageError, HubError):
             raise
         except LoGoError as error:
             if len(rows) == 1:
                 return [error.with_traceback(None)]
         return [one for row in rows for one in self._answers(prepared, [row])]
-
-    def _generate(self, prepared: Prepared, rows: Sequence[Row]) -> Sequence[Generation]:
-        prompts = [row.prompt for row in rows]
-        selections = None if prepared.select is None else prepared.select(prompts, len(prompts))
-        options = {"max_new_tokens": self.max_new_tokens, "batch_size": max(1, len(prompts)), **self.generation}
-        return (prepared.engine or self.logo).generate(prompts, adapters=selections, **options)
 
 
 def task_of(dataset: Dataset, among: Sequence[str] = ()) -> Task:
@@ -182,7 +176,7 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
         said = {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
         options["generation_config"] = {name: value for name, value in said.items() if name != "transformers_version"}
     plugin, configured = SIGNALS.source(logo.settings.signal), getattr(logo.model, "generation_config", None)
-    settings = asdict(logo.settings)
+    settings, pool = asdict(logo.settings), logo.pool.value
     found = {
         "base_model": PurePath(base_model).name,
         "weights": weights_digest(logo.model),
@@ -190,7 +184,7 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
         "eos_token_id": None if configured is None else configured.eos_token_id,
         "tokenizer": tokenizer_digest(logo.tokenizer),
         "dtype": str(logo.model.dtype).removeprefix("torch."),
-        "pool": {name: logo.pool[name].key for name in logo.names},
+        "pool": {name: pool[name].key for name in logo.names},
         "settings": {name: value for name, value in settings.items() if name != "cache"}
         | {"probe_context": logo.probe_context, "k": logo.k, "points": list(logo.points), "merge": logo.merge},
         "truncation": asdict(logo.prompts.truncation),
@@ -227,12 +221,6 @@ def order_dependence(logo: LoGo, generation: Mapping[str, Any]) -> str | None:
     if generation.get("do_sample", False if config is None else config.do_sample):
         return "answers are sampled"
     return None
-
-
-def _devices(logo: LoGo) -> set[str]:
-    import torch
-
-    return {torch.cuda.get_device_name(one) if one.type == "cuda" else one.type for one in logo.devices}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 from logo.errors import DataError, StorageError, UsageError, closest, listed
-from logo.evaluation.metrics import Kind, checked_kind, metric_kind, official_kind
+from logo.evaluation.metrics import OFFICIAL_KINDS, Kind, checked_kind, metric_kind
 from logo.identity import file_sha256
 from logo.rows import Row, read_rows, requested
 
@@ -102,7 +102,7 @@ def find_datasets(
         request: names, patterns (`bbh.*`) or first parts of names (`bbh`), separated by commas; empty: all.
         limit: only the first rows of each; training rows are not limited.
         metric: of all datasets; None: the one declared beside the rows, else by the dataset's name.
-        official: use the official script's form of each metric (`metrics.official_kind`), unless `metric` is given.
+        official: use the official script's form of each metric (`metrics.OFFICIAL_KINDS`), unless `metric` is given.
         train_rows: folder of `NAME.jsonl` with training rows, instead of `train.jsonl` beside `test.jsonl`.
         answers: False: rows may be prompts without gold texts.
 
@@ -133,7 +133,7 @@ def find_datasets(
                 name,
                 file,
                 rows=tuple(read_rows(file, limit, answers=answers)),
-                metric=official_kind(kind) if official and metric is None else kind,
+                metric=OFFICIAL_KINDS.get(kind, kind) if official and metric is None else kind,
                 sha256=file_sha256(file),
                 train_file=train if train_rows is None else Path(train_rows) / f"{name}.jsonl",
             )

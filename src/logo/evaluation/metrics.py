@@ -62,6 +62,10 @@ _BY_NAME: Mapping[str, Kind] = {
     "glue": "em",
     "code_x_glue": "bleu",
 }
+# What the official script computes where its table of metrics says something else. Of several gold texts it sees only
+# the first: the loader of its rows turns the list of a row into as many lists of one text, and the row's one answer is
+# compared with the first of them.
+OFFICIAL_KINDS: Mapping[Kind, Kind] = {"em_multi": "em_first"}
 _ROUGE = {"rouge-1": "rouge1", "rouge-2": "rouge2", "rouge-L": "rougeL"}  # our key: rouge_score's
 LABELS = {
     "em": "Accuracy",
@@ -78,15 +82,6 @@ def metric_kind(dataset: str) -> Kind:
     unknown names.
     """
     return _BY_NAME.get(dataset.partition(".")[0], "em")
-
-
-def official_kind(kind: Kind) -> Kind:
-    """The metric that the official script computes where its table of metrics says `kind`.
-
-    Of several gold texts it sees only the first: the loader of its rows turns the list of a row into as many lists of
-    one text, and the row's one answer is compared with the first of them.
-    """
-    return "em_first" if kind == "em_multi" else kind
 
 
 def checked_kind(text: object, where: str) -> Kind:
@@ -119,7 +114,8 @@ def first_line(text: str) -> str:
 def em(prediction: str, completion: str | Sequence[str]) -> int:
     """1 if the prediction equals the gold text after normalisation, else 0; a list of gold texts means any of them."""
     golds = (completion,) if isinstance(completion, str) else completion
-    return int(any(_normalised(prediction) == _normalised(gold) for gold in golds))
+    answer, *right = (text.strip().lower().replace(".", "") for text in (prediction, *golds))
+    return int(answer in right)
 
 
 def em_multi(prediction: str, completion: str | Sequence[str]) -> int:
@@ -128,7 +124,7 @@ def em_multi(prediction: str, completion: str | Sequence[str]) -> int:
 
 
 def em_first(prediction: str, completion: str | Sequence[str]) -> int:
-    """1 if the prediction equals the first of the gold texts: see `official_kind`."""
+    """1 if the prediction equals the first of the gold texts: see `OFFICIAL_KINDS`."""
     return em(prediction, _first(completion))
 
 
@@ -229,26 +225,14 @@ def by_measure(kind: Kind, values: Sequence[Value]) -> dict[str, list[float]]:
     return {name: [float(one[name] if isinstance(one, dict) else one) for one in own] for name in measures(kind)}
 
 
-def mean(kind: Kind, values: Sequence[Value]) -> dict[str, float]:
-    """Means over instances, by measure.
-
-    Raises:
-        ValueError: no values of this metric.
-    """
-    return {name: fmean(column) for name, column in by_measure(kind, values).items()}
-
-
 def summary_line(kind: Kind, values: Sequence[Value]) -> str:
     """The line a run prints, in percent: `Accuracy: 71.33`, `BLEU: 12.34`, `ROUGE-1: 45.10  ROUGE-2: ..  ROUGE-L: ..`.
 
     Raises:
-        ValueError: as `mean`.
+        ValueError: no values of this metric.
     """
-    return "  ".join(f"{LABELS.get(key, key)}: {100 * value:.2f}" for key, value in mean(kind, values).items())
-
-
-def _normalised(text: str) -> str:
-    return text.strip().lower().replace(".", "")
+    means = {name: 100 * fmean(column) for name, column in by_measure(kind, values).items()}
+    return "  ".join(f"{LABELS.get(name, name)}: {mean:.2f}" for name, mean in means.items())
 
 
 def _first(completion: str | Sequence[str]) -> str:

@@ -79,7 +79,6 @@ class Partial:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, fresh: bool = False) -> None:
         self.folder, self._home = folder, partial_of(folder)
-        self.records: dict[int, dict[str, Any]] = {}
         try:
             self._home.mkdir(parents=True, exist_ok=True)
             # Unbuffered, so that closing does not try again what could not be written.
@@ -88,25 +87,22 @@ class Partial:
             raise _unusable(self._home, error) from error
         try:
             _lock(self._file.fileno(), self._home)
-            self._begin(identity, fresh)
+            self._file.seek(0)
+            *lines, _ = self._file.readall().split(b"\n")  # the last one was cut off, or is empty
+            if fresh or not lines:
+                lines = []
+                self._file.truncate(0)  # first: an older run's rows must never stand beside this identity
+                replace_file(self._home / RUN, json.dumps({"identity": identity}, indent=2).encode())
+            elif found := differences(identity, read_run(self._home)["identity"]):
+                raise UsageError(
+                    f"{self._home} was left by an unfinished run with other settings, pool, rows or versions "
+                    f"({described(found)}); repeat that run to finish it, or begin again with --overwrite"
+                )
+            self._file.truncate(sum(len(line) + 1 for line in lines))
+            self.records: dict[int, dict[str, Any]] = {one["index"]: one for one in map(json.loads, lines)}
         except BaseException:
             self._file.close()
             raise
-
-    def _begin(self, identity: Mapping[str, Any], fresh: bool) -> None:
-        self._file.seek(0)
-        *lines, _ = self._file.readall().split(b"\n")  # the last one was cut off, or is empty
-        if fresh or not lines:
-            self._file.truncate(0)
-            replace_file(self._home / RUN, json.dumps({"identity": identity}, indent=2).encode())
-            return
-        if found := differences(identity, read_run(self._home)["identity"]):
-            raise UsageError(
-                f"{self._home} was left by an unfinished run with other settings, pool, rows or versions "
-                f"({described(found)}); repeat that run to finish it, or begin again with --overwrite"
-            )
-        self._file.truncate(sum(len(line) + 1 for line in lines))
-        self.records = {one["index"]: one for one in map(json.loads, lines)}
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Writes records, and returns when they are on the disk.
@@ -180,7 +176,7 @@ def is_done(
 
 
 def official_files(
-    records: Sequence[Mapping[str, Any]], strategy: str, loading: float, pool: Sequence[str]
+    records: Sequence[Mapping[str, Any]], strategy: str, loading: float, columns: Sequence[str]
 ) -> dict[str, object]:
     """The content of the six files that the official script writes.
 
@@ -188,9 +184,8 @@ def official_files(
         records: of all rows, in order.
         strategy: the signal's name, the one key of `metric_dict.json`.
         loading: wall seconds of loading model and pool.
-        pool: names of the adapters in pool order; those that were scored are the columns of `metric_dict.json`.
+        columns: names of the adapters that any row scored, in pool order: the columns of `metric_dict.json`.
     """
-    columns = columns_of(records, pool)
     seconds: dict[str, float] = {}
     for one in records:
         for stage, value in one["seconds"].items():
@@ -204,12 +199,6 @@ def official_files(
         {"loading": loading, **seconds},
     )
     return {f"{name}.json": content for name, content in zip(OFFICIAL, contents, strict=True)}
-
-
-def columns_of(records: Sequence[Mapping[str, Any]], pool: Sequence[str]) -> list[str]:
-    """The adapters that any row scored, in pool order."""
-    scored = {name for one in records for name in one["scores"]}
-    return [name for name in pool if name in scored]
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

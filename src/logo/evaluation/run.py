@@ -19,7 +19,7 @@ from logo.baselines.method import Method
 from logo.errors import LoGoError, UsageError
 from logo.evaluation.answer import Answerer, Facts, dataset_identity
 from logo.evaluation.metrics import by_measure, extra, load
-from logo.evaluation.results import RUN, Partial, columns_of, differences, is_done, official_files, read_run
+from logo.evaluation.results import RUN, Partial, differences, is_done, official_files, read_run
 from logo.evaluation.statistics import scores
 from logo.recorded import versions
 
@@ -92,26 +92,23 @@ def evaluate(
             with closing(Partial(place, begun, fresh=overwrite or facts.order is not None)) as partial:
                 found_out = _answer(dataset, partial, work, batch_size, tell)
                 records = [partial.records[index] for index in range(len(dataset.rows))]
-                pool = list(facts.identity["pool"])
+                scored = {name for one in records for name in one["scores"]}
+                columns = [name for name in facts.identity["pool"] if name in scored]
+                values, golds = [one["value"] for one in records], [row.golds for row in dataset.rows]
+                more = extra(dataset.metric, [one["prediction"] for one in records], golds)
                 run = {
                     **{"date": started.isoformat(timespec="seconds"), "device": facts.device},
                     "duration": sum(one["seconds"]["inference"] for one in records),
                     "dataset": {"name": dataset.name, "file": str(dataset.file), "rows": len(dataset.rows)},
-                    **{"metric": dataset.metric, "scores": _scores(dataset, records)},
+                    "metric": dataset.metric,
+                    "scores": {**scores(by_measure(dataset.metric, values)), "extra": more},
                     **{"command": dict(command or {}), "settings": dict(facts.settings), "identity": identity},
                     **{"environment": dict(facts.environment), "versions": versions(), "found_out": dict(found_out)},
-                    "score_columns": columns_of(records, pool),
+                    "score_columns": columns,
                 }
-                partial.finish({**official_files(records, facts.signal, loading, pool), RUN: run})
+                partial.finish({**official_files(records, facts.signal, loading, columns), RUN: run})
         other = differences(facts.environment, read_run(place)["environment"]) if done else []
         yield Done(dataset.name, place, done, ", ".join(f"{name} {there} (now {here})" for name, here, there in other))
-
-
-def _scores(dataset: Dataset, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The official measures with intervals, and those that other work reports beside them."""
-    official = scores(by_measure(dataset.metric, [one["value"] for one in records]))
-    golds = [row.golds for row in dataset.rows]
-    return {**official, "extra": extra(dataset.metric, [one["prediction"] for one in records], golds)}
 
 
 def _answer(

@@ -14,6 +14,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
 
 import psutil
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from logo.adapters.adapter import Adapter, LoraWeights, finite
-from logo.adapters.layout import adaptable_modules
+from logo.adapters.layout import BaseLayout
 from logo.errors import CacheFull, NotFinite, check_type
 from logo.models import device_of
 
@@ -79,29 +80,35 @@ class Stacks:
         return cls(residents, modules)
 
 
+@dataclass(eq=False, repr=False)
 class AdapterCache:
     """The adapters of one model on its devices, of any pool.
 
-    Args:
+    Attributes:
         modules: base module path -> linear module or embedding.
         dtype: of mixtures; scales are applied in float32 before the cast.
         budget: bytes, half of them for single adapters, which take `bytes` now.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype, budget: int) -> None:
-        self.modules, self.dtype, self.budget, self.bytes = modules, dtype, budget, 0
-        self._residents: OrderedDict[Hashable, Resident] = OrderedDict()  # by file; the one used longest ago first
-        self._leaving: deque[Hold] = deque()
-        self._lock = threading.Lock()
-        self._loader = ThreadPoolExecutor(1, "logo-adapters")  # begins its thread when it is needed
-        self._last: Stacks | None = None
+    modules: Mapping[str, nn.Module]
+    dtype: torch.dtype
+    budget: int
+    bytes: int = field(default=0, init=False)
+    # By file; the one used longest ago first.
+    _residents: OrderedDict[Hashable, Resident] = field(default_factory=OrderedDict, init=False)
+    _leaving: deque[Hold] = field(default_factory=deque, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    # It begins its thread when it is needed.
+    _loader: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "logo-adapters"), init=False)
+    _last: Stacks | None = field(default=None, init=False)
 
     @classmethod
-    def of(cls, model: nn.Module, memory_gb: float | None) -> AdapterCache:
-        """The cache of a model; a budget in 10⁹ bytes, or None: a share of the free memory (`ADAPTER_SHARE`)."""
+    def of(cls, model: nn.Module, layout: BaseLayout, memory_gb: float | None) -> AdapterCache:
+        """The cache of a model of this layout; a budget in 10⁹ bytes, or None: a share of the free memory
+        (`ADAPTER_SHARE`)."""
         if memory_gb is not None:
             check_type("adapter_memory_gb", memory_gb, Real, "a number")
-        modules = adaptable_modules(model)
+        modules = {path: model.get_submodule(path) for path in (*layout.shapes, *layout.embeddings)}
         free = free_bytes(device_of(module) for module in modules.values())
         budget = int(ADAPTER_SHARE * free if memory_gb is None else memory_gb * 1e9)
         dtype: torch.dtype = model.dtype  # type: ignore[assignment]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,18 +20,20 @@ from logo.mixing.cache import Stack
 _CACHES = ("past_key_values", "cache", "cache_params")
 
 
+@dataclass(eq=False, repr=False)
 class Gates:
     """The weight of each of n adapters, per row of the batch or per token.
 
-    Args:
+    Attributes:
         weights: (rows, n) on the host, or one row for any batch. A batch of a multiple of the rows (beam search,
             several return sequences, flattened tokens) repeats every row that many times.
         per_token: the rows of `weights` are tokens, as a packed or (rows, length) batch is laid out in memory.
     """
 
-    def __init__(self, weights: Tensor, *, per_token: bool = False) -> None:
-        self._weights, self._per_token = weights, per_token
-        self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor | None]] = {}
+    weights: Tensor
+    per_token: bool = field(default=False, kw_only=True)
+    # The gate, shaped to multiply a response, and where it is 0 (None: nowhere), by owner, shape, device and dtype.
+    _made: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict, init=False)
 
     def applied(self, stack: Stack, response: Tensor) -> Tensor:
         """`g ⊙ (A x)` of one module, for `A x` (..., R).
@@ -43,53 +46,43 @@ class Gates:
         # Modules that the same adapters touch share one owner, and so one gate.
         key = (id(stack.owner), response.shape[:-1], response.device, response.dtype)
         if key not in self._made:
-            self._made[key] = (stack.owner, *self._gate(stack.owner, response))
+            lead, rows = response.shape[:-1], len(self.weights)
+            count = lead.numel() if self.per_token else lead[0]
+            if rows != 1 and (count != rows if self.per_token else count % rows):
+                unit = "tokens" if self.per_token else "rows"
+                raise ValueError(f"gates for {rows} {unit} cannot serve a batch of {count} {unit}")
+            weights = self.weights.to(response.dtype)
+            # On CUDA the copy has read the host memory when the call returns, and does not wait for running kernels.
+            placed = weights.to(response.device, non_blocking=response.device.type == "cuda")
+            gate = placed.index_select(1, stack.owner)  # (rows, R)
+            if rows not in (1, count):
+                gate = gate.repeat_interleave(count // rows, dim=0)
+            if rows != 1:  # a single row serves any shape
+                gate = gate.view(*(lead if self.per_token else (count, *[1] * (len(lead) - 1))), len(stack.owner))
+            self._made[key] = (stack.owner, gate, None if bool(weights.all()) else gate == 0)
         _, gate, closed = self._made[key]
         product = response * gate
         return product if closed is None else product.masked_fill_(closed, 0)
-
-    def _gate(self, owner: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The gate, shaped to multiply `like`, and where it is 0; None if nowhere."""
-        lead, rows = like.shape[:-1], len(self._weights)
-        count = lead.numel() if self._per_token else lead[0]
-        if rows != 1 and (count != rows if self._per_token else count % rows):
-            unit = "tokens" if self._per_token else "rows"
-            raise ValueError(f"gates for {rows} {unit} cannot serve a batch of {count} {unit}")
-        weights = self._weights.to(like.dtype)
-        # On CUDA the copy has read the host memory when the call returns, and does not wait for running kernels.
-        placed = weights.to(like.device, non_blocking=like.device.type == "cuda")
-        gate = placed.index_select(1, owner)  # (rows, R)
-        if rows not in (1, count):
-            gate = gate.repeat_interleave(count // rows, dim=0)
-        if rows != 1:  # a single row serves any shape
-            gate = gate.view(*(lead if self._per_token else (count, *[1] * (len(lead) - 1))), len(owner))
-        return gate, None if bool(weights.all()) else gate == 0
 
 
 class OpeningGates:
     """Gates that open at a position: `g(row, column) = w if column >= begin(row, adapter) else 0`.
 
-    A column is a position in the batch, counted with padding and cached tokens; a hook on the model tells which columns
-    each pass reads. Weights and begins are (rows, n). Once all gates are open, they are ordinary `Gates`, one per row.
+    A column is a position in the batch, counted with padding and cached tokens; `follow`, a hook on the model, is told
+    which columns each pass reads. Weights and begins are (rows, n). Once all gates are open, they are ordinary `Gates`,
+    one per row.
     """
 
     def __init__(self, weights: Tensor, begins: Tensor) -> None:
         self._weights, self._begins = weights, begins
-        self._open = Gates(weights[:1] if bool((weights == weights[0]).all()) else weights)
+        self._open = Gates(weights)
         self._batch, self._count = len(weights), 0  # rows, and columns that were read up to now
         self._columns: Tensor | None = None  # of the current forward pass; None: all gates are open
         self._kept: Tensor | None = None  # those of them that the output head gets, if they are not the last ones
         self._made: dict[int, Gates] = {}  # of the current pass, by the number of tokens
 
-    @contextmanager
-    def following(self, model: nn.Module) -> Iterator[None]:
-        """Follows the forward passes of the model inside the block, to know which columns they read."""
-        with ExitStack() as stack:
-            if bool(self._begins.any()):  # otherwise all gates are always open
-                stack.callback(model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-            yield
-
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def follow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Takes note of the columns that a forward pass of the model is about to read."""
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         read = next(one for one in given if one is not None)
         cache, seen = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None), 0
@@ -119,20 +112,31 @@ class OpeningGates:
         return self._made[tokens].applied(stack, response)
 
 
-def low_rank(x: Tensor, stack: Stack, gates: Gates | OpeningGates) -> Tensor:
-    """`B (g ⊙ (A x))` for `x` (..., d_in), or for tokens (...) of an embedding; (..., d_out) in the stack's dtype."""
-    if x.is_floating_point():
-        response = nn.functional.linear(x.to(stack.A.dtype), stack.A)  # (..., R)
-    else:
-        response = nn.functional.embedding(x, stack.A.T)
-    return gates.applied(stack, response) @ stack.B
+@contextmanager
+def opening(model: nn.Module, weights: Tensor, begins: Tensor) -> Iterator[Gates | OpeningGates]:
+    """`OpeningGates` that follow the forward passes of the model inside the block; `Gates` if all are always open."""
+    if not begins.any():
+        yield Gates(weights)
+        return
+    gates = OpeningGates(weights, begins)
+    hook = model.register_forward_pre_hook(gates.follow, with_kwargs=True)
+    try:
+        yield gates
+    finally:
+        hook.remove()
 
 
 def added(
     stack: Stack, gates: Gates | OpeningGates, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
-    """The output of a module and the low-rank term; with the first two arguments bound, a forward hook."""
-    term = low_rank(inputs[0], stack, gates)
+    """The output of a module and `B (g ⊙ (A x))`, in the stack's dtype, of its input (..., d_in), or of tokens (...) if
+    it is an embedding; with the first two arguments bound, a forward hook."""
+    x = inputs[0]
+    if x.is_floating_point():
+        response = nn.functional.linear(x.to(stack.A.dtype), stack.A)  # (..., R)
+    else:
+        response = nn.functional.embedding(x, stack.A.T)
+    term = gates.applied(stack, response) @ stack.B
     scale = getattr(module, "embed_scale", None)  # Gemma's embeddings multiply their output; PEFT does the same
     term = (term if scale is None else term * scale).to(output.dtype)
     # The output may be changed in place: it is new, and without gradients nobody else reads it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +33,13 @@ def mergeable(module: nn.Module) -> bool:
     )
 
 
+@dataclass(eq=False, repr=False)
 class Merger:
     """Merges mixtures into the modules of one base model, by path, and keeps the merged copy for the next call."""
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.modules = modules
-        self._merged: dict[str, nn.Parameter] = {}
-        self._key: Hashable = None  # of the mixture that is merged
+    modules: Mapping[str, nn.Module]
+    _merged: dict[str, nn.Parameter] = field(default_factory=dict, init=False)
+    _key: Hashable = field(default=None, init=False)  # of the mixture that is merged
 
     @contextmanager
     def active(self, key: Hashable, stacks: Callable[[], Mapping[str, Stack]], weights: Tensor) -> Iterator[None]:
@@ -73,11 +74,6 @@ class Merger:
         for copy in self._merged.values():
             needed[copy.device] -= copy.nbytes
         return all(size <= _SHARE * free_bytes([device]) for device, size in needed.items() if size > 0)
-
-    def forget(self) -> None:
-        """Frees the memory of the copy."""
-        self._merged.clear()
-        self._key = None
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.core import Form
 from logo.mixing.cache import AdapterCache
-from logo.mixing.gates import OpeningGates, added, hooked
+from logo.mixing.gates import added, hooked, opening
 from logo.mixing.merge import Merger, mergeable
 from logo.models import lock_of, text_config
 
@@ -75,6 +75,8 @@ class Mixer:
             UsageError: another mixture is active.
             CacheFull: the adapters do not fit into the memory for adapters.
         """
+        if all(mixture == mixtures[0] for mixture in mixtures):
+            mixtures = mixtures[:1]  # which acts on all rows
         used = {name for mixture in mixtures for name in mixture.weights}
         names = [name for name in pool.names if name in used]
         with self._lock.running(mixed=bool(names)):
@@ -90,19 +92,20 @@ class Mixer:
                         yield "merged"
                     return
                 begins = torch.tensor([[mixture.begins.get(name, 0) for name in names] for mixture in mixtures])
-                gates = OpeningGates(weights, begins)
-                hooks = {path: partial(added, stack, gates) for path, stack in self.cache.stacks(hold).modules.items()}
-                with gates.following(self._model), hooked(self.cache.modules, hooks):
-                    yield "gated"
+                stacks = self.cache.stacks(hold).modules
+                with opening(self._model, weights, begins) as gates:
+                    hooks = {path: partial(added, stack, gates) for path, stack in stacks.items()}
+                    with hooked(self.cache.modules, hooks):
+                        yield "gated"
 
     def forget(self, pool: AdapterPool) -> None:
         """Drops everything that does not belong to this pool, after it has changed."""
-        self._merger.forget()
+        self._merger = Merger(self.cache.modules)  # frees the memory of the merged copy
         self.cache.retain({adapter.file for adapter in pool})
 
     def _merges(self, adapters: Sequence[Adapter], mixtures: Sequence[Mixture], tokens: float) -> bool:
         """Whether these mixtures are one that is merged, whatever ran before, so that this changes no answer."""
-        if self.merge is False or any(one.begins or one.weights != mixtures[0].weights for one in mixtures):
+        if self.merge is False or len(mixtures) > 1 or mixtures[0].begins:
             return False
         # Merging computes about as much as gating half as many tokens as the model is wide.
         if not self.merge and 2 * tokens < self._width:

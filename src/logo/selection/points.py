@@ -19,8 +19,9 @@ from logo.models import text_config
 if TYPE_CHECKING:
     from logo.selection.settings import SelectionSettings
 
-# Last parts of the paths of query projections; fused projections come last.
-QUERY_NAMES = ("q_proj", "query_proj", "wq", "query", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
+# Last parts of the paths of query projections, and of projections that are fused with it.
+_QUERIES = ("q_proj", "query_proj", "wq", "query")
+_FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
 # Points that are read of every adapter, if it touches so many.
 LEAST_POINTS = 4
 # How far a probe runs, as a share of the layers, if the prompt is read again under its mixture.
@@ -56,10 +57,11 @@ def last_query(model: nn.Module) -> Point:
     path, blocks = decoder_layers(model)
     layer_path = f"{path}.{len(blocks) - 1}"
     linears = {name: shape for name, module in blocks[-1].named_modules() if (shape := linear_shape(module))}
-    for name in QUERY_NAMES:
+    for name in (*_QUERIES, *_FUSED):
         matches = [inside for inside in linears if inside.rsplit(".", 1)[-1] == name]
         if len(matches) == 1:
-            rows = _query_rows(name, text_config(model), linears[matches[0]].out_features)
+            size = linears[matches[0]].out_features
+            rows = _query_rows(name, text_config(model), size) if name in _FUSED else None
             return Point(len(blocks) - 1, layer_path, f"{layer_path}.{matches[0]}", rows)
     raise ModelError(
         f"no query projection among {', '.join(linears)} of {layer_path}; use the signal 'calibrated', which reads the "
@@ -101,10 +103,8 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return min(found, key=lambda f: f[0].count("."))
 
 
-def _query_rows(name: str, config: Any, out_features: int) -> tuple[int, ...] | None:
-    """The output rows of a fused projection that make up the query; None if all of them do."""
-    if name in ("q_proj", "query_proj", "wq", "query"):
-        return None
+def _query_rows(name: str, config: Any, out_features: int) -> tuple[int, ...]:
+    """The output rows of a fused projection that make up the query."""
     rows, heads = torch.arange(out_features), config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     by_head = name == "query_key_value" or config.model_type == "gpt_bigcode"

@@ -55,8 +55,8 @@ UNIT = 0.33
 
 
 def row_sums(values: Tensor, owners: Tensor, rows: int) -> Tensor:
-    """Sums over the vectors of each row: `values` (vectors, n), `owners` (vectors,) -> (rows, n) float32."""
-    sums = torch.zeros(rows, values.shape[1], device=values.device)
+    """Sums over the vectors of each row: `values` (vectors, ...), `owners` (vectors,) -> (rows, ...) float32."""
+    sums = torch.zeros(rows, *values.shape[1:], device=values.device)
     return sums.index_add_(0, owners.to(values.device), values)
 
 
@@ -80,8 +80,7 @@ def emphasis(owners: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 def both_means(values: Tensor, owners: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
     """The even and the late mean of each row's vectors, of `values` (vectors, n), with `emphasis`: (rows, 2, n)."""
     parts = values[:, None] * weights.to(values.device)[:, :, None]
-    total = torch.zeros(len(sums), *parts.shape[1:], device=values.device)
-    return total.index_add_(0, owners.to(values.device), parts) / sums.to(values.device)[:, :, None]
+    return row_sums(parts, owners, len(sums)) / sums.to(values.device)[:, :, None]
 
 
 def finished(means: Tensor, scale: Scale) -> Tensor:

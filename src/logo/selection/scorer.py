@@ -135,7 +135,7 @@ class Scorer:
         kept = (None, "") if reading is None else (reading.store, f"{reading.key}/rows")
         indices, names, sizes = read_indices(wanted, tell, *kept), tuple(adapter.name for adapter in adapters), {}
         every = list(enumerate(indices))
-        if how.plugin is None:
+        if how.plugin is None and len(indices) > 1:
             indices, every = joined(indices)
         if calibration is not None:
             touched = torch.tensor([[point.module in a.modules for point in points] for a in adapters])
@@ -203,22 +203,15 @@ class Scorer:
             else:  # tokens on which adapters act are never cached
                 ends, read = [earliest(signal.activations, row) for row in rows], partial(self._read_rest, rows)
                 hidden, owners = self.prefix_cache.extend(rows, ends, read, fresh=signal.token == "mean")
-            return self._scored(hidden, owners, len(rows), among)
-
-    def _scored(
-        self, hidden: Sequence[Tensor], owners: Tensor, rows: int, among: Sequence[Collection[str] | None]
-    ) -> Tensor:
-        """Scores of hidden vectors that belong to these rows (vectors,)."""
-        signal, at = self.signal, self.indices[0].device
-        if signal.token == "mean":
-            means = {id(vectors): row_means(vectors, owners, rows) for vectors in hidden}
-            hidden, owners = [means[id(vectors)] for vectors in hidden], torch.arange(rows)
-        weights, sums = emphasis(owners, rows)
-        columns = [signal(index, hidden[point]).to(at) for point, index in self.joined]
-        columns = [torch.cat(columns, dim=1), *(hidden[point].to(at) for point in self.described)]
-        responses, *descriptions = [both_means(column, owners, weights, sums) for column in columns]
-        per_point = finished(responses[:, : signal.readings].flatten(1), signal.scale)
-        return self.scores([per_point], descriptions, sums[:, 0], among)
+            if signal.token == "mean":
+                means = {id(vectors): row_means(vectors, owners, len(rows)) for vectors in hidden}
+                hidden, owners = [means[id(vectors)] for vectors in hidden], torch.arange(len(rows))
+            (weights, sums), at = emphasis(owners, len(rows)), self.indices[0].device
+            columns = [signal(index, hidden[point]).to(at) for point, index in self.joined]
+            columns = [torch.cat(columns, dim=1), *(hidden[point].to(at) for point in self.described)]
+            responses, *descriptions = [both_means(column, owners, weights, sums) for column in columns]
+            per_point = finished(responses[:, : signal.readings].flatten(1), signal.scale)
+            return self.scores([per_point], descriptions, sums[:, 0], among)
 
     def _read_rest(
         self, rows: Sequence[Sequence[int]], ids: Tensor, mask: Tensor, cache: DynamicCache, options: dict[str, Any]

@@ -172,14 +172,19 @@ def forced(entry: Forced, pool: AdapterPool, candidates: Collection[str] | None 
     return selection
 
 
-def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> list[Forced | None]:
-    """The mixtures that are forced on so many prompts; UsageError for something else or a list of another length."""
+def for_each(
+    adapters: Forced | Sequence[Forced | None] | None,
+    count: int,
+    pool: AdapterPool,
+    candidates: Collection[str] | None = None,
+) -> list[Selection | None]:
+    """What a user forces on each of so many prompts. Errors as `forced`; UsageError for a list of another length."""
     if adapters is None or isinstance(adapters, (Mapping, Selection)):
-        return [adapters] * count
+        return [None if adapters is None else forced(adapters, pool, candidates)] * count
     check_type("adapters", adapters, (list, tuple), "{name: weight}, a Selection, or a list of these")
     if len(adapters) != count:
         raise UsageError(f"adapters: expected one entry for each of {count} prompts, found {len(adapters)}")
-    return list(adapters)
+    return [None if entry is None else forced(entry, pool, candidates) for entry in adapters]
 
 
 def known(name: str, pool: AdapterPool, candidates: Collection[str] | None = None) -> str:

@@ -80,7 +80,11 @@ class SelectionSettings:
         _check_choice("unscorable", self.unscorable, Unscorable)
         if self.cache is not None:
             check_type("cache", self.cache, (str, PathLike), "a folder")
-        object.__setattr__(self, "window", _checked_window(self.window))
+        window: Any = tuple(self.window) if isinstance(self.window, list) else self.window  # as JSON has it
+        numbers = isinstance(window, tuple) and len(window) == 2 and all(type(count) is int for count in window)
+        if window not in (None, WHOLE) and (not numbers or min(window) < 0 or sum(window) == 0):
+            raise UsageError(f"window: expected {WHOLE} or (first tokens, last tokens), found {window!r:.60}")
+        object.__setattr__(self, "window", window)
         if self.calibration_prompts is not None:
             check_type("calibration_prompts", self.calibration_prompts, (list, tuple), "a list of texts")
             for text in self.calibration_prompts:
@@ -181,12 +185,3 @@ def _check_weighting(weighting: Any, signal: str, raw: bool) -> None:
     _check_choice("weighting", weighting, Weighting)
     if weighting == "adaptive" and raw:
         raise UsageError(f"weighting 'adaptive': the signal {signal!r} has no scale of its own; use 'linear'")
-
-
-def _checked_window(window: Any) -> Window | None:
-    if isinstance(window, list):  # as JSON has it
-        window = tuple(window)
-    numbers = isinstance(window, tuple) and len(window) == 2 and all(type(count) is int for count in window)
-    if window not in (None, WHOLE) and (not numbers or min(window) < 0 or sum(window) == 0):
-        raise UsageError(f"window: expected {WHOLE} or (first tokens, last tokens), found {window!r:.60}")
-    return window  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from logo.core import Selection
 from logo.mixing.cache import AdapterCache, Hold, Stack, Stacks
-from logo.mixing.gates import Gates, OpeningGates, added, hooked
+from logo.mixing.gates import Gates, OpeningGates, added, hooked, opening
 from logo.mixing.mixer import Mixture
 
 
@@ -79,10 +79,9 @@ class Packed:
         self.clear()
         stacks = Stacks.of(_used(rows))
         weights, begins = _placed(stacks, rows)
-        gates = OpeningGates(weights, torch.where(begins > 0, begins + pads, 0))
-        self._gates, self._stacks = gates, stacks.modules
         try:
-            with gates.following(model):
+            with opening(model, weights, torch.where(begins > 0, begins + pads, 0)) as self._gates:
+                self._stacks = stacks.modules
                 yield
         finally:
             self.clear()

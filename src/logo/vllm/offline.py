@@ -180,7 +180,7 @@ class VllmLoGo(LoGo):
         self.merge = None  # mixtures are computed in vLLM's slots
         self._checkpoint, self._generation_config = model.generation_config, None
         self._layout = BaseLayout.of(model)
-        self._lock: Any = threading.RLock()
+        self._lock = threading.RLock()
         self.engine = _engine(llm)
         _wait(self.engine.open([settings.signal]))
         served = self.engine.served.pool
