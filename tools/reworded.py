@@ -48,7 +48,9 @@ def main() -> None:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         for row in rows:
             context = row["context"]
-            row["context"] = cut(context) if asked.wording == "cut" else reworded(wordings[task][asked.wording], context)
+            row["context"] = (
+                cut(context) if asked.wording == "cut" else reworded(wordings[task][asked.wording], context)
+            )
         (asked.out / file.name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
