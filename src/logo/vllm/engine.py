@@ -118,9 +118,8 @@ class Engine:
     async def change(self, kind: str, name: str, folder: str = "") -> None:
         """Changes the pool (see `pool_of`) in all workers or in none; answers continue meanwhile. LoGoError: it cannot
         be changed so."""
-        change = (kind, name) if kind == "remove" else (kind, name, folder)
         async with self._changing:
-            before = self.served.pool
+            change, before = (kind, name, folder), self.served.pool
             pool = await asyncio.to_thread(pool_of, self.options, self.skeleton, before, change)
             rank_of(pool, self._rank)
             self._coming = pool.digest

@@ -17,8 +17,7 @@ from torch import Tensor
 
 # Rows of one request from which on they are multiplied by themselves, so that they meet only their own adapters.
 _ALONE = 16
-# A slot between open ones is multiplied with them if that costs less than a copy of the open ones: copying a number
-# takes as long as this many multiplications.
+# Copying a number takes about as long as this many products: slots between open ones are multiplied if that is less.
 _COPY = 32
 
 # Consecutive rows of a step that belong to one request: the first of them, and their gate (rows, slots) on the CPU.
@@ -42,8 +41,7 @@ class Group:
         first, end = int(opened[0]), int(opened[-1]) + 1
         if len(gate) * (end - first - len(opened)) <= _COPY * len(opened):
             slots = slice(first, end)
-        picked = gate[:, slots]
-        closed = picked == 0
+        closed = (picked := gate[:, slots]) == 0
         return cls(rows, slots, picked, closed if bool(closed.any()) else None)
 
     def add(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
@@ -54,12 +52,10 @@ class Group:
         if self.closed is not None:
             shrunk.masked_fill_(self.closed[..., None], 0)  # not finite, perhaps
         opened = shrunk.flatten(1)
-        if not isinstance(self.rows, slice):
-            y.index_add_(0, self.rows, (opened @ b).to(y.dtype))
-        elif y.dtype == b.dtype:
-            y[self.rows].addmm_(opened, b)
+        if isinstance(self.rows, slice):
+            y[self.rows].addmm_(opened.to(y.dtype), b.to(y.dtype))
         else:
-            y[self.rows] += (opened @ b).to(y.dtype)
+            y.index_add_(0, self.rows, (opened @ b).to(y.dtype))
 
 
 class StepGates:

@@ -36,9 +36,7 @@ class Launch:
     options: Mapping[str, Any]  # for `LOGO_OPTIONS`
     host: str
     port: int
-    api_key: str | None = field(
-        default=None, repr=False
-    )  # required of clients; None: vLLM's own variable, if it is set
+    api_key: str | None = field(default=None, repr=False)  # required of clients; None: vLLM's own variable, if set
     flags: Sequence[str] = ()  # further flags of ours
     given: Sequence[str] = ()  # the user's flags, which override all others
 

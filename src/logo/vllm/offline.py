@@ -101,9 +101,8 @@ def open_engine(
         how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "examples": settings.examples, "token": token}
         opened = open_pool(named, base_model, model_dir, **how)
     model = skeleton(source, computed)
-    fitted = opened.fit(BaseLayout.of(model), on_bad_adapter=on_bad_adapter)
+    fitted = opened.fit(BaseLayout.of(model), on_bad_adapter=on_bad_adapter).acting(settings.activation)
     warn_of_bad(fitted.refused)
-    fitted = fitted.acting(settings.activation)
     plan(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
     k = min(settings.k or fitted.default_k, len(fitted))
     additional = dict(model_kwargs.get("additional_config") or {})

@@ -71,9 +71,8 @@ class VllmOptions:
         options = {name: value for name, value in given.items() if name in own}
         for name, fine in (("on_bad_adapter", get_args(OnBadAdapter)), ("adapter_changes", (True, False))):
             if options.get(name, fine[0]) not in fine:
-                raise UsageError(
-                    f"{name}: expected one of {', '.join(map(str, fine)).lower()}, found {options[name]!r}"
-                )
+                expected = ", ".join(map(str, fine)).lower()
+                raise UsageError(f"{name}: expected one of {expected}, found {options[name]!r}")
         options |= {name: tuple(options[name]) for name in ("signals", "hosts", "origins") if name in options}
         made = cls(settings=settings, **options)
         for signal in made.all_signals:

@@ -28,7 +28,7 @@ def pool_of(
 
     Args:
         before: the pool that is changed; None: it is opened.
-        change: `("add", name, folder)`, `("replace", name, folder)` or `("remove", name)`.
+        change: `("add" or "replace", name, folder)` or `("remove", name, "")`.
 
     Raises:
         AdapterError: an adapter cannot be used, or does not fit.
@@ -39,7 +39,7 @@ def pool_of(
         name = str(model.config.name_or_path)
         opened = open_pool(options.pool, name, on_bad_adapter=options.on_bad_adapter, examples=settings.examples)
         return opened.fit(layout, on_bad_adapter=options.on_bad_adapter).acting(settings.activation)
-    kind, name, *where = change
+    kind, name, folder = change
     if kind == "add" and name in before:
         raise PoolError(f"the pool has an adapter {name!r} already")
     kept = before.remove(name) if name in before or kind == "remove" else before
@@ -47,7 +47,7 @@ def pool_of(
         if not len(kept):
             raise PoolError(f"adapter {name!r} is the last one of the pool and cannot be removed")
         return kept
-    made = open_adapter(where[0], name).fit(layout)
+    made = open_adapter(folder, name).fit(layout)
     made.verify()  # finds what is not finite, also in layers that no signal reads
     return kept.add(made).acting(settings.activation)
 

@@ -39,8 +39,7 @@ async def check(engine: Engine) -> None:
     async with engine.held([engine.mix(served, Selection.forced({name: 1.0}))]) as [lora]:
         outputs = await engine.run([(text, once, one) for one in (None, silent, lora)])
     await engine.call("scores", ["selftest"])
-    said = ({token: one.logprob for token, one in output.outputs[0].logprobs[0].items()} for output in outputs)
-    base, probe, mixed = said
+    base, probe, mixed = ({key: one.logprob for key, one in o.outputs[0].logprobs[0].items()} for o in outputs)
 
     def within(found: dict[int, float], most: float) -> bool:
         return found.keys() == base.keys() and max(abs(base[token] - found[token]) for token in base) <= most
