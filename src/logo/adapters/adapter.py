@@ -27,7 +27,7 @@ from logo.adapters.peft import (
     read_raw,
     unreadable,
 )
-from logo.errors import AdapterError
+from logo.errors import AdapterError, is_out_of_memory
 from logo.identity import adapter_digest, adapter_key
 
 if TYPE_CHECKING:
@@ -195,9 +195,9 @@ class Adapter:
         """Names the adapter and its file in errors of reading it."""
         try:
             yield
-        except AdapterError:
-            raise
         except Exception as error:  # safetensors raises its own Rust error type
+            if isinstance(error, AdapterError) or is_out_of_memory(error):
+                raise
             raise AdapterError(self.name, unreadable(error, self.file.path)) from error
 
     def _read(self, modules: Iterable[str]) -> dict[str, LoraWeights]:

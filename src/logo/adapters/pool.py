@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.activation import Activation, acting
-from logo.adapters.adapter import Adapter, open_adapter
+from logo.adapters.adapter import Adapter, open_adapter, own_name
 from logo.adapters.layout import BaseLayout
 from logo.adapters.peft import CONFIG
 from logo.adapters.sources import (
@@ -275,7 +275,8 @@ def officially_named(pool: AdapterPool, base_model: str, sources: Sequence[Sourc
     """A published pool with the official script's names (`Llama-3.1-8B-loras-flanv2/flanv2.aeslc`), others as they are;
     `sources` are those of the pool, None if they are not known."""
     folder = official_folder(base_model)
-    if folder is None or (sources is not None and [Path(one.below or one.where).name for one in sources] != [folder]):
+    named = None if sources is None else [own_name(Path(one.below or one.where)) for one in sources]
+    if folder is None or named not in (None, [folder]):
         return pool
     renamed = (replace(adapter, name=f"{folder}/{adapter.name}") for adapter in pool)
     return AdapterPool(renamed, pool.refused, default_k=pool.default_k)
@@ -293,5 +294,6 @@ def _refuse(refused: Sequence[AdapterError], on_bad_adapter: OnBadAdapter, where
     bad = [error for error in refused if not isinstance(error, LeftOut)]
     if bad and on_bad_adapter == "error":
         more = f" ({len(bad) - 1} more bad in {where})" if len(bad) > 1 else ""
-        hint = "`logo pool lock --on-bad-adapter skip` leaves bad ones out (Python: on_bad_adapter='skip')"
+        lock = "logo pool lock --on-bad-adapter skip" + (" --base-model M" if where == "the pool" else "")
+        hint = f"`{lock}` leaves bad ones out (Python: on_bad_adapter='skip')"
         raise PoolError(f"{bad[0]}{more}; {hint}")

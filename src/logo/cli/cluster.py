@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from logo.adapters.sources import pool_sources, spec_of
 from logo.cli.output import note
-from logo.cluster.processes import Expected, Layout
+from logo.cluster.processes import Expected, Layout, usual_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from logo.evaluation.answer import Opening
 
 
-def expected(layout: Layout, pool: str, base_model: str, **options: Any) -> Expected:
-    """What every process has to find: the pool that these `options` of `open_pool` open here. Says that they start."""
+def expected(layout: Layout, pool: str, base_model: str, model_dir: str) -> Expected:
+    """What every process has to find: the pool that opens here. Says that they start."""
     from logo.adapters.pool import open_pool
 
     note(f"starting {layout.count} processes {layout}")
-    return Expected.of(functools.partial(open_pool, pool, base_model, **options))
+    return Expected.of(functools.partial(open_pool, pool, base_model, model_dir))
 
 
 def anywhere(opening: Opening) -> Opening:
@@ -52,7 +52,7 @@ def in_workers(opening: Opening, options: WorkerOptions, answer: Callable[..., A
     does with a block."""
     from logo.cluster.workers import in_workers as started
 
-    layout, there = Layout(options.workers or 1, options.ray), anywhere(opening)
+    layout, there = Layout(options.workers or 1, options.ray or usual_address()), anywhere(opening)
     found = expected(layout, str(there.pool), there.base_model, model_dir=there.options["model_dir"])
     with started(layout, found, there, answer) as opened:
         yield opened

@@ -21,7 +21,6 @@ from logo.recorded import without_secrets
 if TYPE_CHECKING:
     from logo.baselines import Method
 
-OnBad = Literal["error", "skip"]
 Context = Literal["base", "pool", "carry"]
 ProbeText = Literal["all", "last-user", "conversation"]
 WhenUnsure = Literal["mix", "base", "refuse"]
@@ -115,7 +114,7 @@ class WorkerOptions:
     workers: Annotated[int | None, said("this process", validator=positive)] = None
     """Processes that answer, each with the model (needs Ray)."""
 
-    ray: Annotated[str, Parameter(env_var="RAY_ADDRESS")] = "local"
+    ray: Annotated[str | None, said("RAY_ADDRESS, else local")] = None
     """Where they are: local, auto (the Ray cluster of this machine) or HOST:PORT."""
 
     def check(self, device: str) -> None:

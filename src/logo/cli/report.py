@@ -36,13 +36,14 @@ def report(
     for path in save:
         if path.suffix not in (".html", ".tex", "") or (path.suffix and path.is_dir()):
             raise UsageError(f"--save {path}: expected FILE.html, FILE.tex, or a folder without a suffix for CSV")
-        check_writable(path.parent if path.suffix else path)
+        check_writable(path.parent)
     found = analyse(read(results, None if metric is None else checked_kind(metric, "--metric")))
     written: dict[Path, str] = {}
     for path in save:
         if path.suffix:
             written[path] = page(found) if path.suffix == ".html" else latex(found)
         else:
+            path.mkdir(exist_ok=True)
             written |= {path / f"{name}.csv": frame.to_csv(index=False) for name, frame in frames(found).items()}
     for file, content in written.items():
         replace_file(file, content.encode("utf-8"))

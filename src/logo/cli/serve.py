@@ -29,6 +29,8 @@ def serve(
     Args:
         vllm_flags: With --engine vllm: flags for vLLM, after `--`.
     """
+    if vllm_flags and not vllm_flags[0].startswith("-"):
+        raise UsageError(f"{vllm_flags[0]!r}: expected options only; flags for vLLM follow after `--`")
     if server.server == "vllm":
         serve_vllm.serve(engine, server, vllm_flags)
         return

@@ -105,11 +105,11 @@ def _refuse(options: EngineOptions, server: ServerOptions, given: Sequence[str])
 def _replicas(options: EngineOptions, base_model: str, server: ServerOptions, launch: Launch) -> None:
     """Serves from replicas until a signal comes."""
     from logo.cli.cluster import absolute, expected
-    from logo.cluster.processes import LOCAL, Layout
+    from logo.cluster.processes import Layout
     from logo.cluster.replicas import ReplicaPlan, serve_replicas, vllm_app
     from logo.serve.running import listening
 
-    layout = Layout(server.replicas or 1, os.environ.get("RAY_ADDRESS", LOCAL))
+    layout = Layout(server.replicas or 1)
     with listening(server.host, server.port) as free:  # another process will listen there
         host, port = free.getsockname()[:2]
     open_ = functools.partial(vllm_app, launch.command[3:])  # after `python -m MODULE`

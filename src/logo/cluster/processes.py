@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from logo import plugins
@@ -29,6 +29,11 @@ class ClusterError(LoGoError, RuntimeError):
     """Processes cannot be started, have died, or differ from each other."""
 
 
+def usual_address() -> str:
+    """Where processes start if the user does not say."""
+    return os.environ.get("RAY_ADDRESS") or LOCAL
+
+
 @dataclass(frozen=True)
 class Layout:
     """The number of processes, their place and their GPUs.
@@ -40,13 +45,13 @@ class Layout:
     """
 
     count: int
-    address: str = LOCAL
+    address: str = field(default_factory=usual_address)
     gpus: float | None = None
 
     def __post_init__(self) -> None:
         host, _, port = self.address.rpartition(":")
-        if self.address not in (AUTO, LOCAL) and not (host and port.isdigit()):
-            raise UsageError(f"Ray cluster {self.address}: expected auto, local or HOST:PORT")
+        if self.address not in (AUTO, LOCAL) and (not (host and port.isdigit()) or "://" in host):
+            raise UsageError(f"{self.address!r} (--ray or RAY_ADDRESS): expected auto, local or HOST:PORT")
 
     def __str__(self) -> str:
         return "on this machine" if self.address == LOCAL else f"on the Ray cluster {self.address}"

@@ -176,7 +176,7 @@ def for_each(
     adapters: Forced | Sequence[Forced | None] | None,
     count: int,
     pool: AdapterPool,
-    candidates: Collection[str] | None = None,
+    candidates: Collection[str] | None,
 ) -> list[Selection | None]:
     """What a user forces on each of so many prompts. Errors as `forced`; UsageError for a list of another length."""
     if adapters is None or isinstance(adapters, (Mapping, Selection)):

@@ -60,7 +60,7 @@ class AppSettings:
     """The settings of a server's app."""
 
     base_model: str  # the name under which the base model alone answers
-    request_timeout: float | None = 600.0  # the most seconds for a request; None: no limit
+    request_timeout: float = 600.0  # the most seconds for a request
     adapter_changes: Path | None = None  # from which adapters may be added; None: the pool cannot be changed
     log_prompts: bool = False
 
@@ -329,9 +329,9 @@ class _Api:
                 yield _event({**head, "choices": [], "usage": _usage(call)})
         yield b"data: [DONE]\n\n"
 
-    def _left(self, began: float) -> float | None:
-        """The seconds that are left to a request; None: no limit."""
-        return None if self._timeout is None else max(0.0, began + self._timeout - time.perf_counter())
+    def _left(self, began: float) -> float:
+        """The seconds that are left to a request."""
+        return max(0.0, began + self._timeout - time.perf_counter())
 
     def _late(self) -> ApiError:
         return failed(f"not answered within {self._timeout:g} s, the limit of this server", "timeout", 504)

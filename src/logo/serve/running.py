@@ -64,7 +64,6 @@ def serve(
     service: Service, settings: AppSettings, guards: GuardSettings, taken: socket.socket, started: Callable[[], None]
 ) -> None:
     """Serves on a socket until a signal comes, and then until accepted requests have ended."""
-    limit = settings.request_timeout
     config = uvicorn.Config(
         guard(create_app(service, settings), guards),
         log_config=None,
@@ -73,7 +72,7 @@ def serve(
         lifespan="on",
         timeout_keep_alive=30,
         # Accepted requests have ended by then, and what remains are clients that do not read.
-        timeout_graceful_shutdown=None if limit is None else math.ceil(limit + GRACE),
+        timeout_graceful_shutdown=math.ceil(settings.request_timeout + GRACE),
     )
     # uvicorn raises the signal again at the end, although ending on a signal is no failure.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))

@@ -4,7 +4,7 @@
 
 One token's gate is its request's mixture: a weight at the slot of each adapter. The inputs of a step are written into
 fixed buffers before the model runs, and the product over all slots does not branch on data, so that it runs alike
-eagerly, compiled and in a captured graph. On a CPU, which does not capture, only slots that are open are multiplied.
+eagerly, compiled and in a captured graph. On a CPU, which does not capture, rows meet few slots but their own.
 """
 
 from __future__ import annotations
@@ -46,12 +46,7 @@ class Group:
 
     def add(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
         """Adds the product to the group's rows of `y` (tokens, d_out); other arguments as `gated`."""
-        a, b = a[self.slots], b[self.slots].flatten(0, 1)
-        shrunk = (x[self.rows].to(a.dtype) @ a.flatten(0, 1).T).view(-1, *a.shape[:2])
-        shrunk *= self.gate[..., None]
-        if self.closed is not None:
-            shrunk.masked_fill_(self.closed[..., None], 0)  # not finite, perhaps
-        opened = shrunk.flatten(1)
+        opened, b = _opened(x[self.rows], a[self.slots], self.gate, self.closed), b[self.slots].flatten(0, 1)
         if isinstance(self.rows, slice):
             y[self.rows].addmm_(opened.to(y.dtype), b.to(y.dtype))
         else:
@@ -111,11 +106,14 @@ def gated(x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
 
     A closed gate gives 0, even if `x Aᵀ` is not finite, so an adapter that overflows affects only its own rows.
     """
-    count, rank, _ = a.shape
-    shrunk = (x.to(a.dtype) @ a.flatten(0, 1).T).view(-1, count, rank)
-    weights = gate.unsqueeze(-1)
-    opened = torch.where(weights != 0, shrunk * weights, 0).view(-1, count * rank)
-    return opened @ b.flatten(0, 1)
+    return _opened(x, a, gate, gate == 0) @ b.flatten(0, 1)
+
+
+def _opened(x: Tensor, a: Tensor, gate: Tensor, closed: Tensor | None) -> Tensor:
+    """`(x Aᵀ) ⊙ gate`, (tokens, slots times rank); `closed`: where the gate is 0, None if nowhere."""
+    made = (x.to(a.dtype) @ a.flatten(0, 1).T).view(-1, *a.shape[:2])
+    made *= gate[..., None]
+    return (made if closed is None else made.masked_fill_(closed[..., None], 0)).flatten(1)
 
 
 def turned(b: Tensor) -> Tensor:

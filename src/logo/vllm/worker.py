@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from logo.adapters.activation import earliest
 from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
-from logo.errors import LoGoError, ModelError, UsageError
+from logo.errors import AdapterError, LoGoError, ModelError, UsageError
 from logo.files import Store, cache_folder
 from logo.models import context_length
 from logo.prompts import Prompts
@@ -219,7 +219,7 @@ class Worker:
         """Puts adapters, by key, into slots that no request in progress uses, which are numbered from 0 on.
 
         Raises:
-            AdapterError: one cannot be read; its slot is empty then.
+            AdapterError: one cannot be read or overflows; its slot is empty then.
         """
         from vllm.lora.lora_model import LoRAModel
         from vllm.lora.lora_weights import LoRALayerWeights
@@ -231,6 +231,8 @@ class Worker:
             loras = {}
             for module, weights in adapter.read().items():
                 a, b = weights.A.to(self._dtype), weights.scaled_b().to(self._dtype)
+                if not bool(b.isfinite().all()):  # it would spoil the answers of others
+                    raise AdapterError(adapter.name, f"{module} overflows in {self._dtype}")
                 loras[module] = LoRALayerWeights(module, len(a), 1, a, b, scaling=1.0)  # else B would be scaled again
             made = LoRAModel(number, max(adapter.ranks), loras)
             self._adapters.add_adapter(made)

@@ -10,8 +10,7 @@ from pathlib import Path
 from logo.adapters.adapter import Adapter
 from logo.adapters.manifest import SUFFIXES, Entry, Manifest, is_line, read_manifest, write_manifest
 from logo.adapters.pool import AdapterPool
-from logo.adapters.sources import Source, gather, parse_sources
-from logo.cli.options import OnBad
+from logo.adapters.sources import OnBadAdapter, Source, gather, parse_sources
 from logo.cli.output import out, print_json
 from logo.cli.pool.common import divided, fitting, refusals, tell_refused
 from logo.errors import AdapterError, HubError, UsageError
@@ -23,7 +22,7 @@ def lock(
     save: Path = Path("pool.yaml"),
     base_model: str | None = None,
     overwrite: bool = False,
-    on_bad_adapter: OnBad = "error",
+    on_bad_adapter: OnBadAdapter = "error",
     json: bool = False,
 ) -> None:
     """Write a manifest of a pool: the source, the commit and the digest of each adapter.
