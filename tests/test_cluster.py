@@ -124,6 +124,7 @@ def test_refused_rows_are_those_of_one_process(rows: Path, capsys: pytest.Captur
     [
         (["--workers", "1", "--device", "cuda:1"], "--device: workers get their devices from Ray"),
         (["--workers", "1", "--ray", "nowhere"], "'nowhere' (--ray or RAY_ADDRESS): expected auto, local or HOST:PORT"),
+        (["--workers", "1", "--ray", "http://127.0.0.1:8265"], "'http://127.0.0.1:8265' (--ray or RAY_ADDRESS)"),
     ],
 )
 def test_what_workers_cannot_do(more: list[str], expected: str, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,6 +173,7 @@ def test_the_file_of_a_run_gives_no_leave_to_replace_its_result(
         (["eval", "run", *ROWS, "--method-args", "rows=3"], "--method-args is for --method; the method is logo"),
         (["generate", "x", "--adapter", "antonym", "--base-only"], "--base-only and --adapter exclude each other"),
         (["serve", "--replicas", "2"], "--replicas is only for --engine vllm"),
+        (["serve", "--engine", "vllm", "x"], "'x': expected options only; flags for vLLM follow after `--`"),
         (["serve", "--", "--max-model-len", "9"], "--max-model-len is only for --engine vllm"),
         (["serve", "--engine", "vllm", "--max-queue", "2"], "Unknown option: --max-queue"),
         (["serve", "--engine", "vllm", "--log", "json"], "--log is not for --engine vllm: set VLLM_LOGGING_CONFIG"),

@@ -13,7 +13,8 @@ import torch
 
 from hub_server import GOOD_TOKEN, HubServer
 from logo import LoGo, ModelError, UsageError
-from logo.adapters.pool import open_pool
+from logo.adapters.pool import officially_named, open_pool
+from logo.adapters.sources import parse_sources
 from logo.models import load_base, pick_device, resolve_base
 from tolerances import PATIENCE
 from warm import python
@@ -46,6 +47,16 @@ def test_published_adapters_in_model_dir_come_before_the_hub(tmp_path: Path) -> 
         assert len(open_pool(None, name, tmp_path)) == 12
     with pytest.raises(UsageError, match="has no adapters of its own"):
         open_pool(None, str(F1 / "model"))
+
+
+def test_a_published_pool_has_the_official_names_wherever_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = shutil.copytree(F1 / "adapters", tmp_path / "Llama-3.1-8B-loras-flanv2")
+    monkeypatch.chdir(home)
+    for place in (".", str(home)):
+        pool = officially_named(open_pool(place, "Llama-3.1-8B"), "Llama-3.1-8B", parse_sources(place))
+        assert pool.names[0] == "Llama-3.1-8B-loras-flanv2/ad00"
 
 
 def test_device_and_dtype() -> None:
