@@ -113,6 +113,8 @@ def run(argv: Sequence[str]) -> int:
         if anywhere.debug:
             traceback.print_exc()
         return _explain(error)
+    finally:
+        app.config = []
 
 
 def _options_in(file: Path, command: Sequence[str]) -> Dict:
