@@ -218,20 +218,20 @@ class EndRows(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor([any(rule(row) for rule in self._rules) for row in rows], device=input_ids.device)
 
 
-@dataclass(eq=False)
 class _Finite(LogitsProcessor):  # type: ignore[misc]
     """Finds rows with a step whose largest logit is not finite, where argmax would silently return token 0.
 
     Such logits become zeros, since sampling from NaN crashes a GPU. With `stop`, for streams, the first raises.
     """
 
-    stop: bool
-    _finite: Tensor | None = field(default=None, init=False)
+    def __init__(self, *, stop: bool) -> None:
+        self._stop = stop
+        self._finite: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         finite = scores.max(dim=-1).values.isfinite()  # (rows,)
         self._finite = finite if self._finite is None else self._finite & finite
-        if self.stop and not bool(self._finite.all()):
+        if self._stop and not bool(self._finite.all()):
             raise NotFinite(OVERFLOW)
         return scores.masked_fill(~finite[:, None], 0.0)
 

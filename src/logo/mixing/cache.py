@@ -14,7 +14,6 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from numbers import Real
 
 import psutil
@@ -80,27 +79,22 @@ class Stacks:
         return cls(residents, modules)
 
 
-@dataclass(eq=False, repr=False)
 class AdapterCache:
     """The adapters of one model on its devices, of any pool.
 
-    Attributes:
+    Args:
         modules: base module path -> linear module or embedding.
         dtype: of mixtures; scales are applied in float32 before the cast.
         budget: bytes, half of them for single adapters, which take `bytes` now.
     """
 
-    modules: Mapping[str, nn.Module]
-    dtype: torch.dtype
-    budget: int
-    bytes: int = field(default=0, init=False)
-    # By file; the one used longest ago first.
-    _residents: OrderedDict[Hashable, Resident] = field(default_factory=OrderedDict, init=False)
-    _leaving: deque[Hold] = field(default_factory=deque, init=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
-    # It begins its thread when it is needed.
-    _loader: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "logo-adapters"), init=False)
-    _last: Stacks | None = field(default=None, init=False)
+    def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype, budget: int) -> None:
+        self.modules, self.dtype, self.budget, self.bytes = modules, dtype, budget, 0
+        self._residents: OrderedDict[Hashable, Resident] = OrderedDict()  # by file; the one used longest ago first
+        self._leaving: deque[Hold] = deque()
+        self._lock = threading.Lock()
+        self._loader = ThreadPoolExecutor(1, "logo-adapters")  # begins its thread when it is needed
+        self._last: Stacks | None = None
 
     @classmethod
     def of(cls, model: nn.Module, layout: BaseLayout, memory_gb: float | None) -> AdapterCache:

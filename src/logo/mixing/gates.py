@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,20 +19,19 @@ from logo.mixing.cache import Stack
 _CACHES = ("past_key_values", "cache", "cache_params")
 
 
-@dataclass(eq=False, repr=False)
 class Gates:
     """The weight of each of n adapters, per row of the batch or per token.
 
-    Attributes:
+    Args:
         weights: (rows, n) on the host, or one row for any batch. A batch of a multiple of the rows (beam search,
             several return sequences, flattened tokens) repeats every row that many times.
         per_token: the rows of `weights` are tokens, as a packed or (rows, length) batch is laid out in memory.
     """
 
-    weights: Tensor
-    per_token: bool = field(default=False, kw_only=True)
-    # The gate, shaped to multiply a response, and where it is 0 (None: nowhere), by owner, shape, device and dtype.
-    _made: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict, init=False)
+    def __init__(self, weights: Tensor, *, per_token: bool = False) -> None:
+        self._weights, self._per_token = weights, per_token
+        # The gate, shaped to multiply a response, and where it is 0 (None: nowhere), by owner, shape, device and dtype.
+        self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def applied(self, stack: Stack, response: Tensor) -> Tensor:
         """`g ⊙ (A x)` of one module, for `A x` (..., R).
@@ -46,19 +44,19 @@ class Gates:
         # Modules that the same adapters touch share one owner, and so one gate.
         key = (id(stack.owner), response.shape[:-1], response.device, response.dtype)
         if key not in self._made:
-            lead, rows = response.shape[:-1], len(self.weights)
-            count = lead.numel() if self.per_token else lead[0]
-            if rows != 1 and (count != rows if self.per_token else count % rows):
-                unit = "tokens" if self.per_token else "rows"
+            lead, rows = response.shape[:-1], len(self._weights)
+            count = lead.numel() if self._per_token else lead[0]
+            if rows != 1 and (count != rows if self._per_token else count % rows):
+                unit = "tokens" if self._per_token else "rows"
                 raise ValueError(f"gates for {rows} {unit} cannot serve a batch of {count} {unit}")
-            weights = self.weights.to(response.dtype)
+            weights = self._weights.to(response.dtype)
             # On CUDA the copy has read the host memory when the call returns, and does not wait for running kernels.
             placed = weights.to(response.device, non_blocking=response.device.type == "cuda")
             gate = placed.index_select(1, stack.owner)  # (rows, R)
             if rows not in (1, count):
                 gate = gate.repeat_interleave(count // rows, dim=0)
             if rows != 1:  # a single row serves any shape
-                gate = gate.view(*(lead if self.per_token else (count, *[1] * (len(lead) - 1))), len(stack.owner))
+                gate = gate.view(*(lead if self._per_token else (count, *[1] * (len(lead) - 1))), len(stack.owner))
             self._made[key] = (stack.owner, gate, None if bool(weights.all()) else gate == 0)
         _, gate, closed = self._made[key]
         product = response * gate

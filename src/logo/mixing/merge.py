@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +32,13 @@ def mergeable(module: nn.Module) -> bool:
     )
 
 
-@dataclass(eq=False, repr=False)
 class Merger:
     """Merges mixtures into the modules of one base model, by path, and keeps the merged copy for the next call."""
 
-    modules: Mapping[str, nn.Module]
-    _merged: dict[str, nn.Parameter] = field(default_factory=dict, init=False)
-    _key: Hashable = field(default=None, init=False)  # of the mixture that is merged
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+        self._merged: dict[str, nn.Parameter] = {}
+        self._key: Hashable = None  # of the mixture that is merged
 
     @contextmanager
     def active(self, key: Hashable, stacks: Callable[[], Mapping[str, Stack]], weights: Tensor) -> Iterator[None]:
