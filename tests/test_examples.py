@@ -10,12 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo
-from logo.adapters.examples import MOST, folder_examples, write_examples
+from logo.adapters.examples import folder_examples, write_examples
 from logo.adapters.peft import EXAMPLES
 from logo.adapters.sources import adapter_patterns
 from logo.cli.app import run
@@ -25,7 +24,7 @@ from logo.evaluation.datasets import Dataset
 from logo.evaluation.study import REMOVED, Contest, Measurer
 from logo.rows import Row
 from logo.selection import scorer
-from logo.selection.examples import GAIN, REPLACED, Examples
+from logo.selection.examples import EVEN, GAIN, REPLACED, Examples, means_of, texts_of
 from logo.selection.reference import FADING, both_means, emphasis
 from logo.selection.selector import EXAMPLES as WITH_EXAMPLES
 from logo.selection.selector import RESPONSES
@@ -79,16 +78,27 @@ def spaces_of(ordinary: torch.Tensor) -> tuple[Whitening, Whitening]:
 def test_similarities_are_the_formula() -> None:
     torch.manual_seed(0)
     spaces = [spaces_of(torch.randn(30, 2, 5)) for _ in range(3)]  # three places
-    examples, prompts = [torch.randn(4, 2, 5) for _ in range(3)], [torch.randn(6, 2, 5) for _ in range(3)]
-    found = Examples.of(spaces, examples, torch.ones(4, dtype=torch.bool), (0, 1, 2)).similarities(prompts)
+    means, prompts = [torch.randn(5, 2, 5) for _ in range(3)], [torch.randn(6, 2, 5) for _ in range(3)]
+    owners, known = torch.tensor([0, 1, 1, 2, 1]), torch.tensor([True, True, False, True])
+    found = Examples.of(spaces, means, known, owners, (0, 1, 2)).similarities(prompts)
+    assert found.shape == (6, 3)
     for row in range(6):
-        for adapter in range(4):
+        best = [-2.0] * 3
+        for number, owner in enumerate(owners.tolist()):
             total = 0.0
-            for space, own, prompt in zip(spaces, examples, prompts, strict=True):
-                for i, w in enumerate(space):
-                    x, m = ((one - w.mean) @ w.fold(torch.eye(5)) for one in (prompt[row, i], own[adapter, i]))
-                    total += float(torch.cosine_similarity(x, m, dim=0)) / 6
-            assert float(found[row, adapter]) == pytest.approx(total, abs=1e-5)
+            for space, own, prompt in zip(spaces, means, prompts, strict=True):
+                for i, (w, share) in enumerate(zip(space, (EVEN, 1 - EVEN), strict=True)):
+                    x, m = ((one - w.mean) @ w.fold(torch.eye(5)) for one in (prompt[row, i], own[number, i]))
+                    total += share * float(torch.cosine_similarity(x, m, dim=0)) / 3
+            best[owner] = max(best[owner], total)
+        assert found[row].tolist() == pytest.approx(best, abs=1e-5)
+
+
+def test_the_parts_of_an_example_are_texts_of_their_own() -> None:
+    assert texts_of(["Negate.\n\nSentence: a\nNegation:", "Negate.\n\nb\n\nc", "no parts", " \n\nd"]) == [
+        *("Negate.\n\nSentence: a\nNegation:", "Negate.\n\nb\n\nc", "no parts", " \n\nd"),
+        *("Negate.", "Sentence: a\nNegation:", "b\n\nc", "d"),
+    ]
 
 
 # -- in an engine ------------------------------------------------------------------------------------------------------
@@ -154,8 +164,11 @@ def test_scores_among_candidates_are_those_of_a_pool_of_them(among: list[bool], 
     which = torch.tensor(among)
     if not bool((which & known).any()):
         return
-    found = Examples.of([space], [means[known]], known, (0,)).scores(descriptions, responses, which[None])
-    alone = Examples.of([space], [means[known & which]], known[which], (0,))
+    found = Examples.of([space], [means[known]], known, torch.arange(3), (0,)).scores(
+        descriptions, responses, which[None]
+    )
+    owners = torch.arange(int((known & which).sum()))
+    alone = Examples.of([space], [means[known & which]], known[which], owners, (0,))
     torch.testing.assert_close(found[:, which], alone.scores(descriptions, responses[:, which]))
     assert bool((found[:, ~which] == -torch.inf).all())
     share = int((which & known).sum()) / int(which.sum())
@@ -186,6 +199,23 @@ def test_adapters_with_and_without_examples_are_in_one_pool(llama: nn.Module, fo
     assert found[:, others].argsort(dim=1).tolist() == responses[:, others].argsort(dim=1).tolist()
 
 
+def test_examples_in_several_wordings_have_means_of_their_own() -> None:
+    """Beside the mean of all, which may be like none of them; examples in one wording have that mean alone."""
+    torch.manual_seed(0)
+    space = [spaces_of(torch.randn(40, 2, 8))]
+    wordings = 3 * torch.randn(3, 2, 8).repeat_interleave(4, dim=0)
+    texts = wordings + 0.1 * torch.randn(12, 2, 8)
+    [means] = means_of([texts], space, 12)
+    assert len(means) > 3
+    torch.testing.assert_close(means[0], texts.mean(dim=0))
+    for text in texts:
+        assert float((means[1:] - text).norm(dim=(1, 2)).min()) < 1 < float((means[0] - text).norm())
+    [alone] = means_of([texts[:4]], space, 4)
+    torch.testing.assert_close(alone, texts[:4].mean(dim=0, keepdim=True))
+    [parts] = means_of([texts], space, 4)  # the others are parts of the first four
+    assert len(parts) == 1
+
+
 def test_an_adapter_that_joins_brings_its_examples(llama: nn.Module, folder: Path, tmp_path: Path) -> None:
     logo = engine(llama, folder)
     assert logo.scorer.examples is None
@@ -214,9 +244,7 @@ def test_examples_are_those_of_the_opening(llama: nn.Module, folder: Path, tmp_p
 def test_the_cache_keeps_means_only(llama: nn.Module, folder: Path, tmp_path: Path) -> None:
     secret = "the password of the vault is 1234"
     engine(llama, told(folder, t0=[secret, "another one"]), cache=str(tmp_path / "cache"))
-    kept = list((tmp_path / "cache").rglob("described/*.safetensors"))
-    counts = sorted(next(iter(load_file(file).values())).shape[0] for file in kept)
-    assert counts[0] == 1 and len(counts) == 2  # the mean of the examples, and our own ordinary texts
+    assert len(list((tmp_path / "cache").rglob("described/*.safetensors"))) == 2  # of them, and of our ordinary texts
     everything = b"".join(file.read_bytes() for file in (tmp_path / "cache").rglob("*") if file.is_file())
     assert b"password" not in everything
 
@@ -264,10 +292,10 @@ def test_a_file_that_makes_no_sense_is_a_warning(
         assert folder_examples(folder / "t0") == ()
 
 
-def test_examples_are_few_and_have_no_answers(folder: Path) -> None:
+def test_examples_may_be_many_and_have_no_answers(folder: Path) -> None:
     rows = [{"context": f"prompt {i}", "completion": "the answer"} for i in range(40)]
     (folder / "t0" / EXAMPLES).write_text("\n\n".join(map(json.dumps, rows)))
-    assert folder_examples(folder / "t0") == tuple(f"prompt {i}" for i in range(MOST))
+    assert folder_examples(folder / "t0") == tuple(f"prompt {i}" for i in range(40))
     assert folder_examples(folder / "t1") == folder_examples(folder) == ()
 
 

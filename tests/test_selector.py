@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,10 +15,11 @@ from hypothesis import strategies as st
 from logo.core import Options, Selection
 from logo.errors import ModelError, NotFinite, PoolError, Unsure
 from logo.selection.selector import (
-    BEST,
+    BREADTH,
     EXAMPLES,
     HALVED,
     LEAST,
+    PRIOR,
     RESPONSES,
     UNSURE,
     USUAL_SIZE,
@@ -36,7 +39,14 @@ def select(
     **how: object,
 ) -> Selection:
     selector = Selector(tuple(f"a{i:02}" for i in range(len(scores))), 20, evidence, sizes or {})
-    options = {"weighting": "linear", "when_unsure": "mix", "unsure_below": UNSURE, "candidates": None, **how}
+    options = {
+        "weighting": "linear",
+        "when_unsure": "mix",
+        "unsure_below": UNSURE,
+        "prior": PRIOR,
+        "candidates": None,
+        **how,
+    }
     return selector(torch.tensor(scores), Options("calibrated", k, **options))  # type: ignore[arg-type]
 
 
@@ -44,17 +54,14 @@ def select(
 @settings(max_examples=150, deadline=None)
 def test_any_scores_make_a_mixture(scores: list[float], k: int, weighting: str) -> None:
     whole = select(scores, k, weighting=weighting)
-    sum_ = (
-        1.0
-        if weighting != "adaptive" or whole.confidence is None
-        else RESPONSES.weight_sum(whole.confidence, USUAL_SIZE)
-    )
-    assert sum(whole.weights) == pytest.approx(sum_, abs=1e-4)
-    assert all(0 <= weight <= 1 for weight in whole.weights)
+    assert all(0 <= weight <= 1 + 1e-6 for weight in whole.weights)
     assert list(whole.weights) == sorted(whole.weights, reverse=True)
     if weighting == "adaptive":
-        assert len(whole.adapters) <= min(k, len(scores)) and whole.weights[-1] >= LEAST * whole.weights[0] * (1 - 1e-5)
+        p, least = whole.confidence, 1 / (1 + USUAL_SIZE / HALVED)
+        assert p is not None and sum(whole.weights) == pytest.approx(p + (1 - p) * least, abs=1e-4)
+        assert len(whole.adapters) <= min(k, len(scores)) and whole.weights[-1] >= LEAST * whole.weights[0] * (1 - 1e-2)
     else:
+        assert sum(whole.weights) == pytest.approx(1, abs=1e-4)
         assert len(whole.adapters) == min(k, len(scores))
 
 
@@ -67,61 +74,77 @@ def test_linear_weights_are_the_papers() -> None:
 REST = [1.2, 1.0, 0.8, 0.5, 0.3, 0.0, -0.4]  # the mean of the first five: 0.76
 
 
-def confidence(*ranked: float, evidence: Evidence = RESPONSES) -> float:
-    return evidence.confidence(torch.tensor(ranked))
+def confidence(*ranked: float, evidence: Evidence = RESPONSES, prior: float = PRIOR) -> float:
+    return evidence.confidence(ranked, prior)
 
 
 @pytest.mark.parametrize("evidence", [RESPONSES, EXAMPLES])
-def test_confidence_follows_the_lead_and_the_best_score(evidence: Evidence) -> None:
-    best = (0.76 + evidence.even) / (1 + BEST)
-    assert confidence(best, *REST, evidence=evidence) == pytest.approx(0.5, abs=1e-4)
-    raised = [score + 1 for score in (best, *REST)]  # the same lead
-    assert confidence(*raised, evidence=evidence) > 0.5
-    assert confidence(60.0, *REST, evidence=evidence) > 0.999
-    assert confidence(1.2, *REST, evidence=evidence) < 0.5
+def test_the_confidence_is_the_formula(evidence: Evidence) -> None:
+    spread = math.sqrt(np.var(REST) + (1 + 4 / 7) * evidence.chance**2)
+    assert confidence(0.76 + evidence.even * spread, *REST, evidence=evidence) == pytest.approx(0.5)
+    odds = evidence.steepness * (1.5 - evidence.even)
+    assert confidence(0.76 + 1.5 * spread, *REST, evidence=evidence) == pytest.approx(1 / (1 + math.exp(-odds)))
+    raised = [score - 30 for score in (2.0, *REST)]  # the same lead
+    assert confidence(*raised, evidence=evidence) == pytest.approx(confidence(2.0, *REST, evidence=evidence))
+    louder = [3 * score for score in (4.0, *REST)]  # adapters that were trained longer: chance counts less
+    assert confidence(*louder, evidence=replace(evidence, chance=0.0, familiar=math.inf)) == pytest.approx(
+        confidence(4.0, *REST, evidence=replace(evidence, chance=0.0))
+    )
+    close = [0.01 * score for score in (9.0, *REST)]  # scores that are no further apart than by chance
+    assert confidence(*close, evidence=evidence) < 0.1 < confidence(9.0, *REST, evidence=evidence)
 
 
-@given(SCORES, st.floats(0, 5))
+def test_a_prompt_that_is_like_an_example_is_sure() -> None:
+    close = [EXAMPLES.familiar + 2 - 0.5 * place for place in range(8)]  # related adapters are as familiar
+    assert confidence(*close, evidence=EXAMPLES) > 2 * confidence(*(s - 3 for s in close), evidence=EXAMPLES)
+
+
+@given(SCORES, st.floats(0, 5), st.floats(0.01, 0.99), st.sampled_from([RESPONSES, EXAMPLES]))
 @settings(deadline=None)
-def test_confidence_is_a_probability_that_grows_with_the_best_score(scores: list[float], more: float) -> None:
+def test_confidence_is_a_probability_that_grows_with_the_best_score_and_the_prior(
+    scores: list[float], more: float, prior: float, evidence: Evidence
+) -> None:
     ranked = sorted(scores, reverse=True)
-    before, after = confidence(*ranked), confidence(ranked[0] + more, *ranked[1:])
+    before = confidence(*ranked, evidence=evidence, prior=prior)
+    after = confidence(ranked[0] + more, *ranked[1:], evidence=evidence, prior=prior)
     assert 0 <= before <= after <= 1
+    assert confidence(*ranked, evidence=evidence, prior=(1 + prior) / 2) >= before
 
 
-def test_sharp_when_sure_and_broad_when_not() -> None:
-    temperature = Evidence(2.0, 1.0, ((0.25, 7.0), (0.4, 1.57), (0.75, 1.57), (0.8, 0.31))).temperature
-    assert temperature(0.25) == temperature(0.0) == pytest.approx(3.5)
-    assert temperature(0.4) == temperature(0.75) == pytest.approx(0.785)
-    assert temperature(0.8) == temperature(1.0) == pytest.approx(0.155)
-    assert temperature(0.325) == pytest.approx((0.785 * 3.5) ** 0.5, rel=1e-4)  # half-way on a scale of logarithms
-    steeper = Evidence(4.0, 1.0, RESPONSES.temperatures)  # smaller differences of scores count
-    assert steeper.temperature(0.5) == pytest.approx(0.3925)
-    found = [temperature(confidence / 100) for confidence in range(101)]
-    assert found == sorted(found, reverse=True)
-    assert RESPONSES.temperature(0.4) == RESPONSES.temperature(1.0)  # they are sometimes sure of a related task
-    assert EXAMPLES.temperature(0.4) > 4 * EXAMPLES.temperature(1.0)
-    assert EXAMPLES.temperature(0.0) == EXAMPLES.temperature(0.05) > 4 * EXAMPLES.temperature(0.15)
+def test_the_prior_moves_the_confidence_as_bayes_rule_does() -> None:
+    def odds(p: float) -> float:
+        return p / (1 - p)
+
+    for prior in (0.05, 0.5, 0.95):
+        found, usual = confidence(2.0, *REST, prior=prior), confidence(2.0, *REST)
+        assert odds(found) / odds(usual) == pytest.approx(odds(prior) / odds(PRIOR))
+        assert confidence(2.0, prior=prior) == prior  # of one adapter, scores say nothing
+        assert select([2.0, *REST], prior=prior).confidence == pytest.approx(found, rel=1e-5)
 
 
-def test_unsure_mixtures_are_weaker_the_larger_their_adapters_are() -> None:
-    total, examples = RESPONSES.weight_sum, EXAMPLES.weight_sum
-    assert examples(0.05, HALVED) == examples(0.0, HALVED) == pytest.approx(0.5)
-    assert examples(0.1, HALVED) == pytest.approx(0.5**0.5)
-    assert examples(0.15, HALVED) == 1
-    assert total(0.9, 5.0) == total(0.4, 5.0) == total(0.0, 0.0) == 1
-    assert total(0.25, HALVED) == total(0.0, HALVED) == pytest.approx(0.5)
-    assert total(0.325, HALVED) == pytest.approx(0.5**0.5)
-    assert total(0.0, 3 * HALVED) == pytest.approx(0.25)
-    scores, how = [1.25, *REST], {"k": 2, "weighting": "adaptive"}
-    alike = select(scores, sizes={f"a{i:02}": HALVED for i in range(8)}, **how)  # type: ignore[arg-type]
-    assert sum(alike.weights) == pytest.approx(0.5, rel=1e-5)
-    first, second = (weight / sum(alike.weights) for weight in alike.weights)
-    sizes = {"a00": 0.0, "a01": HALVED, "a02": 9.0}  # one that is not selected does not count
-    found = select(scores, sizes=sizes, **how)  # type: ignore[arg-type]
-    assert found.weights == pytest.approx([w / (1 + second) for w in (first, second)], rel=1e-5)
-    usual = select(scores, sizes={"a00": USUAL_SIZE}, **how)  # type: ignore[arg-type]
-    assert usual == select(scores, **how)  # type: ignore[arg-type]
+def test_weights_are_those_of_the_best_one_and_of_a_broad_mixture_as_the_confidence_says() -> None:
+    scores = [2.0, *REST]
+    p, spread = confidence(*scores), RESPONSES.spread(scores)
+    assert 0.05 < p < 0.9
+    broad = np.exp(np.array(scores[:5]) / (BREADTH * spread))
+    sizes = {f"a{i:02}": HALVED * (i + 1) for i in range(8)}
+    broad /= broad.sum()
+    size = sum(weight * HALVED * (i + 1) for i, weight in enumerate(broad))
+    expected = (1 - p) * broad / (1 + size / HALVED)
+    expected[0] += p
+    found = select(scores, k=5, weighting="adaptive", sizes=sizes)
+    assert found.adapters == tuple(f"a{i:02}" for i in range(5))
+    assert found.weights == pytest.approx(expected, rel=1e-5)
+    halved = select(scores, k=5, weighting="adaptive", sizes=dict.fromkeys(sizes, HALVED), prior=1e-9)
+    assert sum(halved.weights) == pytest.approx(0.5, rel=1e-5)  # nothing but the broad mixture
+    usual = select(scores, k=5, weighting="adaptive", sizes={"a00": USUAL_SIZE})
+    assert usual == select(scores, k=5, weighting="adaptive")
+
+
+def test_what_is_left_out_is_the_best_ones() -> None:
+    scores = [4.0, *REST]
+    every, p = select(scores, weighting="adaptive", sizes={"a00": 0.0, "a01": 0.0}), confidence(*scores)
+    assert p > 0.9 and every.adapters == ("a00",) and p < every.weights[0] <= 1
 
 
 @pytest.mark.parametrize(("when", "adapters"), [("base", ()), ("mix", ("a00", "a01"))])
@@ -129,13 +152,12 @@ def test_what_answers_where_nothing_stands_out(when: str, adapters: tuple[str, .
     found = select([1.21, *REST], 2, weighting="adaptive", when_unsure=when)
     assert found.adapters == adapters
     assert found.confidence is not None and found.confidence < UNSURE
-    assert sum(found.weights) == pytest.approx(RESPONSES.weight_sum(0.0, USUAL_SIZE) if adapters else 0.0)
     sure = select([9.0, *REST], 2, weighting="adaptive", when_unsure=when)
     assert sure.adapters == ("a00",)  # the other one's weight is negligible
 
 
 def test_an_unsure_selection_may_be_refused() -> None:
-    with pytest.raises(Unsure, match=r"confidence 0\.\d\d, expected 0\.15 or more") as caught:
+    with pytest.raises(Unsure, match=r"confidence 0\.\d\d, expected 0\.25 or more") as caught:
         select([1.21, *REST], when_unsure="refuse")
     same = pickle.loads(pickle.dumps(caught.value))
     assert (str(same), same.confidence) == (str(caught.value), caught.value.confidence) and same.confidence < UNSURE
@@ -158,10 +180,8 @@ def test_scores_without_a_scale_have_no_confidence() -> None:
     assert select([1.3, *REST], evidence=None, when_unsure="base").adapters  # nothing is known, so nothing is refused
 
 
-def test_nothing_above_its_baseline_is_no_evidence() -> None:
-    assert confidence(-0.1, -4.0, -5.0, -6.0) == 0.0
-    assert confidence(3.0) == 0.5
-    assert confidence(3.0, 3.0) < UNSURE
+def test_equal_scores_are_no_evidence() -> None:
+    assert confidence(3.0, 3.0) == confidence(*[3.0] * 9) < UNSURE
 
 
 def test_ties_go_to_the_earlier_name() -> None:
@@ -172,7 +192,10 @@ def test_a_score_that_is_not_a_number_is_named() -> None:
     with pytest.raises(ModelError, match="'a01' is not finite"):
         select([1.0, float("nan")])
     assert select([1.0, float("nan")], candidates=frozenset({"a00"})).scores == {"a00": 1.0}
-    selector, call = Selector(("a", "b"), 20, RESPONSES), Options("norm", None, "linear", "mix", 0.1, frozenset({"c"}))
+    selector, call = (
+        Selector(("a", "b"), 20, RESPONSES),
+        Options("norm", None, "linear", "mix", 0.1, 0.8, frozenset({"c"})),
+    )
     assert isinstance(selector.outcome(torch.tensor([1.0, torch.inf]), replace(call, candidates=None)), NotFinite)
     with pytest.raises(PoolError, match="none of the 1 candidates touches what the signal 'norm' reads"):
         selector(torch.tensor([1.0, 2.0]), call)

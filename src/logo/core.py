@@ -49,6 +49,7 @@ class Options:
         weighting: how scores become weights (`logo.selection.selector`).
         when_unsure: what answers a prompt for which no adapter seems to be made: mixture, base model or nothing.
         unsure_below: the confidence below which a selection counts as unsure.
+        prior: how likely it is that a prompt belongs to some adapter of the pool, in (0, 1).
         candidates: the adapters that may be selected; None: all that are scored.
     """
 
@@ -57,6 +58,7 @@ class Options:
     weighting: Weighting
     when_unsure: WhenUnsure
     unsure_below: float
+    prior: float
     candidates: frozenset[str] | None = None
 
 

@@ -2,7 +2,8 @@
 
     <adapter>/examples.jsonl        one JSON object per line: `{"prompt": "..."}`
 
-A prompt that is like them selects the adapter. They are read from its folder, and are never sent anywhere.
+A prompt that is like them selects the adapter. Any number is used, in any wordings; the base model reads each once.
+They are read from the adapter's folder, and are never sent anywhere.
 """
 
 from __future__ import annotations
@@ -16,14 +17,11 @@ from logo.adapters.peft import EXAMPLES
 from logo.errors import DataError
 from logo.files import replace_file
 
-# The most examples that are read; more hardly help (docs/how-selection-works.md), and the base model reads each once.
-MOST = 16
-
 
 def folder_examples(folder: Path) -> tuple[str, ...]:
-    """The first `MOST` prompts beside an adapter, which is used without if they cannot be read (with a warning)."""
+    """The prompts beside an adapter, which is used without if they cannot be read (with a warning)."""
     try:
-        return tuple(read_examples(folder / EXAMPLES)[:MOST])
+        return tuple(read_examples(folder / EXAMPLES))
     except FileNotFoundError:
         return ()
     except DataError as error:

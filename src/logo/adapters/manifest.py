@@ -22,7 +22,6 @@ from typing import Any
 
 from logo.adapters.activation import checked_k
 from logo.adapters.adapter import Adapter
-from logo.adapters.examples import MOST
 from logo.errors import AdapterError, StorageError, UsageError
 from logo.files import replace_file
 
@@ -46,7 +45,7 @@ class Entry:
             where = f"{adapter.folder}; delete this damaged copy" if self.revision else again
             found = f"expected sha256 {self.sha256[:12]}..., found {adapter.sha256[:12]}... in {where}"
             raise AdapterError(adapter.name, f"{adapter.file.path.name} is not the one in the manifest: {found}")
-        return adapter if self.examples is None else replace(adapter, examples=self.examples[:MOST])
+        return adapter if self.examples is None else replace(adapter, examples=self.examples)
 
 
 @dataclass(frozen=True)

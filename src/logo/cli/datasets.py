@@ -63,7 +63,6 @@ def prepare(
     data_dir: Path = Path("data"),
     limit: Annotated[int, Parameter(validator=positive)] = 150,
     train_limit: Annotated[int, Parameter(validator=not_negative)] = 300,
-    seed: int = 0,
     source: list[Path] | None = None,
     overwrite: bool = False,
 ) -> int:
@@ -78,7 +77,6 @@ def prepare(
         data_dir: Folder of main/sub/test.jsonl and train.jsonl.
         limit: Test rows of each dataset.
         train_limit: Train rows, none of them a test row; 0: no file.
-        seed: Random seed of the draw; it gives the same rows everywhere.
         source: Your own dataset's declaration, FILE.yaml (repeatable).
         overwrite: Replace files that are there.
     """
@@ -89,7 +87,7 @@ def prepare(
     known = {**packaged(), **own}  # the user's own take the place of ours
     found = _chosen(names or list(own), list(known))
     check_writable(data_dir)
-    options: dict[str, Any] = {"rows": limit, "train_rows": train_limit, "seed": seed, "progress": err.is_terminal}
+    options: dict[str, Any] = {"rows": limit, "train_rows": train_limit, "progress": err.is_terminal}
     failed = 0
     for name in found:
         try:

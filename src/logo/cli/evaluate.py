@@ -120,7 +120,8 @@ def run(
     command["options"] |= {} if runner == "local" else {"engine": runner}
     options: dict[str, Any] = {
         **{"engine": runner, "k": engine.n_selected_modules, "signal": engine.signal or "calibrated"},
-        **{"when_unsure": engine.when_unsure, "dtype": engine.dtype or "auto", "model_dir": MODEL_DIR},
+        **{"when_unsure": engine.when_unsure, "prior": engine.prior, "dtype": engine.dtype or "auto"},
+        **{"model_dir": MODEL_DIR},
         **placed(engine.device),
     }
     if runner == "vllm":  # set before it is imported, so that its messages stay out of this command's output
@@ -156,7 +157,6 @@ def evaluate(
     probe_context: Annotated[Context | None, said("base; with the preset: carry")] = None,
     preset: Literal["official"] | None = None,
     overwrite: bool = False,
-    json: bool = False,
 ) -> int:
     """Evaluate on datasets, with the option names and defaults of the official script.
 
@@ -181,9 +181,8 @@ def evaluate(
         probe_context: Adapters active while probing: none, the whole pool, or as the official script runs.
         preset: `official`: read and cut prompts exactly as the authors' script does.
         overwrite: Start again, replacing finished rows and a result of another run.
-        json: Print scores and folders as JSON.
     """
-    given = {name: value for name, value in locals().items() if value is not None and name != "json"}
+    given = {name: value for name, value in locals().items() if value is not None}
     from logo.evaluation.answer import Opening
 
     rows = RowOptions(
@@ -200,7 +199,7 @@ def evaluate(
     options |= {"model_dir": model_dir, **placed(gpu)}
     options |= {} if probe_context is None else {"probe_context": probe_context}
     opening = Opening(base_model, adapters, options, None, max_new_tokens, seed, generation_early_stop)
-    return answered(opening, rows, WorkerOptions(), {"name": "evaluate", "options": given}, json=json)
+    return answered(opening, rows, WorkerOptions(), {"name": "evaluate", "options": given})
 
 
 def answered(

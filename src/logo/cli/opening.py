@@ -40,6 +40,7 @@ def selection_settings(options: PoolOptions, probe_text: ProbeText | None = None
         signal=options.signal or DEFAULT_SIGNAL,
         k=options.n_selected_modules,
         when_unsure=options.when_unsure,
+        prior=options.prior,
         probe_text=probe_text,
     )
 

@@ -100,7 +100,10 @@ class EngineOptions(PoolOptions):
     """The most adapters of a prompt."""
 
     when_unsure: Annotated[WhenUnsure, Parameter(group=POOL, show_default=False)] = "mix"
-    """If unsure, answer by a mixture, by the base model, or not at all."""
+    """If unsure, answer by a mixture, by the base model, or not."""
+
+    prior: Annotated[float, Parameter(group=POOL, validator=Number(gt=0, lt=1))] = 0.8
+    """How likely it is that a prompt belongs to some adapter of the pool."""
 
     dtype: Annotated[str | None, said("the model's", of=POOL)] = None
     """float32, bfloat16, float16 or auto."""

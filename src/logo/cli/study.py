@@ -53,7 +53,6 @@ def study(
     method_args: str | None = None,
     protocols: str = "in-pool,removed,out-of-pool",
     generate: Annotated[int | None, said("gold texts are scored only", validator=positive)] = None,
-    metric: Annotated[str | None, said("NAME.yaml beside NAME.jsonl, else by the task's name")] = None,
     json: bool = False,
     pool: PoolOptions = PoolOptions(),
 ) -> None:
@@ -74,14 +73,13 @@ def study(
         methods: Methods to compare them with, `loraretriever,lorahub`.
         method_args: Options of those methods that have them, `rows=16,budget=40`.
         protocols: in-pool: each row's target adapter is there; removed: it is left out; out-of-pool: tasks without one.
-        generate: Also generate answers of up to N new tokens, and judge them.
-        metric: How generated answers are judged, in all tasks.
+        generate: Also generate answers of up to N new tokens, and judge them by the metric in NAME.yaml beside
+            NAME.jsonl, else by the task's name.
         json: Print the report as JSON.
     """
     from logo.baselines import get_methods
     from logo.evaluation.answer import Opening
     from logo.evaluation.datasets import find_datasets
-    from logo.evaluation.metrics import checked_kind
     from logo.evaluation.study import ALWAYS, Contest, Measurer
     from logo.evaluation.study import study as run_study
     from logo.selection.signals import get_signal
@@ -92,8 +90,7 @@ def study(
     for name in listed(signals):
         get_signal(name)
     contest = Contest(tuple(listed(signals)), compared, tuple(listed(protocols)), generate)
-    kind = None if metric is None else checked_kind(metric, "--metric")
-    found = find_datasets(rows, tasks, limit=limit, metric=kind, train_rows=train_rows, answers=False)
+    found = find_datasets(rows, tasks, limit=limit, train_rows=train_rows, answers=False)
     check_writable(save.parent)
     quiet_transformers()
     base_model = or_demo(pool)

@@ -2,10 +2,14 @@
 
 A prompt is described at some places of the base model by two means of the hidden vectors that are read: the even one,
 and the late one, in which the last tokens count most (`logo.selection.reference`). With the whitenings `W` of both
-(`logo.selection.whitening`, of ordinary texts described likewise) and the mean `m_i` of the whitened descriptions of
-adapter i's examples,
+(`logo.selection.whitening`, of ordinary texts described likewise) and a mean `m` of whitened descriptions of texts,
 
-    s_i(x) = mean over places of 1/2 (cos(W_even x_even, m_i,even) + cos(W_late x_late, m_i,late))
+    s_i(x) = max over the means m of adapter i of
+             mean over places of EVEN cos(W_even x_even, m_even) + (1 - EVEN) cos(W_late x_late, m_late)
+
+The texts of an adapter are its example prompts, their first paragraphs (often an instruction) and the rest of them,
+since other prompts of the task may have one without the other. They have one mean; if the prompts are worded in several
+ways, which their similarity to each other tells, there are those of `WORDINGS` clusters of texts (k-means) beside it.
 
 For an adapter j without examples, the similarity is estimated from its response, so that all scores are on one scale:
 
@@ -20,11 +24,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from scipy.cluster.vq import kmeans2
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -35,9 +42,11 @@ from logo.selection.texts import Texts
 from logo.selection.whitening import Whitening
 
 # In the formula above; β is the similarity per unit of a response's score.
-GAIN, REPLACED, _SLOPE = 12.0, 0.65, 0.23
+GAIN, REPLACED, EVEN, _SLOPE = 12.0, 0.65, 0.75, 0.23
 # The usual similarity to the prompts of unrelated adapters; in s̄ it counts like so many adapters.
-_USUAL, _USUAL_WEIGHT = 0.23, 4
+_USUAL, _USUAL_WEIGHT = 0.2, 4
+# Prompts whose mean similarity to each other is below the first are worded in several ways: so many clusters of texts.
+_ONE_WORDING, WORDINGS = 0.5, 4
 # Hidden vectors of examples that are held at once, in bytes, and texts that are read together.
 _HELD_BYTES = 2**29
 _TOGETHER = 1024
@@ -56,21 +65,28 @@ class Examples:
 
     Attributes:
         alike: places of one width on one device: their numbers, the whitenings of both kinds of their means, stacked,
-            and the mean whitened description of each adapter's examples (2 places, d, adapters with examples).
+            and the whitened means of texts (2 places, d, means).
         known: (adapters,) bool: which adapters have examples, in pool order.
+        owners: (means,): of which of these adapters each mean is.
         points: per place, the number of the first point that is read there.
     """
 
     alike: tuple[tuple[list[int], Whitening, Tensor], ...]
     known: Tensor
+    owners: Tensor
     points: tuple[int, ...]
 
     @classmethod
     def of(
-        cls, spaces: Sequence[Sequence[Whitening]], means: Sequence[Tensor], known: Tensor, points: Sequence[int]
+        cls,
+        spaces: Sequence[Sequence[Whitening]],
+        means: Sequence[Tensor],
+        known: Tensor,
+        owners: Tensor,
+        points: Sequence[int],
     ) -> Examples:
-        """From both whitenings of each place, and the mean description of each adapter's examples there (adapters with
-        examples, 2, d), on the device on which descriptions are compared."""
+        """From both whitenings of each place, and the mean descriptions there (means, 2, d), on the device on which
+        descriptions are compared."""
         groups: dict[Any, list[int]] = {}
         for i, mean in enumerate(means):
             groups.setdefault((mean.device, mean.shape), []).append(i)
@@ -79,14 +95,17 @@ class Examples:
             stacked = Whitening.stacked([one for i in places for one in spaces[i]])
             # The mean of what is whitened is the whitened mean.
             alike.append((places, stacked, whitened(stacked, [means[i] for i in places]).mT.contiguous()))
-        return cls(tuple(alike), known, tuple(points))
+        return cls(tuple(alike), known, owners, tuple(points))
 
     def similarities(self, descriptions: Sequence[Tensor]) -> Tensor:
         """`s`: (rows, adapters with examples) on the CPU, of descriptions (rows, 2, d) per place."""
         total = torch.zeros(())
         for places, spaces, centres in self.alike:
-            total = total + (whitened(spaces, [descriptions[i] for i in places]) @ centres).sum(dim=0).cpu()
-        return total / (2 * len(descriptions))
+            cosines = whitened(spaces, [descriptions[i] for i in places]) @ centres  # (2 places, rows, means)
+            total = total + (EVEN * cosines[::2] + (1 - EVEN) * cosines[1::2]).sum(dim=0).cpu()
+        found, owners = total / len(descriptions), self.owners.expand(len(total), -1)
+        best = torch.full((len(found), int(self.known.sum())), -torch.inf)
+        return best.scatter_reduce(1, owners, found, "amax")
 
     def scores(self, descriptions: Sequence[Tensor], responses: Tensor, among: Tensor | None = None) -> Tensor:
         """Scores (rows, adapters) of similarities and the scores of responses (rows, adapters) together. `among` (rows,
@@ -116,9 +135,38 @@ def combined(found: Tensor, responses: Tensor, known: Tensor) -> Tensor:
     return (1 - REPLACED * known.float().mean()) * responses + GAIN * similar
 
 
+def texts_of(prompts: Sequence[str]) -> list[str]:
+    """The prompts, and then, once each, their first paragraphs and what follows those."""
+    parts = [part for prompt in prompts for part in prompt.split("\n\n", 1) if part != prompt and part.strip()]
+    return [*prompts, *dict.fromkeys(parts)]
+
+
+def means_of(places: Sequence[Tensor], spaces: Sequence[Sequence[Whitening]], prompts: int) -> list[Tensor]:
+    """The means (means, 2, d) of one adapter's texts at each place: of all and, if needed, of clusters of them.
+
+    Args:
+        places: descriptions (texts, 2, d) of the texts at each place, the prompts first.
+        spaces: both whitenings of each place.
+        prompts: how many of the texts are prompts.
+    """
+    units = []  # of the same texts, so that their products are similarities
+    for place, (even, late) in zip(places, spaces, strict=True):
+        for share, space, kind in ((EVEN, even, place[:, 0]), (1 - EVEN, late, place[:, 1])):
+            units.append(math.sqrt(share / len(places)) * normalize(space.fold(kind - space.mean), dim=1))
+    texts = torch.cat(units, dim=1)
+    alike = texts[:prompts] @ texts[:prompts].mT
+    groups = [torch.ones(len(texts), dtype=torch.bool)]
+    if prompts > 1 and (alike.sum() - alike.trace()) / (prompts * (prompts - 1)) < _ONE_WORDING:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # equal texts may leave a cluster empty
+            _, labels = kmeans2(texts.double().numpy(), min(WORDINGS, len(texts)), minit="++", rng=0)
+        groups += [torch.from_numpy(labels == one) for one in set(labels.tolist())]
+    return [torch.stack([place[group].mean(dim=0) for group in groups]) for place in places]
+
+
 def examples_of(
     reading: Reading,
-    examples: Sequence[Sequence[Sequence[int]]],
+    examples: Sequence[tuple[Sequence[Sequence[int]], int]],
     points: Sequence[Point],
     devices: Sequence[torch.device],
     run: TextRunner,
@@ -126,17 +174,18 @@ def examples_of(
     """The described example prompts of a pool; None if no adapter has any.
 
     Args:
-        reading: its texts are the ordinary ones. Descriptions are kept in its store, or their mean; the texts never.
-        examples: the token ids of each adapter's example prompts, in pool order; cut to the window.
+        reading: its texts are the ordinary ones. Descriptions are kept in its store, or their means; the texts never.
+        examples: the token ids of each adapter's texts (`texts_of`), in pool order and cut to the window, and how many
+            of these are prompts.
         devices: of each point, where descriptions are compared.
     """
-    known = torch.tensor([bool(rows) for rows in examples])
+    known = torch.tensor([bool(rows) for rows, _ in examples])
     if not known.any():
         return None
     store, modules = reading.store, [point.module for point in points]
 
-    def name(rows: Sequence[Sequence[int]]) -> str:
-        stated = json.dumps(["even and late", modules, [list(row) for row in rows]])
+    def name(rows: Sequence[Sequence[int]], prompts: int) -> str:
+        stated = json.dumps(["means", modules, [list(row) for row in rows], prompts])
         return f"{reading.key}/described/{hashlib.sha256(stated.encode()).hexdigest()[:24]}"
 
     def read(texts: Texts) -> dict[str, Tensor]:
@@ -150,28 +199,29 @@ def examples_of(
             found[str(at)] = both_means(hidden, owners, *emphasis(owners, len(texts.rows))).cpu()
         return found
 
-    own = name(reading.texts.rows)
+    own = name(reading.texts.rows, 0)
     if not store.get(own):
         store.put(own, read(reading.texts))
     ordinary = store.get(own)
-    every = {name(rows): rows for rows in examples if rows}
+    # Points that read the same vectors are one place, whether the runner gives them one tensor or not.
+    numbers = list[int]()
+    for at in sorted(map(int, ordinary)):
+        if not any(ordinary[str(at)].equal(ordinary[str(other)]) for other in numbers):
+            numbers.append(at)
+    spaces = {str(at): [Whitening.of(ordinary[str(at)][:, kind]) for kind in (0, 1)] for at in numbers}
+    every = {name(rows, prompts): (rows, prompts) for rows, prompts in examples if rows}
     tokens = _HELD_BYTES // (4 * sum(place.shape[-1] for place in ordinary.values()))
     # They do not depend on what is stored, so that processes side by side read the same texts together.
-    shares = {key: max(sum(map(len, rows)) / tokens, len(rows) / _TOGETHER) for key, rows in every.items()}
+    shares = {key: max(sum(map(len, rows)) / tokens, len(rows) / _TOGETHER) for key, (rows, _) in every.items()}
     for part in portions(every, lambda key: shares[key], 1.0):
         missing = {key: every[key] for key in part if not store.get(key)}
         if missing:
-            found = read(Texts([row for rows in missing.values() for row in rows], []))
-            places = {at: torch.split(place, [len(rows) for rows in missing.values()]) for at, place in found.items()}
-            for i, key in enumerate(missing):
-                store.put(key, {at: place[i].mean(dim=0, keepdim=True) for at, place in places.items()})
-    means = [store.get(name(rows)) for rows in examples if rows]
-    spaces, centres, numbers = list[list[Whitening]](), list[Tensor](), list[int]()
-    for at in sorted(map(int, ordinary)):
-        # Points that read the same vectors are one place, whether the runner gives them one tensor or not.
-        if any(ordinary[str(at)].equal(ordinary[str(other)]) for other in numbers):
-            continue
-        numbers.append(at)
-        spaces.append([Whitening.of(ordinary[str(at)][:, kind]).to(devices[at]) for kind in (0, 1)])
-        centres.append(torch.cat([one[str(at)] for one in means]).to(devices[at]))
-    return Examples.of(spaces, centres, known, numbers)
+            found = read(Texts([row for rows, _ in missing.values() for row in rows], []))
+            places = [torch.split(found[at], [len(rows) for rows, _ in missing.values()]) for at in spaces]
+            for (key, (_, prompts)), *own_places in zip(missing.items(), *places, strict=True):
+                store.put(key, dict(zip(spaces, means_of(own_places, list(spaces.values()), prompts), strict=True)))
+    means = [store.get(name(rows, prompts)) for rows, prompts in examples if rows]
+    owners = torch.tensor([i for i, one in enumerate(means) for _ in next(iter(one.values()))])
+    placed = [[one.to(devices[at]) for one in spaces[str(at)]] for at in numbers]
+    centres = [torch.cat([one[str(at)] for one in means]).to(devices[at]) for at in numbers]
+    return Examples.of(placed, centres, known, owners, numbers)

@@ -1,16 +1,20 @@
 """From scores to a `Selection`: the best adapters, how sure that is, and weights that follow from their scores.
 
 linear     w_i = score_i / Σ score                                    the paper (equation 4) and the authors' code
-adaptive   w_i ∝ exp(score_i / T), where T and the sum of the weights follow the confidence of the selection, the
-           probability that the pool holds an adapter that was made for the prompt, and the sizes of the adapters:
+adaptive   w = p · one + (1 - p) · broad        one: the best adapter alone; broad: many that may help a little
 
-    margin      = best score - mean of the next five
-    confidence  = 1 / (1 + exp(-steepness · (margin + BEST · best score - even)))
-    size_i      = mean over the points that adapter i touches of ‖ΔW_i‖_F / ‖W‖_F        ΔW_i = s_i B_i A_i
+    spread      = √(variance of the other scores + (1 + 4 / others) · chance²)
+    evidence    = (best score - mean of the next five) / spread + max(0, best score - familiar)
+    p           = 1 / (1 + exp(-steepness · (evidence - even) - logit(prior) + logit(0.8)))       the confidence
+    broad_i     ∝ exp(score_i / (BREADTH · spread)), and its sum is 1 / (1 + size / HALVED)
+    size        = mean over broad of the adapters' sizes: mean over points of ‖ΔW_i‖_F / ‖W‖_F      ΔW_i = s_i B_i A_i
 
-Some prompts make every adapter respond, so the best score alone says little; on prompts that are like neutral text, all
-scores are near zero, and margins mean less. `steepness` and `even` belong to a kind of score, and were chosen on four
-pools of two base models; docs/how-selection-works.md shows how well that holds for other pools.
+So the weights are what is expected if the best adapter is the right one with the confidence `p`. A margin counts in
+units of the other scores' spread, because scores grow with an adapter's training, and fall when a prompt is worded
+unlike the adapter's own; an absolute margin would take the first for certainty and the second for doubt. On prompts
+that are no task's, all scores lie as close together as they do by `chance`. Scores of examples are similarities, and
+above `familiar` a prompt is worded as the examples are. `steepness`, `even`, `chance` and `familiar` belong to a kind
+of score; docs/how-selection-works.md says on which rows they were chosen, and how well they hold for other pools.
 """
 
 from __future__ import annotations
@@ -29,66 +33,53 @@ from logo.errors import LoGoError, NotFinite, PoolError, Unsure, UsageError, che
 
 # How many adapters behind the best one the mean is taken over.
 FIELD = 5
-# What the best score counts beside its margin, which counts 1.
-BEST = 0.1
-# Softmax temperatures, times the steepness: of a broad mixture, of one in which the best adapter has most of the weight
-# but related ones still help it, and of one in which it answers nearly alone.
-_BROAD, _HELPED, _ALONE = 7.0, 1.57, 0.31
-# If the adapters of the broadest mixture have this relative size, its weights sum to one half.
+# Softmax temperature of a broad mixture, in units of the spread.
+BREADTH = 4.0
+# If the adapters of a broad mixture have this relative size, its weights sum to one half: adapters that were not made
+# for a prompt disturb the base model.
 HALVED = 0.08
 # An adapter whose size is not known, such as one of a quantised base model, counts as one of this size.
 USUAL_SIZE = 0.03
+# How likely it is that a prompt belongs to some adapter of the pool, unless the user says otherwise.
+PRIOR = 0.8
 # Below this confidence a selection counts as unsure, unless the user says otherwise: most prompts outside every task.
-UNSURE = 0.15
-# Adapters with less than this share of the best one's weight are left out, since each costs as much as one with more.
+UNSURE = 0.25
+# Adapters with less than this share of the best one's weight, which gets theirs, are left out: each costs as much as
+# one with more.
 LEAST = 0.01
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a margin of one kind of score is worth.
-
-    Attributes:
-        steepness: how fast confidence grows with the margin and `BEST` times the best score.
-        even: the evidence at which it is one half.
-        temperatures: pairs of a confidence and the softmax temperature there, times the steepness. Up to the first
-            confidence, a broad mixture is the better guess.
-    """
+    """What scores of one kind say about whether the best adapter was made for the prompt; see the formulas above."""
 
     steepness: float
     even: float
-    temperatures: tuple[tuple[float, float], ...]
+    chance: float
+    familiar: float = math.inf
 
-    def confidence(self, ranked: Sequence[float]) -> float:
-        """The confidence that scores (adapters,), sorted with the best first, give; 1/2 for a single adapter."""
+    def spread(self, ranked: Sequence[float]) -> float:
+        """How far apart the scores of the adapters behind the best one lie, of scores sorted with the best first."""
+        others = ranked[1:]
+        return math.sqrt(np.var(others) + (1 + 4 / len(others)) * self.chance**2) if others else self.chance
+
+    def confidence(self, ranked: Sequence[float], prior: float = PRIOR) -> float:
+        """The confidence that scores (adapters,), sorted with the best first, give; the prior for a single adapter."""
         if len(ranked) == 1:
-            return 0.5
-        if ranked[0] <= 0:  # nothing responds more than is usual
-            return 0.0
+            return prior
         field = ranked[1 : 1 + FIELD]
-        evidence = float((1 + BEST) * ranked[0] - sum(field) / len(field))
-        return 1 / (1 + math.exp(-max(-60.0, min(60.0, self.steepness * (evidence - self.even)))))
-
-    def temperature(self, confidence: float) -> float:
-        """The softmax temperature for a confidence, in units of the score; log T is linear between `temperatures`."""
-        confidences, known = zip(*self.temperatures, strict=True)
-        return math.exp(np.interp(confidence, confidences, np.log(known))) / self.steepness
-
-    def weight_sum(self, confidence: float, size: float) -> float:
-        """The sum of a mixture's weights, since adapters that were not made for a prompt disturb the base model.
-
-        Up to the first of `temperatures`, it is `1 / (1 + size / HALVED)`; from there to 1 at the second, its logarithm
-        is linear in the confidence. `size` is the mean relative size of the adapters, weighted as the mixture is.
-        """
-        (doubt, _), (trust, _), *_ = self.temperatures
-        return float((1 + size / HALVED) ** (np.interp(confidence, (doubt, trust), (0, 1)) - 1))
+        evidence = (ranked[0] - sum(field) / len(field)) / self.spread(ranked) + max(0.0, ranked[0] - self.familiar)
+        odds = self.steepness * (evidence - self.even) + _logit(prior) - _logit(PRIOR)
+        return float(1 / (1 + math.exp(-max(-60.0, min(60.0, odds)))))
 
 
-# For scores of responses, which are sometimes sure of the adapter of a related task: the best never answers alone.
-RESPONSES = Evidence(3.5, 1.1, ((0.25, _BROAD), (0.4, _HELPED)))
-# For scores to which example prompts contribute. A prompt that is worded unlike the examples has a low confidence, but
-# usually the right adapter comes first, so the mixture gets narrow at a lower confidence than above.
-EXAMPLES = Evidence(1.2, 4.2, ((0.05, _BROAD), (0.15, _HELPED), (0.75, _HELPED), (0.8, _ALONE)))
+# For scores of responses, and for those to which example prompts contribute.
+RESPONSES = Evidence(2.0, 1.8, 0.2)
+EXAMPLES = Evidence(2.5, 2.2, 0.3, 9.0)
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
 
 
 @dataclass(frozen=True)
@@ -127,7 +118,7 @@ class Selector:
             raise NotFinite(f"the score of adapter {bad!r} is not finite: the hidden state or the adapter overflows")
         order = sorted(named, key=named.__getitem__, reverse=True)  # equal ones stay in the order of the pool
         top = [named[name] for name in order]
-        confidence = None if evidence is None else evidence.confidence(top)
+        confidence = None if evidence is None else evidence.confidence(top, options.prior)
         unsure = confidence is not None and confidence < options.unsure_below
         if unsure and options.when_unsure == "refuse":
             found = f"confidence {confidence:.2f}, expected {options.unsure_below:g} or more"
@@ -143,13 +134,15 @@ class Selector:
             total = sum(weights)
             weights = [one / total for one in weights] if total > 0 else [1 / k] * k
         else:
-            temperature = evidence.temperature(confidence)
-            weights = [math.exp((score - top[0]) / temperature) for score in top[:k]]
-            weights = [one for one in weights if one >= LEAST]  # the best one's is 1 here
-            total, sizes = sum(weights), [self.sizes.get(name, USUAL_SIZE) for name in order]
-            size = sum(weight * size for weight, size in zip(weights, sizes, strict=False)) / total
-            total /= evidence.weight_sum(confidence, size)
-            weights = [one / total for one in weights]
+            temperature = BREADTH * evidence.spread(top)
+            broad = np.exp((np.array(top[:k]) - top[0]) / temperature)
+            sizes = np.array([self.sizes.get(name, USUAL_SIZE) for name in order[:k]])
+            broad /= broad.sum() * (1 + (broad @ sizes) / broad.sum() / HALVED)
+            shares = (1 - confidence) * broad
+            shares[0] += confidence
+            kept = shares >= LEAST * shares[0]
+            shares[0] += shares[~kept].sum()
+            weights = shares[kept].tolist()  # the best ones', since they fall with the score
         return Selection(tuple(order[: len(weights)]), tuple(weights), named, confidence, options.signal)
 
     def outcome(self, scores: Tensor, options: Options) -> Selection | LoGoError:

@@ -14,7 +14,7 @@ from logo.adapters.pool import AdapterPool
 from logo.adapters.sources import ExamplesUse
 from logo.core import Options, ProbeText, Weighting, WhenUnsure
 from logo.errors import UsageError, check_type, closest
-from logo.selection.selector import UNSURE, known
+from logo.selection.selector import PRIOR, UNSURE, known
 from logo.selection.signals import Signal, get_signal
 from logo.selection.texts import USUAL_WINDOW, WHOLE, Window
 
@@ -38,6 +38,8 @@ class SelectionSettings:
         when_unsure: what answers a prompt for which no adapter seems to be made (`logo.selection.selector`): `"mix"`,
             the mixture of the weighting; `"base"`, the base model alone; `"refuse"`, an error.
         unsure_below: the confidence below which a selection counts as unsure, for `when_unsure` and in a server's log.
+        prior: how likely it is that a prompt belongs to some adapter of the pool, in (0, 1): the confidence before any
+            prompt is seen. A lower one makes selections less sure, and their mixtures broader.
         examples: whether example prompts of adapters are used (`logo.selection.examples`): `"use"` or `"ignore"`.
         window: how many of the first and of the last tokens of a text are read, `(32, 32)`; or `"whole"`. None:
             `"whole"` for signals of the paper's kind (scale `"raw"`), `(32, 32)` for all others.
@@ -60,6 +62,7 @@ class SelectionSettings:
     weighting: Weighting | None = None
     when_unsure: WhenUnsure = "mix"
     unsure_below: float = UNSURE
+    prior: float = PRIOR
     examples: ExamplesUse = "use"
     window: Window | None = None
     probe_text: ProbeText | None = None
@@ -74,6 +77,9 @@ class SelectionSettings:
         check_type("unsure_below", self.unsure_below, Real, "a number")
         if not 0 <= self.unsure_below <= 1:
             raise UsageError(f"unsure_below: expected a confidence from 0 to 1, found {self.unsure_below}")
+        check_type("prior", self.prior, Real, "a number")
+        if not 0 < self.prior < 1:
+            raise UsageError(f"prior: expected a probability between 0 and 1, found {self.prior}")
         _check_choice("when_unsure", self.when_unsure, WhenUnsure)
         _check_choice("examples", self.examples, ExamplesUse)
         _check_choice("probe_text", self.probe_text, ProbeText)
@@ -142,6 +148,7 @@ class SelectionSettings:
             weighting=weighting or (self.weighting if own else None) or signal.weighting,
             when_unsure="mix" if signal.scale == "raw" else self.when_unsure,
             unsure_below=self.unsure_below,
+            prior=self.prior,
             candidates=candidates,
         )
 

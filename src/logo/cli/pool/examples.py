@@ -8,7 +8,7 @@ from json import loads
 from pathlib import Path
 from typing import Annotated, Any
 
-from logo.adapters.examples import MOST, read_examples, write_examples
+from logo.adapters.examples import read_examples, write_examples
 from logo.adapters.manifest import read_manifest, write_manifest
 from logo.adapters.pool import AdapterPool
 from logo.adapters.sources import parse_sources
@@ -39,8 +39,8 @@ def examples(
     Args:
         place: Folder of adapters, at any depth, or a manifest.
         name: The adapter.
-        file: The example prompts: a JSON object per line with a `prompt` (or `context`); answers are not stored. The
-            first 16 replace the adapter's present examples.
+        file: The example prompts: a JSON object per line with a `prompt` (or `context`); answers are not stored. They
+            replace the adapter's present examples. Prompts in several wordings find the adapter in more of them.
         from_log: Give adapters without examples 3 to 8 prompts of requests that named them: a log of `logo serve
             --log prompts`, or a JSON object per line with `prompt` and `adapter` (repeatable).
         json: Print JSON instead.
@@ -67,14 +67,13 @@ def examples(
             raise UsageError(f"{file}: no such file") from error
         if not prompts:
             raise DataError(f"{file}: expected one prompt or more, found none")
-        kept = tuple(prompts[:MOST])
+        kept = tuple(prompts)
         _store(pool, manifest, {name: kept})
     if json:
         print_json({name: list(kept)})
         return
     if file is not None:
-        more = f" (the first of {len(prompts)})" if len(prompts) > len(kept) else ""
-        out.print(f"{name}: {len(kept)} examples{more}", markup=False, highlight=False)
+        out.print(f"{name}: {len(kept)} examples", markup=False, highlight=False)
         return
     for prompt in kept:
         verbatim(prompt)

@@ -1,4 +1,4 @@
-"""`logo pool inspect`: the adapters of a pool, and with `--spectra` their norms and effective ranks."""
+"""`logo pool inspect`: the adapters of a pool, with their norms and effective ranks."""
 
 from __future__ import annotations
 
@@ -25,31 +25,30 @@ def inspect(
     /,
     *,
     base_model: str | None = None,
-    spectra: bool = False,
     json: bool = False,
 ) -> int:
     """List the adapters of a pool, and those that would be refused, with the reason.
 
+    The norm is that of all updates of an adapter, and the effective rank the mean over them.
+
     The exit code is 1 if anything would be refused, or nothing is usable.
 
-    Example: logo pool inspect adapters/ --base-model Qwen/Qwen2.5-7B --spectra
+    Example: logo pool inspect adapters/ --base-model Qwen/Qwen2.5-7B
 
     Args:
         folder: Folder of adapters, at any depth, or whatever `--adapters` takes.
         base_model: Also check that every adapter fits this base model (its configuration is enough).
-        spectra: Also print the norm and the mean effective rank of every adapter's updates.
         json: Print JSON, with the sha256 of every adapter.
     """
+    from logo.cli.pool.publish import size_of
+
     good, refused = _found(folder)
     if base_model is not None:
         good, misfits = divided(good, fitting(base_model))
         refused += misfits
     sizes: dict[str, Size] = {}
-    if spectra:
-        from logo.cli.pool.publish import size_of
-
-        good, unread = divided(good, lambda adapter: sizes.update({adapter.name: size_of(adapter)}))
-        refused += unread
+    good, unread = divided(good, lambda adapter: sizes.update({adapter.name: size_of(adapter)}))
+    refused += unread
     refused.sort(key=lambda error: error.name)
     if json:
         print_json(_report(folder, good, refused, sizes))
@@ -90,7 +89,7 @@ def _report(
                 "activation": str(adapter.activation),
                 "base_model": adapter.config.base_model,
                 "sha256": adapter.sha256,
-                **(vars(sizes[adapter.name]) if adapter.name in sizes else {}),
+                **vars(sizes[adapter.name]),
             }
             for adapter in good
         ],
@@ -108,10 +107,10 @@ def _acting(adapters: Sequence[Adapter]) -> dict[str, list[str]]:
 
 
 def _table(adapters: Sequence[Adapter], sizes: Mapping[str, Size]) -> Table:
-    more = (">norm", ">effective rank") if sizes else ()
-    table = plain_table("adapter", ">rank", ">modules", "targets", ">parameters", ">size", *more)
+    columns = ("adapter", ">rank", ">modules", "targets", ">parameters", ">size", ">norm", ">effective rank")
+    table = plain_table(*columns)
     for adapter in adapters:
-        found = sizes.get(adapter.name)
+        found = sizes[adapter.name]
         table.add_row(
             Text(adapter.name),
             "/".join(map(str, adapter.ranks)),
@@ -119,6 +118,7 @@ def _table(adapters: Sequence[Adapter], sizes: Mapping[str, Size]) -> Table:
             ", ".join(adapter.targets),
             f"{adapter.parameters:,}",
             decimal(adapter.size),
-            *((f"{found.norm:.3g}", f"{found.effective_rank:.1f}") if found else ()),
+            f"{found.norm:.3g}",
+            f"{found.effective_rank:.1f}",
         )
     return table
