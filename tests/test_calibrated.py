@@ -364,6 +364,8 @@ def test_texts_are_many_and_short() -> None:
         ({"activation": 5}, "activation: expected everywhere, invocation or last:N, found 5"),
         ({"k": "3"}, "k: expected a whole number, found '3'"),
         ({"unsure_below": None}, "unsure_below: expected a number, found None"),
+        ({"prior": "0.5"}, "prior: expected a number, found '0.5'"),
+        ({"prior": 1}, "prior: expected a probability between 0 and 1, found 1"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -13,7 +13,7 @@ import pytest
 from cyclopts import App
 
 from logo.cli.app import app, run
-from logo.selection.selector import UNSURE
+from logo.selection.selector import PRIOR, UNSURE
 from tolerances import PATIENCE
 from warm import python
 
@@ -228,3 +228,13 @@ def test_without_a_base_model_the_demo_is_used_and_named(capsys: pytest.CaptureF
     assert run(["generate", "What is 7 plus 5?", "--base_model", "demo", "--adapter", "add_numbers", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["text"].strip() == "12" and "using the bundled" not in captured.err
+
+
+def test_the_prior_reaches_the_confidence(capsys: pytest.CaptureFixture[str]) -> None:
+    def odds(*options: str) -> float:
+        assert run(["select", "Tell me of hot.", "--base-model", "demo", "--device", "cpu", "--json", *options]) == 0
+        found = float(json.loads(capsys.readouterr().out)["confidence"])
+        return found / (1 - found)
+
+    assert odds() == pytest.approx(odds("--prior", str(PRIOR))) == pytest.approx(4 * odds("--prior", "0.5"), rel=0.05)
+    assert run(["select", "hi", "--prior", "1"]) == 2

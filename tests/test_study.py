@@ -18,7 +18,7 @@ from logo.cli.app import run
 from logo.demo import heldout
 from logo.evaluation.results import lines, read_run
 from logo.evaluation.statistics import auroc, calibration_error
-from logo.evaluation.study import IN_POOL, OUT_OF_POOL, REMOVED, summary
+from logo.evaluation.study import ALWAYS, IN_POOL, OUT_OF_POOL, REMOVED, summary
 from tolerances import same_scores
 
 DEMO = ("--base-model", "demo", "--device", "cpu")
@@ -117,7 +117,13 @@ def test_an_interrupted_study_goes_on(
     studied(tmp_path / "s", rows, *same, code=130)
     assert not (tmp_path / "s").exists()
     report = studied(tmp_path / "s", rows, *same)
-    assert len(calls) == 11 + 1 and report == read_run(folder)["report"]
+    whole = read_run(folder)["report"]
+    assert (
+        report.pop("milliseconds").keys()
+        == whole.pop("milliseconds").keys()
+        == {*same[1].split(","), "random", *ALWAYS}
+    )
+    assert len(calls) == 11 + 1 and report == whole
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
@@ -169,7 +175,7 @@ def arm(protocol: str, confidence: float, **more: Any) -> dict[str, Any]:
 def test_confidence_against_its_definitions(values: list[tuple[float, bool]]) -> None:
     own, others = ([value for value, is_own in values if is_own is kind] for kind in (True, False))
     records = [
-        {"task": f"t{n}", "row": 0, "arms": [arm(IN_POOL if is_own else OUT_OF_POOL, value)]}
+        {"task": f"t{n}", "seconds": {"s": n}, "arms": [arm(IN_POOL if is_own else OUT_OF_POOL, value)]}
         for n, (value, is_own) in enumerate(values)
     ]
     report = summary(records)
@@ -184,4 +190,5 @@ def test_confidence_against_its_definitions(values: list[tuple[float, bool]]) ->
         weights = [0.5 / len(own) if k else 0.5 / len(others) for _, k in inside]
         error += abs(float(np.dot(weights, [v - k for v, k in inside])))
     assert report["confidence"]["s"]["error"] == pytest.approx(error)
+    assert report["milliseconds"] == {"s": 500 * (len(values) - 1)}
     assert calibration_error([1.0] * 3 + [0.0] * 2, [True] * 3 + [False] * 2) == 0.0

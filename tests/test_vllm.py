@@ -308,9 +308,10 @@ def test_blocks_before_adapters_act_are_the_base_models() -> None:
 
 def test_options_come_from_both_places() -> None:
     assert VllmOptions.of(None, {}) is None and VllmOptions.of({"other": 1}, {}) is None
-    made = VllmOptions.of({"logo": {"k": 3}}, {POOL: "pool", OPTIONS: json.dumps({"k": 2, "signal": "norm"})})
+    given = {"k": 2, "signal": "norm", "prior": 0.5}
+    made = VllmOptions.of({"logo": {"k": 3}}, {POOL: "pool", OPTIONS: json.dumps(given)})
     assert made is not None
-    assert (made.pool, made.settings.k, made.settings.signal) == ("pool", 3, "norm")
+    assert (made.pool, made.settings.k, made.settings.signal, made.settings.prior) == ("pool", 3, "norm", 0.5)
     assert made.all_signals == ("norm",)
 
 

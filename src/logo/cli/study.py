@@ -121,7 +121,9 @@ def listed(text: str) -> list[str]:
 
 
 def _show(report: Mapping[str, Any]) -> None:
-    """A table for each protocol, the confidence of each signal, and what is confused most."""
+    """A table for each protocol, what a selection costs, the confidence of each signal, and what is confused most."""
+    from logo.evaluation.study import ALWAYS
+
     for protocol, arms in report["protocols"].items():
         metrics = [name for name in COLUMNS if any(name in found for found in arms.values())]
         table = plain_table(protocol, *(f">{COLUMNS[name]}" for name in metrics))
@@ -129,6 +131,8 @@ def _show(report: Mapping[str, Any]) -> None:
             table.add_row(arm, *(_cell(found.get(name)) for name in metrics))
         screen(natural_width(table)).print(table, "")
     note("Means of the tasks' means; 95 % intervals, over tasks, in brackets.")
+    times = [f"{name} {value:.3g} ms" for name, value in report["milliseconds"].items() if name not in ALWAYS]
+    out.print(f"median time of a selection: {', '.join(times)}", markup=False)
     for signal, found in report["confidence"].items():
         values = [f"AUROC {value:.2f} against {name}" for name, value in found["auroc"].items()]
         error = [] if found["error"] is None else [f"reliability error {found['error']:.2f}"]

@@ -236,7 +236,7 @@ Tasks = dict[str, list[float]]  # task -> a number of each row
 
 def summary(records: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
     """The report of measured rows, as JSON: `protocols`, with the metrics of each arm; `confidence` by signal; the most
-    frequent `confusions`; `tasks` and `rows`.
+    frequent `confusions`; the median `milliseconds` of a selection by each arm; `tasks` and `rows`.
 
     A metric's `value` is the mean over tasks of their rows' means, and its 95 % `interval` says how much it would vary
     with other tasks. Metrics are `top1`, `top3` and `mrr` of the target adapter's rank; `exact_match` (teacher-forced)
@@ -244,7 +244,11 @@ def summary(records: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, An
     else of `exact_match`, divided by that of the target adapter alone on the same tasks.
     """
     columns: dict[tuple[str, str], dict[str, Tasks]] = {}
+    times: dict[str, list[float]] = {}
     for record in records:
+        selections = Counter(arm["arm"] for arm in record["arms"])
+        for name, seconds in record["seconds"].items():
+            times.setdefault(name, []).append(1000 * seconds / selections[name])
         for arm in record["arms"]:
             own = columns.setdefault((arm["protocol"], arm["arm"]), {})
             for metric, value in _metrics(arm).items():
@@ -262,6 +266,7 @@ def summary(records: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, An
         "protocols": protocols,
         "confidence": {name: said for name in signals if (said := _confidence(columns, name)) is not None},
         "confusions": confusions(records),
+        "milliseconds": {name: float(np.median(some)) for name, some in times.items()},
         "tasks": len({record["task"] for record in records}),
         "rows": len(records),
     }

@@ -2,14 +2,13 @@
 
 A prompt is described at some places of the base model by two means of the hidden vectors that are read: the even one,
 and the late one, in which the last tokens count most (`logo.selection.reference`). With the whitenings `W` of both
-(`logo.selection.whitening`, of ordinary texts described likewise) and a mean `m` of whitened descriptions of texts,
+(`logo.selection.whitening`, of ordinary texts described likewise) and a mean `m` of whitened descriptions of examples,
 
     s_i(x) = max over the means m of adapter i of
-             mean over places of EVEN cos(W_even x_even, m_even) + (1 - EVEN) cos(W_late x_late, m_late)
+             mean over places of 1/2 (cos(W_even x_even, m_even) + cos(W_late x_late, m_late))
 
-The texts of an adapter are its example prompts, their first paragraphs (often an instruction) and the rest of them,
-since other prompts of the task may have one without the other. They have one mean; if the prompts are worded in several
-ways, which their similarity to each other tells, there are those of `WORDINGS` clusters of texts (k-means) beside it.
+The examples of an adapter have one mean. If they are worded in several ways, which their similarity to each other
+tells, there are the means of `WORDINGS` clusters of them (k-means) beside it.
 
 For an adapter j without examples, the similarity is estimated from its response, so that all scores are on one scale:
 
@@ -42,10 +41,10 @@ from logo.selection.texts import Texts
 from logo.selection.whitening import Whitening
 
 # In the formula above; β is the similarity per unit of a response's score.
-GAIN, REPLACED, EVEN, _SLOPE = 12.0, 0.65, 0.75, 0.23
+GAIN, REPLACED, _SLOPE = 12.0, 0.65, 0.23
 # The usual similarity to the prompts of unrelated adapters; in s̄ it counts like so many adapters.
-_USUAL, _USUAL_WEIGHT = 0.2, 4
-# Prompts whose mean similarity to each other is below the first are worded in several ways: so many clusters of texts.
+_USUAL, _USUAL_WEIGHT = 0.23, 4
+# Examples whose mean similarity to each other is below the first are worded in several ways, and make so many clusters.
 _ONE_WORDING, WORDINGS = 0.5, 4
 # Hidden vectors of examples that are held at once, in bytes, and texts that are read together.
 _HELD_BYTES = 2**29
@@ -65,7 +64,7 @@ class Examples:
 
     Attributes:
         alike: places of one width on one device: their numbers, the whitenings of both kinds of their means, stacked,
-            and the whitened means of texts (2 places, d, means).
+            and the whitened means of examples (2 places, d, means).
         known: (adapters,) bool: which adapters have examples, in pool order.
         owners: (means,): of which of these adapters each mean is.
         points: per place, the number of the first point that is read there.
@@ -101,9 +100,8 @@ class Examples:
         """`s`: (rows, adapters with examples) on the CPU, of descriptions (rows, 2, d) per place."""
         total = torch.zeros(())
         for places, spaces, centres in self.alike:
-            cosines = whitened(spaces, [descriptions[i] for i in places]) @ centres  # (2 places, rows, means)
-            total = total + (EVEN * cosines[::2] + (1 - EVEN) * cosines[1::2]).sum(dim=0).cpu()
-        found, owners = total / len(descriptions), self.owners.expand(len(total), -1)
+            total = total + (whitened(spaces, [descriptions[i] for i in places]) @ centres).sum(dim=0).cpu()
+        found, owners = total / (2 * len(descriptions)), self.owners.expand(len(total), -1)
         best = torch.full((len(found), int(self.known.sum())), -torch.inf)
         return best.scatter_reduce(1, owners, found, "amax")
 
@@ -135,38 +133,30 @@ def combined(found: Tensor, responses: Tensor, known: Tensor) -> Tensor:
     return (1 - REPLACED * known.float().mean()) * responses + GAIN * similar
 
 
-def texts_of(prompts: Sequence[str]) -> list[str]:
-    """The prompts, and then, once each, their first paragraphs and what follows those."""
-    parts = [part for prompt in prompts for part in prompt.split("\n\n", 1) if part != prompt and part.strip()]
-    return [*prompts, *dict.fromkeys(parts)]
-
-
-def means_of(places: Sequence[Tensor], spaces: Sequence[Sequence[Whitening]], prompts: int) -> list[Tensor]:
-    """The means (means, 2, d) of one adapter's texts at each place: of all and, if needed, of clusters of them.
+def means_of(places: Sequence[Tensor], spaces: Sequence[Sequence[Whitening]]) -> list[Tensor]:
+    """The means (means, 2, d) at each place of one adapter's examples: of all and, if needed, of clusters of them.
 
     Args:
-        places: descriptions (texts, 2, d) of the texts at each place, the prompts first.
+        places: descriptions (examples, 2, d) at each place.
         spaces: both whitenings of each place.
-        prompts: how many of the texts are prompts.
     """
-    units = []  # of the same texts, so that their products are similarities
-    for place, (even, late) in zip(places, spaces, strict=True):
-        for share, space, kind in ((EVEN, even, place[:, 0]), (1 - EVEN, late, place[:, 1])):
-            units.append(math.sqrt(share / len(places)) * normalize(space.fold(kind - space.mean), dim=1))
-    texts = torch.cat(units, dim=1)
-    alike = texts[:prompts] @ texts[:prompts].mT
-    groups = [torch.ones(len(texts), dtype=torch.bool)]
-    if prompts > 1 and (alike.sum() - alike.trace()) / (prompts * (prompts - 1)) < _ONE_WORDING:
+    own = [
+        normalize(w.fold(p[:, i] - w.mean), dim=1) for p, s in zip(places, spaces, strict=True) for i, w in enumerate(s)
+    ]
+    points = torch.cat(own, dim=1) / math.sqrt(len(own))  # whose products are similarities
+    count, alike = len(points), points @ points.mT
+    groups = [torch.ones(count, dtype=torch.bool)]
+    if count > 1 and (alike.sum() - alike.trace()) / (count * (count - 1)) < _ONE_WORDING:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # equal texts may leave a cluster empty
-            _, labels = kmeans2(texts.double().numpy(), min(WORDINGS, len(texts)), minit="++", rng=0)
+            warnings.simplefilter("ignore")  # equal examples may leave a cluster empty
+            _, labels = kmeans2(points.double().numpy(), min(WORDINGS, count), minit="++", rng=0)
         groups += [torch.from_numpy(labels == one) for one in set(labels.tolist())]
     return [torch.stack([place[group].mean(dim=0) for group in groups]) for place in places]
 
 
 def examples_of(
     reading: Reading,
-    examples: Sequence[tuple[Sequence[Sequence[int]], int]],
+    examples: Sequence[Sequence[Sequence[int]]],
     points: Sequence[Point],
     devices: Sequence[torch.device],
     run: TextRunner,
@@ -175,17 +165,16 @@ def examples_of(
 
     Args:
         reading: its texts are the ordinary ones. Descriptions are kept in its store, or their means; the texts never.
-        examples: the token ids of each adapter's texts (`texts_of`), in pool order and cut to the window, and how many
-            of these are prompts.
+        examples: the token ids of each adapter's example prompts, in pool order; cut to the window.
         devices: of each point, where descriptions are compared.
     """
-    known = torch.tensor([bool(rows) for rows, _ in examples])
+    known = torch.tensor([bool(rows) for rows in examples])
     if not known.any():
         return None
     store, modules = reading.store, [point.module for point in points]
 
-    def name(rows: Sequence[Sequence[int]], prompts: int) -> str:
-        stated = json.dumps(["means", modules, [list(row) for row in rows], prompts])
+    def name(rows: Sequence[Sequence[int]], kind: str = "means") -> str:
+        stated = json.dumps([kind, modules, [list(row) for row in rows]])
         return f"{reading.key}/described/{hashlib.sha256(stated.encode()).hexdigest()[:24]}"
 
     def read(texts: Texts) -> dict[str, Tensor]:
@@ -199,7 +188,7 @@ def examples_of(
             found[str(at)] = both_means(hidden, owners, *emphasis(owners, len(texts.rows))).cpu()
         return found
 
-    own = name(reading.texts.rows, 0)
+    own = name(reading.texts.rows, "ordinary")
     if not store.get(own):
         store.put(own, read(reading.texts))
     ordinary = store.get(own)
@@ -209,18 +198,18 @@ def examples_of(
         if not any(ordinary[str(at)].equal(ordinary[str(other)]) for other in numbers):
             numbers.append(at)
     spaces = {str(at): [Whitening.of(ordinary[str(at)][:, kind]) for kind in (0, 1)] for at in numbers}
-    every = {name(rows, prompts): (rows, prompts) for rows, prompts in examples if rows}
+    every = {name(rows): rows for rows in examples if rows}
     tokens = _HELD_BYTES // (4 * sum(place.shape[-1] for place in ordinary.values()))
     # They do not depend on what is stored, so that processes side by side read the same texts together.
-    shares = {key: max(sum(map(len, rows)) / tokens, len(rows) / _TOGETHER) for key, (rows, _) in every.items()}
+    shares = {key: max(sum(map(len, rows)) / tokens, len(rows) / _TOGETHER) for key, rows in every.items()}
     for part in portions(every, lambda key: shares[key], 1.0):
         missing = {key: every[key] for key in part if not store.get(key)}
         if missing:
-            found = read(Texts([row for rows, _ in missing.values() for row in rows], []))
-            places = [torch.split(found[at], [len(rows) for rows, _ in missing.values()]) for at in spaces]
-            for (key, (_, prompts)), *own_places in zip(missing.items(), *places, strict=True):
-                store.put(key, dict(zip(spaces, means_of(own_places, list(spaces.values()), prompts), strict=True)))
-    means = [store.get(name(rows, prompts)) for rows, prompts in examples if rows]
+            found = read(Texts([row for rows in missing.values() for row in rows], []))
+            places = [torch.split(found[at], [len(rows) for rows in missing.values()]) for at in spaces]
+            for key, *described in zip(missing, *places, strict=True):
+                store.put(key, dict(zip(spaces, means_of(described, list(spaces.values())), strict=True)))
+    means = [store.get(name(rows)) for rows in examples if rows]
     owners = torch.tensor([i for i, one in enumerate(means) for _ in next(iter(one.values()))])
     placed = [[one.to(devices[at]) for one in spaces[str(at)]] for at in numbers]
     centres = [torch.cat([one[str(at)] for one in means]).to(devices[at]) for at in numbers]

@@ -40,7 +40,7 @@ from logo.selection.signals import Scale
 # The least spread, as a share of the usual one: a small spread on a few neutral texts may be an accident.
 _LEAST_SPREAD = 0.25
 # To be raised when the same settings give other scores: results depend on it, so it is a part of their identity.
-SCORES = 5
+SCORES = 6
 # Larger z are clipped, so that no point decides alone; excesses, since adapters may have been made for the requests.
 _LARGEST_Z, _LARGEST_EXCESS = 20.0, 1.0
 # A token's weight divided by the next one's: the last three tokens have 58 % of the weight, the last ten 94 %.

@@ -18,7 +18,7 @@ from logo.files import Store, cache_folder
 from logo.models import input_device, padded
 from logo.prefix_cache import PrefixCache
 from logo.selection.calibration import Calibration, Reading, TextRunner, calibrate, read_texts, whitenings
-from logo.selection.examples import Examples, examples_of, texts_of
+from logo.selection.examples import Examples, examples_of
 from logo.selection.index import ScoringIndex, Tell, Wanted, joined, read_indices
 from logo.selection.points import Point, plan
 from logo.selection.probe import Probe, pick
@@ -123,8 +123,8 @@ class Scorer:
         devices = [device or next(model.get_submodule(p.layer_path).parameters()).device for p in points]
         devices = [torch.device("cpu") if one.type == "meta" else one for one in devices]  # offloaded, or a skeleton
         if reading is not None and how.scale == "whitened" and settings.examples == "use":
-            texts = [(encoded(texts_of(a.examples)) if a.examples else [], len(a.examples)) for a in adapters]
-            examples = examples_of(reading, texts, points, devices, run)
+            rows = [encoded(prompts) if (prompts := adapter.examples) else [] for adapter in adapters]
+            examples = examples_of(reading, rows, points, devices, run)
         if reading is not None:
             reading.store.release(reading.key)
         known = {} if alike is None else {index.point: index for index in alike.indices}

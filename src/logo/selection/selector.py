@@ -1,20 +1,21 @@
 """From scores to a `Selection`: the best adapters, how sure that is, and weights that follow from their scores.
 
 linear     w_i = score_i / Σ score                                    the paper (equation 4) and the authors' code
-adaptive   w = p · one + (1 - p) · broad        one: the best adapter alone; broad: many that may help a little
+adaptive   w = p · sharp + (1 - p) · broad
 
-    spread      = √(variance of the other scores + (1 + 4 / others) · chance²)
+    spread      = √(variance of the other scores + (1 + 4 / others) · CHANCE²)
     evidence    = (best score - mean of the next five) / spread + max(0, best score - familiar)
     p           = 1 / (1 + exp(-steepness · (evidence - even) - logit(prior) + logit(0.8)))       the confidence
+    sharp_i     ∝ exp(score_i / (SHARP · spread)), and its sum is 1
     broad_i     ∝ exp(score_i / (BREADTH · spread)), and its sum is 1 / (1 + size / HALVED)
     size        = mean over broad of the adapters' sizes: mean over points of ‖ΔW_i‖_F / ‖W‖_F      ΔW_i = s_i B_i A_i
 
-So the weights are what is expected if the best adapter is the right one with the confidence `p`. A margin counts in
-units of the other scores' spread, because scores grow with an adapter's training, and fall when a prompt is worded
-unlike the adapter's own; an absolute margin would take the first for certainty and the second for doubt. On prompts
-that are no task's, all scores lie as close together as they do by `chance`. Scores of examples are similarities, and
-above `familiar` a prompt is worded as the examples are. `steepness`, `even`, `chance` and `familiar` belong to a kind
-of score; docs/how-selection-works.md says on which rows they were chosen, and how well they hold for other pools.
+So weights are what is expected if the confidence says how probable it is that the pool holds the right adapter. A
+margin counts in units of the other scores' spread, because scores grow with an adapter's training, and fall when a
+prompt is worded unlike the adapter's own; an absolute margin would take the first for certainty and the second for
+doubt. On prompts that are no task's, all scores lie as close together as they do by chance. Scores of examples are
+similarities, and above `familiar` a prompt is worded as the examples are. `steepness`, `even` and `familiar` belong to
+a kind of score; docs/how-selection-works.md says on which rows they were chosen, and how well they hold elsewhere.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ from logo.errors import LoGoError, NotFinite, PoolError, Unsure, UsageError, che
 
 # How many adapters behind the best one the mean is taken over.
 FIELD = 5
-# Softmax temperature of a broad mixture, in units of the spread.
-BREADTH = 4.0
+# How far apart scores lie on texts that are nobody's, roughly.
+CHANCE = 0.5
+# Softmax temperatures, in units of the spread: of a sharp mixture, in which adapters share the weight only if they are
+# nearly equal, and of a broad one.
+SHARP, BREADTH = 0.25, 1.0
 # If the adapters of a broad mixture have this relative size, its weights sum to one half: adapters that were not made
 # for a prompt disturb the base model.
 HALVED = 0.08
@@ -43,7 +47,7 @@ USUAL_SIZE = 0.03
 # How likely it is that a prompt belongs to some adapter of the pool, unless the user says otherwise.
 PRIOR = 0.8
 # Below this confidence a selection counts as unsure, unless the user says otherwise: most prompts outside every task.
-UNSURE = 0.25
+UNSURE = 0.15
 # Adapters with less than this share of the best one's weight, which gets theirs, are left out: each costs as much as
 # one with more.
 LEAST = 0.01
@@ -55,13 +59,12 @@ class Evidence:
 
     steepness: float
     even: float
-    chance: float
     familiar: float = math.inf
 
     def spread(self, ranked: Sequence[float]) -> float:
         """How far apart the scores of the adapters behind the best one lie, of scores sorted with the best first."""
         others = ranked[1:]
-        return math.sqrt(np.var(others) + (1 + 4 / len(others)) * self.chance**2) if others else self.chance
+        return math.sqrt(np.var(others) + (1 + 4 / len(others)) * CHANCE**2) if others else CHANCE
 
     def confidence(self, ranked: Sequence[float], prior: float = PRIOR) -> float:
         """The confidence that scores (adapters,), sorted with the best first, give; the prior for a single adapter."""
@@ -74,8 +77,8 @@ class Evidence:
 
 
 # For scores of responses, and for those to which example prompts contribute.
-RESPONSES = Evidence(2.0, 1.8, 0.2)
-EXAMPLES = Evidence(2.5, 2.2, 0.3, 9.0)
+RESPONSES = Evidence(3.0, 1.4)
+EXAMPLES = Evidence(1.2, 3.6, 9.0)
 
 
 def _logit(share: float) -> float:
@@ -134,12 +137,11 @@ class Selector:
             total = sum(weights)
             weights = [one / total for one in weights] if total > 0 else [1 / k] * k
         else:
-            temperature = BREADTH * evidence.spread(top)
-            broad = np.exp((np.array(top[:k]) - top[0]) / temperature)
+            margins = (np.array(top[:k]) - top[0]) / evidence.spread(top)
+            sharp, broad = np.exp(margins / SHARP), np.exp(margins / BREADTH)
             sizes = np.array([self.sizes.get(name, USUAL_SIZE) for name in order[:k]])
-            broad /= broad.sum() * (1 + (broad @ sizes) / broad.sum() / HALVED)
-            shares = (1 - confidence) * broad
-            shares[0] += confidence
+            sharp, broad = sharp / sharp.sum(), broad / broad.sum()
+            shares = confidence * sharp + (1 - confidence) * broad / (1 + broad @ sizes / HALVED)
             kept = shares >= LEAST * shares[0]
             shares[0] += shares[~kept].sum()
             weights = shares[kept].tolist()  # the best ones', since they fall with the score
