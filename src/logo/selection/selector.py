@@ -35,7 +35,7 @@ from logo.errors import LoGoError, NotFinite, PoolError, Unsure, UsageError, che
 # How many adapters behind the best one the mean is taken over.
 FIELD = 5
 # How far apart scores lie on texts that are nobody's, roughly.
-CHANCE = 0.5
+CHANCE = 0.3
 # Softmax temperatures, in units of the spread: of a sharp mixture, in which adapters share the weight only if they are
 # nearly equal, and of a broad one.
 SHARP, BREADTH = 0.25, 1.0
@@ -77,8 +77,8 @@ class Evidence:
 
 
 # For scores of responses, and for those to which example prompts contribute.
-RESPONSES = Evidence(3.0, 1.4)
-EXAMPLES = Evidence(1.2, 3.6, 9.0)
+RESPONSES = Evidence(2.0, 1.8)
+EXAMPLES = Evidence(1.0, 3.8, 9.0)
 
 
 def _logit(share: float) -> float:
