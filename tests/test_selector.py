@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from logo.core import Options, Selection
 from logo.errors import ModelError, NotFinite, PoolError, Unsure
 from logo.selection.selector import (
-    BREADTH,
     CHANCE,
     EXAMPLES,
     HALVED,
@@ -92,16 +91,17 @@ def test_the_confidence_is_the_formula(evidence: Evidence) -> None:
 
 def test_adapters_that_were_trained_harder_are_not_surer() -> None:
     """All their scores grow. But scores that are no further apart than by chance are no evidence."""
-    usual = [40.0, *(10 * score for score in REST)]
+    usual, alone = [20.0, *(10 * score for score in REST)], replace(RESPONSES, familiar=math.inf)
     for times in (2, 4, 8):
-        assert confidence(*(times * score for score in usual)) == pytest.approx(confidence(*usual), abs=0.05)
+        louder = [times * score for score in usual]
+        assert confidence(*louder, evidence=alone) == pytest.approx(confidence(*usual, evidence=alone), abs=0.05)
     assert confidence(*(0.01 * score for score in usual)) < 0.1 < confidence(*usual)
 
 
-def test_a_prompt_that_is_like_an_example_is_sure() -> None:
-    assert EXAMPLES.familiar < math.inf == RESPONSES.familiar
-    close = [EXAMPLES.familiar + 2 - 0.5 * place for place in range(8)]  # related adapters are as familiar
-    assert confidence(*close, evidence=EXAMPLES) > 2 * confidence(*(s - 3 for s in close), evidence=EXAMPLES)
+@pytest.mark.parametrize("evidence", [RESPONSES, EXAMPLES])
+def test_a_prompt_that_is_familiar_is_sure_also_beside_related_adapters(evidence: Evidence) -> None:
+    close = [evidence.familiar + 2 - 0.5 * place for place in range(8)]
+    assert confidence(*close, evidence=evidence) > 2 * confidence(*(s - 3 for s in close), evidence=evidence)
 
 
 @given(SCORES, st.floats(0, 5), st.floats(0.01, 0.99), st.sampled_from([RESPONSES, EXAMPLES]))
@@ -131,7 +131,7 @@ def test_weights_are_those_of_a_sharp_and_a_broad_mixture_as_the_confidence_says
     scores = [2.0, 1.9, *REST]
     p, ranked = confidence(*scores), np.array(scores[:5]) / RESPONSES.spread(scores)
     assert 0.05 < p < 0.9
-    sharp, broad = np.exp(ranked / SHARP), np.exp(ranked / BREADTH)
+    sharp, broad = np.exp(ranked / SHARP), np.exp(ranked / RESPONSES.breadth)
     sharp, broad = sharp / sharp.sum(), broad / broad.sum()
     sizes = {f"a{i:02}": HALVED * (i + 1) for i in range(8)}
     size = sum(weight * HALVED * (i + 1) for i, weight in enumerate(broad))

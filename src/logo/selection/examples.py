@@ -140,10 +140,10 @@ def means_of(places: Sequence[Tensor], spaces: Sequence[Sequence[Whitening]]) ->
         places: descriptions (examples, 2, d) at each place.
         spaces: both whitenings of each place.
     """
-    own = [
-        normalize(w.fold(p[:, i] - w.mean), dim=1) for p, s in zip(places, spaces, strict=True) for i, w in enumerate(s)
-    ]
-    points = torch.cat(own, dim=1) / math.sqrt(len(own))  # whose products are similarities
+    units = []
+    for place, kinds in zip(places, spaces, strict=True):
+        units += [normalize(space.fold(place[:, i] - space.mean), dim=1) for i, space in enumerate(kinds)]
+    points = torch.cat(units, dim=1) / math.sqrt(len(units))  # whose products are similarities
     count, alike = len(points), points @ points.mT
     groups = [torch.ones(count, dtype=torch.bool)]
     if count > 1 and (alike.sum() - alike.trace()) / (count * (count - 1)) < _ONE_WORDING:

@@ -7,15 +7,16 @@ adaptive   w = p · sharp + (1 - p) · broad
     evidence    = (best score - mean of the next five) / spread + max(0, best score - familiar)
     p           = 1 / (1 + exp(-steepness · (evidence - even) - logit(prior) + logit(0.8)))       the confidence
     sharp_i     ∝ exp(score_i / (SHARP · spread)), and its sum is 1
-    broad_i     ∝ exp(score_i / (BREADTH · spread)), and its sum is 1 / (1 + size / HALVED)
+    broad_i     ∝ exp(score_i / (breadth · spread)), and its sum is 1 / (1 + size / HALVED)
     size        = mean over broad of the adapters' sizes: mean over points of ‖ΔW_i‖_F / ‖W‖_F      ΔW_i = s_i B_i A_i
 
 So weights are what is expected if the confidence says how probable it is that the pool holds the right adapter. A
 margin counts in units of the other scores' spread, because scores grow with an adapter's training, and fall when a
 prompt is worded unlike the adapter's own; an absolute margin would take the first for certainty and the second for
-doubt. On prompts that are no task's, all scores lie as close together as they do by chance. Scores of examples are
-similarities, and above `familiar` a prompt is worded as the examples are. `steepness`, `even` and `familiar` belong to
-a kind of score; docs/how-selection-works.md says on which rows they were chosen, and how well they hold elsewhere.
+doubt. On prompts that are no task's, all scores lie as close together as they do by chance. A best score above
+`familiar` is a prompt worded as those of the adapter are, even if related adapters score as high. `steepness`, `even`,
+`familiar` and `breadth` belong to a kind of score; docs/how-selection-works.md says on which rows they were chosen, and
+how well they hold elsewhere.
 """
 
 from __future__ import annotations
@@ -36,9 +37,8 @@ from logo.errors import LoGoError, NotFinite, PoolError, Unsure, UsageError, che
 FIELD = 5
 # How far apart scores lie on texts that are nobody's, roughly.
 CHANCE = 0.3
-# Softmax temperatures, in units of the spread: of a sharp mixture, in which adapters share the weight only if they are
-# nearly equal, and of a broad one.
-SHARP, BREADTH = 0.25, 1.0
+# Softmax temperature of the sharp mixture, in units of the spread: adapters share the weight if they are nearly equal.
+SHARP = 0.25
 # If the adapters of a broad mixture have this relative size, its weights sum to one half: adapters that were not made
 # for a prompt disturb the base model.
 HALVED = 0.08
@@ -59,7 +59,8 @@ class Evidence:
 
     steepness: float
     even: float
-    familiar: float = math.inf
+    familiar: float
+    breadth: float
 
     def spread(self, ranked: Sequence[float]) -> float:
         """How far apart the scores of the adapters behind the best one lie, of scores sorted with the best first."""
@@ -76,9 +77,9 @@ class Evidence:
         return float(1 / (1 + math.exp(-max(-60.0, min(60.0, odds)))))
 
 
-# For scores of responses, and for those to which example prompts contribute.
-RESPONSES = Evidence(2.0, 1.8)
-EXAMPLES = Evidence(1.0, 3.8, 9.0)
+# For scores of responses, and for those to which example prompts contribute, whose order is more reliable.
+RESPONSES = Evidence(steepness=2.0, even=2.0, familiar=3.0, breadth=2.5)
+EXAMPLES = Evidence(steepness=1.0, even=3.8, familiar=9.0, breadth=1.0)
 
 
 def _logit(share: float) -> float:
@@ -138,7 +139,7 @@ class Selector:
             weights = [one / total for one in weights] if total > 0 else [1 / k] * k
         else:
             margins = (np.array(top[:k]) - top[0]) / evidence.spread(top)
-            sharp, broad = np.exp(margins / SHARP), np.exp(margins / BREADTH)
+            sharp, broad = np.exp(margins / SHARP), np.exp(margins / evidence.breadth)
             sizes = np.array([self.sizes.get(name, USUAL_SIZE) for name in order[:k]])
             sharp, broad = sharp / sharp.sum(), broad / broad.sum()
             shares = confidence * sharp + (1 - confidence) * broad / (1 + broad @ sizes / HALVED)
