@@ -97,7 +97,7 @@ def test_select_lists_k_adapters_also_if_one_answers_alone(capsys: pytest.Captur
 
     alone, found = shown("What is 7 plus 5?")
     assert found["adapters"] == ["add_numbers"] and [row[0] for row in alone] == best(found["scores"], 4)
-    assert alone[0][1] == "1.000" and [row[1] for row in alone[1:]] == ["-"] * 3
+    assert float(alone[0][1]) > 0.98 and [row[1] for row in alone[1:]] == ["-"] * 3
     base, found = shown("Bake a cake", "--when-unsure", "base")
     assert not found["adapters"] and base[0] == ["base", "model", "alone"]
     assert [row[:2] for row in base[1:]] == [[name, "-"] for name in best(found["scores"], 4)]

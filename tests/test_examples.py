@@ -109,7 +109,7 @@ def test_an_example_is_recognised_whatever_the_weights_say(llama: nn.Module, fol
     for name, prompt in examples.items():
         selection = logo.select(prompt)
         assert selection.adapters == (name,)
-        assert selection.confidence is not None and selection.confidence > 0.9
+        assert selection.confidence is not None and selection.confidence > 0.8
     responses = unscaled(engine(llama, folder, examples="ignore"), *examples.values())
     similar = scores(logo, *examples.values()) - (1 - REPLACED) * responses
     assert similar.diagonal() == pytest.approx([GAIN] * 4, abs=1e-2)  # as similar as can be
