@@ -55,7 +55,14 @@ LEAST = 0.01
 
 @dataclass(frozen=True)
 class Evidence:
-    """What scores of one kind say about whether the best adapter was made for the prompt; see the formulas above."""
+    """What scores of one kind say about whether the best adapter was made for the prompt; see the formulas above.
+
+    Attributes:
+        steepness: how fast the confidence grows with the evidence.
+        even: the evidence at which it is one half, for the usual prior.
+        familiar: the best score above which every point of it is evidence.
+        breadth: softmax temperature of the broad mixture, in units of the spread.
+    """
 
     steepness: float
     even: float
