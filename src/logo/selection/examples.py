@@ -147,9 +147,12 @@ def means_of(places: Sequence[Tensor], spaces: Sequence[Sequence[Whitening]]) ->
     count, alike = len(points), points @ points.mT
     groups = [torch.ones(count, dtype=torch.bool)]
     if count > 1 and (alike.sum() - alike.trace()) / (count * (count - 1)) < _ONE_WORDING:
+        seeds = [0]  # then the example that is least like all before
+        while len(seeds) < min(WORDINGS, count):
+            seeds.append(int(alike[seeds].amax(dim=0).argmin()))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # equal examples may leave a cluster empty
-            _, labels = kmeans2(points.double().numpy(), min(WORDINGS, count), minit="++", rng=0)
+            _, labels = kmeans2(points.numpy(), points[seeds].numpy(), minit="matrix")
         groups += [torch.from_numpy(labels == one) for one in set(labels.tolist())]
     return [torch.stack([place[group].mean(dim=0) for group in groups]) for place in places]
 

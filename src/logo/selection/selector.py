@@ -60,7 +60,7 @@ class Evidence:
     Attributes:
         steepness: how fast the confidence grows with the evidence.
         even: the evidence at which it is one half, for the usual prior.
-        familiar: the best score above which every point of it is evidence.
+        familiar: what the best score has above this number is added to the evidence.
         breadth: softmax temperature of the broad mixture, in units of the spread.
     """
 

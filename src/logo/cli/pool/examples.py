@@ -40,7 +40,7 @@ def examples(
         place: Folder of adapters, at any depth, or a manifest.
         name: The adapter.
         file: The example prompts: a JSON object per line with a `prompt` (or `context`); answers are not stored. They
-            replace the adapter's present examples. Prompts in several wordings find the adapter in more of them.
+            replace the adapter's present examples. If your users word their prompts in several ways, give some of each.
         from_log: Give adapters without examples 3 to 8 prompts of requests that named them: a log of `logo serve
             --log prompts`, or a JSON object per line with `prompt` and `adapter` (repeatable).
         json: Print JSON instead.
