@@ -51,6 +51,13 @@ def select(
     return selector(torch.tensor(scores), Options("calibrated", k, **options))  # type: ignore[arg-type]
 
 
+def sharpness(p: float | None) -> float:
+    """The share of the sharp mixture: the probability with twice the odds."""
+    assert p is not None
+    odds = 2 * p / max(1 - p, 1e-12)
+    return odds / (1 + odds)
+
+
 @given(SCORES, st.integers(1, 45), st.sampled_from(["linear", "adaptive"]))
 @settings(max_examples=150, deadline=None)
 def test_any_scores_make_a_mixture(scores: list[float], k: int, weighting: str) -> None:
@@ -58,8 +65,9 @@ def test_any_scores_make_a_mixture(scores: list[float], k: int, weighting: str) 
     assert all(0 <= weight <= 1 + 1e-6 for weight in whole.weights)
     assert list(whole.weights) == sorted(whole.weights, reverse=True)
     if weighting == "adaptive":
-        p, least = whole.confidence, 1 / (1 + USUAL_SIZE / HALVED)
-        assert p is not None and sum(whole.weights) == pytest.approx(p + (1 - p) * least, abs=1e-4)
+        least = 1 / (1 + USUAL_SIZE / HALVED)
+        q = sharpness(whole.confidence)
+        assert sum(whole.weights) == pytest.approx(q + (1 - q) * least, abs=1e-4)
         assert len(whole.adapters) <= min(k, len(scores)) and whole.weights[-1] >= LEAST * whole.weights[0] * 0.8
     else:
         assert sum(whole.weights) == pytest.approx(1, abs=1e-4)
@@ -129,15 +137,15 @@ def test_the_prior_moves_the_confidence_as_bayes_rule_does() -> None:
 
 def test_weights_are_those_of_a_sharp_and_a_broad_mixture_as_the_confidence_says() -> None:
     scores = [2.0, 1.9, *REST]
-    p, ranked = confidence(*scores), np.array(scores[:5]) / RESPONSES.spread(scores)
-    assert 0.05 < p < 0.9
+    q, ranked = sharpness(confidence(*scores)), np.array(scores[:5]) / RESPONSES.spread(scores)
+    assert 0.05 < q < 0.9
     sharp, broad = np.exp(ranked / SHARP), np.exp(ranked / RESPONSES.breadth)
     sharp, broad = sharp / sharp.sum(), broad / broad.sum()
     sizes = {f"a{i:02}": HALVED * (i + 1) for i in range(8)}
     size = sum(weight * HALVED * (i + 1) for i, weight in enumerate(broad))
     found = select(scores, k=5, weighting="adaptive", sizes=sizes)
     assert found.adapters == tuple(f"a{i:02}" for i in range(5))
-    assert found.weights == pytest.approx(p * sharp + (1 - p) * broad / (1 + size / HALVED), rel=1e-5)
+    assert found.weights == pytest.approx(q * sharp + (1 - q) * broad / (1 + size / HALVED), rel=1e-5)
     halved = select(scores, k=5, weighting="adaptive", sizes=dict.fromkeys(sizes, HALVED), prior=1e-9)
     assert sum(halved.weights) == pytest.approx(0.5, rel=1e-5)  # nothing but the broad mixture
     usual = select(scores, k=5, weighting="adaptive", sizes={"a00": USUAL_SIZE})

@@ -1,16 +1,18 @@
 """From scores to a `Selection`: the best adapters, how sure that is, and weights that follow from their scores.
 
 linear     w_i = score_i / Σ score                                    the paper (equation 4) and the authors' code
-adaptive   w = p · sharp + (1 - p) · broad
+adaptive   w = q · sharp + (1 - q) · broad
 
     spread      = √(variance of the other scores + (1 + 4 / others) · CHANCE²)
     evidence    = (best score - mean of the next five) / spread + max(0, best score - familiar)
     p           = 1 / (1 + exp(-steepness · (evidence - even) - logit(prior) + logit(0.8)))       the confidence
+    q           = 2p / (1 + p), which are twice the odds of p
     sharp_i     ∝ exp(score_i / (SHARP · spread)), and its sum is 1
     broad_i     ∝ exp(score_i / (breadth · spread)), and its sum is 1 / (1 + size / HALVED)
     size        = mean over broad of the adapters' sizes: mean over points of ‖ΔW_i‖_F / ‖W‖_F      ΔW_i = s_i B_i A_i
 
-So weights are what is expected if the confidence says how probable it is that the pool holds the right adapter. A
+So weights are what is expected if the confidence says how probable it is that the pool holds the right adapter, with
+twice its odds: on a prompt that an adapter fits, a broad mixture loses more than a sharper one does where none fits. A
 margin counts in units of the other scores' spread, because scores grow with an adapter's training, and fall when a
 prompt is worded unlike the adapter's own; an absolute margin would take the first for certainty and the second for
 doubt. On prompts that are no task's, all scores lie as close together as they do by chance. A best score above
@@ -149,7 +151,8 @@ class Selector:
             sharp, broad = np.exp(margins / SHARP), np.exp(margins / evidence.breadth)
             sizes = np.array([self.sizes.get(name, USUAL_SIZE) for name in order[:k]])
             sharp, broad = sharp / sharp.sum(), broad / broad.sum()
-            shares = confidence * sharp + (1 - confidence) * broad / (1 + broad @ sizes / HALVED)
+            sharpness = 2 * confidence / (1 + confidence)
+            shares = sharpness * sharp + (1 - sharpness) * broad / (1 + broad @ sizes / HALVED)
             kept = shares >= LEAST * shares[0]
             shares[0] += shares[~kept].sum()
             weights = shares[kept].tolist()  # the best ones', since they fall with the score
