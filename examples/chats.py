@@ -13,6 +13,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def main(base_model: str, adapters: str, folder: str, count: int) -> None:
         invoked = logo.fitted.read_once and any(one.tokens for one in logo.fitted.activations)
         probed, right = ("all",) if invoked else probed, []
         for probe_text in probed:
-            logo.prompts.probe_text = probe_text  # type: ignore[assignment]
+            logo.prompts = replace(logo.prompts, probe_text=probe_text)  # type: ignore[arg-type]
             selections = logo.select([chat for _, chat in chats])
             right.append(sum(s.adapters[0] == name for s, (name, _) in zip(selections, chats, strict=True)))
         shares = "   ".join(f"{probe} {hits / len(chats):.3f}" for probe, hits in zip(probed, right, strict=True))

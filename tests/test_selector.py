@@ -51,10 +51,10 @@ def select(
     return selector(torch.tensor(scores), Options("calibrated", k, **options))  # type: ignore[arg-type]
 
 
-def sharpness(p: float | None) -> float:
-    """The share of the sharp mixture: the probability with twice the odds."""
+def sharpness(p: float | None, evidence: Evidence) -> float:
+    """The share of the sharp mixture: the probability whose odds are those of `p`, so many times."""
     assert p is not None
-    odds = 2 * p / max(1 - p, 1e-12)
+    odds = evidence.boldness * p / max(1 - p, 1e-12)
     return odds / (1 + odds)
 
 
@@ -66,7 +66,7 @@ def test_any_scores_make_a_mixture(scores: list[float], k: int, weighting: str) 
     assert list(whole.weights) == sorted(whole.weights, reverse=True)
     if weighting == "adaptive":
         least = 1 / (1 + USUAL_SIZE / HALVED)
-        q = sharpness(whole.confidence)
+        q = sharpness(whole.confidence, RESPONSES)
         assert sum(whole.weights) == pytest.approx(q + (1 - q) * least, abs=1e-4)
         assert len(whole.adapters) <= min(k, len(scores)) and whole.weights[-1] >= LEAST * whole.weights[0] * 0.8
     else:
@@ -135,21 +135,23 @@ def test_the_prior_moves_the_confidence_as_bayes_rule_does() -> None:
         assert select([2.0, *REST], prior=prior).confidence == pytest.approx(found, rel=1e-5)
 
 
-def test_weights_are_those_of_a_sharp_and_a_broad_mixture_as_the_confidence_says() -> None:
+@pytest.mark.parametrize("evidence", [RESPONSES, EXAMPLES])
+def test_weights_are_those_of_a_sharp_and_a_broad_mixture_as_the_confidence_says(evidence: Evidence) -> None:
     scores = [2.0, 1.9, *REST]
-    q, ranked = sharpness(confidence(*scores)), np.array(scores[:5]) / RESPONSES.spread(scores)
+    q = sharpness(confidence(*scores, evidence=evidence), evidence)
+    ranked = np.array(scores[:5]) / evidence.spread(scores)
     assert 0.05 < q < 0.9
-    sharp, broad = np.exp(ranked / SHARP), np.exp(ranked / RESPONSES.breadth)
+    sharp, broad = np.exp(ranked / SHARP), np.exp(ranked / evidence.breadth)
     sharp, broad = sharp / sharp.sum(), broad / broad.sum()
     sizes = {f"a{i:02}": HALVED * (i + 1) for i in range(8)}
     size = sum(weight * HALVED * (i + 1) for i, weight in enumerate(broad))
-    found = select(scores, k=5, weighting="adaptive", sizes=sizes)
+    found = select(scores, 5, evidence, weighting="adaptive", sizes=sizes)
     assert found.adapters == tuple(f"a{i:02}" for i in range(5))
     assert found.weights == pytest.approx(q * sharp + (1 - q) * broad / (1 + size / HALVED), rel=1e-5)
-    halved = select(scores, k=5, weighting="adaptive", sizes=dict.fromkeys(sizes, HALVED), prior=1e-9)
+    halved = select(scores, 5, evidence, weighting="adaptive", sizes=dict.fromkeys(sizes, HALVED), prior=1e-9)
     assert sum(halved.weights) == pytest.approx(0.5, rel=1e-5)  # nothing but the broad mixture
-    usual = select(scores, k=5, weighting="adaptive", sizes={"a00": USUAL_SIZE})
-    assert usual == select(scores, k=5, weighting="adaptive")
+    usual = select(scores, 5, evidence, weighting="adaptive", sizes={"a00": USUAL_SIZE})
+    assert usual == select(scores, 5, evidence, weighting="adaptive")
 
 
 def test_what_is_left_out_is_the_best_ones() -> None:

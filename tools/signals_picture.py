@@ -1,9 +1,10 @@
-"""The README's picture: how often signals find the right adapter, and what answers are worth, as a study measured it.
+"""The README's picture: how often the right adapter comes first and how many answers are exact, by several methods.
 
-    PYTHONPATH=src python tools/signals_picture.py study docs/images/signals.svg
+    python tools/signals_picture.py WITH WITHOUT docs/images/signals.svg
 
-Reads what `logo eval study --signals calibrated,norm,entropy --save study` wrote. Text becomes paths, so that it
-looks the same everywhere.
+Each of the first two folders holds studies (`logo eval study --save WITH/terse ...`) of the same rows: `own`, with rows
+of tasks that have no adapter, and `terse`, `chatty` and `first` in other words. The adapters of the studies in WITH
+have example prompts, and these studies also have LoraRetriever (`--methods loraretriever`).
 """
 
 from __future__ import annotations
@@ -11,56 +12,81 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import matplotlib
+import altair as alt
+import pandas as pd
 
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-
-OURS, PAPER, OTHER, EDGE = "#3f6fd1", "#d98a3d", "#b9c2d0", "#1c2536"
-LABELS = {
-    "calibrated": "LoGo",
-    "norm": "paper: norm",
-    "entropy": "paper: entropy",
-    "target": "right adapter",
-    "uniform": "all alike",
-    "base": "no adapter",
-    "chance": "chance",
-}
-COLOURS = {"calibrated": OURS, "norm": PAPER, "entropy": PAPER}
+METHODS = ("base model", "all adapters alike", "text encoder", "LoGo, no examples", "LoGo", "right adapter")
+SHOWN = ("training wording", "other words", "nothing fits")
+MEASURES = ("right adapter first", "exact answers")
+OTHER_WORDS = ("terse", "chatty", "first")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
+    parser.add_argument("examples", type=Path)
+    parser.add_argument("none", type=Path)
     parser.add_argument("picture", type=Path)
     args = parser.parse_args()
-    study = json.loads((args.study / "run.json").read_text())
-    arms = study["report"]["protocols"]["in-pool"]
-    found = {name: arms[name]["top1"]["value"] for name in ("calibrated", "norm", "entropy")}
-    found["chance"] = 1 / len(study["identity"]["pool"])
-    worth = {name: arm["exact_match"]["value"] for name, arm in arms.items()}
-    order = ("target", "calibrated", "uniform", "norm", "entropy", "base")
-    plt.rcParams |= {"svg.fonttype": "path", "svg.hashsalt": "logo", "font.size": 13}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 2.4), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04)
-    bars(left, found, "finds the right adapter", limit=1.0)
-    bars(right, {name: worth[name] for name in order}, "answers exactly", limit=None)
-    figure.savefig(args.picture, metadata={"Date": None}, facecolor="white")
+    arms = {
+        "base model": (args.examples, "base"),
+        "all adapters alike": (args.examples, "uniform"),
+        "text encoder": (args.examples, "loraretriever"),
+        "LoGo, no examples": (args.none, "calibrated"),
+        "LoGo": (args.examples, "calibrated"),
+        "right adapter": (args.examples, "target"),
+    }
+    values = [
+        {"method": method, "panel": panel, "measure": measure, "value": value}
+        for method, (folder, arm) in arms.items()
+        for panel in SHOWN
+        for measure, value in zip(MEASURES, numbers(folder, panel, arm), strict=True)
+        if value is not None
+    ]
+    chart(pd.DataFrame(values)).save(args.picture)
 
 
-def bars(axes: Any, values: dict[str, float], title: str, limit: float | None) -> None:
-    names = list(values)
-    drawn = axes.barh(names, list(values.values()), color=[COLOURS.get(name, OTHER) for name in names], height=0.66)
-    axes.bar_label(drawn, [f"{value:.2f}" for value in values.values()], padding=4, color=EDGE, fontweight="bold")
-    axes.set_yticks(range(len(names)), [LABELS[name] for name in names], color=EDGE)
-    axes.set_title(title, loc="left", color=EDGE, fontweight="bold", fontsize=14)
-    axes.set_xlim(0, (limit or max(values.values())) * 1.14)
-    axes.invert_yaxis()
-    axes.xaxis.set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    axes.spines[:].set_visible(False)
+def numbers(folder: Path, panel: str, arm: str) -> tuple[float | None, float | None]:
+    """The share of rows whose right adapter comes first, and of exact answers; None where there is no such number."""
+    names = OTHER_WORDS if panel == "other words" else ("own",)
+    protocol = "out-of-pool" if panel == "nothing fits" else "in-pool"
+    found = []
+    for name in names:
+        study = json.loads((folder / name / "run.json").read_text(encoding="utf-8"))
+        found.append(study["report"]["protocols"][protocol].get(arm, {}))
+    return tuple(average(found, measure) for measure in ("top1", "exact_match"))  # type: ignore[return-value]
+
+
+def average(found: list[dict[str, Any]], measure: str) -> float | None:
+    values = [arm[measure]["value"] for arm in found if measure in arm]
+    return mean(values) if values else None
+
+
+def chart(values: pd.DataFrame) -> alt.HConcatChart:
+    colour = alt.Color(
+        "measure:N",
+        sort=list(MEASURES),
+        scale=alt.Scale(domain=list(MEASURES), range=["#b9c2d0", "#3f6fd1"]),
+        legend=alt.Legend(title=None, orient="bottom", labelFontSize=15, symbolSize=160),
+    )
+    names = alt.Axis(title=None, labelFontSize=15, labelLimit=200, ticks=False, domain=False, labelPadding=8)
+
+    def panel(title: str, axis: alt.Axis | None) -> alt.LayerChart:
+        base = alt.Chart(values[values["panel"] == title]).encode(
+            y=alt.Y("method:N", sort=list(METHODS), axis=axis, scale=alt.Scale(domain=list(METHODS), paddingInner=0.3)),
+            yOffset=alt.YOffset("measure:N", sort=list(MEASURES)),
+            x=alt.X("value:Q", axis=None, scale=alt.Scale(domain=[0, 1.35])),
+        )
+        labels = base.mark_text(align="left", dx=4, fontSize=14, fontWeight="bold", baseline="middle")
+        shown = labels.encode(text=alt.Text("value:Q", format=".2f"))
+        heading = alt.TitleParams(title, fontSize=15, anchor="start", frame="group")
+        return (base.mark_bar().encode(color=colour) + shown).properties(width=132, height=270, title=heading)
+
+    panels = [panel(title, None if at else names) for at, title in enumerate(SHOWN)]
+    drawn: alt.HConcatChart = alt.hconcat(*panels, spacing=14).configure_view(stroke=None)
+    return drawn.properties(background="white", padding=10)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 # Pages of the site that lie outside of docs/.
 PAGES = {
     "README.md": "index.md",
+    "ARCHITECTURE.md": "architecture.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",

@@ -6,19 +6,19 @@ adaptive   w = q · sharp + (1 - q) · broad
     spread      = √(variance of the other scores + (1 + 4 / others) · CHANCE²)
     evidence    = (best score - mean of the next five) / spread + max(0, best score - familiar)
     p           = 1 / (1 + exp(-steepness · (evidence - even) - logit(prior) + logit(0.8)))       the confidence
-    q           = 2p / (1 + p), which are twice the odds of p
+    q           = boldness · p / (1 + (boldness - 1) · p): the odds of p, so many times
     sharp_i     ∝ exp(score_i / (SHARP · spread)), and its sum is 1
     broad_i     ∝ exp(score_i / (breadth · spread)), and its sum is 1 / (1 + size / HALVED)
     size        = mean over broad of the adapters' sizes: mean over points of ‖ΔW_i‖_F / ‖W‖_F      ΔW_i = s_i B_i A_i
 
-So weights are what is expected if the confidence says how probable it is that the pool holds the right adapter, with
-twice its odds: on a prompt that an adapter fits, a broad mixture loses more than a sharper one does where none fits. A
-margin counts in units of the other scores' spread, because scores grow with an adapter's training, and fall when a
-prompt is worded unlike the adapter's own; an absolute margin would take the first for certainty and the second for
-doubt. On prompts that are no task's, all scores lie as close together as they do by chance. A best score above
-`familiar` is a prompt worded as those of the adapter are, even if related adapters score as high. `steepness`, `even`,
-`familiar` and `breadth` belong to a kind of score; docs/how-selection-works.md says on which rows they were chosen, and
-how well they hold elsewhere.
+So weights are what is expected if the confidence says how probable it is that the pool holds the right adapter. Where
+the order of scores is reliable, its odds count twice: on a prompt that an adapter fits, a broad mixture loses more than
+a sharper one does where none fits. A margin counts in units of the other scores' spread, because scores grow with an
+adapter's training, and fall when a prompt is worded unlike the adapter's own; an absolute margin would take the first
+for certainty and the second for doubt. On prompts that are no task's, all scores lie as close together as they do by
+chance. A best score above `familiar` is a prompt worded as those of the adapter are, even if related adapters score as
+high. `steepness`, `even`, `familiar`, `breadth` and `boldness` belong to a kind of score; docs/how-selection-works.md
+says on which rows they were chosen, and how well they hold elsewhere.
 """
 
 from __future__ import annotations
@@ -64,12 +64,14 @@ class Evidence:
         even: the evidence at which it is one half, for the usual prior.
         familiar: what the best score has above this number is added to the evidence.
         breadth: softmax temperature of the broad mixture, in units of the spread.
+        boldness: how often the odds of the confidence count in the weights.
     """
 
     steepness: float
     even: float
     familiar: float
     breadth: float
+    boldness: float
 
     def spread(self, ranked: Sequence[float]) -> float:
         """How far apart the scores of the adapters behind the best one lie, of scores sorted with the best first."""
@@ -87,8 +89,8 @@ class Evidence:
 
 
 # For scores of responses, and for those to which example prompts contribute, whose order is more reliable.
-RESPONSES = Evidence(steepness=2.0, even=2.0, familiar=3.0, breadth=2.5)
-EXAMPLES = Evidence(steepness=1.0, even=3.8, familiar=9.0, breadth=1.0)
+RESPONSES = Evidence(steepness=2.0, even=2.0, familiar=3.0, breadth=2.5, boldness=1.0)
+EXAMPLES = Evidence(steepness=1.0, even=3.8, familiar=9.0, breadth=1.0, boldness=2.0)
 
 
 def _logit(share: float) -> float:
@@ -151,7 +153,7 @@ class Selector:
             sharp, broad = np.exp(margins / SHARP), np.exp(margins / evidence.breadth)
             sizes = np.array([self.sizes.get(name, USUAL_SIZE) for name in order[:k]])
             sharp, broad = sharp / sharp.sum(), broad / broad.sum()
-            sharpness = 2 * confidence / (1 + confidence)
+            sharpness = evidence.boldness * confidence / (1 + (evidence.boldness - 1) * confidence)
             shares = sharpness * sharp + (1 - sharpness) * broad / (1 + broad @ sizes / HALVED)
             kept = shares >= LEAST * shares[0]
             shares[0] += shares[~kept].sum()
