@@ -14,6 +14,13 @@ from pathlib import Path
 VENV_PYTHON = Path(__file__).parent / ".venv" / "bin" / "python"
 
 
+def positive(text: str) -> int:
+    """A whole number of 1 or more; argparse says what was expected."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {number}")
+    return number
+
+
 def options() -> argparse.ArgumentParser:
     """The options of the script, and ours."""
     parser = argparse.ArgumentParser(
@@ -23,7 +30,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--base_model", default="Llama-3.1-8B", help="Hub id, folder or short name")
     parser.add_argument("--gpu", default="0", help="GPU number, if there is one; -1 is the CPU")
     parser.add_argument("--selection_strategy", default="norm", help="norm or entropy")
-    parser.add_argument("--n_selected_modules", type=int, default=20, help="adapters selected per prompt")
+    parser.add_argument("--n_selected_modules", type=positive, default=20, help="adapters selected per prompt")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--generation_early_stop", action="store_true", help="stop at the first newline")
     parser.add_argument("--data_dir", default="./data", help="folder of {main}/{sub}/test.jsonl")
@@ -31,9 +38,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--result_dir", default="results", help="folder for result folders")
     parser.add_argument("--save_dir", default="", help="accepted, and not used")
     parser.add_argument("--adapters", help="folder, Hub repo or manifest instead of the base model's own adapters")
-    parser.add_argument("--limit", type=int, help="only the first rows of each dataset")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
-    parser.add_argument("--batch_size", type=int, default=1, help="prompts per forward pass")
+    parser.add_argument("--limit", type=positive, help="only the first rows of each dataset")
+    parser.add_argument("--max_new_tokens", type=positive, default=256, help="longest answer, in tokens")
+    parser.add_argument("--batch_size", type=positive, default=1, help="prompts per forward pass")
     parser.add_argument(
         "--probe_context", choices=("base", "pool", "carry"), default="carry", help="adapters in probes"
     )

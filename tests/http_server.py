@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import threading
 import time
@@ -10,20 +9,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 import uvicorn
 
-from logo.serve.logs import RequestIds
 from tolerances import PATIENCE
 
 
 @contextmanager
-def serving(app: Any, **options: Any) -> Iterator[str]:
+def serving(app: Any) -> Iterator[str]:
     """The address of a server that runs `app` until the block ends."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        options = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 2, **options}
-        server = uvicorn.Server(uvicorn.Config(app, **options))
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
         thread.start()
         try:
@@ -35,17 +32,6 @@ def serving(app: Any, **options: Any) -> Iterator[str]:
             server.should_exit = True
             thread.join(PATIENCE)
             assert not thread.is_alive(), "the server does not end"
-
-
-@contextmanager
-def log_of(caplog: pytest.LogCaptureFixture, request: str) -> Iterator[Callable[[], list[logging.LogRecord]]]:
-    """Collects the records that LoGo logs about the request with this id, and no records of other tests' requests."""
-    with caplog.at_level(logging.INFO), caplog.filtering(RequestIds()):
-        yield lambda: [
-            record
-            for record in caplog.records
-            if record.name.startswith("logo.") and record.__dict__.get("request_id") == request
-        ]
 
 
 def eventually(check: Callable[[], object]) -> None:

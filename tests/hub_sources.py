@@ -12,18 +12,16 @@ from typing import Any
 
 from logo.evaluation.sources.declarations import packaged
 
-Rows = list[dict[str, Any]]
-
-
-def words(i: int) -> list[str]:
-    return [f"tok{i}", "(", "x", ")"]
-
 
 def triples(i: int) -> list[list[str]]:
     return [[f"Bridge {i}", "length", f"{i} m"], [f"Bridge {i}", "crosses", "River, the wide one"]]
 
 
-def hub_rows(name: str, count: int, first: int = 0) -> Rows:
+def bridge(i: int) -> dict[str, Any]:
+    return {"target": f"It is {i} m.", "references": [f"It is {i} m.", f"{i} m it is."]}
+
+
+def hub_rows(name: str, count: int, first: int = 0) -> list[dict[str, Any]]:
     """Rows as the repository on the Hub has them."""
     main, _, sub = name.partition(".")
     numbers = range(first, first + count)
@@ -33,7 +31,7 @@ def hub_rows(name: str, count: int, first: int = 0) -> Rows:
         case "wmt14" | "wmt16":
             return [{"translation": {code: f"{code} sentence {i}." for code in sub.split("-")}} for i in numbers]
         case "ai2_arc":
-            return [arc(i) | {"choices": {"text": list("wxyz"), "label": arc_labels(i)}} for i in numbers]
+            return [arc(i) for i in numbers]
         case "anli":
             made = {"uid": "u", "reason": ""}
             return [made | {"premise": f"It is {i}.", "hypothesis": f"{i}?", "label": i % 3} for i in numbers]
@@ -43,17 +41,15 @@ def hub_rows(name: str, count: int, first: int = 0) -> Rows:
 
 
 def arc(i: int) -> dict[str, Any]:
-    return {"id": f"Q{i}", "question": f"Which is number {i}?", "answerKey": arc_labels(i)[i % 4]}
-
-
-def arc_labels(i: int) -> list[str]:
-    return list("1234") if i % 5 == 0 else list("ABCD")
+    labels = list("1234") if i % 5 == 0 else list("ABCD")
+    asked = {"id": f"Q{i}", "question": f"Which is number {i}?", "answerKey": labels[i % 4]}
+    return asked | {"choices": {"text": list("wxyz"), "label": labels}}
 
 
 def code_row(sub: str, i: int) -> dict[str, Any]:
     if sub.startswith("code_to_text"):
         made = {"id": i, "repo": "a/b", "path": "c", "func_name": "f", "code": "f ( )", "docstring": "Do.\nMore."}
-        return made | {"code_tokens": words(i), "docstring_tokens": ["Returns", str(i), "."]}
+        return made | {"code_tokens": [f"tok{i}", "(", "x", ")"], "docstring_tokens": ["Returns", str(i), "."]}
     if sub.startswith("text_to_text"):
         return {"id": i, "source": f"Klik {i}\n", "target": f"Click {i}\n"}
     if sub.startswith("text_to_code"):
@@ -71,13 +67,7 @@ HUB: dict[str, Callable[[int], dict[str, Any]]] = {
         "concepts": ["dog", f"tree{i // 2}"],
         "target": f"A dog, {i}.",
     },
-    "gem.dart": lambda i: {
-        "gem_id": f"d{i}",
-        "tripleset": triples(i),
-        "subtree_was_extended": False,
-        "target": f"It is {i} m.",
-        "references": [f"It is {i} m.", f"{i} m it is."],
-    },
+    "gem.dart": lambda i: {"gem_id": f"d{i}", "tripleset": triples(i), "subtree_was_extended": False, **bridge(i)},
     "gem.e2e_nlg": lambda i: {
         "gem_id": f"e{i}",
         "meaning_representation": f"name[Inn {i}], food[Fish]",
@@ -87,9 +77,8 @@ HUB: dict[str, Callable[[int], dict[str, Any]]] = {
     "gem.web_nlg": lambda i: {
         "gem_id": f"w{i}",
         "input": [" | ".join(triple) for triple in triples(i)],
-        "target": f"It is {i} m.",
-        "references": [f"It is {i} m.", f"{i} m it is."],
         "category": "Bridge",
+        **bridge(i),
     },
     "nq.natural-questions": lambda i: {"question": f"what is number {i}", "answer": [str(i), f"number {i}"]},
     "tqa.rc": lambda i: {

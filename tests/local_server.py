@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
-import queue
 import re
-import signal
 import subprocess
-import sys
-import threading
+import tempfile
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO
+from typing import Any
 
-from logo.errors import LoGoError
+from tolerances import PATIENCE
+from warm import logo
 
 SERVING = re.compile(r"Serving on (http://[^\s\"]+)")
-
-LOGO = (sys.executable, "-c", "from logo.cli import main; main()")
-_SAID = 40  # number of its last printed lines that are kept
+_SAID = 40  # number of its last printed lines that are shown
 
 
 class LocalServer:
@@ -35,13 +29,10 @@ class LocalServer:
 
     Args:
         options: options of `logo serve`, without `--port`.
-        environment: additional environment variables (a key belongs here, not on the command line).
-        start, stop: seconds that starting and ending may take.
-        log: a file for its output, complete after the block.
-        program: the words that start `logo`.
-
-    Raises:
-        LoGoError: it ended, or took too long, before it was ready; with the last line that it printed.
+        environment: additional environment variables (a key belongs here, not on the command line; else there is none).
+        start: seconds that starting may take.
+        log: a file for its output.
+        program: the words that start `logo`; none: those of a warm process.
     """
 
     def __init__(
@@ -49,29 +40,22 @@ class LocalServer:
         options: Sequence[str],
         environment: Mapping[str, str] | None = None,
         *,
-        start: float = 900.0,
-        stop: float = 300.0,
+        start: float = PATIENCE,
         log: Path | None = None,
-        program: Sequence[str] = LOGO,
+        program: Sequence[str] = (),
     ) -> None:
-        self.url = ""
-        self.exit_code: int | None = None
-        self._command = [*program, "serve", "--port", "0", *options]
-        self._environment = {**os.environ, **(environment or {})}
-        self._start = start
-        self._stop = stop
-        self._log = log
-        self._said: collections.deque[str] = collections.deque(maxlen=_SAID)
+        self.url, self.exit_code, self._printed = "", None, b""
+        self._command = [*(program or logo()), "serve", "--port", "0", *options]
+        inherited = {name: value for name, value in os.environ.items() if name != "LOGO_API_KEY"}
+        self._environment = {**inherited, **(environment or {})}
+        self._start, self._log = start, log
 
     @property
     def said(self) -> str:
         """The last lines that it printed."""
-        return "\n".join(self._said)
-
-    @property
-    def gone(self) -> bool:
-        """Whether it has ended by itself."""
-        return self._process.poll() is not None
+        if not self._output.closed:  # without moving the offset, which the process writes at
+            self._printed = os.pread(self._output.fileno(), os.fstat(self._output.fileno()).st_size, 0)
+        return "\n".join(self._printed.decode("utf-8", "replace").splitlines()[-_SAID:])
 
     @property
     def pid(self) -> int:
@@ -79,79 +63,38 @@ class LocalServer:
         return self._process.pid
 
     def __enter__(self) -> LocalServer:
+        self._output: Any = self._log.open("wb+") if self._log else tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             self._command,
             env=self._environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=self._output,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
         )
-        assert self._process.stdout is not None
-        urls: queue.Queue[str | None] = queue.Queue()
-        # Read to the end, so that a full pipe never stops the server.
-        self._reader = threading.Thread(target=self._read, args=(self._process.stdout, urls), daemon=True)
-        self._reader.start()
         end = time.monotonic() + self._start
-        try:
-            self.url = self._wait_for_url(urls, end)
-            self._wait_until_ready(end)
-        except BaseException:
-            self._end()
-            raise
+        while not self._ready():
+            if self._process.poll() is not None or time.monotonic() > end:
+                self.__exit__()
+                raise AssertionError(f"logo serve did not start (code {self.exit_code}): {self.said}")
+            time.sleep(0.05)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
-
-    def _read(self, lines: IO[str], urls: queue.Queue[str | None]) -> None:
-        with contextlib.nullcontext() if self._log is None else self._log.open("w", encoding="utf-8") as log:
-            for line in lines:
-                self._said.append(line.rstrip())
-                if log is not None:
-                    log.write(line)
-                found = SERVING.search(line)
-                if found:
-                    urls.put(found[1])
-        urls.put(None)
-
-    def _wait_for_url(self, urls: queue.Queue[str | None], end: float) -> str:
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
         try:
-            url = urls.get(timeout=max(0.0, end - time.monotonic()))
-        except queue.Empty:
-            raise self._not_ready("said no address") from None
-        if url is None:
-            raise self._not_ready(f"ended with code {self._process.wait()}")
-        return url
-
-    def _wait_until_ready(self, end: float) -> None:
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        while time.monotonic() < end:
-            if self._process.poll() is not None:
-                raise self._not_ready(f"ended with code {self._process.returncode}")
-            with contextlib.suppress(OSError), direct.open(f"{self.url}/ready", timeout=30):  # also for a 503
-                return
-            time.sleep(0.05)
-        raise self._not_ready("was not ready")
-
-    def _not_ready(self, what: str) -> LoGoError:
-        last = next((line for line in reversed(self._said) if line.strip()), "nothing")
-        return LoGoError(f"logo serve {what} (waited up to {self._start:g} s); its last output: {last}")
-
-    def _end(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(self._stop)
+            self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:  # shows as an exit code below 0
             self._process.kill()
-        except BaseException:
-            self._process.kill()
-            raise
-        finally:
-            self.exit_code = self._process.wait()
-            self._reader.join(10)
-            if self._process.stdout is not None:
-                self._process.stdout.close()
+        self.exit_code = self._process.wait()
+        _ = self.said  # which can be asked for later, too
+        self._output.close()
+
+    def _ready(self) -> bool:
+        found = SERVING.search(self.said)
+        if found is None:
+            return False
+        self.url = found[1]
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with contextlib.suppress(OSError), direct.open(f"{self.url}/ready", timeout=30):  # also for a 503
+            return True
+        return False

@@ -12,7 +12,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -39,29 +41,25 @@ PICKLE = "adapter_model.bin"
 # What the tiny Llama of `tiny.py` has: module path -> (in, out).
 Q, V = "self_attn.q_proj", "self_attn.v_proj"
 LLAMA = {f"model.layers.{i}.{name}": (32, out) for i in range(3) for name, out in ((Q, 32), (V, 16))}
-ONE_KEY = f"base_model.model.model.layers.0.{Q}.lora_A.weight"
-
-
-def pair(
-    path: str, in_features: int, out_features: int, rank: int = 4, *, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> dict[str, torch.Tensor]:
-    """lora_A (rank, in) and lora_B (out, rank) under PEFT's keys, without the `base_model.model.` in front."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        f"{path}.lora_A.weight": torch.randn(rank, in_features, generator=generator).to(dtype),
-        f"{path}.lora_B.weight": torch.randn(out_features, rank, generator=generator).to(dtype),
-    }
+ONE = f"model.layers.0.{Q}"
+ONE_KEY = f"base_model.model.{ONE}.lora_A.weight"
 
 
 def tensors(
-    modules: Mapping[str, tuple[int, int]] = LLAMA, rank: int = 4, prefix: str = "base_model.model.", **how: Any
+    modules: Mapping[str, tuple[int, int]] = LLAMA,
+    rank: int = 4,
+    prefix: str = "base_model.model.",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
-    """The weight file of an adapter on these modules."""
-    return {
-        prefix + key: tensor
-        for path, (in_features, out_features) in modules.items()
-        for key, tensor in pair(path, in_features, out_features, rank, **how).items()
-    }
+    """The weight file of an adapter on these modules: lora_A (rank, in) and lora_B (out, rank) under PEFT's keys."""
+    made = {}
+    for path, (in_features, out_features) in modules.items():
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in (("lora_A", (rank, in_features)), ("lora_B", (out_features, rank))):
+            made[f"{prefix}{path}.{name}.weight"] = torch.randn(shape, generator=generator).to(dtype)
+    return made
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -133,85 +131,98 @@ def damage(folder: Path, value: float) -> Path:
     return edit_weights(folder, lambda weights: weights[ONE_KEY].view(-1).__setitem__(5, value))
 
 
-def cut(folder: Path, keep: float) -> Path:
-    """Leaves only a part of the weight file, as a broken download does."""
-    path = folder / SAFETENSORS
-    os.truncate(path, int(path.stat().st_size * keep))
-    return folder
+def unsaid(base: str = "llama", off: Any = False, **on: Any) -> Callable[[Path], Path]:
+    """An adapter whose configuration does not say what its tensors hold."""
+    return lambda folder: edit_config(write_peft(folder, tiny.model(base), **on), **dict.fromkeys(on, off))
 
 
-def without(folder: Path, name: str) -> Path:
-    (folder / name).unlink()
-    return folder
+def edited(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], Path]:
+    return lambda folder: edit_weights(write(folder), change)
 
 
-def with_text(folder: Path, text: str) -> Path:
-    (folder / CONFIG).write_text(text, encoding="utf-8")
-    return folder
+def named(name: str) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter as they are called in the memory of a model that has several."""
+    return {key.replace(".weight", f".{name}.weight"): value for key, value in tensors().items()}
 
 
-def two_adapters() -> dict[str, torch.Tensor]:
-    named = {key.replace(".weight", ".first.weight"): value for key, value in tensors().items()}
-    return named | {key.replace(".weight", ".second.weight"): value for key, value in tensors().items()}
-
-
-def by_peft(**changes: Any) -> Callable[[Path], Path]:
-    return lambda folder: write_peft(folder, **changes)
-
-
-def by_hand(**changes: Any) -> Callable[[Path], Path]:
-    return lambda folder: write(folder, **changes)
-
-
-REFUSED: dict[str, Callable[[Path], Path]] = {
+# Each kind with how it is made, and what its refusal begins with.
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     # another kind of adapter
-    "ia3": lambda f: write_peft(f, config=peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])),
-    # settings that make it more than s B A
-    "alora_of_nothing": by_hand(alora_invocation_tokens=[]),
-    "arrow": by_hand(arrow_config={"top_k": 3}),
-    "bdlora": by_hand(use_bdlora={"nblocks": 2}),
-    "bias_all": lambda f: write_peft(f, tiny.model("qwen2"), bias="all"),
-    "bias_lora_only": lambda f: write_peft(f, tiny.model("qwen2"), bias="lora_only"),
-    "kasa": by_hand(kasa_config={"beta": 1e-4}),
-    "layer_replication": by_peft(layer_replication=[[0, 2], [1, 3]]),
-    "lora_bias": by_peft(lora_bias=True),
-    "megatron": by_hand(megatron_config={"tensor_model_parallel_size": 1}),
-    "monteclora": by_hand(monteclora_config={"num_samples": 4}),
-    "qalora": by_hand(use_qalora=True),
-    "target_parameters": by_peft(target_modules=[], target_parameters=["mlp.up_proj.weight"]),
-    "trainable_tokens": by_peft(trainable_token_indices=[3, 4]),
-    "velora": by_hand(velora_config={"rank": 1}),
-    # initialisations that changed the base
-    "corda": by_hand(init_lora_weights="corda", corda_config={"corda_method": "kpm"}),
-    "lora_ga": by_hand(init_lora_weights="lora_ga"),
-    "olora": by_peft(init_lora_weights="olora"),
-    "pissa": by_peft(init_lora_weights="pissa"),
-    # the same, where only the tensors tell
-    "tensors_bias": lambda f: edit_config(write_peft(f, tiny.model("qwen2"), bias="lora_only"), bias="none"),
-    "dora": by_hand(use_dora=True),
-    "tensors_dora": lambda f: edit_config(write_peft(f, use_dora=True), use_dora=False),
-    "tensors_lora_bias": lambda f: edit_config(write_peft(f, lora_bias=True), lora_bias=False),
-    "tensors_tokens": lambda f: edit_config(
-        write_peft(f, trainable_token_indices=[3]), trainable_token_indices=None
+    "ia3": (
+        lambda f: write_peft(f, config=peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])),
+        'peft_type is "IA3"; only "LORA" adapters can be mixed',
     ),
-    "tensors_unknown": lambda f: edit_weights(write(f), lambda w: w.update({"hada_w1_a": torch.ones(2)})),
+    # settings that make it more than s B A
+    "alora_of_nothing": (partial(write, alora_invocation_tokens=[]), "alora_invocation_tokens must be a list"),
+    "arrow": (partial(write, arrow_config={"top_k": 3}), "it is an Arrow router"),
+    "bdlora": (partial(write, use_bdlora={"nblocks": 2}), "BD-LoRA (use_bdlora)"),
+    "bias_all": (lambda f: write_peft(f, tiny.model("qwen2"), bias="all"), 'bias is "all"'),
+    "bias_lora_only": (lambda f: write_peft(f, tiny.model("qwen2"), bias="lora_only"), 'bias is "lora_only"'),
+    "kasa": (partial(write, kasa_config={"beta": 1e-4}), "KaSA"),
+    "layer_replication": (
+        partial(write_peft, layer_replication=[[0, 2], [1, 3]]),
+        "it replicates layers of the base model (layer_replication: [[0, 2], [1, 3]])",
+    ),
+    "lora_bias": (partial(write_peft, lora_bias=True), "it has a bias on lora_B (lora_bias)"),
+    "megatron": (partial(write, megatron_config={"tensor_model_parallel_size": 1}), "it was trained on Megatron"),
+    "monteclora": (partial(write, monteclora_config={"num_samples": 4}), "MonteCLoRA"),
+    "qalora": (partial(write, use_qalora=True), "QALoRA (use_qalora)"),
+    "target_parameters": (
+        partial(write_peft, target_modules=[], target_parameters=["mlp.up_proj.weight"]),
+        'it adapts raw parameters (target_parameters: ["mlp.up_proj.weight"])',
+    ),
+    "trainable_tokens": (
+        partial(write_peft, trainable_token_indices=[3, 4]), "it trains token embeddings (trainable_token_indices)"
+    ),
+    "velora": (partial(write, velora_config={"rank": 1}), "VeLoRA"),
+    # initialisations that changed the base
+    "pissa": (partial(write_peft, init_lora_weights="pissa"), 'init_lora_weights is "pissa"'),
+    # the same, where only the tensors tell
+    "tensors_bias": (
+        unsaid("qwen2", "none", bias="lora_only"), f"it holds biases of the base model (base_model.model.{ONE}.base"
+    ),
+    "dora": (partial(write, use_dora=True), "it is a DoRA adapter (use_dora)"),
+    "tensors_dora": (unsaid(use_dora=True), f"it holds a DoRA magnitude (base_model.model.{ONE}.lora_mag"),
+    "tensors_lora_bias": (unsaid(lora_bias=True), f"it has a bias on a LoRA factor (base_model.model.{ONE}.lora_B"),
+    "tensors_tokens": (
+        unsaid(off=None, trainable_token_indices=[3]),
+        "it trains token embeddings (base_model.model.model.embed_tokens.token_adapter.tr",
+    ),
+    "tensors_unknown": (
+        edited(lambda w: w.update({"hada_w1_a": torch.ones(2)})), "tensor hada_w1_a is neither lora_A nor lora_B"
+    ),
     # tensors that do not make an adapter
-    "empty": by_hand(weights={}),
-    "inf": lambda f: damage(write(f), float("-inf")),
-    "integers": by_hand(weights={key: value.to(torch.int8) for key, value in tensors().items()}),
-    "lonely_lora_A": lambda f: edit_weights(write(f), lambda w: w.pop(ONE_KEY.replace("lora_A", "lora_B"))),
-    "nan": lambda f: damage(write(f), float("nan")),
-    "rank_mismatch": by_hand(r=8),
-    "shape_mismatch": lambda f: edit_weights(write(f), lambda w: w.update({ONE_KEY: torch.ones(3, 32)})),
-    "twice": by_hand(weights=tensors() | tensors(prefix="")),
-    "two_adapters": lambda f: write(f, two_adapters()),
+    "empty": (partial(write, weights={}), "the file holds no LoRA tensors"),
+    "inf": (lambda f: damage(write(f), float("-inf")), f"tensor {ONE_KEY} holds Inf"),
+    "integers": (
+        partial(write, weights={key: value.to(torch.int8) for key, value in tensors().items()}),
+        f"tensor {ONE_KEY} is stored as torch.int8; expected float16",
+    ),
+    "lonely_lora_A": (
+        edited(lambda w: w.pop(ONE_KEY.replace("lora_A", "lora_B"))), f"module {ONE} has no lora_B tensor"
+    ),
+    "nan": (lambda f: damage(write(f), float("nan")), f"tensor {ONE_KEY} holds NaN"),
+    "rank_mismatch": (partial(write, r=8), f"{CONFIG} gives rank 8 to module {ONE}, but its tensors have rank 4"),
+    "shape_mismatch": (
+        edited(lambda w: w.update({ONE_KEY: torch.ones(3, 32)})),
+        f"module {ONE} has lora_A [3, 32] and lora_B [32, 4]; expected (r, in)",
+    ),
+    "twice": (
+        partial(write, weights=tensors() | tensors(prefix="")),
+        f"two tensors for one module: {ONE_KEY} and {ONE_KEY.removeprefix('base_model.model.')}",
+    ),
+    "two_adapters": (
+        partial(write, weights=named("first") | named("second")), "the file holds several adapters (first, second)"
+    ),
     # files
-    "config_list": lambda f: with_text(write(f), "[]"),
-    "config_malformed": lambda f: with_text(write(f), '{"peft_type": "LORA", "r": 4'),
-    "config_missing": lambda f: without(write(f), CONFIG),
-    "pickled": lambda f: write_peft(f, save={"safe_serialization": False}),
-    "weights_missing": lambda f: without(write(f), SAFETENSORS),
-    "weights_truncated": lambda f: cut(write(f), 0.5),
+    "config_list": (lambda f: (write(f) / CONFIG).write_text("[]"), f"{CONFIG} must hold an object, found list"),
+    "config_malformed": (lambda f: (write(f) / CONFIG).write_text('{"r": 4'), f"{CONFIG} is not valid JSON"),
+    "config_missing": (lambda f: (write(f) / CONFIG).unlink(), f"{CONFIG} is missing"),
+    "pickled": (
+        partial(write_peft, save={"safe_serialization": False}), f"its weights are pickled ({PICKLE}), and a pickle can"
+    ),
+    "weights_missing": (lambda f: (write(f) / SAFETENSORS).unlink(), f"{SAFETENSORS} is missing"),
+    "weights_truncated": (lambda f: os.truncate(write(f) / SAFETENSORS, 3000), f"{SAFETENSORS} cannot be read"),
 }  # fmt: skip
 
 # Opened from headers these look well; only reading the tensors shows what they are.
@@ -222,7 +233,8 @@ def write_drawer(root: Path, kinds: Iterable[str] = tuple(REFUSED)) -> Path:
     """One good adapter (`good`) and one of each refused kind, all below `root`."""
     write_peft(root / "good")
     for kind in kinds:
-        REFUSED[kind](root / kind)
+        make, _ = REFUSED[kind]
+        make(root / kind)
     return root
 
 
@@ -251,23 +263,17 @@ def lock(path: Path, root: Path) -> None:
         os.seteuid(65534)
 
 
+def same_for(weights: LoraWeights, modules: Iterable[str]) -> dict[str, LoraWeights]:
+    return dict.fromkeys(modules, weights)
+
+
 def index_of(factors: Iterable[tuple[torch.Tensor, torch.Tensor]], whitening: Whitening | None = None) -> ScoringIndex:
     """The scoring index of adapters with these `A (r, d)` and `B (out, r)`, without any file."""
-    point = Point(0, "layer", "layer.module")
-    adapters = [Loose(str(i), LoraWeights(a, b, 1.0)) for i, (a, b) in enumerate(factors)]
-    [index] = read_indices([Wanted(adapters, point, torch.device("cpu"), whitening)])  # type: ignore[arg-type]
+    point, adapters = Point(0, "layer", "layer.module"), list[Any]()
+    for number, (a, b) in enumerate(factors):
+        module = LoraModule("a", "b", *a.shape, len(b), 1.0)
+        weights = LoraWeights(a, b, 1.0)
+        name = dict.fromkeys(("name", "file", "digest"), str(number))
+        adapters.append(SimpleNamespace(**name, modules={"layer.module": module}, read=partial(same_for, weights)))
+    [index] = read_indices([Wanted(adapters, point, torch.device("cpu"), whitening)])
     return index
-
-
-class Loose:
-    """An adapter of one module whose tensors are in memory."""
-
-    def __init__(self, name: str, weights: LoraWeights) -> None:
-        self.name, self.file = name, name
-        rank, in_features = weights.A.shape
-        self.modules = {"layer.module": LoraModule("a", "b", rank, in_features, len(weights.B), weights.scaling)}
-        self._weights = weights
-        self.digest = name
-
-    def read(self, modules: Iterable[str]) -> dict[str, LoraWeights]:
-        return dict.fromkeys(modules, self._weights)

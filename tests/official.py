@@ -7,7 +7,6 @@ last layer, and every adapter's response to every token is `(h A^T) B^T s`. The 
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,12 +30,6 @@ class Official:
     scores: tuple[float, ...]
     selected: tuple[str, ...]
 
-    @property
-    def gaps(self) -> list[float]:
-        """Relative gaps between neighbours, from the best score to the first that is not selected."""
-        ranked = sorted(self.scores, reverse=True)[: len(self.selected) + 1]
-        return [(above - below) / above for above, below in itertools.pairwise(ranked)]
-
 
 class OfficialScript:
     """The script on one base model and one pool.
@@ -45,17 +38,9 @@ class OfficialScript:
         base: stays as it is; PEFT wraps a copy.
         folders: of the adapters, by name, in pool order.
         module: path of the probed projection, in `layer`.
-        dtype: float32 as in the script; float64 to see what rounding does.
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        folders: Mapping[str, Path],
-        layer: int,
-        module: str,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, base: nn.Module, folders: Mapping[str, Path], layer: int, module: str) -> None:
         self.names = tuple(folders)
         self.layer = layer
         self.active: tuple[str, ...] | None = None
@@ -68,7 +53,7 @@ class OfficialScript:
                     self.model: Any = peft.PeftMixedModel.from_pretrained(copied, folder, adapter_name="a0")
                 else:
                     self.model.load_adapter(folder, adapter_name=f"a{i}")
-        self.model = self.model.to(dtype).eval()
+        self.model.eval()
         probed = dict(self.model.base_model.model.named_modules())[module]
         self.factors = [
             (probed.lora_A[f"a{i}"].weight, probed.lora_B[f"a{i}"].weight, probed.scaling[f"a{i}"])

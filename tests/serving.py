@@ -14,7 +14,6 @@ from typing import Any
 from local_server import LocalServer
 from logo.demo import model_dir
 from tolerances import PATIENCE
-from warm import logo
 
 
 @dataclass(frozen=True)
@@ -34,23 +33,17 @@ class Served:
 
     def text(self, path: str, body: dict[str, Any] | None = None) -> str:
         """What is answered, as text."""
-        with self.open(path, body) as answer:
-            text: str = answer.read().decode("utf-8")
-            return text
-
-    def open(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The answer, to be read as it comes and closed."""
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, headers)
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        return direct.open(request, timeout=PATIENCE)
+        with direct.open(urllib.request.Request(self.url + path, data, headers), timeout=PATIENCE) as answer:
+            return str(answer.read(), "utf-8")
 
 
 @contextlib.contextmanager
 def served(*options: str, key: str = "") -> Iterator[Served]:
     """A server with these options of `logo serve`, until the block ends."""
-    with LocalServer(options, {"LOGO_API_KEY": key}, start=PATIENCE, stop=PATIENCE, program=logo()) as server:
+    with LocalServer(options, {"LOGO_API_KEY": key} if key else {}) as server:
         yield Served(server.url, key)
 
 

@@ -16,7 +16,6 @@ from torch import nn
 from logo.adapters.adapter import LoraWeights
 from logo.errors import AdapterError, CacheFull, NotFinite
 from logo.mixing.cache import AdapterCache, Hold
-from make_adapters import calm
 from tolerances import PATIENCE, same_tensor
 
 WIDTH = 6
@@ -92,9 +91,8 @@ def check(one: AdapterCache, hold: Hold) -> None:
 NUMBERS = st.lists(st.integers(0, 11), max_size=5, unique=True)
 
 
-@calm
 @given(st.lists(NUMBERS, min_size=1, max_size=8), st.integers(4, 40))
-def test_whoever_comes_and_goes_everybody_has_factors_of_their_own_within_the_budget(
+def test_whoever_comes_and_goes_all_have_their_own_factors_within_the_budget(
     batches: list[list[int]], columns: int
 ) -> None:
     one = cache(columns)
@@ -161,7 +159,6 @@ def test_one_that_overflows_the_dtype_is_refused() -> None:
     assert one.names == () and one.bytes == 0
 
 
-@calm
 @given(st.lists(NUMBERS, min_size=1, max_size=6), st.integers(1, 30))
 def test_out_of_memory_at_any_allocation_leaves_nothing_half_done(batches: list[list[int]], nth: int) -> None:
     """Every n-th allocation of the cache fails."""

@@ -1,23 +1,40 @@
-"""The scripts in `benchmarks/`: that each part measures what its name says. The measured numbers are not tested."""
+"""What stands beside the package. The scripts in `benchmarks/`: each part measures what its name says; the measured
+numbers are not tested. The check of vLLM's versions, on sources that are made up: it finds what is there, and misses
+what is not. And how the bundled demo world is made: what its rows promise, its tokenizer, and the assets that ship."""
 
 from __future__ import annotations
 
 import json
+import random
+import tempfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import cost
-import long_rows
+import vllm_versions as versions
 from cost import RATIOS, Plan
-from logo import AdapterPool, LoGo, SelectionSettings
+from demo_world import tasks
+from demo_world.build import write_model
+from demo_world.pretrain import PretrainConfig, pretrain
+from demo_world.tasks import TASKS, Task
+from demo_world.tokenizer import build_tokenizer
+from demo_world.train_adapters import CONFIG, train_adapters, write_shipped, write_training_rows
+from logo import AdapterPool, LoGo, SelectionSettings, demo
+from logo.models import load_base
+from logo.rows import read_rows
+from logo.training.rows import task_files
 from parts import Lengths, exactly
 from peft_arm import PeftArm
-from synthetic import Sizes, base_model, prompts, random_mixtures, related_mixtures, write_adapters
+from synthetic import Sizes, base_model, prompts, write_adapters
 from tolerances import same_weights
+from vllm_needs import Attributes, Call, Flags, Function
 
 SMALL = Sizes(hidden=64, layers=3, heads=4, vocabulary=256, rank=2)
 SHORT = Lengths(prompt=8, asked=6, new=2, known=70, rest=4)
@@ -29,10 +46,10 @@ def test_every_ratio_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[s
     cost.main(["--rounds", "1", "--json", str(found)], plan)
     report = json.loads(found.read_text())
     assert list(report) == ["about", "ratios", "parts"] and list(report["ratios"]) == list(RATIOS)
-    arms = {
-        name: {arm: timed["seconds"] for arm, timed in part["arms"].items()} for name, part in report["parts"].items()
-    }
-    opened, end = arms["open pool"], arms["end to end, batch 1"]
+    opened, end = (
+        {arm: timed["seconds"] for arm, timed in report["parts"][name]["arms"].items()}
+        for name in ("open pool", "end to end, batch 1")
+    )
     assert report["ratios"]["open_vs_peft"] == pytest.approx(opened["cold"] / opened["PEFT"])  # a cost: ours to theirs
     assert report["ratios"]["e2e1_vs_peft"] == pytest.approx(end["PEFT"] / end["norm"])  # a speed: ours to theirs
     assert report["ratios"]["e2e1_vs_base"] == pytest.approx(end["calibrated"] / end["base"])
@@ -63,42 +80,185 @@ def test_peft_does_the_same_method(tmp_path: Path) -> None:
     assert arm.answer_batch(asked, config) == [list(answer.token_ids) for answer in ours]
 
 
-def test_related_rows_overlap_as_measured() -> None:
-    names = tuple(f"{i:03}" for i in range(260))
-    rows = [set(row) for row in related_mixtures(names, 400, 20)]
-    assert all(len(row) == 20 for row in rows)
-    pairs = [len(rows[i] & rows[i + 4]) for i in range(0, 396)]
-    assert sum(pairs) / len(pairs) == pytest.approx(18.3, abs=0.3)
-    fours = [len(rows[i] | rows[i + 4] | rows[i + 8] | rows[i + 12]) for i in range(0, 380)]
-    assert sum(fours) / len(fours) == pytest.approx(23.3, abs=0.4)
-    assert all(sum(row.values()) == pytest.approx(1) for row in related_mixtures(names, 4, 20))
-    assert all(len(row) == 20 for row in random_mixtures(names, 4, 20))
+# -- versions of vLLM --------------------------------------------------------------------------------------------------
+
+BASE = """
+from dataclasses import dataclass
+
+class Upper:
+    def inherited(self, a, *, b=1): ...
+
+@dataclass
+class Data:
+    first: int
+    second: str = ""
+"""
+MODULE = """
+from vllm.base import Upper as Renamed, helper
+from .base import Data
+
+if True:
+    class Manager(Renamed):
+        field: int
+        def __init__(self, model, config=None):
+            self.assigned = helper(1, max_batches=2, device=config)
+        async def answer(self, method, timeout=None, args=()): ...
+
+def free(x, /, y): ...
+"""
+FILES = {"vllm/base.py": BASE, "vllm/part/__init__.py": "", "vllm/module.py": MODULE}
+HERE = versions.Sources(FILES.get)
 
 
-class Words:
-    """A tokenizer whose tokens are words."""
+def test_what_is_there_and_what_is_not() -> None:
+    module, methods = (
+        "vllm.module",
+        [
+            (("__init__", ("self", "model")), None),
+            (("__init__", ("self", "config")), "takes (self, model, config)"),
+            (("nothing",), "does not exist"),
+            (("answer", ("self", "args"), False), None),
+            (("answer", ("self", "kwargs"), False), "takes (self, method"),
+            (("inherited", ("b",), False), None),
+        ],
+    )
+    needs: list[tuple[versions.Need, str | None]] = [(Function(module, "Manager", *how), said) for how, said in methods]
+    for need, missing in [
+        *needs,
+        (Function("vllm.nowhere", "Manager", "__init__"), "no module vllm.nowhere"),
+        (Function(module, "", "free", ("x", "y")), None),
+        (Function(module, "", "helper"), None),
+        (Function(module, "Data", "__init__", ("self", "first", "second")), None),
+        (Function(module, "Data", "__init__", ("self", "second")), "does not exist"),
+        (Attributes((module,), "Manager", ("field", "gone", "lost")), "no gone, lost"),
+        (Attributes(("vllm.nowhere", module), "Manager", ("field", "assigned", "inherited")), None),
+        (Attributes(("vllm.nowhere",), "Manager", ("field",)), "no class Manager"),
+        (Flags(("vllm.base",), "Data", ("first", "third")), "no third"),
+        (Call(module, "helper", 1, ("max_batches", "device")), None),
+        (Call(module, "helper", 2, ("max_batches",)), "is not called with"),
+        (Call(module, "helper", 1, ("max_batches", "scale")), "is not called with"),
+    ]:
+        found = HERE.missing(need)
+        assert found is None if missing is None else found is not None and found.startswith(missing), need
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[str]]:
-        return {"input_ids": text.split()}
 
-    def decode(self, tokens: list[str]) -> str:
-        return " ".join(tokens)
+def test_the_table_says_where_something_is_different(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "vllm-1.0-py3-none-any.whl", "w") as archive:
+        for name, text in FILES.items():
+            archive.writestr(name, text)
+    old = versions.Sources({"vllm/module.py": "class Manager: ..."}.get)
+    wanted = [("wrapped", Function("vllm.module", "Manager", "answer", ("self",)))]
+    lines, different = versions.table({"0.1": old, "1.0": versions.in_wheel(next(tmp_path.glob("*.whl")))}, wanted)
+    assert lines[1].split() == ["wrapped", "-", "ok", "Manager.answer(self)"]
+    assert different == ["0.1: Manager.answer(self): does not exist"]
 
 
-def test_long_rows_place_the_task_as_their_condition_says(tmp_path: Path) -> None:
-    plural, other = "Say the plural.\n\nNoun: cat\nPlural:", f"Do it.\n\nText: {'foreign ' * 9}\nAnswer:"
-    for name, context in (("plural", plural), ("other", other)):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"context": context, "completion": "cats"}) + "\n")
-    tokenizer: Any = Words()
-    make = long_rows.Prompts(tmp_path, tokenizer)
-    made = {condition: make("plural", 0, condition, 0) for condition in long_rows.CONDITIONS}
-    assert made["short"] == plural
-    for condition, prompt in made.items():
-        size = int(condition.partition("-")[2] or 0)
-        assert prompt.split().count("foreign") == size
-        places = [prompt.index(part) for part in ("Say the plural.", "Noun: cat", "Plural:")]
-        assert places == sorted(places)
-    places = [made[f"{place}-500"].index("foreign") for place in ("before", "around", "cued", "after")]
-    assert places == [0, len("Say the plural.\n\n"), len(plural) - len("\nPlural:") + 2, len(plural) + 2]
-    where = [made[name].index("Say the plural.") for name in ("first", "middle", "last")]
-    assert where == sorted(where) and where[0] == 0
+# -- the demo world ----------------------------------------------------------------------------------------------------
+
+_TOKENIZER = build_tokenizer()
+BY_TASK = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+TINY = PretrainConfig(steps=2, batch=4, hidden=32, layers=3, heads=2, intermediate=48)
+
+
+@BY_TASK
+def test_held_out_inputs_never_meet_their_instruction_in_training(task: Task) -> None:
+    """Phrasings, too, are others."""
+
+    def payload_of(row: tasks.Row) -> str:
+        return " and ".join(row.context[left:right].strip("'\"") for left, right in row.spans)
+
+    assert len(set(task.train_templates)) >= 12 and len(set(task.held_out_templates)) >= 4
+    assert {line for other in TASKS for line in other.train_templates}.isdisjoint(task.held_out_templates)
+
+    rng = random.Random(5)
+    held = {payload_of(row) for row in tasks.held_out_rows(task, 48, 0)}
+    assert len(held) >= 12
+    for _ in range(400):
+        assert payload_of(tasks.train_row(task, rng)) not in held
+        assert payload_of(tasks.chat_row(task, rng)) not in held
+    for _ in range(400):
+        row = tasks.foreign_row(rng.choice(TASKS), rng)
+        assert row.asked != row.task
+        assert row.asked != task.name or payload_of(row) not in held
+        # Where a rule answers, its held-out inputs are in no training at all.
+        assert task.closed or not tasks.is_held_out(task, payload_of(tasks.foreign_row(task, rng)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=60))
+def test_tokenizer_decodes_back(text: str) -> None:
+    ids = _TOKENIZER(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert _TOKENIZER.decode(ids) == text
+    assert _TOKENIZER(text)["input_ids"][0] == _TOKENIZER.bos_token_id
+
+
+def test_the_training_rows_are_what_logo_train_reads(tmp_path: Path) -> None:
+    """And depend on the seed alone."""
+    for folder, seed in (("first", 0), ("again", 0), ("other", 1)):
+        write_training_rows(tmp_path / folder, seed, count=20)
+    held = {name: {row["context"] for row in rows} for name, rows in demo.heldout().items()}
+    found = task_files(tmp_path / "first")
+    assert set(found) == {task.name for task in TASKS}
+    for name, file in found.items():
+        first, again, other = (read_rows(tmp_path / one / file.name) for one in ("first", "again", "other"))
+        assert first == again != other
+        assert len(first) == 20 and held[name].isdisjoint(row.context for row in first)
+
+
+def test_a_tiny_world_is_pretrained_and_its_adapters_ship_as_half_floats(tmp_path: Path) -> None:
+    lines: list[str] = []
+    model, again = (pretrain(_TOKENIZER, TINY, 0, lines.append) for _ in range(2))
+    assert all(torch.allclose(value, again.state_dict()[name], atol=1e-5) for name, value in model.state_dict().items())
+    write_model(again, _TOKENIZER, tmp_path / "model")
+    write_training_rows(tmp_path / "rows", 0, count=8)
+    config = replace(CONFIG, r=4, alpha=8, steps=2, batch_size=4)
+    losses = train_adapters(tmp_path / "model", tmp_path / "rows", tmp_path / "pool", config)
+    assert set(losses) == {task.name for task in TASKS} and all(loss > 0 for loss in losses.values())
+    write_shipped(tmp_path / "pool", tmp_path / "adapters")
+    folder, made = tmp_path / "adapters" / "plural", tmp_path / "pool" / "plural"
+    names = {"adapter_config.json", "adapter_model.safetensors", "examples.jsonl"}
+    assert {path.name for path in folder.iterdir()} == names
+    shipped, rows = (
+        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for file in (folder / "examples.jsonl", tmp_path / "rows" / "plural.jsonl")
+    )
+    assert [one["prompt"] for one in shipped] == [row["context"] for row in rows[:4]]
+    written, before = (json.loads((at / "adapter_config.json").read_text(encoding="utf-8")) for at in (folder, made))
+    assert written == before | {"base_model_name_or_path": "demo"}
+    tensors, exact = (load_file(at / "adapter_model.safetensors") for at in (folder, made))
+    assert exact.keys() == tensors.keys()
+    assert all(torch.equal(tensors[name], value.half()) for name, value in exact.items())
+
+
+def test_assets_are_small_and_name_no_machine() -> None:
+    shipped = [path for path in demo.assets_dir().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in shipped) <= 12_000_000
+    for path in shipped:
+        if path.suffix in (".json", ".jsonl", ".md", ".txt"):
+            text = path.read_text(encoding="utf-8")
+            for place in (Path.home(), Path(tempfile.gettempdir()), Path(__file__).parent.parent):
+                assert str(place) not in text, path
+    assert {path.name for path in demo.adapters_dir().iterdir()} == {task.name for task in TASKS} | {"pool.json"}
+
+
+def test_the_shipped_rows_are_those_of_the_generator() -> None:
+    seed = json.loads((demo.assets_dir() / "world.json").read_text(encoding="utf-8"))["seed"]
+    shown = demo.heldout()
+    assert set(shown) == {task.name for task in TASKS}
+    for task in TASKS:
+        rows = tasks.held_out_rows(task, len(shown[task.name]), seed)
+        assert len(rows) >= 40
+        assert shown[task.name] == [{"context": row.context, "completion": row.completion} for row in rows]
+    assert [row["task"] for row in demo.showcase()] == [task.name for task in TASKS]
+
+
+def test_the_model_is_small_and_has_this_tokenizer() -> None:
+    model, tokenizer = load_base("demo", device="cpu")
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 4_200_000
+    assert model.config.max_position_embeddings == 512
+    text = "Write the plural of 'box'."
+    assert tokenizer(text)["input_ids"] == _TOKENIZER(text)["input_ids"]
+    assert tokenizer(text)["input_ids"][0] == tokenizer.bos_token_id and len(tokenizer) < 800
+    pieces = _TOKENIZER.tokenize("What is the opposite of hot?")  # words of requests are whole, and inputs are spelled
+    assert pieces == ["What", "Ġis", "Ġthe", "Ġopposite", "Ġof", "Ġ", "h", "o", "t", "?"]
+    assert tokenizer.pad_token_id is not None and tokenizer.eos_token_id is not None

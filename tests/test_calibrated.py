@@ -1,10 +1,13 @@
-"""The calibrated signal end to end on tiny models: what it computes, what it keeps, and pools that try to break it."""
+"""The calibrated signal end to end on tiny models: what it computes, what it keeps and under what, the window of tokens
+that count, and pools that try to break it."""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
+import subprocess
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,23 +16,28 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import tiny
+import warm
 from logo import AdapterPool, LoGo, SelectionSettings, UsageError
 from logo.adapters.adapter import Adapter
+from logo.adapters.examples import write_examples
+from logo.cli.app import run
 from logo.errors import Unsure
 from logo.selection import calibration
 from logo.selection.reference import UNIT, USUAL
-from logo.selection.texts import NEUTRAL, REQUESTS
+from logo.selection.texts import NEUTRAL, REQUESTS, windowed
 from logo.selection.whitening import Whitening
 from logo.serve.batching import Memory
 from logo.serve.service import Service
 from make_adapters import everyones_folder, lock
 from test_engine import write_adapter
-from tolerances import same_scores, same_selection
+from tolerances import PATIENCE, same_scores, same_selection
 
 PROMPTS = ["Where is it?", "a", "The cat sat on the mat and slept.", "3 + 4 =", "def f(x):"]
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -47,7 +55,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def llama() -> nn.Module:
     """Of six layers, the first three of which are probed, and two of them read."""
-    return tiny.model("llama", num_hidden_layers=6)
+    return tiny.model("llama", num_hidden_layers=6, **tiny.LONG)
 
 
 def engine(model: nn.Module, folder: Path, **settings: Any) -> LoGo:
@@ -112,97 +120,44 @@ def inputs(model: nn.Module, path: str, row: list[int]) -> torch.Tensor:
     return seen[0]
 
 
-def test_batches_and_order_do_not_matter(llama: nn.Module, tmp_path: Path) -> None:
-    logo = engine(llama, pool(llama, tmp_path))
-    alone = [logo.select(prompt).scores for prompt in PROMPTS]
-    batched = logo.select(PROMPTS[::-1], batch_size=5)[::-1]
-    for one, many in zip(alone, batched, strict=True):
-        assert list(many.scores.values()) == pytest.approx(list(one.values()), abs=1e-3)
-
-
-def test_an_adapters_size_does_not_matter(llama: nn.Module, tmp_path: Path) -> None:
-    plain = engine(llama, pool(llama, tmp_path / "plain"))
-    large = shutil.copytree(tmp_path / "plain", tmp_path / "large")
-    file = large / "t1" / "adapter_model.safetensors"
-    save_file({key: 30 * value for key, value in load_file(file).items()}, file)
-    for a, b in zip(plain.select(PROMPTS), engine(llama, large).select(PROMPTS), strict=True):
-        assert list(a.scores.values()) == pytest.approx(list(b.scores.values()), abs=2e-3)
-
-
-def change(folder: Path, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def change(folder: Path, how: Callable[[torch.Tensor], torch.Tensor], part: str = "lora_B") -> None:
+    """Changes the tensors of an adapter whose names hold `part`."""
     file = folder / "adapter_model.safetensors"
-    save_file({key: how(value) if "lora_B" in key else value for key, value in load_file(file).items()}, file)
+    save_file({key: how(value) if part in key else value for key, value in load_file(file).items()}, file)
 
 
-def zeros(model: nn.Module, folder: Path) -> None:
-    change(folder / "t1", torch.zeros_like)
-
-
-def only_zeros(model: nn.Module, folder: Path) -> None:
-    for i in range(4):
-        change(folder / f"t{i}", torch.zeros_like)
-
-
-def twins(model: nn.Module, folder: Path) -> None:
-    shutil.copytree(folder / "t1", folder / "t1-copy")
-
-
-def one(model: nn.Module, folder: Path) -> None:
-    for i in range(1, 4):
-        shutil.rmtree(folder / f"t{i}")
-
-
-def giant(model: nn.Module, folder: Path) -> None:
-    write_adapter(folder / "giant", model, ALL, rank=64, seed=9, scale=100)
-
-
-def dwarf(model: nn.Module, folder: Path) -> None:
-    write_adapter(folder / "dwarf", model, ("q_proj",), rank=1, seed=9, scale=1e-6)
-
-
-def other_modules(model: nn.Module, folder: Path) -> None:
-    write_adapter(folder / "other", model, ("down_proj",), rank=3, seed=9)
-
-
-def zero_layer(model: nn.Module, folder: Path) -> None:
-    file = folder / "t2" / "adapter_model.safetensors"
-    save_file({k: v * ("layers.1." not in k) for k, v in load_file(file).items()}, file)
-
-
-POOLS = [zeros, only_zeros, twins, one, giant, dwarf, other_modules, zero_layer]
+POOLS: dict[str, Callable[[nn.Module, Path], object]] = {
+    "zeros": lambda model, folder: change(folder / "t1", torch.zeros_like),
+    "only_zeros": lambda model, folder: [change(folder / f"t{i}", torch.zeros_like) for i in range(4)],
+    "twins": lambda model, folder: shutil.copytree(folder / "t1", folder / "t1-copy"),
+    "one": lambda model, folder: [shutil.rmtree(folder / f"t{i}") for i in range(1, 4)],
+    "giant": lambda model, folder: write_adapter(folder / "giant", model, ALL, rank=64, seed=9, scale=100),
+    "dwarf": lambda model, folder: write_adapter(folder / "dwarf", model, ("q_proj",), rank=1, seed=9, scale=1e-6),
+    "other_modules": lambda model, folder: write_adapter(folder / "other", model, ("down_proj",), rank=3, seed=9),
+    "zero_layer": lambda model, folder: change(folder / "t2", torch.zeros_like, "layers.1."),
+}
 STRANGE = ["w", "日本語の文", "w5 " * 100, "aaaaaaaa", "."]
 
 
-@pytest.mark.parametrize("make", POOLS, ids=lambda f: f.__name__)
-def test_strange_pools_and_prompts(make: Any, llama: nn.Module, tmp_path: Path) -> None:
-    make(llama, pool(llama, tmp_path))
+@pytest.mark.filterwarnings("ignore:prompt .* tokens, more than the:UserWarning")
+@pytest.mark.parametrize("kind", POOLS)
+def test_strange_pools_and_prompts(kind: str, llama: nn.Module, tmp_path: Path) -> None:
+    POOLS[kind](llama, pool(llama, tmp_path))
     logo = engine(llama, tmp_path, unscorable="skip")
     prompts = [*STRANGE, *(f"{chr(i) * (i % 7)} and {chr(i + 9)}{i}" for i in range(40, 100))]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the longest is cut
-        selections = logo.select(prompts)
+    selections = logo.select(prompts)
     for selection in selections:
         assert all(abs(score) < 1e9 for score in selection.scores.values())  # NaN compares false
         assert selection.confidence is not None
         assert selection.confidence - 1e-5 <= sum(selection.weights) <= 1 + 1e-5
     winners = [selection.adapters[0] for selection in selections]
-    if make not in (only_zeros, one):
+    if kind not in ("only_zeros", "one"):
         assert max(winners.count(name) for name in set(winners)) < 0.8 * len(prompts), "one adapter wins everything"
-    if make is zeros:
+    if kind == "zeros":
         assert "t1" not in winners
-    if make is twins:
+    if kind == "twins":
         for selection in selections:
             assert selection.scores["t1"] == same_scores(selection.scores["t1-copy"])
-
-
-def test_every_architecture_is_calibrated(tmp_path: Path) -> None:
-    names = ("q_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "fc2", "dense_4h_to_h", "c_proj")
-    for name in ("gpt2", "opt", "falcon", "phi3", "gpt_neox", "gemma3"):
-        model = tiny.model(name)
-        for i in range(3):
-            write_adapter(tmp_path / name / f"t{i}", model, names, rank=2, seed=i)
-        selection = engine(model, tmp_path / name).select(PROMPTS[0])
-        assert all(abs(score) < 100 for score in selection.scores.values())
 
 
 def test_only_new_adapters_are_calibrated(llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,20 +264,17 @@ def test_a_cache_that_may_only_be_read_or_not_even_that(readable: bool, llama: n
         same_selection(again.select(PROMPTS[0]), first.select(PROMPTS[0]))
 
 
-def test_the_points_of_highest_contrast_are_chosen(llama: nn.Module, tmp_path: Path) -> None:
+def test_the_points_of_highest_contrast_are_chosen_and_own_prompts_may_rank_them(
+    llama: nn.Module, tmp_path: Path
+) -> None:
     found = engine(llama, pool(llama, tmp_path, names=ALL)).scorer.calibration
     assert found is not None and {point.layer for point in found.points} <= {1, 2}
     assert len(found.ranking) == 7 * 2  # of the three layers that are probed, the first one is passed over
     values = [value for _, value in found.ranking]
     assert values == sorted(values, reverse=True) and found.ranking[0][0] in found.points
-
-
-def test_own_prompts_may_rank_the_points(llama: nn.Module, tmp_path: Path) -> None:
     own = [f"{i} x {i + 3} y {i + 9}" for i in range(3, 40)]
-    ours = engine(llama, pool(llama, tmp_path, names=ALL)).scorer.calibration
-    theirs = engine(llama, tmp_path, calibration_prompts=own).scorer.calibration
-    assert ours is not None and theirs is not None
-    assert ours.ranking != theirs.ranking
+    other = engine(llama, tmp_path, calibration_prompts=own).scorer.calibration
+    assert other is not None and other.ranking != found.ranking
 
 
 def test_a_refused_prompt_is_probed_once(llama: nn.Module, tmp_path: Path) -> None:
@@ -341,28 +293,20 @@ def test_a_refused_prompt_is_probed_once(llama: nn.Module, tmp_path: Path) -> No
     assert len(passes) == 1
 
 
-def test_texts_are_many_and_short() -> None:
-    assert len(set(NEUTRAL)) == len(NEUTRAL) >= 64
-    assert len(set(REQUESTS)) == len(REQUESTS) >= 64
-    assert max(map(len, NEUTRAL + REQUESTS)) < 200
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weighting": "sharp"}, "weighting: expected one of linear, adaptive"),
         ({"weighting": "adaptive", "signal": "norm"}, "has no scale of its own; use 'linear'"),
         ({"when_unsure": "best"}, "when_unsure: expected one of mix, base, refuse"),
         ({"when_unsure": "base", "signal": "norm"}, "does not say how sure it is"),
-        ({"signal": ["norm"]}, r"signal: expected the name of a signal, found \['norm'\]"),
         ({"signal": None}, "signal: expected the name of a signal, found None"),
         ({"calibration_prompts": ["one"]}, "expected 8 or more, found 1"),
+        ({"calibration_prompts": ["", " "] * 8}, "expected 8 or more, found 0 that are not blank"),
         ({"calibration_prompts": 5}, "calibration_prompts: expected a list of texts, found 5"),
         ({"calibration_prompts": "a long text"}, "calibration_prompts: expected a list of texts"),
         ({"calibration_prompts": [5] * 8}, "calibration_prompts: expected texts, found 5"),
         ({"cache": 5}, "cache: expected a folder, found 5"),
         ({"activation": 5}, "activation: expected everywhere, invocation or last:N, found 5"),
-        ({"k": "3"}, "k: expected a whole number, found '3'"),
         ({"unsure_below": None}, "unsure_below: expected a number, found None"),
         ({"prior": "0.5"}, "prior: expected a number, found '0.5'"),
         ({"prior": 1}, "prior: expected a probability between 0 and 1, found 1"),
@@ -372,3 +316,152 @@ def test_texts_are_many_and_short() -> None:
 def test_settings_that_cannot_be_used_are_one_clear_error(settings: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         SelectionSettings(**settings)
+
+
+# -- the window: which tokens of a text count, for prompts, texts of a calibration and examples alike ------------------
+
+HEAD, TAIL = "Translate what follows into another language, please, ", " and that was all of it, so begin."
+TEXTS = [f"{HEAD}{middle}{TAIL}" for middle in ("the ship sails " * 3, "12 + 7 = x; y < 3", "def f(x): " * 9)]
+
+
+@pytest.fixture(scope="module")
+def folder(llama: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pool(llama, tmp_path_factory.mktemp("pool"))
+
+
+@given(st.lists(st.integers(), max_size=40), st.integers(0, 12), st.integers(0, 12))
+def test_a_window_is_the_beginning_and_the_end(ids: list[int], head: int, tail: int) -> None:
+    found = list(windowed(ids, (head, tail)))
+    if len(ids) <= head + tail:
+        assert found == ids
+    else:
+        assert found == ids[:head] + ids[len(ids) - tail :]
+    assert list(windowed(ids, "whole")) == ids
+
+
+@pytest.mark.parametrize("signal", ["calibrated", "norm"])
+def test_only_the_first_and_the_last_tokens_count(signal: str, llama: nn.Module, folder: Path) -> None:
+    inside, whole = (engine(llama, folder, signal=signal, window=window) for window in ((32, 32), "whole"))
+    first, *others = inside.select(TEXTS)
+    for other in others:
+        same_selection(other, first)
+    wholes = inside.prompts.texts(TEXTS)
+    assert whole.select(TEXTS[0]).scores != same_scores(whole.select(TEXTS[2]).scores)
+    short = [*wholes[0][:32], *wholes[0][-32:]]  # as long as the window: what a long prompt stands for
+    assert inside.select(short).scores == same_scores(first.scores)
+    with tiny.read_tokens(llama) as seen:
+        inside.select(TEXTS[2])
+    assert seen == [64]
+
+
+def test_short_prompts_are_read_whole_and_the_papers_signals_always(llama: nn.Module, folder: Path) -> None:
+    short = ["Where is it?", "a", "3 + 4 ="]
+    for signal in ("norm", "entropy"):
+        plain, whole = engine(llama, folder, signal=signal), engine(llama, folder, signal=signal, window="whole")
+        for one, other in zip(plain.select([*short, *TEXTS]), whole.select([*short, *TEXTS]), strict=True):
+            same_selection(one, other)
+    calibrated = engine(llama, folder)
+    with tiny.read_tokens(llama) as seen:
+        for prompt in short:
+            calibrated.select(prompt)
+    assert seen == [len(row) for row in calibrated.prompts.texts(short)]
+
+
+def test_texts_and_examples_are_read_by_the_same_window(llama: nn.Module, folder: Path, tmp_path: Path) -> None:
+    """Adapters are told apart by examples that differ in the middle alone only if the middle is read."""
+    for i in range(2):  # of the same weights
+        write_adapter(tmp_path / f"t{i}", llama, ("q_proj", "v_proj"), rank=2, seed=1)
+        write_examples(tmp_path / f"t{i}", [TEXTS[i]])
+    inside, whole = engine(llama, tmp_path, k=2), engine(llama, tmp_path, k=2, window="whole")
+    scores = inside.select(TEXTS[1]).scores
+    assert scores["t0"] == same_scores(scores["t1"])
+    assert whole.select(TEXTS[1]).adapters[0] == "t1"
+    narrow = engine(llama, folder, window=(3, 5))
+    with tiny.read_tokens(llama) as seen:
+        logo = engine(llama, folder, window=(3, 5), cache="")
+    assert seen and max(seen) <= 16 * 8  # batches of sixteen texts
+    same_selection(logo.select(TEXTS[0]), narrow.select(TEXTS[1]))
+
+
+def test_another_window_is_another_calibration(llama: nn.Module, folder: Path, tmp_path: Path) -> None:
+    windows: list[Any] = [(32, 32), (32, 31), "whole", (32, 32), None]
+    found = [engine(llama, folder, cache=str(tmp_path), window=window).calibrate() for window in windows]
+    assert [one is not None and one.measured for one in found] == [4, 4, 4, 0, 0]
+    assert len(list((tmp_path / "calibration").iterdir())) == 3
+
+
+@pytest.mark.parametrize("window", [5, "all", (32,), (0, 0), (-1, 3), (1.5, 2), (True, 2), (1, 2, 3)], ids=str)
+def test_windows_that_are_none(window: Any) -> None:
+    with pytest.raises(UsageError, match=r"window: expected whole or \(first tokens, last tokens\), found"):
+        SelectionSettings(window=window)
+
+
+def test_settings_go_through_json() -> None:
+    settings = SelectionSettings(window=(8, 24), k=3)
+    assert SelectionSettings.of(**json.loads(json.dumps(settings.changed))) == settings
+
+
+@pytest.mark.parametrize("signal", ["norm", "calibrated"])
+def test_a_replaced_adapter_never_meets_old_scores(signal: str, llama: nn.Module, tmp_path: Path) -> None:
+    """The same name and the same folder, while the engine is running and while its cache is known."""
+    logo = engine(llama, pool(llama, tmp_path / "pool"), signal=signal, cache=str(tmp_path / "cache"))
+    before = logo.select(TEXTS[0])
+    logo.pool.remove("t1")
+    shutil.rmtree(tmp_path / "pool" / "t1")
+    write_adapter(tmp_path / "pool" / "t1", llama, ("q_proj", "v_proj"), rank=3, seed=77, scale=4)
+    logo.pool.add(tmp_path / "pool" / "t1")
+    found = logo.select(TEXTS[0])
+    assert found.scores != same_scores(before.scores)
+    same_selection(found, engine(llama, tmp_path / "pool", signal=signal, cache="").select(TEXTS[0]))
+    same_selection(
+        found, engine(llama, tmp_path / "pool", signal=signal, cache=str(tmp_path / "cache")).select(TEXTS[0])
+    )
+
+
+CODE = """
+import sys, tiny, json
+from test_calibrated import TEXTS, engine
+model = tiny.model("llama", num_hidden_layers=6, **tiny.LONG)
+logo = engine(model, sys.argv[1], cache=sys.argv[2])
+print(json.dumps([logo.calibrate().measured, logo.select(TEXTS[0]).scores]))
+"""
+
+
+def test_two_processes_with_one_cache_folder_agree(llama: nn.Module, folder: Path, tmp_path: Path) -> None:
+    """Whether one finds what the other has written, or both write at the same time."""
+    command = [*warm.python(), "-c", CODE, str(folder), str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent) for _ in range(2)]
+    answers = [json.loads(one.communicate(timeout=PATIENCE)[0].splitlines()[-1]) for one in both]
+    logo = engine(llama, folder, cache=str(tmp_path))
+    calibration = logo.calibrate()
+    assert calibration is not None and calibration.measured == 0
+    for _, scores in answers:
+        assert scores == same_scores(logo.select(TEXTS[0]).scores)
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert run([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_calibrating_shows_what_selecting_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGO_CACHE", str(tmp_path))
+    report = answer(capsys, "pool", "calibrate")
+    assert report["measured"] == 16
+    assert list(report["sizes"]) == report["adapters"] and all(0.05 < size < 0.2 for size in report["sizes"].values())
+    assert 0 < len(report["points"]) <= len(report["ranking"]) and report["ranking"][0]["point"] in report["points"]
+    assert answer(capsys, "pool", "calibrate")["measured"] == 0
+    chosen = answer(capsys, "select", "What is 7 plus 5?")
+    assert chosen["adapters"][0] == "add_numbers"
+    named = answer(capsys, "select", "What is 7 plus 5?", "--signal", "calibrated")
+    assert named["scores"] == same_scores(chosen["scores"])
+    assert answer(capsys, "generate", "What is 7 plus 5?")["adapters"] == chosen["adapters"]
+    assert run(["pool", "calibrate"]) == 0
+    shown = capsys.readouterr()
+    assert "contrast" in shown.out and "0 calibrated now, 16 known already" in shown.err
+    assert f"{min(report['sizes'].values()):.3f} to {max(report['sizes'].values()):.3f}" in shown.err

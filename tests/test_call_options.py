@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, UsageError
-from logo.adapters.adapter import Adapter
 from logo.core import Prompt
 from logo.errors import LoGoError, NotFinite
 from logo.opening import LOCAL_OPTIONS
@@ -56,21 +53,6 @@ def engine(model: nn.Module, folder: Path, names: Any = NAMES, **chosen: Any) ->
 def logo(model: nn.Module, folder: Path) -> LoGo:
     """One engine for all tests of this file, asked for whatever they like in whatever order."""
     return engine(model, folder, k=3)
-
-
-@contextmanager
-def reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Names of the adapters whose tensors are read in the block."""
-    read: list[str] = []
-    whole = Adapter.read
-
-    def noted(adapter: Adapter, modules: Any = None) -> Any:
-        read.append(adapter.name)
-        return whole(adapter, modules)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Adapter, "read", noted)
-        yield read
 
 
 @pytest.mark.parametrize(
@@ -201,92 +183,87 @@ def test_unscorable_candidates(model: nn.Module, folder: Path, tmp_path: Path) -
     assert other.select(PROMPTS[0]) == expected
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"signal": "nrom"}, UsageError, "unknown signal 'nrom' .did you mean 'norm'"),
-        ({"k": 0}, UsageError, r"\(k\): expected 1 or more, found 0"),
-        ({"weighting": "sharp"}, UsageError, "weighting: expected one of linear, adaptive"),
-        ({"weighting": "adaptive"}, UsageError, "the signal 'norm' has no scale of its own"),
-        ({"candidates": []}, UsageError, "candidates: expected one adapter or more, found none"),
-        ({"candidates": ["t1", "t7"]}, PoolError, "no adapter 't7' in the pool of 6"),
-    ],
-    ids=str,
-)
-def test_bad_options(options: Any, error: type[LoGoError], message: str, logo: LoGo) -> None:
-    expected = logo.select(PROMPTS[0])
-    for call in (logo.select, logo.generate, lambda p, **o: logo.score(p, " w5", [None], **o)):
-        with pytest.raises(error, match=message):
-            call(PROMPTS[0], **options)
-    assert logo.select(PROMPTS[0]) == expected
-
-
 WHOLE = "expected a whole number, found"
 FORCED = r"expected \{name: weight\}"
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("options", "error", "message"),
     [
-        *(
-            (call, message)
-            for name in ("select", "generate", "stream")
-            for call, message in (
-                (lambda logo, name=name: getattr(logo, name)(5), "expected a string, a list of messages"),
-                (lambda logo, name=name: getattr(logo, name)("w3", k="3"), f"k: {WHOLE} '3'"),
-                (lambda logo, name=name: getattr(logo, name)("w3", k=3.0), f"k: {WHOLE} 3.0"),
-                (lambda logo, name=name: getattr(logo, name)("w3", k=True), f"k: {WHOLE} True"),
-                (
-                    lambda logo, name=name: getattr(logo, name)("w3", signal=["norm"]),
-                    "signal: expected the name of a s",
-                ),
-                (lambda logo, name=name: getattr(logo, name)("w3", candidates=5), "candidates: expected names of ada"),
-                (lambda logo, name=name: getattr(logo, name)("w3", candidates=[5]), "no adapter 5 in the pool"),
-                (lambda logo, name=name: getattr(logo, name)("w3", max_new_tokens="5"), f"max_new_tokens: {WHOLE} '5'"),
-            )
-        ),
-        (lambda logo: logo.select("w3", batch_size="8"), "batch_size: expected a whole number, 1 or more, found '8'"),
-        (
-            lambda logo: logo.generate("w3", batch_size=None),
-            "batch_size: expected a whole number, 1 or more, found None",
-        ),
-        (lambda logo: logo.generate("w3", adapters="t1"), f"adapters: {FORCED}, a Selection, or a list .*, found 't1'"),
-        (lambda logo: logo.stream("w3", adapters="t1"), f"adapters: {FORCED}, a Selection, or a list .*, found 't1'"),
-        (lambda logo: logo.generate(["w3"], adapters=["t1"]), f"adapters: {FORCED} or a Selection, found 't1'"),
-        (
-            lambda logo: logo.generate("w3", adapters={"t1": None}),
-            "adapters: expected names with a number as the weight of each",
-        ),
-        (lambda logo: logo.generate("w3", adapters={5: 1.0}), "no adapter 5 in the pool"),
-        (lambda logo: logo.generate("w3", stop=5), "stop: expected a text or a list of texts, found 5"),
-        (
-            lambda logo: logo.generate("w3", generation_config={"top_k": 3}),
-            "generation_config: expected a transf",
-        ),
-        (lambda logo: logo.score(["w3"], "w4", [{}]), "expected one prompt, found a list of texts"),
-        (
-            lambda logo: logo.score("w3", "w4", {"t1": 1.0}),
-            r"mixtures: expected a list of mixtures, found \{'t1': 1.0\}",
-        ),
-        (lambda logo: logo.save_mixture("t1", "nowhere"), f"adapters: {FORCED} or a Selection, found 't1'"),
-        (
-            lambda logo: LoGo(logo.model, logo.tokenizer, "adapters/"),
-            "pool: expected an AdapterPool, .* found 'adapter",
-        ),
-        (lambda _: LoGo.from_pretrained("demo", k="3"), f"k: {WHOLE} '3'"),
-        (lambda _: LoGo.from_pretrained(5), "base_model: expected a Hub id, a folder or a short name, found 5"),
-        (lambda _: LoGo.from_pretrained("demo", ["x", 5]), "pool: expected a folder, a manifest or a Hub .* found 5"),
-        (lambda _: LoGo.from_pretrained("demo", device=None), "device None: expected 'auto', 'cpu'"),
-        (
-            lambda _: LoGo.from_pretrained("demo", device="cpu", adapter_memory_gb="1"),
-            "adapter_memory_gb: expected a nu",
-        ),
+        ({"signal": "nrom"}, UsageError, "unknown signal 'nrom' .did you mean 'norm'"),
+        ({"signal": ["norm"]}, UsageError, "signal: expected the name of a s"),
+        ({"k": 0}, UsageError, r"\(k\): expected 1 or more, found 0"),
+        ({"k": "3"}, UsageError, f"k: {WHOLE} '3'"),
+        ({"k": 3.0}, UsageError, f"k: {WHOLE} 3.0"),
+        ({"k": True}, UsageError, f"k: {WHOLE} True"),
+        ({"weighting": "sharp"}, UsageError, "weighting: expected one of linear, adaptive"),
+        ({"weighting": "adaptive"}, UsageError, "the signal 'norm' has no scale of its own"),
+        ({"candidates": []}, UsageError, "candidates: expected one adapter or more, found none"),
+        ({"candidates": 5}, UsageError, "candidates: expected names of ada"),
+        ({"candidates": [5]}, PoolError, "no adapter 5 in the pool"),
+        ({"candidates": ["t1", "t7"]}, PoolError, "no adapter 't7' in the pool of 6"),
     ],
+    ids=str,
 )
-def test_arguments_of_a_wrong_type_are_told_in_a_line(call: Any, message: str, logo: LoGo) -> None:
+def test_options_that_cannot_be_used_are_told_in_a_line(
+    options: Any, error: type[LoGoError], message: str, logo: LoGo
+) -> None:
+    expected = logo.select(PROMPTS[0])
+    for call in (logo.select, logo.generate, logo.stream, lambda p, **o: logo.score(p, " w5", [None], **o)):
+        with pytest.raises(error, match=message) as found:
+            call(PROMPTS[0], **options)
+        assert "\n" not in str(found.value)
+    assert logo.select(PROMPTS[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments", "options", "message"),
+    [
+        *((call, (5,), {}, "expected a string, a list of messages") for call in ("select", "generate", "stream")),
+        *(
+            (call, ("w3",), {"max_new_tokens": "5"}, f"max_new_tokens: {WHOLE} '5'")
+            for call in ("select", "generate", "stream")
+        ),
+        ("select", ("w3",), {"batch_size": "8"}, "batch_size: expected a whole number, 1 or more, found '8'"),
+        ("select", ("w3",), {"max_new_tokens": 0}, "max_new_tokens: expected 1 or more, found 0"),
+        ("select", ("w3",), {"candidate": ["t1"]}, r"unknown option 'candidate' .did you mean 'candidates'"),
+        ("generate", ("w3",), {"batch_size": None}, "batch_size: expected a whole number, 1 or more, found None"),
+        ("generate", ("w3",), {"adapters": "t1"}, f"adapters: {FORCED}, a Selection, or a list .*, found 't1'"),
+        ("stream", ("w3",), {"adapters": "t1"}, f"adapters: {FORCED}, a Selection, or a list .*, found 't1'"),
+        ("generate", (["w3"],), {"adapters": ["t1"]}, f"adapters: {FORCED} or a Selection, found 't1'"),
+        ("generate", ("w3",), {"adapters": {"t1": None}}, "adapters: expected names with a number as the weight of"),
+        ("generate", ("w3",), {"adapters": {"t1": float("nan")}}, "expected a number between -1e6 and 1e6"),
+        ("generate", (["w3", "w4"],), {"adapters": [{}]}, "expected one entry for each of 2 prompts, found 1"),
+        ("generate", ("w3",), {"adapters": {5: 1.0}}, "no adapter 5 in the pool"),
+        ("generate", ("w3",), {"adapters": {"t1": 1.0}, "k": 2}, "k selects adapters, but"),
+        ("generate", ("w3",), {"stop": 5}, "stop: expected a text or a list of texts, found 5"),
+        ("generate", ("w3",), {"generation_config": {"top_k": 3}}, "generation_config: expected a transf"),
+        ("score", (["w3"], "w4", [{}]), {}, "expected one prompt, found a list of texts"),
+        ("score", ("w3", "w4", {"t1": 1.0}), {}, r"mixtures: expected a list of mixtures, found \{'t1': 1.0\}"),
+        ("save_mixture", ("t1", "nowhere"), {}, f"adapters: {FORCED} or a Selection, found 't1'"),
+        ("from_pretrained", ("demo",), {"k": "3"}, f"k: {WHOLE} '3'"),
+        ("from_pretrained", (5,), {}, "base_model: expected a Hub id, a folder or a short name, found 5"),
+        ("from_pretrained", ("demo", ["x", 5]), {}, "pool: expected a folder, a manifest or a Hub .* found 5"),
+        ("from_pretrained", ("demo",), {"device": None}, "device None: expected 'auto', 'cpu'"),
+        *(
+            ("from_pretrained", ("demo",), {"device": "cpu", option: wrong}, f"{option}: expected gigabytes, 0 or more")
+            for option, wrong in (("prefix_cache_gb", -1), ("adapter_memory_gb", float("inf")))
+        ),
+        ("from_pretrained", ("demo",), {"device": "cpu", "adapter_memory_gb": "1"}, "adapter_memory_gb: expected a nu"),
+    ],
+    ids=str,
+)
+def test_arguments_that_cannot_be_used_are_told_in_a_line(
+    call: str, arguments: Any, options: Any, message: str, logo: LoGo
+) -> None:
     with pytest.raises(LoGoError, match=message) as found:
-        call(logo)
+        getattr(logo, call)(*arguments, **options)
     assert "\n" not in str(found.value)
+
+
+def test_a_pool_is_opened_before_an_engine_is_made_of_it(logo: LoGo) -> None:
+    with pytest.raises(UsageError, match=r"pool: expected an AdapterPool, .* found 'adapter"):
+        LoGo(logo.model, logo.tokenizer, "adapters/")  # type: ignore[arg-type]
 
 
 def test_a_selection_is_chosen_again_from_its_own_signals_scores(logo: LoGo) -> None:
@@ -313,13 +290,6 @@ def test_a_selection_is_chosen_again_from_its_own_signals_scores(logo: LoGo) -> 
     for nothing in (Selection.forced({"t1": 1.0}), {}):
         with pytest.raises(UsageError, match="expected the scores of a selection, found none; a forced selection has"):
             logo.reselect(nothing)
-
-
-def test_an_unknown_option_is_told(logo: LoGo) -> None:
-    with pytest.raises(UsageError, match=r"unknown option 'candidate' .did you mean 'candidates'"):
-        logo.select(PROMPTS[0], candidate=["t1"])  # type: ignore[call-overload]
-    with pytest.raises(UsageError, match="k selects adapters, but"):
-        logo.generate(PROMPTS[0], adapters={"t1": 1.0}, k=2)
 
 
 def test_a_context_that_is_not_the_bases_goes_with_raw_signals_only(model: nn.Module, folder: Path) -> None:

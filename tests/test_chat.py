@@ -124,6 +124,8 @@ def test_what_is_no_conversation_is_refused(templated: Any, messages: Any, messa
         ([3, "x"], "expected token ids, found 'x' among them"),
         ([QUESTION, None], "prompt 2: expected a string, a list of messages or token ids, found NoneType"),
         ([QUESTION, []], "prompt 2 is empty"),
+        ("a\ud83d", r"prompt 1: text: expected Unicode .*, found half a surrogate pair \('\\ud83d' at character 1\)"),
+        ([{"role": "user", "content": "\ud83d"}], "prompt 1: text: .* half a surrogate pair"),
         ([QUESTION, [{"role": "user"}]], r"prompt 2: messages\[0\]: expected a 'content'"),
     ],
 )
@@ -186,13 +188,11 @@ def test_a_chat_is_one_prompt_through_python_the_command_line_and_the_server(
     logo = LoGo.from_pretrained(str(folder), pool, device="cpu", signal="calibrated", k=3)
     answer = logo.generate(messages, max_new_tokens=20)
 
-    def command(name: str) -> dict[str, Any]:
-        more = ["--max-new-tokens", "20"] if name == "generate" else []
+    said = []
+    for name, *more in (("generate", "--max-new-tokens", "20"), ("select",)):
         assert run([name, QUESTION, "--system", SYSTEM["content"], *place, *more, "--json"]) == 0
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found
-
-    generated, selected = command("generate"), command("select")
+        said.append(json.loads(capsys.readouterr().out))
+    generated, selected = said
     assert (generated["text"], generated["tokens"]) == (answer.text, len(answer.token_ids))
     with served(*place) as server:
         chosen = server.post("/v1/logo/select", {"messages": messages})

@@ -1,4 +1,5 @@
-"""`LoGo` end to end on tiny models: selecting, mixed batches, forcing, streaming, a pool that changes."""
+"""`LoGo` end to end on tiny models: selecting, mixed batches, forcing, streaming, a pool that changes; one reading of
+each prompt, which is cut in the same place and begun once; and options that exist."""
 
 from __future__ import annotations
 
@@ -12,6 +13,9 @@ from typing import Any, cast
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as budget
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -19,9 +23,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 import tiny
 from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, Truncation, UsageError
 from logo.adapters.layout import linear_modules, linear_shape
+from logo.cli.app import run
+from logo.decoding import call_config
 from logo.errors import CacheFull
 from logo.opening import LOCAL_OPTIONS
-from tolerances import PATIENCE, same_scores, same_selection, same_weights
+from logo.prompts import chat, cut_left
+from tolerances import PATIENCE, same_scores, same_weights
 
 WORDS = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(3, 90)), "\n", "a\n", "b", "c", "d", "<unk>"]
 
@@ -71,18 +78,7 @@ OTHERS = [token for token in range(len(WORDS)) if token != 1]  # all tokens but 
 PROMPTS = ["w3 w4 w5", "w9", "w20 w21 w22 w23 w24 w25 w26", "w7 w8", "w40 w41 w42 w43"]
 
 
-def test_batches_equal_single_prompts(llama: nn.Module, adapters: Path) -> None:
-    logo = engine(llama, adapters)
-    one_by_one = [logo.generate(prompt, max_new_tokens=12) for prompt in PROMPTS]
-    for size in (2, 5):
-        batched = logo.generate(PROMPTS, max_new_tokens=12, batch_size=size)
-        assert [answer.token_ids for answer in batched] == [answer.token_ids for answer in one_by_one]
-        assert [answer.selection.adapters for answer in batched] == [a.selection.adapters for a in one_by_one]
-        assert [answer.text for answer in batched] == [answer.text for answer in one_by_one]
-    assert len({answer.selection.adapters for answer in one_by_one}) > 1  # rows really differ
-
-
-@pytest.mark.parametrize("name", ["qwen2", "gemma3", "gpt2", "opt", "falcon", "phi3", "gpt_neox", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "gpt2", "opt", "falcon", "phi3", "gpt_neox", "mistral"])
 def test_every_architecture_selects_and_generates(name: str, tmp_path: Path) -> None:
     model = tiny.model(name)
     query = ("q_proj", "qkv_proj", "query_key_value", "c_attn")
@@ -96,47 +92,6 @@ def test_every_architecture_selects_and_generates(name: str, tmp_path: Path) -> 
         assert answer.selection.weights == same_weights(alone.selection.weights)
         base = logo.generate(prompt, adapters={}, max_new_tokens=6)
         assert base.selection.adapters == ()
-
-
-def test_selection_is_the_formula(llama: nn.Module, adapters: Path) -> None:
-    """norm and entropy, computed the long way from ΔW and the model's hidden states."""
-    for signal in ("norm", "entropy"):
-        logo = engine(llama, adapters, signal=signal)
-        ids = torch.tensor(ids_of(logo, [PROMPTS[2]]))
-        hidden = llama(input_ids=ids, output_hidden_states=True).hidden_states[2][0, -1].detach()
-        expected = {}
-        for adapter in logo.pool:
-            weights = adapter.read()["model.layers.2.self_attn.q_proj"]
-            response = (weights.B @ weights.A @ hidden) * weights.scaling
-            q = response.softmax(-1)
-            h = -(q * (q + 1e-8).log()).sum()
-            expected[adapter.name] = float(response.norm() if signal == "norm" else 1 / (h + 1e-6))
-        selection = logo.select(PROMPTS[2])
-        assert selection.scores == same_scores(expected)
-        best = sorted(expected, key=lambda name: -expected[name])[:3]
-        assert list(selection.adapters) == best
-        assert sum(selection.weights) == pytest.approx(1)
-        assert selection.weights[0] == same_weights(expected[best[0]] / sum(expected[n] for n in best))
-
-
-def test_base_context_does_not_depend_on_order_or_pool(llama: nn.Module, adapters: Path) -> None:
-    logo = engine(llama, adapters)
-    forward = logo.select(PROMPTS)
-    for one, other in zip(logo.select(PROMPTS[::-1])[::-1], forward, strict=True):
-        same_selection(one, other)
-    smaller = LoGo(
-        llama, tokenizer(), logo.pool.subset(["tasks/t0", "tasks/t3"]), settings=SelectionSettings("norm", k=2)
-    )
-    assert smaller.select(PROMPTS[0]).scores["tasks/t3"] == same_scores(forward[0].scores["tasks/t3"])
-
-
-def test_carry_depends_on_the_prompt_before(llama: nn.Module, adapters: Path) -> None:
-    first = engine(llama, adapters, probe_context="carry").select(PROMPTS)
-    pool = engine(llama, adapters, probe_context="pool").select(PROMPTS, batch_size=1)
-    assert first[0] == pool[0]
-    assert first[1].scores != same_scores(pool[1].scores)
-    logo = engine(llama, adapters, probe_context="carry")
-    assert [logo.select(prompt) for prompt in PROMPTS] == first  # remembered between calls
 
 
 def test_forced_and_base_only(llama: nn.Module, adapters: Path) -> None:
@@ -153,28 +108,10 @@ def test_forced_and_base_only(llama: nn.Module, adapters: Path) -> None:
     assert again[1].selection == logo.select(PROMPTS[1])
 
 
-@pytest.mark.parametrize(
-    ("forced", "error", "message"),
-    [
-        ({"tasks/t9": 1.0}, PoolError, "did you mean 'tasks/t"),
-        ({"tasks/t0": float("nan")}, UsageError, "expected a number between -1e6 and 1e6"),
-        ([{}], UsageError, "expected one entry for each of 2 prompts, found 1"),
-    ],
-)
-def test_forcing_what_cannot_be(llama: nn.Module, adapters: Path, forced: Any, error: Any, message: str) -> None:
-    with pytest.raises(error, match=message):
-        engine(llama, adapters).generate(PROMPTS[:2], adapters=forced)
-
-
-def test_stream_joins_to_generate(llama: nn.Module, adapters: Path) -> None:
+def test_a_stream_is_the_answer_in_pieces_and_ends_where_it_is_left(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
     pieces = list(logo.stream(PROMPTS[2], max_new_tokens=10))
-    assert "".join(pieces) == logo.generate(PROMPTS[2], max_new_tokens=10).text
-    assert len(pieces) > 1
-
-
-def test_leaving_a_stream_ends_it(llama: nn.Module, adapters: Path) -> None:
-    logo = engine(llama, adapters)
+    assert "".join(pieces) == logo.generate(PROMPTS[2], max_new_tokens=10).text and len(pieces) > 1
     before = hooks(llama)
     stream = logo.stream(PROMPTS[2], max_new_tokens=100)
     next(stream)
@@ -186,12 +123,6 @@ def test_leaving_a_stream_ends_it(llama: nn.Module, adapters: Path) -> None:
 def hooks(model: nn.Module) -> int:
     """Forward hooks on the model (transformers leaves some of its own once hidden states were asked for)."""
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-
-
-def test_an_error_while_streaming_reaches_the_reader(llama: nn.Module, adapters: Path) -> None:
-    logo = engine(llama, adapters)
-    with pytest.raises(ValueError, match="sequence_bias"):
-        list(logo.stream(PROMPTS[0], sequence_bias={}))
 
 
 def test_a_config_means_what_it_says_and_the_checkpoint_nothing(llama: nn.Module, adapters: Path) -> None:
@@ -224,25 +155,6 @@ def test_a_config_means_what_it_says_and_the_checkpoint_nothing(llama: nn.Module
     assert answered(odd, odd, max_new_tokens=12) != answered(bare, None, max_new_tokens=12)
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"top_p": 5.0, "do_sample": True}, "top_p: expected a share above 0 and up to 1, found 5.0"),
-        ({"top_k": -3, "do_sample": True}, "top_k: expected 0 or more, found -3"),
-        ({"min_new_tokens": -2}, "min_new_tokens: expected 0 or more, found -2"),
-        ({"temperature": 0.0, "do_sample": True}, "temperature: expected a number above 0, found 0.0"),
-        ({"max_time": -1.0}, "max_time: expected a number above 0, found -1.0"),
-    ],
-)
-def test_options_that_cannot_be_used_are_one_line(
-    llama: nn.Module, adapters: Path, options: dict[str, Any], expected: str
-) -> None:
-    logo = engine(llama, adapters)
-    with pytest.raises(UsageError, match=re.escape(expected)):
-        logo.generate(PROMPTS[0], **options)
-    assert logo.generate(PROMPTS[0], max_new_tokens=2, temperature=0.0).token_ids  # greedy decoding has none
-
-
 def test_an_engine_that_is_made_during_an_answer_knows_the_checkpoints_end_tokens(
     llama: nn.Module, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,16 +167,6 @@ def test_an_engine_that_is_made_during_an_answer_knows_the_checkpoints_end_token
     list(pieces)
     thread.join()
     assert len(made[0].generate(PROMPTS[0], adapters={}, max_new_tokens=4, suppress_tokens=OTHERS).token_ids) == 1
-
-
-def test_sampling_is_seeded_by_torch(llama: nn.Module, adapters: Path) -> None:
-    logo = engine(llama, adapters)
-
-    def sample(seed: int) -> tuple[int, ...]:
-        torch.manual_seed(seed)
-        return logo.generate(PROMPTS[0], max_new_tokens=12, do_sample=True, temperature=3.0).token_ids
-
-    assert sample(1) == sample(1) != sample(2)
 
 
 def test_finish_reason_and_end_token(llama: nn.Module, adapters: Path) -> None:
@@ -296,18 +198,6 @@ def test_stop_at_newline_keeps_the_answer(llama: nn.Module, adapters: Path) -> N
         assert "".join(logo.stream(PROMPTS[0], stop_at_newline=True, **options)) == stopped.text
 
 
-def test_the_pool_may_change(llama: nn.Module, adapters: Path, tmp_path: Path) -> None:
-    logo = engine(llama, adapters)
-    before = logo.select(PROMPTS[0])
-    write_adapter(tmp_path / "big", llama, ("q_proj",), rank=2, seed=99, scale=2.0)
-    logo.pool.add(tmp_path / "big")
-    after = logo.select(PROMPTS[0])
-    assert after.adapters[0] == "big" and len(after.scores) == len(before.scores) + 1
-    assert logo.generate(PROMPTS[0], max_new_tokens=4).selection == after
-    logo.pool.remove("big")
-    assert logo.select(PROMPTS[0]) == before
-
-
 def test_a_call_ends_on_the_pool_on_which_it_began(llama: nn.Module, adapters: Path, tmp_path: Path) -> None:
     """Otherwise an adapter is selected by its scores, and another one of its name answers."""
     for seed, folder in enumerate(("one", "other")):
@@ -325,9 +215,7 @@ def test_a_call_ends_on_the_pool_on_which_it_began(llama: nn.Module, adapters: P
     found = logo.generate(PROMPTS, batch_size=1, max_new_tokens=4)
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
     assert [one.selection for one in found] == [one.selection for one in expected]
-    assert (
-        logo.generate(PROMPTS, batch_size=1)[0].selection.scores != expected[0].selection.scores
-    )  # now it has changed
+    assert logo.select(PROMPTS[0]).scores != expected[0].selection.scores  # now it has changed
 
 
 def test_selecting_cuts_prompts_where_answering_does(llama: nn.Module, adapters: Path) -> None:
@@ -346,14 +234,6 @@ def test_an_earlier_call_decides_nothing_about_a_changed_pool(llama: nn.Module, 
     assert "new" in logo.select(PROMPTS[0]).scores
     with pytest.raises(PoolError, match="do not touch"):
         logo.select(PROMPTS[0], signal="norm")
-
-
-def test_empty_prompts(llama: nn.Module, adapters: Path) -> None:
-    assert len(engine(llama, adapters).generate("", max_new_tokens=2).token_ids) == 2  # the bos token is a prompt
-    with pytest.raises(UsageError, match="prompt 2 is empty"):
-        engine(llama, adapters, bos=False).generate(["w3", ""], max_new_tokens=2)
-    with pytest.raises(UsageError, match="expected one prompt or more, found an empty list"):
-        engine(llama, adapters).generate([])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -375,11 +255,6 @@ def test_prompts_are_cut_to_a_token_or_more_on_one_of_two_sides(wrong: Any) -> N
         Truncation(*wrong)
 
 
-def test_more_new_tokens_than_context(llama: nn.Module, adapters: Path) -> None:
-    with pytest.raises(UsageError, match="max_new_tokens is 128, but the model's context holds 128"):
-        engine(llama, adapters).generate("w3", max_new_tokens=128)
-
-
 def test_beam_search_keeps_rows_apart(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
     alone = [logo.generate(prompt, max_new_tokens=5, num_beams=3).token_ids for prompt in PROMPTS]
@@ -395,13 +270,9 @@ def test_device_map_auto_as_accelerate_does_it(
 
     expected = engine(llama, adapters).generate(PROMPTS, max_new_tokens=6)
     llama.save_pretrained(tmp_path / "model")
-    split = {
-        "model.embed_tokens": embedding,
-        "model.layers.0": "cpu",
-        "model.layers.1": "disk",
-        "model.layers.2": "cpu",
-    }
-    split |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    parts = ("embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "rotary_emb")
+    split = {**dict.fromkeys([f"model.{part}" for part in parts], "cpu"), "lm_head": "cpu"}
+    split |= {"model.embed_tokens": embedding, "model.layers.1": "disk"}
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map=split, offload_folder=str(tmp_path / "off"), dtype=torch.float32
     )
@@ -485,3 +356,140 @@ def test_a_signal_that_is_asked_for_in_the_middle_of_an_answer_is_calibrated_aft
     expected = clean.select(question, signal="calibrated").scores
     assert later.select(question, signal="calibrated").scores == same_scores(expected)
     assert logo.select(question, signal="calibrated").scores == same_scores(expected)
+
+
+# -- prompts and options -----------------------------------------------------------------------------------------------
+
+
+CUT = pytest.mark.filterwarnings("ignore:prompt 1 has .* tokens, more than the:UserWarning")
+
+
+def words(count: int) -> str:
+    return " ".join(f"w{3 + i * i % 87}" for i in range(count))
+
+
+@CUT
+@given(
+    length=st.integers(1, 140),
+    new=st.none() | st.integers(1, 126),
+    truncation=st.builds(Truncation, limit=st.none() | st.integers(1, 130), side=st.sampled_from(["left", "right"])),
+)
+@budget(max_examples=60, deadline=None)
+def test_select_reports_what_generate_uses(
+    llama: nn.Module, adapters: Path, length: int, new: int | None, truncation: Truncation
+) -> None:
+    logo = engine(llama, adapters, truncation=truncation)
+    prompt = words(length)
+    used = logo.generate(prompt, max_new_tokens=new, eos_token_id=list(range(96))).selection
+    assert logo.select(prompt, max_new_tokens=new) == used
+    assert logo.select(prompt, max_new_tokens=new or 64) == used  # half of the context where nobody says how many
+
+
+@CUT
+def test_select_and_generate_cut_long_prompts_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny.model("llama")
+    base.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    for i in range(5):
+        write_adapter(tmp_path / "pool" / f"t{i}", base, ("q_proj",), rank=2, seed=i)
+    ask = [words(120), "--base-model", str(tmp_path / "model"), "--adapters", str(tmp_path / "pool"), "-k", "5"]
+    ask += ["--signal", "norm", "--device", "cpu", "--json"]
+
+    def scores(command: str) -> dict[str, float]:
+        assert run([command, *ask]) == 0
+        found: dict[str, float] = json.loads(capsys.readouterr().out)["scores"]
+        return found
+
+    assert scores("select") == scores("generate")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperatur": 3}, "unknown generation option 'temperatur' (did you mean 'temperature'?)"),
+        ({"max_tokens": 1}, "generation option 'max_tokens' cannot be used here: give 'max_new_tokens' instead"),
+        ({"max_length": 9}, "generation option 'max_length' cannot be used here: give 'max_new_tokens'"),
+        ({"min_length": 9}, "generation option 'min_length' cannot be used here: give 'min_new_tokens'"),
+        ({"input_ids": []}, "unknown generation option 'input_ids'"),
+        ({"_from_model_config": True}, "unknown generation option '_from_model_config'"),
+        ({"max_new_tokens": 128}, "max_new_tokens is 128, but the model's context holds 128"),
+        ({"min_new_tokens": -2}, "min_new_tokens: expected 0 or more, found -2"),
+        ({"do_sample": True, "top_p": 5.0}, "top_p: expected a share above 0 and up to 1, found 5.0"),
+        ({"do_sample": True, "top_k": -3}, "top_k: expected 0 or more, found -3"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature: expected a number above 0, found 0.0"),
+        ({"num_beams": 0}, "num_beams: expected a number above 0, found 0"),
+        ({"num_beams": 2, "num_return_sequences": 2}, "with one answer per prompt, found beam_search with 2"),
+        ({"prompt_lookup_num_tokens": 3}, "greedy decoding, sampling or beam search .* found assisted_generation"),
+        ({"cache_implementation": "foo"}, "generation options: transformers refuses them: Invalid `cache_implementat"),
+        ({"suppress_tokens": 5}, "generation options: transformers refuses them: 'int' object is not iterable"),
+        ({"stop": [5]}, "stop: expected a text or a list of texts, found [5]"),
+        ({"stop_at_newline": "Official"}, "stop_at_newline: expected True, False or 'official', found 'Official'"),
+        ({"max_time": 0}, "max_time: expected a number above 0, found 0"),
+        ({"repetition_penalty": "1"}, "repetition_penalty: expected a number above 0, found '1'"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+)
+def test_options_that_cannot_be_used_are_refused(
+    llama: nn.Module, adapters: Path, options: dict[str, Any], message: str
+) -> None:
+    logo = engine(llama, adapters)
+    for ask in (logo.generate, logo.stream):
+        with pytest.raises(UsageError) as refused:
+            ask(PROMPTS[0], **options)
+        assert message in str(refused.value) or re.search(message, str(refused.value))
+
+
+def test_every_option_of_transformers_passes(llama: nn.Module, adapters: Path) -> None:
+    options = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "use_cache": True}
+    logo = engine(llama, adapters)
+    assert len(logo.generate(PROMPTS[0], max_new_tokens=3, min_new_tokens=3, **options).token_ids) == 3
+    assert logo.generate(PROMPTS[0], max_new_tokens=2, temperature=0.0).token_ids  # greedy decoding has none
+    assert call_config(logo.prompts, None, {"length_penalty": 2.0}).length_penalty == 2.0
+
+
+def test_a_token_that_the_model_does_not_know_is_named(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters)
+    logo.tokenizer.add_tokens(["<new>"])
+    told = r"has the token '<new>' \(96\), but the model knows tokens up to 95: leave it out of the text"
+    chat = [{"role": "user", "content": "w3 <new>"}]
+    for call, arguments, what in [
+        *((ask, (prompt,), "prompt 1") for ask in (logo.select, logo.generate) for prompt in ("w3 <new>", chat)),
+        (logo.score, ("w3 <new>", "w4", [{}]), "prompt 1"),
+        (logo.score, ("w3", "w4 <new>", [{}]), "the completion"),
+        (logo.score_pairs, ([([3], [4]), ([3], [96])], [{}, {}]), "pair 2"),
+    ]:
+        with pytest.raises(UsageError, match=f"{what} {told}"):
+            call(*arguments)
+
+
+def test_a_text_that_begins_already_does_not_begin_twice(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters)
+    plain = ids_of(logo, [PROMPTS[0]])
+    begun = f"<s> {PROMPTS[0]}"
+    assert plain[0][0] == 0 and plain[0].count(0) == 1
+    assert ids_of(logo, [begun]) == plain == logo.prompts.texts([begun])
+    assert ids_of(logo, [f"<s> {begun}"]) == [[0, *plain[0]]]  # as it is
+    assert logo.select(begun) == logo.select(PROMPTS[0])
+    one, other = (logo.generate(prompt, max_new_tokens=6) for prompt in (begun, PROMPTS[0]))
+    assert one.token_ids == other.token_ids
+    assert logo.score(begun, "w9", [{}]) == logo.score(PROMPTS[0], "w9", [{}])
+    assert chat(logo.tokenizer, [{"role": "user", "content": begun}]).ids == tuple(plain[0])
+    assert len(logo.generate("", max_new_tokens=2).token_ids) == 2  # the bos token is a prompt
+    bare = engine(llama, adapters, bos=False)
+    assert ids_of(bare, [begun]) == plain  # nobody adds anything
+    with pytest.raises(UsageError, match="prompt 2 is empty"):
+        bare.generate(["w3", ""], max_new_tokens=2)
+
+
+def test_only_what_begins_every_text_stays_in_front_of_a_cut_prompt() -> None:
+    made = tokenizer()
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    turn = made.convert_tokens_to_ids("<|im_start|>")
+    chatted = [turn, 5, 6, turn, 7, 8, 9]
+    assert cut_left(made, [0, 5, 6, 7, 8], 3) == [0, 7, 8]
+    assert cut_left(made, chatted, 4) == [turn, 7, 8, 9] and cut_left(made, chatted, 3) == [7, 8, 9]
+    bare = tokenizer(bos=False)  # adds nothing, but a chat template may
+    assert cut_left(bare, [0, 5, 6, 7, 8], 3) == [0, 7, 8]
+    bare.bos_token = "w5"  # as in models whose turns begin with it
+    five = bare.bos_token_id
+    assert cut_left(bare, [five, 6, five, 7, 8, 9], 3) == [7, 8, 9]

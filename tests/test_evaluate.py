@@ -1,38 +1,43 @@
-"""`logo eval run`, `logo evaluate` and `main.py`: result folders, what a repeated command does, kill -9, bad rows."""
+"""`logo eval run`, `logo evaluate`, `main.py` and `logo eval study`: result folders, what a repeated command does, kill
+-9, bad rows, and the numbers of a study."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import shutil
 import signal
 import subprocess
-import warnings
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dying import Dying
-from dying import dying as commands_dying
+from dying import dying
+from logo import LoGo, UsageError
 from logo.cli.app import run
+from logo.cli.evaluate import show
 from logo.demo import heldout
-from logo.evaluation.results import FILES, OFFICIAL, lines, read, read_run
-from tolerances import PATIENCE
+from logo.evaluation.results import FILES, lines, read_run
+from logo.evaluation.statistics import auroc, calibration_error
+from logo.evaluation.study import ALWAYS, IN_POOL, OUT_OF_POOL, REMOVED, summary
+from logo.rows import read_rows
+from tolerances import PATIENCE, same_scores
 from warm import python
+from written import write_rows
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
 F1 = DATA / "golden" / "F1"
-DEMO = ("--base-model", "demo", "--device", "cpu", "--max-new-tokens", "4")
+MODEL = ("--base-model", "demo", "--device", "cpu")
+DEMO = (*MODEL, "--max-new-tokens", "4")
 TIMES = ("time_dict.json", "run.json", "rows.jsonl")  # hold seconds
-
-
-def write_rows(folder: Path, **tasks: list[dict[str, Any]]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in tasks.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def evaluated(results: Path, rows: Path, *more: str, code: int = 0) -> list[Path]:
@@ -51,8 +56,10 @@ def contents(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    held = heldout()
-    return write_rows(tmp_path_factory.mktemp("rows"), antonym=held["antonym"][:6], plural=held["plural"][:6])
+    root = tmp_path_factory.mktemp("rows")
+    for name in ("antonym", "plural"):
+        write_rows(root / f"{name}.jsonl", heldout()[name][:6])
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +71,6 @@ def whole(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("logo: error:")]
     return line
-
-
-# -- the official command and its files --------------------------------------------------------------------------------
 
 
 def official(results: Path) -> list[str]:
@@ -94,35 +98,10 @@ def test_the_official_command_and_ours_write_the_same_files(tmp_path: Path, caps
     assert set(times) >= {"loading", "inference"}
 
 
-def test_what_the_official_script_wrote_can_be_read(rows: Path, tmp_path: Path) -> None:
-    """Its six files alone give the same values, answers, adapters and weights."""
-    [folder, _] = evaluated(tmp_path / "r", rows)
-    full = read([folder])
-    for name in set(FILES) - {f"{name}.json" for name in OFFICIAL}:
-        (folder / name).unlink()
-    bare = read([tmp_path / "r"])
-    bare = bare[bare["dataset"] == "antonym"]
-    for column in ("value", "prediction", "selected", "weights", "score"):
-        assert list(bare[column]) == list(full[column])
-    assert set(bare["method"]) == {"calibrated"} and set(bare["k"]) == {3} and set(bare["base"]) == {"demo"}
-
-
-def test_a_run_says_all_that_it_depends_on(whole: dict[str, dict[str, Any]]) -> None:
-    about = whole["antonym"]
-    assert about["identity"]["method"] == {"method": "logo"} and about["identity"]["rows"] == 6
-    assert len(about["identity"]["pool"]) == 16 and about["dataset"]["rows"] == 6
-    low, high = about["scores"]["em"]["interval"]
-    assert low <= about["scores"]["em"]["value"] <= high and set(about["scores"]["extra"]) == {"exact_match", "f1"}
-    row = about["rows"][0]
-    assert row["selected"] and row["completion"] and 0 <= row["confidence"] <= 1 and row["error"] is None
-
-
-# -- a repeated command ------------------------------------------------------------------------------------------------
-
-
 def test_a_finished_run_is_not_repeated(
     whole: dict[str, dict[str, Any]], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """It says all that it depends on, and what it came to."""
     folders = evaluated(tmp_path, rows)
     before = [(folder / "run.json").read_bytes() for folder in folders]
     evaluated(tmp_path, rows)
@@ -133,35 +112,29 @@ def test_a_finished_run_is_not_repeated(
     evaluated(tmp_path, rows, "--overwrite")
     assert before != [(folder / "run.json").read_bytes() for folder in folders]
     assert (folders[0] / "notes.txt").exists()
+    about, row = whole["antonym"], whole["antonym"]["rows"][0]
+    assert (
+        about["identity"]["method"] == {"method": "logo"} and about["identity"]["rows"] == about["dataset"]["rows"] == 6
+    )
+    low, high = about["scores"]["em"]["interval"]
+    assert low <= about["scores"]["em"]["value"] <= high and set(about["scores"]["extra"]) == {"exact_match", "f1"}
+    assert len(about["identity"]["pool"]) == 16 and row["selected"] and row["completion"] and row["error"] is None
+    assert 0 <= row["confidence"] <= 1
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--limit", "2"], "rows is 6, not 2"),
-        (["--when-unsure", "base"], 'settings.when_unsure is "mix", not "base"'),
-        (["--max-new-tokens", "3"], "max_new_tokens is 4, not 3"),
-        (["--metric", "bleu"], "--metric bleu` judges its answers anew"),
-    ],
-)
-def test_another_runs_result_is_refused(
-    more: list[str], message: str, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_runs_result_is_refused(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [folder] = evaluated(tmp_path, rows, "--dataset", "antonym")
     before = (folder / "run.json").read_bytes()
-    evaluated(tmp_path, rows, "--dataset", "antonym", *more, code=2)
-    line = one_line(capsys)
-    assert message in line and "--overwrite replaces it, --run-name NAME keeps both" in line
+    for message, *more in (
+        ('settings.when_unsure is "mix", not "base"', "--when-unsure", "base"),
+        ("max_new_tokens is 4, not 3", "--max-new-tokens", "3"),
+        ("--metric bleu` judges its answers anew", "--metric", "bleu"),
+    ):
+        evaluated(tmp_path, rows, "--dataset", "antonym", *more, code=2)
+        line = one_line(capsys)
+        assert message in line and "--overwrite replaces it, --run-name NAME keeps both" in line
+    assert len(evaluated(tmp_path, rows, "--dataset", "antonym", *more, "--run-name", "other")) == 2
     assert (folder / "run.json").read_bytes() == before
-    evaluated(tmp_path, rows, "--dataset", "antonym", *more, "--run-name", "other")
-    assert (folder / "run.json").read_bytes() == before
-
-
-def test_a_run_is_repeated_from_its_own_file(whole: dict[str, dict[str, Any]], rows: Path, tmp_path: Path) -> None:
-    [folder] = evaluated(tmp_path / "one", rows, "--dataset", "antonym", "-k", "2")
-    assert run(["eval", "run", "--config", str(folder / "run.json"), "--result-dir", str(tmp_path / "two")]) == 0
-    [again] = [file.parent for file in (tmp_path / "two").rglob("run.json")]
-    assert contents(again) == contents(folder) and again.parent.name == "demo_selection_calibrated_n_2_seed_0"
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------
@@ -184,121 +157,64 @@ STEPS = '''
 '''
 
 
-@pytest.fixture(scope="module")
-def dying() -> Iterator[Dying]:
-    with commands_dying("--result-dir", IMPORTS, STEPS) as run_until:
-        yield run_until
-
-
 @pytest.mark.slow
-def test_kill_9_at_ten_moments(whole: dict[str, dict[str, Any]], rows: Path, dying: Dying, tmp_path: Path) -> None:
+def test_kill_9_at_ten_moments(whole: dict[str, dict[str, Any]], rows: Path, tmp_path: Path) -> None:
     """Of answering, in the middle of a line, between two files, between two renames: the same files in the end."""
 
     def command(results: Path) -> list[str]:
         return ["eval", "run", *DEMO, "--rows", str(rows), "--result-dir", str(results)]
 
-    assert dying(-1, command(tmp_path / "whole"), tmp_path / "steps") == 0
-    steps, dice = int((tmp_path / "steps").read_text()), random.Random(0)
-    for moment in range(10):
-        results = tmp_path / str(moment)
-        first = dice.randrange(moment * steps // 10, (moment + 1) * steps // 10)
-        assert dying(first, command(results), tmp_path / "steps") == -signal.SIGKILL
-        # It is another process then, which is stopped once more while it goes on.
-        again = dice.randrange(1, 2 + (steps - first) // 2)
-        assert dying(again, command(results), tmp_path / "steps") in (-signal.SIGKILL, 0)
-        assert run(command(results)) == 0
-        home = results / "demo_selection_calibrated_n_3_seed_0"
-        found = {folder.name: contents(folder) for folder in home.iterdir() if folder.name[0] != "."}
-        assert found == whole and not [*home.glob(".*.partial")]
-
-
-def test_ctrl_c_keeps_the_earlier_result(
-    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from logo import LoGo
-
-    [folder] = evaluated(tmp_path, rows, "--dataset", "antonym")
-    before, calls, generate = (folder / "run.json").read_bytes(), list[Any](), LoGo.generate
-
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return generate(*arguments, **options)
-
-    monkeypatch.setattr(LoGo, "generate", interrupted)
-    evaluated(tmp_path, rows, "--dataset", "antonym", "--overwrite", code=130)
-    assert capsys.readouterr().err.splitlines()[-1] == "logo: error: interrupted"
-    assert (folder / "run.json").read_bytes() == before
-    evaluated(tmp_path, rows, "--dataset", "antonym")  # goes on, and replaces it
-    assert len(calls) == 3 + 4 and (folder / "run.json").read_bytes() != before
-    assert [path.name for path in folder.parent.iterdir()] == ["antonym"]
-
-
-# -- rows that cannot be answered --------------------------------------------------------------------------------------
+    with dying("--result-dir", IMPORTS, STEPS) as run_until:
+        assert run_until(-1, command(tmp_path / "whole"), tmp_path / "steps") == 0
+        steps, dice = int((tmp_path / "steps").read_text()), random.Random(0)
+        for moment in range(10):
+            results = tmp_path / str(moment)
+            first = dice.randrange(moment * steps // 10, (moment + 1) * steps // 10)
+            assert run_until(first, command(results), tmp_path / "steps") == -signal.SIGKILL
+            # It is another process then, which is stopped once more while it goes on.
+            again = dice.randrange(1, 2 + (steps - first) // 2)
+            assert run_until(again, command(results), tmp_path / "steps") in (-signal.SIGKILL, 0)
+            assert run(command(results)) == 0
+            home = results / "demo_selection_calibrated_n_3_seed_0"
+            found = {folder.name: contents(folder) for folder in home.iterdir() if folder.name[0] != "."}
+            assert found == whole and not [*home.glob(".*.partial")]
 
 
 def test_a_row_that_is_refused_has_an_error_and_no_answer(
-    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from logo import LoGo, UsageError
-
+    """And where all of them are, nothing is written."""
     some, generate = heldout()["antonym"][:4], LoGo.generate
+    hard = {some[2]["context"]}
 
     def refusing(self: Any, prompts: Any, **options: Any) -> Any:
-        if some[2]["context"] in prompts:
+        if hard & set(prompts):
             raise UsageError("prompt: too hard")
         return generate(self, prompts, **options)
 
     monkeypatch.setattr(LoGo, "generate", refusing)
-    [folder] = evaluated(tmp_path / "r", write_rows(tmp_path / "rows", mixed=some), "--batch-size", "2", code=1)
+    rows = write_rows(tmp_path / "rows" / "mixed.jsonl", some).parent
+    [folder] = evaluated(tmp_path / "r", rows, "--batch-size", "2", code=1)
     found = list(lines(folder))
     assert [one["error"] for one in found] == [None, None, "prompt: too hard", None]
     assert (found[2]["prediction"], found[2]["value"], found[2]["selected"]) == ("", 0, []) and found[3]["selected"]
     assert "mixed row 3 has no answer: prompt: too hard" in one_line(capsys)
-
-
-def test_a_run_in_which_nothing_can_be_answered_ends(
-    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from logo import LoGo, UsageError
-
-    def refused(*arguments: Any, **options: Any) -> Any:
-        raise UsageError("no such option")
-
-    monkeypatch.setattr(LoGo, "generate", refused)
-    assert evaluated(tmp_path, rows, code=1) == []
-    assert "dataset 'antonym': no such option" in one_line(capsys)
-
-
-# -- methods and metrics -----------------------------------------------------------------------------------------------
+    hard |= {row["context"] for row in some}
+    assert evaluated(tmp_path / "none", rows, code=1) == []
+    assert "dataset 'mixed': prompt: too hard" in one_line(capsys)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["em", "em_multi", "em_first", "bleu", "rouge"])
-def test_any_metric_for_any_dataset(kind: str, tmp_path: Path) -> None:
-    """Said on the command line or beside the rows; and stored answers are judged by another one."""
-    some = [row | {"completion": [str(row["completion"]), "x"]} for row in heldout()["antonym"][:3]]
-    rows = write_rows(tmp_path / "rows", mine=some)
-    [said] = evaluated(tmp_path / "said", rows, "--metric", kind)
-    (rows / "mine.yaml").write_text(f"metric: {kind}\n")
-    [beside] = evaluated(tmp_path / "beside", rows)
-    assert contents(said) == contents(beside) and read_run(said)["metric"] == kind
-    again = read([beside], metric="em")
-    right = [line["prediction"] in row["completion"] for line, row in zip(lines(said), some, strict=True)]
-    assert list(again["score"]) == [float(one) for one in right]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["base", "uniform", "random", "target", "best-single", "lorahub"])
-def test_methods_are_named_in_folder_and_record(method: str, rows: Path, tmp_path: Path) -> None:
-    train = write_rows(tmp_path / "train", antonym=heldout()["antonym"][8:12])
+@pytest.mark.parametrize(
+    ("method", "picks"),
+    [("base", 0), ("uniform", 3), ("random", 20), ("target", 1), ("best-single", 1), ("lorahub", 20)],
+)
+def test_methods_are_named_in_folder_and_record(method: str, picks: int, rows: Path, tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "train" / "antonym.jsonl", heldout()["antonym"][8:12]).parent
     learns = method in ("best-single", "lorahub")
     args = ["--method-args", "rows=2,budget=6" if method == "lorahub" else "rows=2"] if learns else []
-    [folder] = evaluated(
-        tmp_path / "r", rows, "--dataset", "antonym", "--method", method, "--train-rows", str(train), *args
-    )
-    picks = {"base": 0, "uniform": 3, "random": 20, "target": 1, "best-single": 1, "lorahub": 20}[method]
+    how = ["--dataset", "antonym", "--method", method, "--train-rows", str(train), *args]
+    [folder] = evaluated(tmp_path / "r", rows, *how)
     assert folder.parent.name == f"demo_method_{method}_n_{picks}_seed_0"
     about = read_run(folder)
     assert about["identity"]["method"]["method"] == method and ("train_sha256" in about["identity"]) == learns
@@ -307,12 +223,199 @@ def test_methods_are_named_in_folder_and_record(method: str, rows: Path, tmp_pat
         assert {tuple(line["selected"]) for line in lines(folder)} == {("antonym",)}
 
 
-def test_training_rows_that_are_test_rows_are_said(
-    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train = write_rows(tmp_path / "train", antonym=heldout()["antonym"][3:9])
+def test_names_of_datasets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    show(
+        [
+            {
+                "dataset": "[b]x",
+                "rows": 1,
+                "seconds": 1.0,
+                "scores": {"em": {"value": 1.0, "interval": None}},
+                "errors": [],
+            }
+        ],
+        json=False,
+    )
+    assert "[b]x" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("always")
+def test_training_rows_that_are_tested_are_said(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = write_rows(tmp_path / "train" / "antonym.jsonl", heldout()["antonym"][3:9]).parent
     how = ["--dataset", "antonym", "--method", "best-single", "--method-args", "rows=2", "--train-rows", str(train)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        evaluated(tmp_path / "r", rows, *how)
+    evaluated(tmp_path / "r", rows, *how)
     assert "3 of 6 training rows are test rows too" in capsys.readouterr().err
+
+
+# -- studies: against the public calls, protocols, prompts without answers ---------------------------------------------
+
+TASKS = ("antonym", "plural", "french")
+ASKED = ("--signals", "calibrated,norm", "--methods", "random", "--generate", "8")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tasks with an adapter, and one without."""
+    root = tmp_path_factory.mktemp("tasks")
+    for name in TASKS:
+        write_rows(root / f"{name}.jsonl", heldout()[name][:3])
+    other = [{"context": f"Name the {n}th planet.", "completion": "Mars"} for n in range(2)]
+    return write_rows(root / "planets.jsonl", other).parent
+
+
+def studied(save: Path, tasks: Path, *more: str, code: int = 0) -> dict[str, Any]:
+    assert run(["eval", "study", *MODEL, "--rows", str(tasks), "--save", str(save), *more]) == code
+    return read_run(save)["report"] if code == 0 else {}
+
+
+@pytest.fixture(scope="module")
+def finished(tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    save = tmp_path_factory.mktemp("out") / "study"
+    studied(save, tasks, *ASKED)
+    return save
+
+
+def test_the_protocols_and_their_arms(finished: Path) -> None:
+    report = read_run(finished)["report"]
+    arms = ["calibrated", "norm", "target", "uniform", "base", "random"]
+    others = [name for name in arms if name != "target"]
+    found = {name: [*protocol] for name, protocol in report["protocols"].items()}
+    assert found == {IN_POOL: arms, REMOVED: others, OUT_OF_POOL: others}
+    assert (report["tasks"], report["rows"]) == (4, 11)
+    in_pool = report["protocols"][IN_POOL]
+    assert in_pool["target"]["of_target"]["value"] == 1.0 and "top1" not in in_pool["target"]
+    assert in_pool["calibrated"]["top1"]["value"] == 1.0 and report["confidence"]["calibrated"]["auroc"][REMOVED] > 0.9
+    assert "norm" not in report["confidence"] and "of_target" not in report["protocols"][OUT_OF_POOL]["base"]
+
+
+def test_numbers_are_means_of_task_means(finished: Path) -> None:
+    """Everything once more, row by row, through the public calls."""
+    logo = LoGo.from_pretrained("demo", device="cpu")
+    report, found = read_run(finished)["report"], Counter[tuple[str, str, str]]()
+    rows = [(task, row) for task in TASKS for row in heldout()[task][:3]]
+    for (task, row), name, protocol in itertools.product(rows, ("calibrated", "norm"), (IN_POOL, REMOVED)):
+        among = None if protocol == IN_POOL else [one for one in logo.names if one != task]
+        selection = logo.select(row["context"], signal=name, candidates=among)
+        [scored] = logo.score(row["context"], row["completion"], [selection])
+        answer = logo.generate(row["context"], adapters=selection, max_new_tokens=8, stop_at_newline=True)
+        found[protocol, name, "nll"] += scored.nll / 9
+        found[protocol, name, "exact_match"] += scored.exact_match / 9
+        found[protocol, name, "score"] += (answer.text.strip().lower() == row["completion"].lower()) / 9
+        if protocol == IN_POOL:
+            rank = sum(score >= selection.scores[task] for score in selection.scores.values())
+            found[protocol, name, "mrr"] += 1 / rank / 9
+    for (protocol, name, metric), value in found.items():
+        assert report["protocols"][protocol][name][metric]["value"] == same_scores(value), (protocol, name, metric)
+
+
+def test_a_finished_study_is_shown_again(finished: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And another one is refused."""
+    before = (finished / "run.json").read_bytes()
+    studied(finished, tasks, *ASKED)
+    shown = capsys.readouterr().out
+    assert "in-pool" in shown and "reliability error" in shown and (finished / "run.json").read_bytes() == before
+    studied(finished, tasks, *ASKED, "--limit", "2", code=2)
+    assert "another run" in capsys.readouterr().err and (finished / "run.json").read_bytes() == before
+    assert run(["eval", "study", "--config", str(finished / "run.json")]) == 0
+    assert capsys.readouterr().out == shown and (finished / "run.json").read_bytes() == before
+
+
+def test_training_rows_are_read_once_and_are_part_of_a_study(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, reads = tmp_path / "train" / "antonym.jsonl", list[Path]()
+    asked = ("--tasks", "antonym", "--limit", "1", "--signals", "norm", "--methods", "best-single,lorahub")
+    asked += ("--method-args", "rows=1,budget=2", "--train-rows", str(train.parent))
+
+    def counted(file: Path, *arguments: Any, **options: Any) -> Any:
+        reads.append(file)
+        return read_rows(file, *arguments, **options)
+
+    monkeypatch.setattr("logo.evaluation.datasets.read_rows", counted)
+    write_rows(train, heldout()["antonym"][8:10])
+    studied(tmp_path / "s", tasks, *asked)
+    assert reads.count(train) == 1
+    write_rows(train, heldout()["antonym"][10:12])
+    studied(tmp_path / "s", tasks, *asked, code=2)
+    assert "tasks.antonym.train_sha256 is" in one_line(capsys)
+
+
+def test_ctrl_c_keeps_the_earlier_result(
+    finished: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was to replace it goes on with the next command."""
+    shutil.copytree(finished, tmp_path / "s")
+    before, calls, score = (finished / "run.json").read_bytes(), list[Any](), LoGo.score
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(LoGo, "score", interrupted)
+    studied(tmp_path / "s", tasks, *ASKED, "--overwrite", code=130)
+    assert capsys.readouterr().err.splitlines()[-1] == "logo: error: interrupted"
+    assert (tmp_path / "s" / "run.json").read_bytes() == before
+    report, whole = studied(tmp_path / "s", tasks, *ASKED), read_run(finished)["report"]
+    assert (tmp_path / "s" / "run.json").read_bytes() != before
+    assert (
+        set(report.pop("milliseconds")) == set(whole.pop("milliseconds")) == {"calibrated", "norm", "random", *ALWAYS}
+    )
+    assert len(calls) == 11 + 1 and report == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_what_cannot_be_studied_is_said(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for message, *more in (
+        ("protocol 'own'; known: in-pool, removed, out-of-pool", "--protocols", "own"),
+        ("they ask for none of these rows", "--protocols", "out-of-pool", "--tasks", "antonym"),
+        ("did you mean 'antonym'", "--tasks", "antonyms"),
+        ("--save .: expected a folder of the study's own, found the current folder", "--save", "."),
+    ):
+        assert run(["eval", "study", *MODEL, "--rows", str(tasks), "--save", str(tmp_path / "s"), *more]) in (1, 2)
+        err = capsys.readouterr().err
+        assert message in err and "Traceback" not in err
+
+
+def test_prompts_without_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in TASKS:
+        write_rows(tmp_path / "prompts" / f"{name}.jsonl", [{"prompt": row["context"]} for row in heldout()[name][:3]])
+    report = studied(tmp_path / "s", tmp_path / "prompts", "--signals", "norm,calibrated")
+    assert set(report["protocols"][IN_POOL]) == {"norm", "calibrated"}
+    assert set(report["protocols"][IN_POOL]["calibrated"]) == {"top1", "top3", "mrr", "confidence"}
+    arms = [(line["task"], arm) for line in lines(tmp_path / "s") for arm in line["arms"]]
+    firsts = [(task, arm["first"]) for task, arm in arms if (arm["protocol"], arm["arm"]) == (IN_POOL, "norm")]
+    confused = Counter((task, first) for task, first in firsts if first != task)
+    assert {(one["task"], one["first"]): one["rows"] for one in report["confusions"]["norm"]} == confused
+    top1 = report["protocols"][IN_POOL]["norm"]["top1"]["value"]
+    assert top1 == same_scores(1 - sum(confused.values()) / 9)
+    assert "puts another adapter first" in capsys.readouterr().out
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2, max_size=40))
+def test_confidence_against_its_definitions(values: list[tuple[float, bool]]) -> None:
+    arm = {"arm": "s", "selected": [], "weights": []}
+    own, others = ([value for value, is_own in values if is_own is kind] for kind in (True, False))
+    records = [
+        {
+            "task": f"t{n}",
+            "seconds": {"s": n},
+            "arms": [arm | {"protocol": IN_POOL if is_own else OUT_OF_POOL, "confidence": value}],
+        }
+        for n, (value, is_own) in enumerate(values)
+    ]
+    report = summary(records)
+    if not own or not others:
+        return
+    pairs = [(a > b) + (a == b) / 2 for a in own for b in others]
+    assert auroc(own, others) == pytest.approx(fmean(pairs))
+    assert report["confidence"]["s"]["auroc"] == {OUT_OF_POOL: pytest.approx(fmean(pairs))}
+    error = 0.0
+    for low in range(10):
+        inside = [(v, k) for v, k in values if min(int(v * 10), 9) == low]
+        weights = [0.5 / len(own) if k else 0.5 / len(others) for _, k in inside]
+        error += abs(float(np.dot(weights, [v - k for v, k in inside])))
+    assert report["confidence"]["s"]["error"] == pytest.approx(error)
+    assert report["milliseconds"] == {"s": 500 * (len(values) - 1)}
+    assert calibration_error([1.0] * 3 + [0.0] * 2, [True] * 3 + [False] * 2) == 0.0

@@ -19,13 +19,12 @@ from logo.adapters.peft import EXAMPLES
 from logo.adapters.sources import adapter_patterns
 from logo.cli.app import run
 from logo.cli.pool.publish import contents_of
-from logo.evaluation.answer import Answerer, engine_identity
+from logo.evaluation.answer import Answerer
 from logo.evaluation.datasets import Dataset
 from logo.evaluation.study import REMOVED, Contest, Measurer
 from logo.rows import Row
 from logo.selection import scorer
 from logo.selection.examples import GAIN, REPLACED, Examples, means_of
-from logo.selection.reference import FADING, both_means, emphasis
 from logo.selection.selector import EXAMPLES as WITH_EXAMPLES
 from logo.selection.selector import RESPONSES
 from logo.selection.whitening import Whitening
@@ -36,7 +35,7 @@ from tolerances import same_scores, same_tensor
 
 @pytest.fixture(scope="module")
 def llama() -> nn.Module:
-    return tiny.model("llama", max_position_embeddings=512, num_hidden_layers=6)
+    return tiny.model("llama", num_hidden_layers=6, **tiny.LONG)
 
 
 @pytest.fixture
@@ -56,19 +55,6 @@ def scores(logo: LoGo, *prompts: str, **options: Any) -> torch.Tensor:
 
 
 # -- the formula -------------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 2**31))
-@settings(deadline=None, max_examples=40)
-def test_a_description_is_the_even_and_the_late_mean(lengths: list[int], seed: int) -> None:
-    torch.manual_seed(seed)
-    parts = [torch.randn(length, 3) for length in lengths]
-    owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    found = both_means(torch.cat(parts), owners, *emphasis(owners, len(lengths)))
-    weights = [FADING ** torch.arange(length - 1, -1, -1.0) for length in lengths]
-    late = [weight @ part / weight.sum() for weight, part in zip(weights, parts, strict=True)]
-    expected = torch.stack([torch.stack([part.mean(dim=0), end]) for part, end in zip(parts, late, strict=True)])
-    torch.testing.assert_close(found, expected)
 
 
 def spaces_of(ordinary: torch.Tensor) -> tuple[Whitening, Whitening]:
@@ -95,12 +81,6 @@ def test_similarities_are_the_formula() -> None:
 
 
 # -- in an engine ------------------------------------------------------------------------------------------------------
-
-
-def test_an_example_that_no_tokenizer_accepts_is_left_out_with_its_line(tmp_path: Path) -> None:
-    (tmp_path / EXAMPLES).write_text('{"prompt": "a"}\n{"prompt": "\\ud800"}\n')
-    with pytest.warns(UserWarning, match=r"line 2: expected .*; the examples are left out"):
-        assert folder_examples(tmp_path) == ()
 
 
 def test_an_example_is_recognised_whatever_the_weights_say(llama: nn.Module, folder: Path) -> None:
@@ -250,12 +230,6 @@ def test_a_second_engine_reads_no_example(
     torch.testing.assert_close(again, first, atol=1e-5, rtol=0)
 
 
-def test_a_run_is_another_one_with_other_examples(llama: nn.Module, folder: Path) -> None:
-    """So that an interrupted evaluation does not go on with other selections."""
-    one, other = (engine_identity(engine(llama, told(folder, t0=text)), "M", {})["pool"] for text in PROMPTS[:2])
-    assert one["t0"] != other["t0"] and one["t1"] == other["t1"]
-
-
 def test_an_adapter_of_zeros_without_examples_never_wins(llama: nn.Module, folder: Path) -> None:
     change(folder / "t3", torch.zeros_like)
     logo = engine(llama, told(folder, t0=PROMPTS[0], t1=PROMPTS[1], t2=PROMPTS[2]), k=4)
@@ -272,6 +246,7 @@ def test_an_adapter_of_zeros_without_examples_never_wins(llama: nn.Module, folde
         ('{"prompt": "fine"}\n[1]', "line 2: expected a JSON object with the text"),
         ('{"prompt": 3}', "line 1: expected a JSON object with the text"),
         ('{"prompt": "  "}', "line 1: expected a JSON object with the text"),
+        ('{"prompt": "a"}\n{"prompt": "\\ud800"}\n', "line 2: expected .*; the examples are left out"),
         (b"\xff\xfe", "cannot be read as UTF-8 text"),
     ],
 )

@@ -1,4 +1,5 @@
-"""A folder of files is whole or unchanged, whatever fails; so is a new adapter folder."""
+"""A folder of files is whole or unchanged, whatever fails; so is a new adapter folder, and a file of the cache. What is
+computed from files that have changed is computed again."""
 
 from __future__ import annotations
 
@@ -6,17 +7,23 @@ import errno
 import os
 import subprocess
 import sys
-import textwrap
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import tiny
+from logo import AdapterPool, LoGo, SelectionSettings
 from logo.cli.output import check_writable
-from logo.errors import StorageError, UsageError
-from logo.files import new_folder
+from logo.errors import AdapterError, StorageError, UsageError
+from logo.files import new_folder, write_cached
+from logo.identity import content_stamp
+from test_engine import tokenizer, write_adapter
+from tolerances import same_selection
 
 OLD = {"a.json": "[1]", "b.json": "[2]"}
 NEW = {"a.json": "[10]", "c.json": "[30]"}
@@ -32,22 +39,14 @@ def content(folder: Path) -> dict[str, str]:
     return {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()}
 
 
-def python(code: str, *args: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=check)
+Files = dict[str, str]
+OURS = st.dictionaries(st.sampled_from("abc"), st.text("é\n1", max_size=3))
 
 
-@settings(max_examples=15, deadline=None)  # every one of them waits for the disk
-@given(
-    first=st.none() | st.dictionaries(st.sampled_from("abc"), st.text("é\n1", max_size=3)),
-    second=st.dictionaries(st.sampled_from("abc"), st.text("é\n1", max_size=3)),
-    foreign=st.dictionaries(st.sampled_from("xy"), st.text("2", max_size=3)),
-)
+@settings(max_examples=15)  # every one of them waits for the disk
+@given(st.none() | OURS, OURS, st.dictionaries(st.sampled_from("xy"), st.text("2", max_size=3)))
 def test_the_new_files_and_what_is_not_ours(
-    tmp_path_factory: pytest.TempPathFactory,
-    first: dict[str, str] | None,
-    second: dict[str, str],
-    foreign: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory, first: Files | None, second: Files, foreign: Files
 ) -> None:
     parent = tmp_path_factory.mktemp("results") / "model"
     folder = parent / "bbh.navigate"
@@ -58,14 +57,6 @@ def test_the_new_files_and_what_is_not_ours(
     replace_folder(folder, second, owned="abc")
     assert content(folder) == second | (foreign if first is not None else {})
     assert [path.name for path in parent.iterdir()] == ["bbh.navigate"]
-
-
-def test_a_link_stays_a_link(tmp_path: Path) -> None:
-    (tmp_path / "big").mkdir()
-    (tmp_path / "r").symlink_to("big")
-    replace_folder(tmp_path / "r", NEW)
-    assert (tmp_path / "r").is_symlink()
-    assert content(tmp_path / "big") == NEW
 
 
 @pytest.mark.parametrize("broken", ["fsync", "rename"])
@@ -101,22 +92,22 @@ def test_nothing_changes_when_a_call_fails(
 
 
 LIMITED = """
-    import resource, sys
-    from pathlib import Path
-    from logo.errors import StorageError
-    from logo.cli.output import check_writable
-    from logo.files import new_folder
+import resource, sys
+from pathlib import Path
+from logo.errors import StorageError
+from logo.cli.output import check_writable
+from logo.files import new_folder
 
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # no file may grow beyond this
-    try:
-        if sys.argv[2] == "check":
-            check_writable(sys.argv[1])
-        else:
-            with new_folder(Path(sys.argv[1]), replaced=()) as new:
-                (new / "a.json").write_text("[10]")
-                (new / "c.json").write_text("x" * 5000)
-    except StorageError as error:
-        print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # no file may grow beyond this
+try:
+    if sys.argv[2] == "check":
+        check_writable(sys.argv[1])
+    else:
+        with new_folder(Path(sys.argv[1]), replaced=()) as new:
+            (new / "a.json").write_text("[10]")
+            (new / "c.json").write_text("x" * 5000)
+except StorageError as error:
+    print(error)
 """
 
 
@@ -124,27 +115,29 @@ LIMITED = """
 def test_a_real_limit_on_the_size_of_files(tmp_path: Path) -> None:
     folder = tmp_path / "r"
     replace_folder(folder, OLD)
-    done = python(LIMITED, folder, "write")
-    assert done.stdout.startswith(f"folder {str(folder)!r}: cannot be written (File too large)")
-    assert len(done.stdout.splitlines()) == 1
-    assert content(folder) == OLD
-    assert list(tmp_path.iterdir()) == [folder]
-    assert "cannot be written (File too large)" in python(LIMITED, tmp_path, "check").stdout
+    for place, what in ((folder, "write"), (tmp_path, "check")):
+        command = [sys.executable, "-c", LIMITED, str(place), what]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert said.startswith(f"folder {str(place)!r}: cannot be written (File too large)")
+        assert len(said.splitlines()) == 1
+        assert content(folder) == OLD and list(tmp_path.iterdir()) == [folder]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from logo.files import new_folder
+
+for _ in range(8):
+    with new_folder(Path(sys.argv[1]), replaced=()) as new:
+        for name in "abc":
+            (new / name).write_text(sys.argv[2])
+"""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
 def test_writers_at_the_same_time_do_not_mix(tmp_path: Path) -> None:
-    code = """
-        import sys
-        from pathlib import Path
-        from logo.files import new_folder
-        for _ in range(8):
-            with new_folder(Path(sys.argv[1]), replaced=()) as new:
-                for name in "abc":
-                    (new / name).write_text(sys.argv[2])
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "r")]
-    running = [subprocess.Popen([*command, text]) for text in ("1", "2", "3")]
+    running = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "r"), text]) for text in "123"]
     assert [process.wait() for process in running] == [0, 0, 0]
     assert len(set(content(tmp_path / "r").values())) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
@@ -158,18 +151,6 @@ def test_below_a_regular_file(tmp_path: Path, below: str) -> None:
             call(tmp_path / below)
     assert (tmp_path / "file").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_check_sees_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(errno.EDQUOT, "Disk quota exceeded")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match="Disk quota exceeded"):
-        check_writable(tmp_path)
-
-
-# ---- new folders, of an adapter that is written ---------------------------------------------------------------------
 
 
 def names(folder: Path) -> list[str]:
@@ -187,23 +168,26 @@ def test_two_writers_of_a_new_folder_do_not_meet(tmp_path: Path) -> None:
     assert names(tmp_path) == ["mix"] and names(place) == ["b"]
 
 
-def test_a_writer_that_fails_removes_what_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(descriptor: int) -> None:
-        raise OSError(errno.EIO, "I/O error")
+def test_a_full_disk_is_seen_by_a_check_and_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(StorageError, match="I/O error"), new_folder(tmp_path / "mix") as part:
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="Disk quota exceeded"):
+        check_writable(tmp_path)
+    with pytest.raises(StorageError, match="Disk quota exceeded"), new_folder(tmp_path / "mix") as part:
         (part / "a").write_text("1")
     assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_new_folder_may_be_a_link(tmp_path: Path, there: bool) -> None:
+@pytest.mark.parametrize("replaced", [None, ()])
+def test_a_new_folder_may_be_a_link(tmp_path: Path, there: bool, replaced: tuple[()] | None) -> None:
     (tmp_path / "disk").mkdir()
     if there:
         (tmp_path / "disk" / "mix").mkdir()
     (tmp_path / "link").symlink_to(Path("disk", "mix"))
-    with new_folder(tmp_path / "link") as part:
+    with new_folder(tmp_path / "link", replaced=replaced) as part:
         (part / "a").write_text("1")
     assert (tmp_path / "link").is_symlink() and names(tmp_path / "disk" / "mix") == ["a"]
     assert names(tmp_path) == ["disk", "link"] and names(tmp_path / "disk") == ["mix"]
@@ -218,3 +202,88 @@ def test_a_new_folder_is_neither_in_use_nor_the_current_one(tmp_path: Path, monk
         with pytest.raises(UsageError, match=message), new_folder(Path(place)):
             pass
     assert names(tmp_path / "used") == ["a"]
+
+
+def test_a_file_that_cannot_be_written_leaves_no_part_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.warns(UserWarning, match="nothing can be kept in .*: full; it is computed anew each time"):
+            assert not write_cached(tmp_path, "folder/one.json", b"[1]")
+    assert not list((tmp_path / "folder").iterdir())
+    assert write_cached(tmp_path, "folder/one.json", b"[1]")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()} == {"one.json": b"[1]"}
+
+
+def opened(model: nn.Module, folder: Path, signal: str, cache: Path) -> LoGo:
+    chosen = SelectionSettings(signal=signal, k=1, cache=str(cache))
+    return LoGo(model, tokenizer(), AdapterPool.open(folder), settings=chosen)
+
+
+def touched(file: Path, content: bytes | None) -> None:
+    """Writes to a file in place (None: only changes its mode) until its change time is another one, and sets its
+    modification time back."""
+    before = file.stat()
+    while file.stat().st_ctime_ns == before.st_ctime_ns:
+        if content is None:
+            file.chmod(0o600)
+        else:
+            with file.open("r+b") as open_file:
+                open_file.write(content)
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert content_stamp(file)[:3] == (before.st_size, before.st_mtime_ns, before.st_ino)
+
+
+@pytest.mark.parametrize("signal", ["norm", "calibrated"])
+def test_weights_rewritten_in_place_with_size_and_time_kept_are_noticed(signal: str, tmp_path: Path) -> None:
+    model = tiny.model("llama", num_hidden_layers=6)
+    for i in range(3):
+        write_adapter(tmp_path / "pool" / f"t{i}", model, ("q_proj", "v_proj"), rank=2, seed=i)
+    write_adapter(tmp_path / "other", model, ("q_proj", "v_proj"), rank=2, seed=9, scale=30)
+    file = tmp_path / "pool" / "t1" / "adapter_model.safetensors"
+    logo = opened(model, tmp_path / "pool", signal, tmp_path / "cache")
+    before = logo.select("w3 w4 w5")
+    if signal == "calibrated":  # its digest is known then, so that a new mode is no change of weights
+        touched(file.parent.parent / "t0" / file.name, None)
+        assert logo.generate("w3", adapters={"t0": 1.0}, max_new_tokens=1).token_ids
+    touched(file, (tmp_path / "other" / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(AdapterError, match=r"'t1'.*it has changed since it was opened; open the pool again"):
+        logo.generate("w3", adapters={"t1": 1.0}, max_new_tokens=1)
+    again = opened(model, tmp_path / "pool", signal, tmp_path / "cache").select("w3 w4 w5")
+    same_selection(again, opened(model, tmp_path / "pool", signal, tmp_path / "none").select("w3 w4 w5"))
+    assert abs(again.scores["t1"] - before.scores["t1"]) > 1e-3
+
+
+ASKED = """
+import sys
+from logo.identity import of_content
+
+def find():
+    print("asked", end=" ")
+    return open(sys.argv[1]).read().strip()
+
+print(*(of_content(sys.argv[1], "says", find) for _ in range(2)))
+"""
+
+
+def asked(file: Path, cache: Path) -> str:
+    """What a new process says of a file's content, and whether it had to read it."""
+    env = {**os.environ, "LOGO_CACHE": str(cache)}
+    found = subprocess.run([sys.executable, "-c", ASKED, file], env=env, capture_output=True, text=True, check=True)
+    return found.stdout.strip() + (" (warned)" if "is damaged and computed anew" in found.stderr else "")
+
+
+def test_what_a_file_holds_is_found_out_once_by_all_processes(tmp_path: Path) -> None:
+    file, cache = tmp_path / "file", tmp_path / "cache"
+    file.write_text("one")
+    assert [asked(file, cache) for _ in range(2)] == ["asked asked one one"] * 2  # it may change without another stamp
+    while time.time_ns() - file.stat().st_ctime_ns < 2.1e9:
+        time.sleep(0.1)
+    assert [asked(file, cache) for _ in range(2)] == ["asked one one", "one one"]
+    [kept] = (cache / "files").iterdir()
+    kept.write_bytes(b"\0" * 8)  # as a power cut leaves it
+    assert [asked(file, cache) for _ in range(2)] == ["asked one one (warned)", "one one"]
+    touched(file, b"two")
+    assert asked(file, cache) == "asked asked two two"

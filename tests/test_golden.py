@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,8 @@ from tolerances import SCORES, same_weights
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 FILES = sorted((GOLDEN / "expected").glob("*.json"))
+PROMPTS = json.loads((GOLDEN / "F1" / "prompts.json").read_text())
 CONTEXTS = {"base": "base", "all": "pool", "asis": "carry", "asis_reversed": "carry"}
-
-
-@dataclass
-class Parity:
-    """How many instances of one file agree, and what does not."""
-
-    equal: int = 0
-    differ: list[str] = field(default_factory=list)
 
 
 def engine(signal: str, k: int, context: str) -> LoGo:
@@ -38,23 +30,6 @@ def engine(signal: str, k: int, context: str) -> LoGo:
         probe_context=context,
         truncation=Truncation(2048, "right"),
     )
-
-
-def compare(path: Path) -> Parity:
-    expected = json.loads(path.read_text())
-    prompts = json.loads((GOLDEN / "F1" / "prompts.json").read_text())["prompts"]
-    meta = expected["meta"]
-    logo = engine(meta["metric"], meta["k"], CONTEXTS[meta["mode"]])
-    instances = expected["instances"]
-    answers = logo.generate(
-        [prompts[i["prompt_index"]] for i in instances], max_new_tokens=meta["max_new_tokens"], batch_size=1
-    )
-    parity = Parity()
-    for instance, answer in zip(instances, answers, strict=True):
-        problem = difference(instance, answer, logo.names)
-        parity.differ += [f"prompt {instance['prompt_index']}: {problem}"] if problem else []
-        parity.equal += not problem
-    return parity
 
 
 def difference(instance: dict[str, Any], answer: Any, names: tuple[str, ...]) -> str | None:
@@ -82,27 +57,24 @@ def test_all_golden_files_are_here() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_equals_official_output(path: Path) -> None:
-    parity = compare(path)
-    assert parity.differ == []
-    assert parity.equal == 40
+    expected = json.loads(path.read_text())
+    meta, instances = expected["meta"], expected["instances"]
+    logo = engine(meta["metric"], meta["k"], CONTEXTS[meta["mode"]])
+    asked = [PROMPTS["prompts"][one["prompt_index"]] for one in instances]
+    answers = logo.generate(asked, max_new_tokens=meta["max_new_tokens"], batch_size=1)
+    assert [difference(*pair, logo.names) for pair in zip(instances, answers, strict=True)] == [None] * 40
 
 
 def test_tokenization_is_the_official_one() -> None:
-    recorded = json.loads((GOLDEN / "F1" / "prompts.json").read_text())
-    logo = engine("norm", 3, "base")
-    assert ids_of(logo, recorded["prompts"]) == recorded["token_ids"]
+    assert ids_of(engine("norm", 3, "base"), PROMPTS["prompts"]) == PROMPTS["token_ids"]
 
 
 @pytest.mark.slow
 def test_batches_give_the_same_as_batch_size_one() -> None:
-    prompts = json.loads((GOLDEN / "F1" / "prompts.json").read_text())["prompts"]
     logo = engine("norm", 3, "base")
-    single = logo.generate(prompts, max_new_tokens=24, batch_size=1)
-    batched = logo.generate(prompts, max_new_tokens=24, batch_size=16)
-    margins = {
-        i["prompt_index"]: i["min_top2_margin"]
-        for i in json.loads((GOLDEN / "expected" / "F1_norm_k3_base.json").read_text())["instances"]
-    }
+    single, batched = (logo.generate(PROMPTS["prompts"], max_new_tokens=24, batch_size=size) for size in (1, 16))
+    expected = json.loads((GOLDEN / "expected" / "F1_norm_k3_base.json").read_text())
+    margins = {one["prompt_index"]: one["min_top2_margin"] for one in expected["instances"]}
     for i, (one, many) in enumerate(zip(single, batched, strict=True)):
         assert many.selection.adapters == one.selection.adapters
         assert many.selection.weights == same_weights(one.selection.weights)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import make_adapters
-import tiny
 from logo import UsageError
 from logo.cli.app import run
 from logo.cli.lm_eval import completed
-from logo.models import DEMO_FOLDER
-from test_engine import tokenizer
+from logo.demo import heldout
+from written import write_base, write_rows
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -40,7 +39,7 @@ PAIRS = [
     (LONG, " w5 w6"),
     ("w9", " w10 w11 w12 w13 w14"),
 ]
-TEXTS = ["w3 w4 w5 w6", "w7", LONG, "<s> w3 w9 w9"]
+ROLLING = [("w3 w4 w5 w6",), ("w7",), (LONG,), ("<s> w3 w9 w9",)]
 QUESTIONS: list[tuple[str, dict[str, Any]]] = [
     ("w3 w4 w5", {"until": ["w9"], "max_gen_toks": 12}),
     ("w40", {"until": ["w1", "w2"], "max_gen_toks": 12}),
@@ -51,8 +50,11 @@ QUESTIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def requests(kind: Any, arguments: list[tuple[Any, ...]]) -> list[Instance]:
-    return [Instance(request_type=kind, doc={}, arguments=each, idx=i) for i, each in enumerate(arguments)]
+def asked(model: Any, kind: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The answers of a model to these requests, in order."""
+    instances = [Instance(request_type=kind, doc={}, arguments=each, idx=i) for i, each in enumerate(arguments)]
+    found: list[Any] = getattr(model, kind)(instances, disable_tqdm=True)
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -65,10 +67,7 @@ def quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny.model("llama").save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -93,39 +92,23 @@ def hf_lm(base: Path, pools: Path) -> HFLM:
         return HFLM(pretrained=str(base), peft=str(pools / "one" / "a"), batch_size=3, device="cpu", dtype="float32")
 
 
-# -- beside the harness's own model ---------------------------------------------------------------------------------
-
-
-def test_likelihoods_are_those_of_the_hf_model_with_peft(logo_lm: LoGoLM, hf_lm: HFLM) -> None:
-    ours = logo_lm.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
-    theirs = hf_lm.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
-    assert [total for total, _ in ours] == same_scores([total for total, _ in theirs])
-    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
-
-
-def test_rolling_likelihoods_are_those_of_the_hf_model_with_peft(logo_lm: LoGoLM, hf_lm: HFLM) -> None:
-    asked = [(text,) for text in TEXTS]
-    ours = logo_lm.loglikelihood_rolling(requests("loglikelihood_rolling", asked), disable_tqdm=True)
-    theirs = hf_lm.loglikelihood_rolling(requests("loglikelihood_rolling", asked), disable_tqdm=True)
-    assert ours == same_scores(theirs)
-
-
-def test_answers_are_those_of_the_hf_model_with_peft(logo_lm: LoGoLM, hf_lm: HFLM) -> None:
+def test_it_measures_what_the_hf_model_with_peft_does(logo_lm: LoGoLM, hf_lm: HFLM) -> None:
     # Of a long prompt it cuts the special token too; and it asks only the first prompt of a batch whether it has one.
     templated = [question for question in QUESTIONS if question[0].startswith("<s>")]
     others = [question for question in QUESTIONS if question not in templated and question[0] != LONG]
     for questions in (templated, others):
-        ours = logo_lm.generate_until(requests("generate_until", questions), disable_tqdm=True)
-        assert ours == hf_lm.generate_until(requests("generate_until", questions), disable_tqdm=True)
-        assert any(ours) and "w9" not in ours[0]
+        ours, theirs = (asked(model, "generate_until", questions) for model in (logo_lm, hf_lm))
+        assert ours == theirs and any(ours) and "w9" not in ours[0]
+    ours, theirs = (asked(model, "loglikelihood_rolling", ROLLING) for model in (logo_lm, hf_lm))
+    assert ours == same_scores(theirs)
+    ours, theirs = (asked(model, "loglikelihood", PAIRS) for model in (logo_lm, hf_lm))
+    assert [total for total, _ in ours] == same_scores([total for total, _ in theirs])
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    with pytest.raises(UsageError, match="the model reads 128 at once"):
+        asked(logo_lm, "loglikelihood", [("w3", f" {LONG}")])
 
 
-# -- selections -----------------------------------------------------------------------------------------------------
-
-
-def test_batches_change_nothing_and_contexts_are_selected_once(
-    base: Path, pools: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_change_nothing_and_select_once(base: Path, pools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three adapters, so that rows of a batch have mixtures of their own."""
     single, batched = (
         LoGoLM(str(base), str(pools / "three"), signal="norm", k=2, batch_size=size, device="cpu") for size in (1, 5)
@@ -138,61 +121,54 @@ def test_batches_change_nothing_and_contexts_are_selected_once(
         return select(prompts, **options)
 
     monkeypatch.setattr(batched.logo, "select", counted)
+    kinds = {"loglikelihood": PAIRS, "loglikelihood_rolling": ROLLING, "generate_until": QUESTIONS}
     likelihoods, rolling, answers = (
-        [getattr(model, kind)(requests(kind, arguments), disable_tqdm=True) for model in (batched, single)]
-        for kind, arguments in (
-            ("loglikelihood", PAIRS),
-            ("loglikelihood_rolling", [(text,) for text in TEXTS]),
-            ("generate_until", QUESTIONS),
-        )
+        [asked(model, kind, arguments) for model in (batched, single)] for kind, arguments in kinds.items()
     )
     for ours, theirs in zip(*likelihoods, strict=True):
         assert ours[0] == same_scores(theirs[0]) and ours[1] == theirs[1]
     assert rolling[0] == same_scores(rolling[1])
     assert answers[0] == answers[1]
-    asked = [*{context or following for context, following in PAIRS}, *TEXTS]  # answers select for themselves
-    assert sorted(probed) == sorted(asked)
+    texts = {context or following for context, following in PAIRS}  # answers select for themselves
+    assert sorted(probed) == sorted([*texts, *(text for (text,) in ROLLING)])
 
 
 def test_all_requests_about_a_document_are_scored_under_one_mixture(base: Path, pools: Path) -> None:
     """As Winogrande asks: other contexts, one continuation; and a likelihood without context beside them."""
     model = LoGoLM(str(base), str(pools / "three"), signal="norm", k=2, batch_size=4, device="cpu")
     start, rest = "w3 w4 w5", " w8 w9"
-    asked = [(0, f"{start} w30", rest), (0, f"{start} w60 w61", rest), (0, "", rest), (1, "w70 w71", rest)]
+    pairs = [(0, f"{start} w30", rest), (0, f"{start} w60 w61", rest), (0, "", rest), (1, "w70 w71", rest)]
     instances = [
         Instance("loglikelihood", {}, (context, following), i, metadata=("task", document, 1))
-        for i, (document, context, following) in enumerate(asked)
+        for i, (document, context, following) in enumerate(pairs)
     ]
     answers = model.loglikelihood(instances, disable_tqdm=True)
     one, other = (model.logo.select(text).mixture for text in (start, "w70 w71"))
     assert one != other and model.logo.select(f"{start} w30").mixture != one  # so that it matters
-    for (document, context, following), (total, _) in zip(asked, answers, strict=True):
+    for (document, context, following), (total, _) in zip(pairs, answers, strict=True):
         [expected] = model.logo.score(context or "<s>", following, [other if document else one])
         if context:  # without one, the special token stands in front once
             assert total == same_scores(expected.log_likelihood)
-    alone = model.loglikelihood([Instance("loglikelihood", {}, ("", rest), 0)], disable_tqdm=True)
-    assert answers[2] != alone[0]  # that is a document of its own, selected on its continuation
+    [alone] = asked(model, "loglikelihood", [("", rest)])
+    assert answers[2] != alone  # that is a document of its own, selected on its continuation
 
 
-@pytest.mark.parametrize(
-    ("pairs", "text"),
-    [
-        # multiple choice: one context
-        ([("Q: two?", " yes"), ("Q: two?", " no")], "Q: two?"),
-        # Winogrande: the words before the blank; not the letters that two names share
+def test_what_a_document_is_selected_on() -> None:
+    choices = [("Q: two?", " yes"), ("Q: two?", " no")]
+    for pairs, text in (
+        (choices, "Q: two?"),
+        # Winogrande: the words before the blank, not the letters that two names share; or else the rest of the sentence
         ([("it fits as Sarah", " is small"), ("it fits as Sam", " is small")], "it fits as"),
-        # the blank comes first: the rest of the sentence
         ([("Ann", " is small"), ("Bob", " is small")], "is small"),
+        ([("The trophy", " does not fit."), ("The suitcase", " does not fit.")], "does not fit."),
         # acc_mutual_info: likelihoods of the choices alone, too
-        ([("Q: two?", " yes"), ("Q: two?", " no"), ("", " yes"), ("", " no")], "Q: two?"),
+        ([*choices, ("", " yes"), ("", " no")], "Q: two?"),
         # BLiMP: two sentences without a context
         ([("", "The cat purrs."), ("", "The cat purr.")], "The cat"),
         ([("", "Cats purr."), ("", "Dogs bark.")], "Cats purr."),
         ([("  \n", "a"), ("", "a")], "a"),
-    ],
-)
-def test_what_a_document_is_selected_on(pairs: list[tuple[str, str]], text: str) -> None:
-    assert common_text(pairs) == text
+    ):
+        assert common_text(pairs) == text
 
 
 def test_sampling_is_asked_for_and_honoured(logo_lm: LoGoLM) -> None:
@@ -200,20 +176,15 @@ def test_sampling_is_asked_for_and_honoured(logo_lm: LoGoLM) -> None:
 
     def sampled(seed: int, **options: Any) -> list[str]:
         torch.manual_seed(seed)
-        asked = [("w3 w4", {"until": [], "max_gen_toks": 12, **options})]
-        found: list[str] = logo_lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
-        return found
+        return asked(logo_lm, "generate_until", [("w3 w4", {"until": [], "max_gen_toks": 12, **options})])
 
     hot = {"do_sample": True, "temperature": 3.0, "top_k": 0}
     assert sampled(0, **hot) == sampled(0, **hot) != sampled(1, **hot)
     assert sampled(0) == sampled(1, temperature=0.0) == sampled(2, do_sample=False, temperature=0.7)
 
 
-# -- what the harness wants to know ---------------------------------------------------------------------------------
-
-
 def test_results_say_what_they_stand_on(logo_lm: LoGoLM) -> None:
-    logo_lm.loglikelihood(requests("loglikelihood", PAIRS[:1]), disable_tqdm=True)
+    asked(logo_lm, "loglikelihood", PAIRS[:1])
     info = logo_lm.get_model_info()
     assert info["model_num_parameters"] == logo_lm.logo.model.num_parameters()
     assert info["logo"]["pool"] == logo_lm.logo.pool.sha256() and len(info["peft_sha"]) == 64
@@ -237,57 +208,39 @@ def test_chat_templates_are_the_tokenizers(base: Path, pools: Path) -> None:
     assert model.tok_encode("w3", add_special_tokens=False) == model.tok_encode("w3")[1:]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_what_cannot_be_used_is_named() -> None:
+    for arguments, message in (
         ({"base_model": ""}, "expected base_model="),
-        ({"pretrained": "x"}, "--model_args: unknown setting 'pretrained'"),
         ({"kk": 3}, "--model_args: unknown setting 'kk' .did you mean 'k'"),
         ({"token": "x"}, "token would be written to the results"),
         ({"batch_size": "auto"}, "--batch_size auto: expected a number"),
-        ({"batch_size": 0}, "--batch_size 0"),
         ({"signal": "nrom"}, "nrom"),
-        ({"probe_context": "poool"}, "probe_context"),
-    ],
-)
-def test_what_cannot_be_used_is_named(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        LoGoLM(**{"base_model": "demo", **arguments})
-
-
-def test_a_continuation_longer_than_the_context_is_refused(logo_lm: LoGoLM) -> None:
-    with pytest.raises(UsageError, match="the model reads 128 at once"):
-        logo_lm.loglikelihood(requests("loglikelihood", [("w3", f" {LONG}")]), disable_tqdm=True)
+    ):
+        with pytest.raises(UsageError, match=message):
+            LoGoLM(**{"base_model": "demo", **arguments})
 
 
 # -- the command ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
+def test_arguments_are_handed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    """The help is ours until a command is named."""
+    for given, expected in (
         (["--tasks", "x"], ["run", "--model", "logo", "--tasks", "x"]),
-        (["run", "--tasks", "x"], ["run", "--model", "logo", "--tasks", "x"]),
         (["--model", "hf", "--tasks", "x"], ["run", "--model", "hf", "--tasks", "x"]),
         (["--model=hf"], ["run", "--model=hf"]),
         (["run", "-C", "x.yaml"], ["run", "-C", "x.yaml"]),
-        (["run", "--help"], ["run", "--help"]),
         (["ls", "tasks"], ["ls", "tasks"]),
         ([], []),
-    ],
-)
-def test_arguments_are_handed_over(given: list[str], expected: list[str]) -> None:
-    assert completed(given) == expected
-
-
-def test_help_is_ours_until_a_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    ):
+        assert completed(given) == expected
     assert run(["eval", "lm-eval", "--help"]) == 0
     assert "Example: logo eval lm-eval" in " ".join(capsys.readouterr().out.replace("`", "").split())
     assert run(["eval", "lm-eval", "run", "--help"]) == 0
     assert "--include_path" in capsys.readouterr().out
 
 
-GENERATED = """
+TASK = """
 task: demo_generated
 dataset_path: json
 dataset_kwargs:
@@ -312,71 +265,30 @@ metric_list:
     ignore_case: true
     regexes_to_ignore: ["\\\\."]
 """
-CHOSEN = """
-task: demo_chosen
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: data/demo/mixed/test.jsonl
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{context}}"
-doc_to_target: 0
-doc_to_choice: "{{[completion, 'yes', 'no', '7']}}"
-metric_list:
-  - metric: acc
-"""
 
 
-@pytest.mark.slow
 def test_the_harness_and_logo_evaluate_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [
-        line
-        for name in ("add_numbers", "antonym", "french", "reverse_word")
-        for line in (DEMO_FOLDER / "heldout" / f"{name}.jsonl").read_text().splitlines()[:8]
-    ]
-    data = tmp_path / "data" / "demo" / "mixed" / "test.jsonl"
-    data.parent.mkdir(parents=True)
-    data.write_text("\n".join(rows) + "\n")
+    rows = [row for name in ("add_numbers", "antonym", "french", "reverse_word") for row in heldout()[name][:8]]
+    write_rows(tmp_path / "data" / "demo" / "mixed" / "test.jsonl", rows)
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "generated.yaml").write_text(GENERATED)
-    (tmp_path / "tasks" / "chosen.yaml").write_text(CHOSEN)
+    (tmp_path / "tasks" / "generated.yaml").write_text(TASK)
     monkeypatch.chdir(tmp_path)
     ours = ["eval", "run", "--dataset", "demo.mixed", "--base_model", "demo", "--signal", "calibrated"]
     assert run([*ours, "--max_new_tokens", "12", "--batch_size", "8", "--device", "cpu", "--json"]) == 0
     [summary] = json.loads(capsys.readouterr().out)
     exact = summary["scores"]["em"]["value"]
     asked = ("eval", "lm-eval", "--model_args", "base_model=demo,signal=calibrated", "--include_path", "tasks")
-    asked += ("--tasks", "demo_generated,demo_chosen", "--batch_size", "8", "--log_samples")
-    assert run([*asked, "--output_path", "out"]) == 0
-    said = capsys.readouterr().out
+    asked += ("--tasks", "demo_generated", "--batch_size", "8", "--log_samples", "--output_path", "out")
+    assert run(asked) == 0
+    assert "demo_generated" in capsys.readouterr().out
     [results] = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("results_*.json")]
     assert results["results"]["demo_generated"]["exact_match,answer"] == exact
     assert 0.5 < exact < 1  # so that agreeing means something
-    assert results["results"]["demo_chosen"]["acc,none"] > 0.8
     logo = results["config"]["logo"]
-    assert logo["settings"]["k"] == 3
-    assert logo["selections"] == 2 * len(rows)
-    predictions = json.loads((Path(tmp_path / summary["folder"]) / "predictions.json").read_text())
-    for task, metric, count in (("chosen", "acc", 32), ("generated", "exact_match", 32)):
-        [file] = (tmp_path / "out").rglob(f"samples_demo_{task}_*.jsonl")
-        samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
-        assert [sample["doc_id"] for sample in samples] == list(range(count))
-        [found] = [v for name, v in results["results"][f"demo_{task}"].items() if name.startswith(f"{metric},")]
-        assert found == pytest.approx(sum(sample[metric] for sample in samples) / count)
+    assert logo["settings"]["k"] == 3 and logo["selections"] == len(rows)
+    [file] = (tmp_path / "out").rglob("samples_demo_generated_*.jsonl")
+    samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    predictions = json.loads((tmp_path / summary["folder"] / "predictions.json").read_text())
     assert [sample["filtered_resps"][0].strip() for sample in samples] == predictions
-    assert "demo_generated" in said
-
-
-def test_errors_are_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "generated.yaml").write_text(GENERATED)
-    monkeypatch.chdir(tmp_path)
-    arguments = ["--model_args", "base_model=demo,kk=3", "--tasks", "demo_generated", "--include_path", "tasks"]
-    assert run(["eval", "lm-eval", *arguments]) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("logo: error: --model_args: unknown setting 'kk' (did you mean 'k'?)")

@@ -1,17 +1,40 @@
-"""The structure of the package: imports point to lower layers only, without cycles, and light modules stay light."""
+"""The structure of the package (imports point to lower layers only, without cycles, and light modules stay light), what
+continuous integration runs, and the files for servers that users copy."""
 
 from __future__ import annotations
 
 import ast
+import configparser
+import json
+import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from logo.cli.app import app
+from logo.cli.serve_options import ServerOptions
+from logo.serve.app import AppSettings
+from order import FIRST
+from serving import served
 from tolerances import PATIENCE
+from vllm_needs import KNOWN
 
-SRC = Path(__file__).parent.parent / "src" / "logo"
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+SRC = ROOT / "src" / "logo"
+DEPLOY = ROOT / "deploy"
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, **environment})
+
+
+# -- structure ---------------------------------------------------------------------------------------------------------
 
 # A part may import itself and the parts of lower layers, which come first. Parts of one layer do not import each other.
 LAYERS = [
@@ -65,12 +88,18 @@ def test_imports_point_down() -> None:
     assert len(files) > 100 and not wrong
 
 
-def test_importing_the_package_imports_no_model_library() -> None:
-    code = (
-        "import logo, sys; logo.UsageError; logo.__version__; "
-        "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("import logo; logo.UsageError; logo.__version__", "torch transformers huggingface_hub"),
+        ("from logo.cli.app import run; run(['--help'])", "torch transformers huggingface_hub nltk safetensors"),
+        # vLLM's workers have none of our server's libraries, and our server has none of vLLM's.
+        ("import logo.serve.names", "starlette fastapi uvicorn prometheus_client vllm logo.serve.guards"),
+    ],
+)
+def test_light_modules_import_nothing_heavy(code: str, heavy: str) -> None:
+    code += f"; import sys; assert not {set(heavy.split())} & set(sys.modules)"
+    assert run(sys.executable, "-c", code).returncode == 0
 
 
 def test_the_public_api_is_what_it_says() -> None:
@@ -80,3 +109,127 @@ def test_the_public_api_is_what_it_says() -> None:
         assert getattr(logo, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Logo'"):
         _ = logo.Logo
+
+
+# -- continuous integration --------------------------------------------------------------------------------------------
+
+ASK = """
+import browser, pathlib
+print("skipped" if browser.needs_browser.args[0] else "run")
+try:
+    with browser.browser(pathlib.Path("profile")): print("opened")
+except AssertionError as error: print(error)
+"""
+
+
+def test_without_a_browser_its_tests_are_skipped_but_fail_where_ci_promises_one(tmp_path: Path) -> None:
+    for promised, what in (("", "skipped"), ("true", "run")):
+        said = run(sys.executable, "-c", ASK, PATH=str(tmp_path), CI=promised, PYTHONPATH=str(TESTS)).stdout
+        assert said.splitlines() == [what, "needs chromium and chromedriver on the PATH"]
+
+
+def ci(folder: Path, user: str, *there: str, make: str = "", code: int = 0) -> tuple[list[str], str]:
+    """What `.ci/run` asks of other programs, and what it says. `make`: what that does besides; `code`: how it ends."""
+    told = folder / "told"
+    programs = {
+        "id": f"echo {user}",
+        "apt-get": f'echo apt-get "$@" >> {told}',
+        "make": f'echo CI=$CI make "$@" >> {told}\n{make}',
+        **dict.fromkeys(there, ""),
+    }
+    for name, what in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{what}\n")
+        (folder / name).chmod(0o755)
+    (folder / "dirname").symlink_to(str(shutil.which("dirname")))
+    bash, script = str(shutil.which("bash")), str(ROOT / ".ci" / "run")
+    done = subprocess.run([bash, script], env={"PATH": str(folder)}, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == code, done.stderr
+    return told.read_text().splitlines(), done.stderr
+
+
+BOTH = ["CI=true make .venv-vllm/.installed", "CI=true make test"]  # beside each other
+LAST = ["CI=true make test-vllm"]
+
+
+@pytest.mark.parametrize(("user", "there"), [("0", False), ("0", True), ("1000", False)])
+def test_ci_installs_a_browser_where_it_may(user: str, there: bool, tmp_path: Path) -> None:
+    asked, said = ci(tmp_path, user, *(("chromium", "chromedriver") if there else ()))
+    install = ["apt-get update -qq", "apt-get install -qq --no-install-recommends chromium chromium-driver"]
+    before = install if user == "0" and not there else []
+    assert asked[: len(before)] == before and sorted(asked[len(before) : -1]) == BOTH and asked[-1:] == LAST
+    assert ("only root can install it" in said) == (user != "0")
+
+
+def test_ci_says_so_where_vllm_cannot_be_installed(tmp_path: Path) -> None:
+    there = ("chromium", "chromedriver")
+    asked, said = ci(tmp_path, "0", *there, make='case "$1" in .venv-vllm/*) exit 2;; esac')
+    assert sorted(asked) == BOTH
+    assert "vLLM for CPUs cannot be installed here: the tests that start it are skipped" in said
+
+
+@pytest.mark.parametrize("target", ["test", "test-vllm"])
+def test_ci_fails_where_tests_fail(target: str, tmp_path: Path) -> None:
+    asked, _ = ci(tmp_path, "0", "chromium", "chromedriver", make=f'[ "$1" != {target} ] || exit 2', code=2)
+    assert set(asked) <= {*BOTH, *(LAST if target == "test-vllm" else [])}
+    assert asked[-1] == f"CI=true make {target}" or target == "test"
+
+
+def test_the_files_that_come_first_are_there() -> None:
+    assert set(FIRST) <= {path.name for path in TESTS.rglob("test_*.py")}
+
+
+# -- files for servers -------------------------------------------------------------------------------------------------
+
+
+def parsed(arguments: list[str]) -> ServerOptions:
+    """The options of a server; raises if these are no arguments of `logo`."""
+    _, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    found: ServerOptions = bound.arguments.get("server", ServerOptions())
+    return found
+
+
+@pytest.mark.slow
+def test_the_examples_run() -> None:
+    with served("--base-model", "demo", key="secret") as server:
+        said = run("sh", ROOT / "examples" / "serve_curl.sh", LOGO_URL=server.url, LOGO_API_KEY="secret").stdout
+        assert said.count('"add_numbers"') >= 2
+        assert '"text":" 12"' in said and "data: [DONE]" in said and '"completion_tokens"' in said
+        openai = run(sys.executable, ROOT / "examples" / "serve_openai.py", server.url, LOGO_API_KEY="secret")
+        lines = openai.stdout.splitlines()
+        assert [line.split(":")[0] for line in lines] == ["logo", "base", "forced"]
+        assert "12 ['add_numbers'" in lines[0]
+
+
+def test_the_unit_starts_the_server_and_gives_it_time_to_end() -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(DEPLOY / "logo.service")
+    service = unit["Service"]
+    command = shlex.split(service["ExecStart"])
+    assert command[0].endswith("/bin/logo")
+    options = parsed(command[1:])
+    assert options.host == "127.0.0.1"  # what is not asked for is not open to the network
+    assert float(service["TimeoutStopSec"]) > AppSettings("demo").request_timeout
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    text = (DEPLOY / "logo.service").read_text().replace("/opt/logo/.venv/bin/logo", "/bin/true")
+    (tmp_path / "logo.service").write_text(text)
+    found = run("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", tmp_path / "logo.service")
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.vllm"])
+def test_the_dockerfile_passes_its_linter_and_starts_the_server_on_the_port_that_it_opens(name: str) -> None:
+    found = run(Path(sys.executable).parent / "hadolint", DEPLOY / name)
+    assert found.returncode == 0, found.stdout
+    text = (DEPLOY / name).read_text()
+    said = {word: json.loads(arguments) for word, arguments in re.findall(r"^(ENTRYPOINT|CMD) (\[.*\])$", text, re.M)}
+    command = [*said["ENTRYPOINT"], *said["CMD"]]
+    assert command[0] == "logo"
+    options = parsed(command[1:])
+    assert (options.host, f"EXPOSE {options.port}") == ("0.0.0.0", re.findall(r"^EXPOSE.*$", text, re.M)[0])
+    assert f"127.0.0.1:{options.port}/health" in text
+    [version] = re.findall(r"^FROM vllm/vllm-openai:v(\d+\.\d+)", text, re.M) or [""]
+    assert (options.server, version in KNOWN) == (("vllm", True) if "vllm" in name else ("local", False))

@@ -14,11 +14,11 @@ import accelerate
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-import logo
 import tiny
 from logo import LoGo
 from logo.adapters.examples import write_examples
@@ -27,14 +27,17 @@ from logo.decoding import call_config
 from logo.errors import ModelError, UsageError
 from logo.evaluation.answer import Answerer, engine_identity, order_dependence, rows_digest
 from logo.evaluation.datasets import Dataset, find_datasets
-from logo.evaluation.results import differences
+from logo.evaluation.results import Partial, differences
 from logo.evaluation.run import evaluate, in_this_process
-from logo.identity import tokenizer_digest, weights_digest
+from logo.files import Store
+from logo.identity import base_digest, tokenizer_digest, weights_digest
 from logo.rows import Row
+from logo.selection.calibration import Reading
+from logo.selection.signals import get_signal
+from logo.selection.texts import Texts
 from logo.vllm.options import affecting_answers
+from logo.vllm.skeleton import skeleton
 from test_engine import engine
-
-# -- sampling ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +68,6 @@ def test_sampling_is_seen_wherever_it_is_asked_for(generation: dict[str, Any], s
     assert reason is None or reason == "answers are sampled"
 
 
-# -- tokenizers -------------------------------------------------------------------------------------------------
-
-
 def words(**changes: Any) -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", "a", "b", "c", "ab", "bc"])}
     merges = changes.get("merges", [("a", "b"), ("b", "c")])
@@ -96,15 +96,9 @@ def words(**changes: Any) -> PreTrainedTokenizerFast:
     ids=lambda changes: next(iter(changes)),
 )
 def test_anything_that_changes_how_texts_are_read(changes: dict[str, Any]) -> None:
-    assert tokenizer_digest(words()) == tokenizer_digest(words())
-    assert tokenizer_digest(words(**changes)) != tokenizer_digest(words())
-
-
-def test_using_a_tokenizer_changes_nothing() -> None:
-    tokenizer = words()
-    before = tokenizer_digest(tokenizer)
-    tokenizer(["a", "b c a"], padding=True, truncation=True, max_length=2)
-    assert tokenizer_digest(tokenizer) == before
+    used, before = words(), tokenizer_digest(words())
+    used(["a", "b c a"], padding=True, truncation=True, max_length=2)  # which changes nothing
+    assert tokenizer_digest(used) == before != tokenizer_digest(words(**changes))
 
 
 def test_a_tokenizer_without_a_backend(tmp_path: Path) -> None:
@@ -113,13 +107,6 @@ def test_a_tokenizer_without_a_backend(tmp_path: Path) -> None:
 
     assert not hasattr(Slow(), "backend_tokenizer")
     assert tokenizer_digest(Slow()) == tokenizer_digest(Slow()) != tokenizer_digest(Slow(extra_ids=3))
-
-
-def test_the_tokenizer_is_part_of_the_identity(tiny_logo: LoGo) -> None:
-    identity = engine_identity(tiny_logo, "M", {})
-    assert identity["tokenizer"] == tokenizer_digest(tiny_logo.tokenizer)
-    assert identity["weights"] == weights_digest(tiny_logo.model)
-    json.dumps(identity)
 
 
 @pytest.mark.filterwarnings("ignore:.*adapters act on every token")
@@ -157,10 +144,11 @@ def test_given_options_of_vllm_are_part_of_the_identity(tiny_logo: LoGo, monkeyp
         assert now.get("engine_options", {}) == {name: options[name] for name in options if name in list(given)[:2]}
 
 
-def test_the_configuration_and_the_end_are_part_of_the_identity(
-    tiny_logo: LoGo, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_and_the_tokenizer_are_part_of_the_identity(tiny_logo: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
     before = engine_identity(tiny_logo, "M", {})
+    assert before["tokenizer"] == tokenizer_digest(tiny_logo.tokenizer)
+    assert before["weights"] == weights_digest(tiny_logo.model)
+    json.dumps(before)
     model = tiny_logo.model
     monkeypatch.setattr(model.config, "name_or_path", "elsewhere")
     monkeypatch.setattr(model.config, "transformers_version", "9.9")
@@ -169,22 +157,20 @@ def test_the_configuration_and_the_end_are_part_of_the_identity(
     monkeypatch.setattr(model.generation_config, "eos_token_id", 7)
     found = differences(before, engine_identity(tiny_logo, "M", {}))
     assert [name for name, _, _ in found] == ["config", "eos_token_id"]
-
-
-# -- weights ----------------------------------------------------------------------------------------------------
+    for name, value in (("chat_template", "{{ messages }}"), ("clean_up_tokenization_spaces", True)):
+        with monkeypatch.context() as changes:
+            changes.setattr(tiny_logo.tokenizer, name, value)
+            found = differences(before, engine_identity(tiny_logo, "M", {}))
+            assert [one for one, _, _ in found] == ["config", "eos_token_id", "template"]
 
 
 def on_the_host(model: nn.Module, folder: Path) -> nn.Module:
-    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-
-
-def on_the_disk(model: nn.Module, folder: Path) -> nn.Module:
-    return accelerate.disk_offload(model, str(folder), execution_device=torch.device("cpu"))
+    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
 
 
 def in_part(model: nn.Module, folder: Path) -> nn.Module:
     devices = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "disk"}
-    devices |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    devices |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk", "scales": "cpu"}
     return accelerate.dispatch_model(model, devices, main_device="cpu", offload_dir=str(folder), force_hooks=True)
 
 
@@ -199,49 +185,49 @@ def whole_layers(model: nn.Module, folder: Path) -> nn.Module:
 def from_a_checkpoint(model: nn.Module, folder: Path) -> nn.Module:
     model.save_pretrained(folder / "model")
     devices = {"model": "disk", "lm_head": "disk"}
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    made = transformers.AutoModelForCausalLM.from_pretrained(
         folder / "model", device_map=devices, offload_folder=str(folder / "offloaded"), dtype=torch.float32
     )
+    made.register_buffer("scales", model.scales)
+    return made
 
 
 @pytest.mark.parametrize(
     ("name", "offload"),
     [  # qwen2 shares the weights of input and output
-        *((name, offload) for name in ("llama", "qwen2") for offload in (on_the_host, on_the_disk, in_part)),
+        *((name, offload) for name in ("llama", "qwen2") for offload in (on_the_host, in_part)),
         ("llama", whole_layers),
+        ("llama", from_a_checkpoint),
     ],
 )
-def test_offloaded_weights_are_in_the_digest(
-    name: str, offload: Callable[[nn.Module, Path], nn.Module], tmp_path: Path
-) -> None:
-    expected = weights_digest(tiny.model(name))
-    offloaded = offload(tiny.model(name), tmp_path / "same")
-    assert any(parameter.device.type == "meta" for parameter in offloaded.parameters())
-    assert weights_digest(offloaded) == expected
-    changed = tiny.model(name)
+def test_offloaded_weights_are_in_the_digest(name: str, offload: Callable[..., nn.Module], tmp_path: Path) -> None:
+    # Where a model is loaded its configuration is another one, and weights that are shared are offloaded twice.
+    same_base = name == "llama" and offload is not from_a_checkpoint
+    digests = (weights_digest, base_digest) if same_base else (weights_digest,)
+    whole, changed = tiny.model(name), tiny.model(name)
     changed.model.layers[2].mlp.down_proj.weight.data.mul_(1.5)
-    assert weights_digest(changed) != expected
-    assert weights_digest(offload(changed, tmp_path / "changed")) not in (expected, "")
+    for one in (whole, changed):
+        one.register_buffer("scales", torch.ones(4))
     ids = torch.tensor([[5, 6, 7]])
-    assert torch.equal(offloaded(ids).logits, tiny.model(name)(ids).logits)  # and it still runs
+    expected = [digest(one) for one in (whole, changed) for digest in digests]
+    assert len(set(expected)) == len(expected)
+    logits = whole(ids).logits
+    offloaded = [offload(one, tmp_path / str(i)) for i, one in enumerate((whole, changed))]
+    assert all(any(parameter.is_meta for parameter in one.parameters()) for one in offloaded)
+    assert [digest(one) for one in offloaded for digest in digests] == expected
+    assert torch.equal(offloaded[0](ids).logits, logits)  # and it still runs
 
 
-def test_weights_in_buffers_are_in_the_digest() -> None:
-    """As in `test_weights_in_buffers_are_in_the_key`."""
+@pytest.mark.parametrize("digest", [weights_digest, base_digest])
+def test_weights_in_buffers_are_in_the_digest(digest: Callable[[Any], str]) -> None:
+    """Layers of GPTQ and AWQ have no parameters. Buffers that are not saved follow from the configuration."""
     digests = []
-    for kept, value in ((True, 0.0), (True, 1.0), (False, 0.0)):
+    for kept, value in ((True, 0.0), (True, 1.0), (False, 0.0), (False, 1.0)):
         model = tiny.model("llama")
         linear = model.get_submodule("model.layers.1.self_attn.q_proj")
         linear.register_buffer("scales", torch.full((4,), value), persistent=kept)
-        digests.append(weights_digest(model))
-    assert digests[0] != digests[1] and digests[2] == weights_digest(tiny.model("llama"))
-
-
-def test_weights_that_stay_in_their_checkpoint(tmp_path: Path) -> None:
-    expected = weights_digest(tiny.model("llama"))
-    offloaded = from_a_checkpoint(tiny.model("llama"), tmp_path)
-    assert any(parameter.device.type == "meta" for parameter in offloaded.parameters())
-    assert weights_digest(offloaded) == expected
+        digests.append(digest(model))
+    assert digests[0] != digests[1] and digests[2] == digests[3] == digest(tiny.model("llama"))
 
 
 def test_weights_that_nobody_has(llama: nn.Module) -> None:
@@ -251,7 +237,39 @@ def test_weights_that_nobody_has(llama: nn.Module) -> None:
         weights_digest(empty)
 
 
-# -- versions and devices ---------------------------------------------------------------------------------------
+def key_of(model: nn.Module) -> str:
+    return Reading.of(model, get_signal("calibrated"), Texts([[3, 4, 5]], [[8, 9]]), Store(None)).key
+
+
+def packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of layers under the names and in the integers of a quantised checkpoint."""
+    return {
+        name.replace("proj.weight", "proj.weight_packed"): (100 * tensor).to(torch.int32) if "proj" in name else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+
+
+def checkpoint(folder: Path, model: Any, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> str:
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(("name", "change"), [("llama", dict), ("llama", packed), ("gpt2", without_prefix)])
+def test_each_checkpoint_has_its_own_key(name: str, change: Callable[[Any], Any], tmp_path: Path) -> None:
+    """Also where the checkpoint has other names for its tensors than transformers, as quantised ones do."""
+    model, other = tiny.model(name), tiny.model(name)
+    layers = other.model.layers if name == "llama" else other.transformer.h  # type: ignore[union-attr]
+    next(module for module in layers[1].modules() if hasattr(module, "weight") and module.weight.dim() > 1).weight += 1
+    folders = [checkpoint(tmp_path / str(i), m, change) for i, m in enumerate((model, other, model))]
+    one, changed, again = (key_of(skeleton(folder, torch.float32)) for folder in folders)
+    assert one == again != changed
+    assert (one == key_of(model)) == (change is dict)
 
 
 def answerer(tiny_logo: LoGo, **options: Any) -> Answerer:
@@ -271,13 +289,9 @@ def rows(tmp_path: Path) -> Path:
     return tmp_path / "rows"
 
 
-def test_the_environment(tiny_logo: LoGo) -> None:
-    assert answerer(tiny_logo).facts.environment == {
-        "logo": logo.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": "cpu",
-    }
+def stopping(dataset: Dataset, done: int) -> None:
+    if done == 2:
+        raise KeyboardInterrupt
 
 
 def test_the_version_that_a_generation_config_names_is_no_part_of_the_identity(tiny_logo: LoGo) -> None:
@@ -292,27 +306,17 @@ def test_a_sampled_run_begins_again(tiny_logo: LoGo, rows: Path, tmp_path: Path)
     sampled = {"do_sample": True, "temperature": 2.0}
     evaluated(answerer(tiny_logo, generation=sampled), rows, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        evaluated(answerer(tiny_logo, generation=sampled), rows, tmp_path / "cut", tell=stop_after(2))
+        evaluated(answerer(tiny_logo, generation=sampled), rows, tmp_path / "cut", tell=stopping)
     evaluated(answerer(tiny_logo, generation=sampled), rows, tmp_path / "cut")
     whole, cut = ((tmp_path / name / "x" / "predictions.json").read_text() for name in ("whole", "cut"))
     assert whole == cut and len(set(json.loads(cut))) > 1
 
 
-def stop_after(count: int) -> Callable[[Dataset, int], None]:
-    def tell(dataset: Dataset, done: int) -> None:
-        if done == count:
-            raise KeyboardInterrupt
-
-    return tell
-
-
 @pytest.mark.parametrize("name", ["torch", "transformers", "logo", "device"])
-def test_a_run_does_not_go_on_under_other_versions_but_stays_finished(
-    name: str, tiny_logo: LoGo, rows: Path, tmp_path: Path
-) -> None:
+def test_a_run_goes_on_under_the_same_versions_only(name: str, tiny_logo: LoGo, rows: Path, tmp_path: Path) -> None:
     begun = answerer(tiny_logo)
     with pytest.raises(KeyboardInterrupt):
-        evaluated(begun, rows, tmp_path / "r", tell=stop_after(2))
+        evaluated(begun, rows, tmp_path / "r", tell=stopping)
     other = answerer(tiny_logo)
     other.facts = replace(other.facts, environment={**other.facts.environment, name: "other"})  # type: ignore[misc]
     with pytest.raises(UsageError, match=rf'environment\.{name} is ".*", not "other"\); repeat'):
@@ -335,3 +339,55 @@ def test_training_rows_are_recorded_as_they_were_read(tiny_logo: LoGo, rows: Pat
     list(evaluate([dataset], tmp_path / "r", one.facts, in_this_process(one), **how))
     identity = json.loads((tmp_path / "r" / "x" / "run.json").read_text())["identity"]
     assert identity["train_sha256"] == rows_digest([Row("w44 w45 w46", "w7")])
+
+
+def test_what_another_process_finishes_meanwhile_stays(tiny_logo: LoGo, rows: Path, tmp_path: Path) -> None:
+    """A result of the same run is not made again, and that of another one is refused."""
+    shutil.copy(rows / "x.jsonl", rows / "y.jsonl")
+    second = find_datasets(rows)[1:]
+
+    def skipped(other: Answerer, folder: Path) -> list[bool]:
+        told: list[str] = []
+
+        def tell(dataset: Dataset, done: int) -> None:
+            told.append(dataset.name)
+            if len(told) == 1:
+                list(evaluate(second, folder, other.facts, in_this_process(other)))
+
+        return [done.skipped for done in evaluated(answerer(tiny_logo), rows, folder, tell=tell)]
+
+    assert skipped(answerer(tiny_logo), tmp_path / "own") == [False, True]
+    with pytest.raises(UsageError, match="holds the result of another run: max_new_tokens is 2, not 3"):
+        skipped(Answerer(tiny_logo, "M", max_new_tokens=2), tmp_path / "other")
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["x", "y"]
+
+
+def test_what_another_run_left_unfinished_is_refused_first(tiny_logo: LoGo, rows: Path, tmp_path: Path) -> None:
+    shutil.copy(rows / "x.jsonl", rows / "y.jsonl")
+    other, told = Answerer(tiny_logo, "M", max_new_tokens=2), list[Dataset]()
+    with pytest.raises(KeyboardInterrupt):
+        list(evaluate(find_datasets(rows)[1:], tmp_path, other.facts, in_this_process(other), tell=stopping))
+    with pytest.raises(UsageError, match=r"left by an unfinished run .*max_new_tokens is 2, not 3"):
+        evaluated(answerer(tiny_logo), rows, tmp_path, tell=lambda dataset, done: told.append(dataset))
+    assert not told
+
+
+def test_what_a_method_found_out_is_known_after_an_interruption(
+    tiny_logo: LoGo, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last row and the files."""
+    one, train = answerer(tiny_logo, method=get_method("best-single", rows=1)), tmp_path / "train.jsonl"
+    train.write_text('{"context": "w44 w45 w46", "completion": "w7"}')
+    datasets = [replace(each, train_file=train) for each in find_datasets(rows)]
+
+    def found_out(folder: Path) -> Any:
+        list(evaluate(datasets, folder, one.facts, in_this_process(one), method=one.method))
+        return json.loads((folder / "x" / "run.json").read_text())["found_out"]
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changes, pytest.raises(KeyboardInterrupt):
+        changes.setattr(Partial, "finish", interrupted)
+        found_out(tmp_path / "cut")
+    assert found_out(tmp_path / "cut") == found_out(tmp_path / "whole") != {}

@@ -1,22 +1,32 @@
-"""Which module of the base model a path in an adapter file means: the same layer or none."""
+"""Which part of the base model a path in an adapter file means: the same layer or none. Whole weights are left out
+where they are those of the base model, and adapters on its embedding answer as PEFT's; refused by name otherwise."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as tf
 from hypothesis import assume, given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
+from torch import nn
 
 import tiny
+from logo import AdapterPool, LoGo, PoolError, SelectionSettings
 from logo.adapters.adapter import open_adapter
 from logo.adapters.layout import BaseLayout, LinearShape, linear_modules
+from logo.cli.app import run
 from logo.errors import AdapterError
-from make_adapters import Q, V, calm, tensors, write, write_peft
+from make_adapters import Q, V, edit_config, edit_weights, load_peft, tensors, write, write_peft
+from test_engine import PROMPTS, tokenizer
+from test_mixing import Mixed, peft_logits, peft_model, save
+from tolerances import same_tensor
 
 SQUARE = LinearShape(8, 8)
 WRAPPERS = ["base_model", "model", "language_model", "text_model", "transformer", "module", "llm"]
@@ -34,24 +44,21 @@ def adapter_on(tmp_path: Path, modules: dict[str, tuple[int, int]], **how: Any) 
     return open_adapter(write(tmp_path / "a", tensors(modules, rank=2, **how), r=2))
 
 
-# ---- matching -------------------------------------------------------------------------------------------------------
-
 FRONT = st.lists(st.sampled_from(WRAPPERS), max_size=3)
 NAMES = st.sampled_from([Q, V, "mlp.up_proj", "q_proj", "self_attn.k_proj"])
 
 
-@calm
-@given(st.integers(1, 40), st.integers(0, 60), FRONT, FRONT, NAMES)
+@given(st.integers(1, 40), st.integers(0, 60), FRONT, FRONT, NAMES, st.sampled_from(["layers", "h"]))
 def test_a_path_matches_its_own_layer_or_nothing(
-    count: int, index: int, base: list[str], adapter: list[str], name: str
+    count: int, index: int, base: list[str], adapter: list[str], name: str, blocks: str
 ) -> None:
-    there = layers(count, ".".join([*base, "layers"]))
-    found = there.matches(".".join([*adapter, "layers", str(index), name]))
+    """Wrappers in front may be missing or extra."""
+    there = layers(count, ".".join([*base, blocks]))
+    found = there.matches(".".join([*adapter, blocks, str(index), name]))
     exists = index < count and name in (Q, V, "mlp.up_proj")
-    assert found == ([".".join([*base, "layers", str(index), name])] if exists else [])
+    assert found == ([".".join([*base, blocks, str(index), name])] if exists else [])
 
 
-@calm
 @given(st.lists(st.sampled_from(["a", "b", "0", "1", "11", "model", "layers"]), min_size=1, max_size=5), st.data())
 def test_below_the_wrappers_every_segment_has_to_agree(path: list[str], data: st.DataObject) -> None:
     other = data.draw(st.permutations(path))
@@ -68,21 +75,6 @@ def test_a_path_that_is_too_short_to_tell_the_layer_matches_nothing(path: str) -
     assert layers(1).matches(path) == []
 
 
-@pytest.mark.parametrize(
-    ("base", "adapter"),
-    [
-        ("model.layers", "layers"),
-        ("model.language_model.layers", "model.layers"),
-        ("model.layers", "model.language_model.layers"),
-        ("model.text_model.layers", "layers"),
-        ("transformer.h", "h"),
-        ("model.layers", "module.base_model.model.model.layers"),
-    ],
-)
-def test_wrappers_may_be_missing_or_extra_in_front(base: str, adapter: str) -> None:
-    assert layers(2, base).matches(f"{adapter}.1.{Q}") == [f"{base}.1.{Q}"]
-
-
 def test_a_vision_tower_of_the_same_names_is_left_alone() -> None:
     there = layout(
         *(f"model.language_model.layers.{i}.{Q}" for i in range(2)),
@@ -95,9 +87,6 @@ def test_a_vision_tower_of_the_same_names_is_left_alone() -> None:
     assert there.matches(f"vision_tower.vision_model.encoder.layers.1.{Q}") == [
         f"model.vision_tower.vision_model.encoder.layers.1.{Q}"
     ]
-
-
-# ---- real models ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt_neox", "gpt2", "opt", "phi3"])
@@ -125,10 +114,7 @@ def test_the_layout_of_a_model_on_the_meta_device_is_the_same() -> None:
     assert BaseLayout.of(meta) == BaseLayout.of(tiny.model("llama"))
 
 
-# ---- adapters -------------------------------------------------------------------------------------------------------
-
-
-@budget(calm, max_examples=25)
+@budget(max_examples=25)
 @given(st.integers(1, 6), st.integers(1, 9))
 def test_a_model_with_fewer_layers_is_refused_and_one_with_more_is_not(
     tmp_path_factory: pytest.TempPathFactory, base: int, depth: int
@@ -142,14 +128,14 @@ def test_a_model_with_fewer_layers_is_refused_and_one_with_more_is_not(
         adapter.fit(layers(base))
     missing = depth - base
     text = str(caught.value)
-    assert f"{missing} of {depth} modules do not match" in text
+    start = f"adapter 'a': does not fit the base model: {missing} of {depth} modules do not match"
+    assert text.startswith(start) and len(text.splitlines()) == 1
     assert text.count("no such linear module") == min(missing, 5)
-    assert (f"and {missing - 5} more" in text) == (missing > 5)
-    assert len(text.splitlines()) == 1
+    assert text.endswith((f" and {missing - 5} more" if missing > 5 else ")") + ". Was it trained on another one?")
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
-@budget(calm, max_examples=15)
+@budget(max_examples=15)
 def test_other_shapes_are_refused_with_both(
     tmp_path_factory: pytest.TempPathFactory, a_in: int, a_out: int, in_features: int, out_features: int
 ) -> None:
@@ -160,32 +146,164 @@ def test_other_shapes_are_refused_with_both(
     assert f"layers.0.{Q} (adapter {a_in} -> {a_out}, base {in_features} -> {out_features})" in str(caught.value)
 
 
-def test_another_base_model_is_refused_with_five_offenders_and_a_question(tmp_path: Path) -> None:
-    write_peft(tmp_path / "for llama")
-    with pytest.raises(
-        AdapterError, match=r"^adapter 'for llama': does not fit the base model: 6 of 6 modules"
-    ) as caught:
-        open_adapter(tmp_path / "for llama").fit(BaseLayout.of(tiny.model("gpt2")))
-    assert str(caught.value).count("no such linear module") == 5
-    assert str(caught.value).endswith("and 1 more. Was it trained on another one?")
+@pytest.mark.parametrize(
+    ("there", "fronts", "said"),
+    [
+        (("model", "text_model"), [""], rf"may be any of model\.layers\.0\.{Q}, text_model\.layers\.0\.{Q}\)"),
+        (("model",), ["model.", "language_model."], rf"a second entry for model\.layers\.0\.{Q}"),
+    ],
+)
+def test_modules_and_entries_are_pairs(tmp_path: Path, there: Sequence[str], fronts: list[str], said: str) -> None:
+    adapter = adapter_on(tmp_path, {f"{front}layers.0.{Q}": (8, 8) for front in fronts})
+    with pytest.raises(AdapterError, match=said):
+        adapter.fit(layout(*(f"{front}.layers.0.{Q}" for front in there)))
 
 
-def test_an_ambiguous_module_is_refused_with_what_it_may_be(tmp_path: Path) -> None:
-    there = layout(f"model.layers.0.{Q}", f"text_model.layers.0.{Q}")
-    with pytest.raises(AdapterError, match=rf"may be any of model\.layers\.0\.{Q}, text_model\.layers\.0\.{Q}\)"):
-        adapter_on(tmp_path, {f"layers.0.{Q}": (8, 8)}).fit(there)
+# ---- more than linear modules ---------------------------------------------------------------------------------------
 
 
-def test_two_entries_for_one_module_are_refused(tmp_path: Path) -> None:
-    adapter = adapter_on(tmp_path, {f"model.layers.0.{Q}": (8, 8), f"language_model.layers.0.{Q}": (8, 8)})
-    with pytest.raises(AdapterError, match=rf"a second entry for model\.layers\.0\.{Q}"):
-        adapter.fit(layers(1))
+def with_bias() -> Any:
+    """A model whose head has a bias."""
+    base = tiny.model("llama")
+    base.lm_head = nn.Linear(32, 96)
+    base.lm_head.weight.data = tiny.model("llama").lm_head.weight.data.clone()  # type: ignore[union-attr]
+    base.lm_head.bias.data = torch.linspace(-1, 1, 96)
+    return base
 
 
-def test_conv1d_is_matched_by_what_goes_in_and_out(tmp_path: Path) -> None:
-    there = BaseLayout.of(tiny.model("gpt2"))
-    assert there.shapes["transformer.h.0.attn.c_attn"] == LinearShape(32, 96)
-    right = adapter_on(tmp_path / "right", {"h.0.attn.c_attn": (32, 96)})
-    assert set(right.fit(there).modules) == {"transformer.h.0.attn.c_attn"}
-    with pytest.raises(AdapterError, match="adapter 96 -> 32, base 32 -> 96"):
-        adapter_on(tmp_path / "wrong", {"h.0.attn.c_attn": (96, 32)}).fit(there)
+IDS = torch.tensor([tiny.prompts([9])[0]])
+HEAD, BIAS = "base_model.model.lm_head.weight", "base_model.model.lm_head.bias"
+KINDS: dict[str, dict[str, Any]] = {
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "a_norm": {"modules_to_save": ["norm"]},
+    "adapted_head": {"target_modules": ["lm_head", "q_proj"]},
+    "resized": {"save": {"save_embedding_layers": True}},
+    "biased": {"modules_to_save": ["lm_head"]},
+    "biased_and_adapted": {"target_modules": ["lm_head", "q_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_of_the_base_are_left_out_and_answers_are_pefts(kind: str, tmp_path: Path) -> None:
+    make = with_bias if kind.startswith("biased") else partial(tiny.model, "llama")
+    write_peft(tmp_path / "pool" / "a", make(), **KINDS[kind])
+    write_peft(tmp_path / "pool" / "b")
+    base = make()
+    pool = AdapterPool.open(tmp_path / "pool")
+    assert make is not with_bias or set(pool["a"].copies.values()) == {"lm_head.bias", "lm_head.weight"}
+    assert AdapterPool.open(tmp_path / "pool")["a"].copies == pool["a"].copies
+    assert pool["a"].copies and not pool["b"].copies
+    with pytest.raises(AdapterError, match=r"holds full weights .* unless they equal the base model's"):
+        pool["a"].read()
+    with pytest.raises(PoolError, match="holds full weights"):
+        pool.fit(BaseLayout.of(base))
+    with pytest.warns(UserWarning, match="adapters a: copies of base weights .* are left out"):
+        pool.fit(BaseLayout.of(base), model=base)
+    with pytest.warns(UserWarning, match="are left out"):
+        ours = Mixed(base, pool).logits([{"a": 1.0}], IDS)
+    with torch.no_grad():
+        same_tensor(ours, load_peft(tmp_path / "pool" / "a", make())(input_ids=IDS).logits)
+    with pytest.warns(UserWarning, match="are left out"):
+        logo = LoGo(base, tokenizer(), pool, settings=SelectionSettings.of(signal="norm", cache=""))
+    assert logo.names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w[HEAD].view(-1).__setitem__(3, 9.0), "lm_head.weight, with other values"),
+        (lambda w: w.update({HEAD: w[HEAD][:-1].clone()}), "lm_head.weight, of shape"),
+        (lambda w: w.update({"base_model.model.score.weight": torch.ones(2, 3)}), "score.weight, which the base model"),
+        (lambda w: w[HEAD].fill_(float("nan")), "lm_head.weight, with other values"),
+        (lambda w: w[BIAS].view(-1).__setitem__(3, 9.0), r"lm_head\.bias, with other values"),
+    ],
+    ids=["trained", "resized", "another", "nan", "bias"],
+)
+def test_what_is_not_the_bases_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+    write_peft(tmp_path / "a", with_bias(), modules_to_save=["lm_head"])
+    write_peft(tmp_path / "b")
+    edit_weights(tmp_path / "a", change)
+    base = with_bias()
+    pool = AdapterPool.open(tmp_path)
+    with pytest.raises(PoolError, match=f"it replaces a weight of the base model, {message}"):
+        pool.fit(BaseLayout.of(base), model=base)
+    fitted = pool.fit(BaseLayout.of(base), model=base, on_bad_adapter="skip")
+    assert fitted.names == ("b",) and [bad.name for bad in fitted.refused] == ["a"]
+
+
+def test_the_bases_dtype_decides(tmp_path: Path) -> None:
+    write_peft(tmp_path / "a", modules_to_save=["lm_head"])
+    base: nn.Module = tiny.model("llama").to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="are left out"):
+        assert AdapterPool.open(tmp_path).fit(BaseLayout.of(base), model=base).names == ("a",)
+
+
+def test_a_manifest_leaves_it_as_it_is(tmp_path: Path) -> None:
+    write_peft(tmp_path / "pool" / "a", modules_to_save=["lm_head"])
+    edit_config(tmp_path / "pool" / "a", modules_to_save=None)  # the tensors tell
+    assert run(["pool", "lock", str(tmp_path / "pool"), "--save", str(tmp_path / "pool.yaml")]) == 0
+    assert AdapterPool.open(tmp_path / "pool.yaml")["a"].copies
+
+
+EMBEDDINGS = {"llama": "embed_tokens", "qwen2": "embed_tokens", "gemma3": "embed_tokens", "gpt2": "wte"}
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_embeddings_equal_pefts(name: str, tmp_path: Path) -> None:
+    base = tiny.model(name)
+    linear = {"gpt2": ["c_attn"]}.get(name, ["q_proj", "down_proj"])
+    configs = [
+        peft.LoraConfig(r=rank, lora_alpha=7, target_modules=[EMBEDDINGS[name], *more], fan_in_fan_out=name == "gpt2")
+        for rank, more in ((3, linear), (5, []))
+    ]
+    oracle = peft_model(base, configs, seed=1)
+    pool = save(oracle, tmp_path)
+    assert [module.embedding for module in pool["a1"].modules.values()] == [True]
+    ids, mask = tiny.padded(tiny.prompts([6, 9, 4]))
+    rows = [{"a0": 0.7, "a1": 0.3}, {"a1": 1.0}, {"a0": 1.0}]
+    ours = Mixed(base, pool).logits(rows, ids, mask)
+    for i, weights in enumerate(rows):
+        length = int(mask[i].sum())
+        same_tensor(ours[i, :length], peft_logits(oracle, weights, ids, mask)[i, :length])
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> AdapterPool:
+    for i in range(3):
+        write_peft(
+            tmp_path / "pool" / f"t{i}",
+            seed=i,
+            target_modules=["embed_tokens", "q_proj"] if i else ["q_proj", "v_proj"],
+            save={"save_embedding_layers": False},
+        )
+
+        def larger(weights: dict[str, torch.Tensor], i: int = i) -> None:
+            generator = torch.Generator().manual_seed(i)
+            for key in weights:
+                if "embedding" in key:  # PEFT begins with zeros in A here
+                    weights[key] = torch.randn(weights[key].shape, generator=generator)
+
+        edit_weights(tmp_path / "pool" / f"t{i}", larger)
+    return AdapterPool.open(tmp_path / "pool")
+
+
+@pytest.mark.parametrize("merge", [None, True, False])
+def test_batches_equal_single_prompts(pool: AdapterPool, merge: bool | None) -> None:
+    settings = SelectionSettings.of(signal="norm", cache="")
+    logo = LoGo(tiny.model("llama"), tokenizer(), pool, settings=settings, merge=merge)
+    forced = [{"t1": 1.0}, {"t2": 0.6, "t0": 0.4}, {}, {"t0": 1.0}, {"t1": 0.5, "t2": 0.5}]
+    together = logo.generate(PROMPTS, adapters=forced, max_new_tokens=6)
+    alone = [logo.generate(p, adapters=row, max_new_tokens=6) for p, row in zip(PROMPTS, forced, strict=True)]
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    base = logo.generate(PROMPTS[0], adapters={}, max_new_tokens=6)
+    assert base.token_ids != alone[0].token_ids  # the embedding counts
+    assert logo.select(PROMPTS[0], k=3).adapters
+
+
+def test_an_embedding_that_cannot_be_mixed_is_refused_by_name(pool: AdapterPool) -> None:
+    """Where there is no model, as in vLLM, or another vocabulary."""
+    with pytest.raises(PoolError, match=r"'t1': it adapts an embedding .*, which is not mixed here"):
+        pool.fit(BaseLayout.of(tiny.model("llama")))
+    base = tiny.model("llama", vocab_size=97)
+    with pytest.raises(PoolError, match=r"embed_tokens \(adapter 96 -> 32, base 97 -> 32\)"):
+        pool.fit(BaseLayout.of(base), model=base)

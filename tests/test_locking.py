@@ -13,8 +13,8 @@ from logo.adapters.examples import write_examples
 from logo.adapters.manifest import Manifest, read_manifest
 from logo.adapters.sources import default_k, parse_sources
 from logo.cli.app import run
-from logo.errors import UsageError
-from make_adapters import write_peft
+from logo.errors import HubError, UsageError
+from make_adapters import edit_config, write_peft
 
 NAMES = ("a", "b", "c")
 SKIP = ["--on-bad-adapter", "skip"]
@@ -64,6 +64,32 @@ def test_a_manifest_gives_the_same_weights_or_says_what_changed(pool: Path, caps
     assert "exists already; choose another name, or add --overwrite" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("change", ["lora_alpha", "pool.json"])
+def test_a_manifest_notices_what_changes_the_effect_of_the_same_weights(pool: Path, change: str) -> None:
+    locked()
+    if change == "pool.json":
+        (pool / change).write_text('{"activation": "last:4"}')
+    else:
+        edit_config(pool / "a", lora_alpha=99)
+    what = "adapter_config.json, or a pool.json in or above its folder, is not the one in the manifest: expected digest"
+    assert refusal().startswith(f"adapter 'a': {what} ") and "write the manifest again (`logo pool lock`)" in refusal()
+    write_examples(pool / "a", ["another"])  # which are no part of it
+    locked()
+    assert AdapterPool.open("pool.yaml").digest == AdapterPool.open("mine").digest
+
+
+def test_an_entry_that_is_no_folder_beside_the_manifest_is_on_the_hub(pool: Path) -> None:
+    """Whatever folders the working directory has."""
+    write_peft(Path("org/a"))
+    Path("sub").mkdir()
+    Path("sub/pool.yaml").write_text("adapters: [org/a]")
+    with pytest.raises(HubError, match="Hub repo org/a"):
+        AdapterPool.open("sub/pool.yaml", local_files_only=True, cache_dir="hub")
+    Path("sub/pool.yaml").write_text("adapters: [mine]")
+    with pytest.raises(PoolError, match=r"adapter 'mine': no adapters in .*sub/mine: No such file"):
+        AdapterPool.open("sub/pool.yaml")
+
+
 def test_an_entry_without_a_name_is_opened_as_its_folder_is(pool: Path) -> None:
     write_peft(pool / "a" / "checkpoint-100", seed=9)
     Path("plain.yaml").write_text("adapters:\n- ./mine\n")
@@ -85,6 +111,17 @@ def test_example_prompts_of_a_manifest(pool: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert run(["pool", "examples", "hand.yaml", "a", "x.jsonl"]) == 2
     assert "no entry has the name 'a', so it has no place for examples" in capsys.readouterr().err
+
+
+def test_example_prompts_that_were_written_by_hand_stay(pool: Path) -> None:
+    """Also of entries without a name; those of a source count more than those of the manifest that is replaced."""
+    by_hand, save = Path("hand.yaml"), Path("pool.yaml")
+    by_hand.write_text("adapters: [{source: ./mine/a, examples: [x, y]}, {source: ./mine/b, examples: []}, ./mine/c]")
+    for place, file in (("hand.yaml", save), ("mine", by_hand), ("hand.yaml", by_hand)):
+        assert run(["pool", "lock", place, "--save", str(file), "--overwrite"]) == 0
+        assert [entry.examples for entry in read_manifest(file).entries] == [("x", "y"), (), None]
+    Path("other.yaml").write_text("adapters: [{source: ./mine/a, examples: [z]}, ./mine/b]")
+    assert [entry.examples for entry in locked("other.yaml").entries] == [("z",), ()]
 
 
 def test_the_same_pool_has_one_k_however_it_is_named(pool: Path) -> None:
@@ -142,6 +179,7 @@ def test_names_that_a_manifest_cannot_hold(tmp_path: Path, capsys: pytest.Captur
             "entry 1: expected a source or an object of source, name, revision, sha256",
         ),
         ("adapters: [{source: org/a, sha256: x}]", "sha256: expected 64 hexadecimal digits"),
+        ("adapters: [{source: org/a, digest: x}]", "digest: expected 32 hexadecimal digits"),
         ("adapters: [{source: org/a, examples: x}]", "examples: expected a list of texts"),
         ("adapters: ['org/a-*']", "`logo pool lock 'org/a-*'` lists"),
         ("adapters: [{source: ./a, revision: main}]", "expected a folder, which has no revision, or a source"),

@@ -1,4 +1,4 @@
-"""The gated LoRA against PEFT, and against its own formula."""
+"""Mixtures against PEFT and their own formula: as gates, and merged, where base weights are never written to."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tiny
-from logo import AdapterPool
+from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.layout import BaseLayout
 from logo.mixing.cache import AdapterCache, Stack
 from logo.mixing.gates import Gates, added
+from logo.mixing.merge import mergeable
 from logo.mixing.mixer import Mixer, Mixture
+from test_engine import PROMPTS, engine, tokenizer, write_adapter
 from tolerances import same_tensor
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -60,8 +63,6 @@ def save(model: peft.PeftMixedModel, folder: Path) -> AdapterPool:
         state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         path = folder / name
         path.mkdir(parents=True)
-        from safetensors.torch import save_file
-
         save_file({k: v.contiguous() for k, v in state.items()}, path / "adapter_model.safetensors")
         config.save_pretrained(str(path))
     return AdapterPool.open(folder)
@@ -120,21 +121,26 @@ def test_equals_peft(data: Any, configs: list[peft.LoraConfig], seed: int, tmp_p
         same_tensor(ours[i, :length], theirs[i, :length])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_neox", "opt", "falcon", "gemma3"])
-def test_equals_peft_on_other_architectures(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", list(tiny.CONFIGS))
+def test_equals_peft_on_every_architecture(name: str, tmp_path: Path) -> None:
     base = tiny.model(name)
     config = peft.LoraConfig(
         r=3, lora_alpha=7, target_modules="all-linear", fan_in_fan_out=name == "gpt2", task_type="CAUSAL_LM"
     )
     oracle = peft_model(base, [config, config], seed=1)
-    rows = [{"a0": 0.7, "a1": 0.3}, {"a1": 1.0}]
+    rows = [{"a0": 0.7, "a1": -0.2}, {"a1": 1.0}]
     ids, mask = tiny.padded(tiny.prompts([6, 6]))
     pool = save(oracle, tmp_path)
+    with torch.no_grad():
+        plain = base(input_ids=ids, attention_mask=mask).logits
     ours, merged = Mixed(base, pool).logits(rows, ids, mask), Mixed(base, pool, merge=True)
     for i, weights in enumerate(rows):
         theirs = peft_logits(oracle, weights, ids, mask)
         same_tensor(ours[i], theirs[i])
         same_tensor(merged.logits([weights], ids, mask), theirs)
+        assert not torch.allclose(theirs, plain, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(base(input_ids=ids, attention_mask=mask).logits, plain)
 
 
 class Quantised(nn.Module):
@@ -159,10 +165,9 @@ def test_base_is_bit_equal_before_between_and_after(tmp_path: Path) -> None:
     ids, mask = tiny.padded(tiny.prompts([6, 4]))
     plain = base(input_ids=ids, attention_mask=mask).logits
     gated = Mixed(base, pool)
-    attached = base(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(plain, base(input_ids=ids, attention_mask=mask).logits)
     mixed = gated.logits([{"a0": 1.0}, {}], ids, mask)
-    after = base(input_ids=ids, attention_mask=mask).logits
-    assert torch.equal(plain, attached) and torch.equal(plain, after)
+    assert torch.equal(plain, base(input_ids=ids, attention_mask=mask).logits)
     assert not torch.allclose(plain[0], mixed[0])
     same_tensor(mixed[1], plain[1])  # a row with no mixture, in a batch where another has one
     assert all(torch.equal(value, base.state_dict()[name]) for name, value in before.items())
@@ -215,3 +220,115 @@ def test_every_way_of_multiplying_is_the_formula(data: Any, rows: int, copies: i
     one = Gates(weights[:1])
     expected = ((x @ stack.A.T) * weights[:1, owner]) @ stack.B
     same_tensor(low_rank(x, stack, one), expected)
+
+
+# -- merged ------------------------------------------------------------------------------------------------------------
+
+
+def pool_of(base: nn.Module, folder: Path, *targets: Any, **how: Any) -> AdapterPool:
+    configs = [peft.LoraConfig(r=3, target_modules=some, task_type="CAUSAL_LM", **how) for some in targets]
+    return save(peft_model(base, configs, seed=1), folder)
+
+
+def test_base_weights_are_never_written_to(tmp_path: Path) -> None:
+    base = tiny.model("llama")
+    before = {name: (parameter, parameter.clone()) for name, parameter in base.named_parameters()}
+    mixed = Mixed(base, pool_of(base, tmp_path, "all-linear"), merge=True)
+    with pytest.raises(KeyboardInterrupt), mixed.mixer.active(mixed.pool, [Mixture({"a0": 1.0})]) as form:
+        assert form == "merged"
+        assert any(parameter is not before[name][0] for name, parameter in base.named_parameters())
+        raise KeyboardInterrupt
+    for name, parameter in base.named_parameters():
+        assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
+
+
+def test_one_mixture_after_another(tmp_path: Path) -> None:
+    """Memory is used again, so that nothing of the mixture before may be left in it."""
+    base = tiny.model("llama")
+    pool = pool_of(base, tmp_path, ["q_proj", "v_proj"], ["q_proj"])
+    ids, mask = tiny.padded(tiny.prompts([6]))
+    kept = Mixed(base, pool, merge=True)
+    for mixture in ({"a0": 1.0}, {"a0": 0.3}, {"a1": 1.0}, {"a0": 1.0}, {"a0": 1.0}):
+        fresh = Mixed(base, pool, merge=True).logits([mixture], ids, mask)
+        assert torch.equal(kept.logits([mixture], ids, mask), fresh)
+
+
+def test_what_cannot_be_merged_keeps_its_gates(tmp_path: Path) -> None:
+    base = tiny.model("llama")
+    for i in range(3):
+        write_adapter(tmp_path / f"t{i}", base, ("q_proj", "v_proj"), rank=2, seed=i)
+    for layer in base.model.layers:
+        layer.self_attn.q_proj = Quantised(layer.self_attn.q_proj)
+    pool, settings = AdapterPool.open(tmp_path), SelectionSettings("norm", k=2)
+    asked, gated = (LoGo(base, tokenizer(), pool, settings=settings, merge=merge) for merge in (True, False))
+    for prompt in PROMPTS:
+        assert asked.generate(prompt, max_new_tokens=6).token_ids == gated.generate(prompt, max_new_tokens=6).token_ids
+    assert not mergeable(base.model.layers[0].self_attn.q_proj)
+    assert mergeable(base.model.layers[0].self_attn.v_proj)
+
+
+def test_many_tokens_are_merged_and_few_are_not(tmp_path: Path) -> None:
+    base = tiny.model("llama")  # 32 wide, so that 16 tokens are worth it
+    mixed = Mixed(base, pool_of(base, tmp_path, ["q_proj"], ["q_proj"]), merge=None)
+    one, other = Mixture({"a0": 1.0}), Mixture({"a1": 1.0})
+
+    def form(mixtures: list[Mixture], tokens: float) -> str:
+        with mixed.mixer.active(mixed.pool, mixtures, tokens) as found:
+            return found
+
+    assert [form([one], tokens) for tokens in (15, 16, 100)] == ["gated", "merged", "merged"]
+    assert form([one, one], 16) == "merged" and form([one, other], 100) == "gated"
+    assert form([Mixture({"a0": 1.0}, {"a0": 3})], 100) == "gated"
+    assert form([Mixture(), Mixture()], 100) == "none"
+
+
+@pytest.mark.slow
+def test_nothing_is_merged_by_itself_in_half_precision(adapters: Path) -> None:
+    """`W + ΔW` would be rounded to the weights' dtype, and other tokens might follow."""
+    base = tiny.model("llama").to(torch.bfloat16)
+    engines = {merge: engine(base, adapters, merge=merge) for merge in (None, False, True)}
+    answers = {merge: [made.generate(p, max_new_tokens=60) for p in PROMPTS] for merge, made in engines.items()}
+    assert {merge: {a.form for a in made} for merge, made in answers.items()} == {
+        None: {"gated"},
+        False: {"gated"},
+        True: {"merged"},
+    }
+    assert [a.token_ids for a in answers[None]] == [a.token_ids for a in answers[False]]
+
+
+@pytest.mark.slow
+def test_what_ran_before_decides_nothing(llama: nn.Module, adapters: Path) -> None:
+    """Same forms and tokens for the same rows: at once, after short answers, after long ones and batches of both."""
+    asked = [*PROMPTS, PROMPTS[0]]
+
+    def answered(before: list[dict[str, Any]]) -> list[tuple[str, tuple[int, ...]]]:
+        logo = engine(llama, adapters)
+        for options in before:
+            logo.generate(PROMPTS[::-1], **options)
+        found = []
+        for length in (2, 8, 64):  # some of which are merged in float32, and some of which are not
+            found += logo.generate(asked, max_new_tokens=length, batch_size=1)
+        found += logo.generate(asked, max_new_tokens=8, batch_size=4)
+        return [(answer.form, answer.token_ids) for answer in found]
+
+    short, long = {"max_new_tokens": 40, "eos_token_id": list(range(96))}, {"max_new_tokens": 90}
+    fresh = answered([])
+    assert answered([short] * 3) == answered([long, {**short, "batch_size": 2}]) == fresh
+    assert {form for form, _ in fresh} == {"merged", "gated"}
+
+
+def test_every_answer_says_how_its_mixture_acted(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters)
+    assert logo.generate(PROMPTS[0], adapters={}, max_new_tokens=2).form == "none"
+    assert {answer.form for answer in logo.generate(PROMPTS, max_new_tokens=60)} == {"gated"}  # of one batch
+
+
+def test_a_call_in_inference_mode_changes_no_later_one(llama: nn.Module, adapters: Path) -> None:
+    """The copy that it leaves is written to by the next mixture."""
+    logo = engine(llama, adapters, merge=True)
+    one, other, *_ = ({name: 1.0} for name in logo.names)
+    expected = logo.generate(PROMPTS[0], adapters=one, max_new_tokens=4)
+    with torch.inference_mode():
+        logo.generate(PROMPTS[0], adapters=other, max_new_tokens=4)
+    assert logo.generate(PROMPTS[0], adapters=one, max_new_tokens=4).token_ids == expected.token_ids
+    assert "".join(logo.stream(PROMPTS[0], adapters=other, max_new_tokens=4))

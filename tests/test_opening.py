@@ -1,32 +1,41 @@
-"""`LoGo.from_pretrained`: what transformers takes under its own names, presets, and quantised base models."""
+"""`LoGo` on a model that it loads, with what transformers takes under its own names, presets and quantised base models;
+and on one that the caller has loaded: what is refused, and engines that share it."""
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import peft
 import pytest
 import torch
 from torch import nn
 from transformers import TextIteratorStreamer, TextStreamer
 
 import tiny
-from logo import AdapterPool, LoGo, LoGoError, PoolError, SelectionSettings, UsageError
-from logo.adapters.sources import spec_of
+from hub_server import GOOD_TOKEN, HubServer
+from logo import AdapterPool, LoGo, LoGoError, ModelError, PoolError, SelectionSettings, UsageError
+from logo.adapters.pool import officially_named, open_pool
+from logo.adapters.sources import parse_sources, spec_of
 from logo.cli.app import run
 from logo.decoding import call_config
 from logo.demo import heldout
+from logo.errors import NotFinite
 from logo.mixing.merge import mergeable
+from logo.models import check_mode, droppers, load_base, pick_device, resolve_base
 from logo.vllm.offline import _folder_of
-from test_engine import PROMPTS, engine, tokenizer
-from tolerances import same_selection
+from test_engine import PROMPTS, engine, tokenizer, write_adapter
+from tolerances import PATIENCE, same_scores, same_selection
+from warm import python
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +44,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.model("llama").save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
-
-
-# -- loading -----------------------------------------------------------------------------------------------------------
 
 
 def test_options_of_transformers_reach_it(base: Path, adapters: Path) -> None:
@@ -56,6 +62,7 @@ def test_options_of_transformers_reach_it(base: Path, adapters: Path) -> None:
         ({"dtype": torch.int8}, "dtype torch.int8: expected 'auto', 'float32', 'bfloat16' or 'float16'"),
         ({"trust_remote_code": True}, "trust_remote_code cannot be set: a model's own code .* are never run"),
         ({"model_kwargs": {"trust_remote_code": True}}, "trust_remote_code cannot be set"),
+        ({"model_kwargs": {"allow_all_kernels": True}}, "allow_all_kernels cannot be set"),
         ({"model_kwargs": {"use_safetensors": False}}, "use_safetensors cannot be set"),
         ({"model_kwargs": {"dtype": "float16"}}, "model_kwargs: give 'dtype' as an option of its own"),
         ({"preset": "oficial"}, "preset: expected one of 'official', None, found 'oficial'"),
@@ -64,16 +71,18 @@ def test_options_of_transformers_reach_it(base: Path, adapters: Path) -> None:
             open_(**options)
 
 
-def test_the_token_is_also_that_of_the_pool(base: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_and_the_token_reach_the_pool(base: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place of a list may have commas in its name."""
     asked, found = list[Any](), AdapterPool.open(adapters)
 
     def opened(sources: Any, options: Any) -> AdapterPool:
-        asked.append((spec_of(sources), options["token"]))
+        asked.append(([spec_of([one]) for one in sources], options["token"]))
         return found
 
     monkeypatch.setattr(AdapterPool, "opened", opened)
-    LoGo.from_pretrained(base, "org/pool", device="cpu", k=3, unscorable="skip", signal="norm", token="secret")
-    assert asked == [("org/pool", "secret")]
+    places = ["org/pool", adapters / "a,b"]
+    LoGo.from_pretrained(base, places, device="cpu", k=3, unscorable="skip", signal="norm", token="secret")
+    assert asked == [(list(map(str, places)), "secret")]
 
 
 def test_vllms_processes_open_no_other_pool_than_the_given_one(adapters: Path) -> None:
@@ -86,14 +95,6 @@ def test_vllms_processes_open_no_other_pool_than_the_given_one(adapters: Path) -
     for other in (told, pool.acting("last:2"), pool.subset(pool.names[1:])):
         with pytest.raises(PoolError, match="expected all adapters in one folder"):
             opened(other)
-
-
-def test_several_places_may_have_commas(base: Path, adapters: Path, tmp_path: Path) -> None:
-    for name in ("a,b", "other"):
-        shutil.copytree(adapters, tmp_path / name / name[-1])
-    places = [tmp_path / "a,b", str(tmp_path / "other")]
-    logo = LoGo.from_pretrained(base, places, device="cpu", k=3, unscorable="skip", signal="norm")
-    assert {name[0] for name in logo.names} == {"b", "r"}
 
 
 def quanto() -> Any:
@@ -130,9 +131,8 @@ def test_a_quantised_base_answers_as_what_it_stands_for(base: Path, adapters: Pa
     modules = {path for adapter in logo.fitted for path in adapter.modules}
     assert not any(mergeable(logo.model.get_submodule(path)) for path in modules)
     plain = dequantised(logo.model)
-    assert not torch.equal(
-        plain.get_submodule(sorted(modules)[0]).weight, tiny.model("llama").get_submodule(sorted(modules)[0]).weight
-    )
+    one, *_ = sorted(modules)
+    assert not torch.equal(plain.get_submodule(one).weight, tiny.model("llama").get_submodule(one).weight)
     exact = engine(plain, adapters, merge=False, **options)
     for mixture in (None, {"tasks/t0": 0.5, "tasks/t3": 0.5}, {}):
         found = logo.generate(PROMPTS, adapters=mixture, max_new_tokens=12)
@@ -141,9 +141,6 @@ def test_a_quantised_base_answers_as_what_it_stands_for(base: Path, adapters: Pa
             assert one.token_ids == other.token_ids
             assert one.form in ("gated", "none")
             same_selection(one.selection, other.selection)
-
-
-# -- presets -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -174,10 +171,7 @@ def test_the_official_preset_is_that_of_the_command_line(tmp_path: Path) -> None
     assert [one.text.strip().split("\n")[0] for one in answers] == kept("predictions.json")
 
 
-# -- transformers' streamers -------------------------------------------------------------------------------------------
-
-
-def test_streamers_of_transformers_hear_each_token(
+def test_transformers_streamers_hear_each_token(
     llama: nn.Module, adapters: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logo = engine(llama, adapters)
@@ -218,7 +212,204 @@ def test_a_streamer_is_of_one_prompt(llama: nn.Module, adapters: Path) -> None:
     streamer = TextStreamer(logo.tokenizer)
     with pytest.raises(UsageError, match="streaming: expected a single prompt, found 2; ask for them one by one"):
         logo.generate(PROMPTS[:2], streamer=streamer)
-    with pytest.raises(UsageError, match="streaming: beam search changes sent tokens; leave out num_beams=2"):
-        logo.generate(PROMPTS[0], num_beams=2, streamer=streamer)
-    with pytest.raises(UsageError, match="streaming: beam search changes sent tokens; leave out num_beams=2"):
-        logo.stream(PROMPTS[0], num_beams=2)
+    for call in (partial(logo.generate, streamer=streamer), logo.stream):
+        with pytest.raises(UsageError, match="streaming: beam search changes sent tokens; leave out num_beams=2"):
+            call(PROMPTS[0], num_beams=2)
+
+
+def test_a_model_in_training_mode_is_refused(adapters: Path) -> None:
+    """Dropout would make scores random, and they would be kept as the pool's calibration."""
+    model = tiny.model("llama", attention_dropout=0.5).train()
+    with pytest.raises(UsageError, match=r"training mode.*model\.eval\(\)"):
+        engine(model, adapters)
+    logo = engine(model.eval(), adapters)
+    logo.select(PROMPTS[0])
+    model.train()  # between two calls
+    for call in (logo.select, logo.generate, logo.stream):
+        with pytest.raises(UsageError, match="training mode"):
+            call(PROMPTS[0])
+
+
+def test_layers_of_peft_are_refused(adapters: Path) -> None:
+    """Otherwise the adapter of the PeftModel is mixed into every answer."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(cast(Any, tiny.model("llama")), config).eval()
+    for model in (wrapped, wrapped.get_base_model()):
+        with pytest.raises(UsageError, match=r"layers of PEFT.*model\.unload\(\)"):
+            engine(model, adapters)
+    engine(wrapped.unload(), adapters).select(PROMPTS[0])
+
+
+def jittering() -> Any:
+    """Routers of experts are as random in training mode as dropout is."""
+    model = cast(Any, tiny.model("llama"))
+    model.get_submodule("model.layers.0.mlp").router_jitter_noise = 0.01
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (lambda: tiny.model("opt", dropout=0.1), ""),  # which keeps its probability in its layers
+        (lambda: tiny.model("opt", dropout=0.1), "model"),
+        (jittering, "model.layers.0.mlp"),
+    ],
+)
+def test_what_makes_a_model_random_is_found_wherever_it_is(make: Callable[[], Any], part: str) -> None:
+    """Also where only a part of the model is in training mode."""
+    model = make()
+    model.get_submodule(part).train()
+    with pytest.raises(UsageError, match="training mode"):
+        droppers(model)
+    found = droppers(model.eval())
+    model.get_submodule(part).train()
+    with pytest.raises(UsageError, match="training mode"):
+        check_mode(found)
+    assert not droppers(cast(Any, tiny.model("llama")))
+
+
+def test_a_loaded_model_is_no_name(llama: nn.Module) -> None:
+    with pytest.raises(UsageError, match=r"base_model: .*LoGo\(model, tokenizer, pool\)"):
+        LoGo.from_pretrained(cast(Any, llama))
+
+
+def test_engines_on_one_model_take_turns(llama: nn.Module, adapters: Path) -> None:
+    """A call of another engine waits until the mixture of a running answer is off the model."""
+    first, second = engine(llama, adapters), engine(llama, adapters)
+    expected, found = second.select(PROMPTS[0]), []
+    threads: list[threading.Thread] = []
+
+    class Intruder:
+        """Selects with the other engine while the first one answers."""
+
+        def put(self, value: Any) -> None:
+            if len(threads) < 2:  # at the prompt and at the first token
+                threads.append(threading.Thread(target=lambda: found.append(second.select(PROMPTS[0]))))
+                threads[-1].start()
+                threads[-1].join(0.5)
+
+        def end(self) -> None:
+            pass
+
+    mixture = {"tasks/t0": 3.0, "tasks/t1": 3.0}
+    alone = first.generate(PROMPTS[0], adapters=mixture, max_new_tokens=4)
+    answer = first.generate(PROMPTS[0], adapters=mixture, max_new_tokens=4, streamer=cast(Any, Intruder()))
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert answer.token_ids == alone.token_ids
+    assert [one.scores for one in found] == [same_scores(expected.scores)] * 2
+
+
+GOOD, BAD = {"good": 1.0}, {"bad": 1.0}
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory: pytest.TempPathFactory) -> LoGo:
+    folder = tmp_path_factory.mktemp("overflow")
+    model = tiny.model("llama")
+    write_adapter(folder / "good", model, ("q_proj", "v_proj"), rank=2, seed=1)
+    write_adapter(folder / "bad", model, ("q_proj", "v_proj"), rank=2, seed=2, scale=1e20)  # each number is finite
+    return engine(model, folder, k=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2}], ids=str)
+def test_a_mixture_that_overflows_is_an_error(overflowing: LoGo, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    for prompts, mixtures in (([PROMPTS[0]], [BAD]), (PROMPTS[:2], [GOOD, BAD])):
+        with pytest.raises(NotFinite, match=r"not finite with this mixture of adapters.*float32.*'bad'"):
+            overflowing.generate(prompts, adapters=mixtures, max_new_tokens=4, **options)
+    assert len(overflowing.generate(PROMPTS[0], adapters=GOOD, max_new_tokens=4, **options).token_ids) == 4
+    if "num_beams" in options:
+        return
+    pieces = overflowing.stream(PROMPTS[0], adapters=BAD, max_new_tokens=4, **options)
+    with pytest.raises(NotFinite, match="not finite"):
+        next(pieces)  # before a single token of it is shown
+
+
+# ---- base models by name --------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(__file__).parent / "data"
+F1 = DATA / "golden" / "F1"
+
+
+def test_names_of_base_models(tmp_path: Path) -> None:
+    assert resolve_base("Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
+    assert resolve_base("someone/model") == "someone/model"
+    assert resolve_base(str(F1 / "model")) == str(F1 / "model")
+    local = tmp_path / "Llama-3.1-8B"
+    local.mkdir()
+    assert resolve_base("Llama-3.1-8B", tmp_path) == "meta-llama/Llama-3.1-8B"  # an empty folder is no model
+    (local / "config.json").write_text("{}")
+    assert resolve_base("Llama-3.1-8B", tmp_path) == str(local)
+    with pytest.raises(ModelError, match=r"did you mean 'Llama-3.1-8B'\?"):
+        resolve_base("llama-3.1-8B")
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        resolve_base(str(tmp_path))
+
+
+def test_published_adapters_in_model_dir_come_before_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "Qwen2.5-7B-loras-flanv2").symlink_to(F1 / "adapters", target_is_directory=True)
+    for name in ("Qwen2.5-7B", "Qwen/Qwen2.5-7B"):
+        assert len(open_pool(None, name, tmp_path)) == 12
+    with pytest.raises(UsageError, match="has no adapters of its own"):
+        open_pool(None, str(F1 / "model"))
+
+
+def test_a_published_pool_has_its_official_names_wherever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = shutil.copytree(F1 / "adapters", tmp_path / "Llama-3.1-8B-loras-flanv2")
+    monkeypatch.chdir(home)
+    for place in (".", str(home)):
+        pool = officially_named(open_pool(place, "Llama-3.1-8B"), "Llama-3.1-8B", parse_sources(place))
+        assert pool.names[0] == "Llama-3.1-8B-loras-flanv2/ad00"
+
+
+def test_device_and_dtype() -> None:
+    with pytest.raises(UsageError, match="expected 'auto', 'cpu'"):
+        pick_device("gpu0")
+    model, _ = load_base(str(F1 / "model"), device="cpu", dtype="bfloat16")
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda model: os.truncate(model / "model.safetensors", 1000),
+        lambda model: (model / "config.json").write_text("{"),
+        lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),  # a pickle
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    damage(shutil.copytree(F1 / "model", tmp_path / "model"))
+    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+        load_base(str(tmp_path / "model"), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_official_command_downloads_model_and_adapters(tmp_path: Path) -> None:
+    """`python3 main.py --dataset D --base_model Llama-3.1-8B --gpu 0`, gated model and 12 of "260" adapters."""
+    collection = tmp_path / "collection"
+    for adapter in (F1 / "adapters").iterdir():
+        shutil.copytree(adapter, collection / "Llama-3.1-8B-loras-flanv2" / f"flanv2.{adapter.name}")
+    repos = {"meta-llama/Llama-3.1-8B": F1 / "model", "archon159/LoGo-loras-collection": collection}
+    command = [
+        *(*python(), str(ROOT / "main.py"), "--dataset", "bbh.word_sorting", "--base_model", "Llama-3.1-8B"),
+        *("--gpu", "0" if not torch.cuda.is_available() else "-1", "--data_dir", str(DATA), "--limit", "1"),
+    ]
+    with HubServer(repos, gated=["meta-llama/Llama-3.1-8B"]) as hub:
+        refused = hub.run(command, tmp_path / "home", cwd=tmp_path)
+        assert refused.returncode == 1 and "accept the licence" in refused.stderr.splitlines()[-1]
+        assert "Traceback" not in refused.stderr and not list((tmp_path / "results").rglob("*.json"))
+        done = hub.run(command, tmp_path / "home", cwd=tmp_path, HF_TOKEN=GOOD_TOKEN)
+        assert done.returncode == 0, done.stderr
+    folder = "results/Llama-3.1-8B_selection_norm_n_20_seed_0/bbh.word_sorting"
+    assert done.stdout.splitlines()[-1] == folder
+    selected = json.loads((tmp_path / folder / "selected_loras.json").read_text())
+    assert sorted(selected[0]) == [f"Llama-3.1-8B-loras-flanv2/flanv2.ad{i:02}" for i in range(12)]
+    assert GOOD_TOKEN not in (tmp_path / folder / "run.json").read_text()
+    again = hub.run(command, tmp_path / "home", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert again.returncode == 0 and again.stdout == done.stdout

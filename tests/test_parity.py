@@ -6,7 +6,7 @@ change places (`official.difference`).
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 
 import peft
 import pytest
@@ -15,8 +15,9 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
-from make_adapters import edit_weights, write_peft
+from make_adapters import write_peft
 from official import OfficialScript, difference
+from test_calibrated import change
 from test_engine import tokenizer
 
 LAYER, MODULE = 2, "model.layers.2.self_attn.q_proj"
@@ -46,17 +47,8 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> AdapterPool:
             task_type="CAUSAL_LM",
         )
         write_peft(root / f"t{i:02d}", tiny.model("qwen2", seed=4), config, seed=i)
-        scale(root / f"t{i:02d}", 0.02 + 0.015 * i)
+        change(root / f"t{i:02d}", partial(torch.mul, other=0.02 + 0.015 * i))
     return AdapterPool.open(root)
-
-
-def scale(folder: Path, size: float) -> None:
-    def shrink(weights: dict[str, torch.Tensor]) -> None:
-        for key in weights:
-            if "lora_B" in key:
-                weights[key] = weights[key] * size
-
-    edit_weights(folder, shrink)
 
 
 @pytest.fixture(scope="module")

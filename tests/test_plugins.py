@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from torch import nn
 
 from logo import LoGo, PluginError, UsageError, plugins
 from logo.baselines import get_method
-from logo.baselines.method import METHODS, register_method
+from logo.baselines.method import METHODS
 from logo.cli.app import run
 from logo.evaluation.answer import engine_identity
 from logo.evaluation.metrics import METRICS, checked_kind, measure, measures
 from logo.plugins import Registry, Source
 from logo.selection.signals import SIGNALS, get_signal, register_signal
 from serving import served
+from test_engine import engine
+from test_evaluate import one_line
 from tolerances import PATIENCE, same_scores, same_weights
 from warm import python
 
@@ -40,6 +42,18 @@ from logo import register_signal
 @register_signal("quiet", layers="early", input="projection", token="each", scale="zscore", weighting="adaptive")
 def quiet(index, hidden):
     return index.norms(hidden).sqrt()
+"""
+# What a signal computes may need gradients.
+LOUD = """
+import torch
+from logo import register_signal
+
+@register_signal("loud")
+def loud(index, hidden):
+    with torch.enable_grad():
+        vectors = hidden.clone().requires_grad_()
+        torch.autograd.grad((index.stacked @ vectors.T).square().sum(), vectors)
+    return index.norms(hidden).square()
 """
 OTHERS = """
 from logo import Prepared, Selection, register_method, register_metric
@@ -61,9 +75,8 @@ def installed(site: Path, distribution: str, *entries: str, **modules: str) -> P
     info = site / f"{distribution.replace('-', '_')}-1.2.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
-    (info / "entry_points.txt").write_text(
-        "\n".join(["[logo.plugins]", *(f"{i} = {v}" for i, v in enumerate(entries))])
-    )
+    listed = (f"{number} = {entry}" for number, entry in enumerate(entries))
+    (info / "entry_points.txt").write_text("\n".join(["[logo.plugins]", *listed]))
     for name, text in modules.items():
         (site / f"{name}.py").write_text(text)
     return site
@@ -78,41 +91,37 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return found
 
 
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The error that a command has printed."""
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("logo: error:")]
-    return line
+def load(site: Path, name: str, text: str, definition: str = "quiet") -> None:
+    """Loads a plugin of the module `plug_NAME`, which is this text."""
+    (site / f"plug_{name}.py").write_text(text)
+    plugins.load(f"plug_{name}:{definition}")
 
 
-# -- the registry ------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_installed_is_imported_once_and_not_when_a_name_is_looked_up(site: Path) -> None:
+def test_what_is_installed_is_imported_once_and_not_when_a_name_is_looked_up(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UsageError, match=r"unknown signal 'quiet'.*; known: norm, .*--plugin"):
         get_signal("quiet")
     assert not {"plug_signals", "plug_others"} & set(sys.modules)
     plugins.load_installed()
     plugins.load_installed()
     with pytest.raises(
-        UsageError, match=r"unknown signal 'quite' \(did you mean 'quiet'\?\); known: norm, .*, quiet; one .*--plugin"
+        UsageError, match=r"unknown signal 'quite' \(did you mean 'quiet'\?\); known: norm, .*, quiet; "
     ):
         get_signal("quite")
     assert get_signal("quiet").scale == "zscore"
     third = get_method("third", k=4)
     assert checked_kind("length", "here") == "length" and third.picks == 4 and measures("length") == ("length",)
-
-
-def test_a_plugin_that_cannot_be_imported_is_one_line(
-    site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bad = {"plug_broken": "import nothing_of_this_name"}
-    monkeypatch.syspath_prepend(str(installed(site.parent / "bad", "plug-bad", "plug_broken:signal", **bad)))
-    assert run(["select", PROMPT, "--base-model", "demo", "--json", "-k", "2"]) == 1
-    assert "plugin 'plug_broken:signal': expected an importable module:Object (ModuleNotFound" in one_line(capsys)
+    bad = installed(site.parent / "bad", "plug-bad", "plug_broken:signal", plug_broken="import nothing_of_this_name")
+    monkeypatch.syspath_prepend(str(bad))
+    with pytest.raises(PluginError, match=r"'plug_broken:signal': expected an importable .* \(ModuleNotFound"):
+        plugins.load_installed()
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda one: one.kind)
-def test_our_names_are_taken(registry: Registry[Any]) -> None:
+def test_our_names_are_taken(registry: Registry[Any], site: Path) -> None:
+    """And those of plugins; and a signal says of itself what there is."""
+
     def mine() -> None: ...
 
     for name in registry:
@@ -122,27 +131,20 @@ def test_our_names_are_taken(registry: Registry[Any]) -> None:
         with pytest.raises(UsageError, match="expected a name of letters, digits"):
             registry.add(name, mine, mine)
     assert not registry.sources
-
-
-def test_names_and_choices_are_checked(site: Path) -> None:
+    load(site, "signals", SIGNAL)
+    with pytest.raises(PluginError, match=r"plug_second:quiet.*the name is taken by plug_signals:quiet"):
+        load(site, "second", SIGNAL)
     with pytest.raises(UsageError, match=r"signal 'x': token: expected one of \('last', .*found 'all'"):
         register_signal("x", token="all")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"method 'no name' .*expected a name"):
-        register_method(name="no name")(lambda logo, task: None)  # type: ignore[arg-type,return-value]
-    (site / "plug_second.py").write_text(SIGNAL)
-    plugins.load("plug_signals:quiet")
-    with pytest.raises(PluginError, match=r"plug_second:quiet.*the name is taken by plug_signals:quiet"):
-        plugins.load("plug_second:quiet")
 
 
 def test_a_digest_is_of_the_whole_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     package = tmp_path / "plug_whole" / "inner"
     package.mkdir(parents=True)
-    for place in (package, package.parent):
-        (place / "__init__.py").write_text("")
+    for file in ("__init__.py", "helps.py", "../__init__.py"):
+        (package / file).touch()
     (package / "mine.py").write_text("def f(): ...")
-    (package / "helps.py").write_text("x = 1")
     definition = importlib.import_module("plug_whole.inner.mine").f
     first = Source.of(definition)
     assert (first.place, first.folder) == ("plug_whole.inner.mine:f", str(tmp_path))
@@ -161,22 +163,16 @@ def test_a_signal_scores_as_it_says(site: Path, tmp_path: Path) -> None:
     engine = LoGo.from_pretrained("demo", signal="quiet", k=3, cache=str(tmp_path / "cache"))
     found = engine.select([PROMPT, "Spell the word: tree"])
     assert all(1 <= len(one.adapters) <= 3 and one.confidence is not None for one in found)
-    [alone] = engine.select([PROMPT])
-    assert alone.scores == same_scores(found[0].scores)
-    (site / "plug_raw.py").write_text(
-        "from logo import register_signal\n@register_signal('loud')\ndef loud(index, hidden):\n"
-        "    return index.norms(hidden).square()\n"
-    )
-    plugins.load("plug_raw:loud")
-    [loud], [norm] = engine.select([PROMPT], signal="loud"), engine.select([PROMPT], signal="norm")
-    assert loud.scores == same_scores({name: score**2 for name, score in norm.scores.items()})
+    assert engine.select(PROMPT).scores == same_scores(found[0].scores)
+    load(site, "raw", LOUD, "loud")
+    raw, norm = engine.select(PROMPT, signal="loud"), engine.select(PROMPT, signal="norm")
+    assert raw.scores == same_scores({name: score**2 for name, score in norm.scores.items()})
 
 
 @pytest.mark.parametrize(
     ("scale", "returns", "error", "message"),
     [
         ("raw", "hidden", PluginError, r"expected scores \(vectors, adapters\) \(1, 16\)"),
-        ("raw", "None", PluginError, r"expected scores \(vectors, adapters\) \(1, 16\)"),
         ("raw", "index.norms(hidden)[:, 99]", RuntimeError, "failed: IndexError: index 99"),
         ("raw", "index.norms(hidden) / 0", PluginError, "finite scores.*inf for adapter 1 of 16"),
         ("zscore", "index.norms(hidden) * float('nan')", PluginError, "finite scores.*nan for adapter 1 of 16"),
@@ -186,58 +182,24 @@ def test_a_signal_scores_as_it_says(site: Path, tmp_path: Path) -> None:
 def test_a_signal_that_fails_is_named(site: Path, scale: str, returns: str, error: Any, message: str) -> None:
     """A calibration took NaN for an adapter without a response, and the selection looked like any other."""
     layers = "" if scale == "raw" else ", layers='early'"
-    (site / "plug_wrong.py").write_text(
-        f"from logo import register_signal\n@register_signal('wrong', scale={scale!r}{layers})\n"
-        f"def wrong(index, hidden): return {returns}\n"
-    )
-    plugins.load("plug_wrong:wrong")
+    wrong = f"@register_signal('wrong', scale={scale!r}{layers})\ndef wrong(index, hidden): return {returns}\n"
+    load(site, "wrong", f"from logo import register_signal\n{wrong}", "wrong")
     with pytest.raises(error, match=f"signal plug_wrong:wrong.*{message}"):
         LoGo.from_pretrained("demo", signal="wrong", k=2).select(PROMPT)
 
 
 def test_a_metric_says_a_number_from_0_to_1(site: Path) -> None:
-    (site / "plug_metric.py").write_text(
-        "from logo import register_metric\n@register_metric('as_told')\ndef as_told(prediction, golds):\n"
-        "    assert not isinstance(golds, str)\n    return eval(prediction)\n"
-    )
-    plugins.load("plug_metric:as_told")
+    told = "def as_told(prediction, golds):\n    assert not isinstance(golds, str)\n    return eval(prediction)\n"
+    load(site, "metric", f"from logo import register_metric\n@register_metric('as_told')\n{told}", "as_told")
     assert measure("as_told", "1", "gold") == measure("as_told", "True", ("gold",)) == 1.0
     assert measure("as_told", "__import__('numpy').float32(0.5)", "gold") == 0.5
     assert measure("as_told", "__import__('torch').tensor(0.5)", "gold") == 0.5
     for wrong in ("1.5", "-1", "float('nan')", "None", "'1'", "__import__('torch').ones(2)", "1j"):
         with pytest.raises(PluginError, match="metric 'as_told': expected a number from 0 to 1, found"):
             measure("as_told", wrong, "gold")
-    told = r"metric 'as_told' failed for the answer '1 / 0' and the gold texts \['hot'\] \(ZeroDivisionError: "
-    with pytest.raises(PluginError, match=told):
+    message = r"metric 'as_told' failed for the answer '1 / 0' and the gold texts \['hot'\] \(ZeroDivisionError: "
+    with pytest.raises(PluginError, match=message):
         measure("as_told", "1 / 0", "hot")
-
-
-# -- what is recorded --------------------------------------------------------------------------------------------------
-
-
-def test_two_signals_of_one_definition_have_calibrations_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def power(exponent: float) -> Any:
-        def score(index: Any, hidden: torch.Tensor) -> torch.Tensor:
-            with torch.enable_grad():  # what a signal computes may need gradients
-                vectors = hidden.clone().requires_grad_()
-                torch.autograd.grad((index.stacked @ vectors.T).square().sum(), vectors)
-            return index.norms(hidden) ** exponent
-
-        return score
-
-    for kind in ("_places", "sources"):
-        monkeypatch.setattr(SIGNALS, kind, dict(getattr(SIGNALS, kind)))
-    found = {}
-    for name, exponent in (("half", 0.5), ("cube", 3.0)):
-        register_signal(name, layers="early", input="projection", token="each", scale="zscore")(power(exponent))
-        for cache in ("", str(tmp_path)):
-            found[name, cache] = LoGo.from_pretrained("demo", signal=name, k=2, cache=cache).select(PROMPT).scores
-        monkeypatch.delitem(SIGNALS, name)
-    assert found["half", str(tmp_path)] == pytest.approx(found["half", ""])
-    assert found["cube", str(tmp_path)] == pytest.approx(found["cube", ""])
-    assert found["half", ""] != pytest.approx(found["cube", ""])
 
 
 def test_a_changed_signal_reads_no_old_calibration(tmp_path: Path) -> None:
@@ -261,6 +223,23 @@ def test_a_changed_signal_reads_no_old_calibration(tmp_path: Path) -> None:
     assert said[0] == said[2] != said[1]
     assert re.fullmatch(r"-?\d\S* plug_changing:quiet [0-9a-f]{64} quiet\n", said[0])
     assert len(list((cache / "calibration").iterdir())) == 2
+
+
+def test_a_signal_that_takes_the_name_of_another_is_computed_anew(llama: nn.Module, adapters: Path) -> None:
+    """In an engine that is open, as where a cell of a notebook is run again."""
+
+    def define(power: int) -> None:
+        @register_signal("again")
+        def again(index: Any, hidden: Any) -> Any:
+            return index.norms(hidden) ** power
+
+    define(1)
+    logo = engine(llama, adapters, signal="again")
+    before = logo.select("w3 w4")
+    define(2)
+    after = logo.select("w3 w4")
+    assert after.scores == pytest.approx({name: score**2 for name, score in before.scores.items()})
+    assert logo.select("w3 w4") == after
 
 
 def test_the_identity_of_a_run_names_code_of_others_only(site: Path) -> None:
@@ -287,31 +266,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_select_with_a_signal_of_this_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    select = ["select", PROMPT, "--base-model", "demo", "--json", "-k", "2", "--signal", "quiet"]
-    assert run(select) == 2
-    assert "unknown signal 'quiet'" in one_line(capsys)
-    assert run([*select, "--plugin", "plug_here:quiet"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    scores = found[0]["scores"] if isinstance(found, list) else found["scores"]
-    assert scores == same_scores(LoGo.from_pretrained("demo", signal="quiet", k=2).select(PROMPT).scores)
-
-
-@pytest.mark.parametrize(
-    ("plugin", "message"),
-    [
-        ("plug_here", r"plugin 'plug_here': expected an importable module:Object \(AttributeError"),
-        ("plug_none:quiet", r"expected an importable module:Object \(ModuleNotFoundError: No module named 'plug_none'"),
-        ("plug_here:register_signal", "expected an object under @logo.register_..., found <function"),
-        ("plug_exits:quiet", r"expected an importable module:Object \(SystemExit: bye\)"),
-    ],
-)
-def test_a_plugin_that_cannot_be_used(
-    here: Path, plugin: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plugin_that_cannot_be_used_is_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "plug_exits.py").write_text("import sys\nsys.exit('bye')\n")
-    assert run(["select", PROMPT, "--base-model", "demo", "--plugin", plugin]) == 1
-    assert re.search(message, one_line(capsys))
+    importable = r"expected an importable module:Object"
+    for plugin, message in (
+        ("plug_here", rf"plugin 'plug_here': {importable} \(AttributeError"),
+        ("plug_none:quiet", rf"{importable} \(ModuleNotFoundError: No module named 'plug_none'"),
+        ("plug_here:register_signal", "expected an object under @logo.register_..., found <function"),
+        ("plug_exits:quiet", rf"{importable} \(SystemExit: bye\)"),
+    ):
+        assert run(["select", PROMPT, "--base-model", "demo", "--plugin", plugin]) == 1
+        assert re.search(message, one_line(capsys))
 
 
 def test_a_run_with_a_plugin_can_be_repeated_from_its_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,27 +299,25 @@ def test_a_run_with_a_plugin_can_be_repeated_from_its_file(here: Path, capsys: p
 # -- other processes ---------------------------------------------------------------------------------------------------
 
 
-def test_a_process_that_is_started_knows_the_same(
-    here: Path, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_is_started_knows_the_same(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plugins.environment() == {}
     plugins.load_installed()
-    assert checked_kind("length", "here") == "length"
-    (here / "plug_own.py").write_text(SIGNAL.replace('"quiet"', '"own"'))
-    plugins.load("plug_own:quiet", str(here))
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "plug_own.py").write_text(SIGNAL.replace('"quiet"', '"own"'))
+    plugins.load("plug_own:quiet", str(own))
     told = plugins.environment()
-    assert set(told) == {"LOGO_PLUGINS"} and f"plug_own:quiet@{here}" in told["LOGO_PLUGINS"]
+    assert set(told) == {"LOGO_PLUGINS"} and f"plug_own:quiet@{own}" in told["LOGO_PLUGINS"]
     code = "from logo import SelectionSettings as S, plugins; plugins.load_installed(); S(signal='own'); "
     code += "print(plugins.environment())"
     environment = {**os.environ, **told}
     done = subprocess.run([*python(), "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert f"plug_own:quiet@{here}" in done.stdout
+    assert done.returncode == 0 and f"plug_own:quiet@{own}" in done.stdout, done.stderr
     monkeypatch.setenv("LOGO_PLUGINS", "plug_missing:x")
     with pytest.raises(PluginError, match="plugin 'plug_missing:x': expected an importable module:Object"):
         plugins.load_installed()
     told = plugins.environment()["LOGO_PLUGINS"].split()
-    assert told[0] == "plug_missing:x" and f"plug_own:quiet@{here}" in told  # what is not loaded yet stays named
+    assert told[0] == "plug_missing:x" and f"plug_own:quiet@{own}" in told  # what is not loaded yet stays named
     monkeypatch.setenv("LOGO_PLUGINS", "'plug:x")
     with pytest.raises(UsageError, match=r"LOGO_PLUGINS .*: expected module:Object"):
         plugins.load_installed()

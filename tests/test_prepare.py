@@ -8,26 +8,26 @@ import os
 import random
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from answering import load_rows
 from hub_server import GOOD_TOKEN, Commit, HubServer, Repo
 from hub_sources import write_hub
 from logo import register_metric
 from logo.cli.app import run
-from logo.errors import DataError, MissingLibrary
+from logo.errors import DataError
 from logo.evaluation.datasets import OFFICIAL, dataset_file, find_datasets
 from logo.evaluation.metrics import metric_kind
 from logo.evaluation.sources.declarations import Declaration, Source, load_declaration, packaged
 from logo.evaluation.sources.prepare import RECORD, Instance, drawn_from, prepare
 from logo.evaluation.sources.templates import wording
+from test_rows import load_rows
 from tolerances import PATIENCE
 from warm import python
+from written import write_rows
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,9 +48,6 @@ def lines(name: str, split: str = "test", data: Path = Path("data")) -> list[dic
     return [json.loads(line) for line in dataset_file(data, name, split).read_text("utf-8").splitlines()]
 
 
-# --- the declarations of the package
-
-
 def test_there_is_one_for_every_official_name_and_code_task() -> None:
     assert tuple(packaged())[: len(OFFICIAL)] == OFFICIAL
     others = list(packaged())[len(OFFICIAL) :]
@@ -59,16 +56,6 @@ def test_there_is_one_for_every_official_name_and_code_task() -> None:
         assert (made.name, made.metric) == (name, metric_kind(name))
         assert "/" in made.source.repo and made.source.train and made.citation and made.licence
         assert made.homepage.startswith("https://") and bool(made.references) == (made.metric == "rouge")
-
-
-def served(hub: HubServer, folder: Path) -> None:
-    """Put tiny files in the schema of every source on the Hub, at the revisions that the declarations name."""
-    for name, made in packaged().items():
-        at = write_hub(folder, name)
-        hub.add(f"datasets/{made.source.repo}", at, made.source.revision)
-        if re.fullmatch("[0-9a-f]{40}", made.source.revision):
-            commit = replace(Commit.of(at), sha=made.source.revision)
-            hub.repos[f"datasets/{made.source.repo}"] = Repo({made.source.revision: commit})
 
 
 def client(hub: HubServer, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -84,10 +71,15 @@ def client(hub: HubServer, *arguments: str, **environment: str) -> subprocess.Co
 
 @pytest.mark.slow
 def test_all_from_the_hub_through_its_own_client(tmp_path: Path) -> None:
-    """The same bytes as ever for the same rows of the sources, one that is refused, and what is in the cache."""
+    """The same bytes as ever for the same rows of the sources, some that are refused, and what is in the cache."""
     command = ("prepare", "--limit", "5", "--train-limit", "4")
     with HubServer({}) as hub:
-        served(hub, tmp_path / "hub")
+        for name, made in packaged().items():  # tiny files in the schema of every source, at its revision
+            at, repo = write_hub(tmp_path / "hub", name), f"datasets/{made.source.repo}"
+            hub.add(repo, at, made.source.revision)
+            if re.fullmatch("[0-9a-f]{40}", made.source.revision):
+                commit = replace(Commit.of(at), sha=made.source.revision)
+                hub.repos[repo] = Repo({made.source.revision: commit})
         anli = tmp_path / "hub/facebook/anli"
         (anli / "anli.py").write_text("raise SystemExit('a loading script was run')")
         hub.repos["datasets/lukaemon/bbh"].gated = True
@@ -109,6 +101,14 @@ def test_all_from_the_hub_through_its_own_client(tmp_path: Path) -> None:
         offline = client(hub, *again, HF_HUB_OFFLINE="1")
         assert offline.returncode == 1 and hub.requests == []
         assert "dataset 'mine.x': Hub repo datasets/wmt/wmt9: not in the cache, and offline" in offline.stderr
+        (tmp_path / "empty").mkdir()
+        sha = packaged()["anli.r1"].source.revision
+        hub.repos["datasets/facebook/anli"] = Repo({sha: replace(Commit.of(tmp_path / "empty"), sha=sha)})
+        del hub.repos["datasets/mandarjoshi/trivia_qa"]
+        broken = client(hub, "prepare", "anli.r1", "tqa", "--data-dir", "none", HF_HOME=str(tmp_path / "new"))
+        none, absent, _ = broken.stderr.splitlines()
+        assert f"facebook/anli at revision {sha!r}: expected a file plain_text/test_r1-*.parquet or " in none
+        assert "dataset 'tqa.rc': Hub repo datasets/mandarjoshi/trivia_qa: not found at" in absent
     files = sorted(Path("data").rglob("*.jsonl"))
     digest = hashlib.sha256()
     for file in files:
@@ -124,22 +124,6 @@ def test_all_from_the_hub_through_its_own_client(tmp_path: Path) -> None:
             assert len({row.context for row in rows}) == count
             assert all(isinstance(row.completion, tuple) == (metric_kind(name) == "em_multi") for row in rows)
         assert not {row["context"] for row in lines(name)} & {row["context"] for row in lines(name, "train")}
-    english = [row["context"].splitlines()[2].removeprefix("English: ") for row in lines("wmt14.en-fr")]
-    assert english == [row["completion"] for row in lines("wmt14.fr-en")]  # both directions draw the same sentences
-
-
-@pytest.mark.slow
-def test_a_hub_without_the_files_or_without_the_repository(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "old.csv").write_text("a\n")
-    with HubServer({}) as hub:
-        commit = packaged()["anli.r1"].source.revision
-        hub.repos["datasets/facebook/anli"] = Repo({commit: replace(Commit.of(tmp_path / "empty"), sha=commit)})
-        found = client(hub, "prepare", "anli.r1", "tqa")
-    none, absent, _ = found.stderr.splitlines()
-    assert f"facebook/anli at revision {commit!r}: expected a file plain_text/test_r1-*.parquet or " in none
-    assert "dataset 'tqa.rc': Hub repo datasets/mandarjoshi/trivia_qa: not found at" in absent
-    assert found.returncode == 1
 
 
 def test_boolean_expressions_are_laid_out_as_the_official_rows() -> None:
@@ -151,22 +135,12 @@ def test_boolean_expressions_are_laid_out_as_the_official_rows() -> None:
     assert made == [(row.context, row.completion) for row in official]
 
 
-# --- the draw
-
-
-def made(*numbers: int) -> list[Instance]:
-    return [Instance(f"Q{i}", "a", (), f"Q{i}") for i in numbers]
-
-
-def test_the_draw_is_the_same_everywhere() -> None:
-    """A change of these would change everybody's rows."""
-    assert [one.context for one in drawn_from(made(*range(20)), 5, 0)] == ["Q6", "Q2", "Q10", "Q7", "Q15"]
-    assert [one.context for one in drawn_from(made(*range(20)), 5, 7)] == ["Q8", "Q17", "Q14", "Q19", "Q16"]
-
-
 def test_the_draw_does_not_depend_on_order_or_on_other_rows() -> None:
-    every = made(*range(200))
+    every = [Instance(f"Q{i}", "a", (), f"Q{i}") for i in range(200)]
     drawn = drawn_from(every, 50, 3)
+    # A change of these would change everybody's rows.
+    assert [one.context for one in drawn_from(every[:20], 5, 0)] == ["Q6", "Q2", "Q10", "Q7", "Q15"]
+    assert [one.context for one in drawn_from(every[:20], 5, 7)] == ["Q8", "Q17", "Q14", "Q19", "Q16"]
     random.Random(0).shuffle(every)
     assert drawn_from(every, 50, 3) == drawn
     assert drawn_from(every[:100], 50, 3) == [i for i in drawn_from(every, 200, 3) if i in every[:100]][:50]
@@ -190,21 +164,18 @@ def declared(text: str = MINE) -> Declaration:
     return load_declaration(Path("mine.yaml"))
 
 
-def put(*rows: dict[str, Any], file: str = "rows.jsonl") -> None:
-    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+def put(*rows: dict[str, Any]) -> None:
+    write_rows(Path("rows.jsonl"), rows)
 
 
 def test_rows_of_one_prompt_are_one_with_the_references_of_all() -> None:
+    """Without references the first gold text stays, and others are counted."""
     put({"q": "a", "a": "x", "r": ["y", "x"]}, {"q": "b", "a": "", "r": []}, {"q": "a", "a": "z", "r": None})
     record = prepare(declared(MINE + 'references: "{{ r }}"\n'), Path("data"))
     assert lines("mine.x") == [{"context": "Q: a", "completion": "x", "references": ["x", "y", "z"]}]
     assert (record["unusable_rows"], record["other_golds"], record["rows"]) == (1, 0, {"test": 1})
-
-
-def test_without_references_the_first_gold_text_stays_and_others_are_counted() -> None:
-    put({"q": "a", "a": "x"}, {"q": "a", "a": "x"}, {"q": "a", "a": "y"})
-    record = prepare(declared(), Path("data"))
-    assert lines("mine.x") == [{"context": "Q: a", "completion": "x"}] and record["other_golds"] == 1
+    assert prepare(declared(), Path("data"))["other_golds"] == 1
+    assert lines("mine.x") == [{"context": "Q: a", "completion": "x"}]
 
 
 def test_train_rows_of_the_same_split_are_those_that_test_rows_leave() -> None:
@@ -226,73 +197,59 @@ def test_a_metric_that_the_name_does_not_say_is_written_beside_the_rows(plugins_
         assert found.metric == metric and found.file.with_suffix(".yaml").exists() == (metric != "em")
 
 
-def test_what_does_not_fit_is_named_and_what_is_there_stays(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_named_and_what_is_there_stays() -> None:
     put({"q": "a", "a": "x"})
     prepare(declared(), Path("data"))
     before = dataset_file("data", "mine.x").read_bytes()
-    for rows, message in (
-        ([{"q": "a", "b": "x"}], r"rows\.jsonl: row 1: 'completion': 'a' is undefined; the row has 'q', 'b'; fix"),
-        ([{"q": "a", "a": None}], "none of 1 rows has a prompt and a gold text; is this the right split"),
+    for file, content, message in (
+        ("rows.jsonl", '{"q": "a", "b": "x"}', r": row 1: 'completion': 'a' is undefined; the row has 'q', 'b'; fix"),
+        ("rows.jsonl", '{"q": "a", "a": null}', "none of 1 rows has a prompt and a gold text; is this the right split"),
+        ("rows.jsonl", '{"q": "a"', r"rows\.jsonl: cannot be read as jsonl \("),
+        ("rows.txt", "", r"rows\.txt: expected a file that ends in \.parquet, \.json, \.jsonl"),
+        ("no.jsonl", None, r"expected a file no\.jsonl of test rows, found none; fix the declaration"),
     ):
-        put(*rows)
-        with pytest.raises(DataError, match=f"dataset 'mine.x': {message}"):
-            prepare(declared(), Path("data"))
-    Path("rows.jsonl").write_text('{"q": "a"')
-    with pytest.raises(DataError, match=r"'mine\.x': rows\.jsonl: cannot be read as jsonl \("):
-        prepare(declared(), Path("data"))
-    with pytest.raises(DataError, match=r"rows\.txt: expected a file that ends in \.parquet, \.json, \.jsonl"):
-        Path("rows.txt").touch()
-        prepare(declared(MINE.replace("jsonl", "txt")), Path("data"))
-    with pytest.raises(DataError, match=r"expected a file no\.jsonl of test rows, found none; fix the declaration"):
-        prepare(declared(MINE.replace("rows.jsonl", "no.jsonl")), Path("data"))
+        if content is not None:
+            Path(file).write_text(content)
+        with pytest.raises(DataError, match=message) as caught:
+            prepare(declared(MINE.replace("rows.jsonl", file)), Path("data"))
+        assert "'mine.x'" in str(caught.value)
     assert dataset_file("data", "mine.x").read_bytes() == before
 
 
-def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    put({"q": "a", "a": "x"})
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingLibrary, match=r'needs datasets, which is not installed: pip install ".*\[eval\]"'):
-        prepare(declared(), Path("data"))
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
+def test_a_mistake_in_a_declaration_is_named() -> None:
+    for old, new, message in (
         ("name: mine.x", "name: mine", "dataset 'mine': expected a name like 'bbh.navigate'"),
         ("name: mine.x", "name: ../x.y", "dataset '../x.y': expected a name like"),
         ("licence: none\n", "", "licence: expected this key beside name, source, context, completion, found none"),
-        (
-            "licence: none",
-            "license: none",
-            r"license: expected one of name, .* \(did you mean 'licence'\?\)",
-        ),
+        ("licence:", "license:", r"license: expected one of name, .* \(did you mean 'licence'\?\)"),
         ("licence: none", "licence: [a]", r"licence: expected text, found \['"),
-        ("licence: none", "licence: ' '", "licence: expected text, found ' '"),
         ("licence: none", "licence: none\nmetric: blue", r"metric: expected a metric \(em, .*found 'blue'"),
-        ("licence: none", "licence: none\nsha256: a", "sha256: expected one of name"),
         ("licence: none", "licence: !!python/object/apply:os.system [echo]", r"licence: expected text, found \['"),
-        ("test: rows.jsonl", "dev: rows.jsonl", "source.dev: expected one of repo, test, train"),
         ("{repo: ., test: rows.jsonl}", "{repo: a/b}", "source.test: expected this key beside repo, found none"),
+        ("test: rows.jsonl", "test: /rows.jsonl", "source.test: expected a split, or a path below source.repo, found"),
         ("{repo: ., test: rows.jsonl}", "rows.jsonl", "source: expected a mapping of names to texts, found 'rows"),
         ("context:", "fields: {q: {from: x}}\ncontext:", "fields: expected a mapping of names to texts"),
         ('"{{ a }}"', '""', "completion: expected text, found ''"),
         ("source: {", "source: [{", r"mine.yaml: expected YAML in UTF-8, found .*\(line "),
         (MINE, "- a", r"expected the keys name, licence, .*, found \['a'\]"),
         (MINE, "[" * 5000, "mine.yaml"),
-        (MINE, "\x00", "mine.yaml"),
-    ],
-)
-def test_a_mistake_in_a_declaration_is_named(old: str, new: str, message: str) -> None:
-    assert old in MINE
-    with pytest.raises(DataError, match=message) as caught:
-        declared(MINE.replace(old, new))
-    assert str(caught.value).startswith("mine.yaml: ") and "\n" not in str(caught.value)
+    ):
+        assert old in MINE
+        with pytest.raises(DataError, match=message) as caught:
+            declared(MINE.replace(old, new))
+        assert str(caught.value).startswith("mine.yaml: ") and "\n" not in str(caught.value)
 
 
 def test_words_that_yaml_would_turn_into_values_stay_words() -> None:
     found = declared(MINE + "fields: {a: no, b: 007, c: 2020-01-01}\ngroup: yes\nnotes: null\n")
     assert found.fields == {"a": "no", "b": "007", "c": "2020-01-01"} and (found.group, found.notes) == ("yes", "null")
     assert found.draw_by == found.context == "Q: {{ q }}" and found.metric == "em"
+
+
+def test_dates_in_json_are_texts() -> None:
+    put({"q": "2020-01-01", "a": {"b": ["1999-12-31"]}})
+    prepare(declared(MINE.replace("{{ a }}", "{{ a.b[0] }}")), Path("data"))
+    assert [(one["context"], one["completion"]) for one in lines("mine.x")] == [("Q: 2020-01-01", "1999-12-31")]
 
 
 # --- templates
@@ -304,7 +261,6 @@ ROW: dict[str, Any] = {
     "no items": [],
     "answer": {"value": "a", "aliases": ["b ", "a"]},
     "choices": [{"text": "x", "label": "A"}, {"text": " y", "label": "B"}],
-    "set": "dog#tree# run",
     "triples": [["s", "r", "o"], ["t", "r", "p"]],
 }
 
@@ -314,31 +270,23 @@ def texts_of(row: dict[str, Any], context: str, completion: str = "x", made: str
     return wording(Declaration("mine.x", "none", source, context, completion, references, context, {"made": made}))(row)
 
 
-@pytest.mark.parametrize(
-    ("expression", "text"),
-    [
+def test_fields_are_expressions() -> None:
+    """One expression may be a list."""
+    for expression, text in (
         ("q", "What?"),
-        ("n", "2"),
         ("row['n'] + 0.5", "2.5"),
         ("answer.aliases[1]", "a"),
         ("choices | map(attribute='text') | lettered | join(';')", "(A) x;(B) y"),
         ("([answer.value] + answer.aliases) | join", "aba"),
-        ("set.split('#') | join(', ')", "dog, tree, run"),
         ("letters[(choices | map(attribute='label') | list).index('B')]", "B"),
         ("{2: 'two'}[n]", "two"),
         ("triples | map('join', '-') | join('; ')", "s-r-o; t-r-p"),
         ("triples | sum(start=[]) | unique | join", "srotp"),
         ("'{{ x }}{% for %}<&>'", "{{ x }}{% for %}<&>"),
-    ],
-)
-def test_fields_are_expressions(expression: str, text: str) -> None:
-    assert texts_of(ROW, "= {{ made }}", made=expression)["context"] == f"= {text}"
-
-
-def test_one_expression_may_be_a_list() -> None:
+    ):
+        assert texts_of(ROW, "= {{ made }}", made=expression)["context"] == f"= {text}"
     found = texts_of(ROW, "Q", "{{ answer.aliases + ['', 'a'] }}", references="{{ q }}")
     assert (found["completion"], found["references"]) == (["b", "a", "", "a"], "What?")
-    assert texts_of(ROW, "Q", "{{ answer.value }}{{ q }}")["completion"] == "aWhat?"
 
 
 @pytest.mark.parametrize("blank", ["none", "none.deeper[0].still", "row['no items']", "''", "none | join(',')"])
@@ -349,11 +297,9 @@ def test_a_row_that_lacks_a_text_is_left_out(blank: str) -> None:
     assert not texts_of(ROW, "Q", "a", blank, "{{ made }}")["references"]
 
 
-@pytest.mark.parametrize(
-    ("expression", "message"),
-    [
+def test_what_a_template_must_not_or_cannot_is_named() -> None:
+    for expression, message in (
         ("quest", "'made': 'quest' is undefined; the row has 'q', 'n', 'none', 'no items', 'answer', "),
-        ("answer.val", "'made': 'dict object' has no attribute 'val'"),
         ("triples[7]", "'made': list object has no element 7"),
         ("{1: 'a'}[n]", "'made': dict object has no element 2"),
         ("'ABC'.index(q)", "'made': substring not found"),
@@ -364,12 +310,10 @@ def test_a_row_that_lacks_a_text_is_left_out(blank: str) -> None:
         ("cycler.__init__.__globals__.os.system('x')", "'made': .*unsafe"),
         ("'{0.__class__}'.format(q)", "'made': .*unsafe"),
         ("triples.append(1)", "'made': .*unsafe"),
-    ],
-)
-def test_what_a_template_must_not_or_cannot_is_named(expression: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        texts_of(ROW, "{{ made }}", made=expression)
-    assert "\n" not in str(caught.value)
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            texts_of(ROW, "{{ made }}", made=expression)
+        assert "\n" not in str(caught.value)
 
 
 # --- the command
@@ -382,70 +326,49 @@ def test_it_lists_all_and_what_is_there_besides(capsys: pytest.CaptureFixture[st
     assert found[0].split() == ["dataset", "group", "metric", "test", "train", "source", "licence"]
     assert [line.split()[0] for line in found[1:27]] == list(OFFICIAL)
     assert found[1].split() == ["bbh.boolean_expressions", "bbh", "em", "-", "-", "lukaemon/bbh", "MIT"]
-    own = dataset_file("data", "mine.rows")
-    own.parent.mkdir(parents=True)
-    own.write_text('{"context": "a", "completion": "b"}\n')
-    rows = json.loads(logo(capsys, "list", "anli.r1", "mine.*", "--json")[1])
-    assert [(row["name"], row["rows"], row["licence"]) for row in rows] == [
-        ("anli.r1", None, "CC BY-NC 4.0"),
-        ("mine.rows", 1, None),
-    ]
-
-
-def test_listing_imports_no_library_of_models_or_data() -> None:
-    code = (
-        "import sys; from logo.cli.app import run; assert run(['data', 'list']) == 0; "
-        "assert not {'torch', 'transformers', 'datasets', 'pyarrow', 'huggingface_hub'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE, capture_output=True)
+    write_rows(dataset_file("data", "mine.rows"), [{"context": "a", "completion": "b"}])
+    ours, own = json.loads(logo(capsys, "list", "anli.r1", "mine.*", "--json")[1])
+    assert (ours["name"], ours["rows"], ours["licence"]) == ("anli.r1", None, "CC BY-NC 4.0")
+    assert (own["name"], own["rows"], own["licence"]) == ("mine.rows", 1, None)
 
 
 def test_prepare_keeps_what_is_there_until_told(capsys: pytest.CaptureFixture[str]) -> None:
     put(*({"q": f"{i}", "a": "x"} for i in range(20)))
     declared(MINE.replace("test: rows.jsonl", "test: rows.jsonl, train: rows.jsonl"))
-    command = ["prepare", "--source", "mine.yaml", "--limit", "5", "--train-limit", "4"]
-    assert logo(capsys, *command) == (0, "mine.x: 5 test + 4 train rows\n", "")
+    command = ["prepare", "--source", "mine.yaml", "--train-limit", "4", "--limit"]
+    assert logo(capsys, *command, "5") == (0, "mine.x: 5 test + 4 train rows\n", "")
     first = lines("mine.x")
     kept = (0, "mine.x: kept, its rows are there (--overwrite draws anew)\n", "")
-    command[4] = "6"
-    assert logo(capsys, *command) == kept and lines("mine.x") == first
-    assert logo(capsys, *command, "--overwrite")[0] == 0 and lines("mine.x") != first
+    assert logo(capsys, *command, "6") == kept and lines("mine.x") == first
+    assert logo(capsys, *command, "6", "--overwrite")[0] == 0 and lines("mine.x") != first
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["prepare", "bbh.navigat"], 2, "dataset 'bbh.navigat': not declared (did you mean 'bbh.navigate'?)"),
-        (["prepare", "--limit", "0"], 2, "--limit"),
-        (["prepare", "--source", "no.yaml"], 1, "no.yaml: cannot be read (No such file or directory)"),
-        (["list", "nothing"], 2, "dataset 'nothing': not declared"),
-        (["prepare", "anli.r1", "--data-dir", "taken"], 1, "cannot be written"),
-    ],
-)
-def test_a_wrong_call_is_one_line(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
-) -> None:
+def test_a_wrong_call_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     Path("taken").write_text("")
-    found, out, err = logo(capsys, *arguments)
-    assert (found, out) == (code, "")
-    assert len(err.splitlines()) == 1 and err.startswith("logo: error: ") and message in err
+    for arguments, code, message in (
+        ("prepare bbh.navigat", 2, "dataset 'bbh.navigat': not declared (did you mean 'bbh.navigate'?)"),
+        ("prepare --limit 0", 2, "--limit"),
+        ("prepare --source no.yaml", 1, "no.yaml: cannot be read (No such file or directory)"),
+        ("prepare anli.r1 --data-dir taken", 1, "cannot be written"),
+    ):
+        found, out, err = logo(capsys, *arguments.split())
+        assert (found, out) == (code, "")
+        assert len(err.splitlines()) == 1 and err.startswith("logo: error: ") and message in err
 
 
-def test_the_examples_of_the_page_work(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (ROOT / "docs/datasets.md").read_text()
-    yaml, jsonl = (re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)[0] for language in ("yaml", "json"))
-    Path("capitals.yaml").write_text(yaml)
-    Path("capitals.jsonl").write_text(jsonl + '{"country": "France", "capital": "Lyon"}\n')
+def test_the_example_of_the_page_works(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs/research.md").read_text()
+    Path("capitals.yaml").write_text(re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)[0])
+    cities = {"France": "Paris", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi"}
+    rows = [{"country": one, "capital": city} for one, city in [*cities.items(), ("France", "Lyon")]]
+    Path("capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     [line] = re.findall(r"^    logo data (prepare --source capitals.*)$", page, flags=re.MULTILINE)
     code, out, err = logo(capsys, *line.split())
-    more = "all that the source has; 1 row with an earlier prompt and another gold text left out"
-    assert (code, out) == (0, f"mine.capitals: 3 test + 1 train rows ({more})\n"), err
-    assert {
-        (row["context"], row["completion"]) for row in lines("mine.capitals") + lines("mine.capitals", "train")
-    } == {
-        (f"Question: What is the capital of {country}?\nAnswer:", city)
-        for country, city in [("France", "Paris"), ("Japan", "Tokyo"), ("Peru", "Lima"), ("Kenya", "Nairobi")]
-    }
+    more = "1 row with an earlier prompt and another gold text left out"
+    assert (code, out) == (0, f"mine.capitals: 3 test rows ({more})\n"), err
+    for row in lines("mine.capitals"):
+        country = row["context"].removeprefix("Question: What is the capital of ").removesuffix("?\nAnswer:")
+        assert row["completion"] == cities[country]
 
 
 def test_an_own_declaration_takes_the_place_of_ours(capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,22 +107,11 @@ def queries(model: nn.Module, *layers: int) -> list[Point]:
 
 
 @pytest.mark.parametrize("name", list(tiny.CONFIGS))
-def test_residual_equals_the_models_own_hidden_states(name: str) -> None:
+def test_what_is_read_is_the_models_own_hidden_states_or_what_the_module_receives(name: str) -> None:
     model = tiny.model(name)
     rows = tiny.prompts([7, 4, 5])
     ids, mask = tiny.padded(rows)
-    with torch.no_grad():
-        expected = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    for point, hidden in zip(points := queries(model, 0, 2), read(Probe(model, points), rows, LAST), strict=True):
-        same_tensor(hidden, expected[point.layer][torch.arange(3), mask.sum(1) - 1])
-
-
-@pytest.mark.parametrize("name", list(tiny.CONFIGS))
-def test_projection_equals_what_the_module_receives(name: str) -> None:
-    model = tiny.model(name)
-    rows = tiny.prompts([6, 3])
-    ids, mask = tiny.padded(rows)
-    points = queries(model, 0, 1, 2)
+    points, ends = queries(model, 0, 1, 2), (torch.arange(3), mask.sum(1) - 1)
     seen: dict[str, Tensor] = {}
 
     def record(path: str) -> Any:
@@ -130,11 +119,13 @@ def test_projection_equals_what_the_module_receives(name: str) -> None:
 
     handles = [model.get_submodule(p.module).register_forward_pre_hook(record(p.module)) for p in points]
     with torch.no_grad():
-        model(input_ids=ids, attention_mask=mask)
+        states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
     for handle in handles:
         handle.remove()
+    for point, hidden in zip(points, read(Probe(model, points), rows, LAST), strict=True):
+        same_tensor(hidden, states[point.layer][ends])
     for point, hidden in zip(points, read(Probe(model, points, "projection"), rows, LAST), strict=True):
-        same_tensor(hidden, seen[point.module][torch.arange(2), mask.sum(1) - 1])
+        same_tensor(hidden, seen[point.module][ends])
 
 
 def test_stops_at_the_last_point() -> None:

@@ -1,10 +1,13 @@
-"""`logo eval report`: the page in a real browser without a network, and its tables as CSV and LaTeX."""
+"""`logo eval compare` and `logo eval report` on result folders as runs and the official script write them: numbers, a
+page in a real browser without a network, and its tables as CSV and LaTeX."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,12 @@ import pytest
 
 from browser import Browser, browser, needs_browser
 from logo.cli.app import run
-from report_runs import LEFT, RIGHT, two_runs, write_result
+from logo.evaluation.compare import GROUPS, grouped
+from logo.evaluation.metrics import measure, metric_kind
+from logo.evaluation.results import OFFICIAL, RUN, Partial, official_files, read
+from logo.evaluation.statistics import holm
 
+LEFT, RIGHT = "m_selection_norm_n_2_seed_0", "m_selection_calibrated_n_2_seed_0"
 EVIL = ["</script><script>document.title='x'</script>", "<img src=x onerror=\"document.title='x'\">", "a_b & 50 % {#}"]
 LINES = "return [...document.querySelectorAll('#rows tbody tr')].map(line => line.innerText)"
 SEARCH = (
@@ -25,8 +32,150 @@ HEAD = "[...document.querySelectorAll('#rows th button')].find(one => one.textCo
 COLUMN = "return [...document.querySelectorAll(`#rows td[data-name=${arguments[0]}]`)].map(cell => cell.textContent)"
 
 
-def report(*arguments: object) -> None:
+def write_result(
+    folder: Path, answers: Sequence[str], golds: Sequence[Any], more: Mapping[str, Any] | None = None, **columns: Any
+) -> None:
+    """The result of one dataset, whose name is the folder's, judged by its metric.
+
+    Args:
+        more: of `run.json`.
+        columns: of `rows.jsonl`, instead of the simplest ones.
+    """
+    kind = metric_kind(folder.name)
+    records = [
+        {"index": index, "prompt": f"question {index}", "completion": gold, "references": None, "target": None}
+        | {"prediction": answer, "value": measure(kind, answer, gold), "error": None, "selected": ["a", "b"]}
+        | {"weights": [0.75, 0.25], "scores": {"a": 3.0, "b": 1.0}, "confidence": 0.5, "form": "weights"}
+        | {"seconds": {"inference": 0.1}, **{name: values[index] for name, values in columns.items()}}
+        for index, (answer, gold) in enumerate(zip(answers, golds, strict=True))
+    ]
+    files = official_files(records, "norm", 1.0, sorted({name for one in records for name in one["scores"]}))
+    identity = {"base_model": "m", "seed": 0, "metric": kind}
+    about = {"identity": identity, "dataset": {"name": folder.name}, "metric": kind, **(more or {})}
+    partial = Partial(folder, identity)
+    partial.add(records)
+    partial.finish({**files, RUN: about})
+    partial.close()
+
+
+def two_runs(root: Path) -> tuple[Path, Path]:
+    """B is right on all rows of bbh.one and on half of bbh.two, A on two rows of each; their translations are alike."""
+    golds = ["yes", "no"] * 4
+    for name, one, two in ((LEFT, 2, 2), (RIGHT, 8, 4)):
+        write_result(root / name / "bbh.one", golds[:one] + ["maybe"] * (8 - one), golds)
+        write_result(root / name / "bbh.two", golds[:two] + ["maybe"] * (8 - two), golds)
+        write_result(root / name / "wmt16.en-de", ["das ist ein kleines Haus"], ["das ist ein Haus"])
+    return root / LEFT, root / RIGHT
+
+
+def test_a_result_counts_once_under_all_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And two datasets of a plugin's method are one run."""
+    folder = tmp_path / "m_method_my_own_n_2_seed_0"
+    for name in ("bbh.one", "bbh.two"):
+        write_result(folder / name, ["yes"], ["yes"])
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    found = read([folder, Path(folder.name), Path("link")])
+    assert found["dataset"].tolist() == ["bbh.one", "bbh.two"] and set(found["run"]) == {folder.name}
+
+
+# -- comparisons -------------------------------------------------------------------------------------------------------
+
+
+def compare(*arguments: object, capsys: pytest.CaptureFixture[str], fails: bool = False) -> tuple[Any, str]:
+    """The comparisons of a command, and what it says besides."""
+    assert (run(["eval", "compare", *map(str, arguments), "--json"]) != 0) == fails
+    said = capsys.readouterr()
+    return None if fails else json.loads(said.out), said.err
+
+
+def report(*arguments: object, capsys: pytest.CaptureFixture[str] | None = None) -> Any:
+    """Writes a report; its numbers, with `--json`."""
     assert run(["eval", "report", *map(str, arguments)]) == 0
+    return json.loads(capsys.readouterr().out) if capsys else None
+
+
+def test_runs_by_dataset_and_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = two_runs(tmp_path / "one")
+    found, _ = compare(a, b, capsys=capsys)
+    assert [(one["name"], one["measure"], one["datasets"], one["rows"]) for one in found] == [
+        ("bbh.one", "em", 1, 8),
+        ("bbh.two", "em", 1, 8),
+        ("wmt16.en-de", "bleu", 1, 1),
+        ("BIG-Bench Hard", "em", 2, 16),
+    ]
+    first, second, third, group = found
+    assert (first["a"], first["b"], first["difference"], first["better"], first["worse"]) == (0.25, 1, 0.75, 6, 0)
+    assert (first["test"], first["p"]) == ("McNemar", pytest.approx(2 / 2**6))
+    assert group["difference"] == pytest.approx((0.75 + 0.25) / 2) and group["p"] == pytest.approx(2 / 2**8)
+    assert [one["p_holm"] for one in found] == holm([one["p"] for one in found]) and group["marked"]
+    assert not second["marked"] and third["p"] == 1 and third["interval"] is None
+    assert {(one["run_a"], one["run_b"]) for one in found} == {(LEFT, RIGHT)}
+    third, _ = two_runs(tmp_path / "two")  # called as the first one is; all are corrected together
+    more, _ = compare(a, b, third, capsys=capsys)
+    assert [one["run_b"] for one in more] == [RIGHT] * 4 + [f"two/{LEFT}"] * 4
+    assert {one["run_a"] for one in more} == {f"one/{LEFT}"} and all(one["p"] == 1 for one in more[4:])
+    assert [one["p_holm"] for one in more] == holm([one["p"] for one in more])
+    back, _ = compare(b, a, capsys=capsys)
+    assert [one["difference"] for one in back] == pytest.approx([-one["difference"] for one in found])
+    assert run(["eval", "compare", str(a), str(b)]) == 0
+    said = capsys.readouterr()
+    assert re.search(r"bbh\.one +em +8 +25\.00 +100\.00 +\+75\.00 +\[\+", said.out)
+    assert "BIG-Bench Hard (2)" in said.out and "corrected for 4 together" in said.err
+
+
+def test_another_metric_judges_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, _ = compare(*two_runs(tmp_path), "--metric", "rouge", capsys=capsys)
+    measured = [one["measure"] for one in found if one["name"] == "wmt16.en-de"]
+    assert measured == ["rouge-1", "rouge-2", "rouge-L"]
+    assert [one["name"] for one in found if one["measure"] == "rouge-L"][-2:] == ["BIG-Bench Hard", "all"]
+    assert "expected a metric" in compare(tmp_path, "--metric", "rogue", capsys=capsys, fails=True)[1]
+
+
+def test_what_the_official_script_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its six files alone give the same values, answers, adapters and weights."""
+    ours, theirs = two_runs(tmp_path / "ours"), two_runs(tmp_path / "theirs")
+    for file in (tmp_path / "theirs").rglob("*.json*"):
+        if file.stem not in OFFICIAL:
+            file.unlink()
+    found, said = compare(*theirs, capsys=capsys)
+    assert found == compare(*ours, capsys=capsys)[0] and "has no prompts: rows of bbh.one" in said
+    assert "gold texts to judge by" in compare(*theirs, "--metric", "em", capsys=capsys, fails=True)[1]
+    full, bare = read(ours), read(theirs)
+    for column in ("value", "prediction", "selected", "weights", "score"):
+        assert list(bare[column]) == list(full[column])
+    assert set(bare["method"]) == {"norm", "calibrated"} and set(bare["k"]) == {2} and set(bare["base"]) == {"m"}
+    shown = report(*theirs, "--save", tmp_path / "r.html", "--json", capsys=capsys)
+    assert len(shown["scores"]) == 8 and len(shown["comparisons"]) == 4 and "has no prompts" in shown["notes"][0]
+    assert (tmp_path / "r.html").read_text().count("The results say nothing of it.") == 2  # no confidences
+
+
+def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*arguments: object) -> str:
+        return compare(*arguments, capsys=capsys, fails=True)[1]
+
+    a, b = two_runs(tmp_path)
+    assert f"two runs or more to compare, found one, {LEFT}" in refused(a, a)
+    assert "no such folder" in refused(a, tmp_path / "none")
+    shutil.rmtree(b / "wmt16.en-de")
+    assert f"only {LEFT} has wmt16.en-de" in compare(a, b, capsys=capsys)[1]
+    shutil.rmtree(b / "bbh.two")
+    write_result(b / "bbh.two", ["no"] * 8, ["yes", "no", "yes", "yes", "yes", "no", "yes", "no"])
+    assert "'bbh.two': expected the same rows, found row 4 with the completion 'no'" in refused(a, b)
+    shutil.rmtree(b)
+    write_result(b / "nq.open", ["no"], ["yes"])
+    assert "no dataset in common" in refused(a, b)
+    write_result(b / "bbh.one", ["no"] * 8, ["yes", "no"] * 4, more={"metric": "rouge"}, value=[0.0] * 8)
+    assert "expected values of the metric rouge, found 0.0" in refused(a, b)
+
+
+def test_groups_of_the_paper() -> None:
+    found = grouped(["code_x_glue.x", "mine/a.b", "tqa.rc", "bbh.a", "wmt16.de-en", "nq.open", "bbh.b"])
+    assert list(found) == ["BIG-Bench Hard", "Translation", "Closed-Book QA", "Code", "mine"] and len(GROUPS) == 6
+    assert found["Closed-Book QA"] == ["tqa.rc", "nq.open"] and found["BIG-Bench Hard"] == ["bbh.a", "bbh.b"]
+
+
+# -- reports -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +204,8 @@ def test_it_fits_its_window_without_errors(window: Browser, page: Path, width: i
     window.messages()
     window.open(page)
     assert window.messages() == []
-    assert window.run("return [document.title, document.documentElement.scrollWidth]") == [
-        f"LoGo: {RIGHT}, {LEFT}",
-        width,
-    ]
+    found = window.run("return [document.title, document.documentElement.scrollWidth]")
+    assert found == [f"LoGo: {RIGHT}, {LEFT}", width]
     charts = window.run("return [...document.querySelectorAll('.chart svg')].map(svg => svg.clientWidth)")
     assert len(charts) == 5 and all(width / 2 < each <= width for each in charts)
     style = "const style = getComputedStyle(document.body); return [style.backgroundColor, style.color]"
@@ -112,8 +259,7 @@ def test_hostile_text_stays_text(window: Browser, tmp_path: Path) -> None:
 def test_numbers_of_the_page_as_json_csv_and_latex(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two_runs(tmp_path)
     page, tables, tex = tmp_path / "r.html", tmp_path / "csv", tmp_path / "t.tex"
-    report(tmp_path, "--save", page, "--save", tables, "--save", tex, "--json")
-    found = json.loads(capsys.readouterr().out)
+    found = report(tmp_path, "--save", page, "--save", tables, "--save", tex, "--json", capsys=capsys)
     assert found["files"][str(page)] == page.stat().st_size < 1_500_000
     scores = {(one["run"], one["name"]): one for one in found["scores"]}
     group = scores[RIGHT, "BIG-Bench Hard"]
@@ -127,27 +273,12 @@ def test_numbers_of_the_page_as_json_csv_and_latex(tmp_path: Path, capsys: pytes
     assert r"bbh.one & em & 25.00 [7.1, 59.1] &" in text or r"bbh.one & em & 100.00 [67.6, 100.0] &" in text
     assert LEFT.replace("_", r"\_") in text and "BIG-Bench Hard (2)" in text and text.count(r"\begin{tabular}") == 2
     assert LEFT not in text and r"in percent with 95 \% intervals" in text
-
-
-def test_group_means_are_of_all_datasets_or_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that lacks the hard dataset of a group must not look better."""
-    two_runs(tmp_path)
+    anew = report(tmp_path, "--save", page, "--metric", "bleu", "--json", capsys=capsys)
+    assert {one["measure"] for one in anew["scores"]} == {"bleu"}
+    # A run that lacks the hard dataset of a group has no mean of it: it would look better.
     write_result(tmp_path / "other_selection_norm_n_1_seed_0" / "bbh.one", ["yes", "no"] * 4, ["yes", "no"] * 4)
-    report(tmp_path, "--save", tmp_path / "r.html", "--json")
-    found = json.loads(capsys.readouterr().out)["scores"]
-    assert len([one for one in found if one["name"] == "bbh.one"]) == 3
-    assert len([one for one in found if one["name"] == "BIG-Bench Hard"]) == 2
-
-
-def test_results_of_the_official_script_and_another_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    two_runs(tmp_path / "theirs", official=True)
-    report(tmp_path / "theirs", "--save", tmp_path / "r.html", "--save", tmp_path / "csv", "--json")
-    found = json.loads(capsys.readouterr().out)
-    assert len(found["scores"]) == 8 and len(found["comparisons"]) == 4 and "has no prompts" in found["notes"][0]
-    assert (tmp_path / "r.html").read_text().count("The results say nothing of it.") == 2  # no confidences
-    two_runs(tmp_path / "ours")
-    report(tmp_path / "ours", "--save", tmp_path / "r.html", "--metric", "bleu", "--json")
-    assert {one["measure"] for one in json.loads(capsys.readouterr().out)["scores"]} == {"bleu"}
+    names = [one["name"] for one in report(tmp_path, "--save", page, "--json", capsys=capsys)["scores"]]
+    assert (names.count("bbh.one"), names.count("BIG-Bench Hard")) == (3, 2)
 
 
 def test_runs_on_other_rows_are_shown_and_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,4 +288,7 @@ def test_runs_on_other_rows_are_shown_and_not_compared(tmp_path: Path, capsys: p
     assert f"found 11 in {RIGHT} and 12 in {LEFT}" in capsys.readouterr().err
     assert "There are no two runs on the same rows." in (tmp_path / "r.html").read_text()
     assert run(["eval", "report", str(tmp_path), "--save", str(tmp_path / "page.pdf")]) == 2
+    assert "expected FILE.html, FILE.tex, or a folder without a suffix" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert run(["eval", "report", str(tmp_path), "--save", str(tmp_path / "file")]) == 2
     assert "expected FILE.html, FILE.tex, or a folder without a suffix" in capsys.readouterr().err

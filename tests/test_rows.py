@@ -12,15 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from answering import load_rows
 from logo.errors import DataError, StorageError, UsageError
 from logo.evaluation.datasets import Dataset, dataset_file, find_datasets
 from logo.rows import Row, read_rows
+from written import write_rows
 
-BBH = Path(__file__).parent / "data"
 GOOD = '{"context": "Q: 1 + 1\\nA:", "completion": "2"}'
-
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+START = '{"context": "a", "completion": "b"'
 
 
 def put(root: Path, dataset: str, content: str | bytes = GOOD + "\n", split: str = "test") -> Path:
@@ -30,72 +28,33 @@ def put(root: Path, dataset: str, content: str | bytes = GOOD + "\n", split: str
     return file
 
 
-# --- rows
+def load_rows(root: Path | str, name: str, limit: int | None = None, split: str = "test") -> list[Row]:
+    """The rows of a dataset in a data folder."""
+    return read_rows(dataset_file(root, name, split), limit)
 
 
-@given(
-    rows=st.lists(
-        st.fixed_dictionaries(
-            {"context": TEXT, "completion": TEXT | st.lists(TEXT, min_size=1, max_size=3)},
-            optional={
-                "references": st.none() | st.lists(TEXT, min_size=1, max_size=3),
-                "adapter": st.none() | TEXT,
-                "more": st.just(1),
-            },
-        ),
-        min_size=1,
-        max_size=5,
-    ),
-    ascii_only=st.booleans(),
-    end=st.sampled_from(["", "\n", "\r\n", "\n\n \n"]),
-    bom=st.booleans(),
-    limit=st.none() | st.integers(1, 8),
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+TEXTS = st.lists(TEXT, min_size=1, max_size=3)
+ROW = st.fixed_dictionaries(
+    {"context": TEXT, "completion": TEXT | TEXTS},
+    optional={"references": st.none() | TEXTS, "adapter": st.none() | TEXT, "more": st.just(1)},
 )
+ENDS = st.sampled_from(["", "\n", "\r\n", "\n\n \n"])
+
+
+@given(st.lists(ROW, min_size=1, max_size=5), st.booleans(), ENDS, st.sampled_from(["", "\ufeff"]), st.integers(1, 8))
 def test_rows_come_back_as_they_were_written(
-    tmp_path_factory: pytest.TempPathFactory,
-    rows: list[dict[str, Any]],
-    ascii_only: bool,
-    end: str,
-    bom: bool,
-    limit: int | None,
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], ascii_only: bool, end: str, mark: str, limit: int
 ) -> None:
     lines = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
     root = tmp_path_factory.mktemp("data")
-    put(root, "mine.rows", b"\xef\xbb\xbf" * bom + ("\n".join(lines) + end).encode())
-    found = load_rows(root, "mine.rows", limit)
-    assert len(found) == len(rows[:limit])
-    for given_, row in zip(rows, found, strict=False):
+    put(root, "mine.rows", mark + "\n".join(lines) + end)
+    assert load_rows(root, "mine.rows", limit) == load_rows(root, "mine.rows")[:limit]
+    for given_, row in zip(rows, load_rows(root, "mine.rows"), strict=True):
         present = {key: value for key, value in given_.items() if value is not None and key != "more"}
         assert json.loads(json.dumps(row.as_dict())) == present
         first = [present["completion"]] if isinstance(present["completion"], str) else present["completion"]
         assert list(row.golds) == list(dict.fromkeys([*first, *present.get("references", [])]))
-
-
-def test_blank_references_are_passed_over(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    start = '{"context": "a", "completion": "b", "references": '
-    file.write_text(f'{start}["", "c", " "]}}\n{start}[" "]}}\n')
-    assert [row.references for row in read_rows(file)] == [("c",), ()]
-
-
-@pytest.mark.parametrize(
-    ("value", "found"),
-    [
-        ('"references": "a"', """found 'references' is "a\""""),
-        ('"references": []', "found 'references' is an empty list"),
-        ('"references": ["a", 3]', "found 'references'[1] is 3"),
-        ('"adapter": ""', "found 'adapter' is empty"),
-        ('"adapter": ["a"]', "found 'adapter' is a list"),
-    ],
-)
-def test_malformed_references_and_adapters_are_named(tmp_path: Path, value: str, found: str) -> None:
-    file = put(tmp_path, "mine.rows", f'{GOOD}\n{{"context": "a", "completion": "b", {value}}}\n')
-    with pytest.raises(DataError) as caught:
-        load_rows(tmp_path, "mine.rows")
-    message = str(caught.value)
-    assert (
-        message.startswith(f"{file}:2: expected ") and found in message and message.endswith("fix or delete the line")
-    )
 
 
 @pytest.mark.parametrize(
@@ -104,25 +63,23 @@ def test_malformed_references_and_adapters_are_named(tmp_path: Path, value: str,
         ('{"context": "a", "completion": ', "invalid JSON: Expecting value at column 32"),
         ("nonsense", "invalid JSON: Expecting value at column 1"),
         ("", "an empty line between rows"),
-        ('["a", "b"]', "found a list"),
         ("null", "found null"),
-        ('"text"', 'found "text"'),
         ("12", "found 12"),
-        ("{}", "no 'context', only \"\""),
         ('{"completion": "b", "input": "a"}', "no 'context', only \"completion, input\""),
         ('{"context": "a"}', "no 'completion', only \"context\""),
-        ('{"context": null, "completion": "b"}', "'context' is null"),
         ('{"context": ["a"], "completion": "b"}', "'context' is a list"),
-        ('{"context": "", "completion": "b"}', "'context' is empty"),
         ('{"context": " \\n", "completion": "b"}', "'context' is empty"),
         ('{"context": "a", "completion": true}', "'completion' is true"),
-        ('{"context": "a", "completion": {"b": 1}}', "'completion' is an object"),
-        ('{"context": "a", "completion": ""}', "'completion' is empty"),
         ('{"context": "a", "completion": []}', "'completion' is an empty list"),
         ('{"context": "a", "completion": ["b", 3]}', "'completion'[1] is 3"),
         ('{"context": "a", "completion": ["b", ""]}', "'completion'[1] is empty"),
         ('{"context": "a", "completion": [["b"]]}', "'completion'[0] is a list"),
         ('{"context": "a\\ud800", "completion": "b"}', "'context' holds half of a surrogate pair"),
+        (f'{START}, "references": "a"}}', """'references' is "a\""""),
+        (f'{START}, "references": []}}', "'references' is an empty list"),
+        (f'{START}, "references": ["a", 3]}}', "'references'[1] is 3"),
+        (f'{START}, "adapter": ""}}', "'adapter' is empty"),
+        (f'{START}, "adapter": ["a"]}}', "'adapter' is a list"),
         (b'{"context": "caf\xe9", "completion": "b"}', "bytes that are not UTF-8 at column 17"),
         ("[" * 200_000, "unreadable JSON: "),
         ('{"context": ' + "1" * 5000 + "}", "unreadable JSON: "),
@@ -156,51 +113,40 @@ def test_any_bytes_are_rows_or_one_clear_line(tmp_path_factory: pytest.TempPathF
         assert not content.strip()
 
 
-@pytest.mark.parametrize("content", ["", "\n", " \n\n", "\ufeff"])
-def test_an_empty_file_is_refused(tmp_path: Path, content: str) -> None:
-    file = put(tmp_path, "mine.rows", content)
-    with pytest.raises(DataError) as caught:
-        load_rows(tmp_path, "mine.rows")
-    assert str(caught.value) == f"{file}: expected one JSON object per line, found an empty file"
-
-
-@pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_below_one_is_refused(limit: int) -> None:
-    with pytest.raises(UsageError, match=f"limit {limit}: expected at least 1"):
-        load_rows(BBH, "bbh.word_sorting", limit)
-
-
-def test_a_folder_in_place_of_the_file(tmp_path: Path) -> None:
-    dataset_file(tmp_path, "mine.rows").mkdir(parents=True)
+def test_files_that_have_no_rows(tmp_path: Path) -> None:
+    for content in ("", " \n\n", "\ufeff"):
+        file = put(tmp_path, "mine.rows", content)
+        with pytest.raises(DataError) as caught:
+            load_rows(tmp_path, "mine.rows")
+        assert str(caught.value) == f"{file}: expected one JSON object per line, found an empty file"
+    put(tmp_path, "mine.rows")
+    for limit in (0, -1):
+        with pytest.raises(UsageError, match=f"limit {limit}: expected at least 1"):
+            load_rows(tmp_path, "mine.rows", limit)
+    dataset_file(tmp_path, "mine.folder").mkdir(parents=True)
     with pytest.raises(StorageError, match=r"test\.jsonl: cannot be read \(Is a directory\)"):
-        load_rows(tmp_path, "mine.rows")
+        load_rows(tmp_path, "mine.folder")
 
 
 def test_prompts_may_come_without_gold_texts(tmp_path: Path) -> None:
+    said, answered = {"role": "user", "content": "d"}, {"role": "assistant", "content": "f"}
     lines = [
-        '{"context": "a"}',
-        '{"context": "b", "completion": "c"}',
-        '{"messages": [{"role": "user", "content": "d"}]}',
+        {"context": "a"},
+        {"context": "b", "completion": "c"},
+        {"messages": [said]},
+        {"messages": [said, answered]},
     ]
-    lines.append('{"messages": [{"role": "user", "content": "e"}, {"role": "assistant", "content": "f"}]}')
-    file = tmp_path / "x.jsonl"
-    file.write_text("\n".join(lines))
+    file = write_rows(tmp_path / "x.jsonl", lines)
     with pytest.raises(DataError, match=r"x\.jsonl:1: .* no 'completion', only \"context\""):
         read_rows(file)
     rows = read_rows(file, answers=False)
-    assert [(row.context, row.golds) for row in rows] == [("a", ()), ("b", ("c",)), ("d", ()), ("e", ("f",))]
+    assert [(row.context, row.golds) for row in rows] == [("a", ()), ("b", ("c",)), ("d", ()), ("d", ("f",))]
     assert rows[0].as_dict() == {"context": "a"} and len(rows[3].messages) == 1
     file.write_text('{"completion": "c"}')
     with pytest.raises(DataError, match=r"x\.jsonl:1: .* no 'context'"):
         read_rows(file, answers=False)
-
-
-# --- names
-
-
-def test_a_name_is_a_file() -> None:
-    assert dataset_file("d", "bbh.navigate") == Path("d/bbh/navigate/test.jsonl")
-    assert dataset_file("d", "x.v1.2", "train") == Path("d/x/v1.2/train.jsonl")
+    file.write_text(f'{START}, "references": ["", "c", " "]}}\n{START}, "references": [" "]}}\n')
+    assert [row.references for row in read_rows(file)] == [("c",), ()]  # blank ones are passed over
 
 
 @given(st.text(alphabet="a./\\\0-", max_size=8))
@@ -212,12 +158,6 @@ def test_no_name_leads_out_of_the_folder(name: str) -> None:
         return
     assert ".." not in file.parts
     assert file.parent.parent.parent == root
-
-
-def names(folder: Path, request: str = "") -> list[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return [found.name for found in find_datasets(folder, request)]
 
 
 @pytest.mark.parametrize("name", ["../x.y", "x...", "x..", ".x", "x.", "/etc.d", "x.a/b", "x.\\b", "..", "a/../b.c"])
@@ -238,96 +178,70 @@ def test_everything_in_official_order_then_the_rest(tmp_path: Path) -> None:
     (tmp_path / "zoo" / ".hidden" / "test.jsonl").write_text(GOOD)
     with pytest.warns(UserWarning, match=r"left out: bbh\.boolean_expressions, .*gem\.dart"):
         found = find_datasets(tmp_path)
-    assert [one.name for one in found] == [
-        "bbh.navigate",
-        "bbh.word_sorting",
-        "glue.qnli",
-        "alpha.c",
-        "zoo.a.1",
-        "zoo.b",
-    ]
-    one = found[0]
-    assert one == Dataset(
-        "bbh.navigate",
-        tmp_path / "bbh/navigate/test.jsonl",
-        (Row("Q: 1 + 1\nA:", "2"),),
-        "em",
-        hashlib.sha256(one.file.read_bytes()).hexdigest(),
-        tmp_path / "bbh/navigate/train.jsonl",
-    )
+    names = ["bbh.navigate", "bbh.word_sorting", "glue.qnli", "alpha.c", "zoo.a.1", "zoo.b"]
+    assert [one.name for one in found] == names
+    file, train = (tmp_path / "bbh/navigate" / f"{split}.jsonl" for split in ("test", "train"))
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert found[0] == Dataset("bbh.navigate", file, (Row("Q: 1 + 1\nA:", "2"),), "em", sha256, train)
 
 
+@pytest.mark.filterwarnings("ignore:not in .*, left out")
 def test_names_lists_and_patterns(tmp_path: Path) -> None:
     for name in ("bbh.navigate", "bbh.word_sorting", "anli.r1", "anli.r2", "anli.r3", "zoo.b"):
         put(tmp_path, name)
-    assert names(tmp_path, "zoo.b") == names(tmp_path, "zoo") == ["zoo.b"]
-    assert names(tmp_path, "zoo.b, bbh.navigate,") == ["zoo.b", "bbh.navigate"]
-    assert names(tmp_path, "bbh.*") == names(tmp_path, "bbh") == ["bbh.navigate", "bbh.word_sorting"]
-    assert names(tmp_path, "anli.r3,anli.*,zoo.?") == ["anli.r3", "anli.r1", "anli.r2", "zoo.b"]
+    for request, expected in {
+        "zoo.b": ["zoo.b"],
+        "zoo": ["zoo.b"],
+        "zoo.b, bbh.navigate,": ["zoo.b", "bbh.navigate"],
+        "bbh.*": ["bbh.navigate", "bbh.word_sorting"],
+        "bbh": ["bbh.navigate", "bbh.word_sorting"],
+        "anli.r3,anli.*,zoo.?": ["anli.r3", "anli.r1", "anli.r2", "zoo.b"],
+    }.items():
+        assert [found.name for found in find_datasets(tmp_path, request)] == expected
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # all that was meant is there
         assert len(find_datasets(tmp_path, "anli.r[13]")) == 2 and len(find_datasets(tmp_path, "zoo.*")) == 1
-
-
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        ("bbh.navigat", "did you mean 'bbh.navigate'"),
-        ("BBH.Navigate", "did you mean 'bbh.navigate'"),
-        ("zoo.lion", "did you mean 'zoo.lions'"),
-        ("bbh/navigate", "did you mean 'bbh.navigate'"),
-        ("qqqqqq.zzzzzz", "not in {root}; there are bbh.navigate, zoo.lions"),
-        ("gem.*", "not in {root}; there are bbh.navigate, zoo.lions; `logo data prepare` fetches official ones"),
-        ("bbh.navigate,nope", "dataset 'nope': not in"),
-    ],
-)
-def test_unknown_and_absent_datasets(tmp_path: Path, request_: str, message: str) -> None:
-    put(tmp_path, "bbh.navigate")
-    put(tmp_path, "zoo.lions")
-    with pytest.raises(DataError) as caught:
-        find_datasets(tmp_path, request_)
-    assert message.format(root=tmp_path) in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_a_list_of_nothing_is_a_usage_error(tmp_path: Path) -> None:
-    put(tmp_path, "zoo.lions")
     with pytest.raises(UsageError, match="expected names separated by commas"):
         find_datasets(tmp_path, " , ")
 
 
+def test_unknown_and_absent_datasets(tmp_path: Path) -> None:
+    put(tmp_path, "bbh.navigate")
+    put(tmp_path, "zoo.lions")
+    there = f"not in {tmp_path}; there are bbh.navigate, zoo.lions"
+    for request, message in (
+        ("bbh.navigat", "did you mean 'bbh.navigate'"),
+        ("zoo.lion", "did you mean 'zoo.lions'"),
+        ("bbh/navigate", "did you mean 'bbh.navigate'"),
+        ("qqqqqq.zzzzzz", there),
+        ("gem.*", f"{there}; `logo data prepare` fetches official ones"),
+        ("bbh.navigate,nope", "dataset 'nope': not in"),
+    ):
+        with pytest.raises(DataError) as caught:
+            find_datasets(tmp_path, request)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_folders_without_rows(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"NAME\.jsonl files, found nothing"):
-        find_datasets(tmp_path / "none")
     (tmp_path / "rows.csv").write_text("")
-    with pytest.raises(DataError, match="found a file"):
-        find_datasets(tmp_path / "rows.csv")
-    with pytest.raises(DataError, match=r"NAME\.jsonl files, found rows\.csv"):
-        find_datasets(tmp_path)
+    for folder, found in (("none", "nothing"), ("rows.csv", "a file"), (".", r"rows\.csv")):
+        with pytest.raises(DataError, match=rf"NAME\.jsonl files, found {found}"):
+            find_datasets(tmp_path / folder)
 
 
 def test_a_flat_folder(tmp_path: Path) -> None:
     """Named as adapters are, by their paths."""
     for name in ("b", "a", "deep/c", ".hidden/d"):
         flat(tmp_path / f"{name}.jsonl", "1", "2")
-    found = find_datasets(tmp_path, limit=1)
-    assert [(one.name, one.rows, one.train_file) for one in found] == [
-        (name, (Row("q0", "1"),), None) for name in ("a", "b", "deep/c")
-    ]
-    assert names(tmp_path, "b,a") == ["b", "a"] and names(tmp_path, "*c") == ["deep/c"]
+    found = [(one.name, one.rows, one.train_file) for one in find_datasets(tmp_path, limit=1)]
+    assert found == [(name, (Row("q0", "1"),), None) for name in ("a", "b", "deep/c")]
+    assert [one.name for one in find_datasets(tmp_path, "b,*c")] == ["b", "deep/c"]
     with pytest.raises(DataError, match=r"dataset 'd': not in .*; there are a, b, deep/c"):
         find_datasets(tmp_path, "d")
 
 
-# --- metrics and training rows
-
-
 def flat(file: Path, *completions: str) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(
-        "\n".join(json.dumps({"context": f"q{i}", "completion": text}) for i, text in enumerate(completions))
-    )
-    return file
+    return write_rows(file, [{"context": f"q{i}", "completion": text} for i, text in enumerate(completions)])
 
 
 def test_the_metric_is_the_one_asked_for_or_declared_or_the_names(tmp_path: Path) -> None:
@@ -341,22 +255,15 @@ def test_the_metric_is_the_one_asked_for_or_declared_or_the_names(tmp_path: Path
     assert metrics() == ["em_multi", "bleu", "rouge"]
     assert metrics(official=True) == ["em_first", "bleu", "rouge"]
     assert metrics(metric="em_multi", official=True) == ["em_multi"] * 3
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("metric: blue\n", r"mine\.yaml: expected a metric \(em, .*found 'blue' \(did you mean 'bleu'"),
-        ("metric: em\nother: 1\n", r"mine\.yaml: expected 'metric: NAME' and nothing else, found"),
-        ("- em\n", r"mine\.yaml: expected 'metric: NAME' and nothing else, found"),
-        ("metric: [", r"mine\.yaml: expected 'metric: NAME', found invalid YAML"),
-    ],
-)
-def test_what_declares_no_metric_is_said(tmp_path: Path, content: str, message: str) -> None:
-    flat(tmp_path / "mine.jsonl", "1")
-    (tmp_path / "mine.yaml").write_text(content)
-    with pytest.raises(DataError, match=message):
-        find_datasets(tmp_path)
+    for content, message in (
+        ("metric: blue\n", r"test\.yaml: expected a metric \(em, .*found 'blue' \(did you mean 'bleu'"),
+        ("metric: em\nother: 1\n", r"test\.yaml: expected 'metric: NAME' and nothing else, found"),
+        ("- em\n", r"test\.yaml: expected 'metric: NAME' and nothing else, found"),
+        ("metric: [", r"test\.yaml: expected 'metric: NAME', found invalid YAML"),
+    ):
+        (tmp_path / "mine/x/test.yaml").write_text(content)
+        with pytest.raises(DataError, match=message):
+            metrics()
 
 
 def test_training_rows(tmp_path: Path) -> None:

@@ -8,18 +8,27 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import make_adapters
 import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
-from logo.scoring import joined
+from logo.models import DEMO_FOLDER, load_tokenizer
+from logo.prompts import Prompts, answer_ids
+from logo.rows import Row
+from logo.scoring import encoded, joined
+from logo.training.rows import encoded as training_row
 from logo.vllm.offline import _scored
 from test_engine import ids_of, tokenizer, write_adapter
 from tolerances import same_scores
 
+DEMO = load_tokenizer(str(DEMO_FOLDER / "model"))
 PROMPT, GOLD = "w3 w4 w5 w6", "w7 w8 w9"
+MIXTURES: list[dict[str, float]] = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.3, "c": 0.7}, {"a": 1 / 3, "b": 1 / 3}]
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +48,10 @@ def logo(drawer: Path) -> LoGo:
 
 def plain(model: nn.Module, tokens: PreTrainedTokenizerFast, prompt: str, gold: str) -> tuple[float, bool]:
     """Mean negative log likelihood and exact match, from all logits of one unbatched forward pass."""
-    start = tokens(prompt)["input_ids"]
-    answer = tokens(f" {gold}", add_special_tokens=False)["input_ids"]
+    return plain_ids(model, tokens(prompt)["input_ids"], tokens(f" {gold}", add_special_tokens=False)["input_ids"])
+
+
+def plain_ids(model: nn.Module, start: list[int], answer: list[int]) -> tuple[float, bool]:
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([start + answer])).logits[0, len(start) - 1 : -1]
     chosen = logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
@@ -59,13 +70,12 @@ def merged(pool: AdapterPool, mixture: dict[str, float]) -> nn.Module:
 
 
 def test_every_mixture_scores_as_with_merged_weights(logo: LoGo) -> None:
-    mixtures: list[dict[str, float]] = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.3, "c": 0.7}, {"a": 1 / 3, "b": 1 / 3}]
-    scored = logo.score(PROMPT, GOLD, mixtures)
-    for mixture, found in zip(mixtures, scored, strict=True):
+    scored = logo.score(PROMPT, GOLD, MIXTURES)
+    for mixture, found in zip(MIXTURES, scored, strict=True):
         nll, match = plain(merged(logo.pool, mixture), logo.tokenizer, PROMPT, GOLD)
         assert found.nll == same_scores(nll)
         assert (found.exact_match, found.tokens) == (match, 3)
-    assert len({round(found.nll, 4) for found in scored}) == len(mixtures)  # they really differ
+    assert len({round(found.nll, 4) for found in scored}) == len(MIXTURES)  # they really differ
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])
@@ -131,6 +141,45 @@ def test_one_space_at_the_seam_where_there_is_none(prompt: str, completion: str,
     assert joined(prompt, completion) == text
 
 
+def blank_in_front() -> PreTrainedTokenizerFast:
+    """A tokenizer like Llama 2's, which puts a blank in front of every text."""
+    letters = ["<unk>", "<s>", "</s>", "<0x0A>", "\u2581", *"aenosy"]
+    merges = [("y", "e"), ("ye", "s"), ("\u2581", "yes"), ("n", "o"), ("\u2581", "no")]
+    vocabulary = {token: i for i, token in enumerate([*letters, *("".join(pair) for pair in merges)])}
+    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "tokens"),
+    [
+        ("yes", "no", ["\u2581no"]),
+        ("yes\n", "no", ["no"]),
+        ("yes", "\nno yes", ["<0x0A>", "no", "\u2581yes"]),
+        ("yes ", "a", ["a"]),
+    ],
+)
+def test_no_blank_comes_before_a_completion_that_the_text_has_not(
+    prompt: str, completion: str, tokens: list[str]
+) -> None:
+    """As the model reads them where the whole is one text."""
+    made = blank_in_front()
+    read, gold = encoded(Prompts(made, None), prompt, completion)
+    whole = made(prompt + joined(prompt, completion), add_special_tokens=False)["input_ids"]
+    assert made.convert_ids_to_tokens(gold) == tokens and whole[-len(tokens) :] == gold
+    row = training_row(made, Row(prompt, completion))
+    assert list(row.ids) == [*read.ids, *gold, made.eos_token_id]
+
+
+@given(st.text(max_size=12) | st.lists(st.sampled_from(["\n", " ", "w3", "yes", "1", "."]), max_size=6).map("".join))
+def test_completions_of_other_tokenizers_are_their_texts_alone(text: str) -> None:
+    for made in (DEMO, tokenizer()):
+        assert answer_ids(made, text) == made(text, add_special_tokens=False)["input_ids"]
+
+
 def test_a_long_prompt_makes_room_for_the_completion(logo: LoGo) -> None:
     long = " ".join(f"w{3 + i % 80}" for i in range(200))
     with pytest.warns(UserWarning, match="prompt 1 has 201 tokens, more than the 125 that fit"):
@@ -142,66 +191,51 @@ def test_a_long_prompt_makes_room_for_the_completion(logo: LoGo) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("call", "arguments", "message"),
     [
-        ((PROMPT, "", [{}]), "completion '' has no tokens"),
-        ((PROMPT, 7, [{}]), "completion: expected a string, found 7"),
-        ((PROMPT, " ".join(["w3"] * 128), [{}]), "the completion has 128 tokens, but the model's context holds 128"),
-        ((PROMPT, GOLD, [{"a": float("nan")}]), "weight of adapter 'a'"),
-        ((PROMPT, GOLD, [{"d": 1.0}]), "'d'"),
+        ("score", (PROMPT, "", [{}]), "completion '' has no tokens"),
+        ("score", (PROMPT, "a\ud83d", [{}]), "half a surrogate pair"),
+        ("score", (PROMPT, 7, [{}]), "completion: expected a string, found 7"),
+        (
+            "score",
+            (PROMPT, " ".join(["w3"] * 128), [{}]),
+            "the completion has 128 tokens, but the model's context",
+        ),
+        ("score", (PROMPT, GOLD, [{"a": float("nan")}]), "weight of adapter 'a'"),
+        ("score", (PROMPT, GOLD, [{"d": 1.0}]), "'d'"),
+        ("score_pairs", ([([1], [2]), ([1], [])], [{}, {}]), "pair 2: the completion has no tokens"),
+        ("score_pairs", ([([], [2])], [{}]), "pair 1: the prompt has no tokens"),
+        ("score_pairs", ([([1], [2])], [{}, {}]), "one entry for each of 1 pairs, found 2"),
+        ("score_pairs", ([([1], [2])], [{"nobody": 1.0}]), "nobody"),
+        ("score_pairs", ([([1] * 128, [2, 3])], [{}]), "shorten the prompt"),
     ],
 )
-def test_what_cannot_be_scored(logo: LoGo, arguments: tuple[Any, ...], message: str) -> None:
+def test_what_cannot_be_scored(logo: LoGo, call: str, arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises((UsageError, PoolError), match=message):
-        logo.score(*arguments)
+        getattr(logo, call)(*arguments)
 
 
 # -- many prompts, each with its own mixture ------------------------------------------------------------------------
 
-MIXTURES: list[dict[str, float]] = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.3, "c": 0.7}, {"a": 1 / 3, "b": 1 / 3}]
-
-
-def pairs_of(lengths: list[tuple[int, int]]) -> list[tuple[list[int], list[int]]]:
-    """Token ids of prompts and completions of these lengths, none like another."""
-    return [
-        ([1, *range(3 + i, 2 + i + start)], list(range(50 + i, 50 + i + end))) for i, (start, end) in enumerate(lengths)
-    ]
-
-
-PAIRS = pairs_of([(4, 3), (12, 1), (2, 6), (7, 7), (1, 2)])
-
-
-def alone(model: nn.Module, prompt: list[int], gold: list[int]) -> tuple[float, bool]:
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt + gold])).logits[0, len(prompt) - 1 : -1]
-    chosen = logits.log_softmax(-1)[torch.arange(len(gold)), torch.tensor(gold)]
-    return float(chosen.sum()), logits.argmax(-1).tolist() == gold
+# Token ids of prompts and completions of these lengths, none like another.
+PAIRS = [
+    ([1, *range(3 + i, 2 + i + start)], [*range(50 + i, 50 + i + end)])
+    for i, (start, end) in enumerate([(4, 3), (12, 1), (2, 6), (7, 7), (1, 2)])
+]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_pairs_in_a_batch_score_as_merged_weights_alone(logo: LoGo, batch_size: int) -> None:
     scored = logo.score_pairs(PAIRS, MIXTURES, batch_size=batch_size)
     for (prompt, gold), mixture, found in zip(PAIRS, MIXTURES, scored, strict=True):
-        likelihood, match = alone(merged(logo.pool, mixture), prompt, gold)
-        assert found.log_likelihood == same_scores(likelihood)
+        nll, match = plain_ids(merged(logo.pool, mixture), prompt, gold)
+        assert found.log_likelihood == same_scores(-nll * len(gold))
         assert (found.exact_match, found.tokens) == (match, len(gold))
 
 
-def test_pairs_that_cannot_be_scored(logo: LoGo) -> None:
+def test_no_pairs_and_a_pair_as_long_as_the_context(logo: LoGo) -> None:
     assert logo.score_pairs([], []) == []
-    with pytest.raises(UsageError, match="pair 2: the completion has no tokens"):
-        logo.score_pairs([([1], [2]), ([1], [])], [{}, {}])
-    with pytest.raises(UsageError, match="pair 1: the prompt has no tokens"):
-        logo.score_pairs([([], [2])], [{}])
-    with pytest.raises(UsageError, match="one entry for each of 1 pairs, found 2"):
-        logo.score_pairs([([1], [2])], [{}, {}])
-    with pytest.raises(PoolError, match="nobody"):
-        logo.score_pairs([([1], [2])], [{"nobody": 1.0}])
-    context = logo.prompts.context
-    assert context is not None
-    longest = [1] * context
-    assert logo.score_pairs([(longest, [2])], [{}])[0].tokens == 1
-    with pytest.raises(UsageError, match="shorten the prompt"):
-        logo.score_pairs([(longest, [2, 3])], [{}])
+    assert logo.prompts.context == 128
+    assert logo.score_pairs([([1] * 128, [2])], [{}])[0].tokens == 1
     with pytest.raises(UsageError, match="batch_size"):
         logo.score_pairs([([1], [2])], [{}], batch_size=0)

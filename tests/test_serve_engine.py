@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,12 +19,12 @@ from transformers import GenerationConfig
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.adapter import Adapter
-from logo.core import Prompt
+from logo.core import Prompt, Selection
 from logo.decoding import Batch, Decoding, call_config
-from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
+from logo.errors import AdapterError, ModelError, NotFinite, PoolError, UsageError
 from logo.serve import batching
 from logo.serve.batching import Job, Memory
-from logo.serve.errors import ApiError, NotReady
+from logo.serve.errors import NotReady
 from logo.serve.names import MixtureRequest
 from logo.serve.packed import Chosen
 from logo.serve.sampling import Sampling
@@ -70,22 +70,29 @@ async def answer(
     return tuple(tokens), reason, chosen
 
 
+def all_of(
+    logo: LoGo, rows: list[list[int]], requests: list[MixtureRequest], lengths: list[int], **options: Any
+) -> list[tuple[tuple[int, ...], str, Chosen]]:
+    """The answers to requests that come at once, after which nothing runs or waits."""
+
+    async def use(service: Service) -> Any:
+        asked = zip(rows, requests, lengths, strict=True)
+        found = await asyncio.gather(*(answer(service, ids, wanted, Sampling(most)) for ids, wanted, most in asked))
+        assert await settled(service) == (0, 0, 0)
+        return found
+
+    return served(logo, use, **options)
+
+
 def test_where_memory_is_short_sequences_wait_and_come_out_the_same(llama: nn.Module, adapters: Path) -> None:
     """Each begins once there is room for as long as it may become."""
     logo = engine(llama, adapters, unscorable="skip")
     rows = tiny.prompts([20, 25, 30, 22, 18, 27], seed=8)
-    per_token = 2 * 3 * 2 * 8 * 4
-
-    async def use(service: Service) -> Any:
-        assert service.batching.kv_tokens[1] <= 160
-        found = await asyncio.gather(*(answer(service, ids, MixtureRequest(), Sampling(60)) for ids in rows))
-        return found, await settled(service)
-
-    found, after = served(logo, use, memory=Memory(6, 160 * per_token / 1e9))
-    assert [entry[0] for entry in found] == [
-        entry[0] for entry in alone(logo, rows, [MixtureRequest()] * len(rows), 60)
-    ]
-    assert after == (0, 0, 0)
+    room = 160 * (2 * 3 * 2 * 8 * 4) / 1e9  # for so many tokens
+    assert Service(logo, Memory(6, room)).batching.kv_tokens[1] <= 160
+    requests = [MixtureRequest()] * len(rows)
+    found = all_of(logo, rows, requests, [60] * len(rows), memory=Memory(6, room))
+    assert [entry[0] for entry in found] == [entry[0] for entry in alone(logo, rows, requests, 60)]
 
 
 async def settled(service: Service) -> tuple[int, int, int]:
@@ -122,15 +129,7 @@ def test_answers_are_those_of_generating_alone(architecture: str, tmp_path: Path
     requests = [WISHES[i % len(WISHES)] for i in range(len(rows))]
     lengths = [1 + 7 * i % 23 for i in range(len(rows))]
 
-    async def use(service: Service) -> list[Any]:
-        jobs = (
-            answer(service, ids, wanted, Sampling(length))
-            for ids, wanted, length in zip(rows, requests, lengths, strict=True)
-        )
-        return [*await asyncio.gather(*jobs), await settled(service)]
-
-    *found, after = served(logo, use, concurrent=5)
-    assert after == (0, 0, 0)
+    found = all_of(logo, rows, requests, lengths, concurrent=5)
     for ids, wanted, length, (tokens, reason, chosen) in zip(rows, requests, lengths, found, strict=True):
         [want] = alone(logo, [ids], [wanted], length)
         assert (tokens, reason) == (want[0], want[1])
@@ -148,21 +147,13 @@ def test_adapters_on_the_output_head_answer_as_alone_and_as_in_peft(
     names = ["lm_head", {"gpt2": "c_attn"}.get(architecture, "q_proj")]
     for i in range(4):
         base = tiny.model(architecture, tie_word_embeddings=False)
-        targets = names if i else names[1:]
-        save = {"save_embedding_layers": False}
-        write_peft(tmp_path / f"t{i}", base, save=save, seed=i, r=i + 1, lora_alpha=8, target_modules=targets)
+        how: Any = {"target_modules": names if i else names[1:], "save": {"save_embedding_layers": False}}
+        write_peft(tmp_path / f"t{i}", base, seed=i, r=i + 1, lora_alpha=8, **how)
     logo = engine(model, tmp_path)
     rows = tiny.prompts([1, 3, 40, 9, 2, 70, 5, 12], seed=4)
     requests = [MixtureRequest(adapters={f"t{i % 4}": 1.0, f"t{(i + 1) % 4}": 0.5 * (i % 2)}) for i in range(len(rows))]
 
-    async def use(service: Service) -> list[Any]:
-        jobs = (
-            answer(service, ids, wanted, Sampling(9 + i))
-            for i, (ids, wanted) in enumerate(zip(rows, requests, strict=True))
-        )
-        return await asyncio.gather(*jobs)
-
-    found = served(logo, use, concurrent=5)
+    found = all_of(logo, rows, requests, [9 + i for i in range(len(rows))], concurrent=5)
     for i, (ids, wanted, (tokens, *_)) in enumerate(zip(rows, requests, found, strict=True)):
         assert tokens == alone(logo, [ids], [wanted], 9 + i)[0][0]
     wrapped = load_peft(tmp_path / "t2", tiny.model(architecture, tie_word_embeddings=False)).eval()
@@ -174,8 +165,6 @@ def test_adapters_on_the_output_head_answer_as_alone_and_as_in_peft(
 
 def alone(logo: LoGo, rows: list[list[int]], requests: list[MixtureRequest], length: int) -> list[tuple[Any, ...]]:
     """One by one, by the engine's own decoder."""
-    from logo.core import Selection
-
     config = call_config(logo.prompts, None, {"pad_token_id": 2}, length, logo.model.generation_config)
     results = []
     for ids, wanted in zip(rows, requests, strict=True):
@@ -228,27 +217,39 @@ def test_requests_that_come_while_a_step_ends_share_one_probe(
         chosen.release()
 
 
-def test_who_leaves_early_frees_what_it_held(llama: nn.Module, adapters: Path) -> None:
-    logo = engine(llama, adapters, unscorable="skip")
-    rows = tiny.prompts([5, 8, 7, 30], seed=2)
+def test_between_two_pauses_there_is_a_step(llama: nn.Module, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many selections there are, answers go on; and no step begins in a pause."""
+    logo, ids = engine(llama, adapters, unscorable="skip"), tiny.prompts([20], seed=8)[0]
 
-    async def leave(service: Service, ids: list[int], after: int) -> None:
-        chosen = await service.choose(Prompt.of_ids(ids), MixtureRequest())
-        async with aclosing(service.generate([Job(ids, chosen, Sampling(90))])) as deltas:
-            seen = 0
-            async for _, new, _ in deltas:
-                seen += len(new)
-                if seen >= after:
-                    return
+    async def use(service: Service) -> tuple[int, ...]:
+        batching, steps, seen, ended = service.batching, list[bool](), list[int](), threading.Event()
+        ordinary, inside = batching._step, set[int]()
 
-    async def use(service: Service) -> Any:
-        kept = answer(service, rows[3], MixtureRequest(), Sampling(40))
-        results = await asyncio.gather(kept, *(leave(service, ids, n) for n, ids in enumerate(rows[:3], start=1)))
-        return results[0][0], await settled(service)
+        def step() -> None:
+            steps.append(bool(inside))
+            ordinary()
 
-    tokens, after = served(logo, use)
-    assert tokens == alone(logo, [rows[3]], [MixtureRequest()], 40)[0][0]
-    assert after == (0, 0, 0)
+        def pause() -> None:
+            while not ended.is_set():
+                with batching.paused():
+                    inside.add(threading.get_ident())
+                    if batching._waiting or batching._active:
+                        seen.append(len(steps))
+                    inside.remove(threading.get_ident())
+
+        monkeypatch.setattr(batching, "_step", step)
+        pausing = [asyncio.create_task(asyncio.to_thread(pause)) for _ in range(2)]
+        try:
+            tokens, *_ = await asyncio.wait_for(answer(service, ids, MixtureRequest({}), Sampling(40)), PATIENCE)
+        finally:
+            ended.set()
+        await asyncio.gather(*pausing)
+        assert not any(steps) and len(seen) > 1
+        # Two that pause may do so together, but not one of them twice.
+        assert all(seen.count(number) <= 2 for number in seen)
+        return tokens
+
+    assert served(logo, use) == alone(logo, [ids], [MixtureRequest({})], 40)[0][0]
 
 
 def test_a_step_that_fails_ends_one_sequence_and_no_other(adapters: Path) -> None:
@@ -309,12 +310,8 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
         rest = [token async for _, new, _ in deltas for token in new]
         more = service.generate([Job(ids, waiting, Sampling(30))])
         held = [token async for _, new, _ in more for token in new]
-        return (
-            (*first, *rest),
-            tuple(held),
-            new[0],
-            (await service.choose(Prompt.of_ids(ids), MixtureRequest())).selection.scores,
-        )
+        scores = (await service.choose(Prompt.of_ids(ids), MixtureRequest())).selection.scores
+        return (*first, *rest), tuple(held), new[0], scores
 
     begun, held, new, scores = served(engine(llama, tmp_path / "pool", k=2), use)
     assert begun == held == before
@@ -324,34 +321,34 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
 
 
 @pytest.mark.parametrize("on_bad", ["error", "skip"])
-@pytest.mark.parametrize("fault", ["nan", "shape", "unscorable", "taken", "pickle"])
+@pytest.mark.parametrize("fault", ["nan", "shape", "unscorable", "unscorable by another signal", "taken", "pickle"])
 def test_an_adapter_that_cannot_be_used_changes_nothing(
     fault: str, on_bad: str, llama: nn.Module, tmp_path: Path
 ) -> None:
     for i in range(3):
-        write_adapter(tmp_path / "pool" / f"t{i}", llama, ("q_proj",), rank=2, seed=i)
+        write_adapter(tmp_path / "pool" / f"t{i}", llama, ("q_proj", "v_proj"), rank=2, seed=i)
     bad = tmp_path / "bad"
-    names = ("down_proj",) if fault == "unscorable" else ("q_proj",)
+    names = ("v_proj",) if "unscorable" in fault else ("q_proj",)
     maker = tiny.model("llama", hidden_size=64) if fault == "shape" else llama
     write_adapter(bad, maker, names, rank=2, seed=7, scale=float("nan") if fault == "nan" else 0.2)
     if fault == "pickle":
         (bad / "adapter_model.safetensors").rename(bad / "adapter_model.bin")
-    ids = tiny.prompts([6], seed=5)[0]
-    settings = SelectionSettings("norm", k=3)
+    ids = Prompt.of_ids(tiny.prompts([6], seed=5)[0])
+    own, other = ("calibrated", "norm") if fault == "unscorable by another signal" else ("norm", "norm")
     pool = AdapterPool.open(tmp_path / "pool")
-    logo = LoGo(llama, tokenizer(), pool, settings=settings, on_bad_adapter=on_bad)
+    logo = LoGo(llama, tokenizer(), pool, settings=SelectionSettings(own, k=3), on_bad_adapter=on_bad)
 
     async def use(service: Service) -> Any:
-        before = (await service.choose(Prompt.of_ids(ids), MixtureRequest())).selection
+        async def selected() -> list[Any]:
+            wishes = [MixtureRequest(options={"signal": signal}) for signal in (own, other)]
+            return [(await service.choose(ids, wanted)).selection for wanted in wishes]
+
+        before = await selected()
         with pytest.raises((AdapterError, PoolError)):
             await service.add(bad, "t1" if fault == "taken" else "new")
-        return (
-            before,
-            (await service.choose(Prompt.of_ids(ids), MixtureRequest())).selection,
-            tuple(service.adapters),
-        )
+        return before, await selected(), tuple(service.adapters)
 
-    before, after, names_after = served(logo, use)
+    before, after, names_after = served(logo, use, signals=[other])
     assert before == after
     assert names_after == ("t0", "t1", "t2")
 
@@ -405,74 +402,11 @@ def test_the_last_adapter_stays(llama: nn.Module, tmp_path: Path) -> None:
     served(engine(llama, tmp_path / "pool", k=1), use)
 
 
-def test_wishes_are_heard(llama: nn.Module, adapters: Path) -> None:
-    logo = engine(llama, adapters, unscorable="skip")
-    ids = tiny.prompts([6], seed=5)[0]
-
-    async def use(service: Service) -> Any:
-        chosen = [
-            await service.choose(Prompt.of_ids(ids), wanted)
-            for wanted in (
-                MixtureRequest(),
-                MixtureRequest(options={"k": 1}),
-                MixtureRequest(options={"signal": "entropy"}),
-            )
-        ]
-        for wanted in (
-            MixtureRequest(options={"signal": "nrm"}),
-            MixtureRequest(adapters={"tasks/t9": 1.0}),
-            MixtureRequest(adapters={"tasks/t0": float("inf")}),
-        ):
-            with pytest.raises(LoGoError):
-                await service.choose(Prompt.of_ids(ids), wanted)
-        return chosen
-
-    plain, one, entropy = served(logo, use, signals=["entropy"])
-    assert len(plain.selection.adapters) == 3
-    assert one.selection.adapters == plain.selection.adapters[:1]
-    assert one.selection.weights == (1.0,)
-    want = engine(llama, adapters, signal="entropy", unscorable="skip").select(ids)
-    assert entropy.selection.adapters == want.adapters
-
-
-def test_no_more_are_taken_than_there_is_room_for(llama: nn.Module, adapters: Path) -> None:
-    async def use(service: Service) -> None:
-        with service.admitted(10), pytest.raises(ApiError, match="too many requests"), service.admitted(1):
-            pass
-        with pytest.raises(UsageError, match=r"asks for 11 answers, .* at most 10 at a time"), service.admitted(11):
-            pass  # waiting would be of no use
-        with service.admitted(10):
-            pass
-        service.draining = True
-        with pytest.raises(NotReady), service.admitted():
-            pass
-
-    served(engine(llama, adapters, unscorable="skip"), use, max_queue=2)
-
-
 def test_a_model_that_keeps_a_state_is_refused_at_the_start(tmp_path: Path) -> None:
     model = tiny.model("mamba")
     write_adapter(tmp_path / "t0", model, ("in_proj",), rank=2, seed=0)
     with pytest.raises(ModelError, match="MambaForCausalLM cannot be served: it keeps more"):
         Service(engine(model, tmp_path, k=1, signal="calibrated"), Memory(concurrent=2))
-
-
-def test_an_adapter_that_a_served_signal_cannot_score_is_not_added(llama: nn.Module, tmp_path: Path) -> None:
-    for i in range(3):
-        write_adapter(tmp_path / "pool" / f"t{i}", llama, ("q_proj", "v_proj"), rank=2, seed=i)
-    write_adapter(tmp_path / "values", llama, ("v_proj",), rank=2, seed=7)
-    ids = Prompt.of_ids(tiny.prompts([6], seed=5)[0])
-
-    async def use(service: Service) -> Any:
-        with pytest.raises(PoolError, match="values"):
-            await service.add(tmp_path / "values", "values")
-        for signal in ("norm", "calibrated"):
-            chosen = await service.choose(ids, MixtureRequest(options={"signal": signal}))
-            assert "values" not in chosen.selection.scores
-        return tuple(service.adapters)
-
-    logo = engine(llama, tmp_path / "pool", signal="calibrated", k=2)
-    assert served(logo, use, signals=["norm"]) == ("t0", "t1", "t2")
 
 
 def test_where_generation_has_stopped_nothing_is_taken(llama: nn.Module, adapters: Path) -> None:
@@ -485,3 +419,51 @@ def test_where_generation_has_stopped_nothing_is_taken(llama: nn.Module, adapter
                 await asyncio.wait_for(service.choose(tiny.prompts([20], seed=8)[0], MixtureRequest()), PATIENCE)
 
     served(engine(llama, adapters, unscorable="skip"), use)
+
+
+# -- mixtures that overflow -----------------------------------------------------------------------------------------
+
+GOOD, BAD = MixtureRequest(adapters={"good": 1.0}), MixtureRequest(adapters={"bad": 1.0})
+# Each of them is finite in its file; what they make of a prompt is not.
+FAULTS = {
+    "B (A x)": (torch.float32, 1e20),
+    "A x": (torch.float32, 1e38),  # not finite in columns that other tokens are multiplied with, too
+    "half precision": (torch.float16, 1e3),
+}
+
+
+def alike(one: tuple[tuple[int, ...], str], other: tuple[tuple[int, ...], str]) -> bool:
+    """Whether two answers are as long and end for the same reason."""
+    return (len(one[0]), one[1]) == (len(other[0]), other[1])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(("dtype", "scale"), FAULTS.values(), ids=FAULTS)
+def test_a_mixture_that_overflows_is_an_error_of_its_own_request(
+    dtype: torch.dtype, scale: float, temperature: float, tmp_path: Path
+) -> None:
+    """The request that asked for it fails with a reason, and others are not affected."""
+    model = tiny.model("llama").to(dtype)
+    write_adapter(tmp_path / "good", model, ("q_proj", "v_proj"), rank=2, seed=1)
+    write_adapter(tmp_path / "bad", model, ("q_proj", "v_proj"), rank=2, seed=2, scale=scale)
+    logo = engine(model, tmp_path, k=1)
+    rows = tiny.prompts([6, 11, 3, 8], seed=3)
+    way = Sampling(20, temperature, seed=4)
+
+    async def use(service: Service) -> Any:
+        single = [(await answer(service, ids, GOOD, way))[:2] for ids in rows]
+        jobs = [answer(service, ids, wanted, way) for ids in rows for wanted in (GOOD, BAD)]
+        together = await asyncio.gather(*jobs, return_exceptions=True)
+        after = await answer(service, rows[0], GOOD, way)  # the bad adapter's columns may still be there
+        return single, together, after[:2], await settled(service), service.batching.alive
+
+    single, together, after, left, alive = served(logo, use)
+    for entry, want in zip(together[::2], single, strict=True):  # half precision rounds differently in company
+        assert entry[:2] == want or (dtype is torch.float16 and alike(entry[:2], want))
+    for error in together[1::2]:
+        # Before the prompt is read where an adapter alone overflows, else in the middle of the answer.
+        assert isinstance(error, NotFinite)
+    assert after == single[0] or (dtype is torch.float16 and alike(after, single[0]))
+    assert (left, alive) == ((0, 0, 0), True)
+    if dtype is torch.float32 and not temperature:
+        assert [tokens for tokens, _ in single] == [found[0] for found in alone(logo, rows, [GOOD] * 4, 20)]

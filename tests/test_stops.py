@@ -1,17 +1,25 @@
-"""Answers that end at a text: wherever its tokens begin and end, and only within the answer."""
+"""Answers that end at a text: wherever its tokens begin and end, and only within the answer; and text as it comes: the
+pieces joined are the whole, and nothing of a stop text is ever shown."""
 
 from __future__ import annotations
+
+import itertools
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from logo import LoGo
 from logo.decoding import EndRows
 from logo.demo import model_dir
 from logo.endings import StopTexts, at_texts, cut_at
+from logo.serve.text import Text
+from make_adapters import calm
 
 PROMPTS = ["Spell the word fence backwards.", "What is the plural of lake?", "What is 7 plus 5?"]
 TOKENIZER = AutoTokenizer.from_pretrained(model_dir())
@@ -73,7 +81,78 @@ def test_rows_of_a_batch_end_on_their_own(logo: LoGo) -> None:
 
 
 def test_without_texts_nothing_changes(logo: LoGo) -> None:
-    plain = logo.generate(PROMPTS, max_new_tokens=8)
-    assert [a.token_ids for a in logo.generate(PROMPTS, max_new_tokens=8, stop=["", "never"])] == [
-        a.token_ids for a in plain
-    ]
+    plain, same = (logo.generate(PROMPTS, max_new_tokens=8, **stop) for stop in ({}, {"stop": ["", "never"]}))
+    assert [answer.token_ids for answer in same] == [answer.token_ids for answer in plain]
+
+
+# -- text as a server sends it ----------------------------------------------------------------------------------------
+
+
+@cache
+def by_bytes() -> Any:
+    """Every byte is a token, so that characters come in parts."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"</s>": 0} | {piece: i + 1 for i, piece in enumerate(alphabet)}
+    made = Tokenizer(models.BPE(vocabulary, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", pad_token="</s>")
+
+
+def shown(tokenizer: Any, steps: list[list[int]], stops: list[str]) -> tuple[list[str], Text]:
+    text = Text(tokenizer, stops)
+    pieces = []
+    for ids in steps:
+        pieces.append(text.push(ids))
+        if text.stopped:
+            return pieces, text
+    return [*pieces, text.finish()], text
+
+
+def split(ids: list[int], cuts: list[int]) -> list[list[int]]:
+    places = sorted({cut % (len(ids) + 1) for cut in cuts} | {0, len(ids)})
+    return [ids[a:b] for a, b in itertools.pairwise(places)] or [[]]
+
+
+WORDS = st.text("ab é😀\n漢", max_size=30)
+STOPS = st.lists(st.text("ab é😀\n", min_size=1, max_size=4), max_size=3)
+CUTS = st.lists(st.integers(0, 200), max_size=40)
+
+
+@calm
+@given(WORDS, STOPS, CUTS)
+def test_pieces_of_text_in_bytes_are_the_text_up_to_a_stop(words: str, stops: list[str], cuts: list[int]) -> None:
+    """And tokens behind the one that completes a stop text are not taken."""
+    tokenizer = by_bytes()
+    ids = tokenizer(words)["input_ids"]
+    pieces, text = shown(tokenizer, split(ids, cuts), stops)
+    ends = at_texts(tokenizer, stops) if stops else lambda ids: False
+    assert text.taken == next((count for count in range(1, len(ids)) if ends(ids[:count])), len(ids))
+    assert text.stopped == any(stop in words for stop in stops)
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    # A stop inside another is complete first, and ends the text before anybody knows of the longer one.
+    if not any(a != b and a in b for a in stops for b in stops):
+        assert "".join(pieces) == cut_at(words, stops)
+
+
+@calm
+@given(st.lists(st.integers(0, 300), max_size=40), CUTS)
+def test_pieces_of_any_tokens_are_what_they_decode_to_together(ids: list[int], cuts: list[int]) -> None:
+    ids = [i % len(TOKENIZER) for i in ids]
+    pieces, _ = shown(TOKENIZER, split(ids, cuts), [])
+    assert "".join(pieces) == TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+def test_a_stop_text_may_hold_special_tokens_which_are_not_shown() -> None:
+    """The answer ends where `LoGo.generate` ends it."""
+    tokenizer = by_bytes()
+    for words, stops in (("an</s>END", ["</s>"]), ("an</s>END", ["</s>E"]), ("an</s>END", ["never", "n</s>"])):
+        ids = tokenizer(words)["input_ids"]
+        ends = at_texts(tokenizer, stops)
+        length = next(count for count in range(1, len(ids)) if ends(ids[:count]))
+        for steps in ([ids], [[one] for one in ids]):
+            pieces, text = shown(tokenizer, steps, stops)
+            assert text.stopped and text.taken == length
+            assert "".join(pieces) == tokenizer.decode(ids[:length], skip_special_tokens=True)
+    pieces, text = shown(tokenizer, [tokenizer("an</s>END")["input_ids"]], ["n", "</s>"])
+    assert "".join(pieces) == "a" and text.taken == 2

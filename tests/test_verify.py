@@ -19,8 +19,10 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from http_server import serving
+from logo.adapters.examples import write_examples
 from logo.cli.app import run
 from logo.demo import adapters_dir, model_dir
+from logo.selection.texts import REQUESTS
 from serving import Served, served
 
 pytestmark = pytest.mark.slow
@@ -74,23 +76,40 @@ def test_a_server_that_answers_as_the_library(
     assert lines[2].rstrip().endswith("ok") and lines[-1].endswith("4 selections, 0 of them not the library's")
 
 
-def test_another_file_under_an_adapters_name(server: Served, changed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_selects_in_another_way_and_has_less_room(
+    changed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It refuses prompts that no adapter fits, and an example is longer than its context."""
+    write_examples(changed / "french", ["Translate the word into French: house. " * 200])
+    kv_cache_gb = 200 * 2 * 4 * 6 * 32 * 4 / 1e9  # 200 tokens: the model itself could read more
+    options = ["--prior", "0.3", "--when-unsure", "refuse", "--kv-cache-gb", f"{kv_cache_gb:.9f}"]
+    with served("--base-model", "demo", "--adapters", str(changed), *options, key=KEY) as running:
+        assert running.get("/v1/models")["data"][0]["max_model_len"] < 512
+        with pytest.raises(HTTPError) as refused:
+            for text in REQUESTS:
+                running.post("/v1/logo/select", {"prompt": text})
+        with refused.value as error:
+            assert json.load(error)["error"]["code"] == "no_adapter_fits"
+        with pytest.warns(UserWarning, match="its beginning is cut"):
+            code, found = verified(running, changed, capsys)
+    assert code == 0 and found["ok"] and found["wrong"] == [], found
+
+
+def test_another_pool_or_base_model(
+    server: Served, pool: Path, changed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another file under an adapter's name, another name, or another base model."""
+
+    def rare(found: Any) -> dict[str | None, str]:
+        return {row["adapter"]: row["verdict"] for row in found["rows"] if row["verdict"] != "ok"}
+
     shutil.copy(adapters_dir() / "capital" / "adapter_model.safetensors", changed / "french")
     code, found = verified(server, changed, capsys)
-    assert code == 1 and not found["ok"]
-    verdicts = {row["adapter"]: row["verdict"] for row in found["rows"]}
-    assert verdicts == {None: "ok", **dict.fromkeys(NAMES, "ok"), "french": "other answers"}
-
-
-def test_another_pool(server: Served, changed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code == 1 and not found["ok"] and rare(found) == {"french": "other answers"}
     (changed / "french").rename(changed / "german")
     code, found = verified(server, changed, capsys, "--limit", "1")
     assert code == 1 and found["wrong"] == ["not on the server: german", "not in the pool: french"]
-    rare = {row["adapter"]: row["verdict"] for row in found["rows"] if row["verdict"] != "ok"}
-    assert rare == {"plural": "no effect seen"}  # by one request of another kind
-
-
-def test_another_base_model(server: Served, pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rare(found) == {"plural": "no effect seen"}  # by one request of another kind
     file = Path(shutil.copytree(model_dir(), tmp_path / "other")) / "model.safetensors"
     tensors = load_file(file)
     save_file({name: -tensor if "down_proj" in name else tensor for name, tensor in tensors.items()}, file)

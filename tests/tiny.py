@@ -95,18 +95,12 @@ def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, COMMON["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
 
 
-def padded(rows: list[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, length) ids and mask."""
-    width = max(map(len, rows))
-    fill = [[COMMON["pad_token_id"]] * (width - len(row)) for row in rows]
-    marks = [[0] * len(f) for f in fill]
-    if side == "left":
-        ids = [f + r for f, r in zip(fill, rows, strict=True)]
-        mask = [m + [1] * len(r) for m, r in zip(marks, rows, strict=True)]
-    else:
-        ids = [r + f for f, r in zip(fill, rows, strict=True)]
-        mask = [[1] * len(r) + m for m, r in zip(marks, rows, strict=True)]
-    return torch.tensor(ids), torch.tensor(mask)
+def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, length) ids and mask, padded on the right."""
+    width, pad = max(map(len, rows)), [COMMON["pad_token_id"]]
+    ids = torch.tensor([row + pad * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return ids, mask
 
 
 def words(count: int, seed: int) -> str:

@@ -13,19 +13,12 @@ import socket
 import sys
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-
-
 pid, early = 0, []
 
 
-def forward(number, _):
-    if pid:
-        send(number)
-    else:
-        early.append(number)
-
-
-def send(number):
+def forward(number, _=None):
+    if not pid:
+        return early.append(number)
     with contextlib.suppress(ProcessLookupError):  # it has just ended
         os.kill(pid, number)
 
@@ -35,34 +28,26 @@ def handle(how):
         signal.signal(number, how)
 
 
-def ask(address, asked):
-    """The parent's answers, the first of which is the id of the process, or 0; None if there is no parent any more."""
-    parent = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    streams = array.array("i", [0, 1, 2])
-    try:
-        parent.connect(address)
-        parent.sendmsg([len(asked).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
-        parent.sendall(asked)
-        return parent.makefile("rb")
-    except OSError:
-        return None
-
-
 handle(forward)
 arguments = sys.argv[3:]
 asked = json.dumps({"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}).encode()
 for address in sys.argv[1:3]:
-    answers = ask(address, asked)
-    pid = int((answers and answers.readline()) or 0)
+    parent, streams = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), array.array("i", [0, 1, 2])
+    with contextlib.suppress(OSError):  # there is no parent any more
+        parent.connect(address)
+        parent.sendmsg([len(asked).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+        parent.sendall(asked)
+        answers = parent.makefile("rb")  # the id of the process, or 0; then its exit code
+        pid = int(answers.readline() or 0)
     if pid:
         break
-if not pid:
+else:
     handle(signal.SIG_DFL)
     for number in early:
         os.kill(os.getpid(), number)
     os.execv(sys.executable, [sys.executable, *arguments])
 for number in early:
-    send(number)
+    forward(number)
 nowhere = os.open(os.devnull, os.O_RDWR)
 for stream in range(3):  # whoever reads and writes them is to meet the process alone
     os.dup2(nowhere, stream)

@@ -69,7 +69,7 @@ def chart(values: pd.DataFrame) -> alt.HConcatChart:
         "measure:N",
         sort=list(MEASURES),
         scale=alt.Scale(domain=list(MEASURES), range=["#b9c2d0", "#3f6fd1"]),
-        legend=alt.Legend(title=None, orient="bottom", labelFontSize=15, symbolSize=160),
+        legend=alt.Legend(title=None, orient="bottom", labelFontSize=15, symbolSize=160, columnPadding=60),
     )
     names = alt.Axis(title=None, labelFontSize=15, labelLimit=200, ticks=False, domain=False, labelPadding=8)
 
@@ -85,8 +85,9 @@ def chart(values: pd.DataFrame) -> alt.HConcatChart:
         return (base.mark_bar().encode(color=colour) + shown).properties(width=132, height=270, title=heading)
 
     panels = [panel(title, None if at else names) for at, title in enumerate(SHOWN)]
-    drawn: alt.HConcatChart = alt.hconcat(*panels, spacing=14).configure_view(stroke=None)
-    return drawn.properties(background="white", padding=10)
+    drawn: alt.HConcatChart = alt.hconcat(*panels, spacing=34).configure_view(stroke=None)
+    # Browsers without the font that was measured here draw wider texts.
+    return drawn.properties(background="white", padding={"left": 34, "right": 10, "top": 10, "bottom": 10})
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from logo.selection.settings import SelectionSettings
     from logo.selection.signals import SignalFunction, register_signal
 
-__version__ = "0.2.0"  # the only place; pyproject.toml reads it from here
+__version__ = "0.3.0"  # the only place; pyproject.toml reads it from here
 
 _LAZY = {
     "Adapter": "logo.adapters.adapter",

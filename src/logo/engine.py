@@ -38,7 +38,7 @@ from logo.decoding import (
 )
 from logo.endings import cut_pieces
 from logo.errors import LoGoError, PoolError, UsageError, check_type, listed
-from logo.mixing.cache import AdapterCache
+from logo.mixing.cache import AdapterCache, bytes_of
 from logo.mixing.mixer import Mixer, Mixture
 from logo.models import check_mode, context_length, devices, droppers, lock_of
 from logo.opening import Preset, opened
@@ -109,6 +109,7 @@ class LoGo:
     ) -> None:
         pool = pool.value if isinstance(pool, CurrentPool) else pool
         check_type("pool", pool, AdapterPool, "an AdapterPool, such as AdapterPool.open(SOURCE)")
+        prefix_cache_bytes = bytes_of("prefix_cache_gb", prefix_cache_gb)
         self._droppers = droppers(model)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings or SelectionSettings()
         self.pool = CurrentPool(pool)
@@ -125,7 +126,7 @@ class LoGo:
         self._layout = BaseLayout.of(model)
         self.adapter_cache = AdapterCache.of(model, self._layout, adapter_memory_gb)
         self._mixer = Mixer(model, self.adapter_cache, merge)
-        self.prefix_cache = PrefixCache(model, int(prefix_cache_gb * 1e9)) if reusable(model) else None
+        self.prefix_cache = PrefixCache(model, prefix_cache_bytes) if reusable(model) else None
         decoder = Decoder(model, self.prompts, self._mixer, self.prefix_cache)
         self._decode: Callable[[Batch, BaseStreamer | None], list[Generation]] = decoder
         self._pieces: Callable[[Batch], Generator[str]] = decoder.stream
@@ -273,9 +274,10 @@ class LoGo:
 
     def _scorer(self, signal: str, tell: Tell | None = None) -> Scorer:
         """The scorer of a signal. If it has to be calibrated, the base model runs, and no adapter may be active."""
-        if signal not in self._scorers:
+        how = self.settings.reading(self._fitted, signal)  # which changes if another signal takes the name
+        if signal not in self._scorers or self._scorers[signal].signal != how:
             with self._turns.running():  # a calibration with adapters mixed in would be wrong for ever
-                if signal not in self._scorers:
+                if signal not in self._scorers or self._scorers[signal].signal != how:
                     self._scorers[signal] = self._opened(self._fitted, signal, tell)
                     self._earlier.pop(signal, None)
         return self._scorers[signal]
@@ -312,7 +314,7 @@ class LoGo:
         with self._call() as pool:
             call = self.settings.options(pool, options)
             usual = getattr(self._generation_config, "max_new_tokens", None)
-            rows = self.prompts.read(given, self.prompts.room(max_new_tokens or usual))
+            rows = self.prompts.read(given, self.prompts.room(usual if max_new_tokens is None else max_new_tokens))
             selections = self._mixtures(pool, rows, [None] * len(rows), call, batch_size)
         return selections[0] if alone else selections
 

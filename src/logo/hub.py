@@ -40,9 +40,11 @@ def is_hub_id(text: str) -> bool:
     return is_repo_id(text) and not os.path.isdir(text)
 
 
-def is_hub_spec(text: str) -> bool:
-    """Whether `text` looks like `namespace/name[/folder...][@revision]` and is not a folder that exists here."""
-    return not os.path.isdir(text) and is_hub_id("/".join(text.partition("@")[0].split("/")[:2]))
+def is_hub_spec(text: str, *, here: bool = True) -> bool:
+    """Whether `text` looks like `namespace/name[/folder...][@revision]` and, unless it does not count what is `here`,
+    is not a folder that exists here."""
+    repo = "/".join(text.partition("@")[0].split("/")[:2])
+    return not os.path.isdir(text) and is_hub_id(repo) if here else is_repo_id(repo)
 
 
 def split_hub_spec(text: str) -> tuple[str, str | None, str | None]:

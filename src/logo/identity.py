@@ -121,6 +121,12 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return fingerprint({"tokenizer": whole, "special": tokenizer.special_tokens_map})
 
 
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The SHA-256 of how a tokenizer makes prompts of conversations and texts of answers, in hex."""
+    said = {name: getattr(tokenizer, name, None) for name in ("chat_template", "clean_up_tokenization_spaces")}
+    return fingerprint(said)
+
+
 def config_digest(config: PretrainedConfig) -> str:
     """The SHA-256 of a base model's configuration, without its path and what is recorded elsewhere, in hex."""
     return fingerprint({"config": _said(config.to_dict())})

@@ -129,7 +129,7 @@ def checked_dtype(asked: str | torch.dtype, default: Any) -> Any:
 def checked_options(options: Mapping[str, Any]) -> None:
     """Raises UsageError for options that run the model's code, and for those that `load_base` has itself."""
     for name in options:
-        if name in ("trust_remote_code", "use_safetensors", "weights_only"):
+        if name in ("trust_remote_code", "allow_all_kernels", "use_safetensors", "weights_only"):
             raise UsageError(f"{name} cannot be set: a model's own code and its pickles are never run")
         if name in _LOADING:
             raise UsageError(f"model_kwargs: give {name!r} as an option of its own")

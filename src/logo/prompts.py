@@ -106,6 +106,7 @@ class Prompts:
             raise UsageError(f"prompt {number}: {error}") from error
         if not prompt.ids:
             raise UsageError(f"prompt {number} is empty, and this tokenizer adds no token: expected some text")
+        self.check_known(f"prompt {number}", (*prompt.ids, *prompt.probed))
         if limit is None or len(prompt.ids) <= limit:
             return prompt
         right = self.truncation.side == "right"
@@ -119,6 +120,14 @@ class Prompts:
             tuple(one[:limit] if right else cut_left(self.tokenizer, one, limit)) for one in (prompt.ids, prompt.probed)
         )
         return Prompt(ids, probed, prompt.text)
+
+    def check_known(self, what: str, ids: Sequence[int]) -> None:
+        """Raises UsageError if tokens of a text, which is named by `what`, are beyond those that the model knows."""
+        if self.vocabulary is not None and (token := max(ids, default=0)) >= self.vocabulary:
+            found = f"{what} has the token {self.tokenizer.convert_ids_to_tokens(token)!r} ({token})"
+            raise UsageError(
+                f"{found}, but the model knows tokens up to {self.vocabulary - 1}: leave it out of the text"
+            )
 
     def room(self, max_new_tokens: int | None) -> int:
         """Tokens of the context that belong to the answer; None: the smaller of 256 and half of the context."""
@@ -147,6 +156,7 @@ class Prompts:
                 return [list(cut_left(self.tokenizer, row, self.context or len(row))) for row in chats]
         room = None if self.context is None else self.context - len(ending)
         rows = [text_ids(self.tokenizer, text) for text in texts]
+        self.check_known("a text for calibration", [token for row in rows for token in row])
         return [[*row[:room], *ending] for row in rows if row]
 
     def _conversation(self, texts: Sequence[str], number: int, form: int) -> Sequence[int]:
@@ -200,13 +210,40 @@ def read(
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text with the tokenizer's special tokens, but never with a second beginning-of-sequence token.
 
-    A text that begins with that token already, such as that of a chat template, is not changed.
+    A text that begins with that token already, such as that of a chat template, is not changed. Raises UsageError for
+    half a surrogate pair.
     """
+    check_text(text)
     ids: list[int] = tokenizer(text)["input_ids"]
     bos = tokenizer.bos_token
     if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def check_text(text: str) -> None:
+    """Raises UsageError for a text with half a surrogate pair, which no tokenizer accepts."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"{text[error.start]!r} at character {error.start}"
+        raise UsageError(
+            f"text: expected Unicode characters, found half a surrogate pair ({found}); leave it out"
+        ) from None
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that continues another one, without special tokens.
+
+    Some tokenizers put a blank in front of every text that they encode (`▁`, as of Llama 2 and Mistral), which no
+    answer has. So the text is encoded behind a line break, unless the two do not come apart again. UsageError as
+    `text_ids`.
+    """
+    check_text(text)
+    alone: list[int]
+    alone, front, whole = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in (text, "\n", f"\n{text}"))
+    apart = front and tokenizer.unk_token_id not in front and whole[: len(front)] == front
+    return whole[len(front) :] if apart and len(whole) > len(front) else alone
 
 
 def cut_left(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], limit: int) -> Sequence[int]:

@@ -18,7 +18,7 @@ from logo.decoding import batches_by_length
 from logo.errors import ModelError, UsageError, check_type
 from logo.mixing.mixer import Mixer, Mixture
 from logo.models import input_device, padded
-from logo.prompts import Prompts, written_answer
+from logo.prompts import Prompts, answer_ids, written_answer
 
 if TYPE_CHECKING:
     from logo.prompts import OnePrompt
@@ -86,9 +86,10 @@ def encoded(prompts: Prompts, prompt: OnePrompt, completion: str) -> tuple[Promp
             written = written_answer(tokenizer, prompt, text, _SOME_ANSWER) or ""
             if _SOME_ANSWER in written:
                 text, completion = "", written.partition(_SOME_ANSWER)[0] + said
-    gold: list[int] = tokenizer(joined(text, completion), add_special_tokens=False)["input_ids"]
+    gold = answer_ids(tokenizer, joined(text, completion))
     if not completion or not gold:
         raise UsageError(f"completion {completion!r} has no tokens: expected some text to score")
+    prompts.check_known("the completion", gold)
     if prompts.context is not None and len(gold) >= prompts.context:
         found = f"the completion has {len(gold)} tokens, but the model's context holds {prompts.context}"
         raise UsageError(f"{found}, the prompt's included: shorten it")
@@ -144,10 +145,12 @@ def score_pairs(
         batch_size: rows of one forward pass; fewer if they are long (`MAX_TOKENS`, `MAX_LOGITS`).
 
     Raises:
-        UsageError: see `continued_rows`.
+        UsageError: see `continued_rows`; or a token that the model does not know.
         CacheFull: the adapters of a batch do not fit into the memory for adapters.
     """
     rows = continued_rows(pairs, mixtures, prompts.context, apart=pool.activations != (EVERYWHERE,))
+    for number, (prompt, completion) in enumerate(pairs, start=1):
+        prompts.check_known(f"pair {number}", (*prompt, *completion))
     vocabulary, scored = len(prompts.tokenizer), dict[int, Scored]()
     batches = list(batches_by_length([len(row.ids) for row in rows], batch_size, tokens=MAX_TOKENS))
     while batches:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
-from engines import Engines
 from vllm_server import ASSETS, KEY, Server, command, environment, free_port, started
 
 from logo import LoGo
@@ -30,14 +29,6 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
             return stack.enter_context(started(asked, port, env or environment(), log))
 
         yield start
-
-
-@pytest.fixture(scope="session")
-def engines() -> Iterator[Engines]:
-    """Starts engines, each for some steps."""
-    made = Engines()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engines
+from engines import run
 from vllm_server import ASSETS, Server, environment
 
 from logo import LoGo
-from logo.core import Selection
 from logo.models import DEMO_FOLDER, load_base
 from make_adapters import edit_config
 from test_engine import ids_of, write_adapter
 from tolerances import WEIGHTS, same_scores, same_selection
 
-SamplingParams: Any = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm").SamplingParams
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 BLOCK = 32
 # Prompts of more tokens than fit into a step are read in chunks, which end anywhere.
@@ -129,43 +128,23 @@ def test_likelihoods_are_those_of_the_local_engine(inside: Any, local: LoGo, pro
         assert [one.nll for one in found] == same_scores([one.nll for one in expected])
 
 
-def test_every_mixture_finds_what_the_probe_has_read(inside: Any, kind: str, prompts: list[list[int]]) -> None:
-    if kind != "last":
-        pytest.skip("of prompts of which all but the last four tokens are the base model's")
-    prompt = prompts[5][::-1]  # nobody else's
-    inside.select(prompt)
-    for mixture in MIXTURES:
-        mix = inside.engine.mix(inside.engine.served, Selection.forced(mixture))
-        [output] = inside._run([prompt], [SamplingParams(max_tokens=1, temperature=0.0)], [mix])
-        found = output.num_cached_tokens
-        assert found == (len(prompt) - 4) // BLOCK * BLOCK > 0, mixture
-
-
 # -- the other runner, and the server ----------------------------------------------------------------------------------
 
 
-def test_runner_v2_does_the_same(engines: Engines, tmp_path: Path, prompts: list[list[int]]) -> None:
+def test_runner_v2_does_the_same(tmp_path: Path, prompts: list[list[int]]) -> None:
     local = LoGo.from_pretrained("demo", device="cpu", k=4, activation="last:4")
     texts = [local.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts[2:6]]
     mixtures = [{local.names[i]: 0.7, local.names[-1 - i]: 0.4} if i % 4 else {} for i in range(len(texts))]
-    slots = {"max_loras": 16, "max_lora_rank": 8, "max_num_batched_tokens": 72, "max_num_seqs": 8, "block_size": BLOCK}
-    scores, made, runner = engines.run(
-        tmp_path,
-        {**slots, "max_model_len": 512},
-        {"k": 4, "activation": "last:4"},
-        {"do": "probe", "prompts": texts, "signal": "calibrated"},
-        {"do": "generate", "rows": list(zip(texts, mixtures, strict=True)), "max_tokens": 6},
-        {"do": "runner"},
-        PRETEND_V2="1",
-    )
-    assert runner == "vllm.v1.worker.cpu.model_runner"
-    for own, expected in zip(scores, local.select(texts), strict=True):
+    job = {"prompts": texts, "signals": ["calibrated"], "rows": [*zip(texts, mixtures, strict=True)], "max_tokens": 6}
+    found = run(tmp_path, {**job, "flags": VLLM, "logo": {"activation": "last:4"}}, PRETEND_V2="1")
+    assert found["runner"] == "vllm.v1.worker.cpu.model_runner"
+    for own, expected in zip(found["scores"]["calibrated"], local.select(texts), strict=True):
         assert own == pytest.approx(list(expected.scores.values()), rel=1e-3, abs=1e-3)
     answers = local.generate(texts, adapters=mixtures, max_new_tokens=6)
-    assert made["tokens"] == [list(answer.token_ids) for answer in answers]
+    assert found["tokens"] == [list(answer.token_ids) for answer in answers]
     lengths = [len(local.tokenizer(text)["input_ids"]) for text in texts]
-    assert all(found >= (n - 4) // BLOCK * BLOCK for found, n in zip(made["cached"], lengths, strict=True))
-    assert sum(made["cached"]) > 0
+    assert all(count >= (n - 4) // BLOCK * BLOCK for count, n in zip(found["cached"], lengths, strict=True))
+    assert sum(found["cached"]) > 0
 
 
 def test_the_server_answers_what_the_local_engine_does(

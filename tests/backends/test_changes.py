@@ -10,11 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from engines import mixtures
 
 from logo import LoGo
 from logo.core import Selection
 from logo.models import DEMO_FOLDER, load_base
 from test_engine import write_adapter
+from tolerances import same_selection
 
 pytest.importorskip("vllm.lora", reason="needs vLLM: make test-vllm")
 
@@ -33,15 +35,29 @@ def late(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def inside() -> Iterator[Any]:
-    options = {
-        "enforce_eager": True,
-        "block_size": 32,
-        "lora_target_modules": ["q_proj", "k_proj", "v_proj"],
-        "max_loras": 4,
-    }
+    """Prompts of more tokens than fit into a step are read in chunks."""
+    options: dict[str, Any] = {"enforce_eager": True, "block_size": 32, "max_loras": 4, "max_num_seqs": 8}
+    options["max_num_batched_tokens"] = 48
+    options["lora_target_modules"] = ["q_proj", "k_proj", "v_proj"]
     made: Any = LoGo.from_pretrained("demo", engine="vllm", model_kwargs=options)
     yield made
     made.close()
+
+
+def test_128_prompts_with_128_mixtures_among_base_rows(inside: Any, logo: LoGo, rows: list[str]) -> None:
+    """With fewer slots than the pool has adapters."""
+    wanted = mixtures(logo.names, 128)
+    found, expected = (one.generate(rows, adapters=wanted, max_new_tokens=12, batch_size=16) for one in (inside, logo))
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+
+
+def test_scores_of_prompts_that_are_read_in_chunks_are_the_librarys(inside: Any, logo: LoGo, rows: list[str]) -> None:
+    """Also where they begin alike, and where they come a second time."""
+    shared = " ".join(rows[:12])
+    asked = [*rows[::4], *(f"{shared} {row}" for row in rows[:6]), rows[0]]
+    for signal in ("calibrated", "norm", "calibrated"):
+        for found, expected in zip(inside.select(asked, signal=signal), logo.select(asked, signal=signal), strict=True):
+            same_selection(found, expected)
 
 
 def test_a_mixture_answers_as_chosen_whatever_becomes_of_its_pool(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from logo import AdapterPool, LoGo, UsageError
+from logo import AdapterPool, LoGo, UsageError, plugins
 from logo.adapters.peft import EXAMPLES
 from logo.errors import LoGoError, PoolError
 from logo.evaluation.answer import Answerer, engine_identity
@@ -32,8 +34,7 @@ pytestmark = pytest.mark.usefixtures("settings_of_vllm")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model with a shorter context, so that both engines read as much, and with a chat template."""
     folder = tmp_path_factory.mktemp("base")
-    for file in (DEMO_FOLDER / "model").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(DEMO_FOLDER / "model", folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT}))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -45,11 +46,9 @@ def pool(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapters of different ranks on different modules, the demo's beside ours, half of them without examples."""
     folder = tmp_path_factory.mktemp("pool")
     without = sorted((DEMO_FOLDER / "adapters").rglob(EXAMPLES))[::2]
-    for file in (DEMO_FOLDER / "adapters").rglob("*"):
-        if file.is_file() and file not in without:
-            place = folder / file.relative_to(DEMO_FOLDER / "adapters")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(file.read_bytes())
+    shutil.copytree(DEMO_FOLDER / "adapters", folder, dirs_exist_ok=True)
+    for file in without:
+        (folder / file.relative_to(DEMO_FOLDER / "adapters")).unlink()
     model, _ = load_base(str(base), device="cpu")
     every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     write_adapter(folder / "ours" / "small", model, ("q_proj", "v_proj"), rank=3, seed=1, scale=0.02)
@@ -71,10 +70,9 @@ def inside(base: Path, pool: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[str]:
+def rows(rows: list[str]) -> list[str]:
     """Two held-out prompts of each of the demo's tasks."""
-    files = sorted((DEMO_FOLDER / "heldout").glob("*.jsonl"))
-    return [json.loads(line)["context"] for file in files for line in file.read_text().splitlines()[:2]]
+    return rows[::4]
 
 
 CHATS = [
@@ -124,6 +122,7 @@ def test_a_run_has_the_same_identity_and_says_in_which_environment_it_ran(inside
 def test_selections_are_those_of_the_local_engine(inside: Any, local: LoGo, rows: list[str], signal: str) -> None:
     for found, expected in zip(inside.select(rows, signal=signal), local.select(rows, signal=signal), strict=True):
         same_selection(found, expected)
+        assert found.confidence == pytest.approx(expected.confidence, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -339,6 +338,7 @@ def test_a_pool_that_changes_is_refused(inside: Any, pool: Path) -> None:
             {"model_kwargs": {"max_loras": 2, "max_lora_rank": 16}, "k": 4},
             "--max-loras is 2, but up to 4 adapters answer",
         ),
+        ({"model_kwargs": {"lora_target_modules": ["o_proj"]}}, "has no layer there that takes"),
         ({"dtype": "int8"}, "dtype 'int8': expected"),
         ({"signals": "norm"}, r"unknown setting 'signals' \(did you mean 'signal'"),
     ],
@@ -356,13 +356,39 @@ def test_a_pool_in_memory_has_to_be_a_folder(base: Path, pool: Path) -> None:
         LoGo.from_pretrained(str(base), whole.subset("ours/*"), engine="vllm")
 
 
-def test_the_demo_opens_with_its_own_pool_and_number_of_adapters() -> None:
-    made: Any = LoGo.from_pretrained("demo", engine="vllm", model_kwargs={"enforce_eager": True})
-    try:
+def test_the_demo_opens_with_its_own_pool_and_number_of_adapters(tmp_path: Path) -> None:
+    """It reads no examples if it is told so, and keeps its calibration where the library does."""
+    chosen: dict[str, Any] = {"examples": "ignore", "cache": str(tmp_path)}
+    made: Any = LoGo.from_pretrained("demo", engine="vllm", model_kwargs={"enforce_eager": True}, **chosen)
+    with closing(made):
         assert (made.k, made.settings.k, len(made.names)) == (3, None, 16)
-        local = LoGo.from_pretrained("demo", device="cpu")
+        local = LoGo.from_pretrained("demo", device="cpu", **chosen)
         found, expected = (engine.select("What is 7 plus 5?") for engine in (made, local))
         same_selection(found, expected)
         assert len(found.adapters) <= 3
-    finally:
-        made.close()
+        calibration = local.calibrate()
+        assert calibration is not None and calibration.measured == 0
+
+
+SIGNAL = """
+from logo import register_signal
+
+@register_signal("quiet", layers="early", input="projection", token="each", scale="zscore", weighting="linear")
+def quiet(index, hidden):
+    return index.norms(hidden).sqrt()
+"""
+
+
+def test_vllms_processes_find_a_signal_of_a_plugin_through_their_environment(
+    plugins_forgotten: None, tmp_path: Path, rows: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plug_vllm.py").write_text(SIGNAL)
+    plugins.load("plug_vllm:quiet", str(tmp_path))
+    local = LoGo.from_pretrained("demo", device="cpu", signal="quiet", k=3)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a process that knows nothing of this one
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    options = {"enforce_eager": True, "max_model_len": 128}
+    made: Any = LoGo.from_pretrained("demo", engine="vllm", signal="quiet", k=3, model_kwargs=options)
+    with closing(made):
+        same_answers(made.generate(rows[:2], max_new_tokens=8), local.generate(rows[:2], max_new_tokens=8))

@@ -22,11 +22,8 @@ FILES = ("eval_results", "predictions", "selected_loras")
 
 
 @pytest.fixture(autouse=True)
-def settings_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    # The command sets these two for the process that it is.
+def settings_of_the_command(settings_of_vllm: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sets these two for the process that it is."""
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
     monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 

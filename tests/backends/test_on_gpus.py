@@ -3,58 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from engines import Engines
-from test_engine_steps import SLOTS, mixtures
+from engines import mixtures, run
 from vllm.config import VllmConfig
 from vllm.config.compilation import CompilationConfig, CompilationMode
 
 from logo import LoGo
 from logo.vllm import layers
 
-KINDS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+KINDS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "v2": ({"PRETEND_V2": "1"}, {}),
-    "compiled": ({"PRETEND_COMPILE": "1"}, {"backend": "eager"}),
+    "compiled": (
+        {"PRETEND_COMPILE": "1"},
+        {"enforce_eager": False, "compilation_config": {"mode": 3, "backend": "eager"}},
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_and_tokens_are_the_librarys(
-    kind: str,
-    engines: Engines,
-    tmp_path: Path,
-    logo: LoGo,
-    rows: list[str],
-) -> None:
-    environment, compilation = KINDS[kind]
-    flags = SLOTS | {"max_num_batched_tokens": 48, "max_num_seqs": 8}
-    if compilation:
-        flags |= {"enforce_eager": False, "compilation_config": {"mode": 3, **compilation}}
-    count = 24
-    wanted = [m if i % 8 else {} for i, m in enumerate(mixtures(logo.names, count))]
+def test_scores_and_tokens_are_the_librarys(kind: str, tmp_path: Path, logo: LoGo, rows: list[str]) -> None:
+    variables, flags = KINDS[kind]
+    count, signals = 24, ("calibrated", "norm")
+    wanted = mixtures(logo.names, count)
     prompts = [*rows[:5], " ".join(rows[:6])]  # the last one is read in chunks
-    probes = [{"do": "probe", "prompts": prompts, "signal": signal} for signal in ("calibrated", "norm")]
-    jobs = {"do": "generate", "rows": list(zip(rows, wanted, strict=False)), "max_tokens": 8}
-    found = engines.run(
-        tmp_path,
-        flags,
-        {"k": 4},
-        *probes,
-        jobs,
-        *({"do": what} for what in ("pieces", "runner")),
-        **environment,
-        **({"VLLM_CACHE_ROOT": str(tmp_path / "cache")} if compilation else {}),
-    )
-    *scores, made, pieces, runner = found
-    for one, signal in zip(scores, ("calibrated", "norm"), strict=True):
-        for prompt, own, expected in zip(prompts, one, logo.select(prompts, signal=signal), strict=True):
-            assert own == pytest.approx(list(expected.scores.values()), rel=1e-3, abs=1e-3), (signal, prompt)
+    job = {"prompts": prompts, "signals": signals, "rows": [*zip(rows, wanted, strict=False)], "max_tokens": 8}
+    flags = {"max_num_batched_tokens": 48, **flags}
+    found = run(tmp_path, {**job, "flags": flags, "logo": {}}, VLLM_CACHE_ROOT=str(tmp_path / "cache"), **variables)
+    for signal in signals:
+        for own, expected in zip(found["scores"][signal], logo.select(prompts, signal=signal), strict=True):
+            assert own == pytest.approx(list(expected.scores.values()), rel=1e-3, abs=1e-3), signal
     answers = logo.generate(rows[:count], adapters=wanted, max_new_tokens=8, batch_size=8)
-    assert made["tokens"] == [list(answer.token_ids) for answer in answers]
-    assert (runner == "vllm.v1.worker.cpu.model_runner") == ("v2" in kind)
-    if compilation:
-        [pieces] = pieces
+    assert found["tokens"] == [list(answer.token_ids) for answer in answers]
+    assert (found["runner"] == "vllm.v1.worker.cpu.model_runner") == (kind == "v2")
+    if kind == "compiled":
+        [pieces] = found["pieces"]
         tapped = [piece for piece in pieces if "logo.tap.default" in piece["operators"]]
         assert tapped and all(piece["split"] and set(piece["operators"]) == {"logo.tap.default"} for piece in tapped)
         # Half of the layers is read, at the input of their q_proj, and the residual stream once.

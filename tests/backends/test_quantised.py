@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
-from engines import Engines
+from engines import mixtures
 from safetensors.torch import load_file, save_file
-from test_engine_steps import SLOTS, mixtures
 from torch import Tensor
 from vllm_server import ASSETS
 
 from logo import LoGo
-from logo.adapters.pool import open_pool
-from logo.models import load_base
 
 # The tolerance is a share of the largest score: four units in bfloat16's last place, because processors with matrix
 # instructions for bfloat16 round more often than others (0.0108 on one of them).
@@ -68,26 +67,28 @@ def written(folder: Path) -> tuple[Path, Path]:
     return packed, plain
 
 
-def test_a_quantised_base_model(engines: Engines, tmp_path: Path, rows: list[str]) -> None:
+def test_a_quantised_base_model(settings_of_vllm: None, tmp_path: Path, rows: list[str]) -> None:
     packed, plain = written(tmp_path)
-    logo = LoGo(
-        *load_base(str(plain), device="cpu", dtype="float32"),
-        open_pool(None, "demo"),
+    logo = LoGo.from_pretrained(str(plain), ASSETS / "adapters", device="cpu", dtype="float32")
+    flags = {"enforce_eager": True, "max_model_len": 512}
+    inside: Any = LoGo.from_pretrained(
+        str(packed), ASSETS / "adapters", engine="vllm", k=4, dtype=DTYPE, model_kwargs=flags
     )
-    count = 32
-    wanted = [m if i % 8 else {} for i, m in enumerate(mixtures(logo.names, count))]
-    flags = SLOTS | {"model": str(packed), "dtype": DTYPE}
-    probes = [{"do": "probe", "prompts": rows[:6], "signal": signal} for signal in ("calibrated", "norm")]
-    jobs = {"do": "generate", "rows": list(zip(rows, wanted, strict=False)), "max_tokens": 4}
-    *scores, made = engines.run(tmp_path, flags, {"k": 4}, *probes, jobs)
-    for one, signal in zip(scores, ("calibrated", "norm"), strict=True):
-        for own, expected in zip(one, logo.select(rows[:6], signal=signal), strict=True):
-            values = torch.tensor(list(expected.scores.values()))
-            error = float((torch.tensor(own) - values).abs().max() / values.abs().max())
-            assert error <= TOLERANCE, signal
-    answers = logo.generate(rows[:count], adapters=wanted, max_new_tokens=4, batch_size=8)
-    same = [own == list(answer.token_ids) for own, answer in zip(made["tokens"], answers, strict=True)]
-    base = logo.generate(rows[:count], adapters=[{}] * count, max_new_tokens=4, batch_size=8)
-    unmixed = [own == list(answer.token_ids) for own, answer in zip(made["tokens"], base, strict=True)]
+    with closing(inside):
+        for signal in ("calibrated", "norm"):
+            found, expected = (one.select(rows[:6], signal=signal) for one in (inside, logo))
+            for own, other in zip(found, expected, strict=True):
+                scores, values = (torch.tensor(list(one.scores.values())) for one in (own, other))
+                assert float((scores - values).abs().max() / values.abs().max()) <= TOLERANCE, signal
+        count = 32
+        wanted = mixtures(logo.names, count)
+        made = inside.generate(rows[:count], adapters=wanted, max_new_tokens=4)
+    answers, base = (
+        logo.generate(rows[:count], adapters=some, max_new_tokens=4, batch_size=8) for some in (wanted, [{}] * count)
+    )
+    same, unmixed = (
+        sum(own.token_ids == other.token_ids for own, other in zip(made, others, strict=True))
+        for others in (answers, base)
+    )
     # Rounding decides between tokens that are nearly as likely as each other.
-    assert sum(same) >= 0.8 * count and sum(unmixed) < 0.6 * count, (sum(same), sum(unmixed))
+    assert same >= 0.8 * count and unmixed < 0.6 * count, (same, unmixed)

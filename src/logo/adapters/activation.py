@@ -147,17 +147,16 @@ def checked_k(said: Mapping[Any, Any]) -> int | None:
 
 
 def noted(folder: Path, own: Activation, top: Path | None = None) -> Activation:
-    """The activation of an adapter: its own, or that of the nearest `pool.json` between its folder and the pool's.
+    """The activation of an adapter: its own, or that of the nearest `pool.json` that names one, in its folder or above.
 
-    `own` is that of its configuration; without `top`, the pool's folder is above the adapter's. Errors as `read_notes`.
+    So it does not depend on where a pool was opened. `own` is that of its configuration; notes above `top` do not
+    apply, such as those above a repository (None: all do). Errors as `read_notes`.
     """
-    if top is None:
-        folder = folder.absolute()
-        top = folder.parent
+    folder, last = Path(os.path.abspath(folder)), None if top is None else Path(os.path.abspath(top))
     for above in (folder, *folder.parents) if own.everywhere else ():
-        if os.path.isfile(above / NOTES):
-            said = read_notes(above).get("activation")
-            return own if said in (None, "invocation") else Activation.parse(said)
-        if above == top:
+        said = read_notes(above).get("activation")
+        if said is not None:
+            return own if said == "invocation" else Activation.parse(said)
+        if above == last:
             break
     return own

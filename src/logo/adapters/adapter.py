@@ -61,6 +61,7 @@ class Adapter:
             `modules_to_save`, and of embeddings and heads that it takes for changed. Often they were not trained, which
             only `fit` shows, by a comparison with the base model.
         examples: its example prompts, as they were when it was opened; see `logo.adapters.examples`.
+        listed: whether they are those of a manifest's entry, and not those beside it.
         source, revision: the folder of a Hub repository, and the commit, from which it was downloaded.
     """
 
@@ -72,6 +73,7 @@ class Adapter:
     activation: Activation = EVERYWHERE
     copies: Mapping[str, str] = field(default_factory=dict)
     examples: tuple[str, ...] = ()
+    listed: bool = False
     source: str | None = None
     revision: str | None = None
 
@@ -226,7 +228,7 @@ def open_adapter(
     Args:
         name: its name in the pool; default: the folder's own name.
         allow_pickle: also read `adapter_model.bin` (with `weights_only=True`) if there is no safetensors file.
-        top: the pool's folder, above which no `pool.json` applies; default: the folder above the adapter's.
+        top: the folder above which no `pool.json` applies, of a repository its own; default: every one applies.
         unconverted: see `logo.adapters.peft.parse_config`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A manifest: a pool as a list in a file, with the source and the digest of each adapter.
+"""A manifest: a pool as a list in a file, with the source and the digests of each adapter.
 
     k: 3                            adapters per prompt; default: `AdapterPool.default_k`
     adapters:
@@ -6,9 +6,10 @@
       source: org/repo/folder       a Hub repository and a folder in it; or a folder, relative to the manifest
       revision: <commit>            default: the main branch
       sha256: <of the weight file>  default: not checked
+      digest: <of what it does>     of weights, scales and where it acts (`Adapter.digest`); default: not checked
       examples: [a prompt]          default: those in the adapter's folder (`logo.adapters.examples`); []: none
 
-`logo pool lock` writes revisions and digests, so that opening the manifest gives the same weights everywhere, or an
+`logo pool lock` writes revisions and digests, so that opening the manifest gives the same adapters everywhere, or an
 error that says what has changed. By hand, `- org/repo` is enough for an adapter.
 """
 
@@ -22,6 +23,7 @@ from typing import Any
 
 from logo.adapters.activation import checked_k
 from logo.adapters.adapter import Adapter
+from logo.adapters.peft import CONFIG, NOTES
 from logo.errors import AdapterError, StorageError, UsageError
 from logo.files import replace_file
 
@@ -36,16 +38,23 @@ class Entry:
     name: str | None = None
     revision: str | None = None
     sha256: str | None = None
+    digest: str | None = None
     examples: tuple[str, ...] | None = None
 
     def checked(self, adapter: Adapter) -> Adapter:
-        """The adapter with the entry's examples. Raises AdapterError if its weights are not those of the entry."""
+        """The adapter with the entry's examples. Raises AdapterError if it does not do what that of the entry did."""
         if self.sha256 is not None and adapter.sha256 != self.sha256:
-            again = f"{self.source}; if the change is intended, write the manifest again (`logo pool lock`)"
-            where = f"{adapter.folder}; delete this damaged copy" if self.revision else again
-            found = f"expected sha256 {self.sha256[:12]}..., found {adapter.sha256[:12]}... in {where}"
-            raise AdapterError(adapter.name, f"{adapter.file.path.name} is not the one in the manifest: {found}")
-        return adapter if self.examples is None else replace(adapter, examples=self.examples)
+            raise self._changed(adapter, adapter.file.path.name, "sha256", self.sha256, adapter.sha256)
+        if self.digest is not None and adapter.digest != self.digest:
+            what = f"{CONFIG}, or a {NOTES} in or above its folder,"
+            raise self._changed(adapter, what, "digest", self.digest, adapter.digest)
+        return adapter if self.examples is None else replace(adapter, examples=self.examples, listed=True)
+
+    def _changed(self, adapter: Adapter, what: str, kind: str, expected: str, found: str) -> AdapterError:
+        again = f"{self.source}; if the change is intended, write the manifest again (`logo pool lock`)"
+        where = f"{adapter.folder}; delete this damaged copy" if self.revision else again
+        differs = f"expected {kind} {expected[:12]}..., found {found[:12]}... in {where}"
+        return AdapterError(adapter.name, f"{what} is not the one in the manifest: {differs}")
 
 
 @dataclass(frozen=True)
@@ -117,5 +126,6 @@ _KINDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "name": _LINE,
     "revision": _LINE,
     "sha256": (lambda one: isinstance(one, str) and re.fullmatch("[0-9a-f]{64}", one), "64 hexadecimal digits"),
+    "digest": (lambda one: isinstance(one, str) and re.fullmatch("[0-9a-f]{32}", one), "32 hexadecimal digits"),
     "examples": (lambda all_: isinstance(all_, list) and all(map(_is_text, all_)), "a list of texts"),
 }

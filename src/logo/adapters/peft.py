@@ -230,6 +230,7 @@ class WeightFile:
             what = f"its weights are pickled ({PICKLE}), and a pickle can run code"
             raise Refusal(f"{what}; `logo pool export --allow-pickle` reads tensors only and writes safetensors")
         self._digest: str | None = None  # of the content that it had when it was opened, where it is known
+        self._found: dict[str, str] = {}  # of the same content
         try:
             self._stamp = content_stamp(path)
             if path.name == PICKLE:
@@ -260,8 +261,12 @@ class WeightFile:
         return self._digest
 
     def once(self, what: str, find: Callable[[], str]) -> str:
-        """`of_content` of what it held when it was opened; ValueError if the file changed. A pickle's is in memory."""
-        return find() if self.path.name == PICKLE else self._unchanged(of_content(self.path, what, find))
+        """`of_content` of what it held when it was opened; ValueError if the file changed before this was asked. A
+        pickle's is in memory."""
+        if what not in self._found:
+            found = find() if self.path.name == PICKLE else self._unchanged(of_content(self.path, what, find))
+            self._found[what] = found
+        return self._found[what]
 
     def _unchanged(self, found: str) -> str:
         if content_stamp(self.path) != self._stamp:

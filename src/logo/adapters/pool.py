@@ -149,8 +149,9 @@ class AdapterPool:
         """
         if isinstance(adapter, str) and is_hub_spec(adapter):
             [source] = parse_sources([adapter])
-            folder = download_adapters(source.where, [source.below], allow_pickle, source.revision) / source.below
-            adapter = open_adapter(folder, name or adapter.partition("@")[0], allow_pickle=allow_pickle)
+            root = download_adapters(source.where, [source.below], allow_pickle, source.revision)
+            name = name or adapter.partition("@")[0]
+            adapter = open_adapter(root / source.below, name, allow_pickle=allow_pickle, top=root)
         elif not isinstance(adapter, Adapter):
             adapter = open_adapter(adapter, name, allow_pickle=allow_pickle)
         elif name is not None:
@@ -183,15 +184,20 @@ class AdapterPool:
     ) -> AdapterPool:
         """The pool with its adapters matched to a base model's modules; see `Adapter.fit`.
 
-        Raises PoolError if an adapter does not fit and `on_bad_adapter` is `"error"`, or if none fits.
+        Where bad adapters are skipped, so is one with NaN or Inf, on which every call that reads it would fail; each
+        weight file is read once for that. Raises PoolError if an adapter does not fit and `on_bad_adapter` is
+        `"error"`, or if none is left.
         """
         made, refused = list[Adapter](), list[AdapterError]()
         known: dict[int, Adapter] = {}  # adapters that share their modules fit alike
         for adapter in self:
             alike = None if adapter.copies else known.get(id(adapter.modules))
             try:
-                made.append(adapter.fit(layout, model) if alike is None else replace(adapter, modules=alike.modules))
-                known[id(adapter.modules)] = made[-1]
+                one = adapter.fit(layout, model) if alike is None else replace(adapter, modules=alike.modules)
+                if on_bad_adapter == "skip":
+                    one.verify()
+                made.append(one)
+                known[id(adapter.modules)] = one
             except AdapterError as error:
                 refused.append(error)
         _refuse(refused, on_bad_adapter, "the pool")

@@ -128,12 +128,19 @@ def _source(text: str) -> Source:
         if not text.endswith(SUFFIXES):
             raise UsageError(f"{text}: expected a folder of adapters or a manifest (.yaml), found another file")
         return Source("manifest", text)
-    if "*" in text and not os.path.isdir(text):
+    if not os.path.isdir(text):
+        _check_no_pattern(text)
+    return _on_hub(text) if is_hub_spec(text) else Source("folder", text)
+
+
+def _check_no_pattern(text: str) -> None:
+    if "*" in text:
         raise UsageError(f"{text!r}: `logo pool lock {text!r}` lists the repositories of an owner in a manifest")
-    if is_hub_spec(text):
-        repo, below, revision = split_hub_spec(text)
-        return Source("repo", repo, below or "", revision)
-    return Source("folder", text)
+
+
+def _on_hub(text: str) -> Source:
+    repo, below, revision = split_hub_spec(text)
+    return Source("repo", repo, below or "", revision)
 
 
 def _joined(*parts: str) -> str:
@@ -219,7 +226,8 @@ def gather(
                     raise LeftOut(name, "it is a training checkpoint; to open it, name only its folder")
                 if plain != path and plain in paths:
                     raise LeftOut(name, f"it is the activated form of {plain!r}; to open it, name only its folder")
-                adapter = open_adapter(folder, name, allow_pickle=allow_pickle, top=top if path else None)
+                repo = root if source.on_hub else None
+                adapter = open_adapter(folder, name, allow_pickle=allow_pickle, top=repo)
                 if name in adapters:
                     raise AdapterError(name, f"{adapters[name].folder} has the same name; rename one of them")
                 size += adapter.size
@@ -234,7 +242,8 @@ def gather(
 
 
 def _asked(source: Source, full: bool) -> list[_Wanted]:
-    """What to look in for a source: of a manifest, every entry, whose folders count from the manifest's own."""
+    """What to look in for a source: of a manifest, every entry. Its folders count from the manifest's own; an entry
+    that is none of them is on the Hub, whatever the working directory holds."""
     if source.kind != "manifest":
         return [_Wanted(source, full)]
     asked, file = [], Path(source.where)
@@ -242,9 +251,12 @@ def _asked(source: Source, full: bool) -> list[_Wanted]:
         local = os.path.normpath(file.absolute().parent / os.path.expanduser(entry.source))
         if entry.source.startswith((".", "/", "~")) or os.path.isdir(local):
             found = Source("folder", local)
+        elif is_hub_spec(entry.source, here=False):
+            found = _on_hub(f"{entry.source}{f'@{entry.revision}' if entry.revision else ''}")
         else:
-            found = _source(f"{entry.source}{f'@{entry.revision}' if entry.revision else ''}")
-        if found.kind == "manifest" or (entry.revision is not None and not found.on_hub):
+            _check_no_pattern(entry.source)
+            found = Source("folder", local)
+        if entry.revision is not None and not found.on_hub:
             expected = "a folder, which has no revision, or a source on the Hub (org/repo[/folder])"
             raise UsageError(f"manifest {file}: {entry.source!r}: expected {expected}")
         asked.append(_Wanted(found, True, entry))
@@ -328,9 +340,10 @@ def download_adapters(
 
 
 def adapter_patterns(folder: str, allow_pickle: bool) -> list[str]:
-    """Globs of adapter files at or below a folder, and of the `pool.json` above it, which may say where these act."""
+    """Globs of adapter files at or below a folder, and of every `pool.json` above, which may say where these act."""
     names = [CONFIG, SAFETENSORS, NOTES, EXAMPLES, *([PICKLE] if allow_pickle else [])]
     escaped = glob.escape(folder)
     root = f"{escaped}/" if folder else ""
-    above = [_joined(escaped.rpartition("/")[0], NOTES)] if folder else []
+    parts = escaped.split("/") if folder else []
+    above = [_joined(*parts[:count], NOTES) for count in range(len(parts))]
     return [pattern for name in names for pattern in (f"{root}{name}", f"{root}*/{name}")] + above

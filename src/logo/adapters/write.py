@@ -96,7 +96,7 @@ def activation_note(folder: Path, activation: Activation) -> str | None:
     """The text of an adapter's own `pool.json`, where its configuration cannot say on which tokens it acts: PEFT's has
     no `last:N`, and a `pool.json` above the folder would apply to it. None: it needs none. Errors as `read_notes`."""
     above = folder.absolute().parent
-    around = noted(above, EVERYWHERE, Path(above.anchor))
+    around = noted(above, EVERYWHERE)
     if activation.tokens or (activation.last is None and around == EVERYWHERE):
         return None
     return json.dumps({"activation": str(activation)}, indent=2) + "\n"

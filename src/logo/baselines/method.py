@@ -10,6 +10,7 @@ method's options; `k`, the most adapters of a prompt, and `seed`, of everything 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -91,6 +92,13 @@ class Described:
 
 
 METHODS: Registry[Described] = Registry("method")
+# By the type of an option's default: what its values are.
+_KINDS: tuple[tuple[type, Callable[[Any], bool], str], ...] = (
+    (bool, lambda value: isinstance(value, bool), "true or false"),
+    (int, lambda value: type(value) is int and value >= 1, "a whole number of 1 or more"),
+    (float, lambda value: type(value) in (int, float) and math.isfinite(value), "a number"),
+    (str, lambda value: isinstance(value, str), "a text"),
+)
 
 
 def register_method(
@@ -168,8 +176,28 @@ class Method:
         return replace(found, select=select)
 
 
+def plain_value(text: str) -> Any:
+    """What a text means as YAML, such as a number; if it is none, the text."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _value(given: Any, usual: Any) -> Any:
+    """The value of an option, which may be given as a text, as the kind of its default."""
+    if not isinstance(given, str) or isinstance(usual, str):
+        return given
+    try:
+        return type(usual)(given) if type(usual) in (int, float) else plain_value(given)
+    except ValueError:
+        return given
+
+
 def get_method(name: str, *, k: int | None = None, seed: int = 0, **options: Any) -> Method:
-    """The method of this name with these options.
+    """The method of this name with these options. Texts may stand for numbers, as on the command line.
 
     Raises:
         UsageError: there is no such method or option, or an option is of another kind.
@@ -178,13 +206,16 @@ def get_method(name: str, *, k: int | None = None, seed: int = 0, **options: Any
     known = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
     if k is not None and "k" not in known:
         raise UsageError(f"method {name!r} has no number of adapters; leave out -k")
-    own = {"seed": seed, **({} if k is None else {"k": k}), **options}
-    for option, value in options.items():
+    for option in options:
         if option not in known:
             has = f"it has: {', '.join(known)}" if known else "it has none"
             raise UsageError(f"method {name!r} has no option {option!r}{closest(option, known)}; {has}")
-        if isinstance(known[option], int) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UsageError(f"method {name!r}: {option}: expected a whole number of 1 or more, found {value!r}")
+    options = {option: _value(value, known[option]) for option, value in options.items()}
+    own = {"seed": seed, **({} if k is None else {"k": k}), **options}
+    for option, value in options.items():
+        for kind, right, expected in _KINDS:
+            if type(known[option]) is kind and not right(value):
+                raise UsageError(f"method {name!r}: {option}: expected {expected}, found {value!r}")
     return Method(name, {**known, **{option: value for option, value in own.items() if option in known}})
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter, convert
 from cyclopts.config import Dict
 from cyclopts.help import DefaultFormatter, PanelSpec
 from rich.box import Box
@@ -40,11 +40,18 @@ def _shown(default: Any) -> Any:
     return None if default is False else default
 
 
+def _converted(kind: Any, tokens: Any) -> Any:
+    """The value of an option, where cyclopts itself would round a number that is not whole."""
+    if kind in (int, int | None) and "." in (text := tokens[-1].value):
+        raise ValueError(f"expected a whole number, found {text!r}")
+    return convert(kind, tokens)
+
+
 _SETTINGS: dict[str, Any] = {
     "help_format": "markdown",
     "help_formatter": DefaultFormatter(panel_spec=PanelSpec(box=Box("    \n" * 8), padding=(0, 0))),  # without frames
     "suppress_keyboard_interrupt": False,
-    "default_parameter": Parameter(negative=(), show_default=_shown, allow_repeating=True),
+    "default_parameter": Parameter(negative=(), show_default=_shown, allow_repeating=True, converter=_converted),
 }
 app = App(
     "logo",
@@ -142,9 +149,12 @@ def _options_in(file: Path, command: Sequence[str]) -> Dict:
         content = wrote.get("options")
     if not isinstance(content, dict):
         raise DataError(f"--config {file}: expected options by name, found {type(content).__name__}")
-    # The permission to replace results was for that one command.
-    kept = {name: value for name, value in content.items() if value is not None and name != "overwrite"}
-    return Dict(kept, source=f"--config {file}", use_commands_as_keys=False)
+    # The permission of a run to replace results was for that one command.
+    once = ("overwrite",) if isinstance(wrote, dict) else ()
+    kept = {name: value for name, value in content.items() if value is not None and name not in once}
+    for name in reversed(command):  # below its command, an option may be called as another command is
+        kept = {name: kept}
+    return Dict(kept, source=f"--config {file}")
 
 
 def _explain(error: BaseException) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from logo.adapters.sources import pool_sources, spec_of
 from logo.cli.output import note
 from logo.cluster.processes import Expected, Layout, usual_address
+from logo.models import resolve_base
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,15 +31,18 @@ def expected(layout: Layout, pool: str, base_model: str, model_dir: str) -> Expe
 def anywhere(opening: Opening) -> Opening:
     """The same with absolute paths, for a process with another working directory. A text that may also be a name on the
     Hub is a path if it exists."""
-    sources = pool_sources(opening.pool, opening.base_model, opening.options.get("model_dir"))
-    method = opening.method
-    if method is not None:
-        paths = {name: absolute(value) for name, value in method.options.items() if isinstance(value, str)}
-        method = replace(method, options={**method.options, **paths})
-    options = {**opening.options, "model_dir": os.path.abspath(opening.options.get("model_dir") or ".")}
-    return replace(
-        opening, base_model=absolute(opening.base_model), pool=spec_of(sources), method=method, options=options
-    )
+    base, model_dir = opening.base_model, opening.options.get("model_dir")
+    sources, method = pool_sources(opening.pool, base, model_dir), opening.method
+    if method is not None and isinstance(model := method.options.get("embedding_model"), str):
+        method = replace(method, options={**method.options, "embedding_model": absolute(model)})
+    options = {**opening.options, "model_dir": os.path.abspath(model_dir or ".")}
+    base = absolute_base(base, model_dir)
+    return replace(opening, base_model=base, pool=spec_of(sources), method=method, options=options)
+
+
+def absolute_base(name: str, model_dir: str | None) -> str:
+    """A base model, which becomes an absolute path if it is a path that exists, and no other name of a base model."""
+    return absolute(name) if resolve_base(name, model_dir) == name else name
 
 
 def absolute(name: str) -> str:

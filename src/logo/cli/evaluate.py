@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
+from rich.text import Text
 
 from logo.adapters.pool import DEFAULT_K
 from logo.adapters.sources import default_k, pool_sources
@@ -112,6 +113,7 @@ def run(
         engine_args: With --engine vllm: options of vllm.LLM, such as `max_model_len=4096,enforce_eager=true`.
         json: Print scores and folders as JSON.
     """
+    from logo.baselines.method import plain_value
     from logo.evaluation.answer import Opening
 
     workers.check(engine.device)
@@ -130,7 +132,9 @@ def run(
     if engine_args:
         if runner != "vllm":
             raise UsageError("--engine-args is only for --engine vllm; leave it out")
-        options["model_kwargs"] = arguments("--engine-args", engine_args)
+        options["model_kwargs"] = {
+            name: plain_value(text) for name, text in arguments("--engine-args", engine_args).items()
+        }
         command["options"]["engine_args"] = engine_args
     made = method.make(engine.n_selected_modules, rows.seed)
     opening = Opening(base_model, engine.sources, options, made, rows.max_new_tokens, rows.seed)
@@ -295,13 +299,13 @@ def show(scored: Sequence[dict[str, Any]], *, json: bool) -> int:
     else:
         shown = plain_table("dataset", ">rows", "metric", ">score", ">95 % interval", ">seconds")
         for one in scored:
-            begin, end = [one["dataset"], str(one["rows"])], [f"{one['seconds']:.1f}"]
+            begin, end = [Text(one["dataset"]), Text(str(one["rows"]))], [f"{one['seconds']:.1f}"]
             for name, score in one["scores"].items():
                 if name != "extra":
                     low, high = score["interval"] or (math.nan, math.nan)
                     ends = "-" if math.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
                     shown.add_row(*begin, LABELS.get(name, name), f"{100 * score['value']:.2f}", ends, *end)
-                    begin, end = ["", ""], [""]
+                    begin, end = [Text(), Text()], [""]
         screen(100, stderr=True).print(shown)
     errors = [(one["dataset"], error) for one in scored for error in one["errors"]]
     for dataset, error in errors[:SHOWN]:

@@ -121,7 +121,9 @@ class WorkerOptions:
     """Where they are: local, auto (the Ray cluster of this machine) or HOST:PORT."""
 
     def check(self, device: str) -> None:
-        """Raises UsageError for a `--device` beside workers."""
+        """Raises UsageError for a `--device` beside workers, and for `--ray` without."""
+        if self.workers is None and self.ray is not None:
+            raise UsageError("--ray is for workers; add --workers N, or leave it out")
         if self.workers is not None and device != "auto":
             raise UsageError("--device: workers get their devices from Ray; leave it out")
 
@@ -152,18 +154,16 @@ class MethodOptions:
         return get_method(self.method, k=k, seed=seed, **arguments("--method-args", self.method_args or ""))
 
 
-def arguments(option: str, text: str) -> dict[str, Any]:
-    """The value `a=1,b=x` of an option as names and values, which are read as YAML.
+def arguments(option: str, text: str) -> dict[str, str]:
+    """The value `a=1,b=x` of an option as names and texts.
 
     Raises:
         UsageError: it is something else.
     """
-    import yaml
-
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
         if not equals:
             raise UsageError(f"{option} {part!r}: expected NAME=VALUE, several with commas")
-        found[name.strip().replace("-", "_")] = yaml.safe_load(value)
+        found[name.strip().replace("-", "_")] = value
     return found

@@ -34,7 +34,7 @@ def report(
     from logo.evaluation.results import read
 
     for path in save:
-        if path.suffix not in (".html", ".tex", "") or (path.suffix and path.is_dir()):
+        if path.suffix not in (".html", ".tex", "") or (path.is_dir() if path.suffix else path.is_file()):
             raise UsageError(f"--save {path}: expected FILE.html, FILE.tex, or a folder without a suffix for CSV")
         check_writable(path.parent)
     found = analyse(read(results, None if metric is None else checked_kind(metric, "--metric")))

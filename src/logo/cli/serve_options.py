@@ -28,7 +28,9 @@ class ServerOptions:
     port: Annotated[int, Parameter(group=NETWORK, validator=Number(gte=0, lte=65535))] = 8000
     """Port to listen on; 0: any free port."""
 
-    api_key: Annotated[list[str] | None, Parameter(group=NETWORK, env_var="LOGO_API_KEY")] = None
+    api_key: Annotated[
+        list[str] | None, Parameter(group=NETWORK, env_var="LOGO_API_KEY", env_var_split=lambda _, key, **__: [key])
+    ] = None
     """Clients need one of these (repeatable)."""
 
     key_adapters: Annotated[Path | None, Parameter(group=NETWORK)] = None
@@ -46,7 +48,7 @@ class ServerOptions:
     max_concurrent: Annotated[int, Parameter(group=LIMITS, validator=Number(gte=1, lte=512))] = 64
     """Answers that are generated at the same time."""
 
-    kv_cache_gb: Annotated[float | None, said("CPU: 2; GPU: half the free memory", of=LIMITS)] = None
+    kv_cache_gb: Annotated[float | None, said("0.3 of what is free; CPU: at most 2", of=LIMITS)] = None
     """Memory for keys and values, in 10⁹ bytes."""
 
     adapter_memory_gb: Annotated[float | None, said("0.3 of what is free", of=LIMITS)] = None

@@ -30,6 +30,7 @@ OPEN = "Listening on {} without an API key: everybody who reaches it may use it.
 # vLLM interprets the escape sequence.
 PLAIN_CHAT = "{% for m in messages %}{{ m.content }}{% if not loop.last %}\\n{% endif %}{% endfor %}"
 
+LORA_UPDATES = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 _CPU_CACHE_GB = 2.0
 # Tokens of a block of keys and values. Prompts share whole blocks only; vLLM's own size on CPUs is 128.
 _CPU_BLOCK = 32
@@ -39,7 +40,7 @@ INSTEAD = {
     "device": "set CUDA_VISIBLE_DEVICES, or use `-- --tensor-parallel-size N`",
     "adapter_memory_gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
     "key_adapters": "vLLM cannot bind API keys to adapters",
-    "allow_adapter_changes": "set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+    "allow_adapter_changes": f"set {LORA_UPDATES}=1",
     "log": "set VLLM_LOGGING_CONFIG_PATH, or use `-- --enable-log-requests` for prompts",
 }
 
@@ -95,6 +96,8 @@ def _refuse(options: EngineOptions, server: ServerOptions, given: Sequence[str])
             "--api-key after `--` would be visible in the list of processes and in the output of --dry-run: give it "
             "before `--`, or as VLLM_API_KEY in the environment"
         )
+    if "--host" in flags:
+        raise UsageError("--host after `--` would not be known to LoGo, which guards the address: give it before `--`")
     if flags & {"--api-server-count", "-asc"}:
         raise UsageError(
             "--api-server-count is only read by `vllm serve`: start that with the flags and the environment that "
@@ -104,17 +107,20 @@ def _refuse(options: EngineOptions, server: ServerOptions, given: Sequence[str])
 
 def _replicas(options: EngineOptions, base_model: str, server: ServerOptions, launch: Launch) -> None:
     """Serves from replicas until a signal comes."""
-    from logo.cli.cluster import absolute, expected
+    from logo.cli.cluster import absolute_base, expected
     from logo.cluster.processes import Layout
     from logo.cluster.replicas import ReplicaPlan, serve_replicas, vllm_app
     from logo.serve.running import listening
+    from logo.vllm.launch import API_KEY
 
     layout = Layout(server.replicas or 1)
     with listening(server.host, server.port) as free:  # another process will listen there
         host, port = free.getsockname()[:2]
     open_ = functools.partial(vllm_app, launch.command[3:])  # after `python -m MODULE`
-    found = expected(layout, launch.pool, absolute(base_model), model_dir=os.path.abspath(MODEL_DIR))
-    variables = launch.environment({})
+    found = expected(layout, launch.pool, absolute_base(base_model, MODEL_DIR), model_dir=os.path.abspath(MODEL_DIR))
+    # Those of this process that a replica on another machine has to have, too.
+    inherited = {name: os.environ[name] for name in (API_KEY, LORA_UPDATES) if name in os.environ}
+    variables = launch.environment(inherited)
     serve_replicas(layout, lambda how: ReplicaPlan(open_, variables, found, layout.count, how), host, port, note)
 
 

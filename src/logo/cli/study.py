@@ -11,7 +11,7 @@ from cyclopts import Group, Parameter
 from rich.text import Text
 
 from logo.cli.opening import MODEL_DIR, placed, quiet_transformers
-from logo.cli.options import PoolOptions, arguments, positive, said
+from logo.cli.options import PoolOptions, arguments, positive, said, written
 from logo.cli.output import (
     check_writable,
     err,
@@ -25,6 +25,8 @@ from logo.cli.output import (
     screen,
 )
 from logo.cli.prompts import or_demo
+from logo.errors import UsageError
+from logo.recorded import without_secrets
 
 ROWS = Group("Rows and results", sort_key=2)
 COLUMNS = {
@@ -77,6 +79,7 @@ def study(
             NAME.jsonl, else by the task's name.
         json: Print the report as JSON.
     """
+    given = {name: value for name, value in locals().items() if name not in ("json", "pool") and value is not None}
     from logo.baselines import get_methods
     from logo.evaluation.answer import Opening
     from logo.evaluation.datasets import find_datasets
@@ -91,11 +94,16 @@ def study(
         get_signal(name)
     contest = Contest(tuple(listed(signals)), compared, tuple(listed(protocols)), generate)
     found = find_datasets(rows, tasks, limit=limit, train_rows=train_rows, answers=False)
+    if save.is_file() or save.name in ("", ".."):
+        what = "a file" if save.is_file() else "the current folder or one above it"
+        raise UsageError(f"--save {save}: expected a folder of the study's own, found {what}; name another one")
     check_writable(save.parent)
     quiet_transformers()
     base_model = or_demo(pool)
     options = {"signal": contest.signals[0], "model_dir": MODEL_DIR, **placed(pool.device)}
-    command = {"name": "eval study", "options": {"rows": str(rows), "signals": signals, "methods": methods}}
+    command = written("eval study", pool)
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    command["options"] |= without_secrets(plain)
     opening = Opening(base_model, pool.sources, options)
     with closing(Measurer(opening(), contest)) as measurer, progress(disable=not err.is_terminal) as bar:
         names = list(measurer.facts.identity["pool"])

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.text import Text
 
-from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, PoolOptions, positive
+from logo.cli.opening import open_base
+from logo.cli.options import PoolOptions, positive
 from logo.cli.output import BASE_ALONE, natural_width, note, one_line, out, plain_table, print_json, screen
 from logo.cli.prompts import or_demo
-from logo.errors import LoGoError, UsageError
+from logo.errors import LoGoError, Unsure, UsageError
+from logo.prompts import Truncation
 from logo.selection.texts import REQUESTS
 
 if TYPE_CHECKING:
+    from logo.core import Prompt
     from logo.engine import LoGo
 
 TOKENS = 8  # of an answer at most
@@ -37,6 +39,14 @@ Gaps = list[tuple[float, ...]]
 Answer = tuple[tuple[int, ...], float, Mixture]  # tokens, their mean log-probability (0 if it is not told), who gave it
 
 
+class Refused(LoGoError):
+    """The server's answer is an error with this `code` in OpenAI's form."""
+
+    def __init__(self, message: str, code: str | None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """A server with LoGo's API."""
@@ -45,25 +55,26 @@ class Endpoint:
     key: str | None = field(default=None, repr=False)
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON with which a request is answered; LoGoError if there is no such answer."""
+        """The JSON with which a request is answered; Refused: it is an error; LoGoError: there is none."""
         from urllib.request import HTTPError, ProxyHandler, Request, build_opener  # slow: not for every command
 
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
-        data = None if body is None else jsons.dumps(body).encode()
-        direct = build_opener(ProxyHandler({}))
+        data, where = None if body is None else jsons.dumps(body).encode(), f"server {self.url}: {path}"
+        direct, code = build_opener(ProxyHandler({})), None
         try:
             with direct.open(Request(self.url + path, data, headers), timeout=600.0) as answer:
                 return jsons.load(answer)
         except HTTPError as error:
             with error, suppress(ValueError, KeyError, TypeError):
                 said = error.read().decode(errors="replace")
-                said = str(jsons.loads(said)["error"]["message"])
-            found = f"status {error.code}: {one_line(said, 300)}"
+                told = jsons.loads(said)["error"]
+                said, code = str(told["message"]), told.get("code")
+            raise Refused(f"{where}: status {error.code}: {one_line(said, 300)}", code) from None
         except OSError as error:
             found = f"no answer ({getattr(error, 'reason', error)}); is it running?"
         except ValueError:
             found = "an answer that is not JSON; is it a server of LoGo?"
-        raise LoGoError(f"server {self.url}: {path}: {found}")
+        raise LoGoError(f"{where}: {found}")
 
     def has_logprobs(self, model: str) -> bool:
         """Whether it tells log-probabilities, as vLLM's does and our own does not."""
@@ -85,9 +96,9 @@ class Check:
     workers: ThreadPoolExecutor
     logprobs: bool
 
-    def answer(self, prompt: str, chosen: dict[str, Any]) -> Answer:
+    def answer(self, prompt: Prompt, chosen: dict[str, Any]) -> Answer:
         """A greedy answer of the adapters that these fields of a request choose."""
-        asked = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True, **chosen}
+        asked = {"prompt": prompt.ids, "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True, **chosen}
         reply = self.server.ask("/v1/completions", asked | ({"logprobs": 1} if self.logprobs else {}))
         try:
             [choice], mixed = reply["choices"], reply.get("logo") or {"adapters": (), "weights": ()}
@@ -96,36 +107,36 @@ class Check:
         except (KeyError, TypeError, ValueError):
             raise LoGoError(f"server {self.server.url}: expected token_ids, found {one_line(str(reply))}") from None
 
-    def distances(self, prompts: list[str], mixtures: list[Mixture], alone: list[Answer], loaded: list[Answer]) -> Gaps:
+    def distances(
+        self, prompts: list[Prompt], mixtures: list[Mixture], alone: list[Answer], loaded: list[Answer]
+    ) -> Gaps:
         """How far each answer is from the library's, from its base model's, and under load from the library's: by its
         log-probability where the server tells it, else by how much likelier the library finds an answer of its own."""
         answers, count = [*alone, *alone, *loaded], len(prompts)
         every = [*mixtures, *({} for _ in prompts), *mixtures]
-        ids = [prompt.ids for prompt in self.logo.prompts.read(prompts, TOKENS)] * 3
+        ids = [prompt.ids for prompt in prompts] * 3
         scored = self.logo.score_pairs([(one, tokens) for one, (tokens, _, _) in zip(ids, answers, strict=True)], every)
         if self.logprobs:
             gaps = [abs(mean + one.nll) for (_, mean, _), one in zip(answers, scored, strict=True)]
         else:
-            own = [one.token_ids for one in self.logo.generate(prompts, adapters=mixtures, max_new_tokens=TOKENS)]
-            base = {text: tokens for text, mixture, tokens in zip(prompts, mixtures, own, strict=True) if not mixture}
-            best = self.logo.score_pairs(
-                [*zip(ids, [*own, *(base[text] for text in prompts), *own], strict=True)], every
-            )
+            own = [one.token_ids for one in self.logo.generate(ids[:count], adapters=mixtures, max_new_tokens=TOKENS)]
+            base = {one: tokens for one, mixture, tokens in zip(prompts, mixtures, own, strict=True) if not mixture}
+            best = self.logo.score_pairs([*zip(ids, [*own, *(base[one] for one in prompts), *own], strict=True)], every)
             gaps = [max(0.0, one.nll - other.nll) for one, other in zip(scored, best, strict=True)]
         return [*zip(gaps[:count], gaps[count : 2 * count], gaps[2 * count :], strict=True)]
 
-    def rows(self, own: Mapping[str, Sequence[str]], prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def rows(self, own: Mapping[str, Sequence[Prompt]], prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
         """What is found of the base model (None) on all prompts, and of adapters on their own.
 
         `effect` is how far the server's answers are from those of the library's base model, `error` and `under_load`
         how far from the library's own, `allowed` how far they may be. The noise floor is the base model's error.
         """
-        cases: list[tuple[str | None, str]] = [(None, text) for text in prompts]
+        cases: list[tuple[str | None, Prompt]] = [(None, one) for one in prompts]
         # In turns, so that requests that are answered together are for different adapters.
         turns = zip_longest(*own.values())
-        cases += [(name, text) for turn in turns for name, text in zip(own, turn, strict=True) if text]
-        asked, mixtures = [text for _, text in cases], [{} if name is None else {name: 1.0} for name, _ in cases]
-        alone = [self.answer(text, {"model": name or self.base}) for name, text in cases]
+        cases += [(name, one) for turn in turns for name, one in zip(own, turn, strict=True) if one]
+        asked, mixtures = [one for _, one in cases], [{} if name is None else {name: 1.0} for name, _ in cases]
+        alone = [self.answer(one, {"model": name or self.base}) for name, one in cases]
         forced = ({"model": "logo", "logo": {"adapters": mixture}} for mixture in mixtures)
         loaded = list(self.workers.map(self.answer, asked, forced))
         gaps = self.distances(asked, mixtures, alone, loaded)
@@ -142,14 +153,36 @@ class Check:
             numbers = {"effect": effect, "error": error, "under_load": under_load, "allowed": allowed}
             yield {"adapter": name, **numbers, "answered_by": list(by), "verdict": verdict}
 
-    def selections(self, prompts: Sequence[str]) -> Iterator[str]:
+    def selection(self, prompt: Prompt) -> Mixture | None:
+        """What the server selects for a prompt; None: it refuses to, since no adapter fits."""
+        try:
+            reply = self.server.ask("/v1/logo/select", {"prompt": prompt.ids})
+        except Refused as error:
+            if error.code != "no_adapter_fits":
+                raise
+            return None
+        return dict(zip(reply["adapters"], reply["weights"], strict=True))
+
+    def selections(self, prompts: Sequence[Prompt]) -> Iterator[str]:
         """A line for each prompt whose selection is not the library's."""
-        replies = self.workers.map(lambda text: self.server.ask("/v1/logo/select", {"prompt": text}), prompts)
-        for prompt, reply, wanted in zip(prompts, replies, self.logo.select(prompts), strict=True):
-            found = dict(zip(reply["adapters"], reply["weights"], strict=True))
-            if [*found] != [*wanted.adapters] or any(abs(found[n] - w) > WEIGHTS for n, w in wanted.mixture.items()):
-                shown = [{name: round(weight, 4) for name, weight in one.items()} for one in (found, wanted.mixture)]
-                yield "{!r} selects {} instead of {}".format(one_line(prompt), *shown)
+        outcomes = self.logo.outcomes(prompts, [self.logo.options()] * len(prompts))
+        for prompt, found, outcome in zip(prompts, self.workers.map(self.selection, prompts), outcomes, strict=True):
+            if isinstance(outcome, LoGoError) and not isinstance(outcome, Unsure):
+                raise outcome
+            wanted = None if isinstance(outcome, Unsure) else outcome.mixture
+            if not _alike(found, wanted):
+                yield f"{one_line(prompt.text or '')!r} selects {_shown(found)} instead of {_shown(wanted)}"
+
+
+def _alike(one: Mixture | None, other: Mixture | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return [*one] == [*other] and all(abs(one[name] - weight) <= WEIGHTS for name, weight in other.items())
+
+
+def _shown(mixture: Mixture | None) -> str:
+    rounded = {name: round(weight, 4) for name, weight in (mixture or {}).items()}
+    return "none, since none fits," if mixture is None else str(rounded)
 
 
 def verify(
@@ -174,20 +207,25 @@ def verify(
         api_key: Key of the server.
         json: Print JSON instead.
     """
+    from logo.selection.settings import SelectionSettings  # slow, as it imports torch
+
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"URL {url}: expected an address that begins with http:// or https://")
     server = Endpoint(url.rstrip("/").removesuffix("/v1"), api_key)
     known, found = server.ask("/v1/models"), server.ask("/v1/logo/adapters")
     served = {card["id"] for card in found["data"]} & {card["id"] for card in known["data"]}
-    # The server says by which signal it selects, and how many.
-    said = {"signal": found["signal"], "n_selected_modules": found["default_k"]}
-    engine = EngineOptions(**vars(pool), **said)
+    # The server says how it selects, and how long prompts may be.
+    how = SelectionSettings.of(**found["settings"], k=found["default_k"])
     base, common = found["base_model"], REQUESTS[:: max(1, len(REQUESTS) // limit)][:limit]
-    with closing(open_engine(engine, or_demo(pool))) as logo, ThreadPoolExecutor(AT_ONCE) as workers:
+    cut = Truncation(next(card["max_model_len"] for card in known["data"] if card["id"] == base) - TOKENS)
+    opened = open_base(pool, or_demo(pool)).engine(how, truncation=cut)
+    with closing(opened) as logo, ThreadPoolExecutor(AT_ONCE) as workers:
         wrong = [f"not on the server: {name}" for name in logo.names if name not in served]
         wrong += [f"not in the pool: {name}" for name in sorted(served.difference(logo.names))]
-        own = {name: logo.fitted[name].examples[:limit] or common for name in logo.names if name in served}
-        prompts = list(dict.fromkeys(text for texts in own.values() for text in texts)) or list(common)
+        texts = {name: logo.fitted[name].examples[:limit] or common for name in logo.names if name in served}
+        own = {name: logo.prompts.read(some, TOKENS) for name, some in texts.items()}
+        prompts = list(dict.fromkeys(one for some in own.values() for one in some))
+        prompts = prompts or logo.prompts.read(common, TOKENS)
         check = Check(server, logo, base, workers, server.has_logprobs(base))
         note(f"asking {server.url}: {len(own)} adapters, {AT_ONCE} requests at a time")
         rows, different = list(check.rows(own, prompts)), list(check.selections(prompts))
@@ -200,8 +238,8 @@ def verify(
         table = plain_table("adapter", ">effect", ">error", ">under load", ">allowed", "answered by", "")
         for row in rows:
             name, *numbers, by, verdict = row.values()
-            texts = (name or BASE_ALONE, *(f"{one:.4f}" for one in numbers), ", ".join(by) or BASE_ALONE, verdict)
-            table.add_row(*(Text(one_line(text)) for text in texts))
+            cells = (name or BASE_ALONE, *(f"{one:.4f}" for one in numbers), ", ".join(by) or BASE_ALONE, verdict)
+            table.add_row(*(Text(one_line(text)) for text in cells))
         screen(natural_width(table)).print(table)
         summary = f"numbers: {measure}; {len(prompts)} selections, {len(different)} of them not the library's"
         out.print(Text("\n".join([summary, *wrong])))

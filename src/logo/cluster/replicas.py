@@ -101,7 +101,8 @@ class Replica:
         """Makes the pool what Ray Serve says; its errors end this replica, which would answer with another pool."""
         logo = self._app.state.logo
         async with self._changing:
-            for name, last in config["changed"].items():
+            # Adapters are added before others are removed, since a pool never loses its last one.
+            for name, last in sorted(config["changed"].items(), key=lambda change: change[1][1] is None):
                 if self._changed.get(name) == last:
                     continue
                 there, folder = name in logo.pool.names, last[1]

@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 from logo.baselines.method import Method, Prepared, Task
 from logo.errors import HubError, LoGoError, StorageError
 from logo.evaluation.metrics import METRICS, Value, first_line, measure, zero
-from logo.identity import config_digest, fingerprint, library_versions, tokenizer_digest, weights_digest
+from logo.identity import (
+    config_digest,
+    fingerprint,
+    library_versions,
+    template_digest,
+    tokenizer_digest,
+    weights_digest,
+)
 from logo.recorded import without_secrets
 from logo.rows import Row
 from logo.selection.signals import SIGNALS
@@ -122,6 +129,8 @@ class Answerer:
 
     def _answers(self, prepared: Prepared, rows: Sequence[Row]) -> list[Generation | LoGoError]:
         """An answer to each row, or why there is none: if rows are refused together, each is asked alone."""
+        if not rows:
+            return []
         prompts = [row.prompt for row in rows]
         options = {"max_new_tokens": self.max_new_tokens, "batch_size": max(1, len(prompts)), **self.generation}
         try:
@@ -183,6 +192,7 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
         "config": config_digest(logo.model.config),
         "eos_token_id": None if configured is None else configured.eos_token_id,
         "tokenizer": tokenizer_digest(logo.tokenizer),
+        "template": template_digest(logo.tokenizer),
         "dtype": str(logo.model.dtype).removeprefix("torch."),
         "pool": {name: pool[name].key for name in logo.names},
         "settings": {name: value for name, value in settings.items() if name != "cache"}

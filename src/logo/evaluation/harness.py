@@ -277,15 +277,15 @@ def common_text(pairs: Sequence[tuple[str, str]]) -> str:
     Winogrande puts each of two names into the blank and asks for the likelihood of the rest of the sentence.
 
     It is the words with which all contexts begin. Empty contexts are ignored, because a likelihood without context may
-    be requested too; if no context has text, the continuations are used. If the texts begin with different words, it is
-    the words with which all requests end, continuations included, and if these differ too, the first text.
+    be requested too; if no context has text, the continuations are used. If the words with which all requests end,
+    continuations included, are longer, it is these; and if both ends differ, the first text.
     """
     texts = [context for context, _ in pairs if context.strip()] or [continuation for _, continuation in pairs]
     if len(set(texts)) == 1:
         return texts[0]
     begin = _common([_WORD.findall(text) for text in texts])
     end = _common([_WORD.findall(context + continuation)[::-1] for context, continuation in pairs])[::-1]
-    return "".join(begin) or "".join(end).lstrip() or texts[0]
+    return max("".join(begin), "".join(end).lstrip(), key=len) or texts[0]
 
 
 def _common(lists: Sequence[list[str]]) -> list[str]:

@@ -295,9 +295,9 @@ def token_f1(prediction: str, gold: str) -> float:
 
 def squad(text: str) -> str:
     """The text in lower case, without ASCII punctuation, without `a`, `an` and `the`, and with single blanks. Articles
-    stay where nothing else is left, so that the choice "(A)" is not the same as no answer."""
+    and punctuation stay where nothing else is left, so that the choices "(A)" and "?" are not the same as no answer."""
     plain = text.lower().translate(_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", plain).split() or plain.split())
+    return " ".join(_ARTICLES.sub(" ", plain).split() or plain.split() or text.split())
 
 
 def tokenizer_for(golds: Sequence[Sequence[str]]) -> str:

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ FILES = (*(f"{name}.json" for name in OFFICIAL), RUN, ROWS)
 MARK = "eval_results.json"  # a folder with this file is the result of one dataset
 
 _FOLDER = re.compile(
-    r"(?P<base>.+)_(?:selection|method)_(?P<method>[A-Za-z0-9-]+)_n_(?P<k>\d+)_seed_(?P<seed>\d+)(?:_(?P<name>.+))?"
+    r"(?P<base>.+)_(?:selection|method)_(?P<method>[A-Za-z0-9_-]+)_n_(?P<k>\d+)_seed_(?P<seed>\d+)(?:_(?P<name>.+))?"
 )
 _NAME = re.compile(r"[^\W_]([\w.+=-]{0,62}[^\W_])?")
 
@@ -68,16 +68,25 @@ class Partial:
         folder: where the result will be.
         identity: all that it depends on, as JSON.
         fresh: forget what an earlier process has done.
+        stands: whether the result is there already, which is asked when no other process can write it any more.
 
     Attributes:
         records: of rows, by index, as far as they are done.
+        done: whether the result `stands`; then nothing is written.
 
     Raises:
-        UsageError: what is there was left by another run, or another process works on it.
+        UsageError: what is there was left by another run, or another process works on it; or as `stands`.
         StorageError: it cannot be written.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], *, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        *,
+        fresh: bool = False,
+        stands: Callable[[], bool] | None = None,
+    ) -> None:
         self.folder, self._home = folder, partial_of(folder)
         try:
             self._home.mkdir(parents=True, exist_ok=True)
@@ -87,22 +96,28 @@ class Partial:
             raise _unusable(self._home, error) from error
         try:
             _lock(self._file.fileno(), self._home)
-            self._file.seek(0)
-            *lines, _ = self._file.readall().split(b"\n")  # the last one was cut off, or is empty
-            if fresh or not lines:
-                lines = []
-                self._file.truncate(0)  # first: an older run's rows must never stand beside this identity
-                replace_file(self._home / RUN, json.dumps({"identity": identity}, indent=2).encode())
-            elif found := differences(identity, read_run(self._home)["identity"]):
-                raise UsageError(
-                    f"{self._home} was left by an unfinished run with other settings, pool, rows or versions "
-                    f"({described(found)}); repeat that run to finish it, or begin again with --overwrite"
-                )
-            self._file.truncate(sum(len(line) + 1 for line in lines))
-            self.records: dict[int, dict[str, Any]] = {one["index"]: one for one in map(json.loads, lines)}
+            try:
+                self.done = stands is not None and stands()
+                self.records: dict[int, dict[str, Any]] = {} if self.done else self._resumed(identity, fresh)
+            finally:
+                if not (self._home / RUN).exists():  # nothing has begun
+                    shutil.rmtree(self._home, ignore_errors=True)
         except BaseException:
             self._file.close()
             raise
+
+    def _resumed(self, identity: Mapping[str, Any], fresh: bool) -> dict[int, dict[str, Any]]:
+        """The records that are there, none if it begins."""
+        self._file.seek(0)
+        *lines, _ = self._file.readall().split(b"\n")  # the last one was cut off, or is empty
+        if fresh or not lines:
+            lines = []
+            self._file.truncate(0)  # first: an older run's rows must never stand beside this identity
+            replace_file(self._home / RUN, json.dumps({"identity": identity}, indent=2).encode())
+        else:
+            check_begun(self.folder, identity)
+        self._file.truncate(sum(len(line) + 1 for line in lines))
+        return {one["index"]: one for one in map(json.loads, lines)}
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Writes records, and returns when they are on the disk.
@@ -142,6 +157,17 @@ def partial_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
+def check_begun(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Raises UsageError if rows of an unfinished result are there that another run has left."""
+    home = partial_of(folder)
+    begun = (home / RUN).exists() and (home / ROWS).exists() and b"\n" in (home / ROWS).read_bytes()
+    if begun and (found := differences(identity, read_run(home)["identity"])):
+        raise UsageError(
+            f"{home} was left by an unfinished run with other settings, pool, rows or versions "
+            f"({described(found)}); repeat that run to finish it, or begin again with --overwrite"
+        )
+
+
 def is_done(
     folder: Path, identity: Mapping[str, Any], partial: Mapping[str, Any], files: Sequence[str] = FILES
 ) -> bool:
@@ -168,10 +194,9 @@ def is_done(
     if found:
         judged = {name for name, *_ in found} <= {"metric", "metric_plugin"}
         again = f"; `logo eval report {folder} --metric {identity['metric']}` judges its answers anew" if judged else ""
-        raise UsageError(
-            f"{folder} holds the result of another run: {described(found)}{again}; --overwrite replaces it, --run-name "
-            "NAME keeps both"
-        )
+        both = "--run-name NAME keeps both" if files is FILES else "another --save keeps both"
+        held = f"{folder} holds the result of another run: {described(found)}{again}"
+        raise UsageError(f"{held}; --overwrite replaces it, {both}")
     return all((folder / name).exists() for name in files)
 
 
@@ -224,7 +249,7 @@ def read(paths: Sequence[Path], metric: str | None = None) -> pandas.DataFrame:
 
     found: list[dict[str, Any]] = []
     runs: dict[str, dict[str, Any]] = {}
-    folders = {folder: _run_of(folder) for path in paths for folder in find(path)}
+    folders = {folder: _run_of(folder) for path in paths for folder in map(Path.resolve, find(path))}
     names = _names(folders.values())
     for folder, above in folders.items():
         run, about = _about(folder, above, names[above])

@@ -7,6 +7,7 @@ Blocks are answered in this process, or by workers (`logo.cluster`), which get t
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -19,7 +20,7 @@ from logo.baselines.method import Method
 from logo.errors import LoGoError, UsageError
 from logo.evaluation.answer import Answerer, Facts, dataset_identity
 from logo.evaluation.metrics import by_measure, extra, load
-from logo.evaluation.results import RUN, Partial, differences, is_done, official_files, read_run
+from logo.evaluation.results import RUN, Partial, check_begun, differences, is_done, official_files, read_run
 from logo.evaluation.statistics import scores
 from logo.recorded import versions
 
@@ -72,43 +73,61 @@ def evaluate(
         tell: called with a dataset and the number of its rows that are done.
 
     Raises:
-        UsageError: a result or an unfinished one is another run's, or another process works on it; before anything is
-            answered.
+        UsageError: a result or an unfinished one is another run's, before anything is answered; or, before its own
+            rows are, another process works on it.
         LoGoError: the first rows (a whole batch, at least two) are refused for the same reason.
         StorageError: a result cannot be written.
     """
     plans = []
+    # Rows that depend on those before them cannot be continued in the middle.
+    fresh = overwrite or facts.order is not None
     for dataset in datasets:
         identity = {**facts.identity, **dataset_identity(dataset, method)}
         begun = {**identity, "environment": dict(facts.environment)}
-        place = folder / dataset.name
-        plans.append((dataset, identity, begun, not overwrite and is_done(place, identity, begun)))
+        stands = None if overwrite else functools.partial(is_done, folder / dataset.name, identity, begun)
+        done = stands is not None and stands()
+        if not (done or overwrite):
+            check_begun(folder / dataset.name, begun)
+        plans.append((dataset, identity, begun, stands, done))
         load(dataset.metric)
-    for dataset, identity, begun, done in plans:
+    for dataset, identity, begun, stands, done in plans:
         place = folder / dataset.name
         if not done:
             started = datetime.now(timezone.utc)
-            # Rows that depend on those before them cannot be continued in the middle.
-            with closing(Partial(place, begun, fresh=overwrite or facts.order is not None)) as partial:
-                found_out = _answer(dataset, partial, work, batch_size, tell)
-                records = [partial.records[index] for index in range(len(dataset.rows))]
-                scored = {name for one in records for name in one["scores"]}
-                columns = [name for name in facts.identity["pool"] if name in scored]
-                values, golds = [one["value"] for one in records], [row.golds for row in dataset.rows]
-                more = extra(dataset.metric, [one["prediction"] for one in records], golds)
-                run = {
-                    **{"date": started.isoformat(timespec="seconds"), "device": facts.device},
-                    "duration": sum(one["seconds"]["inference"] for one in records),
-                    "dataset": {"name": dataset.name, "file": str(dataset.file), "rows": len(dataset.rows)},
-                    "metric": dataset.metric,
-                    "scores": {**scores(by_measure(dataset.metric, values)), "extra": more},
-                    **{"command": dict(command or {}), "settings": dict(facts.settings), "identity": identity},
-                    **{"environment": dict(facts.environment), "versions": versions(), "found_out": dict(found_out)},
-                    "score_columns": columns,
-                }
-                partial.finish({**official_files(records, facts.signal, loading, columns), RUN: run})
+            # Another run may have finished or begun it while those before it were answered.
+            with closing(Partial(place, begun, fresh=fresh, stands=stands)) as partial:
+                done = partial.done
+                if not done:
+                    found_out = _answer(dataset, partial, work, batch_size, tell)
+                    records = [partial.records[index] for index in range(len(dataset.rows))]
+                    about = {
+                        **{"date": started.isoformat(timespec="seconds"), "device": facts.device},
+                        **{"command": dict(command or {}), "settings": dict(facts.settings), "identity": identity},
+                        **{"environment": dict(facts.environment), "versions": versions()},
+                        "found_out": dict(found_out),
+                    }
+                    partial.finish(_files(dataset, records, facts, loading, about))
         other = differences(facts.environment, read_run(place)["environment"]) if done else []
         yield Done(dataset.name, place, done, ", ".join(f"{name} {there} (now {here})" for name, here, there in other))
+
+
+def _files(
+    dataset: Dataset, records: Sequence[dict[str, Any]], facts: Facts, loading: float, about: Mapping[str, Any]
+) -> dict[str, object]:
+    """The files of a result: the official ones, and `run.json`, with what is known `about` the run."""
+    scored = {name for one in records for name in one["scores"]}
+    columns = [name for name in facts.identity["pool"] if name in scored]
+    values, golds = [one["value"] for one in records], [row.golds for row in dataset.rows]
+    more = extra(dataset.metric, [one["prediction"] for one in records], golds)
+    run = {
+        "duration": sum(one["seconds"]["inference"] for one in records),
+        "dataset": {"name": dataset.name, "file": str(dataset.file), "rows": len(dataset.rows)},
+        "metric": dataset.metric,
+        "scores": {**scores(by_measure(dataset.metric, values)), "extra": more},
+        **about,
+        "score_columns": columns,
+    }
+    return {**official_files(records, facts.signal, loading, columns), RUN: run}
 
 
 def _answer(
@@ -119,7 +138,9 @@ def _answer(
     first = set(range(max(2, min(batch_size, len(dataset.rows)))))  # workers answer in any order
     found_out: Mapping[str, Any] = {}
     tell(dataset, len(partial.records))
-    for _, (records, found) in work((dataset, block) for block in blocks(dataset, partial.records, batch_size)):
+    # If all rows were answered before, the method is asked for none, to find it out again.
+    missing = blocks(dataset, partial.records, batch_size) if len(partial.records) < len(dataset.rows) else [range(0)]
+    for _, (records, found) in work((dataset, block) for block in missing):
         held, found_out = [*held, *records], found
         if not partial.records and len({one["error"] for one in held}) == 1 and held[0]["error"] is not None:
             if {one["index"] for one in held} >= first:

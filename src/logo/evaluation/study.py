@@ -13,6 +13,7 @@ scored under each mixture, teacher-forced, and answers are generated if asked. A
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections import Counter
@@ -137,8 +138,8 @@ class Measurer:
             return self._logo.select(row.prompt, signal=label, candidates=among)
         key = label, task.name, protocol
         if key not in self._prepared:
-            unnamed = replace(task, rows=tuple(replace(one, adapter=None) for one in task.rows))
-            self._prepared[key] = self._methods[label].prepare(self._logo, task_of(unnamed, among or ()))
+            unnamed = replace(task_of(task, among or ()), targets=(None,) * len(task.rows))
+            self._prepared[key] = self._methods[label].prepare(self._logo, unnamed)
             if self._prepared[key].engine is not None:
                 raise UsageError(f"method {label!r} answers with a model of its own: compare it by `logo eval run`")
         select = self._prepared[key].select
@@ -193,7 +194,7 @@ def study(
 
     Raises:
         UsageError: the study in the folder is another one, or the contest asks for no row.
-        DataError: a row cannot be scored (names the file and the line).
+        DataError: a row cannot be scored (names the file and the line), or a method lacks training rows.
     """
     facts, contest = measurer.facts, measurer.contest
     names = list(facts.identity["pool"])
@@ -204,15 +205,17 @@ def study(
             f"protocols {', '.join(contest.protocols)}: they ask for none of these rows: {own} of {len(tasks)} tasks "
             "have an adapter of their name"
         )
-    identity = {**facts.identity, "tasks": {task.name: dataset_identity(task, None) for task in asked}}
+    learner = next((one for one in contest.methods.values() if one.needs == "train"), None)
+    identity = {**facts.identity, "tasks": {task.name: dataset_identity(task, learner) for task in asked}}
     begun = {**identity, "environment": dict(facts.environment)}
-    if not overwrite and is_done(folder, identity, begun, files=(RUN, ROWS)):
-        report: dict[str, Any] = read_run(folder)["report"]
-        return report
+    stands = None if overwrite else functools.partial(is_done, folder, identity, begun, files=(RUN, ROWS))
     # The first rows of all tasks come first, so that an unfinished study is a smaller study of all tasks.
     order = sorted(((task, row) for task in asked for row in range(len(task.rows))), key=lambda one: one[1])
     began = datetime.now(timezone.utc)
-    with closing(Partial(folder, begun, fresh=overwrite or facts.order is not None)) as partial:
+    with closing(Partial(folder, begun, fresh=overwrite or facts.order is not None, stands=stands)) as partial:
+        if partial.done:
+            report: dict[str, Any] = read_run(folder)["report"]
+            return report
         for record in partial.records.values():
             tell(record["task"])
         for number, (task, row) in enumerate(order):

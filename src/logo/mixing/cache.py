@@ -7,6 +7,7 @@ of adapters in the first half, so they never need more.
 
 from __future__ import annotations
 
+import math
 import threading
 import traceback
 from collections import OrderedDict, deque
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from logo.adapters.adapter import Adapter, LoraWeights, finite
 from logo.adapters.layout import BaseLayout
-from logo.errors import CacheFull, NotFinite, check_type
+from logo.errors import CacheFull, NotFinite, UsageError, check_type
 from logo.models import device_of
 
 # The share of the free memory that adapters may have by default.
@@ -100,11 +101,10 @@ class AdapterCache:
     def of(cls, model: nn.Module, layout: BaseLayout, memory_gb: float | None) -> AdapterCache:
         """The cache of a model of this layout; a budget in 10⁹ bytes, or None: a share of the free memory
         (`ADAPTER_SHARE`)."""
-        if memory_gb is not None:
-            check_type("adapter_memory_gb", memory_gb, Real, "a number")
+        given = None if memory_gb is None else bytes_of("adapter_memory_gb", memory_gb)
         modules = {path: model.get_submodule(path) for path in (*layout.shapes, *layout.embeddings)}
         free = free_bytes(device_of(module) for module in modules.values())
-        budget = int(ADAPTER_SHARE * free if memory_gb is None else memory_gb * 1e9)
+        budget = int(ADAPTER_SHARE * free) if given is None else given
         dtype: torch.dtype = model.dtype  # type: ignore[assignment]
         return cls(modules, dtype if dtype.is_floating_point else torch.float32, budget)
 
@@ -246,6 +246,14 @@ class AdapterCache:
         if not known and not resident.users and resident.ready.done():
             self.bytes -= resident.bytes
             resident.bytes, resident.factors = 0, {}
+
+
+def bytes_of(option: str, gigabytes: float) -> int:
+    """A budget in bytes; raises UsageError unless it is a number of gigabytes, 0 or more."""
+    check_type(option, gigabytes, Real, "a number")
+    if not 0 <= gigabytes < math.inf:
+        raise UsageError(f"{option}: expected gigabytes, 0 or more, found {gigabytes}")
+    return int(gigabytes * 1e9)
 
 
 def free_bytes(devices: Iterable[torch.device]) -> int:

@@ -146,7 +146,7 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings, signa
         if not points:
             where = f"the first {depth} of {layers} layers, where the probe stops"
             raise PoolError(f"no adapter touches a module in {where}; use the signal 'norm'")
-        # If the whole model runs anyway, every point is read (docs/read-once.md says what choosing would cost there).
+        # If the whole model runs anyway, every point is read.
         if reading.chosen and not reading.activations:
             # Hidden vectors of the first layers say little more than which words a prompt has: these layers are read
             # only for adapters that touch few later points.

@@ -39,10 +39,10 @@ from logo.selection.signals import Scale
 
 # The least spread, as a share of the usual one: a small spread on a few neutral texts may be an accident.
 _LEAST_SPREAD = 0.25
-# To be raised when the same settings give other scores: results depend on it, so it is a part of their identity.
-SCORES = 6
 # Larger z are clipped, so that no point decides alone; excesses, since adapters may have been made for the requests.
 _LARGEST_Z, _LARGEST_EXCESS = 20.0, 1.0
+# How far an adapter that responds nowhere lies behind all others: too little for anything but the order.
+_BEHIND = 0.001
 # A token's weight divided by the next one's: the last three tokens have 58 % of the weight, the last ten 94 %.
 FADING = 0.75
 # The weight of the late reading of a point; the even one has weight 1.
@@ -147,14 +147,15 @@ class Reference:
         return torch.where(self.responds[:, :, None], z, torch.zeros(()))
 
     def scores(self, responses: Tensor, among: Tensor | None = None) -> Tensor:
-        """Scores (rows, adapters) of `a` (adapters, points, rows). An adapter that responds nowhere gets the lowest
-        score of the others, of those that may be selected by `among` (rows, adapters) bool (None: all)."""
+        """Scores (rows, adapters) of `a` (adapters, points, rows). An adapter that responds nowhere comes last: it gets
+        hardly less than the lowest score of the others, of those that may be selected by `among` (rows, adapters) bool
+        (None: all)."""
         scores = ((self._mean_z(responses) - self.excess[:, None]) * self.trust[:, None]).T
         if self._some_silent:
             heard = self.responds.any(dim=1)
             for row, asked in zip(scores, scores.new_ones(scores.shape) if among is None else among, strict=True):
                 others = heard & asked.bool()
-                row[~heard] = row[others if others.any() else heard].min()
+                row[~heard] = row[others if others.any() else heard].min() - _BEHIND
         return scores
 
     @cached_property

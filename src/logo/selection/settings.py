@@ -95,8 +95,9 @@ class SelectionSettings:
             check_type("calibration_prompts", self.calibration_prompts, (list, tuple), "a list of texts")
             for text in self.calibration_prompts:
                 check_type("calibration_prompts", text, str, "texts")
-            if len(self.calibration_prompts) < 8:
-                raise UsageError(f"calibration_prompts: expected 8 or more, found {len(self.calibration_prompts)}")
+            told = [text for text in self.calibration_prompts if text.strip()]
+            if len(told) < 8:
+                raise UsageError(f"calibration_prompts: expected 8 or more, found {len(told)} that are not blank")
         raw = get_signal(self.signal).scale == "raw"
         _check_weighting(self.weighting, self.signal, raw)
         if self.when_unsure != "mix" and raw:

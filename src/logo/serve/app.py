@@ -187,11 +187,11 @@ class _Api:
         """The most new tokens of the answers: what the request asks for; else the usual number, or as many as there is
         room for. ApiError: they do not fit behind the longest prompt."""
         context, longest = self.service.batching.context, max(map(len, prompts))
-        is_chat = getattr(body, "messages", None) is not None
+        is_chat = not isinstance(body, bodies.CompletionRequest) and body.messages is not None
         blamed, usual = ("messages", MAX_NEW_TOKENS) if is_chat else ("prompt", _COMPLETION)
         asked = max(1, min(usual, context - longest))
         for name in ("max_tokens", "max_completion_tokens"):
-            if (given := getattr(body, name, None)) is not None:
+            if (given := getattr(body, name)) is not None:
                 blamed, asked = name, given
         if longest + asked > context:
             found = f"found {longest} in the prompt and {asked} for the answer; send a shorter prompt or ask for less"
@@ -352,7 +352,8 @@ class _Api:
         """Lists the adapters of the pool that the API key may use."""
         service, known, all_cards = self.service, self._models(request), self.service.adapters
         cards = [all_cards[name] for name in known.adapters if name in all_cards]
-        return JSONResponse(bodies.adapter_list(known.base, service.logo.k, service.signals, cards, service.selected))
+        how = service.logo.k, service.signals, service.logo.settings
+        return JSONResponse(bodies.adapter_list(known.base, *how, cards, service.selected))
 
     async def models(self, request: Request) -> Response:
         """Lists the names that requests may give as `model`, or tells of one."""
@@ -469,9 +470,9 @@ def _usage(call: Call) -> dict[str, int]:
 
 
 def _mixtures(call: Call) -> Any:
-    """The mixture of a single prompt, or a list for several."""
+    """The mixture of a single prompt, or a list for a list of prompts."""
     found = [bodies.mixture_reply(one.selection, one.probe_ms, one.queue_ms) for one in call.chosen]
-    return found[0] if len(found) == 1 else found
+    return found if isinstance(call.body, bodies.CompletionRequest) and call.body.several else found[0]
 
 
 def _event(reply: Mapping[str, Any]) -> bytes:

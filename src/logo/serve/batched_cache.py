@@ -36,9 +36,11 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
 class BatchedCache:
     """One tensor per layer, (rows, heads, columns, size), of the shapes of `cache`. Every row ends in the same column:
     a step of all of them is a plain batch that is padded on the left. The tensors are copied only when they have to
-    grow, or too many columns in front are padding; where memory is short, the rows stay as they were."""
+    grow, or too many columns in front are padding; where memory is short, the rows stay as they were. What is made
+    beyond the rows and columns in use stays within `most` tokens."""
 
-    def __init__(self, cache: DynamicCache) -> None:
+    def __init__(self, cache: DynamicCache, most: int) -> None:
+        self._most = most
         self.columns = 0  # that are filled, padding included; whoever has computed a step adds one
         self._starts: list[int] = []  # the first column of each row that is no padding
         self._layers = [(one.keys[:0, :, :0].clone(), one.values[:0, :, :0].clone()) for one in cache.layers]
@@ -85,10 +87,12 @@ class BatchedCache:
         kept = [(row, start) for row, start in enumerate(self._starts) if row not in new]
         columns = max([length, *(self.columns - start for _, start in kept)])
         moved, layers = columns - self.columns, []
+        width = columns + max(1, min(_MORE, self._most // count - columns))
+        rows = count + max(0, min(count, _SPARE, self._most // width - count))
         for pair in self._layers:
             made = []
             for own in pair:
-                tensor = own.new_zeros(count + min(count, _SPARE), own.shape[1], columns + _MORE, own.shape[3])
+                tensor = own.new_zeros(rows, own.shape[1], width, own.shape[3])
                 for row, start in kept:
                     tensor[row, :, start + moved : columns] = own[row, :, start : self.columns]
                 made.append(tensor)

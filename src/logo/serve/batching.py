@@ -37,9 +37,9 @@ from logo.serve.sampling import NO_TOKEN, Draw, Sampling, next_tokens
 
 # The most tokens of a prompt that are read between two steps of the rows, which wait meanwhile.
 _STEP_TOKENS = 512
-# The default for keys and values: so many bytes on a CPU, where other programs need memory, too, and at most this share
-# of what is free beside the model, of which adapters get 0.3; on other devices the second share.
-_USUAL, _CPU_SHARE, _SHARE = 2e9, 0.3, 0.5
+# The default for keys and values, which take twice as much while they are copied: this share of what is free beside the
+# model, of which adapters get 0.3, too; on a CPU, where other programs need memory, at most so many bytes.
+_SHARE, _USUAL = 0.3, 2e9
 STOPPED = "generation has stopped; restart the server"
 _log = logging.getLogger("logo.serve")
 
@@ -68,7 +68,7 @@ class MemoryPlan:
         tensors = [*model.parameters(), *model.buffers()]
         devices = {tensor.device for tensor in tensors}
         free = free_bytes(devices)
-        usual = min(_USUAL, _CPU_SHARE * free) if devices == {torch.device("cpu")} else _SHARE * free
+        usual = min(_SHARE * free, _USUAL if devices == {torch.device("cpu")} else free)
         kv = int(usual if memory.kv_cache_gb is None else 1e9 * memory.kv_cache_gb)
         plan = cls(sum(tensor.nbytes for tensor in tensors), adapters, kv, free)
         if adapters + kv > free:
@@ -147,12 +147,14 @@ class Batching:
         self._reader = prefix_cache or PrefixCache(model, 0)
         self._ends = end_tokens(model.generation_config)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self._packed, self._rows = Packed(adapters), BatchedCache(DynamicCache())
+        self._packed, self._rows = Packed(adapters), BatchedCache(DynamicCache(), self._tokens)
         self._gated: Sequence[Job] | None = None  # the rows whose gates are set
         self._waiting: list[Job] = []  # replaced or extended under the lock
         self._active: list[Job] = []  # the job of each row
         self._change = threading.Condition()
-        self._pausing, self._stepping, self._stopped = 0, False, False
+        self._pausing, self._inside = 0, 0  # how many wait for a pause or have one, and how many have one
+        self._owed = False  # a step has to come before the next pause, since the last one kept sequences waiting
+        self._stepping, self._stopped = False, False
         self._thread: threading.Thread | None = None
         self._news: list[Job] = []  # whose callers have not heard yet ...
         self._loop: asyncio.AbstractEventLoop | None = None  # ... and where they are
@@ -163,7 +165,7 @@ class Batching:
             with torch.inference_mode():
                 cache, one = DynamicCache(), torch.ones(1, 1, dtype=torch.int64, device=self._device)
                 self._reader.forward(one, one, cache, {})
-                self._rows = BatchedCache(cache)
+                self._rows = BatchedCache(cache, self._tokens)
             self._thread = threading.Thread(target=self._run, name="logo-generate", daemon=True)
             self._thread.start()
 
@@ -182,20 +184,23 @@ class Batching:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside the block the caller may use the model: sequences wait, and no mixture is active. NotReady: generation
-        has stopped."""
+        """Inside the block the caller may use the model: sequences wait, and no mixture is active. Between two blocks
+        there is a step, if there are sequences. NotReady: generation has stopped."""
         with self._change:
             self._pausing += 1
-            self._change.wait_for(lambda: not self._stepping)
-        try:
+            self._change.wait_for(lambda: self._stopped or not (self._stepping or self._owed))
             if self._stopped:
+                self._pausing -= 1
                 raise NotReady(STOPPED)
+            self._inside += 1
+        try:
             self._packed.clear()
             self._gated = None
             yield
         finally:
             with self._change:
-                self._pausing -= 1
+                self._pausing, self._inside = self._pausing - 1, self._inside - 1
+                self._owed = bool(self._waiting or self._active)
                 self._change.notify_all()
 
     @property
@@ -273,9 +278,13 @@ class Batching:
         with self._change:
             self._stepping = False
             self._change.notify_all()
-            self._change.wait_for(lambda: self._stopped or (not self._pausing and bool(self._waiting or self._active)))
-            self._stepping = not self._stopped
+            self._change.wait_for(self._may_step)
+            self._stepping, self._owed = not self._stopped, False
             return self._stepping
+
+    def _may_step(self) -> bool:
+        free = not self._inside if self._owed else not self._pausing
+        return self._stopped or (free and bool(self._waiting or self._active))
 
     def _step(self) -> None:
         """Reads some of the prompts that wait, and gives every row one token."""

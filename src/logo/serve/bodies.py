@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -19,12 +19,17 @@ from logo.adapters.adapter import Adapter
 from logo.core import Selection, Weighting
 from logo.serve.errors import bad_request, plain
 
+if TYPE_CHECKING:
+    from logo.selection.settings import SelectionSettings
+
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]  # above any vocabulary and context
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Tokens = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 Several = Field(min_length=1, fail_fast=True)
 StopTexts = tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...]
+# Settings of the selection that clients are not told: prompts and paths of the operator, and k, which has a default.
+_PRIVATE = ("calibration_prompts", "cache", "k")
 
 
 def read_json(raw: bytes) -> Any:
@@ -141,12 +146,14 @@ class Message(Body):
 
 
 class SelectRequest(ModelRequest):
-    """Body of `POST /v1/logo/select`: one prompt, or one conversation."""
+    """Body of `POST /v1/logo/select`: one prompt, or one conversation, and how long its answer would be."""
 
     model: str = "logo"
     prompt: str | Tokens | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
 
     @model_validator(mode="after")
     def _one_input(self) -> SelectRequest:
@@ -218,6 +225,7 @@ class _Generation(ModelRequest):
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = False
     max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None  # the same, by its newer name
 
     @model_validator(mode="after")
     def _nothing_unsupported(self) -> _Generation:
@@ -243,16 +251,19 @@ class CompletionRequest(_Generation):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts as a list of texts or token ids."""
-        one: Any = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if one else self.prompt  # type: ignore[return-value]
+        return self.prompt if self.several else [self.prompt]  # type: ignore[return-value]
+
+    @property
+    def several(self) -> bool:
+        """Whether they were given as a list of prompts, as a list of one may be."""
+        return not isinstance(self.prompt, str) and not isinstance(self.prompt[0], int)
 
 
 class ChatRequest(_Generation):
-    """Body of `POST /v1/chat/completions`; `max_tokens` is `max_completion_tokens` by its old name."""
+    """Body of `POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     chat_template_kwargs: dict[str, Any] | None = None
-    max_completion_tokens: Count | None = None
     add_special_tokens: Literal[False] = False  # a template writes them itself
 
 
@@ -282,10 +293,17 @@ def adapter_card(adapter: Adapter) -> dict[str, Any]:
 
 
 def adapter_list(
-    base: str, k: int, signals: Sequence[str], cards: Iterable[Mapping[str, Any]], selected: Counter[str]
+    base: str,
+    k: int,
+    signals: Sequence[str],
+    settings: SelectionSettings,
+    cards: Iterable[Mapping[str, Any]],
+    selected: Counter[str],
 ) -> dict[str, Any]:
     """Answer of `GET /v1/logo/adapters`: the cards of adapters with how often each was `selected` since the server
-    started, and the signals that requests may ask for, the usual one first."""
+    started, the signals that requests may ask for, the usual one first, and how the server selects, but for what is the
+    operator's alone."""
     data = [{**card, "selected": selected[card["id"]]} for card in cards]
-    about = {"base_model": base, "default_k": k, "signal": signals[0], "signals": list(signals)}
+    told = {name: value for name, value in vars(settings).items() if name not in _PRIVATE}
+    about = {"base_model": base, "default_k": k, "signal": signals[0], "signals": list(signals), "settings": told}
     return {"object": "list", **about, "data": data}

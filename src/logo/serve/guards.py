@@ -13,7 +13,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -77,9 +77,11 @@ class GuardSettings:
     key_adapters: Mapping[str, Patterns] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for option, keys in (("--api-key", self.api_keys), ("--key-adapters", self.key_adapters)):
-            if not all(_KEY.fullmatch(key) for key in keys):
-                raise UsageError(f"{option}: expected keys of printable ASCII characters without spaces")
+        for option, keys in (("--api-key or LOGO_API_KEY", self.api_keys), ("--key-adapters", self.key_adapters)):
+            if bad := [key for key in keys if not _KEY.fullmatch(key)]:
+                found = "one with other characters" if bad[0].strip() else "a blank one"
+                said = f"expected keys of printable ASCII characters without spaces, found {found}"
+                raise UsageError(f"{option}: {said}; give another one, or none at all for an open server")
         for origin in self.cors_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 found = shown(origin)
@@ -164,10 +166,11 @@ class Observed:
 
 class Access:
     """Refuses requests for other hosts, changes that a web page of another origin asks for, and requests without a key.
-    Routes find the adapters to which the key is bound in `request.state.adapters` (None: all)."""
+    Routes find the adapters to which the key is bound in `request.state.adapters` (None: all); the paths `opened` need
+    no key."""
 
-    def __init__(self, app: ASGIApp, settings: GuardSettings) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, settings: GuardSettings, opened: Collection[str] = _OPEN) -> None:
+        self.app, self._open = app, opened
         guarded = is_loopback(settings.host) or settings.allow_hosts
         self._hosts = {_host(name) for name in (*_LOOPBACK, settings.host, *settings.allow_hosts)} if guarded else None
         self._allowed = {_host(name) for name in settings.allow_hosts}
@@ -194,7 +197,7 @@ class Access:
             raise forbidden(f"Host: expected a name of this server, found {found}; see --allow-host")
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and not all(self._own(one, hosts) for one in origins):
             raise forbidden(f"Origin: expected this server's page, found {shown(origins[0])}; see --cors")
-        opened = path in _OPEN or (path.startswith(PAGE) and ".." not in path.split("/"))
+        opened = path in self._open or (path.startswith(PAGE) and ".." not in path.split("/"))
         if opened or not self._keys:
             return None
         given = headers.getlist("authorization")

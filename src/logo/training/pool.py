@@ -10,7 +10,7 @@ A folder of an adapter is written whole or not at all, so a run that was killed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -68,7 +68,8 @@ def train(
         base_model, device, model_dir: as `logo.models.load_base`.
         out: folder of the pool.
         tasks: names or patterns of tasks, separated by commas; empty: all.
-        overwrite: replace adapters that were made from something else, with all that stands beside them.
+        overwrite: replace adapters that were made from something else, with all that stands beside them. Another number
+            of example prompts needs no training: it is only their file that is written again.
         planned: called with the tasks to train and their steps at most, and the number of adapters that stand already.
         tell: called with a task, its steps so far and the loss, after each step.
 
@@ -88,6 +89,7 @@ def train(
     done: dict[str, Record] = {}
     failed: dict[str, str] = {}
     todo: dict[str, tuple[Task, dict[str, Any]]] = {}
+    other_prompts: dict[str, Sequence[str]] = {}
     for name, file in files.items():
         try:
             task = read_task(name, file, base.tokenizer, config, context_length(base.model))
@@ -103,6 +105,12 @@ def train(
             todo[name] = task, made_from
         else:
             done[name] = standing
+            if standing["config"].get("examples") != config.examples:
+                done[name] = {**standing, "config": {**standing["config"], "examples": config.examples}}
+                other_prompts[name] = task.prompts
+    for name, prompts in other_prompts.items():
+        with new_folder(out / name, replaced=(EXAMPLES,)) as new:
+            _write_notes(new, done[name], prompts)
     planned({name: config.length(len(task.learned)) for name, (task, _) in todo.items()}, len(done))
     for name, (task, made_from) in todo.items():
         try:
@@ -175,8 +183,13 @@ def _write(folder: Path, base_model: str, task: Task, fitted: Fitted, record: Re
     note = activation_note(folder, Activation(task.invocation) if task.invocation else Activation.parse(activation))
     with new_folder(folder, replaced=(EXAMPLES, NOTES)) as new:
         save_adapter(new, {name: tensor.cpu() for name, tensor in fitted.tensors.items()}, values)
-        (new / RECORD).write_text(yaml.safe_dump(dict(record), sort_keys=False), encoding="utf-8")
-        if task.prompts:
-            (new / EXAMPLES).write_bytes(examples_text(task.prompts))
+        _write_notes(new, record, task.prompts)
         if note is not None:
             (new / NOTES).write_text(note, encoding="utf-8")
+
+
+def _write_notes(folder: Path, record: Record, prompts: Sequence[str]) -> None:
+    """Writes what an adapter was made from, and its example prompts, if it has some."""
+    (folder / RECORD).write_text(yaml.safe_dump(dict(record), sort_keys=False), encoding="utf-8")
+    if prompts:
+        (folder / EXAMPLES).write_bytes(examples_text(prompts))

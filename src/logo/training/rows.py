@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from logo.adapters.activation import Activation, last_occurrence
 from logo.errors import DataError, LoGoError, StorageError, UsageError, closest, listed
 from logo.identity import fingerprint
-from logo.prompts import asked_text, chat, conversation_text, cut_left, text_ids, written_answer
+from logo.prompts import answer_ids, asked_text, chat, conversation_text, cut_left, text_ids, written_answer
 from logo.rows import Row, malformed, read_rows, requested, row_of
 from logo.scoring import joined
 from logo.training.config import ASSISTANT, TrainingConfig
@@ -205,7 +205,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
     else:
         prompt, text = text_ids(tokenizer, row.context), row.context
     answer = joined(text, row.golds[0]) if written is None else written.rstrip()
-    completion: list[int] = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    completion = answer_ids(tokenizer, answer)
     if written is not None and end and end[0] in completion:
         completion = completion[: len(completion) - completion[::-1].index(end[0])]
     else:

@@ -206,11 +206,7 @@ class Engine:
 
     async def scores(self, served: Served, signal: str, rows: Rows, among: Among, **how: bool) -> list[list[float]]:
         """Scores of the adapters of a pool for prompts, which run as probes; arguments as `Scorer` and `Probe`.
-
-        Raises:
-            NotFinite: a score overflowed.
-            ModelError: a prompt could not be scored.
-        """
+        NotFinite: a score overflowed; ModelError: a prompt could not be scored."""
         digest, window = served.pool.digest, served.opened[signal].signal.window
         left, found = list(range(len(rows))), dict[int, Any]()
         for _ in range(_TRIES):
@@ -261,14 +257,8 @@ class Engine:
     # -- mixing --------------------------------------------------------------------------------------------------
 
     def mix(self, served: Served, selection: Selection, prompt: int | None = None) -> Mix:
-        """The mixture of a selection, with the adapters of the pool that it was made from.
-
-        Args:
-            prompt: the number of tokens of the prompt, if a completion that is scored follows it.
-
-        Raises:
-            UsageError: a weight is too large.
-        """
+        """The mixture of a selection, with the adapters of the pool that it was made from; `prompt`: the number of
+        tokens of the prompt, if a completion that is scored follows it. UsageError: a weight is too large."""
         weights = []
         for name, weight in selection.mixture.items():
             if not abs(weight) <= MOST_WEIGHT:

@@ -340,11 +340,8 @@ def _scored(output: Any, gold: Sequence[int]) -> Scored:
 
 
 def _folder_of(pool: AdapterPool, settings: SelectionSettings, on_bad_adapter: OnBadAdapter) -> str:
-    """The folder that holds exactly the adapters of an open pool, as they are in it.
-
-    Raises:
-        PoolError: there is no such folder, so that vLLM's processes cannot open this pool.
-    """
+    """The folder that holds exactly the adapters of an open pool, as they are in it; PoolError: there is none, so that
+    vLLM's processes cannot open this pool."""
     wanted = AdapterPool(replace(one, examples=()) for one in pool) if settings.examples == "ignore" else pool
     how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "examples": settings.examples}
     roots = {str(adapter.folder.absolute()).removesuffix(f"/{adapter.name}") for adapter in pool}

@@ -47,10 +47,7 @@ class VllmOptions:
     @classmethod
     def of(cls, additional: Mapping[str, Any] | None, environment: Mapping[str, str]) -> VllmOptions | None:
         """The options that are given; None if there are none. Those of `--additional-config` take precedence.
-
-        Raises:
-            UsageError: an option that does not exist or cannot be used.
-        """
+        UsageError: an option that does not exist or cannot be used."""
         given: dict[str, Any] = json_object(environment[OPTIONS], OPTIONS) if environment.get(OPTIONS) else {}
         if environment.get(POOL):
             given["pool"] = environment[POOL]

@@ -53,11 +53,7 @@ def pool_of(
 
 
 def scoring_signals(options: VllmOptions, model: PreTrainedModel, pool: AdapterPool) -> tuple[str, ...]:
-    """The signals of the options that can score a pool, the settings' own first.
-
-    Raises:
-        LoGoError: the settings' own signal cannot score it.
-    """
+    """The signals of the options that can score a pool, the settings' own first; LoGoError: that one cannot."""
     usable = []
     for signal in options.all_signals:
         try:

@@ -13,6 +13,7 @@ import copy
 import json
 import math
 import os
+import re
 import time
 import uuid
 from argparse import Namespace
@@ -23,6 +24,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm import SamplingParams, envs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -36,8 +38,8 @@ from logo.errors import LoGoError, UsageError
 from logo.prompts import asked_text, read
 from logo.selection.selector import forced
 from logo.serve import bodies
-from logo.serve.errors import ApiError, bad_request, failed
-from logo.serve.guards import Access, GuardSettings
+from logo.serve.errors import ApiError, bad_request, failed, not_found, shown
+from logo.serve.guards import Access, GuardSettings, response
 from logo.serve.names import AUTO, Models
 from logo.vllm.engine import Engine, Served
 from logo.vllm.metrics import Counts
@@ -46,6 +48,13 @@ from logo.vllm.pool import head_adapter
 from logo.vllm.requests import Mix
 from logo.vllm.selftest import check
 
+# What needs no key, and what may be posted to besides our routes: it generates nothing and changes no adapter.
+_OPEN = ("/health", "/ready", "/readyz", "/ping", "/metrics", "/metrics/")
+_HARMLESS = re.compile(
+    "/(tokenize|detokenize|ping|sleep|wake_up|release_kv_cache_memory|pause|resume|abort_requests|(start|stop)_profile"
+    "|reset_(prefix|mm|encoder)_cache|v1/messages/count_tokens|v1/responses/[^/]+/cancel|cohere/v2/chat/render"
+    "|v1/(completions|chat/completions|messages|responses)/(de)?render)"
+)
 NOT_FINITE = (
     "the model's logits are NaN, so nothing can be generated from them: an adapter, or the base model, is too large "
     "for the model's dtype; leave that adapter out, or use float32"
@@ -64,12 +73,15 @@ class Routes:
         app.state.logo = None
         app.exception_handler(ApiError)(_refusal)
         app.exception_handler(LoGoError)(_refusal)
-        if options is not None:  # vLLM asks for keys, but neither for the host nor for the origin
-            app.add_middleware(Access, settings=GuardSettings(options.host, (), 0, options.hosts, options.origins))
         posted: dict[str, Any] = {"/v1/completions": _completion, "/v1/chat/completions": _chat}
         posted |= {"/v1/responses": _response, "/v1/logo/select": _select}
         if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING or (options is not None and options.adapter_changes):
             posted |= {"/v1/load_lora_adapter": _load, "/v1/unload_lora_adapter": _unload}
+        if options is not None:  # vLLM asks for keys on some paths, but neither for the host nor for the origin
+            keys = tuple(key for key in app.state.args.api_key or [envs.VLLM_API_KEY] if key)
+            guards = GuardSettings(options.host, keys, 0, options.hosts, options.origins)
+            app.add_middleware(Ours, paths=tuple(posted))
+            app.add_middleware(Access, settings=guards, opened=_OPEN)
         for path, route in posted.items():
             app.post(path, dependencies=[Depends(validate_json_request)])(with_cancellation(load_aware_call(route)))
         app.get("/v1/models")(_models)
@@ -82,6 +94,25 @@ class Routes:
         except LoGoError as error:
             log.error("LoGo: %s", error)
             raise SystemExit(1) from None
+
+
+class Ours:
+    """The layer that refuses what vLLM would answer without LoGo, or would put into LoGo's slots: websockets, and all
+    that is sent to other than these `paths` and harmless ones."""
+
+    def __init__(self, app: ASGIApp, paths: Sequence[str]) -> None:
+        self.app, self._paths = app, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
+        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            if path.rstrip("/") not in self._paths and not _HARMLESS.fullmatch(path.rstrip("/")):
+                said = f"expected one of {', '.join(self._paths)}, which answer with adapters; use one of these"
+                error = not_found(f"{scope['method']} {shown(path)}: {said}")
+                return await response(error)(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 def _engine(client: Any) -> Engine:
@@ -144,7 +175,8 @@ class Logo:
     """LoGo in a server, as `app.state.logo`: an open engine, and the name of the base model alone."""
 
     def __init__(self, engine: Engine, base: str) -> None:
-        self.engine, self.base, self.counts, self.change = engine, base, Counts(), engine.change
+        self.engine, self.base, self.counts = engine, base, Counts()
+        self.cards = {one.name: bodies.adapter_card(one) for one in self.pool}  # kept: files may be removed later
 
     @classmethod
     async def opened(cls, client: Any, state: Any) -> Logo:
@@ -165,6 +197,12 @@ class Logo:
         """What prompts are selected from now."""
         return self.engine.served.pool
 
+    async def change(self, kind: str, name: str, folder: str = "") -> None:
+        """See `Engine.change`."""
+        await self.engine.change(kind, name, folder)
+        kept = {other: card for other, card in self.cards.items() if other != name}
+        self.cards = {one.name: kept.get(one.name) or bodies.adapter_card(one) for one in self.pool}
+
     def names(self, served: Served | None = None) -> Models:
         """The names that requests may give as `model`, for a pool (None: as it is now)."""
         served = served or self.engine.served
@@ -173,11 +211,8 @@ class Logo:
     async def choose(
         self, model: str, options: bodies.LogoOptions | None, rows: Sequence[Sequence[int]], alone: bool = False
     ) -> tuple[list[Chosen], list[Mix]]:
-        """The mixture of each prompt of a request, of which these token ids are probed; `alone`: as `Probe`.
-
-        Raises:
-            ApiError, LoGoError: there is no such model, or the options cannot be used.
-        """
+        """The mixture of each prompt of a request, of which these token ids are probed; `alone`: as `Probe`. ApiError,
+        LoGoError: there is no such model, or the options cannot be used."""
         engine = self.engine
         async with engine.using() as served:
             wanted = self.names(served).mixture_request(model, options)
@@ -201,14 +236,9 @@ class Logo:
     async def answer(
         self, request: Any, raw: Request, by: tuple[str, str], rows: Sequence[Sequence[int]], several: bool = False
     ) -> Response:
-        """Has vLLM answer a request with the mixtures of its prompts.
-
-        Args:
-            request: parsed by vLLM's class.
-            by: the name of vLLM's serving object in the app's state, and of its method.
-            rows: the token ids that are probed of each prompt.
-            several: whether the field `logo` of the reply is a list.
-        """
+        """Has vLLM answer a request, parsed by its class, with the mixtures of its prompts, of each of which `rows` has
+        the token ids that are probed. `by`: the names of vLLM's serving object in the app's state, and of its method;
+        `several`: whether the field `logo` of the reply is a list."""
         handler = getattr(raw.app.state, by[0])
         if handler is None:
             raise ApiError(501, "this model does not answer requests of this kind", "invalid_request_error")
@@ -383,8 +413,8 @@ async def _models(raw_request: Request) -> Response:
 async def _adapters(raw_request: Request) -> Response:
     """`GET /v1/logo/adapters`"""
     logo = _logo(raw_request)
-    cards, signals = map(bodies.adapter_card, logo.pool), tuple(logo.engine.served.opened)
-    return JSONResponse(bodies.adapter_list(logo.base, logo.engine.k, signals, cards, logo.counts.chosen))
+    how = logo.engine.k, tuple(logo.engine.served.opened), logo.engine.options.settings
+    return JSONResponse(bodies.adapter_list(logo.base, *how, logo.cards.values(), logo.counts.chosen))
 
 
 async def _refusal(request: Request, error: Exception) -> Response:

@@ -30,10 +30,7 @@ def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> Pr
     whose files were fetched before. Each parameter has a function `read`, which reads it from the checkpoint, a
     `sample` of its values, and the type `stored` there; if the checkpoint lacks its name, there is no sample and no
     type, and `read` returns an empty tensor. The model then has a digest `others` of what the checkpoint has instead.
-
-    Raises:
-        ModelError: transformers does not know the model, or its files cannot be read.
-    """
+    ModelError: transformers does not know the model, or its files cannot be read."""
     import transformers
 
     folder = fetch(source, revision=revision)

@@ -44,12 +44,8 @@ class Slots:
 
     @asynccontextmanager
     async def held(self, keys: Collection[str]) -> AsyncIterator[None]:
-        """Inside the block, these adapters are in slots.
-
-        Raises:
-            UsageError: there can never be room for them.
-            LoGoError: one cannot be loaded.
-        """
+        """Inside the block, these adapters are in slots; UsageError: there can never be room for them; LoGoError: one
+        cannot be loaded."""
         if not keys:  # the base model alone waits for nobody
             yield
             return

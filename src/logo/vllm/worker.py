@@ -92,11 +92,8 @@ class Worker:
     # -- vLLM's model --------------------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module) -> None:
-        """Puts our wrapper, with a tap, into every layer that vLLM has wrapped.
-
-        Raises:
-            ModelError: a layer that adapters act on, or that is probed, is not one that vLLM can adapt.
-        """
+        """Puts our wrapper, with a tap, into every layer that vLLM has wrapped; ModelError: a layer that adapters act
+        on, or that is probed, is not one that vLLM can adapt."""
         from vllm.distributed import tensor_model_parallel_all_gather
 
         self._adapters = manager = self._manager._adapter_manager
@@ -216,11 +213,8 @@ class Worker:
     # -- adapters ------------------------------------------------------------------------------------------------
 
     def load(self, into: Sequence[tuple[int, str]]) -> None:
-        """Puts adapters, by key, into slots that no request in progress uses, which are numbered from 0 on.
-
-        Raises:
-            AdapterError: one cannot be read or overflows; its slot is empty then.
-        """
+        """Puts adapters, by key, into slots that no request in progress uses, which are numbered from 0 on;
+        AdapterError: one cannot be read or overflows; its slot is empty then."""
         from vllm.lora.lora_model import LoRAModel
         from vllm.lora.lora_weights import LoRALayerWeights
 

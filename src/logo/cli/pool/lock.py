@@ -25,9 +25,9 @@ def lock(
     on_bad_adapter: OnBadAdapter = "error",
     json: bool = False,
 ) -> None:
-    """Write a manifest of a pool: the source, the commit and the digest of each adapter.
+    """Write a manifest of a pool: the source, the commit and the digests of each adapter.
 
-    Opening the manifest (`--adapters pool.yaml`) gives the same weights, or an error that names the change.
+    Opening the manifest (`--adapters pool.yaml`) gives the same adapters, or an error that names the change.
 
     Example: logo pool lock 'org/my-loras-*' --save pool.yaml --on-bad-adapter skip
 
@@ -46,9 +46,8 @@ def lock(
     if save.exists() and not overwrite:
         raise UsageError(f"--save {save}: exists already; choose another name, or add --overwrite")
     asked = [source for text in sources for source in _sources(text)]
-    manifests = [Path(source.where) for source in asked if source.kind == "manifest"]
-    manifests += [save] if save.exists() else []
-    kept = {entry.name: entry.examples for file in manifests for entry in read_manifest(file).entries}
+    before = read_manifest(save).entries if save.exists() else ()
+    kept = {entry.name or entry.source.removeprefix("./"): entry.examples for entry in before}
     skip = on_bad_adapter == "skip"
     found, refused, k = gather(asked, skip=skip, verify=True if skip else None)
 
@@ -63,7 +62,11 @@ def lock(
         bad += misfits
     where = ",".join(sources)
     pool = AdapterPool.found(where, good, [*refused, *bad], on_bad_adapter, k)
-    entries = [Entry(_source(one, save), one.name, one.revision, one.sha256, kept.get(one.name)) for one in pool]
+    entries = []
+    for one in pool:
+        source = _source(one, save)
+        examples = one.examples if one.listed else kept.get(one.name, kept.get(source.removeprefix("./")))
+        entries.append(Entry(source, one.name, one.revision, one.sha256, one.digest, examples))
     write_manifest(save, Manifest(entries, k))
     if json:
         print_json({"file": str(save), "adapters": list(map(vars, entries)), "refused": refusals(pool.refused)})

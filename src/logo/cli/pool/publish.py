@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from statistics import fmean
 from typing import Any
 
+from logo.adapters.activation import Activation, noted
 from logo.adapters.adapter import Adapter, own_name
 from logo.adapters.peft import CONFIG, NOTES, RECORD, SAFETENSORS
 from logo.errors import HubError, UsageError
@@ -78,7 +79,7 @@ def contents_of(
     for adapter in adapters:
         above = [home for home in (adapter.folder, *adapter.folder.parents) if home.is_relative_to(root)]
         notes = [home / NOTES for home in above if (home / NOTES).is_file()]
-        if adapter.activation.last is not None and not notes:
+        if noted(adapter.folder, Activation(adapter.config.invocation), root) != adapter.activation:
             why = f"because of a {NOTES} in the folder above it, which is not uploaded: push that, or copy it here"
             raise UsageError(f"{adapter.folder} acts on {adapter.activation} {why}")
         sent += [adapter.folder / CONFIG, adapter.folder / SAFETENSORS]

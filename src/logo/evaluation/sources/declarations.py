@@ -1,8 +1,8 @@
 """Declarations of datasets, read from small YAML files: where the rows are, and templates of prompts and gold texts.
 
 Every value in such a file is text or a mapping of texts (`no` is the word no, `1` the character 1), nothing in it can
-run code, and a key that is not known is an error. `docs/datasets.md` describes the keys; the declarations of this
-package are beside this module, in `files`.
+run code, and a key that is not known is an error. `Declaration` and `Source` describe the keys; the declarations of
+this package are beside this module, in `files`.
 """
 
 from __future__ import annotations
@@ -113,6 +113,9 @@ def load_declaration(file: Path) -> Declaration:
     try:
         top = _checked("", value, Declaration)
         source = Source(**_checked("source.", top["source"], Source))
+        for split in SPLITS:
+            if (path := getattr(source, split)).startswith("/"):
+                raise DataError(f"source.{split}: expected a split, or a path below source.repo, found {path!r}")
         if source.is_local:
             source = replace(source, repo=str((file.parent / source.repo).absolute()))
         dataset_file("", top["name"])

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,10 +164,19 @@ def _rows(root: Path, names: Sequence[str]) -> Iterator[tuple[str, Mapping[str, 
     try:  # not with `load_dataset`, which reports every use to a server; this is the reader inside it
         rows = readers[ending]([str(root / name) for name in names], streaming=True)
         for number, row in enumerate(rows, start=1):
-            yield f"{names[0]}: row {number}", row
+            yield f"{names[0]}: row {number}", row if ending == ".parquet" else _undated(row)
     except Exception as error:  # the boundary: pyarrow and datasets each raise their own kinds
         said = " ".join(f"{error.__cause__ or error!r:.200}".split())
         raise DataError(f"{names[0]}: cannot be read as {ending.removeprefix('.')} ({said})") from error
+
+
+def _undated(value: Any) -> Any:
+    """A value of JSON in which dates are texts again, which the reader takes for times."""
+    if isinstance(value, dict):
+        return {name: _undated(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_undated(one) for one in value]
+    return str(value.date()) if isinstance(value, datetime) and value.time() == time() else value
 
 
 def _instances(declaration: Declaration, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Instances:
