@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsons
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -223,7 +224,9 @@ def verify(
         wrong = [f"not on the server: {name}" for name in logo.names if name not in served]
         wrong += [f"not in the pool: {name}" for name in sorted(served.difference(logo.names))]
         texts = {name: logo.fitted[name].examples[:limit] or common for name in logo.names if name in served}
-        own = {name: logo.prompts.read(some, TOKENS) for name, some in texts.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # some are cut, for the server and for the library alike
+            own = {name: logo.prompts.read(some, TOKENS) for name, some in texts.items()}
         prompts = list(dict.fromkeys(one for some in own.values() for one in some))
         prompts = prompts or logo.prompts.read(common, TOKENS)
         check = Check(server, logo, base, workers, server.has_logprobs(base))
