@@ -228,7 +228,7 @@ def open_adapter(
     Args:
         name: its name in the pool; default: the folder's own name.
         allow_pickle: also read `adapter_model.bin` (with `weights_only=True`) if there is no safetensors file.
-        top: the folder above which no `pool.json` applies, of a repository its own; default: every one applies.
+        top: the folder above which no `pool.json` applies, such as that of a repository; default: every one applies.
         unconverted: see `logo.adapters.peft.parse_config`.
 
     Raises:
