@@ -31,7 +31,7 @@ from logo.adapters.activation import EVERYWHERE, earliest, warn_of_silent
 from logo.adapters.pool import AdapterPool
 from logo.core import Form, Generation, Selection
 from logo.endings import EndRule, at_newline, at_texts, cut_after_end, cut_at, end_tokens
-from logo.errors import NotFinite, UsageError, check_type, closest, listed
+from logo.errors import LoGoError, NotFinite, UsageError, check_type, closest, listed
 from logo.mixing.mixer import PASS, Mixer, Mixture
 from logo.models import ModelLock, input_device, lock_of, padded
 from logo.prefix_cache import PrefixCache, cache_argument
@@ -55,9 +55,10 @@ _KNOWN = frozenset(name for name in vars(GenerationConfig()) if not name.startsw
 _PLAIN = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 _PLAIN |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 # What a config leaves open, which the checkpoint says without a choice of how to decode.
-_OF_CHECKPOINT = ("bos_token_id", "eos_token_id", "pad_token_id", "stop_strings", "cache_implementation")
-_ABOVE_0 = ("temperature", "top_p", "repetition_penalty", "num_beams", "max_time")
-_FROM_0 = ("top_k", "min_new_tokens")
+_OF_CHECKPOINT = ("bos_token_id", "eos_token_id", "stop_strings", "cache_implementation")
+# Numbers that have to be above 0, or 0 or more, with the type that transformers wants.
+_ABOVE_0 = {"temperature": float, "top_p": float, "repetition_penalty": float, "max_time": float, "num_beams": int}
+_FROM_0 = {"top_k": int, "min_new_tokens": int}
 _SAMPLING = ("temperature", "top_p", "top_k")
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 # Transformers' names of caches that hold what a plain one holds; Gemma's checkpoints use the last.
@@ -93,9 +94,9 @@ def call_config(
         made = GenerationConfig() if config is None else copy.deepcopy(config)
         made.update(**options)
     except (AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"generation options: transformers refuses them: {' '.join(str(error).split())}") from error
+        raise _refused(error) from error
     filled = _PLAIN | ({} if checkpoint is None else {name: getattr(checkpoint, name) for name in _OF_CHECKPOINT})
-    for name, value in {**filled, "pad_token_id": filled.get("pad_token_id") or prompts.pad_id}.items():
+    for name, value in {**filled, "pad_token_id": prompts.pad_id}.items():
         if getattr(made, name) is None:
             setattr(made, name, copy.deepcopy(value))
     _check_values(made)
@@ -109,14 +110,21 @@ def call_config(
     return made
 
 
+def _refused(error: Exception) -> UsageError:
+    return UsageError(f"generation options: transformers refuses them: {' '.join(str(error).split())}")
+
+
 def _check_values(config: GenerationConfig) -> None:
-    for name in (*_ABOVE_0, *_FROM_0):
+    for name, kind in (_ABOVE_0 | _FROM_0).items():
         value = getattr(config, name)
         if value is None or (name in _SAMPLING and not config.do_sample):
             continue
         if not isinstance(value, Real) or float(value) < 0 or (name in _ABOVE_0 and not float(value) > 0):
             expected = "a number above 0" if name in _ABOVE_0 else "0 or more"
             raise UsageError(f"{name}: expected {expected}, found {value!r:.60}")
+        if kind(value) != value:
+            raise UsageError(f"{name}: expected a whole number, found {value!r:.60}")
+        setattr(config, name, kind(value))
     if config.do_sample and config.top_p is not None and config.top_p > 1:
         raise UsageError(f"top_p: expected a share above 0 and up to 1, found {config.top_p!r:.60}")
     mode = config.get_generation_mode()
@@ -337,6 +345,7 @@ class Decoder:
         pool, config, rules = batch.pool, copy.copy(batch.decoding.config), batch.decoding.rules(self.prompts.tokenizer)
         ids, mask = padded(batch.rows, input_device(self.model), self.prompts.pad_id, left=True)
         config.stop_strings = None  # the rules contain them
+        config.disable_compile = True  # what is compiled does not see gates that are hooked in later
         if rules:
             criteria = (*criteria, EndRows(rules, ids.shape[1]))
         finite = _Finite(stop=options.get("streamer") is not None)
@@ -352,14 +361,19 @@ class Decoder:
             _without_checkpoint(self.model),
             torch.no_grad(),
         ):
-            output = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList(criteria),
-                logits_processor=LogitsProcessorList([finite]),
-                **options,
-            )
+            try:
+                output = self.model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    generation_config=config,
+                    stopping_criteria=StoppingCriteriaList(criteria),
+                    logits_processor=LogitsProcessorList([finite]),
+                    **options,
+                )
+            except LoGoError:
+                raise
+            except (TypeError, ValueError) as error:  # of a value that transformers looks at only now
+                raise _refused(error) from error
         bad = finite.first(len(batch.rows))
         if bad is not None:
             raise overflow(batch.selections[bad].mixture)

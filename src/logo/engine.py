@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
@@ -370,6 +371,8 @@ class LoGo:
         unknown = [repr(name) for name in scores if name not in pool]
         if unknown:
             raise PoolError(f"reselect: expected scores of adapters in the pool, found those of {listed(unknown, 5)}")
+        for name, score in scores.items():
+            check_type(f"reselect: the score of {name!r}", score, Real, "a number")
         # A loop over an open stream, which holds the lock, waits only if the signal has to be calibrated first.
         selector = replace(self._scorer(call.signal).selector, names=tuple(scores))
         return selector(torch.tensor(list(scores.values())), call)

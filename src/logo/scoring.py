@@ -148,9 +148,9 @@ def score_pairs(
         UsageError: see `continued_rows`; or a token that the model does not know.
         CacheFull: the adapters of a batch do not fit into the memory for adapters.
     """
-    rows = continued_rows(pairs, mixtures, prompts.context, apart=pool.activations != (EVERYWHERE,))
     for number, (prompt, completion) in enumerate(pairs, start=1):
         prompts.check_known(f"pair {number}", (*prompt, *completion))
+    rows = continued_rows(pairs, mixtures, prompts.context, apart=pool.activations != (EVERYWHERE,))
     vocabulary, scored = len(prompts.tokenizer), dict[int, Scored]()
     batches = list(batches_by_length([len(row.ids) for row in rows], batch_size, tokens=MAX_TOKENS))
     while batches:

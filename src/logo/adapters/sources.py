@@ -267,8 +267,8 @@ def _walk(root: Path, where: str, single: bool) -> tuple[list[str], list[Adapter
     """The paths below `root`, in messages `where`, of folders with an adapter, sorted, and what cannot be looked into.
 
     Hidden folders are skipped. Links are followed, after all real folders; a folder is found once, so that links in a
-    circle end. A dead link, and a folder that cannot be listed, may stand for adapters, so they are told. A `single`
-    adapter may have others below its folder.
+    circle end. A dead link, another link to a folder, and a folder that cannot be listed are told. A `single` adapter
+    may have others below its folder.
     """
     expected = f"expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth"
     found, bad, seen, starts = list[str](), list[AdapterError](), set[tuple[int, int]](), [str(root)]
@@ -284,6 +284,10 @@ def _walk(root: Path, where: str, single: bool) -> tuple[list[str], list[Adapter
             stat = os.stat(current)
             if (stat.st_dev, stat.st_ino) in seen:
                 folders.clear()
+                link = Path(start)
+                if current == start and not link.parent.resolve().is_relative_to(link.resolve()):  # it does not lead back
+                    name = link.relative_to(root).as_posix()
+                    bad.append(LeftOut(name, f"it is a link to {link.resolve()}, which is in the pool already"))
                 continue
             seen.add((stat.st_dev, stat.st_ino))
             folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
