@@ -285,7 +285,7 @@ def _walk(root: Path, where: str, single: bool) -> tuple[list[str], list[Adapter
             if (stat.st_dev, stat.st_ino) in seen:
                 folders.clear()
                 link = Path(start)
-                if current == start and not link.parent.resolve().is_relative_to(link.resolve()):  # it does not lead back
+                if current == start and not link.parent.resolve().is_relative_to(link.resolve()):  # not back
                     name = link.relative_to(root).as_posix()
                     bad.append(LeftOut(name, f"it is a link to {link.resolve()}, which is in the pool already"))
                 continue
