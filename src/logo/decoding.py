@@ -30,7 +30,7 @@ from transformers.generation import GenerationMode
 from logo.adapters.activation import EVERYWHERE, earliest, warn_of_silent
 from logo.adapters.pool import AdapterPool
 from logo.core import Form, Generation, Selection
-from logo.endings import EndRule, at_newline, at_texts, cut_after_end, cut_at, end_tokens
+from logo.endings import EndRule, at_newline, at_stop_strings, at_texts, cut_after_end, cut_at, end_tokens
 from logo.errors import LoGoError, NotFinite, UsageError, check_type, closest, listed
 from logo.mixing.mixer import PASS, Mixer, Mixture
 from logo.models import ModelLock, input_device, lock_of, padded
@@ -190,9 +190,9 @@ class Decoding:
 
     def rules(self, tokenizer: PreTrainedTokenizerBase) -> list[EndRule]:
         """Further rules that end an answer. They replace transformers' own, which also search the prompt for texts."""
-        config = self.config
-        texts = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
-        rules = [at_texts(tokenizer, some) for some in (texts, self.stop) if some]
+        rules = at_stop_strings(self.config, tokenizer)
+        if self.stop:
+            rules.append(at_texts(tokenizer, self.stop))
         if self.stop_at_newline:
             rules.append(at_newline(tokenizer, official=self.stop_at_newline == "official"))
         return rules

@@ -51,6 +51,12 @@ def at_texts(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> EndRul
     return holds
 
 
+def at_stop_strings(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[EndRule]:
+    """What ends an answer by a config's `stop_strings`, behind one of which it ends."""
+    texts = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
+    return [at_texts(tokenizer, texts)] if texts else []
+
+
 def cut_at(text: str, stops: Sequence[str]) -> str:
     """The text before the first occurrence of any stop text; all of it if there is none."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]

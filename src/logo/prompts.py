@@ -122,9 +122,7 @@ class Prompts:
         return Prompt(ids, probed, prompt.text)
 
     def check_known(self, what: str, ids: Sequence[int]) -> None:
-        """Raises UsageError for ids, of what `what` names, that are no tokens, or none that the model knows."""
-        if not all(isinstance(one, numbers.Integral) and one >= 0 for one in ids):
-            raise UsageError(f"{what}: expected ids of tokens, found {ids!r:.60}")
+        """Raises UsageError if tokens of a text, which is named by `what`, are beyond those that the model knows."""
         if self.vocabulary is not None and (token := max(ids, default=0)) >= self.vocabulary:
             found = f"{what} has the token {self.tokenizer.convert_ids_to_tokens(token)!r} ({token})"
             raise UsageError(

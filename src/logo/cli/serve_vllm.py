@@ -19,6 +19,7 @@ from logo.cli.output import note, out
 from logo.cli.prompts import or_demo
 from logo.cli.serve_options import ServerOptions
 from logo.errors import UsageError, need
+from logo.mixing.cache import bytes_of
 from logo.models import load_config, loading, resolve_base, skeleton
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 OPEN = "Listening on {} without an API key: everybody who reaches it may use it. --api-key requires one."
 
-# vLLM interprets the escape sequence.
-PLAIN_CHAT = "{% for m in messages %}{{ m.content }}{% if not loop.last %}\\n{% endif %}{% endfor %}"
+# The line break stands in an expression, since templates lose one that stands behind a block.
+PLAIN_CHAT = '{% for m in messages %}{{ m.content or "" }}{% if not loop.last %}{{ "\\n" }}{% endif %}{% endfor %}'
 
 LORA_UPDATES = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 _CPU_CACHE_GB = 2.0
@@ -150,7 +151,7 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     flags = [
         *("--dtype", str(dtype)),
         *("--max-num-seqs", str(server.max_concurrent)),
-        *(() if cache is None else ("--kv-cache-memory-bytes", str(int(cache * 1e9)))),
+        *(() if cache is None else ("--kv-cache-memory-bytes", str(bytes_of("--kv-cache-gb", cache)))),
         *(("--block-size", str(_CPU_BLOCK)) if on_cpu else ()),
         *("--allowed-origins", json.dumps(server.cors or [])),
         *(() if template is None else ("--chat-template", template)),

@@ -168,7 +168,12 @@ class _Api:
         rows = await _beside(size, lambda: [read(self._tokenizer, prompt) for prompt in prompts])
         if not all(rows):
             raise bad_request("prompt: expected a text, found an empty one", "prompt")
+        self._check_known("prompt", rows)
         return rows
+
+    def _check_known(self, what: str, rows: Sequence[Prompt]) -> None:
+        for row in rows:
+            self.service.logo.prompts.check_known(what, row.ids)
 
     async def _conversation(self, body: bodies.ChatRequest | bodies.SelectRequest) -> list[Prompt]:
         """Reads a conversation; ApiError or UsageError: it has no tokens, the model's template refuses it, or a
@@ -181,6 +186,7 @@ class _Api:
         prompt = await _beside(size, lambda: chat(self._tokenizer, turns, probed, variables))
         if not prompt.ids:
             raise bad_request("messages: expected a text, found an empty one", "messages")
+        self._check_known("messages", [prompt])
         return [prompt]
 
     def _room(self, body: _Asking, prompts: Sequence[Prompt]) -> int:

@@ -25,9 +25,9 @@ from transformers import DynamicCache
 
 from logo.core import FinishReason
 from logo.decoding import OVERFLOW
-from logo.endings import end_tokens
+from logo.endings import EndRule, end_tokens
 from logo.errors import ModelError, NotFinite, UsageError
-from logo.mixing.cache import AdapterCache, free_bytes
+from logo.mixing.cache import AdapterCache, bytes_of, free_bytes
 from logo.models import input_device, padded, text_config
 from logo.prefix_cache import PrefixCache, cache_argument, laid_out, reusable
 from logo.serve.batched_cache import BatchedCache
@@ -69,7 +69,7 @@ class MemoryPlan:
         devices = {tensor.device for tensor in tensors}
         free = free_bytes(devices)
         usual = min(_SHARE * free, _USUAL if devices == {torch.device("cpu")} else free)
-        kv = int(usual if memory.kv_cache_gb is None else 1e9 * memory.kv_cache_gb)
+        kv = int(usual) if memory.kv_cache_gb is None else bytes_of("--kv-cache-gb", memory.kv_cache_gb)
         plan = cls(sum(tensor.nbytes for tensor in tensors), adapters, kv, free)
         if adapters + kv > free:
             together = "adapters and keys and values together do not fit"
@@ -80,7 +80,7 @@ class MemoryPlan:
         """How many tokens have room, padding included, beside `shared` bytes for prompt prefixes; UsageError: none."""
         if shared >= self.kv:
             rest = f"leave nothing of the {self.kv / 1e9:.2f} GB for keys and values (--kv-cache-gb)"
-            raise UsageError(f"{shared / 1e9:.2f} GB for prompt prefixes (--prefix-cache-gb) {rest}")
+            raise UsageError(f"{shared / 1e9:.2f} GB for prompt prefixes {rest}")
         config = text_config(model)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -126,11 +126,18 @@ class Batching:
     values of earlier tokens; UsageError: there is less memory.
 
     `context` is the most tokens of a prompt and its answer (None: the model has no limit), as an attribute within the
-    memory for keys and values, too. `prefix_cache`: for adapters that act from a position on only.
+    memory for keys and values, too. `prefix_cache`: for adapters that act from a position on only. `rules`: what ends
+    an answer beside the checkpoint's end tokens.
     """
 
     def __init__(
-        self, model: Any, adapters: AdapterCache, memory: Memory, context: int | None, prefix_cache: PrefixCache | None
+        self,
+        model: Any,
+        adapters: AdapterCache,
+        memory: Memory,
+        context: int | None,
+        prefix_cache: PrefixCache | None,
+        rules: Sequence[EndRule] = (),
     ) -> None:
         if not reusable(model, longer=False):
             kept = "it keeps more of earlier tokens than keys and values"
@@ -145,7 +152,7 @@ class Batching:
         self._model, self._prefix_cache = model, prefix_cache
         self._concurrent, self._device = memory.concurrent, input_device(model)
         self._reader = prefix_cache or PrefixCache(model, 0)
-        self._ends = end_tokens(model.generation_config)
+        self._ends, self._rules = end_tokens(model.generation_config), rules
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._packed, self._rows = Packed(adapters), BatchedCache(DynamicCache(), self._tokens)
         self._gated: Sequence[Job] | None = None  # the rows whose gates are set
@@ -392,7 +399,8 @@ class Batching:
                 continue
             job.tokens.append(token)  # a reason comes later, so that no caller sees it without its token
             full = len(job.tokens) == job.sampling.max_tokens
-            job.reason = "stop" if token in self._ends else "length" if full else None
+            ended = token in self._ends or any(rule(job.tokens) for rule in self._rules)
+            job.reason = "stop" if ended else "length" if full else None
             job.ended = job.reason is not None
             self._news.append(job)
         return len(jobs)

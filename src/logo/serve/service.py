@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.activation import earliest
+from logo.adapters.activation import earliest, warn_of_silent
 from logo.adapters.adapter import open_adapter
 from logo.adapters.pool import AdapterPool
 from logo.core import Options, Prompt, Selection
+from logo.endings import at_stop_strings
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.mixing.mixer import Mixture
@@ -63,7 +64,8 @@ class Service:
             raise UsageError(f"probe_context {logo.probe_context!r}: {why}; use 'base'")
         shared = logo.prefix_cache if logo.fitted.read_once else None
         self.logo = logo
-        self.batching = Batching(logo.model, logo.adapter_cache, memory, logo.prompts.context, shared)
+        stops = at_stop_strings(logo.model.generation_config, logo.tokenizer)
+        self.batching = Batching(logo.model, logo.adapter_cache, memory, logo.prompts.context, shared, stops)
         self._room, self._open = memory.concurrent + max_queue, 0
         self.signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))  # the engine's own first
         for signal in self.signals:
@@ -71,6 +73,7 @@ class Service:
         self._worker = ThreadPoolExecutor(1, "logo-select")
         self._line: deque[_Waiting] = deque()  # two threads may use its two ends
         self.draining = False  # new requests are refused
+        self._told = set[str]()  # the adapters of which a warning says that they do not act
         self.selected = Counter[str]()  # answers in which each adapter took part
         self.adapters = {one.name: adapter_card(one) for one in logo.fitted}  # replaced as a whole
 
@@ -154,7 +157,9 @@ class Service:
     def _held(self, selection: Selection, ids: Sequence[int], queue_ms: float, probe_ms: float) -> Chosen:
         """The mixture of a selection, whose adapters begin to load; UsageError: see `Mixture.of`."""
         pool, cache = self.logo.fitted, self.logo.adapter_cache
-        mixture = Mixture.of(pool, {name: weight for name, weight in selection.mixture.items() if weight}, ids)
+        asked = {name: weight for name, weight in selection.mixture.items() if weight}
+        mixture = Mixture.of(pool, asked, ids)
+        warn_of_silent((name for name in asked if name not in mixture.weights), self._told)
         hold = cache.reserve([pool[name] for name in mixture.weights])
         return Chosen(selection, mixture, earliest(pool.activations, ids), queue_ms, probe_ms, hold, cache)
 

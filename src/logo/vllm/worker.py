@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logo.adapters.activation import earliest
+from logo.adapters.activation import earliest, warn_of_silent
 from logo.adapters.adapter import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.errors import AdapterError, LoGoError, ModelError, UsageError
@@ -79,6 +79,7 @@ class Worker:
         self.scores = self.taps.take
         self._numbers = itertools.count(_FIRST)
         self._requests: dict[str, _Request] = {}  # by vLLM's id of the request
+        self._told = set[str]()  # the adapters of which a warning says that they do not act
         self._step: dict[int, tuple[_Request, int]] = {}  # by number: the position of its first token in this step
         self._slots: dict[str, int] = {}  # key of an adapter -> id in vLLM's manager
         self._places = self._read_at(pool)
@@ -168,6 +169,8 @@ class Worker:
                 prompt = new.prompt_token_ids or [-1] * len(new.prompt_embeds)
                 begins = asked.begins(prompt) if isinstance(asked, Mix) else ()
                 self._requests[new.req_id] = _Request(next(self._numbers), asked, prompt, begins)
+                parts = zip(getattr(asked, "keys", ()), begins, strict=True)
+                warn_of_silent((self._known[key].name for key, begin in parts if begin is None), self._told)
             found = self._requests[new.req_id]
             new.lora_request = type(lora)(NAME, found.number, lora.lora_path)
             self._step[found.number] = found, new.num_computed_tokens
