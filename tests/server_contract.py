@@ -141,7 +141,7 @@ def test_a_completion_is_what_the_library_answers_whole_and_streamed(server: Ser
 
 
 def test_a_chat_is_what_the_library_answers_whole_and_streamed(server: Server, library: LoGo) -> None:
-    messages: list[Any] = [{"role": "user", "content": PROMPTS[1]}]
+    messages: list[Any] = [{"role": "system", "content": "Be nice."}, {"role": "user", "content": PROMPTS[1]}]
     [want] = library.generate([messages], max_new_tokens=24)
     with server.client() as client:
         ask: dict[str, Any] = {"model": "logo", "messages": messages, "max_tokens": 24, "temperature": 0}
@@ -153,6 +153,7 @@ def test_a_chat_is_what_the_library_answers_whole_and_streamed(server: Server, l
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == want.text
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == want.finish_reason
     assert chunks[-1].usage is not None and chunks[-1].usage == whole.usage
+    assert whole.usage.prompt_tokens == len(ids_of(library, [messages])[0])
 
 
 def test_several_prompts_and_choices_keep_their_places(server: Server, library: LoGo) -> None:
@@ -183,23 +184,20 @@ def test_a_seed_repeats_and_choices_differ(server: Server) -> None:
     assert ask(seed=12) != ask(seed=11)
 
 
-@pytest.mark.parametrize(
-    ("model", "logo", "mixture"),
-    [
+def test_adapters_can_be_forced(server: Server, library: LoGo) -> None:
+    """By name, by weights in the field `model` or in `logo`; the reply says which adapters answered."""
+    for model, logo, mixture in (
         ("base", None, {}),
         ("antonym", None, {"antonym": 1.0}),
         ("antonym:0.7+add_numbers:0.3", None, {"antonym": 0.7, "add_numbers": 0.3}),
         ("antonym:0.5", None, {"antonym": 0.5}),
         ("logo", {"adapters": {"antonym": 0.7, "add_numbers": 0.3}}, {"antonym": 0.7, "add_numbers": 0.3}),
         ("french", {"adapters": {}}, {}),
-    ],
-)
-def test_adapters_can_be_forced(model: str, logo: Any, mixture: Any, server: Server, library: LoGo) -> None:
-    """By name, by weights in the field `model` or in `logo`; the reply says which adapters answered."""
-    want = library.generate(PROMPTS[0], adapters=mixture, max_new_tokens=8)
-    found = completion(server, model=server.base if model == "base" else model, logo=logo)
-    assert found["choices"][0]["text"] == want.text
-    assert dict(zip(found["logo"]["adapters"], found["logo"]["weights"], strict=True)) == mixture
+    ):
+        want = library.generate(PROMPTS[0], adapters=mixture, max_new_tokens=8)
+        found = completion(server, model=server.base if model == "base" else model, logo=logo)
+        assert found["choices"][0]["text"] == want.text
+        assert dict(zip(found["logo"]["adapters"], found["logo"]["weights"], strict=True)) == mixture
 
 
 def test_a_selection_is_the_librarys(server: Server, library: LoGo) -> None:
@@ -252,15 +250,12 @@ COMPLETION = {"model": "logo", "prompt": "x"}
 WEIGHTS = "model: expected each adapter once, with a weight between -1e6 and 1e6, as in 'a:0.7+b:0.3', found "
 UNANSWERABLE = [
     ("completions", {"model": None}, 400, "model", "model: Field required"),
-    ("completions", {"model": 3}, 400, "model", "model: Input should be a valid string"),
     ("completions", {"model": "antonyms"}, 404, "model", "'antonyms' does not exist (did you mean 'antonym'"),
-    ("completions", {"model": "antonyms:1"}, 404, "model", "'antonyms' does not exist (did you mean 'antonym'"),
     ("completions", {"model": "antonym:0.7+frenh:0.3"}, 404, "model", "'frenh' does not exist"),
     *(
         ("completions", {"model": f"{term}+plural:1"}, 400, "model", f"{WEIGHTS}'{term.rpartition('+')[2]}'")
         for term in ("french", "french:", "french:x", "french:nan", "french:1e6", "antonym:1+antonym:1")
     ),
-    ("chat/completions", {"model": "nope"}, 404, "model", "nope"),
     ("completions", {"logo": {"adapters": {"antonyms": 1}}}, 404, "logo.adapters", "'antonyms' does not exist"),
     ("completions", {"logo": {"candidates": ["antonyms"]}}, 404, "logo.candidates", "'antonyms' does not exist"),
     ("completions", {"logo": {"signal": "nope"}}, 400, "logo.signal", "logo.signal: expected one of"),
@@ -269,11 +264,9 @@ UNANSWERABLE = [
     ("completions", {"logo": {"k": 1, "adapters": {}}}, 400, "logo", "logo: expected either 'adapters' (this mixt"),
     ("completions", {"k": 1}, 400, "k", "logo"),
     ("completions", {"model": "antonym", "logo": {"k": 2}}, 400, "logo", "does not select adapters; leave out 'k'"),
-    ("completions", {"max_tokens": -1}, 400, "max_tokens", "max_tokens"),
     ("completions", {"max_tokens": 5000}, 400, "max_tokens", "context"),
     ("completions", {"prompt": "word " * 5000}, 400, "prompt", "context"),
     ("completions", {"prompt": [10**9]}, 400, "prompt", "token"),
-    ("completions", {"temperature": "hot"}, 400, "temperature", "temperature"),
     ("completions", {"prompt": None}, 400, "prompt", "prompt"),
     ("chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role", "role"),
     ("logo/select", {"prompt": None}, 400, None, "expected either 'prompt' or 'messages'"),
@@ -284,7 +277,7 @@ UNANSWERABLE = [
 def test_what_cannot_be_answered_says_why(
     path: str, fields: Any, status: int, param: str | None, said: str, server: Server
 ) -> None:
-    if server.engine == "vllm" and (said == "role" or fields.get("model", "") in (None, 3)):
+    if server.engine == "vllm" and (said == "role" or fields.get("model", "") is None):
         pytest.skip("vLLM leaves roles to the chat template, and has a model that it takes where none is given")
     usual = {"messages": [{"role": "user", "content": "x"}]} if path == "chat/completions" else {"prompt": "x"}
     answer = server.ask(f"/v1/{path}", {"model": "logo", **usual, **fields})

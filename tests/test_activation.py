@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,15 +16,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import test_serve_engine as serving
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.activation import EVERYWHERE, Activation, acting, earliest, last_occurrence
 from logo.errors import AdapterError, StorageError, UsageError
-from logo.opening import LOCAL_OPTIONS
 from logo.prefix_cache import PrefixCache, reusable
 from logo.selection import scorer
+from logo.serve import batching
+from logo.serve.names import MixtureRequest
+from logo.serve.sampling import Sampling
+from logo.serve.service import Service
 from make_adapters import edit_config, load_peft, write, write_peft
-from test_engine import Caller, tokenizer, write_adapter
+from test_engine import Caller, write_adapter
+from test_engine import engine as opened
 from tiny import read_tokens, words
 from tolerances import same_scores, same_selection
 
@@ -46,9 +52,7 @@ def pool_of(folder: Path, model: nn.Module, modules: tuple[str, ...] = ("q_proj"
 
 
 def engine(model: nn.Module, folder: Path, **chosen: Any) -> LoGo:
-    own = {name: chosen.pop(name) for name in LOCAL_OPTIONS if name in chosen}
-    settings = SelectionSettings.of(**{"signal": "norm", "k": 2, "cache": "", **chosen})
-    return LoGo(model, tokenizer(bos=False), AdapterPool.open(folder), settings=settings, **own)
+    return opened(model, folder, bos=False, **{"k": 2, "cache": "", **chosen})
 
 
 def invoked(lengths: Sequence[int], tail: Sequence[int] = (11, 12)) -> list[list[int]]:
@@ -233,13 +237,10 @@ def test_mixtures_are_those_of_a_mask(name: str, kind: str, tmp_path: Path) -> N
         logo, mixtures = engine(model, folder), MIXTURES
         assert logo.fitted.read_once
     prompts = invoked((20, 5, 80, 40))
-    found = logo.generate(prompts, adapters=mixtures, max_new_tokens=6, batch_size=4)
-    for prompt, mixture, answer in zip(prompts, mixtures, found, strict=True):
-        assert list(answer.token_ids) == masked(model, logo.fitted, prompt, mixture, 6)
-    late = engine(model, folder, activation="last:2")
-    forced = late.generate(prompts, adapters=mixtures, max_new_tokens=6, batch_size=4)
-    for prompt, mixture, answer in zip(prompts, mixtures, forced, strict=True):
-        assert list(answer.token_ids) == masked(model, late.fitted, prompt, mixture, 6)
+    for one in (logo, engine(model, folder, activation="last:2")):
+        found = one.generate(prompts, adapters=mixtures, max_new_tokens=6, batch_size=4)
+        for prompt, mixture, answer in zip(prompts, mixtures, found, strict=True):
+            assert list(answer.token_ids) == masked(model, one.fitted, prompt, mixture, 6)
 
 
 # -- reading once ------------------------------------------------------------------------------------------------------
@@ -410,3 +411,60 @@ def test_a_checkpoint_that_names_its_cache(kind: str, tmp_path: Path) -> None:
         found = logo.generate(prompt, max_new_tokens=3, cache_implementation=kind)
     assert found.token_ids == want.token_ids
     assert seen == ([4, 4, 1, 1] if kind == "hybrid" else [4, 40, 1, 1])
+
+
+# -- on our server -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [512, 16], ids=["whole prompts", "prompts in parts"])
+@pytest.mark.parametrize("kind", ["last:4", "invocation", "mixed"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_answers_are_those_of_the_engine(
+    name: str, kind: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "_STEP_TOKENS", step)
+    model = tiny.model(name)
+    modules = ("q_proj", "v_proj") if name != "gpt2" else ("c_attn",)
+    folder = pool_of(tmp_path, model, modules)
+    if kind == "last:4":
+        notes(folder, kind)
+    for adapter in ("t0",) if kind == "mixed" else ("t0", "t1", "t2") if kind == "invocation" else ():
+        edit_config(folder / adapter, alora_invocation_tokens=INVOKE)
+    if kind == "mixed":
+        with pytest.warns(UserWarning, match="act on every token"):
+            logo = engine(model, folder)
+    else:
+        logo = engine(model, folder)
+    rows = [*invoked((20, 5, 80, 40, 70)), [*INVOKE, 9], [5, *INVOKE]]
+    requests = [MixtureRequest(adapters=mixture) for mixture in MIXTURES] + [MixtureRequest()] * 3
+
+    async def use(service: Service) -> Any:
+        jobs = (serving.answer(service, ids, wanted, Sampling(9)) for ids, wanted in zip(rows, requests, strict=True))
+        found = await asyncio.gather(*jobs)
+        again = [await serving.answer(service, ids, MixtureRequest(), Sampling(9)) for ids in rows[4:]]
+        return [*found, *again]
+
+    asked = zip([*rows, *rows[4:]], [*requests, *requests[4:]], strict=True)
+    for (ids, wanted), (tokens, _, chosen) in zip(asked, serving.served(logo, use, concurrent=4), strict=True):
+        [want] = serving.alone(logo, [ids], [wanted], 9)
+        assert (tokens, chosen.selection.adapters) == (want[0], want[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cached", "read"), [({}, [100, 3, 1, 1, 1]), ({"prefix_cache_gb": 0}, [100, 99, 1, 1, 1])])
+def test_a_prompt_is_read_once_unless_it_was_dropped(cached: dict[str, int], read: list[int], tmp_path: Path) -> None:
+    model = tiny.model("llama", eos_token_id=None)
+    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"), **cached)
+    prompt = tiny.prompts([100])[0]
+
+    async def use(service: Service) -> Any:
+        with read_tokens(model) as seen:
+            tokens, *_ = await serving.answer(service, prompt, MixtureRequest(), Sampling(3))
+            assert seen == read
+            await serving.answer(service, prompt, MixtureRequest(options={"k": 1}), Sampling(3))
+        return seen[len(read) :], tokens
+
+    again, tokens = serving.served(logo, use)
+    assert cached or again == [4, 3, 1, 1, 1]
+    assert tokens == serving.alone(logo, [prompt], [MixtureRequest()], 3)[0][0]

@@ -34,11 +34,7 @@ from written import write_rows
 
 ALL = ("base", "uniform", "random", "target", "best-single", "lorahub", "loraretriever")
 SAMPLES = {f"t{i}": tuple(f"w{10 * i + j} w{20 + i}" for j in range(3, 6)) for i in range(4)}
-SHORT: dict[str, dict[str, Any]] = {
-    "lorahub": {"k": 3, "budget": 6, "rows": 2},
-    "random": {"k": 2},
-    "best-single": {"rows": 2},
-}
+SHORT: dict[str, Any] = {"lorahub": {"k": 3, "budget": 6, "rows": 2}, "random": {"k": 2}, "best-single": {"rows": 2}}
 TRAIN = tuple(Row(f"w{i} w{i + 1}", ("w50", "w51") if i % 2 else "w50 w51") for i in range(3, 9))
 TASK = Task("main.t2", PROMPTS, lambda: TRAIN)
 
@@ -127,12 +123,14 @@ def test_options_go_to_methods_that_have_them() -> None:
     made = get_methods(["best-single", "lorahub", "base"], {"rows": 3, "budget": 7}, seed=2)
     assert made["best-single"] == get_method("best-single", rows=3, seed=2)
     assert made["lorahub"] == get_method("lorahub", rows=3, budget=7, seed=2) and made["base"].options == {}
+    assert get_methods(["random", "base"], {"k": "2"})["random"] == get_method("random", k=2)
     with pytest.raises(UsageError, match="method option 'budget': none of base, best-single has it"):
         get_methods(["base", "best-single"], {"budget": 7})
     for name, options, message in (
         ("lorahup", {}, "unknown method 'lorahup' .did you mean 'lorahub'"),
         ("lorahub", {"bugdet": 3}, "method 'lorahub' has no option 'bugdet' .did you mean 'budget'"),
         ("lorahub", {"budget": 0}, "method 'lorahub': budget: expected a whole number of 1 or more, found 0"),
+        ("lorahub", {"k": "x"}, "method 'lorahub': k: expected a whole number of 1 or more, found 'x'"),
         ("uniform", {"k": 3}, "method 'uniform' has no number of adapters; leave out -k"),
         ("base", {"rows": 3}, "method 'base' has no option 'rows'; it has none"),
     ):
@@ -150,6 +148,7 @@ def test_options_on_the_command_line_are_of_the_kind_of_their_defaults() -> None
         assert options("loraretriever", f"instruction={text}")["instruction"] == text
     found = options("lorahub", "penalty=1e-3,bound=2,rows=3")
     assert (found["penalty"], found["bound"], found["rows"]) == (0.001, 2.0, 3)
+    assert options("random", "k=5") == {"k": 5, "seed": 0}
     for text, message in (("penalty=high", "a number, found 'high'"), ("rows=1e1", "1 or more, found '1e1'")):
         with pytest.raises(UsageError, match=message):
             options("lorahub", text)

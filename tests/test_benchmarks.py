@@ -9,6 +9,7 @@ import random
 import tempfile
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -111,20 +112,14 @@ HERE = versions.Sources(FILES.get)
 
 
 def test_what_is_there_and_what_is_not() -> None:
-    module, methods = (
-        "vllm.module",
-        [
-            (("__init__", ("self", "model")), None),
-            (("__init__", ("self", "config")), "takes (self, model, config)"),
-            (("nothing",), "does not exist"),
-            (("answer", ("self", "args"), False), None),
-            (("answer", ("self", "kwargs"), False), "takes (self, method"),
-            (("inherited", ("b",), False), None),
-        ],
-    )
-    needs: list[tuple[versions.Need, str | None]] = [(Function(module, "Manager", *how), said) for how, said in methods]
-    for need, missing in [
-        *needs,
+    module, methods = "vllm.module", partial(Function, "vllm.module", "Manager")
+    needs: list[tuple[versions.Need, str | None]] = [
+        (methods("__init__", ("self", "model")), None),
+        (methods("__init__", ("self", "config")), "takes (self, model, config)"),
+        (methods("nothing"), "does not exist"),
+        (methods("answer", ("self", "args"), False), None),
+        (methods("answer", ("self", "kwargs"), False), "takes (self, method"),
+        (methods("inherited", ("b",), False), None),
         (Function("vllm.nowhere", "Manager", "__init__"), "no module vllm.nowhere"),
         (Function(module, "", "free", ("x", "y")), None),
         (Function(module, "", "helper"), None),
@@ -137,7 +132,8 @@ def test_what_is_there_and_what_is_not() -> None:
         (Call(module, "helper", 1, ("max_batches", "device")), None),
         (Call(module, "helper", 2, ("max_batches",)), "is not called with"),
         (Call(module, "helper", 1, ("max_batches", "scale")), "is not called with"),
-    ]:
+    ]
+    for need, missing in needs:
         found = HERE.missing(need)
         assert found is None if missing is None else found is not None and found.startswith(missing), need
 

@@ -95,46 +95,34 @@ def test_what_is_probed_is_the_prompt_that_the_users_text_would_be(
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
+def test_what_is_no_conversation_is_refused(templated: Any) -> None:
+    for messages, message in (
         ([{"role": "user"}], r"messages\[0\]: expected a 'content' that is a text or a list of text parts, found none"),
-        ([*TALK, {"role": "user", "content": 3}], r"messages\[2\]: expected a 'content' .*, found 3"),
         ([{"role": "user", "content": [{"type": "image"}]}], r"messages\[0\]: expected a 'content' "),
         ([{"role": "usr", "content": "x"}], r"messages\[0\]: expected one of the roles .*, found 'usr'.*'user'"),
-        ([{"content": "x"}], r"messages\[0\]: expected one of the roles system, .*, found None"),
         ([TALK[0], "x"], r"messages\[1\]: expected \{'role', 'content'\}, found str"),
         ([*TALK, {"role": "tool", "content": "x"}], "the model's chat template refuses them: no tools here"),
-    ],
-)
-def test_what_is_no_conversation_is_refused(templated: Any, messages: Any, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        read(templated, messages)
+    ):
+        with pytest.raises(UsageError, match=message):
+            read(templated, messages)
 
 
-@pytest.mark.parametrize(
-    ("prompts", "message"),
-    [
+def test_the_engine_answers_after_what_it_refused(demo: LoGo) -> None:
+    for prompts, message in (
         ([], "expected one prompt or more, found an empty list"),
-        (torch.tensor([]), "expected one prompt or more, found an empty list"),
-        ({"role": "user", "content": "x"}, "expected a string, a list of messages or token ids, .*, found dict"),
         (3, "expected a string, a list of messages or token ids, or a list of these, found int"),
-        ([3, -1], "expected token ids from 0 to 622, which the model knows, found -1"),
         ([3, 623], "expected token ids from 0 to 622, which the model knows, found 623"),
         ([3, "x"], "expected token ids, found 'x' among them"),
         ([QUESTION, None], "prompt 2: expected a string, a list of messages or token ids, found NoneType"),
         ([QUESTION, []], "prompt 2 is empty"),
         ("a\ud83d", r"prompt 1: text: expected Unicode .*, found half a surrogate pair \('\\ud83d' at character 1\)"),
         ([{"role": "user", "content": "\ud83d"}], "prompt 1: text: .* half a surrogate pair"),
-        ([QUESTION, [{"role": "user"}]], r"prompt 2: messages\[0\]: expected a 'content'"),
-    ],
-)
-def test_the_engine_answers_after_what_it_refused(demo: LoGo, prompts: Any, message: str) -> None:
-    before = demo.select(QUESTION)
-    for ask in (demo.select, demo.generate):
-        with pytest.raises(UsageError, match=message):
-            ask(prompts)
-    assert demo.select(QUESTION) == before
+    ):
+        before = demo.select(QUESTION)
+        for ask in (demo.select, demo.generate):
+            with pytest.raises(UsageError, match=message):
+                ask(prompts)
+        assert demo.select(QUESTION) == before
 
 
 # -- the engine --------------------------------------------------------------------------------------------------------
@@ -270,9 +258,7 @@ def test_a_message_without_tokens_is_no_message(tokenizer: Any) -> None:
     assert prompt.probed == prompt.ids != ()
 
 
-def test_a_chat_is_probed_by_its_last_message_if_adapters_act_on_the_last_tokens(
-    templated: Any, tmp_path: Path
-) -> None:
+def test_a_chat_is_probed_by_its_last_message_if_adapters_act_on_last_tokens(templated: Any, tmp_path: Path) -> None:
     shutil.copytree(adapters_dir(), tmp_path / "pool")
     (tmp_path / "pool" / "pool.json").write_text(json.dumps({"activation": "last:4"}))
     logo = LoGo(load_base("demo")[0], templated, AdapterPool.open(tmp_path / "pool"))

@@ -109,9 +109,7 @@ def test_what_the_checkpoint_asks_for_is_known_before_rows_are_padded(
         assert same(made.generate(prompt, **options), answer)
 
 
-def test_the_checkpoint_s_own_stop_texts_end_answers(
-    llama: nn.Module, adapters: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoints_stop_texts_end_answers(llama: nn.Module, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine(llama, adapters, k=2)
     answer = made.generate("w3 w4", max_new_tokens=LENGTH)
     text = made.tokenizer.decode(answer.token_ids[:3])

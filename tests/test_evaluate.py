@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dying import dying
 from logo import LoGo, UsageError
 from logo.cli.app import run
 from logo.cli.evaluate import show
@@ -113,12 +113,11 @@ def test_a_finished_run_is_not_repeated(
     assert before != [(folder / "run.json").read_bytes() for folder in folders]
     assert (folders[0] / "notes.txt").exists()
     about, row = whole["antonym"], whole["antonym"]["rows"][0]
-    assert (
-        about["identity"]["method"] == {"method": "logo"} and about["identity"]["rows"] == about["dataset"]["rows"] == 6
-    )
+    identity = about["identity"]
+    assert identity["method"] == {"method": "logo"} and identity["rows"] == about["dataset"]["rows"] == 6
     low, high = about["scores"]["em"]["interval"]
     assert low <= about["scores"]["em"]["value"] <= high and set(about["scores"]["extra"]) == {"exact_match", "f1"}
-    assert len(about["identity"]["pool"]) == 16 and row["selected"] and row["completion"] and row["error"] is None
+    assert len(identity["pool"]) == 16 and row["selected"] and row["completion"] and row["error"] is None
     assert 0 <= row["confidence"] <= 1
 
 
@@ -139,22 +138,70 @@ def test_another_runs_result_is_refused(rows: Path, tmp_path: Path, capsys: pyte
 
 # -- interruptions -----------------------------------------------------------------------------------------------------
 
-IMPORTS = """
-import transformers.models.llama.modeling_llama
-import logo.cli.app, logo.evaluation.results, logo.evaluation.run
-from logo import LoGo
-"""
-STEPS = '''
-    class Halving(io.FileIO):
-        """A disk that takes a part of a line at a time."""
-        def write(self, data):
-            taken = super().write(bytes(data)[: 1 + len(data) // 2])
-            step()
-            return taken
 
-    logo.evaluation.results.open = lambda path, mode, buffering: Halving(path, mode)
-    LoGo.generate = counted(LoGo.generate)
-'''
+@pytest.mark.parametrize(("more", "again"), [([], ""), (["--overwrite"], " without --overwrite")])
+def test_what_ctrl_c_leaves_of_the_official_command(
+    more: list[str], again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LoGo, "generate", interrupted)
+    monkeypatch.setattr("sys.argv", ["main.py", *official(tmp_path), *more])
+    assert runpy.run_path(str(ROOT / "main.py"))["main"]() == 130
+    kept = f"Finished datasets are kept: repeat the command{again} to continue."
+    assert capsys.readouterr().err.splitlines()[-2:] == [kept, "main.py: error: interrupted"]
+
+
+# Runs a command that kills itself before a given step, so that it dies at the same point on every machine. Steps are
+# changes of files below the folder of results, calls of `fsync` and `generate`, and parts of lines.
+DYING = """
+import io, os, signal, sys
+import transformers.models.llama.modeling_llama
+import logo.evaluation.results, logo.evaluation.run
+from logo import LoGo
+from logo.cli.app import run
+
+last, root, steps, *arguments = sys.argv[1:]
+done = 0
+
+def step():
+    global done
+    if done == int(last):
+        os.kill(os.getpid(), signal.SIGKILL)
+    done += 1
+
+def counted(function):
+    def call(*arguments, **options):
+        step()
+        return function(*arguments, **options)
+    return call
+
+def happening(event, arguments):
+    if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(arguments[0]).startswith(root):
+        step()
+
+class Halving(io.FileIO):
+    "A disk that takes a part of a line at a time."
+    def write(self, data):
+        taken = super().write(bytes(data)[: 1 + len(data) // 2])
+        step()
+        return taken
+
+logo.evaluation.results.open = lambda path, mode, buffering: Halving(path, mode)
+LoGo.generate, os.fsync = counted(LoGo.generate), counted(os.fsync)
+sys.addaudithook(happening)
+code = run(arguments)
+with open(steps, "w") as file:
+    file.write(str(done))
+os._exit(code)
+"""
+
+
+def run_until(last: int, command: list[str], steps: Path) -> int:
+    """The exit code of a command that ends before the step given (-1: never), and writes how many steps it made."""
+    words = [str(last), command[command.index("--result-dir") + 1], str(steps), *command]
+    return subprocess.run([*python(), "-c", DYING, *words], stdout=subprocess.DEVNULL).returncode
 
 
 @pytest.mark.slow
@@ -164,20 +211,19 @@ def test_kill_9_at_ten_moments(whole: dict[str, dict[str, Any]], rows: Path, tmp
     def command(results: Path) -> list[str]:
         return ["eval", "run", *DEMO, "--rows", str(rows), "--result-dir", str(results)]
 
-    with dying("--result-dir", IMPORTS, STEPS) as run_until:
-        assert run_until(-1, command(tmp_path / "whole"), tmp_path / "steps") == 0
-        steps, dice = int((tmp_path / "steps").read_text()), random.Random(0)
-        for moment in range(10):
-            results = tmp_path / str(moment)
-            first = dice.randrange(moment * steps // 10, (moment + 1) * steps // 10)
-            assert run_until(first, command(results), tmp_path / "steps") == -signal.SIGKILL
-            # It is another process then, which is stopped once more while it goes on.
-            again = dice.randrange(1, 2 + (steps - first) // 2)
-            assert run_until(again, command(results), tmp_path / "steps") in (-signal.SIGKILL, 0)
-            assert run(command(results)) == 0
-            home = results / "demo_selection_calibrated_n_3_seed_0"
-            found = {folder.name: contents(folder) for folder in home.iterdir() if folder.name[0] != "."}
-            assert found == whole and not [*home.glob(".*.partial")]
+    assert run_until(-1, command(tmp_path / "whole"), tmp_path / "steps") == 0
+    steps, dice = int((tmp_path / "steps").read_text()), random.Random(0)
+    for moment in range(10):
+        results = tmp_path / str(moment)
+        first = dice.randrange(moment * steps // 10, (moment + 1) * steps // 10)
+        assert run_until(first, command(results), tmp_path / "steps") == -signal.SIGKILL
+        # It is another process then, which is stopped once more while it goes on.
+        again = dice.randrange(1, 2 + (steps - first) // 2)
+        assert run_until(again, command(results), tmp_path / "steps") in (-signal.SIGKILL, 0)
+        assert run(command(results)) == 0
+        home = results / "demo_selection_calibrated_n_3_seed_0"
+        found = {folder.name: contents(folder) for folder in home.iterdir() if folder.name[0] != "."}
+        assert found == whole and not [*home.glob(".*.partial")]
 
 
 def test_a_row_that_is_refused_has_an_error_and_no_answer(
@@ -224,18 +270,8 @@ def test_methods_are_named_in_folder_and_record(method: str, picks: int, rows: P
 
 
 def test_names_of_datasets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    show(
-        [
-            {
-                "dataset": "[b]x",
-                "rows": 1,
-                "seconds": 1.0,
-                "scores": {"em": {"value": 1.0, "interval": None}},
-                "errors": [],
-            }
-        ],
-        json=False,
-    )
+    scores = {"em": {"value": 1.0, "interval": None}}
+    show([{"dataset": "[b]x", "rows": 1, "seconds": 1.0, "scores": scores, "errors": []}], json=False)
     assert "[b]x" in capsys.readouterr().err
 
 
@@ -320,6 +356,7 @@ def test_a_finished_study_is_shown_again(finished: Path, tasks: Path, capsys: py
     assert capsys.readouterr().out == shown and (finished / "run.json").read_bytes() == before
 
 
+@pytest.mark.filterwarnings("always")
 def test_training_rows_are_read_once_and_are_part_of_a_study(
     tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -332,9 +369,10 @@ def test_training_rows_are_read_once_and_are_part_of_a_study(
         return read_rows(file, *arguments, **options)
 
     monkeypatch.setattr("logo.evaluation.datasets.read_rows", counted)
-    write_rows(train, heldout()["antonym"][8:10])
+    write_rows(train, [*heldout()["antonym"][8:9], *heldout()["antonym"][:1]])
     studied(tmp_path / "s", tasks, *asked)
     assert reads.count(train) == 1
+    assert capsys.readouterr().err.count("1 of 2 training rows are test rows too, and method") == 2
     write_rows(train, heldout()["antonym"][10:12])
     studied(tmp_path / "s", tasks, *asked, code=2)
     assert "tasks.antonym.train_sha256 is" in one_line(capsys)
@@ -355,19 +393,23 @@ def test_ctrl_c_keeps_the_earlier_result(
 
     monkeypatch.setattr(LoGo, "score", interrupted)
     studied(tmp_path / "s", tasks, *ASKED, "--overwrite", code=130)
-    assert capsys.readouterr().err.splitlines()[-1] == "logo: error: interrupted"
+    *_, said, last = capsys.readouterr().err.splitlines()
+    assert said == "Finished rows are kept: repeat the command without --overwrite to continue."
+    assert last == "logo: error: interrupted"
     assert (tmp_path / "s" / "run.json").read_bytes() == before
     report, whole = studied(tmp_path / "s", tasks, *ASKED), read_run(finished)["report"]
     assert (tmp_path / "s" / "run.json").read_bytes() != before
-    assert (
-        set(report.pop("milliseconds")) == set(whole.pop("milliseconds")) == {"calibrated", "norm", "random", *ALWAYS}
-    )
+    seconds = [set(one.pop("milliseconds")) for one in (report, whole)]
+    assert seconds == [{"calibrated", "norm", "random", *ALWAYS}] * 2
     assert len(calls) == 11 + 1 and report == whole
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
 def test_what_cannot_be_studied_is_said(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "predictions.json").write_text("[]")  # as the official script writes it
     for message, *more in (
+        ("theirs holds a result without a run.json", "--limit", "1", "--save", str(tmp_path / "theirs")),
         ("protocol 'own'; known: in-pool, removed, out-of-pool", "--protocols", "own"),
         ("they ask for none of these rows", "--protocols", "out-of-pool", "--tasks", "antonym"),
         ("did you mean 'antonym'", "--tasks", "antonyms"),
@@ -376,6 +418,7 @@ def test_what_cannot_be_studied_is_said(tasks: Path, tmp_path: Path, capsys: pyt
         assert run(["eval", "study", *MODEL, "--rows", str(tasks), "--save", str(tmp_path / "s"), *more]) in (1, 2)
         err = capsys.readouterr().err
         assert message in err and "Traceback" not in err
+    assert (tmp_path / "theirs" / "predictions.json").exists()
 
 
 def test_prompts_without_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -397,14 +440,8 @@ def test_prompts_without_answers(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_confidence_against_its_definitions(values: list[tuple[float, bool]]) -> None:
     arm = {"arm": "s", "selected": [], "weights": []}
     own, others = ([value for value, is_own in values if is_own is kind] for kind in (True, False))
-    records = [
-        {
-            "task": f"t{n}",
-            "seconds": {"s": n},
-            "arms": [arm | {"protocol": IN_POOL if is_own else OUT_OF_POOL, "confidence": value}],
-        }
-        for n, (value, is_own) in enumerate(values)
-    ]
+    arms = [arm | {"protocol": IN_POOL if is_own else OUT_OF_POOL, "confidence": value} for value, is_own in values]
+    records = [{"task": f"t{n}", "seconds": {"s": n}, "arms": [one]} for n, one in enumerate(arms)]
     report = summary(records)
     if not own or not others:
         return

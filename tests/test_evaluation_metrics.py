@@ -109,17 +109,14 @@ def test_summary_lines() -> None:
             summary_line(kind, nothing)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("code", "heavy"),
-    [
+def test_what_needs_no_library_of_models_or_data_imports_none() -> None:
+    for code, heavy in (
         ("import logo.evaluation.metrics, logo.evaluation.datasets", "nltk rouge_score sacrebleu numpy torch"),
         ("import logo.evaluation.results", "nltk rouge_score sacrebleu torch transformers"),  # intervals are numpy's
         ("import logo.cli.app; logo.cli.app.run(['data', 'list'])", "torch transformers datasets pyarrow"),
-    ],
-)
-def test_what_needs_no_library_of_models_or_data_imports_none(code: str, heavy: str) -> None:
-    checked = f"{code}; import sys; assert not set({heavy.split()}) & set(sys.modules)"
-    run([sys.executable, "-c", checked], capture_output=True, check=True)
+    ):
+        checked = f"{code}; import sys; assert not set({heavy.split()}) & set(sys.modules)"
+        run([sys.executable, "-c", checked], capture_output=True, check=True)
 
 
 # -- intervals and tests -----------------------------------------------------------------------------------------------

@@ -106,9 +106,7 @@ def unscaled(logo: LoGo, *prompts: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("own", [{}, {"t0": "a"}, {"t0": "a", "t1": "The cat sat."}])
-def test_scores_among_candidates_do_not_depend_on_examples_of_others(
-    own: dict[str, str], llama: nn.Module, folder: Path
-) -> None:
+def test_scores_of_candidates_depend_on_no_others_examples(own: dict[str, str], llama: nn.Module, folder: Path) -> None:
     """Nor do those of adapters without examples, which are estimated: they are those of a pool of the candidates."""
     candidates, found = ["t0", "t1", "t2"], []
     for others in ("Where was it?", PROMPTS[0]):
@@ -137,18 +135,15 @@ def test_scores_among_candidates_are_those_of_a_pool_of_them(among: list[bool], 
     which = torch.tensor(among)
     if not bool((which & known).any()):
         return
-    found = Examples.of([space], [means[known]], known, torch.arange(3), (0,)).scores(
-        descriptions, responses, which[None]
-    )
+    examples = Examples.of([space], [means[known]], known, torch.arange(3), (0,))
+    found, some = examples.scores(descriptions, responses, which[None]), responses[:, which]
     owners = torch.arange(int((known & which).sum()))
     alone = Examples.of([space], [means[known & which]], known[which], owners, (0,))
-    torch.testing.assert_close(found[:, which], alone.scores(descriptions, responses[:, which]))
+    torch.testing.assert_close(found[:, which], alone.scores(descriptions, some))
     assert bool((found[:, ~which] == -torch.inf).all())
     share = int((which & known).sum()) / int(which.sum())
-    responses_count = alone.scores(descriptions, responses[:, which] + 1) - alone.scores(
-        descriptions, responses[:, which]
-    )
-    assert float(responses_count[0, known[which]][0]) == pytest.approx(1 - REPLACED * share, abs=1e-4)
+    counted = alone.scores(descriptions, some + 1) - alone.scores(descriptions, some)
+    assert float(counted[0, known[which]][0]) == pytest.approx(1 - REPLACED * share, abs=1e-4)
 
 
 def test_points_that_read_one_tensor_are_one_place_whatever_stands_between_them(tmp_path: Path) -> None:
@@ -239,23 +234,18 @@ def test_an_adapter_of_zeros_without_examples_never_wins(llama: nn.Module, folde
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
+def test_a_file_that_makes_no_sense_is_a_warning(llama: nn.Module, folder: Path) -> None:
+    for content, reason in (
         ("{", "line 1: expected a JSON object"),
         ('{"prompt": "fine"}\n[1]', "line 2: expected a JSON object with the text"),
         ('{"prompt": 3}', "line 1: expected a JSON object with the text"),
         ('{"prompt": "  "}', "line 1: expected a JSON object with the text"),
         ('{"prompt": "a"}\n{"prompt": "\\ud800"}\n', "line 2: expected .*; the examples are left out"),
         (b"\xff\xfe", "cannot be read as UTF-8 text"),
-    ],
-)
-def test_a_file_that_makes_no_sense_is_a_warning(
-    llama: nn.Module, folder: Path, content: str | bytes, reason: str
-) -> None:
-    (folder / "t0" / EXAMPLES).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.warns(UserWarning, match=reason):
-        assert folder_examples(folder / "t0") == ()
+    ):
+        (folder / "t0" / EXAMPLES).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.warns(UserWarning, match=reason):
+            assert folder_examples(folder / "t0") == ()
 
 
 def test_examples_may_be_many_and_have_no_answers(folder: Path) -> None:

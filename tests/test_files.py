@@ -9,20 +9,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import tiny
-from logo import AdapterPool, LoGo, SelectionSettings
 from logo.cli.output import check_writable
 from logo.errors import AdapterError, StorageError, UsageError
 from logo.files import new_folder, write_cached
 from logo.identity import content_stamp
-from test_engine import tokenizer, write_adapter
+from test_engine import engine, write_adapter
 from tolerances import same_selection
 
 OLD = {"a.json": "[1]", "b.json": "[2]"}
@@ -168,18 +167,6 @@ def test_two_writers_of_a_new_folder_do_not_meet(tmp_path: Path) -> None:
     assert names(tmp_path) == ["mix"] and names(place) == ["b"]
 
 
-def test_a_full_disk_is_seen_by_a_check_and_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(errno.EDQUOT, "Disk quota exceeded")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match="Disk quota exceeded"):
-        check_writable(tmp_path)
-    with pytest.raises(StorageError, match="Disk quota exceeded"), new_folder(tmp_path / "mix") as part:
-        (part / "a").write_text("1")
-    assert names(tmp_path) == []
-
-
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("replaced", [None, ()])
 def test_a_new_folder_may_be_a_link(tmp_path: Path, there: bool, replaced: tuple[()] | None) -> None:
@@ -217,11 +204,6 @@ def test_a_file_that_cannot_be_written_leaves_no_part_behind(tmp_path: Path, mon
     assert {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()} == {"one.json": b"[1]"}
 
 
-def opened(model: nn.Module, folder: Path, signal: str, cache: Path) -> LoGo:
-    chosen = SelectionSettings(signal=signal, k=1, cache=str(cache))
-    return LoGo(model, tokenizer(), AdapterPool.open(folder), settings=chosen)
-
-
 def touched(file: Path, content: bytes | None) -> None:
     """Writes to a file in place (None: only changes its mode) until its change time is another one, and sets its
     modification time back."""
@@ -243,7 +225,8 @@ def test_weights_rewritten_in_place_with_size_and_time_kept_are_noticed(signal: 
         write_adapter(tmp_path / "pool" / f"t{i}", model, ("q_proj", "v_proj"), rank=2, seed=i)
     write_adapter(tmp_path / "other", model, ("q_proj", "v_proj"), rank=2, seed=9, scale=30)
     file = tmp_path / "pool" / "t1" / "adapter_model.safetensors"
-    logo = opened(model, tmp_path / "pool", signal, tmp_path / "cache")
+    opened = partial(engine, model, tmp_path / "pool", signal=signal, k=1)
+    logo = opened(cache=str(tmp_path / "cache"))
     before = logo.select("w3 w4 w5")
     if signal == "calibrated":  # its digest is known then, so that a new mode is no change of weights
         touched(file.parent.parent / "t0" / file.name, None)
@@ -251,8 +234,8 @@ def test_weights_rewritten_in_place_with_size_and_time_kept_are_noticed(signal: 
     touched(file, (tmp_path / "other" / "adapter_model.safetensors").read_bytes())
     with pytest.raises(AdapterError, match=r"'t1'.*it has changed since it was opened; open the pool again"):
         logo.generate("w3", adapters={"t1": 1.0}, max_new_tokens=1)
-    again = opened(model, tmp_path / "pool", signal, tmp_path / "cache").select("w3 w4 w5")
-    same_selection(again, opened(model, tmp_path / "pool", signal, tmp_path / "none").select("w3 w4 w5"))
+    again = opened(cache=str(tmp_path / "cache")).select("w3 w4 w5")
+    same_selection(again, opened(cache="").select("w3 w4 w5"))
     assert abs(again.scores["t1"] - before.scores["t1"]) > 1e-3
 
 

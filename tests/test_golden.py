@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from logo import AdapterPool, LoGo
+from logo import LoGo
 from logo.prompts import Truncation
 from test_engine import ids_of
 from tolerances import SCORES, same_weights
@@ -21,15 +21,8 @@ CONTEXTS = {"base": "base", "all": "pool", "asis": "carry", "asis_reversed": "ca
 
 
 def engine(signal: str, k: int, context: str) -> LoGo:
-    return LoGo.from_pretrained(
-        str(GOLDEN / "F1" / "model"),
-        AdapterPool.open(GOLDEN / "F1" / "adapters"),
-        device="cpu",
-        signal=signal,
-        k=k,
-        probe_context=context,
-        truncation=Truncation(2048, "right"),
-    )
+    how: dict[str, Any] = {"signal": signal, "k": k, "probe_context": context, "truncation": Truncation(2048, "right")}
+    return LoGo.from_pretrained(str(GOLDEN / "F1" / "model"), GOLDEN / "F1" / "adapters", device="cpu", **how)
 
 
 def difference(instance: dict[str, Any], answer: Any, names: tuple[str, ...]) -> str | None:

@@ -38,6 +38,7 @@ from logo.selection.texts import Texts
 from logo.vllm.options import affecting_answers
 from logo.vllm.skeleton import skeleton
 from test_engine import engine
+from written import write_rows
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +46,9 @@ def tiny_logo(llama: nn.Module, adapters: Path) -> LoGo:
     return engine(llama, adapters, k=2)
 
 
-@pytest.mark.parametrize(
-    ("generation", "sampled"),
-    [
+def test_sampling_is_seen_wherever_it_is_asked_for(tiny_logo: LoGo) -> None:
+    """By what the engine would really generate with."""
+    for generation, sampled in (
         ({"do_sample": True}, True),
         ({"do_sample": True, "temperature": 0.7}, True),
         ({"generation_config": GenerationConfig(do_sample=True)}, True),
@@ -56,16 +57,13 @@ def tiny_logo(llama: nn.Module, adapters: Path) -> LoGo:
         ({"generation_config": GenerationConfig()}, False),
         ({"stop_at_newline": True}, False),
         ({}, False),
-    ],
-)
-def test_sampling_is_seen_wherever_it_is_asked_for(generation: dict[str, Any], sampled: bool, tiny_logo: LoGo) -> None:
-    """By what the engine would really generate with."""
-    options = {name: generation[name] for name in ("do_sample", "temperature") if name in generation}
-    config = call_config(tiny_logo.prompts, generation.get("generation_config"), options, 4)
-    assert bool(config.do_sample) is sampled
-    reason = order_dependence(tiny_logo, generation)
-    assert (reason is not None) is sampled
-    assert reason is None or reason == "answers are sampled"
+    ):
+        options = {name: generation[name] for name in ("do_sample", "temperature") if name in generation}
+        config = call_config(tiny_logo.prompts, generation.get("generation_config"), options, 4)
+        assert bool(config.do_sample) is sampled
+        reason = order_dependence(tiny_logo, generation)
+        assert (reason is not None) is sampled
+        assert reason is None or reason == "answers are sampled"
 
 
 def words(**changes: Any) -> PreTrainedTokenizerFast:
@@ -84,21 +82,17 @@ def words(**changes: Any) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+def test_anything_that_changes_how_texts_are_read() -> None:
+    for changes in (
         {"merges": [("b", "c"), ("a", "b")]},
         {"normalizer": normalizers.Lowercase()},
         {"template": "<s> $A"},
         {"added": "<tool>"},
         {"eos": "<s>"},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_anything_that_changes_how_texts_are_read(changes: dict[str, Any]) -> None:
-    used, before = words(), tokenizer_digest(words())
-    used(["a", "b c a"], padding=True, truncation=True, max_length=2)  # which changes nothing
-    assert tokenizer_digest(used) == before != tokenizer_digest(words(**changes))
+    ):
+        used, before = words(), tokenizer_digest(words())
+        used(["a", "b c a"], padding=True, truncation=True, max_length=2)  # which changes nothing
+        assert tokenizer_digest(used) == before != tokenizer_digest(words(**changes))
 
 
 def test_a_tokenizer_without_a_backend(tmp_path: Path) -> None:
@@ -134,10 +128,8 @@ def test_given_options_of_vllm_are_part_of_the_identity(tiny_logo: LoGo, monkeyp
     """If results depend on them; without any, the identity is that of the engine in this process."""
     plain = engine_identity(tiny_logo, "M", {})
     given = {"quantization": "fp8", "max_model_len": 512, "max_loras": 8, "hf_token": "secret"}
-    for options, expected in (
-        (given, ["engine_options"]),
-        ({"gpu_memory_utilization": 0.5, "enforce_eager": True}, []),
-    ):
+    free = {"gpu_memory_utilization": 0.5, "enforce_eager": True}
+    for options, expected in ((given, ["engine_options"]), (free, [])):
         monkeypatch.setattr(LoGo, "engine_options", affecting_answers(options))
         now = engine_identity(tiny_logo, "M", {})
         assert [name for name, _, _ in differences(plain, now)] == expected
@@ -283,10 +275,8 @@ def evaluated(one: Answerer, rows: Path, folder: Path, **options: Any) -> list[A
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    lines = (json.dumps({"context": f"w{i} w{i + 1}", "completion": "w9"}) for i in range(3, 9))
-    (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / "x.jsonl").write_text("\n".join(lines))
-    return tmp_path / "rows"
+    some = [{"context": f"w{i} w{i + 1}", "completion": "w9"} for i in range(3, 9)]
+    return write_rows(tmp_path / "rows" / "x.jsonl", some).parent
 
 
 def stopping(dataset: Dataset, done: int) -> None:

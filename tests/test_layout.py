@@ -3,7 +3,6 @@ where they are those of the base model, and adapters on its embedding answer as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,11 +67,9 @@ def test_below_the_wrappers_every_segment_has_to_agree(path: list[str], data: st
     assert there.matches(".".join(other)) == ([".".join(path)] if same else [])
 
 
-@pytest.mark.parametrize(
-    "path", ["q_proj", "self_attn.q_proj", "0.self_attn.q_proj", "ayers.0.self_attn.q_proj", "", "."]
-)
-def test_a_path_that_is_too_short_to_tell_the_layer_matches_nothing(path: str) -> None:
-    assert layers(1).matches(path) == []
+def test_a_path_that_is_too_short_to_tell_the_layer_matches_nothing() -> None:
+    for path in ("q_proj", "self_attn.q_proj", "0.self_attn.q_proj", "ayers.0.self_attn.q_proj", "", "."):
+        assert layers(1).matches(path) == []
 
 
 def test_a_vision_tower_of_the_same_names_is_left_alone() -> None:
@@ -146,17 +143,14 @@ def test_other_shapes_are_refused_with_both(
     assert f"layers.0.{Q} (adapter {a_in} -> {a_out}, base {in_features} -> {out_features})" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("there", "fronts", "said"),
-    [
+def test_modules_and_entries_are_pairs(tmp_path: Path) -> None:
+    for there, fronts, said in (
         (("model", "text_model"), [""], rf"may be any of model\.layers\.0\.{Q}, text_model\.layers\.0\.{Q}\)"),
         (("model",), ["model.", "language_model."], rf"a second entry for model\.layers\.0\.{Q}"),
-    ],
-)
-def test_modules_and_entries_are_pairs(tmp_path: Path, there: Sequence[str], fronts: list[str], said: str) -> None:
-    adapter = adapter_on(tmp_path, {f"{front}layers.0.{Q}": (8, 8) for front in fronts})
-    with pytest.raises(AdapterError, match=said):
-        adapter.fit(layout(*(f"{front}.layers.0.{Q}" for front in there)))
+    ):
+        adapter = adapter_on(tmp_path, {f"{front}layers.0.{Q}": (8, 8) for front in fronts})
+        with pytest.raises(AdapterError, match=said):
+            adapter.fit(layout(*(f"{front}.layers.0.{Q}" for front in there)))
 
 
 # ---- more than linear modules ---------------------------------------------------------------------------------------

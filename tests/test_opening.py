@@ -33,17 +33,16 @@ from logo.errors import NotFinite
 from logo.mixing.merge import mergeable
 from logo.models import check_mode, droppers, load_base, pick_device, resolve_base
 from logo.vllm.offline import _folder_of
-from test_engine import PROMPTS, engine, tokenizer, write_adapter
+from test_engine import PROMPTS, engine, write_adapter
+from test_evaluate import DATA, F1, ROOT
 from tolerances import PATIENCE, same_scores, same_selection
 from warm import python
+from written import write_base, write_rows
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny.model("llama").save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def test_options_of_transformers_reach_it(base: Path, adapters: Path) -> None:
@@ -146,9 +145,7 @@ def test_a_quantised_base_answers_as_what_it_stands_for(base: Path, adapters: Pa
 @pytest.mark.slow
 def test_the_official_preset_is_that_of_the_command_line(tmp_path: Path) -> None:
     rows = [row for some in heldout().values() for row in some[:1]][:8]
-    data = tmp_path / "data" / "demo" / "rows" / "test.jsonl"
-    data.parent.mkdir(parents=True)
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(tmp_path / "data" / "demo" / "rows" / "test.jsonl", rows)
     place = ["--base_model", "demo", "--data_dir", str(tmp_path / "data"), "--result_dir", str(tmp_path / "results")]
     command = ["evaluate", "--dataset", "demo.rows", "--preset", "official", *place, "--device", "cpu"]
     with warnings.catch_warnings():
@@ -171,9 +168,7 @@ def test_the_official_preset_is_that_of_the_command_line(tmp_path: Path) -> None
     assert [one.text.strip().split("\n")[0] for one in answers] == kept("predictions.json")
 
 
-def test_transformers_streamers_hear_each_token(
-    llama: nn.Module, adapters: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_streamers_hear_each_token(llama: nn.Module, adapters: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logo = engine(llama, adapters)
     answer = logo.generate(PROMPTS[0], max_new_tokens=12)
     found = logo.generate(PROMPTS[0], max_new_tokens=12, streamer=TextStreamer(logo.tokenizer, skip_prompt=True))
@@ -247,25 +242,22 @@ def jittering() -> Any:
     return model
 
 
-@pytest.mark.parametrize(
-    ("make", "part"),
-    [
+def test_what_makes_a_model_random_is_found_wherever_it_is() -> None:
+    """Also where only a part of the model is in training mode."""
+    for make, part in (
         (lambda: tiny.model("opt", dropout=0.1), ""),  # which keeps its probability in its layers
         (lambda: tiny.model("opt", dropout=0.1), "model"),
         (jittering, "model.layers.0.mlp"),
-    ],
-)
-def test_what_makes_a_model_random_is_found_wherever_it_is(make: Callable[[], Any], part: str) -> None:
-    """Also where only a part of the model is in training mode."""
-    model = make()
-    model.get_submodule(part).train()
-    with pytest.raises(UsageError, match="training mode"):
-        droppers(model)
-    found = droppers(model.eval())
-    model.get_submodule(part).train()
-    with pytest.raises(UsageError, match="training mode"):
-        check_mode(found)
-    assert not droppers(cast(Any, tiny.model("llama")))
+    ):
+        model = make()
+        model.get_submodule(part).train()
+        with pytest.raises(UsageError, match="training mode"):
+            droppers(model)
+        found = droppers(model.eval())
+        model.get_submodule(part).train()
+        with pytest.raises(UsageError, match="training mode"):
+            check_mode(found)
+        assert not droppers(cast(Any, tiny.model("llama")))
 
 
 def test_a_loaded_model_is_no_name(llama: nn.Module) -> None:
@@ -328,10 +320,6 @@ def test_a_mixture_that_overflows_is_an_error(overflowing: LoGo, options: dict[s
 
 # ---- base models by name --------------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).parent.parent
-DATA = Path(__file__).parent / "data"
-F1 = DATA / "golden" / "F1"
-
 
 def test_names_of_base_models(tmp_path: Path) -> None:
     assert resolve_base("Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
@@ -356,9 +344,7 @@ def test_published_adapters_in_model_dir_come_before_the_hub(tmp_path: Path) -> 
         open_pool(None, str(F1 / "model"))
 
 
-def test_a_published_pool_has_its_official_names_wherever_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_published_pool_has_official_names_wherever_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = shutil.copytree(F1 / "adapters", tmp_path / "Llama-3.1-8B-loras-flanv2")
     monkeypatch.chdir(home)
     for place in (".", str(home)):
@@ -374,19 +360,16 @@ def test_device_and_dtype() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
+def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
+    for damage in (
         lambda model: os.truncate(model / "model.safetensors", 1000),
         lambda model: (model / "config.json").write_text("{"),
         lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),  # a pickle
-    ],
-)
-def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path, damage: Callable[[Path], object]) -> None:
-    damage(shutil.copytree(F1 / "model", tmp_path / "model"))
-    with pytest.raises(ModelError, match="cannot be loaded") as caught:
-        load_base(str(tmp_path / "model"), device="cpu")
-    assert "\n" not in str(caught.value)
+    ):
+        damage(shutil.copytree(F1 / "model", tmp_path / "model", dirs_exist_ok=True))
+        with pytest.raises(ModelError, match="cannot be loaded") as caught:
+            load_base(str(tmp_path / "model"), device="cpu")
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -1,24 +1,118 @@
-"""Parity with the official script's arithmetic on a random Qwen2 with biases and tied embeddings, and mixed adapters.
+"""Parity with the official script on a random Qwen2 with biases and tied embeddings, and mixed adapters: with its
+arithmetic, written from its formulas, with PEFT for the adapters.
 
-Selections must agree in names and order; only adapters whose official scores differ by less than 1e-4, relative, may
-change places (`official.difference`).
+Per prompt, alone: the model runs with some adapters active at full scale, `h` is the residual stream that enters the
+last layer, and every adapter's response to every token is `(h A^T) B^T s`. The last token's response gives the score,
+`‖p‖` or `1 / (H(softmax p) + 1e-6)` with `log(q + 1e-8)`, and `topk` chooses.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tiny
-from logo import AdapterPool, LoGo, SelectionSettings
+from logo import AdapterPool, LoGo, Selection, SelectionSettings
 from make_adapters import write_peft
-from official import OfficialScript, difference
 from test_calibrated import change
 from test_engine import tokenizer
+
+# Scores are equal within this, relative; so neighbours that are closer to each other than this may change places.
+SAME = 1e-4
+
+
+@dataclass(frozen=True)
+class Official:
+    """What the script says about one prompt: the score of every adapter in pool order, and the k best, best first."""
+
+    scores: tuple[float, ...]
+    selected: tuple[str, ...]
+
+
+class OfficialScript:
+    """The script on one base model and one pool.
+
+    Args:
+        base: stays as it is; PEFT wraps a copy.
+        folders: of the adapters, by name, in pool order.
+        module: path of the probed projection, in `layer`.
+    """
+
+    def __init__(self, base: nn.Module, folders: Mapping[str, Path], layer: int, module: str) -> None:
+        self.names = tuple(folders)
+        self.layer = layer
+        self.active: tuple[str, ...] | None = None
+        copied = type(base)(base.config).eval()  # type: ignore[operator, arg-type]
+        copied.load_state_dict(base.state_dict())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's advice about tiny and nameless models
+            for i, folder in enumerate(folders.values()):
+                if i == 0:
+                    self.model: Any = peft.PeftMixedModel.from_pretrained(copied, folder, adapter_name="a0")
+                else:
+                    self.model.load_adapter(folder, adapter_name=f"a{i}")
+        self.model.eval()
+        probed = dict(self.model.base_model.model.named_modules())[module]
+        self.factors = [
+            (probed.lora_A[f"a{i}"].weight, probed.lora_B[f"a{i}"].weight, probed.scaling[f"a{i}"])
+            for i in range(len(folders))
+        ]
+
+    def run(self, rows: Sequence[Sequence[int]], signal: str, k: int, context: str) -> Iterator[Official]:
+        """One result per prompt, in order; `context` as `probe_context`."""
+        active = () if context == "base" else self.names
+        for row in rows:
+            scores = self.scores(row, signal, active)
+            top = torch.topk(scores, k).indices.tolist()
+            selected = tuple(self.names[i] for i in top)
+            yield Official(tuple(scores.tolist()), selected)
+            if context == "carry":
+                active = selected
+
+    @torch.no_grad()
+    def scores(self, row: Sequence[int], signal: str, active: Sequence[str]) -> Tensor:
+        """(adapters,) in pool order."""
+        ids = torch.tensor([list(row)])
+        if tuple(active) != self.active:
+            if active:
+                self.model.base_model.enable_adapter_layers()
+                self.model.set_adapter([f"a{self.names.index(name)}" for name in active])
+            else:
+                self.model.base_model.disable_adapter_layers()
+            self.active = tuple(active)
+        h = self.model(input_ids=ids, output_hidden_states=True).hidden_states[self.layer]
+        p = torch.stack([(h @ a.T) @ b.T * s for a, b, s in self.factors], dim=1)[0, :, -1]  # (adapters, out)
+        if signal == "norm":
+            return torch.norm(p, dim=-1)
+        q = torch.softmax(p, dim=-1)
+        return 1 / (-(q * torch.log(q + 1e-8)).sum(dim=-1) + 1e-6)
+
+
+def difference(selection: Selection, official: Official, names: Sequence[str]) -> str | None:
+    """What is not equal, or None: scores within 1e-4 relative, and the same adapters in the same order.
+
+    Only adapters whose official scores differ by less than that may stand in each other's place.
+    """
+    scores = dict(zip(names, official.scores, strict=True))
+    for name, score in scores.items():
+        if not abs(selection.scores[name] - score) <= SAME * abs(score):
+            return f"score of {name}: {selection.scores[name]} instead of {score}"
+    if len(selection.adapters) != len(official.selected):
+        return f"{len(selection.adapters)} adapters instead of {len(official.selected)}"
+    for place, (ours, theirs) in enumerate(zip(selection.adapters, official.selected, strict=True), start=1):
+        if ours != theirs and not abs(scores[ours] - scores[theirs]) < SAME * abs(scores[theirs]):
+            return f"place {place}: {ours} ({scores[ours]}) instead of {theirs} ({scores[theirs]})"
+    return None
+
 
 LAYER, MODULE = 2, "model.layers.2.self_attn.q_proj"
 ROWS = tiny.prompts([4, 17, 9, 30, 2, 23, 12, 7, 15, 21], seed=3)

@@ -22,6 +22,7 @@ from logo.cli.app import run
 from logo.evaluation.answer import engine_identity
 from logo.evaluation.metrics import METRICS, checked_kind, measure, measures
 from logo.plugins import Registry, Source
+from logo.recorded import without_secrets
 from logo.selection.signals import SIGNALS, get_signal, register_signal
 from serving import served
 from test_engine import engine
@@ -63,7 +64,7 @@ def length(prediction, golds):
     return min(1.0, len(prediction) / 100)
 
 @register_method()
-def third(logo, task, *, k: int = 1):
+def third(logo, task, *, k: int = 1, api_key: str = ""):
     "The third adapter."
     name = task.candidates(logo)[2]
     return Prepared(lambda prompts, size: [Selection.forced({name: 1.0}) for _ in prompts])
@@ -97,17 +98,13 @@ def load(site: Path, name: str, text: str, definition: str = "quiet") -> None:
     plugins.load(f"plug_{name}:{definition}")
 
 
-def test_what_is_installed_is_imported_once_and_not_when_a_name_is_looked_up(
-    site: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_installed_is_imported_once_and_by_no_look_up(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"unknown signal 'quiet'.*; known: norm, .*--plugin"):
         get_signal("quiet")
     assert not {"plug_signals", "plug_others"} & set(sys.modules)
     plugins.load_installed()
     plugins.load_installed()
-    with pytest.raises(
-        UsageError, match=r"unknown signal 'quite' \(did you mean 'quiet'\?\); known: norm, .*, quiet; "
-    ):
+    with pytest.raises(UsageError, match=r"unknown signal 'quite' \(did you mean 'quiet'\?\); known: norm, .*, quiet;"):
         get_signal("quite")
     assert get_signal("quiet").scale == "zscore"
     third = get_method("third", k=4)
@@ -247,7 +244,10 @@ def test_the_identity_of_a_run_names_code_of_others_only(site: Path) -> None:
     assert "plugin" not in get_method("random").as_dict()
     engine = LoGo.from_pretrained("demo", k=2, signal="quiet")
     assert engine_identity(engine, "demo", {})["plugin"] == SIGNALS.source("quiet")
-    assert get_method("third").as_dict()["plugin"].startswith("plug_others:third ")
+    third = get_method("third", api_key="hidden").as_dict()
+    assert third["plugin"].startswith("plug_others:third ") and set(third) == {"plugin", "method", "k"}
+    for name in ("method_args", "engine_args"):
+        assert without_secrets({name: "k=2, api-key =hidden,top=a=b"}) == {name: "k=2,top=a=b"}
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

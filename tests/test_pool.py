@@ -134,18 +134,15 @@ def test_an_unknown_name_is_met_with_the_closest(one: Adapter) -> None:
     assert refused(lambda: pool["zzz"]) == "no adapter 'zzz' in the pool of 2"
 
 
-@pytest.mark.parametrize(
-    ("asked", "chosen"),
-    [
+def test_a_subset_is_chosen_by_names_and_patterns(one: Adapter) -> None:
+    for asked, chosen in (
         (["b", "a", "a"], ("a", "b")),
         (["t/*", "t/x", "?"], ("a", "b", "t/x", "t/y")),
         ("odd[1]", ("odd[1]",)),
-    ],
-)
-def test_a_subset_is_chosen_by_names_and_patterns(one: Adapter, asked: Any, chosen: tuple[str, ...]) -> None:
-    pool = AdapterPool(replace(one, name=name) for name in ("b", "a", "t/y", "t/x", "odd[1]"))
-    assert pool.subset(asked).names == chosen
-    assert len(pool) == 5
+    ):
+        pool = AdapterPool(replace(one, name=name) for name in ("b", "a", "t/y", "t/x", "odd[1]"))
+        assert pool.subset(asked).names == chosen
+        assert len(pool) == 5
 
 
 @pytest.mark.parametrize(
@@ -177,22 +174,19 @@ def test_places(text: Any, places: list[Source], tmp_path: Path, monkeypatch: py
     assert [p.where for p in again] == [p.where if p.on_hub else str(tmp_path / Path(p.where)) for p in found]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_what_is_no_place_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, message in (
         ("", "no source of adapters"),
         ("a,,b", "no source of adapters"),
         ("org/prefix-*", r"`logo pool lock 'org/prefix-\*'` lists the repositories of an owner"),
         ("org/a@../x", "is not a branch"),
         ("notes.txt", "found another file"),
-    ],
-)
-def test_what_is_no_place_is_told(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "notes.txt").write_text("adapters")
-    with pytest.raises(UsageError, match=message) as caught:
-        parse_sources(text)
-    assert "\n" not in str(caught.value)
+    ):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "notes.txt").write_text("adapters")
+        with pytest.raises(UsageError, match=message) as caught:
+            parse_sources(text)
+        assert "\n" not in str(caught.value)
 
 
 SEGMENT = st.text("abc.- é", min_size=1, max_size=4).filter(lambda s: not s.startswith(".") and s.strip() == s)
@@ -246,7 +240,8 @@ def test_a_real_folder_comes_before_every_link_to_it(tmp_path: Path) -> None:
         (tmp_path / "pool" / name).symlink_to(tmp_path / "elsewhere")
     pool = AdapterPool.open(tmp_path / "pool")
     assert pool.names == ("b", "x/one", "zulu/deep")
-    assert pool.refused == ()
+    assert [error.name for error in pool.refused] == ["alias", "y"]
+    assert all("in the pool already" in error.reason for error in pool.refused)
     both = AdapterPool.open([tmp_path / "pool", tmp_path / "elsewhere"])
     assert both.names == ("b", "one", "x/one", "zulu/deep")
 

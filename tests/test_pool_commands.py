@@ -89,8 +89,9 @@ def test_inspect_tells_what_would_be_refused(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "empty").mkdir()
     assert run(["pool", "inspect", str(tmp_path / "empty")]) == 1
     assert "0 usable" in capsys.readouterr().out
-    write_peft(tmp_path / "empty" / "plain")
+    write_peft(tmp_path / "empty" / (long := "plain" * 20))
     assert run(["pool", "inspect", str(tmp_path / "empty")]) == 0
+    assert long in capsys.readouterr().out
 
 
 def test_nobody_is_left_out_without_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,9 +107,7 @@ def test_nobody_is_left_out_without_a_word(tmp_path: Path, capsys: pytest.Captur
     assert "refused" not in capsys.readouterr().out
 
 
-def test_examples_of_requests_that_named_adapters(
-    pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_examples_of_requests_naming_adapters(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a server logs them: those that were scored, cut, or named several adapters, are no examples."""
     write_examples(pool / "dead", ["its own"])
 
@@ -248,9 +247,7 @@ def test_what_is_fetched_for_one_adapter_says_it_too() -> None:
 
 @pytest.mark.parametrize("around", [{}, LAST, {"activation": "everywhere"}], ids=str)
 @pytest.mark.parametrize("own", [EVERYWHERE, Activation(last=3), Activation((5,))], ids=str)
-def test_a_mixture_acts_where_its_adapters_do_wherever_it_is(
-    own: Activation, around: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_mixture_acts_where_its_adapters_do_anywhere(own: Activation, around: dict[str, str], tmp_path: Path) -> None:
     linear = [path for path, module in tiny.model("llama").named_modules() if isinstance(module, nn.Linear)]
     write(tmp_path / "a", tensors(seed=0), **({"alora_invocation_tokens": [*own.tokens]} if own.tokens else {}))
     if own.last:
@@ -408,27 +405,17 @@ def test_as_peft_converts(tmp_path: Path, init: str, settings: dict[str, Any]) -
         assert config == expected
 
 
-@pytest.mark.parametrize(
-    ("trained", "initial", "said"),
-    [
+def test_what_cannot_be_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for trained, initial, said in (
         ({"init_lora_weights": "pissa"}, {"lora_alpha": 9}, "another shape or scale at model.layers.0"),
         ({"init_lora_weights": "pissa"}, {"weights": tensors(rank=2), "r": 2}, "another shape or scale"),
-        (
-            {"init_lora_weights": "olora"},
-            {"weights": tensors({"lm_head": (32, 96)})},
-            "adapts other modules",
-        ),
+        ({"init_lora_weights": "olora"}, {"weights": tensors({"lm_head": (32, 96)})}, "adapts other modules"),
         ({"init_lora_weights": "pissa"}, {"weights": tensors(seed=0)}, "is the same: give that before training"),
         ({}, {}, "init_lora_weights is True, which names no initialisation that changed the base weights"),
         ({"init_lora_weights": "pissa", "use_dora": True}, {}, "it is a DoRA adapter"),
-    ],
-    ids=["scale", "rank", "modules", "equal", "plain", "dora"],
-)
-def test_what_cannot_be_converted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], trained: Any, initial: Any, said: str
-) -> None:
-    write(tmp_path / "trained", tensors(seed=0), **trained)
-    write(tmp_path / "initial", **{"weights": tensors(seed=1), **initial})
-    assert convert(tmp_path) == 1
-    error = capsys.readouterr().err
-    assert "adapter 'trained'" in error and said in error and not (tmp_path / "out").exists()
+    ):
+        write(tmp_path / "trained", tensors(seed=0), **trained)
+        write(tmp_path / "initial", **{"weights": tensors(seed=1), **initial})
+        assert convert(tmp_path) == 1
+        error = capsys.readouterr().err
+        assert "adapter 'trained'" in error and said in error and not (tmp_path / "out").exists()

@@ -20,22 +20,13 @@ from logo.selection.signals import Signal, get_signal
 from tolerances import same_tensor
 
 QUERY = {
-    "llama": "model.layers.2.self_attn.q_proj",
-    "qwen2": "model.layers.2.self_attn.q_proj",
-    "qwen3": "model.layers.2.self_attn.q_proj",
-    "gemma2": "model.layers.2.self_attn.q_proj",
-    "gemma3": "model.layers.2.self_attn.q_proj",
-    "mistral": "model.layers.2.self_attn.q_proj",
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral"), "model.layers.2.self_attn.q_proj"),
+    **dict.fromkeys(("falcon", "falcon_heads", "falcon_groups"), "transformer.h.2.self_attention.query_key_value"),
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "gpt_bigcode_heads"), "transformer.h.2.attn.c_attn"),
     "phi3": "model.layers.2.self_attn.qkv_proj",
     "gpt_neox": "gpt_neox.layers.2.attention.query_key_value",
-    "gpt2": "transformer.h.2.attn.c_attn",
     "opt": "model.decoder.layers.2.self_attn.q_proj",
-    "falcon": "transformer.h.2.self_attention.query_key_value",
-    "falcon_heads": "transformer.h.2.self_attention.query_key_value",
-    "falcon_groups": "transformer.h.2.self_attention.query_key_value",
     "codegen": "transformer.h.2.attn.qkv_proj",
-    "gpt_bigcode": "transformer.h.2.attn.c_attn",
-    "gpt_bigcode_heads": "transformer.h.2.attn.c_attn",
 }
 FUSED = [name for name, path in QUERY.items() if path.endswith(("qkv_proj", "query_key_value", "c_attn"))]
 

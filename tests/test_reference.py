@@ -187,13 +187,11 @@ def test_scores_by_chance_lie_as_far_apart_in_every_pool_and_prompt() -> None:
         return strength * (responses((texts, 30), 99) + own) + responses((texts, 1), 98)
 
     for strength in (0.2, 0.7, 3.0):
-        reference = Reference.of(drawn(200, USUAL, strength).T[:, None])
-        unit = float((reference.scores(drawn(200, USUAL, strength).T[:, None])).var(dim=1).mean().sqrt())
-        assert reference.apart == pytest.approx(max(unit, UNIT / 2), rel=1e-3)
+        pool = Reference.of(drawn(200, USUAL, strength).T[:, None])
+        unit = float((pool.scores(drawn(200, USUAL, strength).T[:, None])).var(dim=1).mean().sqrt())
+        assert pool.apart == pytest.approx(max(unit, UNIT / 2), rel=1e-3)
         for tokens in (1, 3, USUAL):
-            scores = reference.factors(torch.tensor([tokens])) * reference.scores(
-                drawn(400, tokens, strength).T[:, None]
-            )
+            scores = pool.factors(torch.tensor([tokens])) * pool.scores(drawn(400, tokens, strength).T[:, None])
             assert float(scores.var(dim=1).mean().sqrt()) == pytest.approx(UNIT, rel=0.1)
 
 

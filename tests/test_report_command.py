@@ -16,6 +16,7 @@ import pytest
 
 from browser import Browser, browser, needs_browser
 from logo.cli.app import run
+from logo.errors import DataError
 from logo.evaluation.compare import GROUPS, grouped
 from logo.evaluation.metrics import measure, metric_kind
 from logo.evaluation.results import OFFICIAL, RUN, Partial, official_files, read
@@ -24,9 +25,7 @@ from logo.evaluation.statistics import holm
 LEFT, RIGHT = "m_selection_norm_n_2_seed_0", "m_selection_calibrated_n_2_seed_0"
 EVIL = ["</script><script>document.title='x'</script>", "<img src=x onerror=\"document.title='x'\">", "a_b & 50 % {#}"]
 LINES = "return [...document.querySelectorAll('#rows tbody tr')].map(line => line.innerText)"
-SEARCH = (
-    "const box = document.getElementById('search'); box.value = arguments[0]; box.dispatchEvent(new Event('input'))"
-)
+SEARCH = "const box = document.querySelector('#search');box.value = arguments[0]; box.dispatchEvent(new Event('input'))"
 STATUS = "return document.getElementById('status').textContent"
 HEAD = "[...document.querySelectorAll('#rows th button')].find(one => one.textContent === arguments[0])"
 COLUMN = "return [...document.querySelectorAll(`#rows td[data-name=${arguments[0]}]`)].map(cell => cell.textContent)"
@@ -77,6 +76,9 @@ def test_a_result_counts_once_under_all_its_names(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     found = read([folder, Path(folder.name), Path("link")])
     assert found["dataset"].tolist() == ["bbh.one", "bbh.two"] and set(found["run"]) == {folder.name}
+    shutil.copytree(folder / "bbh.one", folder / "bbh.one_old")
+    with pytest.raises(DataError, match=r"/bbh\.one and .*/bbh\.one_old both hold 'bbh\.one' of one run"):
+        read([folder])
 
 
 # -- comparisons -------------------------------------------------------------------------------------------------------

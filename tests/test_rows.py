@@ -57,46 +57,35 @@ def test_rows_come_back_as_they_were_written(
         assert list(row.golds) == list(dict.fromkeys([*first, *present.get("references", [])]))
 
 
-@pytest.mark.parametrize(
-    ("line", "found"),
-    [
+def test_a_malformed_line_is_named(tmp_path: Path) -> None:
+    for line, found in (
         ('{"context": "a", "completion": ', "invalid JSON: Expecting value at column 32"),
-        ("nonsense", "invalid JSON: Expecting value at column 1"),
         ("", "an empty line between rows"),
         ("null", "found null"),
-        ("12", "found 12"),
         ('{"completion": "b", "input": "a"}', "no 'context', only \"completion, input\""),
-        ('{"context": "a"}', "no 'completion', only \"context\""),
         ('{"context": ["a"], "completion": "b"}', "'context' is a list"),
         ('{"context": " \\n", "completion": "b"}', "'context' is empty"),
-        ('{"context": "a", "completion": true}', "'completion' is true"),
         ('{"context": "a", "completion": []}', "'completion' is an empty list"),
-        ('{"context": "a", "completion": ["b", 3]}', "'completion'[1] is 3"),
         ('{"context": "a", "completion": ["b", ""]}', "'completion'[1] is empty"),
         ('{"context": "a", "completion": [["b"]]}', "'completion'[0] is a list"),
         ('{"context": "a\\ud800", "completion": "b"}', "'context' holds half of a surrogate pair"),
         (f'{START}, "references": "a"}}', """'references' is "a\""""),
-        (f'{START}, "references": []}}', "'references' is an empty list"),
         (f'{START}, "references": ["a", 3]}}', "'references'[1] is 3"),
         (f'{START}, "adapter": ""}}', "'adapter' is empty"),
-        (f'{START}, "adapter": ["a"]}}', "'adapter' is a list"),
         (b'{"context": "caf\xe9", "completion": "b"}', "bytes that are not UTF-8 at column 17"),
         ("[" * 200_000, "unreadable JSON: "),
         ('{"context": ' + "1" * 5000 + "}", "unreadable JSON: "),
-    ],
-    ids=lambda value: None if len(value) < 100 else "long",
-)
-def test_a_malformed_line_is_named(tmp_path: Path, line: str | bytes, found: str) -> None:
-    raw = line if isinstance(line, bytes) else line.encode()
-    file = put(tmp_path, "mine.rows", f"{GOOD}\n".encode() * 2 + raw + b"\n" + GOOD.encode())
-    with pytest.raises(DataError) as caught:
-        load_rows(tmp_path, "mine.rows", limit=1)  # the whole file is checked whatever the limit
-    message = str(caught.value)
-    assert message.startswith(f"{file}:3: expected {{")
-    assert found in message
-    assert message.endswith("fix or delete the line")
-    assert len(message.splitlines()) == 1
-    assert len(message) < len(str(file)) + 300
+    ):
+        raw = line if isinstance(line, bytes) else line.encode()
+        file = put(tmp_path, "mine.rows", f"{GOOD}\n".encode() * 2 + raw + b"\n" + GOOD.encode())
+        with pytest.raises(DataError) as caught:
+            load_rows(tmp_path, "mine.rows", limit=1)  # the whole file is checked whatever the limit
+        message = str(caught.value)
+        assert message.startswith(f"{file}:3: expected {{")
+        assert found in message
+        assert message.endswith("fix or delete the line")
+        assert len(message.splitlines()) == 1
+        assert len(message) < len(str(file)) + 300
 
 
 @given(st.binary(max_size=40))
@@ -176,8 +165,10 @@ def test_everything_in_official_order_then_the_rest(tmp_path: Path) -> None:
     put(tmp_path / ".cache", "x.y")
     (tmp_path / "zoo" / ".hidden").mkdir()
     (tmp_path / "zoo" / ".hidden" / "test.jsonl").write_text(GOOD)
-    with pytest.warns(UserWarning, match=r"left out: bbh\.boolean_expressions, .*gem\.dart"):
-        found = find_datasets(tmp_path)
+    flat(tmp_path / "deep/mine.jsonl", "1")
+    with pytest.warns(UserWarning, match=r": deep/mine\.jsonl not read: .* main/sub/test\.jsonl"):
+        with pytest.warns(UserWarning, match=r"left out: bbh\.boolean_expressions, .*gem\.dart"):
+            found = find_datasets(tmp_path)
     names = ["bbh.navigate", "bbh.word_sorting", "glue.qnli", "alpha.c", "zoo.a.1", "zoo.b"]
     assert [one.name for one in found] == names
     file, train = (tmp_path / "bbh/navigate" / f"{split}.jsonl" for split in ("test", "train"))
@@ -211,7 +202,6 @@ def test_unknown_and_absent_datasets(tmp_path: Path) -> None:
     there = f"not in {tmp_path}; there are bbh.navigate, zoo.lions"
     for request, message in (
         ("bbh.navigat", "did you mean 'bbh.navigate'"),
-        ("zoo.lion", "did you mean 'zoo.lions'"),
         ("bbh/navigate", "did you mean 'bbh.navigate'"),
         ("qqqqqq.zzzzzz", there),
         ("gem.*", f"{there}; `logo data prepare` fetches official ones"),
@@ -258,7 +248,6 @@ def test_the_metric_is_the_one_asked_for_or_declared_or_the_names(tmp_path: Path
     for content, message in (
         ("metric: blue\n", r"test\.yaml: expected a metric \(em, .*found 'blue' \(did you mean 'bleu'"),
         ("metric: em\nother: 1\n", r"test\.yaml: expected 'metric: NAME' and nothing else, found"),
-        ("- em\n", r"test\.yaml: expected 'metric: NAME' and nothing else, found"),
         ("metric: [", r"test\.yaml: expected 'metric: NAME', found invalid YAML"),
     ):
         (tmp_path / "mine/x/test.yaml").write_text(content)

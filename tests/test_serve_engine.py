@@ -322,9 +322,7 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
 
 @pytest.mark.parametrize("on_bad", ["error", "skip"])
 @pytest.mark.parametrize("fault", ["nan", "shape", "unscorable", "unscorable by another signal", "taken", "pickle"])
-def test_an_adapter_that_cannot_be_used_changes_nothing(
-    fault: str, on_bad: str, llama: nn.Module, tmp_path: Path
-) -> None:
+def test_what_cannot_be_used_changes_nothing(fault: str, on_bad: str, llama: nn.Module, tmp_path: Path) -> None:
     for i in range(3):
         write_adapter(tmp_path / "pool" / f"t{i}", llama, ("q_proj", "v_proj"), rank=2, seed=i)
     bad = tmp_path / "bad"

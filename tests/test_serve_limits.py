@@ -100,9 +100,7 @@ def test_a_request_that_takes_too_long_is_ended_and_counted(
     asked(service, use, request_timeout=0.3)
 
 
-def test_a_client_that_does_not_read_holds_nothing_beyond_the_time_limit(
-    engine: LoGo, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_does_not_read_holds_nothing_beyond_the_time_limit(engine: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its socket is full, so that no more can be sent, and it does not disconnect."""
     monkeypatch.setattr(app_module, "GRACE", 0.05)
     sent: list[Any] = []
@@ -226,9 +224,8 @@ def test_a_signal_lets_what_was_accepted_end_and_each_request_is_a_line_of_text(
                 asking = [asyncio.create_task(ask(client, n)) for n in range(24)]
                 await started.wait()
                 os.kill(running.pid, signal.SIGTERM)
-                with pytest.raises(
-                    (openai.InternalServerError, openai.APIConnectionError), match=r"shutting down|Connection"
-                ):
+                stopping = (openai.InternalServerError, openai.APIConnectionError)
+                with pytest.raises(stopping, match=r"shutting down|Connection"):
                     while True:  # until the signal has been heard
                         await ask(client, 0)
                 return await asyncio.gather(*asking)

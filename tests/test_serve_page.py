@@ -136,9 +136,7 @@ def test_stop_ends_the_answer_here_and_on_the_server(window: Browser, tmp_path: 
 
 @needs_browser
 @pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
-def test_it_fits_has_names_for_all_controls_and_takes_keys(
-    window: Browser, demo: Served, width: int, dark: bool
-) -> None:
+def test_it_fits_names_all_controls_and_takes_keys(window: Browser, demo: Served, width: int, dark: bool) -> None:
     enter(window, demo, width, dark=dark)
     assert window.run("return document.documentElement.scrollWidth <= innerWidth")
     ground = window.run("return getComputedStyle(document.body).backgroundColor")

@@ -35,9 +35,8 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     assert done.returncode == 0, done.stderr
     pages = {path: path.read_text() for path in (tmp_path / "site").rglob("*.html")}
     assert len(pages) > 20
+    elsewhere = r"<(?:script|img|iframe)[^>]*src=\"?https?:|<link[^>]*rel=\"?stylesheet[^>]*https?:"
     for path, text in pages.items():
-        assert not re.findall(
-            r"<(?:script|img|iframe)[^>]*src=\"?https?:|<link[^>]*rel=\"?stylesheet[^>]*https?:", text
-        ), path
+        assert not re.findall(elsewhere, text), path
     [reference] = [text for path, text in pages.items() if path.name == "python.html"]
     assert "Selects and mixes adapters" in reference  # docstrings are there

@@ -19,7 +19,6 @@ from logo.decoding import EndRows
 from logo.demo import model_dir
 from logo.endings import StopTexts, at_texts, cut_at
 from logo.serve.text import Text
-from make_adapters import calm
 
 PROMPTS = ["Spell the word fence backwards.", "What is the plural of lake?", "What is 7 plus 5?"]
 TOKENIZER = AutoTokenizer.from_pretrained(model_dir())
@@ -119,7 +118,6 @@ STOPS = st.lists(st.text("ab é😀\n", min_size=1, max_size=4), max_size=3)
 CUTS = st.lists(st.integers(0, 200), max_size=40)
 
 
-@calm
 @given(WORDS, STOPS, CUTS)
 def test_pieces_of_text_in_bytes_are_the_text_up_to_a_stop(words: str, stops: list[str], cuts: list[int]) -> None:
     """And tokens behind the one that completes a stop text are not taken."""
@@ -135,7 +133,6 @@ def test_pieces_of_text_in_bytes_are_the_text_up_to_a_stop(words: str, stops: li
         assert "".join(pieces) == cut_at(words, stops)
 
 
-@calm
 @given(st.lists(st.integers(0, 300), max_size=40), CUTS)
 def test_pieces_of_any_tokens_are_what_they_decode_to_together(ids: list[int], cuts: list[int]) -> None:
     ids = [i % len(TOKENIZER) for i in ids]

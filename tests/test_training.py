@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -528,9 +529,7 @@ def test_logo_yaml_says_what_was_done(whole: Path, given: Given) -> None:
     assert prompts == [row["context"] for row in rows(10 + number, number)[:4]]
 
 
-def test_a_run_that_was_interrupted_goes_on(
-    whole: Path, given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_goes_on(whole: Path, given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the second task: exit code 130. That task begins again, and all adapters are those of a whole run."""
     pool = tmp_path / "pool"
 
@@ -565,7 +564,11 @@ def test_a_task_that_is_added_touches_nothing_of_the_others(
     assert run(command(given[0], more, copied)) == 0 and times() == stood  # nothing is left
 
 
-def test_another_number_of_example_prompts_needs_no_training(copied: Path, given: Given) -> None:
+@pytest.mark.filterwarnings("always")
+def test_another_number_of_example_prompts_needs_no_training(
+    copied: Path, given: Given, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that were given by hand stay."""
     weights = {name: content for name, content in contents(copied).items() if name.endswith(FILES[:2])}
     for count in (2, 0, 3):
         assert run([*command(*given, copied), "--examples", str(count)]) == 0
@@ -574,6 +577,12 @@ def test_another_number_of_example_prompts_needs_no_training(copied: Path, given
         for name in TASKS:
             prompts = found.get(f"{name}/{FILES[2]}", b"").splitlines()
             assert len(prompts) == count == yaml.safe_load(found[f"{name}/{FILES[3]}"])["config"]["examples"]
+    (copied / "a" / FILES[2]).write_text('{"prompt": "mine"}')
+    before = contents(copied / "a")
+    assert "warning" not in capsys.readouterr().err
+    assert run([*command(*given, copied), "--examples", "1"]) == 0
+    assert f"{copied / 'a' / FILES[2]}: expected the 3 prompts that training wrote" in capsys.readouterr().err
+    assert contents(copied / "a") == before and len(contents(copied)[f"b/{FILES[2]}"].splitlines()) == 1
 
 
 def test_an_adapter_of_something_else_is_refused(
@@ -647,7 +656,8 @@ def test_a_task_that_diverges_or_has_no_memory_does_not_stop_the_others(
     assert run(command(*given, tmp_path / "pool")) == 1
     lines = " ".join(capsys.readouterr().out.split())
     assert "failed a: cpu has too little memory; give a smaller --max-length or --batch-size" in lines
-    assert "failed b: at step 1 its sum of factors is nan; give a lower --lr" in lines
+    # With some kernels of attention on CPUs, logits stay finite where a query is not.
+    assert re.search("failed b: at step 1 its (held-out loss|sum of factors) is nan; give a lower --lr", lines)
     assert AdapterPool.open(tmp_path / "pool").names == ("d/e",)
     assert run(command(*given, tmp_path / "none", "--targets", "q_prj")) == 2  # which no task survives
     assert capsys.readouterr().err.splitlines()[-1].startswith("logo: error: targets q_prj: ")

@@ -76,9 +76,7 @@ def test_a_server_that_answers_as_the_library(
     assert lines[2].rstrip().endswith("ok") and lines[-1].endswith("4 selections, 0 of them not the library's")
 
 
-def test_a_server_that_selects_in_another_way_and_has_less_room(
-    changed: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_that_selects_otherwise_and_has_less_room(changed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It refuses prompts that no adapter fits, and an example is longer than its context."""
     write_examples(changed / "french", ["Translate the word into French: house. " * 200])
     kv_cache_gb = 200 * 2 * 4 * 6 * 32 * 4 / 1e9  # 200 tokens: the model itself could read more

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import random
+from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -60,7 +61,6 @@ def factors(slots: int, rank: int, inside: int, outside: int, seed: int = 0) -> 
     rank=st.integers(1, 4),
     seed=st.integers(0, 99),
 )
-@settings(deadline=None)
 def test_every_token_gets_its_own_mixture(counts: list[int], slots: int, rank: int, seed: int) -> None:
     """Of requests that are read, some longer than others, and of some that have no adapter."""
     a, b = factors(slots, rank, 6, 7, seed)
@@ -98,6 +98,11 @@ def test_an_adapter_that_overflows_spoils_no_other_row() -> None:
 # -- slots ------------------------------------------------------------------------------------------------------------
 
 
+def awaited(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    """A test that runs a coroutine."""
+    return lambda: asyncio.run(test())
+
+
 class Loaded:
     """What is in the slots, as vLLM's workers would have it."""
 
@@ -114,7 +119,6 @@ class Loaded:
 
 
 @given(count=st.integers(2, 5), most=st.integers(1, 2), seed=st.integers(0, 10_000))
-@settings(deadline=None)
 def test_a_mixture_has_its_slots_as_long_as_it_answers(count: int, most: int, seed: int) -> None:
     drawn, loaded, inside = random.Random(seed), Loaded(), list[frozenset[str]]()
 
@@ -155,93 +159,84 @@ async def leaving(count: int, drawn: random.Random) -> None:
         pass
 
 
-def test_the_first_that_waits_is_not_passed_for_ever() -> None:
-    async def run() -> None:
-        slots, order = Slots(2, Loaded()), list[str]()
+@awaited
+async def test_the_first_that_waits_is_not_passed_for_ever() -> None:
+    slots, order = Slots(2, Loaded()), list[str]()
 
-        async def answer(keys: str, name: str) -> None:
-            async with slots.held(frozenset(keys)):
-                order.append(name)
-                await asyncio.sleep(0)
-
-        tasks = [asyncio.create_task(answer("ab", "first"))]
-        await asyncio.sleep(0)
-        tasks += [asyncio.create_task(answer("cd", "waits"))]
-        tasks += [asyncio.create_task(answer("a", f"{i}")) for i in range(100)]
-        await asyncio.wait_for(asyncio.gather(*tasks), 30)
-        assert order.index("waits") <= 40
-
-    asyncio.run(run())
-
-
-def test_the_base_model_alone_waits_for_nobody() -> None:
-    async def run() -> None:
-        slots = Slots(1, Loaded())
-
-        async def answer(keys: str) -> None:
-            async with slots.held(keys):
-                pass
-
-        async with slots.held("a"):
-            waits = asyncio.create_task(answer("b"))
+    async def answer(keys: str, name: str) -> None:
+        async with slots.held(frozenset(keys)):
+            order.append(name)
             await asyncio.sleep(0)
-            for _ in range(100):
-                await asyncio.wait_for(answer(""), 30)
-            assert not waits.done()
-        await asyncio.wait_for(waits, 30)
 
-    asyncio.run(run())
-
-
-def test_an_adapter_that_cannot_be_loaded_fails_alone() -> None:
-    async def run() -> None:
-        loaded = Loaded()
-        loaded.bad = {"a"}
-        slots = Slots(2, loaded)
-
-        async def answer(keys: str) -> str:
-            async with slots.held(frozenset(keys)):
-                return keys
-
-        found = await asyncio.gather(answer("a"), answer("b"), answer("a"), answer("c"), return_exceptions=True)
-        assert [str(one) for one in found] == ["a cannot be read", "b", "a cannot be read", "c"]
-        # Whoever wants one that is loaded beside it has to have it all the same.
-        found = await asyncio.gather(answer("ad"), answer("d"), return_exceptions=True)
-        assert [str(one) for one in found] == ["a cannot be read", "d"]
-        assert "d" in loaded.slots.values()
-        loaded.bad = set()
-        assert await answer("a") == "a"
-        with pytest.raises(UsageError, match="this mixture has 3 adapters, and vLLM has 2 slots"):
-            await answer("abc")
-
-    asyncio.run(run())
+    tasks = [asyncio.create_task(answer("ab", "first"))]
+    await asyncio.sleep(0)
+    tasks += [asyncio.create_task(answer("cd", "waits"))]
+    tasks += [asyncio.create_task(answer("a", f"{i}")) for i in range(100)]
+    await asyncio.wait_for(asyncio.gather(*tasks), 30)
+    assert order.index("waits") <= 40
 
 
-def test_a_slot_that_is_being_filled_is_not_given_away() -> None:
+@awaited
+async def test_the_base_model_alone_waits_for_nobody() -> None:
+    slots = Slots(1, Loaded())
+
+    async def answer(keys: str) -> None:
+        async with slots.held(keys):
+            pass
+
+    async with slots.held("a"):
+        waits = asyncio.create_task(answer("b"))
+        await asyncio.sleep(0)
+        for _ in range(100):
+            await asyncio.wait_for(answer(""), 30)
+        assert not waits.done()
+    await asyncio.wait_for(waits, 30)
+
+
+@awaited
+async def test_an_adapter_that_cannot_be_loaded_fails_alone() -> None:
+    loaded = Loaded()
+    loaded.bad = {"a"}
+    slots = Slots(2, loaded)
+
+    async def answer(keys: str) -> str:
+        async with slots.held(frozenset(keys)):
+            return keys
+
+    found = await asyncio.gather(answer("a"), answer("b"), answer("a"), answer("c"), return_exceptions=True)
+    assert [str(one) for one in found] == ["a cannot be read", "b", "a cannot be read", "c"]
+    # Whoever wants one that is loaded beside it has to have it all the same.
+    found = await asyncio.gather(answer("ad"), answer("d"), return_exceptions=True)
+    assert [str(one) for one in found] == ["a cannot be read", "d"]
+    assert "d" in loaded.slots.values()
+    loaded.bad = set()
+    assert await answer("a") == "a"
+    with pytest.raises(UsageError, match="this mixture has 3 adapters, and vLLM has 2 slots"):
+        await answer("abc")
+
+
+@awaited
+async def test_a_slot_that_is_being_filled_is_not_given_away() -> None:
     """Its client has left, and others ask for the slot, and for the adapter again."""
+    loaded, go = Loaded(), asyncio.Event()
 
-    async def run() -> None:
-        loaded, go = Loaded(), asyncio.Event()
+    async def slowly(into: list[tuple[int, str]]) -> None:
+        await go.wait()
+        await loaded(into)
 
-        async def slowly(into: list[tuple[int, str]]) -> None:
-            await go.wait()
-            await loaded(into)
+    slots = Slots(1, slowly)
 
-        slots = Slots(1, slowly)
+    async def answer(key: str) -> str:
+        async with slots.held({key}):
+            return loaded.slots[0]
 
-        async def answer(key: str) -> str:
-            async with slots.held({key}):
-                return loaded.slots[0]
-
-        left = asyncio.create_task(answer("a"))
-        await asyncio.sleep(0)
-        left.cancel()
-        others = [asyncio.create_task(answer(key)) for key in "bab"]
-        await asyncio.sleep(0)
-        go.set()
-        assert await asyncio.wait_for(asyncio.gather(*others), 30) == ["b", "a", "b"]
-
-    asyncio.run(run())
+    left = asyncio.create_task(answer("a"))
+    await asyncio.sleep(0)
+    left.cancel()
+    others = [asyncio.create_task(answer(key)) for key in "bab"]
+    await asyncio.sleep(0)
+    go.set()
+    assert await asyncio.wait_for(asyncio.gather(*others), 30) == ["b", "a", "b"]
 
 
 def test_slots_follow_from_the_pool() -> None:
@@ -322,9 +317,8 @@ def test_options_come_from_both_places() -> None:
     assert made.all_signals == ("norm",)
 
 
-@pytest.mark.parametrize(
-    ("additional", "environment", "expected"),
-    [
+def test_options_that_cannot_be_used() -> None:
+    for additional, environment, expected in (
         ({"logo": {"pol": "x"}}, {}, "unknown option 'pol' of LoGo (did you mean 'pool'?)"),
         ({"logo": 3}, {}, "expected 'logo' to be an object, found int"),
         ({"logo": {"k": 2}}, {}, "LoGo needs a pool: set LOGO_POOL"),
@@ -332,12 +326,10 @@ def test_options_come_from_both_places() -> None:
         ({"logo": {"adapter_changes": "yes"}}, {POOL: "p"}, "adapter_changes"),
         ({"logo": {"signals": ["nosuch"]}}, {POOL: "p"}, "unknown signal 'nosuch'"),
         ({"logo": {"probe_context": "pool", "signal": "norm"}}, {POOL: "p"}, "unknown option"),
-    ],
-)
-def test_options_that_cannot_be_used(additional: Any, environment: dict[str, str], expected: str) -> None:
-    with pytest.raises(UsageError) as error:
-        VllmOptions.of(additional, environment)
-    assert expected in str(error.value)
+    ):
+        with pytest.raises(UsageError) as error:
+            VllmOptions.of(additional, environment)
+        assert expected in str(error.value)
 
 
 def test_vllm_is_not_imported_by_what_everybody_imports() -> None:
@@ -415,7 +407,6 @@ def test_each_prompt_is_scored_among_its_own_adapters(taps: Taps) -> None:
     late=st.booleans(),
     described=st.booleans(),
 )
-@settings(deadline=None)
 def test_chunks_are_summed_to_the_whole(lengths: list[int], cuts: list[int], late: bool, described: bool) -> None:
     """Prompts that run at the same time, in chunks of any size."""
     made = Taps(lambda point, read: point.module, CPU)

@@ -11,17 +11,11 @@ import transformers as tf
 from torch import nn
 
 COMMON: dict[str, Any] = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-LLAMA_LIKE: dict[str, Any] = {
-    **COMMON,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
+SIZES: dict[str, Any] = {**COMMON, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+LLAMA_LIKE = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
 LONG = {"max_position_embeddings": 512}
 GEMMA_LIKE = {**LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
+GPT_LIKE = {**COMMON, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: tf.LlamaConfig(**LLAMA_LIKE),
@@ -31,36 +25,15 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gemma3": lambda: tf.Gemma3TextConfig(**GEMMA_LIKE),
     "mistral": lambda: tf.MistralConfig(**LLAMA_LIKE, sliding_window=16),
     "phi3": lambda: tf.Phi3Config(**LLAMA_LIKE),
-    "gpt_neox": lambda: tf.GPTNeoXConfig(
-        **COMMON, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
-    ),
-    "gpt2": lambda: tf.GPT2Config(**COMMON, n_embd=32, n_layer=3, n_head=4, n_positions=128),
-    "opt": lambda: tf.OPTConfig(
-        **COMMON,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        word_embed_proj_dim=32,
-    ),
-    "falcon": lambda: tf.FalconConfig(**COMMON, hidden_size=32, num_hidden_layers=3, num_attention_heads=4),
-    "falcon_heads": lambda: tf.FalconConfig(
-        **COMMON, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, multi_query=False
-    ),
-    "falcon_groups": lambda: tf.FalconConfig(
-        **COMMON,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_kv_heads=2,
-        new_decoder_architecture=True,
-    ),
-    "codegen": lambda: tf.CodeGenConfig(**COMMON, n_embd=32, n_layer=3, n_head=4, n_positions=128, rotary_dim=4),
-    "gpt_bigcode": lambda: tf.GPTBigCodeConfig(**COMMON, n_embd=32, n_layer=3, n_head=4, n_positions=128),
-    "gpt_bigcode_heads": lambda: tf.GPTBigCodeConfig(
-        **COMMON, n_embd=32, n_layer=3, n_head=4, n_positions=128, multi_query=False
-    ),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**SIZES, intermediate_size=48),
+    "gpt2": lambda: tf.GPT2Config(**GPT_LIKE),
+    "opt": lambda: tf.OPTConfig(**SIZES, ffn_dim=48, max_position_embeddings=128, word_embed_proj_dim=32),
+    "falcon": lambda: tf.FalconConfig(**SIZES),
+    "falcon_heads": lambda: tf.FalconConfig(**SIZES, multi_query=False),
+    "falcon_groups": lambda: tf.FalconConfig(**SIZES, num_kv_heads=2, new_decoder_architecture=True),
+    "codegen": lambda: tf.CodeGenConfig(**GPT_LIKE, rotary_dim=4),
+    "gpt_bigcode": lambda: tf.GPTBigCodeConfig(**GPT_LIKE),
+    "gpt_bigcode_heads": lambda: tf.GPTBigCodeConfig(**GPT_LIKE, multi_query=False),
 }
 
 # They keep a state besides keys and values, or instead of them.

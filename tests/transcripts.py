@@ -152,9 +152,7 @@ def _without_columns_of_times(lines: list[str]) -> Iterator[str]:
         heads = [match.span() for match in TIMES.finditer(line)]
         if heads or not line.strip():
             spans = heads
-        times = [
-            n.span() for n in NUMBER.finditer(line) if any(n.start() < end and start < n.end() for start, end in spans)
-        ]
+        times = [n.span() for n in NUMBER.finditer(line) if any(n.start() < b and a < n.end() for a, b in spans)]
         for start, end in reversed(times):
             line = f"{line[:start]}<>{line[end:]}"
         yield line

@@ -103,9 +103,7 @@ def test_mixtures_are_those_of_the_local_engine(inside: Any, local: LoGo, prompt
 
 @pytest.mark.filterwarnings("ignore:a prompt lacks")
 @pytest.mark.parametrize("signal", ["calibrated", "norm", "entropy"])
-def test_selections_are_those_of_the_local_engine(
-    inside: Any, local: LoGo, prompts: list[list[int]], signal: str
-) -> None:
+def test_selections_are_the_local_engines(inside: Any, local: LoGo, prompts: list[list[int]], signal: str) -> None:
     asked = [*prompts, CHAT, CHAT[1:]]
     for _ in range(2):  # the second time from the cache
         for found, expected in zip(

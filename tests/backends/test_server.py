@@ -301,9 +301,7 @@ def test_an_adapter_that_joins_brings_its_examples(server: Server, logo: LoGo, w
     assert first() == before
 
 
-def test_a_change_that_cannot_be_made_changes_nothing(
-    server: Server, logo: LoGo, rows: list[str], tmp_path: Path
-) -> None:
+def test_an_impossible_change_changes_nothing(server: Server, logo: LoGo, rows: list[str], tmp_path: Path) -> None:
     for what, name, more, expected in (
         ("load", "bad", {"lora_path": str(tmp_path)}, "adapter_config.json"),
         ("load", "logo", {"lora_path": str(ASSETS / "adapters" / "capital")}, "is the name of another model"),
