@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 # cores busy, since tests also wait: for disks, servers and timeouts.
 WORKERS ?= 3
 SPREAD := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
-WHEEL_PYTHONS ?= python3.10 python3.12 python3.13
+WHEEL_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 # vLLM has an environment of its own, with the older transformers that it needs; our own server runs in both.
 VLLM_VENV := .venv-vllm
 VLLM_WHEELS ?= $(VLLM_VENV)-wheels

@@ -59,6 +59,9 @@ def main() -> int:
     except LoGoError as error:
         print(f"main.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("main.py: error: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

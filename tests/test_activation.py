@@ -246,6 +246,7 @@ def test_mixtures_are_those_of_a_mask(name: str, kind: str, tmp_path: Path) -> N
 # -- reading once ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal", ["norm", "calibrated"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt", "mistral"])
 def test_a_prompt_is_read_once(name: str, signal: str, tmp_path: Path) -> None:
@@ -313,6 +314,7 @@ def test_what_is_known_changes_no_score(signal: str, tmp_path: Path) -> None:
     assert logo.prefix_cache is not None and logo.prefix_cache.found > 0
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=6), st.integers(0, 40_000))
 def test_pages_stay_within_the_budget(lengths: list[int], budget: int) -> None:
 

@@ -159,6 +159,7 @@ def test_one_that_overflows_the_dtype_is_refused() -> None:
     assert one.names == () and one.bytes == 0
 
 
+@pytest.mark.slow
 @given(st.lists(NUMBERS, min_size=1, max_size=6), st.integers(1, 30))
 def test_out_of_memory_at_any_allocation_leaves_nothing_half_done(batches: list[list[int]], nth: int) -> None:
     """Every n-th allocation of the cache fails."""

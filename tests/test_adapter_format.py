@@ -319,6 +319,7 @@ def one_line(error: BaseException) -> str:
     return text
 
 
+@pytest.mark.slow
 @budget(max_examples=40)
 @given(RANKS, ALPHAS, st.integers(1, 5), st.integers(1, 20), st.booleans())
 def test_ranks_and_scales_are_those_of_the_loaded_peft_model(
@@ -348,6 +349,7 @@ def test_every_setting_of_the_installed_peft_is_known() -> None:
     assert parse_config(dict.fromkeys(FIELDS) | settings(bias="none")).unknown == ()
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(max_size=8), JSON, max_size=4))
 def test_unknown_settings_are_listed_and_change_nothing(extra: dict[str, Any]) -> None:
     extra = {key: value for key, value in extra.items() if key not in FIELDS}

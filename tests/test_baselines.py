@@ -205,6 +205,7 @@ def test_best_single_is_the_best_of_its_table(tiny_logo: LoGo) -> None:
     assert prepared.record["adapter"] == best and prepared.select(["w3"], 1)[0].mixture == {best: 1.0}
 
 
+@pytest.mark.slow
 def test_lorahub_finds_weights_that_answer() -> None:
     """Against a budget of one, which is the base model."""
     demo = LoGo.from_pretrained("demo", signal="calibrated", k=3)
@@ -368,6 +369,7 @@ def alike(model: nn.Module, folder: Path, ranks: tuple[int, ...] = (2, 2, 2)) ->
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [1, 2, 9])
 def test_arrow_answers_as_pefts_own_model(top_k: int, llama: nn.Module, tmp_path: Path) -> None:
     """Batches of our engine against `create_arrow_model` and `model.generate`, one prompt at a time."""
@@ -399,6 +401,7 @@ def test_pools_that_arrow_cannot_use(llama: nn.Module, tmp_path: Path) -> None:
         get_method("arrow").prepare(engine(llama, tmp_path / "some", k=2), TASK)
 
 
+@pytest.mark.slow
 def test_arrow_in_an_evaluation_but_not_in_a_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rows = str(write_rows(tmp_path / "rows/capital.jsonl", heldout()["capital"][:1]).parent)
     assert run(["eval", "run", "--rows", rows, "--method", "arrow", "--result-dir", str(tmp_path / "r")]) == 0

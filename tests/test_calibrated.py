@@ -139,6 +139,7 @@ POOLS: dict[str, Callable[[nn.Module, Path], object]] = {
 STRANGE = ["w", "日本語の文", "w5 " * 100, "aaaaaaaa", "."]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:prompt .* tokens, more than the:UserWarning")
 @pytest.mark.parametrize("kind", POOLS)
 def test_strange_pools_and_prompts(kind: str, llama: nn.Module, tmp_path: Path) -> None:
@@ -414,6 +415,7 @@ print(json.dumps([logo.calibrate().measured, logo.select(TEXTS[0]).scores]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_with_one_cache_folder_agree(llama: nn.Module, folder: Path, tmp_path: Path) -> None:
     """Whether one finds what the other has written, or both write at the same time."""
     command = [*warm.python(), "-c", CODE, str(folder), str(tmp_path)]
@@ -434,6 +436,7 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_calibrating_shows_what_selecting_reads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

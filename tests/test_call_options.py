@@ -58,6 +58,7 @@ def logo(model: nn.Module, folder: Path) -> LoGo:
 LINEAR = {"signal": "calibrated", "weighting": "linear", "k": 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [*({"signal": signal} for signal in SIGNALS), {"k": 1}, LINEAR], ids=str)
 @pytest.mark.parametrize("own", ["norm", "calibrated"])
 def test_a_call_is_answered_as_by_an_engine_made_so(
@@ -79,6 +80,7 @@ def test_a_call_is_answered_as_by_an_engine_made_so(
     assert scored.nll == same_scores(expected_scored.nll)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     names=st.sets(st.sampled_from(NAMES), min_size=1),

@@ -223,6 +223,7 @@ def test_texts_that_end_with_an_invocation_are_chats_if_the_template_writes_it(t
         assert len(row) == len(ending) + 3 and row[-len(ending) :] == ending
 
 
+@pytest.mark.slow
 def test_a_chat_is_read_whole_if_no_adapter_acts_everywhere(templated: Any, tmp_path: Path) -> None:
     shutil.copytree(adapters_dir(), tmp_path / "pool")
     ending = opening(templated)

@@ -240,7 +240,7 @@ BAD = [
     (
         "eval run ROWS --method random --method-args seed=5",
         2,
-        "--method-args seed: a method takes the command's --seed",
+        "--method-args seed: expected options of the method alone",
     ),
     ("generate x --adapter antonym --base-only", 2, "--base-only and --adapter exclude each other"),
     ("serve --replicas 2", 2, "--replicas is only for --engine vllm"),

@@ -181,6 +181,7 @@ def test_finish_reason_and_end_token(llama: nn.Module, adapters: Path) -> None:
     assert len(short.token_ids) < 12 and short.finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_stop_at_newline_keeps_the_answer(llama: nn.Module, adapters: Path) -> None:
     """Stopping early gives the same first line as going on."""
     from logo.evaluation.metrics import first_line
@@ -327,6 +328,7 @@ def test_nothing_else_is_computed_while_a_mixture_is_active(llama: nn.Module, ad
     assert len([*logo.stream(PROMPTS[1], adapters={}, max_new_tokens=2)]) > 0
 
 
+@pytest.mark.slow
 def test_a_signal_that_is_asked_for_in_the_middle_of_an_answer_is_calibrated_after_it(tmp_path: Path) -> None:
     """An adapter that came back has no calibration of this signal in memory when a selection is chosen again."""
     opened = partial(LoGo.from_pretrained, "demo", device="cpu", signal="norm", k=3)
@@ -361,6 +363,7 @@ def words(count: int) -> str:
     return " ".join(f"w{3 + i * i % 87}" for i in range(count))
 
 
+@pytest.mark.slow
 @CUT
 @given(
     length=st.integers(1, 140),

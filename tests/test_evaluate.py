@@ -378,6 +378,7 @@ def test_training_rows_are_read_once_and_are_part_of_a_study(
     assert "tasks.antonym.train_sha256 is" in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_earlier_result(
     finished: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -226,6 +226,7 @@ def test_holm_rejects_step_by_step(p: list[float]) -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # as statsmodels' multipletests
 
 
+@pytest.mark.slow
 def test_equal_runs_rarely_look_different() -> None:
     """At most one comparison in twenty may mark anything; `benchmarks/equal_runs.py` repeats it 1,000 times."""
     assert sum(equal_runs.marks_anything(seed, rows=12) for seed in range(25)) <= 2

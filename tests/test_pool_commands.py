@@ -272,6 +272,7 @@ def logits(model: nn.Module, ids: list[int]) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
 def test_peft_and_our_reader_answer_with_it(name: str, tmp_path: Path) -> None:
     model = tiny.model(name)
@@ -379,6 +380,7 @@ def trained_from(folder: Path, **settings: Any) -> torch.Tensor:
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize(
     "settings",

@@ -294,6 +294,7 @@ def test_what_does_not_fit_is_named_and_what_is_there_stays() -> None:
     assert dataset_file("data", "mine.x").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_declaration_is_named() -> None:
     for old, new, message in (
         ("name: mine.x", "name: ../x.y", "dataset '../x.y': expected a name like"),

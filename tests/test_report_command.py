@@ -258,6 +258,7 @@ def test_hostile_text_stays_text(window: Browser, tmp_path: Path) -> None:
     assert set(weights["adapter"]) == set(EVIL) and set(weights["weight"].round(6)) == {0.5, 0.3, 0.2}
 
 
+@pytest.mark.slow
 def test_numbers_of_the_page_as_json_csv_and_latex(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two_runs(tmp_path)
     page, tables, tex = tmp_path / "r.html", tmp_path / "csv", tmp_path / "t.tex"
@@ -283,6 +284,7 @@ def test_numbers_of_the_page_as_json_csv_and_latex(tmp_path: Path, capsys: pytes
     assert (names.count("bbh.one"), names.count("BIG-Bench Hard")) == (3, 2)
 
 
+@pytest.mark.slow
 def test_runs_on_other_rows_are_shown_and_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_result(tmp_path / LEFT / "bbh.one", ["yes"] * 12, ["yes"] * 12)
     write_result(tmp_path / RIGHT / "bbh.one", ["yes"] * 11, ["yes"] * 11)

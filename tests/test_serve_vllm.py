@@ -131,6 +131,7 @@ def test_replicas_on_other_machines_get_what_this_process_was_given(monkeypatch:
     assert "PATH" not in plan.variables and "s3cret" not in repr(plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [

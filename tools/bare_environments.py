@@ -1,12 +1,14 @@
 """The wheel as a user gets it: in a bare environment of each Python, with what pip downloads, the demo has to run.
 
-`make test-wheel` builds the wheel and runs this. An environment takes gigabytes where pip finds PyTorch's builds for
-CUDA; each is removed before the next one is made.
+`make test-wheel` builds the wheel and runs this. Each extra has an environment of its own as well, which finds the
+core's libraries in the first one. An environment takes gigabytes where pip finds PyTorch's builds for CUDA; those of a
+Python are removed before the next ones are made.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -16,13 +18,25 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# What a user types first, and a part of what is printed.
-TRIED = (
-    (("logo", "--version"), "logo {version}"),
-    (("logo", "demo", "--limit", "2"), "Your turn: logo generate"),
-    (("logo", "generate", "What is 7 plus 5?"), "12"),
-    (("python", "-m", "pip", "check"), "No broken requirements found."),
-)
+# What a user types first, and a part of what is printed. "" is the core; `rows` is a folder with rows of a task.
+_SERVED = """logo serve --base-model demo --port 18431 & server=$!
+for i in $(seq 90); do logo verify http://127.0.0.1:18431 --limit 1 && break; sleep 1; done; kill $server"""
+TRIED = {
+    "": (
+        (("logo", "--version"), "logo {version}"),
+        (("logo", "demo", "--limit", "2"), "Your turn: logo generate"),
+        (("logo", "generate", "What is 7 plus 5?"), "12"),
+        (("python", "-m", "pip", "check"), "No broken requirements found."),
+    ),
+    "serve": ((("sh", "-c", _SERVED), "16 selections, 0 of them not the library's"),),
+    "train": ((("logo", "train", "--rows", "rows", "--out", "pool", "--steps", "2"), "1 adapters trained"),),
+    "eval": (
+        (("logo", "eval", "run", "--rows", "rows", "--train-rows", "learn", "--method", "lorahub"), "sums"),
+        (("logo", "eval", "report", "results", "--save", "report.html"), "report.html"),
+        (("python", "-c", "import datasets, lm_eval, sentence_transformers; print('imported')"), "imported"),
+    ),
+    "ray": ((("logo", "eval", "run", "--rows", "rows", "--workers", "2"), "sums"),),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,16 +78,34 @@ def asked(python: str) -> str | None:
 
 
 def tried(wheel: Path, python: str, version: str, folder: Path) -> None:
-    """Installs the wheel into a new environment and runs what a user runs first; raises CalledProcessError."""
+    """Installs the wheel into new environments and runs what a user runs first; raises CalledProcessError."""
     print(f"Python {version}", flush=True)
-    step("venv", python, "-m", "venv", str(folder))
-    programs = folder / "bin"
-    step(f"pip install {wheel.name}", str(programs / "python"), "-m", "pip", "install", "--quiet", str(wheel))
-    for (program, *rest), expected in TRIED:
-        said = step(" ".join([program, *rest]), str(programs / program), *rest, cwd=folder)
-        expected = expected.format(version=wheel.name.split("-")[1])
-        if expected not in said:
-            raise subprocess.CalledProcessError(1, [program, *rest], said, f"expected {expected!r} in what it prints\n")
+    for extra, commands in TRIED.items():
+        place = folder / (extra or "core")
+        programs = place / "bin"
+        step(f"venv {place.name}", python, "-m", "venv", str(place))
+        pip = (str(programs / "python"), "-m", "pip", "install", "--quiet")
+        if extra:
+            [core] = (folder / "core").glob("lib/python3*/site-packages")
+            [own] = place.glob("lib/python3*/site-packages")
+            (own / "core.pth").write_text(f"{core}\n")
+            step("pip install, alone", *pip, "--force-reinstall", "--no-deps", str(wheel))
+        step(f"pip install {wheel.name}[{extra}]", *pip, f"{wheel}[{extra}]" if extra else str(wheel))
+        for name, first in (("rows", 0), ("learn", 8)):
+            rows = [
+                json.dumps({"context": f"What is {i} plus 1?", "completion": f" {i + 1}"})
+                for i in range(first, first + 8)
+            ]
+            (place / name).mkdir()
+            (place / name / "sums.jsonl").write_text("\n".join(rows))
+        for (program, *rest), expected in commands:
+            name = str(programs / program) if (programs / program).exists() else program
+            said = step(" ".join([program, *rest]), name, *rest, cwd=place)
+            expected = expected.format(version=wheel.name.split("-")[1])
+            if expected not in said:
+                raise subprocess.CalledProcessError(
+                    1, [program, *rest], said, f"expected {expected!r} in what it prints\n"
+                )
     size = sum(path.lstat().st_size for path in folder.rglob("*"))
     print(f"  {size / 1e9:8.2f} GB", flush=True)
 
@@ -82,6 +114,7 @@ def step(name: str, *command: str, cwd: Path | None = None) -> str:
     """Runs one command, prints how long it took, and returns what it printed."""
     started = time.perf_counter()
     outside = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    outside["PATH"] = os.pathsep.join([*([] if cwd is None else [str(cwd / "bin")]), os.environ["PATH"]])
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd, env=outside)
     print(f"  {time.perf_counter() - started:8.1f} s  {name}", flush=True)
     return done.stdout

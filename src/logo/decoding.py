@@ -57,8 +57,14 @@ _PLAIN |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 # What a config leaves open, which the checkpoint says without a choice of how to decode.
 _OF_CHECKPOINT = ("bos_token_id", "eos_token_id", "stop_strings", "cache_implementation")
 # Numbers that have to be above 0, or 0 or more, with the type that transformers wants.
-_ABOVE_0 = {"temperature": float, "top_p": float, "repetition_penalty": float, "max_time": float, "num_beams": int}
-_FROM_0 = {"top_k": int, "min_new_tokens": int}
+_ABOVE_0: dict[str, Any] = {
+    "temperature": float,
+    "top_p": float,
+    "repetition_penalty": float,
+    "max_time": float,
+    "num_beams": int,
+}
+_FROM_0: dict[str, Any] = {"top_k": int, "min_new_tokens": int}
 _SAMPLING = ("temperature", "top_p", "top_k")
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 # Transformers' names of caches that hold what a plain one holds; Gemma's checkpoints use the last.

@@ -12,13 +12,13 @@ from logo import __version__
 
 # The last words of names whose values nobody may read in results, such as `hf_token` and `api_key`.
 _SECRETS = frozenset({"token", "key", "secret", "password", "credentials"})
-# The option whose value is a JSON object as a text.
-_JSON = "vllm_options"
+# The option whose value is a JSON object as a text, and those that are texts `a=1,b=x`.
+_JSON, _LISTS = "vllm_options", ("engine_args", "method_args")
 
 
 def without_secrets(value: Any) -> Any:
-    """A value without the entries that carry a secret (`hf_token`, ...), however deep they are, also in the JSON of
-    `--vllm-options`."""
+    """A value without the entries that carry a secret (`hf_token`, ...), however deep they are, also in the texts of
+    `--vllm-options`, `--engine-args` and `--method-args`."""
     if isinstance(value, Mapping):
         return {name: _shown(str(name), one) for name, one in value.items() if not _secret(name)}
     if isinstance(value, (list, tuple)):
@@ -32,11 +32,13 @@ def _shown(name: str, value: Any) -> Any:
             return json.dumps(without_secrets(json.loads(value)))
         except ValueError:  # it is refused elsewhere
             return None
+    if name in _LISTS and isinstance(value, str):
+        return ",".join(part for part in value.split(",") if not _secret(part.partition("=")[0]))
     return without_secrets(value)
 
 
 def _secret(name: object) -> bool:
-    return str(name).replace("-", "_").lower().rpartition("_")[2] in _SECRETS
+    return str(name).strip().replace("-", "_").lower().rpartition("_")[2] in _SECRETS
 
 
 def versions() -> dict[str, str | None]:

@@ -150,10 +150,10 @@ def score_pairs(
         CacheFull: the adapters of a batch do not fit into the memory for adapters.
     """
     for number, (prompt, completion) in enumerate(pairs, start=1):
-        ids = [*prompt, *completion]
-        if not all(isinstance(one, Integral) and one >= 0 for one in ids):
-            raise UsageError(f"pair {number}: expected token ids, 0 or more, found {ids!r:.60}")
-        prompts.check_known(f"pair {number}", ids)
+        given: list[Any] = [*prompt, *completion]
+        if not all(isinstance(one, Integral) and int(one) >= 0 for one in given):
+            raise UsageError(f"pair {number}: expected token ids, 0 or more, found {given!r:.60}")
+        prompts.check_known(f"pair {number}", given)
     rows = continued_rows(pairs, mixtures, prompts.context, apart=pool.activations != (EVERYWHERE,))
     vocabulary, scored = len(prompts.tokenizer), dict[int, Scored]()
     batches = list(batches_by_length([len(row.ids) for row in rows], batch_size, tokens=MAX_TOKENS))

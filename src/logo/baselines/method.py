@@ -19,6 +19,7 @@ from logo.core import Selection
 from logo.errors import PluginError, UsageError, closest
 from logo.plugins import Registry, running
 from logo.prompts import checked_turns, plain
+from logo.recorded import without_secrets
 
 if TYPE_CHECKING:
     from logo.engine import LoGo
@@ -143,9 +144,9 @@ class Method:
         return METHODS[self.name].picks if known is None else known
 
     def as_dict(self) -> dict[str, Any]:
-        """Name and options for JSON, and the plugin that it comes from."""
+        """Name and options for JSON, without secrets, and the plugin that it comes from."""
         plugin = METHODS.source(self.name)
-        return {"method": self.name, **self.options, **({} if plugin is None else {"plugin": plugin})}
+        return {"method": self.name, **without_secrets(self.options), **({} if plugin is None else {"plugin": plugin})}
 
     def prepare(self, logo: LoGo, task: Task) -> Prepared:
         """Finds out what has to be known about a dataset before its first prompt.
@@ -206,12 +207,13 @@ def get_method(name: str, *, k: int | None = None, seed: int = 0, **options: Any
     known = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
     if k is not None and "k" not in known:
         raise UsageError(f"method {name!r} has no number of adapters; leave out -k")
+    options |= {} if k is None else {"k": k}
     for option in options:
         if option not in known:
             has = f"it has: {', '.join(known)}" if known else "it has none"
             raise UsageError(f"method {name!r} has no option {option!r}{closest(option, known)}; {has}")
     options = {option: _value(value, known[option]) for option, value in options.items()}
-    own = {"seed": seed, **({} if k is None else {"k": k}), **options}
+    own = {"seed": seed, **options}
     for option, value in options.items():
         for kind, right, expected in _KINDS:
             if type(known[option]) is kind and not right(value):

@@ -33,6 +33,7 @@ from logo.cli.options import (
 from logo.cli.output import check_writable, err, note, plain_table, print_json, progress, screen
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError
+from logo.recorded import without_secrets
 
 if TYPE_CHECKING:
     from logo.evaluation.answer import Opening
@@ -135,7 +136,7 @@ def run(
         options["model_kwargs"] = {
             name: plain_value(text) for name, text in arguments("--engine-args", engine_args).items()
         }
-        command["options"]["engine_args"] = engine_args
+        command["options"] |= without_secrets({"engine_args": engine_args})
     made = method.make(engine.n_selected_modules, rows.seed)
     opening = Opening(base_model, engine.sources, options, made, rows.max_new_tokens, rows.seed)
     return answered(opening, rows, workers, command, json=json)
@@ -247,7 +248,9 @@ def answered(
                     heading = [done.dataset] if len(datasets) > 1 else []
                     print(*heading, scored[-1]["line"], done.folder, sep="\n", flush=True)
         except KeyboardInterrupt:
-            note("Finished rows are kept: repeat the command to continue.")
+            kept = "rows" if facts.order is None else "datasets"
+            again = " without --overwrite" if rows.overwrite else ""
+            note(f"Finished {kept} are kept: repeat the command{again} to continue.")
             raise
     return show(scored, json=json)
 

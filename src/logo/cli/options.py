@@ -151,7 +151,7 @@ class MethodOptions:
             if self.method_args:
                 raise UsageError("--method-args is for --method; the method is logo, whose options are --signal and -k")
             return None
-        return get_method(self.method, k=k, seed=seed, **arguments("--method-args", self.method_args or ""))
+        return get_method(self.method, seed=seed, **{"k": k, **method_arguments(self.method_args)})
 
 
 def arguments(option: str, text: str) -> dict[str, str]:
@@ -166,4 +166,12 @@ def arguments(option: str, text: str) -> dict[str, str]:
         if not equals:
             raise UsageError(f"{option} {part!r}: expected NAME=VALUE, several with commas")
         found[name.strip().replace("-", "_")] = value
+    return found
+
+
+def method_arguments(text: str | None) -> dict[str, Any]:
+    """The options in `--method-args`; UsageError if the seed is among them."""
+    found = arguments("--method-args", text or "")
+    if "seed" in found:
+        raise UsageError("--method-args seed: expected options of the method alone; give --seed of `logo eval run`")
     return found

@@ -19,7 +19,6 @@ from logo.cli.output import note, out
 from logo.cli.prompts import or_demo
 from logo.cli.serve_options import ServerOptions
 from logo.errors import UsageError, need
-from logo.mixing.cache import bytes_of
 from logo.models import load_config, loading, resolve_base, skeleton
 
 if TYPE_CHECKING:
@@ -126,6 +125,7 @@ def _replicas(options: EngineOptions, base_model: str, server: ServerOptions, la
 
 
 def _launch(options: EngineOptions, base_model: str, server: ServerOptions, given: Sequence[str]) -> Launch:
+    from logo.mixing.cache import bytes_of
     from logo.vllm.launch import Launch
     from logo.vllm.options import VllmOptions
     from logo.vllm.pool import rank_of, slots_of, targets_of

@@ -11,7 +11,7 @@ from cyclopts import Group, Parameter
 from rich.text import Text
 
 from logo.cli.opening import MODEL_DIR, placed, quiet_transformers
-from logo.cli.options import PoolOptions, arguments, positive, said, written
+from logo.cli.options import PoolOptions, method_arguments, positive, said, written
 from logo.cli.output import (
     check_writable,
     err,
@@ -87,9 +87,7 @@ def study(
     from logo.evaluation.study import study as run_study
     from logo.selection.signals import get_signal
 
-    compared = get_methods(
-        [name for name in listed(methods) if name not in ALWAYS], arguments("--method-args", method_args or "")
-    )
+    compared = get_methods([name for name in listed(methods) if name not in ALWAYS], method_arguments(method_args))
     for name in listed(signals):
         get_signal(name)
     contest = Contest(tuple(listed(signals)), compared, tuple(listed(protocols)), generate)
@@ -114,7 +112,8 @@ def study(
         try:
             report = run_study(found, save, measurer, **how)
         except KeyboardInterrupt:
-            note("Finished rows are kept: repeat the command to continue.")
+            again = " without --overwrite" if overwrite else ""
+            note(f"Finished rows are kept: repeat the command{again} to continue.")
             raise
     if json:
         print_json(report)

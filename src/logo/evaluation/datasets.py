@@ -123,6 +123,13 @@ def find_datasets(
     names = requested(request, files, unknown)
     if official_layout and (missing := _missing(request, files)):
         warnings.warn(f"not in {root}, left out: {', '.join(missing)}", UserWarning, stacklevel=2)
+    if official_layout and not request:
+        read = {file.parent for file in files.values()}
+        others = sorted(path.relative_to(root) for path in root.rglob("*.jsonl") if path.parent not in read)
+        unread = [path.as_posix() for path in others if not any(part[0] == "." for part in path.parts)]
+        if unread:
+            where = "here rows are in files main/sub/test.jsonl"
+            warnings.warn(f"{root}: {listed(unread)} not read: {where}", UserWarning, stacklevel=2)
     found = []
     for name in names:
         file = files[name]

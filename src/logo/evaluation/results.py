@@ -175,7 +175,7 @@ def is_done(
 
     Args:
         partial: its identity while it is unfinished, which has the environment, too.
-        files: that a result has, the first of which says that there is one.
+        files: that a result of its kind has; any of `FILES` says that there is a result.
 
     Raises:
         UsageError: the result of another run is there, or something that cannot be read.
@@ -184,7 +184,7 @@ def is_done(
     home = partial_of(folder)
     if (home / RUN).exists() and not differences(partial, read_run(home)["identity"]):
         return False  # begun, perhaps to replace what is there
-    if not (folder / files[0]).exists():
+    if not any((folder / name).exists() for name in FILES):
         return False
     if not (folder / RUN).exists():
         raise UsageError(
@@ -241,7 +241,7 @@ def read(paths: Sequence[Path], metric: str | None = None) -> pandas.DataFrame:
 
     Raises:
         UsageError: there is no result.
-        DataError, StorageError: a file is not what a run writes, or cannot be read.
+        DataError, StorageError: a file is not what a run writes, or cannot be read, or a run has a dataset twice.
     """
     import pandas
 
@@ -249,11 +249,14 @@ def read(paths: Sequence[Path], metric: str | None = None) -> pandas.DataFrame:
 
     found: list[dict[str, Any]] = []
     runs: dict[str, dict[str, Any]] = {}
+    places: dict[tuple[str, str], Path] = {}
     folders = {folder: _run_of(folder) for path in paths for folder in map(Path.resolve, find(path))}
     names = _names(folders.values())
     for folder, above in folders.items():
         run, about = _about(folder, above, names[above])
         kind = metric or about["metric"]
+        if (other := places.setdefault((about["run"], about["dataset"]), folder)) != folder:
+            raise DataError(f"{other} and {folder} both hold {about['dataset']!r} of one run; move one elsewhere")
         runs.setdefault(about["run"], {})[about["dataset"]] = run
         for line in lines(folder):
             if metric is not None:

@@ -14,6 +14,7 @@ scored under each mixture, teacher-forced, and answers are generated if asked. A
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import time
 from collections import Counter
@@ -32,6 +33,7 @@ from logo.errors import DataError, UsageError, closest
 from logo.evaluation.answer import Answerer, Facts, dataset_identity, task_of
 from logo.evaluation.metrics import by_measure, first_line, measure, measures
 from logo.evaluation.results import ROWS, RUN, Partial, is_done, read_run
+from logo.evaluation.run import warn_of_copies
 from logo.evaluation.statistics import DRAWS, FEWEST, auroc, calibration_error, over_tasks
 from logo.rows import Row
 
@@ -205,6 +207,8 @@ def study(
             f"protocols {', '.join(contest.protocols)}: they ask for none of these rows: {own} of {len(tasks)} tasks "
             "have an adapter of their name"
         )
+    for task, method in itertools.product(asked, contest.methods.values()):
+        warn_of_copies(task, method)
     learner = next((one for one in contest.methods.values() if one.needs == "train"), None)
     identity = {**facts.identity, "tasks": {task.name: dataset_identity(task, learner) for task in asked}}
     begun = {**identity, "environment": dict(facts.environment)}

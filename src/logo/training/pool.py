@@ -10,8 +10,9 @@ A folder of an adapter is written whole or not at all, so a run that was killed 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def train(
         out: folder of the pool.
         tasks: names or patterns of tasks, separated by commas; empty: all.
         overwrite: replace adapters that were made from something else, with all that stands beside them. Another number
-            of example prompts needs no training: it is only their file that is written again.
+            of example prompts needs no training: it is only their file that is written again, unless it was changed.
         planned: called with the tasks to train and their steps at most, and the number of adapters that stand already.
         tell: called with a task, its steps so far and the loss, after each step.
 
@@ -105,7 +106,18 @@ def train(
             todo[name] = task, made_from
         else:
             done[name] = standing
-            if standing["config"].get("examples") != config.examples:
+            before, there = standing["config"].get("examples", 0), out / name / EXAMPLES
+            if before == config.examples:
+                continue
+            written = read_task(name, file, base.tokenizer, replace(config, examples=before)).prompts
+            if there.exists() and there.read_bytes() != examples_text(written):
+                warnings.warn(
+                    f"{there}: expected the {before} prompts that training wrote, found others, which stay; remove "
+                    f"the file to have {config.examples} of the rows' prompts",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            else:
                 done[name] = {**standing, "config": {**standing["config"], "examples": config.examples}}
                 other_prompts[name] = task.prompts
     for name, prompts in other_prompts.items():

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from logo.adapters.adapter import Adapter
 from logo.adapters.sources import gather, parse_sources
-from logo.cli.output import one_line, out, plain_table, print_json
+from logo.cli.output import natural_width, one_line, out, plain_table, print_json, screen
 from logo.cli.pool.common import divided, fitting, refusal, refusals
 from logo.errors import AdapterError, LeftOut, PoolError, listed
 
@@ -54,7 +54,8 @@ def inspect(
         print_json(_report(folder, good, refused, sizes))
     else:
         if good:
-            out.print(_table(good, sizes))
+            table = _table(good, sizes)
+            screen(natural_width(table)).print(table)
         for activation, names in _acting(good).items():
             out.print(Text.assemble(("activation ", "yellow"), f"{activation}: {listed(names, 8)}"))
         for bad in refused:

@@ -15,7 +15,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from logo.evaluation.sources.declarations import SPLITS, Declaration
 from logo.evaluation.sources.templates import wording
 from logo.files import new_folder
 from logo.hub import hub_error, snapshot
+from logo.rows import text_lines
 
 RECORD = "source.json"  # beside the rows: what they were made from
 
@@ -155,28 +155,35 @@ def _matching(root: Path, patterns: Sequence[str]) -> tuple[str, ...]:
 def _rows(root: Path, names: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The rows of Parquet or JSON files, each with its place, in order."""
     need("preparing datasets", "datasets")
-    from datasets import Dataset
-
     ending = Path(names[0]).suffix
-    readers = {".parquet": Dataset.from_parquet, ".json": Dataset.from_json, ".jsonl": Dataset.from_json}
+    readers = {".parquet": _parquet, ".json": _json, ".jsonl": _json}
     if ending not in readers:
         raise DataError(f"{names[0]}: expected a file that ends in {listed([*readers])}, found {ending or 'none'}")
-    try:  # not with `load_dataset`, which reports every use to a server; this is the reader inside it
-        rows = readers[ending]([str(root / name) for name in names], streaming=True)
-        for number, row in enumerate(rows, start=1):
-            yield f"{names[0]}: row {number}", row if ending == ".parquet" else _undated(row)
+    try:
+        for number, row in enumerate(readers[ending]([root / name for name in names]), start=1):
+            yield f"{names[0]}: row {number}", row
     except Exception as error:  # the boundary: pyarrow and datasets each raise their own kinds
         said = " ".join(f"{error.__cause__ or error!r:.200}".split())
         raise DataError(f"{names[0]}: cannot be read as {ending.removeprefix('.')} ({said})") from error
 
 
-def _undated(value: Any) -> Any:
-    """A value of JSON in which dates are texts again, which the reader takes for times."""
-    if isinstance(value, dict):
-        return {name: _undated(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_undated(one) for one in value]
-    return str(value.date()) if isinstance(value, datetime) and value.time() == time() else value
+def _parquet(files: Sequence[Path]) -> Iterable[Mapping[str, Any]]:
+    from datasets import Dataset
+
+    # Not with `load_dataset`, which reports every use to a server; this is the reader inside it.
+    rows: Iterable[Mapping[str, Any]] = Dataset.from_parquet([str(file) for file in files], streaming=True)
+    return rows
+
+
+def _json(files: Sequence[Path]) -> Iterable[Mapping[str, Any]]:
+    """The objects of files of JSON lines, or of a list. Arrow would give a column one type, and 12 the text 12.0. A
+    name that a row lacks is null, as in a table."""
+    rows: list[Mapping[str, Any]] = []
+    for lines in map(text_lines, files):
+        whole = "\n".join(lines)
+        rows += json.loads(whole) if whole.startswith("[") else map(json.loads, filter(str.strip, lines))
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{**names, **row} for row in rows]
 
 
 def _instances(declaration: Declaration, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Instances:
