@@ -56,15 +56,9 @@ _PLAIN = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_rep
 _PLAIN |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 # What a config leaves open, which the checkpoint says without a choice of how to decode.
 _OF_CHECKPOINT = ("bos_token_id", "eos_token_id", "stop_strings", "cache_implementation")
-# Numbers that have to be above 0, or 0 or more, with the type that transformers wants.
-_ABOVE_0: dict[str, Any] = {
-    "temperature": float,
-    "top_p": float,
-    "repetition_penalty": float,
-    "max_time": float,
-    "num_beams": int,
-}
-_FROM_0: dict[str, Any] = {"top_k": int, "min_new_tokens": int}
+_ABOVE_0 = ("temperature", "top_p", "repetition_penalty", "num_beams", "max_time")
+_FROM_0 = ("top_k", "min_new_tokens")
+_WHOLE = ("num_beams", "top_k", "min_new_tokens")  # the others are floats, also where a whole number is given
 _SAMPLING = ("temperature", "top_p", "top_k")
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 # Transformers' names of caches that hold what a plain one holds; Gemma's checkpoints use the last.
@@ -121,16 +115,16 @@ def _refused(error: Exception) -> UsageError:
 
 
 def _check_values(config: GenerationConfig) -> None:
-    for name, kind in (_ABOVE_0 | _FROM_0).items():
-        value = getattr(config, name)
+    for name in (*_ABOVE_0, *_FROM_0):
+        value: Any = getattr(config, name)
         if value is None or (name in _SAMPLING and not config.do_sample):
             continue
         if not isinstance(value, Real) or float(value) < 0 or (name in _ABOVE_0 and not float(value) > 0):
             expected = "a number above 0" if name in _ABOVE_0 else "0 or more"
             raise UsageError(f"{name}: expected {expected}, found {value!r:.60}")
-        if kind(value) != value:
+        if name in _WHOLE and value != int(value):
             raise UsageError(f"{name}: expected a whole number, found {value!r:.60}")
-        setattr(config, name, kind(value))
+        setattr(config, name, int(value) if name in _WHOLE else float(value))
     if config.do_sample and config.top_p is not None and config.top_p > 1:
         raise UsageError(f"top_p: expected a share above 0 and up to 1, found {config.top_p!r:.60}")
     mode = config.get_generation_mode()
