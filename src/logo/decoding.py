@@ -116,15 +116,16 @@ def _refused(error: Exception) -> UsageError:
 
 def _check_values(config: GenerationConfig) -> None:
     for name in (*_ABOVE_0, *_FROM_0):
-        value: Any = getattr(config, name)
+        value = getattr(config, name)
         if value is None or (name in _SAMPLING and not config.do_sample):
             continue
         if not isinstance(value, Real) or float(value) < 0 or (name in _ABOVE_0 and not float(value) > 0):
             expected = "a number above 0" if name in _ABOVE_0 else "0 or more"
             raise UsageError(f"{name}: expected {expected}, found {value!r:.60}")
-        if name in _WHOLE and value != int(value):
+        number = float(value)
+        if name in _WHOLE and not number.is_integer():
             raise UsageError(f"{name}: expected a whole number, found {value!r:.60}")
-        setattr(config, name, int(value) if name in _WHOLE else float(value))
+        setattr(config, name, int(number) if name in _WHOLE else number)
     if config.do_sample and config.top_p is not None and config.top_p > 1:
         raise UsageError(f"top_p: expected a share above 0 and up to 1, found {config.top_p!r:.60}")
     mode = config.get_generation_mode()
