@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from logo.adapters.pool import AdapterPool
 from logo.cli.options import EngineOptions, PoolOptions, ProbeText
 from logo.cli.output import err, note, progress
+from logo.files import cache_folder
 from logo.models import load_base, load_config, pick_device
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ class Opened:
         from logo.engine import LoGo
 
         logo = LoGo(self.model, self.tokenizer, self.pool, settings=settings, **options)
-        late = threading.Timer(QUIET, note, ["calibrating the pool (once, if there is a cache folder) ..."])
+        cache = cache_folder(settings.cache)
+        where = f"once; kept in {cache}" if cache else "each time, since there is no cache folder"
+        late = threading.Timer(QUIET, note, [f"calibrating the pool ({where}) ..."])
         late.daemon = True
         with progress(disable=not err.is_terminal) as shown:
             bar = shown.add_task("calibrating", total=None, visible=False)

@@ -105,7 +105,7 @@ class EngineOptions(PoolOptions):
     prior: Annotated[float, Parameter(group=POOL, validator=Number(gt=0, lt=1))] = 0.8
     """How likely it is that a prompt belongs to some adapter of the pool."""
 
-    dtype: Annotated[str | None, said("the model's", of=POOL)] = None
+    dtype: Annotated[str | None, said("the model's; CPU: float32", of=POOL)] = None
     """float32, bfloat16, float16 or auto."""
 
 

@@ -138,20 +138,25 @@ def _show(report: Mapping[str, Any]) -> None:
             table.add_row(arm, *(_cell(found.get(name)) for name in metrics))
         screen(natural_width(table)).print(table, "")
     note("Means of the tasks' means; 95 % intervals, over tasks, in brackets.")
-    times = [f"{name} {value:.3g} ms" for name, value in report["milliseconds"].items() if name not in ALWAYS]
+    times = [
+        f"{name} {value:.{0 if value >= 10 else 2}f} ms"
+        for name, value in report["milliseconds"].items()
+        if name not in ALWAYS
+    ]
     out.print(f"median time of a selection: {', '.join(times)}", markup=False)
     for signal, found in report["confidence"].items():
         values = [f"AUROC {value:.2f} against {name}" for name, value in found["auroc"].items()]
         error = [] if found["error"] is None else [f"reliability error {found['error']:.2f}"]
         out.print(f"confidence of {signal}: {', '.join([*values, *error]) or 'nothing to compare with'}", markup=False)
     for arm, pairs in report["confusions"].items():
-        said = _confused(pairs)
-        out.print(Text(f"{arm} puts another adapter first: {said}"))
+        out.print(Text(f"{arm} puts another adapter first: {_confused(pairs)}"))
+    for arm, pairs in report["mistaken"].items():
+        out.print(Text(f"{arm} is not unsure where the target adapter is removed: {_confused(pairs)}"))
 
 
 def _confused(pairs: Sequence[Mapping[str, Any]]) -> str:
     said = [f"{one_line(p['task'])} → {one_line(p['first'])} ({p['rows']} of {p['of']})" for p in pairs[:SHOWN]]
-    return ", ".join(said) + (f" and {len(pairs) - SHOWN} more pairs" if len(pairs) > SHOWN else "")
+    return ", ".join(said) + (f" and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else "")
 
 
 def _cell(found: Mapping[str, Any] | None) -> Text:

@@ -165,10 +165,8 @@ def dataset_files(root: Path) -> tuple[dict[str, Path], bool]:
     if not flat:
         there = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
         found = listed(there, 5) or ("no files" if root.is_dir() else "a file" if root.exists() else "nothing")
-        expected = "expected a folder with {main}/{sub}/test.jsonl or NAME.jsonl files"
-        raise DataError(
-            f"{str(root)!r}: {expected}, found {found}; name another one, or `logo data prepare` writes one"
-        )
+        expected = 'expected NAME.jsonl or {main}/{sub}/test.jsonl with lines {"context": ..., "completion": ...}'
+        raise DataError(f"{str(root)!r}: {expected}, found {found}; `logo data prepare` writes those of the paper")
     return flat, False
 
 

@@ -36,6 +36,7 @@ from logo.evaluation.results import ROWS, RUN, Partial, is_done, read_run
 from logo.evaluation.run import warn_of_copies
 from logo.evaluation.statistics import DRAWS, FEWEST, auroc, calibration_error, over_tasks
 from logo.rows import Row
+from logo.selection.selector import UNSURE
 
 if TYPE_CHECKING:
     from logo.core import Selection
@@ -243,7 +244,8 @@ Tasks = dict[str, list[float]]  # task -> a number of each row
 
 def summary(records: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
     """The report of measured rows, as JSON: `protocols`, with the metrics of each arm; `confidence` by signal; the most
-    frequent `confusions`; the median `milliseconds` of a selection by each arm; `tasks` and `rows`.
+    frequent `confusions`, and those of rows without their target adapter that are not unsure (`mistaken`); the median
+    `milliseconds` of a selection by each arm; `tasks` and `rows`.
 
     A metric's `value` is the mean over tasks of their rows' means, and its 95 % `interval` says how much it would vary
     with other tasks. Metrics are `top1`, `top3` and `mrr` of the target adapter's rank; `exact_match` (teacher-forced)
@@ -273,6 +275,7 @@ def summary(records: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, An
         "protocols": protocols,
         "confidence": {name: said for name in signals if (said := _confidence(columns, name)) is not None},
         "confusions": confusions(records),
+        "mistaken": confusions(records, REMOVED, UNSURE),
         "milliseconds": {name: float(np.median(some)) for name, some in times.items()},
         "tasks": len({record["task"] for record in records}),
         "rows": len(records),
@@ -324,13 +327,17 @@ def _confidence(columns: Mapping[tuple[str, str], Mapping[str, Tasks]], signal: 
     }
 
 
-def confusions(records: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """By arm, the pairs of a task and another adapter that comes first on its rows, most rows first."""
+def confusions(
+    records: Sequence[Mapping[str, Any]], protocol: str = IN_POOL, sure: float = 0.0
+) -> dict[str, list[dict[str, Any]]]:
+    """By arm, the pairs of a task and another adapter that comes first on its rows, at a confidence of `sure` or more;
+    most rows first."""
     counts: dict[str, Counter[tuple[str, str]]] = {}
     rows = Counter(record["task"] for record in records)
     for record in records:
         for arm in record["arms"]:
-            if arm["protocol"] == IN_POOL and arm.get("first") not in (None, record["task"]):
+            wrong = arm["protocol"] == protocol and arm.get("first") not in (None, record["task"])
+            if wrong and (arm["confidence"] or 0.0) >= sure:
                 counts.setdefault(arm["arm"], Counter())[record["task"], arm["first"]] += 1
     return {
         name: [

@@ -15,6 +15,7 @@ from typing import Any
 
 # The request that is being answered; None outside of any.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+_FIRST = ("adapters", "confidence")
 
 
 class RequestIds(logging.Filter):
@@ -26,11 +27,14 @@ class RequestIds(logging.Filter):
 
 
 class Lines(logging.Formatter):
-    """Text lines; those of requests with their fields, but for `selections`, which are for programs."""
+    """Text lines; those of requests with their fields, but of `selections` only the adapters and the confidence of the
+    first."""
 
     def format(self, record: logging.LogRecord) -> str:
         told = ("method", "path", "status", "selections")
-        more = [f"{k}={json.dumps(v)}" for k, v in getattr(record, "fields", {}).items() if k not in told]
+        fields = getattr(record, "fields", {})
+        first = {k: v for one in fields.get("selections", [])[:1] for k, v in one.items() if k in _FIRST}
+        more = [f"{k}={json.dumps(v)}" for k, v in {**fields, **first}.items() if k not in told]
         return " ".join([super().format(record), *more])
 
 
