@@ -447,6 +447,9 @@ class Handler(BaseHTTPRequestHandler):
         header, *sent = map(json.loads, self.body.splitlines())
         files = dict(before.files)
         for line in sent:
+            if line["key"] == "deletedFile":
+                del files[line["value"]["path"]]
+                continue
             path, content = line["value"]["path"], base64.b64decode(line["value"]["content"])
             place = self.hub.store / hashlib.sha256(content).hexdigest()
             place.write_bytes(content)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import logo.baselines.loraretriever as embedding
+import tiny
 from logo import LoGo, Selection
 from logo.adapters.examples import write_examples
 from logo.baselines import Method, Task, get_method, get_methods
@@ -28,6 +29,7 @@ from logo.demo import heldout
 from logo.errors import DataError, HubError, LoGoError, ModelError, UsageError
 from logo.rows import Row
 from logo.scoring import Scored
+from make_adapters import edit_weights, write_peft
 from test_engine import PROMPTS, engine, hooks, write_adapter
 from tolerances import same_scores, same_tensor, same_weights
 from written import write_rows
@@ -362,6 +364,12 @@ def test_a_model_that_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyP
 # -- arrow ------------------------------------------------------------------------------------------------------
 
 
+def compiled(weights: dict[str, torch.Tensor]) -> None:
+    """Renames tensors as `torch.compile` does."""
+    for key in [*weights]:
+        weights[key.replace("base_model.model.", "base_model.model._orig_mod.")] = weights.pop(key)
+
+
 def alike(model: nn.Module, folder: Path, ranks: tuple[int, ...] = (2, 2, 2)) -> Path:
     """Adapters of these ranks on the same modules."""
     for i, rank in enumerate(ranks):
@@ -375,7 +383,8 @@ def test_arrow_answers_as_pefts_own_model(top_k: int, llama: nn.Module, tmp_path
     """Batches of our engine against `create_arrow_model` and `model.generate`, one prompt at a time."""
     from peft import ArrowConfig, create_arrow_model
 
-    logo = engine(llama, alike(llama, tmp_path), k=2)
+    edit_weights(alike(llama, tmp_path / "mine") / "t1", compiled)  # under names that PEFT does not read
+    logo, _ = engine(llama, tmp_path / "mine", k=2), alike(llama, tmp_path)
     before = logo.generate(PROMPTS, max_new_tokens=6, adapters={})
     prepared = get_method("arrow", top_k=top_k, temperature=0.5).prepare(logo, Task("main.x", PROMPTS))
     assert prepared.select is not None and prepared.engine is not None
@@ -393,8 +402,13 @@ def test_arrow_answers_as_pefts_own_model(top_k: int, llama: nn.Module, tmp_path
 
 @pytest.mark.filterwarnings("ignore:2 of 3 adapters act on every token")
 def test_pools_that_arrow_cannot_use(llama: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"method 'arrow': PEFT refuses this pool: .*rank mismatch: 3 != 2"):
-        get_method("arrow").prepare(engine(llama, alike(llama, tmp_path / "ranks", (2, 3)), k=2), TASK)
+    first, late = alike(llama, tmp_path / "ranks", (2, 3)), tmp_path / "late" / "t0"
+    write_peft(late, tiny.model("llama"), layers_to_transform=[1, 2])
+    for folder in (first, late.parent):
+        with pytest.raises(
+            UsageError, match="'arrow': expected adapters with the same modules, in all layers, and one"
+        ):
+            get_method("arrow").prepare(engine(llama, folder, k=1), TASK)
     file = alike(llama, tmp_path / "some") / "t1" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "alora_invocation_tokens": [5]}))
     with pytest.raises(UsageError, match="expected adapters that act on every token, found t1"):

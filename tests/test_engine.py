@@ -407,6 +407,7 @@ def test_options_that_cannot_be_used_are_refused(llama: nn.Module, adapters: Pat
         ({"stop": [5]}, "stop: expected a text or a list of texts, found [5]"),
         ({"stop_at_newline": "Official"}, "stop_at_newline: expected True, False or 'official', found 'Official'"),
         ({"repetition_penalty": "1"}, "repetition_penalty: expected a number above 0, found '1'"),
+        ({"stop_strings": [5]}, "stop_strings: expected a text or a list of texts, found [5]"),
         ({"num_beams": 2.5}, "num_beams: expected a whole number, found 2.5"),
         ({"do_sample": True, "min_p": 2}, "generation options: transformers refuses them: `min_p`"),
     ):
@@ -427,7 +428,8 @@ def test_every_option_of_transformers_passes(llama: nn.Module, adapters: Path) -
     }
     logo = engine(llama, adapters)
     assert len(logo.generate(PROMPTS[0], max_new_tokens=3, min_new_tokens=3, **options).token_ids) == 3
-    assert logo.generate(PROMPTS[0], max_new_tokens=2, temperature=0.0).token_ids  # greedy decoding has none
+    greedy = ({}, {"temperature": 0.0}, {"stop_strings": ""})  # these change nothing
+    assert len({logo.generate(PROMPTS[0], max_new_tokens=4, **some).token_ids for some in greedy}) == 1
     assert call_config(logo.prompts, None, {"length_penalty": 2.0}).length_penalty == 2.0
 
 
@@ -443,11 +445,12 @@ def test_a_compiled_step_of_the_base_model_is_not_that_of_a_mixture(llama: nn.Mo
 
 
 def test_the_checkpoint_does_not_say_what_pads(llama: nn.Module, adapters: Path) -> None:
-    """Some say -1, which no model can read."""
+    """Some say -1, and some tokenizers have one more token than their model, which no model can read."""
     logo = engine(llama, adapters)
+    logo.tokenizer.add_special_tokens({"pad_token": "<one more>"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logo.model.generation_config, "pad_token_id", -1)
-        first, _ = logo.generate(PROMPTS[:2], max_new_tokens=8, adapters={})
+        first, _ = logo.generate(PROMPTS[:2], max_new_tokens=8, adapters={}, generation_config=llama.generation_config)
         ended, other = logo.generate(PROMPTS[:2], max_new_tokens=8, adapters={}, eos_token_id=[first.token_ids[0]])
     assert len(ended.token_ids) == 1 < len(other.token_ids)
 

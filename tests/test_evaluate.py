@@ -429,11 +429,11 @@ def test_prompts_without_answers(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert set(report["protocols"][IN_POOL]) == {"norm", "calibrated"}
     assert set(report["protocols"][IN_POOL]["calibrated"]) == {"top1", "top3", "mrr", "confidence"}
     arms = [(line["task"], arm) for line in lines(tmp_path / "s") for arm in line["arms"]]
-    for kind, protocol, signal, sure in (("mistaken", REMOVED, "calibrated", 0.15), ("confusions", IN_POOL, "norm", 0)):
-        asked = [(task, arm) for task, arm in arms if (arm["protocol"], arm["arm"]) == (protocol, signal)]
+    for kind, protocol, name, sure in (("mistaken", REMOVED, "calibrated", 0.15), ("confusions", IN_POOL, "norm", 0)):
+        asked = [(task, arm) for task, arm in arms if (arm["protocol"], arm["arm"]) == (protocol, name)]
         firsts = [(task, arm["first"]) for task, arm in asked if (arm["confidence"] or 0) >= sure]
         confused = Counter((task, first) for task, first in firsts if first != task)
-        assert {(one["task"], one["first"]): one["rows"] for one in report[kind].get(signal, [])} == confused
+        assert {(one["task"], one["first"]): one["rows"] for one in report[kind].get(name, [])} == confused
     top1 = report["protocols"][IN_POOL]["norm"]["top1"]["value"]
     assert top1 == same_scores(1 - sum(confused.values()) / 9)
     assert "puts another adapter first" in capsys.readouterr().out

@@ -171,7 +171,7 @@ def test_all_from_the_hub_through_its_own_client(tmp_path: Path) -> None:
         allowed = client(hub, *command, HF_TOKEN=GOOD_TOKEN)
         assert allowed.returncode == 0, allowed.stderr
         assert len(re.findall(r": 5 test \+ 4 train rows \(", allowed.stdout)) == 8
-        assert len(re.findall(r": kept, its rows", allowed.stdout)) == 31
+        assert len(re.findall(r": kept, its files", allowed.stdout)) == 31
         hub.clear()
         again = ("prepare", "gem.dart", "mine.x", "--source", "mine.yaml", "--data-dir", "again", *command[1:])
         Path("mine.yaml").write_text(MINE.replace("{repo: ., test: rows.jsonl}", "{repo: wmt/wmt9, test: test}"))
@@ -414,8 +414,11 @@ def test_prepare_keeps_what_is_there_until_told(capsys: pytest.CaptureFixture[st
     command = ["prepare", "--source", "mine.yaml", "--train-limit", "4", "--limit"]
     assert logo(capsys, *command, "5") == (0, "mine.x: 5 test + 4 train rows\n", "")
     first = lines("mine.x")
-    kept = (0, "mine.x: kept, its rows are there (--overwrite draws anew)\n", "")
+    kept = (0, "mine.x: kept, its files are there (--overwrite draws anew)\n", "")
     assert logo(capsys, *command, "6") == kept and lines("mine.x") == first
+    train = dataset_file("data", "mine.x", "train").read_bytes()
+    dataset_file("data", "mine.x").unlink()
+    assert logo(capsys, *command, "6") == kept and dataset_file("data", "mine.x", "train").read_bytes() == train
     assert logo(capsys, *command, "6", "--overwrite")[0] == 0 and lines("mine.x") != first
 
 

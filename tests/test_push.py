@@ -109,6 +109,20 @@ def test_a_pool_goes_to_the_hub_and_comes_back(hub: HubServer, pool: Path, tmp_p
 
 
 @pytest.mark.slow
+def test_what_the_pool_no_longer_says_of_its_adapters_leaves_the_hub(hub: HubServer, pool: Path) -> None:
+    """And a card that somebody has written stays."""
+    (pool / "a[1]" / "pool.json").write_text('{"activation": "last:3"}')
+    (pool / "README.md").write_text("# Mine")
+    assert push(hub, pool, "org/loras").returncode == 0
+    for file in [*pool.rglob("pool.json"), pool / "README.md"]:
+        file.unlink()
+    assert push(hub, pool, "org/loras").returncode == 0
+    held = hub.files("org/loras")
+    assert not [name for name in held if name.endswith("pool.json")]
+    assert held["base-1B-loras-tasks/README.md"] == b"# Mine"
+
+
+@pytest.mark.slow
 def test_private_means_private(hub: HubServer, pool: Path, tmp_path: Path) -> None:
     done = push(hub, pool, "org/hidden", "--private", "--path-in-repo", ".")
     assert done.returncode == 0, done.stderr

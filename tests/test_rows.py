@@ -165,13 +165,15 @@ def test_everything_in_official_order_then_the_rest(tmp_path: Path) -> None:
     put(tmp_path / ".cache", "x.y")
     (tmp_path / "zoo" / ".hidden").mkdir()
     (tmp_path / "zoo" / ".hidden" / "test.jsonl").write_text(GOOD)
-    flat(tmp_path / "deep/mine.jsonl", "1")
+    for name in ("deep/mine.jsonl", "learn/zoo.b.jsonl", "results/run/x/rows.jsonl"):
+        flat(tmp_path / name, "1")
+    (tmp_path / "results/run/x/run.json").touch()
     unread, missing = r": deep/mine\.jsonl, gem/dart/train\.jsonl not read: ", r"left out: bbh\.boolean_.*gem\.dart"
     with pytest.warns(UserWarning, match=unread), pytest.warns(UserWarning, match=missing):
-        found = find_datasets(tmp_path)
+        found = find_datasets(tmp_path, train_rows=tmp_path / "learn")
     names = ["bbh.navigate", "bbh.word_sorting", "glue.qnli", "alpha.c", "zoo.a.1", "zoo.b"]
     assert [one.name for one in found] == names
-    file, train = (tmp_path / "bbh/navigate" / f"{split}.jsonl" for split in ("test", "train"))
+    file, train = tmp_path / "bbh/navigate/test.jsonl", tmp_path / "learn/bbh.navigate.jsonl"
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     assert found[0] == Dataset("bbh.navigate", file, (Row("Q: 1 + 1\nA:", "2"),), "em", sha256, train)
 
@@ -215,7 +217,7 @@ def test_unknown_and_absent_datasets(tmp_path: Path) -> None:
 def test_folders_without_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("")
     for folder, found in (("none", "nothing"), ("rows.csv", "a file"), (".", r"rows\.csv")):
-        with pytest.raises(DataError, match=rf"NAME\.jsonl files, found {found}"):
+        with pytest.raises(DataError, match=f'"completion": ...}}, found {found}'):
             find_datasets(tmp_path / folder)
 
 

@@ -588,6 +588,9 @@ def test_another_number_of_example_prompts_needs_no_training(
     assert run([*command(*given, copied), "--examples", "1"]) == 0
     assert f"{copied / 'a' / FILES[2]}: expected the 3 prompts that training wrote" in capsys.readouterr().err
     assert contents(copied / "a") == before and len(contents(copied)[f"b/{FILES[2]}"].splitlines()) == 1
+    (copied / "a" / FILES[0]).unlink()  # so that only these prompts are there before the adapter
+    assert run(command(*given, copied)) == 0
+    assert (copied / "a" / FILES[2]).read_text() == '{"prompt": "mine"}' and (copied / "a" / FILES[0]).exists()
 
 
 def test_an_adapter_of_something_else_is_refused(

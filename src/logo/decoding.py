@@ -96,7 +96,8 @@ def call_config(
     except (AttributeError, TypeError, ValueError) as error:
         raise _refused(error) from error
     filled = _PLAIN | ({} if checkpoint is None else {name: getattr(checkpoint, name) for name in _OF_CHECKPOINT})
-    for name, value in {**filled, "pad_token_id": prompts.pad_id}.items():
+    made.pad_token_id = 0  # any token that the model knows; a mask hides it
+    for name, value in filled.items():
         if getattr(made, name) is None:
             setattr(made, name, copy.deepcopy(value))
     _check_values(made)
@@ -244,6 +245,11 @@ class _Finite(LogitsProcessor):  # type: ignore[misc]
             raise NotFinite(OVERFLOW)
         return scores.masked_fill(~finite[:, None], 0.0)
 
+    @property
+    def used(self) -> bool:
+        """Whether the model has read the prompts."""
+        return self._finite is not None
+
     def first(self, rows: int) -> int | None:
         """The first of so many rows, each of which may have several beams, with such a step; None: there is none."""
         if self._finite is None or bool(self._finite.all()):
@@ -344,7 +350,7 @@ class Decoder:
     def _continue(self, batch: Batch, *criteria: StoppingCriteria, **options: Any) -> tuple[list[list[int]], Form]:
         """The new tokens of each row, also those behind its end, and the form of the mixtures."""
         pool, config, rules = batch.pool, copy.copy(batch.decoding.config), batch.decoding.rules(self.prompts.tokenizer)
-        ids, mask = padded(batch.rows, input_device(self.model), self.prompts.pad_id, left=True)
+        ids, mask = padded(batch.rows, input_device(self.model), left=True)
         config.stop_strings = None  # the rules contain them
         config.disable_compile = True  # what is compiled does not see gates that are hooked in later
         if rules:
@@ -374,7 +380,7 @@ class Decoder:
             except LoGoError:
                 raise
             except (TypeError, ValueError) as error:  # of a value that transformers looks at only now
-                raise _refused(error) from error
+                raise error if finite.used else _refused(error) from error
         bad = finite.first(len(batch.rows))
         if bad is not None:
             raise overflow(batch.selections[bad].mixture)

@@ -7,6 +7,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from logo.core import FinishReason
+from logo.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -53,8 +54,17 @@ def at_texts(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> EndRul
 
 def at_stop_strings(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[EndRule]:
     """What ends an answer by a config's `stop_strings`, behind one of which it ends."""
-    texts = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
+    texts = stop_strings(config)
     return [at_texts(tokenizer, texts)] if texts else []
+
+
+def stop_strings(config: GenerationConfig) -> list[str]:
+    """The texts behind one of which an answer ends; UsageError: they are no texts."""
+    given = config.stop_strings
+    texts = [given] if isinstance(given, str) else given or []
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"stop_strings: expected a text or a list of texts, found {given!r:.60}")
+    return [text for text in texts if text]
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:

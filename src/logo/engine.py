@@ -365,6 +365,7 @@ class LoGo:
                     "signal; leave signal out, or select again"
                 )
             options["signal"], scores = made_by or asked, scores.scores
+        check_type("reselect", scores, Mapping, "a selection or scores by name")
         if not scores:
             raise UsageError("reselect: expected the scores of a selection, found none; a forced selection has none")
         call, pool = self.options(**options), self.fitted
@@ -375,7 +376,7 @@ class LoGo:
             check_type(f"reselect: the score of {name!r}", score, Real, "a number")
         # A loop over an open stream, which holds the lock, waits only if the signal has to be calibrated first.
         selector = replace(self._scorer(call.signal).selector, names=tuple(scores))
-        return selector(torch.tensor(list(scores.values())), call)
+        return selector(torch.tensor([float(score) for score in scores.values()]), call)
 
     def restart(self) -> None:
         """Forgets earlier prompts, on which `probe_context="carry"` depends."""

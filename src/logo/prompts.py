@@ -72,12 +72,6 @@ class Prompts:
     probe_text: ProbeText | None = None
     vocabulary: int | None = None
 
-    @property
-    def pad_id(self) -> int:
-        """The token that pads rows; any will do where the tokenizer has none, since a mask hides it."""
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        return next((int(one) for one in known if one is not None), 0)
-
     def read(self, prompts: Sequence[Any], room: int | None = 0) -> list[Prompt]:
         """Reads prompts into token ids and those that are probed; long prompts are cut with a warning.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -24,6 +25,12 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_secrets(one) for one in value]
     return value
+
+
+def identified(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for an identity, with a digest in place of a value that nobody may read."""
+    digests = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in options.items()}
+    return {name: f"sha256:{digests[name]}" if _secret(name) else value for name, value in options.items()}
 
 
 def _shown(name: str, value: Any) -> Any:

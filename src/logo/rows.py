@@ -68,6 +68,14 @@ class Row:
         return {name: value for name in names if (value := getattr(self, name))}
 
 
+def row_files(root: Path) -> list[Path]:
+    """The files below a folder that may hold rows, sorted: not hidden ones, and not those of results and adapters."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    shown = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    others = {path.parent for path in shown if path.name in ("run.json", "adapter_config.json")}
+    return [path for path in shown if path.parent not in others]
+
+
 def text_lines(file: Path) -> list[str]:
     """The lines of a text file in UTF-8, with or without a byte order mark.
 

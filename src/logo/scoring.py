@@ -166,7 +166,7 @@ def score_pairs(
         if half and len(batch) * len(needed) * vocabulary > MAX_LOGITS:
             batches[:0] = [numbers[:half], numbers[half:]]
             continue
-        ids, mask = padded([row.ids for row in batch], input_device(model), prompts.pad_id)
+        ids, mask = padded([row.ids for row in batch], input_device(model))
         with mixer.active(pool, [Mixture.of(pool, row.mixture, row.prompt) for row in batch], ids.shape[1]):
             logits = logits_at(model, ids, needed, mask)
         for row, found in zip(batch, logits, strict=True):

@@ -267,11 +267,11 @@ def _walk(root: Path, where: str, single: bool) -> tuple[list[str], list[Adapter
     """The paths below `root`, in messages `where`, of folders with an adapter, sorted, and what cannot be looked into.
 
     Hidden folders are skipped. Links are followed, after all real folders; a folder is found once, so that links in a
-    circle end. A dead link, another link to a folder, and a folder that cannot be listed are told. A `single` adapter
+    circle end. A dead link, another link to adapters, and a folder that cannot be listed are told. A `single` adapter
     may have others below its folder.
     """
     expected = f"expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth"
-    found, bad, seen, starts = list[str](), list[AdapterError](), set[tuple[int, int]](), [str(root)]
+    found, bad, seen, starts = list[str](), list[AdapterError](), dict[tuple[int, int], str](), [str(root)]
 
     def unreadable(error: OSError) -> None:
         if error.filename == str(root):
@@ -282,23 +282,23 @@ def _walk(root: Path, where: str, single: bool) -> tuple[list[str], list[Adapter
     for start in starts:  # which grows
         for current, folders, files in os.walk(start, onerror=unreadable):
             stat = os.stat(current)
-            if (stat.st_dev, stat.st_ino) in seen:
+            name = "" if current == str(root) else Path(current).relative_to(root).as_posix()
+            first = seen.setdefault((stat.st_dev, stat.st_ino), name)
+            if first != name:
                 folders.clear()
-                link = Path(start)
-                if current == start and not link.parent.resolve().is_relative_to(link.resolve()):  # not back
-                    name = link.relative_to(root).as_posix()
-                    bad.append(LeftOut(name, f"it is a link to {link.resolve()}, which is in the pool already"))
+                back = not first or name.startswith(f"{first}/")  # the link leads to a folder above it
+                if not (single or back) and any(f"{one}/".startswith(f"{first}/") for one in found):
+                    bad.append(LeftOut(name, f"it is a link to {first!r}, which is in the pool already"))
                 continue
-            seen.add((stat.st_dev, stat.st_ino))
             folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
             starts += [path for folder in folders if os.path.islink(path := os.path.join(current, folder))]
             if not {CONFIG, SAFETENSORS, PICKLE}.isdisjoint(files):
-                found.append("" if current == str(root) else Path(current).relative_to(root).as_posix())
+                found.append(name)
                 continue
             for link in (Path(current, file) for file in sorted(files) if not file.startswith(".")):
                 if os.path.islink(link) and not os.path.exists(link):
-                    name = link.relative_to(root).as_posix()
-                    bad.append(LeftOut(name, f"it is a link to {os.readlink(link)}, which cannot be reached"))
+                    dead = link.relative_to(root).as_posix()
+                    bad.append(LeftOut(dead, f"it is a link to {os.readlink(link)}, which cannot be reached"))
     found.sort(key=lambda path: path.split("/"))
     found = [""] if single and "" in found else found
     if single and len(found) != 1:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logo.adapters.activation import EVERYWHERE
+from logo.adapters.layout import linear_modules
 from logo.baselines.method import Prepared, Task, register_method, same_for_all
 from logo.errors import UsageError, listed, need
 
@@ -34,9 +37,16 @@ def arrow(logo: LoGo, task: Task, *, top_k: int = 3, temperature: float = 1.0) -
     if any(weight.is_meta for weight in logo.model.parameters()):
         raise UsageError("method 'arrow' changes the model itself: use --engine local")
     engine = LoGo(copy.deepcopy(logo.model), logo.tokenizer, logo.pool.subset(names), settings=logo.settings)
+    shapes = {frozenset((path, one.rank) for path, one in adapter.modules.items()) for adapter in engine.fitted}
+    linear, [shape, *others] = [path for path, _ in linear_modules(engine.model)], shapes
+    kinds = {path.rpartition(".")[2] for path, _ in shape}
+    if others or {path for path in linear if path.rpartition(".")[2] in kinds} != {path for path, _ in shape}:
+        raise UsageError("method 'arrow': expected adapters with the same modules, in all layers, and one rank")
     config = ArrowConfig(top_k=min(top_k, len(names)), router_temperature=temperature, rng_seed=0)
-    try:
-        create_arrow_model(engine.model, [str(logo.pool[name].folder) for name in names], config).eval()
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"method 'arrow': PEFT refuses this pool: {error}") from error
+    with tempfile.TemporaryDirectory() as folder:  # PEFT does not know all names of tensors that we read
+        places = [str(logo.save_mixture({name: 1.0}, Path(folder, str(i)))) for i, name in enumerate(names)]
+        try:
+            create_arrow_model(engine.model, places, config).eval()
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"method 'arrow': PEFT refuses this pool: {error}") from error
     return Prepared(same_for_all({}), engine=engine)

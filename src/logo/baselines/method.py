@@ -19,7 +19,7 @@ from logo.core import Selection
 from logo.errors import PluginError, UsageError, closest
 from logo.plugins import Registry, running
 from logo.prompts import checked_turns, plain
-from logo.recorded import without_secrets
+from logo.recorded import identified
 
 if TYPE_CHECKING:
     from logo.engine import LoGo
@@ -144,9 +144,9 @@ class Method:
         return METHODS[self.name].picks if known is None else known
 
     def as_dict(self) -> dict[str, Any]:
-        """Name and options for JSON, without secrets, and the plugin that it comes from."""
+        """Name and options for JSON, with digests of secrets, and the plugin that it comes from."""
         plugin = METHODS.source(self.name)
-        return {"method": self.name, **without_secrets(self.options), **({} if plugin is None else {"plugin": plugin})}
+        return {"method": self.name, **identified(self.options), **({} if plugin is None else {"plugin": plugin})}
 
     def prepare(self, logo: LoGo, task: Task) -> Prepared:
         """Finds out what has to be known about a dataset before its first prompt.
@@ -197,7 +197,7 @@ def _value(given: Any, usual: Any) -> Any:
         return given
 
 
-def get_method(name: str, *, k: int | None = None, seed: int = 0, **options: Any) -> Method:
+def get_method(name: str, /, *, k: int | None = None, seed: int = 0, **options: Any) -> Method:
     """The method of this name with these options. Texts may stand for numbers, as on the command line.
 
     Raises:

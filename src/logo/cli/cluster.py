@@ -32,12 +32,10 @@ def anywhere(opening: Opening) -> Opening:
     """The same with absolute paths, for a process with another working directory. A text that may also be a name on the
     Hub is a path if it exists."""
     base, model_dir = opening.base_model, opening.options.get("model_dir")
-    sources, method = pool_sources(opening.pool, base, model_dir), opening.method
-    if method is not None and isinstance(model := method.options.get("embedding_model"), str):
-        method = replace(method, options={**method.options, "embedding_model": absolute(model)})
+    sources = pool_sources(opening.pool, base, model_dir)
     options = {**opening.options, "model_dir": os.path.abspath(model_dir or ".")}
     base = absolute_base(base, model_dir)
-    return replace(opening, base_model=base, pool=spec_of(sources), method=method, options=options)
+    return replace(opening, base_model=base, pool=spec_of(sources), options=options)
 
 
 def absolute_base(name: str, model_dir: str | None) -> str:

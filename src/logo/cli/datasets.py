@@ -81,6 +81,7 @@ def prepare(
         overwrite: Replace files that are there.
     """
     from logo.evaluation.sources.declarations import packaged
+    from logo.evaluation.sources.prepare import WRITTEN
     from logo.evaluation.sources.prepare import prepare as prepare_one
 
     own = _declared(source)
@@ -91,8 +92,9 @@ def prepare(
     failed = 0
     for name in found:
         try:
-            if dataset_file(data_dir, name).exists() and not overwrite:
-                print(f"{name}: kept, its rows are there (--overwrite draws anew)", flush=True)
+            there = dataset_file(data_dir, name).parent
+            if not overwrite and any((there / file).exists() for file in WRITTEN):
+                print(f"{name}: kept, its files are there (--overwrite draws anew)", flush=True)
                 continue
             print(_made(name, prepare_one(known[name], data_dir, **options)), flush=True)
         except LoGoError as error:

@@ -249,8 +249,8 @@ def answered(
                     print(*heading, scored[-1]["line"], done.folder, sep="\n", flush=True)
         except KeyboardInterrupt:
             kept = "rows" if facts.order is None else "datasets"
-            again = " without --overwrite" if rows.overwrite else ""
-            note(f"Finished {kept} are kept: repeat the command{again} to continue.")
+            again = "without --overwrite, the command continues up to a result of another run"
+            note(f"Finished {kept} are kept: {again if rows.overwrite else 'repeat the command to continue'}.")
             raise
     return show(scored, json=json)
 

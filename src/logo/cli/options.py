@@ -5,6 +5,7 @@ Options that belong together are a frozen dataclass, whose fields a command gets
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -151,7 +152,10 @@ class MethodOptions:
             if self.method_args:
                 raise UsageError("--method-args is for --method; the method is logo, whose options are --signal and -k")
             return None
-        return get_method(self.method, seed=seed, **{"k": k, **method_arguments(self.method_args)})
+        options = method_arguments(self.method_args)
+        if k is not None and "k" in options:
+            raise UsageError(f"--method-args k={options['k']}: expected either this or -k, found both")
+        return get_method(self.method, seed=seed, **{"k": k, **options})
 
 
 def arguments(option: str, text: str) -> dict[str, str]:
@@ -170,8 +174,11 @@ def arguments(option: str, text: str) -> dict[str, str]:
 
 
 def method_arguments(text: str | None) -> dict[str, Any]:
-    """The options in `--method-args`; UsageError if the seed is among them."""
+    """The options in `--method-args`, with an absolute path for a model in a folder, since workers may have another
+    working directory; UsageError if the seed is among them."""
     found = arguments("--method-args", text or "")
     if "seed" in found:
-        raise UsageError("--method-args seed: expected options of the method alone; give --seed of `logo eval run`")
+        raise UsageError("--method-args seed: expected options of the method alone; the seed is `--seed` of a run")
+    if os.path.exists(model := found.get("embedding_model", "")):
+        found["embedding_model"] = os.path.abspath(model)
     return found

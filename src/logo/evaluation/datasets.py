@@ -19,7 +19,7 @@ from pathlib import Path
 from logo.errors import DataError, StorageError, UsageError, closest, listed
 from logo.evaluation.metrics import OFFICIAL_KINDS, Kind, checked_kind, metric_kind
 from logo.identity import file_sha256
-from logo.rows import Row, read_rows, requested
+from logo.rows import Row, read_rows, requested, row_files
 
 OFFICIAL: tuple[str, ...] = (
     "bbh.boolean_expressions", "bbh.causal_judgement", "bbh.formal_fallacies", "bbh.navigate", "bbh.object_counting",
@@ -124,11 +124,11 @@ def find_datasets(
     if official_layout and (missing := _missing(request, files)):
         warnings.warn(f"not in {root}, left out: {', '.join(missing)}", UserWarning, stacklevel=2)
     if official_layout and not request:
-        read = {file.parent for file in files.values()}
-        others = sorted(path.relative_to(root) for path in root.rglob("*.jsonl") if path.parent not in read)
-        unread = [path.as_posix() for path in others if not any(part[0] == "." for part in path.parts)]
+        read = {file.parent for file in files.values()} | {root if train_rows is None else Path(train_rows)}
+        others = (path for path in row_files(root) if path.suffix == ".jsonl" and path.parent not in read)
+        unread = [path.relative_to(root).as_posix() for path in others]
         if unread:
-            where = "here rows are in files main/sub/test.jsonl"
+            where = "here rows are in files main/sub/test.jsonl, without a dot in main"
             warnings.warn(f"{root}: {listed(unread)} not read: {where}", UserWarning, stacklevel=2)
     found = []
     for name in names:
@@ -160,8 +160,8 @@ def dataset_files(root: Path) -> tuple[dict[str, Path], bool]:
     if nested:
         order = [*(name for name in OFFICIAL if name in nested), *sorted(nested.keys() - {*OFFICIAL})]
         return {name: nested[name] for name in order}, True
-    flat = {path.relative_to(root).as_posix().removesuffix(".jsonl"): path for path in root.rglob("*.jsonl")}
-    flat = {name: flat[name] for name in sorted(flat) if not any(part[0] == "." for part in name.split("/"))}
+    rows = [path for path in row_files(root) if path.suffix == ".jsonl"]
+    flat = dict(sorted((path.relative_to(root).as_posix().removesuffix(".jsonl"), path) for path in rows))
     if not flat:
         there = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
         found = listed(there, 5) or ("no files" if root.is_dir() else "a file" if root.exists() else "nothing")

@@ -214,7 +214,7 @@ def summed(base: Base, layers: Collection[Any], rows: Sequence[Example], weight:
     total = 0.0
     for part in passes(rows, base.vocabulary):
         length = len(part[0]) - 1  # the longest; a row's last token is only predicted, never read
-        ids = torch.full((len(part), length), int(base.tokenizer.pad_token_id))
+        ids = torch.zeros(len(part), length, dtype=torch.int64)
         mask = torch.zeros(len(part), length, dtype=torch.int64)
         positions: list[int] = []
         for number, row in enumerate(part):

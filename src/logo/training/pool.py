@@ -91,6 +91,7 @@ def train(
     failed: dict[str, str] = {}
     todo: dict[str, tuple[Task, dict[str, Any]]] = {}
     other_prompts: dict[str, Sequence[str]] = {}
+    own: set[str] = set()  # whose example prompts were there before them
     for name, file in files.items():
         try:
             task = read_task(name, file, base.tokenizer, config, context_length(base.model))
@@ -104,6 +105,8 @@ def train(
             raise UsageError(f"{out / name}: {difference}; name another --out, or replace it with --overwrite")
         if standing is None or difference:
             todo[name] = task, made_from
+            if standing is None and (out / name / EXAMPLES).exists():
+                own.add(name)
         else:
             done[name] = standing
             before, there = standing["config"].get("examples", 0), out / name / EXAMPLES
@@ -135,7 +138,7 @@ def train(
             failed[name] = f"{base.device} has too little memory; give a smaller --max-length or --batch-size"
         else:
             trained[name] = {"base_model": base_model, **made_from, "result": _result(fitted), "versions": versions}
-            _write(out / name, base_model, task, fitted, trained[name])
+            _write(out / name, base_model, task, fitted, trained[name], () if name in own else task.prompts)
     return Trained(trained, done, failed)
 
 
@@ -183,7 +186,7 @@ def _difference(standing: Record, wanted: Record) -> str:
     return "was trained from other rows" if standing["rows"]["sha256"] != wanted["rows"]["sha256"] else ""
 
 
-def _write(folder: Path, base_model: str, task: Task, fitted: Fitted, record: Record) -> None:
+def _write(folder: Path, base_model: str, task: Task, fitted: Fitted, record: Record, prompts: Sequence[str]) -> None:
     """Writes an adapter, its record and its example prompts, completely or not at all."""
     fitted.config.base_model_name_or_path, fitted.config.inference_mode = base_model, True
     fitted.config.alora_invocation_tokens = list(task.invocation) or None
@@ -193,9 +196,9 @@ def _write(folder: Path, base_model: str, task: Task, fitted: Fitted, record: Re
     }
     activation = record["config"]["activation"]
     note = activation_note(folder, Activation(task.invocation) if task.invocation else Activation.parse(activation))
-    with new_folder(folder, replaced=(EXAMPLES, NOTES)) as new:
+    with new_folder(folder, replaced=(EXAMPLES, NOTES) if (folder / CONFIG).exists() else (NOTES,)) as new:
         save_adapter(new, {name: tensor.cpu() for name, tensor in fitted.tensors.items()}, values)
-        _write_notes(new, record, task.prompts)
+        _write_notes(new, record, prompts)
         if note is not None:
             (new / NOTES).write_text(note, encoding="utf-8")
 

@@ -20,7 +20,7 @@ from logo.adapters.activation import Activation, last_occurrence
 from logo.errors import DataError, LoGoError, StorageError, UsageError, closest, listed
 from logo.identity import fingerprint
 from logo.prompts import answer_ids, asked_text, chat, conversation_text, cut_left, text_ids, written_answer
-from logo.rows import Row, malformed, read_rows, requested, row_of
+from logo.rows import Row, malformed, read_rows, requested, row_files, row_of
 from logo.scoring import joined
 from logo.training.config import ASSISTANT, TrainingConfig
 
@@ -109,8 +109,7 @@ def task_files(folder: Path, only: str = "") -> dict[str, Path]:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise DataError(f"tasks folder {str(folder)!r}: expected a folder with TASK.jsonl files, found {found}")
-    parts = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    parts = [part for part in parts if not any(name.startswith(".") for name in part.parts)]
+    parts = [path.relative_to(folder) for path in row_files(folder)]
     files: dict[str, Path] = {}
     for part in (part for part in parts if part.suffix in SUFFIXES):
         other = files.setdefault(part.with_suffix("").as_posix(), folder / part)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from logo.decoding import Decoding
-from logo.endings import end_tokens
+from logo.endings import end_tokens, stop_strings
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -63,9 +63,8 @@ def parameters(decoding: Decoding, begun: int, seed: int | None) -> Any:
     if config.do_sample:
         drawn = {name: said(name) for name in ("temperature", "top_p")} | {"seed": seed}
         drawn |= {"top_k": min(said("top_k"), 2**31 - 1), "min_p": config.min_p or 0.0}
-    texts = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
     # Where one of these texts ends, an answer may have ended; the rules of the decoding say whether it has.
-    texts += [*decoding.stop, *(["\n"] if decoding.stop_at_newline else [])]
+    texts = [*stop_strings(config), *decoding.stop, *(["\n"] if decoding.stop_at_newline else [])]
     with refused("these options"):
         return SamplingParams(
             **drawn,

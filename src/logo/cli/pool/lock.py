@@ -35,7 +35,7 @@ def lock(
         sources: One or several sources, as `--adapters` takes them, or all repositories `org/prefix*` of an owner.
         save: The manifest to write, `.yaml`.
         base_model: Take only adapters that fit this base model (its configuration is enough).
-        overwrite: Replace an existing manifest; its example prompts stay where the sources give none.
+        overwrite: Replace an existing manifest; its example prompts stay unless the source is a manifest with others.
         on_bad_adapter: If an adapter cannot be used: refuse the pool, or skip the adapter.
         json: Print JSON instead.
     """

@@ -21,6 +21,7 @@ from logo.errors import HubError, UsageError
 from logo.hub import clean_subfolder, hub_error, is_hub_id, is_repo_id
 
 CARD = "README.md"
+_MADE = "which picks and mixes the right adapters for every prompt:"  # tells our cards from others
 _CARD = """---
 {front}
 ---
@@ -100,10 +101,11 @@ def contents_of(
 def push(repo: str, contents: Mapping[str, Path | bytes], *, message: str, private: bool = False) -> str:
     """Creates the repository if there is none, uploads what has changed, and returns the address.
 
-    The card is also uploaded to the top of the repository, where the Hub shows it, unless there is one. A `private`
-    repository is made so, or has to be. Raises HubError if the Hub refuses or cannot be reached.
+    Every `pool.json` below the folder that the pool does not have is deleted; adapters that are there stay. The card
+    is also uploaded to the top of the repository, where the Hub shows it, unless there is one. A `private` repository
+    is made so, or has to be. Raises HubError if the Hub refuses or cannot be reached.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(library_name="logo")
     [card] = [path for path in contents if PurePosixPath(path).name == CARD]
@@ -112,10 +114,17 @@ def push(repo: str, contents: Mapping[str, Path | bytes], *, message: str, priva
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo).private:
             raise HubError(f"Hub repo {repo}: it exists and is public, but --private was given; nothing was sent")
-        top = {CARD: contents[card]} if folder and not api.file_exists(repo, CARD) else {}
+        there = api.list_repo_files(repo)
+        sent = {**contents, **({} if CARD in there else {CARD: contents[card]})}
+        if card in there and isinstance(contents[card], bytes):  # a card that we have made replaces only its like
+            with open(api.hf_hub_download(repo, card), encoding="utf-8") as file:
+                if _MADE not in file.read():
+                    del sent[card]
+        stale = [path for path in there if PurePosixPath(path).name == NOTES and path not in sent]
+        stale = [path for path in stale if PurePosixPath(path).is_relative_to(folder)]  # they say where adapters act
         # Not `upload_folder`, which lists the folder itself and does not follow links.
-        operations = [CommitOperationAdd(path, content) for path, content in {**contents, **top}.items()]
-        api.create_commit(repo, operations, commit_message=message)
+        operations = [CommitOperationAdd(path, content) for path, content in sent.items()]
+        api.create_commit(repo, [*operations, *map(CommitOperationDelete, stale)], commit_message=message)
     except HubError:
         raise
     except Exception as error:  # the boundary: httpx, xet and the file system each raise their own kinds

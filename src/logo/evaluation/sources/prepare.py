@@ -28,6 +28,7 @@ from logo.hub import hub_error, snapshot
 from logo.rows import text_lines
 
 RECORD = "source.json"  # beside the rows: what they were made from
+WRITTEN = ("test.jsonl", "train.jsonl", "test.yaml", RECORD)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def prepare(
     if declaration.metric != metric_kind(declaration.name):
         texts["test.yaml"] = f"metric: {declaration.metric}\n"
     folder = dataset_file(data_dir, declaration.name).parent
-    with new_folder(folder, replaced=["test.jsonl", "train.jsonl", "test.yaml", RECORD]) as new:
+    with new_folder(folder, replaced=WRITTEN) as new:
         for name, text in texts.items():
             (new / name).write_bytes(text.encode())
     return record
