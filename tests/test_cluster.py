@@ -32,6 +32,7 @@ from logo import AdapterPool
 from logo.baselines import get_method
 from logo.cli.app import run
 from logo.cli.cluster import anywhere
+from logo.cli.options import MethodOptions
 from logo.cluster.processes import ClusterError, Expected, Layout
 from logo.cluster.replicas import LOAD, UNLOAD, ReplicaPlan, serve_replicas
 from logo.cluster.workers import in_workers
@@ -221,8 +222,8 @@ def test_paths_mean_the_same_in_another_working_directory(tmp_path: Path, monkey
         Path(name).mkdir()
     Path("base/config.json").write_text("{}")
     for encoder, expected in (("encoder", str(tmp_path / "encoder")), ("org/encoder", "org/encoder")):
-        method = get_method("loraretriever", embedding_model=encoder, instruction="query")
-        found = anywhere(Opening("base", "org/pool", {"model_dir": "hf_models"}, method))
+        options = MethodOptions("loraretriever", f"embedding_model={encoder},instruction=query")
+        found = anywhere(Opening("base", "org/pool", {"model_dir": "hf_models"}, options.make(None, 0)))
         assert (found.base_model, found.pool) == (str(tmp_path / "base"), "org/pool")
         assert found.options["model_dir"] == str(tmp_path / "hf_models")  # not there yet
         assert found.method == get_method("loraretriever", embedding_model=expected, instruction="query")
