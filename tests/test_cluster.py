@@ -222,7 +222,7 @@ def test_paths_mean_the_same_in_another_working_directory(tmp_path: Path, monkey
         Path(name).mkdir()
     Path("base/config.json").write_text("{}")
     for encoder, expected in (("encoder", str(tmp_path / "encoder")), ("org/encoder", "org/encoder")):
-        options = MethodOptions("loraretriever", f"embedding_model={encoder},instruction=query")
+        options = MethodOptions(method="loraretriever", method_args=f"embedding_model={encoder},instruction=query")
         found = anywhere(Opening("base", "org/pool", {"model_dir": "hf_models"}, options.make(None, 0)))
         assert (found.base_model, found.pool) == (str(tmp_path / "base"), "org/pool")
         assert found.options["model_dir"] == str(tmp_path / "hf_models")  # not there yet

@@ -139,9 +139,7 @@ def test_another_runs_result_is_refused(rows: Path, tmp_path: Path, capsys: pyte
 # -- interruptions -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("more", "again"), [([], "repeat the command to continue"), (["--overwrite"], "without --overwrite, the command")]
-)
+@pytest.mark.parametrize(("more", "again"), [([], "repeat the command"), (["--overwrite"], "without --overwrite, ")])
 def test_what_ctrl_c_leaves_of_the_official_command(
     more: list[str], again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
