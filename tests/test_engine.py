@@ -418,14 +418,7 @@ def test_options_that_cannot_be_used_are_refused(llama: nn.Module, adapters: Pat
 
 
 def test_every_option_of_transformers_passes(llama: nn.Module, adapters: Path) -> None:
-    options = {
-        "do_sample": True,
-        "temperature": 2,
-        "repetition_penalty": 2,
-        "min_p": 0.01,
-        "typical_p": 0.9,
-        "use_cache": True,
-    }
+    options = {"do_sample": True, "temperature": 2, "repetition_penalty": 2, "min_p": 0.01, "typical_p": 0.9}
     logo = engine(llama, adapters)
     assert len(logo.generate(PROMPTS[0], max_new_tokens=3, min_new_tokens=3, **options).token_ids) == 3
     greedy = ({}, {"temperature": 0.0}, {"stop_strings": ""})  # these change nothing
