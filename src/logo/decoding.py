@@ -377,10 +377,10 @@ class Decoder:
                     logits_processor=LogitsProcessorList([finite]),
                     **options,
                 )
-            except LoGoError:
-                raise
-            except (TypeError, ValueError) as error:  # of a value that transformers looks at only now
-                raise error if finite.used else _refused(error) from error
+            except (TypeError, ValueError) as error:
+                if finite.used or isinstance(error, LoGoError):
+                    raise
+                raise _refused(error) from error  # a value that transformers looks at only now
         bad = finite.first(len(batch.rows))
         if bad is not None:
             raise overflow(batch.selections[bad].mixture)

@@ -173,7 +173,7 @@ class _Api:
 
     def _check_known(self, what: str, rows: Sequence[Prompt]) -> None:
         for row in rows:
-            self.service.logo.prompts.check_known(what, row.ids)
+            self.service.logo.prompts.check_known(what, (*row.ids, *row.probed))
 
     async def _conversation(self, body: bodies.ChatRequest | bodies.SelectRequest) -> list[Prompt]:
         """Reads a conversation; ApiError or UsageError: it has no tokens, the model's template refuses it, or a
