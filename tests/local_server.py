@@ -44,7 +44,7 @@ class LocalServer:
         log: Path | None = None,
         program: Sequence[str] = (),
     ) -> None:
-        self.url, self.exit_code, self._printed = "", None, b""
+        self.url, self.exit_code, self._printed, self._ending = "", None, b"", False
         self._command = [*(program or logo()), "serve", "--port", "0", *options]
         inherited = {name: value for name, value in os.environ.items() if name != "LOGO_API_KEY"}
         self._environment = {**inherited, **(environment or {})}
@@ -79,8 +79,14 @@ class LocalServer:
             time.sleep(0.05)
         return self
 
+    def end(self) -> None:
+        """Sends SIGTERM, once: a second one ends a server at once."""
+        if not self._ending:
+            self._process.terminate()
+        self._ending = True
+
     def __exit__(self, *_: object) -> None:
-        self._process.terminate()
+        self.end()
         try:
             self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:  # shows as an exit code below 0

@@ -78,10 +78,11 @@ def test_scores_are_the_formula(llama: nn.Module, tmp_path: Path) -> None:
     texts = logo.prompts.texts([*NEUTRAL, *REQUESTS, PROMPTS[2]])
     neutral = slice(len(NEUTRAL))
     expected = []
+    paths = [point.module for point in logo.scorer.points]
+    read = {path: [inputs(llama, path, row)[1:] for row in texts] for path in paths}  # without the first token
     for adapter in logo.pool.fit(logo._layout):
         even, late = [], []
-        for path in (point.module for point in logo.scorer.points):
-            hidden = [inputs(llama, path, row)[1:] for row in texts]  # without the first token
+        for path, hidden in read.items():
             whitening = Whitening.of(torch.cat(hidden[neutral]))
             matrix = whitening.fold(torch.eye(32))
             weights = adapter.read([path])[path]

@@ -213,9 +213,9 @@ def test_kill_9_at_ten_moments(whole: dict[str, dict[str, Any]], rows: Path, tmp
 
     assert run_until(-1, command(tmp_path / "whole"), tmp_path / "steps") == 0
     steps, dice = int((tmp_path / "steps").read_text()), random.Random(0)
-    for moment in range(10):
+    for moment in range(5):
         results = tmp_path / str(moment)
-        first = dice.randrange(moment * steps // 10, (moment + 1) * steps // 10)
+        first = dice.randrange(moment * steps // 5, (moment + 1) * steps // 5)
         assert run_until(first, command(results), tmp_path / "steps") == -signal.SIGKILL
         # It is another process then, which is stopped once more while it goes on.
         again = dice.randrange(1, 2 + (steps - first) // 2)

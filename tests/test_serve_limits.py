@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 from collections.abc import Awaitable, Callable
@@ -223,7 +221,7 @@ def test_a_signal_lets_what_was_accepted_end_and_each_request_is_a_line_of_text(
             async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
                 asking = [asyncio.create_task(ask(client, n)) for n in range(24)]
                 await started.wait()
-                os.kill(running.pid, signal.SIGTERM)
+                running.end()
                 stopping = (openai.InternalServerError, openai.APIConnectionError)
                 with pytest.raises(stopping, match=r"shutting down|Connection"):
                     while True:  # until the signal has been heard
