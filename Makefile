@@ -76,7 +76,8 @@ test: lint
 	$(PYTEST)
 
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest $(SPREAD) tests/backends tests/test_serve_engine.py
+	$(VLLM_VENV)/bin/python -m pytest $(SPREAD) tests/backends \
+	    tests/test_serve_engine.py::test_answers_are_those_of_generating_alone
 
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -15,7 +15,6 @@ FIRST = (
         "test_cluster.py",
         "test_replicas.py",
         "test_harness.py",
-        "test_contract.py",
     ),
 )
 

@@ -193,6 +193,7 @@ def masked(model: nn.Module, pool: AdapterPool, prompt: list[int], mixture: dict
 MIXTURES: list[dict[str, float]] = [{"t0": 0.7, "t1": 0.5}, {"t1": 0.4, "t2": 0.9}, {"t2": 1.0}, {}]
 
 
+@pytest.mark.slow
 def test_points_that_every_text_reaches_alike_do_not_count(tmp_path: Path) -> None:
     """Behind an invocation, the first layer reads the same in every text: only rounding errors differ there."""
     demo = LoGo.from_pretrained("demo")

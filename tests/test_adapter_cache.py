@@ -91,6 +91,7 @@ def check(one: AdapterCache, hold: Hold) -> None:
 NUMBERS = st.lists(st.integers(0, 11), max_size=5, unique=True)
 
 
+@pytest.mark.slow
 @given(st.lists(NUMBERS, min_size=1, max_size=8), st.integers(4, 40))
 def test_whoever_comes_and_goes_all_have_their_factors_within_the_budget(
     batches: list[list[int]], columns: int

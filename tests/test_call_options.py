@@ -99,6 +99,7 @@ def test_candidates_are_a_pool_of_their_own(
     assert len(logo.select(prompt, signal=signal, candidates=list(names)).adapters) == few
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(names=st.sets(st.sampled_from(NAMES), min_size=1), prompt=st.sampled_from(PROMPTS))
 def test_calibrated_candidates_keep_their_scores(logo: LoGo, names: set[str], prompt: str) -> None:

@@ -259,6 +259,7 @@ def test_a_message_without_tokens_is_no_message(tokenizer: Any) -> None:
     assert prompt.probed == prompt.ids != ()
 
 
+@pytest.mark.slow
 def test_a_chat_is_probed_by_its_last_message_if_adapters_act_on_last_tokens(templated: Any, tmp_path: Path) -> None:
     shutil.copytree(adapters_dir(), tmp_path / "pool")
     (tmp_path / "pool" / "pool.json").write_text(json.dumps({"activation": "last:4"}))

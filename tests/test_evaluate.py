@@ -32,6 +32,8 @@ from tolerances import PATIENCE, same_scores
 from warm import python
 from written import write_rows
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
 F1 = DATA / "golden" / "F1"
@@ -81,7 +83,6 @@ def official(results: Path) -> list[str]:
     ]
 
 
-@pytest.mark.slow
 def test_the_official_command_and_ours_write_the_same_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["evaluate", "--preset", "official", *official(tmp_path / "ours")]) == 0
     folder = "model_selection_norm_n_3_seed_0/bbh.boolean_expressions"
@@ -204,7 +205,6 @@ def run_until(last: int, command: list[str], steps: Path) -> int:
     return subprocess.run([*python(), "-c", DYING, *words], stdout=subprocess.DEVNULL).returncode
 
 
-@pytest.mark.slow
 def test_kill_9_at_ten_moments(whole: dict[str, dict[str, Any]], rows: Path, tmp_path: Path) -> None:
     """Of answering, in the middle of a line, between two files, between two renames: the same files in the end."""
 
@@ -250,7 +250,6 @@ def test_a_row_that_is_refused_has_an_error_and_no_answer(
     assert "dataset 'mixed': prompt: too hard" in one_line(capsys)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "picks"),
     [("base", 0), ("uniform", 3), ("random", 20), ("target", 1), ("best-single", 1), ("lorahub", 20)],
@@ -378,7 +377,6 @@ def test_training_rows_are_read_once_and_are_part_of_a_study(
     assert "tasks.antonym.train_sha256 is" in one_line(capsys)
 
 
-@pytest.mark.slow
 def test_ctrl_c_keeps_the_earlier_result(
     finished: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

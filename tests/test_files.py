@@ -258,6 +258,7 @@ def asked(file: Path, cache: Path) -> str:
     return found.stdout.strip() + (" (warned)" if "is damaged and computed anew" in found.stderr else "")
 
 
+@pytest.mark.slow
 def test_what_a_file_holds_is_found_out_once_by_all_processes(tmp_path: Path) -> None:
     file, cache = tmp_path / "file", tmp_path / "cache"
     file.write_text("one")

@@ -113,20 +113,6 @@ def test_the_public_api_is_what_it_says() -> None:
 
 # -- which tests run, and when ---------------------------------------------------------------------------------------
 
-ASK = """
-import browser, pathlib
-print("skipped" if browser.needs_browser.args[0] else "run")
-try:
-    with browser.browser(pathlib.Path("profile")): print("opened")
-except AssertionError as error: print(error)
-"""
-
-
-def test_without_a_browser_its_tests_are_skipped_but_fail_where_ci_promises_one(tmp_path: Path) -> None:
-    for promised, what in (("", "skipped"), ("true", "run")):
-        said = run(sys.executable, "-c", ASK, PATH=str(tmp_path), CI=promised, PYTHONPATH=str(TESTS)).stdout
-        assert said.splitlines() == [what, "needs chromium and chromedriver on the PATH"]
-
 
 def test_the_files_that_come_first_are_there() -> None:
     assert set(FIRST) <= {path.name for path in TESTS.rglob("test_*.py")}

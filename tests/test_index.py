@@ -213,6 +213,7 @@ def test_a_size_is_the_mean_ratio_over_points(model: Any, folder: Path, tmp_path
     assert logo.scorer.selector.sizes == pytest.approx(expected(logo), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_base_model_has_its_own_sizes(model: Any, folder: Path, tmp_path: Path) -> None:
     larger = tiny.model("llama", num_hidden_layers=6)
     with torch.no_grad():

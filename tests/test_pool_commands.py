@@ -332,6 +332,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(llama: nn.Module, 
     assert len(AdapterPool.open(tmp_path / "empty")) == 1
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_a_prompt_selects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompt, place = "What is 7 plus 5?", ["--base-model", "demo", "--device", "cpu"]
     assert run(["pool", "export", prompt, *place, "--save", str(tmp_path / "pool" / "sums")]) == 0

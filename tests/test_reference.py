@@ -156,6 +156,7 @@ def test_every_adapter_is_heard_at_some_chosen_point() -> None:
     assert len(chosen) == 7
 
 
+@pytest.mark.slow
 @given(st.integers(0, 999), st.integers(1, 12))
 @settings(max_examples=60, deadline=None)
 def test_the_order_of_adapters_does_not_matter_and_each_is_read_at_four_points(seed: int, most: int) -> None:

@@ -22,6 +22,8 @@ from logo.evaluation.metrics import measure, metric_kind
 from logo.evaluation.results import OFFICIAL, RUN, Partial, official_files, read
 from logo.evaluation.statistics import holm
 
+pytestmark = pytest.mark.slow
+
 LEFT, RIGHT = "m_selection_norm_n_2_seed_0", "m_selection_calibrated_n_2_seed_0"
 EVIL = ["</script><script>document.title='x'</script>", "<img src=x onerror=\"document.title='x'\">", "a_b & 50 % {#}"]
 LINES = "return [...document.querySelectorAll('#rows tbody tr')].map(line => line.innerText)"
@@ -198,7 +200,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_browser
-@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_it_fits_its_window_without_errors(window: Browser, page: Path, width: int, dark: bool) -> None:
@@ -218,7 +219,6 @@ def test_it_fits_its_window_without_errors(window: Browser, page: Path, width: i
 
 
 @needs_browser
-@pytest.mark.slow
 def test_rows_are_searched_sorted_and_paged(window: Browser, tmp_path: Path) -> None:
     answers, golds = [f"Answer {n:05}" for n in range(10_000)], [f"answer {n // 2 * 2:05}" for n in range(10_000)]
     write_result(tmp_path / LEFT / "bbh.many", answers, golds, confidence=[n / 10_000 for n in range(10_000)])
@@ -241,7 +241,6 @@ def test_rows_are_searched_sorted_and_paged(window: Browser, tmp_path: Path) -> 
 
 
 @needs_browser
-@pytest.mark.slow
 def test_hostile_text_stays_text(window: Browser, tmp_path: Path) -> None:
     columns: dict[str, Any] = {"prompt": EVIL, "selected": [EVIL] * 3, "weights": [[0.5, 0.3, 0.2]] * 3, "error": EVIL}
     for name in (LEFT, RIGHT):
@@ -258,7 +257,6 @@ def test_hostile_text_stays_text(window: Browser, tmp_path: Path) -> None:
     assert set(weights["adapter"]) == set(EVIL) and set(weights["weight"].round(6)) == {0.5, 0.3, 0.2}
 
 
-@pytest.mark.slow
 def test_numbers_of_the_page_as_json_csv_and_latex(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two_runs(tmp_path)
     page, tables, tex = tmp_path / "r.html", tmp_path / "csv", tmp_path / "t.tex"
@@ -284,7 +282,6 @@ def test_numbers_of_the_page_as_json_csv_and_latex(tmp_path: Path, capsys: pytes
     assert (names.count("bbh.one"), names.count("BIG-Bench Hard")) == (3, 2)
 
 
-@pytest.mark.slow
 def test_runs_on_other_rows_are_shown_and_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_result(tmp_path / LEFT / "bbh.one", ["yes"] * 12, ["yes"] * 12)
     write_result(tmp_path / RIGHT / "bbh.one", ["yes"] * 11, ["yes"] * 11)

@@ -44,6 +44,8 @@ from test_chat import with_template
 from test_engine import tokenizer
 from written import write_base, write_rows
 
+pytestmark = pytest.mark.slow
+
 CONFIG = TrainingConfig()
 ASSISTANT = TrainingConfig(activation="assistant")
 GOOD = b'{"context": "w3", "completion": "w4"}\n'
@@ -307,7 +309,6 @@ def check_equal(
     assert all(float((found.tensors[name] - begun[name]).norm()) > 1e-3 for name in begun)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_is_the_one_that_peft_and_the_trainer_make(kind: str, wide: bool, tmp_path: Path) -> None:
@@ -316,7 +317,6 @@ def test_an_adapter_is_the_one_that_peft_and_the_trainer_make(kind: str, wide: b
     check_equal(kind, config, examples(24, seed=3), tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("activation", [Activation((UNUSED, 7)), Activation(last=3)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_activated_adapter_is_the_one_of_peft_too(kind: str, activation: Activation, tmp_path: Path) -> None:
@@ -332,7 +332,6 @@ def test_an_activated_adapter_is_the_one_of_peft_too(kind: str, activation: Acti
     assert gap(plain.tensors, learn(tiny.model(kind), config, rows).tensors) > 1e-2  # where it acts does matter
 
 
-@pytest.mark.slow
 @settings(max_examples=6)
 @given(seed=st.integers(0, 99), tokens=st.sampled_from([1, 30, 70]), late=st.booleans())
 def test_however_passes_are_cut(llama: nn.Module, seed: int, tokens: int, late: bool) -> None:
@@ -363,7 +362,6 @@ def test_the_base_model_is_the_same_afterwards(kind: str) -> None:
     assert gap(first, second) > 0.1
 
 
-@pytest.mark.slow
 def test_the_best_step_by_the_held_out_rows_is_kept(llama: nn.Module) -> None:
     """Whose held-out loss is that of PEFT with the kept factors."""
     config = TrainingConfig(r=8, targets="all-linear", lr=2e-2, epochs=6, batch_size=6, patience=0)
@@ -492,7 +490,6 @@ def copied(whole: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_peft_and_pools_open_the_adapters(name: str, given: Given, tmp_path: Path) -> None:
     """Without a word; and PEFT writes the same configuration."""

@@ -34,7 +34,7 @@ def run(folder: Path, job: dict[str, Any], **variables: str) -> dict[str, Any]:
     place, result = folder / "job.json", folder / "result.json"
     place.write_text(json.dumps(job))
     command = [sys.executable, __file__, str(place), str(result)]
-    env = {**environment(None), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **variables}
+    env = {**environment(None), **variables}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     found: dict[str, Any] = json.loads(result.read_text())

@@ -314,18 +314,26 @@ def test_an_impossible_change_changes_nothing(server: Server, logo: LoGo, rows: 
     assert completion(server, "logo", rows[2])[1] == logo.generate(rows[2], k=4, max_new_tokens=10).text.rstrip()
 
 
-# -- servers of their own ---------------------------------------------------------------------------------------------
-
-USUAL = ("--max-loras", "16", "--max-lora-rank", "8", "--max-model-len", "256")
+# -- a server of its own -----------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_give_the_same_answers(serve: Callable[..., Server], logo: LoGo, rows: list[str]) -> None:
-    env = environment(k=4) | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    server, asked = serve(*USUAL, "--tensor-parallel-size", "2", env=env), rows[::4]
+@pytest.fixture(scope="module")
+def ranks(serve: Callable[..., Server], logo: LoGo, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """Two ranks, and one adapter more, which overflows."""
+    pool = tmp_path_factory.mktemp("pool")
+    shutil.copytree(ASSETS / "adapters", pool, dirs_exist_ok=True)
+    write_adapter(pool / "overflows", logo.model, ("q_proj", "v_proj"), rank=2, seed=3, scale=1e20)
+    env = environment(pool, k=4) | {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    flags = ("--max-loras", "17", "--max-lora-rank", "8", "--max-model-len", "256", "--tensor-parallel-size", "2")
+    return serve(*flags, env=env)
+
+
+def test_two_ranks_give_the_same_answers(ranks: Server, logo: LoGo, rows: list[str]) -> None:
+    asked, among = rows[::4], {"candidates": list(logo.names)}
 
     def ask(row: str) -> tuple[list[str], str]:
-        body = {"model": "logo", "prompt": row, "max_tokens": 10, "temperature": 0}
-        status, answer = server.ask("/v1/completions", body)
+        body = {"model": "logo", "prompt": row, "max_tokens": 10, "temperature": 0, "logo": among}
+        status, answer = ranks.ask("/v1/completions", body)
         assert status == 200, answer
         return answer["logo"]["adapters"], answer["choices"][0]["text"].rstrip()
 
@@ -335,19 +343,16 @@ def test_two_ranks_give_the_same_answers(serve: Callable[..., Server], logo: LoG
     assert answers == [(list(one.selection.adapters), one.text.rstrip()) for one in expected]
 
 
-def test_an_answer_that_overflows_is_an_error(serve: Callable[..., Server], logo: LoGo, tmp_path: Path) -> None:
+def test_an_answer_that_overflows_is_an_error(ranks: Server) -> None:
     """Whole or in a stream, never silent. This server was not told that its pool may change, so it does not."""
-    shutil.copytree(ASSETS / "adapters" / "antonym", tmp_path / "pool" / "antonym")
-    write_adapter(tmp_path / "pool" / "overflows", logo.model, ("q_proj", "v_proj"), rank=2, seed=3, scale=1e20)
-    server = serve(*USUAL, env=environment(tmp_path / "pool"))
-    assert change(server, "load", "new", ASSETS / "adapters" / "capital")[0] == 404
+    assert change(ranks, "load", "new", ASSETS / "adapters" / "capital")[0] == 404
     asked = {"model": "logo", "prompt": "the opposite of hot is", "max_tokens": 50, "temperature": 0}
-    assert server.ask("/v1/completions", {**asked, "model": "antonym"})[0] == 200
+    assert ranks.ask("/v1/completions", {**asked, "model": "antonym"})[0] == 200
     for mixture in ({"overflows": 1.0}, {"antonym": 0.5, "overflows": 0.5}):
         bad = {**asked, "n": 2, "temperature": 0.5, "logo": {"adapters": mixture}}
-        status, said = server.ask("/v1/completions", bad)
+        status, said = ranks.ask("/v1/completions", bad)
         assert status == 500 and "logits are NaN" in said["error"]["message"]
-        _, stream = server.ask("/v1/completions", {**bad, "stream": True})
+        _, stream = ranks.ask("/v1/completions", {**bad, "stream": True})
         *_, last, end = filter(None, stream.splitlines())
         assert "logits are NaN" in json.loads(last.removeprefix("data: "))["error"]["message"]
         assert end == "data: [DONE]"

@@ -62,6 +62,7 @@ def command(*flags: str, model: Path = ASSETS / "model") -> list[str]:
 def environment(pool: Path | None = ASSETS / "adapters", **options: Any) -> dict[str, str]:
     """Of a server; `options` are LoGo's."""
     own = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    own["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a server's worker is in its engine's process, which starts sooner
     if pool is not None:
         own |= {"LOGO_POOL": str(pool), "VLLM_PLUGINS": "logo"}
     return own | ({"LOGO_OPTIONS": json.dumps(options)} if options else {})
