@@ -346,15 +346,16 @@ def test_without_its_invocation(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", list(tiny.STATEFUL))
 def test_a_model_that_keeps_a_state_selects_and_answers(name: str, tmp_path: Path) -> None:
     model = tiny.model(name, eos_token_id=None)
-    modules = ("q_proj",) if name == "minimax" else ("in_proj",)
+    modules = {"minimax": ("q_proj",), "rwkv": ("key",)}.get(name, ("in_proj",))
     logo = engine(model, notes(pool_of(tmp_path, model, modules), "last:4"), signal="calibrated")
     assert logo.prefix_cache is None
     prompts = tiny.prompts([60, 9])
     found = logo.select(prompts)
     for one, prompt in zip(found, prompts, strict=True):
         assert list(logo.select(prompt).scores.values()) == pytest.approx(list(one.scores.values()), rel=1e-3, abs=1e-4)
-    answer = logo.generate(prompts[0], adapters=found[0], max_new_tokens=5)
-    assert list(answer.token_ids) == masked(model, logo.fitted, prompts[0], found[0].mixture, 5)
+    answers = logo.generate(prompts, adapters=found, max_new_tokens=5)
+    for answer, prompt, one in zip(answers, prompts, found, strict=True):
+        assert list(answer.token_ids) == masked(model, logo.fitted, prompt, one.mixture, 5)
 
 
 @pytest.mark.parametrize("context", ["pool", "carry"])

@@ -140,7 +140,9 @@ def test_another_runs_result_is_refused(rows: Path, tmp_path: Path, capsys: pyte
 # -- interruptions -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("more", "again"), [([], "repeat the command"), (["--overwrite"], "without --overwrite, ")])
+@pytest.mark.parametrize(
+    ("more", "again"), [([], "repeat the command"), (["--overwrite"], "repeat the command for the ")]
+)
 def test_what_ctrl_c_leaves_of_the_official_command(
     more: list[str], again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,6 +252,30 @@ def test_a_row_that_is_refused_has_an_error_and_no_answer(
     assert "dataset 'mixed': prompt: too hard" in one_line(capsys)
 
 
+def test_rows_that_nothing_is_made_for_end_no_run(tmp_path: Path) -> None:
+    asked = [{"context": "Bake a cake of apples", "completion": "x"}] * 2
+    rows = write_rows(tmp_path / "rows" / "mixed.jsonl", [*asked, *heldout()["antonym"][:2]]).parent
+    [folder] = evaluated(tmp_path / "r", rows, "--when-unsure", "refuse", code=1)
+    assert [one["error"] is None for one in lines(folder)] == [False, False, True, True]
+
+
+def test_another_metric_judges_what_an_unfinished_run_has_answered(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, generate, how = itertools.count(), LoGo.generate, ["--dataset", "antonym", "--metric", "rouge"]
+
+    def stopped(self: Any, *arguments: Any, **options: Any) -> Any:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoGo, "generate", stopped)
+        assert evaluated(tmp_path / "r", rows, *how[:2], code=130) == []
+    [folder], [fresh] = (evaluated(tmp_path / name, rows, *how) for name in ("r", "fresh"))
+    assert contents(folder) == contents(fresh) and next(calls) == 4
+
+
 @pytest.mark.parametrize(
     ("method", "picks"),
     [("base", 0), ("uniform", 3), ("random", 20), ("target", 1), ("best-single", 1), ("lorahub", 20)],
@@ -343,16 +369,32 @@ def test_numbers_are_means_of_task_means(finished: Path) -> None:
         assert report["protocols"][protocol][name][metric]["value"] == same_scores(value), (protocol, name, metric)
 
 
+@pytest.mark.filterwarnings("always")
 def test_a_finished_study_is_shown_again(finished: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And another one is refused."""
     before = (finished / "run.json").read_bytes()
     studied(finished, tasks, *ASKED)
     shown = capsys.readouterr().out
     assert "in-pool" in shown and "reliability error" in shown and (finished / "run.json").read_bytes() == before
+    (finished / "run.json").write_bytes(before.replace(b'"logo": "', b'"logo": "0.0.', 1))
+    studied(finished, tasks, *ASKED)
+    assert "was measured under other versions: logo 0.0." in " ".join(capsys.readouterr().err.split())
+    (finished / "run.json").write_bytes(before)
     studied(finished, tasks, *ASKED, "--limit", "2", code=2)
     assert "another run" in capsys.readouterr().err and (finished / "run.json").read_bytes() == before
     assert run(["eval", "study", "--config", str(finished / "run.json")]) == 0
     assert capsys.readouterr().out == shown and (finished / "run.json").read_bytes() == before
+
+
+def test_what_a_study_cannot_measure_ends_it_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *_ = heldout()["antonym"]
+    for last, said in (
+        ({"context": "a", "completion": "word " * 600}, "antonym.jsonl:2: the completion has "),
+        ({**first, "adapter": "french"}, "antonym.jsonl:2: expected a row of the adapter that the file is named after"),
+    ):
+        rows = write_rows(tmp_path / "rows" / "antonym.jsonl", [first, last]).parent
+        studied(tmp_path / "study", rows, code=1)
+        assert said in one_line(capsys) and [file.name for file in tmp_path.iterdir()] == ["rows"]
 
 
 @pytest.mark.filterwarnings("always")

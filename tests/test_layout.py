@@ -23,7 +23,7 @@ from logo.adapters.layout import BaseLayout, LinearShape, linear_modules
 from logo.cli.app import run
 from logo.errors import AdapterError
 from make_adapters import Q, V, edit_config, edit_weights, load_peft, tensors, write, write_peft
-from test_engine import PROMPTS, tokenizer
+from test_engine import PROMPTS, tokenizer, write_adapter
 from test_mixing import Mixed, peft_logits, peft_model, save
 from tolerances import same_tensor
 
@@ -141,6 +141,13 @@ def test_other_shapes_are_refused_with_both(
     with pytest.raises(AdapterError) as caught:
         adapter.fit(layout(f"layers.0.{Q}", shape=LinearShape(in_features, out_features)))
     assert f"layers.0.{Q} (adapter {a_in} -> {a_out}, base {in_features} -> {out_features})" in str(caught.value)
+
+
+def test_a_module_whose_weight_is_used_without_a_call_is_no_target(tmp_path: Path) -> None:
+    model = tiny.model("mamba")
+    write_adapter(tmp_path / "a", model, ("in_proj", "dt_proj"), rank=2, seed=1)
+    with pytest.raises(PoolError, match=r"3 of 6 modules do not match: \S+dt_proj \(the model never calls it\)"):
+        AdapterPool.open(tmp_path).fit(BaseLayout.of(model))
 
 
 def test_modules_and_entries_are_pairs(tmp_path: Path) -> None:

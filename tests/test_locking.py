@@ -64,6 +64,12 @@ def test_a_manifest_gives_the_same_weights_or_says_what_changed(pool: Path, caps
     assert "exists already; choose another name, or add --overwrite" in capsys.readouterr().err
 
 
+def test_a_manifest_notices_other_example_prompts(pool: Path) -> None:
+    locked()
+    write_examples(pool / "b", ["one", "three"])
+    assert refusal().startswith("adapter 'b': examples.jsonl is not the one in the manifest: expected examples_sha256 ")
+
+
 @pytest.mark.parametrize("change", ["lora_alpha", "pool.json"])
 def test_a_manifest_notices_what_changes_the_effect_of_the_same_weights(pool: Path, change: str) -> None:
     locked()
@@ -131,6 +137,8 @@ def test_the_same_pool_has_one_k_however_it_is_named(pool: Path) -> None:
         assert AdapterPool.open(place).default_k == 2
         assert default_k(parse_sources(place), 20) == 2  # known before the pool is opened
     assert AdapterPool.open(["mine/a", "mine/b"]).default_k == 20  # another pool
+    (pool / "pool.json").unlink()
+    assert locked().k == 2  # as it was written before
     (pool / "pool.json").write_text('{"k": "many"}')
     assert run(["pool", "lock", "mine", "--save", "other.yaml"]) == 1
 

@@ -321,32 +321,27 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
 
 
 @pytest.mark.parametrize("on_bad", ["error", "skip"])
-@pytest.mark.parametrize("fault", ["nan", "shape", "unscorable", "unscorable by another signal", "taken", "pickle"])
+@pytest.mark.parametrize("fault", ["nan", "shape", "unscorable", "taken", "pickle"])
 def test_what_cannot_be_used_changes_nothing(fault: str, on_bad: str, llama: nn.Module, tmp_path: Path) -> None:
     for i in range(3):
         write_adapter(tmp_path / "pool" / f"t{i}", llama, ("q_proj", "v_proj"), rank=2, seed=i)
     bad = tmp_path / "bad"
-    names = ("v_proj",) if "unscorable" in fault else ("q_proj",)
+    names = ("v_proj",) if fault == "unscorable" else ("q_proj",)
     maker = tiny.model("llama", hidden_size=64) if fault == "shape" else llama
     write_adapter(bad, maker, names, rank=2, seed=7, scale=float("nan") if fault == "nan" else 0.2)
     if fault == "pickle":
         (bad / "adapter_model.safetensors").rename(bad / "adapter_model.bin")
     ids = Prompt.of_ids(tiny.prompts([6], seed=5)[0])
-    own, other = ("calibrated", "norm") if fault == "unscorable by another signal" else ("norm", "norm")
     pool = AdapterPool.open(tmp_path / "pool")
-    logo = LoGo(llama, tokenizer(), pool, settings=SelectionSettings(own, k=3), on_bad_adapter=on_bad)
+    logo = LoGo(llama, tokenizer(), pool, settings=SelectionSettings("norm", k=3), on_bad_adapter=on_bad)
 
     async def use(service: Service) -> Any:
-        async def selected() -> list[Any]:
-            wishes = [MixtureRequest(options={"signal": signal}) for signal in (own, other)]
-            return [(await service.choose(ids, wanted)).selection for wanted in wishes]
-
-        before = await selected()
+        before = (await service.choose(ids, MixtureRequest())).selection
         with pytest.raises((AdapterError, PoolError)):
             await service.add(bad, "t1" if fault == "taken" else "new")
-        return before, await selected(), tuple(service.adapters)
+        return before, (await service.choose(ids, MixtureRequest())).selection, tuple(service.adapters)
 
-    before, after, names_after = served(logo, use, signals=[other])
+    before, after, names_after = served(logo, use)
     assert before == after
     assert names_after == ("t0", "t1", "t2")
 
@@ -388,6 +383,21 @@ def test_no_request_waits_for_an_adapter_that_another_one_loads(
     tokens, after, users = served(logo, use)
     assert tokens == alone(logo, [ids], [MixtureRequest(adapters={"t0": 1.0})], 2)[0][0]
     assert after == (0, 0, 0) and not any(users)
+
+
+def test_other_signals_are_there_while_they_can_score_the_pool(llama: nn.Module, tmp_path: Path) -> None:
+    for place, modules in (("pool/t0", ("q_proj",)), ("values", ("v_proj",))):
+        write_adapter(tmp_path / place, llama, modules, rank=2, seed=1)
+
+    async def use(service: Service) -> list[tuple[str, ...]]:
+        found = [service.signals]
+        await service.add(tmp_path / "values", "values")
+        found.append(service.signals)
+        await service.remove("values")
+        return [*found, service.signals]
+
+    logo = LoGo(llama, tokenizer(), AdapterPool.open(tmp_path / "pool"))
+    assert served(logo, use, signals=["norm"]) == [("calibrated", "norm"), ("calibrated",), ("calibrated", "norm")]
 
 
 def test_the_last_adapter_stays(llama: nn.Module, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from logo.demo import adapters_dir
 from logo.serve import app as app_module
 from logo.serve.app import AppSettings, create_app
 from logo.serve.batching import Memory
+from logo.serve.running import listening
 from logo.serve.service import Service
 from serving import endless
 from tolerances import PATIENCE
@@ -239,7 +239,7 @@ def test_a_signal_lets_what_was_accepted_end_and_each_request_is_a_line_of_text(
 def test_what_cannot_be_served_is_one_line_before_anything_is_loaded(tmp_path: Path) -> None:
     """A port that is taken, and adapters that nobody could ask for."""
     shutil.copytree(adapters_dir() / "antonym", tmp_path / "logo")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with listening("127.0.0.1", 0) as taken:  # as of a server that still loads its model
         port = str(taken.getsockname()[1])
         for options, said in (
             (["--port", port], f"cannot listen on 127.0.0.1:{port}"),

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import tiny
 from logo import AdapterPool
 from logo.adapters.activation import Activation
+from logo.adapters.examples import read_examples, write_examples
 from logo.cli.app import run
 from logo.errors import DataError, NotFinite, UsageError
 from logo.models import load_tokenizer
@@ -616,7 +617,12 @@ def test_an_adapter_of_something_else_is_refused(
     assert run([*command(given[0], tmp_path / "tasks", copied), "--overwrite"]) == 0
     assert "adapters to train: 1, 2 trained already" in capsys.readouterr().err
     changed = {name for name, content in contents(copied).items() if before.get(name) != content}
-    assert changed == {f"b/{file}" for file in FILES[1:]}
+    assert changed == {f"b/{file}" for file in FILES[1:] if file != "examples.jsonl"}  # nobody knows whose they are
+    write_examples(copied / "b", ["mine"])
+    for more in ("--steps", "3"), ("--steps", "2", "--examples", "1"):
+        assert run([*command(given[0], tmp_path / "tasks", copied), *more, "--overwrite"]) == 0
+    assert [read_examples(copied / name / "examples.jsonl") for name in "ab"][1] == ["mine"]
+    assert len(read_examples(copied / "a" / "examples.jsonl")) == 1
 
 
 def test_a_list_at_the_end_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,6 +141,7 @@ def test_what_cannot_be_asked_is_one_line(server: Served, pool: Path, capsys: py
     for options, code, said in (
         ([gone], 1, f"server {gone}: /v1/models: no answer"),
         ([server.url, "--api-key", "wrong"], 1, "/v1/models: status 401: expected a valid API key"),
+        (["http://localhost:port"], 1, "server http://localhost:port: /v1/models: no answer (nonnumeric port"),
         (["localhost:8000"], 2, "URL localhost:8000: expected an address that begins with http:// or https://"),
     ):
         assert run(["verify", *options, "--base-model", "demo", "--adapters", str(pool)]) == code

@@ -40,6 +40,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 STATEFUL: dict[str, Callable[[], Any]] = {
     "mamba": lambda: tf.MambaConfig(**COMMON, hidden_size=32, num_hidden_layers=3, state_size=8),
     "lfm2": lambda: tf.Lfm2Config(**LLAMA_LIKE, layer_types=["conv", "full_attention", "conv"]),
+    "rwkv": lambda: tf.RwkvConfig(**COMMON, hidden_size=32, num_hidden_layers=3, attention_hidden_size=32),
     "minimax": lambda: tf.MiniMaxConfig(
         **LLAMA_LIKE,
         layer_types=["linear_attention", "full_attention", "linear_attention"],

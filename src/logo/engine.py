@@ -128,6 +128,7 @@ class LoGo:
         self.adapter_cache = AdapterCache.of(model, self._layout, adapter_memory_gb)
         self._mixer = Mixer(model, self.adapter_cache, merge)
         self.prefix_cache = PrefixCache(model, prefix_cache_bytes) if reusable(model) else None
+        self._stateful = not reusable(model, longer=False)  # some of these models read the padding of a batch
         decoder = Decoder(model, self.prompts, self._mixer, self.prefix_cache)
         self._decode: Callable[[Batch, BaseStreamer | None], list[Generation]] = decoder
         self._pieces: Callable[[Batch], Generator[str]] = decoder.stream
@@ -570,7 +571,8 @@ class LoGo:
 
     def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:
         """The indices of rows that are answered together."""
-        return batches_by_length([len(row.ids) for row in rows], batch_size, padded=not reads_prompts(decoding.config))
+        alike = self._stateful or reads_prompts(decoding.config)
+        return batches_by_length([len(row.ids) for row in rows], batch_size, padded=not alike)
 
     def _scored(
         self,

@@ -302,8 +302,12 @@ def written_answer(tokenizer: PreTrainedTokenizerBase, messages: Conversation, p
 
 
 def asked_text(messages: Conversation, probe_text: ProbeText | None = None) -> str | None:
-    """The text of a conversation that is probed (see `chat`); None if everything is. Errors as `checked_turns`."""
-    return _asked(checked_turns(messages), probe_text)
+    """The text of a conversation that is probed (see `chat`); None if everything is. Errors as `checked_turns`, but for
+    messages that are not probed."""
+    of_user = [turn for turn in enumerate(messages) if isinstance(turn[1], Mapping) and turn[1].get("role") == "user"]
+    if probe_text == "conversation":
+        return _asked([_turn(*turn) for turn in of_user], probe_text)
+    return next(filter(None, (_asked([_turn(*turn)], probe_text) for turn in reversed(of_user))), None)
 
 
 def _asked(turns: Conversation, probe_text: ProbeText | None) -> str | None:

@@ -46,7 +46,10 @@ def told(answer: Any) -> Any:
 
 
 def test_a_chat_is_probed_by_what_the_user_said_last(client: openai.OpenAI, logo: LoGo, rows: list[str]) -> None:
+    before: Any = [{"role": "system", "content": "Speak French."}, {"role": "assistant", "content": []}]
     messages: Any = [{"role": "system", "content": "You answer briefly."}, {"role": "user", "content": rows[5]}]
+    answer = client.chat.completions.create(model="logo", messages=before + messages[1:], max_tokens=2)
+    assert told(answer)["adapters"] == list(logo.select(rows[5], k=4).adapters)
     answer = client.chat.completions.create(model="logo", messages=messages, max_tokens=8, temperature=0)
     chosen, alone = (logo.select(asked, k=4).adapters for asked in (messages, rows[5]))
     assert told(answer)["adapters"] == list(chosen) == list(alone)
@@ -54,6 +57,9 @@ def test_a_chat_is_probed_by_what_the_user_said_last(client: openai.OpenAI, logo
 
 def test_responses_are_answered_with_a_mixture(client: openai.OpenAI, logo: LoGo, rows: list[str]) -> None:
     answer = client.responses.create(model="logo", input=rows[3], max_output_tokens=16, temperature=0)
+    chat = client.chat.completions.create(model="base", messages=[{"role": "user", "content": rows[3]}], max_tokens=1)
+    assert answer.usage is not None and chat.usage is not None
+    assert answer.usage.input_tokens == chat.usage.prompt_tokens  # and no special token twice
     assert told(answer)["adapters"] == list(logo.select(rows[3], k=4).adapters)
     assert answer.model == "logo"
 
@@ -204,6 +210,16 @@ def test_what_is_counted(server: Server) -> None:
     assert "logo:answers_total" in text and "logo:probe_seconds_count" in text and "vllm:num_requests_running" in text
 
 
+def test_what_vllm_cuts_selects_nothing(server: Server, logo: LoGo, rows: list[str]) -> None:
+    long = f"{rows[0]} {rows[-1]}"
+    body = {"model": "logo", "prompt": [long], "max_tokens": 2, "truncate_prompt_tokens": 8}
+    status, answer = server.ask("/v1/completions", body)
+    [ids] = ids_of(logo, [long])
+    assert status == 200 and answer["usage"]["prompt_tokens"] == 8
+    assert answer["logo"][0]["adapters"] == list(logo.select(ids[-8:], k=4).adapters)
+    assert answer["logo"][0]["adapters"] != list(logo.select(ids, k=4).adapters)
+
+
 # -- a pool that changes ----------------------------------------------------------------------------------------------
 
 
@@ -325,7 +341,7 @@ def ranks(serve: Callable[..., Server], logo: LoGo, tmp_path_factory: pytest.Tem
     write_adapter(pool / "overflows", logo.model, ("q_proj", "v_proj"), rank=2, seed=3, scale=1e20)
     env = environment(pool, k=4) | {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     flags = ("--max-loras", "17", "--max-lora-rank", "8", "--max-model-len", "256", "--tensor-parallel-size", "2")
-    return serve(*flags, env=env)
+    return serve(*flags, "--served-model-name", "base", "other", env=env)
 
 
 def test_two_ranks_give_the_same_answers(ranks: Server, logo: LoGo, rows: list[str]) -> None:
@@ -348,6 +364,8 @@ def test_an_answer_that_overflows_is_an_error(ranks: Server) -> None:
     assert change(ranks, "load", "new", ASSETS / "adapters" / "capital")[0] == 404
     asked = {"model": "logo", "prompt": "the opposite of hot is", "max_tokens": 50, "temperature": 0}
     assert ranks.ask("/v1/completions", {**asked, "model": "antonym"})[0] == 200
+    base, other = (ranks.ask("/v1/completions", {**asked, "model": name})[1] for name in ("base", "other"))
+    assert base["choices"][0]["text"] == other["choices"][0]["text"] and other["logo"]["adapters"] == []
     for mixture in ({"overflows": 1.0}, {"antonym": 0.5, "overflows": 0.5}):
         bad = {**asked, "n": 2, "temperature": 0.5, "logo": {"adapters": mixture}}
         status, said = ranks.ask("/v1/completions", bad)

@@ -8,6 +8,7 @@ They are read from the adapter's folder, and are never sent anywhere.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -60,6 +61,11 @@ def read_examples(file: Path) -> list[str]:
 def write_examples(folder: Path, prompts: Sequence[str]) -> None:
     """Replaces the examples of the adapter in a folder, or a link to a file of several. Raises StorageError."""
     replace_file(folder / EXAMPLES, examples_text(prompts))
+
+
+def examples_sha256(prompts: Sequence[str]) -> str:
+    """The SHA-256 of example prompts, in hex."""
+    return hashlib.sha256(examples_text(prompts)).hexdigest()
 
 
 def examples_text(prompts: Sequence[str]) -> bytes:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Path segments that libraries put in front of the same model's modules.
 _WRAPPERS = frozenset({"base_model", "model", "language_model", "text_model", "transformer", "module", "llm"})
+# Kinds of models -> see `BaseLayout.uncalled`.
+_UNCALLED = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), (".dt_proj",))
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,23 @@ class BaseLayout:
         shapes: path -> shape of every linear module.
         embeddings: path -> shape of the embedding; empty if there is no plain one.
         wrappers: path segments that may be missing or extra at the front of an adapter's path.
+        uncalled: how paths of linear modules end whose weights the model uses without calling them, so that what an
+            adapter adds to their output is added nowhere; they are not in `shapes`.
     """
 
     shapes: Mapping[str, LinearShape]
     embeddings: Mapping[str, LinearShape] = field(default_factory=dict, kw_only=True)
     wrappers: frozenset[str] = _WRAPPERS
+    uncalled: tuple[str, ...] = field(default=(), kw_only=True)
 
     @classmethod
     def of(cls, model: nn.Module) -> BaseLayout:
         """The layout of a model; it may live on the meta device."""
         from torch import nn
 
-        shapes = {path: shape for path, m in linear_modules(model) if (shape := linear_shape(m)) is not None}
+        uncalled = _UNCALLED.get(getattr(getattr(model, "config", None), "model_type", ""), ())
+        linear = ((path, m) for path, m in linear_modules(model) if not path.endswith(uncalled))
+        shapes = {path: shape for path, m in linear if (shape := linear_shape(m)) is not None}
         try:
             tokens = model.get_input_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):  # of a plain module, and of a model of transformers without one
@@ -67,7 +74,7 @@ class BaseLayout:
         plain = {path: m for path, m in model.named_modules() if m is tokens and isinstance(m, nn.Embedding)}
         embeddings = {path: LinearShape(m.num_embeddings, m.embedding_dim) for path, m in plain.items()}
         prefix = getattr(model, "base_model_prefix", "")
-        return cls(shapes, _WRAPPERS | ({prefix} if prefix else set()), embeddings=embeddings)
+        return cls(shapes, _WRAPPERS | ({prefix} if prefix else set()), embeddings=embeddings, uncalled=uncalled)
 
     def embedding(self, path: str) -> list[str]:
         """The embeddings that `path` may mean."""

@@ -7,6 +7,7 @@
       revision: <commit>            default: the main branch
       sha256: <of the weight file>  default: not checked
       digest: <of what it does>     of weights, scales and where it acts (`Adapter.digest`); default: not checked
+      examples_sha256: <of those in the adapter's folder>    default: not checked
       examples: [a prompt]          default: those in the adapter's folder (`logo.adapters.examples`); []: none
 
 `logo pool lock` writes revisions and digests, so that opening the manifest gives the same adapters everywhere, or an
@@ -23,7 +24,8 @@ from typing import Any
 
 from logo.adapters.activation import checked_k
 from logo.adapters.adapter import Adapter
-from logo.adapters.peft import CONFIG, NOTES
+from logo.adapters.examples import examples_sha256
+from logo.adapters.peft import CONFIG, EXAMPLES, NOTES
 from logo.errors import AdapterError, StorageError, UsageError
 from logo.files import replace_file
 
@@ -39,6 +41,7 @@ class Entry:
     revision: str | None = None
     sha256: str | None = None
     digest: str | None = None
+    examples_sha256: str | None = None
     examples: tuple[str, ...] | None = None
 
     def checked(self, adapter: Adapter) -> Adapter:
@@ -48,7 +51,11 @@ class Entry:
         if self.digest is not None and adapter.digest != self.digest:
             what = f"{CONFIG}, or a {NOTES} in or above its folder,"
             raise self._changed(adapter, what, "digest", self.digest, adapter.digest)
-        return adapter if self.examples is None else replace(adapter, examples=self.examples, listed=True)
+        if self.examples is not None:
+            return replace(adapter, examples=self.examples, listed=True)
+        if self.examples_sha256 not in (None, found := examples_sha256(adapter.examples)):
+            raise self._changed(adapter, EXAMPLES, "examples_sha256", self.examples_sha256, found)
+        return adapter
 
     def _changed(self, adapter: Adapter, what: str, kind: str, expected: str, found: str) -> AdapterError:
         again = f"{self.source}; if the change is intended, write the manifest again (`logo pool lock`)"
@@ -127,5 +134,9 @@ _KINDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "revision": _LINE,
     "sha256": (lambda one: isinstance(one, str) and re.fullmatch("[0-9a-f]{64}", one), "64 hexadecimal digits"),
     "digest": (lambda one: isinstance(one, str) and re.fullmatch("[0-9a-f]{32}", one), "32 hexadecimal digits"),
+    "examples_sha256": (
+        lambda one: isinstance(one, str) and re.fullmatch("[0-9a-f]{64}", one),
+        "64 hexadecimal digits",
+    ),
     "examples": (lambda all_: isinstance(all_, list) and all(map(_is_text, all_)), "a list of texts"),
 }

@@ -249,8 +249,11 @@ def answered(
                     print(*heading, scored[-1]["line"], done.folder, sep="\n", flush=True)
         except KeyboardInterrupt:
             kept = "rows" if facts.order is None else "datasets"
-            again = "without --overwrite, the command continues up to a result of another run"
-            note(f"Finished {kept} are kept: {again if rows.overwrite else 'repeat the command to continue'}.")
+            again = "repeat the command to continue"
+            if rows.overwrite:
+                again = "repeat the command for the datasets that are left (--dataset)"
+                again += ", for the first of them without --overwrite" if facts.order is None else ""
+            note(f"Finished {kept} are kept: {again}.")
             raise
     return show(scored, json=json)
 

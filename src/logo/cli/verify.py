@@ -57,6 +57,7 @@ class Endpoint:
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON with which a request is answered; Refused: it is an error; LoGoError: there is none."""
+        from http.client import HTTPException
         from urllib.request import HTTPError, ProxyHandler, Request, build_opener  # slow: not for every command
 
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
@@ -71,7 +72,7 @@ class Endpoint:
                 told = jsons.loads(said)["error"]
                 said, code = str(told["message"]), told.get("code")
             raise Refused(f"{where}: status {error.code}: {one_line(said, 300)}", code) from None
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             found = f"no answer ({getattr(error, 'reason', error)}); is it running?"
         except ValueError:
             found = "an answer that is not JSON; is it a server of LoGo?"

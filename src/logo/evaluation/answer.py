@@ -17,7 +17,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from logo.baselines.method import Method, Prepared, Task
-from logo.errors import HubError, LoGoError, StorageError
+from logo.errors import HubError, LoGoError, StorageError, Unsure
 from logo.evaluation.metrics import METRICS, Value, first_line, measure, zero
 from logo.identity import (
     config_digest,
@@ -157,6 +157,7 @@ def record(index: int, row: Row, answer: Generation | LoGoError, metric: str, se
     known |= {"references": row.references, "target": row.adapter}
     if isinstance(answer, LoGoError):
         said = {"prediction": "", "value": zero(metric), "error": " ".join(str(answer).split())}
+        said |= {"confidence": answer.confidence} if isinstance(answer, Unsure) else {}
         return {**known, **said, "selected": [], "weights": [], "scores": {}, "seconds": {"inference": seconds}}
     prediction, chosen = first_line(answer.text), answer.selection
     value: Value = measure(metric, prediction, row.completion)

@@ -22,7 +22,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from logo.errors import DataError, StorageError, UsageError
-from logo.evaluation.metrics import by_measure, measures, metric_kind
+from logo.evaluation.metrics import OFFICIAL_KINDS, by_measure, measures, metric_kind
 from logo.files import new_folder, replace_file
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def _about(folder: Path, above: Path, name: str) -> tuple[dict[str, Any], dict[s
         "k": int(parts["k"]) if parts else said.get("settings", {}).get("k"),
         "seed": int(parts["seed"]) if parts else said.get("seed"),
         "dataset": dataset,
-        "metric": run.get("metric") or metric_kind(dataset),
+        "metric": run.get("metric") or OFFICIAL_KINDS.get(kind := metric_kind(dataset), kind),
     }
 
 

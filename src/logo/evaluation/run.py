@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from logo.baselines.method import Method
 from logo.errors import LoGoError, UsageError
 from logo.evaluation.answer import Answerer, Facts, dataset_identity
-from logo.evaluation.metrics import by_measure, extra, load
+from logo.evaluation.metrics import by_measure, extra, judge, load
 from logo.evaluation.results import RUN, Partial, check_begun, differences, is_done, official_files, read_run
 from logo.evaluation.statistics import scores
 from logo.recorded import versions
@@ -75,7 +75,8 @@ def evaluate(
     Raises:
         UsageError: a result or an unfinished one is another run's, before anything is answered; or, before its own
             rows are, another process works on it.
-        LoGoError: the first rows (a whole batch, at least two) are refused for the same reason.
+        LoGoError: the first rows (a whole batch, at least two) are refused for the same reason, which is not that no
+            adapter is made for them.
         StorageError: a result cannot be written.
     """
     plans = []
@@ -83,7 +84,9 @@ def evaluate(
     fresh = overwrite or facts.order is not None
     for dataset in datasets:
         identity = {**facts.identity, **dataset_identity(dataset, method)}
-        begun = {**identity, "environment": dict(facts.environment)}
+        # Another metric judges the answers anew.
+        begun = {name: value for name, value in identity.items() if name not in ("metric", "metric_plugin")}
+        begun["environment"] = dict(facts.environment)
         stands = None if overwrite else functools.partial(is_done, folder / dataset.name, identity, begun)
         done = stands is not None and stands()
         if not (done or overwrite):
@@ -98,6 +101,11 @@ def evaluate(
             with closing(Partial(place, begun, fresh=fresh, stands=stands)) as partial:
                 done = partial.done
                 if not done:
+                    for index, one in partial.records.items():
+                        failed = bool(one["error"])
+                        one["value"] = judge(
+                            dataset.metric, one["prediction"], dataset.rows[index].golds, failed=failed
+                        )
                     found_out = _answer(dataset, partial, work, batch_size, tell)
                     records = [partial.records[index] for index in range(len(dataset.rows))]
                     about = {
@@ -142,7 +150,8 @@ def _answer(
     missing = blocks(dataset, partial.records, batch_size) if len(partial.records) < len(dataset.rows) else [range(0)]
     for _, (records, found) in work((dataset, block) for block in missing):
         held, found_out = [*held, *records], found
-        if not partial.records and len({one["error"] for one in held}) == 1 and held[0]["error"] is not None:
+        same = len({one["error"] for one in held}) == 1 and held[0]["error"] is not None
+        if same and not partial.records and held[0].get("confidence") is None:
             if {one["index"] for one in held} >= first:
                 raise LoGoError(f"dataset {dataset.name!r}: {held[0]['error']}")
             if len(held) < len(dataset.rows):

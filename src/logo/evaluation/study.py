@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -32,10 +33,11 @@ from logo.baselines.method import Method, Prepared
 from logo.errors import DataError, UsageError, closest
 from logo.evaluation.answer import Answerer, Facts, dataset_identity, task_of
 from logo.evaluation.metrics import by_measure, first_line, measure, measures
-from logo.evaluation.results import ROWS, RUN, Partial, is_done, read_run
+from logo.evaluation.results import ROWS, RUN, Partial, differences, is_done, read_run
 from logo.evaluation.run import warn_of_copies
 from logo.evaluation.statistics import DRAWS, FEWEST, auroc, calibration_error, over_tasks
 from logo.rows import Row
+from logo.scoring import encoded
 from logo.selection.selector import UNSURE
 
 if TYPE_CHECKING:
@@ -131,6 +133,19 @@ class Measurer:
                 raise DataError(f"{task.file}:{index + 1}: {error}") from error
         return {"task": task.name, "row": index, "prompt": row.prompt, "arms": arms, "seconds": seconds}
 
+    def check(self, task: Dataset) -> None:
+        """Raises DataError, which names the file and the line, for a gold text that cannot be scored, and for a row
+        whose target adapter is another one of the pool than that of the file's name."""
+        for number, row in enumerate(task.rows, start=1):
+            if row.adapter not in (None, task.name) and row.adapter in self._logo.names:
+                found = f"expected a row of the adapter that the file is named after, found one of {row.adapter!r}"
+                raise DataError(f"{task.file}:{number}: {found}; put it into {row.adapter}.jsonl")
+            if row.completion:
+                try:
+                    encoded(self._logo.prompts, row.prompt, _gold(row))
+                except UsageError as error:
+                    raise DataError(f"{task.file}:{number}: {error}") from error
+
     def _labels(self, protocol: str, row: Row) -> list[str]:
         """What selects for a row: without a gold text, only what looks at the prompt is of interest."""
         methods = [*self._methods] if row.completion else [*self.contest.methods]
@@ -155,10 +170,9 @@ class Measurer:
 
     def _judge(self, arms: Sequence[dict[str, Any]], task: Dataset, row: Row) -> None:
         """Scores every arm, and generates its answer if asked; equal mixtures share one."""
-        gold = row.completion if isinstance(row.completion, str) else row.completion[0]
         mixtures = {tuple(zip(arm["selected"], arm["weights"], strict=True)): arm for arm in arms}
         keys = list(mixtures)
-        scored = dict(zip(keys, self._logo.score(row.prompt, gold, [dict(key) for key in keys]), strict=True))
+        scored = dict(zip(keys, self._logo.score(row.prompt, _gold(row), [dict(key) for key in keys]), strict=True))
         texts: dict[Any, str] = {}
         if self.contest.new_tokens is not None:
             how: dict[str, Any] = {"max_new_tokens": self.contest.new_tokens, "stop_at_newline": True}
@@ -171,6 +185,11 @@ class Measurer:
                 value = measure(task.metric, texts[key], row.completion)
                 [score] = by_measure(task.metric, [value])[measures(task.metric)[-1]]
                 arm |= {"prediction": texts[key], "score": score}
+
+
+def _gold(row: Row) -> str:
+    """The gold text that is scored: the first one."""
+    return row.completion if isinstance(row.completion, str) else row.completion[0]
 
 
 def rank(scores: Mapping[str, float], target: str) -> int | None:
@@ -210,6 +229,8 @@ def study(
         )
     for task, method in itertools.product(asked, contest.methods.values()):
         warn_of_copies(task, method)
+    for task in asked:
+        measurer.check(task)
     learner = next((one for one in contest.methods.values() if one.needs == "train"), None)
     identity = {**facts.identity, "tasks": {task.name: dataset_identity(task, learner) for task in asked}}
     begun = {**identity, "environment": dict(facts.environment)}
@@ -219,7 +240,11 @@ def study(
     began = datetime.now(timezone.utc)
     with closing(Partial(folder, begun, fresh=overwrite or facts.order is not None, stands=stands)) as partial:
         if partial.done:
-            report: dict[str, Any] = read_run(folder)["report"]
+            found = read_run(folder)
+            if other := differences(facts.environment, found["environment"]):
+                said = ", ".join(f"{name} {there} (now {here})" for name, here, there in other)
+                warnings.warn(f"{folder} was measured under other versions: {said}", UserWarning, stacklevel=2)
+            report: dict[str, Any] = found["report"]
             return report
         for record in partial.records.values():
             tell(record["task"])

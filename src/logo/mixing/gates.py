@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from logo.mixing.cache import Stack
 
 # The arguments by which models take the cache of earlier columns.
-_CACHES = ("past_key_values", "cache", "cache_params")
+_CACHES = ("past_key_values", "cache", "cache_params", "state")
 
 
 class Gates:

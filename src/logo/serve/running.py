@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket bound to this address, before anything slow happens; port 0 is any free port. Raises UsageError."""
+    """A socket that listens on this address before anything slow happens; port 0 is any free port. UsageError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -29,6 +29,7 @@ def listening(host: str, port: int) -> socket.socket:
         taken = socket.socket(family, kind, protocol)
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(address)
+        taken.listen()  # so that another server cannot bind it while this one loads its model
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port") from error

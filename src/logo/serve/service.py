@@ -24,7 +24,7 @@ from logo.adapters.adapter import open_adapter
 from logo.adapters.pool import AdapterPool
 from logo.core import Options, Prompt, Selection
 from logo.endings import at_stop_strings
-from logo.engine import LoGo
+from logo.engine import Fitted, LoGo
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.mixing.mixer import Mixture
 from logo.selection.selector import forced, known
@@ -54,7 +54,7 @@ class Service:
     Args:
         logo: the engine, which nobody else may use while the service runs; UsageError: its selections depend on the
             order of prompts.
-        signals: further signals that requests may ask for; PoolError: adapters that one of them cannot score.
+        signals: further signals that requests may ask for while they can score the whole pool.
         max_queue: answers that may wait beside the running ones.
     """
 
@@ -67,9 +67,8 @@ class Service:
         stops = at_stop_strings(logo.model.generation_config, logo.tokenizer)
         self.batching = Batching(logo.model, logo.adapter_cache, memory, logo.prompts.context, shared, stops)
         self._room, self._open = memory.concurrent + max_queue, 0
-        self.signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))  # the engine's own first
-        for signal in self.signals:
-            logo.calibrate(signal)
+        self._signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))  # the engine's own first
+        self.signals = self._scoring()
         self._worker = ThreadPoolExecutor(1, "logo-select")
         self._line: deque[_Waiting] = deque()  # two threads may use its two ends
         self.draining = False  # new requests are refused
@@ -221,15 +220,29 @@ class Service:
         """Puts a pool in the place of the present one once it is checked and indexed."""
         with self.batching.paused():
             prepared = self.logo.prepared(later)
-            for signal in self.signals:
-                self.logo.calibrate(signal, prepared=prepared)
+            signals = self._scoring(prepared)
             if new is not None and new not in prepared.fitted:  # an engine that skips adapters that do not fit
                 raise next(error for error in prepared.fitted.refused if error.name == new)
             # Cards are kept, since files may be removed later, and made before the change, since reading one may fail.
             kept = {name: card for name, card in self.adapters.items() if name != new}
             cards = {one.name: kept.get(one.name) or adapter_card(one) for one in prepared.fitted}
             self.logo.take(prepared)
-        self.adapters = cards
+        self.adapters, self.signals = cards, signals
+
+    def _scoring(self, prepared: Fitted | None = None) -> tuple[str, ...]:
+        """The signals that can score a pool (None: the present one), for which it is calibrated then; LoGoError: the
+        engine's own cannot."""
+        found = []
+        for signal in self._signals:
+            try:
+                self.logo.calibrate(signal, prepared=prepared)
+            except LoGoError as error:
+                if signal == self._signals[0]:
+                    raise
+                _log.info("requests cannot ask for the signal %r: %s", signal, error)
+            else:
+                found.append(signal)
+        return tuple(found)
 
 
 @contextmanager

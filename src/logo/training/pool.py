@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, RECORD
 from logo.adapters.write import activation_note, save_adapter
 from logo.errors import DataError, NotFinite, StorageError, UsageError, is_out_of_memory
 from logo.files import new_folder
-from logo.identity import library_versions, weights_digest
+from logo.identity import file_sha256, library_versions, weights_digest
 from logo.models import context_length
 from logo.training.config import TrainingConfig
 from logo.training.loop import Base, Fitted, fit
@@ -91,7 +91,7 @@ def train(
     failed: dict[str, str] = {}
     todo: dict[str, tuple[Task, dict[str, Any]]] = {}
     other_prompts: dict[str, Sequence[str]] = {}
-    own: set[str] = set()  # whose example prompts were there before them
+    own: set[str] = set()  # whose example prompts are others than training has written, and stay
     for name, file in files.items():
         try:
             task = read_task(name, file, base.tokenizer, config, context_length(base.model))
@@ -100,20 +100,19 @@ def train(
             continue
         made_from = {"config": asdict(config), "base": of_base, "rows": _facts(task, file)}
         standing = _standing(out / name)
-        difference = "" if standing is None else _difference(standing, made_from)
+        difference, there = "" if standing is None else _difference(standing, made_from), out / name / EXAMPLES
+        if there.exists() and (standing or {}).get("examples") != file_sha256(there):
+            own.add(name)
         if difference and not overwrite:
             raise UsageError(f"{out / name}: {difference}; name another --out, or replace it with --overwrite")
         if standing is None or difference:
             todo[name] = task, made_from
-            if standing is None and (out / name / EXAMPLES).exists():
-                own.add(name)
         else:
             done[name] = standing
-            before, there = standing["config"].get("examples", 0), out / name / EXAMPLES
+            before = standing["config"].get("examples", 0)
             if before == config.examples:
                 continue
-            written = read_task(name, file, base.tokenizer, replace(config, examples=before)).prompts
-            if there.exists() and there.read_bytes() != examples_text(written):
+            if name in own:
                 warnings.warn(
                     f"{there}: expected the {before} prompts that training wrote, found others, which stay; remove "
                     f"the file to have {config.examples} of the rows' prompts",
@@ -138,7 +137,7 @@ def train(
             failed[name] = f"{base.device} has too little memory; give a smaller --max-length or --batch-size"
         else:
             trained[name] = {"base_model": base_model, **made_from, "result": _result(fitted), "versions": versions}
-            _write(out / name, base_model, task, fitted, trained[name], () if name in own else task.prompts)
+            _write(out / name, base_model, task, fitted, trained[name], None if name in own else task.prompts)
     return Trained(trained, done, failed)
 
 
@@ -186,8 +185,10 @@ def _difference(standing: Record, wanted: Record) -> str:
     return "was trained from other rows" if standing["rows"]["sha256"] != wanted["rows"]["sha256"] else ""
 
 
-def _write(folder: Path, base_model: str, task: Task, fitted: Fitted, record: Record, prompts: Sequence[str]) -> None:
-    """Writes an adapter, its record and its example prompts, completely or not at all."""
+def _write(
+    folder: Path, base_model: str, task: Task, fitted: Fitted, record: Record, prompts: Sequence[str] | None
+) -> None:
+    """Writes an adapter, its record and its example prompts (None: others stay), completely or not at all."""
     fitted.config.base_model_name_or_path, fitted.config.inference_mode = base_model, True
     fitted.config.alora_invocation_tokens = list(task.invocation) or None
     # Sets in one order in every process.
@@ -196,15 +197,17 @@ def _write(folder: Path, base_model: str, task: Task, fitted: Fitted, record: Re
     }
     activation = record["config"]["activation"]
     note = activation_note(folder, Activation(task.invocation) if task.invocation else Activation.parse(activation))
-    with new_folder(folder, replaced=(EXAMPLES, NOTES) if (folder / CONFIG).exists() else (NOTES,)) as new:
+    with new_folder(folder, replaced=(NOTES,) if prompts is None else (EXAMPLES, NOTES)) as new:
         save_adapter(new, {name: tensor.cpu() for name, tensor in fitted.tensors.items()}, values)
-        _write_notes(new, record, prompts)
+        _write_notes(new, record, prompts or ())
         if note is not None:
             (new / NOTES).write_text(note, encoding="utf-8")
 
 
 def _write_notes(folder: Path, record: Record, prompts: Sequence[str]) -> None:
     """Writes what an adapter was made from, and its example prompts, if it has some."""
-    (folder / RECORD).write_text(yaml.safe_dump(dict(record), sort_keys=False), encoding="utf-8")
+    found = {**record, "examples": None}
     if prompts:
         (folder / EXAMPLES).write_bytes(examples_text(prompts))
+        found["examples"] = file_sha256(folder / EXAMPLES)
+    (folder / RECORD).write_text(yaml.safe_dump(found, sort_keys=False), encoding="utf-8")

@@ -97,13 +97,9 @@ def lora_request(made: Mix | Probe) -> Any:
 
 
 def cached_as(path: str, begins: Sequence[int | None], end: int) -> str | None:
-    """The path by which vLLM keys a cached block of a request; None: the block is the base model's, which has computed
-    all tokens before any adapter acts. Keys and values behind depend on where adapters begin to act, too.
-
-    Args:
-        begins: what `Mix.begins` says of the request's prompt.
-        end: the position behind the block's last token.
-    """
+    """The path by which vLLM keys a cached block, which ends before the token `end`, of a request for whose prompt
+    `Mix.begins` says `begins`; None: the block is the base model's, which has computed all tokens before any adapter
+    acts. Keys and values behind depend on where adapters begin to act, too."""
     if end <= min((begin for begin in begins if begin is not None), default=end):
         return None
     return f"{path} {begins}"

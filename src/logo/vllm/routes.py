@@ -19,7 +19,7 @@ import uuid
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -40,7 +40,7 @@ from logo.selection.selector import forced
 from logo.serve import bodies
 from logo.serve.errors import ApiError, bad_request, failed, not_found, shown
 from logo.serve.guards import Access, GuardSettings, response
-from logo.serve.names import AUTO, Models
+from logo.serve.names import AUTO, Models, check_pool
 from logo.vllm.engine import Engine, Served
 from logo.vllm.metrics import Counts
 from logo.vllm.options import VllmOptions, log
@@ -172,10 +172,10 @@ class Chosen:
 
 
 class Logo:
-    """LoGo in a server, as `app.state.logo`: an open engine, and the name of the base model alone."""
+    """LoGo in a server, as `app.state.logo`: an open engine, and the names of the base model alone."""
 
-    def __init__(self, engine: Engine, base: str) -> None:
-        self.engine, self.base, self.counts = engine, base, Counts()
+    def __init__(self, engine: Engine, names: Sequence[str]) -> None:
+        self.engine, self.bases, self.base, self.counts = engine, names, names[0], Counts()
         self.cards = {one.name: bodies.adapter_card(one) for one in self.pool}  # kept: files may be removed later
 
     @classmethod
@@ -185,12 +185,14 @@ class Logo:
         if models.lora_requests or models.lora_resolvers:
             what = "put the adapters of --lora-modules and resolvers into the pool"
             raise UsageError(f"LoGo fills all of vLLM's slots: {what}")
-        engine = _engine(client)
+        engine, names = _engine(client), tuple(one.name for one in models.base_model_paths)
         await engine.open()
+        for name in names:
+            check_pool(name, engine.served.pool.names)
         await check(engine)
         seconds, signal = time.perf_counter() - started, engine.options.settings.signal
         log.info("LoGo: %d adapters, signal %s, ready in %.1f s", len(engine.served.pool), signal, seconds)
-        return cls(engine, models.base_model_paths[0].name)
+        return cls(engine, names)
 
     @property
     def pool(self) -> AdapterPool:
@@ -215,7 +217,7 @@ class Logo:
         LoGoError: there is no such model, or the options cannot be used."""
         engine = self.engine
         async with engine.using() as served:
-            wanted = self.names(served).mixture_request(model, options)
+            wanted = self.names(served).mixture_request(self.base if model in self.bases else model, options)
             if wanted.adapters is not None:
                 chosen = [Chosen(forced(wanted.adapters, served.pool))] * len(rows)
             else:
@@ -289,11 +291,10 @@ async def _completion(request: CompletionRequest, raw_request: Request) -> Respo
     if not given:
         raise bad_request("prompt: expected a text or token ids, found none", "prompt")
     several = isinstance(given, list) and not isinstance(given[0], int)
-    if several and request.use_beam_search:
+    if several and len(given) > 1 and request.use_beam_search:
         raise bad_request("use_beam_search: expected one prompt, found several", "use_beam_search")
     _check_scored(logo, request.prompt_logprobs, request.logprobs if request.echo else None)
-    rows = [read(_tokenizer(raw_request), prompt).ids for prompt in (given if several else [given])]
-    by = ("openai_serving_completion", "create_completion")
+    rows, by = await _rendered(request, raw_request), ("openai_serving_completion", "create_completion")
     return await logo.answer(request, raw_request, by, rows, several)
 
 
@@ -305,7 +306,13 @@ async def _chat(request: ChatCompletionRequest, raw_request: Request) -> Respons
     return await logo.answer(request, raw_request, ("openai_serving_chat", "create_chat_completion"), [row])
 
 
-async def _response(request: ResponsesRequest, raw_request: Request) -> Response:
+class _ResponsesRequest(ResponsesRequest):  # type: ignore[misc]
+    def build_tok_params(self, *args: Any) -> Any:
+        """The template has written the special tokens, as it does for chats."""
+        return replace(super().build_tok_params(*args), add_special_tokens=False)
+
+
+async def _response(request: _ResponsesRequest, raw_request: Request) -> Response:
     """`POST /v1/responses`"""
     if request.background:
         raise bad_request("background: no mixture answers in the background; leave it out", "background")
@@ -325,16 +332,16 @@ async def _conversation(logo: Logo, request: ChatCompletionRequest, raw: Request
         text = asked_text([dict(message) for message in request.messages], logo.engine.probe_text)
     except UsageError:  # such as pictures, or parts that we do not know: vLLM reads or refuses these
         text = None
-    return await _rendered(request, raw) if text is None else read(_tokenizer(raw), text).ids
+    return (await _rendered(request, raw))[0] if text is None else read(_tokenizer(raw), text).ids
 
 
-async def _rendered(request: ChatCompletionRequest, raw: Request) -> tuple[int, ...]:
-    """The token ids of a whole conversation, as vLLM's template writes it."""
-    found = await raw.app.state.online_renderer.render_chat(copy.copy(request))
+async def _rendered(request: ChatCompletionRequest | CompletionRequest, raw: Request) -> list[tuple[int, ...]]:
+    """The token ids of each prompt, or of a whole conversation, as vLLM will read them: cut, and with a suffix."""
+    chat, renderer = isinstance(request, ChatCompletionRequest), raw.app.state.online_renderer
+    found = await (renderer.render_chat if chat else renderer.render_completion)(copy.copy(request))
     if isinstance(found, ErrorResponse):
         raise ApiError(found.error.code, found.error.message, "invalid_request_error", found.error.param)
-    [given] = found[1]
-    return tuple(given["prompt_token_ids"])
+    return [tuple(given["prompt_token_ids"]) for given in (found[1] if chat else found)]
 
 
 def _texts(content: Any) -> Any:
@@ -368,7 +375,7 @@ async def _select(request: bodies.SelectRequest, raw_request: Request) -> Respon
         messages: Any = [message.turn for message in request.messages or ()]
         given = {"messages": messages, "chat_template_kwargs": request.chat_template_kwargs}
         asked = ChatCompletionRequest(model=logo.base, **given)
-        row, whole = await _conversation(logo, asked, raw_request), await _rendered(asked, raw_request)
+        row, [whole] = await _conversation(logo, asked, raw_request), await _rendered(asked, raw_request)
     [chosen], _ = await logo.choose(request.model, request.logo, [row])
     found = bodies.mixture_reply(chosen.selection, chosen.probe_ms, 0.0)
     return JSONResponse({**found, "scores": chosen.selection.scores, "tokens": len(whole)})

@@ -12,8 +12,7 @@ from logo.vllm.engine import Engine
 from logo.vllm.patches import version
 from logo.vllm.requests import Probe, lora_request
 
-# How far scores may be apart: those of fitting adapters are about ten times as large. Rounding in 16 bits is below.
-_SCORES = 0.5
+_SCORES = 0.5  # how far scores may be apart: fitting adapters' are about ten times as large, and rounding is less
 # How far log probabilities of the base model may be apart in two requests, and how far an adapter has to move them.
 _NOISE, _EFFECT = 0.05, 1e-5
 

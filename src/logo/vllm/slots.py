@@ -27,12 +27,8 @@ class _Asked:
 
 
 class Slots:
-    """The slots of one engine, as the process that talks to it sees them; it is the only one that fills them.
-
-    Args:
-        count: how many there are.
-        load: puts adapters into slots: `(slot, key), ...`. If it raises, the slots are empty.
-    """
+    """The `count` slots of one engine, as the process that talks to it sees them; it is the only one that fills them.
+    `load` puts adapters into slots: `(slot, key), ...`. If it raises, the slots are empty."""
 
     def __init__(self, count: int, load: Callable[[list[tuple[int, str]]], Awaitable[Any]]) -> None:
         self.count, self._load = count, load

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from logo.adapters.adapter import Adapter
+from logo.adapters.examples import examples_sha256
 from logo.adapters.manifest import SUFFIXES, Entry, Manifest, is_line, read_manifest, write_manifest
 from logo.adapters.pool import AdapterPool
 from logo.adapters.sources import OnBadAdapter, Source, gather, parse_sources
@@ -35,7 +36,7 @@ def lock(
         sources: One or several sources, as `--adapters` takes them, or all repositories `org/prefix*` of an owner.
         save: The manifest to write, `.yaml`.
         base_model: Take only adapters that fit this base model (its configuration is enough).
-        overwrite: Replace an existing manifest; its example prompts stay unless the source is a manifest with others.
+        overwrite: Replace an existing manifest; its k and example prompts stay unless the source says others.
         on_bad_adapter: If an adapter cannot be used: refuse the pool, or skip the adapter.
         json: Print JSON instead.
     """
@@ -46,8 +47,8 @@ def lock(
     if save.exists() and not overwrite:
         raise UsageError(f"--save {save}: exists already; choose another name, or add --overwrite")
     asked = [source for text in sources for source in _sources(text)]
-    before = read_manifest(save).entries if save.exists() else ()
-    kept = {entry.name or entry.source.removeprefix("./"): entry.examples for entry in before}
+    before = read_manifest(save) if save.exists() else Manifest(())
+    kept = {entry.name or entry.source.removeprefix("./"): entry.examples for entry in before.entries}
     skip = on_bad_adapter == "skip"
     found, refused, k = gather(asked, skip=skip, verify=True if skip else None)
 
@@ -66,8 +67,9 @@ def lock(
     for one in pool:
         source = _source(one, save)
         examples = one.examples if one.listed else kept.get(one.name, kept.get(source.removeprefix("./")))
-        entries.append(Entry(source, one.name, one.revision, one.sha256, one.digest, examples))
-    write_manifest(save, Manifest(entries, k))
+        beside = examples_sha256(one.examples) if examples is None and one.examples else None
+        entries.append(Entry(source, one.name, one.revision, one.sha256, one.digest, beside, examples))
+    write_manifest(save, Manifest(entries, before.k if k is None else k))
     if json:
         print_json({"file": str(save), "adapters": list(map(vars, entries)), "refused": refusals(pool.refused)})
         return

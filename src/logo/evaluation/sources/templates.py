@@ -84,9 +84,10 @@ def _as_text(value: object) -> str:
 
 
 def _shown(value: object) -> str:
-    if value is None or value == "" or value == []:
+    text = "" if value == [] else _as_text(value)
+    if not text:
         raise _Blank
-    return _as_text(value)
+    return text
 
 
 def _join(values: Iterable[object] | None, separator: str = "") -> str:
