@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-import zipfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -137,17 +136,6 @@ def test_what_is_there_and_what_is_not() -> None:
     for need, missing in needs:
         found = HERE.missing(need)
         assert found is None if missing is None else found is not None and found.startswith(missing), need
-
-
-def test_the_table_says_where_something_is_different(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "vllm-1.0-py3-none-any.whl", "w") as archive:
-        for name, text in FILES.items():
-            archive.writestr(name, text)
-    old = versions.Sources({"vllm/module.py": "class Manager: ..."}.get)
-    wanted = [("wrapped", Function("vllm.module", "Manager", "answer", ("self",)))]
-    lines, different = versions.table({"0.1": old, "1.0": versions.in_wheel(next(tmp_path.glob("*.whl")))}, wanted)
-    assert lines[1].split() == ["wrapped", "-", "ok", "Manager.answer(self)"]
-    assert different == ["0.1: Manager.answer(self): does not exist"]
 
 
 # -- the demo world ----------------------------------------------------------------------------------------------------

@@ -16,16 +16,14 @@ from hypothesis import strategies as st
 from tokenizers import normalizers, processors
 
 from demo_world.evaluate import NEUTRAL
-from logo import AdapterPool, LoGo, Selection, SelectionSettings, UsageError
-from logo.cli.app import run
+from logo import AdapterPool, LoGo, SelectionSettings, UsageError
 from logo.core import Prompt
-from logo.demo import adapters_dir, heldout, model_dir
+from logo.demo import adapters_dir, heldout
 from logo.models import load_base
 from logo.prompts import Prompts, Truncation, chat, read, text_ids
 from make_adapters import edit_config
-from serving import served
 from tiny import read_tokens
-from tolerances import same_scores, same_selection
+from tolerances import same_scores
 
 MARKED = (
     "{{ bos_token }}{% for m in messages %}"
@@ -161,35 +159,6 @@ def test_a_system_prompt_of_150_tokens_selects_nothing(demo: LoGo, template: str
         demo.tokenizer.chat_template = None
     assert found == demo.select([text for _, text in asked])
     assert sum(one.adapters[0] == name for one, (name, _) in zip(found, asked, strict=True)) > 0.8 * len(asked)
-
-
-@pytest.mark.slow
-def test_a_chat_is_one_prompt_through_python_the_command_line_and_the_server(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: Any
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(model_dir(), folder)
-    with_template(tokenizer, MARKED).save_pretrained(folder)
-    pool = str(adapters_dir())
-    place = ["--base-model", str(folder), "--adapters", pool, "-k", "3", "--device", "cpu"]
-    messages = [SYSTEM, TALK[0]]
-    logo = LoGo.from_pretrained(str(folder), pool, device="cpu", signal="calibrated", k=3)
-    answer = logo.generate(messages, max_new_tokens=20)
-
-    said = []
-    for name, *more in (("generate", "--max-new-tokens", "20"), ("select",)):
-        assert run([name, QUESTION, "--system", SYSTEM["content"], *place, *more, "--json"]) == 0
-        said.append(json.loads(capsys.readouterr().out))
-    generated, selected = said
-    assert (generated["text"], generated["tokens"]) == (answer.text, len(answer.token_ids))
-    with served(*place) as server:
-        chosen = server.post("/v1/logo/select", {"messages": messages})
-        body = {"model": "logo", "messages": messages, "temperature": 0, "max_tokens": 20, "return_token_ids": True}
-        [choice] = server.post("/v1/chat/completions", body)["choices"]
-    assert tuple(choice["token_ids"]) == answer.token_ids
-    assert choice["message"]["content"] == answer.text
-    for found in (generated, selected, chosen):
-        same_selection(Selection(tuple(found["adapters"]), tuple(found["weights"]), found["scores"]), answer.selection)
 
 
 # -- adapters that act from where the assistant's turn begins ----------------------------------------------------------

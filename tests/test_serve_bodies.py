@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -139,35 +138,6 @@ def test_any_json_is_a_request_or_refused_in_one_line(data: st.DataObject) -> No
     except ApiError as error:
         assert error.status == 400 and "\n" not in error.message
         error.content()
-
-
-@pytest.mark.parametrize(
-    ("name", "known", "hint"),
-    [
-        ("adapter-17x", [f"adapter-{i}" for i in range(20_000)], "adapter-17"),
-        ("x" * 4_000_000, ["french", "x" * 100], None),
-        ("x:1+" * 200_000, ["french", "x" * 100], None),
-    ],
-    ids=["many names", "a long name", "a long mixture"],
-)
-def test_what_resembles_an_unknown_name_is_found_with_bounded_work(
-    name: str, known: list[str], hint: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Servers look for it between the requests of others."""
-    compared: list[str] = []
-    ordinary = difflib.get_close_matches
-
-    def counted(word: str, possibilities: list[str], **options: Any) -> list[str]:
-        compared.extend(possibilities)
-        return ordinary(word, possibilities, **options)
-
-    monkeypatch.setattr(difflib, "get_close_matches", counted)
-    with pytest.raises(ApiError) as caught:
-        Models("base", known, ["norm"]).mixture_request(name, None)
-    assert caught.value.status == 404 and len(caught.value.message) < 300
-    assert ("did you mean" in caught.value.message) == (hint is not None)
-    assert hint is None or hint in caught.value.message
-    assert len(compared) <= 100 and all(len(one) <= 200 for one in compared)
 
 
 def test_a_file_of_keys_that_cannot_be_used(tmp_path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from transcripts import Transcript, difference, files, same_number, transcripts
+from transcripts import Transcript, difference, same_number
 
 TABLE = """\
 dataset   rows  score  seconds
@@ -49,48 +47,6 @@ def test_numbers() -> None:
         ("+2.08", "2.08", True),
     ):
         assert same_number(one, other) is same
-
-
-PAGE = """\
-    $ logo demo
-    ...
-    $ for task in a b; do
-    >   echo $task
-    > done
-    a
-    b
-
-Words between two blocks.
-
-    logo demo is parsed, not run
-
-```text
-$ curl -s localhost:8000 \\
-    -d x
-[]
-```
-
-```yaml
-# tasks/one.yaml
-task: one
-```
-
-```csv title="tasks/two.csv"
-a,b
-```
-"""
-
-
-def test_a_page_is_read(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(PAGE)
-    found = [(one.line, one.command, one.shown) for one in transcripts(page)]
-    assert found == [
-        (1, "logo demo", "..."),
-        (3, "for task in a b; do\n  echo $task\ndone", "a\nb"),
-        (14, "curl -s localhost:8000 \\\n    -d x", "[]"),
-    ]
-    assert files(page) == {"tasks/one.yaml": "# tasks/one.yaml\ntask: one\n", "tasks/two.csv": "a,b\n"}
 
 
 def test_what_is_not_run() -> None:
