@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Tests run in so many processes, each with one thread unless OMP_NUM_THREADS says otherwise, and in random order:
 # pytest prints the seed, and `make test PYTEST_ADDOPTS=--randomly-seed=N` repeats it. Three keep two
-# cores busy, since tests also wait: for disks, servers and timeouts.
+# cores busy, since slow tests also wait: for disks, servers and timeouts.
 WORKERS ?= 3
 SPREAD := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 WHEEL_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
@@ -70,7 +70,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 check: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --numprocesses 2 -m "not slow"
 
 test: lint
 	$(PYTEST)

@@ -34,6 +34,8 @@ from test_engine import PROMPTS, engine, hooks, write_adapter
 from tolerances import same_scores, same_tensor, same_weights
 from written import write_rows
 
+pytestmark = pytest.mark.slow
+
 ALL = ("base", "uniform", "random", "target", "best-single", "lorahub", "loraretriever")
 SAMPLES = {f"t{i}": tuple(f"w{10 * i + j} w{20 + i}" for j in range(3, 6)) for i in range(4)}
 SHORT: dict[str, Any] = {"lorahub": {"k": 3, "budget": 6, "rows": 2}, "random": {"k": 2}, "best-single": {"rows": 2}}
@@ -207,7 +209,6 @@ def test_best_single_is_the_best_of_its_table(tiny_logo: LoGo) -> None:
     assert prepared.record["adapter"] == best and prepared.select(["w3"], 1)[0].mixture == {best: 1.0}
 
 
-@pytest.mark.slow
 def test_lorahub_finds_weights_that_answer() -> None:
     """Against a budget of one, which is the base model."""
     demo = LoGo.from_pretrained("demo", signal="calibrated", k=3)
@@ -226,7 +227,6 @@ def test_lorahub_finds_weights_that_answer() -> None:
     assert right >= 5
 
 
-@pytest.mark.slow
 def test_lorahubs_objective_is_the_authors(tiny_logo: LoGo) -> None:
     """Their loss of one batch is the mean over its tokens, and is divided once more by the number of rows."""
     scored = [Scored(False, 2.0, 3), Scored(True, 0.5, 1), Scored(False, 1.0, 4)]
@@ -241,7 +241,6 @@ def test_lorahubs_objective_is_the_authors(tiny_logo: LoGo) -> None:
     assert labelled(tiny_logo, TASK, 5, 0) != labelled(tiny_logo, TASK, 5, 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4, 16])
 def test_minimise(size: int) -> None:
     """Sizes for which nevergrad takes a meta-model, another with CMA in it, and Cobyla, which answers by default."""
@@ -377,7 +376,6 @@ def alike(model: nn.Module, folder: Path, ranks: tuple[int, ...] = (2, 2, 2)) ->
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [1, 2, 9])
 def test_arrow_answers_as_pefts_own_model(top_k: int, llama: nn.Module, tmp_path: Path) -> None:
     """Batches of our engine against `create_arrow_model` and `model.generate`, one prompt at a time."""
@@ -415,7 +413,6 @@ def test_pools_that_arrow_cannot_use(llama: nn.Module, tmp_path: Path) -> None:
         get_method("arrow").prepare(engine(llama, tmp_path / "some", k=2), TASK)
 
 
-@pytest.mark.slow
 def test_arrow_in_an_evaluation_but_not_in_a_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rows = str(write_rows(tmp_path / "rows/capital.jsonl", heldout()["capital"][:1]).parent)
     assert run(["eval", "run", "--rows", rows, "--method", "arrow", "--result-dir", str(tmp_path / "r")]) == 0

@@ -36,11 +36,12 @@ from synthetic import Sizes, base_model, prompts, write_adapters
 from tolerances import same_weights
 from vllm_needs import Attributes, Call, Flags, Function
 
+pytestmark = pytest.mark.slow
+
 SMALL = Sizes(hidden=64, layers=3, heads=4, vocabulary=256, rank=2)
 SHORT = Lengths(prompt=8, asked=6, new=2, known=70, rest=4)
 
 
-@pytest.mark.slow
 def test_every_ratio_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = tmp_path / "cost.json"
     plan = Plan(sizes=SMALL, layer=replace(SMALL, layers=1), adapters=6, k=2, lengths=SHORT)
@@ -190,7 +191,6 @@ def test_the_training_rows_are_what_logo_train_reads(tmp_path: Path) -> None:
         assert len(first) == 20 and held[name].isdisjoint(row.context for row in first)
 
 
-@pytest.mark.slow
 def test_a_tiny_world_is_pretrained_and_its_adapters_ship_as_half_floats(tmp_path: Path) -> None:
     lines: list[str] = []
     model, again = (pretrain(_TOKENIZER, TINY, 0, lines.append) for _ in range(2))

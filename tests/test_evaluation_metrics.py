@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import norm, permutation_test
 
@@ -63,6 +62,8 @@ def test_exact_match_of_squad_where_only_marks_are_left() -> None:
 
 @given(SENTENCES, SENTENCES)
 def test_bleu_is_nltk(prediction: str, gold: str) -> None:
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # slow
+
     smoothing = SmoothingFunction().method1
     expected = sentence_bleu([gold.split()], prediction.split(), weights=(0.25,) * 4, smoothing_function=smoothing)
     assert bleu(prediction, gold) == expected

@@ -40,6 +40,8 @@ from logo.vllm.skeleton import skeleton
 from test_engine import engine
 from written import write_rows
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tiny_logo(llama: nn.Module, adapters: Path) -> LoGo:

@@ -27,6 +27,8 @@ from test_engine import PROMPTS, tokenizer, write_adapter
 from test_mixing import Mixed, peft_logits, peft_model, save
 from tolerances import same_tensor
 
+pytestmark = pytest.mark.slow
+
 SQUARE = LinearShape(8, 8)
 WRAPPERS = ["base_model", "model", "language_model", "text_model", "transformer", "module", "llm"]
 

@@ -23,6 +23,7 @@ import re
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -234,11 +235,12 @@ def serve_replicas(
         if there.applications or there.proxies:
             raise ClusterError(f"Ray Serve runs {layout} already; end it with `serve shutdown`")
         plan = plan_of(options)
-        serve.start(
-            proxy_location="HeadOnly" if layout.address == LOCAL else "EveryNode",
-            http_options={"host": host, "port": port, "request_timeout_s": None, "keep_alive_timeout_s": 30},
-            logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
-        )
+        with suppress(TimeoutError):  # Ray gives its proxy a minute, too little on busy machines; `_watch` waits for it
+            serve.start(
+                proxy_location="HeadOnly" if layout.address == LOCAL else "EveryNode",
+                http_options={"host": host, "port": port, "request_timeout_s": None, "keep_alive_timeout_s": 30},
+                logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+            )
         try:
             serve.run_many(
                 [serve.RunTarget(application(plan, {}), APPLICATION, "/")],
@@ -259,13 +261,14 @@ def _watch(serve: Any, expected: int, url: str, say: Callable[[str], None]) -> N
     """Says the address, and how many replicas accept requests, for ever."""
     before = None
     while True:
-        found = serve.status().applications.get(APPLICATION)
+        status = serve.status()
+        found, listens = status.applications.get(APPLICATION), "HEALTHY" in status.proxies.values()
         if found is None:
             raise ClusterError("the application was removed from the cluster")
         count = found.deployments["LoGo"].replica_states.get("RUNNING", 0) if "LoGo" in found.deployments else 0
         if not count and found.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise LoGoError(f"no replica could be opened: {_reason(found)}")
-        if count != (before or 0):
+        if count != (before or 0) and listens:
             if before is None:
                 say(f"Serving on {url}")
             say(f"{count} of {expected} replicas take{'s' if count == 1 else ''} requests")
