@@ -76,7 +76,7 @@ test: lint
 	$(PYTEST)
 
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest $(SPREAD) tests/backends \
+	$(VLLM_VENV)/bin/python -m pytest $(SPREAD) --numprocesses 2 tests/backends \
 	    tests/test_serve_engine.py::test_answers_are_those_of_generating_alone
 
 docs: $(VENV)/.installed-dev

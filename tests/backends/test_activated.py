@@ -32,7 +32,7 @@ CHAT = [
     {"role": "user", "content": "And of Italy?"},
 ]
 MIXTURES: list[dict[str, float]] = [{"a": 0.7, "b": 0.5}, {"b": 0.4, "c": 0.9}, {"c": 1.0}, {}]
-KINDS = ("last", "invocation", "mixed")
+KINDS = ("invocation", "mixed")  # `last:N` alone: test_read_once.py
 
 pytestmark = pytest.mark.usefixtures("settings_of_vllm")
 

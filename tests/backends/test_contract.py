@@ -44,7 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     asked += ["--kv-cache-gb", "0.5", "--", "--enforce-eager", "--enable-auto-tool-choice"]
     asked += ["--tool-call-parser", "hermes"]
     env = {**environment(None), "LOGO_API_KEY": KEY, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    del env["VLLM_CPU_KVCACHE_SPACE"], env["VLLM_ENABLE_V1_MULTIPROCESSING"]  # as users start it
+    del env["VLLM_CPU_KVCACHE_SPACE"]
     log = tmp_path_factory.mktemp("log") / "log"
     with started([sys.executable, "-c", code, *asked], port, env, log) as running:
         able, said = frozenset({"tools", "schema"}), log.read_text

@@ -384,10 +384,9 @@ def test_vllms_processes_find_a_signal_of_a_plugin_through_their_environment(
     (tmp_path / "plug_vllm.py").write_text(SIGNAL)
     plugins.load("plug_vllm:quiet", str(tmp_path))
     local = LoGo.from_pretrained("demo", device="cpu", signal="quiet", k=3)
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a process that knows nothing of this one
     monkeypatch.setenv(plugins.VARIABLE, "")
-    options = {"enforce_eager": True, "max_model_len": 128}
+    options = {"enforce_eager": True, "max_model_len": 128, "distributed_executor_backend": "mp"}
     made: Any = LoGo.from_pretrained("demo", engine="vllm", signal="quiet", k=3, model_kwargs=options)
     with closing(made):
         same_answers(made.generate(rows[:2], max_new_tokens=8), local.generate(rows[:2], max_new_tokens=8))

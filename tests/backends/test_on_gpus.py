@@ -28,13 +28,13 @@ def test_scores_and_tokens_are_the_librarys(kind: str, tmp_path: Path, logo: LoG
     count, signals = 12, ("calibrated", "norm")
     wanted = mixtures(logo.names, count)
     prompts = [*rows[:5], " ".join(rows[:6])]  # the last one is read in chunks
-    job = {"prompts": prompts, "signals": signals, "rows": [*zip(rows, wanted, strict=False)], "max_tokens": 8}
+    job = {"prompts": prompts, "signals": signals, "rows": [*zip(rows, wanted, strict=False)], "max_tokens": 5}
     flags = {"max_num_batched_tokens": 48, **flags}
     found = run(tmp_path, {**job, "flags": flags, "logo": {}}, VLLM_CACHE_ROOT=str(tmp_path / "cache"), **variables)
     for signal in signals:
         for own, expected in zip(found["scores"][signal], logo.select(prompts, signal=signal), strict=True):
             assert own == pytest.approx(list(expected.scores.values()), rel=1e-3, abs=1e-3), signal
-    answers = logo.generate(rows[:count], adapters=wanted, max_new_tokens=8, batch_size=8)
+    answers = logo.generate(rows[:count], adapters=wanted, max_new_tokens=5, batch_size=8)
     assert found["tokens"] == [list(answer.token_ids) for answer in answers]
     assert (found["runner"] == "vllm.v1.worker.cpu.model_runner") == (kind == "v2")
     if kind == "compiled":
