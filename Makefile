@@ -9,10 +9,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Tests run in so many processes, each with one thread unless OMP_NUM_THREADS says otherwise, and in random order:
-# pytest prints the seed, and `make test PYTEST_ADDOPTS=--randomly-seed=N` repeats it. Three keep two
-# cores busy, since slow tests also wait: for disks, servers and timeouts.
-WORKERS ?= 3
-SPREAD := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+# pytest prints the seed, and `make test PYTEST_ADDOPTS=--randomly-seed=N` repeats it. All tests keep two cores busy
+# with three processes, since some of them wait: for disks, servers and timeouts.
+WORKERS ?= $(if $(filter test,$@),3,2)
+SPREAD = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 WHEEL_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 # vLLM has an environment of its own, with the older transformers that it needs; our own server runs in both.
 VLLM_VENV := .venv-vllm
@@ -20,7 +20,7 @@ VLLM_WHEELS ?= $(VLLM_VENV)-wheels
 # More options for pip.
 PIP_FLAGS ?=
 VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
-PYTEST := $(BIN)/python -m pytest $(SPREAD)
+PYTEST = $(BIN)/python -m pytest $(SPREAD)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
 help:
@@ -70,13 +70,13 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 check: lint
-	$(PYTEST) --numprocesses 2 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test: lint
 	$(PYTEST)
 
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest $(SPREAD) --numprocesses 2 tests/backends \
+	$(VLLM_VENV)/bin/python -m pytest $(SPREAD) tests/backends \
 	    tests/test_serve_engine.py::test_answers_are_those_of_generating_alone
 
 docs: $(VENV)/.installed-dev

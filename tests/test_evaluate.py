@@ -141,7 +141,7 @@ def test_another_runs_result_is_refused(rows: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    ("more", "again"), [([], "repeat the command"), (["--overwrite"], "repeat the command for the ")]
+    ("more", "again"), [([], "repeat the command to continue."), (["--overwrite"], "repeat the command for the ")]
 )
 def test_what_ctrl_c_leaves_of_the_official_command(
     more: list[str], again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -378,7 +378,7 @@ def test_a_finished_study_is_shown_again(finished: Path, tasks: Path, capsys: py
     assert "in-pool" in shown and "reliability error" in shown and (finished / "run.json").read_bytes() == before
     (finished / "run.json").write_bytes(before.replace(b'"logo": "', b'"logo": "0.0.', 1))
     studied(finished, tasks, *ASKED)
-    assert "was measured under other versions: logo 0.0." in " ".join(capsys.readouterr().err.split())
+    assert "under other versions or on another device: logo 0.0." in " ".join(capsys.readouterr().err.split())
     (finished / "run.json").write_bytes(before)
     studied(finished, tasks, *ASKED, "--limit", "2", code=2)
     assert "another run" in capsys.readouterr().err and (finished / "run.json").read_bytes() == before

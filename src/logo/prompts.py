@@ -302,8 +302,8 @@ def written_answer(tokenizer: PreTrainedTokenizerBase, messages: Conversation, p
 
 
 def asked_text(messages: Conversation, probe_text: ProbeText | None = None) -> str | None:
-    """The text of a conversation that is probed (see `chat`); None if everything is. Errors as `checked_turns`, but for
-    messages that are not probed."""
+    """The text of a conversation that is probed (see `chat`); None if everything is. Raises UsageError if a
+    message of the user that belongs to it cannot be read; the others are not looked at."""
     of_user = [turn for turn in enumerate(messages) if isinstance(turn[1], Mapping) and turn[1].get("role") == "user"]
     if probe_text == "conversation":
         return _asked([_turn(*turn) for turn in of_user], probe_text)

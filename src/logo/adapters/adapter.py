@@ -128,7 +128,8 @@ class Adapter:
             what = "embedding of tokens" if module.embedding else "linear module"
             targets = layout.embedding(path) if module.embedding else layout.matches(path)
             if len(targets) != 1:
-                none = "the model never calls it" if path.endswith(layout.uncalled) else f"no such {what}"
+                uncalled = path.endswith(layout.uncalled)
+                none = "the model uses its weight without calling it" if uncalled else f"no such {what}"
                 among = f"may be any of {', '.join(sorted(targets)[:3])}" if targets else none
                 problems.append(f"{path} ({among})")
                 continue

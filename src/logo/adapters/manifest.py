@@ -128,15 +128,13 @@ def _entry(said: Any, number: int) -> Entry:
 
 
 _LINE = (is_line, "a text of one line")
+_SHA256 = (lambda one: isinstance(one, str) and re.fullmatch("[0-9a-f]{64}", one), "64 hexadecimal digits")
 _KINDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "source": _LINE,
     "name": _LINE,
     "revision": _LINE,
-    "sha256": (lambda one: isinstance(one, str) and re.fullmatch("[0-9a-f]{64}", one), "64 hexadecimal digits"),
+    "sha256": _SHA256,
     "digest": (lambda one: isinstance(one, str) and re.fullmatch("[0-9a-f]{32}", one), "32 hexadecimal digits"),
-    "examples_sha256": (
-        lambda one: isinstance(one, str) and re.fullmatch("[0-9a-f]{64}", one),
-        "64 hexadecimal digits",
-    ),
+    "examples_sha256": _SHA256,
     "examples": (lambda all_: isinstance(all_, list) and all(map(_is_text, all_)), "a list of texts"),
 }

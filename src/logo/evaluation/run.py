@@ -102,10 +102,8 @@ def evaluate(
                 done = partial.done
                 if not done:
                     for index, one in partial.records.items():
-                        failed = bool(one["error"])
-                        one["value"] = judge(
-                            dataset.metric, one["prediction"], dataset.rows[index].golds, failed=failed
-                        )
+                        answer, gold = one["prediction"], dataset.rows[index].completion
+                        one["value"] = judge(dataset.metric, answer, gold, failed=bool(one["error"]))
                     found_out = _answer(dataset, partial, work, batch_size, tell)
                     records = [partial.records[index] for index in range(len(dataset.rows))]
                     about = {
@@ -151,7 +149,7 @@ def _answer(
     for _, (records, found) in work((dataset, block) for block in missing):
         held, found_out = [*held, *records], found
         same = len({one["error"] for one in held}) == 1 and held[0]["error"] is not None
-        if same and not partial.records and held[0].get("confidence") is None:
+        if same and not partial.records and held[0].get("confidence") is None:  # it has one where no adapter fits
             if {one["index"] for one in held} >= first:
                 raise LoGoError(f"dataset {dataset.name!r}: {held[0]['error']}")
             if len(held) < len(dataset.rows):

@@ -111,7 +111,7 @@ class Measurer:
         self._logo.close()
 
     def measure(self, task: Dataset, index: int) -> dict[str, Any]:
-        """The record of a row of a task; DataError, which names the file and the line, if it cannot be scored."""
+        """The record of a row of a task that `check` takes."""
         row, names, arms = task.rows[index], self._logo.names, list[dict[str, Any]]()
         seconds: dict[str, float] = {}
         for protocol in self.contest.of(task.name, names):
@@ -127,10 +127,7 @@ class Measurer:
                     arm["rank"] = rank(chosen.scores, task.name) if protocol == IN_POOL else None
                 arms.append(arm)
         if row.completion:
-            try:
-                self._judge(arms, task, row)
-            except UsageError as error:
-                raise DataError(f"{task.file}:{index + 1}: {error}") from error
+            self._judge(arms, task, row)
         return {"task": task.name, "row": index, "prompt": row.prompt, "arms": arms, "seconds": seconds}
 
     def check(self, task: Dataset) -> None:
@@ -243,7 +240,8 @@ def study(
             found = read_run(folder)
             if other := differences(facts.environment, found["environment"]):
                 said = ", ".join(f"{name} {there} (now {here})" for name, here, there in other)
-                warnings.warn(f"{folder} was measured under other versions: {said}", UserWarning, stacklevel=2)
+                told = f"{folder} was measured under other versions or on another device: {said}"
+                warnings.warn(told, UserWarning, stacklevel=2)
             report: dict[str, Any] = found["report"]
             return report
         for record in partial.records.values():

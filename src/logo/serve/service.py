@@ -230,8 +230,8 @@ class Service:
         self.adapters, self.signals = cards, signals
 
     def _scoring(self, prepared: Fitted | None = None) -> tuple[str, ...]:
-        """The signals that can score a pool (None: the present one), for which it is calibrated then; LoGoError: the
-        engine's own cannot."""
+        """Calibrates a pool (None: the present one) for every signal, and returns those that can score it; LoGoError:
+        the engine's own cannot."""
         found = []
         for signal in self._signals:
             try:

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from logo.adapters.activation import Activation
-from logo.adapters.examples import examples_text
+from logo.adapters.examples import examples_sha256, examples_text
 from logo.adapters.peft import CONFIG, EXAMPLES, NOTES, RECORD
 from logo.adapters.write import activation_note, save_adapter
 from logo.errors import DataError, NotFinite, StorageError, UsageError, is_out_of_memory
@@ -101,7 +101,7 @@ def train(
         made_from = {"config": asdict(config), "base": of_base, "rows": _facts(task, file)}
         standing = _standing(out / name)
         difference, there = "" if standing is None else _difference(standing, made_from), out / name / EXAMPLES
-        if there.exists() and (standing or {}).get("examples") != file_sha256(there):
+        if there.exists() and (standing or {}).get("examples_sha256") != file_sha256(there):
             own.add(name)
         if difference and not overwrite:
             raise UsageError(f"{out / name}: {difference}; name another --out, or replace it with --overwrite")
@@ -206,8 +206,7 @@ def _write(
 
 def _write_notes(folder: Path, record: Record, prompts: Sequence[str]) -> None:
     """Writes what an adapter was made from, and its example prompts, if it has some."""
-    found = {**record, "examples": None}
+    found = {**record, "examples_sha256": examples_sha256(prompts) if prompts else None}
+    (folder / RECORD).write_text(yaml.safe_dump(found, sort_keys=False), encoding="utf-8")
     if prompts:
         (folder / EXAMPLES).write_bytes(examples_text(prompts))
-        found["examples"] = file_sha256(folder / EXAMPLES)
-    (folder / RECORD).write_text(yaml.safe_dump(found, sort_keys=False), encoding="utf-8")
