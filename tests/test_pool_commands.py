@@ -90,8 +90,10 @@ def test_inspect_tells_what_would_be_refused(tmp_path: Path, capsys: pytest.Capt
     assert run(["pool", "inspect", str(tmp_path / "empty")]) == 1
     assert "0 usable" in capsys.readouterr().out
     write_peft(tmp_path / "empty" / (long := "plain" * 20))
+    (tmp_path / "empty" / "second").symlink_to(long)
     assert run(["pool", "inspect", str(tmp_path / "empty")]) == 0
-    assert long in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert long in said and "left out second: it is a link" in said and "0 refused, 1 left out" in said
 
 
 def test_nobody_is_left_out_without_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

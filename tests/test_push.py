@@ -58,7 +58,7 @@ def test_what_is_sent(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["pool", "push", str(pool), "org/loras", "--dry-run", "--path-in-repo", "."]) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines()[1].startswith(f"a[1]/{CONFIG}  ") and "nothing sent" in captured.out
-    assert "refused deep/b.v2/checkpoint-10: it is a training checkpoint" in captured.err
+    assert "left out deep/b.v2/checkpoint-10: it is a training checkpoint" in captured.err
 
 
 def contents(root: Path, folder: str | None = "f") -> Any:

@@ -151,7 +151,7 @@ def test_what_the_official_script_wrote(tmp_path: Path, capsys: pytest.CaptureFi
     assert set(bare["method"]) == {"norm", "calibrated"} and set(bare["k"]) == {2} and set(bare["base"]) == {"m"}
     shown = report(*theirs, "--save", tmp_path / "r.html", "--json", capsys=capsys)
     shutil.copytree(theirs[0] / "bbh.one", theirs[0] / "nq.natural-questions")
-    assert set(read([theirs[0] / "nq.natural-questions"])["metric"]) == {"em_first"}  # as the script computes it
+    assert set(read(str(theirs[0] / "nq.natural-questions"))["metric"]) == {"em_first"}  # as the script computes it
     assert len(shown["scores"]) == 8 and len(shown["comparisons"]) == 4 and "has no prompts" in shown["notes"][0]
     assert (tmp_path / "r.html").read_text().count("The results say nothing of it.") == 2  # no confidences
 

@@ -229,7 +229,7 @@ def official_files(
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read(paths: Sequence[Path], metric: str | None = None) -> pandas.DataFrame:
+def read(paths: str | Path | Sequence[str | Path], metric: str | None = None) -> pandas.DataFrame:
     """All results at or below some folders as one table, a line per row of a dataset.
 
     Its columns are those of `rows.jsonl`; `run`, `base`, `method`, `k` and `seed`, from `run.json` and the folder's
@@ -250,7 +250,8 @@ def read(paths: Sequence[Path], metric: str | None = None) -> pandas.DataFrame:
     found: list[dict[str, Any]] = []
     runs: dict[str, dict[str, Any]] = {}
     places: dict[tuple[str, str], Path] = {}
-    folders = {folder: _run_of(folder) for path in paths for folder in map(Path.resolve, find(path))}
+    given = map(Path, [paths] if isinstance(paths, str | Path) else paths)
+    folders = {folder: _run_of(folder) for path in given for folder in map(Path.resolve, find(path))}
     names = _names(folders.values())
     for folder, above in folders.items():
         run, about = _about(folder, above, names[above])

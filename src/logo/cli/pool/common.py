@@ -11,7 +11,7 @@ from logo.adapters.adapter import Adapter
 from logo.adapters.layout import BaseLayout
 from logo.cli.opening import MODEL_DIR
 from logo.cli.output import err
-from logo.errors import AdapterError
+from logo.errors import AdapterError, LeftOut
 from logo.models import load_config, skeleton
 
 
@@ -44,8 +44,9 @@ def tell_refused(refused: Iterable[AdapterError]) -> None:
 
 
 def refusal(bad: AdapterError) -> Text:
-    """Which adapter is left out, and why, in a line."""
-    return Text.assemble(("refused ", "red"), (bad.name, "bold"), f": {bad.reason}")
+    """Which adapter is not in the pool, and why, in a line."""
+    told = ("left out ", "yellow") if isinstance(bad, LeftOut) else ("refused ", "red")
+    return Text.assemble(told, (bad.name, "bold"), f": {bad.reason}")
 
 
 def refusals(refused: Iterable[AdapterError]) -> list[dict[str, Any]]:

@@ -50,6 +50,7 @@ def inspect(
     good, unread = divided(good, lambda adapter: sizes.update({adapter.name: size_of(adapter)}))
     refused += unread
     refused.sort(key=lambda error: error.name)
+    bad = sum(not isinstance(error, LeftOut) for error in refused)
     if json:
         print_json(_report(folder, good, refused, sizes))
     else:
@@ -58,11 +59,12 @@ def inspect(
             screen(natural_width(table)).print(table)
         for activation, names in _acting(good).items():
             out.print(Text.assemble(("activation ", "yellow"), f"{activation}: {listed(names, 8)}"))
-        for bad in refused:
-            out.print(refusal(bad))
+        for error in refused:
+            out.print(refusal(error))
         total = decimal(sum(adapter.size for adapter in good))
-        out.print(f"{folder}: {len(good)} usable ({total}), {len(refused)} refused", markup=False)
-    return int(not (good and all(isinstance(bad, LeftOut) for bad in refused)))
+        others = f", {len(refused) - bad} left out" if len(refused) > bad else ""
+        out.print(f"{folder}: {len(good)} usable ({total}), {bad} refused{others}", markup=False)
+    return int(not good or bool(bad))
 
 
 def _found(source: str) -> tuple[list[Adapter], list[AdapterError]]:
