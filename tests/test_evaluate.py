@@ -465,18 +465,24 @@ def test_what_cannot_be_studied_is_said(tasks: Path, tmp_path: Path, capsys: pyt
 def test_prompts_without_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in TASKS:
         write_rows(tmp_path / "prompts" / f"{name}.jsonl", [{"prompt": row["context"]} for row in heldout()[name][:3]])
+    write_rows(tmp_path / "prompts" / "other.jsonl", [{"prompt": "What is the capital of Peru?"}, {"prompt": "w8 # é"}])
     report = studied(tmp_path / "s", tmp_path / "prompts", "--signals", "norm,calibrated")
     assert set(report["protocols"][IN_POOL]) == {"norm", "calibrated"}
     assert set(report["protocols"][IN_POOL]["calibrated"]) == {"top1", "top3", "mrr", "confidence"}
     arms = [(line["task"], arm) for line in lines(tmp_path / "s") for arm in line["arms"]]
-    for kind, protocol, name, sure in (("mistaken", REMOVED, "calibrated", 0.15), ("confusions", IN_POOL, "norm", 0)):
-        asked = [(task, arm) for task, arm in arms if (arm["protocol"], arm["arm"]) == (protocol, name)]
+    others = (REMOVED, OUT_OF_POOL)
+    for kind, among, name, sure in (("mistaken", others, "calibrated", 0.15), ("confusions", (IN_POOL,), "norm", 0)):
+        asked = [(task, arm) for task, arm in arms if arm["protocol"] in among and arm["arm"] == name]
         firsts = [(task, arm["first"]) for task, arm in asked if (arm["confidence"] or 0) >= sure]
         confused = Counter((task, first) for task, first in firsts if first != task)
         assert {(one["task"], one["first"]): one["rows"] for one in report[kind].get(name, [])} == confused
     top1 = report["protocols"][IN_POOL]["norm"]["top1"]["value"]
     assert top1 == same_scores(1 - sum(confused.values()) / 9)
-    assert "puts another adapter first" in capsys.readouterr().out
+    said = report["confidence"]["calibrated"]["sure"]
+    high = [arm["confidence"] >= 0.15 for task, arm in arms if task == "other" and arm["arm"] == "calibrated"]
+    assert said[IN_POOL] == 1 and 0 < said[OUT_OF_POOL] == sum(high) / len(high)
+    shown = capsys.readouterr().out
+    assert "norm puts another adapter first" in shown and "not unsure (0.15 or more): 100% of in-pool, " in shown
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2, max_size=40))

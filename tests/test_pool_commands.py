@@ -75,7 +75,7 @@ def test_inspect_says_how_large_updates_are(pool: Path, capsys: pytest.CaptureFi
     assert (found[1]["norm"], found[1]["effective_rank"]) == (0.0, 0.0)
     assert run(["pool", "inspect", str(pool)]) == 0
     said = capsys.readouterr().out
-    assert "effective rank" in said and f"{pool}: 3 usable" in said
+    assert "effective rank" in said and f"{pool}: 3 adapters usable" in said
 
 
 def test_inspect_tells_what_would_be_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +88,7 @@ def test_inspect_tells_what_would_be_refused(tmp_path: Path, capsys: pytest.Capt
     assert run(["pool", "inspect", str(tmp_path / "pool")]) == 1
     (tmp_path / "empty").mkdir()
     assert run(["pool", "inspect", str(tmp_path / "empty")]) == 1
-    assert "0 usable" in capsys.readouterr().out
+    assert "0 adapters usable" in capsys.readouterr().out
     write_peft(tmp_path / "empty" / (long := "plain" * 20))
     (tmp_path / "empty" / "second").symlink_to(long)
     assert run(["pool", "inspect", str(tmp_path / "empty")]) == 0

@@ -105,8 +105,9 @@ def study(
     opening = Opening(base_model, pool.sources, options)
     with closing(Measurer(opening(), contest)) as measurer, progress(disable=not err.is_terminal) as bar:
         names = list(measurer.facts.identity["pool"])
-        note(f"adapters: {len(names)} · tasks with an adapter of their own: {sum(t.name in names for t in found)}")
-        measured = bar.add_task("rows", total=sum(len(task.rows) for task in found))
+        total, own = sum(len(task.rows) for task in found), sum(task.name in names for task in found)
+        note(f"adapters: {len(names)} · tasks: {len(found)}, {own} with an adapter of their own · rows: {total}")
+        measured = bar.add_task("rows", total=total)
         how: dict[str, Any] = {"overwrite": overwrite, "command": command}
         how["tell"] = lambda name: bar.update(measured, advance=1, description=name)
         try:
@@ -129,7 +130,7 @@ def listed(text: str) -> list[str]:
 
 def _show(report: Mapping[str, Any]) -> None:
     """A table for each protocol, what a selection costs, the confidence of each signal, and what is confused most."""
-    from logo.evaluation.study import ALWAYS
+    from logo.evaluation.study import ALWAYS, UNSURE
 
     for protocol, arms in report["protocols"].items():
         metrics = [name for name in COLUMNS if any(name in found for found in arms.values())]
@@ -137,7 +138,10 @@ def _show(report: Mapping[str, Any]) -> None:
         for arm, found in arms.items():
             table.add_row(arm, *(_cell(found.get(name)) for name in metrics))
         screen(natural_width(table)).print(table, "")
-    note("Means of the tasks' means; 95 % intervals, over tasks, in brackets.")
+    shown = [found for arms in report["protocols"].values() for arm in arms.values() for found in arm.values()]
+    few = "no intervals, since there are few tasks"
+    many = "95 % intervals, over tasks, in brackets"
+    note(f"Means of the tasks' means; {many if any(found['interval'] for found in shown) else few}.")
     times = [
         f"{name} {value:.{0 if value >= 10 else 2}f} ms"
         for name, value in report["milliseconds"].items()
@@ -148,10 +152,12 @@ def _show(report: Mapping[str, Any]) -> None:
         values = [f"AUROC {value:.2f} against {name}" for name, value in found["auroc"].items()]
         error = [] if found["error"] is None else [f"reliability error {found['error']:.2f}"]
         out.print(f"confidence of {signal}: {', '.join([*values, *error]) or 'nothing to compare with'}", markup=False)
+        shares = [f"{share:.0%} of {name}" for name, share in found["sure"].items()]
+        out.print(f"rows of which {signal} is not unsure ({UNSURE} or more): {', '.join(shares)}", markup=False)
     for arm, pairs in report["confusions"].items():
         out.print(Text(f"{arm} puts another adapter first: {_confused(pairs)}"))
     for arm, pairs in report["mistaken"].items():
-        out.print(Text(f"{arm} is not unsure where the target adapter is removed: {_confused(pairs)}"))
+        out.print(Text(f"{arm} is not unsure where no adapter fits: {_confused(pairs)}"))
 
 
 def _confused(pairs: Sequence[Mapping[str, Any]]) -> str:

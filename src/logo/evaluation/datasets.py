@@ -124,7 +124,7 @@ def find_datasets(
     if official_layout and (missing := _missing(request, files)):
         warnings.warn(f"not in {root}, left out: {', '.join(missing)}", UserWarning, stacklevel=2)
     if official_layout and not request:
-        read = {file.parent for file in files.values()} | {root if train_rows is None else Path(train_rows)}
+        read = {file.parent for file in files.values()} | ({Path(train_rows)} if train_rows is not None else set())
         others = (path for path in row_files(root) if path.suffix == ".jsonl" and path.parent not in read)
         unread = [path.relative_to(root).as_posix() for path in others]
         if unread:

@@ -267,7 +267,7 @@ Tasks = dict[str, list[float]]  # task -> a number of each row
 
 def summary(records: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
     """The report of measured rows, as JSON: `protocols`, with the metrics of each arm; `confidence` by signal; the most
-    frequent `confusions`, and those of rows without their target adapter that are not unsure (`mistaken`); the median
+    frequent `confusions`, and those of rows that no adapter fits and that are not unsure (`mistaken`); the median
     `milliseconds` of a selection by each arm; `tasks` and `rows`.
 
     A metric's `value` is the mean over tasks of their rows' means, and its 95 % `interval` says how much it would vary
@@ -298,7 +298,7 @@ def summary(records: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, An
         "protocols": protocols,
         "confidence": {name: said for name in signals if (said := _confidence(columns, name)) is not None},
         "confusions": confusions(records),
-        "mistaken": confusions(records, REMOVED, UNSURE),
+        "mistaken": confusions(records, (REMOVED, OUT_OF_POOL), UNSURE),
         "milliseconds": {name: float(np.median(some)) for name, some in times.items()},
         "tasks": len({record["task"] for record in records}),
         "rows": len(records),
@@ -334,7 +334,7 @@ def _ratio(tasks: Tasks, target: Tasks, seed: int) -> dict[str, Any]:
 
 def _confidence(columns: Mapping[tuple[str, str], Mapping[str, Tasks]], signal: str) -> dict[str, Any] | None:
     """How well the confidence of a signal tells rows whose target adapter is in the pool from others: its mean by
-    protocol, AUROC against each of the others, and the calibration error; None: it has none."""
+    protocol, the share that is not unsure, AUROC against each other protocol, and the calibration error; None: none."""
     values = {
         protocol: [one for rows in columns.get((protocol, signal), {}).get("confidence", {}).values() for one in rows]
         for protocol in PROTOCOLS
@@ -344,14 +344,15 @@ def _confidence(columns: Mapping[tuple[str, str], Mapping[str, Tasks]], signal: 
         return None
     truth = [True] * len(own) + [False] * len(others)
     return {
-        "mean": {protocol: sum(some) / len(some) for protocol, some in values.items() if some},
+        "mean": {protocol: float(np.mean(some)) for protocol, some in values.items() if some},
+        "sure": {protocol: float(np.mean(np.array(some) >= UNSURE)) for protocol, some in values.items() if some},
         "auroc": {protocol: auroc(own, values[protocol]) for protocol in (REMOVED, OUT_OF_POOL) if values[protocol]},
         "error": calibration_error([*own, *others], truth) if others else None,
     }
 
 
 def confusions(
-    records: Sequence[Mapping[str, Any]], protocol: str = IN_POOL, sure: float = 0.0
+    records: Sequence[Mapping[str, Any]], protocols: Sequence[str] = (IN_POOL,), sure: float = 0.0
 ) -> dict[str, list[dict[str, Any]]]:
     """By arm, the pairs of a task and another adapter that comes first on its rows, at a confidence of `sure` or more;
     most rows first."""
@@ -359,7 +360,7 @@ def confusions(
     rows = Counter(record["task"] for record in records)
     for record in records:
         for arm in record["arms"]:
-            wrong = arm["protocol"] == protocol and arm.get("first") not in (None, record["task"])
+            wrong = arm["protocol"] in protocols and arm.get("first") not in (None, record["task"])
             if wrong and (arm["confidence"] or 0.0) >= sure:
                 counts.setdefault(arm["arm"], Counter())[record["task"], arm["first"]] += 1
     return {

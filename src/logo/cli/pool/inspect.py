@@ -63,7 +63,7 @@ def inspect(
             out.print(refusal(error))
         total = decimal(sum(adapter.size for adapter in good))
         others = f", {len(refused) - bad} left out" if len(refused) > bad else ""
-        out.print(f"{folder}: {len(good)} usable ({total}), {bad} refused{others}", markup=False)
+        out.print(f"{folder}: {len(good)} adapters usable ({total}), {bad} refused{others}", markup=False)
     return int(not good or bool(bad))
 
 
