@@ -184,7 +184,7 @@ def test_finish_reason_and_end_token(llama: nn.Module, adapters: Path) -> None:
 @pytest.mark.slow
 def test_stop_at_newline_keeps_the_answer(llama: nn.Module, adapters: Path) -> None:
     """Stopping early gives the same first line as going on."""
-    from logo.evaluation.metrics import first_line
+    from logo.evaluation.metrics import answer_in
 
     logo = engine(llama, adapters)
     options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": True, "temperature": 5.0, "suppress_tokens": [1]}
@@ -193,7 +193,7 @@ def test_stop_at_newline_keeps_the_answer(llama: nn.Module, adapters: Path) -> N
         full = logo.generate(PROMPTS[0], **options)
         torch.manual_seed(seed)
         stopped = logo.generate(PROMPTS[0], stop_at_newline=True, **options)
-        assert first_line(stopped.text) == first_line(full.text).rstrip()
+        assert answer_in(stopped.text) == answer_in(full.text).rstrip()
         assert stopped.token_ids == full.token_ids[: len(stopped.token_ids)]
         torch.manual_seed(seed)
         assert "".join(logo.stream(PROMPTS[0], stop_at_newline=True, **options)) == stopped.text

@@ -16,7 +16,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import norm, permutation_test
 
 import equal_runs
-from logo.evaluation.metrics import bleu, em, em_multi, extra, first_line, metric_kind, rouge, summary_line
+from logo.evaluation.metrics import answer_in, bleu, em, em_multi, extra, metric_kind, rouge, summary_line
 from logo.evaluation.statistics import FEWEST, MCNEMAR, RANDOMISED, SWAPS, Values, holm, interval, of_mean, paired
 
 WORDS = ["the", "cat", "cats", "sat", "running", "on", "a", "mat", ".", "Mat", "é"]
@@ -32,7 +32,7 @@ def test_the_first_line_is_what_str_splitlines_takes_for_one() -> None:
         "one\u2028two": "one",
         "one\ttwo": "one\ttwo",
     }.items():
-        assert first_line(text) == line
+        assert answer_in(text) == line
 
 
 @given(st.text(), st.lists(st.text(), max_size=4))

@@ -82,10 +82,10 @@ def test_inspect_tells_what_would_be_refused(tmp_path: Path, capsys: pytest.Capt
     write_drawer(tmp_path / "pool", ("nan", "kasa"))
     write_peft(tmp_path / "pool" / "whole", tiny.model("llama"), modules_to_save=["lm_head"])
     found = output(capsys, "inspect", tmp_path / "pool", code=1)
-    assert [one["name"] for one in found["adapters"]] == ["good"]
-    reasons = {one["name"]: one["reason"] for one in found["refused"]}
-    assert list(reasons) == ["kasa", "nan", "whole"] and "it holds full weights" in reasons["whole"]
+    assert [(one["name"], len(one["copies"])) for one in found["adapters"]] == [("good", 0), ("whole", 1)]
+    assert [one["name"] for one in found["refused"]] == ["kasa", "nan"]
     assert run(["pool", "inspect", str(tmp_path / "pool")]) == 1
+    assert "copies of base weights whole: refused if" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     assert run(["pool", "inspect", str(tmp_path / "empty")]) == 1
     assert "0 adapters usable" in capsys.readouterr().out
@@ -114,13 +114,13 @@ def test_examples_of_requests_naming_adapters(pool: Path, tmp_path: Path, capsys
     write_examples(pool / "dead", ["its own"])
 
     def logged(name: str, prompt: str, **more: Any) -> dict[str, Any]:
-        return {"adapters": [name], "weights": [1.0], "scores": {}, "prompt": prompt, **more}
+        return {"adapters": [name], "weights": [1.0], "named": True, "prompt": prompt, "cut": False, **more}
 
     entries = [logged("a", f"prompt {n}") for n in range(9)]
-    entries += [logged("a", "scored", scores={"a": 3.0}), logged("a", "long", cut=True), logged("a", "Both  of them")]
+    entries += [logged("a", "scored", named=False), logged("a", "long", cut=True), logged("a", "Both  of them")]
     entries += [logged("deep/b", text) for text in ("both of THEM", "one", "two")]
     entries += [logged(name, f"{name} {n}") for name in ("dead", "gone") for n in "123"]
-    entries.append({"adapters": ["a", "dead"], "weights": [0.5, 0.5], "scores": {}, "prompt": "two adapters"})
+    entries.append(logged("a", "two adapters", adapters=["a", "dead"], weights=[0.5, 0.5]))
     log = tmp_path / "day.log"
     lines = [json.dumps({"logger": "logo.access", "selections": [one]}) for one in entries]
     log.write_text("\n".join([*lines, "another program's line", '{"logger": "logo.access"}', ""]))

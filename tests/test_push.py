@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,15 +111,18 @@ def test_a_pool_goes_to_the_hub_and_comes_back(hub: HubServer, pool: Path, tmp_p
 
 @pytest.mark.slow
 def test_what_the_pool_no_longer_says_of_its_adapters_leaves_the_hub(hub: HubServer, pool: Path) -> None:
-    """And a card that somebody has written stays."""
-    (pool / "a[1]" / "pool.json").write_text('{"activation": "last:3"}')
+    """And a card that somebody has written stays, and so does what is said of adapters that are there alone."""
+    for name in ("a[1]", "alone"):
+        write(pool / name, base_model_name_or_path="org/base-1B")
+        (pool / name / "pool.json").write_text('{"activation": "last:3"}')
     (pool / "README.md").write_text("# Mine")
     assert push(hub, pool, "org/loras").returncode == 0
+    shutil.rmtree(pool / "alone")
     for file in [*pool.rglob("pool.json"), pool / "README.md"]:
         file.unlink()
-    assert push(hub, pool, "org/loras").returncode == 0
+    assert "deleted base-1B-loras-tasks/a[1]/pool.json\n" in push(hub, pool, "org/loras").stdout
     held = hub.files("org/loras")
-    assert not [name for name in held if name.endswith("pool.json")]
+    assert [name for name in held if name.endswith("pool.json")] == ["base-1B-loras-tasks/alone/pool.json"]
     assert held["base-1B-loras-tasks/README.md"] == b"# Mine"
 
 

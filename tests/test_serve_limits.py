@@ -17,7 +17,8 @@ import pytest
 
 from http_server import serving
 from local_server import LocalServer
-from logo import LoGo
+from logo import AdapterPool, LoGo
+from logo.cli.app import run
 from logo.demo import adapters_dir
 from logo.serve import app as app_module
 from logo.serve.app import AppSettings, create_app
@@ -191,12 +192,19 @@ def test_adapters_that_do_not_fit_into_memory_are_told_with_what_helps() -> None
     asked(Service(engine, Memory()), use)
 
 
-def test_prompts_are_logged_where_the_operator_wants_that() -> None:
-    options = ["--base-model", "demo", "--log", "prompts"]
-    with LocalServer(options) as running:
-        httpx.post(f"{running.url}/v1/completions", json={"model": "logo", "prompt": PROMPT}).raise_for_status()
-    [line] = [json.loads(one) for one in running.said.splitlines() if "/v1/completions" in one]
-    assert line["selections"][0]["prompt"] == PROMPT
+def test_prompts_are_logged_where_the_operator_wants_that(tmp_path: Path) -> None:
+    """And those of requests that name an adapter become its example prompts."""
+    pool = shutil.copytree(adapters_dir(), tmp_path / "pool")
+    (pool / "plural" / "examples.jsonl").unlink()
+    named = [f"One {word}, two of them: what is the word?" for word in ("box", "cat", "dog")]
+    with LocalServer(["--base-model", "demo", "--log", "prompts"]) as running:
+        for model, prompt in (("logo", PROMPT), *(("plural", prompt) for prompt in named)):
+            httpx.post(f"{running.url}/v1/completions", json={"model": model, "prompt": prompt}).raise_for_status()
+    lines = [json.loads(one) for one in running.said.splitlines() if "/v1/completions" in one]
+    assert [one["selections"][0]["prompt"] for one in lines] == [PROMPT, *named]
+    (tmp_path / "log").write_text(running.said)
+    assert run(["pool", "examples", str(pool), "--from-log", str(tmp_path / "log")]) == 0
+    assert AdapterPool.open(pool)["plural"].examples == tuple(named)
 
 
 def test_a_signal_lets_what_was_accepted_end_and_each_request_is_a_line_of_text(tmp_path: Path) -> None:

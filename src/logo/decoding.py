@@ -279,7 +279,8 @@ def reads_prompts(config: GenerationConfig) -> bool:
     """
     penalties = (config.repetition_penalty, config.encoder_repetition_penalty)
     counts = (config.no_repeat_ngram_size, config.encoder_no_repeat_ngram_size, config.min_length)
-    return any(value not in (None, 1.0) for value in penalties) or any(counts)
+    others = (config.forced_bos_token_id is not None, config.watermarking_config is not None)
+    return any(value not in (None, 1.0) for value in penalties) or any(counts) or any(others)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ prompts.read -> Prompt -> Scorer -> scores -> Selector -> Selection -> Mixer.act
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import time
@@ -38,7 +39,7 @@ from logo.decoding import (
     reads_prompts,
 )
 from logo.endings import cut_pieces
-from logo.errors import LoGoError, PoolError, UsageError, check_type, listed
+from logo.errors import LoGoError, PoolError, UsageError, check_choice, check_type, listed
 from logo.mixing.cache import AdapterCache, bytes_of
 from logo.mixing.mixer import Mixer, Mixture
 from logo.models import check_mode, context_length, devices, droppers, lock_of
@@ -114,6 +115,8 @@ class LoGo:
         self._droppers = droppers(model)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings or SelectionSettings()
         self.pool = CurrentPool(pool)
+        check_type("truncation", truncation or Truncation(), Truncation, "a logo.prompts.Truncation")
+        check_choice("on_bad_adapter", on_bad_adapter, OnBadAdapter)
         self.probe_context, self.merge = probe_context, merge
         check_context(probe_context, self.settings.signal)
         self._turns = lock_of(model)
@@ -128,7 +131,8 @@ class LoGo:
         self.adapter_cache = AdapterCache.of(model, self._layout, adapter_memory_gb)
         self._mixer = Mixer(model, self.adapter_cache, merge)
         self.prefix_cache = PrefixCache(model, prefix_cache_bytes) if reusable(model) else None
-        self._stateful = not reusable(model, longer=False)  # some of these models read the padding of a batch
+        # Recurrent models may read the padding of a batch, and its longest row turns the keys of all in others.
+        self._alike = not reusable(model)
         decoder = Decoder(model, self.prompts, self._mixer, self.prefix_cache)
         self._decode: Callable[[Batch, BaseStreamer | None], list[Generation]] = decoder
         self._pieces: Callable[[Batch], Generator[str]] = decoder.stream
@@ -394,7 +398,7 @@ class LoGo:
         probed, window = [row.ids if self._probes_all else row.probed for row in rows], scorer.signal.window
         scores = torch.empty(len(rows), len(scorer.selector.names))
         lengths = [len(row) if window == WHOLE else min(len(row), sum(window)) for row in probed]
-        for batch in batches_by_length(lengths, batch_size, tokens=MAX_TOKENS):
+        for batch in batches_by_length(lengths, batch_size, padded=not self._alike, tokens=MAX_TOKENS):
             with self._mixer.active(pool, [Mixture(dict.fromkeys(active, 1.0))]):
                 scores[batch] = scorer([probed[i] for i in batch], [among[i] for i in batch])
         return scores
@@ -571,7 +575,8 @@ class LoGo:
 
     def _batches(self, rows: Sequence[Prompt], batch_size: int, decoding: Decoding) -> Iterable[Sequence[int]]:
         """The indices of rows that are answered together."""
-        alike = self._stateful or reads_prompts(decoding.config)
+        counted = "position_ids" in inspect.signature(self.model.forward).parameters  # else padding counts as tokens
+        alike = self._alike or not counted or reads_prompts(decoding.config)
         return batches_by_length([len(row.ids) for row in rows], batch_size, padded=not alike)
 
     def _scored(

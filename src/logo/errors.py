@@ -13,6 +13,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from itertools import islice
 from os.path import commonprefix
+from typing import Any, get_args
 
 # Libraries that only some commands need -> the extra of pyproject.toml that installs them.
 EXTRAS: Mapping[str, str] = {
@@ -106,6 +107,12 @@ def check_type(name: str, value: object, kinds: type | tuple[type, ...], expecte
     """Raises UsageError unless a value is of these types, which `expected` says in words; a bool is never a number."""
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise UsageError(f"{name}: expected {expected}, found {' '.join(f'{value!r:.60}'.split())}")
+
+
+def check_choice(name: str, value: object, choice: Any) -> None:
+    """Raises UsageError unless a value is None, or one of those of a `Literal`."""
+    if value is not None and value not in get_args(choice):
+        raise UsageError(f"{name}: expected one of {', '.join(get_args(choice))}, found {value!r:.60}")
 
 
 def need(user: str, *modules: str, extra: str | None = None) -> None:

@@ -19,6 +19,7 @@ from logo.decoding import batches_by_length
 from logo.errors import ModelError, UsageError, check_type
 from logo.mixing.mixer import Mixer, Mixture
 from logo.models import input_device, padded
+from logo.prefix_cache import reusable
 from logo.prompts import Prompts, answer_ids, written_answer
 
 if TYPE_CHECKING:
@@ -156,7 +157,8 @@ def score_pairs(
         prompts.check_known(f"pair {number}", given)
     rows = continued_rows(pairs, mixtures, prompts.context, apart=pool.activations != (EVERYWHERE,))
     vocabulary, scored = len(prompts.tokenizer), dict[int, Scored]()
-    batches = list(batches_by_length([len(row.ids) for row in rows], batch_size, tokens=MAX_TOKENS))
+    lengths = [len(row.ids) for row in rows]
+    batches = list(batches_by_length(lengths, batch_size, padded=reusable(model), tokens=MAX_TOKENS))
     while batches:
         numbers = batches.pop(0)
         batch = [rows[i] for i in numbers]

@@ -114,11 +114,12 @@ class Adapter:
         """The digest by which engines, workers and replicas agree on it: example prompts count, the name does not."""
         return adapter_key(self.digest, examples_text(self.examples) if self.examples else None)
 
-    def fit(self, layout: BaseLayout, model: nn.Module | None = None) -> Adapter:
+    def fit(self, layout: BaseLayout, model: nn.Module | None = None, *, skeleton: bool = False) -> Adapter:
         """The same adapter with its modules under the base model's own paths.
 
         Raises AdapterError if a tensor matches no module of the base, or one of another shape (up to five are named),
-        or if a copy differs. Without the `model`, adapters with copies or an adapted embedding do not fit.
+        or if a copy differs; of a `skeleton`, which has no weights, only in its shape. Without the `model`, adapters
+        with copies or an adapted embedding do not fit.
         """
         fitted: dict[str, LoraModule] = {}
         problems: list[str] = []
@@ -149,7 +150,7 @@ class Adapter:
         if any(token >= known for token in self.activation.tokens):
             found = f"{list(self.activation.tokens)}; the base model knows {known} tokens"
             raise AdapterError(self.name, f"does not fit the base model: its invocation tokens are {found}")
-        if self.copies and model is not None and not any(parameter.is_meta for parameter in model.parameters()):
+        if self.copies and model is not None and (skeleton or not any(one.is_meta for one in model.parameters())):
             self._compare(model)
         else:
             self._check_no_copies()
@@ -168,7 +169,7 @@ class Adapter:
             elif copy.shape != bases[0].shape:
                 found = f"of shape {list(copy.shape)} instead of {list(bases[0].shape)}"
             # Compared in the dtype of the base model, in which the copy would replace the weight.
-            elif not copy.to(bases[0].device, bases[0].dtype).equal(bases[0].detach()):
+            elif not (bases[0].is_meta or copy.to(bases[0].device, bases[0].dtype).equal(bases[0].detach())):
                 found = "with other values"
             else:
                 continue

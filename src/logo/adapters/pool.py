@@ -19,6 +19,7 @@ from logo.adapters.adapter import Adapter, open_adapter, own_name
 from logo.adapters.layout import BaseLayout
 from logo.adapters.peft import CONFIG
 from logo.adapters.sources import (
+    ExamplesUse,
     OnBadAdapter,
     PoolOptions,
     Source,
@@ -29,7 +30,7 @@ from logo.adapters.sources import (
     pool_sources,
     spec_of,
 )
-from logo.errors import AdapterError, LeftOut, PoolError, closest, listed
+from logo.errors import AdapterError, LeftOut, PoolError, UsageError, check_choice, closest, listed
 from logo.hub import is_hub_spec
 from logo.identity import pool_digest
 
@@ -72,6 +73,7 @@ class AdapterPool:
             **options: see `PoolOptions`.
 
         Raises:
+            UsageError: an option that does not exist, or a value that it does not have.
             UsageError, StorageError, HubError: a source could not exist, cannot be read or cannot be downloaded.
             PoolError: there is no usable adapter, or one is bad and `on_bad_adapter` is `"error"`.
         """
@@ -81,8 +83,12 @@ class AdapterPool:
     def opened(cls, sources: Sequence[Source], options: PoolOptions) -> AdapterPool:
         """As `open`, for sources that were parsed."""
         given: dict[str, Any] = {**options}
+        if unknown := sorted(given.keys() - (known := PoolOptions.__optional_keys__)):
+            raise UsageError(f"unknown option of a pool {unknown[0]!r}{closest(unknown[0], known)}")
         bad: OnBadAdapter = given.pop("on_bad_adapter", "error")
         examples = given.pop("examples", "use")
+        check_choice("on_bad_adapter", bad, OnBadAdapter)
+        check_choice("examples", examples, ExamplesUse)
         adapters, refused, k = gather(sources, skip=bad == "skip", **given)
         if examples == "ignore":
             adapters = [replace(adapter, examples=()) for adapter in adapters]

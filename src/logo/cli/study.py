@@ -130,7 +130,8 @@ def listed(text: str) -> list[str]:
 
 def _show(report: Mapping[str, Any]) -> None:
     """A table for each protocol, what a selection costs, the confidence of each signal, and what is confused most."""
-    from logo.evaluation.study import ALWAYS, UNSURE
+    from logo.evaluation.study import ALWAYS
+    from logo.selection.selector import UNSURE
 
     for protocol, arms in report["protocols"].items():
         metrics = [name for name in COLUMNS if any(name in found for found in arms.values())]

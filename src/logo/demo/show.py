@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from logo.demo import heldout, showcase
-from logo.evaluation.metrics import em, first_line
+from logo.evaluation.metrics import answer_in, em
 
 if TYPE_CHECKING:
     from logo.core import Selection
@@ -98,4 +98,4 @@ def _generate(logo: LoGo, prompts: Sequence[str], mixtures: Sequence[Mapping[str
     generations = logo.generate(
         prompts, adapters=mixtures, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE, stop_at_newline=True
     )
-    return [first_line(generation.text) for generation in generations]
+    return [answer_in(generation.text) for generation in generations]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from logo.baselines.method import Method, Prepared, Task
 from logo.errors import HubError, LoGoError, StorageError, Unsure
-from logo.evaluation.metrics import METRICS, Value, first_line, measure, zero
+from logo.evaluation.metrics import METRICS, Value, answer_in, measure, zero
 from logo.identity import (
     config_digest,
     fingerprint,
@@ -121,18 +121,24 @@ class Answerer:
             self._prepared = dataset.name, learnt
         prepared = self._prepared[1]
         rows = dataset.rows[block.start : block.stop]
+        whole = dataset.whole and self.generation.get("stop_at_newline") != "official"
+        how = {
+            "max_new_tokens": self.max_new_tokens,
+            **self.generation,
+            **({"stop_at_newline": False} if whole else {}),
+        }
         began = time.perf_counter()
-        answers = self._answers(prepared, rows)
+        answers = self._answers(prepared, rows, how)
         seconds = (time.perf_counter() - began) / max(1, len(rows))
         pairs = zip(block, rows, answers, strict=True)
-        return [record(index, row, one, dataset.metric, seconds) for index, row, one in pairs], prepared.record
+        return [record(index, row, one, dataset.metric, seconds, whole) for index, row, one in pairs], prepared.record
 
-    def _answers(self, prepared: Prepared, rows: Sequence[Row]) -> list[Generation | LoGoError]:
+    def _answers(self, prepared: Prepared, rows: Sequence[Row], how: Mapping[str, Any]) -> list[Generation | LoGoError]:
         """An answer to each row, or why there is none: if rows are refused together, each is asked alone."""
         if not rows:
             return []
         prompts = [row.prompt for row in rows]
-        options = {"max_new_tokens": self.max_new_tokens, "batch_size": max(1, len(prompts)), **self.generation}
+        options = {"batch_size": len(prompts), **how}
         try:
             selections = None if prepared.select is None else prepared.select(prompts, len(prompts))
             return list((prepared.engine or self.logo).generate(prompts, adapters=selections, **options))
@@ -141,7 +147,7 @@ class Answerer:
         except LoGoError as error:
             if len(rows) == 1:
                 return [error.with_traceback(None)]
-        return [one for row in rows for one in self._answers(prepared, [row])]
+        return [one for row in rows for one in self._answers(prepared, [row], how)]
 
 
 def task_of(dataset: Dataset, among: Sequence[str] = ()) -> Task:
@@ -151,7 +157,9 @@ def task_of(dataset: Dataset, among: Sequence[str] = ()) -> Task:
     return Task(dataset.name, texts, lambda: dataset.train, targets, among)
 
 
-def record(index: int, row: Row, answer: Generation | LoGoError, metric: str, seconds: float) -> dict[str, Any]:
+def record(
+    index: int, row: Row, answer: Generation | LoGoError, metric: str, seconds: float, whole: bool = False
+) -> dict[str, Any]:
     """The line of `rows.jsonl` for a row: see `logo.evaluation.results`."""
     known: dict[str, Any] = {"index": index, "prompt": row.prompt, "completion": row.completion}
     known |= {"references": row.references, "target": row.adapter}
@@ -159,7 +167,7 @@ def record(index: int, row: Row, answer: Generation | LoGoError, metric: str, se
         said = {"prediction": "", "value": zero(metric), "error": " ".join(str(answer).split())}
         said |= {"confidence": answer.confidence} if isinstance(answer, Unsure) else {}
         return {**known, **said, "selected": [], "weights": [], "scores": {}, "seconds": {"inference": seconds}}
-    prediction, chosen = first_line(answer.text), answer.selection
+    prediction, chosen = answer_in(answer.text, whole), answer.selection
     value: Value = measure(metric, prediction, row.completion)
     return {
         **known,
@@ -242,7 +250,7 @@ class Opening:
         base_model, pool: of `LoGo.from_pretrained`, and its further `options`.
         method: selects instead of the engine; None: the engine selects.
         max_new_tokens, seed: as of `Answerer`.
-        stop_at_newline: end an answer after its first line, which is all of it that is judged.
+        stop_at_newline: end an answer after its first line, unless answers of the dataset are judged whole.
     """
 
     base_model: str

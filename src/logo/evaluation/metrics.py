@@ -102,13 +102,13 @@ def checked_kind(text: object, where: str) -> Kind:
     return kind
 
 
-def first_line(text: str) -> str:
-    """The answer in a decoded continuation: stripped, then its first line (`str.splitlines`), '' if there is none.
+def answer_in(text: str, whole: bool = False) -> str:
+    """The answer in a decoded continuation: stripped, and unless it is judged whole, its first line (`str.splitlines`).
 
     Blanks at the end of that line stay when more lines follow, as in the official code.
     """
     lines = text.strip().splitlines()
-    return lines[0] if lines else ""
+    return text.strip() if whole else lines[0] if lines else ""
 
 
 def em(prediction: str, completion: str | Sequence[str]) -> int:

@@ -32,7 +32,7 @@ import numpy as np
 from logo.baselines.method import Method, Prepared
 from logo.errors import DataError, UsageError, closest
 from logo.evaluation.answer import Answerer, Facts, dataset_identity, task_of
-from logo.evaluation.metrics import by_measure, first_line, measure, measures
+from logo.evaluation.metrics import answer_in, by_measure, measure, measures
 from logo.evaluation.results import ROWS, RUN, Partial, differences, is_done, read_run
 from logo.evaluation.run import warn_of_copies
 from logo.evaluation.statistics import DRAWS, FEWEST, auroc, calibration_error, over_tasks
@@ -172,9 +172,9 @@ class Measurer:
         scored = dict(zip(keys, self._logo.score(row.prompt, _gold(row), [dict(key) for key in keys]), strict=True))
         texts: dict[Any, str] = {}
         if self.contest.new_tokens is not None:
-            how: dict[str, Any] = {"max_new_tokens": self.contest.new_tokens, "stop_at_newline": True}
+            how: dict[str, Any] = {"max_new_tokens": self.contest.new_tokens, "stop_at_newline": not task.whole}
             made = self._logo.generate([row.prompt] * len(keys), adapters=[dict(key) for key in keys], **how)
-            texts = {key: first_line(one.text) for key, one in zip(keys, made, strict=True)}
+            texts = {key: answer_in(one.text, task.whole) for key, one in zip(keys, made, strict=True)}
         for arm in arms:
             key = tuple(zip(arm["selected"], arm["weights"], strict=True))
             arm |= {"exact_match": float(scored[key].exact_match), "nll": scored[key].nll}

@@ -7,13 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from os import PathLike
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from logo.adapters.activation import check_forced
 from logo.adapters.pool import AdapterPool
 from logo.adapters.sources import ExamplesUse
 from logo.core import Options, ProbeText, Weighting, WhenUnsure
-from logo.errors import UsageError, check_type, closest
+from logo.errors import UsageError, check_choice, check_type, closest
 from logo.selection.selector import PRIOR, UNSURE, known
 from logo.selection.signals import Signal, get_signal
 from logo.selection.texts import USUAL_WINDOW, WHOLE, Window
@@ -80,10 +80,10 @@ class SelectionSettings:
         check_type("prior", self.prior, Real, "a number")
         if not 0 < self.prior < 1:
             raise UsageError(f"prior: expected a probability between 0 and 1, found {self.prior}")
-        _check_choice("when_unsure", self.when_unsure, WhenUnsure)
-        _check_choice("examples", self.examples, ExamplesUse)
-        _check_choice("probe_text", self.probe_text, ProbeText)
-        _check_choice("unscorable", self.unscorable, Unscorable)
+        check_choice("when_unsure", self.when_unsure, WhenUnsure)
+        check_choice("examples", self.examples, ExamplesUse)
+        check_choice("probe_text", self.probe_text, ProbeText)
+        check_choice("unscorable", self.unscorable, Unscorable)
         if self.cache is not None:
             check_type("cache", self.cache, (str, PathLike), "a folder")
         window: Any = tuple(self.window) if isinstance(self.window, list) else self.window  # as JSON has it
@@ -170,8 +170,7 @@ class SelectionSettings:
 
 def check_context(context: ProbeContext, signal: str) -> None:
     """UsageError for a context that does not exist, or that the signal cannot be read in."""
-    if context not in get_args(ProbeContext):
-        raise UsageError(f"probe_context: expected one of {', '.join(get_args(ProbeContext))}, found {context!r}")
+    check_choice("probe_context", context, ProbeContext)
     if context != "base" and get_signal(signal).scale != "raw":
         why = f"the signal {signal!r} compares with neutral text that the base model read alone"
         raise UsageError(f"probe_context {context!r}: {why}; use 'base'")
@@ -184,12 +183,7 @@ def _check_positive(name: str, k: Any) -> None:
             raise UsageError(f"number of selected adapters ({name}): expected 1 or more, found {k}")
 
 
-def _check_choice(name: str, value: Any, choice: Any) -> None:
-    if value is not None and value not in get_args(choice):
-        raise UsageError(f"{name}: expected one of {', '.join(get_args(choice))}, found {value!r}")
-
-
 def _check_weighting(weighting: Any, signal: str, raw: bool) -> None:
-    _check_choice("weighting", weighting, Weighting)
+    check_choice("weighting", weighting, Weighting)
     if weighting == "adaptive" and raw:
         raise UsageError(f"weighting 'adaptive': the signal {signal!r} has no scale of its own; use 'linear'")

@@ -246,6 +246,7 @@ class _Api:
             text = self._tokenizer.decode(prompt.probed[:_LOGGED], skip_special_tokens=True)
             noted |= {"prompt": text, "cut": len(prompt.probed) > _LOGGED}
         if isinstance(found, Chosen):
+            noted["named"] = bool(mixture) and not found.selection.scores
             noted |= {"probe_ms": round(found.probe_ms, 1), "queue_ms": round(found.queue_ms, 1)}
             if found.probe_ms:
                 self.metrics.probe.observe(found.probe_ms / 1e3)

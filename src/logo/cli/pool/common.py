@@ -34,7 +34,7 @@ def fitting(base_model: str) -> Callable[[Adapter], object]:
     """A check that raises AdapterError for an adapter that does not fit the base model, whose weights are not read."""
     model = skeleton(load_config(base_model, model_dir=MODEL_DIR))
     layout = BaseLayout.of(model)
-    return lambda adapter: adapter.fit(layout, model)
+    return lambda adapter: adapter.fit(layout, model, skeleton=True)
 
 
 def tell_refused(refused: Iterable[AdapterError]) -> None:

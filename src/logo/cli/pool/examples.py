@@ -166,9 +166,8 @@ def _of_line(said: Any) -> list[tuple[str, str]]:
 
 
 def _of_selection(said: Any) -> list[tuple[str, str]]:
-    """The prompt of a logged selection whose adapter was named, so that it has the weight 1 and no scores."""
+    """The prompt of a logged selection whose one adapter was named, with the weight 1."""
     match said:
-        case {"prompt": str(prompt), "adapters": [str(name)], "weights": [1], "scores": {**scores}}:
-            if not scores and not said.get("cut") and prompt.strip():
-                return [(prompt, name)]
+        case {"prompt": str(prompt), "cut": False, "adapters": [str(name)], "weights": [1], "named": True}:
+            return [(prompt, name)] if prompt.strip() else []
     return []

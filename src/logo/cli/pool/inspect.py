@@ -59,6 +59,9 @@ def inspect(
             screen(natural_width(table)).print(table)
         for activation, names in _acting(good).items():
             out.print(Text.assemble(("activation ", "yellow"), f"{activation}: {listed(names, 8)}"))
+        if copies := [one_line(adapter.name) for adapter in good if adapter.copies]:
+            said = f"copies of base weights {listed(copies, 8)}: refused if they are not the base model's, or in vLLM"
+            out.print(said, markup=False)
         for error in refused:
             out.print(refusal(error))
         total = decimal(sum(adapter.size for adapter in good))
@@ -90,6 +93,7 @@ def _report(
                 "parameters": adapter.parameters,
                 "bytes": adapter.size,
                 "activation": str(adapter.activation),
+                "copies": list(adapter.copies),
                 "base_model": adapter.config.base_model,
                 "sha256": adapter.sha256,
                 **vars(sizes[adapter.name]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from statistics import fmean
 from typing import Any
@@ -98,12 +98,15 @@ def contents_of(
     return {"/".join(filter(None, (folder, file))): files[file] for file in sorted(files)}
 
 
-def push(repo: str, contents: Mapping[str, Path | bytes], *, message: str, private: bool = False) -> str:
-    """Creates the repository if there is none, uploads what has changed, and returns the address.
+def push(
+    repo: str, contents: Mapping[str, Path | bytes], *, message: str, private: bool = False
+) -> tuple[str, list[str]]:
+    """Creates the repository if there is none, uploads what has changed, and returns the address and what was deleted.
 
-    Every `pool.json` below the folder that the pool does not have is deleted; adapters that are there stay. The card
-    is also uploaded to the top of the repository, where the Hub shows it, unless there is one. A `private` repository
-    is made so, or has to be. Raises HubError if the Hub refuses or cannot be reached.
+    A `pool.json` that the pool does not have is deleted beside its adapters and in the folders above them: it says
+    where they act. Other adapters stay as they are. The card is also uploaded to the top of the repository, where the
+    Hub shows it, unless there is one. A `private` repository is made so, or has to be. Raises HubError if the Hub
+    refuses or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -120,8 +123,8 @@ def push(repo: str, contents: Mapping[str, Path | bytes], *, message: str, priva
             with open(api.hf_hub_download(repo, card), encoding="utf-8") as file:
                 if _MADE not in file.read():
                     del sent[card]
-        stale = [path for path in there if PurePosixPath(path).name == NOTES and path not in sent]
-        stale = [path for path in stale if PurePosixPath(path).is_relative_to(folder)]  # they say where adapters act
+        above = {str(home / NOTES) for path in contents for home in PurePosixPath(path).parents}
+        stale = [one for one in there if one in above - sent.keys() and PurePosixPath(one).is_relative_to(folder)]
         # Not `upload_folder`, which lists the folder itself and does not follow links.
         operations = [CommitOperationAdd(path, content) for path, content in sent.items()]
         api.create_commit(repo, [*operations, *map(CommitOperationDelete, stale)], commit_message=message)
@@ -129,7 +132,7 @@ def push(repo: str, contents: Mapping[str, Path | bytes], *, message: str, priva
         raise
     except Exception as error:  # the boundary: httpx, xet and the file system each raise their own kinds
         raise hub_error(repo, error) from error
-    return f"{api.endpoint}/{repo}" + (f"/tree/main/{folder}" if folder else "")
+    return f"{api.endpoint}/{repo}" + (f"/tree/main/{folder}" if folder else ""), stale
 
 
 def _card(adapters: Sequence[Adapter], root: Path, repo: str, folder: str, bases: Sequence[str]) -> str:
@@ -182,7 +185,7 @@ def size_of(adapter: Adapter) -> Size:
     import torch
 
     energy, ranks = list[float](), list[float]()
-    for one in adapter.read().values():
+    for one in replace(adapter, copies={}).read().values():
         left = torch.linalg.qr(one.B.double(), mode="r").R  # (p, r)
         right = torch.linalg.qr(one.A.double().T, mode="r").R  # (q, r)
         squares = torch.linalg.svdvals(one.scaling * left @ right.T) ** 2  # (min(p, q),)

@@ -48,12 +48,15 @@ def push(
     contents = contents_of(folder, list(pool), repo, path_in_repo)
     targets = {path: len(one) if isinstance(one, bytes) else one.stat().st_size for path, one in contents.items()}
     message = f"{len(contents)} files of the pool {own_name(folder)}"
-    address = None if dry_run else send(repo, contents, private=private, message=message)
+    address, deleted = (None, []) if dry_run else send(repo, contents, private=private, message=message)
     if json:
         files = [{"path": path, "bytes": count} for path, count in targets.items()]
-        print_json({"repo": repo, "url": address, "files": files, "refused": refusals(pool.refused)})
+        told = {"repo": repo, "url": address, "files": files, "deleted": deleted}
+        print_json({**told, "refused": refusals(pool.refused)})
         return
     for path, count in targets.items() if dry_run else ():
         out.print(f"{path}  {decimal(count)}", markup=False)
+    for path in deleted:
+        out.print(f"deleted {path}", markup=False)
     total = f"{len(pool)} adapters, {len(targets)} files, {decimal(sum(targets.values()))}"
     out.print(f"{repo}: {total}, nothing sent" if address is None else f"{address}: {total}", markup=False)
