@@ -210,13 +210,22 @@ def test_points_that_every_text_reaches_alike_do_not_count(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["default", "longrope", "dynamic"])
-def test_keys_whose_angles_depend_on_the_length_are_not_kept(kind: str) -> None:
+def test_keys_whose_angles_depend_on_the_length_are_not_kept(kind: str, tmp_path: Path) -> None:
+    """And the longest row of a batch does not turn those of the others."""
     parts: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0}
     if kind != "default":
         parts |= {"factor": 4.0, "original_max_position_embeddings": 32}
     parts |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if kind == "longrope" else {}
     model = tiny.model("llama", rope_parameters=parts)
     assert reusable(model) == (kind == "default")
+    logo, prompts = engine(model, pool_of(tmp_path, model), signal="norm"), tiny.prompts([12, 60, 20, 50])
+    same = partial(pytest.approx, rel=1e-3)
+    for ask in (
+        lambda rows: [one.token_ids for one in logo.generate(rows, adapters={}, max_new_tokens=8)],
+        lambda rows: [same(one.nll) for one in logo.score_pairs([(row, [5, 6]) for row in rows], [{}] * len(rows))],
+        lambda rows: [same(one.scores) for one in logo.select(rows)],
+    ):
+        assert ask(prompts) == [one for prompt in prompts for one in ask([prompt])]
 
 
 @pytest.mark.parametrize("kind", ["last:4", "last:70", "invocation", "mixed"])

@@ -199,6 +199,21 @@ def test_stop_at_newline_keeps_the_answer(llama: nn.Module, adapters: Path) -> N
         assert "".join(logo.stream(PROMPTS[0], stop_at_newline=True, **options)) == stopped.text
 
 
+def test_answers_are_judged_whole_where_gold_texts_have_several_lines(llama: nn.Module, adapters: Path) -> None:
+    from logo.evaluation.answer import Answerer
+    from logo.evaluation.datasets import Dataset
+    from logo.rows import Row
+
+    logo, new = engine(llama, adapters), {"max_new_tokens": 3}
+    only: dict[str, Any] = {"suppress_tokens": [i for i in range(len(WORDS)) if WORDS[i] != "a\n"]}
+    text = logo.generate(PROMPTS[0], **only, **new).text.strip()
+    assert len(text.splitlines()) == 3
+    for how, gold, said in ((True, text, text), (True, "a", "a"), ("official", text, "a")):
+        answerer = Answerer(logo, "M", **new, generation={"stop_at_newline": how, **only})
+        [line], _ = answerer.answer(Dataset("d", Path(), (Row(PROMPTS[0], gold),)), range(1))
+        assert (line["prediction"], line["value"]) == (said, int(gold == said))
+
+
 def test_a_call_ends_on_the_pool_on_which_it_began(llama: nn.Module, adapters: Path, tmp_path: Path) -> None:
     """Otherwise an adapter is selected by its scores, and another one of its name answers."""
     for seed, folder in enumerate(("one", "other")):

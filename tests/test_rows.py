@@ -224,8 +224,10 @@ def test_folders_without_rows(tmp_path: Path) -> None:
 def test_a_flat_folder(tmp_path: Path) -> None:
     """Named as adapters are, by their paths."""
     for name in ("b", "a", "deep/c", ".hidden/d"):
-        flat(tmp_path / f"{name}.jsonl", "1", "2")
-    found = [(one.name, one.rows, one.train_file) for one in find_datasets(tmp_path, limit=1)]
+        flat(tmp_path / f"{name}.jsonl", "1", "2\n3")
+    (tmp_path / "capital.CSV").touch()
+    with pytest.warns(UserWarning, match=r": capital\.CSV not read: here rows are in files NAME\.jsonl"):
+        found = [(one.name, one.rows, one.train_file) for one in find_datasets(tmp_path, limit=1)]
     assert found == [(name, (Row("q0", "1"),), None) for name in ("a", "b", "deep/c")]
     assert [one.name for one in find_datasets(tmp_path, "b,*c")] == ["b", "deep/c"]
     with pytest.raises(DataError, match=r"dataset 'd': not in .*; there are a, b, deep/c"):

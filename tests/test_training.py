@@ -122,8 +122,8 @@ def test_names(tmp_path: Path) -> None:
     assert task_files(tmp_path, "deep/*,a") == {"a": tmp_path / "a.csv", "deep/b": tmp_path / "deep" / "b.jsonl"}
     with pytest.raises(UsageError, match=r"task 'x\.yy': not found \(did you mean 'x\.y'\?\)"):
         task_files(tmp_path, "x.yy")
-    (tmp_path / "plural.json").write_text("[]")
-    with pytest.warns(UserWarning, match=r": plural\.json not read: rows are in files TASK\.jsonl or TASK\.csv"):
+    (tmp_path / "plural.CSV").touch()
+    with pytest.warns(UserWarning, match=r": plural\.CSV not read: rows are in files TASK\.jsonl or TASK\.csv"):
         task_files(tmp_path)
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     for where, message in [

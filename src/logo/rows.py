@@ -23,6 +23,7 @@ from logo.prompts import checked_turns, plain
 if TYPE_CHECKING:
     from logo.prompts import Conversation
 
+_LIKELY = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _SHOWN = 60  # characters of a wrong value that a message shows
 _EXPECTED = '{"context": text, "completion": text or list of texts}'
 _CHAT = 'a prompt in "messages", and its gold answer as the last message, of the assistant, or as "completion"'
@@ -74,6 +75,12 @@ def row_files(root: Path) -> list[Path]:
     shown = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
     others = {path.parent for path in shown if path.name in ("run.json", "adapter_config.json")}
     return [path for path in shown if path.parent not in others]
+
+
+def unread(root: Path, read: Collection[Path]) -> list[str]:
+    """The files below a folder that probably hold rows, too, though neither they nor their folders are `read`."""
+    likely = (path for path in row_files(root) if path.suffix.lower() in _LIKELY)
+    return [path.relative_to(root).as_posix() for path in likely if not {path, path.parent} & {*read}]
 
 
 def text_lines(file: Path) -> list[str]:

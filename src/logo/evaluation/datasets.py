@@ -19,7 +19,7 @@ from pathlib import Path
 from logo.errors import DataError, StorageError, UsageError, closest, listed
 from logo.evaluation.metrics import OFFICIAL_KINDS, Kind, checked_kind, metric_kind
 from logo.identity import file_sha256
-from logo.rows import Row, read_rows, requested, row_files
+from logo.rows import Row, read_rows, requested, row_files, unread
 
 OFFICIAL: tuple[str, ...] = (
     "bbh.boolean_expressions", "bbh.causal_judgement", "bbh.formal_fallacies", "bbh.navigate", "bbh.object_counting",
@@ -128,13 +128,12 @@ def find_datasets(
     names = requested(request, files, unknown)
     if official_layout and (missing := _missing(request, files)):
         warnings.warn(f"not in {root}, left out: {', '.join(missing)}", UserWarning, stacklevel=2)
-    if official_layout and not request:
-        read = {file.parent for file in files.values()} | ({Path(train_rows)} if train_rows is not None else set())
-        others = (path for path in row_files(root) if path.suffix == ".jsonl" and path.parent not in read)
-        unread = [path.relative_to(root).as_posix() for path in others]
-        if unread:
-            where = "here rows are in files main/sub/test.jsonl, without a dot in main"
-            warnings.warn(f"{root}: {listed(unread)} not read: {where}", UserWarning, stacklevel=2)
+    if not request:
+        read = {path.parent if official_layout else path for path in files.values()}
+        read |= set() if train_rows is None else {Path(train_rows)}
+        where = "main/sub/test.jsonl, without a dot in main" if official_layout else "NAME.jsonl"
+        if left := unread(root, read):
+            warnings.warn(f"{root}: {listed(left)} not read: here rows are in files {where}", UserWarning, stacklevel=2)
     found = []
     for name in names:
         file = files[name]

@@ -20,7 +20,7 @@ from logo.adapters.activation import Activation, last_occurrence
 from logo.errors import DataError, LoGoError, StorageError, UsageError, closest, listed
 from logo.identity import fingerprint
 from logo.prompts import answer_ids, asked_text, chat, conversation_text, cut_left, text_ids, written_answer
-from logo.rows import Row, malformed, read_rows, requested, row_files, row_of
+from logo.rows import Row, malformed, read_rows, requested, row_files, row_of, unread
 from logo.scoring import joined
 from logo.training.config import ASSISTANT, TrainingConfig
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".jsonl", ".csv")
-_UNREAD = (".json", ".parquet", ".tsv")  # probably rows, too: it is said that they are not read
 
 
 @dataclass(frozen=True)
@@ -118,11 +117,9 @@ def task_files(folder: Path, only: str = "") -> dict[str, Path]:
     if not files:
         found = listed(list(map(str, parts))) or "none"
         raise DataError(f"tasks folder {str(folder)!r}: expected files TASK.jsonl or TASK.csv, found {found}")
-    unread = [str(part) for part in parts if part.suffix in _UNREAD]
-    if unread and not only:
-        warnings.warn(
-            f"{folder}: {listed(unread)} not read: rows are in files TASK.jsonl or TASK.csv", UserWarning, stacklevel=2
-        )
+    if not only and (left := unread(folder, files.values())):
+        where = "rows are in files TASK.jsonl or TASK.csv"
+        warnings.warn(f"{folder}: {listed(left)} not read: {where}", UserWarning, stacklevel=2)
     wanted = requested(only, files, lambda name: UsageError(f"task {name!r}: not found{closest(name, files)}"))
     return {name: file for name, file in files.items() if name in wanted}
 
