@@ -151,6 +151,7 @@ def test_replicas_on_other_machines_get_what_this_process_was_given(monkeypatch:
         ("--served-model-name logo", "another name"),
         ("--signal nosuch", "nosuch"),
         ("--served-model-name antonym", "adapter 'antonym': the base model has the same name"),
+        ("LOGO_POOL=mine", "LOGO_POOL is set, and logo serve sets it anew"),
         ("VLLM_USE_RUST_FRONTEND=true", "VLLM_USE_RUST_FRONTEND is set: vLLM's Rust frontend does not load"),
         ("VLLM_LORA_ENABLE_DUAL_STREAM=true", "VLLM_LORA_ENABLE_DUAL_STREAM is set: it hides layers"),
     ],

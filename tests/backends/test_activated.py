@@ -155,11 +155,13 @@ def test_the_server_answers_what_the_local_engine_does(
     shutil.copytree(ASSETS / "adapters", tmp_path / "pool")
     for config in (tmp_path / "pool").glob("*/adapter_config.json"):
         edit_config(config.parent, alora_invocation_tokens=invoking)
+    write_adapter(tmp_path / "pool" / "late", load_base("demo", device="cpu")[0], EVERY, rank=2, seed=7, scale=0.06)
+    (tmp_path / "pool" / "late" / "pool.json").write_text('{"activation": "last:3"}')
     base, chosen = str(tmp_path / "base"), {"k": 4}
     local = LoGo.from_pretrained(base, tmp_path / "pool", device="cpu", **chosen)
     server = serve(
         *("--model", base),
-        *("--max-loras", "16", "--max-lora-rank", "8", "--max-model-len", "512", "--block-size", str(BLOCK)),
+        *("--max-loras", "17", "--max-lora-rank", "8", "--max-model-len", "512", "--block-size", str(BLOCK)),
         "--enable-prompt-tokens-details",
         env=environment(tmp_path / "pool", **chosen),
     )
@@ -180,6 +182,9 @@ def test_the_server_answers_what_the_local_engine_does(
             found["choices"][0]["text"].rstrip()
             == local.generate(prompt, adapters={name: 1.0}, max_new_tokens=6).text.rstrip()
         )
+        status, found = server.ask("/v1/completions", {**asked, "model": "late", "use_beam_search": True, "n": 1})
+        late = local.generate(prompt, adapters={"late": 1.0}, max_new_tokens=6)
+        assert found["choices"][0]["text"].rstrip() == late.text.rstrip()
     for chat in (CHAT, CHAT[1:]):
         [want], [ids] = local.generate([chat], max_new_tokens=6), ids_of(local, [chat])
         asked = {"model": "logo", "messages": chat, "max_tokens": 6, "temperature": 0}

@@ -4,6 +4,8 @@ answers stay those of the local engine."""
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from vllm_server import ASSETS
 
 from logo import LoGo
+from logo.models import load_base
 from tolerances import same_selection
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
@@ -25,15 +28,24 @@ SMALL |= {"long_prefill_token_threshold": STEP, "max_num_batched_tokens": 4 * ST
 
 
 @pytest.fixture(scope="module")
-def local() -> LoGo:
-    return LoGo.from_pretrained("demo", device="cpu", k=4, activation=f"last:{LAST}")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The bundled model with the tokens of blank and line break exchanged, so that answers begin with the latter."""
+    folder = shutil.copytree(ASSETS / "model", tmp_path_factory.mktemp("base") / "model")
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(re.sub('"([ĠĊ])"(?=:)', lambda m: '"Ċ"' if m[1] == "Ġ" else '"Ġ"', text))
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
-def small(local: LoGo) -> Iterator[Any]:
+def local(base: str) -> LoGo:
+    return LoGo.from_pretrained(base, ASSETS / "adapters", device="cpu", k=4, activation=f"last:{LAST}")
+
+
+@pytest.fixture(scope="module")
+def small(base: str) -> Iterator[Any]:
     """An engine inside vLLM with little room for keys and values."""
-    options = {"enforce_eager": True, **SMALL}
-    made: Any = LoGo.from_pretrained("demo", engine="vllm", k=4, activation=f"last:{LAST}", model_kwargs=options)
+    how: dict[str, Any] = {"engine": "vllm", "model_kwargs": {"enforce_eager": True, **SMALL}}
+    made: Any = LoGo.from_pretrained(base, ASSETS / "adapters", k=4, activation=f"last:{LAST}", **how)
     yield made
     made.close()
 
@@ -100,6 +112,20 @@ def test_what_the_probe_has_read_is_found_or_read_again(small: Any, local: LoGo,
     # All are probed before the first is answered, and there is no room for what so many probes have read.
     same_answers(small.generate(prompts, max_new_tokens=6), expected)
     assert len(cached) == 2 * len(prompts) and min(cached[-6:]) == 0
+
+
+def test_what_goes_on_behind_a_line_break_keeps_its_place_and_has_other_noise(
+    small: Any, local: LoGo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seeds = small.engine.run, list[int]()
+    monkeypatch.setattr(small.engine, "run", lambda rows: [seeds.append(row[1].seed) for row in rows] and run(rows))
+    lands, whole = ("France", "Italy", "Peru"), load_base("demo", device="cpu")[1]
+    prompts = [whole(f"What is the capital of {land}?")["input_ids"] for land in lands]
+    options: dict[str, Any] = {"adapters": {"capital": 1.0}, "max_new_tokens": 12, "stop_at_newline": True}
+    expected = local.generate(prompts, **options)
+    assert all(one.text.startswith("\n") and one.text.strip() for one in expected)
+    same_answers(small.generate(prompts, **options, do_sample=True, top_k=1), expected)
+    assert len(seeds) == len({*seeds}) > len(prompts)
 
 
 def test_answers_that_are_put_back_go_on_as_they_began(small: Any, local: LoGo, put_back: list[int]) -> None:

@@ -79,8 +79,7 @@ def verbatim(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Prints a value to stdout as one JSON document."""
-    json.dump(value, sys.stdout, ensure_ascii=False, indent=2)
-    sys.stdout.write("\n")
+    verbatim(json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def selection_table(selection: Selection, others: int = 0) -> Table:

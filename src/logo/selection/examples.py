@@ -46,6 +46,7 @@ GAIN, REPLACED, _SLOPE = 12.0, 0.65, 0.23
 _USUAL, _USUAL_WEIGHT = 0.23, 4
 # Examples whose mean similarity to each other is below the first are worded in several ways, and make so many clusters.
 _ONE_WORDING, WORDINGS = 0.5, 4
+_CONSTANT = 1e-5  # descriptions that vary by less than this share do not vary
 # Hidden vectors of examples that are held at once, in bytes, and texts that are read together.
 _HELD_BYTES = 2**29
 _TOGETHER = 1024
@@ -195,11 +196,16 @@ def examples_of(
     if not store.get(own):
         store.put(own, read(reading.texts))
     ordinary = store.get(own)
-    # Points that read the same vectors are one place, whether the runner gives them one tensor or not.
+    # Points that read the same vectors are one place, whether the runner gives them one tensor or not. What never
+    # changes, as the embedding of an invocation, is none: its deviation from the mean is rounding.
     numbers = list[int]()
     for at in sorted(map(int, ordinary)):
-        if not any(ordinary[str(at)].equal(ordinary[str(other)]) for other in numbers):
+        place = ordinary[str(at)]
+        varies = (place - place.mean(dim=0)).norm() > _CONSTANT * place.norm()
+        if varies and not any(place.equal(ordinary[str(other)]) for other in numbers):
             numbers.append(at)
+    if not numbers:
+        return None
     spaces = {str(at): [Whitening.of(ordinary[str(at)][:, kind]) for kind in (0, 1)] for at in numbers}
     every = {name(rows): rows for rows in examples if rows}
     tokens = _HELD_BYTES // (4 * sum(place.shape[-1] for place in ordinary.values()))

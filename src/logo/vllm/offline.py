@@ -239,8 +239,7 @@ class VllmLoGo(LoGo):
         return [range(len(rows))]
 
     def _pieces(self, batch: Batch) -> Generator[str]:
-        [answer] = self._decode(batch, None)
-        yield answer.text
+        yield self._decode(batch, None)[0].text
 
     def _decode(self, batch: Batch, streamer: BaseStreamer | None) -> list[Generation]:
         started, decoding = time.perf_counter(), batch.decoding
@@ -249,10 +248,11 @@ class VllmLoGo(LoGo):
         seeds = [int(torch.randint(2**31, ())) if decoding.config.do_sample else None for _ in batch.rows]
         tokens: list[list[int]] = [[] for _ in batch.rows]
         left, mixes = list(range(len(tokens))), [self.engine.mix(self.engine.served, one) for one in batch.selections]
-        while left:  # a row whose text only looked like an end goes on
-            asked = [parameters(decoding, len(tokens[i]), seeds[i]) for i in left]
+        while left:  # a row whose text only looked like an end goes on behind its prompt, with other noise
+            asked = [parameters(decoding, len(tokens[i]), (s := seeds[i]) and s + len(tokens[i])) for i in left]
             rows = [[*batch.rows[i], *tokens[i]] for i in left]
-            for i, output in zip(left, self._run(rows, asked, [mixes[i] for i in left]), strict=True):
+            placed = [replace(mixes[i], prompt=len(batch.rows[i])) if tokens[i] else mixes[i] for i in left]
+            for i, output in zip(left, self._run(rows, asked, placed), strict=True):
                 [made] = output.outputs
                 for token, place in zip(made.token_ids, made.logprobs, strict=True):
                     if not math.isfinite(place[token].logprob):
@@ -261,9 +261,8 @@ class VllmLoGo(LoGo):
             left = [i for i in left if len(tokens[i]) < decoding.config.max_new_tokens]
             left = [i for i in left if cut_after_end(tokens[i], ends, rules)[1] == "length"]
         if streamer is not None:
-            streamer.put(torch.tensor([batch.rows[0]]))
-            for token in tokens[0]:
-                streamer.put(torch.tensor([token]))
+            for ids in ([batch.rows[0]], *([token] for token in tokens[0])):
+                streamer.put(torch.tensor(ids))
             streamer.end()
         seconds = (time.perf_counter() - started) / len(tokens)
         continued: Any = [(one, "gated" if mix.parts else "none") for one, mix in zip(tokens, mixes, strict=True)]

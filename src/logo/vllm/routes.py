@@ -132,7 +132,7 @@ class Mixing:
     """vLLM's engine client for one request, whose prompts have these mixtures."""
 
     def __init__(self, client: Any, engine: Engine, mixes: Sequence[Mix]) -> None:
-        self._client, self._engine, self._mixes = client, engine, mixes
+        self._client, self._engine, self._mixes, self._lengths = client, engine, mixes, dict[int, int]()
 
     async def generate(
         self, prompt: Any, params: Any, request_id: str, *args: Any, **kwargs: Any
@@ -140,7 +140,10 @@ class Mixing:
         """As the client's, after the adapters of the prompt's mixture have slots. vLLM numbers the prompts of a request
         at the end of their ids."""
         number = int(request_id.rpartition("-")[2]) if len(self._mixes) > 1 else 0
-        async with self._engine.held([self._mixes[number]]) as [lora]:
+        mix, length = self._mixes[number], len(prompt["prompt_token_ids"])
+        if (first := self._lengths.setdefault(number, length)) < length:  # a beam, which goes on behind its prompt
+            mix = replace(mix, prompt=first)
+        async with self._engine.held([mix]) as [lora]:
             kwargs["lora_request"] = lora
             unsure = lora is not None
             # vLLM has to hear that a client has left before others get its slots, where it would go on to compute.
