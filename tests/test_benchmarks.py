@@ -1,6 +1,6 @@
 """What stands beside the package. The scripts in `benchmarks/`: each part measures what its name says; the measured
-numbers are not tested. The check of vLLM's versions, on sources that are made up: it finds what is there, and misses
-what is not. And how the bundled demo world is made: what its rows promise, its tokenizer, and the assets that ship."""
+numbers are not tested. And how the bundled demo world is made: what its rows promise, its tokenizer, and the assets
+that ship."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ import json
 import random
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import cost
-import vllm_versions as versions
 from cost import RATIOS, Plan
 from demo_world import tasks
 from demo_world.build import write_model
@@ -28,13 +24,10 @@ from demo_world.tokenizer import build_tokenizer
 from demo_world.train_adapters import CONFIG, train_adapters, write_shipped, write_training_rows
 from logo import AdapterPool, LoGo, SelectionSettings, demo
 from logo.models import load_base
-from logo.rows import read_rows
-from logo.training.rows import task_files
 from parts import Lengths, exactly
 from peft_arm import PeftArm
 from synthetic import Sizes, base_model, prompts, write_adapters
 from tolerances import same_weights
-from vllm_needs import Attributes, Call, Flags, Function
 
 pytestmark = pytest.mark.slow
 
@@ -82,63 +75,6 @@ def test_peft_does_the_same_method(tmp_path: Path) -> None:
     assert arm.answer_batch(asked, config) == [list(answer.token_ids) for answer in ours]
 
 
-# -- versions of vLLM --------------------------------------------------------------------------------------------------
-
-BASE = """
-from dataclasses import dataclass
-
-class Upper:
-    def inherited(self, a, *, b=1): ...
-
-@dataclass
-class Data:
-    first: int
-    second: str = ""
-"""
-MODULE = """
-from vllm.base import Upper as Renamed, helper
-from .base import Data
-
-if True:
-    class Manager(Renamed):
-        field: int
-        def __init__(self, model, config=None):
-            self.assigned = helper(1, max_batches=2, device=config)
-        async def answer(self, method, timeout=None, args=()): ...
-
-def free(x, /, y): ...
-"""
-FILES = {"vllm/base.py": BASE, "vllm/part/__init__.py": "", "vllm/module.py": MODULE}
-HERE = versions.Sources(FILES.get)
-
-
-def test_what_is_there_and_what_is_not() -> None:
-    module, methods = "vllm.module", partial(Function, "vllm.module", "Manager")
-    needs: list[tuple[versions.Need, str | None]] = [
-        (methods("__init__", ("self", "model")), None),
-        (methods("__init__", ("self", "config")), "takes (self, model, config)"),
-        (methods("nothing"), "does not exist"),
-        (methods("answer", ("self", "args"), False), None),
-        (methods("answer", ("self", "kwargs"), False), "takes (self, method"),
-        (methods("inherited", ("b",), False), None),
-        (Function("vllm.nowhere", "Manager", "__init__"), "no module vllm.nowhere"),
-        (Function(module, "", "free", ("x", "y")), None),
-        (Function(module, "", "helper"), None),
-        (Function(module, "Data", "__init__", ("self", "first", "second")), None),
-        (Function(module, "Data", "__init__", ("self", "second")), "does not exist"),
-        (Attributes((module,), "Manager", ("field", "gone", "lost")), "no gone, lost"),
-        (Attributes(("vllm.nowhere", module), "Manager", ("field", "assigned", "inherited")), None),
-        (Attributes(("vllm.nowhere",), "Manager", ("field",)), "no class Manager"),
-        (Flags(("vllm.base",), "Data", ("first", "third")), "no third"),
-        (Call(module, "helper", 1, ("max_batches", "device")), None),
-        (Call(module, "helper", 2, ("max_batches",)), "is not called with"),
-        (Call(module, "helper", 1, ("max_batches", "scale")), "is not called with"),
-    ]
-    for need, missing in needs:
-        found = HERE.missing(need)
-        assert found is None if missing is None else found is not None and found.startswith(missing), need
-
-
 # -- the demo world ----------------------------------------------------------------------------------------------------
 
 _TOKENIZER = build_tokenizer()
@@ -168,27 +104,6 @@ def test_held_out_inputs_never_meet_their_instruction_in_training(task: Task) ->
         assert row.asked != task.name or payload_of(row) not in held
         # Where a rule answers, its held-out inputs are in no training at all.
         assert task.closed or not tasks.is_held_out(task, payload_of(tasks.foreign_row(task, rng)))
-
-
-@settings(max_examples=150, deadline=None)
-@given(text=st.text(max_size=60))
-def test_tokenizer_decodes_back(text: str) -> None:
-    ids = _TOKENIZER(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    assert _TOKENIZER.decode(ids) == text
-    assert _TOKENIZER(text)["input_ids"][0] == _TOKENIZER.bos_token_id
-
-
-def test_the_training_rows_are_what_logo_train_reads(tmp_path: Path) -> None:
-    """And depend on the seed alone."""
-    for folder, seed in (("first", 0), ("again", 0), ("other", 1)):
-        write_training_rows(tmp_path / folder, seed, count=20)
-    held = {name: {row["context"] for row in rows} for name, rows in demo.heldout().items()}
-    found = task_files(tmp_path / "first")
-    assert set(found) == {task.name for task in TASKS}
-    for name, file in found.items():
-        first, again, other = (read_rows(tmp_path / one / file.name) for one in ("first", "again", "other"))
-        assert first == again != other
-        assert len(first) == 20 and held[name].isdisjoint(row.context for row in first)
 
 
 def test_a_tiny_world_is_pretrained_and_its_adapters_ship_as_half_floats(tmp_path: Path) -> None:
