@@ -20,7 +20,6 @@ from logo.cli.prompts import or_demo
 from logo.cli.serve_options import ServerOptions
 from logo.errors import UsageError, need
 from logo.models import load_config, loading, resolve_base, skeleton
-from logo.vllm.options import OPTIONS, POOL
 
 if TYPE_CHECKING:
     from logo.adapters.pool import AdapterPool
@@ -91,6 +90,8 @@ def _refuse(options: EngineOptions, server: ServerOptions, given: Sequence[str])
         raise UsageError("--port 0 is not for --engine vllm, which does not report the port that it chose: give a port")
     if len(server.api_keys) > 1:
         raise UsageError(f"--engine vllm takes one --api-key, found {len(server.api_keys)}: give one")
+    from logo.vllm.options import OPTIONS, POOL
+
     for name in filter(os.environ.get, (POOL, OPTIONS)):
         raise UsageError(f"{name} is set, and logo serve sets it anew: unset it, or start `vllm serve` yourself")
     flags = {flag.split("=")[0].replace("_", "-") for flag in given if flag.startswith("-")}
