@@ -253,6 +253,8 @@ def test_what_is_no_folder_is_a_storage_error(tmp_path: Path, monkeypatch: pytes
         text = refused(lambda where=where: AdapterPool.open(where), StorageError)
         assert text.startswith(f"no adapters in {tmp_path / where}: {why}") and "expected folders" in text
     assert "found another file" in refused(lambda: AdapterPool.open(tmp_path / "f"), UsageError)
+    for options, said in (({"example": "use"}, "did you mean 'examples'?"), ({"examples": "no"}, "one of use, ignore")):
+        assert said in refused(lambda options=options: AdapterPool.open(".", **options), UsageError)
     (tmp_path / "sub").mkdir()
     text = refused(lambda: AdapterPool.open(tmp_path / "sub", on_bad_adapter="skip"))
     assert text.startswith(f"no adapters in {tmp_path / 'sub'}: expected folders that hold {CONFIG} and {SAFETENSORS}")
