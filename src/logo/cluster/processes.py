@@ -100,6 +100,7 @@ def connected(layout: Layout) -> Iterator[dict[str, Any]]:
     local = layout.address == LOCAL
     if local:  # all of it listens on the loopback interface alone, as by default on other systems than Linux
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # they do this command's own work; by default others go first
     need("work in several processes", "ray")
     ray: Any = importlib.import_module("ray")
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
