@@ -117,8 +117,7 @@ def test_a_tiny_world_is_pretrained_and_its_adapters_ship_as_half_floats(tmp_pat
     assert set(losses) == {task.name for task in TASKS} and all(loss > 0 for loss in losses.values())
     write_shipped(tmp_path / "pool", tmp_path / "adapters")
     folder, made = tmp_path / "adapters" / "plural", tmp_path / "pool" / "plural"
-    names = {"adapter_config.json", "adapter_model.safetensors", "examples.jsonl"}
-    assert {path.name for path in folder.iterdir()} == names
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".jsonl", ".safetensors"]
     shipped, rows = (
         [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         for file in (folder / "examples.jsonl", tmp_path / "rows" / "plural.jsonl")
@@ -160,6 +159,5 @@ def test_the_model_is_small_and_has_this_tokenizer() -> None:
     text = "Write the plural of 'box'."
     assert tokenizer(text)["input_ids"] == _TOKENIZER(text)["input_ids"]
     assert tokenizer(text)["input_ids"][0] == tokenizer.bos_token_id and len(tokenizer) < 800
-    pieces = _TOKENIZER.tokenize("What is the opposite of hot?")  # words of requests are whole, and inputs are spelled
-    assert pieces == ["What", "Ġis", "Ġthe", "Ġopposite", "Ġof", "Ġ", "h", "o", "t", "?"]
+    assert _TOKENIZER.tokenize("the hot") == ["the", "Ġ", "h", "o", "t"]  # words of requests are whole
     assert tokenizer.pad_token_id is not None and tokenizer.eos_token_id is not None

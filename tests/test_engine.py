@@ -208,8 +208,8 @@ def test_answers_are_judged_whole_where_gold_texts_have_several_lines(llama: nn.
     only: dict[str, Any] = {"suppress_tokens": [i for i in range(len(WORDS)) if WORDS[i] != "a\n"]}
     text = logo.generate(PROMPTS[0], **only, **new).text.strip()
     assert len(text.splitlines()) == 3
-    for how, gold, said in ((True, text, text), (True, "a", "a"), ("official", text, "a")):
-        answerer = Answerer(logo, "M", **new, generation={"stop_at_newline": how, **only})
+    for lines, gold, said in ((False, text, text), (False, "a", "a"), (True, text, "a")):
+        answerer = Answerer(logo, "M", **new, generation={"stop_at_newline": not lines, **only}, first_lines=lines)
         [line], _ = answerer.answer(Dataset("d", Path(), (Row(PROMPTS[0], gold),)), range(1))
         assert (line["prediction"], line["value"]) == (said, int(gold == said))
 

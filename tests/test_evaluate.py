@@ -438,7 +438,8 @@ def test_ctrl_c_keeps_the_earlier_result(
     assert said == "Finished rows are kept: repeat the command without --overwrite to continue."
     assert last == "logo: error: interrupted"
     assert (tmp_path / "s" / "run.json").read_bytes() == before
-    report, whole = studied(tmp_path / "s", tasks, *ASKED), read_run(finished)["report"]
+    names = ",".join(sorted((path.stem for path in tasks.glob("*.jsonl")), reverse=True))  # in another order
+    report, whole = studied(tmp_path / "s", tasks, *ASKED, "--tasks", names), read_run(finished)["report"]
     assert (tmp_path / "s" / "run.json").read_bytes() != before
     seconds = [set(one.pop("milliseconds")) for one in (report, whole)]
     assert seconds == [{"calibrated", "norm", "random", *ALWAYS}] * 2

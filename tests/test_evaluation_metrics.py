@@ -92,7 +92,7 @@ def test_the_metric_of_a_dataset_is_that_of_the_first_part_of_its_name() -> None
     named = {
         "em": "bbh.navigate ai2_arc.ARC-Easy anli.r1 glue.qnli mine.colours gemlike.x",
         "em_multi": "nq.natural-questions tqa.rc",
-        "bleu": "wmt14.fr-en wmt16.en-ro code_x_glue.code_to_text_python",
+        "bleu": "wmt14.fr-en wmt16/en-ro code_x_glue.code_to_text_python",
         "rouge": "gem.dart",
     }
     for kind, datasets in named.items():

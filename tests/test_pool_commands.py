@@ -126,7 +126,8 @@ def test_examples_of_requests_naming_adapters(pool: Path, tmp_path: Path, capsys
     log.write_text("\n".join([*lines, "another program's line", '{"logger": "logo.access"}', ""]))
     assert output(capsys, "examples", pool, "--from-log", log) == {"a": 8, "dead": 1, "deep/b": 0}
     assert AdapterPool.open(pool)["a"].examples == tuple(f"prompt {n}" for n in range(8))
-    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "row {n}", "adapter": "deep/b"}}\n' for n in range(3)))
+    named = [f'{{"prompt": "row {n}", "adapter": "deep/b"}}\n' for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(["\ufeff", *named]))
     assert run(["pool", "examples", str(pool), "--from-log", str(tmp_path / "rows.jsonl")]) == 0
     assert "   3 deep/b (new)" in capsys.readouterr().out
     assert run(["pool", "examples", str(pool), "a", "--from-log", str(log)]) == 2
@@ -397,7 +398,8 @@ def trained_from(folder: Path, **settings: Any) -> torch.Tensor:
 )
 def test_as_peft_converts(tmp_path: Path, init: str, settings: dict[str, Any]) -> None:
     answer = trained_from(tmp_path, init_lora_weights=init, **settings)
-    assert convert(tmp_path) == 0
+    (tmp_path / "trained" / "pool.json").write_text(json.dumps(LAST))
+    assert convert(tmp_path) == 0 and json.loads((tmp_path / "out" / "pool.json").read_text()) == LAST
     same_tensor(logits(load_peft(tmp_path / "out"), IDS), answer)  # on the untouched base
     if (tmp_path / "plain").exists():
         theirs, ours = (load_file(tmp_path / name / SAFETENSORS) for name in ("plain", "out"))

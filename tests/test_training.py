@@ -412,6 +412,7 @@ def test_targets_that_cannot_be_trained() -> None:
     model = tiny.model("llama")
     for targets, message in {
         "q_prj": "targets q_prj: .*q_prj",
+        "q_proj,v_prj": "no module of the base model is called v_prj; leave it out",
         "lm_head": "lm_head is the output head, which cannot be trained here; leave it out",
         "embed_tokens": "embed_tokens is not a linear module",
     }.items():

@@ -63,6 +63,12 @@ class Row:
         texts = (self.completion,) if isinstance(self.completion, str) else self.completion
         return tuple(dict.fromkeys((*texts, *self.references)))
 
+    @property
+    def whole(self) -> bool:
+        """Whether a gold text that counts as right has several lines, so that an answer is not only its first line."""
+        texts = (self.completion,) if isinstance(self.completion, str) else self.completion
+        return any(len(text.strip().splitlines()) > 1 for text in texts)
+
     def as_dict(self) -> dict[str, object]:
         """The row as an object of a data file, without empty fields."""
         names = ("context", "completion", "references", "adapter", "messages")

@@ -69,6 +69,7 @@ class Answerer:
         max_new_tokens: of an answer.
         seed: of sampling.
         generation: further options of `LoGo.generate`.
+        first_lines: judge the first line of every answer, as the official code does, whatever the gold texts are.
     """
 
     logo: LoGo
@@ -77,6 +78,7 @@ class Answerer:
     max_new_tokens: int = 256
     seed: int = 0
     generation: Mapping[str, Any] = field(default_factory=dict)
+    first_lines: bool = False
     _prepared: tuple[str, Prepared] | None = None  # for the dataset of this name
 
     @cached_property
@@ -121,17 +123,14 @@ class Answerer:
             self._prepared = dataset.name, learnt
         prepared = self._prepared[1]
         rows = dataset.rows[block.start : block.stop]
-        whole = dataset.whole and self.generation.get("stop_at_newline") != "official"
-        how = {
-            "max_new_tokens": self.max_new_tokens,
-            **self.generation,
-            **({"stop_at_newline": False} if whole else {}),
-        }
+        whole = [row.whole and not self.first_lines for row in rows]
+        how = {"max_new_tokens": self.max_new_tokens, **self.generation}
+        how |= {"stop_at_newline": False} if any(whole) else {}
         began = time.perf_counter()
         answers = self._answers(prepared, rows, how)
         seconds = (time.perf_counter() - began) / max(1, len(rows))
-        pairs = zip(block, rows, answers, strict=True)
-        return [record(index, row, one, dataset.metric, seconds, whole) for index, row, one in pairs], prepared.record
+        done = zip(block, rows, answers, whole, strict=True)
+        return [record(i, row, one, dataset.metric, seconds, every) for i, row, one, every in done], prepared.record
 
     def _answers(self, prepared: Prepared, rows: Sequence[Row], how: Mapping[str, Any]) -> list[Generation | LoGoError]:
         """An answer to each row, or why there is none: if rows are refused together, each is asked alone."""
@@ -250,7 +249,7 @@ class Opening:
         base_model, pool: of `LoGo.from_pretrained`, and its further `options`.
         method: selects instead of the engine; None: the engine selects.
         max_new_tokens, seed: as of `Answerer`.
-        stop_at_newline: end an answer after its first line, unless answers of the dataset are judged whole.
+        stop_at_newline: end an answer after its first line, unless gold texts have several.
     """
 
     base_model: str
@@ -267,7 +266,7 @@ class Opening:
 
         logo = LoGo.from_pretrained(self.base_model, self.pool, **self.options)
         generation: dict[str, Any] = {"stop_at_newline": self.stop_at_newline}
-        if self.options.get("preset") == "official":
+        if official := self.options.get("preset") == "official":
             generation = {"stop_at_newline": "official" if self.stop_at_newline else False}
             generation["generation_config"] = logo.model.generation_config
-        return Answerer(logo, self.base_model, self.method, self.max_new_tokens, self.seed, generation)
+        return Answerer(logo, self.base_model, self.method, self.max_new_tokens, self.seed, generation, official)

@@ -52,11 +52,6 @@ class Dataset:
     train_file: Path | None = None
 
     @cached_property
-    def whole(self) -> bool:
-        """Whether a gold text has several lines, so that answers are judged whole, not by their first line."""
-        return any(len(gold.strip().splitlines()) > 1 for row in self.rows for gold in row.golds)
-
-    @cached_property
     def train(self) -> tuple[Row, ...]:
         """The training rows, for methods that learn from them. They are read once, so that a run records those that it
         has used, even if the file changes meanwhile.

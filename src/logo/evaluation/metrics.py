@@ -78,10 +78,10 @@ LABELS = {
 
 
 def metric_kind(dataset: str) -> Kind:
-    """The metric of a dataset without a declared one, by the part of its name before the first dot; exact match for
-    unknown names.
+    """The metric of a dataset without a declared one, by the part of its name before the first dot or slash; exact
+    match for unknown names.
     """
-    return _BY_NAME.get(dataset.partition(".")[0], "em")
+    return _BY_NAME.get(re.split(r"[./]", dataset, maxsplit=1)[0], "em")
 
 
 def checked_kind(text: object, where: str) -> Kind:

@@ -172,9 +172,9 @@ class Measurer:
         scored = dict(zip(keys, self._logo.score(row.prompt, _gold(row), [dict(key) for key in keys]), strict=True))
         texts: dict[Any, str] = {}
         if self.contest.new_tokens is not None:
-            how: dict[str, Any] = {"max_new_tokens": self.contest.new_tokens, "stop_at_newline": not task.whole}
+            how: dict[str, Any] = {"max_new_tokens": self.contest.new_tokens, "stop_at_newline": not row.whole}
             made = self._logo.generate([row.prompt] * len(keys), adapters=[dict(key) for key in keys], **how)
-            texts = {key: answer_in(one.text, task.whole) for key, one in zip(keys, made, strict=True)}
+            texts = {key: answer_in(one.text, row.whole) for key, one in zip(keys, made, strict=True)}
         for arm in arms:
             key = tuple(zip(arm["selected"], arm["weights"], strict=True))
             arm |= {"exact_match": float(scored[key].exact_match), "nll": scored[key].nll}
@@ -233,7 +233,8 @@ def study(
     begun = {**identity, "environment": dict(facts.environment)}
     stands = None if overwrite else functools.partial(is_done, folder, identity, begun, files=(RUN, ROWS))
     # The first rows of all tasks come first, so that an unfinished study is a smaller study of all tasks.
-    order = sorted(((task, row) for task in asked for row in range(len(task.rows))), key=lambda one: one[1])
+    rows = ((task, row) for task in asked for row in range(len(task.rows)))
+    order = sorted(rows, key=lambda one: (one[1], one[0].name))  # whatever order they are asked for in
     began = datetime.now(timezone.utc)
     with closing(Partial(folder, begun, fresh=overwrite or facts.order is not None, stands=stands)) as partial:
         if partial.done:

@@ -90,16 +90,20 @@ class TrainingConfig:
             return 0
         return min(MOST_HELD_OUT, max(1, round(self.held_out * rows)))
 
+    @property
+    def names(self) -> list[str]:
+        """The names of modules in `targets`, or `all-linear` alone."""
+        return self.targets.replace(",", " ").split()
+
     def lora(self, model: nn.Module) -> LoraConfig:
         """PEFT's configuration of an adapter of this base model."""
         from peft import LoraConfig
 
-        names = self.targets.replace(",", " ").split()
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # PEFT takes fractions, too
             use_rslora=self.rslora,
-            target_modules=ALL_LINEAR if names == [ALL_LINEAR] else names,
+            target_modules=ALL_LINEAR if self.names == [ALL_LINEAR] else self.names,
             # GPT-2's Conv1D stores its weight transposed.
             fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
             task_type="CAUSAL_LM",

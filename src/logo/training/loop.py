@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from logo.adapters.layout import linear_shape
 from logo.errors import ModelError, NotFinite, UsageError
 from logo.models import device_of, load_base, pick_device
-from logo.training.config import TrainingConfig
+from logo.training.config import ALL_LINEAR, TrainingConfig
 from logo.training.rows import Example, Task
 
 PASS_TOKENS = 2048  # tokens of a forward pass, padding included; a single row is never cut
@@ -169,7 +169,10 @@ def fit(base: Base, task: Task, config: TrainingConfig, tell: Callable[[int, flo
 
 
 def _check_targets(base: Base, layers: Mapping[str, Any], config: TrainingConfig) -> None:
-    """Raises UsageError for layers that cannot be trained here, or mixed afterwards."""
+    """Raises UsageError for layers that cannot be trained here, or mixed afterwards, and names that match none."""
+    for asked in () if config.names == [ALL_LINEAR] else config.names:
+        if not any(f".{name}".endswith(f".{asked}") for name in layers):
+            raise UsageError(f"targets {config.targets}: no module of the base model is called {asked}; leave it out")
     for name, layer in layers.items():
         if layer is base.head or linear_shape(layer.get_base_layer()) is None:
             what = "the output head" if layer is base.head else "not a linear module"

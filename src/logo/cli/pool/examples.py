@@ -145,7 +145,7 @@ def _named_prompts(file: Path) -> list[tuple[str, str]]:
     """The prompts in a file whose requests named one adapter, and that adapter."""
     found: list[tuple[str, str]] = []
     try:
-        with file.open(encoding="utf-8", errors="replace") as lines:
+        with file.open(encoding="utf-8-sig", errors="replace") as lines:
             for line in lines:
                 try:
                     found += _of_line(loads(line)) if line.strip() else ()

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from logo.adapters.adapter import LoraWeights, open_adapter
 from logo.adapters.layout import core_path
-from logo.adapters.peft import changed_base, read_raw
-from logo.adapters.write import linear_weights, plain_tensors, save_adapter
+from logo.adapters.peft import NOTES, changed_base, read_raw
+from logo.adapters.write import activation_note, linear_weights, plain_tensors, save_adapter
 from logo.errors import AdapterError
 from logo.files import new_folder
 
@@ -50,5 +50,8 @@ def convert_initial(trained: Path, initial: Path, out: Path, *, allow_pickle: bo
     for key, pattern, factor in (("r", "rank_pattern", 2), ("lora_alpha", "alpha_pattern", grown)):
         config[key] = factor * config.get(key, 8)
         config[pattern] = {module: factor * value for module, value in (config.get(pattern) or {}).items()}
+    note = activation_note(out, adapter.activation)
     with new_folder(out) as part:
         save_adapter(part, plain_tensors(both), config | {"init_lora_weights": True})
+        if note is not None:
+            (part / NOTES).write_text(note, encoding="utf-8")

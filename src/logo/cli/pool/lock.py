@@ -36,7 +36,7 @@ def lock(
         sources: One or several sources, as `--adapters` takes them, or all repositories `org/prefix*` of an owner.
         save: The manifest to write, `.yaml`.
         base_model: Take only adapters that fit this base model (its configuration is enough).
-        overwrite: Replace an existing manifest, but keep its k and example prompts where the source gives none.
+        overwrite: Replace an existing manifest, but keep its k, where the source gives none, and its example prompts.
         on_bad_adapter: If an adapter cannot be used: refuse the pool, or skip the adapter.
         json: Print JSON instead.
     """
