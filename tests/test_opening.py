@@ -323,7 +323,7 @@ def test_a_mixture_that_overflows_is_an_error(overflowing: LoGo, options: dict[s
 # ---- base models by name --------------------------------------------------------------------------------------------
 
 
-def test_names_of_base_models(tmp_path: Path) -> None:
+def test_names_of_base_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_base("Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
     assert resolve_base("someone/model") == "someone/model"
     assert resolve_base(str(F1 / "model")) == str(F1 / "model")
@@ -331,7 +331,8 @@ def test_names_of_base_models(tmp_path: Path) -> None:
     local.mkdir()
     assert resolve_base("Llama-3.1-8B", tmp_path) == "meta-llama/Llama-3.1-8B"  # an empty folder is no model
     (local / "config.json").write_text("{}")
-    assert resolve_base("Llama-3.1-8B", tmp_path) == str(local)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_base("Llama-3.1-8B", tmp_path) == str(local) and resolve_base("Llama-3.1-8B") == "Llama-3.1-8B"
     with pytest.raises(ModelError, match=r"did you mean 'Llama-3.1-8B'\?"):
         resolve_base("llama-3.1-8B")
     with pytest.raises(ModelError, match=r"has no config\.json"):

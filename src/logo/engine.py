@@ -315,7 +315,7 @@ class LoGo:
             UsageError: a prompt or an option that cannot be used, or an answer that alone would fill the context.
             PoolError: a candidate that is not in the pool, or adapters that the call's signal cannot score.
         """
-        given, alone = several(prompts)
+        given, alone = several(prompts, self.tokenizer)
         check_batch_size(batch_size)
         with self._call() as pool:
             call = self.settings.options(pool, options)
@@ -439,7 +439,7 @@ class LoGo:
             PoolError: as `select`; a forced adapter that is not in the pool, or not among the candidates.
         """
         with ended_by_errors(streamer), self._call() as pool:
-            given, alone = several(prompts)
+            given, alone = several(prompts, self.tokenizer)
             check_batch_size(batch_size)
             call, decoding = self._checked(pool, adapters, options)
             rows = self.prompts.read(given, decoding.config.max_new_tokens)

@@ -41,10 +41,10 @@ def resolve_base(name: str, model_dir: str | Path | None = None) -> str:
         return str(DEMO_FOLDER / "model")
     if model_dir is not None and (Path(model_dir) / name / "config.json").is_file():
         return str(Path(model_dir) / name)
-    if name in OFFICIAL_MODELS:
-        return OFFICIAL_MODELS[name]
-    if is_hub_id(name) or (Path(name) / "config.json").is_file():
+    if (Path(name) / "config.json").is_file():
         return name
+    if name in OFFICIAL_MODELS or is_hub_id(name):
+        return OFFICIAL_MODELS.get(name, name)
     if Path(name).is_dir():
         raise ModelError(f"base model {name}: the folder has no config.json; expected a Hugging Face model folder")
     known = (*OFFICIAL_MODELS, DEMO)

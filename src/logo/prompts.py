@@ -168,8 +168,9 @@ class Prompts:
             return chat(self.tokenizer, [asked]).ids  # some templates refuse system messages
 
 
-def several(prompts: Any) -> tuple[list[Any], bool]:
-    """A list of prompts, and whether a single prompt was given; UsageError for anything else, and an empty list."""
+def several(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Any], bool]:
+    """A list of prompts, and whether a single prompt was given; UsageError for anything else, an empty list, and a
+    tensor of prompts with padding, which would be read as a part of them."""
     if isinstance(prompts, (str, Prompt)):
         return [prompts], True
     listed = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # tensors and arrays
@@ -177,6 +178,10 @@ def several(prompts: Any) -> tuple[list[Any], bool]:
         raise UsageError(f"prompt: expected {_EXPECTED}, or a list of these, found {type(prompts).__name__}")
     if not listed:
         raise UsageError("prompt: expected one prompt or more, found an empty list")
+    if listed is not prompts and isinstance(listed[0], list):
+        pad, begun = tokenizer.pad_token_id, 1 + (tokenizer.pad_token_id == tokenizer.bos_token_id)
+        if any([pad] == row[-1:] or [pad] * begun == row[:begun] for row in listed):
+            raise UsageError(f"prompt: expected token ids without padding, found id {pad} at an end; give lists")
     single = isinstance(listed[0], (numbers.Integral, Mapping))
     return ([listed], True) if single else (list(listed), False)
 

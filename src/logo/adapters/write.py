@@ -64,7 +64,9 @@ def write_mixture(
     activations = {adapter.activation for adapter, _ in parts}
     if len(activations) > 1:
         different = ", ".join(sorted(map(str, activations)))
-        raise UsageError(f"the mixture's adapters act on different tokens ({different}): force one (--activation)")
+        raise UsageError(
+            f"the mixture's adapters act on different tokens ({different}): force one (Python: activation='everywhere')"
+        )
     [activation] = activations
     stacked: dict[str, LoraWeights] = {}
     for adapter, weight in parts:

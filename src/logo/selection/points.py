@@ -162,10 +162,12 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings, signa
     if lacking and (settings.unscorable == "error" or len(lacking) == len(pool)):
         few = f"the probed module {', '.join(sorted(modules))}"
         where = few if len(modules) <= 4 else f"any of {len(modules)} probed modules"
+        way = "prompts are read up to the middle layers:"
+        if reading.layers == "last":
+            way = "use the signal 'calibrated', which reads the modules that adapters touch, or"
         raise PoolError(
             f"{len(lacking)} of {len(pool)} adapters do not touch {where} and cannot be scored: {listed(lacking, 5)}; "
-            "use the signal 'calibrated', which reads the modules that adapters touch, or leave them out "
-            "(--unscorable skip)"
+            f"{way} leave them out (Python: unscorable='skip')"
         )
     width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     for point in points:

@@ -130,7 +130,10 @@ class SelectionSettings:
         candidates: frozenset[str] | None = None
         if among is not None:
             check_type("candidates", among, (str, Collection), "names of adapters")
-            candidates = frozenset(known(name, pool) for name in ((among,) if isinstance(among, str) else among))
+            asked = [among] if isinstance(among, str) else list(among)
+            for one in asked:
+                check_type("candidates", one, str, "names of adapters, the same for all prompts")
+            candidates = frozenset(known(one, pool) for one in asked)
             if not candidates:
                 raise UsageError("candidates: expected one adapter or more, found none; `adapters={}` uses none")
         if k is not None:
