@@ -196,6 +196,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("skip_special_tokens", "add_generation_prompt"), (True,)),
     **dict.fromkeys(("audio", "web_search_options", "reasoning_effort", "top_logprobs", "prompt_logprobs"), ()),
     **dict.fromkeys(("allowed_token_ids", "truncate_prompt_tokens", "structured_outputs", "lora_request"), ()),
+    **dict.fromkeys(("prompt_embeds", "thinking_token_budget", "repetition_detection", "vllm_xargs"), ()),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "chat_template"), ()),
     "logit_bias": ({}, []),
     "modalities": (["text"],),

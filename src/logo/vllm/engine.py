@@ -107,8 +107,6 @@ class Engine:
         self._waiting: dict[str, asyncio.Future[Any]] = {}  # by key of a probe
         self._taking: asyncio.Task[None] | None = None
 
-    # -- opening and changing --------------------------------------------------------------------------------------
-
     async def open(self, signals: Sequence[str] | None = None) -> None:
         """Calibrates the pool in all workers, for these signals (None: all that the options name and that can score
         it); afterwards prompts can be selected for."""
@@ -182,7 +180,7 @@ class Engine:
         answers = await self._call(name, *args)
         for answer in answers:
             if "error" in answer:
-                raise getattr(errors, answer.get("kind", ""), WorkerError)(str(answer["error"]))
+                raise getattr(errors, answer.get("kind", ""), WorkerError)(*answer.get("args", [answer["error"]]))
         return [answer["value"] for answer in answers]
 
     # -- selecting -----------------------------------------------------------------------------------------------
@@ -253,8 +251,6 @@ class Engine:
                 if not future.done():  # the client may have left
                     # The first failure that any worker reports, else the scores of the first worker.
                     future.set_result(next((one[key] for one in told if isinstance(one[key], str)), told[0][key]))
-
-    # -- mixing --------------------------------------------------------------------------------------------------
 
     def mix(self, served: Served, selection: Selection, prompt: int | None = None) -> Mix:
         """The mixture of a selection, with the adapters of the pool that it was made from; `prompt`: the number of

@@ -38,7 +38,7 @@ from logo.selection.settings import SelectionSettings
 from logo.selection.signals import SIGNALS
 from logo.vllm.engine import Engine
 from logo.vllm.launch import EXTENSION
-from logo.vllm.options import NO_USAGE, POOL, VllmOptions, affecting_answers
+from logo.vllm.options import NO_USAGE, OPTIONS, POOL, VllmOptions, affecting_answers
 from logo.vllm.patches import version
 from logo.vllm.pool import head_adapter, rank_of, slots_of, targets_of
 from logo.vllm.requests import Mix
@@ -83,6 +83,8 @@ def open_engine(
             raise UsageError(f"{name}: the engine 'vllm' has no such option; give those of vllm.LLM in model_kwargs")
         if value != "base":
             raise UsageError("inside vLLM prompts are probed by the base model alone: leave out probe_context")
+    if os.environ.get(OPTIONS):
+        raise UsageError(f"{OPTIONS} is set, which is for `vllm serve`: unset it, and give the options here")
     need("engine 'vllm'", "vllm")
     from vllm import LLM
     from vllm.platforms import current_platform

@@ -69,7 +69,7 @@ class Routes:
 
     def attach_router(self, app: FastAPI) -> None:
         """Replaces vLLM's routes, if the server has a pool."""
-        options = VllmOptions.of(None, os.environ)
+        options = VllmOptions.of(app.state.args.additional_config, os.environ)
         app.state.logo = None
         app.exception_handler(ApiError)(_refusal)
         app.exception_handler(LoGoError)(_refusal)
@@ -297,6 +297,9 @@ async def _completion(request: CompletionRequest, raw_request: Request) -> Respo
     if several and len(given) > 1 and request.use_beam_search:
         raise bad_request("use_beam_search: expected one prompt, found several", "use_beam_search")
     _check_scored(logo, request.prompt_logprobs, request.logprobs if request.echo else None)
+    texts, bos = given if several else [given], _tokenizer(raw_request).bos_token
+    if bos and all(isinstance(text, str) and text.startswith(bos) for text in texts):
+        request.add_special_tokens = False  # never a second one, as in the library
     rows, by = await _rendered(request, raw_request), ("openai_serving_completion", "create_completion")
     return await logo.answer(request, raw_request, by, rows, several)
 

@@ -244,8 +244,6 @@ class Taps:
             for one in (one for step in self._steps.values() for one in step.readings):
                 one.failure = one.failure or f"{type(error).__name__}: {error}"
 
-    # -- afterwards ----------------------------------------------------------------------------------------------
-
     def take(self, keys: Sequence[str]) -> dict[str, Outcome]:
         """The outcomes of these prompts, which are dropped."""
         self._end_step()

@@ -363,7 +363,7 @@ class Extension:
         try:
             return {"value": getattr(own, name)(*args)}
         except LoGoError as error:
-            return {"error": str(error), "kind": type(error).__name__}
+            return {"error": str(error), "kind": type(error).__name__, "args": list(map(str, error.args))}
         except Exception as error:
             log.error("LoGo: %s failed", name, exc_info=error)
             return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
