@@ -192,8 +192,7 @@ def test_adapters_that_do_not_fit_into_memory_are_told_with_what_helps() -> None
     asked(Service(engine, Memory()), use)
 
 
-def test_prompts_are_logged_where_the_operator_wants_that(tmp_path: Path) -> None:
-    """And those of requests that name an adapter become its example prompts."""
+def test_prompts_are_logged_where_the_operator_wants_that_and_become_examples(tmp_path: Path) -> None:
     pool = shutil.copytree(adapters_dir(), tmp_path / "pool")
     (pool / "plural" / "examples.jsonl").unlink()
     named = [f"One {word}, two of them: what is the word?" for word in ("box", "cat", "dog")]
