@@ -62,8 +62,9 @@ def serve(options: EngineOptions, server: ServerOptions, flags: Sequence[str]) -
     from logo.serve.guards import GuardSettings, is_loopback
 
     # Raises for invalid keys and origins.
-    GuardSettings(server.host, server.api_keys, cors_origins=tuple(server.cors or ()))
-    if not server.api_keys and not os.environ.get(API_KEY) and not is_loopback(server.host):
+    keys = server.api_keys or tuple(filter(None, [os.environ.get(API_KEY)]))
+    GuardSettings(server.host, keys, cors_origins=tuple(server.cors or ()))
+    if not keys and not is_loopback(server.host):
         note(OPEN.format(server.host))
     launch = _launch(options, base_model, server, flags)
     if server.dry_run:
