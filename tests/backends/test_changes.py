@@ -162,7 +162,7 @@ def test_slots_are_free_only_after_vllm_has_heard_that_a_client_left() -> None:
 
     async def leave() -> None:
         engine: Any = SimpleNamespace(held=held)
-        outputs = Mixing(Client(), engine, [Mix(())]).generate("x", None, "request")
+        outputs = Mixing(Client(), engine, [Mix(())]).generate({"prompt_token_ids": [1]}, None, "r")
         await anext(outputs)
         await outputs.aclose()
 
