@@ -111,7 +111,7 @@ def test_the_engine_answers_after_what_it_refused(demo: LoGo) -> None:
         (3, "expected a string, a list of messages or token ids, or a list of these, found int"),
         ([3, 623], "expected token ids from 0 to 622, which the model knows, found 623"),
         ([3, "x"], "expected token ids, found 'x' among them"),
-        (torch.tensor([[3, 4], [3, demo.tokenizer.pad_token_id]]), "expected token ids without padding, found id"),
+        (torch.tensor([[3, 4], [3, demo.tokenizer.pad_token_id]]), "expected token ids without padding, found the"),
         ([QUESTION, None], "prompt 2: expected a string, a list of messages or token ids, found NoneType"),
         ([QUESTION, []], "prompt 2 is empty"),
         ("a\ud83d", r"prompt 1: text: expected Unicode .*, found half a surrogate pair \('\\ud83d' at character 1\)"),

@@ -483,7 +483,7 @@ def test_prompts_without_answers(tmp_path: Path, capsys: pytest.CaptureFixture[s
     high = [arm["confidence"] >= 0.15 for task, arm in arms if task == "other" and arm["arm"] == "calibrated"]
     assert said[IN_POOL] == 1 and 0 < said[OUT_OF_POOL] == sum(high) / len(high)
     shown = capsys.readouterr().out
-    assert "norm puts another adapter first" in shown and "not unsure (0.15 or more): 100% of in-pool, " in shown
+    assert "norm puts another adapter first" in shown and "calibrated is 0.15 or more: 100% of in-pool, " in shown
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2, max_size=40))

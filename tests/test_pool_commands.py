@@ -85,7 +85,7 @@ def test_inspect_tells_what_would_be_refused(tmp_path: Path, capsys: pytest.Capt
     assert [(one["name"], len(one["copies"])) for one in found["adapters"]] == [("good", 0), ("whole", 1)]
     assert [one["name"] for one in found["refused"]] == ["kasa", "nan"]
     assert run(["pool", "inspect", str(tmp_path / "pool")]) == 1
-    assert "copies of base weights whole: refused if" in capsys.readouterr().out
+    assert "whole: copies of base weights: used if" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     assert run(["pool", "inspect", str(tmp_path / "empty")]) == 1
     assert "0 adapters usable" in capsys.readouterr().out

@@ -131,7 +131,7 @@ class LoGo:
         self.adapter_cache = AdapterCache.of(model, self._layout, adapter_memory_gb)
         self._mixer = Mixer(model, self.adapter_cache, merge)
         self.prefix_cache = PrefixCache(model, prefix_cache_bytes) if reusable(model) else None
-        # Recurrent models may read the padding of a batch, and its longest row turns the keys of all in others.
+        # Some recurrent models read padding; with long-rope, the longest row of a batch sets the angles of all.
         self._alike = not reusable(model)
         decoder = Decoder(model, self.prompts, self._mixer, self.prefix_cache)
         self._decode: Callable[[Batch, BaseStreamer | None], list[Generation]] = decoder

@@ -110,8 +110,8 @@ def check_type(name: str, value: object, kinds: type | tuple[type, ...], expecte
 
 
 def check_choice(name: str, value: object, choice: Any) -> None:
-    """Raises UsageError unless a value is None, or one of those of a `Literal`."""
-    if value is not None and value not in get_args(choice):
+    """Raises UsageError unless a value is one of those of a `Literal`."""
+    if value not in get_args(choice):
         raise UsageError(f"{name}: expected one of {', '.join(get_args(choice))}, found {value!r:.60}")
 
 

@@ -178,10 +178,10 @@ def several(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Any]
         raise UsageError(f"prompt: expected {_EXPECTED}, or a list of these, found {type(prompts).__name__}")
     if not listed:
         raise UsageError("prompt: expected one prompt or more, found an empty list")
-    if listed is not prompts and isinstance(listed[0], list):
+    if listed is not prompts and len(listed) > 1 and isinstance(listed[0], list):
         pad, begun = tokenizer.pad_token_id, 1 + (tokenizer.pad_token_id == tokenizer.bos_token_id)
         if any([pad] == row[-1:] or [pad] * begun == row[:begun] for row in listed):
-            raise UsageError(f"prompt: expected token ids without padding, found id {pad} at an end; give lists")
+            raise UsageError(f"prompt: expected token ids without padding, found the padding {pad}; give lists of ids")
     single = isinstance(listed[0], (numbers.Integral, Mapping))
     return ([listed], True) if single else (list(listed), False)
 

@@ -73,8 +73,8 @@ class AdapterPool:
             **options: see `PoolOptions`.
 
         Raises:
-            UsageError: an option that does not exist, or a value that it does not have.
-            UsageError, StorageError, HubError: a source could not exist, cannot be read or cannot be downloaded.
+            UsageError: an option does not exist or has no such value, or a source could not exist.
+            StorageError, HubError: a source cannot be read or downloaded.
             PoolError: there is no usable adapter, or one is bad and `on_bad_adapter` is `"error"`.
         """
         return cls.opened(parse_sources(sources), options)

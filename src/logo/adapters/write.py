@@ -27,13 +27,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
-    """Writes one PEFT folder in place, which may exist; for use inside `new_folder`."""
+def save_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object], note: str | None = None
+) -> None:
+    """Writes one PEFT folder in place, which may exist, with a `note` of `activation_note`; for use inside
+    `new_folder`."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / SAFETENSORS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if note is not None:
+        (folder / NOTES).write_text(note, encoding="utf-8")
 
 
 def plain_tensors(weights: Mapping[str, LoraWeights]) -> dict[str, Tensor]:
@@ -88,9 +93,7 @@ def write_mixture(
         config["alora_invocation_tokens"] = list(activation.tokens)
     note = activation_note(folder, activation)
     with new_folder(folder) as part:
-        save_adapter(part, plain_tensors(stacked), config)
-        if note is not None:
-            (part / NOTES).write_text(note, encoding="utf-8")
+        save_adapter(part, plain_tensors(stacked), config, note)
     return folder
 
 

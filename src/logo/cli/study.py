@@ -154,7 +154,7 @@ def _show(report: Mapping[str, Any]) -> None:
         error = [] if found["error"] is None else [f"reliability error {found['error']:.2f}"]
         out.print(f"confidence of {signal}: {', '.join([*values, *error]) or 'nothing to compare with'}", markup=False)
         shares = [f"{share:.0%} of {name}" for name, share in found["sure"].items()]
-        out.print(f"rows of which {signal} is not unsure ({UNSURE} or more): {', '.join(shares)}", markup=False)
+        out.print(f"confidence of {signal} is {UNSURE} or more: {', '.join(shares)} rows", markup=False)
     for arm, pairs in report["confusions"].items():
         out.print(Text(f"{arm} puts another adapter first: {_confused(pairs)}"))
     for arm, pairs in report["mistaken"].items():

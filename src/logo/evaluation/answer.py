@@ -157,7 +157,7 @@ def task_of(dataset: Dataset, among: Sequence[str] = ()) -> Task:
 
 
 def record(
-    index: int, row: Row, answer: Generation | LoGoError, metric: str, seconds: float, whole: bool = False
+    index: int, row: Row, answer: Generation | LoGoError, metric: str, seconds: float, whole: bool
 ) -> dict[str, Any]:
     """The line of `rows.jsonl` for a row: see `logo.evaluation.results`."""
     known: dict[str, Any] = {"index": index, "prompt": row.prompt, "completion": row.completion}

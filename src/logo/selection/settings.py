@@ -82,7 +82,8 @@ class SelectionSettings:
             raise UsageError(f"prior: expected a probability between 0 and 1, found {self.prior}")
         check_choice("when_unsure", self.when_unsure, WhenUnsure)
         check_choice("examples", self.examples, ExamplesUse)
-        check_choice("probe_text", self.probe_text, ProbeText)
+        if self.probe_text is not None:
+            check_choice("probe_text", self.probe_text, ProbeText)
         check_choice("unscorable", self.unscorable, Unscorable)
         if self.cache is not None:
             check_type("cache", self.cache, (str, PathLike), "a folder")
@@ -187,6 +188,7 @@ def _check_positive(name: str, k: Any) -> None:
 
 
 def _check_weighting(weighting: Any, signal: str, raw: bool) -> None:
-    check_choice("weighting", weighting, Weighting)
+    if weighting is not None:
+        check_choice("weighting", weighting, Weighting)
     if weighting == "adaptive" and raw:
         raise UsageError(f"weighting 'adaptive': the signal {signal!r} has no scale of its own; use 'linear'")

@@ -198,10 +198,8 @@ def _write(
     activation = record["config"]["activation"]
     note = activation_note(folder, Activation(task.invocation) if task.invocation else Activation.parse(activation))
     with new_folder(folder, replaced=(NOTES,) if prompts is None else (EXAMPLES, NOTES)) as new:
-        save_adapter(new, {name: tensor.cpu() for name, tensor in fitted.tensors.items()}, values)
+        save_adapter(new, {name: tensor.cpu() for name, tensor in fitted.tensors.items()}, values, note)
         _write_notes(new, record, prompts or ())
-        if note is not None:
-            (new / NOTES).write_text(note, encoding="utf-8")
 
 
 def _write_notes(folder: Path, record: Record, prompts: Sequence[str]) -> None:

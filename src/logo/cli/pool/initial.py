@@ -12,7 +12,7 @@ from pathlib import Path
 
 from logo.adapters.adapter import LoraWeights, open_adapter
 from logo.adapters.layout import core_path
-from logo.adapters.peft import NOTES, changed_base, read_raw
+from logo.adapters.peft import changed_base, read_raw
 from logo.adapters.write import activation_note, linear_weights, plain_tensors, save_adapter
 from logo.errors import AdapterError
 from logo.files import new_folder
@@ -52,6 +52,4 @@ def convert_initial(trained: Path, initial: Path, out: Path, *, allow_pickle: bo
         config[pattern] = {module: factor * value for module, value in (config.get(pattern) or {}).items()}
     note = activation_note(out, adapter.activation)
     with new_folder(out) as part:
-        save_adapter(part, plain_tensors(both), config | {"init_lora_weights": True})
-        if note is not None:
-            (part / NOTES).write_text(note, encoding="utf-8")
+        save_adapter(part, plain_tensors(both), config | {"init_lora_weights": True}, note)

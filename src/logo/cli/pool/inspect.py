@@ -60,8 +60,8 @@ def inspect(
         for activation, names in _acting(good).items():
             out.print(Text.assemble(("activation ", "yellow"), f"{activation}: {listed(names, 8)}"))
         if copies := [one_line(adapter.name) for adapter in good if adapter.copies]:
-            said = f"copies of base weights {listed(copies, 8)}: refused if they are not the base model's, or in vLLM"
-            out.print(said, markup=False)
+            said = "copies of base weights: used if they equal the base model's own, refused in vLLM"
+            out.print(f"{listed(copies, 8)}: {said}", markup=False)
         for error in refused:
             out.print(refusal(error))
         total = decimal(sum(adapter.size for adapter in good))
