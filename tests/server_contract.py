@@ -221,7 +221,7 @@ def test_the_models_are_told(server: Server, library: LoGo) -> None:
     assert [card["id"] for card in pool["data"]] == list(library.names) and pool["base_model"] == server.base
     settings = library.settings  # which a client needs to select alike, but not the operator's prompts and paths
     assert (pool["settings"]["prior"], pool["settings"]["when_unsure"]) == (settings.prior, settings.when_unsure)
-    assert not {"calibration_prompts", "cache"} & pool["settings"].keys()
+    assert not {"calibration_prompts", "cache"} & pool["settings"].keys() and not pool["has_own_calibration_prompts"]
 
 
 def test_many_at_a_time_are_each_answered_by_what_the_library_says(server: Server, library: LoGo) -> None:

@@ -65,10 +65,10 @@ def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None
         assert value(command, flag) == expected
     at = command.index("--lora-target-modules")
     assert command[at + 1 : at + 3] == ["q_proj", "v_proj"]
-    assert value(command, "--chat-template").startswith("{{ bos_token }}{% for")  # the demo's tokenizer has none
+    assert value(command, "--chat-template").startswith("{% for m in messages")  # the demo's tokenizer has none
     assert (variables["VLLM_PLUGINS"], variables["VLLM_NO_USAGE_STATS"]) == ("logo", "1")
     assert variables["LOGO_POOL"] == str(adapters_dir())
-    assert json.loads(variables["LOGO_OPTIONS"]) == {"k": 3, "host": "127.0.0.1", "hosts": [], "origins": []}
+    assert json.loads(variables["LOGO_OPTIONS"]) == {"host": "127.0.0.1", "hosts": [], "origins": []}
     assert "16 adapters, 16 slots of rank 8" in said
 
 

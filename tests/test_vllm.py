@@ -242,6 +242,7 @@ async def test_a_slot_that_is_being_filled_is_not_given_away() -> None:
 def test_slots_follow_from_the_pool() -> None:
     pool = open_pool(None, "demo")  # 16 adapters of rank 8
     assert (slots_of(pool, 3), rank_of(pool), targets_of(pool)) == (16, 8, ("q_proj", "v_proj"))
+    assert (slots_of(pool, 3, grows=True), slots_of(pool, 99, grows=True)) == (64, 99)
     with pytest.raises(UsageError, match="adapter 'add_numbers' has rank 8: pass --max-lora-rank 8 or more"):
         rank_of(pool, 4)
 

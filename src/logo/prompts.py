@@ -27,6 +27,8 @@ MAX_NEW_TOKENS = 256
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # How far a calibration's texts are apart that make up one conversation; neighbours in the list are alike.
 _BEFORE, _ANSWER = 7, 13
+# What `plain` does, as a chat template. The line break is an expression: templates lose one that is behind a block.
+PLAIN_CHAT = '{% for m in messages %}{{ m.content or "" }}{% if not loop.last %}{{ "\\n" }}{% endif %}{% endfor %}'
 _EXPECTED = "a string, a list of messages or token ids"
 
 

@@ -20,15 +20,13 @@ from logo.cli.prompts import or_demo
 from logo.cli.serve_options import ServerOptions
 from logo.errors import UsageError, need
 from logo.models import load_config, loading, resolve_base, skeleton
+from logo.prompts import PLAIN_CHAT
 
 if TYPE_CHECKING:
     from logo.adapters.pool import AdapterPool
     from logo.vllm.launch import Launch
 
 OPEN = "Listening on {} without an API key: everybody who reaches it may use it. --api-key requires one."
-
-# The line break stands in an expression, since templates lose one that stands behind a block.
-PLAIN_CHAT = '{% for m in messages %}{{ m.content or "" }}{% if not loop.last %}{{ "\\n" }}{% endif %}{% endfor %}'
 
 LORA_UPDATES = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 _CPU_CACHE_GB = 2.0
@@ -148,8 +146,9 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     VllmOptions.of({"logo": {**config, "pool": place}}, {})  # refuses what vLLM's workers would refuse
     on_cpu = _on_cpu()
     dtype = options.dtype if options.dtype not in (None, "auto") else "float32" if on_cpu else "auto"
-    fitted, k = _fitted(options, base_model, server)
-    slots = slots_of(fitted, k)
+    fitted = _fitted(options, base_model, server)
+    k = config.get("k") or fitted.default_k
+    slots = slots_of(fitted, k, os.environ.get(LORA_UPDATES, "0").strip().lower() in ("1", "true"))
     note(f"{len(fitted)} adapters, {slots} slots of rank {rank_of(fitted)}")
     template = _chat_template(base_model, source)
     cache = server.kv_cache_gb if server.kv_cache_gb is not None else _CPU_CACHE_GB if on_cpu else None
@@ -168,7 +167,7 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
         rank=rank_of(fitted),
         targets=targets_of(fitted),
         pool=place,
-        options={**config, "k": k},
+        options=config,
         host=server.host,
         port=server.port,
         api_key=server.api_keys[0] if server.api_keys else None,
@@ -177,8 +176,8 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     )
 
 
-def _fitted(options: EngineOptions, base_model: str, server: ServerOptions) -> tuple[AdapterPool, int]:
-    """The pool, which can be served with these options; and adapters per mixture."""
+def _fitted(options: EngineOptions, base_model: str, server: ServerOptions) -> AdapterPool:
+    """The pool, which can be served with these options."""
     from logo.selection.points import plan
     from logo.serve.names import check_pool
 
@@ -186,7 +185,7 @@ def _fitted(options: EngineOptions, base_model: str, server: ServerOptions) -> t
     pool = open_pool(options, base_model).fit(BaseLayout.of(model))
     check_pool(server.model_name(base_model), pool.names)
     plan(model, pool, settings)  # refuses a pool that cannot be scored, before vLLM is started
-    return pool, min(settings.k or pool.default_k, len(pool))
+    return pool
 
 
 def _on_cpu() -> bool:
@@ -211,7 +210,4 @@ def _chat_template(base_model: str, source: str) -> str | None:
 
     with loading(base_model, source):
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    if tokenizer.chat_template is not None:
-        return None
-    begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return f"{'{{ bos_token }}' if begins else ''}{PLAIN_CHAT}"
+    return None if tokenizer.chat_template else PLAIN_CHAT

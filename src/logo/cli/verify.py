@@ -199,7 +199,8 @@ def verify(
     """Check that a running server answers with this base model and these adapters.
 
     Each adapter has to change answers, to answer where it is named, also among requests for others, and to give the
-    library's answers; selections have to be the library's. The exit code is 1 if something is wrong.
+    library's answers; selections have to be the library's, unless the server has calibration prompts of its own. The
+    exit code is 1 if something is wrong.
 
     Example: logo verify http://localhost:8000 --base-model demo
 
@@ -232,12 +233,16 @@ def verify(
         prompts = prompts or logo.prompts.read(common, TOKENS)
         check = Check(server, logo, base, workers, server.has_logprobs(base))
         note(f"asking {server.url}: {len(own)} adapters, {AT_ONCE} requests at a time")
-        rows, different = list(check.rows(own, prompts)), list(check.selections(prompts))
+        compared = prompts
+        if found.get("has_own_calibration_prompts"):
+            note("selections are not compared: the server has calibration prompts of its own")
+            compared = []
+        rows, different = list(check.rows(own, prompts)), list(check.selections(compared))
     wrong += different
     ok = not wrong and {row["verdict"] for row in rows} <= {"ok", "no effect seen"}
     measure = "nats per token, " + ("by log-probabilities" if check.logprobs else "by the tokens alone")
     if json:
-        print_json({"ok": ok, "measure": measure, "rows": rows, "selections": len(prompts), "wrong": wrong})
+        print_json({"ok": ok, "measure": measure, "rows": rows, "selections": len(compared), "wrong": wrong})
     else:
         table = plain_table("adapter", ">effect", ">error", ">under load", ">allowed", "answered by", "")
         for row in rows:
@@ -245,6 +250,6 @@ def verify(
             cells = (name or BASE_ALONE, *(f"{one:.4f}" for one in numbers), ", ".join(by) or BASE_ALONE, verdict)
             table.add_row(*(Text(one_line(text)) for text in cells))
         screen(natural_width(table)).print(table)
-        summary = f"numbers: {measure}; {len(prompts)} selections, {len(different)} of them not the library's"
+        summary = f"numbers: {measure}; {len(compared)} selections, {len(different)} of them not the library's"
         out.print(Text("\n".join([summary, *wrong])))
     return 0 if ok else 1

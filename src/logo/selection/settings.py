@@ -116,6 +116,10 @@ class SelectionSettings:
         tail = replace(found, token="tail") if found.token == "each" else found
         return replace(tail, window=WHOLE, activations=pool.activations)
 
+    def k_of(self, pool: AdapterPool) -> int:
+        """How many adapters of a pool a mixture has."""
+        return min(self.k or pool.default_k, len(pool))
+
     def options(self, pool: AdapterPool, given: Mapping[str, Any]) -> Options:
         """Checks the options of one call (`OPTIONS`) against the pool. What is not given, or None, is as in these
         settings; but the weighting of another signal is its own.

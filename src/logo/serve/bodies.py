@@ -307,4 +307,5 @@ def adapter_list(
     data = [{**card, "selected": selected[card["id"]]} for card in cards]
     told = {name: value for name, value in vars(settings).items() if name not in _PRIVATE}
     about = {"base_model": base, "default_k": k, "signal": signals[0], "signals": list(signals), "settings": told}
-    return {"object": "list", **about, "data": data}
+    own = settings.calibration_prompts is not None
+    return {"object": "list", **about, "has_own_calibration_prompts": own, "data": data}

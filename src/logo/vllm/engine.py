@@ -97,9 +97,6 @@ class Engine:
         self._call, self.options, self.run, self._rank = call, options, run, lora.max_lora_rank
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
         self.served = Served(pool_of(options, self.skeleton), {})
-        if self.k > lora.max_loras:
-            most = f"--max-loras is {lora.max_loras}, but up to {self.k} adapters answer a prompt"
-            raise UsageError(f"{most}: pass --max-loras {self.k} or more, or a smaller k")
         self.slots = Slots(lora.max_loras, lambda into: self.call("load", into))
         self._changing = asyncio.Lock()
         self._users: Counter[str] = Counter()  # requests in progress, by the digest of their pool
@@ -110,7 +107,7 @@ class Engine:
     async def open(self, signals: Sequence[str] | None = None) -> None:
         """Calibrates the pool in all workers, for these signals (None: all that the options name and that can score
         it); afterwards prompts can be selected for."""
-        rank_of(self.served.pool, self._rank)
+        self._check(self.served.pool)
         self.served = await self._opened(self.served.pool, signals)
 
     async def change(self, kind: str, name: str, folder: str = "") -> None:
@@ -119,7 +116,7 @@ class Engine:
         async with self._changing:
             change, before = (kind, name, folder), self.served.pool
             pool = await asyncio.to_thread(pool_of, self.options, self.skeleton, before, change)
-            rank_of(pool, self._rank)
+            self._check(pool)
             self._coming = pool.digest
             try:
                 if any(digest != pool.digest for digest in await self.call("pool", before.digest, list(change))):
@@ -130,6 +127,13 @@ class Engine:
                 self._coming = ""
                 await self._drop(pool.digest)  # after an error
             await self._drop(before.digest)
+
+    def _check(self, pool: AdapterPool) -> None:
+        """Raises UsageError for a pool that vLLM's slots are too small or too few for."""
+        rank_of(pool, self._rank)
+        if (k := self.options.settings.k_of(pool)) > self.slots.count:
+            most = f"--max-loras is {self.slots.count}, but up to {k} adapters answer a prompt"
+            raise UsageError(f"{most}: pass --max-loras {k} or more, or a smaller k")
 
     async def _opened(self, pool: AdapterPool, signals: Sequence[str] | None) -> Served:
         opened = {}
@@ -184,11 +188,6 @@ class Engine:
         return [answer["value"] for answer in answers]
 
     # -- selecting -----------------------------------------------------------------------------------------------
-
-    @property
-    def k(self) -> int:
-        """Adapters per mixture, for calls that do not give k."""
-        return self.options.settings.k or min(self.served.pool.default_k, len(self.served.pool))
 
     @property
     def probe_text(self) -> ProbeText | None:

@@ -106,7 +106,7 @@ def open_engine(
     fitted = opened.fit(BaseLayout.of(model), on_bad_adapter=on_bad_adapter).acting(settings.activation)
     warn_of_bad(fitted.refused)
     plan(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
-    k = min(settings.k or fitted.default_k, len(fitted))
+    k = settings.k_of(fitted)
     additional = dict(model_kwargs.get("additional_config") or {})
     VllmOptions.of(additional, {POOL: place})  # raises the errors of vLLM's processes here
     config = {"k": k, **settings.changed, **additional.get("logo", {}), "pool": place}

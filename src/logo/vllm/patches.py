@@ -43,7 +43,7 @@ class Patch:
     module: str
     owner: str
     name: str
-    parameters: tuple[str, ...]
+    parameters: str
     ours: Callable[..., Any]
 
     def install(self) -> None:
@@ -52,10 +52,11 @@ class Patch:
         owner = getattr(module, self.owner, None) if self.owner else module
         original = getattr(owner, self.name, None)
         found = () if original is None else tuple(inspect.signature(original).parameters)
-        if original is None or found[: len(self.parameters)] != self.parameters:
+        wanted = tuple(self.parameters.split())
+        if original is None or found[: len(wanted)] != wanted:
             what = "does not exist" if original is None else f"takes ({', '.join(found)})"
             where = ".".join(part for part in (self.module, self.owner, self.name) if part)
-            expected = f"({', '.join(self.parameters)}, ...)"
+            expected = f"({', '.join(wanted)}, ...)"
             raise ModelError(f"LoGo does not know this vLLM ({version()}): {where} {what}, expected {expected}")
 
         @functools.wraps(original)
@@ -147,25 +148,13 @@ def _begins(request: Any, path: str) -> tuple[int | None, ...] | None:
     return request.logo_begins  # type: ignore[no-any-return]
 
 
-_MANAGER = "vllm.lora.worker_manager"
+_MANAGER, _BLOCKS = "vllm.lora.worker_manager", "vllm.v1.core.kv_cache_utils"
 
 PATCHES = (
-    Patch(
-        *(_MANAGER, "LRUCacheWorkerLoRAManager", "create_lora_manager", ("self", "model", "vllm_config")),
-        _create_lora_manager,
-    ),
-    Patch(
-        *("vllm.v1.worker.worker_base", "WorkerWrapperBase", "execute_model", ("self", "scheduler_output")),
-        _execute_model,
-    ),
-    Patch(
-        *(_MANAGER, "WorkerLoRAManager", "set_active_adapters", ("self", "requests", "mapping")),
-        _set_active_adapters,
-    ),
-    Patch(
-        *("vllm.v1.core.kv_cache_utils", "", "generate_block_hash_extra_keys"),
-        *(("request", "start_token_idx", "end_token_idx"), _block_hash),
-    ),
+    Patch(_MANAGER, "LRUCacheWorkerLoRAManager", "create_lora_manager", "self model vllm_config", _create_lora_manager),
+    Patch("vllm.v1.worker.worker_base", "WorkerWrapperBase", "execute_model", "self scheduler_output", _execute_model),
+    Patch(_MANAGER, "WorkerLoRAManager", "set_active_adapters", "self requests mapping", _set_active_adapters),
+    Patch(_BLOCKS, "", "generate_block_hash_extra_keys", "request start_token_idx end_token_idx", _block_hash),
 )
 
 

@@ -80,9 +80,9 @@ def rank_of(pool: AdapterPool, most: int = _RANKS[-1]) -> int:
     return found
 
 
-def slots_of(pool: AdapterPool, k: int) -> int:
-    """The `--max-loras` for a pool: all of a small one, and of a large one as many as answers in progress may need."""
-    return min(len(pool), max(k, _MOST_SLOTS))
+def slots_of(pool: AdapterPool, k: int, grows: bool = False) -> int:
+    """The `--max-loras` for a pool: all of a small one that stays so, else as many as answers in progress may need."""
+    return max(k, _MOST_SLOTS) if grows else min(len(pool), max(k, _MOST_SLOTS))
 
 
 def targets_of(pool: AdapterPool) -> tuple[str, ...]:

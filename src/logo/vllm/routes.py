@@ -35,7 +35,7 @@ from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_jso
 from logo.adapters.pool import AdapterPool
 from logo.core import Options, Selection
 from logo.errors import LoGoError, UsageError
-from logo.prompts import asked_text, read
+from logo.prompts import PLAIN_CHAT, asked_text, read
 from logo.selection.selector import forced
 from logo.serve import bodies
 from logo.serve.errors import ApiError, bad_request, failed, not_found, shown
@@ -313,9 +313,10 @@ async def _chat(request: ChatCompletionRequest, raw_request: Request) -> Respons
 
 
 class _ResponsesRequest(ResponsesRequest):  # type: ignore[misc]
+    add_special_tokens: bool = False  # as for chats: the template has written them
+
     def build_tok_params(self, *args: Any) -> Any:
-        """The template has written the special tokens, as it does for chats."""
-        return replace(super().build_tok_params(*args), add_special_tokens=False)
+        return replace(super().build_tok_params(*args), add_special_tokens=self.add_special_tokens)
 
 
 async def _response(request: _ResponsesRequest, raw_request: Request) -> Response:
@@ -328,12 +329,16 @@ async def _response(request: _ResponsesRequest, raw_request: Request) -> Respons
     messages = [{"role": turn["role"], "content": _texts(turn.get("content"))} for turn in turns if "role" in turn]
     if request.instructions:
         messages.insert(0, {"role": "system", "content": request.instructions})
-    row = await _conversation(logo, ChatCompletionRequest(model=logo.base, messages=messages), raw_request)
+    asked = ChatCompletionRequest(model=logo.base, messages=messages)
+    row = await _conversation(logo, asked, raw_request)
+    request.add_special_tokens = asked.add_special_tokens
     return await logo.answer(request, raw_request, ("openai_serving_responses", "create_responses"), [row])
 
 
 async def _conversation(logo: Logo, request: ChatCompletionRequest, raw: Request) -> tuple[int, ...]:
-    """What is probed of a conversation, which is often less than all of it."""
+    """What is probed of a conversation, which is often less than all of it. Our own template writes no special tokens,
+    as some tokenizers read a text that stands behind one otherwise; so the request asks for them."""
+    request.add_special_tokens |= raw.app.state.args.chat_template == PLAIN_CHAT
     try:
         text = asked_text([dict(message) for message in request.messages], logo.engine.probe_text)
     except UsageError:  # such as pictures, or parts that we do not know: vLLM reads or refuses these
@@ -426,8 +431,9 @@ async def _models(raw_request: Request) -> Response:
 async def _adapters(raw_request: Request) -> Response:
     """`GET /v1/logo/adapters`"""
     logo = _logo(raw_request)
-    how = logo.engine.k, tuple(logo.engine.served.opened), logo.engine.options.settings
-    return JSONResponse(bodies.adapter_list(logo.base, *how, logo.cards.values(), logo.counts.chosen))
+    opened, how = tuple(logo.engine.served.opened), logo.engine.options.settings
+    cards = logo.cards.values(), logo.counts.chosen
+    return JSONResponse(bodies.adapter_list(logo.base, how.k_of(logo.pool), opened, how, *cards))
 
 
 async def _refusal(request: Request, error: Exception) -> Response:
