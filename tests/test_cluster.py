@@ -114,11 +114,11 @@ def files(out: str) -> dict[str, object]:
     return {file.parent.name: contents(file.parent) for file in Path(out).rglob("eval_results.json")}
 
 
-def test_two_workers_write_what_one_does_though_one_is_killed(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_write_what_one_does_though_one_dies(rows: Path, cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
     death = rows.parent / "death"
     assert evaluate("one", "--metric", "deadly") == 0
     death.touch()
-    assert evaluate("two", "--metric", "deadly", "--workers", "2", "--ray", "local") == 0
+    assert evaluate("two", "--metric", "deadly", "--workers", "2", "--ray", cluster) == 0
     assert not death.exists() and files("two") == files("one")
     assert evaluate("two", "--metric", "deadly") == 0
     assert "plural is done already" in capsys.readouterr().err
