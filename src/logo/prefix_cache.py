@@ -179,6 +179,8 @@ def reusable(model: nn.Module, *, longer: bool = True) -> bool:
     the same ones if the prompt gets `longer`."""
     if cache_argument(model) is None or getattr(model, "_is_stateful", False):
         return False
+    if longer and any(hasattr(module, "rope_deltas") for module in model.modules()):
+        return False  # what follows a cached prefix would have positions as behind the images of the last call
     # With these, keys are turned by other angles once a prompt is longer than the model's first context.
     if longer and any(
         kind in str(getattr(text_config(model), "rope_parameters", "")) for kind in ("dynamic", "longrope")

@@ -180,10 +180,19 @@ class AdapterPool:
         return self._with((one for one in self if one.name in chosen), ())
 
     def acting(self, forced: str | None) -> AdapterPool:
-        """The pool with the activation that a user wants; see `logo.adapters.activation.acting`."""
-        if forced is None:
-            return self
-        return self._with(replace(one, activation=acting(one.activation, forced)) for one in self)
+        """The fitted pool with the activation that a user wants; see `logo.adapters.activation.acting`. Raises
+        AdapterError for an adapter that cannot act so."""
+        made = self._with(
+            self if forced is None else (replace(one, activation=acting(one.activation, forced)) for one in self)
+        )
+        for one in made:
+            # Models with latent attention (DeepSeek V2) apply it in every step to all cached tokens again.
+            again = [path for path in one.modules if path.endswith(".kv_b_proj")]
+            if again and not one.activation.everywhere:
+                raise AdapterError(
+                    one.name, f"acts on {again[0]}, where it can only act everywhere, not {one.activation}"
+                )
+        return self if forced is None else made
 
     def fit(
         self, layout: BaseLayout, *, model: nn.Module | None = None, on_bad_adapter: OnBadAdapter = "error"

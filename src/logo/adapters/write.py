@@ -88,7 +88,9 @@ def write_mixture(
     config |= {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)}
     names = {path.rsplit(".", 1)[-1] for path in ranks}
     named = {path for path in linear if path.rsplit(".", 1)[-1] in names}
-    config["target_modules"] = sorted(names if named == set(ranks) else ranks)  # full paths, if others are called so
+    # Full paths, if other linear modules are called so, or others may be, as a layer is where names are numbers.
+    short = named == set(ranks) and not any(name.isdigit() for name in names)
+    config["target_modules"] = sorted(names if short else ranks)
     if activation.tokens:
         config["alora_invocation_tokens"] = list(activation.tokens)
     note = activation_note(folder, activation)
