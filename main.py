@@ -56,8 +56,9 @@ def main() -> int:
 
     try:
         return evaluate(**given, preset="official")
-    except LoGoError as error:
-        print(f"main.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        kind = "" if isinstance(error, LoGoError) else f"unexpected {type(error).__name__}: "
+        print(f"main.py: error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("main.py: error: interrupted", file=sys.stderr)

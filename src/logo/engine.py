@@ -267,8 +267,8 @@ class LoGo:
             self._fitted, self._seen, self._scorers = prepared.fitted, prepared.pool, dict(prepared.scorers)
             self.pool.put(prepared.pool, instead_of)
             # An invocation usually opens the assistant's turn, and the answer reuses what the probe has read.
-            asked, activations = self.settings.probe_text, self._fitted.activations
-            invoked = self._fitted.read_once and any(one.tokens for one in activations)
+            asked = self.settings.probe_text
+            invoked = self._fitted.read_once and self._fitted.invoked
             self._probes_all = asked == "all" or (asked is None and invoked)
             self._mixer.forget(self._fitted)
 
@@ -345,9 +345,12 @@ class LoGo:
         for (signal, _), members in groups.items():
             if self.probe_context != "base":
                 check_context(self.probe_context, signal)
-            scorer, among = self._scorer(signal), [options[i].candidates for i in members]
+            scorer = self._scorer(signal)
+            calls = [scorer.selector.among_acting(options[i], pool, rows[i].ids) for i in members]
+            among = [call.candidates for call in calls]
             scores = self._scores(pool, scorer, [rows[i] for i in members], among, batch_size)
-            found |= {i: scorer.selector.outcome(row, options[i]) for i, row in zip(members, scores, strict=True)}
+            each = zip(members, scores, calls, strict=True)
+            found |= {i: scorer.selector.outcome(row, call) for i, row, call in each}
             last = found[members[-1]]
             self._carried = last.adapters if isinstance(last, Selection) else self._carried
         return [found[i] for i in range(len(rows))]

@@ -29,6 +29,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _BEFORE, _ANSWER = 7, 13
 # What `plain` does, as a chat template. The line break is an expression: templates lose one that is behind a block.
 PLAIN_CHAT = '{% for m in messages %}{{ m.content or "" }}{% if not loop.last %}{{ "\\n" }}{% endif %}{% endfor %}'
+_SOME_ANSWER = "An answer."
 _EXPECTED = "a string, a list of messages or token ids"
 
 
@@ -216,10 +217,14 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """
     check_text(text)
     ids: list[int] = tokenizer(text)["input_ids"]
-    bos = tokenizer.bos_token
-    if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
+    if begun(tokenizer, text) and ids[:2] == [tokenizer.bos_token_id] * 2:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def begun(tokenizer: PreTrainedTokenizerBase, text: object) -> bool:
+    """Whether it is a text that begins with the beginning-of-sequence token."""
+    return isinstance(text, str) and bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
 
 
 def check_text(text: str) -> None:
@@ -306,6 +311,16 @@ def written_answer(tokenizer: PreTrainedTokenizerBase, messages: Conversation, p
         return None
     whole = conversation_text(tokenizer, [*messages, {"role": "assistant", "content": answer}])
     return whole[len(prompt) :] if whole.startswith(prompt) else None
+
+
+def preface(tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str) -> str | None:
+    """What the chat template writes between a conversation, whose text this is, and an answer, such as an empty thought
+    (Qwen3). None for other prompts, and where the template expects the user to have spoken last."""
+    if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
+        with suppress(UsageError):
+            written = written_answer(tokenizer, prompt, text, _SOME_ANSWER) or ""
+            return written.partition(_SOME_ANSWER)[0] if _SOME_ANSWER in written else None
+    return None
 
 
 def asked_text(messages: Conversation, probe_text: ProbeText | None = None) -> str | None:

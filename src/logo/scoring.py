@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from logo.errors import ModelError, UsageError, check_type
 from logo.mixing.mixer import Mixer, Mixture
 from logo.models import input_device, padded
 from logo.prefix_cache import reusable
-from logo.prompts import Prompts, answer_ids, written_answer
+from logo.prompts import Prompts, answer_ids, preface
 
 if TYPE_CHECKING:
     from logo.prompts import OnePrompt
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 # The most tokens and the most logits (2 GB in float32) of one forward pass. A single row may have more.
 MAX_TOKENS = 16_384
 MAX_LOGITS = 2**29
-_SOME_ANSWER = "An answer."
 
 
 @dataclass(frozen=True)
@@ -83,11 +81,8 @@ def encoded(prompts: Prompts, prompt: OnePrompt, completion: str) -> tuple[Promp
     [whole] = prompts.read([prompt], room=None)
     text = tokenizer.decode(whole.ids) if whole.text is None else whole.text
     said = completion.strip()
-    if said and isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
-        with suppress(UsageError):  # such as of a template that expects the user to have spoken last
-            written = written_answer(tokenizer, prompt, text, _SOME_ANSWER) or ""
-            if _SOME_ANSWER in written:
-                text, completion = "", written.partition(_SOME_ANSWER)[0] + said
+    if said and (front := preface(tokenizer, prompt, text)) is not None:
+        text, completion = "", front + said
     gold = answer_ids(tokenizer, joined(text, completion))
     if not completion or not gold:
         raise UsageError(f"completion {completion!r} has no tokens: expected some text to score")

@@ -13,7 +13,7 @@ import pytest
 from engines import mixtures
 
 from logo import LoGo
-from logo.core import Selection
+from logo.core import Prompt, Selection
 from logo.models import DEMO_FOLDER, load_base
 from test_engine import write_adapter
 from tolerances import same_selection
@@ -100,7 +100,8 @@ def test_what_a_client_reads_alone_is_found_by_nobody(inside: Any) -> None:
     engine, once = inside.engine, SamplingParams(max_tokens=1, temperature=0.0)
 
     async def cached(row: list[int], alone: bool) -> int:
-        await engine.select(engine.served, row, engine.options.settings.options(engine.served.pool, {}), alone)
+        call = engine.options.settings.options(engine.served.pool, {})
+        await engine.select(engine.served, Prompt.of_ids(row), call, alone)
         [output] = await engine.run([(row, once, None)])
         return int(output.num_cached_tokens)
 

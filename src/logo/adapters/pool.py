@@ -142,6 +142,11 @@ class AdapterPool:
         return {adapter.name: adapter.sha256 for adapter in self}
 
     @property
+    def invoked(self) -> bool:
+        """Whether any adapter acts from its invocation tokens on."""
+        return any(one.tokens for one in self.activations)
+
+    @property
     def read_once(self) -> bool:
         """Whether prompts are read once, by the base model: no adapter acts everywhere."""
         return bool(self.activations) and not any(activation.everywhere for activation in self.activations)

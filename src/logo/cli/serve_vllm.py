@@ -152,11 +152,14 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     note(f"{len(fitted)} adapters, {slots} slots of rank {rank_of(fitted)}")
     template = _chat_template(base_model, source)
     cache = server.kv_cache_gb if server.kv_cache_gb is not None else _CPU_CACHE_GB if on_cpu else None
+    # With a seed, a prompt that is read in parts ends vLLM on CPUs, whose generators cannot be put back.
+    whole = on_cpu and not any(flag.startswith("--max-num-batched-tokens") for flag in given)
     flags = [
         *("--dtype", str(dtype)),
         *("--max-num-seqs", str(server.max_concurrent)),
         *(() if cache is None else ("--kv-cache-memory-bytes", str(bytes_of("--kv-cache-gb", cache)))),
         *(("--block-size", str(_CPU_BLOCK)) if on_cpu else ()),
+        *(("--no-enable-chunked-prefill",) if whole else ()),
         *("--allowed-origins", json.dumps(server.cors or [])),
         *(() if template is None else ("--chat-template", template)),
     ]

@@ -27,6 +27,7 @@ from logo.identity import (
     tokenizer_digest,
     weights_digest,
 )
+from logo.prompts import preface
 from logo.recorded import without_secrets
 from logo.rows import Row
 from logo.selection.signals import SIGNALS
@@ -123,14 +124,14 @@ class Answerer:
             self._prepared = dataset.name, learnt
         prepared = self._prepared[1]
         rows = dataset.rows[block.start : block.stop]
-        whole = [row.whole and not self.first_lines for row in rows]
+        whole, fronts = [row.whole and not self.first_lines for row in rows], [front_of(self.logo, row) for row in rows]
         how = {"max_new_tokens": self.max_new_tokens, **self.generation}
-        how |= {"stop_at_newline": False} if any(whole) else {}
+        how |= {"stop_at_newline": False} if any(whole) or any("\n" in front for front in fronts) else {}
         began = time.perf_counter()
         answers = self._answers(prepared, rows, how)
         seconds = (time.perf_counter() - began) / max(1, len(rows))
-        done = zip(block, rows, answers, whole, strict=True)
-        return [record(i, row, one, dataset.metric, seconds, every) for i, row, one, every in done], prepared.record
+        done = zip(block, rows, answers, zip(whole, fronts, strict=True), strict=True)
+        return [record(i, row, one, dataset.metric, seconds, *how) for i, row, one, how in done], prepared.record
 
     def _answers(self, prepared: Prepared, rows: Sequence[Row], how: Mapping[str, Any]) -> list[Generation | LoGoError]:
         """An answer to each row, or why there is none: if rows are refused together, each is asked alone."""
@@ -149,6 +150,14 @@ class Answerer:
         return [one for row in rows for one in self._answers(prepared, [row], how)]
 
 
+def front_of(logo: LoGo, row: Row) -> str:
+    """What the chat template writes in front of the answer to a row, and adapters have learned to write."""
+    if isinstance(row.prompt, str):
+        return ""
+    [read] = logo.prompts.read([row.prompt], room=None)
+    return preface(logo.tokenizer, row.prompt, read.text or "") or ""
+
+
 def task_of(dataset: Dataset, among: Sequence[str] = ()) -> Task:
     """A dataset as a method may look at it; `among`: the adapters it may choose, empty: all."""
     rows = dataset.rows
@@ -157,7 +166,7 @@ def task_of(dataset: Dataset, among: Sequence[str] = ()) -> Task:
 
 
 def record(
-    index: int, row: Row, answer: Generation | LoGoError, metric: str, seconds: float, whole: bool
+    index: int, row: Row, answer: Generation | LoGoError, metric: str, seconds: float, whole: bool, front: str
 ) -> dict[str, Any]:
     """The line of `rows.jsonl` for a row: see `logo.evaluation.results`."""
     known: dict[str, Any] = {"index": index, "prompt": row.prompt, "completion": row.completion}
@@ -166,7 +175,7 @@ def record(
         said = {"prediction": "", "value": zero(metric), "error": " ".join(str(answer).split())}
         said |= {"confidence": answer.confidence} if isinstance(answer, Unsure) else {}
         return {**known, **said, "selected": [], "weights": [], "scores": {}, "seconds": {"inference": seconds}}
-    prediction, chosen = answer_in(answer.text, whole), answer.selection
+    prediction, chosen = answer_in(answer.text, whole, front), answer.selection
     value: Value = measure(metric, prediction, row.completion)
     return {
         **known,

@@ -15,6 +15,7 @@ import numpy as np
 
 from logo.errors import DataError, UsageError, listed
 from logo.evaluation.metrics import by_measure, measures
+from logo.evaluation.results import described, differences
 from logo.evaluation.statistics import Paired, Values, holm, paired
 
 if TYPE_CHECKING:
@@ -69,6 +70,10 @@ def values_of(rows: pandas.DataFrame) -> dict[str, Values]:
     return {name: np.asarray(values, dtype=np.float64) for name, values in found.items()}
 
 
+# What `run.json` says of the dataset, and not of what has answered it.
+_OF_DATASETS = ("dataset", "rows", "rows_sha256", "metric", "metric_plugin", "train_sha256")
+
+
 @dataclass(frozen=True)
 class Compared:
     """A line: the runs `a` and `b` by a measure, on a dataset or on all those of a group, `name`."""
@@ -116,7 +121,7 @@ def compare(table: pandas.DataFrame, *, seed: int = 0, strict: bool = True) -> C
     if strict and not others:
         raise UsageError(f"expected two runs or more to compare, found one, {first}")
     lines: list[Compared] = []
-    notes: list[str] = []
+    notes = list(_mixed(table.attrs.get("runs", {})))
     for other in others:
         a, b = runs[first], runs[other]
         common = [name for name in a if name in b]
@@ -136,6 +141,19 @@ def compare(table: pandas.DataFrame, *, seed: int = 0, strict: bool = True) -> C
             lines.append(Compared(first, other, name, measure, len(members), found))
     corrected = zip(lines, holm([one.found.p for one in lines]), strict=True)
     return Comparison(tuple(replace(one, found=replace(one.found, p_holm=p)) for one, p in corrected), tuple(notes))
+
+
+def _mixed(runs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """That datasets of one run were answered by different engines or with different settings."""
+    for run, datasets in runs.items():
+        engines = {
+            name: {key: value for key, value in one.get("identity", {}).items() if key not in _OF_DATASETS}
+            for name, one in datasets.items()
+        }
+        first = next(iter(engines), "")
+        for name, engine in engines.items():
+            if found := differences(engines[first], engine):
+                yield f"{run} mixes settings: of {name}, {described(found, 3)} as of {first}"
 
 
 def _alone(runs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:

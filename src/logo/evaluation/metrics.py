@@ -102,13 +102,15 @@ def checked_kind(text: object, where: str) -> Kind:
     return kind
 
 
-def answer_in(text: str, whole: bool = False) -> str:
+def answer_in(text: str, whole: bool = False, preface: str = "") -> str:
     """The answer in a decoded continuation: stripped, and unless it is judged whole, its first line (`str.splitlines`).
+    What the chat template writes in front of answers (`logo.prompts.preface`) is no part of it.
 
     Blanks at the end of that line stay when more lines follow, as in the official code.
     """
-    lines = text.strip().splitlines()
-    return text.strip() if whole else lines[0] if lines else ""
+    text = text.strip().removeprefix(preface.strip()).strip()
+    lines = text.splitlines()
+    return text if whole else lines[0] if lines else ""
 
 
 def em(prediction: str, completion: str | Sequence[str]) -> int:

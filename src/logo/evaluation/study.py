@@ -31,7 +31,7 @@ import numpy as np
 
 from logo.baselines.method import Method, Prepared
 from logo.errors import DataError, UsageError, closest
-from logo.evaluation.answer import Answerer, Facts, dataset_identity, task_of
+from logo.evaluation.answer import Answerer, Facts, dataset_identity, front_of, task_of
 from logo.evaluation.metrics import answer_in, by_measure, measure, measures
 from logo.evaluation.results import ROWS, RUN, Partial, differences, is_done, read_run
 from logo.evaluation.run import warn_of_copies
@@ -96,6 +96,8 @@ class Measurer:
     def __init__(self, answerer: Answerer, contest: Contest) -> None:
         self._answerer, self.contest, self._logo = answerer, contest, answerer.logo
         self._methods = {name: Method(name) for name in ALWAYS} | dict(contest.methods)
+        # Prompts are selected for as they are scored and answered: not cut for a longer answer.
+        self._room = {"max_new_tokens": contest.new_tokens or 1}
         self._prepared: dict[tuple[str, str, str], Prepared] = {}  # by method, task and protocol
 
     @cached_property
@@ -139,7 +141,8 @@ class Measurer:
                 raise DataError(f"{task.file}:{number}: {found}; put it into {row.adapter}.jsonl")
             if row.completion:
                 try:
-                    encoded(self._logo.prompts, row.prompt, _gold(row))
+                    for gold in row.golds:
+                        encoded(self._logo.prompts, row.prompt, gold)
                 except UsageError as error:
                     raise DataError(f"{task.file}:{number}: {error}") from error
 
@@ -150,7 +153,7 @@ class Measurer:
 
     def _selected(self, label: str, protocol: str, task: Dataset, row: Row, among: Sequence[str] | None) -> Selection:
         if label in self.contest.signals:
-            return self._logo.select(row.prompt, signal=label, candidates=among)
+            return self._logo.select(row.prompt, signal=label, candidates=among, **self._room)
         key = label, task.name, protocol
         if key not in self._prepared:
             unnamed = replace(task_of(task, among or ()), targets=(None,) * len(task.rows))
@@ -159,34 +162,34 @@ class Measurer:
                 raise UsageError(f"method {label!r} answers with a model of its own: compare it by `logo eval run`")
         select = self._prepared[key].select
         if select is None:
-            return self._logo.select(row.prompt, candidates=among)
+            return self._logo.select(row.prompt, candidates=among, **self._room)
         [chosen] = select([row.prompt], 1)
         if among is not None and (others := [name for name in chosen.adapters if name not in among]):
             raise UsageError(f"method {label!r} chose {others[0]!r}: use task.candidates(logo), which leaves it out")
         return chosen
 
     def _judge(self, arms: Sequence[dict[str, Any]], task: Dataset, row: Row) -> None:
-        """Scores every arm, and generates its answer if asked; equal mixtures share one."""
+        """Scores every arm, and generates its answer if asked; equal mixtures share one. Of several gold texts, the one
+        that an arm knows best counts."""
         mixtures = {tuple(zip(arm["selected"], arm["weights"], strict=True)): arm for arm in arms}
         keys = list(mixtures)
-        scored = dict(zip(keys, self._logo.score(row.prompt, _gold(row), [dict(key) for key in keys]), strict=True))
+        each = [self._logo.score(row.prompt, gold, [dict(key) for key in keys]) for gold in row.golds]
+        scored = dict(zip(keys, zip(*each, strict=True), strict=True))
         texts: dict[Any, str] = {}
         if self.contest.new_tokens is not None:
-            how: dict[str, Any] = {"max_new_tokens": self.contest.new_tokens, "stop_at_newline": not row.whole}
+            front = front_of(self._logo, row)
+            lines = row.whole or "\n" in front
+            how: dict[str, Any] = {"max_new_tokens": self.contest.new_tokens, "stop_at_newline": not lines}
             made = self._logo.generate([row.prompt] * len(keys), adapters=[dict(key) for key in keys], **how)
-            texts = {key: answer_in(one.text, row.whole) for key, one in zip(keys, made, strict=True)}
+            texts = {key: answer_in(one.text, row.whole, front) for key, one in zip(keys, made, strict=True)}
         for arm in arms:
             key = tuple(zip(arm["selected"], arm["weights"], strict=True))
-            arm |= {"exact_match": float(scored[key].exact_match), "nll": scored[key].nll}
+            arm["exact_match"] = float(any(one.exact_match for one in scored[key]))
+            arm["nll"] = min(one.nll for one in scored[key])
             if texts:
                 value = measure(task.metric, texts[key], row.completion)
                 [score] = by_measure(task.metric, [value])[measures(task.metric)[-1]]
                 arm |= {"prediction": texts[key], "score": score}
-
-
-def _gold(row: Row) -> str:
-    """The gold text that is scored: the first one."""
-    return row.completion if isinstance(row.completion, str) else row.completion[0]
 
 
 def rank(scores: Mapping[str, float], target: str) -> int | None:

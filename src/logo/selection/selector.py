@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -111,6 +111,16 @@ class Selector:
     default_k: int
     evidence: Evidence | None
     sizes: Mapping[str, float] = field(default_factory=dict)
+
+    def among_acting(self, call: Options, pool: AdapterPool, prompt: Sequence[int]) -> Options:
+        """The options of a call for one prompt (token ids), whose candidates are adapters that act on it, unless none
+        does: one whose invocation tokens it lacks would leave the answer to the base model."""
+        if not pool.invoked:
+            return call
+        begins = {one: one.begin(prompt) for one in pool.activations}
+        asked = self.names if call.candidates is None else call.candidates
+        acting = frozenset(name for name in asked if begins[pool[name].activation] is not None)
+        return replace(call, candidates=acting) if 0 < len(acting) < len(asked) else call
 
     def __call__(self, scores: Tensor, options: Options) -> Selection:
         """The selection of the highest of these scores (adapters,); of equal ones, the earlier name comes first.

@@ -14,8 +14,8 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from logo.adapters.pool import AdapterPool
 from logo.core import Options, Prompt, Selection
 from logo.endings import at_stop_strings
 from logo.engine import Fitted, LoGo
-from logo.errors import LoGoError, PoolError, UsageError
+from logo.errors import CacheFull, LoGoError, PoolError, UsageError
 from logo.mixing.mixer import Mixture
 from logo.selection.selector import forced, known
 from logo.serve.batching import STOPPED, Batching, Job, Memory, News
@@ -35,6 +35,7 @@ from logo.serve.names import MixtureRequest, Patterns, usable
 from logo.serve.packed import Chosen
 
 _PROBED = 16  # the most prompts of a probe
+_AGAIN = 0.02  # seconds until a request whose adapters have no room looks for it again
 _log = logging.getLogger("logo.serve")
 
 
@@ -69,7 +70,7 @@ class Service:
         self._room, self._open = memory.concurrent + max_queue, 0
         self._signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))  # the engine's own first
         self.signals = self._scoring()
-        self._worker = ThreadPoolExecutor(1, "logo-select")
+        self._worker, self._full = ThreadPoolExecutor(1, "logo-select"), asyncio.Lock()
         self._line: deque[_Waiting] = deque()  # two threads may use its two ends
         self.draining = False  # new requests are refused
         self._told = set[str]()  # the adapters of which a warning says that they do not act
@@ -116,13 +117,25 @@ class Service:
 
     async def choose(self, prompt: Prompt, wanted: MixtureRequest) -> Chosen:
         """The mixture for a prompt, with its adapters loaded; LoGoError: an adapter or signal that does not exist, a
-        weight or k that cannot be used, an adapter that cannot be read, no room for it."""
+        weight or k that cannot be used, an adapter that cannot be read, or no room for it even if all answers end."""
         future = Future[Chosen]()
         self._line.append(_Waiting(prompt, wanted, time.perf_counter(), future))
         self._worker.submit(self._choose)  # for all that wait by then, so that later calls may find none
         chosen = await asyncio.wrap_future(future)
-        await chosen.loaded()  # here, so that nobody else waits for adapters that are not loaded yet
-        return chosen
+        with suppress(CacheFull):
+            await chosen.loaded()  # here, so that nobody else waits for adapters that are not loaded yet
+            return chosen
+        async with self._full:  # in turn, since several would take what becomes free from each other
+            while True:
+                adapters = [resident.adapter for resident in chosen.hold]
+                chosen = replace(chosen, hold=self.logo.adapter_cache.reserve(adapters))
+                try:
+                    await chosen.loaded()
+                    return chosen
+                except CacheFull:
+                    if not self.batching.running + self.batching.waiting:  # no answer will give back what it holds
+                        raise
+                await asyncio.sleep(_AGAIN)
 
     def generate(self, jobs: Sequence[Job], deadline: float | None = None) -> AsyncGenerator[News, None]:
         """See `Batching.generate`."""

@@ -17,7 +17,7 @@ import torch
 
 from logo import errors
 from logo.adapters.pool import AdapterPool
-from logo.core import Options, ProbeText, Selection
+from logo.core import Options, ProbeText, Prompt, Selection
 from logo.errors import LoGoError, ModelError, NotFinite, PoolError, UsageError
 from logo.selection.selector import Evidence, Selector
 from logo.selection.signals import Signal
@@ -193,13 +193,14 @@ class Engine:
     def probe_text(self) -> ProbeText | None:
         """The part of a conversation that is probed, see `SelectionSettings.probe_text`."""
         asked, pool = self.options.settings.probe_text, self.served.pool
-        return "all" if asked is None and pool.read_once and any(one.tokens for one in pool.activations) else asked
+        return "all" if asked is None and pool.read_once and pool.invoked else asked
 
-    async def select(self, served: Served, row: Sequence[int], call: Options, alone: bool = False) -> Selection:
-        """The selection for a prompt (token ids of what is probed) from a pool, with options that were checked against
-        it; errors as `LoGo.select`."""
-        [scores] = await self.scores(served, call.signal, [row], [call.candidates], alone=alone)
-        return served.opened[call.signal].selector(torch.tensor(scores), call)
+    async def select(self, served: Served, prompt: Prompt, call: Options, alone: bool = False) -> Selection:
+        """The selection for a prompt from a pool, with checked options of a call; errors as `LoGo.select`."""
+        selector = served.opened[call.signal].selector
+        call = selector.among_acting(call, served.pool, prompt.ids)
+        [scores] = await self.scores(served, call.signal, [prompt.probed], [call.candidates], alone=alone)
+        return selector(torch.tensor(scores), call)
 
     async def scores(self, served: Served, signal: str, rows: Rows, among: Among, **how: bool) -> list[list[float]]:
         """Scores of the adapters of a pool for prompts, which run as probes; arguments as `Scorer` and `Probe`.

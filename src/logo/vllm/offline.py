@@ -91,7 +91,8 @@ def open_engine(
 
     checked_options(model_kwargs)
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
-    own = torch.float32 if current_platform.is_cpu() else getattr(load_config(source), "dtype", None) or torch.float32
+    on_cpu = current_platform.is_cpu()
+    own = torch.float32 if on_cpu else getattr(load_config(source), "dtype", None) or torch.float32
     computed = checked_dtype(dtype, own)
     if isinstance(token, str):
         os.environ.setdefault("HF_TOKEN", token)  # vLLM's processes open the pool again
@@ -121,6 +122,8 @@ def open_engine(
         **{"model": source, "dtype": computed, "max_loras": slots_of(fitted, k), "max_lora_rank": rank_of(fitted)},
         "lora_target_modules": list(targets_of(fitted)),
         "generation_config": "vllm",  # every request has its own decoding options
+        # On CPUs, a prompt that is read in parts ends vLLM if it has a seed, as every sampled answer has.
+        **({"enable_chunked_prefill": False} if on_cpu and "max_num_batched_tokens" not in model_kwargs else {}),
         **model_kwargs,
         **{"enable_lora": True, "worker_extension_cls": EXTENSION, "additional_config": additional},
     }

@@ -33,9 +33,9 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
 
 from logo.adapters.pool import AdapterPool
-from logo.core import Options, Selection
+from logo.core import Options, Prompt, Selection
 from logo.errors import LoGoError, UsageError
-from logo.prompts import PLAIN_CHAT, asked_text, read
+from logo.prompts import PLAIN_CHAT, asked_text, begun, read
 from logo.selection.selector import forced
 from logo.serve import bodies
 from logo.serve.errors import ApiError, bad_request, failed, not_found, shown
@@ -214,10 +214,10 @@ class Logo:
         return Models(self.base, served.pool.names, tuple(served.opened))
 
     async def choose(
-        self, model: str, options: bodies.LogoOptions | None, rows: Sequence[Sequence[int]], alone: bool = False
+        self, model: str, options: bodies.LogoOptions | None, rows: Sequence[Prompt], alone: bool = False
     ) -> tuple[list[Chosen], list[Mix]]:
-        """The mixture of each prompt of a request, of which these token ids are probed; `alone`: as `Probe`. ApiError,
-        LoGoError: there is no such model, or the options cannot be used."""
+        """The mixture of each prompt of a request; `alone`: as `Probe`. ApiError, LoGoError: there is no such model, or
+        the options cannot be used."""
         engine = self.engine
         async with engine.using() as served:
             wanted = self.names(served).mixture_request(self.base if model in self.bases else model, options)
@@ -231,7 +231,7 @@ class Logo:
             engine.slots.check(mix.keys)
         return chosen, mixes
 
-    async def _chosen(self, served: Served, row: Sequence[int], call: Options, alone: bool) -> Chosen:
+    async def _chosen(self, served: Served, row: Prompt, call: Options, alone: bool) -> Chosen:
         started = time.perf_counter()
         selection = await self.engine.select(served, row, call, alone)
         seconds = time.perf_counter() - started
@@ -239,17 +239,16 @@ class Logo:
         return Chosen(selection, 1000 * seconds)
 
     async def answer(
-        self, request: Any, raw: Request, by: tuple[str, str], rows: Sequence[Sequence[int]], several: bool = False
+        self, request: Any, raw: Request, by: tuple[str, str], rows: Sequence[Prompt], several: bool = False
     ) -> Response:
-        """Has vLLM answer a request, parsed by its class, with the mixtures of its prompts, of each of which `rows` has
-        the token ids that are probed. `by`: the names of vLLM's serving object in the app's state, and of its method;
-        `several`: whether the field `logo` of the reply is a list."""
+        """Has vLLM answer a request, parsed by its class, with the mixtures of its prompts. `by`: the names of vLLM's
+        serving object in the app's state, and of its method; `several`: whether the reply's field `logo` is a list."""
         handler = getattr(raw.app.state, by[0])
         if handler is None:
             raise ApiError(501, "this model does not answer requests of this kind", "invalid_request_error")
-        asked, extra = request.model or self.base, request.model_extra or {}
+        asked, extra = request.model, request.model_extra or {}
         misplaced = {name: extra[name] for name in bodies.LogoOptions.model_fields if name in extra}
-        found = bodies.checked(bodies.ModelRequest, {"model": asked, "logo": extra.get("logo"), **misplaced})
+        found = bodies.checked(bodies.ModelRequest, {"model": asked or None, "logo": extra.get("logo"), **misplaced})
         chosen, mixes = await self.choose(asked, found.logo, rows, request.cache_salt is not None)
         own = copy.copy(handler)
         own.engine_client, own.models = Mixing(handler.engine_client, self.engine, mixes), copy.copy(handler.models)
@@ -297,9 +296,10 @@ async def _completion(request: CompletionRequest, raw_request: Request) -> Respo
     if several and len(given) > 1 and request.use_beam_search:
         raise bad_request("use_beam_search: expected one prompt, found several", "use_beam_search")
     _check_scored(logo, request.prompt_logprobs, request.logprobs if request.echo else None)
-    texts, bos = given if several else [given], _tokenizer(raw_request).bos_token
-    if bos and all(isinstance(text, str) and text.startswith(bos) for text in texts):
-        request.add_special_tokens = False  # never a second one, as in the library
+    tokenizer, texts = _tokenizer(raw_request), given if several else [given]
+    if request.add_special_tokens and any(begun(tokenizer, text) for text in texts):
+        ids = [list(read(tokenizer, text).ids) for text in texts]  # never a second one, as in the library
+        request.prompt = ids if several else ids[0]
     rows, by = await _rendered(request, raw_request), ("openai_serving_completion", "create_completion")
     return await logo.answer(request, raw_request, by, rows, several)
 
@@ -335,24 +335,27 @@ async def _response(request: _ResponsesRequest, raw_request: Request) -> Respons
     return await logo.answer(request, raw_request, ("openai_serving_responses", "create_responses"), [row])
 
 
-async def _conversation(logo: Logo, request: ChatCompletionRequest, raw: Request) -> tuple[int, ...]:
-    """What is probed of a conversation, which is often less than all of it. Our own template writes no special tokens,
-    as some tokenizers read a text that stands behind one otherwise; so the request asks for them."""
-    request.add_special_tokens |= raw.app.state.args.chat_template == PLAIN_CHAT
+async def _conversation(logo: Logo, request: ChatCompletionRequest, raw: Request) -> Prompt:
+    """A conversation, of which less than all is probed. Our own template writes no special tokens, since some
+    tokenizers read a text that stands behind one otherwise; so the request asks for them."""
+    plain, first = raw.app.state.args.chat_template == PLAIN_CHAT, dict(request.messages[0]).get("content")
+    request.add_special_tokens |= plain and not begun(_tokenizer(raw), first)
     try:
         text = asked_text([dict(message) for message in request.messages], logo.engine.probe_text)
     except UsageError:  # such as pictures, or parts that we do not know: vLLM reads or refuses these
         text = None
-    return (await _rendered(request, raw))[0] if text is None else read(_tokenizer(raw), text).ids
+    # All of it has to be known where the text is not, or decides which adapters act.
+    whole = (await _rendered(request, raw))[0] if text is None or logo.pool.invoked else read(_tokenizer(raw), text)
+    return whole if text is None else Prompt(whole.ids, read(_tokenizer(raw), text).ids)
 
 
-async def _rendered(request: ChatCompletionRequest | CompletionRequest, raw: Request) -> list[tuple[int, ...]]:
-    """The token ids of each prompt, or of a whole conversation, as vLLM will read them: cut, and with a suffix."""
+async def _rendered(request: ChatCompletionRequest | CompletionRequest, raw: Request) -> list[Prompt]:
+    """Each prompt, or a whole conversation, as vLLM will read it: cut, and with a suffix."""
     chat, renderer = isinstance(request, ChatCompletionRequest), raw.app.state.online_renderer
     found = await (renderer.render_chat if chat else renderer.render_completion)(copy.copy(request))
     if isinstance(found, ErrorResponse):
         raise ApiError(found.error.code, found.error.message, "invalid_request_error", found.error.param)
-    return [tuple(given["prompt_token_ids"]) for given in (found[1] if chat else found)]
+    return [Prompt.of_ids(given["prompt_token_ids"]) for given in (found[1] if chat else found)]
 
 
 def _texts(content: Any) -> Any:
@@ -381,7 +384,7 @@ async def _select(request: bodies.SelectRequest, raw_request: Request) -> Respon
     """`POST /v1/logo/select`"""
     logo = _logo(raw_request)
     if request.prompt is not None:
-        row = whole = read(_tokenizer(raw_request), request.prompt).ids
+        row = whole = read(_tokenizer(raw_request), request.prompt)
     else:
         messages: Any = [message.turn for message in request.messages or ()]
         given = {"messages": messages, "chat_template_kwargs": request.chat_template_kwargs}
@@ -389,7 +392,7 @@ async def _select(request: bodies.SelectRequest, raw_request: Request) -> Respon
         row, [whole] = await _conversation(logo, asked, raw_request), await _rendered(asked, raw_request)
     [chosen], _ = await logo.choose(request.model, request.logo, [row])
     found = bodies.mixture_reply(chosen.selection, chosen.probe_ms, 0.0)
-    return JSONResponse({**found, "scores": chosen.selection.scores, "tokens": len(whole)})
+    return JSONResponse({**found, "scores": chosen.selection.scores, "tokens": len(whole.ids)})
 
 
 async def _load(request: bodies.LoadAdapter, raw_request: Request) -> Response:

@@ -301,8 +301,7 @@ class Worker:
         return {"texts": [], "points": [one.name for one in scorer.points], "selector": asdict(scorer.selector)}
 
     def expected(self, digest: str, signal: str) -> tuple[list[int], list[float]] | None:
-        """The first text of the calibration, as token ids, and the scores of the adapters that its responses give; None
-        for a signal without a calibration."""
+        """The first text of the calibration (token ids), and the scores of its responses; None: there is none."""
         scorer: Any = self.taps.readers[digest, signal]
         if scorer.calibration is None or scorer.reading is None:
             return None
