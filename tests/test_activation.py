@@ -218,6 +218,9 @@ def test_keys_whose_angles_depend_on_the_length_are_not_kept(kind: str, tmp_path
     parts |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if kind == "longrope" else {}
     model = tiny.model("llama", rope_parameters=parts)
     assert reusable(model) == (kind == "default")
+    vars(model)["rope_deltas"] = None  # of models that read images
+    assert not reusable(model)
+    del model.rope_deltas
     logo, prompts = engine(model, pool_of(tmp_path, model), signal="norm"), tiny.prompts([12, 60, 20, 50])
     for ask in (
         lambda rows: [one.token_ids for one in logo.generate(rows, adapters={}, max_new_tokens=8)],
@@ -349,6 +352,18 @@ def test_without_its_invocation(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="^a prompt lacks the invocation tokens of 't1', 't2', so") as told:
         logo.generate(prompt, adapters=dict.fromkeys(NAMES, 0.5), max_new_tokens=1)
     assert len(told) == 1
+    edit_config(folder / "t0", alora_invocation_tokens=[5, 6])  # so that it cannot act where others can
+    logo = engine(model, folder)
+    assert [set(logo.select(one).scores) for one in ([*prompt, *INVOKE], prompt)] == [{"t1", "t2"}, set(NAMES)]
+
+
+def test_what_is_applied_to_cached_tokens_acts_everywhere(tmp_path: Path) -> None:
+    latent = nn.ModuleDict({"self_attn": nn.ModuleDict({"kv_b_proj": nn.Linear(4, 4)})})
+    write_adapter(tmp_path / "a", latent, ("kv_b_proj",), rank=2, seed=0)
+    pool = AdapterPool.open(tmp_path)
+    assert pool.acting(None) is pool
+    with pytest.raises(AdapterError, match=r"kv_b_proj, where it can only act everywhere, not last:3"):
+        pool.acting("last:3")
 
 
 @pytest.mark.parametrize("name", list(tiny.STATEFUL))

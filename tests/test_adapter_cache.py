@@ -152,10 +152,7 @@ def test_one_that_cannot_be_read_leaves_the_others_and_is_tried_again() -> None:
 def test_one_that_overflows_the_dtype_is_refused() -> None:
     one = AdapterCache(MODULES, torch.float16, 10**6)
     large: Any = Made("large", lambda: {"one": LoraWeights(torch.full((1, WIDTH), 1e5), torch.ones(7, 1), 1.0)})
-    with (
-        pytest.raises(NotFinite, match=r"'large'.*one.*overflows torch\.float16.*--dtype"),
-        one.held([large]),
-    ):
+    with pytest.raises(NotFinite, match=r"'large'.*one.*overflows torch\.float16.*--dtype"), one.held([large]):
         pass
     assert one.names == () and one.bytes == 0
 

@@ -486,6 +486,17 @@ def test_prompts_without_answers(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "norm puts another adapter first" in shown and "calibrated is 0.15 or more: 100% of in-pool, " in shown
 
 
+def test_any_gold_text_counts_and_no_prompt_is_cut_for_a_longer_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"context": "What is 7 plus 5?", "completion": ["twelve", "12"]}]
+    rows += [{"context": f"What is 4 plus 5? {'It rains. ' * 60}", "completion": "9"}]
+    write_rows(tmp_path / "rows" / "add_numbers.jsonl", rows)
+    studied(tmp_path / "s", tmp_path / "rows", "--signals", "calibrated", "--protocols", "in-pool")
+    [several, _] = [line["arms"][0] for line in lines(tmp_path / "s")]
+    assert several["exact_match"] == 1 and several["nll"] < 1 and "is cut" not in capsys.readouterr().err
+
+
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2, max_size=40))
 def test_confidence_against_its_definitions(values: list[tuple[float, bool]]) -> None:
     arm = {"arm": "s", "selected": [], "weights": []}

@@ -33,6 +33,7 @@ def test_the_first_line_is_what_str_splitlines_takes_for_one() -> None:
         "one\ttwo": "one\ttwo",
     }.items():
         assert answer_in(text) == line
+    assert answer_in("<think>\n\n</think>\n\n5\n6", preface="<think>\n\n</think>\n\n") == "5"
 
 
 @given(st.text(), st.lists(st.text(), max_size=4))
@@ -164,15 +165,6 @@ def test_means_over_datasets_are_covered() -> None:
         found = of_mean([float(one.mean()) for one in rows], [interval(one) for one in rows])
         held += found is not None and found[0] <= np.mean(shares) <= found[1]
     assert 0.92 <= held / 400 <= 0.99
-
-
-def test_differences_are_covered() -> None:
-    random, held, only_a, only_b = np.random.default_rng(1), 0, 0.02, 0.05
-    for _ in range(300):
-        draws = random.random(48)
-        found = paired([((draws < only_a) * 1.0, ((only_a <= draws) & (draws < only_a + only_b)) * 1.0)]).interval
-        held += found is not None and found[0] <= only_b - only_a <= found[1]
-    assert held / 300 >= 0.92
 
 
 @given(st.lists(RUNS, min_size=1, max_size=3))

@@ -287,11 +287,11 @@ def test_numbers_of_the_page_as_json_csv_and_latex(tmp_path: Path, capsys: pytes
 def test_runs_on_other_rows_are_shown_and_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_result(tmp_path / LEFT / "bbh.one", ["yes"] * 12, ["yes"] * 12)
     write_result(tmp_path / RIGHT / "bbh.one", ["yes"] * 11, ["yes"] * 11)
+    write_result(tmp_path / LEFT / "bbh.two", ["yes"], ["yes"], {"identity": {"base_model": "other"}})
     report(tmp_path, "--save", tmp_path / "r.html")
-    assert f"found 11 in {RIGHT} and 12 in {LEFT}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"found 11 in {RIGHT} and 12 in {LEFT}" in said
+    assert f"{LEFT} mixes settings: of bbh.two, base_model is 'other', not 'm'" in said
     assert "There are no two runs on the same rows." in (tmp_path / "r.html").read_text()
     assert run(["eval", "report", str(tmp_path), "--save", str(tmp_path / "page.pdf")]) == 2
-    assert "expected FILE.html, FILE.tex, or a folder without a suffix" in capsys.readouterr().err
-    (tmp_path / "file").write_text("")
-    assert run(["eval", "report", str(tmp_path), "--save", str(tmp_path / "file")]) == 2
     assert "expected FILE.html, FILE.tex, or a folder without a suffix" in capsys.readouterr().err

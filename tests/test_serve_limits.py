@@ -190,6 +190,14 @@ def test_adapters_that_do_not_fit_into_memory_are_told_with_what_helps() -> None
         assert failures((await client.get("/metrics")).text) == {"unavailable": 1.0}
 
     asked(Service(engine, Memory()), use)
+    few = LoGo.from_pretrained("demo", adapter_memory_gb=0.0004)  # room for two adapters
+
+    async def all_at_once(client: httpx.AsyncClient) -> None:
+        bodies = [{"model": name, "prompt": "x", "max_tokens": 4} for name in few.names]
+        answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
+        assert {one.status_code for one in answers} == {200}
+
+    asked(Service(few, Memory(concurrent=1)), all_at_once)
 
 
 def test_prompts_are_logged_where_the_operator_wants_that_and_become_examples(tmp_path: Path) -> None:

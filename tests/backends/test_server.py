@@ -171,6 +171,7 @@ def sent(server: Server, path: str, key: str | None, header: str, body: bytes = 
         ({"logo": {"adapters": {"antonym": 17}}}, "expected a weight from -16 to 16"),
         ({"prompt": "word " * 400}, "256"),
         ({"prompt": []}, "prompt"),
+        ({"model": ""}, "model: Field required"),
     ],
 )
 def test_bad_requests_are_told_what_is_wrong(server: Server, rows: list[str], extra: Any, expected: str) -> None:
