@@ -490,7 +490,7 @@ def test_any_gold_text_counts_and_no_prompt_is_cut_for_a_longer_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"context": "What is 7 plus 5?", "completion": ["twelve", "12"]}]
-    rows += [{"context": f"What is 4 plus 5? {'It rains. ' * 60}", "completion": "9"}]
+    rows += [{"context": f"What is 4 plus 5? {'It rains. ' * 30}", "completion": "9"}]
     write_rows(tmp_path / "rows" / "add_numbers.jsonl", rows)
     studied(tmp_path / "s", tmp_path / "rows", "--signals", "calibrated", "--protocols", "in-pool")
     [several, _] = [line["arms"][0] for line in lines(tmp_path / "s")]

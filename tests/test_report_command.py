@@ -291,7 +291,7 @@ def test_runs_on_other_rows_are_shown_and_not_compared(tmp_path: Path, capsys: p
     report(tmp_path, "--save", tmp_path / "r.html")
     said = capsys.readouterr().err
     assert f"found 11 in {RIGHT} and 12 in {LEFT}" in said
-    assert f"{LEFT} mixes settings: of bbh.two, base_model is 'other', not 'm'" in said
+    assert f'{LEFT} mixes settings: of bbh.two, base_model is "other", not "m"' in said
     assert "There are no two runs on the same rows." in (tmp_path / "r.html").read_text()
     assert run(["eval", "report", str(tmp_path), "--save", str(tmp_path / "page.pdf")]) == 2
     assert "expected FILE.html, FILE.tex, or a folder without a suffix" in capsys.readouterr().err
