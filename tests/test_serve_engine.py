@@ -24,7 +24,7 @@ from logo.decoding import Batch, Decoding, call_config
 from logo.errors import AdapterError, ModelError, NotFinite, PoolError, UsageError
 from logo.serve import batching
 from logo.serve.batching import Job, Memory
-from logo.serve.errors import NotReady
+from logo.serve.errors import ApiError, NotReady
 from logo.serve.names import MixtureRequest
 from logo.serve.packed import Chosen
 from logo.serve.sampling import Sampling
@@ -303,7 +303,7 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
         waiting = await service.choose(Prompt.of_ids(ids), wanted)  # selected, not begun
         await service.remove("t1")
         shutil.rmtree(tmp_path / "pool" / "t1")
-        with pytest.raises(PoolError, match="t1"):
+        with pytest.raises(ApiError, match="t1"):
             await service.choose(Prompt.of_ids(ids), wanted)
         await service.add(tmp_path / "other", "t1")
         new = await answer(service, ids, wanted, Sampling(30))

@@ -30,7 +30,7 @@ from logo.mixing.mixer import Mixture
 from logo.selection.selector import forced, known
 from logo.serve.batching import STOPPED, Batching, Job, Memory, News
 from logo.serve.bodies import adapter_card
-from logo.serve.errors import ApiError, NotReady
+from logo.serve.errors import ApiError, NotReady, model_not_found
 from logo.serve.names import MixtureRequest, Patterns, usable
 from logo.serve.packed import Chosen
 
@@ -160,6 +160,8 @@ class Service:
         took = 1e3 * (time.perf_counter() - began)
         for one, call in batch:
             with _told(one.future):
+                if gone := [name for name in one.wanted.adapters or () if name not in self.logo.fitted]:
+                    raise model_not_found(gone[0])  # since the request came
                 chosen = found.get(one) or forced(one.wanted.adapters or {}, self.logo.fitted, call.candidates)
                 if isinstance(chosen, Exception):
                     raise chosen
@@ -264,7 +266,7 @@ def _told(future: Future[Any]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, LoGoError):
+        if not isinstance(error, (LoGoError, ApiError)):
             _log.exception("a request cannot be given its mixture")
         # The traceback's frames refer to mixtures of the batch's other requests, which would stay held.
         future.set_exception(error.with_traceback(None))
