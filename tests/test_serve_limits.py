@@ -89,7 +89,7 @@ def test_a_request_that_takes_too_long_is_ended_and_counted(
     if waits == "to be chosen for":
         service = Service(engine, Memory())
 
-        async def never(*_: Any) -> None:
+        async def never(*_: Any, **__: Any) -> None:
             await asyncio.sleep(PATIENCE)
 
         monkeypatch.setattr(service, "choose", never)

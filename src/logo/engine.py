@@ -345,12 +345,11 @@ class LoGo:
         for (signal, _), members in groups.items():
             if self.probe_context != "base":
                 check_context(self.probe_context, signal)
-            scorer = self._scorer(signal)
-            calls = [scorer.selector.among_acting(options[i], pool, rows[i].ids) for i in members]
-            among = [call.candidates for call in calls]
+            scorer, among = self._scorer(signal), [options[i].candidates for i in members]
             scores = self._scores(pool, scorer, [rows[i] for i in members], among, batch_size)
-            each = zip(members, scores, calls, strict=True)
-            found |= {i: scorer.selector.outcome(row, call) for i, row, call in each}
+            silent = {i: pool.silent(rows[i].ids) for i in members}
+            each = zip(members, scores, strict=True)
+            found |= {i: scorer.selector.outcome(row, options[i], silent[i]) for i, row in each}
             last = found[members[-1]]
             self._carried = last.adapters if isinstance(last, Selection) else self._carried
         return [found[i] for i in range(len(rows))]

@@ -146,6 +146,11 @@ class AdapterPool:
         """Whether any adapter acts from its invocation tokens on."""
         return any(one.tokens for one in self.activations)
 
+    def silent(self, prompt: Sequence[int]) -> list[str]:
+        """The names of the adapters whose invocation tokens a prompt (token ids) lacks, so that they do not act."""
+        begins = {one: one.begin(prompt) for one in self.activations} if self.invoked else {}
+        return [one.name for one in self if begins.get(one.activation, 0) is None]
+
     @property
     def read_once(self) -> bool:
         """Whether prompts are read once, by the base model: no adapter acts everywhere."""

@@ -153,7 +153,7 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
     template = _chat_template(base_model, source)
     cache = server.kv_cache_gb if server.kv_cache_gb is not None else _CPU_CACHE_GB if on_cpu else None
     # With a seed, a prompt that is read in parts ends vLLM on CPUs, whose generators cannot be put back.
-    whole = on_cpu and not any(flag.startswith("--max-num-batched-tokens") for flag in given)
+    whole = on_cpu and not any(flag.replace("_", "-").startswith("--max-num-batched-tokens") for flag in given)
     flags = [
         *("--dtype", str(dtype)),
         *("--max-num-seqs", str(server.max_concurrent)),

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from logo.baselines.method import Method, Prepared, Task
-from logo.errors import HubError, LoGoError, StorageError, Unsure
+from logo.errors import HubError, LoGoError, StorageError, Unsure, UsageError
 from logo.evaluation.metrics import METRICS, Value, answer_in, measure, zero
 from logo.identity import (
     config_digest,
@@ -151,11 +152,15 @@ class Answerer:
 
 
 def front_of(logo: LoGo, row: Row) -> str:
-    """What the chat template writes in front of the answer to a row, and adapters have learned to write."""
-    if isinstance(row.prompt, str):
-        return ""
-    [read] = logo.prompts.read([row.prompt], room=None)
-    return preface(logo.tokenizer, row.prompt, read.text or "") or ""
+    """What the chat template writes in front of the answer to a row, and adapters have learned to write, as answers are
+    decoded; nothing for a row that is refused."""
+    front = None
+    if not isinstance(row.prompt, str):
+        with suppress(UsageError):
+            [read] = logo.prompts.read([row.prompt], room=None)
+            front = preface(logo.tokenizer, row.prompt, read.text or "")
+    ids = logo.tokenizer(front or "", add_special_tokens=False)["input_ids"]
+    return str(logo.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def task_of(dataset: Dataset, among: Sequence[str] = ()) -> Task:

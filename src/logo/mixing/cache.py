@@ -125,6 +125,13 @@ class AdapterCache:
         finally:
             self.release(hold)
 
+    def has_room(self, adapters: Sequence[Adapter], *, alone: bool = False) -> bool:
+        """Whether adapters fit beside those that are held now; `alone`: whether they would if none were held."""
+        with self._locked():
+            held = {} if alone else {file: one.bytes for file, one in self._residents.items() if one.users}
+            sizes = held | {one.file: one.parameters * self.dtype.itemsize for one in adapters}
+            return sum(sizes.values()) <= self.budget // 2
+
     def reserve(self, adapters: Sequence[Adapter]) -> Hold:
         """Holds adapters without waiting: each `Resident.ready` says when it is loaded, or why it cannot be."""
         hold = []

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -112,18 +112,9 @@ class Selector:
     evidence: Evidence | None
     sizes: Mapping[str, float] = field(default_factory=dict)
 
-    def among_acting(self, call: Options, pool: AdapterPool, prompt: Sequence[int]) -> Options:
-        """The options of a call for one prompt (token ids), whose candidates are adapters that act on it, unless none
-        does: one whose invocation tokens it lacks would leave the answer to the base model."""
-        if not pool.invoked:
-            return call
-        begins = {one: one.begin(prompt) for one in pool.activations}
-        asked = self.names if call.candidates is None else call.candidates
-        acting = frozenset(name for name in asked if begins[pool[name].activation] is not None)
-        return replace(call, candidates=acting) if 0 < len(acting) < len(asked) else call
-
-    def __call__(self, scores: Tensor, options: Options) -> Selection:
-        """The selection of the highest of these scores (adapters,); of equal ones, the earlier name comes first.
+    def __call__(self, scores: Tensor, options: Options, silent: Collection[str] = ()) -> Selection:
+        """The selection of the highest of these scores (adapters,); of equal ones, the earlier name comes first. Of the
+        adapters that are `silent` on the prompt none is selected, unless all candidates are, but they count as others.
 
         Raises:
             NotFinite: the score of a candidate is NaN or infinite.
@@ -142,8 +133,11 @@ class Selector:
         if bad is not None:
             raise NotFinite(f"the score of adapter {bad!r} is not finite: the hidden state or the adapter overflows")
         order = sorted(named, key=named.__getitem__, reverse=True)  # equal ones stay in the order of the pool
+        ranked, heard = [named[name] for name in order], [name for name in order if name not in silent]
+        if silent and heard:  # the best that acts, before all others
+            ranked, order = [named[heard[0]], *(named[name] for name in order if name != heard[0])], heard
         top = [named[name] for name in order]
-        confidence = None if evidence is None else evidence.confidence(top, options.prior)
+        confidence = None if evidence is None else evidence.confidence(ranked, options.prior)
         unsure = confidence is not None and confidence < options.unsure_below
         if unsure and options.when_unsure == "refuse":
             found = f"confidence {confidence:.2f}, expected {options.unsure_below:g} or more"
@@ -159,7 +153,7 @@ class Selector:
             total = sum(weights)
             weights = [one / total for one in weights] if total > 0 else [1 / k] * k
         else:
-            margins = (np.array(top[:k]) - top[0]) / evidence.spread(top)
+            margins = (np.array(top[:k]) - top[0]) / evidence.spread(ranked)
             sharp, broad = np.exp(margins / SHARP), np.exp(margins / evidence.breadth)
             sizes = np.array([self.sizes.get(name, USUAL_SIZE) for name in order[:k]])
             sharp, broad = sharp / sharp.sum(), broad / broad.sum()
@@ -170,10 +164,10 @@ class Selector:
             weights = shares[kept].tolist()  # the best ones', since they fall with the score
         return Selection(tuple(order[: len(weights)]), tuple(weights), named, confidence, options.signal)
 
-    def outcome(self, scores: Tensor, options: Options) -> Selection | LoGoError:
+    def outcome(self, scores: Tensor, options: Options, silent: Collection[str] = ()) -> Selection | LoGoError:
         """The selection of these scores (adapters,), or the error that they give."""
         try:
-            return self(scores, options)
+            return self(scores, options, silent)
         except LoGoError as error:
             return error.with_traceback(None)  # its frames hold the scores of the whole batch
 

@@ -36,6 +36,7 @@ from logo.serve.packed import Chosen
 
 _PROBED = 16  # the most prompts of a probe
 _AGAIN = 0.02  # seconds until a request whose adapters have no room looks for it again
+_PASSES = 32  # how many requests may pass one that waits for room
 _log = logging.getLogger("logo.serve")
 
 
@@ -70,7 +71,7 @@ class Service:
         self._room, self._open = memory.concurrent + max_queue, 0
         self._signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))  # the engine's own first
         self.signals = self._scoring()
-        self._worker, self._full = ThreadPoolExecutor(1, "logo-select"), asyncio.Lock()
+        self._worker, self._full, self._passes = ThreadPoolExecutor(1, "logo-select"), asyncio.Lock(), 0
         self._line: deque[_Waiting] = deque()  # two threads may use its two ends
         self.draining = False  # new requests are refused
         self._told = set[str]()  # the adapters of which a warning says that they do not act
@@ -115,26 +116,33 @@ class Service:
         finally:
             self._open -= count
 
-    async def choose(self, prompt: Prompt, wanted: MixtureRequest) -> Chosen:
+    async def choose(self, prompt: Prompt, wanted: MixtureRequest, *, waits: bool = True) -> Chosen:
         """The mixture for a prompt, with its adapters loaded; LoGoError: an adapter or signal that does not exist, a
-        weight or k that cannot be used, an adapter that cannot be read, or no room for it even if all answers end."""
+        weight or k that cannot be used, an adapter that cannot be read. It `waits` while others hold the room for them,
+        as prompts of one request must not do for each other; CacheFull: there is none, or will never be."""
+        self._passes += self._full.locked()
+        if waits and self._passes > _PASSES:  # else one that waits for room might wait for ever
+            async with self._full:
+                pass
         future = Future[Chosen]()
         self._line.append(_Waiting(prompt, wanted, time.perf_counter(), future))
         self._worker.submit(self._choose)  # for all that wait by then, so that later calls may find none
         chosen = await asyncio.wrap_future(future)
-        with suppress(CacheFull):
+        cache, adapters = self.logo.adapter_cache, [resident.adapter for resident in chosen.hold]
+        try:
             await chosen.loaded()  # here, so that nobody else waits for adapters that are not loaded yet
             return chosen
+        except CacheFull:
+            if not waits or not cache.has_room(adapters, alone=True):
+                raise
         async with self._full:  # in turn, since several would take what becomes free from each other
+            self._passes = 0
             while True:
-                adapters = [resident.adapter for resident in chosen.hold]
-                chosen = replace(chosen, hold=self.logo.adapter_cache.reserve(adapters))
-                try:
-                    await chosen.loaded()
-                    return chosen
-                except CacheFull:
-                    if not self.batching.running + self.batching.waiting:  # no answer will give back what it holds
-                        raise
+                if cache.has_room(adapters):
+                    chosen = replace(chosen, hold=cache.reserve(adapters))
+                    with suppress(CacheFull):
+                        await chosen.loaded()
+                        return chosen
                 await asyncio.sleep(_AGAIN)
 
     def generate(self, jobs: Sequence[Job], deadline: float | None = None) -> AsyncGenerator[News, None]:

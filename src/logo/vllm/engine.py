@@ -197,10 +197,8 @@ class Engine:
 
     async def select(self, served: Served, prompt: Prompt, call: Options, alone: bool = False) -> Selection:
         """The selection for a prompt from a pool, with checked options of a call; errors as `LoGo.select`."""
-        selector = served.opened[call.signal].selector
-        call = selector.among_acting(call, served.pool, prompt.ids)
         [scores] = await self.scores(served, call.signal, [prompt.probed], [call.candidates], alone=alone)
-        return selector(torch.tensor(scores), call)
+        return served.opened[call.signal].selector(torch.tensor(scores), call, served.pool.silent(prompt.ids))
 
     async def scores(self, served: Served, signal: str, rows: Rows, among: Among, **how: bool) -> list[list[float]]:
         """Scores of the adapters of a pool for prompts, which run as probes; arguments as `Scorer` and `Probe`.

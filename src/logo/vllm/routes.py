@@ -338,7 +338,7 @@ async def _response(request: _ResponsesRequest, raw_request: Request) -> Respons
 async def _conversation(logo: Logo, request: ChatCompletionRequest, raw: Request) -> Prompt:
     """A conversation, of which less than all is probed. Our own template writes no special tokens, since some
     tokenizers read a text that stands behind one otherwise; so the request asks for them."""
-    plain, first = raw.app.state.args.chat_template == PLAIN_CHAT, dict(request.messages[0]).get("content")
+    plain, first = raw.app.state.args.chat_template == PLAIN_CHAT, dict(next(iter(request.messages), {})).get("content")
     request.add_special_tokens |= plain and not begun(_tokenizer(raw), first)
     try:
         text = asked_text([dict(message) for message in request.messages], logo.engine.probe_text)

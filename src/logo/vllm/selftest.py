@@ -34,7 +34,8 @@ async def check(engine: Engine) -> None:
     by_size = sorted(served.pool.names, key=lambda one: sizes.get(one, 0.0))
     # Neither one that does next to nothing, nor one that overflows, which counts as small and would spoil the cache.
     name = by_size[len(by_size) // 2]
-    text = [*text, *served.pool[name].activation.tokens][-max(3, len(text)) :]  # on which it acts
+    invoked = served.pool[name].activation.tokens
+    text = [*text, *invoked][-max(len(text), len(invoked)) :]  # on which it acts
     once = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1, ignore_eos=True)
     silent = lora_request(Probe("selftest", served.pool.digest, signal))
     async with engine.held([engine.mix(served, Selection.forced({name: 1.0}))]) as [lora]:
