@@ -85,7 +85,7 @@ class Flags:
 _MANAGER = "vllm.lora.worker_manager"
 
 HOOKS: tuple[Function, ...] = tuple(
-    Function(patch.module, patch.owner, patch.name, patch.parameters) for patch in PATCHES
+    Function(patch.module, patch.owner, patch.name, tuple(patch.parameters.split())) for patch in PATCHES
 )
 """What is replaced."""
 

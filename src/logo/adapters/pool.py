@@ -191,18 +191,17 @@ class AdapterPool:
 
     def acting(self, forced: str | None) -> AdapterPool:
         """The fitted pool with the activation that a user wants; see `logo.adapters.activation.acting`. Raises
-        AdapterError for an adapter that cannot act so."""
-        made = self._with(
-            self if forced is None else (replace(one, activation=acting(one.activation, forced)) for one in self)
-        )
-        for one in made:
-            # Models with latent attention (DeepSeek V2) apply it in every step to all cached tokens again.
+        AdapterError for an adapter of a module on which this activation cannot be computed."""
+        pool = self
+        if forced is not None:
+            pool = self._with(replace(one, activation=acting(one.activation, forced)) for one in self)
+        for one in pool:
+            # Models with latent attention (DeepSeek V2) apply this module to all cached tokens again in every step.
             again = [path for path in one.modules if path.endswith(".kv_b_proj")]
             if again and not one.activation.everywhere:
-                raise AdapterError(
-                    one.name, f"acts on {again[0]}, where it can only act everywhere, not {one.activation}"
-                )
-        return self if forced is None else made
+                found = f"acts on {again[0]}, where it can only act everywhere, not {one.activation}"
+                raise AdapterError(one.name, f"{found}; leave it out, or pass activation='everywhere' in Python")
+        return pool
 
     def fit(
         self, layout: BaseLayout, *, model: nn.Module | None = None, on_bad_adapter: OnBadAdapter = "error"

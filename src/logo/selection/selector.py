@@ -113,8 +113,10 @@ class Selector:
     sizes: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, scores: Tensor, options: Options, silent: Collection[str] = ()) -> Selection:
-        """The selection of the highest of these scores (adapters,); of equal ones, the earlier name comes first. Of the
-        adapters that are `silent` on the prompt none is selected, unless all candidates are, but they count as others.
+        """The selection of the highest of these scores (adapters,); of equal ones, the earlier name comes first.
+
+        Adapters that are `silent`, since the prompt lacks their invocation tokens, are selected only if all candidates
+        are. The confidence compares the best one that acts with all others, silent ones included.
 
         Raises:
             NotFinite: the score of a candidate is NaN or infinite.

@@ -213,8 +213,7 @@ class _Api:
 
         async def choosing() -> list[Chosen | BaseException]:
             # A coroutine, since nobody retrieves the exception of a future of `gather` that is cancelled in `wait_for`.
-            alone = len(prompts) == 1
-            asked = (self.service.choose(prompt, wanted, waits=alone) for prompt in prompts)
+            asked = (self.service.choose(prompt, wanted, waits=len(prompts) == 1) for prompt in prompts)
             return await asyncio.gather(*asked, return_exceptions=True)
 
         try:

@@ -117,9 +117,17 @@ class Service:
             self._open -= count
 
     async def choose(self, prompt: Prompt, wanted: MixtureRequest, *, waits: bool = True) -> Chosen:
-        """The mixture for a prompt, with its adapters loaded; LoGoError: an adapter or signal that does not exist, a
-        weight or k that cannot be used, an adapter that cannot be read. It `waits` while others hold the room for them,
-        as prompts of one request must not do for each other; CacheFull: there is none, or will never be."""
+        """The mixture for a prompt, with its adapters loaded.
+
+        Args:
+            waits: whether to wait until other requests give back the memory that the adapters need. Prompts of one
+                request must not, since they would wait for each other.
+
+        Raises:
+            LoGoError: an adapter or signal that does not exist, a weight or k that cannot be used, an adapter that
+                cannot be read.
+            CacheFull: the memory for adapters is too small for them, or, unless it `waits`, in use.
+        """
         self._passes += self._full.locked()
         if waits and self._passes > _PASSES:  # else one that waits for room might wait for ever
             async with self._full:
