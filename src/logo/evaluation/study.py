@@ -169,8 +169,8 @@ class Measurer:
         return chosen
 
     def _judge(self, arms: Sequence[dict[str, Any]], task: Dataset, row: Row) -> None:
-        """Scores every arm, and generates its answer if asked; equal mixtures share one. Of several gold texts, the one
-        that an arm knows best counts."""
+        """Scores every arm, and generates its answer if asked; equal mixtures share one. Of several gold texts, any
+        may be matched exactly, and the likeliest gives the negative log-likelihood."""
         mixtures = {tuple(zip(arm["selected"], arm["weights"], strict=True)): arm for arm in arms}
         keys = list(mixtures)
         each = [self._logo.score(row.prompt, gold, [dict(key) for key in keys]) for gold in row.golds]

@@ -344,8 +344,9 @@ async def _conversation(logo: Logo, request: ChatCompletionRequest, raw: Request
         text = asked_text([dict(message) for message in request.messages], logo.engine.probe_text)
     except UsageError:  # such as pictures, or parts that we do not know: vLLM reads or refuses these
         text = None
-    # All of it has to be known where the text is not, or decides which adapters act.
-    whole = (await _rendered(request, raw))[0] if text is None or logo.pool.invoked else read(_tokenizer(raw), text)
+    if text is not None and not logo.pool.invoked:
+        return read(_tokenizer(raw), text)
+    whole = (await _rendered(request, raw))[0]  # which decides what acts
     return whole if text is None else Prompt(whole.ids, read(_tokenizer(raw), text).ids)
 
 
