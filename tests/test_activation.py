@@ -20,7 +20,8 @@ import test_serve_engine as serving
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.activation import EVERYWHERE, Activation, acting, earliest, last_occurrence
-from logo.errors import AdapterError, StorageError, UsageError
+from logo.adapters.layout import BaseLayout
+from logo.errors import AdapterError, PoolError, StorageError, UsageError
 from logo.prefix_cache import PrefixCache, reusable
 from logo.selection import scorer
 from logo.serve import batching
@@ -359,11 +360,14 @@ def test_without_its_invocation(tmp_path: Path) -> None:
 
 def test_what_is_applied_to_cached_tokens_acts_everywhere(tmp_path: Path) -> None:
     latent = nn.ModuleDict({"self_attn": nn.ModuleDict({"kv_b_proj": nn.Linear(4, 4)})})
-    write_adapter(tmp_path / "a", latent, ("kv_b_proj",), rank=2, seed=0)
-    pool = AdapterPool.open(tmp_path)
-    assert pool.acting(None) is pool
-    with pytest.raises(AdapterError, match=r"kv_b_proj, where it can only act everywhere, not last:3"):
-        pool.acting("last:3")
+    latent["self_attn"]["q_proj"] = nn.Linear(4, 4)
+    for name in ("q_proj", "kv_b_proj"):
+        write_adapter(tmp_path / name, latent, (name,), rank=2, seed=0)
+    pool, layout = AdapterPool.open(tmp_path), BaseLayout.of(latent)
+    assert pool.fit(layout).names == pool.names
+    with pytest.raises(PoolError, match=r"kv_b_proj, where it can only act everywhere, not last:3"):
+        pool.fit(layout, activation="last:3")
+    assert pool.fit(layout, activation="last:3", on_bad_adapter="skip").names == ("q_proj",)
 
 
 @pytest.mark.parametrize("name", list(tiny.STATEFUL))

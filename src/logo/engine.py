@@ -250,8 +250,8 @@ class LoGo:
     def prepared(self, pool: AdapterPool) -> Fitted:
         """Fits another pool while this one is in use: nothing changes before `take`. Errors as `LoGo`."""
         with self._lock:
-            fitted = pool.fit(self._layout, model=self.model, on_bad_adapter=self._on_bad_adapter)
-            fitted = fitted.acting(self.settings.activation)
+            how: dict[str, Any] = {"on_bad_adapter": self._on_bad_adapter, "activation": self.settings.activation}
+            fitted = pool.fit(self._layout, model=self.model, **how)
             plain = [adapter.name for adapter in fitted if adapter.activation.everywhere]
             if plain and len(plain) < len(fitted):
                 found = f"{len(plain)} of {len(fitted)} adapters act on every token ({listed(plain)}), so the pool is"

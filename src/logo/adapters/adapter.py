@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from logo.adapters.activation import EVERYWHERE, Activation, noted
+from logo.adapters.activation import EVERYWHERE, Activation, acting, noted
 from logo.adapters.examples import examples_text, folder_examples
 from logo.adapters.layout import BaseLayout, core_path
 from logo.adapters.peft import (
@@ -155,6 +155,17 @@ class Adapter:
         else:
             self._check_no_copies()
         return replace(self, modules=fitted, copies={})
+
+    def acting(self, forced: str | None) -> Adapter:
+        """The fitted adapter with the activation that a user wants; see `logo.adapters.activation.acting`. Raises
+        AdapterError if it adapts a module on which this activation cannot be computed."""
+        one = self if forced is None else replace(self, activation=acting(self.activation, forced))
+        # Models with latent attention (DeepSeek V2) apply this module to all cached tokens again in every step.
+        again = next((path for path in one.modules if path.endswith(".kv_b_proj")), None)
+        if again and not one.activation.everywhere:
+            found = f"acts on {again}, where it can only act everywhere, not {one.activation}"
+            raise AdapterError(self.name, f"{found}; leave it out, or pass activation='everywhere' in Python")
+        return one
 
     def _compare(self, model: nn.Module) -> None:
         """Raises AdapterError unless all copies of base weights equal the base model's own."""

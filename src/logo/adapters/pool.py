@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.activation import Activation, acting
+from logo.adapters.activation import Activation
 from logo.adapters.adapter import Adapter, open_adapter, own_name
 from logo.adapters.layout import BaseLayout
 from logo.adapters.peft import CONFIG
@@ -189,24 +189,16 @@ class AdapterPool:
             chosen.update(matches)
         return self._with((one for one in self if one.name in chosen), ())
 
-    def acting(self, forced: str | None) -> AdapterPool:
-        """The fitted pool with the activation that a user wants; see `logo.adapters.activation.acting`. Raises
-        AdapterError for an adapter of a module on which this activation cannot be computed."""
-        pool = self
-        if forced is not None:
-            pool = self._with(replace(one, activation=acting(one.activation, forced)) for one in self)
-        for one in pool:
-            # Models with latent attention (DeepSeek V2) apply this module to all cached tokens again in every step.
-            again = [path for path in one.modules if path.endswith(".kv_b_proj")]
-            if again and not one.activation.everywhere:
-                found = f"acts on {again[0]}, where it can only act everywhere, not {one.activation}"
-                raise AdapterError(one.name, f"{found}; leave it out, or pass activation='everywhere' in Python")
-        return pool
-
     def fit(
-        self, layout: BaseLayout, *, model: nn.Module | None = None, on_bad_adapter: OnBadAdapter = "error"
+        self,
+        layout: BaseLayout,
+        *,
+        model: nn.Module | None = None,
+        on_bad_adapter: OnBadAdapter = "error",
+        activation: str | None = None,
     ) -> AdapterPool:
-        """The pool with its adapters matched to a base model's modules; see `Adapter.fit`.
+        """The pool with its adapters matched to a base model's modules, and acting as the user wants; see `Adapter.fit`
+        and `Adapter.acting`.
 
         Where bad adapters are skipped, so is one with NaN or Inf, on which every call that reads it would fail; each
         weight file is read once for that. Raises PoolError if an adapter does not fit and `on_bad_adapter` is
@@ -218,6 +210,7 @@ class AdapterPool:
             alike = None if adapter.copies else known.get(id(adapter.modules))
             try:
                 one = adapter.fit(layout, model) if alike is None else replace(adapter, modules=alike.modules)
+                one = one.acting(activation)
                 if on_bad_adapter == "skip":
                     one.verify()
                 made.append(one)

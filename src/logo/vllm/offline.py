@@ -104,7 +104,7 @@ def open_engine(
         how: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "examples": settings.examples, "token": token}
         opened = open_pool(named, base_model, model_dir, **how)
     model = skeleton(source, computed)
-    fitted = opened.fit(BaseLayout.of(model), on_bad_adapter=on_bad_adapter).acting(settings.activation)
+    fitted = opened.fit(BaseLayout.of(model), on_bad_adapter=on_bad_adapter, activation=settings.activation)
     warn_of_bad(fitted.refused)
     plan(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
     k = settings.k_of(fitted)

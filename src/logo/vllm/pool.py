@@ -38,7 +38,7 @@ def pool_of(
     if before is None:
         name = str(model.config.name_or_path)
         opened = open_pool(options.pool, name, on_bad_adapter=options.on_bad_adapter, examples=settings.examples)
-        return opened.fit(layout, on_bad_adapter=options.on_bad_adapter).acting(settings.activation)
+        return opened.fit(layout, on_bad_adapter=options.on_bad_adapter, activation=settings.activation)
     kind, name, folder = change
     if kind == "add" and name in before:
         raise PoolError(f"the pool has an adapter {name!r} already")
@@ -47,9 +47,9 @@ def pool_of(
         if not len(kept):
             raise PoolError(f"adapter {name!r} is the last one of the pool and cannot be removed")
         return kept
-    made = open_adapter(folder, name).fit(layout)
+    made = open_adapter(folder, name).fit(layout).acting(settings.activation)
     made.verify()  # finds what is not finite, also in layers that no signal reads
-    return kept.add(made).acting(settings.activation)
+    return kept.add(made)
 
 
 def scoring_signals(options: VllmOptions, model: PreTrainedModel, pool: AdapterPool) -> tuple[str, ...]:
