@@ -3,7 +3,7 @@
 #   make test   sets up what tests need and runs them all
 # and one is for every day:
 #   make check  the same, but for the slow tests
-.PHONY: help demo check test docs test-vllm dist test-wheel check-vllm-versions lint demo-assets clean
+.PHONY: help demo check test tests docs test-vllm dist test-wheel check-vllm-versions lint demo-assets clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -69,11 +69,17 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint
-	$(PYTEST) -m "not slow"
+# The type checker uses one core, so linters run beside the tests.
+CHECKS = @$(MAKE) --no-print-directory --jobs=2 lint tests WORKERS=$(WORKERS)
 
-test: lint
-	$(PYTEST)
+check: $(VENV)/.installed-dev
+	$(CHECKS) KIND="not slow"
+
+test: $(VENV)/.installed-dev
+	$(CHECKS)
+
+tests:
+	$(PYTEST) -m "$(KIND)"
 
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest $(SPREAD) tests/backends \

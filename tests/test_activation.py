@@ -34,6 +34,7 @@ from test_engine import engine as opened
 from tiny import read_tokens, words
 from tolerances import same_scores, same_selection
 
+pytestmark = pytest.mark.slow
 INVOKE = [7, 8]
 QUERY = {"llama": "q_proj", "qwen2": "q_proj", "gemma3": "q_proj", "gpt2": "c_attn", "gpt_neox": "query_key_value"}
 NAMES = ("t0", "t1", "t2")
@@ -194,7 +195,6 @@ def masked(model: nn.Module, pool: AdapterPool, prompt: list[int], mixture: dict
 MIXTURES: list[dict[str, float]] = [{"t0": 0.7, "t1": 0.5}, {"t1": 0.4, "t2": 0.9}, {"t2": 1.0}, {}]
 
 
-@pytest.mark.slow
 def test_points_that_every_text_reaches_alike_do_not_count(tmp_path: Path) -> None:
     """Behind an invocation, the first layer reads the same in every text: only rounding errors differ there."""
     demo = LoGo.from_pretrained("demo")
@@ -259,7 +259,6 @@ def test_mixtures_are_those_of_a_mask(name: str, kind: str, tmp_path: Path) -> N
 # -- reading once ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("signal", ["norm", "calibrated"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt", "mistral"])
 def test_a_prompt_is_read_once(name: str, signal: str, tmp_path: Path) -> None:
@@ -327,7 +326,6 @@ def test_what_is_known_changes_no_score(signal: str, tmp_path: Path) -> None:
     assert logo.prefix_cache is not None and logo.prefix_cache.found > 0
 
 
-@pytest.mark.slow
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=6), st.integers(0, 40_000))
 def test_pages_stay_within_the_budget(lengths: list[int], budget: int) -> None:
 
@@ -447,7 +445,6 @@ def test_a_checkpoint_that_names_its_cache(kind: str, tmp_path: Path) -> None:
 # -- on our server -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [512, 16], ids=["whole prompts", "prompts in parts"])
 @pytest.mark.parametrize("kind", ["last:4", "invocation", "mixed"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
@@ -482,7 +479,6 @@ def test_answers_are_those_of_the_engine(
         assert (tokens, chosen.selection.adapters) == (want[0], want[2])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("cached", "read"), [({}, [100, 3, 1, 1, 1]), ({"prefix_cache_gb": 0}, [100, 99, 1, 1, 1])])
 def test_a_prompt_is_read_once_unless_it_was_dropped(cached: dict[str, int], read: list[int], tmp_path: Path) -> None:
     model = tiny.model("llama", eos_token_id=None)

@@ -28,6 +28,7 @@ from test_evaluate import DATA, F1, ROOT
 from tolerances import PATIENCE
 from warm import logo
 
+pytestmark = pytest.mark.slow
 ENGINE = ["--base-model", str(F1 / "model"), "--adapters", str(F1 / "adapters"), "--device", "cpu"]
 DEMO = ["--base-model", "demo", "--device", "cpu"]
 ROWS = ["--rows", "src/logo/demo/assets/heldout", "--dataset", "antonym"]
@@ -117,7 +118,6 @@ def test_select_lists_k_adapters_also_if_one_answers_alone(capsys: pytest.Captur
     assert [row[:2] for row in base[1:]] == [[name, "-"] for name in best(found["scores"])]
 
 
-@pytest.mark.slow
 def test_prompts_from_stdin_on_a_terminal_without_unicode() -> None:
     asked = [*logo(), "select", "zero", "--prompts", "-", *ENGINE, "-k", "1"]
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
@@ -186,7 +186,6 @@ def test_a_mixture_in_a_line() -> None:
         assert selection_line(Selection.forced(mixture)) == line
 
 
-@pytest.mark.slow
 def test_demo_measures_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(said(capsys, "demo", "--limit", "2", "--json")[0])
     assert len(report["tasks"]) >= 12 and len(report["prompts"]) >= 12

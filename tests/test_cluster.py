@@ -195,19 +195,19 @@ def workers(
 
 def test_every_worker_has_to_find_what_the_command_found(cluster: str) -> None:
     """And all of them have to open the same."""
-    two = Layout(2, cluster)
+    one, two = Layout(1, cluster), Layout(2, cluster)
     with pytest.warns(UserWarning, match="said while opening") as warned:
         found = dict(itertools.islice(workers(alike, two), 40))
     assert len(found) == 40 and all(found[number] == 3 * number for number in found)
-    assert len([one for one in warned if "said while opening" in str(one.message)]) == 1
+    assert len([each for each in warned if "said while opening" in str(each.message)]) == 1
     with pytest.raises(ClusterError, match=r"finds something else than the command: pool is .*, not .another"):
-        next(workers(alike, two, replace(EXPECTED(), found={**EXPECTED().found, "pool": "another"})))
+        next(workers(alike, one, replace(EXPECTED(), found={**EXPECTED().found, "pool": "another"})))
     with pytest.raises(ModelError, match=r"^no model here$"):
-        next(workers(refused, two))
+        next(workers(refused, one))
     with pytest.raises(ClusterError, match="a worker differs from the first one: number is"):
         list(workers(unlike, two))
     with pytest.raises(ClusterError, match=r"a worker died 3 times over the same work .*What is done is kept"):
-        next(workers(unlike, Layout(1, cluster), answer=deadly))
+        next(workers(unlike, one, answer=deadly))
 
 
 def test_a_cluster_that_cannot_be_used_is_told_in_one_line(cluster: str) -> None:

@@ -19,6 +19,7 @@ import equal_runs
 from logo.evaluation.metrics import answer_in, bleu, em, em_multi, extra, metric_kind, rouge, summary_line
 from logo.evaluation.statistics import FEWEST, MCNEMAR, RANDOMISED, SWAPS, Values, holm, interval, of_mean, paired
 
+pytestmark = pytest.mark.slow
 WORDS = ["the", "cat", "cats", "sat", "running", "on", "a", "mat", ".", "Mat", "é"]
 SENTENCES = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
 
@@ -219,7 +220,6 @@ def test_holm_rejects_step_by_step(p: list[float]) -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # as statsmodels' multipletests
 
 
-@pytest.mark.slow
 def test_equal_runs_rarely_look_different() -> None:
     """At most one comparison in twenty may mark anything; `benchmarks/equal_runs.py` repeats it 1,000 times."""
     assert sum(equal_runs.marks_anything(seed, rows=12) for seed in range(25)) <= 2
