@@ -45,7 +45,7 @@ LAYERS = [
     {"identity"},
     {"adapters", "prompts"},
     {"rows", "prefix_cache", "endings"},
-    {"mixing", "selection"},
+    {"mixing", "selection", "text"},
     {"decoding", "opening"},
     {"scoring"},
     {"engine"},

@@ -39,6 +39,8 @@ from tolerances import PATIENCE, same_scores, same_selection
 from warm import python
 from written import write_base, write_rows
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -124,7 +126,6 @@ def dequantised(model: nn.Module) -> nn.Module:
     return plain
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("config", [quanto, torchao])
 def test_a_quantised_base_answers_as_what_it_stands_for(base: Path, adapters: Path, config: Callable[[], Any]) -> None:
@@ -145,7 +146,6 @@ def test_a_quantised_base_answers_as_what_it_stands_for(base: Path, adapters: Pa
             same_selection(one.selection, other.selection)
 
 
-@pytest.mark.slow
 def test_the_official_preset_is_that_of_the_command_line(tmp_path: Path) -> None:
     rows = [row for some in heldout().values() for row in some[:1]][:8]
     write_rows(tmp_path / "data" / "demo" / "rows" / "test.jsonl", rows)
@@ -376,7 +376,6 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
 def test_the_official_command_downloads_model_and_adapters(tmp_path: Path) -> None:
     """`python3 main.py --dataset D --base_model Llama-3.1-8B --gpu 0`, gated model and 12 of "260" adapters."""
     collection = tmp_path / "collection"

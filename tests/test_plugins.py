@@ -30,7 +30,7 @@ from test_evaluate import one_line
 from tolerances import PATIENCE, same_scores, same_weights
 from warm import python
 
-pytestmark = pytest.mark.usefixtures("plugins_forgotten")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plugins_forgotten")]
 
 ROWS = "src/logo/demo/assets/heldout"
 ROOT = Path(__file__).parent.parent
@@ -199,7 +199,6 @@ def test_a_metric_says_a_number_from_0_to_1(site: Path) -> None:
         measure("as_told", "1 / 0", "hot")
 
 
-@pytest.mark.slow
 def test_a_changed_signal_reads_no_old_calibration(tmp_path: Path) -> None:
     """In processes, as users change their files: three calibrations, of which the last is the first one's again."""
     file, cache = tmp_path / "plug_changing.py", tmp_path / "cache"
@@ -281,7 +280,6 @@ def test_a_plugin_that_cannot_be_used_is_one_line(here: Path, capsys: pytest.Cap
         assert re.search(message, one_line(capsys))
 
 
-@pytest.mark.slow
 def test_a_run_with_a_plugin_can_be_repeated_from_its_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["eval", "run", "--base-model", "demo", "-k", "2", "--signal", "quiet", "--max-new-tokens", "2"]
     asked += ["--rows", ROWS, "--dataset", "antonym", "--limit", "2", "--metric", "length"]
@@ -302,7 +300,6 @@ def test_a_run_with_a_plugin_can_be_repeated_from_its_file(here: Path, capsys: p
 # -- other processes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_process_that_is_started_knows_the_same(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plugins.environment() == {}
     plugins.load_installed()
@@ -327,7 +324,6 @@ def test_a_process_that_is_started_knows_the_same(site: Path, tmp_path: Path, mo
         plugins.load_installed()
 
 
-@pytest.mark.slow
 def test_a_server_scores_by_it_and_takes_no_other_from_a_request(here: Path) -> None:
     plugins.load("plug_here:quiet", str(here))
     expected = LoGo.from_pretrained("demo", signal="quiet", k=2).select(PROMPT)

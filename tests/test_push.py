@@ -20,6 +20,8 @@ from logo.errors import UsageError
 from make_adapters import CONFIG, SAFETENSORS, tensors, write
 from warm import logo, python
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def pool(tmp_path: Path) -> Path:
@@ -77,7 +79,6 @@ def test_a_pool_of_unknown_or_several_bases_says_where_to(tmp_path: Path) -> Non
     assert "here/README.md" in contents(tmp_path, "here/")
 
 
-@pytest.mark.slow
 def test_a_pool_goes_to_the_hub_and_comes_back(hub: HubServer, pool: Path, tmp_path: Path) -> None:
     done = push(hub, pool, "org/loras")
     assert done.returncode == 0, done.stderr
@@ -109,7 +110,6 @@ def test_a_pool_goes_to_the_hub_and_comes_back(hub: HubServer, pool: Path, tmp_p
     assert hub.files("org/loras")["README.md"].decode() == top
 
 
-@pytest.mark.slow
 def test_what_the_pool_no_longer_says_of_its_adapters_leaves_the_hub(hub: HubServer, pool: Path) -> None:
     """And a card that somebody has written stays, and so does what is said of adapters that are there alone."""
     for name in ("a[1]", "alone"):
@@ -126,7 +126,6 @@ def test_what_the_pool_no_longer_says_of_its_adapters_leaves_the_hub(hub: HubSer
     assert held["base-1B-loras-tasks/README.md"] == b"# Mine"
 
 
-@pytest.mark.slow
 def test_private_means_private(hub: HubServer, pool: Path, tmp_path: Path) -> None:
     done = push(hub, pool, "org/hidden", "--private", "--path-in-repo", ".")
     assert done.returncode == 0, done.stderr
@@ -138,7 +137,6 @@ def test_private_means_private(hub: HubServer, pool: Path, tmp_path: Path) -> No
     assert done.returncode == 1 and "it exists and is public" in done.stderr and hub.files("org/open") == {}
 
 
-@pytest.mark.slow
 def test_a_refusal_is_one_line(hub: HubServer, pool: Path) -> None:
     for token, outage, said in (
         (None, None, "does not accept this token, or there is none: set HF_TOKEN"),

@@ -119,7 +119,7 @@ def test_readings_of_a_request() -> None:
     assert checked(CompletionRequest, COMPLETION | {"stop": "a"}).stop == ("a",)
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "me"}
     messages = checked(ChatRequest, CHAT | {"messages": [parts, {"role": "assistant"}]}).messages
-    assert [one.turn["content"] for one in messages] == ["ab", None] and messages[0].turn["name"] == "me"
+    assert [one.turn["content"] for one in messages] == ["a\nb", None] and messages[0].turn["name"] == "me"
 
 
 # Any JSON at all, half surrogate pairs, line breaks and numbers beyond all bounds among it.

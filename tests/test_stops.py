@@ -18,7 +18,7 @@ from logo import LoGo
 from logo.decoding import EndRows
 from logo.demo import model_dir
 from logo.endings import StopTexts, at_texts, cut_at
-from logo.serve.text import Text
+from logo.text import Text
 
 PROMPTS = ["Spell the word fence backwards.", "What is the plural of lake?", "What is 7 plus 5?"]
 TOKENIZER = AutoTokenizer.from_pretrained(model_dir())
@@ -98,6 +98,16 @@ def by_bytes() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", pad_token="</s>")
 
 
+@cache
+def with_blanks() -> Any:
+    """As of Llama 2: blanks belong to tokens, and the first one of a text is dropped."""
+    pieces = ["<unk>", "</s>", "\u2581", "\u2581\u2581", "\u2581a", "a", "\n", "<0xC3>", "<0xA9>"]
+    made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+
+
 def shown(tokenizer: Any, steps: list[list[int]], stops: list[str]) -> tuple[list[str], Text]:
     text = Text(tokenizer, stops)
     pieces = []
@@ -135,9 +145,10 @@ def test_pieces_of_text_in_bytes_are_the_text_up_to_a_stop(words: str, stops: li
 
 @given(st.lists(st.integers(0, 300), max_size=40), CUTS)
 def test_pieces_of_any_tokens_are_what_they_decode_to_together(ids: list[int], cuts: list[int]) -> None:
-    ids = [i % len(TOKENIZER) for i in ids]
-    pieces, _ = shown(TOKENIZER, split(ids, cuts), [])
-    assert "".join(pieces) == TOKENIZER.decode(ids, skip_special_tokens=True)
+    for tokenizer in (TOKENIZER, with_blanks()):
+        tokens = [i % len(tokenizer) for i in ids]
+        pieces, _ = shown(tokenizer, split(tokens, cuts), [])
+        assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_a_stop_text_may_hold_special_tokens_which_are_not_shown() -> None:

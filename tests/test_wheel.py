@@ -35,6 +35,7 @@ try:
 except ImportError:  # Python 3.10
     import tomli as tomllib
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 SRC = ROOT / "src" / "logo"
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -98,7 +99,6 @@ def bare(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "bin" / "python"
 
 
-@pytest.mark.slow
 def test_the_wheel_has_what_runs_and_nothing_else(built: Path) -> None:
     names = set(zipfile.ZipFile(built / f"{NAME}-py3-none-any.whl").namelist())
     tracked = done("git", "ls-files", "src/logo").splitlines() if (ROOT / ".git").exists() else []
@@ -111,7 +111,6 @@ def test_the_wheel_has_what_runs_and_nothing_else(built: Path) -> None:
     assert any(name.startswith("logo/demo/assets/adapters/") and name.endswith(".safetensors") for name in names)
 
 
-@pytest.mark.slow
 def test_the_sdist_builds_the_same_wheel(built: Path, tmp_path: Path) -> None:
     sdist, wheel = built / f"{NAME}.tar.gz", f"{NAME}-py3-none-any.whl"
     with tarfile.open(sdist) as archive:
@@ -123,7 +122,6 @@ def test_the_sdist_builds_the_same_wheel(built: Path, tmp_path: Path) -> None:
     assert (tmp_path / wheel).read_bytes() == (built / wheel).read_bytes()
 
 
-@pytest.mark.slow
 def test_the_demo_and_a_users_file_run_with_the_core_alone(bare: Path, tmp_path: Path) -> None:
     """The type checker reads that file with the package (`make lint`), whose wheel says that it has types."""
     said = done(bare.with_name("logo"), "demo", "--limit", "1", cwd=tmp_path)
@@ -133,7 +131,6 @@ def test_the_demo_and_a_users_file_run_with_the_core_alone(bare: Path, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_the_authors_command_runs_with_the_core_alone(bare: Path, tmp_path: Path) -> None:
     """On a data set of every metric of theirs, without a word about what is missing."""
     scored = {"bbh.navigate": "Accuracy", "nq.test": "Accuracy", "wmt16.de-en": "BLEU", "gem.e2e_nlg": "ROUGE-1"}
@@ -149,7 +146,6 @@ def test_the_authors_command_runs_with_the_core_alone(bare: Path, tmp_path: Path
         assert json.loads(record.read_text())["scores"]["extra"]
 
 
-@pytest.mark.slow
 def test_what_is_missing_is_one_line_with_what_to_install(bare: Path, tmp_path: Path) -> None:
     """The library that is named first, and the extra that brings it."""
     write_rows(tmp_path / "tasks" / "one.jsonl", [{"context": "a", "completion": "b"}] * 8)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
@@ -23,9 +24,9 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
-    TextIteratorStreamer,
 )
 from transformers.generation import GenerationMode
+from transformers.generation.streamers import BaseStreamer
 
 from logo.adapters.activation import EVERYWHERE, earliest, warn_of_silent
 from logo.adapters.pool import AdapterPool
@@ -36,10 +37,10 @@ from logo.mixing.mixer import PASS, Mixer, Mixture
 from logo.models import ModelLock, input_device, lock_of, padded
 from logo.prefix_cache import PrefixCache, cache_argument
 from logo.prompts import Prompts
+from logo.text import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.generation.streamers import BaseStreamer
 
 OVERFLOW = (
     "the model's output is not finite with this mixture of adapters, so nothing can be generated from it: an adapter "
@@ -443,13 +444,31 @@ class _Cancelled(StoppingCriteria):  # type: ignore[misc]
         return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device)
 
 
+class _Pieces(BaseStreamer):  # type: ignore[misc]
+    """Takes tokens, those of the prompt first, and passes on the text of the others. Transformers' own streamers drop a
+    blank behind a line end and a special token with some tokenizers (Llama 2), and hold symbols back."""
+
+    def __init__(self, text: Text) -> None:
+        self._text, self._prompted = text, False
+        self.queue: queue.Queue[str | None] = queue.Queue()
+
+    def put(self, value: Tensor) -> None:
+        if self._prompted:
+            self.queue.put(self._text.push(value.flatten().tolist()))
+        self._prompted = True
+
+    def end(self) -> None:
+        self.queue.put(self._text.finish())
+        self.queue.put(None)
+
+
 def _streamed(
     tokenizer: PreTrainedTokenizerBase, generate: Callable[[Any, _Cancelled], None], lock: ModelLock
 ) -> Generator[str]:
     """Yields the text of a generation in pieces, while it runs in another thread, which takes the lock, with a streamer
     and a criterion that ends it when the reader has left. Raises UsageError if the reader holds the lock."""
     lock.check_free()
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = _Pieces(Text(tokenizer))
     cancelled = _Cancelled()
     failure: list[BaseException] = []
 
@@ -463,7 +482,7 @@ def _streamed(
     worker = threading.Thread(target=work, name="logo-stream", daemon=True)
     worker.start()
     try:
-        yield from (piece for piece in streamer if piece)
+        yield from filter(None, iter(streamer.queue.get, None))
     finally:
         cancelled.requested = True
         worker.join()

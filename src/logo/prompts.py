@@ -282,7 +282,7 @@ def chat(
 
     Args:
         messages: `{"role", "content"}`, oldest first; further fields are the template's. A content is a text or a list
-            of text parts, or None in an assistant's turn.
+            of text parts, which are joined by line breaks as in vLLM, or None in an assistant's turn.
         probe_text: what is probed: `"last-user"`, the last message of the user (the default); `"conversation"`, all
             messages of the user; `"all"`, or if the user has said nothing that has tokens, everything.
         variables: of the template, besides the messages.
@@ -362,7 +362,7 @@ def _turn(number: int, message: Any) -> dict[str, Any]:
         raise UsageError(f"{where}: expected one of the roles {', '.join(ROLES)}, found {role!r}{hint}")
     if isinstance(content, Sequence) and not isinstance(content, str):
         parts = [part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
-        content = "".join(parts) if parts and len(parts) == len(content) else content
+        content = "\n".join(parts) if parts and len(parts) == len(content) else content
     if not isinstance(content, str) and (content is not None or role != "assistant"):
         found = "none" if content is None else f"{content!r:.60}"
         raise UsageError(f"{where}: expected a 'content' that is a text or a list of text parts, found {found}")

@@ -40,7 +40,7 @@ from logo.serve.names import AUTO, MixtureRequest, Models
 from logo.serve.packed import Chosen
 from logo.serve.sampling import Sampling
 from logo.serve.service import Service
-from logo.serve.text import Text
+from logo.text import Text
 
 _T = TypeVar("_T")
 _Asking = bodies.CompletionRequest | bodies.ChatRequest | bodies.SelectRequest

@@ -140,8 +140,8 @@ class Message(Body):
 
     @property
     def turn(self) -> dict[str, Any]:
-        """The message for the chat template; the parts of its content follow each other as they are."""
-        text = self.content if not isinstance(self.content, list) else "".join(part.text for part in self.content)
+        """The message for the chat template; the parts of its content are joined by line breaks, as in vLLM."""
+        text = self.content if not isinstance(self.content, list) else "\n".join(part.text for part in self.content)
         return {**(self.model_extra or {}), "role": self.role, "content": text}
 
 

@@ -360,10 +360,10 @@ async def _rendered(request: ChatCompletionRequest | CompletionRequest, raw: Req
 
 
 def _texts(content: Any) -> Any:
-    """The texts of a list of parts, joined; anything else is returned unchanged."""
+    """The texts of a list of parts, joined as in chats; anything else is returned unchanged."""
     if not isinstance(content, list):
         return content or ""
-    return "".join(part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str))
+    return "\n".join(p["text"] for p in content if isinstance(p, Mapping) and isinstance(p.get("text"), str))
 
 
 def _check_scored(logo: Logo, *asked: Any) -> None:
