@@ -8,7 +8,7 @@ import pytest
 
 # A process that began one of these last would have all others wait for it.
 FIRST = (
-    *("test_server.py", "test_offline_command.py", "test_offline.py"),
+    *("test_replicas_vllm.py", "test_on_gpus.py", "test_activated.py", "test_server.py", "test_offline.py"),
     *("test_docs.py", "test_serve_limits.py", "test_cluster.py", "test_replicas.py", "test_harness.py"),
 )
 

@@ -353,7 +353,9 @@ def test_without_its_invocation(tmp_path: Path) -> None:
     assert len(told) == 1
     edit_config(folder / "t0", alora_invocation_tokens=[5, 6])  # so that it cannot act where others can
     logo = engine(model, folder)
-    assert "t0" not in logo.select([*prompt, *INVOKE], k=3).adapters and "t0" in logo.select(prompt, k=3).adapters
+    chosen = logo.select([*prompt, *INVOKE], k=3)
+    assert "t0" not in chosen.adapters and "t0" in logo.select(prompt, k=3).adapters
+    assert logo.reselect(chosen) == chosen
 
 
 def test_what_is_applied_to_cached_tokens_acts_everywhere(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ class Selection:
         confidence: the probability that the pool holds an adapter that was made for this prompt; None for a forced
             selection, and for signals whose scores have no scale of their own.
         signal: the signal whose scores these are; None for a selection that no signal made.
+        silent: adapters of the pool that cannot act on the prompt, since it lacks their invocation tokens.
     """
 
     adapters: tuple[str, ...]
@@ -80,6 +81,7 @@ class Selection:
     scores: dict[str, float]
     confidence: float | None = None
     signal: str | None = None
+    silent: tuple[str, ...] = ()
 
     @classmethod
     def forced(cls, weights: Mapping[str, float]) -> Selection:

@@ -42,7 +42,7 @@ from logo.endings import cut_pieces
 from logo.errors import LoGoError, PoolError, UsageError, check_choice, check_type, listed
 from logo.mixing.cache import AdapterCache, bytes_of
 from logo.mixing.mixer import Mixer, Mixture
-from logo.models import check_mode, context_length, devices, droppers, lock_of
+from logo.models import check_mode, context_length, devices, droppers, input_device, lock_of
 from logo.opening import Preset, opened
 from logo.prefix_cache import PrefixCache, reusable
 from logo.prompts import Prompts, Truncation, several
@@ -276,7 +276,13 @@ class LoGo:
         before = self._scorers.get(signal) or self._earlier.get(signal)
         cache = self.prefix_cache if self.probe_context == "base" else None
         how: dict[str, Any] = {"prefix_cache": cache, "before": before, "tell": tell}
-        return Scorer.open(self.model, pool, self.settings, signal, self.prompts.texts, **how)
+        with self._exact:
+            return Scorer.open(self.model, pool, self.settings, signal, self.prompts.texts, **how)
+
+    @property
+    def _exact(self) -> AbstractContextManager[Any]:
+        """Inside the block, a caller's `torch.autocast` is off: scores would differ from what a calibration keeps."""
+        return torch.autocast(input_device(self.model).type, enabled=False)
 
     def _scorer(self, signal: str, tell: Tell | None = None) -> Scorer:
         """The scorer of a signal. If it has to be calibrated, the base model runs, and no adapter may be active."""
@@ -364,8 +370,9 @@ class LoGo:
             UsageError: a selection of another signal than the call's, or one without scores, which was forced.
             PoolError: scores of adapters that are not in the pool.
         """
+        silent: tuple[str, ...] = ()
         if isinstance(scores, Selection):
-            made_by, asked = scores.signal, options.get("signal")
+            made_by, asked, silent = scores.signal, options.get("signal"), scores.silent
             if made_by is not None and asked not in (None, made_by):
                 raise UsageError(
                     f"signal {asked!r}: the selection has the scores of {made_by!r}, which are no scores of another "
@@ -383,7 +390,7 @@ class LoGo:
             check_type(f"reselect: the score of {name!r}", score, Real, "a number")
         # A loop over an open stream, which holds the lock, waits only if the signal has to be calibrated first.
         selector = replace(self._scorer(call.signal).selector, names=tuple(scores))
-        return selector(torch.tensor([float(score) for score in scores.values()]), call)
+        return selector(torch.tensor([float(score) for score in scores.values()]), call, silent)
 
     def restart(self) -> None:
         """Forgets earlier prompts, on which `probe_context="carry"` depends."""
@@ -401,7 +408,7 @@ class LoGo:
         scores = torch.empty(len(rows), len(scorer.selector.names))
         lengths = [len(row) if window == WHOLE else min(len(row), sum(window)) for row in probed]
         for batch in batches_by_length(lengths, batch_size, padded=not self._alike, tokens=MAX_TOKENS):
-            with self._mixer.active(pool, [Mixture(dict.fromkeys(active, 1.0))]):
+            with self._mixer.active(pool, [Mixture(dict.fromkeys(active, 1.0))]), self._exact:
                 scores[batch] = scorer([probed[i] for i in batch], [among[i] for i in batch])
         return scores
 

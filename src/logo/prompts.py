@@ -172,8 +172,8 @@ class Prompts:
 
 
 def several(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Any], bool]:
-    """A list of prompts, and whether a single prompt was given; UsageError for anything else, an empty list, and a
-    tensor of prompts with padding, which would be read as a part of them."""
+    """A list of prompts, and whether a single prompt was given; UsageError for anything else, an empty list, and
+    prompts with padding, which would be read as a part of them."""
     if isinstance(prompts, (str, Prompt)):
         return [prompts], True
     listed = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # tensors and arrays
@@ -181,12 +181,15 @@ def several(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Any]
         raise UsageError(f"prompt: expected {_EXPECTED}, or a list of these, found {type(prompts).__name__}")
     if not listed:
         raise UsageError("prompt: expected one prompt or more, found an empty list")
-    if listed is not prompts and len(listed) > 1 and isinstance(listed[0], list):
-        pad, begun = tokenizer.pad_token_id, 1 + (tokenizer.pad_token_id == tokenizer.bos_token_id)
-        if any([pad] == row[-1:] or [pad] * begun == row[:begun] for row in listed):
-            raise UsageError(f"prompt: expected token ids without padding, found the padding {pad}; give lists of ids")
     single = isinstance(listed[0], (numbers.Integral, Mapping))
-    return ([listed], True) if single else (list(listed), False)
+    found = [listed] if single else list(listed)
+    pad, begun = tokenizer.pad_token_id, 1 + (tokenizer.pad_token_id == tokenizer.bos_token_id)
+    # Rows of a tensor have one length; elsewhere, a prompt may well end with the end of an earlier answer.
+    if pad is not None and (pad != tokenizer.eos_token_id or (listed is not prompts and len(found) > 1)):
+        rows = [list(row) for row in found if isinstance(row, (list, tuple))]
+        if any(row[-1:] == [pad] or row[:begun] == [pad] * begun for row in rows):
+            raise UsageError(f"prompt: expected token ids without padding, found the padding {pad}; leave it out")
+    return found, single
 
 
 def read(

@@ -25,7 +25,7 @@ KINDS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_and_tokens_are_the_librarys(kind: str, tmp_path: Path, logo: LoGo, rows: list[str]) -> None:
     variables, flags = KINDS[kind]
-    count, signals = 12, ("calibrated", "norm")
+    count, signals = 8, ("calibrated", "norm")
     wanted = mixtures(logo.names, count)
     prompts = [*rows[:5], " ".join(rows[:6])]  # the last one is read in chunks
     job = {"prompts": prompts, "signals": signals, "rows": [*zip(rows, wanted, strict=False)], "max_tokens": 5}

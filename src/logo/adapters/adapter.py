@@ -29,6 +29,7 @@ from logo.adapters.peft import (
 )
 from logo.errors import AdapterError, is_out_of_memory
 from logo.identity import adapter_digest, adapter_key
+from logo.models import tensor_of
 
 if TYPE_CHECKING:
     import torch
@@ -150,8 +151,8 @@ class Adapter:
         if any(token >= known for token in self.activation.tokens):
             found = f"{list(self.activation.tokens)}; the base model knows {known} tokens"
             raise AdapterError(self.name, f"does not fit the base model: its invocation tokens are {found}")
-        if self.copies and model is not None and (skeleton or not any(one.is_meta for one in model.parameters())):
-            self._compare(model)
+        if self.copies and model is not None:
+            self._compare(model, skeleton)
         else:
             self._check_no_copies()
         return replace(self, modules=fitted, copies={})
@@ -167,14 +168,15 @@ class Adapter:
             raise AdapterError(self.name, f"{found}; leave it out, or pass activation='everywhere' in Python")
         return one
 
-    def _compare(self, model: nn.Module) -> None:
+    def _compare(self, model: nn.Module, skeleton: bool) -> None:
         """Raises AdapterError unless all copies of base weights equal the base model's own."""
-        own: dict[str, list[torch.Tensor]] = {}
-        for path, parameter in model.named_parameters(remove_duplicate=False):
-            own.setdefault(core_path(path), []).append(parameter)
+        own: dict[str, list[str]] = {}
+        for path, _ in model.named_parameters(remove_duplicate=False):
+            own.setdefault(core_path(path), []).append(path)
         for key, path in self.copies.items():
             with self._reading():
-                bases, copy = own.get(core_path(path), []), self.file.read([key])[key]
+                paths, copy = own.get(core_path(path), []), self.file.read([key])[key]
+            bases = [model.get_parameter(one) if skeleton else tensor_of(model, one) for one in paths]
             if len(bases) != 1:
                 found = "which the base model does not have"
             elif copy.shape != bases[0].shape:

@@ -103,7 +103,7 @@ class Examples:
         for places, spaces, centres in self.alike:
             total = total + (whitened(spaces, [descriptions[i] for i in places]) @ centres).sum(dim=0).cpu()
         found, owners = total / (2 * len(descriptions)), self.owners.expand(len(total), -1)
-        best = torch.full((len(found), int(self.known.sum())), -torch.inf)
+        best = torch.full((len(found), int(self.known.sum())), -torch.inf, dtype=found.dtype)
         return best.scatter_reduce(1, owners, found, "amax")
 
     def scores(self, descriptions: Sequence[Tensor], responses: Tensor, among: Tensor | None = None) -> Tensor:

@@ -56,7 +56,7 @@ UNIT = 0.33
 
 def row_sums(values: Tensor, owners: Tensor, rows: int) -> Tensor:
     """Sums over the vectors of each row: `values` (vectors, ...), `owners` (vectors,) -> (rows, ...) float32."""
-    sums = torch.zeros(rows, *values.shape[1:], device=values.device)
+    sums = torch.zeros(rows, *values.shape[1:], device=values.device, dtype=torch.float32)
     return sums.index_add_(0, owners.to(values.device), values)
 
 

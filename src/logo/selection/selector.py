@@ -164,7 +164,7 @@ class Selector:
             kept = shares >= LEAST * shares[0]
             shares[0] += shares[~kept].sum()
             weights = shares[kept].tolist()  # the best ones', since they fall with the score
-        return Selection(tuple(order[: len(weights)]), tuple(weights), named, confidence, options.signal)
+        return Selection(tuple(order[: len(weights)]), tuple(weights), named, confidence, options.signal, tuple(silent))
 
     def outcome(self, scores: Tensor, options: Options, silent: Collection[str] = ()) -> Selection | LoGoError:
         """The selection of these scores (adapters,), or the error that they give."""
