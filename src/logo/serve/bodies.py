@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]  # above any vocabulary and context
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Tokens = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+Tokens = Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1, fail_fast=True)]
 Several = Field(min_length=1, fail_fast=True)
 StopTexts = tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...]
 # Settings of the selection that clients are not told: prompts and paths of the operator, and k, which has a default.

@@ -96,9 +96,10 @@ class Models:
             known = (AUTO, self.base, *self.adapters) if param == "model" else self.adapters
             raise model_not_found(name, closest(name, known), param)
 
-    def check_new(self, name: str, *, replace: bool) -> None:
-        """Raises ApiError unless an adapter of this name may be added, or `replace` one of the same name."""
-        if name in (AUTO, self.base):
+    def check_new(self, name: str, *, replace: bool, others: Collection[str] = ()) -> None:
+        """Raises ApiError unless an adapter of this name may be added, or `replace` one of the same name; the base model
+        may have `others`."""
+        if name in (AUTO, self.base, *others):
             raise bad_request(f"lora_name: {shown(name)} is the name of another model", "lora_name")
         if name in self.adapters and not replace:
             raise bad_request(f"The lora adapter {shown(name)} has already been loaded.", "lora_name")
