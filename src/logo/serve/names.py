@@ -97,8 +97,8 @@ class Models:
             raise model_not_found(name, closest(name, known), param)
 
     def check_new(self, name: str, *, replace: bool, others: Collection[str] = ()) -> None:
-        """Raises ApiError unless an adapter of this name may be added, or `replace` one of the same name; the base model
-        may have `others`."""
+        """Raises ApiError unless an adapter of this name may be added, or `replace` one of the same name; `others` are
+        further names of the base model."""
         if name in (AUTO, self.base, *others):
             raise bad_request(f"lora_name: {shown(name)} is the name of another model", "lora_name")
         if name in self.adapters and not replace:
