@@ -128,7 +128,7 @@ def test_another_runs_result_is_refused(rows: Path, tmp_path: Path, capsys: pyte
     for message, *more in (
         ('settings.when_unsure is "mix", not "base"', "--when-unsure", "base"),
         ("max_new_tokens is 4, not 3", "--max-new-tokens", "3"),
-        ("--metric bleu` judges its answers anew", "--metric", "bleu"),
+        ("--metric bleu --save report.html` judges its answers anew", "--metric", "bleu"),
     ):
         evaluated(tmp_path, rows, "--dataset", "antonym", *more, code=2)
         line = one_line(capsys)

@@ -148,14 +148,15 @@ def test_the_model_and_the_tokenizer_are_part_of_the_identity(tiny_logo: LoGo, m
     monkeypatch.setattr(model.config, "transformers_version", "9.9")
     assert engine_identity(tiny_logo, "M", {}) == before
     monkeypatch.setattr(model.config, "rms_norm_eps", 0.5)
-    monkeypatch.setattr(model.generation_config, "eos_token_id", 7)
-    found = differences(before, engine_identity(tiny_logo, "M", {}))
-    assert [name for name, _, _ in found] == ["config", "eos_token_id"]
+    for name, value in (("eos_token_id", 7), ("stop_strings", ["x"])):
+        monkeypatch.setattr(model.generation_config, name, value)
+    changed = ["config", "eos_token_id", "stop_strings"]
+    assert [name for name, _, _ in differences(before, engine_identity(tiny_logo, "M", {}))] == changed
     for name, value in (("chat_template", "{{ messages }}"), ("clean_up_tokenization_spaces", True)):
         with monkeypatch.context() as changes:
             changes.setattr(tiny_logo.tokenizer, name, value)
             found = differences(before, engine_identity(tiny_logo, "M", {}))
-            assert [one for one, _, _ in found] == ["config", "eos_token_id", "template"]
+            assert [one for one, _, _ in found] == [*changed, "template"]
 
 
 def on_the_host(model: nn.Module, folder: Path) -> nn.Module:

@@ -97,7 +97,6 @@ def test_passes_of_bounded_size_measure_the_same(model: Any, folder: Path, monke
 
 
 def test_points_of_dead_inputs_are_not_one_place() -> None:
-    """Their whitenings look alike, since nothing is in them, but the vectors are of other widths."""
     both = [index_of([(torch.zeros(2, d), torch.zeros(4, 2))], Whitening.of(torch.zeros(9, d))) for d in (6, 8)]
     parts, every = joined(both)
     assert [at for at, _ in every] == [0, 1] and [one.stacked.shape[1] for one in parts] == [6, 8]
@@ -149,11 +148,6 @@ def test_directions_that_hardly_matter_are_left_alone() -> None:
     found = Whitening.of(hidden)
     assert 0 < len(found.gain) < 64
     torch.testing.assert_close(found.fold(torch.eye(64)), textbook(hidden), atol=0.03, rtol=0)
-
-
-def test_text_without_variance_is_only_centred() -> None:
-    found = Whitening.of(torch.ones(5, 4))
-    same_tensor(found.fold(torch.eye(4)), torch.eye(4))
 
 
 def test_the_index_scores_whitened_vectors() -> None:

@@ -27,6 +27,7 @@ from logo.cli.app import run
 from logo.cli.pool.publish import contents_of
 from logo.errors import StorageError, UsageError
 from logo.mixing.mixer import Mixture
+from logo.selection.texts import REQUESTS
 from make_adapters import (
     CONFIG,
     SAFETENSORS,
@@ -118,7 +119,7 @@ def test_examples_of_requests_naming_adapters(pool: Path, tmp_path: Path, capsys
 
     entries = [logged("a", f"prompt {n}") for n in range(9)]
     entries += [logged("a", "scored", named=False), logged("a", "long", cut=True), logged("a", "Both  of them")]
-    entries += [logged("deep/b", text) for text in ("both of THEM", "one", "two")]
+    entries += [logged("deep/b", text) for text in ("both of THEM", "one", "two", REQUESTS[0])]  # as `logo verify` asks
     entries += [logged(name, f"{name} {n}") for name in ("dead", "gone") for n in "123"]
     entries.append(logged("a", "two adapters", adapters=["a", "dead"], weights=[0.5, 0.5]))
     log = tmp_path / "day.log"

@@ -119,8 +119,9 @@ class Measurer:
         for protocol in self.contest.of(task.name, names):
             among = [name for name in names if name != task.name] if protocol == REMOVED else None
             for label in self._labels(protocol, row):
+                select = self._selecting(label, protocol, task, among)
                 began = time.perf_counter()
-                chosen = self._selected(label, protocol, task, row, among)
+                chosen = select(row.prompt)
                 seconds[label] = seconds.get(label, 0.0) + time.perf_counter() - began
                 arm: dict[str, Any] = {"protocol": protocol, "arm": label, "selected": list(chosen.adapters)}
                 arm |= {"weights": list(chosen.weights), "confidence": chosen.confidence}
@@ -151,9 +152,12 @@ class Measurer:
         methods = [*self._methods] if row.completion else [*self.contest.methods]
         return [*self.contest.signals, *(name for name in methods if name != "target" or protocol == IN_POOL)]
 
-    def _selected(self, label: str, protocol: str, task: Dataset, row: Row, among: Sequence[str] | None) -> Selection:
+    def _selecting(
+        self, label: str, protocol: str, task: Dataset, among: Sequence[str] | None
+    ) -> Callable[[Any], Selection]:
+        """Selects for a prompt of a task; a method is prepared before its first one."""
         if label in self.contest.signals:
-            return self._logo.select(row.prompt, signal=label, candidates=among, **self._room)
+            return functools.partial(self._logo.select, signal=label, candidates=among, **self._room)
         key = label, task.name, protocol
         if key not in self._prepared:
             unnamed = replace(task_of(task, among or ()), targets=(None,) * len(task.rows))
@@ -162,11 +166,17 @@ class Measurer:
                 raise UsageError(f"method {label!r} answers with a model of its own: compare it by `logo eval run`")
         select = self._prepared[key].select
         if select is None:
-            return self._logo.select(row.prompt, candidates=among, **self._room)
-        [chosen] = select([row.prompt], 1)
-        if among is not None and (others := [name for name in chosen.adapters if name not in among]):
-            raise UsageError(f"method {label!r} chose {others[0]!r}: use task.candidates(logo), which leaves it out")
-        return chosen
+            return functools.partial(self._logo.select, candidates=among, **self._room)
+
+        def checked(prompt: Any) -> Selection:
+            [chosen] = select([prompt], 1)
+            if among is not None and (others := [name for name in chosen.adapters if name not in among]):
+                raise UsageError(
+                    f"method {label!r} chose {others[0]!r}: use task.candidates(logo), which leaves it out"
+                )
+            return chosen
+
+        return checked
 
     def _judge(self, arms: Sequence[dict[str, Any]], task: Dataset, row: Row) -> None:
         """Scores every arm, and generates its answer if asked; equal mixtures share one. Of several gold texts, any

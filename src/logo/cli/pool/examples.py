@@ -16,6 +16,7 @@ from logo.cli.options import said
 from logo.cli.output import note, out, print_json, verbatim
 from logo.errors import DataError, StorageError, UsageError
 from logo.files import locked
+from logo.selection.texts import REQUESTS
 
 FROM_LOG = 8  # examples of an adapter that are taken from a log
 LEAST = 3  # fewer prompts may be trials
@@ -124,8 +125,10 @@ def _logged(pool: AdapterPool, files: Sequence[Path]) -> dict[str, list[str]]:
                 f'{file}: expected JSON objects with a "prompt" and an "adapter", one per line, or the log of `logo '
                 "serve --log prompts`, found no prompt that names its adapter"
             )
-        for prompt, adapter in rows:  # prompts that differ in case or blanks only count as one
-            named.setdefault(" ".join(prompt.split()).casefold(), {})[adapter] = prompt
+        for prompt, adapter in rows:
+            named.setdefault(_same(prompt), {})[adapter] = prompt
+    for prompt in REQUESTS:  # `logo verify` asks adapters without examples these
+        named.pop(_same(prompt), None)
     found: dict[str, list[str]] = {}
     for adapters in named.values():
         if len(adapters) == 1:
@@ -139,6 +142,11 @@ def _logged(pool: AdapterPool, files: Sequence[Path]) -> dict[str, list[str]]:
         for adapter in pool
         if not adapter.examples and len(found.get(adapter.name, ())) >= LEAST
     }
+
+
+def _same(prompt: str) -> str:
+    """A prompt as it is compared: those that differ in case or blanks only count as one."""
+    return " ".join(prompt.split()).casefold()
 
 
 def _named_prompts(file: Path) -> list[tuple[str, str]]:
