@@ -18,9 +18,9 @@ if _found is None or _found.origin is None:  # without an origin: a folder that 
     collect_ignore_glob = ["test_*.py"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Starts servers, and waits until they answer. All of them end with the tests."""
+    """Starts servers, and waits until they answer. All of them end with their file's tests."""
     with ExitStack() as stack:
 
         def start(*flags: str, env: dict[str, str] | None = None) -> Server:

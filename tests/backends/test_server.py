@@ -340,7 +340,7 @@ def ranks(serve: Callable[..., Server], logo: LoGo, tmp_path_factory: pytest.Tem
     pool = tmp_path_factory.mktemp("pool")
     shutil.copytree(ASSETS / "adapters", pool, dirs_exist_ok=True)
     write_adapter(pool / "overflows", logo.model, ("q_proj", "v_proj"), rank=2, seed=3, scale=1e20)
-    env = environment(pool, k=4) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    env = environment(pool, k=4, signals=["calibrated"]) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     flags = ("--max-loras", "17", "--max-lora-rank", "8", "--max-model-len", "256", "--tensor-parallel-size", "2")
     return serve(*flags, "--served-model-name", "base", "other", env=env)
 
