@@ -129,7 +129,7 @@ def test_one_alone_answers_as_in_peft(name: str, tmp_path: Path) -> None:
     write_peft(tmp_path / "pool" / "a", tiny.model(name), target_modules=[QUERY[name]], alora_invocation_tokens=INVOKE)
     reference: Any = load_peft(tmp_path / "pool" / "a", tiny.model(name))
     logo = engine(tiny.model(name), tmp_path / "pool", k=1)
-    prompts = [*invoked((9, 30, 70)), [*INVOKE, 5], [*INVOKE, 1, *INVOKE, 2], *tiny.prompts([8])]  # never, in the last
+    prompts = [*invoked((9, 30, 70)), [*INVOKE, 5], [*INVOKE, 1, *INVOKE, 3], *tiny.prompts([8])]  # never, in the last
     with pytest.warns(UserWarning, match="lacks the invocation tokens of"):
         together = logo.generate(prompts, adapters={"a": 1.0}, max_new_tokens=8, batch_size=8)
     for prompt, answer in zip(prompts, together, strict=True):

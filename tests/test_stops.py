@@ -101,10 +101,9 @@ def by_bytes() -> Any:
 @cache
 def with_blanks() -> Any:
     """As of Llama 2: blanks belong to tokens, and the first one of a text is dropped."""
-    pieces = ["<unk>", "</s>", "\u2581", "\u2581\u2581", "\u2581a", "a", "\n", "<0xC3>", "<0xA9>"]
+    pieces = ["<unk>", "</s>", "\u2581", "\u2581\u2581", "\u2581a", "a", "\n"]
     made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>"))
-    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    made.decoder = decoders.Sequence(steps)
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
 
 

@@ -130,6 +130,8 @@ class LoGo:
         self._layout = BaseLayout.of(model)
         self.adapter_cache = AdapterCache.of(model, self._layout, adapter_memory_gb)
         self._mixer = Mixer(model, self.adapter_cache, merge)
+        # Where it is entered, a caller's `torch.autocast` is off: scores are compared with what a calibration keeps.
+        self._exact = torch.autocast(input_device(model).type, enabled=False)
         self.prefix_cache = PrefixCache(model, prefix_cache_bytes) if reusable(model) else None
         # Some recurrent models read padding; with long-rope, the longest row of a batch sets the angles of all.
         self._alike = not reusable(model)
@@ -278,11 +280,6 @@ class LoGo:
         how: dict[str, Any] = {"prefix_cache": cache, "before": before, "tell": tell}
         with self._exact:
             return Scorer.open(self.model, pool, self.settings, signal, self.prompts.texts, **how)
-
-    @property
-    def _exact(self) -> AbstractContextManager[Any]:
-        """Inside the block, a caller's `torch.autocast` is off: scores would differ from what a calibration keeps."""
-        return torch.autocast(input_device(self.model).type, enabled=False)
 
     def _scorer(self, signal: str, tell: Tell | None = None) -> Scorer:
         """The scorer of a signal. If it has to be calibrated, the base model runs, and no adapter may be active."""

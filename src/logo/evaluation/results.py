@@ -193,8 +193,8 @@ def is_done(
     found = differences(identity, read_run(folder)["identity"])
     if found:
         judged = {name for name, *_ in found} <= {"metric", "metric_plugin"}
-        command = f"`logo eval report {folder} --metric {identity['metric']} --save report.html`"
-        again = f"; {command} judges its answers anew" if judged else ""
+        judging = f"logo eval report {folder} --metric {identity.get('metric')} --save report.html"
+        again = f"; `{judging}` judges its answers anew" if judged else ""
         both = "--run-name NAME keeps both" if files is FILES else "another --save keeps both"
         held = f"{folder} holds the result of another run: {described(found)}{again}"
         raise UsageError(f"{held}; --overwrite replaces it, {both}")
