@@ -70,13 +70,13 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 # The type checker uses one core, so linters run beside the tests.
-CHECKS = @$(MAKE) --no-print-directory --jobs=2 lint tests WORKERS=$(WORKERS)
+CHECKS = +@$(MAKE) --no-print-directory --jobs=2 lint tests WORKERS=$(WORKERS)
 
 check: $(VENV)/.installed-dev
 	$(CHECKS) KIND="not slow"
 
 test: $(VENV)/.installed-dev
-	$(CHECKS)
+	$(CHECKS) KIND=
 
 tests:
 	$(PYTEST) -m "$(KIND)"

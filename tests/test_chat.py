@@ -23,7 +23,7 @@ from logo.models import load_base
 from logo.prompts import Prompts, Truncation, chat, read, text_ids
 from make_adapters import edit_config
 from tiny import read_tokens
-from tolerances import same_scores
+from tolerances import same_scores, same_selection
 
 MARKED = (
     "{{ bos_token }}{% for m in messages %}"
@@ -119,8 +119,6 @@ def test_the_engine_answers_after_what_it_refused(demo: LoGo) -> None:
         ([{"role": "user", "content": "\ud83d"}], "prompt 1: text: .* half a surrogate pair"),
     ):
         before = demo.select(QUESTION)
-        with torch.autocast("cpu", dtype=torch.bfloat16):  # of a caller, who has it on for other models
-            assert demo.select(QUESTION) == before
         for ask in (demo.select, demo.generate):
             with pytest.raises(UsageError, match=message):
                 ask(prompts)
@@ -133,6 +131,21 @@ def test_the_engine_answers_after_what_it_refused(demo: LoGo) -> None:
 @pytest.fixture(scope="module")
 def demo() -> LoGo:
     return LoGo.from_pretrained("demo", device="cpu", signal="calibrated")
+
+
+def test_what_a_caller_sets_for_other_models_changes_no_score(demo: LoGo, tmp_path: Path) -> None:
+    plain, activated = (LoGo.from_pretrained("demo", device="cpu", activation="last:2") for _ in range(2))
+    expected = [logo.select(QUESTION) for logo in (demo, plain)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        activated.generate(QUESTION, adapters={})
+        assert demo.select(QUESTION) == expected[0]
+    same_selection(activated.select(QUESTION), expected[1])
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert demo.reselect(demo.select(QUESTION)) == expected[0]
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def test_all_ways_of_asking_select_and_answer_alike(demo: LoGo) -> None:

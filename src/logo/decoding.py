@@ -34,7 +34,7 @@ from logo.core import Form, Generation, Selection
 from logo.endings import EndRule, at_newline, at_stop_strings, at_texts, cut_after_end, cut_at, end_tokens
 from logo.errors import LoGoError, NotFinite, UsageError, check_type, closest, listed
 from logo.mixing.mixer import PASS, Mixer, Mixture
-from logo.models import ModelLock, input_device, lock_of, padded
+from logo.models import ModelLock, input_device, lock_of, padded, without_autocast
 from logo.prefix_cache import PrefixCache, cache_argument
 from logo.prompts import Prompts
 from logo.text import Text
@@ -402,7 +402,8 @@ class Decoder:
             ends = [earliest(pool.activations, row) for row in rows]
             start = min(pad + end for pad, end in zip(pads, ends, strict=True))  # before, no adapter acts in any row
             if start:
-                with self.mixer.active(pool, ()):  # what is cached with a mixture in it would be wrong for ever
+                # What is cached with a mixture in it, or rounded by a caller's autocast, would be wrong for ever.
+                with self.mixer.active(pool, ()), without_autocast(self.model)():
                     cache = self.prefix_cache.cache(rows, ends, [max(0, start - pad) for pad in pads])
                 cache.batch_repeat_interleave(max(config.num_beams or 1, config.num_return_sequences or 1))
                 config.cache_implementation = None  # transformers takes either a cache or the name of one
@@ -459,7 +460,6 @@ class _Pieces(BaseStreamer):  # type: ignore[misc]
 
     def end(self) -> None:
         self.queue.put(self._text.finish())
-        self.queue.put(None)
 
 
 def _streamed(
@@ -477,7 +477,8 @@ def _streamed(
             generate(streamer, cancelled)
         except BaseException as error:  # raised in the reader's thread
             failure.append(error)
-            streamer.end()
+        finally:
+            streamer.queue.put(None)
 
     worker = threading.Thread(target=work, name="logo-stream", daemon=True)
     worker.start()

@@ -42,7 +42,7 @@ from logo.endings import cut_pieces
 from logo.errors import LoGoError, PoolError, UsageError, check_choice, check_type, listed
 from logo.mixing.cache import AdapterCache, bytes_of
 from logo.mixing.mixer import Mixer, Mixture
-from logo.models import check_mode, context_length, devices, droppers, input_device, lock_of
+from logo.models import check_mode, context_length, devices, droppers, lock_of, without_autocast
 from logo.opening import Preset, opened
 from logo.prefix_cache import PrefixCache, reusable
 from logo.prompts import Prompts, Truncation, several
@@ -131,7 +131,7 @@ class LoGo:
         self.adapter_cache = AdapterCache.of(model, self._layout, adapter_memory_gb)
         self._mixer = Mixer(model, self.adapter_cache, merge)
         # Where it is entered, a caller's `torch.autocast` is off: scores are compared with what a calibration keeps.
-        self._exact = torch.autocast(input_device(model).type, enabled=False)
+        self._exact = without_autocast(model)
         self.prefix_cache = PrefixCache(model, prefix_cache_bytes) if reusable(model) else None
         # Some recurrent models read padding; with long-rope, the longest row of a batch sets the angles of all.
         self._alike = not reusable(model)
@@ -278,7 +278,7 @@ class LoGo:
         before = self._scorers.get(signal) or self._earlier.get(signal)
         cache = self.prefix_cache if self.probe_context == "base" else None
         how: dict[str, Any] = {"prefix_cache": cache, "before": before, "tell": tell}
-        with self._exact:
+        with self._exact():
             return Scorer.open(self.model, pool, self.settings, signal, self.prompts.texts, **how)
 
     def _scorer(self, signal: str, tell: Tell | None = None) -> Scorer:
@@ -387,7 +387,7 @@ class LoGo:
             check_type(f"reselect: the score of {name!r}", score, Real, "a number")
         # A loop over an open stream, which holds the lock, waits only if the signal has to be calibrated first.
         selector = replace(self._scorer(call.signal).selector, names=tuple(scores))
-        return selector(torch.tensor([float(score) for score in scores.values()]), call, silent)
+        return selector(torch.tensor([float(score) for score in scores.values()], dtype=torch.float64), call, silent)
 
     def restart(self) -> None:
         """Forgets earlier prompts, on which `probe_context="carry"` depends."""
@@ -402,10 +402,10 @@ class LoGo:
         if self.probe_context == "carry" and self._carried is not None:
             active = tuple(name for name in self._carried if name in pool)
         probed, window = [row.ids if self._probes_all else row.probed for row in rows], scorer.signal.window
-        scores = torch.empty(len(rows), len(scorer.selector.names))
+        scores = torch.empty(len(rows), len(scorer.selector.names), dtype=torch.float32)
         lengths = [len(row) if window == WHOLE else min(len(row), sum(window)) for row in probed]
         for batch in batches_by_length(lengths, batch_size, padded=not self._alike, tokens=MAX_TOKENS):
-            with self._mixer.active(pool, [Mixture(dict.fromkeys(active, 1.0))]), self._exact:
+            with self._mixer.active(pool, [Mixture(dict.fromkeys(active, 1.0))]), self._exact():
                 scores[batch] = scorer([probed[i] for i in batch], [among[i] for i in batch])
         return scores
 

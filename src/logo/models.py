@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -323,6 +324,14 @@ def _hooks(module: Any) -> tuple[Any, ...]:
     """The hooks of accelerate on a module."""
     hook = getattr(module, "_hf_hook", None)
     return getattr(hook, "hooks", (hook,))
+
+
+def without_autocast(model: Any) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes contexts in which a caller's `torch.autocast` is off, for what is kept, or compared with what is kept."""
+    import torch
+
+    kind = input_device(model).type
+    return partial(torch.autocast, kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext
 
 
 def tensor_of(model: Any, name: str) -> torch.Tensor:

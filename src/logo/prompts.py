@@ -30,6 +30,7 @@ _BEFORE, _ANSWER = 7, 13
 # What `plain` does, as a chat template. The line break is an expression: templates lose one that is behind a block.
 PLAIN_CHAT = '{% for m in messages %}{{ m.content or "" }}{% if not loop.last %}{{ "\\n" }}{% endif %}{% endfor %}'
 _SOME_ANSWER = "An answer."
+_PADDED = "expected token ids without padding, found the padding {}; leave it out"
 _EXPECTED = "a string, a list of messages or token ids"
 
 
@@ -172,8 +173,8 @@ class Prompts:
 
 
 def several(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Any], bool]:
-    """A list of prompts, and whether a single prompt was given; UsageError for anything else, an empty list, and
-    prompts with padding, which would be read as a part of them."""
+    """A list of prompts, and whether a single prompt was given; UsageError for anything else, an empty list, and a
+    tensor of prompts with padding, which would be read as a part of them."""
     if isinstance(prompts, (str, Prompt)):
         return [prompts], True
     listed = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # tensors and arrays
@@ -183,12 +184,10 @@ def several(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Any]
         raise UsageError("prompt: expected one prompt or more, found an empty list")
     single = isinstance(listed[0], (numbers.Integral, Mapping))
     found = [listed] if single else list(listed)
-    pad, begun = tokenizer.pad_token_id, 1 + (tokenizer.pad_token_id == tokenizer.bos_token_id)
-    # Rows of a tensor have one length; elsewhere, a prompt may well end with the end of an earlier answer.
-    if pad is not None and (pad != tokenizer.eos_token_id or (listed is not prompts and len(found) > 1)):
-        rows = [list(row) for row in found if isinstance(row, (list, tuple))]
-        if any(row[-1:] == [pad] or row[:begun] == [pad] * begun for row in rows):
-            raise UsageError(f"prompt: expected token ids without padding, found the padding {pad}; leave it out")
+    if listed is not prompts and len(found) > 1 and isinstance(found[0], list):  # rows of a tensor have one length
+        pad, begun = tokenizer.pad_token_id, 1 + (tokenizer.pad_token_id == tokenizer.bos_token_id)
+        if any([pad] == row[-1:] or [pad] * begun == row[:begun] for row in found):
+            raise UsageError(_PADDED.format(pad))
     return found, single
 
 
@@ -196,7 +195,8 @@ def read(
     tokenizer: PreTrainedTokenizerBase, prompt: Any, probe_text: ProbeText | None = None, vocabulary: int | None = None
 ) -> Prompt:
     """Reads one prompt: a string, which gets the tokenizer's special tokens; messages, see `chat`; or token ids as they
-    are, below `vocabulary` if that is known. Strings and token ids are probed whole. Raises UsageError for the rest."""
+    are, below `vocabulary` if that is known, and without padding. Strings and token ids are probed whole. Raises
+    UsageError for the rest."""
     if isinstance(prompt, Prompt):
         return prompt
     if isinstance(prompt, str):
@@ -209,7 +209,11 @@ def read(
         return chat(tokenizer, listed, probe_text)
     if listed and isinstance(listed[0], str):
         raise UsageError("expected one prompt, found a list of texts; give them one by one")
-    return Prompt.of_ids([_token(value, vocabulary) for value in listed])
+    made, pad = Prompt.of_ids([_token(value, vocabulary) for value in listed]), tokenizer.pad_token_id
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)  # which prompts may hold
+    if pad not in others and pad in (*made.ids[:1], *made.ids[-1:]):
+        raise UsageError(_PADDED.format(pad))
+    return made
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -285,7 +289,8 @@ def chat(
 
     Args:
         messages: `{"role", "content"}`, oldest first; further fields are the template's. A content is a text or a list
-            of text parts, which are joined by line breaks as in vLLM, or None in an assistant's turn.
+            of text parts, which are joined by line breaks (as in vLLM for templates that take texts), or None in an
+            assistant's turn.
         probe_text: what is probed: `"last-user"`, the last message of the user (the default); `"conversation"`, all
             messages of the user; `"all"`, or if the user has said nothing that has tokens, everything.
         variables: of the template, besides the messages.

@@ -27,7 +27,7 @@ from logo.adapters.peft import (
     read_raw,
     unreadable,
 )
-from logo.errors import AdapterError, is_out_of_memory
+from logo.errors import AdapterError, UsageError, is_out_of_memory
 from logo.identity import adapter_digest, adapter_key
 from logo.models import tensor_of
 
@@ -159,8 +159,11 @@ class Adapter:
 
     def acting(self, forced: str | None) -> Adapter:
         """The fitted adapter with the activation that a user wants; see `logo.adapters.activation.acting`. Raises
-        AdapterError if it adapts a module on which this activation cannot be computed."""
-        one = self if forced is None else replace(self, activation=acting(self.activation, forced))
+        AdapterError if it lacks invocation tokens, or adapts a module on which this activation cannot be computed."""
+        try:
+            one = self if forced is None else replace(self, activation=acting(self.activation, forced))
+        except UsageError as error:
+            raise AdapterError(self.name, str(error)) from error
         # Models with latent attention (DeepSeek V2) apply this module to all cached tokens again in every step.
         again = next((path for path in one.modules if path.endswith(".kv_b_proj")), None)
         if again and not one.activation.everywhere:

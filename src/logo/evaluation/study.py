@@ -123,6 +123,9 @@ class Measurer:
                 began = time.perf_counter()
                 chosen = select(row.prompt)
                 seconds[label] = seconds.get(label, 0.0) + time.perf_counter() - began
+                if among is not None and (others := [name for name in chosen.adapters if name not in among]):
+                    found = f"method {label!r} chose {others[0]!r}"
+                    raise UsageError(f"{found}: use task.candidates(logo), which leaves it out")
                 arm: dict[str, Any] = {"protocol": protocol, "arm": label, "selected": list(chosen.adapters)}
                 arm |= {"weights": list(chosen.weights), "confidence": chosen.confidence}
                 if chosen.scores:
@@ -167,16 +170,7 @@ class Measurer:
         select = self._prepared[key].select
         if select is None:
             return functools.partial(self._logo.select, candidates=among, **self._room)
-
-        def checked(prompt: Any) -> Selection:
-            [chosen] = select([prompt], 1)
-            if among is not None and (others := [name for name in chosen.adapters if name not in among]):
-                raise UsageError(
-                    f"method {label!r} chose {others[0]!r}: use task.candidates(logo), which leaves it out"
-                )
-            return chosen
-
-        return checked
+        return lambda prompt: select([prompt], 1)[0]
 
     def _judge(self, arms: Sequence[dict[str, Any]], task: Dataset, row: Row) -> None:
         """Scores every arm, and generates its answer if asked; equal mixtures share one. Of several gold texts, any

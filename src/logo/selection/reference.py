@@ -73,7 +73,7 @@ def emphasis(owners: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     for row in reversed(owners.tolist()):  # in Python, since rows are windows of few tokens
         late = before[row] = before.get(row, 1 / FADING) * FADING
         weights.append([1.0, late])
-    found = torch.tensor(weights[::-1]).view(-1, 2)
+    found = torch.tensor(weights[::-1], dtype=torch.float32).view(-1, 2)
     return found, row_sums(found, owners, rows)
 
 

@@ -247,7 +247,7 @@ class Scorer:
         asked, count = None, len(known)
         if any(names is not None for names in among):
             asked = torch.tensor([[names is None or name in names for name in known] for names in among])
-        every = torch.full((count * columns, responses.shape[1]), torch.nan)
+        every = torch.full((count * columns, responses.shape[1]), torch.nan, dtype=torch.float32)
         every[self._cells] = responses
         scores = self._reference.scores(every.view(count, columns, -1), asked)
         if self.examples is not None and descriptions:
