@@ -328,7 +328,6 @@ def test_instructor_leaves_the_instruction_out_of_the_mean(
     shutil.copytree(instructor, tmp_path / "encoder")
     named_otherwise = embedding.embed(texts, str(tmp_path / "encoder"), instruction)
     same_tensor(named_otherwise, by_definition(0))
-    assert not torch.allclose(ours, named_otherwise, atol=1e-2)
     # That of LoraRetriever is one too, though its Hub id does not say so; the library is given what was fetched.
     monkeypatch.setattr(embedding, "_fetch", lambda model: str(instructor))
     same_tensor(embedding.embed(texts, "Styxxxx/lora_retriever", instruction), ours)

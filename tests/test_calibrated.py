@@ -28,7 +28,7 @@ from logo import AdapterPool, LoGo, SelectionSettings, UsageError
 from logo.adapters.adapter import Adapter
 from logo.adapters.examples import write_examples
 from logo.cli.app import run
-from logo.errors import Unsure
+from logo.errors import NotFinite, Unsure
 from logo.selection import calibration
 from logo.selection.reference import UNIT, USUAL
 from logo.selection.texts import NEUTRAL, REQUESTS, windowed
@@ -275,15 +275,22 @@ def test_points_of_highest_contrast_are_chosen_and_own_prompts_may_rank_them(lla
     assert other is not None and other.ranking != found.ranking
 
 
+def test_a_base_model_that_overflows_is_refused(tmp_path: Path) -> None:
+    model: Any = tiny.model("llama")
+    model.model.embed_tokens.weight.data[72] = torch.nan  # "e"
+    with pytest.raises(NotFinite, match=r"overflows on a text of the calibration, at \d.*; load it as bfloat16"):
+        engine(model, pool(model, tmp_path))
+
+
 def test_a_refused_prompt_is_probed_once(llama: nn.Module, tmp_path: Path) -> None:
     """It fails alone: those beside it in a batch of the server have the selections that it does not change."""
     mixed = engine(llama, pool(llama, tmp_path))
     want = mixed.select(PROMPTS, batch_size=len(PROMPTS))
     below = sorted(one.confidence or 0.0 for one in want)[2]
     refusing = engine(llama, tmp_path, when_unsure="refuse", unsure_below=below)
-    rows, passes = refusing.prompts.read(PROMPTS, room=None), []
+    rows, passes, service = refusing.prompts.read(PROMPTS, room=None), [], Service(refusing, Memory(concurrent=4))
     handle = llama.get_submodule("model.embed_tokens").register_forward_hook(lambda *_: passes.append(1))
-    found = Service(refusing, Memory(concurrent=4))._probed([*rows], [refusing.options()] * len(rows))
+    found = service._probed([*rows], [refusing.options()] * len(rows))
     handle.remove()
     assert [isinstance(one, Unsure) for one in found] == [(one.confidence or 0.0) < below for one in want]
     for one, other in zip(found, want, strict=True):

@@ -142,7 +142,6 @@ def test_the_model_and_the_tokenizer_are_part_of_the_identity(tiny_logo: LoGo, m
     before = engine_identity(tiny_logo, "M", {})
     assert before["tokenizer"] == tokenizer_digest(tiny_logo.tokenizer)
     assert before["weights"] == weights_digest(tiny_logo.model)
-    json.dumps(before)
     model = tiny_logo.model
     monkeypatch.setattr(model.config, "name_or_path", "elsewhere")
     monkeypatch.setattr(model.config, "transformers_version", "9.9")

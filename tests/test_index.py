@@ -24,7 +24,6 @@ from logo.adapters.peft import WeightFile
 from logo.models import skeleton
 from logo.selection import calibration, whitening
 from logo.selection.calibration import weight_norm
-from logo.selection.index import joined
 from logo.selection.points import Point, last_query
 from logo.selection.whitening import SHRINKAGE, Whitening
 from logo.vllm.skeleton import skeleton as skeleton_of
@@ -94,12 +93,6 @@ def test_passes_of_bounded_size_measure_the_same(model: Any, folder: Path, monke
     parts = opened(model, folder, signal="calibrated").calibrate()
     assert whole is not None and parts is not None and parts.points == whole.points
     torch.testing.assert_close(parts.neutral, whole.neutral, equal_nan=True)
-
-
-def test_points_of_dead_inputs_are_not_one_place() -> None:
-    both = [index_of([(torch.zeros(2, d), torch.zeros(4, 2))], Whitening.of(torch.zeros(9, d))) for d in (6, 8)]
-    parts, every = joined(both)
-    assert [at for at, _ in every] == [0, 1] and [one.stacked.shape[1] for one in parts] == [6, 8]
 
 
 def test_points_that_read_the_same_vectors_are_scored_together(model: Any, folder: Path) -> None:

@@ -22,6 +22,7 @@ from logo.rows import Row
 from logo.scoring import encoded, joined
 from logo.training.rows import encoded as training_row
 from logo.vllm.offline import _scored
+from test_chat import with_template
 from test_engine import ids_of, tokenizer, write_adapter
 from tolerances import same_scores
 
@@ -161,6 +162,17 @@ def test_no_blank_comes_before_a_completion_that_the_text_has_not() -> None:
         assert made.convert_ids_to_tokens(gold) == tokens and whole[-len(tokens) :] == gold
         row = training_row(made, Row(prompt, completion))
         assert list(row.ids) == [*read.ids, *gold, made.eos_token_id]
+
+
+def test_an_answer_in_a_conversation_is_scored_as_it_is_trained() -> None:
+    """As the template writes it, here with a thought in front, which may be the answer's own."""
+    turn = "<{{ m.role[0] }}>{{ '<t></t>' if m.role == 'assistant' and '</t>' not in m.content }}{{ m.content }}."
+    turns = f"{{% for m in messages %}}{turn}{{% endfor %}}{{{{ '<a>' if add_generation_prompt }}}}"
+    made, asked = with_template(DEMO, turns), [{"role": "user", "content": "a"}]
+    for answer, text in (("Paris", "<t></t>Paris"), (" Paris ", "<t></t> Paris"), ("<t>b</t>\n", "<t>b</t>")):
+        read, gold = encoded(Prompts(made, None), asked, answer)
+        row = training_row(made, Row("", answer, messages=tuple(asked)))
+        assert [*read.ids, *gold] == list(row.ids[: len(read.ids) + len(gold)]) and made.decode(gold) == text
 
 
 @given(st.text(max_size=12) | st.lists(st.sampled_from(["\n", " ", "w3", "yes", "1", "."]), max_size=6).map("".join))

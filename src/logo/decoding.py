@@ -379,7 +379,7 @@ class Decoder:
                     logits_processor=LogitsProcessorList([finite]),
                     **options,
                 )
-            except (TypeError, ValueError) as error:
+            except (AssertionError, TypeError, ValueError) as error:
                 if finite.used or isinstance(error, LoGoError):
                     raise
                 raise _refused(error) from error  # a value that transformers looks at only now

@@ -324,10 +324,26 @@ def written_answer(tokenizer: PreTrainedTokenizerBase, messages: Conversation, p
 def preface(tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str) -> str | None:
     """What the chat template writes between a conversation, whose text this is, and an answer, such as an empty thought
     (Qwen3). None for other prompts, and where the template expects the user to have spoken last."""
+    around = _around(tokenizer, prompt, text)
+    return None if around is None else around[0]
+
+
+def given_answer(tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str, answer: str) -> str | None:
+    """What the chat template writes behind a conversation, whose text this is, for this answer, without the end of the
+    turn: it may trim it, and make a thought in it the turn's own. None as `preface`."""
+    around = _around(tokenizer, prompt, text)
+    if around is None:
+        return None
+    written = written_answer(tokenizer, prompt, text, answer) or ""
+    return written.removesuffix(around[1]).rstrip() or around[0] + answer.strip()
+
+
+def _around(tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str) -> tuple[str, str] | None:
+    """What the chat template writes in front of an answer, and behind it."""
     if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
         with suppress(UsageError):
-            written = written_answer(tokenizer, prompt, text, _SOME_ANSWER) or ""
-            return written.partition(_SOME_ANSWER)[0] if _SOME_ANSWER in written else None
+            front, some, end = (written_answer(tokenizer, prompt, text, _SOME_ANSWER) or "").partition(_SOME_ANSWER)
+            return (front, end) if some else None
     return None
 
 

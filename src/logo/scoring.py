@@ -19,7 +19,7 @@ from logo.errors import ModelError, UsageError, check_type
 from logo.mixing.mixer import Mixer, Mixture
 from logo.models import input_device, padded
 from logo.prefix_cache import reusable
-from logo.prompts import Prompts, answer_ids, preface
+from logo.prompts import Prompts, answer_ids, given_answer
 
 if TYPE_CHECKING:
     from logo.prompts import OnePrompt
@@ -71,7 +71,7 @@ def encoded(prompts: Prompts, prompt: OnePrompt, completion: str) -> tuple[Promp
     """A prompt and the tokens of a completion as they are scored. If they exceed the context, the prompt is cut.
 
     The completion is `joined` and encoded on its own, so that the prompt has the same tokens as when it is answered. In
-    a conversation it has in front of it what the chat template writes between prompt and answer.
+    a conversation it is what the chat template writes for it, which adapters are trained to say.
 
     Raises:
         UsageError: an empty prompt, or a completion without tokens or too long.
@@ -80,9 +80,8 @@ def encoded(prompts: Prompts, prompt: OnePrompt, completion: str) -> tuple[Promp
     tokenizer = prompts.tokenizer
     [whole] = prompts.read([prompt], room=None)
     text = tokenizer.decode(whole.ids) if whole.text is None else whole.text
-    said = completion.strip()
-    if said and (front := preface(tokenizer, prompt, text)) is not None:
-        text, completion = "", front + said
+    if completion.strip() and (given := given_answer(tokenizer, prompt, text, completion)) is not None:
+        text, completion = "", given
     gold = answer_ids(tokenizer, joined(text, completion))
     if not completion or not gold:
         raise UsageError(f"completion {completion!r} has no tokens: expected some text to score")

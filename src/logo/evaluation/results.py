@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from logo.errors import DataError, StorageError, UsageError
@@ -195,7 +195,7 @@ def is_done(
         judged = {name for name, *_ in found} <= {"metric", "metric_plugin"}
         judging = f"logo eval report {folder} --metric {identity.get('metric')} --save report.html"
         again = f"; `{judging}` judges its answers anew" if judged else ""
-        both = "--run-name NAME keeps both" if files is FILES else "another --save keeps both"
+        both = f"another {'--result_dir' if files is FILES else '--save'} keeps both"
         held = f"{folder} holds the result of another run: {described(found)}{again}"
         raise UsageError(f"{held}; --overwrite replaces it, {both}")
     return all((folder / name).exists() for name in files)
@@ -290,8 +290,9 @@ def find(path: Path) -> list[Path]:
 
 def _run_of(folder: Path) -> Path:
     """The folder of the run that a result is of."""
-    full = folder.resolve()
-    return next((above for above in full.parents if _FOLDER.fullmatch(above.name)), full.parent)
+    full, run = folder.resolve(), read_run(folder) if (folder / RUN).exists() else {}
+    depth = len(PurePosixPath(run.get("dataset", {}).get("name") or full.name).parts)
+    return next((above for above in full.parents if _FOLDER.fullmatch(above.name)), full.parents[depth - 1])
 
 
 def _names(runs: Iterable[Path]) -> dict[Path, str]:

@@ -87,7 +87,8 @@ class OpeningGates:
         if cache is not None:
             with suppress(AttributeError, ValueError):  # linear attention keeps no columns
                 seen = int(cache.get_seq_length())
-            seen = seen or self._count  # MiniMax's cache says 0 if the first layer is of linear attention
+            if not seen and read.shape[1] <= self._count:  # else it reads all of it again (OpenAI GPT)
+                seen = self._count  # MiniMax's cache says 0 if the first layer is of linear attention
         self._batch, self._count = read.shape[0], seen + read.shape[1]
         self._columns = None if seen >= int(self._begins.max()) else torch.arange(seen, self._count)
         kept = kwargs.get("logits_to_keep")

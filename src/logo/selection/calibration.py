@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from logo.adapters.activation import earliest
 from logo.adapters.adapter import Adapter
 from logo.adapters.layout import linear_shape
-from logo.errors import ModelError
+from logo.errors import ModelError, NotFinite
 from logo.files import Store
 from logo.identity import base_digest
 from logo.models import input_device, padded, tensor_of
@@ -49,7 +49,7 @@ ENOUGH = 0.985
 _HELD_BYTES = 2**30
 _BATCH, _CPU = 16, torch.device("cpu")
 # To be raised when the content of the stored files changes its meaning.
-_FORMAT = 5
+_FORMAT = 6
 # Types whose values are the weights themselves; quantised weights have scales somewhere else.
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -189,7 +189,7 @@ def _measure(
     by_layer = groupby(sorted(wanted, key=lambda point: point.layer), key=lambda point: point.layer)
     for group in portions([list(layer) for _, layer in by_layer], size, _HELD_BYTES):
         points = [point for layer in group for point in layer]
-        read = dict(zip(points, run(points, reading.texts, signal), strict=True))
+        read = dict(zip(points, read_finite(run, points, reading.texts, signal), strict=True))
         asked, shared = [], dict[int, Whitening]()  # by tensor, since points of one layer may read the same one
         for point, vectors in read.items():
             whitening = None
@@ -232,6 +232,15 @@ def _whitening(vectors: HiddenVectors, neutral: int) -> Whitening:
     if vectors.acted is None:
         return Whitening.of(vectors.hidden[(vectors.owners < neutral).to(vectors.hidden.device)]).to(_CPU)
     return Whitening.of_some(vectors.hidden, vectors.acted.to(vectors.hidden.device)).to(_CPU)
+
+
+def read_finite(run: TextRunner, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
+    """What a runner reads at points; NotFinite if the base model overflows there, which would silence all adapters."""
+    for point, vectors in zip(points, run(points, texts, signal), strict=True):
+        if not bool(vectors.hidden.isfinite().all()):
+            found = f"the base model overflows on a text of the calibration, at {point.name}"
+            raise NotFinite(f"{found}; load it as bfloat16 or float32 (--dtype)")
+        yield vectors
 
 
 def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:

@@ -34,7 +34,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from logo.selection.calibration import HiddenVectors, Reading, TextRunner, portions
+from logo.selection.calibration import HiddenVectors, Reading, TextRunner, portions, read_finite
 from logo.selection.points import Point
 from logo.selection.reference import both_means, emphasis
 from logo.selection.texts import Texts
@@ -184,7 +184,7 @@ def examples_of(
     def read(texts: Texts) -> dict[str, Tensor]:
         """The descriptions of texts by the number of the first point of each place: (rows, 2, d) on the CPU."""
         first = dict[int, tuple[int, HiddenVectors]]()  # by tensor, since points of a layer may read the same one
-        for at, vectors in enumerate(run(points, texts, reading.signal)):
+        for at, vectors in enumerate(read_finite(run, points, texts, reading.signal)):
             first.setdefault(id(vectors.hidden), (at, vectors))
         found = {}
         for at, vectors in first.values():

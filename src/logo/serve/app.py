@@ -192,7 +192,8 @@ class _Api:
     def _room(self, body: _Asking, prompts: Sequence[Prompt]) -> int:
         """The most new tokens of the answers: what the request asks for; else the usual number, or as many as there is
         room for. ApiError: they do not fit behind the longest prompt."""
-        context, longest = self.service.batching.context, max(map(len, prompts))
+        batching, longest = self.service.batching, max(map(len, prompts))
+        context = batching.context
         is_chat = not isinstance(body, bodies.CompletionRequest) and body.messages is not None
         blamed, usual = ("messages", MAX_NEW_TOKENS) if is_chat else ("prompt", _COMPLETION)
         asked = max(1, min(usual, context - longest))
@@ -201,7 +202,9 @@ class _Api:
                 blamed, asked = name, given
         if longest + asked > context:
             found = f"found {longest} in the prompt and {asked} for the answer; send a shorter prompt or ask for less"
-            said = f"this model's context holds {context} tokens: {found}"
+            of_memory = context == batching.kv_tokens[1]
+            where = "the memory for keys and values (--kv-cache-gb)" if of_memory else "this model's context"
+            said = f"{where} holds {context} tokens: {found}"
             raise bad_request(said, blamed, "context_length_exceeded")
         return asked
 

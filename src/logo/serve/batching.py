@@ -13,6 +13,7 @@ import inspect
 import logging
 import threading
 import traceback
+import warnings
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -76,15 +77,13 @@ class MemoryPlan:
             raise UsageError(f"{plan.line}: {together}; lower --adapter-memory-gb or --kv-cache-gb")
         return plan
 
-    def tokens(self, model: Any, dtype: torch.dtype, shared: int) -> int:
-        """How many tokens have room, padding included, beside `shared` bytes for prompt prefixes; UsageError: none."""
+    def tokens(self, each: int, shared: int) -> int:
+        """How many tokens of `each` so many bytes have room, padding included, beside `shared` bytes for prompt
+        prefixes; UsageError: none."""
         if shared >= self.kv:
             rest = f"leave nothing of the {self.kv / 1e9:.2f} GB for keys and values (--kv-cache-gb)"
             raise UsageError(f"{shared / 1e9:.2f} GB for prompt prefixes {rest}")
-        config = text_config(model)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return max(1, int((self.kv - shared) // (2 * config.num_hidden_layers * heads * size * dtype.itemsize)))
+        return max(1, (self.kv - shared) // each)
 
     @property
     def line(self) -> str:
@@ -146,15 +145,22 @@ class Batching:
             parts = text_config(model)
             first = (parts.rope_parameters or {}).get("original_max_position_embeddings")
             context = min(context or first, first or parts.max_position_embeddings)
+            warnings.warn(
+                f"long-rope: prompts and answers are served up to {context} tokens", UserWarning, stacklevel=3
+            )
         self.plan = MemoryPlan.of(model, adapters.budget, memory)
-        self._tokens = self.plan.tokens(model, adapters.dtype, 0 if prefix_cache is None else prefix_cache.budget)
-        self.context = self._tokens if context is None else min(context, self._tokens)
         self._model, self._prefix_cache = model, prefix_cache
         self._concurrent, self._device = memory.concurrent, input_device(model)
         self._reader = prefix_cache or PrefixCache(model, 0)
+        with torch.inference_mode():
+            cache, one = DynamicCache(), torch.ones(1, 1, dtype=torch.int64, device=self._device)
+            self._reader.forward(one, one, cache, {})
+        each = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        self._tokens = self.plan.tokens(each, 0 if prefix_cache is None else prefix_cache.budget)
+        self.context = self._tokens if context is None else min(context, self._tokens)
         self._ends, self._rules = end_tokens(model.generation_config), rules
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self._packed, self._rows = Packed(adapters), BatchedCache(DynamicCache(), self._tokens)
+        self._packed, self._rows = Packed(adapters), BatchedCache(cache, self._tokens)
         self._gated: Sequence[Job] | None = None  # the rows whose gates are set
         self._waiting: list[Job] = []  # replaced or extended under the lock
         self._active: list[Job] = []  # the job of each row
@@ -169,10 +175,6 @@ class Batching:
     def start(self) -> None:
         """Starts the thread that generates, unless it runs already."""
         if self._thread is None:
-            with torch.inference_mode():
-                cache, one = DynamicCache(), torch.ones(1, 1, dtype=torch.int64, device=self._device)
-                self._reader.forward(one, one, cache, {})
-                self._rows = BatchedCache(cache, self._tokens)
             self._thread = threading.Thread(target=self._run, name="logo-generate", daemon=True)
             self._thread.start()
 
