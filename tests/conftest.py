@@ -27,10 +27,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Without bytecode every process that tests start compiles the package anew: a second or more.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # How long an example of a property takes says nothing on a machine that does other work too.
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-# CI runs half as many examples of properties that do not say how many.
-settings.register_profile("ci", settings.get_profile("any machine"), max_examples=50)
-settings.load_profile("ci" if os.environ.get("CI") else "any machine")
+few = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("any machine", few)
+settings.load_profile("any machine")
 # What tests calibrate stays among them.
 os.environ["LOGO_CACHE"] = tempfile.mkdtemp(prefix="logo-cache-")
 atexit.register(shutil.rmtree, os.environ["LOGO_CACHE"], ignore_errors=True)
