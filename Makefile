@@ -10,8 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Tests run in so many processes, each with one thread unless OMP_NUM_THREADS says otherwise, and in random order:
 # pytest prints the seed, and `make test PYTEST_ADDOPTS=--randomly-seed=N` repeats it. All tests keep two cores busy
-# with four processes, since some of them wait: for disks, servers and timeouts.
-WORKERS ?= $(if $(filter test,$@),4,2)
+# with three processes, since some of them wait: for disks, servers and timeouts.
+WORKERS ?= $(if $(filter test,$@),3,2)
 SPREAD = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 WHEEL_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 # vLLM has an environment of its own, with the older transformers that it needs; our own server runs in both.
