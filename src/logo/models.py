@@ -327,7 +327,8 @@ def _hooks(module: Any) -> tuple[Any, ...]:
 
 
 def without_autocast(model: Any) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes contexts in which a caller's `torch.autocast` is off, for what is kept, or compared with what is kept."""
+    """Makes contexts in which a caller's `torch.autocast` is off. What is kept for later calls, such as calibrations
+    and cached keys and values, and the scores that are compared with it, have to have the model's own precision."""
     import torch
 
     kind = input_device(model).type

@@ -329,8 +329,8 @@ def preface(tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str) -> str |
 
 
 def given_answer(tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str, answer: str) -> str | None:
-    """What the chat template writes behind a conversation, whose text this is, for this answer, without the end of the
-    turn: it may trim it, and make a thought in it the turn's own. None as `preface`."""
+    """What the chat template writes for an answer to a conversation, whose text this is, without the mark that ends the
+    turn. Some templates trim answers, or put an empty thought before those without one. None as in `preface`."""
     around = _around(tokenizer, prompt, text)
     if around is None:
         return None

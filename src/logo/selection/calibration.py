@@ -235,10 +235,10 @@ def _whitening(vectors: HiddenVectors, neutral: int) -> Whitening:
 
 
 def read_finite(run: TextRunner, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
-    """What a runner reads at points; NotFinite if the base model overflows there, which would silence all adapters."""
+    """What a runner reads at points; NotFinite if hidden vectors overflow there, without which no adapter responds."""
     for point, vectors in zip(points, run(points, texts, signal), strict=True):
         if not bool(vectors.hidden.isfinite().all()):
-            found = f"the base model overflows on a text of the calibration, at {point.name}"
+            found = f"the base model's hidden vectors overflow at {point.name} on a text of the calibration"
             raise NotFinite(f"{found}; load it as bfloat16 or float32 (--dtype)")
         yield vectors
 

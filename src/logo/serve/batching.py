@@ -145,9 +145,8 @@ class Batching:
             parts = text_config(model)
             first = (parts.rope_parameters or {}).get("original_max_position_embeddings")
             context = min(context or first, first or parts.max_position_embeddings)
-            warnings.warn(
-                f"long-rope: prompts and answers are served up to {context} tokens", UserWarning, stacklevel=3
-            )
+            most = f"a prompt and its answer may have {context} tokens together, the model's original context"
+            warnings.warn(f"long-rope: {most}", UserWarning, stacklevel=3)
         self.plan = MemoryPlan.of(model, adapters.budget, memory)
         self._model, self._prefix_cache = model, prefix_cache
         self._concurrent, self._device = memory.concurrent, input_device(model)
