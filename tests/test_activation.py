@@ -307,6 +307,8 @@ def test_nothing_is_cached_while_a_mixture_is_active(tmp_path: Path) -> None:
     again = partial(logo.generate, second, adapters={"t0": 1.0}, max_new_tokens=3)
     with pytest.raises(UsageError, match="call this once the answer is complete"):
         logo.generate(first, adapters={"t1": 3.0}, max_new_tokens=4, streamer=cast(Any, Caller(again)))
+    with pytest.raises(UsageError, match="'guidance_scale' reads prompts a second time"):
+        again(guidance_scale=2.0)
     assert again().token_ids == clean.generate(second, adapters={"t0": 1.0}, max_new_tokens=3).token_ids
     assert logo.select(second).scores == same_scores(clean.select(second).scores)
 

@@ -132,7 +132,7 @@ def test_another_runs_result_is_refused(rows: Path, tmp_path: Path, capsys: pyte
     ):
         evaluated(tmp_path, rows, "--dataset", "antonym", *more, code=2)
         line = one_line(capsys)
-        assert message in line and "--overwrite replaces it, another --result_dir keeps both" in line
+        assert message in line and "--overwrite replaces it, another --result-dir keeps both" in line
     assert len(evaluated(tmp_path, rows, "--dataset", "antonym", *more, "--run-name", "other")) == 2
     assert (folder / "run.json").read_bytes() == before
 

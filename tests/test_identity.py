@@ -222,6 +222,9 @@ def test_weights_in_buffers_are_in_the_digest(digest: Callable[[Any], str]) -> N
         linear.register_buffer("scales", torch.full((4,), value), persistent=kept)
         digests.append(digest(model))
     assert digests[0] != digests[1] and digests[2] == digests[3] == digest(tiny.model("llama"))
+    one, other = (tiny.model("llama", vocab_size=400) for _ in range(2))
+    other.get_input_embeddings().weight.data[7] += 1  # a token that was added, and trained
+    assert digest(one) != digest(other)
 
 
 def test_weights_that_nobody_has(llama: nn.Module) -> None:

@@ -25,10 +25,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from http_server import eventually
-from logo import AdapterPool
 from logo.cluster.processes import Expected, Layout
 from logo.cluster.replicas import LOAD, UNLOAD, ReplicaPlan, serve_replicas
-from logo.demo import adapters_dir
 from logo.errors import LoGoError, PoolError
 
 pytestmark = [
@@ -88,12 +86,14 @@ async def small_app() -> Starlette:
     return app
 
 
+POOL: Any = SimpleNamespace(digest="of the tests")  # so that replicas need not import PyTorch
+
+
 def serve() -> None:
     import ray
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors do not find this file by its name
-    expected = Expected.of(functools.partial(AdapterPool.open, adapters_dir()))
-    plan = functools.partial(ReplicaPlan, small_app, {FOLDER: sys.argv[1]}, expected, 2)
+    plan = functools.partial(ReplicaPlan, small_app, {FOLDER: sys.argv[1]}, Expected.of(lambda: POOL), 2)
     serve_replicas(Layout(2), plan, "127.0.0.1", PORT, functools.partial(print, flush=True))
 
 

@@ -230,6 +230,7 @@ def test_a_flat_folder(tmp_path: Path) -> None:
         found = [(one.name, one.rows, one.train_file) for one in find_datasets(tmp_path, limit=1)]
     assert found == [(name, (Row("q0", "1"),), None) for name in ("a", "b", "deep/c")]
     assert [one.name for one in find_datasets(tmp_path, "b,*c")] == ["b", "deep/c"]
+    assert [one.name for one in find_datasets(tmp_path, "*", train_rows=tmp_path / "deep")] == ["a", "b"]
     with pytest.raises(DataError, match=r"dataset 'd': not in .*; there are a, b, deep/c"):
         find_datasets(tmp_path, "d")
 

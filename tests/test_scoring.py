@@ -169,7 +169,7 @@ def test_an_answer_in_a_conversation_is_scored_as_it_is_trained() -> None:
     turn = "<{{ m.role[0] }}>{{ '<t></t>' if m.role == 'assistant' and '</t>' not in m.content }}{{ m.content }}."
     turns = f"{{% for m in messages %}}{turn}{{% endfor %}}{{{{ '<a>' if add_generation_prompt }}}}"
     made, asked = with_template(DEMO, turns), [{"role": "user", "content": "a"}]
-    for answer, text in (("Paris", "<t></t>Paris"), (" Paris ", "<t></t> Paris"), ("<t>b</t>\n", "<t>b</t>")):
+    for answer, text in (("Paris", "<t></t>Paris"), (" Paris", "<t></t> Paris"), ("<t>b</t>\n", "<t>b</t>\n")):
         read, gold = encoded(Prompts(made, None), asked, answer)
         row = training_row(made, Row("", answer, messages=tuple(asked)))
         assert [*read.ids, *gold] == list(row.ids[: len(read.ids) + len(gold)]) and made.decode(gold) == text

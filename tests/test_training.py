@@ -103,6 +103,7 @@ def test_a_bad_row_is_refused_by_file_and_line(tmp_path: Path) -> None:
         ("t.jsonl", GOOD + b'{"context": "a"\n', "t.jsonl:2: expected {"),
         ("t.jsonl", b'{"messages": []}\n', 't.jsonl:1: expected a prompt in "messages", and its gold answer'),
         ("t.csv", head, "found no rows"),
+        ("t.csv", b"completion," + head + b"a,b,c\n", "t.csv:1: expected one column each"),
         ("t.csv", head + b"a,b\nc\n", "t.csv:3: expected as many as in line 1, found another number"),
         ("t.csv", head + b"a,\xff\n", "t.csv:1: is not valid CSV in UTF-8"),
         ("t.csv", head + b'a,b\na,"b', "t.csv:2: is not valid CSV in UTF-8"),

@@ -361,6 +361,9 @@ class Decoder:
         if pool.activations == (EVERYWHERE,):
             acting = [Mixture(one.mixture) for one in batch.selections]
         else:
+            if config.guidance_scale not in (None, 1):
+                found = "reads prompts a second time from another position, where adapters of this pool do not act"
+                raise UsageError(f"generation option 'guidance_scale' {found}; leave it out")
             acting, known = self._late(batch, config)
             options |= known
         passes = max(config.min_new_tokens or 0, config.max_new_tokens / 4)  # most answers are shorter than they may be

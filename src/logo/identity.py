@@ -161,8 +161,11 @@ def base_digest(model: nn.Module) -> str:
 
 
 def sampled(tensor: Tensor, count: int = _CALIBRATED) -> Tensor:
-    """`count` numbers of a tensor, evenly spaced, float32 on the CPU."""
+    """`count` numbers of a tensor, evenly spaced, float32 on the CPU; of a tall matrix, such as embeddings, one of each
+    row, since training may change a few rows."""
     import torch
 
     flat = tensor.detach().reshape(-1)
+    if tensor.ndim == 2 and len(tensor) >= 4 * tensor.shape[1]:
+        count = len(tensor)
     return flat[:: max(1, len(flat) // count)][:count].to("cpu", torch.float32)

@@ -30,6 +30,7 @@ _BEFORE, _ANSWER = 7, 13
 # What `plain` does, as a chat template. The line break is an expression: templates lose one that is behind a block.
 PLAIN_CHAT = '{% for m in messages %}{{ m.content or "" }}{% if not loop.last %}{{ "\\n" }}{% endif %}{% endfor %}'
 _SOME_ANSWER = "An answer."
+_TEXTS = ("text", "input_text", "output_text")  # types of parts that are texts
 _PADDED = "expected token ids without padding, found the padding {}; leave it out"
 _EXPECTED = "a string, a list of messages or token ids"
 
@@ -211,7 +212,8 @@ def read(
         raise UsageError("expected one prompt, found a list of texts; give them one by one")
     made, pad = Prompt.of_ids([_token(value, vocabulary) for value in listed]), tokenizer.pad_token_id
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)  # which prompts may hold
-    if pad not in others and pad in (*made.ids[:1], *made.ids[-1:]):
+    twice = pad == others[0] and made.ids[:2] == (pad, pad)
+    if twice or (pad not in others and pad in (*made.ids[:1], *made.ids[-1:])):
         raise UsageError(_PADDED.format(pad))
     return made
 
@@ -335,7 +337,7 @@ def given_answer(tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str, ans
     if around is None:
         return None
     written = written_answer(tokenizer, prompt, text, answer) or ""
-    return written.removesuffix(around[1]).rstrip() or around[0] + answer.strip()
+    return written.rstrip().removesuffix(around[1].rstrip()) or around[0] + answer.strip()
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str) -> tuple[str, str] | None:
@@ -385,8 +387,9 @@ def _turn(number: int, message: Any) -> dict[str, Any]:
         hint = closest(role, ROLES) if isinstance(role, str) else ""
         raise UsageError(f"{where}: expected one of the roles {', '.join(ROLES)}, found {role!r}{hint}")
     if isinstance(content, Sequence) and not isinstance(content, str):
-        parts = [part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
-        content = "\n".join(parts) if parts and len(parts) == len(content) else content
+        parts = [part for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+        if parts and len(parts) == len(content) and all(part.get("type", "text") in _TEXTS for part in parts):
+            content = "\n".join(part["text"] for part in parts)
     if not isinstance(content, str) and (content is not None or role != "assistant"):
         found = "none" if content is None else f"{content!r:.60}"
         raise UsageError(f"{where}: expected a 'content' that is a text or a list of text parts, found {found}")

@@ -32,7 +32,6 @@ CHAT = [
     {"role": "user", "content": "And of Italy?"},
 ]
 MIXTURES: list[dict[str, float]] = [{"a": 0.7, "b": 0.5}, {"b": 0.4, "c": 0.9}, {"c": 1.0}, {}]
-KINDS = ("invocation", "mixed")  # `last:N` alone: test_read_once.py
 
 pytestmark = pytest.mark.usefixtures("settings_of_vllm")
 
@@ -55,23 +54,16 @@ def prompts(invoking: list[int]) -> list[list[int]]:
     return [row[:-2] + (invoking if i % 2 == 0 else []) + row[-2:] for i, row in enumerate(ids)]
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    found: str = request.param
-    return found
-
-
 @pytest.fixture(scope="module")
-def pool(kind: str, invoking: list[int], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three adapters of different ranks on different modules."""
+def pool(invoking: list[int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three adapters of different ranks on different modules, one with an invocation. Pools of one kind: below, and
+    test_read_once.py."""
     folder = tmp_path_factory.mktemp("pool")
     model, _ = load_base("demo", device="cpu")
     for number, (name, modules) in enumerate((("a", ("q_proj", "v_proj")), ("b", EVERY), ("c", ("q_proj", "v_proj")))):
         write_adapter(folder / name, model, modules, rank=2 + number, seed=number, scale=0.06)
-        if kind == "invocation" or (kind == "mixed" and name == "a"):
-            edit_config(folder / name, alora_invocation_tokens=invoking)
-    if kind != "invocation":
-        (folder / "pool.json").write_text(json.dumps({"activation": "last:4"}))
+    edit_config(folder / "a", alora_invocation_tokens=invoking)
+    (folder / "pool.json").write_text('{"activation": "last:4"}')
     return folder
 
 
@@ -165,15 +157,14 @@ def test_the_server_answers_what_the_local_engine_does(
         "--enable-prompt-tokens-details",
         env=environment(tmp_path / "pool", **chosen),
     )
-    invoked = [prompt for prompt in prompts if local.pool[local.names[0]].activation.begin(prompt) is not None]
-    expected = local.generate(invoked, max_new_tokens=6)
-    for prompt, one in zip(invoked, expected, strict=True):
+    for prompt, one in zip(prompts, local.generate(prompts, max_new_tokens=6), strict=True):
         asked = {"model": "logo", "prompt": prompt, "max_tokens": 6, "temperature": 0, "return_token_ids": True}
         status, found = server.ask("/v1/completions", asked)
         assert status == 200 and found["logo"]["adapters"] == list(one.selection.adapters)
         assert found["choices"][0]["text"].rstrip() == one.text.rstrip()
         begin = local.pool[local.names[0]].activation.begin(prompt)
-        assert begin is not None
+        if begin is None:
+            continue
         cached = (found["usage"]["prompt_tokens_details"] or {"cached_tokens": 0})["cached_tokens"]
         assert cached == begin // BLOCK * BLOCK  # what the probe has read
         name = local.names[3]

@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.peft import CONFIG, NOTES
+from logo.adapters.peft import NOTES
 from logo.errors import StorageError, UsageError, listed
 from logo.identity import content_stamp
 
@@ -150,12 +150,11 @@ def noted(folder: Path, own: Activation, top: Path | None = None) -> Activation:
     """The activation of an adapter: its own, or that of the nearest `pool.json` that names one, in its folder or above.
 
     So it does not depend on where a pool was opened. `own` is that of its configuration; notes above `top` do not
-    apply, such as those above a repository (None: all do), nor those beside another adapter. Errors as `read_notes`.
+    apply, such as those above a repository (None: all do). Errors as `read_notes`.
     """
     folder, last = Path(os.path.abspath(folder)), None if top is None else Path(os.path.abspath(top))
     for above in (folder, *folder.parents) if own.everywhere else ():
-        others = above != folder and (above / CONFIG).is_file()
-        said = None if others else read_notes(above).get("activation")
+        said = read_notes(above).get("activation")
         if said is not None:
             return own if said == "invocation" else Activation.parse(said)
         if above == last:

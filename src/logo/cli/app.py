@@ -92,6 +92,8 @@ ANYWHERE = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 ANYWHERE.add_argument("--debug", action="store_true")
 ANYWHERE.add_argument("--plugin", action="append", default=[])
 ANYWHERE.add_argument("--config", type=Path)
+# Lists in one text, of which a user may expect to give them one by one; of other options, the last value counts.
+_LISTS = ("--dataset", "--tasks", "--signals", "--methods", "--protocols", "--targets")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -109,6 +111,9 @@ def run(argv: Sequence[str]) -> int:
         for one in anywhere.plugin:
             plugins.load(one, os.getcwd())
         plugins.load_installed()
+        given = [word.partition("=")[0] for word in own]
+        for name in (one for one in _LISTS if given.count(one) > 1):
+            raise UsageError(f"{name} is given {given.count(name)} times: separate several values with commas")
         tokens = [*own, *argv[end:]]
         app.config = [] if anywhere.config is None else [_options_in(anywhere.config, app.parse_commands(tokens)[0])]
         console = Console() if sys.stdout.isatty() else Console(width=WIDTH)

@@ -113,6 +113,9 @@ def find_datasets(
     """
     root = Path(folder)
     files, official_layout = dataset_files(root)
+    learned = None if train_rows is None or official_layout else Path(train_rows).resolve()
+    if learned is not None and root.resolve() in learned.parents:  # training rows in a folder beside those of the tests
+        files = {name: file for name, file in files.items() if learned not in file.resolve().parents}
 
     def unknown(item: str) -> DataError:
         there = f"there are {listed([*files], 5)}; `logo data prepare` fetches official ones"

@@ -195,7 +195,7 @@ def is_done(
         judged = {name for name, *_ in found} <= {"metric", "metric_plugin"}
         judging = f"logo eval report {folder} --metric {identity.get('metric')} --save report.html"
         again = f"; `{judging}` judges its answers anew" if judged else ""
-        both = f"another {'--result_dir' if files is FILES else '--save'} keeps both"
+        both = f"another {'--result-dir' if files is FILES else '--save'} keeps both"
         held = f"{folder} holds the result of another run: {described(found)}{again}"
         raise UsageError(f"{held}; --overwrite replaces it, {both}")
     return all((folder / name).exists() for name in files)
@@ -291,8 +291,9 @@ def find(path: Path) -> list[Path]:
 def _run_of(folder: Path) -> Path:
     """The folder of the run that a result is of."""
     full, run = folder.resolve(), read_run(folder) if (folder / RUN).exists() else {}
-    depth = len(PurePosixPath(run.get("dataset", {}).get("name") or full.name).parts)
-    return next((above for above in full.parents if _FOLDER.fullmatch(above.name)), full.parents[depth - 1])
+    named = PurePosixPath(run.get("dataset", {}).get("name") or full.name).parts  # a nested one, unless it was moved
+    below = len(named) if full.parts[-len(named) :] == named else 1
+    return next((above for above in full.parents if _FOLDER.fullmatch(above.name)), full.parents[below - 1])
 
 
 def _names(runs: Iterable[Path]) -> dict[Path, str]:

@@ -84,7 +84,8 @@ class Mixer:
                 yield "none"
                 return
             adapters = [pool[name] for name in names]
-            weights = torch.tensor([[mixture.weights.get(name, 0.0) for name in names] for mixture in mixtures])
+            shares = [[mixture.weights.get(name, 0.0) for name in names] for mixture in mixtures]
+            weights = torch.tensor(shares, dtype=torch.float32)
             with self.cache.held(adapters) as hold:
                 if self._merges(adapters, mixtures, tokens):
                     key = tuple(adapter.file for adapter in adapters), tuple(weights[0].tolist())

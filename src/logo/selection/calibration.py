@@ -147,7 +147,7 @@ def calibrate(reading: Reading, plan: Plan, run: TextRunner) -> Calibration:
     for name, found in measured.items():
         known[name] |= found
         store.put(files[name], known[name])
-    nothing = torch.full(shape, torch.nan)
+    nothing = torch.full(shape, torch.nan, dtype=torch.float32)
     responses = torch.stack(
         [torch.stack([known[a.name].get(p.module, nothing) for p in candidates], dim=1) for a in plan.adapters]
     )  # (adapters, readings of a point, candidates, texts)
@@ -238,7 +238,7 @@ def read_finite(run: TextRunner, points: Sequence[Point], texts: Texts, signal: 
     """What a runner reads at points; NotFinite if hidden vectors overflow there, without which no adapter responds."""
     for point, vectors in zip(points, run(points, texts, signal), strict=True):
         if not bool(vectors.hidden.isfinite().all()):
-            found = f"the base model's hidden vectors overflow at {point.name} on a text of the calibration"
+            found = f"the base model's hidden vectors overflow at {point.name} on a calibration text or example prompt"
             raise NotFinite(f"{found}; load it as bfloat16 or float32 (--dtype)")
         yield vectors
 

@@ -75,7 +75,7 @@ class ScoringIndex:
             if self._owner is None:
                 sums = squares.view(len(self.ranks), -1, len(part)).sum(dim=1)
             else:
-                sums = torch.zeros(len(self), len(part), device=self.device).index_add_(0, self._owner, squares)
+                sums = squares.new_zeros(len(self), len(part)).index_add_(0, self._owner, squares)
             parts.append(sums.sqrt_().T)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -144,8 +144,8 @@ class Wanted:
             sketch = rows.to(self.device), (rows @ whitening.mean).to(self.device)
             whitening = whitening.to(_with_qr(self.device))
         width, ranks = adapters[0].modules[self.point.module].in_features, self.ranks
-        stacked = torch.empty(sum(ranks), width, device=self.device)
-        updates = torch.empty(len(ranks), device=self.device)
+        stacked = torch.empty(sum(ranks), width, dtype=torch.float32, device=self.device)
+        updates = torch.empty(len(ranks), dtype=torch.float32, device=self.device)
         index = ScoringIndex(stacked, ranks, None, adapters, self.point, sketch, updates)
         # A file is an object that stands for one content: a file that was replaced is opened anew.
         known = {} if before is None else {adapter.file: at for at, adapter in enumerate(before.adapters)}

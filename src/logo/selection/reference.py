@@ -119,8 +119,8 @@ class Reference:
         spread = known.std(dim=2)
         usual = torch.where(responds, spread, torch.nan).nanmedian(dim=0).values.nan_to_num(1.0)
         spread = spread.maximum((_LEAST_SPREAD * usual).clamp_min(1e-6))
-        weights = torch.ones(responds.shape[1]) if weights is None else weights
-        excess, ones = torch.zeros(len(known)), torch.ones(len(known))
+        weights = neutral.new_ones(responds.shape[1]) if weights is None else weights
+        excess, ones = known.new_zeros(len(known)), known.new_ones(len(known))
         reference = cls(known.mean(dim=2), spread, responds, excess, ones, weights)
         mean_z, somewhere, count = reference._mean_z(every), responds.any(dim=1), neutral.shape[2]
         if not somewhere.any():
@@ -139,7 +139,7 @@ class Reference:
     def factors(self, tokens: Tensor) -> Tensor:
         """What the scores of prompts with so many tokens (rows,) are multiplied by: float32 (rows,)."""
         few = ((1 + FEW / USUAL) / (1 + FEW / tokens)).sqrt().clamp(max=1.0)
-        return few * torch.tensor(UNIT / self.apart)
+        return few * torch.tensor(UNIT / self.apart, dtype=few.dtype)
 
     def z(self, responses: Tensor) -> Tensor:
         """`z` of `a` (adapters, points, rows); 0 where the adapter does not respond."""
@@ -181,7 +181,7 @@ def contrast(neutral: Tensor, requests: Tensor) -> Tensor:
     Arguments as `choose`; 1 means that adapters differ on requests no more than on neutral texts.
     """
     reference = Reference.of(neutral)
-    z, result = reference.z(requests), torch.zeros(requests.shape[1])
+    z, result = reference.z(requests), requests.new_zeros(requests.shape[1])
     for point, responds in enumerate(reference.responds.T):
         part = z[responds, point]  # (adapters that respond, texts)
         if len(part) > 1:

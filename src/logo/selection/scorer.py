@@ -172,7 +172,7 @@ class Scorer:
         if self.signal.scale == "whitened":  # logarithms; what never changes, as behind an invocation, says nothing
             constant = torch.cat([neutral, requests], dim=2).std(dim=2) < _CONSTANT
             neutral = neutral.masked_fill(constant[:, :, None], torch.nan)
-        weights = torch.ones(neutral.shape[1])
+        weights = neutral.new_ones(neutral.shape[1])
         weights[len(self.indices) :] = LATE_WEIGHT
         return Reference.of(neutral, requests, weights)
 

@@ -211,7 +211,7 @@ def known(name: str, pool: AdapterPool, candidates: Collection[str] | None = Non
 def relative_sizes(updates: Sequence[Tensor], weight_norms: Sequence[float], touched: Tensor) -> Tensor:
     """The relative size of each adapter, (adapters,); `USUAL_SIZE` where it is not known. Per point, `updates` has
     `‖ΔW_i‖_F` of the adapters that touch it by `touched` (adapters, points), `weight_norms` `‖W‖_F` or NaN."""
-    ratios = torch.full(touched.shape, torch.nan)
+    ratios = torch.full(touched.shape, torch.nan, dtype=torch.float32)
     for at, (update, norm) in enumerate(zip(updates, weight_norms, strict=True)):
         ratios[touched[:, at], at] = update.cpu() / norm
     return ratios.nanmean(dim=1).nan_to_num(nan=USUAL_SIZE)

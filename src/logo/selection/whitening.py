@@ -79,7 +79,8 @@ class Whitening:
     def sketch(self) -> Tensor:
         """(`SKETCHED`, d): `S W` with fixed random rows `S`, so that `‖S W (h - μ)‖` is nearly `‖W (h - μ)‖`; the error
         has a standard deviation of 9 % and is the same for all adapters."""
-        rows = torch.randn(SKETCHED, len(self.mean), generator=torch.Generator().manual_seed(0)) / SKETCHED**0.5
+        seeded = torch.Generator().manual_seed(0)
+        rows = torch.randn(SKETCHED, len(self.mean), generator=seeded, dtype=torch.float32) / SKETCHED**0.5
         return self.fold(rows.to(self.mean.device))
 
     def to(self, device: torch.device) -> Whitening:

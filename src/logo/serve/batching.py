@@ -29,7 +29,7 @@ from logo.decoding import OVERFLOW
 from logo.endings import EndRule, end_tokens
 from logo.errors import ModelError, NotFinite, UsageError
 from logo.mixing.cache import AdapterCache, bytes_of, free_bytes
-from logo.models import input_device, padded, text_config
+from logo.models import input_device, padded, text_config, without_autocast
 from logo.prefix_cache import PrefixCache, cache_argument, laid_out, reusable
 from logo.serve.batched_cache import BatchedCache
 from logo.serve.errors import NotReady
@@ -144,14 +144,16 @@ class Batching:
         if not reusable(model):  # a long row would turn the keys of the others in its batch
             parts = text_config(model)
             first = (parts.rope_parameters or {}).get("original_max_position_embeddings")
-            context = min(context or first, first or parts.max_position_embeddings)
-            most = f"a prompt and its answer may have {context} tokens together, the model's original context"
-            warnings.warn(f"long-rope: {most}", UserWarning, stacklevel=3)
+            first = first or parts.max_position_embeddings
+            if context is None or first < context:
+                most = f"a prompt and its answer may have {first} tokens together, the model's original context"
+                warnings.warn(f"long-rope: {most}", UserWarning, stacklevel=3)
+                context = first
         self.plan = MemoryPlan.of(model, adapters.budget, memory)
         self._model, self._prefix_cache = model, prefix_cache
         self._concurrent, self._device = memory.concurrent, input_device(model)
         self._reader = prefix_cache or PrefixCache(model, 0)
-        with torch.inference_mode():
+        with torch.inference_mode(), without_autocast(model)():
             cache, one = DynamicCache(), torch.ones(1, 1, dtype=torch.int64, device=self._device)
             self._reader.forward(one, one, cache, {})
         each = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -168,6 +168,8 @@ def _csv(file: Path) -> Iterator[Row]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
+            if sum(name in ("context", "completion") for name in reader.fieldnames or ()) > 2:
+                raise malformed(f"{file}:1", "two of one name", "one column each for context and completion")
             for row in reader:
                 number = reader.line_num
                 if None in row or None in row.values():

@@ -231,7 +231,7 @@ class VllmLoGo(LoGo):
         probed, found = [row.ids if whole else row.probed for row in rows], list[list[float]]()
         for part in (slice(start, start + _PROBED) for start in range(0, len(rows), _PROBED)):
             found += _wait(self.engine.scores(self.engine.served, scorer.name, probed[part], among[part]))
-        return torch.tensor(found)
+        return torch.tensor(found, dtype=torch.float32)
 
     # -- answering -----------------------------------------------------------------------------------------------
 
