@@ -6,14 +6,13 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from statistics import NormalDist
 from subprocess import run
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rouge_score.rouge_scorer import RougeScorer
-from scipy.stats import norm, permutation_test
 
 import equal_runs
 from logo.evaluation.metrics import answer_in, bleu, em, em_multi, extra, metric_kind, rouge, summary_line
@@ -84,6 +83,8 @@ def test_bleu_by_hand() -> None:
 
 @given(SENTENCES, SENTENCES)
 def test_rouge_is_rouge_score(prediction: str, gold: str) -> None:
+    from rouge_score.rouge_scorer import RougeScorer  # slow
+
     scores = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(gold, prediction)
     expected = {f"rouge-{name.removeprefix('rouge')}": score.fmeasure for name, score in scores.items()}
     assert rouge(prediction, gold) == rouge(prediction, (gold, "another")) == expected
@@ -142,7 +143,7 @@ def normal(rows: int, shift: float, seed: int = 0) -> tuple[Values, Values]:
 @settings(max_examples=60)
 def test_wilson_by_its_formula(counts: tuple[int, int]) -> None:
     right, rows = counts
-    share, z = right / rows, norm.ppf(0.975)
+    share, z = right / rows, NormalDist().inv_cdf(0.975)
     middle = (share + z**2 / (2 * rows)) / (1 + z**2 / rows)
     half = z / (1 + z**2 / rows) * np.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
     found = interval([1.0] * right + [0.0] * (rows - right))
@@ -152,7 +153,7 @@ def test_wilson_by_its_formula(counts: tuple[int, int]) -> None:
 
 def test_the_interval_of_graded_rows() -> None:
     values = np.random.default_rng(1).random(400)
-    half = norm.ppf(0.975) * values.std() / 20
+    half = NormalDist().inv_cdf(0.975) * values.std() / 20
     assert interval(values) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.005)
     assert interval(values, 1) == interval(values, 1) != interval(values, 2)
     assert interval(values[: FEWEST - 1]) is None and interval([0.5] * 50) is None  # nothing is known, nothing is said
@@ -192,6 +193,8 @@ def test_mcnemar_by_hand(better: int, worse: int, p: float) -> None:
 
 
 def test_many_rows_are_swapped_at_random_as_scipy_does() -> None:
+    from scipy.stats import permutation_test  # slow
+
     a, b = normal(40, 0.4, seed=2)
     how = {"permutation_type": "samples", "n_resamples": 20_000, "rng": np.random.default_rng(5)}
     expected = permutation_test((a, b), lambda x, y, axis: np.mean(x - y, axis=axis), **how).pvalue

@@ -86,14 +86,12 @@ async def small_app() -> Starlette:
     return app
 
 
-POOL: Any = SimpleNamespace(digest="of the tests")  # so that replicas need not import PyTorch
-
-
 def serve() -> None:
     import ray
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors do not find this file by its name
-    plan = functools.partial(ReplicaPlan, small_app, {FOLDER: sys.argv[1]}, Expected.of(lambda: POOL), 2)
+    pool: Any = SimpleNamespace(digest="of the tests")  # so that replicas need not import PyTorch
+    plan = functools.partial(ReplicaPlan, small_app, {FOLDER: sys.argv[1]}, Expected.of(lambda: pool), 2)
     serve_replicas(Layout(2), plan, "127.0.0.1", PORT, functools.partial(print, flush=True))
 
 
