@@ -291,11 +291,13 @@ def test_a_refused_prompt_is_probed_once(llama: nn.Module, tmp_path: Path) -> No
     rows, passes, service = refusing.prompts.read(PROMPTS, room=None), [], Service(refusing, Memory(concurrent=4))
     handle = llama.get_submodule("model.embed_tokens").register_forward_hook(lambda *_: passes.append(1))
     found = service._probed([*rows], [refusing.options()] * len(rows))
+    with pytest.raises(Unsure, match=r"^prompt \d: no adapter"):
+        refusing.generate(PROMPTS, batch_size=len(PROMPTS))
     handle.remove()
     assert [isinstance(one, Unsure) for one in found] == [(one.confidence or 0.0) < below for one in want]
     for one, other in zip(found, want, strict=True):
         assert one.scores == same_scores(other.scores)  # type: ignore[union-attr]
-    assert len(passes) == 1
+    assert len(passes) == 2  # nothing is answered
 
 
 def test_settings_that_cannot_be_used_are_one_clear_error() -> None:

@@ -52,10 +52,8 @@ def test_options_of_transformers_reach_it(base: Path, adapters: Path) -> None:
         return LoGo.from_pretrained(str(base), adapters, device="cpu", k=3, unscorable="skip", **options)
 
     assert open_().model.dtype == torch.float32
-    of_a_path = LoGo.from_pretrained(base, adapters, device="cpu", k=3, unscorable="skip")
-    assert of_a_path.names == open_().names
-    for dtype in (torch.bfloat16, "bfloat16"):
-        assert open_(dtype=dtype).model.dtype == torch.bfloat16
+    assert LoGo.from_pretrained(base, adapters, device="cpu", k=3, unscorable="skip").names == open_().names
+    assert {open_(dtype=dtype).model.dtype for dtype in (torch.bfloat16, "bfloat16")} == {torch.bfloat16}
     assert open_(attn_implementation="eager").model.config._attn_implementation == "eager"
     assert open_(model_kwargs={"attention_dropout": 0.25}).model.config.attention_dropout == 0.25
     assert open_(device_map={"": "cpu"}).model.device.type == "cpu"

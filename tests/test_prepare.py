@@ -381,6 +381,7 @@ def test_what_a_template_must_not_or_cannot_is_named() -> None:
         ("triples[7]", "'made': list object has no element 7"),
         ("'ABC'.index(q)", "'made': substring not found"),
         ("answer", "'context': expected text, found {'value': .*; `join` makes text of a list"),
+        (r"'\ud83d'", "'context': expected text, found half of a surrogate pair"),
         ("q +", r"expected Jinja2, found 'q \+' \("),
         ("[1, 2] | random", "No filter named 'random'"),
         ("cycler.__init__.__globals__.os.system('x')", "'made': .*unsafe"),

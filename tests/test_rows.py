@@ -226,6 +226,7 @@ def test_a_flat_folder(tmp_path: Path) -> None:
     for name in ("b", "a", "deep/c", ".hidden/d"):
         flat(tmp_path / f"{name}.jsonl", "1", "2\n3")
     (tmp_path / "capital.CSV").touch()
+    (tmp_path / "deep").symlink_to((tmp_path / "deep").rename(tmp_path.parent / "elsewhere"))
     with pytest.warns(UserWarning, match=r": capital\.CSV not read: here rows are in files NAME\.jsonl"):
         found = [(one.name, one.rows, one.train_file) for one in find_datasets(tmp_path, limit=1)]
     assert found == [(name, (Row("q0", "1"),), None) for name in ("a", "b", "deep/c")]

@@ -39,7 +39,7 @@ from logo.decoding import (
     reads_prompts,
 )
 from logo.endings import cut_pieces
-from logo.errors import LoGoError, PoolError, UsageError, check_choice, check_type, listed
+from logo.errors import LoGoError, PoolError, Unsure, UsageError, check_choice, check_type, listed
 from logo.mixing.cache import AdapterCache, bytes_of
 from logo.mixing.mixer import Mixer, Mixture
 from logo.models import check_mode, context_length, devices, droppers, lock_of, without_autocast
@@ -452,7 +452,8 @@ class LoGo:
             if streamer is not None:
                 check_streamable(len(rows), decoding.config)
             wanted, probed = for_each(adapters, len(rows), pool, call.candidates), 0.0
-            if self.probe_context == "carry":  # in the order of the prompts
+            # In the order of the prompts; or so that no answer is lost where a later prompt is refused.
+            if self.probe_context == "carry" or call.when_unsure == "refuse":
                 started = time.perf_counter()
                 wanted = [*self._mixtures(pool, rows, wanted, call, batch_size)]
                 probed = (time.perf_counter() - started) / len(rows)
@@ -574,6 +575,8 @@ class LoGo:
         left = [i for i in range(len(rows)) if i not in done]
         found = self._outcomes(pool, [rows[i] for i in left], [call] * len(left), batch_size)
         for i, one in zip(left, found, strict=True):
+            if isinstance(one, Unsure) and rows[0] is not rows[-1]:
+                one.reason = f"prompt {i + 1}: {one.reason}"
             if isinstance(one, LoGoError):
                 raise one
             done[i] = one

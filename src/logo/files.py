@@ -26,6 +26,20 @@ _T = TypeVar("_T")
 _refusing: set[Path] = set()  # cache folders that a warning has named
 
 
+def walked(root: Path) -> Iterator[Path]:
+    """The files at any depth below a folder, also in linked folders; each folder counts once, so that links in a circle
+    end."""
+    seen = set[tuple[int, int]]()
+    for current, folders, files in os.walk(root, followlinks=True):
+        stat = os.stat(current)
+        if (stat.st_dev, stat.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(current, name)), name))
+        yield from (path for name in files if (path := Path(current, name)).is_file())
+
+
 def replace_file(file: Path, content: bytes, *, sync: bool = True) -> None:
     """Replaces the content of `file`, which with `sync` outlasts a power cut; a link, as in the Hub's cache, becomes a
     file of its own. Raises StorageError if it cannot be written; the old file stays."""

@@ -100,9 +100,9 @@ def load_base(
     import transformers
 
     checked_options(model_kwargs or {})
-    target = pick_device(device) if device_map is None else None
-    on_cpu = target is not None and target.type == "cpu"
-    if target is not None and not on_cpu:
+    target = pick_device(device if device_map is None else "cpu" if device_map == "cpu" else "auto")
+    on_cpu = target.type == "cpu"
+    if device_map is None and not on_cpu:
         # To the device at once, which takes half the host memory; quantised weights allow no other way.
         device_map = {"": target}
     kind = checked_dtype(dtype, torch.float32 if on_cpu else "auto")

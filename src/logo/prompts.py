@@ -174,8 +174,8 @@ class Prompts:
 
 
 def several(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Any], bool]:
-    """A list of prompts, and whether a single prompt was given; UsageError for anything else, an empty list, and a
-    tensor of prompts with padding, which would be read as a part of them."""
+    """A list of prompts, and whether a single prompt was given; UsageError for anything else, an empty list, and token
+    ids with padding, which would be read as a part of the prompts."""
     if isinstance(prompts, (str, Prompt)):
         return [prompts], True
     listed = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # tensors and arrays
@@ -185,9 +185,10 @@ def several(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Any]
         raise UsageError("prompt: expected one prompt or more, found an empty list")
     single = isinstance(listed[0], (numbers.Integral, Mapping))
     found = [listed] if single else list(listed)
-    if listed is not prompts and len(found) > 1 and isinstance(found[0], list):  # rows of a tensor have one length
+    if len(found) > 1 and all(isinstance(row, list) and len(row) == len(found[0]) for row in found):
         pad, begun = tokenizer.pad_token_id, 1 + (tokenizer.pad_token_id == tokenizer.bos_token_id)
-        if any([pad] == row[-1:] or [pad] * begun == row[:begun] for row in found):
+        ends = [[pad] == row[-1:] for row in found]  # all of them: the end of texts, if it is the padding, too
+        if len({*ends}) > 1 or any([pad] * 2 == row[-2:] or [pad] * begun == row[:begun] for row in found):
             raise UsageError(_PADDED.format(pad))
     return found, single
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.errors import DataError, LoGoError, StorageError, UsageError
+from logo.files import walked
 from logo.prompts import checked_turns, plain
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Row:
 
 def row_files(root: Path) -> list[Path]:
     """The files below a folder that may hold rows, sorted: not hidden ones, and not those of results and adapters."""
-    files = sorted(path for path in root.rglob("*") if path.is_file())
+    files = sorted(walked(root))
     shown = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
     others = {path.parent for path in shown if path.name in ("run.json", "adapter_config.json")}
     return [path for path in shown if path.parent not in others]

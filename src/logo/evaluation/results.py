@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from logo.errors import DataError, StorageError, UsageError
 from logo.evaluation.metrics import OFFICIAL_KINDS, by_measure, measures, metric_kind
-from logo.files import new_folder, replace_file
+from logo.files import new_folder, replace_file, walked
 
 if TYPE_CHECKING:
     import pandas
@@ -280,7 +280,7 @@ def find(path: Path) -> list[Path]:
     Raises:
         UsageError: there is none.
     """
-    marked = sorted(file.parent for file in path.rglob(MARK))
+    marked = sorted(file.parent for file in walked(path) if file.name == MARK)
     below = [one for one in marked if not any(part.startswith(".") for part in one.relative_to(path).parts)]
     if not below:
         what = "none" if path.is_dir() else "a file" if path.exists() else "no such folder"

@@ -77,7 +77,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 def _as_text(value: object) -> str:
     if isinstance(value, (str, bool, int, float, StrictUndefined)):
-        return str(value).strip()  # an undefined name raises Jinja2's error
+        text = str(value).strip()  # an undefined name raises Jinja2's error
+        if any("\ud800" <= character <= "\udfff" for character in text):  # no tokenizer accepts these
+            raise DataError(f"expected text, found half of a surrogate pair in {value!r:.60}")
+        return text
     if value is None:
         return ""
     raise DataError(f"expected text, found {value!r:.60}; `join` makes text of a list")
