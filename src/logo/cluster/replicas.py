@@ -254,7 +254,7 @@ def serve_replicas(
             while APPLICATION in serve.status().applications and time.monotonic() < end:
                 time.sleep(_LOOK)
             if layout.address != LOCAL:
-                serve.shutdown()  # type: ignore[no-untyped-call]
+                serve.shutdown()
 
 
 def _watch(serve: Any, expected: int, url: str, say: Callable[[str], None]) -> None:
