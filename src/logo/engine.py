@@ -452,7 +452,7 @@ class LoGo:
             if streamer is not None:
                 check_streamable(len(rows), decoding.config)
             wanted, probed = for_each(adapters, len(rows), pool, call.candidates), 0.0
-            # In the order of the prompts; or so that no answer is lost where a later prompt is refused.
+            # All before the first answer: `carry` follows the order of prompts, and a refused one costs no answers.
             if self.probe_context == "carry" or call.when_unsure == "refuse":
                 started = time.perf_counter()
                 wanted = [*self._mixtures(pool, rows, wanted, call, batch_size)]

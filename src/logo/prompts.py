@@ -187,7 +187,7 @@ def several(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Any]
     found = [listed] if single else list(listed)
     if len(found) > 1 and all(isinstance(row, list) and len(row) == len(found[0]) for row in found):
         pad, begun = tokenizer.pad_token_id, 1 + (tokenizer.pad_token_id == tokenizer.bos_token_id)
-        ends = [[pad] == row[-1:] for row in found]  # all of them: the end of texts, if it is the padding, too
+        ends = [[pad] == row[-1:] for row in found]  # all of them may, if texts end with that token
         if len({*ends}) > 1 or any([pad] * 2 == row[-2:] or [pad] * begun == row[:begun] for row in found):
             raise UsageError(_PADDED.format(pad))
     return found, single

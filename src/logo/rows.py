@@ -90,6 +90,11 @@ def unread(root: Path, read: Collection[Path]) -> list[str]:
     return [path.relative_to(root).as_posix() for path in likely if not {path, path.parent} & {*read}]
 
 
+def is_broken(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, which no tokenizer accepts."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def text_lines(file: Path) -> list[str]:
     """The lines of a text file in UTF-8, with or without a byte order mark.
 
@@ -229,7 +234,7 @@ def _text(where: str, name: str, value: object) -> str:
         raise malformed(where, f"{name} is {_shown(value)}")
     if not value.strip():
         raise malformed(where, f"{name} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):  # no tokenizer accepts these
+    if is_broken(value):
         raise malformed(where, f"{name} holds half of a surrogate pair: {_shown(value)}")
     return value
 

@@ -114,7 +114,10 @@ def find_datasets(
     root = Path(folder)
     files, official_layout = dataset_files(root)
     learned = None if train_rows is None or official_layout else Path(train_rows).resolve()
-    if learned is not None and learned not in (root.resolve(), *root.resolve().parents):  # they may be below the others
+    if learned is not None and learned not in (
+        root.resolve(),
+        *root.resolve().parents,
+    ):  # they may lie among the others
         files = {name: file for name, file in files.items() if learned not in file.resolve().parents}
 
     def unknown(item: str) -> DataError:

@@ -138,8 +138,8 @@ class Reference:
 
     def factors(self, tokens: Tensor) -> Tensor:
         """What the scores of prompts with so many tokens (rows,) are multiplied by: float32 (rows,)."""
-        few = ((1 + FEW / USUAL) / (1 + FEW / tokens)).sqrt().clamp(max=1.0)
-        return few * torch.tensor(UNIT / self.apart, dtype=few.dtype)
+        few = ((1 + FEW / USUAL) / (1 + FEW / tokens.float())).sqrt().clamp(max=1.0)
+        return few * (UNIT / self.apart)
 
     def z(self, responses: Tensor) -> Tensor:
         """`z` of `a` (adapters, points, rows); 0 where the adapter does not respond."""

@@ -15,6 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from logo.errors import DataError, listed
 from logo.evaluation.sources.declarations import Declaration
+from logo.rows import is_broken
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SHOWN = 8  # columns worth listing in a message
@@ -78,7 +79,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 def _as_text(value: object) -> str:
     if isinstance(value, (str, bool, int, float, StrictUndefined)):
         text = str(value).strip()  # an undefined name raises Jinja2's error
-        if any("\ud800" <= character <= "\udfff" for character in text):  # no tokenizer accepts these
+        if is_broken(text):
             raise DataError(f"expected text, found half of a surrogate pair in {value!r:.60}")
         return text
     if value is None:
