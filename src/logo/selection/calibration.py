@@ -235,7 +235,7 @@ def _whitening(vectors: HiddenVectors, neutral: int) -> Whitening:
 
 
 def read_finite(run: TextRunner, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
-    """What a runner reads at points; NotFinite if hidden vectors overflow there, since no adapter would respond then."""
+    """What a runner reads at points; NotFinite if hidden vectors overflow there: no adapter would respond."""
     for point, vectors in zip(points, run(points, texts, signal), strict=True):
         if not bool(vectors.hidden.isfinite().all()):
             found = f"the base model's hidden vectors overflow at {point.name} on a calibration text or example prompt"
