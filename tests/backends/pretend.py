@@ -1,14 +1,17 @@
-"""What vLLM does on GPUs alone, on a CPU: its model runner V2, and models that its own backend compiles and splits.
+"""What vLLM does on GPUs alone, on a CPU: its model runner V2, models that its own backend compiles and splits, and
+processes of a server that are forks.
 
     PRETEND_V2=1        runner V2, whose kernels Triton's interpreter runs; has to be imported before vLLM
     PRETEND_COMPILE=1   vLLM compiles as on a GPU, also where there are adapters
 
-Both change what vLLM finds out about the machine, and nothing of what it does then.
+Both change what vLLM finds out about the machine, and nothing of what it does then. As a script this is vLLM's API
+server, whose engine and ranks are forks: started anew, as on CPUs, each of them imports vLLM for ten seconds or more.
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import types
 from typing import Any
 
@@ -64,3 +67,21 @@ def compilers() -> None:
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
     backends.split_graph = split_graph
     backends.VllmBackend.configure_post_pass = lambda self: None  # passes over kernels that only GPUs have
+
+
+def forks() -> None:
+    """Has vLLM fork its processes, as it does where nothing asks for another way."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    settled = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        settled(cls, vllm_config)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+if __name__ == "__main__":
+    forks()
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)

@@ -140,7 +140,7 @@ def test_runner_v2_does_the_same(tmp_path: Path, prompts: list[list[int]]) -> No
 def test_the_server_answers_what_the_local_engine_does(
     serve: Callable[..., Server], tmp_path: Path, invoking: list[int], prompts: list[list[int]]
 ) -> None:
-    """Its chat template ends prompts with the invocation."""
+    """Its chat template ends prompts with the invocation. Nothing says that its pool may change."""
     shutil.copytree(ASSETS / "model", tmp_path / "base")
     template = "{% for m in messages %}{{ m.content }}\n{% endfor %}This is"
     (tmp_path / "base" / "chat_template.jinja").write_text(template)
@@ -157,6 +157,8 @@ def test_the_server_answers_what_the_local_engine_does(
         "--enable-prompt-tokens-details",
         env=environment(tmp_path / "pool", **chosen),
     )
+    new = {"lora_name": "new", "lora_path": str(ASSETS / "adapters" / "capital")}
+    assert server.ask("/v1/load_lora_adapter", new)[0] == 404
     for prompt, one in zip(prompts, local.generate(prompts, max_new_tokens=6), strict=True):
         asked = {"model": "logo", "prompt": prompt, "max_tokens": 6, "temperature": 0, "return_token_ids": True}
         status, found = server.ask("/v1/completions", asked)

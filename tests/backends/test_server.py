@@ -1,4 +1,4 @@
-"""vLLM's own server with one flag more: what a plain `openai` client sees, compared with the library's answers."""
+"""vLLM's own server of two ranks with one flag more: what a plain `openai` client sees is what the library answers."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def server(serve: Callable[..., Server], tmp_path_factory: Any) -> Server:
     template.write_text(TEMPLATE)
     return serve(
         *("--max-loras", "18", "--max-lora-rank", "8", "--max-model-len", "256"),  # two more than the pool has
-        *("--chat-template", str(template)),
+        *("--tensor-parallel-size", "2", "--served-model-name", "base", "other", "--chat-template", str(template)),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-prompt-tokens-details"),
-        env=environment(k=4) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
+        env=environment(k=4) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
     )
 
 
@@ -87,7 +87,7 @@ def test_several_prompts_have_several_mixtures(client: openai.OpenAI, logo: LoGo
 def test_what_is_listed(server: Server, logo: LoGo, rows: list[str]) -> None:
     _, models = server.ask("/v1/models")
     roles = {card["id"]: card.get("logo", {}).get("role") for card in models["data"]}
-    assert roles == {"base": "base", "logo": "auto", **dict.fromkeys(logo.names, "adapter")}
+    assert roles == {"base": "base", "other": "base", "logo": "auto", **dict.fromkeys(logo.names, "adapter")}
     long = " ".join(rows[2:10])  # of which the probe reads the beginning and the end
     status, selection = server.ask("/v1/logo/select", {"prompt": long})
     expected = logo.select(long, k=4)
@@ -331,26 +331,15 @@ def test_an_impossible_change_changes_nothing(server: Server, logo: LoGo, rows: 
     assert completion(server, "logo", rows[2])[1] == logo.generate(rows[2], k=4, max_new_tokens=10).text.rstrip()
 
 
-# -- a server of its own -----------------------------------------------------------------------------------------------
+# -- many at once, and what overflows ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def ranks(serve: Callable[..., Server], logo: LoGo, tmp_path_factory: pytest.TempPathFactory) -> Server:
-    """Two ranks, and one adapter more, which overflows."""
-    pool = tmp_path_factory.mktemp("pool")
-    shutil.copytree(ASSETS / "adapters", pool, dirs_exist_ok=True)
-    write_adapter(pool / "overflows", logo.model, ("q_proj", "v_proj"), rank=2, seed=3, scale=1e20)
-    env = environment(pool, k=4, signals=["calibrated"]) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    flags = ("--max-loras", "17", "--max-lora-rank", "8", "--max-model-len", "256", "--tensor-parallel-size", "2")
-    return serve(*flags, "--served-model-name", "base", "other", env=env)
-
-
-def test_two_ranks_give_the_same_answers(ranks: Server, logo: LoGo, rows: list[str]) -> None:
-    asked, among = rows[::4], {"candidates": list(logo.names)}
+def test_two_ranks_give_the_same_answers(server: Server, logo: LoGo, rows: list[str]) -> None:
+    asked = rows[::4]
 
     def ask(row: str) -> tuple[list[str], str]:
-        body = {"model": "logo", "prompt": row, "max_tokens": 10, "temperature": 0, "logo": among}
-        status, answer = ranks.ask("/v1/completions", body)
+        body = {"model": "logo", "prompt": row, "max_tokens": 10, "temperature": 0}
+        status, answer = server.ask("/v1/completions", body)
         assert status == 200, answer
         return answer["logo"]["adapters"], answer["choices"][0]["text"].rstrip()
 
@@ -360,18 +349,20 @@ def test_two_ranks_give_the_same_answers(ranks: Server, logo: LoGo, rows: list[s
     assert answers == [(list(one.selection.adapters), one.text.rstrip()) for one in expected]
 
 
-def test_an_answer_that_overflows_is_an_error(ranks: Server) -> None:
-    """Whole or in a stream, never silent. This server was not told that its pool may change, so it does not."""
-    assert change(ranks, "load", "new", ASSETS / "adapters" / "capital")[0] == 404
+def test_an_answer_that_overflows_is_an_error(server: Server, logo: LoGo, tmp_path: Path) -> None:
+    """Whole or in a stream, never silent."""
+    write_adapter(tmp_path / "overflows", logo.model, ("q_proj", "v_proj"), rank=2, seed=3, scale=1e20)
+    assert change(server, "load", "overflows", tmp_path / "overflows")[0] == 200
     asked = {"model": "logo", "prompt": "the opposite of hot is", "max_tokens": 50, "temperature": 0}
-    assert ranks.ask("/v1/completions", {**asked, "model": "antonym"})[0] == 200
-    base, other = (ranks.ask("/v1/completions", {**asked, "model": name})[1] for name in ("base", "other"))
+    assert server.ask("/v1/completions", {**asked, "model": "antonym"})[0] == 200
+    base, other = (server.ask("/v1/completions", {**asked, "model": name})[1] for name in ("base", "other"))
     assert base["choices"][0]["text"] == other["choices"][0]["text"] and other["logo"]["adapters"] == []
     for mixture in ({"overflows": 1.0}, {"antonym": 0.5, "overflows": 0.5}):
         bad = {**asked, "n": 2, "temperature": 0.5, "logo": {"adapters": mixture}}
-        status, said = ranks.ask("/v1/completions", bad)
+        status, said = server.ask("/v1/completions", bad)
         assert status == 500 and "logits are NaN" in said["error"]["message"]
-        _, stream = ranks.ask("/v1/completions", {**bad, "stream": True})
+        _, stream = server.ask("/v1/completions", {**bad, "stream": True})
         *_, last, end = filter(None, stream.splitlines())
         assert "logits are NaN" in json.loads(last.removeprefix("data: "))["error"]["message"]
         assert end == "data: [DONE]"
+    assert change(server, "unload", "overflows")[0] == 200

@@ -258,7 +258,7 @@ def serve_replicas(
 
 
 def _watch(serve: Any, expected: int, url: str, say: Callable[[str], None]) -> None:
-    """Says the address, and how many replicas accept requests, for ever."""
+    """Says the address, and how many replicas accept requests, for ever: Ray replaces replicas that have ended."""
     before = None
     while True:
         status = serve.status()
@@ -266,13 +266,16 @@ def _watch(serve: Any, expected: int, url: str, say: Callable[[str], None]) -> N
         if found is None:
             raise ClusterError("the application was removed from the cluster")
         count = found.deployments["LoGo"].replica_states.get("RUNNING", 0) if "LoGo" in found.deployments else 0
-        if not count and found.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        if not count and found.status == "DEPLOY_FAILED":
             raise LoGoError(f"no replica could be opened: {_reason(found)}")
-        if count != (before or 0) and listens:
+        line = f"{count} of {expected} replicas take{'s' if count == 1 else ''} requests"
+        if not count and found.status == "UNHEALTHY":
+            line += f": {_reason(found)}"
+        if listens and line != before and (count or before is not None):
             if before is None:
                 say(f"Serving on {url}")
-            say(f"{count} of {expected} replicas take{'s' if count == 1 else ''} requests")
-            before = count
+            say(line)
+            before = line
         time.sleep(_LOOK)
 
 
