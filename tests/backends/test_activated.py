@@ -126,7 +126,8 @@ def test_runner_v2_does_the_same(tmp_path: Path, prompts: list[list[int]]) -> No
     texts = [local.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts[2:6]]
     mixtures = [{local.names[i]: 0.7, local.names[-1 - i]: 0.4} if i % 4 else {} for i in range(len(texts))]
     job = {"prompts": texts, "signals": ["calibrated"], "rows": [*zip(texts, mixtures, strict=True)], "max_tokens": 6}
-    found = run(tmp_path, {**job, "flags": VLLM, "logo": {"activation": "last:4"}}, PRETEND_V2="1")
+    flags = {**VLLM, "max_num_batched_tokens": 160, "max_num_seqs": 16}
+    found = run(tmp_path, {**job, "flags": flags, "logo": {"activation": "last:4"}}, PRETEND_V2="1")
     assert found["runner"] == "vllm.v1.worker.cpu.model_runner"
     for own, expected in zip(found["scores"]["calibrated"], local.select(texts), strict=True):
         assert own == pytest.approx(list(expected.scores.values()), rel=1e-3, abs=1e-3)

@@ -27,9 +27,9 @@ def test_scores_and_tokens_are_the_librarys(kind: str, tmp_path: Path, logo: LoG
     variables, flags = KINDS[kind]
     count, signals = 8, ("calibrated", "norm")
     wanted = mixtures(logo.names, count)
-    prompts = [*rows[:5], " ".join(rows[:6])]  # the last one is read in chunks
+    prompts = [*rows[:5], " ".join(rows[:16])]  # the last one is read in chunks
     job = {"prompts": prompts, "signals": signals, "rows": [*zip(rows, wanted, strict=False)], "max_tokens": 5}
-    flags = {"max_num_batched_tokens": 48, **flags}
+    flags = {"max_num_batched_tokens": 160, "max_num_seqs": 16, **flags}
     found = run(tmp_path, {**job, "flags": flags, "logo": {}}, **variables)
     for signal in signals:
         for own, expected in zip(found["scores"][signal], logo.select(prompts, signal=signal), strict=True):
