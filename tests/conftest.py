@@ -33,12 +33,12 @@ settings.load_profile("any machine")
 # What tests calibrate stays among them.
 os.environ["LOGO_CACHE"] = tempfile.mkdtemp(prefix="logo-cache-")
 atexit.register(shutil.rmtree, os.environ["LOGO_CACHE"], ignore_errors=True)
+warm.start()
 
 
 @pytest.hookimpl(trylast=True)  # pytest-randomly has shuffled them
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     longest_first(items)
-    warm.environment = dict(os.environ)
 
 
 @pytest.fixture

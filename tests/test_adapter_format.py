@@ -320,7 +320,7 @@ def one_line(error: BaseException) -> str:
 
 
 @pytest.mark.slow
-@budget(max_examples=40)
+@budget(max_examples=20)
 @given(RANKS, ALPHAS, st.integers(1, 5), st.integers(1, 20), st.booleans())
 def test_ranks_and_scales_are_those_of_the_loaded_peft_model(
     tmp_path_factory: pytest.TempPathFactory, ranks: Any, alphas: Any, r: int, alpha: int, rslora: bool

@@ -73,7 +73,7 @@ prompts = st.lists(
 
 @pytest.mark.slow
 @given(prompts=prompts, options=options)
-@settings(max_examples=30, deadline=None)  # with each token that pads
+@settings(max_examples=20, deadline=None)  # with each token that pads
 def test_a_batch_of_many_answers_as_batches_of_one(logo: LoGo, prompts: list[str], options: dict[str, Any]) -> None:
     together = logo.generate(prompts, max_new_tokens=LENGTH, batch_size=len(prompts), **options)
     alone = [logo.generate(prompt, max_new_tokens=LENGTH, **options) for prompt in prompts]

@@ -99,7 +99,7 @@ class Mixed:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=40, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(data=st.data(), configs=st.lists(lora_configs(), min_size=1, max_size=4), seed=st.integers(0, 1000))
 def test_equals_peft(data: Any, configs: list[peft.LoraConfig], seed: int, tmp_path_factory: Any) -> None:
     """Any ranks, alphas, rsLoRA, patterns, targets and gates, a different mixture in every row."""

@@ -1,8 +1,9 @@
 """usage: warm_parent.py LISTENING-FD LISTENING-FD
 
-Becomes two parents of processes: one has imported PyTorch and transformers; the other, for commands with variables that
-transformers and the Hub's client read when they are imported, has imported PyTorch alone. Both fork a process for each
-connection of a `warm_client.py` to their socket, until their standard input ends. See `warm.py`.
+Becomes, at the first connection, two parents of processes: one has imported PyTorch and transformers; the other, for
+commands with variables that transformers and the Hub's client read when they are imported, has imported PyTorch alone.
+Both fork a process for each connection of a `warm_client.py` to their socket, until their standard input ends. See
+`warm.py`.
 """
 
 from __future__ import annotations
@@ -153,6 +154,7 @@ def imports(modules: Imports) -> None:
 if __name__ == "__main__":
     with_torch, with_transformers = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
     until = os.dup(0)
+    select.select([with_torch, with_transformers, until], [], [])
     imports(TORCH)
     if os.fork():
         with_transformers.close()
