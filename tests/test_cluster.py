@@ -50,7 +50,7 @@ def deadly(prediction, golds):
 def refusing(logo, task):
     refused = set((FOLDER / "refused").read_text().splitlines())
     def choose(prompts, batch_size):
-        if refused & {"all", *prompts}:
+        if refused & set(prompts):
             raise UsageError("this prompt is refused")
         return [Selection.forced({logo.names[0]: 1.0}) for _ in prompts]
     return Prepared(choose)
@@ -123,18 +123,15 @@ def test_two_write_what_one_does_though_one_dies(rows: Path, cluster: str, capsy
 
 
 def test_refused_rows_are_those_of_one_process(rows: Path, cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Some rows of a dataset; and all of them, with which nothing is written."""
-    plural = [row["context"] for row in heldout()["plural"]]
-    refused = rows.parent / "refused"
-    for some in (plural[1:4], ["all"]):
-        refused.write_text("\n".join(some))
-        said = []
-        for name, more in (("one", ()), ("two", ("--workers", "1", "--ray", cluster))):
-            code = evaluate(name, "--method", "refusing", "--overwrite", "--batch-size", "1", *more)
-            said.append((code > 0, [line for line in capsys.readouterr().err.splitlines() if "refused" in line]))
-        assert said[0] == said[1] and files("one") == files("two")
-    [line] = said[0][1]
-    assert line.startswith("logo: error: dataset ") and line.endswith(": this prompt is refused")
+    """Some rows of a dataset; and all of another one, with which nothing is written."""
+    some, every = ([row["context"] for row in heldout()[name]] for name in ("antonym", "plural"))
+    (rows.parent / "refused").write_text("\n".join([*some[1:4], *every]))
+    said = []
+    for name, more in (("one", ()), ("two", ("--workers", "1", "--ray", cluster))):
+        code = evaluate(name, "--method", "refusing", "--batch-size", "1", *more)
+        said.append((code, [line for line in capsys.readouterr().err.splitlines() if "refused" in line]))
+    assert said == [(1, ["logo: error: dataset 'plural': this prompt is refused"])] * 2
+    assert files("one") == files("two") and set(files("two")) == {"antonym", "capital"}
 
 
 def test_what_workers_cannot_do(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,8 +124,15 @@ def test_the_sdist_builds_the_same_wheel(built: Path, tmp_path: Path) -> None:
 
 def test_the_demo_and_a_users_file_run_with_the_core_alone(bare: Path, tmp_path: Path) -> None:
     """The type checker reads that file with the package (`make lint`), whose wheel says that it has types."""
-    said = done(bare.with_name("logo"), "demo", "--limit", "1", cwd=tmp_path)
-    assert "add_numbers" in said and "Your turn: logo generate" in said
+    report = json.loads(done(bare.with_name("logo"), "demo", "--limit", "2", "--json", cwd=tmp_path))
+    assert len(report["prompts"]) >= 12 and len(report["tasks"]) >= 12
+    assert all(task["rows"] == 2 for task in report["tasks"].values())
+    average = report["average"]
+    assert average["base"] <= 0.3 and average["target"] >= 0.8
+    assert average["logo"] == average["calibrated"] > average["norm"]
+    assert average["calibrated"] >= 0.85 * average["target"]  # 0.95 on all rows, which is too long for a test
+    for shown in report["prompts"]:
+        assert 1 <= len(shown["adapters"]) <= report["k"] == 3 and set(shown["scores"]) == set(report["tasks"])
     said = done(bare, USER, cwd=tmp_path)
     assert said.startswith(f"{__version__} {{'add_numbers': ") and "k" in said.splitlines()[-1]
     assert not list(tmp_path.iterdir())
