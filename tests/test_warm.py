@@ -32,3 +32,8 @@ def test_the_same_words_do_the_same(words: tuple[str, ...], tmp_path: Path) -> N
         )
         found.append((done.returncode, done.stdout, done.stderr.splitlines()[-1:]))
     assert found[0] == found[1]
+
+
+def test_what_tests_start_has_been_imported() -> None:
+    done = subprocess.run([*python(), "-c", "import sys; print('transformers' in sys.modules)"], capture_output=True)
+    assert done.stdout == b"True\n"

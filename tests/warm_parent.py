@@ -21,7 +21,8 @@ import sys
 from dataclasses import dataclass
 from types import ModuleType
 
-READ_LATER = ("PYTHONPATH", "PYTHONBREAKPOINT")  # by what is forked; Ray sets the second in every process
+# Of these, the first is read by what is forked, and imports of Ray, lm-eval and `tools` set the others in tests.
+MAY_DIFFER = {"PYTHONPATH", "PYTHONBREAKPOINT", "HF_XET_HIGH_PERFORMANCE", "OMP_WAIT_POLICY"}
 ENVIRONMENT = dict(os.environ)  # as it is before PyTorch sets variables
 
 
@@ -67,7 +68,7 @@ class Asked:
     def forks(self, imported: Imports) -> bool:
         """Whether a fork of a process that has imported these does the same as an interpreter that starts now."""
         first = next(iter(self._words), "-")
-        names = {name for name in {*ENVIRONMENT, *self.environment} if name.startswith(imported.read)} - {*READ_LATER}
+        names = {name for name in {*ENVIRONMENT, *self.environment} if name.startswith(imported.read)} - MAY_DIFFER
         # What PyTorch has set in this process it has set in those of tests, too.
         same = all(self.environment.get(name) in (ENVIRONMENT.get(name), os.environ.get(name)) for name in names)
         return same and (first in ("-c", "-m") or not first.startswith("-"))
