@@ -222,11 +222,8 @@ BAD = [
     ("eval run ROWS --method uniform --method-args budget=3", 2, "'uniform' has no option 'budget'"),
     ("eval run ROWS --method base -k 3", 2, "method 'base' has no number of adapters"),
     ("eval run ROWS --method-args rows=3", 2, "--method-args is for --method; the method is logo"),
-    (
-        "eval run ROWS --method random --method-args seed=5",
-        2,
-        "--method-args seed: expected options of the method alone",
-    ),
+    ("eval run ROWS --method random --method-args seed=5", 2, "--method-args seed: expected options of the method"),
+    ("eval run ROWS --engine-args max_model_len=64", 2, "--engine-args is only for --engine vllm; leave it out"),
     ("generate x --adapter antonym --base-only", 2, "--base-only and --adapter exclude each other"),
     ("serve --replicas 2", 2, "--replicas is only for --engine vllm"),
     ("serve -- --max-model-len 9", 2, "--max-model-len is only for --engine vllm"),

@@ -101,8 +101,3 @@ def test_what_cannot_run_there_is_refused_in_a_line(
     told = capfd.readouterr()
     assert said in [line for line in told.err.splitlines() if line][-1]
     assert not [file for file in (tmp_path / "results").rglob("*") if file.is_file()]
-
-
-def test_options_of_vllm_belong_to_vllm(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(evaluating(tmp_path / "r", rows, "--engine-args", "max_model_len=64")) == 2
-    assert "--engine-args is only for --engine vllm; leave it out" in capsys.readouterr().err

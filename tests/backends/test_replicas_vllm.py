@@ -1,5 +1,4 @@
-"""A replica of vLLM's server through Ray Serve, and the one that replaces it: the real command, one address and one
-pool. What several do at once, `tests/test_replicas.py` tests with a smaller app."""
+"""A replica of vLLM's server through Ray Serve, and the one that replaces it; several: `tests/test_replicas.py`."""
 
 from __future__ import annotations
 
@@ -19,12 +18,6 @@ pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 
 CODE = "import sys; from logo.cli.app import run; sys.exit(run(sys.argv[1:]))"
-
-
-def replicas() -> list[psutil.Process]:
-    """Their processes."""
-    every = psutil.process_iter(["cmdline"])
-    return [one for one in every if "ServeReplica:logo:LoGo" in " ".join(one.info["cmdline"] or ())]
 
 
 def test_an_engine_is_replaced_by_one_with_the_same_pool_at_the_same_address(tmp_path: Path) -> None:
@@ -48,13 +41,14 @@ def test_an_engine_is_replaced_by_one_with_the_same_pool_at_the_same_address(tmp
         assert server.ask("/v1/load_lora_adapter", change)[0] == 200
         assert answer("sums") == (200, " 12")
 
-        [first] = replicas()
+        ours = psutil.Process(server.process.pid).children(recursive=True)
+        titled = {one: " ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"]) if one in ours}
+        [first] = [one for one, title in titled.items() if "ServeReplica:logo:LoGo" in title]
         engine = first.children(recursive=True)
         assert engine
         os.kill(first.pid, signal.SIGKILL)
         _, left = psutil.wait_procs(engine, 30)
         assert not left  # it holds the memory that the next one needs
-        eventually(lambda: len({one.pid for one in replicas()} - {first.pid}) == 1)
         eventually(lambda: server.log.read_text().count("1 of 1 replicas takes requests") == 2)
         assert "0 of 1 replicas take requests: A replica's health check failed" in server.log.read_text()
         assert answer("sums") == (200, " 12")  # the new one has it, too
