@@ -30,10 +30,10 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 few = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("any machine", few)
 settings.load_profile("any machine")
-# What tests calibrate stays among them.
-os.environ["LOGO_CACHE"] = tempfile.mkdtemp(prefix="logo-cache-")
-atexit.register(shutil.rmtree, os.environ["LOGO_CACHE"], ignore_errors=True)
-warm.start()
+if "PYTEST_XDIST_WORKER" not in os.environ:  # in the process of pytest that starts the others
+    os.environ["LOGO_CACHE"] = tempfile.mkdtemp(prefix="logo-cache-")  # what tests calibrate stays among them
+    atexit.register(shutil.rmtree, os.environ["LOGO_CACHE"], ignore_errors=True)
+    warm.start()
 
 
 @pytest.hookimpl(trylast=True)  # pytest-randomly has shuffled them

@@ -133,10 +133,6 @@ def test_a_change_reaches_all_replicas_and_those_that_start_later(tmp_path: Path
         assert ask(UNLOAD, "other") == (200, "done")
         assert [ask(LOAD, "new") for _ in range(4)] == [(400, "add new")] * 4  # as its app says
 
-        os.kill(min(processes), signal.SIGKILL)
-        wait_for(server, both)
-        eventually(lambda: list(pools().values()) == [["new"]] * 2)
-
         status, said = ask(LOAD, "here")
         assert status == 500 and said["error"]["message"] == (
             "adapter 'here': changed here, but not in every replica: no such folder; unload it, or try again"
@@ -145,6 +141,7 @@ def test_a_change_reaches_all_replicas_and_those_that_start_later(tmp_path: Path
         assert ask(UNLOAD, "here") == (200, "done")
         wait_for(server, both)
         eventually(lambda: list(pools().values()) == [["new"]] * 2)
+        assert set(pools()) - processes  # one that differed was replaced; `backends/test_replicas_vllm.py` kills one
 
         answers: list[tuple[int, Any]] = []
         client = threading.Thread(target=lambda: answers.append(ask("/slow")))

@@ -26,8 +26,8 @@ _FOLDER = "LOGO_WARM"  # the variable with the folder of the parents' sockets
 
 
 def start() -> None:
-    """Starts the parents, in the process of pytest that starts all others. They import when they are first asked."""
-    if not hasattr(os, "pidfd_open") or _FOLDER in os.environ:
+    """Starts the parents, which import when they are first asked."""
+    if not hasattr(os, "pidfd_open"):
         return
     folder = os.environ[_FOLDER] = tempfile.mkdtemp(prefix="warm-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

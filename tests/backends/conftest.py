@@ -7,11 +7,13 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import pytest
 from vllm_server import ASSETS, KEY, Server, command, environment, free_port, started
 
-from logo import LoGo
+if TYPE_CHECKING:  # the process that starts the others reads this file, too, and needs no PyTorch
+    from logo import LoGo
 
 _found = importlib.util.find_spec("vllm")
 if _found is None or _found.origin is None:  # without an origin: a folder that happens to be called so
@@ -44,11 +46,9 @@ def settings_of_vllm() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def logo() -> LoGo:
     """The library on the demo model and its pool, as the oracle."""
-    from logo.adapters.pool import open_pool
-    from logo.models import load_base
+    from logo import LoGo
 
-    model, tokenizer = load_base("demo", device="cpu", dtype="float32")
-    return LoGo(model, tokenizer, open_pool(None, "demo"))
+    return LoGo.from_pretrained("demo", device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
