@@ -4,6 +4,7 @@ page in a real browser without a network, and its tables as CSV and LaTeX."""
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import pandas
 import pytest
+import vl_convert
 
 from browser import Browser, browser, needs_browser
 from logo.cli.app import run
@@ -33,15 +35,19 @@ HEAD = "[...document.querySelectorAll('#rows th button')].find(one => one.textCo
 COLUMN = "return [...document.querySelectorAll(`#rows td[data-name=${arguments[0]}]`)].map(cell => cell.textContent)"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def bundled_once() -> Iterator[None]:
+    """The libraries of every page are the same, and take two seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vl_convert, "javascript_bundle", functools.cache(vl_convert.javascript_bundle))
+        yield
+
+
 def write_result(
     folder: Path, answers: Sequence[str], golds: Sequence[Any], more: Mapping[str, Any] | None = None, **columns: Any
 ) -> None:
-    """The result of one dataset, whose name is the folder's, judged by its metric.
-
-    Args:
-        more: of `run.json`.
-        columns: of `rows.jsonl`, instead of the simplest ones.
-    """
+    """The result of one dataset, whose name is the folder's, judged by its metric; `more` goes into its `run.json`, and
+    `columns` into `rows.jsonl`."""
     kind = metric_kind(folder.name)
     records = [
         {"index": index, "prompt": f"question {index}", "completion": gold, "references": None, "target": None}

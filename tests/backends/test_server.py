@@ -331,9 +331,6 @@ def test_an_impossible_change_changes_nothing(server: Server, logo: LoGo, rows: 
     assert completion(server, "logo", rows[2])[1] == logo.generate(rows[2], k=4, max_new_tokens=10).text.rstrip()
 
 
-# -- many at once, and what overflows ----------------------------------------------------------------------------------
-
-
 def test_two_ranks_give_the_same_answers(server: Server, logo: LoGo, rows: list[str]) -> None:
     asked = rows[::4]
 
