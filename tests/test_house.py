@@ -49,8 +49,8 @@ LAYERS = [
     {"decoding", "opening"},
     {"scoring"},
     {"engine"},
-    {"serve"},
-    {"baselines", "vllm"},
+    {"api"},
+    {"serve", "vllm", "baselines"},
     {"evaluation", "training"},
     {"cluster"},
     {"demo"},
@@ -94,7 +94,7 @@ def test_imports_point_down() -> None:
         ("import logo; logo.UsageError; logo.__version__", "torch transformers huggingface_hub"),
         ("from logo.cli.app import run; run(['--help'])", "torch transformers huggingface_hub nltk safetensors"),
         # vLLM's workers have none of our server's libraries, and our server has none of vLLM's.
-        ("import logo.serve.names", "starlette fastapi uvicorn prometheus_client vllm logo.serve.guards"),
+        ("import logo.api.names", "starlette fastapi uvicorn prometheus_client vllm logo.api.guards"),
     ],
 )
 def test_light_modules_import_nothing_heavy(code: str, heavy: str) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logo.errors import StorageError, UsageError
-from logo.serve.bodies import (
+from logo.api.bodies import (
     UNSUPPORTED,
     Body,
     ChatRequest,
@@ -26,8 +26,8 @@ from logo.serve.bodies import (
     checked,
     read_json,
 )
-from logo.serve.errors import ApiError
-from logo.serve.names import AUTO, MixtureRequest, Models, read_key_adapters
+from logo.api.errors import ApiError
+from logo.api.names import AUTO, MixtureRequest, Models, read_key_adapters
 
 MODELS = Models("tiny", ("french", "sums", "x:1", "p+q"), ("norm", "calibrated"))
 COMPLETION = {"model": "logo", "prompt": "hi"}

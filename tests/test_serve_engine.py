@@ -24,8 +24,8 @@ from logo.decoding import Batch, Decoding, call_config
 from logo.errors import AdapterError, ModelError, NotFinite, PoolError, UsageError
 from logo.serve import batching
 from logo.serve.batching import Job, Memory
-from logo.serve.errors import ApiError, NotReady
-from logo.serve.names import MixtureRequest
+from logo.api.errors import ApiError, NotReady
+from logo.api.names import MixtureRequest
 from logo.serve.packed import Chosen
 from logo.serve.sampling import Sampling
 from logo.serve.service import Service

@@ -23,7 +23,7 @@ from logo.demo import adapters_dir
 from logo.serve import app as app_module
 from logo.serve.app import AppSettings, create_app
 from logo.serve.batching import Memory
-from logo.serve.running import listening
+from logo.api.listening import listening
 from logo.serve.service import Service
 from serving import endless
 from tolerances import PATIENCE

@@ -26,9 +26,9 @@ from logo.plugins import running
 from logo.serve import batching
 from logo.serve.batched_cache import BatchedCache
 from logo.serve.batching import Memory, MemoryPlan
-from logo.serve.errors import ApiError, failed
-from logo.serve.guards import GuardSettings, guard
-from logo.serve.logs import RequestIds
+from logo.api.errors import ApiError, failed
+from logo.api.guards import GuardSettings, guard
+from logo.api.logs import RequestIds
 from logo.serve.sampling import Draw, Sampling, next_tokens
 
 VOCABULARY = 12

@@ -42,10 +42,10 @@ def serve(
         raise StorageError(
             f"--allow-adapter-changes {server.allow_adapter_changes}: expected a folder, found none; create it first"
         )
-    from logo.serve.guards import GuardSettings, is_loopback
-    from logo.serve.logs import configure
-    from logo.serve.names import read_key_adapters, unmatched
-    from logo.serve.running import address_of, listening
+    from logo.api.guards import GuardSettings, is_loopback
+    from logo.api.logs import configure
+    from logo.api.names import read_key_adapters, unmatched
+    from logo.api.listening import address_of, listening
 
     bound = {} if server.key_adapters is None else read_key_adapters(server.key_adapters)
     guards = GuardSettings(
@@ -67,7 +67,7 @@ def serve(
 
     from logo.serve.app import AppSettings
     from logo.serve.batching import Memory
-    from logo.serve.names import check_pool
+    from logo.api.names import check_pool
     from logo.serve.running import serve as run
     from logo.serve.service import Service
 

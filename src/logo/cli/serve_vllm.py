@@ -57,7 +57,7 @@ def serve(options: EngineOptions, server: ServerOptions, flags: Sequence[str]) -
     check_environment(os.environ)
     if not server.dry_run:
         need("--engine vllm", "vllm")
-    from logo.serve.guards import GuardSettings, is_loopback
+    from logo.api.guards import GuardSettings, is_loopback
 
     # Raises for invalid keys and origins.
     keys = server.api_keys or tuple(filter(None, [os.environ.get(API_KEY)]))
@@ -113,7 +113,7 @@ def _replicas(options: EngineOptions, base_model: str, server: ServerOptions, la
     from logo.cli.cluster import absolute_base, expected
     from logo.cluster.processes import Layout
     from logo.cluster.replicas import ReplicaPlan, serve_replicas, vllm_app
-    from logo.serve.running import listening
+    from logo.api.listening import listening
     from logo.vllm.launch import API_KEY
 
     layout = Layout(server.replicas or 1)
@@ -182,7 +182,7 @@ def _launch(options: EngineOptions, base_model: str, server: ServerOptions, give
 def _fitted(options: EngineOptions, base_model: str, server: ServerOptions) -> AdapterPool:
     """The pool, which can be served with these options."""
     from logo.selection.points import plan
-    from logo.serve.names import check_pool
+    from logo.api.names import check_pool
 
     model, settings = skeleton(load_config(base_model, model_dir=MODEL_DIR)), selection_settings(options)
     pool = open_pool(options, base_model).fit(BaseLayout.of(model))

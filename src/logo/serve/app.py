@@ -30,13 +30,13 @@ from starlette.types import Receive, Scope, Send
 from logo.core import FinishReason, Prompt
 from logo.errors import AdapterError, LoGoError, Unsure, closest
 from logo.prompts import MAX_NEW_TOKENS, chat, read
-from logo.serve import bodies
+from logo.api import bodies
 from logo.serve.batching import Job
-from logo.serve.errors import ApiError, bad_request, failed, model_not_found, not_found, plain, shown, shown_line
-from logo.serve.guards import PAGE, response
-from logo.serve.logs import request_id
+from logo.api.errors import ApiError, bad_request, failed, model_not_found, not_found, plain, shown, shown_line
+from logo.api.guards import PAGE, response
+from logo.api.logs import request_id
 from logo.serve.metrics import Metrics
-from logo.serve.names import AUTO, MixtureRequest, Models
+from logo.api.names import AUTO, MixtureRequest, Models
 from logo.serve.packed import Chosen
 from logo.serve.sampling import Sampling
 from logo.serve.service import Service
@@ -88,7 +88,7 @@ class Chunk(NamedTuple):
 
 
 def create_app(service: Service, settings: AppSettings) -> Starlette:
-    """The app, which starts and ends the service; `logo.serve.guards.guard` is to be put around it."""
+    """The app, which starts and ends the service; `logo.api.guards.guard` is to be put around it."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -120,7 +120,7 @@ def create_app(service: Service, settings: AppSettings) -> Starlette:
 
 
 class _Api:
-    """The routes. What they find in `request.state` is from `logo.serve.guards`."""
+    """The routes. What they find in `request.state` is from `logo.api.guards`."""
 
     def __init__(self, service: Service, settings: AppSettings) -> None:
         self.service, self.settings, self.metrics = service, settings, Metrics(service)

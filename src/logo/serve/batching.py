@@ -32,7 +32,7 @@ from logo.mixing.cache import AdapterCache, bytes_of, free_bytes
 from logo.models import input_device, padded, text_config, without_autocast
 from logo.prefix_cache import PrefixCache, cache_argument, laid_out, reusable
 from logo.serve.batched_cache import BatchedCache
-from logo.serve.errors import NotReady
+from logo.api.errors import NotReady
 from logo.serve.packed import Chosen, Packed
 from logo.serve.sampling import NO_TOKEN, Draw, Sampling, next_tokens
 

@@ -22,7 +22,7 @@ from logo.mixing.mixer import Mixture
 class Chosen:
     """The mixture of one prompt. Its adapters are held, so that the prompt is answered with them even if the pool
     changes, until `release` is called (or the garbage collector does it); they are loaded once `loaded` has returned.
-    For the times see `logo.serve.bodies.mixture_reply`."""
+    For the times see `logo.api.bodies.mixture_reply`."""
 
     selection: Selection
     mixture: Mixture  # of the adapters that act on the prompt, which are in `hold` in this order

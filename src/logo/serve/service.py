@@ -29,9 +29,9 @@ from logo.errors import CacheFull, LoGoError, PoolError, UsageError
 from logo.mixing.mixer import Mixture
 from logo.selection.selector import forced, known
 from logo.serve.batching import STOPPED, Batching, Job, Memory, News
-from logo.serve.bodies import adapter_card
-from logo.serve.errors import ApiError, NotReady, model_not_found
-from logo.serve.names import MixtureRequest, Patterns, usable
+from logo.api.bodies import adapter_card
+from logo.api.errors import ApiError, NotReady, model_not_found
+from logo.api.names import MixtureRequest, Patterns, usable
 from logo.serve.packed import Chosen
 
 _PROBED = 16  # the most prompts of a probe

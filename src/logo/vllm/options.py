@@ -40,7 +40,7 @@ class VllmOptions:
     adapter_changes: bool = False  # whether requests may change the pool, as with `VLLM_ALLOW_RUNTIME_LORA_UPDATING`
     on_bad_adapter: OnBadAdapter = "error"  # what to do with adapters that do not fit the base model
     host: str = ""  # the server's address, if it is known
-    hosts: tuple[str, ...] = ()  # these two: see `logo.serve.guards.GuardSettings`
+    hosts: tuple[str, ...] = ()  # these two: see `logo.api.guards.GuardSettings`
     origins: tuple[str, ...] = ("*",)
     settings: SelectionSettings = field(default_factory=SelectionSettings)  # how prompts are read and selected for
 

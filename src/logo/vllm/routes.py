@@ -37,10 +37,10 @@ from logo.core import Options, Prompt, Selection
 from logo.errors import LoGoError, UsageError
 from logo.prompts import PLAIN_CHAT, asked_text, begun, read
 from logo.selection.selector import forced
-from logo.serve import bodies
-from logo.serve.errors import ApiError, bad_request, failed, not_found, shown
-from logo.serve.guards import Access, GuardSettings, response
-from logo.serve.names import AUTO, Models, check_pool
+from logo.api import bodies
+from logo.api.errors import ApiError, bad_request, failed, not_found, shown
+from logo.api.guards import Access, GuardSettings, response
+from logo.api.names import AUTO, Models, check_pool
 from logo.vllm.engine import Engine, Served
 from logo.vllm.metrics import Counts
 from logo.vllm.options import VllmOptions, log

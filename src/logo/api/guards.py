@@ -27,9 +27,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logo.errors import UsageError
-from logo.serve.errors import ApiError, bad_request, forbidden, plain, shown
-from logo.serve.logs import request_id
-from logo.serve.names import Patterns
+from logo.api.errors import ApiError, bad_request, forbidden, plain, shown
+from logo.api.logs import request_id
+from logo.api.names import Patterns
 
 _log, _access = logging.getLogger("logo.serve"), logging.getLogger("logo.access")
 

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from logo.adapters.adapter import Adapter
 from logo.core import Selection, Weighting
-from logo.serve.errors import bad_request, plain
+from logo.api.errors import bad_request, plain
 
 if TYPE_CHECKING:
     from logo.selection.settings import SelectionSettings

@@ -1,0 +1,1 @@
+"""What the servers share: bodies of requests and replies, names of models, errors, guards, log lines."""
